@@ -1,0 +1,95 @@
+//! Newtypes for everything that is counted, named or indexed on the wire.
+
+use std::fmt;
+use std::ops::{Add, Sub};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number! {
+    /// One start of a sidecar: random, never 0, new at each start and after each change of layout.
+    Epoch(u64)
+}
+number! {
+    /// The receiver's permission to write into slots: random, so that a stranger cannot guess it.
+    LeaseId(u64)
+}
+number! {
+    /// A slot of a send or landing buffer: one chunk of KV. On LMCache's wire, the page number.
+    SlotIndex(u32)
+}
+number! {
+    /// Position of a chunk in its request: it covers tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`.
+    ChunkIndex(u32)
+}
+number! {
+    /// One connection of an engine worker to the sidecar's local socket.
+    EngineId(u64)
+}
+number! {
+    /// One posted write of a sender.
+    TransferId(u64)
+}
+
+/// The id that the proxy gives a request and that both legs, both sidecars and all logs carry.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RequestId(pub String);
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<&str> for RequestId {
+    fn from(id: &str) -> Self {
+        Self(id.to_owned())
+    }
+}
+
+/// Microseconds since an origin that the caller of the machines chooses (its start).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Time(pub u64);
+
+impl Time {
+    /// Microseconds from `earlier` to `self`; 0 if the order is the other way round.
+    pub fn micros_since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl Add<Duration> for Time {
+    type Output = Self;
+    fn add(self, rhs: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(u64::try_from(rhs.as_micros()).unwrap_or(u64::MAX)),
+        )
+    }
+}
+
+impl Sub for Time {
+    type Output = Duration;
+    fn sub(self, rhs: Self) -> Duration {
+        Duration::from_micros(self.micros_since(rhs))
+    }
+}

@@ -1,0 +1,226 @@
+//! The messages between an engine and its sidecar over the unix socket.
+//!
+//! A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
+//! The first frame from the engine is [`ToSidecar::Hello`]; the sidecar answers [`ToEngine::Welcome`]
+//! with the buffer's file descriptor attached (`SCM_RIGHTS`), or [`ToEngine::Refused`] and closes.
+//! End of stream means that the engine is gone: everything it held ends at once.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Epoch, Layout, Reason, RequestId};
+
+/// Engine → sidecar.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum ToSidecar {
+    /// Opens the connection.
+    Hello(EngineHello),
+    /// Prefill: computing has begun; asks for room for these chunks at `to`.
+    Reserve(Reserve),
+    /// Prefill: tokens `[0, upto)` will have been computed at the end of this step, so their chunks
+    /// may take send slots now.
+    Computing(Computing),
+    /// Prefill: these chunks stand in their granted slots, complete.
+    Staged(Staged),
+    /// Prefill: the request ends here. No slot of it is touched after this message.
+    Cancel(OfRequest),
+    /// Decode: the request is parked, with its KV blocks allocated, and waits for these chunks.
+    Await(Await),
+    /// Decode: these chunks have been read.
+    Release(Release),
+    /// Decode: the request is not wanted any more. No slot of it is read after this message.
+    Abort(OfRequest),
+}
+
+/// Sidecar → engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum ToEngine {
+    /// The connection stands; the buffer's descriptor comes with this frame.
+    Welcome(Welcome),
+    /// The connection is refused and closed.
+    Refused(Refused),
+    /// Prefill: gather these chunks into these slots, then say [`ToSidecar::Staged`].
+    Granted(Granted),
+    /// Decode: these chunks may be read.
+    Ready(Ready),
+    /// The request's end on this connection; nothing follows for it.
+    Ended(Ended),
+}
+
+/// See [`ToSidecar::Hello`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineHello {
+    /// Version of this protocol.
+    pub v: u32,
+    /// For logs: the engine's name.
+    pub engine: String,
+    /// Which side of a transfer this connection uses.
+    pub role: EngineRole,
+    /// Tensor-parallel rank, which chooses the buffer.
+    pub rank: u32,
+    /// Tensor-parallel size.
+    pub world_size: u32,
+    /// The shape of a chunk, from the engine's KV tensors.
+    pub layout: Layout,
+}
+
+/// Which side of a transfer an engine connection uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineRole {
+    /// Reserves and stages.
+    Prefill,
+    /// Awaits and releases.
+    Decode,
+}
+
+/// See [`ToEngine::Welcome`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Version of this protocol.
+    pub v: u32,
+    /// The sidecar's name.
+    pub id: String,
+    /// The sidecar's epoch; another one after a reconnect means another buffer.
+    pub epoch: Epoch,
+    /// `memfd`: the descriptor is to be mapped shared, read-write.
+    pub memory: String,
+    /// Slots; slot `i` begins at `i * slot_bytes`.
+    pub slots: u32,
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// This connection's number, for logs.
+    pub connection: u64,
+}
+
+/// See [`ToEngine::Refused`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Refused {
+    /// For counters and decisions.
+    pub reason: Reason,
+    /// For people.
+    pub text: String,
+}
+
+/// The alloc and init address of one receiver rank.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Target {
+    /// Host name or address.
+    pub host: String,
+    /// Port of the init handshake.
+    pub init_port: u16,
+    /// Port of the alloc requests.
+    pub alloc_port: u16,
+}
+
+/// See [`ToSidecar::Reserve`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reserve {
+    /// The request.
+    pub req: RequestId,
+    /// Where its KV is wanted.
+    pub to: Target,
+    /// One key a chunk, in order, the partial last one too.
+    pub keys: Vec<String>,
+    /// Tokens of the request that the keys cover.
+    pub tokens: u32,
+    /// As [`Computing::upto`].
+    pub upto: u32,
+    /// The decode leg is sent as soon as this request has begun, so the receiver may wait for it.
+    #[serde(default)]
+    pub overlap: bool,
+}
+
+/// See [`ToSidecar::Computing`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Computing {
+    /// The request.
+    pub req: RequestId,
+    /// Tokens from the start that this step completes.
+    pub upto: u32,
+}
+
+/// See [`ToSidecar::Staged`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Staged {
+    /// The request.
+    pub req: RequestId,
+    /// Chunks.
+    pub chunks: Vec<u32>,
+    /// What the gather took, microseconds.
+    #[serde(default)]
+    pub gather_us: u64,
+}
+
+/// A message that needs no more than the request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OfRequest {
+    /// The request.
+    pub req: RequestId,
+}
+
+/// See [`ToSidecar::Await`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Await {
+    /// The request.
+    pub req: RequestId,
+    /// One key a chunk, in order, as [`Reserve::keys`].
+    pub keys: Vec<String>,
+    /// Tokens of the request that the keys cover.
+    pub tokens: u32,
+    /// Tokens at the start that the engine holds already.
+    pub have_tokens: u32,
+    /// After this time the sidecar answers [`ToEngine::Ended`], milliseconds.
+    pub deadline_ms: u32,
+}
+
+/// See [`ToSidecar::Release`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Release {
+    /// The request.
+    pub req: RequestId,
+    /// Chunks.
+    pub chunks: Vec<u32>,
+    /// What the scatter took, microseconds.
+    #[serde(default)]
+    pub scatter_us: u64,
+}
+
+/// See [`ToEngine::Granted`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Granted {
+    /// The request.
+    pub req: RequestId,
+    /// Tokens that the other side holds: chunks below are never granted, and the chunk that contains
+    /// the mark is packed from the mark on.
+    pub have_tokens: u32,
+    /// Chunks. Empty in the message that only says `have_tokens`.
+    pub chunks: Vec<u32>,
+    /// The slot of each chunk.
+    pub slots: Vec<u32>,
+}
+
+/// See [`ToEngine::Ready`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The request.
+    pub req: RequestId,
+    /// The chunk that contains this token is packed from it on.
+    pub first_token: u32,
+    /// Chunks.
+    pub chunks: Vec<u32>,
+    /// The slot of each chunk.
+    pub slots: Vec<u32>,
+}
+
+/// See [`ToEngine::Ended`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ended {
+    /// The request.
+    pub req: RequestId,
+    /// Why it ended early; absent if every wanted chunk arrived (decode: and was released).
+    pub reason: Option<Reason>,
+    /// Bytes that moved.
+    pub bytes: u64,
+}

@@ -1,0 +1,92 @@
+//! Why something did not happen: the label of a counter, a field on the wire, a word in a log line.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// A refusal's or an ending's reason.
+        ///
+        /// A name from a newer peer becomes [`Reason::Unknown`], so that messages stay readable.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Reason {
+            $($(#[$doc])* #[serde(rename = $text)] $name,)*
+            /// A reason that this version does not know.
+            #[serde(other, rename = "unknown")]
+            Unknown,
+        }
+
+        impl Reason {
+            /// Every reason, for metrics that want their label values to exist from the start.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)* Self::Unknown];
+
+            /// The name on the wire, in metrics and in logs.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                    Self::Unknown => "unknown",
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The landing buffer had no room within the wait.
+    NoRoom = "no_room",
+    /// The send buffer had no room within the wait.
+    NoSendRoom = "no_send_room",
+    /// More chunks than the buffer has slots, and the decode request is not parked.
+    TooLarge = "too_large",
+    /// The prefill request was cancelled or its client left.
+    Cancelled = "cancelled",
+    /// The decode request was aborted or its client left.
+    Unwanted = "unwanted",
+    /// The prefill or decode engine closed its socket.
+    EngineGone = "engine_gone",
+    /// The other sidecar's connection ended.
+    PeerLost = "peer_lost",
+    /// No init handshake could be made with the receiver.
+    NoLink = "no_link",
+    /// The receiver did not answer an alloc request in time.
+    AllocTimeout = "alloc_timeout",
+    /// The lease ran out without a word from the sender.
+    LeaseExpired = "lease_expired",
+    /// The decode request waited longer than its deadline.
+    Deadline = "deadline",
+    /// No sender asked for this request in time.
+    NoSender = "no_sender",
+    /// Written, but no decode request came for it in time.
+    Unclaimed = "unclaimed",
+    /// The message names an epoch before the receiver's last start.
+    StaleEpoch = "stale_epoch",
+    /// The two sides compute different keys for the same request.
+    KeyMismatch = "key_mismatch",
+    /// Model, dtype, shape or chunk size differ.
+    LayoutMismatch = "layout_mismatch",
+    /// The receiver has no engine, so it has no slots yet.
+    NoEngine = "no_engine",
+    /// Another request with this id is under way.
+    Duplicate = "duplicate",
+    /// This peer holds too many quarantined slots.
+    Quarantined = "quarantined",
+    /// The transport failed to move the bytes.
+    TransferFailed = "transfer_failed",
+    /// A checksum of the landed bytes differs from the sender's.
+    BadSum = "bad_sum",
+    /// The process is shutting down.
+    Draining = "draining",
+    /// Too many requests at once.
+    Busy = "busy",
+    /// The message makes no sense in this state.
+    BadRequest = "bad_request",
+    /// Pushes are switched off by a flag.
+    PushOff = "push_off",
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
