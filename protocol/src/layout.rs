@@ -49,7 +49,8 @@ impl Layout {
 
     /// Bytes of a full chunk: the size of a slot.
     pub fn chunk_bytes(&self) -> Option<u64> {
-        self.token_bytes()?.checked_mul(u64::from(self.chunk_tokens))
+        self.token_bytes()?
+            .checked_mul(u64::from(self.chunk_tokens))
     }
 
     /// The first field in which `other` differs, as `(name, ours, theirs)`.

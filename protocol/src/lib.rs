@@ -14,7 +14,8 @@ pub mod local;
 pub mod message;
 pub mod reason;
 pub mod receiver;
-
+pub mod record;
+pub mod registration;
 pub mod sender;
 
 pub use ids::{ChunkIndex, EngineId, Epoch, LeaseId, RequestId, SlotIndex, Time, TransferId};
