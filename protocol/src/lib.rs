@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod dlist;
 pub mod ids;
 pub mod layout;
 pub mod local;
