@@ -218,7 +218,7 @@ impl SendSide {
             }
             Action::Granted(engine, m) => self.tell(engine, ToEngine::Granted(m)),
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
-            Action::Progress(req_id) => self.context.proxy.send(&ToProxy::Progress(Progress {
+            Action::Progress(req_id) => self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
                 id: self.context.config.id.clone(),
                 req_id,
             })),
@@ -228,7 +228,7 @@ impl SendSide {
                 bytes,
                 us,
                 transport,
-            } => self.context.proxy.send(&ToProxy::ProxyNotif(ProxyNotif {
+            } => self.context.shown.tell_proxy(&ToProxy::ProxyNotif(ProxyNotif {
                 req_id: req,
                 x: Some(NotifX {
                     v: VERSION,
