@@ -1,2 +1,4 @@
 //! (being written)
+mod memory;
+mod transport;
 fn main() {}
