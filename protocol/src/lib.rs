@@ -18,6 +18,7 @@ pub mod receiver;
 pub mod record;
 pub mod registration;
 pub mod sender;
+mod slots;
 
 pub use ids::{ChunkIndex, EngineId, Epoch, LeaseId, RequestId, SlotIndex, Time, TransferId};
 pub use layout::Layout;
