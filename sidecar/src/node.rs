@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::EngineId;
-use protocol::local::{EngineRole, Refused, ToEngine};
 use protocol::Reason;
+use protocol::local::{EngineRole, Refused, ToEngine};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -127,7 +127,9 @@ impl Node {
         }
         self.stop.cancel();
         // Sides close their sockets, so that peers hear of the end at once.
-        let closing = async { while self.tasks.len() > SERVICES && self.tasks.join_next().await.is_some() {} };
+        let closing = async {
+            while self.tasks.len() > SERVICES && self.tasks.join_next().await.is_some() {}
+        };
         if tokio::time::timeout(CLOSING, closing).await.is_err() {
             warn!("sockets did not close in {CLOSING:?}");
         }
@@ -153,7 +155,7 @@ struct Builder {
 impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(Side::Sender, rank)?;
-        let wires = Wires::start(&self.config, Side::Sender, rank, &buffer, None)?;
+        let wires = Wires::start(&self.config, &buffer, None)?;
         let side = SendSide::new(self.context(rank, wires), buffer);
         let engines = self.door(Side::Sender, rank);
         self.tasks
@@ -170,10 +172,20 @@ impl Builder {
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
         let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
-        let init = bind(init, MAX_INIT_BYTES).await.map_err(anyhow::Error::from)?;
-        let alloc = bind(alloc, MAX_ALLOC_BYTES).await.map_err(anyhow::Error::from)?;
-        info!(rank, host = listen.host, init = init.port(), alloc = alloc.port(), "ports bound");
-        let wires = Wires::start(&self.config, Side::Receiver, rank, &buffer, Some((listen, tcp)))?;
+        let init = bind(init, MAX_INIT_BYTES)
+            .await
+            .map_err(anyhow::Error::from)?;
+        let alloc = bind(alloc, MAX_ALLOC_BYTES)
+            .await
+            .map_err(anyhow::Error::from)?;
+        info!(
+            rank,
+            host = listen.host,
+            init = init.port(),
+            alloc = alloc.port(),
+            "ports bound"
+        );
+        let wires = Wires::start(&self.config, &buffer, Some((listen, tcp)))?;
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
         let engines = self.door(Side::Receiver, rank);
         self.tasks
@@ -184,8 +196,8 @@ impl Builder {
     fn buffer(&self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
         let name = format!("pd-{}-{rank}", side.as_str());
         let bytes = self.config.buffer_bytes;
-        let buffer = Buffer::memfd(&name, bytes)
-            .map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?;
+        let buffer =
+            Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?;
         info!(side = side.as_str(), rank, bytes, "buffer taken");
         Ok(buffer)
     }
