@@ -1,25 +1,16 @@
-//! (being written)
+//! The sidecar beside a vLLM instance.
 
-mod cli;
-mod config;
-
-use std::process::ExitCode;
-
-use crate::cli::{Cli, Command, Exit};
-
-fn main() -> ExitCode {
-    match Cli::of_process() {
-        Ok(Command::CheckConfig(check)) => check.run(),
-        Ok(Command::Run(run)) => run.load().map_or_else(
-            |exit| exit,
-            |(config, report)| {
-                report.log();
-                println!("{config:?}");
-                Exit::Ok
-            },
-        ),
-        Ok(Command::Selftest(_)) => Exit::Unavailable,
-        Err(exit) => exit,
-    }
-    .into()
-}
+mod engines;
+mod host;
+mod local;
+mod memory;
+mod node;
+mod port;
+mod receiver;
+mod sender;
+mod side;
+mod trace;
+mod transport;
+mod wires;
+mod zmq;
+fn main() {}
