@@ -242,7 +242,8 @@ impl CheckConfig {
             Err(exit) => return exit,
         };
         let report = match Config::load(&inputs) {
-            Ok((_, report)) | Err(report) => report,
+            Ok((_, report)) => report,
+            Err(report) => *report,
         };
         if self.json {
             println!("{:#}", report.json());

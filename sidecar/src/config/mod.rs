@@ -127,7 +127,7 @@ impl Config {
     ///
     /// # Errors
     /// Everything that is wrong or missing, in the report's `problems`.
-    pub(crate) fn load(inputs: &Inputs) -> Result<(Self, Report), Report> {
+    pub(crate) fn load(inputs: &Inputs) -> Result<(Self, Report), Box<Report>> {
         let mut layers = Layers::new(inputs);
         let lmcache = Lmcache::read(&mut layers);
         let sidecar = Sidecar::read(&mut layers);
@@ -137,7 +137,7 @@ impl Config {
         let report = Report::new(layers, ignored, unknown, &inputs.env);
         match config {
             Some(config) if report.problems.is_empty() => Ok((config, report)),
-            _ => Err(report),
+            _ => Err(Box::new(report)),
         }
     }
 
