@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from harness.engine import Engine, EngineOptions
@@ -45,11 +44,10 @@ def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
 
 @pytest.fixture
 def pair(engines: tuple[Pair, Reference]) -> Iterator[Pair]:
-    """The pair in its standard set-up, with nothing held; afterwards nothing may be held either."""
+    """The pair in its standard set-up, with nothing held or cached; afterwards nothing may be held either."""
     pair, _ = engines
     pair.restore()
-    pair.decode.reset_prefix_cache()
-    pair.prefill.reset_prefix_cache()
+    pair.reset_prefix_caches()
     yield pair
     pair.wait_empty()
 

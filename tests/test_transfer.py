@@ -18,16 +18,22 @@ from harness.reference import Reference
 TRANSPORTS = ("nixl", "tcp")
 
 
-@pytest.fixture(params=TRANSPORTS)
-def wired(request: pytest.FixtureRequest, pair: Pair) -> Iterator[Pair]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def forced(request: pytest.FixtureRequest, engines: tuple[Pair, Reference]) -> Iterator[Pair]:
     """The pair with one transport forced; only its sidecars are restarted for that."""
-    wire = request.param
-    if pair.sender.options.transport != wire:
-        pair.restart_sidecars(transport=wire)
+    pair, _ = engines
+    pair.restart_sidecars(transport=request.param)
     yield pair
-    moved = [record for record in pair.sender.records() if record["bytes"]]
-    assert moved, "this test moved nothing"
-    assert {record["transport"].split(":")[0] for record in moved} == {wire}
+    wires = {record["transport"].split(":")[0] for record in pair.sender.records() if record["bytes"]}
+    assert wires == {request.param}
+
+
+@pytest.fixture
+def wired(forced: Pair) -> Iterator[Pair]:
+    """The same with nothing cached; afterwards nothing may be held."""
+    forced.reset_prefix_caches()
+    yield forced
+    forced.wait_empty()
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -52,7 +58,6 @@ def test_eight_at_once(wired: Pair, reference: Reference) -> None:
 # What the decode side holds is cut down to whole blocks of its own, and neither falls on a chunk's boundary.
 @pytest.mark.parametrize(("shared", "held"), [(70, 64), (300, 256), (700, 640), (1000, 960)])
 def test_prefix_on_the_decode_side(wired: Pair, reference: Reference, shared: int, held: int) -> None:
-    wired.decode.reset_prefix_cache()
     first = prompt(shared, seed=3)
     wired.move(first).check(reference.token_ids(first), shared)
     second = first + prompt(1100 - shared, seed=4)

@@ -140,6 +140,10 @@ class Pair:
         if any(part.options != self._standard[part.name] or not part.running for part in parts):
             self.restart_sidecars()
 
+    def reset_prefix_caches(self) -> None:
+        for engine in (self.prefill, self.decode):
+            engine.reset_prefix_cache()
+
     def stop(self) -> None:
         """Stops everything, in the order that lets each part say goodbye."""
         parts = (self.proxy, self.sender, self.receiver, self.prefill, self.decode)
