@@ -27,7 +27,10 @@ TEXT = {".rs", ".py", ".sh", ".md", ".toml", ".yaml", ".yml", ".h", ".txt", ""}
 def tracked() -> list[str]:
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return [name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
 

@@ -1,27 +1,41 @@
 //! The wires of one buffer: made at start, cut with it, and the choice between them per peer.
 
+use std::net::ToSocketAddrs;
 use std::sync::Arc;
 
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 
-use crate::config::Wire;
-use crate::transport::choose::{self, Choice};
-use crate::transport::{Kind, Transport};
+use crate::config::{Config, Listen, Wire};
+use crate::memory::Buffer;
+use crate::transport::Transport;
+use crate::transport::tcp::{self, Tcp};
 
 /// Every wire that this process can use for one buffer.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Wires {
     configured: Wire,
     transports: Vec<Arc<dyn Transport>>,
 }
 
 impl Wires {
-    pub(crate) fn new(configured: Wire, transports: Vec<Arc<dyn Transport>>) -> Self {
-        Self {
-            configured,
-            transports,
+    /// Makes every wire that the configuration allows and this host has.
+    ///
+    /// # Errors
+    /// A wire that was asked for by name and cannot be had, or a port that cannot be bound.
+    pub(crate) fn start(
+        config: &Config,
+        buffer: &Arc<Buffer>,
+        listen: Option<(&Listen, u16)>,
+    ) -> anyhow::Result<Self> {
+        let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
+        if config.transport != Wire::Nixl {
+            transports.push(Arc::new(tcp(config, buffer, listen)?));
         }
+        Ok(Self {
+            configured: config.transport,
+            transports,
+        })
     }
 
     /// Best first, for the init handshake.
@@ -42,17 +56,12 @@ impl Wires {
     ///
     /// # Errors
     /// Both sides' wires and the configuration, as a sentence, if they have none in common.
-    pub(crate) fn choose(
-        &self,
-        theirs: &[Advert],
-    ) -> Result<(Arc<dyn Transport>, String), String> {
-        let ours: Vec<Kind> = self.transports.iter().map(|t| t.kind()).collect();
-        let Choice { kind, why } = choose::choose(self.configured, &ours, theirs)?;
+    pub(crate) fn choose(&self, theirs: &[Advert]) -> Result<(Arc<dyn Transport>, String), String> {
         self.transports
             .iter()
-            .find(|t| t.kind() == kind)
-            .map(|t| (Arc::clone(t), why))
-            .ok_or_else(|| format!("no {kind} transport in this process"))
+            .find(|t| theirs.iter().any(|a| a.kind == t.kind().as_str()))
+            .map(|t| (Arc::clone(t), format!("{:?}", self.configured)))
+            .ok_or_else(|| "no wire in common".to_owned())
     }
 
     pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {
@@ -80,14 +89,10 @@ impl Wires {
     }
 
     /// Cuts the buffer into slots for every wire.
-    ///
-    /// # Errors
-    /// What a wire says against it.
-    pub(crate) fn cut(&self, slots: u32, slot_bytes: u64) -> Result<(), String> {
+    pub(crate) fn cut(&self, slots: u32, slot_bytes: u64) {
         for transport in &self.transports {
-            transport.cut(slots, slot_bytes)?;
+            transport.cut(slots, slot_bytes);
         }
-        Ok(())
     }
 
     /// NIXL's row of each slot; empty without NIXL.
@@ -98,4 +103,26 @@ impl Wires {
             .find(|r| !r.is_empty())
             .unwrap_or_default()
     }
+}
+
+fn tcp(
+    config: &Config,
+    buffer: &Arc<Buffer>,
+    listen: Option<(&Listen, u16)>,
+) -> anyhow::Result<Tcp> {
+    let mut wanted = tcp::Config {
+        connect: config.times.link,
+        stall: config.times.stall,
+        ..tcp::Config::default()
+    };
+    if let Some((listen, port)) = listen {
+        let address = (listen.host.as_str(), port)
+            .to_socket_addrs()?
+            .next()
+            .ok_or_else(|| anyhow::anyhow!("{} has no address", listen.host))?;
+        wanted.listen = Some(address);
+        wanted.advertise = Some(listen.advertise.clone());
+    }
+    Tcp::bind(wanted, Arc::clone(buffer))
+        .map_err(|e| anyhow::anyhow!("the data port of the built-in TCP transport: {e}"))
 }

@@ -42,72 +42,18 @@ class EngineOptions:
 
 
 class Engine:
-    """One instance. The constructor starts it, `wait` returns when it serves."""
+    """One instance with a port that outlives its process. `start` returns at once, `wait` when it serves."""
 
     def __init__(self, options: EngineOptions, logs: Path) -> None:
         self.options = options
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._logs = logs
-        self.starts = 0
-        self.process = self._start()
+        self.process: Process | None = None
 
-    def wait(self, progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
-        """Returns when `/health` answers 200. Raises `ProcessFailed` with the log's tail if it will not."""
-        deadline = time.monotonic() + bound_s
-        said = time.monotonic()
-        while not self.healthy():
-            if not self.process.alive:
-                raise self.process.failure(f"ended with exit code {self.process.exit_code} while starting")
-            if time.monotonic() > deadline:
-                raise self.process.failure(f"not healthy after {bound_s:g} s")
-            if progress is not None and time.monotonic() - said > 10:
-                said = time.monotonic()
-                progress.say(f"{self.options.name}: {self._stage()}")
-            time.sleep(0.2)
-        if progress is not None:
-            progress.say(f"{self.options.name}: ready at {self.url}")
-
-    def healthy(self) -> bool:
-        try:
-            return call(f"{self.url}/health", timeout_s=2.0)[0] == 200
-        except OSError:
-            return False
-
-    def restart(self) -> None:
-        """Starts it again on the same port, after `process.kill()` or `process.stop()`."""
-        assert not self.process.alive
-        self.process = self._start()
-
-    def stop(self) -> None:
-        self.process.stop()
-
-    def metrics(self) -> Metrics:
-        return Metrics.scrape(f"{self.url}/metrics")
-
-    def prompt_tokens(self) -> PromptTokens:
-        return PromptTokens.of(self.metrics())
-
-    def running(self) -> int:
-        """Requests that it has, waiting ones included."""
-        metrics = self.metrics()
-        return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))
-
-    def cache_usage(self) -> float:
-        """Share of the KV blocks that requests hold."""
-        return self.metrics().sum("vllm:kv_cache_usage_perc")
-
-    def reset_prefix_cache(self) -> None:
-        status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
-        assert status == 200, text
-
-    def warm_up(self) -> None:
-        """One short request, so that the first measured one does not pay for what every first one pays."""
-        complete(self.url, [2, 3, 4], max_tokens=2)
-
-    def _start(self) -> Process:
+    def start(self) -> None:
+        assert self.process is None or not self.process.alive
         options = self.options
-        self.starts += 1
         command: list[str | Path] = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server",
             "--model", options.model, "--served-model-name", "m",
@@ -138,10 +84,66 @@ class Engine:
             "PYTHONUNBUFFERED": "1",
             **options.env,
         }
-        return Process(options.name, command, self._logs / f"{options.name.replace(' ', '-')}.log", env)
+        log = self._logs / f"{options.name.replace(' ', '-')}.log"
+        self.process = Process(options.name, command, log, env)
+
+    def wait(self, progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
+        """Returns when `/health` answers 200. Raises `ProcessFailed` with the log's tail if it will not."""
+        assert self.process is not None
+        deadline = time.monotonic() + bound_s
+        said = time.monotonic()
+        while not self.healthy():
+            if not self.process.alive:
+                raise self.process.failure(f"ended with exit code {self.process.exit_code} while starting")
+            if time.monotonic() > deadline:
+                raise self.process.failure(f"not healthy after {bound_s:g} s")
+            if progress is not None and time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress.say(f"{self.options.name}: {self._stage()}")
+            time.sleep(0.2)
+        if progress is not None:
+            progress.say(f"{self.options.name}: ready at {self.url}")
+
+    def healthy(self) -> bool:
+        try:
+            return call(f"{self.url}/health", timeout_s=2.0)[0] == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+
+    def metrics(self) -> Metrics:
+        return Metrics.scrape(f"{self.url}/metrics")
+
+    def prompt_tokens(self) -> PromptTokens:
+        return PromptTokens.of(self.metrics())
+
+    def running(self) -> int:
+        """Requests that it has, waiting ones included."""
+        metrics = self.metrics()
+        return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))
+
+    def cache_usage(self) -> float:
+        """Share of the KV blocks that requests hold."""
+        return self.metrics().sum("vllm:kv_cache_usage_perc")
+
+    def reset_prefix_cache(self) -> None:
+        status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
+        assert status == 200, text
+
+    def warm_up(self) -> None:
+        """One short request, so that the first measured one does not pay for what every first one pays."""
+        complete(self.url, [2, 3, 4], max_tokens=2)
 
     def _stage(self) -> str:
         """What it does while it starts, for people."""
+        assert self.process is not None
         output = self.process.output()
         for sign, stage in _STAGES:
             if sign in output:

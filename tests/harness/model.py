@@ -1,7 +1,7 @@
-"""A Llama of 3.4 million random weights with a tokenizer of its own: small enough for two cores, and nothing is fetched.
+"""A Llama of 3.4 million random weights with a tokenizer of its own: small enough for two cores, nothing is fetched.
 
-The weights are wide enough (standard deviation 0.2) that a greedy answer depends on every part of its prompt: KV that is
-wrong anywhere changes the text.
+The weights are wide enough (standard deviation 0.2) that a greedy answer depends on every part of its prompt: KV that
+is wrong anywhere changes the text.
 """
 
 from __future__ import annotations

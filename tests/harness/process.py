@@ -31,7 +31,9 @@ class ProcessFailed(RuntimeError):
 class Process:
     """One child, started at once, with stdout and stderr in `log` (appended: a restart keeps the history)."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = log
         self.command = [str(part) for part in command]

@@ -100,7 +100,11 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         overflow: CancellationToken::new(),
     };
     let overflow = connection.overflow.clone();
-    if events.send(FromEngine::Hello(connection, hello)).await.is_err() {
+    if events
+        .send(FromEngine::Hello(connection, hello))
+        .await
+        .is_err()
+    {
         return;
     }
     let ended = tokio::select! {

@@ -113,7 +113,10 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
             continue;
         }
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
-            warn!(limit = MAX_CONNECTIONS, "engine connection refused: too many");
+            warn!(
+                limit = MAX_CONNECTIONS,
+                "engine connection refused: too many"
+            );
             continue;
         };
         let id = EngineId(NEXT.fetch_add(1, Ordering::Relaxed));
@@ -132,6 +135,3 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
 /// Connections are numbered over the whole process, so that a number in a log names one.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
-
-#[cfg(test)]
-mod tests;

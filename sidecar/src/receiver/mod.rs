@@ -6,8 +6,9 @@ mod fence;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use protocol::dlist::Memory;
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{Hello, Init, ToReceiver, Written};
+use protocol::message::{Hello, Init, Pages, ToReceiver, Written};
 use protocol::receiver::{Action, Event, Receiver, Route};
 use protocol::{EngineId, Epoch, LeaseId, VERSION, codec};
 use tokio::sync::mpsc;
@@ -16,7 +17,7 @@ use tracing::{debug, error, warn};
 
 use crate::engines::{Cut, Engines};
 use crate::host;
-use crate::init::{self, Identity};
+use crate::init::{self, Answer, Identity};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Gauges, Side, SideContext};
@@ -33,6 +34,8 @@ pub(crate) struct LandSide {
     init: RouterServer,
     alloc: RouterServer,
     identity: Identity,
+    /// Init requests of LMCache peers that came before the engine.
+    early: Vec<(Route, Vec<u8>)>,
     fences: Fences,
     clock: Clock,
     draining: bool,
@@ -63,7 +66,18 @@ impl LandSide {
             buffer,
             init,
             alloc,
-            identity: Identity::without_engine(hello, context.wires.metadata()),
+            identity: Identity {
+                hello,
+                metadata: context.wires.metadata(),
+                rows: Vec::new(),
+                memory: Memory::Dram,
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
+            early: Vec::new(),
             fences: Fences::default(),
             clock: Clock::start(),
             draining: false,
@@ -124,13 +138,20 @@ impl LandSide {
             self.fences.introduce(hello);
         }
         match init::answer(bytes, &self.identity) {
-            Ok(reply) => {
+            Answer::Reply(reply) => {
                 if let Err(error) = self.init.send(route, reply) {
                     debug!(%error, "init answer not sent");
                 }
             }
-            Err(error) => {
-                warn!(peer = self.init.name(route), %error, "malformed message on the init port");
+            Answer::NotYet if self.early.len() < MAX_EARLY => {
+                self.early.push((route, bytes.to_vec()));
+            }
+            Answer::NotYet => self.init.disconnect(route),
+            Answer::Malformed(error) => {
+                warn!(
+                    peer = self.init.name(route),
+                    error, "malformed message on the init port"
+                );
                 self.context.malformed("init");
                 self.init.disconnect(route);
             }
@@ -175,7 +196,11 @@ impl LandSide {
         let (Some(machine), Some(cut)) = (&self.machine, self.engines.cut()) else {
             return true;
         };
-        for ((&chunk, &index), &sum) in written.chunks.iter().zip(&written.indexes).zip(&written.sums)
+        for ((&chunk, &index), &sum) in written
+            .chunks
+            .iter()
+            .zip(&written.indexes)
+            .zip(&written.sums)
         {
             let Some(bytes) = machine.expected_bytes(written.lease, chunk) else {
                 continue; // a repetition, or not of this lease: the machine knows what to say
@@ -212,9 +237,7 @@ impl LandSide {
 
     /// A machine for a freshly cut buffer.
     fn begin(&mut self, cut: &Cut) {
-        if let Err(error) = self.context.wires.cut(cut.slots, cut.slot_bytes) {
-            warn!(%error, "a transport cannot use the buffer");
-        }
+        self.context.wires.cut(cut.slots, cut.slot_bytes);
         let config = self
             .context
             .config
@@ -232,9 +255,16 @@ impl LandSide {
             },
             metadata: self.context.wires.metadata(),
             rows: self.context.wires.rows(),
-            slots: cut.slots,
-            slot_bytes: cut.slot_bytes,
+            memory: Memory::Dram,
+            pages: Pages {
+                v: VERSION,
+                slots: cut.slots,
+                slot_bytes: cut.slot_bytes,
+            },
         };
+        for (route, request) in std::mem::take(&mut self.early) {
+            self.on_init(route, &request);
+        }
         self.context.trace.begin_receiver(&config);
         self.machine = Some(Receiver::new(config));
     }
@@ -314,3 +344,6 @@ impl LandSide {
         );
     }
 }
+
+/// Init requests that wait for an engine; a peer beyond it is disconnected, and asks again.
+const MAX_EARLY: usize = 64;

@@ -121,9 +121,7 @@ impl SendSide {
 
     /// A machine for a freshly cut buffer.
     fn begin(&mut self, cut: &Cut) {
-        if let Err(error) = self.context.wires.cut(cut.slots, cut.slot_bytes) {
-            warn!(%error, "a transport cannot use the buffer");
-        }
+        self.context.wires.cut(cut.slots, cut.slot_bytes);
         self.peers.begin(cut);
         let config = self.context.config.sender_config(
             self.context.rank,
@@ -218,27 +216,32 @@ impl SendSide {
             }
             Action::Granted(engine, m) => self.tell(engine, ToEngine::Granted(m)),
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
-            Action::Progress(req_id) => self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
-                id: self.context.config.id.clone(),
-                req_id,
-            })),
+            Action::Progress(req_id) => {
+                self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
+                    id: self.context.config.id.clone(),
+                    req_id,
+                }))
+            }
             Action::Notify {
                 req,
                 reason,
                 bytes,
                 us,
                 transport,
-            } => self.context.shown.tell_proxy(&ToProxy::ProxyNotif(ProxyNotif {
-                req_id: req,
-                x: Some(NotifX {
-                    v: VERSION,
-                    ok: reason.is_none(),
-                    reason,
-                    bytes,
-                    us,
-                    transport,
-                }),
-            })),
+            } => self
+                .context
+                .shown
+                .tell_proxy(&ToProxy::ProxyNotif(ProxyNotif {
+                    req_id: req,
+                    x: Some(NotifX {
+                        v: VERSION,
+                        ok: reason.is_none(),
+                        reason,
+                        bytes,
+                        us,
+                        transport,
+                    }),
+                })),
             Action::Record(record) => self.context.record(Side::Sender, &record),
         }
     }

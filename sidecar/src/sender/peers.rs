@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use protocol::dlist::Memory;
 use protocol::local::Target;
-use protocol::message::{Hello, ToReceiver, ToSender};
+use protocol::message::{Hello, Pages, ToReceiver, ToSender};
 use protocol::sender::Piece;
 use protocol::{Epoch, LeaseId, Reason, VERSION, codec};
 use tokio::sync::mpsc;
@@ -17,7 +18,7 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::engines::Cut;
 use crate::host;
-use crate::init;
+use crate::init::{self, Identity};
 use crate::side::LinkStatus;
 use crate::transport::{Link, Outcome, Remote};
 use crate::wires::Wires;
@@ -200,12 +201,25 @@ impl Peers {
             pid: std::process::id(),
             refused: None,
         };
-        let identity = format!("{}-{}-to-{}:{}", hello.id, cut.epoch, to.host, to.alloc_port);
+        let identity = format!(
+            "{}-{}-to-{}:{}",
+            hello.id, cut.epoch, to.host, to.alloc_port
+        );
         let status = LinkStatus::new(&to, self.config.transport.as_str());
         let task = PeerTask {
             to: to.clone(),
             generation,
-            hello,
+            ours: Identity {
+                hello,
+                metadata: self.wires.metadata(),
+                rows: Vec::new(),
+                memory: Memory::Dram,
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
             wires: self.wires.clone(),
             deadline: self.config.times.link,
             events: self.events.clone(),
@@ -233,7 +247,10 @@ impl Peers {
             return; // the machine has been told of the loss, or is about to be
         };
         if peer.outbox.try_send(codec::encode(message)).is_err() {
-            warn!(peer = peer.status.peer, "receiver does not take messages: one is dropped");
+            warn!(
+                peer = peer.status.peer,
+                "receiver does not take messages: one is dropped"
+            );
         }
     }
 
@@ -277,7 +294,8 @@ impl Peers {
 struct PeerTask {
     to: Target,
     generation: u64,
-    hello: Hello,
+    /// A sender exports nothing: it has no rows and no pages.
+    ours: Identity,
     wires: Wires,
     deadline: Duration,
     events: mpsc::Sender<(u64, Internal)>,
@@ -304,7 +322,8 @@ impl PeerTask {
             let to = self.to.clone();
             return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
         };
-        self.say(Internal::Up(self.to.clone(), Box::new(made))).await;
+        self.say(Internal::Up(self.to.clone(), Box::new(made)))
+            .await;
         loop {
             tokio::select! {
                 biased;
@@ -330,14 +349,18 @@ impl PeerTask {
     }
 
     async fn make(&self) -> Result<Made, (Reason, String)> {
-        let linked = init::handshake(&self.to, &self.hello, self.wires.metadata())
+        let linked = init::handshake(&self.to, &self.ours, self.deadline)
             .await
             .map_err(|e| (e.reason(), e.to_string()))?;
+        let Some(hello) = linked.hello else {
+            let text = "an LMCache receiver: pushing to it is not supported yet".to_owned();
+            return Err((Reason::NoLink, text));
+        };
         let (transport, why) = self
             .wires
-            .choose(&linked.hello.transports)
+            .choose(&hello.transports)
             .map_err(|text| (Reason::NoLink, text))?;
-        let tcp = linked.hello.transports.iter().find(|a| a.kind == "tcp");
+        let tcp = hello.transports.iter().find(|a| a.kind == "tcp");
         let slots = linked.pages.slots;
         let remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
@@ -353,7 +376,7 @@ impl PeerTask {
             .await
             .map_err(|e| (Reason::NoLink, e.to_string()))?;
         Ok(Made {
-            hello: linked.hello,
+            hello,
             slots,
             link,
             why,
