@@ -61,6 +61,9 @@ pub fn decode<T: Message>(bytes: &[u8]) -> Result<T, DecodeError> {
 
 /// The messages that one socket may carry.
 pub trait Message: Sized {
+    /// The values of `type` that name them.
+    const NAMES: &'static [&'static str];
+
     /// Decodes the message that `tag` names from a map that has been scanned.
     ///
     /// # Errors
@@ -74,6 +77,8 @@ pub trait Message: Sized {
 macro_rules! messages {
     ($($set:ident { $($name:ident),* $(,)? })*) => {$(
         impl Message for $set {
+            const NAMES: &'static [&'static str] = &[$(stringify!($name)),*];
+
             fn of_type(tag: &str, bytes: &[u8]) -> Result<Self, DecodeError> {
                 match tag {
                     $(stringify!($name) => of_type(stringify!($name), bytes).map(Self::$name),)*
