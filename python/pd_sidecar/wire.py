@@ -14,8 +14,8 @@ import msgspec
 VERSION = 1
 """Version of the protocol that this package speaks."""
 
-MAX_FRAME_BYTES = 16 << 20
-"""A longer frame is an error: the longest message holds the keys of one request."""
+MAX_FRAME_BYTES = 1 << 20
+"""A longer frame is an error: the keys of a request of a million tokens have 600 KB."""
 
 HEADER = struct.Struct("<I")
 
