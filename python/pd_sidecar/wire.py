@@ -172,8 +172,8 @@ class Ended(_Message):
     """The request's end on this connection; `reason` is absent if every wanted chunk arrived."""
 
     req: str
-    bytes: int
     reason: str | None = None
+    bytes: int = 0
 
 
 ToSidecar = Union[Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort]  # noqa: UP007

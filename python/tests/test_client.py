@@ -69,7 +69,7 @@ def test_messages_go_both_ways(path, clients):
     answers = [
         wire.Granted("r", 4, [0], [2]),
         wire.Ready("r", 0, [1], [1]),
-        wire.Ended("r", 7, "no_room"),
+        wire.Ended("r", "no_room", 7),
     ]
     sidecar.say(*answers)
     events = until(client, wire.Ended)
@@ -198,11 +198,11 @@ def test_the_default_path_can_be_named(monkeypatch):
 
 def test_keys_that_a_newer_sidecar_adds_are_ignored():
     frame = raw({"type": "Ended", "req": "r", "reason": None, "bytes": 3, "more": [1]})
-    assert wire.decode_to_engine(frame[4:]) == wire.Ended("r", 3, None)
+    assert wire.decode_to_engine(frame[4:]) == wire.Ended("r", None, 3)
 
 
 def test_frames_are_cut_wherever_the_stream_is():
-    data = b"".join(wire.encode(wire.Ended(f"r{i}", i)) for i in range(5))
+    data = b"".join(wire.encode(wire.Ended(f"r{i}", None, i)) for i in range(5))
     for step in (1, 3, 7, len(data)):
         frames, seen = wire.FrameBuffer(), []
         for at in range(0, len(data), step):

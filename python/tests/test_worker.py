@@ -167,7 +167,7 @@ def test_nothing_wanted_frees_the_blocks(rig):
 @pytest.mark.parametrize("reason", ["no_room", None])
 def test_a_push_that_the_sidecar_ends_frees_the_blocks_once(rig, reason):
     begin_push(rig)
-    rig.sender.say(wire.Ended("r", 0, reason))
+    rig.sender.say(wire.Ended("r", reason, 0))
     rig.until(lambda: rig.worker._sender._by_req["r"].over)
     # Only after the engine has said that it waits: it does not know the id as finished before.
     assert rig.step(forward=False)[0] == set()
@@ -270,7 +270,7 @@ def test_a_load_is_scattered_released_and_reported_once(rig):
     while not rig.receiver.nothing():
         released += rig.receiver.next(wire.Release).chunks
     assert sorted(released) == [0, 1, 2]
-    rig.receiver.say(wire.Ended("r", 1, None))
+    rig.receiver.say(wire.Ended("r", None, 1))
     time.sleep(0.05)
     assert rig.step(forward=False)[1].received == set()
     assert (rig.stats.data["loads"], rig.stats.data["load_tokens"]) == (1, TOKENS)
@@ -309,7 +309,7 @@ def test_a_chunk_that_begins_too_late_is_not_used(rig):
 def test_a_load_that_ends_early_is_reported_as_failed(rig):
     rig.step(forward=False, load_starts=[load(have=32)])
     rig.receiver.next(wire.Await)
-    rig.receiver.say(wire.Ended("r", 0, "no_sender"))
+    rig.receiver.say(wire.Ended("r", "no_sender", 0))
     _, received, failed = rig.until(lambda: not rig.worker._receiver._by_req)
     assert (received, failed) == (["a"], ["a"])
     assert rig.invalid_blocks == {27, 1, 5}  # not the prefix that other requests share
@@ -390,7 +390,7 @@ def test_a_wait_ends_with_the_first_word_of_the_sidecar(tmp_path):
     rig = Rig(tmp_path, idle_wait_ms=50)
     rig.step(load_starts=[load()])
     rig.receiver.next(wire.Await)
-    rig.receiver.say(wire.Ended("r", 0, "no_room"))
+    rig.receiver.say(wire.Ended("r", "no_room", 0))
     began = time.monotonic()
     results = rig.step(forward=False)[1]
     assert results.failed == {"a"}
