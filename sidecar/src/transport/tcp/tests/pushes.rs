@@ -128,11 +128,11 @@ async fn dropping_the_future_or_the_link_does_not_stop_a_write() {
 
 #[tokio::test]
 async fn a_receiver_that_goes_leaves_begun_writes_open_and_others_terminal() {
-    let (sender, receiver) = pair(64, 4 * MIB);
+    let (sender, receiver) = pair(64, MIB);
     open_all(&receiver, LEASE);
     let link = sender.link(remote(&receiver)).await.unwrap();
     let writes: Vec<_> = (0..64)
-        .map(|slot| link.write(LEASE, vec![piece(slot, slot, 4 * MIB)]))
+        .map(|slot| link.write(LEASE, vec![piece(slot, slot, MIB)]))
         .collect();
     until("the first has landed", || receiver.counts().batches > 0);
     drop(receiver);
