@@ -53,11 +53,8 @@ SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
 
 def default_socket(role: str) -> str:
     """Where a sidecar of this role (`sender` or `receiver`) listens unless told otherwise."""
-    if explicit := os.environ.get(SOCKET_VARIABLE):
-        return explicit
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return os.path.join(runtime, "pd-sidecar", f"{role}.sock")
-    return f"/tmp/pd-sidecar-{os.getuid()}/{role}.sock"
+    explicit = os.environ.get(SOCKET_VARIABLE)
+    return explicit or f"/tmp/pd-sidecar-{os.getuid()}/{role}.sock"
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,11 @@ class Client:
         self.send(Abort(req))
 
     def send(self, message: ToSidecar) -> None:
-        """Sends any message. Raises `NotConnectedError`; a loss is said by the next `poll`."""
+        """Sends any message.
+
+        Raises `NotConnectedError`, or `WireError` for a message that no frame holds. A connection
+        that is lost meanwhile is said by the next `poll`.
+        """
         connection = self.connection
         try:
             connection.send(message)

@@ -17,6 +17,7 @@ from . import keys
 from .client import Ended, NotConnectedError, Ready
 from .kernels import Copier, Fence, Piece
 from .layout import chunk_span, wanted_chunks
+from .wire import WireError
 
 if TYPE_CHECKING:
     from .client import Client
@@ -192,6 +193,8 @@ class Receiver:
             )
         except NotConnectedError:
             self._fail(incoming, "no_sidecar")
+        except WireError:
+            self._fail(incoming, "too_large")
 
     def _settle(self) -> None:
         """Gives back the slots of scatters that are over."""

@@ -110,12 +110,9 @@ class Scheduler:
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
             # Asked again after a load, failed or of one token: a second one would never come.
             return 0, False
-        count = request.num_prompt_tokens - computed
-        if count <= 1:
-            # vLLM computes the last token in any case.
-            return 0, False
         state.have_tokens = computed
-        return count, True
+        count = request.num_prompt_tokens - computed
+        return (count, True) if count > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
         """The request has blocks for the tokens that are to be loaded."""

@@ -17,7 +17,7 @@ from . import keys
 from .client import Ended, Granted, NotConnectedError
 from .kernels import Copier, Fence, Piece
 from .layout import chunk_span, wanted_chunks
-from .wire import Target
+from .wire import Target, WireError
 
 if TYPE_CHECKING:
     from .client import Client
@@ -188,6 +188,8 @@ class Sender:
                 self._reserve(outgoing, step.upto)
         except NotConnectedError:
             self._fail(outgoing, "no_sidecar")
+        except WireError:
+            self._fail(outgoing, "too_large")
         outgoing.announced = step.upto
 
     def _reserve(self, outgoing: Outgoing, upto: int) -> None:

@@ -14,8 +14,8 @@ import msgspec
 VERSION = 1
 """Version of the protocol that this package speaks."""
 
-MAX_FRAME_BYTES = 16 << 20
-"""A longer frame is an error: the longest message holds the keys of one request."""
+MAX_FRAME_BYTES = 1 << 20
+"""A longer frame is an error: the keys of a request of a million tokens have 600 KB."""
 
 HEADER = struct.Struct("<I")
 
@@ -172,8 +172,8 @@ class Ended(_Message):
     """The request's end on this connection; `reason` is absent if every wanted chunk arrived."""
 
     req: str
-    bytes: int
     reason: str | None = None
+    bytes: int = 0
 
 
 ToSidecar = Union[Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort]  # noqa: UP007

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use protocol::EngineId;
 use protocol::Reason;
-use protocol::local::{EngineRole, Refused, ToEngine};
+use protocol::local::{EngineRole, Refused, Target, ToEngine};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -35,9 +35,13 @@ pub(crate) struct StartError(#[from] anyhow::Error);
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,
-    tasks: JoinSet<()>,
+    sides: JoinSet<()>,
+    /// The engines' socket and its dispatcher: they end with this.
+    _services: JoinSet<()>,
     drain: CancellationToken,
     stop: CancellationToken,
+    targets: Vec<Target>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     _listener: Listener,
 }
 
@@ -60,8 +64,10 @@ impl Node {
             })?,
         };
         let mut node = Builder {
-            tasks: JoinSet::new(),
+            sides: JoinSet::new(),
             doors: Doors::new(),
+            targets: Vec::new(),
+            buffers: BTreeMap::new(),
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
@@ -76,32 +82,44 @@ impl Node {
                 node.receiver(rank).await?;
             }
         }
+        let mut services = JoinSet::new();
         let (listener, engines) =
-            Listener::bind(&config.socket, &mut node.tasks).map_err(anyhow::Error::from)?;
+            Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        node.tasks.spawn(dispatch(engines, node.doors));
+        services.spawn(dispatch(engines, node.doors));
         Ok(Self {
             config,
-            tasks: node.tasks,
+            sides: node.sides,
+            _services: services,
             drain: node.drain,
             stop: node.stop,
+            targets: node.targets,
+            buffers: node.buffers,
             _listener: listener,
         })
     }
 
-    /// Begins to drain: nothing new, what is under way may end.
-    pub(crate) fn drain(&self) {
-        self.drain.cancel();
+    /// Where senders find a rank's receiver, with the ports that were bound.
+    pub(crate) fn target(&self, rank: usize) -> Option<Target> {
+        self.targets.get(rank).cloned()
     }
 
-    /// Whether [`Self::drain`] was called.
+    /// The buffers of rank 0.
+    pub(crate) fn buffers(&self) -> BTreeMap<Side, Arc<Buffer>> {
+        let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
+        first
+            .map(|((side, _), buffer)| (*side, Arc::clone(buffer)))
+            .collect()
+    }
+
+    /// Cancelling it begins the drain: nothing new, what is under way may end.
     pub(crate) fn drain_token(&self) -> CancellationToken {
         self.drain.clone()
     }
 
     /// Runs until every side has ended: after a drain, or because something broke. After the drain's
     /// grace period everything is stopped.
-    pub(crate) async fn run(mut self) {
+    pub(crate) async fn run(mut self) -> Ended {
         let grace = self.config.times.drain;
         let drain = self.drain.clone();
         let late = async {
@@ -109,42 +127,51 @@ impl Node {
             tokio::time::sleep(grace).await;
         };
         tokio::pin!(late);
-        loop {
+        let ended = loop {
             tokio::select! {
                 biased;
-                ended = self.tasks.join_next() => match ended {
-                    Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                    // The listener and the dispatcher live as long as their channels.
-                    Some(_) if self.tasks.len() > SERVICES => {}
-                    _ => break,
+                Some(side) = self.sides.join_next() => match side {
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    _ if !self.drain.is_cancelled() => break Ended::Broken,
+                    _ if self.sides.is_empty() => break Ended::Drained,
+                    _ => {}
                 },
                 () = &mut late => {
                     warn!(?grace, "stopping with requests under way: the grace period is over");
-                    self.stop.cancel();
-                    break;
+                    break Ended::Busy;
                 }
             }
-        }
+        };
         self.stop.cancel();
         // Sides close their sockets, so that peers hear of the end at once.
-        let closing = async {
-            while self.tasks.len() > SERVICES && self.tasks.join_next().await.is_some() {}
-        };
+        let closing = async { while self.sides.join_next().await.is_some() {} };
         if tokio::time::timeout(CLOSING, closing).await.is_err() {
             warn!("sockets did not close in {CLOSING:?}");
         }
+        ended
     }
 }
 
-/// The engine socket's accept loop and the dispatcher: they end with the process.
-const SERVICES: usize = 2;
+/// How [`Node::run`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Nothing was under way any more.
+    Drained,
+    /// The grace period was over before.
+    Busy,
+    /// A side ended by itself.
+    Broken,
+}
+
 /// How long sockets may take to close.
 const CLOSING: Duration = Duration::from_secs(1);
 
 /// Collects what [`Node::start`] makes.
 struct Builder {
-    tasks: JoinSet<()>,
+    sides: JoinSet<()>,
     doors: Doors,
+    targets: Vec<Target>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     drain: CancellationToken,
     stop: CancellationToken,
     config: Arc<Config>,
@@ -155,10 +182,10 @@ struct Builder {
 impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(Side::Sender, rank)?;
-        let wires = Wires::start(&self.config, &buffer, None)?;
+        let wires = Wires::start(&self.config, rank, &buffer, None)?;
         let side = SendSide::new(self.context(rank, wires), buffer);
         let engines = self.door(Side::Sender, rank);
-        self.tasks
+        self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
@@ -185,20 +212,26 @@ impl Builder {
             alloc = alloc.port(),
             "ports bound"
         );
-        let wires = Wires::start(&self.config, &buffer, Some((listen, tcp)))?;
+        self.targets.push(Target {
+            host: listen.advertise.clone(),
+            init_port: init.port(),
+            alloc_port: alloc.port(),
+        });
+        let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
         let engines = self.door(Side::Receiver, rank);
-        self.tasks
+        self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
 
-    fn buffer(&self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
+    fn buffer(&mut self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
         let name = format!("pd-{}-{rank}", side.as_str());
         let bytes = self.config.buffer_bytes;
         let buffer =
             Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?;
         info!(side = side.as_str(), rank, bytes, "buffer taken");
+        self.buffers.insert((side, rank), Arc::clone(&buffer));
         Ok(buffer)
     }
 
