@@ -121,13 +121,15 @@ fn a_lost_write_quarantines_and_a_failed_one_does_not() {
         for seed in 0..50 {
             let outcome = run(&Plan {
                 seed,
+                // Most chunks have a slot there but none here when the write is lost.
+                send_slots: 2,
                 faults: vec![(0, fault)],
                 ..plan(some_requests(3))
             });
-            assert!(
-                outcome.failed.contains(&Reason::TransferFailed),
-                "{outcome:?}"
-            );
+            let failed = outcome.failed.contains(&Reason::TransferFailed);
+            assert!(failed, "{outcome:?}");
+            let only_its_own = outcome.quarantined <= outcome.lost_pieces;
+            assert!(only_its_own, "{outcome:?}");
             quarantined |= outcome.quarantined > 0;
         }
         assert_eq!(quarantined, expected);
@@ -152,7 +154,6 @@ fn engines_give_up_at_any_time() {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 400,
         max_shrink_iters: 20_000,
         ..ProptestConfig::default()
     })]

@@ -97,14 +97,11 @@ impl PrefillEngine {
         gone
     }
 
-    pub(crate) fn check_all_ended(&self, log: &[String]) {
-        assert!(
-            self.live.is_empty() && self.ended + self.lost == self.reserved,
-            "{} of {} reservations ended\n{}",
-            self.ended,
-            self.reserved,
-            log.join("\n")
-        );
+    /// What is wrong with the ends of reservations.
+    pub(crate) fn unended(&self) -> Option<String> {
+        let all = self.live.is_empty() && self.ended + self.lost == self.reserved;
+        let (ended, lost, reserved) = (self.ended, self.lost, self.reserved);
+        (!all).then(|| format!("of {reserved} reservations {ended} ended, {lost} were lost"))
     }
 }
 
@@ -133,15 +130,12 @@ impl DecodeEngine {
         gone
     }
 
-    pub(crate) fn check_all_ended(&self, log: &[String]) {
+    /// What is wrong with the ends of parked requests.
+    pub(crate) fn unended(&self) -> Option<String> {
         let ended = self.delivered + self.failed.len();
-        assert!(
-            ended + self.lost == self.parked,
-            "{ended} of {} parked requests ended, {} lost\n{}",
-            self.parked,
-            self.lost,
-            log.join("\n")
-        );
+        let (lost, parked) = (self.lost, self.parked);
+        (ended + lost != parked)
+            .then(|| format!("of {parked} parked requests {ended} ended, {lost} were lost"))
     }
 }
 
@@ -178,11 +172,11 @@ impl World {
         self.after(u64::from(delay) * MS, Happening::Decode(turn));
     }
 
-    fn to_sender(&mut self, event: sender::Event) {
+    fn tell_sender(&mut self, event: sender::Event) {
         self.after(20, Happening::ToSender(event, self.p_epoch));
     }
 
-    fn to_receiver(&mut self, event: receiver::Event) {
+    fn tell_receiver(&mut self, event: receiver::Event) {
         self.after(20, Happening::ToReceiver(event, self.d_epoch));
     }
 
@@ -196,7 +190,7 @@ impl World {
                 let req = OfRequest {
                     req: name.as_str().into(),
                 };
-                self.to_sender(sender::Event::Cancel(engine, req));
+                self.tell_sender(sender::Event::Cancel(engine, req));
             }
             _ => {}
         }
@@ -213,7 +207,7 @@ impl World {
             upto,
             overlap: plan.overlap,
         };
-        self.to_sender(sender::Event::Reserve(engine, reserve));
+        self.tell_sender(sender::Event::Reserve(engine, reserve));
         self.prefill.reserved += 1;
         if let Some(ms) = plan.cancel_after_ms {
             let step = Step::Cancel(name.clone(), engine);
@@ -245,7 +239,7 @@ impl World {
                 req: name.into(),
                 upto: request.upto,
             };
-            self.to_sender(sender::Event::Computing(engine, computing));
+            self.tell_sender(sender::Event::Computing(engine, computing));
             let took = self.jitter(MS, 30 * MS);
             self.after(
                 took,
@@ -274,7 +268,7 @@ impl World {
             }
         }
         if !staged.chunks.is_empty() {
-            self.to_sender(sender::Event::Staged(engine, staged));
+            self.tell_sender(sender::Event::Staged(engine, staged));
         }
     }
 
@@ -331,7 +325,7 @@ impl World {
             have_tokens: plan.have_tokens(),
             deadline_ms: u32::try_from(DEADLINE / MS).unwrap_or(u32::MAX),
         };
-        self.to_receiver(receiver::Event::Await(engine, parked));
+        self.tell_receiver(receiver::Event::Await(engine, parked));
         self.decode.parked += 1;
         if let Some(ms) = plan.abort_after_ms {
             let turn = Turn::Abort(name.to_owned(), engine);
@@ -403,7 +397,7 @@ impl World {
             chunks,
             scatter_us: 10,
         };
-        self.to_receiver(receiver::Event::Release(engine, release));
+        self.tell_receiver(receiver::Event::Release(engine, release));
     }
 
     fn abort(&mut self, name: &str) {
@@ -419,7 +413,7 @@ impl World {
             self.wire.reading.remove(&slot);
         }
         let req = OfRequest { req: name.into() };
-        self.to_receiver(receiver::Event::Abort(engine, req));
+        self.tell_receiver(receiver::Event::Abort(engine, req));
     }
 
     pub(crate) fn decode_ended(&mut self, engine: EngineId, ended: &Ended) {

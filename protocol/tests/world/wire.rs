@@ -15,8 +15,6 @@ pub(crate) struct Wire {
     pub(crate) guarded: bool,
     /// Kinds of failures to come: whether the end of the write stays unknown.
     pub(crate) fail_next: Vec<bool>,
-    /// A write was lost whose end nobody knows.
-    pub(crate) dirty: bool,
     pub(crate) send: Vec<Content>,
     pub(crate) land: Vec<Content>,
     open: Vec<Option<LeaseId>>,
@@ -26,7 +24,7 @@ pub(crate) struct Wire {
     /// Landings still to come, by the sender's epoch and lease.
     coming: BTreeMap<(u64, LeaseId), u32>,
     posted: BTreeSet<(TransferId, u64)>,
-    refused: BTreeSet<TransferId>,
+    refused: BTreeSet<(TransferId, u64)>,
     /// Slots that the decode engine reads.
     pub(crate) reading: BTreeSet<u32>,
 }
@@ -55,7 +53,6 @@ impl Wire {
         Self {
             guarded,
             fail_next: Vec::new(),
-            dirty: false,
             send: vec![None; send as usize],
             land: vec![None; land as usize],
             open: vec![None; land as usize],
@@ -102,7 +99,7 @@ impl World {
             self.after(delay, Happening::Land(landing));
         }
         if matches!(end, End::Failed { terminal: false }) {
-            self.wire.dirty = true;
+            self.outcome.lost_pieces += u32::try_from(pieces.len()).unwrap_or(u32::MAX);
             latest = 10 * MS;
         }
         self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
@@ -123,7 +120,8 @@ impl World {
         let open = self.wire.open[slot] == Some(landing.lease);
         if self.wire.guarded && !open {
             // Refused by the receiving side, which does the writing.
-            self.wire.refused.insert(landing.transfer);
+            let write = (landing.transfer, landing.from_epoch);
+            self.wire.refused.insert(write);
             return;
         }
         let quarantined = self.wire.open[slot].is_none()
@@ -155,7 +153,7 @@ impl World {
             return;
         }
         let event = match end {
-            _ if self.wire.refused.remove(&transfer) => sender::Event::Failed {
+            _ if self.wire.refused.remove(&(transfer, epoch)) => sender::Event::Failed {
                 transfer,
                 terminal: true,
             },
