@@ -1,7 +1,7 @@
 //! The HTTP endpoints.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -19,9 +19,10 @@ use crate::body::Endpoint;
 use crate::drive::{self, Arrival};
 use crate::error::ApiError;
 use crate::id;
-use crate::legs::{end_to_end, leg_headers};
+use crate::legs::leg_headers;
 use crate::record::Record;
-use crate::route::{Ask, NoRoute, route};
+use crate::relay;
+use crate::route::{Ask, route};
 
 /// All endpoints of one proxy.
 pub fn router(app: Arc<App>) -> Router {
@@ -117,29 +118,28 @@ async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
 
 /// The models are those of the decode instances; any of them can tell.
 async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    let id = id::assign(&headers);
     let ask = Ask {
         alone: None,
         policy: app.next_turn(Transfers::No),
         failed: &[],
     };
-    let error = match route(&app.instances(), &ask) {
-        Ok(pair) => {
-            let id = id::header_value(&id::assign(&headers));
-            let url = pair.decode.http.join("/v1/models");
-            match app.legs.get(&url, leg_headers(&headers, id)).await {
-                Ok(answer) => {
-                    let (mut head, body) = answer.into_parts();
-                    head.headers = end_to_end(&head.headers);
-                    return Response::from_parts(head, Body::new(body));
-                }
-                Err(error) => ApiError::bad_gateway("decode_unreachable", error.to_string()),
-            }
-        }
-        Err(error @ (NoRoute::NoDecode | NoRoute::NoneReady(_) | NoRoute::AllFailed)) => {
-            ApiError::unavailable("no_decode_instance_ready", error.to_string())
+    let decode = match route(&app.instances(), &ask) {
+        Ok(pair) => pair.decode,
+        Err(error) => {
+            let text = error.to_string();
+            return ApiError::unavailable("no_decode_instance_ready", text).into_response();
         }
     };
-    error.into_response()
+    let headers = leg_headers(&headers, id::header_value(&id));
+    let url = decode.http.join("/v1/models");
+    match app.legs.get(&url, headers, MODELS_TIMEOUT).await {
+        Ok(answer) => relay::whole(answer, &id),
+        Err(error) => {
+            app.suspect(&decode.id);
+            ApiError::bad_gateway("decode_unreachable", error.to_string()).into_response()
+        }
+    }
 }
 
 /// Live: the process answers.
@@ -204,3 +204,6 @@ async fn wrong_method(request: Request) -> Response {
     );
     ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
 }
+
+/// A list that needs no computing.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

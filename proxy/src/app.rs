@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::Config;
@@ -39,6 +39,7 @@ pub struct App {
     pub draining: CancellationToken,
     /// Set when requests under way are cut off.
     pub cut: CancellationToken,
+    suspects: mpsc::Sender<String>,
     slots: Arc<Semaphore>,
     decode_turn: AtomicUsize,
     prefill_turn: AtomicUsize,
@@ -50,6 +51,7 @@ impl App {
         config: Config,
         registration: SocketAddr,
         instances: watch::Receiver<Instances>,
+        suspects: mpsc::Sender<String>,
     ) -> Self {
         Self {
             legs: Legs::new(&config),
@@ -57,6 +59,7 @@ impl App {
             config,
             registration,
             instances,
+            suspects,
             in_flight: Arc::default(),
             recent: Recent::default(),
             metrics: Metrics::new(),
@@ -77,6 +80,12 @@ impl App {
         let all = u32::try_from(self.config.max_in_flight).unwrap_or(u32::MAX);
         // Never closed, so the only end is success.
         drop(self.slots.acquire_many(all).await);
+    }
+
+    /// A leg could not reach this instance: it is called back before the next health check is due.
+    pub fn suspect(&self, id: &str) {
+        // A full queue has other suspects, which are most likely the same ones.
+        drop(self.suspects.try_send(id.to_owned()));
     }
 
     /// The instances now.

@@ -103,11 +103,6 @@ impl RequestBody {
         }
     }
 
-    /// The client wants a stream, for the log: what counts is what the engine answers with.
-    pub fn streams(&self) -> bool {
-        self.is_on("stream")
-    }
-
     /// The body of the prefill leg: one token, not streamed, pushed to `decode`.
     pub fn prefill_leg(&self, endpoint: Endpoint, id: &RequestId, decode: &Instance) -> Bytes {
         let mut leg = self.clone();

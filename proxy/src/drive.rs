@@ -239,6 +239,9 @@ impl Drive {
             PrefillEnd::Failed(why, error) => {
                 self.app.metrics.leg_failed(Leg::Prefill, why.as_str());
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
+                if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
+                    self.app.suspect(prefill);
+                }
                 Step::Event(Event::PrefillFailed(why))
             }
         }
@@ -264,6 +267,9 @@ impl Drive {
         };
         self.app.metrics.leg_failed(Leg::Decode, error.kind());
         warn!(id = %flight.id, decode = self.pair.decode.id, %error, "decode leg failed");
+        if let LegError::Connect(_) | LegError::Died(_) = error {
+            self.app.suspect(&self.pair.decode.id);
+        }
         // What it still computes was meant for the instance that failed.
         flight.drop_prefill();
         self.failed.push(self.pair.decode.id.clone());

@@ -161,17 +161,33 @@ impl Legs {
         }
     }
 
-    /// Passes a request without a body on and reads the head of its answer.
+    /// Passes a request without a body on and reads a short answer.
     ///
     /// # Errors
-    /// No answer.
-    pub async fn get(&self, url: &str, headers: HeaderMap) -> Result<Response<Incoming>, LegError> {
-        timeout(
-            GET_TIMEOUT,
-            self.send(Method::GET, url, headers, Bytes::new()),
-        )
-        .await
-        .map_err(|_| LegError::Timeout(GET_TIMEOUT))?
+    /// No answer, a long one, or none within `limit`.
+    pub async fn get(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        limit: Duration,
+    ) -> Result<Answer, LegError> {
+        let answer = async {
+            let response = self.send(Method::GET, url, headers, Bytes::new()).await?;
+            let (head, rest) = response.into_parts();
+            let held = Limited::new(rest, MAX_SHORT_ANSWER)
+                .collect()
+                .await
+                .map_err(|e| LegError::Died(e.to_string()))?
+                .to_bytes();
+            Ok(Answer {
+                head,
+                held,
+                rest: None,
+            })
+        };
+        timeout(limit, answer)
+            .await
+            .map_err(|_| LegError::Timeout(limit))?
     }
 
     /// Posts JSON and reads a short answer.
@@ -345,15 +361,12 @@ const POOL_IDLE: Duration = Duration::from_secs(3);
 /// One token's answer is under 1 KiB, with logprobs some more.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 
-/// A call-back's answer is one small object.
-const MAX_SHORT_ANSWER: usize = 64 * 1024;
+/// A call-back's answer is one small object; a list of models with adapters can be longer.
+const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 
 /// Answers that are not streamed are held back up to this size, so that an engine that dies in
 /// their middle can be replaced or reported.
 const MAX_HELD: usize = 4 * 1024 * 1024;
-
-/// For what needs no computing, such as the list of models.
-const GET_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Of an engine's error, in logs.
 const SHOWN_CHARS: usize = 300;

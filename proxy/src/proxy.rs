@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpListener;
 use tokio::select;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -75,9 +75,10 @@ impl Proxy {
         let listen = listener.local_addr().map_err(failed)?;
         let port = Registrations::bind(config.registration).await?;
         let (published, instances) = watch::channel(Instances::from([]));
-        let app = Arc::new(App::new(config, port.address(), instances));
+        let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
+        let app = Arc::new(App::new(config, port.address(), instances, suspects));
         Ok(Self {
-            registration: Registration::new(Arc::clone(&app), port, published),
+            registration: Registration::new(Arc::clone(&app), port, published, suspected),
             app,
             listener,
             listen,
@@ -153,3 +154,6 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
     }
     End::Cut
 }
+
+/// Failed requests whose instance is still to be looked at.
+const MAX_SUSPECTS: usize = 64;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use protocol::codec;
 use protocol::registration::{InstanceRole, ToProxy};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::select;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use tracing::{debug, info, warn};
 
 use crate::app::{App, Instances};
 use crate::instance::{Instance, Standing};
+use crate::legs::LegError;
 use crate::metrics::{InstanceCounts, Message};
 use crate::registry::{Answer, CallBack, Registered, Registry};
 use crate::zmq::{Frame, PortError, Registrations};
@@ -29,6 +30,7 @@ pub struct Registration {
     port: Registrations,
     registry: Registry,
     published: watch::Sender<Instances>,
+    suspected: mpsc::Receiver<String>,
     calls: JoinSet<(CallBack, Answer)>,
 }
 
@@ -54,13 +56,19 @@ struct Acknowledged {
 
 impl Registration {
     /// The task of one proxy.
-    pub fn new(app: Arc<App>, port: Registrations, published: watch::Sender<Instances>) -> Self {
+    pub fn new(
+        app: Arc<App>,
+        port: Registrations,
+        published: watch::Sender<Instances>,
+        suspected: mpsc::Receiver<String>,
+    ) -> Self {
         let config = &app.config;
         Self {
             registry: Registry::new(config.max_instances, config.call_back_every),
             app,
             port,
             published,
+            suspected,
             calls: JoinSet::new(),
         }
     }
@@ -89,6 +97,10 @@ impl Registration {
                     News::None
                 }
                 () = until(deadline) => News::Instances,
+                Some(id) = self.suspected.recv() => {
+                    self.registry.suspect(Instant::now(), &id);
+                    News::Instances
+                }
                 frame = self.port.recv() => self.take(frame?),
             };
             if news == News::Instances {
@@ -224,7 +236,36 @@ async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
         Ok((status, body)) => judge(&call, status, &body),
         Err(e) => Answer::Silent(e.to_string()),
     };
+    let answer = match answer {
+        Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
+        other => other,
+    };
     (call, answer)
+}
+
+/// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
+/// the engine's HTTP server listens.
+async fn engine_answer(app: &App, call: &CallBack) -> Answer {
+    let reason = match app
+        .legs
+        .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
+        .await
+    {
+        Ok(answer) if answer.head.status.is_success() => {
+            return Answer::Confirmed {
+                ready: true,
+                reason: String::new(),
+            };
+        }
+        Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
+        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {e}"),
+        // A busy server may be late once; the last answer counts until it is too old.
+        Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
+    };
+    Answer::Confirmed {
+        ready: false,
+        reason,
+    }
 }
 
 fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {

@@ -58,6 +58,8 @@ pub struct CallBack {
     pub epoch: u64,
     /// Where: `POST {admin}/registered`.
     pub url: String,
+    /// And then, if the sidecar is ready: `GET {http}/health`.
+    pub health: String,
 }
 
 /// How a call-back ended.
@@ -189,10 +191,21 @@ impl Registry {
                     id: lease.instance.id.clone(),
                     epoch: lease.instance.epoch,
                     url: lease.instance.admin.join("/registered"),
+                    health: lease.instance.http.join("/health"),
                 });
             }
         }
         calls
+    }
+
+    /// A request has failed there: it is called back at once, unless it has just been.
+    pub fn suspect(&mut self, now: Instant, id: &str) {
+        let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
+        if let Some(member) = member
+            && member.answered.is_none_or(|at| at + RETRY_AFTER <= now)
+        {
+            member.call_at = member.call_at.min(now);
+        }
     }
 
     /// Takes the end of a call-back. Returns the instance if it changed its standing.

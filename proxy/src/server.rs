@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use crate::patience::Patience;
 
@@ -40,7 +40,13 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
             biased;
             () = stop.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
-            Some(_) = connections.join_next() => continue,
+            Some(ended) = connections.join_next() => {
+                // A defect that one request has met; the others go on.
+                if let Err(e) = ended {
+                    error!(error = %e, "a connection's task has failed");
+                }
+                continue;
+            }
         };
         let connection = connection(stream, router.clone(), limits, stop.clone(), place);
         connections.spawn(connection);

@@ -15,6 +15,7 @@ from harness.client import Answer, complete
 from harness.engine import Engine, EngineOptions
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN
+from harness.process import leave_running
 from harness.progress import Progress
 from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
@@ -75,6 +76,7 @@ class Pair:
 
     def __init__(self, options: PairOptions, folder: Path) -> None:
         self.options = options
+        self.left_running = False
         logs = options.logs
         self.proxy = Proxy(logs)
         self.sender, self.receiver = (
@@ -156,6 +158,11 @@ class Pair:
         if errors:
             raise errors[0]
 
+    def leave_running(self) -> list[int]:
+        """Lets all of it outlive this interpreter. Returns the process groups, for whoever stops them."""
+        self.left_running = True
+        return leave_running()
+
     def complete(self, prompt: str | list[int], *, max_tokens: int = 24, **more: Any) -> Answer:
         """A completion through the proxy."""
         return complete(self.proxy.url, prompt, max_tokens=max_tokens, **more)
@@ -211,7 +218,7 @@ class Pair:
 
 @contextlib.contextmanager
 def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[Pair]:
-    """A pair that serves; it is gone when the block is left, however that happens."""
+    """A pair that serves; it is gone when the block is left, however that happens, unless it was left running."""
     # Not below the repository: the path of a unix socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     pair = Pair(options, folder)
@@ -220,5 +227,6 @@ def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[
         pair.wait(progress)
         yield pair
     finally:
-        pair.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        if not pair.left_running:
+            pair.stop()
+            shutil.rmtree(folder, ignore_errors=True)

@@ -37,6 +37,7 @@ pub enum Reply {
 pub enum Then {
     End,
     Hang,
+    /// The connection breaks once `Engine::release` has been called for it.
     Break,
 }
 
@@ -61,6 +62,7 @@ struct Inner {
     decode: Mutex<Reply>,
     seen: Mutex<Vec<Seen>>,
     released: Semaphore,
+    health: Mutex<u16>,
 }
 
 impl Engine {
@@ -74,6 +76,7 @@ impl Engine {
             decode: Mutex::new(Reply::Json(200, completion("hello", 5, 3))),
             seen: Mutex::default(),
             released: Semaphore::new(0),
+            health: Mutex::new(200),
         });
         let router = Router::new().fallback(serve).with_state(Arc::clone(&inner));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -92,7 +95,12 @@ impl Engine {
         *self.inner.decode.lock().unwrap() = reply;
     }
 
-    /// Lets one held answer go.
+    /// The status of `/health` from now on.
+    pub fn set_health(&self, status: u16) {
+        *self.inner.health.lock().unwrap() = status;
+    }
+
+    /// Lets one held answer go, or one connection break.
     pub fn release(&self) {
         self.inner.released.add_permits(1);
     }
@@ -145,6 +153,9 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         headers: head.headers,
         text: String::from_utf8(bytes.to_vec()).unwrap(),
     };
+    if seen.path == "/health" {
+        return answer(*engine.health.lock().unwrap(), &Value::Null);
+    }
     engine.seen.lock().unwrap().push(seen.clone());
     if seen.path == "/v1/models" {
         return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
@@ -177,9 +188,9 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         }
         Reply::Silence => std::future::pending().await,
         Reply::Die => {
-            presence.served = true;
-            // A body that fails at once takes the connection with it, before any head is written.
-            panic!("scripted death");
+            presence.served();
+            // Takes the connection's task with it, before any head is written.
+            std::panic::resume_unwind(Box::new("scripted death"));
         }
         Reply::Stream(chunks, then) => {
             let chunks = stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>));
@@ -188,7 +199,8 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
                     Then::End => presence.served(),
                     Then::Hang => std::future::pending().await,
                     Then::Break => {
-                        presence.served = true;
+                        engine.released.acquire().await.unwrap().forget();
+                        presence.served();
                         return Err(std::io::Error::other("scripted break"));
                     }
                 }
