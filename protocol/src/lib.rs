@@ -10,6 +10,7 @@
 pub mod codec;
 pub mod dlist;
 pub mod ids;
+pub mod keys;
 pub mod layout;
 pub mod local;
 pub mod message;

@@ -10,6 +10,7 @@ mod memory;
 mod node;
 mod port;
 mod receiver;
+mod selftest;
 mod sender;
 mod side;
 mod trace;
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
             }
             Err(exit) => exit,
         },
-        Ok(Command::Selftest(_)) => Exit::Unavailable,
+        Ok(Command::Selftest(selftest)) => selftest.run(),
         Err(exit) => exit,
     }
     .into()

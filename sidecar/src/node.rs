@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use protocol::EngineId;
 use protocol::Reason;
-use protocol::local::{EngineRole, Refused, ToEngine};
+use protocol::local::{EngineRole, Refused, Target, ToEngine};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +38,8 @@ pub(crate) struct Node {
     tasks: JoinSet<()>,
     drain: CancellationToken,
     stop: CancellationToken,
+    targets: Vec<Target>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     _listener: Listener,
 }
 
@@ -62,6 +64,8 @@ impl Node {
         let mut node = Builder {
             tasks: JoinSet::new(),
             doors: Doors::new(),
+            targets: Vec::new(),
+            buffers: BTreeMap::new(),
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
@@ -85,16 +89,26 @@ impl Node {
             tasks: node.tasks,
             drain: node.drain,
             stop: node.stop,
+            targets: node.targets,
+            buffers: node.buffers,
             _listener: listener,
         })
     }
 
-    /// Begins to drain: nothing new, what is under way may end.
-    pub(crate) fn drain(&self) {
-        self.drain.cancel();
+    /// Where senders find a rank's receiver, with the ports that were bound.
+    pub(crate) fn target(&self, rank: usize) -> Option<Target> {
+        self.targets.get(rank).cloned()
     }
 
-    /// Whether [`Self::drain`] was called.
+    /// The buffers of rank 0.
+    pub(crate) fn buffers(&self) -> BTreeMap<Side, Arc<Buffer>> {
+        let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
+        first
+            .map(|((side, _), buffer)| (*side, Arc::clone(buffer)))
+            .collect()
+    }
+
+    /// Cancelling it begins the drain: nothing new, what is under way may end.
     pub(crate) fn drain_token(&self) -> CancellationToken {
         self.drain.clone()
     }
@@ -145,6 +159,8 @@ const CLOSING: Duration = Duration::from_secs(1);
 struct Builder {
     tasks: JoinSet<()>,
     doors: Doors,
+    targets: Vec<Target>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     drain: CancellationToken,
     stop: CancellationToken,
     config: Arc<Config>,
@@ -185,6 +201,11 @@ impl Builder {
             alloc = alloc.port(),
             "ports bound"
         );
+        self.targets.push(Target {
+            host: listen.advertise.clone(),
+            init_port: init.port(),
+            alloc_port: alloc.port(),
+        });
         let wires = Wires::start(&self.config, &buffer, Some((listen, tcp)))?;
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
         let engines = self.door(Side::Receiver, rank);
@@ -193,12 +214,13 @@ impl Builder {
         Ok(())
     }
 
-    fn buffer(&self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
+    fn buffer(&mut self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
         let name = format!("pd-{}-{rank}", side.as_str());
         let bytes = self.config.buffer_bytes;
         let buffer =
             Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?;
         info!(side = side.as_str(), rank, bytes, "buffer taken");
+        self.buffers.insert((side, rank), Arc::clone(&buffer));
         Ok(buffer)
     }
 

@@ -441,10 +441,16 @@ fn is_id(c: char) -> bool {
 
 fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -> PathBuf {
     let given = sidecar.socket.as_ref();
-    // Not below XDG_RUNTIME_DIR: the engine is often started by something that does not set it, and
-    // both sides have to come to the same path.
-    let path = computed(layers, "socket", given, || {
-        format!("/tmp/pd-sidecar-{}/{role}.sock", inputs.uid)
+    // The engine's connector computes the same.
+    let runtime = inputs
+        .env
+        .iter()
+        .find(|(name, _)| name == "XDG_RUNTIME_DIR");
+    let path = computed(layers, "socket", given, || match runtime {
+        Some((_, directory)) if !directory.is_empty() => {
+            format!("{}/pd-sidecar/{role}.sock", directory.trim_end_matches('/'))
+        }
+        _ => format!("/tmp/pd-sidecar-{}/{role}.sock", inputs.uid),
     });
     if let Some(given) = given {
         if !path.starts_with('/') {

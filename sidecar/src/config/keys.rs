@@ -164,7 +164,7 @@ keys! {
         /// Tensor-parallel ranks of the engine, each with a buffer of its own.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
         /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700.
-        socket: String = Default::Computed("/tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
+        socket: String = Default::Computed("$XDG_RUNTIME_DIR/pd-sidecar/ROLE.sock, or /tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
         /// Address of the admin server: health, metrics, registration.
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
         /// Base URL of the engine's OpenAI server, as the proxy reaches it.

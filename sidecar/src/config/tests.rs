@@ -98,6 +98,11 @@ fn the_smallest_files_are_enough() {
     );
     assert!(config.sends() && !config.receives());
 
+    let inputs = inputs(SENDER, &[("XDG_RUNTIME_DIR", "/run/user/7/")], &[]);
+    let (config, _) = Config::load(&inputs).unwrap();
+    let socket = config.socket.to_str();
+    assert_eq!(socket, Some("/run/user/7/pd-sidecar/sender.sock"));
+
     let both = RECEIVER.replace("receiver", "both");
     let (config, _) = load(&both);
     assert!(config.sends() && config.receives());

@@ -436,6 +436,12 @@ words! {
     }
 }
 
+impl Default for Wire {
+    fn default() -> Self {
+        Self::Auto
+    }
+}
+
 /// Whether only this machine reaches `host`. A name other than `localhost` is taken for a public one.
 pub(crate) fn is_loopback(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost")
