@@ -115,7 +115,7 @@ class Engine(Part):
     def prompt_tokens(self) -> PromptTokens:
         return PromptTokens.of(self.metrics())
 
-    def running(self) -> int:
+    def requests(self) -> int:
         """Requests that it has, waiting ones included."""
         metrics = self.metrics()
         return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))

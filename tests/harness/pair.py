@@ -198,7 +198,7 @@ class Pair:
         """Returns when neither engine has a request or holds KV blocks for one."""
         deadline = time.monotonic() + bound_s
         for engine in (self.prefill, self.decode):
-            while (held := (engine.running(), engine.cache_usage())) != (0, 0.0):
+            while (held := (engine.requests(), engine.cache_usage())) != (0, 0.0):
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{engine.options.name}: {held[0]} requests, {held[1]:.4f} of its blocks held")
                 time.sleep(0.05)
