@@ -1,68 +1,47 @@
-//! The sidecar beside a vLLM instance.
+//! The sidecar beside a vLLM instance: arguments, configuration, run, drain, exit code.
 
+mod admin;
 mod cli;
 mod config;
+mod daemon;
 mod engines;
 mod host;
 mod init;
 mod local;
+mod logging;
 mod memory;
+mod metrics;
 mod node;
 mod port;
 mod receiver;
+mod registration;
 mod selftest;
 mod sender;
+mod shown;
 mod side;
+mod status;
 mod trace;
 mod transport;
 mod wires;
 mod zmq;
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use crate::cli::{Cli, Command, Exit};
-use crate::config::Config;
-use crate::node::Node;
+use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    match Cli::of_process() {
+    let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
+        Ok(Command::Selftest(selftest)) => selftest.run(),
         Ok(Command::Run(args)) => match args.load() {
             Ok((config, report)) => {
-                tracing_subscriber::fmt()
-                    .with_env_filter(config.log_level.clone())
-                    .init();
+                logging::start(&config.log_level, config.log_format);
                 report.log();
-                run(config)
+                daemon::run(config)
             }
             Err(exit) => exit,
         },
-        Ok(Command::Selftest(selftest)) => selftest.run(),
         Err(exit) => exit,
-    }
-    .into()
-}
-
-#[derive(Debug)]
-struct NoShow;
-impl side::Shown for NoShow {
-    fn record(&self, _: side::Side, _: u32, _: &protocol::record::Record) {}
-    fn gauges(&self, _: side::Side, _: u32, _: side::Gauges<'_>) {}
-    fn links(&self, _: u32, _: &mut dyn Iterator<Item = &side::LinkStatus>) {}
-    fn malformed(&self, _: &'static str) {}
-    fn tell_proxy(&self, _: &protocol::registration::ToProxy) {}
-}
-
-#[tokio::main(flavor = "current_thread")]
-async fn run(config: Config) -> Exit {
-    let node = match Node::start(Arc::new(config), Arc::new(NoShow)).await {
-        Ok(node) => node,
-        Err(error) => {
-            eprintln!("{error:#}");
-            return Exit::Unavailable;
-        }
     };
-    node.run().await;
-    Exit::Ok
+    exit.into()
 }

@@ -35,7 +35,9 @@ pub(crate) struct StartError(#[from] anyhow::Error);
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,
-    tasks: JoinSet<()>,
+    sides: JoinSet<()>,
+    /// The engines' socket and its dispatcher: they end with this.
+    _services: JoinSet<()>,
     drain: CancellationToken,
     stop: CancellationToken,
     targets: Vec<Target>,
@@ -62,7 +64,7 @@ impl Node {
             })?,
         };
         let mut node = Builder {
-            tasks: JoinSet::new(),
+            sides: JoinSet::new(),
             doors: Doors::new(),
             targets: Vec::new(),
             buffers: BTreeMap::new(),
@@ -80,13 +82,15 @@ impl Node {
                 node.receiver(rank).await?;
             }
         }
+        let mut services = JoinSet::new();
         let (listener, engines) =
-            Listener::bind(&config.socket, &mut node.tasks).map_err(anyhow::Error::from)?;
+            Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        node.tasks.spawn(dispatch(engines, node.doors));
+        services.spawn(dispatch(engines, node.doors));
         Ok(Self {
             config,
-            tasks: node.tasks,
+            sides: node.sides,
+            _services: services,
             drain: node.drain,
             stop: node.stop,
             targets: node.targets,
@@ -115,7 +119,7 @@ impl Node {
 
     /// Runs until every side has ended: after a drain, or because something broke. After the drain's
     /// grace period everything is stopped.
-    pub(crate) async fn run(mut self) {
+    pub(crate) async fn run(mut self) -> Ended {
         let grace = self.config.times.drain;
         let drain = self.drain.clone();
         let late = async {
@@ -123,41 +127,48 @@ impl Node {
             tokio::time::sleep(grace).await;
         };
         tokio::pin!(late);
-        loop {
+        let ended = loop {
             tokio::select! {
                 biased;
-                ended = self.tasks.join_next() => match ended {
-                    Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                    // The listener and the dispatcher live as long as their channels.
-                    Some(_) if self.tasks.len() > SERVICES => {}
-                    _ => break,
+                Some(side) = self.sides.join_next() => match side {
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    _ if !self.drain.is_cancelled() => break Ended::Broken,
+                    _ if self.sides.is_empty() => break Ended::Drained,
+                    _ => {}
                 },
                 () = &mut late => {
                     warn!(?grace, "stopping with requests under way: the grace period is over");
-                    self.stop.cancel();
-                    break;
+                    break Ended::Busy;
                 }
             }
-        }
+        };
         self.stop.cancel();
         // Sides close their sockets, so that peers hear of the end at once.
-        let closing = async {
-            while self.tasks.len() > SERVICES && self.tasks.join_next().await.is_some() {}
-        };
+        let closing = async { while self.sides.join_next().await.is_some() {} };
         if tokio::time::timeout(CLOSING, closing).await.is_err() {
             warn!("sockets did not close in {CLOSING:?}");
         }
+        ended
     }
 }
 
-/// The engine socket's accept loop and the dispatcher: they end with the process.
-const SERVICES: usize = 2;
+/// How [`Node::run`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Nothing was under way any more.
+    Drained,
+    /// The grace period was over before.
+    Busy,
+    /// A side ended by itself.
+    Broken,
+}
+
 /// How long sockets may take to close.
 const CLOSING: Duration = Duration::from_secs(1);
 
 /// Collects what [`Node::start`] makes.
 struct Builder {
-    tasks: JoinSet<()>,
+    sides: JoinSet<()>,
     doors: Doors,
     targets: Vec<Target>,
     buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
@@ -171,10 +182,10 @@ struct Builder {
 impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(Side::Sender, rank)?;
-        let wires = Wires::start(&self.config, &buffer, None)?;
+        let wires = Wires::start(&self.config, rank, &buffer, None)?;
         let side = SendSide::new(self.context(rank, wires), buffer);
         let engines = self.door(Side::Sender, rank);
-        self.tasks
+        self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
@@ -206,10 +217,10 @@ impl Builder {
             init_port: init.port(),
             alloc_port: alloc.port(),
         });
-        let wires = Wires::start(&self.config, &buffer, Some((listen, tcp)))?;
+        let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
         let engines = self.door(Side::Receiver, rank);
-        self.tasks
+        self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
+use tracing::info;
 
 use crate::config::{Config, Listen, Wire};
 use crate::memory::Buffer;
 use crate::transport::Transport;
+use crate::transport::nixl::{self, Library, Nixl, Search};
 use crate::transport::tcp::{self, Tcp};
 
 /// Every wire that this process can use for one buffer.
@@ -25,10 +27,18 @@ impl Wires {
     /// A wire that was asked for by name and cannot be had, or a port that cannot be bound.
     pub(crate) fn start(
         config: &Config,
+        rank: u32,
         buffer: &Arc<Buffer>,
         listen: Option<(&Listen, u16)>,
     ) -> anyhow::Result<Self> {
         let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
+        let wanted = config.transport != Wire::Tcp;
+        match wanted.then(|| nixl(config, rank, buffer)).transpose() {
+            Ok(None) => {}
+            Ok(Some(nixl)) => transports.push(Arc::new(nixl)),
+            Err(error) if config.transport == Wire::Nixl => return Err(error),
+            Err(error) => info!("no NIXL, so the built-in TCP transport is used: {error:#}"),
+        }
         if config.transport != Wire::Nixl {
             transports.push(Arc::new(tcp(config, buffer, listen)?));
         }
@@ -125,4 +135,15 @@ fn tcp(
     }
     Tcp::bind(wanted, Arc::clone(buffer))
         .map_err(|e| anyhow::anyhow!("the data port of the built-in TCP transport: {e}"))
+}
+
+fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl> {
+    let library = Library::load(&Search::from_env())?;
+    // Peers know agents by their names, so a restart needs another one.
+    let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
+    let wanted = nixl::Config {
+        link: config.times.link,
+        ..nixl::Config::new(agent, u64::from(rank))
+    };
+    Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)
 }

@@ -184,7 +184,11 @@ fn labels_are_bounded() {
         .count();
     assert_eq!(shown, MAX_LINKS);
     assert!(series.keys().all(|k| k.len() < 400));
-    assert!(series.keys().any(|k| k.contains("peer=\"h_} 1_forged{a=__\"")));
+    assert!(
+        series
+            .keys()
+            .any(|k| k.contains("peer=\"h_} 1_forged{a=__\""))
+    );
     assert!(series.keys().any(|k| k.contains("transport=\"other\"")));
 }
 

@@ -153,24 +153,6 @@ impl Nixl {
             thread: Some(thread),
         })
     }
-
-    /// The landing buffer as the init handshake tells it: one row a slot, none before the first cut.
-    pub(crate) fn rows(&self) -> Vec<Row> {
-        let slots = self.slots.load(Ordering::Acquire);
-        let bytes = self.slot_bytes.load(Ordering::Acquire);
-        (0..slots)
-            .map(|slot| Row {
-                address: self.address + slot * bytes,
-                bytes,
-                device: self.device,
-            })
-            .collect()
-    }
-
-    /// The memory type of [`Nixl::rows`].
-    pub(crate) fn memory(&self) -> Memory {
-        Memory::Dram
-    }
 }
 
 impl Transport for Nixl {
@@ -196,6 +178,18 @@ impl Transport for Nixl {
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);
         self.shared.send(Command::Cut { slots, slot_bytes });
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let slots = self.slots.load(Ordering::Acquire);
+        let bytes = self.slot_bytes.load(Ordering::Acquire);
+        (0..slots)
+            .map(|slot| Row {
+                address: self.address + slot * bytes,
+                bytes,
+                device: self.device,
+            })
+            .collect()
     }
 
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
