@@ -165,6 +165,18 @@ impl Receiver {
         self.requests.is_empty() && self.slots.free() == self.slots.total()
     }
 
+    /// Bytes of a chunk that is open for writing under a lease, for checksums.
+    pub fn expected_bytes(&self, lease: LeaseId, chunk: u32) -> Option<u64> {
+        let id = self.leases.get(&lease)?;
+        let lease = self.requests.get(id)?.lease()?;
+        let index = chunk as usize;
+        let Some(Chunk::Open { .. }) = lease.chunks.get(index) else {
+            return None;
+        };
+        let (from, to) = lease.span(index, self.config.chunk_tokens);
+        Some(u64::from(to - from) * self.config.token_bytes)
+    }
+
     /// Slots that one sender left quarantined.
     fn quarantined_by(&self, sender: &str) -> usize {
         self.quarantine

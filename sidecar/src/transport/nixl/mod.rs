@@ -160,19 +160,6 @@ impl Nixl {
         })
     }
 
-    /// The landing buffer as the init handshake tells it: one row a slot, none before the first cut.
-    pub(crate) fn rows(&self) -> Vec<Row> {
-        let slots = self.slots.load(Ordering::Acquire);
-        let bytes = self.slot_bytes.load(Ordering::Acquire);
-        (0..slots)
-            .map(|slot| Row {
-                address: self.address + slot * bytes,
-                bytes,
-                device: self.device,
-            })
-            .collect()
-    }
-
     /// What the sending half has done.
     pub(crate) fn counts(&self) -> Counts {
         self.shared.counters.read()
@@ -183,11 +170,6 @@ impl Nixl {
         self.thread
             .as_ref()
             .is_some_and(|thread| !thread.is_finished())
-    }
-
-    /// The memory type of [`Nixl::rows`].
-    pub(crate) fn memory(&self) -> Memory {
-        Memory::Dram
     }
 }
 
@@ -214,6 +196,18 @@ impl Transport for Nixl {
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);
         self.shared.send(Command::Cut { slots, slot_bytes });
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let slots = self.slots.load(Ordering::Acquire);
+        let bytes = self.slot_bytes.load(Ordering::Acquire);
+        (0..slots)
+            .map(|slot| Row {
+                address: self.address + slot * bytes,
+                bytes,
+                device: self.device,
+            })
+            .collect()
     }
 
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
