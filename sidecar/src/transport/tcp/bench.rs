@@ -49,7 +49,7 @@ async fn measure(total: u64, chunk: u64, streams: usize) {
         ..Config::default()
     };
     let sender = tcp("bench-send", slots, chunk, config);
-    sender.shore.buffer.fill_random(0, total, 9).unwrap();
+    sender.receiving.buffer.fill_random(0, total, 9).unwrap();
     let mut there = remote(&sender);
     there.tcp = Some(address);
     let link = sender.link(there).await.unwrap();

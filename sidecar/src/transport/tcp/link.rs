@@ -278,8 +278,8 @@ mod tests {
         ] {
             let sources: Vec<Source> = sizes
                 .iter()
-                .enumerate()
-                .map(|(i, &bytes)| source(100 * M * i as u64, i as u32, bytes))
+                .zip(0..)
+                .map(|(&bytes, i)| source(100 * M * u64::from(i), i, bytes))
                 .collect();
             let out = divide(sources.clone(), shares);
             let sums: Vec<u64> = out
