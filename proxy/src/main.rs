@@ -1,2 +1,98 @@
-//! (being written)
-fn main() {}
+//! `pd-proxy`: OpenAI-compatible proxy for disaggregated prefill and decode.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use proxy::cli::{Config, LogFormat};
+use proxy::{End, Proxy, Stop};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let config = match Config::try_parse() {
+        Ok(config) => config,
+        Err(e) => {
+            let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            // A closed terminal is no reason to fail.
+            drop(e.print());
+            return ExitCode::from(if asked { 0 } else { USAGE });
+        }
+    };
+    let mut problems = config.problems();
+    let filter = EnvFilter::try_new(&config.log);
+    problems.extend(
+        filter
+            .as_ref()
+            .err()
+            .map(|e| format!("--log {}: {e}", config.log)),
+    );
+    let (Ok(filter), []) = (filter, &problems[..]) else {
+        return complain(&problems, USAGE);
+    };
+    // Its complaint about a log that cannot be written would go to the same closed pipe, and panic.
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
+    match config.log_format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    let signals = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    );
+    let (Ok(mut term), Ok(mut int)) = signals else {
+        return complain(&["signals cannot be handled".into()], INTERNAL);
+    };
+    let insecure = config.insecure;
+    let proxy = match Proxy::bind(config).await {
+        Ok(proxy) => proxy,
+        Err(e) => return complain(&[e.to_string()], UNAVAILABLE),
+    };
+    info!(listen = %proxy.listen(), registration = %proxy.registration(),
+          version = env!("CARGO_PKG_VERSION"), "pd-proxy is up");
+    if insecure {
+        tracing::warn!(
+            "--insecure: whoever reaches the registration port can take part in serving"
+        );
+    }
+    let stop = Stop::default();
+    let told = stop.clone();
+    let signals = AbortOnDropHandle::new(tokio::spawn(async move {
+        told_to_stop(&mut term, &mut int).await;
+        told.drain.cancel();
+        told_to_stop(&mut term, &mut int).await;
+        told.now.cancel();
+    }));
+    let end = proxy.run(stop).await;
+    drop(signals);
+    match end {
+        End::Drained => ExitCode::SUCCESS,
+        End::Cut => ExitCode::FAILURE,
+        End::PortFailed => ExitCode::from(INTERNAL),
+    }
+}
+
+async fn told_to_stop(term: &mut Signal, int: &mut Signal) {
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}
+
+fn complain(problems: &[String], code: u8) -> ExitCode {
+    for problem in problems {
+        eprintln!("pd-proxy: {problem}");
+    }
+    ExitCode::from(code)
+}
+
+/// Exit codes of sysexits.h, as --help lists them.
+const USAGE: u8 = 64;
+const UNAVAILABLE: u8 = 69;
+const INTERNAL: u8 = 70;

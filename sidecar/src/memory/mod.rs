@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 mod available;
 mod memfd;
+mod pinned;
 
 pub(crate) use available::{Available, Limit};
 use memfd::Memfd;

@@ -1,0 +1,209 @@
+//! The HTTP endpoints.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::app::{App, Transfers};
+use crate::body::Endpoint;
+use crate::drive::{self, Arrival};
+use crate::error::ApiError;
+use crate::id;
+use crate::legs::leg_headers;
+use crate::record::Record;
+use crate::relay;
+use crate::route::{Ask, route};
+
+/// All endpoints of one proxy.
+pub fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route(
+            Endpoint::Completions.path(),
+            post(|app, request| complete(app, Endpoint::Completions, request)),
+        )
+        .route(
+            Endpoint::Chat.path(),
+            post(|app, request| complete(app, Endpoint::Chat, request)),
+        )
+        .route("/v1/models", get(models))
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/instances", get(instances))
+        .route("/requests", get(requests))
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(app)
+}
+
+async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Request) -> Response {
+    let at = Instant::now();
+    let (head, body) = request.into_parts();
+    let id = id::assign(&head.headers);
+    let named = id::header_value(&id);
+    let answered = accept(&app, endpoint, id, at, head.headers, body).await;
+    let mut response = answered.unwrap_or_else(|error| {
+        app.metrics.rejected(error.code());
+        tracing::info!(id = named.to_str().ok(), code = error.code(), %error, "rejected");
+        error.into_response()
+    });
+    response.headers_mut().insert(id::HEADER, named);
+    response
+}
+
+/// Everything up to the first leg: a place, the body, a route.
+async fn accept(
+    app: &Arc<App>,
+    endpoint: Endpoint,
+    id: protocol::RequestId,
+    at: Instant,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    if app.draining.is_cancelled() {
+        return Err(ApiError::unavailable(
+            "draining",
+            "the proxy is shutting down",
+        ));
+    }
+    let permit = app.admit().ok_or_else(|| {
+        let most = app.config.max_in_flight;
+        ApiError::overloaded(format!(
+            "{most} requests are under way already (--max-in-flight)"
+        ))
+    })?;
+    let body = timeout(
+        app.config.client_timeout,
+        read(body, app.config.max_body_bytes),
+    )
+    .await
+    .map_err(|_| {
+        ApiError::refused(
+            StatusCode::REQUEST_TIMEOUT,
+            "body_timeout",
+            "the request body did not come in time",
+        )
+    })??;
+    let arrival = Arrival {
+        at,
+        endpoint,
+        id,
+        headers,
+        body,
+    };
+    drive::serve(app, permit, arrival).await
+}
+
+async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    match Limited::new(body, limit).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(e) if e.is::<LengthLimitError>() => Err(ApiError::refused(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body_too_large",
+            format!("the request body is longer than {limit} bytes (--max-body-bytes)"),
+        )),
+        Err(e) => Err(ApiError::bad_request("body_unreadable", e.to_string())),
+    }
+}
+
+/// The models are those of the decode instances; any of them can tell.
+async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    let id = id::assign(&headers);
+    let ask = Ask {
+        alone: None,
+        policy: app.next_turn(Transfers::No),
+        failed: &[],
+    };
+    let decode = match route(&app.instances(), &ask) {
+        Ok(pair) => pair.decode,
+        Err(error) => {
+            let text = error.to_string();
+            return ApiError::unavailable("no_decode_instance_ready", text).into_response();
+        }
+    };
+    let headers = leg_headers(&headers, id::header_value(&id));
+    let url = decode.http.join("/v1/models");
+    match app.legs.get(&url, headers, MODELS_TIMEOUT).await {
+        Ok(answer) => relay::whole(answer, &id),
+        Err(error) => {
+            app.suspect(&decode.id);
+            ApiError::bad_gateway("decode_unreachable", error.to_string()).into_response()
+        }
+    }
+}
+
+/// Live: the process answers.
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// Ready: a request would be served.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let instances = app.instances();
+    let count = |takes: fn(&crate::instance::Instance) -> bool| {
+        instances
+            .iter()
+            .filter(|i| i.is_ready() && takes(i))
+            .count()
+    };
+    let (prefill, decode) = (count(|i| i.prefills()), count(|i| i.decodes()));
+    let mut reasons = Vec::new();
+    if app.draining.is_cancelled() {
+        reasons.push("draining");
+    }
+    if decode == 0 {
+        reasons.push("no decode instance is ready");
+    }
+    let status = if reasons.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let body = json!({
+        "ready": reasons.is_empty(),
+        "reasons": reasons,
+        "prefill_instances": prefill,
+        "decode_instances": decode,
+    });
+    (status, Json(body)).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], app.metrics.text()).into_response()
+}
+
+async fn instances(State(app): State<Arc<App>>) -> Response {
+    Json(&*app.instances()).into_response()
+}
+
+async fn requests(State(app): State<Arc<App>>) -> Json<Vec<Record>> {
+    Json(app.recent.all())
+}
+
+async fn not_found(request: Request) -> Response {
+    let text = format!("there is no {} here", request.uri().path());
+    ApiError::refused(StatusCode::NOT_FOUND, "not_found", text).into_response()
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let text = format!(
+        "{} does not take {}",
+        request.uri().path(),
+        request.method()
+    );
+    ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
+}
+
+/// A list that needs no computing.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

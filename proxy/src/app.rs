@@ -1,0 +1,117 @@
+//! What every request and task of one proxy shares.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::Config;
+use crate::inflight::InFlight;
+use crate::instance::Instance;
+use crate::legs::Legs;
+use crate::metrics::Metrics;
+use crate::record::Recent;
+use crate::route::Policy;
+
+/// The instances as routing sees them; replaced as a whole at each change.
+pub type Instances = Arc<[Arc<Instance>]>;
+
+/// One proxy.
+#[derive(Debug)]
+pub struct App {
+    /// Its flags.
+    pub config: Config,
+    /// The address that call-backs name.
+    pub registration: SocketAddr,
+    /// Connections to engines and sidecars.
+    pub legs: Legs,
+    /// Who is there; written by the registration task.
+    pub instances: watch::Receiver<Instances>,
+    /// Requests under way.
+    pub in_flight: Arc<InFlight>,
+    /// Requests that have ended.
+    pub recent: Recent,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Set when no new request is taken any more.
+    pub draining: CancellationToken,
+    /// Set when requests under way are cut off.
+    pub cut: CancellationToken,
+    suspects: mpsc::Sender<String>,
+    slots: Arc<Semaphore>,
+    decode_turn: AtomicUsize,
+    prefill_turn: AtomicUsize,
+}
+
+impl App {
+    /// A proxy without instances.
+    pub fn new(
+        config: Config,
+        registration: SocketAddr,
+        instances: watch::Receiver<Instances>,
+        suspects: mpsc::Sender<String>,
+    ) -> Self {
+        Self {
+            legs: Legs::new(&config),
+            slots: Arc::new(Semaphore::new(config.max_in_flight)),
+            config,
+            registration,
+            instances,
+            suspects,
+            in_flight: Arc::default(),
+            recent: Recent::default(),
+            metrics: Metrics::new(),
+            draining: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            decode_turn: AtomicUsize::new(0),
+            prefill_turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// A place for one more request, or `None` if all are taken.
+    pub fn admit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.slots).try_acquire_owned().ok()
+    }
+
+    /// Returns when no request is under way any more; none begins while it waits.
+    pub async fn drained(&self) {
+        let all = u32::try_from(self.config.max_in_flight).unwrap_or(u32::MAX);
+        // Never closed, so the only end is success.
+        drop(self.slots.acquire_many(all).await);
+    }
+
+    /// A leg could not reach this instance: it is called back before the next health check is due.
+    pub fn suspect(&self, id: &str) {
+        // A full queue has other suspects, which are most likely the same ones.
+        drop(self.suspects.try_send(id.to_owned()));
+    }
+
+    /// The instances now.
+    pub fn instances(&self) -> Instances {
+        Arc::clone(&self.instances.borrow())
+    }
+
+    /// The next place in turn; `transfers` are counted apart, so that requests of the other kind do
+    /// not skip prefill instances.
+    pub fn next_turn(&self, transfers: Transfers) -> Policy {
+        let prefill_turn = match transfers {
+            Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
+            Transfers::No => 0,
+        };
+        Policy::RoundRobin {
+            prefill_turn,
+            decode_turn: self.decode_turn.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+}
+
+/// Whether a request may have a prefill leg.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfers {
+    /// It may.
+    Yes,
+    /// It is computed by its decode instance alone.
+    No,
+}

@@ -1,0 +1,186 @@
+use super::*;
+use crate::instance::{BaseUrl, Standing};
+use protocol::registration::InstanceRole;
+
+fn parse(text: &str) -> RequestBody {
+    RequestBody::parse(text.as_bytes()).unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
+fn text(bytes: &Bytes) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn who_gets_a_transfer() {
+    let completion = |fields: &str, expect: Option<Alone>| {
+        let body = parse(&format!("{{{fields}}}"));
+        assert_eq!(body.alone(Endpoint::Completions), expect, "{fields}");
+    };
+    completion(r#""prompt": "one""#, None);
+    completion(r#""prompt": """#, None);
+    completion(r#""prompt": [1, 2, 3]"#, None);
+    completion(r#""prompt":[ -1, 2]"#, None);
+    completion(r#""prompt": ["one"]"#, None);
+    completion(r#""prompt": [[1, 2]]"#, None);
+    completion(r#""prompt": []"#, None);
+    completion(r#""prompt": ["one", "two"]"#, Some(Alone::ManyPrompts));
+    completion(r#""prompt": [[1, 2], [3]]"#, Some(Alone::ManyPrompts));
+    completion(
+        r#""prompt": "a", "prompt": ["one", "two"]"#,
+        Some(Alone::ManyPrompts),
+    );
+    completion(r#""prompt": "a", "n": 1, "best_of": 1"#, None);
+    completion(r#""prompt": "a", "n": null"#, None);
+    completion(r#""prompt": "a", "n": 2"#, Some(Alone::ManySequences));
+    completion(r#""prompt": "a", "n": "2""#, Some(Alone::ManySequences));
+    completion(r#""prompt": "a", "best_of": 3"#, Some(Alone::ManySequences));
+    completion(
+        r#""prompt": "a", "use_beam_search": true"#,
+        Some(Alone::ManySequences),
+    );
+    completion(r#""prompt": "a", "use_beam_search": false"#, None);
+    completion(
+        r#""prompt": "a", "prompt_logprobs": 0"#,
+        Some(Alone::PromptLogprobs),
+    );
+    completion(r#""prompt": "a", "echo": true"#, None);
+    completion(r#""prompt": "a", "logprobs": 3"#, None);
+    completion(
+        r#""prompt": "a", "echo": true, "logprobs": 0"#,
+        Some(Alone::PromptLogprobs),
+    );
+    completion(
+        r#""prompt": null, "prompt_embeds": "AAAA""#,
+        Some(Alone::PromptEmbeds),
+    );
+    completion(
+        r#""prompt": "a", "cache_salt": "s""#,
+        Some(Alone::CacheSalt),
+    );
+    completion(
+        r#""prompt": "a", "max_tokens": 0"#,
+        Some(Alone::NothingToDecode),
+    );
+
+    let chat = |messages: &str, expect: Option<Alone>| {
+        let body = parse(&format!(r#"{{"messages": {messages}}}"#));
+        assert_eq!(body.alone(Endpoint::Chat), expect, "{messages}");
+    };
+    chat(r#"[{"role": "user", "content": "hi"}]"#, None);
+    chat(
+        r#"[{"role": "assistant", "content": null, "tool_calls": []}]"#,
+        None,
+    );
+    chat(
+        r#"[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]"#,
+        None,
+    );
+    chat(
+        r#"[{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]"#,
+        Some(Alone::Multimodal),
+    );
+    chat(
+        r#"[{"content": [{"type": "input_audio"}]}]"#,
+        Some(Alone::Multimodal),
+    );
+    // What is malformed is the engine's to refuse.
+    chat(r#""hi""#, None);
+    chat(r#"[{"content": [1, 2]}]"#, None);
+}
+
+#[test]
+fn bodies_that_are_refused() {
+    let check = |bytes: &[u8], transfer: bool| match RequestBody::parse(bytes) {
+        Ok(body) => panic!("{body:?}"),
+        Err(e) => assert_eq!(matches!(e, BadBody::TransferParams), transfer, "{e}"),
+    };
+    check(b"", false);
+    check(b"null", false);
+    check(b"[]", false);
+    check(b"{\"a\": 1", false);
+    check(b"{\"a\": 1} x", false);
+    check(b"{\"a\": \"\xff\"}", false);
+    check(b"{1: 2}", false);
+    check(
+        br#"{"kv_transfer_params": {"do_remote_decode": true}}"#,
+        true,
+    );
+    check(br#"{"kv_transfer_params": {}}"#, true);
+    check(
+        br#"{"kv_transfer_params": null, "kv_transfer_params": 1}"#,
+        true,
+    );
+    check(many_fields(1025).as_bytes(), false);
+    assert!(RequestBody::parse(many_fields(1024).as_bytes()).is_ok());
+    // Depth costs nothing, since values are not parsed.
+    let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    assert!(RequestBody::parse(deep.as_bytes()).is_ok());
+}
+
+fn many_fields(count: usize) -> String {
+    let fields: Vec<_> = (0..count).map(|i| format!("\"f{i}\": 1")).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
+#[test]
+fn values_reach_the_engine_as_they_came() {
+    let given = r#"{"z":1e400,"a":123456789012345678901234567890,"f":0.10,"s":"\ud83d\ude00 \/","o":{"b":1, "a":2},"z2":1.0}"#;
+    assert_eq!(text(&parse(given).local_leg()), given);
+    let id = RequestId("r".into());
+    let with_params = parse(given).decode_leg(&id);
+    let params =
+        r#","kv_transfer_params":{"disagg_spec":{"req_id":"r"},"do_remote_prefill":true}}"#;
+    assert_eq!(
+        text(&with_params),
+        given.strip_suffix('}').unwrap().to_owned() + params
+    );
+    let null = parse(r#"{"a":1,"kv_transfer_params":null}"#);
+    assert_eq!(text(&null.local_leg()), r#"{"a":1}"#);
+}
+
+#[test]
+fn prefill_legs() {
+    let decode = Instance {
+        id: "d".into(),
+        epoch: 1,
+        role: InstanceRole::Decode,
+        http: BaseUrl::parse("http", "http://h:1").unwrap(),
+        admin: BaseUrl::parse("admin", "http://h:2").unwrap(),
+        host: "h".into(),
+        init_ports: vec![7300],
+        alloc_ports: vec![7400],
+        slots: 0,
+        free_slots: 0,
+        parked_tokens: 0,
+        standing: Standing::Ready,
+    };
+    let check = |endpoint, given: &str, expect: &str| {
+        let leg = parse(given).prefill_leg(endpoint, &RequestId("r".into()), &decode);
+        let (fields, params) = text(&leg).split_once(r#","kv_transfer_params":"#).unwrap();
+        assert_eq!(fields, expect, "{given}");
+        let params: serde_json::Value =
+            serde_json::from_str(params.strip_suffix('}').unwrap()).unwrap();
+        let spec = &params["disagg_spec"];
+        assert_eq!(params["do_remote_decode"], true);
+        assert_eq!(spec["req_id"], "r");
+        assert_eq!(spec["receiver_host"], "h");
+        assert_eq!(spec["receiver_init_port"], serde_json::json!([7300]));
+        assert_eq!(spec["receiver_alloc_port"], serde_json::json!([7400]));
+        assert_eq!(spec["overlap"], true);
+    };
+    check(
+        Endpoint::Completions,
+        r#"{"prompt":[1,2],"stream":true,"stream_options":{"include_usage":true},"max_tokens":9,"min_tokens":3,"n":1,"logprobs":2,"echo":true,"seed":1}"#,
+        r#"{"prompt":[1,2],"seed":1,"stream":false,"max_tokens":1"#,
+    );
+    check(
+        Endpoint::Chat,
+        r#"{"messages":[],"max_completion_tokens":9,"top_logprobs":2,"tools":[{}],"temperature":0.0}"#,
+        r#"{"messages":[],"tools":[{}],"temperature":0.0,"stream":false,"max_completion_tokens":1,"max_tokens":1"#,
+    );
+    check(
+        Endpoint::Chat,
+        r#"{"messages":[]}"#,
+        r#"{"messages":[],"stream":false,"max_tokens":1"#,
+    );
+}

@@ -1,0 +1,233 @@
+//! Flags, and what is checked of them before anything starts.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+
+/// OpenAI-compatible proxy for disaggregated prefill and decode.
+///
+/// Clients talk to it as to one vLLM server. Sidecars register at its registration port; a request
+/// is prefilled by one instance, its KV is pushed to another one by their sidecars, and that one
+/// streams the answer. Where no transfer is possible the decode instance computes everything.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
+pub struct Config {
+    /// Address of the OpenAI-compatible HTTP server.
+    #[arg(
+        long,
+        env = "PD_PROXY_LISTEN",
+        default_value = "127.0.0.1:8000",
+        value_name = "IP:PORT"
+    )]
+    pub listen: SocketAddr,
+
+    /// Address of the registration port: sidecars connect to it (ZeroMQ PUSH).
+    #[arg(
+        long,
+        env = "PD_PROXY_REGISTRATION",
+        default_value = "127.0.0.1:7500",
+        value_name = "IP:PORT"
+    )]
+    pub registration: SocketAddr,
+
+    /// Permit addresses off loopback. Neither port authenticates anybody yet: whoever reaches the
+    /// registration port can take part in serving.
+    #[arg(long, env = "PD_PROXY_INSECURE")]
+    pub insecure: bool,
+
+    /// Requests under way at once; more are answered with 429.
+    #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_in_flight: usize,
+
+    /// Client connections at once; more wait in the kernel's queue.
+    #[arg(long, env = "PD_PROXY_MAX_CONNECTIONS", default_value_t = 4096, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_connections: usize,
+
+    /// Largest request body; larger ones are answered with 413.
+    #[arg(long, env = "PD_PROXY_MAX_BODY_BYTES", default_value_t = 16 * 1024 * 1024,
+          value_name = "BYTES", value_parser = at_least_one)]
+    pub max_body_bytes: usize,
+
+    /// Instances that can be registered at once.
+    #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_instances: usize,
+
+    /// Decode instances tried for one request, as long as the client has got nothing.
+    #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub decode_attempts: u32,
+
+    /// Longest connect to an instance.
+    #[arg(long, env = "PD_PROXY_CONNECT_TIMEOUT", default_value = "2s", value_name = "TIME",
+          value_parser = duration)]
+    pub connect_timeout: Duration,
+
+    /// Longest wait for the prefill instance to begin or to answer; then the decode instance
+    /// computes the prompt itself.
+    #[arg(long, env = "PD_PROXY_PREFILL_TIMEOUT", default_value = "60s", value_name = "TIME",
+          value_parser = duration)]
+    pub prefill_timeout: Duration,
+
+    /// Longest wait for the first byte of an answer. An answer that is not streamed comes as a
+    /// whole, so its whole computation has to fit.
+    #[arg(long, env = "PD_PROXY_FIRST_BYTE_TIMEOUT", default_value = "10m", value_name = "TIME",
+          value_parser = duration)]
+    pub first_byte_timeout: Duration,
+
+    /// Longest silence of an engine within an answer.
+    #[arg(long, env = "PD_PROXY_IDLE_TIMEOUT", default_value = "60s", value_name = "TIME",
+          value_parser = duration)]
+    pub idle_timeout: Duration,
+
+    /// Longest time for a client to send a request's head, its body, or to read nothing of its
+    /// answer.
+    #[arg(long, env = "PD_PROXY_CLIENT_TIMEOUT", default_value = "30s", value_name = "TIME",
+          value_parser = duration)]
+    pub client_timeout: Duration,
+
+    /// Time between two call-backs to a registered sidecar: acknowledgement and health check.
+    #[arg(long, env = "PD_PROXY_CALL_BACK_EVERY", default_value = "5s", value_name = "TIME",
+          value_parser = duration)]
+    pub call_back_every: Duration,
+
+    /// After SIGTERM or SIGINT, how long requests under way may take to finish.
+    #[arg(long, env = "PD_PROXY_DRAIN_TIMEOUT", default_value = "30s", value_name = "TIME",
+          value_parser = duration)]
+    pub drain_timeout: Duration,
+
+    /// What is logged, e.g. `info` or `warn,proxy=debug`.
+    #[arg(
+        long,
+        env = "PD_PROXY_LOG",
+        default_value = "info",
+        value_name = "FILTER"
+    )]
+    pub log: String,
+
+    /// How it is logged, to standard error.
+    #[arg(long, env = "PD_PROXY_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Shape of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Config {
+    /// What is wrong with the flags together, every problem at once.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (flag, address) in [
+            ("--listen", self.listen),
+            ("--registration", self.registration),
+        ] {
+            if !address.ip().is_loopback() && !self.insecure {
+                problems.push(format!(
+                    "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \
+                     or add --insecure if the network itself keeps strangers out",
+                    address.port()
+                ));
+            }
+        }
+        if self.listen == self.registration && self.listen.port() != 0 {
+            problems.push(format!(
+                "--listen and --registration are both {}: give them different ports",
+                self.listen
+            ));
+        }
+        problems
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("has to be above zero".into()),
+        Ok(time) if time > LONGEST => Err("is longer than a day".into()),
+        Ok(time) => Ok(time),
+        Err(e) => Err(format!("{e}; write 500ms, 5s or 2m")),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("has to be at least 1".into()),
+        Ok(number) if number > LARGEST => Err(format!("is above {LARGEST}")),
+        Ok(number) => Ok(number),
+        Err(_) => Err("is not a whole number".into()),
+    }
+}
+
+/// Beyond it a deadline is no deadline.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// Far above any sensible limit, and within what semaphores can count on every platform.
+const LARGEST: usize = 1 << 28;
+
+const AFTER_HELP: &str = "\
+Every flag can be given in the environment, e.g. PD_PROXY_LISTEN; a flag wins.
+
+Try it:
+  pd-proxy --listen 127.0.0.1:8000 --registration 127.0.0.1:7500
+  curl -s localhost:8000/instances          who has registered, and why it is not ready
+  curl -s localhost:8000/v1/completions -H 'content-type: application/json' \\
+       -d '{\"model\": \"m\", \"prompt\": \"Hello\", \"max_tokens\": 8, \"stream\": true}'
+  curl -s localhost:8000/requests           the last 256 requests: pair, times, bytes moved
+  curl -s localhost:8000/ready              200 if a decode instance is ready
+  curl -s localhost:8000/metrics            Prometheus
+
+Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 wrong flags,
+69 an address could not be bound, 70 the registration port failed while running.
+SIGTERM and SIGINT drain; a second one stops at once.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &[&str]) -> Result<Config, String> {
+        Config::try_parse_from([&["pd-proxy"], flags].concat()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn defaults_have_no_problems() {
+        assert_eq!(parse(&[]).unwrap().problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn off_loopback_needs_a_word() {
+        let both = [
+            "--listen",
+            "0.0.0.0:8000",
+            "--registration",
+            "10.0.0.1:7500",
+        ];
+        assert_eq!(parse(&both).unwrap().problems().len(), 2);
+        let with_word = [&both[..], &["--insecure"]].concat();
+        assert_eq!(parse(&with_word).unwrap().problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn values() {
+        let check = |flag: &str, value: &str, ok: bool| {
+            assert_eq!(parse(&[flag, value]).is_ok(), ok, "{flag} {value}");
+        };
+        check("--idle-timeout", "0s", false);
+        check("--idle-timeout", "5", false);
+        check("--idle-timeout", "500ms", true);
+        check("--drain-timeout", "48h", false);
+        check("--max-in-flight", "0", false);
+        check("--max-in-flight", "-1", false);
+        check("--max-in-flight", "99999999999", false);
+        check("--decode-attempts", "0", false);
+        check("--listen", "8000", false);
+        check("--listen", "[::1]:8000", true);
+    }
+}

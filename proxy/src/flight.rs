@@ -1,0 +1,230 @@
+//! One request under way: its life, what it holds, and what is written down when it ends.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::StatusCode;
+use protocol::RequestId;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::info;
+
+use crate::app::App;
+use crate::body::Endpoint;
+use crate::error::ApiError;
+use crate::inflight::{Place, Watch};
+use crate::legs::PrefillEnd;
+use crate::life::{Action, Event, Life, Outcome};
+use crate::record::Record;
+use crate::route::{Alone, Pair};
+use crate::usage::Usage;
+
+/// One request under way. Dropping it before its end means that the client has left; either way
+/// both legs are dropped with it, its place is free again, and its line is logged.
+#[derive(Debug)]
+pub struct Flight {
+    /// The request.
+    pub id: RequestId,
+    app: Arc<App>,
+    life: Life,
+    endpoint: Endpoint,
+    arrived: Instant,
+    record: Record,
+    place: Option<Place>,
+    prefill: Option<AbortOnDropHandle<PrefillEnd>>,
+    // Last: the place is free once everything else is.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Flight {
+    /// A request that has been routed, and what is to be done first.
+    pub fn begin(
+        app: &Arc<App>,
+        permit: OwnedSemaphorePermit,
+        arrived: Instant,
+        endpoint: Endpoint,
+        id: RequestId,
+        pair: &Pair,
+    ) -> (Self, Action) {
+        let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
+        let (life, action) = Life::begin(plan);
+        let prefill = pair.prefill.as_ref().ok();
+        let place = prefill.map(|prefill| app.in_flight.enter(&id, &prefill.id));
+        let record = Record {
+            id: id.0.clone(),
+            arrived_unix_ms: unix_ms(),
+            endpoint: endpoint.as_str(),
+            prefill: prefill.map(|prefill| prefill.id.clone()),
+            decode: Some(pair.decode.id.clone()),
+            choice: pair.choice.to_string(),
+            ..Record::default()
+        };
+        app.metrics.arrived();
+        let flight = Self {
+            id,
+            app: Arc::clone(app),
+            life,
+            endpoint,
+            arrived,
+            record,
+            place,
+            prefill: None,
+            _permit: permit,
+        };
+        (flight, action)
+    }
+
+    /// Takes an event; once the request has ended, its legs are dropped.
+    pub fn on(&mut self, event: Event) -> Action {
+        let action = self.life.on(event);
+        if let Some(outcome) = self.life.outcome() {
+            self.end(outcome);
+        }
+        action
+    }
+
+    /// When it arrived.
+    pub fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    /// Whether the prefill leg is awaited.
+    pub fn is_prefilling(&self) -> bool {
+        self.life == Life::Prefilling
+    }
+
+    /// What others say about the request.
+    pub fn watch(&self) -> Option<Arc<Watch>> {
+        self.place.as_ref().map(|place| Arc::clone(&place.watch))
+    }
+
+    /// The prefill leg, while it runs.
+    pub fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
+        self.prefill.as_mut()
+    }
+
+    /// Gives it the prefill leg.
+    pub fn set_prefill(&mut self, leg: AbortOnDropHandle<PrefillEnd>) {
+        self.prefill = Some(leg);
+    }
+
+    /// Drops the prefill leg: it has ended, or nobody waits for it any more.
+    pub fn drop_prefill(&mut self) {
+        self.prefill = None;
+    }
+
+    /// Notes that a decode leg is sent.
+    pub fn decode_sent(&mut self, to: &str, transfer: Result<(), Alone>) {
+        self.app.metrics.decode_sent(transfer);
+        self.record.decode = Some(to.to_owned());
+        self.record.alone = transfer.err().map(Alone::as_str);
+        self.record.decode_attempts += 1;
+        self.record
+            .decode_sent_ms
+            .get_or_insert(millis(self.arrived.elapsed()));
+    }
+
+    /// Notes the first bytes of the answer.
+    pub fn first_byte(&mut self, status: StatusCode, stream: bool) {
+        let after = self.arrived.elapsed();
+        self.app.metrics.first_byte_after(after);
+        self.record.ttft_ms = Some(millis(after));
+        self.record.status = Some(status.as_u16());
+        self.record.stream = stream;
+    }
+
+    /// Notes an error and the status that the client gets.
+    pub fn failed(&mut self, status: StatusCode, error: String) {
+        self.record.status = Some(status.as_u16());
+        self.record.error = Some(error);
+    }
+
+    /// Notes why an answer broke off.
+    pub fn broke(&mut self, error: &ApiError) {
+        self.record.error = Some(error.to_string());
+    }
+
+    /// Notes the decode engine's token counts.
+    pub fn counted(&mut self, usage: Usage) {
+        self.record.prompt_tokens = Some(usage.prompt_tokens);
+        self.record.completion_tokens = Some(usage.completion_tokens);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        let total = self.arrived.elapsed();
+        self.drop_prefill();
+        if let Some(place) = self.place.take() {
+            self.note_prefill(&place.watch);
+        }
+        self.app.metrics.ended(self.endpoint, outcome, total);
+        let mut record = std::mem::take(&mut self.record);
+        record.total_ms = millis(total);
+        record.outcome = outcome.as_str();
+        log(&record);
+        self.app.recent.push(record);
+    }
+
+    fn note_prefill(&mut self, watch: &Watch) {
+        let since = |at: Instant| at.saturating_duration_since(self.arrived);
+        if let Some(at) = watch.begun_at() {
+            self.app.metrics.begun_after(since(at));
+            self.record.begun_ms = Some(millis(since(at)));
+        }
+        if let Some(note) = watch.prefill_end() {
+            self.app.metrics.prefill_after(since(note.at));
+            self.record.prefill_ms = Some(millis(since(note.at)));
+            self.record.prefill_error.clone_from(&note.error);
+            self.record.prompt_tokens = self.record.prompt_tokens.or(note.prompt_tokens);
+        }
+        self.record.moved = watch.moved();
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if self.life.outcome().is_none() {
+            self.on(Event::ClientLeft);
+        }
+    }
+}
+
+fn log(r: &Record) {
+    let moved = r.moved.as_ref();
+    info!(
+        id = r.id,
+        endpoint = r.endpoint,
+        prefill = r.prefill.as_deref(),
+        decode = r.decode.as_deref(),
+        choice = r.choice,
+        alone = r.alone,
+        begun_ms = r.begun_ms,
+        prefill_ms = r.prefill_ms,
+        prefill_error = r.prefill_error.as_deref(),
+        ttft_ms = r.ttft_ms,
+        total_ms = r.total_ms,
+        prompt_tokens = r.prompt_tokens,
+        completion_tokens = r.completion_tokens,
+        bytes = moved.map(|m| m.bytes),
+        transport = moved
+            .map(|m| m.transport.as_str())
+            .filter(|t| !t.is_empty()),
+        push_reason = moved.and_then(|m| m.reason).map(|reason| reason.as_str()),
+        attempts = r.decode_attempts,
+        status = r.status,
+        error = r.error.as_deref(),
+        outcome = r.outcome,
+        "request"
+    );
+}
+
+/// Milliseconds with microsecond digits.
+fn millis(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

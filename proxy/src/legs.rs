@@ -1,0 +1,372 @@
+//! The HTTP requests that the proxy makes: both legs of a request, and call-backs.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request, Response, StatusCode, response};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::cli::Config;
+use crate::relay::is_event_stream;
+use crate::route::Alone;
+
+/// Connections to engines and sidecars, kept open between requests.
+#[derive(Clone, Debug)]
+pub struct Legs {
+    client: Client<HttpConnector, Full<Bytes>>,
+    first_byte_timeout: Duration,
+    idle_timeout: Duration,
+}
+
+/// A decode leg's answer, from its first bytes on.
+#[derive(Debug)]
+pub struct Answer {
+    /// Status and headers, as the engine sent them.
+    pub head: response::Parts,
+    /// What has been read of the body.
+    pub held: Bytes,
+    /// What has not; `None` if `held` is all.
+    pub rest: Option<Incoming>,
+}
+
+/// How a prefill leg ended.
+#[derive(Debug)]
+pub enum PrefillEnd {
+    /// 2xx, with the prompt's length if the engine says it.
+    Answered(Option<u64>),
+    /// The engine says that the request is wrong; this is its answer.
+    Refused(Box<Answer>),
+    /// The engine or the way to it failed.
+    Failed(Alone, String),
+}
+
+/// A leg that brought no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LegError {
+    /// Nobody listens there, or not in time: the engine has not seen the request.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// The connection ended before an answer.
+    #[error("connection lost: {0}")]
+    Died(String),
+    /// No answer in time.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The engine is too busy or stopping; this is its answer.
+    #[error("the engine answered {}", .0.head.status)]
+    Busy(Box<Answer>),
+}
+
+impl Legs {
+    /// A client with the deadlines of `config`.
+    pub fn new(config: &Config) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(config.connect_timeout));
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(POOL_IDLE)
+            .build(connector);
+        Self {
+            client,
+            first_byte_timeout: config.first_byte_timeout,
+            idle_timeout: config.idle_timeout,
+        }
+    }
+
+    /// Sends a prefill leg and reads its answer.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection, so that the engine aborts the request.
+    pub async fn prefill(&self, url: &str, headers: HeaderMap, body: Bytes) -> PrefillEnd {
+        let response = match self.send(Method::POST, url, headers, body).await {
+            Ok(response) => response,
+            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+        };
+        let status = response.status();
+        let (head, rest) = response.into_parts();
+        let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
+            Ok(body) => body.to_bytes(),
+            // The answer's head says that the prefill is done, and nothing else is needed of it.
+            Err(_) if status.is_success() => Bytes::new(),
+            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+        };
+        if status.is_success() {
+            let usage = crate::usage::find(&body);
+            return PrefillEnd::Answered(usage.map(|usage| usage.prompt_tokens));
+        }
+        let text = format!("{status}: {}", shown(&body));
+        match status {
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+                PrefillEnd::Failed(Alone::PrefillBusy, text)
+            }
+            StatusCode::REQUEST_TIMEOUT => PrefillEnd::Failed(Alone::PrefillError, text),
+            status if status.is_client_error() => PrefillEnd::Refused(Box::new(Answer {
+                head,
+                held: body,
+                rest: None,
+            })),
+            _ => PrefillEnd::Failed(Alone::PrefillError, text),
+        }
+    }
+
+    /// Sends a decode leg and reads the first bytes of its answer, or all of it if it is short and
+    /// not streamed: until then another instance can take over without the client noticing.
+    ///
+    /// # Errors
+    /// No answer that is worth passing on while another instance may have a better one.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection, so that the engine aborts the request.
+    pub async fn decode(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, LegError> {
+        let deadline = Instant::now() + self.first_byte_timeout;
+        let late = || LegError::Timeout(self.first_byte_timeout);
+        let response = timeout_at(deadline, self.send(Method::POST, url, headers, body))
+            .await
+            .map_err(|_| late())??;
+        let (head, mut rest) = response.into_parts();
+        let first = timeout_at(deadline, next_data(&mut rest))
+            .await
+            .map_err(|_| late())??;
+        let answer = match first {
+            Some(first) if is_event_stream(&head.headers) => Answer {
+                head,
+                held: first,
+                rest: Some(rest),
+            },
+            Some(first) => self.hold(head, first, rest).await?,
+            None => Answer {
+                head,
+                held: Bytes::new(),
+                rest: None,
+            },
+        };
+        match answer.head.status {
+            StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT => Err(LegError::Busy(Box::new(answer))),
+            _ => Ok(answer),
+        }
+    }
+
+    /// Passes a request without a body on and reads a short answer.
+    ///
+    /// # Errors
+    /// No answer, a long one, or none within `limit`.
+    pub async fn get(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        limit: Duration,
+    ) -> Result<Answer, LegError> {
+        let answer = async {
+            let response = self.send(Method::GET, url, headers, Bytes::new()).await?;
+            let (head, rest) = response.into_parts();
+            let held = Limited::new(rest, MAX_SHORT_ANSWER)
+                .collect()
+                .await
+                .map_err(|e| LegError::Died(e.to_string()))?
+                .to_bytes();
+            Ok(Answer {
+                head,
+                held,
+                rest: None,
+            })
+        };
+        timeout(limit, answer)
+            .await
+            .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Posts JSON and reads a short answer.
+    ///
+    /// # Errors
+    /// No answer, a long one, or none within `limit`.
+    pub async fn post_json(
+        &self,
+        url: &str,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<(StatusCode, Bytes), LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        timeout(limit, async {
+            let response = self.send(Method::POST, url, headers, body).await?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_SHORT_ANSWER)
+                .collect()
+                .await
+                .map_err(|e| LegError::Died(e.to_string()))?;
+            Ok((status, body.to_bytes()))
+        })
+        .await
+        .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Reads a body that is not streamed to its end, up to [`MAX_HELD`].
+    async fn hold(
+        &self,
+        head: response::Parts,
+        first: Bytes,
+        mut rest: Incoming,
+    ) -> Result<Answer, LegError> {
+        let mut held = BytesMut::from(&first[..]);
+        while held.len() < MAX_HELD {
+            let next = timeout(self.idle_timeout, next_data(&mut rest))
+                .await
+                .map_err(|_| LegError::Timeout(self.idle_timeout))??;
+            let Some(next) = next else {
+                return Ok(Answer {
+                    head,
+                    held: held.freeze(),
+                    rest: None,
+                });
+            };
+            held.extend_from_slice(&next);
+        }
+        Ok(Answer {
+            head,
+            held: held.freeze(),
+            rest: Some(rest),
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, LegError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(url)
+            .body(Full::new(body))
+            .map_err(|e| LegError::Connect(e.to_string()))?;
+        *request.headers_mut() = headers;
+        self.client.request(request).await.map_err(|e| {
+            if e.is_connect() {
+                LegError::Connect(with_cause(&e))
+            } else {
+                LegError::Died(with_cause(&e))
+            }
+        })
+    }
+}
+
+impl LegError {
+    /// The name in metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "connect",
+            Self::Died(_) => "died",
+            Self::Timeout(_) => "timeout",
+            Self::Busy(_) => "busy",
+        }
+    }
+
+    /// Another instance may do better. One that used up its time has used up the client's too.
+    pub fn is_retryable(&self) -> bool {
+        !matches!(self, Self::Timeout(_))
+    }
+}
+
+/// The headers of a leg: the client's, without those that concern its connection to this proxy.
+pub fn leg_headers(client: &HeaderMap, id: HeaderValue) -> HeaderMap {
+    let mut headers = end_to_end(client);
+    for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
+        headers.remove(name);
+    }
+    headers.insert(header::CONTENT_TYPE, JSON);
+    headers.insert(crate::id::HEADER, id);
+    headers
+}
+
+/// Headers without those that belong to one connection or one framing of the body.
+pub fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = headers.clone();
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        kept.remove(name);
+    }
+    kept
+}
+
+async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|e| LegError::Died(with_cause(&e)))?;
+        if let Ok(data) = frame.into_data()
+            && !data.is_empty()
+        {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
+}
+
+/// hyper's errors say what failed, and only their sources say why.
+fn with_cause(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn shown(body: &Bytes) -> String {
+    String::from_utf8_lossy(body)
+        .chars()
+        .take(SHOWN_CHARS)
+        .collect()
+}
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HeaderName::from_static("keep-alive"),
+];
+
+/// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
+/// would fail.
+const POOL_IDLE: Duration = Duration::from_secs(3);
+
+/// One token's answer is under 1 KiB, with logprobs some more.
+const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
+
+/// A call-back's answer is one small object; a list of models with adapters can be longer.
+const MAX_SHORT_ANSWER: usize = 1024 * 1024;
+
+/// Answers that are not streamed are held back up to this size, so that an engine that dies in
+/// their middle can be replaced or reported.
+const MAX_HELD: usize = 4 * 1024 * 1024;
+
+/// Of an engine's error, in logs.
+const SHOWN_CHARS: usize = 300;

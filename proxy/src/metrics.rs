@@ -1,0 +1,378 @@
+//! The metrics, as docs/proxy.md lists them.
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::body::Endpoint;
+use crate::life::Outcome;
+use crate::route::Alone;
+
+/// Label values of one metric: a fixed set of names, each with a fixed set of values.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Labels<const N: usize>([(&'static str, &'static str); N]);
+
+/// A family of counters.
+type Counters<const N: usize> = Family<Labels<N>, Counter>;
+
+/// Everything that is counted.
+pub struct Metrics {
+    registry: Registry,
+    requests: Counters<2>,
+    rejected: Counters<1>,
+    transfers: Counter,
+    alone: Counters<1>,
+    leg_errors: Counters<2>,
+    decode_retries: Counter,
+    in_flight: Gauge,
+    begun: Histogram,
+    prefill: Histogram,
+    first_byte: Histogram,
+    total: Histogram,
+    messages: Counters<1>,
+    call_backs: Counters<1>,
+    instances: Family<Labels<2>, Gauge>,
+    notices: Counters<1>,
+    moved_bytes: Counter<u64, AtomicU64>,
+}
+
+/// What came to the registration port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A registration or heartbeat that was taken.
+    Register,
+    /// A registration that was not.
+    RegisterRefused,
+    /// A good-bye.
+    Leave,
+    /// A request has begun.
+    Progress,
+    /// A request's KV has been written, or will not be.
+    ProxyNotif,
+    /// A message about a request or instance that is not known.
+    Stray,
+    /// Not a message.
+    Malformed,
+    /// A connection beyond the limit, closed.
+    Shed,
+}
+
+/// One of the two legs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    /// To the prefill instance.
+    Prefill,
+    /// To the decode instance.
+    Decode,
+}
+
+impl Metrics {
+    /// All metrics at zero, with every label value that is known in advance.
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("pd_proxy"),
+            requests: Family::default(),
+            rejected: Family::default(),
+            transfers: Counter::default(),
+            alone: Family::default(),
+            leg_errors: Family::default(),
+            decode_retries: Counter::default(),
+            in_flight: Gauge::default(),
+            begun: histogram(),
+            prefill: histogram(),
+            first_byte: histogram(),
+            total: histogram(),
+            messages: Family::default(),
+            call_backs: Family::default(),
+            instances: Family::default(),
+            notices: Family::default(),
+            moved_bytes: Counter::default(),
+        };
+        metrics.register();
+        metrics.touch();
+        metrics
+    }
+
+    fn register(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "build",
+            "Version of the proxy",
+            Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        r.register(
+            "requests",
+            "Requests that have ended",
+            self.requests.clone(),
+        );
+        r.register(
+            "rejected",
+            "Requests that got an error before any leg was sent",
+            self.rejected.clone(),
+        );
+        r.register(
+            "transfers",
+            "Decode legs sent with transfer parameters",
+            self.transfers.clone(),
+        );
+        r.register(
+            "alone",
+            "Decode legs sent without transfer parameters, by reason",
+            self.alone.clone(),
+        );
+        r.register("leg_errors", "Legs that failed", self.leg_errors.clone());
+        r.register(
+            "decode_retries",
+            "Decode legs sent again to another instance",
+            self.decode_retries.clone(),
+        );
+        r.register(
+            "in_flight_requests",
+            "Requests under way",
+            self.in_flight.clone(),
+        );
+        for (name, help, metric) in [
+            (
+                "begun",
+                "Arrival to the prefill engine's begin",
+                &self.begun,
+            ),
+            (
+                "prefill",
+                "Arrival to the prefill leg's answer",
+                &self.prefill,
+            ),
+            (
+                "first_byte",
+                "Arrival to the first byte of the answer",
+                &self.first_byte,
+            ),
+            ("request", "Arrival to the end", &self.total),
+        ] {
+            r.register_with_unit(name, help, Unit::Seconds, metric.clone());
+        }
+        r.register(
+            "registration_messages",
+            "Messages on the registration port",
+            self.messages.clone(),
+        );
+        r.register(
+            "call_backs",
+            "Call-backs to registered sidecars",
+            self.call_backs.clone(),
+        );
+        r.register("instances", "Registered instances", self.instances.clone());
+        r.register(
+            "notices",
+            "Senders' notices on a request's KV",
+            self.notices.clone(),
+        );
+        r.register_with_unit(
+            "moved",
+            "KV that senders report as written",
+            Unit::Bytes,
+            self.moved_bytes.clone(),
+        );
+    }
+
+    /// Creates the label values, so that a rate over a rare one does not begin with a gap.
+    fn touch(&self) {
+        for endpoint in [Endpoint::Completions, Endpoint::Chat] {
+            for outcome in Outcome::ALL {
+                drop(
+                    self.requests
+                        .get_or_create(&request_labels(endpoint, outcome)),
+                );
+            }
+        }
+        for alone in Alone::ALL {
+            drop(
+                self.alone
+                    .get_or_create(&Labels([("reason", alone.as_str())])),
+            );
+        }
+        for message in Message::ALL {
+            drop(
+                self.messages
+                    .get_or_create(&Labels([("kind", message.as_str())])),
+            );
+        }
+        self.show_instances(&InstanceCounts::default());
+    }
+
+    /// A request has arrived.
+    pub fn arrived(&self) {
+        self.in_flight.inc();
+    }
+
+    /// A request has ended.
+    pub fn ended(&self, endpoint: Endpoint, outcome: Outcome, total: Duration) {
+        self.in_flight.dec();
+        self.requests
+            .get_or_create(&request_labels(endpoint, outcome))
+            .inc();
+        self.total.observe(total.as_secs_f64());
+    }
+
+    /// A request got an error before any leg was sent.
+    pub fn rejected(&self, code: &'static str) {
+        self.rejected.get_or_create(&Labels([("code", code)])).inc();
+    }
+
+    /// A decode leg is sent.
+    pub fn decode_sent(&self, transfer: Result<(), Alone>) {
+        match transfer {
+            Ok(()) => drop(self.transfers.inc()),
+            Err(alone) => {
+                if alone == Alone::DecodeRetry {
+                    self.decode_retries.inc();
+                }
+                self.alone
+                    .get_or_create(&Labels([("reason", alone.as_str())]))
+                    .inc();
+            }
+        }
+    }
+
+    /// A leg failed.
+    pub fn leg_failed(&self, leg: Leg, kind: &'static str) {
+        let leg = match leg {
+            Leg::Prefill => "prefill",
+            Leg::Decode => "decode",
+        };
+        self.leg_errors
+            .get_or_create(&Labels([("leg", leg), ("kind", kind)]))
+            .inc();
+    }
+
+    /// The prefill engine began.
+    pub fn begun_after(&self, time: Duration) {
+        self.begun.observe(time.as_secs_f64());
+    }
+
+    /// The prefill leg was answered.
+    pub fn prefill_after(&self, time: Duration) {
+        self.prefill.observe(time.as_secs_f64());
+    }
+
+    /// The first byte came.
+    pub fn first_byte_after(&self, time: Duration) {
+        self.first_byte.observe(time.as_secs_f64());
+    }
+
+    /// A message came to the registration port.
+    pub fn message(&self, message: Message) {
+        self.messages
+            .get_or_create(&Labels([("kind", message.as_str())]))
+            .inc();
+    }
+
+    /// A call-back ended.
+    pub fn called_back(&self, result: &'static str) {
+        self.call_backs
+            .get_or_create(&Labels([("result", result)]))
+            .inc();
+    }
+
+    /// A sender's notice on a request's KV.
+    pub fn notice(&self, result: &'static str, bytes: u64) {
+        self.notices
+            .get_or_create(&Labels([("result", result)]))
+            .inc();
+        self.moved_bytes.inc_by(bytes);
+    }
+
+    /// Who is there.
+    pub fn show_instances(&self, counts: &InstanceCounts) {
+        for (role, row) in ["prefill", "decode", "both"].into_iter().zip(counts.0) {
+            for (state, count) in ["unverified", "ready", "not_ready"].into_iter().zip(row) {
+                self.instances
+                    .get_or_create(&Labels([("role", role), ("state", state)]))
+                    .set(count);
+            }
+        }
+    }
+
+    /// The text that Prometheus reads.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing into a string does not fail.
+        encode(&mut text, &self.registry).expect("a string takes everything");
+        text
+    }
+}
+
+/// Instances by role (prefill, decode, both) and standing (unverified, ready, not ready).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InstanceCounts(pub [[i64; 3]; 3]);
+
+impl Message {
+    const ALL: [Self; 8] = [
+        Self::Register,
+        Self::RegisterRefused,
+        Self::Leave,
+        Self::Progress,
+        Self::ProxyNotif,
+        Self::Stray,
+        Self::Malformed,
+        Self::Shed,
+    ];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Register => "register",
+            Self::RegisterRefused => "register_refused",
+            Self::Leave => "leave",
+            Self::Progress => "progress",
+            Self::ProxyNotif => "proxy_notif",
+            Self::Stray => "stray",
+            Self::Malformed => "malformed",
+            Self::Shed => "shed",
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl<const N: usize> EncodeLabelSet for Labels<N> {
+    fn encode(&self, mut encoder: LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
+        for label in &self.0 {
+            label.encode(encoder.encode_label())?;
+        }
+        Ok(())
+    }
+}
+
+fn request_labels(endpoint: Endpoint, outcome: Outcome) -> Labels<2> {
+    Labels([
+        ("endpoint", endpoint.as_str()),
+        ("outcome", outcome.as_str()),
+    ])
+}
+
+/// From a scripted engine's answer within a millisecond to a long generation: 1 ms to 2 min.
+fn histogram() -> Histogram {
+    Histogram::new([
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+        120.0,
+    ])
+}

@@ -1,0 +1,159 @@
+//! One proxy from its start to its end: bind, run, drain.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::select;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::api;
+use crate::app::{App, Instances};
+use crate::cli::Config;
+use crate::registration::Registration;
+use crate::server::{self, Limits};
+use crate::zmq::{PortError, Registrations};
+
+/// A proxy with both ports open.
+#[derive(Debug)]
+pub struct Proxy {
+    app: Arc<App>,
+    listener: TcpListener,
+    listen: SocketAddr,
+    registration: Registration,
+}
+
+/// A port that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The HTTP port.
+    #[error("cannot bind the HTTP port {address}: {source}")]
+    Http {
+        /// The configured address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The registration port.
+    #[error(transparent)]
+    Registration(#[from] PortError),
+}
+
+/// How a proxy is told to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Take no new requests, let those under way finish, and end.
+    pub drain: CancellationToken,
+    /// Cut off what is still under way.
+    pub now: CancellationToken,
+}
+
+/// How a proxy ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Every request under way has finished.
+    Drained,
+    /// Some were cut off.
+    Cut,
+    /// The registration port failed.
+    PortFailed,
+}
+
+impl Proxy {
+    /// Opens both ports.
+    ///
+    /// # Errors
+    /// The port that cannot be opened, and why.
+    pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let address = config.listen;
+        let failed = |source| BindError::Http { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let listen = listener.local_addr().map_err(failed)?;
+        let port = Registrations::bind(config.registration).await?;
+        let (published, instances) = watch::channel(Instances::from([]));
+        let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
+        let app = Arc::new(App::new(config, port.address(), instances, suspects));
+        Ok(Self {
+            registration: Registration::new(Arc::clone(&app), port, published, suspected),
+            app,
+            listener,
+            listen,
+        })
+    }
+
+    /// The address of the HTTP port.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The address of the registration port.
+    pub fn registration(&self) -> SocketAddr {
+        self.app.registration
+    }
+
+    /// Serves until it is told to stop, then drains.
+    pub async fn run(self, stop: Stop) -> End {
+        let app = self.app;
+        let limits = Limits {
+            connections: app.config.max_connections,
+            client_timeout: app.config.client_timeout,
+        };
+        let closing = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let router = api::router(Arc::clone(&app));
+        let http = server::serve(self.listener, router, limits, closing.clone());
+        let registration = self.registration.run(closing.clone());
+        tasks.spawn(async {
+            http.await;
+            Ok(())
+        });
+        tasks.spawn(registration);
+
+        let failed = select! {
+            () = stop.drain.cancelled() => None,
+            Some(ended) = tasks.join_next() => Some(ended),
+        };
+        app.draining.cancel();
+        let mut end = drain(&app, &stop.now).await;
+        app.cut.cancel();
+        closing.cancel();
+        let mut ended = Vec::from_iter(failed);
+        while let Some(next) = tasks.join_next().await {
+            ended.push(next);
+        }
+        for task in ended {
+            match task.map_err(tokio::task::JoinError::try_into_panic) {
+                Ok(Ok(())) | Err(Err(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "stopped");
+                    end = End::PortFailed;
+                }
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            }
+        }
+        end
+    }
+}
+
+async fn drain(app: &App, now: &CancellationToken) -> End {
+    info!("draining: no new requests");
+    select! {
+        biased;
+        drained = timeout(app.config.drain_timeout, app.drained()) => match drained {
+            Ok(()) => {
+                info!("drained");
+                return End::Drained;
+            }
+            Err(_) => warn!("requests under way are cut off: --drain-timeout is over"),
+        },
+        () = now.cancelled() => warn!("requests under way are cut off: told to stop at once"),
+    }
+    End::Cut
+}
+
+/// Failed requests whose instance is still to be looked at.
+const MAX_SUSPECTS: usize = 64;

@@ -1,0 +1,331 @@
+//! The registration task: owns the registry, hears the registration port, calls sidecars back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use protocol::codec;
+use protocol::registration::{InstanceRole, ToProxy};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::select;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::app::{App, Instances};
+use crate::instance::{Instance, Standing};
+use crate::legs::LegError;
+use crate::metrics::{InstanceCounts, Message};
+use crate::registry::{Answer, CallBack, Registered, Registry};
+use crate::zmq::{Frame, PortError, Registrations};
+
+/// The registration task.
+#[derive(Debug)]
+pub struct Registration {
+    app: Arc<App>,
+    port: Registrations,
+    registry: Registry,
+    published: watch::Sender<Instances>,
+    suspected: mpsc::Receiver<String>,
+    calls: JoinSet<(CallBack, Answer)>,
+}
+
+/// What an iteration has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    /// Nothing that routing sees: words on single requests come far more often than others.
+    None,
+    /// Perhaps who is there.
+    Instances,
+}
+
+/// A sidecar's answer to a call-back.
+#[derive(Deserialize)]
+struct Acknowledged {
+    id: String,
+    epoch: u64,
+    #[serde(default)]
+    ready: bool,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+impl Registration {
+    /// The task of one proxy.
+    pub fn new(
+        app: Arc<App>,
+        port: Registrations,
+        published: watch::Sender<Instances>,
+        suspected: mpsc::Receiver<String>,
+    ) -> Self {
+        let config = &app.config;
+        Self {
+            registry: Registry::new(config.max_instances, config.call_back_every),
+            app,
+            port,
+            published,
+            suspected,
+            calls: JoinSet::new(),
+        }
+    }
+
+    /// Runs until `stop`.
+    ///
+    /// # Errors
+    /// The port has failed.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
+        let mut sweep = interval(SWEEP);
+        loop {
+            let deadline = self.registry.next_deadline();
+            let news = select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(done) = self.calls.join_next() => {
+                    match done.map_err(JoinError::try_into_panic) {
+                        Ok((call, answer)) => self.called_back(&call, answer),
+                        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                        Err(Err(_)) => {}
+                    }
+                    News::Instances
+                }
+                _ = sweep.tick() => {
+                    self.shed().await;
+                    News::None
+                }
+                () = until(deadline) => News::Instances,
+                Some(id) = self.suspected.recv() => {
+                    self.registry.suspect(Instant::now(), &id);
+                    News::Instances
+                }
+                frame = self.port.recv() => self.take(frame?),
+            };
+            if news == News::Instances {
+                self.settle();
+            }
+        }
+    }
+
+    fn take(&mut self, frame: Frame) -> News {
+        let message = match frame {
+            Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
+            Frame::Odd => Err("not a single frame".into()),
+        };
+        match message {
+            Ok(message) => self.heard(message),
+            Err(error) => {
+                self.app.metrics.message(Message::Malformed);
+                debug!(error, "malformed message on the registration port");
+                News::None
+            }
+        }
+    }
+
+    fn heard(&mut self, message: ToProxy) -> News {
+        let now = Instant::now();
+        let kind = match message {
+            ToProxy::Register(register) => match self.registry.register(now, &register) {
+                Ok(Registered::New) => {
+                    info!(id = register.id, epoch = register.epoch.0, role = ?register.role,
+                          http = register.http, admin = register.admin, "registered");
+                    Message::Register
+                }
+                Ok(Registered::Renewed) => Message::Register,
+                Err(error) => {
+                    warn!(%error, "registration refused");
+                    Message::RegisterRefused
+                }
+            },
+            ToProxy::Leave(leave) => match self.registry.leave(&leave.id, leave.epoch.0) {
+                Some(gone) => {
+                    info!(id = gone.id, epoch = gone.epoch, "left");
+                    Message::Leave
+                }
+                None => Message::Stray,
+            },
+            ToProxy::Progress(progress) => {
+                if self
+                    .app
+                    .in_flight
+                    .begun(now, &progress.req_id, &progress.id)
+                {
+                    Message::Progress
+                } else {
+                    Message::Stray
+                }
+            }
+            ToProxy::ProxyNotif(notice) => {
+                let (id, x) = (&notice.req_id, notice.x.as_ref());
+                if self.app.in_flight.moved(id, x) || self.app.recent.amend(&id.0, x) {
+                    let result = x.map_or("done", |x| x.reason.map_or("done", |r| r.as_str()));
+                    self.app.metrics.notice(result, x.map_or(0, |x| x.bytes));
+                    Message::ProxyNotif
+                } else {
+                    Message::Stray
+                }
+            }
+        };
+        self.app.metrics.message(kind);
+        match kind {
+            Message::Register | Message::Leave => News::Instances,
+            _ => News::None,
+        }
+    }
+
+    fn called_back(&mut self, call: &CallBack, answer: Answer) {
+        let result = match &answer {
+            Answer::Confirmed { ready: true, .. } => "ready",
+            Answer::Confirmed { ready: false, .. } => "not_ready",
+            Answer::Stranger => "stranger",
+            Answer::Silent(_) => "no_answer",
+        };
+        self.app.metrics.called_back(result);
+        if let Answer::Silent(error) = &answer {
+            warn!(id = call.id, url = call.url, error, "call-back failed");
+        }
+        let changed = self
+            .registry
+            .called_back(Instant::now(), &call.id, call.epoch, answer);
+        if let Some(instance) = changed {
+            info!(id = instance.id, epoch = instance.epoch, standing = ?instance.standing,
+                  "call-back");
+        }
+    }
+
+    /// Drops who is gone, makes the call-backs that are due, and publishes what routing sees.
+    fn settle(&mut self) {
+        let now = Instant::now();
+        for gone in self.registry.expire(now) {
+            warn!(
+                id = gone.id,
+                epoch = gone.epoch,
+                "gone: no heartbeat for three periods"
+            );
+        }
+        for call in self.registry.due(now) {
+            self.calls.spawn(call_back(Arc::clone(&self.app), call));
+        }
+        let instances: Instances = self
+            .registry
+            .instances()
+            .into_iter()
+            .map(Arc::new)
+            .collect();
+        self.app.metrics.show_instances(&count(&instances));
+        self.published.send_replace(instances);
+    }
+
+    async fn shed(&self) {
+        for _ in 0..self.port.shed().await {
+            self.app.metrics.message(Message::Shed);
+        }
+    }
+}
+
+async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
+    let proxy = app.registration.to_string();
+    let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
+    let sent = app
+        .legs
+        .post_json(&call.url, body.into(), CALL_BACK_TIMEOUT)
+        .await;
+    let answer = match sent {
+        Ok((status, body)) => judge(&call, status, &body),
+        Err(e) => Answer::Silent(e.to_string()),
+    };
+    let answer = match answer {
+        Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
+        other => other,
+    };
+    (call, answer)
+}
+
+/// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
+/// the engine's HTTP server listens.
+async fn engine_answer(app: &App, call: &CallBack) -> Answer {
+    let reason = match app
+        .legs
+        .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
+        .await
+    {
+        Ok(answer) if answer.head.status.is_success() => {
+            return Answer::Confirmed {
+                ready: true,
+                reason: String::new(),
+            };
+        }
+        Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
+        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {e}"),
+        // A busy server may be late once; the last answer counts until it is too old.
+        Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
+    };
+    Answer::Confirmed {
+        ready: false,
+        reason,
+    }
+}
+
+fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
+    if status == StatusCode::CONFLICT {
+        return Answer::Stranger;
+    }
+    if status != StatusCode::OK {
+        return Answer::Silent(format!("it answered {status}"));
+    }
+    match serde_json::from_slice::<Acknowledged>(body) {
+        Ok(ack) if ack.id != call.id || ack.epoch != call.epoch => Answer::Stranger,
+        Ok(ack) => Answer::Confirmed {
+            ready: ack.ready,
+            reason: ack
+                .reason
+                .unwrap_or_default()
+                .chars()
+                .take(MAX_REASON_CHARS)
+                .collect(),
+        },
+        Err(e) => Answer::Silent(format!("it answered something else: {e}")),
+    }
+}
+
+fn count(instances: &Instances) -> InstanceCounts {
+    let mut counts = InstanceCounts::default();
+    for instance in instances.iter() {
+        counts.0[role(instance)][state(instance)] += 1;
+    }
+    counts
+}
+
+fn role(instance: &Instance) -> usize {
+    match instance.role {
+        InstanceRole::Prefill => 0,
+        InstanceRole::Decode => 1,
+        InstanceRole::Both => 2,
+    }
+}
+
+fn state(instance: &Instance) -> usize {
+    match instance.standing {
+        Standing::Unverified => 0,
+        Standing::Ready => 1,
+        Standing::NotReady(_) => 2,
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A sidecar answers from memory; a slower one would not push well either.
+const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Of a sidecar's reason, in `/instances` and logs.
+const MAX_REASON_CHARS: usize = 200;
+
+/// How often connections to the registration port are counted.
+const SWEEP: Duration = Duration::from_secs(5);

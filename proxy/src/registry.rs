@@ -1,0 +1,340 @@
+//! Who is there: registrations with a lease, verified by call-back.
+//!
+//! ```text
+//!              Register(epoch)                  answer: same id and epoch
+//!  (absent) ────────────────────▶ candidate ──────────────────────────────▶ member
+//!                                     │                                       │
+//!        3 missed periods, Leave, or  │                 3 missed periods,     │
+//!        the answer names another     ▼                 Leave, or a candidate ▼
+//!        id or epoch               (absent)             took its place     (absent)
+//! ```
+//!
+//! A candidate never gets requests, and it replaces a member only once its admin address has
+//! confirmed it: a stale or forged registration with a member's name changes nothing. A member
+//! gets requests while its last answer said `ready` and is younger than [`ANSWER_VALID`].
+//!
+//! No IO and no clock here: the caller passes `now` and makes the calls that [`Registry::due`] names.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use protocol::registration::Register;
+
+use crate::instance::{Instance, Standing, Unusable};
+
+/// Every registration.
+#[derive(Debug)]
+pub struct Registry {
+    entries: BTreeMap<String, Entry>,
+    max_instances: usize,
+    call_back_every: Duration,
+}
+
+/// Both registrations that one name can have.
+#[derive(Debug, Default)]
+struct Entry {
+    member: Option<Lease>,
+    candidate: Option<Lease>,
+}
+
+/// One registration.
+#[derive(Debug)]
+struct Lease {
+    instance: Instance,
+    expires: Instant,
+    call_at: Instant,
+    calling: bool,
+    /// The sidecar's own word in its last `Register`: a change is a reason to call it back at once.
+    said_ready: bool,
+    answered: Option<Instant>,
+}
+
+/// A call-back to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallBack {
+    /// The sidecar's name.
+    pub id: String,
+    /// The sidecar's epoch.
+    pub epoch: u64,
+    /// Where: `POST {admin}/registered`.
+    pub url: String,
+    /// And then, if the sidecar is ready: `GET {http}/health`.
+    pub health: String,
+}
+
+/// How a call-back ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is who it says it is.
+    Confirmed {
+        /// A push would work.
+        ready: bool,
+        /// Why not.
+        reason: String,
+    },
+    /// Somebody else answers at that address: another id or epoch.
+    Stranger,
+    /// No usable answer in time.
+    Silent(String),
+}
+
+/// What a registration did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registered {
+    /// A name or epoch that was not known.
+    New,
+    /// A heartbeat.
+    Renewed,
+}
+
+/// A registration that is not taken.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// A field cannot be used.
+    #[error(transparent)]
+    Unusable(#[from] Unusable),
+    /// The table is full.
+    #[error("{0} instances are registered already (--max-instances)")]
+    Full(usize),
+    /// The addresses changed and the epoch did not.
+    #[error("addresses or role changed within one epoch")]
+    Changed,
+}
+
+impl Registry {
+    /// An empty registry.
+    pub fn new(max_instances: usize, call_back_every: Duration) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            max_instances,
+            call_back_every,
+        }
+    }
+
+    /// Takes a registration, which is its own heartbeat.
+    ///
+    /// # Errors
+    /// Why it is not taken; the registry is unchanged.
+    pub fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, Refused> {
+        let fresh = Instance::parse(message)?;
+        let full = self.entries.len() >= self.max_instances;
+        if full && !self.entries.contains_key(&fresh.id) {
+            return Err(Refused::Full(self.entries.len()));
+        }
+        let lease = period(message) * MISSED_PERIODS;
+        let entry = self.entries.entry(fresh.id.clone()).or_default();
+        let known = [entry.member.as_mut(), entry.candidate.as_mut()]
+            .into_iter()
+            .flatten()
+            .find(|known| known.instance.epoch == fresh.epoch);
+        let Some(known) = known else {
+            entry.candidate = Some(Lease {
+                instance: fresh,
+                expires: now + lease,
+                call_at: now,
+                calling: false,
+                said_ready: message.ready,
+                answered: None,
+            });
+            return Ok(Registered::New);
+        };
+        if !known.instance.same_place(&fresh) {
+            return Err(Refused::Changed);
+        }
+        known.instance.slots = fresh.slots;
+        known.instance.free_slots = fresh.free_slots;
+        known.instance.parked_tokens = fresh.parked_tokens;
+        known.expires = now + lease;
+        if known.said_ready != message.ready {
+            known.said_ready = message.ready;
+            known.call_at = now;
+        }
+        Ok(Registered::Renewed)
+    }
+
+    /// Takes a good-bye; returns whether anybody was meant.
+    pub fn leave(&mut self, id: &str, epoch: u64) -> Option<Instance> {
+        let entry = self.entries.get_mut(id)?;
+        let gone = take_epoch(&mut entry.member, epoch)
+            .or_else(|| take_epoch(&mut entry.candidate, epoch));
+        self.forget_empty();
+        gone.map(|lease| lease.instance)
+    }
+
+    /// Drops what has not been heard of for three periods.
+    pub fn expire(&mut self, now: Instant) -> Vec<Instance> {
+        let mut gone = Vec::new();
+        for entry in self.entries.values_mut() {
+            for place in [&mut entry.member, &mut entry.candidate] {
+                if place.as_ref().is_some_and(|lease| lease.expires <= now) {
+                    gone.extend(place.take().map(|lease| lease.instance));
+                }
+            }
+            if let Some(member) = &mut entry.member
+                && member.answered.is_some_and(|at| at + ANSWER_VALID <= now)
+                && member.instance.is_ready()
+            {
+                member.instance.standing = Standing::NotReady("no answer to call-backs".into());
+            }
+        }
+        self.forget_empty();
+        gone
+    }
+
+    /// Call-backs to be made now; each is under way until [`Registry::called_back`].
+    pub fn due(&mut self, now: Instant) -> Vec<CallBack> {
+        let mut calls = Vec::new();
+        for lease in self.leases_mut() {
+            if !lease.calling && lease.call_at <= now {
+                lease.calling = true;
+                calls.push(CallBack {
+                    id: lease.instance.id.clone(),
+                    epoch: lease.instance.epoch,
+                    url: lease.instance.admin.join("/registered"),
+                    health: lease.instance.http.join("/health"),
+                });
+            }
+        }
+        calls
+    }
+
+    /// A request has failed there: it is called back at once, unless it has just been.
+    pub fn suspect(&mut self, now: Instant, id: &str) {
+        let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
+        if let Some(member) = member
+            && member.answered.is_none_or(|at| at + RETRY_AFTER <= now)
+        {
+            member.call_at = member.call_at.min(now);
+        }
+    }
+
+    /// Takes the end of a call-back. Returns the instance if it changed its standing.
+    pub fn called_back(
+        &mut self,
+        now: Instant,
+        id: &str,
+        epoch: u64,
+        answer: Answer,
+    ) -> Option<Instance> {
+        let every = self.call_back_every;
+        let entry = self.entries.get_mut(id)?;
+        let is_candidate = holds_epoch(&entry.candidate, epoch);
+        if !is_candidate && !holds_epoch(&entry.member, epoch) {
+            return None;
+        }
+        if answer == Answer::Stranger {
+            let place = if is_candidate {
+                &mut entry.candidate
+            } else {
+                &mut entry.member
+            };
+            let gone = place.take().map(|mut lease| {
+                lease.instance.standing =
+                    Standing::NotReady("another id or epoch answers at its admin address".into());
+                lease.instance
+            });
+            self.forget_empty();
+            return gone;
+        }
+        if is_candidate && matches!(answer, Answer::Confirmed { .. }) {
+            entry.member = entry.candidate.take();
+        }
+        let place = if holds_epoch(&entry.member, epoch) {
+            &mut entry.member
+        } else {
+            &mut entry.candidate
+        };
+        let lease = place.as_mut()?;
+        lease.calling = false;
+        let before = lease.instance.standing.clone();
+        match answer {
+            Answer::Confirmed { ready, reason } => {
+                lease.call_at = now + every;
+                lease.answered = Some(now);
+                lease.instance.standing = if ready {
+                    Standing::Ready
+                } else {
+                    // A sidecar that is not ready is asked more often: it gets no requests meanwhile.
+                    lease.call_at = now + RETRY_AFTER.min(every);
+                    Standing::NotReady(reason)
+                };
+            }
+            Answer::Silent(_) => lease.call_at = now + RETRY_AFTER.min(every),
+            Answer::Stranger => {}
+        }
+        (before != lease.instance.standing).then(|| lease.instance.clone())
+    }
+
+    /// When [`Registry::expire`] or [`Registry::due`] has something to do next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.entries
+            .values()
+            .flat_map(|entry| [&entry.member, &entry.candidate])
+            .flatten()
+            .flat_map(|lease| {
+                let stale = lease
+                    .answered
+                    .filter(|_| lease.instance.is_ready())
+                    .map(|at| at + ANSWER_VALID);
+                let call = (!lease.calling).then_some(lease.call_at);
+                [Some(lease.expires), stale, call].into_iter().flatten()
+            })
+            .min()
+    }
+
+    /// Every instance, members before candidates of the same name.
+    pub fn instances(&self) -> Vec<Instance> {
+        self.entries
+            .values()
+            .flat_map(|entry| [&entry.member, &entry.candidate])
+            .flatten()
+            .map(|lease| lease.instance.clone())
+            .collect()
+    }
+
+    fn leases_mut(&mut self) -> impl Iterator<Item = &mut Lease> {
+        self.entries
+            .values_mut()
+            .flat_map(|entry| [&mut entry.member, &mut entry.candidate])
+            .flatten()
+    }
+
+    fn forget_empty(&mut self) {
+        self.entries
+            .retain(|_, entry| entry.member.is_some() || entry.candidate.is_some());
+    }
+}
+
+fn holds_epoch(place: &Option<Lease>, epoch: u64) -> bool {
+    place
+        .as_ref()
+        .is_some_and(|lease| lease.instance.epoch == epoch)
+}
+
+fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease> {
+    if holds_epoch(place, epoch) {
+        place.take()
+    } else {
+        None
+    }
+}
+
+/// The announced period within sane bounds: 0 would expire at once, an hour would never.
+fn period(message: &Register) -> Duration {
+    Duration::from_millis(u64::from(message.period_ms)).clamp(SHORTEST_PERIOD, LONGEST_PERIOD)
+}
+
+/// So many missed heartbeats mean gone, as the registration message says.
+const MISSED_PERIODS: u32 = 3;
+/// Shorter periods are treated as this one.
+const SHORTEST_PERIOD: Duration = Duration::from_millis(100);
+/// Longer periods are treated as this one.
+const LONGEST_PERIOD: Duration = Duration::from_secs(60);
+/// After a call-back without an answer, or with the answer "not ready".
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// A `ready` that has not been repeated for so long does not count. The sidecar, on its side, is not
+/// ready without an acknowledgement of the same age.
+const ANSWER_VALID: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! The body of an answer: the decode engine's chunks, each passed on as it came.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use http::header::{self, HeaderMap};
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+use protocol::RequestId;
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::error::ApiError;
+use crate::flight::Flight;
+use crate::legs::{Answer, end_to_end};
+use crate::life::Event;
+use crate::usage;
+
+/// The answer's body. It owns the request: when hyper drops it because the client has left, the
+/// legs go with it.
+struct Relay {
+    held: Option<Bytes>,
+    rest: Option<Incoming>,
+    flight: Flight,
+    idle: Pin<Box<Sleep>>,
+    idle_timeout: Duration,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    stream: bool,
+    tail: Vec<u8>,
+}
+
+/// Makes the client's response of a decode leg's answer.
+pub fn respond(
+    mut flight: Flight,
+    answer: Answer,
+    idle_timeout: Duration,
+    cut: CancellationToken,
+) -> Response {
+    let stream = is_event_stream(&answer.head.headers);
+    flight.first_byte(answer.head.status, stream);
+    flight.on(Event::FirstByte);
+    let mut relay = Relay {
+        held: Some(answer.held).filter(|held| !held.is_empty()),
+        rest: answer.rest,
+        idle: Box::pin(sleep(idle_timeout)),
+        idle_timeout,
+        cut: Box::pin(cut.cancelled_owned()),
+        stream,
+        tail: Vec::new(),
+        flight,
+    };
+    if relay.held.is_none() && relay.rest.is_none() {
+        relay.finish();
+    }
+    let mut response = Response::new(());
+    *response.status_mut() = answer.head.status;
+    *response.headers_mut() = end_to_end(&answer.head.headers);
+    let id = crate::id::header_value(&relay.flight.id);
+    response.headers_mut().insert(crate::id::HEADER, id);
+    response.map(|()| Body::new(relay))
+}
+
+/// Makes the client's response of an answer that has been read to its end.
+pub fn whole(answer: Answer, id: &RequestId) -> Response {
+    let mut response = Response::new(Body::from(answer.held));
+    *response.status_mut() = answer.head.status;
+    *response.headers_mut() = end_to_end(&answer.head.headers);
+    response
+        .headers_mut()
+        .insert(crate::id::HEADER, crate::id::header_value(id));
+    response
+}
+
+/// The answer is a stream of server-sent events.
+pub fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
+}
+
+impl Relay {
+    fn finish(&mut self) {
+        self.rest = None;
+        if let Some(usage) = usage::find(&self.tail) {
+            self.flight.counted(usage);
+        }
+        self.flight.on(Event::AnswerEnded);
+    }
+
+    /// Ends the answer early: a stream with an error event, anything else by breaking off, since its
+    /// head has promised a whole document.
+    fn break_off(&mut self, error: ApiError) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        self.rest = None;
+        if self.is_complete() {
+            self.finish();
+            return Poll::Ready(None);
+        }
+        self.flight.broke(&error);
+        self.flight.on(Event::AnswerBroke);
+        Poll::Ready(Some(if self.stream {
+            Ok(Frame::data(error.into_event()))
+        } else {
+            Err(error)
+        }))
+    }
+
+    /// The stream's last event has passed, even if the body's end has not.
+    fn is_complete(&self) -> bool {
+        self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
+    }
+
+    fn keep_tail(&mut self, chunk: &[u8]) {
+        if chunk.len() >= usage::TAIL_BYTES {
+            self.tail.clear();
+            self.tail
+                .extend_from_slice(&chunk[chunk.len() - usage::TAIL_BYTES..]);
+            return;
+        }
+        // Cut rarely: once in TAIL_BYTES of chunks.
+        if self.tail.len() + chunk.len() > 2 * usage::TAIL_BYTES {
+            self.tail.drain(..self.tail.len() - usage::TAIL_BYTES);
+        }
+        self.tail.extend_from_slice(chunk);
+    }
+}
+
+impl http_body::Body for Relay {
+    type Data = Bytes;
+    type Error = ApiError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        let relay = self.get_mut();
+        if let Some(held) = relay.held.take() {
+            relay.keep_tail(&held);
+            if relay.rest.is_none() {
+                // hyper does not ask again once the announced length has been handed over.
+                relay.finish();
+            }
+            return Poll::Ready(Some(Ok(Frame::data(held))));
+        }
+        if relay.rest.is_none() {
+            return Poll::Ready(None);
+        }
+        if relay.cut.as_mut().poll(cx).is_ready() {
+            let error = ApiError::unavailable("shutting_down", "the proxy is shutting down");
+            return relay.break_off(error);
+        }
+        let Some(rest) = &mut relay.rest else {
+            return Poll::Ready(None);
+        };
+        match Pin::new(rest).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                let idle_until = Instant::now() + relay.idle_timeout;
+                relay.idle.as_mut().reset(idle_until);
+                if let Some(chunk) = frame.data_ref() {
+                    relay.keep_tail(chunk);
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(None) => {
+                relay.finish();
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Err(e))) => relay.break_off(ApiError::bad_gateway(
+                "decode_died",
+                format!("the decode instance broke off its answer: {e}"),
+            )),
+            Poll::Pending => {
+                ready!(relay.idle.as_mut().poll(cx));
+                let text = format!(
+                    "the decode instance has been silent for {}",
+                    humantime::format_duration(relay.idle_timeout)
+                );
+                relay.break_off(ApiError::gateway_timeout("decode_silent", text))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.held.is_none() && self.rest.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match (&self.held, &self.rest) {
+            (Some(held), None) => SizeHint::with_exact(held.len() as u64),
+            (None, None) => SizeHint::with_exact(0),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // A client that leaves after the last event has got everything.
+        if self.is_complete() && self.rest.is_some() {
+            self.finish();
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The registration port: a bounded PULL socket. The only file of this binary that names ZeroMQ.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use omq_tokio::endpoint::Endpoint;
+use omq_tokio::{Message, Options, Socket, SocketType};
+
+/// The bound registration socket.
+#[derive(Debug)]
+pub struct Registrations {
+    socket: Socket,
+    address: SocketAddr,
+}
+
+/// What a peer sent.
+#[derive(Debug)]
+pub enum Frame {
+    /// One frame, as every message on this port is.
+    Single(Bytes),
+    /// Several frames or none: not a message of this port.
+    Odd,
+}
+
+/// The registration port cannot be used, or can no longer be.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// The address could not be bound.
+    #[error("cannot bind the registration port {address}: {text}")]
+    Bind {
+        /// The configured address.
+        address: SocketAddr,
+        /// What the library says.
+        text: String,
+    },
+    /// The socket has ended.
+    #[error("the registration port is closed: {0}")]
+    Closed(String),
+}
+
+impl Registrations {
+    /// Binds the port.
+    ///
+    /// # Errors
+    /// The address is in use, not ours, or not permitted.
+    pub async fn bind(address: SocketAddr) -> Result<Self, PortError> {
+        let failed = |text: String| PortError::Bind { address, text };
+        let options = Options::default()
+            .max_message_size(MAX_MESSAGE_BYTES)
+            .max_pending_handshakes(MAX_PENDING_HANDSHAKES)
+            .handshake_timeout(HANDSHAKE_TIMEOUT)
+            .heartbeat_interval(HEARTBEAT)
+            .heartbeat_timeout(HEARTBEAT * 3)
+            .recv_hwm(QUEUED_MESSAGES)
+            .linger(Duration::ZERO);
+        let socket =
+            Socket::try_new(SocketType::Pull, options).map_err(|e| failed(e.to_string()))?;
+        let bound = socket
+            .bind(format!("tcp://{address}").as_str())
+            .await
+            .map_err(|e| failed(e.to_string()))?;
+        let Endpoint::Tcp { port, .. } = bound else {
+            return Err(failed(format!("bound to {bound} instead")));
+        };
+        Ok(Self {
+            socket,
+            address: SocketAddr::new(address.ip(), port),
+        })
+    }
+
+    /// The bound address, with the port that was chosen for port 0.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The next frame of any peer.
+    ///
+    /// # Errors
+    /// The socket has ended; nothing more will come.
+    ///
+    /// # Cancel safety
+    /// No frame is lost when the future is dropped.
+    pub async fn recv(&self) -> Result<Frame, PortError> {
+        let message = self
+            .socket
+            .recv()
+            .await
+            .map_err(|e| PortError::Closed(e.to_string()))?;
+        Ok(single(&message))
+    }
+
+    /// Disconnects what exceeds [`MAX_PEERS`], newest first: the sidecars that are registered came
+    /// first.
+    pub async fn shed(&self) -> usize {
+        let Ok(mut peers) = self.socket.connections().await else {
+            return 0;
+        };
+        if peers.len() <= MAX_PEERS {
+            return 0;
+        }
+        peers.sort_by_key(|peer| peer.connection_id);
+        let surplus = peers.split_off(MAX_PEERS);
+        for peer in &surplus {
+            // Fails only for a peer that has gone meanwhile.
+            drop(self.socket.disconnect_peer(peer.connection_id).await);
+        }
+        surplus.len()
+    }
+}
+
+fn single(message: &Message) -> Frame {
+    match (message.len(), message.part_bytes(0)) {
+        (1, Some(bytes)) => Frame::Single(bytes),
+        _ => Frame::Odd,
+    }
+}
+
+/// A `Register` with 64 ranks takes under 2 KiB; an answer to nothing needs more.
+const MAX_MESSAGE_BYTES: usize = 64 * 1024;
+
+/// The library's default of 128 lets half-open connections starve newcomers.
+const MAX_PENDING_HANDSHAKES: usize = 2048;
+
+/// Half-open connections are dropped after this time.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A peer that does not answer three of these is dropped; a vanished host is noticed by nothing else.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+
+/// Messages that wait for the registry, per peer: a flood is slowed by TCP, not stored here.
+const QUEUED_MESSAGES: u32 = 1024;
+
+/// Each sidecar holds one connection for each of its ranks at most; 64 sidecars with 8 ranks fit
+/// twice.
+const MAX_PEERS: usize = 1024;

@@ -1,0 +1,246 @@
+//! An OpenAI server that does what a test tells it to.
+
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use futures::StreamExt;
+use futures::stream;
+use http::HeaderMap;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::journal::Journal;
+
+/// What an engine does with a request.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// Answers with this status and JSON.
+    Json(u16, Value),
+    /// As `Json`, once `Engine::release` has been called for it.
+    Held(u16, Value),
+    /// Streams these chunks as they are, and then...
+    Stream(Vec<String>, Then),
+    /// Never answers.
+    Silence,
+    /// Closes the connection without a word.
+    Die,
+}
+
+/// How a stream goes on after its chunks.
+#[derive(Clone, Copy, Debug)]
+pub enum Then {
+    End,
+    Hang,
+    /// The connection breaks once `Engine::release` has been called for it.
+    Break,
+}
+
+/// A request as the engine got it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub path: String,
+    pub headers: HeaderMap,
+    pub text: String,
+}
+
+pub struct Engine {
+    pub url: String,
+    inner: Arc<Inner>,
+    _server: AbortOnDropHandle<()>,
+}
+
+struct Inner {
+    name: String,
+    journal: Arc<Journal>,
+    prefill: Mutex<Reply>,
+    decode: Mutex<Reply>,
+    seen: Mutex<Vec<Seen>>,
+    released: Semaphore,
+    health: Mutex<u16>,
+}
+
+impl Engine {
+    pub async fn start(name: &str, journal: Arc<Journal>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let inner = Arc::new(Inner {
+            name: name.into(),
+            journal,
+            prefill: Mutex::new(Reply::Json(200, completion("x", 5, 1))),
+            decode: Mutex::new(Reply::Json(200, completion("hello", 5, 3))),
+            seen: Mutex::default(),
+            released: Semaphore::new(0),
+            health: Mutex::new(200),
+        });
+        let router = Router::new().fallback(serve).with_state(Arc::clone(&inner));
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self {
+            url,
+            inner,
+            _server: AbortOnDropHandle::new(server),
+        }
+    }
+
+    pub fn on_prefill(&self, reply: Reply) {
+        *self.inner.prefill.lock().unwrap() = reply;
+    }
+
+    pub fn on_decode(&self, reply: Reply) {
+        *self.inner.decode.lock().unwrap() = reply;
+    }
+
+    /// The status of `/health` from now on.
+    pub fn set_health(&self, status: u16) {
+        *self.inner.health.lock().unwrap() = status;
+    }
+
+    /// Lets one held answer go, or one connection break.
+    pub fn release(&self) {
+        self.inner.released.add_permits(1);
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.inner.seen.lock().unwrap().clone()
+    }
+
+    /// The only request so far.
+    pub fn only(&self) -> Seen {
+        let seen = self.seen();
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        seen[0].clone()
+    }
+}
+
+impl Seen {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap()
+    }
+
+    pub fn id(&self) -> String {
+        self.headers["x-request-id"].to_str().unwrap().to_owned()
+    }
+}
+
+/// A completion that is not streamed.
+pub fn completion(text: &str, prompt_tokens: u64, completion_tokens: u64) -> Value {
+    json!({
+        "object": "text_completion",
+        "choices": [{"index": 0, "text": text}],
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens},
+        "kv_transfer_params": null,
+    })
+}
+
+/// The events of a streamed completion, with `[DONE]`.
+pub fn events(words: &[&str]) -> Vec<String> {
+    let event = |word: &&str| format!("data: {}\n\n", json!({"choices": [{"text": word}]}));
+    let mut events: Vec<_> = words.iter().map(event).collect();
+    events.push("data: [DONE]\n\n".into());
+    events
+}
+
+async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let bytes = body.collect().await.unwrap().to_bytes();
+    let seen = Seen {
+        path: head.uri.path().into(),
+        headers: head.headers,
+        text: String::from_utf8(bytes.to_vec()).unwrap(),
+    };
+    if seen.path == "/health" {
+        return answer(*engine.health.lock().unwrap(), &Value::Null);
+    }
+    engine.seen.lock().unwrap().push(seen.clone());
+    if seen.path == "/v1/models" {
+        return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
+    }
+    let params = &seen.json()["kv_transfer_params"];
+    let (leg, reply) = if params["do_remote_decode"] == true {
+        ("prefill", &engine.prefill)
+    } else if params["do_remote_prefill"] == true {
+        ("decode", &engine.decode)
+    } else {
+        ("alone", &engine.decode)
+    };
+    let reply = reply.lock().unwrap().clone();
+    engine.journal.write(format!("{} {leg}", engine.name));
+    // Dropped before its time when the connection is closed from the other side.
+    let mut presence = Presence {
+        engine: Arc::clone(&engine),
+        leg,
+        served: false,
+    };
+    match reply {
+        Reply::Json(status, value) => {
+            presence.served();
+            answer(status, &value)
+        }
+        Reply::Held(status, value) => {
+            engine.released.acquire().await.unwrap().forget();
+            presence.served();
+            answer(status, &value)
+        }
+        Reply::Silence => std::future::pending().await,
+        Reply::Die => {
+            presence.served();
+            // Takes the connection's task with it, before any head is written.
+            std::panic::resume_unwind(Box::new("scripted death"));
+        }
+        Reply::Stream(chunks, then) => {
+            let chunks = stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>));
+            let end = stream::once(async move {
+                match then {
+                    Then::End => presence.served(),
+                    Then::Hang => std::future::pending().await,
+                    Then::Break => {
+                        engine.released.acquire().await.unwrap().forget();
+                        presence.served();
+                        return Err(std::io::Error::other("scripted break"));
+                    }
+                }
+                Ok(String::new())
+            });
+            Response::builder()
+                .header("content-type", "text/event-stream; charset=utf-8")
+                .body(Body::from_stream(chunks.chain(end)))
+                .unwrap()
+        }
+    }
+}
+
+fn answer(status: u16, value: &Value) -> Response {
+    Response::builder()
+        .status(status)
+        .header("content-type", "application/json")
+        .body(Body::from(value.to_string()))
+        .unwrap()
+}
+
+struct Presence {
+    engine: Arc<Inner>,
+    leg: &'static str,
+    served: bool,
+}
+
+impl Presence {
+    fn served(&mut self) {
+        self.served = true;
+        let (name, leg) = (&self.engine.name, self.leg);
+        self.engine.journal.write(format!("{name} {leg} served"));
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if !self.served {
+            let (name, leg) = (&self.engine.name, self.leg);
+            self.engine.journal.write(format!("{name} {leg} aborted"));
+        }
+    }
+}

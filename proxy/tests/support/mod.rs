@@ -1,0 +1,151 @@
+//! A proxy with scripted engines and sidecars around it, in one process.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+
+pub mod client;
+pub mod engine;
+pub mod journal;
+pub mod sidecar;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use proxy::cli::Config;
+use proxy::{End, Proxy, Stop};
+use serde_json::Value;
+use tokio::task::JoinHandle;
+
+use client::Client;
+use engine::Engine;
+use journal::Journal;
+use sidecar::{Role, Sidecar};
+
+/// No step of any test takes so long unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A proxy under test.
+pub struct Rig {
+    pub journal: Arc<Journal>,
+    pub client: Client,
+    pub registration: String,
+    pub stop: Stop,
+    run: Option<JoinHandle<End>>,
+}
+
+impl Rig {
+    /// Starts a proxy on free ports, with these flags.
+    pub async fn start(flags: &[&str]) -> Self {
+        let ports = [
+            "pd-proxy",
+            "--listen",
+            "127.0.0.1:0",
+            "--registration",
+            "127.0.0.1:0",
+        ];
+        let config = Config::parse_from([&ports[..], flags].concat());
+        let proxy = Proxy::bind(config).await.expect("free ports");
+        let client = Client::new(format!("http://{}", proxy.listen()));
+        let registration = format!("tcp://{}", proxy.registration());
+        let stop = Stop::default();
+        let run = Some(tokio::spawn(proxy.run(stop.clone())));
+        Self {
+            journal: Arc::default(),
+            client,
+            registration,
+            stop,
+            run,
+        }
+    }
+
+    /// An engine that writes into this rig's journal.
+    pub async fn engine(&self, name: &str) -> Engine {
+        Engine::start(name, Arc::clone(&self.journal)).await
+    }
+
+    /// A registered and ready instance: an engine and its sidecar.
+    pub async fn instance(&self, name: &str, role: Role) -> (Engine, Sidecar) {
+        let engine = self.engine(name).await;
+        let sidecar = Sidecar::start(name, role, &engine.url, &self.registration).await;
+        self.until_state(name, "ready").await;
+        (engine, sidecar)
+    }
+
+    /// A prefill instance `p` and a decode instance `d`.
+    pub async fn pair(&self) -> Pair {
+        let (p, p_sidecar) = self.instance("p", Role::Prefill).await;
+        let (d, d_sidecar) = self.instance("d", Role::Decode).await;
+        Pair {
+            p,
+            d,
+            p_sidecar,
+            d_sidecar,
+        }
+    }
+
+    /// Waits until `/instances` shows this instance in this state (`gone`: not at all).
+    pub async fn until_state(&self, id: &str, state: &str) {
+        self.until("/instances", |instances| {
+            let shown = instances.as_array().unwrap().iter().find(|i| i["id"] == id);
+            shown.map_or("gone", |i| i["standing"]["state"].as_str().unwrap()) == state
+        })
+        .await;
+    }
+
+    /// Waits until a JSON page satisfies a condition, and returns it.
+    pub async fn until(&self, path: &str, holds: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let asked = async {
+            loop {
+                last = self.client.get(path).await.json();
+                if holds(&last) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(PATIENCE, asked).await.is_ok();
+        assert!(in_time, "{path} stays {last}");
+        last
+    }
+
+    /// The record of the only request so far, once it has ended.
+    pub async fn record(&self) -> Value {
+        let all = self
+            .until("/requests", |all| !all.as_array().unwrap().is_empty())
+            .await;
+        assert_eq!(all.as_array().unwrap().len(), 1, "{all}");
+        all[0].clone()
+    }
+
+    /// The value of a sample in `/metrics`; 0 if it is not there.
+    pub async fn metric(&self, sample: &str) -> f64 {
+        let text = self.client.get("/metrics").await.text();
+        text.lines()
+            .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.parse().ok())
+            .unwrap_or(0.0)
+    }
+
+    /// Drains the proxy.
+    pub async fn end(mut self) -> End {
+        self.stop.drain.cancel();
+        self.ended().await
+    }
+
+    /// Waits for the end that somebody else has ordered.
+    pub async fn ended(&mut self) -> End {
+        let run = self.run.take().expect("it ends once");
+        tokio::time::timeout(PATIENCE, run)
+            .await
+            .expect("it ends")
+            .expect("no panic")
+    }
+}
+
+/// Both instances of most tests.
+pub struct Pair {
+    pub p: Engine,
+    pub d: Engine,
+    pub p_sidecar: Sidecar,
+    pub d_sidecar: Sidecar,
+}

@@ -1,0 +1,198 @@
+//! A sidecar as the proxy sees it: words on the registration port, and an admin server.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use http::StatusCode;
+use omq_tokio::{Message, Options, Socket, SocketType};
+use protocol::registration::{
+    InstanceRole, Leave, NotifX, Progress, ProxyNotif, Register, ToProxy,
+};
+use protocol::{Epoch, Reason, RequestId, codec};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
+
+pub use protocol::registration::InstanceRole as Role;
+
+pub struct Sidecar {
+    push: Arc<Socket>,
+    pub register: Register,
+    answer: Arc<Mutex<Answer>>,
+    /// Bodies of the call-backs.
+    pub calls: Arc<Mutex<Vec<Value>>>,
+    heartbeat: Option<AbortOnDropHandle<()>>,
+    _admin: AbortOnDropHandle<()>,
+}
+
+/// What the admin server says to a call-back.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// Id and epoch of its own, and this readiness.
+    Own { ready: bool },
+    /// 409, as a sidecar with another id or epoch.
+    Conflict,
+    /// 200 with another id.
+    OtherId,
+    /// 200 with another epoch.
+    OtherEpoch,
+    /// 500.
+    Broken,
+}
+
+struct Admin {
+    id: String,
+    epoch: u64,
+    answer: Arc<Mutex<Answer>>,
+    calls: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Sidecar {
+    /// A sidecar that registers, renews and answers as it should.
+    pub async fn start(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
+        let mut sidecar = Self::silent(name, role, http, registration).await;
+        sidecar.beat();
+        sidecar
+    }
+
+    /// A sidecar with its connection and admin server, which does not register by itself.
+    pub async fn silent(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
+        let epoch = 7;
+        let answer = Arc::new(Mutex::new(Answer::Own { ready: true }));
+        let calls = Arc::default();
+        let admin = Admin {
+            id: name.into(),
+            epoch,
+            answer: Arc::clone(&answer),
+            calls: Arc::clone(&calls),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin_url = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new()
+            .route("/registered", post(registered))
+            .with_state(Arc::new(admin));
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        let push = Socket::new(SocketType::Push, Options::default().linger(Duration::ZERO));
+        push.connect(registration).await.unwrap();
+        let receives = role != InstanceRole::Prefill;
+        Self {
+            push: Arc::new(push),
+            register: Register {
+                v: protocol::VERSION,
+                id: name.into(),
+                epoch: Epoch(epoch),
+                role,
+                http: http.into(),
+                admin: admin_url,
+                host: if receives {
+                    "127.0.0.1".into()
+                } else {
+                    String::new()
+                },
+                init_ports: if receives { vec![7300, 7301] } else { vec![] },
+                alloc_ports: if receives { vec![7400, 7401] } else { vec![] },
+                ready: true,
+                slots: 16,
+                free_slots: 16,
+                parked_tokens: 0,
+                period_ms: 2000,
+            },
+            answer,
+            calls,
+            heartbeat: None,
+            _admin: AbortOnDropHandle::new(server),
+        }
+    }
+
+    /// Registers now and every 100 ms from now on.
+    pub fn beat(&mut self) {
+        let push = Arc::clone(&self.push);
+        let register = ToProxy::Register(self.register.clone());
+        let beats = tokio::spawn(async move {
+            loop {
+                send(&push, &register).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        self.heartbeat = Some(AbortOnDropHandle::new(beats));
+    }
+
+    /// Says nothing more by itself.
+    pub fn fall_silent(&mut self) {
+        self.heartbeat = None;
+    }
+
+    pub fn answer(&self, answer: Answer) {
+        *self.answer.lock().unwrap() = answer;
+    }
+
+    pub async fn say(&self, message: &ToProxy) {
+        send(&self.push, message).await;
+    }
+
+    pub async fn say_bytes(&self, frames: &[&[u8]]) {
+        let parts = frames.iter().map(|frame| frame.to_vec());
+        self.push.send(Message::multipart(parts)).await.unwrap();
+    }
+
+    /// The engine has begun this request.
+    pub async fn progress(&self, id: &str) {
+        self.say(&ToProxy::Progress(Progress {
+            id: self.register.id.clone(),
+            req_id: RequestId(id.into()),
+        }))
+        .await;
+    }
+
+    /// The KV of this request has been written.
+    pub async fn moved(&self, id: &str, bytes: u64, reason: Option<Reason>) {
+        self.say(&ToProxy::ProxyNotif(ProxyNotif {
+            req_id: RequestId(id.into()),
+            x: Some(NotifX {
+                v: protocol::VERSION,
+                ok: reason.is_none(),
+                reason,
+                bytes,
+                us: 1500,
+                transport: "nixl".into(),
+            }),
+        }))
+        .await;
+    }
+
+    pub async fn leave(&mut self) {
+        self.fall_silent();
+        self.say(&ToProxy::Leave(Leave {
+            id: self.register.id.clone(),
+            epoch: self.register.epoch,
+        }))
+        .await;
+    }
+}
+
+async fn send(push: &Socket, message: &ToProxy) {
+    push.send(Message::single(codec::encode(message)))
+        .await
+        .unwrap();
+}
+
+async fn registered(State(admin): State<Arc<Admin>>, Json(body): Json<Value>) -> Response {
+    admin.calls.lock().unwrap().push(body);
+    let (id, epoch) = (&admin.id, admin.epoch);
+    let own = |id: &str, epoch: u64, ready: bool| {
+        let reason = if ready { "" } else { "no engine" };
+        Json(json!({"id": id, "epoch": epoch, "ready": ready, "reason": reason})).into_response()
+    };
+    let answer = admin.answer.lock().unwrap().clone();
+    match answer {
+        Answer::Own { ready } => own(id, epoch, ready),
+        Answer::Conflict => StatusCode::CONFLICT.into_response(),
+        Answer::OtherId => own("somebody-else", epoch, true),
+        Answer::OtherEpoch => own(id, epoch + 1, true),
+        Answer::Broken => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
