@@ -10,14 +10,18 @@
 pub mod codec;
 pub mod dlist;
 pub mod ids;
+pub mod keys;
 pub mod layout;
 pub mod local;
 pub mod message;
+pub mod metadata;
 pub mod reason;
 pub mod receiver;
 pub mod record;
 pub mod registration;
 pub mod sender;
+mod serdes;
+mod slots;
 
 pub use ids::{ChunkIndex, EngineId, Epoch, LeaseId, RequestId, SlotIndex, Time, TransferId};
 pub use layout::Layout;

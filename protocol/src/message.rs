@@ -208,6 +208,8 @@ pub struct AllocX {
     /// The decode leg is on its way: how long the receiver may hold the answer for it to park,
     /// milliseconds. 0: nobody will park before the data has come.
     pub park_ms: u32,
+    /// The wire that the sender will write with: what proves a slot free of writes depends on it.
+    pub transport: String,
 }
 
 /// Answer to [`AllocRequest`].

@@ -65,6 +65,8 @@ reasons! {
     KeyMismatch = "key_mismatch",
     /// Model, dtype, shape or chunk size differ.
     LayoutMismatch = "layout_mismatch",
+    /// The two sides speak different versions of the protocol.
+    VersionMismatch = "version_mismatch",
     /// The receiver has no engine, so it has no slots yet.
     NoEngine = "no_engine",
     /// Another request with this id is under way.

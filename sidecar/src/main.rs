@@ -1,2 +1,47 @@
-//! (being written)
-fn main() {}
+//! The sidecar beside a vLLM instance: arguments, configuration, run, drain, exit code.
+
+mod admin;
+mod cli;
+mod config;
+mod daemon;
+mod engines;
+mod host;
+mod init;
+mod local;
+mod logging;
+mod memory;
+mod metrics;
+mod node;
+mod port;
+mod receiver;
+mod registration;
+mod selftest;
+mod sender;
+mod shown;
+mod side;
+mod status;
+mod trace;
+mod transport;
+mod wires;
+mod zmq;
+
+use std::process::ExitCode;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let exit = match Cli::of_process() {
+        Ok(Command::CheckConfig(check)) => check.run(),
+        Ok(Command::Selftest(selftest)) => selftest.run(),
+        Ok(Command::Run(args)) => match args.load() {
+            Ok((config, report)) => {
+                logging::start(&config.log_level, config.log_format);
+                report.log();
+                daemon::run(config)
+            }
+            Err(exit) => exit,
+        },
+        Err(exit) => exit,
+    };
+    exit.into()
+}

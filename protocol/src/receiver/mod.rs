@@ -1,143 +1,236 @@
-//! The receiving side of the handshake.
+//! The receiving side of the handshake: who may write into which slot, and when it may be read.
 //!
-//! (states and rules: being written)
+//! A request is known from two sides, in either order: the decode engine *parks* it, a sender *asks*
+//! for slots.
+//!
+//! ```text
+//!                     ┌────────── parked ──────────┐
+//!   AllocRequest      │                            ▼
+//!  ───────────────▶ Held ── room / wait over ──▶ Leased ── all Released ──▶ ended
+//!                     │                            │ cancel, expiry, peer lost
+//!                     └── refused ──▶ ended        ▼
+//!                                     Open slots: freed by the sender's word, or quarantined
+//! ```
+//!
+//! *Parked grants* are a sliding window: each slot that becomes free goes to a waiting lease, in
+//! turn, so any prompt fits any buffer. *Unparked grants* are all or nothing within the sender's
+//! wait. A request that nobody parks is held back for `park_ms` first, because a decode request
+//! that has parked says what it holds already.
+//!
+//! A slot is told to the engine only after `Written` with the lease's id and this epoch. It goes
+//! back to the pool only when no peer can still write into it: after the sender's word (`Written`,
+//! `CancelNotif`), or after a [`Event::Fenced`] for what was quarantined.
+//!
+//! A duplicate of any message changes nothing; a lost one is repaired by its repetition or by
+//! `Extend`; an unknown lease is answered with `Unwanted`.
 
+mod ending;
+mod engine;
+mod grant;
+mod io;
+mod peer;
+mod request;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 
-use crate::local::{Await, Ended, OfRequest, Ready, Release};
-use crate::message::{ToReceiver, ToSender};
-use crate::record::Record;
-use crate::{EngineId, Epoch, LeaseId, SlotIndex};
+use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
-/// Where answers to a sender go: one number per identity of the alloc socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Route(pub u64);
+use crate::slots::Slots;
+pub use io::{Action, Config, Event, Gauges, Route, SenderId};
+use request::{Chunk, Lease, Request, Supply};
 
-/// A sender's incarnation: its name and epoch.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct SenderId {
-    /// The sidecar's name; for an LMCache peer, what the socket's identity says.
-    pub id: String,
-    /// Its epoch; 0 for LMCache.
-    pub epoch: Epoch,
+/// The receiving side of one rank. See the module's documentation.
+#[derive(Debug)]
+pub struct Receiver {
+    config: Config,
+    now: Time,
+    slots: Slots,
+    requests: BTreeMap<RequestId, Request>,
+    leases: BTreeMap<LeaseId, RequestId>,
+    /// Requests that want slots, in the order in which they came to want them.
+    waiting: VecDeque<RequestId>,
+    quarantine: BTreeMap<LeaseId, Quarantine>,
+    ended: Ended,
+    rng: StdRng,
+    draining: bool,
+    actions: VecDeque<Action>,
 }
 
-/// Bounds and times of a [`Receiver`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Config {
-    /// This start's epoch.
-    pub epoch: Epoch,
-    /// Slots of the landing buffer.
-    pub slots: u32,
-    /// Bytes of a token's KV, for the byte counts in records.
-    pub token_bytes: u64,
-    /// Tokens of a full chunk.
-    pub chunk_tokens: u32,
-    /// Requests known at once, parked or granted; beyond it `busy`.
-    pub max_requests: usize,
-    /// Slots that one sender may leave quarantined before it is refused.
-    pub max_quarantined: u32,
-    /// How long a parked request waits for a sender to ask.
-    pub no_sender: Duration,
-    /// How long written chunks wait for a decode request to park.
-    pub unclaimed: Duration,
-    /// Upper bounds on what a peer may ask for.
-    pub max_lease: Duration,
-    /// Longest time that an alloc request is held.
-    pub max_wait: Duration,
-    /// Seed of the lease ids.
-    pub seed: u64,
+/// Slots of an ended lease into which a write may still arrive.
+#[derive(Debug)]
+struct Quarantine {
+    sender: SenderId,
+    slots: Vec<SlotIndex>,
 }
 
-/// What happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Event {
-    /// A message of a sender.
-    Peer {
-        /// Where it came from.
-        route: Route,
-        /// The message.
-        message: ToReceiver,
-    },
-    /// A sender's control connection ended.
-    PeerLost {
-        /// The connection.
-        route: Route,
-    },
-    /// Proof that no write of this incarnation can still arrive in these slots (design D6).
-    Fenced {
-        /// The sender.
-        sender: SenderId,
-        /// The lease whose slots are proven; all of the sender's if absent.
-        lease: Option<LeaseId>,
-    },
-    /// The decode engine waits for a request's KV.
-    Await(EngineId, Await),
-    /// The decode engine has read chunks.
-    Release(EngineId, Release),
-    /// The decode engine does not want the request any more.
-    Abort(EngineId, OfRequest),
-    /// The engine's connection ended.
-    EngineGone(EngineId),
-    /// [`Receiver::deadline`] has passed.
-    Deadline,
-    /// No new requests from now on.
-    Drain,
+/// Requests that ended lately, so that the side that comes late is told at once.
+#[derive(Debug, Default)]
+struct Ended {
+    reasons: BTreeMap<RequestId, Option<Reason>>,
+    order: VecDeque<RequestId>,
 }
 
-/// What is to be done, in order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Action {
-    /// Send to a sender.
-    Send {
-        /// Where to.
-        route: Route,
-        /// The message.
-        message: ToSender,
-    },
-    /// Tell an engine that chunks may be read.
-    Ready(EngineId, Ready),
-    /// Tell an engine that a request has ended.
-    Ended(EngineId, Ended),
-    /// From now on writes under this lease may land in this slot.
-    Open {
-        /// The lease.
-        lease: LeaseId,
-        /// The slot.
-        slot: SlotIndex,
-    },
-    /// No write under any lease may land in this slot from now on. Before the slot is opened again.
-    Close {
-        /// The slot.
-        slot: SlotIndex,
-    },
-    /// Slots of this lease are quarantined: find a proof, then say [`Event::Fenced`].
-    Fence {
-        /// The sender.
-        sender: SenderId,
-        /// The lease.
-        lease: LeaseId,
-    },
-    /// A request has ended.
-    Record(Record),
+/// How many ended requests are remembered: a few seconds of a busy instance.
+const REMEMBERED: usize = 4096;
+
+impl Ended {
+    fn insert(&mut self, id: RequestId, reason: Option<Reason>) {
+        if self.reasons.insert(id.clone(), reason).is_none() {
+            self.order.push_back(id);
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.reasons.remove(&oldest);
+        }
+    }
 }
 
-/// What the buffer holds now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Gauges {
-    /// Slots free.
-    pub free: u32,
-    /// Slots under a lease.
-    pub held: u32,
-    /// Slots quarantined.
-    pub quarantined: u32,
-    /// Requests known.
-    pub requests: u32,
-    /// Tokens of parked requests.
-    pub parked_tokens: u64,
-    /// Slots into which a write is announced and not yet reported: the transport must progress.
-    pub writing: u32,
+impl Receiver {
+    /// A receiver with every slot free.
+    pub fn new(config: Config) -> Self {
+        Self {
+            now: Time::default(),
+            slots: Slots::new(config.slots),
+            requests: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            quarantine: BTreeMap::new(),
+            ended: Ended::default(),
+            rng: StdRng::seed_from_u64(config.seed),
+            draining: false,
+            actions: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// Takes in one event. Actions wait in [`Self::poll_action`] afterwards.
+    pub fn handle(&mut self, now: Time, event: Event) {
+        self.now = self.now.max(now);
+        match event {
+            Event::Peer { route, message } => self.on_message(route, message),
+            Event::PeerLost { route } => self.on_peer_lost(route),
+            Event::Fenced { sender, lease } => self.on_fenced(&sender, lease),
+            Event::Corrupt(lease) => self.on_corrupt(lease),
+            Event::Await(engine, message) => self.on_await(engine, message),
+            Event::Release(engine, message) => self.on_release(engine, &message),
+            Event::Abort(engine, message) => self.on_abort(engine, &message.req),
+            Event::EngineGone(engine) => self.on_engine_gone(engine),
+            Event::Deadline => {}
+            Event::Drain => self.draining = true,
+        }
+        self.on_deadlines();
+        self.serve();
+    }
+
+    /// The next thing to do, in order.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Event::Deadline`] is due at the latest.
+    pub fn deadline(&self) -> Option<Time> {
+        self.requests.values().filter_map(Request::deadline).min()
+    }
+
+    /// What the buffer holds now.
+    pub fn gauges(&self) -> Gauges {
+        let mut gauges = Gauges {
+            free: self.slots.free(),
+            requests: u32::try_from(self.requests.len()).unwrap_or(u32::MAX),
+            ..Gauges::default()
+        };
+        for quarantine in self.quarantine.values() {
+            gauges.quarantined += u32::try_from(quarantine.slots.len()).unwrap_or(u32::MAX);
+        }
+        for request in self.requests.values() {
+            gauges.held += u32::try_from(request.lent.len()).unwrap_or(u32::MAX);
+            if let Some(parked) = &request.parked {
+                gauges.parked_tokens += u64::from(parked.tokens);
+            }
+            for chunk in request.lease().map_or(&[][..], |l| &l.chunks) {
+                gauges.held += u32::from(chunk.slot().is_some());
+                gauges.writing += u32::from(matches!(chunk, Chunk::Open { writing: true, .. }));
+            }
+        }
+        gauges
+    }
+
+    /// Nothing is under way: no request known, no slot held or quarantined.
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.slots.free() == self.slots.total()
+    }
+
+    /// Bytes of a chunk that is open for writing under a lease, for checksums.
+    pub fn expected_bytes(&self, lease: LeaseId, chunk: u32) -> Option<u64> {
+        let id = self.leases.get(&lease)?;
+        let lease = self.requests.get(id)?.lease()?;
+        let index = chunk as usize;
+        let Some(Chunk::Open { .. }) = lease.chunks.get(index) else {
+            return None;
+        };
+        let (from, to) = lease.span(index, self.config.chunk_tokens);
+        Some(u64::from(to - from) * self.config.token_bytes)
+    }
+
+    /// Slots that one sender left quarantined.
+    fn quarantined_by(&self, sender: &str) -> usize {
+        self.quarantine
+            .values()
+            .filter(|q| q.sender.id == sender)
+            .map(|q| q.slots.len())
+            .sum()
+    }
+
+    fn free(&mut self, slot: SlotIndex) {
+        self.slots.give(slot);
+    }
+
+    /// Closes a slot to writes, then gives it back.
+    fn close_and_free(&mut self, slot: SlotIndex) {
+        self.actions.push_back(Action::Close { slot });
+        self.free(slot);
+    }
+
+    fn tell_ended(
+        &mut self,
+        engine: EngineId,
+        req: &RequestId,
+        reason: Option<Reason>,
+        bytes: u64,
+    ) {
+        let ended = crate::local::Ended {
+            req: req.clone(),
+            reason,
+            bytes,
+        };
+        self.actions.push_back(Action::Ended(engine, ended));
+    }
+}
+
+impl Request {
+    /// The next time at which something about this request runs out.
+    fn deadline(&self) -> Option<Time> {
+        let parked = self.parked.as_ref().map(|p| match self.supply {
+            Supply::None => p.deadline.min(p.no_sender),
+            Supply::Held(_) | Supply::Leased(_) => p.deadline,
+        });
+        let supply = match &self.supply {
+            Supply::None => None,
+            Supply::Held(held) => Some(held.park.unwrap_or(held.wait)),
+            // A lease that is written in full and parked needs no more words of its sender.
+            Supply::Leased(lease) if lease.is_written() && self.parked.is_some() => None,
+            Supply::Leased(lease) => Some(lease.deadline),
+        };
+        parked.into_iter().chain(supply).min()
+    }
+}
+
+/// `lease_ms`, `wait_ms`, `park_ms` as a peer states them, bounded.
+fn bounded(ms: u32, max: Duration) -> Duration {
+    Duration::from_millis(u64::from(ms)).min(max)
 }

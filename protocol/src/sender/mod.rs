@@ -1,175 +1,185 @@
-//! The sending side of the handshake.
+//! The sending side of the handshake: from the engine's reservation to the receiver's last
+//! acknowledgement.
 //!
-//! (states and rules: being written)
+//! The states of a request stand at its `Phase`, those of a chunk at its `Chunk`. The rules:
+//!
+//! * A send slot goes to a chunk only when the receiver has granted a slot for it *and* the engine is
+//!   about to complete it, so a slot never waits for compute that other slots could hold up.
+//! * `Written` is said only after the transport reported the flush, and repeated until `Ack`.
+//! * A lease that ends early is closed by `CancelNotif` after the last write under way has ended; the
+//!   slots of writes whose end nobody knows are named `dirty` in it.
+//! * A message about a lease that is not known any more is answered with `CancelNotif`: by our word
+//!   nothing is under way under it, but for what the graves name.
 
-use std::time::Duration;
+mod ending;
+mod engine;
+mod io;
+mod peer;
+mod push;
+mod request;
 
-use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
 
-use crate::local::{Computing, Ended, Granted, OfRequest, Reserve, Staged, Target};
-use crate::message::{ToReceiver, ToSender};
-use crate::record::Record;
-use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, TransferId};
+use crate::local::Target;
+use crate::message::ToReceiver;
+use crate::slots::Slots;
+use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
-/// Bounds and times of a [`Sender`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Config {
-    /// The sidecar's name.
-    pub id: String,
-    /// This start's epoch.
-    pub epoch: Epoch,
-    /// Slots of the send buffer.
-    pub slots: u32,
-    /// What a chunk looks like.
-    pub layout: Layout,
-    /// Requests under way at once; beyond it `busy`.
-    pub max_requests: usize,
-    /// Time between two signs of life under a lease, as told to receivers times three.
-    pub heartbeat: Duration,
-    /// How long a receiver may hold an alloc request for room.
-    pub wait: Duration,
-    /// How long a receiver may hold an alloc request for the decode leg to park.
-    pub park: Duration,
-    /// After this time without an answer a message is repeated.
-    pub repeat: Duration,
-    /// How long a link to a new receiver may take.
-    pub link: Duration,
-    /// How long a request may go without progress.
-    pub stall: Duration,
-    /// Never push: for tests that must fail without a data plane.
-    pub push_off: bool,
+pub use io::{Action, Config, Event, Gauges, Piece};
+use request::{Phase, Request};
+
+/// The sending side of one rank. See the module's documentation.
+#[derive(Debug)]
+pub struct Sender {
+    config: Config,
+    now: Time,
+    slots: Slots,
+    requests: BTreeMap<RequestId, Request>,
+    links: BTreeMap<Target, Link>,
+    transfers: BTreeMap<TransferId, RequestId>,
+    /// Dirty slots of leases that are over, for receivers that ask late.
+    graves: VecDeque<(LeaseId, Vec<u32>)>,
+    next_seq: u64,
+    next_transfer: u64,
+    next_order: u64,
+    draining: bool,
+    actions: VecDeque<Action>,
 }
 
-/// What happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Event {
-    /// The prefill engine has begun a request.
-    Reserve(EngineId, Reserve),
-    /// The prefill engine is about to complete tokens.
-    Computing(EngineId, Computing),
-    /// The prefill engine has gathered chunks.
-    Staged(EngineId, Staged),
-    /// The prefill engine gives a request up.
-    Cancel(EngineId, OfRequest),
-    /// The engine's connection ended.
-    EngineGone(EngineId),
-    /// The init handshake with a receiver is done.
-    Linked {
-        /// The receiver.
-        to: Target,
-        /// Its epoch; 0 for LMCache.
-        epoch: Epoch,
-        /// Protocol version; 0 for LMCache.
-        v: u32,
-        /// Its slots.
-        slots: u32,
-        /// The wire that was chosen.
-        transport: String,
-    },
-    /// The init handshake failed, or the link is gone. Writes under way report on their own.
-    LinkLost {
-        /// The receiver.
-        to: Target,
-        /// Why.
-        reason: Reason,
-    },
-    /// A message of a receiver.
-    Peer {
-        /// The receiver.
-        to: Target,
-        /// The message.
-        message: ToSender,
-    },
-    /// A write ended well: flushed at the receiver.
-    Done {
-        /// The write.
-        transfer: TransferId,
-        /// XXH3-64 of each chunk, if sums are on.
-        sums: Vec<u64>,
-    },
-    /// A write ended badly.
-    Failed {
-        /// The write.
-        transfer: TransferId,
-        /// No byte of it can still arrive. Otherwise its slots at the receiver are dirty.
-        terminal: bool,
-    },
-    /// [`Sender::deadline`] has passed.
-    Deadline,
-    /// No new requests from now on.
-    Drain,
+/// The connection to a receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Link {
+    /// The init handshake is under way since then.
+    Making(Time),
+    /// It is done.
+    Up { epoch: Epoch, transport: String },
 }
 
-/// What is to be done, in order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Action {
-    /// Make the init handshake with this receiver (anew, if there is a link), then say
-    /// [`Event::Linked`] or [`Event::LinkLost`].
-    Link {
-        /// The receiver.
-        to: Target,
-    },
-    /// Send to a receiver.
-    Send {
-        /// The receiver.
-        to: Target,
-        /// The message.
-        message: ToReceiver,
-    },
-    /// Post a write, then say [`Event::Done`] or [`Event::Failed`].
-    Write {
-        /// The receiver.
-        to: Target,
-        /// Names the write.
-        transfer: TransferId,
-        /// The permission.
-        lease: LeaseId,
-        /// What goes where.
-        pieces: Vec<Piece>,
-    },
-    /// Tell the engine which slots it may fill.
-    Granted(EngineId, Granted),
-    /// Tell the engine that a request has ended.
-    Ended(EngineId, Ended),
-    /// Tell the proxy that a request has begun.
-    Progress(RequestId),
-    /// Tell the proxy how a request's transfer ended.
-    Notify {
-        /// The request.
-        req: RequestId,
-        /// Absent if every wanted chunk is written.
+/// How many leases with dirty slots are remembered.
+const GRAVES: usize = 1024;
+
+impl Sender {
+    /// A sender with every slot free.
+    pub fn new(config: Config) -> Self {
+        Self {
+            now: Time::default(),
+            slots: Slots::new(config.slots),
+            requests: BTreeMap::new(),
+            links: BTreeMap::new(),
+            transfers: BTreeMap::new(),
+            graves: VecDeque::new(),
+            next_seq: 1,
+            next_transfer: 1,
+            next_order: 1,
+            draining: false,
+            actions: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// Takes in one event. Actions wait in [`Self::poll_action`] afterwards.
+    pub fn handle(&mut self, now: Time, event: Event) {
+        self.now = self.now.max(now);
+        match event {
+            Event::Reserve(engine, message) => self.on_reserve(engine, message),
+            Event::Computing(engine, message) => self.on_computing(engine, &message),
+            Event::Staged(engine, message) => self.on_staged(engine, &message),
+            Event::Cancel(engine, message) => self.on_engine_cancel(engine, &message.req),
+            Event::EngineGone(engine) => self.on_engine_gone(engine),
+            Event::Linked {
+                to,
+                epoch,
+                v,
+                transport,
+                ..
+            } => self.on_linked(&to, epoch, v, transport),
+            Event::LinkLost { to, reason } => self.on_link_lost(&to, reason),
+            Event::Peer { to, message } => self.on_message(&to, message),
+            Event::Done { transfer, sums } => self.on_done(transfer, &sums),
+            Event::Failed { transfer, terminal } => self.on_failed(transfer, terminal),
+            Event::Deadline => {}
+            Event::Drain => self.draining = true,
+        }
+        self.on_deadlines();
+        self.grant_slots();
+    }
+
+    /// The next thing to do, in order.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Event::Deadline`] is due at the latest.
+    pub fn deadline(&self) -> Option<Time> {
+        let links = self.links.values().filter_map(|link| match link {
+            Link::Making(since) => Some(*since + self.config.link),
+            Link::Up { .. } => None,
+        });
+        self.requests
+            .values()
+            .filter_map(|r| r.deadline(&self.config))
+            .chain(links)
+            .min()
+    }
+
+    /// What the buffer holds now.
+    pub fn gauges(&self) -> Gauges {
+        Gauges {
+            free: self.slots.free(),
+            held: self.slots.total() - self.slots.free(),
+            requests: u32::try_from(self.requests.len()).unwrap_or(u32::MAX),
+            transfers: u32::try_from(self.transfers.len()).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.slots.free() == self.slots.total()
+    }
+
+    fn seq(&mut self) -> u64 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        seq
+    }
+
+    fn send(&mut self, to: &Target, message: ToReceiver) {
+        self.actions.push_back(Action::Send {
+            to: to.clone(),
+            message,
+        });
+    }
+
+    fn tell_ended(
+        &mut self,
+        engine: EngineId,
+        req: &RequestId,
         reason: Option<Reason>,
-        /// Bytes written.
         bytes: u64,
-        /// From the reservation on, microseconds.
-        us: u64,
-        /// The wire.
-        transport: String,
-    },
-    /// A request has ended.
-    Record(Record),
+    ) {
+        let ended = crate::local::Ended {
+            req: req.clone(),
+            reason,
+            bytes,
+        };
+        self.actions.push_back(Action::Ended(engine, ended));
+    }
 }
 
-/// One chunk of a write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
-    /// Slot of the send buffer.
-    pub from: SlotIndex,
-    /// Slot of the landing buffer.
-    pub to: SlotIndex,
-    /// Bytes from the start of either.
-    pub bytes: u64,
-}
-
-/// What the buffer holds now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Gauges {
-    /// Slots free.
-    pub free: u32,
-    /// Slots granted to an engine or being written from.
-    pub held: u32,
-    /// Requests under way.
-    pub requests: u32,
-    /// Writes under way.
-    pub transfers: u32,
+impl Request {
+    /// The next time at which something about this request is due.
+    fn deadline(&self, config: &Config) -> Option<Time> {
+        let stalled = self.progress + config.stall;
+        match &self.phase {
+            Phase::Linking => Some(stalled),
+            Phase::Asking { sent, .. } => Some(stalled.min(*sent + config.repeat)),
+            Phase::Leased(lease) if self.is_done() => Some(lease.spoke + config.repeat),
+            Phase::Leased(lease) => Some(stalled.min(lease.spoke + config.heartbeat)),
+            Phase::Closing {
+                told: Some(told), ..
+            } => Some(told.sent + config.repeat),
+            // A write under way ends by itself: the transport bounds it.
+            Phase::Closing { lease, .. } => Some(lease.spoke + config.heartbeat),
+        }
+    }
 }

@@ -8,6 +8,10 @@ use protocol::message::Advert;
 use protocol::sender::Piece;
 use protocol::{LeaseId, SlotIndex};
 
+pub(crate) mod choose;
+pub(crate) mod nixl;
+pub(crate) mod tcp;
+
 /// Which wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
@@ -74,6 +78,13 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn advert(&self) -> Advert;
     /// NIXL agent metadata of this process; empty for other wires.
     fn metadata(&self) -> Vec<u8>;
+    /// The buffer has been cut into slots: slot `i` begins at `i * slot_bytes`. Every slot is closed.
+    /// Before the first cut nothing is sent or received.
+    fn cut(&self, _slots: u32, _slot_bytes: u64) {}
+    /// NIXL's row of each slot of the cut; empty for other wires.
+    fn rows(&self) -> Vec<protocol::dlist::Row> {
+        Vec::new()
+    }
     /// Sender: connects to a receiver's buffer. Bounded by its own timeout.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: writes under `lease` may land in `slot` from now on.

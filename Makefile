@@ -1,0 +1,62 @@
+# One command for each thing one does with this repository; `make help` lists them.
+
+VENV ?= .venv
+PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
+CARGO ?= cargo
+# `make demo KEEP=1` leaves everything running; any other value than 1 is ignored.
+KEEP ?=
+# Further arguments for pytest: make e2e PYTEST="-k first -x"
+PYTEST ?=
+FUZZ_SECONDS ?= 60
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test unit e2e no-push lint bench fuzz bindings clean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
+	@mkdir -p target
+	@scripts/venv.sh "$(VENV)"
+
+build: ## Build the release binaries: sidecar and pd-proxy
+	$(CARGO) build --release --locked --bins
+
+demo: venv build ## Two real vLLM, two sidecars, one proxy: prompts, texts, figures (KEEP=1 leaves it running)
+	@$(PYTHON_IN_VENV) scripts/demo.py $(if $(filter 1,$(KEEP)),--keep)
+
+test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
+
+unit: ## Tests without engines: Rust and Python
+	$(CARGO) test --workspace --locked
+	@$(MAKE) --no-print-directory venv
+	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
+
+e2e: venv build ## Tests with real vLLM and real NIXL
+	$(PYTHON_IN_VENV) -m pytest tests $(PYTEST)
+
+no-push: venv build ## The tests with engines while nothing is pushed: succeeds if they fail
+	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests -x $(PYTEST)
+
+lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(PYTHON_IN_VENV) -m ruff check python tests scripts
+	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts
+	$(PYTHON_IN_VENV) -m mypy
+	cd python && $(PYTHON_IN_VENV) -m mypy
+	scripts/bindings.sh --check
+	$(PYTHON_IN_VENV) scripts/tidy.py
+
+bench: venv build ## Ours against its baselines, alternating; writes target/bench.json and docs/benchmarks.md's table
+	$(PYTHON_IN_VENV) tests/bench/run.py
+
+fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs cargo-fuzz and a nightly toolchain)
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
+	scripts/bindings.sh
+
+clean: ## Remove what was built, and the Python environment
+	$(CARGO) clean
+	rm -rf "$(VENV)" .cache .pytest_cache .ruff_cache .mypy_cache

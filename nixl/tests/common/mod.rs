@@ -1,0 +1,219 @@
+//! Two processes for a test: the test itself writes, a child that is this test binary over again
+//! is written to.
+
+use std::env;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memmap2::MmapRaw;
+use nixl::{Agent, Config, Library, Memory, Pinned, Registration, Row, Search};
+
+/// The library, or `None` after saying loudly that the test is skipped.
+pub(crate) fn library() -> Option<&'static Library> {
+    match Library::load(&Search::from_env()) {
+        Ok(library) => Some(library),
+        Err(error) if env::var_os("PD_REQUIRE_NIXL").is_some_and(|v| v == "1") => panic!("{error}"),
+        Err(error) => {
+            // Not by eprintln, which the test harness swallows when the test passes.
+            writeln!(
+                io::stderr(),
+                "SKIP (set PD_REQUIRE_NIXL=1 to fail instead): {error}"
+            )
+            .unwrap();
+            None
+        }
+    }
+}
+
+/// Anonymous shared memory, touched: NIXL writes 6 to 20 times slower into untouched pages.
+#[derive(Debug)]
+pub(crate) struct Mapping(MmapRaw);
+
+impl Mapping {
+    pub(crate) fn new(bytes: usize) -> Arc<Self> {
+        let map = MmapRaw::from(memmap2::MmapMut::map_anon(bytes).unwrap());
+        let mapping = Self(map);
+        mapping.write(0, &vec![0; bytes]);
+        Arc::new(mapping)
+    }
+
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.0.len());
+        // SAFETY: within the mapping; no reference into it exists.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.0.as_mut_ptr().add(offset),
+                bytes.len(),
+            );
+        }
+    }
+
+    pub(crate) fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        assert!(offset + len <= self.0.len());
+        let mut bytes = vec![0; len];
+        // SAFETY: as in `write`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.0.as_ptr().add(offset), bytes.as_mut_ptr(), len);
+        }
+        bytes
+    }
+}
+
+// SAFETY: an owned mapping stays where it is until it is dropped, and only raw copies go through it.
+unsafe impl Pinned for Mapping {
+    fn address(&self) -> usize {
+        self.0.as_ptr() as usize
+    }
+    fn bytes(&self) -> u64 {
+        self.0.len() as u64
+    }
+}
+
+/// An agent with one registered mapping.
+pub(crate) struct Side {
+    pub(crate) agent: Agent,
+    pub(crate) registration: Rc<Registration>,
+    pub(crate) memory: Arc<Mapping>,
+}
+
+impl Side {
+    pub(crate) fn new(library: &'static Library, name: &str, bytes: usize) -> Self {
+        let agent = Agent::new(library, &Config::ucx(name)).unwrap();
+        let memory = Mapping::new(bytes);
+        let registration = agent
+            .register(Arc::clone(&memory) as Arc<dyn Pinned>, Memory::Dram, DEVICE)
+            .unwrap();
+        Self {
+            agent,
+            registration: Rc::new(registration),
+            memory,
+        }
+    }
+}
+
+/// Not 0, so that a side that forgets to pass it on is found out.
+pub(crate) const DEVICE: u64 = 3;
+
+/// A child process that is written to.
+pub(crate) struct Target {
+    pub(crate) child: Child,
+    pub(crate) metadata: Vec<u8>,
+    pub(crate) address: u64,
+    control: TcpStream,
+}
+
+impl Target {
+    /// Starts the test `child` of this binary with the given environment.
+    pub(crate) fn start(bytes: usize, variables: &[(&str, &str)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut command = Command::new(env::current_exe().unwrap());
+        command
+            .args(["--exact", "child", "--nocapture"])
+            .env(
+                "PD_TEST_CHILD",
+                listener.local_addr().unwrap().port().to_string(),
+            )
+            .env("PD_TEST_BYTES", bytes.to_string())
+            .stdout(Stdio::null());
+        for (name, value) in variables {
+            command.env(name, value);
+        }
+        let child = command.spawn().unwrap();
+        let (mut control, _) = listener.accept().unwrap();
+        control
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let metadata = receive(&mut control).unwrap();
+        let address = u64::from_le_bytes(receive(&mut control).unwrap().try_into().unwrap());
+        Self {
+            child,
+            metadata,
+            address,
+            control,
+        }
+    }
+
+    /// A row of the child's memory.
+    pub(crate) fn row(&self, offset: u64, bytes: u64) -> Row {
+        Row {
+            address: self.address + offset,
+            bytes,
+            device: DEVICE,
+        }
+    }
+
+    /// The child's memory as the child sees it.
+    pub(crate) fn read(&mut self, offset: usize, len: usize) -> Vec<u8> {
+        let mut order = b"r".to_vec();
+        order.extend((offset as u64).to_le_bytes());
+        order.extend((len as u64).to_le_bytes());
+        send(&mut self.control, &order).unwrap();
+        receive(&mut self.control).unwrap()
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        // Ignored: it may be dead already, which is what is wanted.
+        let _killed = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// What the test named `child` must call: does nothing unless a [`Target`] started it.
+pub(crate) fn run_child() {
+    let Ok(port) = env::var("PD_TEST_CHILD") else {
+        return;
+    };
+    let bytes = env::var("PD_TEST_BYTES").unwrap().parse().unwrap();
+    let mut control = TcpStream::connect(("127.0.0.1", port.parse().unwrap())).unwrap();
+    let library = library().unwrap();
+    let name = format!("target-{}", std::process::id());
+    let side = Side::new(library, &name, bytes);
+    send(&mut control, &side.agent.metadata().unwrap()).unwrap();
+    let address = side.memory.address() as u64;
+    send(&mut control, &address.to_le_bytes()).unwrap();
+    loop {
+        side.agent.progress().unwrap();
+        control.set_nonblocking(true).unwrap();
+        let ready = control.peek(&mut [0]);
+        control.set_nonblocking(false).unwrap();
+        match ready {
+            Ok(1..) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::yield_now();
+                continue;
+            }
+            // The test is gone.
+            _ => return,
+        }
+        let order = receive(&mut control).unwrap();
+        let number = |at: usize| {
+            usize::try_from(u64::from_le_bytes(order[at..at + 8].try_into().unwrap())).unwrap()
+        };
+        send(&mut control, &side.memory.read(number(1), number(9))).unwrap();
+    }
+}
+
+fn send(to: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+    to.write_all(&(bytes.len() as u64).to_le_bytes())?;
+    to.write_all(bytes)
+}
+
+fn receive(from: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut length = [0; 8];
+    from.read_exact(&mut length)?;
+    let mut bytes = vec![0; usize::try_from(u64::from_le_bytes(length)).unwrap()];
+    from.read_exact(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,316 @@
+//! How requests, leases and quarantines end.
+
+use super::request::{Chunk, Request, Supply};
+use super::{Action, Quarantine, Receiver, SenderId};
+use crate::message::{ToSender, Unwanted};
+use crate::{LeaseId, Reason, RequestId, SlotIndex};
+
+impl Receiver {
+    /// Every wanted chunk has been read.
+    pub(super) fn finish(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let bytes = request.record.bytes;
+        if let Some(parked) = request.parked.take() {
+            self.tell_ended(parked.engine, id, None, bytes);
+        }
+        self.drop_lease(id);
+        self.forget_if_empty(id);
+    }
+
+    /// The decode request ends without (all of) its KV.
+    ///
+    /// The engine is told unless it has gone. Slots that it may be reading stay lent to it until it
+    /// says so itself.
+    pub(super) fn end_parked(&mut self, id: &RequestId, reason: Reason, tell: bool) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let Some(parked) = request.parked.take() else {
+            return;
+        };
+        request.record.reason.get_or_insert(reason);
+        let bytes = request.record.bytes;
+        if let Supply::Leased(lease) = &mut request.supply {
+            for (index, chunk) in (0u32..).zip(&mut lease.chunks) {
+                if let Chunk::Ready { slot } = *chunk {
+                    *chunk = Chunk::Released;
+                    request.lent.push((parked.engine, index, slot));
+                }
+            }
+        }
+        if tell {
+            self.tell_ended(parked.engine, id, Some(reason), bytes);
+        }
+        match self.requests.get(id).map(|r| &r.supply) {
+            Some(Supply::Held(_)) => self.refuse_and_end(id, reason),
+            Some(Supply::Leased(_)) => self.settle_over(id, reason),
+            Some(Supply::None) | None => self.forget_if_empty(id),
+        }
+    }
+
+    /// Nobody wants the rest of a lease: what is written is freed, what is open waits for the sender.
+    pub(super) fn settle_over(&mut self, id: &RequestId, reason: Reason) {
+        let Some(lease) = self.requests.get_mut(id).and_then(Request::lease_mut) else {
+            return;
+        };
+        let first = lease.over.replace(reason).is_none();
+        let mut freed = Vec::new();
+        let mut open = false;
+        for chunk in &mut lease.chunks {
+            match *chunk {
+                Chunk::Waiting => *chunk = Chunk::Skipped,
+                Chunk::Written { slot } => {
+                    *chunk = Chunk::Released;
+                    freed.push(slot);
+                }
+                Chunk::Open { .. } => open = true,
+                Chunk::Skipped | Chunk::Ready { .. } | Chunk::Released => {}
+            }
+        }
+        for slot in freed {
+            self.free(slot);
+        }
+        if first {
+            self.send_unwanted(id, reason);
+        }
+        if !open {
+            self.drop_lease(id);
+            self.forget_if_empty(id);
+        }
+    }
+
+    pub(super) fn send_unwanted(&mut self, id: &RequestId, reason: Reason) {
+        let Some(lease) = self.requests.get(id).and_then(Request::lease) else {
+            return;
+        };
+        let unwanted = Unwanted {
+            lease: lease.id,
+            epoch: self.config.epoch,
+            reason,
+        };
+        self.send(lease.route, ToSender::Unwanted(unwanted));
+    }
+
+    /// The lease ends now. Its open slots are quarantined where `dirty`, else free by the sender's word.
+    pub(super) fn end_lease(
+        &mut self,
+        id: &RequestId,
+        reason: Reason,
+        dirty: impl Fn(SlotIndex) -> bool,
+    ) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let Supply::Leased(lease) = &mut request.supply else {
+            return;
+        };
+        // A sender that has written everything and cancels late takes nothing back.
+        if lease.is_written() && lease.over.is_none() {
+            return;
+        }
+        let mut quarantined = Vec::new();
+        let mut freed = Vec::new();
+        let mut written = Vec::new();
+        for chunk in &mut lease.chunks {
+            match *chunk {
+                Chunk::Open { slot, .. } => {
+                    *chunk = Chunk::Released;
+                    if dirty(slot) {
+                        quarantined.push(slot);
+                    } else {
+                        freed.push(slot);
+                    }
+                }
+                Chunk::Written { slot } => {
+                    *chunk = Chunk::Released;
+                    written.push(slot);
+                }
+                Chunk::Waiting => *chunk = Chunk::Skipped,
+                Chunk::Skipped | Chunk::Ready { .. } | Chunk::Released => {}
+            }
+        }
+        let (lease_id, sender) = (lease.id, lease.sender.clone());
+        let transport = lease.transport.clone();
+        lease.over.get_or_insert(reason);
+        request.record.reason.get_or_insert(reason);
+        for slot in freed {
+            self.close_and_free(slot);
+        }
+        for slot in written {
+            self.free(slot);
+        }
+        if !quarantined.is_empty() {
+            for &slot in &quarantined {
+                self.actions.push_back(Action::Close { slot });
+            }
+            self.quarantine.insert(
+                lease_id,
+                Quarantine {
+                    sender: sender.clone(),
+                    slots: quarantined,
+                },
+            );
+            self.actions.push_back(Action::Fence {
+                sender,
+                lease: lease_id,
+                transport,
+            });
+        }
+        self.end_parked(id, reason, true);
+        self.drop_lease(id);
+        self.forget_if_empty(id);
+    }
+
+    /// The sender is out of reach: what it may still write into is quarantined.
+    pub(super) fn lose_sender(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        match &request.supply {
+            Supply::None => {}
+            Supply::Held(_) => {
+                request.supply = Supply::None;
+                request.record.reason.get_or_insert(Reason::PeerLost);
+                self.end_parked(id, Reason::PeerLost, true);
+                self.forget_if_empty(id);
+            }
+            Supply::Leased(_) => self.end_lease(id, Reason::PeerLost, |_| true),
+        }
+    }
+
+    pub(super) fn on_corrupt(&mut self, lease: LeaseId) {
+        if let Some(id) = self.leases.get(&lease).cloned() {
+            self.end_parked(&id, Reason::BadSum, true);
+            self.settle_over(&id, Reason::BadSum);
+        }
+    }
+
+    pub(super) fn on_fenced(&mut self, sender: &SenderId, lease: Option<LeaseId>) {
+        let proven: Vec<LeaseId> = self
+            .quarantine
+            .iter()
+            .filter(|(id, q)| q.sender == *sender && lease.is_none_or(|l| l == **id))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in proven {
+            self.unquarantine(id, |_| true);
+        }
+    }
+
+    /// Gives quarantined slots back that `clean` says are free of writes.
+    pub(super) fn unquarantine(&mut self, lease: LeaseId, clean: impl Fn(SlotIndex) -> bool) {
+        let Some(quarantine) = self.quarantine.get_mut(&lease) else {
+            return;
+        };
+        let (free, rest): (Vec<_>, Vec<_>) =
+            quarantine.slots.drain(..).partition(|&slot| clean(slot));
+        quarantine.slots = rest;
+        if quarantine.slots.is_empty() {
+            self.quarantine.remove(&lease);
+        }
+        for slot in free {
+            self.free(slot);
+        }
+    }
+
+    /// Answers a held alloc request with a reason; the request ends for both sides.
+    pub(super) fn refuse_and_end(&mut self, id: &RequestId, reason: Reason) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) {
+            request.record.peer.clone_from(&held.x.id);
+            request.record.tokens = held.x.tokens;
+            request.record.reason.get_or_insert(reason);
+            self.send_refusal(held.route, held.x.seq, held.request.keys.len(), reason);
+        }
+        self.end_parked(id, reason, true);
+        self.forget_if_empty(id);
+    }
+
+    /// Everything that has run out by now.
+    pub(super) fn on_deadlines(&mut self) {
+        let now = self.now;
+        let due: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| r.deadline().is_some_and(|d| d <= now))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in due {
+            self.on_due(&id);
+        }
+    }
+
+    fn on_due(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Some(parked) = &request.parked {
+            if parked.deadline <= now {
+                self.end_parked(id, Reason::Deadline, true);
+                return;
+            }
+            if parked.no_sender <= now && matches!(request.supply, Supply::None) {
+                self.end_parked(id, Reason::NoSender, true);
+                return;
+            }
+        }
+        match &mut request.supply {
+            Supply::None => {}
+            Supply::Held(held) => {
+                if held.park.is_some_and(|t| t <= now) {
+                    held.park = None;
+                    self.consider(id);
+                } else if held.park.is_none() && held.wait <= now {
+                    // One last look: room may have come with this very event.
+                    self.serve();
+                    if matches!(
+                        self.requests.get(id).map(|r| &r.supply),
+                        Some(Supply::Held(_))
+                    ) {
+                        self.refuse_and_end(id, Reason::NoRoom);
+                    }
+                }
+            }
+            Supply::Leased(lease) if lease.deadline <= now => {
+                if lease.is_written() && request.parked.is_none() {
+                    request.record.reason.get_or_insert(Reason::Unclaimed);
+                    self.settle_over(id, Reason::Unclaimed);
+                } else if !lease.is_written() {
+                    let reason = lease.over.unwrap_or(Reason::LeaseExpired);
+                    self.send_unwanted(id, reason);
+                    self.end_lease(id, reason, |_| true);
+                }
+            }
+            Supply::Leased(_) => {}
+        }
+    }
+
+    fn drop_lease(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Supply::Leased(lease) = std::mem::replace(&mut request.supply, Supply::None) {
+            self.leases.remove(&lease.id);
+        }
+    }
+
+    /// Forgets a request of which nothing is left, and tells how it went.
+    pub(super) fn forget_if_empty(&mut self, id: &RequestId) {
+        let empty = self.requests.get(id).is_some_and(|r| {
+            r.parked.is_none() && matches!(r.supply, Supply::None) && r.lent.is_empty()
+        });
+        if !empty {
+            return;
+        }
+        if let Some(request) = self.requests.remove(id) {
+            self.waiting.retain(|w| w != id);
+            self.ended.insert(id.clone(), request.record.reason);
+            self.actions.push_back(Action::Record(request.record));
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What the decode engine says.
+
+use super::request::{Chunk, Parked, Request, Supply};
+use super::{Action, Receiver};
+use crate::layout::chunks_of;
+use crate::local::{Await, Ready, Release};
+use crate::{EngineId, Reason, RequestId};
+use std::time::Duration;
+
+impl Receiver {
+    pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
+        let id = message.req.clone();
+        if let Err(reason) = self.admit_await(&message) {
+            self.tell_ended(engine, &id, Some(reason), 0);
+            return;
+        }
+        let now = self.now;
+        let request = self
+            .requests
+            .entry(id.clone())
+            .or_insert_with(|| Request::new(&id));
+        request.record.tokens = message.tokens;
+        request.record.have_tokens = message.have_tokens;
+        request.parked = Some(Parked {
+            engine,
+            keys: message.keys,
+            tokens: message.tokens,
+            have_tokens: message.have_tokens,
+            since: now,
+            deadline: now + Duration::from_millis(u64::from(message.deadline_ms)),
+            no_sender: now + self.config.no_sender,
+        });
+        match &request.supply {
+            Supply::None => {}
+            Supply::Held(_) => self.consider(&id),
+            Supply::Leased(lease) => {
+                let parked = request.parked.as_ref();
+                if parked.is_some_and(|p| p.keys != lease.keys || p.tokens != lease.tokens) {
+                    self.end_parked(&id, Reason::KeyMismatch, true);
+                    return;
+                }
+                let written: Vec<usize> = (0..lease.chunks.len())
+                    .filter(|&i| matches!(lease.chunks[i], Chunk::Written { .. }))
+                    .collect();
+                self.landed(&id, &written);
+            }
+        }
+    }
+
+    fn admit_await(&self, message: &Await) -> Result<(), Reason> {
+        let chunks = chunks_of(message.tokens, self.config.chunk_tokens) as usize;
+        if message.req.0.is_empty()
+            || message.keys.is_empty()
+            || chunks != message.keys.len()
+            || message.have_tokens >= message.tokens
+        {
+            return Err(Reason::BadRequest);
+        }
+        if let Some(reason) = self.ended.reasons.get(&message.req) {
+            return Err(reason.unwrap_or(Reason::Duplicate));
+        }
+        match self.requests.get(&message.req) {
+            Some(request) if request.parked.is_some() || !request.lent.is_empty() => {
+                Err(Reason::Duplicate)
+            }
+            // A lease that only waits for its sender's last word serves nobody.
+            Some(request) => request.lease().and_then(|l| l.over).map_or(Ok(()), Err),
+            None if self.draining => Err(Reason::Draining),
+            None if self.requests.len() >= self.config.max_requests => Err(Reason::Busy),
+            None => Ok(()),
+        }
+    }
+
+    /// Shows written chunks to the engine, if it waits; those that it holds already are given back.
+    pub(super) fn landed(&mut self, id: &RequestId, chunks: &[usize]) {
+        let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
+        let unclaimed = now + self.config.unclaimed;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let Supply::Leased(lease) = &mut request.supply else {
+            return;
+        };
+        if let Some(reason) = lease.over {
+            self.settle_over(id, reason);
+            return;
+        }
+        let Some(parked) = &request.parked else {
+            if lease.is_written() {
+                lease.deadline = unclaimed;
+            }
+            return;
+        };
+        let mut ready = Ready {
+            req: id.clone(),
+            first_token: lease.first_token,
+            chunks: Vec::new(),
+            slots: Vec::new(),
+        };
+        let mut unneeded = Vec::new();
+        for &index in chunks {
+            let Chunk::Written { slot } = lease.chunks[index] else {
+                continue;
+            };
+            let (_, to) = lease.span(index, chunk_tokens);
+            if to <= parked.have_tokens {
+                lease.chunks[index] = Chunk::Released;
+                unneeded.push(slot);
+            } else {
+                lease.chunks[index] = Chunk::Ready { slot };
+                ready.chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
+                ready.slots.push(slot.0);
+            }
+        }
+        request.record.ready_us = now.micros_since(parked.since);
+        if !ready.chunks.is_empty() {
+            self.actions.push_back(Action::Ready(parked.engine, ready));
+        }
+        for slot in unneeded {
+            self.free(slot);
+        }
+        self.finish_if_complete(id);
+    }
+
+    pub(super) fn on_release(&mut self, engine: EngineId, message: &Release) {
+        let Some(request) = self.requests.get_mut(&message.req) else {
+            return;
+        };
+        request.record.scatter_us += message.scatter_us;
+        let mut freed = Vec::new();
+        let mine = request.parked.as_ref().is_some_and(|p| p.engine == engine);
+        if let (true, Supply::Leased(lease)) = (mine, &mut request.supply) {
+            for &index in &message.chunks {
+                if let Some(chunk) = lease.chunks.get_mut(index as usize)
+                    && let Chunk::Ready { slot } = *chunk
+                {
+                    *chunk = Chunk::Released;
+                    freed.push(slot);
+                }
+            }
+        }
+        request.lent.retain(|&(who, chunk, slot)| {
+            let returned = who == engine && message.chunks.contains(&chunk);
+            if returned {
+                freed.push(slot);
+            }
+            !returned
+        });
+        for slot in freed {
+            self.free(slot);
+        }
+        self.finish_if_complete(&message.req);
+        self.forget_if_empty(&message.req);
+    }
+
+    pub(super) fn on_abort(&mut self, engine: EngineId, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else {
+            // Aborted before it was heard of, or after its end: late words of a sender meet a reason.
+            self.tell_ended(engine, id, Some(Reason::Unwanted), 0);
+            if !self.ended.reasons.contains_key(id) {
+                self.ended.insert(id.clone(), Some(Reason::Unwanted));
+            }
+            return;
+        };
+        if request.parked.as_ref().is_some_and(|p| p.engine == engine) {
+            self.end_parked(id, Reason::Unwanted, true);
+        }
+        self.take_back(engine, id);
+    }
+
+    pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
+        let all: Vec<RequestId> = self.requests.keys().cloned().collect();
+        for id in all {
+            let parked = self.requests.get(&id).and_then(|r| r.parked.as_ref());
+            if parked.is_some_and(|p| p.engine == engine) {
+                self.end_parked(&id, Reason::EngineGone, false);
+            }
+            self.take_back(engine, &id);
+        }
+    }
+
+    /// The engine reads no slot of this request any more.
+    fn take_back(&mut self, engine: EngineId, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let mut freed = Vec::new();
+        request.lent.retain(|&(who, _, slot)| {
+            if who == engine {
+                freed.push(slot);
+            }
+            who != engine
+        });
+        for slot in freed {
+            self.free(slot);
+        }
+        self.forget_if_empty(id);
+    }
+
+    fn finish_if_complete(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else {
+            return;
+        };
+        let complete = request.lease().is_some_and(super::Lease::is_complete);
+        if complete && request.parked.is_some() {
+            self.finish(id);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Who gets slots, and how an alloc request is answered.
+
+use std::collections::BTreeMap;
+
+use rand::Rng;
+
+use super::request::{Chunk, Held, Lease, Supply};
+use super::{Action, Receiver, SenderId, bounded};
+use crate::layout::{chunk_span, chunks_of};
+use crate::message::{AllocResponse, AllocResponseX, More, ToSender};
+use crate::receiver::Route;
+use crate::{LeaseId, Reason, RequestId, VERSION};
+
+impl Receiver {
+    /// Gives free slots to those who wait, until nobody who waits can be served.
+    ///
+    /// Leases of parked requests come first, a slot each in turn: they hold KV blocks of the engine,
+    /// and each needs only one slot to go on. Alloc requests that must have all their slots at once
+    /// follow in the order in which they came.
+    pub(super) fn serve(&mut self) {
+        let mut grants: BTreeMap<RequestId, Vec<usize>> = BTreeMap::new();
+        let mut turn = std::mem::take(&mut self.waiting);
+        let mut asks = Vec::new();
+        while let Some(id) = turn.pop_front() {
+            let Some(request) = self.requests.get_mut(&id) else {
+                continue;
+            };
+            match &mut request.supply {
+                Supply::None => {}
+                Supply::Held(_) => asks.push(id),
+                Supply::Leased(lease) => {
+                    let Some(index) = lease.waiting().next() else {
+                        continue;
+                    };
+                    let Some(slot) = self.slots.take() else {
+                        self.waiting.push_back(id);
+                        continue;
+                    };
+                    lease.chunks[index] = Chunk::Open {
+                        slot,
+                        writing: false,
+                    };
+                    self.actions.push_back(Action::Open {
+                        lease: lease.id,
+                        slot,
+                    });
+                    grants.entry(id.clone()).or_default().push(index);
+                    turn.push_back(id);
+                }
+            }
+        }
+        for (id, chunks) in grants {
+            self.send_more(&id, &chunks);
+        }
+        let mut blocked = false;
+        for id in asks {
+            blocked = blocked || !self.try_unparked(&id);
+            if blocked {
+                self.waiting.push_back(id);
+            }
+        }
+    }
+
+    /// Decides about an alloc request that has no answer yet.
+    pub(super) fn consider(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let Supply::Held(held) = &request.supply else {
+            return;
+        };
+        match &request.parked {
+            Some(parked) if parked.keys != held.request.keys || parked.tokens != held.x.tokens => {
+                self.refuse_and_end(id, Reason::KeyMismatch);
+            }
+            Some(parked) => {
+                let have = parked.have_tokens;
+                let lease = self.lease_for(id, have);
+                if let Some(lease) = lease {
+                    self.answer_windowed(id, lease);
+                }
+            }
+            None if held.park.is_some() => {}
+            None if held.request.keys.len() > self.slots.total() as usize => {
+                self.refuse_and_end(id, Reason::TooLarge);
+            }
+            None => {
+                if !self.waiting.contains(id) {
+                    self.waiting.push_back(id.clone());
+                }
+            }
+        }
+    }
+
+    /// Grants all slots of an unparked request, if they are there.
+    fn try_unparked(&mut self, id: &RequestId) -> bool {
+        let Some(Supply::Held(held)) = self.requests.get(id).map(|r| &r.supply) else {
+            return true;
+        };
+        if held.request.keys.len() > self.slots.free() as usize {
+            return false;
+        }
+        if let Some(lease) = self.lease_for(id, 0) {
+            self.answer_windowed(id, lease);
+        }
+        true
+    }
+
+    /// Turns the held alloc request into a lease.
+    fn lease_for(&mut self, id: &RequestId, have_tokens: u32) -> Option<LeaseId> {
+        let lease_id = LeaseId(self.rng.random());
+        let chunk_tokens = self.config.chunk_tokens;
+        let request = self.requests.get_mut(id)?;
+        let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) else {
+            return None;
+        };
+        let Held {
+            route,
+            request: asked,
+            x,
+            ..
+        } = held;
+        let term = bounded(x.lease_ms, self.config.max_lease);
+        let chunks = (0..chunks_of(x.tokens, chunk_tokens))
+            .map(|i| {
+                let (from, to) = chunk_span(i, x.tokens, have_tokens, chunk_tokens);
+                if from < to {
+                    Chunk::Waiting
+                } else {
+                    Chunk::Skipped
+                }
+            })
+            .collect();
+        request.record.tokens = x.tokens;
+        request.record.have_tokens = have_tokens;
+        request.record.transport.clone_from(&x.transport);
+        request.record.peer.clone_from(&x.id);
+        request.supply = Supply::Leased(Lease {
+            id: lease_id,
+            route,
+            sender: SenderId {
+                id: x.id,
+                epoch: x.epoch,
+            },
+            transport: x.transport,
+            seq: x.seq,
+            keys: asked.keys,
+            tokens: x.tokens,
+            first_token: have_tokens,
+            chunks,
+            term,
+            deadline: self.now + term,
+            over: None,
+        });
+        self.leases.insert(lease_id, id.clone());
+        Some(lease_id)
+    }
+
+    /// Opens what slots there are for a new lease and answers the sender.
+    fn answer_windowed(&mut self, id: &RequestId, lease_id: LeaseId) {
+        // Whoever waits already comes first; a newcomer takes what is left.
+        let others_wait = self.waiting.iter().any(|w| {
+            let lease = self.requests.get(w).and_then(|r| r.lease());
+            lease.is_some_and(|l| l.waiting().next().is_some())
+        });
+        let Some(lease) = self.requests.get_mut(id).and_then(|r| r.lease_mut()) else {
+            return;
+        };
+        let mut window = 0;
+        let wanted: Vec<usize> = lease.waiting().collect();
+        for index in wanted {
+            let slot = if others_wait { None } else { self.slots.take() };
+            let Some(slot) = slot else {
+                window += 1;
+                continue;
+            };
+            lease.chunks[index] = Chunk::Open {
+                slot,
+                writing: false,
+            };
+            self.actions.push_back(Action::Open {
+                lease: lease_id,
+                slot,
+            });
+        }
+        if let Some(request) = self.requests.get_mut(id) {
+            request.record.windowed = window;
+        }
+        if window > 0 && !self.waiting.contains(id) {
+            self.waiting.push_back(id.clone());
+        }
+        self.send_response(id);
+    }
+
+    /// Answers the alloc request of a lease with what it holds now: also the answer to a repetition.
+    pub(super) fn send_response(&mut self, id: &RequestId) {
+        let Some(lease) = self.requests.get(id).and_then(|r| r.lease()) else {
+            return;
+        };
+        let mut remote_indexes = Vec::new();
+        let mut already_sent_indexes = Vec::new();
+        for (position, chunk) in (0u32..).zip(&lease.chunks) {
+            match chunk {
+                Chunk::Skipped | Chunk::Released => already_sent_indexes.push(position),
+                Chunk::Waiting => remote_indexes.push(-1),
+                Chunk::Open { slot, .. } | Chunk::Written { slot } | Chunk::Ready { slot } => {
+                    remote_indexes.push(i64::from(slot.0));
+                }
+            }
+        }
+        let window = remote_indexes.iter().filter(|&&i| i < 0).count();
+        let response = AllocResponse {
+            remote_indexes,
+            already_sent_indexes,
+            x: Some(AllocResponseX {
+                v: VERSION,
+                seq: lease.seq,
+                epoch: self.config.epoch,
+                lease: Some(lease.id),
+                have_tokens: lease.first_token,
+                window: u32::try_from(window).unwrap_or(u32::MAX),
+                reason: None,
+                retry_ms: 0,
+            }),
+        };
+        self.send(lease.route, ToSender::AllocResponse(response));
+    }
+
+    /// Tells the sender of further slots.
+    pub(super) fn send_more(&mut self, id: &RequestId, chunks: &[usize]) {
+        let Some(lease) = self.requests.get(id).and_then(|r| r.lease()) else {
+            return;
+        };
+        let mut more = More {
+            lease: lease.id,
+            epoch: self.config.epoch,
+            chunks: Vec::new(),
+            indexes: Vec::new(),
+        };
+        for &index in chunks {
+            if let Some(slot) = lease.chunks[index].slot() {
+                more.chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
+                more.indexes.push(slot.0);
+            }
+        }
+        self.send(lease.route, ToSender::More(more));
+    }
+
+    /// Answers an alloc request with a reason.
+    pub(super) fn send_refusal(&mut self, route: Route, seq: u64, keys: usize, reason: Reason) {
+        let retry_ms = match reason {
+            Reason::NoRoom | Reason::Busy | Reason::Quarantined => RETRY_MS,
+            _ => 0,
+        };
+        let response = AllocResponse {
+            remote_indexes: vec![-1; keys],
+            already_sent_indexes: Vec::new(),
+            x: Some(AllocResponseX {
+                v: VERSION,
+                seq,
+                epoch: self.config.epoch,
+                lease: None,
+                have_tokens: 0,
+                window: 0,
+                reason: Some(reason),
+                retry_ms,
+            }),
+        };
+        self.send(route, ToSender::AllocResponse(response));
+    }
+
+    pub(super) fn send(&mut self, route: Route, message: ToSender) {
+        self.actions.push_back(Action::Send { route, message });
+    }
+}
+
+/// The hint on refusals that pass: about the time in which a busy buffer turns over.
+const RETRY_MS: u32 = 100;

@@ -1,0 +1,292 @@
+//! What senders say.
+
+use super::request::{Chunk, Held, Request, Supply};
+use super::{Receiver, Route, SenderId, bounded};
+use crate::layout::chunks_of;
+use crate::message::{
+    Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, Extend, Slots,
+    ToReceiver, ToSender, Unwanted, Written,
+};
+use crate::{Epoch, LeaseId, Reason, RequestId, VERSION};
+
+impl Receiver {
+    pub(super) fn on_message(&mut self, route: Route, message: ToReceiver) {
+        match message {
+            ToReceiver::AllocRequest(request) => self.on_alloc(route, request),
+            ToReceiver::CancelNotif(cancel) => self.on_cancel(route, &cancel),
+            ToReceiver::Writing(slots) => self.on_writing(route, &slots),
+            ToReceiver::Written(written) => self.on_written(route, &written),
+            ToReceiver::Extend(extend) => self.on_extend(route, &extend),
+        }
+    }
+
+    fn on_alloc(&mut self, route: Route, asked: AllocRequest) {
+        let Some(x) = asked.x.clone() else {
+            // A peer without `x` is LMCache. It never says that it has written, so a slot of it
+            // could not be shown before a peer's silence; it is refused in its own words.
+            let response = AllocResponse {
+                remote_indexes: vec![-1; asked.keys.len()],
+                already_sent_indexes: Vec::new(),
+                x: None,
+            };
+            self.send(route, ToSender::AllocResponse(response));
+            return;
+        };
+        let id = RequestId(asked.req_id.clone());
+        match self.requests.get_mut(&id).map(|r| &mut r.supply) {
+            Some(Supply::Leased(lease))
+                if lease.seq == x.seq
+                    && lease.sender.id == x.id
+                    && lease.sender.epoch == x.epoch =>
+            {
+                lease.route = route;
+                self.send_response(&id);
+                return;
+            }
+            Some(Supply::Held(held))
+                if held.x.seq == x.seq && held.x.id == x.id && held.x.epoch == x.epoch =>
+            {
+                held.route = route;
+                return;
+            }
+            _ => {}
+        }
+        self.end_older_epochs(&x.id, x.epoch);
+        self.ask_about_quarantined(route, &x);
+        if let Err(reason) = self.admit(&id, &asked, &x) {
+            self.send_refusal(route, x.seq, asked.keys.len(), reason);
+            return;
+        }
+        let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
+        let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
+        let request = self
+            .requests
+            .entry(id.clone())
+            .or_insert_with(|| Request::new(&id));
+        request.supply = Supply::Held(Held {
+            route,
+            request: asked,
+            x,
+            park,
+            wait: wait.max(park.unwrap_or_default()),
+        });
+        self.consider(&id);
+    }
+
+    /// A sender that is heard of again can say what became of the writes that it was lost with.
+    fn ask_about_quarantined(&mut self, route: Route, x: &AllocX) {
+        let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
+        let leases: Vec<LeaseId> = self
+            .quarantine
+            .iter()
+            .filter(|(_, q)| of_sender(&q.sender))
+            .map(|(lease, _)| *lease)
+            .collect();
+        for lease in leases {
+            let unwanted = Unwanted {
+                lease,
+                epoch: self.config.epoch,
+                reason: Reason::Quarantined,
+            };
+            self.send(route, ToSender::Unwanted(unwanted));
+        }
+    }
+
+    fn admit(&self, id: &RequestId, asked: &AllocRequest, x: &AllocX) -> Result<(), Reason> {
+        if x.to_epoch != self.config.epoch {
+            return Err(Reason::StaleEpoch);
+        }
+        let chunks = chunks_of(x.tokens, self.config.chunk_tokens) as usize;
+        if asked.req_id.is_empty() || asked.keys.is_empty() || chunks != asked.keys.len() {
+            return Err(Reason::BadRequest);
+        }
+        if let Some(reason) = self.ended.reasons.get(id) {
+            return Err(reason.unwrap_or(Reason::Duplicate));
+        }
+        if self.quarantined_by(&x.id) > self.config.max_quarantined as usize {
+            return Err(Reason::Quarantined);
+        }
+        match self.requests.get(id) {
+            Some(Request {
+                supply: Supply::None,
+                lent,
+                ..
+            }) if lent.is_empty() => Ok(()),
+            Some(_) => Err(Reason::Duplicate),
+            None if self.draining => Err(Reason::Draining),
+            None if self.requests.len() >= self.config.max_requests => Err(Reason::Busy),
+            None => Ok(()),
+        }
+    }
+
+    /// The request under a lease of this epoch, its deadline moved on; `None` has been answered.
+    fn leased(&mut self, route: Route, lease: LeaseId, epoch: Epoch) -> Option<RequestId> {
+        let now = self.now;
+        let id = self
+            .leases
+            .get(&lease)
+            .filter(|_| epoch == self.config.epoch);
+        let found = id.cloned().and_then(|id| {
+            let held = self.requests.get_mut(&id)?.lease_mut()?;
+            held.route = route;
+            if !held.is_written() {
+                held.deadline = now + held.term;
+            }
+            Some(id)
+        });
+        if found.is_none() {
+            let unwanted = Unwanted {
+                lease,
+                epoch,
+                reason: Reason::LeaseExpired,
+            };
+            self.send(route, ToSender::Unwanted(unwanted));
+        }
+        found
+    }
+
+    fn on_writing(&mut self, route: Route, slots: &Slots) {
+        let Some(id) = self.leased(route, slots.lease, slots.epoch) else {
+            return;
+        };
+        let Some(lease) = self.requests.get_mut(&id).and_then(Request::lease_mut) else {
+            return;
+        };
+        for chunk in &mut lease.chunks {
+            if let Chunk::Open { slot, writing } = chunk {
+                *writing |= slots.indexes.contains(&slot.0);
+            }
+        }
+    }
+
+    fn on_written(&mut self, route: Route, written: &Written) {
+        if self.quarantine.contains_key(&written.lease) {
+            // The sender's word that these writes are over: what a quarantine waits for.
+            self.unquarantine(written.lease, |slot| written.indexes.contains(&slot.0));
+        }
+        let Some(id) = self.leased(route, written.lease, written.epoch) else {
+            return;
+        };
+        let (token_bytes, chunk_tokens) = (self.config.token_bytes, self.config.chunk_tokens);
+        let mut landed = Vec::new();
+        let mut closed = Vec::new();
+        if let Some(request) = self.requests.get_mut(&id) {
+            let record = &mut request.record;
+            if let Supply::Leased(lease) = &mut request.supply {
+                for (&position, &index) in written.chunks.iter().zip(&written.indexes) {
+                    let position = position as usize;
+                    let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
+                        continue; // a repetition
+                    };
+                    if slot.0 != index {
+                        continue;
+                    }
+                    let (from, to) = lease.span(position, chunk_tokens);
+                    record.chunks += 1;
+                    record.bytes += u64::from(to - from) * token_bytes;
+                    lease.chunks[position] = Chunk::Written { slot };
+                    landed.push(position);
+                    closed.push(slot);
+                }
+            }
+        }
+        for slot in closed {
+            self.actions.push_back(super::Action::Close { slot });
+        }
+        let ack = Ack {
+            lease: written.lease,
+            epoch: self.config.epoch,
+            chunks: written.chunks.clone(),
+        };
+        self.send(route, ToSender::Ack(ack));
+        self.landed(&id, &landed);
+    }
+
+    fn on_extend(&mut self, route: Route, extend: &Extend) {
+        let Some(id) = self.leased(route, extend.lease, extend.epoch) else {
+            return;
+        };
+        let Some(lease) = self.requests.get(&id).and_then(Request::lease) else {
+            return;
+        };
+        let over = lease.over;
+        let unknown: Vec<usize> = (0u32..)
+            .zip(&lease.chunks)
+            .filter(|(i, c)| matches!(c, Chunk::Open { .. }) && !extend.granted.contains(i))
+            .map(|(i, _)| i as usize)
+            .collect();
+        if let Some(reason) = over {
+            self.send_unwanted(&id, reason);
+        } else if !unknown.is_empty() {
+            self.send_more(&id, &unknown);
+        }
+    }
+
+    fn on_cancel(&mut self, route: Route, cancel: &CancelNotif) {
+        if let Some(x) = &cancel.x {
+            let dirty = |slot: crate::SlotIndex| x.dirty.contains(&slot.0);
+            if x.epoch == self.config.epoch {
+                self.unquarantine(x.lease, |slot| !dirty(slot));
+                if let Some(id) = self.leases.get(&x.lease).cloned() {
+                    self.end_lease(&id, x.reason, dirty);
+                }
+            }
+            let response = AllocResponse {
+                remote_indexes: Vec::new(),
+                already_sent_indexes: Vec::new(),
+                x: Some(AllocResponseX {
+                    v: VERSION,
+                    seq: x.seq,
+                    epoch: self.config.epoch,
+                    lease: None,
+                    have_tokens: 0,
+                    window: 0,
+                    reason: None,
+                    retry_ms: 0,
+                }),
+            };
+            self.send(route, ToSender::AllocResponse(response));
+        } else {
+            let response = AllocResponse {
+                remote_indexes: Vec::new(),
+                already_sent_indexes: Vec::new(),
+                x: None,
+            };
+            self.send(route, ToSender::AllocResponse(response));
+        }
+    }
+
+    pub(super) fn on_peer_lost(&mut self, route: Route) {
+        let lost: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| match &r.supply {
+                Supply::None => false,
+                Supply::Held(held) => held.route == route,
+                Supply::Leased(lease) => lease.route == route,
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in lost {
+            self.lose_sender(&id);
+        }
+    }
+
+    /// A sidecar that speaks with a new epoch has replaced the one before it.
+    fn end_older_epochs(&mut self, sender: &str, epoch: Epoch) {
+        let older = |s: &SenderId| s.id == sender && s.epoch != epoch;
+        let lost: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| match &r.supply {
+                Supply::None => false,
+                Supply::Held(held) => held.x.id == sender && held.x.epoch != epoch,
+                Supply::Leased(lease) => older(&lease.sender),
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in lost {
+            self.lose_sender(&id);
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What the receiver knows of one request, in one place.
+
+use std::time::Duration;
+
+use super::{Route, SenderId};
+use crate::layout::chunk_span;
+use crate::message::{AllocRequest, AllocX};
+use crate::record::Record;
+use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
+
+/// One request: what the decode side said, and what the sender side said.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// The decode side, once its request waits.
+    pub(super) parked: Option<Parked>,
+    /// The sender side.
+    pub(super) supply: Supply,
+    /// Slots that the engine may still be reading although the request has ended for it.
+    pub(super) lent: Vec<(EngineId, u32, SlotIndex)>,
+    /// Filled as things happen, given out at the end.
+    pub(super) record: Record,
+}
+
+/// A decode request that waits in its engine with its KV blocks allocated.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) engine: EngineId,
+    pub(super) keys: Vec<String>,
+    pub(super) tokens: u32,
+    pub(super) have_tokens: u32,
+    pub(super) since: Time,
+    /// The engine's own bound.
+    pub(super) deadline: Time,
+    /// A sender must have asked by then.
+    pub(super) no_sender: Time,
+}
+
+/// How far the sender side is.
+#[derive(Debug)]
+pub(super) enum Supply {
+    /// No sender has asked.
+    None,
+    /// A sender has asked and waits for its answer.
+    Held(Held),
+    /// A sender may write.
+    Leased(Lease),
+}
+
+/// An alloc request without an answer yet.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) route: Route,
+    pub(super) request: AllocRequest,
+    pub(super) x: AllocX,
+    /// Until then the decode request may park; absent once that time has passed.
+    pub(super) park: Option<Time>,
+    /// Until then room may appear. Not before `park`.
+    pub(super) wait: Time,
+}
+
+/// A sender's permission to write this request's chunks.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) id: LeaseId,
+    pub(super) route: Route,
+    pub(super) sender: SenderId,
+    pub(super) transport: String,
+    /// Number of the alloc request that this lease answers.
+    pub(super) seq: u64,
+    pub(super) keys: Vec<String>,
+    pub(super) tokens: u32,
+    /// `have_tokens` of the answer: the chunk that contains it is packed from it on.
+    pub(super) first_token: u32,
+    pub(super) chunks: Vec<Chunk>,
+    /// The sender speaks up within this time.
+    pub(super) term: Duration,
+    pub(super) deadline: Time,
+    /// Set when nobody wants the data any more; only the sender's word is missing.
+    pub(super) over: Option<Reason>,
+}
+
+/// One chunk under a lease.
+///
+/// ```text
+/// Waiting ──slot──▶ Open ──Written──▶ Written ──parked──▶ Ready ──Release──▶ Released
+///                     │ Writing marks it                                        ▲
+/// Skipped (the decode side has it)            Written, below have_tokens ───────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Chunk {
+    /// The decode side holds its tokens: no slot, ever.
+    Skipped,
+    /// No slot yet.
+    Waiting,
+    /// The sender may write here.
+    Open { slot: SlotIndex, writing: bool },
+    /// Complete; nobody has been told.
+    Written { slot: SlotIndex },
+    /// The engine may be reading it.
+    Ready { slot: SlotIndex },
+    /// Its slot is back in the pool.
+    Released,
+}
+
+impl Chunk {
+    /// The slot that this chunk holds.
+    pub(super) fn slot(self) -> Option<SlotIndex> {
+        match self {
+            Self::Open { slot, .. } | Self::Written { slot } | Self::Ready { slot } => Some(slot),
+            Self::Skipped | Self::Waiting | Self::Released => None,
+        }
+    }
+}
+
+impl Lease {
+    /// The tokens that chunk `index` carries.
+    pub(super) fn span(&self, index: usize, chunk_tokens: u32) -> (u32, u32) {
+        // A lease has at most `max_keys` chunks, far below u32::MAX.
+        let index = u32::try_from(index).unwrap_or(u32::MAX);
+        chunk_span(index, self.tokens, self.first_token, chunk_tokens)
+    }
+
+    /// Every chunk is where it will stay.
+    pub(super) fn is_complete(&self) -> bool {
+        self.chunks
+            .iter()
+            .all(|c| matches!(c, Chunk::Skipped | Chunk::Released))
+    }
+
+    /// The sender has nothing left to write.
+    pub(super) fn is_written(&self) -> bool {
+        !self
+            .chunks
+            .iter()
+            .any(|c| matches!(c, Chunk::Waiting | Chunk::Open { .. }))
+    }
+
+    /// Chunks that still want a slot.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = usize> + '_ {
+        let wanted = self.over.is_none();
+        (0..self.chunks.len()).filter(move |&i| wanted && self.chunks[i] == Chunk::Waiting)
+    }
+}
+
+impl Request {
+    pub(super) fn new(id: &RequestId) -> Self {
+        Self {
+            parked: None,
+            supply: Supply::None,
+            lent: Vec::new(),
+            record: Record {
+                req: id.clone(),
+                peer: String::new(),
+                reason: None,
+                tokens: 0,
+                have_tokens: 0,
+                chunks: 0,
+                bytes: 0,
+                transport: String::new(),
+                alloc_us: 0,
+                gather_us: 0,
+                push_us: 0,
+                ready_us: 0,
+                scatter_us: 0,
+                windowed: 0,
+            },
+        }
+    }
+
+    pub(super) fn lease(&self) -> Option<&Lease> {
+        match &self.supply {
+            Supply::Leased(lease) => Some(lease),
+            Supply::None | Supply::Held(_) => None,
+        }
+    }
+
+    pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
+        match &mut self.supply {
+            Supply::Leased(lease) => Some(lease),
+            Supply::None | Supply::Held(_) => None,
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! How requests end, and what is due when.
+
+use super::request::{Chunk, Phase, Told};
+use super::{Action, Link, Sender};
+use crate::local::Target;
+use crate::message::{CancelNotif, CancelX, Extend, ToReceiver};
+use crate::{Reason, RequestId, VERSION};
+
+impl Sender {
+    /// The request ends early: engine and proxy are told, nothing more is posted.
+    pub(super) fn end(&mut self, id: &RequestId, reason: Reason) {
+        self.tell_done(id, Some(reason));
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        for chunk in &mut request.chunks {
+            match *chunk {
+                Chunk::Granted { from, to } | Chunk::Staged { from, to } => {
+                    *chunk = Chunk::Remote { to };
+                    self.slots.give(from);
+                }
+                _ => {}
+            }
+        }
+        match &request.phase {
+            Phase::Linking | Phase::Asking { .. } => self.forget(id),
+            Phase::Leased(lease) => {
+                request.phase = Phase::Closing {
+                    lease: lease.clone(),
+                    reason,
+                    told: None,
+                };
+                self.close(id);
+            }
+            Phase::Closing { .. } => {}
+        }
+    }
+
+    /// Tells engine and proxy how a request ended, once.
+    pub(super) fn tell_done(&mut self, id: &RequestId, reason: Option<Reason>) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let engine = request.engine.take();
+        let gone = reason == Some(Reason::EngineGone);
+        if engine.is_none() && (!gone || request.record.reason.is_some()) {
+            return;
+        }
+        request.record.reason = reason;
+        let record = request.record.clone();
+        let us = now.micros_since(request.since);
+        if let Some(engine) = engine {
+            self.tell_ended(engine, id, reason, record.bytes);
+        }
+        self.actions.push_back(Action::Notify {
+            req: id.clone(),
+            reason,
+            bytes: record.bytes,
+            us,
+            transport: record.transport.clone(),
+        });
+        self.actions.push_back(Action::Record(record));
+    }
+
+    /// Tells the receiver that a closing lease is over, once no write is under way.
+    pub(super) fn close(&mut self, id: &RequestId) {
+        let seq = self.seq();
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if request.in_flight > 0 {
+            return;
+        }
+        let Phase::Closing {
+            lease,
+            reason,
+            told,
+        } = &mut request.phase
+        else {
+            return;
+        };
+        let told = told.get_or_insert(Told {
+            seq,
+            sent: now,
+            tries: 0,
+        });
+        told.sent = now;
+        told.tries += 1;
+        let cancel = CancelNotif {
+            req_id: id.0.clone(),
+            keys: request.keys.clone(),
+            x: Some(CancelX {
+                v: VERSION,
+                seq: told.seq,
+                lease: lease.id,
+                epoch: lease.epoch,
+                reason: *reason,
+                dirty: lease.dirty.clone(),
+            }),
+        };
+        let to = request.to.clone();
+        self.send(&to, ToReceiver::CancelNotif(cancel));
+    }
+
+    pub(super) fn on_cancel_answered(&mut self, to: &Target, seq: u64) {
+        let closed = self.requests.iter().find_map(|(id, r)| match &r.phase {
+            Phase::Closing {
+                told: Some(told), ..
+            } if told.seq == seq && r.to == *to => Some(id.clone()),
+            _ => None,
+        });
+        if let Some(id) = closed {
+            self.forget(&id);
+        }
+    }
+
+    /// Drops a request of which nothing is under way.
+    pub(super) fn forget(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.remove(id) else {
+            return;
+        };
+        debug_assert_eq!(request.in_flight, 0, "a write names a forgotten request");
+        for chunk in &request.chunks {
+            if let Some(slot) = chunk.local() {
+                self.slots.give(slot);
+            }
+        }
+        if let Some(lease) = request.lease()
+            && !lease.dirty.is_empty()
+        {
+            self.bury(lease.id, lease.dirty.clone());
+        }
+    }
+
+    pub(super) fn on_link_lost(&mut self, to: &Target, reason: Reason) {
+        self.links.remove(to);
+        let affected: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| r.to == *to)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in affected {
+            self.end(&id, reason);
+        }
+    }
+
+    /// Everything that is due by now.
+    pub(super) fn on_deadlines(&mut self) {
+        let now = self.now;
+        let failed: Vec<Target> = self
+            .links
+            .iter()
+            .filter(|(_, l)| matches!(l, Link::Making(since) if *since + self.config.link <= now))
+            .map(|(to, _)| to.clone())
+            .collect();
+        for to in failed {
+            self.on_link_lost(&to, Reason::NoLink);
+        }
+        let due: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| r.deadline(&self.config).is_some_and(|d| d <= now))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in due {
+            self.on_due(&id);
+        }
+    }
+
+    fn on_due(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let stalled = request.progress + self.config.stall <= now;
+        let done = request.is_done();
+        match &mut request.phase {
+            Phase::Linking => self.end(id, Reason::NoLink),
+            Phase::Asking { sent, first, .. } => {
+                let patience = self.config.wait + self.config.park + self.config.repeat * PATIENCE;
+                if *first + patience <= now {
+                    self.end(id, Reason::AllocTimeout);
+                } else if *sent + self.config.repeat <= now {
+                    *sent = now;
+                    self.send_ask(id);
+                } else if stalled {
+                    self.end(id, Reason::AllocTimeout);
+                }
+            }
+            Phase::Leased(_) if done => {
+                if stalled {
+                    // The receiver's lease ends by its own clock.
+                    self.forget(id);
+                } else {
+                    self.send_written(id);
+                }
+            }
+            Phase::Leased(_) if stalled => {
+                let waits = |c: &Chunk| matches!(c, Chunk::Remote { .. });
+                let no_slot = self.slots.free() == 0;
+                let starved = no_slot
+                    && self
+                        .requests
+                        .get(id)
+                        .is_some_and(|r| r.chunks.iter().any(waits));
+                let reason = if starved {
+                    Reason::NoSendRoom
+                } else {
+                    Reason::Deadline
+                };
+                self.end(id, reason);
+            }
+            Phase::Leased(_) => self.extend(id),
+            Phase::Closing {
+                told: Some(told), ..
+            } => {
+                if told.tries > PATIENCE {
+                    self.forget(id);
+                } else {
+                    self.close(id);
+                }
+            }
+            // Keeps the lease from running out under a write that is still under way.
+            Phase::Closing { told: None, .. } => self.extend(id),
+        }
+    }
+
+    fn extend(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let granted = (0u32..)
+            .zip(&request.chunks)
+            .filter(|(_, c)| !matches!(c, Chunk::Waiting | Chunk::Skipped))
+            .map(|(i, _)| i)
+            .collect();
+        let to = request.to.clone();
+        let unacknowledged = request
+            .chunks
+            .iter()
+            .any(|c| matches!(c, Chunk::Done { .. }));
+        let Some(lease) = request.lease_mut() else {
+            return;
+        };
+        lease.spoke = now;
+        let extend = Extend {
+            lease: lease.id,
+            epoch: lease.epoch,
+            granted,
+        };
+        self.send(&to, ToReceiver::Extend(extend));
+        if unacknowledged {
+            self.send_written(id);
+        }
+    }
+}
+
+/// How often a message is repeated in vain before its receiver is given up.
+const PATIENCE: u32 = 6;

@@ -1,0 +1,223 @@
+//! What the prefill engine says.
+
+use super::request::{Chunk, Phase, Request};
+use super::{Action, Link, Sender};
+use crate::layout::chunks_of;
+use crate::local::{Computing, Reserve, Staged, Target};
+use crate::message::{AllocRequest, AllocX, ToReceiver};
+use crate::{EngineId, Epoch, Reason, RequestId, VERSION};
+use std::time::Duration;
+
+impl Sender {
+    pub(super) fn on_reserve(&mut self, engine: EngineId, asked: Reserve) {
+        let id = asked.req.clone();
+        if let Err(reason) = self.admit(&asked) {
+            self.tell_ended(engine, &id, Some(reason), 0);
+            if reason != Reason::Duplicate {
+                self.actions.push_back(Action::Notify {
+                    req: id.clone(),
+                    reason: Some(reason),
+                    bytes: 0,
+                    us: 0,
+                    transport: String::new(),
+                });
+                let mut refused = Request::new(engine, asked, 0, self.now);
+                refused.record.reason = Some(reason);
+                self.actions.push_back(Action::Record(refused.record));
+            }
+            return;
+        }
+        let to = asked.to.clone();
+        let request = Request::new(engine, asked, self.next_order, self.now);
+        self.next_order += 1;
+        self.requests.insert(id.clone(), request);
+        match self.links.get(&to) {
+            Some(Link::Up { .. }) => self.ask(&id),
+            Some(Link::Making(_)) => {}
+            None => {
+                self.links.insert(to.clone(), Link::Making(self.now));
+                self.actions.push_back(Action::Link { to });
+            }
+        }
+    }
+
+    fn admit(&self, asked: &Reserve) -> Result<(), Reason> {
+        let chunks = chunks_of(asked.tokens, self.config.layout.chunk_tokens) as usize;
+        if self.config.push_off {
+            Err(Reason::PushOff)
+        } else if self.draining {
+            Err(Reason::Draining)
+        } else if asked.req.0.is_empty() || asked.keys.is_empty() || chunks != asked.keys.len() {
+            Err(Reason::BadRequest)
+        } else if self.requests.contains_key(&asked.req) {
+            Err(Reason::Duplicate)
+        } else if self.requests.len() >= self.config.max_requests {
+            Err(Reason::Busy)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sends the first alloc request of a request whose link is up. From here on the decode side can
+    /// learn how this ends, so this is when the proxy may send the decode leg.
+    pub(super) fn ask(&mut self, id: &RequestId) {
+        let seq = self.seq();
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let again = matches!(request.phase, Phase::Asking { .. });
+        request.phase = Phase::Asking {
+            seq,
+            sent: now,
+            first: now,
+        };
+        if let Some(Link::Up { transport, .. }) = self.links.get(&request.to) {
+            request.record.transport.clone_from(transport);
+        }
+        self.send_ask(id);
+        if !again {
+            self.actions.push_back(Action::Progress(id.clone()));
+        }
+    }
+
+    /// Sends or repeats the alloc request.
+    pub(super) fn send_ask(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else {
+            return;
+        };
+        let Phase::Asking { seq, .. } = request.phase else {
+            return;
+        };
+        let Some(Link::Up { epoch, transport }) = self.links.get(&request.to) else {
+            return;
+        };
+        let message = self.alloc_request(id, request, seq, *epoch, transport);
+        let to = request.to.clone();
+        self.send(&to, ToReceiver::AllocRequest(message));
+    }
+
+    fn alloc_request(
+        &self,
+        id: &RequestId,
+        request: &Request,
+        seq: u64,
+        to_epoch: Epoch,
+        transport: &str,
+    ) -> AllocRequest {
+        let layout = &self.config.layout;
+        let full = layout.chunk_tokens;
+        let last = request.tokens - (u32::try_from(request.keys.len()).unwrap_or(1) - 1) * full;
+        let lease = self.config.heartbeat * HEARTBEATS_PER_LEASE;
+        AllocRequest {
+            keys: request.keys.clone(),
+            fmt: if layout.mla { KV_MLA_FMT } else { KV_2LTD },
+            shape: layout.shape(full.min(request.tokens)),
+            dtype: layout.dtype.clone(),
+            last_chunk_toks: last,
+            req_id: id.0.clone(),
+            is_last_batch: true,
+            total_chunks: u32::try_from(request.keys.len()).unwrap_or(u32::MAX),
+            x: Some(AllocX {
+                v: VERSION,
+                seq,
+                id: self.config.id.clone(),
+                epoch: self.config.epoch,
+                to_epoch,
+                tokens: request.tokens,
+                lease_ms: millis(lease),
+                wait_ms: millis(self.config.wait),
+                park_ms: if request.overlap {
+                    millis(self.config.park)
+                } else {
+                    0
+                },
+                transport: transport.to_owned(),
+            }),
+        }
+    }
+
+    pub(super) fn on_computing(&mut self, engine: EngineId, message: &Computing) {
+        if let Some(request) = self.requests.get_mut(&message.req)
+            && request.engine == Some(engine)
+        {
+            request.upto = request.upto.max(message.upto).min(request.tokens);
+            request.progress = self.now;
+        }
+    }
+
+    pub(super) fn on_staged(&mut self, engine: EngineId, message: &Staged) {
+        let Some(request) = self.requests.get_mut(&message.req) else {
+            return;
+        };
+        if request.engine != Some(engine) {
+            return;
+        }
+        request.progress = self.now;
+        request.record.gather_us += message.gather_us;
+        for &index in &message.chunks {
+            if let Some(chunk) = request.chunks.get_mut(index as usize)
+                && let Chunk::Granted { from, to } = *chunk
+            {
+                *chunk = Chunk::Staged { from, to };
+            }
+        }
+        self.post(&message.req);
+    }
+
+    pub(super) fn on_engine_cancel(&mut self, engine: EngineId, id: &RequestId) {
+        if self
+            .requests
+            .get(id)
+            .is_some_and(|r| r.engine == Some(engine))
+        {
+            self.end(id, Reason::Cancelled);
+        }
+    }
+
+    pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
+        let mine: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| r.engine == Some(engine))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in mine {
+            if let Some(request) = self.requests.get_mut(&id) {
+                request.engine = None;
+            }
+            self.end(&id, Reason::EngineGone);
+        }
+    }
+
+    pub(super) fn on_linked(&mut self, to: &Target, epoch: Epoch, v: u32, transport: String) {
+        if v == 0 {
+            // LMCache's receivers show a slot before it is written; they are not pushed to.
+            self.on_link_lost(to, Reason::NoLink);
+            return;
+        }
+        self.links.insert(to.clone(), Link::Up { epoch, transport });
+        let waiting: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| {
+                r.to == *to && matches!(r.phase, Phase::Linking | Phase::Asking { .. })
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in waiting {
+            self.ask(&id);
+        }
+    }
+}
+
+/// A lease outlives two lost heartbeats.
+const HEARTBEATS_PER_LEASE: u32 = 3;
+/// LMCache's `MemoryFormat`.
+const KV_2LTD: u32 = 1;
+/// LMCache's `MemoryFormat`.
+const KV_MLA_FMT: u32 = 6;
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}

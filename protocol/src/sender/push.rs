@@ -1,0 +1,232 @@
+//! Send slots and writes.
+
+use super::request::{Chunk, Phase};
+use super::{Action, Piece, Sender};
+use crate::local::Granted;
+use crate::message::{Slots, ToReceiver, Written};
+use crate::{Reason, RequestId, TransferId};
+
+impl Sender {
+    /// Gives send slots to chunks that the engine is about to complete, first come first served.
+    pub(super) fn grant_slots(&mut self) {
+        if self.slots.free() == 0 {
+            return;
+        }
+        let chunk_tokens = self.config.layout.chunk_tokens;
+        let mut order: Vec<(u64, RequestId)> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| matches!(r.phase, Phase::Leased(_)))
+            .map(|(id, r)| (r.order, id.clone()))
+            .collect();
+        order.sort_unstable();
+        for (_, id) in order {
+            let Some(request) = self.requests.get_mut(&id) else {
+                continue;
+            };
+            let mut granted = Granted {
+                req: id.clone(),
+                have_tokens: request.lease().map_or(0, |l| l.have_tokens),
+                chunks: Vec::new(),
+                slots: Vec::new(),
+            };
+            for index in 0..request.chunks.len() {
+                let Chunk::Remote { to } = request.chunks[index] else {
+                    continue;
+                };
+                if request.span(index, chunk_tokens).1 > request.upto {
+                    break;
+                }
+                let Some(from) = self.slots.take() else {
+                    break;
+                };
+                request.chunks[index] = Chunk::Granted { from, to };
+                granted
+                    .chunks
+                    .push(u32::try_from(index).unwrap_or(u32::MAX));
+                granted.slots.push(from.0);
+            }
+            if let (Some(engine), false) = (request.engine, granted.chunks.is_empty()) {
+                request.progress = self.now;
+                self.actions.push_back(Action::Granted(engine, granted));
+            }
+        }
+    }
+
+    /// Posts one write of everything that is staged.
+    pub(super) fn post(&mut self, id: &RequestId) {
+        let (chunk_tokens, token_bytes) = (
+            self.config.layout.chunk_tokens,
+            self.config.layout.token_bytes().unwrap_or(0),
+        );
+        let now = self.now;
+        let transfer = TransferId(self.next_transfer);
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if !matches!(request.phase, Phase::Leased(_)) {
+            return;
+        }
+        let mut pieces = Vec::new();
+        for index in 0..request.chunks.len() {
+            if let Chunk::Staged { from, to } = request.chunks[index] {
+                let (begin, end) = request.span(index, chunk_tokens);
+                request.chunks[index] = Chunk::Posted { from, to, transfer };
+                pieces.push(Piece {
+                    from,
+                    to,
+                    bytes: u64::from(end - begin) * token_bytes,
+                });
+            }
+        }
+        let (to, Some(lease)) = (request.to.clone(), request.lease_mut()) else {
+            return;
+        };
+        if pieces.is_empty() {
+            return;
+        }
+        lease.spoke = now;
+        let writing = Slots {
+            lease: lease.id,
+            epoch: lease.epoch,
+            indexes: pieces.iter().map(|p| p.to.0).collect(),
+        };
+        let lease = lease.id;
+        if request.in_flight == 0 {
+            request.push_since = now;
+        }
+        request.in_flight += 1;
+        self.next_transfer += 1;
+        self.transfers.insert(transfer, id.clone());
+        self.send(&to, ToReceiver::Writing(writing));
+        self.actions.push_back(Action::Write {
+            to,
+            transfer,
+            lease,
+            pieces,
+        });
+    }
+
+    pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64]) {
+        let Some(id) = self.settle(transfer, |sum, to| Chunk::Done { to, sum }, sums) else {
+            return;
+        };
+        if matches!(
+            self.requests.get(&id).map(|r| &r.phase),
+            Some(Phase::Closing { .. })
+        ) {
+            self.close(&id);
+            return;
+        }
+        self.send_written(&id);
+        if self.requests.get(&id).is_some_and(super::Request::is_done) {
+            self.tell_done(&id, None);
+        }
+    }
+
+    pub(super) fn on_failed(&mut self, transfer: TransferId, terminal: bool) {
+        let request = self.transfers.get(&transfer);
+        let request = request.and_then(|id| self.requests.get_mut(id));
+        if let (false, Some(request)) = (terminal, request) {
+            let slots: Vec<u32> = request
+                .chunks
+                .iter()
+                .filter_map(|c| match c {
+                    Chunk::Posted {
+                        to, transfer: t, ..
+                    } if *t == transfer => Some(to.0),
+                    _ => None,
+                })
+                .collect();
+            if let Some(lease) = request.lease_mut() {
+                lease.dirty.extend(slots);
+            }
+        }
+        // The send slots go back even if the write may still read them: what it could still carry
+        // lands in slots that the receiver quarantines.
+        let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[]) else {
+            return;
+        };
+        self.end(&id, Reason::TransferFailed);
+        self.close(&id);
+    }
+
+    /// Takes a write off the books: its chunks become what `next` says, its send slots are free.
+    fn settle(
+        &mut self,
+        transfer: TransferId,
+        next: impl Fn(Option<u64>, crate::SlotIndex) -> Chunk,
+        sums: &[u64],
+    ) -> Option<RequestId> {
+        let id = self.transfers.remove(&transfer)?;
+        let (chunk_tokens, token_bytes) = (
+            self.config.layout.chunk_tokens,
+            self.config.layout.token_bytes().unwrap_or(0),
+        );
+        let now = self.now;
+        let request = self.requests.get_mut(&id)?;
+        let mut sums = sums.iter();
+        for index in 0..request.chunks.len() {
+            let Chunk::Posted {
+                from,
+                to,
+                transfer: posted,
+            } = request.chunks[index]
+            else {
+                continue;
+            };
+            if posted != transfer {
+                continue;
+            }
+            request.chunks[index] = next(sums.next().copied(), to);
+            self.slots.give(from);
+            if request.chunks[index].is_done() {
+                let (begin, end) = request.span(index, chunk_tokens);
+                request.record.chunks += 1;
+                request.record.bytes += u64::from(end - begin) * token_bytes;
+            }
+        }
+        request.progress = now;
+        request.in_flight = request.in_flight.saturating_sub(1);
+        if request.in_flight == 0 {
+            request.record.push_us += now.micros_since(request.push_since);
+        }
+        Some(id)
+    }
+
+    /// Tells the receiver of everything that it has not acknowledged.
+    pub(super) fn send_written(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let to = request.to.clone();
+        let done: Vec<(u32, crate::SlotIndex, Option<u64>)> = (0u32..)
+            .zip(&request.chunks)
+            .filter_map(|(i, c)| match c {
+                Chunk::Done { to, sum } => Some((i, *to, *sum)),
+                _ => None,
+            })
+            .collect();
+        let Some(lease) = request.lease_mut() else {
+            return;
+        };
+        if done.is_empty() {
+            return;
+        }
+        lease.spoke = now;
+        let sums: Vec<u64> = done.iter().filter_map(|d| d.2).collect();
+        let written = Written {
+            lease: lease.id,
+            epoch: lease.epoch,
+            chunks: done.iter().map(|d| d.0).collect(),
+            indexes: done.iter().map(|d| d.1.0).collect(),
+            sums: if sums.len() == done.len() {
+                sums
+            } else {
+                Vec::new()
+            },
+        };
+        self.send(&to, ToReceiver::Written(written));
+    }
+}

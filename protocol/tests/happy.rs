@@ -1,0 +1,230 @@
+//! One request over a perfect wire: every message once, in order, no time passing but what is said.
+
+use std::time::Duration;
+
+use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
+use protocol::receiver::{self, Receiver, Route};
+use protocol::sender::{self, Sender};
+use protocol::{EngineId, Epoch, Layout, RequestId, Time};
+
+const CHUNK: u32 = 256;
+
+fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 4,
+        kv_heads: 2,
+        head_size: 64,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+fn pair(send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
+    let s = Duration::from_secs(1);
+    let sender = Sender::new(sender::Config {
+        id: "p".into(),
+        epoch: Epoch(1),
+        slots: send_slots,
+        layout: layout(),
+        max_requests: 16,
+        heartbeat: s,
+        wait: s,
+        park: s / 20,
+        repeat: s / 2,
+        link: s,
+        stall: 30 * s,
+        push_off: false,
+    });
+    let receiver = Receiver::new(receiver::Config {
+        epoch: Epoch(2),
+        slots: land_slots,
+        token_bytes: layout().token_bytes().unwrap(),
+        chunk_tokens: CHUNK,
+        max_requests: 16,
+        max_quarantined: 8,
+        no_sender: 5 * s,
+        unclaimed: 10 * s,
+        max_lease: 30 * s,
+        max_wait: 10 * s,
+        seed: 7,
+    });
+    (sender, receiver)
+}
+
+fn check(
+    tokens: u32,
+    have: u32,
+    send_slots: u32,
+    land_slots: u32,
+    park_first: bool,
+    overlap: bool,
+) {
+    let (mut p, mut d) = pair(send_slots, land_slots);
+    let (pe, de) = (EngineId(1), EngineId(2));
+    let to = Target {
+        host: "h".into(),
+        init_port: 1,
+        alloc_port: 2,
+    };
+    let req = RequestId::from("r");
+    let keys: Vec<String> = (0..tokens.div_ceil(CHUNK))
+        .map(|i| format!("k{i}"))
+        .collect();
+    let now = Time(1);
+    let parked = Await {
+        req: req.clone(),
+        keys: keys.clone(),
+        tokens,
+        have_tokens: have,
+        deadline_ms: 60_000,
+    };
+    if park_first {
+        d.handle(now, receiver::Event::Await(de, parked.clone()));
+    }
+    p.handle(
+        now,
+        sender::Event::Reserve(
+            pe,
+            Reserve {
+                req: req.clone(),
+                to: to.clone(),
+                keys,
+                tokens,
+                upto: CHUNK.min(tokens),
+                overlap,
+            },
+        ),
+    );
+    let (mut p_ended, mut d_ended, mut late) = (None, None, !park_first);
+    loop {
+        let mut moved = false;
+        while let Some(action) = p.poll_action() {
+            moved = true;
+            match action {
+                sender::Action::Link { to } => p.handle(
+                    now,
+                    sender::Event::Linked {
+                        to,
+                        epoch: Epoch(2),
+                        v: 1,
+                        slots: land_slots,
+                        transport: "tcp".into(),
+                    },
+                ),
+                sender::Action::Send { message, .. } => d.handle(
+                    now,
+                    receiver::Event::Peer {
+                        route: Route(1),
+                        message,
+                    },
+                ),
+                sender::Action::Write { transfer, .. } => p.handle(
+                    now,
+                    sender::Event::Done {
+                        transfer,
+                        sums: vec![],
+                    },
+                ),
+                sender::Action::Granted(_, granted) => {
+                    if !granted.chunks.is_empty() {
+                        let staged = Staged {
+                            req: granted.req,
+                            chunks: granted.chunks,
+                            gather_us: 1,
+                        };
+                        p.handle(now, sender::Event::Staged(pe, staged));
+                    }
+                }
+                sender::Action::Ended(_, ended) => p_ended = Some(ended),
+                sender::Action::Progress(_)
+                | sender::Action::Notify { .. }
+                | sender::Action::Record(_) => {}
+            }
+        }
+        while let Some(action) = d.poll_action() {
+            moved = true;
+            match action {
+                receiver::Action::Send { message, .. } => p.handle(
+                    now,
+                    sender::Event::Peer {
+                        to: to.clone(),
+                        message,
+                    },
+                ),
+                receiver::Action::Ready(_, ready) => d.handle(
+                    now,
+                    receiver::Event::Release(
+                        de,
+                        Release {
+                            req: ready.req,
+                            chunks: ready.chunks,
+                            scatter_us: 1,
+                        },
+                    ),
+                ),
+                receiver::Action::Ended(_, ended) => d_ended = Some(ended),
+                receiver::Action::Open { .. }
+                | receiver::Action::Close { .. }
+                | receiver::Action::Fence { .. }
+                | receiver::Action::Record(_) => {}
+            }
+        }
+        if !moved {
+            if late {
+                late = false;
+                d.handle(now, receiver::Event::Await(de, parked.clone()));
+                continue;
+            }
+            let computing = Computing {
+                req: req.clone(),
+                upto: tokens,
+            };
+            if p_ended.is_some() {
+                break;
+            }
+            let before = p.gauges();
+            p.handle(now, sender::Event::Computing(pe, computing));
+            assert!(
+                p.gauges() != before || p_ended.is_some(),
+                "stuck: {p:?} {d:?}"
+            );
+        }
+    }
+    let (p_ended, d_ended) = (p_ended.unwrap(), d_ended.unwrap());
+    assert_eq!((p_ended.reason, d_ended.reason), (None, None));
+    let sent = if park_first || overlap {
+        tokens - have
+    } else {
+        tokens
+    };
+    let bytes = u64::from(sent) * layout().token_bytes().unwrap();
+    assert_eq!((p_ended.bytes, d_ended.bytes), (bytes, bytes));
+    assert!(p.is_idle() && d.is_idle(), "{p:?} {d:?}");
+}
+
+#[test]
+fn every_chunk_arrives_once() {
+    check(1, 0, 4, 4, true, true);
+    check(1500, 0, 8, 8, true, true);
+    check(1500, 300, 8, 8, true, true);
+    check(1500, 1472, 8, 8, true, true);
+}
+
+#[test]
+fn a_prompt_fits_any_buffer_of_two_chunks() {
+    check(1500, 0, 2, 2, true, true);
+    check(5000, 64, 2, 2, true, true);
+}
+
+#[test]
+fn an_overlapped_request_waits_for_the_decode_side_to_say_what_it_has() {
+    check(1500, 1472, 8, 8, false, true);
+}
+
+#[test]
+fn data_may_come_before_the_decode_request() {
+    check(1500, 0, 8, 8, false, false);
+    check(1500, 1472, 8, 8, false, false);
+}

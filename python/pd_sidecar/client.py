@@ -1,0 +1,361 @@
+"""A client of a sidecar's local socket: for engine connectors, tools and tests.
+
+    client = Client.connect(default_socket("sender"), Hello(...))
+    client.reserve("req-1", Target("10.0.0.2", 7300, 7400), keys, tokens=300, upto=300)
+    for message in client.wait(1.0):
+        if isinstance(message, Granted):
+            for chunk, slot in zip(message.chunks, message.slots):
+                client.slot(slot)[: len(data[chunk])] = data[chunk]
+            client.staged("req-1", message.chunks)
+
+A thread of its own notices that the sidecar went away and connects again, with a growing pause; it
+never touches messages. What was in flight over a lost connection is over: `poll` says `Lost`, and
+`Connected` once there is a new one, with another epoch and another buffer. Messages are sent and
+polled from one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
+
+from .connection import Connection, ConnectionLostError, RefusedError, wait_readable
+from .wire import (
+    Abort,
+    Await,
+    Cancel,
+    Computing,
+    Ended,
+    Granted,
+    Hello,
+    Ready,
+    Refused,
+    Release,
+    Reserve,
+    Staged,
+    Target,
+    ToEngine,
+    ToSidecar,
+    Welcome,
+    WireError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
+
+
+def default_socket(role: str) -> str:
+    """Where a sidecar of this role (`sender` or `receiver`) listens unless told otherwise."""
+    explicit = os.environ.get(SOCKET_VARIABLE)
+    return explicit or f"/tmp/pd-sidecar-{os.getuid()}/{role}.sock"
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """Seconds between attempts to connect."""
+
+    first: float = 0.05
+    longest: float = 2.0
+    refused: float = 15.0
+    """After a refusal: the other side, or its configuration, has to change first."""
+    greeting: float = 30.0
+    """How long a sidecar may take to answer; it may be touching its buffer for the first time."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """A connection stands; slots of an earlier one mean nothing any more."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection ended and everything in flight over it."""
+
+    why: str
+
+
+Event = Union[Connected, Lost, ToEngine]  # noqa: UP007
+
+
+class NotConnectedError(Exception):
+    """There is no connection at the moment."""
+
+
+class Client:
+    """A connection to one sidecar that renews itself. See the module's documentation."""
+
+    def __init__(
+        self,
+        path: str,
+        hello: Hello,
+        pauses: Pauses | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        """Starts to connect and returns at once."""
+        self.path = path
+        self._hello = hello
+        self._connection: Connection | None = None
+        self._keeper = _Keeper(
+            path, hello, pauses or Pauses(), logger or logging.getLogger(__name__)
+        )
+        self._keeper.start()
+
+    @classmethod
+    def connect(cls, path: str, hello: Hello, timeout_s: float = 10.0) -> Client:
+        """Connects and waits for it. Raises `TimeoutError` with the last failure."""
+        client = cls(path, hello)
+        deadline = time.monotonic() + timeout_s
+        while not client._adopt():
+            if not client._keeper.connected.wait(deadline - time.monotonic()):
+                why = client._keeper.failure
+                client.close()
+                raise TimeoutError(f"no connection to {path}: {why or 'no answer'}")
+        return client
+
+    @property
+    def connected(self) -> bool:
+        """Messages can be sent. May be out of date until the next `poll`."""
+        return self._connection is not None
+
+    @property
+    def connection(self) -> Connection:
+        """The connection of now. Raises `NotConnectedError`."""
+        if self._connection is None:
+            raise NotConnectedError(self._keeper.failure or f"no connection to {self.path}")
+        return self._connection
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the sidecar said of itself and its buffer."""
+        return self.connection.welcome
+
+    def slot(self, index: int) -> memoryview:
+        """The bytes of a slot, to be read or written in place."""
+        return self.connection.slot(index)
+
+    def reserve(
+        self,
+        req: str,
+        to: Target,
+        keys: list[str],
+        *,
+        tokens: int,
+        upto: int,
+        overlap: bool = False,
+    ) -> None:
+        """Prefill: asks for room for a request's chunks at `to`. Answered by `Granted`."""
+        self.send(Reserve(req, to, keys, tokens, upto, overlap))
+
+    def computing(self, req: str, upto: int) -> None:
+        """Prefill: tokens `[0, upto)` are about to be complete, so their chunks may have slots."""
+        self.send(Computing(req, upto))
+
+    def staged(self, req: str, chunks: list[int], gather_us: int = 0) -> None:
+        """Prefill: these chunks stand in their slots."""
+        self.send(Staged(req, chunks, gather_us))
+
+    def cancel(self, req: str) -> None:
+        """Prefill: gives the request up."""
+        self.send(Cancel(req))
+
+    def await_(
+        self, req: str, keys: list[str], *, tokens: int, have_tokens: int, deadline_ms: int
+    ) -> None:
+        """Decode: waits for chunks. Answered by `Ready`, in parts, or by `Ended`."""
+        self.send(Await(req, keys, tokens, have_tokens, deadline_ms))
+
+    def release(self, req: str, chunks: list[int], scatter_us: int = 0) -> None:
+        """Decode: these chunks have been read."""
+        self.send(Release(req, chunks, scatter_us))
+
+    def abort(self, req: str) -> None:
+        """Decode: does not want the request any more."""
+        self.send(Abort(req))
+
+    def send(self, message: ToSidecar) -> None:
+        """Sends any message.
+
+        Raises `NotConnectedError`, or `WireError` for a message that no frame holds. A connection
+        that is lost meanwhile is said by the next `poll`.
+        """
+        connection = self.connection
+        try:
+            connection.send(message)
+        except ConnectionLostError:
+            connection.shut()
+
+    def poll(self) -> list[Event]:
+        """What has happened by now, without waiting."""
+        events: list[Event] = []
+        connection = self._connection
+        if connection is not None:
+            if self._keeper.offers_another():
+                events.append(self._drop("the sidecar closed the connection"))
+            else:
+                try:
+                    events.extend(connection.poll())
+                except (ConnectionLostError, WireError) as error:
+                    connection.shut()
+                    events.append(self._drop(str(error)))
+        if self._connection is None and self._adopt():
+            events.append(Connected(self.welcome))
+        return events
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """As `poll`, but waits up to `timeout_s` for something to happen."""
+        if events := self.poll():
+            return events
+        wait_any([self], timeout_s)
+        return self.poll()
+
+    def close(self) -> None:
+        """Ends the connection for good."""
+        self._keeper.stop()
+        if self._connection is not None:
+            self._connection.shut()
+            self._connection = None
+
+    def _adopt(self) -> bool:
+        self._connection = self._keeper.take()
+        return self._connection is not None
+
+    def _drop(self, why: str) -> Lost:
+        self._connection = None
+        return Lost(why)
+
+
+def wait_any(clients: Iterable[Client], timeout_s: float) -> None:
+    """Returns when one of the clients has something to poll, or after the timeout."""
+    clients = list(clients)
+    connections = [client.connection for client in clients if client.connected]
+    if connections:
+        wait_readable(connections, timeout_s)
+    elif clients:
+        clients[0]._keeper.connected.wait(timeout_s)
+
+
+class _Keeper(threading.Thread):
+    """Connects, watches for the end of the connection, connects again."""
+
+    def __init__(self, path: str, hello: Hello, pauses: Pauses, logger: logging.Logger) -> None:
+        super().__init__(name="pd-sidecar-link", daemon=True)
+        self.connected = threading.Event()
+        self.failure = ""
+        self._path = path
+        self._hello = hello
+        self._pauses = pauses
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._offered: Connection | None = None
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe()
+
+    def take(self) -> Connection | None:
+        """Hands over the newest connection, once."""
+        with self._lock:
+            connection, self._offered = self._offered, None
+            self.connected.clear()
+        return connection
+
+    def offers_another(self) -> bool:
+        """There is a newer connection than the one that was taken."""
+        return self._offered is not None
+
+    def stop(self) -> None:
+        """Ends the thread. A greeting under way is waited for by nobody."""
+        self._stopping = True
+        os.write(self._wake_write, b"\0")
+
+    def run(self) -> None:
+        pause = self._pauses.first
+        while not self._stopping:
+            connection, retry_s = self._connect(pause)
+            if connection is None:
+                pause = min(pause * 2, self._pauses.longest)
+                self._sleep(retry_s)
+                continue
+            pause = self._pauses.first
+            with self._lock:
+                self._offered = connection
+                self.connected.set()
+            self._watch(connection)
+            with self._lock:
+                if self._offered is connection:
+                    self._offered = None
+                    self.connected.clear()
+            del connection
+        os.close(self._wake_read)
+
+    def _connect(self, pause: float) -> tuple[Connection | None, float]:
+        """A connection, or how long to wait before the next attempt."""
+        try:
+            connection = Connection.open(self._path, self._hello, self._pauses.greeting)
+        except RefusedError as error:
+            self._say(f"refused by the sidecar at {self._path}: {error}")
+            return None, self._pauses.refused
+        except (OSError, WireError, ValueError) as error:
+            self._say(f"no sidecar at {self._path}: {error}")
+            return None, pause
+        welcome = connection.welcome
+        self.failure = ""
+        self._logger.info(
+            "connected to sidecar %s at %s: epoch %x, %d slots of %d bytes",
+            welcome.id,
+            self._path,
+            welcome.epoch,
+            welcome.slots,
+            welcome.slot_bytes,
+        )
+        return connection, 0.0
+
+    def _say(self, failure: str) -> None:
+        """Logs a failure when it changes, not at every attempt."""
+        if failure != self.failure:
+            self.failure = failure
+            self._logger.warning(
+                "%s; requests are computed without transfer until this ends", failure
+            )
+
+    def _watch(self, connection: Connection) -> None:
+        """Returns when the connection has ended. Reads nothing of it."""
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLRDHUP)
+        poller.register(self._wake_read, select.POLLIN)
+        poller.poll()
+
+    def _sleep(self, seconds: float) -> None:
+        select.select([self._wake_read], [], [], seconds)
+
+
+__all__ = [
+    "Abort",
+    "Await",
+    "Cancel",
+    "Client",
+    "Computing",
+    "Connected",
+    "Ended",
+    "Granted",
+    "Hello",
+    "Lost",
+    "NotConnectedError",
+    "Pauses",
+    "Ready",
+    "Refused",
+    "Release",
+    "Reserve",
+    "Staged",
+    "Target",
+    "Welcome",
+    "default_socket",
+    "wait_any",
+]

@@ -1,0 +1,91 @@
+"""The connector's options: `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .client import default_socket
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with the options, each with key, value and what would be right."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("pd_sidecar: " + "; ".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may stand in `kv_connector_extra_config`."""
+
+    sender_socket: str = ""
+    """Unix socket of the sidecar that pushes (kv_producer, kv_both). Default: `default_socket`."""
+    receiver_socket: str = ""
+    """Unix socket of the sidecar that is pushed to (kv_consumer, kv_both)."""
+    model_name: str = ""
+    """The model as it stands in keys, equal on both sides. Default: vLLM's `--model`."""
+    chunk_size: int = 256
+    """Tokens of a chunk, equal on both sides."""
+    hash_algorithm: str = "sha256_cbor"
+    """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set."""
+    load_deadline_ms: int = 30_000
+    """A decode request whose KV has not come by then is computed here."""
+    save_deadline_ms: int = 60_000
+    """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
+    idle_wait_ms: float = 1.0
+    """How long a step without tokens may wait for a word of the sidecar."""
+    allow_load_failure_policy_fail: bool = False
+    """Start although vLLM would answer a failed load with HTTP 500."""
+
+
+def parse(
+    extra: Mapping[str, Any], *, consumer: bool, load_failure_policy: str, model: str
+) -> Options:
+    """The options with their defaults filled in. Raises `ConfigError` with all problems at once."""
+    problems: list[str] = []
+    known = {field.name: field for field in fields(Options)}
+    values: dict[str, Any] = {}
+    for key, value in extra.items():
+        if key not in known:
+            problems.append(f"{key}={value!r} is not an option; there are {', '.join(known)}")
+            continue
+        kind = type(known[key].default)
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+            problems.append(f"{key}={value!r} must be of type {kind.__name__}")
+            continue
+        values[key] = value
+    options = Options(**values)
+    for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms"):
+        if getattr(options, key) <= 0:
+            problems.append(f"{key}={getattr(options, key)} must be positive")
+    if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
+        problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
+    name = options.model_name or model
+    if "@" in name or not name:
+        problems.append(f"model_name={name!r} must not be empty or contain '@', keys are cut there")
+    allowed = options.allow_load_failure_policy_fail
+    if consumer and load_failure_policy != "recompute" and not allowed:
+        problems.append(
+            f"kv_load_failure_policy={load_failure_policy!r} makes vLLM answer HTTP 500 when KV "
+            "does not come: set it to 'recompute', or allow_load_failure_policy_fail to true"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return Options(
+        **{
+            **values,
+            "model_name": name,
+            "sender_socket": options.sender_socket or default_socket("sender"),
+            "receiver_socket": options.receiver_socket or default_socket("receiver"),
+        }
+    )
+
+
+MAX_IDLE_WAIT_MS = 50
+"""A new request waits for the end of a step: more would be felt."""

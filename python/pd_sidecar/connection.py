@@ -1,0 +1,227 @@
+"""One connection to a sidecar: the socket, the greeting and the mapped buffer."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from .wire import (
+    VERSION,
+    FrameBuffer,
+    Granted,
+    Hello,
+    Ready,
+    Refused,
+    ToEngine,
+    ToSidecar,
+    Welcome,
+    WireError,
+    decode_to_engine,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+READ_BYTES = 256 << 10
+MAX_UNSENT_BYTES = 64 << 20
+"""A sidecar that has not read so much is stuck; waiting for it would only hide that."""
+
+
+class ConnectionLostError(Exception):
+    """The stream ended, or can no longer be used."""
+
+
+class RefusedError(Exception):
+    """The sidecar does not want this engine; `reason` is for decisions, the text for people."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(f"{refused.text} ({refused.reason})")
+        self.reason = refused.reason
+
+
+class Connection:
+    """A greeted connection. Not thread-safe; only `fileno` and `shut` may be used beside it.
+
+    The socket is closed and the buffer unmapped when the last reference goes: views of the buffer
+    that an engine still holds stay valid, a sidecar's death does not unmap them.
+    """
+
+    def __init__(self, sock: socket.socket, welcome: Welcome, memory: mmap.mmap) -> None:
+        self.welcome = welcome
+        self.memory = memory
+        self._socket = sock
+        self._incoming = FrameBuffer()
+        self._unsent = bytearray()
+
+    @classmethod
+    def open(cls, path: str, hello: Hello, timeout_s: float) -> Connection:
+        """Connects, greets and maps the buffer.
+
+        Raises `OSError` if nobody listens or answers in time, `RefusedError` if the sidecar says
+        no, `WireError` if it does not speak this protocol.
+        """
+        deadline = time.monotonic() + timeout_s
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(path)
+            sock.sendall(encode(hello))
+            body, rest, fds = _first_frame(sock, deadline)
+            try:
+                welcome = _greeting(body)
+                memory = _map(welcome, hello, fds)
+            finally:
+                _close(fds)
+            sock.setblocking(False)
+            connection = cls(sock, welcome, memory)
+            connection._incoming.feed(rest)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._socket.fileno()
+
+    def slot(self, index: int) -> memoryview:
+        """The bytes of a slot, to be read or written in place."""
+        if not 0 <= index < self.welcome.slots:
+            raise IndexError(f"slot {index} of {self.welcome.slots}")
+        start = index * self.welcome.slot_bytes
+        return memoryview(self.memory)[start : start + self.welcome.slot_bytes]
+
+    def send(self, message: ToSidecar) -> None:
+        """Sends, or keeps what the kernel does not take for the next `send` or `poll`.
+
+        Raises `ConnectionLostError`.
+        """
+        self._unsent += encode(message)
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            raise ConnectionLostError(
+                f"the sidecar does not read: {len(self._unsent)} bytes unsent"
+            )
+        self._flush()
+
+    def poll(self) -> list[ToEngine]:
+        """What has arrived by now, without waiting.
+
+        Raises `ConnectionLostError` or `WireError`.
+        """
+        self._flush()
+        while True:
+            try:
+                data = self._socket.recv(READ_BYTES)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                raise ConnectionLostError(str(error)) from error
+            if not data:
+                # What came with the end is void: the slots that it names are gone.
+                raise ConnectionLostError("the sidecar closed the connection")
+            self._incoming.feed(data)
+            if len(data) < READ_BYTES:
+                break
+        return [self._checked(decode_to_engine(body)) for body in self._incoming.frames()]
+
+    def shut(self) -> None:
+        """Ends the stream in both directions; the descriptor stays until the last reference."""
+        with contextlib.suppress(OSError):  # already ended by the other side
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _checked(self, message: ToEngine) -> ToEngine:
+        """Slots are memory addresses in the end: one that does not exist must not get further."""
+        if isinstance(message, Granted | Ready):
+            if len(message.chunks) != len(message.slots):
+                raise WireError(f"{len(message.chunks)} chunks in {len(message.slots)} slots")
+            if any(not 0 <= slot < self.welcome.slots for slot in message.slots):
+                raise WireError(f"slots {message.slots} of {self.welcome.slots}")
+        return message
+
+    def _flush(self) -> None:
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise ConnectionLostError(str(error)) from error
+            del self._unsent[:sent]
+
+
+def wait_readable(connections: Iterable[Connection], timeout_s: float) -> None:
+    """Returns when one of the connections has something to read, or after the timeout."""
+    poller = select.poll()
+    for connection in connections:
+        poller.register(connection.fileno(), select.POLLIN)
+    poller.poll(timeout_s * 1000)
+
+
+def _first_frame(sock: socket.socket, deadline: float) -> tuple[bytes, bytes, list[int]]:
+    """The first frame, what follows it, and the descriptors that came with it."""
+    frames = FrameBuffer()
+    fds: list[int] = []
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the sidecar did not answer the greeting")
+            sock.settimeout(left)
+            # Without MSG_CMSG_CLOEXEC a worker that forks would hand the buffer on.
+            data, received, flags, _ = socket.recv_fds(
+                sock, READ_BYTES, 4, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+            )
+            fds.extend(received)
+            if flags & socket.MSG_CTRUNC:
+                raise WireError("too many descriptors came with the greeting")
+            if not data:
+                raise ConnectionResetError("the sidecar closed the connection during the greeting")
+            frames.feed(data)
+            complete, rest = frames.first()
+            if complete is not None:
+                return complete, rest, fds
+    except BaseException:
+        _close(fds)
+        raise
+
+
+def _greeting(body: bytes) -> Welcome:
+    message = decode_to_engine(body)
+    if isinstance(message, Refused):
+        raise RefusedError(message)
+    if not isinstance(message, Welcome):
+        raise WireError(f"greeted by {type(message).__name__}")
+    if message.v != VERSION:
+        raise WireError(f"the sidecar speaks version {message.v}, this package {VERSION}")
+    return message
+
+
+def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap:
+    if welcome.memory != "memfd":
+        raise WireError(f"memory of kind {welcome.memory!r} cannot be mapped by this version")
+    if len(fds) != 1:
+        raise WireError(f"{len(fds)} descriptors came with the greeting")
+    if welcome.slot_bytes != hello.layout.chunk_bytes:
+        raise WireError(
+            f"slots of {welcome.slot_bytes} bytes, chunks of {hello.layout.chunk_bytes} bytes"
+        )
+    size = welcome.slots * welcome.slot_bytes
+    if size == 0 or os.fstat(fds[0]).st_size < size:
+        raise WireError(f"the buffer is smaller than {welcome.slots} slots")
+    # Populated here, in the thread that connects, and not by the first gather.
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(fds[0], size, flags=flags)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

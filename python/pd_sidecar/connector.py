@@ -1,0 +1,251 @@
+"""The vLLM connector: `kv_connector: PdSidecarConnector`, `kv_connector_module_path` this module.
+
+Only the shape of vLLM's interface stands here, which differs between versions (0.24 and 0.32 are
+read, 0.32 is run): what it does is in `scheduler` and `worker`.
+
+It declares no support for several KV groups: vLLM then keeps to one group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
+from vllm.v1.request import RequestStatus
+
+from . import config
+from .keys import ChunkHasher
+from .layout import Hint, LayoutError, geometry
+from .loading import Results
+from .metadata import StepMetadata
+from .scheduler import Role, Scheduler
+from .stats import PromMetrics, Stats
+from .worker import Unmoved, Worker
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+# New after 0.24: there, a failed load is said by its blocks.
+TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:
+    CacheHitSource = None
+
+logger = init_logger("vllm.pd_sidecar")
+
+
+class PdSidecarConnector(KVConnectorBase_V1):
+    """Hands KV to a sidecar, and takes it from one."""
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._producer: bool = transfer.is_kv_producer
+        self._consumer: bool = transfer.is_kv_consumer
+        self._options = config.parse(
+            transfer.kv_connector_extra_config,
+            consumer=self._consumer,
+            load_failure_policy=transfer.kv_load_failure_policy,
+            model=vllm_config.model_config.model,
+        )
+        _refuse_parallelism(vllm_config)
+        self._config = vllm_config
+        self._groups = kv_cache_config.kv_cache_groups
+        self._num_blocks: int = kv_cache_config.num_blocks
+        self._stats = Stats()
+        self._scheduler: Scheduler | None = None
+        self._worker: Worker | Unmoved | None = None
+        self._invalid_blocks: set[int] = set()
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler()
+
+    # Class methods: asked in several processes, the API server among them.
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # Scheduler.
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._of_scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        groups = blocks.get_block_ids()
+        self._of_scheduler.allocated(request, groups[0] if groups else [], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        return self._of_scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._of_scheduler.reported(
+            connector_output.finished_sending or (), connector_output.finished_recving or ()
+        )
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        completed = request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        )
+        return self._of_scheduler.finished(request, block_ids, completed=completed)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0] if block_ids else [])
+
+    def has_pending_push_work(self) -> bool:
+        return self._of_scheduler.has_work
+
+    # Worker, in the order of a step. `bind_connector_metadata` is the one call before the forward
+    # that all versions and model runners make: `start_load_kv` came to stand behind it.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker = self._make_worker(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: base.KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, StepMetadata):
+            self._worker.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing: requests were asked for when the step began."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled only after its load."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: chunks are gathered at the end of the step, over all layers at once."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.computed()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        sent, results = self._finish()
+        return TransferResults(
+            finished_sending=sent,
+            finished_recving=results.received,
+            failed_recving=results.failed,
+        )
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        sent, results = self._finish()
+        self._invalid_blocks |= results.invalid_blocks
+        return sent or None, results.received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        blocks, self._invalid_blocks = self._invalid_blocks, set()
+        return blocks
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        return self._stats.take()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+    # Parts.
+
+    @property
+    def _of_scheduler(self) -> Scheduler:
+        if self._scheduler is None:
+            raise RuntimeError("this connector object is a worker's")
+        return self._scheduler
+
+    def _finish(self) -> tuple[set[str], Results]:
+        return self._worker.finish() if self._worker is not None else (set(), Results())
+
+    def _make_scheduler(self) -> Scheduler:
+        role = Role(
+            producer=self._producer,
+            consumer=self._consumer,
+            tp_size=self._config.parallel_config.tensor_parallel_size,
+            kv_groups=len(self._groups),
+            block_tokens=self._config.cache_config.block_size,
+        )
+        hasher = ChunkHasher(self._options.hash_algorithm, self._options.chunk_size)
+        return Scheduler(role, hasher, self._stats)
+
+    def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
+        parallel = self._config.parallel_config
+        try:
+            pages = geometry(kv_caches, self._hint())
+        except LayoutError as error:
+            logger.error("KV of this model is not moved, requests are computed here: %s", error)
+            return Unmoved(self._stats)
+        return Worker(
+            pages,
+            self._options,
+            self._stats,
+            engine=self._config.kv_transfer_config.engine_id or "",
+            index=get_tensor_model_parallel_rank(),
+            world_size=parallel.tensor_parallel_size,
+            producer=self._producer,
+            consumer=self._consumer,
+        )
+
+    def _hint(self) -> Hint:
+        """What vLLM says of the cache. Raises `LayoutError`."""
+        if len(self._groups) != 1:
+            raise LayoutError(f"{len(self._groups)} KV cache groups")
+        spec = self._groups[0].kv_cache_spec
+        # Layers of one type but different size: one spec each, the tensors are compared later.
+        spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+        if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
+            raise LayoutError(f"a cache of kind {type(spec).__name__}")
+        return Hint(
+            num_blocks=self._num_blocks,
+            block_tokens=self._config.cache_config.block_size,
+            kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            mla=isinstance(spec, MLAAttentionSpec),
+        )
+
+
+def _refuse_parallelism(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if getattr(parallel, name, 1) > 1:
+            text = (
+                f"{name}={getattr(parallel, name)} must be 1: a chunk holds all layers and tokens"
+            )
+            raise config.ConfigError([text])

@@ -1,0 +1,85 @@
+"""LMCache's chunk keys: `model@world_size@rank@hash@dtype`.
+
+The hash of a chunk covers all tokens up to its end: `h[i] = f((h[i-1], tokens, ()))`, the partial
+last chunk included. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+SEED_VARIABLE = "PYTHONHASHSEED"
+UNSEEDED = "vllm-none-hash"
+"""What vLLM 0.32 hashes in place of an absent seed."""
+
+
+class HashError(ValueError):
+    """The chunk hash cannot be had as configured; the text says what would be right."""
+
+
+class ChunkHasher:
+    """The hash chain of a prompt's chunks."""
+
+    def __init__(
+        self, algorithm: str, chunk_tokens: int, environ: Mapping[str, str] = os.environ
+    ) -> None:
+        """Raises `HashError` for an unknown algorithm, or `builtin` without a seed."""
+        if chunk_tokens <= 0:
+            raise HashError(f"chunk_tokens must be positive, not {chunk_tokens}")
+        self.chunk_tokens = chunk_tokens
+        self._hash = _algorithm(algorithm, environ)
+        self._origin = self._hash(environ.get(SEED_VARIABLE, UNSEEDED))
+
+    def chain(self, tokens: Sequence[int]) -> list[str]:
+        """One hash a chunk, in order, as it stands in keys: hexadecimal without padding."""
+        step = self.chunk_tokens
+        previous = self._origin
+        out: list[str] = []
+        for start in range(0, len(tokens), step):
+            previous = self._hash((previous, tuple(tokens[start : start + step]), ()))
+            out.append(f"{previous:x}")
+        return out
+
+
+def keys(model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: str) -> list[str]:
+    """The keys of one rank's chunks."""
+    head, tail = f"{model}@{world_size}@{rank}@", f"@{dtype}"
+    return [f"{head}{value}{tail}" for value in hashes]
+
+
+def _algorithm(name: str, environ: Mapping[str, str]) -> Callable[[object], int]:
+    if name == "sha256_cbor":
+        return _sha256_cbor()
+    if name == "sha256":
+        return _sha256
+    if name == "builtin":
+        if environ.get(SEED_VARIABLE, "random") == "random":
+            raise HashError(
+                f"hash algorithm builtin needs {SEED_VARIABLE}: without it every process has "
+                "hashes of its own, and no key would ever match; set it, or take sha256_cbor"
+            )
+        return hash
+    raise HashError(f"hash algorithm {name!r} is not one of sha256_cbor, sha256, builtin")
+
+
+def _sha256_cbor() -> Callable[[object], int]:
+    from cbor2 import dumps  # comes with vLLM
+
+    def function(value: object) -> int:
+        return _first_eight(dumps(value, canonical=True))
+
+    return function
+
+
+def _sha256(value: object) -> int:
+    return _first_eight(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def _first_eight(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")

@@ -1,0 +1,263 @@
+"""The decode worker: scatters chunks that have arrived into the pages of parked requests.
+
+Every parked request is reported exactly once, whatever becomes of it, and only when nothing of this
+worker writes into its blocks any more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.logger import init_logger
+
+from . import keys
+from .client import Ended, NotConnectedError, Ready
+from .kernels import Copier, Fence, Piece
+from .layout import chunk_span, wanted_chunks
+from .wire import WireError
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .metadata import LoadStart, StepMetadata
+    from .stats import Stats
+    from .worker import Rank
+
+logger = init_logger("vllm.pd_sidecar.loading")
+
+
+@dataclass
+class Incoming:
+    """One parked request."""
+
+    start: LoadStart
+    table: torch.Tensor
+    began: float
+    missing: set[int]
+    """Chunks that are wanted and not scattered yet."""
+    scattering: int = 0
+    scatter_seconds: float = 0.0
+    failure: str | None = None
+    owes_abort: bool = False
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """Chunks on their way into pages."""
+
+    fence: Fence
+    incoming: Incoming
+    chunks: list[int]
+    began: float
+
+
+@dataclass
+class Results:
+    """Requests to be reported to the scheduler."""
+
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    """Those of `received` whose KV is not complete."""
+    invalid_blocks: set[int] = field(default_factory=set)
+    """Their blocks, for versions of vLLM that know failures by block only."""
+
+
+class Receiver:
+    """All parked requests of this worker."""
+
+    def __init__(self, rank: Rank, client: Client, stats: Stats) -> None:
+        self._rank = rank
+        self._client = client
+        self._stats = stats
+        self._copier: Copier | None = None
+        self._by_engine_id: dict[str, Incoming] = {}
+        self._by_req: dict[str, Incoming] = {}
+        self._ready: list[tuple[Incoming, int, Piece]] = []
+        self._scatters: list[_Scatter] = []
+
+    def begin(self, metadata: StepMetadata) -> None:
+        """Asks for what is parked in this step, lets go of what was aborted."""
+        for start in metadata.load_starts:
+            self._await(start)
+        for engine_id in metadata.aborted:
+            if incoming := self._by_engine_id.get(engine_id):
+                self._give_up(incoming, "aborted")
+        for req in metadata.dismissed:
+            self._tell_abort(req)
+
+    def connected(self, copier: Copier) -> None:
+        """There is a buffer, another one than before."""
+        self._copier = copier
+
+    def lost(self) -> None:
+        """The sidecar is gone, and every slot with it."""
+        self._copier = None
+        self._ready.clear()
+        for incoming in self._by_engine_id.values():
+            self._fail(incoming, "sidecar_lost")
+
+    def ready(self, message: Ready) -> None:
+        """Some chunks may be read."""
+        incoming = self._by_req.get(message.req)
+        if incoming is None or incoming.failure is not None:
+            self._release(message.req, message.chunks, 0)
+            return
+        start = incoming.start
+        for chunk, slot in zip(message.chunks, message.slots, strict=True):
+            packed = chunk_span(chunk, start.tokens, message.first_token, self._rank.chunk_tokens)
+            begin, end = max(packed[0], start.have_tokens), min(packed[1], start.load_tokens)
+            wanted, _ = chunk_span(chunk, start.tokens, start.have_tokens, self._rank.chunk_tokens)
+            if chunk not in incoming.missing:
+                self._release(message.req, [chunk], 0)
+            elif begin != wanted:
+                # Packed from a later token than this engine needs.
+                self._give_up(incoming, "bad_chunk")
+                return
+            elif begin < end:
+                piece = Piece(slot, incoming.table, packed, (begin, end))
+                self._ready.append((incoming, chunk, piece))
+            else:
+                incoming.missing.discard(chunk)
+                self._release(message.req, [chunk], 0)
+
+    def ended(self, message: Ended) -> None:
+        """Nothing more comes for a request."""
+        incoming = self._by_req.get(message.req)
+        if incoming is not None and incoming.missing:
+            # Slots that it has shown stay ours until we say so.
+            self._give_up(incoming, message.reason or "incomplete")
+
+    def pump(self) -> bool:
+        """Scatters what is ready. Says whether there was anything."""
+        ready = [entry for entry in self._ready if entry[0].failure is None]
+        self._ready.clear()
+        if ready and self._copier is not None:
+            began = time.perf_counter()
+            fence = self._copier.scatter([piece for _, _, piece in ready])
+            chunks: dict[str, list[int]] = {}
+            for incoming, chunk, _ in ready:
+                chunks.setdefault(incoming.start.engine_id, []).append(chunk)
+            for engine_id, of_request in chunks.items():
+                incoming = self._by_engine_id[engine_id]
+                incoming.scattering += 1
+                self._scatters.append(_Scatter(fence, incoming, of_request, began))
+        self._settle()
+        return bool(ready)
+
+    def finished(self) -> Results:
+        """Requests that are loaded, or will not be; each is named once."""
+        now = time.monotonic()
+        results = Results()
+        for engine_id, incoming in list(self._by_engine_id.items()):
+            if incoming.failure is None and now > incoming.began + self._rank.load_limit_s:
+                self._give_up(incoming, "deadline")
+            if incoming.scattering or (incoming.missing and incoming.failure is None):
+                continue
+            if incoming.owes_abort:
+                self._tell_abort(incoming.start.req)
+            del self._by_engine_id[engine_id]
+            del self._by_req[incoming.start.req]
+            results.received.add(engine_id)
+            if incoming.failure is None:
+                self._succeed(incoming)
+            else:
+                results.failed.add(engine_id)
+                held = incoming.start.have_tokens // self._rank.block_tokens
+                results.invalid_blocks.update(incoming.start.blocks[held:])
+        return results
+
+    @property
+    def is_waiting(self) -> bool:
+        """A word of the sidecar would be of use."""
+        return bool(self._by_engine_id)
+
+    def _await(self, start: LoadStart) -> None:
+        rank = self._rank
+        incoming = Incoming(
+            start=start,
+            table=torch.tensor(start.blocks, dtype=torch.int64),
+            began=time.monotonic(),
+            missing=set(wanted_chunks(start.tokens, start.have_tokens, rank.chunk_tokens)),
+        )
+        self._by_engine_id[start.engine_id] = incoming
+        self._by_req[start.req] = incoming
+        try:
+            self._client.await_(
+                start.req,
+                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype),
+                tokens=start.tokens,
+                have_tokens=start.have_tokens,
+                deadline_ms=rank.load_deadline_ms,
+            )
+        except NotConnectedError:
+            self._fail(incoming, "no_sidecar")
+        except WireError:
+            self._fail(incoming, "too_large")
+
+    def _settle(self) -> None:
+        """Gives back the slots of scatters that are over."""
+        under_way: list[_Scatter] = []
+        for scatter in self._scatters:
+            if not scatter.fence.done():
+                under_way.append(scatter)
+                continue
+            incoming = scatter.incoming
+            seconds = time.perf_counter() - scatter.began
+            incoming.scattering -= 1
+            incoming.scatter_seconds += seconds
+            incoming.missing.difference_update(scatter.chunks)
+            self._release(incoming.start.req, scatter.chunks, round(seconds * 1e6))
+        self._scatters = under_way
+
+    def _release(self, req: str, chunks: list[int], micros: int) -> None:
+        try:
+            self._client.release(req, chunks, micros)
+        except NotConnectedError:
+            return  # the slots went with the connection
+
+    def _succeed(self, incoming: Incoming) -> None:
+        start = incoming.start
+        tokens, parked = start.load_tokens - start.have_tokens, time.monotonic() - incoming.began
+        size, seconds = tokens * self._rank.token_bytes, incoming.scatter_seconds
+        self._stats.add("loads")
+        self._stats.add("load_tokens", tokens)
+        self._stats.add("load_bytes", size)
+        self._stats.add("load_seconds", parked)
+        self._stats.add("scatter_seconds", seconds)
+        logger.info(
+            "%s: loaded %d of %d tokens, %.1f MB scattered in %.2f ms (%.1f GB/s), "
+            "%.1f ms after it was parked",
+            start.req,
+            tokens,
+            start.tokens,
+            size / 1e6,
+            seconds * 1e3,
+            size / 1e9 / seconds if seconds else 0.0,
+            parked * 1e3,
+        )
+
+    def _give_up(self, incoming: Incoming, reason: str) -> None:
+        """Ends a request from this side. The sidecar is told when no scatter is under way."""
+        if incoming.failure is None:
+            self._fail(incoming, reason)
+            incoming.owes_abort = True
+
+    def _tell_abort(self, req: str) -> None:
+        try:
+            self._client.abort(req)
+        except NotConnectedError:
+            return  # its end of stream says the same
+
+    def _fail(self, incoming: Incoming, reason: str) -> None:
+        if incoming.failure is not None:
+            return
+        incoming.failure = reason
+        self._stats.add_reason("load_failures", reason)
+        logger.info(
+            "%s: not loaded (%s) after %.1f ms",
+            incoming.start.req,
+            reason,
+            (time.monotonic() - incoming.began) * 1e3,
+        )

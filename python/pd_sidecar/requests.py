@@ -1,0 +1,107 @@
+"""Which requests are pushed or loaded, and why others are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.request import Request
+
+
+class Skip(str, Enum):
+    """Why a request is computed as if there were no connector: the label of a counter."""
+
+    NO_PARAMS = "no_params"
+    BAD_PARAMS = "bad_params"
+    WRONG_ROLE = "wrong_role"
+    TP_MISMATCH = "tp_mismatch"
+    KV_GROUPS = "kv_groups"
+    LORA = "lora"
+    MULTIMODAL = "multimodal"
+    CACHE_SALT = "cache_salt"
+    PROMPT_EMBEDS = "prompt_embeds"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    POOLING = "pooling"
+    STREAMING_INPUT = "streaming_input"
+    DUPLICATE = "duplicate"
+    NOTHING_TO_LOAD = "nothing_to_load"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What the proxy wants of a request."""
+
+    req: str
+    host: str = ""
+    init_ports: tuple[int, ...] = ()
+    alloc_ports: tuple[int, ...] = ()
+    overlap: bool = False
+
+    @property
+    def is_push(self) -> bool:
+        """The KV goes from here to `host`; otherwise it comes from elsewhere."""
+        return bool(self.host)
+
+
+def unserved(request: Request) -> Skip | None:
+    """Why equal tokens may mean different KV, or why the prompt has to be computed here."""
+    if request.lora_request is not None:
+        return Skip.LORA
+    if request.mm_features:
+        return Skip.MULTIMODAL
+    if request.cache_salt is not None:
+        return Skip.CACHE_SALT
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return Skip.PROMPT_EMBEDS
+    if request.pooling_params is not None or request.sampling_params is None:
+        return Skip.POOLING
+    if request.sampling_params.prompt_logprobs is not None or getattr(
+        request, "skip_reading_prefix_cache", False
+    ):
+        return Skip.PROMPT_LOGPROBS
+    if getattr(request, "resumable", False):
+        return Skip.STREAMING_INPUT
+    return None
+
+
+def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
+    """Reads `kv_transfer_params`: they come from the network, so nothing is taken for granted."""
+    if not isinstance(params, dict):
+        return Skip.NO_PARAMS
+    push, load = params.get("do_remote_decode"), params.get("do_remote_prefill")
+    if not push and not load:
+        return Skip.NO_PARAMS
+    spec = params.get("disagg_spec")
+    if (push and load) or not isinstance(spec, dict):
+        return Skip.BAD_PARAMS
+    req = spec.get("req_id")
+    if not isinstance(req, str) or not 0 < len(req) <= MAX_ID_CHARACTERS:
+        return Skip.BAD_PARAMS
+    if load:
+        return Transfer(req)
+    host, overlap = spec.get("receiver_host"), spec.get("overlap", False)
+    init_ports, alloc_ports = (
+        _ports(spec, "receiver_init_port"),
+        _ports(spec, "receiver_alloc_port"),
+    )
+    if not isinstance(host, str) or not host or not init_ports or not alloc_ports:
+        return Skip.BAD_PARAMS
+    if len(init_ports) != len(alloc_ports) or not isinstance(overlap, bool):
+        return Skip.BAD_PARAMS
+    return Transfer(req, host, init_ports, alloc_ports, overlap)
+
+
+def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = spec.get(key)
+    ports = value if isinstance(value, list) else [value]
+    if all(type(port) is int and 0 < port < 65536 for port in ports):
+        return tuple(ports)
+    return ()
+
+
+MAX_ID_CHARACTERS = 256
+"""Longer ids are nobody's: they stand in every message and log line."""

@@ -1,0 +1,302 @@
+"""The scheduler's half: which requests move KV, and what the workers have to know in each step.
+
+It decides nothing by time and repeats nothing: bounds are the sidecar's and the workers'. A
+request's state is one object.
+
+    Push (prefill)
+      WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers' word ──▶ gone
+                                   └────── aborted ──▶ gone
+    Load (decode)
+      OFFERED ── has blocks ──▶ PARKED ── workers' word ──▶ SETTLED ── finished ──▶ gone
+         │                         └── aborted ──▶ ABORTED ── workers' word ──▶ gone
+         └── nothing to load ──▶ SETTLED
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Union
+
+from .metadata import LoadStart, PushStart, PushStep, StepMetadata
+from .requests import Skip, Transfer, transfer, unserved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from .keys import ChunkHasher
+    from .stats import Stats
+
+
+class PushPhase(Enum):
+    """See the module's documentation."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    HELD = auto()
+
+
+class LoadPhase(Enum):
+    """See the module's documentation."""
+
+    OFFERED = auto()
+    PARKED = auto()
+    SETTLED = auto()
+    ABORTED = auto()
+
+
+@dataclass
+class Push:
+    """A prefill request whose KV is wanted elsewhere."""
+
+    request: Request
+    to: Transfer
+    phase: PushPhase = PushPhase.WAITING
+    upto: int = 0
+    """Tokens that the workers know to be computed; 0 again after a preemption."""
+    preempted: bool = False
+
+
+@dataclass
+class Load:
+    """A decode request whose KV comes from elsewhere."""
+
+    request: Request
+    transfer: Transfer
+    phase: LoadPhase = LoadPhase.OFFERED
+    have_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A request that is computed as if there were no connector."""
+
+    reason: Skip
+
+
+State = Union[Push, Load, Skipped]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Role:
+    """What this engine does."""
+
+    producer: bool
+    consumer: bool
+    tp_size: int
+    kv_groups: int
+    block_tokens: int
+
+
+class Scheduler:
+    """See the module's documentation."""
+
+    def __init__(self, role: Role, hasher: ChunkHasher, stats: Stats) -> None:
+        self._role = role
+        self._hasher = hasher
+        self._stats = stats
+        self._states: dict[str, State] = {}
+        self._claims: OrderedDict[tuple[bool, str], str] = OrderedDict()
+        self._next = StepMetadata()
+        self._held = 0
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
+        """How many tokens beyond the `computed` ones will be loaded; asked any number of times."""
+        state = self._state(request)
+        if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
+            # Asked again after a load, failed or of one token: a second one would never come.
+            return 0, False
+        state.have_tokens = computed
+        count = request.num_prompt_tokens - computed
+        return (count, True) if count > 0 else (0, False)
+
+    def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
+        """The request has blocks for the tokens that are to be loaded."""
+        state = self._state(request)
+        if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
+            return
+        if external_tokens <= 0:
+            state.phase = LoadPhase.SETTLED
+            self._stats.add_reason("skipped", Skip.NOTHING_TO_LOAD.value)
+            self._next.dismissed.append(state.transfer.req)
+            return
+        state.phase = LoadPhase.PARKED
+        self._next.load_starts.append(
+            LoadStart(
+                engine_id=request.request_id,
+                req=state.transfer.req,
+                hashes=self._hasher.chain(request.prompt_token_ids or ()),
+                tokens=request.num_prompt_tokens,
+                have_tokens=state.have_tokens,
+                load_tokens=state.have_tokens + external_tokens,
+                blocks=list(blocks),
+            )
+        )
+
+    def step(self, output: SchedulerOutput) -> StepMetadata:
+        """What the workers have to know in this step."""
+        for engine_id, blocks, replace, computed in _scheduled(output):
+            state = self._states.get(engine_id)
+            if isinstance(state, Push):
+                upto = computed + output.num_scheduled_tokens[engine_id]
+                self._push_step(engine_id, state, blocks, replace, upto)
+        if self._role.producer:
+            for engine_id, state in self._states.items():
+                if isinstance(state, Push) and _lost_its_blocks(state):
+                    state.preempted, state.upto = True, 0
+                    self._next.preempted.append(engine_id)
+        metadata, self._next = self._next, StepMetadata()
+        metadata.idle = output.total_num_scheduled_tokens == 0
+        return metadata
+
+    def finished(
+        self, request: Request, blocks: list[int], *, completed: bool
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request has ended; says whether its blocks wait for the workers, and the response."""
+        state = self._state(request)
+        engine_id = request.request_id
+        if isinstance(state, Push):
+            return self._finish_push(engine_id, state, blocks, completed)
+        if isinstance(state, Load) and state.phase is LoadPhase.PARKED:
+            # vLLM itself holds the blocks of a parked request until the workers report it.
+            state.phase = LoadPhase.ABORTED
+            self._next.aborted.append(engine_id)
+            return False, None
+        del self._states[engine_id]
+        if isinstance(state, Load) and state.phase is LoadPhase.OFFERED:
+            self._next.dismissed.append(state.transfer.req)
+        if isinstance(state, Skipped) and state.reason is not Skip.NO_PARAMS:
+            return False, {"pushed": False, "reason": state.reason.value}
+        return False, None
+
+    def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
+        """The workers are done with these requests."""
+        for engine_id in received:
+            state = self._states.get(engine_id)
+            if isinstance(state, Load):
+                if state.phase is LoadPhase.ABORTED:
+                    del self._states[engine_id]
+                else:
+                    state.phase = LoadPhase.SETTLED
+        for engine_id in sent:
+            if isinstance(self._states.pop(engine_id, None), Push):
+                self._held -= 1
+
+    @property
+    def has_work(self) -> bool:
+        """The engine has to go on stepping although it may have no request left."""
+        return self._held > 0 or self._next.has_news
+
+    def _state(self, request: Request) -> State:
+        state = self._states.get(request.request_id)
+        if state is None:
+            state = self._classify(request)
+            self._states[request.request_id] = state
+            if isinstance(state, Skipped):
+                self._stats.add_reason("skipped", state.reason.value)
+        return state
+
+    def _classify(self, request: Request) -> State:
+        wish = transfer(request.kv_transfer_params)
+        if isinstance(wish, Skip):
+            return Skipped(wish)
+        skip = unserved(request)
+        if self._role.kv_groups != 1:
+            skip = Skip.KV_GROUPS
+        elif not (self._role.producer if wish.is_push else self._role.consumer):
+            skip = Skip.WRONG_ROLE
+        elif wish.is_push and len(wish.init_ports) != self._role.tp_size:
+            skip = Skip.TP_MISMATCH
+        if skip is not None:
+            if not wish.is_push and self._role.consumer:
+                self._next.dismissed.append(wish.req)
+            return Skipped(skip)
+        if not self._claim(wish, request.request_id):
+            return Skipped(Skip.DUPLICATE)
+        return Push(request, wish) if wish.is_push else Load(request, wish)
+
+    def _claim(self, wish: Transfer, engine_id: str) -> bool:
+        """The first engine request of a `req` has it: n > 1 and lists of prompts become several.
+
+        A claim outlives its request, because the others may be asked about much later.
+        """
+        key = (wish.is_push, wish.req)
+        if self._claims.setdefault(key, engine_id) != engine_id:
+            return False
+        if len(self._claims) > MAX_CLAIMS:
+            self._claims.popitem(last=False)
+        return True
+
+    def _push_step(
+        self, engine_id: str, state: Push, blocks: list[int], replace: bool, upto: int
+    ) -> None:
+        tokens = state.request.num_prompt_tokens
+        if state.phase is PushPhase.WAITING:
+            state.phase = PushPhase.RUNNING
+            self._next.push_starts.append(
+                PushStart(
+                    engine_id=engine_id,
+                    req=state.to.req,
+                    host=state.to.host,
+                    init_ports=state.to.init_ports,
+                    alloc_ports=state.to.alloc_ports,
+                    hashes=self._hasher.chain(state.request.prompt_token_ids or ()),
+                    tokens=tokens,
+                    overlap=state.to.overlap,
+                )
+            )
+        elif replace:
+            # Preempted and resumed within one step: the new table starts from nothing.
+            state.upto = 0
+        if state.upto < tokens:
+            state.upto = min(upto, tokens)
+            state.preempted = False
+            self._next.push_steps.append(PushStep(engine_id, list(blocks), replace, state.upto))
+
+    def _finish_push(
+        self, engine_id: str, state: Push, blocks: list[int], completed: bool
+    ) -> tuple[bool, dict[str, Any] | None]:
+        needed = -(-state.request.num_prompt_tokens // self._role.block_tokens)
+        if completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
+            state.phase = PushPhase.HELD
+            self._held += 1
+            self._next.finished.append(engine_id)
+            return True, {"pushed": True, "req_id": state.to.req}
+        if state.phase is PushPhase.RUNNING:
+            self._next.cancelled.append(engine_id)
+        del self._states[engine_id]
+        return False, None
+
+
+def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
+    """Each scheduled request with its blocks, whether they are all of them, and what it had."""
+    for new in output.scheduled_new_reqs:
+        # Requests that resume after a preemption stand here too with the newer model runner.
+        yield new.req_id, _only_group(new.block_ids), True, new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    for engine_id, blocks, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        yield engine_id, _only_group(blocks), engine_id in cached.resumed_req_ids, computed
+
+
+def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
+    # With several groups there is no Push, and what is returned here is not looked at.
+    return blocks[0] if blocks else []
+
+
+def _lost_its_blocks(state: Push) -> bool:
+    """Preempted and not known to be so. The status says it in every version of vLLM."""
+    return (
+        state.phase is PushPhase.RUNNING
+        and not state.preempted
+        and state.request.status.name == "PREEMPTED"
+    )
+
+
+MAX_CLAIMS = 4096
+"""Claims that are remembered: as many as a sidecar remembers ended requests."""

@@ -1,0 +1,308 @@
+"""The prefill worker: gathers computed chunks into granted slots.
+
+Slots may be granted late, a few at a time, or never; a finished request therefore keeps its blocks
+until every wanted chunk is staged, the sidecar said that it is over, or `save_deadline_ms` passed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.logger import init_logger
+
+from . import keys
+from .client import Ended, Granted, NotConnectedError
+from .kernels import Copier, Fence, Piece
+from .layout import chunk_span, wanted_chunks
+from .wire import Target, WireError
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .metadata import PushStart, PushStep, StepMetadata
+    from .stats import Stats
+    from .worker import Rank
+
+logger = init_logger("vllm.pd_sidecar.sending")
+
+
+@dataclass
+class Outgoing:
+    """One request whose KV leaves this worker."""
+
+    start: PushStart
+    began: float
+    table: list[int] = field(default_factory=list)
+    table_tensor: torch.Tensor | None = None
+    computed: int = 0
+    """Tokens whose KV stands in the blocks of the table."""
+    upto: int = 0
+    """Tokens whose KV will stand there when the step is over."""
+    announced: int = 0
+    have_tokens: int | None = None
+    slots: dict[int, int] = field(default_factory=dict)
+    """Granted and not gathered yet: slot by chunk."""
+    staged: set[int] = field(default_factory=set)
+    gathering: int = 0
+    gather_seconds: float = 0.0
+    over: bool = False
+    """Nothing more is wanted of it."""
+    owes_cancel: bool = False
+    dropped: bool = False
+    """The engine knows it no more."""
+    held_since: float | None = None
+    """The engine is done with it and waits for a word on its blocks."""
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """Chunks on their way into slots."""
+
+    fence: Fence
+    outgoing: Outgoing
+    chunks: list[int]
+    began: float
+
+
+class Sender:
+    """All requests that leave this worker."""
+
+    def __init__(self, rank: Rank, client: Client, stats: Stats) -> None:
+        self._rank = rank
+        self._client = client
+        self._stats = stats
+        self._copier: Copier | None = None
+        self._by_engine_id: dict[str, Outgoing] = {}
+        self._by_req: dict[str, Outgoing] = {}
+        self._gathers: list[_Gather] = []
+
+    def begin(self, metadata: StepMetadata) -> None:
+        """Before the forward: blocks that were taken away are let go of, new work is announced."""
+        for engine_id in metadata.preempted:
+            if outgoing := self._by_engine_id.get(engine_id):
+                outgoing.table, outgoing.table_tensor = [], None
+                outgoing.computed = outgoing.upto = 0
+        for engine_id in metadata.cancelled:
+            if outgoing := self._by_engine_id.get(engine_id):
+                self._give_up(outgoing, "cancelled")
+                outgoing.dropped = True
+        for start in metadata.push_starts:
+            outgoing = Outgoing(start, time.monotonic())
+            self._by_engine_id[start.engine_id] = outgoing
+            self._by_req[start.req] = outgoing
+        for step in metadata.push_steps:
+            self._step(step)
+        for engine_id in metadata.finished:
+            if outgoing := self._by_engine_id.get(engine_id):
+                outgoing.held_since = time.monotonic()
+
+    def computed(self) -> None:
+        """After the forward: what was to be computed in this step is computed."""
+        for outgoing in self._by_engine_id.values():
+            outgoing.computed = outgoing.upto
+
+    def connected(self, copier: Copier) -> None:
+        """There is a buffer, another one than before."""
+        self._copier = copier
+
+    def lost(self) -> None:
+        """The sidecar is gone, and every slot with it."""
+        self._copier = None
+        for outgoing in list(self._by_engine_id.values()):
+            self._fail(outgoing, "sidecar_lost")
+
+    def granted(self, message: Granted) -> None:
+        """Some chunks have slots now."""
+        outgoing = self._by_req.get(message.req)
+        if outgoing is None or outgoing.over:
+            return  # crossed with our Cancel
+        outgoing.have_tokens = message.have_tokens
+        outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
+
+    def ended(self, message: Ended) -> None:
+        """The sidecar wants no more of a request."""
+        outgoing = self._by_req.get(message.req)
+        if outgoing is not None:
+            if message.reason is not None:
+                self._fail(outgoing, message.reason)
+            outgoing.over = True
+
+    def pump(self) -> bool:
+        """Gathers what has both a slot and its tokens. Says whether there was anything."""
+        pieces, batches = [], []
+        for outgoing in self._by_engine_id.values():
+            chunks, found = self._complete(outgoing)
+            if chunks:
+                pieces += found
+                batches.append((outgoing, chunks))
+        if pieces and self._copier is not None:
+            began = time.perf_counter()
+            fence = self._copier.gather(pieces)
+            for outgoing, chunks in batches:
+                outgoing.gathering += 1
+                self._gathers.append(_Gather(fence, outgoing, chunks, began))
+        self._settle()
+        return bool(pieces)
+
+    def finished(self) -> set[str]:
+        """Requests whose blocks may be freed; each is named once."""
+        now = time.monotonic()
+        out: set[str] = set()
+        for engine_id, outgoing in list(self._by_engine_id.items()):
+            since = outgoing.held_since
+            if since is not None and now > since + self._rank.save_deadline_s:
+                self._give_up(outgoing, "save_deadline")
+            if not outgoing.over or outgoing.gathering:
+                continue
+            if outgoing.owes_cancel:
+                self._tell_cancel(outgoing)
+            if outgoing.dropped or since is not None:
+                self._forget(outgoing)
+            if since is not None:
+                out.add(engine_id)
+        return out
+
+    @property
+    def is_waiting(self) -> bool:
+        """A word of the sidecar would be of use."""
+        return any(not outgoing.over for outgoing in self._by_engine_id.values())
+
+    def _step(self, step: PushStep) -> None:
+        outgoing = self._by_engine_id.get(step.engine_id)
+        if outgoing is None:
+            return
+        outgoing.table = step.blocks if step.replace else outgoing.table + step.blocks
+        outgoing.table_tensor = None
+        if step.replace:
+            # Computed tokens of the new table (a prefix hit) count from the end of this step on.
+            outgoing.computed = 0
+        outgoing.upto = step.upto
+        if outgoing.over or step.upto <= outgoing.announced:
+            return
+        try:
+            if outgoing.announced:
+                self._client.computing(outgoing.start.req, step.upto)
+            else:
+                self._reserve(outgoing, step.upto)
+        except NotConnectedError:
+            self._fail(outgoing, "no_sidecar")
+        except WireError:
+            self._fail(outgoing, "too_large")
+        outgoing.announced = step.upto
+
+    def _reserve(self, outgoing: Outgoing, upto: int) -> None:
+        start, rank = outgoing.start, self._rank
+        target = Target(start.host, start.init_ports[rank.index], start.alloc_ports[rank.index])
+        self._client.reserve(
+            start.req,
+            target,
+            keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype),
+            tokens=start.tokens,
+            upto=upto,
+            overlap=start.overlap,
+        )
+
+    def _complete(self, outgoing: Outgoing) -> tuple[list[int], list[Piece]]:
+        """The chunks that can be gathered now."""
+        if outgoing.over or not outgoing.slots or outgoing.have_tokens is None:
+            return [], []
+        chunks, pieces = [], []
+        for chunk, slot in list(outgoing.slots.items()):
+            span = chunk_span(
+                chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens
+            )
+            if span[1] > outgoing.computed:
+                continue
+            del outgoing.slots[chunk]
+            if outgoing.table_tensor is None:
+                outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
+            chunks.append(chunk)
+            pieces.append(Piece(slot, outgoing.table_tensor, span, span))
+        return chunks, pieces
+
+    def _settle(self) -> None:
+        """Tells the sidecar of gathers that are over."""
+        under_way: list[_Gather] = []
+        for gather in self._gathers:
+            if not gather.fence.done():
+                under_way.append(gather)
+                continue
+            outgoing = gather.outgoing
+            outgoing.gathering -= 1
+            if outgoing.over:
+                continue
+            seconds = time.perf_counter() - gather.began
+            outgoing.gather_seconds += seconds
+            outgoing.staged.update(gather.chunks)
+            try:
+                self._client.staged(outgoing.start.req, gather.chunks, round(seconds * 1e6))
+            except NotConnectedError:
+                self._fail(outgoing, "sidecar_lost")
+        self._gathers = under_way
+        for outgoing in self._by_engine_id.values():
+            if not outgoing.over and self._is_staged(outgoing):
+                self._succeed(outgoing)
+
+    def _wanted(self, outgoing: Outgoing) -> range:
+        return wanted_chunks(
+            outgoing.start.tokens, outgoing.have_tokens or 0, self._rank.chunk_tokens
+        )
+
+    def _is_staged(self, outgoing: Outgoing) -> bool:
+        return outgoing.have_tokens is not None and outgoing.staged.issuperset(
+            self._wanted(outgoing)
+        )
+
+    def _succeed(self, outgoing: Outgoing) -> None:
+        outgoing.over = True
+        tokens = outgoing.start.tokens - (outgoing.have_tokens or 0)
+        size, seconds = tokens * self._rank.token_bytes, outgoing.gather_seconds
+        self._stats.add("saves")
+        self._stats.add("save_tokens", tokens)
+        self._stats.add("save_bytes", size)
+        self._stats.add("gather_seconds", seconds)
+        logger.info(
+            "%s: handed over %d of %d tokens in %d chunks, "
+            "%.1f MB gathered in %.2f ms (%.1f GB/s), %.1f ms after it began",
+            outgoing.start.req,
+            tokens,
+            outgoing.start.tokens,
+            len(outgoing.staged),
+            size / 1e6,
+            seconds * 1e3,
+            size / 1e9 / seconds if seconds else 0.0,
+            (time.monotonic() - outgoing.began) * 1e3,
+        )
+
+    def _give_up(self, outgoing: Outgoing, reason: str) -> None:
+        """Ends a request from this side. The sidecar is told when no gather is under way."""
+        if not outgoing.over:
+            self._fail(outgoing, reason)
+            outgoing.owes_cancel = True
+
+    def _tell_cancel(self, outgoing: Outgoing) -> None:
+        outgoing.owes_cancel = False
+        try:
+            self._client.cancel(outgoing.start.req)
+        except NotConnectedError:
+            return  # its end of stream says the same
+
+    def _fail(self, outgoing: Outgoing, reason: str) -> None:
+        if outgoing.over:
+            return
+        outgoing.over = True
+        outgoing.slots.clear()
+        self._stats.add_reason("save_failures", reason)
+        logger.info(
+            "%s: not handed over (%s) after %d chunks",
+            outgoing.start.req,
+            reason,
+            len(outgoing.staged),
+        )
+
+    def _forget(self, outgoing: Outgoing) -> None:
+        self._by_engine_id.pop(outgoing.start.engine_id, None)
+        if self._by_req.get(outgoing.start.req) is outgoing:
+            del self._by_req[outgoing.start.req]

@@ -1,0 +1,249 @@
+"""Frames and messages of the local socket, as `protocol/src/local.rs` has them.
+
+A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
+Unknown keys are ignored, so that either side may be the newer one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TypeVar, Union
+
+import msgspec
+
+VERSION = 1
+"""Version of the protocol that this package speaks."""
+
+MAX_FRAME_BYTES = 1 << 20
+"""A longer frame is an error: the keys of a request of a million tokens have 600 KB."""
+
+HEADER = struct.Struct("<I")
+
+
+class WireError(Exception):
+    """The other side broke the protocol; the connection is of no further use."""
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """The shape of one chunk; see `protocol/src/layout.rs`."""
+
+    model: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    mla: bool
+    chunk_tokens: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a full chunk: the size of a slot. Raises `KeyError` for an unknown dtype."""
+        planes = 1 if self.mla else 2
+        width = self.kv_heads * self.head_size * ELEMENT_BYTES[self.dtype]
+        return planes * self.layers * self.chunk_tokens * width
+
+
+ELEMENT_BYTES = {
+    **dict.fromkeys(("double", "int64"), 8),
+    **dict.fromkeys(("float", "int32"), 4),
+    **dict.fromkeys(("half", "bfloat16", "int16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool", "fp8_e4m3fn", "fp8_e4m3fnuz"), 1),
+    **dict.fromkeys(("fp8_e5m2", "fp8_e5m2fnuz"), 1),
+}
+
+
+class Target(msgspec.Struct, frozen=True):
+    """The init and alloc address of one receiver rank."""
+
+    host: str
+    init_port: int
+    alloc_port: int
+
+
+class _Message(msgspec.Struct, tag_field="type", tag=True):
+    pass
+
+
+class Hello(_Message):
+    """Opens the connection."""
+
+    v: int
+    engine: str
+    role: str  # "prefill" or "decode"
+    rank: int
+    world_size: int
+    layout: Layout
+
+
+class Reserve(_Message):
+    """Prefill: computing has begun; asks for room for these chunks at `to`."""
+
+    req: str
+    to: Target
+    keys: list[str]
+    tokens: int
+    upto: int
+    overlap: bool = False
+
+
+class Computing(_Message):
+    """Prefill: tokens `[0, upto)` will have been computed at the end of this step."""
+
+    req: str
+    upto: int
+
+
+class Staged(_Message):
+    """Prefill: these chunks stand in their granted slots, complete."""
+
+    req: str
+    chunks: list[int]
+    gather_us: int = 0
+
+
+class Cancel(_Message):
+    """Prefill: the request ends here; no slot of it is touched any more."""
+
+    req: str
+
+
+class Await(_Message):
+    """Decode: the request is parked, with its KV blocks allocated, and waits for these chunks."""
+
+    req: str
+    keys: list[str]
+    tokens: int
+    have_tokens: int
+    deadline_ms: int
+
+
+class Release(_Message):
+    """Decode: these chunks have been read."""
+
+    req: str
+    chunks: list[int]
+    scatter_us: int = 0
+
+
+class Abort(_Message):
+    """Decode: the request is not wanted any more; no slot of it is read after this."""
+
+    req: str
+
+
+class Welcome(_Message):
+    """The connection stands; the buffer's descriptor comes with this frame."""
+
+    v: int
+    id: str
+    epoch: int
+    memory: str
+    slots: int
+    slot_bytes: int
+    connection: int
+
+
+class Refused(_Message):
+    """The connection is refused and closed."""
+
+    reason: str
+    text: str
+
+
+class Granted(_Message):
+    """Prefill: gather these chunks into these slots, then say `Staged`."""
+
+    req: str
+    have_tokens: int
+    chunks: list[int]
+    slots: list[int]
+
+
+class Ready(_Message):
+    """Decode: these chunks may be read. The chunk that contains `first_token` begins there."""
+
+    req: str
+    first_token: int
+    chunks: list[int]
+    slots: list[int]
+
+
+class Ended(_Message):
+    """The request's end on this connection; `reason` is absent if every wanted chunk arrived."""
+
+    req: str
+    reason: str | None = None
+    bytes: int = 0
+
+
+ToSidecar = Union[Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort]  # noqa: UP007
+ToEngine = Union[Welcome, Refused, Granted, Ready, Ended]  # noqa: UP007
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_TO_SIDECAR: msgspec.msgpack.Decoder[ToSidecar] = msgspec.msgpack.Decoder(ToSidecar)
+_T = TypeVar("_T")
+
+
+def encode(message: ToSidecar | ToEngine) -> bytes:
+    """The frame of a message.
+
+    Raises `WireError` if it would be longer than the other side accepts.
+    """
+    body = _ENCODER.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise WireError(f"{type(message).__name__} of {len(body)} bytes exceeds a frame")
+    return HEADER.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes | bytearray | memoryview) -> ToEngine:
+    """The message that a sidecar sent."""
+    return _decode(_TO_ENGINE, body)
+
+
+def decode_to_sidecar(body: bytes | bytearray | memoryview) -> ToSidecar:
+    """The message that an engine sent: for tests that play the sidecar."""
+    return _decode(_TO_SIDECAR, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray | memoryview) -> _T:
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"undecodable message: {error}") from error
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Adds what was read from the stream."""
+        self._bytes += data
+
+    def first(self) -> tuple[bytes | None, bytes]:
+        """The first frame, if it is complete, and what was read beyond it.
+
+        Raises `WireError` as soon as a header announces too much, before any of it is awaited.
+        """
+        if len(self._bytes) < HEADER.size:
+            return None, b""
+        (length,) = HEADER.unpack_from(self._bytes)
+        if length > MAX_FRAME_BYTES:
+            raise WireError(f"a frame of {length} bytes was announced")
+        end = HEADER.size + length
+        if len(self._bytes) < end:
+            return None, b""
+        return bytes(self._bytes[HEADER.size : end]), bytes(self._bytes[end:])
+
+    def frames(self) -> list[bytes]:
+        """Takes out the frames that are complete by now. Raises as `first`."""
+        out: list[bytes] = []
+        while True:
+            body, rest = self.first()
+            if body is None:
+                return out
+            out.append(body)
+            self._bytes = bytearray(rest)

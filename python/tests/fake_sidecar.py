@@ -1,0 +1,132 @@
+"""A sidecar's local socket, for unit tests of what speaks to it: real frames, a real memfd."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import struct
+import threading
+
+import msgspec
+
+from pd_sidecar import wire
+
+PATIENCE_S = 5.0
+
+
+class FakeSidecar:
+    """Answers every hello, records every message, says what the test tells it to."""
+
+    def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None):
+        self.path = str(path)
+        self.slots = slots
+        self.epoch = epoch
+        self.refuse = refuse
+        self.slot_bytes = slot_bytes
+        self.hellos = []
+        self.received = queue.Queue()
+        self._connections = []
+        self._memory = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def next(self, kind=None):
+        """The next message of the engine; of this kind if given."""
+        message = self.received.get(timeout=PATIENCE_S)
+        assert kind is None or isinstance(message, kind), message
+        return message
+
+    def nothing(self):
+        """Whether no message is left."""
+        return self.received.empty()
+
+    def say(self, *messages):
+        """Sends to the newest connection."""
+        for message in messages:
+            self._connections[-1].sendall(wire.encode(message))
+
+    def say_bytes(self, data):
+        self._connections[-1].sendall(data)
+
+    def read(self, slot, size):
+        return os.pread(self._memory, size, slot * self.slot_bytes)
+
+    def write(self, slot, data):
+        assert os.pwrite(self._memory, data, slot * self.slot_bytes) == len(data)
+
+    def stop(self):
+        """As if killed: every connection ends, nobody listens."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        os.unlink(self.path)
+        for connection in self._connections:
+            connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        hello = _read(connection)
+        if hello is None:
+            return
+        self.hellos.append(hello)
+        if self.refuse is not None:
+            connection.sendall(wire.encode(self.refuse))
+            connection.close()
+            return
+        self.slot_bytes = self.slot_bytes or hello.layout.chunk_bytes
+        if self._memory is None:
+            self._memory = os.memfd_create("slots")
+            os.ftruncate(self._memory, self.slots * self.slot_bytes)
+        welcome = wire.Welcome(
+            v=wire.VERSION,
+            id="fake",
+            epoch=self.epoch,
+            memory="memfd",
+            slots=self.slots,
+            slot_bytes=self.slot_bytes,
+            connection=len(self.hellos),
+        )
+        self._connections.append(connection)
+        frame = wire.encode(welcome)
+        # In two parts, to see that the descriptor is kept until the frame is complete.
+        socket.send_fds(connection, [frame[:7]], [self._memory])
+        connection.sendall(frame[7:])
+        while (message := _read(connection)) is not None:
+            self.received.put(message)
+
+
+def _read(connection):
+    header = _exactly(connection, 4)
+    if header is None:
+        return None
+    body = _exactly(connection, struct.unpack("<I", header)[0])
+    return None if body is None else wire.decode_to_sidecar(body)
+
+
+def _exactly(connection, size):
+    data = b""
+    while len(data) < size:
+        try:
+            part = connection.recv(size - len(data))
+        except OSError:
+            return None
+        if not part:
+            return None
+        data += part
+    return data
+
+
+def raw(value):
+    """A frame with any msgpack value in it."""
+    body = msgspec.msgpack.encode(value)
+    return wire.HEADER.pack(len(body)) + body

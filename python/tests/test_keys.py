@@ -1,0 +1,73 @@
+"""Keys against hashes that LMCache's and vLLM's own code gave."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pd_sidecar.keys import ChunkHasher, HashError, keys
+
+LINE = re.compile(r"PYTHONHASHSEED (\w+) (\w+) -> \w+ NONE_HASH (-?\d+) (\[.*\])")
+
+
+def vectors():
+    text = (Path(__file__).parent / "data" / "hash-vectors.txt").read_text()
+    for seed, algorithm, _, expect in LINE.findall(text):
+        yield (
+            seed,
+            algorithm,
+            [entry.removesuffix("@bfloat16") for entry in ast.literal_eval(expect)],
+        )
+
+
+@pytest.mark.parametrize(
+    ("seed", "algorithm", "expect"), [v for v in vectors() if v[1] != "builtin"]
+)
+def test_chain_of_600_tokens(seed, algorithm, expect):
+    environ = {} if seed == "None" else {"PYTHONHASHSEED": seed}
+    assert ChunkHasher(algorithm, 256, environ).chain(range(600)) == expect
+
+
+@pytest.mark.parametrize(
+    ("seed", "expect"), [(s, e) for s, a, e in vectors() if a == "builtin" and s != "None"]
+)
+def test_builtin_chain_in_a_process_with_that_seed(seed, expect):
+    program = (
+        "from pd_sidecar.keys import ChunkHasher;"
+        "print(ChunkHasher('builtin', 256).chain(list(range(600))))"
+    )
+    environ = {**os.environ, "PYTHONHASHSEED": seed}
+    root = Path(__file__).parent.parent
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=environ, cwd=root, capture_output=True, check=True
+    )
+    assert ast.literal_eval(out.stdout.decode()) == expect
+
+
+@pytest.mark.parametrize("environ", [{}, {"PYTHONHASHSEED": "random"}])
+def test_builtin_without_a_seed_is_refused(environ):
+    with pytest.raises(HashError, match="PYTHONHASHSEED"):
+        ChunkHasher("builtin", 256, environ)
+
+
+def test_unknown_algorithm_is_refused():
+    with pytest.raises(HashError, match="md5"):
+        ChunkHasher("md5", 256, {})
+
+
+def test_a_prefix_has_the_same_hashes():
+    hasher = ChunkHasher("sha256_cbor", 256, {})
+    long, short = hasher.chain(list(range(1000))), hasher.chain(list(range(512)))
+    assert long[:2] == short
+    assert len(long) == 4
+    assert hasher.chain([]) == []
+
+
+def test_keys():
+    assert keys("m", 2, 1, ["1f", "-2"], "half") == ["m@2@1@1f@half", "m@2@1@-2@half"]

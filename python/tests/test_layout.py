@@ -1,0 +1,231 @@
+"""Round trips of random KV between page layouts, through packed chunks."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from pd_sidecar.kernels import Copier, Piece
+from pd_sidecar.layout import (
+    Hint,
+    LayoutError,
+    chunk_span,
+    chunks_of,
+    geometry,
+    wanted_chunks,
+)
+
+LAYERS, HEADS, SIZE, CHUNK = 3, 2, 16, 64
+
+
+def one_backing(shape, dtype, order=None):
+    """All layers in one storage, as vLLM 0.32 allocates them."""
+    return list(separate((LAYERS, *shape), dtype, None if order is None else order, count=1)[0])
+
+
+def separate(shape, dtype, order=None, count=LAYERS):
+    """One storage a layer; `order` is the physical order of the dimensions."""
+    out = []
+    for _ in range(count):
+        order_ = order or tuple(range(len(shape)))
+        physical = torch.randn([shape[d] for d in order_]).to(dtype)
+        out.append(physical.permute([order_.index(d) for d in range(len(shape))]))
+    return out
+
+
+def tokens_of(tensor, table, block_tokens, count, hint):
+    """The slow reading: `[planes, tokens, heads * size]`, one token at a time."""
+    out = []
+    for position in range(count):
+        block, offset = table[position // block_tokens], position % block_tokens
+        if hint.mla:
+            page = tensor[block] if tensor.dim() == 3 else tensor[block][0]
+            out.append(page[offset].unsqueeze(0))
+        elif tensor.dim() == 4:
+            out.append(tensor[block, :, offset].view(HEADS, 2, SIZE).transpose(0, 1).reshape(2, -1))
+        else:
+            page = tensor[:, block] if tensor.shape[0] == 2 else tensor[block]
+            page = page.transpose(1, 2) if page.shape[1] == HEADS else page
+            out.append(page[:, offset].reshape(2, -1))
+    return torch.stack(out, 1)
+
+
+BLOCKS = 40
+CASES = {
+    # name: (tensors for blocks of n tokens, mla)
+    "0.32 HND": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt),
+    "0.32 NHD": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (0, 1, 3, 2, 4)),
+    "0.32 BLHNC": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (1, 0, 2, 3, 4)),
+    "0.28 packed": lambda n, dt: separate((BLOCKS, HEADS, n, 2 * SIZE), dt),
+    "0.24 NHD": lambda n, dt: separate((BLOCKS, 2, n, HEADS, SIZE), dt),
+    "0.24 HND": lambda n, dt: separate((BLOCKS, 2, n, HEADS, SIZE), dt, (0, 1, 3, 2, 4)),
+    "0.20 NHD": lambda n, dt: separate((2, BLOCKS, n, HEADS, SIZE), dt),
+    "0.20 CPU": lambda n, dt: separate((2, BLOCKS, HEADS, n, SIZE), dt),
+    "MLA 0.32": lambda n, dt: one_backing((BLOCKS, 1, n, 36), dt),
+    "MLA 0.28": lambda n, dt: separate((BLOCKS, n, 36), dt),
+}
+
+
+class Side:
+    """One engine's tensors with their copier."""
+
+    def __init__(self, case, block_tokens, buffer, dtype, kernel_tokens=None):
+        self.hint = Hint(
+            num_blocks=BLOCKS * (kernel_tokens or block_tokens) // block_tokens,
+            block_tokens=block_tokens,
+            kv_heads=HEADS,
+            head_size=SIZE,
+            mla=case.startswith("MLA"),
+        )
+        tensors = CASES[case](kernel_tokens or block_tokens, dtype)
+        self.tensors = {f"model.layers.{i}.attn": tensor for i, tensor in enumerate(tensors)}
+        self.pages = geometry(self.tensors, self.hint)
+        self.slot_bytes = self.pages.token_bytes * CHUNK
+        self.copier = Copier(self.pages, buffer, self.slot_bytes)
+        self.table = torch.randperm(self.hint.num_blocks)
+
+    def read(self, count):
+        kernel = self.pages.first.tokens
+        ratio = self.hint.block_tokens // kernel
+        table = [int(b) * ratio + i for b in self.table for i in range(ratio)]
+        return torch.stack(
+            [tokens_of(t, table, kernel, count, self.hint) for t in self.tensors.values()], 1
+        )
+
+
+def pieces(side, tokens, first_token, have, slots):
+    out = []
+    for chunk in wanted_chunks(tokens, have, CHUNK):
+        packed = chunk_span(chunk, tokens, first_token, CHUNK)
+        moved = (max(packed[0], have), packed[1])
+        out.append(Piece(slots[chunk], side.table, packed, moved))
+    return out
+
+
+def memory():
+    return mmap.mmap(-1, 12 * CHUNK * LAYERS * 2 * HEADS * SIZE * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(a, b) for a in CASES for b in CASES if a.startswith("MLA") == b.startswith("MLA")],
+)
+def test_kv_survives_the_way_between_any_two_layouts(source, target, dtype):
+    torch.manual_seed(1)
+    buffer = memory()
+    prefill, decode = Side(source, 16, buffer, dtype), Side(target, 32, buffer, dtype)
+    tokens, slots = 3 * CHUNK + 17, [5, 6, 2, 9]
+    before = decode.read(tokens)
+    prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
+    decode.copier.scatter(pieces(decode, tokens, 0, 0, slots))
+    assert torch.equal(prefill.read(tokens), decode.read(tokens))
+    assert not torch.equal(before, decode.read(tokens))
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [3, 0, 7, 5]])
+def test_the_chunk_with_the_mark_begins_there(slots):
+    buffer = memory()
+    prefill = Side("0.32 HND", 32, buffer, torch.float32)
+    decode = Side("0.24 NHD", 16, buffer, torch.float32)
+    tokens, have = 3 * CHUNK + 9, CHUNK + 48
+    before = decode.read(tokens).clone()
+    prefill.copier.gather(pieces(prefill, tokens, have, have, slots))
+    decode.copier.scatter(pieces(decode, tokens, have, have, slots))
+    after = decode.read(tokens)
+    assert torch.equal(after[:, :, :have], before[:, :, :have])
+    assert torch.equal(after[:, :, have:], prefill.read(tokens)[:, :, have:])
+
+
+def test_nothing_below_the_local_prefix_is_written_even_if_the_chunk_holds_it():
+    buffer = memory()
+    prefill = Side("0.32 NHD", 32, buffer, torch.float32)
+    decode = Side("0.32 HND", 16, buffer, torch.float32)
+    tokens, have, slots = CHUNK + 30, 16, [1, 4]
+    before = decode.read(tokens).clone()
+    prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
+    decode.copier.scatter(pieces(decode, tokens, 0, have, slots))
+    after = decode.read(tokens)
+    assert torch.equal(after[:, :, :have], before[:, :, :have])
+    assert torch.equal(after[:, :, have:], prefill.read(tokens)[:, :, have:])
+
+
+def test_blocks_of_the_table_may_be_several_of_the_tensor():
+    buffer = memory()
+    prefill = Side("0.32 HND", 64, buffer, torch.float32, kernel_tokens=16)
+    decode = Side("0.24 NHD", 16, buffer, torch.float32)
+    tokens, slots = 2 * CHUNK + 3, [0, 1, 2]
+    prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
+    decode.copier.scatter(pieces(decode, tokens, 0, 0, slots))
+    assert torch.equal(prefill.read(tokens), decode.read(tokens))
+
+
+def test_a_chunk_is_lmcaches_format():
+    buffer = memory()
+    side = Side("0.32 HND", 32, buffer, torch.float32)
+    tokens, count = CHUNK + 10, 2 * LAYERS * HEADS * SIZE
+    side.copier.gather(pieces(side, tokens, 0, 0, [3, 1]))
+    data = torch.frombuffer(buffer, dtype=torch.float32)
+    expect = side.read(tokens)
+    for slot, (start, stop) in ((3, (0, CHUNK)), (1, (CHUNK, tokens))):
+        at = slot * side.slot_bytes // 4
+        chunk = data[at : at + count * (stop - start)].view(2, LAYERS, stop - start, -1)
+        assert torch.equal(chunk, expect[:, :, start:stop])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "mla"),
+    [
+        ({"a": torch.zeros(8, 3, 16, 32)}, False),
+        ({"a": torch.zeros(8, 2, 16, 31)}, False),
+        ({"a": torch.zeros(8, 2, 16, 32).transpose(2, 3)}, False),
+        ({"a": torch.zeros(8, 16)}, True),
+        ({"a": torch.zeros(8, 2, 16, 32), "b": torch.zeros(8, 2, 8, 32)}, False),
+        ({"a": torch.zeros(8, 2, 12, 32)}, False),
+        ({"a": torch.zeros(8, 2, 16, 32, dtype=torch.complex64)}, False),
+        ({}, False),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(tensors, mla):
+    with pytest.raises(LayoutError):
+        geometry(tensors, Hint(8, 16, 2, 16, mla))
+
+
+def test_layers_are_ordered_by_number_and_shared_ones_count_once():
+    tensors = {f"model.layers.{i}.attn": torch.zeros(8, 2, 16, 32) for i in (10, 2, 1)}
+    tensors["model.layers.11.attn"] = tensors["model.layers.2.attn"]
+    pages = geometry(tensors, Hint(8, 16, 2, 16, False))
+    names = ("model.layers.1.attn", "model.layers.2.attn", "model.layers.10.attn")
+    assert [p.tensor.data_ptr() for p in pages.layers] == [tensors[n].data_ptr() for n in names]
+
+
+def test_a_table_that_is_too_short_or_wrong_is_refused():
+    side = Side("0.32 HND", 32, memory(), torch.float32)
+    for table in (torch.tensor([1]), torch.tensor([1, BLOCKS])):
+        with pytest.raises(LayoutError):
+            side.copier.gather([Piece(0, table, (0, 40), (0, 40))])
+
+
+@pytest.mark.parametrize(
+    ("index", "tokens", "first", "span"),
+    [
+        (0, 300, 0, (0, 256)),
+        (1, 300, 0, (256, 300)),
+        (1, 300, 288, (288, 300)),
+        (0, 300, 288, (256, 256)),
+        (0, 1, 0, (0, 1)),
+    ],
+)
+def test_chunk_span(index, tokens, first, span):
+    assert chunk_span(index, tokens, first, 256) == span
+
+
+@pytest.mark.parametrize(
+    ("tokens", "have", "chunks"),
+    [(300, 0, [0, 1]), (300, 256, [1]), (300, 255, [0, 1]), (300, 300, []), (256, 0, [0])],
+)
+def test_wanted_chunks(tokens, have, chunks):
+    assert list(wanted_chunks(tokens, have, 256)) == chunks
+    assert chunks_of(tokens, 256) == -(-tokens // 256)

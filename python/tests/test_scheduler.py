@@ -1,0 +1,332 @@
+"""The scheduler's half against vLLM's calls, in the order in which vLLM makes them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pd_sidecar.keys import ChunkHasher
+from pd_sidecar.metadata import PushStep
+from pd_sidecar.scheduler import Role, Scheduler
+from pd_sidecar.stats import Stats
+
+BLOCK = 16
+BOTH = Role(producer=True, consumer=True, tp_size=1, kv_groups=1, block_tokens=BLOCK)
+
+
+def request(name, params=None, tokens=40, **more):
+    values = {
+        "request_id": name,
+        "kv_transfer_params": params,
+        "prompt_token_ids": list(range(tokens)),
+        "num_prompt_tokens": tokens,
+        "prompt_embeds": None,
+        "lora_request": None,
+        "mm_features": [],
+        "cache_salt": None,
+        "pooling_params": None,
+        "sampling_params": SimpleNamespace(prompt_logprobs=None),
+        "skip_reading_prefix_cache": False,
+        "resumable": False,
+        "status": SimpleNamespace(name="WAITING"),
+        **more,
+    }
+    return SimpleNamespace(**values)
+
+
+def push_params(req="r", ports=1, **more):
+    spec = {
+        "req_id": req,
+        "receiver_host": "h",
+        "receiver_init_port": [7300 + i for i in range(ports)],
+        "receiver_alloc_port": [7400 + i for i in range(ports)],
+        **more,
+    }
+    return {"do_remote_decode": True, "disagg_spec": spec}
+
+
+def load_params(req="r"):
+    return {"do_remote_prefill": True, "disagg_spec": {"req_id": req}}
+
+
+def output(new=(), cached=(), resumed=()):
+    """A step. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
+    scheduled = {r.request_id: n for r, _, _, n in new} | {name: n for name, _, _, n in cached}
+    for r, _, _, _ in new:
+        r.status = SimpleNamespace(name="RUNNING")
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=r.request_id, block_ids=(blocks,), num_computed_tokens=computed)
+            for r, blocks, computed, _ in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[name for name, *_ in cached],
+            new_block_ids=[None if blocks is None else (blocks,) for _, blocks, _, _ in cached],
+            num_computed_tokens=[computed for _, _, computed, _ in cached],
+            resumed_req_ids=set(resumed),
+        ),
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+    )
+
+
+class Rig:
+    def __init__(self, role=BOTH):
+        self.stats = Stats()
+        self.scheduler = Scheduler(role, ChunkHasher("sha256_cbor", 32, {}), self.stats)
+
+    def step(self, **more):
+        return self.scheduler.step(output(**more))
+
+    def skipped(self):
+        return self.stats.data.get("skipped", {})
+
+    def is_empty(self):
+        return not self.scheduler._states and not self.scheduler.has_work
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+def park(rig, req, computed=0, blocks=(4, 5, 6)):
+    count, is_async = rig.scheduler.matched_tokens(req, computed)
+    assert (count, is_async) == (req.num_prompt_tokens - computed, True)
+    rig.scheduler.allocated(req, list(blocks), count)
+    return rig.step()
+
+
+def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
+    req = request("a", push_params(overlap=True))
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    rig.scheduler.allocated(req, [1], 0)
+    first = rig.step(new=[(req, [1], 0, 16)])
+    (start,) = first.push_starts
+    assert (start.req, start.tokens, start.overlap, len(start.hashes)) == ("r", 40, True, 2)
+    assert first.push_steps == [PushStep("a", [1], True, 16)]
+    second = rig.step(cached=[("a", [2], 16, 16)])
+    assert second.push_steps == [PushStep("a", [2], False, 32)]
+    third = rig.step(cached=[("a", [3], 32, 8)])
+    assert third.push_steps == [PushStep("a", [3], False, 40)]
+    # Tokens that it generates are nobody's business.
+    assert not rig.step(cached=[("a", None, 40, 1)]).has_news
+
+
+def test_a_local_prefix_hit_is_saved_too(rig):
+    req = request("a", push_params())
+    metadata = (
+        rig.step(new=[(req, [9, 8, 7], 32, 8)]) if rig.scheduler.matched_tokens(req, 32) else None
+    )
+    assert metadata.push_steps == [PushStep("a", [9, 8, 7], True, 40)]
+
+
+def test_blocks_of_a_finished_push_wait_for_the_workers(rig):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    delay, params = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    assert delay
+    assert params == {"pushed": True, "req_id": "r"}
+    assert rig.scheduler.has_work
+    metadata = rig.step()
+    assert metadata.finished == ["a"]
+    assert metadata.idle
+    assert rig.scheduler.has_work  # an engine without requests has to go on stepping
+    rig.scheduler.reported({"a"}, set())
+    assert rig.is_empty()
+
+
+@pytest.mark.parametrize("blocks", [[1, 2, 3], []])
+def test_an_aborted_push_is_cancelled_and_not_waited_for(rig, blocks):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2], 0, 32)])
+    assert rig.scheduler.finished(req, blocks, completed=False) == (False, None)
+    assert rig.scheduler.has_work
+    assert rig.step().cancelled == ["a"]
+    assert rig.is_empty()
+
+
+def test_a_push_that_finished_without_its_blocks_is_cancelled(rig):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    assert rig.scheduler.finished(req, [], completed=True) == (False, None)
+    assert rig.step().cancelled == ["a"]
+
+
+def test_a_push_that_never_ran_leaves_nothing(rig):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+    assert rig.is_empty()
+
+
+@pytest.mark.parametrize("newer_runner", [False, True])
+def test_a_preempted_push_gets_a_new_table(rig, newer_runner):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    req.status = SimpleNamespace(name="PREEMPTED")
+    assert rig.step().preempted == ["a"]
+    assert rig.step().preempted == []
+    rig.scheduler.matched_tokens(req, 16)
+    if newer_runner:
+        metadata = rig.step(new=[(req, [7, 8, 9], 16, 24)])
+    else:
+        req.status = SimpleNamespace(name="RUNNING")
+        metadata = rig.step(cached=[("a", [7, 8, 9], 16, 24)], resumed=["a"])
+    assert metadata.push_steps == [PushStep("a", [7, 8, 9], True, 40)]
+    assert metadata.push_starts == []
+
+
+def test_preempted_and_resumed_in_one_step_gets_a_new_table(rig):
+    req = request("a", push_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    metadata = rig.step(cached=[("a", [7, 8, 9], 0, 40)], resumed=["a"])
+    assert metadata.push_steps == [PushStep("a", [7, 8, 9], True, 40)]
+
+
+def test_a_load_is_parked_with_its_blocks(rig):
+    req = request("a", load_params())
+    metadata = park(rig, req, computed=16)
+    (start,) = metadata.load_starts
+    assert (start.engine_id, start.req, start.tokens) == ("a", "r", 40)
+    assert (start.have_tokens, start.load_tokens, start.blocks) == (16, 40, [4, 5, 6])
+    assert len(start.hashes) == 2
+
+
+def test_asked_again_after_a_load_there_is_nothing_more(rig):
+    req = request("a", load_params(), tokens=1)
+    park(rig, req, blocks=[4])
+    rig.scheduler.reported(set(), {"a"})
+    # vLLM sets the computed count of a loaded 1-token prompt, and of a failed load, to 0.
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    rig.scheduler.allocated(req, [4], 0)
+    assert not rig.step().has_news
+    assert rig.scheduler.finished(req, [4], completed=True) == (False, None)
+    assert rig.is_empty()
+
+
+def test_asking_has_no_effect(rig):
+    req = request("a", load_params())
+    for computed in (0, 16, 0):
+        assert rig.scheduler.matched_tokens(req, computed) == (40 - computed, True)
+    assert not rig.step().has_news
+    assert park(rig, req, computed=32).load_starts[0].have_tokens == 32
+
+
+def test_a_load_that_the_engine_declines_is_dismissed(rig):
+    req = request("a", load_params())
+    rig.scheduler.matched_tokens(req, 0)
+    rig.scheduler.allocated(req, [1], 0)
+    assert rig.step().dismissed == ["r"]
+    assert rig.skipped() == {"nothing_to_load": 1}
+
+
+def test_an_aborted_load_is_gone_when_the_workers_say_so(rig):
+    req = request("a", load_params())
+    park(rig, req)
+    assert rig.scheduler.finished(req, [4, 5, 6], completed=False) == (False, None)
+    assert rig.step().aborted == ["a"]
+    rig.scheduler.reported(set(), {"a"})
+    assert rig.is_empty()
+
+
+def test_a_load_that_is_rejected_before_it_is_asked_about_is_dismissed(rig):
+    req = request("a", load_params())
+    assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+    assert rig.scheduler.has_work
+    assert rig.step().dismissed == ["r"]
+    assert rig.is_empty()
+
+
+@pytest.mark.parametrize("params", [push_params(), load_params()])
+def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
+    first, second, late = (request(name, params) for name in "abc")
+    for req in (first, second):
+        rig.scheduler.matched_tokens(req, 0)
+    assert rig.skipped() == {"duplicate": 1}
+    rig.scheduler.finished(first, [], completed=False)
+    rig.scheduler.matched_tokens(late, 0)
+    assert rig.skipped() == {"duplicate": 2}
+    rig.step()
+    delay, response = rig.scheduler.finished(late, [], completed=True)
+    assert (delay, response) == (False, {"pushed": False, "reason": "duplicate"})
+    assert "r" not in rig.step().dismissed
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"lora_request": object()}, "lora"),
+        ({"mm_features": [object()]}, "multimodal"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "x"}, "cache_salt"),
+        ({"prompt_embeds": object()}, "prompt_embeds"),
+        ({"prompt_token_ids": None}, "prompt_embeds"),
+        ({"sampling_params": SimpleNamespace(prompt_logprobs=0)}, "prompt_logprobs"),
+        ({"skip_reading_prefix_cache": True}, "prompt_logprobs"),
+        ({"sampling_params": None}, "pooling"),
+        ({"pooling_params": object()}, "pooling"),
+        ({"resumable": True}, "streaming_input"),
+    ],
+)
+@pytest.mark.parametrize("params", [push_params(), load_params()])
+def test_requests_that_are_not_served(rig, more, reason, params):
+    req = request("a", params, **more)
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    assert rig.skipped() == {reason: 1}
+    metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    assert not metadata.push_starts
+    assert metadata.dismissed == (["r"] if "do_remote_prefill" in params else [])
+    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    assert (delay, response) == (False, {"pushed": False, "reason": reason})
+    assert rig.is_empty()
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (None, "no_params"),
+        ({}, "no_params"),
+        ({"foo": 1}, "no_params"),
+        ([1], "no_params"),
+        ({"do_remote_prefill": True}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": 3}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": ""}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "x" * 1000}}, "bad_params"),
+        ({**push_params(), "do_remote_prefill": True}, "bad_params"),
+        (push_params(receiver_host=""), "bad_params"),
+        (push_params(receiver_host=None), "bad_params"),
+        (push_params(receiver_init_port=[]), "bad_params"),
+        (push_params(receiver_init_port=["7300"]), "bad_params"),
+        (push_params(receiver_init_port=[0]), "bad_params"),
+        (push_params(receiver_init_port=[True]), "bad_params"),
+        (push_params(receiver_alloc_port=[7400, 7401]), "bad_params"),
+        (push_params(overlap="yes"), "bad_params"),
+        (push_params(ports=2), "tp_mismatch"),
+    ],
+)
+def test_parameters_that_make_no_sense(rig, params, reason):
+    req = request("a", params)
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    assert rig.skipped() == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("role", "params", "reason"),
+    [
+        (Role(True, False, 1, 1, BLOCK), load_params(), "wrong_role"),
+        (Role(False, True, 1, 1, BLOCK), push_params(), "wrong_role"),
+        (Role(True, True, 1, 2, BLOCK), push_params(), "kv_groups"),
+        (Role(True, True, 1, 2, BLOCK), load_params(), "kv_groups"),
+    ],
+)
+def test_engines_that_do_not_serve(role, params, reason):
+    rig = Rig(role)
+    assert rig.scheduler.matched_tokens(request("a", params), 0) == (0, False)
+    assert rig.skipped() == {reason: 1}

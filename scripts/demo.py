@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""The demonstration: two real vLLM instances, a sidecar beside each, the proxy, and prompts through all of it.
+
+Run by `make demo`, in the Python environment that `make venv` makes. Ends with 0 only if the KV of every prompt was
+moved and used, and every text equals that of one instance asked alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from harness.client import HttpError, complete
+from harness.model import KV_BYTES_PER_TOKEN, write_model
+from harness.pair import Moved, Pair, PairOptions, pair_of
+from harness.process import ProcessFailed, ended_by_signals
+from harness.progress import Progress
+
+LOGS = ROOT / "target" / "demo-logs"
+
+MAX_TOKENS = 24
+
+STORY = (
+    "A prefill engine reads the whole prompt and writes down what it has understood of every word. "
+    "A decode engine takes these notes and only has to continue. "
+)
+
+# From one chunk of KV (256 tokens) to several; the last one shares its beginning with the one before.
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog, and then",
+    STORY * 3 + "In short,",
+    STORY * 16 + "And so on. What follows is",
+    STORY * 16 + "And so on. Something else is",
+)
+
+
+@dataclass
+class Outcome:
+    """One prompt: what happened, and what one instance says to it."""
+
+    moved: Moved
+    alone: list[int]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this is not what it should be; empty if it is."""
+        moved = self.moved
+        tokens = moved.sender["tokens"]
+        found = []
+        if moved.answer.token_ids != self.alone:
+            found.append("the text differs from that of one instance")
+        for record, side in ((moved.sender, "sender"), (moved.receiver, "receiver")):
+            if record["reason"] is not None:
+                found.append(f"{side}: ended early, {record['reason']}")
+        wanted = (tokens - moved.sender["have_tokens"]) * KV_BYTES_PER_TOKEN
+        if moved.sender["bytes"] != wanted or moved.receiver["bytes"] != wanted:
+            found.append(f"{moved.sender['bytes']} bytes left, {moved.receiver['bytes']} came, {wanted} were wanted")
+        if moved.tokens.computed > 1:
+            found.append(f"the decode engine computed {moved.tokens.computed} tokens of the prompt itself")
+        return found
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description="Two vLLM instances, two sidecars, one proxy, some prompts.")
+    arguments.add_argument("--keep", action="store_true", help="leave everything running")
+    arguments.add_argument("--transport", choices=("auto", "nixl", "tcp"), default="auto")
+    options = arguments.parse_args()
+
+    progress = Progress()
+    shutil.rmtree(LOGS, ignore_errors=True)
+    progress.say("writing a small random model: its texts are nonsense, but every byte of its KV counts")
+    model = write_model(ROOT / "target" / "model")
+    pair_options = PairOptions(model, LOGS, transport=options.transport)
+    try:
+        with ended_by_signals(), pair_of(pair_options, progress) as pair:
+            outcomes = [show(pair, number, prompt) for number, prompt in enumerate(PROMPTS, start=1)]
+            failed = report(outcomes)
+            if options.keep:
+                keep(pair)
+            else:
+                progress.say("stopping everything")
+            return 1 if failed else 0
+    except KeyboardInterrupt:
+        print("\ninterrupted: everything has been stopped", file=sys.stderr)
+        return 130
+    except (ProcessFailed, HttpError, AssertionError, OSError) as error:
+        print(f"\nfailed: {error}\n(all logs are in {LOGS}; everything has been stopped)", file=sys.stderr)
+        return 1
+
+
+def show(pair: Pair, number: int, prompt: str) -> Outcome:
+    """Sends one prompt through the proxy, its text appears as it comes; then asks one instance alone."""
+    print(f"\n--- request {number}: {shortened(prompt)}\n    ", end="")
+    moved = pair.move(prompt, max_tokens=MAX_TOKENS, on_text=live, model="m")
+    # A salt of its own makes the prefill engine compute everything again, whatever it has in its cache.
+    alone = complete(pair.prefill.url, prompt, max_tokens=MAX_TOKENS, cache_salt=f"alone-{number}", model="m")
+    outcome = Outcome(moved, alone.token_ids)
+    print("\n" + table(pair, outcome))
+    return outcome
+
+
+def table(pair: Pair, outcome: Outcome) -> str:
+    moved = outcome.moved
+    sender, receiver = moved.sender, moved.receiver
+    link = link_of(pair.sender.status())
+    gb_s = sender["bytes"] / sender["push_us"] / 1e3 if sender["push_us"] else 0.0
+    rows = [
+        ("prompt", f"{sender['tokens']} tokens, {sender['have_tokens']} of them held by the decode side already"),
+        ("moved", f"{sender['chunks']} chunks, {sender['bytes']:,} bytes"),
+        ("alloc", milliseconds(sender["alloc_us"])),
+        ("gather", milliseconds(sender["gather_us"])),
+        ("push", milliseconds(sender["push_us"])),
+        ("ready", milliseconds(receiver["ready_us"]) + " after the decode engine had parked the request"),
+        ("scatter", milliseconds(receiver["scatter_us"])),
+        ("first token", f"{moved.answer.first_s * 1e3:.1f} ms, whole answer {moved.answer.total_s * 1e3:.1f} ms"),
+        ("transport", f"configured: {link['configured']}, reported: {link['reported']}, measured: {gb_s:.2f} GB/s"),
+        ("decode side", f"computed {moved.tokens.computed} tokens of the prompt itself"),
+        ("text", "equal to that of one instance" if moved.answer.token_ids == outcome.alone else "DIFFERENT"),
+    ]
+    return "\n".join(f"    {name:<12} {value}" for name, value in rows)
+
+
+def link_of(status: dict[str, Any]) -> dict[str, Any]:
+    """What the sender says about the wire to its only receiver."""
+    links: list[dict[str, Any]] = status["links"]
+    return links[0]["transport"] if links else {"configured": "?", "reported": "no link"}
+
+
+def report(outcomes: list[Outcome]) -> int:
+    """Says what holds and what does not; returns how many requests are not right."""
+    failed = 0
+    print()
+    for number, outcome in enumerate(outcomes, start=1):
+        for problem in outcome.problems:
+            print(f"request {number}: {problem}")
+        failed += bool(outcome.problems)
+    moved = sum(outcome.moved.sender["bytes"] for outcome in outcomes)
+    right = len(outcomes) - failed
+    print(f"{right} of {len(outcomes)} requests: KV moved ({moved:,} bytes in all), used, and the right text")
+    return failed
+
+
+def keep(pair: Pair) -> None:
+    """Leaves everything to the user."""
+    groups = pair.leave_running()
+    print(
+        f"""
+Left running. Try:
+  curl -N {pair.proxy.url}/v1/completions -H 'content-type: application/json' \\
+       -d '{{"model": "m", "prompt": "Hello", "max_tokens": 16, "stream": true}}'
+  curl {pair.proxy.url}/instances            # who is registered
+  curl {pair.proxy.url}/requests             # the last requests, as the proxy saw them
+  curl {pair.sender.admin}/requests            # ... the sender, with what was moved and how long it took
+  curl {pair.receiver.admin}/requests            # ... the receiver
+  curl {pair.receiver.admin}/status              # slots and links
+  curl {pair.sender.admin}/metrics             # Prometheus
+Logs: {LOGS}
+Stop all of it:
+  kill -- {" ".join(f"-{group}" for group in groups)}"""
+    )
+
+
+def live(text: str) -> None:
+    """Text as it comes, on one line."""
+    print(text.replace("\n", "\\n").replace("\r", "\\r"), end="", flush=True)
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 70 else f"{text[:48]} ... {text[-18:]}"
+
+
+def milliseconds(us: int) -> str:
+    return f"{us / 1e3:.2f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+//! Flags, subcommands, exit codes, and the help that teaches them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::LazyLock;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, Inputs, Report, Wire};
+
+/// How the process ends, after `sysexits.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// It did what it was asked: drained after SIGTERM, or the check found nothing wrong.
+    Ok = 0,
+    /// The command line or the configuration is wrong.
+    Usage = 64,
+    /// A port, a socket, memory or a required transport cannot be had.
+    Unavailable = 69,
+    /// A bug.
+    Internal = 70,
+    /// Requests were still under way when the drain timeout passed; a restart may do better.
+    Temporary = 75,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Moves KV between a prefill and a decode engine.
+///
+/// A sidecar runs beside each vLLM instance. A sender beside the prefill engine pushes the KV of
+/// each prompt into the landing buffer of the receiver beside the decode engine, so that the
+/// decode engine computes nothing twice.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sidecar",
+    version,
+    long_version = LONG_VERSION.as_str(),
+    after_long_help = TEACHING,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Run,
+}
+
+/// What the command line asks for.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Runs the sidecar: the same as no subcommand.
+    Run(Run),
+    /// Prints every value with its source, and everything that is wrong. Starts nothing.
+    CheckConfig(CheckConfig),
+    /// Moves random chunks between two roles in this process, checks them, and says how fast.
+    Selftest(Selftest),
+}
+
+/// Flags of a run.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Run {
+    /// LMCache's YAML file, with our keys below `sidecar:`. Default: $LMCACHE_CONFIG_FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+}
+
+/// Flags of `check-config`.
+#[derive(Debug, Args)]
+pub(crate) struct CheckConfig {
+    /// The file. Default: $LMCACHE_CONFIG_FILE.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// One JSON object instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Explains every key, as the tables of docs/configuration.md, and checks nothing.
+    #[arg(long, exclusive = true)]
+    pub(crate) reference: bool,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+}
+
+/// Flags of `selftest`.
+#[derive(Debug, Args)]
+pub(crate) struct Selftest {
+    /// How long to push.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) seconds: u64,
+    /// Which wire; auto takes NIXL where it can be loaded, and the built-in TCP too.
+    #[arg(long, value_name = "auto|nixl|tcp", default_value = "auto", value_parser = wire)]
+    pub(crate) transport: Wire,
+    /// Bytes of a chunk.
+    #[arg(long, value_name = "BYTES", default_value = "1MiB", value_parser = bytes)]
+    pub(crate) chunk_bytes: u64,
+    /// Bytes of each of the two buffers.
+    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = bytes)]
+    pub(crate) buffer_size: u64,
+    /// One JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Flags that override keys of the configuration. Texts are read by the same types as the file's,
+/// so that every mistake is found at once.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Overrides {
+    /// Which side of transfers this is.
+    #[arg(long, value_name = "sender|receiver|both")]
+    role: Option<String>,
+    /// Receiver: address that senders connect to.
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+    /// Receiver: port of the init handshake, one a rank.
+    #[arg(long, value_name = "PORT[,PORT..]")]
+    init_port: Option<String>,
+    /// Receiver: port of the alloc requests, one a rank.
+    #[arg(long, value_name = "PORT[,PORT..]")]
+    alloc_port: Option<String>,
+    /// The proxy's registration port.
+    #[arg(long, value_name = "HOST:PORT")]
+    proxy: Option<String>,
+    /// Buffer of each rank, such as 4GiB.
+    #[arg(long, value_name = "BYTES")]
+    buffer_size: Option<String>,
+    /// Unix socket for the engine.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<String>,
+    /// Address of the admin server.
+    #[arg(long, value_name = "HOST:PORT")]
+    admin: Option<String>,
+    /// Which wires may be used.
+    #[arg(long, value_name = "auto|nixl|tcp")]
+    transport: Option<String>,
+    /// Base URL of the engine's OpenAI server.
+    #[arg(long, value_name = "URL")]
+    engine_url: Option<String>,
+    /// Name of this sidecar.
+    #[arg(long, value_name = "NAME")]
+    id: Option<String>,
+    /// Lets ports listen beyond this machine without authentication.
+    #[arg(long)]
+    insecure: bool,
+    /// error, warn, info, debug, trace, or directives.
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// How log lines look.
+    #[arg(long, value_name = "text|json")]
+    log_format: Option<String>,
+    /// How long requests may take to end after SIGTERM.
+    #[arg(long, value_name = "MS")]
+    drain_timeout: Option<String>,
+    /// Records the protocol machines' events and actions.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<String>,
+    /// Pushes nothing, so that every decode computes its own: to see tests of the data plane fail.
+    #[arg(long, hide = true)]
+    no_push: bool,
+}
+
+impl Overrides {
+    /// Those that were given, with their dashes.
+    pub(crate) fn flags(&self) -> Vec<(&'static str, String)> {
+        let switch = |on: bool, value: &str| on.then(|| value.to_owned());
+        [
+            ("--role", self.role.clone()),
+            ("--host", self.host.clone()),
+            ("--init-port", self.init_port.clone()),
+            ("--alloc-port", self.alloc_port.clone()),
+            ("--proxy", self.proxy.clone()),
+            ("--buffer-size", self.buffer_size.clone()),
+            ("--socket", self.socket.clone()),
+            ("--admin", self.admin.clone()),
+            ("--transport", self.transport.clone()),
+            ("--engine-url", self.engine_url.clone()),
+            ("--id", self.id.clone()),
+            ("--insecure", switch(self.insecure, "on")),
+            ("--log-level", self.log_level.clone()),
+            ("--log-format", self.log_format.clone()),
+            ("--drain-timeout", self.drain_timeout.clone()),
+            ("--trace", self.trace.clone()),
+            ("--no-push", switch(self.no_push, "off")),
+        ]
+        .into_iter()
+        .filter_map(|(flag, value)| Some((flag, value?)))
+        .collect()
+    }
+}
+
+impl Cli {
+    /// What this process's command line asks for; help, version and mistakes are printed, and the
+    /// process is to end with the code.
+    ///
+    /// # Errors
+    /// The exit code.
+    pub(crate) fn of_process() -> Result<Command, Exit> {
+        match Self::try_parse() {
+            Ok(cli) => Ok(cli.command.unwrap_or(Command::Run(cli.run))),
+            Err(error) => {
+                // A closed standard output or error leaves nobody to tell.
+                error.print().ok();
+                Err(if error.use_stderr() {
+                    Exit::Usage
+                } else {
+                    Exit::Ok
+                })
+            }
+        }
+    }
+}
+
+impl Run {
+    /// The configuration of this run; mistakes are printed.
+    ///
+    /// # Errors
+    /// The exit code.
+    pub(crate) fn load(&self) -> Result<(Config, Report), Exit> {
+        let inputs = inputs(&self.overrides, self.config.clone())?;
+        Config::load(&inputs).map_err(|report| {
+            eprint!("{}", report.errors());
+            Exit::Usage
+        })
+    }
+}
+
+impl CheckConfig {
+    /// Prints the report; mistakes go to standard error and make the exit code 64.
+    pub(crate) fn run(&self) -> Exit {
+        if self.reference {
+            print!("{}", crate::config::reference());
+            return Exit::Ok;
+        }
+        let inputs = match inputs(&self.overrides, self.file.clone()) {
+            Ok(inputs) => inputs,
+            Err(exit) => return exit,
+        };
+        let report = match Config::load(&inputs) {
+            Ok((_, report)) => report,
+            Err(report) => *report,
+        };
+        if self.json {
+            println!("{:#}", report.json());
+        } else {
+            print!("{report}");
+        }
+        if report.problems.is_empty() {
+            return Exit::Ok;
+        }
+        eprint!("{}", report.errors());
+        Exit::Usage
+    }
+}
+
+fn inputs(overrides: &Overrides, file: Option<PathBuf>) -> Result<Inputs, Exit> {
+    Inputs::of_process(overrides.flags(), file).map_err(|error| {
+        eprintln!("error: {error}");
+        Exit::Usage
+    })
+}
+
+fn wire(text: &str) -> Result<Wire, String> {
+    crate::config::read(text)
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    crate::config::read::<crate::config::Bytes>(text).map(|bytes| bytes.0)
+}
+
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "{}\nprotocol {}\ntransports nixl (loaded at run time, if found), tcp (built in)\nmemory cpu",
+        env!("CARGO_PKG_VERSION"),
+        protocol::VERSION
+    )
+});
+
+const TEACHING: &str = "\
+Examples:
+  Beside the decode engine, on this machine:
+    sidecar --config configs/lmcache-decoder-config.yaml
+  Beside the prefill engine:
+    sidecar --config configs/lmcache-prefiller-config.yaml
+  Without a file:
+    sidecar --role receiver --host 127.0.0.1 --init-port 7300 --alloc-port 7400 \\
+            --buffer-size 4GiB --proxy 127.0.0.1:7500
+  What would be used, and where it comes from:
+    sidecar check-config configs/lmcache-decoder-config.yaml --buffer-size 1GiB
+  Whether this machine moves bytes:
+    sidecar selftest --seconds 3
+
+Precedence:
+  A flag beats an environment variable beats the file beats the default. Any key of LMCache's has
+  the variable LMCACHE_<KEY>, any of ours (below `sidecar:`) PD_SIDECAR_<KEY>, in capitals. An empty
+  variable counts as none. UCX_* and NIXL_* go to UCX and NIXL untouched.
+
+Exit codes:
+   0  done, or drained after SIGTERM or SIGINT
+  64  the command line or the configuration is wrong; every mistake is printed
+  69  a port, a socket, memory or a required transport cannot be had
+  70  a bug; please report it with the log
+  75  requests were still under way when --drain-timeout passed";
+
+#[cfg(test)]
+mod tests;

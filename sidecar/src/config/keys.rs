@@ -1,0 +1,223 @@
+//! The table of every key that means something here. Reading, `check-config` and the tests of
+//! docs/configuration.md all go through it.
+
+use super::layers::{Layers, Sourced};
+use super::value::{
+    Bytes, Count, Device, Host, HostPort, LogFormat, Millis, Port, Ports, Role, Seconds, Url,
+    Value, Wire, Words,
+};
+
+/// Where a key stands in the file, and how its environment variable begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Section {
+    /// At the top level; LMCache reads it too.
+    Lmcache,
+    /// Below `sidecar:`; LMCache ignores it.
+    Sidecar,
+}
+
+/// What holds when nobody says anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Default {
+    /// Nothing.
+    None,
+    /// It must be given; by whom.
+    Required(&'static str),
+    /// This value.
+    Value(&'static str),
+    /// What follows from other keys.
+    Computed(&'static str),
+}
+
+/// One key.
+#[derive(Debug)]
+pub(crate) struct Key {
+    /// Its name within its section.
+    pub(crate) name: &'static str,
+    /// Its section.
+    pub(crate) section: Section,
+    /// Other names that mean the same.
+    pub(crate) aliases: &'static [&'static str],
+    /// The flag that overrides it, with its dashes; empty if there is none.
+    pub(crate) flag: &'static str,
+    /// What holds otherwise.
+    pub(crate) default: Default,
+    /// What would be right.
+    pub(crate) want: &'static str,
+    /// What it does.
+    pub(crate) doc: &'static str,
+}
+
+impl Key {
+    /// The name from the top of the file.
+    pub(crate) fn path(&self) -> String {
+        self.section.path(self.name)
+    }
+
+    /// The environment variable.
+    pub(crate) fn variable(&self) -> String {
+        self.section.variable(self.name)
+    }
+}
+
+impl Section {
+    /// The name of `name` from the top of the file.
+    pub(crate) fn path(self, name: &str) -> String {
+        match self {
+            Self::Lmcache => name.to_owned(),
+            Self::Sidecar => format!("sidecar.{name}"),
+        }
+    }
+
+    /// The environment variable of `name`.
+    pub(crate) fn variable(self, name: &str) -> String {
+        let prefix = match self {
+            Self::Lmcache => LMCACHE_PREFIX,
+            Self::Sidecar => SIDECAR_PREFIX,
+        };
+        format!("{prefix}{}", name.to_ascii_uppercase())
+    }
+}
+
+/// Begins LMCache's variables.
+pub(crate) const LMCACHE_PREFIX: &str = "LMCACHE_";
+/// Begins ours.
+pub(crate) const SIDECAR_PREFIX: &str = "PD_SIDECAR_";
+
+macro_rules! keys {
+    ($(#[$doc:meta])* $raw:ident in $section:ident {
+        $($(#[doc = $text:literal])+
+        $name:ident: $type:ty = $default:expr $(, flag $flag:literal)? $(, also $alias:literal)*;)*
+    }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug)]
+        pub(crate) struct $raw {
+            $($(#[doc = $text])+ pub(crate) $name: Option<Sourced<$type>>,)*
+        }
+
+        impl $raw {
+            /// One a field, in order.
+            pub(crate) const KEYS: &'static [Key] = &[$(Key {
+                name: stringify!($name),
+                section: Section::$section,
+                aliases: &[$($alias),*],
+                flag: concat!($($flag)?),
+                default: $default,
+                want: <$type as Value>::WANT,
+                doc: concat!($($text),+),
+            },)*];
+
+            /// Reads every key; what is wrong is noted in `layers`.
+            pub(crate) fn read(layers: &mut Layers) -> Self {
+                // Fields are evaluated in the order they are written, which is the table's.
+                let mut keys = Self::KEYS.iter();
+                Self { $($name: keys.next().and_then(|key| layers.take(key)),)* }
+            }
+        }
+    };
+}
+
+keys! {
+    /// LMCache's keys that mean something to the sidecar, as they were given.
+    Lmcache in Lmcache {
+        /// PD is what the sidecar does; `false` is refused.
+        enable_pd: bool = Default::Value("true"), also "enable_xpyd";
+        /// Which side of transfers this sidecar is.
+        pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
+        /// Bytes of the send or landing buffer of each rank, cut down to whole chunks.
+        pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
+        /// Where the buffers are. `cuda` is refused: this version moves host memory.
+        pd_buffer_device: Device = Default::Value("cpu"), also "nixl_buffer_device";
+        /// Receiver: the address that the init, alloc and TCP data ports are bound to and that
+        /// senders connect to.
+        pd_peer_host: Host = Default::Required("for a receiver"), flag "--host", also "nixl_peer_host";
+        /// Receiver: port of the init handshake, one a rank.
+        pd_peer_init_port: Ports = Default::Required("for a receiver"), flag "--init-port", also "nixl_peer_init_port";
+        /// Receiver: port of the alloc requests, one a rank.
+        pd_peer_alloc_port: Ports = Default::Required("for a receiver"), flag "--alloc-port", also "nixl_peer_alloc_port";
+        /// Host of the proxy's registration port.
+        pd_proxy_host: Host = Default::None, also "nixl_proxy_host";
+        /// The proxy's registration port.
+        pd_proxy_port: Port = Default::None, also "nixl_proxy_port";
+        /// Nothing is sent to the proxy: neither registration nor the word that a request's KV has
+        /// been written.
+        pd_skip_proxy_notification: bool = Default::Value("false");
+        /// If finite: what `sidecar.wait_ms` is when it is not given.
+        pd_allocation_timeout_sec: Seconds = Default::Value("inf");
+        /// What `sidecar.drain_timeout_ms` is when it is not given.
+        pd_shutdown_timeout_sec: Seconds = Default::None;
+        /// `nixl` is the only one that LMCache's PD knows.
+        transfer_channel: String = Default::Value("nixl");
+        /// Backends of NIXL. Only UCX is supported.
+        nixl_backends: Words = Default::Value("[UCX]");
+        /// Tokens of a chunk. If given, an engine with another chunk size is refused.
+        chunk_size: Count<1> = Default::None;
+    }
+}
+
+keys! {
+    /// Our keys, as they were given.
+    Sidecar in Sidecar {
+        /// Name of this sidecar in messages, logs and the proxy's registry; unique among the sidecars
+        /// of a proxy.
+        id: String = Default::Computed("HOSTNAME-ROLE-ADMINPORT"), flag "--id";
+        /// Tensor-parallel ranks of the engine, each with a buffer of its own.
+        ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
+        /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700.
+        socket: String = Default::Computed("$XDG_RUNTIME_DIR/pd-sidecar/ROLE.sock, or /tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
+        /// Address of the admin server: health, metrics, registration.
+        admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
+        /// Base URL of the engine's OpenAI server, as the proxy reaches it.
+        engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
+        /// The proxy's registration port.
+        proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
+        /// Host that others reach this machine at, where an address above is `0.0.0.0`.
+        advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
+        /// Which wires may be used.
+        transport: Wire = Default::Value("auto"), flag "--transport";
+        /// Receiver: data port of the built-in TCP transport for rank 0; rank N takes the Nth after
+        /// it. 0 is any free one: the init handshake tells senders which.
+        tcp_port: Port = Default::Value("0");
+        /// Whether senders send an XXH3 of each chunk and receivers check it.
+        checksum: bool = Default::Value("off");
+        /// Off: no KV is pushed and every decode computes its own. For tests.
+        push: bool = Default::Value("on"), flag "--no-push";
+        /// Whether ports may listen beyond this machine without authentication.
+        insecure: bool = Default::Value("off"), flag "--insecure";
+        /// Sender: time between two signs of life under a lease; three missed end it.
+        heartbeat_ms: Millis = Default::Value("1000");
+        /// Sender: how long a receiver may hold a request for room.
+        wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
+        /// Sender: how long a receiver may hold a request for its decode leg to park.
+        park_ms: Millis = Default::Value("50");
+        /// Sender: after this time without an answer a message is repeated.
+        repeat_ms: Millis = Default::Value("500");
+        /// Sender: how long the init handshake with a receiver may take.
+        link_ms: Millis = Default::Value("5000");
+        /// Sender: how long a request may go without progress.
+        stall_ms: Millis = Default::Value("30000");
+        /// Receiver: the longest that a request is held for room or its decode leg, whatever the
+        /// sender asks for.
+        max_wait_ms: Millis = Default::Value("5000");
+        /// Receiver: how long a parked decode request waits for a sender.
+        no_sender_ms: Millis = Default::Value("5000");
+        /// Receiver: how long written KV waits for a decode request.
+        unclaimed_ms: Millis = Default::Value("10000");
+        /// Receiver: the longest silence that a sender may ask for.
+        max_lease_ms: Millis = Default::Value("30000");
+        /// Requests under way at once and rank; more are refused as `busy`.
+        max_requests: Count<1> = Default::Value("1024");
+        /// Receiver: slots that one sender may leave quarantined before it is refused.
+        max_quarantined: Count<1> = Default::Computed("a quarter of the slots");
+        /// Time between two registrations at the proxy, which are the heartbeat.
+        register_ms: Millis = Default::Value("1000");
+        /// How long requests under way may take to end after SIGTERM.
+        drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";
+        /// What is logged: error, warn, info, debug, trace, or directives like `info,sidecar=debug`.
+        log_level: String = Default::Value("info"), flag "--log-level";
+        /// How log lines look.
+        log_format: LogFormat = Default::Value("text"), flag "--log-format";
+        /// File that takes the events and actions of the protocol machines, to replay them.
+        trace: String = Default::None, flag "--trace";
+    }
+}

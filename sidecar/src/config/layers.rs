@@ -1,0 +1,438 @@
+//! Flag over environment over file over default: finds each key's value and where it came from.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::keys::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
+use super::value::Value;
+use super::yaml::{self, Entry, Raw};
+
+/// Everything that a configuration is read from. Nothing else is looked at.
+#[derive(Clone, Debug, std::default::Default)]
+pub(crate) struct Inputs {
+    /// Flags with their dashes, and their values.
+    pub(crate) flags: Vec<(&'static str, String)>,
+    /// Environment variables.
+    pub(crate) env: Vec<(String, String)>,
+    /// The file's path and text.
+    pub(crate) file: Option<(PathBuf, String)>,
+    /// Name of this machine.
+    pub(crate) hostname: String,
+    /// Effective user of this process.
+    pub(crate) uid: u32,
+    /// This process.
+    pub(crate) pid: u32,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A flag.
+    Flag(&'static str),
+    /// An environment variable.
+    Env(String),
+    /// A line of the file.
+    File(PathBuf, usize),
+    /// Nobody said anything.
+    Default,
+    /// It follows from another key.
+    Key(String),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(flag) => write!(f, "flag {flag}"),
+            Self::Env(name) => write!(f, "environment {name}"),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+            Self::Default => f.write_str("default"),
+            Self::Key(key) => write!(f, "from {key}"),
+        }
+    }
+}
+
+/// A value and where it came from.
+#[derive(Clone, Debug)]
+pub(crate) struct Sourced<T> {
+    /// The value.
+    pub(crate) value: T,
+    /// Where it came from.
+    pub(crate) source: Source,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// Where: a flag, a variable, a file's line; empty if something is missing.
+    pub(crate) place: String,
+    /// The key, from the top of the file; empty if the file as a whole is wrong.
+    pub(crate) key: String,
+    /// The value as given; empty if there is none.
+    pub(crate) value: String,
+    /// What is wrong.
+    pub(crate) what: String,
+    /// What would be right.
+    pub(crate) right: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.place.is_empty() {
+            write!(f, "{}: ", self.place)?;
+        }
+        if !self.key.is_empty() {
+            f.write_str(&self.key)?;
+            if !self.value.is_empty() {
+                write!(f, " = {:?}", self.value)?;
+            }
+            f.write_str(": ")?;
+        }
+        f.write_str(&self.what)?;
+        if !self.right.is_empty() {
+            write!(f, "; {}", self.right)?;
+        }
+        Ok(())
+    }
+}
+
+/// A line of a report: a key, its value, its source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// The key, from the top of the file.
+    pub(crate) key: String,
+    /// The value in its one spelling; `-` for none.
+    pub(crate) value: String,
+    /// Where it came from.
+    pub(crate) source: String,
+}
+
+/// The three layers, and what was noticed while reading them.
+#[derive(Debug)]
+pub(crate) struct Layers {
+    flags: Vec<(&'static str, String)>,
+    env: Vec<(String, String)>,
+    path: PathBuf,
+    lmcache: Vec<Entry>,
+    sidecar: Vec<Entry>,
+    /// Names of each section that some key answers to.
+    known: BTreeSet<(bool, String)>,
+    /// Every key with a value or a default, in order.
+    pub(crate) rows: Vec<Row>,
+    /// What is wrong.
+    pub(crate) problems: Vec<Problem>,
+    /// What a user should hear.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Layers {
+    /// Splits the file into its sections.
+    pub(crate) fn new(inputs: &Inputs) -> Self {
+        let mut layers = Self {
+            flags: inputs.flags.clone(),
+            env: inputs
+                .env
+                .iter()
+                .filter(|(_, value)| !value.trim().is_empty())
+                .cloned()
+                .collect(),
+            path: PathBuf::new(),
+            lmcache: Vec::new(),
+            sidecar: Vec::new(),
+            known: BTreeSet::new(),
+            rows: Vec::new(),
+            problems: Vec::new(),
+            warnings: Vec::new(),
+        };
+        if let Some((path, text)) = &inputs.file {
+            layers.read_file(path, text);
+        }
+        layers
+    }
+
+    fn read_file(&mut self, path: &Path, text: &str) {
+        self.path = path.to_owned();
+        match yaml::parse(text) {
+            Ok(entries) => self.lmcache = entries,
+            Err(error) => self.problems.push(Problem {
+                place: format!("{}:{}", path.display(), error.line),
+                key: String::new(),
+                value: String::new(),
+                what: error.what,
+                right: String::new(),
+            }),
+        }
+        let Some(at) = self.lmcache.iter().position(|e| e.key == SECTION) else {
+            return;
+        };
+        let ours = self.lmcache.remove(at);
+        match ours.value.raw {
+            Raw::Map(entries) => self.sidecar = entries,
+            Raw::Null => {}
+            other => self.problems.push(Problem {
+                place: format!("{}:{}", path.display(), ours.line),
+                key: SECTION.to_owned(),
+                value: other.show(),
+                what: "not a mapping".to_owned(),
+                right: "write keys below it, indented".to_owned(),
+            }),
+        }
+    }
+
+    /// The value of a key, its default included.
+    pub(crate) fn take<T: Value>(&mut self, key: &'static Key) -> Option<Sourced<T>> {
+        let found = self.find(key).or_else(|| match key.default {
+            Default::Value(text) => Some((Source::Default, Raw::outside(text))),
+            _ => None,
+        });
+        let taken = found.and_then(|(source, raw)| self.typed::<T>(key, source, &raw));
+        self.rows.push(Row {
+            key: key.path(),
+            value: taken.as_ref().map_or("-".to_owned(), |t| t.value.show()),
+            source: taken
+                .as_ref()
+                .map_or(String::new(), |t| t.source.to_string()),
+        });
+        taken
+    }
+
+    fn typed<T: Value>(&mut self, key: &Key, source: Source, raw: &Raw) -> Option<Sourced<T>> {
+        let mut notes = Vec::new();
+        match T::read(raw, &mut notes) {
+            Ok(value) => {
+                let place = format!("{source}: {}", key.path());
+                self.warnings
+                    .extend(notes.into_iter().map(|note| format!("{place}: {note}")));
+                Some(Sourced { value, source })
+            }
+            Err(what) => {
+                self.problems.push(Problem {
+                    place: source.to_string(),
+                    key: key.path(),
+                    value: raw.show(),
+                    what,
+                    right: format!("write {}", T::WANT),
+                });
+                None
+            }
+        }
+    }
+
+    /// What was given for a key, by the highest layer that says anything.
+    pub(crate) fn find(&mut self, key: &Key) -> Option<(Source, Raw)> {
+        let names: Vec<&str> = std::iter::once(key.name)
+            .chain(key.aliases.iter().copied())
+            .collect();
+        let ours = key.section == Section::Sidecar;
+        for name in &names {
+            self.known.insert((ours, (*name).to_owned()));
+        }
+        let flag = self
+            .flags
+            .iter()
+            .find(|(flag, _)| !key.flag.is_empty() && *flag == key.flag)
+            .map(|(flag, value)| (Source::Flag(flag), Raw::outside(value)));
+        flag.or_else(|| self.find_env(key, &names))
+            .or_else(|| self.find_line(key, &names))
+    }
+
+    fn find_env(&self, key: &Key, names: &[&str]) -> Option<(Source, Raw)> {
+        names.iter().find_map(|name| {
+            let variable = key.section.variable(name);
+            let (_, value) = self.env.iter().find(|(n, _)| *n == variable)?;
+            Some((Source::Env(variable), Raw::outside(value)))
+        })
+    }
+
+    fn find_line(&mut self, key: &Key, names: &[&str]) -> Option<(Source, Raw)> {
+        let section = match key.section {
+            Section::Lmcache => &self.lmcache,
+            Section::Sidecar => &self.sidecar,
+        };
+        let given: Vec<Entry> = names
+            .iter()
+            .filter_map(|name| section.iter().find(|e| e.key == *name))
+            .filter(|e| e.value.raw != Raw::Null)
+            .cloned()
+            .collect();
+        let first = given.first()?;
+        for other in &given[1..] {
+            if other.value.raw.show() != first.value.raw.show() {
+                self.problems.push(Problem {
+                    place: format!("{}:{}", self.path.display(), other.line),
+                    key: other.key.clone(),
+                    value: other.value.raw.show(),
+                    what: format!(
+                        "it is another name of `{}`, which line {} sets to `{}`",
+                        first.key,
+                        first.line,
+                        first.value.raw.show()
+                    ),
+                    right: "keep one of them".to_owned(),
+                });
+            }
+        }
+        if first.key == "nixl_buffer_device" {
+            self.warnings.push(format!(
+                "{}:{}: nixl_buffer_device: LMCache reads pd_buffer_device for PD; taken as that",
+                self.path.display(),
+                first.line
+            ));
+        }
+        let source = Source::File(self.path.clone(), first.line);
+        Some((source, first.value.raw.clone()))
+    }
+
+    /// Says what a key without a plain default came to.
+    pub(crate) fn computed(&mut self, path: &str, value: String, source: &Source) {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.key == path) {
+            row.value = value;
+            row.source = source.to_string();
+        }
+    }
+
+    /// Notes that something is wrong with the value of a key.
+    pub(crate) fn wrong<T: Value>(
+        &mut self,
+        path: &str,
+        given: &Sourced<T>,
+        what: impl Into<String>,
+        right: impl Into<String>,
+    ) {
+        self.problems.push(Problem {
+            place: given.source.to_string(),
+            key: path.to_owned(),
+            value: given.value.show(),
+            what: what.into(),
+            right: right.into(),
+        });
+    }
+
+    /// Notes that a key is missing, unless it was given and is wrong already, or may stand in a file
+    /// that could not be read.
+    pub(crate) fn missing(&mut self, key: &Key, why: &str) {
+        let path = key.path();
+        if self.problems.iter().any(|p| p.key.is_empty()) {
+            return;
+        }
+        if self
+            .problems
+            .iter()
+            .any(|p| p.key == path || key.aliases.contains(&p.key.as_str()))
+        {
+            return;
+        }
+        let mut ways = vec![format!("set {path} to {}", key.want)];
+        if !key.flag.is_empty() {
+            ways.push(format!("give {}", key.flag));
+        }
+        ways.push(format!("set {}", key.variable()));
+        self.problems.push(Problem {
+            place: String::new(),
+            key: path,
+            value: String::new(),
+            what: format!("missing{why}"),
+            right: ways.join(", or "),
+        });
+    }
+
+    /// After every key has been looked for: what nobody knows. Returns LMCache's unknown keys, which
+    /// a newer LMCache may know.
+    pub(crate) fn unknown(&mut self) -> Vec<String> {
+        let mut ignored = Vec::new();
+        for (ours, entries) in [
+            (false, std::mem::take(&mut self.lmcache)),
+            (true, std::mem::take(&mut self.sidecar)),
+        ] {
+            for entry in entries {
+                if self.known.contains(&(ours, entry.key.clone())) {
+                    continue;
+                }
+                let near = self.nearest(&entry.key);
+                if near.is_none() && !ours {
+                    ignored.push(entry.key);
+                    continue;
+                }
+                let section = if ours {
+                    Section::Sidecar
+                } else {
+                    Section::Lmcache
+                };
+                self.problems.push(Problem {
+                    place: format!("{}:{}", self.path.display(), entry.line),
+                    key: section.path(&entry.key),
+                    value: entry.value.raw.show(),
+                    what: "no such key".to_owned(),
+                    right: near.map_or("see docs/configuration.md".to_owned(), |near| {
+                        format!("did you mean {near}?")
+                    }),
+                });
+            }
+        }
+        self.unknown_variables();
+        ignored
+    }
+
+    fn unknown_variables(&mut self) {
+        let variables: HashSet<String> = self
+            .known
+            .iter()
+            .map(|(ours, name)| section_of(*ours).variable(name))
+            .collect();
+        for (name, _) in &self.env {
+            let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
+            if ours && !variables.contains(name) && name != FILE_VARIABLE {
+                let near = nearest(name, variables.iter().map(String::as_str));
+                let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
+                self.warnings
+                    .push(format!("environment {name}: no such key, ignored{hint}"));
+            }
+        }
+    }
+
+    fn nearest(&self, name: &str) -> Option<String> {
+        let best = nearest(name, self.known.iter().map(|(_, known)| known.as_str()))?;
+        let (ours, name) = self.known.iter().find(|(_, known)| known == best)?;
+        Some(section_of(*ours).path(name))
+    }
+}
+
+/// Names the file when no flag does.
+pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
+
+/// The key that holds ours.
+const SECTION: &str = "sidecar";
+
+fn section_of(ours: bool) -> Section {
+    if ours {
+        Section::Sidecar
+    } else {
+        Section::Lmcache
+    }
+}
+
+/// The candidate that `name` is probably a slip of: at most one edit in four characters.
+fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .map(|candidate| (distance(name, candidate), candidate))
+        .filter(|(d, candidate)| *d * 4 <= candidate.len().max(4))
+        .min_by_key(|(d, candidate)| (*d, candidate.len()))
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein's distance in bytes, `-` and `_` and the case of letters counting as equal.
+fn distance(a: &str, b: &str) -> usize {
+    let fold = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_bytes();
+    let (a, b) = (fold(a), fold(b));
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let cost = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = cost.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,76 @@
+//! From the configuration to what the protocol's machines want.
+
+use protocol::registration::InstanceRole;
+use protocol::{Epoch, Layout, receiver, sender};
+
+use super::{Config, Role};
+
+impl Config {
+    /// The sender machine of a rank.
+    pub(crate) fn sender_config(
+        &self,
+        rank: u32,
+        epoch: Epoch,
+        slots: u32,
+        layout: Layout,
+    ) -> sender::Config {
+        let times = self.times;
+        sender::Config {
+            id: self.rank_id(rank),
+            epoch,
+            slots,
+            layout,
+            max_requests: self.max_requests as usize,
+            heartbeat: times.heartbeat,
+            wait: times.wait,
+            park: times.park,
+            repeat: times.repeat,
+            link: times.link,
+            stall: times.stall,
+            push_off: !self.push,
+        }
+    }
+
+    /// The receiver machine of any rank; `None` if the layout has no size (an unknown dtype).
+    pub(crate) fn receiver_config(
+        &self,
+        epoch: Epoch,
+        slots: u32,
+        layout: &Layout,
+    ) -> Option<receiver::Config> {
+        let times = self.times;
+        Some(receiver::Config {
+            epoch,
+            slots,
+            token_bytes: layout.token_bytes()?,
+            chunk_tokens: layout.chunk_tokens,
+            max_requests: self.max_requests as usize,
+            max_quarantined: self.max_quarantined.unwrap_or((slots / 4).max(1)),
+            no_sender: times.no_sender,
+            unclaimed: times.unclaimed,
+            max_lease: times.max_lease,
+            max_wait: times.max_wait,
+            // Lease ids are permissions, so nobody may guess where they begin.
+            seed: rand::random(),
+        })
+    }
+
+    /// The name of one rank's machine: receivers number the messages of each name, so two ranks of
+    /// one sidecar may not share one.
+    pub(crate) fn rank_id(&self, rank: u32) -> String {
+        if self.ranks == 1 {
+            self.id.clone()
+        } else {
+            format!("{}/{rank}", self.id)
+        }
+    }
+
+    /// Which legs the engine takes.
+    pub(crate) fn instance_role(&self) -> InstanceRole {
+        match self.role {
+            Role::Sender => InstanceRole::Prefill,
+            Role::Receiver => InstanceRole::Decode,
+            Role::Both => InstanceRole::Both,
+        }
+    }
+}

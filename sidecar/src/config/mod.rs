@@ -1,0 +1,213 @@
+//! The sidecar's configuration: LMCache's keys and ours, from flags, environment and one YAML file.
+//!
+//! Two kinds of types: what was given ([`keys::Lmcache`], [`keys::Sidecar`]: every field optional,
+//! each with its source) and what holds ([`Config`]: complete, checked, the only one that the rest
+//! of the process sees). Between them, everything that is wrong is collected, and said at once.
+
+mod checks;
+mod keys;
+mod layers;
+mod lmcache;
+mod machines;
+mod reference;
+mod report;
+mod value;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
+#[cfg(test)]
+pub(crate) use self::reference::flags;
+pub(crate) use self::reference::reference;
+pub(crate) use self::report::Report;
+pub(crate) use self::value::{Bytes, HostPort, LogFormat, Role, Wire};
+
+use self::keys::{Lmcache, Sidecar};
+use self::layers::Layers;
+
+/// What holds: complete and checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// Which side of transfers this is.
+    pub(crate) role: Role,
+    /// Name in messages, logs and the proxy's registry.
+    pub(crate) id: String,
+    /// Tensor-parallel ranks of the engine.
+    pub(crate) ranks: u32,
+    /// Bytes of the buffer of each rank.
+    pub(crate) buffer_bytes: u64,
+    /// Tokens of a chunk, if engines with other chunks are to be refused.
+    pub(crate) chunk_tokens: Option<u32>,
+    /// Where senders come to; absent for a sender.
+    pub(crate) listen: Option<Listen>,
+    /// The unix socket for the engine.
+    pub(crate) socket: PathBuf,
+    /// Where the admin server is bound.
+    pub(crate) admin: HostPort,
+    /// Host that others reach the admin server at.
+    pub(crate) admin_host: String,
+    /// Whom to register with.
+    pub(crate) proxy: Option<Proxy>,
+    /// Which wires may be used.
+    pub(crate) transport: Wire,
+    /// Chunks carry checksums.
+    pub(crate) checksum: bool,
+    /// KV is pushed at all.
+    pub(crate) push: bool,
+    /// Bounds of every wait.
+    pub(crate) times: Times,
+    /// Requests under way at once and rank.
+    pub(crate) max_requests: u32,
+    /// Slots that one sender may leave quarantined; absent: a quarter of them.
+    pub(crate) max_quarantined: Option<u32>,
+    /// Directives of the log filter.
+    pub(crate) log_level: String,
+    /// How log lines look.
+    pub(crate) log_format: LogFormat,
+    /// Takes the machines' events and actions.
+    pub(crate) trace: Option<PathBuf>,
+}
+
+/// The ports that senders come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listen {
+    /// What they are bound to.
+    pub(crate) host: String,
+    /// What senders connect to.
+    pub(crate) advertise: String,
+    /// The ports of each rank.
+    pub(crate) ranks: Vec<RankPorts>,
+}
+
+/// The ports of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RankPorts {
+    /// Init handshake.
+    pub(crate) init: u16,
+    /// Alloc requests.
+    pub(crate) alloc: u16,
+    /// Data of the built-in TCP transport; 0 is any free one.
+    pub(crate) tcp: u16,
+}
+
+/// The proxy that this sidecar registers with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Proxy {
+    /// Its registration port.
+    pub(crate) address: HostPort,
+    /// Base URL of the engine's OpenAI server, for the proxy.
+    pub(crate) engine_url: String,
+    /// Time between two registrations.
+    pub(crate) period: Duration,
+}
+
+/// Bounds of every wait. Each is described at its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Times {
+    pub(crate) heartbeat: Duration,
+    pub(crate) wait: Duration,
+    pub(crate) park: Duration,
+    pub(crate) repeat: Duration,
+    pub(crate) link: Duration,
+    pub(crate) stall: Duration,
+    pub(crate) max_wait: Duration,
+    pub(crate) no_sender: Duration,
+    pub(crate) unclaimed: Duration,
+    pub(crate) max_lease: Duration,
+    pub(crate) drain: Duration,
+}
+
+impl Config {
+    /// Reads everything; the report says what came from where, also if there is no configuration.
+    ///
+    /// # Errors
+    /// Everything that is wrong or missing, in the report's `problems`.
+    pub(crate) fn load(inputs: &Inputs) -> Result<(Self, Report), Box<Report>> {
+        let mut layers = Layers::new(inputs);
+        let lmcache = Lmcache::read(&mut layers);
+        let sidecar = Sidecar::read(&mut layers);
+        let ignored = lmcache::read(&mut layers);
+        let unknown = layers.unknown();
+        let config = checks::config(&mut layers, inputs, &lmcache, &sidecar);
+        let report = Report::new(layers, ignored, unknown, &inputs.env);
+        match config {
+            Some(config) if report.problems.is_empty() => Ok((config, report)),
+            _ => Err(Box::new(report)),
+        }
+    }
+
+    /// Whether a prefill engine may use this sidecar.
+    pub(crate) fn sends(&self) -> bool {
+        self.role != Role::Receiver
+    }
+
+    /// Whether a decode engine may use this sidecar.
+    pub(crate) fn receives(&self) -> bool {
+        self.role != Role::Sender
+    }
+
+    /// Base URL of the admin server, once its port is known.
+    pub(crate) fn admin_url(&self, port: u16) -> String {
+        let at = HostPort {
+            host: self.admin_host.clone(),
+            port,
+        };
+        format!("http://{at}")
+    }
+}
+
+impl Inputs {
+    /// Flags, this process's environment, and the file that the flag or `LMCACHE_CONFIG_FILE` names.
+    ///
+    /// # Errors
+    /// The file that cannot be read, and why.
+    pub(crate) fn of_process(
+        flags: Vec<(&'static str, String)>,
+        file: Option<PathBuf>,
+    ) -> Result<Self, String> {
+        let env: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        let named = env
+            .iter()
+            .find(|(name, value)| name == FILE_VARIABLE && !value.is_empty())
+            .map(|(_, value)| PathBuf::from(value));
+        let (path, by) = match (file, named) {
+            (Some(path), _) => (Some(path), "--config"),
+            (None, named) => (named, FILE_VARIABLE),
+        };
+        let file = match path {
+            None => None,
+            Some(path) => {
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|e| format!("{by}: cannot read {}: {e}", path.display()))?;
+                Some((path, text))
+            }
+        };
+        Ok(Self {
+            flags,
+            env,
+            file,
+            hostname: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            uid: rustix::process::geteuid().as_raw(),
+            pid: std::process::id(),
+        })
+    }
+}
+
+/// Reads one value outside of any layer: of a subcommand's own flag.
+///
+/// # Errors
+/// What is wrong with it and what would be right.
+pub(crate) fn read<T: value::Value>(text: &str) -> Result<T, String> {
+    T::read(&yaml::Raw::outside(text), &mut Vec::new())
+        .map_err(|what| format!("{what}; write {}", T::WANT))
+}

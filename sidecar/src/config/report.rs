@@ -1,0 +1,158 @@
+//! What `check-config` prints and a start logs: every value with its source, what is ignored, what
+//! is passed through, what is wrong.
+
+use std::fmt::{self, Write};
+
+use serde_json::json;
+
+use super::layers::{Layers, Problem, Row};
+use super::lmcache::Ignored;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct Report {
+    /// Every key with its value and source.
+    pub(crate) rows: Vec<Row>,
+    /// LMCache's keys that were given and have no effect.
+    pub(crate) ignored: Vec<Ignored>,
+    /// Keys that this version does not know; a newer LMCache may.
+    pub(crate) unknown: Vec<String>,
+    /// Variables that are read by UCX and NIXL, not by us.
+    pub(crate) passed: Vec<(String, String)>,
+    /// What a user should hear.
+    pub(crate) warnings: Vec<String>,
+    /// What is wrong.
+    pub(crate) problems: Vec<Problem>,
+}
+
+impl Report {
+    pub(super) fn new(
+        layers: Layers,
+        ignored: Vec<Ignored>,
+        unknown: Vec<String>,
+        env: &[(String, String)],
+    ) -> Self {
+        let mut passed: Vec<_> = env
+            .iter()
+            .filter(|(name, _)| PASSED.iter().any(|prefix| name.starts_with(prefix)))
+            .cloned()
+            .collect();
+        passed.sort();
+        Self {
+            rows: layers.rows,
+            ignored,
+            unknown,
+            passed,
+            warnings: layers.warnings,
+            problems: layers.problems,
+        }
+    }
+
+    /// One line a problem and a last one that says what to do: for standard error, before exit 64.
+    pub(crate) fn errors(&self) -> String {
+        let mut text = String::new();
+        for problem in &self.problems {
+            writeln!(text, "error: {problem}").expect("a String takes every write");
+        }
+        let n = self.problems.len();
+        let noun = if n == 1 { "mistake" } else { "mistakes" };
+        writeln!(
+            text,
+            "{n} {noun} in the configuration; docs/configuration.md explains every key"
+        )
+        .expect("a String takes every write");
+        text
+    }
+
+    /// The same for programs.
+    pub(crate) fn json(&self) -> serde_json::Value {
+        json!({
+            "ok": self.problems.is_empty(),
+            "values": self.rows.iter().map(|row| json!({
+                "key": row.key, "value": row.value, "source": row.source,
+            })).collect::<Vec<_>>(),
+            "ignored": self.ignored.iter().map(|i| json!({
+                "key": i.key, "value": i.value, "source": i.source, "why": i.why,
+            })).collect::<Vec<_>>(),
+            "unknown": self.unknown,
+            "passed_through": self.passed.iter().map(|(name, value)| json!({
+                "name": name, "value": value,
+            })).collect::<Vec<_>>(),
+            "warnings": self.warnings,
+            "errors": self.problems.iter().map(|p| json!({
+                "place": p.place, "key": p.key, "value": p.value, "what": p.what, "right": p.right,
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    /// Writes the start's log lines: warnings, what is ignored, what is passed through.
+    pub(crate) fn log(&self) {
+        for warning in &self.warnings {
+            tracing::warn!("{warning}");
+        }
+        for ignored in &self.ignored {
+            tracing::info!(
+                key = ignored.key,
+                value = ignored.value,
+                source = ignored.source,
+                "ignored: {}",
+                ignored.why
+            );
+        }
+        for key in &self.unknown {
+            tracing::warn!(key, "unknown key ignored");
+        }
+        for (name, value) in &self.passed {
+            tracing::info!(name, value, "passed through to UCX and NIXL");
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = self
+            .rows
+            .iter()
+            .map(|r| [r.key.as_str(), &r.value, &r.source]);
+        table(f, ["KEY", "VALUE", "SOURCE"], &rows.collect::<Vec<_>>())?;
+        if !self.ignored.is_empty() {
+            writeln!(f, "\nIgnored:")?;
+            let rows = self
+                .ignored
+                .iter()
+                .map(|i| [i.key.as_str(), &i.value, i.why]);
+            table(f, ["KEY", "VALUE", "BECAUSE"], &rows.collect::<Vec<_>>())?;
+        }
+        if !self.unknown.is_empty() {
+            writeln!(f, "\nUnknown and ignored: {}", self.unknown.join(", "))?;
+        }
+        if !self.passed.is_empty() {
+            writeln!(f, "\nPassed through to UCX and NIXL:")?;
+            for (name, value) in &self.passed {
+                writeln!(f, "  {name}={value}")?;
+            }
+        }
+        for warning in &self.warnings {
+            writeln!(f, "\nwarning: {warning}")?;
+        }
+        Ok(())
+    }
+}
+
+fn table(f: &mut fmt::Formatter<'_>, head: [&str; 3], rows: &[[&str; 3]]) -> fmt::Result {
+    let width = |i: usize| {
+        rows.iter()
+            .map(|row| row[i].len())
+            .chain([head[i].len()])
+            .max()
+            .unwrap_or(0)
+    };
+    let (first, second) = (width(0), width(1).min(48));
+    for [a, b, c] in std::iter::once(&head).chain(rows) {
+        writeln!(f, "{}", format!("{a:first$}  {b:second$}  {c}").trim_end())?;
+    }
+    Ok(())
+}
+
+/// How the variables begin that are not ours to read.
+const PASSED: &[&str] = &["UCX_", "NIXL_"];

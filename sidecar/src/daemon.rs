@@ -1,0 +1,135 @@
+//! The process from start to exit code: what is shown, the node, signals, the drain.
+
+use std::sync::Arc;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::admin::Admin;
+use crate::cli::Exit;
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::node::{Ended, Node};
+use crate::registration::{ProxyVoice, Registration};
+use crate::shown::Showcase;
+use crate::status::Status;
+use crate::zmq::Push;
+
+/// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
+/// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
+/// its own).
+pub(crate) fn run(config: Config) -> Exit {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let served = match runtime {
+        Ok(runtime) => runtime.block_on(serve(Arc::new(config))),
+        Err(cause) => Err(cause.into()),
+    };
+    match served {
+        Ok(exit) => exit,
+        Err(cause) => {
+            error!("{cause:#}");
+            Exit::Unavailable
+        }
+    }
+}
+
+async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
+    let mut signals = Signals::new()?;
+    let status = Arc::new(Status::new(&config));
+    let metrics = Arc::new(Metrics::new(&status));
+    let admin = Admin::bind(&config.admin, Arc::clone(&status), Arc::clone(&metrics)).await?;
+    let (leave, gone) = (CancellationToken::new(), CancellationToken::new());
+    let (proxy, registration) = match &config.proxy {
+        None => (None, None),
+        Some(proxy) => {
+            let push = Push::connect(&proxy.address.host, proxy.address.port).await?;
+            let (voice, task) = Registration::new(
+                push,
+                Arc::clone(&config),
+                admin.port(),
+                Arc::clone(&status),
+                Arc::clone(&metrics),
+            );
+            (Some::<ProxyVoice>(voice), Some(task))
+        }
+    };
+    let shown = Showcase {
+        status: Arc::clone(&status),
+        metrics,
+        proxy,
+    };
+    let node = Node::start(Arc::clone(&config), Arc::new(shown)).await?;
+    status.bound();
+    info!(
+        id = config.id,
+        role = config.role.as_str(),
+        "sidecar running"
+    );
+    let mut services = tokio::task::JoinSet::new();
+    services.spawn(admin.run(gone.clone()));
+    if let Some(registration) = registration {
+        services.spawn(registration.run(leave.clone(), gone.clone()));
+    }
+    let drain = node.drain_token();
+    let running = node.run();
+    tokio::pin!(running);
+    let ended = loop {
+        tokio::select! {
+            biased;
+            ended = &mut running => break ended,
+            name = signals.next() => {
+                if drain.is_cancelled() {
+                    warn!(signal = name, "stopping at once");
+                    break Ended::Busy;
+                }
+                info!(signal = name, grace = ?config.times.drain, "draining; a second signal stops at once");
+                status.draining();
+                leave.cancel();
+                drain.cancel();
+            }
+        }
+    };
+    gone.cancel();
+    while let Some(service) = services.join_next().await {
+        if let Err(error) = service
+            && error.is_panic()
+        {
+            std::panic::resume_unwind(error.into_panic());
+        }
+    }
+    Ok(match ended {
+        Ended::Drained => Exit::Ok,
+        Ended::Busy => Exit::Temporary,
+        Ended::Broken => Exit::Internal,
+    })
+}
+
+/// The signals that end a sidecar.
+#[derive(Debug)]
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The name of the next one.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! One engine connection: a reader that feeds the owner of the machines, a writer that it feeds.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::EngineId;
+use protocol::local::{ToEngine, ToSidecar};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::FromEngine;
+use super::frame::{self, FrameError};
+use crate::memory::{Buffer, Export};
+
+/// How long a new connection may take to say hello, and to be welcomed.
+const HELLO: Duration = Duration::from_secs(5);
+/// Messages that may wait for an engine that does not read. An engine has at most some hundred
+/// requests under way, each with a handful of messages; beyond that it is stuck, and is cut off.
+const OUTBOX: usize = 4096;
+
+/// The sending half of an engine connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    id: EngineId,
+    outbox: mpsc::Sender<Outgoing>,
+    /// Cancelled when the outbox overflows: a message may not be lost on a connection that lives on.
+    overflow: CancellationToken,
+}
+
+#[derive(Debug)]
+enum Outgoing {
+    Message(ToEngine),
+    WithBuffer(ToEngine, Arc<Buffer>),
+    Last(ToEngine),
+}
+
+impl Connection {
+    /// The connection's number.
+    pub(crate) fn id(&self) -> EngineId {
+        self.id
+    }
+
+    /// Answers a hello with the buffer.
+    pub(crate) fn welcome(&self, message: ToEngine, buffer: Arc<Buffer>) {
+        self.put(Outgoing::WithBuffer(message, buffer));
+    }
+
+    /// Answers a hello with a refusal; the connection ends.
+    pub(crate) fn refuse(&self, message: ToEngine) {
+        self.put(Outgoing::Last(message));
+    }
+
+    /// Sends a message. An engine that lets thousands pile up is disconnected.
+    pub(crate) fn send(&self, message: ToEngine) {
+        self.put(Outgoing::Message(message));
+    }
+
+    fn put(&self, outgoing: Outgoing) {
+        match self.outbox.try_send(outgoing) {
+            Ok(()) => {}
+            // The reader reports the end.
+            Err(TrySendError::Closed(_)) => debug!(engine = %self.id, "engine has gone"),
+            Err(TrySendError::Full(_)) => self.overflow.cancel(),
+        }
+    }
+}
+
+/// Serves one connection until it ends.
+pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender<FromEngine>) {
+    let (mut reader, writer) = stream.into_split();
+    let mut buffer = Vec::new();
+    let first = tokio::time::timeout(HELLO, frame::read(&mut reader, &mut buffer)).await;
+    let hello = match first {
+        Ok(Ok(ToSidecar::Hello(hello))) => hello,
+        Ok(Ok(other)) => {
+            warn!(engine = %id, ?other, "engine connection closed: its first message is no hello");
+            return;
+        }
+        Ok(Err(error)) => {
+            warn!(engine = %id, %error, "engine connection closed before its hello");
+            return;
+        }
+        Err(_) => {
+            warn!(engine = %id, "engine connection closed: no hello within {HELLO:?}");
+            return;
+        }
+    };
+    let (outbox, inbox) = mpsc::channel(OUTBOX);
+    let connection = Connection {
+        id,
+        outbox,
+        overflow: CancellationToken::new(),
+    };
+    let overflow = connection.overflow.clone();
+    if events
+        .send(FromEngine::Hello(connection, hello))
+        .await
+        .is_err()
+    {
+        return;
+    }
+    let ended = tokio::select! {
+        biased;
+        ended = read_all(id, &mut reader, buffer, &events) => ended,
+        ended = write_all(writer, inbox) => ended,
+        () = overflow.cancelled() => "it does not read its messages".to_owned(),
+    };
+    info!(engine = %id, reason = ended, "engine disconnected");
+    // Without the owner of the machines nobody is left to be told.
+    if events.send(FromEngine::Gone(id)).await.is_err() {
+        debug!(engine = %id, "shutting down");
+    }
+}
+
+async fn read_all(
+    id: EngineId,
+    reader: &mut (impl tokio::io::AsyncRead + Unpin),
+    mut buffer: Vec<u8>,
+    events: &mpsc::Sender<FromEngine>,
+) -> String {
+    loop {
+        match frame::read(reader, &mut buffer).await {
+            Ok(message) => {
+                if events.send(FromEngine::Message(id, message)).await.is_err() {
+                    return "shutting down".to_owned();
+                }
+            }
+            Err(FrameError::Closed) => return "it closed the connection".to_owned(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}
+
+async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoing>) -> String {
+    while let Some(outgoing) = inbox.recv().await {
+        let sent = match outgoing {
+            Outgoing::Message(message) => writer.write_all(&frame::encode(&message)).await,
+            Outgoing::WithBuffer(message, buffer) => {
+                let Export::Memfd(fd) = buffer.export();
+                send_with_fd(&mut writer, &frame::encode(&message), fd).await
+            }
+            Outgoing::Last(message) => {
+                return match writer.write_all(&frame::encode(&message)).await {
+                    Ok(()) => "it was refused".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+            }
+        };
+        if let Err(error) = sent {
+            return error.to_string();
+        }
+    }
+    "shutting down".to_owned()
+}
+
+/// Sends a frame whose first byte carries a descriptor.
+async fn send_with_fd(
+    writer: &mut OwnedWriteHalf,
+    frame: &[u8],
+    fd: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let stream = writer.as_ref();
+    let sent = stream
+        .async_io(Interest::WRITABLE, || {
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd];
+            // One descriptor always fits the space made for one.
+            let fits = ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+            debug_assert!(fits, "space for one descriptor");
+            Ok(rustix::net::sendmsg(
+                stream.as_fd(),
+                &[io::IoSlice::new(frame)],
+                &mut ancillary,
+                SendFlags::NOSIGNAL,
+            )?)
+        })
+        .await?;
+    writer.write_all(&frame[sent..]).await
+}

@@ -1,0 +1,137 @@
+//! The unix socket between engine workers and this process.
+//!
+//! A connection begins with `Hello`; whoever owns the machines answers it through [`Connection`].
+//! The kernel says who is at the other end, and only the same user, root, or a user of the socket's
+//! own directory gets that far.
+
+mod connection;
+mod frame;
+mod path;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use protocol::EngineId;
+use protocol::local::{EngineHello, ToSidecar};
+use tokio::net::UnixListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+pub(crate) use connection::Connection;
+
+/// Connections of one socket at once: one a rank, and as many clients of tests and tools.
+const MAX_CONNECTIONS: usize = 64;
+/// Messages of all engines that wait for the owner of the machines. Beyond it the sockets push back.
+const QUEUE: usize = 1024;
+
+/// What an engine connection does.
+#[derive(Debug)]
+pub(crate) enum FromEngine {
+    /// An engine says hello and waits for [`Connection::welcome`] or [`Connection::refuse`].
+    Hello(Connection, EngineHello),
+    /// An engine that was welcomed says something.
+    Message(EngineId, ToSidecar),
+    /// A connection that said hello has ended.
+    Gone(EngineId),
+}
+
+/// The listening socket. Dropping it ends the connections and removes the file.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    path: PathBuf,
+    stop: CancellationToken,
+}
+
+/// A socket that could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ListenError {
+    /// Another process serves it.
+    #[error("{0} is served by another process: give this sidecar another `sidecar.socket`")]
+    InUse(PathBuf),
+    /// The file cannot be made.
+    #[error("cannot listen on {path}: {source}")]
+    Io {
+        /// As configured.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+impl Listener {
+    /// Binds `path` (a stale file of a dead process is replaced) and accepts until dropped.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub(crate) fn bind(
+        path: &Path,
+        tasks: &mut JoinSet<()>,
+    ) -> Result<(Self, mpsc::Receiver<FromEngine>), ListenError> {
+        let listener = path::bind(path)?;
+        let (events, receiver) = mpsc::channel(QUEUE);
+        let stop = CancellationToken::new();
+        tasks.spawn(accept(listener, events, stop.clone()));
+        let path = path.to_owned();
+        Ok((Self { path, stop }, receiver))
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            debug!(path = %self.path.display(), %error, "socket file not removed");
+        }
+    }
+}
+
+async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: CancellationToken) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors: the listener stays readable, so a pause keeps this from spinning.
+                warn!(%error, "cannot accept an engine connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        if let Err(refusal) = path::authorised(&stream) {
+            warn!(%refusal, "engine connection refused");
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            warn!(
+                limit = MAX_CONNECTIONS,
+                "engine connection refused: too many"
+            );
+            continue;
+        };
+        let id = EngineId(NEXT.fetch_add(1, Ordering::Relaxed));
+        let (events, stop) = (events.clone(), stop.clone());
+        connections.spawn(async move {
+            let _permit = permit;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = connection::serve(id, stream, events) => {}
+            }
+        });
+    }
+}
+
+/// Connections are numbered over the whole process, so that a number in a log names one.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);

@@ -1,0 +1,20 @@
+//! Log lines on standard error: for people, or one JSON object each.
+
+use std::io::{IsTerminal, stderr};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::LogFormat;
+
+/// Begins to log. `directives` were checked with the configuration; `RUST_LOG` does not matter here,
+/// since one value with one source is what `check-config` can show.
+pub(crate) fn start(directives: &str, format: LogFormat) {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(directives))
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal());
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}

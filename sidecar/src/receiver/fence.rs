@@ -1,0 +1,105 @@
+//! Proof that a vanished sender cannot write any more (design: fenced before reuse).
+//!
+//! Over a wire where this process does the writing, closing the slot is the proof, and this module is
+//! not asked. For the others: a sender on this host is watched through its process descriptor, taken
+//! when it introduced itself, so that a reused process id cannot deceive; its end plus a grace period
+//! for what the kernel or UCX still delivers is the proof. A sender on another host proves it only by
+//! its own word; until then its slots stay quarantined, visibly.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::LeaseId;
+use protocol::message::Hello;
+use protocol::receiver::SenderId;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::host;
+
+/// The senders that can be watched, and the proofs that are sought.
+#[derive(Debug, Default)]
+pub(super) struct Fences {
+    processes: BTreeMap<SenderId, Arc<AsyncFd<OwnedFd>>>,
+    sought: BTreeSet<(SenderId, LeaseId)>,
+    watches: JoinSet<(SenderId, LeaseId, io::Result<()>)>,
+}
+
+/// Data that a dead process's kernel sockets or a copy engine may still deliver arrives within this.
+const GRACE: Duration = Duration::from_secs(1);
+/// Senders whose process is watched; beyond it the oldest epochs are dropped.
+const MAX_PROCESSES: usize = 1024;
+
+impl Fences {
+    /// A sender has said who it is.
+    pub(super) fn introduce(&mut self, hello: &Hello) {
+        let sender = SenderId {
+            id: hello.id.clone(),
+            epoch: hello.epoch,
+        };
+        if hello.host != host::identity() || self.processes.contains_key(&sender) {
+            return;
+        }
+        if self.processes.len() >= MAX_PROCESSES {
+            self.processes.pop_first();
+        }
+        let pid = i32::try_from(hello.pid).ok().and_then(Pid::from_raw);
+        let opened = pid.map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK));
+        match opened.map(|fd| fd.map_err(io::Error::from).and_then(AsyncFd::new)) {
+            Some(Ok(fd)) => {
+                self.processes.insert(sender, Arc::new(fd));
+            }
+            Some(Err(error)) => {
+                warn!(sender = hello.id, pid = hello.pid, %error, "the sender's process cannot be watched");
+            }
+            None => {}
+        }
+    }
+
+    /// Seeks a proof for the quarantined slots of a lease.
+    pub(super) fn seek(&mut self, sender: SenderId, lease: LeaseId) {
+        let Some(process) = self.processes.get(&sender).cloned() else {
+            warn!(
+                sender = sender.id,
+                %lease,
+                "slots quarantined until the sender speaks: it runs on another host, or cannot be watched"
+            );
+            return;
+        };
+        if !self.sought.insert((sender.clone(), lease)) {
+            return;
+        }
+        warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
+        self.watches.spawn(async move {
+            let ended = process.readable().await.map(|_| ());
+            tokio::time::sleep(GRACE).await;
+            (sender, lease, ended)
+        });
+    }
+
+    /// The next proof; pending while there is none.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(super) async fn proven(&mut self) -> (SenderId, Option<LeaseId>) {
+        loop {
+            match self.watches.join_next().await {
+                None => std::future::pending().await,
+                Some(Ok((sender, lease, Ok(())))) => {
+                    info!(sender = sender.id, %lease, "the sender's process has ended: slots are free again");
+                    self.sought.remove(&(sender.clone(), lease));
+                    return (sender, Some(lease));
+                }
+                Some(Ok((sender, lease, Err(error)))) => {
+                    warn!(sender = sender.id, %lease, %error, "the sender's process cannot be watched");
+                }
+                Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+            }
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
+//! landing buffer.
+
+mod fence;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use protocol::dlist::Memory;
+use protocol::local::{ToEngine, ToSidecar};
+use protocol::message::{Hello, Init, Pages, ToReceiver, Written};
+use protocol::receiver::{Action, Event, Receiver, Route};
+use protocol::{EngineId, Epoch, LeaseId, VERSION, codec};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, warn};
+
+use crate::engines::{Cut, Engines};
+use crate::host;
+use crate::init::{self, Answer, Identity};
+use crate::local::FromEngine;
+use crate::memory::Buffer;
+use crate::side::{Clock, Gauges, Side, SideContext};
+use crate::zmq::{FromPeer, RouterServer};
+use fence::Fences;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct LandSide {
+    context: SideContext,
+    engines: Engines,
+    machine: Option<Receiver>,
+    buffer: Arc<Buffer>,
+    init: RouterServer,
+    alloc: RouterServer,
+    identity: Identity,
+    /// Init requests of LMCache peers that came before the engine.
+    early: Vec<(Route, Vec<u8>)>,
+    fences: Fences,
+    clock: Clock,
+    draining: bool,
+}
+
+impl LandSide {
+    pub(crate) fn new(
+        context: SideContext,
+        buffer: Arc<Buffer>,
+        init: RouterServer,
+        alloc: RouterServer,
+    ) -> Self {
+        let config = &context.config;
+        let id = config.rank_id(context.rank);
+        let hello = Hello {
+            v: VERSION,
+            id: id.clone(),
+            epoch: Epoch(0),
+            layout: None,
+            transports: context.wires.adverts(),
+            host: host::identity(),
+            pid: std::process::id(),
+            refused: None,
+        };
+        Self {
+            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            machine: None,
+            buffer,
+            init,
+            alloc,
+            identity: Identity {
+                hello,
+                metadata: context.wires.metadata(),
+                rows: Vec::new(),
+                memory: Memory::Dram,
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
+            early: Vec::new(),
+            fences: Fences::default(),
+            clock: Clock::start(),
+            draining: false,
+            context,
+        }
+    }
+
+    /// Runs until `stop` is cancelled, or until nothing is under way once `drain` is.
+    pub(crate) async fn run(
+        mut self,
+        mut engines: mpsc::Receiver<FromEngine>,
+        drain: CancellationToken,
+        stop: CancellationToken,
+    ) {
+        loop {
+            self.publish();
+            if self.draining && self.machine.as_ref().is_none_or(Receiver::is_idle) {
+                break;
+            }
+            let deadline = self.machine.as_ref().and_then(Receiver::deadline);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                received = self.alloc.recv() => match received {
+                    Ok(event) => self.on_alloc_port(event),
+                    Err(error) => {
+                        error!(%error, "the alloc port is dead");
+                        break;
+                    }
+                },
+                Some(event) = engines.recv() => self.on_engine(event),
+                received = self.init.recv() => match received {
+                    Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
+                    Ok(FromPeer::Lost(_)) => {}
+                    Err(error) => {
+                        error!(%error, "the init port is dead");
+                        break;
+                    }
+                },
+                (sender, lease) = self.fences.proven() => {
+                    self.feed(Event::Fenced { sender, lease });
+                }
+                () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
+                () = drain.cancelled(), if !self.draining => {
+                    self.draining = true;
+                    self.feed(Event::Drain);
+                }
+            }
+        }
+        self.init.close().await;
+        self.alloc.close().await;
+    }
+
+    fn on_init(&mut self, route: Route, bytes: &[u8]) {
+        if let Ok(Init::NixlInitRequest(request)) = codec::decode(bytes)
+            && let Some(hello) = &request.x
+        {
+            self.fences.introduce(hello);
+        }
+        match init::answer(bytes, &self.identity) {
+            Answer::Reply(reply) => {
+                if let Err(error) = self.init.send(route, reply) {
+                    debug!(%error, "init answer not sent");
+                }
+            }
+            Answer::NotYet if self.early.len() < MAX_EARLY => {
+                self.early.push((route, bytes.to_vec()));
+            }
+            Answer::NotYet => self.init.disconnect(route),
+            Answer::Malformed(error) => {
+                warn!(
+                    peer = self.init.name(route),
+                    error, "malformed message on the init port"
+                );
+                self.context.malformed("init");
+                self.init.disconnect(route);
+            }
+        }
+    }
+
+    fn on_alloc_port(&mut self, event: FromPeer) {
+        match event {
+            FromPeer::Message(route, bytes) => match codec::decode::<ToReceiver>(&bytes) {
+                Ok(message) => {
+                    debug!(?route, ?message, "from sender");
+                    self.on_message(route, message);
+                }
+                Err(error) => {
+                    warn!(peer = self.alloc.name(route), %error, "malformed message on the alloc port");
+                    self.context.malformed("alloc");
+                    self.alloc.disconnect(route);
+                }
+            },
+            FromPeer::Lost(route) => self.feed(Event::PeerLost { route }),
+        }
+    }
+
+    fn on_message(&mut self, route: Route, message: ToReceiver) {
+        if self.machine.is_none() {
+            // Without an engine there is no buffer to grant; the machine answers the next time.
+            self.alloc.disconnect(route);
+            return;
+        }
+        let corrupt = match &message {
+            ToReceiver::Written(written) if !self.sums_match(written) => Some(written.lease),
+            _ => None,
+        };
+        match corrupt {
+            Some(lease) => self.feed(Event::Corrupt(lease)),
+            None => self.feed(Event::Peer { route, message }),
+        }
+    }
+
+    /// Compares the sender's checksums with the landed bytes.
+    fn sums_match(&self, written: &Written) -> bool {
+        let (Some(machine), Some(cut)) = (&self.machine, self.engines.cut()) else {
+            return true;
+        };
+        for ((&chunk, &index), &sum) in written
+            .chunks
+            .iter()
+            .zip(&written.indexes)
+            .zip(&written.sums)
+        {
+            let Some(bytes) = machine.expected_bytes(written.lease, chunk) else {
+                continue; // a repetition, or not of this lease: the machine knows what to say
+            };
+            let landed = self.buffer.sum(u64::from(index) * cut.slot_bytes, bytes);
+            if landed.ok() != Some(sum) {
+                error!(lease = %written.lease, chunk, slot = index, "checksum of a landed chunk differs");
+                return false;
+            }
+        }
+        true
+    }
+
+    fn on_engine(&mut self, event: FromEngine) {
+        match event {
+            FromEngine::Hello(connection, hello) => {
+                let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
+                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
+                    self.begin(&cut);
+                }
+            }
+            FromEngine::Message(engine, message) => match message {
+                ToSidecar::Await(m) => self.feed(Event::Await(engine, m)),
+                ToSidecar::Release(m) => self.feed(Event::Release(engine, m)),
+                ToSidecar::Abort(m) => self.feed(Event::Abort(engine, m)),
+                other => warn!(%engine, ?other, "not a message of a decode engine: ignored"),
+            },
+            FromEngine::Gone(engine) => {
+                self.engines.gone(engine);
+                self.feed(Event::EngineGone(engine));
+            }
+        }
+    }
+
+    /// A machine for a freshly cut buffer.
+    fn begin(&mut self, cut: &Cut) {
+        self.context.wires.cut(cut.slots, cut.slot_bytes);
+        let config = self
+            .context
+            .config
+            .receiver_config(cut.epoch, cut.slots, &cut.layout);
+        let Some(config) = config else {
+            error!(?cut, "a layout without a size was admitted");
+            return;
+        };
+        self.identity = Identity {
+            hello: Hello {
+                epoch: cut.epoch,
+                layout: Some(cut.layout.clone()),
+                transports: self.context.wires.adverts(),
+                ..self.identity.hello.clone()
+            },
+            metadata: self.context.wires.metadata(),
+            rows: self.context.wires.rows(),
+            memory: Memory::Dram,
+            pages: Pages {
+                v: VERSION,
+                slots: cut.slots,
+                slot_bytes: cut.slot_bytes,
+            },
+        };
+        for (route, request) in std::mem::take(&mut self.early) {
+            self.on_init(route, &request);
+        }
+        self.context.trace.begin_receiver(&config);
+        self.machine = Some(Receiver::new(config));
+    }
+
+    fn feed(&mut self, event: Event) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let now = self.clock.now();
+        self.context.trace.receiver_event(now, &event);
+        machine.handle(now, event);
+        let mut fenced = BTreeMap::new();
+        while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
+            self.context.trace.receiver_action(&action);
+            self.act(action, &mut fenced);
+        }
+        let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
+        self.context.wires.expect(writing > 0);
+        for (lease, sender) in fenced {
+            self.feed(Event::Fenced {
+                sender,
+                lease: Some(lease),
+            });
+        }
+    }
+
+    fn act(
+        &mut self,
+        action: Action,
+        fenced: &mut BTreeMap<LeaseId, protocol::receiver::SenderId>,
+    ) {
+        match action {
+            Action::Send { route, message } => {
+                if let Err(error) = self.alloc.send(route, codec::encode(&message)) {
+                    debug!(peer = self.alloc.name(route), %error, "answer not sent");
+                }
+            }
+            Action::Ready(engine, m) => self.tell(engine, ToEngine::Ready(m)),
+            Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
+            Action::Open { lease, slot } => self.context.wires.open(lease, slot),
+            Action::Close { slot } => self.context.wires.close(slot),
+            Action::Fence {
+                sender,
+                lease,
+                transport,
+            } => {
+                // The slots were closed before this action: where we do the writing, that is proof.
+                if self.context.wires.close_is_a_fence(&transport) {
+                    fenced.insert(lease, sender);
+                } else {
+                    self.fences.seek(sender, lease);
+                }
+            }
+            Action::Record(record) => self.context.record(Side::Receiver, &record),
+        }
+    }
+
+    fn tell(&self, engine: EngineId, message: ToEngine) {
+        self.engines.send(engine, message);
+    }
+
+    fn publish(&self) {
+        let gauges = self.machine.as_ref().map(Receiver::gauges);
+        let gauges = gauges.unwrap_or_default();
+        self.context.publish(
+            Side::Receiver,
+            Gauges {
+                cut: self.engines.cut(),
+                engines: self.engines.connected(),
+                free: gauges.free,
+                held: gauges.held,
+                quarantined: gauges.quarantined,
+                parked_tokens: gauges.parked_tokens,
+                requests: gauges.requests,
+            },
+            std::iter::empty(),
+        );
+    }
+}
+
+/// Init requests that wait for an engine; a peer beyond it is disconnected, and asks again.
+const MAX_EARLY: usize = 64;

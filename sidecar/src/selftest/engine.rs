@@ -1,0 +1,71 @@
+//! The engine's half of the local protocol, as far as a self-test needs it: one connection that does
+//! what a vLLM worker does, without a model.
+
+use std::io;
+use std::path::Path;
+
+use protocol::codec;
+use protocol::local::{EngineHello, EngineRole, ToEngine, ToSidecar, Welcome};
+use protocol::{Layout, VERSION};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+/// A greeted connection.
+#[derive(Debug)]
+pub(super) struct Engine {
+    stream: UnixStream,
+    pub(super) welcome: Welcome,
+}
+
+impl Engine {
+    /// Connects and says hello.
+    pub(super) async fn connect(
+        socket: &Path,
+        role: EngineRole,
+        layout: Layout,
+    ) -> anyhow::Result<Self> {
+        let mut stream = UnixStream::connect(socket).await?;
+        let hello = ToSidecar::Hello(EngineHello {
+            v: VERSION,
+            engine: "selftest".to_owned(),
+            role,
+            rank: 0,
+            world_size: 1,
+            layout,
+        });
+        write(&mut stream, &hello).await?;
+        // The descriptor that comes with the welcome is closed by the kernel: this process has the
+        // buffer already.
+        match read(&mut stream).await? {
+            ToEngine::Welcome(welcome) => Ok(Self { stream, welcome }),
+            other => anyhow::bail!("not welcomed: {other:?}"),
+        }
+    }
+
+    pub(super) async fn send(&mut self, message: &ToSidecar) -> io::Result<()> {
+        write(&mut self.stream, message).await
+    }
+
+    /// The next message.
+    ///
+    /// # Cancel safety
+    /// Waits for the first byte only; once a frame has begun, the rest follows at once.
+    pub(super) async fn recv(&mut self) -> anyhow::Result<ToEngine> {
+        self.stream.readable().await?;
+        read(&mut self.stream).await
+    }
+}
+
+async fn write(stream: &mut UnixStream, message: &ToSidecar) -> io::Result<()> {
+    let body = codec::encode(message);
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
+    stream.write_all(&length.to_le_bytes()).await?;
+    stream.write_all(&body).await
+}
+
+async fn read(stream: &mut UnixStream) -> anyhow::Result<ToEngine> {
+    let length = stream.read_u32_le().await? as usize;
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok(codec::decode(&body)?)
+}

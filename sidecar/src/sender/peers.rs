@@ -1,0 +1,391 @@
+//! Links to receivers: the init handshake, the chosen wire, and the socket to the alloc port.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use protocol::dlist::Memory;
+use protocol::local::Target;
+use protocol::message::{Hello, Pages, ToReceiver, ToSender};
+use protocol::sender::Piece;
+use protocol::{Epoch, LeaseId, Reason, VERSION, codec};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::engines::Cut;
+use crate::host;
+use crate::init::{self, Identity};
+use crate::side::LinkStatus;
+use crate::transport::{Link, Outcome, Remote};
+use crate::wires::Wires;
+use crate::zmq::{DealerClient, FromServer};
+
+/// What comes from receivers.
+#[derive(Debug)]
+pub(super) enum FromReceiver {
+    Message(Target, ToSender),
+    Linked {
+        to: Target,
+        epoch: Epoch,
+        slots: u32,
+        transport: String,
+    },
+    Lost(Target, Reason),
+}
+
+/// Every receiver that this rank is linked to.
+#[derive(Debug)]
+pub(super) struct Peers {
+    wires: Wires,
+    config: Arc<Config>,
+    rank: u32,
+    cut: Option<Cut>,
+    peers: BTreeMap<Target, Peer>,
+    /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
+    generation: u64,
+    tasks: JoinSet<()>,
+    events: mpsc::Sender<(u64, Internal)>,
+    inbox: mpsc::Receiver<(u64, Internal)>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    generation: u64,
+    stop: CancellationToken,
+    /// To the task that owns the alloc socket.
+    outbox: mpsc::Sender<Vec<u8>>,
+    link: Option<Arc<dyn Link>>,
+    status: LinkStatus,
+}
+
+#[derive(Debug)]
+enum Internal {
+    Up(Target, Box<Made>),
+    Failed(Target, Reason, String),
+    Message(Target, ToSender),
+    Lost(Target),
+}
+
+/// A handshake that went well.
+#[derive(Debug)]
+struct Made {
+    hello: Hello,
+    slots: u32,
+    link: Arc<dyn Link>,
+    why: String,
+}
+
+/// Messages to one receiver that may wait for its socket.
+const OUTBOX: usize = 4096;
+/// Messages of all receivers that may wait for the machine; beyond it their sockets push back.
+const INBOX: usize = 4096;
+
+impl Peers {
+    pub(super) fn new(wires: Wires, config: Arc<Config>, rank: u32) -> Self {
+        let (events, inbox) = mpsc::channel(INBOX);
+        Self {
+            wires,
+            config,
+            rank,
+            cut: None,
+            peers: BTreeMap::new(),
+            generation: 0,
+            tasks: JoinSet::new(),
+            events,
+            inbox,
+        }
+    }
+
+    /// The buffer has been cut (anew): links of the former cut are of no use.
+    pub(super) fn begin(&mut self, cut: &Cut) {
+        self.cut = Some(cut.clone());
+        for peer in std::mem::take(&mut self.peers).into_values() {
+            peer.stop.cancel();
+        }
+    }
+
+    /// The next word of a receiver; never `None`.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(super) async fn next(&mut self) -> Option<FromReceiver> {
+        loop {
+            let (generation, event) = tokio::select! {
+                biased;
+                received = self.inbox.recv() => received?,
+                Some(ended) = self.tasks.join_next() => {
+                    if let Err(error) = ended
+                        && error.is_panic()
+                    {
+                        std::panic::resume_unwind(error.into_panic());
+                    }
+                    continue;
+                }
+            };
+            if let Some(news) = self.take(generation, event) {
+                return Some(news);
+            }
+        }
+    }
+
+    fn take(&mut self, generation: u64, event: Internal) -> Option<FromReceiver> {
+        let (Internal::Up(to, _)
+        | Internal::Failed(to, ..)
+        | Internal::Message(to, _)
+        | Internal::Lost(to)) = &event;
+        let peer = self.peers.get_mut(to)?;
+        if peer.generation != generation {
+            return None;
+        }
+        match event {
+            Internal::Up(to, made) => {
+                info!(
+                    peer = peer.status.peer,
+                    receiver = made.hello.id,
+                    transport = %made.link.kind(),
+                    reported = made.link.reported(),
+                    why = made.why,
+                    "linked"
+                );
+                peer.status.id.clone_from(&made.hello.id);
+                peer.status.transport = made.link.kind().as_str();
+                peer.status.reported = made.link.reported();
+                peer.status.why = made.why;
+                peer.link = Some(made.link);
+                Some(FromReceiver::Linked {
+                    to,
+                    epoch: made.hello.epoch,
+                    slots: made.slots,
+                    transport: peer.status.transport.to_owned(),
+                })
+            }
+            Internal::Failed(to, reason, error) => {
+                warn!(peer = peer.status.peer, %reason, error, "no link");
+                peer.stop.cancel();
+                self.peers.remove(&to);
+                Some(FromReceiver::Lost(to, reason))
+            }
+            Internal::Message(to, message) => Some(FromReceiver::Message(to, message)),
+            Internal::Lost(to) => {
+                warn!(peer = peer.status.peer, "receiver's connection lost");
+                peer.stop.cancel();
+                self.peers.remove(&to);
+                Some(FromReceiver::Lost(to, Reason::PeerLost))
+            }
+        }
+    }
+
+    /// Makes the init handshake, anew if there is a link.
+    pub(super) fn link(&mut self, to: Target) {
+        let Some(cut) = self.cut.clone() else {
+            return;
+        };
+        if let Some(former) = self.peers.remove(&to) {
+            former.stop.cancel();
+        }
+        self.generation += 1;
+        let generation = self.generation;
+        let stop = CancellationToken::new();
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let hello = Hello {
+            v: VERSION,
+            id: self.config.rank_id(self.rank),
+            epoch: cut.epoch,
+            layout: Some(cut.layout.clone()),
+            transports: self.wires.adverts(),
+            host: host::identity(),
+            pid: std::process::id(),
+            refused: None,
+        };
+        let identity = format!(
+            "{}-{}-to-{}:{}",
+            hello.id, cut.epoch, to.host, to.alloc_port
+        );
+        let status = LinkStatus::new(&to, self.config.transport.as_str());
+        let task = PeerTask {
+            to: to.clone(),
+            generation,
+            ours: Identity {
+                hello,
+                metadata: self.wires.metadata(),
+                rows: Vec::new(),
+                memory: Memory::Dram,
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
+            wires: self.wires.clone(),
+            deadline: self.config.times.link,
+            events: self.events.clone(),
+        };
+        let stopped = stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = task.run(identity, outgoing) => {}
+            }
+        });
+        let peer = Peer {
+            generation,
+            stop,
+            outbox,
+            link: None,
+            status,
+        };
+        self.peers.insert(to, peer);
+    }
+
+    pub(super) fn send(&self, to: &Target, message: &ToReceiver) {
+        let Some(peer) = self.peers.get(to) else {
+            return; // the machine has been told of the loss, or is about to be
+        };
+        if peer.outbox.try_send(codec::encode(message)).is_err() {
+            warn!(
+                peer = peer.status.peer,
+                "receiver does not take messages: one is dropped"
+            );
+        }
+    }
+
+    pub(super) fn write(
+        &self,
+        to: &Target,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome> {
+        match self.peers.get(to).and_then(|p| p.link.as_ref()) {
+            Some(link) => link.write(lease, pieces),
+            None => Box::pin(std::future::ready(Outcome::Failed {
+                terminal: true,
+                error: "the link is gone".to_owned(),
+            })),
+        }
+    }
+
+    /// Notes how fast a write was.
+    pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
+        if let Some(peer) = self.peers.get_mut(to) {
+            peer.status.measured(bytes, took);
+        }
+    }
+
+    pub(super) fn links(&self) -> impl Iterator<Item = &LinkStatus> {
+        self.peers.values().map(|p| &p.status)
+    }
+
+    /// Ends every connection.
+    pub(super) async fn close(&mut self) {
+        for peer in std::mem::take(&mut self.peers).into_values() {
+            peer.stop.cancel();
+        }
+        self.tasks.shutdown().await;
+    }
+}
+
+/// One receiver's connection, from the handshake to its loss.
+#[derive(Debug)]
+struct PeerTask {
+    to: Target,
+    generation: u64,
+    /// A sender exports nothing: it has no rows and no pages.
+    ours: Identity,
+    wires: Wires,
+    deadline: Duration,
+    events: mpsc::Sender<(u64, Internal)>,
+}
+
+impl PeerTask {
+    async fn run(self, identity: String, mut outgoing: mpsc::Receiver<Vec<u8>>) {
+        let made = tokio::time::timeout(self.deadline, self.make()).await;
+        let made = match made {
+            Ok(Ok(made)) => made,
+            Ok(Err((reason, error))) => {
+                let to = self.to.clone();
+                return self.say(Internal::Failed(to, reason, error)).await;
+            }
+            Err(_) => {
+                let error = format!("no handshake within {:?}", self.deadline);
+                let to = self.to.clone();
+                return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
+            }
+        };
+        let dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, &identity).await;
+        let Ok(mut dealer) = dealer else {
+            let error = "the alloc socket cannot be made".to_owned();
+            let to = self.to.clone();
+            return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
+        };
+        self.say(Internal::Up(self.to.clone(), Box::new(made)))
+            .await;
+        loop {
+            tokio::select! {
+                biased;
+                Some(payload) = outgoing.recv() => {
+                    if let Err(error) = dealer.send(payload) {
+                        warn!(to = ?self.to, %error, "message to a receiver dropped");
+                    }
+                }
+                received = dealer.recv() => match received {
+                    Ok(FromServer::Connected) => {}
+                    Ok(FromServer::Message(bytes)) => match codec::decode(&bytes) {
+                        Ok(message) => {
+                            self.say(Internal::Message(self.to.clone(), message)).await;
+                        }
+                        Err(error) => warn!(to = ?self.to, %error, "malformed message"),
+                    },
+                    Ok(FromServer::Lost) | Err(_) => {
+                        return self.say(Internal::Lost(self.to.clone())).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn make(&self) -> Result<Made, (Reason, String)> {
+        let linked = init::handshake(&self.to, &self.ours, self.deadline)
+            .await
+            .map_err(|e| (e.reason(), e.to_string()))?;
+        let Some(hello) = linked.hello else {
+            let text = "an LMCache receiver: pushing to it is not supported yet".to_owned();
+            return Err((Reason::NoLink, text));
+        };
+        let (transport, why) = self
+            .wires
+            .choose(&hello.transports)
+            .map_err(|text| (Reason::NoLink, text))?;
+        let tcp = hello.transports.iter().find(|a| a.kind == "tcp");
+        let slots = linked.pages.slots;
+        let remote = Remote {
+            name: format!("{}:{}", self.to.host, self.to.init_port),
+            metadata: linked.metadata,
+            rows: linked.rows,
+            memory: linked.memory,
+            slots,
+            slot_bytes: linked.pages.slot_bytes,
+            tcp: tcp.map(|a| a.address.clone()),
+        };
+        let link = transport
+            .link(remote)
+            .await
+            .map_err(|e| (Reason::NoLink, e.to_string()))?;
+        Ok(Made {
+            hello,
+            slots,
+            link,
+            why,
+        })
+    }
+
+    async fn say(&self, event: Internal) {
+        // The owner is gone only when the process ends.
+        let sent = self.events.send((self.generation, event)).await;
+        debug_assert!(sent.is_ok() || self.events.is_closed());
+    }
+}

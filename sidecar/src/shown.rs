@@ -1,0 +1,47 @@
+//! What the sides do, brought to everyone who shows it: status, metrics, the proxy.
+
+use std::sync::Arc;
+
+use protocol::record::Record;
+use protocol::registration::ToProxy;
+
+use crate::metrics::Metrics;
+use crate::registration::ProxyVoice;
+use crate::side::{Gauges, LinkStatus, Shown, Side};
+use crate::status::Status;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct Showcase {
+    /// For the admin server and registrations.
+    pub(crate) status: Arc<Status>,
+    /// For Prometheus.
+    pub(crate) metrics: Arc<Metrics>,
+    /// To the proxy, if there is one.
+    pub(crate) proxy: Option<ProxyVoice>,
+}
+
+impl Shown for Showcase {
+    fn record(&self, side: Side, rank: u32, record: &Record) {
+        self.metrics.record(side, rank, record);
+        self.status.record(side, rank, record);
+    }
+
+    fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>) {
+        self.status.gauges(side, rank, &gauges);
+    }
+
+    fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
+        self.status.links(rank, links);
+    }
+
+    fn malformed(&self, port: &'static str) {
+        self.metrics.malformed(port);
+    }
+
+    fn tell_proxy(&self, message: &ToProxy) {
+        if let Some(proxy) = &self.proxy {
+            proxy.tell(message.clone());
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What both sides of a rank share: their surroundings, their clock, and what they show to the world.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use protocol::Time;
+use protocol::local::Target;
+use protocol::record::Record;
+use protocol::registration::ToProxy;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::engines::Cut;
+use crate::trace::Trace;
+use crate::wires::Wires;
+
+/// Which side of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Side {
+    /// Pushes.
+    Sender,
+    /// Is pushed to.
+    Receiver,
+}
+
+impl Side {
+    /// The name in metrics and logs.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Sender => "sender",
+            Self::Receiver => "receiver",
+        }
+    }
+}
+
+/// The world as one side sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct SideContext {
+    pub(crate) config: Arc<Config>,
+    pub(crate) rank: u32,
+    pub(crate) wires: Wires,
+    pub(crate) trace: Trace,
+    pub(crate) shown: Arc<dyn Shown>,
+}
+
+/// Whoever shows the state of the sides: metrics, the admin server, the proxy.
+pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
+    /// A request has ended.
+    fn record(&self, side: Side, rank: u32, record: &Record);
+    /// The state after an event.
+    fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>);
+    /// The links of a sender.
+    fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
+    /// A frame that was no message came to this port.
+    fn malformed(&self, port: &'static str);
+    /// Tells the proxy, if there is one.
+    fn tell_proxy(&self, message: &ToProxy);
+}
+
+/// What a side holds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gauges<'a> {
+    pub(crate) cut: Option<&'a Cut>,
+    pub(crate) engines: usize,
+    pub(crate) free: u32,
+    pub(crate) held: u32,
+    pub(crate) quarantined: u32,
+    pub(crate) parked_tokens: u64,
+    pub(crate) requests: u32,
+}
+
+/// One link of a sender, for people: what was configured, what the library reports, what was measured.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkStatus {
+    /// `host:alloc_port`.
+    pub(crate) peer: String,
+    /// The receiver's name; empty until the handshake.
+    pub(crate) id: String,
+    /// As configured: `auto`, `nixl`, `tcp`.
+    pub(crate) configured: &'static str,
+    /// The wire that was chosen; empty until then.
+    pub(crate) transport: &'static str,
+    /// Why that one.
+    pub(crate) why: String,
+    /// What the library says it uses underneath.
+    pub(crate) reported: String,
+    /// Bytes and time of recent writes: older ones fade.
+    recent: Option<(f64, f64)>,
+}
+
+/// The weight of the past in the measured rate, per write.
+const FADE: f64 = 0.9;
+
+impl LinkStatus {
+    pub(crate) fn new(to: &Target, configured: &'static str) -> Self {
+        Self {
+            peer: format!("{}:{}", to.host, to.alloc_port),
+            id: String::new(),
+            configured,
+            transport: "",
+            why: String::new(),
+            reported: String::new(),
+            recent: None,
+        }
+    }
+
+    /// Notes a write.
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    pub(crate) fn measured(&mut self, bytes: u64, took: Duration) {
+        let (past_bytes, past_seconds) = self.recent.unwrap_or_default();
+        self.recent = Some((
+            past_bytes * FADE + bytes as f64,
+            past_seconds * FADE + took.as_secs_f64(),
+        ));
+    }
+
+    /// GB/s (10⁹) of recent writes.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        self.recent
+            .filter(|(_, seconds)| *seconds > 0.0)
+            .map(|(bytes, seconds)| bytes / seconds / 1e9)
+    }
+}
+
+impl SideContext {
+    pub(crate) fn record(&self, side: Side, record: &Record) {
+        let rate = |us: u64| {
+            // Bytes per microsecond are MB/s.
+            record.bytes.checked_div(us).unwrap_or_default()
+        };
+        if let Some(reason) = record.reason {
+            warn!(
+                side = side.as_str(), req = %record.req, peer = record.peer, %reason,
+                tokens = record.tokens, chunks = record.chunks, bytes = record.bytes,
+                "request ended early"
+            );
+        } else {
+            info!(
+                side = side.as_str(), req = %record.req, peer = record.peer,
+                tokens = record.tokens, have_tokens = record.have_tokens,
+                chunks = record.chunks, bytes = record.bytes, transport = record.transport,
+                alloc_us = record.alloc_us, gather_us = record.gather_us,
+                push_us = record.push_us, push_mb_s = rate(record.push_us),
+                ready_us = record.ready_us, scatter_us = record.scatter_us,
+                "request done"
+            );
+        }
+        self.shown.record(side, self.rank, record);
+    }
+
+    pub(crate) fn publish<'a>(
+        &self,
+        side: Side,
+        gauges: Gauges<'_>,
+        mut links: impl Iterator<Item = &'a LinkStatus>,
+    ) {
+        self.shown.gauges(side, self.rank, gauges);
+        if side == Side::Sender {
+            self.shown.links(self.rank, &mut links);
+        }
+    }
+
+    pub(crate) fn malformed(&self, port: &'static str) {
+        self.shown.malformed(port);
+    }
+}
+
+/// The machines' clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    pub(crate) fn start() -> Self {
+        Self {
+            start: Instant::now(),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// Completes at `deadline`; never if there is none.
+    pub(crate) async fn sleep_until(&self, deadline: Option<Time>) {
+        match deadline {
+            // Timers have a granularity of a millisecond; never early, or the machine is asked twice.
+            Some(Time(us)) => {
+                let at = self.start + Duration::from_micros(us);
+                tokio::time::sleep_until(at.into()).await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}

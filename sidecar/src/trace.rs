@@ -1,0 +1,101 @@
+//! Records what the machines were told and what they answered, so that a run can be replayed through
+//! them: one JSON object a line.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use protocol::{Time, receiver, sender};
+use serde::Serialize;
+use tracing::warn;
+
+/// Where the lines go, if anywhere.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Trace {
+    file: Option<Arc<Mutex<BufWriter<File>>>>,
+    rank: u32,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Line<'a> {
+    Sender(&'a sender::Config),
+    Receiver(&'a receiver::Config),
+    SenderEvent(Time, &'a sender::Event),
+    ReceiverEvent(Time, &'a receiver::Event),
+    SenderAction(&'a sender::Action),
+    ReceiverAction(&'a receiver::Action),
+}
+
+#[derive(Serialize)]
+struct Ranked<'a> {
+    rank: u32,
+    #[serde(flatten)]
+    line: Line<'a>,
+}
+
+impl Trace {
+    /// Begins a trace, replacing what stands in `path`.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub(crate) fn to_file(path: &Path) -> io::Result<Self> {
+        let file = BufWriter::new(File::create(path)?);
+        Ok(Self {
+            file: Some(Arc::new(Mutex::new(file))),
+            rank: 0,
+        })
+    }
+
+    /// The same file, for another rank.
+    pub(crate) fn of_rank(&self, rank: u32) -> Self {
+        Self {
+            file: self.file.clone(),
+            rank,
+        }
+    }
+
+    pub(crate) fn begin_sender(&self, config: &sender::Config) {
+        self.write(Line::Sender(config));
+    }
+
+    pub(crate) fn begin_receiver(&self, config: &receiver::Config) {
+        self.write(Line::Receiver(config));
+    }
+
+    pub(crate) fn sender_event(&self, now: Time, event: &sender::Event) {
+        self.write(Line::SenderEvent(now, event));
+    }
+
+    pub(crate) fn receiver_event(&self, now: Time, event: &receiver::Event) {
+        self.write(Line::ReceiverEvent(now, event));
+    }
+
+    pub(crate) fn sender_action(&self, action: &sender::Action) {
+        self.write(Line::SenderAction(action));
+    }
+
+    pub(crate) fn receiver_action(&self, action: &receiver::Action) {
+        self.write(Line::ReceiverAction(action));
+    }
+
+    fn write(&self, line: Line<'_>) {
+        let Some(file) = &self.file else {
+            return;
+        };
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let ranked = Ranked {
+            rank: self.rank,
+            line,
+        };
+        // Flushed line by line: what led to a crash is what a trace is for.
+        let written = serde_json::to_writer(&mut *file, &ranked)
+            .map_err(io::Error::from)
+            .and_then(|()| file.write_all(b"\n"))
+            .and_then(|()| file.flush());
+        if let Err(error) = written {
+            warn!(%error, "trace line lost");
+        }
+    }
+}

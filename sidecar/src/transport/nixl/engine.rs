@@ -1,0 +1,280 @@
+//! The thread that owns the NIXL agent.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+
+use ::nixl::{Agent, Error, Library, LocalList, Memory, Pinned, Registration, State, Transfer};
+use protocol::sender::Piece;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::cut::Cut;
+use super::link::NixlLink;
+use super::pace::{BUSY, Pace, Wait};
+use super::peer::Peer;
+use super::wire::Wire;
+use super::{Config, Shared};
+use crate::memory::Buffer;
+use crate::transport::{Outcome, Remote};
+
+/// What the rest of the process asks of the engine thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Cut {
+        slots: u32,
+        slot_bytes: u64,
+    },
+    Link {
+        remote: Box<Remote>,
+        reply: oneshot::Sender<Result<NixlLink, String>>,
+        _permit: OwnedSemaphorePermit,
+    },
+    Write {
+        link: u64,
+        pieces: Vec<Piece>,
+        reply: oneshot::Sender<Outcome>,
+        permit: OwnedSemaphorePermit,
+    },
+    Unlink(u64),
+    /// Writes are announced: poll.
+    Wake,
+    Stop,
+}
+
+/// Everything that stays on the thread.
+#[derive(Debug)]
+pub(super) struct Engine {
+    peers: HashMap<u64, Peer>,
+    /// Writes that were given up and have not ended: not released before they have.
+    stuck: Vec<Transfer>,
+    slots: Option<Slots>,
+    registration: Rc<Registration>,
+    agent: Agent,
+    config: Config,
+    wire: Wire,
+    shared: Arc<Shared>,
+    commands: Receiver<Command>,
+    next_link: u64,
+}
+
+/// The buffer as it is cut now.
+#[derive(Clone, Debug)]
+pub(super) struct Slots {
+    pub(super) cut: Cut,
+    pub(super) list: Rc<LocalList>,
+}
+
+impl Engine {
+    /// On the thread that will run it; gives the agent's metadata, too.
+    pub(super) fn new(
+        library: &'static Library,
+        config: Config,
+        wire: Wire,
+        buffer: Arc<Buffer>,
+        shared: Arc<Shared>,
+        commands: Receiver<Command>,
+    ) -> Result<(Self, Vec<u8>), Error> {
+        let mut ucx = ::nixl::Config::ucx(&config.agent);
+        ucx.params.clone_from(&config.params);
+        let agent = Agent::new(library, &ucx)?;
+        let registration =
+            agent.register(buffer as Arc<dyn Pinned>, Memory::Dram, config.device)?;
+        let metadata = agent.metadata()?;
+        let engine = Self {
+            peers: HashMap::new(),
+            stuck: Vec::new(),
+            slots: None,
+            registration: Rc::new(registration),
+            agent,
+            config,
+            wire,
+            shared,
+            commands,
+            next_link: 0,
+        };
+        Ok((engine, metadata))
+    }
+
+    /// Until it is told to stop.
+    pub(super) fn run(mut self) {
+        let mut pace = Pace::default();
+        let mut looked = Instant::now();
+        loop {
+            let mut moved = false;
+            loop {
+                match self.commands.try_recv() {
+                    Ok(command) => {
+                        moved = true;
+                        if self.obey(command).is_break() {
+                            return self.finish();
+                        }
+                    }
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return self.finish(),
+                }
+            }
+            moved |= self.poll();
+            let now = Instant::now();
+            if now.duration_since(looked) >= LOOK {
+                looked = now;
+                self.look();
+            }
+            let wait = if moved || self.is_active() {
+                pace.wait(moved, now)
+            } else {
+                Wait::Sleep(LOOK)
+            };
+            match wait {
+                Wait::Spin => std::hint::spin_loop(),
+                Wait::Yield => std::thread::yield_now(),
+                // A command ends the sleep.
+                Wait::Sleep(time) => match self.commands.recv_timeout(time) {
+                    Ok(command) => {
+                        if self.obey(command).is_break() {
+                            return self.finish();
+                        }
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return self.finish(),
+                },
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> ControlFlow<()> {
+        match command {
+            Command::Cut { slots, slot_bytes } => self.cut(slots, slot_bytes),
+            Command::Link { remote, reply, .. } => {
+                let link = self.link(&remote);
+                // If nobody waits any more, the link in the answer is dropped, which unlinks.
+                drop(reply.send(link));
+            }
+            Command::Write {
+                link,
+                pieces,
+                reply,
+                permit,
+            } => match self.peers.get_mut(&link) {
+                Some(peer) => peer.write(&pieces, self.slots.as_ref(), reply, permit),
+                // A link outlives its peer only while the thread ends.
+                None => answer(reply, unsent("the link is gone")),
+            },
+            Command::Unlink(link) => {
+                if let Some(peer) = self.peers.get_mut(&link) {
+                    peer.close();
+                }
+            }
+            Command::Wake => {}
+            Command::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn cut(&mut self, slots: u32, slot_bytes: u64) {
+        self.slots = None;
+        let Some(cut) = Cut::new(slots, slot_bytes, self.wire) else {
+            tracing::error!(slots, slot_bytes, "nixl cannot address slots of this shape");
+            return;
+        };
+        match self.registration.prepare(&cut.ranges()) {
+            Ok(list) => {
+                self.slots = Some(Slots {
+                    cut,
+                    list: Rc::new(list),
+                });
+            }
+            Err(error) => {
+                tracing::error!(slots, slot_bytes, %error, "nixl cannot prepare the slots")
+            }
+        }
+    }
+
+    fn link(&mut self, remote: &Remote) -> Result<NixlLink, String> {
+        let slots = self.slots.as_ref().ok_or("no engine has connected yet")?;
+        let peer = Peer::connect(&self.agent, slots.clone(), remote, self.wire)?;
+        let id = self.next_link;
+        self.next_link += 1;
+        self.peers.insert(id, peer);
+        Ok(NixlLink::new(Arc::clone(&self.shared), id))
+    }
+
+    /// Lets the library work; whether anything moved.
+    fn poll(&mut self) -> bool {
+        let mut moved = false;
+        for peer in self.peers.values_mut() {
+            moved |= peer.step(self.config.stall, &mut self.stuck);
+        }
+        self.peers.retain(|_, peer| !peer.is_over());
+        if self.shared.expecting.load(Ordering::Acquire) {
+            moved |= self.progress();
+        }
+        moved
+    }
+
+    /// What is done ten times a second whether something is under way or not.
+    fn look(&mut self) {
+        self.progress();
+        self.stuck.retain_mut(|transfer| match transfer.poll() {
+            State::Running => true,
+            ended => {
+                tracing::info!(?transfer, ?ended, "a write that was given up has ended");
+                false
+            }
+        });
+    }
+
+    fn progress(&self) -> bool {
+        let start = Instant::now();
+        if let Err(error) = self.agent.progress() {
+            tracing::warn!(%error, "nixl does not progress");
+        }
+        start.elapsed() > BUSY
+    }
+
+    fn is_active(&self) -> bool {
+        self.shared.expecting.load(Ordering::Acquire) || self.peers.values().any(Peer::is_active)
+    }
+
+    /// Gives what is under way its time, then answers all that is left.
+    fn finish(mut self) {
+        let deadline = Instant::now() + self.config.drain;
+        while self.peers.values().any(Peer::is_active) && Instant::now() < deadline {
+            if !self.poll() {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        for peer in self.peers.values_mut() {
+            peer.abandon("the transport has stopped", &mut self.stuck);
+        }
+        // Commands that were not obeyed are dropped with their reply, which says that the thread
+        // has ended. Transfers that still run keep the buffer registered, and mapped, until the
+        // process ends; see `nixl::Transfer`.
+        if !self.stuck.is_empty() {
+            tracing::warn!(
+                writes = self.stuck.len(),
+                "nixl writes have not ended: the buffer is kept until the process ends"
+            );
+        }
+    }
+}
+
+/// Answers a caller who may have gone.
+pub(super) fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
+    drop(reply.send(outcome));
+}
+
+/// A write of which nothing was posted.
+pub(super) fn unsent(error: impl Into<String>) -> Outcome {
+    Outcome::Failed {
+        terminal: true,
+        error: error.into(),
+    }
+}
+
+/// The rate of [`Engine::look`]: a peer's connection request waits this long at most, and ten calls
+/// of some microseconds a second cost nothing.
+const LOOK: Duration = Duration::from_millis(100);

@@ -1,0 +1,93 @@
+//! The sending half of the trait: what is left of it on the runtime's side.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use protocol::LeaseId;
+use protocol::sender::Piece;
+
+use super::Shared;
+use super::engine::Command;
+use crate::transport::{Kind, Link, LinkError, Outcome, Remote};
+
+/// A peer that the engine thread is connected to. Dropping it disconnects.
+#[derive(Debug)]
+pub(super) struct NixlLink {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl NixlLink {
+    /// For the engine thread, which knows the peer under `id`.
+    pub(super) fn new(shared: Arc<Shared>, id: u64) -> Self {
+        Self { shared, id }
+    }
+}
+
+/// # Cancel safety
+/// Dropped early, the connection is given up again.
+pub(super) async fn connect(
+    shared: Arc<Shared>,
+    remote: Remote,
+) -> Result<Arc<dyn Link>, LinkError> {
+    let peer = remote.name.clone();
+    let refused = |cause| LinkError {
+        kind: Kind::Nixl,
+        peer,
+        cause,
+    };
+    let made = shared.ask(|reply, permit| Command::Link {
+        remote: Box::new(remote),
+        reply,
+        _permit: permit,
+    });
+    match tokio::time::timeout(shared.link, made).await {
+        // The link travels in the answer: an answer that nobody takes drops it, which disconnects.
+        Ok(Some(Ok(link))) => Ok(Arc::new(link) as Arc<dyn Link>),
+        Ok(Some(Err(cause))) => Err(refused(cause)),
+        Ok(None) => Err(refused(STOPPED.to_owned())),
+        Err(_) => Err(refused(format!(
+            "the nixl thread was busy for {:?}",
+            shared.link
+        ))),
+    }
+}
+
+impl Link for NixlLink {
+    fn kind(&self) -> Kind {
+        Kind::Nixl
+    }
+
+    /// # Cancel safety
+    /// Dropped before the engine thread has room for it, nothing is written. Later the write goes on.
+    fn write(&self, _lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+        let shared = Arc::clone(&self.shared);
+        let link = self.id;
+        Box::pin(async move {
+            let outcome = shared.ask(|reply, permit| Command::Write {
+                link,
+                pieces,
+                reply,
+                permit,
+            });
+            outcome.await.unwrap_or_else(|| Outcome::Failed {
+                // The thread answers all it has posted before it ends, so this was not posted;
+                // unless it panicked, and then nothing is known.
+                terminal: false,
+                error: STOPPED.to_owned(),
+            })
+        })
+    }
+
+    fn reported(&self) -> String {
+        self.shared.reported.clone()
+    }
+}
+
+impl Drop for NixlLink {
+    fn drop(&mut self) {
+        self.shared.send(Command::Unlink(self.id));
+    }
+}
+
+const STOPPED: &str = "the nixl thread has ended";

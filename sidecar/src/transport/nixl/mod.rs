@@ -1,0 +1,271 @@
+//! NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
+//!
+//! One engine thread owns the agent and everything made from it; the rest of the process sends it
+//! commands. It polls only while something is in flight or announced, and parks otherwise: the
+//! library's own thread would burn a core when idle. It still looks up ten times a second, so that
+//! a peer that connects before its writes are announced (LMCache) is answered.
+//!
+//! | file | |
+//! |---|---|
+//! | [`engine`] | the thread: commands, polling, parking, the end |
+//! | [`peer`] | one receiver: writes queued, posted, polled, given up |
+//! | [`cut`] | slots as descriptors, writes as batches of them |
+//! | [`wire`] | which descriptors the wire likes |
+//! | [`pace`] | how often to poll |
+//! | [`link`] | the sending half of the trait |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use protocol::dlist::{Memory, Row};
+use protocol::message::Advert;
+use protocol::{LeaseId, SlotIndex};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::{Kind, Link, LinkError, Remote, Transport};
+use crate::memory::Buffer;
+
+mod cut;
+mod engine;
+mod link;
+mod pace;
+mod peer;
+mod wire;
+
+use engine::{Command, Engine};
+
+pub(crate) use ::nixl::metadata::agent_name as agent_name_of;
+pub(crate) use ::nixl::{Library, LoadError, Search};
+
+/// Names and times.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// The agent's name: new at each start, because peers know agents by it.
+    pub(crate) agent: String,
+    /// NIXL's device id of the buffer: with LMCache the tensor-parallel rank, for host memory too.
+    pub(crate) device: u64,
+    /// Backend parameters beyond the plugin's defaults.
+    pub(crate) params: Vec<(String, String)>,
+    /// Time to make a link.
+    pub(crate) link: Duration,
+    /// Time that a write may stand still before it is given up (and polled on until it ends).
+    pub(crate) stall: Duration,
+    /// Time that writes under way get at the end.
+    pub(crate) drain: Duration,
+}
+
+impl Config {
+    /// The defaults, for a rank.
+    pub(crate) fn new(agent: impl Into<String>, device: u64) -> Self {
+        Self {
+            agent: agent.into(),
+            device,
+            params: Vec::new(),
+            link: Duration::from_secs(5),
+            stall: Duration::from_secs(10),
+            drain: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Both halves of the transport over one buffer.
+///
+/// Dropping it waits for the engine thread, for [`Config::drain`] at most.
+#[derive(Debug)]
+pub(crate) struct Nixl {
+    shared: Arc<Shared>,
+    metadata: Vec<u8>,
+    slot_bytes: AtomicU64,
+    slots: AtomicU64,
+    address: u64,
+    device: u64,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the engine thread and its clients have in common.
+#[derive(Debug)]
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    /// Bounds the queue of commands: a permit travels with each.
+    permits: Arc<Semaphore>,
+    /// Writes into this buffer are announced.
+    expecting: AtomicBool,
+    /// `UCX_TLS`, for people.
+    reported: String,
+    link: Duration,
+}
+
+impl Nixl {
+    /// Starts the engine thread and registers the whole buffer; takes some hundred milliseconds.
+    ///
+    /// # Errors
+    /// What the library refuses, or no thread.
+    pub(crate) fn start(
+        library: &'static Library,
+        config: Config,
+        buffer: Arc<Buffer>,
+    ) -> Result<Self, StartError> {
+        // The variable that UCX itself is going to read, so it cannot be a setting of ours.
+        let ucx_tls = std::env::var("UCX_TLS").ok();
+        let wire = wire::Wire::of_this_host(ucx_tls.as_deref());
+        let (commands, queue) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            commands,
+            permits: Arc::new(Semaphore::new(QUEUE)),
+            expecting: AtomicBool::new(false),
+            reported: format!("UCX_TLS={}", ucx_tls.as_deref().unwrap_or("auto")),
+            link: config.link,
+        });
+        let address = buffer.address() as u64;
+        let device = config.device;
+        let (started, outcome) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name(format!("nixl-{device}"))
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || match Engine::new(library, config, wire, buffer, shared, queue) {
+                    Ok((engine, metadata)) => {
+                        if started.send(Ok(metadata)).is_ok() {
+                            engine.run();
+                        }
+                    }
+                    // The receiver waits below, so it is there.
+                    Err(error) => drop(started.send(Err(error))),
+                }
+            })
+            .map_err(StartError::Thread)?;
+        let metadata = match outcome.recv() {
+            Ok(Ok(metadata)) => metadata,
+            Ok(Err(error)) => return Err(StartError::Nixl(error)),
+            Err(_) => return Err(StartError::Panicked),
+        };
+        Ok(Self {
+            shared,
+            metadata,
+            slot_bytes: AtomicU64::new(0),
+            slots: AtomicU64::new(0),
+            address,
+            device,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Transport for Nixl {
+    fn kind(&self) -> Kind {
+        Kind::Nixl
+    }
+
+    fn advert(&self) -> Advert {
+        Advert {
+            kind: Kind::Nixl.as_str().to_owned(),
+            // The metadata is the address.
+            address: String::new(),
+        }
+    }
+
+    fn metadata(&self) -> Vec<u8> {
+        self.metadata.clone()
+    }
+
+    fn cut(&self, slots: u32, slot_bytes: u64) {
+        // No reader sees slots of the old size: 0 rows in between.
+        self.slots.store(0, Ordering::Release);
+        self.slot_bytes.store(slot_bytes, Ordering::Release);
+        self.slots.store(slots.into(), Ordering::Release);
+        self.shared.send(Command::Cut { slots, slot_bytes });
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let slots = self.slots.load(Ordering::Acquire);
+        let bytes = self.slot_bytes.load(Ordering::Acquire);
+        (0..slots)
+            .map(|slot| Row {
+                address: self.address + slot * bytes,
+                bytes,
+                device: self.device,
+            })
+            .collect()
+    }
+
+    fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
+        Box::pin(link::connect(Arc::clone(&self.shared), remote))
+    }
+
+    fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
+        // One-sided: a peer writes when it likes, leases are kept by the word of the peers.
+    }
+
+    fn close(&self, _slot: SlotIndex) {}
+
+    fn close_is_a_fence(&self) -> bool {
+        false
+    }
+
+    fn expect(&self, writing: bool) {
+        let before = self.shared.expecting.swap(writing, Ordering::AcqRel);
+        if writing && !before {
+            self.shared.send(Command::Wake);
+        }
+    }
+}
+
+impl Drop for Nixl {
+    fn drop(&mut self) {
+        self.shared.send(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the nixl thread panicked");
+        }
+    }
+}
+
+impl Shared {
+    /// Without a permit: for commands whose number is bounded by that of the objects that send them.
+    fn send(&self, command: Command) {
+        // Fails when the thread has ended; then nobody waits for an answer to these.
+        drop(self.commands.send(command));
+    }
+
+    /// Waits for room in the queue.
+    ///
+    /// # Cancel safety
+    /// Dropped early, nothing was sent.
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>, tokio::sync::OwnedSemaphorePermit) -> Command,
+    ) -> Option<T> {
+        let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply, permit)).ok()?;
+        answer.await.ok()
+    }
+}
+
+/// NIXL could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// No thread.
+    #[error("no thread for nixl")]
+    Thread(#[source] std::io::Error),
+    /// The library's refusal.
+    #[error("nixl does not start")]
+    Nixl(#[source] ::nixl::Error),
+    /// The engine thread panicked; its message is on standard error.
+    #[error("the nixl thread panicked while starting")]
+    Panicked,
+}
+
+/// Writes that may wait for the engine thread or be under way in it; each is one lease's batch of
+/// chunks, so this is far above what the sender machine has under way.
+const QUEUE: usize = 1024;
+
+#[cfg(test)]
+mod bench;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,325 @@
+//! One receiver: its writes queued, posted, polled, given up.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ::nixl::{Agent, Memory, Merge, RemoteList, Row, State, Transfer};
+use protocol::dlist;
+use protocol::sender::Piece;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::cut::Batch;
+use super::engine::{Slots, answer, unsent};
+use super::pace::BUSY;
+use super::wire::Wire;
+use crate::transport::{Outcome, Remote};
+
+/// A connected receiver.
+#[derive(Debug)]
+pub(super) struct Peer {
+    writes: VecDeque<Write>,
+    remote: Rc<RemoteList>,
+    slots: Slots,
+    remote_slots: u32,
+    merge: Merge,
+    name: String,
+    /// The link was dropped: over once the writes have ended.
+    closed: bool,
+    /// A write failed or stood still: nothing more is posted.
+    failed: Option<String>,
+    /// When a batch last ended.
+    moved: Instant,
+}
+
+/// One call of `Link::write`.
+#[derive(Debug)]
+struct Write {
+    /// Not posted yet.
+    waiting: VecDeque<Batch>,
+    running: Vec<Running>,
+    /// How it has failed so far.
+    failure: Option<Failure>,
+    reply: oneshot::Sender<Outcome>,
+    _permit: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+struct Running {
+    transfer: Transfer,
+    posted: Instant,
+}
+
+#[derive(Debug)]
+struct Failure {
+    terminal: bool,
+    error: String,
+}
+
+impl Peer {
+    /// # Errors
+    /// For people: what does not fit, or what NIXL refuses.
+    pub(super) fn connect(
+        agent: &Agent,
+        slots: Slots,
+        remote: &Remote,
+        wire: Wire,
+    ) -> Result<Self, String> {
+        if remote.metadata.is_empty() {
+            return Err("the peer has no nixl".to_owned());
+        }
+        let cut = slots.cut;
+        if let Some(row) = remote.rows.iter().find(|row| row.bytes != cut.slot_bytes) {
+            return Err(format!(
+                "its slots have {} bytes, ours {}",
+                row.bytes, cut.slot_bytes
+            ));
+        }
+        let remote_slots = u32::try_from(remote.rows.len())
+            .ok()
+            .filter(|slots| *slots == remote.slots)
+            .ok_or_else(|| {
+                format!(
+                    "it tells of {} slots and describes {}",
+                    remote.slots,
+                    remote.rows.len()
+                )
+            })?;
+        let rows: Vec<Row> = remote
+            .rows
+            .iter()
+            .flat_map(|row| {
+                cut.of_slot().map(|(offset, bytes)| Row {
+                    // Wrapping: NIXL refuses whatever the peer has not registered.
+                    address: row.address.wrapping_add(offset),
+                    bytes,
+                    device: row.device,
+                })
+            })
+            .collect();
+        let kind = match remote.memory {
+            dlist::Memory::Dram => Memory::Dram,
+            dlist::Memory::Vram => Memory::Vram,
+        };
+        let list = agent
+            .load(&remote.metadata)
+            .and_then(|loaded| loaded.prepare(kind, &rows))
+            .map_err(|error| error.to_string())?;
+        Ok(Self {
+            writes: VecDeque::new(),
+            remote: Rc::new(list),
+            slots,
+            remote_slots,
+            merge: wire.merge(),
+            name: remote.name.clone(),
+            closed: false,
+            failed: None,
+            moved: Instant::now(),
+        })
+    }
+
+    /// Queues a write, or answers at once why not.
+    pub(super) fn write(
+        &mut self,
+        pieces: &[Piece],
+        slots: Option<&Slots>,
+        reply: oneshot::Sender<Outcome>,
+        permit: OwnedSemaphorePermit,
+    ) {
+        if let Some(error) = &self.failed {
+            return answer(reply, unsent(format!("the link has failed: {error}")));
+        }
+        if !slots.is_some_and(|slots| Rc::ptr_eq(&slots.list, &self.slots.list)) {
+            return answer(
+                reply,
+                unsent("the buffer was cut anew since the link was made"),
+            );
+        }
+        let batches = self
+            .slots
+            .cut
+            .batches(pieces, self.remote_slots, BATCH_BYTES);
+        match batches {
+            Ok(batches) if batches.is_empty() => answer(reply, Outcome::Done),
+            Ok(batches) => self.writes.push_back(Write {
+                waiting: batches.into(),
+                running: Vec::new(),
+                failure: None,
+                reply,
+                _permit: permit,
+            }),
+            Err(piece) => answer(
+                reply,
+                unsent(format!("{piece:?} is not within both buffers")),
+            ),
+        }
+    }
+
+    /// Polls what is posted and posts a batch if there is room; whether anything moved.
+    pub(super) fn step(&mut self, stall: Duration, stuck: &mut Vec<Transfer>) -> bool {
+        if self.writes.is_empty() {
+            return false;
+        }
+        let mut moved = self.poll(stall, stuck);
+        moved |= self.post();
+        self.settle();
+        moved
+    }
+
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.closed && self.writes.is_empty()
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        !self.writes.is_empty()
+    }
+
+    /// Gives up every write, at the end of the thread.
+    pub(super) fn abandon(&mut self, error: &str, stuck: &mut Vec<Transfer>) {
+        for write in &mut self.writes {
+            if !write.running.is_empty() {
+                write.fail(false, error.to_owned());
+            }
+            stuck.extend(write.running.drain(..).map(|running| running.transfer));
+        }
+        self.failed.get_or_insert_with(|| error.to_owned());
+        self.settle();
+    }
+
+    fn poll(&mut self, stall: Duration, stuck: &mut Vec<Transfer>) -> bool {
+        let start = Instant::now();
+        let mut moved = false;
+        for write in &mut self.writes {
+            let mut i = 0;
+            while let Some(running) = write.running.get_mut(i) {
+                let (terminal, error) = match running.transfer.poll() {
+                    State::Running => {
+                        let since = running.posted.max(self.moved);
+                        if start.saturating_duration_since(since) < stall {
+                            i += 1;
+                            continue;
+                        }
+                        let error = format!("nothing moved for {stall:?}");
+                        tracing::warn!(peer = self.name, error, "nixl write given up");
+                        let transfer = write.running.swap_remove(i).transfer;
+                        // A new link must not queue behind it on the same connection.
+                        transfer.distrust();
+                        stuck.push(transfer);
+                        write.fail(false, error.clone());
+                        self.failed.get_or_insert(error);
+                        moved = true;
+                        continue;
+                    }
+                    State::Done => {
+                        moved = true;
+                        self.moved = start;
+                        write.running.swap_remove(i);
+                        continue;
+                    }
+                    State::Failed(error) => (true, error.to_string()),
+                    // The failure of another write of this peer took the connection away.
+                    State::Lost => (false, "the connection was given up".to_owned()),
+                };
+                moved = true;
+                write.running.swap_remove(i);
+                write.fail(terminal, error.clone());
+                self.failed.get_or_insert(error);
+            }
+        }
+        moved || start.elapsed() > BUSY
+    }
+
+    /// One batch at most: where the CPU copies, the copying happens in here, and commands and other
+    /// peers wait meanwhile.
+    fn post(&mut self) -> bool {
+        let running: usize = self.writes.iter().map(|write| write.running.len()).sum();
+        if self.failed.is_some() || running >= WINDOW {
+            return false;
+        }
+        let Some(write) = self.writes.iter_mut().find(|w| !w.waiting.is_empty()) else {
+            return false;
+        };
+        let Some(batch) = write.waiting.pop_front() else {
+            return false;
+        };
+        let made = Transfer::write(
+            &self.slots.list,
+            &batch.from,
+            &self.remote,
+            &batch.to,
+            self.merge,
+        );
+        let mut transfer = match made {
+            Ok(transfer) => transfer,
+            Err(error) => {
+                // Nothing of this batch was sent.
+                write.fail(true, error.to_string());
+                self.failed = Some(error.to_string());
+                return true;
+            }
+        };
+        match transfer.post() {
+            Ok(State::Running) => write.running.push(Running {
+                transfer,
+                posted: Instant::now(),
+            }),
+            Ok(_) => self.moved = Instant::now(),
+            Err(error) => {
+                // Part of it may have been sent.
+                write.fail(false, error.to_string());
+                self.failed = Some(error.to_string());
+            }
+        }
+        true
+    }
+
+    /// Answers what has ended. Once the peer has failed, what is still to be posted never is.
+    fn settle(&mut self) {
+        if let Some(error) = &self.failed {
+            for write in &mut self.writes {
+                if !write.waiting.is_empty() {
+                    write.waiting.clear();
+                    write.fail(true, error.clone());
+                }
+            }
+        }
+        let mut at = 0;
+        while let Some(write) = self.writes.get(at) {
+            if write.waiting.is_empty() && write.running.is_empty() {
+                if let Some(write) = self.writes.remove(at) {
+                    answer(write.reply, outcome(write.failure));
+                }
+            } else {
+                at += 1;
+            }
+        }
+    }
+}
+
+impl Write {
+    /// The first error is told; the whole is terminal only if every part is.
+    fn fail(&mut self, terminal: bool, error: String) {
+        match &mut self.failure {
+            Some(failure) => failure.terminal &= terminal,
+            none => *none = Some(Failure { terminal, error }),
+        }
+    }
+}
+
+fn outcome(failure: Option<Failure>) -> Outcome {
+    match failure {
+        None => Outcome::Done,
+        Some(Failure { terminal, error }) => Outcome::Failed { terminal, error },
+    }
+}
+
+/// Bytes of a request. Where the CPU copies, this is how long the thread is deaf: 10 ms at 6 GB/s.
+/// Making and flushing a request costs some ten microseconds.
+const BATCH_BYTES: u64 = 64 << 20;
+
+/// Requests under way to a peer: with two, the wire does not run dry while the end of one is noticed.
+const WINDOW: usize = 2;

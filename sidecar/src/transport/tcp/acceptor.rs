@@ -1,0 +1,398 @@
+//! The listening end: who may connect, and how many.
+//!
+//! One thread polls the listener and every connection that has not said its hello yet, so that
+//! silence and garbage cost a descriptor for a moment and never a thread. Only a good hello gets
+//! a thread. Both stages are bounded. Where a stage is full, the oldest connection of the address
+//! that has the most is closed for the newcomer: one address can only push out itself. Connections
+//! that have shown a lease are never closed for others.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write as _};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::frame::{Answer, Hello, Refusal, VERSION};
+use super::landing::{Landing, Shore};
+use super::socket::{Waker, poll_for, prepare};
+
+/// Owns the listening thread; dropping it ends every connection and joins every thread.
+#[derive(Debug)]
+pub(super) struct Acceptor {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Control {
+    waker: Waker,
+    stop: AtomicBool,
+    /// Connections whose thread is about to end.
+    ended: Mutex<Vec<u64>>,
+}
+
+impl Acceptor {
+    pub(super) fn start(
+        listener: TcpListener,
+        shore: Arc<Shore>,
+        max_connections: usize,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let control = Arc::new(Control {
+            waker: Waker::new()?,
+            stop: AtomicBool::new(false),
+            ended: Mutex::default(),
+        });
+        let mut harbour = Harbour {
+            listener,
+            shore,
+            control: Arc::clone(&control),
+            max_connections,
+            waiting: Vec::new(),
+            berths: HashMap::new(),
+            next: 0,
+        };
+        let thread = thread::Builder::new()
+            .name("tcp-accept".to_owned())
+            .spawn(move || harbour.run())?;
+        Ok(Self {
+            control,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Acceptor {
+    fn drop(&mut self) {
+        self.control.stop.store(true, Ordering::SeqCst);
+        self.control.waker.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the tcp listening thread panicked");
+        }
+    }
+}
+
+/// The thread's state.
+struct Harbour {
+    listener: TcpListener,
+    shore: Arc<Shore>,
+    control: Arc<Control>,
+    max_connections: usize,
+    waiting: Vec<Waiting>,
+    berths: HashMap<u64, Berth>,
+    next: u64,
+}
+
+/// A connection that has not said its hello yet.
+struct Waiting {
+    socket: TcpStream,
+    peer: SocketAddr,
+    hello: [u8; Hello::BYTES],
+    got: usize,
+    until: Instant,
+}
+
+/// A connection with a thread.
+struct Berth {
+    socket: Arc<TcpStream>,
+    from: IpAddr,
+    proven: Arc<AtomicBool>,
+    evicted: bool,
+    thread: JoinHandle<()>,
+}
+
+impl Harbour {
+    fn run(&mut self) {
+        let mut pause = None;
+        while !self.control.stop.load(Ordering::SeqCst) {
+            let (listening, ready) = match self.poll(pause.take()) {
+                Ok(ready) => ready,
+                Err(error) => {
+                    tracing::error!(%error, "tcp listener cannot poll; it accepts no more");
+                    break;
+                }
+            };
+            self.control.waker.clear();
+            self.reap();
+            self.greet(&ready);
+            if listening {
+                pause = self.accept();
+            }
+        }
+        for berth in self.berths.values() {
+            // A thread that is about to end has closed its side already.
+            drop(berth.socket.shutdown(Shutdown::Both));
+        }
+        for (_, berth) in self.berths.drain() {
+            join(berth.thread);
+        }
+    }
+
+    /// Waits for something to do. With a `pause` it leaves the listener alone for that time.
+    fn poll(&self, pause: Option<Duration>) -> io::Result<(bool, Vec<bool>)> {
+        let now = Instant::now();
+        let patience = self
+            .waiting
+            .iter()
+            .map(|waiting| waiting.until.saturating_duration_since(now))
+            .chain(pause)
+            .min();
+        let interest = match pause {
+            Some(_) => PollFlags::empty(),
+            None => PollFlags::IN,
+        };
+        let mut fds = vec![
+            PollFd::new(&self.control.waker, PollFlags::IN),
+            PollFd::new(&self.listener, interest),
+        ];
+        let sockets = self.waiting.iter().map(|waiting| &waiting.socket);
+        fds.extend(sockets.map(|socket| PollFd::new(socket, PollFlags::IN)));
+        poll_for(&mut fds, patience)?;
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        Ok((ready[1], ready[2..].to_vec()))
+    }
+
+    /// Takes new connections; gives a pause if the process has no descriptor left for them.
+    fn accept(&mut self) -> Option<Duration> {
+        for _ in 0..ACCEPTS_A_ROUND {
+            let (socket, peer) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                // The connection is gone, the listener is not.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => {
+                    if let Some(dropped) = self.shore.counters.log.allow(Instant::now()) {
+                        tracing::warn!(%error, dropped, "tcp listener cannot accept");
+                    }
+                    return Some(ACCEPT_PAUSE);
+                }
+            };
+            self.shore.counters.accepted.fetch_add(1, Ordering::Relaxed);
+            if prepare(&socket, self.shore.stall).is_err() {
+                continue;
+            }
+            if self.waiting.len() >= MAX_WAITING {
+                let all = self.waiting.iter().map(|waiting| waiting.peer.ip());
+                // The list is in order of arrival.
+                if let Some(oldest) = oldest_of_the_most(all.enumerate()) {
+                    self.waiting.remove(oldest);
+                    self.evicted();
+                }
+            }
+            self.waiting.push(Waiting {
+                socket,
+                peer,
+                hello: [0; Hello::BYTES],
+                got: 0,
+                until: Instant::now() + self.shore.handshake,
+            });
+        }
+        None
+    }
+
+    /// Reads on where something has come; ends who was silent for too long.
+    fn greet(&mut self, ready: &[bool]) {
+        let now = Instant::now();
+        let all = std::mem::take(&mut self.waiting);
+        for (mut waiting, ready) in all.into_iter().zip(ready) {
+            let step = if *ready { waiting.read() } else { Ok(None) };
+            match step {
+                Ok(Some(hello)) => self.berth(waiting, hello),
+                Ok(None) if now < waiting.until => self.waiting.push(waiting),
+                Ok(None) => self.refuse(&waiting, Refusal::Stalled),
+                Err(Some(why)) => self.refuse(&waiting, why),
+                // A probe that only looks whether the port is open.
+                Err(None) => tracing::debug!(peer = %waiting.peer, "left without a word"),
+            }
+        }
+    }
+
+    /// Gives a connection its thread, if its hello is right and there is room.
+    fn berth(&mut self, mut waiting: Waiting, hello: Hello) {
+        let cut = self.shore.gates.current();
+        let wrong = if hello.version != VERSION {
+            Some(Refusal::Version)
+        } else if cut.slots() == 0 {
+            Some(Refusal::NoSlots)
+        } else if (hello.slots, hello.slot_bytes) != (cut.slots(), cut.slot_bytes()) {
+            Some(Refusal::Geometry)
+        } else if !self.make_room() {
+            Some(Refusal::Busy)
+        } else {
+            None
+        };
+        if let Some(why) = wrong {
+            return self.refuse(&waiting, why);
+        }
+        // The send buffer of a fresh connection has room for an answer.
+        if waiting.socket.write_all(&Answer::Welcome.encode()).is_err() {
+            return;
+        }
+        let socket = Arc::new(waiting.socket);
+        let proven = Arc::new(AtomicBool::new(false));
+        let landing = Landing {
+            shore: Arc::clone(&self.shore),
+            socket: Arc::clone(&socket),
+            peer: waiting.peer,
+            proven: Arc::clone(&proven),
+        };
+        let id = self.next;
+        self.next += 1;
+        let notice = Notice(Arc::clone(&self.control), id);
+        let spawned = thread::Builder::new()
+            .name(format!("tcp-land-{id}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let _notice = notice;
+                landing.run();
+            });
+        match spawned {
+            Ok(thread) => {
+                let from = waiting.peer.ip();
+                let berth = Berth {
+                    socket,
+                    from,
+                    proven,
+                    evicted: false,
+                    thread,
+                };
+                self.berths.insert(id, berth);
+                tracing::debug!(peer = %waiting.peer, "sender connected");
+            }
+            Err(error) => tracing::error!(peer = %waiting.peer, %error, "no thread for a sender"),
+        }
+    }
+
+    /// Whether there is room for one more connection, if need be by closing a stranger's.
+    fn make_room(&mut self) -> bool {
+        let live = self.berths.values().filter(|berth| !berth.evicted).count();
+        if live < self.max_connections {
+            return true;
+        }
+        // Threads of evicted connections need a moment to end: they are bounded too.
+        if self.berths.len() >= 2 * self.max_connections {
+            return false;
+        }
+        let strangers = self
+            .berths
+            .iter()
+            .filter(|(_, berth)| !berth.evicted && !berth.proven.load(Ordering::Relaxed))
+            .map(|(id, berth)| (*id, berth.from));
+        let Some(id) = oldest_of_the_most(strangers) else {
+            return false;
+        };
+        if let Some(berth) = self.berths.get_mut(&id) {
+            berth.evicted = true;
+            drop(berth.socket.shutdown(Shutdown::Both));
+            self.evicted();
+        }
+        true
+    }
+
+    fn evicted(&self) {
+        self.shore.counters.evicted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn refuse(&self, waiting: &Waiting, why: Refusal) {
+        self.shore.counters.refuse(why);
+        if let Some(dropped) = self.shore.counters.log.allow(Instant::now()) {
+            tracing::warn!(peer = %waiting.peer, %why, dropped, "tcp connection refused");
+        }
+        // Who does not speak our protocol would not understand the answer.
+        if waiting.got == Hello::BYTES && why != Refusal::Malformed {
+            drop((&waiting.socket).write(&Answer::Refused { batch: 0, why }.encode()));
+        }
+    }
+
+    fn reap(&mut self) {
+        let ended = std::mem::take(
+            &mut *self
+                .control
+                .ended
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for id in ended {
+            if let Some(berth) = self.berths.remove(&id) {
+                join(berth.thread);
+            }
+        }
+    }
+}
+
+impl Waiting {
+    /// The hello, once it is complete; no reason if the peer left before it said anything.
+    fn read(&mut self) -> Result<Option<Hello>, Option<Refusal>> {
+        match self.socket.read(&mut self.hello[self.got..]) {
+            Ok(0) if self.got == 0 => return Err(None),
+            Ok(0) => return Err(Some(Refusal::Malformed)),
+            Ok(n) => self.got += n,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            Err(_) => return Err(None),
+        }
+        if !Hello::begins_well(&self.hello[..self.got]) {
+            return Err(Some(Refusal::Malformed));
+        }
+        if self.got < Hello::BYTES {
+            return Ok(None);
+        }
+        let hello = Hello::decode(&self.hello);
+        hello.map(Some).ok_or(Some(Refusal::Malformed))
+    }
+}
+
+/// Tells the listening thread that a connection's thread ends, panicking or not.
+struct Notice(Arc<Control>, u64);
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        let ended = self.0.ended.lock();
+        ended.unwrap_or_else(PoisonError::into_inner).push(self.1);
+        self.0.waker.wake();
+    }
+}
+
+/// The lowest id among those of the address that has the most of them.
+fn oldest_of_the_most<I: Ord + Copy>(all: impl Iterator<Item = (I, IpAddr)>) -> Option<I> {
+    let mut of: HashMap<IpAddr, (usize, I)> = HashMap::new();
+    for (id, from) in all {
+        let entry = of.entry(from).or_insert((0, id));
+        entry.0 += 1;
+        entry.1 = entry.1.min(id);
+    }
+    of.into_values()
+        .max_by_key(|(count, id)| (*count, std::cmp::Reverse(*id)))
+        .map(|(_, id)| id)
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a tcp receiving thread panicked");
+    }
+}
+
+/// Connections that may be silent at once.
+const MAX_WAITING: usize = 64;
+/// So that a flood of connections does not keep the others' hellos waiting.
+const ACCEPTS_A_ROUND: usize = 16;
+/// When descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// A receiving thread's deepest frame holds a few hundred bytes.
+const STACK_BYTES: usize = 256 << 10;

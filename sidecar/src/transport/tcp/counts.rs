@@ -1,0 +1,110 @@
+//! What the receiving half has seen, for metrics; and log lines that a flood cannot multiply.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::frame::Refusal;
+
+/// Totals since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Connections taken from the kernel.
+    pub(crate) accepted: u64,
+    /// Connections closed to make room for others.
+    pub(crate) evicted: u64,
+    /// Connections that broke within a write.
+    pub(crate) broken: u64,
+    /// Batches that landed completely.
+    pub(crate) batches: u64,
+    /// Their bytes.
+    pub(crate) bytes: u64,
+    /// Batches and connections that were refused, with the reason; all reasons.
+    pub(crate) refused: Vec<(Refusal, u64)>,
+}
+
+/// The counters behind [`Counts`].
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) accepted: AtomicU64,
+    pub(super) evicted: AtomicU64,
+    pub(super) broken: AtomicU64,
+    pub(super) batches: AtomicU64,
+    pub(super) bytes: AtomicU64,
+    refused: [AtomicU64; Refusal::ALL.len()],
+    /// Refusals and broken connections share one allowance of log lines.
+    pub(super) log: Quiet,
+}
+
+impl Counters {
+    pub(super) fn refuse(&self, why: Refusal) {
+        self.refused[why.index()].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self) -> Counts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            accepted: get(&self.accepted),
+            evicted: get(&self.evicted),
+            broken: get(&self.broken),
+            batches: get(&self.batches),
+            bytes: get(&self.bytes),
+            refused: Refusal::ALL
+                .iter()
+                .map(|&why| (why, get(&self.refused[why.index()])))
+                .collect(),
+        }
+    }
+}
+
+/// Allows a burst of log lines, then one a second.
+#[derive(Debug, Default)]
+pub(super) struct Quiet {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    window: Option<Instant>,
+    lines: u32,
+    dropped: u64,
+}
+
+impl Quiet {
+    /// How many lines were dropped before this one, or `None` if this one is to be dropped too.
+    pub(super) fn allow(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = state
+            .window
+            .is_none_or(|begin| now.saturating_duration_since(begin) >= WINDOW);
+        if fresh {
+            state.window = Some(now);
+            state.lines = 0;
+        }
+        if state.lines >= LINES {
+            state.dropped += 1;
+            return None;
+        }
+        state.lines += 1;
+        Some(std::mem::take(&mut state.dropped))
+    }
+}
+
+const WINDOW: Duration = Duration::from_secs(1);
+/// Enough to see what happens, too few to fill a disk.
+const LINES: u32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_lines_becomes_a_few_that_count_the_rest() {
+        let quiet = Quiet::default();
+        let start = Instant::now();
+        let allowed = (0..100).filter(|_| quiet.allow(start).is_some()).count();
+        assert_eq!(allowed, 5);
+        assert_eq!(quiet.allow(start + WINDOW), Some(95));
+        assert_eq!(quiet.allow(start + WINDOW), Some(0));
+    }
+}

@@ -1,0 +1,321 @@
+//! What the two ends say to each other, little-endian throughout.
+//!
+//! ```text
+//! sender                                   receiver
+//!   │ Hello{version, slots, slot_bytes} ─────▶│   within the handshake timeout
+//!   │◀──────────────── Answer{Welcome | Refused} │
+//!   │ Write{batch, lease, pieces} + bytes ───▶│   any number, pipelined
+//!   │ Write{…} + bytes ──────────────────────▶│
+//!   │◀────── Answer{Landed | Refused, batch}  │   one for each Write, in order
+//! ```
+//!
+//! A `Write` is a header, its pieces, and then the bytes of all pieces without anything between
+//! them. Every field is checked before the first byte lands.
+
+use protocol::LeaseId;
+
+/// Version of this wire.
+pub(super) const VERSION: u32 = 1;
+
+/// Pieces of one `Write`: bounds what a header can make the receiver hold (24 KiB).
+pub(super) const MAX_PIECES: usize = 1024;
+
+/// Opens a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hello {
+    /// Version of the sender's wire.
+    pub(super) version: u32,
+    /// Slots that the sender was told of.
+    pub(super) slots: u32,
+    /// Bytes of each.
+    pub(super) slot_bytes: u64,
+}
+
+impl Hello {
+    pub(super) const BYTES: usize = 24;
+
+    pub(super) fn encode(self) -> [u8; Self::BYTES] {
+        let mut out = [0; Self::BYTES];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..12].copy_from_slice(&self.version.to_le_bytes());
+        out[12..16].copy_from_slice(&self.slots.to_le_bytes());
+        out[16..].copy_from_slice(&self.slot_bytes.to_le_bytes());
+        out
+    }
+
+    /// `None` if this is not our protocol at all.
+    pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        bytes.starts_with(&MAGIC).then(|| Self {
+            version: u32_at(bytes, 8),
+            slots: u32_at(bytes, 12),
+            slot_bytes: u64_at(bytes, 16),
+        })
+    }
+
+    /// Whether the first bytes of a connection may still become a hello.
+    pub(super) fn begins_well(bytes: &[u8]) -> bool {
+        let common = bytes.len().min(MAGIC.len());
+        bytes[..common] == MAGIC[..common]
+    }
+}
+
+/// Part of one slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Slot of the landing buffer.
+    pub(super) slot: u32,
+    /// Where in the slot.
+    pub(super) offset: u64,
+    /// How much; not 0.
+    pub(super) bytes: u64,
+}
+
+/// The head of a `Write`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Write {
+    /// Parts that follow: 1 to [`MAX_PIECES`].
+    pub(super) parts: u32,
+    /// Counted by the sender; the answer carries it back.
+    pub(super) batch: u64,
+    /// The permission.
+    pub(super) lease: LeaseId,
+}
+
+impl Write {
+    pub(super) const BYTES: usize = 24;
+
+    pub(super) fn encode(self, parts: &[Part]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::BYTES + parts.len() * Part::BYTES);
+        out.extend_from_slice(&WRITE.to_le_bytes());
+        out.extend_from_slice(&self.parts.to_le_bytes());
+        out.extend_from_slice(&self.batch.to_le_bytes());
+        out.extend_from_slice(&self.lease.0.to_le_bytes());
+        for part in parts {
+            out.extend_from_slice(&part.encode());
+        }
+        out
+    }
+
+    /// `None` if it is none.
+    pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let parts = u32_at(bytes, 4);
+        let sane = (1..=MAX_PIECES).contains(&usize::try_from(parts).ok()?);
+        (u32_at(bytes, 0) == WRITE && sane).then(|| Self {
+            parts,
+            batch: u64_at(bytes, 8),
+            lease: LeaseId(u64_at(bytes, 16)),
+        })
+    }
+}
+
+impl Part {
+    pub(super) const BYTES: usize = 24;
+
+    fn encode(self) -> [u8; Self::BYTES] {
+        let mut out = [0; Self::BYTES];
+        out[..4].copy_from_slice(&self.slot.to_le_bytes());
+        out[8..16].copy_from_slice(&self.offset.to_le_bytes());
+        out[16..].copy_from_slice(&self.bytes.to_le_bytes());
+        out
+    }
+
+    /// `None` if it is empty, or the reserved field is not 0.
+    pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let part = Self {
+            slot: u32_at(bytes, 0),
+            offset: u64_at(bytes, 8),
+            bytes: u64_at(bytes, 16),
+        };
+        (u32_at(bytes, 4) == 0 && part.bytes > 0).then_some(part)
+    }
+}
+
+/// The receiver's word on the connection or on a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// The hello is accepted.
+    Welcome,
+    /// Every byte of the batch stands in its slots.
+    Landed { batch: u64 },
+    /// No byte of the batch lands from now on. `batch` is 0 if the whole connection is meant.
+    Refused { batch: u64, why: Refusal },
+}
+
+impl Answer {
+    pub(super) const BYTES: usize = 16;
+
+    pub(super) fn encode(self) -> [u8; Self::BYTES] {
+        let (kind, code, batch) = match self {
+            Self::Welcome => (WELCOME, 0, 0),
+            Self::Landed { batch } => (LANDED, 0, batch),
+            Self::Refused { batch, why } => (REFUSED, why.code(), batch),
+        };
+        let mut out = [0; Self::BYTES];
+        out[..4].copy_from_slice(&kind.to_le_bytes());
+        out[4..8].copy_from_slice(&code.to_le_bytes());
+        out[8..].copy_from_slice(&batch.to_le_bytes());
+        out
+    }
+
+    /// `None` if it is none.
+    pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let batch = u64_at(bytes, 8);
+        match u32_at(bytes, 0) {
+            WELCOME => Some(Self::Welcome),
+            LANDED => Some(Self::Landed { batch }),
+            REFUSED => Some(Self::Refused {
+                batch,
+                why: Refusal::from_code(u32_at(bytes, 4)),
+            }),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! refusals {
+    ($($(#[$doc:meta])* $name:ident = $code:literal $label:literal $text:literal,)*) => {
+        /// Why the receiver did not take something.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+        pub(crate) enum Refusal {
+            $($(#[$doc])* #[error($text)] $name,)*
+        }
+
+        impl Refusal {
+            /// Every refusal, in the order of [`Refusal::index`].
+            pub(crate) const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            fn code(self) -> u32 {
+                match self { $(Self::$name => $code,)* }
+            }
+
+            fn from_code(code: u32) -> Self {
+                match code { $($code => Self::$name,)* _ => Self::Malformed }
+            }
+
+            /// The label of counters.
+            pub(crate) fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $label,)* }
+            }
+        }
+    };
+}
+
+refusals! {
+    /// Not this protocol, or a broken frame of it.
+    Malformed = 1 "malformed" "a frame makes no sense",
+    /// Another version of it.
+    Version = 2 "version" "the other side speaks another version of this wire",
+    /// The sender was told of other slots than there are.
+    Geometry = 3 "geometry" "the landing buffer has been cut into other slots since the handshake",
+    /// No engine has said yet what a slot is.
+    NoSlots = 4 "no_slots" "the landing buffer has no slots yet",
+    /// The lease does not open this slot, or does so no longer.
+    Closed = 5 "closed" "the slot is not open under this lease",
+    /// More bytes than the slot has.
+    Bounds = 6 "bounds" "a piece does not fit into its slot",
+    /// Too slow.
+    Stalled = 7 "stalled" "nothing came for too long",
+    /// Too many connections.
+    Busy = 8 "busy" "too many connections",
+}
+
+impl Refusal {
+    /// Position in [`Refusal::ALL`].
+    pub(crate) fn index(self) -> usize {
+        // The codes count from 1 in the order of declaration; a test holds them to it.
+        self.code() as usize - 1
+    }
+}
+
+/// Not text, so that no line-based protocol says it by accident.
+const MAGIC: [u8; 8] = *b"\x89pdkv\r\n\0";
+const WRITE: u32 = 0x5752_0001;
+const WELCOME: u32 = 0x4157_0001;
+const LANDED: u32 = 0x414c_0001;
+const REFUSED: u32 = 0x4152_0001;
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let mut out = [0; 4];
+    out.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(out)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    let mut out = [0; 8];
+    out.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_survive_the_wire() {
+        let hello = Hello {
+            version: 7,
+            slots: 9,
+            slot_bytes: 1 << 40,
+        };
+        assert_eq!(Hello::decode(&hello.encode()), Some(hello));
+        let part = Part {
+            slot: 3,
+            offset: 5,
+            bytes: u64::MAX,
+        };
+        let write = Write {
+            parts: 1,
+            batch: 11,
+            lease: LeaseId(u64::MAX - 1),
+        };
+        let bytes = write.encode(&[part]);
+        assert_eq!(bytes.len(), Write::BYTES + Part::BYTES);
+        assert_eq!(Write::decode(bytes[..24].try_into().unwrap()), Some(write));
+        assert_eq!(Part::decode(bytes[24..].try_into().unwrap()), Some(part));
+        let mut answers = vec![Answer::Welcome, Answer::Landed { batch: 4 }];
+        answers.extend(
+            Refusal::ALL
+                .iter()
+                .map(|&why| Answer::Refused { batch: 1, why }),
+        );
+        for answer in answers {
+            assert_eq!(Answer::decode(&answer.encode()), Some(answer));
+        }
+    }
+
+    #[test]
+    fn what_is_no_frame_is_refused() {
+        let mut hello = Hello {
+            version: 1,
+            slots: 1,
+            slot_bytes: 1,
+        }
+        .encode();
+        hello[7] = 1;
+        assert_eq!(Hello::decode(&hello), None);
+        assert!(Hello::begins_well(&hello[..7]) && !Hello::begins_well(&hello));
+        assert!(Hello::begins_well(b"") && !Hello::begins_well(b"GET / HTTP/1.1\r\n"));
+        for parts in [0, MAX_PIECES as u32 + 1, u32::MAX] {
+            let head = Write {
+                parts,
+                batch: 0,
+                lease: LeaseId(0),
+            };
+            assert_eq!(
+                Write::decode(head.encode(&[])[..].try_into().unwrap()),
+                None
+            );
+        }
+        assert_eq!(Write::decode(&[0; 24]), None);
+        assert_eq!(Part::decode(&[0; 24]), None);
+        assert_eq!(Part::decode(&[1; 24]), None);
+        assert_eq!(Answer::decode(&[0; 16]), None);
+    }
+
+    #[test]
+    fn refusals_are_indexed_by_their_code() {
+        for (index, why) in Refusal::ALL.iter().enumerate() {
+            assert_eq!(why.index(), index);
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Which lease may write into which slot: what makes [`close`](Gates::close) a fence.
+//!
+//! Whoever lands bytes holds the slot's lock shared around one receive that never waits, and looks
+//! whether the gate is still the one it was admitted through. Closing takes the lock alone, so it
+//! waits for at most one bounded copy of each connection that writes into the slot, and afterwards
+//! nobody passes. Nothing else is stopped by it: the connection lives on and throws away what still
+//! comes for the closed slot.
+
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use protocol::{LeaseId, SlotIndex};
+
+use super::frame::{Part, Refusal};
+
+/// The gates of a landing buffer, over all its cuts.
+#[derive(Debug, Default)]
+pub(super) struct Gates {
+    cut: Mutex<Arc<Cut>>,
+}
+
+/// One division of the buffer into slots.
+#[derive(Debug, Default)]
+pub(super) struct Cut {
+    slot_bytes: u64,
+    gates: Vec<RwLock<Gate>>,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    open_to: Option<LeaseId>,
+    /// Counts openings: a write that was admitted through an earlier one does not pass, even if a
+    /// slot is opened to the same lease again.
+    opening: u64,
+}
+
+/// A part that was admitted through an open gate.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pass {
+    slot: u32,
+    opening: u64,
+    /// Where in the buffer.
+    pub(super) offset: u64,
+    /// How much.
+    pub(super) bytes: u64,
+}
+
+impl Gates {
+    /// Closes every gate and begins anew with `slots` slots of `slot_bytes` bytes.
+    pub(super) fn cut(&self, slots: u32, slot_bytes: u64) {
+        let new = Arc::new(Cut {
+            slot_bytes,
+            gates: (0..slots).map(|_| RwLock::default()).collect(),
+        });
+        let old = std::mem::replace(
+            &mut *self.cut.lock().unwrap_or_else(PoisonError::into_inner),
+            new,
+        );
+        (0..old.slots()).for_each(|slot| old.close(slot));
+    }
+
+    /// The division that is in force.
+    pub(super) fn current(&self) -> Arc<Cut> {
+        Arc::clone(&self.cut.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Writes under `lease` may land in `slot` from now on.
+    pub(super) fn open(&self, lease: LeaseId, slot: SlotIndex) {
+        let cut = self.current();
+        let Some(gate) = cut.gate(slot.0) else {
+            tracing::error!(%slot, %lease, slots = cut.slots(), "a slot that does not exist was opened");
+            return;
+        };
+        let mut gate = gate.write().unwrap_or_else(PoisonError::into_inner);
+        gate.open_to = Some(lease);
+        gate.opening += 1;
+    }
+
+    /// No byte lands in `slot` after this call.
+    pub(super) fn close(&self, slot: SlotIndex) {
+        self.current().close(slot.0);
+    }
+}
+
+impl Cut {
+    /// Slots; 0 before the first cut.
+    pub(super) fn slots(&self) -> u32 {
+        // `cut` made them from a u32.
+        u32::try_from(self.gates.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Bytes of a slot.
+    pub(super) fn slot_bytes(&self) -> u64 {
+        self.slot_bytes
+    }
+
+    /// Admits a part under `lease`, or says why not.
+    pub(super) fn admit(&self, lease: LeaseId, part: Part) -> Result<Pass, Refusal> {
+        let gate = self.gate(part.slot).ok_or(Refusal::Bounds)?;
+        let end = part.offset.checked_add(part.bytes).ok_or(Refusal::Bounds)?;
+        if end > self.slot_bytes {
+            return Err(Refusal::Bounds);
+        }
+        let gate = gate.read().unwrap_or_else(PoisonError::into_inner);
+        if gate.open_to != Some(lease) {
+            return Err(Refusal::Closed);
+        }
+        Ok(Pass {
+            slot: part.slot,
+            opening: gate.opening,
+            offset: u64::from(part.slot) * self.slot_bytes + part.offset,
+            bytes: part.bytes,
+        })
+    }
+
+    /// Runs `copy`, which must not wait, while the gate is held open; `None` if it has been closed
+    /// since the pass was given.
+    pub(super) fn through<T>(&self, pass: &Pass, copy: impl FnOnce() -> T) -> Option<T> {
+        let gate = self.gate(pass.slot)?;
+        let gate = gate.read().unwrap_or_else(PoisonError::into_inner);
+        (gate.open_to.is_some() && gate.opening == pass.opening).then(copy)
+    }
+
+    fn close(&self, slot: u32) {
+        if let Some(gate) = self.gate(slot) {
+            let mut gate = gate.write().unwrap_or_else(PoisonError::into_inner);
+            gate.open_to = None;
+        }
+    }
+
+    fn gate(&self, slot: u32) -> Option<&RwLock<Gate>> {
+        self.gates.get(usize::try_from(slot).ok()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    const LEASE: LeaseId = LeaseId(5);
+
+    fn part(slot: u32, offset: u64, bytes: u64) -> Part {
+        Part {
+            slot,
+            offset,
+            bytes,
+        }
+    }
+
+    #[test]
+    fn only_the_lease_passes_and_only_within_the_slot() {
+        let gates = Gates::default();
+        let refusal = |lease, part| gates.current().admit(lease, part).map(drop);
+        assert_eq!(refusal(LEASE, part(0, 0, 1)), Err(Refusal::Bounds));
+        gates.cut(4, 100);
+        gates.open(LEASE, SlotIndex(2));
+        gates.open(LEASE, SlotIndex(4));
+        for (lease, part, expect) in [
+            (LEASE, part(2, 0, 100), Ok(())),
+            (LEASE, part(2, 99, 1), Ok(())),
+            (LEASE, part(2, 99, 2), Err(Refusal::Bounds)),
+            (LEASE, part(2, u64::MAX, 2), Err(Refusal::Bounds)),
+            (LEASE, part(4, 0, 1), Err(Refusal::Bounds)),
+            (LEASE, part(u32::MAX, 0, 1), Err(Refusal::Bounds)),
+            (LEASE, part(1, 0, 1), Err(Refusal::Closed)),
+            (LeaseId(6), part(2, 0, 1), Err(Refusal::Closed)),
+        ] {
+            assert_eq!(refusal(lease, part), expect, "{lease} {part:?}");
+        }
+        let pass = gates.current().admit(LEASE, part(2, 7, 3)).unwrap();
+        assert_eq!((pass.offset, pass.bytes), (207, 3));
+    }
+
+    #[test]
+    fn a_pass_ends_with_its_opening() {
+        let gates = Gates::default();
+        gates.cut(2, 10);
+        gates.open(LEASE, SlotIndex(1));
+        let cut = gates.current();
+        let pass = cut.admit(LEASE, part(1, 0, 1)).unwrap();
+        assert_eq!(cut.through(&pass, || 1), Some(1));
+        gates.close(SlotIndex(1));
+        assert_eq!(cut.through(&pass, || 1), None);
+        gates.open(LEASE, SlotIndex(1));
+        assert_eq!(cut.through(&pass, || 1), None, "the old opening");
+        let pass = cut.admit(LEASE, part(1, 0, 1)).unwrap();
+        gates.cut(2, 10);
+        gates.open(LEASE, SlotIndex(1));
+        assert_eq!(cut.through(&pass, || 1), None, "the old cut");
+    }
+
+    #[test]
+    fn closing_waits_for_who_is_inside() {
+        let gates = Arc::new(Gates::default());
+        gates.cut(1, 10);
+        gates.open(LEASE, SlotIndex(0));
+        let cut = gates.current();
+        let pass = cut.admit(LEASE, part(0, 0, 1)).unwrap();
+        let inside = Barrier::new(2);
+        let landed = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                cut.through(&pass, || {
+                    inside.wait();
+                    std::thread::yield_now();
+                    landed.store(true, Ordering::SeqCst);
+                })
+            });
+            inside.wait();
+            gates.close(SlotIndex(0));
+            assert!(landed.load(Ordering::SeqCst));
+        });
+    }
+}

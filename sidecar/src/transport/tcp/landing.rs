@@ -1,0 +1,295 @@
+//! The receiving end of one connection: bytes from a socket into slots.
+
+use std::io::{self, Read, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+
+use super::counts::Counters;
+use super::frame::{Answer, Part, Refusal, Write};
+use super::gate::{Cut, Gates, Pass};
+use super::socket::wait;
+use crate::memory::Buffer;
+
+/// What all connections of a receiver share.
+#[derive(Debug)]
+pub(super) struct Shore {
+    pub(super) buffer: Arc<Buffer>,
+    pub(super) gates: Gates,
+    pub(super) counters: Counters,
+    /// Time for a frame's head to arrive once it has begun.
+    pub(super) handshake: Duration,
+    /// Time that a frame's bytes, or the peer's reading of an answer, may stand still.
+    pub(super) stall: Duration,
+}
+
+/// One connection whose hello was accepted.
+#[derive(Debug)]
+pub(super) struct Landing {
+    pub(super) shore: Arc<Shore>,
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) peer: SocketAddr,
+    /// Set once the peer has shown a lease that opens something: leases cannot be guessed, so it is
+    /// no stranger any more.
+    pub(super) proven: Arc<AtomicBool>,
+}
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("closed between writes")]
+    Closed,
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    #[error("broken: {0}")]
+    Broken(#[from] io::Error),
+}
+
+impl Landing {
+    /// Serves the connection to its end. Blocks: each connection has a thread of its own.
+    pub(super) fn run(self) {
+        let counters = &self.shore.counters;
+        let end = loop {
+            match self.frame() {
+                Ok(()) => {}
+                Err(end) => break end,
+            }
+        };
+        match &end {
+            End::Closed => {
+                tracing::debug!(peer = %self.peer, "sender disconnected");
+                return;
+            }
+            End::Refused(why) => counters.refuse(*why),
+            End::Broken(_) => {
+                counters.broken.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        if let Some(dropped) = counters.log.allow(Instant::now()) {
+            tracing::warn!(peer = %self.peer, %end, dropped, "tcp connection ended");
+        }
+        if matches!(end, End::Refused(_)) {
+            self.part_ways();
+        }
+    }
+
+    /// Takes one `Write`, from its head to the answer.
+    fn frame(&self) -> Result<(), End> {
+        let (write, parts) = self.head()?;
+        let batch = write.batch;
+        // A sum of sane parts may still overflow; then no slot could hold them.
+        let bytes = parts
+            .iter()
+            .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
+            .ok_or(Refusal::Bounds)?;
+        let deadline = Instant::now() + self.shore.stall + Duration::from_millis(bytes >> 10);
+        let cut = self.shore.gates.current();
+        let admitted: Result<Vec<Pass>, Refusal> = parts
+            .iter()
+            .map(|part| cut.admit(write.lease, *part))
+            .collect();
+        let refused = match admitted {
+            Ok(passes) => {
+                self.proven.store(true, Ordering::Relaxed);
+                self.land(&cut, &passes, bytes, deadline)?
+            }
+            // Its lease has just ended, and it has other writes on this connection: what comes for
+            // the closed slots is thrown away, the rest is served.
+            Err(Refusal::Closed) if self.proven.load(Ordering::Relaxed) => {
+                self.discard(bytes, deadline)?;
+                Some(Refusal::Closed)
+            }
+            Err(why) => {
+                self.answer(Answer::Refused { batch, why })?;
+                return Err(why.into());
+            }
+        };
+        match refused {
+            None => {
+                let counters = &self.shore.counters;
+                counters.batches.fetch_add(1, Ordering::Relaxed);
+                counters.bytes.fetch_add(bytes, Ordering::Relaxed);
+                self.answer(Answer::Landed { batch })
+            }
+            Some(why) => {
+                self.shore.counters.refuse(why);
+                self.answer(Answer::Refused { batch, why })
+            }
+        }
+    }
+
+    /// Reads a frame's head and parts. Between frames it waits for ever.
+    fn head(&self) -> Result<(Write, Vec<Part>), End> {
+        // Every frame has at least one part with a byte in it, so this much can be read at once.
+        let mut first = [0; Write::BYTES + Part::BYTES];
+        let got = loop {
+            match (&*self.socket).read(&mut first) {
+                Ok(0) => return Err(End::Closed),
+                Ok(n) => break n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait(&self.socket, PollFlags::IN, None)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let deadline = Instant::now() + self.shore.handshake;
+        self.fill(&mut first[got..], deadline)?;
+        let (head, part) = first.split_at(Write::BYTES);
+        let write = exact(head).and_then(Write::decode);
+        let write = write.ok_or(Refusal::Malformed)?;
+        let mut parts = vec![
+            exact(part)
+                .and_then(Part::decode)
+                .ok_or(Refusal::Malformed)?,
+        ];
+        // Bounded by the decoder: at most `MAX_PIECES`.
+        let mut rest = vec![0; (write.parts as usize - 1) * Part::BYTES];
+        self.fill(&mut rest, deadline)?;
+        for part in rest.chunks_exact(Part::BYTES) {
+            parts.push(
+                exact(part)
+                    .and_then(Part::decode)
+                    .ok_or(Refusal::Malformed)?,
+            );
+        }
+        Ok((write, parts))
+    }
+
+    /// Lets the frame's bytes land; gives the reason if a gate was closed meanwhile.
+    fn land(
+        &self,
+        cut: &Cut,
+        passes: &[Pass],
+        bytes: u64,
+        deadline: Instant,
+    ) -> Result<Option<Refusal>, End> {
+        let mut left = bytes;
+        for pass in passes {
+            let mut at = 0;
+            while at < pass.bytes {
+                let want =
+                    usize::try_from(pass.bytes - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
+                let copied = cut.through(pass, || {
+                    self.shore.buffer.recv(&self.socket, pass.offset + at, want)
+                });
+                match copied {
+                    None => {
+                        self.discard(left, deadline)?;
+                        return Ok(Some(Refusal::Closed));
+                    }
+                    Some(Ok(0)) => return Err(cut_off().into()),
+                    Some(Ok(n)) => {
+                        at += n as u64;
+                        left -= n as u64;
+                    }
+                    Some(Err(error)) => self.retry(error, deadline)?,
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads bytes that nobody wants any more.
+    fn discard(&self, mut left: u64, deadline: Instant) -> Result<(), End> {
+        let mut scratch = vec![0; SCRATCH_BYTES];
+        while left > 0 {
+            let want = usize::try_from(left).map_or(SCRATCH_BYTES, |n| n.min(SCRATCH_BYTES));
+            match (&*self.socket).read(&mut scratch[..want]) {
+                Ok(0) => return Err(cut_off().into()),
+                Ok(n) => left -= n as u64,
+                Err(error) => self.retry(error, deadline)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&self, mut out: &mut [u8], deadline: Instant) -> Result<(), End> {
+        while !out.is_empty() {
+            match (&*self.socket).read(out) {
+                Ok(0) => return Err(cut_off().into()),
+                Ok(n) => out = &mut out[n..],
+                Err(error) => self.retry(error, deadline)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits where there was nothing to read, within the stall time and the frame's deadline.
+    fn retry(&self, error: io::Error, deadline: Instant) -> Result<(), End> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            io::ErrorKind::WouldBlock => {
+                let until = deadline.min(Instant::now() + self.shore.stall);
+                match wait(&self.socket, PollFlags::IN, Some(until)) {
+                    Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                        Err(Refusal::Stalled.into())
+                    }
+                    other => Ok(other?),
+                }
+            }
+            _ => Err(error.into()),
+        }
+    }
+
+    fn answer(&self, answer: Answer) -> Result<(), End> {
+        let deadline = Instant::now() + self.shore.stall;
+        let bytes = answer.encode();
+        let mut left = &bytes[..];
+        while !left.is_empty() {
+            match (&*self.socket).write(left) {
+                Ok(n) => left = &left[n..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait(&self.socket, PollFlags::OUT, Some(deadline))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes so that the peer can still read the refusal: a socket closed over unread bytes resets
+    /// the connection, and a reset may overtake what was sent before it.
+    fn part_ways(&self) {
+        let deadline = Instant::now() + LINGER;
+        if self.socket.shutdown(Shutdown::Write).is_err() {
+            return;
+        }
+        let mut scratch = vec![0; SCRATCH_BYTES];
+        while Instant::now() < deadline {
+            match (&*self.socket).read(&mut scratch) {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if wait(&self.socket, PollFlags::IN, Some(deadline)).is_err() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// Bytes of one copy under a gate: the longest that a close waits, about 0.05 ms. Copies of 1 MiB are
+/// not faster.
+const COPY_BYTES: usize = 256 << 10;
+const SCRATCH_BYTES: usize = 64 << 10;
+/// How long a refused peer may take to read why.
+const LINGER: Duration = Duration::from_millis(200);
+
+fn exact<const N: usize>(bytes: &[u8]) -> Option<&[u8; N]> {
+    bytes.try_into().ok()
+}
+
+fn cut_off() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "the sender left within a write",
+    )
+}

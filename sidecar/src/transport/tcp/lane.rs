@@ -1,0 +1,461 @@
+//! The sending end of one connection: a thread that turns jobs into frames and answers into
+//! outcomes.
+//!
+//! # What a failed write may claim
+//! [`Outcome::Failed`] has `terminal: true` where no byte can still arrive: the job was never begun,
+//! or the receiver refused it (it has closed that gate and says so). A job that was begun and got no
+//! answer is `terminal: false`, whatever happened to the connection: its bytes may stand in this
+//! kernel's queue, on the way, or in the receiver's queue, and the receiver's thread lets them land
+//! until it closes the gate. Resetting the connection (done here) throws this side's queue away but
+//! proves nothing about the other's. The price of that honesty is nothing: the slots are reported
+//! dirty, and the receiver's close is a fence, so it proves them clean at once.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write as _};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use protocol::LeaseId;
+use rustix::event::{PollFd, PollFlags};
+use rustix::net::{SendFlags, send, sockopt};
+use tokio::sync::oneshot;
+
+use super::frame::{Answer, Part, Write};
+use super::socket::{Waker, poll_for};
+use crate::memory::Buffer;
+use crate::transport::Outcome;
+
+/// The handle of a lane. Dropping it ends the thread once its jobs have ended, which their stall
+/// time bounds.
+#[derive(Debug)]
+pub(super) struct Lane {
+    queue: Arc<Queue>,
+}
+
+/// One frame to be sent.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) lease: LeaseId,
+    /// At most [`super::frame::MAX_PIECES`].
+    pub(super) sources: Vec<Source>,
+    pub(super) ticket: Ticket,
+}
+
+/// A range of the send buffer and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    /// Where in the send buffer.
+    pub(super) from: u64,
+    pub(super) to: Part,
+}
+
+#[derive(Debug)]
+struct Queue {
+    waker: Waker,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+enum State {
+    Open(VecDeque<Job>),
+    /// The handle is gone: what is queued is still done.
+    Closing(VecDeque<Job>),
+    /// The connection is gone, and this is why.
+    Dead(String),
+}
+
+impl Lane {
+    /// Takes over a connection that has been welcomed.
+    pub(super) fn start(
+        socket: TcpStream,
+        buffer: Arc<Buffer>,
+        stall: Duration,
+        name: &str,
+    ) -> io::Result<Self> {
+        let queue = Arc::new(Queue {
+            waker: Waker::new()?,
+            state: Mutex::new(State::Open(VecDeque::new())),
+        });
+        let worker = Worker {
+            socket,
+            buffer,
+            stall,
+            queue: Arc::clone(&queue),
+            sending: None,
+            unanswered: VecDeque::new(),
+            answer: [0; Answer::BYTES],
+            answered: 0,
+            batch: 0,
+            progress: Instant::now(),
+        };
+        let name = name.to_owned();
+        thread::Builder::new()
+            .name("tcp-send".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || worker.run(&name))?;
+        Ok(Self { queue })
+    }
+
+    /// Queues a job; its ticket says how it ended.
+    pub(super) fn post(&self, job: Job) {
+        let refused = match &mut *self.queue.lock() {
+            State::Open(jobs) if jobs.len() < MAX_QUEUED => {
+                jobs.push_back(job);
+                self.queue.waker.wake();
+                return;
+            }
+            State::Open(_) | State::Closing(_) => format!("{MAX_QUEUED} writes are waiting"),
+            State::Dead(why) => format!("the connection is gone: {why}"),
+        };
+        job.ticket.settle(Outcome::Failed {
+            terminal: true,
+            error: refused,
+        });
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let mut state = self.queue.lock();
+        if let State::Open(jobs) = &mut *state {
+            *state = State::Closing(std::mem::take(jobs));
+        }
+        self.queue.waker.wake();
+    }
+}
+
+impl Queue {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Worker {
+    socket: TcpStream,
+    buffer: Arc<Buffer>,
+    stall: Duration,
+    queue: Arc<Queue>,
+    sending: Option<Sending>,
+    /// Batches begun and not answered, in order. The last one may still be being sent.
+    unanswered: VecDeque<(u64, Ticket)>,
+    answer: [u8; Answer::BYTES],
+    answered: usize,
+    batch: u64,
+    /// When bytes last left or an answer last came.
+    progress: Instant,
+}
+
+/// A frame on its way into the socket.
+struct Sending {
+    head: Vec<u8>,
+    head_sent: usize,
+    sources: std::vec::IntoIter<Source>,
+    now: Option<Source>,
+    sent: u64,
+}
+
+/// Whether the socket took all that there was.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pushed {
+    All,
+    Blocked,
+}
+
+impl Worker {
+    fn run(mut self, name: &str) {
+        let end = self.serve();
+        let why = match end {
+            Ok(()) => "closed by this side".to_owned(),
+            Err(error) => {
+                tracing::warn!(link = name, %error, "tcp link lost");
+                // What the kernel has not sent yet shall not be sent: a reset, not an orderly end.
+                let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
+                error.to_string()
+            }
+        };
+        let never_begun = match std::mem::replace(&mut *self.queue.lock(), State::Dead(why.clone()))
+        {
+            State::Open(jobs) | State::Closing(jobs) => jobs,
+            State::Dead(_) => VecDeque::new(),
+        };
+        drop(self.socket);
+        for (_, ticket) in self.unanswered {
+            ticket.settle(Outcome::Failed {
+                terminal: false,
+                error: why.clone(),
+            });
+        }
+        for job in never_begun {
+            job.ticket.settle(Outcome::Failed {
+                terminal: true,
+                error: why.clone(),
+            });
+        }
+    }
+
+    /// Sends and listens until the handle is gone and everything is answered.
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            self.begin();
+            if self.finished() {
+                return Ok(());
+            }
+            // What the receiver has said explains a failed send better than the failure does.
+            let pushed = self.push();
+            self.listen()?;
+            let pushed = pushed?;
+            if pushed == Pushed::Blocked || !self.begin() {
+                self.wait(pushed)?;
+            }
+        }
+    }
+
+    fn finished(&self) -> bool {
+        self.sending.is_none()
+            && self.unanswered.is_empty()
+            && matches!(&*self.queue.lock(), State::Closing(jobs) if jobs.is_empty())
+    }
+
+    /// Begins the next job, if there is one and the pipeline has room.
+    fn begin(&mut self) -> bool {
+        if self.sending.is_some() || self.unanswered.len() >= MAX_UNANSWERED {
+            return false;
+        }
+        let job = match &mut *self.queue.lock() {
+            State::Open(jobs) | State::Closing(jobs) => jobs.pop_front(),
+            State::Dead(_) => None,
+        };
+        let Some(job) = job else { return false };
+        if self.unanswered.is_empty() {
+            self.progress = Instant::now();
+        }
+        self.batch += 1;
+        let parts: Vec<Part> = job.sources.iter().map(|source| source.to).collect();
+        let head = Write {
+            // At most `MAX_PIECES`.
+            parts: u32::try_from(parts.len()).unwrap_or(u32::MAX),
+            batch: self.batch,
+            lease: job.lease,
+        };
+        let mut sources = job.sources.into_iter();
+        self.sending = Some(Sending {
+            head: head.encode(&parts),
+            head_sent: 0,
+            now: sources.next(),
+            sources,
+            sent: 0,
+        });
+        self.unanswered.push_back((self.batch, job.ticket));
+        true
+    }
+
+    /// Sends what the socket takes.
+    fn push(&mut self) -> io::Result<Pushed> {
+        let Some(sending) = &mut self.sending else {
+            return Ok(Pushed::All);
+        };
+        let result = sending.push(&self.socket, &self.buffer, &mut self.progress);
+        match result {
+            Ok(()) => {
+                self.sending = None;
+                Ok(Pushed::All)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Pushed::Blocked),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes what the receiver has answered.
+    fn listen(&mut self) -> io::Result<()> {
+        loop {
+            match (&self.socket).read(&mut self.answer[self.answered..]) {
+                Ok(0) => return Err(io::Error::other("the receiver closed the connection")),
+                Ok(n) => self.answered += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            if self.answered == Answer::BYTES {
+                self.answered = 0;
+                self.progress = Instant::now();
+                self.settle()?;
+            }
+        }
+    }
+
+    /// Ends the batch that is answered.
+    fn settle(&mut self) -> io::Result<()> {
+        let nonsense = || io::Error::other("the receiver's answer makes no sense");
+        let (batch, outcome) = match Answer::decode(&self.answer) {
+            Some(Answer::Landed { batch }) => (batch, Outcome::Done),
+            Some(Answer::Refused { batch: 0, why }) => return Err(io::Error::other(why)),
+            Some(Answer::Refused { batch, why }) => {
+                let error = why.to_string();
+                (
+                    batch,
+                    Outcome::Failed {
+                        terminal: true,
+                        error,
+                    },
+                )
+            }
+            Some(Answer::Welcome) | None => return Err(nonsense()),
+        };
+        if self.unanswered.front().map(|(front, _)| *front) != Some(batch) {
+            return Err(nonsense());
+        }
+        let half_sent = self.sending.is_some() && self.unanswered.len() == 1;
+        match (self.unanswered.pop_front(), outcome) {
+            // The receiver refuses before it has read all only if it is about to hang up.
+            (Some((_, ticket)), outcome @ Outcome::Failed { .. }) if half_sent => {
+                let error = io::Error::other(format!("{outcome:?}"));
+                ticket.settle(outcome);
+                Err(error)
+            }
+            (Some(_), Outcome::Done) if half_sent => Err(nonsense()),
+            (Some((_, ticket)), outcome) => {
+                ticket.settle(outcome);
+                Ok(())
+            }
+            (None, _) => Err(nonsense()),
+        }
+    }
+
+    /// Waits for room, answers or jobs; while anything is under way at most for the stall time.
+    fn wait(&self, pushed: Pushed) -> io::Result<()> {
+        let patience = if self.unanswered.is_empty() {
+            None
+        } else {
+            let left = self.stall.saturating_sub(self.progress.elapsed());
+            if left.is_zero() {
+                let text = format!("no progress for {:?}", self.stall);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            Some(left)
+        };
+        let interest = match pushed {
+            Pushed::All => PollFlags::IN,
+            Pushed::Blocked => PollFlags::IN | PollFlags::OUT,
+        };
+        let mut fds = [
+            PollFd::new(&self.socket, interest),
+            PollFd::new(&self.queue.waker, PollFlags::IN),
+        ];
+        poll_for(&mut fds, patience)?;
+        if !fds[1].revents().is_empty() {
+            self.queue.waker.clear();
+        }
+        Ok(())
+    }
+}
+
+impl Sending {
+    /// Sends until all is taken, or fails, with `WouldBlock` if the socket is full.
+    fn push(
+        &mut self,
+        socket: &TcpStream,
+        buffer: &Buffer,
+        progress: &mut Instant,
+    ) -> io::Result<()> {
+        while self.head_sent < self.head.len() {
+            // More follows: the head shall not travel in a segment of its own.
+            let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+            match send(socket, &self.head[self.head_sent..], flags) {
+                Ok(n) => self.head_sent += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            *progress = Instant::now();
+        }
+        while let Some(source) = self.now {
+            let left = source.to.bytes - self.sent;
+            let want = usize::try_from(left).map_or(SEND_BYTES, |left| left.min(SEND_BYTES));
+            match buffer.send(socket, source.from + self.sent, want) {
+                Ok(n) => {
+                    self.sent += n as u64;
+                    *progress = Instant::now();
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            if self.sent == source.to.bytes {
+                self.now = self.sources.next();
+                self.sent = 0;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Several jobs that are one write.
+#[derive(Debug)]
+pub(super) struct Batch {
+    left: AtomicUsize,
+    result: Mutex<(Outcome, Option<oneshot::Sender<Outcome>>)>,
+}
+
+/// A job's share of a batch. One that is dropped unsettled counts as failed, at what point unknown.
+#[derive(Debug)]
+pub(super) struct Ticket(Option<Arc<Batch>>);
+
+impl Batch {
+    /// `jobs` tickets, and the future of what comes of all of them. `jobs` is not 0.
+    pub(super) fn tickets(jobs: usize) -> (Vec<Ticket>, oneshot::Receiver<Outcome>) {
+        let (done, outcome) = oneshot::channel();
+        let batch = Arc::new(Self {
+            left: AtomicUsize::new(jobs),
+            result: Mutex::new((Outcome::Done, Some(done))),
+        });
+        let ticket = || Ticket(Some(Arc::clone(&batch)));
+        ((0..jobs).map(|_| ticket()).collect(), outcome)
+    }
+
+    /// One failure fails the write; only if every failure is terminal, that is.
+    fn settle(&self, outcome: Outcome) {
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sum, done) = &mut *result;
+        match (&mut *sum, outcome) {
+            (_, Outcome::Done) => {}
+            (Outcome::Done, failed) => *sum = failed,
+            (Outcome::Failed { terminal, .. }, Outcome::Failed { terminal: also, .. }) => {
+                *terminal &= also;
+            }
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1
+            && let Some(done) = done.take()
+        {
+            // Nobody may be waiting any more: see `Link::write`.
+            drop(done.send(sum.clone()));
+        }
+    }
+}
+
+impl Ticket {
+    pub(super) fn settle(mut self, outcome: Outcome) {
+        if let Some(batch) = self.0.take() {
+            batch.settle(outcome);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(batch) = self.0.take() {
+            batch.settle(Outcome::Failed {
+                terminal: false,
+                error: "the sending thread ended without a word".to_owned(),
+            });
+        }
+    }
+}
+
+/// Jobs that may wait on one connection. The sender machine bounds its transfers well below.
+const MAX_QUEUED: usize = 4096;
+/// Batches whose answers may be outstanding: enough to hide a round trip behind small writes.
+const MAX_UNANSWERED: usize = 64;
+/// Bytes of one send call: between two of them answers are not looked at.
+const SEND_BYTES: usize = 1 << 20;
+const STACK_BYTES: usize = 256 << 10;

@@ -1,0 +1,304 @@
+//! The sending half: connecting to a receiver, and dividing writes among connections.
+
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use protocol::LeaseId;
+use protocol::sender::Piece;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::lookup_host;
+
+use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
+use super::lane::{Batch, Job, Lane, Source};
+use super::socket::prepare;
+use crate::memory::Buffer;
+use crate::transport::{Kind, Link, LinkError, Outcome, Remote};
+
+/// One receiver, over one or more connections.
+#[derive(Debug)]
+pub(super) struct TcpLink {
+    lanes: Vec<Lane>,
+    /// Where the next small write goes.
+    next: AtomicUsize,
+    buffer: Arc<Buffer>,
+    slots: u32,
+    slot_bytes: u64,
+    reported: String,
+}
+
+/// How to connect.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) streams: usize,
+    pub(super) connect: Duration,
+    pub(super) stall: Duration,
+    /// Bytes of a slot of the send buffer; 0 before it is cut.
+    pub(super) slot_bytes: u64,
+}
+
+impl TcpLink {
+    /// Connects within `terms.connect` in all.
+    pub(super) async fn connect(
+        buffer: Arc<Buffer>,
+        remote: Remote,
+        terms: Terms,
+    ) -> Result<Self, LinkError> {
+        let peer = remote.name.clone();
+        let fail = |cause: String| LinkError {
+            kind: Kind::Tcp,
+            peer: peer.clone(),
+            cause,
+        };
+        let address = remote
+            .tcp
+            .as_deref()
+            .ok_or_else(|| fail("the receiver does not offer the built-in transport".to_owned()))?;
+        if remote.slots == 0 || remote.slot_bytes == 0 || remote.slot_bytes != terms.slot_bytes {
+            return Err(fail(format!(
+                "slots of {} bytes here, {} of {} bytes there: both sides must serve the same model",
+                terms.slot_bytes, remote.slots, remote.slot_bytes
+            )));
+        }
+        let connecting = Self::connect_all(&buffer, address, &remote, terms);
+        match tokio::time::timeout(terms.connect, connecting).await {
+            Ok(Ok(link)) => Ok(link),
+            Ok(Err(cause)) => Err(fail(format!("{address}: {cause}"))),
+            Err(_) => Err(fail(format!(
+                "{address} did not answer within {:?}: is the port open between the hosts?",
+                terms.connect
+            ))),
+        }
+    }
+
+    async fn connect_all(
+        buffer: &Arc<Buffer>,
+        address: &str,
+        remote: &Remote,
+        terms: Terms,
+    ) -> Result<Self, String> {
+        let addresses: Vec<SocketAddr> = lookup_host(address)
+            .await
+            .map_err(|error| format!("cannot be resolved: {error}"))?
+            .collect();
+        let hello = Hello {
+            version: VERSION,
+            slots: remote.slots,
+            slot_bytes: remote.slot_bytes,
+        };
+        let mut lanes = Vec::new();
+        let mut reported = String::new();
+        for _ in 0..terms.streams.max(1) {
+            let socket = greet(&addresses, hello, terms.stall).await?;
+            if let (Ok(from), Ok(to)) = (socket.local_addr(), socket.peer_addr()) {
+                reported = format!("{} tcp from {} to {to}", terms.streams.max(1), from.ip());
+            }
+            let lane = Lane::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
+            lanes.push(lane.map_err(|error| format!("no thread: {error}"))?);
+        }
+        Ok(Self {
+            lanes,
+            next: AtomicUsize::new(0),
+            buffer: Arc::clone(buffer),
+            slots: remote.slots,
+            slot_bytes: remote.slot_bytes,
+            reported,
+        })
+    }
+
+    /// Turns pieces into ranges, or says which piece is wrong.
+    fn sources(&self, pieces: &[Piece]) -> Result<Vec<Source>, String> {
+        let mut sources = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let from = u64::from(piece.from.0) * self.slot_bytes;
+            let fits = piece.bytes > 0
+                && piece.bytes <= self.slot_bytes
+                && piece.to.0 < self.slots
+                && from + piece.bytes <= self.buffer.bytes();
+            if !fits {
+                return Err(format!("{piece:?} lies outside of the buffers"));
+            }
+            sources.push(Source {
+                from,
+                to: Part {
+                    slot: piece.to.0,
+                    offset: 0,
+                    bytes: piece.bytes,
+                },
+            });
+        }
+        Ok(sources)
+    }
+}
+
+impl Link for TcpLink {
+    fn kind(&self) -> Kind {
+        Kind::Tcp
+    }
+
+    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+        let sources = match self.sources(&pieces) {
+            Ok(sources) if sources.is_empty() => {
+                return Box::pin(std::future::ready(Outcome::Done));
+            }
+            Ok(sources) => sources,
+            Err(error) => {
+                let terminal = true;
+                return Box::pin(std::future::ready(Outcome::Failed { terminal, error }));
+            }
+        };
+        let shares = divide(sources, self.lanes.len());
+        let jobs: Vec<(usize, Vec<Source>)> = shares
+            .iter()
+            .enumerate()
+            .flat_map(|(lane, share)| {
+                share
+                    .chunks(MAX_PIECES)
+                    .map(move |part| (lane, part.to_vec()))
+            })
+            .collect();
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tickets, outcome) = Batch::tickets(jobs.len());
+        for ((lane, sources), ticket) in jobs.into_iter().zip(tickets) {
+            let job = Job {
+                lease,
+                sources,
+                ticket,
+            };
+            self.lanes[(first + lane) % self.lanes.len()].post(job);
+        }
+        Box::pin(async move {
+            outcome.await.unwrap_or(Outcome::Failed {
+                terminal: false,
+                error: "the write was given up".to_owned(),
+            })
+        })
+    }
+
+    fn reported(&self) -> String {
+        self.reported.clone()
+    }
+}
+
+/// Connects and exchanges greetings.
+async fn greet(
+    addresses: &[SocketAddr],
+    hello: Hello,
+    stall: Duration,
+) -> Result<TcpStream, String> {
+    let mut stream = tokio::net::TcpStream::connect(addresses)
+        .await
+        .map_err(|error| format!("cannot connect: {error}"))?;
+    stream
+        .write_all(&hello.encode())
+        .await
+        .map_err(|error| format!("cannot greet: {error}"))?;
+    let mut answer = [0; Answer::BYTES];
+    stream.read_exact(&mut answer).await.map_err(|error| {
+        format!(
+            "closed the connection instead of a greeting ({error}): is it a sidecar's data port?"
+        )
+    })?;
+    match Answer::decode(&answer) {
+        Some(Answer::Welcome) => {}
+        Some(Answer::Refused { why, .. }) => return Err(format!("refused: {why}")),
+        Some(Answer::Landed { .. }) | None => {
+            return Err("answered nonsense: is it a sidecar's data port?".to_owned());
+        }
+    }
+    let socket = stream.into_std().and_then(|socket| {
+        prepare(&socket, stall)?;
+        Ok(socket)
+    });
+    socket.map_err(|error| format!("socket settings: {error}"))
+}
+
+/// Divides ranges into at most `shares` of about equal bytes, none of them small.
+fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
+    let bytes: u64 = sources.iter().map(|source| source.to.bytes).sum();
+    let share = bytes.div_ceil(shares.max(1) as u64).max(MIN_SHARE_BYTES);
+    let mut out = vec![Vec::new()];
+    let mut room = share;
+    for mut source in sources {
+        while source.to.bytes > 0 {
+            if room == 0 {
+                out.push(Vec::new());
+                room = share;
+            }
+            let taken = source.to.bytes.min(room);
+            let part = Part {
+                bytes: taken,
+                ..source.to
+            };
+            // `out` begins with one share and only grows.
+            if let Some(last) = out.last_mut() {
+                last.push(Source {
+                    from: source.from,
+                    to: part,
+                });
+            }
+            room -= taken;
+            source.from += taken;
+            source.to.offset += taken;
+            source.to.bytes -= taken;
+        }
+    }
+    out
+}
+
+/// Below this a second connection costs more than it gives.
+const MIN_SHARE_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(from: u64, slot: u32, bytes: u64) -> Source {
+        Source {
+            from,
+            to: Part {
+                slot,
+                offset: 0,
+                bytes,
+            },
+        }
+    }
+
+    #[test]
+    fn shares_are_equal_and_cover_everything_once() {
+        const M: u64 = 1 << 20;
+        for (sizes, shares, expect) in [
+            (vec![1], 4, vec![1]),
+            (vec![M, 1], 4, vec![M, 1]),
+            (vec![16 * M], 2, vec![8 * M, 8 * M]),
+            (vec![3 * M, 3 * M, 3 * M], 2, vec![9 * M / 2, 9 * M / 2]),
+            (vec![5 * M, 7], 1, vec![5 * M + 7]),
+        ] {
+            let sources: Vec<Source> = sizes
+                .iter()
+                .enumerate()
+                .map(|(i, &bytes)| source(100 * M * i as u64, i as u32, bytes))
+                .collect();
+            let out = divide(sources.clone(), shares);
+            let sums: Vec<u64> = out
+                .iter()
+                .map(|share| share.iter().map(|source| source.to.bytes).sum())
+                .collect();
+            assert_eq!(sums, expect, "{sizes:?} in {shares}");
+            let mut again = sources.into_iter();
+            let mut whole: Option<Source> = None;
+            for part in out.into_iter().flatten() {
+                let mut want = whole.take().or_else(|| again.next()).unwrap();
+                assert_eq!((part.from, part.to.slot), (want.from, want.to.slot));
+                assert_eq!(part.to.offset, want.to.offset);
+                want.from += part.to.bytes;
+                want.to.offset += part.to.bytes;
+                want.to.bytes -= part.to.bytes;
+                whole = (want.to.bytes > 0).then_some(want);
+            }
+            assert_eq!((whole, again.next()), (None, None));
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The wires of one buffer: made at start, cut with it, and the choice between them per peer.
+
+use std::net::ToSocketAddrs;
+use std::sync::Arc;
+
+use protocol::message::Advert;
+use protocol::{LeaseId, SlotIndex};
+use tracing::info;
+
+use crate::config::{Config, Listen, Wire};
+use crate::memory::Buffer;
+use crate::transport::Transport;
+use crate::transport::nixl::{self, Library, Nixl, Search};
+use crate::transport::tcp::{self, Tcp};
+
+/// Every wire that this process can use for one buffer.
+#[derive(Clone, Debug)]
+pub(crate) struct Wires {
+    configured: Wire,
+    transports: Vec<Arc<dyn Transport>>,
+}
+
+impl Wires {
+    /// Makes every wire that the configuration allows and this host has.
+    ///
+    /// # Errors
+    /// A wire that was asked for by name and cannot be had, or a port that cannot be bound.
+    pub(crate) fn start(
+        config: &Config,
+        rank: u32,
+        buffer: &Arc<Buffer>,
+        listen: Option<(&Listen, u16)>,
+    ) -> anyhow::Result<Self> {
+        let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
+        let wanted = config.transport != Wire::Tcp;
+        match wanted.then(|| nixl(config, rank, buffer)).transpose() {
+            Ok(None) => {}
+            Ok(Some(nixl)) => transports.push(Arc::new(nixl)),
+            Err(error) if config.transport == Wire::Nixl => return Err(error),
+            Err(error) => info!("no NIXL, so the built-in TCP transport is used: {error:#}"),
+        }
+        if config.transport != Wire::Nixl {
+            transports.push(Arc::new(tcp(config, buffer, listen)?));
+        }
+        Ok(Self {
+            configured: config.transport,
+            transports,
+        })
+    }
+
+    /// Best first, for the init handshake.
+    pub(crate) fn adverts(&self) -> Vec<Advert> {
+        self.transports.iter().map(|t| t.advert()).collect()
+    }
+
+    /// NIXL's agent metadata; empty without NIXL.
+    pub(crate) fn metadata(&self) -> Vec<u8> {
+        self.transports
+            .iter()
+            .map(|t| t.metadata())
+            .find(|m| !m.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// The wire to a peer that advertises these, and why it is that one.
+    ///
+    /// # Errors
+    /// Both sides' wires and the configuration, as a sentence, if they have none in common.
+    pub(crate) fn choose(&self, theirs: &[Advert]) -> Result<(Arc<dyn Transport>, String), String> {
+        self.transports
+            .iter()
+            .find(|t| theirs.iter().any(|a| a.kind == t.kind().as_str()))
+            .map(|t| (Arc::clone(t), format!("{:?}", self.configured)))
+            .ok_or_else(|| "no wire in common".to_owned())
+    }
+
+    pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {
+        for transport in &self.transports {
+            transport.open(lease, slot);
+        }
+    }
+
+    pub(crate) fn close(&self, slot: SlotIndex) {
+        for transport in &self.transports {
+            transport.close(slot);
+        }
+    }
+
+    /// Whether closing a slot keeps every later write out, for a sender that uses this wire.
+    pub(crate) fn close_is_a_fence(&self, name: &str) -> bool {
+        let named = self.transports.iter().find(|t| t.kind().as_str() == name);
+        named.is_some_and(|t| t.close_is_a_fence())
+    }
+
+    pub(crate) fn expect(&self, writing: bool) {
+        for transport in &self.transports {
+            transport.expect(writing);
+        }
+    }
+
+    /// Cuts the buffer into slots for every wire.
+    pub(crate) fn cut(&self, slots: u32, slot_bytes: u64) {
+        for transport in &self.transports {
+            transport.cut(slots, slot_bytes);
+        }
+    }
+
+    /// NIXL's row of each slot; empty without NIXL.
+    pub(crate) fn rows(&self) -> Vec<protocol::dlist::Row> {
+        self.transports
+            .iter()
+            .map(|t| t.rows())
+            .find(|r| !r.is_empty())
+            .unwrap_or_default()
+    }
+}
+
+fn tcp(
+    config: &Config,
+    buffer: &Arc<Buffer>,
+    listen: Option<(&Listen, u16)>,
+) -> anyhow::Result<Tcp> {
+    let mut wanted = tcp::Config {
+        connect: config.times.link,
+        stall: config.times.stall,
+        ..tcp::Config::default()
+    };
+    if let Some((listen, port)) = listen {
+        let address = (listen.host.as_str(), port)
+            .to_socket_addrs()?
+            .next()
+            .ok_or_else(|| anyhow::anyhow!("{} has no address", listen.host))?;
+        wanted.listen = Some(address);
+        wanted.advertise = Some(listen.advertise.clone());
+    }
+    Tcp::bind(wanted, Arc::clone(buffer))
+        .map_err(|e| anyhow::anyhow!("the data port of the built-in TCP transport: {e}"))
+}
+
+fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl> {
+    let library = Library::load(&Search::from_env())?;
+    // Peers know agents by their names, so a restart needs another one.
+    let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
+    let wanted = nixl::Config {
+        link: config.times.link,
+        ..nixl::Config::new(agent, u64::from(rank))
+    };
+    Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)
+}

@@ -1,0 +1,65 @@
+"""The engines of a test session: a prefill and a decode instance with their sidecars and the proxy, and a plain one.
+
+They are started once, all at the same time. Tests that want another transport or buffer restart sidecars only; the
+`pair` fixture puts the standard set-up back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from harness.engine import Engine, EngineOptions
+from harness.model import write_lora, write_model
+from harness.pair import Pair, PairOptions, pair_of
+from harness.process import ended_by_signals
+from harness.progress import Progress
+from harness.reference import Reference
+from harness.sidecar import ROOT
+
+LOGS = ROOT / "target" / "test-logs"
+
+
+@pytest.fixture(scope="session")
+def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
+    """The pair and the plain instance, as started: for fixtures; tests take `pair` and `reference`."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for log in LOGS.glob("*.log"):
+        log.unlink()
+    model = write_model(ROOT / "target" / "model")
+    lora = {"lora": write_lora(ROOT / "target" / "lora")}
+    # Without a prefix cache: it computes every answer from the start.
+    plain = Engine(EngineOptions("plain engine", model, lora=lora, more=("--no-enable-prefix-caching",)), LOGS)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_by_signals())
+        stack.callback(plain.stop)
+        with _shown(pytestconfig):
+            progress = Progress()
+            plain.start()
+            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora), progress))
+            plain.wait(progress)
+        yield pair, Reference(plain)
+
+
+@pytest.fixture
+def pair(engines: tuple[Pair, Reference]) -> Iterator[Pair]:
+    """The pair in its standard set-up, with nothing held or cached; afterwards nothing may be held either."""
+    pair, _ = engines
+    pair.restore()
+    pair.reset_prefix_caches()
+    yield pair
+    pair.wait_empty()
+
+
+@pytest.fixture
+def reference(engines: tuple[Pair, Reference]) -> Reference:
+    return engines[1]
+
+
+@contextlib.contextmanager
+def _shown(config: pytest.Config) -> Iterator[None]:
+    """Inside, output goes to the terminal: engines take a minute or two to start, and whoever waits sees why."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+        yield

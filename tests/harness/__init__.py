@@ -1,0 +1,1 @@
+"""Real processes for tests, the demo and the benchmarks: engines, sidecars, the proxy."""

@@ -1,0 +1,159 @@
+"""A real vLLM on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.client import call, complete
+from harness.metrics import Metrics, PromptTokens
+from harness.ports import free_port
+from harness.process import Part, Process
+from harness.progress import Progress
+
+# 30 s alone on two cores, about 60 s beside a second one that starts; five times that for a slow machine.
+START_BOUND_S = 300.0
+
+# Enough for the tests' prompts, and for a pair to fit a small machine: 8192 blocks of 32 tokens.
+KV_CACHE_GIB = 1
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What differs between instances."""
+
+    name: str
+    model: Path
+    block_size: int = 32
+    batched_tokens: int | None = None
+    # Value of --kv-transfer-config; none for a plain instance.
+    kv_transfer: dict[str, Any] | None = None
+    # Core of its worker thread; two engines on one core would measure each other.
+    core: int = 0
+    lora: dict[str, Path] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    more: Sequence[str] = ()
+
+
+class Engine(Part):
+    """One instance with a port that outlives its process. `start` returns at once, `wait` when it serves."""
+
+    def __init__(self, options: EngineOptions, logs: Path) -> None:
+        self.options = options
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._logs = logs
+
+    def start(self) -> None:
+        assert self.process is None or not self.process.alive
+        options = self.options
+        command: list[str | Path] = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", options.model, "--served-model-name", "m",
+            "--host", "127.0.0.1", "--port", str(self.port),
+            "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "2048", "--max-num-seqs", "16",
+            "--block-size", str(options.block_size),
+        ]  # fmt: skip
+        if options.batched_tokens is not None:
+            command += ["--max-num-batched-tokens", str(options.batched_tokens)]
+        if options.kv_transfer is not None:
+            command += ["--kv-transfer-config", json.dumps(options.kv_transfer)]
+        if options.lora:
+            command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
+            command += [f"{name}={folder}" for name, folder in options.lora.items()]
+        command += options.more
+        env = {
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+            "VLLM_CPU_OMP_THREADS_BIND": str(core(options.core)),
+            "OMP_NUM_THREADS": "1",
+            # For /reset_prefix_cache.
+            "VLLM_SERVER_DEV_MODE": "1",
+            # Nothing is fetched and nothing is reported.
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "PYTHONUNBUFFERED": "1",
+            **options.env,
+        }
+        log = self._logs / f"{options.name.replace(' ', '-')}.log"
+        self.process = Process(options.name, command, log, env)
+
+    def wait(self, progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
+        """Returns when `/health` answers 200. Raises `ProcessFailed` with the log's tail if it will not."""
+        assert self.process is not None
+        deadline = time.monotonic() + bound_s
+        said = time.monotonic()
+        while not self.healthy():
+            if not self.process.alive:
+                raise self.process.failure(f"ended with exit code {self.process.exit_code} while starting")
+            if time.monotonic() > deadline:
+                raise self.process.failure(f"not healthy after {bound_s:g} s")
+            if progress is not None and time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress.say(f"{self.options.name}: {self._stage()}")
+            time.sleep(0.2)
+        if progress is not None:
+            progress.say(f"{self.options.name}: ready at {self.url}")
+
+    def healthy(self) -> bool:
+        try:
+            return call(f"{self.url}/health", timeout_s=2.0)[0] == 200
+        except OSError:
+            return False
+
+    def metrics(self) -> Metrics:
+        return Metrics.scrape(f"{self.url}/metrics")
+
+    def prompt_tokens(self) -> PromptTokens:
+        return PromptTokens.of(self.metrics())
+
+    def requests(self) -> int:
+        """Requests that it has, waiting ones included."""
+        metrics = self.metrics()
+        return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))
+
+    def cache_usage(self) -> float:
+        """Share of the KV blocks that requests hold."""
+        return self.metrics().sum("vllm:kv_cache_usage_perc")
+
+    def reset_prefix_cache(self) -> None:
+        status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
+        assert status == 200, text
+
+    def warm_up(self) -> None:
+        """One short request, so that the first measured one does not pay for what every first one pays."""
+        complete(self.url, [2, 3, 4], max_tokens=2)
+
+    def _stage(self) -> str:
+        """What it does while it starts, for people."""
+        assert self.process is not None
+        output = self.process.output()
+        for sign, stage in _STAGES:
+            if sign in output:
+                return stage
+        return "loading Python modules"
+
+
+# What appears in the log, latest first.
+_STAGES = (
+    ("Starting vLLM server", "starting its HTTP server"),
+    ("init engine", "engine ready"),
+    ("Loading weights took", "taking KV cache memory"),
+    ("Starting to load model", "loading the model"),
+    ("Initializing a V1 LLM engine", "starting its worker"),
+    ("non-default args", "reading its configuration"),
+)
+
+
+def core(index: int) -> int:
+    """The `index`th core that this process may use; they are used in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[index % len(cores)]

@@ -1,0 +1,157 @@
+"""A Llama of 3.4 million random weights with a tokenizer of its own: small enough for two cores, nothing is fetched.
+
+The weights are wide enough (standard deviation 0.2) that a greedy answer depends on every part of its prompt: KV that
+is wrong anywhere changes the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import textwrap
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+LAYERS = 4
+HIDDEN = 256
+HEADS = 4
+KV_HEADS = 2
+HEAD_SIZE = 64
+INTERMEDIATE = 512
+VOCABULARY = 2048
+MAX_POSITIONS = 8192
+WEIGHT_STD = 0.2
+
+# K and V of one token over all layers, float32.
+KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_SIZE * 4
+
+# What the tokenizer learns from: text that every Python brings along.
+CORPUS = (argparse, subprocess, textwrap, os)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+# Rank and scale of the adapter: strong enough to change what the model says.
+LORA_RANK = 8
+LORA_ALPHA = 64
+
+
+def write_model(folder: Path) -> Path:
+    """Writes the model into `folder`, unless it is there already, and returns the folder."""
+    done = folder / "done"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tokenizer(folder)
+        _write_weights(folder)
+        done.touch()
+    return folder
+
+
+def write_lora(folder: Path) -> Path:
+    """Writes a LoRA adapter for the query projections, unless it is there already, and returns the folder."""
+    done = folder / "done"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        random = torch.Generator().manual_seed(1)
+        tensors = {}
+        for layer in range(LAYERS):
+            base = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+            tensors[f"{base}.lora_A.weight"] = torch.randn(LORA_RANK, HIDDEN, generator=random) * 0.2
+            tensors[f"{base}.lora_B.weight"] = torch.randn(HEADS * HEAD_SIZE, LORA_RANK, generator=random) * 0.2
+        save_file(tensors, folder / "adapter_model.safetensors")
+        _write_json(
+            folder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": LORA_RANK,
+                "lora_alpha": LORA_ALPHA,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": ["q_proj"],
+            },
+        )
+        done.touch()
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train(
+        [str(module.__file__) for module in CORPUS],
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "model_max_length": MAX_POSITIONS,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write_weights(folder: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=random) * WEIGHT_STD
+
+    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "lm_head.weight": weight(VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        base = f"model.layers.{layer}"
+        tensors |= {
+            f"{base}.self_attn.q_proj.weight": weight(HEADS * HEAD_SIZE, HIDDEN),
+            f"{base}.self_attn.k_proj.weight": weight(KV_HEADS * HEAD_SIZE, HIDDEN),
+            f"{base}.self_attn.v_proj.weight": weight(KV_HEADS * HEAD_SIZE, HIDDEN),
+            f"{base}.self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD_SIZE),
+            f"{base}.mlp.gate_proj.weight": weight(INTERMEDIATE, HIDDEN),
+            f"{base}.mlp.up_proj.weight": weight(INTERMEDIATE, HIDDEN),
+            f"{base}.mlp.down_proj.weight": weight(HIDDEN, INTERMEDIATE),
+            f"{base}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{base}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+        }
+    tensors["model.norm.weight"] = torch.ones(HIDDEN)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_SIZE,
+            "max_position_embeddings": MAX_POSITIONS,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "dtype": "float32",
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

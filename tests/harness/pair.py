@@ -1,0 +1,240 @@
+"""The whole: a prefill and a decode engine, a sidecar beside each, and the proxy in front."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harness.client import Answer, complete
+from harness.engine import Engine, EngineOptions
+from harness.metrics import PromptTokens
+from harness.model import KV_BYTES_PER_TOKEN
+from harness.process import leave_running
+from harness.progress import Progress
+from harness.proxy import Proxy
+from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
+
+CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
+
+# 64 chunks: eight requests of 1500 tokens at once, with some to spare.
+BUFFER_BYTES = 64 * CHUNK_BYTES
+
+
+@dataclass
+class PairOptions:
+    """What a user of the pair may choose."""
+
+    model: Path
+    logs: Path
+    prefill_block: int = 32
+    prefill_batched_tokens: int | None = 256
+    decode_block: int = 64
+    transport: str = "auto"
+    buffer_bytes: int = BUFFER_BYTES
+    lora: dict[str, Path] = field(default_factory=dict)
+    sidecar_keys: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One request through the proxy with everything that its parts say about it."""
+
+    answer: Answer
+    request_id: str
+    # Of the decode engine, for this request alone.
+    tokens: PromptTokens
+    sender: dict[str, Any]
+    receiver: dict[str, Any]
+
+    def check(self, expect: list[int], prompt_tokens: int, *, cached: int = 0) -> None:
+        """The text is right, and it is right because the KV was moved and used."""
+        assert self.answer.token_ids == expect
+        check_tokens(self.tokens, prompt_tokens, cached=cached)
+        wanted = (prompt_tokens - cached) * KV_BYTES_PER_TOKEN
+        for record in (self.sender, self.receiver):
+            assert record["reason"] is None, record
+            assert record["bytes"] == wanted, (record, wanted)
+            assert record["have_tokens"] == cached, record
+
+
+def check_tokens(tokens: PromptTokens, prompt_tokens: int, *, cached: int = 0, requests: int = 1) -> None:
+    """The decode engine took all of its prompts' KV from outside or from its own cache, but for the last token of
+    each request, which every engine computes."""
+    assert tokens.external + tokens.cached + tokens.computed == prompt_tokens, tokens
+    assert tokens.computed <= requests, tokens
+    assert tokens.external >= prompt_tokens - cached - requests, tokens
+
+
+class Pair:
+    """Two engines, two sidecars, one proxy. `start` starts all at once, `wait` returns when requests can go through."""
+
+    def __init__(self, options: PairOptions, folder: Path) -> None:
+        self.options = options
+        self.left_running = False
+        logs = options.logs
+        self.proxy = Proxy(logs)
+        self.sender, self.receiver = (
+            Sidecar(
+                SidecarOptions(
+                    role,
+                    options.buffer_bytes,
+                    proxy=self.proxy.registration,
+                    transport=options.transport,
+                    keys=dict(options.sidecar_keys),
+                ),
+                folder,
+                logs,
+            )
+            for role in ("sender", "receiver")
+        )
+        self.prefill = Engine(
+            self._engine("prefill engine", "kv_producer", options.prefill_block, options.prefill_batched_tokens, 0),
+            logs,
+        )
+        self.decode = Engine(self._engine("decode engine", "kv_consumer", options.decode_block, None, 1), logs)
+        self.sender.options.engine_url = self.prefill.url
+        self.receiver.options.engine_url = self.decode.url
+        self._standard = {part.name: replace(part.options) for part in (self.sender, self.receiver)}
+
+    def start(self, progress: Progress | None = None) -> None:
+        self.proxy.start()
+        if progress is not None:
+            progress.say("starting two vLLM instances and their sidecars (half a minute to a minute and a half)")
+        for engine in (self.decode, self.prefill):
+            engine.start()
+        for sidecar in (self.receiver, self.sender):
+            sidecar.start()
+            if progress is not None:
+                progress.say(f"{sidecar.name}: listening, admin server at {sidecar.admin}")
+
+    def wait(self, progress: Progress | None = None) -> None:
+        """Returns when both engines serve, both sidecars are ready, and the proxy knows them."""
+        for engine in (self.decode, self.prefill):
+            engine.wait(progress)
+        self.wait_sidecars()
+        if progress is not None:
+            progress.say(f"proxy: both instances registered and ready, at {self.proxy.url}")
+        for engine in (self.decode, self.prefill):
+            engine.warm_up()
+
+    def wait_sidecars(self, bound_s: float = 30.0) -> None:
+        """Returns when pushes can go through: after a restart of sidecars, proxy or engines."""
+        self.sender.wait_ready(bound_s)
+        self.receiver.wait_ready(bound_s)
+        self.proxy.wait_ready(bound_s)
+
+    def restart_sidecars(self, *, landing_bytes: int | None = None, **changes: Any) -> None:
+        """Restarts only the sidecars, in the standard set-up but for `changes`: the engines find them again."""
+        for sidecar in (self.receiver, self.sender):
+            sidecar.options = replace(self._standard[sidecar.name], **changes)
+            sidecar.stop()
+        if landing_bytes is not None:
+            self.receiver.options.buffer_bytes = landing_bytes
+        for sidecar in (self.receiver, self.sender):
+            sidecar.start()
+        self.wait_sidecars()
+
+    def restore(self) -> None:
+        """Back to the standard set-up, if anything differs from it or does not run."""
+        parts = (self.receiver, self.sender)
+        if any(part.options != self._standard[part.name] or not part.running for part in parts):
+            self.restart_sidecars()
+
+    def reset_prefix_caches(self) -> None:
+        for engine in (self.prefill, self.decode):
+            engine.reset_prefix_cache()
+
+    def stop(self) -> None:
+        """Stops everything, in the order that lets each part say goodbye."""
+        parts = (self.proxy, self.sender, self.receiver, self.prefill, self.decode)
+        errors = []
+        for part in parts:
+            try:
+                part.stop()
+            except Exception as error:  # noqa: BLE001 - the others have to be stopped too
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def leave_running(self) -> list[int]:
+        """Lets all of it outlive this interpreter. Returns the process groups, for whoever stops them."""
+        self.left_running = True
+        return leave_running()
+
+    def complete(self, prompt: str | list[int], *, max_tokens: int = 24, **more: Any) -> Answer:
+        """A completion through the proxy."""
+        return complete(self.proxy.url, prompt, max_tokens=max_tokens, **more)
+
+    def move(self, prompt: str | list[int], *, max_tokens: int = 24, **more: Any) -> Moved:
+        """A completion through the proxy, alone, with the records and counters of it."""
+        before = self.decode.prompt_tokens()
+        answer = self.complete(prompt, max_tokens=max_tokens, **more)
+        request_id = answer.headers["x-request-id"]
+        sender, receiver = self.sender.record(request_id), self.receiver.record(request_id)
+        return Moved(answer, request_id, self.prompt_tokens_since(before, 1), sender, receiver)
+
+    def prompt_tokens_since(self, before: PromptTokens, at_least: int) -> PromptTokens:
+        """The decode engine's prompt tokens since `before`; its counters may come a moment after its answers."""
+        deadline = time.monotonic() + 5.0
+        while True:
+            tokens = self.decode.prompt_tokens() - before
+            if tokens.external + tokens.cached + tokens.computed >= at_least or time.monotonic() > deadline:
+                return tokens
+            time.sleep(0.05)
+
+    def wait_empty(self, bound_s: float = 15.0) -> None:
+        """Returns when no request, no slot and no KV block is held anywhere."""
+        self.wait_engines_idle(bound_s)
+        self.sender.wait_empty(bound_s)
+        self.receiver.wait_empty(bound_s)
+
+    def wait_engines_idle(self, bound_s: float = 15.0) -> None:
+        """Returns when neither engine has a request or holds KV blocks for one."""
+        deadline = time.monotonic() + bound_s
+        for engine in (self.prefill, self.decode):
+            while (held := (engine.requests(), engine.cache_usage())) != (0, 0.0):
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{engine.options.name}: {held[0]} requests, {held[1]:.4f} of its blocks held")
+                time.sleep(0.05)
+
+    def _engine(self, name: str, kv_role: str, block: int, batched: int | None, core: int) -> EngineOptions:
+        side, sidecar = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
+        kv_transfer = {
+            "kv_connector": "PdSidecarConnector",
+            "kv_connector_module_path": "pd_sidecar.connector",
+            "kv_role": kv_role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {f"{side}_socket": str(sidecar.socket), "chunk_size": CHUNK_TOKENS},
+        }
+        return EngineOptions(
+            name,
+            self.options.model,
+            block_size=block,
+            batched_tokens=batched,
+            kv_transfer=kv_transfer,
+            core=core,
+            lora=self.options.lora,
+            env={"PYTHONPATH": str(ROOT / "python")},
+        )
+
+
+@contextlib.contextmanager
+def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[Pair]:
+    """A pair that serves; it is gone when the block is left, however that happens, unless it was left running."""
+    # Not below the repository: the path of a unix socket has at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="pd-"))
+    pair = Pair(options, folder)
+    try:
+        pair.start(progress)
+        pair.wait(progress)
+        yield pair
+    finally:
+        if not pair.left_running:
+            pair.stop()
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,220 @@
+"""Child processes that cannot be left behind.
+
+Each child leads a process group of its own, so that the processes it starts (an engine has four) end with it. Groups
+are ended three ways: by `stop`, at the interpreter's exit, and by a guardian process (`reaper.py`) if the
+interpreter itself is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+# What a SIGTERM may take before it becomes a SIGKILL; vLLM needs about 3 s on two cores.
+STOP_GRACE_S = 20.0
+
+# What a killed process may take to vanish.
+KILL_GRACE_S = 10.0
+
+
+class ProcessFailed(RuntimeError):
+    """A child ended, or did not get ready in time. The message ends with the tail of its output."""
+
+
+class Process:
+    """One child, started at once, with stdout and stderr in `log` (appended: a restart keeps the history)."""
+
+    def __init__(
+        self, name: str, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.command = [str(part) for part in command]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            output.write(f"\n$ {' '.join(self.command)}\n".encode())
+            output.flush()
+            self._log_start = output.tell()
+            self._child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self.pid = self._child.pid
+        _groups.add(self)
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._child.poll()
+
+    def output(self) -> str:
+        """What this process has printed since its start."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.output().splitlines()[-lines:])
+
+    def failure(self, what: str) -> ProcessFailed:
+        """An error that says what happened to this process, with the end of its output."""
+        return ProcessFailed(f"{self.name}: {what}\n--- last lines of {self.log} ---\n{self.tail()}\n---")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the leader only."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code. Raises `ProcessFailed` if it is still running after `timeout_s`."""
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"still running {timeout_s:g} s after it was told to end") from None
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, and nothing of it is left when this returns."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_GRACE_S
+        while not self._gone():
+            if time.monotonic() > deadline:
+                raise self.failure(f"processes {group_members(self.pid)} of its group survive SIGKILL")
+            time.sleep(0.02)
+        _groups.discard(self)
+
+    def stop(self) -> None:
+        """SIGTERM to the leader, which ends its own children; SIGKILL to what is left after the grace period."""
+        self.signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_GRACE_S
+        while time.monotonic() < deadline and not self._gone():
+            time.sleep(0.02)
+        self.kill()
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the whole group has used, children that still run included."""
+        ticks = 0
+        for pid in group_members(self.pid):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _gone(self) -> bool:
+        return self._child.poll() is not None and not group_members(self.pid)
+
+
+class Part:
+    """A part of the system: what stays (name, ports, folder) while its processes come and go."""
+
+    process: Process | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.alive
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def stop(self) -> None:
+        """Ends it in an orderly way; nothing if it was never started."""
+        if self.process is not None:
+            self.process.stop()
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self.process is not None
+        self.process.kill()
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a group that are not zombies."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z" and int(fields[2]) == group:
+                members.append(int(entry.name))
+    return members
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP unwind like Ctrl-C does, so that `finally` blocks run."""
+
+    def unwind(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Groups:
+    """The groups that this interpreter has started and not ended, and the guardian that knows them too."""
+
+    def __init__(self) -> None:
+        self._running: set[Process] = set()
+        self._guardian: subprocess.Popen[bytes] | None = None
+
+    def add(self, process: Process) -> None:
+        if self._guardian is None:
+            self._guardian = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("reaper.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            atexit.register(self.end_all)
+        self._running.add(process)
+        self._tell(f"+{process.pid}")
+
+    def discard(self, process: Process) -> None:
+        if process in self._running:
+            self._running.discard(process)
+            self._tell(f"-{process.pid}")
+
+    def end_all(self) -> None:
+        for process in list(self._running):
+            process.kill()
+        if self._guardian is not None and self._guardian.stdin is not None:
+            self._guardian.stdin.close()
+            self._guardian.wait()
+
+    def _tell(self, line: str) -> None:
+        assert self._guardian is not None and self._guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guardian.stdin.write(line.encode() + b"\n")
+            self._guardian.stdin.flush()
+
+
+_groups = _Groups()
+
+
+def leave_running() -> list[int]:
+    """Gives up all children: they outlive this interpreter. Returns their process groups."""
+    groups = sorted(process.pid for process in _groups._running)
+    for process in list(_groups._running):
+        _groups.discard(process)
+    return groups

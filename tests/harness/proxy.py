@@ -1,0 +1,71 @@
+"""The proxy binary as a process."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.client import HttpError, call, get_json
+from harness.metrics import Metrics
+from harness.ports import free_port
+from harness.process import Part, Process
+from harness.sidecar import BINARIES
+
+
+class Proxy(Part):
+    """One proxy with ports that outlive its process."""
+
+    def __init__(self, logs: Path, flags: list[str] | None = None) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.registration = f"127.0.0.1:{free_port()}"
+        self._flags = flags or []
+        self._logs = logs
+
+    def start(self) -> None:
+        """Starts it and returns when it listens; instances register afterwards."""
+        command: list[str | Path] = [
+            BINARIES / "pd-proxy", "--listen", self.url.removeprefix("http://"),
+            "--registration", self.registration, *self._flags,
+        ]  # fmt: skip
+        self.process = Process("proxy", command, self._logs / "proxy.log")
+        self._until("/health", 10.0)
+
+    def wait_ready(self, bound_s: float = 30.0) -> None:
+        """Returns when it has a prefill and a decode instance that are ready."""
+        self._until("/ready", bound_s)
+        assert self.process is not None
+        deadline = time.monotonic() + bound_s
+        while not all(self._has_ready(role) for role in ("prefill", "decode")):
+            if time.monotonic() > deadline:
+                raise self.process.failure(f"instances not ready after {bound_s:g} s: {self.instances()}")
+            time.sleep(0.05)
+
+    def instances(self) -> list[dict[str, Any]]:
+        instances: list[dict[str, Any]] = get_json(f"{self.url}/instances")
+        return instances
+
+    def records(self) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = get_json(f"{self.url}/requests")
+        return records
+
+    def metrics(self) -> Metrics:
+        return Metrics.scrape(f"{self.url}/metrics")
+
+    def _has_ready(self, role: str) -> bool:
+        return any(i["role"] in (role, "both") and i["standing"]["state"] == "ready" for i in self.instances())
+
+    def _until(self, path: str, bound_s: float) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + bound_s
+        while True:
+            try:
+                if call(f"{self.url}{path}", timeout_s=2.0)[0] == 200:
+                    return
+            except (OSError, HttpError):
+                pass
+            if not self.process.alive:
+                raise self.process.failure(f"ended with exit code {self.process.exit_code}")
+            if time.monotonic() > deadline:
+                raise self.process.failure(f"{path} does not answer 200 after {bound_s:g} s")
+            time.sleep(0.02)

@@ -1,0 +1,176 @@
+"""The sidecar binary as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.client import call, get_json
+from harness.metrics import Metrics
+from harness.ports import free_port
+from harness.process import Part, Process
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARIES = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+
+# Tokens of a chunk: LMCache's default, and ours.
+CHUNK_TOKENS = 256
+
+START_BOUND_S = 15.0
+
+# Set to 1, every sidecar runs with --no-push: then every test that claims a transfer has to fail.
+NO_PUSH = os.environ.get("PD_TEST_NO_PUSH") == "1"
+
+
+@dataclass
+class SidecarOptions:
+    """What differs between sidecars; all of it may be changed between `stop` and `start`."""
+
+    role: str
+    buffer_bytes: int
+    engine_url: str = "http://127.0.0.1:1"
+    proxy: str | None = None
+    transport: str = "auto"
+    no_push: bool = NO_PUSH
+    # Keys below `sidecar:` of the file.
+    keys: dict[str, object] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Sidecar(Part):
+    """One sidecar with ports, socket and configuration file that outlive its process."""
+
+    def __init__(self, options: SidecarOptions, folder: Path, logs: Path, name: str | None = None) -> None:
+        self.options = options
+        self.name = name or f"{options.role}-sidecar"
+        self.host = "127.0.0.1"
+        self.init_port = free_port()
+        self.alloc_port = free_port()
+        self.admin = f"http://127.0.0.1:{free_port()}"
+        self.socket = folder / f"{self.name}.sock"
+        self._config = folder / f"{self.name}.yaml"
+        self._logs = logs
+
+    def start(self) -> None:
+        """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
+        assert self.process is None or not self.process.alive
+        self._config.write_text(self._yaml())
+        self.process = Process(
+            self.name, [BINARIES / "sidecar", *self.arguments()], self._logs / f"{self.name}.log", self._env()
+        )
+        self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
+
+    def arguments(self) -> list[str]:
+        options = self.options
+        arguments = [
+            "--role", options.role, "--config", str(self._config), "--transport", options.transport,
+            "--engine-url", options.engine_url,
+        ]  # fmt: skip
+        if options.no_push:
+            arguments.append("--no-push")
+        return arguments + options.flags
+
+    def wait_ready(self, bound_s: float = 30.0) -> None:
+        self._until(lambda: self._answers("/ready"), bound_s, "not ready")
+
+    def restart(self) -> None:
+        """Stops it and starts it with the options as they are now."""
+        self.stop()
+        self.start()
+
+    def metrics(self) -> Metrics:
+        return Metrics.scrape(f"{self.admin}/metrics")
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = get_json(f"{self.admin}/status")
+        return status
+
+    def records(self) -> list[dict[str, Any]]:
+        """The last 256 requests that have ended, oldest first."""
+        records: list[dict[str, Any]] = get_json(f"{self.admin}/requests")
+        return records
+
+    def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
+        """The record of a request, which may come a moment after the client's answer."""
+        deadline = time.monotonic() + bound_s
+        while True:
+            found = [record for record in self.records() if record["req"] == request_id]
+            if found:
+                return found[-1]
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.name}: no record of request {request_id} within {bound_s:g} s")
+            time.sleep(0.02)
+
+    def slots(self) -> tuple[int, int, int]:
+        """Free, held and quarantined slots, all ranks."""
+        free, held, quarantined = (
+            sum(rank[kind] for rank in self.status()["ranks"]) for kind in ("free", "held", "quarantined")
+        )
+        return free, held, quarantined
+
+    def wait_empty(self, bound_s: float = 15.0) -> None:
+        """Returns when no slot is held or quarantined; raises after `bound_s`."""
+        self._until(lambda: self.slots()[1:] == (0, 0), bound_s, "slots still held or quarantined")
+
+    def _answers(self, path: str) -> bool:
+        try:
+            return call(f"{self.admin}{path}", timeout_s=2.0)[0] == 200
+        except OSError:
+            return False
+
+    def _until(self, condition: Callable[[], bool], bound_s: float, what: str) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + bound_s
+        while not condition():
+            if not self.process.alive:
+                raise self.process.failure(f"ended with exit code {self.process.exit_code}")
+            if time.monotonic() > deadline:
+                raise self.process.failure(f"{what} after {bound_s:g} s{self._hints()}")
+            time.sleep(0.02)
+
+    def _hints(self) -> str:
+        """What it says of itself, for failures."""
+        try:
+            paths = ("/ready", "/status")
+            return "".join(f"\n{path}: {call(self.admin + path, timeout_s=2.0)[1].strip()}" for path in paths)
+        except OSError as error:
+            return f"\n(no answer: {error})"
+
+    def _yaml(self) -> str:
+        """JSON is YAML."""
+        options = self.options
+        values: dict[str, object] = {
+            "enable_pd": True,
+            "pd_role": options.role,
+            "pd_buffer_size": options.buffer_bytes,
+            "pd_buffer_device": "cpu",
+            "chunk_size": CHUNK_TOKENS,
+            "pre_caching_hash_algorithm": "sha256_cbor",
+        }
+        if options.role != "sender":
+            values |= {
+                "pd_peer_host": self.host,
+                "pd_peer_init_port": [self.init_port],
+                "pd_peer_alloc_port": [self.alloc_port],
+            }
+        if options.proxy is not None:
+            host, _, port = options.proxy.rpartition(":")
+            values |= {"pd_proxy_host": host, "pd_proxy_port": int(port)}
+        values["sidecar"] = {
+            "id": self.name,
+            "socket": str(self.socket),
+            "admin": self.admin.removeprefix("http://"),
+            **options.keys,
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+    def _env(self) -> dict[str, str]:
+        # The NIXL library is found in the environment that this Python runs in.
+        return {"VIRTUAL_ENV": sys.prefix, **self.options.env}

@@ -1,0 +1,84 @@
+"""Prompts of many lengths, alone and together, with a part in the decode side's cache, over each transport.
+
+The prefill engine has blocks of 32 tokens and computes 256 a step, the decode engine has blocks of 64: nothing of a
+prompt has the same boundaries on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness.model import KV_BYTES_PER_TOKEN
+from harness.pair import Pair, check_tokens
+from harness.prompts import LENGTHS, prompt
+from harness.reference import Reference
+
+TRANSPORTS = ("nixl", "tcp")
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def forced(request: pytest.FixtureRequest, engines: tuple[Pair, Reference]) -> Iterator[Pair]:
+    """The pair with one transport forced; only its sidecars are restarted for that."""
+    pair, _ = engines
+    pair.restart_sidecars(transport=request.param)
+    yield pair
+    wires = {record["transport"].split(":")[0] for record in pair.sender.records() if record["bytes"]}
+    assert wires == {request.param}
+
+
+@pytest.fixture
+def wired(forced: Pair) -> Iterator[Pair]:
+    """The same with nothing cached; afterwards nothing may be held."""
+    forced.reset_prefix_caches()
+    yield forced
+    forced.wait_empty()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_alone(wired: Pair, reference: Reference, length: int) -> None:
+    tokens = prompt(length, seed=1)
+    wired.move(tokens).check(reference.token_ids(tokens), length)
+
+
+def test_eight_at_once(wired: Pair, reference: Reference) -> None:
+    prompts = [prompt(length, seed=2) for length in LENGTHS]
+    expect = [reference.token_ids(tokens) for tokens in prompts]
+    total = sum(LENGTHS)
+    before, sent = wired.decode.prompt_tokens(), len(wired.sender.records())
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        answers = list(pool.map(wired.complete, prompts))
+    assert [answer.token_ids for answer in answers] == expect
+    check_tokens(wired.prompt_tokens_since(before, total), total, requests=len(prompts))
+    records = wired.sender.records()[sent:]
+    assert sum(record["bytes"] for record in records) == total * KV_BYTES_PER_TOKEN
+
+
+# What the decode side holds is cut down to whole blocks of its own, and neither falls on a chunk's boundary.
+@pytest.mark.parametrize(("shared", "held"), [(70, 64), (300, 256), (700, 640), (1000, 960)])
+def test_prefix_on_the_decode_side(wired: Pair, reference: Reference, shared: int, held: int) -> None:
+    first = prompt(shared, seed=3)
+    wired.move(first).check(reference.token_ids(first), shared)
+    second = first + prompt(1100 - shared, seed=4)
+    wired.move(second).check(reference.token_ids(second), len(second), cached=held)
+
+
+def test_prefix_on_the_prefill_side(wired: Pair, reference: Reference) -> None:
+    """KV that the prefill engine never computes in this request, because it has it, is pushed all the same."""
+    first = prompt(500, seed=5)
+    wired.move(first).check(reference.token_ids(first), len(first))
+    wired.decode.reset_prefix_cache()
+    second = first + prompt(300, seed=6)
+    before = wired.prefill.prompt_tokens()
+    wired.move(second).check(reference.token_ids(second), len(second))
+    assert (wired.prefill.prompt_tokens() - before).cached == 480  # whole blocks of 32 in 500
+
+
+def test_long_answer_is_cached_with_its_prompt(wired: Pair, reference: Reference) -> None:
+    """A conversation: the second prompt is the first with its answer, and only what is new is pushed."""
+    tokens = prompt(200, seed=7)
+    answer = wired.move(tokens, max_tokens=100)
+    answer.check(reference.token_ids(tokens, max_tokens=100), len(tokens))
+    follow_up = tokens + answer.answer.token_ids + prompt(50, seed=8)
+    wired.move(follow_up).check(reference.token_ids(follow_up), len(follow_up), cached=256)
