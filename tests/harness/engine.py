@@ -14,7 +14,7 @@ from typing import Any
 from harness.client import call, complete
 from harness.metrics import Metrics, PromptTokens
 from harness.ports import free_port
-from harness.process import Process
+from harness.process import Part, Process
 from harness.progress import Progress
 
 # 30 s alone on two cores, about 60 s beside a second one that starts; five times that for a slow machine.
@@ -41,7 +41,7 @@ class EngineOptions:
     more: Sequence[str] = ()
 
 
-class Engine:
+class Engine(Part):
     """One instance with a port that outlives its process. `start` returns at once, `wait` when it serves."""
 
     def __init__(self, options: EngineOptions, logs: Path) -> None:
@@ -49,7 +49,6 @@ class Engine:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._logs = logs
-        self.process: Process | None = None
 
     def start(self) -> None:
         assert self.process is None or not self.process.alive
@@ -110,21 +109,13 @@ class Engine:
         except OSError:
             return False
 
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-
     def metrics(self) -> Metrics:
         return Metrics.scrape(f"{self.url}/metrics")
 
     def prompt_tokens(self) -> PromptTokens:
         return PromptTokens.of(self.metrics())
 
-    def running(self) -> int:
+    def requests(self) -> int:
         """Requests that it has, waiting ones included."""
         metrics = self.metrics()
         return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))

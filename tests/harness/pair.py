@@ -129,11 +129,15 @@ class Pair:
         self.receiver.wait_ready(bound_s)
         self.proxy.wait_ready(bound_s)
 
-    def restart_sidecars(self, **changes: object) -> None:
+    def restart_sidecars(self, *, landing_bytes: int | None = None, **changes: Any) -> None:
         """Restarts only the sidecars, in the standard set-up but for `changes`: the engines find them again."""
         for sidecar in (self.receiver, self.sender):
-            sidecar.options = replace(self._standard[sidecar.name], **changes)  # type: ignore[arg-type]
-            sidecar.restart()
+            sidecar.options = replace(self._standard[sidecar.name], **changes)
+            sidecar.stop()
+        if landing_bytes is not None:
+            self.receiver.options.buffer_bytes = landing_bytes
+        for sidecar in (self.receiver, self.sender):
+            sidecar.start()
         self.wait_sidecars()
 
     def restore(self) -> None:
@@ -186,14 +190,18 @@ class Pair:
 
     def wait_empty(self, bound_s: float = 15.0) -> None:
         """Returns when no request, no slot and no KV block is held anywhere."""
+        self.wait_engines_idle(bound_s)
         self.sender.wait_empty(bound_s)
         self.receiver.wait_empty(bound_s)
+
+    def wait_engines_idle(self, bound_s: float = 15.0) -> None:
+        """Returns when neither engine has a request or holds KV blocks for one."""
         deadline = time.monotonic() + bound_s
         for engine in (self.prefill, self.decode):
-            while (held := (engine.running(), engine.cache_usage())) != (0, 0.0):
+            while (held := (engine.requests(), engine.cache_usage())) != (0, 0.0):
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{engine.options.name}: {held[0]} requests, {held[1]:.4f} of its blocks held")
-                time.sleep(0.1)
+                time.sleep(0.05)
 
     def _engine(self, name: str, kv_role: str, block: int, batched: int | None, core: int) -> EngineOptions:
         side, sidecar = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)

@@ -118,6 +118,31 @@ class Process:
         return self._child.poll() is not None and not group_members(self.pid)
 
 
+class Part:
+    """A part of the system: what stays (name, ports, folder) while its processes come and go."""
+
+    process: Process | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.alive
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def stop(self) -> None:
+        """Ends it in an orderly way; nothing if it was never started."""
+        if self.process is not None:
+            self.process.stop()
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self.process is not None
+        self.process.kill()
+
+
 def group_members(group: int) -> list[int]:
     """Processes of a group that are not zombies."""
     members = []

@@ -9,11 +9,11 @@ from typing import Any
 from harness.client import HttpError, call, get_json
 from harness.metrics import Metrics
 from harness.ports import free_port
-from harness.process import Process
+from harness.process import Part, Process
 from harness.sidecar import BINARIES
 
 
-class Proxy:
+class Proxy(Part):
     """One proxy with ports that outlive its process."""
 
     def __init__(self, logs: Path, flags: list[str] | None = None) -> None:
@@ -21,7 +21,6 @@ class Proxy:
         self.registration = f"127.0.0.1:{free_port()}"
         self._flags = flags or []
         self._logs = logs
-        self.process: Process | None = None
 
     def start(self) -> None:
         """Starts it and returns when it listens; instances register afterwards."""
@@ -41,14 +40,6 @@ class Proxy:
             if time.monotonic() > deadline:
                 raise self.process.failure(f"instances not ready after {bound_s:g} s: {self.instances()}")
             time.sleep(0.05)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
 
     def instances(self) -> list[dict[str, Any]]:
         instances: list[dict[str, Any]] = get_json(f"{self.url}/instances")

@@ -14,7 +14,7 @@ from typing import Any
 from harness.client import call, get_json
 from harness.metrics import Metrics
 from harness.ports import free_port
-from harness.process import Process
+from harness.process import Part, Process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARIES = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
@@ -44,7 +44,7 @@ class SidecarOptions:
     env: dict[str, str] = field(default_factory=dict)
 
 
-class Sidecar:
+class Sidecar(Part):
     """One sidecar with ports, socket and configuration file that outlive its process."""
 
     def __init__(self, options: SidecarOptions, folder: Path, logs: Path, name: str | None = None) -> None:
@@ -57,7 +57,6 @@ class Sidecar:
         self.socket = folder / f"{self.name}.sock"
         self._config = folder / f"{self.name}.yaml"
         self._logs = logs
-        self.process: Process | None = None
 
     def start(self) -> None:
         """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
@@ -80,18 +79,6 @@ class Sidecar:
 
     def wait_ready(self, bound_s: float = 30.0) -> None:
         self._until(lambda: self._answers("/ready"), bound_s, "not ready")
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.alive
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
 
     def restart(self) -> None:
         """Stops it and starts it with the options as they are now."""
