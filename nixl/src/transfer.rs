@@ -145,6 +145,12 @@ impl Transfer {
         }
     }
 
+    /// Treats the connection as failed, for a caller who will not wait any longer: nothing more is
+    /// made or posted on it, and the peer can be loaded anew once its running transfers have ended.
+    pub fn distrust(&self) {
+        self.remote.remote.broken.set(true);
+    }
+
     /// Keeps the remote's count of running requests and its health with the state.
     fn enter(&mut self, state: State) -> State {
         let remote = &self.remote.remote;

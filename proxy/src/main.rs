@@ -33,9 +33,11 @@ async fn main() -> ExitCode {
     let (Ok(filter), []) = (filter, &problems[..]) else {
         return complain(&problems, USAGE);
     };
+    // Its complaint about a log that cannot be written would go to the same closed pipe, and panic.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     match config.log_format {
         LogFormat::Text => log.with_ansi(false).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),

@@ -274,24 +274,18 @@ async fn serve(
         .max_buf_size(MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let lifetime = tokio::time::sleep(CONNECTION_LIFETIME);
-    let mut lifetime = std::pin::pin!(lifetime);
-    loop {
-        tokio::select! {
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    debug!(%error, "admin connection ended");
-                }
-                break;
+    tokio::select! {
+        ended = connection.as_mut() => {
+            if let Err(error) = ended {
+                debug!(%error, "admin connection ended");
             }
-            () = stop.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                // Only an answer that is being written is waited for, by `Admin::run`.
-                connection.as_mut().await.ok();
-                break;
-            }
-            () = lifetime.as_mut() => break,
         }
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            // Only an answer that is being written is waited for, by `Admin::run`.
+            connection.as_mut().await.ok();
+        }
+        () = tokio::time::sleep(CONNECTION_LIFETIME) => {}
     }
     drop(place);
 }

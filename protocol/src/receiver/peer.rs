@@ -52,6 +52,7 @@ impl Receiver {
             _ => {}
         }
         self.end_older_epochs(&x.id, x.epoch);
+        self.ask_about_quarantined(route, &x);
         if let Err(reason) = self.admit(&id, &asked, &x) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
             return;
@@ -70,6 +71,25 @@ impl Receiver {
             wait: wait.max(park.unwrap_or_default()),
         });
         self.consider(&id);
+    }
+
+    /// A sender that is heard of again can say what became of the writes that it was lost with.
+    fn ask_about_quarantined(&mut self, route: Route, x: &AllocX) {
+        let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
+        let leases: Vec<LeaseId> = self
+            .quarantine
+            .iter()
+            .filter(|(_, q)| of_sender(&q.sender))
+            .map(|(lease, _)| *lease)
+            .collect();
+        for lease in leases {
+            let unwanted = Unwanted {
+                lease,
+                epoch: self.config.epoch,
+                reason: Reason::Quarantined,
+            };
+            self.send(route, ToSender::Unwanted(unwanted));
+        }
     }
 
     fn admit(&self, id: &RequestId, asked: &AllocRequest, x: &AllocX) -> Result<(), Reason> {

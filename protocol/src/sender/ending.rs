@@ -1,7 +1,7 @@
 //! How requests end, and what is due when.
 
 use super::request::{Chunk, Phase, Told};
-use super::{Action, GRAVES, Link, Sender};
+use super::{Action, Link, Sender};
 use crate::local::Target;
 use crate::message::{CancelNotif, CancelX, Extend, ToReceiver};
 use crate::{Reason, RequestId, VERSION};
@@ -130,10 +130,7 @@ impl Sender {
         if let Some(lease) = request.lease()
             && !lease.dirty.is_empty()
         {
-            self.graves.push_back((lease.id, lease.dirty.clone()));
-            if self.graves.len() > GRAVES {
-                self.graves.pop_front();
-            }
+            self.bury(lease.id, lease.dirty.clone());
         }
     }
 

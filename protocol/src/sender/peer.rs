@@ -1,7 +1,7 @@
 //! What receivers say.
 
 use super::request::{Chunk, Lease, Phase};
-use super::{Action, Link, Sender};
+use super::{Action, GRAVES, Link, Sender};
 use crate::layout::chunk_span;
 use crate::local::{Granted, Target};
 use crate::message::{
@@ -28,6 +28,10 @@ impl Sender {
             _ => None,
         });
         match (asked, x.lease, x.reason) {
+            // Our word was that nothing is written under it: it must stay true.
+            (Some(id), Some(lease), _) if self.graves.iter().any(|(l, _)| *l == lease) => {
+                self.end(&id, Reason::Cancelled);
+            }
             (Some(id), Some(lease), _) => self.on_lease(&id, response, lease),
             (Some(id), None, Some(Reason::StaleEpoch)) => self.relink(&id),
             (Some(id), None, reason) => {
@@ -121,7 +125,11 @@ impl Sender {
 
     fn on_more(&mut self, to: &Target, more: &More) {
         let Some(id) = self.request_of(to, more.lease) else {
-            self.disown(to, more.lease, more.epoch);
+            // It may have overtaken the response that names the lease; `Extend` brings it again.
+            let asking = |r: &super::Request| matches!(r.phase, Phase::Asking { .. });
+            if !self.requests.values().any(|r| r.to == *to && asking(r)) {
+                self.disown(to, more.lease, more.epoch);
+            }
             return;
         };
         let Some(request) = self.requests.get_mut(&id) else {
@@ -174,10 +182,21 @@ impl Sender {
         }
     }
 
+    /// Remembers a lease under which nothing may be written any more, and its dirty slots.
+    pub(super) fn bury(&mut self, lease: LeaseId, dirty: Vec<u32>) {
+        self.graves.push_back((lease, dirty));
+        if self.graves.len() > GRAVES {
+            self.graves.pop_front();
+        }
+    }
+
     /// Our word on a lease that we do not have: no write under it, but for what its grave names.
     pub(super) fn disown(&mut self, to: &Target, lease: LeaseId, epoch: Epoch) {
         let dirty = self.graves.iter().find(|(id, _)| *id == lease);
-        let dirty = dirty.map(|(_, slots)| slots.clone()).unwrap_or_default();
+        let dirty = dirty.map(|(_, slots)| slots.clone()).unwrap_or_else(|| {
+            self.bury(lease, Vec::new());
+            Vec::new()
+        });
         let seq = self.seq();
         let cancel = CancelNotif {
             req_id: String::new(),

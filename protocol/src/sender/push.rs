@@ -125,24 +125,28 @@ impl Sender {
     }
 
     pub(super) fn on_failed(&mut self, transfer: TransferId, terminal: bool) {
+        let request = self.transfers.get(&transfer);
+        let request = request.and_then(|id| self.requests.get_mut(id));
+        if let (false, Some(request)) = (terminal, request) {
+            let slots: Vec<u32> = request
+                .chunks
+                .iter()
+                .filter_map(|c| match c {
+                    Chunk::Posted {
+                        to, transfer: t, ..
+                    } if *t == transfer => Some(to.0),
+                    _ => None,
+                })
+                .collect();
+            if let Some(lease) = request.lease_mut() {
+                lease.dirty.extend(slots);
+            }
+        }
         // The send slots go back even if the write may still read them: what it could still carry
         // lands in slots that the receiver quarantines.
         let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[]) else {
             return;
         };
-        if let (false, Some(request)) = (terminal, self.requests.get_mut(&id)) {
-            let dirty: Vec<u32> = request
-                .chunks
-                .iter()
-                .filter_map(|c| match c {
-                    Chunk::Remote { to } => Some(to.0),
-                    _ => None,
-                })
-                .collect();
-            if let Some(lease) = request.lease_mut() {
-                lease.dirty.extend(dirty);
-            }
-        }
         self.end(&id, Reason::TransferFailed);
         self.close(&id);
     }

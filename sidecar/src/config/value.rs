@@ -436,6 +436,171 @@ words! {
     }
 }
 
+/// Whether only this machine reaches the host.
+    pub(crate) fn is_loopback(&self) -> bool {
+        is_loopback(&self.host)
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Value for HostPort {
+    const WANT: &'static str = "host:port: 127.0.0.1:7500 or [::1]:7500";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let text = scalar(raw)?.trim();
+        let text = text.strip_prefix("tcp://").unwrap_or(text);
+        let (host_text, port_text) = text.rsplit_once(':').ok_or("no port")?;
+        let bare = match host_text
+            .strip_prefix('[')
+            .and_then(|h| h.strip_suffix(']'))
+        {
+            Some(inner) => inner,
+            None if host_text.contains(':') => return Err("IPv6 without brackets".to_owned()),
+            None => host_text,
+        };
+        Ok(Self {
+            host: host(bare)?,
+            port: port_text
+                .parse()
+                .map_err(|_| format!("`{port_text}` is no port"))?,
+        })
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// A base URL of an HTTP server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Url(pub(crate) String);
+
+impl Value for Url {
+    const WANT: &'static str = "a base URL: http://127.0.0.1:8100";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let text = scalar(raw)?.trim().trim_end_matches('/');
+        let rest = text
+            .strip_prefix("http://")
+            .or_else(|| text.strip_prefix("https://"))
+            .ok_or("neither http:// nor https://")?;
+        if rest.is_empty() || rest.contains(|c: char| c.is_whitespace() || "?#@".contains(c)) {
+            return Err("no base URL".to_owned());
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    fn show(&self) -> String {
+        self.0.clone()
+    }
+}
+
+/// A value that is kept as it is, whatever it is: of keys that are ignored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Any(pub(crate) String);
+
+impl Value for Any {
+    const WANT: &'static str = "anything";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        Ok(Self(raw.show()))
+    }
+
+    fn show(&self) -> String {
+        self.0.clone()
+    }
+}
+
+/// Declares an enum of words that is a [`Value`].
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $want:literal, { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub(crate) enum $name { $($(#[$vdoc])* $variant,)* }
+
+        impl $name {
+            /// The word in configurations, logs and metrics.
+            pub(crate) fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+        }
+
+        impl Value for $name {
+            const WANT: &'static str = $want;
+
+            fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+                match scalar(raw)?.trim().to_ascii_lowercase().as_str() {
+                    $($text => Ok(Self::$variant),)*
+                    _ => Err("none of the possible words".to_owned()),
+                }
+            }
+
+            fn show(&self) -> String {
+                self.as_str().to_owned()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+words! {
+    /// Which side of transfers this sidecar is.
+    Role, "sender, receiver or both", {
+        /// Beside a prefill engine.
+        Sender = "sender",
+        /// Beside a decode engine.
+        Receiver = "receiver",
+        /// Beside an engine that takes either leg.
+        Both = "both",
+    }
+}
+
+words! {
+    /// Which wires may be used.
+    Wire, "auto, nixl or tcp", {
+        /// The best that both sides have.
+        Auto = "auto",
+        /// NIXL or nothing.
+        Nixl = "nixl",
+        /// The built-in TCP transport or nothing.
+        Tcp = "tcp",
+    }
+}
+
+words! {
+    /// How log lines look.
+    LogFormat, "text or json", {
+        /// For people.
+        Text = "text",
+        /// One JSON object a line.
+        Json = "json",
+    }
+}
+
+words! {
+    /// Where the buffers are.
+    Device, "cpu", {
+        /// Host memory.
+        Cpu = "cpu",
+        /// GPU memory, which this version cannot do.
+        Cuda = "cuda",
+    }
+}
+
 impl Default for Wire {
     fn default() -> Self {
         Self::Auto

@@ -1,8 +1,11 @@
 //! Sealed anonymous shared memory.
 
 use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::ptr::{self, NonNull};
+use std::thread;
 
 use rustix::fs::{self, MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -128,6 +131,10 @@ impl Memfd {
     }
 
     /// Advice is advice: a kernel that does not know it serves small pages, or dumps them.
+    ///
+    /// Huge pages are worth about 10 % of a copy's speed in and out of sockets (2.45 against 2.2 GB/s
+    /// a stream), and cost 4 times as long to touch. Kernels give them to a memfd only if
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
             // SAFETY: neither advice changes what the mapped bytes are.
@@ -138,22 +145,42 @@ impl Memfd {
         }
     }
 
-    /// Gives every page its memory now.
+    /// Gives every page its memory now, by several threads where there is much to give: a page takes
+    /// the kernel about 3 µs, nearly all of it zeroing and bookkeeping that threads share well.
     fn touch(&self) -> io::Result<()> {
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = threads.min(self.len / SHARE_BYTES).clamp(1, MAX_THREADS);
+        let share = (self.len / threads).next_multiple_of(rustix::param::page_size());
+        let starts = (0..self.len).step_by(share);
+        thread::scope(|scope| {
+            let workers: Vec<_> = starts
+                .map(|at| scope.spawn(move || self.populate(at, share.min(self.len - at))))
+                .collect();
+            workers
+                .into_iter()
+                .map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .find(|result| !matches!(result, Ok(Populated::Yes)))
+                .unwrap_or(Ok(Populated::Yes))
+        })
+        .and_then(|populated| match populated {
+            Populated::Yes => Ok(()),
+            Populated::Unknown => self.touch_by_hand(),
+        })
+    }
+
+    fn populate(&self, at: usize, len: usize) -> io::Result<Populated> {
+        debug_assert!(at + len <= self.len, "a share of the mapping");
         loop {
-            // SAFETY: populating changes no byte.
+            // SAFETY: `[at, at + len)` lies within the mapping (asserted above), and populating
+            // changes no byte.
             let result = unsafe {
-                mm::madvise(
-                    self.base.as_ptr().cast(),
-                    self.len,
-                    Advice::LinuxPopulateWrite,
-                )
+                let from = self.base.as_ptr().add(at);
+                mm::madvise(from.cast(), len, Advice::LinuxPopulateWrite)
             };
             return match result {
-                Ok(()) => Ok(()),
+                Ok(()) => Ok(Populated::Yes),
                 Err(Errno::INTR | Errno::AGAIN) => continue,
-                // Linux before 5.14.
-                Err(Errno::INVAL) => self.touch_by_hand(),
+                Err(Errno::INVAL) => Ok(Populated::Unknown),
                 Err(error) => Err(error.into()),
             };
         }
@@ -182,6 +209,17 @@ impl Drop for Memfd {
         }
     }
 }
+
+/// Whether the kernel knows `MADV_POPULATE_WRITE` (Linux 5.14).
+enum Populated {
+    Yes,
+    Unknown,
+}
+
+/// Below this a thread costs more than it gives.
+const SHARE_BYTES: usize = 64 << 20;
+/// More threads meet in the kernel's page allocator.
+const MAX_THREADS: usize = 8;
 
 /// Without the permission to execute where the kernel (6.3) knows that.
 fn create(name: &str) -> rustix::io::Result<OwnedFd> {

@@ -8,6 +8,7 @@ use protocol::message::Advert;
 use protocol::sender::Piece;
 use protocol::{LeaseId, SlotIndex};
 
+pub(crate) mod choose;
 pub(crate) mod nixl;
 pub(crate) mod tcp;
 

@@ -266,4 +266,6 @@ pub(crate) enum StartError {
 const QUEUE: usize = 1024;
 
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod tests;

@@ -205,7 +205,10 @@ impl Peer {
                         }
                         let error = format!("nothing moved for {stall:?}");
                         tracing::warn!(peer = self.name, error, "nixl write given up");
-                        stuck.push(write.running.swap_remove(i).transfer);
+                        let transfer = write.running.swap_remove(i).transfer;
+                        // A new link must not queue behind it on the same connection.
+                        transfer.distrust();
+                        stuck.push(transfer);
                         write.fail(false, error.clone());
                         self.failed.get_or_insert(error);
                         moved = true;

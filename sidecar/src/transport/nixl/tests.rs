@@ -127,6 +127,14 @@ impl Receiver {
         self.ask(&format!("expect {writing}"));
     }
 
+    fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args([format!("-{name}"), self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+
     fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -322,6 +330,186 @@ async fn before_the_first_cut_there_are_no_rows_and_no_links() {
     assert_eq!(agent_name_of(&nixl.metadata()), Some(&b"uncut"[..]));
     let cause = nixl.link(receiver.remote.clone()).await.unwrap_err().cause;
     assert!(cause.contains("no engine"), "{cause}");
+}
+
+#[tokio::test]
+async fn a_receiver_killed_in_the_middle_fails_the_write() {
+    let Some(library) = library() else { return };
+    let (slots, slot_bytes) = (16, 16 * MIB);
+    let (sender, _buffer) = start(library, slots, slot_bytes);
+    let all = || {
+        (0..slots)
+            .map(|slot| piece(slot, slot, slot_bytes))
+            .collect::<Vec<_>>()
+    };
+    for attempt in 1.. {
+        let mut receiver = Receiver::start(slots, slot_bytes);
+        receiver.expect(true);
+        let link = sender.link(receiver.remote.clone()).await.unwrap();
+        // Connects, so that the next one moves bytes from its beginning.
+        let first = link.write(LEASE, vec![piece(0, 0, 1)]).await;
+        assert_eq!(first, Outcome::Done);
+        let write = tokio::spawn(link.write(LEASE, all()));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        receiver.kill();
+        let killed = Instant::now();
+        match write.await.unwrap() {
+            Outcome::Failed { error, .. } => {
+                assert!(killed.elapsed() < Duration::from_secs(11), "{error}");
+                break;
+            }
+            Outcome::Done => assert!(attempt < 10, "every write was faster than the kill"),
+        }
+    }
+    let mut receiver = Receiver::start(slots, slot_bytes);
+    receiver.expect(true);
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    assert_eq!(link.write(LEASE, all()).await, Outcome::Done);
+}
+
+#[tokio::test]
+async fn a_write_that_stands_still_is_given_up_but_not_released() {
+    let Some(library) = library() else { return };
+    let stall = Duration::from_millis(500);
+    let (sender, buffer) = start_with(library, 4, MIB, |config| config.stall = stall);
+    buffer.fill_random(0, 4 * MIB, 4).unwrap();
+    let mut receiver = Receiver::start(4, MIB);
+    receiver.expect(true);
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    // The first write waits for the receiver's part of connecting.
+    receiver.signal("STOP");
+    let start = Instant::now();
+    let (first, second) = tokio::join!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]),
+        link.write(LEASE, vec![piece(1, 1, MIB)]),
+    );
+    for outcome in [first, second] {
+        assert!(
+            matches!(&outcome, Outcome::Failed { terminal: false, error } if error.contains("nothing moved")),
+            "{outcome:?}"
+        );
+    }
+    assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
+    // The same peer cannot be connected to anew while the old writes may still look into it.
+    let cause = sender
+        .link(receiver.remote.clone())
+        .await
+        .unwrap_err()
+        .cause;
+    assert!(cause.contains("2 transfers"), "{cause}");
+    receiver.signal("CONT");
+    // They end, because they are polled on, and free the peer.
+    let link = loop {
+        match sender.link(receiver.remote.clone()).await {
+            Ok(link) => break link,
+            Err(error) => assert!(start.elapsed() < Duration::from_secs(20), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!(
+        link.write(LEASE, vec![piece(3, 2, MIB)]).await,
+        Outcome::Done
+    );
+    for (from, to) in [(0, 0), (1, 1), (3, 2)] {
+        let sent = buffer.sum(from * MIB, MIB).unwrap();
+        assert_eq!(receiver.sum(to, MIB), sent, "slot {to}");
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_write_goes_on_and_a_dropped_link_waits_for_it() {
+    let Some(library) = library() else { return };
+    let (sender, buffer) = start(library, 8, 8 * MIB);
+    buffer.fill_random(0, 64 * MIB, 5).unwrap();
+    let mut receiver = Receiver::start(8, 8 * MIB);
+    receiver.expect(true);
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    let pieces = (0..8).map(|slot| piece(slot, slot, 8 * MIB)).collect();
+    let write = link.write(LEASE, pieces);
+    drop(link);
+    // One poll posts it.
+    assert!(futures::poll!(write).is_pending());
+    let expect: Vec<u64> = (0..8)
+        .map(|slot| buffer.sum(slot * 8 * MIB, 8 * MIB).unwrap())
+        .collect();
+    let start = Instant::now();
+    while (0..8).any(|slot| receiver.sum(slot, 8 * MIB) != expect[slot as usize]) {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // The connection is made anew, of the same agent.
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 1, MIB)]).await,
+        Outcome::Done
+    );
+    // While a link lives, another to the same peer shares its connection.
+    let other = sender.link(receiver.remote.clone()).await.unwrap();
+    drop(link);
+    assert_eq!(
+        other.write(LEASE, vec![piece(0, 2, MIB)]).await,
+        Outcome::Done
+    );
+    drop(sender);
+    let Outcome::Failed { .. } = other.write(LEASE, vec![piece(0, 2, MIB)]).await else {
+        panic!("written by a thread that has ended");
+    };
+}
+
+#[tokio::test]
+async fn an_idle_engine_thread_sleeps() {
+    let Some(library) = library() else { return };
+    // The thread is found by its name.
+    let (sender, _buffer) = start_with(library, 4, MIB, |config| config.device = 77);
+    let mut receiver = Receiver::start(4, MIB);
+    receiver.expect(true);
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+        Outcome::Done
+    );
+    let busy = cores_of("nixl-77", Duration::from_secs(3)).await;
+    assert!(busy < 0.01, "{busy} of a core, connected and idle");
+    // Announced writes that do not come cost more, but no core.
+    sender.expect(true);
+    let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
+    assert!(busy < 0.1, "{busy} of a core, waiting for announced writes");
+    sender.expect(false);
+    let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
+    assert!(busy < 0.01, "{busy} of a core, idle again");
+}
+
+/// What a thread of this process takes of a core, over some time.
+async fn cores_of(thread: &str, time: Duration) -> f64 {
+    let task = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| task.unwrap().path())
+        .find(|task| {
+            let name = std::fs::read_to_string(task.join("comm"));
+            name.is_ok_and(|name| name.trim() == thread)
+        })
+        .expect("no such thread");
+    let nanos = || -> u64 {
+        let stat = std::fs::read_to_string(task.join("schedstat")).unwrap();
+        stat.split(' ').next().unwrap().parse().unwrap()
+    };
+    let (before, start) = (nanos(), Instant::now());
+    tokio::time::sleep(time).await;
+    Duration::from_nanos(nanos() - before).as_secs_f64() / start.elapsed().as_secs_f64()
+}
+
+/// UCX reads its environment once a process, so these tests run once more in another one.
+#[test]
+fn all_of_this_over_tcp() {
+    if library().is_none() {
+        return;
+    }
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["transport::nixl::tests::", "--skip", "over_tcp"])
+        .env("UCX_TLS", "tcp")
+        .status()
+        .unwrap();
+    assert!(status.success());
 }
 
 fn hex(bytes: &[u8]) -> String {

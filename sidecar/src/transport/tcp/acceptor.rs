@@ -213,7 +213,9 @@ impl Harbour {
                 Ok(Some(hello)) => self.berth(waiting, hello),
                 Ok(None) if now < waiting.until => self.waiting.push(waiting),
                 Ok(None) => self.refuse(&waiting, Refusal::Stalled),
-                Err(why) => self.refuse(&waiting, why),
+                Err(Some(why)) => self.refuse(&waiting, why),
+                // A probe that only looks whether the port is open.
+                Err(None) => tracing::debug!(peer = %waiting.peer, "left without a word"),
             }
         }
     }
@@ -332,27 +334,27 @@ impl Harbour {
 }
 
 impl Waiting {
-    /// The hello, once it is complete.
-    fn read(&mut self) -> Result<Option<Hello>, Refusal> {
+    /// The hello, once it is complete; no reason if the peer left before it said anything.
+    fn read(&mut self) -> Result<Option<Hello>, Option<Refusal>> {
         match self.socket.read(&mut self.hello[self.got..]) {
-            Ok(0) => return Err(Refusal::Malformed),
+            Ok(0) if self.got == 0 => return Err(None),
+            Ok(0) => return Err(Some(Refusal::Malformed)),
             Ok(n) => self.got += n,
             Err(error)
                 if matches!(
                     error.kind(),
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
                 ) => {}
-            Err(_) => return Err(Refusal::Malformed),
+            Err(_) => return Err(None),
         }
         if !Hello::begins_well(&self.hello[..self.got]) {
-            return Err(Refusal::Malformed);
+            return Err(Some(Refusal::Malformed));
         }
         if self.got < Hello::BYTES {
             return Ok(None);
         }
-        Hello::decode(&self.hello)
-            .map(Some)
-            .ok_or(Refusal::Malformed)
+        let hello = Hello::decode(&self.hello);
+        hello.map(Some).ok_or(Some(Refusal::Malformed))
     }
 }
 

@@ -78,7 +78,7 @@ async fn measure(total: u64, chunk: u64, streams: usize) {
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn throughput() {
-    for streams in [1, 2] {
+    for streams in [1, 2, 4] {
         for (total, chunk) in [(64, 1), (64, 16), (512, 1), (512, 16), (1, 1)] {
             measure(total * MIB, chunk * MIB, streams).await;
         }

@@ -172,10 +172,7 @@ impl Worker {
             Err(error) => {
                 tracing::warn!(link = name, %error, "tcp link lost");
                 // What the kernel has not sent yet shall not be sent: a reset, not an orderly end.
-                drop(sockopt::set_socket_linger(
-                    &self.socket,
-                    Some(Duration::ZERO),
-                ));
+                let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
                 error.to_string()
             }
         };

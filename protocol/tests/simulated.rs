@@ -1,0 +1,165 @@
+//! Named scenarios: a pair of sidecars over bad wires. See [`world`] for what is checked in each.
+
+mod world;
+
+use proptest::prelude::*;
+use protocol::Reason;
+use world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
+
+fn plan(requests: Vec<RequestPlan>) -> Plan {
+    Plan {
+        seed: 1,
+        send_slots: 8,
+        land_slots: 8,
+        guarded: false,
+        net: NetPlan::default(),
+        requests,
+        faults: Vec::new(),
+    }
+}
+
+fn some_requests(n: usize) -> Vec<RequestPlan> {
+    (0..n)
+        .map(|i| RequestPlan {
+            reserve_at_ms: Some(u16::try_from(20 * i).unwrap()),
+            park: Park::OnProgress(10),
+            ..RequestPlan::simple(&format!("r{i}"), 30)
+        })
+        .collect()
+}
+
+#[test]
+fn a_clean_run_delivers_everything() {
+    let outcome = run(&plan(some_requests(6)));
+    assert_eq!((outcome.delivered, outcome.pushed), (7, 7), "{outcome:?}");
+    assert_eq!(outcome.quarantined, 0);
+}
+
+#[test]
+fn a_window_of_two_chunks_is_enough_for_any_number() {
+    for seed in 0..20 {
+        let outcome = run(&Plan {
+            seed,
+            send_slots: 2,
+            land_slots: 2,
+            ..plan(some_requests(6))
+        });
+        assert_eq!((outcome.delivered, outcome.pushed), (7, 7), "{outcome:?}");
+    }
+}
+
+#[test]
+fn loss_delay_and_duplication_cost_time_only() {
+    for seed in 0..100 {
+        let net = NetPlan {
+            lost: 20,
+            doubled: 20,
+            delay_ms: 40,
+        };
+        let outcome = run(&Plan {
+            seed,
+            net,
+            ..plan(some_requests(4))
+        });
+        assert_eq!(outcome.delivered + outcome.failed.len(), 5, "{outcome:?}");
+        assert!(outcome.delivered >= 1, "{outcome:?}");
+    }
+}
+
+#[test]
+fn either_sidecar_dies_at_any_time() {
+    for ms in (0..400).step_by(5) {
+        for fault in [Fault::KillSender, Fault::KillReceiver] {
+            for guarded in [false, true] {
+                let outcome = run(&Plan {
+                    seed: u64::from(ms),
+                    guarded,
+                    faults: vec![(ms, fault)],
+                    ..plan(some_requests(4))
+                });
+                assert!(outcome.delivered >= 1, "{outcome:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn either_engine_dies_at_any_time() {
+    for ms in (0..400).step_by(5) {
+        for fault in [Fault::KillPrefill, Fault::KillDecode] {
+            let outcome = run(&Plan {
+                seed: u64::from(ms),
+                faults: vec![(ms, fault)],
+                ..plan(some_requests(4))
+            });
+            assert!(outcome.delivered >= 1, "{outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn the_connection_breaks_at_any_time() {
+    for ms in (0..400).step_by(5) {
+        for fault in [
+            Fault::Disconnect,
+            Fault::Partition(800),
+            Fault::Partition(15_000),
+        ] {
+            run(&Plan {
+                seed: u64::from(ms),
+                faults: vec![(ms, fault)],
+                ..plan(some_requests(4))
+            });
+        }
+    }
+}
+
+#[test]
+fn a_lost_write_quarantines_and_a_failed_one_does_not() {
+    for (fault, expected) in [(Fault::FailWrite, false), (Fault::LoseWrite, true)] {
+        let mut quarantined = false;
+        for seed in 0..50 {
+            let outcome = run(&Plan {
+                seed,
+                // Most chunks have a slot there but none here when the write is lost.
+                send_slots: 2,
+                faults: vec![(0, fault)],
+                ..plan(some_requests(3))
+            });
+            let failed = outcome.failed.contains(&Reason::TransferFailed);
+            assert!(failed, "{outcome:?}");
+            let only_its_own = outcome.quarantined <= outcome.lost_pieces;
+            assert!(only_its_own, "{outcome:?}");
+            quarantined |= outcome.quarantined > 0;
+        }
+        assert_eq!(quarantined, expected);
+    }
+}
+
+#[test]
+fn engines_give_up_at_any_time() {
+    for ms in (0..300).step_by(3) {
+        let mut requests = some_requests(4);
+        requests[0].cancel_after_ms = Some(ms);
+        requests[1].abort_after_ms = Some(ms);
+        requests[2].park = Park::OnNotify(5);
+        requests[2].overlap = false;
+        requests[3].park = Park::Never;
+        run(&Plan {
+            seed: u64::from(ms),
+            ..plan(requests)
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        max_shrink_iters: 20_000,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_plan_ends_with_no_slot_held(plan in world::plans()) {
+        run(&plan);
+    }
+}

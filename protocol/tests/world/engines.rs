@@ -1,0 +1,453 @@
+//! What the two engines' connectors do.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::local::{
+    Await, Computing, Ended, Granted, OfRequest, Ready, Release, Reserve, Staged,
+};
+use protocol::receiver;
+use protocol::sender;
+use protocol::{EngineId, Reason, RequestId};
+
+use super::plan::{Park, Plan, RequestPlan};
+use super::{CHUNK, Happening, MS, SECOND, World, target};
+
+/// The prefill engine.
+pub(crate) struct PrefillEngine {
+    id: EngineId,
+    live: BTreeMap<String, Prefill>,
+    pub(crate) pushed: usize,
+    ended: usize,
+    reserved: usize,
+    lost: usize,
+}
+
+struct Prefill {
+    plan: RequestPlan,
+    computed: u32,
+    upto: u32,
+    granted: BTreeMap<u32, u32>,
+    staged: BTreeSet<u32>,
+    since: u64,
+}
+
+/// Something the prefill engine does.
+#[derive(Debug)]
+pub(crate) enum Step {
+    Reserve(RequestPlan),
+    Compute(String, EngineId),
+    Stage(String, EngineId),
+    Cancel(String, EngineId),
+}
+
+/// The decode engine.
+pub(crate) struct DecodeEngine {
+    id: EngineId,
+    live: BTreeMap<String, Decode>,
+    plans: BTreeMap<String, RequestPlan>,
+    pub(crate) delivered: usize,
+    pub(crate) failed: Vec<Reason>,
+    parked: usize,
+    lost: usize,
+}
+
+struct Decode {
+    plan: RequestPlan,
+    reading: BTreeMap<u32, u32>,
+    read: BTreeSet<u32>,
+    aborted: bool,
+    since: u64,
+    ended: bool,
+}
+
+/// Something the decode engine does.
+#[derive(Debug)]
+pub(crate) enum Turn {
+    Park(String),
+    Read(String, EngineId, Vec<u32>),
+    Abort(String, EngineId),
+}
+
+const DEADLINE: u64 = 40 * SECOND;
+/// No reservation lives longer: the stall, then the repetitions of the last word.
+const RESERVATION: u64 = 90 * SECOND;
+
+impl PrefillEngine {
+    pub(crate) fn new(id: EngineId) -> Self {
+        Self {
+            id,
+            live: BTreeMap::new(),
+            pushed: 0,
+            ended: 0,
+            reserved: 0,
+            lost: 0,
+        }
+    }
+
+    /// The connection is gone: the engine gives up what it pushed, and connects again.
+    pub(crate) fn sidecar_died(&mut self) {
+        self.dies();
+    }
+
+    pub(crate) fn dies(&mut self) -> EngineId {
+        let gone = self.id;
+        self.lost += self.live.len();
+        self.live.clear();
+        self.id = EngineId(gone.0 + 2);
+        gone
+    }
+
+    /// What is wrong with the ends of reservations.
+    pub(crate) fn unended(&self) -> Option<String> {
+        let all = self.live.is_empty() && self.ended + self.lost == self.reserved;
+        let (ended, lost, reserved) = (self.ended, self.lost, self.reserved);
+        (!all).then(|| format!("of {reserved} reservations {ended} ended, {lost} were lost"))
+    }
+}
+
+impl DecodeEngine {
+    pub(crate) fn new(id: EngineId) -> Self {
+        Self {
+            id,
+            live: BTreeMap::new(),
+            plans: BTreeMap::new(),
+            delivered: 0,
+            failed: Vec::new(),
+            parked: 0,
+            lost: 0,
+        }
+    }
+
+    pub(crate) fn sidecar_died(&mut self) {
+        self.dies();
+    }
+
+    pub(crate) fn dies(&mut self) -> EngineId {
+        let gone = self.id;
+        self.lost += self.live.values().filter(|r| !r.ended).count();
+        self.live.clear();
+        self.id = EngineId(gone.0 + 2);
+        gone
+    }
+
+    /// What is wrong with the ends of parked requests.
+    pub(crate) fn unended(&self) -> Option<String> {
+        let ended = self.delivered + self.failed.len();
+        let (lost, parked) = (self.lost, self.parked);
+        (ended + lost != parked)
+            .then(|| format!("of {parked} parked requests {ended} ended, {lost} were lost"))
+    }
+}
+
+impl World {
+    pub(crate) fn script(&mut self, plan: &Plan) {
+        for request in &plan.requests {
+            self.script_request(request, self.now);
+        }
+        for &(at, fault) in &plan.faults {
+            self.after(u64::from(at) * MS, Happening::Fault(fault));
+        }
+    }
+
+    pub(crate) fn script_request(&mut self, plan: &RequestPlan, from: u64) {
+        self.decode.plans.insert(plan.name.clone(), plan.clone());
+        if let Park::AtMs(ms) = plan.park {
+            let turn = Turn::Park(plan.name.clone());
+            self.at(from + u64::from(ms) * MS, Happening::Decode(turn));
+        }
+        if let Some(ms) = plan.reserve_at_ms {
+            let step = Step::Reserve(plan.clone());
+            self.at(from + u64::from(ms) * MS, Happening::Prefill(step));
+        }
+    }
+
+    /// The proxy sends the decode leg.
+    pub(crate) fn proxy_hears(&mut self, req: &RequestId, begun: bool) {
+        let delay = match self.decode.plans.get(&req.0).map(|p| p.park) {
+            Some(Park::OnProgress(ms)) if begun => ms,
+            Some(Park::OnNotify(ms)) if !begun => ms,
+            _ => return,
+        };
+        let turn = Turn::Park(req.0.clone());
+        self.after(u64::from(delay) * MS, Happening::Decode(turn));
+    }
+
+    fn tell_sender(&mut self, event: sender::Event) {
+        self.after(20, Happening::ToSender(event, self.p_epoch));
+    }
+
+    fn tell_receiver(&mut self, event: receiver::Event) {
+        self.after(20, Happening::ToReceiver(event, self.d_epoch));
+    }
+
+    pub(crate) fn prefill_step(&mut self, step: Step) {
+        let engine = self.prefill.id;
+        match step {
+            Step::Reserve(plan) => self.reserve(plan),
+            Step::Compute(name, id) if id == engine => self.compute(&name),
+            Step::Stage(name, id) if id == engine => self.stage(&name),
+            Step::Cancel(name, id) if id == engine && self.prefill.live.contains_key(&name) => {
+                let req = OfRequest {
+                    req: name.as_str().into(),
+                };
+                self.tell_sender(sender::Event::Cancel(engine, req));
+            }
+            _ => {}
+        }
+    }
+
+    fn reserve(&mut self, plan: RequestPlan) {
+        let (engine, name) = (self.prefill.id, plan.name.clone());
+        let upto = plan.step.min(plan.tokens);
+        let reserve = Reserve {
+            req: name.as_str().into(),
+            to: target(),
+            keys: keys(&plan),
+            tokens: plan.tokens,
+            upto,
+            overlap: plan.overlap,
+        };
+        self.tell_sender(sender::Event::Reserve(engine, reserve));
+        self.prefill.reserved += 1;
+        if let Some(ms) = plan.cancel_after_ms {
+            let step = Step::Cancel(name.clone(), engine);
+            self.after(u64::from(ms) * MS, Happening::Prefill(step));
+        }
+        let prefill = Prefill {
+            plan,
+            computed: 0,
+            upto,
+            granted: BTreeMap::new(),
+            staged: BTreeSet::new(),
+            since: self.now,
+        };
+        self.prefill.live.insert(name.clone(), prefill);
+        let took = self.jitter(MS, 30 * MS);
+        self.after(took, Happening::Prefill(Step::Compute(name, engine)));
+    }
+
+    /// A step of the engine is done; the next begins.
+    fn compute(&mut self, name: &str) {
+        let engine = self.prefill.id;
+        let Some(request) = self.prefill.live.get_mut(name) else {
+            return;
+        };
+        request.computed = request.upto;
+        if request.computed < request.plan.tokens {
+            request.upto = (request.upto + request.plan.step).min(request.plan.tokens);
+            let computing = Computing {
+                req: name.into(),
+                upto: request.upto,
+            };
+            self.tell_sender(sender::Event::Computing(engine, computing));
+            let took = self.jitter(MS, 30 * MS);
+            self.after(
+                took,
+                Happening::Prefill(Step::Compute(name.to_owned(), engine)),
+            );
+        }
+        self.stage(name);
+    }
+
+    /// Gathers what is computed and granted.
+    fn stage(&mut self, name: &str) {
+        let engine = self.prefill.id;
+        let Some(request) = self.prefill.live.get_mut(name) else {
+            return;
+        };
+        let mut staged = Staged {
+            req: name.into(),
+            chunks: Vec::new(),
+            gather_us: 10,
+        };
+        for (&chunk, &slot) in &request.granted {
+            let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);
+            if end <= request.computed && request.staged.insert(chunk) {
+                staged.chunks.push(chunk);
+                self.wire.send[slot as usize] = Some((name.to_owned(), chunk));
+            }
+        }
+        if !staged.chunks.is_empty() {
+            self.tell_sender(sender::Event::Staged(engine, staged));
+        }
+    }
+
+    pub(crate) fn prefill_granted(&mut self, engine: EngineId, granted: Granted) {
+        if engine != self.prefill.id {
+            return;
+        }
+        let name = granted.req.0;
+        let Some(request) = self.prefill.live.get_mut(&name) else {
+            self.fail("slots granted to a request that has ended");
+        };
+        for (&chunk, &slot) in granted.chunks.iter().zip(&granted.slots) {
+            if request.granted.insert(chunk, slot).is_some() {
+                self.fail("a chunk is granted twice");
+            }
+        }
+        self.after(20, Happening::Prefill(Step::Stage(name, engine)));
+    }
+
+    pub(crate) fn prefill_ended(&mut self, engine: EngineId, ended: &Ended) {
+        if engine != self.prefill.id {
+            return;
+        }
+        let Some(request) = self.prefill.live.remove(&ended.req.0) else {
+            self.fail("a reservation ended twice");
+        };
+        self.prefill.ended += 1;
+        self.prefill.pushed += usize::from(ended.reason.is_none());
+        if self.now - request.since > RESERVATION {
+            self.fail("a reservation ended late");
+        }
+    }
+
+    pub(crate) fn decode_turn(&mut self, turn: Turn) {
+        let engine = self.decode.id;
+        match turn {
+            Turn::Park(name) => self.park(&name),
+            Turn::Read(name, id, chunks) if id == engine => self.read(&name, chunks),
+            Turn::Abort(name, id) if id == engine => self.abort(&name),
+            Turn::Read(..) | Turn::Abort(..) => {}
+        }
+    }
+
+    fn park(&mut self, name: &str) {
+        let engine = self.decode.id;
+        // The proxy sends one decode leg a request.
+        let Some(plan) = self.decode.plans.remove(name) else {
+            return;
+        };
+        let parked = Await {
+            req: name.into(),
+            keys: keys(&plan),
+            tokens: plan.tokens,
+            have_tokens: plan.have_tokens(),
+            deadline_ms: u32::try_from(DEADLINE / MS).unwrap_or(u32::MAX),
+        };
+        self.tell_receiver(receiver::Event::Await(engine, parked));
+        self.decode.parked += 1;
+        if let Some(ms) = plan.abort_after_ms {
+            let turn = Turn::Abort(name.to_owned(), engine);
+            self.after(u64::from(ms) * MS, Happening::Decode(turn));
+        }
+        let decode = Decode {
+            plan,
+            reading: BTreeMap::new(),
+            read: BTreeSet::new(),
+            aborted: false,
+            since: self.now,
+            ended: false,
+        };
+        self.decode.live.insert(name.to_owned(), decode);
+    }
+
+    pub(crate) fn decode_ready(&mut self, engine: EngineId, ready: &Ready) {
+        if engine != self.decode.id {
+            return;
+        }
+        let name = ready.req.0.clone();
+        let Some(request) = self.decode.live.get_mut(&name) else {
+            self.fail("chunks of a request that is not parked");
+        };
+        if request.ended {
+            self.fail("chunks of a request that has ended");
+        }
+        if request.aborted {
+            return; // the word of it is on its way
+        }
+        for (&chunk, &slot) in ready.chunks.iter().zip(&ready.slots) {
+            if !request.read.insert(chunk) {
+                self.fail("a chunk is shown twice");
+            }
+            request.reading.insert(chunk, slot);
+            let expected = Some((name.clone(), chunk));
+            if self.wire.land[slot as usize] != expected {
+                let found = self.wire.land[slot as usize].clone();
+                self.fail(&format!(
+                    "slot {slot} holds {found:?} instead of {expected:?}"
+                ));
+            }
+            self.wire.reading.insert(slot);
+        }
+        let took = self.jitter(100, 10 * MS);
+        let turn = Turn::Read(name, engine, ready.chunks.clone());
+        self.after(took, Happening::Decode(turn));
+    }
+
+    /// The scatter is done.
+    fn read(&mut self, name: &str, chunks: Vec<u32>) {
+        let engine = self.decode.id;
+        let Some(request) = self.decode.live.get_mut(name) else {
+            return;
+        };
+        if request.aborted {
+            return;
+        }
+        for chunk in &chunks {
+            if let Some(slot) = request.reading.remove(chunk) {
+                self.wire.reading.remove(&slot);
+                if self.wire.land[slot as usize] != Some((name.to_owned(), *chunk)) {
+                    self.fail(&format!("slot {slot} changed while it was read"));
+                }
+            }
+        }
+        let release = Release {
+            req: name.into(),
+            chunks,
+            scatter_us: 10,
+        };
+        self.tell_receiver(receiver::Event::Release(engine, release));
+    }
+
+    fn abort(&mut self, name: &str) {
+        let engine = self.decode.id;
+        let Some(request) = self.decode.live.get_mut(name) else {
+            return;
+        };
+        if request.ended && request.reading.is_empty() {
+            return;
+        }
+        request.aborted = true;
+        for slot in std::mem::take(&mut request.reading).into_values() {
+            self.wire.reading.remove(&slot);
+        }
+        let req = OfRequest { req: name.into() };
+        self.tell_receiver(receiver::Event::Abort(engine, req));
+    }
+
+    pub(crate) fn decode_ended(&mut self, engine: EngineId, ended: &Ended) {
+        if engine != self.decode.id {
+            return;
+        }
+        let Some(request) = self.decode.live.get_mut(&ended.req.0) else {
+            self.fail("a request ended that is not parked");
+        };
+        if request.ended && !request.aborted {
+            self.fail("a parked request ended twice");
+        }
+        if request.ended {
+            return; // the answer to an abort that crossed the end
+        }
+        request.ended = true;
+        let late = self.now - request.since > DEADLINE + SECOND;
+        let have = request.plan.have_tokens();
+        let complete = (have / CHUNK..request.plan.tokens.div_ceil(CHUNK))
+            .filter(|c| ((c + 1) * CHUNK).min(request.plan.tokens) > have)
+            .all(|c| request.read.contains(&c) && !request.reading.contains_key(&c));
+        match ended.reason {
+            None if !complete => self.fail("a request ended well without all of its chunks"),
+            None => self.decode.delivered += 1,
+            Some(reason) => self.decode.failed.push(reason),
+        }
+        if late {
+            self.fail("a parked request ended late");
+        }
+    }
+}
+
+fn keys(plan: &RequestPlan) -> Vec<String> {
+    (0..plan.tokens.div_ceil(CHUNK))
+        .map(|i| format!("{}/{i}", plan.name))
+        .collect()
+}

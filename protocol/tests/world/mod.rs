@@ -1,0 +1,370 @@
+//! A sender and a receiver with their engines, their wires and a clock, all simulated.
+//!
+//! Control messages are lost, delayed, reordered and doubled; writes land in any order, late, or not at
+//! all; connections break; either sidecar and either engine dies. Everything is drawn from the plan's
+//! seed, so a plan that fails fails again.
+//!
+//! What is checked while it runs:
+//! * a landing slot is read only with exactly the chunk's content, and nothing is written into it
+//!   before it is released;
+//! * a write lands only in a slot that is open under its lease, or quarantined under it;
+//! * a write carries what the engine staged, not what a later request put into the same send slot;
+//! * each reservation and each parked request ends exactly once, within its bound.
+//!
+//! And at the end: nothing is under way, every slot is free.
+
+mod engines;
+mod net;
+mod plan;
+mod wire;
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use protocol::local::Target;
+use protocol::receiver::{self, Receiver};
+use protocol::sender::{self, Sender};
+use protocol::{EngineId, Epoch, Layout, Time};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use engines::{DecodeEngine, PrefillEngine};
+use net::Net;
+pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plans};
+use wire::Wire;
+
+pub(crate) const CHUNK: u32 = 4;
+const MS: u64 = 1000;
+const SECOND: u64 = 1000 * MS;
+
+/// How a plan went.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// Parked requests that got all their KV.
+    pub(crate) delivered: usize,
+    /// Parked requests that did not, with the reason.
+    pub(crate) failed: Vec<protocol::Reason>,
+    /// Reservations that ended well.
+    pub(crate) pushed: usize,
+    /// Slots that were quarantined at some time.
+    pub(crate) quarantined: u32,
+    /// Pieces of writes whose end nobody knows.
+    pub(crate) lost_pieces: u32,
+    log: Vec<String>,
+}
+
+impl std::fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(
+            f,
+            "delivered {}, pushed {}, quarantined {}, failed {:?}",
+            self.delivered, self.pushed, self.quarantined, self.failed
+        )?;
+        f.write_str(&self.log.join("\n"))
+    }
+}
+
+/// Runs a plan to its end and checks everything on the way. `WORLD_LOG=1` shows what happened before
+/// a failure.
+pub(crate) fn run(plan: &Plan) -> Outcome {
+    let mut world = World::new(plan);
+    world.script(plan);
+    world.settle("the plan");
+    world.heal();
+    world.settle("the last request");
+    world.finish()
+}
+
+pub(crate) struct World {
+    now: u64,
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    events: Vec<Option<Happening>>,
+    order: u64,
+    rng: StdRng,
+    p: Sender,
+    d: Receiver,
+    p_epoch: u64,
+    d_epoch: u64,
+    p_slots: u32,
+    d_slots: u32,
+    net: Net,
+    wire: Wire,
+    prefill: PrefillEngine,
+    decode: DecodeEngine,
+    outcome: Outcome,
+    log: Option<Vec<String>>,
+}
+
+/// What the queue holds.
+#[derive(Debug)]
+enum Happening {
+    ToSender(sender::Event, u64),
+    ToReceiver(receiver::Event, u64),
+    FromReceiver(u64, protocol::message::ToSender),
+    FromSender(u64, protocol::message::ToReceiver),
+    LinkMade(u64),
+    Land(wire::Landing),
+    WriteEnds(protocol::TransferId, u64, wire::End),
+    Prefill(engines::Step),
+    Decode(engines::Turn),
+    Fault(Fault),
+    Prove(u64, protocol::LeaseId),
+}
+
+impl World {
+    fn new(plan: &Plan) -> Self {
+        let (p, d) = (
+            new_sender(1, plan.send_slots),
+            new_receiver(1001, plan.land_slots),
+        );
+        Self {
+            now: 1,
+            queue: BinaryHeap::new(),
+            events: Vec::new(),
+            order: 0,
+            rng: StdRng::seed_from_u64(plan.seed),
+            p,
+            d,
+            p_epoch: 1,
+            d_epoch: 1001,
+            p_slots: plan.send_slots,
+            d_slots: plan.land_slots,
+            net: Net::new(plan.net.clone()),
+            wire: Wire::new(plan.guarded, plan.land_slots, plan.send_slots),
+            prefill: PrefillEngine::new(EngineId(1)),
+            decode: DecodeEngine::new(EngineId(2)),
+            outcome: Outcome::default(),
+            log: std::env::var_os("WORLD_LOG").map(|_| Vec::new()),
+        }
+    }
+
+    fn at(&mut self, time: u64, what: Happening) {
+        self.order += 1;
+        self.queue
+            .push(Reverse((time.max(self.now), self.order, self.events.len())));
+        self.events.push(Some(what));
+    }
+
+    fn after(&mut self, delay: u64, what: Happening) {
+        self.at(self.now + delay, what);
+    }
+
+    fn note(&mut self, text: impl FnOnce() -> String) {
+        if let Some(log) = &mut self.log {
+            log.push(format!("{:>10} {}", self.now, text()));
+        }
+    }
+
+    /// Ends the test with what has happened so far.
+    fn fail(&self, why: &str) -> ! {
+        let log = self.log.clone().unwrap_or_default().join("\n");
+        panic!("{why}\n{log}\n{:?}\n{:?}", self.p, self.d);
+    }
+
+    /// Runs until nothing is to come.
+    fn settle(&mut self, what: &str) {
+        let end = self.now + 600 * SECOND;
+        let mut steps = 0;
+        loop {
+            self.drain_actions();
+            let due = self.queue.peek().map(|Reverse((time, ..))| *time);
+            let deadlines = [self.p.deadline(), self.d.deadline()];
+            let [p, d] = deadlines.map(|t| t.map(|t| t.0));
+            let Some(next) = due.into_iter().chain(p).chain(d).min() else {
+                return;
+            };
+            steps += 1;
+            if next > end || steps > 200_000 {
+                self.fail(&format!("{what} does not come to rest"));
+            }
+            self.now = self.now.max(next);
+            if due == Some(next) {
+                let Some(Reverse((.., index))) = self.queue.pop() else {
+                    return;
+                };
+                if let Some(event) = self.events[index].take() {
+                    self.note(|| format!("{event:?}"));
+                    self.happen(event);
+                }
+            } else if p == Some(next) {
+                self.p.handle(Time(self.now), sender::Event::Deadline);
+            } else {
+                self.d.handle(Time(self.now), receiver::Event::Deadline);
+            }
+            self.check_gauges();
+        }
+    }
+
+    fn happen(&mut self, event: Happening) {
+        match event {
+            Happening::ToSender(event, epoch) if epoch == self.p_epoch => {
+                self.p.handle(Time(self.now), event);
+            }
+            Happening::ToReceiver(event, epoch) if epoch == self.d_epoch => {
+                self.d.handle(Time(self.now), event);
+            }
+            Happening::ToSender(..) | Happening::ToReceiver(..) => {}
+            Happening::FromSender(route, message) => self.deliver_to_receiver(route, message),
+            Happening::FromReceiver(route, message) => self.deliver_to_sender(route, message),
+            Happening::LinkMade(epoch) => self.link_made(epoch),
+            Happening::Land(landing) => self.land(&landing),
+            Happening::WriteEnds(transfer, epoch, end) => self.write_ends(transfer, epoch, end),
+            Happening::Prefill(step) => self.prefill_step(step),
+            Happening::Decode(turn) => self.decode_turn(turn),
+            Happening::Fault(fault) => self.strike(fault),
+            Happening::Prove(epoch, lease) => self.prove(epoch, lease),
+        }
+    }
+
+    fn drain_actions(&mut self) {
+        loop {
+            if let Some(action) = self.p.poll_action() {
+                self.note(|| format!("P {action:?}"));
+                self.sender_action(action);
+            } else if let Some(action) = self.d.poll_action() {
+                self.note(|| format!("D {action:?}"));
+                self.receiver_action(action);
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn sender_action(&mut self, action: sender::Action) {
+        match action {
+            sender::Action::Link { .. } => self.make_link(),
+            sender::Action::Send { message, .. } => self.send_to_receiver(&message),
+            sender::Action::Write {
+                transfer,
+                lease,
+                pieces,
+                ..
+            } => self.post_write(transfer, lease, &pieces),
+            sender::Action::Granted(engine, granted) => self.prefill_granted(engine, granted),
+            sender::Action::Ended(engine, ended) => self.prefill_ended(engine, &ended),
+            sender::Action::Progress(req) => self.proxy_hears(&req, true),
+            sender::Action::Notify { req, .. } => self.proxy_hears(&req, false),
+            sender::Action::Record(_) => {}
+        }
+    }
+
+    fn receiver_action(&mut self, action: receiver::Action) {
+        match action {
+            receiver::Action::Send { route, message } => self.send_to_sender(route, &message),
+            receiver::Action::Ready(engine, ready) => self.decode_ready(engine, &ready),
+            receiver::Action::Ended(engine, ended) => self.decode_ended(engine, &ended),
+            receiver::Action::Open { lease, slot } => self.open_slot(lease, slot),
+            receiver::Action::Close { slot } => self.close_slot(slot),
+            receiver::Action::Fence { sender, lease, .. } => self.fence(&sender, lease),
+            receiver::Action::Record(_) => {}
+        }
+    }
+
+    fn check_gauges(&mut self) {
+        let p = self.p.gauges();
+        let d = self.d.gauges();
+        if p.free + p.held != self.p_slots {
+            self.fail("send slots are lost");
+        }
+        if d.free + d.held + d.quarantined != self.d_slots {
+            self.fail(&format!("landing slots are lost: {d:?}"));
+        }
+        self.outcome.quarantined = self.outcome.quarantined.max(d.quarantined);
+    }
+
+    /// Everything works from here on, and one more request goes through: contact that lets the two
+    /// sides tell each other what was lost.
+    fn heal(&mut self) {
+        self.net.plan = NetPlan::default();
+        self.net.partitioned_until = 0;
+        self.wire.fail_next.clear();
+        self.script_request(&RequestPlan::simple("last", 5), self.now);
+    }
+
+    fn finish(mut self) -> Outcome {
+        if let Some(wrong) = self.prefill.unended().or_else(|| self.decode.unended()) {
+            self.fail(&wrong);
+        }
+        self.outcome.log = self.log.clone().unwrap_or_default();
+        if self.p.gauges().held > 0 || self.p.gauges().requests > 0 {
+            self.fail("the sender is not idle");
+        }
+        let d = self.d.gauges();
+        if d.held > 0 || d.requests > 0 {
+            self.fail("the receiver is not idle");
+        }
+        // Only writes whose end nobody knows may keep slots, and only until their process is gone.
+        if d.quarantined > 0 && self.outcome.lost_pieces == 0 {
+            self.fail("slots stay quarantined although every write ended");
+        }
+        self.strike(Fault::KillSender);
+        self.settle("the sender's death");
+        if !self.d.is_idle() || !self.p.is_idle() {
+            self.fail("slots are held at the end");
+        }
+        self.outcome.delivered = self.decode.delivered;
+        self.outcome.failed = self.decode.failed.clone();
+        self.outcome.pushed = self.prefill.pushed;
+        self.outcome
+    }
+
+    fn jitter(&mut self, low: u64, high: u64) -> u64 {
+        self.rng.random_range(low..=high)
+    }
+}
+
+fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 1,
+        kv_heads: 1,
+        head_size: 1,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+fn target() -> Target {
+    Target {
+        host: "d".into(),
+        init_port: 1,
+        alloc_port: 2,
+    }
+}
+
+fn new_sender(epoch: u64, slots: u32) -> Sender {
+    let s = Duration::from_secs(1);
+    Sender::new(sender::Config {
+        id: "p".into(),
+        epoch: Epoch(epoch),
+        slots,
+        layout: layout(),
+        max_requests: 64,
+        heartbeat: s,
+        wait: s,
+        park: s / 20,
+        repeat: s / 2,
+        link: s,
+        stall: 30 * s,
+        push_off: false,
+    })
+}
+
+fn new_receiver(epoch: u64, slots: u32) -> Receiver {
+    let s = Duration::from_secs(1);
+    Receiver::new(receiver::Config {
+        epoch: Epoch(epoch),
+        slots,
+        token_bytes: layout().token_bytes().expect("a plain layout"),
+        chunk_tokens: CHUNK,
+        max_requests: 64,
+        max_quarantined: 8,
+        no_sender: 5 * s,
+        unclaimed: 10 * s,
+        max_lease: 30 * s,
+        max_wait: 10 * s,
+        seed: epoch,
+    })
+}

@@ -1,0 +1,190 @@
+//! The control connection between the two sidecars, and what breaks it.
+
+use protocol::message::{ToReceiver, ToSender};
+use protocol::receiver::{self, Route};
+use protocol::sender;
+use protocol::{Epoch, Reason};
+use rand::Rng;
+
+use super::plan::{Fault, NetPlan};
+use super::{Happening, MS, SECOND, World, new_receiver, new_sender, target};
+
+/// The connection. Messages on an older one never arrive.
+pub(crate) struct Net {
+    pub(crate) plan: NetPlan,
+    route: Option<u64>,
+    next_route: u64,
+    /// The receiver whose memory the sender's link reaches.
+    pub(crate) linked: u64,
+    pub(crate) partitioned_until: u64,
+}
+
+/// A partition longer than the heartbeats' timeout ends the connection.
+const HEARTBEAT_TIMEOUT: u64 = 6 * SECOND;
+
+impl Net {
+    pub(crate) fn new(plan: NetPlan) -> Self {
+        Self {
+            plan,
+            route: None,
+            next_route: 1,
+            linked: 0,
+            partitioned_until: 0,
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn make_link(&mut self) {
+        let delay = self.jitter(MS, 20 * MS);
+        self.after(delay, Happening::LinkMade(self.p_epoch));
+    }
+
+    pub(crate) fn link_made(&mut self, p_epoch: u64) {
+        if p_epoch != self.p_epoch {
+            return;
+        }
+        if self.now < self.net.partitioned_until {
+            let event = sender::Event::LinkLost {
+                to: target(),
+                reason: Reason::NoLink,
+            };
+            self.after(SECOND / 2, Happening::ToSender(event, p_epoch));
+            return;
+        }
+        // A new handshake comes with a new connection; the receiver sees the old one end.
+        if let Some(route) = self.net.route.take() {
+            self.lost_at_receiver(route);
+        }
+        self.net.route = Some(self.net.next_route);
+        self.net.next_route += 1;
+        self.net.linked = self.d_epoch;
+        let event = sender::Event::Linked {
+            to: target(),
+            epoch: Epoch(self.d_epoch),
+            v: 1,
+            slots: self.d_slots,
+            transport: if self.wire.guarded { "tcp" } else { "nixl" }.into(),
+        };
+        self.after(0, Happening::ToSender(event, p_epoch));
+    }
+
+    /// When each copy of a message arrives.
+    fn arrivals(&mut self) -> Vec<u64> {
+        if self.now < self.net.partitioned_until {
+            return Vec::new();
+        }
+        let plan = self.net.plan.clone();
+        let mut copies = 1;
+        copies -= usize::from(self.rng.random_range(0..100) < plan.lost);
+        copies += usize::from(self.rng.random_range(0..100) < plan.doubled);
+        let latest = u64::from(plan.delay_ms) * MS;
+        (0..copies).map(|_| 50 + self.jitter(0, latest)).collect()
+    }
+
+    pub(crate) fn send_to_receiver(&mut self, message: &ToReceiver) {
+        let Some(route) = self.net.route else {
+            return;
+        };
+        for delay in self.arrivals() {
+            self.after(delay, Happening::FromSender(route, message.clone()));
+        }
+    }
+
+    pub(crate) fn send_to_sender(&mut self, route: Route, message: &ToSender) {
+        if self.net.route != Some(route.0) {
+            return;
+        }
+        for delay in self.arrivals() {
+            self.after(delay, Happening::FromReceiver(route.0, message.clone()));
+        }
+    }
+
+    pub(crate) fn deliver_to_receiver(&mut self, route: u64, message: ToReceiver) {
+        if self.net.route == Some(route) {
+            let event = receiver::Event::Peer {
+                route: Route(route),
+                message,
+            };
+            self.d.handle(protocol::Time(self.now), event);
+        }
+    }
+
+    pub(crate) fn deliver_to_sender(&mut self, route: u64, message: ToSender) {
+        if self.net.route == Some(route) {
+            let event = sender::Event::Peer {
+                to: target(),
+                message,
+            };
+            self.p.handle(protocol::Time(self.now), event);
+        }
+    }
+
+    fn lost_at_receiver(&mut self, route: u64) {
+        let event = receiver::Event::PeerLost {
+            route: Route(route),
+        };
+        let delay = self.jitter(0, 5 * MS);
+        self.after(delay, Happening::ToReceiver(event, self.d_epoch));
+    }
+
+    fn lost_at_sender(&mut self) {
+        let event = sender::Event::LinkLost {
+            to: target(),
+            reason: Reason::PeerLost,
+        };
+        let delay = self.jitter(0, 5 * MS);
+        self.after(delay, Happening::ToSender(event, self.p_epoch));
+    }
+
+    fn disconnect(&mut self) {
+        if let Some(route) = self.net.route.take() {
+            self.lost_at_receiver(route);
+            self.lost_at_sender();
+        }
+    }
+
+    pub(crate) fn strike(&mut self, fault: Fault) {
+        match fault {
+            Fault::KillSender => {
+                self.sender_dies();
+                if let Some(route) = self.net.route.take() {
+                    self.lost_at_receiver(route);
+                }
+                self.prefill.sidecar_died();
+                self.p_epoch += 1;
+                self.p = new_sender(self.p_epoch, self.p_slots);
+            }
+            Fault::KillReceiver => {
+                if self.net.route.take().is_some() {
+                    self.lost_at_sender();
+                }
+                self.receiver_dies();
+                self.decode.sidecar_died();
+                self.d_epoch += 1;
+                self.d = new_receiver(self.d_epoch, self.d_slots);
+            }
+            Fault::KillPrefill => {
+                let gone = self.prefill.dies();
+                let event = sender::Event::EngineGone(gone);
+                self.after(0, Happening::ToSender(event, self.p_epoch));
+            }
+            Fault::KillDecode => {
+                let gone = self.decode.dies();
+                self.wire.reading.clear();
+                let event = receiver::Event::EngineGone(gone);
+                self.after(0, Happening::ToReceiver(event, self.d_epoch));
+            }
+            Fault::Disconnect => self.disconnect(),
+            Fault::Partition(ms) => {
+                let length = u64::from(ms) * MS;
+                self.net.partitioned_until = self.now + length;
+                if length >= HEARTBEAT_TIMEOUT {
+                    self.disconnect();
+                }
+            }
+            Fault::FailWrite => self.wire.fail_next.push(false),
+            Fault::LoseWrite => self.wire.fail_next.push(true),
+        }
+    }
+}

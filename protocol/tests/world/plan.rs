@@ -1,0 +1,196 @@
+//! What is to happen, as data that proptest can make smaller.
+
+use proptest::prelude::*;
+
+/// One run.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) send_slots: u32,
+    pub(crate) land_slots: u32,
+    /// The receiving side does the writing (TCP), so a write into a closed slot fails instead of
+    /// landing.
+    pub(crate) guarded: bool,
+    pub(crate) net: NetPlan,
+    pub(crate) requests: Vec<RequestPlan>,
+    pub(crate) faults: Vec<(u16, Fault)>,
+}
+
+/// How control messages fare.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NetPlan {
+    /// Of 100 messages.
+    pub(crate) lost: u8,
+    /// Of 100 messages.
+    pub(crate) doubled: u8,
+    /// Each takes 0 to so many milliseconds, so they overtake each other.
+    pub(crate) delay_ms: u16,
+}
+
+/// One request and what its engines do.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestPlan {
+    pub(crate) name: String,
+    pub(crate) reserve_at_ms: Option<u16>,
+    pub(crate) park: Park,
+    pub(crate) tokens: u32,
+    /// Hundredths of the tokens that the decode side has.
+    pub(crate) have: u8,
+    pub(crate) overlap: bool,
+    /// Tokens that the prefill engine computes in a step.
+    pub(crate) step: u32,
+    /// Milliseconds after the reservation.
+    pub(crate) cancel_after_ms: Option<u16>,
+    /// Milliseconds after parking.
+    pub(crate) abort_after_ms: Option<u16>,
+}
+
+/// When the decode request parks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Park {
+    Never,
+    AtMs(u16),
+    /// So long after the proxy heard that prefill has begun.
+    OnProgress(u16),
+    /// So long after the proxy heard how the push ended.
+    OnNotify(u16),
+}
+
+/// What breaks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    KillSender,
+    KillReceiver,
+    KillPrefill,
+    KillDecode,
+    /// The control connection breaks; both sides notice.
+    Disconnect,
+    /// Nothing passes for so many milliseconds; nobody notices, unless it is long.
+    Partition(u16),
+    /// The next write fails; no byte of it can still arrive.
+    FailWrite,
+    /// The next write fails, and nobody knows whether bytes of it still arrive.
+    LoseWrite,
+}
+
+impl RequestPlan {
+    /// Parked at once, everything wanted.
+    pub(crate) fn simple(name: &str, tokens: u32) -> Self {
+        Self {
+            name: name.to_owned(),
+            reserve_at_ms: Some(1),
+            park: Park::AtMs(0),
+            tokens,
+            have: 0,
+            overlap: true,
+            step: 8,
+            cancel_after_ms: None,
+            abort_after_ms: None,
+        }
+    }
+
+    pub(crate) fn have_tokens(&self) -> u32 {
+        (self.tokens * u32::from(self.have) / 100).min(self.tokens - 1)
+    }
+}
+
+fn park() -> impl Strategy<Value = Park> {
+    prop_oneof![
+        1 => Just(Park::Never),
+        2 => (0..200u16).prop_map(Park::AtMs),
+        4 => (0..50u16).prop_map(Park::OnProgress),
+        3 => (0..50u16).prop_map(Park::OnNotify),
+    ]
+}
+
+fn fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![
+        2 => Just(Fault::KillSender),
+        2 => Just(Fault::KillReceiver),
+        1 => Just(Fault::KillPrefill),
+        1 => Just(Fault::KillDecode),
+        2 => Just(Fault::Disconnect),
+        1 => (1..20_000u16).prop_map(Fault::Partition),
+        1 => Just(Fault::FailWrite),
+        1 => Just(Fault::LoseWrite),
+    ]
+}
+
+fn request(index: usize) -> impl Strategy<Value = RequestPlan> {
+    let when = proptest::option::weighted(0.9, 0..400u16);
+    let early = || proptest::option::weighted(0.15, 0..600u16);
+    (
+        when,
+        park(),
+        1..40u32,
+        0..100u8,
+        any::<bool>(),
+        1..24u32,
+        early(),
+        early(),
+    )
+        .prop_map(
+            move |(
+                reserve_at_ms,
+                park,
+                tokens,
+                have,
+                overlap,
+                step,
+                cancel_after_ms,
+                abort_after_ms,
+            )| {
+                RequestPlan {
+                    name: format!("r{index}"),
+                    reserve_at_ms,
+                    park,
+                    tokens,
+                    have: if have < 50 { 0 } else { have },
+                    overlap,
+                    step,
+                    cancel_after_ms,
+                    abort_after_ms,
+                }
+            },
+        )
+}
+
+fn requests() -> impl Strategy<Value = Vec<RequestPlan>> {
+    proptest::collection::vec(request(0), 1..8).prop_map(|mut requests| {
+        for (index, request) in requests.iter_mut().enumerate() {
+            request.name = format!("r{index}");
+        }
+        requests
+    })
+}
+
+/// Any plan.
+pub(crate) fn plans() -> impl Strategy<Value = Plan> {
+    let net = (0..30u8, 0..30u8, 0..300u16).prop_map(|(lost, doubled, delay_ms)| NetPlan {
+        lost,
+        doubled,
+        delay_ms,
+    });
+    let net = prop_oneof![1 => Just(NetPlan::default()), 2 => net];
+    let faults = proptest::collection::vec((0..2000u16, fault()), 0..4);
+    (
+        any::<u64>(),
+        1..10u32,
+        1..10u32,
+        any::<bool>(),
+        net,
+        requests(),
+        faults,
+    )
+        .prop_map(
+            |(seed, send_slots, land_slots, guarded, net, requests, faults)| Plan {
+                seed,
+                send_slots,
+                land_slots,
+                guarded,
+                net,
+                requests,
+                faults,
+            },
+        )
+}

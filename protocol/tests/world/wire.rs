@@ -1,0 +1,242 @@
+//! Slots and the writes between them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::receiver::{self, SenderId};
+use protocol::sender::{self, Piece};
+use protocol::{LeaseId, SlotIndex, TransferId};
+
+use super::{Happening, MS, SECOND, World};
+
+/// What a slot holds: a chunk of a request, or nothing that anybody knows.
+pub(crate) type Content = Option<(String, u32)>;
+
+pub(crate) struct Wire {
+    pub(crate) guarded: bool,
+    /// Kinds of failures to come: whether the end of the write stays unknown.
+    pub(crate) fail_next: Vec<bool>,
+    pub(crate) send: Vec<Content>,
+    pub(crate) land: Vec<Content>,
+    open: Vec<Option<LeaseId>>,
+    last: Vec<Option<LeaseId>>,
+    /// Leases with slots in quarantine, as far as they have been announced.
+    fenced: BTreeMap<LeaseId, SenderId>,
+    /// Landings still to come, by the sender's epoch and lease.
+    coming: BTreeMap<(u64, LeaseId), u32>,
+    posted: BTreeSet<(TransferId, u64)>,
+    refused: BTreeSet<(TransferId, u64)>,
+    /// Slots that the decode engine reads.
+    pub(crate) reading: BTreeSet<u32>,
+}
+
+/// One piece of a write reaching its slot.
+#[derive(Debug)]
+pub(crate) struct Landing {
+    transfer: TransferId,
+    from_epoch: u64,
+    to_epoch: u64,
+    lease: LeaseId,
+    piece: Piece,
+    /// What the piece must carry; absent once the sender has given the write up.
+    expected: Content,
+}
+
+/// How a write ends.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum End {
+    Done,
+    Failed { terminal: bool },
+}
+
+impl Wire {
+    pub(crate) fn new(guarded: bool, land: u32, send: u32) -> Self {
+        Self {
+            guarded,
+            fail_next: Vec::new(),
+            send: vec![None; send as usize],
+            land: vec![None; land as usize],
+            open: vec![None; land as usize],
+            last: vec![None; land as usize],
+            fenced: BTreeMap::new(),
+            coming: BTreeMap::new(),
+            posted: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            reading: BTreeSet::new(),
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn post_write(&mut self, transfer: TransferId, lease: LeaseId, pieces: &[Piece]) {
+        let (from_epoch, to_epoch) = (self.p_epoch, self.net.linked);
+        self.wire.posted.insert((transfer, from_epoch));
+        let end = match self.wire.fail_next.pop() {
+            _ if to_epoch != self.d_epoch => End::Failed { terminal: true },
+            None => End::Done,
+            Some(unknown) => End::Failed { terminal: !unknown },
+        };
+        let mut latest = 0;
+        for &piece in pieces {
+            let delay = match end {
+                // Still on its way long after the failure.
+                End::Failed { terminal: false } => self.jitter(0, 3 * SECOND),
+                _ => self.jitter(100, 20 * MS),
+            };
+            latest = latest.max(delay);
+            let expected = self.wire.send[piece.from.0 as usize].clone();
+            if expected.is_none() {
+                self.fail("a write of a slot that nobody staged");
+            }
+            *self.wire.coming.entry((from_epoch, lease)).or_default() += 1;
+            let landing = Landing {
+                transfer,
+                from_epoch,
+                to_epoch,
+                lease,
+                piece,
+                expected,
+            };
+            self.after(delay, Happening::Land(landing));
+        }
+        if matches!(end, End::Failed { terminal: false }) {
+            self.outcome.lost_pieces += u32::try_from(pieces.len()).unwrap_or(u32::MAX);
+            latest = 10 * MS;
+        }
+        self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
+    }
+
+    pub(crate) fn land(&mut self, landing: &Landing) {
+        let key = (landing.from_epoch, landing.lease);
+        if let Some(left) = self.wire.coming.get_mut(&key) {
+            *left -= 1;
+            if *left == 0 {
+                self.wire.coming.remove(&key);
+            }
+        }
+        if landing.to_epoch != self.d_epoch {
+            return; // that memory is gone
+        }
+        let slot = landing.piece.to.0 as usize;
+        let open = self.wire.open[slot] == Some(landing.lease);
+        if self.wire.guarded && !open {
+            // Refused by the receiving side, which does the writing.
+            let write = (landing.transfer, landing.from_epoch);
+            self.wire.refused.insert(write);
+            return;
+        }
+        let quarantined = self.wire.open[slot].is_none()
+            && self.wire.last[slot] == Some(landing.lease)
+            && self.wire.fenced.contains_key(&landing.lease);
+        if !open && !quarantined {
+            self.fail(&format!("a write lands where it may not: {landing:?}"));
+        }
+        if self.wire.reading.contains(&landing.piece.to.0) {
+            self.fail(&format!(
+                "a write lands in a slot that is being read: {landing:?}"
+            ));
+        }
+        let alive = landing.from_epoch == self.p_epoch
+            && self
+                .wire
+                .posted
+                .contains(&(landing.transfer, landing.from_epoch));
+        let carried = self.wire.send[landing.piece.from.0 as usize].clone();
+        if alive && carried != landing.expected {
+            self.fail(&format!("a write carries {carried:?} instead: {landing:?}"));
+        }
+        // A write that its sender gave up, or whose process died, carries whatever stands there.
+        self.wire.land[slot] = if alive { carried } else { None };
+    }
+
+    pub(crate) fn write_ends(&mut self, transfer: TransferId, epoch: u64, end: End) {
+        if !self.wire.posted.remove(&(transfer, epoch)) || epoch != self.p_epoch {
+            return;
+        }
+        let event = match end {
+            _ if self.wire.refused.remove(&(transfer, epoch)) => sender::Event::Failed {
+                transfer,
+                terminal: true,
+            },
+            End::Done => sender::Event::Done {
+                transfer,
+                sums: Vec::new(),
+            },
+            End::Failed { terminal } => sender::Event::Failed { transfer, terminal },
+        };
+        self.p.handle(protocol::Time(self.now), event);
+    }
+
+    pub(crate) fn open_slot(&mut self, lease: LeaseId, slot: SlotIndex) {
+        let slot = slot.0 as usize;
+        if let Some(other) = self.wire.open[slot] {
+            self.fail(&format!(
+                "slot {slot} is opened for {lease} while open for {other}"
+            ));
+        }
+        if self
+            .wire
+            .reading
+            .contains(&u32::try_from(slot).unwrap_or(u32::MAX))
+        {
+            self.fail(&format!("slot {slot} is opened while it is read"));
+        }
+        self.wire.open[slot] = Some(lease);
+        self.wire.last[slot] = Some(lease);
+        self.wire.land[slot] = None;
+    }
+
+    pub(crate) fn close_slot(&mut self, slot: SlotIndex) {
+        self.wire.open[slot.0 as usize] = None;
+    }
+
+    pub(crate) fn fence(&mut self, sender: &SenderId, lease: LeaseId) {
+        self.wire.fenced.insert(lease, sender.clone());
+        self.after(MS, Happening::Prove(self.d_epoch, lease));
+    }
+
+    /// Looks for a proof that nothing of a lease can still land.
+    pub(crate) fn prove(&mut self, d_epoch: u64, lease: LeaseId) {
+        if d_epoch != self.d_epoch {
+            return;
+        }
+        let Some(sender) = self.wire.fenced.get(&lease).cloned() else {
+            return;
+        };
+        let dead = sender.epoch.0 != self.p_epoch;
+        let coming = self.wire.coming.contains_key(&(sender.epoch.0, lease));
+        if self.wire.guarded || (dead && !coming) {
+            let event = receiver::Event::Fenced {
+                sender,
+                lease: Some(lease),
+            };
+            self.d.handle(protocol::Time(self.now), event);
+        } else if dead {
+            self.after(100 * MS, Happening::Prove(d_epoch, lease));
+        }
+    }
+
+    /// Its writes may land for a while; nobody will hear of them.
+    pub(crate) fn sender_dies(&mut self) {
+        self.wire.posted.clear();
+        self.wire.refused.clear();
+        self.wire.send.fill(None);
+        let fenced: Vec<LeaseId> = self.wire.fenced.keys().copied().collect();
+        for lease in fenced {
+            self.after(MS, Happening::Prove(self.d_epoch, lease));
+        }
+    }
+
+    /// Writes to it fail.
+    pub(crate) fn receiver_dies(&mut self) {
+        let posted: Vec<(TransferId, u64)> = self.wire.posted.iter().copied().collect();
+        for (transfer, epoch) in posted {
+            let end = End::Failed { terminal: true };
+            self.after(MS, Happening::WriteEnds(transfer, epoch, end));
+        }
+        self.wire.land.fill(None);
+        self.wire.open.fill(None);
+        self.wire.last.fill(None);
+        self.wire.fenced.clear();
+        self.wire.reading.clear();
+    }
+}

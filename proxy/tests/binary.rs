@@ -1,0 +1,113 @@
+//! The binary: flags, exit codes, signals.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+
+fn run(flags: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+        .args(flags)
+        .output()
+        .unwrap()
+}
+
+/// Starts the binary on free ports and waits until it says that it is up. Nobody reads its log
+/// after that: a reader that has gone must not end the proxy, as it once did.
+fn start(flags: &[&str]) -> (Child, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+        .args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"])
+        .args(flags)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = BufReader::new(child.stderr.take().unwrap());
+    let line = log.lines().next().expect("a first line").unwrap();
+    (child, line)
+}
+
+fn stop(mut child: Child, signal: &str) -> i32 {
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args([signal, &pid]).status().unwrap();
+    assert!(sent.success());
+    child.wait().unwrap().code().expect("it exits by itself")
+}
+
+#[test]
+fn signals_drain() {
+    for signal in ["-TERM", "-INT"] {
+        let (child, line) = start(&[]);
+        assert!(line.contains("pd-proxy is up"), "{line}");
+        assert_eq!(stop(child, signal), 0, "{signal}");
+    }
+    let (child, line) = start(&["--log-format", "json"]);
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(line["message"], "pd-proxy is up");
+    assert!(
+        line["registration"]
+            .as_str()
+            .unwrap()
+            .starts_with("127.0.0.1:"),
+        "{line}"
+    );
+    assert_eq!(stop(child, "-TERM"), 0);
+}
+
+#[test]
+fn flags() {
+    let check = |flags: &[&str], code: i32, words: &[&str]| {
+        let output = run(flags);
+        assert_eq!(output.status.code(), Some(code), "{flags:?}");
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        for word in words {
+            assert!(
+                text.contains(word),
+                "{flags:?} says nothing of {word:?}:\n{text}"
+            );
+        }
+    };
+    check(&["--version"], 0, &["pd-proxy ", env!("CARGO_PKG_VERSION")]);
+    check(
+        &["--help"],
+        0,
+        &["--registration", "curl", "Exit codes", "PD_PROXY_LISTEN"],
+    );
+    check(&["--bogus"], 64, &["--bogus"]);
+    check(
+        &["--idle-timeout", "0s"],
+        64,
+        &["idle-timeout", "above zero"],
+    );
+    check(
+        &[
+            "--listen",
+            "0.0.0.0:1",
+            "--registration",
+            "0.0.0.0:2",
+            "--log",
+            "==",
+        ],
+        64,
+        &[
+            "--listen 0.0.0.0:1",
+            "--registration 0.0.0.0:2",
+            "--insecure",
+            "--log ==",
+        ],
+    );
+}
+
+#[test]
+fn ports_in_use() {
+    let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = holder.local_addr().unwrap().to_string();
+    for (flag, other, word) in [
+        ("--listen", "--registration", "HTTP port"),
+        ("--registration", "--listen", "registration port"),
+    ] {
+        let output = run(&[flag, &taken, other, "127.0.0.1:0"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(69), "{text}");
+        assert!(text.contains(word) && text.contains(&taken), "{text}");
+    }
+    drop(holder);
+}

@@ -1,0 +1,318 @@
+//! Which wire a pair of sidecars uses, and why.
+
+use std::fmt;
+
+use protocol::Reason;
+use protocol::message::Advert;
+
+use super::Kind;
+
+/// The setting `transport`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Wanted {
+    /// The best wire that both sides have.
+    #[default]
+    Auto,
+    /// This one or none.
+    Only(Kind),
+}
+
+/// The wire of one link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chosen {
+    /// Which.
+    pub(crate) kind: Kind,
+    /// `host:port` for [`Kind::Tcp`]; `None` for NIXL, whose address is the agent's metadata.
+    pub(crate) address: Option<String>,
+    /// For logs and the status page.
+    pub(crate) why: String,
+}
+
+/// No wire serves both sides.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub(crate) struct NoWire {
+    text: String,
+}
+
+impl NoWire {
+    /// For counters and messages.
+    #[expect(clippy::unused_self, reason = "callers ask the error, not its type")]
+    pub(crate) fn reason(&self) -> Reason {
+        Reason::NoLink
+    }
+}
+
+/// Chooses. `ours` is what this process has, `theirs` what the receiver's hello offers (`None` for
+/// an LMCache peer, which says nothing and has NIXL), `host` the name by which its init port was
+/// reached.
+///
+/// NIXL goes first where both sides have it: it reaches NVLink, RDMA and shared memory, and where it
+/// has only TCP it is about as fast as the built-in wire.
+///
+/// # Errors
+/// What is missing on which side.
+pub(crate) fn choose(
+    wanted: Wanted,
+    ours: &[Kind],
+    theirs: Option<&[Advert]>,
+    host: &str,
+) -> Result<Chosen, NoWire> {
+    let nixl = usable(Kind::Nixl, ours, theirs, host);
+    let tcp = usable(Kind::Tcp, ours, theirs, host);
+    let (kind, address, why) = match (wanted, nixl, tcp) {
+        (Wanted::Only(Kind::Nixl), Ok(address), _) => {
+            (Kind::Nixl, address, "configured".to_owned())
+        }
+        (Wanted::Only(Kind::Tcp), _, Ok(address)) => (Kind::Tcp, address, "configured".to_owned()),
+        (Wanted::Only(Kind::Nixl), Err(lack), _) => {
+            let text = format!("transport nixl is configured, but {lack}");
+            return Err(NoWire { text });
+        }
+        (Wanted::Only(Kind::Tcp), _, Err(lack)) => {
+            let text = format!("transport tcp is configured, but {lack}");
+            return Err(NoWire { text });
+        }
+        (Wanted::Auto, Ok(address), _) => {
+            (Kind::Nixl, address, "auto: both sides have nixl".to_owned())
+        }
+        (Wanted::Auto, Err(lack), Ok(address)) => (Kind::Tcp, address, format!("auto: {lack}")),
+        (Wanted::Auto, Err(no_nixl), Err(no_tcp)) => {
+            let text = format!("no wire serves both sides: {no_nixl}; {no_tcp}");
+            return Err(NoWire { text });
+        }
+    };
+    Ok(Chosen { kind, address, why })
+}
+
+/// `host:port`, with the brackets that an IPv6 address wants.
+pub(super) fn join(host: &str, port: u16) -> String {
+    if host.contains(':') && !host.starts_with('[') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
+}
+
+/// What makes a wire unusable for a pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Lack {
+    Here(Kind),
+    There(Kind),
+    LmCache(Kind),
+    BadAddress(Kind, String),
+}
+
+impl fmt::Display for Lack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here(kind) => write!(f, "this side has no {kind}"),
+            Self::There(kind) => write!(f, "the receiver offers no {kind}"),
+            Self::LmCache(kind) => write!(f, "the receiver is LMCache, which has no {kind}"),
+            Self::BadAddress(kind, address) => {
+                write!(
+                    f,
+                    "the receiver offers {kind} at {address:?}, which is no host:port"
+                )
+            }
+        }
+    }
+}
+
+/// The address of a wire that both sides have.
+fn usable(
+    kind: Kind,
+    ours: &[Kind],
+    theirs: Option<&[Advert]>,
+    host: &str,
+) -> Result<Option<String>, Lack> {
+    if !ours.contains(&kind) {
+        return Err(Lack::Here(kind));
+    }
+    let Some(theirs) = theirs else {
+        return match kind {
+            Kind::Nixl => Ok(None),
+            Kind::Tcp => Err(Lack::LmCache(kind)),
+        };
+    };
+    let mut offers = theirs.iter().filter(|advert| advert.kind == kind.as_str());
+    let Some(offer) = offers.next() else {
+        return Err(Lack::There(kind));
+    };
+    match kind {
+        Kind::Nixl => Ok(None),
+        // A sender without a receiving half says so by an empty address.
+        Kind::Tcp if offer.address.is_empty() => Err(Lack::There(kind)),
+        Kind::Tcp => complete(&offer.address, host)
+            .map(Some)
+            .ok_or_else(|| Lack::BadAddress(kind, offer.address.clone())),
+    }
+}
+
+/// `:port` means the host by which the peer is known already.
+fn complete(address: &str, host: &str) -> Option<String> {
+    let (name, port) = address.rsplit_once(':')?;
+    let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
+    Some(if name.is_empty() {
+        join(host, port)
+    } else {
+        address.to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOTH: &[Kind] = &[Kind::Nixl, Kind::Tcp];
+    const NIXL: Wanted = Wanted::Only(Kind::Nixl);
+    const TCP: Wanted = Wanted::Only(Kind::Tcp);
+
+    /// `theirs`: words `nixl`, `tcp@ADDRESS`, or `lmcache` alone.
+    fn check(
+        wanted: Wanted,
+        ours: &[Kind],
+        theirs: &str,
+        expect: Result<(Kind, &str, &str), &str>,
+    ) {
+        let adverts: Vec<Advert> = theirs
+            .split_whitespace()
+            .map(|word| {
+                let (kind, address) = word.split_once('@').unwrap_or((word, ""));
+                Advert {
+                    kind: kind.to_owned(),
+                    address: address.to_owned(),
+                }
+            })
+            .collect();
+        let offered = (theirs != "lmcache").then_some(&adverts[..]);
+        let got = choose(wanted, ours, offered, "known");
+        match (&got, expect) {
+            (Ok(chosen), Ok((kind, address, why))) => {
+                assert_eq!(chosen.kind, kind, "{theirs}");
+                assert_eq!(chosen.address.as_deref().unwrap_or(""), address, "{theirs}");
+                assert_eq!(chosen.why, why, "{theirs}");
+            }
+            (Err(error), Err(text)) => assert_eq!(error.to_string(), text, "{theirs}"),
+            _ => panic!("{theirs}: {got:?} instead of {expect:?}"),
+        }
+    }
+
+    #[test]
+    fn auto_prefers_nixl_and_says_why_not() {
+        let nixl = Ok((Kind::Nixl, "", "auto: both sides have nixl"));
+        check(Wanted::Auto, BOTH, "nixl tcp@h:1", nixl);
+        check(Wanted::Auto, BOTH, "tcp@h:1 nixl", nixl);
+        check(Wanted::Auto, BOTH, "lmcache", nixl);
+        check(Wanted::Auto, &[Kind::Nixl], "rdma2 nixl", nixl);
+        check(
+            Wanted::Auto,
+            &[Kind::Tcp],
+            "nixl tcp@h:1",
+            Ok((Kind::Tcp, "h:1", "auto: this side has no nixl")),
+        );
+        check(
+            Wanted::Auto,
+            BOTH,
+            "tcp@h:1",
+            Ok((Kind::Tcp, "h:1", "auto: the receiver offers no nixl")),
+        );
+        check(
+            Wanted::Auto,
+            &[Kind::Tcp],
+            "nixl",
+            Err("no wire serves both sides: this side has no nixl; the receiver offers no tcp"),
+        );
+        check(
+            Wanted::Auto,
+            &[Kind::Tcp],
+            "lmcache",
+            Err(
+                "no wire serves both sides: this side has no nixl; the receiver is LMCache, which \
+                 has no tcp",
+            ),
+        );
+        check(
+            Wanted::Auto,
+            &[],
+            "nixl tcp@h:1",
+            Err("no wire serves both sides: this side has no nixl; this side has no tcp"),
+        );
+    }
+
+    #[test]
+    fn a_configured_wire_is_used_or_refused_never_replaced() {
+        check(
+            NIXL,
+            BOTH,
+            "nixl tcp@h:1",
+            Ok((Kind::Nixl, "", "configured")),
+        );
+        check(NIXL, BOTH, "lmcache", Ok((Kind::Nixl, "", "configured")));
+        check(
+            TCP,
+            BOTH,
+            "nixl tcp@h:1",
+            Ok((Kind::Tcp, "h:1", "configured")),
+        );
+        for (wanted, ours, theirs, text) in [
+            (
+                NIXL,
+                BOTH,
+                "tcp@h:1",
+                "transport nixl is configured, but the receiver offers no nixl",
+            ),
+            (
+                NIXL,
+                &[Kind::Tcp][..],
+                "nixl",
+                "transport nixl is configured, but this side has no nixl",
+            ),
+            (
+                TCP,
+                BOTH,
+                "nixl",
+                "transport tcp is configured, but the receiver offers no tcp",
+            ),
+            (
+                TCP,
+                BOTH,
+                "nixl tcp",
+                "transport tcp is configured, but the receiver offers no tcp",
+            ),
+            (
+                TCP,
+                &[Kind::Nixl][..],
+                "tcp@h:1",
+                "transport tcp is configured, but this side has no tcp",
+            ),
+            (
+                TCP,
+                BOTH,
+                "lmcache",
+                "transport tcp is configured, but the receiver is LMCache, which has no tcp",
+            ),
+        ] {
+            check(wanted, ours, theirs, Err(text));
+        }
+    }
+
+    #[test]
+    fn addresses_are_completed_and_checked() {
+        for (offer, expect) in [
+            ("tcp@h:1", "h:1"),
+            ("tcp@:7600", "known:7600"),
+            ("tcp@[::1]:7600", "[::1]:7600"),
+        ] {
+            check(TCP, BOTH, offer, Ok((Kind::Tcp, expect, "configured")));
+        }
+        for address in ["h", "h:", "h:0", "h:65536", ":"] {
+            let text = format!(
+                "transport tcp is configured, but the receiver offers tcp at {address:?}, which is \
+                 no host:port"
+            );
+            check(TCP, BOTH, &format!("tcp@{address}"), Err(&text));
+        }
+        assert_eq!(join("fe80::1", 5), "[fe80::1]:5");
+    }
+}

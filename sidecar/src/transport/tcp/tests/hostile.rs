@@ -1,0 +1,297 @@
+//! Peers that are broken, slow, or mean: each touches only itself.
+
+use super::*;
+
+/// A receiver with short times, and a sender that shall not notice any of it.
+fn victims(config: Config) -> (Tcp, Tcp) {
+    let sender = tcp(
+        "send",
+        4,
+        MIB,
+        Config {
+            streams: 1,
+            ..Config::default()
+        },
+    );
+    let receiver = tcp("land", 4, MIB, config);
+    open_all(&receiver, LEASE);
+    (sender, receiver)
+}
+
+fn hasty() -> Config {
+    Config {
+        handshake: Duration::from_millis(60),
+        stall: Duration::from_millis(120),
+        ..Config::default()
+    }
+}
+
+#[tokio::test]
+async fn garbage_ends_its_own_connection() {
+    let (sender, receiver) = victims(Config::default());
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    let mut old = hello(&receiver);
+    old.version = 9;
+    let mut elsewhere = hello(&receiver);
+    elsewhere.slot_bytes += 1;
+    for (bytes, answer, why) in [
+        (
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+            None,
+            Refusal::Malformed,
+        ),
+        (vec![0; 1000], None, Refusal::Malformed),
+        (
+            old.encode().to_vec(),
+            Some(Refusal::Version),
+            Refusal::Version,
+        ),
+        (
+            elsewhere.encode().to_vec(),
+            Some(Refusal::Geometry),
+            Refusal::Geometry,
+        ),
+    ] {
+        let before = refused(&receiver, why);
+        let mut raw = Raw::connect(&receiver);
+        raw.say(&bytes);
+        let expect = answer.map(|why| Answer::Refused { batch: 0, why });
+        assert_eq!(raw.hear(), expect);
+        assert_eq!(raw.hear(), None);
+        assert_eq!(refused(&receiver, why), before + 1);
+        assert_eq!(
+            link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+            Outcome::Done
+        );
+    }
+}
+
+#[tokio::test]
+async fn frames_that_make_no_sense_end_their_connection() {
+    let (sender, receiver) = victims(hasty());
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    let before = sum(&receiver, 3, MIB);
+    let frame = |parts: &[Part]| {
+        let head = Write {
+            parts: u32::try_from(parts.len()).unwrap(),
+            batch: 5,
+            lease: LEASE,
+        };
+        let mut bytes = head.encode(parts);
+        bytes.resize(bytes.len().max(100), 0xff);
+        bytes
+    };
+    let many = vec![part(3, 0, 1); 1025];
+    for (bytes, answered, why) in [
+        (vec![0xff; 100], false, Refusal::Malformed),
+        (frame(&[]), false, Refusal::Malformed),
+        (frame(&many), false, Refusal::Malformed),
+        (
+            frame(&[part(3, 0, 1), part(3, 0, 0)]),
+            false,
+            Refusal::Malformed,
+        ),
+        (frame(&[part(3, 1, MIB)]), true, Refusal::Bounds),
+        (frame(&[part(3, u64::MAX, 2)]), true, Refusal::Bounds),
+        (
+            frame(&[part(3, 0, 1), part(4, 0, 1)]),
+            true,
+            Refusal::Bounds,
+        ),
+        (
+            frame(&[part(3, 0, u64::MAX), part(3, 0, u64::MAX)]),
+            false,
+            Refusal::Bounds,
+        ),
+        // The head of a frame, then silence.
+        (
+            frame(&[part(3, 0, 1)])[..20].to_vec(),
+            false,
+            Refusal::Stalled,
+        ),
+    ] {
+        let count = refused(&receiver, why);
+        let mut raw = Raw::welcome(&receiver);
+        raw.say(&bytes);
+        if answered {
+            assert_eq!(raw.hear(), Some(Answer::Refused { batch: 5, why }));
+        }
+        assert_eq!(raw.hear(), None, "{why}");
+        assert_eq!(refused(&receiver, why), count + 1);
+        assert_eq!(
+            link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+            Outcome::Done
+        );
+    }
+    assert_eq!(sum(&receiver, 3, MIB), before);
+}
+
+#[tokio::test]
+async fn a_slow_hello_and_a_slow_write_run_out_of_time() {
+    let (sender, receiver) = victims(hasty());
+    let mut dripping = Raw::connect(&receiver);
+    dripping.say(&hello(&receiver).encode()[..9]);
+    let mut half = Raw::welcome(&receiver);
+    half.write(1, LEASE, &[part(1, 0, MIB)]);
+    half.say(&[7; 1000]);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+        Outcome::Done
+    );
+    assert_eq!(dripping.hear(), None);
+    assert_eq!(half.hear(), None);
+    assert_eq!(refused(&receiver, Refusal::Stalled), 2);
+    // Its slot can be closed and opened to others as if nothing had been.
+    receiver.close(SlotIndex(1));
+    receiver.open(LeaseId(2), SlotIndex(1));
+    let outcome = link.write(LeaseId(2), vec![piece(1, 1, MIB)]).await;
+    assert_eq!(outcome, Outcome::Done);
+}
+
+#[tokio::test]
+async fn a_trickle_that_never_stalls_still_has_a_deadline() {
+    let config = Config {
+        stall: Duration::from_millis(400),
+        ..Config::default()
+    };
+    let (_sender, receiver) = victims(config);
+    let mut raw = Raw::welcome(&receiver);
+    raw.write(1, LEASE, &[part(1, 0, 100)]);
+    raw.0
+        .set_read_timeout(Some(Duration::from_millis(10)))
+        .unwrap();
+    let start = Instant::now();
+    // A byte every 10 ms, well within the stall time, until the receiver has had enough.
+    let end = (0..100).find_map(|_| {
+        drop(raw.0.write(&[1]));
+        match raw.0.read(&mut [0; 1]) {
+            Ok(n) => Some(n),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(_) => Some(0),
+        }
+    });
+    assert_eq!(
+        end,
+        Some(0),
+        "a write of 100 bytes took {:?}",
+        start.elapsed()
+    );
+    assert_eq!(refused(&receiver, Refusal::Stalled), 1);
+}
+
+#[tokio::test]
+async fn a_flood_of_silent_connections_leaves_room() {
+    let (sender, receiver) = victims(Config::default());
+    let to = receiver.address().unwrap();
+    let mut flood = Vec::new();
+    for _ in 0..200 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.9:0".parse().unwrap()).unwrap();
+        flood.push(socket.connect(to).await.unwrap());
+    }
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+        Outcome::Done
+    );
+    until("the flood is taken", || receiver.counts().accepted == 201);
+    // 64 may wait; the link's own connection waited among them for a moment.
+    let evicted = receiver.counts().evicted;
+    assert!(
+        (200 - 64..=200 - 62).contains(&evicted),
+        "{evicted} evicted"
+    );
+}
+
+#[tokio::test]
+async fn strangers_make_room_and_known_senders_do_not() {
+    let config = Config {
+        max_connections: 3,
+        ..Config::default()
+    };
+    let (sender, receiver) = victims(config);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+        Outcome::Done
+    );
+    let mut strangers: Vec<Raw> = (0..6)
+        .map(|stranger| {
+            let raw = Raw::welcome(&receiver);
+            let evicted = stranger.max(2) - 2 + u64::from(stranger >= 2);
+            until("the oldest stranger is out", || {
+                receiver.counts().evicted + 1 >= evicted
+            });
+            raw
+        })
+        .collect();
+    assert_eq!(receiver.counts().evicted, 4);
+    assert_eq!(strangers[0].hear(), None);
+    assert_eq!(
+        link.write(LEASE, vec![piece(1, 1, MIB)]).await,
+        Outcome::Done
+    );
+    // The two youngest strangers become known; then nobody has to go, and nobody can come.
+    for (slot, raw) in strangers[4..].iter_mut().enumerate() {
+        raw.write(1, LEASE, &[part(2 + u32::try_from(slot).unwrap(), 0, 1)]);
+        raw.say(&[9]);
+        assert_eq!(raw.hear(), Some(Answer::Landed { batch: 1 }));
+    }
+    let error = sender
+        .link(remote(&receiver))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("refused: too many connections"), "{error}");
+    // Until one of them leaves.
+    drop(strangers.pop());
+    let mut again = None;
+    while again.is_none() {
+        again = sender.link(remote(&receiver)).await.ok();
+    }
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
+        Outcome::Done
+    );
+}
+
+#[test]
+fn a_peer_that_does_not_read_its_answers_is_dropped() {
+    let (_sender, receiver) = victims(hasty());
+    let mut raw = Raw::welcome(&receiver);
+    rustix::net::sockopt::set_socket_recv_buffer_size(&raw.0, 4096).unwrap();
+    let head = Write {
+        parts: 1,
+        batch: 1,
+        lease: LEASE,
+    };
+    let mut frame = head.encode(&[part(0, 0, 1)]);
+    frame.push(5);
+    let burst = frame.repeat(1000);
+    // Its answers fill the sockets' buffers, the receiver stops reading, and then has enough.
+    let start = Instant::now();
+    while raw.0.write_all(&burst).is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(60), "served for ever");
+    }
+    // Full buffers hold up what comes the other way too: whichever is noticed first.
+    until("the connection is counted", || {
+        receiver.counts().broken + refused(&receiver, Refusal::Stalled) == 1
+    });
+}
+
+#[test]
+fn the_threads_end_with_the_transport() {
+    let (_sender, receiver) = victims(Config::default());
+    let mut idle = Raw::welcome(&receiver);
+    let mut busy = Raw::welcome(&receiver);
+    busy.write(1, LEASE, &[part(0, 0, MIB)]);
+    let mut silent = Raw::connect(&receiver);
+    let shore = Arc::downgrade(&receiver.shore);
+    drop(receiver);
+    // Every thread holds the shore, so none is left.
+    assert!(shore.upgrade().is_none());
+    for raw in [&mut idle, &mut busy, &mut silent] {
+        assert_eq!(raw.hear(), None);
+    }
+}
