@@ -1,6 +1,9 @@
 //! The safe layer over the real library, between two processes.
 
-#![allow(clippy::cast_possible_truncation, reason = "sizes of a test, on 64 bits")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "sizes of a test, on 64 bits"
+)]
 
 mod common;
 
