@@ -46,6 +46,10 @@ enum nixl_capi_operation {
     NIXL_CAPI_WRITE = 1,
 };
 
+enum nixl_capi_estimate {
+    NIXL_CAPI_ANALYTICAL = 0,
+};
+
 /* Layout is ABI: the library reads the fields by offset. */
 struct nixl_capi_config {
     /* The library's own polling thread. */
@@ -147,6 +151,10 @@ enum nixl_capi_status nixl_capi_make_xfer_req(
     const int *local_indices, size_t local_count, nixl_capi_prepared *remote,
     const int *remote_indices, size_t remote_count, nixl_capi_request **request,
     nixl_capi_options *options);
+/* The backend's own model of its wire, in microseconds; says nothing about load. */
+enum nixl_capi_status nixl_capi_estimate_xfer_cost(
+    nixl_capi_agent *agent, nixl_capi_request *request, nixl_capi_options *options,
+    int64_t *duration_us, int64_t *margin_us, enum nixl_capi_estimate *method);
 enum nixl_capi_status nixl_capi_post_xfer_req(
     nixl_capi_agent *agent, nixl_capi_request *request, nixl_capi_options *options);
 /* Also progresses the worker. */

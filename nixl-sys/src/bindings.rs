@@ -35,6 +35,12 @@ impl nixl_capi_operation {
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct nixl_capi_operation(pub ::std::os::raw::c_uint);
+impl nixl_capi_estimate {
+    pub const NIXL_CAPI_ANALYTICAL: nixl_capi_estimate = nixl_capi_estimate(0);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct nixl_capi_estimate(pub ::std::os::raw::c_uint);
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct nixl_capi_config {
@@ -245,6 +251,14 @@ pub struct Api {
         request: *mut *mut nixl_capi_request,
         options: *mut nixl_capi_options,
     ) -> nixl_capi_status,
+    pub nixl_capi_estimate_xfer_cost: unsafe extern "C" fn(
+        agent: *mut nixl_capi_agent,
+        request: *mut nixl_capi_request,
+        options: *mut nixl_capi_options,
+        duration_us: *mut i64,
+        margin_us: *mut i64,
+        method: *mut nixl_capi_estimate,
+    ) -> nixl_capi_status,
     pub nixl_capi_post_xfer_req: unsafe extern "C" fn(
         agent: *mut nixl_capi_agent,
         request: *mut nixl_capi_request,
@@ -344,6 +358,8 @@ impl Api {
             unsafe { __library.get(b"nixl_capi_release_xfer_dlist_handle\0") }.map(|sym| *sym)?;
         let nixl_capi_make_xfer_req =
             unsafe { __library.get(b"nixl_capi_make_xfer_req\0") }.map(|sym| *sym)?;
+        let nixl_capi_estimate_xfer_cost =
+            unsafe { __library.get(b"nixl_capi_estimate_xfer_cost\0") }.map(|sym| *sym)?;
         let nixl_capi_post_xfer_req =
             unsafe { __library.get(b"nixl_capi_post_xfer_req\0") }.map(|sym| *sym)?;
         let nixl_capi_get_xfer_status =
@@ -391,6 +407,7 @@ impl Api {
             nixl_capi_prep_xfer_dlist,
             nixl_capi_release_xfer_dlist_handle,
             nixl_capi_make_xfer_req,
+            nixl_capi_estimate_xfer_cost,
             nixl_capi_post_xfer_req,
             nixl_capi_get_xfer_status,
             nixl_capi_release_xfer_req,
@@ -638,6 +655,26 @@ impl Api {
                 remote_count,
                 request,
                 options,
+            )
+        }
+    }
+    pub unsafe fn nixl_capi_estimate_xfer_cost(
+        &self,
+        agent: *mut nixl_capi_agent,
+        request: *mut nixl_capi_request,
+        options: *mut nixl_capi_options,
+        duration_us: *mut i64,
+        margin_us: *mut i64,
+        method: *mut nixl_capi_estimate,
+    ) -> nixl_capi_status {
+        unsafe {
+            (self.nixl_capi_estimate_xfer_cost)(
+                agent,
+                request,
+                options,
+                duration_us,
+                margin_us,
+                method,
             )
         }
     }

@@ -1,5 +1,7 @@
 //! The safe layer over the real library, between two processes.
 
+#![allow(clippy::cast_possible_truncation, reason = "sizes of a test, on 64 bits")]
+
 mod common;
 
 use std::process::Command;
@@ -69,6 +71,7 @@ fn writer() {
     let to: Vec<i32> = (32..64).chain(0..32).collect();
     for merge in [Merge::Neighbours, Merge::Nothing] {
         let mut transfer = Transfer::write(&local, &from, &remote, &to, merge).unwrap();
+        assert!(transfer.estimate().unwrap() > Duration::from_micros(10));
         let state = transfer.post().unwrap();
         assert_eq!(finish(&mut transfer, state), State::Done);
         let half = (8 * MIB) as usize;

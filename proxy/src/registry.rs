@@ -101,6 +101,22 @@ pub enum Refused {
     Changed,
 }
 
+impl Answer {
+    /// Every name of [`Answer::as_str`].
+    pub const NAMES: [&'static str; 4] = ["ready", "not_ready", "stranger", "no_answer"];
+
+    /// The name in metrics.
+    pub fn as_str(&self) -> &'static str {
+        let [ready, not_ready, stranger, no_answer] = Self::NAMES;
+        match self {
+            Self::Confirmed { ready: true, .. } => ready,
+            Self::Confirmed { ready: false, .. } => not_ready,
+            Self::Stranger => stranger,
+            Self::Silent(_) => no_answer,
+        }
+    }
+}
+
 impl Registry {
     /// An empty registry.
     pub fn new(max_instances: usize, call_back_every: Duration) -> Self {

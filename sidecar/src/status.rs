@@ -265,11 +265,6 @@ impl Status {
         self.inner().records.iter().cloned().collect()
     }
 
-    /// Requests under way, all sides.
-    pub(crate) fn requests_under_way(&self) -> u32 {
-        self.inner().ranks.values().map(|r| r.requests).sum()
-    }
-
     /// Why a push would not work now; empty if it would.
     pub(crate) fn obstacles(&self, now: Instant) -> Vec<NotReady> {
         self.inner().obstacles(&self.about, now)

@@ -85,8 +85,12 @@ impl Report {
         })
     }
 
-    /// Writes the start's log lines: warnings, what is ignored, what is passed through.
+    /// Writes the start's log lines: warnings, what is ignored, what is passed through; at the level
+    /// debug every value too.
     pub(crate) fn log(&self) {
+        for row in &self.rows {
+            tracing::debug!(key = row.key, value = row.value, source = row.source);
+        }
         for warning in &self.warnings {
             tracing::warn!("{warning}");
         }

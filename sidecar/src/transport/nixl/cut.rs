@@ -80,7 +80,9 @@ impl Cut {
                 };
                 batch.from.push(from);
                 batch.to.push(to);
-                batch.bytes += self.descriptor_bytes;
+                batch.bytes += self
+                    .descriptor_bytes
+                    .min(self.slot_bytes - i * self.descriptor_bytes);
                 if batch.bytes >= batch_bytes {
                     batches.push(std::mem::take(&mut batch));
                 }
@@ -98,7 +100,7 @@ impl Cut {
 pub(super) struct Batch {
     pub(super) from: Vec<i32>,
     pub(super) to: Vec<i32>,
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The thread that owns the NIXL agent.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -195,11 +196,23 @@ impl Engine {
 
     fn link(&mut self, remote: &Remote) -> Result<NixlLink, String> {
         let slots = self.slots.as_ref().ok_or("no engine has connected yet")?;
-        let peer = Peer::connect(&self.agent, slots.clone(), remote, self.wire)?;
+        let peer = Peer::connect(
+            &self.agent,
+            slots.clone(),
+            remote,
+            self.wire,
+            Arc::clone(&self.shared),
+        )?;
         let id = self.next_link;
         self.next_link += 1;
+        let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
+        if let Some(rate) = peer.estimate() {
+            // Writing to a string does not fail.
+            drop(write!(reported, ", estimate of UCX {rate:.2} GB/s"));
+        }
         self.peers.insert(id, peer);
-        Ok(NixlLink::new(Arc::clone(&self.shared), id))
+        self.count();
+        Ok(NixlLink::new(Arc::clone(&self.shared), id, reported))
     }
 
     /// Lets the library work; whether anything moved.
@@ -208,7 +221,11 @@ impl Engine {
         for peer in self.peers.values_mut() {
             moved |= peer.step(self.config.stall, &mut self.stuck);
         }
+        let before = self.peers.len();
         self.peers.retain(|_, peer| !peer.is_over());
+        if self.peers.len() != before {
+            self.count();
+        }
         if self.shared.expecting.load(Ordering::Acquire) {
             moved |= self.progress();
         }
@@ -225,6 +242,17 @@ impl Engine {
                 false
             }
         });
+        self.count();
+    }
+
+    fn count(&self) {
+        let counters = &self.shared.counters;
+        counters
+            .peers
+            .store(self.peers.len() as u64, Ordering::Relaxed);
+        counters
+            .stuck
+            .store(self.stuck.len() as u64, Ordering::Relaxed);
     }
 
     fn progress(&self) -> bool {

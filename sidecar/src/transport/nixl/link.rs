@@ -15,12 +15,17 @@ use crate::transport::{Kind, Link, LinkError, Outcome, Remote};
 pub(super) struct NixlLink {
     shared: Arc<Shared>,
     id: u64,
+    reported: String,
 }
 
 impl NixlLink {
     /// For the engine thread, which knows the peer under `id`.
-    pub(super) fn new(shared: Arc<Shared>, id: u64) -> Self {
-        Self { shared, id }
+    pub(super) fn new(shared: Arc<Shared>, id: u64, reported: String) -> Self {
+        Self {
+            shared,
+            id,
+            reported,
+        }
     }
 }
 
@@ -80,7 +85,7 @@ impl Link for NixlLink {
     }
 
     fn reported(&self) -> String {
-        self.shared.reported.clone()
+        self.reported.clone()
     }
 }
 

@@ -12,6 +12,7 @@
 //! | [`cut`] | slots as descriptors, writes as batches of them |
 //! | [`wire`] | which descriptors the wire likes |
 //! | [`pace`] | how often to poll |
+//! | [`counts`] | what has happened, for metrics |
 //! | [`link`] | the sending half of the trait |
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::memory::Buffer;
 
+mod counts;
 mod cut;
 mod engine;
 mod link;
@@ -36,10 +38,12 @@ mod pace;
 mod peer;
 mod wire;
 
+use counts::Counters;
 use engine::{Command, Engine};
 
 pub(crate) use ::nixl::metadata::agent_name as agent_name_of;
 pub(crate) use ::nixl::{Library, LoadError, Search};
+pub(crate) use counts::Counts;
 
 /// Names and times.
 #[derive(Clone, Debug)]
@@ -94,8 +98,9 @@ struct Shared {
     permits: Arc<Semaphore>,
     /// Writes into this buffer are announced.
     expecting: AtomicBool,
+    counters: Counters,
     /// `UCX_TLS`, for people.
-    reported: String,
+    ucx_tls: String,
     link: Duration,
 }
 
@@ -117,7 +122,8 @@ impl Nixl {
             commands,
             permits: Arc::new(Semaphore::new(QUEUE)),
             expecting: AtomicBool::new(false),
-            reported: format!("UCX_TLS={}", ucx_tls.as_deref().unwrap_or("auto")),
+            counters: Counters::default(),
+            ucx_tls: ucx_tls.unwrap_or_else(|| "auto".to_owned()),
             link: config.link,
         });
         let address = buffer.address() as u64;
@@ -152,6 +158,18 @@ impl Nixl {
             device,
             thread: Some(thread),
         })
+    }
+
+    /// What the sending half has done.
+    pub(crate) fn counts(&self) -> Counts {
+        self.shared.counters.read()
+    }
+
+    /// Whether the engine thread lives: without it nothing is sent or received any more.
+    pub(crate) fn is_running(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
     }
 }
 

@@ -2,13 +2,17 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ::nixl::{Agent, Memory, Merge, RemoteList, Row, State, Transfer};
-use protocol::dlist;
 use protocol::sender::Piece;
+use protocol::{SlotIndex, dlist};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use super::Shared;
+use super::counts::Counters;
 use super::cut::Batch;
 use super::engine::{Slots, answer, unsent};
 use super::pace::BUSY;
@@ -30,6 +34,7 @@ pub(super) struct Peer {
     failed: Option<String>,
     /// When a batch last ended.
     moved: Instant,
+    shared: Arc<Shared>,
 }
 
 /// One call of `Link::write`.
@@ -37,6 +42,7 @@ pub(super) struct Peer {
 struct Write {
     /// Not posted yet.
     waiting: VecDeque<Batch>,
+    bytes: u64,
     running: Vec<Running>,
     /// How it has failed so far.
     failure: Option<Failure>,
@@ -64,6 +70,7 @@ impl Peer {
         slots: Slots,
         remote: &Remote,
         wire: Wire,
+        shared: Arc<Shared>,
     ) -> Result<Self, String> {
         if remote.metadata.is_empty() {
             return Err("the peer has no nixl".to_owned());
@@ -115,7 +122,28 @@ impl Peer {
             closed: false,
             failed: None,
             moved: Instant::now(),
+            shared,
         })
+    }
+
+    /// What UCX's model of its wire says of a whole slot, in GB/s.
+    pub(super) fn estimate(&self) -> Option<f64> {
+        let slot = [Piece {
+            from: SlotIndex(0),
+            to: SlotIndex(0),
+            bytes: self.slots.cut.slot_bytes,
+        }];
+        let batches = self.slots.cut.batches(&slot, 1, u64::MAX).ok()?;
+        let [batch] = &batches[..] else { return None };
+        let (local, remote) = (&self.slots.list, &self.remote);
+        // Merged in any case: as the model sees it, descriptors come one after the other.
+        let merge = Merge::Neighbours;
+        let time = Transfer::write(local, &batch.from, remote, &batch.to, merge)
+            .and_then(|transfer| transfer.estimate())
+            .ok()?;
+        #[expect(clippy::cast_precision_loss, reason = "for people")]
+        let bytes = batch.bytes as f64;
+        (!time.is_zero()).then(|| bytes / time.as_secs_f64() / 1e9)
     }
 
     /// Queues a write, or answers at once why not.
@@ -142,6 +170,7 @@ impl Peer {
         match batches {
             Ok(batches) if batches.is_empty() => answer(reply, Outcome::Done),
             Ok(batches) => self.writes.push_back(Write {
+                bytes: batches.iter().map(|batch| batch.bytes).sum(),
                 waiting: batches.into(),
                 running: Vec::new(),
                 failure: None,
@@ -291,7 +320,7 @@ impl Peer {
         while let Some(write) = self.writes.get(at) {
             if write.waiting.is_empty() && write.running.is_empty() {
                 if let Some(write) = self.writes.remove(at) {
-                    answer(write.reply, outcome(write.failure));
+                    write.end(&self.shared.counters);
                 }
             } else {
                 at += 1;
@@ -308,12 +337,24 @@ impl Write {
             none => *none = Some(Failure { terminal, error }),
         }
     }
-}
 
-fn outcome(failure: Option<Failure>) -> Outcome {
-    match failure {
-        None => Outcome::Done,
-        Some(Failure { terminal, error }) => Outcome::Failed { terminal, error },
+    fn end(self, counters: &Counters) {
+        let (counter, outcome) = match self.failure {
+            None => {
+                counters.bytes.fetch_add(self.bytes, Ordering::Relaxed);
+                (&counters.done, Outcome::Done)
+            }
+            Some(Failure { terminal, error }) => {
+                let counter = if terminal {
+                    &counters.failed
+                } else {
+                    &counters.uncertain
+                };
+                (counter, Outcome::Failed { terminal, error })
+            }
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        answer(self.reply, outcome);
     }
 }
 

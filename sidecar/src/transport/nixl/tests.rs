@@ -201,7 +201,11 @@ async fn chunks_arrive_and_nothing_else_does() {
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
     assert_eq!(link.kind(), Kind::Nixl);
-    assert!(link.reported().starts_with("UCX_TLS="));
+    let reported = link.reported();
+    assert!(
+        reported.starts_with("UCX_TLS=") && reported.contains("estimate of UCX"),
+        "{reported}"
+    );
 
     let partial = 1_000_000;
     let pieces = vec![
@@ -217,6 +221,8 @@ async fn chunks_arrive_and_nothing_else_does() {
     for slot in [0, 3, 4] {
         assert_eq!(receiver.sum(slot, slot_bytes), blank, "slot {slot}");
     }
+    let counts = sender.counts();
+    assert_eq!((counts.done, counts.peers, counts.stuck), (1, 1, 0));
     // Of slot 2 no more than the descriptors that the partial chunk touches.
     assert_ne!(
         receiver.sum(2, slot_bytes),
@@ -278,6 +284,7 @@ async fn a_dead_receiver_fails_its_writes_and_its_successor_is_reached() {
     let mut second = Receiver::start(slots, slot_bytes);
     second.expect(true);
     let link = sender.link(second.remote.clone()).await.unwrap();
+    assert!(sender.is_running());
     assert_eq!(link.write(LEASE, all()).await, Outcome::Done);
     assert_eq!(second.sum(3, MIB), buffer.sum(3 * MIB, MIB).unwrap());
 }
@@ -390,6 +397,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
         );
     }
     assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
+    assert_eq!(sender.counts().uncertain, 2);
     // The same peer cannot be connected to anew while the old writes may still look into it.
     let cause = sender
         .link(receiver.remote.clone())
