@@ -63,7 +63,7 @@ const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
 /// It writes without this side's help (shared memory, RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
-/// Under 2 % of a core; a write that comes after all is late by a fiftieth of its pause.
+/// About 3 % of a core; a write that comes after all is late by a fiftieth of its pause.
 const LONG: Duration = Duration::from_millis(1);
 
 /// A call into the library that takes longer has moved bytes: an idle one takes under 1 µs.
