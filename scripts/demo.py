@@ -130,7 +130,7 @@ def table(pair: Pair, outcome: Outcome) -> str:
 def link_of(status: dict[str, Any]) -> dict[str, Any]:
     """What the sender says about the wire to its only receiver."""
     links: list[dict[str, Any]] = status["links"]
-    return links[0]["transport"] if links else {"configured": "?", "reported": "no link"}
+    return links[0] if links else {"configured": "?", "reported": "no link"}
 
 
 def report(outcomes: list[Outcome]) -> int:

@@ -17,9 +17,9 @@ use tokio::time::timeout;
 use crate::app::{App, Transfers};
 use crate::body::Endpoint;
 use crate::drive::{self, Arrival};
-use crate::error::ApiError;
+use crate::error::{ApiError, Code};
+use crate::headers::leg_headers;
 use crate::id;
-use crate::legs::leg_headers;
 use crate::record::Record;
 use crate::relay;
 use crate::route::{Ask, route};
@@ -54,7 +54,7 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
     let answered = accept(&app, endpoint, id, at, head.headers, body).await;
     let mut response = answered.unwrap_or_else(|error| {
         app.metrics.rejected(error.code());
-        tracing::info!(id = named.to_str().ok(), code = error.code(), %error, "rejected");
+        tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
         error.into_response()
     });
     response.headers_mut().insert(id::HEADER, named);
@@ -71,29 +71,21 @@ async fn accept(
     body: Body,
 ) -> Result<Response, ApiError> {
     if app.draining.is_cancelled() {
-        return Err(ApiError::unavailable(
-            "draining",
-            "the proxy is shutting down",
-        ));
+        return Err(ApiError::new(Code::Draining, "the proxy is shutting down"));
     }
     let permit = app.admit().ok_or_else(|| {
         let most = app.config.max_in_flight;
-        ApiError::overloaded(format!(
-            "{most} requests are under way already (--max-in-flight)"
-        ))
+        ApiError::new(
+            Code::TooManyRequests,
+            format!("{most} requests are under way already (--max-in-flight)"),
+        )
     })?;
     let body = timeout(
         app.config.client_timeout,
         read(body, app.config.max_body_bytes),
     )
     .await
-    .map_err(|_| {
-        ApiError::refused(
-            StatusCode::REQUEST_TIMEOUT,
-            "body_timeout",
-            "the request body did not come in time",
-        )
-    })??;
+    .map_err(|_| ApiError::new(Code::BodyTimeout, "the request body did not come in time"))??;
     let arrival = Arrival {
         at,
         endpoint,
@@ -107,12 +99,11 @@ async fn accept(
 async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     match Limited::new(body, limit).collect().await {
         Ok(body) => Ok(body.to_bytes()),
-        Err(e) if e.is::<LengthLimitError>() => Err(ApiError::refused(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "body_too_large",
+        Err(e) if e.is::<LengthLimitError>() => Err(ApiError::new(
+            Code::BodyTooLarge,
             format!("the request body is longer than {limit} bytes (--max-body-bytes)"),
         )),
-        Err(e) => Err(ApiError::bad_request("body_unreadable", e.to_string())),
+        Err(e) => Err(ApiError::new(Code::BodyUnreadable, e.to_string())),
     }
 }
 
@@ -126,10 +117,7 @@ async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     };
     let decode = match route(&app.instances(), &ask) {
         Ok(pair) => pair.decode,
-        Err(error) => {
-            let text = error.to_string();
-            return ApiError::unavailable("no_decode_instance_ready", text).into_response();
-        }
+        Err(error) => return ApiError::from(error).into_response(),
     };
     let headers = leg_headers(&headers, id::header_value(&id));
     let url = decode.http.join("/v1/models");
@@ -137,7 +125,7 @@ async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
         Ok(answer) => relay::whole(answer, &id),
         Err(error) => {
             app.suspect(&decode.id);
-            ApiError::bad_gateway("decode_unreachable", error.to_string()).into_response()
+            ApiError::from(&error).into_response()
         }
     }
 }
@@ -193,7 +181,7 @@ async fn requests(State(app): State<Arc<App>>) -> Json<Vec<Record>> {
 
 async fn not_found(request: Request) -> Response {
     let text = format!("there is no {} here", request.uri().path());
-    ApiError::refused(StatusCode::NOT_FOUND, "not_found", text).into_response()
+    ApiError::new(Code::NotFound, text).into_response()
 }
 
 async fn wrong_method(request: Request) -> Response {
@@ -202,7 +190,7 @@ async fn wrong_method(request: Request) -> Response {
         request.uri().path(),
         request.method()
     );
-    ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
+    ApiError::new(Code::MethodNotAllowed, text).into_response()
 }
 
 /// A list that needs no computing.

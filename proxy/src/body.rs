@@ -12,6 +12,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
+use crate::error::{ApiError, Code};
 use crate::instance::Instance;
 use crate::route::Alone;
 
@@ -206,6 +207,16 @@ impl RequestBody {
         serde_json::to_vec(self)
             .expect("verbatim JSON serialises")
             .into()
+    }
+}
+
+impl From<BadBody> for ApiError {
+    fn from(error: BadBody) -> Self {
+        let code = match error {
+            BadBody::Json(_) => Code::InvalidJson,
+            BadBody::TransferParams => Code::TransferParams,
+        };
+        Self::new(code, error.to_string())
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use axum::response::Response;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::HeaderMap;
 use protocol::RequestId;
 use tokio::select;
 use tokio::sync::OwnedSemaphorePermit;
@@ -16,17 +16,19 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::app::{App, Transfers};
-use crate::body::{BadBody, Endpoint, RequestBody};
+use crate::body::{Endpoint, RequestBody};
 use crate::error::ApiError;
 use crate::flight::Flight;
+use crate::headers::leg_headers;
 use crate::id;
 use crate::inflight::PrefillNote;
 use crate::instance::Instance;
-use crate::legs::{Answer, LegError, PrefillEnd, leg_headers};
+use crate::labels::Leg;
+use crate::legs::{Answer, LegError, PrefillEnd};
 use crate::life::{Action, Event};
-use crate::metrics::Leg;
 use crate::relay;
-use crate::route::{Alone, Ask, NoRoute, Pair, route};
+use crate::route::{Alone, Ask, Pair, route};
+use crate::verdict::Verdict;
 
 /// A request as it came.
 #[derive(Debug)]
@@ -60,14 +62,6 @@ struct Drive {
     verdict: Verdict,
 }
 
-/// What a client is told when no decode leg brings an answer.
-enum Verdict {
-    /// An engine's own words.
-    Pass(Box<Answer>),
-    /// The proxy's.
-    Error(ApiError),
-}
-
 /// What the wait of a request ended with.
 enum Step {
     /// Something that only moves its life on.
@@ -90,12 +84,7 @@ pub async fn serve(
     permit: OwnedSemaphorePermit,
     arrival: Arrival,
 ) -> Result<Response, ApiError> {
-    let body = RequestBody::parse(&arrival.body).map_err(|e| match e {
-        BadBody::Json(_) => ApiError::bad_request("invalid_json", e.to_string()),
-        BadBody::TransferParams => {
-            ApiError::bad_request("kv_transfer_params_not_allowed", e.to_string())
-        }
-    })?;
+    let body = RequestBody::parse(&arrival.body)?;
     let alone = body.alone(arrival.endpoint);
     let transfers = if alone.is_none() {
         Transfers::Yes
@@ -107,7 +96,7 @@ pub async fn serve(
         policy: app.next_turn(transfers),
         failed: &[],
     };
-    let pair = route(&app.instances(), &ask).map_err(no_route)?;
+    let pair = route(&app.instances(), &ask)?;
     let headers = leg_headers(&arrival.headers, id::header_value(&arrival.id));
     let (flight, action) =
         Flight::begin(app, permit, arrival.at, arrival.endpoint, arrival.id, &pair);
@@ -119,7 +108,7 @@ pub async fn serve(
         pair,
         failed: Vec::new(),
         decode: None,
-        verdict: Verdict::Error(shutting_down()),
+        verdict: Verdict::shutting_down(),
     };
     Ok(drive.run(flight, action).await)
 }
@@ -181,9 +170,7 @@ impl Drive {
             answer = decode => self.decode_ended(flight, answer),
             () = sleep_until(deadline.into()), if prefilling => self.prefill_late(flight),
             () = self.app.cut.cancelled() => {
-                let error = shutting_down();
-                flight.failed(error.status(), error.to_string());
-                self.verdict = Verdict::Error(error);
+                self.condemn(flight, Verdict::shutting_down());
                 Step::Event(Event::CutOff)
             }
         }
@@ -237,7 +224,7 @@ impl Drive {
             PrefillEnd::Answered(_) => Step::Event(Event::PrefillAnswered),
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
-                self.app.metrics.leg_failed(Leg::Prefill, why.as_str());
+                self.app.metrics.leg_failed(Leg::Prefill(why));
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
                 if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
                     self.app.suspect(prefill);
@@ -254,7 +241,7 @@ impl Drive {
             let end = PrefillEnd::Failed(why, "did not begin in time".into());
             watch.prefill_ended(PrefillNote::of(&end));
         }
-        self.app.metrics.leg_failed(Leg::Prefill, why.as_str());
+        self.app.metrics.leg_failed(Leg::Prefill(why));
         warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
         Step::Event(Event::PrefillFailed(why))
     }
@@ -265,7 +252,7 @@ impl Drive {
             Ok(answer) => return Step::FirstByte(Box::new(answer)),
             Err(error) => error,
         };
-        self.app.metrics.leg_failed(Leg::Decode, error.kind());
+        self.app.metrics.leg_failed(Leg::Decode(error.failure()));
         warn!(id = %flight.id, decode = self.pair.decode.id, %error, "decode leg failed");
         if let LegError::Connect(_) | LegError::Died(_) = error {
             self.app.suspect(&self.pair.decode.id);
@@ -278,9 +265,7 @@ impl Drive {
             self.pair.decode = decode;
             return Step::Event(Event::DecodeFailed { another: true });
         }
-        self.verdict = Verdict::of(error);
-        let (status, text) = self.verdict.told();
-        flight.failed(status, text);
+        self.condemn(flight, Verdict::of(error));
         Step::Event(Event::DecodeFailed { another: false })
     }
 
@@ -298,41 +283,14 @@ impl Drive {
         Some(route(&self.app.instances(), &ask).ok()?.decode)
     }
 
+    fn condemn(&mut self, flight: &mut Flight, verdict: Verdict) {
+        let (status, text) = verdict.told();
+        flight.failed(status, text);
+        self.verdict = verdict;
+    }
+
     fn prefill_id(&self) -> Option<&str> {
         Some(self.pair.prefill.as_ref().ok()?.id.as_str())
-    }
-}
-
-impl Verdict {
-    fn of(error: LegError) -> Self {
-        let text = format!("no decode instance answered: {error}");
-        match error {
-            LegError::Busy(answer) if answer.rest.is_none() => Self::Pass(answer),
-            LegError::Busy(_) => Self::Error(ApiError::unavailable("decode_busy", text)),
-            LegError::Connect(_) => Self::Error(ApiError::unavailable("decode_unreachable", text)),
-            LegError::Died(_) => Self::Error(ApiError::bad_gateway("decode_died", text)),
-            LegError::Timeout(_) => Self::Error(ApiError::gateway_timeout("decode_timeout", text)),
-        }
-    }
-
-    /// What the client is told, for the log.
-    fn told(&self) -> (StatusCode, String) {
-        match self {
-            Self::Pass(answer) => (answer.head.status, "the decode engine is busy".into()),
-            Self::Error(error) => (error.status(), error.to_string()),
-        }
-    }
-
-    fn into_response(self, id: &RequestId) -> Response {
-        match self {
-            Self::Pass(answer) => {
-                let mut response = relay::whole(*answer, id);
-                let headers = response.headers_mut();
-                headers.entry(header::RETRY_AFTER).or_insert(RETRY_AFTER);
-                response
-            }
-            Self::Error(error) => error.into_response(),
-        }
     }
 }
 
@@ -350,19 +308,3 @@ impl PrefillNote {
         }
     }
 }
-
-fn no_route(error: NoRoute) -> ApiError {
-    let code = match error {
-        NoRoute::NoDecode => "no_decode_instance",
-        NoRoute::NoneReady(_) => "no_decode_instance_ready",
-        NoRoute::AllFailed => "decode_unreachable",
-    };
-    ApiError::unavailable(code, error.to_string())
-}
-
-fn shutting_down() -> ApiError {
-    ApiError::unavailable("shutting_down", "the proxy is shutting down")
-}
-
-/// Seconds after which a busy engine that names no time may be tried again.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

@@ -1,7 +1,5 @@
 //! Errors in the shape that OpenAI's clients read, as an answer or as an event inside a stream.
 
-use std::time::Duration;
-
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
@@ -12,11 +10,91 @@ use serde::Serialize;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    status: StatusCode,
-    kind: &'static str,
-    code: &'static str,
+    code: Code,
     message: String,
-    retry_after: Option<Duration>,
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $text:literal, $status:ident;)*) => {
+        /// What went wrong, for programs: the `code` of an error, and a label of the metrics.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Code {
+            /// Every code, for metrics that want their label values to exist from the start.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// The name in answers and metrics.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                }
+            }
+
+            /// The HTTP status.
+            pub fn status(self) -> StatusCode {
+                match self {
+                    $(Self::$name => StatusCode::$status,)*
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    /// The body is not a JSON object.
+    InvalidJson = "invalid_json", BAD_REQUEST;
+    /// The body names a transfer of its own.
+    TransferParams = "kv_transfer_params_not_allowed", BAD_REQUEST;
+    /// The body broke off.
+    BodyUnreadable = "body_unreadable", BAD_REQUEST;
+    /// The body is longer than permitted.
+    BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE;
+    /// The body did not come in time.
+    BodyTimeout = "body_timeout", REQUEST_TIMEOUT;
+    /// No such path.
+    NotFound = "not_found", NOT_FOUND;
+    /// The path takes another method.
+    MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED;
+    /// Too many requests are under way.
+    TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS;
+    /// The proxy takes no new requests.
+    Draining = "draining", SERVICE_UNAVAILABLE;
+    /// The proxy stops and cannot wait for the request.
+    ShuttingDown = "shutting_down", SERVICE_UNAVAILABLE;
+    /// No decode instance has registered.
+    NoDecode = "no_decode_instance", SERVICE_UNAVAILABLE;
+    /// None of those that have is ready.
+    NoneReady = "no_decode_instance_ready", SERVICE_UNAVAILABLE;
+    /// No connection to the decode instance.
+    DecodeUnreachable = "decode_unreachable", SERVICE_UNAVAILABLE;
+    /// The decode instance refuses more work.
+    DecodeBusy = "decode_busy", SERVICE_UNAVAILABLE;
+    /// The decode instance's connection ended.
+    DecodeDied = "decode_died", BAD_GATEWAY;
+    /// The decode instance did not answer in time.
+    DecodeTimeout = "decode_timeout", GATEWAY_TIMEOUT;
+    /// The decode instance fell silent within its answer.
+    DecodeSilent = "decode_silent", GATEWAY_TIMEOUT;
+}
+
+impl Code {
+    /// OpenAI's `type` of an error.
+    fn kind(self) -> &'static str {
+        match self.status() {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
+            status if status.is_server_error() => "upstream_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// A repeat of the same request may succeed.
+    fn is_retryable(self) -> bool {
+        self == Self::TooManyRequests || self.status().is_server_error()
+    }
 }
 
 #[derive(Serialize)]
@@ -34,95 +112,30 @@ struct Fields<'a> {
 }
 
 impl ApiError {
-    /// The request is wrong; a repeat would be too.
-    pub fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            "invalid_request_error",
-            code,
-            message,
-        )
-    }
-
-    /// A wrong request with a status of its own.
-    pub fn refused(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self::new(status, "invalid_request_error", code, message)
-    }
-
-    /// Too much at once; a repeat may succeed.
-    pub fn overloaded(message: impl Into<String>) -> Self {
-        Self::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "rate_limit_error",
-            "too_many_requests",
-            message,
-        )
-        .retry_after(RETRY_AFTER)
-    }
-
-    /// Nobody can serve it now; a repeat may succeed.
-    pub fn unavailable(code: &'static str, message: impl Into<String>) -> Self {
-        Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "service_unavailable_error",
-            code,
-            message,
-        )
-        .retry_after(RETRY_AFTER)
-    }
-
-    /// An engine failed the request.
-    pub fn bad_gateway(code: &'static str, message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_GATEWAY, "upstream_error", code, message).retry_after(RETRY_AFTER)
-    }
-
-    /// An engine did not answer in time.
-    pub fn gateway_timeout(code: &'static str, message: impl Into<String>) -> Self {
-        Self::new(StatusCode::GATEWAY_TIMEOUT, "upstream_error", code, message)
-            .retry_after(RETRY_AFTER)
-    }
-
-    fn new(
-        status: StatusCode,
-        kind: &'static str,
-        code: &'static str,
-        message: impl Into<String>,
-    ) -> Self {
+    /// An error with a message for people.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
-            status,
-            kind,
             code,
             message: message.into(),
-            retry_after: None,
         }
     }
 
-    fn retry_after(mut self, after: Duration) -> Self {
-        self.retry_after = Some(after);
-        self
-    }
-
-    /// The HTTP status.
-    pub fn status(&self) -> StatusCode {
-        self.status
-    }
-
-    /// The code that programs read, and the label in metrics.
-    pub fn code(&self) -> &'static str {
+    /// What went wrong.
+    pub fn code(&self) -> Code {
         self.code
     }
 
     /// As an answer.
     pub fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.json()));
-        *response.status_mut() = self.status;
+        *response.status_mut() = self.code.status();
         let headers = response.headers_mut();
         headers.insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
-        if let Some(after) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs()));
+        if self.code.is_retryable() {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER);
         }
         response
     }
@@ -140,9 +153,9 @@ impl ApiError {
         let envelope = Envelope {
             error: Fields {
                 message: &self.message,
-                kind: self.kind,
+                kind: self.code.kind(),
                 param: None,
-                code: self.code,
+                code: self.code.as_str(),
             },
         };
         // Strings always serialise.
@@ -150,5 +163,5 @@ impl ApiError {
     }
 }
 
-/// Registrations and restarts are matters of a second.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Seconds: registrations and restarts are matters of that order.
+pub const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

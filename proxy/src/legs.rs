@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -13,7 +13,8 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
-use crate::relay::is_event_stream;
+use crate::error::{ApiError, Code};
+use crate::headers::{JSON, is_event_stream};
 use crate::route::Alone;
 
 /// Connections to engines and sidecars, kept open between requests.
@@ -61,6 +62,19 @@ pub enum LegError {
     /// The engine is too busy or stopping; this is its answer.
     #[error("the engine answered {}", .0.head.status)]
     Busy(Box<Answer>),
+}
+
+/// How a leg brought no answer, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LegFailure {
+    /// [`LegError::Connect`]
+    Connect,
+    /// [`LegError::Died`]
+    Died,
+    /// [`LegError::Timeout`]
+    Timeout,
+    /// [`LegError::Busy`]
+    Busy,
 }
 
 impl Legs {
@@ -267,13 +281,13 @@ impl Legs {
 }
 
 impl LegError {
-    /// The name in metrics.
-    pub fn kind(&self) -> &'static str {
+    /// How, without the details.
+    pub fn failure(&self) -> LegFailure {
         match self {
-            Self::Connect(_) => "connect",
-            Self::Died(_) => "died",
-            Self::Timeout(_) => "timeout",
-            Self::Busy(_) => "busy",
+            Self::Connect(_) => LegFailure::Connect,
+            Self::Died(_) => LegFailure::Died,
+            Self::Timeout(_) => LegFailure::Timeout,
+            Self::Busy(_) => LegFailure::Busy,
         }
     }
 
@@ -283,31 +297,16 @@ impl LegError {
     }
 }
 
-/// The headers of a leg: the client's, without those that concern its connection to this proxy.
-pub fn leg_headers(client: &HeaderMap, id: HeaderValue) -> HeaderMap {
-    let mut headers = end_to_end(client);
-    for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
-        headers.remove(name);
+impl From<&LegError> for ApiError {
+    fn from(error: &LegError) -> Self {
+        let code = match error {
+            LegError::Connect(_) => Code::DecodeUnreachable,
+            LegError::Died(_) => Code::DecodeDied,
+            LegError::Timeout(_) => Code::DecodeTimeout,
+            LegError::Busy(_) => Code::DecodeBusy,
+        };
+        Self::new(code, format!("no decode instance answered: {error}"))
     }
-    headers.insert(header::CONTENT_TYPE, JSON);
-    headers.insert(crate::id::HEADER, id);
-    headers
-}
-
-/// Headers without those that belong to one connection or one framing of the body.
-pub fn end_to_end(headers: &HeaderMap) -> HeaderMap {
-    let mut kept = headers.clone();
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in HOP_BY_HOP.iter().chain(&named) {
-        kept.remove(name);
-    }
-    kept
 }
 
 async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
@@ -339,20 +338,6 @@ fn shown(body: &Bytes) -> String {
         .take(SHOWN_CHARS)
         .collect()
 }
-
-const JSON: HeaderValue = HeaderValue::from_static("application/json");
-
-const HOP_BY_HOP: [HeaderName; 9] = [
-    header::CONNECTION,
-    header::CONTENT_LENGTH,
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-    HeaderName::from_static("keep-alive"),
-];
 
 /// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
 /// would fail.

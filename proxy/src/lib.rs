@@ -8,13 +8,16 @@
 pub mod api;
 pub mod app;
 pub mod body;
+pub mod callback;
 pub mod cli;
 pub mod drive;
 pub mod error;
 pub mod flight;
+pub mod headers;
 pub mod id;
 pub mod inflight;
 pub mod instance;
+pub mod labels;
 pub mod legs;
 pub mod life;
 pub mod metrics;
@@ -27,6 +30,7 @@ pub mod relay;
 pub mod route;
 pub mod server;
 pub mod usage;
+pub mod verdict;
 pub mod zmq;
 
 pub use proxy::{BindError, End, Proxy, Stop};

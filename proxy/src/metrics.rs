@@ -5,21 +5,21 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+use protocol::Reason;
+use protocol::registration::NotifX;
 
 use crate::body::Endpoint;
+use crate::error::Code;
+use crate::labels::{InstanceCounts, Labels, Leg, Message};
 use crate::life::Outcome;
+use crate::registry::Answer;
 use crate::route::Alone;
-
-/// Label values of one metric: a fixed set of names, each with a fixed set of values.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Labels<const N: usize>([(&'static str, &'static str); N]);
 
 /// A family of counters.
 type Counters<const N: usize> = Family<Labels<N>, Counter>;
@@ -43,36 +43,6 @@ pub struct Metrics {
     instances: Family<Labels<2>, Gauge>,
     notices: Counters<1>,
     moved_bytes: Counter<u64, AtomicU64>,
-}
-
-/// What came to the registration port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Message {
-    /// A registration or heartbeat that was taken.
-    Register,
-    /// A registration that was not.
-    RegisterRefused,
-    /// A good-bye.
-    Leave,
-    /// A request has begun.
-    Progress,
-    /// A request's KV has been written, or will not be.
-    ProxyNotif,
-    /// A message about a request or instance that is not known.
-    Stray,
-    /// Not a message.
-    Malformed,
-    /// A connection beyond the limit, closed.
-    Shed,
-}
-
-/// One of the two legs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leg {
-    /// To the prefill instance.
-    Prefill,
-    /// To the decode instance.
-    Decode,
 }
 
 impl Metrics {
@@ -188,23 +158,26 @@ impl Metrics {
     fn touch(&self) {
         for endpoint in [Endpoint::Completions, Endpoint::Chat] {
             for outcome in Outcome::ALL {
-                drop(
-                    self.requests
-                        .get_or_create(&request_labels(endpoint, outcome)),
-                );
+                touch(&self.requests, request_labels(endpoint, outcome));
             }
         }
         for alone in Alone::ALL {
-            drop(
-                self.alone
-                    .get_or_create(&Labels([("reason", alone.as_str())])),
-            );
+            touch(&self.alone, Labels([("reason", alone.as_str())]));
+        }
+        for &code in Code::ALL {
+            touch(&self.rejected, Labels([("code", code.as_str())]));
+        }
+        for leg in Leg::ALL {
+            touch(&self.leg_errors, leg_labels(leg));
         }
         for message in Message::ALL {
-            drop(
-                self.messages
-                    .get_or_create(&Labels([("kind", message.as_str())])),
-            );
+            touch(&self.messages, Labels([("kind", message.as_str())]));
+        }
+        for result in Answer::NAMES {
+            touch(&self.call_backs, Labels([("result", result)]));
+        }
+        for reason in std::iter::once(None).chain(Reason::ALL.iter().copied().map(Some)) {
+            touch(&self.notices, notice_labels(reason));
         }
         self.show_instances(&InstanceCounts::default());
     }
@@ -224,8 +197,10 @@ impl Metrics {
     }
 
     /// A request got an error before any leg was sent.
-    pub fn rejected(&self, code: &'static str) {
-        self.rejected.get_or_create(&Labels([("code", code)])).inc();
+    pub fn rejected(&self, code: Code) {
+        self.rejected
+            .get_or_create(&Labels([("code", code.as_str())]))
+            .inc();
     }
 
     /// A decode leg is sent.
@@ -244,14 +219,8 @@ impl Metrics {
     }
 
     /// A leg failed.
-    pub fn leg_failed(&self, leg: Leg, kind: &'static str) {
-        let leg = match leg {
-            Leg::Prefill => "prefill",
-            Leg::Decode => "decode",
-        };
-        self.leg_errors
-            .get_or_create(&Labels([("leg", leg), ("kind", kind)]))
-            .inc();
+    pub fn leg_failed(&self, leg: Leg) {
+        self.leg_errors.get_or_create(&leg_labels(leg)).inc();
     }
 
     /// The prefill engine began.
@@ -277,18 +246,16 @@ impl Metrics {
     }
 
     /// A call-back ended.
-    pub fn called_back(&self, result: &'static str) {
-        self.call_backs
-            .get_or_create(&Labels([("result", result)]))
-            .inc();
+    pub fn called_back(&self, answer: &Answer) {
+        let labels = Labels([("result", answer.as_str())]);
+        self.call_backs.get_or_create(&labels).inc();
     }
 
-    /// A sender's notice on a request's KV.
-    pub fn notice(&self, result: &'static str, bytes: u64) {
-        self.notices
-            .get_or_create(&Labels([("result", result)]))
-            .inc();
-        self.moved_bytes.inc_by(bytes);
+    /// A sender's notice on a request's KV; LMCache's has no details.
+    pub fn notice(&self, details: Option<&NotifX>) {
+        let reason = details.and_then(|x| x.reason);
+        self.notices.get_or_create(&notice_labels(reason)).inc();
+        self.moved_bytes.inc_by(details.map_or(0, |x| x.bytes));
     }
 
     /// Who is there.
@@ -311,36 +278,6 @@ impl Metrics {
     }
 }
 
-/// Instances by role (prefill, decode, both) and standing (unverified, ready, not ready).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct InstanceCounts(pub [[i64; 3]; 3]);
-
-impl Message {
-    const ALL: [Self; 8] = [
-        Self::Register,
-        Self::RegisterRefused,
-        Self::Leave,
-        Self::Progress,
-        Self::ProxyNotif,
-        Self::Stray,
-        Self::Malformed,
-        Self::Shed,
-    ];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Register => "register",
-            Self::RegisterRefused => "register_refused",
-            Self::Leave => "leave",
-            Self::Progress => "progress",
-            Self::ProxyNotif => "proxy_notif",
-            Self::Stray => "stray",
-            Self::Malformed => "malformed",
-            Self::Shed => "shed",
-        }
-    }
-}
-
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
@@ -353,13 +290,17 @@ impl fmt::Debug for Metrics {
     }
 }
 
-impl<const N: usize> EncodeLabelSet for Labels<N> {
-    fn encode(&self, mut encoder: LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
-        for label in &self.0 {
-            label.encode(encoder.encode_label())?;
-        }
-        Ok(())
-    }
+fn touch<const N: usize>(family: &Counters<N>, labels: Labels<N>) {
+    drop(family.get_or_create(&labels));
+}
+
+fn leg_labels(leg: Leg) -> Labels<2> {
+    let (leg, kind) = leg.names();
+    Labels([("leg", leg), ("kind", kind)])
+}
+
+fn notice_labels(reason: Option<Reason>) -> Labels<1> {
+    Labels([("result", reason.map_or("done", Reason::as_str))])
 }
 
 fn request_labels(endpoint: Endpoint, outcome: Outcome) -> Labels<2> {

@@ -3,12 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
 use protocol::codec;
 use protocol::registration::{InstanceRole, ToProxy};
-use serde::Deserialize;
-use serde_json::json;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -17,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::app::{App, Instances};
+use crate::callback::call_back;
 use crate::instance::{Instance, Standing};
-use crate::legs::LegError;
-use crate::metrics::{InstanceCounts, Message};
+use crate::labels::{InstanceCounts, Message};
 use crate::registry::{Answer, CallBack, Registered, Registry};
 use crate::zmq::{Frame, PortError, Registrations};
 
@@ -32,6 +28,8 @@ pub struct Registration {
     published: watch::Sender<Instances>,
     suspected: mpsc::Receiver<String>,
     calls: JoinSet<(CallBack, Answer)>,
+    /// When a refused registration was last logged.
+    complained: Option<Instant>,
 }
 
 /// What an iteration has changed.
@@ -41,17 +39,6 @@ enum News {
     None,
     /// Perhaps who is there.
     Instances,
-}
-
-/// A sidecar's answer to a call-back.
-#[derive(Deserialize)]
-struct Acknowledged {
-    id: String,
-    epoch: u64,
-    #[serde(default)]
-    ready: bool,
-    #[serde(default)]
-    reason: Option<String>,
 }
 
 impl Registration {
@@ -70,6 +57,7 @@ impl Registration {
             published,
             suspected,
             calls: JoinSet::new(),
+            complained: None,
         }
     }
 
@@ -135,7 +123,11 @@ impl Registration {
                 }
                 Ok(Registered::Renewed) => Message::Register,
                 Err(error) => {
-                    warn!(%error, "registration refused");
+                    // It comes again every second, and from strangers as fast as they like.
+                    if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
+                        self.complained = Some(now);
+                        warn!(%error, "registration refused");
+                    }
                     Message::RegisterRefused
                 }
             },
@@ -160,8 +152,7 @@ impl Registration {
             ToProxy::ProxyNotif(notice) => {
                 let (id, x) = (&notice.req_id, notice.x.as_ref());
                 if self.app.in_flight.moved(id, x) || self.app.recent.amend(&id.0, x) {
-                    let result = x.map_or("done", |x| x.reason.map_or("done", |r| r.as_str()));
-                    self.app.metrics.notice(result, x.map_or(0, |x| x.bytes));
+                    self.app.metrics.notice(x);
                     Message::ProxyNotif
                 } else {
                     Message::Stray
@@ -176,13 +167,7 @@ impl Registration {
     }
 
     fn called_back(&mut self, call: &CallBack, answer: Answer) {
-        let result = match &answer {
-            Answer::Confirmed { ready: true, .. } => "ready",
-            Answer::Confirmed { ready: false, .. } => "not_ready",
-            Answer::Stranger => "stranger",
-            Answer::Silent(_) => "no_answer",
-        };
-        self.app.metrics.called_back(result);
+        self.app.metrics.called_back(&answer);
         if let Answer::Silent(error) = &answer {
             warn!(id = call.id, url = call.url, error, "call-back failed");
         }
@@ -225,71 +210,6 @@ impl Registration {
     }
 }
 
-async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
-    let proxy = app.registration.to_string();
-    let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
-    let sent = app
-        .legs
-        .post_json(&call.url, body.into(), CALL_BACK_TIMEOUT)
-        .await;
-    let answer = match sent {
-        Ok((status, body)) => judge(&call, status, &body),
-        Err(e) => Answer::Silent(e.to_string()),
-    };
-    let answer = match answer {
-        Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
-        other => other,
-    };
-    (call, answer)
-}
-
-/// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
-/// the engine's HTTP server listens.
-async fn engine_answer(app: &App, call: &CallBack) -> Answer {
-    let reason = match app
-        .legs
-        .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
-        .await
-    {
-        Ok(answer) if answer.head.status.is_success() => {
-            return Answer::Confirmed {
-                ready: true,
-                reason: String::new(),
-            };
-        }
-        Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
-        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {e}"),
-        // A busy server may be late once; the last answer counts until it is too old.
-        Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
-    };
-    Answer::Confirmed {
-        ready: false,
-        reason,
-    }
-}
-
-fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
-    if status == StatusCode::CONFLICT {
-        return Answer::Stranger;
-    }
-    if status != StatusCode::OK {
-        return Answer::Silent(format!("it answered {status}"));
-    }
-    match serde_json::from_slice::<Acknowledged>(body) {
-        Ok(ack) if ack.id != call.id || ack.epoch != call.epoch => Answer::Stranger,
-        Ok(ack) => Answer::Confirmed {
-            ready: ack.ready,
-            reason: ack
-                .reason
-                .unwrap_or_default()
-                .chars()
-                .take(MAX_REASON_CHARS)
-                .collect(),
-        },
-        Err(e) => Answer::Silent(format!("it answered something else: {e}")),
-    }
-}
-
 fn count(instances: &Instances) -> InstanceCounts {
     let mut counts = InstanceCounts::default();
     for instance in instances.iter() {
@@ -321,11 +241,8 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// A sidecar answers from memory; a slower one would not push well either.
-const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Of a sidecar's reason, in `/instances` and logs.
-const MAX_REASON_CHARS: usize = 200;
-
 /// How often connections to the registration port are counted.
 const SWEEP: Duration = Duration::from_secs(5);
+
+/// Between two lines on refused registrations; the counter has them all.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(5);

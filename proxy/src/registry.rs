@@ -11,7 +11,7 @@
 //!
 //! A candidate never gets requests, and it replaces a member only once its admin address has
 //! confirmed it: a stale or forged registration with a member's name changes nothing. A member
-//! gets requests while its last answer said `ready` and is younger than [`ANSWER_VALID`].
+//! gets requests while its last answer said `ready` and is younger than 15 s.
 //!
 //! No IO and no clock here: the caller passes `now` and makes the calls that [`Registry::due`] names.
 
@@ -99,6 +99,22 @@ pub enum Refused {
     /// The addresses changed and the epoch did not.
     #[error("addresses or role changed within one epoch")]
     Changed,
+}
+
+impl Answer {
+    /// Every name of [`Answer::as_str`].
+    pub const NAMES: [&'static str; 4] = ["ready", "not_ready", "stranger", "no_answer"];
+
+    /// The name in metrics.
+    pub fn as_str(&self) -> &'static str {
+        let [ready, not_ready, stranger, no_answer] = Self::NAMES;
+        match self {
+            Self::Confirmed { ready: true, .. } => ready,
+            Self::Confirmed { ready: false, .. } => not_ready,
+            Self::Stranger => stranger,
+            Self::Silent(_) => no_answer,
+        }
+    }
 }
 
 impl Registry {

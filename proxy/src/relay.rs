@@ -8,16 +8,16 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
-use http::header::{self, HeaderMap};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use protocol::RequestId;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Code};
 use crate::flight::Flight;
-use crate::legs::{Answer, end_to_end};
+use crate::headers::{end_to_end, is_event_stream};
+use crate::legs::Answer;
 use crate::life::Event;
 use crate::usage;
 
@@ -74,14 +74,6 @@ pub fn whole(answer: Answer, id: &RequestId) -> Response {
         .headers_mut()
         .insert(crate::id::HEADER, crate::id::header_value(id));
     response
-}
-
-/// The answer is a stream of server-sent events.
-pub fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
 }
 
 impl Relay {
@@ -151,7 +143,7 @@ impl http_body::Body for Relay {
             return Poll::Ready(None);
         }
         if relay.cut.as_mut().poll(cx).is_ready() {
-            let error = ApiError::unavailable("shutting_down", "the proxy is shutting down");
+            let error = ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
             return relay.break_off(error);
         }
         let Some(rest) = &mut relay.rest else {
@@ -170,8 +162,8 @@ impl http_body::Body for Relay {
                 relay.finish();
                 Poll::Ready(None)
             }
-            Poll::Ready(Some(Err(e))) => relay.break_off(ApiError::bad_gateway(
-                "decode_died",
+            Poll::Ready(Some(Err(e))) => relay.break_off(ApiError::new(
+                Code::DecodeDied,
                 format!("the decode instance broke off its answer: {e}"),
             )),
             Poll::Pending => {
@@ -180,7 +172,7 @@ impl http_body::Body for Relay {
                     "the decode instance has been silent for {}",
                     humantime::format_duration(relay.idle_timeout)
                 );
-                relay.break_off(ApiError::gateway_timeout("decode_silent", text))
+                relay.break_off(ApiError::new(Code::DecodeSilent, text))
             }
         }
     }

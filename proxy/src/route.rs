@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::error::{ApiError, Code};
 use crate::instance::Instance;
 
 /// What routing needs to know of a request.
@@ -180,6 +181,17 @@ impl Alone {
             Self::PrefillTimeout => "prefill_timeout",
             Self::DecodeRetry => "decode_retry",
         }
+    }
+}
+
+impl From<NoRoute> for ApiError {
+    fn from(error: NoRoute) -> Self {
+        let code = match error {
+            NoRoute::NoDecode => Code::NoDecode,
+            NoRoute::NoneReady(_) => Code::NoneReady,
+            NoRoute::AllFailed => Code::DecodeUnreachable,
+        };
+        Self::new(code, error.to_string())
     }
 }
 

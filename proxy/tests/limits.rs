@@ -43,11 +43,7 @@ async fn refusals_have_openais_shape() {
         503,
         "no_decode_instance",
     );
-    refused(
-        client.get("/v1/models").await,
-        503,
-        "no_decode_instance_ready",
-    );
+    refused(client.get("/v1/models").await, 503, "no_decode_instance");
     refused(client.get("/v1/embeddings").await, 404, "not_found");
     refused(client.get(COMPLETIONS).await, 405, "method_not_allowed");
     refused(

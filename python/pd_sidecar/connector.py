@@ -8,6 +8,7 @@ It declares no support for several KV groups: vLLM then keeps to one group.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -19,7 +20,7 @@ from vllm.v1.request import RequestStatus
 
 from . import config
 from .keys import ChunkHasher
-from .layout import Hint, LayoutError, geometry
+from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
 from .metadata import StepMetadata
 from .scheduler import Role, Scheduler
@@ -27,6 +28,8 @@ from .stats import PromMetrics, Stats
 from .worker import Unmoved, Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -204,7 +207,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
         parallel = self._config.parallel_config
         try:
-            pages = geometry(kv_caches, self._hint())
+            hint = self._hint()
+            pages = geometry(kv_caches, hint, {} if hint.mla else self._writers(kv_caches))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
             return Unmoved(self._stats)
@@ -218,6 +222,17 @@ class PdSidecarConnector(KVConnectorBase_V1):
             producer=self._producer,
             consumer=self._consumer,
         )
+
+    def _writers(self, kv_caches: Iterable[str]) -> dict[str, Writer]:
+        """How the engine's own kernels store K and V, for the layers that say it."""
+        layers = self._config.compilation_config.static_forward_context
+        writers: dict[str, Writer] = {}
+        for name in kv_caches:
+            layer = layers.get(name)
+            update = getattr(getattr(layer, "impl", None), "do_kv_cache_update", None)
+            if update is not None:
+                writers[name] = functools.partial(update, layer)
+        return writers
 
     def _hint(self) -> Hint:
         """What vLLM says of the cache. Raises `LayoutError`."""

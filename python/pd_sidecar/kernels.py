@@ -1,21 +1,22 @@
 """Moves KV between an engine's pages and the slots of a sidecar's buffer.
 
-Both sides are seen as rows of equal length, and a move is one `index_select` or `index_copy_` over
-row numbers: no loop over tokens, blocks or heads, whatever the page layout, on any device. The
-slots of a step usually follow each other; then the rows of the buffer are a plain slice and the
-move touches memory once.
+Both sides are seen as rows of equal length, the longest runs that the pages allow, and a move is
+one `index_select` or `index_copy_` over row numbers: no loop over tokens, blocks or heads, whatever
+the page layout, on any device. The slots of a step usually follow each other; then the rows of the
+buffer are a plain slice and the move touches memory once.
 
 A chunk in its slot is LMCache's `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from .layout import Geometry, LayoutError, Pages, row_bytes
+from .layout import Geometry, LayoutError, Pages
 
 if TYPE_CHECKING:
     import mmap
@@ -59,140 +60,144 @@ class Copier:
     """Gathers and scatters for one worker's tensors and one buffer."""
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
-        """Raises `LayoutError` if the tensors and the buffer have no common row."""
+        """Raises `LayoutError` if the tensors are where this version does not reach."""
         device = pages.first.tensor.device
         if device.type != "cpu":
             raise LayoutError(
                 f"KV on {device}: the buffer is host memory, this version moves no more"
             )
-        width = row_bytes(pages.layers, slot_bytes)
-        self._element = next(e for e in _ELEMENTS if width % e.itemsize == 0)
-        self._width = width
         self._pages = pages
-        page = pages.first
-        self._runs = page.heads * page.head_size * page.tensor.element_size() // width
-        """Rows of one plane of one layer of one token."""
-        self._slot_rows = slot_bytes // width
-        self._buffer = self._rows(torch.frombuffer(buffer, dtype=torch.uint8))
-        self._parts = [self._part(layers) for layers in _by_storage(pages.layers)]
+        data = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._parts = [
+            _Part(pages, layers, planes, data, slot_bytes)
+            for layers in _alike(pages.layers)
+            for planes in _planes(layers[0][1], slot_bytes)
+        ]
 
     def gather(self, pieces: Iterable[Piece]) -> Fence:
         """Pages to slots."""
-        for part, batch in self._batches(pieces):
+        for part, batch, slots in self._moves(pieces):
             source = part.rows_of(batch)
-            target = self._buffer_rows(part, batch)
-            if isinstance(target, slice):
-                torch.index_select(part.rows, 0, source, out=self._buffer[target])
+            if isinstance(slots, slice):
+                torch.index_select(part.pages, 0, source, out=part.buffer[slots])
             else:
-                self._buffer.index_copy_(0, target, part.rows.index_select(0, source))
+                _store(part.buffer, slots, part.pages.index_select(0, source))
         return OVER
 
     def scatter(self, pieces: Iterable[Piece]) -> Fence:
         """Slots to pages. Writes the tokens that the pieces name and no others."""
-        for part, batch in self._batches(pieces):
-            source = self._buffer_rows(part, batch)
-            rows = (
-                self._buffer[source]
-                if isinstance(source, slice)
-                else self._buffer.index_select(0, source)
-            )
-            part.rows.index_copy_(0, part.rows_of(batch), rows)
+        for part, batch, slots in self._moves(pieces):
+            whole = isinstance(slots, slice)
+            rows = part.buffer[slots] if whole else part.buffer.index_select(0, slots)
+            _store(part.pages, part.rows_of(batch), rows)
         return OVER
 
-    def _batches(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Part, _Batch]]:
+    def _moves(
+        self, pieces: Iterable[Piece]
+    ) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
+        """What to move with one call each, and its rows in the buffer."""
+        for batch in self._batches(pieces):
+            for part in self._parts:
+                if not (part.has_all_layers and batch.is_whole):
+                    yield part, batch, part.rows_in_slots(batch)
+                elif part.has_all_planes and batch.follow_each_other(
+                    part.rows_of_token, part.slot_rows
+                ):
+                    yield part, batch, part.slice_of(batch)
+                else:
+                    for single in batch.singles():
+                        yield part, single, part.slice_of(single)
+
+    def _batches(self, pieces: Iterable[Piece]) -> Iterator[Batch]:
         """Pieces of the same form together, in the order of their slots."""
         forms: dict[tuple[int, int, int], list[Piece]] = {}
         for piece in sorted(pieces, key=lambda p: p.slot):
             (packed, packed_to), (start, stop) = piece.packed, piece.tokens
             forms.setdefault((packed_to - packed, start - packed, stop - start), []).append(piece)
         for (packed, offset, tokens), group in forms.items():
-            rows = 2 * len(self._pages.layers) * tokens * self._runs
+            rows = tokens * max(part.rows_of_token for part in self._parts)
             step = max(1, MAX_ROWS // rows)
             for at in range(0, len(group), step):
-                batch = _Batch(group[at : at + step], packed, offset, tokens, self._pages)
-                for part in self._parts:
-                    yield part, batch
+                yield Batch.of(group[at : at + step], packed, offset, tokens, self._pages)
 
-    def _buffer_rows(self, part: _Part, batch: _Batch) -> slice | torch.Tensor:
-        slots = batch.slots
-        if part.whole and batch.is_whole:
-            rows = part.base.numel() * batch.tokens
-            first = slots[0] * self._slot_rows
-            if len(slots) == 1 or (
-                rows == self._slot_rows and slots[-1] - slots[0] == len(slots) - 1
-            ):
-                return slice(first, first + rows * len(slots))
-        layers = len(self._pages.layers)
-        planes = torch.arange(self._pages.first.planes).view(1, -1, 1, 1, 1)
-        tokens = torch.arange(batch.tokens).view(1, 1, 1, -1, 1) + batch.offset
-        within = (planes * layers + part.layers.view(1, 1, -1, 1, 1)) * batch.packed + tokens
-        within = within * self._runs + torch.arange(self._runs)
-        starts = torch.tensor(slots).view(-1, 1, 1, 1, 1) * self._slot_rows
-        return (starts + within).reshape(-1)
 
-    def _rows(self, data: torch.Tensor) -> torch.Tensor:
-        usable = data.numel() // self._width * self._width
-        return data[:usable].view(self._element).view(-1, self._width // self._element.itemsize)
+class _Part:
+    """The planes of the layers that share a storage and a way to lie in it: usually all."""
 
-    def _part(self, layers: list[tuple[int, Pages]]) -> _Part:
-        first = layers[0][1].tensor
-        data = torch.empty(0, dtype=torch.uint8, device=first.device)
-        data.set_(first.untyped_storage())
-        size = first.element_size()
-
-        def rows(elements: int) -> int:
-            return elements * size // self._width
-
+    def __init__(
+        self,
+        pages: Geometry,
+        layers: list[tuple[int, Pages]],
+        planes: range,
+        buffer: torch.Tensor,
+        slot_bytes: int,
+    ) -> None:
         page = layers[0][1]
-        starts = torch.tensor([rows(p.tensor.storage_offset()) for _, p in layers])
-        planes = torch.arange(page.planes) * rows(page.plane_stride)
-        if page.head_stride != page.head_size:
-            # A head is one row, or several that follow each other.
-            per_head = self._runs // page.heads
-            heads = torch.arange(page.heads).view(-1, 1) * rows(page.head_stride)
-            runs = (heads + torch.arange(per_head)).reshape(-1)
-        else:
-            # Heads lie side by side: the rows of a token follow each other.
-            runs = torch.arange(self._runs)
-        base = planes.view(-1, 1, 1, 1) + starts.view(1, -1, 1, 1) + runs.view(1, 1, 1, -1)
-        return _Part(
-            rows=self._rows(data),
-            layers=torch.tensor([index for index, _ in layers]),
-            base=base.unsqueeze(0),
-            block_rows=rows(page.block_stride),
-            token_rows=rows(page.token_stride),
-            whole=len(layers) == len(self._pages.layers),
-        )
+        width = _row_elements([p for _, p in layers], planes, slot_bytes)
+        size = page.tensor.element_size()
+        self._all_layers = len(pages.layers)
+        self._layers = torch.tensor([index for index, _ in layers])
+        self._planes = planes
+        self._starts = torch.tensor([p.tensor.storage_offset() // width for _, p in layers])
+        self._block_rows = page.block_stride // width
+        self._inside = page.inside[planes.start : planes.stop, :, ::width] // width
+        self._runs = self._inside.shape[2]
+        storage = torch.empty(0, dtype=torch.uint8).set_(page.tensor.untyped_storage())
+        self.pages = _rows(storage, width * size)
+        self.buffer = _rows(buffer, width * size)
+        self.slot_rows = slot_bytes // (width * size)
+        self.has_all_layers = len(layers) == len(pages.layers)
+        self.has_all_planes = len(planes) == page.planes
+
+    @property
+    def rows_of_token(self) -> int:
+        """Rows of one token in this part."""
+        return len(self._planes) * len(self._layers) * self._runs
+
+    def rows_of(self, batch: Batch) -> torch.Tensor:
+        """The rows of a batch in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
+        inside = self._inside[:, batch.offsets].transpose(0, 1).unsqueeze(2)
+        blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1)
+        starts = self._starts.view(1, 1, -1, 1, 1)
+        return (inside + blocks + starts).reshape(-1)
+
+    def slice_of(self, batch: Batch) -> slice:
+        """The rows in the buffer of a batch that fills its slots, which follow each other."""
+        rows = len(batch.slots) * batch.tokens * self.rows_of_token
+        before = self._planes.start * self._all_layers * batch.tokens * self._runs
+        start = batch.slots[0] * self.slot_rows + before
+        return slice(start, start + rows)
+
+    def rows_in_slots(self, batch: Batch) -> torch.Tensor:
+        """The rows in the buffer of any batch, in the same order."""
+        planes = torch.tensor(self._planes).view(1, -1, 1, 1, 1) * self._all_layers
+        layers = self._layers.view(1, 1, -1, 1, 1)
+        tokens = torch.arange(batch.tokens).view(1, 1, 1, -1, 1) + batch.offset
+        within = ((planes + layers) * batch.packed + tokens) * self._runs
+        slots = torch.tensor(batch.slots).view(-1, 1, 1, 1, 1) * self.slot_rows
+        return (slots + within + torch.arange(self._runs)).reshape(-1)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The layers that share a storage and its strides: usually all."""
-
-    rows: torch.Tensor
-    layers: torch.Tensor
-    base: torch.Tensor
-    """Row of token 0 of block 0, `[1, planes, layers, 1, runs]`."""
-    block_rows: int
-    token_rows: int
-    whole: bool
-
-    def rows_of(self, batch: _Batch) -> torch.Tensor:
-        """The rows of a batch in the pages, in the order of a chunk."""
-        at = batch.blocks * self.block_rows + batch.offsets * self.token_rows
-        return (self.base + at.view(len(batch.slots), 1, 1, -1, 1)).reshape(-1)
-
-
-class _Batch:
+class Batch:
     """Pieces of one form: as many tokens each, packed alike."""
 
-    def __init__(
-        self, pieces: Sequence[Piece], packed: int, offset: int, tokens: int, pages: Geometry
-    ) -> None:
-        self.slots = [piece.slot for piece in pieces]
-        self.packed = packed
-        self.offset = offset
-        self.tokens = tokens
+    slots: list[int]
+    packed: int
+    """Tokens that stand in each slot."""
+    offset: int
+    """The first of them to be moved."""
+    tokens: int
+    blocks: torch.Tensor
+    """The tensor's block of each token, `[piece, token]`."""
+    offsets: torch.Tensor
+    """Its place in the block."""
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[Piece], packed: int, offset: int, tokens: int, pages: Geometry
+    ) -> Batch:
+        """Looks the tokens up in the block tables. Raises `LayoutError` if they are not there."""
         # Requests have tables of their own: they are laid end to end, each piece knows its start.
         starts: dict[int, int] = {}
         tables: list[torch.Tensor] = []
@@ -206,38 +211,90 @@ class _Batch:
                 starts[id(piece.table)] = length
                 tables.append(piece.table)
                 length += piece.table.numel()
-        table = torch.cat(tables)
         start = torch.tensor([starts[id(piece.table)] for piece in pieces]).view(-1, 1)
         first = torch.tensor([piece.tokens[0] for piece in pieces]).view(-1, 1)
         positions = first + torch.arange(tokens)
-        ids = table[start + torch.div(positions, pages.block_tokens, rounding_mode="floor")]
+        ids = torch.cat(tables)[start + positions // pages.block_tokens]
+        # A table's block may be several of the tensor's.
         page = pages.first
         within = positions % pages.block_tokens
-        # A table's block may be several of the tensor's.
-        ratio = pages.block_tokens // page.tokens
-        self.blocks = ids * ratio + torch.div(within, page.tokens, rounding_mode="floor")
-        self.offsets = within % page.tokens
-        if int(self.blocks.max()) >= page.blocks or int(self.blocks.min()) < 0:
+        blocks = ids * (pages.block_tokens // page.tokens) + within // page.tokens
+        if int(blocks.max()) >= page.blocks or int(blocks.min()) < 0:
             raise LayoutError(f"a block table names a block beyond {page.blocks}")
+        slots = [piece.slot for piece in pieces]
+        return cls(slots, packed, offset, tokens, blocks, within % page.tokens)
 
     @property
     def is_whole(self) -> bool:
         """The pieces are all that their slots hold."""
         return self.offset == 0 and self.tokens == self.packed
 
+    def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:
+        """The pieces lie end to end in the buffer."""
+        apart = self.slots[-1] - self.slots[0]
+        full = self.tokens * rows_of_token == slot_rows
+        return len(self.slots) == 1 or (full and apart == len(self.slots) - 1)
 
-def _by_storage(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
-    groups: dict[tuple[int, ...], list[tuple[int, Pages]]] = {}
-    for index, page in enumerate(layers):
-        key = (
-            page.tensor.untyped_storage().data_ptr(),
-            page.block_stride,
-            page.token_stride,
-            page.head_stride,
-            page.plane_stride,
-        )
-        groups.setdefault(key, []).append((index, page))
-    return list(groups.values())
+    def singles(self) -> Iterator[Batch]:
+        """One batch a piece."""
+        for i, slot in enumerate(self.slots):
+            blocks, offsets = self.blocks[i : i + 1], self.offsets[i : i + 1]
+            yield Batch([slot], self.packed, self.offset, self.tokens, blocks, offsets)
+
+
+def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
+    """Layers, with their numbers, that lie alike in the same storage."""
+    groups: list[list[tuple[int, Pages]]] = []
+    for entry in enumerate(layers):
+        page = entry[1]
+        for group in groups:
+            other = group[0][1]
+            if (
+                page.tensor.untyped_storage().data_ptr()
+                == other.tensor.untyped_storage().data_ptr()
+                and page.block_stride == other.block_stride
+                and torch.equal(page.inside, other.inside)
+            ):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _planes(page: Pages, slot_bytes: int) -> list[range]:
+    """K and V together if they come in rows of the same length, otherwise each for itself."""
+    each = [range(plane, plane + 1) for plane in range(page.planes)]
+    if len({_row_elements([page], plane, slot_bytes) for plane in each}) == 1:
+        return [range(page.planes)]
+    return each
+
+
+def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
+    """The longest run of elements of a token that starts at a multiple of itself everywhere."""
+    page = layers[0]
+    inside = page.inside[planes.start : planes.stop]
+    total = inside.shape[2]
+    # Where a run ends, in the order of a chunk.
+    ends = (inside[:, :, 1:] != inside[:, :, :-1] + 1).any(0).any(0).nonzero().view(-1) + 1
+    width = math.gcd(total, slot_bytes // page.tensor.element_size(), page.block_stride)
+    width = math.gcd(width, *ends.tolist(), *(p.tensor.storage_offset() for p in layers))
+    return math.gcd(width, *inside[:, :, ::width].unique().tolist())
+
+
+def _rows(data: torch.Tensor, width: int) -> torch.Tensor:
+    """Bytes as rows of `width` bytes, in the widest elements that divide them."""
+    element = next(e for e in _ELEMENTS if width % e.itemsize == 0)
+    rows = data[: data.numel() // width * width].view(element)
+    # One dimension where it can be: single elements are several times slower as rows of one.
+    return rows if width == element.itemsize else rows.view(-1, width // element.itemsize)
+
+
+def _store(rows: torch.Tensor, numbers: torch.Tensor, values: torch.Tensor) -> None:
+    if rows.dim() == 1:
+        rows.scatter_(0, numbers, values)
+    else:
+        rows.index_copy_(0, numbers, values)
 
 
 _ELEMENTS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -1,23 +1,20 @@
 """Where KV lies in an engine's tensors, and what a chunk of it looks like.
 
-Everything is read from shapes and strides. The engine's own description (`Hint`) only decides
-between readings that the shape alone leaves open, so that a new page layout with the same logical
-shape needs no change here.
+Shapes and strides say it; the engine's own description (`Hint`) only decides between readings that
+they leave open. They may lie about the inside of a page, though: vLLM's CPU kernels keep K there
+column by column, or in tiles, in a tensor whose shape says otherwise. Where the engine's own kernel
+can be had, `probe` asks it.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import wire
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 DTYPE_NAMES = {
     torch.float64: "double",
@@ -60,9 +57,8 @@ class Pages:
     head_size: int
     planes: int
     block_stride: int
-    token_stride: int
-    head_stride: int
-    plane_stride: int
+    inside: torch.Tensor
+    """Offset within a block of each `[plane, token, head * head_size]`."""
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -75,6 +71,10 @@ class Pages:
             self.head_size,
             self.planes,
         )
+
+
+Writer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""The engine's own way to store K and V `[tokens, heads, size]` in a cache, by slot numbers."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,29 @@ class Geometry:
         )
 
 
-def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint) -> Geometry:
+def geometry(
+    tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None
+) -> Geometry:
     """The geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
+
+    Layers with a writer are probed, the others are taken as their strides say.
 
     Layers stand in the order of the numbers in their names, on both sides of a transfer. Names
     that share a tensor (layers that reuse another layer's KV) count once.
     """
     layers: list[Pages] = []
     seen: set[tuple[object, ...]] = set()
+    writers = writers or {}
     for name in sorted(tensors, key=_natural):
         tensor = tensors[name]
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if place in seen:
             continue
         seen.add(place)
-        layers.append(_pages(name, tensor, hint))
+        pages = _pages(name, tensor, hint)
+        if name in writers:
+            pages = replace(pages, inside=probe(name, pages, writers[name]))
+        layers.append(pages)
         if layers[-1].shape != layers[0].shape:
             raise LayoutError(f"{name}: {layers[-1].shape} differs from {layers[0].shape}")
     if not layers:
@@ -164,21 +172,66 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
         raise LayoutError(f"{name}: dtype {tensor.dtype} has no name in keys")
     shape, stride = tuple(tensor.shape), tensor.stride()
     block, token, head, plane, size = _axes(name, shape, hint)
-    if stride[-1] != 1:
-        raise LayoutError(f"{name}: the last dimension has stride {stride[-1]}")
-    packed = plane is None and not hint.mla
+    # Without a dimension of its own, V follows K within a head.
+    planes = 1 if hint.mla else 2
+    plane_stride = size if plane is None else stride[plane]
+    head_stride = 0 if head is None else stride[head]
+    heads = 1 if head is None else shape[head]
+    inside = (
+        torch.arange(planes).view(-1, 1, 1, 1) * plane_stride
+        + torch.arange(shape[token]).view(1, -1, 1, 1) * stride[token]
+        + torch.arange(heads).view(1, 1, -1, 1) * head_stride
+        + torch.arange(size) * stride[-1]
+    )
     return Pages(
         tensor=tensor,
         blocks=shape[block],
         tokens=shape[token],
-        heads=1 if head is None else shape[head],
+        heads=heads,
         head_size=size,
-        planes=1 if hint.mla else 2,
+        planes=planes,
         block_stride=stride[block],
-        token_stride=stride[token],
-        head_stride=size if head is None else stride[head],
-        plane_stride=size if packed else 0 if plane is None else stride[plane],
+        inside=inside.view(planes, shape[token], heads * size),
     )
+
+
+def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
+    """Where the engine's own kernel stores what: it is given numbers, and they are looked for.
+
+    The numbers are written digit by digit, so small that every dtype holds them exactly. Raises
+    `LayoutError` if they do not come back once each.
+    """
+    tensor, per_plane = pages.tensor, pages.inside[0].numel()
+    numbers = torch.arange(2 * per_plane)
+    # Block 1 of 2, so that the stride between blocks is tried too.
+    cache = torch.empty_strided((2, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype)
+    storage = torch.empty(0, dtype=tensor.dtype).set_(cache.untyped_storage())
+    slots = torch.arange(pages.tokens, 2 * pages.tokens)
+    found = torch.zeros(storage.numel(), dtype=torch.int64)
+    stored = torch.ones(storage.numel(), dtype=torch.bool)
+    for place in range(_digits(2 * per_plane)):
+        digit = (numbers // PROBE_BASE**place % PROBE_BASE + 1).to(tensor.dtype)
+        key, value = digit.view(2, pages.tokens, pages.heads, pages.head_size)
+        storage.zero_()
+        write(key.contiguous(), value.contiguous(), cache, slots)
+        read = storage.to(torch.float64)
+        stored &= (read >= 1) & (read <= PROBE_BASE)
+        found += (read.to(torch.int64) - 1) * PROBE_BASE**place
+    places = stored.nonzero().view(-1)
+    if not torch.equal(found[places].sort().values, numbers):
+        raise LayoutError(f"{name}: the engine does not store K and V as they are")
+    inside = torch.empty_like(numbers)
+    inside[found[places]] = places - pages.block_stride
+    if int(inside.min()) < 0:
+        raise LayoutError(f"{name}: the engine's blocks are not those of the tensor's shape")
+    return inside.view(pages.inside.shape)
+
+
+def _digits(numbers: int) -> int:
+    digits = 1
+    while PROBE_BASE**digits < numbers:
+        digits += 1
+    return digits
 
 
 def _axes(
@@ -215,26 +268,5 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def row_bytes(layers: tuple[Pages, ...], slot_bytes: int) -> int:
-    """The longest run of bytes that is one piece in every layer and starts at a multiple of itself.
-
-    Heads that lie side by side are one run; otherwise a run is one head of K or V.
-    """
-    page = layers[0]
-    size = page.tensor.element_size()
-    run = page.head_size
-    side_by_side = all(layer.head_stride == layer.head_size for layer in layers)
-    if side_by_side:
-        run *= page.heads
-    strides = [
-        stride
-        for layer in layers
-        for stride in (
-            layer.tensor.storage_offset(),
-            layer.block_stride,
-            layer.token_stride,
-            0 if side_by_side else layer.head_stride,
-            layer.plane_stride,
-        )
-    ]
-    return math.gcd(slot_bytes, run * size, *(stride * size for stride in strides))
+PROBE_BASE = 128
+"""bfloat16 and float16 hold every integer up to it, and one more."""

@@ -71,7 +71,7 @@ CASES = {
 class Side:
     """One engine's tensors with their copier."""
 
-    def __init__(self, case, block_tokens, buffer, dtype, kernel_tokens=None):
+    def __init__(self, case, block_tokens, buffer, dtype, kernel_tokens=None, writer=None):
         self.hint = Hint(
             num_blocks=BLOCKS * (kernel_tokens or block_tokens) // block_tokens,
             block_tokens=block_tokens,
@@ -81,7 +81,8 @@ class Side:
         )
         tensors = CASES[case](kernel_tokens or block_tokens, dtype)
         self.tensors = {f"model.layers.{i}.attn": tensor for i, tensor in enumerate(tensors)}
-        self.pages = geometry(self.tensors, self.hint)
+        writers = dict.fromkeys(self.tensors, writer) if writer else None
+        self.pages = geometry(self.tensors, self.hint, writers)
         self.slot_bytes = self.pages.token_bytes * CHUNK
         self.copier = Copier(self.pages, buffer, self.slot_bytes)
         self.table = torch.randperm(self.hint.num_blocks)
@@ -93,6 +94,11 @@ class Side:
         return torch.stack(
             [tokens_of(t, table, kernel, count, self.hint) for t in self.tensors.values()], 1
         )
+
+
+def bits(tensor):
+    """For comparison: not every dtype can be compared."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def pieces(side, tokens, first_token, have, slots):
@@ -108,12 +114,20 @@ def memory():
     return mmap.mmap(-1, 12 * CHUNK * LAYERS * 2 * HEADS * SIZE * 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 @pytest.mark.parametrize(
     ("source", "target"),
     [(a, b) for a in CASES for b in CASES if a.startswith("MLA") == b.startswith("MLA")],
 )
-def test_kv_survives_the_way_between_any_two_layouts(source, target, dtype):
+def test_kv_survives_the_way_between_any_two_layouts(source, target):
+    check_way(source, target, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_kv_survives_in_any_dtype(dtype):
+    check_way("0.32 HND", "0.24 NHD", dtype)
+
+
+def check_way(source, target, dtype):
     torch.manual_seed(1)
     buffer = memory()
     prefill, decode = Side(source, 16, buffer, dtype), Side(target, 32, buffer, dtype)
@@ -121,8 +135,8 @@ def test_kv_survives_the_way_between_any_two_layouts(source, target, dtype):
     before = decode.read(tokens)
     prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
     decode.copier.scatter(pieces(decode, tokens, 0, 0, slots))
-    assert torch.equal(prefill.read(tokens), decode.read(tokens))
-    assert not torch.equal(before, decode.read(tokens))
+    assert torch.equal(bits(prefill.read(tokens)), bits(decode.read(tokens)))
+    assert not torch.equal(bits(before), bits(decode.read(tokens)))
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3], [3, 0, 7, 5]])
@@ -229,3 +243,107 @@ def test_chunk_span(index, tokens, first, span):
 def test_wanted_chunks(tokens, have, chunks):
     assert list(wanted_chunks(tokens, have, 256)) == chunks
     assert chunks_of(tokens, 256) == -(-tokens // 256)
+
+
+# Pages whose inside is not what their shape says.
+
+
+def columns(key, value, cache, slots):
+    """vLLM's CPU kernels: V follows K in a page, and K is kept column by column."""
+    pages = cache.view(cache.shape[0], HEADS, 2, -1)
+    for k, v, slot in zip(key, value, slots.tolist(), strict=True):
+        block, token = divmod(slot, cache.shape[2])
+        pages[block, :, 0].view(HEADS, SIZE, -1)[:, :, token] = k
+        pages[block, :, 1].view(HEADS, -1, SIZE)[:, token] = v
+
+
+def tiles(key, value, cache, slots):
+    """The same on a processor with AMX: pairs of dimensions of K, pairs of tokens of V."""
+    pages = cache.view(cache.shape[0], HEADS, 2, -1)
+    for k, v, slot in zip(key, value, slots.tolist(), strict=True):
+        block, token = divmod(slot, cache.shape[2])
+        k_tiles = pages[block, :, 0].view(HEADS, -1, SIZE // 2, 16, 2)
+        k_tiles[:, token // 16, :, token % 16] = k.view(HEADS, SIZE // 2, 2)
+        v_tiles = pages[block, :, 1].view(HEADS, SIZE // 16, -1, 16, 2)
+        v_tiles[:, :, token // 2, :, token % 2] = v.view(HEADS, SIZE // 16, 16)
+
+
+def plain(key, value, cache, slots):
+    """As the shape says."""
+    for k, v, slot in zip(key, value, slots.tolist(), strict=True):
+        block, token = divmod(slot, cache.shape[2])
+        cache[block, :, token] = torch.cat([k, v], 1)
+
+
+def stored(writer, side, values):
+    """Fills a side's tensors by its writer; `values` is `[2, layers, tokens, heads * size]`."""
+    kernel = side.pages.first.tokens
+    count = values.shape[2]
+    slots = torch.tensor([int(side.table[p // kernel]) * kernel + p % kernel for p in range(count)])
+    for layer, tensor in enumerate(side.tensors.values()):
+        key, value = values[:, layer].view(2, count, HEADS, SIZE)
+        writer(key, value, tensor, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("writer", [plain, columns, tiles], ids=lambda w: w.__name__)
+def test_the_kernel_says_where_kv_is(writer, dtype):
+    buffer = memory()
+    prefill = Side("0.32 HND", 32, buffer, dtype, writer=writer)
+    decode = Side("0.32 HND", 64, buffer, dtype, writer=writer)
+    reader = Side("0.24 NHD", 16, buffer, dtype)
+    tokens, have, slots = 3 * CHUNK + 20, 64, [1, 2, 3, 6]
+    values = torch.randn(2, LAYERS, tokens, HEADS * SIZE).to(dtype)
+    stored(writer, prefill, values)
+    stored(writer, decode, torch.zeros_like(values))
+    prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
+    reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))
+    assert torch.equal(reader.read(tokens), values)
+    # And back through pages of another size, beyond a local prefix.
+    decode.copier.scatter(pieces(decode, tokens, 0, have, slots))
+    decode.copier.gather(pieces(decode, tokens, 0, 0, slots))
+    reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))
+    values[:, :, :have] = 0
+    assert torch.equal(reader.read(tokens), values)
+
+
+def test_a_kernel_that_agrees_with_the_shape_changes_nothing():
+    shape_alone = Side("0.32 HND", 32, memory(), torch.float32)
+    asked = Side("0.32 HND", 32, memory(), torch.float32, writer=plain)
+    assert torch.equal(shape_alone.pages.first.inside, asked.pages.first.inside)
+
+
+def lossy(key, value, cache, slots):
+    plain(torch.sin(key), value, cache, slots)
+
+
+def wrong_block(key, value, cache, slots):
+    plain(key, value, cache, slots - cache.shape[2])
+
+
+@pytest.mark.parametrize("writer", [lossy, wrong_block, lambda *_: None])
+def test_a_kernel_that_stores_something_else_is_refused(writer):
+    with pytest.raises(LayoutError, match=r"layers\.0"):
+        Side("0.32 HND", 32, memory(), torch.float32, writer=writer)
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+def test_vllms_own_cpu_kernel(isa):
+    platform = pytest.importorskip("vllm.platforms").current_platform
+    if not platform.is_cpu():
+        pytest.skip("a vLLM for another platform")
+    from vllm import _custom_ops as ops
+
+    platform.import_kernels()
+
+    def writer(key, value, cache, slots):
+        pages = cache.view(cache.shape[0], cache.shape[1], 2 * cache.shape[2], -1)
+        ops.cpu_attn_reshape_and_cache(key, value, *pages.chunk(2, dim=2), slots, isa)
+
+    shape = (BLOCKS, HEADS, 32, 2 * 32)
+    tensors = {"layers.0": torch.zeros(shape)}
+    pages = geometry(tensors, Hint(BLOCKS, 32, HEADS, 32, False), {"layers.0": writer})
+    inside = pages.first.inside
+    assert inside[0, 1, 0] - inside[0, 0, 0] == 1  # K: the next token is the next element
+    assert inside[0, 0, 1] - inside[0, 0, 0] == 32
+    assert inside[1, 0, 1] - inside[1, 0, 0] == 1  # V: the next dimension is

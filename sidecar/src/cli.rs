@@ -1,5 +1,6 @@
 //! Flags, subcommands, exit codes, and the help that teaches them.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -234,7 +235,7 @@ impl CheckConfig {
     /// Prints the report; mistakes go to standard error and make the exit code 64.
     pub(crate) fn run(&self) -> Exit {
         if self.reference {
-            print!("{}", crate::config::reference());
+            say(&crate::config::reference());
             return Exit::Ok;
         }
         let inputs = match inputs(&self.overrides, self.file.clone()) {
@@ -246,9 +247,9 @@ impl CheckConfig {
             Err(report) => *report,
         };
         if self.json {
-            println!("{:#}", report.json());
+            say(&format!("{:#}\n", report.json()));
         } else {
-            print!("{report}");
+            say(&report.to_string());
         }
         if report.problems.is_empty() {
             return Exit::Ok;
@@ -256,6 +257,14 @@ impl CheckConfig {
         eprint!("{}", report.errors());
         Exit::Usage
     }
+}
+
+/// Prints to standard output. A reader that has gone, such as `head`, wants no more and is no error.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .ok();
 }
 
 fn inputs(overrides: &Overrides, file: Option<PathBuf>) -> Result<Inputs, Exit> {

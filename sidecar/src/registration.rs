@@ -121,12 +121,13 @@ impl<O: Outlet> Registration<O> {
                     info!("leaving the proxy");
                     self.send(&ToProxy::Leave(self.status.leave()));
                 }
+                // Before the queue: a stream of messages must not keep the heartbeat back.
+                _ = ticks.tick(), if !leaving => self.register(),
+                () = self.status.changed(), if !leaving => self.register(),
                 message = self.queue.recv() => match message {
                     Some(message) => self.send(&message),
                     None => break,
                 },
-                () = self.status.changed(), if !leaving => self.register(),
-                _ = ticks.tick(), if !leaving => self.register(),
             }
         }
         while let Ok(message) = self.queue.try_recv() {

@@ -9,14 +9,15 @@ use tracing::info;
 
 use crate::config::{Config, Listen, Wire};
 use crate::memory::Buffer;
-use crate::transport::Transport;
+use crate::transport::choose::{self, Chosen, NoWire, Wanted};
+use crate::transport::{Kind, Transport};
 use crate::transport::nixl::{self, Library, Nixl, Search};
 use crate::transport::tcp::{self, Tcp};
 
 /// Every wire that this process can use for one buffer.
 #[derive(Clone, Debug)]
 pub(crate) struct Wires {
-    configured: Wire,
+    wanted: Wanted,
     transports: Vec<Arc<dyn Transport>>,
 }
 
@@ -43,7 +44,11 @@ impl Wires {
             transports.push(Arc::new(tcp(config, buffer, listen)?));
         }
         Ok(Self {
-            configured: config.transport,
+            wanted: match config.transport {
+                Wire::Auto => Wanted::Auto,
+                Wire::Nixl => Wanted::Only(Kind::Nixl),
+                Wire::Tcp => Wanted::Only(Kind::Tcp),
+            },
             transports,
         })
     }
@@ -62,16 +67,22 @@ impl Wires {
             .unwrap_or_default()
     }
 
-    /// The wire to a peer that advertises these, and why it is that one.
+    /// The wire to a receiver that was reached as `host` and advertises these, its address, and why it
+    /// is that one.
     ///
     /// # Errors
-    /// Both sides' wires and the configuration, as a sentence, if they have none in common.
-    pub(crate) fn choose(&self, theirs: &[Advert]) -> Result<(Arc<dyn Transport>, String), String> {
-        self.transports
-            .iter()
-            .find(|t| theirs.iter().any(|a| a.kind == t.kind().as_str()))
-            .map(|t| (Arc::clone(t), format!("{:?}", self.configured)))
-            .ok_or_else(|| "no wire in common".to_owned())
+    /// See [`NoWire`].
+    pub(crate) fn choose(
+        &self,
+        theirs: Option<&[Advert]>,
+        host: &str,
+    ) -> Result<(Arc<dyn Transport>, Chosen), NoWire> {
+        let ours: Vec<Kind> = self.transports.iter().map(|t| t.kind()).collect();
+        let chosen = choose::choose(self.wanted, &ours, theirs, host)?;
+        let transport = self.transports.iter().find(|t| t.kind() == chosen.kind);
+        // `choose` takes one of ours.
+        let transport = transport.expect("a kind of this process");
+        Ok((Arc::clone(transport), chosen))
     }
 
     pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {

@@ -144,6 +144,13 @@ impl World {
         }
     }
 
+    fn replace_receiver(&mut self) {
+        self.receiver_dies();
+        self.decode.sidecar_died();
+        self.d_epoch += 1;
+        self.d = new_receiver(self.d_epoch, self.d_slots);
+    }
+
     pub(crate) fn strike(&mut self, fault: Fault) {
         match fault {
             Fault::KillSender => {
@@ -159,10 +166,14 @@ impl World {
                 if self.net.route.take().is_some() {
                     self.lost_at_sender();
                 }
-                self.receiver_dies();
-                self.decode.sidecar_died();
-                self.d_epoch += 1;
-                self.d = new_receiver(self.d_epoch, self.d_slots);
+                self.replace_receiver();
+            }
+            Fault::SwapReceiver => {
+                if self.net.route.is_some() {
+                    self.net.route = Some(self.net.next_route);
+                    self.net.next_route += 1;
+                }
+                self.replace_receiver();
             }
             Fault::KillPrefill => {
                 let gone = self.prefill.dies();

@@ -61,6 +61,9 @@ pub(crate) enum Park {
 pub(crate) enum Fault {
     KillSender,
     KillReceiver,
+    /// The receiver is replaced between the handshake and the first message: the sender's link leads
+    /// to memory that is gone, and nobody tells it.
+    SwapReceiver,
     KillPrefill,
     KillDecode,
     /// The control connection breaks; both sides notice.
@@ -107,6 +110,7 @@ fn fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
         2 => Just(Fault::KillSender),
         2 => Just(Fault::KillReceiver),
+        1 => Just(Fault::SwapReceiver),
         1 => Just(Fault::KillPrefill),
         1 => Just(Fault::KillDecode),
         2 => Just(Fault::Disconnect),

@@ -5,8 +5,9 @@ use std::fmt::{self, Write};
 
 use serde_json::json;
 
-use super::layers::{Layers, Problem, Row};
+use super::layers::Layers;
 use super::lmcache::Ignored;
+use super::problem::{Problem, Row};
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -85,8 +86,12 @@ impl Report {
         })
     }
 
-    /// Writes the start's log lines: warnings, what is ignored, what is passed through.
+    /// Writes the start's log lines: warnings, what is ignored, what is passed through; at the level
+    /// debug every value too.
     pub(crate) fn log(&self) {
+        for row in &self.rows {
+            tracing::debug!(key = row.key, value = row.value, source = row.source);
+        }
         for warning in &self.warnings {
             tracing::warn!("{warning}");
         }

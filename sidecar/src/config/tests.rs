@@ -353,6 +353,7 @@ fn ports_must_fit_together() {
             "sidecar: {admin: '127.0.0.1:7300'}\npd_role",
             "port 7300 is used twice",
         ),
+        ("[7400, 7401]", "[7400, 7900]", "port 7900 is used twice"),
         (
             "127.0.0.1\npd_peer_init",
             "0.0.0.0\npd_peer_init",
@@ -574,4 +575,70 @@ fn docs_have_every_key() {
             "no such key any more: {line}"
         );
     }
+}
+
+/// Whatever a file says, loading it ends with a configuration or with mistakes, and mistakes have
+/// words.
+#[test]
+fn damaged_files_never_panic() {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    const SCRAPS: &[&str] = &[
+        "\n",
+        ": ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "&a ",
+        "*a",
+        "<<: *a\n",
+        "\"",
+        "'",
+        "- ",
+        "#",
+        "\t",
+        "~",
+        "0x",
+        "1e999",
+        "-1",
+        ".inf",
+        "\u{feff}",
+        "é",
+        "\0",
+        "|\n",
+        "? ",
+        "!!int ",
+        "%YAML 1.1\n---\n",
+        "sidecar:\n  ",
+        "0",
+        "pd_role: both\n",
+        "99999999999999999999",
+        ",",
+        "...\n",
+        "GiB",
+        ":",
+    ];
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut loaded = 0;
+    for round in 0..500 {
+        let mut text = [RECEIVER, SENDER][round % 2].to_owned();
+        for _ in 0..rng.random_range(1..6) {
+            let at = (0..=text.len())
+                .filter(|&i| text.is_char_boundary(i))
+                .collect::<Vec<_>>();
+            let from = at[rng.random_range(0..at.len())];
+            let to = at[rng.random_range(0..at.len())].clamp(from, text.len().min(from + 8));
+            let to = if text.is_char_boundary(to) { to } else { from };
+            text.replace_range(from..to, SCRAPS[rng.random_range(0..SCRAPS.len())]);
+        }
+        match Config::load(&inputs(&text, &[], &[])) {
+            Ok(_) => loaded += 1,
+            Err(report) => {
+                assert!(!report.problems.is_empty(), "{text}");
+                assert!(report.problems.iter().all(|p| !p.what.is_empty()), "{text}");
+            }
+        }
+    }
+    assert!(loaded > 5, "some damage is harmless: {loaded}");
 }

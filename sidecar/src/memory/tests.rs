@@ -18,7 +18,7 @@ fn a_buffer_is_sealed_and_has_all_its_pages() {
     assert!(ftruncate(fd, MIB).is_err() && ftruncate(fd, 6 * MIB).is_err());
     let blocks = rustix::fs::fstat(fd).unwrap().st_blocks;
     assert!(blocks * 512 >= 5 << 20, "{blocks} blocks");
-    assert!(buffer.address() % rustix::param::page_size() == 0);
+    assert!(buffer.address().is_multiple_of(rustix::param::page_size()));
     assert_eq!(buffer.bytes(), 5 * MIB);
 }
 
@@ -31,7 +31,7 @@ fn bytes_go_through_a_socket_into_another_range() {
     while got < 100_000 {
         if sent < 100_000 {
             sent += buffer
-                .send(&a, sent, 4096.min(100_000 - sent as usize))
+                .send(&a, sent, 4096.min(usize::try_from(100_000 - sent).unwrap()))
                 .unwrap() as u64;
         }
         got += buffer.recv(&b, MIB + got, 1 << 16).unwrap() as u64;

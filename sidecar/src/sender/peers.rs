@@ -356,11 +356,10 @@ impl PeerTask {
             let text = "an LMCache receiver: pushing to it is not supported yet".to_owned();
             return Err((Reason::NoLink, text));
         };
-        let (transport, why) = self
+        let (transport, chosen) = self
             .wires
-            .choose(&hello.transports)
-            .map_err(|text| (Reason::NoLink, text))?;
-        let tcp = hello.transports.iter().find(|a| a.kind == "tcp");
+            .choose(Some(&hello.transports), &self.to.host)
+            .map_err(|e| (e.reason(), e.to_string()))?;
         let slots = linked.pages.slots;
         let remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
@@ -369,7 +368,7 @@ impl PeerTask {
             memory: linked.memory,
             slots,
             slot_bytes: linked.pages.slot_bytes,
-            tcp: tcp.map(|a| a.address.clone()),
+            tcp: chosen.address,
         };
         let link = transport
             .link(remote)
@@ -379,7 +378,7 @@ impl PeerTask {
             hello,
             slots,
             link,
-            why,
+            why: chosen.why,
         })
     }
 

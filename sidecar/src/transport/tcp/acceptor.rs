@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::frame::{Answer, Hello, Refusal, VERSION};
-use super::landing::{Landing, Shore};
+use super::landing::{Landing, Receiver};
 use super::socket::{Waker, poll_for, prepare};
 
 /// Owns the listening thread; dropping it ends every connection and joins every thread.
@@ -38,7 +38,7 @@ struct Control {
 impl Acceptor {
     pub(super) fn start(
         listener: TcpListener,
-        shore: Arc<Shore>,
+        receiver: Arc<Receiver>,
         max_connections: usize,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
@@ -47,18 +47,18 @@ impl Acceptor {
             stop: AtomicBool::new(false),
             ended: Mutex::default(),
         });
-        let mut harbour = Harbour {
+        let mut accepting = Accepting {
             listener,
-            shore,
+            receiver,
             control: Arc::clone(&control),
             max_connections,
             waiting: Vec::new(),
-            berths: HashMap::new(),
+            connections: HashMap::new(),
             next: 0,
         };
         let thread = thread::Builder::new()
             .name("tcp-accept".to_owned())
-            .spawn(move || harbour.run())?;
+            .spawn(move || accepting.run())?;
         Ok(Self {
             control,
             thread: Some(thread),
@@ -79,13 +79,13 @@ impl Drop for Acceptor {
 }
 
 /// The thread's state.
-struct Harbour {
+struct Accepting {
     listener: TcpListener,
-    shore: Arc<Shore>,
+    receiver: Arc<Receiver>,
     control: Arc<Control>,
     max_connections: usize,
     waiting: Vec<Waiting>,
-    berths: HashMap<u64, Berth>,
+    connections: HashMap<u64, Connection>,
     next: u64,
 }
 
@@ -99,7 +99,7 @@ struct Waiting {
 }
 
 /// A connection with a thread.
-struct Berth {
+struct Connection {
     socket: Arc<TcpStream>,
     from: IpAddr,
     proven: Arc<AtomicBool>,
@@ -107,7 +107,7 @@ struct Berth {
     thread: JoinHandle<()>,
 }
 
-impl Harbour {
+impl Accepting {
     fn run(&mut self) {
         let mut pause = None;
         while !self.control.stop.load(Ordering::SeqCst) {
@@ -125,12 +125,12 @@ impl Harbour {
                 pause = self.accept();
             }
         }
-        for berth in self.berths.values() {
+        for connection in self.connections.values() {
             // A thread that is about to end has closed its side already.
-            drop(berth.socket.shutdown(Shutdown::Both));
+            drop(connection.socket.shutdown(Shutdown::Both));
         }
-        for (_, berth) in self.berths.drain() {
-            join(berth.thread);
+        for (_, connection) in self.connections.drain() {
+            join(connection.thread);
         }
     }
 
@@ -174,14 +174,17 @@ impl Harbour {
                     continue;
                 }
                 Err(error) => {
-                    if let Some(dropped) = self.shore.counters.log.allow(Instant::now()) {
+                    if let Some(dropped) = self.receiver.counters.log.allow(Instant::now()) {
                         tracing::warn!(%error, dropped, "tcp listener cannot accept");
                     }
                     return Some(ACCEPT_PAUSE);
                 }
             };
-            self.shore.counters.accepted.fetch_add(1, Ordering::Relaxed);
-            if prepare(&socket, self.shore.stall).is_err() {
+            self.receiver
+                .counters
+                .accepted
+                .fetch_add(1, Ordering::Relaxed);
+            if prepare(&socket, self.receiver.stall).is_err() {
                 continue;
             }
             if self.waiting.len() >= MAX_WAITING {
@@ -197,7 +200,7 @@ impl Harbour {
                 peer,
                 hello: [0; Hello::BYTES],
                 got: 0,
-                until: Instant::now() + self.shore.handshake,
+                until: Instant::now() + self.receiver.handshake,
             });
         }
         None
@@ -210,7 +213,7 @@ impl Harbour {
         for (mut waiting, ready) in all.into_iter().zip(ready) {
             let step = if *ready { waiting.read() } else { Ok(None) };
             match step {
-                Ok(Some(hello)) => self.berth(waiting, hello),
+                Ok(Some(hello)) => self.admit(waiting, hello),
                 Ok(None) if now < waiting.until => self.waiting.push(waiting),
                 Ok(None) => self.refuse(&waiting, Refusal::Stalled),
                 Err(Some(why)) => self.refuse(&waiting, why),
@@ -221,8 +224,8 @@ impl Harbour {
     }
 
     /// Gives a connection its thread, if its hello is right and there is room.
-    fn berth(&mut self, mut waiting: Waiting, hello: Hello) {
-        let cut = self.shore.gates.current();
+    fn admit(&mut self, mut waiting: Waiting, hello: Hello) {
+        let cut = self.receiver.gates.current();
         let wrong = if hello.version != VERSION {
             Some(Refusal::Version)
         } else if cut.slots() == 0 {
@@ -244,7 +247,7 @@ impl Harbour {
         let socket = Arc::new(waiting.socket);
         let proven = Arc::new(AtomicBool::new(false));
         let landing = Landing {
-            shore: Arc::clone(&self.shore),
+            receiver: Arc::clone(&self.receiver),
             socket: Arc::clone(&socket),
             peer: waiting.peer,
             proven: Arc::clone(&proven),
@@ -262,14 +265,14 @@ impl Harbour {
         match spawned {
             Ok(thread) => {
                 let from = waiting.peer.ip();
-                let berth = Berth {
+                let connection = Connection {
                     socket,
                     from,
                     proven,
                     evicted: false,
                     thread,
                 };
-                self.berths.insert(id, berth);
+                self.connections.insert(id, connection);
                 tracing::debug!(peer = %waiting.peer, "sender connected");
             }
             Err(error) => tracing::error!(peer = %waiting.peer, %error, "no thread for a sender"),
@@ -278,37 +281,46 @@ impl Harbour {
 
     /// Whether there is room for one more connection, if need be by closing a stranger's.
     fn make_room(&mut self) -> bool {
-        let live = self.berths.values().filter(|berth| !berth.evicted).count();
+        let live = self
+            .connections
+            .values()
+            .filter(|connection| !connection.evicted)
+            .count();
         if live < self.max_connections {
             return true;
         }
         // Threads of evicted connections need a moment to end: they are bounded too.
-        if self.berths.len() >= 2 * self.max_connections {
+        if self.connections.len() >= 2 * self.max_connections {
             return false;
         }
         let strangers = self
-            .berths
+            .connections
             .iter()
-            .filter(|(_, berth)| !berth.evicted && !berth.proven.load(Ordering::Relaxed))
-            .map(|(id, berth)| (*id, berth.from));
+            .filter(|(_, connection)| {
+                !connection.evicted && !connection.proven.load(Ordering::Relaxed)
+            })
+            .map(|(id, connection)| (*id, connection.from));
         let Some(id) = oldest_of_the_most(strangers) else {
             return false;
         };
-        if let Some(berth) = self.berths.get_mut(&id) {
-            berth.evicted = true;
-            drop(berth.socket.shutdown(Shutdown::Both));
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.evicted = true;
+            drop(connection.socket.shutdown(Shutdown::Both));
             self.evicted();
         }
         true
     }
 
     fn evicted(&self) {
-        self.shore.counters.evicted.fetch_add(1, Ordering::Relaxed);
+        self.receiver
+            .counters
+            .evicted
+            .fetch_add(1, Ordering::Relaxed);
     }
 
     fn refuse(&self, waiting: &Waiting, why: Refusal) {
-        self.shore.counters.refuse(why);
-        if let Some(dropped) = self.shore.counters.log.allow(Instant::now()) {
+        self.receiver.counters.refuse(why);
+        if let Some(dropped) = self.receiver.counters.log.allow(Instant::now()) {
             tracing::warn!(peer = %waiting.peer, %why, dropped, "tcp connection refused");
         }
         // Who does not speak our protocol would not understand the answer.
@@ -326,8 +338,8 @@ impl Harbour {
                 .unwrap_or_else(PoisonError::into_inner),
         );
         for id in ended {
-            if let Some(berth) = self.berths.remove(&id) {
-                join(berth.thread);
+            if let Some(connection) = self.connections.remove(&id) {
+                join(connection.thread);
             }
         }
     }

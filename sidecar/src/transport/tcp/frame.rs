@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(Hello::decode(&hello), None);
         assert!(Hello::begins_well(&hello[..7]) && !Hello::begins_well(&hello));
         assert!(Hello::begins_well(b"") && !Hello::begins_well(b"GET / HTTP/1.1\r\n"));
-        for parts in [0, MAX_PIECES as u32 + 1, u32::MAX] {
+        for parts in [0, u32::try_from(MAX_PIECES).unwrap() + 1, u32::MAX] {
             let head = Write {
                 parts,
                 batch: 0,

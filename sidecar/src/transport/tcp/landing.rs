@@ -16,7 +16,7 @@ use crate::memory::Buffer;
 
 /// What all connections of a receiver share.
 #[derive(Debug)]
-pub(super) struct Shore {
+pub(super) struct Receiver {
     pub(super) buffer: Arc<Buffer>,
     pub(super) gates: Gates,
     pub(super) counters: Counters,
@@ -29,7 +29,7 @@ pub(super) struct Shore {
 /// One connection whose hello was accepted.
 #[derive(Debug)]
 pub(super) struct Landing {
-    pub(super) shore: Arc<Shore>,
+    pub(super) receiver: Arc<Receiver>,
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
     /// Set once the peer has shown a lease that opens something: leases cannot be guessed, so it is
@@ -51,7 +51,7 @@ enum End {
 impl Landing {
     /// Serves the connection to its end. Blocks: each connection has a thread of its own.
     pub(super) fn run(self) {
-        let counters = &self.shore.counters;
+        let counters = &self.receiver.counters;
         let end = loop {
             match self.frame() {
                 Ok(()) => {}
@@ -85,8 +85,8 @@ impl Landing {
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
             .ok_or(Refusal::Bounds)?;
-        let deadline = Instant::now() + self.shore.stall + Duration::from_millis(bytes >> 10);
-        let cut = self.shore.gates.current();
+        let deadline = Instant::now() + self.receiver.stall + Duration::from_millis(bytes >> 10);
+        let cut = self.receiver.gates.current();
         let admitted: Result<Vec<Pass>, Refusal> = parts
             .iter()
             .map(|part| cut.admit(write.lease, *part))
@@ -109,13 +109,13 @@ impl Landing {
         };
         match refused {
             None => {
-                let counters = &self.shore.counters;
+                let counters = &self.receiver.counters;
                 counters.batches.fetch_add(1, Ordering::Relaxed);
                 counters.bytes.fetch_add(bytes, Ordering::Relaxed);
                 self.answer(Answer::Landed { batch })
             }
             Some(why) => {
-                self.shore.counters.refuse(why);
+                self.receiver.counters.refuse(why);
                 self.answer(Answer::Refused { batch, why })
             }
         }
@@ -136,7 +136,7 @@ impl Landing {
                 Err(error) => return Err(error.into()),
             }
         };
-        let deadline = Instant::now() + self.shore.handshake;
+        let deadline = Instant::now() + self.receiver.handshake;
         self.fill(&mut first[got..], deadline)?;
         let (head, part) = first.split_at(Write::BYTES);
         let write = exact(head).and_then(Write::decode);
@@ -174,7 +174,9 @@ impl Landing {
                 let want =
                     usize::try_from(pass.bytes - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
                 let copied = cut.through(pass, || {
-                    self.shore.buffer.recv(&self.socket, pass.offset + at, want)
+                    self.receiver
+                        .buffer
+                        .recv(&self.socket, pass.offset + at, want)
                 });
                 match copied {
                     None => {
@@ -223,7 +225,7 @@ impl Landing {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
             io::ErrorKind::WouldBlock => {
-                let until = deadline.min(Instant::now() + self.shore.stall);
+                let until = deadline.min(Instant::now() + self.receiver.stall);
                 match wait(&self.socket, PollFlags::IN, Some(until)) {
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                         Err(Refusal::Stalled.into())
@@ -236,7 +238,7 @@ impl Landing {
     }
 
     fn answer(&self, answer: Answer) -> Result<(), End> {
-        let deadline = Instant::now() + self.shore.stall;
+        let deadline = Instant::now() + self.receiver.stall;
         let bytes = answer.encode();
         let mut left = &bytes[..];
         while !left.is_empty() {

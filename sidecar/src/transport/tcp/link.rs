@@ -218,7 +218,8 @@ async fn greet(
 /// Divides ranges into at most `shares` of about equal bytes, none of them small.
 fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     let bytes: u64 = sources.iter().map(|source| source.to.bytes).sum();
-    let share = bytes.div_ceil(shares.max(1) as u64).max(MIN_SHARE_BYTES);
+    let shares = (bytes / MIN_SHARE_BYTES).clamp(1, shares.max(1) as u64);
+    let share = bytes.div_ceil(shares);
     let mut out = vec![Vec::new()];
     let mut room = share;
     for mut source in sources {
@@ -248,8 +249,9 @@ fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     out
 }
 
-/// Below this a second connection costs more than it gives.
-const MIN_SHARE_BYTES: u64 = 1 << 20;
+/// Below this a second connection costs more than it gives. 1 MiB takes 0.30 ms in two shares and
+/// 0.42 ms in one; shares of 256 KiB are no faster.
+const MIN_SHARE_BYTES: u64 = 512 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -271,15 +273,16 @@ mod tests {
         const M: u64 = 1 << 20;
         for (sizes, shares, expect) in [
             (vec![1], 4, vec![1]),
-            (vec![M, 1], 4, vec![M, 1]),
+            (vec![M, 1], 4, vec![M / 2 + 1, M / 2]),
+            (vec![M / 2, M / 2 - 1], 4, vec![M - 1]),
             (vec![16 * M], 2, vec![8 * M, 8 * M]),
             (vec![3 * M, 3 * M, 3 * M], 2, vec![9 * M / 2, 9 * M / 2]),
             (vec![5 * M, 7], 1, vec![5 * M + 7]),
         ] {
             let sources: Vec<Source> = sizes
                 .iter()
-                .enumerate()
-                .map(|(i, &bytes)| source(100 * M * i as u64, i as u32, bytes))
+                .zip(0..)
+                .map(|(&bytes, i)| source(100 * M * u64::from(i), i, bytes))
                 .collect();
             let out = divide(sources.clone(), shares);
             let sums: Vec<u64> = out

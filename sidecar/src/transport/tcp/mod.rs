@@ -4,6 +4,23 @@
 //! connection, a sending thread for each connection, one listening thread. The runtime's thread only
 //! connects and posts.
 //!
+//! # How the bytes are moved
+//! By plain `send` and `recv`, over two connections a link. Measured between two processes over
+//! loopback on two busy cores, GB/s (median of 5 runs, each the median of 8 transfers), beside one
+//! iperf3 stream at 1.9:
+//!
+//! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
+//! |---|---|---|---|---|
+//! | `send` | 2.2 | 2.7 | 3.7 | 4.4 |
+//! | `sendfile` of the memfd | 1.8 | 2.0 | 2.8 | 2.6 |
+//! | `splice` through a pipe of 1 MiB | 1.7 | 1.9 | 2.9 | 2.7 |
+//! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
+//!
+//! The three that save the sender's copy pay for it page by page (there are no huge pages in memfds
+//! by default), and give the receiver small pieces to wake up for; `MSG_ZEROCOPY` is copied after
+//! all on loopback. Larger fixed socket buffers than the kernel's own tuning changed nothing;
+//! `SO_RCVLOWAT` against early wake-ups can leave both ends waiting for each other.
+//!
 //! | file | |
 //! |---|---|
 //! | [`frame`] | what is said on the wire |
@@ -35,7 +52,7 @@ mod link;
 mod socket;
 
 use acceptor::Acceptor;
-use landing::Shore;
+use landing::Receiver;
 use link::{TcpLink, Terms};
 
 pub(crate) use counts::Counts;
@@ -80,7 +97,7 @@ impl Default for Config {
 #[derive(Debug)]
 pub(crate) struct Tcp {
     config: Config,
-    shore: Arc<Shore>,
+    receiving: Arc<Receiver>,
     listening: Option<(SocketAddr, Acceptor)>,
 }
 
@@ -90,7 +107,7 @@ impl Tcp {
     /// # Errors
     /// The kernel's refusal to bind or to give a thread.
     pub(crate) fn bind(config: Config, buffer: Arc<Buffer>) -> io::Result<Self> {
-        let shore = Arc::new(Shore {
+        let receiving = Arc::new(Receiver {
             buffer,
             gates: gate::Gates::default(),
             counters: counts::Counters::default(),
@@ -103,13 +120,13 @@ impl Tcp {
                 let listener = TcpListener::bind(address)?;
                 let address = listener.local_addr()?;
                 let acceptor =
-                    Acceptor::start(listener, Arc::clone(&shore), config.max_connections)?;
+                    Acceptor::start(listener, Arc::clone(&receiving), config.max_connections)?;
                 Some((address, acceptor))
             }
         };
         Ok(Self {
             config,
-            shore,
+            receiving,
             listening,
         })
     }
@@ -121,7 +138,7 @@ impl Tcp {
 
     /// What the receiving half has seen.
     pub(crate) fn counts(&self) -> Counts {
-        self.shore.counters.read()
+        self.receiving.counters.read()
     }
 }
 
@@ -148,16 +165,16 @@ impl Transport for Tcp {
     }
 
     fn cut(&self, slots: u32, slot_bytes: u64) {
-        self.shore.gates.cut(slots, slot_bytes);
+        self.receiving.gates.cut(slots, slot_bytes);
     }
 
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
-        let buffer = Arc::clone(&self.shore.buffer);
+        let buffer = Arc::clone(&self.receiving.buffer);
         let terms = Terms {
             streams: self.config.streams,
             connect: self.config.connect,
             stall: self.config.stall,
-            slot_bytes: self.shore.gates.current().slot_bytes(),
+            slot_bytes: self.receiving.gates.current().slot_bytes(),
         };
         Box::pin(async move {
             let link = TcpLink::connect(buffer, remote, terms).await?;
@@ -166,11 +183,11 @@ impl Transport for Tcp {
     }
 
     fn open(&self, lease: LeaseId, slot: SlotIndex) {
-        self.shore.gates.open(lease, slot);
+        self.receiving.gates.open(lease, slot);
     }
 
     fn close(&self, slot: SlotIndex) {
-        self.shore.gates.close(slot);
+        self.receiving.gates.close(slot);
     }
 
     fn close_is_a_fence(&self) -> bool {

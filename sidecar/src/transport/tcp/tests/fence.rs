@@ -18,19 +18,19 @@ fn closing_within_a_write_discards_the_rest_and_nothing_else() {
     raw.say(&vec![1; 600_000]);
     let mut landed = vec![0; 600_000];
     until("the first half has landed", || {
-        receiver.shore.buffer.copy_out(0, &mut landed).unwrap();
+        receiver.receiving.buffer.copy_out(0, &mut landed).unwrap();
         landed[599_999] == 1
     });
     receiver.close(SlotIndex(0));
     let frozen = [sum(&receiver, 0, MIB), sum(&receiver, 1, MIB)];
     // Opened again, even to the same lease, it is not open to this write.
     receiver.open(LEASE, SlotIndex(0));
-    raw.say(&vec![2; 2 * MIB as usize - 600_000]);
+    raw.say(&vec![2; 2 * MEBI - 600_000]);
     let why = Refusal::Closed;
     assert_eq!(raw.hear(), Some(Answer::Refused { batch: 1, why }));
     assert_eq!([sum(&receiver, 0, MIB), sum(&receiver, 1, MIB)], frozen);
     raw.write(2, LEASE, &[part(0, 5, 1), part(2, 0, MIB)]);
-    raw.say(&vec![3; MIB as usize + 1]);
+    raw.say(&vec![3; MEBI + 1]);
     assert_eq!(raw.hear(), Some(Answer::Landed { batch: 2 }));
     assert_eq!((receiver.counts().batches, refused(&receiver, why)), (1, 1));
 }
@@ -45,7 +45,7 @@ fn a_new_cut_closes_every_slot() {
     let mut last = [0];
     until("it has begun to land", || {
         receiver
-            .shore
+            .receiving
             .buffer
             .copy_out(MIB + 999, &mut last)
             .unwrap();
@@ -54,12 +54,14 @@ fn a_new_cut_closes_every_slot() {
     receiver.cut(4, MIB / 2);
     open_all(&receiver, LeaseId(2));
     let frozen = sum(&receiver, 0, 2 * MIB);
-    raw.say(&vec![2; MIB as usize - 1000]);
+    raw.say(&vec![2; MEBI - 1000]);
     let why = Refusal::Closed;
     assert_eq!(raw.hear(), Some(Answer::Refused { batch: 1, why }));
     assert_eq!(sum(&receiver, 0, 2 * MIB), frozen);
 }
 
+/// [`MIB`] as a length.
+const MEBI: usize = 1 << 20;
 const SLOTS: u32 = 6;
 const SLOT_BYTES: u64 = 3 * MIB / 2;
 const CLOSES: u32 = 400;
@@ -145,7 +147,7 @@ fn writer(
         .unwrap();
     let sender = tcp("send", SLOTS, SLOT_BYTES, config);
     let all = u64::from(SLOTS) * SLOT_BYTES;
-    sender.shore.buffer.fill_random(0, all, seed).unwrap();
+    sender.receiving.buffer.fill_random(0, all, seed).unwrap();
     let connect = || runtime.block_on(sender.link(there.clone())).unwrap();
     let mut random = SmallRng::seed_from_u64(seed);
     let mut link = connect();

@@ -287,10 +287,10 @@ fn the_threads_end_with_the_transport() {
     let mut busy = Raw::welcome(&receiver);
     busy.write(1, LEASE, &[part(0, 0, MIB)]);
     let mut silent = Raw::connect(&receiver);
-    let shore = Arc::downgrade(&receiver.shore);
+    let threads = Arc::downgrade(&receiver.receiving);
     drop(receiver);
-    // Every thread holds the shore, so none is left.
-    assert!(shore.upgrade().is_none());
+    // Every thread holds the shared state, so none is left.
+    assert!(threads.upgrade().is_none());
     for raw in [&mut idle, &mut busy, &mut silent] {
         assert_eq!(raw.hear(), None);
     }

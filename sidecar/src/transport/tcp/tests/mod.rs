@@ -25,7 +25,7 @@ pub(super) fn tcp(name: &str, slots: u32, slot_bytes: u64, config: Config) -> Tc
 }
 
 pub(super) fn remote(of: &Tcp) -> Remote {
-    let cut = of.shore.gates.current();
+    let cut = of.receiving.gates.current();
     Remote {
         name: "receiver".to_owned(),
         metadata: Vec::new(),
@@ -46,13 +46,13 @@ pub(super) fn piece(from: u32, to: u32, bytes: u64) -> Piece {
 }
 
 fn open_all(tcp: &Tcp, lease: LeaseId) {
-    let slots = tcp.shore.gates.current().slots();
+    let slots = tcp.receiving.gates.current().slots();
     (0..slots).for_each(|slot| tcp.open(lease, SlotIndex(slot)));
 }
 
 fn sum(tcp: &Tcp, slot: u32, bytes: u64) -> u64 {
-    let at = u64::from(slot) * tcp.shore.gates.current().slot_bytes();
-    tcp.shore.buffer.sum(at, bytes).unwrap()
+    let at = u64::from(slot) * tcp.receiving.gates.current().slot_bytes();
+    tcp.receiving.buffer.sum(at, bytes).unwrap()
 }
 
 fn refused(tcp: &Tcp, why: Refusal) -> u64 {
@@ -114,7 +114,7 @@ impl Raw {
 }
 
 fn hello(to: &Tcp) -> Hello {
-    let cut = to.shore.gates.current();
+    let cut = to.receiving.gates.current();
     Hello {
         version: VERSION,
         slots: cut.slots(),

@@ -11,7 +11,7 @@ async fn bytes_arrive_where_they_should() {
         };
         let sender = tcp("send", 8, 3 * MIB, config.clone());
         let receiver = tcp("land", 8, 3 * MIB, config);
-        sender.shore.buffer.fill_random(0, 24 * MIB, 1).unwrap();
+        sender.receiving.buffer.fill_random(0, 24 * MIB, 1).unwrap();
         let link = sender.link(remote(&receiver)).await.unwrap();
         let bytes = 3 * MIB - 5;
         open_all(&receiver, LEASE);
@@ -31,7 +31,11 @@ async fn bytes_arrive_where_they_should() {
 #[tokio::test]
 async fn more_pieces_than_a_frame_holds() {
     let (sender, receiver) = pair(2500, 64);
-    sender.shore.buffer.fill_random(0, 2500 * 64, 2).unwrap();
+    sender
+        .receiving
+        .buffer
+        .fill_random(0, 2500 * 64, 2)
+        .unwrap();
     open_all(&receiver, LEASE);
     let link = sender.link(remote(&receiver)).await.unwrap();
     let pieces = (0..2500).map(|i| piece(i, i, 64)).collect();
@@ -69,7 +73,7 @@ async fn a_stranger_with_a_wrong_lease_is_shown_the_door() {
 #[tokio::test]
 async fn a_known_sender_keeps_its_connection_when_one_lease_ends() {
     let (sender, receiver) = pair(4, MIB);
-    sender.shore.buffer.fill_random(0, 4 * MIB, 3).unwrap();
+    sender.receiving.buffer.fill_random(0, 4 * MIB, 3).unwrap();
     open_all(&receiver, LEASE);
     let link = sender.link(remote(&receiver)).await.unwrap();
     assert_eq!(
@@ -113,7 +117,7 @@ async fn pieces_outside_of_the_buffers_never_leave() {
 #[tokio::test]
 async fn dropping_the_future_or_the_link_does_not_stop_a_write() {
     let (sender, receiver) = pair(4, 4 * MIB);
-    sender.shore.buffer.fill_random(0, 16 * MIB, 4).unwrap();
+    sender.receiving.buffer.fill_random(0, 16 * MIB, 4).unwrap();
     open_all(&receiver, LEASE);
     let link = sender.link(remote(&receiver)).await.unwrap();
     drop(link.write(LEASE, vec![piece(0, 0, 4 * MIB)]));

@@ -1,0 +1,57 @@
+//! What a client is told when no decode leg brings an answer.
+
+use axum::response::Response;
+use http::{StatusCode, header};
+use protocol::RequestId;
+
+use crate::error::{ApiError, Code, RETRY_AFTER};
+use crate::legs::{Answer, LegError};
+use crate::relay;
+
+/// An error, in an engine's own words or the proxy's.
+#[derive(Debug)]
+pub enum Verdict {
+    /// An engine's.
+    Pass(Box<Answer>),
+    /// The proxy's.
+    Error(ApiError),
+}
+
+impl Verdict {
+    /// The proxy stops.
+    pub fn shutting_down() -> Self {
+        Self::Error(ApiError::new(
+            Code::ShuttingDown,
+            "the proxy is shutting down",
+        ))
+    }
+
+    /// The last decode leg failed like this.
+    pub fn of(error: LegError) -> Self {
+        match error {
+            LegError::Busy(answer) if answer.rest.is_none() => Self::Pass(answer),
+            error => Self::Error(ApiError::from(&error)),
+        }
+    }
+
+    /// What the client is told, for the log.
+    pub fn told(&self) -> (StatusCode, String) {
+        match self {
+            Self::Pass(answer) => (answer.head.status, "the decode engine is busy".into()),
+            Self::Error(error) => (error.code().status(), error.to_string()),
+        }
+    }
+
+    /// The answer to the client.
+    pub fn into_response(self, id: &RequestId) -> Response {
+        match self {
+            Self::Pass(answer) => {
+                let mut response = relay::whole(*answer, id);
+                let headers = response.headers_mut();
+                headers.entry(header::RETRY_AFTER).or_insert(RETRY_AFTER);
+                response
+            }
+            Self::Error(error) => error.into_response(),
+        }
+    }
+}

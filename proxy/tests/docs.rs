@@ -1,0 +1,92 @@
+//! docs/proxy.md names what there is, and nothing else.
+
+use std::collections::BTreeSet;
+
+use clap::CommandFactory;
+use proxy::cli::Config;
+use proxy::error::Code;
+use proxy::life::Outcome;
+use proxy::metrics::Metrics;
+use proxy::route::Alone;
+
+const DOCUMENT: &str = include_str!("../../docs/proxy.md");
+
+/// First cells of the table rows below a heading, without their backticks.
+fn documented(heading: &str) -> BTreeSet<String> {
+    let (_, section) = DOCUMENT
+        .split_once(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("no {heading:?}"));
+    let section = section.split("\n#").next().unwrap();
+    section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
+fn set<T: ToString>(names: impl IntoIterator<Item = T>) -> BTreeSet<String> {
+    names.into_iter().map(|name| name.to_string()).collect()
+}
+
+#[test]
+fn metrics() {
+    let text = Metrics::new().text();
+    let mut families = BTreeSet::new();
+    for line in text.lines() {
+        if let Some(family) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = family.split_once(' ').unwrap();
+            families.insert(match kind {
+                "counter" => format!("{name}_total"),
+                "info" => format!("{name}_info"),
+                _ => name.to_owned(),
+            });
+        }
+    }
+    assert_eq!(documented("## Metrics"), families);
+}
+
+#[test]
+fn flags() {
+    let command = Config::command();
+    let flags = command
+        .get_arguments()
+        .filter_map(|argument| argument.get_long())
+        .filter(|name| !matches!(*name, "help" | "version"))
+        .map(|name| format!("--{name}"));
+    assert_eq!(documented("## Flags"), set(flags));
+    for argument in command.get_arguments() {
+        let Some(name) = argument.get_long() else {
+            continue;
+        };
+        let wanted = format!("PD_PROXY_{}", name.to_uppercase().replace('-', "_"));
+        let variable = argument.get_env().and_then(|variable| variable.to_str());
+        assert_eq!(variable, Some(wanted.as_str()));
+        for default in argument.get_default_values() {
+            let row = format!("| `--{name}` | `{}` |", default.to_str().unwrap());
+            let switch = default == "false";
+            assert!(
+                switch || DOCUMENT.contains(&row),
+                "no row begins with {row}"
+            );
+        }
+    }
+}
+
+#[test]
+fn reasons() {
+    let heading = "### Requests that the decode instance computes alone";
+    assert_eq!(documented(heading), set(Alone::ALL));
+}
+
+#[test]
+fn codes() {
+    let row = |code: &Code| format!("| `{}` | {} |", code.as_str(), code.status().as_u16());
+    for code in Code::ALL {
+        assert!(DOCUMENT.contains(&row(code)), "no {}", row(code));
+    }
+}
+
+#[test]
+fn outcomes() {
+    assert_eq!(documented("## Log line"), set(Outcome::ALL));
+}
