@@ -141,6 +141,10 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.agent.load(&target.metadata[..100]),
         Err(Error::Taken { .. })
     ));
+    assert!(matches!(
+        side.agent.load(&side.agent.metadata().unwrap()),
+        Err(Error::Taken { .. })
+    ));
     drop(target);
     let target = Target::start(MIB as usize, &[]);
     assert!(matches!(

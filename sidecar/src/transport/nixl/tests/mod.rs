@@ -205,7 +205,10 @@ async fn before_the_first_cut_there_are_no_rows_and_no_links() {
     let buffer = Buffer::memfd("nixl-test", MIB).unwrap();
     let nixl = Nixl::start(library, Config::new("uncut", 0), buffer).unwrap();
     assert_eq!(nixl.rows(), []);
-    assert_eq!(agent_name_of(&nixl.metadata()), Some(&b"uncut"[..]));
+    assert_eq!(
+        protocol::metadata::agent_name(&nixl.metadata()),
+        Some(&b"uncut"[..])
+    );
     let cause = nixl.link(receiver.remote.clone()).await.unwrap_err().cause;
     assert!(cause.contains("no engine"), "{cause}");
 }
