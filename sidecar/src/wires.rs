@@ -10,9 +10,9 @@ use tracing::info;
 use crate::config::{Config, Listen, Wire};
 use crate::memory::Buffer;
 use crate::transport::choose::{self, Chosen, NoWire, Wanted};
-use crate::transport::{Kind, Transport};
 use crate::transport::nixl::{self, Library, Nixl, Search};
 use crate::transport::tcp::{self, Tcp};
+use crate::transport::{Kind, Transport};
 
 /// Every wire that this process can use for one buffer.
 #[derive(Clone, Debug)]
