@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from harness.engine import Engine, EngineOptions
+from harness.engine import Engine, EngineOptions, wait_for
 from harness.model import write_lora, write_model
 from harness.pair import Pair, PairOptions, pair_of
 from harness.process import ended_by_signals
@@ -38,7 +38,7 @@ def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
             progress = Progress()
             plain.start()
             pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora), progress))
-            plain.wait(progress)
+            wait_for([plain], progress)
         yield pair, Reference(plain)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from harness.engine import wait_for
 from harness.pair import Pair
 from harness.prompts import prompt
 from harness.reference import Reference
@@ -81,5 +82,5 @@ def test_kill_prefill_engine(pair: Pair, reference: Reference) -> None:
     pair.receiver.wait_empty()
     check(traffic, reference)
     pair.prefill.start()
-    pair.prefill.wait()
+    wait_for([pair.prefill])
     check_transfers_again(pair, reference, seed=37)

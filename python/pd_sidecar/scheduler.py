@@ -157,8 +157,11 @@ class Scheduler:
         self, request: Request, blocks: list[int], *, completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended; says whether its blocks wait for the workers, and the response."""
-        state = self._state(request)
         engine_id = request.request_id
+        state = self._states.get(engine_id)
+        if state is None:
+            # Never asked about. vLLM also makes such requests up, to say that one was rejected.
+            state = self._states[engine_id] = self._classify(request)
         if isinstance(state, Push):
             return self._finish_push(engine_id, state, blocks, completed)
         if isinstance(state, Load) and state.phase is LoadPhase.PARKED:

@@ -242,6 +242,15 @@ def test_a_load_that_is_rejected_before_it_is_asked_about_is_dismissed(rig):
     assert rig.scheduler.has_work
     assert rig.step().dismissed == ["r"]
     assert rig.is_empty()
+    assert rig.skipped() == {}
+
+
+def test_a_notice_of_rejection_does_not_end_a_request_that_is_parked(rig):
+    park(rig, request("a", load_params()))
+    notice = request("b", load_params(), tokens=1, abort_immediately=True)
+    rig.scheduler.finished(notice, [], completed=False)
+    assert not rig.step().has_news
+    assert rig.skipped() == {}
 
 
 @pytest.mark.parametrize("params", [push_params(), load_params()])

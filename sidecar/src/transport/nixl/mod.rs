@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use protocol::dlist::{Memory, Row};
+use protocol::dlist::Row;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{Semaphore, oneshot};
@@ -41,8 +41,7 @@ mod wire;
 use counts::Counters;
 use engine::{Command, Engine};
 
-pub(crate) use ::nixl::metadata::agent_name as agent_name_of;
-pub(crate) use ::nixl::{Library, LoadError, Search};
+pub(crate) use ::nixl::{Library, Search};
 pub(crate) use counts::Counts;
 
 /// Names and times.

@@ -1,0 +1,78 @@
+"""The connector's options."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pd_sidecar.config import ConfigError, Options, parse
+
+
+def read(extra=None, *, consumer=True, policy="recompute", model="org/model"):
+    return parse(extra or {}, consumer=consumer, load_failure_policy=policy, model=model)
+
+
+def test_defaults(monkeypatch):
+    monkeypatch.delenv("PD_SIDECAR_SOCKET", raising=False)
+    options = read()
+    assert options.model_name == "org/model"
+    assert options.sender_socket.endswith("/sender.sock")
+    assert options.receiver_socket.endswith("/receiver.sock")
+    assert (options.chunk_size, options.hash_algorithm) == (256, "sha256_cbor")
+
+
+def test_given_values_win():
+    options = read({"receiver_socket": "/r", "model_name": "m", "idle_wait_ms": 0})
+    assert (options.receiver_socket, options.model_name, options.idle_wait_ms) == ("/r", "m", 0)
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        read(
+            {
+                "sender_sokcet": "/x",
+                "chunk_size": 0,
+                "load_deadline_ms": "5",
+                "save_deadline_ms": True,
+                "idle_wait_ms": 51,
+            },
+            policy="fail",
+            model="a@b",
+        )
+    keys = [re.match(r"\w+", problem)[0] for problem in caught.value.problems]
+    assert keys == [
+        "sender_sokcet",
+        "load_deadline_ms",
+        "save_deadline_ms",
+        "chunk_size",
+        "idle_wait_ms",
+        "model_name",
+        "kv_load_failure_policy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("consumer", "policy", "allowed", "starts"),
+    [
+        (True, "recompute", False, True),
+        (True, "fail", False, False),
+        (True, "fail", True, True),
+        (False, "fail", False, True),
+    ],
+)
+def test_an_engine_that_loads_must_recompute(consumer, policy, allowed, starts):
+    extra = {"allow_load_failure_policy_fail": allowed}
+    if starts:
+        read(extra, consumer=consumer, policy=policy)
+    else:
+        with pytest.raises(ConfigError, match="recompute"):
+            read(extra, consumer=consumer, policy=policy)
+
+
+def test_every_option_is_documented():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for field in fields(Options):
+        assert f"| `{field.name}` |" in readme, field.name

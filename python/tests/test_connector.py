@@ -1,0 +1,169 @@
+"""The connector class as vLLM makes it, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_sidecar import FakeSidecar
+from test_scheduler import load_params, output, push_params, request
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import RequestStatus
+
+from pd_sidecar import connector as module
+from pd_sidecar import wire
+from pd_sidecar.config import ConfigError
+from pd_sidecar.connector import PdSidecarConnector
+
+BLOCKS, BLOCK, HEADS, SIZE = 8, 16, 2, 32
+NAMES = ["layers.0.attn", "layers.1.attn"]
+
+
+def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **parallel):
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            is_kv_producer=role != "kv_consumer",
+            is_kv_consumer=role != "kv_producer",
+            kv_connector_extra_config={"chunk_size": 32, **(extra or {})},
+            kv_load_failure_policy=policy,
+            engine_id="engine",
+        ),
+        model_config=SimpleNamespace(model="m"),
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        compilation_config=SimpleNamespace(static_forward_context=layers or {}),
+        parallel_config=SimpleNamespace(
+            **{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **parallel}
+        ),
+    )
+
+
+def cache(groups=1):
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32
+    )
+    return KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)] * groups)
+
+
+def tensors():
+    return {name: torch.randn(BLOCKS, HEADS, BLOCK, 2 * SIZE) for name in NAMES}
+
+
+def worker_of(vllm_config, kv_caches, monkeypatch, groups=1):
+    monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+    worker = PdSidecarConnector(vllm_config, KVConnectorRole.WORKER, cache(groups))
+    worker.register_kv_caches(kv_caches)
+    return worker
+
+
+def test_a_push_through_both_halves(tmp_path, monkeypatch):
+    path = tmp_path / "sender.sock"
+    sidecar = FakeSidecar(path)
+    vllm_config = config({"sender_socket": str(path)}, role="kv_producer")
+    kv = tensors()
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker = worker_of(vllm_config, kv, monkeypatch)
+    worker._worker._links[0].client._keeper.connected.wait(5)
+
+    req = request("a", push_params())
+    req.status = RequestStatus.RUNNING
+    assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
+    step(scheduler, worker, output(new=[(req, [5, 2, 7], 0, 40)]))
+    assert len(sidecar.next(wire.Reserve).keys) == 2
+    req.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert scheduler.request_finished(req, [5, 2, 7])[0]
+    sidecar.say(wire.Granted("r", 0, [0, 1], [3, 4]))
+    sent = set()
+    while not sent:
+        assert scheduler.has_pending_push_work()
+        sent = step(scheduler, worker, output())
+    assert sent == {"a"}
+    assert not scheduler.has_pending_push_work()
+    assert sorted(sidecar.next(wire.Staged).chunks) == [0, 1]
+    chunk = torch.frombuffer(bytearray(sidecar.read(3, sidecar.slot_bytes)), dtype=torch.float32)
+    key = chunk.view(2, 2, 32, HEADS, SIZE)[0, 1, 17]
+    assert torch.equal(key, kv[NAMES[1]][2, :, 1, :SIZE])
+    assert worker.get_kv_connector_stats().data["saves"] == 1
+    worker.shutdown()
+
+
+def step(scheduler, worker, scheduled):
+    worker.handle_preemptions(None)
+    worker.bind_connector_metadata(scheduler.build_connector_meta(scheduled))
+    worker.start_load_kv(None, anything=1)
+    worker.wait_for_save()
+    results = worker.get_transfer_results(set())
+    worker.clear_connector_metadata()
+    scheduler.update_connector_output(results)
+    return results.finished_sending
+
+
+def park(scheduler, name="a"):
+    req = request(name, load_params())
+    count, _ = scheduler.get_num_new_matched_tokens(req, 16)
+    scheduler.update_state_after_alloc(
+        req, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],)), count
+    )
+    return scheduler.build_connector_meta(output())
+
+
+def test_a_failed_load_is_said_by_request_and_on_older_versions_by_block(tmp_path, monkeypatch):
+    vllm_config = config({"receiver_socket": str(tmp_path / "none.sock")}, role="kv_consumer")
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker = worker_of(vllm_config, tensors(), monkeypatch)
+    worker.bind_connector_metadata(park(scheduler))
+    results = worker.get_transfer_results(set())
+    assert (results.finished_recving, results.failed_recving) == ({"a"}, {"a"})
+    assert worker.get_block_ids_with_load_errors() == set()
+
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker.bind_connector_metadata(park(scheduler, "b"))
+    assert worker.get_finished(set()) == (None, {"b"})
+    assert worker.get_block_ids_with_load_errors() == {2, 3}
+    assert worker.get_block_ids_with_load_errors() == set()
+    worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("kv_caches", "groups"),
+    [({name: torch.zeros(BLOCKS, 3, 5) for name in NAMES}, 1), (tensors(), 2)],
+    ids=["shape", "groups"],
+)
+def test_kv_that_cannot_be_moved_is_computed(kv_caches, groups, monkeypatch, caplog):
+    worker = worker_of(config(), kv_caches, monkeypatch, groups)
+    scheduler = PdSidecarConnector(config(), KVConnectorRole.SCHEDULER, cache())
+    worker.bind_connector_metadata(park(scheduler))
+    assert worker.get_transfer_results(set()).failed_recving == {"a"}
+
+
+def test_the_engines_kernel_is_asked(monkeypatch):
+    def update(layer, key, value, kv_cache, slots):
+        assert layer.name in NAMES
+        for k, v, slot in zip(key, value, slots.tolist(), strict=True):
+            kv_cache[slot // BLOCK, :, slot % BLOCK] = torch.cat([v, k], 1)  # V first
+
+    layers = {
+        name: SimpleNamespace(name=name, impl=SimpleNamespace(do_kv_cache_update=update))
+        for name in NAMES
+    }
+    worker = worker_of(config(layers=layers), tensors(), monkeypatch)
+    inside = worker._worker._geometry.first.inside
+    assert (int(inside[0, 0, 0]), int(inside[1, 0, 0])) == (SIZE, 0)
+    worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"policy": "fail"},
+        {"extra": {"hash": "x"}},
+        {"pipeline_parallel_size": 2},
+        {"decode_context_parallel_size": 2},
+    ],
+)
+@pytest.mark.parametrize("role", list(KVConnectorRole))
+def test_what_cannot_work_does_not_start(wrong, role):
+    with pytest.raises(ConfigError):
+        PdSidecarConnector(config(**wrong), role, cache())
