@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
 
+from bench import pyzmq_server
 from bench.figures import Figures, Row, median, p99
 from bench.pushes import raw_nixl_us
+from bench.pyzmq_server import AllocRequest, AllocResponse
 from bench.sidecars import EXAMPLES, sidecars
 
 MIB = 1 << 20
@@ -24,24 +25,6 @@ ROUNDS = 200
 
 # Chunks so small that only the handshake counts.
 SMALL_CHUNK = 4096
-
-
-class AllocRequest(msgspec.Struct, tag=True):
-    """As a Python peer of this protocol has it."""
-
-    keys: list[str]
-    fmt: int
-    shape: list[int]
-    dtype: str
-    last_chunk_toks: int
-    req_id: str
-    is_last_batch: bool
-    total_chunks: int
-
-
-class AllocResponse(msgspec.Struct, tag=True):
-    remote_indexes: list[int]
-    already_sent_indexes: list[int]
 
 
 def measure(figures: Figures, folder: Path, logs: Path) -> None:
@@ -76,7 +59,7 @@ def _alloc(figures: Figures, folder: Path, logs: Path) -> None:
 
 def pyzmq_round_trips(rounds: int) -> list[float]:
     """Microseconds of one request with its answer, between two processes, encoding and decoding on both sides."""
-    server = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, pyzmq_server.__file__], stdout=subprocess.PIPE, text=True)
     context = zmq.Context()
     try:
         assert server.stdout is not None
@@ -109,16 +92,6 @@ def pyzmq_round_trips(rounds: int) -> list[float]:
         context.term()
         server.kill()
         server.wait()
-
-
-def _serve() -> None:
-    """The answering process of the baseline."""
-    peer = zmq.Context().socket(zmq.REP)
-    print(peer.bind_to_random_port("tcp://127.0.0.1"), flush=True)
-    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AllocRequest)
-    while True:
-        request: Any = decoder.decode(peer.recv())
-        peer.send(encoder.encode(AllocResponse(list(range(len(request.keys))), [])))
 
 
 def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
@@ -156,7 +129,3 @@ def zmq_round_trip(rounds: int) -> float:
         timeout=60,
     )
     return median(json.loads(done.stdout))
-
-
-if __name__ == "__main__":
-    _serve()
