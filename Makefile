@@ -12,6 +12,8 @@ FUZZ_SECONDS ?= 60
 BENCH ?=
 
 .DEFAULT_GOAL := help
+# The targets of `make test` would take the cores from each other.
+.NOTPARALLEL:
 .PHONY: help venv build demo test unit e2e no-push lint bench fuzz bindings clean
 
 help: ## List the targets
