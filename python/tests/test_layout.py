@@ -199,6 +199,7 @@ def test_a_chunk_is_lmcaches_format():
         ({"a": torch.zeros(8, 2, 16, 32), "b": torch.zeros(8, 2, 8, 32)}, False),
         ({"a": torch.zeros(8, 2, 12, 32)}, False),
         ({"a": torch.zeros(8, 2, 16, 32, dtype=torch.complex64)}, False),
+        ({"a": torch.zeros(8, 2, 16, 32, device="meta")}, False),
         ({}, False),
     ],
 )
