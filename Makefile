@@ -51,7 +51,7 @@ lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 bench: venv build ## Ours against its baselines, alternating; writes target/bench.json and docs/benchmarks.md's table
 	$(PYTHON_IN_VENV) tests/bench/run.py
 
-fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs cargo-fuzz and a nightly toolchain)
+fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
 
 bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)

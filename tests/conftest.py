@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from harness.engine import Engine, EngineOptions
+from harness.engine import Engine, EngineOptions, wait_for
 from harness.model import write_lora, write_model
 from harness.pair import Pair, PairOptions, pair_of
 from harness.process import ended_by_signals
@@ -19,6 +19,10 @@ from harness.reference import Reference
 from harness.sidecar import ROOT
 
 LOGS = ROOT / "target" / "test-logs"
+
+# Longer than the default of 50 ms: a busy machine may need it to get a decode request parked, and without that the
+# sender cannot know what the decode side holds, and pushes all of it.
+KEYS: dict[str, object] = {"park_ms": 3000}
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +41,8 @@ def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
         with _shown(pytestconfig):
             progress = Progress()
             plain.start()
-            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora), progress))
-            plain.wait(progress)
+            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora, sidecar_keys=KEYS), progress))
+            wait_for([plain], progress)
         yield pair, Reference(plain)
 
 

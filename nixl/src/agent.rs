@@ -55,7 +55,7 @@ impl Agent {
 
     /// The name that [`Config::name`] gave.
     pub fn name(&self) -> &str {
-        &self.0.name
+        self.0.name()
     }
 
     /// Makes `memory` a source of this agent's writes and a target of its peers' writes.
@@ -193,6 +193,10 @@ impl AgentInner {
             agent: agent.keep(),
             remotes: RefCell::default(),
         })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(crate) fn raw(&self) -> *mut nixl_capi_agent {

@@ -23,7 +23,7 @@ mod agent;
 mod error;
 mod list;
 mod memory;
-pub mod metadata;
+mod metadata;
 mod remote;
 mod transfer;
 

@@ -1,13 +1,13 @@
-//! The little that must be known of NIXL's metadata blobs without loading them.
+//! The little that must be known of NIXL's metadata blobs before loading them.
 //!
-//! A receiver answers a sender's metadata with the sender's agent name, and loading a stranger's
-//! blob into the library only to learn that name would open a connection to whatever it points at.
+//! The library tells the name in a blob only after it has loaded it, and then the peer that had the
+//! name before is gone: whether that one is healthy, failed or busy decides whether to load at all.
 
 /// The agent name in a metadata blob, or `None` if it is not one.
 ///
 /// The blob is `nixlSerDes|` and then fields of `tag`, little-endian u64 length, data, `|`; the first
 /// has the tag `Agent`. What follows is not looked at.
-pub fn agent_name(blob: &[u8]) -> Option<&[u8]> {
+pub(crate) fn agent_name(blob: &[u8]) -> Option<&[u8]> {
     let field = blob.strip_prefix(b"nixlSerDes|Agent")?;
     let (length, rest) = field.split_first_chunk()?;
     let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
@@ -19,7 +19,7 @@ pub fn agent_name(blob: &[u8]) -> Option<&[u8]> {
 }
 
 /// Longest agent name that is taken for one. Ours and LMCache's are UUIDs of 36 bytes.
-pub const MAX_NAME: usize = 256;
+const MAX_NAME: usize = 256;
 
 #[cfg(test)]
 mod tests {

@@ -25,6 +25,12 @@ impl Remote {
             .ok_or(Error::Invalid {
                 call: "load_remote_md",
             })?;
+        // A peer that sends our own metadata back would have us write into our own memory.
+        if name.as_bytes() == agent.name().as_bytes() {
+            return Err(Error::Taken {
+                agent: agent.name().to_owned(),
+            });
+        }
         let known = agent
             .remotes
             .borrow()
@@ -48,6 +54,12 @@ impl Remote {
                 .nixl_capi_load_remote_md(agent.raw(), blob.as_ptr().cast(), blob.len(), out)
         })
         .map(take_string)?;
+        if loaded != name {
+            // The library read another name than we did, so what is known of `name` says nothing.
+            return Err(Error::Invalid {
+                call: "load_remote_md",
+            });
+        }
         // From here on dropping `inner` undoes the load.
         let inner = Rc::new(RemoteInner {
             agent: Rc::clone(agent),

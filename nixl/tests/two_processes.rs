@@ -1,6 +1,9 @@
 //! The safe layer over the real library, between two processes.
 
-#![allow(clippy::cast_possible_truncation, reason = "sizes of a test, on 64 bits")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "sizes of a test, on 64 bits"
+)]
 
 mod common;
 
@@ -136,6 +139,10 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
     // The same name, so it might be a stranger who claims it.
     assert!(matches!(
         side.agent.load(&target.metadata[..100]),
+        Err(Error::Taken { .. })
+    ));
+    assert!(matches!(
+        side.agent.load(&side.agent.metadata().unwrap()),
         Err(Error::Taken { .. })
     ));
     drop(target);

@@ -221,7 +221,15 @@ impl Drive {
             Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         });
         match end {
-            PrefillEnd::Answered(_) => Step::Event(Event::PrefillAnswered),
+            PrefillEnd::Answered(_) => match refused_by_sender(flight) {
+                None => Step::Event(Event::PrefillAnswered),
+                Some(reason) => {
+                    let why = Alone::NotPushed;
+                    self.app.metrics.leg_failed(Leg::Prefill(why));
+                    warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
+                    Step::Event(Event::PrefillFailed(why))
+                }
+            },
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
                 self.app.metrics.leg_failed(Leg::Prefill(why));
@@ -292,6 +300,12 @@ impl Drive {
     fn prefill_id(&self) -> Option<&str> {
         Some(self.pair.prefill.as_ref().ok()?.id.as_str())
     }
+}
+
+/// The sender's reason, if it has said that nothing (more) is pushed.
+fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
+    let moved = flight.watch()?.moved().filter(|moved| !moved.ok)?;
+    Some(moved.reason.map_or("unknown", protocol::Reason::as_str))
 }
 
 impl PrefillNote {

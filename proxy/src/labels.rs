@@ -75,11 +75,12 @@ impl Message {
 
 impl Leg {
     /// Every way in which a leg fails.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Prefill(Alone::PrefillDied),
         Self::Prefill(Alone::PrefillError),
         Self::Prefill(Alone::PrefillBusy),
         Self::Prefill(Alone::PrefillTimeout),
+        Self::Prefill(Alone::NotPushed),
         Self::Decode(LegFailure::Connect),
         Self::Decode(LegFailure::Died),
         Self::Decode(LegFailure::Timeout),

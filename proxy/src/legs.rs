@@ -112,6 +112,9 @@ impl Legs {
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         };
         if status.is_success() {
+            if let Some(reason) = not_pushed(&body) {
+                return PrefillEnd::Failed(Alone::NotPushed, reason);
+            }
             let usage = crate::usage::find(&body);
             return PrefillEnd::Answered(usage.map(|usage| usage.prompt_tokens));
         }
@@ -355,3 +358,23 @@ const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Of an engine's error, in logs.
 const SHOWN_CHARS: usize = 300;
+
+/// Why the prefill engine's connector pushes nothing, if its answer says so.
+///
+/// Without this the decode leg would wait for a sender that never asks.
+fn not_pushed(body: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Answered {
+        kv_transfer_params: Option<Params>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Params {
+        pushed: Option<bool>,
+        #[serde(default)]
+        reason: String,
+    }
+    let params = serde_json::from_slice::<Answered>(body)
+        .ok()?
+        .kv_transfer_params?;
+    (params.pushed == Some(false)).then_some(params.reason)
+}

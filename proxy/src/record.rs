@@ -108,7 +108,7 @@ fn transport_name(text: &str) -> &str {
 }
 
 impl Recent {
-    /// Adds a request that has ended, and forgets the oldest beyond [`KEPT`].
+    /// Adds a request that has ended, and forgets the oldest beyond 256.
     pub fn push(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() == KEPT {

@@ -28,6 +28,8 @@ pub struct Registration {
     published: watch::Sender<Instances>,
     suspected: mpsc::Receiver<String>,
     calls: JoinSet<(CallBack, Answer)>,
+    /// When a refused registration was last logged.
+    complained: Option<Instant>,
 }
 
 /// What an iteration has changed.
@@ -55,6 +57,7 @@ impl Registration {
             published,
             suspected,
             calls: JoinSet::new(),
+            complained: None,
         }
     }
 
@@ -120,7 +123,11 @@ impl Registration {
                 }
                 Ok(Registered::Renewed) => Message::Register,
                 Err(error) => {
-                    warn!(%error, "registration refused");
+                    // It comes again every second, and from strangers as fast as they like.
+                    if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
+                        self.complained = Some(now);
+                        warn!(%error, "registration refused");
+                    }
                     Message::RegisterRefused
                 }
             },
@@ -236,3 +243,6 @@ async fn until(deadline: Option<Instant>) {
 
 /// How often connections to the registration port are counted.
 const SWEEP: Duration = Duration::from_secs(5);
+
+/// Between two lines on refused registrations; the counter has them all.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(5);

@@ -11,7 +11,7 @@
 //!
 //! A candidate never gets requests, and it replaces a member only once its admin address has
 //! confirmed it: a stale or forged registration with a member's name changes nothing. A member
-//! gets requests while its last answer said `ready` and is younger than [`ANSWER_VALID`].
+//! gets requests while its last answer said `ready` and is younger than 15 s.
 //!
 //! No IO and no clock here: the caller passes `now` and makes the calls that [`Registry::due`] names.
 

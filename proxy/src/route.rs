@@ -79,6 +79,9 @@ pub enum Alone {
     PrefillBusy,
     /// The prefill instance did not begin in time.
     PrefillTimeout,
+    /// The prefill instance computed the prompt, but its KV is not pushed: its connector does not serve
+    /// such a request, or its sidecar refused it.
+    NotPushed,
     /// Another decode instance takes over; the KV went to the first.
     DecodeRetry,
 }
@@ -148,7 +151,7 @@ fn in_turn<T>(places: &[T], turn: usize) -> Option<&T> {
 
 impl Alone {
     /// Every reason, for metrics that want their label values to exist from the start.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::NoPrefill,
         Self::ManySequences,
         Self::ManyPrompts,
@@ -161,6 +164,7 @@ impl Alone {
         Self::PrefillError,
         Self::PrefillBusy,
         Self::PrefillTimeout,
+        Self::NotPushed,
         Self::DecodeRetry,
     ];
 
@@ -179,6 +183,7 @@ impl Alone {
             Self::PrefillError => "prefill_error",
             Self::PrefillBusy => "prefill_busy",
             Self::PrefillTimeout => "prefill_timeout",
+            Self::NotPushed => "not_pushed",
             Self::DecodeRetry => "decode_retry",
         }
     }

@@ -12,6 +12,7 @@ use omq_tokio::{Message, Options, Socket, SocketType};
 pub struct Registrations {
     socket: Socket,
     address: SocketAddr,
+    max_peers: usize,
 }
 
 /// What a peer sent.
@@ -66,6 +67,7 @@ impl Registrations {
         Ok(Self {
             socket,
             address: SocketAddr::new(address.ip(), port),
+            max_peers: MAX_PEERS,
         })
     }
 
@@ -90,17 +92,17 @@ impl Registrations {
         Ok(single(&message))
     }
 
-    /// Disconnects what exceeds [`MAX_PEERS`], newest first: the sidecars that are registered came
-    /// first.
+    /// Disconnects connections beyond the limit, newest first: sidecars that serve came early.
+    /// Returns how many.
     pub async fn shed(&self) -> usize {
         let Ok(mut peers) = self.socket.connections().await else {
             return 0;
         };
-        if peers.len() <= MAX_PEERS {
+        if peers.len() <= self.max_peers {
             return 0;
         }
         peers.sort_by_key(|peer| peer.connection_id);
-        let surplus = peers.split_off(MAX_PEERS);
+        let surplus = peers.split_off(self.max_peers);
         for peer in &surplus {
             // Fails only for a peer that has gone meanwhile.
             drop(self.socket.disconnect_peer(peer.connection_id).await);
@@ -134,3 +136,32 @@ const QUEUED_MESSAGES: u32 = 1024;
 /// Each sidecar holds one connection for each of its ranks at most; 64 sidecars with 8 ranks fit
 /// twice.
 const MAX_PEERS: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn the_newest_connections_are_shed() {
+        let mut port = Registrations::bind(([127, 0, 0, 1], 0).into())
+            .await
+            .unwrap();
+        port.max_peers = 2;
+        let mut peers = Vec::new();
+        for i in 0..4_usize {
+            let peer = Socket::new(SocketType::Push, Options::default());
+            let address = format!("tcp://{}", port.address());
+            peer.connect(address.as_str()).await.unwrap();
+            port.socket.wait_connected(i + 1, SOON).await.unwrap();
+            peers.push(peer);
+        }
+        assert_eq!(port.shed().await, 2);
+        for peer in &peers[..2] {
+            peer.send(Message::single("still here")).await.unwrap();
+            let frame = tokio::time::timeout(SOON, port.recv()).await.unwrap();
+            assert!(matches!(frame, Ok(Frame::Single(_))));
+        }
+    }
+}

@@ -48,6 +48,8 @@ async fn prefill_failures_become_local_compute() {
     check(Reply::Json(503, json!({})), "prefill_busy").await;
     check(Reply::Json(429, json!({})), "prefill_busy").await;
     check(Reply::Silence, "prefill_timeout").await;
+    let not_pushed = json!({"kv_transfer_params": {"pushed": false, "reason": "lora"}});
+    check(Reply::Json(200, not_pushed), "not_pushed").await;
 }
 
 #[tokio::test]

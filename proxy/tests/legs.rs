@@ -26,7 +26,8 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
     // A word of the wrong instance, and one on another request, change nothing.
     pair.d_sidecar.progress(&id).await;
     pair.p_sidecar.progress("another").await;
-    rig.until("/instances", |_| true).await;
+    let stray = "pd_proxy_registration_messages_total{kind=\"stray\"}";
+    rig.until_metric(stray, 2.0).await;
     assert_eq!(rig.journal.lines(), ["p prefill"]);
 
     pair.p_sidecar.progress(&id).await;

@@ -138,14 +138,7 @@ async fn malformed_messages_are_counted_and_nothing_else() {
         sidecar.say_bytes(frame).await;
     }
     let malformed = "pd_proxy_registration_messages_total{kind=\"malformed\"}";
-    let all_counted = async {
-        while rig.metric(malformed).await < 7.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, all_counted)
-        .await
-        .expect("all are counted");
+    rig.until_metric(malformed, 7.0).await;
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
 }
 
@@ -191,12 +184,7 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
     sidecar.moved("unknown", 1, None).await;
     p_sidecar.progress("unknown").await;
     let stray = "pd_proxy_registration_messages_total{kind=\"stray\"}";
-    let counted = async {
-        while rig.metric(stray).await < 2.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, counted).await.expect("they are counted");
+    rig.until_metric(stray, 2.0).await;
     drop(open);
 }
 
@@ -206,12 +194,7 @@ async fn a_table_that_is_full_says_so() {
     let (_d, _sidecar) = rig.instance("d", Role::Decode).await;
     let _second = Sidecar::start("e", Role::Decode, "http://127.0.0.1:9", &rig.registration).await;
     let refused = "pd_proxy_registration_messages_total{kind=\"register_refused\"}";
-    let counted = async {
-        while rig.metric(refused).await < 1.0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, counted).await.expect("it is counted");
+    rig.until_metric(refused, 1.0).await;
     rig.until_state("e", "gone").await;
     rig.until_state("d", "ready").await;
 }

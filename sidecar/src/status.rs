@@ -4,19 +4,24 @@
 //! The sides write into it after each event, so writing is cheap: a short lock, and nothing is
 //! allocated while nothing but numbers changes. The lock is never held across an await.
 
+mod shape;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use protocol::record::Record;
 use protocol::registration::{Leave, Register};
-use protocol::{Epoch, Layout, VERSION};
-use serde::Serialize;
+use protocol::{Epoch, VERSION};
 use tokio::sync::Notify;
+
+pub(crate) use self::shape::{
+    ACKNOWLEDGED_FOR, LinkRow, NotReady, ProxyStatus, RankStatus, RecordRow, Snapshot,
+};
 
 use crate::config::Config;
 use crate::side::{Gauges, LinkStatus, Side};
+use crate::wires::Wires;
 
 /// See the module.
 #[derive(Debug)]
@@ -41,113 +46,19 @@ pub(crate) struct About {
     pub(crate) proxy: Option<String>,
 }
 
-/// Why a push would not work now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum NotReady {
-    /// Ports are not bound yet.
-    Starting,
-    /// No engine is connected to this side.
-    NoEngine(Side, u32),
-    /// The proxy has not called back lately, so it may not know this sidecar.
-    NoProxy(String),
-    /// The process is about to end.
-    Draining,
-}
-
-/// One side of one rank.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct RankStatus {
-    /// The side's name.
-    pub(crate) side: &'static str,
+/// Something that happens on a wire, and how often it has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WireEvent {
+    /// Which side of it.
+    pub(crate) side: Side,
     /// The rank.
     pub(crate) rank: u32,
-    /// Engine connections.
-    pub(crate) engines: usize,
-    /// What a chunk looks like; absent until an engine has said.
-    pub(crate) layout: Option<Layout>,
-    /// The epoch of the buffer's cut; 0 until an engine is there.
-    pub(crate) epoch: Epoch,
-    /// Slots; 0 until an engine is there.
-    pub(crate) slots: u32,
-    /// Bytes of a slot.
-    pub(crate) slot_bytes: u64,
-    /// Slots free.
-    pub(crate) free: u32,
-    /// Slots granted.
-    pub(crate) held: u32,
-    /// Slots into which an unfenced peer may still write.
-    pub(crate) quarantined: u32,
-    /// Requests under way.
-    pub(crate) requests: u32,
-    /// Tokens of decode requests that are parked.
-    pub(crate) parked_tokens: u64,
-}
-
-/// One link of a sender.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct LinkRow {
-    /// The rank that it belongs to.
-    pub(crate) rank: u32,
-    /// `host:alloc_port`.
-    pub(crate) peer: String,
-    /// The receiver's name.
-    pub(crate) id: String,
-    /// As configured here.
-    pub(crate) configured: &'static str,
-    /// The wire that was chosen.
+    /// The wire's name.
     pub(crate) transport: &'static str,
-    /// Why that one.
-    pub(crate) why: String,
-    /// What the library says it uses underneath.
-    pub(crate) reported: String,
-    /// GB/s (10⁹ bytes) of recent writes; absent before the first.
-    pub(crate) measured_gb_per_s: Option<f64>,
-}
-
-/// One request that has ended.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct RecordRow {
-    /// The side's name.
-    pub(crate) side: &'static str,
-    /// The rank.
-    pub(crate) rank: u32,
-    /// What the machine said.
-    #[serde(flatten)]
-    pub(crate) record: Record,
-}
-
-/// Everything at one moment, for `/status`.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Snapshot {
-    /// The sidecar's name.
-    pub(crate) id: String,
-    /// This start.
-    pub(crate) epoch: Epoch,
-    /// `sender`, `receiver` or `both`.
-    pub(crate) role: &'static str,
-    /// The binary's version.
-    pub(crate) version: &'static str,
-    /// A push would work.
-    pub(crate) ready: bool,
-    /// Why not.
-    pub(crate) reasons: Vec<String>,
-    /// Every side of every rank.
-    pub(crate) ranks: Vec<RankStatus>,
-    /// Every link.
-    pub(crate) links: Vec<LinkRow>,
-    /// The proxy, if one is configured.
-    pub(crate) proxy: Option<ProxyStatus>,
-}
-
-/// The proxy as this sidecar knows it.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct ProxyStatus {
-    /// Its registration port.
-    pub(crate) address: String,
-    /// The name under which it last called back; empty before it did.
-    pub(crate) name: String,
-    /// Milliseconds since it called back.
-    pub(crate) acknowledged_ms_ago: Option<u64>,
+    /// The event's name.
+    pub(crate) event: &'static str,
+    /// How often, or how many now.
+    pub(crate) count: u64,
 }
 
 #[derive(Debug, Default)]
@@ -155,6 +66,7 @@ struct Inner {
     bound: bool,
     draining: bool,
     ranks: BTreeMap<(Side, u32), RankStatus>,
+    wires: BTreeMap<(Side, u32), Wires>,
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
@@ -228,6 +140,32 @@ impl Status {
         if had_engine != has_engine {
             self.changed.notify_one();
         }
+    }
+
+    /// The wires of a side.
+    pub(crate) fn wires(&self, side: Side, rank: u32, wires: Wires) {
+        self.inner().wires.insert((side, rank), wires);
+    }
+
+    /// What has happened on every wire.
+    pub(crate) fn wire_events(&self) -> Vec<WireEvent> {
+        let wires = self.inner().wires.clone();
+        let mut all = Vec::new();
+        for ((side, rank), wires) in wires {
+            all.extend(
+                wires
+                    .events()
+                    .into_iter()
+                    .map(|(transport, event, count)| WireEvent {
+                        side,
+                        rank,
+                        transport,
+                        event,
+                        count,
+                    }),
+            );
+        }
+        all
     }
 
     /// The links of a sender's rank after an event.
@@ -383,89 +321,6 @@ impl Inner {
         obstacles
     }
 }
-
-impl RankStatus {
-    fn new(side: Side, rank: u32) -> Self {
-        Self {
-            side: side.as_str(),
-            rank,
-            engines: 0,
-            layout: None,
-            epoch: Epoch(0),
-            slots: 0,
-            slot_bytes: 0,
-            free: 0,
-            held: 0,
-            quarantined: 0,
-            requests: 0,
-            parked_tokens: 0,
-        }
-    }
-
-    fn update(&mut self, gauges: &Gauges<'_>) {
-        if let Some(cut) = gauges.cut
-            && cut.epoch != self.epoch
-        {
-            self.layout = Some(cut.layout.clone());
-            self.epoch = cut.epoch;
-            self.slots = cut.slots;
-            self.slot_bytes = cut.slot_bytes;
-        }
-        self.engines = gauges.engines;
-        self.free = gauges.free;
-        self.held = gauges.held;
-        self.quarantined = gauges.quarantined;
-        self.requests = gauges.requests;
-        self.parked_tokens = gauges.parked_tokens;
-    }
-}
-
-impl LinkRow {
-    fn new(rank: u32, link: &LinkStatus) -> Self {
-        Self {
-            rank,
-            peer: link.peer.clone(),
-            id: link.id.clone(),
-            configured: link.configured,
-            transport: link.transport,
-            why: link.why.clone(),
-            reported: link.reported.clone(),
-            measured_gb_per_s: link.rate(),
-        }
-    }
-
-    fn is_of(&self, link: &LinkStatus) -> bool {
-        self.peer == link.peer
-            && self.id == link.id
-            && self.transport == link.transport
-            && self.why == link.why
-            && self.reported == link.reported
-    }
-}
-
-impl fmt::Display for NotReady {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Starting => f.write_str("ports are not bound yet"),
-            Self::NoEngine(side, rank) => {
-                write!(
-                    f,
-                    "no engine is connected to the {} of rank {rank}",
-                    side.as_str()
-                )
-            }
-            Self::NoProxy(proxy) => write!(
-                f,
-                "the proxy at {proxy} has not acknowledged this sidecar within {} s",
-                ACKNOWLEDGED_FOR.as_secs()
-            ),
-            Self::Draining => f.write_str("draining"),
-        }
-    }
-}
-
-/// Three of the proxy's call-backs, which come every 5 s.
-pub(crate) const ACKNOWLEDGED_FOR: Duration = Duration::from_secs(15);
 
 /// Requests that `/requests` shows: some minutes of a busy instance in about 64 KiB.
 pub(crate) const MAX_RECORDS: usize = 256;

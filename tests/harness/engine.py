@@ -42,7 +42,7 @@ class EngineOptions:
 
 
 class Engine(Part):
-    """One instance with a port that outlives its process. `start` returns at once, `wait` when it serves."""
+    """One instance with a port that outlives its process. `start` returns at once, `wait_for` when it serves."""
 
     def __init__(self, options: EngineOptions, logs: Path) -> None:
         self.options = options
@@ -86,23 +86,6 @@ class Engine(Part):
         log = self._logs / f"{options.name.replace(' ', '-')}.log"
         self.process = Process(options.name, command, log, env)
 
-    def wait(self, progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
-        """Returns when `/health` answers 200. Raises `ProcessFailed` with the log's tail if it will not."""
-        assert self.process is not None
-        deadline = time.monotonic() + bound_s
-        said = time.monotonic()
-        while not self.healthy():
-            if not self.process.alive:
-                raise self.process.failure(f"ended with exit code {self.process.exit_code} while starting")
-            if time.monotonic() > deadline:
-                raise self.process.failure(f"not healthy after {bound_s:g} s")
-            if progress is not None and time.monotonic() - said > 10:
-                said = time.monotonic()
-                progress.say(f"{self.options.name}: {self._stage()}")
-            time.sleep(0.2)
-        if progress is not None:
-            progress.say(f"{self.options.name}: ready at {self.url}")
-
     def healthy(self) -> bool:
         try:
             return call(f"{self.url}/health", timeout_s=2.0)[0] == 200
@@ -132,7 +115,7 @@ class Engine(Part):
         """One short request, so that the first measured one does not pay for what every first one pays."""
         complete(self.url, [2, 3, 4], max_tokens=2)
 
-    def _stage(self) -> str:
+    def stage(self) -> str:
         """What it does while it starts, for people."""
         assert self.process is not None
         output = self.process.output()
@@ -140,6 +123,30 @@ class Engine(Part):
             if sign in output:
                 return stage
         return "loading Python modules"
+
+
+def wait_for(engines: Sequence[Engine], progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
+    """Returns when `/health` of all of them answers 200. Raises `ProcessFailed` with a log's tail if one will not."""
+    deadline = time.monotonic() + bound_s
+    waiting = dict.fromkeys(engines, "")
+    while waiting:
+        for engine in list(waiting):
+            process, name = engine.process, engine.options.name
+            assert process is not None
+            if engine.healthy():
+                del waiting[engine]
+                stage = f"ready at {engine.url}"
+            else:
+                stage = engine.stage()
+            if not process.alive:
+                raise process.failure(f"ended with exit code {process.exit_code} while starting")
+            if time.monotonic() > deadline:
+                raise process.failure(f"not healthy after {bound_s:g} s")
+            if progress is not None and stage != waiting.get(engine):
+                progress.say(f"{name}: {stage}")
+            if engine in waiting:
+                waiting[engine] = stage
+        time.sleep(0.2)
 
 
 # What appears in the log, latest first.

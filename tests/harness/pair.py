@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.client import Answer, complete
-from harness.engine import Engine, EngineOptions
+from harness.engine import Engine, EngineOptions, wait_for
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN
 from harness.process import leave_running
@@ -115,8 +115,7 @@ class Pair:
 
     def wait(self, progress: Progress | None = None) -> None:
         """Returns when both engines serve, both sidecars are ready, and the proxy knows them."""
-        for engine in (self.decode, self.prefill):
-            engine.wait(progress)
+        wait_for((self.decode, self.prefill), progress)
         self.wait_sidecars()
         if progress is not None:
             progress.say(f"proxy: both instances registered and ready, at {self.proxy.url}")

@@ -126,6 +126,17 @@ impl Rig {
             .unwrap_or(0.0)
     }
 
+    /// Waits until a sample in `/metrics` has reached a value.
+    pub async fn until_metric(&self, sample: &str, least: f64) {
+        let reached = async {
+            while self.metric(sample).await < least {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(PATIENCE, reached).await.is_ok();
+        assert!(in_time, "{sample} stays below {least}");
+    }
+
     /// Drains the proxy.
     pub async fn end(mut self) -> End {
         self.stop.drain.cancel();

@@ -1,15 +1,21 @@
 //! From what was given to what holds: defaults that follow from other keys, and what must fit
 //! together.
 
+mod listen;
+mod proxy;
+mod times;
+
 use std::path::PathBuf;
-use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
+use self::listen::{exposed, listen};
+use self::proxy::{admin_host, proxy};
+use self::times::times;
 use super::keys::{Key, Lmcache, Sidecar};
 use super::layers::{Inputs, Layers, Source, Sourced};
-use super::value::{Device, HostPort, Millis, Role, Seconds, Value, is_loopback, is_wildcard};
-use super::{Config, Listen, Proxy, RankPorts, Times};
+use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
+use super::{Config, Listen};
 
 /// The configuration, or `None` if something that it cannot do without is missing or wrong. What is
 /// wrong is noted in `layers`; only without any note the result may be used.
@@ -23,15 +29,15 @@ pub(crate) fn config(
     let role = need(layers, Lmcache::KEYS, "pd_role", &lmcache.pd_role, "");
     let buffer_bytes = buffer(layers, lmcache);
     let role = role?;
-    let listen = match role {
-        Role::Sender => None,
-        Role::Receiver | Role::Both => listen(layers, lmcache, sidecar, role),
-    };
-    let ranks = ranks(layers, sidecar, listen.as_ref());
     let admin = computed(layers, "admin", sidecar.admin.as_ref(), || HostPort {
         host: "127.0.0.1".to_owned(),
         port: if role == Role::Sender { 7910 } else { 7900 },
     });
+    let listen = match role {
+        Role::Sender => None,
+        Role::Receiver | Role::Both => listen(layers, lmcache, sidecar, role, &admin),
+    };
+    let ranks = ranks(layers, sidecar, listen.as_ref());
     let proxy = proxy(layers, lmcache, sidecar, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     exposed(layers, lmcache, sidecar, listen.as_ref());
@@ -47,9 +53,6 @@ pub(crate) fn config(
             error.to_string(),
             "write error, warn, info, debug, trace, or directives like info,sidecar=debug",
         );
-    }
-    if let Some(count) = &sidecar.max_quarantined {
-        layers.computed("sidecar.max_quarantined", count.value.show(), &count.source);
     }
     Some(Config {
         role,
@@ -140,100 +143,6 @@ fn buffer(layers: &mut Layers, lmcache: &Lmcache) -> Option<u64> {
     Some(bytes.0)
 }
 
-fn listen(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar, role: Role) -> Option<Listen> {
-    let why = format!(", and pd_role is {role}");
-    let host = need(
-        layers,
-        Lmcache::KEYS,
-        "pd_peer_host",
-        &lmcache.pd_peer_host,
-        &why,
-    );
-    let inits = need(
-        layers,
-        Lmcache::KEYS,
-        "pd_peer_init_port",
-        &lmcache.pd_peer_init_port,
-        &why,
-    );
-    let allocs = need(
-        layers,
-        Lmcache::KEYS,
-        "pd_peer_alloc_port",
-        &lmcache.pd_peer_alloc_port,
-        &why,
-    );
-    let (host, inits, allocs) = (host?.0, inits?.0, allocs?.0);
-    let given = lmcache.pd_peer_alloc_port.as_ref()?;
-    if inits.len() != allocs.len() {
-        layers.wrong(
-            "pd_peer_alloc_port",
-            given,
-            format!("{} alloc and {} init ports", allocs.len(), inits.len()),
-            "give one of each a rank",
-        );
-        return None;
-    }
-    let first = value(&sidecar.tcp_port)?.0;
-    let mut ranks = Vec::new();
-    for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {
-        let tcp = if first == 0 {
-            Some(0)
-        } else {
-            first.checked_add(rank)
-        };
-        let Some(tcp) = tcp else {
-            let given = sidecar.tcp_port.as_ref()?;
-            layers.wrong(
-                "sidecar.tcp_port",
-                given,
-                format!("rank {rank} has no port"),
-                "begin lower",
-            );
-            return None;
-        };
-        ranks.push(RankPorts {
-            init: *init,
-            alloc: *alloc,
-            tcp,
-        });
-    }
-    let mut ports: Vec<u16> = ranks
-        .iter()
-        .flat_map(|r| [r.init, r.alloc, r.tcp])
-        .chain(sidecar.admin.iter().map(|a| a.value.port))
-        .filter(|port| *port != 0)
-        .collect();
-    ports.sort_unstable();
-    if let Some(twice) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
-        let what = format!("port {} is used twice", twice[0]);
-        layers.wrong(
-            "pd_peer_alloc_port",
-            given,
-            what,
-            "init, alloc, sidecar.tcp_port and sidecar.admin each need ports of their own",
-        );
-    }
-    let advertise = match &sidecar.advertise_host {
-        Some(host) => host.value.0.clone(),
-        None if is_wildcard(&host) => {
-            layers.wrong(
-                "pd_peer_host",
-                lmcache.pd_peer_host.as_ref()?,
-                "senders cannot connect to every interface",
-                "write the address of one, or set sidecar.advertise_host",
-            );
-            return None;
-        }
-        None => host.clone(),
-    };
-    Some(Listen {
-        host,
-        advertise,
-        ranks,
-    })
-}
-
 fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32 {
     let ports = listen.map_or(1, |l| u32::try_from(l.ranks.len()).unwrap_or(u32::MAX));
     match &sidecar.ranks {
@@ -246,8 +155,8 @@ fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32
                     what,
                     "remove it, or give one port a rank",
                 );
-            } else if given.value.0 as usize > super::value::MAX_RANKS {
-                let right = format!("at most {}", super::value::MAX_RANKS);
+            } else if given.value.0 as usize > MAX_RANKS {
+                let right = format!("at most {}", MAX_RANKS);
                 layers.wrong("sidecar.ranks", given, "too many", right);
             }
             given.value.0
@@ -258,147 +167,6 @@ fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32
         }
     }
 }
-
-fn proxy(
-    layers: &mut Layers,
-    lmcache: &Lmcache,
-    sidecar: &Sidecar,
-    role: Role,
-    admin: &HostPort,
-) -> Option<Proxy> {
-    let theirs = lmcache_proxy(layers, lmcache, sidecar.proxy.is_some());
-    let address = match (&sidecar.proxy, theirs) {
-        (Some(ours), theirs) => {
-            if let Some(theirs) = theirs.filter(|t| *t != ours.value) {
-                layers.warnings.push(format!(
-                    "pd_proxy_host and pd_proxy_port say {theirs}; sidecar.proxy ({}, {}) wins",
-                    ours.value, ours.source
-                ));
-            }
-            Some(ours.value.clone())
-        }
-        (None, Some(theirs)) => {
-            let source = Source::Key("pd_proxy_host, pd_proxy_port".to_owned());
-            layers.computed("sidecar.proxy", theirs.to_string(), &source);
-            Some(theirs)
-        }
-        (None, None) => None,
-    };
-    let engine_url = computed(layers, "engine_url", sidecar.engine_url.as_ref(), || {
-        let port = if role == Role::Sender { 8100 } else { 8200 };
-        super::value::Url(format!("http://127.0.0.1:{port}"))
-    });
-    let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
-    let Some(address) = address.filter(|_| !skip) else {
-        layers.warnings.push(
-            "no proxy is configured: this sidecar registers nowhere, and whoever routes requests \
-             must know its ports and wait for the prefill leg"
-                .to_owned(),
-        );
-        return None;
-    };
-    if address.port == 0 || is_wildcard(&address.host) {
-        if let Some(given) = &sidecar.proxy {
-            layers.wrong(
-                "sidecar.proxy",
-                given,
-                "no address to connect to",
-                "name host and port",
-            );
-        } else if let Some(given) = &lmcache.pd_proxy_port {
-            layers.wrong(
-                "pd_proxy_port",
-                given,
-                "no address to connect to",
-                "name host and port",
-            );
-        }
-    }
-    if !address.is_loopback() && admin.is_loopback() {
-        layers.warnings.push(format!(
-            "the proxy {address} is on another machine and cannot call back the admin server at \
-             {admin}: /ready would stay false; set sidecar.admin to an address that it reaches"
-        ));
-    }
-    Some(Proxy {
-        address,
-        engine_url: engine_url.0,
-        period: value(&sidecar.register_ms)?.0,
-    })
-}
-
-fn lmcache_proxy(layers: &mut Layers, lmcache: &Lmcache, ours: bool) -> Option<HostPort> {
-    match (&lmcache.pd_proxy_host, &lmcache.pd_proxy_port) {
-        (Some(host), Some(port)) => Some(HostPort {
-            host: host.value.0.clone(),
-            port: port.value.0,
-        }),
-        (Some(_), None) if !ours => {
-            layers.missing(
-                key(Lmcache::KEYS, "pd_proxy_port"),
-                ", and pd_proxy_host is set",
-            );
-            None
-        }
-        (None, Some(_)) if !ours => {
-            layers.missing(
-                key(Lmcache::KEYS, "pd_proxy_host"),
-                ", and pd_proxy_port is set",
-            );
-            None
-        }
-        _ => None,
-    }
-}
-
-fn admin_host(layers: &mut Layers, sidecar: &Sidecar, admin: &HostPort, called: bool) -> String {
-    if !is_wildcard(&admin.host) {
-        return admin.host.clone();
-    }
-    match (&sidecar.advertise_host, &sidecar.admin) {
-        (Some(host), _) => return host.value.0.clone(),
-        (None, Some(given)) if called => layers.wrong(
-            "sidecar.admin",
-            given,
-            "the proxy cannot call back every interface",
-            "write the address of one, or set sidecar.advertise_host",
-        ),
-        _ => {}
-    }
-    admin.host.clone()
-}
-
-/// Peers are not authenticated yet, so nothing listens beyond this machine unasked.
-fn exposed(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar, listen: Option<&Listen>) {
-    let allowed = value(&sidecar.insecure).unwrap_or(false);
-    let mut open = Vec::new();
-    if let (Some(listen), Some(given)) = (listen, &lmcache.pd_peer_host)
-        && !is_loopback(&listen.host)
-    {
-        open.push(("pd_peer_host", listen.host.clone()));
-        if !allowed {
-            layers.wrong("pd_peer_host", given, UNAUTHENTICATED, ALLOW);
-        }
-    }
-    if let Some(given) = sidecar.admin.as_ref().filter(|a| !a.value.is_loopback()) {
-        open.push(("sidecar.admin", given.value.to_string()));
-        if !allowed {
-            layers.wrong("sidecar.admin", given, UNAUTHENTICATED, ALLOW);
-        }
-    }
-    if allowed && !open.is_empty() {
-        let open: Vec<_> = open.iter().map(|(key, at)| format!("{key} {at}")).collect();
-        layers.warnings.push(format!(
-            "INSECURE: {} listens beyond this machine without authentication: whoever reaches the \
-             ports can read and write KV. Keep them inside a trusted network",
-            open.join(" and ")
-        ));
-    }
-}
-
-const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers are not authenticated yet";
-const ALLOW: &str = "use 127.0.0.1, or accept that in a trusted network: --insecure, \
-                     PD_SIDECAR_INSECURE=true or sidecar.insecure: true";
 
 fn id(
     layers: &mut Layers,
@@ -468,97 +236,6 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
     PathBuf::from(path)
 }
 
-fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -> Option<Times> {
-    let wait = fallback(
-        layers,
-        "wait_ms",
-        sidecar.wait_ms.as_ref(),
-        (
-            "pd_allocation_timeout_sec",
-            lmcache.pd_allocation_timeout_sec.as_ref(),
-        ),
-        Duration::from_secs(1),
-    );
-    let drain = fallback(
-        layers,
-        "drain_timeout_ms",
-        sidecar.drain_timeout_ms.as_ref(),
-        (
-            "pd_shutdown_timeout_sec",
-            lmcache.pd_shutdown_timeout_sec.as_ref(),
-        ),
-        Duration::from_secs(10),
-    );
-    for (path, given) in [
-        ("sidecar.heartbeat_ms", &sidecar.heartbeat_ms),
-        ("sidecar.repeat_ms", &sidecar.repeat_ms),
-        ("sidecar.link_ms", &sidecar.link_ms),
-        ("sidecar.stall_ms", &sidecar.stall_ms),
-        ("sidecar.max_lease_ms", &sidecar.max_lease_ms),
-        ("sidecar.register_ms", &sidecar.register_ms),
-    ] {
-        if let Some(given) = given.as_ref().filter(|g| g.value.0 < MIN_PERIOD) {
-            layers.wrong(
-                path,
-                given,
-                "it would keep a core busy",
-                "write at least 10",
-            );
-        }
-    }
-    let times = Times {
-        heartbeat: value(&sidecar.heartbeat_ms)?.0,
-        wait,
-        park: value(&sidecar.park_ms)?.0,
-        repeat: value(&sidecar.repeat_ms)?.0,
-        link: value(&sidecar.link_ms)?.0,
-        stall: value(&sidecar.stall_ms)?.0,
-        max_wait: value(&sidecar.max_wait_ms)?.0,
-        no_sender: value(&sidecar.no_sender_ms)?.0,
-        unclaimed: value(&sidecar.unclaimed_ms)?.0,
-        max_lease: value(&sidecar.max_lease_ms)?.0,
-        drain,
-    };
-    let lease = times.heartbeat * 3;
-    if lease > times.max_lease {
-        layers.warnings.push(format!(
-            "three heartbeats take {} ms, longer than max_lease_ms ({}): a receiver with that bound \
-             ends leases of live senders",
-            lease.as_millis(),
-            times.max_lease.as_millis()
-        ));
-    }
-    if times.stall <= times.wait + times.park {
-        layers.warnings.push(format!(
-            "stall_ms ({}) is not longer than wait_ms and park_ms together ({}): requests that wait \
-             for room end as stalled",
-            times.stall.as_millis(),
-            (times.wait + times.park).as_millis()
-        ));
-    }
-    Some(times)
-}
-
-/// Our time, else LMCache's if it is finite, else the default.
-fn fallback(
-    layers: &mut Layers,
-    name: &str,
-    ours: Option<&Sourced<Millis>>,
-    theirs: (&str, Option<&Sourced<Seconds>>),
-    default: Duration,
-) -> Duration {
-    let path = format!("sidecar.{name}");
-    if let Some(ours) = ours {
-        return ours.value.0;
-    }
-    let (time, source) = match theirs.1.and_then(|t| t.value.0) {
-        Some(time) => (time, Source::Key(theirs.0.to_owned())),
-        None => (default, Source::Default),
-    };
-    layers.computed(&path, Millis(time).show(), &source);
-    time
-}
-
 fn computed<T: Value>(
     layers: &mut Layers,
     name: &str,
@@ -601,4 +278,3 @@ fn key(keys: &'static [Key], name: &str) -> &'static Key {
 const MIN_BUFFER_BYTES: u64 = 4096;
 /// `sun_path` has 108 bytes with its terminator.
 const MAX_SOCKET_BYTES: usize = 107;
-const MIN_PERIOD: Duration = Duration::from_millis(10);

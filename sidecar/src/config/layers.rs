@@ -5,6 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::keys::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
+use super::nearest::nearest;
+use super::problem::{Problem, Row};
 use super::value::Value;
 use super::yaml::{self, Entry, Raw};
 
@@ -59,52 +61,6 @@ pub(crate) struct Sourced<T> {
     pub(crate) value: T,
     /// Where it came from.
     pub(crate) source: Source,
-}
-
-/// One thing that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
-    /// Where: a flag, a variable, a file's line; empty if something is missing.
-    pub(crate) place: String,
-    /// The key, from the top of the file; empty if the file as a whole is wrong.
-    pub(crate) key: String,
-    /// The value as given; empty if there is none.
-    pub(crate) value: String,
-    /// What is wrong.
-    pub(crate) what: String,
-    /// What would be right.
-    pub(crate) right: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.place.is_empty() {
-            write!(f, "{}: ", self.place)?;
-        }
-        if !self.key.is_empty() {
-            f.write_str(&self.key)?;
-            if !self.value.is_empty() {
-                write!(f, " = {:?}", self.value)?;
-            }
-            f.write_str(": ")?;
-        }
-        f.write_str(&self.what)?;
-        if !self.right.is_empty() {
-            write!(f, "; {}", self.right)?;
-        }
-        Ok(())
-    }
-}
-
-/// A line of a report: a key, its value, its source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Row {
-    /// The key, from the top of the file.
-    pub(crate) key: String,
-    /// The value in its one spelling; `-` for none.
-    pub(crate) value: String,
-    /// Where it came from.
-    pub(crate) source: String,
 }
 
 /// The three layers, and what was noticed while reading them.
@@ -409,30 +365,4 @@ fn section_of(ours: bool) -> Section {
     } else {
         Section::Lmcache
     }
-}
-
-/// The candidate that `name` is probably a slip of: at most one edit in four characters.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .map(|candidate| (distance(name, candidate), candidate))
-        .filter(|(d, candidate)| *d * 4 <= candidate.len().max(4))
-        .min_by_key(|(d, candidate)| (*d, candidate.len()))
-        .map(|(_, candidate)| candidate)
-}
-
-/// Levenshtein's distance in bytes, `-` and `_` and the case of letters counting as equal.
-fn distance(a: &str, b: &str) -> usize {
-    let fold = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_bytes();
-    let (a, b) = (fold(a), fold(b));
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = cost.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

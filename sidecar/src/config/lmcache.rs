@@ -2,7 +2,8 @@
 //! would do something else than the file says.
 
 use super::keys::{Default, Key, Section};
-use super::layers::{Layers, Problem};
+use super::layers::Layers;
+use super::problem::Problem;
 use super::value::{Any, Value};
 use super::yaml::Raw;
 

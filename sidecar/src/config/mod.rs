@@ -9,6 +9,8 @@ mod keys;
 mod layers;
 mod lmcache;
 mod machines;
+mod nearest;
+mod problem;
 mod reference;
 mod report;
 mod value;

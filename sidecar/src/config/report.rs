@@ -5,8 +5,9 @@ use std::fmt::{self, Write};
 
 use serde_json::json;
 
-use super::layers::{Layers, Problem, Row};
+use super::layers::Layers;
 use super::lmcache::Ignored;
+use super::problem::{Problem, Row};
 
 /// See the module.
 #[derive(Clone, Debug)]

@@ -353,6 +353,7 @@ fn ports_must_fit_together() {
             "sidecar: {admin: '127.0.0.1:7300'}\npd_role",
             "port 7300 is used twice",
         ),
+        ("[7400, 7401]", "[7400, 7900]", "port 7900 is used twice"),
         (
             "127.0.0.1\npd_peer_init",
             "0.0.0.0\npd_peer_init",

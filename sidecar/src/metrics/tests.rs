@@ -1,5 +1,8 @@
 use std::collections::BTreeMap;
 
+use std::time::Instant;
+
+use super::gauges::MAX_LINKS;
 use super::*;
 use crate::status::tests::{config, cut, gauges, link, record};
 

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use protocol::local::Target;
 use protocol::registration::InstanceRole;
-use protocol::{Reason, RequestId};
+use protocol::{Layout, Reason, RequestId};
 
 use super::*;
 use crate::config::Inputs;

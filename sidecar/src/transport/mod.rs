@@ -94,6 +94,10 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn close(&self, slot: SlotIndex);
     /// Whether [`Transport::close`] proves the slot free of writes (design D6).
     fn close_is_a_fence(&self) -> bool;
+    /// What has happened on this wire since the start: a fixed set of names, for metrics.
+    fn events(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
     /// Receiver: writes are (or are no longer) announced, so the library must (need not) progress.
     fn expect(&self, writing: bool);
 }

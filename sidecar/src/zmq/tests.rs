@@ -2,13 +2,15 @@
 
 use std::io::Write as _;
 use std::net::TcpStream;
+use std::time::Instant;
+
+use omq_tokio::SocketType;
+use protocol::receiver::Route;
 
 use super::*;
 
-type Runtime = tokio::runtime::Runtime;
-
 /// The sidecar's runtime: one thread.
-fn runtime() -> Runtime {
+fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -40,6 +42,48 @@ async fn answer(client: &mut DealerClient) -> Bytes {
             FromServer::Message(payload) => return payload,
             FromServer::Connected => {}
             FromServer::Lost => panic!("connection lost"),
+        }
+    }
+}
+
+/// The registration port.
+#[derive(Debug)]
+pub(crate) struct Pull {
+    socket: Socket,
+    port: u16,
+}
+
+impl Pull {
+    /// Binds `host:port`; port 0 takes any.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub(crate) async fn bind(host: &str, port: u16) -> Result<Self, BindError> {
+        let socket = Socket::new(SocketType::Pull, options(MAX_REGISTRATION_BYTES));
+        let port = bind(&socket, host, port).await?;
+        Ok(Self { socket, port })
+    }
+
+    /// The port that is bound.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Waits for the next message; those of several frames are dropped.
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn recv(&mut self) -> Result<Bytes, Closed> {
+        loop {
+            let message = self.socket.recv().await.map_err(|_| Closed)?;
+            if message.len() == 1
+                && let Some(payload) = message.part_bytes(0)
+            {
+                return Ok(payload);
+            }
         }
     }
 }
@@ -135,7 +179,7 @@ fn a_loss_follows_the_last_message_and_ends_the_route() {
             client.send(vec![i]).unwrap();
         }
         let (first, _) = message(&mut server).await;
-        client.close().await;
+        drop(client);
         for i in 1..20u8 {
             assert_eq!(message(&mut server).await, (first, Bytes::from(vec![i])));
         }

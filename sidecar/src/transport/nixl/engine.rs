@@ -1,7 +1,6 @@
 //! The thread that owns the NIXL agent.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::cut::Cut;
 use super::link::NixlLink;
-use super::pace::{BUSY, Pace, Wait};
+use super::pace::{Pace, Wait};
 use super::peer::Peer;
 use super::wire::Wire;
 use super::{Config, Shared};
@@ -118,7 +117,7 @@ impl Engine {
                     Err(TryRecvError::Disconnected) => return self.finish(),
                 }
             }
-            moved |= self.poll();
+            moved |= self.poll(pace.busy());
             let now = Instant::now();
             if now.duration_since(looked) >= LOOK {
                 looked = now;
@@ -208,7 +207,7 @@ impl Engine {
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
         if let Some(rate) = peer.estimate() {
             // Writing to a string does not fail.
-            drop(write!(reported, ", estimate of UCX {rate:.2} GB/s"));
+            reported += &format!(", estimate of UCX {rate:.2} GB/s");
         }
         self.peers.insert(id, peer);
         self.count();
@@ -216,10 +215,10 @@ impl Engine {
     }
 
     /// Lets the library work; whether anything moved.
-    fn poll(&mut self) -> bool {
+    fn poll(&mut self, busy: Duration) -> bool {
         let mut moved = false;
         for peer in self.peers.values_mut() {
-            moved |= peer.step(self.config.stall, &mut self.stuck);
+            moved |= peer.step(self.config.stall, busy, &mut self.stuck);
         }
         let before = self.peers.len();
         self.peers.retain(|_, peer| !peer.is_over());
@@ -227,7 +226,7 @@ impl Engine {
             self.count();
         }
         if self.shared.expecting.load(Ordering::Acquire) {
-            moved |= self.progress();
+            moved |= self.progress() > busy;
         }
         moved
     }
@@ -255,12 +254,13 @@ impl Engine {
             .store(self.stuck.len() as u64, Ordering::Relaxed);
     }
 
-    fn progress(&self) -> bool {
+    /// How long the library worked.
+    fn progress(&self) -> Duration {
         let start = Instant::now();
         if let Err(error) = self.agent.progress() {
             tracing::warn!(%error, "nixl does not progress");
         }
-        start.elapsed() > BUSY
+        start.elapsed()
     }
 
     fn is_active(&self) -> bool {
@@ -269,10 +269,13 @@ impl Engine {
 
     /// Gives what is under way its time, then answers all that is left.
     fn finish(mut self) {
+        let mut pace = Pace::default();
         let deadline = Instant::now() + self.config.drain;
         while self.peers.values().any(Peer::is_active) && Instant::now() < deadline {
-            if !self.poll() {
-                std::thread::sleep(Duration::from_micros(50));
+            match pace.wait(self.poll(pace.busy()), Instant::now()) {
+                Wait::Spin => std::hint::spin_loop(),
+                Wait::Yield => std::thread::yield_now(),
+                Wait::Sleep(time) => std::thread::sleep(time),
             }
         }
         for peer in self.peers.values_mut() {

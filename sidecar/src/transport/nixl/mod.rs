@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use protocol::dlist::{Memory, Row};
+use protocol::dlist::Row;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{Semaphore, oneshot};
@@ -41,9 +41,7 @@ mod wire;
 use counts::Counters;
 use engine::{Command, Engine};
 
-pub(crate) use ::nixl::metadata::agent_name as agent_name_of;
-pub(crate) use ::nixl::{Library, LoadError, Search};
-pub(crate) use counts::Counts;
+pub(crate) use ::nixl::{Library, Search};
 
 /// Names and times.
 #[derive(Clone, Debug)]
@@ -160,13 +158,8 @@ impl Nixl {
         })
     }
 
-    /// What the sending half has done.
-    pub(crate) fn counts(&self) -> Counts {
-        self.shared.counters.read()
-    }
-
     /// Whether the engine thread lives: without it nothing is sent or received any more.
-    pub(crate) fn is_running(&self) -> bool {
+    fn is_running(&self) -> bool {
         self.thread
             .as_ref()
             .is_some_and(|thread| !thread.is_finished())
@@ -222,6 +215,19 @@ impl Transport for Nixl {
 
     fn close_is_a_fence(&self) -> bool {
         false
+    }
+
+    fn events(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.shared.counters.read();
+        vec![
+            ("writes_done", counts.done),
+            ("writes_failed", counts.failed),
+            ("writes_uncertain", counts.uncertain),
+            ("bytes_written", counts.bytes),
+            ("peers", counts.peers),
+            ("writes_stuck", counts.stuck),
+            ("running", u64::from(self.is_running())),
+        ]
     }
 
     fn expect(&self, writing: bool) {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     quiet_since: Option<Instant>,
+    slept: bool,
 }
 
 /// What to do before the next poll.
@@ -25,19 +26,28 @@ impl Pace {
     /// After a round of polling in which something moved, or not.
     pub(super) fn wait(&mut self, moved: bool, now: Instant) -> Wait {
         if moved {
-            self.quiet_since = None;
+            *self = Self::default();
             return Wait::Spin;
         }
         let quiet = now.duration_since(*self.quiet_since.get_or_insert(now));
-        if quiet < SPIN {
+        let wait = if quiet < SPIN {
             Wait::Spin
         } else if quiet < YIELD {
             Wait::Yield
         } else if quiet < DOZE {
             Wait::Sleep(NAP)
+        } else if quiet < DROWSE {
+            Wait::Sleep(SHORT)
         } else {
-            Wait::Sleep(SLEEP)
-        }
+            Wait::Sleep(LONG)
+        };
+        self.slept = matches!(wait, Wait::Sleep(_));
+        wait
+    }
+
+    /// How long a call into the library must take to have moved something.
+    pub(super) fn busy(&self) -> Duration {
+        if self.slept { BUSY_COLD } else { BUSY }
     }
 }
 
@@ -46,15 +56,21 @@ const SPIN: Duration = Duration::from_micros(30);
 /// The round trip of a data centre, with a scheduler's delay in it.
 const YIELD: Duration = Duration::from_micros(500);
 /// With the kernel's timer slack about 100 µs: at 5 GB/s 0.5 MB, which sockets and their buffers
-/// bridge. Costs 5 to 10 % of a core.
+/// bridge. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
-/// A peer that has not written for so long is computing, or has stopped.
+/// What is announced is about to be posted; a peer that is quiet for so long was held up.
 const DOZE: Duration = Duration::from_millis(5);
-/// Costs 2 to 3 % of a core, and a late write as many microseconds.
-const SLEEP: Duration = Duration::from_micros(200);
+const SHORT: Duration = Duration::from_micros(200);
+/// It writes without this side's help (shared memory, RDMA), or has stopped.
+const DROWSE: Duration = Duration::from_millis(50);
+/// About 3 % of a core; a write that comes after all is late by a fiftieth of its pause.
+const LONG: Duration = Duration::from_millis(1);
 
 /// A call into the library that takes longer has moved bytes: an idle one takes under 1 µs.
-pub(super) const BUSY: Duration = Duration::from_micros(4);
+const BUSY: Duration = Duration::from_micros(4);
+/// After a sleep the caches are cold, and an idle call takes up to 15 µs on a busy machine. What a
+/// wire of 1 GB/s brings during a sleep takes longer.
+const BUSY_COLD: Duration = Duration::from_micros(25);
 
 #[cfg(test)]
 mod tests {
@@ -74,9 +90,10 @@ mod tests {
         check(509, false, Wait::Yield);
         check(520, false, Wait::Sleep(NAP));
         check(5_009, false, Wait::Sleep(NAP));
-        check(5_010, false, Wait::Sleep(SLEEP));
-        check(10_000, false, Wait::Sleep(SLEEP));
-        check(10_100, true, Wait::Spin);
-        check(10_110, false, Wait::Spin);
+        check(5_010, false, Wait::Sleep(SHORT));
+        check(50_009, false, Wait::Sleep(SHORT));
+        check(50_010, false, Wait::Sleep(LONG));
+        check(60_000, true, Wait::Spin);
+        check(60_010, false, Wait::Spin);
     }
 }

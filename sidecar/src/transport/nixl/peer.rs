@@ -15,7 +15,6 @@ use super::Shared;
 use super::counts::Counters;
 use super::cut::Batch;
 use super::engine::{Slots, answer, unsent};
-use super::pace::BUSY;
 use super::wire::Wire;
 use crate::transport::{Outcome, Remote};
 
@@ -185,11 +184,16 @@ impl Peer {
     }
 
     /// Polls what is posted and posts a batch if there is room; whether anything moved.
-    pub(super) fn step(&mut self, stall: Duration, stuck: &mut Vec<Transfer>) -> bool {
+    pub(super) fn step(
+        &mut self,
+        stall: Duration,
+        busy: Duration,
+        stuck: &mut Vec<Transfer>,
+    ) -> bool {
         if self.writes.is_empty() {
             return false;
         }
-        let mut moved = self.poll(stall, stuck);
+        let mut moved = self.poll(stall, busy, stuck);
         moved |= self.post();
         self.settle();
         moved
@@ -219,7 +223,7 @@ impl Peer {
         self.settle();
     }
 
-    fn poll(&mut self, stall: Duration, stuck: &mut Vec<Transfer>) -> bool {
+    fn poll(&mut self, stall: Duration, busy: Duration, stuck: &mut Vec<Transfer>) -> bool {
         let start = Instant::now();
         let mut moved = false;
         for write in &mut self.writes {
@@ -259,7 +263,7 @@ impl Peer {
                 self.failed.get_or_insert(error);
             }
         }
-        moved || start.elapsed() > BUSY
+        moved || start.elapsed() > busy
     }
 
     /// One batch at most: where the CPU copies, the copying happens in here, and commands and other

@@ -7,8 +7,8 @@
 //! that have shown a lease are never closed for others.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write as _};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::frame::{Answer, Hello, Refusal, VERSION};
+use super::greeting::Waiting;
 use super::landing::{Landing, Receiver};
 use super::socket::{Waker, poll_for, prepare};
 
@@ -87,15 +88,6 @@ struct Accepting {
     waiting: Vec<Waiting>,
     connections: HashMap<u64, Connection>,
     next: u64,
-}
-
-/// A connection that has not said its hello yet.
-struct Waiting {
-    socket: TcpStream,
-    peer: SocketAddr,
-    hello: [u8; Hello::BYTES],
-    got: usize,
-    until: Instant,
 }
 
 /// A connection with a thread.
@@ -342,31 +334,6 @@ impl Accepting {
                 join(connection.thread);
             }
         }
-    }
-}
-
-impl Waiting {
-    /// The hello, once it is complete; no reason if the peer left before it said anything.
-    fn read(&mut self) -> Result<Option<Hello>, Option<Refusal>> {
-        match self.socket.read(&mut self.hello[self.got..]) {
-            Ok(0) if self.got == 0 => return Err(None),
-            Ok(0) => return Err(Some(Refusal::Malformed)),
-            Ok(n) => self.got += n,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) => {}
-            Err(_) => return Err(None),
-        }
-        if !Hello::begins_well(&self.hello[..self.got]) {
-            return Err(Some(Refusal::Malformed));
-        }
-        if self.got < Hello::BYTES {
-            return Ok(None);
-        }
-        let hello = Hello::decode(&self.hello);
-        hello.map(Some).ok_or(Some(Refusal::Malformed))
     }
 }
 

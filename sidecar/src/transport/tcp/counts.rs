@@ -8,22 +8,41 @@ use super::frame::Refusal;
 
 /// Totals since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
+pub(super) struct Counts {
     /// Connections taken from the kernel.
-    pub(crate) accepted: u64,
+    pub(super) accepted: u64,
     /// Connections closed to make room for others.
-    pub(crate) evicted: u64,
+    pub(super) evicted: u64,
     /// Connections that broke within a write.
-    pub(crate) broken: u64,
+    pub(super) broken: u64,
     /// Batches that landed completely.
-    pub(crate) batches: u64,
+    pub(super) batches: u64,
     /// Their bytes.
-    pub(crate) bytes: u64,
+    pub(super) bytes: u64,
     /// Batches and connections that were refused, with the reason; all reasons.
-    pub(crate) refused: Vec<(Refusal, u64)>,
+    pub(super) refused: Vec<(Refusal, u64)>,
 }
 
-/// The counters behind [`Counts`].
+impl Counts {
+    /// As metrics show them.
+    pub(super) fn named(&self) -> Vec<(&'static str, u64)> {
+        let mut all = vec![
+            ("connections_accepted", self.accepted),
+            ("connections_evicted", self.evicted),
+            ("connections_broken", self.broken),
+            ("batches_landed", self.batches),
+            ("bytes_landed", self.bytes),
+        ];
+        all.extend(
+            self.refused
+                .iter()
+                .map(|(why, count)| (why.as_str(), *count)),
+        );
+        all
+    }
+}
+
+/// The counters behind [`Counts`]. Relaxed: each is a number of its own.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) accepted: AtomicU64,

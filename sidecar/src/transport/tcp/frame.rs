@@ -202,21 +202,21 @@ macro_rules! refusals {
 
 refusals! {
     /// Not this protocol, or a broken frame of it.
-    Malformed = 1 "malformed" "a frame makes no sense",
+    Malformed = 1 "refused_malformed" "a frame makes no sense",
     /// Another version of it.
-    Version = 2 "version" "the other side speaks another version of this wire",
+    Version = 2 "refused_version" "the other side speaks another version of this wire",
     /// The sender was told of other slots than there are.
-    Geometry = 3 "geometry" "the landing buffer has been cut into other slots since the handshake",
+    Geometry = 3 "refused_geometry" "the landing buffer has been cut into other slots since the handshake",
     /// No engine has said yet what a slot is.
-    NoSlots = 4 "no_slots" "the landing buffer has no slots yet",
+    NoSlots = 4 "refused_no_slots" "the landing buffer has no slots yet",
     /// The lease does not open this slot, or does so no longer.
-    Closed = 5 "closed" "the slot is not open under this lease",
+    Closed = 5 "refused_closed" "the slot is not open under this lease",
     /// More bytes than the slot has.
-    Bounds = 6 "bounds" "a piece does not fit into its slot",
+    Bounds = 6 "refused_bounds" "a piece does not fit into its slot",
     /// Too slow.
-    Stalled = 7 "stalled" "nothing came for too long",
+    Stalled = 7 "refused_stalled" "nothing came for too long",
     /// Too many connections.
-    Busy = 8 "busy" "too many connections",
+    Busy = 8 "refused_busy" "too many connections",
 }
 
 impl Refusal {

@@ -11,9 +11,8 @@
 //! dirty, and the receiver's close is a fence, so it proves them clean at once.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write as _};
+use std::io::{self, Read};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,8 +20,8 @@ use std::time::{Duration, Instant};
 use protocol::LeaseId;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendFlags, send, sockopt};
-use tokio::sync::oneshot;
 
+use super::batch::Ticket;
 use super::frame::{Answer, Part, Write};
 use super::socket::{Waker, poll_for};
 use crate::memory::Buffer;
@@ -387,68 +386,6 @@ impl Sending {
             }
         }
         Ok(())
-    }
-}
-
-/// Several jobs that are one write.
-#[derive(Debug)]
-pub(super) struct Batch {
-    left: AtomicUsize,
-    result: Mutex<(Outcome, Option<oneshot::Sender<Outcome>>)>,
-}
-
-/// A job's share of a batch. One that is dropped unsettled counts as failed, at what point unknown.
-#[derive(Debug)]
-pub(super) struct Ticket(Option<Arc<Batch>>);
-
-impl Batch {
-    /// `jobs` tickets, and the future of what comes of all of them. `jobs` is not 0.
-    pub(super) fn tickets(jobs: usize) -> (Vec<Ticket>, oneshot::Receiver<Outcome>) {
-        let (done, outcome) = oneshot::channel();
-        let batch = Arc::new(Self {
-            left: AtomicUsize::new(jobs),
-            result: Mutex::new((Outcome::Done, Some(done))),
-        });
-        let ticket = || Ticket(Some(Arc::clone(&batch)));
-        ((0..jobs).map(|_| ticket()).collect(), outcome)
-    }
-
-    /// One failure fails the write; only if every failure is terminal, that is.
-    fn settle(&self, outcome: Outcome) {
-        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
-        let (sum, done) = &mut *result;
-        match (&mut *sum, outcome) {
-            (_, Outcome::Done) => {}
-            (Outcome::Done, failed) => *sum = failed,
-            (Outcome::Failed { terminal, .. }, Outcome::Failed { terminal: also, .. }) => {
-                *terminal &= also;
-            }
-        }
-        if self.left.fetch_sub(1, Ordering::AcqRel) == 1
-            && let Some(done) = done.take()
-        {
-            // Nobody may be waiting any more: see `Link::write`.
-            drop(done.send(sum.clone()));
-        }
-    }
-}
-
-impl Ticket {
-    pub(super) fn settle(mut self, outcome: Outcome) {
-        if let Some(batch) = self.0.take() {
-            batch.settle(outcome);
-        }
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if let Some(batch) = self.0.take() {
-            batch.settle(Outcome::Failed {
-                terminal: false,
-                error: "the sending thread ended without a word".to_owned(),
-            });
-        }
     }
 }
 

@@ -11,8 +11,9 @@ use protocol::sender::Piece;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::lookup_host;
 
+use super::batch::Batch;
 use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
-use super::lane::{Batch, Job, Lane, Source};
+use super::lane::{Job, Lane, Source};
 use super::socket::prepare;
 use crate::memory::Buffer;
 use crate::transport::{Kind, Link, LinkError, Outcome, Remote};

@@ -25,9 +25,11 @@
 //! |---|---|
 //! | [`frame`] | what is said on the wire |
 //! | [`acceptor`] | listening: who may connect |
+//! | [`greeting`] | a connection before its hello |
 //! | [`landing`] | receiving: from a connection into slots |
 //! | [`gate`] | which lease may write where; the fence |
 //! | [`link`] | sending: connecting, dividing writes |
+//! | [`batch`] | one write as several jobs |
 //! | [`lane`] | sending: one connection; what a failure may claim |
 
 use std::io;
@@ -43,9 +45,11 @@ use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::memory::Buffer;
 
 mod acceptor;
+mod batch;
 mod counts;
 mod frame;
 mod gate;
+mod greeting;
 mod landing;
 mod lane;
 mod link;
@@ -55,8 +59,8 @@ use acceptor::Acceptor;
 use landing::Receiver;
 use link::{TcpLink, Terms};
 
-pub(crate) use counts::Counts;
-pub(crate) use frame::Refusal;
+#[cfg(test)]
+use frame::Refusal;
 
 /// Bounds and times.
 #[derive(Clone, Debug)]
@@ -137,7 +141,8 @@ impl Tcp {
     }
 
     /// What the receiving half has seen.
-    pub(crate) fn counts(&self) -> Counts {
+    #[cfg(test)]
+    fn counts(&self) -> counts::Counts {
         self.receiving.counters.read()
     }
 }
@@ -192,6 +197,10 @@ impl Transport for Tcp {
 
     fn close_is_a_fence(&self) -> bool {
         true
+    }
+
+    fn events(&self) -> Vec<(&'static str, u64)> {
+        self.receiving.counters.read().named()
     }
 
     fn expect(&self, _writing: bool) {

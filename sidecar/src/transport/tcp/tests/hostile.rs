@@ -142,6 +142,7 @@ async fn a_slow_hello_and_a_slow_write_run_out_of_time() {
     assert_eq!(dripping.hear(), None);
     assert_eq!(half.hear(), None);
     assert_eq!(refused(&receiver, Refusal::Stalled), 2);
+    assert!(receiver.events().contains(&("refused_stalled", 2)));
     // Its slot can be closed and opened to others as if nothing had been.
     receiver.close(SlotIndex(1));
     receiver.open(LeaseId(2), SlotIndex(1));

@@ -1,8 +1,7 @@
 //! The transport over the real library: this process sends, children of it receive.
 
-use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Lines, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::io::Write as _;
+use std::process::Command;
 use std::time::Instant;
 
 use protocol::sender::Piece;
@@ -10,9 +9,13 @@ use protocol::sender::Piece;
 use super::*;
 use crate::transport::Outcome;
 
+mod process;
+
+pub(super) use process::Receiver;
+
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const LEASE: LeaseId = LeaseId(7);
-const DEVICE: u64 = 3;
+pub(super) const DEVICE: u64 = 3;
 
 /// The library, or `None` after saying loudly that the test is skipped.
 pub(super) fn library() -> Option<&'static Library> {
@@ -56,138 +59,6 @@ pub(super) fn piece(from: u32, to: u32, bytes: u64) -> Piece {
     }
 }
 
-/// A receiving process.
-pub(super) struct Receiver {
-    child: Child,
-    input: ChildStdin,
-    output: Lines<BufReader<ChildStdout>>,
-    pub(super) remote: Remote,
-}
-
-impl Receiver {
-    pub(super) fn start(slots: u32, slot_bytes: u64) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "transport::nixl::tests::receiver"])
-            .args(["--ignored", "--nocapture"])
-            .env(CHILD, format!("{slots},{slot_bytes}"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let input = child.stdin.take().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut receiver = Self {
-            remote: Remote {
-                name: format!("receiver-{}", child.id()),
-                metadata: Vec::new(),
-                rows: Vec::new(),
-                memory: Memory::Dram,
-                slots,
-                slot_bytes,
-                tcp: None,
-            },
-            child,
-            input,
-            output,
-        };
-        receiver.remote.metadata = unhex(&receiver.answer("metadata"));
-        let address: u64 = receiver.answer("address").parse().unwrap();
-        receiver.remote.rows = (0..u64::from(slots))
-            .map(|slot| Row {
-                address: address + slot * slot_bytes,
-                bytes: slot_bytes,
-                device: DEVICE,
-            })
-            .collect();
-        receiver
-    }
-
-    /// Sends a line, gives what the child answers to it.
-    fn ask(&mut self, line: &str) -> String {
-        writeln!(self.input, "{line}").unwrap();
-        let word = line.split_whitespace().next().unwrap();
-        self.answer(word)
-    }
-
-    fn answer(&mut self, word: &str) -> String {
-        let prefix = format!("@{word} ");
-        loop {
-            let line = self.output.next().expect("the receiver has died").unwrap();
-            if let Some((_, text)) = line.split_once(&prefix) {
-                return text.to_owned();
-            }
-        }
-    }
-
-    pub(super) fn sum(&mut self, slot: u32, bytes: u64) -> u64 {
-        self.ask(&format!("sum {slot} {bytes}")).parse().unwrap()
-    }
-
-    pub(super) fn expect(&mut self, writing: bool) {
-        self.ask(&format!("expect {writing}"));
-    }
-
-    fn signal(&self, name: &str) {
-        let status = Command::new("kill")
-            .args([format!("-{name}"), self.child.id().to_string()])
-            .status()
-            .unwrap();
-        assert!(status.success());
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-/// Set in the receiving process: `slots,slot_bytes`.
-const CHILD: &str = "PD_NIXL_TEST_RECEIVER";
-
-/// The receiving process: obeys lines until its input ends.
-#[test]
-#[ignore = "the other half of the tests"]
-fn receiver() {
-    let Ok(shape) = std::env::var(CHILD) else {
-        return;
-    };
-    let (slots, slot_bytes) = shape.split_once(',').unwrap();
-    let (slots, slot_bytes): (u32, u64) = (slots.parse().unwrap(), slot_bytes.parse().unwrap());
-    let (nixl, buffer) = start(library().unwrap(), slots, slot_bytes);
-    let rows = nixl.rows();
-    assert_eq!(rows.len(), slots as usize);
-    let say = |word: &str, text: String| {
-        println!("@{word} {text}");
-        std::io::stdout().flush().unwrap();
-    };
-    say("metadata", hex(&nixl.metadata()));
-    say("address", rows[0].address.to_string());
-    for line in std::io::stdin().lines() {
-        let line = line.unwrap();
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words[..] {
-            ["sum", slot, bytes] => {
-                let offset = slot.parse::<u64>().unwrap() * slot_bytes;
-                let sum = buffer.sum(offset, bytes.parse().unwrap()).unwrap();
-                say("sum", sum.to_string());
-            }
-            ["expect", writing] => {
-                nixl.expect(writing.parse().unwrap());
-                say("expect", String::new());
-            }
-            _ => panic!("{line}"),
-        }
-    }
-}
-
 #[tokio::test]
 async fn chunks_arrive_and_nothing_else_does() {
     let Some(library) = library() else { return };
@@ -221,7 +92,7 @@ async fn chunks_arrive_and_nothing_else_does() {
     for slot in [0, 3, 4] {
         assert_eq!(receiver.sum(slot, slot_bytes), blank, "slot {slot}");
     }
-    let counts = sender.counts();
+    let counts = sender.shared.counters.read();
     assert_eq!((counts.done, counts.peers, counts.stuck), (1, 1, 0));
     // Of slot 2 no more than the descriptors that the partial chunk touches.
     assert_ne!(
@@ -334,7 +205,10 @@ async fn before_the_first_cut_there_are_no_rows_and_no_links() {
     let buffer = Buffer::memfd("nixl-test", MIB).unwrap();
     let nixl = Nixl::start(library, Config::new("uncut", 0), buffer).unwrap();
     assert_eq!(nixl.rows(), []);
-    assert_eq!(agent_name_of(&nixl.metadata()), Some(&b"uncut"[..]));
+    assert_eq!(
+        protocol::metadata::agent_name(&nixl.metadata()),
+        Some(&b"uncut"[..])
+    );
     let cause = nixl.link(receiver.remote.clone()).await.unwrap_err().cause;
     assert!(cause.contains("no engine"), "{cause}");
 }
@@ -397,7 +271,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
         );
     }
     assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
-    assert_eq!(sender.counts().uncertain, 2);
+    assert_eq!(sender.shared.counters.read().uncertain, 2);
     // The same peer cannot be connected to anew while the old writes may still look into it.
     let cause = sender
         .link(receiver.remote.clone())
@@ -518,17 +392,4 @@ fn all_of_this_over_tcp() {
         .status()
         .unwrap();
     assert!(status.success());
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").unwrap();
-        text
-    })
-}
-
-fn unhex(text: &str) -> Vec<u8> {
-    (0..text.len() / 2)
-        .map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap())
-        .collect()
 }

@@ -1,0 +1,144 @@
+//! The ports that senders come to, and what listens beyond this machine.
+
+use super::{need, value};
+use crate::config::keys::{Lmcache, Sidecar};
+use crate::config::layers::Layers;
+use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
+use crate::config::{Listen, RankPorts};
+
+pub(super) fn listen(
+    layers: &mut Layers,
+    lmcache: &Lmcache,
+    sidecar: &Sidecar,
+    role: Role,
+    admin: &HostPort,
+) -> Option<Listen> {
+    let why = format!(", and pd_role is {role}");
+    let host = need(
+        layers,
+        Lmcache::KEYS,
+        "pd_peer_host",
+        &lmcache.pd_peer_host,
+        &why,
+    );
+    let inits = need(
+        layers,
+        Lmcache::KEYS,
+        "pd_peer_init_port",
+        &lmcache.pd_peer_init_port,
+        &why,
+    );
+    let allocs = need(
+        layers,
+        Lmcache::KEYS,
+        "pd_peer_alloc_port",
+        &lmcache.pd_peer_alloc_port,
+        &why,
+    );
+    let (host, inits, allocs) = (host?.0, inits?.0, allocs?.0);
+    let given = lmcache.pd_peer_alloc_port.as_ref()?;
+    if inits.len() != allocs.len() {
+        layers.wrong(
+            "pd_peer_alloc_port",
+            given,
+            format!("{} alloc and {} init ports", allocs.len(), inits.len()),
+            "give one of each a rank",
+        );
+        return None;
+    }
+    let first = value(&sidecar.tcp_port)?.0;
+    let mut ranks = Vec::new();
+    for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {
+        let tcp = if first == 0 {
+            Some(0)
+        } else {
+            first.checked_add(rank)
+        };
+        let Some(tcp) = tcp else {
+            let given = sidecar.tcp_port.as_ref()?;
+            layers.wrong(
+                "sidecar.tcp_port",
+                given,
+                format!("rank {rank} has no port"),
+                "begin lower",
+            );
+            return None;
+        };
+        ranks.push(RankPorts {
+            init: *init,
+            alloc: *alloc,
+            tcp,
+        });
+    }
+    let mut ports: Vec<u16> = ranks
+        .iter()
+        .flat_map(|r| [r.init, r.alloc, r.tcp])
+        .chain([admin.port])
+        .filter(|port| *port != 0)
+        .collect();
+    ports.sort_unstable();
+    if let Some(twice) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
+        let what = format!("port {} is used twice", twice[0]);
+        layers.wrong(
+            "pd_peer_alloc_port",
+            given,
+            what,
+            "init, alloc, sidecar.tcp_port and sidecar.admin each need ports of their own",
+        );
+    }
+    let advertise = match &sidecar.advertise_host {
+        Some(host) => host.value.0.clone(),
+        None if is_wildcard(&host) => {
+            layers.wrong(
+                "pd_peer_host",
+                lmcache.pd_peer_host.as_ref()?,
+                "senders cannot connect to every interface",
+                "write the address of one, or set sidecar.advertise_host",
+            );
+            return None;
+        }
+        None => host.clone(),
+    };
+    Some(Listen {
+        host,
+        advertise,
+        ranks,
+    })
+}
+
+/// Peers are not authenticated yet, so nothing listens beyond this machine unasked.
+pub(super) fn exposed(
+    layers: &mut Layers,
+    lmcache: &Lmcache,
+    sidecar: &Sidecar,
+    listen: Option<&Listen>,
+) {
+    let allowed = value(&sidecar.insecure).unwrap_or(false);
+    let mut open = Vec::new();
+    if let (Some(listen), Some(given)) = (listen, &lmcache.pd_peer_host)
+        && !is_loopback(&listen.host)
+    {
+        open.push(("pd_peer_host", listen.host.clone()));
+        if !allowed {
+            layers.wrong("pd_peer_host", given, UNAUTHENTICATED, ALLOW);
+        }
+    }
+    if let Some(given) = sidecar.admin.as_ref().filter(|a| !a.value.is_loopback()) {
+        open.push(("sidecar.admin", given.value.to_string()));
+        if !allowed {
+            layers.wrong("sidecar.admin", given, UNAUTHENTICATED, ALLOW);
+        }
+    }
+    if allowed && !open.is_empty() {
+        let open: Vec<_> = open.iter().map(|(key, at)| format!("{key} {at}")).collect();
+        layers.warnings.push(format!(
+            "INSECURE: {} listens beyond this machine without authentication: whoever reaches the \
+             ports can read and write KV. Keep them inside a trusted network",
+            open.join(" and ")
+        ));
+    }
+}
+
+const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers are not authenticated yet";
+const ALLOW: &str = "use 127.0.0.1, or accept that in a trusted network: --insecure, \
+                     PD_SIDECAR_INSECURE=true or sidecar.insecure: true";

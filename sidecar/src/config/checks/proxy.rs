@@ -1,0 +1,121 @@
+//! The proxy, and where it calls back.
+
+use super::{computed, key, value};
+use crate::config::Proxy;
+use crate::config::keys::{Lmcache, Sidecar};
+use crate::config::layers::{Layers, Source};
+use crate::config::value::{HostPort, Role, Url, is_wildcard};
+
+pub(super) fn proxy(
+    layers: &mut Layers,
+    lmcache: &Lmcache,
+    sidecar: &Sidecar,
+    role: Role,
+    admin: &HostPort,
+) -> Option<Proxy> {
+    let theirs = lmcache_proxy(layers, lmcache, sidecar.proxy.is_some());
+    let address = match (&sidecar.proxy, theirs) {
+        (Some(ours), theirs) => {
+            if let Some(theirs) = theirs.filter(|t| *t != ours.value) {
+                layers.warnings.push(format!(
+                    "pd_proxy_host and pd_proxy_port say {theirs}; sidecar.proxy ({}, {}) wins",
+                    ours.value, ours.source
+                ));
+            }
+            Some(ours.value.clone())
+        }
+        (None, Some(theirs)) => {
+            let source = Source::Key("pd_proxy_host, pd_proxy_port".to_owned());
+            layers.computed("sidecar.proxy", theirs.to_string(), &source);
+            Some(theirs)
+        }
+        (None, None) => None,
+    };
+    let engine_url = computed(layers, "engine_url", sidecar.engine_url.as_ref(), || {
+        let port = if role == Role::Sender { 8100 } else { 8200 };
+        Url(format!("http://127.0.0.1:{port}"))
+    });
+    let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
+    let Some(address) = address.filter(|_| !skip) else {
+        layers.warnings.push(
+            "no proxy is configured: this sidecar registers nowhere, and whoever routes requests \
+             must know its ports and wait for the prefill leg"
+                .to_owned(),
+        );
+        return None;
+    };
+    if address.port == 0 || is_wildcard(&address.host) {
+        if let Some(given) = &sidecar.proxy {
+            layers.wrong(
+                "sidecar.proxy",
+                given,
+                "no address to connect to",
+                "name host and port",
+            );
+        } else if let Some(given) = &lmcache.pd_proxy_port {
+            layers.wrong(
+                "pd_proxy_port",
+                given,
+                "no address to connect to",
+                "name host and port",
+            );
+        }
+    }
+    if !address.is_loopback() && admin.is_loopback() {
+        layers.warnings.push(format!(
+            "the proxy {address} is on another machine and cannot call back the admin server at \
+             {admin}: /ready would stay false; set sidecar.admin to an address that it reaches"
+        ));
+    }
+    Some(Proxy {
+        address,
+        engine_url: engine_url.0,
+        period: value(&sidecar.register_ms)?.0,
+    })
+}
+
+fn lmcache_proxy(layers: &mut Layers, lmcache: &Lmcache, ours: bool) -> Option<HostPort> {
+    match (&lmcache.pd_proxy_host, &lmcache.pd_proxy_port) {
+        (Some(host), Some(port)) => Some(HostPort {
+            host: host.value.0.clone(),
+            port: port.value.0,
+        }),
+        (Some(_), None) if !ours => {
+            layers.missing(
+                key(Lmcache::KEYS, "pd_proxy_port"),
+                ", and pd_proxy_host is set",
+            );
+            None
+        }
+        (None, Some(_)) if !ours => {
+            layers.missing(
+                key(Lmcache::KEYS, "pd_proxy_host"),
+                ", and pd_proxy_port is set",
+            );
+            None
+        }
+        _ => None,
+    }
+}
+
+pub(super) fn admin_host(
+    layers: &mut Layers,
+    sidecar: &Sidecar,
+    admin: &HostPort,
+    called: bool,
+) -> String {
+    if !is_wildcard(&admin.host) {
+        return admin.host.clone();
+    }
+    match (&sidecar.advertise_host, &sidecar.admin) {
+        (Some(host), _) => return host.value.0.clone(),
+        (None, Some(given)) if called => layers.wrong(
+            "sidecar.admin",
+            given,
+            "the proxy cannot call back every interface",
+            "write the address of one, or set sidecar.advertise_host",
+        ),
+        _ => {}
+    }
+    admin.host.clone()
+}

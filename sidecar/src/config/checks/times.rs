@@ -1,0 +1,102 @@
+//! The bounds of every wait, and whether they fit together.
+
+use std::time::Duration;
+
+use super::value;
+use crate::config::Times;
+use crate::config::keys::{Lmcache, Sidecar};
+use crate::config::layers::{Layers, Source, Sourced};
+use crate::config::value::{Millis, Seconds, Value};
+
+pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -> Option<Times> {
+    let wait = fallback(
+        layers,
+        "wait_ms",
+        sidecar.wait_ms.as_ref(),
+        (
+            "pd_allocation_timeout_sec",
+            lmcache.pd_allocation_timeout_sec.as_ref(),
+        ),
+        Duration::from_secs(1),
+    );
+    let drain = fallback(
+        layers,
+        "drain_timeout_ms",
+        sidecar.drain_timeout_ms.as_ref(),
+        (
+            "pd_shutdown_timeout_sec",
+            lmcache.pd_shutdown_timeout_sec.as_ref(),
+        ),
+        Duration::from_secs(10),
+    );
+    for (path, given) in [
+        ("sidecar.heartbeat_ms", &sidecar.heartbeat_ms),
+        ("sidecar.repeat_ms", &sidecar.repeat_ms),
+        ("sidecar.link_ms", &sidecar.link_ms),
+        ("sidecar.stall_ms", &sidecar.stall_ms),
+        ("sidecar.max_lease_ms", &sidecar.max_lease_ms),
+        ("sidecar.register_ms", &sidecar.register_ms),
+    ] {
+        if let Some(given) = given.as_ref().filter(|g| g.value.0 < MIN_PERIOD) {
+            layers.wrong(
+                path,
+                given,
+                "it would keep a core busy",
+                "write at least 10",
+            );
+        }
+    }
+    let times = Times {
+        heartbeat: value(&sidecar.heartbeat_ms)?.0,
+        wait,
+        park: value(&sidecar.park_ms)?.0,
+        repeat: value(&sidecar.repeat_ms)?.0,
+        link: value(&sidecar.link_ms)?.0,
+        stall: value(&sidecar.stall_ms)?.0,
+        max_wait: value(&sidecar.max_wait_ms)?.0,
+        no_sender: value(&sidecar.no_sender_ms)?.0,
+        unclaimed: value(&sidecar.unclaimed_ms)?.0,
+        max_lease: value(&sidecar.max_lease_ms)?.0,
+        drain,
+    };
+    let lease = times.heartbeat * 3;
+    if lease > times.max_lease {
+        layers.warnings.push(format!(
+            "three heartbeats take {} ms, longer than max_lease_ms ({}): a receiver with that bound \
+             ends leases of live senders",
+            lease.as_millis(),
+            times.max_lease.as_millis()
+        ));
+    }
+    if times.stall <= times.wait + times.park {
+        layers.warnings.push(format!(
+            "stall_ms ({}) is not longer than wait_ms and park_ms together ({}): requests that wait \
+             for room end as stalled",
+            times.stall.as_millis(),
+            (times.wait + times.park).as_millis()
+        ));
+    }
+    Some(times)
+}
+
+/// Our time, else LMCache's if it is finite, else the default.
+fn fallback(
+    layers: &mut Layers,
+    name: &str,
+    ours: Option<&Sourced<Millis>>,
+    theirs: (&str, Option<&Sourced<Seconds>>),
+    default: Duration,
+) -> Duration {
+    let path = format!("sidecar.{name}");
+    if let Some(ours) = ours {
+        return ours.value.0;
+    }
+    let (time, source) = match theirs.1.and_then(|t| t.value.0) {
+        Some(time) => (time, Source::Key(theirs.0.to_owned())),
+        None => (default, Source::Default),
+    };
+    layers.computed(&path, Millis(time).show(), &source);
+    time
+}
+
+const MIN_PERIOD: Duration = Duration::from_millis(10);

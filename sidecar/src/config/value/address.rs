@@ -1,0 +1,134 @@
+//! Hosts, addresses and URLs.
+
+use std::fmt;
+
+use super::{Value, scalar};
+use crate::config::yaml::Raw;
+
+/// A host name or address without a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Host(pub(crate) String);
+
+impl Value for Host {
+    const WANT: &'static str = "a host name or an address without a port: 10.0.0.2";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        host(scalar(raw)?.trim()).map(Self)
+    }
+
+    fn show(&self) -> String {
+        self.0.clone()
+    }
+}
+
+/// A host and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostPort {
+    /// Host name or address, without brackets.
+    pub(crate) host: String,
+    /// Port; 0 where one is bound means any free one.
+    pub(crate) port: u16,
+}
+
+impl HostPort {
+    /// Whether only this machine reaches the host.
+    pub(crate) fn is_loopback(&self) -> bool {
+        is_loopback(&self.host)
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Value for HostPort {
+    const WANT: &'static str = "host:port: 127.0.0.1:7500 or [::1]:7500";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let text = scalar(raw)?.trim();
+        let text = text.strip_prefix("tcp://").unwrap_or(text);
+        let (host_text, port_text) = text.rsplit_once(':').ok_or("no port")?;
+        let bare = match host_text
+            .strip_prefix('[')
+            .and_then(|h| h.strip_suffix(']'))
+        {
+            Some(inner) => inner,
+            None if host_text.contains(':') => return Err("IPv6 without brackets".to_owned()),
+            None => host_text,
+        };
+        Ok(Self {
+            host: host(bare)?,
+            port: port_text
+                .parse()
+                .map_err(|_| format!("`{port_text}` is no port"))?,
+        })
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// A base URL of an HTTP server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Url(pub(crate) String);
+
+impl Value for Url {
+    const WANT: &'static str = "a base URL: http://127.0.0.1:8100";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let text = scalar(raw)?.trim().trim_end_matches('/');
+        let rest = text
+            .strip_prefix("http://")
+            .or_else(|| text.strip_prefix("https://"))
+            .ok_or("neither http:// nor https://")?;
+        if rest.is_empty() || rest.contains(|c: char| c.is_whitespace() || "?#@".contains(c)) {
+            return Err("no base URL".to_owned());
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    fn show(&self) -> String {
+        self.0.clone()
+    }
+}
+
+/// Whether only this machine reaches `host`. A name other than `localhost` is taken for a public one.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Whether `host` means every interface, so that nobody can connect to it.
+pub(crate) fn is_wildcard(host: &str) -> bool {
+    host == "*"
+        || host
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|ip| ip.is_unspecified())
+}
+
+fn host(text: &str) -> Result<String, String> {
+    let inner = text
+        .strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(text);
+    if inner.parse::<std::net::IpAddr>().is_ok() || inner == "*" {
+        return Ok(inner.to_owned());
+    }
+    let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    match inner {
+        "" => Err("empty".to_owned()),
+        _ if inner.contains("://") => Err("a URL".to_owned()),
+        _ if inner.contains(':') => Err("with a port".to_owned()),
+        _ if inner.len() <= 253 && inner.chars().all(name) => Ok(inner.to_owned()),
+        _ => Err("not a host name".to_owned()),
+    }
+}

@@ -1,0 +1,165 @@
+//! The connecting side of the alloc port.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use bytes::Bytes;
+use omq_tokio::options::WorkloadProfile;
+use omq_tokio::{
+    Endpoint, MonitorEvent, MonitorRecvError, MonitorStream, Socket, SocketType, TrySendError,
+};
+use tracing::debug;
+
+use super::{
+    Closed, MAX_ALLOC_BYTES, RECONNECT_MAX, SendError, delimited, endpoint, options, payload,
+};
+
+/// A DEALER socket to one receiver's alloc port. Reconnects by itself. When it is dropped, queued
+/// messages are still flushed for at most [`LINGER`](super::LINGER).
+pub(crate) struct DealerClient {
+    socket: Socket,
+    monitor: MonitorStream,
+    endpoint: Endpoint,
+    connected: bool,
+    /// Losses and arrivals that the caller has not seen.
+    news: VecDeque<FromServer>,
+    /// The library gave up on a refused handshake: when to start anew.
+    redial: Option<tokio::time::Instant>,
+}
+
+/// What [`DealerClient::recv`] yields.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum FromServer {
+    /// The connection stands (again).
+    Connected,
+    /// A message.
+    Message(Bytes),
+    /// The connection has ended; the next attempts are under way.
+    Lost,
+}
+
+impl DealerClient {
+    /// Begins to connect. `identity` (at most 255 bytes, not guessable: whoever presents it takes the
+    /// connection over) names this sender at the receiver.
+    pub(crate) async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
+        let mut identity = Bytes::copy_from_slice(identity.as_bytes());
+        identity.truncate(255);
+        let options = options(MAX_ALLOC_BYTES)
+            .identity(identity)
+            .workload_profile(WorkloadProfile::Latency);
+        let socket = Socket::new(SocketType::Dealer, options);
+        let monitor = socket.monitor();
+        let endpoint = endpoint(host, port);
+        socket.connect(endpoint.clone()).await.map_err(|_| Closed)?;
+        Ok(Self {
+            socket,
+            monitor,
+            endpoint,
+            connected: false,
+            news: VecDeque::new(),
+            redial: None,
+        })
+    }
+
+    /// Waits for a message or a change of the connection.
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn recv(&mut self) -> Result<FromServer, Closed> {
+        loop {
+            while let Ok(event) = self.monitor.try_recv() {
+                self.note(&event);
+            }
+            // An arrival precedes the messages that follow it, a loss follows those before it.
+            if self.news.iter().any(|news| *news != FromServer::Lost)
+                && let Some(news) = self.news.pop_front()
+            {
+                return Ok(news);
+            }
+            match self.socket.try_recv() {
+                Ok(message) => match payload(&message) {
+                    Some(payload) => return Ok(FromServer::Message(payload)),
+                    None => continue,
+                },
+                Err(omq_tokio::Error::WouldBlock) => {}
+                Err(_) => return Err(Closed),
+            }
+            if let Some(news) = self.news.pop_front() {
+                return Ok(news);
+            }
+            let redial = self.redial;
+            tokio::select! {
+                biased;
+                event = self.monitor.recv() => match event {
+                    Ok(event) => self.note(&event),
+                    Err(MonitorRecvError::Closed) => return Err(Closed),
+                    Err(_) => {}
+                },
+                message = self.socket.recv() => {
+                    if let Some(payload) = payload(&message.map_err(|_| Closed)?) {
+                        while let Ok(event) = self.monitor.try_recv() {
+                            self.note(&event);
+                        }
+                        if self.news.contains(&FromServer::Connected) {
+                            self.news.push_back(FromServer::Message(payload));
+                            continue;
+                        }
+                        return Ok(FromServer::Message(payload));
+                    }
+                }
+                () = tokio::time::sleep_until(redial.unwrap_or_else(tokio::time::Instant::now)),
+                    if redial.is_some() =>
+                {
+                    self.redial = None;
+                    self.socket.connect(self.endpoint.clone()).await.map_err(|_| Closed)?;
+                }
+            }
+        }
+    }
+
+    /// Queues a message. Before the first connection and between two it waits in the queue. Never
+    /// waits itself.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub(crate) fn send(&self, payload: impl Into<Bytes>) -> Result<(), SendError> {
+        match self.socket.try_send(delimited(payload.into())) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => Err(SendError::Full),
+            Err(_) => Err(SendError::Gone),
+        }
+    }
+
+    fn note(&mut self, event: &MonitorEvent) {
+        match event {
+            MonitorEvent::HandshakeSucceeded { .. } => {
+                self.connected = true;
+                self.news.push_back(FromServer::Connected);
+            }
+            MonitorEvent::Disconnected { reason, .. } if self.connected => {
+                debug!(endpoint = %self.endpoint, ?reason, "receiver's connection ended");
+                self.connected = false;
+                self.news.push_back(FromServer::Lost);
+            }
+            MonitorEvent::HandshakeFailed { reason, .. } => {
+                debug!(endpoint = %self.endpoint, %reason, "not a ZeroMQ peer");
+            }
+            MonitorEvent::ConnectStopped { .. } => {
+                self.redial = Some(tokio::time::Instant::now() + RECONNECT_MAX);
+            }
+            _ => {}
+        }
+    }
+}
+
+impl fmt::Debug for DealerClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DealerClient")
+            .field("endpoint", &self.endpoint.to_string())
+            .field("connected", &self.connected)
+            .finish_non_exhaustive()
+    }
+}

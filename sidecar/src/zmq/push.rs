@@ -1,0 +1,67 @@
+//! The connecting side of the registration port.
+
+use bytes::Bytes;
+use omq_tokio::{Message, Socket, SocketType, TrySendError};
+use tracing::{debug, warn};
+
+use super::{Closed, MAX_REGISTRATION_BYTES, PUSH_LINGER, SendError, endpoint, options, rare};
+
+/// A PUSH socket to the proxy's registration port. Reconnects by itself.
+#[derive(Debug)]
+pub(crate) struct Push {
+    socket: Socket,
+    peer: String,
+    dropped: u64,
+}
+
+impl Push {
+    /// Begins to connect.
+    pub(crate) async fn connect(host: &str, port: u16) -> Result<Self, Closed> {
+        let options = options(MAX_REGISTRATION_BYTES).linger(PUSH_LINGER);
+        let socket = Socket::new(SocketType::Push, options);
+        socket
+            .connect(endpoint(host, port))
+            .await
+            .map_err(|_| Closed)?;
+        Ok(Self {
+            socket,
+            peer: format!("{host}:{port}"),
+            dropped: 0,
+        })
+    }
+
+    /// Queues a message, or drops and counts it if the proxy is away for so long that the queue is
+    /// full. Never waits.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub(crate) fn send(&mut self, payload: impl Into<Bytes>) -> Result<(), SendError> {
+        match self.socket.try_send(Message::single(payload.into())) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.dropped += 1;
+                if rare(self.dropped) {
+                    warn!(proxy = %self.peer, total = self.dropped,
+                        "message to the proxy dropped: it does not take them");
+                }
+                Err(match error {
+                    TrySendError::Full(_) => SendError::Full,
+                    _ => SendError::Gone,
+                })
+            }
+        }
+    }
+
+    /// Messages dropped so far.
+    #[cfg(test)]
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Disconnects after flushing queued messages for at most [`PUSH_LINGER`].
+    pub(crate) async fn close(self) {
+        if let Err(error) = self.socket.close().await {
+            debug!(proxy = %self.peer, %error, "closing the connection");
+        }
+    }
+}

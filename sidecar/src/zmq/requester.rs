@@ -1,0 +1,112 @@
+//! The connecting side of the init port.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use omq_tokio::{Message, MonitorEvent, MonitorRecvError, MonitorStream, Socket, SocketType};
+
+use super::{CONNECT_GRACE, MAX_INIT_BYTES, endpoint, options};
+
+/// A throw-away REQ socket: the init handshake's client.
+#[derive(Debug)]
+pub(crate) struct Requester {
+    socket: Socket,
+    monitor: MonitorStream,
+    peer: String,
+}
+
+/// Why there was no reply.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    /// Nobody listens there, or it is no ZeroMQ peer.
+    #[error("no connection to {peer}: {cause}")]
+    NoConnection {
+        /// `host:port`.
+        peer: String,
+        /// The last failure.
+        cause: String,
+    },
+    /// It connected and did not answer, or left.
+    #[error("{peer} ended the connection without an answer")]
+    NoReply {
+        /// `host:port`.
+        peer: String,
+    },
+}
+
+impl Requester {
+    /// Begins to connect.
+    pub(crate) async fn connect(host: &str, port: u16) -> Result<Self, RequestError> {
+        let socket = Socket::new(
+            SocketType::Req,
+            options(MAX_INIT_BYTES).linger(Duration::ZERO),
+        );
+        let monitor = socket.monitor();
+        let peer = format!("{host}:{port}");
+        match socket.connect(endpoint(host, port)).await {
+            Ok(()) => Ok(Self {
+                socket,
+                monitor,
+                peer,
+            }),
+            Err(error) => Err(RequestError::NoConnection {
+                peer,
+                cause: error.to_string(),
+            }),
+        }
+    }
+
+    /// Sends a request and waits for its reply. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// See [`RequestError`].
+    ///
+    /// # Cancel safety
+    /// Not safe: a requester whose request was cancelled is to be dropped.
+    pub(crate) async fn request(
+        &mut self,
+        payload: impl Into<Bytes>,
+    ) -> Result<Bytes, RequestError> {
+        let began = Instant::now();
+        if self
+            .socket
+            .send(Message::single(payload.into()))
+            .await
+            .is_err()
+        {
+            return Err(self.no_reply());
+        }
+        loop {
+            tokio::select! {
+                biased;
+                reply = self.socket.recv() => {
+                    let reply = reply.map_err(|_| self.no_reply())?;
+                    return reply.part_bytes(reply.len().saturating_sub(1)).ok_or_else(|| self.no_reply());
+                }
+                event = self.monitor.recv() => match event {
+                    Ok(MonitorEvent::ConnectDelayed { attempt, .. })
+                        if began.elapsed() >= CONNECT_GRACE =>
+                    {
+                        return Err(RequestError::NoConnection {
+                            peer: self.peer.clone(),
+                            cause: format!("{attempt} attempts failed"),
+                        });
+                    }
+                    Ok(MonitorEvent::HandshakeFailed { reason, .. }) => {
+                        return Err(RequestError::NoConnection { peer: self.peer.clone(), cause: reason });
+                    }
+                    Ok(MonitorEvent::Disconnected { .. }) | Err(MonitorRecvError::Closed) => {
+                        return Err(self.no_reply());
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn no_reply(&self) -> RequestError {
+        RequestError::NoReply {
+            peer: self.peer.clone(),
+        }
+    }
+}

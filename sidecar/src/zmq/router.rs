@@ -1,0 +1,423 @@
+//! The bound side of the init and alloc ports.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::time::Instant;
+
+use bytes::Bytes;
+use omq_tokio::options::WorkloadProfile;
+use omq_tokio::{
+    IdentitySocket, Message, MonitorEvent, MonitorRecvError, MonitorStream, MonitorTryRecvError,
+    Socket, SocketType, TrySendError,
+};
+use protocol::receiver::Route;
+use tracing::{debug, warn};
+
+use super::{
+    BindError, Closed, MAX_PEERS, MESSAGES_BEFORE_LOST, SendError, bind, delimited, options, rare,
+};
+
+/// A bound ROUTER socket: the init or the alloc port.
+///
+/// Serves REQ and DEALER peers, the latter with or without the empty delimiter frame; answers take
+/// the form that the peer used.
+pub(crate) struct RouterServer {
+    socket: IdentitySocket,
+    monitor: MonitorStream,
+    port: u16,
+    peers: HashMap<Route, Peer>,
+    /// Routes whose connection ended, and which the caller knows.
+    lost: VecDeque<Route>,
+    /// Messages that may still be delivered before the front of `lost`.
+    before_lost: usize,
+    /// Connections to end: too many, or the caller's wish.
+    evict: VecDeque<Route>,
+    /// Monitor events were missed: the table must be compared with the socket's own.
+    stale: bool,
+    stats: RouterStats,
+}
+
+/// What a [`RouterServer`] has seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RouterStats {
+    /// Connections now.
+    pub(crate) peers: usize,
+    /// Messages that had the wrong frames.
+    pub(crate) malformed: u64,
+    /// Connections ended to make room for others.
+    pub(crate) evicted: u64,
+    /// Answers dropped because the peer did not read.
+    pub(crate) unread: u64,
+    /// Connections that did not get through ZeroMQ's own handshake.
+    pub(crate) failed_handshakes: u64,
+}
+
+#[derive(Debug)]
+struct Peer {
+    identity: Bytes,
+    address: String,
+    delimited: bool,
+    connected: bool,
+    /// Its end has been asked for.
+    leaving: bool,
+    /// The caller has seen this route.
+    known: bool,
+    heard: Instant,
+}
+
+/// What [`RouterServer::recv`] yields.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum FromPeer {
+    /// A message.
+    Message(Route, Bytes),
+    /// A connection of which messages were delivered has ended. The route is not used again.
+    Lost(Route),
+}
+impl RouterServer {
+    /// Binds `host:port`; port 0 takes any ([`RouterServer::port`] says which).
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub(crate) async fn bind(host: &str, port: u16, max_message: usize) -> Result<Self, BindError> {
+        let options = options(max_message)
+            .router_mandatory(true)
+            .workload_profile(WorkloadProfile::Latency);
+        let socket = Socket::new(SocketType::Router, options);
+        let monitor = socket.monitor();
+        let port = bind(&socket, host, port).await?;
+        Ok(Self {
+            socket: socket
+                .identity_routing()
+                .expect("a ROUTER routes by identity"),
+            monitor,
+            port,
+            peers: HashMap::new(),
+            lost: VecDeque::new(),
+            before_lost: 0,
+            evict: VecDeque::new(),
+            stale: false,
+            stats: RouterStats::default(),
+        })
+    }
+
+    /// The port that is bound.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Waits for the next message or loss. Messages of a connection come before its loss.
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn recv(&mut self) -> Result<FromPeer, Closed> {
+        loop {
+            self.watch();
+            self.settle().await?;
+            if let Some(lost) = self.next_lost(false) {
+                return Ok(lost);
+            }
+            match self.socket.try_recv_from() {
+                Ok((identity, body)) => {
+                    if let Some(message) = self.accept(&identity, &body) {
+                        return Ok(message);
+                    }
+                    continue;
+                }
+                Err(omq_tokio::Error::WouldBlock) => {}
+                Err(_) => return Err(Closed),
+            }
+            if let Some(lost) = self.next_lost(true) {
+                return Ok(lost);
+            }
+            tokio::select! {
+                biased;
+                event = self.monitor.recv() => match event {
+                    Ok(event) => self.note(event),
+                    Err(MonitorRecvError::Closed) => return Err(Closed),
+                    Err(_) => self.stale = true,
+                },
+                received = self.socket.recv_from() => {
+                    let (identity, body) = received.map_err(|_| Closed)?;
+                    // The connection's own events precede its messages.
+                    self.watch();
+                    if let Some(message) = self.accept(&identity, &body) {
+                        return Ok(message);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Queues a message to a peer, in the form that the peer uses. Never waits.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub(crate) fn send(
+        &mut self,
+        route: Route,
+        payload: impl Into<Bytes>,
+    ) -> Result<(), SendError> {
+        // Of two connections under one name the older is then known to be gone.
+        self.watch();
+        let peer = self
+            .peers
+            .get(&route)
+            .filter(|peer| peer.connected)
+            .ok_or(SendError::Gone)?;
+        let body = if peer.delimited {
+            delimited(payload.into())
+        } else {
+            Message::single(payload.into())
+        };
+        match self.socket.try_send_to(&peer.identity, body) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => {
+                self.stats.unread += 1;
+                if rare(self.stats.unread) {
+                    warn!(peer = %peer.address, port = self.port, total = self.stats.unread,
+                        "answer dropped: the peer does not read");
+                }
+                Err(SendError::Full)
+            }
+            Err(_) => Err(SendError::Gone),
+        }
+    }
+
+    /// Ends a connection, e.g. of a peer that talks nonsense. [`FromPeer::Lost`] follows.
+    pub(crate) fn disconnect(&mut self, route: Route) {
+        if let Some(peer) = self.peers.get_mut(&route)
+            && !std::mem::replace(&mut peer.leaving, true)
+        {
+            self.evict.push_back(route);
+        }
+    }
+
+    /// The identity that the peer chose, as text, or its address if it chose none. For logs and as
+    /// the name of a peer that has no other.
+    pub(crate) fn name(&self, route: Route) -> Option<String> {
+        self.peers.get(&route).map(Peer::name)
+    }
+
+    /// What has been seen so far.
+    pub(crate) fn stats(&self) -> RouterStats {
+        RouterStats {
+            peers: self.peers.values().filter(|p| p.connected).count(),
+            ..self.stats
+        }
+    }
+
+    /// Stops listening and flushes queued answers for at most [`LINGER`].
+    pub(crate) async fn close(self) {
+        if let Err(error) = self.socket.into_inner().close().await {
+            debug!(port = self.port, %error, "closing the port");
+        }
+    }
+
+    /// Takes in the connection events that have happened.
+    fn watch(&mut self) {
+        loop {
+            match self.monitor.try_recv() {
+                Ok(event) => self.note(event),
+                Err(MonitorTryRecvError::Lagged(_)) => self.stale = true,
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn note(&mut self, event: MonitorEvent) {
+        match event {
+            MonitorEvent::HandshakeSucceeded { peer, .. } => {
+                let route = Route(peer.connection_id);
+                let address = peer
+                    .peer_address
+                    .map_or_else(String::new, |a| a.to_string());
+                let identity = peer.peer_identity.clone().unwrap_or_default();
+                debug!(peer = %address, port = self.port, "peer connected");
+                self.peers
+                    .entry(route)
+                    .or_insert_with(|| Peer::new(identity, address));
+                self.make_room(route);
+            }
+            MonitorEvent::Disconnected { peer, reason, .. } => {
+                let route = Route(peer.connection_id);
+                debug!(
+                    ?reason,
+                    port = self.port,
+                    route = route.0,
+                    "peer disconnected"
+                );
+                self.forget(route);
+            }
+            MonitorEvent::HandshakeFailed {
+                peer_ident, reason, ..
+            } => {
+                self.stats.failed_handshakes += 1;
+                if rare(self.stats.failed_handshakes) {
+                    warn!(peer = %peer_ident, port = self.port, %reason,
+                        total = self.stats.failed_handshakes, "not a ZeroMQ peer");
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn forget(&mut self, route: Route) {
+        let Some(peer) = self.peers.get_mut(&route) else {
+            return;
+        };
+        if peer.known && peer.connected {
+            peer.connected = false;
+            if self.lost.is_empty() {
+                self.before_lost = MESSAGES_BEFORE_LOST;
+            }
+            self.lost.push_back(route);
+        } else if !peer.known {
+            self.peers.remove(&route);
+        }
+    }
+
+    /// Over the cap, ends the connection that has been silent longest: first one that never spoke.
+    fn make_room(&mut self, newcomer: Route) {
+        let staying = |peer: &Peer| peer.connected && !peer.leaving;
+        if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {
+            return;
+        }
+        let victim = self
+            .peers
+            .iter()
+            .filter(|(route, peer)| staying(peer) && **route != newcomer)
+            .min_by_key(|(_, peer)| (peer.known, peer.heard))
+            .map(|(route, _)| *route);
+        if let Some(victim) = victim {
+            self.stats.evicted += 1;
+            if rare(self.stats.evicted) {
+                warn!(
+                    port = self.port,
+                    limit = MAX_PEERS,
+                    total = self.stats.evicted,
+                    "too many connections: the one silent for longest is ended"
+                );
+            }
+            self.disconnect(victim);
+        }
+    }
+
+    /// Does what needs the socket's task: evictions, and a fresh look after missed events.
+    async fn settle(&mut self) -> Result<(), Closed> {
+        while let Some(route) = self.evict.front() {
+            // An error says that the connection has ended by itself.
+            let ended = self.socket.disconnect_peer(route.0).await;
+            if let Err(omq_tokio::Error::Closed) = ended {
+                return Err(Closed);
+            }
+            self.evict.pop_front();
+        }
+        if self.stale {
+            let now = self.socket.connections().await.map_err(|_| Closed)?;
+            self.stale = false;
+            let gone: Vec<Route> = self
+                .peers
+                .keys()
+                .filter(|route| !now.iter().any(|c| c.connection_id == route.0))
+                .copied()
+                .collect();
+            for route in gone {
+                self.forget(route);
+            }
+            for connection in now {
+                if let Some(info) = connection.peer_info {
+                    self.note(MonitorEvent::HandshakeSucceeded {
+                        endpoint: connection.endpoint,
+                        peer: info,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn next_lost(&mut self, idle: bool) -> Option<FromPeer> {
+        if !idle && self.before_lost > 0 {
+            return None;
+        }
+        let route = self.lost.pop_front()?;
+        self.before_lost = MESSAGES_BEFORE_LOST;
+        self.peers.remove(&route);
+        Some(FromPeer::Lost(route))
+    }
+
+    fn accept(&mut self, identity: &omq_tokio::Identity, body: &Message) -> Option<FromPeer> {
+        self.before_lost = self.before_lost.saturating_sub(1);
+        let info = identity.peer_info();
+        let route = Route(info.connection_id);
+        let delimited = match body.len() {
+            1 => false,
+            2 if body.part_slice(0) == Some(&[]) => true,
+            frames => {
+                self.stats.malformed += 1;
+                if rare(self.stats.malformed) {
+                    warn!(
+                        route = route.0,
+                        port = self.port,
+                        frames,
+                        total = self.stats.malformed,
+                        "message with wrong frames dropped"
+                    );
+                }
+                return None;
+            }
+        };
+        let payload = body.part_bytes(body.len() - 1)?;
+        let peer = self.peers.entry(route).or_insert_with(|| {
+            // Its loss has been reported already, or its arrival was missed. The next look at the
+            // socket's table tells which.
+            self.stale = true;
+            let address = info
+                .peer_address
+                .map_or_else(String::new, |a| a.to_string());
+            Peer::new(Bytes::new(), address)
+        });
+        peer.identity = identity.to_bytes();
+        peer.delimited = delimited;
+        peer.known = true;
+        peer.heard = Instant::now();
+        Some(FromPeer::Message(route, payload))
+    }
+}
+
+impl fmt::Debug for RouterServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouterServer")
+            .field("port", &self.port)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Peer {
+    fn new(identity: Bytes, address: String) -> Self {
+        Self {
+            identity,
+            address,
+            delimited: true,
+            connected: true,
+            leaving: false,
+            known: false,
+            heard: Instant::now(),
+        }
+    }
+
+    fn name(&self) -> String {
+        // A generated identity begins with a zero byte.
+        match self.identity.first() {
+            None | Some(0) => self.address.clone(),
+            Some(_) => String::from_utf8_lossy(&self.identity)
+                .chars()
+                .map(|c| if c.is_control() { '.' } else { c })
+                .collect(),
+        }
+    }
+}

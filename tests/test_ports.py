@@ -1,0 +1,217 @@
+"""Bad input at every port and socket: closed or refused, and everybody else is served."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+import zmq
+from harness.client import call
+from harness.pair import Pair
+from harness.prompts import prompt
+from harness.reference import Reference
+
+Address = tuple[str, int] | str
+
+# What somebody might send who means another protocol, or harm.
+RAW = {
+    "nothing": b"",
+    "random": random.Random(1).randbytes(4096),
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "zeros": bytes(100_000),
+    "ones": b"\xff" * 100_000,
+    # A ZMTP greeting whose first frame announces 2^63 bytes.
+    "huge frame": b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(48) + b"\x02\x7f" + b"\xff" * 7,
+    # A local frame that announces 4 GiB.
+    "huge local frame": struct.pack("<I", 0xFFFF_FFFF) + b"\x81",
+    "truncated local frame": struct.pack("<I", 100) + b"\x81\xa4type\xa5Hello",
+}
+
+# Payloads inside good ZeroMQ frames.
+PAYLOADS = {
+    "empty": b"",
+    "garbage": b"\xc1\xc1\xc1",
+    "no map": msgspec.msgpack.encode([1, 2, 3]),
+    "unknown type": msgspec.msgpack.encode({"type": "Surprise", "x": {"v": 99}}),
+    "missing fields": msgspec.msgpack.encode({"type": "AllocRequest"}),
+    "wrong types": msgspec.msgpack.encode({"type": "NixlInitRequest", "local_meta_bytes": "text"}),
+    "bad key": msgspec.msgpack.encode(
+        {
+            "type": "AllocRequest",
+            "keys": ["no-key-at-all"],
+            "fmt": 1,
+            "shape": [2, 4, 256, 128],
+            "dtype": "float",
+            "last_chunk_toks": 256,
+            "req_id": "nobody",
+            "is_last_batch": True,
+            "total_chunks": 1,
+        }
+    ),
+    "deep": b"\x91" * 100_000 + b"\xc0",
+    "oversized": msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": "x" * 8_000_000}),
+}
+
+
+def addresses(pair: Pair) -> dict[str, Address]:
+    """Every port and socket of both sidecars and the proxy."""
+
+    def of(url: str) -> Address:
+        parts = urlsplit(url)
+        return str(parts.hostname), int(parts.port or 0)
+
+    return {
+        "init": (pair.receiver.host, pair.receiver.init_port),
+        "alloc": (pair.receiver.host, pair.receiver.alloc_port),
+        "tcp data": (pair.receiver.host, tcp_port(pair)),
+        "registration": of(f"tcp://{pair.proxy.registration}"),
+        "sender admin": of(pair.sender.admin),
+        "receiver admin": of(pair.receiver.admin),
+        "proxy": of(pair.proxy.url),
+        "sender socket": str(pair.sender.socket),
+        "receiver socket": str(pair.receiver.socket),
+    }
+
+
+def tcp_port(pair: Pair) -> int:
+    """The listening port of the receiver that is none of those it was told: its TCP data port."""
+    known = {pair.receiver.init_port, pair.receiver.alloc_port, urlsplit(pair.receiver.admin).port}
+    ports = listening(pair.receiver.pid) - known
+    assert len(ports) == 1, ports
+    return ports.pop()
+
+
+def listening(pid: int) -> set[int]:
+    """TCP ports that a process listens on."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(entry.readlink())
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@contextlib.contextmanager
+def survived(pair: Pair, reference: Reference, seed: int) -> Iterator[None]:
+    """Afterwards the same processes serve, and a request goes through."""
+    parts = (pair.sender, pair.receiver, pair.proxy, pair.prefill, pair.decode)
+    before = [part.pid for part in parts]
+    yield
+    assert [part.pid for part in parts] == before
+    assert all(part.running for part in parts)
+    tokens = prompt(300, seed=seed)
+    pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
+
+
+def throw(address: Address, data: bytes) -> None:
+    """Connects, sends, reads what comes, and leaves; the other side may close at any point."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as stream, contextlib.suppress(ConnectionError, TimeoutError):
+        stream.settimeout(0.3)
+        stream.connect(address)
+        stream.sendall(data)
+        while stream.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_bytes_everywhere(pair: Pair, reference: Reference, name: str) -> None:
+    with survived(pair, reference, seed=80):
+        for address in addresses(pair).values():
+            throw(address, RAW[name])
+
+
+def test_many_connections_that_say_nothing(pair: Pair, reference: Reference) -> None:
+    with survived(pair, reference, seed=81), contextlib.ExitStack() as stack:
+        for address in addresses(pair).values():
+            for _ in range(50):
+                family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+                stream = stack.enter_context(socket.socket(family))
+                stream.settimeout(1.0)
+                with contextlib.suppress(OSError):
+                    stream.connect(address)
+        # They are still open: a request goes through beside them.
+        tokens = prompt(300, seed=82)
+        pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_bad_messages(pair: Pair, reference: Reference, name: str) -> None:
+    context = zmq.Context()
+    with survived(pair, reference, seed=83):
+        for port, kind, frames in _zmq_targets(pair):
+            peer = context.socket(kind)
+            peer.linger = 0
+            peer.connect(f"tcp://{port}")
+            peer.send_multipart(frames(PAYLOADS[name]))
+            # Whatever comes is an answer; nothing may come as well.
+            peer.poll(200)
+            peer.close()
+    context.term()
+
+
+def _zmq_targets(pair: Pair) -> list[tuple[str, int, Callable[[bytes], list[bytes]]]]:
+    receiver = pair.receiver
+    return [
+        (f"{receiver.host}:{receiver.init_port}", zmq.REQ, lambda payload: [payload]),
+        (f"{receiver.host}:{receiver.alloc_port}", zmq.DEALER, lambda payload: [b"", payload]),
+        (f"{receiver.host}:{receiver.alloc_port}", zmq.DEALER, lambda payload: [payload] * 20),
+        (pair.proxy.registration, zmq.PUSH, lambda payload: [payload]),
+    ]
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_wrong_hello(pair: Pair, reference: Reference, which: str) -> None:
+    """An engine of another model, layout, rank or protocol version is refused in words that say what is wrong."""
+    sidecar = getattr(pair, which)
+    layout = sidecar.status()["ranks"][0]["layout"]
+    hello = {
+        "type": "Hello",
+        "v": 1,
+        "engine": "test",
+        "role": "prefill" if which == "sender" else "decode",
+        "rank": 0,
+        "world_size": 1,
+        "layout": layout,
+    }
+    with survived(pair, reference, seed=84):
+        for change, word in (
+            ({"v": 99}, "version"),
+            ({"layout": {**layout, "model": "another"}}, "model"),
+            ({"layout": {**layout, "kv_heads": 3}}, "kv_heads"),
+            ({"rank": 5}, "rank"),
+        ):
+            refusal = _greet(str(sidecar.socket), {**hello, **change})
+            assert refusal["type"] == "Refused", (change, refusal)
+            assert word in refusal["text"], (change, refusal)
+
+
+def _greet(path: str, hello: dict[str, object]) -> dict[str, str]:
+    body = msgspec.msgpack.encode(hello)
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(5.0)
+        stream.connect(path)
+        stream.sendall(struct.pack("<I", len(body)) + body)
+        (length,) = struct.unpack("<I", stream.recv(4, socket.MSG_WAITALL))
+        answer: dict[str, str] = msgspec.msgpack.decode(stream.recv(length, socket.MSG_WAITALL))
+        return answer
+
+
+def test_admin_and_proxy_refuse_what_they_do_not_know(pair: Pair, reference: Reference) -> None:
+    with survived(pair, reference, seed=85):
+        for url in (pair.sender.admin, pair.receiver.admin, pair.proxy.url):
+            assert call(f"{url}/nothing-here")[0] == 404
+            assert call(f"{url}/metrics", method="DELETE")[0] == 405
+        assert call(f"{pair.receiver.admin}/registered", {"proxy": "x:1", "id": "nobody", "epoch": 1})[0] == 409
+        assert 400 <= call(f"{pair.receiver.admin}/registered", {"surprise": 1})[0] < 500
+        assert 400 <= call(f"{pair.proxy.url}/v1/completions", [1, 2])[0] < 500
