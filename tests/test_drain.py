@@ -39,6 +39,7 @@ def test_idle_sidecars_end_at_once(pair: Pair) -> None:
         assert sidecar.process is not None
         sidecar.process.signal(signal.SIGTERM)
         assert sidecar.process.wait(3.0) == 0, sidecar.process.tail()
+    pair.restore()
 
 
 def test_proxy_lets_answers_finish(pair: Pair, reference: Reference) -> None:

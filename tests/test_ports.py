@@ -7,7 +7,6 @@ import random
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -70,7 +69,7 @@ def addresses(pair: Pair) -> dict[str, Address]:
     return {
         "init": (pair.receiver.host, pair.receiver.init_port),
         "alloc": (pair.receiver.host, pair.receiver.alloc_port),
-        "tcp data": (pair.receiver.host, tcp_port(pair)),
+        "tcp data": (pair.receiver.host, pair.receiver.tcp_port),
         "registration": of(f"tcp://{pair.proxy.registration}"),
         "sender admin": of(pair.sender.admin),
         "receiver admin": of(pair.receiver.admin),
@@ -78,27 +77,6 @@ def addresses(pair: Pair) -> dict[str, Address]:
         "sender socket": str(pair.sender.socket),
         "receiver socket": str(pair.receiver.socket),
     }
-
-
-def tcp_port(pair: Pair) -> int:
-    """The listening port of the receiver that is none of those it was told: its TCP data port."""
-    known = {pair.receiver.init_port, pair.receiver.alloc_port, urlsplit(pair.receiver.admin).port}
-    ports = listening(pair.receiver.pid) - known
-    assert len(ports) == 1, ports
-    return ports.pop()
-
-
-def listening(pid: int) -> set[int]:
-    """TCP ports that a process listens on."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = str(entry.readlink())
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
-    rows = [line.split() for line in lines]
-    return {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
 @contextlib.contextmanager
