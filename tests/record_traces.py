@@ -51,7 +51,7 @@ def main() -> None:
             pass
         pair.wait_empty()
     for path in sorted(TRACES.glob("*.jsonl")):
-        print(path.relative_to(ROOT), len(path.read_text().splitlines()), "lines")
+        sys.stdout.write(f"{path.relative_to(ROOT)}: {len(path.read_text().splitlines())} lines\n")
 
 
 if __name__ == "__main__":
