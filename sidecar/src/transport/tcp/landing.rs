@@ -297,8 +297,7 @@ impl Landing {
 /// Bytes of one copy under a gate: the longest that a close waits, about 0.1 ms.
 const COPY_BYTES: usize = 512 << 10;
 /// What is worth waking up for. 512 MiB in pieces of 16 MiB over 2 connections, GB/s: woken for
-/// anything 4.1, for 128 KiB about the same, for 256 KiB 4.5, for this (and copying as much at a time)
-/// 6.2.
+/// anything 4.1, for 256 KiB 4.5, for this (and copying as much at a time) 6.2.
 const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// How long a refused peer may take to read why.

@@ -5,9 +5,10 @@
 //! connects and posts.
 //!
 //! # How the bytes are moved
-//! By plain `send` and `recv`, over two connections a link. Measured between two processes over
-//! loopback on two busy cores, GB/s (median of 5 runs, each the median of 8 transfers), beside one
-//! iperf3 stream at 1.9:
+//! By plain `send` and `recv`, over two connections a link. Measured with a bare program for each
+//! way, a pair of processes for each stream, over loopback on two cores shared with other work (so
+//! read them as ratios): GB/s, median of 5 runs, each the median of 8 transfers, beside one iperf3
+//! stream at 1.9:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|
@@ -71,8 +72,9 @@ pub(crate) struct Config {
     /// The host that peers are told; `None` for the address that is listened on, or, if that is any
     /// address, for the one that they know the init port by.
     pub(crate) advertise: Option<String>,
-    /// Connections of a link. On two cores two move 1.6 times what one does (4.5 against 2.8 GB/s),
-    /// because each end then copies on both cores; four move no more.
+    /// Connections of a link. On two cores two moved 1.6 times what one did (4.5 against 2.8 GB/s,
+    /// before the receiver was woken less often), because each end then copies on both cores; four
+    /// moved no more.
     pub(crate) streams: usize,
     /// Connections that may be served at once, each by a thread.
     pub(crate) max_connections: usize,
