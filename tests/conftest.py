@@ -20,6 +20,10 @@ from harness.sidecar import ROOT
 
 LOGS = ROOT / "target" / "test-logs"
 
+# Longer than the default of 50 ms: a busy machine may need it to get a decode request parked, and without that the
+# sender cannot know what the decode side holds, and pushes all of it.
+KEYS: dict[str, object] = {"park_ms": 3000}
+
 
 @pytest.fixture(scope="session")
 def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
@@ -37,7 +41,7 @@ def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
         with _shown(pytestconfig):
             progress = Progress()
             plain.start()
-            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora), progress))
+            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora, sidecar_keys=KEYS), progress))
             wait_for([plain], progress)
         yield pair, Reference(plain)
 

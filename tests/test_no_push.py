@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness.pair import Pair
+from harness.pair import Pair, check_tokens
 from harness.prompts import prompt
 from harness.reference import Reference
 
@@ -11,9 +11,14 @@ from harness.reference import Reference
 def test_without_pushes_the_checks_fail(pair: Pair, reference: Reference) -> None:
     pair.restart_sidecars(no_push=True)
     tokens = prompt(700, seed=71)
-    moved = pair.move(tokens)
-    assert moved.answer.token_ids == reference.token_ids(tokens), "the decode engine computes what does not come"
+    before = pair.decode.prompt_tokens()
+    answer = pair.complete(tokens)
+    assert answer.token_ids == reference.token_ids(tokens), "the decode engine computes what does not come"
+    used = pair.prompt_tokens_since(before, len(tokens))
+    assert (used.external, used.computed) == (0, len(tokens))
     with pytest.raises(AssertionError):
-        moved.check(reference.token_ids(tokens), len(tokens))
-    assert moved.sender["bytes"] == 0
-    assert moved.tokens.external == 0
+        check_tokens(used, len(tokens))
+    another = prompt(700, seed=72)
+    with pytest.raises(AssertionError):
+        pair.move(another).check(reference.token_ids(another), len(another))
+    assert all(record["bytes"] == 0 for record in pair.sender.records())

@@ -1,296 +1,195 @@
-"""Strangers, liars and LMCache at every port and socket of a pair of sidecars; no engine runs.
-
-After each, a push between the same two processes still works.
-"""
+"""Bad input at every port and socket: closed or refused, and everybody else is served."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import random
 import socket
 import struct
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import msgspec
 import pytest
 import zmq
 from harness.client import call
-from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
-from pd_sidecar.client import Client
-from pd_sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
+from harness.pair import Pair
+from harness.prompts import prompt
+from harness.reference import Reference
 
-FIXTURES = Path(__file__).resolve().parent.parent / "protocol" / "fixtures"
-LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
-BOUND_S = 20.0
+Address = tuple[str, int] | str
 
-pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
+# What somebody might send who means another protocol, or harm.
+RAW = {
+    "nothing": b"",
+    "random": random.Random(1).randbytes(4096),
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "zeros": bytes(100_000),
+    "ones": b"\xff" * 100_000,
+    # A ZMTP greeting whose first frame announces 2^63 bytes.
+    "huge frame": b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(48) + b"\x02\x7f" + b"\xff" * 7,
+    # A local frame that announces 4 GiB.
+    "huge local frame": struct.pack("<I", 0xFFFF_FFFF) + b"\x81",
+    "truncated local frame": struct.pack("<I", 100) + b"\x81\xa4type\xa5Hello",
+}
 
-
-@dataclass
-class Sides:
-    """Two sidecars, and a client at each in the place of an engine."""
-
-    sender: Sidecar
-    receiver: Sidecar
-    prefill: Client
-    decode: Client
-    pushed: int = 0
-
-    @property
-    def target(self) -> Target:
-        return Target(self.receiver.host, self.receiver.init_port, self.receiver.alloc_port)
-
-    def check(self) -> None:
-        """Pushes a request of two chunks and reads it."""
-        self.pushed += 1
-        req, tokens = f"check-{os.getpid()}-{self.pushed}", CHUNK_TOKENS + 7
-        assert self.push(req, keys(req), keys(req), tokens) == (None, None)
-
-    def push(self, req: str, asked: list[str], awaited: list[str], tokens: int) -> tuple[str | None, str | None]:
-        """The reasons with which both sides ended; absent is well."""
-        self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=10_000)
-        self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens)
-        ends: dict[str, str | None] = {}
-        deadline = time.monotonic() + BOUND_S
-        while len(ends) < 2:
-            assert time.monotonic() < deadline, f"{req}: ended only at {list(ends)}"
-            for message in self.prefill.wait(0.02):
-                if isinstance(message, Granted) and message.req == req:
-                    for chunk, slot in zip(message.chunks, message.slots, strict=True):
-                        self.prefill.slot(slot)[:] = content(req, chunk)
-                    self.prefill.staged(req, message.chunks)
-                elif isinstance(message, Ended) and message.req == req:
-                    ends["prefill"] = message.reason
-            for message in self.decode.wait(0.02):
-                if isinstance(message, Ready) and message.req == req:
-                    for chunk, slot in zip(message.chunks, message.slots, strict=True):
-                        size = min(tokens - chunk * CHUNK_TOKENS, CHUNK_TOKENS) * token_bytes()
-                        assert bytes(self.decode.slot(slot)[:size]) == content(req, chunk)[:size]
-                    self.decode.release(req, message.chunks)
-                elif isinstance(message, Ended) and message.req == req:
-                    ends["decode"] = message.reason
-        return ends["prefill"], ends["decode"]
+# Payloads inside good ZeroMQ frames.
+PAYLOADS = {
+    "empty": b"",
+    "garbage": b"\xc1\xc1\xc1",
+    "no map": msgspec.msgpack.encode([1, 2, 3]),
+    "unknown type": msgspec.msgpack.encode({"type": "Surprise", "x": {"v": 99}}),
+    "missing fields": msgspec.msgpack.encode({"type": "AllocRequest"}),
+    "wrong types": msgspec.msgpack.encode({"type": "NixlInitRequest", "local_meta_bytes": "text"}),
+    "bad key": msgspec.msgpack.encode(
+        {
+            "type": "AllocRequest",
+            "keys": ["no-key-at-all"],
+            "fmt": 1,
+            "shape": [2, 4, 256, 128],
+            "dtype": "float",
+            "last_chunk_toks": 256,
+            "req_id": "nobody",
+            "is_last_batch": True,
+            "total_chunks": 1,
+        }
+    ),
+    "deep": b"\x91" * 100_000 + b"\xc0",
+    "oversized": msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": "x" * 8_000_000}),
+}
 
 
-def keys(name: str, chunks: int = 2) -> list[str]:
-    return [f"tiny@1@0@{abs(hash(name)) + chunk:x}@bfloat16" for chunk in range(chunks)]
+def addresses(pair: Pair) -> dict[str, Address]:
+    """Every port and socket of both sidecars and the proxy."""
+
+    def of(url: str) -> Address:
+        parts = urlsplit(url)
+        return str(parts.hostname), int(parts.port or 0)
+
+    return {
+        "init": (pair.receiver.host, pair.receiver.init_port),
+        "alloc": (pair.receiver.host, pair.receiver.alloc_port),
+        "tcp data": (pair.receiver.host, pair.receiver.tcp_port),
+        "registration": of(f"tcp://{pair.proxy.registration}"),
+        "sender admin": of(pair.sender.admin),
+        "receiver admin": of(pair.receiver.admin),
+        "proxy": of(pair.proxy.url),
+        "sender socket": str(pair.sender.socket),
+        "receiver socket": str(pair.receiver.socket),
+    }
 
 
-def token_bytes() -> int:
-    return LAYOUT.chunk_bytes // CHUNK_TOKENS
-
-
-def content(req: str, chunk: int) -> bytes:
-    word = struct.pack("<Q", (hash(req) + chunk) & (2**64 - 1))
-    return word * (LAYOUT.chunk_bytes // len(word))
-
-
-def hello(role: str, layout: Layout = LAYOUT) -> Hello:
-    return Hello(v=1, engine=f"test-{role}", role=role, rank=0, world_size=1, layout=layout)
-
-
-@pytest.fixture(scope="module", params=["tcp", "nixl"])
-def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
-    folder = tmp_path_factory.mktemp(f"ports-{request.param}")
-    options = SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport=request.param)
-    receiver = Sidecar(options, folder, folder)
-    sender = Sidecar(replace(options, role="sender"), folder, folder)
-    try:
-        receiver.start()
-        sender.start()
-        decode = Client.connect(str(receiver.socket), hello("decode"))
-        prefill = Client.connect(str(sender.socket), hello("prefill"))
-        yield Sides(sender, receiver, prefill, decode)
-        prefill.close()
-        decode.close()
-    finally:
-        sender.stop()
-        receiver.stop()
-
-
-@pytest.fixture(autouse=True)
-def others_are_served(sides: Sides) -> Iterator[None]:
-    sides.check()
+@contextlib.contextmanager
+def survived(pair: Pair, reference: Reference, seed: int) -> Iterator[None]:
+    """Afterwards the same processes serve, and a request goes through."""
+    parts = (pair.sender, pair.receiver, pair.proxy, pair.prefill, pair.decode)
+    before = [part.pid for part in parts]
     yield
-    sides.check()
-    sides.sender.wait_empty()
-    sides.receiver.wait_empty()
-    assert sides.sender.running and sides.receiver.running
+    assert [part.pid for part in parts] == before
+    assert all(part.running for part in parts)
+    tokens = prompt(300, seed=seed)
+    pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 
 
-@contextmanager
-def peer(kind: int, port: int, identity: bytes = b"") -> Iterator[Any]:
-    context = zmq.Context.instance()
-    peer = context.socket(kind)
-    peer.linger = 0
-    peer.rcvtimeo = 5000
-    if identity:
-        peer.identity = identity
-    peer.connect(f"tcp://127.0.0.1:{port}")
-    try:
-        yield peer
-    finally:
-        peer.close()
-
-
-def fixture(name: str) -> bytes:
-    return (FIXTURES / f"{name}.bin").read_bytes()
-
-
-def unpacked(body: bytes) -> dict[str, Any]:
-    message: dict[str, Any] = msgspec.msgpack.decode(body)
-    return message
-
-
-def packed(message: dict[str, Any]) -> bytes:
-    return msgspec.msgpack.encode(message)
-
-
-def test_lmcache_is_introduced_and_refused_in_its_own_words(sides: Sides) -> None:
-    metadata = (FIXTURES / "metadata_sender.bin").read_bytes()
-    with peer(zmq.REQ, sides.receiver.init_port) as init:
-        init.send(packed({"type": "NixlInitRequest", "local_meta_bytes": metadata}))
-        answer = unpacked(init.recv())
-        assert answer["type"] == "NixlInitResponse" and "x" not in answer
-        assert answer["remote_agent_name"] == b"sender-1111"
-        init.send(fixture("mem_reg_request_lmcache"))
-        answer = unpacked(init.recv())
-        assert answer["type"] == "NixlMemRegResponse" and "x" not in answer
-        assert b"nixlXferDList" in answer["remote_xfer_dlist_bytes"]
-    asked = fixture("alloc_request_lmcache_async")
-    with peer(zmq.DEALER, sides.receiver.alloc_port, b"sender-pid1-0a-to-x") as alloc:
-        for frames in ([b"", asked], [asked]):
-            alloc.send_multipart(frames)
-            reply = alloc.recv_multipart()
-            assert reply[:-1] == frames[:-1]
-            assert unpacked(reply[-1])["remote_indexes"] == [-1, -1]
-        alloc.send_multipart([b"", fixture("cancel_notif_lmcache")])
-        assert unpacked(alloc.recv_multipart()[-1])["remote_indexes"] == []
-    with peer(zmq.REQ, sides.receiver.alloc_port) as alloc:
-        for _ in range(2):
-            alloc.send(fixture("alloc_request_lmcache_sync"))
-            assert unpacked(alloc.recv())["remote_indexes"] == [-1, -1]
-
-
-@pytest.mark.parametrize("port", ["init_port", "alloc_port"])
-def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str) -> None:
-    number = getattr(sides.receiver, port)
-    label = port.removesuffix("_port")
-    before = sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label)
-    samples = [
-        b"\x01\x02",
-        b"",
-        b"\xdf\xff\xff\xff\xff",
-        b"\x81\xa1x" + b"\x91" * 100_000,
-        packed({"type": "SideMsg", "data": 1}),
-        packed({"type": "CacheQueryRequest", "keys": ["a@1"]}),
-        fixture("register"),
-        fixture("alloc_request")[:-3],
-    ]
-    for sample in samples:
-        with peer(zmq.DEALER, number) as stranger:
-            stranger.send_multipart([b"", sample])
-            assert not stranger.poll(100), "an answer to no message"
-    after = sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label)
-    assert after - before == len(samples)
-
-
-def test_odd_frames_and_a_message_that_is_too_long(sides: Sides) -> None:
-    for port in (sides.receiver.init_port, sides.receiver.alloc_port):
-        for frames in ([b"a", b"b"], [b"", b"", b"c"], [b""] * 1000, [b"", bytes(5 << 20)]):
-            with peer(zmq.DEALER, port) as stranger:
-                stranger.send_multipart(frames)
-                assert not stranger.poll(100)
-
-
-def raw(port: int, data: bytes, path: Path | None = None) -> socket.socket:
-    if path is None:
-        stream = socket.create_connection(("127.0.0.1", port), timeout=5)
-    else:
-        stream = socket.socket(socket.AF_UNIX)
-        stream.settimeout(5)
-        stream.connect(str(path))
-    # It may hang up in the middle: that is the point.
-    with suppress(OSError):
+def throw(address: Address, data: bytes) -> None:
+    """Connects, sends, reads what comes, and leaves; the other side may close at any point."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as stream, contextlib.suppress(ConnectionError, TimeoutError):
+        stream.settimeout(0.3)
+        stream.connect(address)
         stream.sendall(data)
-    return stream
+        while stream.recv(65536):
+            pass
 
 
-GARBAGE = [
-    b"",
-    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    bytes(70_000),
-    b"\xff" * 70_000,
-    b"\xff\0\0\0\0\0\0\0\0\x7f\x03\0NULL" + bytes(48) + b"\x02" + b"\xff" * 8,
-    b"\x89pdkv\r\n\0" + b"\xff" * 200,
-    os.urandom(4096),
-]
+@pytest.mark.parametrize("name", RAW)
+def test_raw_bytes_everywhere(pair: Pair, reference: Reference, name: str) -> None:
+    with survived(pair, reference, seed=80):
+        for address in addresses(pair).values():
+            throw(address, RAW[name])
 
 
-def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
-    admins = [urlsplit(part.admin).port or 0 for part in (sides.sender, sides.receiver)]
-    ports = [sides.receiver.init_port, sides.receiver.alloc_port, *admins, *data_ports(sides)]
-    held = [raw(port, data) for port in ports for data in GARBAGE]
-    held += [raw(0, data, path) for path in (sides.sender.socket, sides.receiver.socket) for data in GARBAGE]
-    # Half-open connections, too.
-    held += [raw(port, b"") for port in ports for _ in range(50)]
-    for _ in range(5):
-        sides.check()
-    for stream in held:
-        stream.close()
-    for part in (sides.sender, sides.receiver):
-        assert call(f"{part.admin}/health", timeout_s=5)[0] == 200
+def test_many_connections_that_say_nothing(pair: Pair, reference: Reference) -> None:
+    with survived(pair, reference, seed=81), contextlib.ExitStack() as stack:
+        for address in addresses(pair).values():
+            for _ in range(50):
+                family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+                stream = stack.enter_context(socket.socket(family))
+                stream.settimeout(1.0)
+                with contextlib.suppress(OSError):
+                    stream.connect(address)
+        # They are still open: a request goes through beside them.
+        tokens = prompt(300, seed=82)
+        pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 
 
-def data_ports(sides: Sides) -> list[int]:
-    """The data port that the receiver advertises, if it has one."""
-    with peer(zmq.REQ, sides.receiver.init_port) as init:
-        init.send(fixture("init_request"))
-        offered = unpacked(init.recv())["x"]["transports"]
-    return [int(wire["address"].rsplit(":", 1)[1]) for wire in offered if wire["kind"] == "tcp"]
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_bad_messages(pair: Pair, reference: Reference, name: str) -> None:
+    context = zmq.Context()
+    with survived(pair, reference, seed=83):
+        for port, kind, frames in _zmq_targets(pair):
+            peer = context.socket(kind)
+            peer.linger = 0
+            peer.connect(f"tcp://{port}")
+            peer.send_multipart(frames(PAYLOADS[name]))
+            # Whatever comes is an answer; nothing may come as well.
+            peer.poll(200)
+            peer.close()
+    context.term()
 
 
-def test_other_versions_and_layouts_are_told_what_differs(sides: Sides) -> None:
-    def refusal(**changes: Any) -> dict[str, str]:
-        request = unpacked(fixture("init_request"))
-        request["x"]["layout"] = msgspec.to_builtins(LAYOUT)
-        for name, value in changes.items():
-            where = request["x"] if name in request["x"] else request["x"]["layout"]
-            where[name] = value
-        with peer(zmq.REQ, sides.receiver.init_port) as init:
-            init.send(packed(request))
-            refused: dict[str, str] = unpacked(init.recv())["x"].get("refused") or {"reason": "", "text": ""}
-            return refused
-
-    assert refusal() == {"reason": "", "text": ""}
-    assert refusal(v=2)["reason"] == "version_mismatch"
-    for name, value in {"model": "other", "dtype": "half", "layers": 3, "chunk_tokens": 128}.items():
-        refused = refusal(**{name: value})
-        assert refused["reason"] == "layout_mismatch"
-        assert refused["text"].startswith(f"{name}: prefill-0 has {value}, ")
-    assert refusal(layout=None)["reason"] == "no_engine"
+def _zmq_targets(pair: Pair) -> list[tuple[str, int, Callable[[bytes], list[bytes]]]]:
+    receiver = pair.receiver
+    return [
+        (f"{receiver.host}:{receiver.init_port}", zmq.REQ, lambda payload: [payload]),
+        (f"{receiver.host}:{receiver.alloc_port}", zmq.DEALER, lambda payload: [b"", payload]),
+        (f"{receiver.host}:{receiver.alloc_port}", zmq.DEALER, lambda payload: [payload] * 20),
+        (pair.proxy.registration, zmq.PUSH, lambda payload: [payload]),
+    ]
 
 
-def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
-    other = hello("decode", msgspec.structs.replace(LAYOUT, layers=5))
-    with pytest.raises(Exception, match="layers"):
-        Client.connect(str(sides.receiver.socket), other, timeout_s=3)
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_wrong_hello(pair: Pair, reference: Reference, which: str) -> None:
+    """An engine of another model, layout, rank or protocol version is refused in words that say what is wrong."""
+    sidecar = getattr(pair, which)
+    layout = sidecar.status()["ranks"][0]["layout"]
+    hello = {
+        "type": "Hello",
+        "v": 1,
+        "engine": "test",
+        "role": "prefill" if which == "sender" else "decode",
+        "rank": 0,
+        "world_size": 1,
+        "layout": layout,
+    }
+    with survived(pair, reference, seed=84):
+        for change, word in (
+            ({"v": 99}, "version"),
+            ({"layout": {**layout, "model": "another"}}, "model"),
+            ({"layout": {**layout, "kv_heads": 3}}, "kv_heads"),
+            ({"rank": 5}, "rank"),
+        ):
+            refusal = _greet(str(sidecar.socket), {**hello, **change})
+            assert refusal["type"] == "Refused", (change, refusal)
+            assert word in refusal["text"], (change, refusal)
 
 
-def test_different_keys_are_no_transfer(sides: Sides) -> None:
-    req = f"keys-{os.getpid()}"
-    ends = sides.push(req, keys("one"), keys("two"), CHUNK_TOKENS + 7)
-    assert ends == ("key_mismatch", "key_mismatch")
+def _greet(path: str, hello: dict[str, object]) -> dict[str, str]:
+    body = msgspec.msgpack.encode(hello)
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(5.0)
+        stream.connect(path)
+        stream.sendall(struct.pack("<I", len(body)) + body)
+        (length,) = struct.unpack("<I", stream.recv(4, socket.MSG_WAITALL))
+        answer: dict[str, str] = msgspec.msgpack.decode(stream.recv(length, socket.MSG_WAITALL))
+        return answer
 
 
-def test_a_stranger_writes_under_no_lease(sides: Sides) -> None:
-    forged = unpacked(fixture("written"))
-    with peer(zmq.DEALER, sides.receiver.alloc_port) as stranger:
-        stranger.send_multipart([b"", packed(forged)])
-        answer = unpacked(stranger.recv_multipart()[-1])
-    assert (answer["type"], answer["lease"]) == ("Unwanted", forged["lease"])
+def test_admin_and_proxy_refuse_what_they_do_not_know(pair: Pair, reference: Reference) -> None:
+    with survived(pair, reference, seed=85):
+        for url in (pair.sender.admin, pair.receiver.admin, pair.proxy.url):
+            assert call(f"{url}/nothing-here")[0] == 404
+            assert call(f"{url}/metrics", method="DELETE")[0] == 405
+        assert call(f"{pair.receiver.admin}/registered", {"proxy": "x:1", "id": "nobody", "epoch": 1})[0] == 409
+        assert 400 <= call(f"{pair.receiver.admin}/registered", {"surprise": 1})[0] < 500
+        assert 400 <= call(f"{pair.proxy.url}/v1/completions", [1, 2])[0] < 500

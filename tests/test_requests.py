@@ -58,43 +58,67 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
     pair.move(again).check(reference.token_ids(again), len(again))
 
 
-def test_two_choices(pair: Pair, reference: Reference) -> None:
-    request = body(prompt(400, seed=53), n=2, temperature=0)
+@pytest.mark.parametrize(
+    ("reason", "more"),
+    [
+        ("many_sequences", {"n": 2, "temperature": 1.0, "seed": 5}),
+        ("many_prompts", {"prompt": [prompt(length, seed=54) for length in (30, 400, 900)]}),
+        ("prompt_logprobs", {"prompt_logprobs": 1}),
+        ("cache_salt", {"cache_salt": "mine"}),
+    ],
+)
+def test_computed_by_the_decode_engine(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
+    """What the proxy can see: it sends no prefill leg, and counts why."""
+    request = body(prompt(400, seed=53), **more)
+    before = pair.proxy.metrics().by("pd_proxy_alone", "reason")
+    received = pair.receiver.metrics().sum("pd_sidecar_requests")
     ours = post_json(f"{pair.proxy.url}/v1/completions", request)
-    assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
+    plain = reference.post("/v1/completions", request)
+    assert token_ids(ours) == token_ids(plain)
+    assert len(ours["choices"]) == len(plain["choices"])
+    for mine, theirs in zip(ours["choices"], plain["choices"], strict=True):
+        assert_same_logprobs(mine.get("prompt_logprobs"), theirs.get("prompt_logprobs"))
+    after = pair.proxy.metrics().by("pd_proxy_alone", "reason")
+    assert after.get(reason, 0) == before.get(reason, 0) + 1
+    assert pair.receiver.metrics().sum("pd_sidecar_requests") == received
 
 
-def test_list_of_prompts(pair: Pair, reference: Reference) -> None:
-    prompts = [prompt(length, seed=54) for length in (30, 400, 900)]
-    request = {**body([]), "prompt": prompts}
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
-    assert token_ids(ours) == [reference.token_ids(tokens, max_tokens=16) for tokens in prompts]
+def assert_same_logprobs(mine: list[Any] | None, theirs: list[Any] | None) -> None:
+    assert (mine is None) == (theirs is None)
+    for ours, plain in zip(mine or [], theirs or [], strict=True):
+        assert (ours or {}).keys() == (plain or {}).keys()
+        for token in ours or {}:
+            assert ours[token]["logprob"] == pytest.approx(plain[token]["logprob"], abs=1e-3)
 
 
-def test_prompt_logprobs(pair: Pair, reference: Reference) -> None:
-    before = skipped(pair.decode)
-    request = body(prompt(400, seed=55), prompt_logprobs=1)
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)["choices"][0]
-    plain = reference.post("/v1/completions", request)["choices"][0]
-    assert ours["token_ids"] == plain["token_ids"]
-    assert len(ours["prompt_logprobs"]) == len(plain["prompt_logprobs"]) == 400
-    for mine, theirs in zip(ours["prompt_logprobs"][1:], plain["prompt_logprobs"][1:], strict=True):
-        assert mine.keys() == theirs.keys()
-        for token in mine:
-            assert mine[token]["logprob"] == pytest.approx(theirs[token]["logprob"], abs=1e-3)
-    assert skipped(pair.decode).get("prompt_logprobs", 0) == before.get("prompt_logprobs", 0) + 1
-
-
-@pytest.mark.parametrize(("reason", "more"), [("lora", {"model": "lora"}), ("cache_salt", {"cache_salt": "mine"})])
-def test_equal_tokens_other_kv(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
-    """KV of the same tokens exists on both sides, but it is not the KV of this request."""
+@pytest.mark.parametrize(
+    ("reason", "more"),
+    [("lora", {"model": "lora"}), ("cache_salt", {"cache_salt": "mine"}), ("prompt_logprobs", {"prompt_logprobs": 1})],
+)
+def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
+    """What a proxy may miss: the decode leg asks for KV of equal tokens that is not, or must not be, its own."""
     tokens = prompt(600, seed=56)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
     before = skipped(pair.decode)
+    params = {"do_remote_prefill": True, "disagg_spec": {"req_id": f"nobody-{reason}"}}
     request = body(tokens, **more)
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+    ours = post_json(f"{pair.decode.url}/v1/completions", {**request, "kv_transfer_params": params})
     assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
     assert skipped(pair.decode).get(reason, 0) == before.get(reason, 0) + 1
+
+
+def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
+    """Only the engines know that this model is an adapter: the prefill engine pushes nothing and says so, and the
+    decode leg then goes without."""
+    tokens = prompt(600, seed=59)
+    pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
+    before = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
+    request = body(tokens, model="lora")
+    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+    assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
+    after = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
+    assert after[0].get("lora", 0) == before[0].get("lora", 0) + 1
+    assert after[1].get("not_pushed", 0) == before[1].get("not_pushed", 0) + 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

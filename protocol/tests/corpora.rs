@@ -6,7 +6,10 @@ mod targets;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const TARGETS: [(&str, fn(&[u8])); 8] = [
+/// A target's name and what it does with an input.
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 8] = [
     ("init", targets::init),
     ("alloc", targets::alloc),
     ("registration", targets::registration),

@@ -86,7 +86,7 @@ impl Node {
         let (listener, engines) =
             Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        services.spawn(dispatch(engines, node.doors));
+        services.spawn(dispatch(engines, node.doors, node.shown));
         Ok(Self {
             config,
             sides: node.sides,
@@ -183,6 +183,7 @@ impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(Side::Sender, rank)?;
         let wires = Wires::start(&self.config, rank, &buffer, None)?;
+        self.shown.wires(Side::Sender, rank, wires.clone());
         let side = SendSide::new(self.context(rank, wires), buffer);
         let engines = self.door(Side::Sender, rank);
         self.sides
@@ -218,6 +219,7 @@ impl Builder {
             alloc_port: alloc.port(),
         });
         let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
+        self.shown.wires(Side::Receiver, rank, wires.clone());
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
         let engines = self.door(Side::Receiver, rank);
         self.sides
@@ -253,7 +255,7 @@ impl Builder {
 }
 
 /// Brings what engines say to the side that they said hello to.
-async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors) {
+async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: Arc<dyn Shown>) {
     let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
         let door = match &event {
@@ -279,6 +281,10 @@ async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors) {
             }
             FromEngine::Message(id, _) => sides.get(id).cloned(),
             FromEngine::Gone(id) => sides.remove(id),
+            FromEngine::Malformed => {
+                shown.malformed("local");
+                None
+            }
         };
         if let Some(door) = door
             && door.send(event).await.is_err()

@@ -9,6 +9,7 @@ use crate::metrics::Metrics;
 use crate::registration::ProxyVoice;
 use crate::side::{Gauges, LinkStatus, Shown, Side};
 use crate::status::Status;
+use crate::wires::Wires;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -29,6 +30,10 @@ impl Shown for Showcase {
 
     fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>) {
         self.status.gauges(side, rank, &gauges);
+    }
+
+    fn wires(&self, side: Side, rank: u32, wires: Wires) {
+        self.status.wires(side, rank, wires);
     }
 
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {

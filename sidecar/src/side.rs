@@ -49,6 +49,8 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
     fn record(&self, side: Side, rank: u32, record: &Record);
     /// The state after an event.
     fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>);
+    /// The wires of a side, whose events are read when somebody asks.
+    fn wires(&self, side: Side, rank: u32, wires: Wires);
     /// The links of a sender.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// A frame that was no message came to this port.

@@ -21,6 +21,7 @@ pub(crate) use self::shape::{
 
 use crate::config::Config;
 use crate::side::{Gauges, LinkStatus, Side};
+use crate::wires::Wires;
 
 /// See the module.
 #[derive(Debug)]
@@ -45,11 +46,27 @@ pub(crate) struct About {
     pub(crate) proxy: Option<String>,
 }
 
+/// Something that happens on a wire, and how often it has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WireEvent {
+    /// Which side of it.
+    pub(crate) side: Side,
+    /// The rank.
+    pub(crate) rank: u32,
+    /// The wire's name.
+    pub(crate) transport: &'static str,
+    /// The event's name.
+    pub(crate) event: &'static str,
+    /// How often, or how many now.
+    pub(crate) count: u64,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     bound: bool,
     draining: bool,
     ranks: BTreeMap<(Side, u32), RankStatus>,
+    wires: BTreeMap<(Side, u32), Wires>,
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
@@ -123,6 +140,32 @@ impl Status {
         if had_engine != has_engine {
             self.changed.notify_one();
         }
+    }
+
+    /// The wires of a side.
+    pub(crate) fn wires(&self, side: Side, rank: u32, wires: Wires) {
+        self.inner().wires.insert((side, rank), wires);
+    }
+
+    /// What has happened on every wire.
+    pub(crate) fn wire_events(&self) -> Vec<WireEvent> {
+        let wires = self.inner().wires.clone();
+        let mut all = Vec::new();
+        for ((side, rank), wires) in wires {
+            all.extend(
+                wires
+                    .events()
+                    .into_iter()
+                    .map(|(transport, event, count)| WireEvent {
+                        side,
+                        rank,
+                        transport,
+                        event,
+                        count,
+                    }),
+            );
+        }
+        all
     }
 
     /// The links of a sender's rank after an event.

@@ -116,6 +116,17 @@ impl Wires {
         }
     }
 
+    /// What has happened on each wire: its name, the event's, how often.
+    pub(crate) fn events(&self) -> Vec<(&'static str, &'static str, u64)> {
+        let of = |t: &Arc<dyn Transport>| {
+            let kind = t.kind().as_str();
+            t.events()
+                .into_iter()
+                .map(move |(event, n)| (kind, event, n))
+        };
+        self.transports.iter().flat_map(of).collect()
+    }
+
     /// NIXL's row of each slot; empty without NIXL.
     pub(crate) fn rows(&self) -> Vec<protocol::dlist::Row> {
         self.transports
@@ -154,6 +165,7 @@ fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl
     let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
     let wanted = nixl::Config {
         link: config.times.link,
+        stall: config.times.stall,
         ..nixl::Config::new(agent, u64::from(rank))
     };
     Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)

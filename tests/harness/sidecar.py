@@ -53,6 +53,7 @@ class Sidecar(Part):
         self.host = "127.0.0.1"
         self.init_port = free_port()
         self.alloc_port = free_port()
+        self.tcp_port = free_port()
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"
         self._config = folder / f"{self.name}.yaml"
@@ -163,12 +164,14 @@ class Sidecar(Part):
         if options.proxy is not None:
             host, _, port = options.proxy.rpartition(":")
             values |= {"pd_proxy_host": host, "pd_proxy_port": int(port)}
-        values["sidecar"] = {
+        ours: dict[str, object] = {
             "id": self.name,
             "socket": str(self.socket),
             "admin": self.admin.removeprefix("http://"),
-            **options.keys,
         }
+        if options.role != "sender":
+            ours["tcp_port"] = self.tcp_port
+        values["sidecar"] = {**ours, **options.keys}
         return json.dumps(values, indent=2) + "\n"
 
     def _env(self) -> dict[str, str]:

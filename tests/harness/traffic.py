@@ -15,6 +15,9 @@ from harness.prompts import prompt
 # Around one chunk, and several.
 LENGTHS = (200, 600, 1200)
 
+# A client that was refused tries again, but not at once.
+ERROR_PAUSE_S = 0.2
+
 
 @dataclass(frozen=True)
 class Result:
@@ -75,12 +78,14 @@ class Traffic:
                 number = self._next
                 self._next += 1
             try:
-                self._one(prompt(LENGTHS[number % len(LENGTHS)], seed=self._seed * 10_000 + number))
+                result = self._one(prompt(LENGTHS[number % len(LENGTHS)], seed=self._seed * 10_000 + number))
+                if result.error:
+                    time.sleep(ERROR_PAUSE_S)
             except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
                 self._broken.append(error)
                 return
 
-    def _one(self, tokens: list[int]) -> None:
+    def _one(self, tokens: list[int]) -> Result:
         began = time.monotonic()
         answer, error = None, None
         try:
@@ -95,3 +100,4 @@ class Traffic:
         result = Result(tokens, began, time.monotonic() - began, answer, error)
         with self._lock:
             self.results.append(result)
+        return result

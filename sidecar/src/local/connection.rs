@@ -86,7 +86,7 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         }
         Ok(Err(error)) => {
             warn!(engine = %id, %error, "engine connection closed before its hello");
-            return;
+            return report(&error, &events).await;
         }
         Err(_) => {
             warn!(engine = %id, "engine connection closed: no hello within {HELLO:?}");
@@ -134,8 +134,19 @@ async fn read_all(
                 }
             }
             Err(FrameError::Closed) => return "it closed the connection".to_owned(),
-            Err(error) => return error.to_string(),
+            Err(error) => {
+                report(&error, events).await;
+                return error.to_string();
+            }
         }
+    }
+}
+
+/// Has a frame that is no message counted.
+async fn report(error: &FrameError, events: &mpsc::Sender<FromEngine>) {
+    let malformed = matches!(error, FrameError::TooLong(_) | FrameError::Malformed(_));
+    if malformed && events.send(FromEngine::Malformed).await.is_err() {
+        debug!("shutting down");
     }
 }
 

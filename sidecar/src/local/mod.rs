@@ -37,6 +37,8 @@ pub(crate) enum FromEngine {
     Message(EngineId, ToSidecar),
     /// A connection that said hello has ended.
     Gone(EngineId),
+    /// A connection sent what is no message; it is closed.
+    Malformed,
 }
 
 /// The listening socket. Dropping it ends the connections and removes the file.

@@ -27,6 +27,23 @@ impl Collector for Gauges {
         )?;
         ranks(&mut encoder, &shown)?;
         links(&mut encoder, &shown)?;
+        let events = self.0.wire_events().into_iter().map(|e| {
+            #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
+            let count = e.count as f64;
+            let labels = OfWire {
+                side: e.side.as_str(),
+                rank: e.rank,
+                transport: e.transport,
+                event: e.event,
+            };
+            (Labels(labels), count)
+        });
+        gauge(
+            &mut encoder,
+            "wire_events",
+            "What has happened on a wire since the start, and what it holds now",
+            events,
+        )?;
         let age = shown.proxy.as_ref().and_then(|p| p.acknowledged_ms_ago);
         gauge(
             &mut encoder,
@@ -167,6 +184,14 @@ struct InState {
     side: &'static str,
     rank: u32,
     state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfWire {
+    side: &'static str,
+    rank: u32,
+    transport: &'static str,
+    event: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -50,7 +50,12 @@ impl Fences {
         }
         let pid = i32::try_from(hello.pid).ok().and_then(Pid::from_raw);
         let opened = pid.map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK));
-        match opened.map(|fd| fd.map_err(io::Error::from).and_then(AsyncFd::new)) {
+        #[expect(
+            deprecated,
+            reason = "sound for an `OwnedFd`, and the successor is unsafe"
+        )]
+        let register = AsyncFd::new;
+        match opened.map(|fd| fd.map_err(io::Error::from).and_then(register)) {
             Some(Ok(fd)) => {
                 self.processes.insert(sender, Arc::new(fd));
             }

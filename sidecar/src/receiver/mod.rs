@@ -232,6 +232,7 @@ impl LandSide {
                 self.engines.gone(engine);
                 self.feed(Event::EngineGone(engine));
             }
+            FromEngine::Malformed => {}
         }
     }
 

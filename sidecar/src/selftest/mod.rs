@@ -23,6 +23,7 @@ use crate::cli::{Exit, Selftest};
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Wire};
 use crate::node::Node;
 use crate::side::{Gauges, LinkStatus, Shown, Side};
+use crate::wires::Wires;
 use engine::Engine;
 use report::Report;
 use rounds::Rounds;
@@ -215,6 +216,8 @@ impl Shown for Seen {
             reported.clone_from(&link.reported);
         }
     }
+
+    fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
 
     fn malformed(&self, _port: &'static str) {}
 

@@ -116,6 +116,7 @@ impl SendSide {
                 self.engines.gone(engine);
                 self.feed(Event::EngineGone(engine));
             }
+            FromEngine::Malformed => {}
         }
     }
 

@@ -4,19 +4,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A reading of [`Counters`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
+pub(super) struct Counts {
     /// Writes that ended with every byte at the receiver.
-    pub(crate) done: u64,
+    pub(super) done: u64,
     /// Writes that failed and ended.
-    pub(crate) failed: u64,
+    pub(super) failed: u64,
     /// Writes that failed without an end that can be known.
-    pub(crate) uncertain: u64,
+    pub(super) uncertain: u64,
     /// Bytes of the writes that were done, rounded up to descriptors.
-    pub(crate) bytes: u64,
+    pub(super) bytes: u64,
     /// Peers connected now.
-    pub(crate) peers: u64,
+    pub(super) peers: u64,
     /// Requests that were given up, have not ended and are polled on, now.
-    pub(crate) stuck: u64,
+    pub(super) stuck: u64,
 }
 
 /// Written by the engine thread, read by any.

@@ -1,7 +1,6 @@
 //! The thread that owns the NIXL agent.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -208,7 +207,7 @@ impl Engine {
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
         if let Some(rate) = peer.estimate() {
             // Writing to a string does not fail.
-            drop(write!(reported, ", estimate of UCX {rate:.2} GB/s"));
+            reported += &format!(", estimate of UCX {rate:.2} GB/s");
         }
         self.peers.insert(id, peer);
         self.count();

@@ -42,7 +42,6 @@ use counts::Counters;
 use engine::{Command, Engine};
 
 pub(crate) use ::nixl::{Library, Search};
-pub(crate) use counts::Counts;
 
 /// Names and times.
 #[derive(Clone, Debug)]
@@ -159,13 +158,8 @@ impl Nixl {
         })
     }
 
-    /// What the sending half has done.
-    pub(crate) fn counts(&self) -> Counts {
-        self.shared.counters.read()
-    }
-
     /// Whether the engine thread lives: without it nothing is sent or received any more.
-    pub(crate) fn is_running(&self) -> bool {
+    fn is_running(&self) -> bool {
         self.thread
             .as_ref()
             .is_some_and(|thread| !thread.is_finished())
@@ -221,6 +215,19 @@ impl Transport for Nixl {
 
     fn close_is_a_fence(&self) -> bool {
         false
+    }
+
+    fn events(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.shared.counters.read();
+        vec![
+            ("writes_done", counts.done),
+            ("writes_failed", counts.failed),
+            ("writes_uncertain", counts.uncertain),
+            ("bytes_written", counts.bytes),
+            ("peers", counts.peers),
+            ("writes_stuck", counts.stuck),
+            ("running", u64::from(self.is_running())),
+        ]
     }
 
     fn expect(&self, writing: bool) {

@@ -92,7 +92,7 @@ async fn chunks_arrive_and_nothing_else_does() {
     for slot in [0, 3, 4] {
         assert_eq!(receiver.sum(slot, slot_bytes), blank, "slot {slot}");
     }
-    let counts = sender.counts();
+    let counts = sender.shared.counters.read();
     assert_eq!((counts.done, counts.peers, counts.stuck), (1, 1, 0));
     // Of slot 2 no more than the descriptors that the partial chunk touches.
     assert_ne!(
@@ -271,7 +271,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
         );
     }
     assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
-    assert_eq!(sender.counts().uncertain, 2);
+    assert_eq!(sender.shared.counters.read().uncertain, 2);
     // The same peer cannot be connected to anew while the old writes may still look into it.
     let cause = sender
         .link(receiver.remote.clone())

@@ -1,0 +1,83 @@
+//! The baseline for benchmarks: a REQ/REP round trip of the sidecar's ZeroMQ library between two
+//! processes on this host, with nothing around it.
+//!
+//! ```text
+//! cargo run --release -p pd-sidecar --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES
+//! ```
+//! prints one line of JSON: the times in microseconds, in order.
+
+use std::env;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Context;
+use omq_tokio::endpoint::Host;
+use omq_tokio::{Endpoint, Message, Options, Socket, SocketType};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["serve", bytes] => serve(bytes.parse()?).await,
+        [rounds, request, reply] => measure(rounds.parse()?, request.parse()?, reply).await,
+        _ => anyhow::bail!("ROUNDS REQUEST_BYTES REPLY_BYTES"),
+    }
+}
+
+/// Answers every request with so many bytes, until its parent ends it.
+async fn serve(bytes: usize) -> anyhow::Result<()> {
+    let socket = Socket::new(SocketType::Rep, Options::default());
+    let bound = socket.bind(loopback(0)).await?;
+    let Endpoint::Tcp { port, .. } = bound else {
+        anyhow::bail!("bound to {bound:?}");
+    };
+    println!("{port}");
+    loop {
+        socket.recv().await?;
+        socket.send(Message::single(vec![1_u8; bytes])).await?;
+    }
+}
+
+async fn measure(rounds: usize, request: usize, reply: &str) -> anyhow::Result<()> {
+    let mut server = Command::new(env::current_exe()?)
+        .args(["serve", reply])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let times = against(&mut server, rounds, request).await;
+    server.kill()?;
+    server.wait()?;
+    println!("{}", serde_json::to_string(&times?)?);
+    Ok(())
+}
+
+async fn against(
+    server: &mut std::process::Child,
+    rounds: usize,
+    request: usize,
+) -> anyhow::Result<Vec<f64>> {
+    let mut port = String::new();
+    BufReader::new(server.stdout.take().context("no output")?).read_line(&mut port)?;
+    let socket = Socket::new(SocketType::Req, Options::default());
+    socket.connect(loopback(port.trim().parse()?)).await?;
+    let mut times = Vec::with_capacity(rounds);
+    for round in 0..rounds + WARM_UP {
+        let began = Instant::now();
+        socket.send(Message::single(vec![2_u8; request])).await?;
+        socket.recv().await?;
+        if round >= WARM_UP {
+            times.push(began.elapsed().as_secs_f64() * 1e6);
+        }
+    }
+    Ok(times)
+}
+
+fn loopback(port: u16) -> Endpoint {
+    Endpoint::Tcp {
+        host: Host::Ip([127, 0, 0, 1].into()),
+        port,
+    }
+}
+
+/// Rounds that are not counted: connecting, first allocations.
+const WARM_UP: usize = 20;

@@ -1,0 +1,76 @@
+"""SIGTERM: requests under way end, and the process with the code that says so."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from harness.pair import Pair
+from harness.prompts import prompt
+from harness.reference import Reference
+from harness.sidecar import BINARIES
+from harness.traffic import Traffic
+
+BOUND_S = 20.0
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_sidecar_under_load(pair: Pair, reference: Reference, which: str) -> None:
+    sidecar = getattr(pair, which)
+    with Traffic(pair, clients=3, seed=91, bound_s=BOUND_S) as traffic:
+        traffic.wait_for(5)
+        process = sidecar.process
+        assert process is not None
+        process.signal(signal.SIGTERM)
+        assert process.wait(15.0) == 0, process.tail()
+        sidecar.start()
+        pair.wait_sidecars()
+        traffic.wait_for(5)
+    for result in traffic.results:
+        assert result.seconds < BOUND_S
+        if result.answer is not None:
+            assert result.answer.token_ids == reference.token_ids(result.prompt, max_tokens=16)
+
+
+def test_idle_sidecars_end_at_once(pair: Pair) -> None:
+    for sidecar in (pair.sender, pair.receiver):
+        assert sidecar.process is not None
+        sidecar.process.signal(signal.SIGTERM)
+        assert sidecar.process.wait(3.0) == 0, sidecar.process.tail()
+    pair.restore()
+
+
+def test_proxy_lets_answers_finish(pair: Pair, reference: Reference) -> None:
+    tokens = prompt(300, seed=92)
+    expect = reference.token_ids(tokens, max_tokens=200)
+    process = pair.proxy.process
+    assert process is not None
+    told: list[str] = []
+
+    def tell(_: str) -> None:
+        if not told:
+            told.append("once")
+            process.signal(signal.SIGTERM)
+
+    answer = pair.complete(tokens, max_tokens=200, on_text=tell)
+    assert answer.token_ids == expect
+    assert process.wait(5.0) == 0, process.tail()
+    pair.proxy.start()
+    pair.wait_sidecars()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "nixl"])
+def test_selftest(transport: str) -> None:
+    """Both roles in one process: the check that a user runs first."""
+    done = subprocess.run(
+        [BINARIES / "sidecar", "selftest", "--seconds", "2", "--transport", transport],
+        env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GB/s" in done.stdout
