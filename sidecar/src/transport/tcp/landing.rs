@@ -224,8 +224,7 @@ impl Landing {
         Ok(())
     }
 
-    /// Lets the kernel wake this thread only for so many bytes. Being woken for every segment costs a
-    /// third of the speed: 4.1 instead of 5.5 GB/s on two cores.
+    /// Lets the kernel wake this thread only for so many bytes: see [`WAKE_BYTES`].
     fn wake_at(&self, bytes: usize) -> io::Result<()> {
         if self.low_water.replace(bytes) == bytes {
             return Ok(());
@@ -295,12 +294,12 @@ impl Landing {
     }
 }
 
-/// Bytes of one copy under a gate: the longest that a close waits, about 0.05 ms. Copies of 1 MiB are
-/// not faster.
-const COPY_BYTES: usize = 256 << 10;
-/// A quarter of a mebibyte is worth waking up for. With half of that the gain is gone; twice that
-/// gains nothing more.
-const WAKE_BYTES: usize = 256 << 10;
+/// Bytes of one copy under a gate: the longest that a close waits, about 0.1 ms.
+const COPY_BYTES: usize = 512 << 10;
+/// What is worth waking up for. 512 MiB in pieces of 16 MiB over 2 connections, GB/s: woken for
+/// anything 4.1, for 128 KiB about the same, for 256 KiB 4.5, for this (and copying as much at a time)
+/// 6.2.
+const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// How long a refused peer may take to read why.
 const LINGER: Duration = Duration::from_millis(200);

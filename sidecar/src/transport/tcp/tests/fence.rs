@@ -48,7 +48,7 @@ fn a_new_cut_closes_every_slot() {
     assert_eq!(sum(&receiver, 0, 2 * MIB), frozen);
 }
 
-/// Waits until the byte at an offset is 1. The receiver takes what comes in parts of 256 KiB, so
+/// Waits until the byte at an offset is 1. The receiver takes what comes in parts of 512 KiB, so
 /// more than that must have been said.
 fn until_landed(receiver: &Tcp, offset: u64) {
     let mut byte = [0];
