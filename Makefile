@@ -8,6 +8,8 @@ KEEP ?=
 # Further arguments for pytest: make e2e PYTEST="-k first -x"
 PYTEST ?=
 FUZZ_SECONDS ?= 60
+# Which benchmarks: any of pushes, handshakes, engines; all by default.
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test unit e2e no-push lint bench fuzz bindings clean
@@ -48,8 +50,9 @@ lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 	scripts/bindings.sh --check
 	$(PYTHON_IN_VENV) scripts/tidy.py
 
-bench: venv build ## Ours against its baselines, alternating; writes target/bench.json and docs/benchmarks.md's table
-	$(PYTHON_IN_VENV) tests/bench/run.py
+bench: venv ## Ours against its baselines, alternating; writes target/bench.json and target/bench.md
+	$(CARGO) build --release --locked --bins --examples
+	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
 
 fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""All benchmarks, or those that are named: `run.py [pushes] [handshakes] [engines]`.
+
+Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.process import ended_by_signals
+from harness.progress import Progress
+from harness.sidecar import ROOT
+
+from bench import engines, handshakes, pushes
+from bench.figures import Figures
+
+LOGS = ROOT / "target" / "bench-logs"
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or ["pushes", "handshakes", "engines"]
+    shutil.rmtree(LOGS, ignore_errors=True)
+    figures, progress = Figures(), Progress()
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pd-bench-") as folder:
+        if "pushes" in wanted:
+            progress.say("pushes of 64 and 512 MiB")
+            pushes.measure(figures, Path(folder), LOGS)
+        if "handshakes" in wanted:
+            progress.say("handshakes and single chunks")
+            handshakes.measure(figures, Path(folder), LOGS)
+        if "engines" in wanted:
+            progress.say("four engines")
+            engines.measure(figures, LOGS)
+    figures.write(ROOT / "target")
+    print(figures.table())
+    print(f"written: {ROOT / 'target' / 'bench.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Two sidecars without engines, and the driver that does at their sockets what engines do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.sidecar import BINARIES, Sidecar, SidecarOptions
+
+EXAMPLES = BINARIES / "examples"
+CHUNK_TOKENS = 256
+
+
+class Sidecars:
+    """A sender and a receiver on this host."""
+
+    def __init__(self, transport: str, buffer_bytes: int, folder: Path, logs: Path, env: dict[str, str]) -> None:
+        self.sender, self.receiver = (
+            Sidecar(
+                SidecarOptions(
+                    role, buffer_bytes, transport=transport, no_push=False, env=env, flags=["--log-level=warn"]
+                ),
+                folder,
+                logs,
+                name=f"bench-{role}-{transport}-{buffer_bytes >> 20}",
+            )
+            for role in ("sender", "receiver")
+        )
+
+    def push(self, *, chunk_bytes: int, chunks: int, rounds: int) -> tuple[list[float], list[dict[str, Any]]]:
+        """So many requests, one after the other: microseconds from reservation to ready, and the sender's records."""
+        receiver = self.receiver
+        done = subprocess.run(
+            [
+                EXAMPLES / "engine_pair", self.sender.socket, receiver.socket, receiver.host,
+                str(receiver.init_port), str(receiver.alloc_port), str(chunk_bytes), str(chunks), str(rounds),
+            ],
+            check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        times: list[float] = json.loads(done.stdout)
+        records = self.sender.records()[-rounds:]
+        assert all(r["reason"] is None and r["bytes"] == chunks * chunk_bytes for r in records), records
+        return times, records
+
+
+@contextlib.contextmanager
+def sidecars(
+    transport: str, buffer_bytes: int, folder: Path, logs: Path, env: dict[str, str] | None = None
+) -> Iterator[Sidecars]:
+    pair = Sidecars(transport, buffer_bytes, folder, logs, env or {})
+    try:
+        pair.receiver.start()
+        pair.sender.start()
+        yield pair
+    finally:
+        pair.sender.stop()
+        pair.receiver.stop()
