@@ -45,8 +45,9 @@ no-push: venv build ## The tests with engines while nothing is pushed: succeeds 
 lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(PYTHON_IN_VENV) -m ruff check python tests scripts
-	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts
+	$(PYTHON_IN_VENV) protocol/fixtures/generate.py --check
+	$(PYTHON_IN_VENV) -m ruff check python tests scripts protocol/fixtures
+	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts protocol/fixtures
 	$(PYTHON_IN_VENV) -m mypy
 	cd python && $(PYTHON_IN_VENV) -m mypy
 	scripts/bindings.sh --check

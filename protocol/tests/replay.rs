@@ -1,6 +1,6 @@
 //! A run between two real engines, recorded with `sidecar --trace`, gives the same actions again.
 //!
-//! The recordings stand in `fixtures/traces`; `docs/traces.md` says how they were made. A change of a
+//! The recordings stand in `fixtures/traces`; `tests/record_traces.py` at the top makes them. A change of a
 //! machine that changes what it does on real input shows here, and is recorded anew on purpose.
 
 use std::fs;

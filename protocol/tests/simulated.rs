@@ -86,6 +86,24 @@ fn either_sidecar_dies_at_any_time() {
     }
 }
 
+/// One request links anew while another still holds a lease of the receiver before: the new link leads
+/// to memory in which that lease names nobody's slots.
+#[test]
+fn a_lease_does_not_outlive_its_link() {
+    for ms in 0..60 {
+        let mut requests = some_requests(3);
+        requests[1].reserve_at_ms = Some(ms);
+        for request in &mut requests {
+            request.step = 1;
+        }
+        run(&Plan {
+            seed: u64::from(ms),
+            faults: vec![(ms, Fault::SwapReceiver)],
+            ..plan(requests)
+        });
+    }
+}
+
 #[test]
 fn either_engine_dies_at_any_time() {
     for ms in (0..400).step_by(5) {
@@ -136,6 +154,39 @@ fn a_lost_write_quarantines_and_a_failed_one_does_not() {
             quarantined |= outcome.quarantined > 0;
         }
         assert_eq!(quarantined, expected);
+    }
+}
+
+#[test]
+fn a_liar_costs_others_time_only() {
+    for seed in 0..200 {
+        let outcome = run(&Plan {
+            seed,
+            faults: (0..10).map(|i| (30 * i, Fault::Stranger)).collect(),
+            ..plan(some_requests(4))
+        });
+        assert_eq!((outcome.delivered, outcome.pushed), (5, 5), "{outcome:?}");
+    }
+}
+
+#[test]
+fn corrupt_data_is_not_shown_and_draining_ends_what_is_under_way() {
+    for ms in (0..200).step_by(10) {
+        let outcome = run(&Plan {
+            seed: u64::from(ms),
+            faults: vec![(ms, Fault::CorruptWrite)],
+            ..plan(some_requests(3))
+        });
+        let bad = outcome.failed.iter().filter(|r| **r == Reason::BadSum);
+        assert!(bad.count() <= 1 && outcome.delivered >= 3, "{outcome:?}");
+
+        let outcome = run(&Plan {
+            seed: u64::from(ms),
+            faults: vec![(ms, Fault::Drain)],
+            ..plan(some_requests(3))
+        });
+        let refused = |reason: &Reason| matches!(reason, Reason::Draining | Reason::NoSender);
+        assert!(outcome.failed.iter().all(refused), "{outcome:?}");
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import select
@@ -217,6 +218,8 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap:
     size = welcome.slots * welcome.slot_bytes
     if size == 0 or os.fstat(fds[0]).st_size < size:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")
+    if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise WireError("the buffer is not sealed: if it shrank, reading it would end the engine")
     # Populated here, in the thread that connects, and not by the first gather.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return mmap.mmap(fds[0], size, flags=flags)

@@ -60,12 +60,6 @@ class Copier:
     """Gathers and scatters for one worker's tensors and one buffer."""
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
-        """Raises `LayoutError` if the tensors are where this version does not reach."""
-        device = pages.first.tensor.device
-        if device.type != "cpu":
-            raise LayoutError(
-                f"KV on {device}: the buffer is host memory, this version moves no more"
-            )
         self._pages = pages
         data = torch.frombuffer(buffer, dtype=torch.uint8)
         self._parts = [
@@ -98,7 +92,7 @@ class Copier:
         """What to move with one call each, and its rows in the buffer."""
         for batch in self._batches(pieces):
             for part in self._parts:
-                if not (part.has_all_layers and batch.is_whole):
+                if not (part.has_all_layers and batch.form.is_whole):
                     yield part, batch, part.rows_in_slots(batch)
                 elif part.has_all_planes and batch.follow_each_other(
                     part.rows_of_token, part.slot_rows
@@ -110,15 +104,14 @@ class Copier:
 
     def _batches(self, pieces: Iterable[Piece]) -> Iterator[Batch]:
         """Pieces of the same form together, in the order of their slots."""
-        forms: dict[tuple[int, int, int], list[Piece]] = {}
+        forms: dict[Form, list[Piece]] = {}
         for piece in sorted(pieces, key=lambda p: p.slot):
-            (packed, packed_to), (start, stop) = piece.packed, piece.tokens
-            forms.setdefault((packed_to - packed, start - packed, stop - start), []).append(piece)
-        for (packed, offset, tokens), group in forms.items():
-            rows = tokens * max(part.rows_of_token for part in self._parts)
+            forms.setdefault(Form.of(piece, self._pages.first.tokens), []).append(piece)
+        for form, group in forms.items():
+            rows = form.tokens * max(part.rows_of_token for part in self._parts)
             step = max(1, MAX_ROWS // rows)
             for at in range(0, len(group), step):
-                yield Batch.of(group[at : at + step], packed, offset, tokens, self._pages)
+                yield Batch.of(form, group[at : at + step], self._pages)
 
 
 class _Part:
@@ -138,10 +131,12 @@ class _Part:
         self._all_layers = len(pages.layers)
         self._layers = torch.tensor([index for index, _ in layers])
         self._planes = planes
-        self._starts = torch.tensor([p.tensor.storage_offset() // width for _, p in layers])
+        starts = torch.tensor([p.tensor.storage_offset() // width for _, p in layers])
+        inside = page.inside[planes.start : planes.stop, :, ::width] // width
         self._block_rows = page.block_stride // width
-        self._inside = page.inside[planes.start : planes.stop, :, ::width] // width
-        self._runs = self._inside.shape[2]
+        self._block = (starts.view(1, -1, 1, 1, 1) + inside.unsqueeze(1).unsqueeze(2)).contiguous()
+        """The rows of block 0: `[plane, layer, 1, token, run]`."""
+        self._runs = inside.shape[2]
         storage = torch.empty(0, dtype=torch.uint8).set_(page.tensor.untyped_storage())
         self.pages = _rows(storage, width * size)
         self.buffer = _rows(buffer, width * size)
@@ -156,15 +151,15 @@ class _Part:
 
     def rows_of(self, batch: Batch) -> torch.Tensor:
         """The rows of a batch in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
-        inside = self._inside[:, batch.offsets].transpose(0, 1).unsqueeze(2)
-        blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1)
-        starts = self._starts.view(1, 1, -1, 1, 1)
-        return (inside + blocks + starts).reshape(-1)
+        # Whole blocks in one addition, then what the batch has of the first and the last.
+        blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1, 1)
+        rows = (self._block + blocks).flatten(3, 4)
+        return rows.narrow(3, batch.form.lead, batch.form.tokens).reshape(-1)
 
     def slice_of(self, batch: Batch) -> slice:
         """The rows in the buffer of a batch that fills its slots, which follow each other."""
-        rows = len(batch.slots) * batch.tokens * self.rows_of_token
-        before = self._planes.start * self._all_layers * batch.tokens * self._runs
+        rows = len(batch.slots) * batch.form.tokens * self.rows_of_token
+        before = self._planes.start * self._all_layers * batch.form.tokens * self._runs
         start = batch.slots[0] * self.slot_rows + before
         return slice(start, start + rows)
 
@@ -172,32 +167,49 @@ class _Part:
         """The rows in the buffer of any batch, in the same order."""
         planes = torch.tensor(self._planes).view(1, -1, 1, 1, 1) * self._all_layers
         layers = self._layers.view(1, 1, -1, 1, 1)
-        tokens = torch.arange(batch.tokens).view(1, 1, 1, -1, 1) + batch.offset
-        within = ((planes + layers) * batch.packed + tokens) * self._runs
+        tokens = torch.arange(batch.form.tokens).view(1, 1, 1, -1, 1) + batch.form.offset
+        within = ((planes + layers) * batch.form.packed + tokens) * self._runs
         slots = torch.tensor(batch.slots).view(-1, 1, 1, 1, 1) * self.slot_rows
         return (slots + within + torch.arange(self._runs)).reshape(-1)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Pieces of one form: as many tokens each, packed alike."""
+class Form:
+    """What pieces have in common that are moved together."""
 
-    slots: list[int]
     packed: int
-    """Tokens that stand in each slot."""
+    """Tokens that stand in a slot."""
     offset: int
     """The first of them to be moved."""
     tokens: int
-    blocks: torch.Tensor
-    """The tensor's block of each token, `[piece, token]`."""
-    offsets: torch.Tensor
-    """Its place in the block."""
+    """How many are moved."""
+    lead: int
+    """Tokens of the first block before them."""
 
     @classmethod
-    def of(
-        cls, pieces: Sequence[Piece], packed: int, offset: int, tokens: int, pages: Geometry
-    ) -> Batch:
-        """Looks the tokens up in the block tables. Raises `LayoutError` if they are not there."""
+    def of(cls, piece: Piece, block_tokens: int) -> Form:
+        """The form of one piece."""
+        (first, end), (start, stop) = piece.packed, piece.tokens
+        return cls(end - first, start - first, stop - start, start % block_tokens)
+
+    @property
+    def is_whole(self) -> bool:
+        """The pieces are all that their slots hold."""
+        return self.offset == 0 and self.tokens == self.packed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces of one form."""
+
+    form: Form
+    slots: list[int]
+    blocks: torch.Tensor
+    """The tensor's blocks that each piece touches, `[piece, block]`."""
+
+    @classmethod
+    def of(cls, form: Form, pieces: Sequence[Piece], pages: Geometry) -> Batch:
+        """Looks the blocks up in the tables. Raises `LayoutError` if they are not there."""
         # Requests have tables of their own: they are laid end to end, each piece knows its start.
         starts: dict[int, int] = {}
         tables: list[torch.Tensor] = []
@@ -211,35 +223,28 @@ class Batch:
                 starts[id(piece.table)] = length
                 tables.append(piece.table)
                 length += piece.table.numel()
-        start = torch.tensor([starts[id(piece.table)] for piece in pieces]).view(-1, 1)
-        first = torch.tensor([piece.tokens[0] for piece in pieces]).view(-1, 1)
-        positions = first + torch.arange(tokens)
-        ids = torch.cat(tables)[start + positions // pages.block_tokens]
-        # A table's block may be several of the tensor's.
         page = pages.first
-        within = positions % pages.block_tokens
-        blocks = ids * (pages.block_tokens // page.tokens) + within // page.tokens
+        # A table's block may be several of the tensor's.
+        ratio = pages.block_tokens // page.tokens
+        count = -(-(form.lead + form.tokens) // page.tokens)
+        start = torch.tensor([starts[id(piece.table)] for piece in pieces]).view(-1, 1)
+        first = torch.tensor([piece.tokens[0] // page.tokens for piece in pieces]).view(-1, 1)
+        numbers = first + torch.arange(count)
+        blocks = torch.cat(tables)[start + numbers // ratio] * ratio + numbers % ratio
         if int(blocks.max()) >= page.blocks or int(blocks.min()) < 0:
             raise LayoutError(f"a block table names a block beyond {page.blocks}")
-        slots = [piece.slot for piece in pieces]
-        return cls(slots, packed, offset, tokens, blocks, within % page.tokens)
-
-    @property
-    def is_whole(self) -> bool:
-        """The pieces are all that their slots hold."""
-        return self.offset == 0 and self.tokens == self.packed
+        return cls(form, [piece.slot for piece in pieces], blocks)
 
     def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:
         """The pieces lie end to end in the buffer."""
         apart = self.slots[-1] - self.slots[0]
-        full = self.tokens * rows_of_token == slot_rows
+        full = self.form.tokens * rows_of_token == slot_rows
         return len(self.slots) == 1 or (full and apart == len(self.slots) - 1)
 
     def singles(self) -> Iterator[Batch]:
         """One batch a piece."""
         for i, slot in enumerate(self.slots):
-            blocks, offsets = self.blocks[i : i + 1], self.offsets[i : i + 1]
-            yield Batch([slot], self.packed, self.offset, self.tokens, blocks, offsets)
+            yield Batch(self.form, [slot], self.blocks[i : i + 1])
 
 
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:

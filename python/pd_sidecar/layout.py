@@ -168,6 +168,8 @@ def wanted_chunks(tokens: int, have_tokens: int, chunk_tokens: int) -> range:
 
 
 def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
+    if tensor.device.type != "cpu":
+        raise LayoutError(f"{name}: KV on {tensor.device}, this version moves host memory only")
     if tensor.dtype not in DTYPE_NAMES:
         raise LayoutError(f"{name}: dtype {tensor.dtype} has no name in keys")
     shape, stride = tuple(tensor.shape), tensor.stride()
@@ -213,7 +215,10 @@ def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
         digit = (numbers // PROBE_BASE**place % PROBE_BASE + 1).to(tensor.dtype)
         key, value = digit.view(2, pages.tokens, pages.heads, pages.head_size)
         storage.zero_()
-        write(key.contiguous(), value.contiguous(), cache, slots)
+        try:
+            write(key.contiguous(), value.contiguous(), cache, slots)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise LayoutError(f"{name}: the engine does not store K and V: {error}") from error
         read = storage.to(torch.float64)
         stored &= (read >= 1) & (read <= PROBE_BASE)
         found += (read.to(torch.int64) - 1) * PROBE_BASE**place

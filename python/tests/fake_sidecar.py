@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import socket
@@ -18,12 +19,13 @@ PATIENCE_S = 5.0
 class FakeSidecar:
     """Answers every hello, records every message, says what the test tells it to."""
 
-    def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None):
+    def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None, sealed=True):
         self.path = str(path)
         self.slots = slots
         self.epoch = epoch
         self.refuse = refuse
         self.slot_bytes = slot_bytes
+        self.sealed = sealed
         self.hellos = []
         self.received = queue.Queue()
         self._connections = []
@@ -85,8 +87,10 @@ class FakeSidecar:
             return
         self.slot_bytes = self.slot_bytes or hello.layout.chunk_bytes
         if self._memory is None:
-            self._memory = os.memfd_create("slots")
+            self._memory = os.memfd_create("slots", os.MFD_ALLOW_SEALING)
             os.ftruncate(self._memory, self.slots * self.slot_bytes)
+            if self.sealed:
+                fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         welcome = wire.Welcome(
             v=wire.VERSION,
             id="fake",

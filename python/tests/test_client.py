@@ -157,6 +157,12 @@ def test_slots_of_another_size_are_refused(path):
         Client.connect(str(path), HELLO, timeout_s=0.3)
 
 
+def test_a_buffer_that_may_shrink_is_refused(path):
+    FakeSidecar(path, sealed=False)
+    with pytest.raises(TimeoutError, match="sealed"):
+        Client.connect(str(path), HELLO, timeout_s=0.3)
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

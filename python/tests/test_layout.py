@@ -199,6 +199,7 @@ def test_a_chunk_is_lmcaches_format():
         ({"a": torch.zeros(8, 2, 16, 32), "b": torch.zeros(8, 2, 8, 32)}, False),
         ({"a": torch.zeros(8, 2, 12, 32)}, False),
         ({"a": torch.zeros(8, 2, 16, 32, dtype=torch.complex64)}, False),
+        ({"a": torch.zeros(8, 2, 16, 32, device="meta")}, False),
         ({}, False),
     ],
 )
@@ -321,7 +322,11 @@ def wrong_block(key, value, cache, slots):
     plain(key, value, cache, slots - cache.shape[2])
 
 
-@pytest.mark.parametrize("writer", [lossy, wrong_block, lambda *_: None])
+def unwilling(*_):
+    raise RuntimeError("unsupported")
+
+
+@pytest.mark.parametrize("writer", [lossy, wrong_block, unwilling, lambda *_: None])
 def test_a_kernel_that_stores_something_else_is_refused(writer):
     with pytest.raises(LayoutError, match=r"layers\.0"):
         Side("0.32 HND", 32, memory(), torch.float32, writer=writer)

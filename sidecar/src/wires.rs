@@ -53,6 +53,15 @@ impl Wires {
         })
     }
 
+    /// These and no others.
+    #[cfg(test)]
+    pub(crate) fn of(transports: Vec<Arc<dyn Transport>>) -> Self {
+        Self {
+            wanted: Wanted::Auto,
+            transports,
+        }
+    }
+
     /// Best first, for the init handshake.
     pub(crate) fn adverts(&self) -> Vec<Advert> {
         self.transports.iter().map(|t| t.advert()).collect()

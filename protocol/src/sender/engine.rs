@@ -197,6 +197,16 @@ impl Sender {
             return;
         }
         self.links.insert(to.clone(), Link::Up { epoch, transport });
+        // The link leads to other memory than the one that these leases are for.
+        let stale: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| r.to == *to && r.lease().is_some_and(|l| l.epoch != epoch))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in stale {
+            self.end(&id, Reason::StaleEpoch);
+        }
         let waiting: Vec<RequestId> = self
             .requests
             .iter()

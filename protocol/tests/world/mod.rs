@@ -16,6 +16,7 @@
 mod engines;
 mod net;
 mod plan;
+mod stranger;
 mod wire;
 
 use std::cmp::Reverse;
@@ -251,6 +252,9 @@ impl World {
 
     fn receiver_action(&mut self, action: receiver::Action) {
         match action {
+            receiver::Action::Send { route, message } if route == stranger::ROUTE => {
+                self.stranger_hears(&message);
+            }
             receiver::Action::Send { route, message } => self.send_to_sender(route, &message),
             receiver::Action::Ready(engine, ready) => self.decode_ready(engine, &ready),
             receiver::Action::Ended(engine, ended) => self.decode_ended(engine, &ended),
@@ -279,6 +283,7 @@ impl World {
         self.net.plan = NetPlan::default();
         self.net.partitioned_until = 0;
         self.wire.fail_next.clear();
+        self.net.corrupt_next = false;
         self.script_request(&RequestPlan::simple("last", 5), self.now);
     }
 
@@ -294,8 +299,9 @@ impl World {
         if d.held > 0 || d.requests > 0 {
             self.fail("the receiver is not idle");
         }
-        // Only writes whose end nobody knows may keep slots, and only until their process is gone.
-        if d.quarantined > 0 && self.outcome.lost_pieces == 0 {
+        // Only writes whose end nobody knows may keep slots, and only until their process is gone; or
+        // no new request has brought the two together again.
+        if d.quarantined > 0 && self.outcome.lost_pieces == 0 && !self.net.draining {
             self.fail("slots stay quarantined although every write ended");
         }
         self.strike(Fault::KillSender);

@@ -17,6 +17,8 @@ pub(crate) struct Net {
     /// The receiver whose memory the sender's link reaches.
     pub(crate) linked: u64,
     pub(crate) partitioned_until: u64,
+    pub(crate) corrupt_next: bool,
+    pub(crate) draining: bool,
 }
 
 /// A partition longer than the heartbeats' timeout ends the connection.
@@ -30,6 +32,8 @@ impl Net {
             next_route: 1,
             linked: 0,
             partitioned_until: 0,
+            corrupt_next: false,
+            draining: false,
         }
     }
 }
@@ -66,7 +70,7 @@ impl World {
             slots: self.d_slots,
             transport: if self.wire.guarded { "tcp" } else { "nixl" }.into(),
         };
-        self.after(0, Happening::ToSender(event, p_epoch));
+        self.p.handle(protocol::Time(self.now), event);
     }
 
     /// When each copy of a message arrives.
@@ -102,9 +106,20 @@ impl World {
 
     pub(crate) fn deliver_to_receiver(&mut self, route: u64, message: ToReceiver) {
         if self.net.route == Some(route) {
-            let event = receiver::Event::Peer {
-                route: Route(route),
-                message,
+            // Whoever feeds the machine compares the sums before it tells of what was written.
+            let corrupt = match &message {
+                ToReceiver::Written(written) if self.net.corrupt_next => Some(written.lease),
+                _ => None,
+            };
+            let event = match corrupt {
+                Some(lease) => {
+                    self.net.corrupt_next = false;
+                    receiver::Event::Corrupt(lease)
+                }
+                None => receiver::Event::Peer {
+                    route: Route(route),
+                    message,
+                },
             };
             self.d.handle(protocol::Time(self.now), event);
         }
@@ -196,6 +211,15 @@ impl World {
             }
             Fault::FailWrite => self.wire.fail_next.push(false),
             Fault::LoseWrite => self.wire.fail_next.push(true),
+            Fault::CorruptWrite => self.net.corrupt_next = true,
+            Fault::Stranger => self.stranger_asks(),
+            Fault::Drain => {
+                self.net.draining = true;
+                self.p
+                    .handle(protocol::Time(self.now), sender::Event::Drain);
+                self.d
+                    .handle(protocol::Time(self.now), receiver::Event::Drain);
+            }
         }
     }
 }

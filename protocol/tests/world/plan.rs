@@ -74,6 +74,12 @@ pub(crate) enum Fault {
     FailWrite,
     /// The next write fails, and nobody knows whether bytes of it still arrive.
     LoseWrite,
+    /// The sums of the next write differ.
+    CorruptWrite,
+    /// Both sidecars take no new requests from now on.
+    Drain,
+    /// A liar asks for slots.
+    Stranger,
 }
 
 impl RequestPlan {
@@ -117,6 +123,9 @@ fn fault() -> impl Strategy<Value = Fault> {
         1 => (1..20_000u16).prop_map(Fault::Partition),
         1 => Just(Fault::FailWrite),
         1 => Just(Fault::LoseWrite),
+        1 => Just(Fault::CorruptWrite),
+        1 => Just(Fault::Drain),
+        2 => Just(Fault::Stranger),
     ]
 }
 
@@ -176,7 +185,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         delay_ms,
     });
     let net = prop_oneof![1 => Just(NetPlan::default()), 2 => net];
-    let faults = proptest::collection::vec((0..2000u16, fault()), 0..4);
+    let faults = proptest::collection::vec((0..2000u16, fault()), 0..6);
     (
         any::<u64>(),
         1..10u32,

@@ -15,10 +15,12 @@ use rand::{RngCore, SeedableRng};
 use xxhash_rust::xxh3::Xxh3;
 
 mod available;
+mod low_water;
 mod memfd;
 mod pinned;
 
 pub(crate) use available::{Available, Limit};
+pub(crate) use low_water::set_low_water;
 use memfd::Memfd;
 
 /// Memory that holds slots.

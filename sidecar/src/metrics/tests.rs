@@ -1,3 +1,6 @@
+use crate::memory::Buffer;
+use crate::transport::tcp::{self, Tcp};
+use crate::wires::Wires;
 use std::collections::BTreeMap;
 
 use std::time::Instant;
@@ -228,6 +231,9 @@ fn docs_list_every_metric() {
     metrics.told_proxy("register", Fate::Sent);
     status.links(0, &mut [&link(1)].into_iter());
     status.acknowledged("p", Instant::now());
+    let buffer = Buffer::memfd("metrics-test", 1 << 20).unwrap();
+    let tcp = Tcp::bind(tcp::Config::default(), buffer).unwrap();
+    status.wires(Side::Receiver, 0, Wires::of(vec![Arc::new(tcp)]));
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
     let docs = std::fs::read_to_string(path).unwrap();
     let mut listed: Vec<String> = docs

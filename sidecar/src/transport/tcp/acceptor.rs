@@ -6,6 +6,7 @@
 //! that has the most is closed for the newcomer: one address can only push out itself. Connections
 //! that have shown a lease are never closed for others.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
@@ -243,6 +244,7 @@ impl Accepting {
             socket: Arc::clone(&socket),
             peer: waiting.peer,
             proven: Arc::clone(&proven),
+            low_water: Cell::new(1),
         };
         let id = self.next;
         self.next += 1;

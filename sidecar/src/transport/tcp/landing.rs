@@ -1,5 +1,6 @@
 //! The receiving end of one connection: bytes from a socket into slots.
 
+use std::cell::Cell;
 use std::io::{self, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::counts::Counters;
 use super::frame::{Answer, Part, Refusal, Write};
 use super::gate::{Cut, Gates, Pass};
 use super::socket::wait;
-use crate::memory::Buffer;
+use crate::memory::{Buffer, set_low_water};
 
 /// What all connections of a receiver share.
 #[derive(Debug)]
@@ -35,6 +36,8 @@ pub(super) struct Landing {
     /// Set once the peer has shown a lease that opens something: leases cannot be guessed, so it is
     /// no stranger any more.
     pub(super) proven: Arc<AtomicBool>,
+    /// Bytes below which the kernel does not wake this thread; 1 at first.
+    pub(super) low_water: Cell<usize>,
 }
 
 /// Why a connection ends.
@@ -125,6 +128,7 @@ impl Landing {
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
         // Every frame has at least one part with a byte in it, so this much can be read at once.
         let mut first = [0; Write::BYTES + Part::BYTES];
+        self.wake_at(1)?;
         let got = loop {
             match (&*self.socket).read(&mut first) {
                 Ok(0) => return Err(End::Closed),
@@ -188,7 +192,7 @@ impl Landing {
                         at += n as u64;
                         left -= n as u64;
                     }
-                    Some(Err(error)) => self.retry(error, deadline)?,
+                    Some(Err(error)) => self.retry(error, left, deadline)?,
                 }
             }
         }
@@ -203,7 +207,7 @@ impl Landing {
             match (&*self.socket).read(&mut scratch[..want]) {
                 Ok(0) => return Err(cut_off().into()),
                 Ok(n) => left -= n as u64,
-                Err(error) => self.retry(error, deadline)?,
+                Err(error) => self.retry(error, left, deadline)?,
             }
         }
         Ok(())
@@ -214,17 +218,29 @@ impl Landing {
             match (&*self.socket).read(out) {
                 Ok(0) => return Err(cut_off().into()),
                 Ok(n) => out = &mut out[n..],
-                Err(error) => self.retry(error, deadline)?,
+                Err(error) => self.retry(error, out.len() as u64, deadline)?,
             }
         }
         Ok(())
     }
 
-    /// Waits where there was nothing to read, within the stall time and the frame's deadline.
-    fn retry(&self, error: io::Error, deadline: Instant) -> Result<(), End> {
+    /// Lets the kernel wake this thread only for so many bytes: see [`WAKE_BYTES`].
+    fn wake_at(&self, bytes: usize) -> io::Result<()> {
+        if self.low_water.replace(bytes) == bytes {
+            return Ok(());
+        }
+        set_low_water(&self.socket, bytes)
+    }
+
+    /// Waits where there was nothing to read, within the stall time and the frame's deadline. `left`
+    /// bytes are sure to come: waiting for more than that would be for ever.
+    fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
             io::ErrorKind::WouldBlock => {
+                self.wake_at(
+                    usize::try_from(left).map_or(WAKE_BYTES, |left| left.min(WAKE_BYTES)),
+                )?;
                 let until = deadline.min(Instant::now() + self.receiver.stall);
                 match wait(&self.socket, PollFlags::IN, Some(until)) {
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => {
@@ -258,7 +274,7 @@ impl Landing {
     /// the connection, and a reset may overtake what was sent before it.
     fn part_ways(&self) {
         let deadline = Instant::now() + LINGER;
-        if self.socket.shutdown(Shutdown::Write).is_err() {
+        if self.wake_at(1).is_err() || self.socket.shutdown(Shutdown::Write).is_err() {
             return;
         }
         let mut scratch = vec![0; SCRATCH_BYTES];
@@ -278,9 +294,11 @@ impl Landing {
     }
 }
 
-/// Bytes of one copy under a gate: the longest that a close waits, about 0.05 ms. Copies of 1 MiB are
-/// not faster.
-const COPY_BYTES: usize = 256 << 10;
+/// Bytes of one copy under a gate: the longest that a close waits, about 0.1 ms.
+const COPY_BYTES: usize = 512 << 10;
+/// What is worth waking up for. 512 MiB in pieces of 16 MiB over 2 connections, GB/s: woken for
+/// anything 4.1, for 256 KiB 4.5, for this (and copying as much at a time) 6.2.
+const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// How long a refused peer may take to read why.
 const LINGER: Duration = Duration::from_millis(200);

@@ -5,9 +5,10 @@
 //! connects and posts.
 //!
 //! # How the bytes are moved
-//! By plain `send` and `recv`, over two connections a link. Measured between two processes over
-//! loopback on two busy cores, GB/s (median of 5 runs, each the median of 8 transfers), beside one
-//! iperf3 stream at 1.9:
+//! By plain `send` and `recv`, over two connections a link. Measured with a bare program for each
+//! way, a pair of processes for each stream, over loopback on two cores shared with other work (so
+//! read them as ratios): GB/s, median of 5 runs, each the median of 8 transfers, beside one iperf3
+//! stream at 1.9:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|
@@ -18,8 +19,9 @@
 //!
 //! The three that save the sender's copy pay for it page by page (there are no huge pages in memfds
 //! by default), and give the receiver small pieces to wake up for; `MSG_ZEROCOPY` is copied after
-//! all on loopback. Larger fixed socket buffers than the kernel's own tuning changed nothing;
-//! `SO_RCVLOWAT` against early wake-ups can leave both ends waiting for each other.
+//! all on loopback. Fixed socket buffers instead of the kernel's own tuning changed nothing. What
+//! gives a third more (6.0 at 512 MiB over 2 streams) is to wake the receiver less often: it sets
+//! `SO_RCVLOWAT`, to no more than the frame has left, because the kernel wakes nobody for less.
 //!
 //! | file | |
 //! |---|---|
@@ -70,8 +72,9 @@ pub(crate) struct Config {
     /// The host that peers are told; `None` for the address that is listened on, or, if that is any
     /// address, for the one that they know the init port by.
     pub(crate) advertise: Option<String>,
-    /// Connections of a link. On two cores two move 1.6 times what one does (4.5 against 2.8 GB/s),
-    /// because each end then copies on both cores; four move no more.
+    /// Connections of a link. On two cores two moved 1.6 times what one did (4.5 against 2.8 GB/s,
+    /// before the receiver was woken less often), because each end then copies on both cores; four
+    /// moved no more.
     pub(crate) streams: usize,
     /// Connections that may be served at once, each by a thread.
     pub(crate) max_connections: usize,

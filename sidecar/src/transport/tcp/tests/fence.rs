@@ -16,11 +16,7 @@ fn closing_within_a_write_discards_the_rest_and_nothing_else() {
     let mut raw = Raw::welcome(&receiver);
     raw.write(1, LEASE, &[part(0, 0, MIB), part(1, 0, MIB)]);
     raw.say(&vec![1; 600_000]);
-    let mut landed = vec![0; 600_000];
-    until("the first half has landed", || {
-        receiver.receiving.buffer.copy_out(0, &mut landed).unwrap();
-        landed[599_999] == 1
-    });
+    until_landed(&receiver, 200_000);
     receiver.close(SlotIndex(0));
     let frozen = [sum(&receiver, 0, MIB), sum(&receiver, 1, MIB)];
     // Opened again, even to the same lease, it is not open to this write.
@@ -41,23 +37,26 @@ fn a_new_cut_closes_every_slot() {
     open_all(&receiver, LEASE);
     let mut raw = Raw::welcome(&receiver);
     raw.write(1, LEASE, &[part(1, 0, MIB)]);
-    raw.say(&[1; 1000]);
-    let mut last = [0];
-    until("it has begun to land", || {
-        receiver
-            .receiving
-            .buffer
-            .copy_out(MIB + 999, &mut last)
-            .unwrap();
-        last == [1]
-    });
+    raw.say(&vec![1; 600_000]);
+    until_landed(&receiver, MIB + 200_000);
     receiver.cut(4, MIB / 2);
     open_all(&receiver, LeaseId(2));
     let frozen = sum(&receiver, 0, 2 * MIB);
-    raw.say(&vec![2; MEBI - 1000]);
+    raw.say(&vec![2; MEBI - 600_000]);
     let why = Refusal::Closed;
     assert_eq!(raw.hear(), Some(Answer::Refused { batch: 1, why }));
     assert_eq!(sum(&receiver, 0, 2 * MIB), frozen);
+}
+
+/// Waits until the byte at an offset is 1. The receiver takes what comes in parts of 512 KiB, so
+/// more than that must have been said.
+fn until_landed(receiver: &Tcp, offset: u64) {
+    let mut byte = [0];
+    until("it has begun to land", || {
+        let buffer = &receiver.receiving.buffer;
+        buffer.copy_out(offset, &mut byte).unwrap();
+        byte == [1]
+    });
 }
 
 /// [`MIB`] as a length.

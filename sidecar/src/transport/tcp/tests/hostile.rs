@@ -208,34 +208,24 @@ async fn a_flood_of_silent_connections_leaves_room() {
 #[tokio::test]
 async fn strangers_make_room_and_known_senders_do_not() {
     let config = Config {
-        max_connections: 3,
+        max_connections: 8,
         ..Config::default()
     };
     let (sender, receiver) = victims(config);
     let link = sender.link(remote(&receiver)).await.unwrap();
-    assert_eq!(
-        link.write(LEASE, vec![piece(0, 0, MIB)]).await,
-        Outcome::Done
-    );
-    let mut strangers: Vec<Raw> = (0..6)
-        .map(|stranger| {
-            let raw = Raw::welcome(&receiver);
-            let evicted = stranger.max(2) - 2 + u64::from(stranger >= 2);
-            until("the oldest stranger is out", || {
-                receiver.counts().evicted + 1 >= evicted
-            });
-            raw
-        })
-        .collect();
-    assert_eq!(receiver.counts().evicted, 4);
-    assert_eq!(strangers[0].hear(), None);
-    assert_eq!(
-        link.write(LEASE, vec![piece(1, 1, MIB)]).await,
-        Outcome::Done
-    );
-    // The two youngest strangers become known; then nobody has to go, and nobody can come.
-    for (slot, raw) in strangers[4..].iter_mut().enumerate() {
-        raw.write(1, LEASE, &[part(2 + u32::try_from(slot).unwrap(), 0, 1)]);
+    let outcome = link.write(LEASE, vec![piece(0, 0, MIB)]).await;
+    assert_eq!(outcome, Outcome::Done);
+    let mut strangers: Vec<Raw> = (0..12).map(|_| Raw::welcome(&receiver)).collect();
+    assert_eq!(receiver.counts().evicted, 1 + 12 - 8);
+    let mut known = strangers.split_off(5);
+    for evicted in &mut strangers {
+        assert_eq!(evicted.hear(), None);
+    }
+    let outcome = link.write(LEASE, vec![piece(1, 1, MIB)]).await;
+    assert_eq!(outcome, Outcome::Done);
+    // The others become known; then nobody has to go, and nobody can come.
+    for raw in &mut known {
+        raw.write(1, LEASE, &[part(2, 0, 1)]);
         raw.say(&[9]);
         assert_eq!(raw.hear(), Some(Answer::Landed { batch: 1 }));
     }
@@ -246,7 +236,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
         .to_string();
     assert!(error.contains("refused: too many connections"), "{error}");
     // Until one of them leaves.
-    drop(strangers.pop());
+    drop(known.pop());
     let mut again = None;
     while again.is_none() {
         again = sender.link(remote(&receiver)).await.ok();

@@ -1,0 +1,120 @@
+//! A peer that speaks the protocol and lies: it asks for slots, reports writes that never were, cancels
+//! what is not its own, and vanishes.
+
+use protocol::message::{
+    AllocRequest, AllocX, CancelNotif, CancelX, Extend, Slots, ToReceiver, ToSender, Written,
+};
+use protocol::receiver::{self, Route};
+use protocol::{Epoch, LeaseId, Reason};
+use rand::Rng;
+
+use super::{CHUNK, Happening, MS, World};
+
+/// Its connection.
+pub(crate) const ROUTE: Route = Route(1 << 40);
+
+impl World {
+    /// It asks for slots for a request that nobody parks.
+    pub(crate) fn stranger_asks(&mut self) {
+        let seq: u64 = self.rng.random_range(0..1000);
+        let chunks = self.rng.random_range(1..6u32);
+        let request = AllocRequest {
+            keys: (0..chunks).map(|i| format!("stranger/{i}")).collect(),
+            fmt: 1,
+            shape: Vec::new(),
+            dtype: String::new(),
+            last_chunk_toks: 1,
+            req_id: format!("stranger-{seq}"),
+            is_last_batch: true,
+            total_chunks: chunks,
+            x: Some(AllocX {
+                v: 1,
+                seq,
+                id: "stranger".into(),
+                epoch: Epoch(9),
+                to_epoch: Epoch(self.d_epoch),
+                tokens: chunks * CHUNK - 1,
+                lease_ms: self.rng.random_range(0..2000),
+                wait_ms: self.rng.random_range(0..200),
+                park_ms: self.rng.random_range(0..200),
+                transport: "nixl".into(),
+            }),
+        };
+        self.stranger_says(ToReceiver::AllocRequest(request));
+    }
+
+    fn stranger_says(&mut self, message: ToReceiver) {
+        let delay = self.jitter(0, 50 * MS);
+        let event = receiver::Event::Peer {
+            route: ROUTE,
+            message,
+        };
+        self.after(delay, Happening::ToReceiver(event, self.d_epoch));
+    }
+
+    /// It has been answered.
+    pub(crate) fn stranger_hears(&mut self, message: &ToSender) {
+        let (lease, slots) = match message {
+            ToSender::AllocResponse(response) => {
+                let lease = response.x.as_ref().and_then(|x| x.lease);
+                let slots = response.remote_indexes.iter();
+                (
+                    lease,
+                    slots.filter_map(|&i| u32::try_from(i).ok()).collect(),
+                )
+            }
+            ToSender::More(more) => (Some(more.lease), more.indexes.clone()),
+            ToSender::Ack(_) | ToSender::Unwanted(_) => (None, Vec::new()),
+        };
+        let Some(lease) = lease else {
+            return;
+        };
+        let epoch = Epoch(self.d_epoch);
+        match self.rng.random_range(0..6) {
+            0 => {}
+            1 => self.stranger_says(ToReceiver::Writing(Slots {
+                lease,
+                epoch,
+                indexes: (0..self.d_slots + 3).collect(),
+            })),
+            2 => {
+                let chunks = (0..u32::try_from(slots.len()).unwrap_or(0)).collect();
+                self.stranger_says(ToReceiver::Written(Written {
+                    lease,
+                    epoch,
+                    chunks,
+                    indexes: slots,
+                    sums: Vec::new(),
+                }));
+            }
+            3 => self.stranger_says(ToReceiver::Extend(Extend {
+                lease,
+                epoch,
+                granted: Vec::new(),
+            })),
+            4 => {
+                let lease = if self.rng.random() {
+                    lease
+                } else {
+                    LeaseId(self.rng.random())
+                };
+                self.stranger_says(ToReceiver::CancelNotif(CancelNotif {
+                    req_id: "r0".into(),
+                    keys: Vec::new(),
+                    x: Some(CancelX {
+                        v: 1,
+                        seq: 1,
+                        lease,
+                        epoch,
+                        reason: Reason::Cancelled,
+                        dirty: (0..self.d_slots + 3).collect(),
+                    }),
+                }));
+            }
+            _ => {
+                let event = receiver::Event::PeerLost { route: ROUTE };
+                self.after(MS, Happening::ToReceiver(event, self.d_epoch));
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+"""The thread that keeps a client connected."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .connection import Connection, RefusedError
+from .wire import WireError
+
+if TYPE_CHECKING:
+    import logging
+
+    from .wire import Hello
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """Seconds between attempts to connect."""
+
+    first: float = 0.05
+    longest: float = 2.0
+    refused: float = 15.0
+    """After a refusal: the other side, or its configuration, has to change first."""
+    greeting: float = 30.0
+    """How long a sidecar may take to answer; it may be touching its buffer for the first time."""
+
+
+class Keeper(threading.Thread):
+    """Connects, watches for the end of the connection, connects again."""
+
+    def __init__(self, path: str, hello: Hello, pauses: Pauses, logger: logging.Logger) -> None:
+        super().__init__(name="pd-sidecar-link", daemon=True)
+        self.connected = threading.Event()
+        self.failure = ""
+        self._path = path
+        self._hello = hello
+        self._pauses = pauses
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._offered: Connection | None = None
+        self._stopping = threading.Event()
+        # Its end wakes the thread wherever it sleeps.
+        self._wake_read, self._wake_write = socket.socketpair()
+
+    def take(self) -> Connection | None:
+        """Hands over the newest connection, once."""
+        with self._lock:
+            connection, self._offered = self._offered, None
+            self.connected.clear()
+        return connection
+
+    def offers_another(self) -> bool:
+        """There is a newer connection than the one that was taken."""
+        return self._offered is not None
+
+    def stop(self) -> None:
+        """Ends the thread. A greeting under way is waited for by nobody."""
+        self._stopping.set()
+        self._wake_write.close()
+
+    def run(self) -> None:
+        pause = self._pauses.first
+        while not self._stopping.is_set():
+            connection, retry_s = self._connect(pause)
+            if connection is None:
+                pause = min(pause * 2, self._pauses.longest)
+                self._sleep(retry_s)
+                continue
+            pause = self._pauses.first
+            with self._lock:
+                self._offered = connection
+                self.connected.set()
+            self._watch(connection)
+            with self._lock:
+                if self._offered is connection:
+                    self._offered = None
+                    self.connected.clear()
+            del connection
+        self._wake_read.close()
+
+    def _connect(self, pause: float) -> tuple[Connection | None, float]:
+        """A connection, or how long to wait before the next attempt."""
+        try:
+            connection = Connection.open(self._path, self._hello, self._pauses.greeting)
+        except RefusedError as error:
+            self._say(f"refused by the sidecar at {self._path}: {error}")
+            return None, self._pauses.refused
+        except (OSError, WireError, ValueError) as error:
+            self._say(f"no sidecar at {self._path}: {error}")
+            return None, pause
+        welcome = connection.welcome
+        self.failure = ""
+        self._logger.info(
+            "connected to sidecar %s at %s: epoch %x, %d slots of %d bytes",
+            welcome.id,
+            self._path,
+            welcome.epoch,
+            welcome.slots,
+            welcome.slot_bytes,
+        )
+        return connection, 0.0
+
+    def _say(self, failure: str) -> None:
+        """Logs a failure when it changes, not at every attempt."""
+        if failure != self.failure:
+            self.failure = failure
+            self._logger.warning(
+                "%s; requests are computed without transfer until this ends", failure
+            )
+
+    def _watch(self, connection: Connection) -> None:
+        """Returns when the connection has ended. Reads nothing of it."""
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLRDHUP)
+        poller.register(self._wake_read, select.POLLIN)
+        poller.poll()
+
+    def _sleep(self, seconds: float) -> None:
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        poller.poll(seconds * 1000)

@@ -1,0 +1,180 @@
+//! Configurations that are wrong, and what is said of them.
+
+use super::{RECEIVER, check, inputs, load, mistakes};
+use crate::config::*;
+
+#[test]
+fn everything_that_is_missing_is_said_at_once() {
+    let empty = ["|pd_role||missing", "|pd_buffer_size||missing"];
+    check("", &empty);
+    check(
+        "pd_role: receiver\npd_proxy_host: a\n",
+        &[
+            "|pd_buffer_size||missing",
+            "|pd_peer_host||missing, and pd_role is receiver",
+            "|pd_peer_init_port||missing, and pd_role is receiver",
+            "|pd_peer_alloc_port||missing, and pd_role is receiver",
+            "|pd_proxy_port||missing, and pd_proxy_host is set",
+        ],
+    );
+    check("a: [", &["x.yaml:1|||not YAML: unclosed bracket '['"]);
+    let report = Config::load(&inputs("", &[], &[])).unwrap_err();
+    assert_eq!(
+        report.errors(),
+        "error: pd_role: missing; set pd_role to sender, receiver or both, or give --role, or set \
+         LMCACHE_PD_ROLE\n\
+         error: pd_buffer_size: missing; set pd_buffer_size to bytes (1073741824) or a size with a \
+         unit (1GiB, 1024MiB, 1.5GB), or give --buffer-size, or set LMCACHE_PD_BUFFER_SIZE\n\
+         2 mistakes in the configuration; docs/configuration.md explains every key\n"
+    );
+}
+
+#[test]
+fn everything_that_is_wrong_is_said_at_once() {
+    check(
+        "pd_role: prefill\npd_buffer_size: 4G\nenable_pd: no\nsidecar:\n  heartbeat_ms: 1\n  log_level: 'a=b=c'\n  admin: x\n",
+        &[
+            "x.yaml:1|pd_role|prefill|none of the possible words",
+            "x.yaml:2|pd_buffer_size|4G|`G` may mean GiB or GB",
+            "x.yaml:7|sidecar.admin|x|no port",
+            "x.yaml:3|enable_pd|false|without PD there is nothing for a sidecar to do",
+        ],
+    );
+    let sender = |more: &str| format!("pd_role: sender\npd_buffer_size: 1GiB\n{more}");
+    for (more, expect) in [
+        (
+            "pd_buffer_size: 2\n",
+            "x.yaml:3|||`pd_buffer_size` stands on line 2 already",
+        ),
+        (
+            "nixl_buffer_size: 2\n",
+            "x.yaml:3|nixl_buffer_size|2|it is another name of `pd_buffer_size`, which line 2 sets to `1GiB`",
+        ),
+        (
+            "pd_buffer_device: cuda\n",
+            "x.yaml:3|pd_buffer_device|cuda|this version moves KV through host memory only",
+        ),
+        (
+            "nixl_backends: [UCX, GDS]\n",
+            "x.yaml:3|nixl_backends|[UCX, GDS]|this version drives NIXL's UCX backend only",
+        ),
+        (
+            "transfer_channel: mooncake\n",
+            "x.yaml:3|transfer_channel|mooncake|LMCache's PD has only nixl",
+        ),
+        (
+            "enable_p2p: True\n",
+            "x.yaml:3|enable_p2p|True|LMCache's PD excludes it, and the sidecar does PD",
+        ),
+        (
+            "pd_bidirectional: on\n",
+            "x.yaml:3|pd_bidirectional|on|KV moves from prefill to decode only",
+        ),
+        (
+            "nixl_peer_port: 5\n",
+            "x.yaml:3|nixl_peer_port|5|LMCache gave it up: a receiver has two ports",
+        ),
+        (
+            "sidecar: {heartbeat_ms: 1}\n",
+            "x.yaml:3|sidecar.heartbeat_ms|1|it would keep a core busy",
+        ),
+        (
+            "sidecar: {socket: a.sock}\n",
+            "x.yaml:3|sidecar.socket|a.sock|not an absolute path",
+        ),
+        (
+            "sidecar: {id: 'a b'}\n",
+            "x.yaml:3|sidecar.id|a b|not a name that fits logs and metrics",
+        ),
+        (
+            "sidecar: {ranks: 65}\n",
+            "x.yaml:3|sidecar.ranks|65|too many",
+        ),
+        (
+            "sidecar: {proxy: 'h:0'}\n",
+            "x.yaml:3|sidecar.proxy|h:0|no address to connect to",
+        ),
+        ("sidecar: [1]\n", "x.yaml:3|sidecar|[1]|not a mapping"),
+        ("a: [\n", "x.yaml:3|||not YAML: unclosed bracket '['"),
+    ] {
+        let found = mistakes(&inputs(&sender(more), &[], &[]));
+        assert!(
+            found.iter().any(|m| m == expect),
+            "{more}: {found:#?}\nexpected {expect}"
+        );
+    }
+}
+
+#[test]
+fn ports_must_fit_together() {
+    for (from, to, expect) in [
+        ("[7400, 7401]", "7400", "1 alloc and 2 init ports"),
+        ("[7400, 7401]", "[7400, 7301]", "port 7301 is used twice"),
+        (
+            "pd_role",
+            "sidecar: {ranks: 3}\npd_role",
+            "the port lists name 2",
+        ),
+        (
+            "pd_role",
+            "sidecar: {tcp_port: 65535}\npd_role",
+            "rank 1 has no port",
+        ),
+        (
+            "pd_role",
+            "sidecar: {tcp_port: 7399}\npd_role",
+            "port 7400 is used twice",
+        ),
+        (
+            "pd_role",
+            "sidecar: {admin: '127.0.0.1:7300'}\npd_role",
+            "port 7300 is used twice",
+        ),
+        ("[7400, 7401]", "[7400, 7900]", "port 7900 is used twice"),
+        (
+            "127.0.0.1\npd_peer_init",
+            "0.0.0.0\npd_peer_init",
+            "senders cannot connect to every interface",
+        ),
+    ] {
+        let file = RECEIVER.replacen(from, to, 1);
+        let found = mistakes(&inputs(&file, &[], &[("--insecure", "on")]));
+        assert!(
+            found.iter().any(|m| m.ends_with(expect)),
+            "{file}{found:#?}\nexpected {expect}"
+        );
+    }
+    let (config, _) = load(&RECEIVER.replacen("pd_role", "sidecar: {tcp_port: 7500}\npd_role", 1));
+    let tcp: Vec<_> = config.listen.unwrap().ranks.iter().map(|r| r.tcp).collect();
+    assert_eq!(tcp, [7500, 7501]);
+}
+
+#[test]
+fn listening_beyond_this_machine_must_be_asked_for() {
+    let file = RECEIVER.replacen("127.0.0.1", "10.0.0.2", 1) + "sidecar: {admin: '0.0.0.0:7900'}\n";
+    let expect = [
+        "x.yaml:8|sidecar.admin|0.0.0.0:7900|the proxy cannot call back every interface",
+        "x.yaml:3|pd_peer_host|10.0.0.2|it listens beyond this machine, and peers are not authenticated yet",
+        "x.yaml:8|sidecar.admin|0.0.0.0:7900|it listens beyond this machine, and peers are not authenticated yet",
+    ];
+    check(&file, &expect);
+    for (env, flags) in [
+        (vec![], vec![("--insecure", "on")]),
+        (vec![("PD_SIDECAR_INSECURE", "yes")], vec![]),
+    ] {
+        let mut inputs = inputs(&file, &env, &flags);
+        inputs
+            .env
+            .push(("PD_SIDECAR_ADVERTISE_HOST".to_owned(), "gpu-7".to_owned()));
+        let (config, report) = Config::load(&inputs).unwrap_or_else(|r| panic!("{}", r.errors()));
+        assert_eq!(config.admin_url(7900), "http://gpu-7:7900");
+        assert_eq!(config.listen.unwrap().advertise, "gpu-7");
+        assert!(
+            report.warnings.iter().any(|w| w.starts_with(
+                "INSECURE: pd_peer_host 10.0.0.2 and sidecar.admin 0.0.0.0:7900 listens"
+            )),
+            "{:?}",
+            report.warnings
+        );
+    }
+}

@@ -1,0 +1,296 @@
+"""Strangers, liars and LMCache at every port and socket of a pair of sidecars; no engine runs.
+
+After each, a push between the same two processes still works.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+import zmq
+from harness.client import call
+from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from pd_sidecar.client import Client
+from pd_sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
+
+FIXTURES = Path(__file__).resolve().parent.parent / "protocol" / "fixtures"
+LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
+BOUND_S = 20.0
+
+pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
+
+
+@dataclass
+class Sides:
+    """Two sidecars, and a client at each in the place of an engine."""
+
+    sender: Sidecar
+    receiver: Sidecar
+    prefill: Client
+    decode: Client
+    pushed: int = 0
+
+    @property
+    def target(self) -> Target:
+        return Target(self.receiver.host, self.receiver.init_port, self.receiver.alloc_port)
+
+    def check(self) -> None:
+        """Pushes a request of two chunks and reads it."""
+        self.pushed += 1
+        req, tokens = f"check-{os.getpid()}-{self.pushed}", CHUNK_TOKENS + 7
+        assert self.push(req, keys(req), keys(req), tokens) == (None, None)
+
+    def push(self, req: str, asked: list[str], awaited: list[str], tokens: int) -> tuple[str | None, str | None]:
+        """The reasons with which both sides ended; absent is well."""
+        self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=10_000)
+        self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens)
+        ends: dict[str, str | None] = {}
+        deadline = time.monotonic() + BOUND_S
+        while len(ends) < 2:
+            assert time.monotonic() < deadline, f"{req}: ended only at {list(ends)}"
+            for message in self.prefill.wait(0.02):
+                if isinstance(message, Granted) and message.req == req:
+                    for chunk, slot in zip(message.chunks, message.slots, strict=True):
+                        self.prefill.slot(slot)[:] = content(req, chunk)
+                    self.prefill.staged(req, message.chunks)
+                elif isinstance(message, Ended) and message.req == req:
+                    ends["prefill"] = message.reason
+            for message in self.decode.wait(0.02):
+                if isinstance(message, Ready) and message.req == req:
+                    for chunk, slot in zip(message.chunks, message.slots, strict=True):
+                        size = min(tokens - chunk * CHUNK_TOKENS, CHUNK_TOKENS) * token_bytes()
+                        assert bytes(self.decode.slot(slot)[:size]) == content(req, chunk)[:size]
+                    self.decode.release(req, message.chunks)
+                elif isinstance(message, Ended) and message.req == req:
+                    ends["decode"] = message.reason
+        return ends["prefill"], ends["decode"]
+
+
+def keys(name: str, chunks: int = 2) -> list[str]:
+    return [f"tiny@1@0@{abs(hash(name)) + chunk:x}@bfloat16" for chunk in range(chunks)]
+
+
+def token_bytes() -> int:
+    return LAYOUT.chunk_bytes // CHUNK_TOKENS
+
+
+def content(req: str, chunk: int) -> bytes:
+    word = struct.pack("<Q", (hash(req) + chunk) & (2**64 - 1))
+    return word * (LAYOUT.chunk_bytes // len(word))
+
+
+def hello(role: str, layout: Layout = LAYOUT) -> Hello:
+    return Hello(v=1, engine=f"test-{role}", role=role, rank=0, world_size=1, layout=layout)
+
+
+@pytest.fixture(scope="module", params=["tcp", "nixl"])
+def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
+    folder = tmp_path_factory.mktemp(f"ports-{request.param}")
+    options = SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport=request.param)
+    receiver = Sidecar(options, folder, folder)
+    sender = Sidecar(replace(options, role="sender"), folder, folder)
+    try:
+        receiver.start()
+        sender.start()
+        decode = Client.connect(str(receiver.socket), hello("decode"))
+        prefill = Client.connect(str(sender.socket), hello("prefill"))
+        yield Sides(sender, receiver, prefill, decode)
+        prefill.close()
+        decode.close()
+    finally:
+        sender.stop()
+        receiver.stop()
+
+
+@pytest.fixture(autouse=True)
+def others_are_served(sides: Sides) -> Iterator[None]:
+    sides.check()
+    yield
+    sides.check()
+    sides.sender.wait_empty()
+    sides.receiver.wait_empty()
+    assert sides.sender.running and sides.receiver.running
+
+
+@contextmanager
+def peer(kind: int, port: int, identity: bytes = b"") -> Iterator[Any]:
+    context = zmq.Context.instance()
+    peer = context.socket(kind)
+    peer.linger = 0
+    peer.rcvtimeo = 5000
+    if identity:
+        peer.identity = identity
+    peer.connect(f"tcp://127.0.0.1:{port}")
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+def fixture(name: str) -> bytes:
+    return (FIXTURES / f"{name}.bin").read_bytes()
+
+
+def unpacked(body: bytes) -> dict[str, Any]:
+    message: dict[str, Any] = msgspec.msgpack.decode(body)
+    return message
+
+
+def packed(message: dict[str, Any]) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def test_lmcache_is_introduced_and_refused_in_its_own_words(sides: Sides) -> None:
+    metadata = (FIXTURES / "metadata_sender.bin").read_bytes()
+    with peer(zmq.REQ, sides.receiver.init_port) as init:
+        init.send(packed({"type": "NixlInitRequest", "local_meta_bytes": metadata}))
+        answer = unpacked(init.recv())
+        assert answer["type"] == "NixlInitResponse" and "x" not in answer
+        assert answer["remote_agent_name"] == b"sender-1111"
+        init.send(fixture("mem_reg_request_lmcache"))
+        answer = unpacked(init.recv())
+        assert answer["type"] == "NixlMemRegResponse" and "x" not in answer
+        assert b"nixlXferDList" in answer["remote_xfer_dlist_bytes"]
+    asked = fixture("alloc_request_lmcache_async")
+    with peer(zmq.DEALER, sides.receiver.alloc_port, b"sender-pid1-0a-to-x") as alloc:
+        for frames in ([b"", asked], [asked]):
+            alloc.send_multipart(frames)
+            reply = alloc.recv_multipart()
+            assert reply[:-1] == frames[:-1]
+            assert unpacked(reply[-1])["remote_indexes"] == [-1, -1]
+        alloc.send_multipart([b"", fixture("cancel_notif_lmcache")])
+        assert unpacked(alloc.recv_multipart()[-1])["remote_indexes"] == []
+    with peer(zmq.REQ, sides.receiver.alloc_port) as alloc:
+        for _ in range(2):
+            alloc.send(fixture("alloc_request_lmcache_sync"))
+            assert unpacked(alloc.recv())["remote_indexes"] == [-1, -1]
+
+
+@pytest.mark.parametrize("port", ["init_port", "alloc_port"])
+def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str) -> None:
+    number = getattr(sides.receiver, port)
+    label = port.removesuffix("_port")
+    before = sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label)
+    samples = [
+        b"\x01\x02",
+        b"",
+        b"\xdf\xff\xff\xff\xff",
+        b"\x81\xa1x" + b"\x91" * 100_000,
+        packed({"type": "SideMsg", "data": 1}),
+        packed({"type": "CacheQueryRequest", "keys": ["a@1"]}),
+        fixture("register"),
+        fixture("alloc_request")[:-3],
+    ]
+    for sample in samples:
+        with peer(zmq.DEALER, number) as stranger:
+            stranger.send_multipart([b"", sample])
+            assert not stranger.poll(100), "an answer to no message"
+    after = sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label)
+    assert after - before == len(samples)
+
+
+def test_odd_frames_and_a_message_that_is_too_long(sides: Sides) -> None:
+    for port in (sides.receiver.init_port, sides.receiver.alloc_port):
+        for frames in ([b"a", b"b"], [b"", b"", b"c"], [b""] * 1000, [b"", bytes(5 << 20)]):
+            with peer(zmq.DEALER, port) as stranger:
+                stranger.send_multipart(frames)
+                assert not stranger.poll(100)
+
+
+def raw(port: int, data: bytes, path: Path | None = None) -> socket.socket:
+    if path is None:
+        stream = socket.create_connection(("127.0.0.1", port), timeout=5)
+    else:
+        stream = socket.socket(socket.AF_UNIX)
+        stream.settimeout(5)
+        stream.connect(str(path))
+    # It may hang up in the middle: that is the point.
+    with suppress(OSError):
+        stream.sendall(data)
+    return stream
+
+
+GARBAGE = [
+    b"",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    bytes(70_000),
+    b"\xff" * 70_000,
+    b"\xff\0\0\0\0\0\0\0\0\x7f\x03\0NULL" + bytes(48) + b"\x02" + b"\xff" * 8,
+    b"\x89pdkv\r\n\0" + b"\xff" * 200,
+    os.urandom(4096),
+]
+
+
+def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
+    admins = [urlsplit(part.admin).port or 0 for part in (sides.sender, sides.receiver)]
+    ports = [sides.receiver.init_port, sides.receiver.alloc_port, *admins, *data_ports(sides)]
+    held = [raw(port, data) for port in ports for data in GARBAGE]
+    held += [raw(0, data, path) for path in (sides.sender.socket, sides.receiver.socket) for data in GARBAGE]
+    # Half-open connections, too.
+    held += [raw(port, b"") for port in ports for _ in range(50)]
+    for _ in range(5):
+        sides.check()
+    for stream in held:
+        stream.close()
+    for part in (sides.sender, sides.receiver):
+        assert call(f"{part.admin}/health", timeout_s=5)[0] == 200
+
+
+def data_ports(sides: Sides) -> list[int]:
+    """The data port that the receiver advertises, if it has one."""
+    with peer(zmq.REQ, sides.receiver.init_port) as init:
+        init.send(fixture("init_request"))
+        offered = unpacked(init.recv())["x"]["transports"]
+    return [int(wire["address"].rsplit(":", 1)[1]) for wire in offered if wire["kind"] == "tcp"]
+
+
+def test_other_versions_and_layouts_are_told_what_differs(sides: Sides) -> None:
+    def refusal(**changes: Any) -> dict[str, str]:
+        request = unpacked(fixture("init_request"))
+        request["x"]["layout"] = msgspec.to_builtins(LAYOUT)
+        for name, value in changes.items():
+            where = request["x"] if name in request["x"] else request["x"]["layout"]
+            where[name] = value
+        with peer(zmq.REQ, sides.receiver.init_port) as init:
+            init.send(packed(request))
+            refused: dict[str, str] = unpacked(init.recv())["x"].get("refused") or {"reason": "", "text": ""}
+            return refused
+
+    assert refusal() == {"reason": "", "text": ""}
+    assert refusal(v=2)["reason"] == "version_mismatch"
+    for name, value in {"model": "other", "dtype": "half", "layers": 3, "chunk_tokens": 128}.items():
+        refused = refusal(**{name: value})
+        assert refused["reason"] == "layout_mismatch"
+        assert refused["text"].startswith(f"{name}: prefill-0 has {value}, ")
+    assert refusal(layout=None)["reason"] == "no_engine"
+
+
+def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
+    other = hello("decode", msgspec.structs.replace(LAYOUT, layers=5))
+    with pytest.raises(Exception, match="layers"):
+        Client.connect(str(sides.receiver.socket), other, timeout_s=3)
+
+
+def test_different_keys_are_no_transfer(sides: Sides) -> None:
+    req = f"keys-{os.getpid()}"
+    ends = sides.push(req, keys("one"), keys("two"), CHUNK_TOKENS + 7)
+    assert ends == ("key_mismatch", "key_mismatch")
+
+
+def test_a_stranger_writes_under_no_lease(sides: Sides) -> None:
+    forged = unpacked(fixture("written"))
+    with peer(zmq.DEALER, sides.receiver.alloc_port) as stranger:
+        stranger.send_multipart([b"", packed(forged)])
+        answer = unpacked(stranger.recv_multipart()[-1])
+    assert (answer["type"], answer["lease"]) == ("Unwanted", forged["lease"])
