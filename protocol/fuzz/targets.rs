@@ -27,6 +27,7 @@ pub(crate) fn alloc(data: &[u8]) {
 
 /// The registration port.
 pub(crate) fn registration(data: &[u8]) {
+    round_trip::<Query>(data);
     round_trip::<ToProxy>(data);
 }
 

@@ -111,7 +111,7 @@ impl Sender {
         let lease = self.config.heartbeat * HEARTBEATS_PER_LEASE;
         AllocRequest {
             keys: request.keys.clone(),
-            fmt: if layout.mla { KV_MLA_FMT } else { KV_2LTD },
+            fmt: layout.format(),
             shape: layout.shape(full.min(request.tokens)),
             dtype: layout.dtype.clone(),
             last_chunk_toks: last,
@@ -223,10 +223,6 @@ impl Sender {
 
 /// A lease outlives two lost heartbeats.
 const HEARTBEATS_PER_LEASE: u32 = 3;
-/// LMCache's `MemoryFormat`.
-const KV_2LTD: u32 = 1;
-/// LMCache's `MemoryFormat`.
-const KV_MLA_FMT: u32 = 6;
 
 fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)

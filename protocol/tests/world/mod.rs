@@ -371,6 +371,8 @@ fn new_receiver(epoch: u64, slots: u32) -> Receiver {
         unclaimed: 10 * s,
         max_lease: 30 * s,
         max_wait: 10 * s,
+        lmcache_wait: s / 2,
+        layout: Some(layout()),
         seed: epoch,
     })
 }

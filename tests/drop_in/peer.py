@@ -1,8 +1,8 @@
 """Real LMCache's PD backend in a process of its own, without vLLM: sends or receives chunks in host memory.
 
-    python peer.py '{"role": "receiver", "mode": "async", ...}'
+    python peer.py '{"port": 4711, "role": "receiver", "mode": "async", ...}'
 
-One JSON command a line on standard input, one JSON answer a line on standard output:
+It takes one connection on the loopback port that it is given; one JSON command a line, one JSON answer a line:
 
     {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
     {"do": "get", "keys": [...], "tokens": ...}
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import socket
 import sys
 import threading
 import time
@@ -162,17 +163,18 @@ class Peer:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever logs to standard output
-    peer = Peer(json.loads(sys.argv[1]))
-    answers.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(peer, command["do"])(command)
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+    options = json.loads(sys.argv[1])
+    peer = Peer(options)
+    with socket.create_server(("127.0.0.1", options["port"])) as server:
+        connection, _ = server.accept()
+    with connection.makefile("rw", buffering=1) as lines:
+        for line in lines:
+            command = json.loads(line)
+            try:
+                answer = getattr(peer, command["do"])(command)
+            except Exception as error:
+                answer = {"failed": f"{type(error).__name__}: {error}"}
+            lines.write(json.dumps(answer) + "\n")
     # The backend's own close hangs in a receiver's threads.
     os._exit(0)
 
