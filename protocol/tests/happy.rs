@@ -113,6 +113,7 @@ fn check(
                         epoch: Epoch(2),
                         v: 1,
                         slots: land_slots,
+                        cancels: false,
                         transport: "tcp".into(),
                     },
                 ),
@@ -171,7 +172,11 @@ fn check(
                 receiver::Action::Open { .. }
                 | receiver::Action::Close { .. }
                 | receiver::Action::Fence { .. }
-                | receiver::Action::Record(_) => {}
+                | receiver::Action::Mark { .. }
+                | receiver::Action::Look { .. } => {
+                    unreachable!("nobody here is LMCache")
+                }
+                receiver::Action::Record(_) => {}
             }
         }
         if !moved {

@@ -174,12 +174,13 @@ class _Ours:
     role: str = ""
     slots: int = SLOTS
     keys: dict[str, object] = field(default_factory=dict)
+    lmcache: dict[str, object] = field(default_factory=dict)
     proxy: str | None = None
 
     def begin(self) -> None:
         options = SidecarOptions(
             role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
-            keys=self.keys,
+            keys=self.keys, lmcache=self.lmcache,
         )  # fmt: skip
         self.sidecar = Sidecar(options, self.folder, LOGS, name=self.name)
         self.sidecar.start()
@@ -217,7 +218,7 @@ class OurSender(_Ours):
 
     def __init__(self, folder: Path, name: str = "our-sender", slots: int = SLOTS, **keys: object) -> None:
         self.notices = Notices()
-        super().__init__(folder, name, "sender", slots, keys, f"127.0.0.1:{self.notices.port}")
+        super().__init__(folder, name, "sender", slots, keys, proxy=f"127.0.0.1:{self.notices.port}")
         self.begin()
 
     def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
@@ -242,8 +243,15 @@ class OurSender(_Ours):
 class OurReceiver(_Ours):
     """Our decode side."""
 
-    def __init__(self, folder: Path, name: str = "our-receiver", slots: int = SLOTS, **keys: object) -> None:
-        super().__init__(folder, name, "receiver", slots, keys)
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "our-receiver",
+        slots: int = SLOTS,
+        lmcache: dict[str, object] | None = None,
+        **keys: object,
+    ) -> None:
+        super().__init__(folder, name, "receiver", slots, keys, lmcache or {})
         self.begin()
         self.ended: str | None = None
 
