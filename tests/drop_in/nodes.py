@@ -18,7 +18,7 @@ from harness.sidecar import ROOT, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
 from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Ready, Target
 
-from .chunks import LAYOUT, TOKEN_BYTES, CHUNK_TOKENS, Prompt, sum_of
+from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
 
 LMCACHE_PYTHON = Path(os.environ.get("LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
 LOGS = ROOT / "target" / "test-logs"
@@ -50,7 +50,9 @@ class Receiver(Protocol):
     """Is pushed to."""
 
     name: str
-    target: Target
+
+    @property
+    def target(self) -> Target: ...
 
     def get(self, req: str, prompt: Prompt) -> list[str | None]: ...
     def restart(self) -> None: ...
@@ -100,7 +102,7 @@ class LmcachePeer(Part):
     def start(self) -> None:
         port = free_port()
         options = json.dumps({**self._options, "port": port})
-        command = [LMCACHE_PYTHON, Path(__file__).with_name("peer.py"), options]
+        command: list[str | Path] = [LMCACHE_PYTHON, Path(__file__).with_name("peer.py"), options]
         self.process = Process(self.name, command, LOGS / f"{self.name}.log")
         deadline = time.monotonic() + START_BOUND_S
         while True:
@@ -151,6 +153,7 @@ class LmcacheSender(LmcachePeer):
             timeout_s=15,
         )  # fmt: skip
         return Put(answer["written"], "; ".join(answer["errors"]) or None)
+
 
 class LmcacheReceiver(LmcachePeer):
     """LMCache's decode side."""

@@ -107,7 +107,7 @@ class Peer:
             for future in futures or []:
                 try:
                     future.result(timeout=command.get("timeout_s", 30))
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - LMCache raises anything
                     errors.append(str(error) or type(error).__name__)
             for each in objects:
                 each.ref_count_down()
@@ -130,7 +130,7 @@ class Peer:
         return found
 
     def get(self, command: dict[str, Any]) -> dict[str, Any]:
-        """The SHA-1 of each chunk as it stands in the buffer, removed unless it is to be kept; None if it is not there."""
+        """The SHA-1 of each chunk, which is then removed unless it is to be kept; None for one that is not there."""
         sums: list[str | None] = []
         for index, text in enumerate(command["keys"]):
             key = self.key(text)
@@ -172,7 +172,7 @@ def main() -> None:
             command = json.loads(line)
             try:
                 answer = getattr(peer, command["do"])(command)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - goes to whoever asked
                 answer = {"failed": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps(answer) + "\n")
     # The backend's own close hangs in a receiver's threads.

@@ -215,6 +215,7 @@ pub(crate) const GROUPS: &[Group] = &[
         why: "a setting of LMCache's process, not of transfers",
         keys: &[
             "py_enable_gc",
+            "run_script_api_enabled",
             "internal_api_server_enabled",
             "internal_api_server_host",
             "internal_api_server_port_start",
