@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import generate
 import msgspec
@@ -17,7 +18,7 @@ from pd_sidecar.wire import Target
 from .chunks import Prompt
 from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
 
-FIELDS = {
+FIELDS: dict[str, list[Any]] = {
     "AllocRequest": [generate.SyncAllocRequest, generate.AsyncAllocRequest],
     "AllocResponse": [generate.SyncAllocResponse, generate.AsyncAllocResponse],
     "CancelNotif": [generate.CancelNotif],

@@ -76,9 +76,9 @@ def test_every_key_of_lmcaches_configuration_is_known(tmp_path: Path) -> None:
 
 
 def _check(file: Path, variables: dict[str, str]) -> str:
-    command = [BINARIES / "sidecar", "check-config", file]
+    command: list[str | Path] = [BINARIES / "sidecar", "check-config", file]
     environment = _environment(None) | variables
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     # Most values are wrong: 64 is said with all mistakes; nothing may be passed over.
     assert run.returncode in (0, 64), run.stderr
-    return run.stdout + run.stderr
+    return str(run.stdout) + str(run.stderr)
