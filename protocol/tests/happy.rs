@@ -169,14 +169,13 @@ fn check(
                     ),
                 ),
                 receiver::Action::Ended(_, ended) => d_ended = Some(ended),
+                receiver::Action::Mark { .. } | receiver::Action::Look { .. } => {
+                    unreachable!("nobody here is LMCache")
+                }
                 receiver::Action::Open { .. }
                 | receiver::Action::Close { .. }
                 | receiver::Action::Fence { .. }
-                | receiver::Action::Mark { .. }
-                | receiver::Action::Look { .. } => {
-                    unreachable!("nobody here is LMCache")
-                }
-                receiver::Action::Record(_) => {}
+                | receiver::Action::Record(_) => {}
             }
         }
         if !moved {
