@@ -2,6 +2,9 @@
 
 VENV ?= .venv
 PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
+# Real LMCache, for the tests that speak to it: on top of the environment above.
+LMCACHE_VENV ?= .venv-lmcache
+export LMCACHE_VENV := $(abspath $(LMCACHE_VENV))
 CARGO ?= cargo
 # `make demo KEEP=1` leaves everything running; any other value than 1 is ignored.
 KEEP ?=
@@ -14,14 +17,17 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The targets of `make test` would take the cores from each other.
 .NOTPARALLEL:
-.PHONY: help venv build demo test unit e2e no-push lint bench fuzz bindings clean
+.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench fuzz bindings clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
 	@mkdir -p target
 	@scripts/venv.sh "$(VENV)"
+
+venv-lmcache: venv ## Make the environment with real LMCache, once
+	@scripts/venv-lmcache.sh "$(LMCACHE_VENV)" "$(VENV)"
 
 build: ## Build the release binaries: sidecar and pd-proxy
 	$(CARGO) build --release --locked --bins
@@ -36,10 +42,10 @@ unit: ## Tests without engines: Rust and Python
 	@$(MAKE) --no-print-directory venv
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
-e2e: venv build ## Tests with real vLLM and real NIXL
+e2e: venv venv-lmcache build ## Tests with real vLLM, real NIXL and real LMCache
 	$(PYTHON_IN_VENV) -m pytest tests $(PYTEST)
 
-no-push: venv build ## The tests with engines while nothing is pushed: succeeds if they fail
+no-push: venv venv-lmcache build ## The tests with engines while nothing is pushed: succeeds if they fail
 	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests -x $(PYTEST)
 
 lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
@@ -65,4 +71,4 @@ bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
 
 clean: ## Remove what was built, and the Python environment
 	$(CARGO) clean
-	rm -rf "$(VENV)" .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" "$(LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache

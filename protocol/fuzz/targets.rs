@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use protocol::codec::{self, Message};
 use protocol::keys::Key;
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{CancelNotif, Init, ToReceiver, ToSender};
-use protocol::receiver::{self, Receiver, Route};
+use protocol::message::{CancelNotif, Init, Query, ToReceiver, ToSender};
+use protocol::receiver::{self, Receiver, Route, SenderId};
 use protocol::registration::ToProxy;
 use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, Layout, LeaseId, Time, TransferId, dlist, metadata};
@@ -27,6 +27,7 @@ pub(crate) fn alloc(data: &[u8]) {
 
 /// The registration port.
 pub(crate) fn registration(data: &[u8]) {
+    round_trip::<Query>(data);
     round_trip::<ToProxy>(data);
 }
 
@@ -103,6 +104,16 @@ impl Pair {
             0 => {
                 if let Ok(message) = codec::decode(body) {
                     let message = self.under_lease(message);
+                    let lmcache = SenderId {
+                        id: "10.0.0.1/1".into(),
+                        epoch: Epoch(0),
+                    };
+                    let introduced = receiver::Event::Introduced {
+                        route,
+                        sender: lmcache,
+                        linked: kind & 8 == 0,
+                    };
+                    self.d.handle(now, introduced);
                     self.d.handle(now, receiver::Event::Peer { route, message });
                 }
             }
@@ -118,9 +129,10 @@ impl Pair {
                 sender::Event::Linked {
                     to: target(),
                     epoch: EPOCH,
-                    v: 1,
+                    v: u32::from(body.first().is_none_or(|b| b & 1 == 0)),
                     slots: SLOTS,
                     transport: "tcp".into(),
+                    cancels: body.first().is_some_and(|b| b & 2 == 0),
                 },
             ),
             4 => self.d.handle(now, receiver::Event::PeerLost { route }),
@@ -197,6 +209,12 @@ impl Pair {
                         self.p.handle(now, sender::Event::Peer { to, message });
                     }
                     receiver::Action::Open { lease, .. } => self.lease = lease,
+                    receiver::Action::Look { slots } => {
+                        let written =
+                            |slot: &protocol::SlotIndex| (now.0 >> 17) & 1 == u64::from(slot.0 & 1);
+                        let (gone, there) = slots.into_iter().partition(written);
+                        self.d.handle(now, receiver::Event::Looked { gone, there });
+                    }
                     _ => {}
                 }
             } else {
@@ -233,6 +251,7 @@ impl Pair {
             chunk_tokens: 256,
         };
         let token_bytes = layout.token_bytes().unwrap_or(0);
+        let chunk = layout.clone();
         let sender = Sender::new(sender::Config {
             id: "prefill-0".into(),
             epoch: Epoch(1),
@@ -258,6 +277,8 @@ impl Pair {
             unclaimed: 10 * second,
             max_lease: 30 * second,
             max_wait: 10 * second,
+            lmcache_wait: second,
+            layout: Some(chunk),
             seed: 1,
         });
         Self {

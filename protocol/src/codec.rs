@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::local::{ToEngine, ToSidecar};
-use crate::message::{Init, ToReceiver, ToSender};
+use crate::message::{Init, Query, ToReceiver, ToSender};
 use crate::registration::ToProxy;
 
 mod read;
@@ -96,6 +96,7 @@ macro_rules! messages {
 
 messages! {
     Init { NixlInitRequest, NixlInitResponse, NixlMemRegRequest, NixlMemRegResponse }
+    Query { CacheQueryRequest, CacheQueryResponse }
     ToReceiver { AllocRequest, CancelNotif, Writing, Written, Extend }
     ToSender { AllocResponse, More, Ack, Unwanted }
     ToProxy { Register, Leave, Progress, ProxyNotif }

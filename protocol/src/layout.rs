@@ -66,6 +66,11 @@ impl Layout {
         None
     }
 
+    /// LMCache's `MemoryFormat` of a chunk: `KV_2LTD` or `KV_MLA_FMT`.
+    pub fn format(&self) -> u32 {
+        if self.mla { 6 } else { 1 }
+    }
+
     /// The shape of a chunk of `tokens` tokens as LMCache's `AllocRequest.shape` states it.
     pub fn shape(&self, tokens: u32) -> Vec<u64> {
         let planes = if self.mla { 1 } else { 2 };

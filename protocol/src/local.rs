@@ -173,6 +173,9 @@ pub struct Await {
     pub have_tokens: u32,
     /// After this time the sidecar answers [`ToEngine::Ended`], milliseconds.
     pub deadline_ms: u32,
+    /// LMCache's sender has told the proxy that all of it is written.
+    #[serde(default)]
+    pub written: bool,
 }
 
 /// See [`ToSidecar::Release`].

@@ -159,6 +159,32 @@ pub enum ToSender {
     Unwanted(Unwanted),
 }
 
+/// The query port (REQ → ROUTER): LMCache's bidirectional mode only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum Query {
+    /// Which of these keys can be read back?
+    CacheQueryRequest(CacheQueryRequest),
+    /// None: slots are transit.
+    CacheQueryResponse(CacheQueryResponse),
+}
+
+/// See [`Query::CacheQueryRequest`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheQueryRequest {
+    /// Keys.
+    pub keys: Vec<String>,
+}
+
+/// Answer to [`CacheQueryRequest`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheQueryResponse {
+    /// Those of the keys that are there.
+    pub cached_keys: Vec<String>,
+    /// The slot of each.
+    pub cached_indexes: Vec<SlotOf>,
+}
+
 /// Asks for a slot for each key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocRequest {

@@ -36,3 +36,25 @@ pub struct Record {
     /// Receiver: chunks that waited for a slot.
     pub windowed: u32,
 }
+
+impl Record {
+    /// Of a request of which nothing has happened yet.
+    pub fn new(req: RequestId) -> Self {
+        Self {
+            req,
+            peer: String::new(),
+            reason: None,
+            tokens: 0,
+            have_tokens: 0,
+            chunks: 0,
+            bytes: 0,
+            transport: String::new(),
+            alloc_us: 0,
+            gather_us: 0,
+            push_us: 0,
+            ready_us: 0,
+            scatter_us: 0,
+            windowed: 0,
+        }
+    }
+}

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use protocol::Reason;
 use protocol::codec::Message;
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{Init, ToReceiver, ToSender};
+use protocol::message::{Init, Query, ToReceiver, ToSender};
 use protocol::registration::ToProxy;
 
 const SOURCES: [&str; 4] = ["message.rs", "local.rs", "registration.rs", "reason.rs"];
@@ -76,6 +76,7 @@ fn every_message_is_named() {
     }
     let document = document();
     check::<Init>(&document);
+    check::<Query>(&document);
     check::<ToReceiver>(&document);
     check::<ToSender>(&document);
     check::<ToProxy>(&document);

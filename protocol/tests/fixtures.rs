@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::codec::{self, Message};
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{Init, ToReceiver, ToSender};
+use protocol::message::{Init, Query, ToReceiver, ToSender};
 use protocol::registration::ToProxy;
 use serde::Serialize;
 use serde_json::Value;
@@ -72,6 +72,7 @@ fn every_fixture_comes_back_byte_for_byte() {
         let before = bytes(&entry);
         let after = match entry["set"].as_str().unwrap() {
             "Init" => again::<Init>(&before),
+            "Query" => again::<Query>(&before),
             "ToReceiver" => again::<ToReceiver>(&before),
             "ToSender" => again::<ToSender>(&before),
             "ToProxy" => again::<ToProxy>(&before),
@@ -103,6 +104,7 @@ fn every_message_has_a_fixture() {
         .map(|entry| (text(&entry["set"]), text(&entry["message"]["type"])))
         .collect();
     check::<Init>("Init", &seen);
+    check::<Query>("Query", &seen);
     check::<ToReceiver>("ToReceiver", &seen);
     check::<ToSender>("ToSender", &seen);
     check::<ToProxy>("ToProxy", &seen);

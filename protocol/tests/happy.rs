@@ -48,6 +48,8 @@ fn pair(send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
         unclaimed: 10 * s,
         max_lease: 30 * s,
         max_wait: 10 * s,
+        lmcache_wait: s,
+        layout: Some(layout()),
         seed: 7,
     });
     (sender, receiver)
@@ -79,6 +81,7 @@ fn check(
         tokens,
         have_tokens: have,
         deadline_ms: 60_000,
+        written: false,
     };
     if park_first {
         d.handle(now, receiver::Event::Await(de, parked.clone()));
@@ -110,6 +113,7 @@ fn check(
                         epoch: Epoch(2),
                         v: 1,
                         slots: land_slots,
+                        cancels: false,
                         transport: "tcp".into(),
                     },
                 ),
@@ -165,6 +169,9 @@ fn check(
                     ),
                 ),
                 receiver::Action::Ended(_, ended) => d_ended = Some(ended),
+                receiver::Action::Mark { .. } | receiver::Action::Look { .. } => {
+                    unreachable!("nobody here is LMCache")
+                }
                 receiver::Action::Open { .. }
                 | receiver::Action::Close { .. }
                 | receiver::Action::Fence { .. }

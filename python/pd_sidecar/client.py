@@ -163,10 +163,20 @@ class Client:
         self.send(Cancel(req))
 
     def await_(
-        self, req: str, keys: list[str], *, tokens: int, have_tokens: int, deadline_ms: int
+        self,
+        req: str,
+        keys: list[str],
+        *,
+        tokens: int,
+        have_tokens: int,
+        deadline_ms: int,
+        written: bool = False,
     ) -> None:
-        """Decode: waits for chunks. Answered by `Ready`, in parts, or by `Ended`."""
-        self.send(Await(req, keys, tokens, have_tokens, deadline_ms))
+        """Decode: waits for chunks. Answered by `Ready`, in parts, or by `Ended`.
+
+        `written`: the proxy has had the `ProxyNotif` of an LMCache sender for this request.
+        """
+        self.send(Await(req, keys, tokens, have_tokens, deadline_ms, written))
 
     def release(self, req: str, chunks: list[int], scatter_us: int = 0) -> None:
         """Decode: these chunks have been read."""

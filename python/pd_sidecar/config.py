@@ -39,6 +39,10 @@ class Options:
     """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
     idle_wait_ms: float = 1.0
     """How long a step without tokens may wait for a word of the sidecar."""
+    sidecar: str = ""
+    """`spawn`: the engine starts its sidecar as a child."""
+    sidecar_arguments: str = ""
+    """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
     """Start although vLLM would answer a failed load with HTTP 500."""
 
@@ -71,6 +75,18 @@ def parse(
             problems.append(f"{key}={getattr(options, key)} must be positive")
     if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
         problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
+    if options.sidecar not in ("", "spawn"):
+        problems.append(f"sidecar={options.sidecar!r} must be 'spawn', or absent")
+    if options.sidecar_arguments and not options.sidecar:
+        problems.append("sidecar_arguments without sidecar='spawn' have no effect")
+    if (
+        options.sidecar
+        and options.sender_socket != options.receiver_socket
+        and (producer and consumer)
+    ):
+        problems.append(
+            "sidecar='spawn' starts one sidecar: name one socket for both sides, or none"
+        )
     name = options.model_name or model
     if "@" in name or not name:
         problems.append(f"model_name={name!r} must not be empty or contain '@', keys are cut there")

@@ -9,6 +9,7 @@ It declares no support for several KV groups: vLLM then keeps to one group.
 from __future__ import annotations
 
 import functools
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -24,6 +25,7 @@ from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
 from .metadata import StepMetadata
 from .scheduler import Role, Scheduler
+from .spawn import Child, find_binary
 from .stats import PromMetrics, Stats
 from .worker import Unmoved, Worker
 
@@ -76,8 +78,11 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._scheduler: Scheduler | None = None
         self._worker: Worker | Unmoved | None = None
         self._invalid_blocks: set[int] = set()
+        self._child: Child | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler()
+            # One sidecar for all workers: the scheduler is there once.
+            self._child = self._spawn() if self._options.sidecar else None
 
     # Class methods: asked in several processes, the API server among them.
 
@@ -182,6 +187,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
 
     # Parts.
 
@@ -204,6 +212,17 @@ class PdSidecarConnector(KVConnectorBase_V1):
         )
         hasher = ChunkHasher(self._options.hash_algorithm, self._options.chunk_size)
         return Scheduler(role, hasher, self._stats)
+
+    def _spawn(self) -> Child:
+        options = self._options
+        if self._producer and self._consumer:
+            role, socket = "both", options.sender_socket
+        elif self._producer:
+            role, socket = "sender", options.sender_socket
+        else:
+            role, socket = "receiver", options.receiver_socket
+        more = shlex.split(options.sidecar_arguments)
+        return Child([find_binary(), "--role", role, "--socket", socket, *more], logger)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
         parallel = self._config.parallel_config

@@ -190,6 +190,7 @@ class Receiver:
                 tokens=start.tokens,
                 have_tokens=start.have_tokens,
                 deadline_ms=rank.load_deadline_ms,
+                written=start.written,
             )
         except NotConnectedError:
             self._fail(incoming, "no_sidecar")

@@ -49,6 +49,8 @@ class LoadStart:
     load_tokens: int
     """The end of what is to be loaded."""
     blocks: list[int]
+    written: bool = False
+    """The proxy has the word of an LMCache sender that all of it is written."""
 
 
 @dataclass

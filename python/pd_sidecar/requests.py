@@ -40,6 +40,10 @@ class Transfer:
     init_ports: tuple[int, ...] = ()
     alloc_ports: tuple[int, ...] = ()
     overlap: bool = False
+    written: bool = False
+    """Load: an LMCache sender has told the proxy that all of it is written."""
+    wants_first_token: bool = False
+    """Push: the response names the first token, as LMCache's proxy wants it."""
 
     @property
     def is_push(self) -> bool:
@@ -73,16 +77,20 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     if not isinstance(params, dict):
         return Skip.NO_PARAMS
     push, load = params.get("do_remote_decode"), params.get("do_remote_prefill")
+    spec = params.get("disagg_spec")
+    if not push and not load:
+        # LMCache's proxy says only where to.
+        push = isinstance(spec, dict) and "receiver_host" in spec
     if not push and not load:
         return Skip.NO_PARAMS
-    spec = params.get("disagg_spec")
     if (push and load) or not isinstance(spec, dict):
         return Skip.BAD_PARAMS
     req = spec.get("req_id")
     if not isinstance(req, str) or not 0 < len(req) <= MAX_ID_CHARACTERS:
         return Skip.BAD_PARAMS
     if load:
-        return Transfer(req)
+        written = spec.get("written", False)
+        return Transfer(req, written=written) if isinstance(written, bool) else Skip.BAD_PARAMS
     host, overlap = spec.get("receiver_host"), spec.get("overlap", False)
     init_ports, alloc_ports = (
         _ports(spec, "receiver_init_port"),
@@ -92,7 +100,10 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
         return Skip.BAD_PARAMS
     if len(init_ports) != len(alloc_ports) or not isinstance(overlap, bool):
         return Skip.BAD_PARAMS
-    return Transfer(req, host, init_ports, alloc_ports, overlap)
+    wants_first_token = bool(params.get("ret_first_tok"))
+    return Transfer(
+        req, host, init_ports, alloc_ports, overlap, wants_first_token=wants_first_token
+    )
 
 
 def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:

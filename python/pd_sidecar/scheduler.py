@@ -134,6 +134,7 @@ class Scheduler:
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
                 blocks=list(blocks),
+                written=state.transfer.written,
             )
         )
 
@@ -268,11 +269,19 @@ class Scheduler:
             state.phase = PushPhase.HELD
             self._held += 1
             self._next.finished.append(engine_id)
-            return True, {"pushed": True, "req_id": state.to.req}
+            return True, _response(state)
         if state.phase is PushPhase.RUNNING:
             self._next.cancelled.append(engine_id)
         del self._states[engine_id]
         return False, None
+
+
+def _response(state: Push) -> dict[str, Any]:
+    """`kv_transfer_params` of a prefill leg's answer."""
+    response: dict[str, Any] = {"pushed": True, "req_id": state.to.req}
+    if state.to.wants_first_token and state.request.output_token_ids:
+        response["first_tok"] = state.request.output_token_ids[0]
+    return response
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:

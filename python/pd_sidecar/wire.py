@@ -115,6 +115,7 @@ class Await(_Message):
     tokens: int
     have_tokens: int
     deadline_ms: int
+    written: bool = False
 
 
 class Release(_Message):

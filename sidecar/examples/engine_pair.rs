@@ -76,6 +76,7 @@ impl Pair {
             tokens,
             have_tokens: 0,
             deadline_ms: 10_000,
+            written: false,
         }))?;
         // The decode request has parked long before its prefill ends, as it does between engines.
         std::thread::sleep(Duration::from_millis(2));

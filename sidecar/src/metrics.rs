@@ -287,7 +287,7 @@ fn seconds(us: u64) -> f64 {
 /// The `reason` of a request that ended well.
 const OK: &str = "ok";
 const WIRES: [&str; 2] = ["nixl", "tcp"];
-const PORTS: [&str; 5] = ["init", "alloc", "local", "tcp", "admin"];
+const PORTS: [&str; 6] = ["init", "alloc", "query", "local", "tcp", "admin"];
 
 #[cfg(test)]
 mod tests;

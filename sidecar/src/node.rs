@@ -195,7 +195,16 @@ impl Builder {
         let buffer = self.buffer(Side::Receiver, rank)?;
         let listen = self.config.listen.clone();
         let ports = listen.as_ref().and_then(|l| l.ranks.get(rank as usize));
-        let (Some(listen), Some(&RankPorts { init, alloc, tcp })) = (&listen, ports) else {
+        let (
+            Some(listen),
+            Some(&RankPorts {
+                init,
+                alloc,
+                query,
+                tcp,
+            }),
+        ) = (&listen, ports)
+        else {
             // `Config` is checked to have ports for every rank of a receiver.
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
@@ -206,6 +215,14 @@ impl Builder {
         let alloc = bind(alloc, MAX_ALLOC_BYTES)
             .await
             .map_err(anyhow::Error::from)?;
+        let query = match query {
+            Some(port) => Some(
+                bind(port, MAX_ALLOC_BYTES)
+                    .await
+                    .map_err(anyhow::Error::from)?,
+            ),
+            None => None,
+        };
         info!(
             rank,
             host = listen.host,
@@ -220,7 +237,7 @@ impl Builder {
         });
         let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
         self.shown.wires(Side::Receiver, rank, wires.clone());
-        let side = LandSide::new(self.context(rank, wires), buffer, init, alloc);
+        let side = LandSide::new(self.context(rank, wires), buffer, init, alloc, query);
         let engines = self.door(Side::Receiver, rank);
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));

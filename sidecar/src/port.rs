@@ -1,6 +1,7 @@
-//! Who listens on a port: for the error of a bind that fails.
+//! Who listens on a port, for the error of a bind that fails, and who is at the other end of a connection.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 /// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; absent if nobody
@@ -20,6 +21,36 @@ pub(crate) fn holder(port: u16) -> Option<String> {
     if inodes.is_empty() {
         return None;
     }
+    Some(match owner(&inodes) {
+        Some(pid) => {
+            let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("process {pid} ({})", command.trim())
+        }
+        None => "a process of another user".to_owned(),
+    })
+}
+
+/// The process on this host that has a connection from `peer` to our `port`, if the kernel shows it.
+pub(crate) fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
+    let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|table| fs::read_to_string(table).ok())
+        .flat_map(|table| {
+            table
+                .lines()
+                .filter_map(|line| connection_inode(line, peer, port))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    if inodes.is_empty() {
+        return None;
+    }
+    owner(&inodes)
+}
+
+/// The process that holds one of these sockets.
+fn owner(inodes: &[String]) -> Option<u32> {
     let targets: Vec<String> = inodes.iter().map(|i| format!("socket:[{i}]")).collect();
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let name = process.file_name();
@@ -27,11 +58,10 @@ pub(crate) fn holder(port: u16) -> Option<String> {
             continue;
         };
         if holds(&process.path(), &targets) {
-            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            return Some(format!("process {pid} ({})", command.trim()));
+            return Some(pid);
         }
     }
-    Some("a process of another user".to_owned())
+    None
 }
 
 /// The inode of a line of `/proc/net/tcp` if it is a listener on `port`.
@@ -40,6 +70,35 @@ fn listener_inode(line: &str, port: u16) -> Option<&str> {
     let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
     let listens = *fields.get(3)? == LISTEN;
     (listens && u16::from_str_radix(local_port, 16) == Ok(port)).then_some(*fields.get(9)?)
+}
+
+/// The inode of a line of `/proc/net/tcp` if it is `peer`'s end of a connection to `port`.
+fn connection_inode(line: &str, peer: SocketAddr, port: u16) -> Option<&str> {
+    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+    let (address, local_port) = fields.get(1)?.rsplit_once(':')?;
+    let (_, remote_port) = fields.get(2)?.rsplit_once(':')?;
+    let is = |text: &str, wanted: u16| u16::from_str_radix(text, 16) == Ok(wanted);
+    let connected = *fields.get(3)? == ESTABLISHED;
+    let same = address.eq_ignore_ascii_case(&as_in_proc(peer.ip()))
+        || matches!(peer.ip(), IpAddr::V4(v4)
+            if address.eq_ignore_ascii_case(&as_in_proc(v4.to_ipv6_mapped().into())));
+    (connected && same && is(local_port, peer.port()) && is(remote_port, port))
+        .then_some(*fields.get(9)?)
+}
+
+/// The kernel prints addresses as words of 32 bits in its own byte order.
+fn as_in_proc(address: IpAddr) -> String {
+    let words = |bytes: &[u8]| -> String {
+        let (words, _) = bytes.as_chunks::<4>();
+        words
+            .iter()
+            .map(|word| format!("{:08X}", u32::from_ne_bytes(*word)))
+            .collect()
+    };
+    match address {
+        IpAddr::V4(v4) => words(&v4.octets()),
+        IpAddr::V6(v6) => words(&v6.octets()),
+    }
 }
 
 fn holds(process: &Path, targets: &[String]) -> bool {
@@ -57,6 +116,8 @@ fn holds(process: &Path, targets: &[String]) -> bool {
 
 /// `TCP_LISTEN` in the state column.
 const LISTEN: &str = "0A";
+/// `TCP_ESTABLISHED`.
+const ESTABLISHED: &str = "01";
 
 #[cfg(test)]
 mod tests {
@@ -73,5 +134,22 @@ mod tests {
         );
         drop(listener);
         assert_eq!(holder(port), None);
+    }
+
+    #[test]
+    fn finds_the_process_at_the_other_end() {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = std::net::TcpListener::bind(host) else {
+                continue; // no IPv6 here
+            };
+            let address = listener.local_addr().unwrap();
+            let client = std::net::TcpStream::connect(address).unwrap();
+            let peer = client.local_addr().unwrap();
+            assert_eq!(
+                process_behind(peer, address.port()),
+                Some(std::process::id())
+            );
+            assert_eq!(process_behind(peer, address.port() ^ 1), None);
+        }
     }
 }

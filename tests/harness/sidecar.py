@@ -40,6 +40,8 @@ class SidecarOptions:
     no_push: bool = NO_PUSH
     # Keys below `sidecar:` of the file.
     keys: dict[str, object] = field(default_factory=dict)
+    # LMCache's keys, at the top of the file.
+    lmcache: dict[str, object] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -154,6 +156,7 @@ class Sidecar(Part):
             "pd_buffer_device": "cpu",
             "chunk_size": CHUNK_TOKENS,
             "pre_caching_hash_algorithm": "sha256_cbor",
+            **options.lmcache,
         }
         if options.role != "sender":
             values |= {

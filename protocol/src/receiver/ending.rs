@@ -85,6 +85,9 @@ impl Receiver {
         let Some(lease) = self.requests.get(id).and_then(Request::lease) else {
             return;
         };
+        if lease.sender.is_lmcache() {
+            return; // it does not know the word, and has written everything
+        }
         let unwanted = Unwanted {
             lease: lease.id,
             epoch: self.config.epoch,

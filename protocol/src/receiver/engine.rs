@@ -14,7 +14,7 @@ impl Receiver {
             self.tell_ended(engine, &id, Some(reason), 0);
             return;
         }
-        let now = self.now;
+        let (now, written) = (self.now, message.written);
         let request = self
             .requests
             .entry(id.clone())
@@ -31,6 +31,7 @@ impl Receiver {
             no_sender: now + self.config.no_sender,
         });
         match &request.supply {
+            Supply::None if written => self.claim(&id),
             Supply::None => {}
             Supply::Held(_) => self.consider(&id),
             Supply::Leased(lease) => {

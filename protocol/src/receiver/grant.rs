@@ -59,6 +59,7 @@ impl Receiver {
                 self.waiting.push_back(id);
             }
         }
+        self.lend(blocked);
     }
 
     /// Decides about an alloc request that has no answer yet.

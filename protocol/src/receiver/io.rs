@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::local::{Await, Ended, OfRequest, Ready, Release};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
-use crate::{EngineId, Epoch, LeaseId, SlotIndex};
+use crate::{EngineId, Epoch, Layout, LeaseId, SlotIndex};
 
 /// Where answers to a sender go: one number per identity of the alloc socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -46,6 +46,12 @@ pub struct Config {
     pub max_lease: Duration,
     /// Longest time that an alloc request is held.
     pub max_wait: Duration,
+    /// How long a question of LMCache's is held for room.
+    #[serde(default)]
+    pub lmcache_wait: Duration,
+    /// What a chunk looks like, to compare with LMCache's questions; without it they are refused.
+    #[serde(default)]
+    pub layout: Option<Layout>,
     /// Seed of the lease ids.
     pub seed: u64,
 }
@@ -59,6 +65,23 @@ pub enum Event {
         route: Route,
         /// The message.
         message: ToReceiver,
+    },
+    /// Before the first message without `x` of a connection: whose it is. `id` begins with the peer's
+    /// host and a `/`; the epoch is 0.
+    Introduced {
+        /// The connection.
+        route: Route,
+        /// The sender.
+        sender: SenderId,
+        /// It knows the slots as they are now; else it is lent none.
+        linked: bool,
+    },
+    /// The answer to [`Action::Look`].
+    Looked {
+        /// Slots of which no mark is left.
+        gone: Vec<SlotIndex>,
+        /// Slots of which some marks still stand.
+        there: Vec<SlotIndex>,
     },
     /// A sender's control connection ended.
     PeerLost {
@@ -122,6 +145,17 @@ pub enum Action {
         lease: LeaseId,
         /// The wire that the sender named.
         transport: String,
+    },
+    /// Put marks all over this slot, before anything is sent: random bytes, remembered until the next
+    /// `Mark` of the slot.
+    Mark {
+        /// The slot.
+        slot: SlotIndex,
+    },
+    /// Look which of these slots still have marks, then say [`Event::Looked`].
+    Look {
+        /// The slots.
+        slots: Vec<SlotIndex>,
     },
     /// A request has ended.
     Record(Record),

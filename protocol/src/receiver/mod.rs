@@ -28,6 +28,7 @@ mod ending;
 mod engine;
 mod grant;
 mod io;
+mod lmcache;
 mod peer;
 mod request;
 
@@ -41,6 +42,7 @@ use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
 use crate::slots::Slots;
 pub use io::{Action, Config, Event, Gauges, Route, SenderId};
+use lmcache::Lmcache;
 use request::{Chunk, Lease, Request, Supply};
 
 /// The receiving side of one rank. See the module's documentation.
@@ -55,6 +57,7 @@ pub struct Receiver {
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
     ended: Ended,
+    lmcache: Lmcache,
     rng: StdRng,
     draining: bool,
     actions: VecDeque<Action>,
@@ -88,6 +91,11 @@ impl Ended {
             self.reasons.remove(&oldest);
         }
     }
+
+    /// The id is in use again.
+    fn remove(&mut self, id: &RequestId) {
+        self.reasons.remove(id);
+    }
 }
 
 impl Receiver {
@@ -101,6 +109,7 @@ impl Receiver {
             waiting: VecDeque::new(),
             quarantine: BTreeMap::new(),
             ended: Ended::default(),
+            lmcache: Lmcache::default(),
             rng: StdRng::seed_from_u64(config.seed),
             draining: false,
             actions: VecDeque::new(),
@@ -114,6 +123,12 @@ impl Receiver {
         match event {
             Event::Peer { route, message } => self.on_message(route, message),
             Event::PeerLost { route } => self.on_peer_lost(route),
+            Event::Introduced {
+                route,
+                sender,
+                linked,
+            } => self.on_introduced(route, sender, linked),
+            Event::Looked { gone, there } => self.on_looked(&gone, &there),
             Event::Fenced { sender, lease } => self.on_fenced(&sender, lease),
             Event::Corrupt(lease) => self.on_corrupt(lease),
             Event::Await(engine, message) => self.on_await(engine, message),
@@ -124,6 +139,7 @@ impl Receiver {
             Event::Drain => self.draining = true,
         }
         self.on_deadlines();
+        self.on_lmcache_deadlines();
         self.serve();
     }
 
@@ -134,7 +150,8 @@ impl Receiver {
 
     /// When [`Event::Deadline`] is due at the latest.
     pub fn deadline(&self) -> Option<Time> {
-        self.requests.values().filter_map(Request::deadline).min()
+        let requests = self.requests.values().filter_map(Request::deadline);
+        requests.chain(self.lmcache.deadline()).min()
     }
 
     /// What the buffer holds now.
@@ -147,6 +164,8 @@ impl Receiver {
         for quarantine in self.quarantine.values() {
             gauges.quarantined += u32::try_from(quarantine.slots.len()).unwrap_or(u32::MAX);
         }
+        gauges.held += u32::try_from(self.lmcache.held()).unwrap_or(u32::MAX);
+        gauges.writing += u32::try_from(self.lmcache.writing()).unwrap_or(u32::MAX);
         for request in self.requests.values() {
             gauges.held += u32::try_from(request.lent.len()).unwrap_or(u32::MAX);
             if let Some(parked) = &request.parked {
@@ -162,7 +181,9 @@ impl Receiver {
 
     /// Nothing is under way: no request known, no slot held or quarantined.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.slots.free() == self.slots.total()
+        self.requests.is_empty()
+            && self.lmcache.is_idle()
+            && self.slots.free() == self.slots.total()
     }
 
     /// Bytes of a chunk that is open for writing under a lease, for checksums.

@@ -22,14 +22,7 @@ impl Receiver {
 
     fn on_alloc(&mut self, route: Route, asked: AllocRequest) {
         let Some(x) = asked.x.clone() else {
-            // A peer without `x` is LMCache. It never says that it has written, so a slot of it
-            // could not be shown before a peer's silence; it is refused in its own words.
-            let response = AllocResponse {
-                remote_indexes: vec![-1; asked.keys.len()],
-                already_sent_indexes: Vec::new(),
-                x: None,
-            };
-            self.send(route, ToSender::AllocResponse(response));
+            self.on_borrow(route, asked);
             return;
         };
         let id = RequestId(asked.req_id.clone());
@@ -247,16 +240,12 @@ impl Receiver {
             };
             self.send(route, ToSender::AllocResponse(response));
         } else {
-            let response = AllocResponse {
-                remote_indexes: Vec::new(),
-                already_sent_indexes: Vec::new(),
-                x: None,
-            };
-            self.send(route, ToSender::AllocResponse(response));
+            self.on_return(route, cancel);
         }
     }
 
     pub(super) fn on_peer_lost(&mut self, route: Route) {
+        self.lmcache.lost(route);
         let lost: Vec<RequestId> = self
             .requests
             .iter()

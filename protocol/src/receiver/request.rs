@@ -148,22 +148,7 @@ impl Request {
             parked: None,
             supply: Supply::None,
             lent: Vec::new(),
-            record: Record {
-                req: id.clone(),
-                peer: String::new(),
-                reason: None,
-                tokens: 0,
-                have_tokens: 0,
-                chunks: 0,
-                bytes: 0,
-                transport: String::new(),
-                alloc_us: 0,
-                gather_us: 0,
-                push_us: 0,
-                ready_us: 0,
-                scatter_us: 0,
-                windowed: 0,
-            },
+            record: Record::new(id.clone()),
         }
     }
 

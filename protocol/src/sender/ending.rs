@@ -19,11 +19,19 @@ impl Sender {
                     *chunk = Chunk::Remote { to };
                     self.slots.give(from);
                 }
+                Chunk::Filling { from } | Chunk::Full { from } | Chunk::Asked { from } => {
+                    *chunk = Chunk::Waiting;
+                    self.slots.give(from);
+                }
                 _ => {}
             }
         }
-        match &request.phase {
+        match &mut request.phase {
             Phase::Linking | Phase::Asking { .. } => self.forget(id),
+            Phase::Feeding(feeding) => {
+                feeding.over = true;
+                self.retire_fed(id);
+            }
             Phase::Leased(lease) => {
                 request.phase = Phase::Closing {
                     lease: lease.clone(),
@@ -162,7 +170,7 @@ impl Sender {
         let due: Vec<RequestId> = self
             .requests
             .iter()
-            .filter(|(_, r)| r.deadline(&self.config).is_some_and(|d| d <= now))
+            .filter(|(_, r)| self.deadline_of(r).is_some_and(|d| d <= now))
             .map(|(id, _)| id.clone())
             .collect();
         for id in due {
@@ -179,6 +187,14 @@ impl Sender {
         let done = request.is_done();
         match &mut request.phase {
             Phase::Linking => self.end(id, Reason::NoLink),
+            Phase::Feeding(feeding) => {
+                let waits = feeding.waits;
+                if waits.is_some_and(|since| self.lmcache_patience(since) <= now) {
+                    self.end(id, Reason::AllocTimeout);
+                } else if stalled {
+                    self.end(id, Reason::Deadline);
+                }
+            }
             Phase::Asking { sent, first, .. } => {
                 let patience = self.config.wait + self.config.park + self.config.repeat * PATIENCE;
                 if *first + patience <= now {
@@ -260,4 +276,4 @@ impl Sender {
 }
 
 /// How often a message is repeated in vain before its receiver is given up.
-const PATIENCE: u32 = 6;
+pub(super) const PATIENCE: u32 = 6;

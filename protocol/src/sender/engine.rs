@@ -27,12 +27,21 @@ impl Sender {
             }
             return;
         }
+        if asked.keys.is_empty() {
+            // Nothing to move: the word to engine and proxy at once, and none to the receiver.
+            self.requests
+                .insert(id.clone(), Request::new(engine, asked, 0, self.now));
+            self.tell_done(&id, None);
+            self.forget(&id);
+            return;
+        }
         let to = asked.to.clone();
         let request = Request::new(engine, asked, self.next_order, self.now);
         self.next_order += 1;
         self.requests.insert(id.clone(), request);
         match self.links.get(&to) {
             Some(Link::Up { .. }) => self.ask(&id),
+            Some(Link::Lmcache(_)) => self.feed(&id),
             Some(Link::Making(_)) => {}
             None => {
                 self.links.insert(to.clone(), Link::Making(self.now));
@@ -47,7 +56,7 @@ impl Sender {
             Err(Reason::PushOff)
         } else if self.draining {
             Err(Reason::Draining)
-        } else if asked.req.0.is_empty() || asked.keys.is_empty() || chunks != asked.keys.len() {
+        } else if asked.req.0.is_empty() || chunks != asked.keys.len() {
             Err(Reason::BadRequest)
         } else if self.requests.contains_key(&asked.req) {
             Err(Reason::Duplicate)
@@ -111,7 +120,7 @@ impl Sender {
         let lease = self.config.heartbeat * HEARTBEATS_PER_LEASE;
         AllocRequest {
             keys: request.keys.clone(),
-            fmt: if layout.mla { KV_MLA_FMT } else { KV_2LTD },
+            fmt: layout.format(),
             shape: layout.shape(full.min(request.tokens)),
             dtype: layout.dtype.clone(),
             last_chunk_toks: last,
@@ -156,11 +165,20 @@ impl Sender {
         request.progress = self.now;
         request.record.gather_us += message.gather_us;
         for &index in &message.chunks {
-            if let Some(chunk) = request.chunks.get_mut(index as usize)
-                && let Chunk::Granted { from, to } = *chunk
-            {
-                *chunk = Chunk::Staged { from, to };
+            let Some(chunk) = request.chunks.get_mut(index as usize) else {
+                continue;
+            };
+            match *chunk {
+                Chunk::Granted { from, to } => *chunk = Chunk::Staged { from, to },
+                Chunk::Filling { from } => *chunk = Chunk::Full { from },
+                _ => {}
             }
+        }
+        if let Phase::Feeding(feeding) = &mut request.phase {
+            feeding.waits.get_or_insert(self.now);
+            let to = request.to.clone();
+            self.ask_lmcache(&to);
+            return;
         }
         self.post(&message.req);
     }
@@ -190,18 +208,17 @@ impl Sender {
         }
     }
 
-    pub(super) fn on_linked(&mut self, to: &Target, epoch: Epoch, v: u32, transport: String) {
-        if v == 0 {
-            // LMCache's receivers show a slot before it is written; they are not pushed to.
-            self.on_link_lost(to, Reason::NoLink);
-            return;
-        }
-        self.links.insert(to.clone(), Link::Up { epoch, transport });
+    pub(super) fn on_linked(&mut self, to: &Target, link: Link) {
+        let epoch = match &link {
+            Link::Up { epoch, .. } => Some(*epoch),
+            Link::Lmcache(_) | Link::Making(_) => None,
+        };
+        self.links.insert(to.clone(), link);
         // The link leads to other memory than the one that these leases are for.
         let stale: Vec<RequestId> = self
             .requests
             .iter()
-            .filter(|(_, r)| r.to == *to && r.lease().is_some_and(|l| l.epoch != epoch))
+            .filter(|(_, r)| r.to == *to && r.lease().is_some_and(|l| Some(l.epoch) != epoch))
             .map(|(id, _)| id.clone())
             .collect();
         for id in stale {
@@ -216,17 +233,17 @@ impl Sender {
             .map(|(id, _)| id.clone())
             .collect();
         for id in waiting {
-            self.ask(&id);
+            if epoch.is_some() {
+                self.ask(&id);
+            } else {
+                self.feed(&id);
+            }
         }
     }
 }
 
 /// A lease outlives two lost heartbeats.
 const HEARTBEATS_PER_LEASE: u32 = 3;
-/// LMCache's `MemoryFormat`.
-const KV_2LTD: u32 = 1;
-/// LMCache's `MemoryFormat`.
-const KV_MLA_FMT: u32 = 6;
 
 fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)

@@ -63,6 +63,9 @@ pub enum Event {
         slots: u32,
         /// The wire that was chosen.
         transport: String,
+        /// LMCache's asynchronous receiver, which takes keys back.
+        #[serde(default)]
+        cancels: bool,
     },
     /// The init handshake failed, or the link is gone. Writes under way report on their own.
     LinkLost {

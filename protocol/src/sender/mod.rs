@@ -14,6 +14,7 @@
 mod ending;
 mod engine;
 mod io;
+mod lmcache;
 mod peer;
 mod push;
 mod request;
@@ -25,7 +26,9 @@ use crate::message::ToReceiver;
 use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
+use ending::PATIENCE;
 pub use io::{Action, Config, Event, Gauges, Piece};
+use lmcache::Foreign;
 use request::{Phase, Request};
 
 /// The sending side of one rank. See the module's documentation.
@@ -53,6 +56,8 @@ enum Link {
     Making(Time),
     /// It is done.
     Up { epoch: Epoch, transport: String },
+    /// It is done; LMCache.
+    Lmcache(Foreign),
 }
 
 /// How many leases with dirty slots are remembered.
@@ -88,11 +93,18 @@ impl Sender {
             Event::EngineGone(engine) => self.on_engine_gone(engine),
             Event::Linked {
                 to,
+                epoch: _,
+                v: 0,
+                slots,
+                transport,
+                cancels,
+            } => self.on_linked(&to, Link::Lmcache(Foreign::new(slots, transport, cancels))),
+            Event::Linked {
+                to,
                 epoch,
-                v,
                 transport,
                 ..
-            } => self.on_linked(&to, epoch, v, transport),
+            } => self.on_linked(&to, Link::Up { epoch, transport }),
             Event::LinkLost { to, reason } => self.on_link_lost(&to, reason),
             Event::Peer { to, message } => self.on_message(&to, message),
             Event::Done { transfer, sums } => self.on_done(transfer, &sums),
@@ -113,11 +125,11 @@ impl Sender {
     pub fn deadline(&self) -> Option<Time> {
         let links = self.links.values().filter_map(|link| match link {
             Link::Making(since) => Some(*since + self.config.link),
-            Link::Up { .. } => None,
+            Link::Up { .. } | Link::Lmcache(_) => None,
         });
         self.requests
             .values()
-            .filter_map(|r| r.deadline(&self.config))
+            .filter_map(|r| self.deadline_of(r))
             .chain(links)
             .min()
     }
@@ -166,11 +178,27 @@ impl Sender {
     }
 }
 
+impl Sender {
+    fn deadline_of(&self, request: &Request) -> Option<Time> {
+        match &request.phase {
+            // A write under way ends by itself: the transport bounds it.
+            Phase::Feeding(feeding) if feeding.over => None,
+            Phase::Feeding(feeding) => {
+                let stalled = request.progress + self.config.stall;
+                let patience = feeding.waits.map(|since| self.lmcache_patience(since));
+                Some(patience.map_or(stalled, |p| p.min(stalled)))
+            }
+            _ => request.deadline(&self.config),
+        }
+    }
+}
+
 impl Request {
     /// The next time at which something about this request is due.
     fn deadline(&self, config: &Config) -> Option<Time> {
         let stalled = self.progress + config.stall;
         match &self.phase {
+            Phase::Feeding(_) => None,
             Phase::Linking => Some(stalled),
             Phase::Asking { sent, .. } => Some(stalled.min(*sent + config.repeat)),
             Phase::Leased(lease) if self.is_done() => Some(lease.spoke + config.repeat),

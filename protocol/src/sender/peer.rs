@@ -21,6 +21,7 @@ impl Sender {
 
     fn on_response(&mut self, to: &Target, response: &AllocResponse) {
         let Some(x) = &response.x else {
+            self.on_lmcache_response(to, response);
             return;
         };
         let asked = self.requests.iter().find_map(|(id, r)| match &r.phase {

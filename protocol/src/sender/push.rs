@@ -16,7 +16,11 @@ impl Sender {
         let mut order: Vec<(u64, RequestId)> = self
             .requests
             .iter()
-            .filter(|(_, r)| matches!(r.phase, Phase::Leased(_)))
+            .filter(|(_, r)| match &r.phase {
+                Phase::Leased(_) => true,
+                Phase::Feeding(feeding) => !feeding.over,
+                _ => false,
+            })
             .map(|(id, r)| (r.order, id.clone()))
             .collect();
         order.sort_unstable();
@@ -31,8 +35,10 @@ impl Sender {
                 slots: Vec::new(),
             };
             for index in 0..request.chunks.len() {
-                let Chunk::Remote { to } = request.chunks[index] else {
-                    continue;
+                let to = match request.chunks[index] {
+                    Chunk::Remote { to } => Some(to),
+                    Chunk::Waiting if matches!(request.phase, Phase::Feeding(_)) => None,
+                    _ => continue,
                 };
                 if request.span(index, chunk_tokens).1 > request.upto {
                     break;
@@ -40,7 +46,10 @@ impl Sender {
                 let Some(from) = self.slots.take() else {
                     break;
                 };
-                request.chunks[index] = Chunk::Granted { from, to };
+                request.chunks[index] = match to {
+                    Some(to) => Chunk::Granted { from, to },
+                    None => Chunk::Filling { from },
+                };
                 granted
                     .chunks
                     .push(u32::try_from(index).unwrap_or(u32::MAX));
@@ -111,12 +120,10 @@ impl Sender {
         let Some(id) = self.settle(transfer, |sum, to| Chunk::Done { to, sum }, sums) else {
             return;
         };
-        if matches!(
-            self.requests.get(&id).map(|r| &r.phase),
-            Some(Phase::Closing { .. })
-        ) {
-            self.close(&id);
-            return;
+        match self.requests.get(&id).map(|r| &r.phase) {
+            Some(Phase::Closing { .. }) => return self.close(&id),
+            Some(Phase::Feeding(_)) => return self.finish_fed(&id),
+            _ => {}
         }
         self.send_written(&id);
         if self.requests.get(&id).is_some_and(super::Request::is_done) {
@@ -128,6 +135,13 @@ impl Sender {
         let request = self.transfers.get(&transfer);
         let request = request.and_then(|id| self.requests.get_mut(id));
         if let (false, Some(request)) = (terminal, request) {
+            let positions = (0u32..)
+                .zip(&request.chunks)
+                .filter(|(_, c)| matches!(c, Chunk::Posted { transfer: t, .. } if *t == transfer));
+            let positions: Vec<u32> = positions.map(|(i, _)| i).collect();
+            if let Phase::Feeding(feeding) = &mut request.phase {
+                feeding.dirty.extend(positions);
+            }
             let slots: Vec<u32> = request
                 .chunks
                 .iter()
@@ -149,6 +163,7 @@ impl Sender {
         };
         self.end(&id, Reason::TransferFailed);
         self.close(&id);
+        self.retire_fed(&id);
     }
 
     /// Takes a write off the books: its chunks become what `next` says, its send slots are free.

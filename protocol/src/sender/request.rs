@@ -1,5 +1,6 @@
 //! What the sender knows of one request, in one place.
 
+use super::lmcache::Feeding;
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
 use crate::record::Record;
@@ -45,6 +46,8 @@ pub(super) enum Phase {
     Asking { seq: u64, sent: Time, first: Time },
     /// The receiver lets us write.
     Leased(Lease),
+    /// To an LMCache receiver.
+    Feeding(Feeding),
     /// No write is posted any more; the receiver is told once the last one has ended.
     Closing {
         lease: Lease,
@@ -86,6 +89,12 @@ pub(super) enum Chunk {
     Granted { from: SlotIndex, to: SlotIndex },
     /// The slot is complete.
     Staged { from: SlotIndex, to: SlotIndex },
+    /// To an LMCache receiver: the engine may fill the slot.
+    Filling { from: SlotIndex },
+    /// To an LMCache receiver: complete, its key has not been asked for.
+    Full { from: SlotIndex },
+    /// To an LMCache receiver: its key has been asked for.
+    Asked { from: SlotIndex },
     /// A write is under way.
     Posted {
         from: SlotIndex,
@@ -102,9 +111,12 @@ impl Chunk {
     /// The slot of the send buffer that this chunk holds.
     pub(super) fn local(self) -> Option<SlotIndex> {
         match self {
-            Self::Granted { from, .. } | Self::Staged { from, .. } | Self::Posted { from, .. } => {
-                Some(from)
-            }
+            Self::Granted { from, .. }
+            | Self::Staged { from, .. }
+            | Self::Filling { from }
+            | Self::Full { from }
+            | Self::Asked { from }
+            | Self::Posted { from, .. } => Some(from),
             _ => None,
         }
     }
@@ -121,20 +133,9 @@ impl Request {
             engine: Some(engine),
             chunks: vec![Chunk::Waiting; asked.keys.len()],
             record: Record {
-                req: asked.req,
                 peer: format!("{}:{}", asked.to.host, asked.to.alloc_port),
-                reason: None,
                 tokens: asked.tokens,
-                have_tokens: 0,
-                chunks: 0,
-                bytes: 0,
-                transport: String::new(),
-                alloc_us: 0,
-                gather_us: 0,
-                push_us: 0,
-                ready_us: 0,
-                scatter_us: 0,
-                windowed: 0,
+                ..Record::new(asked.req)
             },
             to: asked.to,
             keys: asked.keys,
@@ -153,14 +154,14 @@ impl Request {
     pub(super) fn lease(&self) -> Option<&Lease> {
         match &self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
         }
     }
 
     pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
         match &mut self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
         }
     }
 

@@ -324,6 +324,7 @@ impl World {
             tokens: plan.tokens,
             have_tokens: plan.have_tokens(),
             deadline_ms: u32::try_from(DEADLINE / MS).unwrap_or(u32::MAX),
+            written: false,
         };
         self.tell_receiver(receiver::Event::Await(engine, parked));
         self.decode.parked += 1;

@@ -261,6 +261,10 @@ impl World {
             receiver::Action::Open { lease, slot } => self.open_slot(lease, slot),
             receiver::Action::Close { slot } => self.close_slot(slot),
             receiver::Action::Fence { sender, lease, .. } => self.fence(&sender, lease),
+            // No peer here is LMCache: see tests/lmcache.rs.
+            receiver::Action::Mark { .. } | receiver::Action::Look { .. } => {
+                self.fail("slots lent to nobody");
+            }
             receiver::Action::Record(_) => {}
         }
     }
@@ -371,6 +375,8 @@ fn new_receiver(epoch: u64, slots: u32) -> Receiver {
         unclaimed: 10 * s,
         max_lease: 30 * s,
         max_wait: 10 * s,
+        lmcache_wait: s / 2,
+        layout: Some(layout()),
         seed: epoch,
     })
 }

@@ -69,6 +69,7 @@ impl World {
             v: 1,
             slots: self.d_slots,
             transport: if self.wire.guarded { "tcp" } else { "nixl" }.into(),
+            cancels: false,
         };
         self.p.handle(protocol::Time(self.now), event);
     }

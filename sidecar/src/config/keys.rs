@@ -135,6 +135,9 @@ keys! {
         pd_peer_init_port: Ports = Default::Required("for a receiver"), flag "--init-port", also "nixl_peer_init_port";
         /// Receiver: port of the alloc requests, one a rank.
         pd_peer_alloc_port: Ports = Default::Required("for a receiver"), flag "--alloc-port", also "nixl_peer_alloc_port";
+        /// Receiver: port on which LMCache's bidirectional senders ask what they could read back, one a
+        /// rank. The answer is always nothing: slots are transit.
+        pd_peer_query_port: Ports = Default::None;
         /// Host of the proxy's registration port.
         pd_proxy_host: Host = Default::None, also "nixl_proxy_host";
         /// The proxy's registration port.
@@ -186,7 +189,8 @@ keys! {
         insecure: bool = Default::Value("off"), flag "--insecure";
         /// Sender: time between two signs of life under a lease; three missed end it.
         heartbeat_ms: Millis = Default::Value("1000");
-        /// Sender: how long a receiver may hold a request for room.
+        /// Sender: how long a receiver may hold a request for room. Receiver: how long one of LMCache's
+        /// senders is held for it, which say nothing themselves.
         wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
         /// Sender: how long a receiver may hold a request for its decode leg to park.
         park_ms: Millis = Default::Value("50");
@@ -203,7 +207,8 @@ keys! {
         no_sender_ms: Millis = Default::Value("5000");
         /// Receiver: how long written KV waits for a decode request.
         unclaimed_ms: Millis = Default::Value("10000");
-        /// Receiver: the longest silence that a sender may ask for.
+        /// Receiver: the longest silence that a sender may ask for, and how long slots are lent to
+        /// LMCache's senders.
         max_lease_ms: Millis = Default::Value("30000");
         /// Requests under way at once and rank; more are refused as `busy`.
         max_requests: Count<1> = Default::Value("1024");

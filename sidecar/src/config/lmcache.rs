@@ -104,10 +104,6 @@ fn key(name: &'static str) -> Key {
 /// LMCache 0.5.6's keys that have no effect, by reason.
 pub(crate) const GROUPS: &[Group] = &[
     Group {
-        why: "the sidecar asks no peer for pages; only LMCache's bidirectional mode does",
-        keys: &["pd_peer_query_port"],
-    },
-    Group {
         why: "the sidecar waits for events and does not poll",
         keys: &["pd_condition_poll_interval_sec"],
     },
@@ -219,6 +215,7 @@ pub(crate) const GROUPS: &[Group] = &[
         why: "a setting of LMCache's process, not of transfers",
         keys: &[
             "py_enable_gc",
+            "run_script_api_enabled",
             "internal_api_server_enabled",
             "internal_api_server_host",
             "internal_api_server_port_start",

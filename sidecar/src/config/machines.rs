@@ -50,6 +50,8 @@ impl Config {
             unclaimed: times.unclaimed,
             max_lease: times.max_lease,
             max_wait: times.max_wait,
+            lmcache_wait: times.wait.min(times.max_wait),
+            layout: Some(layout.clone()),
             // Lease ids are permissions, so nobody may guess where they begin.
             seed: rand::random(),
         })

@@ -93,6 +93,8 @@ pub(crate) struct RankPorts {
     pub(crate) init: u16,
     /// Alloc requests.
     pub(crate) alloc: u16,
+    /// Questions of LMCache's bidirectional mode.
+    pub(crate) query: Option<u16>,
     /// Data of the built-in TCP transport; 0 is any free one.
     pub(crate) tcp: u16,
 }

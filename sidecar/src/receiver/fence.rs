@@ -42,14 +42,21 @@ impl Fences {
             id: hello.id.clone(),
             epoch: hello.epoch,
         };
-        if hello.host != host::identity() || self.processes.contains_key(&sender) {
+        if hello.host == host::identity() {
+            self.watch(sender, hello.pid);
+        }
+    }
+
+    /// A sender's process is on this host.
+    pub(super) fn watch(&mut self, sender: SenderId, pid: u32) {
+        if self.processes.contains_key(&sender) {
             return;
         }
         if self.processes.len() >= MAX_PROCESSES {
             self.processes.pop_first();
         }
-        let pid = i32::try_from(hello.pid).ok().and_then(Pid::from_raw);
-        let opened = pid.map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK));
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let opened = number.map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK));
         #[expect(
             deprecated,
             reason = "sound for an `OwnedFd`, and the successor is unsafe"
@@ -60,7 +67,7 @@ impl Fences {
                 self.processes.insert(sender, Arc::new(fd));
             }
             Some(Err(error)) => {
-                warn!(sender = hello.id, pid = hello.pid, %error, "the sender's process cannot be watched");
+                warn!(sender = sender.id, pid, %error, "the sender's process cannot be watched");
             }
             None => {}
         }

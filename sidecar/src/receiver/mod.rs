@@ -2,18 +2,20 @@
 //! landing buffer.
 
 mod fence;
+mod marks;
+mod strangers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::dlist::Memory;
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{Hello, Init, Pages, ToReceiver, Written};
+use protocol::message::{CacheQueryResponse, Hello, Init, Pages, Query, ToReceiver, Written};
 use protocol::receiver::{Action, Event, Receiver, Route};
-use protocol::{EngineId, Epoch, LeaseId, VERSION, codec};
+use protocol::{EngineId, Epoch, LeaseId, SlotIndex, VERSION, codec};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::engines::{Cut, Engines};
 use crate::host;
@@ -21,8 +23,10 @@ use crate::init::{self, Answer, Identity};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Gauges, Linger, Side, SideContext};
-use crate::zmq::{FromPeer, RouterServer};
+use crate::zmq::{Closed, FromPeer, RouterServer};
 use fence::Fences;
+use marks::Marks;
+use strangers::Strangers;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -33,9 +37,15 @@ pub(crate) struct LandSide {
     buffer: Arc<Buffer>,
     init: RouterServer,
     alloc: RouterServer,
+    /// LMCache's bidirectional mode only.
+    query: Option<RouterServer>,
     identity: Identity,
     /// Init requests of LMCache peers that came before the engine.
     early: Vec<(Route, Vec<u8>)>,
+    /// Their questions for slots, of senders that have known us before.
+    early_asks: Vec<(Route, ToReceiver)>,
+    strangers: Strangers,
+    marks: Marks,
     fences: Fences,
     clock: Clock,
     linger: Linger,
@@ -48,6 +58,7 @@ impl LandSide {
         buffer: Arc<Buffer>,
         init: RouterServer,
         alloc: RouterServer,
+        query: Option<RouterServer>,
     ) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
@@ -67,6 +78,7 @@ impl LandSide {
             buffer,
             init,
             alloc,
+            query,
             identity: Identity {
                 hello,
                 metadata: context.wires.metadata(),
@@ -79,6 +91,9 @@ impl LandSide {
                 },
             },
             early: Vec::new(),
+            early_asks: Vec::new(),
+            strangers: Strangers::default(),
+            marks: Marks::default(),
             fences: Fences::default(),
             clock: Clock::start(),
             linger: Linger::default(),
@@ -119,6 +134,14 @@ impl LandSide {
                         break;
                     }
                 },
+                received = next_query(&mut self.query) => match received {
+                    Ok(FromPeer::Message(route, bytes)) => self.on_query(route, &bytes),
+                    Ok(FromPeer::Lost(_)) => {}
+                    Err(error) => {
+                        error!(%error, "the query port is dead");
+                        break;
+                    }
+                },
                 (sender, lease) = self.fences.proven() => {
                     self.feed(Event::Fenced { sender, lease });
                 }
@@ -134,16 +157,32 @@ impl LandSide {
         }
         self.init.close().await;
         self.alloc.close().await;
+        if let Some(query) = self.query {
+            query.close().await;
+        }
     }
 
     fn on_init(&mut self, route: Route, bytes: &[u8]) {
-        if let Ok(Init::NixlInitRequest(request)) = codec::decode(bytes)
+        let request = codec::decode(bytes).ok();
+        if let Some(Init::NixlInitRequest(request)) = &request
             && let Some(hello) = &request.x
         {
             self.fences.introduce(hello);
         }
         match init::answer(bytes, &self.identity) {
             Answer::Reply(reply) => {
+                if let Some(Init::NixlMemRegRequest(request)) = request
+                    && request.x.is_none()
+                {
+                    let from = self.init.address(route).unwrap_or_default();
+                    info!(
+                        peer = from,
+                        name = request.local_id.escape_debug().to_string(),
+                        "an LMCache sender has the slots' addresses"
+                    );
+                    self.strangers
+                        .show(from, self.init.port(), &request.local_id);
+                }
                 if let Err(error) = self.init.send(route, reply) {
                     debug!(%error, "init answer not sent");
                 }
@@ -176,15 +215,32 @@ impl LandSide {
                     self.alloc.disconnect(route);
                 }
             },
-            FromPeer::Lost(route) => self.feed(Event::PeerLost { route }),
+            FromPeer::Lost(route) => {
+                self.strangers.lost(route);
+                self.early_asks.retain(|(early, _)| *early != route);
+                self.feed(Event::PeerLost { route });
+            }
         }
     }
 
     fn on_message(&mut self, route: Route, message: ToReceiver) {
+        let lmcache = match &message {
+            ToReceiver::AllocRequest(request) => request.x.is_none(),
+            ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
+            _ => false,
+        };
+        if self.machine.is_none() && lmcache && self.early_asks.len() < MAX_EARLY {
+            // LMCache waits for the answer without end, also if it is disconnected.
+            self.early_asks.push((route, message));
+            return;
+        }
         if self.machine.is_none() {
             // Without an engine there is no buffer to grant; the machine answers the next time.
             self.alloc.disconnect(route);
             return;
+        }
+        if lmcache {
+            self.introduce(route);
         }
         let corrupt = match &message {
             ToReceiver::Written(written) if !self.sums_match(written) => Some(written.lease),
@@ -193,6 +249,49 @@ impl LandSide {
         match corrupt {
             Some(lease) => self.feed(Event::Corrupt(lease)),
             None => self.feed(Event::Peer { route, message }),
+        }
+    }
+
+    /// Says whose connection it is, before its first message.
+    fn introduce(&mut self, route: Route) {
+        let from = self.alloc.address(route).unwrap_or_default().to_owned();
+        let identity = self.alloc.name(route).unwrap_or_default();
+        let port = self.alloc.port();
+        let Some(stranger) = self.strangers.meet(route, &from, port, &identity) else {
+            return;
+        };
+        if !stranger.linked {
+            warn!(
+                peer = stranger.sender.id,
+                "an LMCache sender that linked with a receiver before this one: it is lent no slots until it restarts"
+            );
+        }
+        if let Some(process) = stranger.process {
+            self.fences.watch(stranger.sender.clone(), process);
+        }
+        self.feed(Event::Introduced {
+            route,
+            sender: stranger.sender,
+            linked: stranger.linked,
+        });
+    }
+
+    /// LMCache's bidirectional mode asks what could be read back: nothing, slots are transit.
+    fn on_query(&mut self, route: Route, bytes: &[u8]) {
+        let Some(query) = &mut self.query else {
+            return;
+        };
+        if let Ok(Query::CacheQueryRequest(_)) = codec::decode(bytes) {
+            let nothing = Query::CacheQueryResponse(CacheQueryResponse {
+                cached_keys: Vec::new(),
+                cached_indexes: Vec::new(),
+            });
+            if let Err(error) = query.send(route, codec::encode(&nothing)) {
+                debug!(%error, "query not answered");
+            }
+        } else {
+            self.context.malformed("query");
+            query.disconnect(route);
         }
     }
 
@@ -268,11 +367,16 @@ impl LandSide {
                 slot_bytes: cut.slot_bytes,
             },
         };
+        self.strangers.forget();
+        self.marks = Marks::default();
         for (route, request) in std::mem::take(&mut self.early) {
             self.on_init(route, &request);
         }
         self.context.trace.begin_receiver(&config);
         self.machine = Some(Receiver::new(config));
+        for (route, message) in std::mem::take(&mut self.early_asks) {
+            self.on_message(route, message);
+        }
     }
 
     fn feed(&mut self, event: Event) {
@@ -281,15 +385,19 @@ impl LandSide {
         };
         let now = self.clock.now();
         self.context.trace.receiver_event(now, &event);
-        let message = !matches!(event, Event::Deadline);
+        let message = !matches!(event, Event::Deadline | Event::Looked { .. });
         machine.handle(now, event);
         if message {
             self.linger.moved(machine.is_idle());
         }
         let mut fenced = BTreeMap::new();
+        let mut looks = Vec::new();
         while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
             self.context.trace.receiver_action(&action);
-            self.act(action, &mut fenced);
+            match action {
+                Action::Look { slots } => looks.extend(slots),
+                action => self.act(action, &mut fenced),
+            }
         }
         let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
         self.context.wires.expect(writing > 0);
@@ -299,6 +407,17 @@ impl LandSide {
                 lease: Some(lease),
             });
         }
+        if !looks.is_empty() {
+            self.look(looks);
+        }
+    }
+
+    /// Looks for marks. An answer may ask for more looks, at most once for each slot.
+    fn look(&mut self, slots: Vec<SlotIndex>) {
+        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
+        let is_gone = |slot: &SlotIndex| self.marks.gone(&self.buffer, *slot, bytes);
+        let (gone, there) = slots.into_iter().partition(is_gone);
+        self.feed(Event::Looked { gone, there });
     }
 
     fn act(
@@ -328,7 +447,17 @@ impl LandSide {
                     self.fences.seek(sender, lease);
                 }
             }
+            Action::Mark { slot } => self.mark(slot),
+            // `feed` collects them.
+            Action::Look { .. } => {}
             Action::Record(record) => self.context.record(Side::Receiver, &record),
+        }
+    }
+
+    fn mark(&mut self, slot: SlotIndex) {
+        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
+        if let Err(error) = self.marks.put(&self.buffer, slot, bytes) {
+            error!(%slot, %error, "a slot takes no marks: it will count as not written");
         }
     }
 
@@ -355,5 +484,13 @@ impl LandSide {
     }
 }
 
-/// Init requests that wait for an engine; a peer beyond it is disconnected, and asks again.
+/// The next message of the query port; never, if there is none.
+async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed> {
+    match query {
+        Some(query) => query.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Requests of LMCache that wait for an engine; a peer beyond it is disconnected, and asks again.
 const MAX_EARLY: usize = 64;

@@ -134,6 +134,7 @@ impl Selftest {
                 ranks: vec![RankPorts {
                     init: 0,
                     alloc: 0,
+                    query: None,
                     tcp: 0,
                 }],
             }),

@@ -93,6 +93,7 @@ impl Rounds {
             tokens,
             have_tokens: 0,
             deadline_ms: 10_000,
+            written: false,
         };
         self.decode.send(&ToSidecar::Await(parked)).await?;
         let reserve = Reserve {

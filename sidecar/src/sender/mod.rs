@@ -22,7 +22,7 @@ use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Linger, Side, SideContext};
 use crate::transport::Outcome;
-use peers::{FromReceiver, Peers};
+use peers::{FromReceiver, Peers, ReceiverKind};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -150,12 +150,17 @@ impl SendSide {
                 epoch,
                 slots,
                 transport,
+                kind,
             } => self.feed(Event::Linked {
                 to,
                 epoch,
-                v: VERSION,
+                v: match kind {
+                    ReceiverKind::Ours => VERSION,
+                    ReceiverKind::Lmcache { .. } => 0,
+                },
                 slots,
                 transport,
+                cancels: kind == ReceiverKind::Lmcache { cancels: true },
             }),
             FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
         }

@@ -33,8 +33,18 @@ pub(super) enum FromReceiver {
         epoch: Epoch,
         slots: u32,
         transport: String,
+        kind: ReceiverKind,
     },
     Lost(Target, Reason),
+}
+
+/// Whose receiver it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReceiverKind {
+    /// A sidecar.
+    Ours,
+    /// LMCache's; the asynchronous one takes keys back.
+    Lmcache { cancels: bool },
 }
 
 /// Every receiver that this rank is linked to.
@@ -73,10 +83,23 @@ enum Internal {
 /// A handshake that went well.
 #[derive(Debug)]
 struct Made {
-    hello: Hello,
+    /// Absent for LMCache.
+    hello: Option<Hello>,
+    kind: ReceiverKind,
     slots: u32,
     link: Arc<dyn Link>,
     why: String,
+}
+
+impl Made {
+    /// For people.
+    fn name(&self) -> &str {
+        match (&self.hello, self.kind) {
+            (Some(hello), _) => &hello.id,
+            (None, ReceiverKind::Lmcache { cancels: true }) => "LMCache (async)",
+            (None, _) => "LMCache (sync)",
+        }
+    }
 }
 
 /// Messages to one receiver that may wait for its socket.
@@ -145,22 +168,23 @@ impl Peers {
             Internal::Up(to, made) => {
                 info!(
                     peer = peer.status.peer,
-                    receiver = made.hello.id,
+                    receiver = made.name(),
                     transport = %made.link.kind(),
                     reported = made.link.reported(),
                     why = made.why,
                     "linked"
                 );
-                peer.status.id.clone_from(&made.hello.id);
+                peer.status.id = made.name().to_owned();
                 peer.status.transport = made.link.kind().as_str();
                 peer.status.reported = made.link.reported();
                 peer.status.why = made.why;
                 peer.link = Some(made.link);
                 Some(FromReceiver::Linked {
                     to,
-                    epoch: made.hello.epoch,
+                    epoch: made.hello.as_ref().map_or(Epoch(0), |h| h.epoch),
                     slots: made.slots,
                     transport: peer.status.transport.to_owned(),
+                    kind: made.kind,
                 })
             }
             Internal::Failed(to, reason, error) => {
@@ -212,7 +236,7 @@ impl Peers {
             ours: Identity {
                 hello,
                 metadata: self.wires.metadata(),
-                rows: Vec::new(),
+                rows: self.wires.rows().into_iter().take(1).collect(),
                 memory: Memory::Dram,
                 pages: Pages {
                     v: VERSION,
@@ -294,7 +318,7 @@ impl Peers {
 struct PeerTask {
     to: Target,
     generation: u64,
-    /// A sender exports nothing: it has no rows and no pages.
+    /// A sender exports nothing: it has no pages, and a row only for LMCache, which insists on one.
     ours: Identity,
     wires: Wires,
     deadline: Duration,
@@ -322,6 +346,15 @@ impl PeerTask {
             let to = self.to.clone();
             return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
         };
+        let mut made = made;
+        if made.hello.is_none() {
+            let Some(cancels) = self.connected_to_router(&mut dealer).await else {
+                let error = "its alloc port does not answer".to_owned();
+                let to = self.to.clone();
+                return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
+            };
+            made.kind = ReceiverKind::Lmcache { cancels };
+        }
         self.say(Internal::Up(self.to.clone(), Box::new(made)))
             .await;
         loop {
@@ -333,7 +366,7 @@ impl PeerTask {
                     }
                 }
                 received = dealer.recv() => match received {
-                    Ok(FromServer::Connected) => {}
+                    Ok(FromServer::Connected { .. }) => {}
                     Ok(FromServer::Message(bytes)) => match codec::decode(&bytes) {
                         Ok(message) => {
                             self.say(Internal::Message(self.to.clone(), message)).await;
@@ -352,13 +385,10 @@ impl PeerTask {
         let linked = init::handshake(&self.to, &self.ours, self.deadline)
             .await
             .map_err(|e| (e.reason(), e.to_string()))?;
-        let Some(hello) = linked.hello else {
-            let text = "an LMCache receiver: pushing to it is not supported yet".to_owned();
-            return Err((Reason::NoLink, text));
-        };
+        let theirs = linked.hello.as_ref().map(|h| &h.transports[..]);
         let (transport, chosen) = self
             .wires
-            .choose(Some(&hello.transports), &self.to.host)
+            .choose(theirs, &self.to.host)
             .map_err(|e| (e.reason(), e.to_string()))?;
         let slots = linked.pages.slots;
         let remote = Remote {
@@ -375,11 +405,26 @@ impl PeerTask {
             .await
             .map_err(|e| (Reason::NoLink, e.to_string()))?;
         Ok(Made {
-            hello,
+            hello: linked.hello,
+            kind: ReceiverKind::Ours,
             slots,
             link,
             why: chosen.why,
         })
+    }
+
+    /// Waits for the connection to an LMCache receiver's alloc port; whether it is the asynchronous one's.
+    async fn connected_to_router(&self, dealer: &mut DealerClient) -> Option<bool> {
+        let connected = async {
+            loop {
+                match dealer.recv().await {
+                    Ok(FromServer::Connected { router }) => return Some(router),
+                    Ok(_) => {}
+                    Err(_) => return None,
+                }
+            }
+        };
+        tokio::time::timeout(self.deadline, connected).await.ok()?
     }
 
     async fn say(&self, event: Internal) {

@@ -31,7 +31,10 @@ pub(crate) struct DealerClient {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum FromServer {
     /// The connection stands (again).
-    Connected,
+    Connected {
+        /// The other side says that it is a ROUTER, not a REP.
+        router: bool,
+    },
     /// A message.
     Message(Bytes),
     /// The connection has ended; the next attempts are under way.
@@ -103,7 +106,8 @@ impl DealerClient {
                         while let Ok(event) = self.monitor.try_recv() {
                             self.note(&event);
                         }
-                        if self.news.contains(&FromServer::Connected) {
+                        let arrived = |news: &FromServer| matches!(news, FromServer::Connected { .. });
+                        if self.news.iter().any(arrived) {
                             self.news.push_back(FromServer::Message(payload));
                             continue;
                         }
@@ -135,9 +139,10 @@ impl DealerClient {
 
     fn note(&mut self, event: &MonitorEvent) {
         match event {
-            MonitorEvent::HandshakeSucceeded { .. } => {
+            MonitorEvent::HandshakeSucceeded { peer, .. } => {
                 self.connected = true;
-                self.news.push_back(FromServer::Connected);
+                let router = peer.peer_properties.socket_type == Some(SocketType::Router);
+                self.news.push_back(FromServer::Connected { router });
             }
             MonitorEvent::Disconnected { reason, .. } if self.connected => {
                 debug!(endpoint = %self.endpoint, ?reason, "receiver's connection ended");

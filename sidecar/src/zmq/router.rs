@@ -201,6 +201,11 @@ impl RouterServer {
         self.peers.get(&route).map(Peer::name)
     }
 
+    /// Address of the peer, `ip:port`.
+    pub(crate) fn address(&self, route: Route) -> Option<&str> {
+        self.peers.get(&route).map(|peer| peer.address.as_str())
+    }
+
     /// What has been seen so far.
     pub(crate) fn stats(&self) -> RouterStats {
         RouterStats {

@@ -40,7 +40,7 @@ async fn answer(client: &mut DealerClient) -> Bytes {
     loop {
         match within("client", client.recv()).await.unwrap() {
             FromServer::Message(payload) => return payload,
-            FromServer::Connected => {}
+            FromServer::Connected { .. } => {}
             FromServer::Lost => panic!("connection lost"),
         }
     }
@@ -238,7 +238,7 @@ fn a_client_finds_a_restarted_server() {
         let mut client = DealerClient::connect("127.0.0.1", port, "c").await.unwrap();
         assert_eq!(
             within("up", client.recv()).await.unwrap(),
-            FromServer::Connected
+            FromServer::Connected { router: true }
         );
         client.send(&b"a"[..]).unwrap();
         let (route, _) = message(&mut first).await;
@@ -256,7 +256,7 @@ fn a_client_finds_a_restarted_server() {
         client.send(&b"c"[..]).unwrap();
         assert_eq!(
             within("again", client.recv()).await.unwrap(),
-            FromServer::Connected
+            FromServer::Connected { router: true }
         );
         assert_eq!(&message(&mut second).await.1[..], b"c");
     });

@@ -46,6 +46,21 @@ pub(super) fn listen(
         );
         return None;
     }
+    let queries = lmcache
+        .pd_peer_query_port
+        .as_ref()
+        .map(|q| q.value.0.clone());
+    if let (Some(queries), Some(given)) = (&queries, &lmcache.pd_peer_query_port)
+        && queries.len() != inits.len()
+    {
+        layers.wrong(
+            "pd_peer_query_port",
+            given,
+            format!("{} query and {} init ports", queries.len(), inits.len()),
+            "give one of each a rank",
+        );
+        return None;
+    }
     let first = value(&sidecar.tcp_port)?.0;
     let mut ranks = Vec::new();
     for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {
@@ -67,12 +82,15 @@ pub(super) fn listen(
         ranks.push(RankPorts {
             init: *init,
             alloc: *alloc,
+            query: queries
+                .as_ref()
+                .and_then(|q| q.get(usize::from(rank)).copied()),
             tcp,
         });
     }
     let mut ports: Vec<u16> = ranks
         .iter()
-        .flat_map(|r| [r.init, r.alloc, r.tcp])
+        .flat_map(|r| [r.init, r.alloc, r.tcp, r.query.unwrap_or_default()])
         .chain([admin.port])
         .filter(|port| *port != 0)
         .collect();

@@ -75,6 +75,7 @@ fn the_smallest_files_are_enough() {
         RankPorts {
             init: 7301,
             alloc: 7401,
+            query: None,
             tcp: 0
         }
     );
@@ -197,6 +198,7 @@ nixl_proxy_host: localhost
         [RankPorts {
             init: 7300,
             alloc: 7400,
+            query: None,
             tcp: 0
         }]
     );

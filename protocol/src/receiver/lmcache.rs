@@ -1,0 +1,377 @@
+//! LMCache's senders: slots lent without a lease that they know of.
+//!
+//! LMCache asks for slots by key, writes, and tells only its *proxy* that it has (`ProxyNotif`). It tells
+//! the receiver nothing, not even through NIXL, and its synchronous sender sends that word although an
+//! earlier batch failed. So a slot is shown only when two things are known:
+//!
+//! * the proxy has the sender's word for this request, which the decode leg carries (`Await.written`):
+//!   by then every write of the request has ended, well or not;
+//! * the *marks* in the slot are gone: random bytes that were put there before it was lent, all over it. A
+//!   write covers a whole slot, so marks that are all gone were written over, and one that still
+//!   stands proves that the slot was not written.
+//!
+//! ```text
+//!  AllocRequest ──room──▶ Lent ──all marks gone──▶ Landed ──Await{written}──▶ a lease, as any other
+//!       │                  │ max_lease over            │ max_lease over
+//!       ▼ wait over        ▼                           ▼
+//!    declined          quarantined ──marks gone──▶    free
+//! ```
+//!
+//! Each lent slot is written at most once, so one whose marks have been gone for a while is free of
+//! writes, whatever became of its sender. A key says nothing about who writes where: `already_sent` is
+//! never said of a key that is only known. Said of *all* keys it means "declined": then a sender
+//! writes nothing, sends its word to the proxy at once, and the decode side computes. The refusal
+//! that LMCache itself knows, −1, keeps that word back, and LMCache's proxy waits for it without
+//! end; it is the answer to questions that no buffer could ever serve.
+
+mod claims;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use rand::Rng;
+
+use super::{Action, Quarantine, Receiver, Route, SenderId};
+use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToSender};
+use crate::record::Record;
+use crate::{Epoch, LeaseId, Reason, RequestId, SlotIndex, Time};
+use claims::Claim;
+
+/// Everything about LMCache's senders.
+#[derive(Debug, Default)]
+pub(super) struct Lmcache {
+    /// Connections by the name that the side gave them.
+    names: BTreeMap<Route, (SenderId, bool)>,
+    /// Questions that wait for room, in the order in which they came.
+    asks: VecDeque<Ask>,
+    /// What is lent, oldest first.
+    loans: BTreeMap<u64, Loan>,
+    next: u64,
+    /// Parked requests whose slots are being looked at.
+    claims: BTreeMap<RequestId, Claim>,
+    /// Quarantined slots whose marks were gone at the last look.
+    gone: BTreeSet<SlotIndex>,
+    next_look: Option<Time>,
+}
+
+/// A question that waits for room.
+#[derive(Debug)]
+struct Ask {
+    route: Route,
+    sender: SenderId,
+    request: AllocRequest,
+    until: Time,
+}
+
+/// Slots lent by one question; of an asynchronous sender by all questions of one request.
+#[derive(Debug)]
+struct Loan {
+    lease: LeaseId,
+    route: Route,
+    sender: SenderId,
+    /// Only asynchronous senders say it.
+    req: Option<RequestId>,
+    chunks: Vec<Lent>,
+    /// Kept for the batches of the request that are still to come.
+    reserved: Vec<SlotIndex>,
+    deadline: Time,
+    look: Time,
+    pause: Duration,
+    /// Why it ends before its deadline.
+    reason: Option<Reason>,
+}
+
+/// One lent slot.
+#[derive(Debug)]
+struct Lent {
+    key: String,
+    slot: SlotIndex,
+    /// When its marks were first found gone.
+    landed: Option<Time>,
+    /// A parked request waits for the look at it.
+    claimed: bool,
+}
+
+impl Receiver {
+    /// A connection has a name: the host before the first `/` is what caps count by.
+    pub(super) fn on_introduced(&mut self, route: Route, sender: SenderId, linked: bool) {
+        self.lmcache.names.insert(route, (sender, linked));
+    }
+
+    /// A question without `x`.
+    pub(super) fn on_borrow(&mut self, route: Route, request: AllocRequest) {
+        let (sender, linked) = self.lmcache.name(route);
+        let chunks = u32::try_from(request.keys.len()).unwrap_or(u32::MAX);
+        let all = chunks.max(request.total_chunks);
+        let host = sender.host().to_owned();
+        let refusal = if request.keys.is_empty() {
+            return self.answer(route, Vec::new(), 0);
+        } else if !self.fits(&request) {
+            Reason::LayoutMismatch
+        } else if !linked {
+            Reason::StaleEpoch
+        } else if self.draining {
+            Reason::Draining
+        } else if all > self.slots.total() {
+            Reason::TooLarge
+        } else if self.lent_and_lost_by(&host) > self.config.max_quarantined as usize {
+            Reason::Quarantined
+        } else if self.lmcache.asks.len() >= self.config.max_requests {
+            Reason::Busy
+        } else {
+            let until = self.now + self.config.lmcache_wait;
+            self.lmcache.asks.push_back(Ask {
+                route,
+                sender,
+                request,
+                until,
+            });
+            return;
+        };
+        self.decline(route, &sender, &request, refusal);
+    }
+
+    /// An asynchronous sender gives a request up. Batches of it may still be under way, so its slots
+    /// are looked at like any others.
+    pub(super) fn on_return(&mut self, route: Route, cancel: &CancelNotif) {
+        let (now, (sender, _)) = (self.now, self.lmcache.name(route));
+        let req = RequestId(cancel.req_id.clone());
+        for loan in self.lmcache.loans.values_mut() {
+            if loan.sender == sender && loan.req.as_ref() == Some(&req) {
+                loan.end(now, Reason::Cancelled);
+            }
+        }
+        if !cancel.req_id.is_empty() {
+            self.ended.insert(req, Some(Reason::Cancelled));
+        }
+        self.answer(route, Vec::new(), 0);
+    }
+
+    /// Lends slots to those who wait, in order; a batch of a request that has slots reserved at once.
+    pub(super) fn lend(&mut self, blocked: bool) {
+        let mut blocked = blocked;
+        for ask in std::mem::take(&mut self.lmcache.asks) {
+            let want = ask.request.keys.len();
+            let loan = self.lmcache.loan_of(&ask);
+            let reserved = loan
+                .and_then(|n| self.lmcache.loans.get(&n))
+                .map_or(0, |l| l.reserved.len());
+            let beyond = match loan {
+                Some(_) => want.saturating_sub(reserved),
+                None => want.max(ask.request.total_chunks as usize),
+            };
+            if beyond == 0 || (!blocked && beyond <= self.slots.free() as usize) {
+                self.grant_loan(&ask, loan);
+            } else {
+                blocked |= beyond > 0;
+                self.lmcache.asks.push_back(ask);
+            }
+        }
+    }
+
+    fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) {
+        let (now, term) = (self.now, self.config.max_lease);
+        let number = loan.unwrap_or_else(|| {
+            let number = self.lmcache.next;
+            self.lmcache.next += 1;
+            let loan = Loan {
+                lease: LeaseId(self.rng.random()),
+                route: ask.route,
+                sender: ask.sender.clone(),
+                req: ask.request.request(),
+                chunks: Vec::new(),
+                reserved: Vec::new(),
+                deadline: now + term,
+                look: now + FIRST_LOOK,
+                pause: FIRST_LOOK,
+                reason: None,
+            };
+            self.lmcache.loans.insert(number, loan);
+            number
+        });
+        if let Some(req) = ask.request.request() {
+            // LMCache's proxies count from 1 at each start: an id means its latest use.
+            self.ended.remove(&req);
+        }
+        let Some(loan) = self.lmcache.loans.get_mut(&number) else {
+            return;
+        };
+        loan.deadline = now + term;
+        (loan.look, loan.pause) = (now + FIRST_LOOK, FIRST_LOOK);
+        let mut slots = Vec::with_capacity(ask.request.keys.len());
+        for key in &ask.request.keys {
+            let Some(slot) = loan.reserved.pop().or_else(|| self.slots.take()) else {
+                break; // `lend` has counted them
+            };
+            self.actions.push_back(Action::Mark { slot });
+            loan.chunks.push(Lent {
+                key: key.clone(),
+                slot,
+                landed: None,
+                claimed: false,
+            });
+            slots.push(slot);
+        }
+        let all = ask.request.total_chunks as usize;
+        if ask.request.is_last_batch || ask.request.request().is_none() {
+            for slot in std::mem::take(&mut loan.reserved) {
+                self.slots.give(slot);
+            }
+        } else {
+            while loan.chunks.len() + loan.reserved.len() < all {
+                let Some(slot) = self.slots.take() else {
+                    break;
+                };
+                loan.reserved.push(slot);
+            }
+        }
+        let indexes = slots.iter().map(|slot| i64::from(slot.0)).collect();
+        self.answer(ask.route, indexes, 0);
+    }
+
+    fn answer(&mut self, route: Route, remote_indexes: Vec<i64>, already: u32) {
+        let response = AllocResponse {
+            remote_indexes,
+            already_sent_indexes: (0..already).collect(),
+            x: None,
+        };
+        self.send(route, ToSender::AllocResponse(response));
+    }
+
+    /// Lends nothing. See the module's documentation for the two ways of saying so.
+    fn decline(&mut self, route: Route, sender: &SenderId, asked: &AllocRequest, reason: Reason) {
+        let keys = asked.keys.len();
+        if reason == Reason::LayoutMismatch {
+            self.answer(route, vec![-1; keys], 0);
+        } else {
+            self.answer(route, Vec::new(), u32::try_from(keys).unwrap_or(u32::MAX));
+        }
+        if let Some(req) = asked.request() {
+            for loan in self.lmcache.loans.values_mut() {
+                if loan.sender == *sender && loan.req.as_ref() == Some(&req) {
+                    loan.end(self.now, reason);
+                }
+            }
+            self.ended.insert(req, Some(reason));
+        }
+        let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
+        let tokens = chunks.saturating_sub(1) * self.config.chunk_tokens + asked.last_chunk_toks;
+        let req = asked
+            .request()
+            .unwrap_or_else(|| RequestId::from(NO_REQUEST));
+        self.actions.push_back(Action::Record(Record {
+            peer: sender.id.clone(),
+            reason: Some(reason),
+            tokens,
+            ..Record::new(req)
+        }));
+    }
+
+    /// The chunks of the question have our layout.
+    fn fits(&self, asked: &AllocRequest) -> bool {
+        let full = self.config.chunk_tokens;
+        let Some(layout) = &self.config.layout else {
+            return false;
+        };
+        let first = if asked.keys.len() == 1 {
+            asked.last_chunk_toks
+        } else {
+            full
+        };
+        (1..=full).contains(&asked.last_chunk_toks)
+            && asked.fmt == layout.format()
+            && asked.dtype == layout.dtype
+            && asked.shape == layout.shape(first)
+    }
+
+    /// Slots that senders of a host were lent, did not write, and that are quarantined for it.
+    fn lent_and_lost_by(&self, host: &str) -> usize {
+        let of_host = |q: &&Quarantine| q.sender.is_lmcache() && q.sender.host() == host;
+        let all = self.quarantine.values().filter(of_host);
+        all.map(|q| q.slots.len()).sum()
+    }
+}
+
+impl Lmcache {
+    fn name(&self, route: Route) -> (SenderId, bool) {
+        let unknown = || SenderId {
+            id: format!("lmcache/{}", route.0),
+            epoch: Epoch(0),
+        };
+        self.names
+            .get(&route)
+            .cloned()
+            .unwrap_or_else(|| (unknown(), false))
+    }
+
+    /// The loan that later batches of a request belong to.
+    fn loan_of(&self, ask: &Ask) -> Option<u64> {
+        let req = ask.request.request()?;
+        let of = |loan: &Loan| loan.req.as_ref() == Some(&req) && loan.reason.is_none();
+        let mut found = self
+            .loans
+            .iter()
+            .filter(|(_, l)| of(l) && l.sender == ask.sender);
+        found.next_back().map(|(number, _)| *number)
+    }
+
+    /// A connection is gone: nobody hears an answer. What it was lent stays lent.
+    pub(super) fn lost(&mut self, route: Route) {
+        self.names.remove(&route);
+        self.asks.retain(|ask| ask.route != route);
+    }
+
+    pub(super) fn deadline(&self) -> Option<Time> {
+        let asks = self.asks.iter().map(|ask| ask.until);
+        let loans = self.loans.values().map(|l| {
+            let open = l.chunks.iter().any(|c| c.landed.is_none());
+            if open {
+                l.deadline.min(l.look)
+            } else {
+                l.deadline
+            }
+        });
+        asks.chain(loans).chain(self.next_look).min()
+    }
+
+    /// Slots lent or reserved.
+    pub(super) fn held(&self) -> usize {
+        let of = |l: &Loan| l.chunks.len() + l.reserved.len();
+        self.loans.values().map(of).sum()
+    }
+
+    /// Slots that may be written into at any time: the transport must progress.
+    pub(super) fn writing(&self) -> usize {
+        let all = self.loans.values().flat_map(|l| &l.chunks);
+        all.filter(|c| c.landed.is_none()).count()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.asks.is_empty() && self.loans.is_empty()
+    }
+}
+
+impl Loan {
+    /// Nobody wants it any more: it is looked at once more.
+    fn end(&mut self, now: Time, reason: Reason) {
+        self.reason.get_or_insert(reason);
+        self.deadline = self.deadline.min(now);
+    }
+}
+
+impl SenderId {
+    /// Ours have another.
+    pub(super) fn is_lmcache(&self) -> bool {
+        self.epoch == Epoch(0)
+    }
+
+    fn host(&self) -> &str {
+        self.id.split('/').next().unwrap_or_default()
+    }
+}
+
+/// The first look at a lent slot. Each later one comes after twice the time, up to [`LAST_PAUSE`].
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// What stands for the request of a synchronous sender.
+const NO_REQUEST: &str = "-";

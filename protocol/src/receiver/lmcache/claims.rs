@@ -1,0 +1,344 @@
+//! From lent slots to a lease of a parked request, and what becomes of slots that nobody claims.
+
+use super::{LAST_PAUSE, Loan};
+use crate::layout::{chunk_span, chunks_of};
+use crate::receiver::request::{Chunk, Lease, Supply};
+use crate::receiver::{Action, Quarantine, Receiver, SenderId};
+use crate::record::Record;
+use crate::{LeaseId, Reason, RequestId, SlotIndex, Time};
+use rand::Rng;
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::NO_REQUEST;
+
+/// The slots for one parked request.
+#[derive(Debug)]
+pub(super) struct Claim {
+    /// Chunk of the request, loan, slot.
+    picks: Vec<(usize, u64, SlotIndex)>,
+}
+
+impl Receiver {
+    /// The sender has given its word for a parked request: looks for its slots, by key.
+    ///
+    /// A loan that names the request comes first, then those that name none, oldest first: with
+    /// several synchronous senders of one prompt the marks tell which of them has written.
+    pub(in crate::receiver) fn claim(&mut self, id: &RequestId) {
+        let chunk_tokens = self.config.chunk_tokens;
+        let Some(parked) = self.requests.get(id).and_then(|r| r.parked.as_ref()) else {
+            return;
+        };
+        let mut picks = Vec::new();
+        let mut missing = false;
+        for (index, key) in (0u32..).zip(&parked.keys) {
+            let (from, to) = chunk_span(index, parked.tokens, parked.have_tokens, chunk_tokens);
+            match self.lmcache.pick(id, key) {
+                Some((loan, slot)) => {
+                    picks.push((index as usize, loan, slot));
+                }
+                None => missing |= from < to,
+            }
+        }
+        if missing {
+            let reason = self.ended.reasons.get(id).copied().flatten();
+            self.lmcache.release(&picks, self.now, Reason::NoSender);
+            self.end_parked(id, reason.unwrap_or(Reason::NoSender), true);
+            return;
+        }
+        let slots = picks.iter().map(|pick| pick.2).collect();
+        self.lmcache.claims.insert(id.clone(), Claim { picks });
+        self.actions.push_back(Action::Look { slots });
+    }
+
+    /// The marks of these slots were looked at: all gone, or some still there.
+    pub(in crate::receiver) fn on_looked(&mut self, gone: &[SlotIndex], there: &[SlotIndex]) {
+        let now = self.now;
+        for lent in self.lmcache.loans.values_mut().flat_map(|l| &mut l.chunks) {
+            if gone.contains(&lent.slot) {
+                lent.landed.get_or_insert(now);
+            }
+        }
+        let decided: Vec<RequestId> = self
+            .lmcache
+            .claims
+            .iter()
+            .filter(|(_, claim)| {
+                let seen = |slot| gone.contains(slot) || there.contains(slot);
+                claim.picks.iter().all(|(_, _, slot)| seen(slot))
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in decided {
+            let Some(claim) = self.lmcache.claims.remove(&id) else {
+                continue;
+            };
+            if claim.picks.iter().all(|(_, _, slot)| gone.contains(slot)) {
+                self.take_over(&id, &claim.picks);
+            } else {
+                self.lmcache
+                    .release(&claim.picks, now, Reason::TransferFailed);
+                self.end_parked(&id, Reason::TransferFailed, true);
+            }
+        }
+        self.settle_quarantine(gone, there);
+        self.end_loans();
+    }
+
+    /// Landed slots become a lease, as if our own sender had written them.
+    fn take_over(&mut self, id: &RequestId, picks: &[(usize, u64, SlotIndex)]) {
+        let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
+        let token_bytes = self.config.token_bytes;
+        let parked = self.requests.get(id).and_then(|r| r.parked.as_ref());
+        let (Some(parked), Some((route, sender))) = (parked, self.lmcache.source(picks)) else {
+            self.lmcache.release(picks, now, Reason::Unclaimed);
+            return;
+        };
+        let (keys, tokens) = (parked.keys.clone(), parked.tokens);
+        let mut chunks = vec![Chunk::Skipped; chunks_of(tokens, chunk_tokens) as usize];
+        for &(index, loan, slot) in picks {
+            self.lmcache.give_up(loan, slot);
+            chunks[index] = Chunk::Written { slot };
+        }
+        let written: Vec<usize> = picks.iter().map(|pick| pick.0).collect();
+        let lease = Lease {
+            id: LeaseId(self.rng.random()),
+            route,
+            sender: sender.clone(),
+            transport: "nixl".to_owned(),
+            seq: 0,
+            keys,
+            tokens,
+            first_token: 0,
+            chunks,
+            term: Duration::ZERO,
+            deadline: now,
+            over: None,
+        };
+        if let Some(request) = self.requests.get_mut(id) {
+            let record = &mut request.record;
+            record.peer = sender.id;
+            "nixl".clone_into(&mut record.transport);
+            for &index in &written {
+                let (from, to) = lease.span(index, chunk_tokens);
+                record.chunks += 1;
+                record.bytes += u64::from(to - from) * token_bytes;
+            }
+            self.leases.insert(lease.id, id.clone());
+            request.supply = Supply::Leased(lease);
+        }
+        self.landed(id, &written);
+    }
+
+    /// What is due of loans and questions by now.
+    pub(in crate::receiver) fn on_lmcache_deadlines(&mut self) {
+        let now = self.now;
+        let mut slots = Vec::new();
+        for loan in self.lmcache.loans.values_mut() {
+            if loan.look <= now || loan.deadline <= now {
+                loan.pause = (loan.pause * 2).min(LAST_PAUSE);
+                loan.look = now + loan.pause;
+                let open = loan.chunks.iter().filter(|c| c.landed.is_none());
+                slots.extend(open.map(|c| c.slot));
+            }
+        }
+        if self.lmcache.next_look.is_some_and(|look| look <= now) {
+            let marked = self.quarantine.values().filter(|q| q.sender.is_lmcache());
+            slots.extend(marked.flat_map(|q| q.slots.iter().copied()));
+            self.lmcache.next_look = None;
+        }
+        if slots.is_empty() {
+            self.end_loans();
+        } else {
+            self.actions.push_back(Action::Look { slots });
+        }
+        while let Some(at) = self.lmcache.asks.iter().position(|ask| ask.until <= now) {
+            // One last look: room may have come with this very event.
+            self.lend(false);
+            let late = self
+                .lmcache
+                .asks
+                .get(at)
+                .is_some_and(|ask| ask.until <= now);
+            if let (true, Some(ask)) = (late, self.lmcache.asks.remove(at)) {
+                self.decline(ask.route, &ask.sender, &ask.request, Reason::NoRoom);
+            }
+        }
+    }
+
+    /// Loans whose time is over, after a look at them: what has landed is free, the rest quarantined.
+    fn end_loans(&mut self) {
+        let now = self.now;
+        let over = |l: &Loan| l.deadline <= now && !l.chunks.iter().any(|c| c.claimed);
+        let over: Vec<u64> = self
+            .lmcache
+            .loans
+            .iter()
+            .filter(|(_, l)| over(l))
+            .map(|(n, _)| *n)
+            .collect();
+        for number in over {
+            let Some(loan) = self.lmcache.loans.get_mut(&number) else {
+                continue;
+            };
+            // A slot whose marks vanished just now may still be written at.
+            if let Some(fresh) = loan.fresh(now) {
+                loan.deadline = fresh;
+                continue;
+            }
+            let Some(loan) = self.lmcache.loans.remove(&number) else {
+                continue;
+            };
+            let mut lost = Vec::new();
+            for lent in &loan.chunks {
+                match lent.landed {
+                    Some(_) => self.free(lent.slot),
+                    None => lost.push(lent.slot),
+                }
+            }
+            for &slot in &loan.reserved {
+                self.free(slot);
+            }
+            let reason = match loan.reason {
+                Some(reason) => reason,
+                None if lost.is_empty() => Reason::Unclaimed,
+                None => Reason::LeaseExpired,
+            };
+            self.record_loan(&loan, reason);
+            if lost.is_empty() {
+                continue;
+            }
+            self.lmcache.next_look.get_or_insert(now + LAST_PAUSE);
+            self.quarantine.insert(
+                loan.lease,
+                Quarantine {
+                    sender: loan.sender.clone(),
+                    slots: lost,
+                },
+            );
+            self.actions.push_back(Action::Fence {
+                sender: loan.sender,
+                lease: loan.lease,
+                transport: "nixl".to_owned(),
+            });
+        }
+    }
+
+    fn record_loan(&mut self, loan: &Loan, reason: Reason) {
+        if loan.chunks.is_empty() {
+            return; // all of it was claimed
+        }
+        let req = loan
+            .req
+            .clone()
+            .unwrap_or_else(|| RequestId::from(NO_REQUEST));
+        let landed = loan.chunks.iter().filter(|c| c.landed.is_some()).count();
+        self.actions.push_back(Action::Record(Record {
+            peer: loan.sender.id.clone(),
+            reason: Some(reason),
+            chunks: u32::try_from(landed).unwrap_or(u32::MAX),
+            ..Record::new(req)
+        }));
+    }
+
+    /// A quarantined slot whose marks were gone at two looks, a second apart, has had its one write.
+    fn settle_quarantine(&mut self, gone: &[SlotIndex], there: &[SlotIndex]) {
+        let marked: Vec<LeaseId> = self
+            .quarantine
+            .iter()
+            .filter(|(_, q)| q.sender.is_lmcache())
+            .map(|(id, _)| *id)
+            .collect();
+        let before = std::mem::take(&mut self.lmcache.gone);
+        let mut looked = false;
+        let mut now_gone = BTreeSet::new();
+        for id in &marked {
+            let slots = self
+                .quarantine
+                .get(id)
+                .map(|q| q.slots.clone())
+                .unwrap_or_default();
+            looked |= slots.iter().any(|s| gone.contains(s) || there.contains(s));
+            now_gone.extend(slots.into_iter().filter(|s| gone.contains(s)));
+        }
+        if !looked {
+            self.lmcache.gone = before;
+            return;
+        }
+        for id in marked {
+            self.unquarantine(id, |slot| {
+                before.contains(&slot) && now_gone.contains(&slot)
+            });
+        }
+        self.lmcache.gone = now_gone;
+        if self.quarantine.values().any(|q| q.sender.is_lmcache()) {
+            self.lmcache.next_look.get_or_insert(self.now + LAST_PAUSE);
+        }
+    }
+}
+
+impl super::Lmcache {
+    /// An unclaimed slot with this key, claimed now.
+    fn pick(&mut self, id: &RequestId, key: &str) -> Option<(u64, SlotIndex)> {
+        let fits = |loan: &Loan| {
+            let free = |c: &&super::Lent| !c.claimed && c.key == key;
+            let found = loan.chunks.iter().find(free)?;
+            Some((
+                loan.req.as_ref() == Some(id),
+                found.landed.is_some(),
+                found.slot,
+            ))
+        };
+        let (number, slot) = self
+            .loans
+            .iter()
+            .filter(|(_, loan)| loan.req.is_none() || loan.req.as_ref() == Some(id))
+            .filter_map(|(number, loan)| Some((*number, fits(loan)?)))
+            // The first of the best: named, then known to have landed, then oldest.
+            .min_by_key(|(number, (named, landed, _))| (!named, !landed, *number))
+            .map(|(number, (_, _, slot))| (number, slot))?;
+        let lent = self.loans.get_mut(&number)?.chunks.iter_mut();
+        for lent in lent.filter(|c| c.slot == slot) {
+            lent.claimed = true;
+        }
+        Some((number, slot))
+    }
+
+    /// Claimed slots whose request does not want them: their loans are over.
+    fn release(&mut self, picks: &[(usize, u64, SlotIndex)], now: Time, reason: Reason) {
+        for (_, number, slot) in picks {
+            if let Some(loan) = self.loans.get_mut(number) {
+                for lent in loan.chunks.iter_mut().filter(|c| c.slot == *slot) {
+                    lent.claimed = false;
+                }
+                loan.end(now, reason);
+            }
+        }
+    }
+
+    /// Takes a slot out of its loan.
+    fn give_up(&mut self, number: u64, slot: SlotIndex) {
+        if let Some(loan) = self.loans.get_mut(&number) {
+            loan.chunks.retain(|c| c.slot != slot);
+            if loan.chunks.is_empty() && loan.reserved.is_empty() {
+                self.loans.remove(&number);
+            }
+        }
+    }
+
+    fn source(&self, picks: &[(usize, u64, SlotIndex)]) -> Option<(super::Route, SenderId)> {
+        let loan = self.loans.get(&picks.first()?.1)?;
+        Some((loan.route, loan.sender.clone()))
+    }
+}
+
+impl Loan {
+    /// Until when a slot that landed lately has to rest.
+    fn fresh(&self, now: Time) -> Option<Time> {
+        let landed = self.chunks.iter().filter_map(|c| c.landed);
+        landed
+            .map(|at| at + LAST_PAUSE)
+            .filter(|rest| *rest > now)
+            .max()
+    }
+}

@@ -1,0 +1,356 @@
+//! LMCache's receivers: asked for slots only for chunks that stand ready, one question at a time.
+//!
+//! Such a receiver shows a key from the moment at which it has given it a slot, written or not. So the
+//! order is turned round: a chunk first gets a send slot and is gathered, then its key is asked for,
+//! and its write is posted with the answer. What can go wrong in between is a write that fails.
+//!
+//! ```text
+//!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
+//!                                                             └──known already──▶ Skipped
+//! ```
+//!
+//! * Answers carry no number, so a connection has one question under way, and an answer that comes late
+//!   belongs to the question that is still open, whether or not anybody wants it any more.
+//! * The asynchronous receiver (it answers as ROUTER) takes keys back with `CancelNotif`; the
+//!   synchronous one (REP) would never answer anybody again, so it never hears that message. Keys of
+//!   writes whose end nobody knows are never given back: their slots would go to others.
+//! * The receiver gives no word on what the decode side holds, and takes nothing in a window. −1 ends
+//!   the request as `no_room`.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::request::{Chunk, Phase};
+use super::{Action, Link, PATIENCE, Piece, Sender};
+use crate::local::{Granted, Target};
+use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver};
+use crate::{LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
+
+/// A link to an LMCache receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Foreign {
+    /// Its slots.
+    pub(super) slots: u32,
+    pub(super) transport: String,
+    /// It takes keys back.
+    pub(super) cancels: bool,
+    /// Waits for its answer.
+    question: Option<Question>,
+    /// Keys to be given back.
+    returns: VecDeque<(RequestId, Vec<String>)>,
+}
+
+/// What an answer is to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Question {
+    Alloc {
+        req: RequestId,
+        chunks: Vec<u32>,
+        keys: Vec<String>,
+    },
+    Cancel,
+}
+
+/// What is special about a request to an LMCache receiver.
+#[derive(Debug, Default)]
+pub(super) struct Feeding {
+    /// Since when a gathered chunk waits for its slot.
+    pub(super) waits: Option<Time>,
+    /// Nobody wants it any more: it ends when no write is under way.
+    pub(super) over: bool,
+    /// Chunks whose keys the receiver has a slot for.
+    known: BTreeSet<u32>,
+    /// Those of them whose writes nobody knows the end of.
+    pub(super) dirty: BTreeSet<u32>,
+}
+
+impl Foreign {
+    pub(super) fn new(slots: u32, transport: String, cancels: bool) -> Self {
+        Self {
+            slots,
+            transport,
+            cancels,
+            question: None,
+            returns: VecDeque::new(),
+        }
+    }
+}
+
+impl Sender {
+    /// The link stands: the engine may be given send slots.
+    pub(super) fn feed(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Some(Link::Lmcache(link)) = self.links.get(&request.to) {
+            request.record.transport.clone_from(&link.transport);
+        }
+        request.phase = Phase::Feeding(Feeding::default());
+        request.progress = self.now;
+        let Some(engine) = request.engine else {
+            return;
+        };
+        let granted = Granted {
+            req: id.clone(),
+            have_tokens: 0,
+            chunks: Vec::new(),
+            slots: Vec::new(),
+        };
+        self.actions.push_back(Action::Granted(engine, granted));
+    }
+
+    /// Puts the next question to an LMCache receiver, if it has answered the last.
+    pub(super) fn ask_lmcache(&mut self, to: &Target) {
+        let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
+            return;
+        };
+        if link.question.is_some() {
+            return;
+        }
+        if let Some((req, keys)) = link.returns.pop_front() {
+            link.question = Some(Question::Cancel);
+            let cancel = CancelNotif {
+                req_id: req.0,
+                keys,
+                x: None,
+            };
+            return self.send(to, ToReceiver::CancelNotif(cancel));
+        }
+        let ready = |r: &super::Request| {
+            r.to == *to && r.chunks.iter().any(|c| matches!(c, Chunk::Full { .. }))
+        };
+        let next = self.requests.iter().filter(|(_, r)| ready(r));
+        let Some(id) = next.min_by_key(|(_, r)| r.order).map(|(id, _)| id.clone()) else {
+            return;
+        };
+        let message = self.batch(&id);
+        self.send(to, ToReceiver::AllocRequest(message));
+    }
+
+    /// The question for all chunks of a request that stand ready.
+    fn batch(&mut self, id: &RequestId) -> AllocRequest {
+        let layout = self.config.layout.clone();
+        let full = layout.chunk_tokens;
+        let mut chunks = Vec::new();
+        let mut keys = Vec::new();
+        let mut last_chunk_toks = full;
+        let (mut total, mut more) = (0, false);
+        let mut link = None;
+        if let Some(request) = self.requests.get_mut(id) {
+            total = u32::try_from(request.keys.len()).unwrap_or(u32::MAX);
+            for index in 0..request.chunks.len() {
+                let (from, to) = request.span(index, full);
+                let chunk = &mut request.chunks[index];
+                if let Chunk::Full { from: slot } = *chunk {
+                    *chunk = Chunk::Asked { from: slot };
+                    chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
+                    keys.push(request.keys[index].clone());
+                    last_chunk_toks = to - from;
+                } else {
+                    more |= matches!(chunk, Chunk::Waiting | Chunk::Filling { .. });
+                }
+            }
+            link = Some(request.to.clone());
+        }
+        let first = if keys.len() == 1 {
+            last_chunk_toks
+        } else {
+            full
+        };
+        if let Some(Link::Lmcache(link)) = link.and_then(|to| self.links.get_mut(&to)) {
+            link.question = Some(Question::Alloc {
+                req: id.clone(),
+                chunks,
+                keys: keys.clone(),
+            });
+        }
+        AllocRequest {
+            keys,
+            fmt: layout.format(),
+            shape: layout.shape(first),
+            dtype: layout.dtype,
+            last_chunk_toks,
+            req_id: id.0.clone(),
+            is_last_batch: !more,
+            total_chunks: total,
+            x: None,
+        }
+    }
+
+    /// An answer without `x`.
+    pub(super) fn on_lmcache_response(&mut self, to: &Target, response: &AllocResponse) {
+        let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
+            return;
+        };
+        let slots = link.slots;
+        if let Some(Question::Alloc { req, chunks, keys }) = link.question.take() {
+            let wanted = self.requests.get(&req).is_some_and(|r| {
+                let asked =
+                    |&i: &u32| matches!(r.chunks.get(i as usize), Some(Chunk::Asked { .. }));
+                matches!(&r.phase, Phase::Feeding(f) if !f.over) && chunks.iter().any(asked)
+            });
+            match places(&chunks, response, slots) {
+                Some(places) if wanted => self.on_places(&req, &places),
+                Some(places) => {
+                    // Too late. Slots that nobody will write must not be shown.
+                    let given = places.iter().filter(|(_, slot)| slot.is_some());
+                    let given: Vec<String> = given
+                        .filter_map(|(chunk, _)| chunks.iter().position(|c| c == chunk))
+                        .map(|at| keys[at].clone())
+                        .collect();
+                    self.give_back(to, &req, given);
+                }
+                None if wanted => self.end(&req, Reason::NoRoom),
+                None => {}
+            }
+        }
+        self.ask_lmcache(to);
+    }
+
+    /// Posts the write of everything that has got a slot.
+    fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
+        let (chunk_tokens, token_bytes) = (
+            self.config.layout.chunk_tokens,
+            self.config.layout.token_bytes().unwrap_or(0),
+        );
+        let now = self.now;
+        let transfer = TransferId(self.next_transfer);
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if request.record.alloc_us == 0 {
+            request.record.alloc_us = now.micros_since(request.since);
+        }
+        let mut pieces = Vec::new();
+        for &(index, slot) in places {
+            let (begin, end) = request.span(index as usize, chunk_tokens);
+            let Some(chunk) = request.chunks.get_mut(index as usize) else {
+                continue;
+            };
+            let Chunk::Asked { from } = *chunk else {
+                continue;
+            };
+            let Some(to) = slot else {
+                *chunk = Chunk::Skipped;
+                self.slots.give(from);
+                continue;
+            };
+            *chunk = Chunk::Posted { from, to, transfer };
+            pieces.push(Piece {
+                from,
+                to,
+                bytes: u64::from(end - begin) * token_bytes,
+            });
+        }
+        request.progress = now;
+        let waits = request
+            .chunks
+            .iter()
+            .any(|c| matches!(c, Chunk::Full { .. }));
+        if let Phase::Feeding(feeding) = &mut request.phase {
+            feeding.known.extend(places.iter().map(|place| place.0));
+            feeding.waits = waits.then_some(now);
+        }
+        if pieces.is_empty() {
+            return self.finish_fed(id);
+        }
+        if request.in_flight == 0 {
+            request.push_since = now;
+        }
+        request.in_flight += 1;
+        self.next_transfer += 1;
+        self.transfers.insert(transfer, id.clone());
+        let to = request.to.clone();
+        self.actions.push_back(Action::Write {
+            to,
+            transfer,
+            lease: NO_LEASE,
+            pieces,
+        });
+    }
+
+    /// Something of a request to an LMCache receiver has ended: is it all?
+    pub(super) fn finish_fed(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        for chunk in &mut request.chunks {
+            if matches!(chunk, Chunk::Done { .. }) {
+                *chunk = Chunk::Acked;
+            }
+        }
+        let Phase::Feeding(feeding) = &request.phase else {
+            return;
+        };
+        if feeding.over {
+            self.retire_fed(id);
+        } else if request.is_done() {
+            self.tell_done(id, None);
+            self.forget(id);
+        }
+    }
+
+    /// A request that has ended early goes once no write is under way, and gives its keys back.
+    pub(super) fn retire_fed(&mut self, id: &RequestId) {
+        let Some(request) = self.requests.get(id) else {
+            return;
+        };
+        let Phase::Feeding(feeding) = &request.phase else {
+            return;
+        };
+        if request.in_flight > 0 {
+            return;
+        }
+        let clean = feeding.known.difference(&feeding.dirty);
+        let keys: Vec<String> = clean
+            .filter_map(|&i| request.keys.get(i as usize).cloned())
+            .collect();
+        let to = request.to.clone();
+        self.forget(id);
+        self.give_back(&to, id, keys);
+        self.ask_lmcache(&to);
+    }
+
+    fn give_back(&mut self, to: &Target, req: &RequestId, keys: Vec<String>) {
+        if let Some(Link::Lmcache(link)) = self.links.get_mut(to)
+            && link.cancels
+            && !keys.is_empty()
+            && link.returns.len() < MAX_RETURNS
+        {
+            link.returns.push_back((req.clone(), keys));
+        }
+    }
+
+    /// When a request that waits for slots is given up.
+    pub(super) fn lmcache_patience(&self, waits: Time) -> Time {
+        waits + self.config.wait + self.config.repeat * PATIENCE
+    }
+}
+
+/// Chunk by chunk the slot that it got, none if it is known already; absent for an answer with −1 or one
+/// that makes no sense.
+fn places(
+    chunks: &[u32],
+    response: &AllocResponse,
+    slots: u32,
+) -> Option<Vec<(u32, Option<SlotIndex>)>> {
+    let mut indexes = response.remote_indexes.iter();
+    let mut places = Vec::with_capacity(chunks.len());
+    let mut taken = BTreeSet::new();
+    for (position, &chunk) in (0u32..).zip(chunks) {
+        if response.already_sent_indexes.contains(&position) {
+            places.push((chunk, None));
+            continue;
+        }
+        let slot = u32::try_from(*indexes.next()?).ok()?;
+        if slot >= slots || !taken.insert(slot) {
+            return None;
+        }
+        places.push((chunk, Some(SlotIndex(slot))));
+    }
+    indexes.next().is_none().then_some(places)
+}
+
+/// LMCache knows none.
+const NO_LEASE: LeaseId = LeaseId(0);
+/// Requests whose keys wait to be given back.
+const MAX_RETURNS: usize = 1024;

@@ -1,0 +1,333 @@
+//! The sending machine with receivers that behave as LMCache's do: that answer late or never, with −1 or
+//! nonsense, know keys already, and restart.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use protocol::local::{Computing, Reserve, Staged, Target};
+use protocol::message::{AllocResponse, ToReceiver, ToSender};
+use protocol::sender::{self, Sender};
+use protocol::{EngineId, Epoch, Layout, Reason, RequestId, SlotIndex, Time, TransferId};
+
+const CHUNK: u32 = 4;
+const SLOTS: u32 = 6;
+const S: Duration = Duration::from_secs(1);
+const ENGINE: EngineId = EngineId(1);
+
+fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 1,
+        kv_heads: 1,
+        head_size: 1,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+fn target() -> Target {
+    Target {
+        host: "d".into(),
+        init_port: 1,
+        alloc_port: 2,
+    }
+}
+
+/// A sender with an LMCache-like receiver.
+struct Feeding {
+    now: Time,
+    p: Sender,
+    cancels: bool,
+    questions: Vec<ToReceiver>,
+    writes: Vec<(TransferId, Vec<SlotIndex>)>,
+    notices: BTreeMap<RequestId, Option<Reason>>,
+    ended: BTreeMap<RequestId, Option<Reason>>,
+    links: usize,
+}
+
+impl Feeding {
+    fn new(cancels: bool) -> Self {
+        let p = Sender::new(sender::Config {
+            id: "p".into(),
+            epoch: Epoch(1),
+            slots: SLOTS,
+            layout: layout(),
+            max_requests: 16,
+            heartbeat: S,
+            wait: S,
+            park: S / 20,
+            repeat: S / 2,
+            link: S,
+            stall: 30 * S,
+            push_off: false,
+        });
+        Self {
+            now: Time(1),
+            p,
+            cancels,
+            questions: Vec::new(),
+            writes: Vec::new(),
+            notices: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            links: 0,
+        }
+    }
+
+    fn feed(&mut self, event: sender::Event) {
+        self.p.handle(self.now, event);
+        while let Some(action) = self.p.poll_action() {
+            match action {
+                sender::Action::Link { to } => {
+                    self.links += 1;
+                    self.questions.clear();
+                    self.p.handle(
+                        self.now,
+                        sender::Event::Linked {
+                            to,
+                            epoch: Epoch(0),
+                            v: 0,
+                            slots: 100,
+                            transport: "nixl".into(),
+                            cancels: self.cancels,
+                        },
+                    );
+                }
+                sender::Action::Send { message, .. } => {
+                    assert!(self.questions.is_empty(), "two questions at once");
+                    if let ToReceiver::CancelNotif(_) = message {
+                        assert!(self.cancels, "a synchronous receiver dies of it");
+                    }
+                    self.questions.push(message);
+                }
+                sender::Action::Granted(_, granted) => {
+                    let staged = Staged {
+                        req: granted.req,
+                        chunks: granted.chunks,
+                        gather_us: 0,
+                    };
+                    self.p
+                        .handle(self.now, sender::Event::Staged(ENGINE, staged));
+                }
+                sender::Action::Write {
+                    transfer, pieces, ..
+                } => {
+                    self.writes
+                        .push((transfer, pieces.iter().map(|p| p.to).collect()));
+                }
+                sender::Action::Notify { req, reason, .. } => {
+                    assert!(self.notices.insert(req, reason).is_none());
+                }
+                sender::Action::Ended(_, ended) => {
+                    assert!(self.ended.insert(ended.req, ended.reason).is_none());
+                }
+                sender::Action::Progress(_) => panic!("no decode leg may go before the notice"),
+                sender::Action::Record(_) => {}
+            }
+        }
+        let gauges = self.p.gauges();
+        assert_eq!(gauges.free + gauges.held, SLOTS);
+    }
+
+    fn reserve(&mut self, req: &str, chunks: u32, upto: u32) {
+        self.feed(sender::Event::Reserve(
+            ENGINE,
+            Reserve {
+                req: req.into(),
+                to: target(),
+                keys: (0..chunks).map(|i| format!("{req}/{i}")).collect(),
+                tokens: chunks * CHUNK,
+                upto: upto * CHUNK,
+                overlap: false,
+            },
+        ));
+    }
+
+    fn answer(&mut self, response: AllocResponse) {
+        self.feed(sender::Event::Peer {
+            to: target(),
+            message: ToSender::AllocResponse(response),
+        });
+    }
+
+    /// The question that is open, answered with slots from `first` on.
+    fn grant(&mut self, first: i64, known: &[u32]) -> Vec<String> {
+        let keys = match self.questions.pop() {
+            Some(ToReceiver::AllocRequest(request)) => request.keys,
+            Some(ToReceiver::CancelNotif(cancel)) => {
+                self.answer(empty());
+                return cancel.keys;
+            }
+            other => panic!("no question, but {other:?}"),
+        };
+        let count = i64::try_from(keys.len() - known.len()).unwrap();
+        self.answer(AllocResponse {
+            remote_indexes: (first..first + count).collect(),
+            already_sent_indexes: known.to_vec(),
+            x: None,
+        });
+        keys
+    }
+
+    fn written(&mut self) {
+        for (transfer, _) in std::mem::take(&mut self.writes) {
+            self.feed(sender::Event::Done {
+                transfer,
+                sums: Vec::new(),
+            });
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(due) = self.p.deadline().filter(|due| *due <= end) {
+            self.now = self.now.max(due);
+            self.feed(sender::Event::Deadline);
+        }
+        self.now = end;
+    }
+}
+
+fn empty() -> AllocResponse {
+    AllocResponse {
+        remote_indexes: Vec::new(),
+        already_sent_indexes: Vec::new(),
+        x: None,
+    }
+}
+
+#[test]
+fn every_chunk_is_asked_for_once_it_stands_ready() {
+    for cancels in [false, true] {
+        let mut feeding = Feeding::new(cancels);
+        feeding.reserve("a", 5, 2);
+        assert_eq!(feeding.grant(10, &[1]).len(), 2);
+        let computing = Computing {
+            req: "a".into(),
+            upto: 5 * CHUNK,
+        };
+        feeding.feed(sender::Event::Computing(ENGINE, computing));
+        feeding.written();
+        assert!(feeding.notices.is_empty(), "three are still to come");
+        let Some(ToReceiver::AllocRequest(last)) = feeding.questions.last() else {
+            panic!("no question");
+        };
+        assert!(last.is_last_batch && last.total_chunks == 5 && last.keys.len() == 3);
+        feeding.grant(20, &[]);
+        feeding.written();
+        assert_eq!(feeding.notices[&RequestId::from("a")], None);
+        assert!(feeding.p.is_idle());
+    }
+}
+
+#[test]
+fn nothing_to_move_is_said_at_once() {
+    let mut feeding = Feeding::new(true);
+    feeding.reserve("a", 0, 0);
+    assert_eq!((feeding.links, feeding.questions.len()), (0, 0));
+    assert_eq!(feeding.notices[&RequestId::from("a")], None);
+    assert_eq!(feeding.ended[&RequestId::from("a")], None);
+    assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn a_receiver_that_never_answers_costs_its_requests_only_time() {
+    for cancels in [false, true] {
+        let mut feeding = Feeding::new(cancels);
+        feeding.reserve("a", 2, 2);
+        feeding.reserve("b", 2, 2);
+        feeding.pass(10 * S);
+        for req in ["a", "b"] {
+            assert_eq!(
+                feeding.notices[&RequestId::from(req)],
+                Some(Reason::AllocTimeout)
+            );
+        }
+        assert!(feeding.p.is_idle());
+        // It answers at last: what nobody will write must not stay shown.
+        feeding.grant(0, &[]);
+        let given_back = feeding.questions.pop();
+        match given_back {
+            Some(ToReceiver::CancelNotif(cancel)) => assert_eq!(cancel.keys, ["a/0", "a/1"]),
+            other => assert!(!cancels && other.is_none(), "{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn no_room_ends_a_request_and_gives_back_what_it_had() {
+    let mut feeding = Feeding::new(true);
+    feeding.reserve("a", 4, 2);
+    feeding.grant(0, &[]);
+    feeding.written();
+    let computing = Computing {
+        req: "a".into(),
+        upto: 4 * CHUNK,
+    };
+    feeding.feed(sender::Event::Computing(ENGINE, computing));
+    feeding.questions.clear();
+    feeding.answer(AllocResponse {
+        remote_indexes: vec![-1, -1],
+        already_sent_indexes: Vec::new(),
+        x: None,
+    });
+    assert_eq!(feeding.notices[&RequestId::from("a")], Some(Reason::NoRoom));
+    assert_eq!(feeding.grant(0, &[]), ["a/0", "a/1"]);
+    assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn keys_of_writes_that_may_still_land_are_not_given_back() {
+    let mut feeding = Feeding::new(true);
+    feeding.reserve("a", 2, 2);
+    feeding.grant(0, &[]);
+    let (transfer, _) = feeding.writes.pop().unwrap();
+    feeding.feed(sender::Event::Failed {
+        transfer,
+        terminal: false,
+    });
+    assert_eq!(
+        feeding.notices[&RequestId::from("a")],
+        Some(Reason::TransferFailed)
+    );
+    assert!(feeding.questions.is_empty());
+    assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn a_receiver_that_restarts_is_linked_anew() {
+    let mut feeding = Feeding::new(false);
+    feeding.reserve("a", 2, 2);
+    let lost = sender::Event::LinkLost {
+        to: target(),
+        reason: Reason::PeerLost,
+    };
+    feeding.feed(lost);
+    assert_eq!(
+        feeding.notices[&RequestId::from("a")],
+        Some(Reason::PeerLost)
+    );
+    feeding.reserve("b", 2, 2);
+    assert_eq!(feeding.links, 2);
+    feeding.grant(0, &[]);
+    feeding.written();
+    assert_eq!(feeding.notices[&RequestId::from("b")], None);
+    assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn nonsense_as_an_answer_ends_the_request() {
+    for wrong in [vec![0], vec![0, 0], vec![0, 100], vec![0, 1, 2], vec![]] {
+        let mut feeding = Feeding::new(true);
+        feeding.reserve("a", 2, 2);
+        feeding.questions.clear();
+        feeding.answer(AllocResponse {
+            remote_indexes: wrong,
+            already_sent_indexes: Vec::new(),
+            x: None,
+        });
+        assert!(feeding.writes.is_empty());
+        assert_eq!(feeding.ended[&RequestId::from("a")], Some(Reason::NoRoom));
+        assert!(feeding.p.is_idle());
+    }
+}

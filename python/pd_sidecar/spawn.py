@@ -1,0 +1,128 @@
+"""The sidecar as a child of the engine: `"sidecar": "spawn"` in the connector's options.
+
+The child inherits the engine's environment, so `UCX_TLS`, `CUDA_VISIBLE_DEVICES` and
+`LMCACHE_CONFIG_FILE` of one command line hold for both. It is started again with a growing pause
+when it ends; the connector finds it as it finds any sidecar that comes back. It ends with the
+engine: by `stop`, and by the kernel's word if the engine is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Sequence
+
+BINARY_VARIABLE = "PD_SIDECAR_BINARY"
+
+
+class NoBinaryError(RuntimeError):
+    """There is no sidecar to start; the text says where one was looked for."""
+
+
+def find_binary() -> str:
+    """The sidecar's program: named by a variable, installed beside Python, or on PATH.
+
+    Raises `NoBinaryError`.
+    """
+    named = os.environ.get(BINARY_VARIABLE)
+    if named:
+        if not os.access(named, os.X_OK):
+            raise NoBinaryError(f"{BINARY_VARIABLE}={named} is no program")
+        return named
+    beside = Path(sys.executable).with_name("sidecar")
+    if os.access(beside, os.X_OK):
+        return str(beside)
+    found = shutil.which("sidecar")
+    if found is None:
+        raise NoBinaryError(
+            f"no program `sidecar` in {beside.parent} or on PATH: install the wheel with the "
+            f"binaries, or set {BINARY_VARIABLE}"
+        )
+    return found
+
+
+class Child:
+    """A running sidecar, watched until `stop`."""
+
+    def __init__(self, command: Sequence[str], logger: logging.Logger) -> None:
+        """Starts it. Raises `OSError` if it cannot be started at all."""
+        self._command = list(command)
+        self._logger = logger
+        self._stopping = threading.Event()
+        self._process = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="pd-sidecar-child", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pid(self) -> int:
+        """The process of now; another one after a restart."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """Ends it: SIGTERM, so that requests under way may end, then SIGKILL."""
+        self._stopping.set()
+        self._watcher.join()
+        self._process.terminate()
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
+        # In the engine's own session: whoever ends the engine's group ends this, too.
+        process = subprocess.Popen(self._command, preexec_fn=lambda: _end_with(parent))
+        self._logger.info("sidecar started as process %d: %s", process.pid, self._command)
+        return process
+
+    def _watch(self) -> None:
+        pause = FIRST_PAUSE_S
+        since = time.monotonic()
+        # A thread's end would end the child that it started: this one stays until `stop`.
+        while not self._stopping.wait(LOOK_S):
+            code = self._process.poll()
+            if code is None:
+                continue
+            if time.monotonic() - since > STEADY_S:
+                pause = FIRST_PAUSE_S
+            self._logger.error(
+                "sidecar ended with code %d: requests are computed here; started again in %g s",
+                code,
+                pause,
+            )
+            if self._stopping.wait(pause):
+                return
+            pause = min(2 * pause, LAST_PAUSE_S)
+            since = time.monotonic()
+            try:
+                self._process = self._start()
+            except OSError as error:
+                self._logger.error("sidecar cannot be started again: %s", error)
+
+
+def _end_with(parent: int) -> None:
+    """In the child before it becomes the sidecar: the kernel ends it when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it has ended already
+
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 15.0
+LOOK_S = 0.2
+FIRST_PAUSE_S = 1.0
+LAST_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""A child that ran so long has recovered: its next end is a new story."""

@@ -1,0 +1,52 @@
+"""Chunks with known content, for every kind of peer."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from dataclasses import dataclass
+
+from pd_sidecar.wire import Layout
+
+LAYOUT = Layout("m", "float", layers=2, kv_heads=2, head_size=16, mla=False, chunk_tokens=256)
+CHUNK_TOKENS = LAYOUT.chunk_tokens
+TOKEN_BYTES = LAYOUT.chunk_bytes // CHUNK_TOKENS
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The KV of a prompt: `seed` decides the content, `name` the keys."""
+
+    name: int
+    tokens: int
+    seed: int
+
+    @classmethod
+    def of_chunks(cls, chunks: int, last: int = CHUNK_TOKENS) -> Prompt:
+        """A prompt that nobody had before, whose last chunk has `last` tokens."""
+        number = next(_numbers)
+        return cls(number, (chunks - 1) * CHUNK_TOKENS + last if chunks else 0, number)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.tokens // CHUNK_TOKENS)
+
+    @property
+    def keys(self) -> list[str]:
+        """As LMCache writes them; the hash may be any number."""
+        return [f"m@1@0@{(self.name << 16) + i:x}@float" for i in range(self.chunks)]
+
+    def chunk(self, index: int) -> bytes:
+        count = min(CHUNK_TOKENS, self.tokens - index * CHUNK_TOKENS)
+        return random.Random(f"{self.seed}-{index}").randbytes(count * TOKEN_BYTES)
+
+    @property
+    def sums(self) -> list[str]:
+        return [sum_of(self.chunk(i)) for i in range(self.chunks)]
+
+
+def sum_of(data: bytes | memoryview) -> str:
+    return hashlib.sha1(data).hexdigest()

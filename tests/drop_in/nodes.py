@@ -1,0 +1,284 @@
+"""Senders and receivers of one shape: our sidecars with a client in the engine's place, and LMCache's own backends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+from harness.ports import free_port
+from harness.process import Part, Process
+from harness.sidecar import ROOT, Sidecar, SidecarOptions
+from pd_sidecar.client import Client
+from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Ready, Target
+
+from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
+
+LMCACHE_PYTHON = Path(os.environ.get("LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
+LOGS = ROOT / "target" / "test-logs"
+SLOTS = 256
+BOUND_S = 40.0
+START_BOUND_S = 60.0
+
+
+@dataclass
+class Put:
+    """How a sender fared: chunks that it counts as handed over, and what went wrong."""
+
+    written: int
+    error: str | None = None
+
+
+class Sender(Protocol):
+    """Pushes a prompt's chunks to a receiver."""
+
+    name: str
+    notices: Notices
+
+    def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put: ...
+    def restart(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """Is pushed to."""
+
+    name: str
+
+    @property
+    def target(self) -> Target: ...
+
+    def get(self, req: str, prompt: Prompt) -> list[str | None]: ...
+    def restart(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Notices:
+    """The proxy's registration port: collects `ProxyNotif`."""
+
+    def __init__(self) -> None:
+        self._socket: Any = zmq.Context.instance().socket(zmq.PULL)
+        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.raw: list[bytes] = []
+        self.seen: dict[str, dict[str, Any]] = {}
+
+    def wait(self, req: str, bound_s: float = BOUND_S) -> dict[str, Any] | None:
+        """The notice of a request; None if there is none within the bound."""
+        import msgspec
+
+        deadline = time.monotonic() + bound_s
+        while req not in self.seen:
+            left = max(0, deadline - time.monotonic())
+            if not self._socket.poll(left * 1000):
+                return None
+            raw = self._socket.recv()
+            message = msgspec.msgpack.decode(raw)
+            if message["type"] == "ProxyNotif":
+                self.raw.append(raw)
+                self.seen[message["req_id"]] = message
+        return self.seen[req]
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class LmcachePeer(Part):
+    """Real LMCache in a process of its own; see `peer.py`."""
+
+    def __init__(self, role: str, mode: str, config: dict[str, object], slots: int = SLOTS) -> None:
+        self.name = f"lmcache-{mode}-{role}"
+        self._options = {
+            "role": role, "mode": mode, "config": config, "slots": slots,
+            "model": LAYOUT.model, "layers": LAYOUT.layers, "kv_heads": LAYOUT.kv_heads, "head_size": LAYOUT.head_size,
+        }  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        port = free_port()
+        options = json.dumps({**self._options, "port": port})
+        command: list[str | Path] = [LMCACHE_PYTHON, Path(__file__).with_name("peer.py"), options]
+        self.process = Process(self.name, command, LOGS / f"{self.name}.log")
+        deadline = time.monotonic() + START_BOUND_S
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", port), 1)
+                break
+            except OSError:
+                if not self.process.alive or time.monotonic() > deadline:
+                    raise self.process.failure("does not take commands") from None
+                time.sleep(0.1)
+        self._connection = connection
+        self._lines = connection.makefile("rw", buffering=1)
+
+    def do(self, what: str, bound_s: float = BOUND_S, **command: object) -> dict[str, Any]:
+        assert self.process is not None
+        self._connection.settimeout(bound_s)
+        try:
+            self._lines.write(json.dumps({"do": what, **command}) + "\n")
+            line = self._lines.readline()
+        except OSError:
+            raise self.process.failure(f"no answer to {what} within {bound_s:g} s") from None
+        if not line:
+            raise self.process.failure(f"ended at {what}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise self.process.failure(f"{what}: {answer['failed']}")
+        return answer
+
+    def stop(self) -> None:
+        self._connection.close()
+        self.kill()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+class LmcacheSender(LmcachePeer):
+    """LMCache's prefill side."""
+
+    def __init__(self, mode: str) -> None:
+        self.notices = Notices()
+        super().__init__("sender", mode, {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": self.notices.port})
+
+    def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
+        answer = self.do(
+            "put", req=req, to=of_target(to), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed, batch=batch,
+            timeout_s=15,
+        )  # fmt: skip
+        return Put(answer["written"], "; ".join(answer["errors"]) or None)
+
+
+class LmcacheReceiver(LmcachePeer):
+    """LMCache's decode side."""
+
+    def __init__(self, mode: str, slots: int = SLOTS) -> None:
+        self.target = Target("127.0.0.1", free_port(), free_port())
+        ports = {"pd_peer_init_port": [self.target.init_port], "pd_peer_alloc_port": [self.target.alloc_port]}
+        super().__init__("receiver", mode, {"pd_peer_host": "127.0.0.1", **ports}, slots)
+
+    def get(self, req: str, prompt: Prompt) -> list[str | None]:
+        sums: list[str | None] = self.do("get", keys=prompt.keys, tokens=prompt.tokens)["sums"]
+        return sums
+
+
+@dataclass
+class _Ours:
+    """A sidecar and a client in its engine's place."""
+
+    folder: Path
+    name: str
+    role: str = ""
+    slots: int = SLOTS
+    keys: dict[str, object] = field(default_factory=dict)
+    lmcache: dict[str, object] = field(default_factory=dict)
+    proxy: str | None = None
+
+    def begin(self) -> None:
+        options = SidecarOptions(
+            role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
+            keys=self.keys, lmcache=self.lmcache,
+        )  # fmt: skip
+        self.sidecar = Sidecar(options, self.folder, LOGS, name=self.name)
+        self.sidecar.start()
+        self.client = self._connect()
+
+    def _connect(self) -> Client:
+        leg = "prefill" if self.role == "sender" else "decode"
+        return Client.connect(str(self.sidecar.socket), Hello(VERSION, "test", leg, 0, 1, LAYOUT))
+
+    def restart(self) -> None:
+        """By SIGKILL, as a crash."""
+        self.client.close()
+        self.sidecar.kill()
+        self.sidecar.start()
+        self.client = self._connect()
+
+    def stop(self) -> None:
+        self.client.close()
+        self.sidecar.stop()
+
+    def until_ended(self, req: str, bound_s: float = BOUND_S) -> Iterator[Any]:
+        """What the sidecar says of a request, its end as the last."""
+        deadline = time.monotonic() + bound_s
+        while time.monotonic() < deadline:
+            for event in self.client.wait(0.2):
+                if getattr(event, "req", req) == req:
+                    yield event
+                    if isinstance(event, Ended):
+                        return
+        raise AssertionError(f"{self.name}: request {req} has not ended within {bound_s:g} s")
+
+
+class OurSender(_Ours):
+    """Our prefill side."""
+
+    def __init__(self, folder: Path, name: str = "our-sender", slots: int = SLOTS, **keys: object) -> None:
+        self.notices = Notices()
+        super().__init__(folder, name, "sender", slots, keys, proxy=f"127.0.0.1:{self.notices.port}")
+        self.begin()
+
+    def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
+        first = min(prompt.tokens, (batch or prompt.chunks) * CHUNK_TOKENS)
+        self.client.reserve(req, to, prompt.keys, tokens=prompt.tokens, upto=first)
+        if first < prompt.tokens:
+            self.client.computing(req, prompt.tokens)
+        written = 0
+        for event in self.until_ended(req):
+            if isinstance(event, Granted):
+                for chunk, slot in zip(event.chunks, event.slots, strict=True):
+                    data = prompt.chunk(chunk)
+                    self.client.slot(slot)[: len(data)] = data
+                if event.chunks:
+                    self.client.staged(req, event.chunks)
+                written += len(event.chunks)
+            elif isinstance(event, Ended):
+                return Put(written, event.reason)
+        raise AssertionError("unreachable")
+
+
+class OurReceiver(_Ours):
+    """Our decode side."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "our-receiver",
+        slots: int = SLOTS,
+        lmcache: dict[str, object] | None = None,
+        **keys: object,
+    ) -> None:
+        super().__init__(folder, name, "receiver", slots, keys, lmcache or {})
+        self.begin()
+        self.ended: str | None = None
+
+    @property
+    def target(self) -> Target:
+        return Target(self.sidecar.host, self.sidecar.init_port, self.sidecar.alloc_port)
+
+    def get(self, req: str, prompt: Prompt, have: int = 0, written: bool = True) -> list[str | None]:
+        sums: list[str | None] = [None] * prompt.chunks
+        if not prompt.chunks:
+            return sums
+        self.client.await_(
+            req, prompt.keys, tokens=prompt.tokens, have_tokens=have, deadline_ms=15_000, written=written
+        )
+        for event in self.until_ended(req):
+            if isinstance(event, Ready):
+                for chunk, slot in zip(event.chunks, event.slots, strict=True):
+                    count = min(CHUNK_TOKENS, prompt.tokens - chunk * CHUNK_TOKENS) * TOKEN_BYTES
+                    sums[chunk] = sum_of(bytes(self.client.slot(slot)[:count]))
+                self.client.release(req, event.chunks)
+            elif isinstance(event, Ended):
+                self.ended = event.reason
+        return sums
+
+
+def of_target(to: Target) -> dict[str, object]:
+    return {"host": to.host, "init_port": to.init_port, "alloc_port": to.alloc_port}

@@ -1,0 +1,183 @@
+"""Real LMCache's PD backend in a process of its own, without vLLM: sends or receives chunks in host memory.
+
+    python peer.py '{"port": 4711, "role": "receiver", "mode": "async", ...}'
+
+It takes one connection on the loopback port that it is given; one JSON command a line, one JSON answer a line:
+
+    {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
+    {"do": "get", "keys": [...], "tokens": ...}
+    {"do": "cancel", "req": ...}      {"do": "query", "to": {...}, "keys": [...]}      {"do": "held"}
+
+Runs in the environment that `scripts/venv-lmcache.sh` makes, so it imports nothing of the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK_TOKENS = 256
+
+
+@dataclass
+class Spec:
+    """What LMCache's vLLM adapter gives the backend with a request; `vllm_v1_adapter.DisaggSpec`."""
+
+    req_id: str
+    receiver_id: str
+    receiver_host: str
+    receiver_init_port: list[int]
+    receiver_alloc_port: list[int]
+    receiver_query_port: list[int] | None = None
+    is_last_prefill: bool = False
+    num_transferred_tokens: int = 0
+    total_chunks: int = 0
+
+
+class Peer:
+    """One backend, sender or receiver."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        import torch
+        from lmcache.v1.config import LMCacheEngineConfig
+        from lmcache.v1.metadata import LMCacheMetadata
+
+        self.torch = torch
+        layers, heads, head_size = options["layers"], options["kv_heads"], options["head_size"]
+        self.width = heads * head_size
+        self.layers = layers
+        self.chunk_bytes = 2 * layers * CHUNK_TOKENS * self.width * 4
+        self.mode = options["mode"]
+        rank = options.get("rank", 0)
+        names = {
+            "enable_pd": True,
+            "pd_role": options["role"],
+            "pd_buffer_size": self.chunk_bytes * options["slots"],
+            "pd_buffer_device": "cpu",
+            "pd_backend_mode": self.mode,
+            "transfer_channel": "nixl",
+            "chunk_size": CHUNK_TOKENS,
+            **options.get("config", {}),
+        }
+        config = LMCacheEngineConfig.from_defaults(**names)
+        config.validate()
+        metadata = LMCacheMetadata(
+            model_name=options["model"],
+            world_size=options.get("world_size", 1),
+            local_world_size=options.get("world_size", 1),
+            worker_id=rank,
+            local_worker_id=rank,
+            kv_dtype=torch.float32,
+            kv_shape=(layers, 2, CHUNK_TOKENS, heads, head_size),
+        )
+        if self.mode == "sync":
+            from lmcache.v1.storage_backend.pd_backend import PDBackend as Backend
+        else:
+            from lmcache.v1.storage_backend.pd_backend_async import PDBackendAsync as Backend
+        self.backend: Any = Backend(config, metadata)
+
+    def key(self, text: str) -> Any:
+        from lmcache.utils import CacheEngineKey
+
+        return CacheEngineKey.from_string(text)
+
+    def put(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Fills chunks and hands them to the backend, in batches as chunked prefill does."""
+        to, keys, tokens = command["to"], command["keys"], command["tokens"]
+        ports = [to["init_port"]], [to["alloc_port"]]
+        spec = Spec(command["req"], to["host"] + str(to["init_port"]), to["host"], *ports)
+        spec.total_chunks = command.get("total_chunks", len(keys))
+        step = command.get("batch") or len(keys)
+        written = threading.Semaphore(0)
+        errors: list[str] = []
+        for at in range(0, len(keys), step):
+            spec = Spec(**vars(spec))
+            spec.is_last_prefill = at + step >= len(keys) and command.get("last", True)
+            objects = [self._filled(command["seed"], i, tokens) for i in range(at, min(at + step, len(keys)))]
+            batch = [self.key(k) for k in keys[at : at + step]]
+            futures = self.backend.batched_submit_put_task(batch, objects, spec, lambda _: written.release())
+            for future in futures or []:
+                try:
+                    future.result(timeout=command.get("timeout_s", 30))
+                except Exception as error:  # noqa: BLE001 - LMCache raises anything
+                    errors.append(str(error) or type(error).__name__)
+            for each in objects:
+                each.ref_count_down()
+        deadline = time.monotonic() + command.get("timeout_s", 30)
+        count = 0
+        while not errors and count < len(keys) and written.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            count += 1
+        return {"written": count, "errors": errors}
+
+    def _filled(self, seed: int, index: int, tokens: int) -> Any:
+        from lmcache.v1.memory_management import MemoryFormat
+
+        count = min(CHUNK_TOKENS, tokens - index * CHUNK_TOKENS)
+        shape = self.torch.Size([2, self.layers, count, self.width])
+        found = self.backend.allocate(shape, self.torch.float32, MemoryFormat.KV_2LTD)
+        if found is None:
+            raise RuntimeError("the send buffer is full")
+        data = bytearray(random.Random(f"{seed}-{index}").randbytes(shape.numel() * 4))
+        found.tensor.view(-1).view(self.torch.uint8).copy_(self.torch.frombuffer(data, dtype=self.torch.uint8))
+        return found
+
+    def get(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The SHA-1 of each chunk, which is then removed unless it is to be kept; None for one that is not there."""
+        sums: list[str | None] = []
+        for index, text in enumerate(command["keys"]):
+            key = self.key(text)
+            if not self.backend.contains(key):
+                sums.append(None)
+                continue
+            found = self.backend.get_blocking(key)
+            count = min(CHUNK_TOKENS, command["tokens"] - index * CHUNK_TOKENS)
+            assert found.tensor.shape[2] == count, (found.tensor.shape, count)
+            sums.append(hashlib.sha1(found.tensor.contiguous().view(-1).view(self.torch.uint8).numpy()).hexdigest())
+            if not command.get("keep"):
+                # What the cache engine does after a retrieve.
+                self.backend.remove(key)
+                while found.get_ref_count() > 0:
+                    found.ref_count_down()
+        return {"sums": sums}
+
+    def cancel(self, command: dict[str, Any]) -> dict[str, Any]:
+        self.backend.cancel_request(command["req"])
+        return {}
+
+    def query(self, command: dict[str, Any]) -> dict[str, Any]:
+        to = command["to"]
+        self.backend._ensure_cache_query_connection("queried", to["host"], to["query_port"])
+        answer = self.backend.query_remote_cache("queried", [self.key(k) for k in command["keys"]])
+        return {"keys": answer.cached_keys, "indexes": answer.cached_indexes}
+
+    def held(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"keys": len(self.backend.data)}
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    peer = Peer(options)
+    with socket.create_server(("127.0.0.1", options["port"])) as server:
+        connection, _ = server.accept()
+    with connection.makefile("rw", buffering=1) as lines:
+        for line in lines:
+            command = json.loads(line)
+            try:
+                answer = getattr(peer, command["do"])(command)
+            except Exception as error:  # noqa: BLE001 - goes to whoever asked
+                answer = {"failed": f"{type(error).__name__}: {error}"}
+            lines.write(json.dumps(answer) + "\n")
+    # The backend's own close hangs in a receiver's threads.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

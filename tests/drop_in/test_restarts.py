@@ -1,0 +1,207 @@
+"""Either side dies between two requests, or does not answer: what our side makes of it with LMCache on the other."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .chunks import Prompt
+from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
+
+MODES = ("sync", "async")
+_requests = itertools.count(1)
+
+
+def next_request() -> str:
+    return f"x{next(_requests)}"
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[OurReceiver]:
+    made = OurReceiver(tmp_path, slots=8, max_lease_ms=4000)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def our_sender(tmp_path: Path) -> Iterator[OurSender]:
+    made = OurSender(tmp_path)
+    yield made
+    made.stop()
+    made.notices.close()
+
+
+def moved(sender: OurSender | LmcacheSender, receiver: OurReceiver | LmcacheReceiver, prompt: Prompt) -> bool:
+    req = next_request()
+    put = sender.put(req, receiver.target, prompt)
+    assert put.error is None, put
+    assert sender.notices.wait(req) is not None
+    return receiver.get(req, prompt) == prompt.sums
+
+
+def halt(pid: int) -> None:
+    """SIGSTOP, and every thread stands still: on a busy machine that takes a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    deadline = time.monotonic() + 5
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
+    sender = LmcacheSender(mode)
+    try:
+        assert moved(sender, ours, Prompt.of_chunks(3))
+
+        # A sender that dies with slots lent to it and nothing written; and one that comes after it.
+        sender.restart()
+        assert moved(sender, ours, Prompt.of_chunks(3))
+
+        # LMCache makes its handshake once in the life of a sender: after our restart it knows addresses that are no
+        # more. It is told that all was sent already, so its word comes at once, and the decode side computes.
+        ours.restart()
+        began = time.monotonic()
+        prompt, req = Prompt.of_chunks(3), next_request()
+        put = sender.put(req, ours.target, prompt)
+        assert (put.written, put.error) == (3, None)
+        assert sender.notices.wait(req) is not None
+        assert ours.get(req, prompt) == [None] * 3
+        assert ours.ended in ("stale_epoch", "no_sender")
+        assert time.monotonic() - began < 8
+        assert ours.sidecar.slots() == (8, 0, 0)
+
+        sender.restart()
+        assert moved(sender, ours, Prompt.of_chunks(3))
+        ours.sidecar.wait_empty()
+    finally:
+        sender.stop()
+        sender.notices.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, mode: str) -> None:
+    sender = LmcacheSender(mode)
+    try:
+        first, second, huge = Prompt.of_chunks(6), Prompt.of_chunks(6), Prompt.of_chunks(9)
+        requests = {prompt: next_request() for prompt in (first, second, huge)}
+        for prompt in (first, second, huge):
+            began = time.monotonic()
+            assert sender.put(requests[prompt], ours.target, prompt).error is None
+            assert sender.notices.wait(requests[prompt]) is not None
+            assert time.monotonic() - began < 8
+        assert ours.get(requests[first], first) == first.sums
+        assert ours.get(requests[second], second) == [None] * 6
+        assert ours.ended == ("no_room" if mode == "async" else "no_sender")
+        assert ours.get(requests[huge], huge) == [None] * 9
+        assert ours.ended == ("too_large" if mode == "async" else "no_sender")
+        # What nobody comes for is given back when its time is over.
+        third = Prompt.of_chunks(6)
+        assert sender.put(next_request(), ours.target, third).error is None
+        assert ours.sidecar.slots() == (2, 6, 0)
+        ours.sidecar.wait_empty()
+        assert moved(sender, ours, Prompt.of_chunks(8))
+    finally:
+        sender.stop()
+        sender.notices.close()
+
+
+def test_two_senders_of_one_prompt(ours: OurReceiver) -> None:
+    senders = [LmcacheSender("sync"), LmcacheSender("async")]
+    try:
+        prompt = Prompt.of_chunks(4)
+        requests = [next_request() for _ in senders]
+        for sender, req in zip(senders, requests, strict=True):
+            assert sender.put(req, ours.target, prompt).error is None
+            assert sender.notices.wait(req) is not None
+        for req in requests:
+            assert ours.get(req, prompt) == prompt.sums
+        ours.sidecar.wait_empty()
+    finally:
+        for sender in senders:
+            sender.stop()
+            sender.notices.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_our_sender_and_lmcache_receiver(our_sender: OurSender, mode: str) -> None:
+    receiver = LmcacheReceiver(mode, slots=8)
+    try:
+        assert moved(our_sender, receiver, Prompt.of_chunks(3))
+        receiver.restart()
+        assert moved(our_sender, receiver, Prompt.of_chunks(3))
+        our_sender.restart()
+        assert moved(our_sender, receiver, Prompt.of_chunks(3))
+
+        # One that stands still costs its requests their bound, and nothing afterwards.
+        halt(receiver.pid)
+        req, prompt = next_request(), Prompt.of_chunks(2)
+        began = time.monotonic()
+        put = our_sender.put(req, receiver.target, prompt)
+        assert put.error in ("alloc_timeout", "transfer_failed"), put
+        assert time.monotonic() - began < 15
+        notice = our_sender.notices.wait(req)
+        assert notice is not None and notice["x"]["ok"] is False
+        os.kill(receiver.pid, signal.SIGCONT)
+        assert moved(our_sender, receiver, Prompt.of_chunks(3))
+        if mode == "async":
+            # Its late answer granted slots that nobody will write: they were given back.
+            deadline = time.monotonic() + 10
+            while receiver.do("held")["keys"] and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert receiver.do("held")["keys"] == 0
+        our_sender.sidecar.wait_empty()
+    finally:
+        receiver.stop()
+
+
+def test_a_full_lmcache_receiver(our_sender: OurSender) -> None:
+    receiver = LmcacheReceiver("async", slots=4)
+    try:
+        first, second = Prompt.of_chunks(3), Prompt.of_chunks(3)
+        first_req, second_req = next_request(), next_request()
+        assert our_sender.put(first_req, receiver.target, first).error is None
+        assert our_sender.put(second_req, receiver.target, second).error == "alloc_timeout"
+        assert receiver.get(first_req, first) == first.sums
+        assert moved(our_sender, receiver, Prompt.of_chunks(4))
+        # More than it will ever hold: it says -1 at once.
+        assert our_sender.put(next_request(), receiver.target, Prompt.of_chunks(5)).error == "no_room"
+        assert moved(our_sender, receiver, Prompt.of_chunks(4))
+    finally:
+        receiver.stop()
+
+
+def test_nothing_to_move_is_said_at_once(our_sender: OurSender) -> None:
+    receiver = LmcacheReceiver("sync", slots=2)
+    try:
+        req = next_request()
+        put = our_sender.put(req, receiver.target, Prompt.of_chunks(0))
+        assert (put.written, put.error) == (0, None)
+        notice = our_sender.notices.wait(req, 5)
+        assert notice is not None and notice["x"]["ok"] is True
+        assert receiver.do("held")["keys"] == 0
+    finally:
+        receiver.stop()
+
+
+def test_the_query_port_knows_of_nothing(tmp_path: Path) -> None:
+    from harness.ports import free_port
+
+    port = free_port()
+    ours = OurReceiver(tmp_path, slots=8, lmcache={"pd_peer_query_port": [port]})
+    sender = LmcacheSender("sync")
+    try:
+        to = {"host": "127.0.0.1", "query_port": port}
+        answer = sender.do("query", to=to, keys=Prompt.of_chunks(2).keys)
+        assert answer == {"keys": [], "indexes": []}
+    finally:
+        sender.stop()
+        sender.notices.close()
+        ours.stop()

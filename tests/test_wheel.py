@@ -1,0 +1,39 @@
+"""The wheel that has everything, built and installed into a clean environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from harness.sidecar import ROOT
+
+
+def run(*command: str | Path, bound_s: float = 60) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=bound_s, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# The release build comes first in `make e2e`; what is left is linking and packing.
+@pytest.mark.timeout(1500)
+def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
+    run(ROOT / "scripts" / "wheel.sh", tmp_path / "dist", sys.executable, bound_s=1200)
+    (wheel,) = (tmp_path / "dist").glob("pd_sidecar-*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    programs = tmp_path / "venv" / "bin"
+    run(programs / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", wheel, bound_s=300)
+    for program in ("sidecar", "pd-proxy"):
+        assert run(programs / program, "--version").strip()
+    # The connector is there with its types, and finds the sidecar that came with it.
+    code = (
+        "import pathlib, pd_sidecar, pd_sidecar.client, pd_sidecar.spawn as spawn;"
+        "here = pathlib.Path(pd_sidecar.__file__).parent;"
+        "print((here / 'connector.py').exists(), (here / 'py.typed').exists(), spawn.find_binary())"
+    )
+    found = run(programs / "python", "-c", code).split()
+    assert found == ["True", "True", str(programs / "sidecar")]
+    # It moves bytes without anything of ours around it.
+    assert "ok" in run(programs / "sidecar", "selftest", "--transport", "tcp", bound_s=120).lower()
