@@ -22,7 +22,7 @@ use crate::host;
 use crate::init::{self, Answer, Identity};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
-use crate::side::{Clock, Gauges, Linger, Side, SideContext};
+use crate::side::{Clock, Gauges, Side, SideContext};
 use crate::zmq::{Closed, FromPeer, RouterServer};
 use fence::Fences;
 use marks::Marks;
@@ -48,7 +48,6 @@ pub(crate) struct LandSide {
     marks: Marks,
     fences: Fences,
     clock: Clock,
-    linger: Linger,
     draining: bool,
 }
 
@@ -96,7 +95,6 @@ impl LandSide {
             marks: Marks::default(),
             fences: Fences::default(),
             clock: Clock::start(),
-            linger: Linger::default(),
             draining: false,
             context,
         }
@@ -146,9 +144,6 @@ impl LandSide {
                     self.feed(Event::Fenced { sender, lease });
                 }
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
-                () = self.linger.pass(), if !self.linger.is_over() => {
-                    self.linger = Linger::default();
-                }
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
@@ -385,11 +380,7 @@ impl LandSide {
         };
         let now = self.clock.now();
         self.context.trace.receiver_event(now, &event);
-        let message = !matches!(event, Event::Deadline | Event::Looked { .. });
         machine.handle(now, event);
-        if message {
-            self.linger.moved(machine.is_idle());
-        }
         let mut fenced = BTreeMap::new();
         let mut looks = Vec::new();
         while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
