@@ -151,7 +151,7 @@ def packed(message: dict[str, Any]) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def test_lmcache_is_introduced_and_refused_in_its_own_words(sides: Sides) -> None:
+def test_lmcache_with_other_chunks_is_introduced_and_refused_in_its_own_words(sides: Sides) -> None:
     metadata = (FIXTURES / "metadata_sender.bin").read_bytes()
     with peer(zmq.REQ, sides.receiver.init_port) as init:
         init.send(packed({"type": "NixlInitRequest", "local_meta_bytes": metadata}))

@@ -33,8 +33,9 @@ def main() -> None:
         )
         database = ChunkedTokenDatabase(config, metadata)
         keys[algorithm] = [key.to_string() for _, _, key in database.process_tokens(tokens=asked["tokens"])]
-    sorted(definitions._CONFIG_DEFINITIONS)
-    sorted({*definitions._CONFIG_ALIASES, *definitions._DEPRECATED_CONFIGS})
+    names = sorted(definitions._CONFIG_DEFINITIONS)
+    aliases = sorted({*definitions._CONFIG_ALIASES, *definitions._DEPRECATED_CONFIGS})
+    sys.stdout.write(json.dumps({"keys": keys, "config": names, "aliases": aliases}) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,11 +142,23 @@ class Peer:
             assert found.tensor.shape[2] == count, (found.tensor.shape, count)
             sums.append(hashlib.sha1(found.tensor.contiguous().view(-1).view(self.torch.uint8).numpy()).hexdigest())
             if not command.get("keep"):
-                # What the cache engine does after a retrieve.
-                self.backend.remove(key)
-                while found.get_ref_count() > 0:
-                    found.ref_count_down()
+                self._remove(key, found)
         return {"sums": sums}
+
+    def _remove(self, key: Any, found: Any) -> None:
+        """Gives a chunk back, as the cache engine does after a retrieve.
+
+        Its page may be another key's at once, so nothing is asked of it any more afterwards.
+        """
+        references = found.get_ref_count()
+        if self.mode == "async":
+            for _ in range(references):
+                self.backend.remove(key)
+            return
+        for _ in range(references - 1):
+            found.ref_count_down()
+        self.backend.remove(key)
+        found.ref_count_down()
 
     def cancel(self, command: dict[str, Any]) -> dict[str, Any]:
         self.backend.cancel_request(command["req"])
