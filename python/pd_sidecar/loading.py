@@ -15,12 +15,14 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, NotConnectedError, Ready
-from .kernels import Copier, Fence, Piece
+from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
 from .wire import WireError
 
 if TYPE_CHECKING:
     from .client import Client
+    from .devices import Copier, Device, Mark
+    from .kernels import Fence
     from .metadata import LoadStart, StepMetadata
     from .stats import Stats
     from .worker import Rank
@@ -35,6 +37,8 @@ class Incoming:
     start: LoadStart
     table: torch.Tensor
     began: float
+    mark: Mark
+    """Behind whatever may still write to its blocks."""
     missing: set[int]
     """Chunks that are wanted and not scattered yet."""
     scattering: int = 0
@@ -50,7 +54,6 @@ class _Scatter:
     fence: Fence
     incoming: Incoming
     chunks: list[int]
-    began: float
 
 
 @dataclass
@@ -67,8 +70,9 @@ class Results:
 class Receiver:
     """All parked requests of this worker."""
 
-    def __init__(self, rank: Rank, client: Client, stats: Stats) -> None:
+    def __init__(self, rank: Rank, device: Device, client: Client, stats: Stats) -> None:
         self._rank = rank
+        self._device = device
         self._client = client
         self._stats = stats
         self._copier: Copier | None = None
@@ -79,8 +83,9 @@ class Receiver:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Asks for what is parked in this step, lets go of what was aborted."""
+        mark = self._device.mark() if metadata.load_starts else None
         for start in metadata.load_starts:
-            self._await(start)
+            self._await(start, mark)
         for engine_id in metadata.aborted:
             if incoming := self._by_engine_id.get(engine_id):
                 self._give_up(incoming, "aborted")
@@ -134,15 +139,15 @@ class Receiver:
         ready = [entry for entry in self._ready if entry[0].failure is None]
         self._ready.clear()
         if ready and self._copier is not None:
-            began = time.perf_counter()
-            fence = self._copier.scatter([piece for _, _, piece in ready])
+            marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
+            fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
             chunks: dict[str, list[int]] = {}
             for incoming, chunk, _ in ready:
                 chunks.setdefault(incoming.start.engine_id, []).append(chunk)
             for engine_id, of_request in chunks.items():
                 incoming = self._by_engine_id[engine_id]
                 incoming.scattering += 1
-                self._scatters.append(_Scatter(fence, incoming, of_request, began))
+                self._scatters.append(_Scatter(fence, incoming, of_request))
         self._settle()
         return bool(ready)
 
@@ -173,12 +178,26 @@ class Receiver:
         """A word of the sidecar would be of use."""
         return bool(self._by_engine_id)
 
-    def _await(self, start: LoadStart) -> None:
+    @property
+    def has_news(self) -> bool:
+        """There is something for `finished` to name."""
+        return any(
+            not i.scattering and (not i.missing or i.failure is not None)
+            for i in self._by_engine_id.values()
+        )
+
+    @property
+    def is_moving(self) -> bool:
+        """A scatter is under way, for which a request waits."""
+        return bool(self._scatters)
+
+    def _await(self, start: LoadStart, mark: Mark) -> None:
         rank = self._rank
         incoming = Incoming(
             start=start,
             table=torch.tensor(start.blocks, dtype=torch.int64),
             began=time.monotonic(),
+            mark=mark,
             missing=set(wanted_chunks(start.tokens, start.have_tokens, rank.chunk_tokens)),
         )
         self._by_engine_id[start.engine_id] = incoming
@@ -204,7 +223,7 @@ class Receiver:
                 under_way.append(scatter)
                 continue
             incoming = scatter.incoming
-            seconds = time.perf_counter() - scatter.began
+            seconds = scatter.fence.seconds
             incoming.scattering -= 1
             incoming.scatter_seconds += seconds
             incoming.missing.difference_update(scatter.chunks)
