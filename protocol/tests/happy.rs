@@ -133,6 +133,7 @@ fn check(
                             req: granted.req,
                             chunks: granted.chunks,
                             gather_us: 1,
+                            event: None,
                         };
                         p.handle(now, sender::Event::Staged(pe, staged));
                     }

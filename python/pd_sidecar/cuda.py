@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .wire import CudaBuffer
+    from .wire import CudaMemory
 
 HANDLE_BYTES = 64
 LAZY_ENABLE_PEER_ACCESS = 1
@@ -94,10 +94,10 @@ class Primary:
             self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
 
-class CudaMemory:
+class OpenedMemory:
     """A sidecar's buffer. Closed with the last reference: moves that are under way hold one."""
 
-    def __init__(self, buffer: CudaBuffer, driver: Driver | None = None) -> None:
+    def __init__(self, buffer: CudaMemory, driver: Driver | None = None) -> None:
         """Opens it. Raises `CudaError`."""
         self.bytes = buffer.size
         self.address = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cuda import CudaError, CudaMemory, Driver
+from .cuda import CudaError, Driver, OpenedMemory
 from .fused import Mover, Plan
 from .kernels import Piece
 
@@ -66,7 +66,7 @@ class Gpu:
         if buffer.uuid != self.name:
             raise OSError(f"the sidecar's buffer is on {buffer.uuid}, the engine on {self.name}")
         try:
-            memory = CudaMemory(buffer, self._driver)
+            memory = OpenedMemory(buffer, self._driver)
         except CudaError as error:
             raise OSError(str(error)) from error
         slots = torch.as_tensor(memory, device=self._device)

@@ -73,10 +73,8 @@ class Hello(_Message, omit_defaults=True):
     rank: int
     world_size: int
     layout: Layout
-    device: str | None = None
-    """The UUID of the engine's GPU, `GPU-…`."""
-    events: list[bytes] = []
-    """CUDA IPC handles of events on it, which `Staged.event` names by position."""
+    device: str | None = None  # UUID of this engine's GPU
+    events: list[bytes] = []  # CUDA IPC handles of events on it
 
 
 class Reserve(_Message):
@@ -98,7 +96,7 @@ class Computing(_Message):
 
 
 class Staged(_Message, omit_defaults=True):
-    """Prefill: these chunks stand in their granted slots, complete, or will once `event` fired."""
+    """Prefill: these chunks stand in their granted slots, complete once `event` has fired."""
 
     req: str
     chunks: list[int]
@@ -136,7 +134,7 @@ class Abort(_Message):
     req: str
 
 
-class CudaBuffer(msgspec.Struct, frozen=True):
+class CudaMemory(msgspec.Struct, frozen=True):
     """A buffer in GPU memory, as another process opens it."""
 
     uuid: str
@@ -154,7 +152,7 @@ class Welcome(_Message, omit_defaults=True):
     slots: int
     slot_bytes: int
     connection: int
-    cuda: CudaBuffer | None = None
+    cuda: CudaMemory | None = None
 
 
 class Refused(_Message):

@@ -1,7 +1,7 @@
 """The workers' half: one per tensor-parallel rank, with a connection to each sidecar it uses.
 
 On a GPU the engine's thread launches a step and comes back when it is computed, up to a second
-later. Slots that are granted meanwhile, and chunks that arrive, are dealt with by a thread beside it
+later. Slots that are granted meanwhile, and chunks that arrive, are the work of a thread beside it
 (`pump`): it launches moves behind the step. No thread stands between a move and the push: events
 keep that order.
 """

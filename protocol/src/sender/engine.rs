@@ -1,7 +1,7 @@
 //! What the prefill engine says.
 
 use super::request::{Chunk, Phase, Request};
-use super::{Action, Link, Sender};
+use super::{Action, After, Link, Sender};
 use crate::layout::chunks_of;
 use crate::local::{Computing, Reserve, Staged, Target};
 use crate::message::{AllocRequest, AllocX, ToReceiver};
@@ -162,7 +162,8 @@ impl Sender {
                 *chunk = Chunk::Staged { from, to };
             }
         }
-        self.post(&message.req);
+        let after = message.event.map(|event| After { engine, event });
+        self.post(&message.req, after);
     }
 
     pub(super) fn on_engine_cancel(&mut self, engine: EngineId, id: &RequestId) {

@@ -124,6 +124,9 @@ pub enum Action {
         lease: LeaseId,
         /// What goes where.
         pieces: Vec<Piece>,
+        /// Nothing may be read before this.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<After>,
     },
     /// Tell the engine which slots it may fill.
     Granted(EngineId, Granted),
@@ -146,6 +149,15 @@ pub enum Action {
     },
     /// A request has ended.
     Record(Record),
+}
+
+/// An event of an engine, by which the bytes of a write stand in their slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct After {
+    /// Whose event.
+    pub engine: EngineId,
+    /// Its position in the engine's hello.
+    pub event: u32,
 }
 
 /// One chunk of a write.

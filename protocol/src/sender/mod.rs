@@ -25,7 +25,7 @@ use crate::message::ToReceiver;
 use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
-pub use io::{Action, Config, Event, Gauges, Piece};
+pub use io::{Action, After, Config, Event, Gauges, Piece};
 use request::{Phase, Request};
 
 /// The sending side of one rank. See the module's documentation.

@@ -1,7 +1,7 @@
 //! Send slots and writes.
 
 use super::request::{Chunk, Phase};
-use super::{Action, Piece, Sender};
+use super::{Action, After, Piece, Sender};
 use crate::local::Granted;
 use crate::message::{Slots, ToReceiver, Written};
 use crate::{Reason, RequestId, TransferId};
@@ -53,8 +53,8 @@ impl Sender {
         }
     }
 
-    /// Posts one write of everything that is staged.
-    pub(super) fn post(&mut self, id: &RequestId) {
+    /// Posts one write of everything that is staged, which is what one message has staged.
+    pub(super) fn post(&mut self, id: &RequestId, after: Option<After>) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
             self.config.layout.token_bytes().unwrap_or(0),
@@ -104,6 +104,7 @@ impl Sender {
             transfer,
             lease,
             pieces,
+            after,
         });
     }
 
