@@ -125,6 +125,7 @@ fn check(
                     sender::Event::Done {
                         transfer,
                         sums: vec![],
+                        began: None,
                     },
                 ),
                 sender::Action::Granted(_, granted) => {

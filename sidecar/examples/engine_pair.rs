@@ -98,6 +98,7 @@ impl Pair {
                             req: req.clone(),
                             chunks: granted.chunks,
                             gather_us: 0,
+                            event: None,
                         }))?;
                     }
                 }
@@ -146,6 +147,8 @@ impl Engine {
             rank: 0,
             world_size: 1,
             layout: layout.clone(),
+            device: None,
+            events: Vec::new(),
         }))?;
         match engine.recv()? {
             ToEngine::Welcome(_) => Ok(engine),

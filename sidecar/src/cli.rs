@@ -131,6 +131,9 @@ pub(crate) struct Overrides {
     /// Buffer of each rank, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     buffer_size: Option<String>,
+    /// Where the buffers are.
+    #[arg(long, value_name = "cpu|cuda[:N]")]
+    buffer_device: Option<String>,
     /// Unix socket for the engine.
     #[arg(long, value_name = "PATH")]
     socket: Option<String>,
@@ -177,6 +180,7 @@ impl Overrides {
             ("--alloc-port", self.alloc_port.clone()),
             ("--proxy", self.proxy.clone()),
             ("--buffer-size", self.buffer_size.clone()),
+            ("--buffer-device", self.buffer_device.clone()),
             ("--socket", self.socket.clone()),
             ("--admin", self.admin.clone()),
             ("--transport", self.transport.clone()),

@@ -184,6 +184,12 @@ impl Clock {
         Time(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 
+    /// The time of an instant since the start.
+    pub(crate) fn at(&self, instant: Instant) -> Time {
+        let since = instant.saturating_duration_since(self.start);
+        Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    }
+
     /// Completes at `deadline`; never if there is none.
     pub(crate) async fn sleep_until(&self, deadline: Option<Time>) {
         match deadline {

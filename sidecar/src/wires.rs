@@ -4,7 +4,7 @@ use std::net::ToSocketAddrs;
 use std::sync::Arc;
 
 use protocol::message::Advert;
-use protocol::{LeaseId, SlotIndex};
+use protocol::{LeaseId, SlotIndex, dlist};
 use tracing::info;
 
 use crate::config::{Config, Listen, Wire};
@@ -19,6 +19,7 @@ use crate::transport::{Kind, Transport};
 pub(crate) struct Wires {
     wanted: Wanted,
     transports: Vec<Arc<dyn Transport>>,
+    memory: dlist::Memory,
 }
 
 impl Wires {
@@ -50,6 +51,10 @@ impl Wires {
                 Wire::Tcp => Wanted::Only(Kind::Tcp),
             },
             transports,
+            memory: match buffer.cuda() {
+                Some(_) => dlist::Memory::Vram,
+                None => dlist::Memory::Dram,
+            },
         })
     }
 
@@ -59,7 +64,13 @@ impl Wires {
         Self {
             wanted: Wanted::Auto,
             transports,
+            memory: dlist::Memory::Dram,
         }
+    }
+
+    /// Where the buffer is, as NIXL says it.
+    pub(crate) fn memory(&self) -> dlist::Memory {
+        self.memory
     }
 
     /// Best first, for the init handshake.
@@ -172,10 +183,11 @@ fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl
     let library = Library::load(&Search::from_env())?;
     // Peers know agents by their names, so a restart needs another one.
     let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
+    let device = buffer.cuda().map_or(rank, |gpu| gpu.device().ordinal());
     let wanted = nixl::Config {
         link: config.times.link,
         stall: config.times.stall,
-        ..nixl::Config::new(agent, u64::from(rank))
+        ..nixl::Config::new(agent, u64::from(device))
     };
     Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)
 }

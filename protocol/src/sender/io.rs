@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::local::{Computing, Ended, Granted, OfRequest, Reserve, Staged, Target};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
-use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, TransferId};
+use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
 
 /// Bounds and times of a [`Sender`](super::Sender).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +84,9 @@ pub enum Event {
         transfer: TransferId,
         /// XXH3-64 of each chunk, if sums are on.
         sums: Vec<u64>,
+        /// When its bytes stood in their slots, if it had to wait for that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        began: Option<Time>,
     },
     /// A write ended badly.
     Failed {

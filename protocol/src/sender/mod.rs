@@ -95,7 +95,11 @@ impl Sender {
             } => self.on_linked(&to, epoch, v, transport),
             Event::LinkLost { to, reason } => self.on_link_lost(&to, reason),
             Event::Peer { to, message } => self.on_message(&to, message),
-            Event::Done { transfer, sums } => self.on_done(transfer, &sums),
+            Event::Done {
+                transfer,
+                sums,
+                began,
+            } => self.on_done(transfer, &sums, began),
             Event::Failed { transfer, terminal } => self.on_failed(transfer, terminal),
             Event::Deadline => {}
             Event::Drain => self.draining = true,

@@ -4,7 +4,7 @@ use super::request::{Chunk, Phase};
 use super::{Action, After, Piece, Sender};
 use crate::local::Granted;
 use crate::message::{Slots, ToReceiver, Written};
-use crate::{Reason, RequestId, TransferId};
+use crate::{Reason, RequestId, Time, TransferId};
 
 impl Sender {
     /// Gives send slots to chunks that the engine is about to complete, first come first served.
@@ -108,8 +108,9 @@ impl Sender {
         });
     }
 
-    pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64]) {
-        let Some(id) = self.settle(transfer, |sum, to| Chunk::Done { to, sum }, sums) else {
+    pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64], began: Option<Time>) {
+        let done = |sum, to| Chunk::Done { to, sum };
+        let Some(id) = self.settle(transfer, done, sums, began) else {
             return;
         };
         if matches!(
@@ -145,7 +146,7 @@ impl Sender {
         }
         // The send slots go back even if the write may still read them: what it could still carry
         // lands in slots that the receiver quarantines.
-        let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[]) else {
+        let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[], None) else {
             return;
         };
         self.end(&id, Reason::TransferFailed);
@@ -158,6 +159,7 @@ impl Sender {
         transfer: TransferId,
         next: impl Fn(Option<u64>, crate::SlotIndex) -> Chunk,
         sums: &[u64],
+        began: Option<Time>,
     ) -> Option<RequestId> {
         let id = self.transfers.remove(&transfer)?;
         let (chunk_tokens, token_bytes) = (
@@ -189,8 +191,16 @@ impl Sender {
         }
         request.progress = now;
         request.in_flight = request.in_flight.saturating_sub(1);
-        if request.in_flight == 0 {
-            request.record.push_us += now.micros_since(request.push_since);
+        match began {
+            // Waiting for the engine's GPU is no push. Writes end in the order of their events.
+            Some(began) => {
+                request.record.push_us += now.micros_since(began.max(request.push_until));
+                request.push_until = now;
+            }
+            None if request.in_flight == 0 => {
+                request.record.push_us += now.micros_since(request.push_since);
+            }
+            None => {}
         }
         Some(id)
     }

@@ -26,6 +26,8 @@ pub(super) struct Request {
     /// Writes under way and since when.
     pub(super) in_flight: u32,
     pub(super) push_since: Time,
+    /// When a write that had waited for its bytes last ended.
+    pub(super) push_until: Time,
     pub(super) record: Record,
 }
 
@@ -147,6 +149,7 @@ impl Request {
             progress: now,
             in_flight: 0,
             push_since: now,
+            push_until: now,
         }
     }
 

@@ -6,7 +6,6 @@ mod fence;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::dlist::Memory;
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Hello, Init, Pages, ToReceiver, Written};
 use protocol::receiver::{Action, Event, Receiver, Route};
@@ -70,7 +69,7 @@ impl LandSide {
                 hello,
                 metadata: context.wires.metadata(),
                 rows: Vec::new(),
-                memory: Memory::Dram,
+                memory: context.wires.memory(),
                 pages: Pages {
                     v: VERSION,
                     slots: 0,
@@ -256,7 +255,7 @@ impl LandSide {
             },
             metadata: self.context.wires.metadata(),
             rows: self.context.wires.rows(),
-            memory: Memory::Dram,
+            memory: self.context.wires.memory(),
             pages: Pages {
                 v: VERSION,
                 slots: cut.slots,

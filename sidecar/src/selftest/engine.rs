@@ -32,6 +32,8 @@ impl Engine {
             rank: 0,
             world_size: 1,
             layout,
+            device: None,
+            events: Vec::new(),
         });
         write(&mut stream, &hello).await?;
         // The descriptor that comes with the welcome is closed by the kernel: this process has the

@@ -127,6 +127,7 @@ impl Selftest {
             id: "selftest".to_owned(),
             ranks: 1,
             buffer_bytes: self.buffer_size,
+            devices: vec![None],
             chunk_tokens: None,
             listen: Some(Listen {
                 host: LOOPBACK.to_owned(),

@@ -133,6 +133,7 @@ impl Rounds {
                     req: req.clone(),
                     chunks: granted.chunks,
                     gather_us,
+                    event: None,
                 };
                 self.prefill.send(&ToSidecar::Staged(staged)).await?;
                 Ok(false)

@@ -8,9 +8,10 @@ mod peers;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::future::BoxFuture;
 use protocol::local::{Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
-use protocol::sender::{Action, Event, Gauges, Sender};
+use protocol::sender::{Action, After, Event, Gauges, Piece, Sender};
 use protocol::{EngineId, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -21,7 +22,7 @@ use crate::engines::{Cut, Engines};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
-use crate::transport::Outcome;
+use crate::transport::{Outcome, Ready};
 use peers::{FromReceiver, Peers};
 
 /// See the module's documentation.
@@ -45,7 +46,9 @@ struct Wrote {
     outcome: Outcome,
     sums: Vec<u64>,
     bytes: u64,
-    began: Instant,
+    posted: Instant,
+    /// When its bytes stood in their slots, if it had to wait for that.
+    ready: Option<Instant>,
     ended: Instant,
 }
 
@@ -160,11 +163,12 @@ impl SendSide {
         let transfer = wrote.transfer;
         match wrote.outcome {
             Outcome::Done => {
-                let took = wrote.ended - wrote.began;
+                let took = wrote.ended - wrote.ready.unwrap_or(wrote.posted);
                 self.peers.measured(&wrote.to, wrote.bytes, took);
                 self.feed(Event::Done {
                     transfer,
                     sums: wrote.sums,
+                    began: wrote.ready.map(|ready| self.clock.at(ready)),
                 });
             }
             Outcome::Failed { terminal, error } => {
@@ -197,21 +201,35 @@ impl SendSide {
                 transfer,
                 lease,
                 pieces,
+                after,
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
-                let write = self.peers.write(&to, lease, pieces);
+                let (write, seen) = match self.ready(after) {
+                    Ok(ready) => {
+                        let seen = ready.seen();
+                        (self.peers.write(&to, ready, lease, pieces), seen)
+                    }
+                    Err(unsent) => (Box::pin(std::future::ready(unsent)) as BoxFuture<_>, None),
+                };
                 self.writes.spawn(async move {
-                    let began = Instant::now();
+                    let posted = Instant::now();
                     let outcome = write.await;
+                    let ended = Instant::now();
+                    let ready = seen.and_then(|seen| seen.get().copied());
+                    let sums = match outcome {
+                        Outcome::Done => sums(),
+                        Outcome::Failed { .. } => Vec::new(),
+                    };
                     Wrote {
                         to,
                         transfer,
                         outcome,
                         sums,
                         bytes,
-                        began,
-                        ended: Instant::now(),
+                        posted,
+                        ready,
+                        ended,
                     }
                 });
             }
@@ -251,18 +269,34 @@ impl SendSide {
         self.engines.send(engine, message);
     }
 
-    /// The checksum of each piece, if checksums are on.
-    fn sums(&self, pieces: &[protocol::sender::Piece]) -> Vec<u64> {
-        let Some(cut) = self.engines.cut().filter(|_| self.context.config.checksum) else {
-            return Vec::new();
+    /// When the slots of a write may be read; if that cannot be known, the outcome of the write.
+    fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
+        let Some(After { engine, event }) = after else {
+            return Ok(Ready::Now);
         };
-        pieces
-            .iter()
-            .filter_map(|p| {
-                let offset = u64::from(p.from.0) * cut.slot_bytes;
-                self.buffer.sum(offset, p.bytes).ok()
-            })
-            .collect()
+        match self.engines.event(engine, event) {
+            Some(event) => Ok(Ready::after(event)),
+            None => Err(Outcome::Failed {
+                terminal: true,
+                error: format!("engine {engine} named event {event}, which it never made known"),
+            }),
+        }
+    }
+
+    /// Gives the checksum of each piece, if checksums are on. Its slots stand as they are until the
+    /// machine hears of the write's end; before the write they need not be ready.
+    fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
+        let cut = self.engines.cut().filter(|_| self.context.config.checksum);
+        let of: Vec<(u64, u64)> = cut.map_or_else(Vec::new, |cut| {
+            let place = |p: &Piece| (u64::from(p.from.0) * cut.slot_bytes, p.bytes);
+            pieces.iter().map(place).collect()
+        });
+        let buffer = Arc::clone(&self.buffer);
+        move || {
+            of.into_iter()
+                .filter_map(|(offset, bytes)| buffer.sum(offset, bytes).ok())
+                .collect()
+        }
     }
 
     fn publish(&self) {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use protocol::dlist::Memory;
 use protocol::local::Target;
 use protocol::message::{Hello, Pages, ToReceiver, ToSender};
 use protocol::sender::Piece;
@@ -20,7 +19,7 @@ use crate::engines::Cut;
 use crate::host;
 use crate::init::{self, Identity};
 use crate::side::LinkStatus;
-use crate::transport::{Link, Outcome, Remote};
+use crate::transport::{Link, Outcome, Ready, Remote};
 use crate::wires::Wires;
 use crate::zmq::{DealerClient, FromServer};
 
@@ -213,7 +212,7 @@ impl Peers {
                 hello,
                 metadata: self.wires.metadata(),
                 rows: Vec::new(),
-                memory: Memory::Dram,
+                memory: self.wires.memory(),
                 pages: Pages {
                     v: VERSION,
                     slots: 0,
@@ -257,11 +256,12 @@ impl Peers {
     pub(super) fn write(
         &self,
         to: &Target,
+        ready: Ready,
         lease: LeaseId,
         pieces: Vec<Piece>,
     ) -> BoxFuture<'static, Outcome> {
         match self.peers.get(to).and_then(|p| p.link.as_ref()) {
-            Some(link) => link.write(lease, pieces),
+            Some(link) => link.write_when(ready, lease, pieces),
             None => Box::pin(std::future::ready(Outcome::Failed {
                 terminal: true,
                 error: "the link is gone".to_owned(),
@@ -368,7 +368,7 @@ impl PeerTask {
             memory: linked.memory,
             slots,
             slot_bytes: linked.pages.slot_bytes,
-            tcp: chosen.address,
+            address: chosen.address,
         };
         let link = transport
             .link(remote)

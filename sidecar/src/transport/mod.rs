@@ -10,7 +10,10 @@ use protocol::{LeaseId, SlotIndex};
 
 pub(crate) mod choose;
 pub(crate) mod nixl;
+pub(crate) mod ready;
 pub(crate) mod tcp;
+
+pub(crate) use ready::{Ready, Standing};
 
 /// Which wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,8 +55,8 @@ pub(crate) struct Remote {
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// `host:port` of the built-in transport, if the peer advertises it.
-    pub(crate) tcp: Option<String>,
+    /// What the peer's advert of the chosen wire says; `host:port` of the built-in transport.
+    pub(crate) address: Option<String>,
 }
 
 /// How a write ended.
@@ -107,9 +110,19 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
 pub(crate) trait Link: Send + Sync + fmt::Debug {
     /// Which wire.
     fn kind(&self) -> Kind;
-    /// Writes slots of this process's send buffer into slots of the receiver. The future may be
-    /// dropped: the write still ends before its memory is given up.
-    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome>;
+    /// Writes slots of this process's send buffer, once they are ready, into slots of the receiver. The
+    /// future may be dropped: the write still ends before its memory is given up.
+    fn write_when(
+        &self,
+        ready: Ready,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome>;
+    /// The same of slots that are ready.
+    #[cfg(test)]
+    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+        self.write_when(Ready::Now, lease, pieces)
+    }
     /// What the library says it uses underneath, for people; empty if it does not say.
     fn reported(&self) -> String;
 }

@@ -75,13 +75,3 @@ words! {
         Json = "json",
     }
 }
-
-words! {
-    /// Where the buffers are.
-    Device, "cpu", {
-        /// Host memory.
-        Cpu = "cpu",
-        /// GPU memory, which this version cannot do.
-        Cuda = "cuda",
-    }
-}

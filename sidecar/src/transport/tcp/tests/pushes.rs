@@ -167,7 +167,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
     };
     for (remote, expect) in [
         (
-            other(|r| r.tcp = None),
+            other(|r| r.address = None),
             "does not offer the built-in transport",
         ),
         (
@@ -179,11 +179,11 @@ async fn links_that_cannot_be_made_say_what_to_check() {
             "cut into other slots since the handshake",
         ),
         (
-            other(|r| r.tcp = Some("no port".to_owned())),
+            other(|r| r.address = Some("no port".to_owned())),
             "no port: cannot be resolved",
         ),
         (
-            other(|r| r.tcp = Some("127.0.0.1:1".to_owned())),
+            other(|r| r.address = Some("127.0.0.1:1".to_owned())),
             "cannot connect",
         ),
     ] {
@@ -203,7 +203,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
     )
     .unwrap();
     let mut early = remote(&receiver);
-    early.tcp = Some(bare.advert().address);
+    early.address = Some(bare.advert().address);
     let text = cause(early).await;
     assert!(text.contains("has no slots yet"), "{text}");
     let text = bare.link(remote(&receiver)).await.unwrap_err().to_string();
@@ -219,7 +219,7 @@ async fn links_to_what_is_no_sidecar_end_in_time() {
     let sender = tcp("send", 2, MIB, config);
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut there = remote(&sender);
-    there.tcp = Some(other.local_addr().unwrap().to_string());
+    there.address = Some(other.local_addr().unwrap().to_string());
     // Silent: the kernel connects, nobody answers.
     let text = sender.link(there.clone()).await.unwrap_err().to_string();
     assert!(text.contains("did not answer within 200ms"), "{text}");
@@ -245,7 +245,7 @@ async fn links_to_what_is_no_sidecar_end_in_time() {
         all.contains("closed the connection instead of a greeting"),
         "{all}"
     );
-    drop(TcpStream::connect(there.tcp.unwrap()));
+    drop(TcpStream::connect(there.address.unwrap()));
     talk.join().unwrap();
 }
 

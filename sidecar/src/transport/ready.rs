@@ -1,0 +1,144 @@
+//! When the bytes of a write stand in the send buffer.
+
+use std::fmt;
+use std::num::NonZero;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::cuda::{Event, State};
+
+/// When a write may read the send buffer. A transport looks at it on its own thread, and posts nothing
+/// before; it bounds the wait by the time that a write may stand still.
+///
+/// Looking, instead of having the GPU wait: an engine that is killed before its GPU gets to the event
+/// never fires it, and a copy that the GPU has queued behind it can be neither cancelled nor proven
+/// harmless. What a look costs is [`LOOK`].
+#[derive(Clone, Debug)]
+pub(crate) enum Ready {
+    /// They do.
+    Now,
+    /// They will once this says so.
+    After(Pending),
+}
+
+/// What is not there yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Pending {
+    signal: Arc<dyn Signal>,
+    /// When somebody first saw it there.
+    seen: Arc<OnceLock<Instant>>,
+}
+
+/// Something that says when bytes stand.
+pub(crate) trait Signal: Send + Sync + fmt::Debug {
+    /// How it is now.
+    fn standing(&self) -> Standing;
+}
+
+/// Whether bytes stand where they should.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Yes.
+    There,
+    /// Not yet.
+    NotYet,
+    /// They never will, or nobody will ever know.
+    Never(String),
+}
+
+impl Ready {
+    /// Once `signal` says so.
+    pub(crate) fn after(signal: Arc<dyn Signal>) -> Self {
+        let seen = Arc::default();
+        Self::After(Pending { signal, seen })
+    }
+
+    /// How it is now. What is there stays there.
+    pub(crate) fn look(&mut self) -> Standing {
+        let Self::After(pending) = self else {
+            return Standing::There;
+        };
+        let standing = pending.signal.standing();
+        if standing == Standing::There {
+            pending.seen.get_or_init(Instant::now);
+            *self = Self::Now;
+        }
+        standing
+    }
+
+    /// Tells later when the bytes were first seen there; nothing, if they always were.
+    pub(crate) fn seen(&self) -> Option<Arc<OnceLock<Instant>>> {
+        match self {
+            Self::Now => None,
+            Self::After(pending) => Some(Arc::clone(&pending.seen)),
+        }
+    }
+}
+
+impl Signal for Event {
+    fn standing(&self) -> Standing {
+        let state = self.state();
+        // Asked last: an event may seem to have fired because its owner died.
+        if self.is_orphaned() {
+            return Standing::Never("the engine that was to fill the slots has gone".to_owned());
+        }
+        match state {
+            Ok(State::Fired) => Standing::There,
+            Ok(State::Pending) => Standing::NotYet,
+            Err(error) => Standing::Never(format!("the engine's event failed: {error}")),
+        }
+    }
+}
+
+/// Time between two looks: a hundredth of the push of a long prompt. A look costs under 1 µs, and this
+/// pace a few hundredths of a core, only while a GPU computes what is to be pushed.
+pub(crate) const LOOK: Duration = Duration::from_micros(20);
+
+/// Lets the calling thread sleep as short as [`LOOK`]: the kernel adds 50 µs otherwise.
+pub(crate) fn sleep_exactly() {
+    let slack = NonZero::new(1_000);
+    if let Err(error) = rustix::thread::set_current_timer_slack(slack) {
+        tracing::debug!(%error, "timer slack not set");
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A signal that a test sets.
+    #[derive(Debug)]
+    pub(crate) struct Switch(Mutex<Standing>);
+
+    impl Switch {
+        pub(crate) fn new() -> Arc<Self> {
+            Arc::new(Self(Mutex::new(Standing::NotYet)))
+        }
+
+        pub(crate) fn set(&self, standing: Standing) {
+            *self.0.lock().unwrap() = standing;
+        }
+    }
+
+    impl Signal for Switch {
+        fn standing(&self) -> Standing {
+            self.0.lock().unwrap().clone()
+        }
+    }
+
+    #[test]
+    fn what_is_there_stays_there() {
+        let switch = Switch::new();
+        let mut ready = Ready::after(Arc::clone(&switch) as Arc<dyn Signal>);
+        let seen = ready.seen().unwrap();
+        assert_eq!(seen.get(), None);
+        assert_eq!(ready.look(), Standing::NotYet);
+        switch.set(Standing::There);
+        assert_eq!(ready.look(), Standing::There);
+        switch.set(Standing::NotYet);
+        assert_eq!(ready.look(), Standing::There, "recorded anew since");
+        assert!(seen.get().is_some());
+    }
+}
