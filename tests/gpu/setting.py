@@ -58,6 +58,8 @@ class Setting:
     block_tokens: int = 16
     utilization: float = 0.2
     engine_flags: tuple[str, ...] = ()
+    side_flags: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    side_env: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = ((), ())
     transport: str = "auto"
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
@@ -82,16 +84,15 @@ class Setting:
     ) -> Engine:
         """An instance on the GPU of one side (0 prefill, 1 decode), without prefix cache: prompts are all different."""
         more: tuple[str, ...] = ("--no-enable-prefix-caching", *self.engine_flags)
+        if kv_transfer is not None:
+            more += self.side_flags[side]
+            env = dict(self.side_env[side]) | (env or {})
         options = EngineOptions(
             name, self.model, self.block_tokens, kv_transfer=kv_transfer, core=side, env=env or {}, more=more
         )
         if self.gpus is None:
             return Engine(options, self.logs)
         return GpuEngine(options, self, self.gpus[side])
-
-    def visible(self, side: int) -> dict[str, str]:
-        """What shows a process the GPU of one side only."""
-        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": str(self.gpus[side])}
 
 
 class GpuEngine(Engine):
