@@ -142,4 +142,4 @@ class _Move:
     @property
     def seconds(self) -> float:
         """Of the move alone, without what it waited for."""
-        return self.start.elapsed_time(self.end) / 1e3
+        return float(self.start.elapsed_time(self.end)) / 1e3

@@ -1,6 +1,6 @@
 """A process that owns GPU memory, as a sidecar does: takes it with cuMemAlloc, shows it by its handle.
 
-owner.py BYTES        prints a line of JSON (uuid, handle in hex), then answers `sum FROM TO` by the sum of those bytes
+owner.py BYTES     prints a line of JSON (uuid, handle in hex), then answers `sum FROM TO` by the sum of those bytes
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def test_a_scatter_comes_after_what_may_still_write_to_its_blocks() -> None:
 def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
     # 20 chunks of an 8B model: 640 MiB.
     torch.manual_seed(4)
-    found = {name: t for name, t in tensors(layout, 16, torch.bfloat16, layers=32).items()}
+    found = tensors(layout, 16, torch.bfloat16, layers=32)
     found = {name: torch.cat([t, t]) if layout == "NHD" else t.repeat(2, 1, 1, 1, 1) for name, t in found.items()}
     if layout == "HND":
         found = {n: t.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4) for n, t in found.items()}
@@ -155,7 +155,7 @@ def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
     for name, times in seconds.items():
         rate = slots.numel() / min(times) / 1e9
         record_property(f"{name}_gb_per_s", rate)
-        sys.__stdout__.write(f"\n{layout}: {name} of 640 MiB {min(times) * 1e3:.3f} ms, {rate:.0f} GB/s\n")
+        print(f"{layout}: {name} of 640 MiB {min(times) * 1e3:.3f} ms, {rate:.0f} GB/s")
         assert rate > 700, times
 
 

@@ -82,9 +82,9 @@ def test_texts_are_those_of_one_instance_and_all_kv_was_moved(stacks: tuple[Ours
         assert [record["reason"] for record in records] == [None] * len(LENGTHS), records
         assert sum(record["bytes"] for record in records) == wanted
         sidecar.wait_empty()
-    tokens = ours.decode.prompt_tokens() - before
-    assert tokens.external >= sum(LENGTHS) - len(LENGTHS)
-    assert tokens.computed <= len(LENGTHS)
+    sources = ours.decode.prompt_tokens() - before
+    assert sources.external >= sum(LENGTHS) - len(LENGTHS)
+    assert sources.computed <= len(LENGTHS)
 
 
 def test_many_at_once_all_come_through(stacks: tuple[Ours, Plain]) -> None:
