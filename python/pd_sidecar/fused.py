@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -42,24 +42,24 @@ TOKENS, COLUMNS = 16, 256
         "run_units",
     ]
 )  # type: ignore[untyped-decorator]
-def _move(
-    plan: Any,
-    bases: Any,
-    numbers: Any,
-    inside: Any,
-    buffer: Any,
-    pieces: Any,
-    block_units: Any,
-    slot_units: Any,
-    layers: Any,
-    layer_count: Any,
-    block_tokens: Any,
-    runs: Any,
-    run_units: Any,
+def _move(  # type: ignore[no-untyped-def]
+    plan,
+    bases,
+    numbers,
+    inside,
+    buffer,
+    pieces,
+    block_units,
+    slot_units,
+    layers,
+    layer_count,
+    block_tokens,
+    runs,
+    run_units,
     gather: tl.constexpr,
     token_tile: tl.constexpr,
     column_tile: tl.constexpr,
-) -> None:
+):
     """Program `[token tile, plane and layer, piece]`."""
     record = plan + tl.program_id(2).to(tl.int64) * FIELDS
     slot = tl.load(record)
