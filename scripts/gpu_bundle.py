@@ -37,7 +37,7 @@ NOT_NEEDED = {
 TRIM_VLLM = (
     "vllm/third_party/fmha_sm100", "vllm/third_party/deep_gemm", "vllm/_qutlass_C*", "vllm/_flashmla*", "vllm/vllm-rs",
     "vllm/vllm_flash_attn/_vllm_fa2_C*", "vllm/entrypoints/serve/instrumentator/static", "pycountry/locales",
-    "xgrammar/lib", "flashinfer/data/cutlass", "tvm_ffi/lib/*testing*", "tvm_ffi/3rdparty",
+    "xgrammar/lib/*.a", "flashinfer/data/cutlass",
     "mistral_common/data/tekken_24*",
 )  # fmt: skip
 TRIM_MOE = ("vllm/_moe_C*",)

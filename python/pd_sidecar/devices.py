@@ -88,7 +88,7 @@ class Host:
         return HostCopier(pages, connection.memory, connection.welcome.slot_bytes)
 
 
-def device_of(pages: Geometry, *, signals: bool) -> Device:
+def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
     """The device that these tensors are on; with events for gathers, if asked for."""
     where = pages.first.tensor.device
     if where.type == "cpu":
@@ -96,7 +96,7 @@ def device_of(pages: Geometry, *, signals: bool) -> Device:
     # Triton is there only where it is of use.
     from .gpu import Gpu
 
-    return Gpu(pages, SIGNALS if signals else 0)
+    return Gpu(pages, SIGNALS if signals else 0, chunk_tokens)
 
 
 SIGNALS = 64

@@ -1,8 +1,8 @@
 """Moves between pages and slots on a GPU: one launch for all requests of a step.
 
 The kernel reads each piece's place from a plan that comes with the launch, so it needs no row
-numbers (they would be megabytes) and no second copy. It moves the widest elements that divide every
-run.
+numbers (they would be megabytes) and no second copy. What does not change from launch to launch is
+compiled in.
 """
 
 from __future__ import annotations
@@ -30,18 +30,7 @@ TOKENS, COLUMNS = 16, 256
 """What one program moves: 32 KiB, if the elements have 8 bytes."""
 
 
-@triton.jit(
-    do_not_specialize=[
-        "pieces",
-        "block_units",
-        "slot_units",
-        "layers",
-        "layer_count",
-        "block_tokens",
-        "runs",
-        "run_units",
-    ]
-)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pieces"])  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     plan,
     bases,
@@ -49,13 +38,14 @@ def _move(  # type: ignore[no-untyped-def]
     inside,
     buffer,
     pieces,
-    block_units,
-    slot_units,
-    layers,
-    layer_count,
-    block_tokens,
-    runs,
-    run_units,
+    block_units: tl.constexpr,
+    slot_units: tl.constexpr,
+    layers: tl.constexpr,
+    layer_count: tl.constexpr,
+    block_tokens: tl.constexpr,
+    runs: tl.constexpr,
+    run_units: tl.constexpr,
+    vector: tl.constexpr,
     gather: tl.constexpr,
     token_tile: tl.constexpr,
     column_tile: tl.constexpr,
@@ -80,7 +70,7 @@ def _move(  # type: ignore[no-untyped-def]
     block = tl.load(table + position // block_tokens, mask=wanted, other=0)
     in_block = position % block_tokens
     starts = inside + (plane * block_tokens + in_block) * runs
-    row_units = runs * run_units
+    row_units: tl.constexpr = runs * run_units
     rows = slot * slot_units + (number * packed + offset + token) * row_units
     for at in range(0, row_units, column_tile):
         column = at + tl.arange(0, column_tile)
@@ -88,6 +78,10 @@ def _move(  # type: ignore[no-untyped-def]
         start = tl.load(starts[:, None] + (column // run_units)[None, :], mask=mask, other=0)
         in_page = page + (block * block_units)[:, None] + start + (column % run_units)[None, :]
         in_slot = buffer + rows[:, None] + column[None, :]
+        if vector > 1:
+            # What a thread moves at once: Triton cannot see it through the table of starts.
+            in_page = tl.max_contiguous(tl.multiple_of(in_page, [1, 16]), [1, vector])
+            in_slot = tl.max_contiguous(tl.multiple_of(in_slot, [1, 16]), [1, vector])
         if gather:
             tl.store(in_slot, tl.load(in_page, mask=mask), mask=mask)
         else:
@@ -144,7 +138,9 @@ class Mover:
     def __init__(self, pages: Geometry, slot_bytes: int) -> None:
         self.pages = pages
         self._device = pages.first.tensor.device
-        self._unit = _unit_bytes(pages, slot_bytes)
+        widest = _widest(pages, slot_bytes)
+        self._unit = min(widest, max(_DTYPES))
+        self._vector = widest // self._unit
         self._dtype = _DTYPES[self._unit]
         self._slot_units = slot_bytes // self._unit
         self._parts = [self._part(layers) for layers in _alike(pages.layers)]
@@ -172,6 +168,7 @@ class Mover:
                 self.pages.first.tokens,
                 part.inside.shape[2],
                 part.run_units,
+                vector=self._vector,
                 gather=gather,
                 token_tile=TOKENS,
                 column_tile=COLUMNS,
@@ -215,9 +212,9 @@ def _run_elements(page: Pages) -> int:
     return math.gcd(inside.shape[2], *ends.tolist())
 
 
-def _unit_bytes(pages: Geometry, slot_bytes: int) -> int:
-    """The widest element that divides every run, and every place where one begins."""
-    unit = math.gcd(max(_DTYPES), slot_bytes)
+def _widest(pages: Geometry, slot_bytes: int) -> int:
+    """The most bytes, up to 16, that divide every run and every place where one begins."""
+    unit = math.gcd(16, slot_bytes)
     for page in pages.layers:
         size, run = page.tensor.element_size(), _run_elements(page)
         unit = math.gcd(unit, run * size, page.block_stride * size, page.tensor.data_ptr())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Gpu:
     """See `devices.Device`."""
 
-    def __init__(self, pages: Geometry, signals: int) -> None:
+    def __init__(self, pages: Geometry, signals: int, chunk_tokens: int) -> None:
         """Makes stream and events and compiles the kernel, before the engine captures graphs."""
         self._device = pages.first.tensor.device
         self._driver = Driver()
@@ -41,7 +41,7 @@ class Gpu:
                 torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)
             ]
             self.events = [event.ipc_handle() for event in self._signals]
-            self._warm_up(pages)
+            self._warm_up(pages, chunk_tokens)
 
     def enter(self) -> None:
         """The current device is a thread's own."""
@@ -74,10 +74,11 @@ class Gpu:
             Mover(pages, connection.welcome.slot_bytes), slots, self._stream, self._signals
         )
 
-    def _warm_up(self, pages: Geometry) -> None:
+    def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
         """Moves one token to and fro; nothing is in the pages yet."""
-        slots = torch.zeros(pages.token_bytes * 16, dtype=torch.uint8, device=self._device)
-        copier = GpuCopier(Mover(pages, slots.numel()), slots, self._stream, self._signals)
+        slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
+        mover = Mover(pages, pages.token_bytes * chunk_tokens)
+        copier = GpuCopier(mover, slots, self._stream, self._signals)
         piece = Piece(0, torch.zeros(1, dtype=torch.int64), (0, 1), (0, 1))
         copier.gather([piece], [self.mark()])
         copier.scatter([piece], [self.mark()])

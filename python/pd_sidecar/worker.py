@@ -90,7 +90,7 @@ class Worker:
             "rank %d of %d: %s, %d bytes a token", index, world_size, layout, rank.token_bytes
         )
         self._geometry = geometry
-        self._device = device_of(geometry, signals=producer)
+        self._device = device_of(geometry, options.chunk_size, signals=producer)
         self._idle_wait_s = options.idle_wait_ms / 1e3
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None

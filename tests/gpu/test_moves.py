@@ -67,7 +67,7 @@ class Rig:
         self.tensors = tensors(layout, block, dtype, layers)
         self.pages = pages_of(self.tensors, layout, block)
         self.slot_bytes = self.pages.token_bytes * CHUNK
-        self.gpu = Gpu(self.pages, 2)
+        self.gpu = Gpu(self.pages, 2, CHUNK)
         self.slots = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device="cuda")
         mover = Mover(self.pages, self.slot_bytes)
         self.copier = GpuCopier(mover, self.slots, self.gpu._stream, self.gpu._signals)
@@ -141,7 +141,7 @@ def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
         found = {n: t.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4) for n, t in found.items()}
     pages = geometry(found, Hint(2 * BLOCKS, 16, 8, 128, False))
     slot_bytes = pages.token_bytes * CHUNK
-    gpu = Gpu(pages, 0)
+    gpu = Gpu(pages, 0, CHUNK)
     slots = torch.zeros(20 * slot_bytes, dtype=torch.uint8, device="cuda")
     copier = GpuCopier(Mover(pages, slot_bytes), slots, gpu._stream, [])
     parts = spans(20 * CHUNK, torch.randperm(2 * BLOCKS)[:320], list(range(20)))
