@@ -169,7 +169,9 @@ class Bench:
         return next((stack for stack in self.stacks if isinstance(stack, Ours)), None)
 
     def _handovers(self) -> Sequence[Stack]:
-        return [stack for stack in self.stacks if stack.name != "plain"]
+        """Without those that no longer answer: each of their requests would be waited for."""
+        hung = [name for name, found in self.result.get("burst", {}).items() if found["failed"]]
+        return [stack for stack in self.stacks if stack.name not in ("plain", *hung)]
 
     def _decode_tokens(self) -> tuple[int, int]:
         if (ours := self._ours()) is None:

@@ -95,6 +95,8 @@ async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Pro
                         done.append(result)
                     else:
                         failures.append(repr(result)[:200])
+                if failures:
+                    break
         results[stack.name] = _summary(done, failures)
         say(f"{at_once} at once, {stack.name}: {results[stack.name]}")
     return results
