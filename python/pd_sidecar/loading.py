@@ -1,7 +1,9 @@
 """The decode worker: scatters chunks that have arrived into the pages of parked requests.
 
-Every parked request is reported exactly once, whatever becomes of it, and only when nothing of this
-worker writes into its blocks any more.
+Every parked request is reported exactly once, whatever becomes of it. A loaded one is reported when
+its last scatter is launched: what the engine computes from the next step on is ordered behind it
+(`Device.hold`), so that the engine's way to that step and the scatter take place at the same time.
+One that failed is reported when nothing of this worker writes into its blocks any more.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ class Incoming:
     mark: Mark
     """Behind whatever may still write to its blocks."""
     missing: set[int]
-    """Chunks that are wanted and not scattered yet."""
+    """Chunks that are wanted and have not come yet."""
     scattering: int = 0
     scatter_seconds: float = 0.0
     failure: str | None = None
     owes_abort: bool = False
+    reported: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Receiver:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Asks for what is parked in this step, lets go of what was aborted."""
+        for scatter in self._scatters:
+            self._device.hold(scatter.fence)
         mark = self._device.mark() if metadata.load_starts else None
         for start in metadata.load_starts:
             self._await(start, mark)
@@ -147,6 +152,7 @@ class Receiver:
             for engine_id, of_request in chunks.items():
                 incoming = self._by_engine_id[engine_id]
                 incoming.scattering += 1
+                incoming.missing.difference_update(of_request)
                 self._scatters.append(_Scatter(fence, incoming, of_request))
         self._settle()
         return bool(ready)
@@ -158,7 +164,7 @@ class Receiver:
         for engine_id, incoming in list(self._by_engine_id.items()):
             if incoming.failure is None and now > incoming.began + self._rank.load_limit_s:
                 self._give_up(incoming, "deadline")
-            if incoming.scattering or (incoming.missing and incoming.failure is None):
+            if incoming.scattering if incoming.failure is not None else incoming.missing:
                 continue
             if incoming.owes_abort:
                 self._tell_abort(incoming.start.req)
@@ -166,7 +172,9 @@ class Receiver:
             del self._by_req[incoming.start.req]
             results.received.add(engine_id)
             if incoming.failure is None:
-                self._succeed(incoming)
+                incoming.reported = True
+                if not incoming.scattering:
+                    self._succeed(incoming)
             else:
                 results.failed.add(engine_id)
                 held = incoming.start.have_tokens // self._rank.block_tokens
@@ -182,13 +190,13 @@ class Receiver:
     def has_news(self) -> bool:
         """There is something for `finished` to name."""
         return any(
-            not i.scattering and (not i.missing or i.failure is not None)
+            not i.missing if i.failure is None else not i.scattering
             for i in self._by_engine_id.values()
         )
 
     @property
     def is_moving(self) -> bool:
-        """A scatter is under way, for which a request waits."""
+        """A scatter is under way, whose slots others wait for."""
         return bool(self._scatters)
 
     def _await(self, start: LoadStart, mark: Mark) -> None:
@@ -226,8 +234,9 @@ class Receiver:
             seconds = scatter.fence.seconds
             incoming.scattering -= 1
             incoming.scatter_seconds += seconds
-            incoming.missing.difference_update(scatter.chunks)
             self._release(incoming.start.req, scatter.chunks, round(seconds * 1e6))
+            if incoming.reported and not incoming.scattering:
+                self._succeed(incoming)
         self._scatters = under_way
 
     def _release(self, req: str, chunks: list[int], micros: int) -> None:

@@ -67,7 +67,7 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
                         part: _ms([row.parts[part] for row in own[1:]]) for part in (own[0].parts if own else ())
                     },
                     "texts_as_first_stack": sum(
-                        row.token_ids == other.token_ids for row, other in zip(own, rows[stacks[0].name], strict=False)
+                        row.text == other.text for row, other in zip(own, rows[stacks[0].name], strict=False)
                     ),
                     "requests": len(own),
                     "failure": failed.get(stack.name),

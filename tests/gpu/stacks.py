@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -30,7 +31,8 @@ REQUEST_S = 40.0
 class Handover:
     """One request as the client saw it. Times in seconds from sending the (first) request."""
 
-    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """Without white space: a text that comes from two legs has none between them."""
     first_s: float = 0.0
     """The decode side's first token."""
     times: list[float] = field(default_factory=list)
@@ -265,7 +267,7 @@ class LmCache:
         notice = time.perf_counter() - began
         first: int = answer["kv_transfer_params"]["first_tok"]
         result = await stream(session, self.decode.url, [*prompt, first], tokens - 1, began=began)
-        result.token_ids.insert(0, first)
+        result.text = joined(answer["choices"][0]["text"]) + result.text
         result.parts |= {"prefill_leg_s": between, "notice_s": notice}
         return result
 
@@ -292,7 +294,6 @@ def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
-        "return_token_ids": True,
         **more,
     }
 
@@ -325,14 +326,17 @@ async def stream(
             event = json.loads(line[5:])
             if "error" in event:
                 raise RuntimeError(f"{url}: {event['error']}")
-            ids = [number for choice in event["choices"] for number in choice.get("token_ids") or []]
-            if ids:
+            if text := "".join(choice["text"] for choice in event["choices"]):
                 result.times.append(time.perf_counter() - began)
-                result.token_ids += ids
+                result.text += joined(text)
     if not result.times:
         raise RuntimeError(f"{url}: an answer without tokens")
     result.first_s = result.times[0]
     return result
+
+
+def joined(text: str) -> str:
+    return "".join(text.split())
 
 
 async def fail_unless_ok(reply: aiohttp.ClientResponse) -> None:
@@ -342,8 +346,6 @@ async def fail_unless_ok(reply: aiohttp.ClientResponse) -> None:
 
 def with_path(folder: Path) -> str:
     """PYTHONPATH with one more folder."""
-    import os
-
     return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else str(folder)
 
 
