@@ -29,10 +29,11 @@ from harness.progress import Progress
 from harness.sidecar import ROOT
 
 from gpu import measure, report
-from gpu.setting import Setting, gpus, versions, write_model
+from gpu.setting import UCX, Setting, gpus, versions, write_model
 from gpu.stacks import STACKS, Ours, Stack
 
-STEPS = ("latency", "burst", "throughput", "many", "poisson")
+STEPS = ("latency", "burst", "throughput", "many", "wires", "poisson")
+WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
 SKIPPED = 77
 
 
@@ -103,6 +104,7 @@ class Bench:
             "burst": lambda: measure.burst(self._handovers(), 8, 3, self.prompts, self.progress.say),
             "throughput": self._throughput,
             "many": self._many,
+            "wires": self._wires,
             "poisson": self._poisson,
         }
         for name in self.options.steps:
@@ -153,6 +155,24 @@ class Bench:
         ours.restart_sidecars(self.setting.buffer_bytes)
         return found
 
+    async def _wires(self) -> Any:
+        """Ours over each of the wires that `auto` did not choose."""
+        ours, found = self._ours(), {}
+        if ours is None:
+            return None
+        stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
+        for name, (transport, ucx) in WIRES.items():
+            ours.restart_sidecars(self.setting.buffer_bytes, transport, ucx)
+            self.progress.say(f"wire: {name}")
+            found[name] = (
+                await measure.latency(stacks, self.options.wire_lengths, 2, self.prompts, self.progress.say)
+            )["ours"]
+            record = ours.sender.records()[-1]
+            found[name]["record"] = record
+            found[name]["gb_per_s"] = round(record["bytes"] / max(record["push_us"], 1) / 1e3, 2)
+        ours.restart_sidecars(self.setting.buffer_bytes, self.setting.transport)
+        return found
+
     async def _poisson(self) -> Any:
         rate = self.options.rate
         if rate is None:
@@ -171,7 +191,7 @@ class Bench:
     def _handovers(self) -> Sequence[Stack]:
         """Without those that no longer answer: each of their requests would be waited for."""
         hung = [name for name, found in self.result.get("burst", {}).items() if found["failed"]]
-        return [stack for stack in self.stacks if stack.name not in ("plain", *hung)]
+        return [stack for stack in self.stacks if stack.name not in ("plain", *hung, *self.options.idle_only)]
 
     def _decode_tokens(self) -> tuple[int, int]:
         if (ours := self._ours()) is None:
@@ -218,6 +238,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=numbers, help="ordinals for prefill and decode, which may be the same")
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--lengths", type=numbers, default=[512, 2048, 5000, 16000])
+    parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000])
+    parser.add_argument("--idle-only", type=words, default=[], help="stacks that are spared the loads")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send and landing buffer")
     parser.add_argument("--small-buffer", type=int, default=4 << 30)

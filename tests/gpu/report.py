@@ -28,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
         found = result.get(name)
         if found and "failure" not in found:
             lines += [f"**{name}**", "", *part(found), ""]
-    for name in ("throughput", "many", "moved", "left_out"):
+    for name in ("throughput", "many", "wires", "moved", "left_out"):
         if result.get(name):
             lines += [f"**{name}**: `{json.dumps(result[name])[:1500]}`", ""]
     return "\n".join(lines)

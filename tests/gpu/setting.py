@@ -44,6 +44,10 @@ OFFLINE = {
 }
 
 
+UCX = "cuda_ipc,cuda_copy,tcp"
+"""Without tcp UCX finds no way for active messages."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One comparison. `gpus` are the ordinals for prefill and decode; without any, everything runs on the CPU."""
@@ -120,8 +124,7 @@ class GpuEngine(Engine):
             **OFFLINE,
             "CUDA_VISIBLE_DEVICES": str(self._gpu),
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            # Without tcp UCX finds no way for active messages.
-            "UCX_TLS": "cuda_ipc,cuda_copy,tcp",
+            "UCX_TLS": UCX,
             **options.env,
         }
         log = setting.logs / f"{options.name.replace(' ', '-')}.log"

@@ -22,7 +22,7 @@ from harness.process import Part
 from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
-from gpu.setting import Setting
+from gpu.setting import UCX, Setting
 
 REQUEST_S = 40.0
 
@@ -107,11 +107,14 @@ class Ours:
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
         return await stream(session, self.proxy.url, prompt, tokens)
 
-    def restart_sidecars(self, buffer_bytes: int) -> None:
-        """With other buffers; the engines find them again."""
+    def restart_sidecars(self, buffer_bytes: int, transport: str = "auto", ucx: str = UCX) -> None:
+        """With other buffers or another wire; the engines find them again."""
         for sidecar in (self.receiver, self.sender):
             sidecar.stop()
             sidecar.options.buffer_bytes = buffer_bytes
+            sidecar.options.transport = transport
+            if sidecar.options.env:
+                sidecar.options.env["UCX_TLS"] = ucx
         for sidecar in (self.receiver, self.sender):
             sidecar.start()
         self.wait()
@@ -129,7 +132,7 @@ class Ours:
             device="cpu" if setting.gpus is None else "cuda",
             keys=dict(setting.sidecar_keys),
             # Sidecars see both GPUs: the wire between them needs to.
-            env={} if setting.gpus is None else {"UCX_TLS": "cuda_ipc,cuda_copy,tcp"},
+            env={} if setting.gpus is None else {"UCX_TLS": UCX},
         )
         if setting.gpus is not None:
             options.device = f"cuda:{setting.gpus[side]}"
