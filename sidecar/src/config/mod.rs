@@ -27,7 +27,7 @@ pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 pub(crate) use self::reference::flags;
 pub(crate) use self::reference::reference;
 pub(crate) use self::report::Report;
-pub(crate) use self::value::{Bytes, HostPort, LogFormat, Role, Wire};
+pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role, Wire};
 
 use crate::cuda::Which;
 

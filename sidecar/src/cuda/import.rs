@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUipcMem_flags, CUipcMemHandle};
 
-use super::Handle;
 use super::device::Device;
 use super::driver::{CudaError, check};
 use super::memory::{self, DeviceMemory};
+use super::{Extent, Handle};
 
 /// Memory that another process took, mapped here. It outlives that process.
 #[derive(Debug)]
@@ -70,11 +70,6 @@ impl Imported {
         Ok(imported)
     }
 
-    /// The address of a range.
-    pub(super) fn at(&self, offset: u64, len: u64) -> Result<CUdeviceptr, CudaError> {
-        memory::range(self.address, self.bytes, offset, len)
-    }
-
     fn mapped(&self) -> Result<u64, CudaError> {
         let (mut base, mut bytes) = (0, 0);
         // SAFETY: both out-pointers are valid; the address was mapped by `open`.
@@ -82,6 +77,12 @@ impl Imported {
             sys::cuMemGetAddressRange_v2(&mut base, &mut bytes, self.address)
         })?;
         Ok((base + bytes as u64).saturating_sub(self.address))
+    }
+}
+
+impl Extent for Imported {
+    fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError> {
+        memory::range(self.address, self.bytes, offset, len)
     }
 }
 

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{self, CUdeviceptr, CUipcMemHandle, CUresult};
 use super::device::Device;
 use super::driver::{CudaError, check};
 use super::stream::Stream;
-use super::{HANDLE_BYTES, Handle};
+use super::{Extent, HANDLE_BYTES, Handle};
 
 /// Memory taken with cuMemAlloc: what UCX, the engine and peers can all open. What cuMemCreate gives
 /// UCX stages through sockets without a word.
@@ -88,11 +88,6 @@ impl DeviceMemory {
         &self.handle
     }
 
-    /// The address of a range.
-    pub(super) fn at(&self, offset: u64, len: u64) -> Result<CUdeviceptr, CudaError> {
-        range(self.address, self.bytes, offset, len)
-    }
-
     /// Copies a range out, and waits for it.
     ///
     /// # Errors
@@ -131,6 +126,12 @@ impl DeviceMemory {
         })
         .map_err(|error| error.ipc("the buffer cannot be shown to other processes"))?;
         Ok(handle.reserved.map(c_char::cast_unsigned))
+    }
+}
+
+impl Extent for DeviceMemory {
+    fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError> {
+        range(self.address, self.bytes, offset, len)
     }
 }
 

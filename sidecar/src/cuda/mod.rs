@@ -22,13 +22,28 @@ pub(crate) mod memory;
 pub(crate) mod stage;
 pub(crate) mod stream;
 
-pub(crate) use device::{Device, Uuid, Which};
+pub(crate) use device::{Device, Uuid, Which, all};
 pub(crate) use driver::{CudaError, is_present};
 pub(crate) use event::{Event, State};
 pub(crate) use import::Imported;
 pub(crate) use memory::DeviceMemory;
 pub(crate) use stage::Stage;
 pub(crate) use stream::Stream;
+
+/// GPU memory that copies may name: of this process, or of another.
+pub(crate) trait Extent {
+    /// The address of a range of it, for the driver.
+    ///
+    /// # Errors
+    /// A range outside of it.
+    fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError>;
+}
+
+impl<T: Extent> Extent for std::sync::Arc<T> {
+    fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError> {
+        (**self).at(offset, len)
+    }
+}
 
 /// An IPC handle of memory or of an event, as it travels.
 pub(crate) type Handle = [u8; HANDLE_BYTES];

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::Extent;
 use super::device::Device;
 use super::driver::{CudaError, check};
-use super::memory::DeviceMemory;
 use super::stream::Stream;
 
 /// A pinned block of one thread, and its stream.
@@ -70,7 +70,7 @@ impl Stage {
     /// A range outside of either, or the driver's.
     pub(crate) fn fetch(
         &mut self,
-        memory: &DeviceMemory,
+        memory: &impl Extent,
         offset: u64,
         len: usize,
     ) -> Result<(), CudaError> {
@@ -88,7 +88,7 @@ impl Stage {
     /// A range outside of either, or the driver's.
     pub(crate) fn put(
         &mut self,
-        memory: &DeviceMemory,
+        memory: &impl Extent,
         offset: u64,
         len: usize,
     ) -> Result<(), CudaError> {

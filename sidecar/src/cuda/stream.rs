@@ -3,13 +3,12 @@
 use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUresult, CUstream};
+use cudarc::driver::sys::{self, CUstream};
 
+use super::Extent;
 use super::device::Device;
 use super::driver::{CudaError, check};
 use super::event::Event;
-use super::import::Imported;
-use super::memory::DeviceMemory;
 
 /// A stream that waits for no other.
 #[derive(Debug)]
@@ -47,16 +46,16 @@ impl Stream {
         &self.device
     }
 
-    /// Queues a copy into memory of another process. Both ranges must stay until the stream has gone
-    /// past it: callers keep both until an event recorded after it has fired.
+    /// Queues a copy between two GPU memories. Both must stay until the stream has gone past it: callers
+    /// keep both until an event recorded after it has fired.
     ///
     /// # Errors
     /// A range outside of its memory, or the driver's.
     pub(crate) fn push(
         &self,
-        from: &DeviceMemory,
+        from: &impl Extent,
         at: u64,
-        to: &Imported,
+        to: &impl Extent,
         to_at: u64,
         len: u64,
     ) -> Result<(), CudaError> {
@@ -88,7 +87,7 @@ impl Stream {
     ///
     /// # Errors
     /// A range outside of the memory, or the driver's.
-    pub(crate) fn clear(&self, memory: &DeviceMemory, at: u64, len: u64) -> Result<(), CudaError> {
+    pub(crate) fn clear(&self, memory: &impl Extent, at: u64, len: u64) -> Result<(), CudaError> {
         let target = memory.at(at, len)?;
         self.device.bind()?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
@@ -121,22 +120,7 @@ impl Stream {
             sys::cuStreamSynchronize(self.raw)
         })
     }
-
-    /// Whether everything queued is done.
-    ///
-    /// # Errors
-    /// The driver's, of what was queued too.
-    pub(crate) fn is_done(&self) -> Result<State, CudaError> {
-        self.device.bind()?;
-        // SAFETY: live stream.
-        match unsafe { sys::cuStreamQuery(self.raw) } {
-            CUresult::CUDA_ERROR_NOT_READY => Ok(State::Pending),
-            result => check("cuStreamQuery", result).map(|()| State::Fired),
-        }
-    }
 }
-
-use super::event::State;
 
 impl Drop for Stream {
     fn drop(&mut self) {

@@ -46,9 +46,10 @@ struct Wrote {
     outcome: Outcome,
     sums: Vec<u64>,
     bytes: u64,
-    posted: Instant,
-    /// When its bytes stood in their slots, if it had to wait for that.
-    ready: Option<Instant>,
+    /// It had to wait for its bytes.
+    waited: bool,
+    /// When it could begin.
+    began: Instant,
     ended: Instant,
 }
 
@@ -163,12 +164,12 @@ impl SendSide {
         let transfer = wrote.transfer;
         match wrote.outcome {
             Outcome::Done => {
-                let took = wrote.ended - wrote.ready.unwrap_or(wrote.posted);
+                let took = wrote.ended.saturating_duration_since(wrote.began);
                 self.peers.measured(&wrote.to, wrote.bytes, took);
                 self.feed(Event::Done {
                     transfer,
                     sums: wrote.sums,
-                    began: wrote.ready.map(|ready| self.clock.at(ready)),
+                    began: wrote.waited.then(|| self.clock.at(wrote.began)),
                 });
             }
             Outcome::Failed { terminal, error } => {
@@ -205,18 +206,22 @@ impl SendSide {
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
-                let (write, seen) = match self.ready(after) {
+                let waited = after.is_some();
+                let (write, times) = match self.ready(after) {
                     Ok(ready) => {
-                        let seen = ready.seen();
-                        (self.peers.write(&to, ready, lease, pieces), seen)
+                        let times = ready.times();
+                        (self.peers.write(&to, ready, lease, pieces), times)
                     }
-                    Err(unsent) => (Box::pin(std::future::ready(unsent)) as BoxFuture<_>, None),
+                    Err(unsent) => {
+                        let unsent: BoxFuture<_> = Box::pin(std::future::ready(unsent));
+                        (unsent, Arc::default())
+                    }
                 };
                 self.writes.spawn(async move {
                     let posted = Instant::now();
                     let outcome = write.await;
-                    let ended = Instant::now();
-                    let ready = seen.and_then(|seen| seen.get().copied());
+                    let ended = times.ended().unwrap_or_else(Instant::now);
+                    let began = times.began().unwrap_or(posted);
                     let sums = match outcome {
                         Outcome::Done => sums(),
                         Outcome::Failed { .. } => Vec::new(),
@@ -227,8 +232,8 @@ impl SendSide {
                         outcome,
                         sums,
                         bytes,
-                        posted,
-                        ready,
+                        waited,
+                        began,
                         ended,
                     }
                 });
@@ -272,7 +277,7 @@ impl SendSide {
     /// When the slots of a write may be read; if that cannot be known, the outcome of the write.
     fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
         let Some(After { engine, event }) = after else {
-            return Ok(Ready::Now);
+            return Ok(Ready::now());
         };
         match self.engines.event(engine, event) {
             Some(event) => Ok(Ready::after(event)),

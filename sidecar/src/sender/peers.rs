@@ -19,6 +19,7 @@ use crate::engines::Cut;
 use crate::host;
 use crate::init::{self, Identity};
 use crate::side::LinkStatus;
+use crate::transport::class::{Class, Ends};
 use crate::transport::{Link, Outcome, Ready, Remote};
 use crate::wires::Wires;
 use crate::zmq::{DealerClient, FromServer};
@@ -76,6 +77,7 @@ struct Made {
     slots: u32,
     link: Arc<dyn Link>,
     why: String,
+    class: Class,
 }
 
 /// Messages to one receiver that may wait for its socket.
@@ -154,6 +156,7 @@ impl Peers {
                 peer.status.transport = made.link.kind().as_str();
                 peer.status.reported = made.link.reported();
                 peer.status.why = made.why;
+                peer.status.class = Some(made.class);
                 peer.link = Some(made.link);
                 Some(FromReceiver::Linked {
                     to,
@@ -273,6 +276,7 @@ impl Peers {
     pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(to) {
             peer.status.measured(bytes, took);
+            peer.status.judge(bytes);
         }
     }
 
@@ -356,25 +360,40 @@ impl PeerTask {
             let text = "an LMCache receiver: pushing to it is not supported yet".to_owned();
             return Err((Reason::NoLink, text));
         };
-        let (transport, chosen) = self
-            .wires
-            .choose(Some(&hello.transports), &self.to.host)
-            .map_err(|e| (e.reason(), e.to_string()))?;
         let slots = linked.pages.slots;
-        let remote = Remote {
+        let mut remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
             metadata: linked.metadata,
             rows: linked.rows,
             memory: linked.memory,
             slots,
             slot_bytes: linked.pages.slot_bytes,
-            address: chosen.address,
+            address: None,
         };
-        let link = transport
-            .link(remote)
-            .await
-            .map_err(|e| (Reason::NoLink, e.to_string()))?;
+        let mut failed = Vec::new();
+        let (link, chosen) = loop {
+            let (transport, chosen) = self
+                .wires
+                .choose(&hello, &self.to.host, &failed)
+                .map_err(|e| (e.reason(), e.to_string()))?;
+            remote.address.clone_from(&chosen.address);
+            match transport.link(remote.clone()).await {
+                Ok(link) => break (link, chosen),
+                // At most once a wire: one that has failed is not chosen again.
+                Err(error) if self.wires.may_choose() => {
+                    warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
+                    failed.push((error.kind, error.cause));
+                }
+                Err(error) => return Err((Reason::NoLink, error.to_string())),
+            }
+        };
+        let ends = Ends {
+            ours: self.wires.memory(),
+            theirs: remote.memory,
+            same_host: hello.host == host::identity(),
+        };
         Ok(Made {
+            class: Class::of(link.kind(), ends),
             hello,
             slots,
             link,

@@ -13,20 +13,18 @@ use crate::cuda::{Event, State};
 /// Looking, instead of having the GPU wait: an engine that is killed before its GPU gets to the event
 /// never fires it, and a copy that the GPU has queued behind it can be neither cancelled nor proven
 /// harmless. What a look costs is [`LOOK`].
-#[derive(Clone, Debug)]
-pub(crate) enum Ready {
-    /// They do.
-    Now,
-    /// They will once this says so.
-    After(Pending),
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ready {
+    /// Absent once they do.
+    after: Option<Arc<dyn Signal>>,
+    times: Arc<Times>,
 }
 
-/// What is not there yet.
-#[derive(Clone, Debug)]
-pub(crate) struct Pending {
-    signal: Arc<dyn Signal>,
-    /// When somebody first saw it there.
-    seen: Arc<OnceLock<Instant>>,
+/// What a transport's thread has noted of a write, for who measures it.
+#[derive(Debug, Default)]
+pub(crate) struct Times {
+    began: OnceLock<Instant>,
+    ended: OnceLock<Instant>,
 }
 
 /// Something that says when bytes stand.
@@ -47,31 +45,62 @@ pub(crate) enum Standing {
 }
 
 impl Ready {
+    /// They do.
+    pub(crate) fn now() -> Self {
+        Self::default()
+    }
+
     /// Once `signal` says so.
     pub(crate) fn after(signal: Arc<dyn Signal>) -> Self {
-        let seen = Arc::default();
-        Self::After(Pending { signal, seen })
+        Self {
+            after: Some(signal),
+            times: Arc::default(),
+        }
     }
 
     /// How it is now. What is there stays there.
     pub(crate) fn look(&mut self) -> Standing {
-        let Self::After(pending) = self else {
-            return Standing::There;
+        let standing = match &self.after {
+            None => Standing::There,
+            Some(signal) => signal.standing(),
         };
-        let standing = pending.signal.standing();
         if standing == Standing::There {
-            pending.seen.get_or_init(Instant::now);
-            *self = Self::Now;
+            self.times.began.get_or_init(Instant::now);
+            self.after = None;
         }
         standing
     }
 
-    /// Tells later when the bytes were first seen there; nothing, if they always were.
-    pub(crate) fn seen(&self) -> Option<Arc<OnceLock<Instant>>> {
-        match self {
-            Self::Now => None,
-            Self::After(pending) => Some(Arc::clone(&pending.seen)),
-        }
+    /// Whether it may be another answer next time.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.after.is_some()
+    }
+
+    /// Nobody asks any more.
+    pub(crate) fn forget(&mut self) {
+        self.after = None;
+    }
+
+    /// The write has ended.
+    pub(crate) fn end(&self) {
+        self.times.ended.get_or_init(Instant::now);
+    }
+
+    /// What will have been noted once the write has ended.
+    pub(crate) fn times(&self) -> Arc<Times> {
+        Arc::clone(&self.times)
+    }
+}
+
+impl Times {
+    /// When the bytes were first seen in their slots.
+    pub(crate) fn began(&self) -> Option<Instant> {
+        self.began.get().copied()
+    }
+
+    /// When the wire was done.
+    pub(crate) fn ended(&self) -> Option<Instant> {
+        self.ended.get().copied()
     }
 }
 
@@ -106,7 +135,11 @@ pub(crate) fn sleep_exactly() {
 pub(crate) mod tests {
     use std::sync::Mutex;
 
+    use protocol::LeaseId;
+    use protocol::sender::Piece;
+
     use super::*;
+    use crate::transport::{Link, Outcome};
 
     /// A signal that a test sets.
     #[derive(Debug)]
@@ -128,17 +161,50 @@ pub(crate) mod tests {
         }
     }
 
+    /// Every transport: a write that is not ready holds nobody up, goes when it is, and is ended, with
+    /// nothing sent, when it never will be. `stall` is the link's.
+    pub(crate) async fn check(link: &dyn Link, lease: LeaseId, piece: Piece, stall: Duration) {
+        let pieces = || vec![piece];
+        let switch = Switch::new();
+        let ready = Ready::after(Arc::clone(&switch) as Arc<dyn Signal>);
+        let times = ready.times();
+        let mut late = link.write_when(ready, lease, pieces());
+        assert_eq!(link.write(lease, pieces()).await, Outcome::Done);
+        tokio::select! {
+            biased;
+            outcome = &mut late => panic!("not ready: {outcome:?}"),
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+        }
+        assert!(times.began().is_none());
+        switch.set(Standing::There);
+        assert_eq!(late.await, Outcome::Done);
+        assert!(times.began().is_some());
+
+        let gone = Switch::new();
+        gone.set(Standing::Never("gone".to_owned()));
+        let long = format!("not ready within {stall:?}");
+        for (signal, error) in [(gone, "gone"), (Switch::new(), &long)] {
+            let write = link.write_when(Ready::after(signal), lease, pieces());
+            let expect = Outcome::Failed {
+                terminal: true,
+                error: error.to_owned(),
+            };
+            assert_eq!(write.await, expect);
+        }
+        assert_eq!(link.write(lease, pieces()).await, Outcome::Done);
+    }
+
     #[test]
     fn what_is_there_stays_there() {
         let switch = Switch::new();
         let mut ready = Ready::after(Arc::clone(&switch) as Arc<dyn Signal>);
-        let seen = ready.seen().unwrap();
-        assert_eq!(seen.get(), None);
+        let times = ready.times();
         assert_eq!(ready.look(), Standing::NotYet);
+        assert!(times.began().is_none() && ready.is_pending());
         switch.set(Standing::There);
         assert_eq!(ready.look(), Standing::There);
         switch.set(Standing::NotYet);
         assert_eq!(ready.look(), Standing::There, "recorded anew since");
-        assert!(seen.get().is_some());
+        assert!(times.began().is_some() && !ready.is_pending());
     }
 }

@@ -87,6 +87,8 @@ pub(crate) struct Nixl {
     slots: AtomicU64,
     address: u64,
     device: u64,
+    wire: wire::Wire,
+    on_gpu: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -116,9 +118,11 @@ impl Nixl {
     ) -> Result<Self, StartError> {
         // The variable that UCX itself is going to read, so it cannot be a setting of ours.
         let ucx_tls = std::env::var("UCX_TLS").ok();
-        let place = match buffer.cuda() {
-            Some(_) => wire::Place::Gpu,
-            None => wire::Place::Host,
+        let on_gpu = buffer.cuda().is_some();
+        let place = if on_gpu {
+            wire::Place::Gpu
+        } else {
+            wire::Place::Host
         };
         let wire = wire::Wire::of_this_host(ucx_tls.as_deref(), place);
         let (commands, queue) = mpsc::channel();
@@ -160,6 +164,8 @@ impl Nixl {
             slots: AtomicU64::new(0),
             address,
             device,
+            wire,
+            on_gpu,
             thread: Some(thread),
         })
     }
@@ -187,6 +193,10 @@ impl Transport for Nixl {
 
     fn metadata(&self) -> Vec<u8> {
         self.metadata.clone()
+    }
+
+    fn poor(&self, same_host: bool) -> Option<String> {
+        self.on_gpu.then(|| self.wire.poor(same_host)).flatten()
     }
 
     fn cut(&self, slots: u32, slot_bytes: u64) {

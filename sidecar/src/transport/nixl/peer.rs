@@ -285,7 +285,7 @@ impl Peer {
 
     /// Asks which writes are ready now, and ends those that never will be.
     fn look(&mut self, stall: Duration) {
-        for write in self.writes.iter_mut().filter(|w| w.is_awaiting()) {
+        for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
             let error = match write.ready.look() {
                 Standing::There => continue,
                 Standing::NotYet if write.queued.elapsed() < stall => continue,
@@ -294,7 +294,7 @@ impl Peer {
             };
             // Nothing of it was sent, and the link is none the worse for it.
             write.waiting.clear();
-            write.ready = Ready::Now;
+            write.ready.forget();
             write.fail(true, error);
         }
     }
@@ -350,7 +350,7 @@ impl Peer {
             for write in &mut self.writes {
                 if !write.waiting.is_empty() {
                     write.waiting.clear();
-                    write.ready = Ready::Now;
+                    write.ready.forget();
                     write.fail(true, error.clone());
                 }
             }
@@ -370,7 +370,7 @@ impl Peer {
 
 impl Write {
     fn is_awaiting(&self) -> bool {
-        matches!(self.ready, Ready::After(_))
+        self.ready.is_pending()
     }
 
     /// The first error is told; the whole is terminal only if every part is.
@@ -382,6 +382,7 @@ impl Write {
     }
 
     fn end(self, counters: &Counters) {
+        self.ready.end();
         let (counter, outcome) = match self.failure {
             None => {
                 counters.bytes.fetch_add(self.bytes, Ordering::Relaxed);
