@@ -148,7 +148,6 @@ impl Transport for CudaIpc {
         let counters = &self.shared.counters;
         // Relaxed: each is a number of its own, and nothing is decided by two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let running = self.thread.as_ref().is_some_and(|t| !t.is_finished());
         vec![
             ("writes_done", read(&counters.done)),
             ("writes_failed", read(&counters.failed)),
@@ -156,8 +155,14 @@ impl Transport for CudaIpc {
             ("writes_never_ready", read(&counters.unready)),
             ("bytes_written", read(&counters.bytes)),
             ("copies", read(&counters.copies)),
-            ("running", u64::from(running)),
+            ("running", u64::from(self.is_running())),
         ]
+    }
+
+    fn is_running(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
     }
 
     fn expect(&self, _writing: bool) {
