@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from harness.ports import free_port
 
 from bench.figures import Figures, Row, median
-from bench.sidecars import EXAMPLES, sidecars
+from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 
 MIB = 1 << 20
 
@@ -99,7 +98,7 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
     done = subprocess.run(
         [
             EXAMPLES / "raw_write", "--total-mib", str(total_mib), "--chunk-mib", str(chunk_mib),
-            "--rounds", str(rounds),
+            "--rounds", str(rounds), "--pause-us", str(PAUSE_US),
         ],
         env={**os.environ, "VIRTUAL_ENV": sys.prefix, **env},
         check=True, capture_output=True, text=True, timeout=300,
@@ -110,11 +109,12 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
 def _iperf3() -> float:
     """GB/s of one stream over loopback."""
     port = str(free_port())
-    server = subprocess.Popen(["iperf3", "-s", "-1", "-p", port], stdout=subprocess.PIPE, text=True)
+    # Unflushed, the line that says it listens would never come through a pipe.
+    server = subprocess.Popen(["iperf3", "-s", "-1", "--forceflush", "-p", port], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        while not re.search("listening", server.stdout.readline()):
-            pass
+        if not any("listening" in line for line in server.stdout):
+            raise RuntimeError(f"iperf3 does not listen on port {port}")
         done = subprocess.run(
             ["iperf3", "-c", "127.0.0.1", "-p", port, "-t", "5", "-J"],
             check=True,

@@ -1,13 +1,17 @@
 //! Without a GPU: refusals that say what to do. With one: memory, copies, events, in this process.
 
-use std::io::Write as _;
+use std::io::{BufRead, BufReader, Write as _};
+use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::*;
 use crate::memory::Buffer;
+use crate::transport::Standing;
+use crate::transport::ready::Signal;
 
 /// The first GPU, or `None` after saying loudly that the test is skipped.
-fn gpu() -> Option<std::sync::Arc<Device>> {
+fn gpu() -> Option<Arc<Device>> {
     match Device::open(&Which::Ordinal(0)) {
         Ok(device) => Some(device),
         Err(error) if std::env::var_os("PD_REQUIRE_CUDA").is_some_and(|v| v == "1") => {
@@ -87,4 +91,113 @@ fn bytes_go_in_across_and_out_again() {
         xxhash_rust::xxh3::xxh3_64(&copy)
     });
     assert!(stage.fetch(memory, 0, 4097).is_err());
+}
+
+/// Another process with GPU work under way, as an engine is when it is killed.
+struct Engine {
+    child: Child,
+    memory: Handle,
+    event: Handle,
+}
+
+/// A copy of half of it takes a millisecond.
+const ENGINE_BYTES: u64 = 4 << 30;
+
+impl Engine {
+    fn start() -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "cuda::tests::engine", "--ignored", "--nocapture"])
+            .env(CHILD, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut answer = |word: &str| loop {
+            let line = lines.next().expect("the engine has died").unwrap();
+            if let Some((_, hex)) = line.split_once(word) {
+                let byte = |i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
+                return std::array::from_fn(byte);
+            }
+        };
+        let (memory, event) = (answer("@memory "), answer("@event "));
+        Self {
+            child,
+            memory,
+            event,
+        }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // It may be dead already, which is what is wanted.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Set in the other process.
+const CHILD: &str = "PD_CUDA_TEST_ENGINE";
+
+/// The other process: some seconds of copies, an event after them, until its input ends.
+#[test]
+#[ignore = "the other half of a test"]
+fn engine() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let device = Device::open(&Which::Ordinal(0)).unwrap();
+    let memory = DeviceMemory::take(Arc::clone(&device), ENGINE_BYTES).unwrap();
+    memory.write(0, b"filled by the engine").unwrap();
+    let stream = Stream::new(&device).unwrap();
+    let (event, handle) = Event::shared(&device).unwrap();
+    for _ in 0..3000 {
+        let half = ENGINE_BYTES / 2;
+        stream.push(&memory, 0, &memory, half, half).unwrap();
+    }
+    stream.record(&event).unwrap();
+    let hex = |handle: &Handle| handle.map(|byte| format!("{byte:02x}")).concat();
+    println!("@memory {}", hex(memory.handle()));
+    println!("@event {}", hex(&handle));
+    std::io::stdout().flush().unwrap();
+    for line in std::io::stdin().lines() {
+        line.unwrap();
+    }
+    stream.wait().unwrap();
+}
+
+#[test]
+fn an_engine_that_is_killed_takes_nothing_with_it() {
+    let Some(device) = gpu() else { return };
+    let mut engine = Engine::start();
+    let event = Event::open(&device, &engine.event).unwrap();
+    let memory = Imported::open(&device, &engine.memory, ENGINE_BYTES).unwrap();
+    assert_eq!(event.state(), Ok(State::Pending), "its copies take seconds");
+    engine.kill();
+    // What an event of a dead process says is not CUDA's promise; that nobody believes it is ours.
+    let states: Vec<_> = (0..20)
+        .map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            event.state()
+        })
+        .collect();
+    let text = format!(
+        "after the kill the event is {:?} ... {:?}\n",
+        states[0], states[19]
+    );
+    std::io::stderr().write_all(text.as_bytes()).unwrap();
+    event.orphan();
+    assert!(matches!(event.standing(), Standing::Never(_)));
+    let mut stage = Stage::new(&device, 20).unwrap();
+    stage.fetch(&memory, 0, 20).unwrap();
+    assert_eq!(stage.block(), b"filled by the engine");
+    drop((event, memory));
+    let again = DeviceMemory::take(device, ENGINE_BYTES).unwrap();
+    again.write(0, b"and on it goes").unwrap();
 }

@@ -135,7 +135,11 @@ pub(crate) fn sleep_exactly() {
 pub(crate) mod tests {
     use std::sync::Mutex;
 
+    use protocol::LeaseId;
+    use protocol::sender::Piece;
+
     use super::*;
+    use crate::transport::{Link, Outcome};
 
     /// A signal that a test sets.
     #[derive(Debug)]
@@ -155,6 +159,39 @@ pub(crate) mod tests {
         fn standing(&self) -> Standing {
             self.0.lock().unwrap().clone()
         }
+    }
+
+    /// Every transport: a write that is not ready holds nobody up, goes when it is, and is ended, with
+    /// nothing sent, when it never will be. `stall` is the link's.
+    pub(crate) async fn check(link: &dyn Link, lease: LeaseId, piece: Piece, stall: Duration) {
+        let pieces = || vec![piece];
+        let switch = Switch::new();
+        let ready = Ready::after(Arc::clone(&switch) as Arc<dyn Signal>);
+        let times = ready.times();
+        let mut late = link.write_when(ready, lease, pieces());
+        assert_eq!(link.write(lease, pieces()).await, Outcome::Done);
+        tokio::select! {
+            biased;
+            outcome = &mut late => panic!("not ready: {outcome:?}"),
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+        }
+        assert!(times.began().is_none());
+        switch.set(Standing::There);
+        assert_eq!(late.await, Outcome::Done);
+        assert!(times.began().is_some());
+
+        let gone = Switch::new();
+        gone.set(Standing::Never("gone".to_owned()));
+        let long = format!("not ready within {stall:?}");
+        for (signal, error) in [(gone, "gone"), (Switch::new(), &long)] {
+            let write = link.write_when(Ready::after(signal), lease, pieces());
+            let expect = Outcome::Failed {
+                terminal: true,
+                error: error.to_owned(),
+            };
+            assert_eq!(write.await, expect);
+        }
+        assert_eq!(link.write(lease, pieces()).await, Outcome::Done);
     }
 
     #[test]

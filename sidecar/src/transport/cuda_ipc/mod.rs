@@ -8,6 +8,22 @@
 //! slot is free of writes; without it, the end of the sender's process, which takes its queued copies
 //! along.
 //!
+<<<<<<< HEAD
+=======
+//! `sidecar selftest` between two H200 over 18 NVLinks, 21 chunks of 32 MiB a request, GB/s, medians: *wire*
+//! from the first copy queued to the event seen, *ready* from the moment at which the GPU had filled the
+//! slots to the decode engine's `Ready`, every chunk compared, none wrong:
+//!
+//! | | wire | ready |
+//! |---|---|---|
+//! | `cuda_ipc` | 356 | 273 |
+//! | `nixl` (UCX over CUDA IPC) | 344 | 279 |
+//! | `tcp` (pinned staging, loopback) | 7.2 | 8.0 |
+//!
+//! `nixl` with `UCX_TLS=tcp,cuda_copy` moved 0.48, `cuda_ipc` within one GPU 1230 (from staged to ready 620).
+//! Between *wire* and *ready* lie 0.6 ms in which three sleeping processes are woken one after the other.
+//!
+>>>>>>> cuda
 //! | file | |
 //! |---|---|
 //! | [`address`] | what a receiver tells of its buffer |
@@ -148,7 +164,10 @@ impl Transport for CudaIpc {
         let counters = &self.shared.counters;
         // Relaxed: each is a number of its own, and nothing is decided by two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+<<<<<<< HEAD
         let running = self.thread.as_ref().is_some_and(|t| !t.is_finished());
+=======
+>>>>>>> cuda
         vec![
             ("writes_done", read(&counters.done)),
             ("writes_failed", read(&counters.failed)),
@@ -156,10 +175,23 @@ impl Transport for CudaIpc {
             ("writes_never_ready", read(&counters.unready)),
             ("bytes_written", read(&counters.bytes)),
             ("copies", read(&counters.copies)),
+<<<<<<< HEAD
             ("running", u64::from(running)),
         ]
     }
 
+=======
+            ("running", u64::from(self.is_running())),
+        ]
+    }
+
+    fn is_running(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+    }
+
+>>>>>>> cuda
     fn expect(&self, _writing: bool) {
         // The sender's copy engines do the writing.
     }

@@ -7,8 +7,12 @@ use protocol::sender::Piece;
 use super::*;
 use crate::cuda::{Device, Which};
 use crate::memory::Buffer;
+<<<<<<< HEAD
 use crate::transport::ready::tests::Switch;
 use crate::transport::{Outcome, Ready, Standing};
+=======
+use crate::transport::Outcome;
+>>>>>>> cuda
 
 const LEASE: LeaseId = LeaseId(7);
 
@@ -69,6 +73,7 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
     assert!(same(0, 3, slot_bytes) && same(1, 4, 1000) && same(5, 0, 5));
     assert!(!same(1, 4, 1001) && !same(5, 0, 6));
 
+<<<<<<< HEAD
     let switch = Switch::new();
     let mut write = link.write_when(
         Ready::after(switch.clone()),
@@ -97,6 +102,11 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
         };
         assert_eq!(outcome, expect);
     }
+=======
+    let stall = Duration::from_millis(300);
+    crate::transport::ready::tests::check(&*link, LEASE, piece(2, 2, slot_bytes), stall).await;
+    assert!(same(2, 2, slot_bytes));
+>>>>>>> cuda
     assert!(matches!(
         link.write(LEASE, vec![piece(0, 6, 1)]).await,
         Outcome::Failed { terminal: true, .. }

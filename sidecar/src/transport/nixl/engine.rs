@@ -133,8 +133,10 @@ impl Engine {
                 looked = now;
                 self.look();
             }
-            let wait = if self.is_busy() || moved {
+            let wait = if moved || self.is_busy() {
                 pace.wait(moved, now)
+            } else if self.shared.expecting.load(Ordering::Acquire) {
+                pace.expect(now)
             } else {
                 Wait::Sleep(LOOK)
             };
@@ -279,16 +281,20 @@ impl Engine {
         start.elapsed()
     }
 
-    /// Whether the library has something to do.
+    /// Whether the library has something of ours to do.
     fn is_busy(&self) -> bool {
-        self.shared.expecting.load(Ordering::Acquire) || self.peers.values().any(Peer::is_busy)
+        self.peers.values().any(Peer::is_busy)
+    }
+
+    fn writes_wait(&self) -> bool {
+        self.peers.values().any(Peer::is_active)
     }
 
     /// Gives what is under way its time, then answers all that is left.
     fn finish(mut self) {
         let mut pace = Pace::default();
         let deadline = Instant::now() + self.config.drain;
-        while self.peers.values().any(Peer::is_active) && Instant::now() < deadline {
+        while self.writes_wait() && Instant::now() < deadline {
             match pace.wait(self.poll(pace.busy()), Instant::now()) {
                 Wait::Spin => std::hint::spin_loop(),
                 Wait::Yield => std::thread::yield_now(),

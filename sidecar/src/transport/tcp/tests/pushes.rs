@@ -115,6 +115,20 @@ async fn pieces_outside_of_the_buffers_never_leave() {
 }
 
 #[tokio::test]
+async fn a_write_waits_until_its_bytes_are_there() {
+    let config = Config {
+        stall: Duration::from_millis(200),
+        ..Config::default()
+    };
+    let sender = tcp("send", 2, MIB, config.clone());
+    let receiver = tcp("land", 2, MIB, config);
+    open_all(&receiver, LEASE);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    let stall = Duration::from_millis(200);
+    crate::transport::ready::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
+}
+
+#[tokio::test]
 async fn dropping_the_future_or_the_link_does_not_stop_a_write() {
     let (sender, receiver) = pair(4, 4 * MIB);
     sender.receiving.buffer.fill_random(0, 16 * MIB, 4).unwrap();
