@@ -11,13 +11,17 @@ KEEP ?=
 # Further arguments for pytest: make e2e PYTEST="-k first -x"
 PYTEST ?=
 FUZZ_SECONDS ?= 60
+# Python of a GPU host, with torch and vLLM for CUDA; a bundle's env.sh names it.
+GPU_PYTHON ?= $(PYTHON_IN_VENV)
+# Further arguments of tests/gpu/bench.py and scripts/gpu_bundle.py.
+GPU ?=
 # Which benchmarks: any of pushes, handshakes, engines; all by default.
 BENCH ?=
 
 .DEFAULT_GOAL := help
 # The targets of `make test` would take the cores from each other.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench fuzz bindings clean
+.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +66,15 @@ lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 bench: venv ## Ours against its baselines, alternating; writes target/bench.json and target/bench.md
 	$(CARGO) build --release --locked --bins --examples
 	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
+
+gpu-test: ## Tests that need a GPU, PyTorch and vLLM for CUDA, and no network; skipped loudly elsewhere
+	$(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)
+
+gpu-bench: ## The hand-over between two GPUs against its baselines; writes target/gpu-bench/gpu-bench.{json,md}
+	$(GPU_PYTHON) tests/gpu/bench.py $(GPU) || test $$? -eq 77
+
+gpu-bundle: build ## What a GPU host without a network needs for both, into target/gpu-bundle
+	$(PYTHON_IN_VENV) scripts/gpu_bundle.py target/gpu-bundle $(GPU)
 
 fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)

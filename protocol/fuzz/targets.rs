@@ -143,7 +143,14 @@ impl Pair {
             6 => {
                 for transfer in std::mem::take(&mut self.writes) {
                     let sums = Vec::new();
-                    self.p.handle(now, sender::Event::Done { transfer, sums });
+                    self.p.handle(
+                        now,
+                        sender::Event::Done {
+                            transfer,
+                            sums,
+                            began: None,
+                        },
+                    );
                 }
             }
             _ => {

@@ -2,10 +2,12 @@
 //!
 //! A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
 //! The first frame from the engine is [`ToSidecar::Hello`]; the sidecar answers [`ToEngine::Welcome`]
-//! with the buffer's file descriptor attached (`SCM_RIGHTS`), or [`ToEngine::Refused`] and closes.
+//! with the buffer's file descriptor attached (`SCM_RIGHTS`) or, of a buffer in GPU memory, its CUDA
+//! IPC handle in it, or [`ToEngine::Refused`] and closes.
 //! End of stream means that the engine is gone: everything it held ends at once.
 
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 
 use crate::{Epoch, Layout, Reason, RequestId};
 
@@ -20,7 +22,7 @@ pub enum ToSidecar {
     /// Prefill: tokens `[0, upto)` will have been computed at the end of this step, so their chunks
     /// may take send slots now.
     Computing(Computing),
-    /// Prefill: these chunks stand in their granted slots, complete.
+    /// Prefill: these chunks stand in their granted slots, complete, or will once an event has fired.
     Staged(Staged),
     /// Prefill: the request ends here. No slot of it is touched after this message.
     Cancel(OfRequest),
@@ -36,7 +38,7 @@ pub enum ToSidecar {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToEngine {
-    /// The connection stands; the buffer's descriptor comes with this frame.
+    /// The connection stands; the buffer's descriptor comes with this frame, or its handle in it.
     Welcome(Welcome),
     /// The connection is refused and closed.
     Refused(Refused),
@@ -63,6 +65,12 @@ pub struct EngineHello {
     pub world_size: u32,
     /// The shape of a chunk, from the engine's KV tensors.
     pub layout: Layout,
+    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`: ordinals differ between processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// CUDA IPC handles of events on that GPU, which [`Staged::event`] names by position.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub events: Vec<ByteBuf>,
 }
 
 /// Which side of a transfer an engine connection uses.
@@ -84,7 +92,7 @@ pub struct Welcome {
     pub id: String,
     /// The sidecar's epoch; another one after a reconnect means another buffer.
     pub epoch: Epoch,
-    /// `memfd`: the descriptor is to be mapped shared, read-write.
+    /// `memfd`: the descriptor is to be mapped shared, read-write. `cuda`: see [`Welcome::cuda`].
     pub memory: String,
     /// Slots; slot `i` begins at `i * slot_bytes`.
     pub slots: u32,
@@ -92,6 +100,20 @@ pub struct Welcome {
     pub slot_bytes: u64,
     /// This connection's number, for logs.
     pub connection: u64,
+    /// Present if the buffer is GPU memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cuda: Option<CudaMemory>,
+}
+
+/// A buffer in GPU memory, as another process opens it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CudaMemory {
+    /// The GPU's UUID, `GPU-xxxxxxxx-…`.
+    pub uuid: String,
+    /// Its `CUipcMemHandle`.
+    pub handle: ByteBuf,
+    /// Bytes of the whole buffer.
+    pub bytes: u64,
 }
 
 /// See [`ToEngine::Refused`].
@@ -151,6 +173,10 @@ pub struct Staged {
     /// What the gather took, microseconds.
     #[serde(default)]
     pub gather_us: u64,
+    /// Position in [`EngineHello::events`]: the chunks are complete once that event, as recorded
+    /// before this message was sent, has fired. Absent: they are complete already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<u32>,
 }
 
 /// A message that needs no more than the request.

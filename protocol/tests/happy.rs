@@ -129,6 +129,7 @@ fn check(
                     sender::Event::Done {
                         transfer,
                         sums: vec![],
+                        began: None,
                     },
                 ),
                 sender::Action::Granted(_, granted) => {
@@ -137,6 +138,7 @@ fn check(
                             req: granted.req,
                             chunks: granted.chunks,
                             gather_us: 1,
+                            event: None,
                         };
                         p.handle(now, sender::Event::Staged(pe, staged));
                     }

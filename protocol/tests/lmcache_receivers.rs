@@ -39,6 +39,8 @@ struct Feeding {
     now: Time,
     p: Sender,
     cancels: bool,
+    events: bool,
+    afters: Vec<Option<u32>>,
     questions: Vec<ToReceiver>,
     writes: Vec<(TransferId, Vec<SlotIndex>)>,
     notices: BTreeMap<RequestId, Option<Reason>>,
@@ -66,6 +68,8 @@ impl Feeding {
             now: Time(1),
             p,
             cancels,
+            events: false,
+            afters: Vec::new(),
             questions: Vec::new(),
             writes: Vec::new(),
             notices: BTreeMap::new(),
@@ -101,17 +105,26 @@ impl Feeding {
                     self.questions.push(message);
                 }
                 sender::Action::Granted(_, granted) => {
-                    let staged = Staged {
-                        req: granted.req,
-                        chunks: granted.chunks,
-                        gather_us: 0,
-                    };
-                    self.p
-                        .handle(self.now, sender::Event::Staged(ENGINE, staged));
+                    // With events, one for each chunk.
+                    let at_once = if self.events { 1 } else { SLOTS as usize };
+                    for chunks in granted.chunks.chunks(at_once) {
+                        let staged = Staged {
+                            req: granted.req.clone(),
+                            chunks: chunks.to_vec(),
+                            gather_us: 0,
+                            event: self.events.then_some(chunks[0]),
+                        };
+                        self.p
+                            .handle(self.now, sender::Event::Staged(ENGINE, staged));
+                    }
                 }
                 sender::Action::Write {
-                    transfer, pieces, ..
+                    transfer,
+                    pieces,
+                    after,
+                    ..
                 } => {
+                    self.afters.push(after.map(|after| after.event));
                     self.writes
                         .push((transfer, pieces.iter().map(|p| p.to).collect()));
                 }
@@ -174,6 +187,7 @@ impl Feeding {
             self.feed(sender::Event::Done {
                 transfer,
                 sums: Vec::new(),
+                began: None,
             });
         }
     }
@@ -218,6 +232,19 @@ fn every_chunk_is_asked_for_once_it_stands_ready() {
         assert_eq!(feeding.notices[&RequestId::from("a")], None);
         assert!(feeding.p.is_idle());
     }
+}
+
+#[test]
+fn chunks_of_one_question_are_written_once_each_ones_own_event_has_fired() {
+    let mut feeding = Feeding::new(true);
+    feeding.events = true;
+    feeding.reserve("a", 3, 3);
+    feeding.grant(10, &[]);
+    assert_eq!(feeding.grant(20, &[]).len(), 2);
+    assert_eq!(feeding.afters, [Some(0), Some(1), Some(2)]);
+    feeding.written();
+    assert_eq!(feeding.notices[&RequestId::from("a")], None);
+    assert!(feeding.p.is_idle());
 }
 
 #[test]

@@ -154,9 +154,11 @@ class Client:
         """Prefill: tokens `[0, upto)` are about to be complete, so their chunks may have slots."""
         self.send(Computing(req, upto))
 
-    def staged(self, req: str, chunks: list[int], gather_us: int = 0) -> None:
-        """Prefill: these chunks stand in their slots."""
-        self.send(Staged(req, chunks, gather_us))
+    def staged(
+        self, req: str, chunks: list[int], gather_us: int = 0, event: int | None = None
+    ) -> None:
+        """Prefill: these chunks stand in their slots, or will once the event has fired."""
+        self.send(Staged(req, chunks, gather_us, event))
 
     def cancel(self, req: str) -> None:
         """Prefill: gives the request up."""

@@ -53,7 +53,7 @@ class Connection:
     that an engine still holds stay valid, a sidecar's death does not unmap them.
     """
 
-    def __init__(self, sock: socket.socket, welcome: Welcome, memory: mmap.mmap) -> None:
+    def __init__(self, sock: socket.socket, welcome: Welcome, memory: mmap.mmap | None) -> None:
         self.welcome = welcome
         self.memory = memory
         self._socket = sock
@@ -98,6 +98,8 @@ class Connection:
         """The bytes of a slot, to be read or written in place."""
         if not 0 <= index < self.welcome.slots:
             raise IndexError(f"slot {index} of {self.welcome.slots}")
+        if self.memory is None:
+            raise ValueError("the slots are in GPU memory")
         start = index * self.welcome.slot_bytes
         return memoryview(self.memory)[start : start + self.welcome.slot_bytes]
 
@@ -206,16 +208,26 @@ def _greeting(body: bytes) -> Welcome:
     return message
 
 
-def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap:
-    if welcome.memory != "memfd":
-        raise WireError(f"memory of kind {welcome.memory!r} cannot be mapped by this version")
-    if len(fds) != 1:
+def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
+    """The buffer in host memory. One in GPU memory is opened by the engine's own thread: doing so
+    while another thread captures a graph would break the capture."""
+    kind = "memfd" if hello.device is None else "cuda"
+    if welcome.memory != kind or (welcome.cuda is None) != (kind == "memfd"):
+        raise WireError(
+            f"the sidecar's buffer is of kind {welcome.memory!r}, this engine needs {kind!r}: see "
+            "pd_buffer_device of its configuration"
+        )
+    if len(fds) != (kind == "memfd"):
         raise WireError(f"{len(fds)} descriptors came with the greeting")
     if welcome.slot_bytes != hello.layout.chunk_bytes:
         raise WireError(
             f"slots of {welcome.slot_bytes} bytes, chunks of {hello.layout.chunk_bytes} bytes"
         )
     size = welcome.slots * welcome.slot_bytes
+    if welcome.cuda is not None:
+        if not 0 < size <= welcome.cuda.size:
+            raise WireError(f"{welcome.cuda.size} bytes do not hold {welcome.slots} slots")
+        return None
     if size == 0 or os.fstat(fds[0]).st_size < size:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")
     if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:

@@ -30,7 +30,7 @@ from .stats import PromMetrics, Stats
 from .worker import Unmoved, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     import torch
     from vllm.config import VllmConfig
@@ -228,7 +228,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         parallel = self._config.parallel_config
         try:
             hint = self._hint()
-            pages = geometry(kv_caches, hint, {} if hint.mla else self._writers(kv_caches))
+            pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
             return Unmoved(self._stats)
@@ -243,8 +243,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
             consumer=self._consumer,
         )
 
-    def _writers(self, kv_caches: Iterable[str]) -> dict[str, Writer]:
-        """How the engine's own kernels store K and V, for the layers that say it."""
+    def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
+        """How the engine's own kernels store K and V, for the layers that say it.
+
+        Kernels of GPUs keep to the strides of the tensors that they are given.
+        """
+        if hint.mla or any(tensor.device.type != "cpu" for tensor in kv_caches.values()):
+            return {}
         layers = self._config.compilation_config.static_forward_context
         writers: dict[str, Writer] = {}
         for name in kv_caches:

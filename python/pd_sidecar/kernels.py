@@ -1,8 +1,8 @@
-"""Moves KV between an engine's pages and the slots of a sidecar's buffer.
+"""Moves KV between an engine's pages and the slots of a sidecar's buffer, in host memory.
 
 Both sides are seen as rows of equal length, the longest runs that the pages allow, and a move is
 one `index_select` or `index_copy_` over row numbers: no loop over tokens, blocks or heads, whatever
-the page layout, on any device. The slots of a step usually follow each other; then the rows of the
+the page layout. The slots of a step usually follow each other; then the rows of the
 buffer are a plain slice and the move touches memory once.
 
 A chunk in its slot is LMCache's `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
@@ -11,6 +11,7 @@ A chunk in its slot is LMCache's `KV_2LTD`, packed at the start: `[planes, layer
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,24 +41,31 @@ class Piece:
 
 
 class Fence(Protocol):
-    """The end of a move. On a GPU it is an event; a slot or block is reused only after it."""
+    """The end of a move. A slot or block is reused only after it."""
 
     def done(self) -> bool:
         """The move is over."""
         ...
 
+    @property
+    def seconds(self) -> float:
+        """What it took, once it is over."""
+        ...
 
-class _Over:
+
+@dataclass(frozen=True)
+class Over:
+    """The fence of a move that was over when it returned, as between host memories."""
+
+    seconds: float
+
     def done(self) -> bool:
+        """Always."""
         return True
 
 
-OVER = _Over()
-"""The fence of a move that was over when it returned, as every move between host memories is."""
-
-
-class Copier:
-    """Gathers and scatters for one worker's tensors and one buffer."""
+class HostCopier:
+    """Gathers and scatters between host memories; see `devices.Copier`."""
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
         self._pages = pages
@@ -68,23 +76,27 @@ class Copier:
             for planes in _planes(layers[0][1], slot_bytes)
         ]
 
-    def gather(self, pieces: Iterable[Piece]) -> Fence:
+    def gather(
+        self, pieces: Sequence[Piece], after: Iterable[object] = (), signal: int | None = None
+    ) -> Fence:
         """Pages to slots."""
+        began = time.perf_counter()
         for part, batch, slots in self._moves(pieces):
             source = part.rows_of(batch)
             if isinstance(slots, slice):
                 torch.index_select(part.pages, 0, source, out=part.buffer[slots])
             else:
                 _store(part.buffer, slots, part.pages.index_select(0, source))
-        return OVER
+        return Over(time.perf_counter() - began)
 
-    def scatter(self, pieces: Iterable[Piece]) -> Fence:
+    def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
         """Slots to pages. Writes the tokens that the pieces name and no others."""
+        began = time.perf_counter()
         for part, batch, slots in self._moves(pieces):
             whole = isinstance(slots, slice)
             rows = part.buffer[slots] if whole else part.buffer.index_select(0, slots)
             _store(part.pages, part.rows_of(batch), rows)
-        return OVER
+        return Over(time.perf_counter() - began)
 
     def _moves(
         self, pieces: Iterable[Piece]

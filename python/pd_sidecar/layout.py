@@ -168,8 +168,8 @@ def wanted_chunks(tokens: int, have_tokens: int, chunk_tokens: int) -> range:
 
 
 def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
-    if tensor.device.type != "cpu":
-        raise LayoutError(f"{name}: KV on {tensor.device}, this version moves host memory only")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise LayoutError(f"{name}: KV on {tensor.device}, which this version does not move")
     if tensor.dtype not in DTYPE_NAMES:
         raise LayoutError(f"{name}: dtype {tensor.dtype} has no name in keys")
     shape, stride = tuple(tensor.shape), tensor.stride()

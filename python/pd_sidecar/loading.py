@@ -1,7 +1,9 @@
 """The decode worker: scatters chunks that have arrived into the pages of parked requests.
 
-Every parked request is reported exactly once, whatever becomes of it, and only when nothing of this
-worker writes into its blocks any more.
+Every parked request is reported exactly once, whatever becomes of it. A loaded one is reported when
+its last scatter is launched: what the engine computes from the next step on is ordered behind it
+(`Device.hold`), so that the engine's way to that step and the scatter take place at the same time.
+One that failed is reported when nothing of this worker writes into its blocks any more.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, NotConnectedError, Ready
-from .kernels import Copier, Fence, Piece
+from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
 from .wire import WireError
 
 if TYPE_CHECKING:
     from .client import Client
+    from .devices import Copier, Device, Mark
+    from .kernels import Fence
     from .metadata import LoadStart, StepMetadata
     from .stats import Stats
     from .worker import Rank
@@ -35,12 +39,15 @@ class Incoming:
     start: LoadStart
     table: torch.Tensor
     began: float
+    mark: Mark
+    """Behind whatever may still write to its blocks."""
     missing: set[int]
-    """Chunks that are wanted and not scattered yet."""
+    """Chunks that are wanted and have not come yet."""
     scattering: int = 0
     scatter_seconds: float = 0.0
     failure: str | None = None
     owes_abort: bool = False
+    reported: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,6 @@ class _Scatter:
     fence: Fence
     incoming: Incoming
     chunks: list[int]
-    began: float
 
 
 @dataclass
@@ -67,8 +73,9 @@ class Results:
 class Receiver:
     """All parked requests of this worker."""
 
-    def __init__(self, rank: Rank, client: Client, stats: Stats) -> None:
+    def __init__(self, rank: Rank, device: Device, client: Client, stats: Stats) -> None:
         self._rank = rank
+        self._device = device
         self._client = client
         self._stats = stats
         self._copier: Copier | None = None
@@ -79,8 +86,11 @@ class Receiver:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Asks for what is parked in this step, lets go of what was aborted."""
+        for scatter in self._scatters:
+            self._device.hold(scatter.fence)
+        mark = self._device.mark() if metadata.load_starts else None
         for start in metadata.load_starts:
-            self._await(start)
+            self._await(start, mark)
         for engine_id in metadata.aborted:
             if incoming := self._by_engine_id.get(engine_id):
                 self._give_up(incoming, "aborted")
@@ -134,15 +144,16 @@ class Receiver:
         ready = [entry for entry in self._ready if entry[0].failure is None]
         self._ready.clear()
         if ready and self._copier is not None:
-            began = time.perf_counter()
-            fence = self._copier.scatter([piece for _, _, piece in ready])
+            marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
+            fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
             chunks: dict[str, list[int]] = {}
             for incoming, chunk, _ in ready:
                 chunks.setdefault(incoming.start.engine_id, []).append(chunk)
             for engine_id, of_request in chunks.items():
                 incoming = self._by_engine_id[engine_id]
                 incoming.scattering += 1
-                self._scatters.append(_Scatter(fence, incoming, of_request, began))
+                incoming.missing.difference_update(of_request)
+                self._scatters.append(_Scatter(fence, incoming, of_request))
         self._settle()
         return bool(ready)
 
@@ -153,7 +164,7 @@ class Receiver:
         for engine_id, incoming in list(self._by_engine_id.items()):
             if incoming.failure is None and now > incoming.began + self._rank.load_limit_s:
                 self._give_up(incoming, "deadline")
-            if incoming.scattering or (incoming.missing and incoming.failure is None):
+            if incoming.scattering if incoming.failure is not None else incoming.missing:
                 continue
             if incoming.owes_abort:
                 self._tell_abort(incoming.start.req)
@@ -161,7 +172,9 @@ class Receiver:
             del self._by_req[incoming.start.req]
             results.received.add(engine_id)
             if incoming.failure is None:
-                self._succeed(incoming)
+                incoming.reported = True
+                if not incoming.scattering:
+                    self._succeed(incoming)
             else:
                 results.failed.add(engine_id)
                 held = incoming.start.have_tokens // self._rank.block_tokens
@@ -173,12 +186,26 @@ class Receiver:
         """A word of the sidecar would be of use."""
         return bool(self._by_engine_id)
 
-    def _await(self, start: LoadStart) -> None:
+    @property
+    def has_news(self) -> bool:
+        """There is something for `finished` to name."""
+        return any(
+            not i.missing if i.failure is None else not i.scattering
+            for i in self._by_engine_id.values()
+        )
+
+    @property
+    def is_moving(self) -> bool:
+        """A scatter is under way, whose slots others wait for."""
+        return bool(self._scatters)
+
+    def _await(self, start: LoadStart, mark: Mark) -> None:
         rank = self._rank
         incoming = Incoming(
             start=start,
             table=torch.tensor(start.blocks, dtype=torch.int64),
             began=time.monotonic(),
+            mark=mark,
             missing=set(wanted_chunks(start.tokens, start.have_tokens, rank.chunk_tokens)),
         )
         self._by_engine_id[start.engine_id] = incoming
@@ -205,11 +232,12 @@ class Receiver:
                 under_way.append(scatter)
                 continue
             incoming = scatter.incoming
-            seconds = time.perf_counter() - scatter.began
+            seconds = scatter.fence.seconds
             incoming.scattering -= 1
             incoming.scatter_seconds += seconds
-            incoming.missing.difference_update(scatter.chunks)
             self._release(incoming.start.req, scatter.chunks, round(seconds * 1e6))
+            if incoming.reported and not incoming.scattering:
+                self._succeed(incoming)
         self._scatters = under_way
 
     def _release(self, req: str, chunks: list[int], micros: int) -> None:

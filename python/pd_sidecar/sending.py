@@ -15,12 +15,15 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, Granted, NotConnectedError
-from .kernels import Copier, Fence, Piece
+from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
+from .signals import Signals
 from .wire import Target, WireError
 
 if TYPE_CHECKING:
     from .client import Client
+    from .devices import Copier, Device, Mark
+    from .kernels import Fence
     from .metadata import PushStart, PushStep, StepMetadata
     from .stats import Stats
     from .worker import Rank
@@ -63,16 +66,21 @@ class _Gather:
     fence: Fence
     outgoing: Outgoing
     chunks: list[int]
-    began: float
+    signalled: bool
+    """The sidecar knows of them already, and waits for them itself."""
 
 
 class Sender:
     """All requests that leave this worker."""
 
-    def __init__(self, rank: Rank, client: Client, stats: Stats) -> None:
+    def __init__(self, rank: Rank, device: Device, client: Client, stats: Stats) -> None:
         self._rank = rank
+        self._device = device
         self._client = client
         self._stats = stats
+        self._signals = Signals(len(device.events))
+        self._computed: Mark = None
+        """Behind all that is computed of `Outgoing.computed`."""
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
@@ -82,10 +90,12 @@ class Sender:
         """Before the forward: blocks that were taken away are let go of, new work is announced."""
         for engine_id in metadata.preempted:
             if outgoing := self._by_engine_id.get(engine_id):
+                self._hold(outgoing)
                 outgoing.table, outgoing.table_tensor = [], None
                 outgoing.computed = outgoing.upto = 0
         for engine_id in metadata.cancelled:
             if outgoing := self._by_engine_id.get(engine_id):
+                self._hold(outgoing)
                 self._give_up(outgoing, "cancelled")
                 outgoing.dropped = True
         for start in metadata.push_starts:
@@ -99,7 +109,10 @@ class Sender:
                 outgoing.held_since = time.monotonic()
 
     def computed(self) -> None:
-        """After the forward: what was to be computed in this step is computed."""
+        """After the forward: what was to be computed in this step is computed, or will be."""
+        if not self._by_engine_id:
+            return
+        self._computed = self._device.mark()
         for outgoing in self._by_engine_id.values():
             outgoing.computed = outgoing.upto
 
@@ -110,6 +123,7 @@ class Sender:
     def lost(self) -> None:
         """The sidecar is gone, and every slot with it."""
         self._copier = None
+        self._signals.reset()
         for outgoing in list(self._by_engine_id.values()):
             self._fail(outgoing, "sidecar_lost")
 
@@ -123,28 +137,28 @@ class Sender:
 
     def ended(self, message: Ended) -> None:
         """The sidecar wants no more of a request."""
+        self._signals.ended(message.req)
         outgoing = self._by_req.get(message.req)
-        if outgoing is not None:
-            if message.reason is not None:
-                self._fail(outgoing, message.reason)
-            outgoing.over = True
+        if outgoing is None:
+            return
+        if message.reason is not None:
+            self._fail(outgoing, message.reason)
+        elif not self._is_staged(outgoing):
+            outgoing.over = True  # the other side wants nothing of it
 
     def pump(self) -> bool:
         """Gathers what has both a slot and its tokens. Says whether there was anything."""
-        pieces, batches = [], []
-        for outgoing in self._by_engine_id.values():
-            chunks, found = self._complete(outgoing)
-            if chunks:
-                pieces += found
-                batches.append((outgoing, chunks))
-        if pieces and self._copier is not None:
-            began = time.perf_counter()
-            fence = self._copier.gather(pieces)
-            for outgoing, chunks in batches:
-                outgoing.gathering += 1
-                self._gathers.append(_Gather(fence, outgoing, chunks, began))
+        complete = [
+            entry for outgoing in self._by_engine_id.values() for entry in self._complete(outgoing)
+        ]
+        if self._copier is not None:
+            size = len(complete) or 1
+            if self._device.is_asynchronous:
+                size = max(1, GATHER_TOKENS // self._rank.chunk_tokens)
+            for at in range(0, len(complete), size):
+                self._gather(self._copier, complete[at : at + size])
         self._settle()
-        return bool(pieces)
+        return bool(complete)
 
     def finished(self) -> set[str]:
         """Requests whose blocks may be freed; each is named once."""
@@ -166,8 +180,21 @@ class Sender:
 
     @property
     def is_waiting(self) -> bool:
-        """A word of the sidecar would be of use."""
-        return any(not outgoing.over for outgoing in self._by_engine_id.values())
+        """A word of the sidecar, or the end of a gather, would be of use."""
+        return any(not o.over or o.gathering for o in self._by_engine_id.values())
+
+    @property
+    def has_news(self) -> bool:
+        """There is something for `finished` to name."""
+        return any(
+            o.over and not o.gathering and o.held_since is not None
+            for o in self._by_engine_id.values()
+        )
+
+    @property
+    def is_moving(self) -> bool:
+        """A gather is under way that the sidecar does not know of."""
+        return any(not gather.signalled for gather in self._gathers)
 
     def _step(self, step: PushStep) -> None:
         outgoing = self._by_engine_id.get(step.engine_id)
@@ -204,11 +231,25 @@ class Sender:
             overlap=start.overlap,
         )
 
-    def _complete(self, outgoing: Outgoing) -> tuple[list[int], list[Piece]]:
+    def _gather(self, copier: Copier, entries: list[tuple[Outgoing, int, Piece]]) -> None:
+        chunks: dict[str, list[int]] = {}
+        for outgoing, chunk, _ in entries:
+            chunks.setdefault(outgoing.start.engine_id, []).append(chunk)
+        signal = self._signals.take({outgoing.start.req for outgoing, _, _ in entries})
+        fence = copier.gather([piece for _, _, piece in entries], [self._computed], signal)
+        for engine_id, of_request in chunks.items():
+            outgoing = self._by_engine_id[engine_id]
+            outgoing.gathering += 1
+            gather = _Gather(fence, outgoing, of_request, signal is not None)
+            self._gathers.append(gather)
+            if gather.signalled:
+                self._tell_staged(gather, 0.0, signal)
+
+    def _complete(self, outgoing: Outgoing) -> list[tuple[Outgoing, int, Piece]]:
         """The chunks that can be gathered now."""
         if outgoing.over or not outgoing.slots or outgoing.have_tokens is None:
-            return [], []
-        chunks, pieces = [], []
+            return []
+        complete = []
         for chunk, slot in list(outgoing.slots.items()):
             span = chunk_span(
                 chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens
@@ -218,12 +259,11 @@ class Sender:
             del outgoing.slots[chunk]
             if outgoing.table_tensor is None:
                 outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
-            chunks.append(chunk)
-            pieces.append(Piece(slot, outgoing.table_tensor, span, span))
-        return chunks, pieces
+            complete.append((outgoing, chunk, Piece(slot, outgoing.table_tensor, span, span)))
+        return complete
 
     def _settle(self) -> None:
-        """Tells the sidecar of gathers that are over."""
+        """Tells the sidecar of gathers that are over, unless it knew before."""
         under_way: list[_Gather] = []
         for gather in self._gathers:
             if not gather.fence.done():
@@ -231,19 +271,30 @@ class Sender:
                 continue
             outgoing = gather.outgoing
             outgoing.gathering -= 1
-            if outgoing.over:
-                continue
-            seconds = time.perf_counter() - gather.began
+            seconds = gather.fence.seconds
             outgoing.gather_seconds += seconds
-            outgoing.staged.update(gather.chunks)
-            try:
-                self._client.staged(outgoing.start.req, gather.chunks, round(seconds * 1e6))
-            except NotConnectedError:
-                self._fail(outgoing, "sidecar_lost")
+            if not (outgoing.over or gather.signalled):
+                self._tell_staged(gather, seconds, None)
         self._gathers = under_way
         for outgoing in self._by_engine_id.values():
-            if not outgoing.over and self._is_staged(outgoing):
+            if not outgoing.over and not outgoing.gathering and self._is_staged(outgoing):
                 self._succeed(outgoing)
+
+    def _tell_staged(self, gather: _Gather, seconds: float, signal: int | None) -> None:
+        outgoing = gather.outgoing
+        outgoing.staged.update(gather.chunks)
+        try:
+            self._client.staged(
+                outgoing.start.req, gather.chunks, round(seconds * 1e6), event=signal
+            )
+        except NotConnectedError:
+            self._fail(outgoing, "sidecar_lost")
+
+    def _hold(self, outgoing: Outgoing) -> None:
+        """The request's blocks belong to others from now on: those come after its gathers."""
+        for gather in self._gathers:
+            if gather.outgoing is outgoing:
+                self._device.hold(gather.fence)
 
     def _wanted(self, outgoing: Outgoing) -> range:
         return wanted_chunks(
@@ -306,3 +357,8 @@ class Sender:
         self._by_engine_id.pop(outgoing.start.engine_id, None)
         if self._by_req.get(outgoing.start.req) is outgoing:
             del self._by_req[outgoing.start.req]
+
+
+GATHER_TOKENS = 2048
+"""Of one gather that goes on after its launch: while the next part is gathered this one is pushed,
+and scattered. 256 MiB of an 8B model: with less the wire would not reach its speed."""

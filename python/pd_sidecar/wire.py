@@ -64,7 +64,7 @@ class _Message(msgspec.Struct, tag_field="type", tag=True):
     pass
 
 
-class Hello(_Message):
+class Hello(_Message, omit_defaults=True):
     """Opens the connection."""
 
     v: int
@@ -73,6 +73,8 @@ class Hello(_Message):
     rank: int
     world_size: int
     layout: Layout
+    device: str | None = None  # UUID of this engine's GPU
+    events: list[bytes] = []  # CUDA IPC handles of events on it
 
 
 class Reserve(_Message):
@@ -93,12 +95,13 @@ class Computing(_Message):
     upto: int
 
 
-class Staged(_Message):
-    """Prefill: these chunks stand in their granted slots, complete."""
+class Staged(_Message, omit_defaults=True):
+    """Prefill: these chunks stand in their granted slots, complete once `event` has fired."""
 
     req: str
     chunks: list[int]
     gather_us: int = 0
+    event: int | None = None
 
 
 class Cancel(_Message):
@@ -132,8 +135,16 @@ class Abort(_Message):
     req: str
 
 
-class Welcome(_Message):
-    """The connection stands; the buffer's descriptor comes with this frame."""
+class CudaMemory(msgspec.Struct, frozen=True):
+    """A buffer in GPU memory, as another process opens it."""
+
+    uuid: str
+    handle: bytes
+    size: int = msgspec.field(name="bytes")
+
+
+class Welcome(_Message, omit_defaults=True):
+    """The connection stands; the buffer's descriptor comes with this frame, or its handle in it."""
 
     v: int
     id: str
@@ -142,6 +153,7 @@ class Welcome(_Message):
     slots: int
     slot_bytes: int
     connection: int
+    cuda: CudaMemory | None = None
 
 
 class Refused(_Message):

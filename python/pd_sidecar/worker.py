@@ -1,15 +1,23 @@
-"""The workers' half: one per tensor-parallel rank, with a connection to each sidecar it uses."""
+"""The workers' half: one per tensor-parallel rank, with a connection to each sidecar it uses.
+
+On a GPU the engine's thread launches a step and comes back when it is computed, up to a second
+later. Slots that are granted meanwhile, and chunks that arrive, are the work of a thread beside it
+(`pump`): it launches moves behind the step. No thread stands between a move and the push: events
+keep that order.
+"""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
 from .client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
-from .kernels import Copier
+from .devices import device_of
 from .loading import Receiver, Results
+from .pump import Pump
 from .sending import Sender
 from .wire import VERSION
 
@@ -82,56 +90,113 @@ class Worker:
             "rank %d of %d: %s, %d bytes a token", index, world_size, layout, rank.token_bytes
         )
         self._geometry = geometry
+        self._device = device_of(geometry, options.chunk_size, signals=producer)
         self._idle_wait_s = options.idle_wait_ms / 1e3
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
         self._links: list[Link] = []
         self._idle = True
+        self._reported = False
+        self._lock = threading.RLock()
+        self._pump_thread: Pump | None = None
 
         def link(path: str, role: str) -> Client:
-            hello = Hello(VERSION, engine, role, index, world_size, layout)
+            events = self._device.events if role == "prefill" else []
+            name = self._device.name
+            hello = Hello(VERSION, engine, role, index, world_size, layout, name, events)
             return Client(path, hello, logger=logger)
 
         if producer:
             client = link(options.sender_socket, "prefill")
-            self._sender = Sender(rank, client, stats)
+            self._sender = Sender(rank, self._device, client, stats)
             self._links.append(Link(client, self._sender))
         if consumer:
             client = link(options.receiver_socket, "decode")
-            self._receiver = Receiver(rank, client, stats)
+            self._receiver = Receiver(rank, self._device, client, stats)
             self._links.append(Link(client, self._receiver))
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward."""
-        self._idle = metadata.idle
-        self._read()
-        if self._sender is not None:
-            self._sender.begin(metadata)
-        if self._receiver is not None:
-            self._receiver.begin(metadata)
+        if self._device.is_asynchronous and self._pump_thread is None:
+            # Not before the first step: until then the engine may be capturing graphs.
+            self._pump_thread = Pump(self)
+            self._pump_thread.start()
+        with self._lock:
+            self._idle = metadata.idle
+            self._read()
+            if self._sender is not None:
+                self._sender.begin(metadata)
+            if self._receiver is not None:
+                self._receiver.begin(metadata)
 
     def computed(self) -> None:
         """After the forward."""
-        if self._sender is not None:
-            self._sender.computed()
+        with self._lock:
+            if self._sender is not None:
+                self._sender.computed()
 
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
-        self._read()
-        moved = self._pump()
-        sent, results = self._results()
-        if self._idle and not moved and not sent and not results.received and self._is_waiting:
-            # Without this an engine that only waits would spin.
-            wait_any([link.client for link in self._links], self._idle_wait_s)
-            self._read()
-            self._pump()
+        with self._lock:
+            moved = self.move()
             sent, results = self._results()
-        return sent, results
+            waits = self._idle and not moved and not sent and not results.received
+            # What was reported last time is acted upon after this step: no time to lose.
+            if not waits or self._reported or not self._is_waiting:
+                self._reported = bool(sent or results.received)
+                return sent, results
+        # Without this an engine that only waits would spin.
+        if self._pump_thread is not None:
+            self._pump_thread.wait(self._idle_wait_s)
+        else:
+            wait_any([link.client for link in self._links], self._idle_wait_s)
+        with self._lock:
+            self.move()
+            sent, results = self._results()
+            self._reported = bool(sent or results.received)
+            return sent, results
 
     def close(self) -> None:
         """Ends the connections: what they held ends with them."""
+        if self._pump_thread is not None:
+            self._pump_thread.stop()
         for link in self._links:
             link.client.close()
+
+    # For the engine's thread and the pump's; one at a time.
+
+    def move(self) -> bool:
+        """Reads what has come and moves what can be moved. Says whether anything was."""
+        with self._lock:
+            self._read()
+            moved = [link.end.pump() for link in self._links]
+            if self._pump_thread is not None and self.is_moving:
+                self._pump_thread.wake()
+            return any(moved)
+
+    @property
+    def is_moving(self) -> bool:
+        """A move is under way whose end somebody waits for."""
+        return any(link.end.is_moving for link in self._links)
+
+    @property
+    def has_news(self) -> bool:
+        """The engine would be told something at the end of a step."""
+        return any(link.end.has_news for link in self._links)
+
+    def enter(self) -> None:
+        """Makes the calling thread one that may move."""
+        self._device.enter()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever moves."""
+        return self._lock
+
+    @property
+    def clients(self) -> list[Client]:
+        """The connections."""
+        return [link.client for link in self._links]
 
     @property
     def _is_waiting(self) -> bool:
@@ -140,10 +205,6 @@ class Worker:
     def _results(self) -> tuple[set[str], Results]:
         sent = self._sender.finished() if self._sender is not None else set()
         return sent, self._receiver.finished() if self._receiver is not None else Results()
-
-    def _pump(self) -> bool:
-        moved = [link.end.pump() for link in self._links]
-        return any(moved)
 
     def _read(self) -> None:
         for link in self._links:
@@ -166,8 +227,14 @@ class Worker:
             logger.error("%s sent %s, which is not for this side", link.client.path, event)
 
     def _connected(self, link: Link) -> None:
-        connection = link.client.connection
-        link.end.connected(Copier(self._geometry, connection.memory, connection.welcome.slot_bytes))
+        try:
+            copier = self._device.copier(self._geometry, link.client.connection)
+        except OSError as error:
+            logger.error("%s is not used, requests are computed here: %s", link.client.path, error)
+            link.client.close()
+            link.end.lost()
+        else:
+            link.end.connected(copier)
 
 
 class Unmoved:

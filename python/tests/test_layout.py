@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from pd_sidecar.kernels import Copier, Piece
+from pd_sidecar.kernels import HostCopier, Piece
 from pd_sidecar.layout import (
     Hint,
     LayoutError,
@@ -84,7 +84,7 @@ class Side:
         writers = dict.fromkeys(self.tensors, writer) if writer else None
         self.pages = geometry(self.tensors, self.hint, writers)
         self.slot_bytes = self.pages.token_bytes * CHUNK
-        self.copier = Copier(self.pages, buffer, self.slot_bytes)
+        self.copier = HostCopier(self.pages, buffer, self.slot_bytes)
         self.table = torch.randperm(self.hint.num_blocks)
 
     def read(self, count):

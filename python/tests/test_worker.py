@@ -122,7 +122,7 @@ def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
     # Nothing is said of a chunk before the forward that completes it is over.
     rig.worker.begin(StepMetadata(push_steps=[PushStep("a", TABLE[3:], False, TOKENS)]))
     assert rig.sender.next() == wire.Computing("r", TOKENS)
-    rig.worker._pump()
+    rig.worker.move()
     assert rig.sender.nothing()
     rig.worker.computed()
     assert rig.worker.finish()[0] == set()

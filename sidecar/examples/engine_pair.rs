@@ -99,6 +99,7 @@ impl Pair {
                             req: req.clone(),
                             chunks: granted.chunks,
                             gather_us: 0,
+                            event: None,
                         }))?;
                     }
                 }
@@ -147,6 +148,8 @@ impl Engine {
             rank: 0,
             world_size: 1,
             layout: layout.clone(),
+            device: None,
+            events: Vec::new(),
         }))?;
         match engine.recv()? {
             ToEngine::Welcome(_) => Ok(engine),

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, Inputs, Report, Wire};
+use crate::config::{Config, Devices, Inputs, Report, Wire};
 
 /// How the process ends, after `sysexits.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,9 +95,13 @@ pub(crate) struct Selftest {
     /// How long to push.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
-    /// Which wire; auto takes NIXL where it can be loaded, and the built-in TCP too.
-    #[arg(long, value_name = "auto|nixl|tcp", default_value = "auto", value_parser = wire)]
+    /// Which wire; auto takes all that this host has.
+    #[arg(long, value_name = "auto|cuda_ipc|nixl|tcp", default_value = "auto", value_parser = wire)]
     pub(crate) transport: Wire,
+    /// Where the buffers are: the sender's, and after a comma the receiver's if it is another. Default:
+    /// host memory, and the first two GPUs if there are any.
+    #[arg(long, value_name = "cpu|cuda|cuda:N,cuda:M", value_parser = devices)]
+    pub(crate) buffer_device: Option<Devices>,
     /// Bytes of a chunk.
     #[arg(long, value_name = "BYTES", default_value = "1MiB", value_parser = bytes)]
     pub(crate) chunk_bytes: u64,
@@ -131,6 +135,9 @@ pub(crate) struct Overrides {
     /// Buffer of each rank, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     buffer_size: Option<String>,
+    /// Where the buffers are.
+    #[arg(long, value_name = "cpu|cuda[:N]")]
+    buffer_device: Option<String>,
     /// Unix socket for the engine.
     #[arg(long, value_name = "PATH")]
     socket: Option<String>,
@@ -138,7 +145,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_name = "HOST:PORT")]
     admin: Option<String>,
     /// Which wires may be used.
-    #[arg(long, value_name = "auto|nixl|tcp")]
+    #[arg(long, value_name = "auto|cuda_ipc|nixl|tcp")]
     transport: Option<String>,
     /// Base URL of the engine's OpenAI server.
     #[arg(long, value_name = "URL")]
@@ -177,6 +184,7 @@ impl Overrides {
             ("--alloc-port", self.alloc_port.clone()),
             ("--proxy", self.proxy.clone()),
             ("--buffer-size", self.buffer_size.clone()),
+            ("--buffer-device", self.buffer_device.clone()),
             ("--socket", self.socket.clone()),
             ("--admin", self.admin.clone()),
             ("--transport", self.transport.clone()),
@@ -275,6 +283,10 @@ fn inputs(overrides: &Overrides, file: Option<PathBuf>) -> Result<Inputs, Exit> 
 }
 
 fn wire(text: &str) -> Result<Wire, String> {
+    crate::config::read(text)
+}
+
+fn devices(text: &str) -> Result<Devices, String> {
     crate::config::read(text)
 }
 

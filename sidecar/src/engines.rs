@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::local::{EngineHello, Refused, ToEngine, Welcome};
+use protocol::local::{CudaMemory, EngineHello, Refused, ToEngine, Welcome};
 use protocol::{EngineId, Epoch, Layout, Reason, VERSION};
+use serde_bytes::ByteBuf;
 use tracing::{info, warn};
 
+use crate::cuda::{self, Event};
 use crate::local::Connection;
 use crate::memory::Buffer;
 
@@ -18,8 +20,16 @@ pub(crate) struct Engines {
     id: String,
     /// As configured; absent if the engine decides.
     chunk_tokens: Option<u32>,
-    connections: BTreeMap<EngineId, Connection>,
+    connections: BTreeMap<EngineId, Greeted>,
     cut: Option<Cut>,
+}
+
+/// An engine that was welcomed.
+#[derive(Debug)]
+struct Greeted {
+    connection: Connection,
+    /// By which it says when slots are filled.
+    events: Vec<Arc<Event>>,
 }
 
 /// How a layout cuts the buffer.
@@ -37,6 +47,9 @@ pub(crate) struct Cut {
 
 /// A sliding window needs one slot that is written while another is read.
 const MIN_SLOTS: u32 = 2;
+
+/// A prefill engine needs one for each gather that may be under way.
+const MAX_EVENTS: usize = 1024;
 
 impl Engines {
     pub(crate) fn new(id: String, buffer: Arc<Buffer>, chunk_tokens: Option<u32>) -> Self {
@@ -67,7 +80,10 @@ impl Engines {
         hello: &EngineHello,
         busy: bool,
     ) -> Option<Cut> {
-        let (cut, fresh) = match self.admit(hello, busy) {
+        let admitted = self
+            .admit(hello, busy)
+            .and_then(|admitted| Ok((admitted, self.events(hello)?)));
+        let ((cut, fresh), events) = match admitted {
             Ok(admitted) => admitted,
             Err(refused) => {
                 warn!(
@@ -87,6 +103,8 @@ impl Engines {
             rank = hello.rank,
             slots = cut.slots,
             slot_bytes = cut.slot_bytes,
+            device = hello.device,
+            events = events.len(),
             "engine connected"
         );
         let welcome = Welcome {
@@ -94,26 +112,83 @@ impl Engines {
             id: self.id.clone(),
             epoch: cut.epoch,
             memory: self.buffer.export().as_str().to_owned(),
+            cuda: self.buffer.cuda().map(|memory| CudaMemory {
+                uuid: memory.device().uuid().to_string(),
+                handle: ByteBuf::from(*memory.handle()),
+                bytes: memory.bytes(),
+            }),
             slots: cut.slots,
             slot_bytes: cut.slot_bytes,
             connection: connection.id().0,
         };
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));
-        self.connections.insert(connection.id(), connection);
+        let id = connection.id();
+        self.connections.insert(id, Greeted { connection, events });
         self.cut = Some(cut.clone());
         fresh.then_some(cut)
     }
 
     /// Sends to an engine, if it is still there.
     pub(crate) fn send(&self, engine: EngineId, message: ToEngine) {
-        if let Some(connection) = self.connections.get(&engine) {
-            connection.send(message);
+        if let Some(greeted) = self.connections.get(&engine) {
+            greeted.connection.send(message);
         }
     }
 
-    /// Notes the end of a connection.
+    /// Notes the end of a connection. Nobody waits for its events any more.
     pub(crate) fn gone(&mut self, engine: EngineId) {
-        self.connections.remove(&engine);
+        if let Some(greeted) = self.connections.remove(&engine) {
+            greeted.events.iter().for_each(|event| event.orphan());
+        }
+    }
+
+    /// An event of an engine that is still there.
+    pub(crate) fn event(&self, engine: EngineId, event: u32) -> Option<Arc<Event>> {
+        let events = &self.connections.get(&engine)?.events;
+        events.get(usize::try_from(event).ok()?).map(Arc::clone)
+    }
+
+    /// Opens the engine's events, and checks that it is on the buffer's GPU.
+    fn events(&self, hello: &EngineHello) -> Result<Vec<Arc<Event>>, Refused> {
+        let refuse = |text| {
+            let reason = Reason::BadRequest;
+            Err(Refused { reason, text })
+        };
+        let Some(memory) = self.buffer.cuda() else {
+            // Host memory: whoever fills it waits until it stands there.
+            return Ok(Vec::new());
+        };
+        let ours = memory.device().uuid();
+        let Some(theirs) = &hello.device else {
+            return refuse(format!(
+                "the buffer of rank {} is on {ours}, and the engine names no GPU: run it there, or \
+                 set pd_buffer_device to cpu",
+                hello.rank
+            ));
+        };
+        if theirs.parse() != Ok(ours) {
+            return refuse(format!(
+                "the engine's rank {} runs on {theirs}, its buffer is on {ours}: set \
+                 pd_buffer_device to the engine's GPU",
+                hello.rank
+            ));
+        }
+        if hello.events.len() > MAX_EVENTS {
+            let count = hello.events.len();
+            return refuse(format!("{count} events; at most {MAX_EVENTS} are taken"));
+        }
+        let open = |bytes: &ByteBuf| {
+            let handle = cuda::Handle::try_from(&bytes[..])
+                .map_err(|_| format!("an event's handle has {} bytes", bytes.len()))?;
+            let event = Event::open(memory.device(), &handle).map_err(|e| e.to_string())?;
+            Ok(Arc::new(event))
+        };
+        hello
+            .events
+            .iter()
+            .map(open)
+            .collect::<Result<_, String>>()
+            .or_else(refuse)
     }
 
     fn admit(&self, hello: &EngineHello, busy: bool) -> Result<(Cut, bool), Refused> {

@@ -3,6 +3,7 @@
 mod admin;
 mod cli;
 mod config;
+mod cuda;
 mod daemon;
 mod engines;
 mod host;

@@ -247,9 +247,20 @@ impl Builder {
     fn buffer(&mut self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
         let name = format!("pd-{}-{rank}", side.as_str());
         let bytes = self.config.buffer_bytes;
-        let buffer =
-            Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?;
-        info!(side = side.as_str(), rank, bytes, "buffer taken");
+        let device = self
+            .config
+            .devices
+            .get(rank as usize)
+            .and_then(Option::as_ref);
+        let buffer = match device {
+            None => {
+                Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?
+            }
+            Some(which) => Buffer::on_gpu(which, bytes)
+                .map_err(|e| anyhow::anyhow!("pd_buffer_device: {e}"))?,
+        };
+        let gpu = buffer.cuda().map(|memory| memory.device().to_string());
+        info!(side = side.as_str(), rank, bytes, gpu, "buffer taken");
         self.buffers.insert((side, rank), Arc::clone(&buffer));
         Ok(buffer)
     }

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::engines::Cut;
 use crate::trace::Trace;
+use crate::transport::class::{Class, Watch};
 use crate::wires::Wires;
 
 /// Which side of a transfer.
@@ -88,6 +89,9 @@ pub(crate) struct LinkStatus {
     pub(crate) reported: String,
     /// Bytes and time of recent writes: older ones fade.
     recent: Option<(f64, f64)>,
+    /// What the chosen wire should give; absent until then.
+    pub(crate) class: Option<Class>,
+    watch: Watch,
 }
 
 /// The weight of the past in the measured rate, per write.
@@ -103,6 +107,8 @@ impl LinkStatus {
             why: String::new(),
             reported: String::new(),
             recent: None,
+            class: None,
+            watch: Watch::default(),
         }
     }
 
@@ -114,6 +120,23 @@ impl LinkStatus {
             past_bytes * FADE + bytes as f64,
             past_seconds * FADE + took.as_secs_f64(),
         ));
+    }
+
+    /// Says so if recent writes are far slower than this wire should be.
+    pub(crate) fn judge(&mut self, bytes: u64) {
+        let (Some(class), rate) = (self.class, self.rate()) else {
+            return;
+        };
+        if let Some(hint) = self.watch.note(class, bytes, rate, Instant::now()) {
+            warn!(
+                peer = self.peer,
+                transport = self.transport,
+                reported = self.reported,
+                measured_gb_per_s = rate,
+                least_gb_per_s = class.least_gb_s,
+                "a wire is far below its class: {hint}"
+            );
+        }
     }
 
     /// GB/s (10⁹) of recent writes.
@@ -182,6 +205,12 @@ impl Clock {
 
     pub(crate) fn now(&self) -> Time {
         Time(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// The time of an instant since the start.
+    pub(crate) fn at(&self, instant: Instant) -> Time {
+        let since = instant.saturating_duration_since(self.start);
+        Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 
     /// Completes at `deadline`; never if there is none.

@@ -2,14 +2,18 @@
 
 use std::net::ToSocketAddrs;
 use std::sync::Arc;
+use std::time::Duration;
 
-use protocol::message::Advert;
-use protocol::{LeaseId, SlotIndex};
+use protocol::message::{Advert, Hello};
+use protocol::{LeaseId, SlotIndex, dlist};
 use tracing::info;
 
 use crate::config::{Config, Listen, Wire};
+use crate::cuda::DeviceMemory;
+use crate::host;
 use crate::memory::Buffer;
-use crate::transport::choose::{self, Chosen, NoWire, Wanted};
+use crate::transport::choose::{self, Chosen, NoWire, Sides, Wanted};
+use crate::transport::cuda_ipc::{self, CudaIpc};
 use crate::transport::nixl::{self, Library, Nixl, Search};
 use crate::transport::tcp::{self, Tcp};
 use crate::transport::{Kind, Transport};
@@ -19,6 +23,7 @@ use crate::transport::{Kind, Transport};
 pub(crate) struct Wires {
     wanted: Wanted,
     transports: Vec<Arc<dyn Transport>>,
+    memory: dlist::Memory,
 }
 
 impl Wires {
@@ -33,23 +38,39 @@ impl Wires {
         listen: Option<(&Listen, u16)>,
     ) -> anyhow::Result<Self> {
         let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
-        let wanted = config.transport != Wire::Tcp;
-        match wanted.then(|| nixl(config, rank, buffer)).transpose() {
+        let wants = |wire| config.transport == Wire::Auto || config.transport == wire;
+        match buffer.cuda() {
+            Some(memory) if wants(Wire::CudaIpc) => {
+                transports.push(Arc::new(cuda_ipc(config, memory)?));
+            }
+            None if config.transport == Wire::CudaIpc => anyhow::bail!(
+                "transport cuda_ipc copies between GPUs, and the buffers are host memory: set \
+                 pd_buffer_device to cuda"
+            ),
+            _ => {}
+        }
+        let nixl = wants(Wire::Nixl).then(|| nixl(config, rank, buffer));
+        match nixl.transpose() {
             Ok(None) => {}
             Ok(Some(nixl)) => transports.push(Arc::new(nixl)),
             Err(error) if config.transport == Wire::Nixl => return Err(error),
             Err(error) => info!("no NIXL, so the built-in TCP transport is used: {error:#}"),
         }
-        if config.transport != Wire::Nixl {
+        if wants(Wire::Tcp) {
             transports.push(Arc::new(tcp(config, buffer, listen)?));
         }
         Ok(Self {
             wanted: match config.transport {
                 Wire::Auto => Wanted::Auto,
+                Wire::CudaIpc => Wanted::Only(Kind::CudaIpc),
                 Wire::Nixl => Wanted::Only(Kind::Nixl),
                 Wire::Tcp => Wanted::Only(Kind::Tcp),
             },
             transports,
+            memory: match buffer.cuda() {
+                Some(_) => dlist::Memory::Vram,
+                None => dlist::Memory::Dram,
+            },
         })
     }
 
@@ -59,7 +80,13 @@ impl Wires {
         Self {
             wanted: Wanted::Auto,
             transports,
+            memory: dlist::Memory::Dram,
         }
+    }
+
+    /// Where the buffer is, as NIXL says it.
+    pub(crate) fn memory(&self) -> dlist::Memory {
+        self.memory
     }
 
     /// Best first, for the init handshake.
@@ -76,22 +103,42 @@ impl Wires {
             .unwrap_or_default()
     }
 
-    /// The wire to a receiver that was reached as `host` and advertises these, its address, and why it
-    /// is that one.
+    /// The wire to a receiver that was reached as `host` and said this hello (`None`: it is LMCache), its
+    /// address, and why it is that one. `failed`: wires that were tried in vain, and why.
     ///
     /// # Errors
     /// See [`NoWire`].
     pub(crate) fn choose(
         &self,
-        theirs: Option<&[Advert]>,
+        hello: Option<&Hello>,
         host: &str,
+        failed: &[(Kind, String)],
     ) -> Result<(Arc<dyn Transport>, Chosen), NoWire> {
         let ours: Vec<Kind> = self.transports.iter().map(|t| t.kind()).collect();
-        let chosen = choose::choose(self.wanted, &ours, theirs, host)?;
-        let transport = self.transports.iter().find(|t| t.kind() == chosen.kind);
+        let same_host = hello.is_some_and(|hello| hello.host == host::identity());
+        let of = |kind| self.transports.iter().find(|t| t.kind() == kind);
+        let reaches = |kind, advert: &Advert| {
+            if let Some((_, why)) = failed.iter().find(|(tried, _)| *tried == kind) {
+                return Err(why.clone());
+            }
+            of(kind).map_or(Ok(()), |t| t.reaches(advert, same_host))
+        };
+        let sides = Sides {
+            ours: &ours,
+            theirs: hello.map(|hello| &hello.transports[..]),
+            host,
+            reaches: &reaches,
+            poor: &|kind| of(kind).and_then(|t| t.poor(same_host)),
+        };
+        let chosen = choose::choose(self.wanted, sides)?;
         // `choose` takes one of ours.
-        let transport = transport.expect("a kind of this process");
+        let transport = of(chosen.kind).expect("a kind of this process");
         Ok((Arc::clone(transport), chosen))
+    }
+
+    /// Whether another wire may be taken where one fails.
+    pub(crate) fn may_choose(&self) -> bool {
+        self.wanted == Wanted::Auto
     }
 
     pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {
@@ -152,6 +199,19 @@ impl Wires {
     }
 }
 
+fn cuda_ipc(config: &Config, memory: &Arc<DeviceMemory>) -> anyhow::Result<CudaIpc> {
+    let wanted = cuda_ipc::Config {
+        link: config.times.link,
+        stall: config.times.stall,
+        drain: DRAIN,
+    };
+    CudaIpc::start(Arc::clone(memory), wanted)
+        .map_err(|e| anyhow::anyhow!("no thread for copies between GPUs: {e}"))
+}
+
+/// Copies under way end within milliseconds.
+const DRAIN: Duration = Duration::from_secs(2);
+
 fn tcp(
     config: &Config,
     buffer: &Arc<Buffer>,
@@ -178,10 +238,11 @@ fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl
     let library = Library::load(&Search::from_env())?;
     // Peers know agents by their names, so a restart needs another one.
     let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
+    let device = buffer.cuda().map_or(rank, |gpu| gpu.device().ordinal());
     let wanted = nixl::Config {
         link: config.times.link,
         stall: config.times.stall,
-        ..nixl::Config::new(agent, u64::from(rank))
+        ..nixl::Config::new(agent, u64::from(device))
     };
     Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)
 }

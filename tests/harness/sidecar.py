@@ -17,7 +17,9 @@ from harness.ports import free_port
 from harness.process import Part, Process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BINARIES = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+# A bundle for a GPU host has them elsewhere.
+_BUILT = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+BINARIES = Path(os.environ.get("PD_GPU_BINARIES") or _BUILT)
 
 # Tokens of a chunk: LMCache's default, and ours.
 CHUNK_TOKENS = 256
@@ -37,6 +39,8 @@ class SidecarOptions:
     engine_url: str = "http://127.0.0.1:1"
     proxy: str | None = None
     transport: str = "auto"
+    # pd_buffer_device.
+    device: str = "cpu"
     no_push: bool = NO_PUSH
     # Keys below `sidecar:` of the file.
     keys: dict[str, object] = field(default_factory=dict)
@@ -153,7 +157,7 @@ class Sidecar(Part):
             "enable_pd": True,
             "pd_role": options.role,
             "pd_buffer_size": options.buffer_bytes,
-            "pd_buffer_device": "cpu",
+            "pd_buffer_device": options.device,
             "chunk_size": CHUNK_TOKENS,
             "pre_caching_hash_algorithm": "sha256_cbor",
             **options.lmcache,

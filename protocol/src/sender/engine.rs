@@ -1,7 +1,7 @@
 //! What the prefill engine says.
 
 use super::request::{Chunk, Phase, Request};
-use super::{Action, Link, Sender};
+use super::{Action, After, Link, Sender};
 use crate::layout::chunks_of;
 use crate::local::{Computing, Reserve, Staged, Target};
 use crate::message::{AllocRequest, AllocX, ToReceiver};
@@ -164,13 +164,14 @@ impl Sender {
         }
         request.progress = self.now;
         request.record.gather_us += message.gather_us;
+        let after = message.event.map(|event| After { engine, event });
         for &index in &message.chunks {
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
                 continue;
             };
             match *chunk {
                 Chunk::Granted { from, to } => *chunk = Chunk::Staged { from, to },
-                Chunk::Filling { from } => *chunk = Chunk::Full { from },
+                Chunk::Filling { from } => *chunk = Chunk::Full { from, after },
                 _ => {}
             }
         }
@@ -180,7 +181,7 @@ impl Sender {
             self.ask_lmcache(&to);
             return;
         }
-        self.post(&message.req);
+        self.post(&message.req, after);
     }
 
     pub(super) fn on_engine_cancel(&mut self, engine: EngineId, id: &RequestId) {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::local::{Computing, Ended, Granted, OfRequest, Reserve, Staged, Target};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
-use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, TransferId};
+use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
 
 /// Bounds and times of a [`Sender`](super::Sender).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -87,6 +87,9 @@ pub enum Event {
         transfer: TransferId,
         /// XXH3-64 of each chunk, if sums are on.
         sums: Vec<u64>,
+        /// When its bytes stood in their slots, if it had to wait for that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        began: Option<Time>,
     },
     /// A write ended badly.
     Failed {
@@ -127,6 +130,9 @@ pub enum Action {
         lease: LeaseId,
         /// What goes where.
         pieces: Vec<Piece>,
+        /// Nothing may be read before this.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<After>,
     },
     /// Tell the engine which slots it may fill.
     Granted(EngineId, Granted),
@@ -149,6 +155,15 @@ pub enum Action {
     },
     /// A request has ended.
     Record(Record),
+}
+
+/// An event of an engine, by which the bytes of a write stand in their slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct After {
+    /// Whose event.
+    pub engine: EngineId,
+    /// Its position in the engine's hello.
+    pub event: u32,
 }
 
 /// One chunk of a write.

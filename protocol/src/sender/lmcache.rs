@@ -17,10 +17,10 @@
 //! * The receiver gives no word on what the decode side holds, and takes nothing in a window. −1 ends
 //!   the request as `no_room`.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::request::{Chunk, Phase};
-use super::{Action, Link, PATIENCE, Piece, Sender};
+use super::{Action, After, Link, PATIENCE, Piece, Sender};
 use crate::local::{Granted, Target};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver};
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
@@ -140,8 +140,8 @@ impl Sender {
             for index in 0..request.chunks.len() {
                 let (from, to) = request.span(index, full);
                 let chunk = &mut request.chunks[index];
-                if let Chunk::Full { from: slot } = *chunk {
-                    *chunk = Chunk::Asked { from: slot };
+                if let Chunk::Full { from: slot, after } = *chunk {
+                    *chunk = Chunk::Asked { from: slot, after };
                     chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
                     keys.push(request.keys[index].clone());
                     last_chunk_toks = to - from;
@@ -206,27 +206,26 @@ impl Sender {
         self.ask_lmcache(to);
     }
 
-    /// Posts the write of everything that has got a slot.
+    /// Posts the writes of everything that has got a slot, one for each event that they wait for.
     fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
             self.config.layout.token_bytes().unwrap_or(0),
         );
         let now = self.now;
-        let transfer = TransferId(self.next_transfer);
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
         if request.record.alloc_us == 0 {
             request.record.alloc_us = now.micros_since(request.since);
         }
-        let mut pieces = Vec::new();
+        let mut writes: BTreeMap<Option<After>, (TransferId, Vec<Piece>)> = BTreeMap::new();
         for &(index, slot) in places {
             let (begin, end) = request.span(index as usize, chunk_tokens);
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
                 continue;
             };
-            let Chunk::Asked { from } = *chunk else {
+            let Chunk::Asked { from, after } = *chunk else {
                 continue;
             };
             let Some(to) = slot else {
@@ -234,7 +233,16 @@ impl Sender {
                 self.slots.give(from);
                 continue;
             };
-            *chunk = Chunk::Posted { from, to, transfer };
+            let next = TransferId(self.next_transfer);
+            let (transfer, pieces) = writes.entry(after).or_insert_with(|| {
+                self.next_transfer += 1;
+                (next, Vec::new())
+            });
+            *chunk = Chunk::Posted {
+                from,
+                to,
+                transfer: *transfer,
+            };
             pieces.push(Piece {
                 from,
                 to,
@@ -250,22 +258,23 @@ impl Sender {
             feeding.known.extend(places.iter().map(|place| place.0));
             feeding.waits = waits.then_some(now);
         }
-        if pieces.is_empty() {
+        if writes.is_empty() {
             return self.finish_fed(id);
         }
         if request.in_flight == 0 {
             request.push_since = now;
         }
-        request.in_flight += 1;
-        self.next_transfer += 1;
-        self.transfers.insert(transfer, id.clone());
-        let to = request.to.clone();
-        self.actions.push_back(Action::Write {
-            to,
-            transfer,
-            lease: NO_LEASE,
-            pieces,
-        });
+        for (after, (transfer, pieces)) in writes {
+            request.in_flight += 1;
+            self.transfers.insert(transfer, id.clone());
+            self.actions.push_back(Action::Write {
+                to: request.to.clone(),
+                transfer,
+                after,
+                lease: NO_LEASE,
+                pieces,
+            });
+        }
     }
 
     /// Something of a request to an LMCache receiver has ended: is it all?

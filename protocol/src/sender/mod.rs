@@ -27,7 +27,7 @@ use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
 use ending::PATIENCE;
-pub use io::{Action, Config, Event, Gauges, Piece};
+pub use io::{Action, After, Config, Event, Gauges, Piece};
 use lmcache::Foreign;
 use request::{Phase, Request};
 
@@ -107,7 +107,11 @@ impl Sender {
             } => self.on_linked(&to, Link::Up { epoch, transport }),
             Event::LinkLost { to, reason } => self.on_link_lost(&to, reason),
             Event::Peer { to, message } => self.on_message(&to, message),
-            Event::Done { transfer, sums } => self.on_done(transfer, &sums),
+            Event::Done {
+                transfer,
+                sums,
+                began,
+            } => self.on_done(transfer, &sums, began),
             Event::Failed { transfer, terminal } => self.on_failed(transfer, terminal),
             Event::Deadline => {}
             Event::Drain => self.draining = true,

@@ -1,10 +1,10 @@
 //! Send slots and writes.
 
 use super::request::{Chunk, Phase};
-use super::{Action, Piece, Sender};
+use super::{Action, After, Piece, Sender};
 use crate::local::Granted;
 use crate::message::{Slots, ToReceiver, Written};
-use crate::{Reason, RequestId, TransferId};
+use crate::{Reason, RequestId, Time, TransferId};
 
 impl Sender {
     /// Gives send slots to chunks that the engine is about to complete, first come first served.
@@ -62,8 +62,8 @@ impl Sender {
         }
     }
 
-    /// Posts one write of everything that is staged.
-    pub(super) fn post(&mut self, id: &RequestId) {
+    /// Posts one write of everything that is staged, which is what one message has staged.
+    pub(super) fn post(&mut self, id: &RequestId, after: Option<After>) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
             self.config.layout.token_bytes().unwrap_or(0),
@@ -113,11 +113,13 @@ impl Sender {
             transfer,
             lease,
             pieces,
+            after,
         });
     }
 
-    pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64]) {
-        let Some(id) = self.settle(transfer, |sum, to| Chunk::Done { to, sum }, sums) else {
+    pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64], began: Option<Time>) {
+        let done = |sum, to| Chunk::Done { to, sum };
+        let Some(id) = self.settle(transfer, done, sums, began) else {
             return;
         };
         match self.requests.get(&id).map(|r| &r.phase) {
@@ -158,7 +160,7 @@ impl Sender {
         }
         // The send slots go back even if the write may still read them: what it could still carry
         // lands in slots that the receiver quarantines.
-        let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[]) else {
+        let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[], None) else {
             return;
         };
         self.end(&id, Reason::TransferFailed);
@@ -172,6 +174,7 @@ impl Sender {
         transfer: TransferId,
         next: impl Fn(Option<u64>, crate::SlotIndex) -> Chunk,
         sums: &[u64],
+        began: Option<Time>,
     ) -> Option<RequestId> {
         let id = self.transfers.remove(&transfer)?;
         let (chunk_tokens, token_bytes) = (
@@ -203,8 +206,16 @@ impl Sender {
         }
         request.progress = now;
         request.in_flight = request.in_flight.saturating_sub(1);
-        if request.in_flight == 0 {
-            request.record.push_us += now.micros_since(request.push_since);
+        match began {
+            // Waiting for the engine's GPU is no push. Writes end in the order of their events.
+            Some(began) => {
+                request.record.push_us += now.micros_since(began.max(request.push_until));
+                request.push_until = now;
+            }
+            None if request.in_flight == 0 => {
+                request.record.push_us += now.micros_since(request.push_since);
+            }
+            None => {}
         }
         Some(id)
     }

@@ -1,5 +1,6 @@
 //! What the sender knows of one request, in one place.
 
+use super::After;
 use super::lmcache::Feeding;
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
@@ -27,6 +28,8 @@ pub(super) struct Request {
     /// Writes under way and since when.
     pub(super) in_flight: u32,
     pub(super) push_since: Time,
+    /// When a write that had waited for its bytes last ended.
+    pub(super) push_until: Time,
     pub(super) record: Record,
 }
 
@@ -91,10 +94,16 @@ pub(super) enum Chunk {
     Staged { from: SlotIndex, to: SlotIndex },
     /// To an LMCache receiver: the engine may fill the slot.
     Filling { from: SlotIndex },
-    /// To an LMCache receiver: complete, its key has not been asked for.
-    Full { from: SlotIndex },
+    /// To an LMCache receiver: complete (once `after`), its key has not been asked for.
+    Full {
+        from: SlotIndex,
+        after: Option<After>,
+    },
     /// To an LMCache receiver: its key has been asked for.
-    Asked { from: SlotIndex },
+    Asked {
+        from: SlotIndex,
+        after: Option<After>,
+    },
     /// A write is under way.
     Posted {
         from: SlotIndex,
@@ -114,8 +123,8 @@ impl Chunk {
             Self::Granted { from, .. }
             | Self::Staged { from, .. }
             | Self::Filling { from }
-            | Self::Full { from }
-            | Self::Asked { from }
+            | Self::Full { from, .. }
+            | Self::Asked { from, .. }
             | Self::Posted { from, .. } => Some(from),
             _ => None,
         }
@@ -148,6 +157,7 @@ impl Request {
             progress: now,
             in_flight: 0,
             push_since: now,
+            push_until: now,
         }
     }
 

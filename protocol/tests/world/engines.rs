@@ -259,6 +259,7 @@ impl World {
             req: name.into(),
             chunks: Vec::new(),
             gather_us: 10,
+            event: None,
         };
         for (&chunk, &slot) in &request.granted {
             let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);

@@ -160,6 +160,7 @@ impl World {
             End::Done => sender::Event::Done {
                 transfer,
                 sums: Vec::new(),
+                began: None,
             },
             End::Failed { terminal } => sender::Event::Failed { transfer, terminal },
         };

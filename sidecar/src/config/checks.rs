@@ -16,6 +16,7 @@ use super::keys::{Key, Lmcache, Sidecar};
 use super::layers::{Inputs, Layers, Source, Sourced};
 use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
+use crate::cuda::Which;
 
 /// The configuration, or `None` if something that it cannot do without is missing or wrong. What is
 /// wrong is noted in `layers`; only without any note the result may be used.
@@ -38,6 +39,7 @@ pub(crate) fn config(
         Role::Receiver | Role::Both => listen(layers, lmcache, sidecar, role, &admin),
     };
     let ranks = ranks(layers, sidecar, listen.as_ref());
+    let devices = devices(layers, lmcache, ranks);
     let proxy = proxy(layers, lmcache, sidecar, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     exposed(layers, lmcache, sidecar, listen.as_ref());
@@ -59,6 +61,7 @@ pub(crate) fn config(
         id,
         ranks,
         buffer_bytes: buffer_bytes?,
+        devices: devices?,
         chunk_tokens: value(&lmcache.chunk_size).map(|c| c.0),
         listen,
         socket,
@@ -109,18 +112,6 @@ fn refuse_what_this_version_cannot(layers: &mut Layers, lmcache: &Lmcache) {
             "write [UCX]",
         );
     }
-    if let Some(given) = lmcache
-        .pd_buffer_device
-        .as_ref()
-        .filter(|g| g.value == Device::Cuda)
-    {
-        layers.wrong(
-            "pd_buffer_device",
-            given,
-            "this version moves KV through host memory only",
-            "write cpu",
-        );
-    }
 }
 
 fn buffer(layers: &mut Layers, lmcache: &Lmcache) -> Option<u64> {
@@ -166,6 +157,32 @@ fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32
             ports
         }
     }
+}
+
+/// Of each rank: the GPU that its buffer is on, or none.
+fn devices(layers: &mut Layers, lmcache: &Lmcache, ranks: u32) -> Option<Vec<Option<Which>>> {
+    let given = lmcache.pd_buffer_device.as_ref()?;
+    let devices = match &given.value.0[..] {
+        [Device::Gpu(_)] if ranks > 1 => {
+            let what = format!("one GPU for {ranks} ranks");
+            let right = "write cuda, or one device a rank: [cuda:0, cuda:1]";
+            layers.wrong("pd_buffer_device", given, what, right);
+            return None;
+        }
+        [one] => vec![one.clone(); ranks as usize],
+        all if all.len() == ranks as usize => all.to_vec(),
+        all => {
+            let what = format!("{} devices for {ranks} ranks", all.len());
+            layers.wrong("pd_buffer_device", given, what, "give one device a rank");
+            return None;
+        }
+    };
+    let place = |(rank, device)| match device {
+        Device::Cpu => None,
+        Device::Cuda => Some(Which::Ordinal(rank)),
+        Device::Gpu(which) => Some(which),
+    };
+    Some((0..).zip(devices).map(place).collect())
 }
 
 fn id(

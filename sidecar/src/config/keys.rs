@@ -3,7 +3,7 @@
 
 use super::layers::{Layers, Sourced};
 use super::value::{
-    Bytes, Count, Device, Host, HostPort, LogFormat, Millis, Port, Ports, Role, Seconds, Url,
+    Bytes, Count, Devices, Host, HostPort, LogFormat, Millis, Port, Ports, Role, Seconds, Url,
     Value, Wire, Words,
 };
 
@@ -126,8 +126,8 @@ keys! {
         pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
         /// Bytes of the send or landing buffer of each rank, cut down to whole chunks.
         pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
-        /// Where the buffers are. `cuda` is refused: this version moves host memory.
-        pd_buffer_device: Device = Default::Value("cpu"), also "nixl_buffer_device";
+        /// Where the buffers are: host memory, or the memory of the GPU that the engine's rank runs on.
+        pd_buffer_device: Devices = Default::Value("cpu"), flag "--buffer-device", also "nixl_buffer_device";
         /// Receiver: the address that the init, alloc and TCP data ports are bound to and that
         /// senders connect to.
         pd_peer_host: Host = Default::Required("for a receiver"), flag "--host", also "nixl_peer_host";

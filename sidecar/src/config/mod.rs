@@ -27,7 +27,9 @@ pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 pub(crate) use self::reference::flags;
 pub(crate) use self::reference::reference;
 pub(crate) use self::report::Report;
-pub(crate) use self::value::{Bytes, HostPort, LogFormat, Role, Wire};
+pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role, Wire};
+
+use crate::cuda::Which;
 
 use self::keys::{Lmcache, Sidecar};
 use self::layers::Layers;
@@ -43,6 +45,8 @@ pub(crate) struct Config {
     pub(crate) ranks: u32,
     /// Bytes of the buffer of each rank.
     pub(crate) buffer_bytes: u64,
+    /// Of each rank: the GPU that its buffer is on; absent if it is host memory.
+    pub(crate) devices: Vec<Option<Which>>,
     /// Tokens of a chunk, if engines with other chunks are to be refused.
     pub(crate) chunk_tokens: Option<u32>,
     /// Where senders come to; absent for a sender.

@@ -2,6 +2,7 @@
 //! would be right.
 
 mod address;
+mod device;
 mod number;
 mod time;
 mod word;
@@ -9,9 +10,10 @@ mod word;
 use std::fmt;
 
 pub(crate) use self::address::{Host, HostPort, Url, is_loopback, is_wildcard};
+pub(crate) use self::device::{Device, Devices};
 pub(crate) use self::number::{Bytes, Count, MAX_RANKS, Port, Ports};
 pub(crate) use self::time::{Millis, Seconds};
-pub(crate) use self::word::{Device, LogFormat, Role, Wire};
+pub(crate) use self::word::{LogFormat, Role, Wire};
 
 use super::yaml::Raw;
 

@@ -155,8 +155,12 @@ async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoin
         let sent = match outgoing {
             Outgoing::Message(message) => writer.write_all(&frame::encode(&message)).await,
             Outgoing::WithBuffer(message, buffer) => {
-                let Export::Memfd(fd) = buffer.export();
-                send_with_fd(&mut writer, &frame::encode(&message), fd).await
+                let frame = frame::encode(&message);
+                match buffer.export() {
+                    Export::Memfd(fd) => send_with_fd(&mut writer, &frame, fd).await,
+                    // Its handle is in the message.
+                    Export::Cuda => writer.write_all(&frame).await,
+                }
             }
             Outgoing::Last(message) => {
                 return match writer.write_all(&frame::encode(&message)).await {

@@ -1,25 +1,29 @@
 //! Buffers of KV slots that the sidecar owns and the engine maps.
 //!
 //! A buffer is written and read by other processes and by transport libraries while this process
-//! has it, so no Rust reference to its bytes is ever made: everything here is a system call on a
-//! range of it, with the range checked first. This directory is the only place of the crate that
-//! may be unsafe, and the seam at which device memory will fit: [`Memory`] gains a variant, and
-//! nothing outside learns of it but through [`Buffer::export`].
+//! has it, so no Rust reference to its bytes is ever made: everything here is a call of the kernel or
+//! of CUDA's driver on a range of it, with the range checked first. This directory and `cuda` are the
+//! only places of the crate that may be unsafe. Where a buffer is, host or GPU, others learn from
+//! [`Buffer::export`] and [`Buffer::cuda`]; [`Outlet`] and [`Inlet`] bring it to sockets and back.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::cuda::{self, CudaError, DeviceMemory};
+
 mod available;
+mod flow;
 mod low_water;
 mod memfd;
 mod pinned;
 
 pub(crate) use available::{Available, Limit};
+pub(crate) use flow::{Inlet, Outlet};
 pub(crate) use low_water::set_low_water;
 use memfd::Memfd;
 
@@ -35,6 +39,8 @@ pub(crate) struct Buffer {
 pub(crate) enum Export<'a> {
     /// Descriptor of a sealed memfd, to be mapped shared.
     Memfd(BorrowedFd<'a>),
+    /// GPU memory, to be opened by its IPC handle.
+    Cuda,
 }
 
 impl Export<'_> {
@@ -42,6 +48,7 @@ impl Export<'_> {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Memfd(_) => "memfd",
+            Self::Cuda => "cuda",
         }
     }
 }
@@ -80,11 +87,15 @@ pub(crate) enum AllocError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// No GPU, too little memory on it, or memory that cannot be shared.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 #[derive(Debug)]
 enum Memory {
     Memfd(Memfd),
+    Cuda(Arc<DeviceMemory>),
 }
 
 impl Buffer {
@@ -122,17 +133,45 @@ impl Buffer {
         }))
     }
 
+    /// Takes `bytes` of a GPU's memory, cleared.
+    ///
+    /// # Errors
+    /// No such GPU, too little memory on it (how much is needed and free), or memory that cannot be
+    /// shared with other processes.
+    pub(crate) fn on_gpu(which: &cuda::Which, bytes: u64) -> Result<Arc<Self>, AllocError> {
+        if bytes == 0 {
+            return Err(AllocError::Absurd { asked: bytes });
+        }
+        let memory = DeviceMemory::take(cuda::Device::open(which)?, bytes)?;
+        Ok(Arc::new(Self {
+            memory: Memory::Cuda(memory),
+            bytes,
+        }))
+    }
+
+    /// The buffer as GPU memory, if it is that.
+    pub(crate) fn cuda(&self) -> Option<&Arc<DeviceMemory>> {
+        match &self.memory {
+            Memory::Memfd(_) => None,
+            Memory::Cuda(memory) => Some(memory),
+        }
+    }
+
     /// What an engine needs to map the buffer.
     pub(crate) fn export(&self) -> Export<'_> {
         match &self.memory {
             Memory::Memfd(memory) => Export::Memfd(memory.as_fd()),
+            Memory::Cuda(_) => Export::Cuda,
         }
     }
 
-    /// Address of the first byte, for registration with a transport library.
+    /// Address of the first byte, for registration with a transport library; of GPU memory, as this
+    /// process names it.
     pub(crate) fn address(&self) -> usize {
         match &self.memory {
             Memory::Memfd(memory) => memory.address(),
+            // Addresses have 64 bits on every host that has such a GPU.
+            Memory::Cuda(memory) => usize::try_from(memory.address()).unwrap_or(usize::MAX),
         }
     }
 
@@ -141,53 +180,27 @@ impl Buffer {
         self.bytes
     }
 
-    /// Sends up to `len` bytes of a range into a stream socket; gives how many were taken.
-    ///
-    /// The socket decides whether the call blocks.
-    ///
-    /// # Errors
-    /// Those of `send(2)`, and `InvalidInput` for a range outside of the buffer.
-    pub(crate) fn send(&self, to: impl AsFd, offset: u64, len: usize) -> io::Result<usize> {
-        let at = self.range(offset, len as u64)?;
-        match &self.memory {
-            Memory::Memfd(memory) => memory.send(to.as_fd(), at, len),
-        }
-    }
-
-    /// Receives up to `len` bytes from a stream socket into a range, without waiting; gives how
-    /// many came, 0 for the end of the stream.
-    ///
-    /// Never waiting is what makes a fence out of a lock around this call.
-    ///
-    /// # Errors
-    /// Those of `recv(2)` (`WouldBlock` if nothing is there), and `InvalidInput` for a range outside
-    /// of the buffer.
-    pub(crate) fn recv(&self, from: impl AsFd, offset: u64, len: usize) -> io::Result<usize> {
-        let at = self.range(offset, len as u64)?;
-        match &self.memory {
-            Memory::Memfd(memory) => memory.recv(from.as_fd(), at, len),
-        }
-    }
-
     /// Copies a range out.
     ///
     /// # Errors
-    /// `InvalidInput` for a range outside of the buffer.
+    /// `InvalidInput` for a range outside of the buffer; of GPU memory the driver's, too.
     pub(crate) fn copy_out(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.range(offset, into.len() as u64)?;
         match &self.memory {
             Memory::Memfd(memory) => memory.read(offset, into),
+            Memory::Cuda(memory) => Ok(memory.read(offset, into)?),
         }
     }
 
     /// Copies into a range.
     ///
     /// # Errors
-    /// `InvalidInput` for a range outside of the buffer.
+    /// As [`Buffer::copy_out`].
     pub(crate) fn copy_in(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         self.range(offset, from.len() as u64)?;
         match &self.memory {
             Memory::Memfd(memory) => memory.write(offset, from),
+            Memory::Cuda(memory) => Ok(memory.write(offset, from)?),
         }
     }
 
@@ -198,10 +211,11 @@ impl Buffer {
     pub(crate) fn sum(&self, offset: u64, len: u64) -> io::Result<u64> {
         self.range(offset, len)?;
         let mut state = Xxh3::new();
-        let mut block = vec![0; block_len(len)];
+        let most = self.block_bytes();
+        let mut block = vec![0; block_len(len, most)];
         let mut at = offset;
         while at < offset + len {
-            let part = block_len(offset + len - at);
+            let part = block_len(offset + len - at, most);
             self.copy_out(at, &mut block[..part])?;
             state.update(&block[..part]);
             at += part as u64;
@@ -216,15 +230,23 @@ impl Buffer {
     pub(crate) fn fill_random(&self, offset: u64, len: u64, seed: u64) -> io::Result<()> {
         self.range(offset, len)?;
         let mut random = SmallRng::seed_from_u64(seed);
-        let mut block = vec![0; block_len(len)];
+        let most = self.block_bytes();
+        let mut block = vec![0; block_len(len, most)];
         let mut at = offset;
         while at < offset + len {
-            let part = block_len(offset + len - at);
+            let part = block_len(offset + len - at, most);
             random.fill_bytes(&mut block[..part]);
             self.copy_in(at, &block[..part])?;
             at += part as u64;
         }
         Ok(())
+    }
+
+    fn block_bytes(&self) -> usize {
+        match &self.memory {
+            Memory::Memfd(_) => BLOCK_BYTES,
+            Memory::Cuda(_) => GPU_BLOCK_BYTES,
+        }
     }
 
     /// The offset as an index, if the range lies in the buffer.
@@ -264,9 +286,11 @@ impl std::fmt::Display for Size {
 /// Sums and fills go block by block: one that stays in the second-level cache between the copy and
 /// the computation.
 const BLOCK_BYTES: usize = 256 << 10;
+/// Of GPU memory: a copy over the bus costs some ten microseconds whatever its size.
+const GPU_BLOCK_BYTES: usize = 4 << 20;
 
-fn block_len(left: u64) -> usize {
-    usize::try_from(left).map_or(BLOCK_BYTES, |left| left.min(BLOCK_BYTES))
+fn block_len(left: u64, most: usize) -> usize {
+    usize::try_from(left).map_or(most, |left| left.min(most))
 }
 
 #[cfg(test)]

@@ -1,14 +1,13 @@
 //! Buffers as NIXL wants them.
 
-use super::{Buffer, Memory};
+use super::Buffer;
 
 // SAFETY: a memfd is mapped once, at one place, until the buffer is dropped, and is sealed against
-// shrinking; all access goes through raw copies and system calls, so no reference into it exists.
+// shrinking; GPU memory is taken once and freed when the buffer is dropped. All access goes through
+// raw copies, system calls and the driver, so no reference into either exists.
 unsafe impl nixl::Pinned for Buffer {
     fn address(&self) -> usize {
-        match &self.memory {
-            Memory::Memfd(memory) => memory.address(),
-        }
+        Self::address(self)
     }
 
     fn bytes(&self) -> u64 {

@@ -8,7 +8,6 @@ mod strangers;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::dlist::Memory;
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{CacheQueryResponse, Hello, Init, Pages, Query, ToReceiver, Written};
 use protocol::receiver::{Action, Event, Receiver, Route};
@@ -82,7 +81,7 @@ impl LandSide {
                 hello,
                 metadata: context.wires.metadata(),
                 rows: Vec::new(),
-                memory: Memory::Dram,
+                memory: context.wires.memory(),
                 pages: Pages {
                     v: VERSION,
                     slots: 0,
@@ -355,7 +354,7 @@ impl LandSide {
             },
             metadata: self.context.wires.metadata(),
             rows: self.context.wires.rows(),
-            memory: Memory::Dram,
+            memory: self.context.wires.memory(),
             pages: Pages {
                 v: VERSION,
                 slots: cut.slots,

@@ -7,6 +7,7 @@ use std::path::Path;
 use protocol::codec;
 use protocol::local::{EngineHello, EngineRole, ToEngine, ToSidecar, Welcome};
 use protocol::{Layout, VERSION};
+use serde_bytes::ByteBuf;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -17,12 +18,20 @@ pub(super) struct Engine {
     pub(super) welcome: Welcome,
 }
 
+/// What an engine on a GPU says of it.
+#[derive(Debug, Default)]
+pub(super) struct Gpu {
+    pub(super) device: Option<String>,
+    pub(super) events: Vec<ByteBuf>,
+}
+
 impl Engine {
     /// Connects and says hello.
     pub(super) async fn connect(
         socket: &Path,
         role: EngineRole,
         layout: Layout,
+        gpu: Gpu,
     ) -> anyhow::Result<Self> {
         let mut stream = UnixStream::connect(socket).await?;
         let hello = ToSidecar::Hello(EngineHello {
@@ -32,6 +41,8 @@ impl Engine {
             rank: 0,
             world_size: 1,
             layout,
+            device: gpu.device,
+            events: gpu.events,
         });
         write(&mut stream, &hello).await?;
         // The descriptor that comes with the welcome is closed by the kernel: this process has the

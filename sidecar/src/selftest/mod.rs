@@ -1,52 +1,57 @@
-//! `sidecar selftest`: both roles in this process, random chunks from one buffer to the other over
-//! each wire, every byte compared.
+//! `sidecar selftest`: random chunks from a send buffer into a landing buffer over each wire, every
+//! byte compared.
 //!
-//! It is the real daemon, with its sockets, ports and machines; only the engines are missing. What it
-//! proves: this host lets a sidecar run, and its wires carry bytes unchanged. What it does not: that
-//! another host can be reached.
+//! With host memory both roles run in this process; with GPU memory each in a process of its own,
+//! because CUDA shares memory between processes only. It is the real daemon, with its sockets, ports
+//! and machines; only the engines are missing. What it proves: this host lets a sidecar run, and its
+//! wires carry bytes unchanged. What it does not: that another host can be reached.
 
 mod engine;
+mod gpu;
+mod host;
 mod report;
 mod rounds;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protocol::Layout;
-use protocol::local::{EngineRole, Target};
-use protocol::record::Record;
-use protocol::registration::ToProxy;
 
 use crate::cli::{Exit, Selftest};
-use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Wire};
-use crate::node::Node;
-use crate::side::{Gauges, LinkStatus, Shown, Side};
-use crate::wires::Wires;
-use engine::Engine;
+use crate::config::{Device, Devices, Wire};
+use crate::cuda::{self, Which};
 use report::Report;
 use rounds::Rounds;
+
+/// Where the buffers of one run are.
+#[derive(Clone, Debug)]
+enum Memory {
+    Host,
+    /// The sender's, the receiver's.
+    Gpus(Which, Which),
+}
 
 impl Selftest {
     /// Runs and prints.
     pub(crate) fn run(&self) -> Exit {
-        let wires = match self.transport {
-            Wire::Auto => vec![Wire::Tcp, Wire::Nixl],
-            one => vec![one],
+        let runs = match self.runs() {
+            Ok(runs) => runs,
+            Err(error) => {
+                eprintln!("{error}");
+                return Exit::Usage;
+            }
         };
         let mut exit = Exit::Ok;
-        let seconds = Duration::from_secs(self.seconds) / u32::try_from(wires.len()).unwrap_or(1);
+        let seconds = Duration::from_secs(self.seconds) / u32::try_from(runs.len()).unwrap_or(1);
         let mut reports = Vec::new();
-        for wire in wires {
+        for (memory, wire) in runs {
             if !self.json {
                 println!(
-                    "{}: {:.0} s of random chunks ...",
-                    wire.as_str(),
+                    "{wire} from {memory}: {:.1} s of random chunks ...",
                     seconds.as_secs_f64()
                 );
             }
-            match self.one(wire, seconds) {
+            match self.one(&memory, wire, seconds) {
                 Ok(report) => {
                     if report.wrong > 0 {
                         exit = Exit::Internal;
@@ -55,10 +60,10 @@ impl Selftest {
                 }
                 // With `auto`, a host without NIXL is a fine host.
                 Err(error) if self.transport == Wire::Auto && wire == Wire::Nixl => {
-                    eprintln!("nixl: not tested: {error:#}");
+                    eprintln!("nixl from {memory}: not tested: {error:#}");
                 }
                 Err(error) => {
-                    eprintln!("{}: {error:#}", wire.as_str());
+                    eprintln!("{wire} from {memory}: {error:#}");
                     exit = Exit::Unavailable;
                 }
             }
@@ -67,44 +72,57 @@ impl Selftest {
         exit
     }
 
-    fn one(&self, wire: Wire, seconds: Duration) -> anyhow::Result<Report> {
+    /// What is to be tested: every wire over every memory, or what was asked for.
+    fn runs(&self) -> Result<Vec<(Memory, Wire)>, String> {
+        let gpu = |device: &Device| match device {
+            Device::Cpu => {
+                Err("buffers of a self-test are both host memory or both on GPUs".to_owned())
+            }
+            Device::Cuda => Ok(Which::Ordinal(0)),
+            Device::Gpu(which) => Ok(which.clone()),
+        };
+        let gpus = match self.buffer_device.as_ref().map(|devices| &devices.0[..]) {
+            None if cuda::is_present() => Some(two_gpus()?),
+            None | Some([Device::Cpu]) => None,
+            Some([Device::Cuda]) => Some(two_gpus()?),
+            Some([one]) => Some(Memory::Gpus(gpu(one)?, gpu(one)?)),
+            Some([from, to]) => Some(Memory::Gpus(gpu(from)?, gpu(to)?)),
+            Some(_) => return Err("give one device, or the sender's and the receiver's".to_owned()),
+        };
+        let host = match &self.buffer_device {
+            Some(Devices(devices)) if !matches!(devices[..], [Device::Cpu]) => None,
+            _ => Some(Memory::Host),
+        };
+        let wires: &[Wire] = match self.transport {
+            Wire::Auto => &[Wire::Tcp, Wire::Nixl, Wire::CudaIpc],
+            Wire::Tcp => &[Wire::Tcp],
+            Wire::Nixl => &[Wire::Nixl],
+            Wire::CudaIpc => &[Wire::CudaIpc],
+        };
+        let fits =
+            |memory: &Memory, wire| matches!(memory, Memory::Gpus(..)) || wire != Wire::CudaIpc;
+        let runs: Vec<_> = host
+            .into_iter()
+            .chain(gpus)
+            .flat_map(|memory| wires.iter().map(move |wire| (memory.clone(), *wire)))
+            .filter(|(memory, wire)| fits(memory, *wire))
+            .collect();
+        if runs.is_empty() {
+            return Err("cuda_ipc copies between GPUs, and there is none here".to_owned());
+        }
+        Ok(runs)
+    }
+
+    fn one(&self, memory: &Memory, wire: Wire, seconds: Duration) -> anyhow::Result<Report> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        runtime.block_on(self.push(wire, seconds))
-    }
-
-    async fn push(&self, wire: Wire, seconds: Duration) -> anyhow::Result<Report> {
-        let directory = Directory::new()?;
-        let seen = Arc::new(Seen::default());
-        let config = Arc::new(self.config(wire, &directory));
-        let node = Node::start(Arc::clone(&config), Arc::clone(&seen) as Arc<dyn Shown>).await?;
-        let to = node
-            .target(0)
-            .ok_or_else(|| anyhow::anyhow!("no receiver was started"))?;
-        let buffers = node.buffers();
-        let drain = node.drain_token();
-        let running = tokio::spawn(node.run());
-        let rounds = self.rounds(&config, to, buffers, seconds).await;
-        drain.cancel();
-        running.await?;
-        let rounds = rounds?;
-        Ok(Report::new(wire, &rounds, &seen))
-    }
-
-    async fn rounds(
-        &self,
-        config: &Config,
-        to: Target,
-        buffers: BTreeMap<Side, Arc<crate::memory::Buffer>>,
-        seconds: Duration,
-    ) -> anyhow::Result<Rounds> {
-        let layout = self.layout();
-        let prefill = Engine::connect(&config.socket, EngineRole::Prefill, layout.clone()).await?;
-        let decode = Engine::connect(&config.socket, EngineRole::Decode, layout.clone()).await?;
-        let mut rounds = Rounds::new(prefill, decode, buffers, to, layout)?;
-        rounds.run(seconds).await?;
-        Ok(rounds)
+        runtime.block_on(async {
+            match memory {
+                Memory::Host => self.between_buffers(wire, seconds).await,
+                Memory::Gpus(from, to) => self.between_gpus(from, to, wire, seconds).await,
+            }
+        })
     }
 
     /// One "layer" of bytes: a chunk of any size that is a multiple of the tokens in it.
@@ -120,52 +138,20 @@ impl Selftest {
             chunk_tokens: CHUNK_TOKENS,
         }
     }
+}
 
-    fn config(&self, wire: Wire, directory: &Directory) -> Config {
-        Config {
-            role: Role::Both,
-            id: "selftest".to_owned(),
-            ranks: 1,
-            buffer_bytes: self.buffer_size,
-            chunk_tokens: None,
-            listen: Some(Listen {
-                host: LOOPBACK.to_owned(),
-                advertise: LOOPBACK.to_owned(),
-                ranks: vec![RankPorts {
-                    init: 0,
-                    alloc: 0,
-                    query: None,
-                    tcp: 0,
-                }],
-            }),
-            socket: directory.path.join("selftest.sock"),
-            admin: HostPort {
-                host: LOOPBACK.to_owned(),
-                port: 0,
-            },
-            admin_host: LOOPBACK.to_owned(),
-            proxy: None,
-            transport: wire,
-            checksum: true,
-            push: true,
-            times: Times {
-                heartbeat: Duration::from_secs(1),
-                wait: Duration::from_secs(1),
-                park: Duration::from_millis(50),
-                repeat: Duration::from_millis(500),
-                link: Duration::from_secs(5),
-                stall: Duration::from_secs(10),
-                max_wait: Duration::from_secs(5),
-                no_sender: Duration::from_secs(5),
-                unclaimed: Duration::from_secs(5),
-                max_lease: Duration::from_secs(10),
-                drain: Duration::from_secs(5),
-            },
-            max_requests: 64,
-            max_quarantined: None,
-            log_level: "warn".to_owned(),
-            log_format: LogFormat::Text,
-            trace: None,
+/// The first GPU to the second, or to itself.
+fn two_gpus() -> Result<Memory, String> {
+    let all = cuda::all().map_err(|error| error.to_string())?;
+    let second = u32::from(all.len() > 1);
+    Ok(Memory::Gpus(Which::Ordinal(0), Which::Ordinal(second)))
+}
+
+impl std::fmt::Display for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Host => f.write_str("host"),
+            Self::Gpus(from, to) => write!(f, "{from} to {to}"),
         }
     }
 }
@@ -194,33 +180,4 @@ impl Drop for Directory {
         // What is left of a self-test in the temporary directory harms nobody.
         std::fs::remove_dir_all(&self.path).ok();
     }
-}
-
-/// What the sides showed.
-#[derive(Debug, Default)]
-struct Seen {
-    records: Mutex<Vec<(Side, Record)>>,
-    reported: Mutex<String>,
-}
-
-impl Shown for Seen {
-    fn record(&self, side: Side, _rank: u32, record: &Record) {
-        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        records.push((side, record.clone()));
-    }
-
-    fn gauges(&self, _side: Side, _rank: u32, _gauges: Gauges<'_>) {}
-
-    fn links(&self, _rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
-        if let Some(link) = links.next() {
-            let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
-            reported.clone_from(&link.reported);
-        }
-    }
-
-    fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
-
-    fn malformed(&self, _port: &'static str) {}
-
-    fn tell_proxy(&self, _message: &ToProxy) {}
 }

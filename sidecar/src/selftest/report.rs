@@ -1,18 +1,18 @@
 //! What a self-test found, for people and for scripts.
 
-use std::sync::PoisonError;
+use std::time::Duration;
 
-use protocol::record::Record;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Rounds, Seen};
+use super::Rounds;
 use crate::config::Wire;
-use crate::side::Side;
 
 /// One wire.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     transport: &'static str,
+    /// Where the buffers are.
+    memory: String,
     reported: String,
     requests: usize,
     chunks: u64,
@@ -21,43 +21,60 @@ pub(super) struct Report {
     pub(super) wrong: u64,
     /// Median over the requests of bytes by time on the wire, 10⁹ bytes a second.
     push_gb_s: f64,
-    /// From reservation to ready for one chunk, microseconds.
+    /// What the sender says of the wire alone.
+    wire_gb_s: f64,
+    /// The same by the time from staged to the last chunk ready.
+    staged_ready_gb_s: f64,
+    /// The same by the time from the moment at which the GPU had filled the slots; 0 without a GPU.
+    fired_ready_gb_s: f64,
+    /// From staged to ready for one chunk, microseconds.
     one_chunk_us_p50: u64,
     one_chunk_us_p99: u64,
 }
 
+/// The sender's link, as its status shows it.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct LinkRow {
+    pub(super) reported: String,
+    pub(super) measured_gb_per_s: Option<f64>,
+}
+
+/// A request as the sender saw it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Pushed {
+    pub(super) chunks: u32,
+    pub(super) bytes: u64,
+    pub(super) push_us: u64,
+}
+
 impl Report {
-    pub(super) fn new(wire: Wire, rounds: &Rounds, seen: &Seen) -> Self {
-        let records = seen.records.lock().unwrap_or_else(PoisonError::into_inner);
-        let pushed: Vec<&Record> = records
-            .iter()
-            .filter(|(side, record)| *side == Side::Sender && record.reason.is_none())
-            .map(|(_, record)| record)
-            .collect();
-        let mut rates: Vec<f64> = pushed
-            .iter()
-            .filter(|r| r.chunks > 1 && r.push_us > 0)
-            .map(|r| rate(r))
-            .collect();
-        rates.sort_unstable_by(f64::total_cmp);
-        let mut times: Vec<u64> = rounds
-            .one_chunk
-            .iter()
-            .map(|t| u64::try_from(t.as_micros()).unwrap_or(u64::MAX))
-            .collect();
+    pub(super) fn new(
+        wire: Wire,
+        memory: String,
+        link: LinkRow,
+        rounds: &Rounds,
+        pushed: &[Pushed],
+    ) -> Self {
+        let many = pushed.iter().filter(|p| p.chunks > 1);
+        let rates = many.map(|p| rate(p.bytes, Duration::from_micros(p.push_us)));
+        let of =
+            |all: &[(u64, Duration)]| median(all.iter().map(|(bytes, time)| rate(*bytes, *time)));
+        let times = rounds.one_chunk.iter();
+        let micros = |t: &Duration| u64::try_from(t.as_micros()).unwrap_or(u64::MAX);
+        let mut times: Vec<u64> = times.map(micros).collect();
         times.sort_unstable();
         Self {
             transport: wire.as_str(),
-            reported: seen
-                .reported
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            memory,
+            reported: link.reported,
+            wire_gb_s: link.measured_gb_per_s.unwrap_or_default(),
             requests: pushed.len(),
             chunks: rounds.chunks,
-            bytes: pushed.iter().map(|r| r.bytes).sum(),
+            bytes: pushed.iter().map(|p| p.bytes).sum(),
             wrong: rounds.wrong,
-            push_gb_s: quantile(&rates, 0.5).unwrap_or_default(),
+            push_gb_s: median(rates),
+            staged_ready_gb_s: of(&rounds.staged_ready),
+            fired_ready_gb_s: of(&rounds.fired_ready),
             one_chunk_us_p50: quantile(&times, 0.5).unwrap_or_default(),
             one_chunk_us_p99: quantile(&times, 0.99).unwrap_or_default(),
         }
@@ -65,8 +82,14 @@ impl Report {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-fn rate(record: &Record) -> f64 {
-    record.bytes as f64 / record.push_us as f64 / 1e3
+fn rate(bytes: u64, time: Duration) -> f64 {
+    bytes as f64 / time.as_secs_f64() / 1e9
+}
+
+fn median(rates: impl Iterator<Item = f64>) -> f64 {
+    let mut rates: Vec<f64> = rates.filter(|rate| rate.is_finite()).collect();
+    rates.sort_unstable_by(f64::total_cmp);
+    quantile(&rates, 0.5).unwrap_or_default()
 }
 
 #[expect(
@@ -88,18 +111,32 @@ pub(super) fn print(reports: &[Report], json: bool) {
         return;
     }
     println!(
-        "{:<10} {:>8} {:>8} {:>12} {:>7} {:>10} {:>16}  reported",
-        "transport", "requests", "chunks", "bytes", "wrong", "push GB/s", "1 chunk p50/p99"
+        "{:<10} {:<16} {:>8} {:>8} {:>13} {:>6} {:>9} {:>9} {:>12} {:>11} {:>17}  reported",
+        "transport",
+        "memory",
+        "requests",
+        "chunks",
+        "bytes",
+        "wrong",
+        "wire GB/s",
+        "push GB/s",
+        "staged-ready",
+        "fired-ready",
+        "1 chunk p50/p99"
     );
     for r in reports {
         println!(
-            "{:<10} {:>8} {:>8} {:>12} {:>7} {:>10.2} {:>9}/{} us  {}",
+            "{:<10} {:<16} {:>8} {:>8} {:>13} {:>6} {:>9.2} {:>9.2} {:>12.2} {:>11.2} {:>11}/{} us  {}",
             r.transport,
+            r.memory,
             r.requests,
             r.chunks,
             r.bytes,
             r.wrong,
+            r.wire_gb_s,
             r.push_gb_s,
+            r.staged_ready_gb_s,
+            r.fired_ready_gb_s,
             r.one_chunk_us_p50,
             r.one_chunk_us_p99,
             r.reported

@@ -1,7 +1,5 @@
 //! Requests, one after the other: random chunks staged, pushed, compared, released.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use protocol::layout::{chunk_span, chunks_of};
@@ -9,27 +7,68 @@ use protocol::local::{Await, Release, Reserve, Staged, Target, ToEngine, ToSidec
 use protocol::{Layout, RequestId};
 
 use super::engine::Engine;
-use crate::memory::Buffer;
-use crate::side::Side;
 
 /// Both engines' halves, and what they have seen.
 #[derive(Debug)]
 pub(super) struct Rounds {
     prefill: Engine,
     decode: Engine,
-    send: Arc<Buffer>,
-    land: Arc<Buffer>,
+    content: Box<dyn Content>,
     to: Target,
     layout: Layout,
-    sums: BTreeMap<u32, u64>,
+    /// When the last chunks of this request were said to be staged.
+    staged: Instant,
+    /// Chunks of this request that may be read.
+    ready: Vec<Place>,
     pub(super) chunks: u64,
     pub(super) wrong: u64,
-    /// From the reservation to the last chunk ready, of requests of one chunk.
+    /// From staged to ready, of requests of one chunk.
     pub(super) one_chunk: Vec<Duration>,
+    /// From staged to the last chunk ready, with the bytes, of requests that fill the buffer.
+    pub(super) staged_ready: Vec<(u64, Duration)>,
+    /// The same from the moment at which the bytes stood there, where that was after.
+    pub(super) fired_ready: Vec<(u64, Duration)>,
+}
+
+/// The bytes of both buffers.
+pub(super) trait Content: std::fmt::Debug {
+    /// Fills chunks of the send buffer with new bytes. Gives the event, by its position in the hello,
+    /// after which they stand there.
+    fn fill(&mut self, places: &[Place], when: When) -> anyhow::Result<Option<u32>>;
+    /// When the bytes of the last fill stood there, if that was later than it returned.
+    fn filled(&mut self) -> Option<Instant>;
+    /// Whether a chunk of the landing buffer has the bytes that the chunk was filled with.
+    fn arrived(&mut self, place: Place) -> anyhow::Result<Arrived>;
+}
+
+/// A chunk in a buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) chunk: u32,
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+}
+
+/// When the bytes stand, seen from the moment at which they are said to be staged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// Before.
+    Before,
+    /// Some milliseconds later, if the buffer is such that there is a difference.
+    Later,
+}
+
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arrived {
+    Same,
+    Different,
 }
 
 /// Every so many requests has a single chunk, whose time says what the handshake costs.
 const SINGLE_EVERY: u64 = 4;
+/// Every so many of the others is filled only after it was said to be staged.
+const LATE_EVERY: u64 = 3;
 /// Nothing here takes longer, on any host that is worth testing.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -37,27 +76,24 @@ impl Rounds {
     pub(super) fn new(
         prefill: Engine,
         decode: Engine,
-        mut buffers: BTreeMap<Side, Arc<Buffer>>,
+        content: Box<dyn Content>,
         to: Target,
         layout: Layout,
-    ) -> anyhow::Result<Self> {
-        let mut take = |side| {
-            buffers
-                .remove(&side)
-                .ok_or_else(|| anyhow::anyhow!("no {side:?} buffer"))
-        };
-        Ok(Self {
-            send: take(Side::Sender)?,
-            land: take(Side::Receiver)?,
+    ) -> Self {
+        Self {
+            content,
             prefill,
             decode,
             to,
             layout,
-            sums: BTreeMap::new(),
+            staged: Instant::now(),
+            ready: Vec::new(),
             chunks: 0,
             wrong: 0,
             one_chunk: Vec::new(),
-        })
+            staged_ready: Vec::new(),
+            fired_ready: Vec::new(),
+        }
     }
 
     /// Pushes for `time`.
@@ -69,19 +105,20 @@ impl Rounds {
             let chunks = if round % SINGLE_EVERY == 0 { 1 } else { slots };
             // The last chunk is a partial one, but for single ones.
             let tokens = chunks * self.layout.chunk_tokens - if chunks > 1 { 100 } else { 0 };
-            let began = Instant::now();
-            tokio::time::timeout(PATIENCE, self.request(round, tokens))
+            let when = if round % LATE_EVERY == 0 {
+                When::Later
+            } else {
+                When::Before
+            };
+            tokio::time::timeout(PATIENCE, self.request(round, tokens, when))
                 .await
                 .map_err(|_| anyhow::anyhow!("request {round} did not end in {PATIENCE:?}"))??;
-            if chunks == 1 {
-                self.one_chunk.push(began.elapsed());
-            }
             round += 1;
         }
         Ok(())
     }
 
-    async fn request(&mut self, round: u64, tokens: u32) -> anyhow::Result<()> {
+    async fn request(&mut self, round: u64, tokens: u32, when: When) -> anyhow::Result<()> {
         let req = RequestId(format!("selftest-{round}"));
         let count = chunks_of(tokens, self.layout.chunk_tokens);
         let keys: Vec<String> = (0..count)
@@ -108,8 +145,8 @@ impl Rounds {
         let (mut pushed, mut landed) = (false, false);
         while !(pushed && landed) {
             tokio::select! {
-                message = self.prefill.recv() => pushed |= self.on_prefill(&req, tokens, message?).await?,
-                message = self.decode.recv() => landed |= self.on_decode(&req, tokens, message?).await?,
+                message = self.prefill.recv() => pushed |= self.on_prefill(&req, tokens, when, message?).await?,
+                message = self.decode.recv() => landed |= self.on_decode(&req, tokens, when, message?).await?,
             }
         }
         Ok(())
@@ -119,22 +156,25 @@ impl Rounds {
         &mut self,
         req: &RequestId,
         tokens: u32,
+        when: When,
         message: ToEngine,
     ) -> anyhow::Result<bool> {
         match message {
             ToEngine::Granted(granted) => {
-                let began = Instant::now();
-                for (&chunk, &slot) in granted.chunks.iter().zip(&granted.slots) {
-                    let (offset, bytes) = self.place(chunk, slot, tokens);
-                    self.send.fill_random(offset, bytes, rand::random())?;
-                    self.sums.insert(chunk, self.send.sum(offset, bytes)?);
+                if granted.chunks.is_empty() {
+                    return Ok(false);
                 }
+                let began = Instant::now();
+                let places = self.places(&granted.chunks, &granted.slots, tokens);
+                let event = self.content.fill(&places, when)?;
                 let gather_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
                 let staged = Staged {
                     req: req.clone(),
                     chunks: granted.chunks,
                     gather_us,
+                    event,
                 };
+                self.staged = Instant::now();
                 self.prefill.send(&ToSidecar::Staged(staged)).await?;
                 Ok(false)
             }
@@ -150,19 +190,40 @@ impl Rounds {
         &mut self,
         req: &RequestId,
         tokens: u32,
+        when: When,
         message: ToEngine,
     ) -> anyhow::Result<bool> {
         match message {
             ToEngine::Ready(ready) => {
-                for (&chunk, &slot) in ready.chunks.iter().zip(&ready.slots) {
-                    let (offset, bytes) = self.place(chunk, slot, tokens);
-                    let sum = self.land.sum(offset, bytes)?;
+                let places = self.places(&ready.chunks, &ready.slots, tokens);
+                self.ready.extend(places);
+                let count = chunks_of(tokens, self.layout.chunk_tokens) as usize;
+                // Looking at them takes longer than the push: not before all have come.
+                if self.ready.len() < count {
+                    return Ok(false);
+                }
+                let now = Instant::now();
+                let filled = self.content.filled().unwrap_or(self.staged);
+                let bytes = self.ready.iter().map(|place| place.bytes).sum();
+                match (count, when) {
+                    (1, When::Before) => self.one_chunk.push(now - self.staged),
+                    (1, When::Later) => {}
+                    (_, When::Before) => self.staged_ready.push((bytes, now - self.staged)),
+                    (_, When::Later) => {
+                        self.fired_ready
+                            .push((bytes, now.saturating_duration_since(filled)));
+                    }
+                }
+                let ready = std::mem::take(&mut self.ready);
+                let chunks = ready.iter().map(|place| place.chunk).collect();
+                for place in ready {
                     self.chunks += 1;
-                    self.wrong += u64::from(self.sums.remove(&chunk) != Some(sum));
+                    let arrived = self.content.arrived(place)?;
+                    self.wrong += u64::from(arrived == Arrived::Different);
                 }
                 let release = Release {
                     req: req.clone(),
-                    chunks: ready.chunks,
+                    chunks,
                     scatter_us: 0,
                 };
                 self.decode.send(&ToSidecar::Release(release)).await?;
@@ -176,11 +237,17 @@ impl Rounds {
         }
     }
 
-    /// Where a chunk stands in a buffer: offset and bytes.
-    fn place(&self, chunk: u32, slot: u32, tokens: u32) -> (u64, u64) {
-        let (from, to) = chunk_span(chunk, tokens, 0, self.layout.chunk_tokens);
+    /// Where chunks stand in a buffer.
+    fn places(&self, chunks: &[u32], slots: &[u32], tokens: u32) -> Vec<Place> {
         let per_token = self.layout.token_bytes().unwrap_or(0);
-        let offset = u64::from(slot) * self.prefill.welcome.slot_bytes;
-        (offset, u64::from(to - from) * per_token)
+        let place = |(&chunk, &slot)| {
+            let (from, to) = chunk_span(chunk, tokens, 0, self.layout.chunk_tokens);
+            Place {
+                chunk,
+                offset: u64::from(slot) * self.prefill.welcome.slot_bytes,
+                bytes: u64::from(to - from) * per_token,
+            }
+        };
+        chunks.iter().zip(slots).map(place).collect()
     }
 }

@@ -8,9 +8,10 @@ mod peers;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::future::BoxFuture;
 use protocol::local::{Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
-use protocol::sender::{Action, Event, Gauges, Sender};
+use protocol::sender::{Action, After, Event, Gauges, Piece, Sender};
 use protocol::{EngineId, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -21,7 +22,7 @@ use crate::engines::{Cut, Engines};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
-use crate::transport::Outcome;
+use crate::transport::{Outcome, Ready};
 use peers::{FromReceiver, Peers, ReceiverKind};
 
 /// See the module's documentation.
@@ -45,6 +46,9 @@ struct Wrote {
     outcome: Outcome,
     sums: Vec<u64>,
     bytes: u64,
+    /// It had to wait for its bytes.
+    waited: bool,
+    /// When it could begin.
     began: Instant,
     ended: Instant,
 }
@@ -165,11 +169,12 @@ impl SendSide {
         let transfer = wrote.transfer;
         match wrote.outcome {
             Outcome::Done => {
-                let took = wrote.ended - wrote.began;
+                let took = wrote.ended.saturating_duration_since(wrote.began);
                 self.peers.measured(&wrote.to, wrote.bytes, took);
                 self.feed(Event::Done {
                     transfer,
                     sums: wrote.sums,
+                    began: wrote.waited.then(|| self.clock.at(wrote.began)),
                 });
             }
             Outcome::Failed { terminal, error } => {
@@ -202,21 +207,39 @@ impl SendSide {
                 transfer,
                 lease,
                 pieces,
+                after,
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
-                let write = self.peers.write(&to, lease, pieces);
+                let waited = after.is_some();
+                let (write, times) = match self.ready(after) {
+                    Ok(ready) => {
+                        let times = ready.times();
+                        (self.peers.write(&to, ready, lease, pieces), times)
+                    }
+                    Err(unsent) => {
+                        let unsent: BoxFuture<_> = Box::pin(std::future::ready(unsent));
+                        (unsent, Arc::default())
+                    }
+                };
                 self.writes.spawn(async move {
-                    let began = Instant::now();
+                    let posted = Instant::now();
                     let outcome = write.await;
+                    let ended = times.ended().unwrap_or_else(Instant::now);
+                    let began = times.began().unwrap_or(posted);
+                    let sums = match outcome {
+                        Outcome::Done => sums(),
+                        Outcome::Failed { .. } => Vec::new(),
+                    };
                     Wrote {
                         to,
                         transfer,
                         outcome,
                         sums,
                         bytes,
+                        waited,
                         began,
-                        ended: Instant::now(),
+                        ended,
                     }
                 });
             }
@@ -256,18 +279,34 @@ impl SendSide {
         self.engines.send(engine, message);
     }
 
-    /// The checksum of each piece, if checksums are on.
-    fn sums(&self, pieces: &[protocol::sender::Piece]) -> Vec<u64> {
-        let Some(cut) = self.engines.cut().filter(|_| self.context.config.checksum) else {
-            return Vec::new();
+    /// When the slots of a write may be read; if that cannot be known, the outcome of the write.
+    fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
+        let Some(After { engine, event }) = after else {
+            return Ok(Ready::now());
         };
-        pieces
-            .iter()
-            .filter_map(|p| {
-                let offset = u64::from(p.from.0) * cut.slot_bytes;
-                self.buffer.sum(offset, p.bytes).ok()
-            })
-            .collect()
+        match self.engines.event(engine, event) {
+            Some(event) => Ok(Ready::after(event)),
+            None => Err(Outcome::Failed {
+                terminal: true,
+                error: format!("engine {engine} named event {event}, which it never made known"),
+            }),
+        }
+    }
+
+    /// Gives the checksum of each piece, if checksums are on. Its slots stand as they are until the
+    /// machine hears of the write's end; before the write they need not be ready.
+    fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
+        let cut = self.engines.cut().filter(|_| self.context.config.checksum);
+        let of: Vec<(u64, u64)> = cut.map_or_else(Vec::new, |cut| {
+            let place = |p: &Piece| (u64::from(p.from.0) * cut.slot_bytes, p.bytes);
+            pieces.iter().map(place).collect()
+        });
+        let buffer = Arc::clone(&self.buffer);
+        move || {
+            of.into_iter()
+                .filter_map(|(offset, bytes)| buffer.sum(offset, bytes).ok())
+                .collect()
+        }
     }
 
     fn publish(&self) {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use protocol::dlist::Memory;
 use protocol::local::Target;
 use protocol::message::{Hello, Pages, ToReceiver, ToSender};
 use protocol::sender::Piece;
@@ -20,7 +19,8 @@ use crate::engines::Cut;
 use crate::host;
 use crate::init::{self, Identity};
 use crate::side::LinkStatus;
-use crate::transport::{Link, Outcome, Remote};
+use crate::transport::class::{Class, Ends};
+use crate::transport::{Link, Outcome, Ready, Remote};
 use crate::wires::Wires;
 use crate::zmq::{DealerClient, FromServer};
 
@@ -89,6 +89,7 @@ struct Made {
     slots: u32,
     link: Arc<dyn Link>,
     why: String,
+    class: Class,
 }
 
 impl Made {
@@ -178,6 +179,7 @@ impl Peers {
                 peer.status.transport = made.link.kind().as_str();
                 peer.status.reported = made.link.reported();
                 peer.status.why = made.why;
+                peer.status.class = Some(made.class);
                 peer.link = Some(made.link);
                 Some(FromReceiver::Linked {
                     to,
@@ -237,7 +239,7 @@ impl Peers {
                 hello,
                 metadata: self.wires.metadata(),
                 rows: self.wires.rows().into_iter().take(1).collect(),
-                memory: Memory::Dram,
+                memory: self.wires.memory(),
                 pages: Pages {
                     v: VERSION,
                     slots: 0,
@@ -281,11 +283,12 @@ impl Peers {
     pub(super) fn write(
         &self,
         to: &Target,
+        ready: Ready,
         lease: LeaseId,
         pieces: Vec<Piece>,
     ) -> BoxFuture<'static, Outcome> {
         match self.peers.get(to).and_then(|p| p.link.as_ref()) {
-            Some(link) => link.write(lease, pieces),
+            Some(link) => link.write_when(ready, lease, pieces),
             None => Box::pin(std::future::ready(Outcome::Failed {
                 terminal: true,
                 error: "the link is gone".to_owned(),
@@ -297,6 +300,7 @@ impl Peers {
     pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(to) {
             peer.status.measured(bytes, took);
+            peer.status.judge(bytes);
         }
     }
 
@@ -385,28 +389,45 @@ impl PeerTask {
         let linked = init::handshake(&self.to, &self.ours, self.deadline)
             .await
             .map_err(|e| (e.reason(), e.to_string()))?;
-        let theirs = linked.hello.as_ref().map(|h| &h.transports[..]);
-        let (transport, chosen) = self
-            .wires
-            .choose(theirs, &self.to.host)
-            .map_err(|e| (e.reason(), e.to_string()))?;
+        let hello = linked.hello;
         let slots = linked.pages.slots;
-        let remote = Remote {
+        let mut remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
             metadata: linked.metadata,
             rows: linked.rows,
             memory: linked.memory,
             slots,
             slot_bytes: linked.pages.slot_bytes,
-            tcp: chosen.address,
+            address: None,
         };
-        let link = transport
-            .link(remote)
-            .await
-            .map_err(|e| (Reason::NoLink, e.to_string()))?;
+        let mut failed = Vec::new();
+        let (link, chosen) = loop {
+            let (transport, chosen) = self
+                .wires
+                .choose(hello.as_ref(), &self.to.host, &failed)
+                .map_err(|e| (e.reason(), e.to_string()))?;
+            remote.address.clone_from(&chosen.address);
+            match transport.link(remote.clone()).await {
+                Ok(link) => break (link, chosen),
+                // At most once a wire: one that has failed is not chosen again. LMCache has only one.
+                Err(error) if self.wires.may_choose() && hello.is_some() => {
+                    warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
+                    failed.push((error.kind, error.cause));
+                }
+                Err(error) => return Err((Reason::NoLink, error.to_string())),
+            }
+        };
+        let ends = Ends {
+            ours: self.wires.memory(),
+            theirs: remote.memory,
+            same_host: hello
+                .as_ref()
+                .is_some_and(|hello| hello.host == host::identity()),
+        };
         Ok(Made {
-            hello: linked.hello,
+            hello,
             kind: ReceiverKind::Ours,
+            class: Class::of(link.kind(), ends),
             slots,
             link,
             why: chosen.why,

@@ -22,7 +22,8 @@ pub(crate) enum Wanted {
 pub(crate) struct Chosen {
     /// Which.
     pub(crate) kind: Kind,
-    /// `host:port` for [`Kind::Tcp`]; `None` for NIXL, whose address is the agent's metadata.
+    /// What the receiver's advert says, for [`Kind::Tcp`] `host:port`; `None` for NIXL, whose address is
+    /// the agent's metadata.
     pub(crate) address: Option<String>,
     /// For logs and the status page.
     pub(crate) why: String,
@@ -43,47 +44,69 @@ impl NoWire {
     }
 }
 
-/// Chooses. `ours` is what this process has, `theirs` what the receiver's hello offers (`None` for
-/// an LMCache peer, which says nothing and has NIXL), `host` the name by which its init port was
-/// reached.
+/// Both sides as far as the choice goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Sides<'a> {
+    /// What this process has.
+    pub(crate) ours: &'a [Kind],
+    /// What the receiver's hello offers; `None` for an LMCache peer, which says nothing and has NIXL.
+    pub(crate) theirs: Option<&'a [Advert]>,
+    /// The name by which the receiver's init port was reached.
+    pub(crate) host: &'a str,
+    /// Whether a wire of ours reaches what an advert tells of; if not, why.
+    pub(crate) reaches: &'a dyn Fn(Kind, &Advert) -> Result<(), String>,
+    /// Why a wire of ours is the last choice, if it is.
+    pub(crate) poor: &'a dyn Fn(Kind) -> Option<String>,
+}
+
+/// Chooses.
 ///
-/// NIXL goes first where both sides have it: it reaches NVLink, RDMA and shared memory, and where it
-/// has only TCP it is about as fast as the built-in wire.
+/// CUDA IPC goes first where it reaches: plain copies between two GPUs moved 640 MiB in 1.77 ms where
+/// NIXL took 2.85. Then NIXL where both sides have it: it reaches NVLink, RDMA and shared memory, and
+/// where it has only TCP it is about as fast as the built-in wire.
 ///
 /// # Errors
 /// What is missing on which side.
-pub(crate) fn choose(
-    wanted: Wanted,
-    ours: &[Kind],
-    theirs: Option<&[Advert]>,
-    host: &str,
-) -> Result<Chosen, NoWire> {
-    let nixl = usable(Kind::Nixl, ours, theirs, host);
-    let tcp = usable(Kind::Tcp, ours, theirs, host);
-    let (kind, address, why) = match (wanted, nixl, tcp) {
-        (Wanted::Only(Kind::Nixl), Ok(address), _) => {
-            (Kind::Nixl, address, "configured".to_owned())
+pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire> {
+    if let Wanted::Only(kind) = wanted {
+        return match usable(kind, sides) {
+            Ok(address) => Ok(Chosen {
+                kind,
+                address,
+                why: "configured".to_owned(),
+            }),
+            Err(lack) => Err(NoWire {
+                text: format!("transport {kind} is configured, but {lack}"),
+            }),
+        };
+    }
+    let mut lacks = Vec::new();
+    let mut order: Vec<(Kind, Option<String>)> =
+        BEST_FIRST.map(|kind| (kind, (sides.poor)(kind))).into();
+    order.sort_by_key(|(_, poor)| poor.is_some());
+    let poor: Vec<String> = order.iter().filter_map(|(_, poor)| poor.clone()).collect();
+    for (kind, why) in order {
+        match usable(kind, sides) {
+            Ok(address) => {
+                if why.is_none() && sides.ours.len() > 1 {
+                    lacks.extend(poor);
+                }
+                let why = match &lacks[..] {
+                    [] => format!("auto: both sides have {kind}"),
+                    lacks => format!("auto: {}", lacks.join("; ")),
+                };
+                return Ok(Chosen { kind, address, why });
+            }
+            // Nobody misses it where no buffer is on a GPU.
+            Err(Lack::Here(Kind::CudaIpc)) => {}
+            Err(lack) => lacks.push(lack.to_string()),
         }
-        (Wanted::Only(Kind::Tcp), _, Ok(address)) => (Kind::Tcp, address, "configured".to_owned()),
-        (Wanted::Only(Kind::Nixl), Err(lack), _) => {
-            let text = format!("transport nixl is configured, but {lack}");
-            return Err(NoWire { text });
-        }
-        (Wanted::Only(Kind::Tcp), _, Err(lack)) => {
-            let text = format!("transport tcp is configured, but {lack}");
-            return Err(NoWire { text });
-        }
-        (Wanted::Auto, Ok(address), _) => {
-            (Kind::Nixl, address, "auto: both sides have nixl".to_owned())
-        }
-        (Wanted::Auto, Err(lack), Ok(address)) => (Kind::Tcp, address, format!("auto: {lack}")),
-        (Wanted::Auto, Err(no_nixl), Err(no_tcp)) => {
-            let text = format!("no wire serves both sides: {no_nixl}; {no_tcp}");
-            return Err(NoWire { text });
-        }
-    };
-    Ok(Chosen { kind, address, why })
+    }
+    let text = format!("no wire serves both sides: {}", lacks.join("; "));
+    Err(NoWire { text })
 }
+
+const BEST_FIRST: [Kind; 3] = [Kind::CudaIpc, Kind::Nixl, Kind::Tcp];
 
 /// `host:port`, with the brackets that an IPv6 address wants.
 pub(super) fn join(host: &str, port: u16) -> String {
@@ -101,6 +124,7 @@ enum Lack {
     There(Kind),
     LmCache(Kind),
     BadAddress(Kind, String),
+    OutOfReach(Kind, String),
 }
 
 impl fmt::Display for Lack {
@@ -115,35 +139,33 @@ impl fmt::Display for Lack {
                     "the receiver offers {kind} at {address:?}, which is no host:port"
                 )
             }
+            Self::OutOfReach(kind, why) => write!(f, "no {kind}: {why}"),
         }
     }
 }
 
 /// The address of a wire that both sides have.
-fn usable(
-    kind: Kind,
-    ours: &[Kind],
-    theirs: Option<&[Advert]>,
-    host: &str,
-) -> Result<Option<String>, Lack> {
-    if !ours.contains(&kind) {
+fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
+    if !sides.ours.contains(&kind) {
         return Err(Lack::Here(kind));
     }
-    let Some(theirs) = theirs else {
+    let Some(theirs) = sides.theirs else {
         return match kind {
             Kind::Nixl => Ok(None),
-            Kind::Tcp => Err(Lack::LmCache(kind)),
+            Kind::Tcp | Kind::CudaIpc => Err(Lack::LmCache(kind)),
         };
     };
     let mut offers = theirs.iter().filter(|advert| advert.kind == kind.as_str());
     let Some(offer) = offers.next() else {
         return Err(Lack::There(kind));
     };
+    (sides.reaches)(kind, offer).map_err(|why| Lack::OutOfReach(kind, why))?;
     match kind {
+        Kind::CudaIpc => Ok(Some(offer.address.clone())),
         Kind::Nixl => Ok(None),
         // A sender without a receiving half says so by an empty address.
         Kind::Tcp if offer.address.is_empty() => Err(Lack::There(kind)),
-        Kind::Tcp => complete(&offer.address, host)
+        Kind::Tcp => complete(&offer.address, sides.host)
             .map(Some)
             .ok_or_else(|| Lack::BadAddress(kind, offer.address.clone())),
     }
@@ -175,6 +197,16 @@ mod tests {
         theirs: &str,
         expect: Result<(Kind, &str, &str), &str>,
     ) {
+        check_to("known", wanted, ours, theirs, expect);
+    }
+
+    fn check_to(
+        host: &str,
+        wanted: Wanted,
+        ours: &[Kind],
+        theirs: &str,
+        expect: Result<(Kind, &str, &str), &str>,
+    ) {
         let adverts: Vec<Advert> = theirs
             .split_whitespace()
             .map(|word| {
@@ -186,7 +218,19 @@ mod tests {
             })
             .collect();
         let offered = (theirs != "lmcache").then_some(&adverts[..]);
-        let got = choose(wanted, ours, offered, "known");
+        let sides = Sides {
+            ours,
+            theirs: offered,
+            host,
+            reaches: &|kind, advert| match (kind, &advert.address[..]) {
+                (Kind::CudaIpc, "far") => Err("too far".to_owned()),
+                _ => Ok(()),
+            },
+            poor: &|kind| {
+                (kind == Kind::Nixl && host == "no rdma").then(|| "nixl is slow here".to_owned())
+            },
+        };
+        let got = choose(wanted, sides);
         match (&got, expect) {
             (Ok(chosen), Ok((kind, address, why))) => {
                 assert_eq!(chosen.kind, kind, "{theirs}");
@@ -237,6 +281,42 @@ mod tests {
             &[],
             "nixl tcp@h:1",
             Err("no wire serves both sides: this side has no nixl; this side has no tcp"),
+        );
+    }
+
+    #[test]
+    fn cuda_ipc_goes_first_where_it_reaches() {
+        let all = &[Kind::CudaIpc, Kind::Nixl, Kind::Tcp];
+        let check = |theirs, expect| check(Wanted::Auto, all, theirs, expect);
+        let near = "auto: both sides have cuda_ipc";
+        check("tcp@h:1 nixl cuda_ipc@x", Ok((Kind::CudaIpc, "x", near)));
+        check(
+            "cuda_ipc@far nixl",
+            Ok((Kind::Nixl, "", "auto: no cuda_ipc: too far")),
+        );
+        let both = "auto: the receiver offers no cuda_ipc; the receiver offers no nixl";
+        check("tcp@h:1", Ok((Kind::Tcp, "h:1", both)));
+        let far = "transport cuda_ipc is configured, but no cuda_ipc: too far";
+        let only = Wanted::Only(Kind::CudaIpc);
+        super::tests::check(only, all, "cuda_ipc@far nixl", Err(far));
+        let none = "transport cuda_ipc is configured, but this side has no cuda_ipc";
+        super::tests::check(only, BOTH, "cuda_ipc@x", Err(none));
+    }
+
+    #[test]
+    fn a_poor_wire_is_the_last_choice() {
+        let check = |wanted, ours: &[Kind], theirs, expect| {
+            check_to("no rdma", wanted, ours, theirs, expect);
+        };
+        let tcp = Ok((Kind::Tcp, "h:1", "auto: nixl is slow here"));
+        check(Wanted::Auto, BOTH, "nixl tcp@h:1", tcp);
+        let none = "auto: the receiver offers no tcp";
+        check(Wanted::Auto, BOTH, "nixl", Ok((Kind::Nixl, "", none)));
+        check(
+            NIXL,
+            BOTH,
+            "nixl tcp@h:1",
+            Ok((Kind::Nixl, "", "configured")),
         );
     }
 

@@ -9,12 +9,19 @@ use protocol::sender::Piece;
 use protocol::{LeaseId, SlotIndex};
 
 pub(crate) mod choose;
+pub(crate) mod class;
+pub(crate) mod cuda_ipc;
 pub(crate) mod nixl;
+pub(crate) mod ready;
 pub(crate) mod tcp;
+
+pub(crate) use ready::{Ready, Standing};
 
 /// Which wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
+    /// Copies into GPU memory of another process on the same host.
+    CudaIpc,
     /// NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
     Nixl,
     /// The built-in TCP transport.
@@ -25,6 +32,7 @@ impl Kind {
     /// The name in configs, adverts, metrics and logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
+            Self::CudaIpc => "cuda_ipc",
             Self::Nixl => "nixl",
             Self::Tcp => "tcp",
         }
@@ -52,8 +60,8 @@ pub(crate) struct Remote {
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// `host:port` of the built-in transport, if the peer advertises it.
-    pub(crate) tcp: Option<String>,
+    /// What the peer's advert of the chosen wire says; `host:port` of the built-in transport.
+    pub(crate) address: Option<String>,
 }
 
 /// How a write ended.
@@ -78,6 +86,15 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn advert(&self) -> Advert;
     /// NIXL agent metadata of this process; empty for other wires.
     fn metadata(&self) -> Vec<u8>;
+    /// Sender: whether a receiver that advertises this wire can be reached by it; if not, why.
+    /// `same_host`: it is on this host, where its process can be watched.
+    fn reaches(&self, _advert: &Advert, _same_host: bool) -> Result<(), String> {
+        Ok(())
+    }
+    /// Sender: why another wire to such a receiver is better, whichever it is.
+    fn poor(&self, _same_host: bool) -> Option<String> {
+        None
+    }
     /// The buffer has been cut into slots: slot `i` begins at `i * slot_bytes`. Every slot is closed.
     /// Before the first cut nothing is sent or received.
     fn cut(&self, _slots: u32, _slot_bytes: u64) {}
@@ -111,9 +128,19 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
 pub(crate) trait Link: Send + Sync + fmt::Debug {
     /// Which wire.
     fn kind(&self) -> Kind;
-    /// Writes slots of this process's send buffer into slots of the receiver. The future may be
-    /// dropped: the write still ends before its memory is given up.
-    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome>;
+    /// Writes slots of this process's send buffer, once they are ready, into slots of the receiver. The
+    /// future may be dropped: the write still ends before its memory is given up.
+    fn write_when(
+        &self,
+        ready: Ready,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome>;
+    /// The same of slots that are ready.
+    #[cfg(test)]
+    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+        self.write_when(Ready::now(), lease, pieces)
+    }
     /// What the library says it uses underneath, for people; empty if it does not say.
     fn reported(&self) -> String;
 }

@@ -51,8 +51,20 @@ fn everything_that_is_wrong_is_said_at_once() {
             "x.yaml:3|nixl_buffer_size|2|it is another name of `pd_buffer_size`, which line 2 sets to `1GiB`",
         ),
         (
-            "pd_buffer_device: cuda\n",
-            "x.yaml:3|pd_buffer_device|cuda|this version moves KV through host memory only",
+            "pd_buffer_device: rocm\n",
+            "x.yaml:3|pd_buffer_device|rocm|no memory that buffers can be in",
+        ),
+        (
+            "pd_buffer_device: cuda:GPU-12\n",
+            "x.yaml:3|pd_buffer_device|cuda:GPU-12|neither a GPU's number nor its UUID",
+        ),
+        (
+            "pd_buffer_device: [cuda:0, cuda:1]\n",
+            "x.yaml:3|pd_buffer_device|[cuda:0, cuda:1]|2 devices for 1 ranks",
+        ),
+        (
+            "pd_buffer_device: cuda:1\nsidecar: {ranks: 2}\n",
+            "x.yaml:3|pd_buffer_device|cuda:1|one GPU for 2 ranks",
         ),
         (
             "nixl_backends: [UCX, GDS]\n",

@@ -56,9 +56,11 @@ words! {
 
 words! {
     /// Which wires may be used.
-    Wire, "auto, nixl or tcp", {
+    Wire, "auto, cuda_ipc, nixl or tcp", {
         /// The best that both sides have.
         Auto = "auto",
+        /// Copies between GPUs of one host or nothing.
+        CudaIpc = "cuda_ipc",
         /// NIXL or nothing.
         Nixl = "nixl",
         /// The built-in TCP transport or nothing.
@@ -73,15 +75,5 @@ words! {
         Text = "text",
         /// One JSON object a line.
         Json = "json",
-    }
-}
-
-words! {
-    /// Where the buffers are.
-    Device, "cpu", {
-        /// Host memory.
-        Cpu = "cpu",
-        /// GPU memory, which this version cannot do.
-        Cuda = "cuda",
     }
 }

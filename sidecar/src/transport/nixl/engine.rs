@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use ::nixl::{Agent, Error, Library, LocalList, Memory, Pinned, Registration, State, Transfer};
+use ::nixl::{Agent, Library, LocalList, Memory, Pinned, Registration, State, Transfer};
 use protocol::sender::Piece;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
@@ -17,9 +17,10 @@ use super::link::NixlLink;
 use super::pace::{Pace, Wait};
 use super::peer::Peer;
 use super::wire::Wire;
-use super::{Config, Shared};
+use super::{Config, Refusal, Shared};
 use crate::memory::Buffer;
-use crate::transport::{Outcome, Remote};
+use crate::transport::ready::{LOOK as READY_LOOK, sleep_exactly};
+use crate::transport::{Outcome, Ready, Remote};
 
 /// What the rest of the process asks of the engine thread.
 #[derive(Debug)]
@@ -35,6 +36,7 @@ pub(super) enum Command {
     },
     Write {
         link: u64,
+        ready: Ready,
         pieces: Vec<Piece>,
         reply: oneshot::Sender<Outcome>,
         permit: OwnedSemaphorePermit,
@@ -77,12 +79,20 @@ impl Engine {
         buffer: Arc<Buffer>,
         shared: Arc<Shared>,
         commands: Receiver<Command>,
-    ) -> Result<(Self, Vec<u8>), Error> {
+    ) -> Result<(Self, Vec<u8>), Refusal> {
+        // UCX takes the context that is current for the one that its memory belongs to.
+        let memory = match buffer.cuda() {
+            Some(gpu) => {
+                gpu.device().bind()?;
+                sleep_exactly();
+                Memory::Vram
+            }
+            None => Memory::Dram,
+        };
         let mut ucx = ::nixl::Config::ucx(&config.agent);
         ucx.params.clone_from(&config.params);
         let agent = Agent::new(library, &ucx)?;
-        let registration =
-            agent.register(buffer as Arc<dyn Pinned>, Memory::Dram, config.device)?;
+        let registration = agent.register(buffer as Arc<dyn Pinned>, memory, config.device)?;
         let metadata = agent.metadata()?;
         let engine = Self {
             peers: HashMap::new(),
@@ -123,12 +133,17 @@ impl Engine {
                 looked = now;
                 self.look();
             }
-            let wait = if moved || self.writes_wait() {
+            let wait = if moved || self.is_busy() {
                 pace.wait(moved, now)
             } else if self.shared.expecting.load(Ordering::Acquire) {
                 pace.expect(now)
             } else {
                 Wait::Sleep(LOOK)
+            };
+            let awaiting = self.peers.values().any(Peer::is_awaiting);
+            let wait = match wait {
+                Wait::Sleep(time) if awaiting => Wait::Sleep(time.min(READY_LOOK)),
+                wait => wait,
             };
             match wait {
                 Wait::Spin => std::hint::spin_loop(),
@@ -157,11 +172,12 @@ impl Engine {
             }
             Command::Write {
                 link,
+                ready,
                 pieces,
                 reply,
                 permit,
             } => match self.peers.get_mut(&link) {
-                Some(peer) => peer.write(&pieces, self.slots.as_ref(), reply, permit),
+                Some(peer) => peer.write(ready, &pieces, self.slots.as_ref(), reply, permit),
                 // A link outlives its peer only while the thread ends.
                 None => answer(reply, unsent("the link is gone")),
             },
@@ -263,6 +279,11 @@ impl Engine {
             tracing::warn!(%error, "nixl does not progress");
         }
         start.elapsed()
+    }
+
+    /// Whether the library has something of ours to do.
+    fn is_busy(&self) -> bool {
+        self.peers.values().any(Peer::is_busy)
     }
 
     fn writes_wait(&self) -> bool {

@@ -8,7 +8,7 @@ use protocol::sender::Piece;
 
 use super::Shared;
 use super::engine::Command;
-use crate::transport::{Kind, Link, LinkError, Outcome, Remote};
+use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// A peer that the engine thread is connected to. Dropping it disconnects.
 #[derive(Debug)]
@@ -65,12 +65,18 @@ impl Link for NixlLink {
 
     /// # Cancel safety
     /// Dropped before the engine thread has room for it, nothing is written. Later the write goes on.
-    fn write(&self, _lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+    fn write_when(
+        &self,
+        ready: Ready,
+        _lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome> {
         let shared = Arc::clone(&self.shared);
         let link = self.id;
         Box::pin(async move {
             let outcome = shared.ask(|reply, permit| Command::Write {
                 link,
+                ready,
                 pieces,
                 reply,
                 permit,

@@ -28,6 +28,7 @@ use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::{Kind, Link, LinkError, Remote, Transport};
+use crate::cuda::CudaError;
 use crate::memory::Buffer;
 
 mod counts;
@@ -48,7 +49,8 @@ pub(crate) use ::nixl::{Library, Search};
 pub(crate) struct Config {
     /// The agent's name: new at each start, because peers know agents by it.
     pub(crate) agent: String,
-    /// NIXL's device id of the buffer: with LMCache the tensor-parallel rank, for host memory too.
+    /// NIXL's device id of the buffer: of GPU memory the GPU's number in this process, which UCX
+    /// checks; of host memory, as with LMCache, the tensor-parallel rank.
     pub(crate) device: u64,
     /// Backend parameters beyond the plugin's defaults.
     pub(crate) params: Vec<(String, String)>,
@@ -85,6 +87,8 @@ pub(crate) struct Nixl {
     slots: AtomicU64,
     address: u64,
     device: u64,
+    wire: wire::Wire,
+    on_gpu: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -114,7 +118,13 @@ impl Nixl {
     ) -> Result<Self, StartError> {
         // The variable that UCX itself is going to read, so it cannot be a setting of ours.
         let ucx_tls = std::env::var("UCX_TLS").ok();
-        let wire = wire::Wire::of_this_host(ucx_tls.as_deref());
+        let on_gpu = buffer.cuda().is_some();
+        let place = if on_gpu {
+            wire::Place::Gpu
+        } else {
+            wire::Place::Host
+        };
+        let wire = wire::Wire::of_this_host(ucx_tls.as_deref(), place);
         let (commands, queue) = mpsc::channel();
         let shared = Arc::new(Shared {
             commands,
@@ -154,6 +164,8 @@ impl Nixl {
             slots: AtomicU64::new(0),
             address,
             device,
+            wire,
+            on_gpu,
             thread: Some(thread),
         })
     }
@@ -174,6 +186,10 @@ impl Transport for Nixl {
 
     fn metadata(&self) -> Vec<u8> {
         self.metadata.clone()
+    }
+
+    fn poor(&self, same_host: bool) -> Option<String> {
+        self.on_gpu.then(|| self.wire.poor(same_host)).flatten()
     }
 
     fn cut(&self, slots: u32, slot_bytes: u64) {
@@ -276,12 +292,23 @@ pub(crate) enum StartError {
     /// No thread.
     #[error("no thread for nixl")]
     Thread(#[source] std::io::Error),
-    /// The library's refusal.
+    /// The library's refusal, or the GPU driver's.
     #[error("nixl does not start")]
-    Nixl(#[source] ::nixl::Error),
+    Nixl(#[source] Refusal),
     /// The engine thread panicked; its message is on standard error.
     #[error("the nixl thread panicked while starting")]
     Panicked,
+}
+
+/// Whose refusal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// The library's.
+    #[error(transparent)]
+    Nixl(#[from] ::nixl::Error),
+    /// The GPU driver's.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// Writes that may wait for the engine thread or be under way in it; each is one lease's batch of

@@ -16,7 +16,7 @@ use super::counts::Counters;
 use super::cut::Batch;
 use super::engine::{Slots, answer, unsent};
 use super::wire::Wire;
-use crate::transport::{Outcome, Remote};
+use crate::transport::{Outcome, Ready, Remote, Standing};
 
 /// A connected receiver.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub(super) struct Peer {
     remote: Rc<RemoteList>,
     slots: Slots,
     remote_slots: u32,
-    merge: Merge,
+    wire: Wire,
     name: String,
     /// The link was dropped: over once the writes have ended.
     closed: bool,
@@ -39,6 +39,9 @@ pub(super) struct Peer {
 /// One call of `Link::write`.
 #[derive(Debug)]
 struct Write {
+    /// Nothing is posted before.
+    ready: Ready,
+    queued: Instant,
     /// Not posted yet.
     waiting: VecDeque<Batch>,
     bytes: u64,
@@ -116,7 +119,7 @@ impl Peer {
             remote: Rc::new(list),
             slots,
             remote_slots,
-            merge: wire.merge(),
+            wire,
             name: remote.name.clone(),
             closed: false,
             failed: None,
@@ -148,6 +151,7 @@ impl Peer {
     /// Queues a write, or answers at once why not.
     pub(super) fn write(
         &mut self,
+        ready: Ready,
         pieces: &[Piece],
         slots: Option<&Slots>,
         reply: oneshot::Sender<Outcome>,
@@ -165,10 +169,12 @@ impl Peer {
         let batches = self
             .slots
             .cut
-            .batches(pieces, self.remote_slots, BATCH_BYTES);
+            .batches(pieces, self.remote_slots, self.wire.batch_bytes());
         match batches {
             Ok(batches) if batches.is_empty() => answer(reply, Outcome::Done),
             Ok(batches) => self.writes.push_back(Write {
+                ready,
+                queued: Instant::now(),
                 bytes: batches.iter().map(|batch| batch.bytes).sum(),
                 waiting: batches.into(),
                 running: Vec::new(),
@@ -194,6 +200,7 @@ impl Peer {
             return false;
         }
         let mut moved = self.poll(stall, busy, stuck);
+        self.look(stall);
         moved |= self.post();
         self.settle();
         moved
@@ -209,6 +216,16 @@ impl Peer {
 
     pub(super) fn is_active(&self) -> bool {
         !self.writes.is_empty()
+    }
+
+    /// Whether the library has something to do.
+    pub(super) fn is_busy(&self) -> bool {
+        self.writes.iter().any(|write| !write.is_awaiting())
+    }
+
+    /// Whether a write waits for its bytes.
+    pub(super) fn is_awaiting(&self) -> bool {
+        self.writes.iter().any(Write::is_awaiting)
     }
 
     /// Gives up every write, at the end of the thread.
@@ -266,6 +283,22 @@ impl Peer {
         moved || start.elapsed() > busy
     }
 
+    /// Asks which writes are ready now, and ends those that never will be.
+    fn look(&mut self, stall: Duration) {
+        for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
+            let error = match write.ready.look() {
+                Standing::There => continue,
+                Standing::NotYet if write.queued.elapsed() < stall => continue,
+                Standing::NotYet => format!("not ready within {stall:?}"),
+                Standing::Never(why) => why,
+            };
+            // Nothing of it was sent, and the link is none the worse for it.
+            write.waiting.clear();
+            write.ready.forget();
+            write.fail(true, error);
+        }
+    }
+
     /// One batch at most: where the CPU copies, the copying happens in here, and commands and other
     /// peers wait meanwhile.
     fn post(&mut self) -> bool {
@@ -273,7 +306,8 @@ impl Peer {
         if self.failed.is_some() || running >= WINDOW {
             return false;
         }
-        let Some(write) = self.writes.iter_mut().find(|w| !w.waiting.is_empty()) else {
+        let next = |w: &&mut Write| !w.waiting.is_empty() && !w.is_awaiting();
+        let Some(write) = self.writes.iter_mut().find(next) else {
             return false;
         };
         let Some(batch) = write.waiting.pop_front() else {
@@ -284,7 +318,7 @@ impl Peer {
             &batch.from,
             &self.remote,
             &batch.to,
-            self.merge,
+            self.wire.merge(),
         );
         let mut transfer = match made {
             Ok(transfer) => transfer,
@@ -316,6 +350,7 @@ impl Peer {
             for write in &mut self.writes {
                 if !write.waiting.is_empty() {
                     write.waiting.clear();
+                    write.ready.forget();
                     write.fail(true, error.clone());
                 }
             }
@@ -334,6 +369,10 @@ impl Peer {
 }
 
 impl Write {
+    fn is_awaiting(&self) -> bool {
+        self.ready.is_pending()
+    }
+
     /// The first error is told; the whole is terminal only if every part is.
     fn fail(&mut self, terminal: bool, error: String) {
         match &mut self.failure {
@@ -343,6 +382,7 @@ impl Write {
     }
 
     fn end(self, counters: &Counters) {
+        self.ready.end();
         let (counter, outcome) = match self.failure {
             None => {
                 counters.bytes.fetch_add(self.bytes, Ordering::Relaxed);
@@ -361,10 +401,6 @@ impl Write {
         answer(self.reply, outcome);
     }
 }
-
-/// Bytes of a request. Where the CPU copies, this is how long the thread is deaf: 10 ms at 6 GB/s.
-/// Making and flushing a request costs some ten microseconds.
-const BATCH_BYTES: u64 = 64 << 20;
 
 /// Requests under way to a peer: with two, the wire does not run dry while the end of one is noticed.
 const WINDOW: usize = 2;

@@ -51,7 +51,7 @@ async fn measure(total: u64, chunk: u64, streams: usize) {
     let sender = tcp("bench-send", slots, chunk, config);
     sender.receiving.buffer.fill_random(0, total, 9).unwrap();
     let mut there = remote(&sender);
-    there.tcp = Some(address);
+    there.address = Some(address);
     let link = sender.link(there).await.unwrap();
     let rounds = if total > 16 * MIB { 12 } else { 200 };
     let mut seconds = Vec::new();

@@ -13,7 +13,7 @@ use super::counts::Counters;
 use super::frame::{Answer, Part, Refusal, Write};
 use super::gate::{Cut, Gates, Pass};
 use super::socket::wait;
-use crate::memory::{Buffer, set_low_water};
+use crate::memory::{Buffer, Inlet, set_low_water};
 
 /// What all connections of a receiver share.
 #[derive(Debug)]
@@ -55,11 +55,14 @@ impl Landing {
     /// Serves the connection to its end. Blocks: each connection has a thread of its own.
     pub(super) fn run(self) {
         let counters = &self.receiver.counters;
-        let end = loop {
-            match self.frame() {
-                Ok(()) => {}
-                Err(end) => break end,
-            }
+        let end = match Inlet::new(Arc::clone(&self.receiver.buffer)) {
+            Ok(mut inlet) => loop {
+                match self.frame(&mut inlet) {
+                    Ok(()) => {}
+                    Err(end) => break end,
+                }
+            },
+            Err(error) => End::Broken(error),
         };
         match &end {
             End::Closed => {
@@ -80,7 +83,7 @@ impl Landing {
     }
 
     /// Takes one `Write`, from its head to the answer.
-    fn frame(&self) -> Result<(), End> {
+    fn frame(&self, inlet: &mut Inlet) -> Result<(), End> {
         let (write, parts) = self.head()?;
         let batch = write.batch;
         // A sum of sane parts may still overflow; then no slot could hold them.
@@ -97,7 +100,7 @@ impl Landing {
         let refused = match admitted {
             Ok(passes) => {
                 self.proven.store(true, Ordering::Relaxed);
-                self.land(&cut, &passes, bytes, deadline)?
+                self.land(inlet, &cut, &passes, bytes, deadline)?
             }
             // Its lease has just ended, and it has other writes on this connection: what comes for
             // the closed slots is thrown away, the rest is served.
@@ -166,6 +169,7 @@ impl Landing {
     /// Lets the frame's bytes land; gives the reason if a gate was closed meanwhile.
     fn land(
         &self,
+        inlet: &mut Inlet,
         cut: &Cut,
         passes: &[Pass],
         bytes: u64,
@@ -177,11 +181,8 @@ impl Landing {
             while at < pass.bytes {
                 let want =
                     usize::try_from(pass.bytes - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
-                let copied = cut.through(pass, || {
-                    self.receiver
-                        .buffer
-                        .recv(&self.socket, pass.offset + at, want)
-                });
+                let copied =
+                    cut.through(pass, || inlet.recv(&*self.socket, pass.offset + at, want));
                 match copied {
                     None => {
                         self.discard(left, deadline)?;

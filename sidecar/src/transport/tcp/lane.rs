@@ -24,8 +24,9 @@ use rustix::net::{SendFlags, send, sockopt};
 use super::batch::Ticket;
 use super::frame::{Answer, Part, Write};
 use super::socket::{Waker, poll_for};
-use crate::memory::Buffer;
-use crate::transport::Outcome;
+use crate::memory::{Buffer, Outlet};
+use crate::transport::ready::{LOOK, sleep_exactly};
+use crate::transport::{Outcome, Ready, Standing};
 
 /// The handle of a lane. Dropping it ends the thread once its jobs have ended, which their stall
 /// time bounds.
@@ -37,6 +38,10 @@ pub(super) struct Lane {
 /// One frame to be sent.
 #[derive(Debug)]
 pub(super) struct Job {
+    /// Not begun before.
+    pub(super) ready: Ready,
+    /// When it was posted.
+    pub(super) queued: Instant,
     pub(super) lease: LeaseId,
     /// At most [`super::frame::MAX_PIECES`].
     pub(super) sources: Vec<Source>,
@@ -78,9 +83,10 @@ impl Lane {
             waker: Waker::new()?,
             state: Mutex::new(State::Open(VecDeque::new())),
         });
+        let on_gpu = buffer.cuda().is_some();
         let worker = Worker {
             socket,
-            buffer,
+            outlet: Outlet::new(buffer)?,
             stall,
             queue: Arc::clone(&queue),
             sending: None,
@@ -89,12 +95,18 @@ impl Lane {
             answered: 0,
             batch: 0,
             progress: Instant::now(),
+            awaiting: false,
         };
         let name = name.to_owned();
         thread::Builder::new()
             .name("tcp-send".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || worker.run(&name))?;
+            .spawn(move || {
+                if on_gpu {
+                    sleep_exactly();
+                }
+                worker.run(&name);
+            })?;
         Ok(Self { queue })
     }
 
@@ -134,7 +146,7 @@ impl Queue {
 
 struct Worker {
     socket: TcpStream,
-    buffer: Arc<Buffer>,
+    outlet: Outlet,
     stall: Duration,
     queue: Arc<Queue>,
     sending: Option<Sending>,
@@ -145,6 +157,8 @@ struct Worker {
     batch: u64,
     /// When bytes last left or an answer last came.
     progress: Instant,
+    /// A job is queued whose bytes do not stand in the buffer yet.
+    awaiting: bool,
 }
 
 /// A frame on its way into the socket.
@@ -223,11 +237,10 @@ impl Worker {
         if self.sending.is_some() || self.unanswered.len() >= MAX_UNANSWERED {
             return false;
         }
-        let job = match &mut *self.queue.lock() {
-            State::Open(jobs) | State::Closing(jobs) => jobs.pop_front(),
-            State::Dead(_) => None,
+        let Some(job) = self.next_job() else {
+            return false;
         };
-        let Some(job) = job else { return false };
+        self.outlet.begin();
         if self.unanswered.is_empty() {
             self.progress = Instant::now();
         }
@@ -251,12 +264,39 @@ impl Worker {
         true
     }
 
+    /// The first job that is ready; those that never will be are ended.
+    fn next_job(&mut self) -> Option<Job> {
+        self.awaiting = false;
+        let mut queue = self.queue.lock();
+        let (State::Open(jobs) | State::Closing(jobs)) = &mut *queue else {
+            return None;
+        };
+        let mut at = 0;
+        while let Some(job) = jobs.get_mut(at) {
+            let error = match job.ready.look() {
+                Standing::There => return jobs.remove(at),
+                Standing::NotYet if job.queued.elapsed() < self.stall => {
+                    self.awaiting = true;
+                    at += 1;
+                    continue;
+                }
+                Standing::NotYet => format!("not ready within {:?}", self.stall),
+                Standing::Never(why) => why,
+            };
+            if let Some(job) = jobs.remove(at) {
+                let terminal = true;
+                job.ticket.settle(Outcome::Failed { terminal, error });
+            }
+        }
+        None
+    }
+
     /// Sends what the socket takes.
     fn push(&mut self) -> io::Result<Pushed> {
         let Some(sending) = &mut self.sending else {
             return Ok(Pushed::All);
         };
-        let result = sending.push(&self.socket, &self.buffer, &mut self.progress);
+        let result = sending.push(&self.socket, &mut self.outlet, &mut self.progress);
         match result {
             Ok(()) => {
                 self.sending = None;
@@ -335,6 +375,11 @@ impl Worker {
             }
             Some(left)
         };
+        let patience = if self.awaiting {
+            Some(patience.map_or(LOOK, |left| left.min(LOOK)))
+        } else {
+            patience
+        };
         let interest = match pushed {
             Pushed::All => PollFlags::IN,
             Pushed::Blocked => PollFlags::IN | PollFlags::OUT,
@@ -356,7 +401,7 @@ impl Sending {
     fn push(
         &mut self,
         socket: &TcpStream,
-        buffer: &Buffer,
+        outlet: &mut Outlet,
         progress: &mut Instant,
     ) -> io::Result<()> {
         while self.head_sent < self.head.len() {
@@ -372,7 +417,7 @@ impl Sending {
         while let Some(source) = self.now {
             let left = source.to.bytes - self.sent;
             let want = usize::try_from(left).map_or(SEND_BYTES, |left| left.min(SEND_BYTES));
-            match buffer.send(socket, source.from + self.sent, want) {
+            match outlet.send(socket, source.from + self.sent, want) {
                 Ok(n) => {
                     self.sent += n as u64;
                     *progress = Instant::now();

@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use protocol::LeaseId;
@@ -16,7 +16,7 @@ use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
 use super::lane::{Job, Lane, Source};
 use super::socket::prepare;
 use crate::memory::Buffer;
-use crate::transport::{Kind, Link, LinkError, Outcome, Remote};
+use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// One receiver, over one or more connections.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl TcpLink {
             cause,
         };
         let address = remote
-            .tcp
+            .address
             .as_deref()
             .ok_or_else(|| fail("the receiver does not offer the built-in transport".to_owned()))?;
         if remote.slots == 0 || remote.slot_bytes == 0 || remote.slot_bytes != terms.slot_bytes {
@@ -97,7 +97,7 @@ impl TcpLink {
                 reported = format!("{} tcp from {} to {to}", terms.streams.max(1), from.ip());
             }
             let lane = Lane::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
-            lanes.push(lane.map_err(|error| format!("no thread: {error}"))?);
+            lanes.push(lane.map_err(|error| format!("no thread, or no memory for it: {error}"))?);
         }
         Ok(Self {
             lanes,
@@ -139,7 +139,12 @@ impl Link for TcpLink {
         Kind::Tcp
     }
 
-    fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
+    fn write_when(
+        &self,
+        ready: Ready,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome> {
         let sources = match self.sources(&pieces) {
             Ok(sources) if sources.is_empty() => {
                 return Box::pin(std::future::ready(Outcome::Done));
@@ -164,6 +169,8 @@ impl Link for TcpLink {
         let (tickets, outcome) = Batch::tickets(jobs.len());
         for ((lane, sources), ticket) in jobs.into_iter().zip(tickets) {
             let job = Job {
+                ready: ready.clone(),
+                queued: Instant::now(),
                 lease,
                 sources,
                 ticket,

@@ -123,6 +123,17 @@ async fn many_writes_at_once_all_arrive() {
 }
 
 #[tokio::test]
+async fn a_write_waits_until_its_bytes_are_there() {
+    let Some(library) = library() else { return };
+    let mut receiver = Receiver::start(2, MIB);
+    let stall = Duration::from_millis(500);
+    let (sender, _buffer) = start_with(library, 2, MIB, |config| config.stall = stall);
+    receiver.expect(true);
+    let link = sender.link(receiver.remote.clone()).await.unwrap();
+    crate::transport::ready::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
+}
+
+#[tokio::test]
 async fn a_dead_receiver_fails_its_writes_and_its_successor_is_reached() {
     let Some(library) = library() else { return };
     let (slots, slot_bytes) = (4, MIB);

@@ -37,7 +37,7 @@ impl Receiver {
                 memory: Memory::Dram,
                 slots,
                 slot_bytes,
-                tcp: None,
+                address: None,
             },
             child,
             input,

@@ -33,7 +33,7 @@ pub(super) fn remote(of: &Tcp) -> Remote {
         memory: protocol::dlist::Memory::Dram,
         slots: cut.slots(),
         slot_bytes: cut.slot_bytes(),
-        tcp: Some(of.advert().address),
+        address: Some(of.advert().address),
     }
 }
 

@@ -115,6 +115,20 @@ async fn pieces_outside_of_the_buffers_never_leave() {
 }
 
 #[tokio::test]
+async fn a_write_waits_until_its_bytes_are_there() {
+    let config = Config {
+        stall: Duration::from_millis(200),
+        ..Config::default()
+    };
+    let sender = tcp("send", 2, MIB, config.clone());
+    let receiver = tcp("land", 2, MIB, config);
+    open_all(&receiver, LEASE);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    let stall = Duration::from_millis(200);
+    crate::transport::ready::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
+}
+
+#[tokio::test]
 async fn dropping_the_future_or_the_link_does_not_stop_a_write() {
     let (sender, receiver) = pair(4, 4 * MIB);
     sender.receiving.buffer.fill_random(0, 16 * MIB, 4).unwrap();
@@ -167,7 +181,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
     };
     for (remote, expect) in [
         (
-            other(|r| r.tcp = None),
+            other(|r| r.address = None),
             "does not offer the built-in transport",
         ),
         (
@@ -179,11 +193,11 @@ async fn links_that_cannot_be_made_say_what_to_check() {
             "cut into other slots since the handshake",
         ),
         (
-            other(|r| r.tcp = Some("no port".to_owned())),
+            other(|r| r.address = Some("no port".to_owned())),
             "no port: cannot be resolved",
         ),
         (
-            other(|r| r.tcp = Some("127.0.0.1:1".to_owned())),
+            other(|r| r.address = Some("127.0.0.1:1".to_owned())),
             "cannot connect",
         ),
     ] {
@@ -203,7 +217,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
     )
     .unwrap();
     let mut early = remote(&receiver);
-    early.tcp = Some(bare.advert().address);
+    early.address = Some(bare.advert().address);
     let text = cause(early).await;
     assert!(text.contains("has no slots yet"), "{text}");
     let text = bare.link(remote(&receiver)).await.unwrap_err().to_string();
@@ -219,7 +233,7 @@ async fn links_to_what_is_no_sidecar_end_in_time() {
     let sender = tcp("send", 2, MIB, config);
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut there = remote(&sender);
-    there.tcp = Some(other.local_addr().unwrap().to_string());
+    there.address = Some(other.local_addr().unwrap().to_string());
     // Silent: the kernel connects, nobody answers.
     let text = sender.link(there.clone()).await.unwrap_err().to_string();
     assert!(text.contains("did not answer within 200ms"), "{text}");
@@ -245,7 +259,7 @@ async fn links_to_what_is_no_sidecar_end_in_time() {
         all.contains("closed the connection instead of a greeting"),
         "{all}"
     );
-    drop(TcpStream::connect(there.tcp.unwrap()));
+    drop(TcpStream::connect(there.address.unwrap()));
     talk.join().unwrap();
 }
 

@@ -1,0 +1,138 @@
+"""GPU memory of a sidecar, opened in the engine's process: CUDA's driver through ctypes.
+
+The engine's process has torch in it, and torch works in each device's primary context. Memory is
+therefore opened in that context and in no other: it is made current for the call, whatever thread
+makes it. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import uuid
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .wire import CudaMemory
+
+HANDLE_BYTES = 64
+LAZY_ENABLE_PEER_ACCESS = 1
+
+
+class CudaError(Exception):
+    """A call of the driver failed; the text says which, and what may be done."""
+
+    def __init__(self, call: str, code: int, hint: str = "") -> None:
+        super().__init__(f"{call} failed with {code}{hint and ': '}{hint}")
+        self.code = code
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
+
+
+class Driver:
+    """The driver's library. Raises `CudaError` where there is none."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise CudaError("loading libcuda.so.1", 0, str(error)) from error
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: Any, hint: str = "") -> None:
+        """Calls a function that returns a `CUresult`. Raises `CudaError`."""
+        function: Callable[..., int] = getattr(self._library, name)
+        if code := function(*arguments):
+            raise CudaError(name, code, hint)
+
+    def uuid(self, ordinal: int) -> str:
+        """The name of a GPU that is the same in all processes: `GPU-…`."""
+        device = self._device(ordinal)
+        raw = (ctypes.c_ubyte * 16)()
+        self.call("cuDeviceGetUuid", ctypes.byref(raw), device)
+        return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
+
+    def ordinal(self, name: str) -> int:
+        """The visible GPU with this name. Raises `CudaError`."""
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        names = [self.uuid(i) for i in range(count.value)]
+        if name not in names:
+            raise CudaError("looking for the sidecar's GPU", 0, f"{name} is not among {names}")
+        return names.index(name)
+
+    def primary(self, ordinal: int) -> Primary:
+        """The context that torch works in."""
+        return Primary(self, self._device(ordinal))
+
+    def _device(self, ordinal: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(device), ordinal)
+        return device
+
+
+class Primary:
+    """A device's primary context, current while this is entered."""
+
+    def __init__(self, driver: Driver, device: ctypes.c_int) -> None:
+        self._driver = driver
+        self._device = device
+        self._context = ctypes.c_void_p()
+        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+
+    def __enter__(self) -> None:
+        self._driver.call("cuCtxPushCurrent_v2", self._context)
+
+    def __exit__(self, *_: object) -> None:
+        self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def __del__(self) -> None:
+        if self._context:
+            self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+
+class OpenedMemory:
+    """A sidecar's buffer. Closed with the last reference: moves that are under way hold one."""
+
+    def __init__(self, buffer: CudaMemory, driver: Driver | None = None) -> None:
+        """Opens it. Raises `CudaError`."""
+        self.bytes = buffer.size
+        self.address = 0
+        if len(buffer.handle) != HANDLE_BYTES:
+            text = f"a handle of {len(buffer.handle)} bytes"
+            raise CudaError("opening the sidecar's memory", 0, text)
+        self._driver = driver or Driver()
+        self.ordinal = self._driver.ordinal(buffer.uuid)
+        self._context = self._driver.primary(self.ordinal)
+        handle = _Handle.from_buffer_copy(buffer.handle)
+        address = ctypes.c_uint64()
+        with self._context:
+            self._driver.call(
+                "cuIpcOpenMemHandle_v2",
+                ctypes.byref(address),
+                handle,
+                LAZY_ENABLE_PEER_ACCESS,
+                hint="memory of another process cannot be opened; in containers, engine and "
+                "sidecar need the same IPC and PID namespace (--ipc=host --pid=host, or those of "
+                "one container)",
+            )
+        self.address = address.value
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For `torch.as_tensor`: all of it, as bytes."""
+        return {
+            "shape": (self.bytes,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            with self._context:
+                self._driver.call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))

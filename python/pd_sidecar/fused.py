@@ -1,0 +1,225 @@
+"""Moves between pages and slots on a GPU: one launch for all requests of a step.
+
+The kernel reads each piece's place from a plan that comes with the launch, so it needs no row
+numbers (they would be megabytes) and no second copy. What does not change from launch to launch is
+compiled in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import Geometry, LayoutError, Pages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .kernels import Piece
+
+FIELDS: tl.constexpr = tl.constexpr(6)
+"""Numbers of a piece in the plan: slot, first token, tokens, tokens in its slot, the first of them
+to be moved, and where its block table begins."""
+
+TOKENS, COLUMNS = 16, 256
+"""What one program moves: 32 KiB, if the elements have 8 bytes."""
+
+
+@triton.jit(do_not_specialize=["pieces"])  # type: ignore[untyped-decorator]
+def _move(  # type: ignore[no-untyped-def]
+    plan,
+    bases,
+    numbers,
+    inside,
+    buffer,
+    pieces,
+    block_units: tl.constexpr,
+    slot_units: tl.constexpr,
+    layers: tl.constexpr,
+    layer_count: tl.constexpr,
+    block_tokens: tl.constexpr,
+    runs: tl.constexpr,
+    run_units: tl.constexpr,
+    vector: tl.constexpr,
+    gather: tl.constexpr,
+    token_tile: tl.constexpr,
+    column_tile: tl.constexpr,
+):
+    """Program `[token tile, plane and layer, piece]`."""
+    record = plan + tl.program_id(2).to(tl.int64) * FIELDS
+    slot = tl.load(record)
+    first = tl.load(record + 1)
+    tokens = tl.load(record + 2)
+    packed = tl.load(record + 3)
+    offset = tl.load(record + 4)
+    table = plan + pieces.to(tl.int64) * FIELDS + tl.load(record + 5)
+
+    plane = tl.program_id(1) // layers
+    layer = tl.program_id(1) % layers
+    page = tl.load(bases + layer).to(buffer.dtype)
+    number = plane * layer_count + tl.load(numbers + layer)
+
+    token = tl.program_id(0) * token_tile + tl.arange(0, token_tile)
+    wanted = token < tokens
+    position = first + token
+    block = tl.load(table + position // block_tokens, mask=wanted, other=0)
+    in_block = position % block_tokens
+    starts = inside + (plane * block_tokens + in_block) * runs
+    row_units: tl.constexpr = runs * run_units
+    rows = slot * slot_units + (number * packed + offset + token) * row_units
+    for at in range(0, row_units, column_tile):
+        column = at + tl.arange(0, column_tile)
+        mask = wanted[:, None] & (column < row_units)[None, :]
+        start = tl.load(starts[:, None] + (column // run_units)[None, :], mask=mask, other=0)
+        in_page = page + (block * block_units)[:, None] + start + (column % run_units)[None, :]
+        in_slot = buffer + rows[:, None] + column[None, :]
+        if vector > 1:
+            # What a thread moves at once: Triton cannot see it through the table of starts.
+            in_page = tl.max_contiguous(tl.multiple_of(in_page, [1, 16]), [1, vector])
+            in_slot = tl.max_contiguous(tl.multiple_of(in_slot, [1, 16]), [1, vector])
+        if gather:
+            tl.store(in_slot, tl.load(in_page, mask=mask), mask=mask)
+        else:
+            tl.store(in_page, tl.load(in_slot, mask=mask), mask=mask)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The layers whose blocks are alike inside: usually all."""
+
+    bases: torch.Tensor
+    """Address of each layer's block 0."""
+    numbers: torch.Tensor
+    """The place of each layer among all."""
+    inside: torch.Tensor
+    """Where each run begins in a block: `[plane, token, run]`, in units."""
+    block_units: int
+    planes: int
+    run_units: int
+
+
+class Plan:
+    """Which pieces to move, as the kernel reads it. Raises `LayoutError`."""
+
+    def __init__(self, pages: Geometry, pieces: Sequence[Piece]) -> None:
+        page = pages.first
+        ratio = pages.block_tokens // page.tokens
+        tables: dict[int, int] = {}
+        parts: list[torch.Tensor] = []
+        records: list[int] = []
+        length = 0
+        for piece in pieces:
+            (first, end), (start, stop) = piece.packed, piece.tokens
+            if (stop - 1) // pages.block_tokens >= piece.table.numel():
+                raise LayoutError(f"{piece.table.numel()} blocks do not hold token {stop - 1}")
+            if id(piece.table) not in tables:
+                tables[id(piece.table)] = length
+                # A table's block may be several of the tensor's.
+                table = (piece.table.view(-1, 1) * ratio + torch.arange(ratio)).view(-1)
+                if int(table.max()) >= page.blocks or int(table.min()) < 0:
+                    raise LayoutError(f"a block table names a block beyond {page.blocks}")
+                parts.append(table)
+                length += table.numel()
+            at = tables[id(piece.table)]
+            records += [piece.slot, start, stop - start, end - first, start - first, at]
+        self.pieces = len(pieces)
+        self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
+        self.numbers = torch.cat([torch.tensor(records, dtype=torch.int64), *parts])
+
+
+class Mover:
+    """The kernel, with what it has to know of one worker's tensors and slots."""
+
+    def __init__(self, pages: Geometry, slot_bytes: int) -> None:
+        self.pages = pages
+        self._device = pages.first.tensor.device
+        widest = _widest(pages, slot_bytes)
+        self._unit = min(widest, max(_DTYPES))
+        self._vector = widest // self._unit
+        self._dtype = _DTYPES[self._unit]
+        self._slot_units = slot_bytes // self._unit
+        self._parts = [self._part(layers) for layers in _alike(pages.layers)]
+
+    def move(self, plan: Plan, buffer: torch.Tensor, *, gather: bool) -> None:
+        """Launches on the current stream. `buffer` holds the slots, as bytes."""
+        numbers = plan.numbers
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory().to(self._device, non_blocking=True)
+        slots = buffer[: buffer.numel() // self._unit * self._unit].view(self._dtype)
+        for part in self._parts:
+            layers = part.bases.numel()
+            grid = (triton.cdiv(plan.tokens, TOKENS), part.planes * layers, plan.pieces)
+            _move[grid](
+                numbers,
+                part.bases,
+                part.numbers,
+                part.inside,
+                slots,
+                plan.pieces,
+                part.block_units,
+                self._slot_units,
+                layers,
+                len(self.pages.layers),
+                self.pages.first.tokens,
+                part.inside.shape[2],
+                part.run_units,
+                vector=self._vector,
+                gather=gather,
+                token_tile=TOKENS,
+                column_tile=COLUMNS,
+            )
+
+    def _part(self, layers: list[tuple[int, Pages]]) -> _Part:
+        page = layers[0][1]
+        size = page.tensor.element_size()
+        run = _run_elements(page)
+        inside = page.inside[:, :, ::run] * size // self._unit
+        return _Part(
+            bases=torch.tensor([p.tensor.data_ptr() for _, p in layers], device=self._device),
+            numbers=torch.tensor([number for number, _ in layers], device=self._device),
+            inside=inside.contiguous().to(self._device),
+            block_units=page.block_stride * size // self._unit,
+            planes=page.planes,
+            run_units=run * size // self._unit,
+        )
+
+
+def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
+    """Layers, with their numbers, whose blocks are alike inside."""
+    groups: list[list[tuple[int, Pages]]] = []
+    for entry in enumerate(layers):
+        for group in groups:
+            other = group[0][1]
+            if entry[1].block_stride == other.block_stride and torch.equal(
+                entry[1].inside, other.inside
+            ):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _run_elements(page: Pages) -> int:
+    """The longest run of elements that lies together in every token of a block."""
+    inside = page.inside
+    ends = (inside[:, :, 1:] != inside[:, :, :-1] + 1).any(0).any(0).nonzero().view(-1) + 1
+    return math.gcd(inside.shape[2], *ends.tolist())
+
+
+def _widest(pages: Geometry, slot_bytes: int) -> int:
+    """The most bytes, up to 16, that divide every run and every place where one begins."""
+    unit = math.gcd(16, slot_bytes)
+    for page in pages.layers:
+        size, run = page.tensor.element_size(), _run_elements(page)
+        unit = math.gcd(unit, run * size, page.block_stride * size, page.tensor.data_ptr())
+        unit = math.gcd(unit, *(size * page.inside[:, :, ::run]).unique().tolist())
+    return unit
+
+
+_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}

@@ -1,0 +1,146 @@
+"""Moves on a GPU, in order with what the engine computes there.
+
+A gather waits for the mark behind the forward that computed its chunks, a scatter for the mark
+behind everything that was launched when its blocks were given to their request: an engine that
+schedules ahead may still have a step under way that writes to blocks it has freed. Both run on one
+stream of their own beside the engine's, so that neither waits for a step it has nothing to do with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cuda import CudaError, Driver, OpenedMemory
+from .fused import Mover, Plan
+from .kernels import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .connection import Connection
+    from .devices import Mark
+    from .kernels import Fence
+    from .layout import Geometry
+
+
+class Gpu:
+    """See `devices.Device`."""
+
+    def __init__(self, pages: Geometry, signals: int, chunk_tokens: int) -> None:
+        """Makes stream and events and compiles the kernel, before the engine captures graphs."""
+        self._device = pages.first.tensor.device
+        self._driver = Driver()
+        self.name: str | None = self._driver.uuid(self._device.index or 0)
+        self.is_asynchronous = True
+        with torch.cuda.device(self._device):
+            # Ahead of the engine's next kernels: a move is short, and somebody waits for it.
+            self._stream = torch.cuda.Stream(priority=-1)
+            self._signals = [
+                torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)
+            ]
+            self.events = [event.ipc_handle() for event in self._signals]
+            self._warm_up(pages, chunk_tokens)
+
+    def enter(self) -> None:
+        """The current device is a thread's own."""
+        torch.cuda.set_device(self._device)
+
+    def mark(self) -> Mark:
+        """On the engine's stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def hold(self, fence: Fence) -> None:
+        """On the engine's stream."""
+        if isinstance(fence, _Move):
+            torch.cuda.current_stream(self._device).wait_event(fence.end)
+
+    def copier(self, pages: Geometry, connection: Connection) -> GpuCopier:
+        """For the sidecar's memory, opened now."""
+        buffer = connection.welcome.cuda
+        if buffer is None:
+            raise OSError("the sidecar's buffer is not GPU memory")
+        if buffer.uuid != self.name:
+            raise OSError(f"the sidecar's buffer is on {buffer.uuid}, the engine on {self.name}")
+        try:
+            memory = OpenedMemory(buffer, self._driver)
+        except CudaError as error:
+            raise OSError(str(error)) from error
+        slots = torch.as_tensor(memory, device=self._device)
+        return GpuCopier(
+            Mover(pages, connection.welcome.slot_bytes), slots, self._stream, self._signals
+        )
+
+    def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
+        """Moves one token to and fro; nothing is in the pages yet."""
+        slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
+        mover = Mover(pages, pages.token_bytes * chunk_tokens)
+        copier = GpuCopier(mover, slots, self._stream, self._signals)
+        piece = Piece(0, torch.zeros(1, dtype=torch.int64), (0, 1), (0, 1))
+        copier.gather([piece], [self.mark()])
+        copier.scatter([piece], [self.mark()])
+        self._stream.synchronize()
+
+
+class GpuCopier:
+    """See `devices.Copier`."""
+
+    def __init__(
+        self,
+        mover: Mover,
+        slots: torch.Tensor,
+        stream: torch.cuda.Stream,
+        signals: list[torch.cuda.Event],
+    ) -> None:
+        self._mover = mover
+        self._slots = slots
+        self._stream = stream
+        self._signals = signals
+
+    def gather(
+        self, pieces: Sequence[Piece], after: Iterable[Mark], signal: int | None = None
+    ) -> Fence:
+        """Pages to slots."""
+        move = self._move(pieces, after, gather=True)
+        if signal is not None:
+            self._signals[signal].record(self._stream)
+        return move
+
+    def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
+        """Slots to pages."""
+        return self._move(pieces, after, gather=False)
+
+    def _move(self, pieces: Sequence[Piece], after: Iterable[Mark], *, gather: bool) -> _Move:
+        plan = Plan(self._mover.pages, pieces)
+        with torch.cuda.stream(self._stream):
+            for mark in after:
+                self._stream.wait_event(mark)
+            move = _Move(self._slots)
+            move.start.record(self._stream)
+            self._mover.move(plan, self._slots, gather=gather)
+            move.end.record(self._stream)
+        return move
+
+
+class _Move:
+    """A move on its way. It keeps the sidecar's memory open."""
+
+    def __init__(self, slots: torch.Tensor) -> None:
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+        self._slots: torch.Tensor | None = slots
+
+    def done(self) -> bool:
+        """Asks, does not wait."""
+        if not self.end.query():
+            return False
+        self._slots = None
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Of the move alone, without what it waited for."""
+        return float(self.start.elapsed_time(self.end)) / 1e3

@@ -1,0 +1,79 @@
+"""The thread that serves a worker's connections while the engine's own thread waits for the GPU."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+logger = init_logger("vllm.pd_sidecar.pump")
+
+
+class Pump(threading.Thread):
+    """Moves what can be moved as soon as a sidecar says so."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(name="pd-sidecar-pump", daemon=True)
+        self._worker = worker
+        self._news = threading.Event()
+        self._stopping = False
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def wait(self, timeout_s: float) -> None:
+        """For the engine's thread: returns when there is something to report, or after the time."""
+        self._news.wait(timeout_s)
+        self._news.clear()
+
+    def wake(self) -> None:
+        """There is a move whose end is to be watched for."""
+        if threading.current_thread() is not self:
+            os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """Ends the thread, after the move that it is about to launch."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self.join(STOP_S)
+
+    def run(self) -> None:
+        try:
+            self._worker.enter()
+            while not self._stopping:
+                self._sleep()
+                with self._worker.lock:
+                    self._worker.move()
+                    if self._worker.has_news:
+                        self._news.set()
+        except Exception:
+            # The engine's thread moves in every step, too: it meets the same, and raises it there.
+            logger.exception("KV is moved between the engine's steps only from now on")
+
+    def _sleep(self) -> None:
+        with self._worker.lock:
+            # Kept here: a descriptor must not be closed, and given to another, while it is polled.
+            connections = [c.connection for c in self._worker.clients if c.connected]
+            moving = self._worker.is_moving
+        if moving:
+            time.sleep(MOVE_S)
+            return
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        for connection in connections:
+            poller.register(connection.fileno(), select.POLLIN)
+        if any(fd == self._wake for fd, _ in poller.poll(LONGEST_S * 1e3)):
+            os.eventfd_read(self._wake)
+
+
+MOVE_S = 50e-6
+"""Between two looks at a move: some take 100 µs, and whoever waits for them waits for this too."""
+LONGEST_S = 0.05
+"""Between two looks at connections that are being made."""
+STOP_S = 1.0
+"""For a thread that only launches."""

@@ -1,0 +1,173 @@
+"""Moves that go on after their launch: a device whose moves end when the test says so."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import test_worker
+from test_worker import TABLE, TOKENS, Rig, load, push
+
+from pd_sidecar import wire, worker
+from pd_sidecar.kernels import HostCopier
+from pd_sidecar.metadata import PushStart, PushStep
+
+
+class Move:
+    def __init__(self, kind, after):
+        self.kind = kind
+        self.after = list(after)
+        self.over = False
+        self.seconds = 0.001
+
+    def done(self):
+        return self.over
+
+
+class Slow:
+    """See `devices.Device`."""
+
+    def __init__(self):
+        self.name = None
+        self.events = [b"0" * 64, b"1" * 64]
+        self.is_asynchronous = True
+        self.moves = []
+        self.held = []
+        self.marks = 0
+
+    def enter(self):
+        pass
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def hold(self, fence):
+        self.held.append(fence)
+
+    def copier(self, pages, connection):
+        host = HostCopier(pages, connection.memory, connection.welcome.slot_bytes)
+        device = self
+
+        class Copier:
+            def gather(self, pieces, after, signal=None):
+                host.gather(pieces)
+                return device.moved("gather", after)
+
+            def scatter(self, pieces, after):
+                host.scatter(pieces)
+                return device.moved("scatter", after)
+
+        return Copier()
+
+    def moved(self, kind, after):
+        self.moves.append(Move(kind, after))
+        return self.moves[-1]
+
+
+@pytest.fixture
+def device():
+    return Slow()
+
+
+@pytest.fixture
+def rig(tmp_path, monkeypatch, device):
+    monkeypatch.setattr(worker, "device_of", lambda *_, **__: device)
+    rig = Rig(tmp_path)
+    yield rig
+    rig.worker.close()
+
+
+def begin(rig, name, req):
+    start = PushStart(name, req, "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
+    rig.step(push_starts=[start], push_steps=[PushStep(name, TABLE, True, TOKENS)])
+    rig.sender.next(wire.Reserve)
+
+
+def test_the_sidecar_is_told_at_the_launch_and_blocks_are_held_to_the_end(rig, device):
+    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    rig.sender.next(wire.Reserve)
+    rig.step(forward=False, finished=["a"])
+    rig.sender.say(wire.Granted("r", 0, [0, 1, 2], [1, 2, 3]))
+    # No step: the thread beside the engine's does it.
+    staged = rig.sender.next(wire.Staged)
+    assert staged.chunks == [0, 1, 2]
+    assert staged.event in (0, 1)
+    assert device.moves[0].after == [1], "not behind the forward"
+    # The sidecar pushes it and is done before this side has seen the end of the gather.
+    rig.sender.say(wire.Ended("r", None, 10))
+    for _ in range(3):
+        assert rig.step(forward=False)[0] == set()
+    device.moves[0].over = True
+    assert rig.until(lambda: not rig.worker._sender._by_req)[0] == ["a"]
+    assert rig.stats.data["saves"] == 1
+
+
+def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
+    events = []
+    for name, req in (("a", "r1"), ("b", "r2"), ("c", "r3")):
+        begin(rig, name, req)
+        rig.sender.say(wire.Granted(req, 0, [0], [1]))
+        if name != "c":
+            events.append(rig.sender.next(wire.Staged).event)
+    assert sorted(events) == [0, 1]
+    # The third has none: it is told of when it is over.
+    rig.until(lambda: len(device.moves) == 3)
+    assert rig.sender.nothing()
+    device.moves[2].over = True
+    rig.until(lambda: not rig.sender.nothing())
+    assert rig.sender.next(wire.Staged).event is None
+    rig.sender.say(wire.Ended("r1", "cancelled", 0))
+    rig.until(lambda: rig.worker._sender._by_req["r1"].over)
+    begin(rig, "d", "r4")
+    rig.sender.say(wire.Granted("r4", 0, [0], [4]))
+    assert rig.sender.next(wire.Staged).event == events[0]
+
+
+@pytest.mark.parametrize("how", ["preempted", "cancelled"])
+def test_whoever_gets_the_blocks_comes_after_the_gather(rig, device, how):
+    begin(rig, "a", "r")
+    rig.sender.say(wire.Granted("r", 0, [0], [1]))
+    rig.sender.next(wire.Staged)
+    assert not device.held
+    rig.step(forward=False, **{how: ["a"]})
+    assert device.held == [device.moves[0]]
+
+
+def test_a_load_is_reported_at_its_last_launch_and_what_is_computed_waits_for_it(rig, device):
+    rig.step(forward=False, load_starts=[load()])
+    rig.receiver.next(wire.Await)
+    rig.receiver.say(wire.Ready("r", 0, [0, 1], [1, 2]))
+    rig.until(lambda: device.moves)
+    assert rig.step(forward=False)[1].received == set(), "a chunk is missing"
+    rig.receiver.say(wire.Ready("r", 0, [2], [3]))
+    _, received, failed = rig.until(lambda: not rig.worker._receiver._by_req)
+    assert (received, failed) == (["a"], [])
+    assert device.moves[0].after == [1], "not behind what may write to its blocks"
+    # The step that uses it.
+    device.held.clear()
+    rig.step()
+    assert device.held == device.moves
+    # The slots are not given back before they are read.
+    time.sleep(0.05)
+    assert rig.receiver.nothing()
+    for move in device.moves:
+        move.over = True
+    released = [rig.receiver.next(wire.Release) for _ in device.moves]
+    assert sorted(chunk for message in released for chunk in message.chunks) == [0, 1, 2]
+    rig.until(lambda: "loads" in rig.stats.data)
+
+
+def test_a_load_that_failed_is_reported_when_nothing_writes_to_its_blocks(rig, device):
+    rig.step(forward=False, load_starts=[load()])
+    rig.receiver.next(wire.Await)
+    rig.receiver.say(wire.Ready("r", 0, [0], [1]))
+    rig.until(lambda: device.moves)
+    rig.receiver.say(wire.Ended("r", "stalled", 0))
+    rig.until(lambda: rig.worker._receiver._by_req["r"].failure)
+    for _ in range(3):
+        assert rig.step(forward=False)[1].received == set()
+    assert rig.receiver.nothing(), "an abort says that no slot is read any more"
+    device.moves[0].over = True
+    _, received, failed = rig.until(lambda: not rig.worker._receiver._by_req)
+    assert (received, failed) == (["a"], ["a"])

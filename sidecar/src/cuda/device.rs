@@ -1,0 +1,261 @@
+//! A GPU and its primary context.
+
+use std::ffi::c_char;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUcontext, CUdevice};
+
+use super::driver::{CudaError, check, load};
+
+/// How a GPU is named.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Which {
+    /// Its number in this process.
+    Ordinal(u32),
+    /// The same in every process.
+    Uuid(Uuid),
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ordinal(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Uuid(uuid) => write!(f, "{uuid}"),
+        }
+    }
+}
+
+/// A GPU's UUID, written `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Uuid([u8; 16]);
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GPU")?;
+        for (i, byte) in self.0.iter().enumerate() {
+            if matches!(i, 0 | 4 | 6 | 8 | 10) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Uuid {
+    type Err = ();
+
+    /// With or without `GPU-`, which some tools leave out.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let text = text.strip_prefix("GPU-").unwrap_or(text);
+        let parsed = uuid::Uuid::try_parse(text).map_err(|_| ())?;
+        Ok(Self(parsed.into_bytes()))
+    }
+}
+
+/// A GPU with its primary context retained.
+///
+/// The primary one, because UCX takes it too: a second context on the same GPU would cost as much
+/// memory again.
+#[derive(Debug)]
+pub(crate) struct Device {
+    ordinal: u32,
+    raw: CUdevice,
+    uuid: Uuid,
+    context: CUcontext,
+}
+
+// SAFETY: a context may be made current in any thread, and the driver locks its own state; the handle
+// is given up only by `drop`.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Finds a GPU and retains its primary context: some hundred MiB of its memory, if this is the
+    /// process's first.
+    ///
+    /// # Errors
+    /// No driver, no such GPU, or the driver's refusal.
+    pub(crate) fn open(which: &Which) -> Result<Arc<Self>, CudaError> {
+        load()?;
+        let ordinal = match which {
+            Which::Ordinal(ordinal) => *ordinal,
+            Which::Uuid(uuid) => find(uuid)?,
+        };
+        let present = count()?;
+        if ordinal >= present {
+            return Err(missing(which));
+        }
+        let raw = handle(ordinal)?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: the out-pointer is valid, the device is one of this process.
+        check("cuDevicePrimaryCtxRetain", unsafe {
+            sys::cuDevicePrimaryCtxRetain(&mut context, raw)
+        })?;
+        Ok(Arc::new(Self {
+            ordinal,
+            raw,
+            uuid: uuid_of(raw)?,
+            context,
+        }))
+    }
+
+    /// Its number in this process.
+    pub(crate) fn ordinal(&self) -> u32 {
+        self.ordinal
+    }
+
+    /// Its UUID.
+    pub(crate) fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// Makes its context the calling thread's: for libraries that want one, and before each call here.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+        // SAFETY: retained until `drop`.
+        check("cuCtxSetCurrent", unsafe {
+            sys::cuCtxSetCurrent(self.context)
+        })
+    }
+
+    /// Free and total bytes of its memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn room(&self) -> Result<(u64, u64), CudaError> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both out-pointers are valid.
+        check("cuMemGetInfo", unsafe {
+            sys::cuMemGetInfo_v2(&mut free, &mut total)
+        })?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Whether this GPU reaches the memory of another one, or is that one.
+    ///
+    /// # Errors
+    /// For people: what stands in the way.
+    pub(crate) fn reaches(&self, other: &Uuid) -> Result<(), String> {
+        if self.uuid == *other {
+            return Ok(());
+        }
+        let peer = find(other).and_then(handle).map_err(|_| {
+            format!("the receiver's {other} is hidden from this process (CUDA_VISIBLE_DEVICES)")
+        })?;
+        let mut can = 0;
+        // SAFETY: the out-pointer is valid, both devices are of this process.
+        check("cuDeviceCanAccessPeer", unsafe {
+            sys::cuDeviceCanAccessPeer(&mut can, self.raw, peer)
+        })
+        .map_err(|error| error.to_string())?;
+        if can == 0 {
+            return Err(format!("{} has no peer access to {other}", self.uuid));
+        }
+        Ok(())
+    }
+
+    /// Lets this GPU reach the memory that `other`'s context holds.
+    pub(super) fn enable_peer(&self, other: &Self) -> Result<(), CudaError> {
+        if self.uuid == other.uuid {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both contexts are retained.
+        let enabled = check("cuCtxEnablePeerAccess", unsafe {
+            sys::cuCtxEnablePeerAccess(other.context, 0)
+        });
+        match enabled {
+            Err(error) if error.is(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.ordinal, self.uuid)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained by `open`, released once; all that was made in the context holds a counted
+        // reference to `self`.
+        let released = check("cuDevicePrimaryCtxRelease", unsafe {
+            sys::cuDevicePrimaryCtxRelease_v2(self.raw)
+        });
+        if let Err(error) = released {
+            tracing::debug!(%error, "a CUDA context was not released");
+        }
+    }
+}
+
+/// UUIDs of the GPUs of this process, in the order of their numbers.
+///
+/// # Errors
+/// No driver, or the driver's.
+pub(crate) fn all() -> Result<Vec<Uuid>, CudaError> {
+    load()?;
+    (0..count()?)
+        .map(|ordinal| handle(ordinal).and_then(uuid_of))
+        .collect()
+}
+
+fn find(uuid: &Uuid) -> Result<u32, CudaError> {
+    let at = all()?.iter().position(|found| found == uuid);
+    at.and_then(|at| u32::try_from(at).ok())
+        .ok_or_else(|| missing(&Which::Uuid(*uuid)))
+}
+
+fn missing(which: &Which) -> CudaError {
+    let present = match all() {
+        Ok(all) if all.is_empty() => "it sees none".to_owned(),
+        Ok(all) => {
+            let names: Vec<String> = (0..)
+                .zip(&all)
+                .map(|(i, uuid)| format!("cuda:{i} {uuid}"))
+                .collect();
+            format!("it sees {}", names.join(", "))
+        }
+        Err(error) => error.to_string(),
+    };
+    CudaError::NoDevice {
+        asked: which.to_string(),
+        present,
+    }
+}
+
+fn count() -> Result<u32, CudaError> {
+    let mut count = 0;
+    // SAFETY: the out-pointer is valid.
+    check("cuDeviceGetCount", unsafe {
+        sys::cuDeviceGetCount(&mut count)
+    })?;
+    Ok(u32::try_from(count).unwrap_or(0))
+}
+
+fn handle(ordinal: u32) -> Result<CUdevice, CudaError> {
+    let mut device = 0;
+    let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
+    // SAFETY: the out-pointer is valid; the driver checks the number.
+    check("cuDeviceGet", unsafe {
+        sys::cuDeviceGet(&mut device, ordinal)
+    })?;
+    Ok(device)
+}
+
+fn uuid_of(device: CUdevice) -> Result<Uuid, CudaError> {
+    let mut raw = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: the out-pointer is valid, the device is one of this process.
+    check("cuDeviceGetUuid", unsafe {
+        sys::cuDeviceGetUuid_v2(&mut raw, device)
+    })?;
+    Ok(Uuid(raw.bytes.map(c_char::cast_unsigned)))
+}

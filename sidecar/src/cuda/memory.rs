@@ -1,0 +1,180 @@
+//! A buffer of this process in GPU memory.
+
+use std::ffi::c_char;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use cudarc::driver::sys::{self, CUdeviceptr, CUipcMemHandle, CUresult};
+
+use super::device::Device;
+use super::driver::{CudaError, check};
+use super::stream::Stream;
+use super::{Extent, HANDLE_BYTES, Handle};
+
+/// Memory taken with cuMemAlloc: what UCX, the engine and peers can all open. What cuMemCreate gives
+/// UCX stages through sockets without a word.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    device: Arc<Device>,
+    address: CUdeviceptr,
+    bytes: u64,
+    handle: Handle,
+    /// For copies that a caller waits for; those of transports have their own.
+    copies: Mutex<Stream>,
+}
+
+impl DeviceMemory {
+    /// Takes and clears `bytes`.
+    ///
+    /// # Errors
+    /// Too little memory (how much is needed and free), or memory that cannot be shown to others.
+    pub(crate) fn take(device: Arc<Device>, bytes: u64) -> Result<Arc<Self>, CudaError> {
+        let (free, total) = device.room()?;
+        let short = || CudaError::Short {
+            device: device.to_string(),
+            asked: bytes,
+            free,
+            total,
+        };
+        // Whole granules: smaller allocations share one, and an IPC handle shows all of it.
+        let whole = bytes.checked_next_multiple_of(GRANULE).ok_or_else(short)?;
+        if whole > free {
+            return Err(short());
+        }
+        let copies = Mutex::new(Stream::new(&device)?);
+        let mut address = 0;
+        // SAFETY: the out-pointer is valid, a context is current (`room` and `new` have bound it).
+        let taken = check("cuMemAlloc", unsafe {
+            sys::cuMemAlloc_v2(&mut address, usize::try_from(whole).unwrap_or(usize::MAX))
+        });
+        match taken {
+            Err(error) if error.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => return Err(short()),
+            other => other?,
+        }
+        let mut memory = Self {
+            device,
+            address,
+            bytes,
+            handle: [0; HANDLE_BYTES],
+            copies,
+        };
+        memory.handle = memory.export()?;
+        // What an earlier process left there is nobody's business.
+        let stream = memory.lock();
+        stream.clear(&memory, 0, bytes)?;
+        stream.wait()?;
+        drop(stream);
+        let memory = Arc::new(memory);
+        own().push((memory.handle, Arc::downgrade(&memory)));
+        Ok(memory)
+    }
+
+    /// The GPU that it is on.
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Its first byte, as this process and its libraries name it.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What another process opens it by.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Copies a range out, and waits for it.
+    ///
+    /// # Errors
+    /// A range outside of it, or the driver's.
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), CudaError> {
+        let from = self.at(offset, into.len() as u64)?;
+        let stream = self.lock();
+        // SAFETY: both ranges are valid, by `at` and by the borrow, which outlasts the copy.
+        unsafe { stream.transfer(into.as_mut_ptr().addr() as u64, from, into.len() as u64) }?;
+        stream.wait()
+    }
+
+    /// Copies into a range, and waits for it.
+    ///
+    /// # Errors
+    /// A range outside of it, or the driver's.
+    pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), CudaError> {
+        let to = self.at(offset, from.len() as u64)?;
+        let stream = self.lock();
+        // SAFETY: both ranges are valid, by `at` and by the borrow, which outlasts the copy.
+        unsafe { stream.transfer(to, from.as_ptr().addr() as u64, from.len() as u64) }?;
+        stream.wait()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Stream> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn export(&self) -> Result<Handle, CudaError> {
+        let mut handle = CUipcMemHandle {
+            reserved: [0; HANDLE_BYTES],
+        };
+        // SAFETY: the out-pointer is valid; the address is the start of an allocation of this context.
+        check("cuIpcGetMemHandle", unsafe {
+            sys::cuIpcGetMemHandle(&mut handle, self.address)
+        })
+        .map_err(|error| error.ipc("the buffer cannot be shown to other processes"))?;
+        Ok(handle.reserved.map(c_char::cast_unsigned))
+    }
+}
+
+impl Extent for DeviceMemory {
+    fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError> {
+        range(self.address, self.bytes, offset, len)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        own().retain(|(_, memory)| memory.strong_count() > 0);
+        let freed = self.device.bind().and_then(|()| {
+            // SAFETY: taken once, freed once; copies hold counted references until they have ended.
+            // Processes that have opened it keep it mapped.
+            check("cuMemFree", unsafe { sys::cuMemFree_v2(self.address) })
+        });
+        if let Err(error) = freed {
+            tracing::debug!(%error, "GPU memory was not freed");
+        }
+    }
+}
+
+/// Memory of this very process by its handle: CUDA does not open what the same process has made.
+pub(super) fn of_this_process(handle: &Handle) -> Option<Arc<DeviceMemory>> {
+    let own = own();
+    let found = own.iter().find(|(known, _)| known == handle)?;
+    found.1.upgrade()
+}
+
+type Own = Vec<(Handle, Weak<DeviceMemory>)>;
+
+fn own() -> std::sync::MutexGuard<'static, Own> {
+    static OWN: Mutex<Own> = Mutex::new(Vec::new());
+    OWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The address of a range, if it lies within.
+pub(super) fn range(
+    address: CUdeviceptr,
+    bytes: u64,
+    offset: u64,
+    len: u64,
+) -> Result<CUdeviceptr, CudaError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= bytes => Ok(address + offset),
+        _ => Err(CudaError::Range { offset, len, bytes }),
+    }
+}
+
+/// The driver's page size for device memory.
+const GRANULE: u64 = 2 << 20;

@@ -1,0 +1,137 @@
+//! Copies in order.
+
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUstream};
+
+use super::Extent;
+use super::device::Device;
+use super::driver::{CudaError, check};
+use super::event::Event;
+
+/// A stream that waits for no other.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    raw: CUstream,
+    device: Arc<Device>,
+}
+
+// SAFETY: the driver locks its own state, and a stream is used with its context current in any thread.
+unsafe impl Send for Stream {}
+// SAFETY: as above; order between threads is the callers' business.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        device.bind()?;
+        let mut raw = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the out-pointer is valid, a context is current.
+        check("cuStreamCreate", unsafe {
+            sys::cuStreamCreate(&mut raw, flags)
+        })?;
+        Ok(Self {
+            raw,
+            device: Arc::clone(device),
+        })
+    }
+
+    /// Its GPU.
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Queues a copy between two GPU memories. Both must stay until the stream has gone past it: callers
+    /// keep both until an event recorded after it has fired.
+    ///
+    /// # Errors
+    /// A range outside of its memory, or the driver's.
+    pub(crate) fn push(
+        &self,
+        from: &impl Extent,
+        at: u64,
+        to: &impl Extent,
+        to_at: u64,
+        len: u64,
+    ) -> Result<(), CudaError> {
+        let source = from.at(at, len)?;
+        let target = to.at(to_at, len)?;
+        self.copy(target, source, len)
+    }
+
+    /// Queues a copy into host memory, or out of it.
+    ///
+    /// # Safety
+    /// `len` bytes at either address must be valid, of a device that this context reaches or of host
+    /// memory, and stay so until the stream has gone past the copy.
+    pub(super) unsafe fn transfer(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
+        self.copy(to, from, len)
+    }
+
+    fn copy(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
+        self.device.bind()?;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        // SAFETY: with unified addressing an address says where it is. `push` has checked both
+        // ranges; the other caller vouches for them.
+        check("cuMemcpyAsync", unsafe {
+            sys::cuMemcpyAsync(to, from, len, self.raw)
+        })
+    }
+
+    /// Queues zeros.
+    ///
+    /// # Errors
+    /// A range outside of the memory, or the driver's.
+    pub(crate) fn clear(&self, memory: &impl Extent, at: u64, len: u64) -> Result<(), CudaError> {
+        let target = memory.at(at, len)?;
+        self.device.bind()?;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        // SAFETY: within memory of this process, checked by `at`.
+        check("cuMemsetD8Async", unsafe {
+            sys::cuMemsetD8Async(target, 0, len, self.raw)
+        })
+    }
+
+    /// Has `event` fire once everything queued so far is done.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn record(&self, event: &Event) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: both live, of one context.
+        check("cuEventRecord", unsafe {
+            sys::cuEventRecord(event.raw(), self.raw)
+        })
+    }
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// The driver's, of what was queued too.
+    pub(crate) fn wait(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: live stream.
+        check("cuStreamSynchronize", unsafe {
+            sys::cuStreamSynchronize(self.raw)
+        })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let destroyed = self.device.bind().and_then(|()| {
+            // SAFETY: made by `new`, destroyed once; what is queued still runs.
+            check("cuStreamDestroy", unsafe {
+                sys::cuStreamDestroy_v2(self.raw)
+            })
+        });
+        if let Err(error) = destroyed {
+            tracing::debug!(%error, "a CUDA stream was not destroyed");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Two buffers of host memory, both roles in this process.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use protocol::local::{EngineRole, Target};
+use protocol::record::Record;
+use protocol::registration::ToProxy;
+
+use super::engine::{Engine, Gpu};
+use super::report::{LinkRow, Pushed, Report};
+use super::rounds::{Arrived, Content, Place, Rounds, When};
+use super::{Directory, LOOPBACK, Memory};
+use crate::cli::Selftest;
+use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Wire};
+use crate::memory::Buffer;
+use crate::node::Node;
+use crate::side::{Gauges, LinkStatus, Shown, Side};
+use crate::wires::Wires;
+
+impl Selftest {
+    pub(super) async fn between_buffers(
+        &self,
+        wire: Wire,
+        seconds: Duration,
+    ) -> anyhow::Result<Report> {
+        let directory = Directory::new()?;
+        let seen = Arc::new(Seen::default());
+        let config = Arc::new(self.config(wire, &directory));
+        let node = Node::start(Arc::clone(&config), Arc::clone(&seen) as Arc<dyn Shown>).await?;
+        let to = node
+            .target(0)
+            .ok_or_else(|| anyhow::anyhow!("no receiver was started"))?;
+        let content = HostContent::new(node.buffers())?;
+        let drain = node.drain_token();
+        let running = tokio::spawn(node.run());
+        let rounds = self.rounds(&config, to, content, seconds).await;
+        drain.cancel();
+        running.await?;
+        let memory = Memory::Host.to_string();
+        Ok(Report::new(
+            wire,
+            memory,
+            seen.link(),
+            &rounds?,
+            &seen.pushed(),
+        ))
+    }
+
+    async fn rounds(
+        &self,
+        config: &Config,
+        to: Target,
+        content: HostContent,
+        seconds: Duration,
+    ) -> anyhow::Result<Rounds> {
+        let layout = self.layout();
+        let connect = async |role| {
+            Engine::connect(&config.socket, role, layout.clone(), Gpu::default()).await
+        };
+        let prefill = connect(EngineRole::Prefill).await?;
+        let decode = connect(EngineRole::Decode).await?;
+        let mut rounds = Rounds::new(prefill, decode, Box::new(content), to, layout);
+        rounds.run(seconds).await?;
+        Ok(rounds)
+    }
+
+    fn config(&self, wire: Wire, directory: &Directory) -> Config {
+        Config {
+            role: Role::Both,
+            id: "selftest".to_owned(),
+            ranks: 1,
+            buffer_bytes: self.buffer_size,
+            devices: vec![None],
+            chunk_tokens: None,
+            listen: Some(Listen {
+                host: LOOPBACK.to_owned(),
+                advertise: LOOPBACK.to_owned(),
+                ranks: vec![RankPorts {
+                    init: 0,
+                    alloc: 0,
+                    query: None,
+                    tcp: 0,
+                }],
+            }),
+            socket: directory.path.join("selftest.sock"),
+            admin: HostPort {
+                host: LOOPBACK.to_owned(),
+                port: 0,
+            },
+            admin_host: LOOPBACK.to_owned(),
+            proxy: None,
+            transport: wire,
+            checksum: true,
+            push: true,
+            times: Times {
+                heartbeat: Duration::from_secs(1),
+                wait: Duration::from_secs(1),
+                park: Duration::from_millis(50),
+                repeat: Duration::from_millis(500),
+                link: Duration::from_secs(5),
+                stall: Duration::from_secs(10),
+                max_wait: Duration::from_secs(5),
+                no_sender: Duration::from_secs(5),
+                unclaimed: Duration::from_secs(5),
+                max_lease: Duration::from_secs(10),
+                drain: Duration::from_secs(5),
+            },
+            max_requests: 64,
+            max_quarantined: None,
+            log_level: "warn".to_owned(),
+            log_format: LogFormat::Text,
+            trace: None,
+        }
+    }
+}
+
+/// Both buffers, and the sums of what was filled in.
+#[derive(Debug)]
+pub(super) struct HostContent {
+    send: Arc<Buffer>,
+    land: Arc<Buffer>,
+    sums: BTreeMap<u32, u64>,
+}
+
+impl HostContent {
+    pub(super) fn new(mut buffers: BTreeMap<Side, Arc<Buffer>>) -> anyhow::Result<Self> {
+        let mut take = |side| {
+            buffers
+                .remove(&side)
+                .ok_or_else(|| anyhow::anyhow!("no {side:?} buffer"))
+        };
+        Ok(Self {
+            send: take(Side::Sender)?,
+            land: take(Side::Receiver)?,
+            sums: BTreeMap::new(),
+        })
+    }
+}
+
+impl Content for HostContent {
+    fn fill(&mut self, places: &[Place], _when: When) -> anyhow::Result<Option<u32>> {
+        for place in places {
+            let (offset, bytes) = (place.offset, place.bytes);
+            self.send.fill_random(offset, bytes, rand::random())?;
+            let sum = self.send.sum(offset, bytes)?;
+            self.sums.insert(place.chunk, sum);
+        }
+        Ok(None)
+    }
+
+    fn filled(&mut self) -> Option<Instant> {
+        None
+    }
+
+    fn arrived(&mut self, place: Place) -> anyhow::Result<Arrived> {
+        let sum = self.land.sum(place.offset, place.bytes)?;
+        Ok(if self.sums.remove(&place.chunk) == Some(sum) {
+            Arrived::Same
+        } else {
+            Arrived::Different
+        })
+    }
+}
+
+/// What the sides showed.
+#[derive(Debug, Default)]
+struct Seen {
+    records: Mutex<Vec<(Side, Record)>>,
+    link: Mutex<LinkRow>,
+}
+
+impl Seen {
+    fn link(&self) -> LinkRow {
+        let link = self.link.lock();
+        link.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Every request that went well, as the sender saw it.
+    fn pushed(&self) -> Vec<Pushed> {
+        let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = |(side, r): &&(Side, Record)| *side == Side::Sender && r.reason.is_none();
+        let pushed = |(_, r): &(Side, Record)| Pushed {
+            chunks: r.chunks,
+            bytes: r.bytes,
+            push_us: r.push_us,
+        };
+        records.iter().filter(done).map(pushed).collect()
+    }
+}
+
+impl Shown for Seen {
+    fn record(&self, side: Side, _rank: u32, record: &Record) {
+        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        records.push((side, record.clone()));
+    }
+
+    fn gauges(&self, _side: Side, _rank: u32, _gauges: Gauges<'_>) {}
+
+    fn links(&self, _rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
+        if let Some(link) = links.next() {
+            let mut row = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+            row.reported.clone_from(&link.reported);
+            row.measured_gb_per_s = link.rate();
+        }
+    }
+
+    fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
+
+    fn malformed(&self, _port: &'static str) {}
+
+    fn tell_proxy(&self, _message: &ToProxy) {}
+}

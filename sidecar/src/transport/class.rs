@@ -1,0 +1,143 @@
+//! What a wire should give, so that one which does something else in silence is noticed.
+
+use std::time::{Duration, Instant};
+
+use protocol::dlist::Memory;
+
+use super::Kind;
+
+/// Where the two ends of a link are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ends {
+    pub(crate) ours: Memory,
+    pub(crate) theirs: Memory,
+    pub(crate) same_host: bool,
+}
+
+/// A wire's class: a rate that even its slowest kind exceeds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Class {
+    /// 10⁹ bytes a second.
+    pub(crate) least_gb_s: f64,
+    /// What it is when it is slower.
+    hint: &'static str,
+}
+
+impl Class {
+    /// Of a wire between these ends.
+    pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
+        let on_gpus = ends.ours == Memory::Vram && ends.theirs == Memory::Vram;
+        match kind {
+            Kind::CudaIpc => Self {
+                least_gb_s: 5.0,
+                hint: "the GPUs share no NVLink and a slow or busy bus; `nvidia-smi topo -m` shows \
+                       how they are linked",
+            },
+            // 0.54 was seen where UCX could not export the memory: the slowest bus gives ten times that.
+            Kind::Nixl if on_gpus && ends.same_host => Self {
+                least_gb_s: 5.0,
+                hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
+                       sidecars share IPC and PID namespaces, or set transport to cuda_ipc",
+            },
+            Kind::Nixl if on_gpus => Self {
+                least_gb_s: 1.0,
+                hint: "UCX found no RDMA device that reaches GPU memory: check UCX_NET_DEVICES, and \
+                       that nvidia-peermem or dma-buf is there",
+            },
+            Kind::Nixl | Kind::Tcp => Self {
+                least_gb_s: 0.1,
+                hint: "the network is slower than a gigabit: check which address the receiver \
+                       advertises",
+            },
+        }
+    }
+}
+
+/// Whether a link is far below its class. Says so once a while.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Watch {
+    big_writes: u32,
+    said: Option<Instant>,
+}
+
+impl Watch {
+    /// Notes a write, and the rate of recent ones; gives what is to be said now.
+    pub(crate) fn note(
+        &mut self,
+        class: Class,
+        bytes: u64,
+        rate: Option<f64>,
+        now: Instant,
+    ) -> Option<&'static str> {
+        if bytes < BIG_BYTES {
+            return None;
+        }
+        self.big_writes = self.big_writes.saturating_add(1);
+        // The first ones set up connections and mappings.
+        if self.big_writes <= WARM_UP || rate.is_none_or(|rate| rate >= class.least_gb_s) {
+            return None;
+        }
+        if self
+            .said
+            .is_some_and(|said| now.duration_since(said) < AGAIN)
+        {
+            return None;
+        }
+        self.said = Some(now);
+        Some(class.hint)
+    }
+}
+
+/// Smaller writes are all overhead, on any wire.
+const BIG_BYTES: u64 = 4 << 20;
+const WARM_UP: u32 = 3;
+const AGAIN: Duration = Duration::from_secs(300);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_wire_is_named_once_a_while_after_its_start() {
+        let ends = Ends {
+            ours: Memory::Vram,
+            theirs: Memory::Vram,
+            same_host: true,
+        };
+        let class = Class::of(Kind::Nixl, ends);
+        let start = Instant::now();
+        let mut watch = Watch::default();
+        let mut said = |bytes, rate, after| {
+            let now = start + Duration::from_secs(after);
+            watch.note(class, bytes, Some(rate), now).is_some()
+        };
+        for _ in 0..WARM_UP {
+            assert!(!said(BIG_BYTES, 0.54, 0));
+        }
+        assert!(!said(BIG_BYTES - 1, 0.54, 0), "small");
+        assert!(!said(BIG_BYTES, 235.0, 0), "fast");
+        assert!(said(BIG_BYTES, 0.54, 0));
+        assert!(!said(BIG_BYTES, 0.54, 299));
+        assert!(said(BIG_BYTES, 0.54, 301));
+    }
+
+    #[test]
+    fn no_class_is_above_what_was_measured_on_its_slowest_wire() {
+        let check = |kind, ours, theirs, same_host, measured: f64| {
+            let ends = Ends {
+                ours,
+                theirs,
+                same_host,
+            };
+            assert!(
+                Class::of(kind, ends).least_gb_s * 1.9 < measured,
+                "{ends:?}"
+            );
+        };
+        check(Kind::CudaIpc, Memory::Vram, Memory::Vram, true, 12.0);
+        check(Kind::Nixl, Memory::Vram, Memory::Vram, true, 12.0);
+        check(Kind::Nixl, Memory::Vram, Memory::Vram, false, 2.0);
+        check(Kind::Nixl, Memory::Dram, Memory::Dram, true, 1.0);
+        check(Kind::Tcp, Memory::Vram, Memory::Dram, false, 0.2);
+    }
+}

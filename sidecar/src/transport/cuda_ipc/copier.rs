@@ -1,0 +1,311 @@
+//! The thread that queues copies and watches for their end.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+
+use protocol::sender::Piece;
+use tokio::sync::oneshot;
+
+use super::link::CudaLink;
+use super::peer::{Peer, leak};
+use super::{Config, Shared};
+use crate::cuda::{DeviceMemory, Event, State};
+use crate::transport::ready::{LOOK, sleep_exactly};
+use crate::transport::{Outcome, Ready, Remote, Standing};
+
+/// What the rest of the process asks of the thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Link {
+        remote: Box<Remote>,
+        slot_bytes: u64,
+        reply: oneshot::Sender<Result<CudaLink, String>>,
+    },
+    Write {
+        peer: Arc<Peer>,
+        ready: Ready,
+        pieces: Vec<Piece>,
+        reply: oneshot::Sender<Outcome>,
+    },
+    Unlink(Arc<Peer>),
+    Stop,
+}
+
+/// Everything that stays on the thread.
+#[derive(Debug)]
+pub(super) struct Copier {
+    /// Writes whose bytes do not stand in their slots yet, or that have just come.
+    waiting: VecDeque<Waiting>,
+    running: Vec<Running>,
+    memory: Arc<DeviceMemory>,
+    config: Config,
+    shared: Arc<Shared>,
+    commands: Receiver<Command>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    peer: Arc<Peer>,
+    ready: Ready,
+    pieces: Vec<Piece>,
+    since: Instant,
+    reply: oneshot::Sender<Outcome>,
+}
+
+/// Copies that are queued on the GPU.
+#[derive(Debug)]
+struct Running {
+    peer: Arc<Peer>,
+    end: Event,
+    since: Instant,
+    bytes: u64,
+    ready: Ready,
+    /// Absent once the caller was told that nobody knows how it ends.
+    reply: Option<oneshot::Sender<Outcome>>,
+}
+
+impl Copier {
+    pub(super) fn new(
+        memory: Arc<DeviceMemory>,
+        config: Config,
+        shared: Arc<Shared>,
+        commands: Receiver<Command>,
+    ) -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            memory,
+            config,
+            shared,
+            commands,
+        }
+    }
+
+    /// Until it is told to stop.
+    pub(super) fn run(mut self) {
+        sleep_exactly();
+        loop {
+            let command = match self.pause() {
+                Pause::None => self.commands.try_recv().map_err(|error| match error {
+                    TryRecvError::Empty => RecvTimeoutError::Timeout,
+                    TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                }),
+                Pause::For(time) => self.commands.recv_timeout(time),
+                Pause::UntilCalled => self
+                    .commands
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match command {
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return self.finish(),
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            self.look();
+            self.poll();
+        }
+    }
+
+    /// How long nothing needs to be looked at.
+    fn pause(&self) -> Pause {
+        let newest = self.running.iter().filter(|r| r.reply.is_some());
+        match newest.map(|running| running.since).max() {
+            // A push takes 2 ms, and another thread may need the core.
+            Some(since) if since.elapsed() < SPIN => {
+                std::thread::yield_now();
+                Pause::None
+            }
+            Some(_) => Pause::For(LOOK),
+            None if !self.waiting.is_empty() => Pause::For(LOOK),
+            None if !self.running.is_empty() => Pause::For(STUCK_LOOK),
+            None => Pause::UntilCalled,
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Link {
+                remote,
+                slot_bytes,
+                reply,
+            } => {
+                let made = Peer::open(&self.memory, slot_bytes, &remote)
+                    .map(|peer| CudaLink::new(Arc::clone(&self.shared), Arc::new(peer)));
+                // If nobody waits any more, the link in the answer is dropped, which unlinks.
+                drop(reply.send(made));
+            }
+            Command::Write {
+                peer,
+                ready,
+                pieces,
+                reply,
+            } => self.waiting.push_back(Waiting {
+                peer,
+                ready,
+                pieces,
+                since: Instant::now(),
+                reply,
+            }),
+            // Copies that still run have their own reference.
+            Command::Unlink(peer) => drop(peer),
+            Command::Stop => {}
+        }
+    }
+
+    /// Queues what is ready, ends what never will be.
+    fn look(&mut self) {
+        let mut at = 0;
+        while let Some(write) = self.waiting.get_mut(at) {
+            let error = match write.ready.look() {
+                Standing::There => None,
+                Standing::NotYet if write.since.elapsed() < self.config.stall => {
+                    at += 1;
+                    continue;
+                }
+                Standing::NotYet => Some(format!("not ready within {:?}", self.config.stall)),
+                Standing::Never(why) => Some(why),
+            };
+            let Some(write) = self.waiting.remove(at) else {
+                continue;
+            };
+            match error {
+                None => self.post(write),
+                Some(error) => {
+                    count(&self.shared.counters.unready, 1);
+                    self.fail(write.reply, true, error);
+                }
+            }
+        }
+    }
+
+    fn post(&mut self, write: Waiting) {
+        let copies = match write.peer.plan(&self.memory, &write.pieces) {
+            Ok(copies) if copies.is_empty() => return answer(write.reply, Outcome::Done),
+            Ok(copies) => copies,
+            Err(error) => return self.fail(write.reply, true, error),
+        };
+        match write.peer.post(&self.memory, &copies) {
+            Ok(end) => {
+                count(&self.shared.counters.copies, copies.len() as u64);
+                self.running.push(Running {
+                    peer: write.peer,
+                    end,
+                    since: Instant::now(),
+                    bytes: copies.iter().map(|copy| copy.bytes).sum(),
+                    ready: write.ready,
+                    reply: Some(write.reply),
+                });
+            }
+            Err((queued, error)) => {
+                let error = format!("copy {queued} of {} failed: {error}", copies.len());
+                self.fail(write.reply, queued == 0, error);
+                if queued > 0 {
+                    // Nothing tells when what was queued is over.
+                    leak(write.peer);
+                }
+            }
+        }
+    }
+
+    /// Answers what has ended, and gives up what stands still.
+    fn poll(&mut self) {
+        let mut at = 0;
+        while let Some(running) = self.running.get_mut(at) {
+            let (outcome, over) = match running.end.state() {
+                Ok(State::Fired) => (Outcome::Done, true),
+                Ok(State::Pending) if running.since.elapsed() < self.config.stall => {
+                    at += 1;
+                    continue;
+                }
+                Ok(State::Pending) => {
+                    let error = format!("nothing moved for {:?}", self.config.stall);
+                    (uncertain(error), false)
+                }
+                // The context is lost, and every later copy fails in the same way.
+                Err(error) => (uncertain(error.to_string()), true),
+            };
+            if let Some(reply) = running.reply.take() {
+                running.ready.end();
+                let counters = &self.shared.counters;
+                match &outcome {
+                    Outcome::Done => {
+                        count(&counters.done, 1);
+                        count(&counters.bytes, running.bytes);
+                    }
+                    Outcome::Failed { error, .. } => {
+                        tracing::warn!(peer = running.peer.name, error, "copy given up");
+                        count(&counters.uncertain, 1);
+                    }
+                }
+                answer(reply, outcome);
+            }
+            if over {
+                self.running.swap_remove(at);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    fn fail(&self, reply: oneshot::Sender<Outcome>, terminal: bool, error: String) {
+        let counters = &self.shared.counters;
+        let counter = if terminal {
+            &counters.failed
+        } else {
+            &counters.uncertain
+        };
+        count(counter, 1);
+        answer(reply, Outcome::Failed { terminal, error });
+    }
+
+    /// Gives what is under way its time, then answers all that is left.
+    fn finish(mut self) {
+        for write in std::mem::take(&mut self.waiting) {
+            self.fail(write.reply, true, "the transport has stopped".to_owned());
+        }
+        let deadline = Instant::now() + self.config.drain;
+        while !self.running.is_empty() && Instant::now() < deadline {
+            self.poll();
+            std::thread::sleep(LOOK);
+        }
+        for running in self.running {
+            if let Some(reply) = running.reply {
+                answer(reply, uncertain("the transport has stopped".to_owned()));
+            }
+            tracing::warn!(
+                peer = running.peer.name,
+                "a copy has not ended: both buffers are kept until the process ends"
+            );
+            leak(running.peer);
+            std::mem::forget(Arc::clone(&self.memory));
+        }
+    }
+}
+
+enum Pause {
+    None,
+    For(Duration),
+    UntilCalled,
+}
+
+fn uncertain(error: String) -> Outcome {
+    let terminal = false;
+    Outcome::Failed { terminal, error }
+}
+
+/// Answers a caller who may have gone.
+fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
+    drop(reply.send(outcome));
+}
+
+fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// A long prompt's push: until then it is not worth going to sleep.
+const SPIN: Duration = Duration::from_millis(4);
+/// What was given up ends some time or never.
+const STUCK_LOOK: Duration = Duration::from_millis(100);

@@ -1,0 +1,102 @@
+//! The sending half of the trait: what is left of it on the runtime's side.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use futures::future::BoxFuture;
+use protocol::LeaseId;
+use protocol::sender::Piece;
+use tokio::sync::oneshot;
+
+use super::Shared;
+use super::copier::Command;
+use super::peer::Peer;
+use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
+
+/// A receiver whose buffer is mapped. Dropping it unmaps, once its copies have ended.
+#[derive(Debug)]
+pub(super) struct CudaLink {
+    shared: Arc<Shared>,
+    peer: Arc<Peer>,
+}
+
+impl CudaLink {
+    pub(super) fn new(shared: Arc<Shared>, peer: Arc<Peer>) -> Self {
+        Self { shared, peer }
+    }
+}
+
+/// # Cancel safety
+/// Dropped early, the mapping is given up again.
+pub(super) async fn connect(
+    shared: Arc<Shared>,
+    remote: Remote,
+) -> Result<Arc<dyn Link>, LinkError> {
+    let peer = remote.name.clone();
+    let refused = |cause| LinkError {
+        kind: Kind::CudaIpc,
+        peer,
+        cause,
+    };
+    let (reply, answer) = oneshot::channel();
+    let command = Command::Link {
+        remote: Box::new(remote),
+        slot_bytes: shared.slot_bytes.load(Ordering::Acquire),
+        reply,
+    };
+    if shared.commands.send(command).is_err() {
+        return Err(refused(STOPPED.to_owned()));
+    }
+    match tokio::time::timeout(shared.link, answer).await {
+        // The link travels in the answer: an answer that nobody takes drops it.
+        Ok(Ok(Ok(link))) => Ok(Arc::new(link) as Arc<dyn Link>),
+        Ok(Ok(Err(cause))) => Err(refused(cause)),
+        Ok(Err(_)) => Err(refused(STOPPED.to_owned())),
+        Err(_) => Err(refused(format!("not mapped within {:?}", shared.link))),
+    }
+}
+
+impl Link for CudaLink {
+    fn kind(&self) -> Kind {
+        Kind::CudaIpc
+    }
+
+    fn write_when(
+        &self,
+        ready: Ready,
+        _lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome> {
+        let (reply, answer) = oneshot::channel();
+        let write = Command::Write {
+            peer: Arc::clone(&self.peer),
+            ready,
+            pieces,
+            reply,
+        };
+        // Bounded by the sender machine's requests, each with a write for each step of its engine.
+        let sent = self.shared.commands.send(write).is_ok();
+        Box::pin(async move {
+            let outcome = if sent { answer.await.ok() } else { None };
+            outcome.unwrap_or_else(|| Outcome::Failed {
+                // The thread answers all that it has queued before it ends; unless it panicked.
+                terminal: !sent,
+                error: STOPPED.to_owned(),
+            })
+        })
+    }
+
+    fn reported(&self) -> String {
+        self.peer.reported.clone()
+    }
+}
+
+impl Drop for CudaLink {
+    fn drop(&mut self) {
+        // The last reference goes on the thread: unmapping takes its time.
+        let peer = Arc::clone(&self.peer);
+        drop(self.shared.commands.send(Command::Unlink(peer)));
+    }
+}
+
+const STOPPED: &str = "the thread that copies between GPUs has ended";

@@ -1,0 +1,199 @@
+//! Copies straight into the receiver's GPU memory, which it shows by an IPC handle: for two sidecars
+//! on one host whose GPUs reach each other.
+//!
+//! One thread a buffer queues copies on a stream for each receiver, and polls for their end; copy
+//! engines do the work. What it waits for before it queues, and why not the GPU, stands at
+//! [`Ready`](super::Ready). A copy is over when an event recorded after it has fired: then every byte
+//! is visible to whatever the receiver's GPU begins later. So the sender's word is the proof that a
+//! slot is free of writes; without it, the end of the sender's process, which takes its queued copies
+//! along.
+//!
+//! `sidecar selftest` between two H200 over 18 NVLinks, 21 chunks of 32 MiB a request, GB/s, medians: *wire*
+//! from the first copy queued to the event seen, *ready* from the moment at which the GPU had filled the
+//! slots to the decode engine's `Ready`, every chunk compared, none wrong:
+//!
+//! | | wire | ready |
+//! |---|---|---|
+//! | `cuda_ipc` | 356 | 273 |
+//! | `nixl` (UCX over CUDA IPC) | 344 | 279 |
+//! | `tcp` (pinned staging, loopback) | 7.2 | 8.0 |
+//!
+//! `nixl` with `UCX_TLS=tcp,cuda_copy` moved 0.48, `cuda_ipc` within one GPU 1230 (from staged to ready 620).
+//! Between *wire* and *ready* lie 0.6 ms in which three sleeping processes are woken one after the other.
+//!
+//! | file | |
+//! |---|---|
+//! | [`address`] | what a receiver tells of its buffer |
+//! | [`copier`] | the thread |
+//! | [`peer`] | one receiver: its memory, its stream, what is copied in one go |
+//! | [`link`] | the sending half of the trait |
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use protocol::message::Advert;
+use protocol::{LeaseId, SlotIndex};
+
+use super::{Kind, Link, LinkError, Remote, Transport};
+use crate::cuda::DeviceMemory;
+
+mod address;
+mod copier;
+mod link;
+mod peer;
+
+use address::Address;
+use copier::{Command, Copier};
+
+/// Times.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Config {
+    /// Time to make a link.
+    pub(crate) link: Duration,
+    /// Time that a write may wait for its bytes, or stand still.
+    pub(crate) stall: Duration,
+    /// Time that copies under way get at the end.
+    pub(crate) drain: Duration,
+}
+
+/// Both halves of the transport over one buffer.
+///
+/// Dropping it waits for the thread, for [`Config::drain`] at most.
+#[derive(Debug)]
+pub(crate) struct CudaIpc {
+    memory: Arc<DeviceMemory>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread and its clients have in common.
+#[derive(Debug)]
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    /// Bytes of a slot of this buffer; 0 before it is cut.
+    slot_bytes: AtomicU64,
+    link: Duration,
+    counters: Counters,
+}
+
+/// Written by the thread, read by any.
+#[derive(Debug, Default)]
+struct Counters {
+    done: AtomicU64,
+    failed: AtomicU64,
+    uncertain: AtomicU64,
+    unready: AtomicU64,
+    bytes: AtomicU64,
+    copies: AtomicU64,
+}
+
+impl CudaIpc {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub(crate) fn start(memory: Arc<DeviceMemory>, config: Config) -> std::io::Result<Self> {
+        let (commands, queue) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            commands,
+            slot_bytes: AtomicU64::new(0),
+            link: config.link,
+            counters: Counters::default(),
+        });
+        let copier = Copier::new(Arc::clone(&memory), config, Arc::clone(&shared), queue);
+        let thread = thread::Builder::new()
+            .name(format!("cuda-{}", memory.device().ordinal()))
+            .spawn(move || copier.run())?;
+        Ok(Self {
+            memory,
+            shared,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Transport for CudaIpc {
+    fn kind(&self) -> Kind {
+        Kind::CudaIpc
+    }
+
+    fn advert(&self) -> Advert {
+        Advert {
+            kind: Kind::CudaIpc.as_str().to_owned(),
+            address: Address::of(&self.memory).to_string(),
+        }
+    }
+
+    fn metadata(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn reaches(&self, advert: &Advert, same_host: bool) -> Result<(), String> {
+        if !same_host {
+            return Err("the receiver is on another host, or in another PID namespace".to_owned());
+        }
+        let address: Address = advert.address.parse()?;
+        self.memory.device().reaches(&address.uuid)
+    }
+
+    fn cut(&self, _slots: u32, slot_bytes: u64) {
+        self.shared.slot_bytes.store(slot_bytes, Ordering::Release);
+    }
+
+    fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
+        Box::pin(link::connect(Arc::clone(&self.shared), remote))
+    }
+
+    fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
+        // One-sided: a peer writes when it likes, leases are kept by the word of the peers.
+    }
+
+    fn close(&self, _slot: SlotIndex) {}
+
+    fn close_is_a_fence(&self) -> bool {
+        false
+    }
+
+    fn events(&self) -> Vec<(&'static str, u64)> {
+        let counters = &self.shared.counters;
+        // Relaxed: each is a number of its own, and nothing is decided by two of them.
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("writes_done", read(&counters.done)),
+            ("writes_failed", read(&counters.failed)),
+            ("writes_uncertain", read(&counters.uncertain)),
+            ("writes_never_ready", read(&counters.unready)),
+            ("bytes_written", read(&counters.bytes)),
+            ("copies", read(&counters.copies)),
+            ("running", u64::from(self.is_running())),
+        ]
+    }
+
+    fn is_running(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+    }
+
+    fn expect(&self, _writing: bool) {
+        // The sender's copy engines do the writing.
+    }
+}
+
+impl Drop for CudaIpc {
+    fn drop(&mut self) {
+        // Fails when the thread has ended.
+        drop(self.shared.commands.send(Command::Stop));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that copies between GPUs panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

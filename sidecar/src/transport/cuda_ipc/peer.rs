@@ -1,0 +1,168 @@
+//! One receiver: its memory, the stream of the copies into it, what is copied in one go.
+
+use std::sync::Arc;
+
+use protocol::sender::Piece;
+
+use super::address::Address;
+use crate::cuda::{CudaError, DeviceMemory, Event, Imported, Stream};
+use crate::transport::Remote;
+
+/// A receiver's buffer, mapped here.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) name: String,
+    memory: Imported,
+    stream: Stream,
+    slots: u32,
+    slot_bytes: u64,
+    pub(super) reported: String,
+}
+
+impl Peer {
+    /// # Errors
+    /// For people: what does not fit, or what the driver refuses.
+    pub(super) fn open(
+        ours: &DeviceMemory,
+        slot_bytes: u64,
+        remote: &Remote,
+    ) -> Result<Self, String> {
+        let address = remote.address.as_deref();
+        let address: Address = address.ok_or("the receiver shows no GPU buffer")?.parse()?;
+        let bytes = u64::from(remote.slots).checked_mul(remote.slot_bytes);
+        if slot_bytes == 0
+            || slot_bytes != remote.slot_bytes
+            || bytes.is_none_or(|bytes| bytes > address.bytes)
+        {
+            return Err(format!(
+                "slots of {slot_bytes} bytes here, {} of {} bytes in {} there: both sides must serve \
+                 the same model",
+                remote.slots, remote.slot_bytes, address.bytes
+            ));
+        }
+        let device = ours.device();
+        device.reaches(&address.uuid)?;
+        let memory = Imported::open(device, &address.handle, address.bytes);
+        let reported = if device.uuid() == address.uuid {
+            format!("copies within {}", address.uuid)
+        } else {
+            format!("peer copies from {} to {}", device.uuid(), address.uuid)
+        };
+        Ok(Self {
+            name: remote.name.clone(),
+            memory: memory.map_err(|error| error.to_string())?,
+            stream: Stream::new(device).map_err(|error| error.to_string())?,
+            slots: remote.slots,
+            slot_bytes,
+            reported,
+        })
+    }
+
+    /// Turns pieces into copies, or says which piece is wrong.
+    pub(super) fn plan(&self, ours: &DeviceMemory, pieces: &[Piece]) -> Result<Vec<Copy>, String> {
+        plan(pieces, self.slots, self.slot_bytes, ours.bytes())
+    }
+
+    /// Queues copies, and an event that fires after them.
+    ///
+    /// # Errors
+    /// How many were queued, and the driver's refusal of the next.
+    pub(super) fn post(
+        &self,
+        ours: &DeviceMemory,
+        copies: &[Copy],
+    ) -> Result<Event, (usize, CudaError)> {
+        let end = Event::new(self.stream.device()).map_err(|error| (0, error))?;
+        for (i, copy) in copies.iter().enumerate() {
+            let queued = self
+                .stream
+                .push(ours, copy.from, &self.memory, copy.to, copy.bytes);
+            queued.map_err(|error| (i, error))?;
+        }
+        let recorded = self.stream.record(&end);
+        recorded.map_err(|error| (copies.len(), error))?;
+        Ok(end)
+    }
+}
+
+/// A range of this buffer and where it goes in the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Copy {
+    from: u64,
+    to: u64,
+    pub(super) bytes: u64,
+}
+
+/// Neighbours on both sides become one copy: 64 MiB at once go at 348 GB/s over NVLink, 1 GiB at 393.
+fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<Copy>, String> {
+    let mut copies: Vec<Copy> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let from = u64::from(piece.from.0) * slot_bytes;
+        let fits = piece.bytes <= slot_bytes && piece.to.0 < slots && from + slot_bytes <= ours;
+        if !fits {
+            return Err(format!("{piece:?} is not within both buffers"));
+        }
+        let to = u64::from(piece.to.0) * slot_bytes;
+        match copies.last_mut() {
+            _ if piece.bytes == 0 => {}
+            Some(last) if last.from + last.bytes == from && last.to + last.bytes == to => {
+                last.bytes += piece.bytes;
+            }
+            _ => copies.push(Copy {
+                from,
+                to,
+                bytes: piece.bytes,
+            }),
+        }
+    }
+    Ok(copies)
+}
+
+/// Keeps a peer's memory mapped for good: a copy into it may never end.
+pub(super) fn leak(peer: Arc<Peer>) {
+    std::mem::forget(peer);
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::SlotIndex;
+
+    use super::*;
+
+    fn piece((from, to, bytes): (u32, u32, u64)) -> Piece {
+        Piece {
+            from: SlotIndex(from),
+            to: SlotIndex(to),
+            bytes,
+        }
+    }
+
+    #[test]
+    fn neighbours_are_copied_at_once() {
+        let check = |pieces: &[(u32, u32, u64)], expect: &[(u64, u64, u64)]| {
+            let pieces: Vec<Piece> = pieces.iter().copied().map(piece).collect();
+            let copies = plan(&pieces, 8, 100, 800).unwrap();
+            let copies: Vec<_> = copies.iter().map(|c| (c.from, c.to, c.bytes)).collect();
+            assert_eq!(copies, expect, "{pieces:?}");
+        };
+        check(&[], &[]);
+        check(&[(0, 4, 100), (1, 5, 100), (2, 6, 30)], &[(0, 400, 230)]);
+        check(&[(0, 4, 30), (1, 5, 100)], &[(0, 400, 30), (100, 500, 100)]);
+        check(
+            &[(0, 4, 100), (1, 6, 100)],
+            &[(0, 400, 100), (100, 600, 100)],
+        );
+        check(
+            &[(1, 4, 100), (0, 5, 100)],
+            &[(100, 400, 100), (0, 500, 100)],
+        );
+        check(&[(7, 7, 100), (0, 0, 0)], &[(700, 700, 100)]);
+    }
+
+    #[test]
+    fn pieces_outside_either_buffer_are_named() {
+        for bad in [(8, 0, 1), (0, 8, 1), (0, 0, 101), (u32::MAX, 0, 1)] {
+            assert!(plan(&[piece(bad)], 8, 100, 800).is_err(), "{bad:?}");
+        }
+    }
+}

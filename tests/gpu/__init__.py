@@ -1,0 +1,1 @@
+"""What needs GPUs: tests and the benchmark against the baselines."""

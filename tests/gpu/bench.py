@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Hand-over between two GPUs, ours against the baselines: `make gpu-bench`.
+
+Writes gpu-bench.json after every step, and at the end gpu-bench.md, the table of docs/benchmarks.md. All engines run
+at once; the one whose turn it is works alone. On a host without GPUs it stops with exit code 77, unless `--cpu` says
+that only the way through is to be tried, with a small model: such figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.engine import wait_for
+from harness.process import ended_by_signals
+from harness.progress import Progress
+from harness.sidecar import ROOT
+
+from gpu import measure, report
+from gpu.setting import UCX, Setting, gpus, versions, write_model
+from gpu.stacks import STACKS, Ours, Stack
+
+STEPS = ("latency", "burst", "throughput", "many", "wires", "poisson")
+WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
+SKIPPED = 77
+
+
+def main() -> int:
+    options = arguments()
+    found = gpus()
+    if not options.cpu and len(found) < 2 and options.gpus is None:
+        print("NOT MEASURED: this needs two GPUs, and there are", len(found), file=sys.stderr)
+        return SKIPPED
+    setting = make_setting(options)
+    shutil.rmtree(setting.logs, ignore_errors=True)
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": found or ["no GPU"],
+        "versions": versions(),
+        "command": shlex.join(["tests/gpu/bench.py", *sys.argv[1:]]),
+        "setting": {
+            "shape": setting.shape,
+            "buffer_bytes": setting.buffer_bytes,
+            "kv_bytes": setting.kv_bytes,
+            "token_bytes": setting.token_bytes,
+            "transport": setting.transport,
+        },
+    }
+    bench = Bench(setting, options, result)
+    with ended_by_signals():
+        try:
+            bench.start()
+            asyncio.run(bench.run())
+        finally:
+            bench.stop()
+    print(report.table(result))
+    return 0
+
+
+class Bench:
+    """The stacks, and the steps over them."""
+
+    def __init__(self, setting: Setting, options: argparse.Namespace, result: dict[str, Any]) -> None:
+        self.setting = setting
+        self.options = options
+        self.result = result
+        self.progress = Progress()
+        self.stacks: list[Stack] = [STACKS[name](setting) for name in options.stacks]
+        self.prompts = measure.Prompts(options.seed, options.vocabulary)
+
+    def start(self) -> None:
+        """All engines at once. A baseline that does not come up is left out, and said to be."""
+        began = time.monotonic()
+        for stack in self.stacks:
+            stack.start()
+        for stack in list(self.stacks):
+            try:
+                wait_for(stack.engines, self.progress)
+                stack.wait()
+                self.progress.say(f"{stack.name}: up after {time.monotonic() - began:.0f} s")
+            except Exception as error:
+                if stack.name in ("plain", "ours"):
+                    raise
+                self.result.setdefault("left_out", {})[stack.name] = str(error)[-3000:]
+                self.progress.say(f"{stack.name}: left out: {str(error)[-1500:]}")
+                self.stacks.remove(stack)
+                self._stop(stack)
+
+    async def run(self) -> None:
+        steps: dict[str, Callable[[], Awaitable[Any]]] = {
+            "latency": self._latency,
+            "burst": lambda: measure.burst(self._handovers(), 8, 3, self.prompts, self.progress.say),
+            "throughput": self._throughput,
+            "many": self._many,
+            "wires": self._wires,
+            "poisson": self._poisson,
+        }
+        for name in self.options.steps:
+            began = time.monotonic()
+            try:
+                self.result[name] = await steps[name]()
+            except Exception as error:  # noqa: BLE001 - the other steps are still of worth
+                self.result[name] = {"failure": f"{type(error).__name__}: {error}"[:2000]}
+                self.progress.say(f"{name}: {self.result[name]['failure']}")
+            self.progress.say(f"{name}: {time.monotonic() - began:.0f} s")
+            report.write(self.result, self.options.out)
+
+    def stop(self) -> None:
+        for stack in self.stacks:
+            self._stop(stack)
+
+    async def _latency(self) -> Any:
+        options = self.options
+        before = self._decode_tokens()
+        found = await measure.latency(self.stacks, options.lengths, options.rounds, self.prompts, self.progress.say)
+        if ours := self._ours():
+            lengths = [tokens for tokens in options.lengths for _ in range(options.rounds + 1)]
+            await asyncio.sleep(1)
+            after = self._decode_tokens()
+            self.result["moved"] = {
+                **measure.moved(ours, self.setting, lengths),
+                "decode_tokens_external": after[0] - before[0],
+                "decode_tokens_computed": after[1] - before[1],
+                "requests": len(lengths),
+            }
+            self.progress.say(f"moved: {json.dumps(self.result['moved'])}")
+        return found
+
+    async def _throughput(self) -> Any:
+        stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
+        return await measure.throughput(stacks, 40, 4, self.prompts, self.progress.say)
+
+    async def _many(self) -> Any:
+        ours = self._ours()
+        if ours is None:
+            return None
+        small = self.options.small_buffer
+        ours.restart_sidecars(small)
+        found = []
+        for at_once in (1, 16):
+            found.append(await measure.many(ours, self.setting, small, self.options.many, at_once, self.prompts))
+            self.progress.say(f"{self.options.many} prompts, {at_once} at a time: {found[-1]}")
+        ours.restart_sidecars(self.setting.buffer_bytes)
+        return found
+
+    async def _wires(self) -> Any:
+        """Ours over each of the wires that `auto` did not choose."""
+        ours, found = self._ours(), {}
+        if ours is None:
+            return None
+        stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
+        for name, (transport, ucx) in WIRES.items():
+            ours.restart_sidecars(self.setting.buffer_bytes, transport, ucx)
+            self.progress.say(f"wire: {name}")
+            found[name] = (
+                await measure.latency(stacks, self.options.wire_lengths, 2, self.prompts, self.progress.say)
+            )["ours"]
+            record = ours.sender.records()[-1]
+            found[name]["record"] = record
+            found[name]["gb_per_s"] = round(record["bytes"] / max(record["push_us"], 1) / 1e3, 2)
+        ours.restart_sidecars(self.setting.buffer_bytes, self.setting.transport)
+        return found
+
+    async def _poisson(self) -> Any:
+        rate = self.options.rate
+        if rate is None:
+            alone = self.result["latency"][self.stacks[0].name][str(measure.LOAD_TOKENS)]["first_ms_median"]
+            rate = 0.7 / (alone / 1e3)
+        seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
+
+        def prompts() -> measure.Prompts:
+            return measure.Prompts(seed, self.options.vocabulary)
+
+        return await measure.poisson(self._handovers(), rate, seconds, prompts, seed, say)
+
+    def _ours(self) -> Ours | None:
+        return next((stack for stack in self.stacks if isinstance(stack, Ours)), None)
+
+    def _handovers(self) -> Sequence[Stack]:
+        """Without those that no longer answer: each of their requests would be waited for."""
+        hung = [name for name, found in self.result.get("burst", {}).items() if found["failed"]]
+        return [stack for stack in self.stacks if stack.name not in ("plain", *hung, *self.options.idle_only)]
+
+    def _decode_tokens(self) -> tuple[int, int]:
+        if (ours := self._ours()) is None:
+            return 0, 0
+        tokens = ours.decode.prompt_tokens()
+        return tokens.external, tokens.computed
+
+    def _stop(self, stack: Stack) -> None:
+        for part in stack.parts:
+            with contextlib.suppress(Exception):
+                part.stop()
+
+
+def make_setting(options: argparse.Namespace) -> Setting:
+    folder = options.out
+    if options.cpu:
+        from harness.model import write_model as write_small
+
+        return Setting(
+            write_small(ROOT / "target" / "model"), "tiny", folder, None, options.buffer, 1 << 30, 2048, block_tokens=32
+        )
+    pair = options.gpus or (0, 1)
+    return Setting(
+        write_model(folder / "model", options.shape),
+        options.shape,
+        folder,
+        (pair[0], pair[1]),
+        options.buffer,
+        kv_bytes=options.kv_bytes,
+        utilization=options.utilization,
+        engine_flags=tuple(shlex.split(options.engine_flags)),
+        transport=options.transport,
+        sidecar_keys=json.loads(options.sidecar_keys),
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
+    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
+    parser.add_argument("--out", type=Path, default=ROOT / "target" / "gpu-bench")
+    parser.add_argument("--stacks", type=words, default=list(STACKS))
+    parser.add_argument("--steps", type=words, default=list(STEPS))
+    parser.add_argument("--gpus", type=numbers, help="ordinals for prefill and decode, which may be the same")
+    parser.add_argument("--shape", default="llama-8b")
+    parser.add_argument("--lengths", type=numbers, default=[512, 2048, 5000, 16000])
+    parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000])
+    parser.add_argument("--idle-only", type=words, default=[], help="stacks that are spared the loads")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send and landing buffer")
+    parser.add_argument("--small-buffer", type=int, default=4 << 30)
+    parser.add_argument("--kv-bytes", type=int, default=6 << 30, help="of each engine")
+    parser.add_argument("--utilization", type=float, default=0.2, help="vLLM's --gpu-memory-utilization")
+    parser.add_argument("--many", type=int, default=200)
+    parser.add_argument("--rate", type=float, help="prompts a second; by default 70 %% of what prefill can do")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--load-tokens", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--engine-flags", default="", help="more flags for every engine")
+    parser.add_argument("--sidecar-keys", default="{}", help="JSON: keys below `sidecar:`")
+    parser.add_argument("--cpu", action="store_true", help="without GPUs and with a small model, to try the way")
+    options = parser.parse_args()
+    options.vocabulary = 2000 if options.cpu else 32000
+    measure.LOAD_TOKENS = options.load_tokens
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

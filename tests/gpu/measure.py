@@ -1,0 +1,220 @@
+"""The measurements, each over all stacks with the same prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aiohttp
+from bench.figures import median
+
+from gpu.setting import Setting
+from gpu.stacks import Handover, Ours, Stack, client
+
+ANSWER = 16
+LOAD_ANSWER = 64
+LOAD_TOKENS = 5000
+# What is left of a load when it has ended gets this long.
+LOAD_REST_S = 25.0
+
+Say = Callable[[str], None]
+
+
+class Prompts:
+    """Random ones, none twice."""
+
+    def __init__(self, seed: int, vocabulary: int) -> None:
+        self._draw = random.Random(seed)
+        self._vocabulary = vocabulary
+
+    def next(self, tokens: int) -> list[int]:
+        return [self._draw.randrange(3, self._vocabulary) for _ in range(tokens)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """0 without values: a stack that ended nothing has no times."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else 0.0
+
+
+async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, prompts: Prompts, say: Say) -> Any:
+    """One request at a time, the stacks in turn with the same prompt. The first round warms up."""
+    results: dict[str, Any] = {stack.name: {} for stack in stacks}
+    async with client() as session:
+        for tokens in lengths:
+            rows: dict[str, list[Handover]] = {stack.name: [] for stack in stacks}
+            prefill = {stack.name: _prefill_s(stack) for stack in stacks}
+            failed: dict[str, str] = {}
+            for _ in range(rounds + 1):
+                prompt = prompts.next(tokens)
+                for stack in stacks:
+                    if stack.name not in failed:
+                        try:
+                            rows[stack.name].append(await stack.complete(session, prompt, ANSWER))
+                        except (OSError, RuntimeError, TimeoutError, aiohttp.ClientError) as error:
+                            failed[stack.name] = f"{type(error).__name__}: {error}"[:300]
+            for stack in stacks:
+                own = rows[stack.name]
+                results[stack.name][str(tokens)] = {
+                    "first_ms": [round(row.first_s * 1e3, 2) for row in own[1:]],
+                    "first_ms_median": _ms([row.first_s for row in own[1:]]),
+                    "second_after_first_ms_median": _ms([row.times[1] - row.times[0] for row in own[1:]]),
+                    "per_token_ms_median": _ms([row.per_token_s for row in own[1:]]),
+                    "prefill_step_ms_mean": _mean_ms(prefill[stack.name], _prefill_s(stack)),
+                    "parts_ms_median": {
+                        part: _ms([row.parts[part] for row in own[1:]]) for part in (own[0].parts if own else ())
+                    },
+                    "texts_as_first_stack": sum(
+                        row.text == other.text for row, other in zip(own, rows[stacks[0].name], strict=False)
+                    ),
+                    "requests": len(own),
+                    "failure": failed.get(stack.name),
+                }
+                of = results[stack.name][str(tokens)]
+                say(
+                    f"{tokens} tokens, {stack.name}: first {of['first_ms_median']} ms, "
+                    f"second {of['second_after_first_ms_median']} ms later, "
+                    f"{of['texts_as_first_stack']}/{of['requests']} texts equal {of['failure'] or ''}"
+                )
+    return results
+
+
+async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Prompts, say: Say) -> Any:
+    """So many prompts at the same moment."""
+    results = {}
+    for stack in stacks:
+        done: list[Handover] = []
+        failures: list[str] = []
+        async with client() as session:
+            for _ in range(rounds):
+                asks = [stack.complete(session, prompts.next(LOAD_TOKENS), LOAD_ANSWER) for _ in range(at_once)]
+                for result in await asyncio.gather(*asks, return_exceptions=True):
+                    if isinstance(result, Handover):
+                        done.append(result)
+                    else:
+                        failures.append(repr(result)[:200])
+                if failures:
+                    break
+        results[stack.name] = _summary(done, failures)
+        say(f"{at_once} at once, {stack.name}: {results[stack.name]}")
+    return results
+
+
+async def poisson(
+    stacks: Sequence[Stack], rate: float, seconds: float, prompts: Callable[[], Prompts], seed: int, say: Say
+) -> Any:
+    """Arrivals at random, the same ones for each stack."""
+    results = {}
+    for stack in stacks:
+        own, draw = prompts(), random.Random(seed)
+        tasks: list[asyncio.Task[Handover]] = []
+        async with client() as session:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                prompt = own.next(LOAD_TOKENS)
+                tasks.append(asyncio.create_task(stack.complete(session, prompt, LOAD_ANSWER)))
+                await asyncio.sleep(draw.expovariate(rate))
+            _, pending = await asyncio.wait(tasks, timeout=LOAD_REST_S)
+            for task in pending:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        done = [result for result in ended if isinstance(result, Handover)]
+        failures = [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
+        results[stack.name] = {"rate": rate, "seconds": seconds, **_summary(done, failures)}
+        say(f"Poisson {rate:.2f}/s, {stack.name}: {results[stack.name]}")
+    return results
+
+
+async def many(ours: Ours, setting: Setting, buffer_bytes: int, count: int, at_once: int, prompts: Prompts) -> Any:
+    """More prompts than any buffer holds, through a small one."""
+    before = ours.decode.prompt_tokens()
+    limit = asyncio.Semaphore(at_once)
+    async with client() as session:
+
+        async def one() -> Handover:
+            async with limit:
+                return await ours.complete(session, prompts.next(LOAD_TOKENS), 2)
+
+        began = time.perf_counter()
+        ended = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
+        seconds = time.perf_counter() - began
+    done = [result for result in ended if isinstance(result, Handover)]
+    failures = [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
+    await asyncio.sleep(1)
+    tokens = ours.decode.prompt_tokens() - before
+    held = {sidecar.name: sidecar.slots()[1:] for sidecar in (ours.sender, ours.receiver)}
+    return {
+        "buffer_chunks": buffer_bytes // setting.chunk_bytes,
+        "at_once": at_once,
+        "seconds": round(seconds, 2),
+        **_summary(done, failures),
+        "decode_tokens_external": tokens.external,
+        "decode_tokens_computed": tokens.computed,
+        "slots_held_and_quarantined": held,
+    }
+
+
+async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts: Prompts, say: Say) -> Any:
+    """Prompts a second when the prefill engine always has some waiting."""
+    results = {}
+    for stack in stacks:
+        limit = asyncio.Semaphore(at_once)
+        async with client() as session:
+
+            async def one(stack: Stack = stack, limit: asyncio.Semaphore = limit, session: Any = session) -> Handover:
+                async with limit:
+                    return await stack.complete(session, prompts.next(LOAD_TOKENS), 2)
+
+            await asyncio.gather(*(one() for _ in range(at_once)))
+            began = time.perf_counter()
+            ended = await asyncio.gather(*(one() for _ in range(count)), return_exceptions=True)
+            seconds = time.perf_counter() - began
+        good = sum(isinstance(result, Handover) for result in ended)
+        results[stack.name] = {"prompts_per_s": round(good / seconds, 3), "failed": count - good}
+        say(f"throughput, {stack.name}: {results[stack.name]}")
+    return results
+
+
+def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any]:
+    """What ours says of requests of these lengths, the last ones: everything moved, nothing computed twice."""
+    count = len(prompts)
+    records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
+    wanted = sum(prompts) * setting.token_bytes
+    return {
+        "bytes_wanted": wanted,
+        **{name: sum(record["bytes"] for record in found) for name, found in records.items()},
+        "reasons": sorted({str(r["reason"]) for found in records.values() for r in found}),
+        "last_records": {name: found[-1] if found else None for name, found in records.items()},
+    }
+
+
+def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any]:
+    first = [result.first_s for result in done]
+    per_token = [result.per_token_s for result in done if len(result.times) > 1]
+    return {
+        "done": len(done),
+        "failed": len(failures),
+        "first_ms_p50": round(quantile(first, 0.5) * 1e3, 1),
+        "first_ms_p99": round(quantile(first, 0.99) * 1e3, 1),
+        "per_token_ms_p50": round(quantile(per_token, 0.5) * 1e3, 2),
+        "per_token_ms_p99": round(quantile(per_token, 0.99) * 1e3, 2),
+        "failures": sorted(set(failures))[:3],
+    }
+
+
+def _prefill_s(stack: Stack) -> tuple[float, float]:
+    """Sum and count of its prefill engine's own measure of prefill."""
+    metrics = stack.engines[0].metrics()
+    name = "vllm:request_prefill_time_seconds"
+    return metrics.sum(f"{name}_sum"), metrics.sum(f"{name}_count")
+
+
+def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    count = after[1] - before[1]
+    return round((after[0] - before[0]) / count * 1e3, 2) if count else 0.0
+
+
+def _ms(values: Sequence[float]) -> float:
+    return round(median(values) * 1e3, 2) if values else 0.0

@@ -1,0 +1,62 @@
+"""The figures as JSON and as the table of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BASELINES = ("nixl", "lmcache")
+TITLES = {"plain": "one instance", "ours": "ours", "nixl": "NixlConnector", "lmcache": "LMCache PD"}
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu-bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "gpu-bench.md").write_text(table(result) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+    """What has been measured so far."""
+    lines = [
+        f"{result['date']}, {'; '.join(result['hardware'])}, "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + f"; `{result['command']}`",
+        "",
+    ]
+    for name, part in (("latency", _latency), ("burst", _load), ("poisson", _load)):
+        found = result.get(name)
+        if found and "failure" not in found:
+            lines += [f"**{name}**", "", *part(found), ""]
+    for name in ("throughput", "many", "wires", "moved", "left_out"):
+        if result.get(name):
+            lines += [f"**{name}**: `{json.dumps(result[name])[:1500]}`", ""]
+    return "\n".join(lines)
+
+
+def _latency(found: dict[str, Any]) -> list[str]:
+    """First token, and the gap: what it is later than with one instance."""
+    stacks = list(found)
+    lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token" for name in stacks) + " | "]
+    lines[0] += " | ".join(f"gap {TITLES[name]}" for name in stacks if name != "plain") + " | texts equal |"
+    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    for tokens in found[stacks[0]]:
+        row = {name: found[name][tokens] for name in stacks}
+        cells = [f"{row[name]['first_ms_median']:.1f} ms" for name in stacks]
+        if "plain" in row:
+            alone = row["plain"]["first_ms_median"]
+            cells += [f"{row[name]['first_ms_median'] - alone:.1f} ms" for name in stacks if name != "plain"]
+        cells.append(", ".join(f"{row[name]['texts_as_first_stack']}/{row[name]['requests']}" for name in stacks))
+        lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _load(found: dict[str, Any]) -> list[str]:
+    lines = ["| | done | first token p50 / p99 | per output token p50 / p99 |", "|---|---|---|---|"]
+    for name, of in found.items():
+        lines.append(
+            f"| {TITLES[name]} | {of['done']} of {of['done'] + of['failed']} | "
+            f"{of['first_ms_p50']:.0f} / {of['first_ms_p99']:.0f} ms | "
+            f"{of['per_token_ms_p50']:.1f} / {of['per_token_ms_p99']:.1f} ms |"
+        )
+    return lines

@@ -1,0 +1,361 @@
+"""What is compared: one plain instance, ours, vLLM's NixlConnector, LMCache's PD."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+from harness.engine import Engine
+from harness.ports import free_port
+from harness.process import Part
+from harness.proxy import Proxy
+from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
+
+from gpu.setting import UCX, Setting
+
+REQUEST_S = 40.0
+
+
+@dataclass
+class Handover:
+    """One request as the client saw it. Times in seconds from sending the (first) request."""
+
+    text: str = ""
+    """Without white space: a text that comes from two legs has none between them."""
+    first_s: float = 0.0
+    """The decode side's first token."""
+    times: list[float] = field(default_factory=list)
+    """Each token of the decode side."""
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def per_token_s(self) -> float:
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+
+
+class Stack(Protocol):
+    """A way from a prompt to tokens."""
+
+    name: str
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+    @property
+    def engines(self) -> Sequence[Engine]: ...
+    def start(self) -> None: ...
+    def wait(self) -> None: ...
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover: ...
+
+
+class Plain:
+    """One instance without any connector."""
+
+    name = "plain"
+
+    def __init__(self, setting: Setting) -> None:
+        self.engine = setting.engine("plain engine", 1, None)
+        self.parts: Sequence[Part] = (self.engine,)
+        self.engines = (self.engine,)
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def wait(self) -> None:
+        """The engine is all there is."""
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        return await stream(session, self.engine.url, prompt, tokens)
+
+
+class Ours:
+    """Two sidecars and the proxy."""
+
+    name = "ours"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        # The path of a unix socket has at most 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="pd-"))
+        self.proxy = Proxy(setting.logs)
+        self.sender, self.receiver = (self._sidecar(role, side) for side, role in enumerate(("sender", "receiver")))
+        self.prefill = self._engine("prefill", "kv_producer", 0, self.sender)
+        self.decode = self._engine("decode", "kv_consumer", 1, self.receiver)
+        self.parts: Sequence[Part] = (self.proxy, self.sender, self.receiver, self.prefill, self.decode)
+        self.engines = (self.prefill, self.decode)
+
+    def start(self) -> None:
+        self.proxy.start()
+        for part in (self.receiver, self.sender, self.prefill, self.decode):
+            part.start()
+
+    def wait(self) -> None:
+        for sidecar in (self.sender, self.receiver):
+            sidecar.wait_ready()
+        self.proxy.wait_ready()
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        return await stream(session, self.proxy.url, prompt, tokens)
+
+    def restart_sidecars(self, buffer_bytes: int, transport: str = "auto", ucx: str = UCX) -> None:
+        """With other buffers or another wire; the engines find them again."""
+        for sidecar in (self.receiver, self.sender):
+            sidecar.stop()
+            sidecar.options.buffer_bytes = buffer_bytes
+            sidecar.options.transport = transport
+            if sidecar.options.env:
+                sidecar.options.env["UCX_TLS"] = ucx
+        for sidecar in (self.receiver, self.sender):
+            sidecar.start()
+        self.wait()
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _sidecar(self, role: str, side: int) -> Sidecar:
+        setting = self.setting
+        options = SidecarOptions(
+            role,
+            setting.buffer_bytes,
+            proxy=self.proxy.registration,
+            transport=setting.transport,
+            device="cpu" if setting.gpus is None else "cuda",
+            keys=dict(setting.sidecar_keys),
+            # Sidecars see both GPUs: the wire between them needs to.
+            env={} if setting.gpus is None else {"UCX_TLS": UCX},
+        )
+        if setting.gpus is not None:
+            options.device = f"cuda:{setting.gpus[side]}"
+        return Sidecar(options, self._folder, setting.logs)
+
+    def _engine(self, name: str, role: str, side: int, sidecar: Sidecar) -> Engine:
+        transfer = {
+            "kv_connector": "PdSidecarConnector",
+            "kv_connector_module_path": "pd_sidecar.connector",
+            "kv_role": role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                f"{sidecar.options.role}_socket": str(sidecar.socket),
+                "chunk_size": CHUNK_TOKENS,
+            },
+        }
+        engine = self.setting.engine(f"ours {name}", side, transfer, {"PYTHONPATH": with_path(ROOT / "python")})
+        sidecar.options.engine_url = engine.url
+        return engine
+
+
+class Nixl:
+    """vLLM's own connector, and the two calls that its proxies make."""
+
+    name = "nixl"
+
+    def __init__(self, setting: Setting) -> None:
+        transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        if setting.gpus is None:
+            transfer["kv_buffer_device"] = "cpu"
+        self.prefill, self.decode = (
+            setting.engine(
+                f"nixl {name}",
+                side,
+                transfer,
+                {
+                    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                },
+            )
+            for side, name in enumerate(("prefill", "decode"))
+        )
+        self.parts: Sequence[Part] = (self.prefill, self.decode)
+        self.engines = (self.prefill, self.decode)
+
+    def start(self) -> None:
+        for engine in self.engines:
+            engine.start()
+
+    def wait(self) -> None:
+        """The engines are all there is."""
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        began = time.perf_counter()
+        ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+        ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+        answer = await once(session, self.prefill.url, prompt, ask)
+        between = time.perf_counter() - began
+        result = await stream(
+            session, self.decode.url, prompt, tokens, began=began, kv_transfer_params=answer["kv_transfer_params"]
+        )
+        result.parts["prefill_leg_s"] = between
+        return result
+
+
+class LmCache:
+    """LMCache's PD over NIXL. Its prefill leg gives the first token, its decode leg the ones after it."""
+
+    name = "lmcache"
+
+    def __init__(self, setting: Setting) -> None:
+        self._init, self._alloc, self._notices = free_port(), free_port(), free_port()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._listener: asyncio.Task[None] | None = None
+        common = {
+            "local_cpu": False,
+            "enable_pd": True,
+            "transfer_channel": "nixl",
+            "pd_buffer_size": setting.buffer_bytes,
+            "pd_buffer_device": "cuda",
+        }
+        sides = (
+            {"pd_role": "sender", "pd_proxy_host": "127.0.0.1", "pd_proxy_port": self._notices},
+            {
+                "pd_role": "receiver",
+                "pd_peer_host": "127.0.0.1",
+                "pd_peer_init_port": self._init,
+                "pd_peer_alloc_port": self._alloc,
+            },
+        )
+        more: tuple[dict[str, int], ...] = ({}, {"skip_last_n_tokens": 1})
+        engines = []
+        for side, name in enumerate(("prefill", "decode")):
+            path = setting.folder / f"lmcache-{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(common | sides[side]))
+            transfer = {
+                "kv_connector": "LMCacheConnectorV1",
+                "kv_role": ("kv_producer", "kv_consumer")[side],
+                "kv_connector_extra_config": {
+                    "discard_partial_chunks": False,
+                    "lmcache_rpc_port": f"pd-{name}",
+                    **more[side],
+                },
+            }
+            env = {"LMCACHE_CONFIG_FILE": str(path), "PYTHONHASHSEED": "0"}
+            engines.append(setting.engine(f"lmcache {name}", side, transfer, env))
+        self.prefill, self.decode = engines
+        self.parts: Sequence[Part] = (self.prefill, self.decode)
+        self.engines = (self.prefill, self.decode)
+
+    def start(self) -> None:
+        for engine in self.engines:
+            engine.start()
+
+    def wait(self) -> None:
+        """The engines are all there is."""
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        if self._listener is None:
+            self._listener = asyncio.create_task(self._listen())
+        req = uuid.uuid4().hex
+        done = self._waiting[req] = asyncio.get_running_loop().create_future()
+        began = time.perf_counter()
+        spec = {
+            "req_id": req,
+            "receiver_host": "127.0.0.1",
+            "receiver_init_port": [self._init],
+            "receiver_alloc_port": [self._alloc],
+        }
+        answer = await once(session, self.prefill.url, prompt, {"ret_first_tok": True, "disagg_spec": spec})
+        between = time.perf_counter() - began
+        async with asyncio.timeout(REQUEST_S):
+            await done
+        notice = time.perf_counter() - began
+        first: int = answer["kv_transfer_params"]["first_tok"]
+        result = await stream(session, self.decode.url, [*prompt, first], tokens - 1, began=began)
+        result.text = joined(answer["choices"][0]["text"]) + result.text
+        result.parts |= {"prefill_leg_s": between, "notice_s": notice}
+        return result
+
+    async def _listen(self) -> None:
+        import msgspec
+        import zmq
+        import zmq.asyncio
+
+        socket = zmq.asyncio.Context().socket(zmq.PULL)
+        socket.bind(f"tcp://127.0.0.1:{self._notices}")
+        while True:
+            message = msgspec.msgpack.decode(await socket.recv())
+            if (waiting := self._waiting.pop(message["req_id"], None)) is not None and not waiting.done():
+                waiting.set_result(None)
+
+
+STACKS: dict[str, Callable[[Setting], Stack]] = {"plain": Plain, "ours": Ours, "nixl": Nixl, "lmcache": LmCache}
+
+
+def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "m",
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        **more,
+    }
+
+
+async def once(session: aiohttp.ClientSession, url: str, prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
+    """A prefill leg."""
+    async with session.post(f"{url}/v1/completions", json=body(prompt, 1, kv_transfer_params=params)) as reply:
+        await fail_unless_ok(reply)
+        answer: dict[str, Any] = await reply.json()
+        return answer
+
+
+async def stream(
+    session: aiohttp.ClientSession,
+    url: str,
+    prompt: list[int],
+    tokens: int,
+    *,
+    began: float | None = None,
+    **more: Any,
+) -> Handover:
+    """A streamed completion."""
+    began = time.perf_counter() if began is None else began
+    result = Handover()
+    async with session.post(f"{url}/v1/completions", json=body(prompt, tokens, stream=True, **more)) as reply:
+        await fail_unless_ok(reply)
+        async for line in reply.content:
+            if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+                continue
+            event = json.loads(line[5:])
+            if "error" in event:
+                raise RuntimeError(f"{url}: {event['error']}")
+            if text := "".join(choice["text"] for choice in event["choices"]):
+                result.times.append(time.perf_counter() - began)
+                result.text += joined(text)
+    if not result.times:
+        raise RuntimeError(f"{url}: an answer without tokens")
+    result.first_s = result.times[0]
+    return result
+
+
+def joined(text: str) -> str:
+    return "".join(text.split())
+
+
+async def fail_unless_ok(reply: aiohttp.ClientResponse) -> None:
+    if reply.status != 200:
+        raise RuntimeError(f"{reply.url}: HTTP {reply.status}: {(await reply.text())[:300]}")
+
+
+def with_path(folder: Path) -> str:
+    """PYTHONPATH with one more folder."""
+    return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else str(folder)
+
+
+@contextlib.asynccontextmanager
+async def client() -> Any:
+    """A session for any number of requests at once."""
+    timeout = aiohttp.ClientTimeout(total=REQUEST_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        yield session

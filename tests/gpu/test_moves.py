@@ -1,0 +1,219 @@
+"""Moves between pages and slots on a real GPU: layouts, order, speed, memory of another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
+
+from pd_sidecar.cuda import OpenedMemory
+from pd_sidecar.fused import Mover
+from pd_sidecar.gpu import Gpu, GpuCopier
+from pd_sidecar.kernels import HostCopier, Piece
+from pd_sidecar.layout import Geometry, Hint, geometry
+from pd_sidecar.wire import CudaMemory
+
+CHUNK = 256
+BLOCKS = 256
+# name: shape, physical order, MLA
+LAYOUTS: dict[str, tuple[Any, Any, bool]] = {
+    "NHD": (lambda n: (BLOCKS, 2, n, 8, 128), None, False),
+    "HND": (lambda n: (BLOCKS, 2, n, 8, 128), (0, 1, 3, 2, 4), False),
+    "packed": (lambda n: (BLOCKS, 8, n, 256), None, False),
+    "packed NHD": (lambda n: (BLOCKS, 8, n, 256), (0, 2, 1, 3), False),
+    "MLA": (lambda n: (BLOCKS, n, 576), None, True),
+    "MLA fp8": (lambda n: (BLOCKS, n, 656), None, True),
+}
+
+
+def tensors(layout: str, block: int, dtype: Any, layers: int = 3, device: str = "cuda") -> dict[str, Any]:
+    shape, order, _ = LAYOUTS[layout]
+    shape = shape(block)
+    order = order or tuple(range(len(shape)))
+    found = {}
+    for layer in range(layers):
+        physical = torch.randint(0, 255, [shape[d] for d in order], dtype=torch.uint8, device=device)
+        if dtype != torch.uint8:
+            physical = physical.to(torch.float32).to(dtype)
+        found[f"layers.{layer}"] = physical.permute([order.index(d) for d in range(len(shape))])
+    return found
+
+
+def pages_of(found: dict[str, Any], layout: str, block: int) -> Geometry:
+    return geometry(found, Hint(BLOCKS, block, 8, 128, LAYOUTS[layout][2]))
+
+
+def spans(tokens: int, table: Any, slots: list[int]) -> list[Piece]:
+    return [
+        Piece(slot, table, (at, min(at + CHUNK, tokens)), (at, min(at + CHUNK, tokens)))
+        for at, slot in zip(range(0, tokens, CHUNK), slots, strict=True)
+    ]
+
+
+class Rig:
+    """A GPU's tensors with a copier over slots of this process."""
+
+    def __init__(self, layout: str, block: int, dtype: Any, layers: int = 3, slots: int = 8) -> None:
+        torch.manual_seed(4)
+        self.tensors = tensors(layout, block, dtype, layers)
+        self.pages = pages_of(self.tensors, layout, block)
+        self.slot_bytes = self.pages.token_bytes * CHUNK
+        self.gpu = Gpu(self.pages, 2, CHUNK)
+        self.slots = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device="cuda")
+        mover = Mover(self.pages, self.slot_bytes)
+        self.copier = GpuCopier(mover, self.slots, self.gpu._stream, self.gpu._signals)
+
+    def wait(self, fence: Any) -> None:
+        torch.cuda.synchronize()
+        assert fence.done()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8], ids=str)
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, dtype: Any) -> None:
+    rig = Rig(layout, block, dtype)
+    tokens, slots = 3 * CHUNK + 100, [6, 1, 2, 4]
+    table = torch.randperm(BLOCKS)[: -(-tokens // block)]
+    rig.wait(rig.copier.gather(spans(tokens, table, slots), [rig.gpu.mark()]))
+    host = {name: tensor.cpu() for name, tensor in rig.tensors.items()}
+    # `cpu()` keeps strides only of dense tensors, which these are.
+    expect = torch.zeros(rig.slots.numel(), dtype=torch.uint8)
+    HostCopier(pages_of(host, layout, block), expect.numpy().data, rig.slot_bytes).gather(spans(tokens, table, slots))
+    assert torch.equal(rig.slots.cpu(), expect)
+    # And back, into other pages, which then give the same chunks.
+    other = torch.randperm(BLOCKS)[: len(table)]
+    rig.wait(rig.copier.scatter(spans(tokens, other, slots), [rig.gpu.mark()]))
+    rig.slots.zero_()
+    rig.wait(rig.copier.gather(spans(tokens, other, slots), [rig.gpu.mark()]))
+    assert torch.equal(rig.slots.cpu(), expect)
+
+
+def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks() -> None:
+    rig = Rig("NHD", 16, torch.bfloat16)
+    table = torch.arange(16)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    for tensor in rig.tensors.values():
+        tensor.fill_(1)
+    fence = rig.copier.gather(spans(CHUNK, table, [3]), [rig.gpu.mark()], 0)
+    assert not fence.done(), "the launch waited for the GPU"
+    # The blocks go to another request, whose forward comes at once.
+    rig.gpu.hold(fence)
+    for tensor in rig.tensors.values():
+        tensor.fill_(2)
+    torch.cuda.synchronize()
+    chunk = rig.slots[3 * rig.slot_bytes : 4 * rig.slot_bytes].view(torch.bfloat16)
+    assert fence.done()
+    assert torch.all(chunk == 1)
+    assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
+
+
+def test_a_scatter_comes_after_what_may_still_write_to_its_blocks() -> None:
+    rig = Rig("NHD", 16, torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    for tensor in rig.tensors.values():
+        tensor.fill_(5)
+    fence = rig.copier.scatter(spans(CHUNK, torch.arange(16), [0]), [rig.gpu.mark()])
+    assert not fence.done()
+    torch.cuda.synchronize()
+    assert torch.all(next(iter(rig.tensors.values()))[:16] == 0)
+    assert torch.all(next(iter(rig.tensors.values()))[16:] == 5)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
+    # 20 chunks of an 8B model: 640 MiB.
+    torch.manual_seed(4)
+    found = tensors(layout, 16, torch.bfloat16, layers=32)
+    found = {name: torch.cat([t, t]) if layout == "NHD" else t.repeat(2, 1, 1, 1, 1) for name, t in found.items()}
+    if layout == "HND":
+        found = {n: t.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4) for n, t in found.items()}
+    pages = geometry(found, Hint(2 * BLOCKS, 16, 8, 128, False))
+    slot_bytes = pages.token_bytes * CHUNK
+    gpu = Gpu(pages, 0, CHUNK)
+    slots = torch.zeros(20 * slot_bytes, dtype=torch.uint8, device="cuda")
+    copier = GpuCopier(Mover(pages, slot_bytes), slots, gpu._stream, [])
+    parts = spans(20 * CHUNK, torch.randperm(2 * BLOCKS)[:320], list(range(20)))
+    seconds: dict[str, list[float]] = {"gather": [], "scatter": []}
+    for _ in range(8):
+        for name, move in (("gather", copier.gather), ("scatter", copier.scatter)):
+            fence = move(parts, [gpu.mark()])
+            torch.cuda.synchronize()
+            assert fence.done()
+            seconds[name].append(fence.seconds)
+    for name, times in seconds.items():
+        rate = slots.numel() / min(times) / 1e9
+        record_property(f"{name}_gb_per_s", rate)
+        print(f"{layout}: {name} of 640 MiB {min(times) * 1e3:.3f} ms, {rate:.0f} GB/s")
+        assert rate > 700, times
+
+
+# Memory of another process.
+
+SIZE = 64 << 20
+
+
+@pytest.fixture
+def owner() -> Iterator[Any]:
+    yield (started := start_owner())
+    started.kill()
+    started.wait()
+
+
+def start_owner() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("owner.py")), str(SIZE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def opened(owner: subprocess.Popen[str]) -> tuple[OpenedMemory, Any]:
+    assert owner.stdout is not None
+    said = json.loads(owner.stdout.readline())
+    memory = OpenedMemory(CudaMemory(said["uuid"], bytes.fromhex(said["handle"]), SIZE))
+    return memory, torch.as_tensor(memory, device="cuda:0")
+
+
+def test_memory_of_another_process_is_written_where_it_lies(owner: subprocess.Popen[str]) -> None:
+    _, view = opened(owner)
+    assert view.data_ptr()
+    assert int(view.sum()) == 0
+    view[1000:2000] = 7
+    torch.cuda.synchronize()
+    assert owner.stdin is not None
+    assert owner.stdout is not None
+    owner.stdin.write("sum 0 4096\n")
+    owner.stdin.flush()
+    assert owner.stdout.readline().strip() == "7000"
+
+
+def test_the_death_of_the_owner_does_no_harm_and_another_is_opened(owner: subprocess.Popen[str]) -> None:
+    memory, view = opened(owner)
+    owner.kill()
+    owner.wait()
+    view.fill_(1)
+    torch.cuda.synchronize()
+    del view, memory
+    again = start_owner()
+    try:
+        _, view = opened(again)
+        assert int(view.sum()) == 0
+        view.fill_(1)
+        torch.cuda.synchronize()
+        assert int(view.sum()) == SIZE
+    finally:
+        again.kill()
+        again.wait()
