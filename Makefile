@@ -8,7 +8,7 @@ KEEP ?=
 # Further arguments for pytest: make e2e PYTEST="-k first -x"
 PYTEST ?=
 FUZZ_SECONDS ?= 60
-# Which benchmarks: any of pushes, handshakes, engines; all by default.
+# Which benchmarks: any of pushes, handshakes, engines, proxies; all by default.
 BENCH ?=
 
 .DEFAULT_GOAL := help

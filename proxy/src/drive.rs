@@ -15,19 +15,25 @@ use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
-use crate::app::{App, Transfers};
+use crate::app::App;
 use crate::body::{Endpoint, RequestBody};
+use crate::early;
 use crate::error::ApiError;
 use crate::flight::Flight;
+use crate::handover::{Prefilled, leg_id, sidecar_decode_params};
 use crate::headers::leg_headers;
 use crate::id;
 use crate::inflight::PrefillNote;
-use crate::instance::Instance;
+use crate::instance::{Connector, Instance};
 use crate::labels::Leg;
 use crate::legs::{Answer, LegError, PrefillEnd};
 use crate::life::{Action, Event};
+use crate::lmcache;
+use crate::plan::Plan;
+use crate::prefill::PrefillLeg;
 use crate::relay;
-use crate::route::{Alone, Ask, Pair, route};
+use crate::route::{Alone, Pair};
+use crate::stitch::Stitch;
 use crate::verdict::Verdict;
 
 /// A request as it came.
@@ -54,10 +60,20 @@ struct Drive {
     endpoint: Endpoint,
     headers: HeaderMap,
     body: RequestBody,
+    plan: Plan,
     pair: Pair,
-    /// Decode instances that have failed it.
+    /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
+    leg_id: RequestId,
+    /// Instances that have failed it.
     failed: Vec<String>,
+    prefill_attempts: u32,
+    decode_attempts: u32,
+    /// What the prefill leg has brought.
+    prefilled: Prefilled,
+    prefill_sent: Instant,
     decode: Option<DecodeLeg>,
+    /// The client has been given the first token.
+    is_early: bool,
     /// What the client is told if no decode leg brings an answer.
     verdict: Verdict,
 }
@@ -66,6 +82,8 @@ struct Drive {
 enum Step {
     /// Something that only moves its life on.
     Event(Event),
+    /// Another prefill instance takes over.
+    Again,
     /// The prefill engine's refusal.
     Refused(Box<Answer>),
     /// The decode engine's answer.
@@ -84,48 +102,49 @@ pub async fn serve(
     permit: OwnedSemaphorePermit,
     arrival: Arrival,
 ) -> Result<Response, ApiError> {
-    let body = RequestBody::parse(&arrival.body)?;
-    let alone = body.alone(arrival.endpoint);
-    let transfers = if alone.is_none() {
-        Transfers::Yes
-    } else {
-        Transfers::No
+    let body = RequestBody::parse(arrival.body)?;
+    let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
+    let pair = plan.route(app, &[])?;
+    let headers = {
+        let id = id::header_value(&arrival.id);
+        leg_headers(&arrival.headers, id, &app.config.access)
     };
-    let ask = Ask {
-        alone,
-        policy: app.next_turn(transfers),
-        failed: &[],
-    };
-    let pair = route(&app.instances(), &ask)?;
-    let headers = leg_headers(&arrival.headers, id::header_value(&arrival.id));
-    let (flight, action) =
+    let (mut flight, action) =
         Flight::begin(app, permit, arrival.at, arrival.endpoint, arrival.id, &pair);
-    let drive = Drive {
+    let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
         headers,
         body,
+        plan,
         pair,
+        leg_id: flight.id.clone(),
         failed: Vec::new(),
+        prefill_attempts: 0,
+        decode_attempts: 0,
+        prefilled: Prefilled::default(),
+        prefill_sent: arrival.at,
         decode: None,
+        is_early: false,
         verdict: Verdict::shutting_down(),
     };
+    drive.send_prefill(&mut flight);
     Ok(drive.run(flight, action).await)
 }
 
 impl Drive {
     async fn run(mut self, mut flight: Flight, mut action: Action) -> Response {
-        self.send_prefill(&mut flight);
         loop {
             if let Action::SendDecode(transfer) = action {
+                if self.gives_first_token(transfer) {
+                    return self.first_token(flight, action);
+                }
                 self.send_decode(&mut flight, transfer);
             }
             action = match self.next(&mut flight).await {
                 Step::Event(event) => flight.on(event),
-                Step::FirstByte(answer) => {
-                    let cut = self.app.cut.clone();
-                    return relay::respond(flight, *answer, self.app.config.idle_timeout, cut);
-                }
+                Step::Again => Action::Wait,
+                Step::FirstByte(answer) => return self.relay(flight, *answer),
                 Step::Refused(answer) if flight.is_prefilling() => {
                     flight.failed(answer.head.status, "refused by the prefill engine".into());
                     flight.on(Event::PrefillRefused);
@@ -137,6 +156,77 @@ impl Drive {
                 return self.verdict.into_response(&flight.id);
             }
         }
+    }
+
+    /// `run` with a type that it can name itself.
+    fn go_on(
+        self,
+        flight: Flight,
+        action: Action,
+    ) -> Pin<Box<dyn Future<Output = Response> + Send>> {
+        Box::pin(self.run(flight, action))
+    }
+
+    /// The prefill instance has sampled a token that the client has not got yet, and that needs
+    /// nothing else to be shown.
+    fn gives_first_token(&self, transfer: Result<(), Alone>) -> bool {
+        let Some(first) = &self.prefilled.first else {
+            return false;
+        };
+        let is_last = first
+            .finish_reason
+            .as_deref()
+            .is_some_and(|why| why != "length");
+        transfer.is_ok() && !self.is_early && (is_last || self.body.streams())
+    }
+
+    /// Gives the client the first token, and then what the decode leg brings.
+    fn first_token(mut self, mut flight: Flight, action: Action) -> Response {
+        self.is_early = true;
+        let Some(stitch) = self.stitch() else {
+            return self.verdict.into_response(&flight.id);
+        };
+        let streams = self.body.streams();
+        flight.first_byte(http::StatusCode::OK, streams);
+        let first = self.prefilled.first.as_ref();
+        let reason = first.and_then(|first| first.finish_reason.as_deref());
+        if reason.is_some_and(|why| why != "length") {
+            flight.on(Event::FirstByte);
+            flight.on(Event::AnswerEnded);
+            return early::only(&stitch, streams, self.prefilled.prompt_tokens, &flight.id);
+        }
+        let id = flight.id.clone();
+        early::respond(stitch, &id, self.go_on(flight, action))
+    }
+
+    fn stitch(&self) -> Option<Stitch> {
+        let first = self.prefilled.first.clone()?;
+        let model = self.body.json("model");
+        Some(Stitch::new(self.endpoint, &self.leg_id.0, model, first))
+    }
+
+    /// Answers the client with what the decode leg brings.
+    fn relay(&self, flight: Flight, mut answer: Answer) -> Response {
+        let decode = &self.pair.decode;
+        decode.load.succeeded();
+        if flight.waits_for_kv()
+            && let Some(end) = flight
+                .watch()
+                .and_then(|watch| Some(watch.prefill_end()?.at))
+        {
+            self.app.measured.handed_over(end.elapsed());
+        }
+        if answer.head.status.is_success() {
+            self.plan.answered(&self.app, &self.pair);
+        }
+        if !self.is_early
+            && answer.head.status.is_success()
+            && let (Some(stitch), None) = (self.stitch(), &answer.rest)
+        {
+            answer.held = stitch.whole(&answer.held);
+        }
+        let cut = self.app.cut.clone();
+        relay::respond(flight, answer, self.app.config.idle_timeout, cut)
     }
 
     /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
@@ -176,18 +266,32 @@ impl Drive {
         }
     }
 
-    fn send_prefill(&self, flight: &mut Flight) {
-        let (Ok(prefill), Some(watch)) = (&self.pair.prefill, flight.watch()) else {
+    fn send_prefill(&mut self, flight: &mut Flight) {
+        let Ok(prefill) = &self.pair.prefill else {
             return;
         };
-        let url = prefill.http.join(self.endpoint.path());
-        let body = self
-            .body
-            .prefill_leg(self.endpoint, &flight.id, &self.pair.decode);
-        let headers = self.headers.clone();
-        let legs = self.app.legs.clone();
+        self.prefill_attempts += 1;
+        self.leg_id = leg_id(&flight.id, prefill, &self.pair.decode);
+        if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
+            // The first sender may have begun with the receiver: this is another transfer.
+            self.leg_id.0 += &format!(".{}", self.prefill_attempts);
+        }
+        self.prefill_sent = Instant::now();
+        let watch = flight.prefill_sent(&self.leg_id, prefill, self.plan.tokens);
+        prefill
+            .load
+            .chosen(self.prefill_sent, self.app.config.breaker());
+        let leg = PrefillLeg {
+            legs: self.app.legs.clone(),
+            endpoint: self.endpoint,
+            headers: self.leg_headers(&self.leg_id),
+            body: self.body.clone(),
+            id: self.leg_id.clone(),
+            prefill: Arc::clone(prefill),
+            decode: Arc::clone(&self.pair.decode),
+        };
         let task = tokio::spawn(async move {
-            let end = legs.prefill(&url, headers, body).await;
+            let end = leg.run(&watch).await;
             watch.prefill_ended(PrefillNote::of(&end));
             end
         });
@@ -196,21 +300,56 @@ impl Drive {
 
     fn send_decode(&mut self, flight: &mut Flight, transfer: Result<(), Alone>) {
         let decode = &self.pair.decode;
-        flight.decode_sent(&decode.id, transfer);
-        let url = decode.http.join(self.endpoint.path());
-        let body = match transfer {
-            Ok(()) => self.body.decode_leg(&flight.id),
-            Err(_) => self.body.local_leg(),
-        };
-        let headers = self.headers.clone();
+        self.decode_attempts += 1;
+        let room = lmcache::max_tokens(&self.body, self.endpoint).unwrap_or(USUAL_ANSWER);
+        let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
+        flight.decode_sent(decode, transfer, tokens);
+        decode
+            .load
+            .chosen(Instant::now(), self.app.config.breaker());
+        let (path, id, body) = self.decode_leg(&flight.id, transfer);
+        let headers = self.leg_headers(id);
+        let url = decode.http.join(path);
         let legs = self.app.legs.clone();
         self.decode = Some(Box::pin(
             async move { legs.decode(&url, headers, body).await },
         ));
     }
 
+    /// Path, request id and body of the decode leg.
+    fn decode_leg<'a>(
+        &'a self,
+        id: &'a RequestId,
+        transfer: Result<(), Alone>,
+    ) -> (&'static str, &'a RequestId, Bytes) {
+        let path = self.endpoint.path();
+        if let (Some(first), Some(tokens)) = (&self.prefilled.first, &self.prefilled.tokens) {
+            // Nothing but the chunk hashes says that it has a transfer.
+            let body = lmcache::decode_body(&self.body, self.endpoint, tokens, first);
+            return (Endpoint::Completions.path(), &self.leg_id, body);
+        }
+        let connector = self.pair.decode.connector;
+        match (transfer, connector, &self.prefilled.params) {
+            (Ok(()), Connector::Sidecar, _) => {
+                let params = sidecar_decode_params(&self.leg_id);
+                (path, &self.leg_id, self.body.decode_leg(&params))
+            }
+            (Ok(()), Connector::Nixl, Some(params)) => {
+                (path, &self.leg_id, self.body.decode_leg(params))
+            }
+            (Ok(()), Connector::P2pNccl, _) => (path, &self.leg_id, self.body.local_leg()),
+            _ => (path, id, self.body.local_leg()),
+        }
+    }
+
+    fn leg_headers(&self, id: &RequestId) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        headers.insert(id::HEADER, id::header_value(id));
+        headers
+    }
+
     fn prefill_ended(
-        &self,
+        &mut self,
         flight: &mut Flight,
         end: Result<PrefillEnd, tokio::task::JoinError>,
     ) -> Step {
@@ -221,37 +360,86 @@ impl Drive {
             Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         });
         match end {
-            PrefillEnd::Answered(_) => match refused_by_sender(flight) {
-                None => Step::Event(Event::PrefillAnswered),
-                Some(reason) => {
-                    let why = Alone::NotPushed;
-                    self.app.metrics.leg_failed(Leg::Prefill(why));
-                    warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
-                    Step::Event(Event::PrefillFailed(why))
-                }
-            },
+            PrefillEnd::Answered(prefilled) => self.prefill_answered(flight, prefilled),
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
-                self.app.metrics.leg_failed(Leg::Prefill(why));
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
                 if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
                     self.app.suspect(prefill);
                 }
-                Step::Event(Event::PrefillFailed(why))
+                self.prefill_failed(flight, why)
             }
         }
     }
 
-    fn prefill_late(&self, flight: &mut Flight) -> Step {
+    fn prefill_answered(&mut self, flight: &mut Flight, prefilled: Prefilled) -> Step {
+        if let Ok(prefill) = &self.pair.prefill {
+            prefill.load.succeeded();
+        }
+        if let Some(tokens) = prefilled.prompt_tokens {
+            self.plan.counted(&self.app, tokens);
+            let begun = flight.watch().and_then(|watch| watch.begun_at());
+            let time = begun.unwrap_or(self.prefill_sent).elapsed();
+            self.app
+                .measured
+                .prefilled(self.plan.uncached(&self.pair, tokens), time);
+        }
+        self.prefilled = prefilled;
+        match refused_by_sender(flight) {
+            None => Step::Event(Event::PrefillAnswered),
+            Some(reason) => {
+                warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
+                self.app.metrics.leg_failed(Leg::Prefill(Alone::NotPushed));
+                Step::Event(Event::PrefillFailed(Alone::NotPushed))
+            }
+        }
+    }
+
+    fn prefill_late(&mut self, flight: &mut Flight) -> Step {
         let why = Alone::PrefillTimeout;
         flight.drop_prefill();
         if let Some(watch) = flight.watch() {
             let end = PrefillEnd::Failed(why, "did not begin in time".into());
             watch.prefill_ended(PrefillNote::of(&end));
         }
-        self.app.metrics.leg_failed(Leg::Prefill(why));
         warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
-        Step::Event(Event::PrefillFailed(why))
+        self.prefill_failed(flight, why)
+    }
+
+    /// Another prefill instance, if the failure and the number of attempts allow one.
+    fn prefill_failed(&mut self, flight: &mut Flight, why: Alone) -> Step {
+        self.app.metrics.leg_failed(Leg::Prefill(why));
+        let Ok(prefill) = &self.pair.prefill else {
+            return Step::Event(Event::PrefillFailed(why));
+        };
+        if why != Alone::NotPushed
+            && prefill
+                .load
+                .failed(Instant::now(), self.app.config.breaker())
+        {
+            warn!(
+                prefill = prefill.id,
+                "keeps failing: left alone for a while"
+            );
+        }
+        // Its time is used up, or it has computed the prompt already.
+        let is_final = matches!(why, Alone::PrefillTimeout | Alone::NotPushed);
+        if is_final
+            || !flight.is_prefilling()
+            || self.prefill_attempts >= self.app.config.prefill_attempts
+        {
+            return Step::Event(Event::PrefillFailed(why));
+        }
+        self.failed.push(prefill.id.clone());
+        match self.plan.route(&self.app, &self.failed) {
+            Ok(pair) if pair.prefill.is_ok() => {
+                self.pair = pair;
+                self.app.metrics.prefill_retried();
+                self.send_prefill(flight);
+                Step::Again
+            }
+            _ => Step::Event(Event::PrefillFailed(why)),
+        }
     }
 
     fn decode_ended(&mut self, flight: &mut Flight, end: Result<Answer, LegError>) -> Step {
@@ -260,14 +448,21 @@ impl Drive {
             Ok(answer) => return Step::FirstByte(Box::new(answer)),
             Err(error) => error,
         };
+        let decode = &self.pair.decode;
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
-        warn!(id = %flight.id, decode = self.pair.decode.id, %error, "decode leg failed");
+        warn!(id = %flight.id, decode = decode.id, %error, "decode leg failed");
         if let LegError::Connect(_) | LegError::Died(_) = error {
-            self.app.suspect(&self.pair.decode.id);
+            self.app.suspect(&decode.id);
+        }
+        if decode
+            .load
+            .failed(Instant::now(), self.app.config.breaker())
+        {
+            warn!(decode = decode.id, "keeps failing: left alone for a while");
         }
         // What it still computes was meant for the instance that failed.
         flight.drop_prefill();
-        self.failed.push(self.pair.decode.id.clone());
+        self.failed.push(decode.id.clone());
         let another = self.another(&error);
         if let Some(decode) = another {
             self.pair.decode = decode;
@@ -279,16 +474,11 @@ impl Drive {
 
     /// Another decode instance, if the failure and the number of attempts allow one.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
-        let attempts = u32::try_from(self.failed.len()).unwrap_or(u32::MAX);
-        if !error.is_retryable() || attempts >= self.app.config.decode_attempts {
+        if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;
         }
-        let ask = Ask {
-            alone: Some(Alone::DecodeRetry),
-            policy: self.app.next_turn(Transfers::No),
-            failed: &self.failed,
-        };
-        Some(route(&self.app.instances(), &ask).ok()?.decode)
+        let pair = self.plan.route_alone(&self.app, &self.failed).ok()?;
+        Some(pair.decode)
     }
 
     fn condemn(&mut self, flight: &mut Flight, verdict: Verdict) {
@@ -311,7 +501,7 @@ fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
 impl PrefillNote {
     fn of(end: &PrefillEnd) -> Self {
         let (error, prompt_tokens) = match end {
-            PrefillEnd::Answered(tokens) => (None, *tokens),
+            PrefillEnd::Answered(prefilled) => (None, prefilled.prompt_tokens),
             PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
             PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
         };
@@ -322,3 +512,9 @@ impl PrefillNote {
         }
     }
 }
+
+/// What a request without a limit is taken to generate, for the load of its instance.
+const USUAL_ANSWER: u64 = 256;
+
+/// Most answers end long before a limit beyond this.
+const MAX_ANSWER: u64 = 1024;

@@ -13,8 +13,10 @@ use crate::app::App;
 use crate::body::Endpoint;
 use crate::error::ApiError;
 use crate::inflight::{Place, Watch};
+use crate::instance::Instance;
 use crate::legs::PrefillEnd;
 use crate::life::{Action, Event, Life, Outcome};
+use crate::load::Charge;
 use crate::record::Record;
 use crate::route::{Alone, Pair};
 use crate::usage::Usage;
@@ -32,6 +34,8 @@ pub struct Flight {
     record: Record,
     place: Option<Place>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
+    /// Of the prefill and the decode leg.
+    charges: [Option<Charge>; 2],
     // Last: the place is free once everything else is.
     _permit: OwnedSemaphorePermit,
 }
@@ -49,7 +53,6 @@ impl Flight {
         let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
         let (life, action) = Life::begin(plan);
         let prefill = pair.prefill.as_ref().ok();
-        let place = prefill.map(|prefill| app.in_flight.enter(&id, &prefill.id));
         let record = Record {
             id: id.0.clone(),
             arrived_unix_ms: unix_ms(),
@@ -67,8 +70,9 @@ impl Flight {
             endpoint,
             arrived,
             record,
-            place,
+            place: None,
             prefill: None,
+            charges: [None, None],
             _permit: permit,
         };
         (flight, action)
@@ -111,12 +115,36 @@ impl Flight {
     /// Drops the prefill leg: it has ended, or nobody waits for it any more.
     pub fn drop_prefill(&mut self) {
         self.prefill = None;
+        self.charges[0] = None;
+    }
+
+    /// Notes that a prefill leg is sent, and where others' words on it will be heard.
+    pub fn prefill_sent(&mut self, id: &RequestId, to: &Instance, tokens: u64) -> Arc<Watch> {
+        let place = self.app.in_flight.enter(id, &to.id);
+        let watch = Arc::clone(&place.watch);
+        self.place = Some(place);
+        self.charges[0] = Some(to.load.charge(tokens));
+        self.record.prefill = Some(to.id.clone());
+        self.record.leg_id = (*id != self.id).then(|| id.0.clone());
+        watch
+    }
+
+    /// The decode leg that was sent last waits for KV.
+    pub fn waits_for_kv(&self) -> bool {
+        matches!(
+            self.life,
+            Life::Decoding {
+                transfer: Ok(()),
+                ..
+            }
+        )
     }
 
     /// Notes that a decode leg is sent.
-    pub fn decode_sent(&mut self, to: &str, transfer: Result<(), Alone>) {
+    pub fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
         self.app.metrics.decode_sent(transfer);
-        self.record.decode = Some(to.to_owned());
+        self.charges[1] = Some(to.load.charge(tokens));
+        self.record.decode = Some(to.id.clone());
         self.record.alone = transfer.err().map(Alone::as_str);
         self.record.decode_attempts += 1;
         self.record
@@ -126,9 +154,11 @@ impl Flight {
 
     /// Notes the first bytes of the answer.
     pub fn first_byte(&mut self, status: StatusCode, stream: bool) {
-        let after = self.arrived.elapsed();
-        self.app.metrics.first_byte_after(after);
-        self.record.ttft_ms = Some(millis(after));
+        if self.record.ttft_ms.is_none() {
+            let after = self.arrived.elapsed();
+            self.app.metrics.first_byte_after(after);
+            self.record.ttft_ms = Some(millis(after));
+        }
         self.record.status = Some(status.as_u16());
         self.record.stream = stream;
     }
@@ -153,6 +183,7 @@ impl Flight {
     fn end(&mut self, outcome: Outcome) {
         let total = self.arrived.elapsed();
         self.drop_prefill();
+        self.charges = [None, None];
         if let Some(place) = self.place.take() {
             self.note_prefill(&place.watch);
         }
@@ -192,6 +223,7 @@ fn log(r: &Record) {
     let moved = r.moved.as_ref();
     info!(
         id = r.id,
+        leg_id = r.leg_id.as_deref(),
         endpoint = r.endpoint,
         prefill = r.prefill.as_deref(),
         decode = r.decode.as_deref(),

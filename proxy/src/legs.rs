@@ -14,7 +14,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
 use crate::error::{ApiError, Code};
+use crate::handover::{Prefilled, prefilled};
 use crate::headers::{JSON, is_event_stream};
+use crate::instance::Connector;
 use crate::route::Alone;
 
 /// Connections to engines and sidecars, kept open between requests.
@@ -39,8 +41,8 @@ pub struct Answer {
 /// How a prefill leg ended.
 #[derive(Debug)]
 pub enum PrefillEnd {
-    /// 2xx, with the prompt's length if the engine says it.
-    Answered(Option<u64>),
+    /// 2xx, and what it brings.
+    Answered(Prefilled),
     /// The engine says that the request is wrong; this is its answer.
     Refused(Box<Answer>),
     /// The engine or the way to it failed.
@@ -98,7 +100,13 @@ impl Legs {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub async fn prefill(&self, url: &str, headers: HeaderMap, body: Bytes) -> PrefillEnd {
+    pub async fn prefill(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+        connector: Connector,
+    ) -> PrefillEnd {
         let response = match self.send(Method::POST, url, headers, body).await {
             Ok(response) => response,
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
@@ -107,16 +115,15 @@ impl Legs {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The answer's head says that the prefill is done, and nothing else is needed of it.
+            // The answer's head says that the prefill is done; sidecars need nothing else of it.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         };
         if status.is_success() {
-            if let Some(reason) = not_pushed(&body) {
-                return PrefillEnd::Failed(Alone::NotPushed, reason);
-            }
-            let usage = crate::usage::find(&body);
-            return PrefillEnd::Answered(usage.map(|usage| usage.prompt_tokens));
+            return match prefilled(connector, &body) {
+                Ok(brought) => PrefillEnd::Answered(brought),
+                Err(reason) => PrefillEnd::Failed(Alone::NotPushed, reason),
+            };
         }
         let text = format!("{status}: {}", shown(&body));
         match status {
@@ -131,6 +138,33 @@ impl Legs {
             })),
             _ => PrefillEnd::Failed(Alone::PrefillError, text),
         }
+    }
+
+    /// Posts what belongs to a prefill leg and reads an answer of token ids.
+    ///
+    /// # Errors
+    /// No answer, or one that is too long.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection.
+    pub async fn ask(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, LegError> {
+        let response = self.send(Method::POST, url, headers, body).await?;
+        let (head, rest) = response.into_parts();
+        let held = Limited::new(rest, MAX_HELD)
+            .collect()
+            .await
+            .map_err(|e| LegError::Died(e.to_string()))?
+            .to_bytes();
+        Ok(Answer {
+            head,
+            held,
+            rest: None,
+        })
     }
 
     /// Sends a decode leg and reads the first bytes of its answer, or all of it if it is short and
@@ -358,23 +392,3 @@ const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Of an engine's error, in logs.
 const SHOWN_CHARS: usize = 300;
-
-/// Why the prefill engine's connector pushes nothing, if its answer says so.
-///
-/// Without this the decode leg would wait for a sender that never asks.
-fn not_pushed(body: &[u8]) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Answered {
-        kv_transfer_params: Option<Params>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Params {
-        pushed: Option<bool>,
-        #[serde(default)]
-        reason: String,
-    }
-    let params = serde_json::from_slice::<Answered>(body)
-        .ok()?
-        .kv_transfer_params?;
-    (params.pushed == Some(false)).then_some(params.reason)
-}

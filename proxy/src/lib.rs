@@ -5,14 +5,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod alone;
 pub mod api;
 pub mod app;
 pub mod body;
 pub mod callback;
 pub mod cli;
+pub mod control;
 pub mod drive;
+pub mod early;
 pub mod error;
 pub mod flight;
+pub mod handover;
 pub mod headers;
 pub mod id;
 pub mod inflight;
@@ -20,8 +25,17 @@ pub mod instance;
 pub mod labels;
 pub mod legs;
 pub mod life;
+pub mod lmcache;
+pub mod load;
+pub mod memory;
 pub mod metrics;
+pub mod mode;
+pub mod p2p;
 pub mod patience;
+pub mod plan;
+pub mod policy;
+pub mod prefill;
+pub mod prompt;
 pub mod proxy;
 pub mod record;
 pub mod registration;
@@ -29,6 +43,8 @@ pub mod registry;
 pub mod relay;
 pub mod route;
 pub mod server;
+pub mod sources;
+pub mod stitch;
 pub mod usage;
 pub mod verdict;
 pub mod zmq;

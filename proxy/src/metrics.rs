@@ -32,6 +32,7 @@ pub struct Metrics {
     transfers: Counter,
     alone: Counters<1>,
     leg_errors: Counters<2>,
+    prefill_retries: Counter,
     decode_retries: Counter,
     in_flight: Gauge,
     begun: Histogram,
@@ -55,6 +56,7 @@ impl Metrics {
             transfers: Counter::default(),
             alone: Family::default(),
             leg_errors: Family::default(),
+            prefill_retries: Counter::default(),
             decode_retries: Counter::default(),
             in_flight: Gauge::default(),
             begun: histogram(),
@@ -100,6 +102,11 @@ impl Metrics {
             self.alone.clone(),
         );
         r.register("leg_errors", "Legs that failed", self.leg_errors.clone());
+        r.register(
+            "prefill_retries",
+            "Prefill legs sent again to another instance",
+            self.prefill_retries.clone(),
+        );
         r.register(
             "decode_retries",
             "Decode legs sent again to another instance",
@@ -216,6 +223,11 @@ impl Metrics {
                     .inc();
             }
         }
+    }
+
+    /// A prefill leg is sent again to another instance.
+    pub fn prefill_retried(&self) {
+        self.prefill_retries.inc();
     }
 
     /// A leg failed.

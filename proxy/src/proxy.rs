@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use crate::api;
 use crate::app::{App, Instances};
 use crate::cli::Config;
-use crate::registration::Registration;
+use crate::registration::{Inputs, Registration};
 use crate::server::{self, Limits};
 use crate::zmq::{PortError, Registrations};
 
@@ -38,6 +38,9 @@ pub enum BindError {
         /// Why.
         source: std::io::Error,
     },
+    /// Instances that are named in an unusable way.
+    #[error("{}", .0.join("; "))]
+    Instances(Vec<String>),
     /// The registration port.
     #[error(transparent)]
     Registration(#[from] PortError),
@@ -69,6 +72,7 @@ impl Proxy {
     /// # Errors
     /// The port that cannot be opened, and why.
     pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let configured = config.sources.named().map_err(BindError::Instances)?;
         let address = config.listen;
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -76,9 +80,21 @@ impl Proxy {
         let port = Registrations::bind(config.registration).await?;
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
-        let app = Arc::new(App::new(config, port.address(), instances, suspects));
+        let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
+        let p2p = match config.p2p_registration {
+            Some(address) => Some(Registrations::bind_router(address).await?),
+            None => None,
+        };
+        let app = App::new(config, port.address(), instances, suspects, commands);
+        let app = Arc::new(app);
+        let inputs = Inputs {
+            port,
+            p2p,
+            suspected,
+            commanded,
+        };
         Ok(Self {
-            registration: Registration::new(Arc::clone(&app), port, published, suspected),
+            registration: Registration::new(Arc::clone(&app), inputs, published, configured),
             app,
             listener,
             listen,
@@ -154,6 +170,9 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
     }
     End::Cut
 }
+
+/// Changes that wait for the registration task.
+const MAX_COMMANDS: usize = 16;
 
 /// Failed requests whose instance is still to be looked at.
 const MAX_SUSPECTS: usize = 64;

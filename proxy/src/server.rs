@@ -1,6 +1,7 @@
 //! Accepts client connections, each with its deadlines, and closes them gracefully.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +37,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
     let places = Arc::new(Semaphore::new(limits.connections));
     let mut connections = JoinSet::new();
     loop {
-        let (stream, place) = select! {
+        let (stream, peer, place) = select! {
             biased;
             () = stop.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
@@ -48,7 +49,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
                 continue;
             }
         };
-        let connection = connection(stream, router.clone(), limits, stop.clone(), place);
+        let connection = connection(stream, peer, router.clone(), limits, stop.clone(), place);
         connections.spawn(connection);
     }
     drop(listener);
@@ -63,7 +64,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> (TcpStream, OwnedSemaphorePermit) {
+) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
     // Never closed.
     let place = Arc::clone(places)
         .acquire_owned()
@@ -71,7 +72,7 @@ async fn accept(
         .expect("the semaphore stays open");
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, place),
+            Ok((stream, peer)) => return (stream, peer, place),
             Err(e) => {
                 // Out of file descriptors, mostly: some are freed as others finish.
                 warn!(error = %e, "cannot accept a connection");
@@ -83,6 +84,7 @@ async fn accept(
 
 async fn connection(
     stream: TcpStream,
+    peer: SocketAddr,
     router: Router,
     limits: Limits,
     stop: CancellationToken,
@@ -92,7 +94,8 @@ async fn connection(
         debug!(error = %e, "the client has gone already");
         return;
     }
-    let service = service_fn(move |request: Request<Incoming>| {
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
         let router = router.clone();
         async move { Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|e| match e {})) }
     });
