@@ -51,9 +51,17 @@ SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
 
 
 def default_socket(role: str) -> str:
-    """Where a sidecar of this role (`sender` or `receiver`) listens unless told otherwise."""
+    """Where a sidecar of this role (`sender`, `receiver` or `both`) listens unless told otherwise.
+
+    `PD_SIDECAR_SOCKET` wins; else the sidecar computes the same from `XDG_RUNTIME_DIR` or the
+    user's id.
+    """
     explicit = os.environ.get(SOCKET_VARIABLE)
-    return explicit or f"/tmp/pd-sidecar-{os.getuid()}/{role}.sock"
+    if explicit:
+        return explicit
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "").rstrip("/")
+    folder = f"{runtime}/pd-sidecar" if runtime else f"/tmp/pd-sidecar-{os.getuid()}"
+    return f"{folder}/{role}.sock"
 
 
 @dataclass(frozen=True)

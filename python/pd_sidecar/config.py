@@ -44,7 +44,12 @@ class Options:
 
 
 def parse(
-    extra: Mapping[str, Any], *, consumer: bool, load_failure_policy: str, model: str
+    extra: Mapping[str, Any],
+    *,
+    producer: bool,
+    consumer: bool,
+    load_failure_policy: str,
+    model: str,
 ) -> Options:
     """The options with their defaults filled in. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
@@ -77,12 +82,15 @@ def parse(
         )
     if problems:
         raise ConfigError(problems)
+    # An engine that does both has one sidecar with `--role both`, or names two.
+    both = producer and consumer
     return Options(
         **{
             **values,
             "model_name": name,
-            "sender_socket": options.sender_socket or default_socket("sender"),
-            "receiver_socket": options.receiver_socket or default_socket("receiver"),
+            "sender_socket": options.sender_socket or default_socket("both" if both else "sender"),
+            "receiver_socket": options.receiver_socket
+            or default_socket("both" if both else "receiver"),
         }
     )
 

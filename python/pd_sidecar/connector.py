@@ -63,6 +63,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._consumer: bool = transfer.is_kv_consumer
         self._options = config.parse(
             transfer.kv_connector_extra_config,
+            producer=self._producer,
             consumer=self._consumer,
             load_failure_policy=transfer.kv_load_failure_policy,
             model=vllm_config.model_config.model,

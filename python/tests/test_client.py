@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -197,7 +198,10 @@ def test_a_message_that_no_frame_holds_is_not_sent(path, clients):
 
 def test_the_default_path_can_be_named(monkeypatch):
     monkeypatch.delenv("PD_SIDECAR_SOCKET", raising=False)
-    assert default_socket("sender").endswith("/sender.sock")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert default_socket("sender") == f"/tmp/pd-sidecar-{os.getuid()}/sender.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7/")
+    assert default_socket("sender") == "/run/user/7/pd-sidecar/sender.sock"
     monkeypatch.setenv("PD_SIDECAR_SOCKET", "/run/x.sock")
     assert default_socket("receiver") == "/run/x.sock"
 

@@ -11,8 +11,14 @@ import pytest
 from pd_sidecar.config import ConfigError, Options, parse
 
 
-def read(extra=None, *, consumer=True, policy="recompute", model="org/model"):
-    return parse(extra or {}, consumer=consumer, load_failure_policy=policy, model=model)
+def read(extra=None, *, producer=False, consumer=True, policy="recompute", model="org/model"):
+    return parse(
+        extra or {},
+        producer=producer,
+        consumer=consumer,
+        load_failure_policy=policy,
+        model=model,
+    )
 
 
 def test_defaults(monkeypatch):
@@ -22,6 +28,15 @@ def test_defaults(monkeypatch):
     assert options.sender_socket.endswith("/sender.sock")
     assert options.receiver_socket.endswith("/receiver.sock")
     assert (options.chunk_size, options.hash_algorithm) == (256, "sha256_cbor")
+
+
+def test_an_engine_of_both_roles_has_one_sidecar_of_both(monkeypatch):
+    monkeypatch.delenv("PD_SIDECAR_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7/")
+    options = read(producer=True)
+    assert options.sender_socket == options.receiver_socket == "/run/user/7/pd-sidecar/both.sock"
+    options = read({"sender_socket": "/s"}, producer=True)
+    assert options.sender_socket == "/s"
 
 
 def test_given_values_win():

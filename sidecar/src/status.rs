@@ -309,6 +309,11 @@ impl Inner {
                 obstacles.push(NotReady::NoEngine(side, rank));
             }
         }
+        for (&(side, rank), wires) in &self.wires {
+            if let Some(wire) = wires.ended() {
+                obstacles.push(NotReady::WireEnded(side, rank, wire));
+            }
+        }
         if let Some(proxy) = &about.proxy {
             let lately = self
                 .acknowledged

@@ -136,6 +136,12 @@ impl Wires {
         self.transports.iter().flat_map(of).collect()
     }
 
+    /// The first wire whose thread has ended, which only a defect does.
+    pub(crate) fn ended(&self) -> Option<&'static str> {
+        let ended = self.transports.iter().find(|t| !t.is_running());
+        ended.map(|t| t.kind().as_str())
+    }
+
     /// NIXL's row of each slot; empty without NIXL.
     pub(crate) fn rows(&self) -> Vec<protocol::dlist::Row> {
         self.transports

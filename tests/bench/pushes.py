@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -110,11 +109,12 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
 def _iperf3() -> float:
     """GB/s of one stream over loopback."""
     port = str(free_port())
-    server = subprocess.Popen(["iperf3", "-s", "-1", "-p", port], stdout=subprocess.PIPE, text=True)
+    # Unflushed, the line that says it listens would never come through a pipe.
+    server = subprocess.Popen(["iperf3", "-s", "-1", "--forceflush", "-p", port], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        while not re.search("listening", server.stdout.readline()):
-            pass
+        if not any("listening" in line for line in server.stdout):
+            raise RuntimeError(f"iperf3 does not listen on port {port}")
         done = subprocess.run(
             ["iperf3", "-c", "127.0.0.1", "-p", port, "-t", "5", "-J"],
             check=True,

@@ -20,7 +20,7 @@ use crate::host;
 use crate::init::{self, Answer, Identity};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
-use crate::side::{Clock, Gauges, Side, SideContext};
+use crate::side::{Clock, Gauges, Linger, Side, SideContext};
 use crate::zmq::{FromPeer, RouterServer};
 use fence::Fences;
 
@@ -38,6 +38,7 @@ pub(crate) struct LandSide {
     early: Vec<(Route, Vec<u8>)>,
     fences: Fences,
     clock: Clock,
+    linger: Linger,
     draining: bool,
 }
 
@@ -80,6 +81,7 @@ impl LandSide {
             early: Vec::new(),
             fences: Fences::default(),
             clock: Clock::start(),
+            linger: Linger::default(),
             draining: false,
             context,
         }
@@ -121,6 +123,9 @@ impl LandSide {
                     self.feed(Event::Fenced { sender, lease });
                 }
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
+                () = self.linger.pass(), if !self.linger.is_over() => {
+                    self.linger = Linger::default();
+                }
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
@@ -276,7 +281,11 @@ impl LandSide {
         };
         let now = self.clock.now();
         self.context.trace.receiver_event(now, &event);
+        let message = !matches!(event, Event::Deadline);
         machine.handle(now, event);
+        if message {
+            self.linger.moved(machine.is_idle());
+        }
         let mut fenced = BTreeMap::new();
         while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
             self.context.trace.receiver_action(&action);

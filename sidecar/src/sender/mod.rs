@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use crate::engines::{Cut, Engines};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
-use crate::side::{Clock, Side, SideContext};
+use crate::side::{Clock, Linger, Side, SideContext};
 use crate::transport::Outcome;
 use peers::{FromReceiver, Peers};
 
@@ -34,6 +34,7 @@ pub(crate) struct SendSide {
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
     clock: Clock,
+    linger: Linger,
     draining: bool,
 }
 
@@ -60,6 +61,7 @@ impl SendSide {
             buffer,
             writes: JoinSet::new(),
             clock: Clock::start(),
+            linger: Linger::default(),
             draining: false,
             context,
         }
@@ -88,6 +90,9 @@ impl SendSide {
                 Some(event) = self.peers.next() => self.on_receiver(event),
                 Some(event) = engines.recv() => self.on_engine(event),
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
+                () = self.linger.pass(), if !self.linger.is_over() => {
+                    self.linger = Linger::default();
+                }
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
@@ -181,7 +186,11 @@ impl SendSide {
         };
         let now = self.clock.now();
         self.context.trace.sender_event(now, &event);
+        let message = !matches!(event, Event::Deadline);
         machine.handle(now, event);
+        if message {
+            self.linger.moved(machine.is_idle());
+        }
         while let Some(action) = self.machine.as_mut().and_then(Sender::poll_action) {
             self.context.trace.sender_action(&action);
             self.act(action);

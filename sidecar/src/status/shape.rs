@@ -16,6 +16,8 @@ pub(crate) enum NotReady {
     Starting,
     /// No engine is connected to this side.
     NoEngine(Side, u32),
+    /// The thread behind a wire has ended.
+    WireEnded(Side, u32, &'static str),
     /// The proxy has not called back lately, so it may not know this sidecar.
     NoProxy(String),
     /// The process is about to end.
@@ -188,6 +190,12 @@ impl fmt::Display for NotReady {
                     side.as_str()
                 )
             }
+            Self::WireEnded(side, rank, wire) => write!(
+                f,
+                "the thread behind {wire} of the {} of rank {rank} has ended: its last words are on \
+                 standard error, and only a restart of this sidecar helps",
+                side.as_str()
+            ),
             Self::NoProxy(proxy) => write!(
                 f,
                 "the proxy at {proxy} has not acknowledged this sidecar within {} s",

@@ -98,6 +98,10 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn events(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
+    /// Whether what does the work behind this wire lives; without it nothing moves any more.
+    fn is_running(&self) -> bool {
+        true
+    }
     /// Receiver: writes are (or are no longer) announced, so the library must (need not) progress.
     fn expect(&self, writing: bool);
 }

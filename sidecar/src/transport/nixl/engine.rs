@@ -123,8 +123,10 @@ impl Engine {
                 looked = now;
                 self.look();
             }
-            let wait = if moved || self.is_active() {
+            let wait = if moved || self.writes_wait() {
                 pace.wait(moved, now)
+            } else if self.shared.expecting.load(Ordering::Acquire) {
+                pace.expect(now)
             } else {
                 Wait::Sleep(LOOK)
             };
@@ -263,15 +265,15 @@ impl Engine {
         start.elapsed()
     }
 
-    fn is_active(&self) -> bool {
-        self.shared.expecting.load(Ordering::Acquire) || self.peers.values().any(Peer::is_active)
+    fn writes_wait(&self) -> bool {
+        self.peers.values().any(Peer::is_active)
     }
 
     /// Gives what is under way its time, then answers all that is left.
     fn finish(mut self) {
         let mut pace = Pace::default();
         let deadline = Instant::now() + self.config.drain;
-        while self.peers.values().any(Peer::is_active) && Instant::now() < deadline {
+        while self.writes_wait() && Instant::now() < deadline {
             match pace.wait(self.poll(pace.busy()), Instant::now()) {
                 Wait::Spin => std::hint::spin_loop(),
                 Wait::Yield => std::thread::yield_now(),

@@ -157,13 +157,6 @@ impl Nixl {
             thread: Some(thread),
         })
     }
-
-    /// Whether the engine thread lives: without it nothing is sent or received any more.
-    fn is_running(&self) -> bool {
-        self.thread
-            .as_ref()
-            .is_some_and(|thread| !thread.is_finished())
-    }
 }
 
 impl Transport for Nixl {
@@ -228,6 +221,12 @@ impl Transport for Nixl {
             ("writes_stuck", counts.stuck),
             ("running", u64::from(self.is_running())),
         ]
+    }
+
+    fn is_running(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
     }
 
     fn expect(&self, writing: bool) {

@@ -45,6 +45,20 @@ impl Pace {
         wait
     }
 
+    /// After a round in which nothing moved, when only the writes of peers are awaited.
+    ///
+    /// Most wires need no help of this side (shared memory, RDMA, NVLink), and spinning beside a peer
+    /// on the same host takes the very core that copies: naps from the beginning. Sockets bridge them.
+    pub(super) fn expect(&mut self, now: Instant) -> Wait {
+        match self.wait(false, now) {
+            Wait::Spin | Wait::Yield => {
+                self.slept = true;
+                Wait::Sleep(NAP)
+            }
+            sleep @ Wait::Sleep(_) => sleep,
+        }
+    }
+
     /// How long a call into the library must take to have moved something.
     pub(super) fn busy(&self) -> Duration {
         if self.slept { BUSY_COLD } else { BUSY }
@@ -95,5 +109,17 @@ mod tests {
         check(50_010, false, Wait::Sleep(LONG));
         check(60_000, true, Wait::Spin);
         check(60_010, false, Wait::Spin);
+    }
+
+    #[test]
+    fn who_only_expects_never_spins() {
+        let mut pace = Pace::default();
+        let start = Instant::now();
+        assert_eq!(pace.expect(start), Wait::Sleep(NAP));
+        assert_eq!(pace.busy(), BUSY_COLD);
+        let later = start + DROWSE + Duration::from_millis(1);
+        assert_eq!(pace.expect(later), Wait::Sleep(LONG));
+        // Bytes came: the next ones follow at once.
+        assert_eq!(pace.wait(true, later), Wait::Spin);
     }
 }

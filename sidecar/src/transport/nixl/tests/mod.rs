@@ -155,7 +155,7 @@ async fn a_dead_receiver_fails_its_writes_and_its_successor_is_reached() {
     let mut second = Receiver::start(slots, slot_bytes);
     second.expect(true);
     let link = sender.link(second.remote.clone()).await.unwrap();
-    assert!(sender.is_running());
+    assert!(Transport::is_running(&sender));
     assert_eq!(link.write(LEASE, all()).await, Outcome::Done);
     assert_eq!(second.sum(3, MIB), buffer.sum(3 * MIB, MIB).unwrap());
 }
