@@ -180,7 +180,11 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], app.metrics.text()).into_response()
+    (
+        [(header::CONTENT_TYPE, kind)],
+        app.metrics.text(&app.instances()),
+    )
+        .into_response()
 }
 
 async fn instances(State(app): State<Arc<App>>) -> Response {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +20,7 @@ use crate::mode::{CurrentMode, Measured, Mode};
 use crate::policy::Policy;
 use crate::record::Recent;
 use crate::route::{Facts, Side};
+use crate::summary::PrefillTimes;
 
 /// The instances as routing sees them; replaced as a whole at each change.
 pub type Instances = Arc<[Arc<Instance>]>;
@@ -40,6 +42,8 @@ pub struct App {
     pub recent: Recent,
     /// What is counted.
     pub metrics: Metrics,
+    /// What prefill legs took.
+    pub prefill_times: PrefillTimes,
     /// What instances hold.
     pub memory: Memory,
     /// Which requests get a prefill leg.
@@ -50,6 +54,8 @@ pub struct App {
     pub draining: CancellationToken,
     /// Set when requests under way are cut off.
     pub cut: CancellationToken,
+    /// Spans for the collector; absent without `--otlp`.
+    pub spans: Option<mpsc::Sender<Value>>,
     /// What the registration task is asked to do.
     pub commands: mpsc::Sender<Command>,
     suspects: mpsc::Sender<String>,
@@ -62,10 +68,12 @@ impl App {
     /// A proxy without instances.
     pub fn new(
         config: Config,
+        legs: Legs,
         registration: SocketAddr,
         instances: watch::Receiver<Instances>,
         suspects: mpsc::Sender<String>,
         commands: mpsc::Sender<Command>,
+        spans: Option<mpsc::Sender<Value>>,
     ) -> Self {
         let mode = CurrentMode::default();
         mode.set(config.mode);
@@ -73,16 +81,18 @@ impl App {
             mode,
             memory: Memory::default(),
             measured: Measured::default(),
-            legs: Legs::new(&config),
+            legs,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),
             config,
             registration,
             instances,
             suspects,
             commands,
+            spans,
             in_flight: Arc::default(),
             recent: Recent::default(),
             metrics: Metrics::new(),
+            prefill_times: PrefillTimes::default(),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
             decode_turn: AtomicUsize::new(0),

@@ -6,10 +6,12 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 
 use crate::access::Access;
+use crate::instance::BaseUrl;
 use crate::load::Breaker;
 use crate::mode::Mode;
 use crate::policy::Policy;
 use crate::sources::Sources;
+use crate::tls::TlsFiles;
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///
@@ -74,6 +76,28 @@ pub struct Config {
     /// Who may ask, and whom the proxy talks to.
     #[command(flatten)]
     pub access: Access,
+
+    /// Base URLs of an etcd through which several proxies share their instances, separated by commas.
+    #[arg(long, env = "PD_PROXY_ETCD", value_name = "URL", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+
+    /// Where in etcd: proxies with the same prefix share.
+    #[arg(
+        long,
+        env = "PD_PROXY_ETCD_PREFIX",
+        default_value = "/pd-proxy",
+        value_name = "KEY"
+    )]
+    pub etcd_prefix: String,
+
+    /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
+    /// trace of each request.
+    #[arg(long, env = "PD_PROXY_OTLP", value_name = "URL")]
+    pub otlp: Option<String>,
+
+    /// TLS towards clients and engines.
+    #[command(flatten)]
+    pub tls: TlsFiles,
 
     /// How a prefill instance is chosen.
     #[arg(long, env = "PD_PROXY_PREFILL_POLICY", default_value = "round-robin")]
@@ -181,6 +205,12 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.access.problems());
+        let etcd = self.etcd.iter().map(|url| ("--etcd", url));
+        for (flag, url) in etcd.chain(self.otlp.iter().map(|url| ("--otlp", url))) {
+            if let Err(error) = BaseUrl::parse(flag, url) {
+                problems.push(error.to_string());
+            }
+        }
         let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
         let ports = [
             ("--listen", self.listen),

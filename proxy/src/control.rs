@@ -23,6 +23,8 @@ use crate::mode::Mode;
 pub enum Command {
     /// Take this instance in.
     Name(Box<Instance>, oneshot::Sender<Result<(), String>>),
+    /// These are all that other proxies have written.
+    Share(Vec<Instance>),
     /// Forget this one. Answers whether it was there.
     Remove(String, oneshot::Sender<bool>),
     /// Give this one no new requests, or give it some again. Answers whether it is there.

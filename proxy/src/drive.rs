@@ -12,7 +12,6 @@ use protocol::RequestId;
 use tokio::select;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep_until;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::app::App;
@@ -20,21 +19,22 @@ use crate::body::{Endpoint, RequestBody};
 use crate::early;
 use crate::error::ApiError;
 use crate::flight::Flight;
-use crate::handover::{Prefilled, leg_id, sidecar_decode_params};
+use crate::handover::{Prefilled, sidecar_decode_params};
 use crate::headers::leg_headers;
 use crate::id;
-use crate::inflight::PrefillNote;
 use crate::instance::{Connector, Instance};
 use crate::labels::Leg;
-use crate::legs::{Answer, LegError, PrefillEnd};
+use crate::legs::{Answer, LegError};
 use crate::life::{Action, Event};
 use crate::lmcache;
 use crate::plan::Plan;
-use crate::prefill::PrefillLeg;
 use crate::relay;
 use crate::route::{Alone, Pair};
 use crate::stitch::Stitch;
+use crate::trace::Trace;
 use crate::verdict::Verdict;
+
+mod prefilling;
 
 /// A request as it came.
 #[derive(Debug)]
@@ -71,6 +71,7 @@ struct Drive {
     /// What the prefill leg has brought.
     prefilled: Prefilled,
     prefill_sent: Instant,
+    decode_sent: Instant,
     decode: Option<DecodeLeg>,
     /// The client has been given the first token.
     is_early: bool,
@@ -105,12 +106,14 @@ pub async fn serve(
     let body = RequestBody::parse(arrival.body)?;
     let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
-    let headers = {
-        let id = id::header_value(&arrival.id);
-        leg_headers(&arrival.headers, id, &app.config.access)
-    };
-    let (mut flight, action) =
-        Flight::begin(app, permit, arrival.at, arrival.endpoint, arrival.id, &pair);
+    let named = id::header_value(&arrival.id);
+    let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
+    let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
+    if let Some(trace) = &trace {
+        trace.pass_on(&mut headers);
+    }
+    let (at, endpoint) = (arrival.at, arrival.endpoint);
+    let (mut flight, action) = Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
@@ -124,6 +127,7 @@ pub async fn serve(
         decode_attempts: 0,
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
+        decode_sent: arrival.at,
         decode: None,
         is_early: false,
         verdict: Verdict::shutting_down(),
@@ -208,13 +212,19 @@ impl Drive {
     /// Answers the client with what the decode leg brings.
     fn relay(&self, flight: Flight, mut answer: Answer) -> Response {
         let decode = &self.pair.decode;
-        decode.load.succeeded();
+        decode.load.succeeded(self.decode_sent.elapsed());
         if flight.waits_for_kv()
             && let Some(end) = flight
                 .watch()
                 .and_then(|watch| Some(watch.prefill_end()?.at))
         {
             self.app.measured.handed_over(end.elapsed());
+        }
+        if !flight.waits_for_kv() && answer.rest.is_some() {
+            // The first event of a stream comes when the prompt is computed, here by one engine.
+            let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
+            let took = self.decode_sent.elapsed();
+            self.app.measured.prefilled(uncached, took);
         }
         if answer.head.status.is_success() {
             self.plan.answered(&self.app, &self.pair);
@@ -266,47 +276,16 @@ impl Drive {
         }
     }
 
-    fn send_prefill(&mut self, flight: &mut Flight) {
-        let Ok(prefill) = &self.pair.prefill else {
-            return;
-        };
-        self.prefill_attempts += 1;
-        self.leg_id = leg_id(&flight.id, prefill, &self.pair.decode);
-        if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
-            // The first sender may have begun with the receiver: this is another transfer.
-            self.leg_id.0 += &format!(".{}", self.prefill_attempts);
-        }
-        self.prefill_sent = Instant::now();
-        let watch = flight.prefill_sent(&self.leg_id, prefill, self.plan.tokens);
-        prefill
-            .load
-            .chosen(self.prefill_sent, self.app.config.breaker());
-        let leg = PrefillLeg {
-            legs: self.app.legs.clone(),
-            endpoint: self.endpoint,
-            headers: self.leg_headers(&self.leg_id),
-            body: self.body.clone(),
-            id: self.leg_id.clone(),
-            prefill: Arc::clone(prefill),
-            decode: Arc::clone(&self.pair.decode),
-        };
-        let task = tokio::spawn(async move {
-            let end = leg.run(&watch).await;
-            watch.prefill_ended(PrefillNote::of(&end));
-            end
-        });
-        flight.set_prefill(AbortOnDropHandle::new(task));
-    }
-
     fn send_decode(&mut self, flight: &mut Flight, transfer: Result<(), Alone>) {
         let decode = &self.pair.decode;
         self.decode_attempts += 1;
         let room = lmcache::max_tokens(&self.body, self.endpoint).unwrap_or(USUAL_ANSWER);
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         flight.decode_sent(decode, transfer, tokens);
+        self.decode_sent = Instant::now();
         decode
             .load
-            .chosen(Instant::now(), self.app.config.breaker());
+            .chosen(self.decode_sent, self.app.config.breaker());
         let (path, id, body) = self.decode_leg(&flight.id, transfer);
         let headers = self.leg_headers(id);
         let url = decode.http.join(path);
@@ -346,100 +325,6 @@ impl Drive {
         let mut headers = self.headers.clone();
         headers.insert(id::HEADER, id::header_value(id));
         headers
-    }
-
-    fn prefill_ended(
-        &mut self,
-        flight: &mut Flight,
-        end: Result<PrefillEnd, tokio::task::JoinError>,
-    ) -> Step {
-        flight.drop_prefill();
-        let end = end.unwrap_or_else(|e| match e.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Aborted only by dropping the handle, which is then not polled any more.
-            Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
-        });
-        match end {
-            PrefillEnd::Answered(prefilled) => self.prefill_answered(flight, prefilled),
-            PrefillEnd::Refused(answer) => Step::Refused(answer),
-            PrefillEnd::Failed(why, error) => {
-                warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
-                if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
-                    self.app.suspect(prefill);
-                }
-                self.prefill_failed(flight, why)
-            }
-        }
-    }
-
-    fn prefill_answered(&mut self, flight: &mut Flight, prefilled: Prefilled) -> Step {
-        if let Ok(prefill) = &self.pair.prefill {
-            prefill.load.succeeded();
-        }
-        if let Some(tokens) = prefilled.prompt_tokens {
-            self.plan.counted(&self.app, tokens);
-            let begun = flight.watch().and_then(|watch| watch.begun_at());
-            let time = begun.unwrap_or(self.prefill_sent).elapsed();
-            self.app
-                .measured
-                .prefilled(self.plan.uncached(&self.pair, tokens), time);
-        }
-        self.prefilled = prefilled;
-        match refused_by_sender(flight) {
-            None => Step::Event(Event::PrefillAnswered),
-            Some(reason) => {
-                warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
-                self.app.metrics.leg_failed(Leg::Prefill(Alone::NotPushed));
-                Step::Event(Event::PrefillFailed(Alone::NotPushed))
-            }
-        }
-    }
-
-    fn prefill_late(&mut self, flight: &mut Flight) -> Step {
-        let why = Alone::PrefillTimeout;
-        flight.drop_prefill();
-        if let Some(watch) = flight.watch() {
-            let end = PrefillEnd::Failed(why, "did not begin in time".into());
-            watch.prefill_ended(PrefillNote::of(&end));
-        }
-        warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
-        self.prefill_failed(flight, why)
-    }
-
-    /// Another prefill instance, if the failure and the number of attempts allow one.
-    fn prefill_failed(&mut self, flight: &mut Flight, why: Alone) -> Step {
-        self.app.metrics.leg_failed(Leg::Prefill(why));
-        let Ok(prefill) = &self.pair.prefill else {
-            return Step::Event(Event::PrefillFailed(why));
-        };
-        if why != Alone::NotPushed
-            && prefill
-                .load
-                .failed(Instant::now(), self.app.config.breaker())
-        {
-            warn!(
-                prefill = prefill.id,
-                "keeps failing: left alone for a while"
-            );
-        }
-        // Its time is used up, or it has computed the prompt already.
-        let is_final = matches!(why, Alone::PrefillTimeout | Alone::NotPushed);
-        if is_final
-            || !flight.is_prefilling()
-            || self.prefill_attempts >= self.app.config.prefill_attempts
-        {
-            return Step::Event(Event::PrefillFailed(why));
-        }
-        self.failed.push(prefill.id.clone());
-        match self.plan.route(&self.app, &self.failed) {
-            Ok(pair) if pair.prefill.is_ok() => {
-                self.pair = pair;
-                self.app.metrics.prefill_retried();
-                self.send_prefill(flight);
-                Step::Again
-            }
-            _ => Step::Event(Event::PrefillFailed(why)),
-        }
     }
 
     fn decode_ended(&mut self, flight: &mut Flight, end: Result<Answer, LegError>) -> Step {
@@ -489,27 +374,6 @@ impl Drive {
 
     fn prefill_id(&self) -> Option<&str> {
         Some(self.pair.prefill.as_ref().ok()?.id.as_str())
-    }
-}
-
-/// The sender's reason, if it has said that nothing (more) is pushed.
-fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
-    let moved = flight.watch()?.moved().filter(|moved| !moved.ok)?;
-    Some(moved.reason.map_or("unknown", protocol::Reason::as_str))
-}
-
-impl PrefillNote {
-    fn of(end: &PrefillEnd) -> Self {
-        let (error, prompt_tokens) = match end {
-            PrefillEnd::Answered(prefilled) => (None, prefilled.prompt_tokens),
-            PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
-            PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
-        };
-        Self {
-            at: Instant::now(),
-            error,
-            prompt_tokens,
-        }
     }
 }
 

@@ -19,6 +19,7 @@ use crate::life::{Action, Event, Life, Outcome};
 use crate::load::Charge;
 use crate::record::Record;
 use crate::route::{Alone, Pair};
+use crate::trace::Trace;
 use crate::usage::Usage;
 
 /// One request under way. Dropping it before its end means that the client has left; either way
@@ -32,6 +33,7 @@ pub struct Flight {
     endpoint: Endpoint,
     arrived: Instant,
     record: Record,
+    trace: Option<Trace>,
     place: Option<Place>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
     /// Of the prefill and the decode leg.
@@ -49,6 +51,7 @@ impl Flight {
         endpoint: Endpoint,
         id: RequestId,
         pair: &Pair,
+        trace: Option<Trace>,
     ) -> (Self, Action) {
         let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
         let (life, action) = Life::begin(plan);
@@ -70,6 +73,7 @@ impl Flight {
             endpoint,
             arrived,
             record,
+            trace,
             place: None,
             prefill: None,
             charges: [None, None],
@@ -192,7 +196,22 @@ impl Flight {
         record.total_ms = millis(total);
         record.outcome = outcome.as_str();
         log(&record);
+        self.export(&record);
         self.app.recent.push(record);
+    }
+
+    fn export(&self, record: &Record) {
+        let (Some(spans), Some(trace)) = (&self.app.spans, &self.trace) else {
+            return;
+        };
+        if !trace.is_sampled {
+            return;
+        }
+        for span in trace.spans(record) {
+            if spans.try_send(span).is_err() {
+                self.app.metrics.spans("dropped", 1);
+            }
+        }
     }
 
     fn note_prefill(&mut self, watch: &Watch) {
@@ -203,6 +222,9 @@ impl Flight {
         }
         if let Some(note) = watch.prefill_end() {
             self.app.metrics.prefill_after(since(note.at));
+            if note.error.is_none() {
+                self.app.prefill_times.add(since(note.at));
+            }
             self.record.prefill_ms = Some(millis(since(note.at)));
             self.record.prefill_error.clone_from(&note.error);
             self.record.prompt_tokens = self.record.prompt_tokens.or(note.prompt_tokens);

@@ -9,6 +9,7 @@ use protocol::registration::{InstanceRole, Register};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::load::Load;
+use crate::shared::Written;
 
 /// One instance. What routing, `/instances` and the legs read.
 #[derive(Clone, Debug, Serialize)]
@@ -231,6 +232,46 @@ impl Instance {
             host,
             init_ports: named.init_ports.clone(),
             alloc_ports: named.alloc_ports.clone(),
+            slots: 0,
+            free_slots: 0,
+            parked_tokens: 0,
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+
+    /// Checks an instance that another proxy has written.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn written(written: Written, source: Source) -> Result<Self, Unusable> {
+        check_id(&written.id)?;
+        let (host, init, alloc) = (&written.host, &written.init_ports, &written.alloc_ports);
+        match written.connector {
+            Connector::Sidecar | Connector::Lmcache => {
+                check_receiver(written.role, host, init, alloc)?;
+            }
+            Connector::Nixl => {}
+            Connector::P2pNccl if written.zmq.as_deref().is_some_and(is_host_port) => {}
+            Connector::P2pNccl => return Err(Unusable::Incomplete("p2p-nccl without zmq")),
+        }
+        let admin = written.admin.as_deref();
+        if written.connector == Connector::Sidecar && admin.is_none() {
+            return Err(Unusable::Incomplete("a sidecar without an admin address"));
+        }
+        Ok(Self {
+            http: BaseUrl::parse("http", &written.http)?,
+            admin: admin.map(|url| BaseUrl::parse("admin", url)).transpose()?,
+            id: written.id,
+            epoch: written.epoch,
+            connector: written.connector,
+            source,
+            role: written.role,
+            zmq: written.zmq,
+            host: written.host,
+            init_ports: written.init_ports,
+            alloc_ports: written.alloc_ports,
             slots: 0,
             free_slots: 0,
             parked_tokens: 0,

@@ -7,6 +7,7 @@ use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -18,11 +19,12 @@ use crate::handover::{Prefilled, prefilled};
 use crate::headers::{JSON, is_event_stream};
 use crate::instance::Connector;
 use crate::route::Alone;
+use crate::tls::TlsError;
 
 /// Connections to engines and sidecars, kept open between requests.
 #[derive(Clone, Debug)]
 pub struct Legs {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     first_byte_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -81,19 +83,23 @@ pub enum LegFailure {
 
 impl Legs {
     /// A client with the deadlines of `config`.
-    pub fn new(config: &Config) -> Self {
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub fn new(config: &Config) -> Result<Self, TlsError> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
+        connector.enforce_http(false);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
-            .build(connector);
-        Self {
+            .build(config.tls.connector(connector)?);
+        Ok(Self {
             client,
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
-        }
+        })
     }
 
     /// Sends a prefill leg and reads its answer.
@@ -239,6 +245,16 @@ impl Legs {
         timeout(limit, answer)
             .await
             .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Posts JSON and returns when the answer begins.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<Incoming>, LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        self.send(Method::POST, url, headers, body).await
     }
 
     /// Posts JSON and reads a short answer.

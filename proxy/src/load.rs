@@ -18,6 +18,22 @@ pub struct Load {
     /// Until when it gets nothing, microseconds since `born`.
     open_until: AtomicU64,
     born: Instant,
+    /// Legs that were answered, and how long that took in all, microseconds.
+    answered: AtomicU64,
+    answered_us: AtomicU64,
+    /// Legs that failed by its fault.
+    failed: AtomicU64,
+}
+
+/// What an instance has done so far, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Done {
+    /// Legs that were answered.
+    pub answered: u64,
+    /// How long that took in all, to the first byte.
+    pub seconds: f64,
+    /// Legs that failed by its fault.
+    pub failed: u64,
 }
 
 /// When an instance that keeps failing gets no requests, and for how long.
@@ -44,6 +60,9 @@ impl Default for Load {
             failures: AtomicU32::new(0),
             open_until: AtomicU64::new(0),
             born: Instant::now(),
+            answered: AtomicU64::new(0),
+            answered_us: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
         }
     }
 }
@@ -68,14 +87,27 @@ impl Load {
         }
     }
 
-    /// A leg was answered.
-    pub fn succeeded(&self) {
+    /// What it has done so far.
+    pub fn done(&self) -> Done {
+        Done {
+            answered: self.answered.load(Ordering::Relaxed),
+            seconds: self.answered_us.load(Ordering::Relaxed) as f64 / 1e6,
+            failed: self.failed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A leg was answered, so long after it was sent.
+    pub fn succeeded(&self, after: Duration) {
+        let us = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        self.answered_us.fetch_add(us, Ordering::Relaxed);
         self.failures.store(0, Ordering::Relaxed);
         self.open_until.store(0, Ordering::Relaxed);
     }
 
     /// A leg failed by the instance's fault. Returns whether it gets nothing from now on.
     pub fn failed(&self, now: Instant, breaker: Breaker) -> bool {
+        self.failed.fetch_add(1, Ordering::Relaxed);
         let failures = self
             .failures
             .fetch_add(1, Ordering::Relaxed)
@@ -146,7 +178,15 @@ mod tests {
         assert!(!load.facts(later).is_open);
         load.chosen(later, breaker);
         assert!(load.facts(later).is_open, "one request tries");
-        load.succeeded();
+        load.succeeded(Duration::from_millis(5));
+        assert_eq!(
+            load.done(),
+            Done {
+                answered: 1,
+                seconds: 0.005,
+                failed: 3
+            }
+        );
         assert!(!load.facts(later).is_open);
         load.chosen(later, breaker);
         assert!(!load.facts(later).is_open);

@@ -116,14 +116,9 @@ impl Plan {
         }
     }
 
-    /// Of so many tokens, those that the prefill instance is not known to hold.
-    pub fn uncached(&self, pair: &Pair, tokens: u64) -> u64 {
-        let name = pair.prefill.as_ref().map(|prefill| prefill.id.as_str());
-        let held = self
-            .known
-            .held
-            .iter()
-            .find(|(holder, _)| Ok(holder.as_str()) == name);
+    /// Of so many tokens, those that an instance is not known to hold.
+    pub fn uncached(&self, name: &str, tokens: u64) -> u64 {
+        let held = self.known.held.iter().find(|(holder, _)| holder == name);
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))
     }
 

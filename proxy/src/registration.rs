@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use crate::app::{App, Instances};
 use crate::callback::call_back;
 use crate::control::Command;
-use crate::instance::{Instance, Standing};
+use crate::instance::{Instance, Source, Standing};
 use crate::labels::{InstanceCounts, Message};
 use crate::p2p;
 use crate::registry::{Answer, CallBack, Registered, Registry};
@@ -132,6 +132,7 @@ impl Registration {
                 info!(id, taken = taken.is_ok(), "instance added");
                 drop(answer.send(taken.map(drop).map_err(|e| e.to_string())));
             }
+            Command::Share(others) => self.share(others),
             Command::Remove(id, answer) => {
                 let gone = self.registry.remove(&id).is_some();
                 info!(id, gone, "instance removed");
@@ -141,6 +142,30 @@ impl Registration {
                 let there = self.registry.drain(&id, draining);
                 info!(id, there, draining, "instance drained or resumed");
                 answer.send(there).ok();
+            }
+        }
+    }
+
+    /// Takes in whom others have written, and drops whom nobody has and who is not ready either.
+    fn share(&mut self, others: Vec<Instance>) {
+        let now = Instant::now();
+        let known = self.registry.instances();
+        for instance in &others {
+            let same = |other: &&Instance| other.id == instance.id && other.epoch == instance.epoch;
+            if known.iter().any(|other| same(&other)) {
+                continue;
+            }
+            let (id, epoch) = (instance.id.clone(), instance.epoch);
+            match self.registry.name(now, instance.clone(), None) {
+                Ok(_) => info!(id, epoch, "heard of by the shared registry"),
+                Err(error) => self.complain(now, &error.to_string()),
+            }
+        }
+        for instance in known {
+            let is_written = others.iter().any(|other| other.id == instance.id);
+            if instance.source == Source::Shared && !is_written && !instance.is_ready() {
+                info!(id = instance.id, "gone from the shared registry");
+                self.registry.remove(&instance.id);
             }
         }
     }

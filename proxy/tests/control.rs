@@ -215,3 +215,32 @@ async fn only_permitted_hosts_are_talked_to() {
         "not even called back"
     );
 }
+
+#[tokio::test]
+async fn traces_reach_the_engines_and_the_collector() {
+    let collector = Engine::alone("collector").await;
+    let rig = Rig::start(&["--otlp", &collector.url]).await;
+    let pair = rig.pair().await;
+    let sent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let body = json!({"model": "m", "prompt": "hello"}).to_string();
+    let answer = rig
+        .client
+        .post_with(COMPLETIONS, &[("traceparent", sent)], body)
+        .await;
+    assert_eq!(answer.status, 200);
+    let (p, d) = (pair.p.only(), pair.d.only());
+    let passed = p.headers["traceparent"].to_str().unwrap();
+    assert_eq!(passed, d.headers["traceparent"]);
+    assert!(
+        passed.starts_with(&sent[..36]) && passed != sent,
+        "{passed}"
+    );
+    rig.until_metric("pd_proxy_spans_total{result=\"sent\"}", 3.0)
+        .await;
+    let got = collector.only();
+    assert_eq!(got.path, "/v1/traces");
+    let spans = got.json()["resourceSpans"][0]["scopeSpans"][0]["spans"].clone();
+    assert_eq!(spans.as_array().unwrap().len(), 3, "{spans}");
+    assert_eq!(spans[0]["spanId"], passed[36..52]);
+    assert_eq!(spans[0]["parentSpanId"], sent[36..52]);
+}

@@ -138,7 +138,7 @@ def _routers(logs: Path, prefill: int, decode: int) -> Iterator[list[Router]]:
     """Both with a prefill and a decode instance, without a line per request."""
     urls = [f"http://127.0.0.1:{prefill}", f"http://127.0.0.1:{decode}"]
     port = free_port()
-    vllm = [
+    vllm: list[str | Path] = [
         ROUTERS / "bin" / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
         "--kv-connector", "nixl", "--prefill", urls[0], "--decode", urls[1], "--policy", "round_robin",
         "--log-level", "warning", "--prometheus-port", str(free_port()),
@@ -151,7 +151,7 @@ def _routers(logs: Path, prefill: int, decode: int) -> Iterator[list[Router]]:
 @contextlib.contextmanager
 def _plain_routers(logs: Path, decode: int) -> Iterator[list[Router]]:
     url, port = f"http://127.0.0.1:{decode}", free_port()
-    sglang = [
+    sglang: list[str | Path] = [
         ROUTERS / "bin" / "sglang-router", "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", url,
         "--policy", "round_robin", "--log-level", "warn", "--prometheus-port", str(free_port()),
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def _plain_routers(logs: Path, decode: int) -> Iterator[list[Router]]:
 @contextlib.contextmanager
 def _proxy(logs: Path, flags: list[str]) -> Iterator[Router]:
     port = free_port()
-    command = [
+    command: list[str | Path] = [
         BINARIES / "pd-proxy", "--listen", f"127.0.0.1:{port}", "--registration", f"127.0.0.1:{free_port()}",
         "--log", "warn", *flags,
     ]  # fmt: skip
