@@ -1,7 +1,7 @@
 //! The baseline for benchmarks: what a caller of NIXL gets who does nothing else.
 //!
 //! Two processes on this host; one writes, over and over, a request that was made once from prepared
-//! lists and is only posted and polled, without a pause. Every way of dividing the bytes is measured,
+//! lists and is only posted and polled, after a pause if one is wanted. Every way of dividing the bytes is measured,
 //! alternating; the best is the result, since a raw caller is free to choose it. The receiving
 //! process polls without a pause. The bytes are compared at the end.
 //!
@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapRaw};
 use nixl::{
@@ -31,6 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         total: 64 << 20,
         chunk: 1 << 20,
         rounds: 21,
+        pause: Duration::ZERO,
     };
     let mut receiver = false;
     let mut rest = args.iter();
@@ -45,6 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--chunk-mib" => order.chunk = number()? << 20,
             "--chunk-kib" => order.chunk = number()? << 10,
             "--rounds" => order.rounds = number()?,
+            "--pause-us" => order.pause = Duration::from_micros(number()?.try_into()?),
             "--receiver" => receiver = true,
             other => return Err(format!("unknown argument {other}").into()),
         }
@@ -66,6 +68,8 @@ struct Order {
     total: usize,
     chunk: usize,
     rounds: usize,
+    /// Before each write.
+    pause: Duration,
 }
 
 /// A way of dividing the bytes, with a request of it.
@@ -123,6 +127,7 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     // The first rounds connect and warm up.
     for round in 0..order.rounds + 3 {
         for variant in &mut variants {
+            std::thread::sleep(order.pause);
             let start = Instant::now();
             let mut state = variant.transfer.post()?;
             while state == State::Running {

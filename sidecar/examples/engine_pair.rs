@@ -47,11 +47,7 @@ fn main() -> anyhow::Result<()> {
     };
     let rounds: u32 = rounds.parse()?;
     let mut times = Vec::new();
-    // The decode request has parked long before its prefill ends, as it does between engines: one round
-    // ahead, so that the rounds follow each other without a pause, as those of the baselines do.
-    pair.park(0)?;
     for round in 0..rounds {
-        pair.park(round + 1)?;
         times.push(pair.round(round)?);
     }
     println!("{}", serde_json::to_string(&times)?);
@@ -66,47 +62,32 @@ struct Pair {
 }
 
 impl Pair {
-    fn request(round: u32) -> RequestId {
-        RequestId(format!("bench-{}-{round}", std::process::id()))
-    }
-
-    /// As long as LMCache's keys with a 64-bit hash are.
-    fn keys(&self, round: u32) -> Vec<String> {
-        (0..self.chunks)
+    /// One request; microseconds from its reservation to its last chunk ready.
+    fn round(&mut self, round: u32) -> anyhow::Result<f64> {
+        let req = RequestId(format!("bench-{}-{round}", std::process::id()));
+        let tokens = self.chunks * CHUNK_TOKENS;
+        // As long as LMCache's keys with a 64-bit hash are.
+        let keys: Vec<String> = (0..self.chunks)
             .map(|chunk| format!("{MODEL}@1@0@{round:08x}{chunk:08x}@uint8"))
-            .collect()
-    }
-
-    fn tokens(&self) -> u32 {
-        self.chunks * CHUNK_TOKENS
-    }
-
-    /// The decode side of a request.
-    fn park(&mut self, round: u32) -> anyhow::Result<()> {
-        let keys = self.keys(round);
-        let tokens = self.tokens();
+            .collect();
         self.decode.send(&ToSidecar::Await(Await {
-            req: Self::request(round),
-            keys,
+            req: req.clone(),
+            keys: keys.clone(),
             tokens,
             have_tokens: 0,
             deadline_ms: 10_000,
-        }))
-    }
-
-    /// One request; microseconds from its reservation to its last chunk ready.
-    fn round(&mut self, round: u32) -> anyhow::Result<f64> {
-        let req = Self::request(round);
-        let reserve = ToSidecar::Reserve(Reserve {
+        }))?;
+        // The decode request has parked long before its prefill ends, as it does between engines.
+        std::thread::sleep(Duration::from_millis(2));
+        let began = Instant::now();
+        self.prefill.send(&ToSidecar::Reserve(Reserve {
             req: req.clone(),
             to: self.to.clone(),
-            keys: self.keys(round),
-            tokens: self.tokens(),
-            upto: self.tokens(),
+            keys,
+            tokens,
+            upto: tokens,
             overlap: true,
-        });
-        let began = Instant::now();
-        self.prefill.send(&reserve)?;
+        }))?;
         let mut staged = 0;
         while staged < self.chunks {
             match self.prefill.recv()? {

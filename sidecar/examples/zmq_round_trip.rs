@@ -2,14 +2,14 @@
 //! processes on this host, with nothing around it.
 //!
 //! ```text
-//! cargo run --release -p pd-sidecar --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES
+//! cargo run --release -p pd-sidecar --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US
 //! ```
 //! prints one line of JSON: the times in microseconds, in order.
 
 use std::env;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use omq_tokio::endpoint::Host;
@@ -20,8 +20,11 @@ async fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["serve", bytes] => serve(bytes.parse()?).await,
-        [rounds, request, reply] => measure(rounds.parse()?, request.parse()?, reply).await,
-        _ => anyhow::bail!("ROUNDS REQUEST_BYTES REPLY_BYTES"),
+        [rounds, request, reply, pause] => {
+            let pause = Duration::from_micros(pause.parse()?);
+            measure(rounds.parse()?, request.parse()?, reply, pause).await
+        }
+        _ => anyhow::bail!("ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US"),
     }
 }
 
@@ -39,12 +42,17 @@ async fn serve(bytes: usize) -> anyhow::Result<()> {
     }
 }
 
-async fn measure(rounds: usize, request: usize, reply: &str) -> anyhow::Result<()> {
+async fn measure(
+    rounds: usize,
+    request: usize,
+    reply: &str,
+    pause: Duration,
+) -> anyhow::Result<()> {
     let mut server = Command::new(env::current_exe()?)
         .args(["serve", reply])
         .stdout(Stdio::piped())
         .spawn()?;
-    let times = against(&mut server, rounds, request).await;
+    let times = against(&mut server, rounds, request, pause).await;
     server.kill()?;
     server.wait()?;
     println!("{}", serde_json::to_string(&times?)?);
@@ -55,6 +63,7 @@ async fn against(
     server: &mut std::process::Child,
     rounds: usize,
     request: usize,
+    pause: Duration,
 ) -> anyhow::Result<Vec<f64>> {
     let mut port = String::new();
     BufReader::new(server.stdout.take().context("no output")?).read_line(&mut port)?;
@@ -62,6 +71,7 @@ async fn against(
     socket.connect(loopback(port.trim().parse()?)).await?;
     let mut times = Vec::with_capacity(rounds);
     for round in 0..rounds + WARM_UP {
+        std::thread::sleep(pause);
         let began = Instant::now();
         socket.send(Message::single(vec![2_u8; request])).await?;
         socket.recv().await?;

@@ -98,7 +98,7 @@ def _alternate(figures: Figures, ours: Pair, baseline: NixlPair, progress: Progr
     theirs: list[float] = []
     own_parts: tuple[Part, ...] = (ours.prefill, ours.decode, ours.sender, ours.receiver, ours.proxy)
     for turn in range(TURNS + 1):
-        prompts = [prompt(TOKENS, seed=1000 + turn * ROUNDS + round_) for round_ in range(ROUNDS)]
+        prompts = [prompt(TOKENS, seed=1000 + turn * (ROUNDS + 1) + round_) for round_ in range(ROUNDS + 1)]
         with _stopped((baseline.prefill, baseline.decode)):
             # What was stopped needs a moment to be known as well again.
             ours.wait_sidecars()
@@ -107,9 +107,10 @@ def _alternate(figures: Figures, ours: Pair, baseline: NixlPair, progress: Progr
             expect, base = timed(baseline.complete, prompts)
         assert answers == expect, "the two pairs disagree about a text"
         if turn:  # the first turn warms up
-            mine += times
-            theirs += base
-            progress.say(f"turn {turn}: ours {median(times):.3f} s, NixlConnector {median(base):.3f} s")
+            # The first request after a pause wakes what was stopped: for both sides alike not counted.
+            mine += times[1:]
+            theirs += base[1:]
+            progress.say(f"turn {turn}: ours {spread(times[1:])}, NixlConnector {spread(base[1:])}")
     moved = ours.sender.records()[-ROUNDS:]
     assert all(record["reason"] is None and record["bytes"] for record in moved)
     ratio = median(mine) / median(theirs)
@@ -145,6 +146,10 @@ def timed(
         answers.append(complete_one(tokens))
         times.append(time.perf_counter() - began)
     return answers, times
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{median(seconds):.3f} s ({min(seconds):.3f}-{max(seconds):.3f})"
 
 
 @contextlib.contextmanager

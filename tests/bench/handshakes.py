@@ -15,7 +15,7 @@ from bench import pyzmq_server
 from bench.figures import Figures, Row, median, p99
 from bench.pushes import raw_nixl_us
 from bench.pyzmq_server import AllocRequest, AllocResponse
-from bench.sidecars import EXAMPLES, sidecars
+from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 
 MIB = 1 << 20
 KEYS = 100
@@ -80,6 +80,7 @@ def pyzmq_round_trips(rounds: int) -> list[float]:
         )
         times = []
         for round_ in range(rounds + 20):
+            time.sleep(PAUSE_US / 1e6)
             began = time.perf_counter()
             peer.send(encoder.encode(request))
             response = decoder.decode(peer.recv())
@@ -122,7 +123,7 @@ def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
 def zmq_round_trip(rounds: int) -> float:
     """Median microseconds of a bare request and answer with the sidecar's own ZeroMQ library."""
     done = subprocess.run(
-        [EXAMPLES / "zmq_round_trip", str(rounds), "300", "150"],
+        [EXAMPLES / "zmq_round_trip", str(rounds), "300", "150", str(PAUSE_US)],
         check=True,
         capture_output=True,
         text=True,

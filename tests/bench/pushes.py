@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.ports import free_port
 
 from bench.figures import Figures, Row, median
-from bench.sidecars import EXAMPLES, sidecars
+from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 
 MIB = 1 << 20
 
@@ -98,7 +98,7 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
     done = subprocess.run(
         [
             EXAMPLES / "raw_write", "--total-mib", str(total_mib), "--chunk-mib", str(chunk_mib),
-            "--rounds", str(rounds),
+            "--rounds", str(rounds), "--pause-us", str(PAUSE_US),
         ],
         env={**os.environ, "VIRTUAL_ENV": sys.prefix, **env},
         check=True, capture_output=True, text=True, timeout=300,

@@ -13,6 +13,9 @@ from harness.sidecar import BINARIES, Sidecar, SidecarOptions
 
 EXAMPLES = BINARIES / "examples"
 CHUNK_TOKENS = 256
+PAUSE_US = 2000
+"""Before each round of ours (see `engine_pair.rs`), and so before each of a baseline's: after a pause, cores and caches
+are cold for both."""
 
 
 class Sidecars:
