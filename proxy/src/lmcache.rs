@@ -12,7 +12,12 @@ use crate::handover::FirstToken;
 
 /// Whether the request means the same when its first answered token stands in the prompt.
 pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
-    let is_set = |name: &&str| body.json(name).is_some_and(|text| !EMPTY.contains(&text));
+    let is_set = |name: &&str| match body.json(name) {
+        // For a completion, 0 asks for the log probability of what was sampled.
+        Some(text) if *name == "logprobs" => text != "false",
+        Some(text) => !EMPTY.contains(&text),
+        None => false,
+    };
     let chat_only = match endpoint {
         Endpoint::Chat => &CHAT_ONLY[..],
         Endpoint::Completions => &[],
@@ -196,6 +201,7 @@ mod tests {
             r#"{"prompt":"a","stop":[],"logprobs":null,"presence_penalty":0.0}"#,
             true,
         );
+        check(completion, r#"{"prompt":"a","logprobs":0}"#, false);
         check(
             completion,
             r#"{"prompt":"a","frequency_penalty":0.5}"#,
