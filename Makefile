@@ -15,13 +15,15 @@ FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= $(PYTHON_IN_VENV)
 # Further arguments of tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
-# Which benchmarks: any of pushes, handshakes, engines; all by default.
+# Which benchmarks: any of pushes, handshakes, engines, proxies, crowd; all by default.
 BENCH ?=
+# For the tests of the shared registry; any etcd since 3.4 will do.
+ETCD ?= target/etcd/usr/bin/etcd
 
 .DEFAULT_GOAL := help
 # The targets of `make test` would take the cores from each other.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz bindings clean
+.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +44,8 @@ demo: venv build ## Two real vLLM, two sidecars, one proxy: prompts, texts, figu
 test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
 
 unit: ## Tests without engines: Rust and Python
-	$(CARGO) test --workspace --locked
+	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
+	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) $(CARGO) test --workspace --locked
 	@$(MAKE) --no-print-directory venv
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
@@ -78,6 +81,9 @@ gpu-bundle: build ## What a GPU host without a network needs for both, into targ
 
 fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below target)
+	@test -x $(ETCD) || scripts/etcd.sh target/etcd
 
 bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
 	scripts/bindings.sh

@@ -17,6 +17,9 @@ from harness.traffic import Traffic
 # after the transfer was given up, on two busy cores. The longest wait inside is `no_sender_ms`, 5 s.
 BOUND_S = 20.0
 
+# From a proxy's return until it knows both instances again.
+REGISTERED_S = 3.0
+
 CLIENTS = 4
 
 # Requests before the kill, and after each change.
@@ -82,6 +85,9 @@ def test_kill_proxy(pair: Pair, reference: Reference) -> None:
     # The answer would have taken longer: it was given up.
     assert time.monotonic() - began < 5.0
     pair.proxy.start()
+    returned = time.monotonic()
+    pair.proxy.wait_ready(REGISTERED_S)
+    assert time.monotonic() - returned < REGISTERED_S
     check_transfers_again(pair, reference, seed=35)
 
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
@@ -14,15 +14,17 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::app::{App, Transfers};
+use crate::access::may_ask;
+use crate::app::App;
 use crate::body::Endpoint;
+use crate::control;
 use crate::drive::{self, Arrival};
 use crate::error::{ApiError, Code};
 use crate::headers::leg_headers;
 use crate::id;
+use crate::plan::Plan;
 use crate::record::Record;
 use crate::relay;
-use crate::route::{Ask, route};
 
 /// All endpoints of one proxy.
 pub fn router(app: Arc<App>) -> Router {
@@ -39,7 +41,14 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
-        .route("/instances", get(instances))
+        .route("/instances", get(instances).post(control::add))
+        .route("/instances/{id}", delete(control::remove))
+        .route("/instances/{id}/drain", post(control::drain))
+        .route("/instances/{id}/resume", post(control::resume))
+        .route("/mode", get(control::mode))
+        .route("/mode/{mode}", post(control::set_mode))
+        .route("/conversations", get(control::conversations))
+        .route("/conversations/clear", post(control::clear))
         .route("/requests", get(requests))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
@@ -70,6 +79,7 @@ async fn accept(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
+    may_ask(&app.config.access, &headers)?;
     if app.draining.is_cancelled() {
         return Err(ApiError::new(Code::Draining, "the proxy is shutting down"));
     }
@@ -96,7 +106,11 @@ async fn accept(
     drive::serve(app, permit, arrival).await
 }
 
-async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
+/// Reads a body of at most so many bytes.
+///
+/// # Errors
+/// It is longer, or breaks off.
+pub async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     match Limited::new(body, limit).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(e) if e.is::<LengthLimitError>() => Err(ApiError::new(
@@ -109,17 +123,15 @@ async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
 
 /// The models are those of the decode instances; any of them can tell.
 async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    if let Err(error) = may_ask(&app.config.access, &headers) {
+        return error.into_response();
+    }
     let id = id::assign(&headers);
-    let ask = Ask {
-        alone: None,
-        policy: app.next_turn(Transfers::No),
-        failed: &[],
-    };
-    let decode = match route(&app.instances(), &ask) {
+    let decode = match Plan::any(&app) {
         Ok(pair) => pair.decode,
         Err(error) => return ApiError::from(error).into_response(),
     };
-    let headers = leg_headers(&headers, id::header_value(&id));
+    let headers = leg_headers(&headers, id::header_value(&id), &app.config.access);
     let url = decode.http.join("/v1/models");
     match app.legs.get(&url, headers, MODELS_TIMEOUT).await {
         Ok(answer) => relay::whole(answer, &id),
@@ -168,7 +180,11 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], app.metrics.text()).into_response()
+    (
+        [(header::CONTENT_TYPE, kind)],
+        app.metrics.text(&app.instances()),
+    )
+        .into_response()
 }
 
 async fn instances(State(app): State<Arc<App>>) -> Response {

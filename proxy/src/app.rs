@@ -3,17 +3,24 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::Config;
+use crate::control::Command;
 use crate::inflight::InFlight;
 use crate::instance::Instance;
 use crate::legs::Legs;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
+use crate::mode::{CurrentMode, Measured, Mode};
+use crate::policy::Policy;
 use crate::record::Recent;
-use crate::route::Policy;
+use crate::route::{Facts, Side};
+use crate::summary::PrefillTimes;
 
 /// The instances as routing sees them; replaced as a whole at each change.
 pub type Instances = Arc<[Arc<Instance>]>;
@@ -35,10 +42,22 @@ pub struct App {
     pub recent: Recent,
     /// What is counted.
     pub metrics: Metrics,
+    /// What prefill legs took.
+    pub prefill_times: PrefillTimes,
+    /// What instances hold.
+    pub memory: Memory,
+    /// Which requests get a prefill leg.
+    pub mode: CurrentMode,
+    /// What prefill and hand-over cost.
+    pub measured: Measured,
     /// Set when no new request is taken any more.
     pub draining: CancellationToken,
     /// Set when requests under way are cut off.
     pub cut: CancellationToken,
+    /// Spans for the collector; absent without `--otlp`.
+    pub spans: Option<mpsc::Sender<Value>>,
+    /// What the registration task is asked to do.
+    pub commands: mpsc::Sender<Command>,
     suspects: mpsc::Sender<String>,
     slots: Arc<Semaphore>,
     decode_turn: AtomicUsize,
@@ -49,20 +68,31 @@ impl App {
     /// A proxy without instances.
     pub fn new(
         config: Config,
+        legs: Legs,
         registration: SocketAddr,
         instances: watch::Receiver<Instances>,
         suspects: mpsc::Sender<String>,
+        commands: mpsc::Sender<Command>,
+        spans: Option<mpsc::Sender<Value>>,
     ) -> Self {
+        let mode = CurrentMode::default();
+        mode.set(config.mode);
         Self {
-            legs: Legs::new(&config),
+            mode,
+            memory: Memory::default(),
+            measured: Measured::default(),
+            legs,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),
             config,
             registration,
             instances,
             suspects,
+            commands,
+            spans,
             in_flight: Arc::default(),
             recent: Recent::default(),
             metrics: Metrics::new(),
+            prefill_times: PrefillTimes::default(),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),
             decode_turn: AtomicUsize::new(0),
@@ -93,18 +123,34 @@ impl App {
         Arc::clone(&self.instances.borrow())
     }
 
-    /// The next place in turn; `transfers` are counted apart, so that requests of the other kind do
-    /// not skip prefill instances.
-    pub fn next_turn(&self, transfers: Transfers) -> Policy {
-        let prefill_turn = match transfers {
+    /// The next place in turn on either side; requests with transfers are counted apart, so that
+    /// those of the other kind do not skip prefill instances.
+    pub fn next_turn(&self, transfers: Transfers) -> (Side, Side) {
+        let prefill = match transfers {
             Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
             Transfers::No => 0,
         };
-        Policy::RoundRobin {
-            prefill_turn,
-            decode_turn: self.decode_turn.fetch_add(1, Ordering::Relaxed),
-        }
+        let side = |policy, turn| Side { policy, turn };
+        (
+            side(self.config.prefill_policy, prefill),
+            side(
+                self.config.decode_policy,
+                self.decode_turn.fetch_add(1, Ordering::Relaxed),
+            ),
+        )
     }
+
+    /// Whether anything depends on what was routed before.
+    pub fn remembers(&self) -> bool {
+        let policies = [self.config.prefill_policy, self.config.decode_policy];
+        self.mode.get() != Mode::Pd || policies.contains(&Policy::Prefix)
+    }
+}
+
+/// How busy instances are, in their order.
+pub fn facts(instances: &Instances) -> Vec<Facts> {
+    let now = Instant::now();
+    instances.iter().map(|i| i.load.facts(now)).collect()
 }
 
 /// Whether a request may have a prefill leg.

@@ -5,15 +5,14 @@
 //! them.
 
 use std::fmt;
+use std::ops::Range;
 
 use bytes::Bytes;
-use protocol::RequestId;
 use serde::de::{Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use crate::error::{ApiError, Code};
-use crate::instance::Instance;
 use crate::route::Alone;
 
 /// Which of OpenAI's endpoints a request uses.
@@ -28,7 +27,18 @@ pub enum Endpoint {
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
 pub struct RequestBody {
-    fields: Vec<(String, Box<RawValue>)>,
+    /// As it came; the values of `fields` lie in it.
+    source: Bytes,
+    fields: Vec<Field>,
+    /// `source` itself may be sent on: nothing in it was dropped.
+    is_clean: bool,
+}
+
+/// One field of it.
+#[derive(Clone, Debug)]
+struct Field {
+    name: String,
+    value: Range<usize>,
 }
 
 /// A body that cannot be routed.
@@ -67,12 +77,30 @@ impl RequestBody {
     ///
     /// # Errors
     /// Not a JSON object, or one that carries transfer parameters.
-    pub fn parse(bytes: &[u8]) -> Result<Self, BadBody> {
-        let mut body: Self = serde_json::from_slice(bytes)?;
-        if body.is_set("kv_transfer_params") {
+    pub fn parse(source: Bytes) -> Result<Self, BadBody> {
+        let Fields(found) = serde_json::from_slice(&source)?;
+        let start = source.as_ptr() as usize;
+        let fields = found
+            .into_iter()
+            .map(|(name, value)| {
+                let at = value.get().as_ptr() as usize - start;
+                Field {
+                    name,
+                    value: at..at + value.get().len(),
+                }
+            })
+            .collect();
+        let mut body = Self {
+            source,
+            fields,
+            is_clean: true,
+        };
+        if body.is_set(TRANSFER) {
             return Err(BadBody::TransferParams);
         }
-        body.remove("kv_transfer_params");
+        let before = body.fields.len();
+        body.fields.retain(|field| field.name != TRANSFER);
+        body.is_clean = body.fields.len() == before;
         Ok(body)
     }
 
@@ -104,52 +132,90 @@ impl RequestBody {
         }
     }
 
-    /// The body of the prefill leg: one token, not streamed, pushed to `decode`.
-    pub fn prefill_leg(&self, endpoint: Endpoint, id: &RequestId, decode: &Instance) -> Bytes {
-        let mut leg = self.clone();
-        for name in NOT_FOR_PREFILL {
-            leg.remove(name);
-        }
-        leg.set("stream", &false);
+    /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
+    pub fn prefill_leg(&self, endpoint: Endpoint, params: Option<&str>) -> Bytes {
+        let mut set = vec![("stream", "false")];
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
-            leg.set("max_completion_tokens", &1);
+            set.push(("max_completion_tokens", "1"));
         }
-        leg.set("max_tokens", &1);
-        leg.set(
-            "kv_transfer_params",
-            &serde_json::json!({
-                "do_remote_decode": true,
-                "disagg_spec": {
-                    "req_id": id,
-                    "receiver_host": decode.host,
-                    "receiver_init_port": decode.init_ports,
-                    "receiver_alloc_port": decode.alloc_ports,
-                    "overlap": true,
-                },
-            }),
-        );
-        leg.to_bytes()
+        set.push(("max_tokens", "1"));
+        set.extend(params.map(|params| (TRANSFER, params)));
+        self.with(&NOT_FOR_PREFILL, &set)
     }
 
-    /// The body of a decode leg that waits for its KV.
-    pub fn decode_leg(&self, id: &RequestId) -> Bytes {
-        let mut leg = self.clone();
-        leg.set(
-            "kv_transfer_params",
-            &serde_json::json!({"do_remote_prefill": true, "disagg_spec": {"req_id": id}}),
-        );
-        leg.to_bytes()
+    /// The body of a decode leg with these transfer parameters.
+    pub fn decode_leg(&self, params: &str) -> Bytes {
+        self.with(&[], &[(TRANSFER, params)])
     }
 
     /// The body of a decode leg that computes everything itself: the client's, unchanged.
     pub fn local_leg(&self) -> Bytes {
-        self.to_bytes()
+        if self.is_clean {
+            return self.source.clone();
+        }
+        self.with(&[], &[])
+    }
+
+    /// The body without some fields, and with others set to what is given as JSON.
+    pub fn with(&self, without: &[&str], set: &[(&str, &str)]) -> Bytes {
+        let added: usize = set
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 4)
+            .sum();
+        let mut out = Vec::with_capacity(self.source.len() + added + 2);
+        out.push(b'{');
+        let kept = self.fields.iter().filter(|field| {
+            let name = field.name.as_str();
+            !without.contains(&name) && set.iter().all(|(other, _)| *other != name)
+        });
+        let kept = kept.map(|field| (field.name.as_str(), &self.source[field.value.clone()]));
+        let set = set.iter().map(|(name, value)| (*name, value.as_bytes()));
+        for (name, value) in kept.chain(set) {
+            if out.len() > 1 {
+                out.push(b',');
+            }
+            // Writing a string into memory does not fail.
+            serde_json::to_writer(&mut out, name).expect("names serialise");
+            out.push(b':');
+            out.extend_from_slice(value);
+        }
+        out.push(b'}');
+        out.into()
+    }
+
+    /// The body with nothing but these fields.
+    pub fn only(&self, names: &[&str]) -> Bytes {
+        let rest = self.fields.iter().map(|field| field.name.as_str());
+        let rest: Vec<_> = rest.filter(|name| !names.contains(name)).collect();
+        self.with(&rest, &[])
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.source.len() as u64
+    }
+
+    /// It has no fields.
+    pub fn is_empty(&self) -> bool {
+        self.fields.is_empty()
+    }
+
+    /// The client wants events.
+    pub fn streams(&self) -> bool {
+        self.is_on("stream")
+    }
+
+    /// The value of a field as JSON; `None` for null.
+    pub fn json(&self, name: &str) -> Option<&str> {
+        self.text(name)
     }
 
     /// The value of the last field of this name, as engines read repeated names; `None` for null.
     fn text(&self, name: &str) -> Option<&str> {
-        let (_, value) = self.fields.iter().rev().find(|(field, _)| field == name)?;
-        Some(value.get()).filter(|text| *text != "null")
+        let field = self.fields.iter().rev().find(|field| field.name == name)?;
+        // A value that serde has read as JSON text is UTF-8.
+        let text = std::str::from_utf8(&self.source[field.value.clone()]).ok()?;
+        Some(text).filter(|text| *text != "null")
     }
 
     fn is_set(&self, name: &str) -> bool {
@@ -190,24 +256,6 @@ impl RequestBody {
     fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
         serde_json::from_str(self.text(name)?).ok()
     }
-
-    fn set<T: Serialize>(&mut self, name: &str, value: &T) {
-        self.remove(name);
-        // Numbers, booleans and maps with string keys always serialise.
-        let value = serde_json::value::to_raw_value(value).expect("plain values serialise");
-        self.fields.push((name.to_owned(), value));
-    }
-
-    fn remove(&mut self, name: &str) {
-        self.fields.retain(|(field, _)| field != name);
-    }
-
-    fn to_bytes(&self) -> Bytes {
-        // Strings and verbatim JSON always serialise.
-        serde_json::to_vec(self)
-            .expect("verbatim JSON serialises")
-            .into()
-    }
 }
 
 impl From<BadBody> for ApiError {
@@ -220,18 +268,21 @@ impl From<BadBody> for ApiError {
     }
 }
 
-impl<'de> Deserialize<'de> for RequestBody {
+/// Names and values of an object, in order.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = RequestBody;
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a JSON object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RequestBody, A::Error> {
-                let mut fields = Vec::new();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = Vec::with_capacity(USUAL_FIELDS);
                 while let Some(field) = map.next_entry()? {
                     if fields.len() == MAX_FIELDS {
                         return Err(A::Error::custom(format_args!(
@@ -240,16 +291,10 @@ impl<'de> Deserialize<'de> for RequestBody {
                     }
                     fields.push(field);
                 }
-                Ok(RequestBody { fields })
+                Ok(Fields(fields))
             }
         }
-        deserializer.deserialize_map(Fields)
-    }
-}
-
-impl Serialize for RequestBody {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.fields.iter().map(|(name, value)| (name, value)))
+        deserializer.deserialize_map(Object)
     }
 }
 
@@ -288,6 +333,12 @@ const TEXT_PARTS: [&str; 6] = [
     "thinking",
     "reasoning",
 ];
+
+/// What engines hand KV over by.
+const TRANSFER: &str = "kv_transfer_params";
+
+/// Most requests have fewer.
+const USUAL_FIELDS: usize = 16;
 
 /// OpenAI and vLLM together define about 80.
 const MAX_FIELDS: usize = 1024;

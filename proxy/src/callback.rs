@@ -28,9 +28,13 @@ struct Acknowledged {
 pub async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
     let proxy = app.registration.to_string();
     let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
+    let Some(url) = &call.url else {
+        let answer = engine_answer(&app, &call).await;
+        return (call, answer);
+    };
     let sent = app
         .legs
-        .post_json(&call.url, body.into(), CALL_BACK_TIMEOUT)
+        .post_json(url, body.into(), CALL_BACK_TIMEOUT)
         .await;
     let answer = match sent {
         Ok((status, body)) => judge(&call, status, &body),

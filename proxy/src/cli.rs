@@ -5,6 +5,14 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::access::Access;
+use crate::instance::BaseUrl;
+use crate::load::Breaker;
+use crate::mode::Mode;
+use crate::policy::Policy;
+use crate::sources::Sources;
+use crate::tls::TlsFiles;
+
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///
 /// Clients talk to it as to one vLLM server. Sidecars register at its registration port; a request
@@ -55,6 +63,68 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
           value_parser = at_least_one)]
     pub max_instances: usize,
+
+    /// Instances that are there without registering.
+    #[command(flatten)]
+    pub sources: Sources,
+
+    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);
+    /// without it there is no such port.
+    #[arg(long, env = "PD_PROXY_P2P_REGISTRATION", value_name = "IP:PORT")]
+    pub p2p_registration: Option<SocketAddr>,
+
+    /// Who may ask, and whom the proxy talks to.
+    #[command(flatten)]
+    pub access: Access,
+
+    /// Base URLs of an etcd through which several proxies share their instances, separated by commas.
+    #[arg(long, env = "PD_PROXY_ETCD", value_name = "URL", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+
+    /// Where in etcd: proxies with the same prefix share.
+    #[arg(
+        long,
+        env = "PD_PROXY_ETCD_PREFIX",
+        default_value = "/pd-proxy",
+        value_name = "KEY"
+    )]
+    pub etcd_prefix: String,
+
+    /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
+    /// trace of each request.
+    #[arg(long, env = "PD_PROXY_OTLP", value_name = "URL")]
+    pub otlp: Option<String>,
+
+    /// TLS towards clients and engines.
+    #[command(flatten)]
+    pub tls: TlsFiles,
+
+    /// How a prefill instance is chosen.
+    #[arg(long, env = "PD_PROXY_PREFILL_POLICY", default_value = "round-robin")]
+    pub prefill_policy: Policy,
+
+    /// How a decode instance is chosen.
+    #[arg(long, env = "PD_PROXY_DECODE_POLICY", default_value = "round-robin")]
+    pub decode_policy: Policy,
+
+    /// Which requests get a prefill leg; `POST /mode/...` changes it.
+    #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
+    pub mode: Mode,
+
+    /// Prefill instances tried for one request; then the decode instance computes the prompt.
+    #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub prefill_attempts: u32,
+
+    /// Failures in a row after which an instance gets no requests for a while.
+    #[arg(long, env = "PD_PROXY_BREAKER_FAILURES", default_value_t = 5, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub breaker_failures: u32,
+
+    /// For how long; then one request tries.
+    #[arg(long, env = "PD_PROXY_BREAKER_PAUSE", default_value = "5s", value_name = "TIME",
+          value_parser = duration)]
+    pub breaker_pause: Duration,
 
     /// Decode instances tried for one request, as long as the client has got nothing.
     #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
@@ -123,13 +193,30 @@ pub enum LogFormat {
 }
 
 impl Config {
+    /// When an instance that keeps failing is left alone.
+    pub fn breaker(&self) -> Breaker {
+        Breaker {
+            failures: self.breaker_failures,
+            pause: self.breaker_pause,
+        }
+    }
+
     /// What is wrong with the flags together, every problem at once.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        for (flag, address) in [
+        problems.extend(self.access.problems());
+        let etcd = self.etcd.iter().map(|url| ("--etcd", url));
+        for (flag, url) in etcd.chain(self.otlp.iter().map(|url| ("--otlp", url))) {
+            if let Err(error) = BaseUrl::parse(flag, url) {
+                problems.push(error.to_string());
+            }
+        }
+        let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
+        let ports = [
             ("--listen", self.listen),
             ("--registration", self.registration),
-        ] {
+        ];
+        for (flag, address) in ports.into_iter().chain(p2p) {
             if !address.ip().is_loopback() && !self.insecure {
                 problems.push(format!(
                     "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \

@@ -12,23 +12,29 @@ use protocol::RequestId;
 use tokio::select;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep_until;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
-use crate::app::{App, Transfers};
+use crate::app::App;
 use crate::body::{Endpoint, RequestBody};
+use crate::early;
 use crate::error::ApiError;
 use crate::flight::Flight;
+use crate::handover::{Prefilled, sidecar_decode_params};
 use crate::headers::leg_headers;
 use crate::id;
-use crate::inflight::PrefillNote;
-use crate::instance::Instance;
+use crate::instance::{Connector, Instance};
 use crate::labels::Leg;
-use crate::legs::{Answer, LegError, PrefillEnd};
+use crate::legs::{Answer, LegError};
 use crate::life::{Action, Event};
+use crate::lmcache;
+use crate::plan::Plan;
 use crate::relay;
-use crate::route::{Alone, Ask, Pair, route};
+use crate::route::{Alone, Pair};
+use crate::stitch::Stitch;
+use crate::trace::Trace;
 use crate::verdict::Verdict;
+
+mod prefilling;
 
 /// A request as it came.
 #[derive(Debug)]
@@ -54,10 +60,21 @@ struct Drive {
     endpoint: Endpoint,
     headers: HeaderMap,
     body: RequestBody,
+    plan: Plan,
     pair: Pair,
-    /// Decode instances that have failed it.
+    /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
+    leg_id: RequestId,
+    /// Instances that have failed it.
     failed: Vec<String>,
+    prefill_attempts: u32,
+    decode_attempts: u32,
+    /// What the prefill leg has brought.
+    prefilled: Prefilled,
+    prefill_sent: Instant,
+    decode_sent: Instant,
     decode: Option<DecodeLeg>,
+    /// The client has been given the first token.
+    is_early: bool,
     /// What the client is told if no decode leg brings an answer.
     verdict: Verdict,
 }
@@ -66,6 +83,8 @@ struct Drive {
 enum Step {
     /// Something that only moves its life on.
     Event(Event),
+    /// Another prefill instance takes over.
+    Again,
     /// The prefill engine's refusal.
     Refused(Box<Answer>),
     /// The decode engine's answer.
@@ -84,48 +103,52 @@ pub async fn serve(
     permit: OwnedSemaphorePermit,
     arrival: Arrival,
 ) -> Result<Response, ApiError> {
-    let body = RequestBody::parse(&arrival.body)?;
-    let alone = body.alone(arrival.endpoint);
-    let transfers = if alone.is_none() {
-        Transfers::Yes
-    } else {
-        Transfers::No
-    };
-    let ask = Ask {
-        alone,
-        policy: app.next_turn(transfers),
-        failed: &[],
-    };
-    let pair = route(&app.instances(), &ask)?;
-    let headers = leg_headers(&arrival.headers, id::header_value(&arrival.id));
-    let (flight, action) =
-        Flight::begin(app, permit, arrival.at, arrival.endpoint, arrival.id, &pair);
-    let drive = Drive {
+    let body = RequestBody::parse(arrival.body)?;
+    let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
+    let pair = plan.route(app, &[])?;
+    let named = id::header_value(&arrival.id);
+    let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
+    let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
+    if let Some(trace) = &trace {
+        trace.pass_on(&mut headers);
+    }
+    let (at, endpoint) = (arrival.at, arrival.endpoint);
+    let (mut flight, action) = Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
+    let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
         headers,
         body,
+        plan,
         pair,
+        leg_id: flight.id.clone(),
         failed: Vec::new(),
+        prefill_attempts: 0,
+        decode_attempts: 0,
+        prefilled: Prefilled::default(),
+        prefill_sent: arrival.at,
+        decode_sent: arrival.at,
         decode: None,
+        is_early: false,
         verdict: Verdict::shutting_down(),
     };
+    drive.send_prefill(&mut flight);
     Ok(drive.run(flight, action).await)
 }
 
 impl Drive {
     async fn run(mut self, mut flight: Flight, mut action: Action) -> Response {
-        self.send_prefill(&mut flight);
         loop {
             if let Action::SendDecode(transfer) = action {
+                if self.gives_first_token(transfer) {
+                    return self.first_token(flight, action);
+                }
                 self.send_decode(&mut flight, transfer);
             }
             action = match self.next(&mut flight).await {
                 Step::Event(event) => flight.on(event),
-                Step::FirstByte(answer) => {
-                    let cut = self.app.cut.clone();
-                    return relay::respond(flight, *answer, self.app.config.idle_timeout, cut);
-                }
+                Step::Again => Action::Wait,
+                Step::FirstByte(answer) => return self.relay(flight, *answer),
                 Step::Refused(answer) if flight.is_prefilling() => {
                     flight.failed(answer.head.status, "refused by the prefill engine".into());
                     flight.on(Event::PrefillRefused);
@@ -137,6 +160,83 @@ impl Drive {
                 return self.verdict.into_response(&flight.id);
             }
         }
+    }
+
+    /// `run` with a type that it can name itself.
+    fn go_on(
+        self,
+        flight: Flight,
+        action: Action,
+    ) -> Pin<Box<dyn Future<Output = Response> + Send>> {
+        Box::pin(self.run(flight, action))
+    }
+
+    /// The prefill instance has sampled a token that the client has not got yet, and that needs
+    /// nothing else to be shown.
+    fn gives_first_token(&self, transfer: Result<(), Alone>) -> bool {
+        let Some(first) = &self.prefilled.first else {
+            return false;
+        };
+        let is_last = first
+            .finish_reason
+            .as_deref()
+            .is_some_and(|why| why != "length");
+        transfer.is_ok() && !self.is_early && (is_last || self.body.streams())
+    }
+
+    /// Gives the client the first token, and then what the decode leg brings.
+    fn first_token(mut self, mut flight: Flight, action: Action) -> Response {
+        self.is_early = true;
+        let Some(stitch) = self.stitch() else {
+            return self.verdict.into_response(&flight.id);
+        };
+        let streams = self.body.streams();
+        flight.first_byte(http::StatusCode::OK, streams);
+        let first = self.prefilled.first.as_ref();
+        let reason = first.and_then(|first| first.finish_reason.as_deref());
+        if reason.is_some_and(|why| why != "length") {
+            flight.on(Event::FirstByte);
+            flight.on(Event::AnswerEnded);
+            return early::only(&stitch, streams, self.prefilled.prompt_tokens, &flight.id);
+        }
+        let id = flight.id.clone();
+        early::respond(stitch, &id, self.go_on(flight, action))
+    }
+
+    fn stitch(&self) -> Option<Stitch> {
+        let first = self.prefilled.first.clone()?;
+        let model = self.body.json("model");
+        Some(Stitch::new(self.endpoint, &self.leg_id.0, model, first))
+    }
+
+    /// Answers the client with what the decode leg brings.
+    fn relay(&self, flight: Flight, mut answer: Answer) -> Response {
+        let decode = &self.pair.decode;
+        decode.load.succeeded(self.decode_sent.elapsed());
+        if flight.waits_for_kv()
+            && let Some(end) = flight
+                .watch()
+                .and_then(|watch| Some(watch.prefill_end()?.at))
+        {
+            self.app.measured.handed_over(end.elapsed());
+        }
+        if !flight.waits_for_kv() && answer.rest.is_some() {
+            // The first event of a stream comes when the prompt is computed, here by one engine.
+            let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
+            let took = self.decode_sent.elapsed();
+            self.app.measured.prefilled(uncached, took);
+        }
+        if answer.head.status.is_success() {
+            self.plan.answered(&self.app, &self.pair);
+        }
+        if !self.is_early
+            && answer.head.status.is_success()
+            && let (Some(stitch), None) = (self.stitch(), &answer.rest)
+        {
+            answer.held = stitch.whole(&answer.held);
+        }
+        let cut = self.app.cut.clone();
+        relay::respond(flight, answer, self.app.config.idle_timeout, cut)
     }
 
     /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
@@ -176,82 +276,55 @@ impl Drive {
         }
     }
 
-    fn send_prefill(&self, flight: &mut Flight) {
-        let (Ok(prefill), Some(watch)) = (&self.pair.prefill, flight.watch()) else {
-            return;
-        };
-        let url = prefill.http.join(self.endpoint.path());
-        let body = self
-            .body
-            .prefill_leg(self.endpoint, &flight.id, &self.pair.decode);
-        let headers = self.headers.clone();
-        let legs = self.app.legs.clone();
-        let task = tokio::spawn(async move {
-            let end = legs.prefill(&url, headers, body).await;
-            watch.prefill_ended(PrefillNote::of(&end));
-            end
-        });
-        flight.set_prefill(AbortOnDropHandle::new(task));
-    }
-
     fn send_decode(&mut self, flight: &mut Flight, transfer: Result<(), Alone>) {
         let decode = &self.pair.decode;
-        flight.decode_sent(&decode.id, transfer);
-        let url = decode.http.join(self.endpoint.path());
-        let body = match transfer {
-            Ok(()) => self.body.decode_leg(&flight.id),
-            Err(_) => self.body.local_leg(),
-        };
-        let headers = self.headers.clone();
+        self.decode_attempts += 1;
+        let room = lmcache::max_tokens(&self.body, self.endpoint).unwrap_or(USUAL_ANSWER);
+        let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
+        flight.decode_sent(decode, transfer, tokens);
+        self.decode_sent = Instant::now();
+        decode
+            .load
+            .chosen(self.decode_sent, self.app.config.breaker());
+        let (path, id, body) = self.decode_leg(&flight.id, transfer);
+        let headers = self.leg_headers(id);
+        let url = decode.http.join(path);
         let legs = self.app.legs.clone();
         self.decode = Some(Box::pin(
             async move { legs.decode(&url, headers, body).await },
         ));
     }
 
-    fn prefill_ended(
-        &self,
-        flight: &mut Flight,
-        end: Result<PrefillEnd, tokio::task::JoinError>,
-    ) -> Step {
-        flight.drop_prefill();
-        let end = end.unwrap_or_else(|e| match e.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Aborted only by dropping the handle, which is then not polled any more.
-            Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
-        });
-        match end {
-            PrefillEnd::Answered(_) => match refused_by_sender(flight) {
-                None => Step::Event(Event::PrefillAnswered),
-                Some(reason) => {
-                    let why = Alone::NotPushed;
-                    self.app.metrics.leg_failed(Leg::Prefill(why));
-                    warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
-                    Step::Event(Event::PrefillFailed(why))
-                }
-            },
-            PrefillEnd::Refused(answer) => Step::Refused(answer),
-            PrefillEnd::Failed(why, error) => {
-                self.app.metrics.leg_failed(Leg::Prefill(why));
-                warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
-                if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
-                    self.app.suspect(prefill);
-                }
-                Step::Event(Event::PrefillFailed(why))
+    /// Path, request id and body of the decode leg.
+    fn decode_leg<'a>(
+        &'a self,
+        id: &'a RequestId,
+        transfer: Result<(), Alone>,
+    ) -> (&'static str, &'a RequestId, Bytes) {
+        let path = self.endpoint.path();
+        if let (Some(first), Some(tokens)) = (&self.prefilled.first, &self.prefilled.tokens) {
+            // Nothing but the chunk hashes says that it has a transfer.
+            let body = lmcache::decode_body(&self.body, self.endpoint, tokens, first);
+            return (Endpoint::Completions.path(), &self.leg_id, body);
+        }
+        let connector = self.pair.decode.connector;
+        match (transfer, connector, &self.prefilled.params) {
+            (Ok(()), Connector::Sidecar, _) => {
+                let params = sidecar_decode_params(&self.leg_id);
+                (path, &self.leg_id, self.body.decode_leg(&params))
             }
+            (Ok(()), Connector::Nixl, Some(params)) => {
+                (path, &self.leg_id, self.body.decode_leg(params))
+            }
+            (Ok(()), Connector::P2pNccl, _) => (path, &self.leg_id, self.body.local_leg()),
+            _ => (path, id, self.body.local_leg()),
         }
     }
 
-    fn prefill_late(&self, flight: &mut Flight) -> Step {
-        let why = Alone::PrefillTimeout;
-        flight.drop_prefill();
-        if let Some(watch) = flight.watch() {
-            let end = PrefillEnd::Failed(why, "did not begin in time".into());
-            watch.prefill_ended(PrefillNote::of(&end));
-        }
-        self.app.metrics.leg_failed(Leg::Prefill(why));
-        warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
-        Step::Event(Event::PrefillFailed(why))
+    fn leg_headers(&self, id: &RequestId) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        headers.insert(id::HEADER, id::header_value(id));
+        headers
     }
 
     fn decode_ended(&mut self, flight: &mut Flight, end: Result<Answer, LegError>) -> Step {
@@ -260,14 +333,21 @@ impl Drive {
             Ok(answer) => return Step::FirstByte(Box::new(answer)),
             Err(error) => error,
         };
+        let decode = &self.pair.decode;
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
-        warn!(id = %flight.id, decode = self.pair.decode.id, %error, "decode leg failed");
+        warn!(id = %flight.id, decode = decode.id, %error, "decode leg failed");
         if let LegError::Connect(_) | LegError::Died(_) = error {
-            self.app.suspect(&self.pair.decode.id);
+            self.app.suspect(&decode.id);
+        }
+        if decode
+            .load
+            .failed(Instant::now(), self.app.config.breaker())
+        {
+            warn!(decode = decode.id, "keeps failing: left alone for a while");
         }
         // What it still computes was meant for the instance that failed.
         flight.drop_prefill();
-        self.failed.push(self.pair.decode.id.clone());
+        self.failed.push(decode.id.clone());
         let another = self.another(&error);
         if let Some(decode) = another {
             self.pair.decode = decode;
@@ -279,16 +359,11 @@ impl Drive {
 
     /// Another decode instance, if the failure and the number of attempts allow one.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
-        let attempts = u32::try_from(self.failed.len()).unwrap_or(u32::MAX);
-        if !error.is_retryable() || attempts >= self.app.config.decode_attempts {
+        if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;
         }
-        let ask = Ask {
-            alone: Some(Alone::DecodeRetry),
-            policy: self.app.next_turn(Transfers::No),
-            failed: &self.failed,
-        };
-        Some(route(&self.app.instances(), &ask).ok()?.decode)
+        let pair = self.plan.route_alone(&self.app, &self.failed).ok()?;
+        Some(pair.decode)
     }
 
     fn condemn(&mut self, flight: &mut Flight, verdict: Verdict) {
@@ -302,23 +377,8 @@ impl Drive {
     }
 }
 
-/// The sender's reason, if it has said that nothing (more) is pushed.
-fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
-    let moved = flight.watch()?.moved().filter(|moved| !moved.ok)?;
-    Some(moved.reason.map_or("unknown", protocol::Reason::as_str))
-}
+/// What a request without a limit is taken to generate, for the load of its instance.
+const USUAL_ANSWER: u64 = 256;
 
-impl PrefillNote {
-    fn of(end: &PrefillEnd) -> Self {
-        let (error, prompt_tokens) = match end {
-            PrefillEnd::Answered(tokens) => (None, *tokens),
-            PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
-            PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
-        };
-        Self {
-            at: Instant::now(),
-            error,
-            prompt_tokens,
-        }
-    }
-}
+/// Most answers end long before a limit beyond this.
+const MAX_ANSWER: u64 = 1024;

@@ -44,6 +44,16 @@ macro_rules! codes {
 }
 
 codes! {
+    /// No API key, or a wrong one.
+    InvalidApiKey = "invalid_api_key", UNAUTHORIZED;
+    /// Only some may change the proxy.
+    NotPermitted = "not_permitted", FORBIDDEN;
+    /// No instance has this name.
+    NoSuchInstance = "no_such_instance", NOT_FOUND;
+    /// No mode has this name.
+    NoSuchMode = "no_such_mode", NOT_FOUND;
+    /// An instance that cannot be taken.
+    InvalidInstance = "invalid_instance", BAD_REQUEST;
     /// The body is not a JSON object.
     InvalidJson = "invalid_json", BAD_REQUEST;
     /// The body names a transfer of its own.
@@ -160,6 +170,12 @@ impl ApiError {
         };
         // Strings always serialise.
         serde_json::to_vec(&envelope).expect("strings serialise")
+    }
+}
+
+impl axum::response::IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        Self::into_response(self)
     }
 }
 

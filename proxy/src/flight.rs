@@ -13,10 +13,13 @@ use crate::app::App;
 use crate::body::Endpoint;
 use crate::error::ApiError;
 use crate::inflight::{Place, Watch};
+use crate::instance::Instance;
 use crate::legs::PrefillEnd;
 use crate::life::{Action, Event, Life, Outcome};
+use crate::load::Charge;
 use crate::record::Record;
 use crate::route::{Alone, Pair};
+use crate::trace::Trace;
 use crate::usage::Usage;
 
 /// One request under way. Dropping it before its end means that the client has left; either way
@@ -30,8 +33,11 @@ pub struct Flight {
     endpoint: Endpoint,
     arrived: Instant,
     record: Record,
+    trace: Option<Trace>,
     place: Option<Place>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
+    /// Of the prefill and the decode leg.
+    charges: [Option<Charge>; 2],
     // Last: the place is free once everything else is.
     _permit: OwnedSemaphorePermit,
 }
@@ -45,11 +51,11 @@ impl Flight {
         endpoint: Endpoint,
         id: RequestId,
         pair: &Pair,
+        trace: Option<Trace>,
     ) -> (Self, Action) {
         let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
         let (life, action) = Life::begin(plan);
         let prefill = pair.prefill.as_ref().ok();
-        let place = prefill.map(|prefill| app.in_flight.enter(&id, &prefill.id));
         let record = Record {
             id: id.0.clone(),
             arrived_unix_ms: unix_ms(),
@@ -67,8 +73,10 @@ impl Flight {
             endpoint,
             arrived,
             record,
-            place,
+            trace,
+            place: None,
             prefill: None,
+            charges: [None, None],
             _permit: permit,
         };
         (flight, action)
@@ -111,12 +119,36 @@ impl Flight {
     /// Drops the prefill leg: it has ended, or nobody waits for it any more.
     pub fn drop_prefill(&mut self) {
         self.prefill = None;
+        self.charges[0] = None;
+    }
+
+    /// Notes that a prefill leg is sent, and where others' words on it will be heard.
+    pub fn prefill_sent(&mut self, id: &RequestId, to: &Instance, tokens: u64) -> Arc<Watch> {
+        let place = self.app.in_flight.enter(id, &to.id);
+        let watch = Arc::clone(&place.watch);
+        self.place = Some(place);
+        self.charges[0] = Some(to.load.charge(tokens));
+        self.record.prefill = Some(to.id.clone());
+        self.record.leg_id = (*id != self.id).then(|| id.0.clone());
+        watch
+    }
+
+    /// The decode leg that was sent last waits for KV.
+    pub fn waits_for_kv(&self) -> bool {
+        matches!(
+            self.life,
+            Life::Decoding {
+                transfer: Ok(()),
+                ..
+            }
+        )
     }
 
     /// Notes that a decode leg is sent.
-    pub fn decode_sent(&mut self, to: &str, transfer: Result<(), Alone>) {
+    pub fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
         self.app.metrics.decode_sent(transfer);
-        self.record.decode = Some(to.to_owned());
+        self.charges[1] = Some(to.load.charge(tokens));
+        self.record.decode = Some(to.id.clone());
         self.record.alone = transfer.err().map(Alone::as_str);
         self.record.decode_attempts += 1;
         self.record
@@ -126,9 +158,11 @@ impl Flight {
 
     /// Notes the first bytes of the answer.
     pub fn first_byte(&mut self, status: StatusCode, stream: bool) {
-        let after = self.arrived.elapsed();
-        self.app.metrics.first_byte_after(after);
-        self.record.ttft_ms = Some(millis(after));
+        if self.record.ttft_ms.is_none() {
+            let after = self.arrived.elapsed();
+            self.app.metrics.first_byte_after(after);
+            self.record.ttft_ms = Some(millis(after));
+        }
         self.record.status = Some(status.as_u16());
         self.record.stream = stream;
     }
@@ -153,6 +187,7 @@ impl Flight {
     fn end(&mut self, outcome: Outcome) {
         let total = self.arrived.elapsed();
         self.drop_prefill();
+        self.charges = [None, None];
         if let Some(place) = self.place.take() {
             self.note_prefill(&place.watch);
         }
@@ -161,7 +196,22 @@ impl Flight {
         record.total_ms = millis(total);
         record.outcome = outcome.as_str();
         log(&record);
+        self.export(&record);
         self.app.recent.push(record);
+    }
+
+    fn export(&self, record: &Record) {
+        let (Some(spans), Some(trace)) = (&self.app.spans, &self.trace) else {
+            return;
+        };
+        if !trace.is_sampled {
+            return;
+        }
+        for span in trace.spans(record) {
+            if spans.try_send(span).is_err() {
+                self.app.metrics.spans("dropped", 1);
+            }
+        }
     }
 
     fn note_prefill(&mut self, watch: &Watch) {
@@ -172,6 +222,9 @@ impl Flight {
         }
         if let Some(note) = watch.prefill_end() {
             self.app.metrics.prefill_after(since(note.at));
+            if note.error.is_none() {
+                self.app.prefill_times.add(since(note.at));
+            }
             self.record.prefill_ms = Some(millis(since(note.at)));
             self.record.prefill_error.clone_from(&note.error);
             self.record.prompt_tokens = self.record.prompt_tokens.or(note.prompt_tokens);
@@ -192,6 +245,7 @@ fn log(r: &Record) {
     let moved = r.moved.as_ref();
     info!(
         id = r.id,
+        leg_id = r.leg_id.as_deref(),
         endpoint = r.endpoint,
         prefill = r.prefill.as_deref(),
         decode = r.decode.as_deref(),

@@ -2,11 +2,22 @@
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
+use crate::access::Access;
+
 /// The headers of a leg: the client's, without those that concern its connection to this proxy.
-pub fn leg_headers(client: &HeaderMap, id: HeaderValue) -> HeaderMap {
+pub fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
     let mut headers = end_to_end(client);
     for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
         headers.remove(name);
+    }
+    // Checked when the flags were: printable ASCII.
+    let key = access.engine_key.as_ref();
+    let key = key.and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
+    if let Some(key) = key {
+        headers.insert(header::AUTHORIZATION, key);
+    } else if !access.api_key.is_empty() {
+        // The key of this proxy is none of the engines' business.
+        headers.remove(header::AUTHORIZATION);
     }
     headers.insert(header::CONTENT_TYPE, JSON);
     headers.insert(crate::id::HEADER, id);

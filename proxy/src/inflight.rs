@@ -26,6 +26,8 @@ pub struct Watch {
     begun_at: OnceLock<Instant>,
     prefill_end: OnceLock<PrefillNote>,
     moved: Mutex<Option<Moved>>,
+    /// Another rank's notice has come.
+    noticed: Notify,
 }
 
 /// How and when a prefill leg ended.
@@ -57,6 +59,7 @@ impl InFlight {
             begun_at: OnceLock::new(),
             prefill_end: OnceLock::new(),
             moved: Mutex::new(None),
+            noticed: Notify::new(),
         });
         self.lock().insert(id.clone(), Arc::clone(&watch));
         Place {
@@ -87,6 +90,7 @@ impl InFlight {
         };
         let mut moved = watch.moved.lock().unwrap_or_else(PoisonError::into_inner);
         moved.get_or_insert_default().add(notice);
+        watch.noticed.notify_one();
         true
     }
 
@@ -102,6 +106,14 @@ impl Watch {
     /// The word is not lost: a later call returns at once, if none has returned yet.
     pub async fn begun(&self) {
         self.begun.notified().await;
+    }
+
+    /// Waits until so many ranks have said that their KV is written. For one waiter.
+    pub async fn noticed(&self, ranks: usize) {
+        let enough = |moved: Moved| usize::try_from(moved.ranks).is_ok_and(|said| said >= ranks);
+        while !self.moved().is_some_and(enough) {
+            self.noticed.notified().await;
+        }
     }
 
     /// When the prefill engine began.

@@ -1,24 +1,37 @@
 //! An instance: one vLLM and its sidecar, as the proxy knows it.
 
 use std::fmt;
+use std::sync::Arc;
 
+use clap::ValueEnum;
 use http::Uri;
 use protocol::registration::{InstanceRole, Register};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
-/// One registered instance. What routing, `/instances` and the legs read.
+use crate::load::Load;
+use crate::shared::Written;
+
+/// One instance. What routing, `/instances` and the legs read.
 #[derive(Clone, Debug, Serialize)]
 pub struct Instance {
-    /// The sidecar's name.
+    /// Its name: the sidecar's, or its address.
     pub id: String,
-    /// The sidecar's epoch.
+    /// The sidecar's epoch; 0 where there is none.
     pub epoch: u64,
+    /// How it hands KV over.
+    pub connector: Connector,
+    /// Who has named it.
+    pub source: Source,
     /// Which legs it takes.
     pub role: InstanceRole,
     /// The engine's OpenAI server.
     pub http: BaseUrl,
-    /// The sidecar's admin server.
-    pub admin: BaseUrl,
+    /// The sidecar's admin server, if there is a sidecar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin: Option<BaseUrl>,
+    /// P2P NCCL: the address that its request ids carry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zmq: Option<String>,
     /// Host at which senders reach the ports below.
     pub host: String,
     /// Init port of each rank.
@@ -31,8 +44,72 @@ pub struct Instance {
     pub free_slots: u32,
     /// Tokens of decode requests that are parked there, by its last word.
     pub parked_tokens: u64,
+    /// It takes no new requests, on somebody's order.
+    pub draining: bool,
+    /// What it is busy with.
+    #[serde(skip)]
+    pub load: Arc<Load>,
     /// Whether it gets requests.
     pub standing: Standing,
+}
+
+/// How an instance hands KV over. Both instances of a pair have the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connector {
+    /// Through sidecars, which push.
+    Sidecar,
+    /// vLLM's `NixlConnector`: the prefill answer says what the decode leg has to carry.
+    #[default]
+    Nixl,
+    /// LMCache inside the engines: `disagg_spec`, `ProxyNotif`, the first token handed over.
+    Lmcache,
+    /// vLLM's P2P NCCL connector: the request id names both addresses.
+    P2pNccl,
+}
+
+/// Who has named an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// A sidecar, on the registration port.
+    Sidecar,
+    /// A flag, a file or the environment.
+    Configured,
+    /// `POST /instances`.
+    Added,
+    /// Itself, on the port of P2P NCCL instances.
+    P2pNccl,
+    /// The registry that several proxies share.
+    Shared,
+}
+
+/// Which legs an instance takes and where it is, as flags, files and `POST /instances` say it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// Which legs it takes.
+    pub role: InstanceRole,
+    /// Base URL of its OpenAI server.
+    pub url: String,
+    /// Its name; its address if absent.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// How it hands KV over.
+    #[serde(default)]
+    pub connector: Connector,
+    /// LMCache decoders: the host that prefillers reach; that of `url` if absent.
+    #[serde(default)]
+    pub host: Option<String>,
+    /// LMCache decoders: init port of each rank.
+    #[serde(default)]
+    pub init_ports: Vec<u16>,
+    /// LMCache decoders: alloc port of each rank.
+    #[serde(default)]
+    pub alloc_ports: Vec<u16>,
+    /// P2P NCCL: `ip:port` of its ZeroMQ socket.
+    #[serde(default)]
+    pub zmq: Option<String>,
 }
 
 /// Whether an instance gets requests.
@@ -55,7 +132,7 @@ pub struct BaseUrl(String);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
     /// An URL that the proxy cannot call.
-    #[error("{field} {value:?} is not an http:// URL with a host")]
+    #[error("{field} {value:?} is not an http:// or https:// URL with a host")]
     Url {
         /// `http` or `admin`.
         field: &'static str,
@@ -78,6 +155,9 @@ pub enum Unusable {
     /// A receiver that senders cannot reach.
     #[error("host {0:?} of a receiver is empty or not a host name")]
     Host(String),
+    /// A connector that needs what is not given.
+    #[error("{0}")]
+    Incomplete(&'static str),
 }
 
 impl Instance {
@@ -86,39 +166,124 @@ impl Instance {
     /// # Errors
     /// The first field that cannot be used.
     pub fn parse(register: &Register) -> Result<Self, Unusable> {
-        let id = &register.id;
-        if id.is_empty() || id.len() > MAX_ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(Unusable::Id(shortened(id)));
-        }
-        let (init, alloc) = (register.init_ports.len(), register.alloc_ports.len());
-        let receives = register.role != InstanceRole::Prefill;
-        if init != alloc || init > MAX_RANKS || (receives && init == 0) {
-            return Err(Unusable::Ports { init, alloc });
-        }
-        let host_ok = register.host.len() <= MAX_HOST_BYTES
-            && register.host.bytes().all(|b| b.is_ascii_graphic());
-        if !host_ok || (receives && register.host.is_empty()) {
-            return Err(Unusable::Host(shortened(&register.host)));
-        }
+        check_id(&register.id)?;
+        check_receiver(
+            register.role,
+            &register.host,
+            &register.init_ports,
+            &register.alloc_ports,
+        )?;
         Ok(Self {
-            id: id.clone(),
+            id: register.id.clone(),
             epoch: register.epoch.0,
+            connector: Connector::Sidecar,
+            source: Source::Sidecar,
             role: register.role,
             http: BaseUrl::parse("http", &register.http)?,
-            admin: BaseUrl::parse("admin", &register.admin)?,
+            admin: Some(BaseUrl::parse("admin", &register.admin)?),
+            zmq: None,
             host: register.host.clone(),
             init_ports: register.init_ports.clone(),
             alloc_ports: register.alloc_ports.clone(),
             slots: register.slots,
             free_slots: register.free_slots,
             parked_tokens: register.parked_tokens,
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+
+    /// Checks an instance that somebody has named.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn named(named: &Named, source: Source) -> Result<Self, Unusable> {
+        let http = BaseUrl::parse("url", &named.url)?;
+        let id = named
+            .id
+            .clone()
+            .unwrap_or_else(|| http.authority().to_owned());
+        check_id(&id)?;
+        let host = named.host.clone().unwrap_or_else(|| http.host().to_owned());
+        match named.connector {
+            Connector::Sidecar => {
+                return Err(Unusable::Incomplete(
+                    "sidecars register themselves; name nixl, lmcache or p2p-nccl",
+                ));
+            }
+            Connector::Lmcache => {
+                check_receiver(named.role, &host, &named.init_ports, &named.alloc_ports)?;
+            }
+            Connector::P2pNccl if named.zmq.as_deref().is_none_or(|at| !is_host_port(at)) => {
+                return Err(Unusable::Incomplete("p2p-nccl needs zmq: \"ip:port\""));
+            }
+            Connector::P2pNccl | Connector::Nixl => {}
+        }
+        Ok(Self {
+            id,
+            epoch: 0,
+            connector: named.connector,
+            source,
+            role: named.role,
+            http,
+            admin: None,
+            zmq: named.zmq.clone(),
+            host,
+            init_ports: named.init_ports.clone(),
+            alloc_ports: named.alloc_ports.clone(),
+            slots: 0,
+            free_slots: 0,
+            parked_tokens: 0,
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+
+    /// Checks an instance that another proxy has written.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn written(written: Written, source: Source) -> Result<Self, Unusable> {
+        check_id(&written.id)?;
+        let (host, init, alloc) = (&written.host, &written.init_ports, &written.alloc_ports);
+        match written.connector {
+            Connector::Sidecar | Connector::Lmcache => {
+                check_receiver(written.role, host, init, alloc)?;
+            }
+            Connector::Nixl => {}
+            Connector::P2pNccl if written.zmq.as_deref().is_some_and(is_host_port) => {}
+            Connector::P2pNccl => return Err(Unusable::Incomplete("p2p-nccl without zmq")),
+        }
+        let admin = written.admin.as_deref();
+        if written.connector == Connector::Sidecar && admin.is_none() {
+            return Err(Unusable::Incomplete("a sidecar without an admin address"));
+        }
+        Ok(Self {
+            http: BaseUrl::parse("http", &written.http)?,
+            admin: admin.map(|url| BaseUrl::parse("admin", url)).transpose()?,
+            id: written.id,
+            epoch: written.epoch,
+            connector: written.connector,
+            source,
+            role: written.role,
+            zmq: written.zmq,
+            host: written.host,
+            init_ports: written.init_ports,
+            alloc_ports: written.alloc_ports,
+            slots: 0,
+            free_slots: 0,
+            parked_tokens: 0,
+            draining: false,
+            load: Arc::default(),
             standing: Standing::Unverified,
         })
     }
 
     /// It gets requests.
     pub fn is_ready(&self) -> bool {
-        self.standing == Standing::Ready
+        self.standing == Standing::Ready && !self.draining
     }
 
     /// It takes prefill legs.
@@ -136,6 +301,8 @@ impl Instance {
         self.role == other.role
             && self.http == other.http
             && self.admin == other.admin
+            && self.connector == other.connector
+            && self.zmq == other.zmq
             && self.host == other.host
             && self.init_ports == other.init_ports
             && self.alloc_ports == other.alloc_ports
@@ -157,7 +324,7 @@ impl BaseUrl {
         }
         let uri: Uri = text.parse().map_err(|_| refused())?;
         let authority = uri.authority().ok_or_else(refused)?;
-        if uri.scheme_str() != Some("http")
+        if !matches!(uri.scheme_str(), Some("http" | "https"))
             || authority.host().is_empty()
             || authority.as_str().contains('@')
             || uri.query().is_some()
@@ -165,6 +332,29 @@ impl BaseUrl {
             return Err(refused());
         }
         Ok(Self(text.trim_end_matches('/').to_owned()))
+    }
+
+    /// Host and port as they stand in it.
+    pub fn authority(&self) -> &str {
+        let (_, rest) = self.0.split_once("://").unwrap_or_default();
+        rest.split('/').next().unwrap_or_default()
+    }
+
+    /// The host, an IPv6 address without its brackets.
+    pub fn host(&self) -> &str {
+        let authority = self.authority();
+        match authority
+            .strip_prefix('[')
+            .and_then(|at| at.split_once(']'))
+        {
+            Some((host, _)) => host,
+            None => authority.split(':').next().unwrap_or_default(),
+        }
+    }
+
+    /// It is reached over TLS.
+    pub fn is_tls(&self) -> bool {
+        self.0.starts_with("https:")
     }
 
     /// The URL of `path`, which begins with a slash.
@@ -183,6 +373,44 @@ impl Serialize for BaseUrl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.0)
     }
+}
+
+fn check_id(id: &str) -> Result<(), Unusable> {
+    let ok = !id.is_empty() && id.len() <= MAX_ID_BYTES && id.bytes().all(|b| b.is_ascii_graphic());
+    if ok && !id.contains('/') {
+        return Ok(());
+    }
+    Err(Unusable::Id(shortened(id)))
+}
+
+fn check_receiver(
+    role: InstanceRole,
+    host: &str,
+    init: &[u16],
+    alloc: &[u16],
+) -> Result<(), Unusable> {
+    let receives = role != InstanceRole::Prefill;
+    let (init, alloc) = (init.len(), alloc.len());
+    if init != alloc || init > MAX_RANKS || (receives && init == 0) {
+        return Err(Unusable::Ports { init, alloc });
+    }
+    let host_ok = host.len() <= MAX_HOST_BYTES && host.bytes().all(|b| b.is_ascii_graphic());
+    if !host_ok || (receives && host.is_empty()) {
+        return Err(Unusable::Host(shortened(host)));
+    }
+    Ok(())
+}
+
+/// As it stands in the request ids of P2P NCCL: anything else could end one address early.
+pub fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return false;
+    };
+    let letters = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
+    !host.is_empty()
+        && host.len() <= MAX_HOST_BYTES
+        && host.bytes().all(letters)
+        && port.parse::<u16>().is_ok_and(|port| port != 0)
 }
 
 /// What an error message shows of a stranger's text.
@@ -212,7 +440,7 @@ mod tests {
         check("http://127.0.0.1:8100/", true);
         check("http://[::1]:8100/prefix", true);
         check("http://engine.local", true);
-        check("https://engine.local", false);
+        check("https://engine.local", true);
         check("127.0.0.1:8100", false);
         check("http://", false);
         check("http://user:word@host", false);

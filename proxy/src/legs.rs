@@ -7,6 +7,7 @@ use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -14,13 +15,16 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
 use crate::error::{ApiError, Code};
+use crate::handover::{Prefilled, prefilled};
 use crate::headers::{JSON, is_event_stream};
+use crate::instance::Connector;
 use crate::route::Alone;
+use crate::tls::TlsError;
 
 /// Connections to engines and sidecars, kept open between requests.
 #[derive(Clone, Debug)]
 pub struct Legs {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     first_byte_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -39,8 +43,8 @@ pub struct Answer {
 /// How a prefill leg ended.
 #[derive(Debug)]
 pub enum PrefillEnd {
-    /// 2xx, with the prompt's length if the engine says it.
-    Answered(Option<u64>),
+    /// 2xx, and what it brings.
+    Answered(Prefilled),
     /// The engine says that the request is wrong; this is its answer.
     Refused(Box<Answer>),
     /// The engine or the way to it failed.
@@ -79,26 +83,36 @@ pub enum LegFailure {
 
 impl Legs {
     /// A client with the deadlines of `config`.
-    pub fn new(config: &Config) -> Self {
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub fn new(config: &Config) -> Result<Self, TlsError> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
+        connector.enforce_http(false);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
-            .build(connector);
-        Self {
+            .build(config.tls.connector(connector)?);
+        Ok(Self {
             client,
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
-        }
+        })
     }
 
     /// Sends a prefill leg and reads its answer.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub async fn prefill(&self, url: &str, headers: HeaderMap, body: Bytes) -> PrefillEnd {
+    pub async fn prefill(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+        connector: Connector,
+    ) -> PrefillEnd {
         let response = match self.send(Method::POST, url, headers, body).await {
             Ok(response) => response,
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
@@ -107,16 +121,15 @@ impl Legs {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The answer's head says that the prefill is done, and nothing else is needed of it.
+            // The answer's head says that the prefill is done; sidecars need nothing else of it.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         };
         if status.is_success() {
-            if let Some(reason) = not_pushed(&body) {
-                return PrefillEnd::Failed(Alone::NotPushed, reason);
-            }
-            let usage = crate::usage::find(&body);
-            return PrefillEnd::Answered(usage.map(|usage| usage.prompt_tokens));
+            return match prefilled(connector, &body) {
+                Ok(brought) => PrefillEnd::Answered(brought),
+                Err(reason) => PrefillEnd::Failed(Alone::NotPushed, reason),
+            };
         }
         let text = format!("{status}: {}", shown(&body));
         match status {
@@ -131,6 +144,33 @@ impl Legs {
             })),
             _ => PrefillEnd::Failed(Alone::PrefillError, text),
         }
+    }
+
+    /// Posts what belongs to a prefill leg and reads an answer of token ids.
+    ///
+    /// # Errors
+    /// No answer, or one that is too long.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection.
+    pub async fn ask(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, LegError> {
+        let response = self.send(Method::POST, url, headers, body).await?;
+        let (head, rest) = response.into_parts();
+        let held = Limited::new(rest, MAX_HELD)
+            .collect()
+            .await
+            .map_err(|e| LegError::Died(e.to_string()))?
+            .to_bytes();
+        Ok(Answer {
+            head,
+            held,
+            rest: None,
+        })
     }
 
     /// Sends a decode leg and reads the first bytes of its answer, or all of it if it is short and
@@ -205,6 +245,16 @@ impl Legs {
         timeout(limit, answer)
             .await
             .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Posts JSON and returns when the answer begins.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<Incoming>, LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        self.send(Method::POST, url, headers, body).await
     }
 
     /// Posts JSON and reads a short answer.
@@ -358,23 +408,3 @@ const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Of an engine's error, in logs.
 const SHOWN_CHARS: usize = 300;
-
-/// Why the prefill engine's connector pushes nothing, if its answer says so.
-///
-/// Without this the decode leg would wait for a sender that never asks.
-fn not_pushed(body: &[u8]) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Answered {
-        kv_transfer_params: Option<Params>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Params {
-        pushed: Option<bool>,
-        #[serde(default)]
-        reason: String,
-    }
-    let params = serde_json::from_slice::<Answered>(body)
-        .ok()?
-        .kv_transfer_params?;
-    (params.pushed == Some(false)).then_some(params.reason)
-}

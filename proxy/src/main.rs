@@ -45,8 +45,9 @@ async fn main() -> ExitCode {
     let signals = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
+        signal(SignalKind::user_defined1()),
     );
-    let (Ok(mut term), Ok(mut int)) = signals else {
+    let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return complain(&["signals cannot be handled".into()], INTERNAL);
     };
     let insecure = config.insecure;
@@ -69,8 +70,14 @@ async fn main() -> ExitCode {
         told_to_stop(&mut term, &mut int).await;
         told.now.cancel();
     }));
+    let summarise = proxy.summariser();
+    let asked = AbortOnDropHandle::new(tokio::spawn(async move {
+        while usr1.recv().await.is_some() {
+            summarise();
+        }
+    }));
     let end = proxy.run(stop).await;
-    drop(signals);
+    drop((signals, asked));
     match end {
         End::Drained => ExitCode::SUCCESS,
         End::Cut => ExitCode::FAILURE,

@@ -1,10 +1,11 @@
 //! The metrics, as docs/proxy.md lists them.
 
-use std::fmt;
+use std::fmt::{self, Write};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -16,6 +17,7 @@ use protocol::registration::NotifX;
 
 use crate::body::Endpoint;
 use crate::error::Code;
+use crate::instance::Instance;
 use crate::labels::{InstanceCounts, Labels, Leg, Message};
 use crate::life::Outcome;
 use crate::registry::Answer;
@@ -32,6 +34,7 @@ pub struct Metrics {
     transfers: Counter,
     alone: Counters<1>,
     leg_errors: Counters<2>,
+    prefill_retries: Counter,
     decode_retries: Counter,
     in_flight: Gauge,
     begun: Histogram,
@@ -41,6 +44,8 @@ pub struct Metrics {
     messages: Counters<1>,
     call_backs: Counters<1>,
     instances: Family<Labels<2>, Gauge>,
+    shared: Counters<1>,
+    spans: Counters<1>,
     notices: Counters<1>,
     moved_bytes: Counter<u64, AtomicU64>,
 }
@@ -55,6 +60,7 @@ impl Metrics {
             transfers: Counter::default(),
             alone: Family::default(),
             leg_errors: Family::default(),
+            prefill_retries: Counter::default(),
             decode_retries: Counter::default(),
             in_flight: Gauge::default(),
             begun: histogram(),
@@ -64,6 +70,8 @@ impl Metrics {
             messages: Family::default(),
             call_backs: Family::default(),
             instances: Family::default(),
+            shared: Family::default(),
+            spans: Family::default(),
             notices: Family::default(),
             moved_bytes: Counter::default(),
         };
@@ -100,6 +108,11 @@ impl Metrics {
             self.alone.clone(),
         );
         r.register("leg_errors", "Legs that failed", self.leg_errors.clone());
+        r.register(
+            "prefill_retries",
+            "Prefill legs sent again to another instance",
+            self.prefill_retries.clone(),
+        );
         r.register(
             "decode_retries",
             "Decode legs sent again to another instance",
@@ -141,6 +154,12 @@ impl Metrics {
             self.call_backs.clone(),
         );
         r.register("instances", "Registered instances", self.instances.clone());
+        r.register(
+            "shared_registry",
+            "Exchanges with the shared registry",
+            self.shared.clone(),
+        );
+        r.register("spans", "Spans for the collector", self.spans.clone());
         r.register(
             "notices",
             "Senders' notices on a request's KV",
@@ -218,6 +237,11 @@ impl Metrics {
         }
     }
 
+    /// A prefill leg is sent again to another instance.
+    pub fn prefill_retried(&self) {
+        self.prefill_retries.inc();
+    }
+
     /// A leg failed.
     pub fn leg_failed(&self, leg: Leg) {
         self.leg_errors.get_or_create(&leg_labels(leg)).inc();
@@ -251,6 +275,19 @@ impl Metrics {
         self.call_backs.get_or_create(&labels).inc();
     }
 
+    /// An exchange with the shared registry has ended.
+    pub fn shared(&self, is_ok: bool) {
+        let result = if is_ok { "ok" } else { "failed" };
+        let labels = Labels([("result", result)]);
+        self.shared.get_or_create(&labels).inc();
+    }
+
+    /// Spans were sent, failed or dropped.
+    pub fn spans(&self, result: &'static str, count: usize) {
+        let labels = Labels([("result", result)]);
+        self.spans.get_or_create(&labels).inc_by(count as u64);
+    }
+
     /// A sender's notice on a request's KV; LMCache's has no details.
     pub fn notice(&self, details: Option<&NotifX>) {
         let reason = details.and_then(|x| x.reason);
@@ -270,10 +307,12 @@ impl Metrics {
     }
 
     /// The text that Prometheus reads.
-    pub fn text(&self) -> String {
+    pub fn text(&self, instances: &[Arc<Instance>]) -> String {
         let mut text = String::new();
         // Writing into a string does not fail.
-        encode(&mut text, &self.registry).expect("a string takes everything");
+        encode_registry(&mut text, &self.registry).expect("a string takes everything");
+        each_instance(&mut text, instances).expect("a string takes everything");
+        encode_eof(&mut text).expect("a string takes everything");
         text
     }
 }
@@ -288,6 +327,65 @@ impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Metrics").finish_non_exhaustive()
     }
+}
+
+/// Metrics of each instance: not families, because instances come and go, and their names are their
+/// own, which prometheus-client 0.23 would write as they are.
+fn each_instance(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Result {
+    type Read = fn(&Instance) -> f64;
+    let all: [(&str, &str, &str, Read); 6] = [
+        ("legs", "gauge", "Legs under way", |i| {
+            f64::from(facts(i).legs)
+        }),
+        (
+            "tokens",
+            "gauge",
+            "Tokens of legs under way, estimated",
+            |i| facts(i).tokens as f64,
+        ),
+        (
+            "paused",
+            "gauge",
+            "1 while it keeps failing and is left alone",
+            |i| f64::from(u8::from(facts(i).is_open)),
+        ),
+        ("answered", "counter", "Legs that were answered", |i| {
+            i.load.done().answered as f64
+        }),
+        (
+            "answer_seconds",
+            "counter",
+            "Sum of the times to these answers",
+            |i| i.load.done().seconds,
+        ),
+        ("failed", "counter", "Legs that failed by its fault", |i| {
+            i.load.done().failed as f64
+        }),
+    ];
+    for (name, kind, help, read) in all {
+        writeln!(out, "# HELP pd_proxy_instance_{name} {help}.")?;
+        writeln!(out, "# TYPE pd_proxy_instance_{name} {kind}")?;
+        let total = if kind == "counter" { "_total" } else { "" };
+        for instance in instances {
+            let id = escaped(&instance.id);
+            let value = read(instance);
+            writeln!(
+                out,
+                "pd_proxy_instance_{name}{total}{{instance=\"{id}\"}} {value}"
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn facts(instance: &Instance) -> crate::route::Facts {
+    instance.load.facts(Instant::now())
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }
 
 fn touch<const N: usize>(family: &Counters<N>, labels: Labels<N>) {
@@ -316,4 +414,34 @@ fn histogram() -> Histogram {
         0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
         120.0,
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::registration::InstanceRole;
+
+    use super::*;
+    use crate::instance::{Connector, Named, Source};
+
+    #[test]
+    fn names_of_instances_cannot_end_their_label() {
+        let named = Named {
+            role: InstanceRole::Decode,
+            url: "http://d:1".into(),
+            id: Some("a\"}b\\".into()),
+            connector: Connector::Nixl,
+            host: None,
+            init_ports: Vec::new(),
+            alloc_ports: Vec::new(),
+            zmq: None,
+        };
+        let instance = Arc::new(Instance::named(&named, Source::Added).unwrap());
+        drop(instance.load.charge(5));
+        let _running = instance.load.charge(7);
+        let text = Metrics::new().text(&[instance]);
+        let line = "pd_proxy_instance_tokens{instance=\"a\\\"}b\\\\\"} 7\n";
+        assert!(text.contains(line), "{text}");
+        assert!(text.ends_with("# EOF\n"));
+        assert_eq!(text.matches("# EOF").count(), 1);
+    }
 }

@@ -8,23 +8,37 @@ use tokio::select;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::api;
 use crate::app::{App, Instances};
 use crate::cli::Config;
-use crate::registration::Registration;
-use crate::server::{self, Limits};
+use crate::legs::Legs;
+use crate::otlp::{self, Exporter};
+use crate::registration::{Inputs, Registration};
+use crate::server::{self, Limits, Port};
+use crate::shared::Shared;
+use crate::tls::TlsError;
 use crate::zmq::{PortError, Registrations};
 
 /// A proxy with both ports open.
-#[derive(Debug)]
 pub struct Proxy {
     app: Arc<App>,
     listener: TcpListener,
     listen: SocketAddr,
+    acceptor: Option<TlsAcceptor>,
+    exporter: Option<Exporter>,
     registration: Registration,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Proxy")
+            .field("listen", &self.listen)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A port that cannot be opened.
@@ -38,6 +52,12 @@ pub enum BindError {
         /// Why.
         source: std::io::Error,
     },
+    /// TLS cannot be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Instances that are named in an unusable way.
+    #[error("{}", .0.join("; "))]
+    Instances(Vec<String>),
     /// The registration port.
     #[error(transparent)]
     Registration(#[from] PortError),
@@ -69,6 +89,9 @@ impl Proxy {
     /// # Errors
     /// The port that cannot be opened, and why.
     pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let configured = config.sources.named().map_err(BindError::Instances)?;
+        let acceptor = config.tls.acceptor()?;
+        let legs = Legs::new(&config)?;
         let address = config.listen;
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -76,12 +99,35 @@ impl Proxy {
         let port = Registrations::bind(config.registration).await?;
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
-        let app = Arc::new(App::new(config, port.address(), instances, suspects));
+        let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
+        let p2p = match config.p2p_registration {
+            Some(address) => Some(Registrations::bind_router(address).await?),
+            None => None,
+        };
+        let (spans, traced) = match &config.otlp {
+            Some(base) => {
+                let (spans, traced) = mpsc::channel(otlp::QUEUE);
+                (Some(spans), Some((base.clone(), traced)))
+            }
+            None => (None, None),
+        };
+        let address = port.address();
+        let app = App::new(config, legs, address, instances, suspects, commands, spans);
+        let app = Arc::new(app);
+        let exporter = traced.map(|(base, spans)| Exporter::new(Arc::clone(&app), &base, spans));
+        let inputs = Inputs {
+            port,
+            p2p,
+            suspected,
+            commanded,
+        };
         Ok(Self {
-            registration: Registration::new(Arc::clone(&app), port, published, suspected),
+            registration: Registration::new(Arc::clone(&app), inputs, published, configured),
             app,
             listener,
             listen,
+            acceptor,
+            exporter,
         })
     }
 
@@ -95,6 +141,12 @@ impl Proxy {
         self.app.registration
     }
 
+    /// Logs what prefill legs have taken, whenever it is called. It stays valid while the proxy runs.
+    pub fn summariser(&self) -> impl Fn() + Send + Sync + 'static {
+        let app = Arc::clone(&self.app);
+        move || summarise(&app)
+    }
+
     /// Serves until it is told to stop, then drains.
     pub async fn run(self, stop: Stop) -> End {
         let app = self.app;
@@ -104,14 +156,32 @@ impl Proxy {
         };
         let closing = CancellationToken::new();
         let mut tasks = JoinSet::new();
+        let port = Port {
+            listener: self.listener,
+            acceptor: self.acceptor,
+        };
         let router = api::router(Arc::clone(&app));
-        let http = server::serve(self.listener, router, limits, closing.clone());
+        let http = server::serve(port, router, limits, closing.clone());
         let registration = self.registration.run(closing.clone());
         tasks.spawn(async {
             http.await;
             Ok(())
         });
         tasks.spawn(registration);
+        if let Some(exporter) = self.exporter {
+            let closing = closing.clone();
+            tasks.spawn(async {
+                exporter.run(closing).await;
+                Ok(())
+            });
+        }
+        if let Some(shared) = Shared::new(&app) {
+            let closing = closing.clone();
+            tasks.spawn(async {
+                shared.run(closing).await;
+                Ok(())
+            });
+        }
 
         let failed = select! {
             () = stop.drain.cancelled() => None,
@@ -119,6 +189,7 @@ impl Proxy {
         };
         app.draining.cancel();
         let mut end = drain(&app, &stop.now).await;
+        summarise(&app);
         app.cut.cancel();
         closing.cancel();
         let mut ended = Vec::from_iter(failed);
@@ -139,6 +210,13 @@ impl Proxy {
     }
 }
 
+fn summarise(app: &App) {
+    match app.prefill_times.summary() {
+        Some(summary) => info!("{summary}"),
+        None => info!("no prefill leg was answered"),
+    }
+}
+
 async fn drain(app: &App, now: &CancellationToken) -> End {
     info!("draining: no new requests");
     select! {
@@ -154,6 +232,9 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
     }
     End::Cut
 }
+
+/// Changes that wait for the registration task.
+const MAX_COMMANDS: usize = 16;
 
 /// Failed requests whose instance is still to be looked at.
 const MAX_SUSPECTS: usize = 64;

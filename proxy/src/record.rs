@@ -12,6 +12,9 @@ use serde::Serialize;
 pub struct Record {
     /// The request.
     pub id: String,
+    /// What the legs carry instead, where a connector or a second attempt wants another id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leg_id: Option<String>,
     /// Arrival, milliseconds since 1970.
     pub arrived_unix_ms: u64,
     /// `completions` or `chat`.
@@ -120,7 +123,11 @@ impl Recent {
     /// Adds a notice that came after the request's end. Returns whether anybody was meant.
     pub fn amend(&self, id: &str, notice: Option<&NotifX>) -> bool {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(record) = records.iter_mut().rev().find(|record| record.id == id) else {
+        let Some(record) = records
+            .iter_mut()
+            .rev()
+            .find(|record| record.leg_id.as_deref().unwrap_or(&record.id) == id)
+        else {
             return false;
         };
         record.moved.get_or_insert_default().add(notice);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use protocol::codec;
-use protocol::registration::{InstanceRole, ToProxy};
+use protocol::registration::{InstanceRole, Register, ToProxy};
 use tokio::select;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -14,8 +14,10 @@ use tracing::{debug, info, warn};
 
 use crate::app::{App, Instances};
 use crate::callback::call_back;
-use crate::instance::{Instance, Standing};
+use crate::control::Command;
+use crate::instance::{Instance, Source, Standing};
 use crate::labels::{InstanceCounts, Message};
+use crate::p2p;
 use crate::registry::{Answer, CallBack, Registered, Registry};
 use crate::zmq::{Frame, PortError, Registrations};
 
@@ -23,13 +25,25 @@ use crate::zmq::{Frame, PortError, Registrations};
 #[derive(Debug)]
 pub struct Registration {
     app: Arc<App>,
-    port: Registrations,
+    inputs: Inputs,
     registry: Registry,
     published: watch::Sender<Instances>,
-    suspected: mpsc::Receiver<String>,
     calls: JoinSet<(CallBack, Answer)>,
     /// When a refused registration was last logged.
     complained: Option<Instant>,
+}
+
+/// What the task listens to.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The registration port.
+    pub port: Registrations,
+    /// The port of P2P NCCL instances.
+    pub p2p: Option<Registrations>,
+    /// Instances that have failed a request.
+    pub suspected: mpsc::Receiver<String>,
+    /// Orders.
+    pub commanded: mpsc::Receiver<Command>,
 }
 
 /// What an iteration has changed.
@@ -45,17 +59,23 @@ impl Registration {
     /// The task of one proxy.
     pub fn new(
         app: Arc<App>,
-        port: Registrations,
+        inputs: Inputs,
         published: watch::Sender<Instances>,
-        suspected: mpsc::Receiver<String>,
+        configured: Vec<Instance>,
     ) -> Self {
         let config = &app.config;
+        let mut registry = Registry::new(config.max_instances, config.call_back_every);
+        for instance in configured {
+            let id = instance.id.clone();
+            if let Err(error) = registry.name(Instant::now(), instance, None) {
+                warn!(id, %error, "a configured instance is not taken");
+            }
+        }
         Self {
-            registry: Registry::new(config.max_instances, config.call_back_every),
+            registry,
             app,
-            port,
+            inputs,
             published,
-            suspected,
             calls: JoinSet::new(),
             complained: None,
         }
@@ -67,6 +87,7 @@ impl Registration {
     /// The port has failed.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
         let mut sweep = interval(SWEEP);
+        self.settle();
         loop {
             let deadline = self.registry.next_deadline();
             let news = select! {
@@ -85,11 +106,16 @@ impl Registration {
                     News::None
                 }
                 () = until(deadline) => News::Instances,
-                Some(id) = self.suspected.recv() => {
+                Some(command) = self.inputs.commanded.recv() => {
+                    self.obey(command);
+                    News::Instances
+                }
+                Some(id) = self.inputs.suspected.recv() => {
                     self.registry.suspect(Instant::now(), &id);
                     News::Instances
                 }
-                frame = self.port.recv() => self.take(frame?),
+                frame = self.inputs.port.recv() => self.take(frame?),
+                frame = heard(self.inputs.p2p.as_ref()) => self.greeted(frame?),
             };
             if news == News::Instances {
                 self.settle();
@@ -97,10 +123,108 @@ impl Registration {
         }
     }
 
+    fn obey(&mut self, command: Command) {
+        // Whoever has asked may have gone meanwhile: the order stands.
+        match command {
+            Command::Name(instance, answer) => {
+                let id = instance.id.clone();
+                let taken = self.registry.name(Instant::now(), *instance, None);
+                info!(id, taken = taken.is_ok(), "instance added");
+                drop(answer.send(taken.map(drop).map_err(|e| e.to_string())));
+            }
+            Command::Share(others) => self.share(others),
+            Command::Remove(id, answer) => {
+                let gone = self.registry.remove(&id).is_some();
+                info!(id, gone, "instance removed");
+                answer.send(gone).ok();
+            }
+            Command::Drain(id, draining, answer) => {
+                let there = self.registry.drain(&id, draining);
+                info!(id, there, draining, "instance drained or resumed");
+                answer.send(there).ok();
+            }
+        }
+    }
+
+    /// Takes in whom others have written, and drops whom nobody has and who is not ready either.
+    fn share(&mut self, others: Vec<Instance>) {
+        let now = Instant::now();
+        let known = self.registry.instances();
+        for instance in &others {
+            let same = |other: &&Instance| other.id == instance.id && other.epoch == instance.epoch;
+            if known.iter().any(|other| same(&other)) {
+                continue;
+            }
+            let (id, epoch) = (instance.id.clone(), instance.epoch);
+            match self.registry.name(now, instance.clone(), None) {
+                Ok(_) => info!(id, epoch, "heard of by the shared registry"),
+                Err(error) => self.complain(now, &error.to_string()),
+            }
+        }
+        for instance in known {
+            let is_written = others.iter().any(|other| other.id == instance.id);
+            if instance.source == Source::Shared && !is_written && !instance.is_ready() {
+                info!(id = instance.id, "gone from the shared registry");
+                self.registry.remove(&instance.id);
+            }
+        }
+    }
+
+    /// A P2P NCCL instance says that it is there.
+    fn greeted(&mut self, frame: Frame) -> News {
+        let (Frame::Single(bytes) | Frame::Last(bytes)) = frame else {
+            self.app.metrics.message(Message::Malformed);
+            return News::None;
+        };
+        let kind = match p2p::hello(&bytes) {
+            Ok(instance) => self.name(instance),
+            Err(error) => {
+                debug!(%error, "malformed message of a P2P NCCL instance");
+                Message::Malformed
+            }
+        };
+        self.app.metrics.message(kind);
+        match kind {
+            Message::Register => News::Instances,
+            _ => News::None,
+        }
+    }
+
+    fn name(&mut self, instance: Instance) -> Message {
+        let (id, role) = (instance.id.clone(), instance.role);
+        let permitted = self.app.config.access.check(&instance);
+        let now = Instant::now();
+        let taken = permitted.and_then(|()| {
+            let lease = Some(p2p::LEASE);
+            self.registry
+                .name(now, instance, lease)
+                .map_err(|e| e.to_string())
+        });
+        match taken {
+            Ok(Registered::New) => {
+                info!(id, ?role, "P2P NCCL instance registered");
+                Message::Register
+            }
+            Ok(Registered::Renewed) => Message::Register,
+            Err(error) => {
+                self.complain(now, &error);
+                Message::RegisterRefused
+            }
+        }
+    }
+
+    /// It comes again every second, and from strangers as fast as they like.
+    fn complain(&mut self, now: Instant, error: &str) {
+        if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
+            self.complained = Some(now);
+            warn!(error, "registration refused");
+        }
+    }
+
     fn take(&mut self, frame: Frame) -> News {
         let message = match frame {
             Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
-            Frame::Odd => Err("not a single frame".into()),
+            Frame::Last(_) | Frame::Odd => Err("not a single frame".into()),
         };
         match message {
             Ok(message) => self.heard(message),
@@ -115,7 +239,7 @@ impl Registration {
     fn heard(&mut self, message: ToProxy) -> News {
         let now = Instant::now();
         let kind = match message {
-            ToProxy::Register(register) => match self.registry.register(now, &register) {
+            ToProxy::Register(register) => match self.register(now, &register) {
                 Ok(Registered::New) => {
                     info!(id = register.id, epoch = register.epoch.0, role = ?register.role,
                           http = register.http, admin = register.admin, "registered");
@@ -123,11 +247,7 @@ impl Registration {
                 }
                 Ok(Registered::Renewed) => Message::Register,
                 Err(error) => {
-                    // It comes again every second, and from strangers as fast as they like.
-                    if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
-                        self.complained = Some(now);
-                        warn!(%error, "registration refused");
-                    }
+                    self.complain(now, &error);
                     Message::RegisterRefused
                 }
             },
@@ -166,10 +286,23 @@ impl Registration {
         }
     }
 
+    fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, String> {
+        let instance = Instance::parse(message).map_err(|e| e.to_string())?;
+        self.app.config.access.check(&instance)?;
+        self.registry
+            .register(now, message)
+            .map_err(|e| e.to_string())
+    }
+
     fn called_back(&mut self, call: &CallBack, answer: Answer) {
         self.app.metrics.called_back(&answer);
         if let Answer::Silent(error) = &answer {
-            warn!(id = call.id, url = call.url, error, "call-back failed");
+            warn!(
+                id = call.id,
+                url = call.url.as_deref(),
+                error,
+                "call-back failed"
+            );
         }
         let changed = self
             .registry
@@ -204,7 +337,7 @@ impl Registration {
     }
 
     async fn shed(&self) {
-        for _ in 0..self.port.shed().await {
+        for _ in 0..self.inputs.port.shed().await {
             self.app.metrics.message(Message::Shed);
         }
     }
@@ -231,6 +364,13 @@ fn state(instance: &Instance) -> usize {
         Standing::Unverified => 0,
         Standing::Ready => 1,
         Standing::NotReady(_) => 2,
+    }
+}
+
+async fn heard(port: Option<&Registrations>) -> Result<Frame, PortError> {
+    match port {
+        Some(port) => port.recv().await,
+        None => std::future::pending().await,
     }
 }
 

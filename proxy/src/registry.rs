@@ -41,7 +41,8 @@ struct Entry {
 #[derive(Debug)]
 struct Lease {
     instance: Instance,
-    expires: Instant,
+    /// `None`: it is there until it is removed.
+    expires: Option<Instant>,
     call_at: Instant,
     calling: bool,
     /// The sidecar's own word in its last `Register`: a change is a reason to call it back at once.
@@ -56,8 +57,8 @@ pub struct CallBack {
     pub id: String,
     /// The sidecar's epoch.
     pub epoch: u64,
-    /// Where: `POST {admin}/registered`.
-    pub url: String,
+    /// Where: `POST {admin}/registered`; nowhere without a sidecar.
+    pub url: Option<String>,
     /// And then, if the sidecar is ready: `GET {http}/health`.
     pub health: String,
 }
@@ -133,11 +134,34 @@ impl Registry {
     /// Why it is not taken; the registry is unchanged.
     pub fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, Refused> {
         let fresh = Instance::parse(message)?;
+        let lease = Some(now + period(message) * MISSED_PERIODS);
+        self.enter(now, fresh, lease, message.ready)
+    }
+
+    /// Takes an instance without a sidecar: with a lease that its next word renews, or for good.
+    ///
+    /// # Errors
+    /// Why it is not taken; the registry is unchanged.
+    pub fn name(
+        &mut self,
+        now: Instant,
+        instance: Instance,
+        lease: Option<Duration>,
+    ) -> Result<Registered, Refused> {
+        self.enter(now, instance, lease.map(|lease| now + lease), true)
+    }
+
+    fn enter(
+        &mut self,
+        now: Instant,
+        fresh: Instance,
+        expires: Option<Instant>,
+        said_ready: bool,
+    ) -> Result<Registered, Refused> {
         let full = self.entries.len() >= self.max_instances;
         if full && !self.entries.contains_key(&fresh.id) {
             return Err(Refused::Full(self.entries.len()));
         }
-        let lease = period(message) * MISSED_PERIODS;
         let entry = self.entries.entry(fresh.id.clone()).or_default();
         let known = [entry.member.as_mut(), entry.candidate.as_mut()]
             .into_iter()
@@ -146,10 +170,10 @@ impl Registry {
         let Some(known) = known else {
             entry.candidate = Some(Lease {
                 instance: fresh,
-                expires: now + lease,
+                expires,
                 call_at: now,
                 calling: false,
-                said_ready: message.ready,
+                said_ready,
                 answered: None,
             });
             return Ok(Registered::New);
@@ -160,9 +184,9 @@ impl Registry {
         known.instance.slots = fresh.slots;
         known.instance.free_slots = fresh.free_slots;
         known.instance.parked_tokens = fresh.parked_tokens;
-        known.expires = now + lease;
-        if known.said_ready != message.ready {
-            known.said_ready = message.ready;
+        known.expires = expires;
+        if known.said_ready != said_ready {
+            known.said_ready = said_ready;
             known.call_at = now;
         }
         Ok(Registered::Renewed)
@@ -177,12 +201,32 @@ impl Registry {
         gone.map(|lease| lease.instance)
     }
 
+    /// Removes an instance, whatever its epoch; returns it if it was there.
+    pub fn remove(&mut self, id: &str) -> Option<Instance> {
+        let entry = self.entries.remove(id)?;
+        entry.member.or(entry.candidate).map(|lease| lease.instance)
+    }
+
+    /// Lets an instance take no new requests, or take them again. Returns whether it is there.
+    pub fn drain(&mut self, id: &str, draining: bool) -> bool {
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
+        for lease in [&mut entry.member, &mut entry.candidate]
+            .into_iter()
+            .flatten()
+        {
+            lease.instance.draining = draining;
+        }
+        true
+    }
+
     /// Drops what has not been heard of for three periods.
     pub fn expire(&mut self, now: Instant) -> Vec<Instance> {
         let mut gone = Vec::new();
         for entry in self.entries.values_mut() {
             for place in [&mut entry.member, &mut entry.candidate] {
-                if place.as_ref().is_some_and(|lease| lease.expires <= now) {
+                if place.as_ref().is_some_and(|lease| lease.has_expired(now)) {
                     gone.extend(place.take().map(|lease| lease.instance));
                 }
             }
@@ -206,7 +250,7 @@ impl Registry {
                 calls.push(CallBack {
                     id: lease.instance.id.clone(),
                     epoch: lease.instance.epoch,
-                    url: lease.instance.admin.join("/registered"),
+                    url: (lease.instance.admin.as_ref()).map(|admin| admin.join("/registered")),
                     health: lease.instance.http.join("/health"),
                 });
             }
@@ -293,7 +337,7 @@ impl Registry {
                     .filter(|_| lease.instance.is_ready())
                     .map(|at| at + ANSWER_VALID);
                 let call = (!lease.calling).then_some(lease.call_at);
-                [Some(lease.expires), stale, call].into_iter().flatten()
+                [lease.expires, stale, call].into_iter().flatten()
             })
             .min()
     }
@@ -318,6 +362,12 @@ impl Registry {
     fn forget_empty(&mut self) {
         self.entries
             .retain(|_, entry| entry.member.is_some() || entry.candidate.is_some());
+    }
+}
+
+impl Lease {
+    fn has_expired(&self, now: Instant) -> bool {
+        self.expires.is_some_and(|at| at <= now)
     }
 }
 

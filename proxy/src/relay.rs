@@ -28,6 +28,9 @@ struct Relay {
     rest: Option<Incoming>,
     flight: Flight,
     idle: Pin<Box<Sleep>>,
+    /// The last chunk. `idle` is set again only when it fires: setting it at each chunk costs more than
+    /// the chunk.
+    heard: Instant,
     idle_timeout: Duration,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     stream: bool,
@@ -48,6 +51,7 @@ pub fn respond(
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         idle: Box::pin(sleep(idle_timeout)),
+        heard: Instant::now(),
         idle_timeout,
         cut: Box::pin(cut.cancelled_owned()),
         stream,
@@ -151,8 +155,7 @@ impl http_body::Body for Relay {
         };
         match Pin::new(rest).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
-                let idle_until = Instant::now() + relay.idle_timeout;
-                relay.idle.as_mut().reset(idle_until);
+                relay.heard = Instant::now();
                 if let Some(chunk) = frame.data_ref() {
                     relay.keep_tail(chunk);
                 }
@@ -167,7 +170,14 @@ impl http_body::Body for Relay {
                 format!("the decode instance broke off its answer: {e}"),
             )),
             Poll::Pending => {
-                ready!(relay.idle.as_mut().poll(cx));
+                loop {
+                    ready!(relay.idle.as_mut().poll(cx));
+                    let until = relay.heard + relay.idle_timeout;
+                    if until <= Instant::now() {
+                        break;
+                    }
+                    relay.idle.as_mut().reset(until);
+                }
                 let text = format!(
                     "the decode instance has been silent for {}",
                     humantime::format_duration(relay.idle_timeout)

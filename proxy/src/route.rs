@@ -3,31 +3,58 @@
 use std::fmt;
 use std::sync::Arc;
 
+pub use crate::alone::Alone;
 use crate::error::{ApiError, Code};
-use crate::instance::Instance;
+use crate::instance::{Connector, Instance};
+use crate::mode::{Costs, Mode};
+pub use crate::policy::Policy;
+use crate::policy::{Candidate, Request};
 
 /// What routing needs to know of a request.
 #[derive(Clone, Debug)]
 pub struct Ask<'a> {
     /// Why the request is not split over two instances; `None` if it may be.
     pub alone: Option<Alone>,
-    /// How a place among equals is chosen, for prefill and decode separately.
-    pub policy: Policy,
-    /// Decode instances that have failed this request already.
+    /// Its answer would differ by LMCache's first-token hand-over.
+    pub is_unsplittable: bool,
+    /// How a prefill instance is chosen.
+    pub prefill: Side,
+    /// How a decode instance is chosen.
+    pub decode: Side,
+    /// Which requests get a prefill leg.
+    pub mode: Mode,
+    /// What `auto` compares.
+    pub costs: Costs,
+    /// Its session, hashed.
+    pub session: Option<u64>,
+    /// The prompt's length, as estimated.
+    pub prompt_tokens: u64,
+    /// What instances hold of the prompt: names and tokens.
+    pub held: &'a [(String, u64)],
+    /// The decode instance that has answered the turn before this one.
+    pub conversation: Option<&'a str>,
+    /// Instances that have failed this request already.
     pub failed: &'a [String],
 }
 
-/// How one instance among several is chosen. New policies are new variants; each reads only the
-/// instances and what it carries, so that [`route`] stays a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// In turn: the caller counts the requests of each kind.
-    RoundRobin {
-        /// Requests so far that had a prefill leg.
-        prefill_turn: usize,
-        /// Requests so far.
-        decode_turn: usize,
-    },
+/// How one side is chosen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Side {
+    /// By what.
+    pub policy: Policy,
+    /// Requests of this kind so far.
+    pub turn: usize,
+}
+
+/// How busy an instance is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Tokens of its requests under way.
+    pub tokens: u64,
+    /// Legs under way.
+    pub legs: u32,
+    /// It keeps failing and is left alone for a while.
+    pub is_open: bool,
 }
 
 /// The instances of a request.
@@ -48,42 +75,14 @@ pub struct Choice {
     pub prefills: usize,
     /// Decode instances to choose from.
     pub decodes: usize,
-    /// How it was chosen.
-    pub policy: Policy,
-}
-
-/// Why a request is computed by its decode instance alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Alone {
-    /// No prefill instance is ready (other than the decode instance itself).
-    NoPrefill,
-    /// `n`, `best_of` or beam search make several engine requests of it.
-    ManySequences,
-    /// A list of several prompts makes several engine requests of it.
-    ManyPrompts,
-    /// Log probabilities of the prompt need the prompt computed where they are returned.
-    PromptLogprobs,
-    /// Prompt embeddings: equal token hashes for different KV.
-    PromptEmbeds,
-    /// Images, audio or video: equal token hashes for different KV.
-    Multimodal,
-    /// A salt separates caches: equal token hashes for KV that must not be shared.
-    CacheSalt,
-    /// Nothing is to be generated.
-    NothingToDecode,
-    /// The prefill instance could not be reached or died before it had begun.
-    PrefillDied,
-    /// The prefill instance answered with an error of its own before it had begun.
-    PrefillError,
-    /// The prefill instance was too busy.
-    PrefillBusy,
-    /// The prefill instance did not begin in time.
-    PrefillTimeout,
-    /// The prefill instance computed the prompt, but its KV is not pushed: its connector does not serve
-    /// such a request, or its sidecar refused it.
-    NotPushed,
-    /// Another decode instance takes over; the KV went to the first.
-    DecodeRetry,
+    /// How the prefill instance was chosen.
+    pub prefill: Policy,
+    /// How the decode instance was chosen.
+    pub decode: Policy,
+    /// Which requests get a prefill leg.
+    pub mode: Mode,
+    /// The decode instance has the conversation.
+    pub follows: bool,
 }
 
 /// Nothing can take the request.
@@ -100,92 +99,136 @@ pub enum NoRoute {
     AllFailed,
 }
 
-/// Chooses the instances of a request.
+/// Chooses the instances of a request. `facts` are those of `instances`, in the same order.
 ///
 /// # Errors
 /// No decode instance can take it.
-pub fn route(instances: &[Arc<Instance>], ask: &Ask<'_>) -> Result<Pair, NoRoute> {
-    let registered = instances.iter().filter(|i| i.decodes()).count();
-    let ready: Vec<_> = instances
-        .iter()
-        .filter(|i| i.decodes() && i.is_ready())
-        .collect();
-    let decodes: Vec<_> = ready
-        .iter()
-        .filter(|i| !ask.failed.contains(&i.id))
-        .collect();
-    let Policy::RoundRobin {
-        prefill_turn,
-        decode_turn,
-    } = ask.policy;
-    let Some(decode) = in_turn(&decodes, decode_turn) else {
-        return Err(match (registered, ready.len()) {
-            (0, _) => NoRoute::NoDecode,
-            (_, 0) => NoRoute::NoneReady(registered),
-            _ => NoRoute::AllFailed,
-        });
+pub fn route(instances: &[Arc<Instance>], facts: &[Facts], ask: &Ask<'_>) -> Result<Pair, NoRoute> {
+    let decodes = decodes(instances, facts, ask)?;
+    let request = |side: Side| Request {
+        turn: side.turn,
+        session: ask.session,
+        prompt_tokens: ask.prompt_tokens,
     };
-    let prefills: Vec<_> = instances
+    let holder = decodes
         .iter()
-        .filter(|i| i.prefills() && i.is_ready() && i.id != decode.id)
-        .collect();
-    let prefill = match (ask.alone, in_turn(&prefills, prefill_turn)) {
+        .find(|c| ask.mode != Mode::Pd && ask.conversation == Some(c.instance.id.as_str()));
+    let follows = holder.is_some();
+    let chosen = holder
+        .copied()
+        .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
+    let decode = chosen.ok_or(NoRoute::AllFailed)?;
+    let prefills = prefills(instances, facts, ask, decode.instance);
+    let prefill = match (
+        ask.alone,
+        ask.prefill.policy.choose(&prefills, request(ask.prefill)),
+    ) {
         (Some(alone), _) => Err(alone),
+        (None, _) if follows && ask.mode == Mode::Ppd => Err(Alone::LaterTurn),
+        (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
+            Err(Alone::NotExpressible)
+        }
         (None, None) => Err(Alone::NoPrefill),
-        (None, Some(prefill)) => Ok(Arc::clone(prefill)),
+        (None, Some(prefill)) => {
+            let weighed = ask.mode == Mode::Auto;
+            if weighed
+                && ask
+                    .costs
+                    .alone_is_cheaper(ask.prompt_tokens, &decode, &prefill)
+            {
+                Err(Alone::Cheaper)
+            } else {
+                Ok(Arc::clone(prefill.instance))
+            }
+        }
     };
     Ok(Pair {
-        decode: Arc::clone(decode),
+        decode: Arc::clone(decode.instance),
         prefill,
         choice: Choice {
             prefills: prefills.len(),
             decodes: decodes.len(),
-            policy: ask.policy,
+            prefill: ask.prefill.policy,
+            decode: ask.decode.policy,
+            mode: ask.mode,
+            follows,
         },
     })
 }
 
-fn in_turn<T>(places: &[T], turn: usize) -> Option<&T> {
-    places.get(turn.checked_rem(places.len())?)
+/// Decode instances to choose from: ready, not failing, and with somebody to prefill for them,
+/// each as far as there are any.
+fn decodes<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+) -> Result<Vec<Candidate<'a>>, NoRoute> {
+    let mut ready = candidates(instances, facts, ask, |i| i.decodes());
+    if ready.is_empty() {
+        let registered = instances.iter().filter(|i| i.decodes()).count();
+        return Err(match registered {
+            0 => NoRoute::NoDecode,
+            _ => NoRoute::NoneReady(registered),
+        });
+    }
+    ready.retain(|c| !ask.failed.contains(&c.instance.id));
+    if ready.is_empty() {
+        return Err(NoRoute::AllFailed);
+    }
+    prefer(&mut ready, |c| !c.facts.is_open);
+    if ask.alone.is_none() {
+        prefer(&mut ready, |c| {
+            instances
+                .iter()
+                .any(|i| i.prefills() && i.is_ready() && is_pair(i, c.instance))
+        });
+    }
+    Ok(ready)
 }
 
-impl Alone {
-    /// Every reason, for metrics that want their label values to exist from the start.
-    pub const ALL: [Self; 14] = [
-        Self::NoPrefill,
-        Self::ManySequences,
-        Self::ManyPrompts,
-        Self::PromptLogprobs,
-        Self::PromptEmbeds,
-        Self::Multimodal,
-        Self::CacheSalt,
-        Self::NothingToDecode,
-        Self::PrefillDied,
-        Self::PrefillError,
-        Self::PrefillBusy,
-        Self::PrefillTimeout,
-        Self::NotPushed,
-        Self::DecodeRetry,
-    ];
+/// Prefill instances that can hand over to `decode`.
+fn prefills<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+    decode: &Instance,
+) -> Vec<Candidate<'a>> {
+    let mut ready = candidates(instances, facts, ask, |i| {
+        i.prefills() && is_pair(i, decode) && !ask.failed.contains(&i.id)
+    });
+    // Where all fail, computing on the decode side is better than to fail once more.
+    ready.retain(|c| !c.facts.is_open);
+    ready
+}
 
-    /// The name in metrics and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::NoPrefill => "no_prefill",
-            Self::ManySequences => "many_sequences",
-            Self::ManyPrompts => "many_prompts",
-            Self::PromptLogprobs => "prompt_logprobs",
-            Self::PromptEmbeds => "prompt_embeds",
-            Self::Multimodal => "multimodal",
-            Self::CacheSalt => "cache_salt",
-            Self::NothingToDecode => "nothing_to_decode",
-            Self::PrefillDied => "prefill_died",
-            Self::PrefillError => "prefill_error",
-            Self::PrefillBusy => "prefill_busy",
-            Self::PrefillTimeout => "prefill_timeout",
-            Self::NotPushed => "not_pushed",
-            Self::DecodeRetry => "decode_retry",
-        }
+fn candidates<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+    takes: impl Fn(&Instance) -> bool,
+) -> Vec<Candidate<'a>> {
+    let held = |id: &str| ask.held.iter().find(|(name, _)| name == id);
+    instances
+        .iter()
+        .enumerate()
+        .filter(|(_, instance)| instance.is_ready() && takes(instance))
+        .map(|(at, instance)| Candidate {
+            instance,
+            facts: facts.get(at).copied().unwrap_or_default(),
+            held: held(&instance.id).map_or(0, |(_, tokens)| *tokens),
+        })
+        .collect()
+}
+
+/// Both hand KV over in the same way, and are not one.
+fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
+    prefill.connector == decode.connector && prefill.id != decode.id
+}
+
+/// Keeps those that have a property, if any has.
+fn prefer<T>(all: &mut Vec<T>, has: impl Fn(&T) -> bool) {
+    if all.iter().any(&has) {
+        all.retain(has);
     }
 }
 
@@ -200,16 +243,18 @@ impl From<NoRoute> for ApiError {
     }
 }
 
-impl fmt::Display for Alone {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Policy::RoundRobin { .. } = self.policy;
-        write!(f, "round_robin({}p,{}d)", self.prefills, self.decodes)
+        let decode = if self.follows {
+            "conversation"
+        } else {
+            self.decode.as_str()
+        };
+        write!(
+            f,
+            "{}:{}/{},{}/{}",
+            self.mode, self.prefill, self.prefills, decode, self.decodes
+        )
     }
 }
 

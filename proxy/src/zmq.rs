@@ -20,7 +20,9 @@ pub struct Registrations {
 pub enum Frame {
     /// One frame, as every message on this port is.
     Single(Bytes),
-    /// Several frames or none: not a message of this port.
+    /// The last of several: the others say who has sent it.
+    Last(Bytes),
+    /// No frame.
     Odd,
 }
 
@@ -46,6 +48,18 @@ impl Registrations {
     /// # Errors
     /// The address is in use, not ours, or not permitted.
     pub async fn bind(address: SocketAddr) -> Result<Self, PortError> {
+        Self::bind_as(SocketType::Pull, address).await
+    }
+
+    /// Binds the port of P2P NCCL instances, which are DEALERs.
+    ///
+    /// # Errors
+    /// The address is in use, not ours, or not permitted.
+    pub async fn bind_router(address: SocketAddr) -> Result<Self, PortError> {
+        Self::bind_as(SocketType::Router, address).await
+    }
+
+    async fn bind_as(kind: SocketType, address: SocketAddr) -> Result<Self, PortError> {
         let failed = |text: String| PortError::Bind { address, text };
         let options = Options::default()
             .max_message_size(MAX_MESSAGE_BYTES)
@@ -55,8 +69,7 @@ impl Registrations {
             .heartbeat_timeout(HEARTBEAT * 3)
             .recv_hwm(QUEUED_MESSAGES)
             .linger(Duration::ZERO);
-        let socket =
-            Socket::try_new(SocketType::Pull, options).map_err(|e| failed(e.to_string()))?;
+        let socket = Socket::try_new(kind, options).map_err(|e| failed(e.to_string()))?;
         let bound = socket
             .bind(format!("tcp://{address}").as_str())
             .await
@@ -114,7 +127,13 @@ impl Registrations {
 fn single(message: &Message) -> Frame {
     match (message.len(), message.part_bytes(0)) {
         (1, Some(bytes)) => Frame::Single(bytes),
-        _ => Frame::Odd,
+        (parts, _) => match parts
+            .checked_sub(1)
+            .and_then(|last| message.part_bytes(last))
+        {
+            Some(bytes) => Frame::Last(bytes),
+            None => Frame::Odd,
+        },
     }
 }
 

@@ -30,7 +30,7 @@ fn set<T: ToString>(names: impl IntoIterator<Item = T>) -> BTreeSet<String> {
 
 #[test]
 fn metrics() {
-    let text = Metrics::new().text();
+    let text = Metrics::new().text(&[]);
     let mut families = BTreeSet::new();
     for line in text.lines() {
         if let Some(family) = line.strip_prefix("# TYPE ") {
@@ -58,7 +58,12 @@ fn flags() {
         let Some(name) = argument.get_long() else {
             continue;
         };
-        let wanted = format!("PD_PROXY_{}", name.to_uppercase().replace('-', "_"));
+        // The names that demos give these two.
+        let wanted = match name {
+            "prefill" => "PREFILL_ENDPOINTS".to_owned(),
+            "decode" => "DECODE_ENDPOINTS".to_owned(),
+            _ => format!("PD_PROXY_{}", name.to_uppercase().replace('-', "_")),
+        };
         let variable = argument.get_env().and_then(|variable| variable.to_str());
         assert_eq!(variable, Some(wanted.as_str()));
         for default in argument.get_default_values() {

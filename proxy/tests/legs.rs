@@ -68,7 +68,7 @@ async fn without_a_word_the_prefill_answer_sends_the_decode_leg() {
     assert_eq!(
         pair.d.only().text,
         format!(
-            r#"{{"max_tokens":8,"model":"m","prompt":"hello","kv_transfer_params":{{"disagg_spec":{{"req_id":"{id}"}},"do_remote_prefill":true}}}}"#
+            r#"{{"max_tokens":8,"model":"m","prompt":"hello","kv_transfer_params":{{"do_remote_prefill":true,"disagg_spec":{{"req_id":"{id}"}}}}}}"#
         )
     );
     pair.p_sidecar.moved(&id, 1000, None).await;

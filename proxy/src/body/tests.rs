@@ -1,9 +1,8 @@
 use super::*;
-use crate::instance::{BaseUrl, Standing};
-use protocol::registration::InstanceRole;
 
 fn parse(text: &str) -> RequestBody {
-    RequestBody::parse(text.as_bytes()).unwrap_or_else(|e| panic!("{text}: {e}"))
+    let bytes = Bytes::copy_from_slice(text.as_bytes());
+    RequestBody::parse(bytes).unwrap_or_else(|e| panic!("{text}: {e}"))
 }
 
 fn text(bytes: &Bytes) -> &str {
@@ -90,7 +89,8 @@ fn who_gets_a_transfer() {
 
 #[test]
 fn bodies_that_are_refused() {
-    let check = |bytes: &[u8], transfer: bool| match RequestBody::parse(bytes) {
+    let read = |bytes: &[u8]| RequestBody::parse(Bytes::copy_from_slice(bytes));
+    let check = |bytes: &[u8], transfer: bool| match read(bytes) {
         Ok(body) => panic!("{body:?}"),
         Err(e) => assert_eq!(matches!(e, BadBody::TransferParams), transfer, "{e}"),
     };
@@ -111,10 +111,10 @@ fn bodies_that_are_refused() {
         true,
     );
     check(many_fields(1025).as_bytes(), false);
-    assert!(RequestBody::parse(many_fields(1024).as_bytes()).is_ok());
+    assert!(read(many_fields(1024).as_bytes()).is_ok());
     // Depth costs nothing, since values are not parsed.
     let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
-    assert!(RequestBody::parse(deep.as_bytes()).is_ok());
+    assert!(read(deep.as_bytes()).is_ok());
 }
 
 fn many_fields(count: usize) -> String {
@@ -126,10 +126,8 @@ fn many_fields(count: usize) -> String {
 fn values_reach_the_engine_as_they_came() {
     let given = r#"{"z":1e400,"a":123456789012345678901234567890,"f":0.10,"s":"\ud83d\ude00 \/","o":{"b":1, "a":2},"z2":1.0}"#;
     assert_eq!(text(&parse(given).local_leg()), given);
-    let id = RequestId("r".into());
-    let with_params = parse(given).decode_leg(&id);
-    let params =
-        r#","kv_transfer_params":{"disagg_spec":{"req_id":"r"},"do_remote_prefill":true}}"#;
+    let with_params = parse(given).decode_leg(r#"{"a":[1]}"#);
+    let params = r#","kv_transfer_params":{"a":[1]}}"#;
     assert_eq!(
         text(&with_params),
         given.strip_suffix('}').unwrap().to_owned() + params
@@ -140,33 +138,12 @@ fn values_reach_the_engine_as_they_came() {
 
 #[test]
 fn prefill_legs() {
-    let decode = Instance {
-        id: "d".into(),
-        epoch: 1,
-        role: InstanceRole::Decode,
-        http: BaseUrl::parse("http", "http://h:1").unwrap(),
-        admin: BaseUrl::parse("admin", "http://h:2").unwrap(),
-        host: "h".into(),
-        init_ports: vec![7300],
-        alloc_ports: vec![7400],
-        slots: 0,
-        free_slots: 0,
-        parked_tokens: 0,
-        standing: Standing::Ready,
-    };
     let check = |endpoint, given: &str, expect: &str| {
-        let leg = parse(given).prefill_leg(endpoint, &RequestId("r".into()), &decode);
-        let (fields, params) = text(&leg).split_once(r#","kv_transfer_params":"#).unwrap();
-        assert_eq!(fields, expect, "{given}");
-        let params: serde_json::Value =
-            serde_json::from_str(params.strip_suffix('}').unwrap()).unwrap();
-        let spec = &params["disagg_spec"];
-        assert_eq!(params["do_remote_decode"], true);
-        assert_eq!(spec["req_id"], "r");
-        assert_eq!(spec["receiver_host"], "h");
-        assert_eq!(spec["receiver_init_port"], serde_json::json!([7300]));
-        assert_eq!(spec["receiver_alloc_port"], serde_json::json!([7400]));
-        assert_eq!(spec["overlap"], true);
+        let leg = parse(given).prefill_leg(endpoint, Some("{}"));
+        let with_params = format!(r#"{expect},"kv_transfer_params":{{}}}}"#);
+        assert_eq!(text(&leg), with_params, "{given}");
+        let leg = parse(given).prefill_leg(endpoint, None);
+        assert_eq!(text(&leg), format!("{expect}}}"), "{given}");
     };
     check(
         Endpoint::Completions,
@@ -182,5 +159,18 @@ fn prefill_legs() {
         Endpoint::Chat,
         r#"{"messages":[]}"#,
         r#"{"messages":[],"stream":false,"max_tokens":1"#,
+    );
+}
+
+#[test]
+fn parts_of_a_body() {
+    let body = parse(r#"{"a":1,"b":[2], "c":null,"a":3,"q\"":4}"#);
+    assert_eq!(body.json("a"), Some("3"));
+    assert_eq!(body.json("c"), None);
+    assert_eq!(text(&body.only(&["b", "z"])), r#"{"b":[2]}"#);
+    assert_eq!(text(&body.only(&[])), "{}");
+    assert_eq!(
+        text(&body.with(&["b"], &[("a", "0"), ("n", "{}")])),
+        r#"{"c":null,"q\"":4,"a":0,"n":{}}"#
     );
 }

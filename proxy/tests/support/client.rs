@@ -48,6 +48,13 @@ impl Client {
             .await
     }
 
+    pub async fn delete(&self, path: &str) -> Whole {
+        self.open(Method::DELETE, path, &[], Bytes::new())
+            .await
+            .whole()
+            .await
+    }
+
     pub async fn post(&self, path: &str, body: &Value) -> Whole {
         self.post_with(path, &[], body.to_string()).await
     }

@@ -87,6 +87,15 @@ impl Engine {
         }
     }
 
+    /// An engine that nobody has registered, with a journal of its own.
+    pub async fn alone(name: &str) -> Self {
+        Self::start(name, Arc::default()).await
+    }
+
+    pub fn journal(&self) -> Arc<Journal> {
+        Arc::clone(&self.inner.journal)
+    }
+
     pub fn on_prefill(&self, reply: Reply) {
         *self.inner.prefill.lock().unwrap() = reply;
     }
@@ -157,11 +166,17 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         return answer(*engine.health.lock().unwrap(), &Value::Null);
     }
     engine.seen.lock().unwrap().push(seen.clone());
+    if seen.path == "/tokenize" {
+        return answer(
+            200,
+            &json!({"count": 3, "max_model_len": 64, "tokens": [5, 6, 7]}),
+        );
+    }
     if seen.path == "/v1/models" {
         return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
     }
     let params = &seen.json()["kv_transfer_params"];
-    let (leg, reply) = if params["do_remote_decode"] == true {
+    let (leg, reply) = if params["do_remote_decode"] == true || params["ret_first_tok"] == true {
         ("prefill", &engine.prefill)
     } else if params["do_remote_prefill"] == true {
         ("decode", &engine.decode)

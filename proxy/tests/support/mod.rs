@@ -24,6 +24,12 @@ use sidecar::{Role, Sidecar};
 /// No step of any test takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
 /// A proxy under test.
 pub struct Rig {
     pub journal: Arc<Journal>,
@@ -61,6 +67,13 @@ impl Rig {
     /// An engine that writes into this rig's journal.
     pub async fn engine(&self, name: &str) -> Engine {
         Engine::start(name, Arc::clone(&self.journal)).await
+    }
+
+    /// A registered instance where `/instances` cannot be read.
+    pub async fn instance_unseen(&self, name: &str, role: Role) -> (Engine, Sidecar) {
+        let engine = self.engine(name).await;
+        let sidecar = Sidecar::start(name, role, &engine.url, &self.registration).await;
+        (engine, sidecar)
     }
 
     /// A registered and ready instance: an engine and its sidecar.

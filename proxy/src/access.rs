@@ -1,0 +1,250 @@
+//! Who may ask, who may change things, and whom the proxy talks to.
+
+use std::net::IpAddr;
+
+use clap::Args;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use ipnet::IpNet;
+use subtle::ConstantTimeEq;
+
+use crate::error::{ApiError, Code};
+use crate::instance::Instance;
+
+/// Keys and permitted hosts.
+#[derive(Clone, Default, Args)]
+pub struct Access {
+    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. Without
+    /// any, everybody may ask.
+    #[arg(
+        long,
+        env = "PD_PROXY_API_KEY",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub api_key: Vec<String>,
+
+    /// Key for the endpoints that change the proxy. Without it, only clients on this host may use
+    /// those.
+    #[arg(
+        long,
+        env = "PD_PROXY_ADMIN_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub admin_key: Option<String>,
+
+    /// Key that engines are sent instead of what the client has sent.
+    #[arg(
+        long,
+        env = "PD_PROXY_ENGINE_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub engine_key: Option<String>,
+
+    /// Hosts that instances may have, separated by commas: names, `*.domain`, addresses, networks as
+    /// `10.0.0.0/8`. Without any, every host that registers.
+    #[arg(
+        long,
+        env = "PD_PROXY_ALLOW",
+        value_name = "HOST",
+        value_delimiter = ','
+    )]
+    pub allow: Vec<String>,
+}
+
+impl Access {
+    /// What is wrong with the keys and hosts.
+    pub fn problems(&self) -> Vec<String> {
+        let engine = self.engine_key.iter().map(|key| ("--engine-key", key));
+        let admin = self.admin_key.iter().map(|key| ("--admin-key", key));
+        let keys = self.api_key.iter().map(|key| ("--api-key", key));
+        let bad = |(flag, key): (&str, &String)| {
+            let ok = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
+            (!ok).then(|| format!("{flag}: a key is printable ASCII without spaces, and not empty"))
+        };
+        let mut problems: Vec<_> = keys.chain(admin).chain(engine).filter_map(bad).collect();
+        for host in &self.allow {
+            if host.contains('/') && host.parse::<IpNet>().is_err() {
+                problems.push(format!("--allow {host}: write a network as 10.0.0.0/8"));
+            }
+        }
+        problems
+    }
+
+    /// Whether the proxy may talk to an instance.
+    ///
+    /// # Errors
+    /// The host that is not permitted.
+    pub fn check(&self, instance: &Instance) -> Result<(), String> {
+        if self.allow.is_empty() {
+            return Ok(());
+        }
+        let admin = instance.admin.as_ref().map(|admin| admin.host());
+        let receiver = Some(instance.host.as_str()).filter(|host| !host.is_empty());
+        let hosts = [Some(instance.http.host()), admin, receiver];
+        match hosts.into_iter().flatten().find(|host| !self.allows(host)) {
+            Some(host) => Err(format!("host {host:?} is not permitted (--allow)")),
+            None => Ok(()),
+        }
+    }
+
+    fn allows(&self, host: &str) -> bool {
+        let address: Option<IpAddr> = host.parse().ok();
+        self.allow.iter().any(|entry| {
+            let suffix = entry
+                .strip_prefix('*')
+                .filter(|suffix| suffix.starts_with('.'));
+            match (address, entry.parse::<IpNet>(), suffix) {
+                (Some(address), Ok(network), _) => network.contains(&address),
+                (None, _, Some(suffix)) => host.len() > suffix.len() && host.ends_with(suffix),
+                _ => entry.eq_ignore_ascii_case(host),
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Access")
+            .field("api_keys", &self.api_key.len())
+            .field("allow", &self.allow)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether a client may ask.
+///
+/// # Errors
+/// It has no key, or a wrong one.
+pub fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
+    if access.api_key.is_empty() || holds(headers, &access.api_key) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        Code::InvalidApiKey,
+        "no API key, or a wrong one",
+    ))
+}
+
+/// Whether a client may change the proxy.
+///
+/// # Errors
+/// It may not.
+pub fn may_change(
+    access: &Access,
+    headers: &HeaderMap,
+    peer: Option<IpAddr>,
+) -> Result<(), ApiError> {
+    let allowed = match &access.admin_key {
+        Some(key) => holds(headers, std::slice::from_ref(key)),
+        None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
+    };
+    if allowed {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        Code::NotPermitted,
+        "needs the key of --admin-key, or without one a client on this host",
+    ))
+}
+
+fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
+    let value = headers
+        .get(AUTHORIZATION)
+        .map_or(&[][..], |value| value.as_bytes());
+    let given = value
+        .split_at_checked(7)
+        .filter(|(kind, _)| kind.eq_ignore_ascii_case(b"bearer "));
+    let Some((_, given)) = given else {
+        return false;
+    };
+    // Compares with every key, each in a time that does not depend on where they differ.
+    keys.iter().fold(false, |found, key| {
+        found | bool::from(key.as_bytes().ct_eq(given))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::{Connector, Named, Source};
+    use protocol::registration::InstanceRole;
+
+    #[test]
+    fn keys() {
+        let access = Access {
+            api_key: vec!["one".into(), "two".into()],
+            ..Access::default()
+        };
+        let check = |value: &str, ok: bool| {
+            let mut headers = HeaderMap::new();
+            headers.insert(AUTHORIZATION, value.parse().unwrap());
+            assert_eq!(may_ask(&access, &headers).is_ok(), ok, "{value}");
+        };
+        check("Bearer one", true);
+        check("bearer two", true);
+        check("Bearer tw", false);
+        check("Bearer ", false);
+        check("Basic one", false);
+        assert!(may_ask(&access, &HeaderMap::new()).is_err());
+        assert!(may_ask(&Access::default(), &HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn changes() {
+        let open = Access::default();
+        let from = |text: &str| Some(text.parse().unwrap());
+        let none = HeaderMap::new();
+        assert!(may_change(&open, &none, from("127.0.0.1")).is_ok());
+        assert!(may_change(&open, &none, from("::ffff:127.0.0.1")).is_ok());
+        assert!(may_change(&open, &none, from("10.0.0.1")).is_err());
+        let keyed = Access {
+            admin_key: Some("k".into()),
+            ..Access::default()
+        };
+        assert!(may_change(&keyed, &none, from("127.0.0.1")).is_err());
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, "Bearer k".parse().unwrap());
+        assert!(may_change(&keyed, &headers, from("10.0.0.1")).is_ok());
+    }
+
+    #[test]
+    fn hosts() {
+        let allow = ["10.0.0.0/8", "engine", "*.gpu.example", "192.0.2.7"];
+        let access = Access {
+            allow: allow.map(str::to_owned).to_vec(),
+            ..Access::default()
+        };
+        let check = |url: &str, ok: bool| {
+            let named = Named {
+                role: InstanceRole::Prefill,
+                url: url.into(),
+                id: None,
+                connector: Connector::Nixl,
+                host: None,
+                init_ports: Vec::new(),
+                alloc_ports: Vec::new(),
+                zmq: None,
+            };
+            let instance = Instance::named(&named, Source::Added).unwrap();
+            assert_eq!(access.check(&instance).is_ok(), ok, "{url}");
+        };
+        check("http://10.1.2.3:80", true);
+        check("http://11.1.2.3", false);
+        check("http://ENGINE:1", true);
+        check("http://a.gpu.example", true);
+        check("http://.gpu.example.org", false);
+        check("http://192.0.2.7", true);
+        check("http://192.0.2.8", false);
+        check("http://[::1]:1", false);
+        let bad = Access {
+            allow: vec!["10.0.0.0/99".into()],
+            api_key: vec![String::new()],
+            ..Access::default()
+        };
+        assert_eq!(bad.problems().len(), 2);
+    }
+}

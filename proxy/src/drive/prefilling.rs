@@ -1,0 +1,168 @@
+//! A request while its prefill leg is under way: how the leg is sent, and what its end means.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio_util::task::AbortOnDropHandle;
+use tracing::warn;
+
+use super::{Drive, Step};
+use crate::flight::Flight;
+use crate::handover::{Prefilled, leg_id};
+use crate::inflight::PrefillNote;
+use crate::instance::Connector;
+use crate::labels::Leg;
+use crate::legs::PrefillEnd;
+use crate::life::Event;
+use crate::prefill::PrefillLeg;
+use crate::route::Alone;
+
+impl Drive {
+    pub(super) fn send_prefill(&mut self, flight: &mut Flight) {
+        let Ok(prefill) = &self.pair.prefill else {
+            return;
+        };
+        self.prefill_attempts += 1;
+        self.leg_id = leg_id(&flight.id, prefill, &self.pair.decode);
+        if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
+            // The first sender may have begun with the receiver: this is another transfer.
+            self.leg_id.0 += &format!(".{}", self.prefill_attempts);
+        }
+        self.prefill_sent = Instant::now();
+        let watch = flight.prefill_sent(&self.leg_id, prefill, self.plan.tokens);
+        prefill
+            .load
+            .chosen(self.prefill_sent, self.app.config.breaker());
+        let leg = PrefillLeg {
+            legs: self.app.legs.clone(),
+            endpoint: self.endpoint,
+            headers: self.leg_headers(&self.leg_id),
+            body: self.body.clone(),
+            id: self.leg_id.clone(),
+            prefill: Arc::clone(prefill),
+            decode: Arc::clone(&self.pair.decode),
+        };
+        let task = tokio::spawn(async move {
+            let end = leg.run(&watch).await;
+            watch.prefill_ended(PrefillNote::of(&end));
+            end
+        });
+        flight.set_prefill(AbortOnDropHandle::new(task));
+    }
+
+    pub(super) fn prefill_ended(
+        &mut self,
+        flight: &mut Flight,
+        end: Result<PrefillEnd, tokio::task::JoinError>,
+    ) -> Step {
+        flight.drop_prefill();
+        let end = end.unwrap_or_else(|e| match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Aborted only by dropping the handle, which is then not polled any more.
+            Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+        });
+        match end {
+            PrefillEnd::Answered(prefilled) => self.prefill_answered(flight, prefilled),
+            PrefillEnd::Refused(answer) => Step::Refused(answer),
+            PrefillEnd::Failed(why, error) => {
+                warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
+                if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
+                    self.app.suspect(prefill);
+                }
+                self.prefill_failed(flight, why)
+            }
+        }
+    }
+
+    fn prefill_answered(&mut self, flight: &mut Flight, prefilled: Prefilled) -> Step {
+        if let Ok(prefill) = &self.pair.prefill {
+            prefill.load.succeeded(self.prefill_sent.elapsed());
+        }
+        if let Some(tokens) = prefilled.prompt_tokens {
+            self.plan.counted(&self.app, tokens);
+            let begun = flight.watch().and_then(|watch| watch.begun_at());
+            let time = begun.unwrap_or(self.prefill_sent).elapsed();
+            let uncached = self
+                .plan
+                .uncached(self.prefill_id().unwrap_or_default(), tokens);
+            self.app.measured.prefilled(uncached, time);
+        }
+        self.prefilled = prefilled;
+        match refused_by_sender(flight) {
+            None => Step::Event(Event::PrefillAnswered),
+            Some(reason) => {
+                warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
+                self.app.metrics.leg_failed(Leg::Prefill(Alone::NotPushed));
+                Step::Event(Event::PrefillFailed(Alone::NotPushed))
+            }
+        }
+    }
+
+    pub(super) fn prefill_late(&mut self, flight: &mut Flight) -> Step {
+        let why = Alone::PrefillTimeout;
+        flight.drop_prefill();
+        if let Some(watch) = flight.watch() {
+            let end = PrefillEnd::Failed(why, "did not begin in time".into());
+            watch.prefill_ended(PrefillNote::of(&end));
+        }
+        warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
+        self.prefill_failed(flight, why)
+    }
+
+    /// Another prefill instance, if the failure and the number of attempts allow one.
+    fn prefill_failed(&mut self, flight: &mut Flight, why: Alone) -> Step {
+        self.app.metrics.leg_failed(Leg::Prefill(why));
+        let Ok(prefill) = &self.pair.prefill else {
+            return Step::Event(Event::PrefillFailed(why));
+        };
+        if why != Alone::NotPushed
+            && prefill
+                .load
+                .failed(Instant::now(), self.app.config.breaker())
+        {
+            warn!(
+                prefill = prefill.id,
+                "keeps failing: left alone for a while"
+            );
+        }
+        // Its time is used up, or it has computed the prompt already.
+        let is_final = matches!(why, Alone::PrefillTimeout | Alone::NotPushed);
+        if is_final
+            || !flight.is_prefilling()
+            || self.prefill_attempts >= self.app.config.prefill_attempts
+        {
+            return Step::Event(Event::PrefillFailed(why));
+        }
+        self.failed.push(prefill.id.clone());
+        match self.plan.route(&self.app, &self.failed) {
+            Ok(pair) if pair.prefill.is_ok() => {
+                self.pair = pair;
+                self.app.metrics.prefill_retried();
+                self.send_prefill(flight);
+                Step::Again
+            }
+            _ => Step::Event(Event::PrefillFailed(why)),
+        }
+    }
+}
+
+/// The sender's reason, if it has said that nothing (more) is pushed.
+fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
+    let moved = flight.watch()?.moved().filter(|moved| !moved.ok)?;
+    Some(moved.reason.map_or("unknown", protocol::Reason::as_str))
+}
+
+impl PrefillNote {
+    fn of(end: &PrefillEnd) -> Self {
+        let (error, prompt_tokens) = match end {
+            PrefillEnd::Answered(prefilled) => (None, prefilled.prompt_tokens),
+            PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
+            PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
+        };
+        Self {
+            at: Instant::now(),
+            error,
+            prompt_tokens,
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! LMCache's hand-over: both legs are completions over token ids, and the token that the prefill
+//! instance has sampled is the last one of the decode leg's prompt.
+//!
+//! Only so do the decode instance's chunk hashes meet those of the prefill instance: LMCache looks up
+//! all but the last token. A request whose answer would differ by it gets no transfer.
+
+use bytes::Bytes;
+use serde::Deserialize;
+
+use crate::body::{Endpoint, RequestBody};
+use crate::handover::FirstToken;
+
+/// Whether the request means the same when its first answered token stands in the prompt.
+pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
+    let is_set = |name: &&str| match body.json(name) {
+        // For a completion, 0 asks for the log probability of what was sampled.
+        Some(text) if *name == "logprobs" => text != "false",
+        Some(text) => !EMPTY.contains(&text),
+        None => false,
+    };
+    let chat_only = match endpoint {
+        Endpoint::Chat => &CHAT_ONLY[..],
+        Endpoint::Completions => &[],
+    };
+    let tokens = max_tokens(body, endpoint);
+    !NOT_SPLIT.iter().chain(chat_only).any(is_set) && tokens.is_none_or(|tokens| tokens > 1)
+}
+
+/// The body of `POST /tokenize`; `None` if the prompt is token ids already.
+pub fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
+    let names: &[&str] = match endpoint {
+        Endpoint::Completions if token_ids(body).is_some() => return None,
+        Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
+        Endpoint::Chat => &[
+            "model",
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "add_special_tokens",
+            "chat_template",
+            "chat_template_kwargs",
+        ],
+    };
+    Some(body.only(names))
+}
+
+/// The token ids of an answer to `POST /tokenize`, as JSON.
+pub fn tokens(answer: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Answer<'a> {
+        #[serde(borrow)]
+        tokens: &'a serde_json::value::RawValue,
+    }
+    let answer: Answer<'_> = serde_json::from_slice(answer).ok()?;
+    let text = answer.tokens.get();
+    text.starts_with('[').then(|| text.to_owned())
+}
+
+/// The prompt, if it is token ids.
+pub fn token_ids(body: &RequestBody) -> Option<&str> {
+    let text = body.json("prompt")?;
+    let first = text.strip_prefix('[')?.trim_start();
+    first
+        .starts_with(|c: char| c.is_ascii_digit())
+        .then_some(text)
+}
+
+/// The prefill leg: a completion of one token over token ids.
+pub fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
+    let set = [
+        ("prompt", tokens),
+        ("stream", "false"),
+        ("max_tokens", "1"),
+        ("kv_transfer_params", params),
+    ];
+    body.with(&NOT_FOR_LEGS, &set)
+}
+
+/// The decode leg: a completion that goes on after the first token.
+pub fn decode_body(
+    body: &RequestBody,
+    endpoint: Endpoint,
+    tokens: &str,
+    first: &FirstToken,
+) -> Bytes {
+    let all = tokens.trim_ascii_end();
+    let open = all.strip_suffix(']').unwrap_or(all).trim_ascii_end();
+    let prompt = format!("{open},{}]", first.id);
+    let left = match max_tokens(body, endpoint) {
+        Some(tokens) => (tokens - 1).to_string(),
+        // Absent, a completion would end after OpenAI's 16 tokens, and a chat at the context's end.
+        None if endpoint == Endpoint::Completions => "15".to_owned(),
+        None => "null".to_owned(),
+    };
+    let mut set = vec![("prompt", prompt.as_str()), ("max_tokens", left.as_str())];
+    let least = body
+        .json("min_tokens")
+        .and_then(|text| text.parse::<u64>().ok());
+    let least = least.map(|least| least.saturating_sub(1).to_string());
+    set.extend(least.as_deref().map(|least| ("min_tokens", least)));
+    body.with(&NOT_FOR_DECODE, &set)
+}
+
+/// How many tokens the client wants at most.
+pub fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
+    let read = |name| body.json(name)?.parse().ok();
+    let newer = match endpoint {
+        Endpoint::Chat => read("max_completion_tokens"),
+        Endpoint::Completions => None,
+    };
+    newer.or_else(|| read("max_tokens"))
+}
+
+/// Values that say the same as nothing.
+const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
+
+/// What looks back at the answer's beginning, or needs both halves of it in one place.
+const NOT_SPLIT: [&str; 13] = [
+    "logprobs",
+    "echo",
+    "stop",
+    "suffix",
+    "presence_penalty",
+    "frequency_penalty",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "response_format",
+    "return_token_ids",
+];
+
+/// What a chat template or a parser of answers makes of it.
+const CHAT_ONLY: [&str; 5] = [
+    "tools",
+    "functions",
+    "top_logprobs",
+    "reasoning_effort",
+    "include_reasoning",
+];
+
+/// What would contradict the prefill leg.
+const NOT_FOR_LEGS: [&str; 15] = [
+    "messages",
+    "stream_options",
+    "max_completion_tokens",
+    "min_tokens",
+    "n",
+    "best_of",
+    "logprobs",
+    "top_logprobs",
+    "echo",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+];
+
+/// What would contradict the decode leg.
+const NOT_FOR_DECODE: [&str; 12] = [
+    "messages",
+    "max_completion_tokens",
+    "n",
+    "best_of",
+    "logprobs",
+    "top_logprobs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> RequestBody {
+        RequestBody::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+    }
+
+    #[test]
+    fn what_can_be_handed_over() {
+        let check = |endpoint, text: &str, expect: bool| {
+            assert_eq!(can_express(&parse(text), endpoint), expect, "{text}");
+        };
+        let completion = Endpoint::Completions;
+        check(
+            completion,
+            r#"{"prompt":"a","max_tokens":2,"temperature":0.5}"#,
+            true,
+        );
+        check(completion, r#"{"prompt":"a","max_tokens":1}"#, false);
+        check(completion, r#"{"prompt":"a","stop":"x"}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","stop":[],"logprobs":null,"presence_penalty":0.0}"#,
+            true,
+        );
+        check(completion, r#"{"prompt":"a","logprobs":0}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","frequency_penalty":0.5}"#,
+            false,
+        );
+        check(
+            Endpoint::Chat,
+            r#"{"messages":[],"max_completion_tokens":1}"#,
+            false,
+        );
+        check(Endpoint::Chat, r#"{"messages":[],"tools":[{}]}"#, false);
+        check(
+            Endpoint::Chat,
+            r#"{"messages":[],"tools":[],"stream":true}"#,
+            true,
+        );
+    }
+
+    #[test]
+    fn legs() {
+        let text = |bytes: Bytes| String::from_utf8(bytes.to_vec()).unwrap();
+        let body = parse(r#"{"model":"m","messages":[{}],"max_tokens":8,"seed":1,"stream":true}"#);
+        assert_eq!(
+            text(tokenize_body(&body, Endpoint::Chat).unwrap()),
+            r#"{"model":"m","messages":[{}]}"#
+        );
+        assert_eq!(
+            text(prefill_body(&body, "[1,2]", "{}")),
+            r#"{"model":"m","seed":1,"prompt":[1,2],"stream":false,"max_tokens":1,"kv_transfer_params":{}}"#
+        );
+        let first = FirstToken {
+            id: 7,
+            ..FirstToken::default()
+        };
+        assert_eq!(
+            text(decode_body(&body, Endpoint::Chat, "[1,2] ", &first)),
+            r#"{"model":"m","seed":1,"stream":true,"prompt":[1,2,7],"max_tokens":7}"#
+        );
+        let ids = parse(r#"{"model":"m","prompt":[1, 2]}"#);
+        assert_eq!(tokenize_body(&ids, Endpoint::Completions), None);
+        assert_eq!(token_ids(&ids), Some("[1, 2]"));
+        assert_eq!(
+            tokens(br#"{"count":2,"tokens":[3, 4]}"#).as_deref(),
+            Some("[3, 4]")
+        );
+        assert_eq!(tokens(br#"{"tokens":null}"#), None);
+    }
+}

@@ -1,0 +1,319 @@
+//! Instances that are named by flags, a file or the environment.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use protocol::registration::InstanceRole;
+use serde::Deserialize;
+
+use crate::instance::{Connector, Instance, Named, Source, Unusable};
+
+/// Who is there without registering. All ways can be mixed.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Sources {
+    /// Prefill instances that do not register, separated by commas.
+    #[arg(
+        long,
+        env = "PREFILL_ENDPOINTS",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    pub prefill: Vec<String>,
+
+    /// Decode instances that do not register, separated by commas.
+    #[arg(
+        long,
+        env = "DECODE_ENDPOINTS",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    pub decode: Vec<String>,
+
+    /// How the instances of --prefill and --decode hand KV over.
+    #[arg(long, env = "PD_PROXY_CONNECTOR", default_value = "nixl")]
+    pub connector: Connector,
+
+    /// YAML file with a list `instances`, as docs/proxy.md describes it.
+    #[arg(long, env = "PD_PROXY_INSTANCES", value_name = "FILE")]
+    pub instances: Option<PathBuf>,
+
+    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`; what is given by flag or
+    /// environment wins.
+    #[arg(long, env = "PD_PROXY_ENV_FILE", value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+
+    /// As in LMCache's example proxy: hosts of prefillers.
+    #[arg(
+        long,
+        env = "PD_PROXY_PREFILLER_HOST",
+        value_name = "HOST",
+        value_delimiter = ','
+    )]
+    pub prefiller_host: Vec<String>,
+
+    /// Their ports: one for all hosts, or one for each.
+    #[arg(
+        long,
+        env = "PD_PROXY_PREFILLER_PORT",
+        value_name = "PORT",
+        value_delimiter = ','
+    )]
+    pub prefiller_port: Vec<u16>,
+
+    /// With one host and one port: so many prefillers on consecutive ports.
+    #[arg(long, env = "PD_PROXY_NUM_PREFILLERS", value_name = "N")]
+    pub num_prefillers: Option<u16>,
+
+    /// As in LMCache's example proxy: hosts of decoders.
+    #[arg(
+        long,
+        env = "PD_PROXY_DECODER_HOST",
+        value_name = "HOST",
+        value_delimiter = ','
+    )]
+    pub decoder_host: Vec<String>,
+
+    /// Their ports: one for all hosts, or one for each.
+    #[arg(
+        long,
+        env = "PD_PROXY_DECODER_PORT",
+        value_name = "PORT",
+        value_delimiter = ','
+    )]
+    pub decoder_port: Vec<u16>,
+
+    /// Their init ports, one for each rank; the n-th decoder on consecutive ports adds n.
+    #[arg(
+        long,
+        env = "PD_PROXY_DECODER_INIT_PORT",
+        value_name = "PORT",
+        value_delimiter = ','
+    )]
+    pub decoder_init_port: Vec<u16>,
+
+    /// Their alloc ports, likewise.
+    #[arg(
+        long,
+        env = "PD_PROXY_DECODER_ALLOC_PORT",
+        value_name = "PORT",
+        value_delimiter = ','
+    )]
+    pub decoder_alloc_port: Vec<u16>,
+
+    /// With one host and one port: so many decoders on consecutive ports.
+    #[arg(long, env = "PD_PROXY_NUM_DECODERS", value_name = "N")]
+    pub num_decoders: Option<u16>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    instances: Vec<Named>,
+}
+
+impl Sources {
+    /// Everyone who is named, or every problem at once.
+    ///
+    /// # Errors
+    /// What cannot be used, and why.
+    pub fn named(&self) -> Result<Vec<Instance>, Vec<String>> {
+        let mut problems = Vec::new();
+        let mut named = self.file().unwrap_or_else(|problem| {
+            problems.push(problem);
+            Vec::new()
+        });
+        let lines = self.env_lines().unwrap_or_else(|problem| {
+            problems.push(problem);
+            BTreeMap::new()
+        });
+        for (flag, variable, role) in [
+            (&self.prefill, "PREFILL_ENDPOINTS", InstanceRole::Prefill),
+            (&self.decode, "DECODE_ENDPOINTS", InstanceRole::Decode),
+        ] {
+            let urls = match flag.is_empty() {
+                true => lines.get(variable).cloned().unwrap_or_default(),
+                false => flag.clone(),
+            };
+            named.extend(urls.iter().map(|url| self.plain(role, url)));
+        }
+        match self.lmcache() {
+            Ok(all) => named.extend(all),
+            Err(problem) => problems.push(problem),
+        }
+        let mut instances: Vec<Instance> = Vec::new();
+        for one in &named {
+            match Instance::named(one, Source::Configured) {
+                Ok(instance) if instances.iter().any(|other| other.id == instance.id) => {
+                    problems.push(format!("instance {:?} is named twice", instance.id));
+                }
+                Ok(instance) => instances.push(instance),
+                Err(error) => problems.push(about(one, &error)),
+            }
+        }
+        if problems.is_empty() {
+            Ok(instances)
+        } else {
+            Err(problems)
+        }
+    }
+
+    fn plain(&self, role: InstanceRole, url: &str) -> Named {
+        let url = url.trim();
+        Named {
+            role,
+            // As in the demos' environment files: host and port alone.
+            url: if url.contains("://") {
+                url.to_owned()
+            } else {
+                format!("http://{url}")
+            },
+            id: None,
+            connector: self.connector,
+            host: None,
+            init_ports: Vec::new(),
+            alloc_ports: Vec::new(),
+            zmq: None,
+        }
+    }
+
+    fn file(&self) -> Result<Vec<Named>, String> {
+        let Some(path) = &self.instances else {
+            return Ok(Vec::new());
+        };
+        let shown = path.display();
+        let text =
+            std::fs::read_to_string(path).map_err(|e| format!("--instances {shown}: {e}"))?;
+        let file: File =
+            serde_saphyr::from_str(&text).map_err(|e| format!("--instances {shown}: {e}"))?;
+        Ok(file.instances)
+    }
+
+    fn env_lines(&self) -> Result<BTreeMap<String, Vec<String>>, String> {
+        let Some(path) = &self.env_file else {
+            return Ok(BTreeMap::new());
+        };
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).map_err(|e| format!("--env-file {shown}: {e}"))?;
+        Ok(text.lines().filter_map(assignment).collect())
+    }
+
+    /// LMCache's example proxy pairs hosts and ports like this: one of each and a count makes
+    /// consecutive ports; one of the one kind goes with all of the other; else they go one to one.
+    fn lmcache(&self) -> Result<Vec<Named>, String> {
+        let mut all = Vec::new();
+        let prefillers = pairs(
+            "prefiller",
+            (&self.prefiller_host, 8100),
+            &self.prefiller_port,
+            self.num_prefillers,
+        )?;
+        for (host, port) in prefillers {
+            all.push(lmcache(InstanceRole::Prefill, &host, port, &[], &[])?);
+        }
+        let decoders = pairs(
+            "decoder",
+            (&self.decoder_host, 8200),
+            &self.decoder_port,
+            self.num_decoders,
+        )?;
+        let consecutive = self.decoder_host.len() <= 1
+            && self.decoder_port.len() <= 1
+            && self.num_decoders.is_some_and(|count| count > 1);
+        for (n, (host, port)) in (0_u16..).zip(decoders) {
+            let added = if consecutive { n } else { 0 };
+            let ports = |given: &[u16], usual: u16| {
+                let given = if given.is_empty() { &[usual] } else { given };
+                let moved = given.iter().map(|port| port.checked_add(added));
+                moved.collect::<Option<Vec<_>>>()
+            };
+            let (Some(init), Some(alloc)) = (
+                ports(&self.decoder_init_port, 8300),
+                ports(&self.decoder_alloc_port, 8400),
+            ) else {
+                return Err("--num-decoders leads beyond port 65535".into());
+            };
+            all.push(lmcache(InstanceRole::Decode, &host, port, &init, &alloc)?);
+        }
+        Ok(all)
+    }
+}
+
+fn lmcache(
+    role: InstanceRole,
+    host: &str,
+    port: u16,
+    init: &[u16],
+    alloc: &[u16],
+) -> Result<Named, String> {
+    if port == 0 {
+        return Err("port 0 is no port".into());
+    }
+    Ok(Named {
+        role,
+        url: format!("http://{host}:{port}"),
+        id: None,
+        connector: Connector::Lmcache,
+        host: Some(host.to_owned()),
+        init_ports: init.to_vec(),
+        alloc_ports: alloc.to_vec(),
+        zmq: None,
+    })
+}
+
+fn pairs(
+    kind: &str,
+    (hosts, usual_port): (&[String], u16),
+    ports: &[u16],
+    count: Option<u16>,
+) -> Result<Vec<(String, u16)>, String> {
+    if hosts.is_empty() && ports.is_empty() && count.is_none() {
+        return Ok(Vec::new());
+    }
+    let localhost = ["localhost".to_owned()];
+    let hosts = if hosts.is_empty() { &localhost } else { hosts };
+    let ports = if ports.is_empty() {
+        &[usual_port]
+    } else {
+        ports
+    };
+    match (hosts, ports) {
+        ([host], [port]) => {
+            let port = |n| port.checked_add(n).map(|port| (host.clone(), port));
+            let all: Option<Vec<_>> = (0..count.unwrap_or(1).max(1)).map(port).collect();
+            all.ok_or_else(|| format!("--num-{kind}s leads beyond port 65535"))
+        }
+        ([host], ports) => Ok(ports.iter().map(|port| (host.clone(), *port)).collect()),
+        (hosts, [port]) => Ok(hosts.iter().map(|host| (host.clone(), *port)).collect()),
+        (hosts, ports) if hosts.len() == ports.len() => {
+            Ok(hosts.iter().cloned().zip(ports.iter().copied()).collect())
+        }
+        (hosts, ports) => Err(format!(
+            "{} of --{kind}-host and {} of --{kind}-port: give one of either, or as many of both",
+            hosts.len(),
+            ports.len()
+        )),
+    }
+}
+
+/// `NAME=a,b`, perhaps with `export` in front and quotes around the value; `None` for anything else.
+fn assignment(line: &str) -> Option<(String, Vec<String>)> {
+    let line = line.trim();
+    let line = line.strip_prefix("export ").unwrap_or(line);
+    let (name, value) = line.split_once('=').filter(|_| !line.starts_with('#'))?;
+    let value = value.trim();
+    let quoted = |mark| value.strip_prefix(mark)?.strip_suffix(mark);
+    let value = quoted('"').or_else(|| quoted('\'')).unwrap_or(value);
+    let words = value
+        .split(',')
+        .map(str::trim)
+        .filter(|word| !word.is_empty());
+    Some((name.trim().to_owned(), words.map(str::to_owned).collect()))
+}
+
+fn about(named: &Named, error: &Unusable) -> String {
+    format!("instance {}: {error}", named.url)
+}
+
+#[cfg(test)]
+mod tests;

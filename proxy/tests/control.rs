@@ -1,0 +1,246 @@
+//! What changes a running proxy, and who may do it.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::Rig;
+use support::engine::{Engine, Reply, completion};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn chat(contents: &[&str]) -> Value {
+    let messages: Vec<_> = contents
+        .iter()
+        .map(|text| json!({"role": "user", "content": text}))
+        .collect();
+    json!({"model": "m", "messages": messages, "max_tokens": 8})
+}
+
+#[tokio::test]
+async fn instances_come_and_go() {
+    let rig = Rig::start(&[]).await;
+    let (d1, d2) = (Engine::alone("d1").await, Engine::alone("d2").await);
+    for (id, engine) in [("d1", &d1), ("d2", &d2)] {
+        let named = json!({"role": "decode", "url": engine.url, "id": id});
+        let added = rig.client.post("/instances", &named).await;
+        assert_eq!(
+            (added.status.as_u16(), added.json()["id"].clone()),
+            (201, json!(id))
+        );
+        rig.until_state(id, "ready").await;
+    }
+    let body = json!({"model": "m", "prompt": "hello"});
+    assert_eq!(
+        rig.client
+            .post("/instances/d1/drain", &json!({}))
+            .await
+            .status,
+        200
+    );
+    rig.until("/instances", |all| all[0]["draining"] == true)
+        .await;
+    for _ in 0..2 {
+        assert_eq!(rig.client.post(COMPLETIONS, &body).await.status, 200);
+    }
+    assert_eq!((d1.seen().len(), d2.seen().len()), (0, 2));
+    assert_eq!(
+        rig.client
+            .post("/instances/d1/resume", &json!({}))
+            .await
+            .status,
+        200
+    );
+    rig.until("/instances", |all| all[0]["draining"] == false)
+        .await;
+    assert_eq!(rig.client.delete("/instances/d2").await.status, 200);
+    rig.until_state("d2", "gone").await;
+    assert_eq!(rig.client.post(COMPLETIONS, &body).await.status, 200);
+    assert_eq!(d1.seen().len(), 1);
+    assert_eq!(
+        rig.client.delete("/instances/d2").await.error_code(),
+        "no_such_instance"
+    );
+    let bad = rig
+        .client
+        .post("/instances", &json!({"role": "decode", "url": "ftp://x"}))
+        .await;
+    assert_eq!(bad.error_code(), "invalid_instance");
+}
+
+#[tokio::test]
+async fn later_turns_go_where_the_conversation_is() {
+    let rig = Rig::start(&["--mode", "ppd"]).await;
+    let pair = rig.pair().await;
+    let (other, _sidecar) = rig.instance("d2", support::sidecar::Role::Decode).await;
+    pair.d.on_decode(Reply::Json(200, completion("x", 5, 3)));
+    let mut said = vec!["hello"];
+    for turn in 0..3 {
+        assert_eq!(
+            rig.client.post(CHAT, &chat(&said)).await.status,
+            200,
+            "turn {turn}"
+        );
+        said.extend(["answer", "more"]);
+    }
+    assert_eq!(
+        pair.p.seen().len(),
+        1,
+        "only the first turn is prefilled elsewhere"
+    );
+    assert_eq!((pair.d.seen().len(), other.seen().len()), (3, 0));
+    let shown = rig.client.get("/conversations").await.json();
+    assert_eq!(
+        (&shown["count"], &shown["conversations"][0]["turns"]),
+        (&json!(1), &json!(3))
+    );
+    assert_eq!(shown["conversations"][0]["decode"], "d");
+    assert_eq!(
+        rig.client
+            .post("/conversations/clear", &json!({}))
+            .await
+            .json()["cleared"],
+        1
+    );
+    assert_eq!(rig.client.get("/conversations").await.json()["count"], 0);
+
+    assert_eq!(rig.client.get("/mode").await.json()["mode"], "ppd");
+    assert_eq!(
+        rig.client.post("/mode/pd", &json!({})).await.json()["mode"],
+        "pd"
+    );
+    assert_eq!(
+        rig.client.post("/mode/dp", &json!({})).await.error_code(),
+        "no_such_mode"
+    );
+    let before = pair.p.seen().len();
+    for _ in 0..2 {
+        assert_eq!(rig.client.post(CHAT, &chat(&said)).await.status, 200);
+    }
+    assert_eq!(pair.p.seen().len(), before + 2);
+}
+
+#[tokio::test]
+async fn short_prompts_need_no_prefill_instance() {
+    let rig = Rig::start(&["--mode", "auto"]).await;
+    let pair = rig.pair().await;
+    assert_eq!(rig.client.post(CHAT, &chat(&["hello"])).await.status, 200);
+    assert_eq!(pair.p.seen().len(), 0);
+    assert_eq!(rig.record().await["alone"], "cheaper");
+    // With much computed beside it, and nothing known of the prompt, a long one is worth the way.
+    pair.d.on_decode(Reply::Silence);
+    let running: Vec<_> = (0..8)
+        .map(|_| {
+            let client = rig.client.clone();
+            tokio::spawn(async move { client.post(CHAT, &chat(&["hello"])).await })
+        })
+        .collect();
+    while pair.d.seen().len() < 9 {
+        tokio::task::yield_now().await;
+    }
+    let client = rig.client.clone();
+    let long = "word ".repeat(2000);
+    let asked = tokio::spawn(async move { client.post(CHAT, &chat(&[&long])).await });
+    while pair.p.seen().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    asked.abort();
+    running.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
+async fn keys() {
+    let flags = [
+        "--api-key",
+        "one,two",
+        "--admin-key",
+        "boss",
+        "--engine-key",
+        "inner",
+    ];
+    let rig = Rig::start(&flags).await;
+    let (d, _sidecar) = rig
+        .instance_unseen("d", support::sidecar::Role::Decode)
+        .await;
+    let body = json!({"model": "m", "prompt": "hello"}).to_string();
+    let ask = |key: &'static str| {
+        let body = body.clone();
+        let client = rig.client.clone();
+        async move {
+            client
+                .post_with(COMPLETIONS, &[("authorization", key)], body)
+                .await
+        }
+    };
+    rig.until("/ready", |ready| ready["ready"] == true).await;
+    assert_eq!(ask("Bearer three").await.error_code(), "invalid_api_key");
+    assert_eq!(rig.client.get("/v1/models").await.status, 401);
+    assert_eq!(ask("Bearer two").await.status, 200);
+    assert_eq!(d.only().headers["authorization"], "Bearer inner");
+    assert_eq!(
+        rig.client.post("/mode/ppd", &json!({})).await.error_code(),
+        "not_permitted"
+    );
+    let headers = [("authorization", "Bearer boss")];
+    assert_eq!(
+        rig.client.post_with("/mode/ppd", &headers, "").await.status,
+        200
+    );
+}
+
+#[tokio::test]
+async fn only_permitted_hosts_are_talked_to() {
+    let rig = Rig::start(&["--allow", "10.0.0.0/8"]).await;
+    let engine = Engine::alone("d").await;
+    let named = json!({"role": "decode", "url": engine.url});
+    assert_eq!(
+        rig.client.post("/instances", &named).await.error_code(),
+        "invalid_instance"
+    );
+    let sidecar = support::sidecar::Sidecar::start(
+        "d",
+        support::sidecar::Role::Decode,
+        &engine.url,
+        &rig.registration,
+    );
+    let sidecar = sidecar.await;
+    rig.until_metric(
+        "pd_proxy_registration_messages_total{kind=\"register_refused\"}",
+        1.0,
+    )
+    .await;
+    assert_eq!(rig.client.get("/instances").await.json(), json!([]));
+    assert!(
+        sidecar.calls.lock().unwrap().is_empty(),
+        "not even called back"
+    );
+}
+
+#[tokio::test]
+async fn traces_reach_the_engines_and_the_collector() {
+    let collector = Engine::alone("collector").await;
+    let rig = Rig::start(&["--otlp", &collector.url]).await;
+    let pair = rig.pair().await;
+    let sent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let body = json!({"model": "m", "prompt": "hello"}).to_string();
+    let answer = rig
+        .client
+        .post_with(COMPLETIONS, &[("traceparent", sent)], body)
+        .await;
+    assert_eq!(answer.status, 200);
+    let (p, d) = (pair.p.only(), pair.d.only());
+    let passed = p.headers["traceparent"].to_str().unwrap();
+    assert_eq!(passed, d.headers["traceparent"]);
+    assert!(
+        passed.starts_with(&sent[..36]) && passed != sent,
+        "{passed}"
+    );
+    rig.until_metric("pd_proxy_spans_total{result=\"sent\"}", 3.0)
+        .await;
+    let got = collector.only();
+    assert_eq!(got.path, "/v1/traces");
+    let spans = got.json()["resourceSpans"][0]["scopeSpans"][0]["spans"].clone();
+    assert_eq!(spans.as_array().unwrap().len(), 3, "{spans}");
+    assert_eq!(spans[0]["spanId"], passed[36..52]);
+    assert_eq!(spans[0]["parentSpanId"], sent[36..52]);
+}

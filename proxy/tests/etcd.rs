@@ -1,0 +1,170 @@
+//! Two proxies over a real etcd: `PD_TEST_ETCD` names its binary, as `make etcd` fetches it.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use proxy::cli::Config;
+use serde_json::json;
+use support::sidecar::Role;
+use support::{Rig, free_port};
+
+/// An etcd with its own data, ended with the test.
+struct Etcd {
+    binary: String,
+    folder: tempfile::TempDir,
+    ports: [u16; 2],
+    child: Child,
+}
+
+impl Etcd {
+    /// `None`, loudly, where there is no binary.
+    fn start() -> Option<Self> {
+        let named = std::env::var("PD_TEST_ETCD").unwrap_or_default();
+        let Some(binary) = Some(named).filter(|path| !path.is_empty()) else {
+            eprintln!("SKIPPED: PD_TEST_ETCD names no etcd; `make etcd` fetches one");
+            return None;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let ports = [free_port(), free_port()];
+        let child = spawn(&binary, &folder, ports);
+        Some(Self {
+            binary,
+            folder,
+            ports,
+            child,
+        })
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.ports[0])
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.child = spawn(&self.binary, &self.folder, self.ports);
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn spawn(binary: &str, folder: &tempfile::TempDir, [client, peer]: [u16; 2]) -> Child {
+    let (client, peer) = (
+        format!("http://127.0.0.1:{client}"),
+        format!("http://127.0.0.1:{peer}"),
+    );
+    Command::new(binary)
+        .args([
+            "--name",
+            "one",
+            "--data-dir",
+            folder.path().to_str().unwrap(),
+        ])
+        .args([
+            "--listen-client-urls",
+            &client,
+            "--advertise-client-urls",
+            &client,
+        ])
+        .args([
+            "--listen-peer-urls",
+            &peer,
+            "--initial-advertise-peer-urls",
+            &peer,
+        ])
+        .args(["--initial-cluster", &format!("one={peer}")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+async fn until_shared(rig: &Rig) {
+    let sample = "pd_proxy_shared_registry_total{result=\"ok\"}";
+    rig.until_metric(sample, rig.metric(sample).await + 1.0)
+        .await;
+}
+
+#[tokio::test]
+async fn one_proxy_dies_and_the_other_serves_on() {
+    let Some(mut etcd) = Etcd::start() else {
+        return;
+    };
+    let url = etcd.url();
+    let flags = ["--etcd", url.as_str(), "--call-back-every", "200ms"];
+    let first = Rig::start(&flags).await;
+    let second = Rig::start(&flags).await;
+    // Only the first hears of them.
+    let pair = first.pair().await;
+    second.until_state("p", "ready").await;
+    second.until_state("d", "ready").await;
+    let shown = second.client.get("/instances").await.json();
+    assert_eq!(
+        (&shown[0]["source"], &shown[1]["source"]),
+        (&json!("shared"), &json!("shared"))
+    );
+    let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
+    assert_eq!(
+        second.client.post("/v1/completions", &body).await.status,
+        200
+    );
+    assert_eq!((pair.p.seen().len(), pair.d.seen().len()), (1, 1));
+
+    // The first takes its keys back as it ends; its lease would have run out otherwise.
+    first.end().await;
+    until_shared(&second).await;
+    until_shared(&second).await;
+    assert_eq!(
+        second.client.post("/v1/completions", &body).await.status,
+        200
+    );
+
+    // A third one learns of them by the second alone.
+    let third = Rig::start(&flags).await;
+    third.until_state("d", "ready").await;
+
+    // Without etcd all go on, and with it again they share again.
+    etcd.kill();
+    second
+        .until_metric("pd_proxy_shared_registry_total{result=\"failed\"}", 1.0)
+        .await;
+    for rig in [&second, &third] {
+        assert_eq!(rig.client.post("/v1/completions", &body).await.status, 200);
+    }
+    etcd.restart();
+    until_shared(&second).await;
+
+    // Nobody holds on to an instance that is gone.
+    drop((pair.d, pair.d_sidecar));
+    second.until_state("d", "gone").await;
+    third.until_state("d", "gone").await;
+}
+
+#[tokio::test]
+async fn a_proxy_without_its_etcd_starts_and_serves() {
+    let flags = ["--etcd", "http://127.0.0.1:9", "--call-back-every", "200ms"];
+    let rig = Rig::start(&flags).await;
+    let (_d, _sidecar) = rig.instance("d", Role::Decode).await;
+    let body = json!({"model": "m", "prompt": "hello"});
+    assert_eq!(rig.client.post("/v1/completions", &body).await.status, 200);
+    rig.until_metric("pd_proxy_shared_registry_total{result=\"failed\"}", 1.0)
+        .await;
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(rig.client.post("/v1/completions", &body).await.status, 200);
+}
+
+#[test]
+fn its_address_is_checked() {
+    use clap::Parser;
+    let config = Config::try_parse_from(["pd-proxy", "--etcd", "http://a:1,b:2"]).unwrap();
+    assert_eq!(config.problems().len(), 1);
+}

@@ -1,0 +1,88 @@
+//! TLS towards clients, and towards engines: one proxy in front of another is both.
+
+mod support;
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use proxy::tls::TlsFiles;
+use serde_json::json;
+use support::Rig;
+use support::sidecar::Role;
+
+/// Writes a certificate for this host; returns its file and its key's.
+fn certificate(folder: &std::path::Path) -> (String, String) {
+    let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
+    let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let text = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    (text(&cert), text(&key))
+}
+
+async fn get(files: &TlsFiles, url: &str) -> Result<u16, String> {
+    let mut http = HttpConnector::new();
+    http.enforce_http(false);
+    let client: Client<_, Full<Bytes>> =
+        Client::builder(TokioExecutor::new()).build(files.connector(http).unwrap());
+    let request = Request::get(url).body(Full::default()).unwrap();
+    let response = client.request(request).await.map_err(|e| e.to_string())?;
+    let status = response.status().as_u16();
+    drop(response.into_body().collect().await.unwrap());
+    Ok(status)
+}
+
+#[tokio::test]
+async fn both_sides() {
+    let folder = tempfile::tempdir().unwrap();
+    let (cert, key) = certificate(folder.path());
+    let inner = Rig::start(&["--tls-cert", &cert, "--tls-key", &key]).await;
+    let _instance = inner.instance_unseen("d", Role::Decode).await;
+    let url = inner.client.base.replace("http://", "https://");
+    let trusting = TlsFiles {
+        tls_ca: Some(cert.clone().into()),
+        ..TlsFiles::default()
+    };
+    assert_eq!(get(&trusting, &format!("{url}/health")).await, Ok(200));
+    assert!(
+        get(&TlsFiles::default(), &format!("{url}/health"))
+            .await
+            .is_err(),
+        "an unknown root"
+    );
+
+    let outer = Rig::start(&["--decode", &url, "--tls-ca", &cert]).await;
+    outer.until("/ready", |ready| ready["ready"] == true).await;
+    let body = json!({"model": "m", "prompt": "hello"});
+    let answered = async {
+        while outer.client.post("/v1/completions", &body).await.status != 200 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(support::PATIENCE, answered)
+        .await
+        .expect("it gets through");
+}
+
+#[test]
+fn bad_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let (cert, key) = certificate(folder.path());
+    let (_, other) = certificate(folder.path());
+    let check = |cert: &str, key: &str, word: &str| {
+        let files = TlsFiles {
+            tls_cert: Some(cert.into()),
+            tls_key: Some(key.into()),
+            tls_ca: None,
+        };
+        let error = files.acceptor().err().expect("no TLS of that").to_string();
+        assert!(error.contains(word), "{error}");
+    };
+    check("/nonexistent", &key, "--tls-cert /nonexistent");
+    check(&cert, "/nonexistent", "--tls-key /nonexistent");
+    check(&key, &other, "no certificate");
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Unpacks Debian's etcd into a directory, without installing it: for the tests of the shared registry.
+#   etcd.sh DIRECTORY
+set -euo pipefail
+
+folder=$1
+mkdir -p "$folder"
+cd "$folder"
+apt-get download etcd-server
+dpkg -x etcd-server_*.deb .
+rm etcd-server_*.deb

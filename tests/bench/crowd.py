@@ -1,0 +1,62 @@
+"""2,000 streams at once through pd-proxy for a minute: no error, and memory that does not grow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from harness.ports import free_port
+from harness.process import Process
+from harness.sidecar import BINARIES
+
+from bench.figures import Figures, Row
+
+EXAMPLES = BINARIES / "examples"
+STREAMS = 2000
+EVENTS, PACE_MS = "60", "1000"
+
+
+def measure(figures: Figures, logs: Path) -> None:
+    ports = [free_port() for _ in range(4)]
+    urls = [f"http://127.0.0.1:{port}" for port in ports[:2]]
+    engines = [
+        Process(
+            f"engine {port}", [EXAMPLES / "scripted_engine", f"127.0.0.1:{port}", EVENTS, PACE_MS], logs / "crowd.log"
+        )
+        for port in ports[:2]
+    ]
+    command: list[str | Path] = [
+        BINARIES / "pd-proxy", "--listen", f"127.0.0.1:{ports[2]}", "--registration", f"127.0.0.1:{ports[3]}",
+        "--prefill", urls[0], "--decode", urls[1], "--max-in-flight", "4096", "--log", "warn",
+    ]  # fmt: skip
+    proxy = Process("pd-proxy", command, logs / "crowd-proxy.log")
+    try:
+        time.sleep(1.0)
+        load = subprocess.Popen(
+            [EXAMPLES / "load", f"127.0.0.1:{ports[2]}", str(STREAMS), "3", "stream"], stdout=subprocess.PIPE, text=True
+        )
+        # All are there, and each has had some events.
+        time.sleep(10.0)
+        begin = _rss_mib(proxy.pid)
+        time.sleep(45.0)
+        end = _rss_mib(proxy.pid)
+        output, _ = load.communicate(timeout=60.0)
+        sample = json.loads(output)
+        assert (sample["errors"], sample["requests"]) == (0, STREAMS), sample
+    finally:
+        for process in (proxy, *engines):
+            process.stop()
+    figures.flat["streams_2000_rss_mib"] = end
+    figures.flat["streams_2000_rss_growth_ratio"] = end / begin
+    figures.rows.append(
+        Row(f"{STREAMS} streams, MiB after 55 s, against 10 s", f"{end:.1f}", f"{begin:.1f}", end / begin, most=1.05)
+    )
+
+
+def _rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")

@@ -1,0 +1,92 @@
+"""Clients that people use, through the proxy: the `openai` package and vLLM's own benchmark."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from harness.pair import Pair
+from harness.prompts import prompt
+from harness.reference import Reference
+
+MODEL_NAME = "m"
+
+GREEDY = {"ignore_eos": True}
+
+# What `vllm bench serve` runs; its console script wants a distribution called vllm.
+BENCH = """
+import argparse
+from vllm.benchmarks import serve
+parser = argparse.ArgumentParser()
+serve.add_cli_args(parser)
+serve.main(parser.parse_args())
+"""
+
+
+@pytest.fixture
+def client(pair: Pair) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{pair.proxy.url}/v1", api_key="none", timeout=60.0, max_retries=0)
+
+
+def test_openai_completions(client: openai.OpenAI, pair: Pair, reference: Reference) -> None:
+    tokens = prompt(600, seed=81)
+    ask = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    expect = reference.post("/v1/completions", ask)["choices"][0]["text"]
+    whole = client.completions.create(model=MODEL_NAME, prompt=tokens, max_tokens=24, temperature=0, extra_body=GREEDY)
+    assert whole.choices[0].text == expect
+    pair.reset_prefix_caches()
+    events = client.completions.create(
+        model=MODEL_NAME, prompt=tokens, max_tokens=24, temperature=0, extra_body=GREEDY, stream=True
+    )
+    assert "".join(event.choices[0].text for event in events) == expect
+    moved = [record["moved"]["bytes"] for record in pair.proxy.records()[-2:]]
+    assert all(count > 0 for count in moved), moved
+
+
+def test_openai_chat(client: openai.OpenAI, pair: Pair) -> None:
+    assert [model.id for model in client.models.list()][:1] == [MODEL_NAME]
+    messages = [{"role": "user", "content": "import os and list a directory, " * 20}]
+    ask: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "messages": messages,
+        "max_tokens": 24,
+        "temperature": 0,
+        "extra_body": GREEDY,
+    }
+    whole = client.chat.completions.create(**ask)
+    pair.reset_prefix_caches()
+    events = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    text, usage = "", None
+    for event in events:
+        text += "".join(choice.delta.content or "" for choice in event.choices)
+        usage = event.usage or usage
+    assert text == whole.choices[0].message.content
+    assert usage is not None and usage.completion_tokens == 24
+    assert all(record["outcome"] == "done" for record in pair.proxy.records()[-2:])
+
+
+def test_openai_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL_NAME, prompt=prompt(4000, seed=82), max_tokens=1)
+    assert "maximum" in str(refused.value)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="another", prompt="a", max_tokens=8)
+
+
+def test_vllm_bench_serve(pair: Pair, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-c", BENCH, "--backend", "openai", "--base-url", pair.proxy.url, "--model", MODEL_NAME,
+        "--tokenizer", str(pair.options.model), "--dataset-name", "random", "--random-input-len", "400",
+        "--random-output-len", "16", "--num-prompts", "24", "--max-concurrency", "4", "--ignore-eos",
+        "--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json", "--disable-tqdm",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["completed"] == 24, result
+    assert result["total_output_tokens"] == 24 * 16
