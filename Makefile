@@ -43,10 +43,10 @@ demo: venv build ## Two real vLLM, two sidecars, one proxy: prompts, texts, figu
 
 test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
 
-unit: ## Tests without engines: Rust and Python
+unit: venv ## Tests without engines: Rust (with the environment's NIXL) and Python
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
-	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) $(CARGO) test --workspace --locked
-	@$(MAKE) --no-print-directory venv
+	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
+		$(CARGO) test --workspace --locked
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
 e2e: venv venv-lmcache build ## Tests with real vLLM, real NIXL and real LMCache
