@@ -3,8 +3,9 @@
 VENV ?= .venv
 PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
 # Real LMCache, for the tests that speak to it: on top of the environment above.
-LMCACHE_VENV ?= .venv-lmcache
-export LMCACHE_VENV := $(abspath $(LMCACHE_VENV))
+# Its name does not begin with LMCACHE_: the programs read such variables as settings.
+PD_TEST_LMCACHE_VENV ?= .venv-lmcache
+export PD_TEST_LMCACHE_VENV := $(abspath $(PD_TEST_LMCACHE_VENV))
 CARGO ?= cargo
 # `make demo KEEP=1` leaves everything running; any other value than 1 is ignored.
 KEEP ?=
@@ -33,7 +34,7 @@ venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
 	@scripts/venv.sh "$(VENV)"
 
 venv-lmcache: venv ## Make the environment with real LMCache, once
-	@scripts/venv-lmcache.sh "$(LMCACHE_VENV)" "$(VENV)"
+	@scripts/venv-lmcache.sh "$(PD_TEST_LMCACHE_VENV)" "$(VENV)"
 
 build: ## Build the release binaries: sidecar and pd-proxy
 	$(CARGO) build --release --locked --bins
@@ -90,4 +91,4 @@ bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
 
 clean: ## Remove what was built, and the Python environment
 	$(CARGO) clean
-	rm -rf "$(VENV)" "$(LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" "$(PD_TEST_LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache
