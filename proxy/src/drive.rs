@@ -111,6 +111,9 @@ pub async fn serve(
     let body = RequestBody::parse(arrival.body)?;
     let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
+    if matches!(pair.prefill, Err(Alone::Cheaper)) {
+        app.measured.stayed();
+    }
     let named = id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
     let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
