@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -40,9 +41,12 @@ class Front:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 front.asked.append({"path": self.path, **body})
                 try:
-                    self._answer(200, front.serve(self.path, body))
+                    status, answer = 200, front.serve(self.path, body)
                 except Exception as error:  # noqa: BLE001 - whoever asked is told
-                    self._answer(500, {"error": {"message": repr(error)}})
+                    status, answer = 500, {"error": {"message": repr(error)}}
+                # The proxy drops a prefill leg whose request is answered.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._answer(status, answer)
 
             def _answer(self, status: int, body: dict[str, Any]) -> None:
                 data = json.dumps(body).encode()
