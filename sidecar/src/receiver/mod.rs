@@ -139,8 +139,8 @@ impl LandSide {
                         break;
                     }
                 },
-                (sender, lease) = self.fences.proven() => {
-                    self.feed(Event::Fenced { sender, lease });
+                sender = self.fences.proven() => {
+                    self.feed(Event::Fenced { sender, lease: None });
                 }
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
                 () = drain.cancelled(), if !self.draining => {
