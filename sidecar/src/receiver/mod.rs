@@ -322,8 +322,10 @@ impl LandSide {
         match event {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
-                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
-                    self.begin(&cut);
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Receiver, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
