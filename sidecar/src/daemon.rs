@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -20,6 +21,7 @@ use crate::zmq::Push;
 /// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
 /// its own).
 pub(crate) fn run(config: Config) -> Exit {
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -105,6 +107,24 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         Ended::Busy => Exit::Temporary,
         Ended::Broken => Exit::Internal,
     })
+}
+
+/// Raises the limit on open files as far as this user may.
+///
+/// The usual 1024 are fewer than the connections of one port: strangers on the alloc port would keep the
+/// engine, the proxy and the scrapers out.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        warn!(%error, "the limit on open files stays as it is");
+    }
 }
 
 /// The signals that end a sidecar.

@@ -74,12 +74,15 @@ impl Engines {
 
     /// Answers a hello. Returns the cut if it is a new one: every slot is then free and the epoch new.
     /// `busy`: slots are still held or quarantined, so the buffer cannot be cut anew.
+    ///
+    /// # Errors
+    /// Why the engine was refused.
     pub(crate) fn hello(
         &mut self,
         connection: Connection,
         hello: &EngineHello,
         busy: bool,
-    ) -> Option<Cut> {
+    ) -> Result<Option<Cut>, Reason> {
         let admitted = self
             .admit(hello, busy)
             .and_then(|admitted| Ok((admitted, self.events(hello)?)));
@@ -92,8 +95,9 @@ impl Engines {
                     "engine refused: {}",
                     refused.text
                 );
+                let reason = refused.reason;
                 connection.refuse(ToEngine::Refused(refused));
-                return None;
+                return Err(reason);
             }
         };
         info!(
@@ -125,7 +129,7 @@ impl Engines {
         let id = connection.id();
         self.connections.insert(id, Greeted { connection, events });
         self.cut = Some(cut.clone());
-        fresh.then_some(cut)
+        Ok(fresh.then_some(cut))
     }
 
     /// Sends to an engine, if it is still there.

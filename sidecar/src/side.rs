@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use protocol::Time;
 use protocol::local::Target;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
+use protocol::{Reason, Time};
 use tracing::{info, warn};
 
 use crate::config::Config;
@@ -56,6 +56,8 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// A frame that was no message came to this port.
     fn malformed(&self, port: &'static str);
+    /// An engine that said hello to this side was refused.
+    fn engine_refused(&self, side: Side, reason: Reason);
     /// Tells the proxy, if there is one.
     fn tell_proxy(&self, message: &ToProxy);
 }

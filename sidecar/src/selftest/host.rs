@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use protocol::Reason;
 use protocol::local::{EngineRole, Target};
 use protocol::record::Record;
 use protocol::registration::ToProxy;
@@ -209,6 +210,8 @@ impl Shown for Seen {
     fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
 
     fn malformed(&self, _port: &'static str) {}
+
+    fn engine_refused(&self, _side: Side, _reason: Reason) {}
 
     fn tell_proxy(&self, _message: &ToProxy) {}
 }

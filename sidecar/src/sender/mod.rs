@@ -105,8 +105,10 @@ impl SendSide {
         match event {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
-                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
-                    self.begin(&cut);
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Sender, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
@@ -161,6 +163,7 @@ impl SendSide {
                 transport,
                 cancels: kind == ReceiverKind::Lmcache { cancels: true },
             }),
+            FromReceiver::Malformed => self.context.malformed("alloc"),
             FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
         }
     }
