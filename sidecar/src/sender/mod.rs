@@ -47,11 +47,10 @@ struct Wrote {
     transfer: TransferId,
     outcome: Outcome,
     sums: Vec<u64>,
-    /// Of its last part, as are the times.
     bytes: u64,
     /// It had to wait for its bytes.
     waited: bool,
-    /// When it could begin.
+    /// When it could have begun to end as it did, had its parts followed each other without a pause.
     began: Instant,
     ended: Instant,
 }
@@ -213,23 +212,26 @@ impl SendSide {
                 after,
                 layers,
             } => {
+                let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
                 let waited = after.is_some();
                 let mut parts = self.parts(&to, pieces, after, &layers);
                 let last = parts.pop();
-                let early: Vec<_> = parts
+                let (early, mut spans): (Vec<_>, Vec<_>) = parts
                     .into_iter()
-                    .map(|(pieces, after)| self.write(&to, lease, pieces, after).0)
-                    .collect();
+                    .map(|(pieces, after)| self.write(&to, lease, pieces, after))
+                    .unzip();
                 let (pieces, after) = last.unwrap_or_default();
-                let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let (write, times) = self.write(&to, lease, pieces, after);
                 self.writes.spawn(async move {
                     let posted = Instant::now();
                     let (early, outcome) = tokio::join!(join_all(early), write);
                     let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
-                    let began = times.began().unwrap_or(posted);
+                    spans.push(times);
+                    let busy = spans.iter().filter_map(|t| Some((t.began()?, t.ended()?)));
+                    let began = ended.checked_sub(ranges::busy(busy)).unwrap_or(posted);
+                    let began = if waited { began } else { began.max(posted) };
                     let sums = match outcome {
                         Outcome::Done => sums(),
                         Outcome::Failed { .. } => Vec::new(),

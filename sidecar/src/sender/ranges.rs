@@ -1,6 +1,8 @@
 //! Writes by ranges of layers: what the engine has gathered of the first layers is on its way while the
 //! last ones are still computed.
 
+use std::time::{Duration, Instant};
+
 use protocol::Layout;
 use protocol::local::LayersStaged;
 use protocol::sender::Piece;
@@ -61,6 +63,18 @@ pub(super) fn divide(
         }
     }
     Some(divided)
+}
+
+/// How long the wire was at it: spans that follow each other, which may overlap.
+pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration {
+    let mut until: Option<Instant> = None;
+    let mut busy = Duration::ZERO;
+    for (began, ended) in spans {
+        let from = until.map_or(began, |until| began.max(until));
+        busy += ended.saturating_duration_since(from);
+        until = Some(until.map_or(ended, |until| until.max(ended)));
+    }
+    busy
 }
 
 #[cfg(test)]
@@ -130,6 +144,20 @@ mod tests {
             }
             assert_eq!(at, bytes);
         }
+    }
+
+    #[test]
+    fn the_wire_is_busy_without_pauses_and_overlaps() {
+        let start = Instant::now();
+        let check = |spans: &[(u64, u64)], expect| {
+            let at = |ms| start + Duration::from_millis(ms);
+            let spans = spans.iter().map(|&(began, ended)| (at(began), at(ended)));
+            assert_eq!(busy(spans), Duration::from_millis(expect));
+        };
+        check(&[], 0);
+        check(&[(1, 3), (10, 11)], 3);
+        check(&[(1, 5), (3, 6)], 5);
+        check(&[(1, 9), (3, 6), (8, 10)], 9);
     }
 
     #[test]
