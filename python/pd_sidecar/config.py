@@ -37,6 +37,9 @@ class Options:
     """A decode request whose KV has not come by then is computed here."""
     save_deadline_ms: int = 60_000
     """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
+    push: str = "auto"
+    """On a GPU: `layers` pushes the first layers while the last are computed, `step` only what a
+    step has completed, `auto` layers where the step is long enough."""
     idle_wait_ms: float = 1.0
     """How long a step without tokens may wait for a word of the sidecar."""
     sidecar: str = ""
@@ -75,6 +78,8 @@ def parse(
             problems.append(f"{key}={getattr(options, key)} must be positive")
     if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
         problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
+    if options.push not in PUSHES:
+        problems.append(f"push={options.push!r} must be one of {', '.join(PUSHES)}")
     if options.sidecar not in ("", "spawn"):
         problems.append(f"sidecar={options.sidecar!r} must be 'spawn', or absent")
     if options.sidecar_arguments and not options.sidecar:
@@ -111,5 +116,6 @@ def parse(
     )
 
 
+PUSHES = ("auto", "layers", "step")
 MAX_IDLE_WAIT_MS = 50
 """A new request waits for the end of a step: more would be felt."""

@@ -158,7 +158,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing: chunks are gathered at the end of the step, over all layers at once."""
+        """Notes how far the forward is. Not called from within full CUDA graphs: then a step's
+        layers are gathered together."""
+        if self._worker is not None:
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:

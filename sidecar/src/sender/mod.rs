@@ -4,15 +4,16 @@
 //! task keeps no protocol state of its own: links and sockets to receivers are resources.
 
 mod peers;
+mod ranges;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::future::BoxFuture;
-use protocol::local::{Target, ToEngine, ToSidecar};
+use futures::future::{BoxFuture, join_all};
+use protocol::local::{LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
 use protocol::sender::{Action, After, Event, Gauges, Piece, Sender};
-use protocol::{EngineId, TransferId, VERSION};
+use protocol::{EngineId, LeaseId, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use crate::engines::{Cut, Engines};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
+use crate::transport::ready::Times;
 use crate::transport::{Outcome, Ready};
 use peers::{FromReceiver, Peers, ReceiverKind};
 
@@ -48,7 +50,7 @@ struct Wrote {
     bytes: u64,
     /// It had to wait for its bytes.
     waited: bool,
-    /// When it could begin.
+    /// When it could have begun to end as it did, had its parts followed each other without a pause.
     began: Instant,
     ended: Instant,
 }
@@ -211,25 +213,28 @@ impl SendSide {
                 lease,
                 pieces,
                 after,
+                layers,
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
                 let waited = after.is_some();
-                let (write, times) = match self.ready(after) {
-                    Ok(ready) => {
-                        let times = ready.times();
-                        (self.peers.write(&to, ready, lease, pieces), times)
-                    }
-                    Err(unsent) => {
-                        let unsent: BoxFuture<_> = Box::pin(std::future::ready(unsent));
-                        (unsent, Arc::default())
-                    }
-                };
+                let mut parts = self.parts(&to, pieces, after, &layers);
+                let last = parts.pop();
+                let (early, mut spans): (Vec<_>, Vec<_>) = parts
+                    .into_iter()
+                    .map(|(pieces, after)| self.write(&to, lease, pieces, after))
+                    .unzip();
+                let (pieces, after) = last.unwrap_or_default();
+                let (write, times) = self.write(&to, lease, pieces, after);
                 self.writes.spawn(async move {
                     let posted = Instant::now();
-                    let outcome = write.await;
+                    let (early, outcome) = tokio::join!(join_all(early), write);
+                    let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
-                    let began = times.began().unwrap_or(posted);
+                    spans.push(times);
+                    let busy = spans.iter().filter_map(|t| Some((t.began()?, t.ended()?)));
+                    let began = ended.checked_sub(ranges::busy(busy)).unwrap_or(posted);
+                    let began = if waited { began } else { began.max(posted) };
                     let sums = match outcome {
                         Outcome::Done => sums(),
                         Outcome::Failed { .. } => Vec::new(),
@@ -280,6 +285,47 @@ impl SendSide {
 
     fn tell(&self, engine: EngineId, message: ToEngine) {
         self.engines.send(engine, message);
+    }
+
+    /// Posts one part of a write.
+    fn write(
+        &self,
+        to: &Target,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+    ) -> (BoxFuture<'static, Outcome>, Arc<Times>) {
+        match self.ready(after) {
+            Ok(ready) => {
+                let times = ready.times();
+                (self.peers.write(to, ready, lease, pieces), times)
+            }
+            Err(unsent) => (Box::pin(std::future::ready(unsent)), Arc::default()),
+        }
+    }
+
+    /// A write by ranges of layers, where that is worth it; the last part ends it.
+    fn parts(
+        &self,
+        to: &Target,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+        layers: &[LayersStaged],
+    ) -> Vec<(Vec<Piece>, Option<After>)> {
+        let divided = after.zip(self.engines.cut()).and_then(|(after, cut)| {
+            let granule = self
+                .peers
+                .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
+            let parts = ranges::divide(&pieces, layers, &cut.layout, granule)?;
+            let wait = |event| Some(After { event, ..after });
+            Some(
+                parts
+                    .into_iter()
+                    .map(|(event, part)| (part, wait(event)))
+                    .collect(),
+            )
+        });
+        divided.unwrap_or_else(|| vec![(pieces, after)])
     }
 
     /// When the slots of a write may be read; if that cannot be known, the outcome of the write.

@@ -301,6 +301,23 @@ impl Peers {
         }
     }
 
+    /// Whether a write of so many bytes is worth dividing by layers, and where parts may begin.
+    ///
+    /// Refused where the wire, at the rate that was measured, needs less time than the further parts
+    /// cost. Before anything was measured it is tried.
+    pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {
+        let peer = self.peers.get(to)?;
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let worth = peer
+            .status
+            .rate()
+            .is_none_or(|rate| bytes as f64 / (rate * 1e9) > DIVIDE_FROM.as_secs_f64());
+        peer.link
+            .as_ref()
+            .filter(|_| worth)
+            .map(|link| link.granule())
+    }
+
     /// Notes how fast a write was.
     pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(to) {
@@ -462,3 +479,7 @@ impl PeerTask {
         debug_assert!(sent.is_ok() || self.events.is_closed());
     }
 }
+
+/// A write that is shorter gains nothing by ranges of layers: each costs its post and the look at its
+/// end, some ten microseconds.
+const DIVIDE_FROM: Duration = Duration::from_micros(200);

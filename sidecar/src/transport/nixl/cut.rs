@@ -36,6 +36,11 @@ impl Cut {
         })
     }
 
+    /// Bytes of a descriptor, the last one of a slot excepted.
+    pub(super) fn descriptor_bytes(self) -> u64 {
+        self.descriptor_bytes
+    }
+
     /// Offset and length of every descriptor of one slot.
     pub(super) fn of_slot(self) -> impl Iterator<Item = (u64, u64)> {
         (0..self.per_slot).map(move |i| {
@@ -57,7 +62,8 @@ impl Cut {
     /// What carries `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// The first piece that names no slot of one of the sides, or more than a slot.
+    /// The first piece that names no slot of one of the sides, or more than a slot, or begins within a
+    /// descriptor.
     pub(super) fn batches(
         self,
         pieces: &[Piece],
@@ -69,11 +75,13 @@ impl Cut {
         for piece in pieces {
             if piece.from.0 >= self.slots
                 || piece.to.0 >= remote_slots
-                || piece.bytes > self.slot_bytes
+                || !piece.offset.is_multiple_of(self.descriptor_bytes)
+                || piece.offset.saturating_add(piece.bytes) > self.slot_bytes
             {
                 return Err(*piece);
             }
-            for i in 0..piece.bytes.div_ceil(self.descriptor_bytes) {
+            let first = piece.offset / self.descriptor_bytes;
+            for i in first..first + piece.bytes.div_ceil(self.descriptor_bytes) {
                 let index = |slot: u32| i32::try_from(u64::from(slot) * self.per_slot + i);
                 let (Ok(from), Ok(to)) = (index(piece.from.0), index(piece.to.0)) else {
                     return Err(*piece);
@@ -116,6 +124,7 @@ mod tests {
         Piece {
             from: SlotIndex(from),
             to: SlotIndex(to),
+            offset: 0,
             bytes,
         }
     }
