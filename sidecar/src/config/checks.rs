@@ -63,6 +63,7 @@ pub(crate) fn config(
         buffer_bytes: buffer_bytes?,
         devices: devices?,
         chunk_tokens: value(&lmcache.chunk_size).map(|c| c.0),
+        max_prefill_tokens: value(&lmcache.pd_max_prefill_len).map_or(0, |c| c.0),
         listen,
         socket,
         admin,

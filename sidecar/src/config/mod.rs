@@ -49,6 +49,8 @@ pub(crate) struct Config {
     pub(crate) devices: Vec<Option<Which>>,
     /// Tokens of a chunk, if engines with other chunks are to be refused.
     pub(crate) chunk_tokens: Option<u32>,
+    /// Tokens that the buffer has to hold at once; 0: any number will do.
+    pub(crate) max_prefill_tokens: u32,
     /// Where senders come to; absent for a sender.
     pub(crate) listen: Option<Listen>,
     /// The unix socket for the engine.

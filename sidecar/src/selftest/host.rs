@@ -74,6 +74,7 @@ impl Selftest {
             buffer_bytes: self.buffer_size,
             devices: vec![None],
             chunk_tokens: None,
+            max_prefill_tokens: 0,
             listen: Some(Listen {
                 host: LOOPBACK.to_owned(),
                 advertise: LOOPBACK.to_owned(),
