@@ -8,10 +8,12 @@ It declares no support for several KV groups: vLLM then keeps to one group.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -298,3 +300,9 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
                 f"{name}={getattr(parallel, name)} must be 1: a chunk holds all layers and tokens"
             )
             raise config.ConfigError([text])
+
+
+# vLLM's MultiConnector looks for the owner of statistics by the name alone. A module that is
+# imported twice has nothing to add the second time.
+with contextlib.suppress(ValueError):
+    KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

@@ -69,9 +69,9 @@ pub(crate) struct Sourced<T> {
 pub(crate) struct Layers {
     flags: Vec<(&'static str, String)>,
     env: Vec<(String, String)>,
-    path: PathBuf,
-    lmcache: Vec<Entry>,
-    sidecar: Vec<Entry>,
+    pub(super) path: PathBuf,
+    pub(super) lmcache: Vec<Entry>,
+    pub(super) sidecar: Vec<Entry>,
     /// Names of each section that some key answers to.
     known: BTreeSet<(bool, String)>,
     /// Every key with a value or a default, in order.

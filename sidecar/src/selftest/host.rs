@@ -92,6 +92,7 @@ impl Selftest {
             },
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
+            ucx: Vec::new(),
             transport: wire,
             checksum: true,
             push: true,
