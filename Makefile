@@ -3,9 +3,13 @@
 VENV ?= .venv
 PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
 # Real LMCache, for the tests that speak to it: on top of the environment above.
-LMCACHE_VENV ?= .venv-lmcache
-export LMCACHE_VENV := $(abspath $(LMCACHE_VENV))
+# Its name does not begin with LMCACHE_: the programs read such variables as settings.
+PD_TEST_LMCACHE_VENV ?= .venv-lmcache
+export PD_TEST_LMCACHE_VENV := $(abspath $(PD_TEST_LMCACHE_VENV))
 CARGO ?= cargo
+# Bindgen needs libclang, which the environment has.
+BINDINGS = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__path__[0])')/native \
+	$(CARGO) test --locked -p nixl-sys --test bindings
 # `make demo KEEP=1` leaves everything running; any other value than 1 is ignored.
 KEEP ?=
 # Further arguments for pytest: make e2e PYTEST="-k first -x"
@@ -35,7 +39,7 @@ venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
 	@scripts/venv.sh "$(VENV)"
 
 venv-lmcache: venv ## Make the environment with real LMCache, once
-	@scripts/venv-lmcache.sh "$(LMCACHE_VENV)" "$(VENV)"
+	@scripts/venv-lmcache.sh "$(PD_TEST_LMCACHE_VENV)" "$(VENV)"
 
 build: ## Build the release binaries: sidecar and pd-proxy
 	$(CARGO) build --release --locked --bins
@@ -67,7 +71,7 @@ lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts protocol/fixtures
 	$(PYTHON_IN_VENV) -m mypy
 	cd python && $(PYTHON_IN_VENV) -m mypy
-	scripts/bindings.sh --check
+	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
 
 bench: venv ## Ours against its baselines, alternating; writes target/bench.json and target/bench.md
@@ -89,9 +93,9 @@ fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below target)
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd
 
-bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
-	scripts/bindings.sh
+bindings: venv ## Generate the bindings of NIXL's C API again
+	PD_WRITE_BINDINGS=1 $(BINDINGS)
 
 clean: ## Remove what was built, and the Python environment
 	$(CARGO) clean
-	rm -rf "$(VENV)" "$(LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" "$(PD_TEST_LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache

@@ -20,7 +20,7 @@ from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Targe
 
 from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
 
-LMCACHE_PYTHON = Path(os.environ.get("LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
+LMCACHE_PYTHON = Path(os.environ.get("PD_TEST_LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
 LOGS = ROOT / "target" / "test-logs"
 SLOTS = 256
 BOUND_S = 40.0
