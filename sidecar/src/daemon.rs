@@ -10,12 +10,12 @@ use tracing::{error, info, warn};
 use crate::admin::Admin;
 use crate::cli::Exit;
 use crate::config::Config;
+use crate::lookout::Lookout;
 use crate::metrics::Metrics;
 use crate::node::{Ended, Node};
 use crate::registration::{ProxyVoice, Registration};
 use crate::shown::Showcase;
 use crate::status::Status;
-use crate::zmq::Push;
 
 /// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
 /// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
@@ -44,12 +44,14 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let metrics = Arc::new(Metrics::new(&status));
     let admin = Admin::bind(&config.admin, Arc::clone(&status), Arc::clone(&metrics)).await?;
     let (leave, gone) = (CancellationToken::new(), CancellationToken::new());
+    let mut searching = None;
     let (proxy, registration) = match &config.proxy {
         None => (None, None),
         Some(proxy) => {
-            let push = Push::connect(&proxy.address.host, proxy.address.port).await?;
+            let (outlet, search) = Lookout::of(&proxy.address).await?;
+            searching = search;
             let (voice, task) = Registration::new(
-                push,
+                outlet,
                 Arc::clone(&config),
                 admin.port(),
                 Arc::clone(&status),
@@ -72,6 +74,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     );
     let mut services = tokio::task::JoinSet::new();
     services.spawn(admin.run(gone.clone()));
+    if let Some(search) = searching {
+        services.spawn(search.run(gone.clone()));
+    }
     if let Some(registration) = registration {
         services.spawn(registration.run(leave.clone(), gone.clone()));
     }

@@ -8,6 +8,7 @@ use protocol::{EngineId, Epoch, Layout, Reason, VERSION};
 use serde_bytes::ByteBuf;
 use tracing::{info, warn};
 
+use crate::config::Config;
 use crate::cuda::{self, Event};
 use crate::local::Connection;
 use crate::memory::Buffer;
@@ -20,6 +21,8 @@ pub(crate) struct Engines {
     id: String,
     /// As configured; absent if the engine decides.
     chunk_tokens: Option<u32>,
+    /// Tokens for which the buffer has to have room at once.
+    max_prefill_tokens: u32,
     connections: BTreeMap<EngineId, Greeted>,
     cut: Option<Cut>,
 }
@@ -52,11 +55,12 @@ const MIN_SLOTS: u32 = 2;
 const MAX_EVENTS: usize = 1024;
 
 impl Engines {
-    pub(crate) fn new(id: String, buffer: Arc<Buffer>, chunk_tokens: Option<u32>) -> Self {
+    pub(crate) fn new(id: String, buffer: Arc<Buffer>, config: &Config) -> Self {
         Self {
             buffer,
             id,
-            chunk_tokens,
+            chunk_tokens: config.chunk_tokens,
+            max_prefill_tokens: config.max_prefill_tokens,
             connections: BTreeMap::new(),
             cut: None,
         }
@@ -250,6 +254,16 @@ impl Engines {
                  {MIN_SLOTS} are needed: set it to {} or more",
                 self.buffer.bytes(),
                 slot_bytes * u64::from(MIN_SLOTS)
+            ));
+        }
+        let room = slots * u64::from(layout.chunk_tokens);
+        if room < u64::from(self.max_prefill_tokens) {
+            return refuse(format!(
+                "pd_buffer_size of {} bytes holds {room} tokens and pd_max_prefill_len asks for {}: \
+                 set the buffer to {} bytes or more",
+                self.buffer.bytes(),
+                self.max_prefill_tokens,
+                slot_bytes * u64::from(self.max_prefill_tokens.div_ceil(layout.chunk_tokens))
             ));
         }
         Ok(Cut {

@@ -71,7 +71,7 @@ impl LandSide {
             refused: None,
         };
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
             buffer,
             init,

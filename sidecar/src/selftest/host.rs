@@ -75,6 +75,7 @@ impl Selftest {
             buffer_bytes: self.buffer_size,
             devices: vec![None],
             chunk_tokens: None,
+            max_prefill_tokens: 0,
             listen: Some(Listen {
                 host: LOOPBACK.to_owned(),
                 advertise: LOOPBACK.to_owned(),
@@ -92,6 +93,7 @@ impl Selftest {
             },
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
+            ucx: Vec::new(),
             transport: wire,
             checksum: true,
             push: true,

@@ -60,7 +60,7 @@ impl SendSide {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
             peers: Peers::new(context.wires.clone(), Arc::clone(config), context.rank),
             buffer,
