@@ -19,7 +19,7 @@ FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= $(PYTHON_IN_VENV)
 # Further arguments of tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
-# Which benchmarks: any of pushes, handshakes, engines, proxies, crowd; all by default.
+# Which benchmarks: any of pushes, handshakes, engines, ways, proxies, crowd; all by default.
 BENCH ?=
 # For the tests of the shared registry; any etcd since 3.4 will do.
 ETCD ?= target/etcd/usr/bin/etcd

@@ -245,6 +245,7 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
         chunks: vec![0],
         gather_us: 0,
         event: None,
+        layers: Vec::new(),
     };
     pair.p
         .handle(pair.now, sender::Event::Staged(EngineId(1), granted));

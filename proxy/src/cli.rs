@@ -118,6 +118,16 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
     pub mode: Mode,
 
+    /// When a decode leg between sidecars is sent: when the prefill engine has begun, with the prefill
+    /// leg, or after its answer.
+    #[arg(long, env = "PD_PROXY_DECODE_LEG", default_value = "begun")]
+    pub decode_leg: DecodeLegAt,
+
+    /// Who gives the first token of a stream between sidecars: the decode engine, or the prefill engine,
+    /// which has it sooner, but then the decode leg waits for its answer.
+    #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
+    pub first_token: FirstTokenFrom,
+
     /// Prefill instances tried for one request; then the decode instance computes the prompt.
     #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -188,6 +198,26 @@ pub struct Config {
     /// How it is logged, to standard error.
     #[arg(long, env = "PD_PROXY_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// When a decode leg between sidecars is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DecodeLegAt {
+    /// When the prefill engine has begun.
+    Begun,
+    /// With the prefill leg.
+    Arrival,
+    /// After the prefill leg's answer.
+    Answer,
+}
+
+/// Who gives the first token of a stream between sidecars.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FirstTokenFrom {
+    /// The decode engine.
+    Decode,
+    /// The prefill engine.
+    Prefill,
 }
 
 /// Shape of log lines.

@@ -43,6 +43,9 @@ class Transfer:
     overlap: bool = False
     written: bool = False
     """Load: an LMCache sender has told the proxy that all of it is written."""
+    tokens: int = 0
+    """Load: so many tokens of the prompt are pushed, if not all: the proxy may have added the first
+    token, sampled by the prefill side, which nobody has computed yet."""
     wants_first_token: bool = False
     """Push: the response names the first token, as LMCache's proxy wants it."""
 
@@ -90,8 +93,10 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     if not isinstance(req, str) or not _is_name(req, MAX_ID_CHARACTERS):
         return Skip.BAD_PARAMS
     if load:
-        written = spec.get("written", False)
-        return Transfer(req, written=written) if isinstance(written, bool) else Skip.BAD_PARAMS
+        written, tokens = spec.get("written", False), spec.get("tokens", 0)
+        if not isinstance(written, bool) or type(tokens) is not int or tokens < 0:
+            return Skip.BAD_PARAMS
+        return Transfer(req, written=written, tokens=tokens)
     host, overlap = spec.get("receiver_host"), spec.get("overlap", False)
     init_ports, alloc_ports = (
         _ports(spec, "receiver_init_port"),

@@ -75,6 +75,12 @@ class Load:
     phase: LoadPhase = LoadPhase.OFFERED
     have_tokens: int = 0
 
+    @property
+    def pushed_tokens(self) -> int:
+        """How many tokens of the prompt come from elsewhere, those that are here already included."""
+        prompt = self.request.num_prompt_tokens
+        return min(self.transfer.tokens or prompt, prompt)
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -116,7 +122,7 @@ class Scheduler:
             # Asked again after a load, failed or of one token: a second one would never come.
             return 0, False
         state.have_tokens = computed
-        count = request.num_prompt_tokens - computed
+        count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
@@ -143,8 +149,8 @@ class Scheduler:
             LoadStart(
                 engine_id=request.request_id,
                 req=state.transfer.req,
-                hashes=self._hasher.chain(request.prompt_token_ids or ()),
-                tokens=request.num_prompt_tokens,
+                hashes=self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens]),
+                tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
                 blocks=list(blocks),

@@ -153,9 +153,9 @@ class LmcachePeer(Part):
 class LmcacheSender(LmcachePeer):
     """LMCache's prefill side."""
 
-    def __init__(self, mode: str, layout: Layout = LAYOUT) -> None:
+    def __init__(self, mode: str, proxy_port: int | None = None, layout: Layout = LAYOUT) -> None:
         self.notices = Notices()
-        proxy: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": self.notices.port}
+        proxy: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": proxy_port or self.notices.port}
         super().__init__("sender", mode, proxy, layout=layout)
 
     def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
@@ -190,11 +190,12 @@ class _Ours:
     keys: dict[str, object] = field(default_factory=dict)
     lmcache: dict[str, object] = field(default_factory=dict)
     proxy: str | None = None
+    engine_url: str = "http://127.0.0.1:1"
 
     def begin(self) -> None:
         options = SidecarOptions(
             role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
-            keys=self.keys, lmcache=self.lmcache,
+            keys=self.keys, lmcache=self.lmcache, engine_url=self.engine_url,
         )  # fmt: skip
         self.sidecar = Sidecar(options, self.folder, LOGS, name=self.name)
         self.sidecar.start()
@@ -230,9 +231,18 @@ class _Ours:
 class OurSender(_Ours):
     """Our prefill side."""
 
-    def __init__(self, folder: Path, name: str = "our-sender", slots: int = SLOTS, **keys: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "our-sender",
+        slots: int = SLOTS,
+        proxy: str | None = None,
+        engine_url: str = "http://127.0.0.1:1",
+        **keys: object,
+    ) -> None:
         self.notices = Notices()
-        super().__init__(folder, name, "sender", slots, keys, proxy=f"127.0.0.1:{self.notices.port}")
+        proxy = proxy or f"127.0.0.1:{self.notices.port}"
+        super().__init__(folder, name, "sender", slots, keys, proxy=proxy, engine_url=engine_url)
         self.begin()
 
     def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
@@ -263,9 +273,11 @@ class OurReceiver(_Ours):
         name: str = "our-receiver",
         slots: int = SLOTS,
         lmcache: dict[str, object] | None = None,
+        proxy: str | None = None,
+        engine_url: str = "http://127.0.0.1:1",
         **keys: object,
     ) -> None:
-        super().__init__(folder, name, "receiver", slots, keys, lmcache or {})
+        super().__init__(folder, name, "receiver", slots, keys, lmcache or {}, proxy, engine_url)
         self.begin()
         self.ended: str | None = None
 
