@@ -32,7 +32,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
     layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
     tokens = prompt(length, seed=length + len(mode))
     size = length * KV_BYTES_PER_TOKEN
-    receiver, sender = LmcacheReceiver(mode, slots=16, layout=layout), LmcacheSender(mode, layout)
+    receiver, sender = LmcacheReceiver(mode, slots=16, layout=layout), LmcacheSender(mode, layout=layout)
     try:
         keys = receiver.do("keys", tokens=tokens, algorithm="sha256_cbor")["keys"]
         assert len(keys) == -(-length // CHUNK_TOKENS)
