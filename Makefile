@@ -19,10 +19,12 @@ FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= $(PYTHON_IN_VENV)
 # Further arguments of tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
-# Which benchmarks: any of pushes, handshakes, engines, proxies, crowd; all by default.
+# Which benchmarks: any of pushes, handshakes, engines, ways, proxies, crowd; all by default.
 BENCH ?=
 # For the tests of the shared registry; any etcd since 3.4 will do.
 ETCD ?= target/etcd/usr/bin/etcd
+# For the tests of discovery by way of Mooncake's metadata server.
+REDIS ?= target/redis/redis-server
 
 .DEFAULT_GOAL := help
 # The targets of `make test` would take the cores from each other.
@@ -49,7 +51,9 @@ test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
 
 unit: venv ## Tests without engines: Rust (with the environment's NIXL) and Python
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
-	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
+	@test -x $(REDIS) || scripts/redis.sh target/redis || echo "note: no Redis: tests of discovery through it are skipped"
+	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) PD_TEST_REDIS=$$(test -x $(REDIS) && echo $(abspath $(REDIS))) \
+		VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
 		$(CARGO) test --workspace --locked
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 

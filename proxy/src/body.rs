@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use crate::error::{ApiError, Code};
+use crate::handover::Way;
 use crate::route::Alone;
 
 /// Which of OpenAI's endpoints a request uses.
@@ -133,8 +134,11 @@ impl RequestBody {
     }
 
     /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
-    pub fn prefill_leg(&self, endpoint: Endpoint, params: Option<&str>) -> Bytes {
+    pub fn prefill_leg(&self, endpoint: Endpoint, params: Option<&str>, way: Way) -> Bytes {
         let mut set = vec![("stream", "false")];
+        if way == Way::FirstToken {
+            set.push(("return_token_ids", "true"));
+        }
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
             set.push(("max_completion_tokens", "1"));
         }

@@ -1,11 +1,13 @@
 //! Flags, and what is checked of them before anything starts.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
 use crate::access::Access;
+use crate::announce::metadata;
 use crate::instance::BaseUrl;
 use crate::load::Breaker;
 use crate::mode::Mode;
@@ -90,6 +92,11 @@ pub struct Config {
     )]
     pub etcd_prefix: String,
 
+    /// Mooncake's configuration: the metadata server that it names is told where sidecars register, so
+    /// that sidecars with the same file find this proxy.
+    #[arg(long, env = "PD_PROXY_MOONCAKE", value_name = "FILE")]
+    pub mooncake: Option<PathBuf>,
+
     /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
     /// trace of each request.
     #[arg(long, env = "PD_PROXY_OTLP", value_name = "URL")]
@@ -110,6 +117,16 @@ pub struct Config {
     /// Which requests get a prefill leg; `POST /mode/...` changes it.
     #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
     pub mode: Mode,
+
+    /// When a decode leg between sidecars is sent: when the prefill engine has begun, with the prefill
+    /// leg, or after its answer.
+    #[arg(long, env = "PD_PROXY_DECODE_LEG", default_value = "begun")]
+    pub decode_leg: DecodeLegAt,
+
+    /// Who gives the first token of a stream between sidecars: the decode engine, or the prefill engine,
+    /// which has it sooner, but then the decode leg waits for its answer.
+    #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
+    pub first_token: FirstTokenFrom,
 
     /// Prefill instances tried for one request; then the decode instance computes the prompt.
     #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
@@ -183,6 +200,26 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
+/// When a decode leg between sidecars is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DecodeLegAt {
+    /// When the prefill engine has begun.
+    Begun,
+    /// With the prefill leg.
+    Arrival,
+    /// After the prefill leg's answer.
+    Answer,
+}
+
+/// Who gives the first token of a stream between sidecars.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FirstTokenFrom {
+    /// The decode engine.
+    Decode,
+    /// The prefill engine.
+    Prefill,
+}
+
 /// Shape of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -205,6 +242,15 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.access.problems());
+        if let Some(file) = &self.mooncake {
+            problems.extend(metadata(file).err());
+            if self.registration.ip().is_unspecified() {
+                problems.push(format!(
+                    "--mooncake: sidecars cannot connect to {}: name one address in --registration",
+                    self.registration
+                ));
+            }
+        }
         let etcd = self.etcd.iter().map(|url| ("--etcd", url));
         for (flag, url) in etcd.chain(self.otlp.iter().map(|url| ("--otlp", url))) {
             if let Err(error) = BaseUrl::parse(flag, url) {

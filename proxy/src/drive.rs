@@ -16,13 +16,14 @@ use tracing::warn;
 
 use crate::app::App;
 use crate::body::{Endpoint, RequestBody};
+use crate::cli::DecodeLegAt;
 use crate::early;
 use crate::error::ApiError;
 use crate::flight::Flight;
-use crate::handover::{Prefilled, sidecar_decode_params};
+use crate::handover::{Prefilled, Way, decode_params};
 use crate::headers::leg_headers;
 use crate::id;
-use crate::instance::{Connector, Instance};
+use crate::instance::Instance;
 use crate::labels::Leg;
 use crate::legs::{Answer, LegError};
 use crate::life::{Action, Event};
@@ -68,6 +69,8 @@ struct Drive {
     failed: Vec<String>,
     prefill_attempts: u32,
     decode_attempts: u32,
+    /// How the pair hands KV over; meaningless without a prefill instance.
+    way: Way,
     /// What the prefill leg has brought.
     prefilled: Prefilled,
     prefill_sent: Instant,
@@ -75,6 +78,8 @@ struct Drive {
     decode: Option<DecodeLeg>,
     /// The client has been given the first token.
     is_early: bool,
+    /// The decode leg that was sent last goes on after the first token.
+    goes_on: bool,
     /// What the client is told if no decode leg brings an answer.
     verdict: Verdict,
 }
@@ -106,6 +111,9 @@ pub async fn serve(
     let body = RequestBody::parse(arrival.body)?;
     let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
+    if matches!(pair.prefill, Err(Alone::Cheaper)) {
+        app.measured.stayed();
+    }
     let named = id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
     let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
@@ -113,7 +121,8 @@ pub async fn serve(
         trace.pass_on(&mut headers);
     }
     let (at, endpoint) = (arrival.at, arrival.endpoint);
-    let (mut flight, action) = Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
+    let (mut flight, mut action) =
+        Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
@@ -125,14 +134,22 @@ pub async fn serve(
         failed: Vec::new(),
         prefill_attempts: 0,
         decode_attempts: 0,
+        way: Way::Sidecar,
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
         decode_sent: arrival.at,
         decode: None,
         is_early: false,
+        goes_on: false,
         verdict: Verdict::shutting_down(),
     };
     drive.send_prefill(&mut flight);
+    if action == Action::Wait
+        && drive.way == Way::Sidecar
+        && app.config.decode_leg == DecodeLegAt::Arrival
+    {
+        action = flight.on(Event::Begun);
+    }
     Ok(drive.run(flight, action).await)
 }
 
@@ -229,7 +246,8 @@ impl Drive {
         if answer.head.status.is_success() {
             self.plan.answered(&self.app, &self.pair);
         }
-        if !self.is_early
+        if self.goes_on
+            && !self.is_early
             && answer.head.status.is_success()
             && let (Some(stitch), None) = (self.stitch(), &answer.rest)
         {
@@ -243,11 +261,12 @@ impl Drive {
     /// next call: both legs live in the request.
     async fn next(&mut self, flight: &mut Flight) -> Step {
         let prefilling = flight.is_prefilling();
+        let sends_at_begun = prefilling && self.overlaps();
         let deadline = flight.arrived() + self.app.config.prefill_timeout;
         let watch = flight.watch();
         let begun = async {
             match &watch {
-                Some(watch) if prefilling => watch.begun().await,
+                Some(watch) if sends_at_begun => watch.begun().await,
                 _ => pending().await,
             }
         };
@@ -283,6 +302,7 @@ impl Drive {
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         flight.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
+        self.goes_on = self.prefilled.first.is_some() && (transfer.is_ok() || self.is_early);
         decode
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
@@ -301,24 +321,35 @@ impl Drive {
         id: &'a RequestId,
         transfer: Result<(), Alone>,
     ) -> (&'static str, &'a RequestId, Bytes) {
-        let path = self.endpoint.path();
-        if let (Some(first), Some(tokens)) = (&self.prefilled.first, &self.prefilled.tokens) {
-            // Nothing but the chunk hashes says that it has a transfer.
-            let body = lmcache::decode_body(&self.body, self.endpoint, tokens, first);
-            return (Endpoint::Completions.path(), &self.leg_id, body);
-        }
-        let connector = self.pair.decode.connector;
-        match (transfer, connector, &self.prefilled.params) {
-            (Ok(()), Connector::Sidecar, _) => {
-                let params = sidecar_decode_params(&self.leg_id);
-                (path, &self.leg_id, self.body.decode_leg(&params))
+        let prefilled = &self.prefilled;
+        let params = match (transfer, self.way, &prefilled.params) {
+            (Err(_), _, _) => None,
+            (Ok(()), Way::Nixl, params) => params.clone(),
+            // Nothing but the chunk hashes, or the id, says that it has a transfer.
+            (Ok(()), Way::Lmcache | Way::P2pNccl, _) => None,
+            (Ok(()), way, _) => {
+                let tokens = prefilled.prompt_tokens.filter(|_| self.goes_on);
+                Some(decode_params(&self.leg_id, way, tokens))
             }
-            (Ok(()), Connector::Nixl, Some(params)) => {
-                (path, &self.leg_id, self.body.decode_leg(params))
-            }
-            (Ok(()), Connector::P2pNccl, _) => (path, &self.leg_id, self.body.local_leg()),
-            _ => (path, id, self.body.local_leg()),
+        };
+        let id = transfer.map_or(id, |()| &self.leg_id);
+        if self.goes_on
+            && let (Some(first), Some(tokens)) = (&prefilled.first, &prefilled.tokens)
+        {
+            let (body, params) = (&self.body, params.as_deref());
+            let body = lmcache::decode_body(body, self.endpoint, tokens, first, params);
+            return (Endpoint::Completions.path(), id, body);
         }
+        let body = match params {
+            Some(params) => self.body.decode_leg(&params),
+            None => self.body.local_leg(),
+        };
+        (self.endpoint.path(), id, body)
+    }
+
+    /// The decode leg does not wait for the prefill leg's answer.
+    fn overlaps(&self) -> bool {
+        self.way == Way::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
     }
 
     fn leg_headers(&self, id: &RequestId) -> HeaderMap {

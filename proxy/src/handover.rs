@@ -1,10 +1,12 @@
 //! What the two legs of a request say to each connector, so that KV gets from one to the other.
 //!
-//! | connector | prefill leg | decode leg |
+//! | way | prefill leg | decode leg |
 //! |---|---|---|
 //! | sidecar | where the receiver is | the request's id |
-//! | nixl | that a decode instance follows | what the prefill answer says |
+//! | first-token | the same; token ids and the first token are wanted | token ids, with the first token, and the id |
+//! | from-lmcache | where the receiver is | the request's id, and that all is written |
 //! | lmcache | where the receiver is; the first token is wanted | token ids, with the first token |
+//! | nixl | that a decode instance follows | what the prefill answer says |
 //! | p2p-nccl | nothing: both addresses stand in the request id | nothing |
 
 use std::fmt::Write;
@@ -14,8 +16,26 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use crate::alone::Alone;
 use crate::instance::{Connector, Instance};
 use crate::usage::Usage;
+
+/// How a pair hands KV over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Sidecars on both sides.
+    Sidecar,
+    /// The same, and the client gets its first token from the prefill instance.
+    FirstToken,
+    /// From LMCache to a sidecar.
+    FromLmcache,
+    /// From LMCache or a sidecar to LMCache.
+    Lmcache,
+    /// vLLM's `NixlConnector` on both sides.
+    Nixl,
+    /// vLLM's P2P NCCL connector on both sides.
+    P2pNccl,
+}
 
 /// What a prefill leg has brought.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,9 +44,9 @@ pub struct Prefilled {
     pub prompt_tokens: Option<u64>,
     /// NIXL: what the decode leg has to carry, as JSON.
     pub params: Option<String>,
-    /// LMCache: the prompt's token ids, as JSON.
+    /// The prompt's token ids, as JSON, where the decode leg needs them.
     pub tokens: Option<String>,
-    /// LMCache: the token that the prefill instance has sampled.
+    /// The token that the prefill instance has sampled, where the decode leg goes on after it.
     pub first: Option<FirstToken>,
 }
 
@@ -61,40 +81,80 @@ struct Params {
     first_tok: Option<i64>,
 }
 
-/// As much of a completion as LMCache's hand-over needs.
+/// As much of an answer as its first token needs.
 #[derive(Deserialize)]
-struct Completion {
-    #[serde(default)]
-    choices: Vec<Choice>,
+struct Completion<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    /// Of a chat.
+    #[serde(borrow, default)]
+    prompt_token_ids: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
-struct Choice {
+struct Choice<'a> {
     #[serde(default)]
-    text: String,
+    text: Option<String>,
+    #[serde(default)]
+    message: Option<Message>,
     #[serde(default)]
     finish_reason: Option<String>,
+    #[serde(borrow, default)]
+    prompt_token_ids: Option<&'a RawValue>,
 }
 
-/// The transfer parameters of a prefill leg, as JSON.
-pub fn prefill_params(id: &RequestId, decode: &Instance) -> Option<String> {
-    match decode.connector {
-        Connector::Sidecar => Some(receiver(
-            id,
-            decode,
-            r#""do_remote_decode":true,"#,
-            ",\"overlap\":true",
-        )),
-        Connector::Lmcache => Some(receiver(id, decode, r#""ret_first_tok":true,"#, "")),
-        Connector::Nixl => Some(NIXL_PREFILL.to_owned()),
-        Connector::P2pNccl => None,
+#[derive(Deserialize)]
+struct Message {
+    #[serde(default)]
+    content: Option<String>,
+    #[serde(default, alias = "reasoning_content")]
+    reasoning: Option<String>,
+}
+
+impl Way {
+    /// That of a pair; `None` if these two cannot be one.
+    pub fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
+        use Connector as C;
+        match (prefill.connector, decode.connector) {
+            (C::Sidecar, C::Sidecar) => Some(Self::Sidecar),
+            (C::Lmcache, C::Sidecar) => Some(Self::FromLmcache),
+            (C::Lmcache | C::Sidecar, C::Lmcache) => Some(Self::Lmcache),
+            (C::Nixl, C::Nixl) => Some(Self::Nixl),
+            (C::P2pNccl, C::P2pNccl) => Some(Self::P2pNccl),
+            _ => None,
+        }
     }
 }
 
-/// The transfer parameters of a sidecar's decode leg, as JSON.
-pub fn sidecar_decode_params(id: &RequestId) -> String {
+/// The transfer parameters of a prefill leg, as JSON. `overlap`: the decode leg does not wait for its
+/// answer.
+pub fn prefill_params(
+    id: &RequestId,
+    way: Way,
+    decode: &Instance,
+    overlap: bool,
+) -> Option<String> {
+    let (before, after) = match (way, overlap) {
+        (Way::Sidecar, true) => (r#""do_remote_decode":true,"#, r#","overlap":true"#),
+        (Way::Sidecar, false) => (r#""do_remote_decode":true,"#, ""),
+        (Way::FirstToken, _) => (r#""do_remote_decode":true,"ret_first_tok":true,"#, ""),
+        (Way::FromLmcache, _) => ("", ""),
+        (Way::Lmcache, _) => (r#""ret_first_tok":true,"#, ""),
+        (Way::Nixl, _) => return Some(NIXL_PREFILL.to_owned()),
+        (Way::P2pNccl, _) => return None,
+    };
+    Some(receiver(id, decode, before, after))
+}
+
+/// The transfer parameters of a decode leg to a sidecar's engine, as JSON.
+pub fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> String {
+    let more = match (way, prompt_tokens) {
+        (Way::FromLmcache, _) => r#","written":true"#.to_owned(),
+        (Way::FirstToken, Some(tokens)) => format!(r#","tokens":{tokens}"#),
+        _ => String::new(),
+    };
     format!(
-        r#"{{"do_remote_prefill":true,"disagg_spec":{{"req_id":"{}"}}}}"#,
+        r#"{{"do_remote_prefill":true,"disagg_spec":{{"req_id":"{}"{more}}}}}"#,
         id.0
     )
 }
@@ -117,12 +177,13 @@ pub fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestI
 ///
 /// # Errors
 /// Why nothing is handed over, although the prompt was computed.
-pub fn prefilled(connector: Connector, body: &[u8]) -> Result<Prefilled, String> {
+pub fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
+    let not_pushed = |why: &str| Err((Alone::NotPushed, why.to_owned()));
     let Ok(answer) = serde_json::from_slice::<Answer<'_>>(body) else {
-        // The head says that the prompt is computed; only some connectors need more than that.
-        return match connector {
-            Connector::Sidecar | Connector::P2pNccl => Ok(Prefilled::default()),
-            Connector::Nixl | Connector::Lmcache => Err("its answer is not JSON".into()),
+        // The head says that the prompt is computed; only some ways need more than that.
+        return match way {
+            Way::Nixl | Way::Lmcache => not_pushed("its answer is not JSON"),
+            _ => Ok(Prefilled::default()),
         };
     };
     let mut prefilled = Prefilled {
@@ -131,31 +192,63 @@ pub fn prefilled(connector: Connector, body: &[u8]) -> Result<Prefilled, String>
     };
     let raw = answer.kv_transfer_params.map(RawValue::get);
     let params = raw.and_then(|raw| serde_json::from_str::<Params>(raw).ok());
-    match (connector, params) {
-        (_, Some(params)) if params.pushed == Some(false) => return Err(params.reason),
-        (Connector::Sidecar | Connector::P2pNccl, _) => {}
-        (Connector::Nixl, Some(params)) if params.do_remote_prefill => {
+    if let Some(params) = &params
+        && params.pushed == Some(false)
+    {
+        return not_pushed(&params.reason);
+    }
+    let first = params.as_ref().and_then(|params| params.first_tok);
+    match way {
+        Way::Sidecar | Way::FromLmcache | Way::P2pNccl => {}
+        Way::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {
             prefilled.params = raw.map(str::to_owned);
         }
-        (Connector::Nixl, _) => {
-            return Err("its answer carries no kv_transfer_params to read the KV by".into());
+        Way::Nixl => {
+            return not_pushed("its answer carries no kv_transfer_params to read the KV by");
         }
-        (Connector::Lmcache, params) => {
-            let Some(id) = params.and_then(|params| params.first_tok) else {
-                return Err("its answer carries no first_tok".into());
+        Way::Lmcache => {
+            let Some(id) = first else {
+                return not_pushed("its answer carries no first_tok");
             };
-            let choice = serde_json::from_slice::<Completion>(body)
-                .ok()
-                .and_then(|completion| completion.choices.into_iter().next())
-                .ok_or("its answer has no choice")?;
-            prefilled.first = Some(FirstToken {
-                id,
-                text: choice.text,
-                finish_reason: choice.finish_reason,
-            });
+            let Some((first, _)) = first_token(id, body) else {
+                let why = "its first token cannot be shown by itself";
+                return Err((Alone::NotExpressible, why.to_owned()));
+            };
+            prefilled.first = Some(first);
+        }
+        Way::FirstToken => {
+            let found = first.and_then(|id| first_token(id, body));
+            if let Some((first, Some(tokens))) = found {
+                (prefilled.first, prefilled.tokens) = (Some(first), Some(tokens));
+            }
         }
     }
     Ok(prefilled)
+}
+
+/// The first token of an answer, and the token ids of its prompt where they are said. `None` if its
+/// text cannot be shown before the rest is known: half a character, or what a parser of reasoning makes
+/// something else of.
+fn first_token(id: i64, body: &[u8]) -> Option<(FirstToken, Option<String>)> {
+    let answer: Completion<'_> = serde_json::from_slice(body).ok()?;
+    let choice = answer.choices.into_iter().next()?;
+    let text = match (choice.text, choice.message) {
+        (Some(text), _) => text,
+        (None, Some(message)) if message.reasoning.is_none() => message.content.unwrap_or_default(),
+        (None, _) => return None,
+    };
+    let is_last = choice.finish_reason.as_deref() != Some("length");
+    if text.contains(char::REPLACEMENT_CHARACTER) || (text.is_empty() && !is_last) {
+        return None;
+    }
+    let first = FirstToken {
+        id,
+        text,
+        finish_reason: choice.finish_reason,
+    };
+    let tokens = answer.prompt_token_ids.or(choice.prompt_token_ids);
+    let tokens = tokens.map(|tokens| tokens.get().to_owned());
+    Some((first, tokens.filter(|tokens| tokens.starts_with('['))))
 }
 
 fn receiver(id: &RequestId, decode: &Instance, before: &str, after: &str) -> String {

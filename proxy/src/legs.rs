@@ -15,9 +15,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
 use crate::error::{ApiError, Code};
-use crate::handover::{Prefilled, prefilled};
+use crate::handover::{Prefilled, Way, prefilled};
 use crate::headers::{JSON, is_event_stream};
-use crate::instance::Connector;
 use crate::route::Alone;
 use crate::tls::TlsError;
 
@@ -111,7 +110,7 @@ impl Legs {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
-        connector: Connector,
+        way: Way,
     ) -> PrefillEnd {
         let response = match self.send(Method::POST, url, headers, body).await {
             Ok(response) => response,
@@ -126,9 +125,9 @@ impl Legs {
             Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
         };
         if status.is_success() {
-            return match prefilled(connector, &body) {
+            return match prefilled(way, &body) {
                 Ok(brought) => PrefillEnd::Answered(brought),
-                Err(reason) => PrefillEnd::Failed(Alone::NotPushed, reason),
+                Err((alone, reason)) => PrefillEnd::Failed(alone, reason),
             };
         }
         let text = format!("{status}: {}", shown(&body));

@@ -63,6 +63,8 @@ pub enum Event {
     PrefillRefused,
     /// The prefill leg failed.
     PrefillFailed(Alone),
+    /// The prefill leg failed before its engine had begun, and after the decode leg was sent.
+    PrefillLost(Alone),
     /// The first bytes of the decode leg's answer are there.
     FirstByte,
     /// The decode leg failed before that.
@@ -136,6 +138,14 @@ impl Life {
             }
             (Self::Prefilling, E::PrefillFailed(why)) => Self::decoding(Err(why), 1),
 
+            // The decode leg waits for what nobody sends.
+            (
+                Self::Decoding {
+                    transfer: Ok(()),
+                    attempt,
+                },
+                E::PrefillLost(why),
+            ) => Self::decoding(Err(why), attempt),
             (Self::Decoding { .. }, E::FirstByte) => (Self::Streaming, Action::Relay),
             (Self::Decoding { attempt, .. }, E::DecodeFailed { another: true }) => {
                 Self::decoding(Err(Alone::DecodeRetry), attempt + 1)
@@ -151,13 +161,21 @@ impl Life {
             // side hears of it from its own sidecar and computes what does not come.
             (
                 Self::Decoding { .. } | Self::Streaming,
-                E::Begun | E::PrefillAnswered | E::PrefillRefused | E::PrefillFailed(_),
+                E::Begun
+                | E::PrefillAnswered
+                | E::PrefillRefused
+                | E::PrefillFailed(_)
+                | E::PrefillLost(_),
             ) => (self, Action::Wait),
 
             // No decode leg is out in these states.
             (
                 Self::Prefilling,
-                E::FirstByte | E::DecodeFailed { .. } | E::AnswerEnded | E::AnswerBroke,
+                E::PrefillLost(_)
+                | E::FirstByte
+                | E::DecodeFailed { .. }
+                | E::AnswerEnded
+                | E::AnswerBroke,
             )
             | (Self::Decoding { .. }, E::AnswerEnded | E::AnswerBroke)
             | (Self::Streaming, E::FirstByte | E::DecodeFailed { .. }) => (self, Action::Wait),

@@ -1,8 +1,9 @@
-//! LMCache's hand-over: both legs are completions over token ids, and the token that the prefill
-//! instance has sampled is the last one of the decode leg's prompt.
+//! The first token's hand-over, as LMCache does it: both legs are completions over token ids, and the
+//! token that the prefill instance has sampled is the last one of the decode leg's prompt.
 //!
-//! Only so do the decode instance's chunk hashes meet those of the prefill instance: LMCache looks up
-//! all but the last token. A request whose answer would differ by it gets no transfer.
+//! Only so do chunk hashes of an LMCache decoder meet those of its prefiller: it looks up all but the
+//! last token. A request whose answer would differ by it gets no transfer to LMCache, and between
+//! sidecars the usual one.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -22,8 +23,15 @@ pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
         Endpoint::Chat => &CHAT_ONLY[..],
         Endpoint::Completions => &[],
     };
-    let tokens = max_tokens(body, endpoint);
-    !NOT_SPLIT.iter().chain(chat_only).any(is_set) && tokens.is_none_or(|tokens| tokens > 1)
+    // An engine seeds its random numbers at the beginning of a request: the second half would get the
+    // first half's again.
+    let is_seeded = body.json("seed").is_some()
+        && !body
+            .json("temperature")
+            .is_some_and(|text| EMPTY.contains(&text));
+    let is_one = max_tokens(body, endpoint).is_some_and(|tokens| tokens <= 1);
+    let looks_back = NOT_SPLIT.iter().chain(chat_only).any(is_set);
+    !is_seeded && !is_one && !looks_back
 }
 
 /// The body of `POST /tokenize`; `None` if the prompt is token ids already.
@@ -82,6 +90,7 @@ pub fn decode_body(
     endpoint: Endpoint,
     tokens: &str,
     first: &FirstToken,
+    params: Option<&str>,
 ) -> Bytes {
     let all = tokens.trim_ascii_end();
     let open = all.strip_suffix(']').unwrap_or(all).trim_ascii_end();
@@ -98,6 +107,7 @@ pub fn decode_body(
         .and_then(|text| text.parse::<u64>().ok());
     let least = least.map(|least| least.saturating_sub(1).to_string());
     set.extend(least.as_deref().map(|least| ("min_tokens", least)));
+    set.extend(params.map(|params| ("kv_transfer_params", params)));
     body.with(&NOT_FOR_DECODE, &set)
 }
 
@@ -115,7 +125,9 @@ pub fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
 const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
 
 /// What looks back at the answer's beginning, or needs both halves of it in one place.
-const NOT_SPLIT: [&str; 13] = [
+const NOT_SPLIT: [&str; 15] = [
+    "bad_words",
+    "truncate_prompt_tokens",
     "logprobs",
     "echo",
     "stop",
@@ -207,6 +219,12 @@ mod tests {
             r#"{"prompt":"a","frequency_penalty":0.5}"#,
             false,
         );
+        check(completion, r#"{"prompt":"a","seed":1}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","seed":1,"temperature":0}"#,
+            true,
+        );
         check(
             Endpoint::Chat,
             r#"{"messages":[],"max_completion_tokens":1}"#,
@@ -237,7 +255,7 @@ mod tests {
             ..FirstToken::default()
         };
         assert_eq!(
-            text(decode_body(&body, Endpoint::Chat, "[1,2] ", &first)),
+            text(decode_body(&body, Endpoint::Chat, "[1,2] ", &first, None)),
             r#"{"model":"m","seed":1,"stream":true,"prompt":[1,2,7],"max_tokens":7}"#
         );
         let ids = parse(r#"{"model":"m","prompt":[1, 2]}"#);

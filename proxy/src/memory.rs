@@ -189,6 +189,20 @@ impl Memory {
         count
     }
 
+    /// An instance has lost what it held: it is gone, or another process has its name.
+    pub fn forget(&self, name: &str) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        for holders in [&mut state.holders.young, &mut state.holders.old] {
+            for names in holders.values_mut() {
+                names.retain(|holder| holder != name);
+            }
+        }
+        for map in [&mut state.conversations.young, &mut state.conversations.old] {
+            map.retain(|_, conversation| conversation.decode != name);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -18,8 +18,8 @@ pub struct Plan {
     /// The prompt's length, as estimated.
     pub tokens: u64,
     alone: Option<Alone>,
-    /// Its answer would differ by LMCache's first-token hand-over.
-    is_unsplittable: bool,
+    /// Its answer is the same if its first token comes from the prefill instance.
+    pub is_splittable: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: Known,
@@ -45,7 +45,7 @@ impl Plan {
         Self {
             tokens: known.tokens,
             alone: body.alone(endpoint),
-            is_unsplittable: !lmcache::can_express(body, endpoint),
+            is_splittable: lmcache::can_express(body, endpoint),
             session,
             prompt,
             known,
@@ -60,7 +60,7 @@ impl Plan {
         let nothing = Self {
             tokens: 0,
             alone: Some(Alone::NothingToDecode),
-            is_unsplittable: false,
+            is_splittable: false,
             session: None,
             prompt: None,
             known: Known::default(),
@@ -95,7 +95,7 @@ impl Plan {
         let conversation = self.known.conversation.as_ref();
         let ask = Ask {
             alone,
-            is_unsplittable: self.is_unsplittable,
+            is_unsplittable: !self.is_splittable,
             prefill,
             decode,
             mode: app.mode.get(),

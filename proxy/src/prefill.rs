@@ -6,9 +6,9 @@ use http::HeaderMap;
 use protocol::RequestId;
 
 use crate::body::{Endpoint, RequestBody};
-use crate::handover::prefill_params;
+use crate::handover::{Way, prefill_params};
 use crate::inflight::Watch;
-use crate::instance::{Connector, Instance};
+use crate::instance::Instance;
 use crate::legs::{Legs, PrefillEnd};
 use crate::lmcache;
 use crate::route::Alone;
@@ -30,6 +30,10 @@ pub struct PrefillLeg {
     pub prefill: Arc<Instance>,
     /// Where the KV goes.
     pub decode: Arc<Instance>,
+    /// How.
+    pub way: Way,
+    /// The decode leg does not wait for its answer.
+    pub overlap: bool,
 }
 
 impl PrefillLeg {
@@ -38,14 +42,19 @@ impl PrefillLeg {
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
     pub async fn run(self, watch: &Watch) -> PrefillEnd {
-        let connector = self.prefill.connector;
-        if connector == Connector::Lmcache {
+        if self.way == Way::Lmcache {
             return self.lmcache(watch).await;
         }
-        let params = prefill_params(&self.id, &self.decode);
-        let body = self.body.prefill_leg(self.endpoint, params.as_deref());
+        let params = prefill_params(&self.id, self.way, &self.decode, self.overlap);
+        let body = self
+            .body
+            .prefill_leg(self.endpoint, params.as_deref(), self.way);
         let url = self.prefill.http.join(self.endpoint.path());
-        self.legs.prefill(&url, self.headers, body, connector).await
+        let end = self.legs.prefill(&url, self.headers, body, self.way).await;
+        if self.way == Way::FromLmcache && matches!(end, PrefillEnd::Answered(_)) {
+            watch.noticed(self.decode.init_ports.len()).await;
+        }
+        end
     }
 
     async fn lmcache(mut self, watch: &Watch) -> PrefillEnd {
@@ -53,14 +62,11 @@ impl PrefillLeg {
             Ok(tokens) => tokens,
             Err(end) => return end,
         };
-        let params = prefill_params(&self.id, &self.decode).unwrap_or_default();
+        let params = prefill_params(&self.id, self.way, &self.decode, false).unwrap_or_default();
         let body = lmcache::prefill_body(&self.body, &tokens, &params);
         let url = self.prefill.http.join(Endpoint::Completions.path());
         let headers = std::mem::take(&mut self.headers);
-        let end = self
-            .legs
-            .prefill(&url, headers, body, Connector::Lmcache)
-            .await;
+        let end = self.legs.prefill(&url, headers, body, self.way).await;
         let PrefillEnd::Answered(mut prefilled) = end else {
             return end;
         };

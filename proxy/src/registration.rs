@@ -333,6 +333,15 @@ impl Registration {
             .map(Arc::new)
             .collect();
         self.app.metrics.show_instances(&count(&instances));
+        for before in self.published.borrow().iter() {
+            let is_same = |now: &&Arc<Instance>| now.id == before.id && now.epoch == before.epoch;
+            let after = instances.iter().find(is_same);
+            let is_there = |i: &Instance| i.standing == Standing::Ready;
+            if is_there(before) && !after.is_some_and(|after| is_there(after)) {
+                // An engine that does not serve may be another one when it does.
+                self.app.memory.forget(&before.id);
+            }
+        }
         self.published.send_replace(instances);
     }
 

@@ -1,4 +1,6 @@
-//! The body of an answer: the decode engine's chunks, each passed on as it came.
+//! The body of an answer: the decode engine's chunks, passed on as they come.
+//!
+//! Chunks that are there at once go to the client as one: each write costs more than what it carries.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -7,8 +9,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use bytes::Bytes;
-use http_body::{Frame, SizeHint};
+use bytes::{Bytes, BytesMut};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use protocol::RequestId;
 use tokio::time::{Instant, Sleep, sleep};
@@ -26,6 +28,10 @@ use crate::usage;
 struct Relay {
     held: Option<Bytes>,
     rest: Option<Incoming>,
+    /// Chunks that have come and are passed on together.
+    gathered: BytesMut,
+    /// The connection's task has had its turn since the last chunk.
+    has_yielded: bool,
     flight: Flight,
     idle: Pin<Box<Sleep>>,
     /// The last chunk. `idle` is set again only when it fires: setting it at each chunk costs more than
@@ -50,6 +56,8 @@ pub fn respond(
     let mut relay = Relay {
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
+        gathered: BytesMut::new(),
+        has_yielded: false,
         idle: Box::pin(sleep(idle_timeout)),
         heard: Instant::now(),
         idle_timeout,
@@ -95,20 +103,84 @@ impl Relay {
         self.rest = None;
         if self.is_complete() {
             self.finish();
-            return Poll::Ready(None);
+            return self.end();
         }
         self.flight.broke(&error);
         self.flight.on(Event::AnswerBroke);
-        Poll::Ready(Some(if self.stream {
-            Ok(Frame::data(error.into_event()))
-        } else {
-            Err(error)
-        }))
+        if self.stream {
+            self.gathered.extend_from_slice(&error.into_event());
+            return self.pass_on();
+        }
+        Poll::Ready(Some(Err(error)))
     }
 
     /// The stream's last event has passed, even if the body's end has not.
     fn is_complete(&self) -> bool {
         self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
+    }
+
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        while let Some(rest) = &mut self.rest {
+            match Pin::new(rest).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.heard = Instant::now();
+                    let Ok(chunk) = frame.into_data() else {
+                        continue;
+                    };
+                    self.keep_tail(&chunk);
+                    self.gathered.extend_from_slice(&chunk);
+                    self.has_yielded = false;
+                    if self.gathered.len() >= ENOUGH {
+                        return self.pass_on();
+                    }
+                }
+                Poll::Ready(None) => self.finish(),
+                Poll::Ready(Some(Err(e))) => {
+                    let text = format!("the decode instance broke off its answer: {e}");
+                    return self.break_off(ApiError::new(Code::DecodeDied, text));
+                }
+                Poll::Pending if self.gathered.is_empty() => {
+                    ready!(self.poll_silence(cx));
+                    let text = format!(
+                        "the decode instance has been silent for {}",
+                        humantime::format_duration(self.idle_timeout)
+                    );
+                    return self.break_off(ApiError::new(Code::DecodeSilent, text));
+                }
+                Poll::Pending if self.has_yielded => return self.pass_on(),
+                Poll::Pending => {
+                    // The engine's connection gives one chunk at a time. It may have read more.
+                    self.has_yielded = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+            }
+        }
+        self.end()
+    }
+
+    /// What is left to be passed on at the end.
+    fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        if self.gathered.is_empty() {
+            return Poll::Ready(None);
+        }
+        self.pass_on()
+    }
+
+    fn pass_on(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        Poll::Ready(Some(Ok(Frame::data(self.gathered.split().freeze()))))
+    }
+
+    /// Ready when the engine has been silent for too long.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.idle.as_mut().poll(cx));
+            let until = self.heard + self.idle_timeout;
+            if until <= Instant::now() {
+                return Poll::Ready(());
+            }
+            self.idle.as_mut().reset(until);
+        }
     }
 
     fn keep_tail(&mut self, chunk: &[u8]) {
@@ -141,58 +213,28 @@ impl http_body::Body for Relay {
                 // hyper does not ask again once the announced length has been handed over.
                 relay.finish();
             }
-            return Poll::Ready(Some(Ok(Frame::data(held))));
+            if relay.rest.is_none() || held.len() >= ENOUGH {
+                return Poll::Ready(Some(Ok(Frame::data(held))));
+            }
+            relay.gathered.extend_from_slice(&held);
         }
         if relay.rest.is_none() {
-            return Poll::Ready(None);
+            return relay.end();
         }
         if relay.cut.as_mut().poll(cx).is_ready() {
             let error = ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
             return relay.break_off(error);
         }
-        let Some(rest) = &mut relay.rest else {
-            return Poll::Ready(None);
-        };
-        match Pin::new(rest).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                relay.heard = Instant::now();
-                if let Some(chunk) = frame.data_ref() {
-                    relay.keep_tail(chunk);
-                }
-                Poll::Ready(Some(Ok(frame)))
-            }
-            Poll::Ready(None) => {
-                relay.finish();
-                Poll::Ready(None)
-            }
-            Poll::Ready(Some(Err(e))) => relay.break_off(ApiError::new(
-                Code::DecodeDied,
-                format!("the decode instance broke off its answer: {e}"),
-            )),
-            Poll::Pending => {
-                loop {
-                    ready!(relay.idle.as_mut().poll(cx));
-                    let until = relay.heard + relay.idle_timeout;
-                    if until <= Instant::now() {
-                        break;
-                    }
-                    relay.idle.as_mut().reset(until);
-                }
-                let text = format!(
-                    "the decode instance has been silent for {}",
-                    humantime::format_duration(relay.idle_timeout)
-                );
-                relay.break_off(ApiError::new(Code::DecodeSilent, text))
-            }
-        }
+        relay.poll_rest(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.held.is_none() && self.rest.is_none()
+        self.held.is_none() && self.rest.is_none() && self.gathered.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {
         match (&self.held, &self.rest) {
+            _ if !self.gathered.is_empty() => SizeHint::default(),
             (Some(held), None) => SizeHint::with_exact(held.len() as u64),
             (None, None) => SizeHint::with_exact(0),
             _ => SizeHint::default(),
@@ -208,3 +250,6 @@ impl Drop for Relay {
         }
     }
 }
+
+/// Gathered chunks are passed on from this size on: larger writes are not cheaper.
+const ENOUGH: usize = 16 * 1024;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 pub use crate::alone::Alone;
 use crate::error::{ApiError, Code};
+use crate::handover::Way;
 use crate::instance::{Connector, Instance};
 use crate::mode::{Costs, Mode};
 pub use crate::policy::Policy;
@@ -220,9 +221,9 @@ fn candidates<'a>(
         .collect()
 }
 
-/// Both hand KV over in the same way, and are not one.
+/// One can hand KV over to the other, and they are not one.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
-    prefill.connector == decode.connector && prefill.id != decode.id
+    Way::of(prefill, decode).is_some() && prefill.id != decode.id
 }
 
 /// Keeps those that have a property, if any has.

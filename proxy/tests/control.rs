@@ -121,6 +121,27 @@ async fn later_turns_go_where_the_conversation_is() {
 }
 
 #[tokio::test]
+async fn a_conversation_ends_with_its_instance() {
+    let rig = Rig::start(&["--mode", "ppd", "--call-back-every", "100ms"]).await;
+    let pair = rig.pair().await;
+    assert_eq!(rig.client.post(CHAT, &chat(&["hello"])).await.status, 200);
+    let listed = rig.client.get("/conversations").await.json();
+    assert_eq!(listed["count"], 1);
+    // Its sidecar is not ready any more: the engine that comes back may be another one.
+    pair.d_sidecar
+        .answer(support::sidecar::Answer::Own { ready: false });
+    rig.until_state("d", "not_ready").await;
+    pair.d_sidecar
+        .answer(support::sidecar::Answer::Own { ready: true });
+    rig.until_state("d", "ready").await;
+    let listed = rig.client.get("/conversations").await.json();
+    assert_eq!(listed["count"], 0);
+    let later = chat(&["hello", "hi", "more"]);
+    assert_eq!(rig.client.post(CHAT, &later).await.status, 200);
+    assert_eq!(pair.p.seen().len(), 2, "a first turn again");
+}
+
+#[tokio::test]
 async fn short_prompts_need_no_prefill_instance() {
     let rig = Rig::start(&["--mode", "auto"]).await;
     let pair = rig.pair().await;

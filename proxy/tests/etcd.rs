@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proxy::cli::Config;
 use serde_json::json;
-use support::sidecar::Role;
+use support::sidecar::{Role, Sidecar};
 use support::{Rig, free_port};
 
 /// An etcd with its own data, ended with the test.
@@ -147,6 +147,43 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     drop((pair.d, pair.d_sidecar));
     second.until_state("d", "gone").await;
     third.until_state("d", "gone").await;
+}
+
+#[tokio::test]
+async fn one_proxy_is_killed_and_the_other_serves_on() {
+    let Some(etcd) = Etcd::start() else {
+        return;
+    };
+    let url = etcd.url();
+    let flags = ["--etcd", url.as_str(), "--call-back-every", "200ms"];
+    let registration = format!("127.0.0.1:{}", free_port());
+    let mut killed = Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+        .args(["--listen", "127.0.0.1:0", "--registration", &registration])
+        .args(flags)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let rig = Rig::start(&flags).await;
+    // Their sidecars know only the one that is killed.
+    let (p, d) = (rig.engine("p").await, rig.engine("d").await);
+    let at = format!("tcp://{registration}");
+    let _p = Sidecar::start("p", Role::Prefill, &p.url, &at).await;
+    let _d = Sidecar::start("d", Role::Decode, &d.url, &at).await;
+    for id in ["p", "d"] {
+        rig.until_state(id, "ready").await;
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
+    let until = std::time::Instant::now() + Duration::from_secs(13);
+    // Also when the lease of the one that was killed, 10 s, has run out.
+    while std::time::Instant::now() < until {
+        let answer = rig.client.post("/v1/completions", &body).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(p.seen().len(), d.seen().len(), "each with its transfer");
+    assert!(p.seen().len() > 30);
 }
 
 #[tokio::test]

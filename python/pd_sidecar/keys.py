@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 SEED_VARIABLE = "PYTHONHASHSEED"
+ALGORITHMS = ("sha256_cbor", "sha256_cbor_64bit", "sha256", "builtin")
+"""LMCache's; the second is an older name of the first."""
 UNSEEDED = "vllm-none-hash"
 """What vLLM 0.32 hashes in place of an absent seed."""
 
@@ -60,6 +62,18 @@ class ChunkHasher:
         return out
 
 
+def refusal(algorithm: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why no keys can be had by this algorithm; None if they can."""
+    if algorithm not in ALGORITHMS:
+        return f"hash algorithm {algorithm!r} is not one of sha256_cbor, sha256, builtin"
+    if algorithm == "builtin" and environ.get(SEED_VARIABLE, "random") == "random":
+        return (
+            f"hash algorithm builtin needs {SEED_VARIABLE}: without it every process has "
+            "hashes of its own, and no key would ever match; set it, or take sha256_cbor"
+        )
+    return None
+
+
 def keys(model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: str) -> list[str]:
     """The keys of one rank's chunks."""
     head, tail = f"{model}@{world_size}@{rank}@", f"@{dtype}"
@@ -67,18 +81,12 @@ def keys(model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: s
 
 
 def _algorithm(name: str, environ: Mapping[str, str]) -> Callable[[object], int]:
-    if name == "sha256_cbor":
-        return _sha256_cbor()
+    why = refusal(name, environ)
+    if why is not None:
+        raise HashError(why)
     if name == "sha256":
         return _sha256
-    if name == "builtin":
-        if environ.get(SEED_VARIABLE, "random") == "random":
-            raise HashError(
-                f"hash algorithm builtin needs {SEED_VARIABLE}: without it every process has "
-                "hashes of its own, and no key would ever match; set it, or take sha256_cbor"
-            )
-        return hash
-    raise HashError(f"hash algorithm {name!r} is not one of sha256_cbor, sha256, builtin")
+    return hash if name == "builtin" else _sha256_cbor()
 
 
 def _sha256_cbor() -> Callable[[object], int]:

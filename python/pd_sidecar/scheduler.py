@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Union
 
+from vllm.logger import init_logger
+
 from .metadata import LoadStart, PushStart, PushStep, StepMetadata
 from .requests import Skip, Transfer, transfer, unserved
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
     from .keys import ChunkHasher
     from .stats import Stats
+
+
+logger = init_logger("vllm.pd_sidecar.scheduler")
 
 
 class PushPhase(Enum):
@@ -69,6 +74,12 @@ class Load:
     transfer: Transfer
     phase: LoadPhase = LoadPhase.OFFERED
     have_tokens: int = 0
+
+    @property
+    def pushed_tokens(self) -> int:
+        """How many tokens of the prompt come from elsewhere, those that are here already included."""
+        prompt = self.request.num_prompt_tokens
+        return min(self.transfer.tokens or prompt, prompt)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class Scheduler:
             # Asked again after a load, failed or of one token: a second one would never come.
             return 0, False
         state.have_tokens = computed
-        count = request.num_prompt_tokens - computed
+        count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
@@ -125,12 +136,21 @@ class Scheduler:
             self._next.dismissed.append(state.transfer.req)
             return
         state.phase = LoadPhase.PARKED
+        logger.info(
+            "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, "
+            "hit tokens: %d, need to load: %d",
+            state.transfer.req,
+            request.num_prompt_tokens,
+            state.have_tokens,
+            request.num_prompt_tokens,
+            external_tokens,
+        )
         self._next.load_starts.append(
             LoadStart(
                 engine_id=request.request_id,
                 req=state.transfer.req,
-                hashes=self._hasher.chain(request.prompt_token_ids or ()),
-                tokens=request.num_prompt_tokens,
+                hashes=self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens]),
+                tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
                 blocks=list(blocks),

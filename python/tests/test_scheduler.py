@@ -46,8 +46,8 @@ def push_params(req="r", ports=1, **more):
     return {"do_remote_decode": True, "disagg_spec": spec}
 
 
-def load_params(req="r"):
-    return {"do_remote_prefill": True, "disagg_spec": {"req_id": req}}
+def load_params(req="r", **more):
+    return {"do_remote_prefill": True, "disagg_spec": {"req_id": req, **more}}
 
 
 def output(new=(), cached=(), resumed=()):
@@ -162,6 +162,21 @@ def test_a_push_that_never_ran_leaves_nothing(rig):
     rig.scheduler.matched_tokens(req, 0)
     assert rig.scheduler.finished(req, [], completed=False) == (False, None)
     assert rig.is_empty()
+
+
+@pytest.mark.parametrize(("held", "loaded"), [(0, 32), (16, 16), (32, 0)])
+def test_the_first_token_is_not_loaded(rig, held, loaded):
+    """33 tokens, of which the prefill side has sampled the last one: a block, or nothing, is computed here."""
+    req = request("a", load_params(tokens=32), tokens=33)
+    assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
+    if loaded:
+        rig.scheduler.allocated(req, [1, 2, 3], loaded)
+        (start,) = rig.step().load_starts
+        assert (start.tokens, start.have_tokens, start.load_tokens) == (32, held, 32)
+        whole = request("b", push_params("s"), tokens=32)
+        rig.scheduler.matched_tokens(whole, 0)
+        (push,) = rig.step(new=[(whole, [1, 2], 0, 32)]).push_starts
+        assert start.hashes == push.hashes
 
 
 @pytest.mark.parametrize("newer_runner", [False, True])
@@ -308,7 +323,15 @@ def test_requests_that_are_not_served(rig, more, reason, params):
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": 3}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": ""}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "x" * 1000}}, "bad_params"),
+        # Texts of which a sidecar takes none: it ended the engine's connection over them.
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\n"}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\x85"}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\ud800"}}, "bad_params"),
+        (push_params(receiver_host="d\0"), "bad_params"),
+        (push_params(receiver_host="d" * 5000), "bad_params"),
         ({**push_params(), "do_remote_prefill": True}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "r", "tokens": -1}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "r", "tokens": "3"}}, "bad_params"),
         (push_params(receiver_host=""), "bad_params"),
         (push_params(receiver_host=None), "bad_params"),
         (push_params(receiver_init_port=[]), "bad_params"),

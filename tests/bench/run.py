@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""All benchmarks, or those that are named: `run.py [pushes] [handshakes] [engines] [proxies] [crowd]`.
+"""All benchmarks, or those that are named: `run.py [pushes] [handshakes] [engines] [ways] [proxies] [crowd]`.
 
 Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmarks.md).
 """
@@ -17,14 +17,14 @@ from harness.process import ended_by_signals
 from harness.progress import Progress
 from harness.sidecar import ROOT
 
-from bench import crowd, engines, handshakes, proxies, pushes
+from bench import crowd, engines, handshakes, proxies, pushes, ways
 from bench.figures import Figures
 
 LOGS = ROOT / "target" / "bench-logs"
 
 
 def main() -> int:
-    wanted = sys.argv[1:] or ["pushes", "handshakes", "engines", "proxies", "crowd"]
+    wanted = sys.argv[1:] or ["pushes", "handshakes", "engines", "ways", "proxies", "crowd"]
     shutil.rmtree(LOGS, ignore_errors=True)
     figures, progress = Figures(), Progress()
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pd-bench-") as folder:
@@ -37,6 +37,9 @@ def main() -> int:
         if "engines" in wanted:
             progress.say("four engines")
             engines.measure(figures, LOGS)
+        if "ways" in wanted:
+            progress.say("ways to hand over")
+            ways.measure(figures, LOGS)
         if "proxies" in wanted:
             progress.say("routers in front of engines that answer at once")
             proxies.measure(figures, Path(folder), LOGS)

@@ -83,8 +83,7 @@ def complete(
         answer.headers = stream.headers
         for event in stream:
             for choice in event["choices"]:
-                if not answer.token_ids:
-                    answer.first_s = time.perf_counter() - start
+                answer.first_s = answer.first_s or time.perf_counter() - start
                 answer.text += choice["text"]
                 answer.token_ids += choice.get("token_ids") or []
                 answer.finish_reason = choice["finish_reason"] or answer.finish_reason

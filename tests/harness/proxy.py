@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,26 @@ class Proxy(Part):
         ]  # fmt: skip
         self.process = Process("proxy", command, self._logs / "proxy.log")
         self._until("/health", 10.0)
+
+    @contextlib.contextmanager
+    def flags(self, *words: str) -> Iterator[None]:
+        """Inside, it runs with these flags too."""
+        before = self._flags
+        self._flags = [*before, *words]
+        self.restart()
+        try:
+            yield
+        finally:
+            self._flags = before
+            self.restart()
+
+    def add_flags(self, *words: str) -> None:
+        """From its next start on."""
+        self._flags = [*self._flags, *words]
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
 
     def wait_ready(self, bound_s: float = 30.0) -> None:
         """Returns when it has a prefill and a decode instance that are ready."""

@@ -139,10 +139,10 @@ fn values_reach_the_engine_as_they_came() {
 #[test]
 fn prefill_legs() {
     let check = |endpoint, given: &str, expect: &str| {
-        let leg = parse(given).prefill_leg(endpoint, Some("{}"));
+        let leg = parse(given).prefill_leg(endpoint, Some("{}"), Way::Sidecar);
         let with_params = format!(r#"{expect},"kv_transfer_params":{{}}}}"#);
         assert_eq!(text(&leg), with_params, "{given}");
-        let leg = parse(given).prefill_leg(endpoint, None);
+        let leg = parse(given).prefill_leg(endpoint, None, Way::P2pNccl);
         assert_eq!(text(&leg), format!("{expect}}}"), "{given}");
     };
     check(

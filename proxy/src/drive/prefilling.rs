@@ -7,8 +7,9 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use super::{Drive, Step};
+use crate::cli::FirstTokenFrom;
 use crate::flight::Flight;
-use crate::handover::{Prefilled, leg_id};
+use crate::handover::{Prefilled, Way, leg_id};
 use crate::inflight::PrefillNote;
 use crate::instance::Connector;
 use crate::labels::Leg;
@@ -23,6 +24,18 @@ impl Drive {
             return;
         };
         self.prefill_attempts += 1;
+        let decode = &self.pair.decode;
+        self.way = match Way::of(prefill, decode).unwrap_or(Way::Sidecar) {
+            // Only who reads a stream sees the first token before the others.
+            Way::Sidecar
+                if self.app.config.first_token == FirstTokenFrom::Prefill
+                    && self.body.streams()
+                    && self.plan.is_splittable =>
+            {
+                Way::FirstToken
+            }
+            way => way,
+        };
         self.leg_id = leg_id(&flight.id, prefill, &self.pair.decode);
         if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
             // The first sender may have begun with the receiver: this is another transfer.
@@ -41,6 +54,8 @@ impl Drive {
             id: self.leg_id.clone(),
             prefill: Arc::clone(prefill),
             decode: Arc::clone(&self.pair.decode),
+            way: self.way,
+            overlap: self.overlaps(),
         };
         let task = tokio::spawn(async move {
             let end = leg.run(&watch).await;
@@ -99,6 +114,11 @@ impl Drive {
     }
 
     pub(super) fn prefill_late(&mut self, flight: &mut Flight) -> Step {
+        let begun = flight.watch().and_then(|watch| watch.begun_at());
+        if begun.is_some() && matches!(self.way, Way::Sidecar | Way::FirstToken) {
+            // It computes, and what it has computed is on its way.
+            return Step::Event(Event::Begun);
+        }
         let why = Alone::PrefillTimeout;
         flight.drop_prefill();
         if let Some(watch) = flight.watch() {
@@ -115,7 +135,8 @@ impl Drive {
         let Ok(prefill) = &self.pair.prefill else {
             return Step::Event(Event::PrefillFailed(why));
         };
-        if why != Alone::NotPushed
+        let is_computed = matches!(why, Alone::NotPushed | Alone::NotExpressible);
+        if !is_computed
             && prefill
                 .load
                 .failed(Instant::now(), self.app.config.breaker())
@@ -125,8 +146,17 @@ impl Drive {
                 "keeps failing: left alone for a while"
             );
         }
+        if !flight.is_prefilling()
+            && flight
+                .watch()
+                .is_none_or(|watch| watch.begun_at().is_none())
+        {
+            // Nobody will ever tell the decode leg that was sent along with it.
+            self.decode_attempts = self.decode_attempts.saturating_sub(1);
+            return Step::Event(Event::PrefillLost(why));
+        }
         // Its time is used up, or it has computed the prompt already.
-        let is_final = matches!(why, Alone::PrefillTimeout | Alone::NotPushed);
+        let is_final = is_computed || why == Alone::PrefillTimeout;
         if is_final
             || !flight.is_prefilling()
             || self.prefill_attempts >= self.app.config.prefill_attempts

@@ -54,6 +54,13 @@ fn steps() {
             check(life, event, life, Action::Wait);
         }
     }
+    // A leg that was sent along with it would wait for nobody.
+    let lost = Event::PrefillLost(WHY);
+    let alone = decoding(Err(WHY), 1);
+    check(sent, lost, alone, Action::SendDecode(Err(WHY)));
+    for life in [prefilling, alone, Life::Streaming] {
+        check(life, lost, life, Action::Wait);
+    }
     check(sent, Event::FirstByte, Life::Streaming, Action::Relay);
     check(
         sent,

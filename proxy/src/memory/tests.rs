@@ -93,3 +93,21 @@ fn what_is_not_asked_for_is_forgotten() {
     assert_eq!(recent.get(&3), None);
     assert_eq!(recent.get(&19), Some(&19));
 }
+
+#[test]
+fn who_is_gone_holds_nothing() {
+    let memory = Memory::default();
+    let prompt = chat(&[&"word ".repeat(400)]);
+    turn(&memory, &prompt, "d1");
+    memory.learn(&prompt, ["d2"]);
+    let holders = || {
+        let held = memory.recall(&prompt, None).held;
+        let mut names: Vec<_> = held.into_iter().map(|(name, _)| name).collect();
+        names.sort_unstable();
+        names
+    };
+    assert_eq!(holders(), ["d1", "d2"]);
+    memory.forget("d1");
+    assert_eq!(holders(), ["d2"]);
+    assert_eq!(follows(&memory, &prompt), None);
+}

@@ -60,7 +60,7 @@ impl SendSide {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
             peers: Peers::new(context.wires.clone(), Arc::clone(config), context.rank),
             buffer,
@@ -107,8 +107,10 @@ impl SendSide {
         match event {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
-                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
-                    self.begin(&cut);
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Sender, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
@@ -163,6 +165,7 @@ impl SendSide {
                 transport,
                 cancels: kind == ReceiverKind::Lmcache { cancels: true },
             }),
+            FromReceiver::Malformed => self.context.malformed("alloc"),
             FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
         }
     }

@@ -36,6 +36,8 @@ pub(super) enum FromReceiver {
         kind: ReceiverKind,
     },
     Lost(Target, Reason),
+    /// It sent what is no message.
+    Malformed,
 }
 
 /// Whose receiver it is.
@@ -77,6 +79,7 @@ enum Internal {
     Up(Target, Box<Made>),
     Failed(Target, Reason, String),
     Message(Target, ToSender),
+    Malformed(Target),
     Lost(Target),
 }
 
@@ -160,6 +163,7 @@ impl Peers {
         let (Internal::Up(to, _)
         | Internal::Failed(to, ..)
         | Internal::Message(to, _)
+        | Internal::Malformed(to)
         | Internal::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
         if peer.generation != generation {
@@ -196,6 +200,7 @@ impl Peers {
                 Some(FromReceiver::Lost(to, reason))
             }
             Internal::Message(to, message) => Some(FromReceiver::Message(to, message)),
+            Internal::Malformed(_) => Some(FromReceiver::Malformed),
             Internal::Lost(to) => {
                 warn!(peer = peer.status.peer, "receiver's connection lost");
                 peer.stop.cancel();
@@ -392,7 +397,10 @@ impl PeerTask {
                         Ok(message) => {
                             self.say(Internal::Message(self.to.clone(), message)).await;
                         }
-                        Err(error) => warn!(to = ?self.to, %error, "malformed message"),
+                        Err(error) => {
+                            warn!(to = ?self.to, %error, "malformed message");
+                            self.say(Internal::Malformed(self.to.clone())).await;
+                        }
                     },
                     Ok(FromServer::Lost) | Err(_) => {
                         return self.say(Internal::Lost(self.to.clone())).await;
