@@ -122,14 +122,14 @@ def _cbor_arrays(tokens: Sequence[int], step: int) -> list[bytes] | None:
         end = min(start + step, numbers.size)
         count = end - start
         if count < 24:
-            head = bytes([0x80 + count])
+            array = bytes([0x80 + count])
         elif count < 1 << 8:
-            head = bytes([0x98, count])
+            array = bytes([0x98, count])
+        elif count < 1 << 16:
+            array = b"\x99" + count.to_bytes(2, "big")
         else:
-            head = b"\x99" + count.to_bytes(2, "big") if count < 1 << 16 else b""
-        if not head:
             return None
-        bodies.append(head + whole[starts[start] : starts[end]])
+        bodies.append(array + whole[starts[start] : starts[end]])
     return bodies
 
 

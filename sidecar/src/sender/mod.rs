@@ -232,9 +232,11 @@ impl SendSide {
                     let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
                     spans.push(times);
-                    let busy = spans.iter().filter_map(|t| Some((t.began()?, t.ended()?)));
-                    let began = ended.checked_sub(ranges::busy(busy)).unwrap_or(posted);
-                    let began = if waited { began } else { began.max(posted) };
+                    let spans = spans.iter().map(|times| {
+                        let (began, until) = (times.began(), times.ended());
+                        (began.unwrap_or(posted), until.unwrap_or(ended))
+                    });
+                    let began = ended.checked_sub(ranges::busy(spans)).unwrap_or(posted);
                     let sums = match outcome {
                         Outcome::Done => sums(),
                         Outcome::Failed { .. } => Vec::new(),

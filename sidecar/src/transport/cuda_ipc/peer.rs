@@ -163,6 +163,18 @@ mod tests {
     }
 
     #[test]
+    fn a_part_lies_at_the_same_place_in_both_slots() {
+        let part = |offset, bytes| Piece {
+            offset,
+            ..piece((1, 4, bytes))
+        };
+        let copies = plan(&[part(10, 20), part(30, 70)], 8, 100, 800).unwrap();
+        let copies: Vec<_> = copies.iter().map(|c| (c.from, c.to, c.bytes)).collect();
+        assert_eq!(copies, [(110, 410, 90)]);
+        assert!(plan(&[part(31, 70)], 8, 100, 800).is_err());
+    }
+
+    #[test]
     fn pieces_outside_either_buffer_are_named() {
         for bad in [(8, 0, 1), (0, 8, 1), (0, 0, 101), (u32::MAX, 0, 1)] {
             assert!(plan(&[piece(bad)], 8, 100, 800).is_err(), "{bad:?}");

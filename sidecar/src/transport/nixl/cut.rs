@@ -180,6 +180,25 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_a_chunk_takes_its_descriptors_only() {
+        let cut = Cut::new(4, 4 * MIB, Wire::Descriptors).unwrap();
+        let part = Piece {
+            offset: 128 * KIB,
+            ..piece(1, 3, 192 * KIB)
+        };
+        let batches = cut.batches(&[part], 4, u64::MAX).unwrap();
+        assert_eq!(batches[0].from, [66, 67, 68]);
+        assert_eq!(batches[0].to, [194, 195, 196]);
+        for (offset, bytes) in [(1, 1), (4 * MIB, 1), (64 * KIB, 4 * MIB)] {
+            let bad = Piece {
+                offset,
+                ..piece(0, 0, bytes)
+            };
+            assert_eq!(cut.batches(&[bad], 4, u64::MAX), Err(bad));
+        }
+    }
+
+    #[test]
     fn batches_are_bounded_and_lose_nothing() {
         let cut = Cut::new(8, MIB, Wire::Streams).unwrap();
         let pieces: Vec<Piece> = (0..8).map(|i| piece(i, 7 - i, MIB)).collect();
