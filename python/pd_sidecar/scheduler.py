@@ -77,7 +77,7 @@ class Load:
 
     @property
     def pushed_tokens(self) -> int:
-        """How many tokens of the prompt come from elsewhere, those that are here already included."""
+        """Tokens of the prompt that come from elsewhere, with those that are here already."""
         prompt = self.request.num_prompt_tokens
         return min(self.transfer.tokens or prompt, prompt)
 

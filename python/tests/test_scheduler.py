@@ -166,7 +166,7 @@ def test_a_push_that_never_ran_leaves_nothing(rig):
 
 @pytest.mark.parametrize(("held", "loaded"), [(0, 32), (16, 16), (32, 0)])
 def test_the_first_token_is_not_loaded(rig, held, loaded):
-    """33 tokens, of which the prefill side has sampled the last one: a block, or nothing, is computed here."""
+    """33 tokens, the last of which the prefill side has sampled: it is computed here."""
     req = request("a", load_params(tokens=32), tokens=33)
     assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
     if loaded:

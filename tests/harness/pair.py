@@ -161,6 +161,17 @@ class Pair:
         if errors:
             raise errors[0]
 
+    def another_decoder(self, folder: Path) -> tuple[Engine, Sidecar]:
+        """A second decode instance, not started, that registers with the same proxy."""
+        options = replace(self._standard[self.receiver.name], engine_url="")
+        sidecar = Sidecar(options, folder, self.options.logs, name="second-receiver")
+        engine = Engine(
+            self._engine("second decode engine", "kv_consumer", self.options.decode_block, None, 1, sidecar),
+            self.options.logs,
+        )
+        options.engine_url = engine.url
+        return engine, sidecar
+
     def leave_running(self) -> list[int]:
         """Lets all of it outlive this interpreter. Returns the process groups, for whoever stops them."""
         self.left_running = True
@@ -202,8 +213,11 @@ class Pair:
                     raise AssertionError(f"{engine.options.name}: {held[0]} requests, {held[1]:.4f} of its blocks held")
                 time.sleep(0.05)
 
-    def _engine(self, name: str, kv_role: str, block: int, batched: int | None, core: int) -> EngineOptions:
-        side, sidecar = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
+    def _engine(
+        self, name: str, kv_role: str, block: int, batched: int | None, core: int, sidecar: Sidecar | None = None
+    ) -> EngineOptions:
+        side, own = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
+        sidecar = sidecar or own
         kv_transfer = {
             "kv_connector": "PdSidecarConnector",
             "kv_connector_module_path": "pd_sidecar.connector",
