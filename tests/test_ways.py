@@ -28,7 +28,9 @@ def flags(pair: Pair, *words: str) -> Iterator[None]:
 def streamed(url: str, path: str, **ask: Any) -> tuple[str, dict[str, int], list[str | None]]:
     """Text, usage and finish reasons of a stream."""
     body = {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True, **ask}
-    text, usage, reasons = "", {}, []
+    text = ""
+    usage: dict[str, int] = {}
+    reasons: list[str | None] = []
     with Stream(url + path, {**body, "stream_options": {"include_usage": True}}) as stream:
         for event in stream:
             usage = event.get("usage") or usage
