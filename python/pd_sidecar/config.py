@@ -40,7 +40,7 @@ class Options:
     """A decode request whose KV has not come by then is computed here."""
     save_deadline_ms: int = 60_000
     """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
-    push: str = "auto"
+    push: str = "step"
     """On a GPU: `layers` pushes the first layers while the last are computed, `step` only what a
     step has completed, `auto` layers where the step is long enough."""
     idle_wait_ms: float = 1.0
