@@ -252,7 +252,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load-tokens", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")
-    parser.add_argument("--push", default="auto", help="auto, layers or step: see the connector's options")
+    parser.add_argument("--push", default="step", help="auto, layers or step: see the connector's options")
     parser.add_argument("--engine-flags", default="", help="more flags for every engine")
     parser.add_argument("--sidecar-keys", default="{}", help="JSON: keys below `sidecar:`")
     parser.add_argument("--cpu", action="store_true", help="without GPUs and with a small model, to try the way")
