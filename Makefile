@@ -7,6 +7,9 @@ PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
 PD_TEST_LMCACHE_VENV ?= .venv-lmcache
 export PD_TEST_LMCACHE_VENV := $(abspath $(PD_TEST_LMCACHE_VENV))
 CARGO ?= cargo
+# Bindgen needs libclang, which the environment has.
+BINDINGS = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__path__[0])')/native \
+	$(CARGO) test --locked -p nixl-sys --test bindings
 # `make demo KEEP=1` leaves everything running; any other value than 1 is ignored.
 KEEP ?=
 # Further arguments for pytest: make e2e PYTEST="-k first -x"
@@ -20,6 +23,8 @@ GPU ?=
 BENCH ?=
 # For the tests of the shared registry; any etcd since 3.4 will do.
 ETCD ?= target/etcd/usr/bin/etcd
+# For the tests of discovery by way of Mooncake's metadata server.
+REDIS ?= target/redis/redis-server
 
 .DEFAULT_GOAL := help
 # The targets of `make test` would take the cores from each other.
@@ -46,7 +51,9 @@ test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
 
 unit: venv ## Tests without engines: Rust (with the environment's NIXL) and Python
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
-	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
+	@test -x $(REDIS) || scripts/redis.sh target/redis || echo "note: no Redis: tests of discovery through it are skipped"
+	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) PD_TEST_REDIS=$$(test -x $(REDIS) && echo $(abspath $(REDIS))) \
+		VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
 		$(CARGO) test --workspace --locked
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
@@ -64,7 +71,7 @@ lint: venv ## Formatting, clippy, ruff, mypy, generated bindings, tidiness
 	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts protocol/fixtures
 	$(PYTHON_IN_VENV) -m mypy
 	cd python && $(PYTHON_IN_VENV) -m mypy
-	scripts/bindings.sh --check
+	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
 
 bench: venv ## Ours against its baselines, alternating; writes target/bench.json and target/bench.md
@@ -86,8 +93,8 @@ fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below target)
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd
 
-bindings: ## Generate the bindings of NIXL's C API again (needs bindgen)
-	scripts/bindings.sh
+bindings: venv ## Generate the bindings of NIXL's C API again
+	PD_WRITE_BINDINGS=1 $(BINDINGS)
 
 clean: ## Remove what was built, and the Python environment
 	$(CARGO) clean

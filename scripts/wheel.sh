@@ -22,8 +22,10 @@ fi
 cd "$root"
 cargo build --release --locked --bin pd-proxy
 scripts=$root/wheel/pd_sidecar.data/scripts
-mkdir -p "$scripts"
-trap 'rm -rf "$root/wheel/pd_sidecar.data"' EXIT
+mkdir -p "$scripts" "$root/wheel/python/pd_sidecar"
+trap 'rm -rf "$root/wheel/pd_sidecar.data" "$root/wheel/python"' EXIT
+# Not in .gitignore, whose files no wheel takes.
+cp "$root"/python/pd_sidecar/*.py "$root/python/pd_sidecar/py.typed" "$root/wheel/python/pd_sidecar"
 install -m 755 "${CARGO_TARGET_DIR:-target}/release/pd-proxy" "$scripts/pd-proxy"
 strip "$scripts/pd-proxy"
 cd wheel

@@ -177,6 +177,20 @@ pub struct Staged {
     /// before this message was sent, has fired. Absent: they are complete already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<u32>,
+    /// The same by ranges of layers, in order: each ends before its `below` and stands once its own
+    /// event has fired. The last one ends with the last layer and names [`Staged::event`]. Empty: there
+    /// is one range.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayersStaged>,
+}
+
+/// See [`Staged::layers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayersStaged {
+    /// The range ends before this layer.
+    pub below: u32,
+    /// As [`Staged::event`], of this range.
+    pub event: u32,
 }
 
 /// A message that needs no more than the request.

@@ -139,6 +139,7 @@ fn check(
                             chunks: granted.chunks,
                             gather_us: 1,
                             event: None,
+                            layers: Vec::new(),
                         };
                         p.handle(now, sender::Event::Staged(pe, staged));
                     }

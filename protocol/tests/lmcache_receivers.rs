@@ -113,6 +113,7 @@ impl Feeding {
                             chunks: chunks.to_vec(),
                             gather_us: 0,
                             event: self.events.then_some(chunks[0]),
+                            layers: Vec::new(),
                         };
                         self.p
                             .handle(self.now, sender::Event::Staged(ENGINE, staged));

@@ -1,11 +1,13 @@
 //! Flags, and what is checked of them before anything starts.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
 use crate::access::Access;
+use crate::announce::metadata;
 use crate::instance::BaseUrl;
 use crate::load::Breaker;
 use crate::mode::Mode;
@@ -89,6 +91,11 @@ pub struct Config {
         value_name = "KEY"
     )]
     pub etcd_prefix: String,
+
+    /// Mooncake's configuration: the metadata server that it names is told where sidecars register, so
+    /// that sidecars with the same file find this proxy.
+    #[arg(long, env = "PD_PROXY_MOONCAKE", value_name = "FILE")]
+    pub mooncake: Option<PathBuf>,
 
     /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
     /// trace of each request.
@@ -235,6 +242,15 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.access.problems());
+        if let Some(file) = &self.mooncake {
+            problems.extend(metadata(file).err());
+            if self.registration.ip().is_unspecified() {
+                problems.push(format!(
+                    "--mooncake: sidecars cannot connect to {}: name one address in --registration",
+                    self.registration
+                ));
+            }
+        }
         let etcd = self.etcd.iter().map(|url| ("--etcd", url));
         for (flag, url) in etcd.chain(self.otlp.iter().map(|url| ("--otlp", url))) {
             if let Err(error) = BaseUrl::parse(flag, url) {

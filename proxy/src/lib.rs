@@ -7,6 +7,7 @@
 
 pub mod access;
 pub mod alone;
+pub mod announce;
 pub mod api;
 pub mod app;
 pub mod body;

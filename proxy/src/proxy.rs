@@ -12,6 +12,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::announce::{self, Announcer};
 use crate::api;
 use crate::app::{App, Instances};
 use crate::cli::Config;
@@ -172,6 +173,16 @@ impl Proxy {
             let closing = closing.clone();
             tasks.spawn(async {
                 exporter.run(closing).await;
+                Ok(())
+            });
+        }
+        // Its file was read when the flags were checked; one that has gone since is no reason to end.
+        let metadata = app.config.mooncake.as_deref().map(announce::metadata);
+        if let Some(Ok(Some(metadata))) = metadata {
+            let announcer = Announcer::new(metadata, app.registration);
+            let closing = closing.clone();
+            tasks.spawn(async {
+                announcer.run(closing).await;
                 Ok(())
             });
         }

@@ -32,6 +32,7 @@ from .wire import (
     Ended,
     Granted,
     Hello,
+    LayersStaged,
     Ready,
     Refused,
     Release,
@@ -45,7 +46,7 @@ from .wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
 
@@ -155,10 +156,20 @@ class Client:
         self.send(Computing(req, upto))
 
     def staged(
-        self, req: str, chunks: list[int], gather_us: int = 0, event: int | None = None
+        self,
+        req: str,
+        chunks: list[int],
+        gather_us: int = 0,
+        event: int | None = None,
+        layers: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Prefill: these chunks stand in their slots, or will once the event has fired."""
-        self.send(Staged(req, chunks, gather_us, event))
+        """Prefill: these chunks stand in their slots, or will once the event has fired.
+
+        `layers`: ranges of layers that do so earlier, each by the layer before which it ends and by
+        its event; the last one is the whole.
+        """
+        ranges = [LayersStaged(below, event) for below, event in layers]
+        self.send(Staged(req, chunks, gather_us, event, ranges))
 
     def cancel(self, req: str) -> None:
         """Prefill: gives the request up."""

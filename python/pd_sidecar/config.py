@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from . import lmcache
 from .client import default_socket
+from .keys import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,13 +33,16 @@ class Options:
     model_name: str = ""
     """The model as it stands in keys, equal on both sides. Default: vLLM's `--model`."""
     chunk_size: int = 256
-    """Tokens of a chunk, equal on both sides."""
+    """Tokens of a chunk, equal on both sides. Default: LMCache's setting, if there is one."""
     hash_algorithm: str = "sha256_cbor"
-    """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set."""
+    """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: as `chunk_size`."""
     load_deadline_ms: int = 30_000
     """A decode request whose KV has not come by then is computed here."""
     save_deadline_ms: int = 60_000
     """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
+    push: str = "step"
+    """On a GPU: `layers` pushes the first layers while the last are computed, `step` only what a
+    step has completed, `auto` layers where the step is long enough."""
     idle_wait_ms: float = 1.0
     """How long a step without tokens may wait for a word of the sidecar."""
     sidecar: str = ""
@@ -54,12 +60,22 @@ def parse(
     consumer: bool,
     load_failure_policy: str,
     model: str,
+    environ: Mapping[str, str] = os.environ,
 ) -> Options:
     """The options with their defaults filled in. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     known = {field.name: field for field in fields(Options)}
     values: dict[str, Any] = {}
     for key, value in extra.items():
+        if key in lmcache.HARMLESS:
+            continue
+        if key.startswith(lmcache.PREFIX):
+            if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
+                problems.append(
+                    f"{key}={value!r} is for the sidecar, which this engine does not start: "
+                    "write it into the sidecar's file, or set sidecar to 'spawn'"
+                )
+            continue
         if key not in known:
             problems.append(f"{key}={value!r} is not an option; there are {', '.join(known)}")
             continue
@@ -69,12 +85,25 @@ def parse(
             problems.append(f"{key}={value!r} must be of type {kind.__name__}")
             continue
         values[key] = value
+    source = {}
+    try:
+        for key, setting in lmcache.settings(extra, environ).items():
+            if key not in values:
+                values[key], source[key] = setting.value, setting.source
+    except ValueError as error:
+        problems.append(str(error))
     options = Options(**values)
+    why = refusal(options.hash_algorithm, environ)
+    if why is not None:
+        said = source.get("hash_algorithm", "hash_algorithm")
+        problems.append(f"{said}: {why}")
     for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms"):
         if getattr(options, key) <= 0:
             problems.append(f"{key}={getattr(options, key)} must be positive")
     if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
         problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
+    if options.push not in PUSHES:
+        problems.append(f"push={options.push!r} must be one of {', '.join(PUSHES)}")
     if options.sidecar not in ("", "spawn"):
         problems.append(f"sidecar={options.sidecar!r} must be 'spawn', or absent")
     if options.sidecar_arguments and not options.sidecar:
@@ -111,5 +140,8 @@ def parse(
     )
 
 
+PUSHES = ("auto", "layers", "step")
+KEY_SETTINGS = (lmcache.HASH_KEY, lmcache.CHUNK_KEY)
+"""What LMCache's settings say to the connector itself."""
 MAX_IDLE_WAIT_MS = 50
 """A new request waits for the end of a step: more would be felt."""

@@ -8,10 +8,12 @@ It declares no support for several KV groups: vLLM then keeps to one group.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -19,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
-from . import config
+from . import config, lmcache
 from .keys import ChunkHasher
 from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
@@ -80,6 +82,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._invalid_blocks: set[int] = set()
         self._child: Child | None = None
         if role == KVConnectorRole.SCHEDULER:
+            for key in sorted(transfer.kv_connector_extra_config.keys() & lmcache.HARMLESS.keys()):
+                logger.info("%s has no effect: %s", key, lmcache.HARMLESS[key])
+            logger.info(
+                "keys: chunks of %d tokens, hashed by %s",
+                self._options.chunk_size,
+                self._options.hash_algorithm,
+            )
             self._scheduler = self._make_scheduler()
             # One sidecar for all workers: the scheduler is there once.
             self._child = self._spawn() if self._options.sidecar else None
@@ -158,7 +167,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing: chunks are gathered at the end of the step, over all layers at once."""
+        """Notes how far the forward is. Not called from within full CUDA graphs: then a step's
+        layers are gathered together."""
+        if self._worker is not None:
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
@@ -222,7 +234,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
         else:
             role, socket = "receiver", options.receiver_socket
         more = shlex.split(options.sidecar_arguments)
-        return Child([find_binary(), "--role", role, "--socket", socket, *more], logger)
+        extra = self._config.kv_transfer_config.kv_connector_extra_config
+        command = [find_binary(), "--role", role, "--socket", socket, *more]
+        return Child(command, logger, lmcache.variables(extra))
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
         parallel = self._config.parallel_config
@@ -289,3 +303,9 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
                 f"{name}={getattr(parallel, name)} must be 1: a chunk holds all layers and tokens"
             )
             raise config.ConfigError([text])
+
+
+# vLLM's MultiConnector looks for the owner of statistics by the name alone. A module that is
+# imported twice has nothing to add the second time.
+with contextlib.suppress(ValueError):
+    KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

@@ -7,6 +7,7 @@ the work it depends on, and its *fence* says when it is over. Nothing waits for 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .kernels import HostCopier
@@ -22,6 +23,15 @@ Mark = Any
 """A point in the engine's computing."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """Layers from the range before on, what their gather waits for and what it signals."""
+
+    below: int
+    after: Mark
+    signal: int
+
+
 class Copier(Protocol):
     """Gathers and scatters for one worker's tensors and one buffer."""
 
@@ -29,6 +39,10 @@ class Copier(Protocol):
         self, pieces: Sequence[Piece], after: Iterable[Mark], signal: int | None = None
     ) -> Fence:
         """Pages to slots. `signal` is the event that the sidecar is told to wait for."""
+        ...
+
+    def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:
+        """The same by ranges of layers, one after the other; all layers in all."""
         ...
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:

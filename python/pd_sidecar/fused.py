@@ -7,6 +7,7 @@ compiled in.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ TOKENS, COLUMNS = 16, 256
 """What one program moves: 32 KiB, if the elements have 8 bytes."""
 
 
-@triton.jit(do_not_specialize=["pieces"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pieces", "first_layer", "layers"])  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     plan,
     bases,
@@ -38,9 +39,10 @@ def _move(  # type: ignore[no-untyped-def]
     inside,
     buffer,
     pieces,
+    first_layer,
+    layers,
     block_units: tl.constexpr,
     slot_units: tl.constexpr,
-    layers: tl.constexpr,
     layer_count: tl.constexpr,
     block_tokens: tl.constexpr,
     runs: tl.constexpr,
@@ -60,7 +62,7 @@ def _move(  # type: ignore[no-untyped-def]
     table = plan + pieces.to(tl.int64) * FIELDS + tl.load(record + 5)
 
     plane = tl.program_id(1) // layers
-    layer = tl.program_id(1) % layers
+    layer = first_layer + tl.program_id(1) % layers
     page = tl.load(bases + layer).to(buffer.dtype)
     number = plane * layer_count + tl.load(numbers + layer)
 
@@ -98,6 +100,8 @@ class _Part:
     """The place of each layer among all."""
     inside: torch.Tensor
     """Where each run begins in a block: `[plane, token, run]`, in units."""
+    places: list[int]
+    """The same, here."""
     block_units: int
     planes: int
     run_units: int
@@ -127,6 +131,8 @@ class Plan:
                 length += table.numel()
             at = tables[id(piece.table)]
             records += [piece.slot, start, stop - start, end - first, start - first, at]
+        self.there: torch.Tensor | None = None
+        """The numbers on the GPU, once launched."""
         self.pieces = len(pieces)
         self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
         self.numbers = torch.cat([torch.tensor(records, dtype=torch.int64), *parts])
@@ -145,15 +151,29 @@ class Mover:
         self._slot_units = slot_bytes // self._unit
         self._parts = [self._part(layers) for layers in _alike(pages.layers)]
 
-    def move(self, plan: Plan, buffer: torch.Tensor, *, gather: bool) -> None:
+    def move(
+        self,
+        plan: Plan,
+        buffer: torch.Tensor,
+        *,
+        gather: bool,
+        layers: tuple[int, int] | None = None,
+    ) -> None:
         """Launches on the current stream. `buffer` holds the slots, as bytes."""
         numbers = plan.numbers
         if self._device.type == "cuda":
-            numbers = numbers.pin_memory().to(self._device, non_blocking=True)
+            # Kept with the plan: further ranges of its layers are launched on the same stream.
+            if plan.there is None:
+                plan.there = numbers.pin_memory().to(self._device, non_blocking=True)
+            numbers = plan.there
+        first, below = layers or (0, len(self.pages.layers))
         slots = buffer[: buffer.numel() // self._unit * self._unit].view(self._dtype)
         for part in self._parts:
-            layers = part.bases.numel()
-            grid = (triton.cdiv(plan.tokens, TOKENS), part.planes * layers, plan.pieces)
+            # Within a part layers ascend.
+            start, end = (bisect.bisect_left(part.places, layer) for layer in (first, below))
+            if start == end:
+                continue
+            grid = (triton.cdiv(plan.tokens, TOKENS), part.planes * (end - start), plan.pieces)
             _move[grid](
                 numbers,
                 part.bases,
@@ -161,9 +181,10 @@ class Mover:
                 part.inside,
                 slots,
                 plan.pieces,
+                start,
+                end - start,
                 part.block_units,
                 self._slot_units,
-                layers,
                 len(self.pages.layers),
                 self.pages.first.tokens,
                 part.inside.shape[2],
@@ -183,6 +204,7 @@ class Mover:
             bases=torch.tensor([p.tensor.data_ptr() for _, p in layers], device=self._device),
             numbers=torch.tensor([number for number, _ in layers], device=self._device),
             inside=inside.contiguous().to(self._device),
+            places=[number for number, _ in layers],
             block_units=page.block_stride * size // self._unit,
             planes=page.planes,
             run_units=run * size // self._unit,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .connection import Connection
-    from .devices import Mark
+    from .devices import Mark, Range
     from .kernels import Fence
     from .layout import Geometry
 
@@ -109,18 +109,35 @@ class GpuCopier:
             self._signals[signal].record(self._stream)
         return move
 
+    def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:
+        """Pages to slots, layer by layer."""
+        plan = Plan(self._mover.pages, pieces)
+        moves: list[_Move] = []
+        first = 0
+        for part in ranges:
+            moves.append(self._launch(plan, [part.after], (first, part.below), gather=True))
+            self._signals[part.signal].record(self._stream)
+            first = part.below
+        moves[-1].before = moves[:-1]
+        return moves[-1]
+
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
         """Slots to pages."""
         return self._move(pieces, after, gather=False)
 
     def _move(self, pieces: Sequence[Piece], after: Iterable[Mark], *, gather: bool) -> _Move:
         plan = Plan(self._mover.pages, pieces)
+        return self._launch(plan, after, (0, len(self._mover.pages.layers)), gather=gather)
+
+    def _launch(
+        self, plan: Plan, after: Iterable[Mark], layers: tuple[int, int], *, gather: bool
+    ) -> _Move:
         with torch.cuda.stream(self._stream):
             for mark in after:
                 self._stream.wait_event(mark)
             move = _Move(self._slots)
             move.start.record(self._stream)
-            self._mover.move(plan, self._slots, gather=gather)
+            self._mover.move(plan, self._slots, gather=gather, layers=layers)
             move.end.record(self._stream)
         return move
 
@@ -131,6 +148,8 @@ class _Move:
     def __init__(self, slots: torch.Tensor) -> None:
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
+        self.before: list[_Move] = []
+        """Of the same gather, and over before it."""
         self._slots: torch.Tensor | None = slots
 
     def done(self) -> bool:
@@ -143,4 +162,5 @@ class _Move:
     @property
     def seconds(self) -> float:
         """Of the move alone, without what it waited for."""
-        return float(self.start.elapsed_time(self.end)) / 1e3
+        own = float(self.start.elapsed_time(self.end)) / 1e3
+        return own + sum(move.seconds for move in self.before)

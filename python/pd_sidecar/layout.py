@@ -84,6 +84,8 @@ class Geometry:
     layers: tuple[Pages, ...]
     block_tokens: int
     """Tokens of a block as the block tables count them; a tensor's own blocks may be smaller."""
+    names: tuple[str, ...] = ()
+    """Of the layers."""
 
     @property
     def first(self) -> Pages:
@@ -122,6 +124,7 @@ def geometry(
     that share a tensor (layers that reuse another layer's KV) count once.
     """
     layers: list[Pages] = []
+    names: list[str] = []
     seen: set[tuple[object, ...]] = set()
     writers = writers or {}
     for name in sorted(tensors, key=_natural):
@@ -130,6 +133,7 @@ def geometry(
         if place in seen:
             continue
         seen.add(place)
+        names.append(name)
         pages = _pages(name, tensor, hint)
         if name in writers:
             pages = replace(pages, inside=probe(name, pages, writers[name]))
@@ -142,7 +146,7 @@ def geometry(
         raise LayoutError(
             f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}"
         )
-    return Geometry(tuple(layers), hint.block_tokens)
+    return Geometry(tuple(layers), hint.block_tokens, tuple(names))
 
 
 def chunks_of(tokens: int, chunk_tokens: int) -> int:

@@ -255,16 +255,19 @@ class Receiver:
         self._stats.add("load_bytes", size)
         self._stats.add("load_seconds", parked)
         self._stats.add("scatter_seconds", seconds)
+        # Its beginning is what people of LMCache look for, and what they have scripts for.
         logger.info(
-            "%s: loaded %d of %d tokens, %.1f MB scattered in %.2f ms (%.1f GB/s), "
-            "%.1f ms after it was parked",
+            "[req_id=%s] Retrieved %d out of %d required tokens (%d held already). size: %.4f GB, "
+            "cost %.3f ms, throughput: %.3f GB/s; scatter %.3f ms (%.1f GB/s)",
             start.req,
             tokens,
-            start.tokens,
-            size / 1e6,
+            start.tokens - start.have_tokens,
+            start.have_tokens,
+            size / 1e9,
+            parked * 1e3,
+            size / 1e9 / parked if parked else 0.0,
             seconds * 1e3,
             size / 1e9 / seconds if seconds else 0.0,
-            parked * 1e3,
         )
 
     def _give_up(self, incoming: Incoming, reason: str) -> None:

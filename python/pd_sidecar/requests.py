@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +90,7 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     if (push and load) or not isinstance(spec, dict):
         return Skip.BAD_PARAMS
     req = spec.get("req_id")
-    if not isinstance(req, str) or not 0 < len(req) <= MAX_ID_CHARACTERS:
+    if not isinstance(req, str) or not _is_name(req, MAX_ID_CHARACTERS):
         return Skip.BAD_PARAMS
     if load:
         written, tokens = spec.get("written", False), spec.get("tokens", 0)
@@ -101,7 +102,9 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
         _ports(spec, "receiver_init_port"),
         _ports(spec, "receiver_alloc_port"),
     )
-    if not isinstance(host, str) or not host or not init_ports or not alloc_ports:
+    if not isinstance(host, str) or not _is_name(host, MAX_HOST_CHARACTERS):
+        return Skip.BAD_PARAMS
+    if not init_ports or not alloc_ports:
         return Skip.BAD_PARAMS
     if len(init_ports) != len(alloc_ports) or not isinstance(overlap, bool):
         return Skip.BAD_PARAMS
@@ -109,6 +112,13 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     return Transfer(
         req, host, init_ports, alloc_ports, overlap, wants_first_token=wants_first_token
     )
+
+
+def _is_name(text: str, most: int) -> bool:
+    """The sidecar takes it. A message with any other text would end the engine's connection, and
+    with it the transfers of every other request."""
+    # Cc is what the sidecar calls control characters; Cs is no text at all.
+    return 0 < len(text) <= most and not any(category(c) in ("Cc", "Cs") for c in text)
 
 
 def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
@@ -121,3 +131,5 @@ def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 MAX_ID_CHARACTERS = 256
 """Longer ids are nobody's: they stand in every message and log line."""
+MAX_HOST_CHARACTERS = 253
+"""Of a name in the DNS."""

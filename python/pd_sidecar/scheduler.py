@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Union
 
+from vllm.logger import init_logger
+
 from .metadata import LoadStart, PushStart, PushStep, StepMetadata
 from .requests import Skip, Transfer, transfer, unserved
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
     from .keys import ChunkHasher
     from .stats import Stats
+
+
+logger = init_logger("vllm.pd_sidecar.scheduler")
 
 
 class PushPhase(Enum):
@@ -131,6 +136,15 @@ class Scheduler:
             self._next.dismissed.append(state.transfer.req)
             return
         state.phase = LoadPhase.PARKED
+        logger.info(
+            "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, "
+            "hit tokens: %d, need to load: %d",
+            state.transfer.req,
+            request.num_prompt_tokens,
+            state.have_tokens,
+            request.num_prompt_tokens,
+            external_tokens,
+        )
         self._next.load_starts.append(
             LoadStart(
                 engine_id=request.request_id,

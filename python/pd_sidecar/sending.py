@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +16,15 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, Granted, NotConnectedError
+from .devices import Range
 from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
 from .signals import Signals
 from .wire import Target, WireError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .client import Client
     from .devices import Copier, Device, Mark
     from .kernels import Fence
@@ -79,8 +83,10 @@ class Sender:
         self._client = client
         self._stats = stats
         self._signals = Signals(len(device.events))
-        self._computed: Mark = None
-        """Behind all that is computed of `Outgoing.computed`."""
+        self._computed: list[tuple[int, Mark]] = []
+        """Behind all that is computed of `Outgoing.computed`, by the layer before which it ends."""
+        self._computing: list[tuple[int, Mark]] = []
+        """The same of the step that is being launched, as far as it is."""
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
@@ -108,11 +114,19 @@ class Sender:
             if outgoing := self._by_engine_id.get(engine_id):
                 outgoing.held_since = time.monotonic()
 
+    def layers_computed(self, below: int) -> None:
+        """Within the forward: so many layers of this step are computed, or will be."""
+        if self._by_engine_id:
+            self._computing.append((below, self._device.mark()))
+
     def computed(self) -> None:
         """After the forward: what was to be computed in this step is computed, or will be."""
+        marks, self._computing = self._computing, []
         if not self._by_engine_id:
             return
-        self._computed = self._device.mark()
+        if any(a[0] >= b[0] for a, b in pairwise(marks)):
+            marks = []  # a step in several forwards
+        self._computed = [*marks, (self._rank.layers, self._device.mark())]
         for outgoing in self._by_engine_id.values():
             outgoing.computed = outgoing.upto
 
@@ -153,7 +167,7 @@ class Sender:
         ]
         if self._copier is not None:
             size = len(complete) or 1
-            if self._device.is_asynchronous:
+            if self._device.is_asynchronous and not self._is_divided(complete):
                 size = max(1, GATHER_TOKENS // self._rank.chunk_tokens)
             for at in range(0, len(complete), size):
                 self._gather(self._copier, complete[at : at + size])
@@ -235,15 +249,35 @@ class Sender:
         chunks: dict[str, list[int]] = {}
         for outgoing, chunk, _ in entries:
             chunks.setdefault(outgoing.start.engine_id, []).append(chunk)
-        signal = self._signals.take({outgoing.start.req for outgoing, _, _ in entries})
-        fence = copier.gather([piece for _, _, piece in entries], [self._computed], signal)
+        reqs = {outgoing.start.req for outgoing, _, _ in entries}
+        pieces = [piece for _, _, piece in entries]
+        signal: int | None
+        if ranges := self._ranges(entries, reqs):
+            signal = ranges[-1].signal
+            fence = copier.gather_ranges(pieces, ranges)
+        else:
+            signal = self._signals.take(reqs)
+            fence = copier.gather(pieces, [mark for _, mark in self._computed[-1:]], signal)
+        layers = [(part.below, part.signal) for part in ranges]
         for engine_id, of_request in chunks.items():
             outgoing = self._by_engine_id[engine_id]
             outgoing.gathering += 1
             gather = _Gather(fence, outgoing, of_request, signal is not None)
             self._gathers.append(gather)
             if gather.signalled:
-                self._tell_staged(gather, 0.0, signal)
+                self._tell_staged(gather, 0.0, signal, layers)
+
+    def _is_divided(self, entries: list[tuple[Outgoing, int, Piece]]) -> bool:
+        tokens = sum(piece.tokens[1] - piece.tokens[0] for _, _, piece in entries)
+        enough = tokens * self._rank.token_bytes >= self._rank.layers_from_bytes
+        return len(self._computed) > 1 and enough
+
+    def _ranges(self, entries: list[tuple[Outgoing, int, Piece]], reqs: set[str]) -> list[Range]:
+        if not self._is_divided(entries):
+            return []
+        if not (signals := self._signals.take_all(reqs, len(self._computed))):
+            return []
+        return [Range(*of, signal) for of, signal in zip(self._computed, signals, strict=True)]
 
     def _complete(self, outgoing: Outgoing) -> list[tuple[Outgoing, int, Piece]]:
         """The chunks that can be gathered now."""
@@ -280,12 +314,22 @@ class Sender:
             if not outgoing.over and not outgoing.gathering and self._is_staged(outgoing):
                 self._succeed(outgoing)
 
-    def _tell_staged(self, gather: _Gather, seconds: float, signal: int | None) -> None:
+    def _tell_staged(
+        self,
+        gather: _Gather,
+        seconds: float,
+        signal: int | None,
+        layers: Sequence[tuple[int, int]] = (),
+    ) -> None:
         outgoing = gather.outgoing
         outgoing.staged.update(gather.chunks)
         try:
             self._client.staged(
-                outgoing.start.req, gather.chunks, round(seconds * 1e6), event=signal
+                outgoing.start.req,
+                gather.chunks,
+                round(seconds * 1e6),
+                event=signal,
+                layers=layers,
             )
         except NotConnectedError:
             self._fail(outgoing, "sidecar_lost")
@@ -314,17 +358,20 @@ class Sender:
         self._stats.add("save_tokens", tokens)
         self._stats.add("save_bytes", size)
         self._stats.add("gather_seconds", seconds)
+        took = time.monotonic() - outgoing.began
+        # Its beginning is what people of LMCache look for, and what they have scripts for.
         logger.info(
-            "%s: handed over %d of %d tokens in %d chunks, "
-            "%.1f MB gathered in %.2f ms (%.1f GB/s), %.1f ms after it began",
+            "[req_id=%s] Stored %d out of total %d tokens. size: %.4f GB, cost %.3f ms, "
+            "throughput: %.3f GB/s; parts: %d chunks, gather %.3f ms (%.1f GB/s)",
             outgoing.start.req,
             tokens,
             outgoing.start.tokens,
+            size / 1e9,
+            took * 1e3,
+            size / 1e9 / took if took else 0.0,
             len(outgoing.staged),
-            size / 1e6,
             seconds * 1e3,
             size / 1e9 / seconds if seconds else 0.0,
-            (time.monotonic() - outgoing.began) * 1e3,
         )
 
     def _give_up(self, outgoing: Outgoing, reason: str) -> None:

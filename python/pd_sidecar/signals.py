@@ -22,6 +22,12 @@ class Signals:
         self._waiting[event] = set(reqs)
         return event
 
+    def take_all(self, reqs: set[str], count: int) -> list[int]:
+        """So many at once, or none."""
+        if len(self._free) < count:
+            return []
+        return [event for _ in range(count) if (event := self.take(reqs)) is not None]
+
     def ended(self, req: str) -> None:
         """The sidecar has said its last word on a request."""
         for event, reqs in list(self._waiting.items()):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 BINARY_VARIABLE = "PD_SIDECAR_BINARY"
 
@@ -55,9 +55,18 @@ def find_binary() -> str:
 class Child:
     """A running sidecar, watched until `stop`."""
 
-    def __init__(self, command: Sequence[str], logger: logging.Logger) -> None:
-        """Starts it. Raises `OSError` if it cannot be started at all."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        logger: logging.Logger,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """Starts it, with `variables` beside those of this process.
+
+        Raises `OSError` if it cannot be started at all.
+        """
         self._command = list(command)
+        self._environ = {**os.environ, **(variables or {})}
         self._logger = logger
         self._stopping = threading.Event()
         self._process = self._start()
@@ -83,7 +92,9 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         # In the engine's own session: whoever ends the engine's group ends this, too.
-        process = subprocess.Popen(self._command, preexec_fn=lambda: _end_with(parent))
+        process = subprocess.Popen(
+            self._command, env=self._environ, preexec_fn=lambda: _end_with(parent)
+        )
         self._logger.info("sidecar started as process %d: %s", process.pid, self._command)
         return process
 

@@ -95,6 +95,13 @@ class Computing(_Message):
     upto: int
 
 
+class LayersStaged(msgspec.Struct, frozen=True):
+    """The layers before `below`, from the range before on, are complete once `event` has fired."""
+
+    below: int
+    event: int
+
+
 class Staged(_Message, omit_defaults=True):
     """Prefill: these chunks stand in their granted slots, complete once `event` has fired."""
 
@@ -102,6 +109,8 @@ class Staged(_Message, omit_defaults=True):
     chunks: list[int]
     gather_us: int = 0
     event: int | None = None
+    layers: list[LayersStaged] = []
+    """The same by ranges of layers; the last one is the whole."""
 
 
 class Cancel(_Message):

@@ -72,6 +72,26 @@ def test_it_does_what_the_hosts_copier_does(fused, case, dtype):
     assert torch.equal(bits(after[:, :, have:]), bits(side.read(tokens)[:, :, have:]))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_ranges_of_layers_are_the_whole_and_nothing_before_its_range(fused, case):
+    mapped, whole = buffers()
+    _, parted = buffers()
+    side = Side(case, 16, mapped, torch.bfloat16)
+    parts = pieces(side, CHUNK + 17, 0, 0, [5, 2])
+    move(fused, side, parts, whole, gather=True)
+    mover, plan = fused.Mover(side.pages, side.slot_bytes), fused.Plan(side.pages, parts)
+    planes, at = side.pages.first.planes, 5 * side.slot_bytes
+
+    def slot(buffer):
+        return buffer[at : at + side.slot_bytes].view(planes, LAYERS, -1)
+
+    for below in range(1, LAYERS + 1):
+        mover.move(plan, parted, gather=True, layers=(below - 1, below))
+        assert torch.equal(slot(parted)[:, :below], slot(whole)[:, :below])
+        assert not slot(parted)[:, below:].any()
+    assert torch.equal(parted, whole)
+
+
 def test_several_requests_in_one_launch_and_blocks_of_several_of_the_tensor(fused):
     mapped, device = buffers()
     side = Side("0.24 NHD", 64, mapped, torch.float32, kernel_tokens=16)

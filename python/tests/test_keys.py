@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 import subprocess
@@ -71,3 +72,18 @@ def test_a_prefix_has_the_same_hashes():
 
 def test_keys():
     assert keys("m", 2, 1, ["1f", "-2"], "half") == ["m@2@1@1f@half", "m@2@1@-2@half"]
+
+
+@pytest.mark.parametrize("chunk", [1, 23, 24, 255, 256, 300])
+def test_tokens_are_encoded_as_cbor_does_it(chunk):
+    dumps = pytest.importorskip("cbor2").dumps
+    tokens = [0, 23, 24, 255, 256, 65535, 65536, 2**32 - 1, *range(0, 200_000, 331)]
+    for some in (tokens, tokens[:chunk], tokens[1::2], [], [2**32, 5], [-1, 5]):
+        hasher = ChunkHasher("sha256_cbor", chunk, {})
+        previous, expect = hasher._origin, []
+        for start in range(0, len(some), chunk):
+            value = (previous, tuple(some[start : start + chunk]), ())
+            digest = hashlib.sha256(dumps(value, canonical=True)).digest()
+            previous = int.from_bytes(digest[:8], "big")
+            expect.append(f"{previous:x}")
+        assert hasher.chain(some) == expect

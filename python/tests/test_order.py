@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import test_worker
@@ -29,10 +30,11 @@ class Slow:
 
     def __init__(self):
         self.name = None
-        self.events = [b"0" * 64, b"1" * 64]
+        self.events = [bytes([48 + number]) * 64 for number in range(2)]
         self.is_asynchronous = True
         self.moves = []
         self.held = []
+        self.ranges = []
         self.marks = 0
 
     def enter(self):
@@ -53,6 +55,11 @@ class Slow:
             def gather(self, pieces, after, signal=None):
                 host.gather(pieces)
                 return device.moved("gather", after)
+
+            def gather_ranges(self, pieces, ranges):
+                host.gather(pieces)
+                device.ranges.append([(part.below, part.after) for part in ranges])
+                return device.moved("gather", [part.after for part in ranges])
 
             def scatter(self, pieces, after):
                 host.scatter(pieces)
@@ -122,6 +129,31 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
     begin(rig, "d", "r4")
     rig.sender.say(wire.Granted("r4", 0, [0], [4]))
     assert rig.sender.next(wire.Staged).event == events[0]
+
+
+def test_layers_are_announced_with_an_event_each_if_there_are_enough(rig, device):
+    rig.worker._cuts = {"first": 1}
+    rig.worker._sender._rank = replace(rig.worker._sender._rank, layers_from_bytes=1)
+    start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
+    steps = [PushStep("a", TABLE, True, TOKENS)]
+    rig.step(push_starts=[start], push_steps=steps, layers=["first", "second"])
+    rig.sender.next(wire.Reserve)
+    rig.sender.say(wire.Granted("r", 0, [0], [1]))
+    staged = rig.sender.next(wire.Staged)
+    layers = rig.worker._sender._rank.layers
+    assert [part.below for part in staged.layers] == [1, layers]
+    assert sorted(part.event for part in staged.layers) == [0, 1]
+    assert staged.layers[-1].event == staged.event
+    assert device.ranges == [[(1, 1), (layers, 2)]], "each behind its own layers"
+    # Both events are named: the rest is gathered as a whole, and told of when it is over.
+    rig.sender.say(wire.Granted("r", 0, [1], [2]))
+    rig.until(lambda: len(device.moves) == 2)
+    assert rig.sender.nothing()
+    assert len(device.ranges) == 1
+    for move in device.moves:
+        move.over = True
+    rig.until(lambda: not rig.sender.nothing())
+    assert rig.sender.next(wire.Staged) == wire.Staged("r", [1], 1000)
 
 
 @pytest.mark.parametrize("how", ["preempted", "cancelled"])

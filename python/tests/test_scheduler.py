@@ -323,6 +323,12 @@ def test_requests_that_are_not_served(rig, more, reason, params):
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": 3}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": ""}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "x" * 1000}}, "bad_params"),
+        # Texts of which a sidecar takes none: it ended the engine's connection over them.
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\n"}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\x85"}}, "bad_params"),
+        ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\ud800"}}, "bad_params"),
+        (push_params(receiver_host="d\0"), "bad_params"),
+        (push_params(receiver_host="d" * 5000), "bad_params"),
         ({**push_params(), "do_remote_prefill": True}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "r", "tokens": -1}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "r", "tokens": "3"}}, "bad_params"),

@@ -52,10 +52,12 @@ class Rig:
     def wait_connected(self):
         self.until(lambda: all(link.client.connected for link in self.worker._links))
 
-    def step(self, *, forward=True, **more):
+    def step(self, *, forward=True, layers=(), **more):
         """One step of the engine, with or without tokens."""
         metadata = StepMetadata(idle=not forward, **more)
         self.worker.begin(metadata)
+        for name in layers:
+            self.worker.layer_computed(name)
         if forward:
             self.worker.computed()
         return self.worker.finish()

@@ -100,6 +100,7 @@ impl Pair {
                             chunks: granted.chunks,
                             gather_us: 0,
                             event: None,
+                            layers: Vec::new(),
                         }))?;
                     }
                 }

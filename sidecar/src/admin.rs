@@ -3,6 +3,7 @@
 //! It is for people and machines of the operator, on a loopback port unless configured otherwise.
 //! Even so everything is bounded: connections, heads, bodies, and the time each may take.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -25,7 +26,6 @@ use protocol::Epoch;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -111,16 +111,45 @@ impl Admin {
 
     /// Serves until `stop`, then lets answers that are being written finish for a moment.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
-        loop {
-            let (stream, place) = tokio::select! {
-                biased;
-                () = stop.cancelled() => break,
-                accepted = accept(&self.listener, &places) => accepted,
-                Some(_) = connections.join_next() => continue,
+        let mut open: VecDeque<(u64, CancellationToken)> = VecDeque::new();
+        let mut evicted: u64 = 0;
+        for number in 0.. {
+            let stream = loop {
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => break None,
+                    Some(ended) = connections.join_next() => {
+                        if let Ok(ended) = ended {
+                            open.retain(|(number, _)| *number != ended);
+                        }
+                    }
+                    stream = accept(&self.listener) => break Some(stream),
+                }
             };
-            connections.spawn(serve(stream, self.router.clone(), stop.clone(), place));
+            let Some(stream) = stream else {
+                break;
+            };
+            if open.len() >= MAX_CONNECTIONS
+                && let Some((_, oldest)) = open.pop_front()
+            {
+                oldest.cancel();
+                evicted += 1;
+                if evicted.is_power_of_two() {
+                    warn!(
+                        limit = MAX_CONNECTIONS,
+                        total = evicted,
+                        "too many admin connections: the oldest is ended"
+                    );
+                }
+            }
+            let evict = CancellationToken::new();
+            open.push_back((number, evict.clone()));
+            let serving = serve(stream, self.router.clone(), stop.clone(), evict);
+            connections.spawn(async move {
+                serving.await;
+                number
+            });
         }
         drop(self.listener);
         let closed = async { while connections.join_next().await.is_some() {} };
@@ -234,18 +263,11 @@ async fn bounded(request: Request, next: Next) -> Response {
     }
 }
 
-/// The next connection, once there is a place for it.
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> (TcpStream, OwnedSemaphorePermit) {
-    let place = Arc::clone(places)
-        .acquire_owned()
-        .await
-        .expect("nobody closes the semaphore");
+/// The next connection.
+async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, place),
+            Ok((stream, _)) => return stream,
             Err(error) => {
                 // Out of file descriptors, mostly: some come back as others end.
                 warn!(%error, "cannot accept an admin connection");
@@ -259,7 +281,7 @@ async fn serve(
     stream: TcpStream,
     router: Router,
     stop: CancellationToken,
-    place: OwnedSemaphorePermit,
+    evict: CancellationToken,
 ) {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let router = router.clone();
@@ -285,12 +307,13 @@ async fn serve(
             // Only an answer that is being written is waited for, by `Admin::run`.
             connection.as_mut().await.ok();
         }
+        () = evict.cancelled() => {}
         () = tokio::time::sleep(CONNECTION_LIFETIME) => {}
     }
-    drop(place);
 }
 
-/// Scrapers, a proxy and some people; a flood of more waits in the kernel's backlog.
+/// Scrapers, a proxy and some people. Beyond it the oldest is ended: silent ones must not keep the
+/// proxy's call-back out, on which readiness depends.
 const MAX_CONNECTIONS: usize = 64;
 /// A call-back has 100 bytes.
 const MAX_BODY_BYTES: usize = 16 << 10;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -9,17 +10,18 @@ use tracing::{error, info, warn};
 use crate::admin::Admin;
 use crate::cli::Exit;
 use crate::config::Config;
+use crate::lookout::Lookout;
 use crate::metrics::Metrics;
 use crate::node::{Ended, Node};
 use crate::registration::{ProxyVoice, Registration};
 use crate::shown::Showcase;
 use crate::status::Status;
-use crate::zmq::Push;
 
 /// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
 /// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
 /// its own).
 pub(crate) fn run(config: Config) -> Exit {
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -42,12 +44,14 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let metrics = Arc::new(Metrics::new(&status));
     let admin = Admin::bind(&config.admin, Arc::clone(&status), Arc::clone(&metrics)).await?;
     let (leave, gone) = (CancellationToken::new(), CancellationToken::new());
+    let mut searching = None;
     let (proxy, registration) = match &config.proxy {
         None => (None, None),
         Some(proxy) => {
-            let push = Push::connect(&proxy.address.host, proxy.address.port).await?;
+            let (outlet, search) = Lookout::of(&proxy.address).await?;
+            searching = search;
             let (voice, task) = Registration::new(
-                push,
+                outlet,
                 Arc::clone(&config),
                 admin.port(),
                 Arc::clone(&status),
@@ -70,6 +74,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     );
     let mut services = tokio::task::JoinSet::new();
     services.spawn(admin.run(gone.clone()));
+    if let Some(search) = searching {
+        services.spawn(search.run(gone.clone()));
+    }
     if let Some(registration) = registration {
         services.spawn(registration.run(leave.clone(), gone.clone()));
     }
@@ -105,6 +112,24 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         Ended::Busy => Exit::Temporary,
         Ended::Broken => Exit::Internal,
     })
+}
+
+/// Raises the limit on open files as far as this user may.
+///
+/// The usual 1024 are fewer than the connections of one port: strangers on the alloc port would keep the
+/// engine, the proxy and the scrapers out.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        warn!(%error, "the limit on open files stays as it is");
+    }
 }
 
 /// The signals that end a sidecar.

@@ -8,6 +8,7 @@ use protocol::{EngineId, Epoch, Layout, Reason, VERSION};
 use serde_bytes::ByteBuf;
 use tracing::{info, warn};
 
+use crate::config::Config;
 use crate::cuda::{self, Event};
 use crate::local::Connection;
 use crate::memory::Buffer;
@@ -20,6 +21,8 @@ pub(crate) struct Engines {
     id: String,
     /// As configured; absent if the engine decides.
     chunk_tokens: Option<u32>,
+    /// Tokens for which the buffer has to have room at once.
+    max_prefill_tokens: u32,
     connections: BTreeMap<EngineId, Greeted>,
     cut: Option<Cut>,
 }
@@ -52,11 +55,12 @@ const MIN_SLOTS: u32 = 2;
 const MAX_EVENTS: usize = 1024;
 
 impl Engines {
-    pub(crate) fn new(id: String, buffer: Arc<Buffer>, chunk_tokens: Option<u32>) -> Self {
+    pub(crate) fn new(id: String, buffer: Arc<Buffer>, config: &Config) -> Self {
         Self {
             buffer,
             id,
-            chunk_tokens,
+            chunk_tokens: config.chunk_tokens,
+            max_prefill_tokens: config.max_prefill_tokens,
             connections: BTreeMap::new(),
             cut: None,
         }
@@ -74,12 +78,15 @@ impl Engines {
 
     /// Answers a hello. Returns the cut if it is a new one: every slot is then free and the epoch new.
     /// `busy`: slots are still held or quarantined, so the buffer cannot be cut anew.
+    ///
+    /// # Errors
+    /// Why the engine was refused.
     pub(crate) fn hello(
         &mut self,
         connection: Connection,
         hello: &EngineHello,
         busy: bool,
-    ) -> Option<Cut> {
+    ) -> Result<Option<Cut>, Reason> {
         let admitted = self
             .admit(hello, busy)
             .and_then(|admitted| Ok((admitted, self.events(hello)?)));
@@ -92,8 +99,9 @@ impl Engines {
                     "engine refused: {}",
                     refused.text
                 );
+                let reason = refused.reason;
                 connection.refuse(ToEngine::Refused(refused));
-                return None;
+                return Err(reason);
             }
         };
         info!(
@@ -125,7 +133,7 @@ impl Engines {
         let id = connection.id();
         self.connections.insert(id, Greeted { connection, events });
         self.cut = Some(cut.clone());
-        fresh.then_some(cut)
+        Ok(fresh.then_some(cut))
     }
 
     /// Sends to an engine, if it is still there.
@@ -246,6 +254,16 @@ impl Engines {
                  {MIN_SLOTS} are needed: set it to {} or more",
                 self.buffer.bytes(),
                 slot_bytes * u64::from(MIN_SLOTS)
+            ));
+        }
+        let room = slots * u64::from(layout.chunk_tokens);
+        if room < u64::from(self.max_prefill_tokens) {
+            return refuse(format!(
+                "pd_buffer_size of {} bytes holds {room} tokens and pd_max_prefill_len asks for {}: \
+                 set the buffer to {} bytes or more",
+                self.buffer.bytes(),
+                self.max_prefill_tokens,
+                slot_bytes * u64::from(self.max_prefill_tokens.div_ceil(layout.chunk_tokens))
             ));
         }
         Ok(Cut {

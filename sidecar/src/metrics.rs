@@ -32,6 +32,7 @@ pub(crate) struct Metrics {
     windowed: Family<OfRank, Counter>,
     phases: Family<InPhase, Histogram, fn() -> Histogram>,
     malformed: Family<AtPort, Counter>,
+    engines_refused: Family<RefusedEngine, Counter>,
     proxy_messages: Family<ToProxy, Counter>,
     proxy_acknowledgements: Counter,
 }
@@ -78,6 +79,12 @@ struct AtPort {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusedEngine {
+    side: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ToProxy {
     kind: &'static str,
     fate: &'static str,
@@ -97,6 +104,7 @@ impl Metrics {
             windowed: Family::default(),
             phases: Family::new_with_constructor(phases),
             malformed: Family::default(),
+            engines_refused: Family::default(),
             proxy_messages: Family::default(),
             proxy_acknowledgements: Counter::default(),
         };
@@ -151,6 +159,11 @@ impl Metrics {
             self.malformed.clone(),
         );
         r.register(
+            "engines_refused",
+            "Engines that said hello and were refused, by reason",
+            self.engines_refused.clone(),
+        );
+        r.register(
             "proxy_messages",
             "Messages to the proxy, by kind and what became of them",
             self.proxy_messages.clone(),
@@ -183,6 +196,14 @@ impl Metrics {
                 };
                 drop(self.bytes.get_or_create(&on_wire));
                 drop(self.chunks.get_or_create(&on_wire));
+            }
+        }
+        for side in [Side::Sender, Side::Receiver].map(Side::as_str) {
+            for reason in [Reason::BadRequest, Reason::LayoutMismatch].map(Reason::as_str) {
+                drop(
+                    self.engines_refused
+                        .get_or_create(&RefusedEngine { side, reason }),
+                );
             }
         }
         for port in PORTS {
@@ -247,6 +268,15 @@ impl Metrics {
         self.malformed.get_or_create(&AtPort { port }).inc();
     }
 
+    /// Counts an engine that was refused.
+    pub(crate) fn engine_refused(&self, side: Side, reason: Reason) {
+        let labels = RefusedEngine {
+            side: side.as_str(),
+            reason: reason.as_str(),
+        };
+        self.engines_refused.get_or_create(&labels).inc();
+    }
+
     /// Counts a message to the proxy.
     pub(crate) fn told_proxy(&self, kind: &'static str, fate: Fate) {
         let fate = match fate {
@@ -286,8 +316,8 @@ fn seconds(us: u64) -> f64 {
 
 /// The `reason` of a request that ended well.
 const OK: &str = "ok";
-const WIRES: [&str; 2] = ["nixl", "tcp"];
-const PORTS: [&str; 6] = ["init", "alloc", "query", "local", "tcp", "admin"];
+const WIRES: [&str; 3] = ["cuda_ipc", "nixl", "tcp"];
+const PORTS: [&str; 5] = ["init", "alloc", "query", "local", "admin"];
 
 #[cfg(test)]
 mod tests;

@@ -301,6 +301,7 @@ async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: 
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;
+                    shown.engine_refused(side, reason);
                     connection.refuse(ToEngine::Refused(Refused { reason, text }));
                     continue;
                 };

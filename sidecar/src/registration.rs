@@ -35,16 +35,6 @@ pub(crate) trait Outlet: Send + 'static {
 #[error("the proxy does not take messages")]
 pub(crate) struct Refused;
 
-impl Outlet for crate::zmq::Push {
-    fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused> {
-        Self::send(self, payload).map_err(|_| Refused)
-    }
-
-    fn close(self) -> BoxFuture<'static, ()> {
-        Box::pin(Self::close(self))
-    }
-}
-
 /// What the sides speak through.
 #[derive(Clone, Debug)]
 pub(crate) struct ProxyVoice {

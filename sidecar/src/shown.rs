@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use protocol::Reason;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
 
@@ -42,6 +43,10 @@ impl Shown for Showcase {
 
     fn malformed(&self, port: &'static str) {
         self.metrics.malformed(port);
+    }
+
+    fn engine_refused(&self, side: Side, reason: Reason) {
+        self.metrics.engine_refused(side, reason);
     }
 
     fn tell_proxy(&self, message: &ToProxy) {

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use protocol::Time;
 use protocol::local::Target;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
+use protocol::{Reason, Time};
 use tracing::{info, warn};
 
 use crate::config::Config;
@@ -56,6 +56,8 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// A frame that was no message came to this port.
     fn malformed(&self, port: &'static str);
+    /// An engine that said hello to this side was refused.
+    fn engine_refused(&self, side: Side, reason: Reason);
     /// Tells the proxy, if there is one.
     fn tell_proxy(&self, message: &ToProxy);
 }
@@ -160,6 +162,20 @@ impl SideContext {
                 "request ended early"
             );
         } else {
+            // What people of LMCache look for: tokens, milliseconds, GB/s.
+            let (verb, us) = match side {
+                Side::Sender => ("Stored", record.push_us),
+                Side::Receiver => ("Received", record.ready_us),
+            };
+            let moved = record.tokens - record.have_tokens.min(record.tokens);
+            let done = format!(
+                "request done: {verb} {moved} out of total {} tokens, cost {:.3} ms, throughput: {:.3} GB/s, \
+                 {} chunks",
+                record.tokens,
+                us as f64 / 1e3,
+                record.bytes as f64 / us.max(1) as f64 / 1e3,
+                record.chunks,
+            );
             info!(
                 side = side.as_str(), req = %record.req, peer = record.peer,
                 tokens = record.tokens, have_tokens = record.have_tokens,
@@ -167,7 +183,7 @@ impl SideContext {
                 alloc_us = record.alloc_us, gather_us = record.gather_us,
                 push_us = record.push_us, push_mb_s = rate(record.push_us),
                 ready_us = record.ready_us, scatter_us = record.scatter_us,
-                "request done"
+                "{done}"
             );
         }
         self.shown.record(side, self.rank, record);

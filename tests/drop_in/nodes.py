@@ -16,7 +16,7 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import ROOT, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
-from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Ready, Target
+from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 
 from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
 
@@ -91,12 +91,22 @@ class Notices:
 class LmcachePeer(Part):
     """Real LMCache in a process of its own; see `peer.py`."""
 
-    def __init__(self, role: str, mode: str, config: dict[str, object], slots: int = SLOTS) -> None:
+    def __init__(
+        self,
+        role: str,
+        mode: str,
+        config: dict[str, object],
+        slots: int = SLOTS,
+        layout: Layout = LAYOUT,
+        file: Path | None = None,
+    ) -> None:
         self.name = f"lmcache-{mode}-{role}"
         self._options = {
             "role": role, "mode": mode, "config": config, "slots": slots,
-            "model": LAYOUT.model, "layers": LAYOUT.layers, "kv_heads": LAYOUT.kv_heads, "head_size": LAYOUT.head_size,
+            "model": layout.model, "layers": layout.layers, "kv_heads": layout.kv_heads, "head_size": layout.head_size,
         }  # fmt: skip
+        if file is not None:
+            self._options["file"] = str(file)
         self.start()
 
     def start(self) -> None:
@@ -143,10 +153,10 @@ class LmcachePeer(Part):
 class LmcacheSender(LmcachePeer):
     """LMCache's prefill side."""
 
-    def __init__(self, mode: str, proxy_port: int | None = None) -> None:
+    def __init__(self, mode: str, proxy_port: int | None = None, layout: Layout = LAYOUT) -> None:
         self.notices = Notices()
-        port = proxy_port or self.notices.port
-        super().__init__("sender", mode, {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": port})
+        proxy: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": proxy_port or self.notices.port}
+        super().__init__("sender", mode, proxy, layout=layout)
 
     def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
         answer = self.do(
@@ -159,10 +169,10 @@ class LmcacheSender(LmcachePeer):
 class LmcacheReceiver(LmcachePeer):
     """LMCache's decode side."""
 
-    def __init__(self, mode: str, slots: int = SLOTS) -> None:
+    def __init__(self, mode: str, slots: int = SLOTS, layout: Layout = LAYOUT) -> None:
         self.target = Target("127.0.0.1", free_port(), free_port())
         ports = {"pd_peer_init_port": [self.target.init_port], "pd_peer_alloc_port": [self.target.alloc_port]}
-        super().__init__("receiver", mode, {"pd_peer_host": "127.0.0.1", **ports}, slots)
+        super().__init__("receiver", mode, {"pd_peer_host": "127.0.0.1", **ports}, slots, layout)
 
     def get(self, req: str, prompt: Prompt) -> list[str | None]:
         sums: list[str | None] = self.do("get", keys=prompt.keys, tokens=prompt.tokens)["sums"]

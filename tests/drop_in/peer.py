@@ -6,7 +6,10 @@ It takes one connection on the loopback port that it is given; one JSON command 
 
     {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
     {"do": "get", "keys": [...], "tokens": ...}
+    {"do": "keys", "tokens": [...], "algorithm": ...}
     {"do": "cancel", "req": ...}      {"do": "query", "to": {...}, "keys": [...]}      {"do": "held"}
+
+With "folder", `put` takes the chunks' bytes from files there, and `get` leaves them in such.
 
 Runs in the environment that `scripts/venv-lmcache.sh` makes, so it imports nothing of the tests.
 """
@@ -22,6 +25,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CHUNK_TOKENS = 256
@@ -67,7 +71,12 @@ class Peer:
             "chunk_size": CHUNK_TOKENS,
             **options.get("config", {}),
         }
-        config = LMCacheEngineConfig.from_defaults(**names)
+        if "file" in options:
+            # As LMCache's vLLM adapter does: the file, then the variables.
+            config = LMCacheEngineConfig.from_file(options["file"])
+            config.update_config_from_env()
+        else:
+            config = LMCacheEngineConfig.from_defaults(**names)
         config.validate()
         metadata = LMCacheMetadata(
             model_name=options["model"],
@@ -82,12 +91,24 @@ class Peer:
             from lmcache.v1.storage_backend.pd_backend import PDBackend as Backend
         else:
             from lmcache.v1.storage_backend.pd_backend_async import PDBackendAsync as Backend
+        self.metadata = metadata
         self.backend: Any = Backend(config, metadata)
 
     def key(self, text: str) -> Any:
         from lmcache.utils import CacheEngineKey
 
         return CacheEngineKey.from_string(text)
+
+    def keys(self, command: dict[str, Any]) -> dict[str, Any]:
+        """What LMCache's own token database calls the chunks of a prompt."""
+        from lmcache.v1.config import LMCacheEngineConfig
+        from lmcache.v1.token_database import ChunkedTokenDatabase
+
+        config = LMCacheEngineConfig.from_defaults(
+            chunk_size=CHUNK_TOKENS, pre_caching_hash_algorithm=command["algorithm"], save_unfull_chunk=True
+        )
+        database = ChunkedTokenDatabase(config, self.metadata)
+        return {"keys": [key.to_string() for _, _, key in database.process_tokens(tokens=command["tokens"])]}
 
     def put(self, command: dict[str, Any]) -> dict[str, Any]:
         """Fills chunks and hands them to the backend, in batches as chunked prefill does."""
@@ -101,7 +122,7 @@ class Peer:
         for at in range(0, len(keys), step):
             spec = Spec(**vars(spec))
             spec.is_last_prefill = at + step >= len(keys) and command.get("last", True)
-            objects = [self._filled(command["seed"], i, tokens) for i in range(at, min(at + step, len(keys)))]
+            objects = [self._filled(command, i, tokens) for i in range(at, min(at + step, len(keys)))]
             batch = [self.key(k) for k in keys[at : at + step]]
             futures = self.backend.batched_submit_put_task(batch, objects, spec, lambda _: written.release())
             for future in futures or []:
@@ -117,7 +138,7 @@ class Peer:
             count += 1
         return {"written": count, "errors": errors}
 
-    def _filled(self, seed: int, index: int, tokens: int) -> Any:
+    def _filled(self, command: dict[str, Any], index: int, tokens: int) -> Any:
         from lmcache.v1.memory_management import MemoryFormat
 
         count = min(CHUNK_TOKENS, tokens - index * CHUNK_TOKENS)
@@ -125,7 +146,10 @@ class Peer:
         found = self.backend.allocate(shape, self.torch.float32, MemoryFormat.KV_2LTD)
         if found is None:
             raise RuntimeError("the send buffer is full")
-        data = bytearray(random.Random(f"{seed}-{index}").randbytes(shape.numel() * 4))
+        if "folder" in command:
+            data = bytearray(Path(command["folder"], str(index)).read_bytes())
+        else:
+            data = bytearray(random.Random(f"{command['seed']}-{index}").randbytes(shape.numel() * 4))
         found.tensor.view(-1).view(self.torch.uint8).copy_(self.torch.frombuffer(data, dtype=self.torch.uint8))
         return found
 
@@ -140,7 +164,10 @@ class Peer:
             found = self.backend.get_blocking(key)
             count = min(CHUNK_TOKENS, command["tokens"] - index * CHUNK_TOKENS)
             assert found.tensor.shape[2] == count, (found.tensor.shape, count)
-            sums.append(hashlib.sha1(found.tensor.contiguous().view(-1).view(self.torch.uint8).numpy()).hexdigest())
+            data = found.tensor.contiguous().view(-1).view(self.torch.uint8).numpy()
+            sums.append(hashlib.sha1(data).hexdigest())
+            if "folder" in command:
+                Path(command["folder"], str(index)).write_bytes(data.tobytes())
             if not command.get("keep"):
                 self._remove(key, found)
         return {"sums": sums}

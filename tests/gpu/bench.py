@@ -224,6 +224,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
         utilization=options.utilization,
         engine_flags=tuple(shlex.split(options.engine_flags)),
         transport=options.transport,
+        push=options.push,
         sidecar_keys=json.loads(options.sidecar_keys),
     )
 
@@ -251,6 +252,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load-tokens", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--push", default="step", help="auto, layers or step: see the connector's options")
     parser.add_argument("--engine-flags", default="", help="more flags for every engine")
     parser.add_argument("--sidecar-keys", default="{}", help="JSON: keys below `sidecar:`")
     parser.add_argument("--cpu", action="store_true", help="without GPUs and with a small model, to try the way")

@@ -65,6 +65,7 @@ class Setting:
     side_flags: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     side_env: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = ((), ())
     transport: str = "auto"
+    push: str = "step"
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
     @property

@@ -147,6 +147,7 @@ class Ours:
             "kv_connector_extra_config": {
                 f"{sidecar.options.role}_socket": str(sidecar.socket),
                 "chunk_size": CHUNK_TOKENS,
+                "push": self.setting.push,
             },
         }
         engine = self.setting.engine(f"ours {name}", side, transfer, {"PYTHONPATH": with_path(ROOT / "python")})

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
 
 from pd_sidecar.cuda import OpenedMemory
+from pd_sidecar.devices import Range
 from pd_sidecar.fused import Mover
 from pd_sidecar.gpu import Gpu, GpuCopier
 from pd_sidecar.kernels import HostCopier, Piece
@@ -115,6 +116,30 @@ def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks
     chunk = rig.slots[3 * rig.slot_bytes : 4 * rig.slot_bytes].view(torch.bfloat16)
     assert fence.done()
     assert torch.all(chunk == 1)
+    assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
+
+
+def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
+    rig = Rig("NHD", 16, torch.bfloat16)
+    table = torch.arange(16)
+    tensors = list(rig.tensors.values())
+    torch.cuda.synchronize()
+    marks = []
+    for number, tensor in enumerate(tensors):
+        if number == 2:
+            torch.cuda._sleep(400_000_000)
+        tensor.fill_(number + 1)
+        marks.append(rig.gpu.mark())
+    ranges = [Range(2, marks[1], 0), Range(3, marks[2], 1)]
+    fence = rig.copier.gather_ranges(spans(CHUNK, table, [3]), ranges)
+    rig.gpu._signals[0].synchronize()
+    assert not rig.gpu._signals[1].query(), "the first layers waited for the last"
+    assert not fence.done()
+    torch.cuda.synchronize()
+    chunk = rig.slots[3 * rig.slot_bytes : 4 * rig.slot_bytes].view(torch.bfloat16).view(2, 3, -1)
+    for number in range(3):
+        assert torch.all(chunk[:, number] == number + 1)
+    assert fence.done()
     assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
 
 

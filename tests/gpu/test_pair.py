@@ -39,6 +39,7 @@ def stacks() -> Iterator[tuple[Ours, Plain]]:
         utilization=0.1,
         side_flags=(("--max-num-batched-tokens", "1024"), ("--block-size", "64")),
         side_env=((), (("VLLM_KV_CACHE_LAYOUT", "HND"),)),
+        push="layers",
         sidecar_keys={"park_ms": 1000, "checksum": True},
     )
     ours, plain = Ours(setting), Plain(setting)

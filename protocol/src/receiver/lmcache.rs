@@ -255,7 +255,10 @@ impl Receiver {
             self.ended.insert(req, Some(reason));
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
-        let tokens = chunks.saturating_sub(1) * self.config.chunk_tokens + asked.last_chunk_toks;
+        // Both are the peer's word, and may be absurd: the question may be declined for that.
+        let full = chunks.saturating_sub(1);
+        let tokens = full.saturating_mul(self.config.chunk_tokens);
+        let tokens = tokens.saturating_add(asked.last_chunk_toks);
         let req = asked
             .request()
             .unwrap_or_else(|| RequestId::from(NO_REQUEST));

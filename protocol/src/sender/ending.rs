@@ -71,7 +71,9 @@ impl Sender {
         self.actions.push_back(Action::Record(record));
     }
 
-    /// Tells the receiver that a closing lease is over, once no write is under way.
+    /// Tells the receiver that a closing lease is over, once no write is under way. If the link is gone
+    /// it is made anew for that: without our word the receiver quarantines the lease's slots, and asks
+    /// only with the next request.
     pub(super) fn close(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -95,7 +97,18 @@ impl Sender {
             tries: 0,
         });
         told.sent = now;
-        told.tries += 1;
+        match self.links.get(&request.to) {
+            // Bounded by `link`.
+            Some(Link::Making(_)) => return,
+            Some(Link::Up { .. } | Link::Lmcache(_)) => told.tries += 1,
+            None => {
+                told.tries += 1;
+                let to = request.to.clone();
+                self.links.insert(to.clone(), Link::Making(now));
+                self.actions.push_back(Action::Link { to });
+                return;
+            }
+        }
         let cancel = CancelNotif {
             req_id: id.0.clone(),
             keys: request.keys.clone(),

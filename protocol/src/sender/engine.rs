@@ -181,7 +181,7 @@ impl Sender {
             self.ask_lmcache(&to);
             return;
         }
-        self.post(&message.req, after);
+        self.post(&message.req, after, message.layers.clone());
     }
 
     pub(super) fn on_engine_cancel(&mut self, engine: EngineId, id: &RequestId) {

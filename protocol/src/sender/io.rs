@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::local::{Computing, Ended, Granted, OfRequest, Reserve, Staged, Target};
+use crate::local::{Computing, Ended, Granted, LayersStaged, OfRequest, Reserve, Staged, Target};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
@@ -133,6 +133,10 @@ pub enum Action {
         /// Nothing may be read before this.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<After>,
+        /// What may be read earlier: see [`Staged::layers`](crate::local::Staged::layers). The whole is
+        /// done when all of it is.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        layers: Vec<LayersStaged>,
     },
     /// Tell the engine which slots it may fill.
     Granted(EngineId, Granted),
@@ -166,15 +170,23 @@ pub struct After {
     pub event: u32,
 }
 
-/// One chunk of a write.
+/// One chunk of a write, or a part of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Slot of the send buffer.
     pub from: SlotIndex,
     /// Slot of the landing buffer.
     pub to: SlotIndex,
-    /// Bytes from the start of either.
+    /// Where it begins, in both slots: 0 in what the machine asks for.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub offset: u64,
+    /// Bytes from there on.
     pub bytes: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(offset: &u64) -> bool {
+    *offset == 0
 }
 
 /// What the buffer holds now.

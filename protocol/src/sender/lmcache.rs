@@ -246,6 +246,7 @@ impl Sender {
             pieces.push(Piece {
                 from,
                 to,
+                offset: 0,
                 bytes: u64::from(end - begin) * token_bytes,
             });
         }
@@ -273,6 +274,8 @@ impl Sender {
                 after,
                 lease: NO_LEASE,
                 pieces,
+                // A slot there is shown as soon as it has a key: what waits is the whole.
+                layers: Vec::new(),
             });
         }
     }

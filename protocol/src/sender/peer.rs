@@ -187,7 +187,9 @@ impl Sender {
     pub(super) fn bury(&mut self, lease: LeaseId, dirty: Vec<u32>) {
         self.graves.push_back((lease, dirty));
         if self.graves.len() > GRAVES {
-            self.graves.pop_front();
+            // Forgetting a dirty one would make our next word on it a lie.
+            let clean = self.graves.iter().position(|(_, dirty)| dirty.is_empty());
+            self.graves.remove(clean.unwrap_or(0));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::request::{Chunk, Phase};
 use super::{Action, After, Piece, Sender};
-use crate::local::Granted;
+use crate::local::{Granted, LayersStaged};
 use crate::message::{Slots, ToReceiver, Written};
 use crate::{Reason, RequestId, Time, TransferId};
 
@@ -63,7 +63,7 @@ impl Sender {
     }
 
     /// Posts one write of everything that is staged, which is what one message has staged.
-    pub(super) fn post(&mut self, id: &RequestId, after: Option<After>) {
+    pub(super) fn post(&mut self, id: &RequestId, after: Option<After>, layers: Vec<LayersStaged>) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
             self.config.layout.token_bytes().unwrap_or(0),
@@ -84,6 +84,7 @@ impl Sender {
                 pieces.push(Piece {
                     from,
                     to,
+                    offset: 0,
                     bytes: u64::from(end - begin) * token_bytes,
                 });
             }
@@ -114,6 +115,7 @@ impl Sender {
             lease,
             pieces,
             after,
+            layers,
         });
     }
 

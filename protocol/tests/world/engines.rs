@@ -260,6 +260,7 @@ impl World {
             chunks: Vec::new(),
             gather_us: 10,
             event: None,
+            layers: Vec::new(),
         };
         for (&chunk, &slot) in &request.granted {
             let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);

@@ -228,6 +228,21 @@ async fn silent_clients_are_cut_off() {
     );
 }
 
+/// They kept the proxy's call-back out for as long as they came back.
+#[tokio::test]
+async fn silent_clients_keep_nobody_out() {
+    let f = Fixture::start().await;
+    let mut silent = Vec::new();
+    for _ in 0..2 * MAX_CONNECTIONS {
+        silent.push(f.connect().await);
+    }
+    let answered = tokio::time::timeout(HEAD_TIMEOUT / 2, f.get("/health")).await;
+    assert_eq!(answered.expect("it waited for the silent ones").0, 200);
+    let mut end = Vec::new();
+    silent[0].read_to_end(&mut end).await.ok();
+    assert!(end.is_empty(), "the oldest was ended");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_slow_body_is_cut_off() {
     let f = Fixture::start().await;

@@ -14,6 +14,7 @@ use self::proxy::{admin_host, proxy};
 use self::times::times;
 use super::keys::{Key, Lmcache, Sidecar};
 use super::layers::{Inputs, Layers, Source, Sourced};
+use super::mooncake::Mooncake;
 use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
 use crate::cuda::Which;
@@ -25,6 +26,7 @@ pub(crate) fn config(
     inputs: &Inputs,
     lmcache: &Lmcache,
     sidecar: &Sidecar,
+    mooncake: &Mooncake,
 ) -> Option<Config> {
     refuse_what_this_version_cannot(layers, lmcache);
     let role = need(layers, Lmcache::KEYS, "pd_role", &lmcache.pd_role, "");
@@ -40,7 +42,7 @@ pub(crate) fn config(
     };
     let ranks = ranks(layers, sidecar, listen.as_ref());
     let devices = devices(layers, lmcache, ranks);
-    let proxy = proxy(layers, lmcache, sidecar, role, &admin);
+    let proxy = proxy(layers, lmcache, sidecar, mooncake, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     exposed(layers, lmcache, sidecar, listen.as_ref());
     let id = id(layers, inputs, sidecar, role, &admin);
@@ -63,11 +65,13 @@ pub(crate) fn config(
         buffer_bytes: buffer_bytes?,
         devices: devices?,
         chunk_tokens: value(&lmcache.chunk_size).map(|c| c.0),
+        max_prefill_tokens: value(&lmcache.pd_max_prefill_len).map_or(0, |c| c.0),
         listen,
         socket,
         admin,
         admin_host,
         proxy,
+        ucx: mooncake.ucx.clone(),
         transport: value(&sidecar.transport)?,
         checksum: value(&sidecar.checksum)?,
         push: value(&sidecar.push)?,

@@ -153,6 +153,8 @@ keys! {
         transfer_channel: String = Default::Value("nixl");
         /// Backends of NIXL. Only UCX is supported.
         nixl_backends: Words = Default::Value("[UCX]");
+        /// If not 0: an engine for whose chunks the buffer has not room for so many tokens at once is refused.
+        pd_max_prefill_len: Count<0> = Default::Value("0");
         /// Tokens of a chunk. If given, an engine with another chunk size is refused.
         chunk_size: Count<1> = Default::None;
     }

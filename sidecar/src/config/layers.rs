@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::keys::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
+use super::lmcache::OTHER_VARIABLES;
 use super::nearest::nearest;
 use super::problem::{Problem, Row};
 use super::value::Value;
@@ -68,9 +69,9 @@ pub(crate) struct Sourced<T> {
 pub(crate) struct Layers {
     flags: Vec<(&'static str, String)>,
     env: Vec<(String, String)>,
-    path: PathBuf,
-    lmcache: Vec<Entry>,
-    sidecar: Vec<Entry>,
+    pub(super) path: PathBuf,
+    pub(super) lmcache: Vec<Entry>,
+    pub(super) sidecar: Vec<Entry>,
     /// Names of each section that some key answers to.
     known: BTreeSet<(bool, String)>,
     /// Every key with a value or a default, in order.
@@ -337,7 +338,8 @@ impl Layers {
             .collect();
         for (name, _) in &self.env {
             let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
-            if ours && !variables.contains(name) && name != FILE_VARIABLE {
+            let other = name == FILE_VARIABLE || OTHER_VARIABLES.contains(&name.as_str());
+            if ours && !other && !variables.contains(name) {
                 let near = nearest(name, variables.iter().map(String::as_str));
                 let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
                 self.warnings

@@ -108,19 +108,12 @@ pub(crate) const GROUPS: &[Group] = &[
         keys: &["pd_condition_poll_interval_sec"],
     },
     Group {
-        why: "a prompt longer than the buffer goes through it in a window",
-        keys: &["pd_max_prefill_len"],
-    },
-    Group {
-        why: "both of LMCache's PD backends are served, whichever a peer has",
-        keys: &["pd_backend_mode"],
-    },
-    Group {
         why: "the last, partial chunk always moves",
         keys: &["save_unfull_chunk"],
     },
     Group {
-        why: "the engine's connector computes keys; the sidecar echoes them",
+        why: "the engine's connector reads it, where LMCACHE_CONFIG_FILE names this file, and computes \
+              keys; the sidecar echoes them",
         keys: &["pre_caching_hash_algorithm"],
     },
     Group {
@@ -237,6 +230,17 @@ pub(crate) const GROUPS: &[Group] = &[
     },
 ];
 
+/// Variables of LMCache's processes that are no keys of its configuration.
+pub(crate) const OTHER_VARIABLES: &[&str] = &[
+    "LMCACHE_FORCE_SKIP_SAVE",
+    "LMCACHE_LOG_FORMAT",
+    "LMCACHE_LOG_LEVEL",
+    "LMCACHE_TRACK_USAGE",
+    "LMCACHE_USAGE_TRACK_INTERVAL",
+    "LMCACHE_USAGE_TRACK_URL",
+    "LMCACHE_USE_EXPERIMENTAL",
+];
+
 /// LMCache's keys that are refused.
 pub(crate) const REFUSALS: &[Refusal] = &[
     Refusal {
@@ -244,6 +248,12 @@ pub(crate) const REFUSALS: &[Refusal] = &[
         harmless: &["false"],
         why: "LMCache's PD excludes it, and the sidecar does PD",
         instead: "remove it or set it to false",
+    },
+    Refusal {
+        key: "pd_backend_mode",
+        harmless: &["async", "sync"],
+        why: "LMCache has two PD backends, and peers of both are served, whichever this names",
+        instead: "remove it, or write async or sync",
     },
     Refusal {
         key: "pd_bidirectional",

@@ -9,6 +9,7 @@ mod keys;
 mod layers;
 mod lmcache;
 mod machines;
+mod mooncake;
 mod nearest;
 mod problem;
 mod reference;
@@ -19,8 +20,11 @@ mod yaml;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use discovery::Metadata;
 
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
@@ -33,6 +37,7 @@ use crate::cuda::Which;
 
 use self::keys::{Lmcache, Sidecar};
 use self::layers::Layers;
+use self::mooncake::Mooncake;
 
 /// What holds: complete and checked.
 #[derive(Clone, Debug)]
@@ -49,6 +54,8 @@ pub(crate) struct Config {
     pub(crate) devices: Vec<Option<Which>>,
     /// Tokens of a chunk, if engines with other chunks are to be refused.
     pub(crate) chunk_tokens: Option<u32>,
+    /// Tokens that the buffer has to hold at once; 0: any number will do.
+    pub(crate) max_prefill_tokens: u32,
     /// Where senders come to; absent for a sender.
     pub(crate) listen: Option<Listen>,
     /// The unix socket for the engine.
@@ -59,6 +66,8 @@ pub(crate) struct Config {
     pub(crate) admin_host: String,
     /// Whom to register with.
     pub(crate) proxy: Option<Proxy>,
+    /// UCX's variables that Mooncake's file asks for.
+    pub(crate) ucx: Vec<(&'static str, String)>,
     /// Which wires may be used.
     pub(crate) transport: Wire,
     /// Chunks carry checksums.
@@ -103,11 +112,29 @@ pub(crate) struct RankPorts {
     pub(crate) tcp: u16,
 }
 
+/// Where the proxy takes registrations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Whereabouts {
+    /// There.
+    At(HostPort),
+    /// Where a metadata server says.
+    AskedFor(Metadata),
+}
+
+impl fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(address) => address.fmt(f),
+            Self::AskedFor(metadata) => metadata.fmt(f),
+        }
+    }
+}
+
 /// The proxy that this sidecar registers with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Proxy {
     /// Its registration port.
-    pub(crate) address: HostPort,
+    pub(crate) address: Whereabouts,
     /// Base URL of the engine's OpenAI server, for the proxy.
     pub(crate) engine_url: String,
     /// Time between two registrations.
@@ -137,11 +164,12 @@ impl Config {
     /// Everything that is wrong or missing, in the report's `problems`.
     pub(crate) fn load(inputs: &Inputs) -> Result<(Self, Report), Box<Report>> {
         let mut layers = Layers::new(inputs);
+        let mooncake = mooncake(&mut layers, inputs);
         let lmcache = Lmcache::read(&mut layers);
         let sidecar = Sidecar::read(&mut layers);
         let ignored = lmcache::read(&mut layers);
         let unknown = layers.unknown();
-        let config = checks::config(&mut layers, inputs, &lmcache, &sidecar);
+        let config = checks::config(&mut layers, inputs, &lmcache, &sidecar, &mooncake);
         let report = Report::new(layers, ignored, unknown, &inputs.env);
         match config {
             Some(config) if report.problems.is_empty() => Ok((config, report)),
@@ -185,9 +213,14 @@ impl Inputs {
             .iter()
             .find(|(name, value)| name == FILE_VARIABLE && !value.is_empty())
             .map(|(_, value)| PathBuf::from(value));
-        let (path, by) = match (file, named) {
-            (Some(path), _) => (Some(path), "--config"),
-            (None, named) => (named, FILE_VARIABLE),
+        let mooncakes = env
+            .iter()
+            .find(|(name, value)| name == MOONCAKE_VARIABLE && !value.is_empty())
+            .map(|(_, value)| PathBuf::from(value));
+        let (path, by) = match (file, named, mooncakes) {
+            (Some(path), _, _) => (Some(path), "--config"),
+            (None, None, Some(path)) => (Some(path), MOONCAKE_VARIABLE),
+            (None, named, _) => (named, FILE_VARIABLE),
         };
         let file = match path {
             None => None,
@@ -210,6 +243,24 @@ impl Inputs {
         })
     }
 }
+
+/// Mooncake's file, if that is what the file is.
+fn mooncake(layers: &mut Layers, inputs: &Inputs) -> Mooncake {
+    if !mooncake::is_mooncakes(&layers.lmcache) {
+        return Mooncake::default();
+    }
+    let given = |flag: &str, variable: &str| {
+        let flag = inputs.flags.iter().find(|(name, _)| *name == flag);
+        let variable = inputs.env.iter().find(|(name, _)| name == variable);
+        flag.map(|(_, v)| v).or(variable.map(|(_, v)| v))
+    };
+    let role = given("--role", "LMCACHE_PD_ROLE").and_then(|text| read(text).ok());
+    let ranks = given("", "PD_SIDECAR_RANKS").and_then(|text| text.trim().parse().ok());
+    mooncake::translate(layers, role, ranks.unwrap_or(1))
+}
+
+/// Names Mooncake's file when neither a flag nor LMCache's variable names one.
+const MOONCAKE_VARIABLE: &str = "MOONCAKE_CONFIG_PATH";
 
 /// Reads one value outside of any layer: of a subcommand's own flag.
 ///

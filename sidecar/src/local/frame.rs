@@ -61,3 +61,70 @@ pub(super) fn encode(message: &ToEngine) -> Vec<u8> {
     frame.extend_from_slice(&body);
     frame
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    const HELLO: &[u8] = include_bytes!("../../../protocol/fixtures/hello.bin");
+    const AWAIT: &[u8] = include_bytes!("../../../protocol/fixtures/await.bin");
+    const RESERVE: &[u8] = include_bytes!("../../../protocol/fixtures/reserve.bin");
+
+    /// Reads a stream to its end; how many messages it held.
+    async fn read_all(mut stream: &[u8]) -> (usize, FrameError) {
+        let mut buffer = Vec::new();
+        let mut messages = 0;
+        loop {
+            let left = stream.len();
+            match read(&mut stream, &mut buffer).await {
+                Ok(_) => messages += 1,
+                Err(error) => return (messages, error),
+            }
+            assert!(stream.len() < left, "it goes on");
+        }
+    }
+
+    fn stream() -> Vec<u8> {
+        let frame = |body: &[u8]| {
+            let length = u32::try_from(body.len()).unwrap();
+            [&length.to_le_bytes(), body].concat()
+        };
+        [HELLO, AWAIT, RESERVE].map(frame).concat()
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_read_to_its_end() {
+        let (messages, end) = read_all(&stream()).await;
+        assert_eq!(messages, 3);
+        assert!(matches!(end, FrameError::Closed), "{end}");
+    }
+
+    #[tokio::test]
+    async fn no_change_of_a_stream_does_more_than_end_it() {
+        let mut random = StdRng::seed_from_u64(2);
+        let whole = stream();
+        for _ in 0..20_000 {
+            let mut bytes = whole.clone();
+            for _ in 0..random.random_range(1..4) {
+                let at = random.random_range(0..bytes.len());
+                bytes[at] = random.random();
+            }
+            bytes.truncate(random.random_range(1..=bytes.len()));
+            let (messages, _) = read_all(&bytes).await;
+            assert!(messages <= 3 + whole.len() / 4);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_announced_length_reserves_nothing() {
+        let too_long = u32::try_from(MAX_FRAME).unwrap() + 1;
+        let (messages, end) = read_all(&too_long.to_le_bytes()).await;
+        assert!(
+            messages == 0 && matches!(end, FrameError::TooLong(_)),
+            "{end}"
+        );
+    }
+}

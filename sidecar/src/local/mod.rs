@@ -1,8 +1,7 @@
 //! The unix socket between engine workers and this process.
 //!
 //! A connection begins with `Hello`; whoever owns the machines answers it through [`Connection`].
-//! The kernel says who is at the other end, and only the same user, root, or a user of the socket's
-//! own directory gets that far.
+//! The kernel says who is at the other end, and only the same user or root gets that far.
 
 mod connection;
 mod frame;

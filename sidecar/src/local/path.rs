@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use tokio::net::{UnixListener, UnixStream};
@@ -26,7 +26,8 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        // The kernel says the same of a file that is no socket: that one is not ours to remove.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
             std::fs::remove_file(path).map_err(failed)?;
         }
         Err(_) => {}
@@ -34,6 +35,10 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     let listener = UnixListener::bind(path).map_err(failed)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())
 }
 
 /// Whether the process at the other end may use this socket.
@@ -50,5 +55,28 @@ pub(super) fn authorised(stream: &UnixStream) -> Result<(), String> {
             "process {pid} runs as user {}, this sidecar serves user {own}",
             peer.uid()
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_dead_socket_is_replaced() {
+        let folder = std::env::temp_dir().join(format!("pd-path-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("notes.txt");
+        std::fs::write(&file, "dear").unwrap();
+        assert!(bind(&file).is_err());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "dear");
+
+        let path = folder.join("engine.sock");
+        let first = bind(&path).unwrap();
+        assert!(matches!(bind(&path), Err(ListenError::InUse(_))));
+        drop(first);
+        assert!(path.exists(), "as a killed process leaves it");
+        drop(bind(&path).unwrap());
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

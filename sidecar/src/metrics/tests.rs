@@ -205,8 +205,21 @@ fn messages_and_frames_are_counted() {
     metrics.told_proxy("register", Fate::Sent);
     metrics.told_proxy("progress", Fate::Dropped);
     metrics.acknowledged();
+    metrics.engine_refused(Side::Receiver, Reason::LayoutMismatch);
     let series = series(&metrics);
     for (name, value) in [
+        (
+            "pd_sidecar_engines_refused_total{side=\"receiver\",reason=\"layout_mismatch\"}",
+            1.0,
+        ),
+        (
+            "pd_sidecar_engines_refused_total{side=\"sender\",reason=\"bad_request\"}",
+            0.0,
+        ),
+        (
+            "pd_sidecar_chunks_total{side=\"sender\",rank=\"0\",transport=\"cuda_ipc\"}",
+            0.0,
+        ),
         ("pd_sidecar_malformed_frames_total{port=\"alloc\"}", 1.0),
         ("pd_sidecar_malformed_frames_total{port=\"init\"}", 0.0),
         (

@@ -26,8 +26,9 @@ use crate::host;
 #[derive(Debug, Default)]
 pub(super) struct Fences {
     processes: BTreeMap<SenderId, Arc<AsyncFd<OwnedFd>>>,
-    sought: BTreeSet<(SenderId, LeaseId)>,
-    watches: JoinSet<(SenderId, LeaseId, io::Result<()>)>,
+    /// One watch a sender, however many leases it has left: its end proves them all.
+    sought: BTreeSet<SenderId>,
+    watches: JoinSet<(SenderId, io::Result<()>)>,
 }
 
 /// Data that a dead process's kernel sockets or a copy engine may still deliver arrives within this.
@@ -83,14 +84,14 @@ impl Fences {
             );
             return;
         };
-        if !self.sought.insert((sender.clone(), lease)) {
+        warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
+        if !self.sought.insert(sender.clone()) {
             return;
         }
-        warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
         self.watches.spawn(async move {
             let ended = process.readable().await.map(|_| ());
             tokio::time::sleep(GRACE).await;
-            (sender, lease, ended)
+            (sender, ended)
         });
     }
 
@@ -98,17 +99,21 @@ impl Fences {
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
-    pub(super) async fn proven(&mut self) -> (SenderId, Option<LeaseId>) {
+    pub(super) async fn proven(&mut self) -> SenderId {
         loop {
             match self.watches.join_next().await {
                 None => std::future::pending().await,
-                Some(Ok((sender, lease, Ok(())))) => {
-                    info!(sender = sender.id, %lease, "the sender's process has ended: slots are free again");
-                    self.sought.remove(&(sender.clone(), lease));
-                    return (sender, Some(lease));
+                Some(Ok((sender, Ok(())))) => {
+                    info!(
+                        sender = sender.id,
+                        "the sender's process has ended: slots are free again"
+                    );
+                    self.sought.remove(&sender);
+                    return sender;
                 }
-                Some(Ok((sender, lease, Err(error)))) => {
-                    warn!(sender = sender.id, %lease, %error, "the sender's process cannot be watched");
+                Some(Ok((sender, Err(error)))) => {
+                    self.sought.remove(&sender);
+                    warn!(sender = sender.id, %error, "the sender's process cannot be watched");
                 }
                 Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
             }

@@ -71,7 +71,7 @@ impl LandSide {
             refused: None,
         };
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
             buffer,
             init,
@@ -125,7 +125,7 @@ impl LandSide {
                 Some(event) = engines.recv() => self.on_engine(event),
                 received = self.init.recv() => match received {
                     Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
-                    Ok(FromPeer::Lost(_)) => {}
+                    Ok(FromPeer::Lost(route)) => self.early.retain(|(early, _)| *early != route),
                     Err(error) => {
                         error!(%error, "the init port is dead");
                         break;
@@ -139,8 +139,8 @@ impl LandSide {
                         break;
                     }
                 },
-                (sender, lease) = self.fences.proven() => {
-                    self.feed(Event::Fenced { sender, lease });
+                sender = self.fences.proven() => {
+                    self.feed(Event::Fenced { sender, lease: None });
                 }
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
                 () = drain.cancelled(), if !self.draining => {
@@ -181,7 +181,7 @@ impl LandSide {
                     debug!(%error, "init answer not sent");
                 }
             }
-            Answer::NotYet if self.early.len() < MAX_EARLY => {
+            Answer::NotYet if self.has_room_for(bytes) => {
                 self.early.push((route, bytes.to_vec()));
             }
             Answer::NotYet => self.init.disconnect(route),
@@ -194,6 +194,12 @@ impl LandSide {
                 self.init.disconnect(route);
             }
         }
+    }
+
+    /// Whether one more request may wait for an engine.
+    fn has_room_for(&self, request: &[u8]) -> bool {
+        let held: usize = self.early.iter().map(|(_, bytes)| bytes.len()).sum();
+        self.early.len() < MAX_EARLY && held + request.len() <= MAX_EARLY_BYTES
     }
 
     fn on_alloc_port(&mut self, event: FromPeer) {
@@ -316,8 +322,10 @@ impl LandSide {
         match event {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
-                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
-                    self.begin(&cut);
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Receiver, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
@@ -484,3 +492,5 @@ async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed
 
 /// Requests of LMCache that wait for an engine; a peer beyond it is disconnected, and asks again.
 const MAX_EARLY: usize = 64;
+/// Of those on the init port: LMCache's have some kilobytes of metadata, and may have 4 MiB.
+const MAX_EARLY_BYTES: usize = 8 << 20;

@@ -6,6 +6,8 @@ use protocol::registration::{Progress, Register};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::*;
+use crate::config::{HostPort, Whereabouts};
+use crate::lookout::Lookout;
 use crate::side::Side;
 use crate::status::tests::{config, cut, gauges};
 
@@ -179,13 +181,15 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
 #[tokio::test]
 async fn reaches_a_real_port() {
     let mut pull = crate::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();
-    let push = crate::zmq::Push::connect("127.0.0.1", pull.port())
-        .await
-        .unwrap();
+    let at = Whereabouts::At(HostPort {
+        host: "127.0.0.1".to_owned(),
+        port: pull.port(),
+    });
+    let (outlet, _) = Lookout::of(&at).await.unwrap();
     let config = Arc::new(config(&[]));
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));
-    let (voice, task) = Registration::new(push, config, 7900, status, metrics);
+    let (voice, task) = Registration::new(outlet, config, 7900, status, metrics);
     let stop = CancellationToken::new();
     let task = tokio::spawn(task.run(CancellationToken::new(), stop.clone()));
     let mut kinds = Vec::new();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use protocol::Reason;
 use protocol::local::{EngineRole, Target};
 use protocol::record::Record;
 use protocol::registration::ToProxy;
@@ -74,6 +75,7 @@ impl Selftest {
             buffer_bytes: self.buffer_size,
             devices: vec![None],
             chunk_tokens: None,
+            max_prefill_tokens: 0,
             listen: Some(Listen {
                 host: LOOPBACK.to_owned(),
                 advertise: LOOPBACK.to_owned(),
@@ -91,6 +93,7 @@ impl Selftest {
             },
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
+            ucx: Vec::new(),
             transport: wire,
             checksum: true,
             push: true,
@@ -209,6 +212,8 @@ impl Shown for Seen {
     fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
 
     fn malformed(&self, _port: &'static str) {}
+
+    fn engine_refused(&self, _side: Side, _reason: Reason) {}
 
     fn tell_proxy(&self, _message: &ToProxy) {}
 }

@@ -173,6 +173,7 @@ impl Rounds {
                     chunks: granted.chunks,
                     gather_us,
                     event,
+                    layers: Vec::new(),
                 };
                 self.staged = Instant::now();
                 self.prefill.send(&ToSidecar::Staged(staged)).await?;

@@ -4,15 +4,16 @@
 //! task keeps no protocol state of its own: links and sockets to receivers are resources.
 
 mod peers;
+mod ranges;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::future::BoxFuture;
-use protocol::local::{Target, ToEngine, ToSidecar};
+use futures::future::{BoxFuture, join_all};
+use protocol::local::{LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
 use protocol::sender::{Action, After, Event, Gauges, Piece, Sender};
-use protocol::{EngineId, TransferId, VERSION};
+use protocol::{EngineId, LeaseId, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use crate::engines::{Cut, Engines};
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
+use crate::transport::ready::Times;
 use crate::transport::{Outcome, Ready};
 use peers::{FromReceiver, Peers, ReceiverKind};
 
@@ -48,7 +50,7 @@ struct Wrote {
     bytes: u64,
     /// It had to wait for its bytes.
     waited: bool,
-    /// When it could begin.
+    /// When it could have begun to end as it did, had its parts followed each other without a pause.
     began: Instant,
     ended: Instant,
 }
@@ -58,7 +60,7 @@ impl SendSide {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config.chunk_tokens),
+            engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
             peers: Peers::new(context.wires.clone(), Arc::clone(config), context.rank),
             buffer,
@@ -105,8 +107,10 @@ impl SendSide {
         match event {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
-                if let Some(cut) = self.engines.hello(connection, &hello, busy) {
-                    self.begin(&cut);
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Sender, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
@@ -161,6 +165,7 @@ impl SendSide {
                 transport,
                 cancels: kind == ReceiverKind::Lmcache { cancels: true },
             }),
+            FromReceiver::Malformed => self.context.malformed("alloc"),
             FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
         }
     }
@@ -208,25 +213,30 @@ impl SendSide {
                 lease,
                 pieces,
                 after,
+                layers,
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
                 let sums = self.sums(&pieces);
                 let waited = after.is_some();
-                let (write, times) = match self.ready(after) {
-                    Ok(ready) => {
-                        let times = ready.times();
-                        (self.peers.write(&to, ready, lease, pieces), times)
-                    }
-                    Err(unsent) => {
-                        let unsent: BoxFuture<_> = Box::pin(std::future::ready(unsent));
-                        (unsent, Arc::default())
-                    }
-                };
+                let mut parts = self.parts(&to, pieces, after, &layers);
+                let last = parts.pop();
+                let (early, mut spans): (Vec<_>, Vec<_>) = parts
+                    .into_iter()
+                    .map(|(pieces, after)| self.write(&to, lease, pieces, after))
+                    .unzip();
+                let (pieces, after) = last.unwrap_or_default();
+                let (write, times) = self.write(&to, lease, pieces, after);
                 self.writes.spawn(async move {
                     let posted = Instant::now();
-                    let outcome = write.await;
+                    let (early, outcome) = tokio::join!(join_all(early), write);
+                    let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
-                    let began = times.began().unwrap_or(posted);
+                    spans.push(times);
+                    let spans = spans.iter().map(|times| {
+                        let (began, until) = (times.began(), times.ended());
+                        (began.unwrap_or(posted), until.unwrap_or(ended))
+                    });
+                    let began = ended.checked_sub(ranges::busy(spans)).unwrap_or(posted);
                     let sums = match outcome {
                         Outcome::Done => sums(),
                         Outcome::Failed { .. } => Vec::new(),
@@ -277,6 +287,47 @@ impl SendSide {
 
     fn tell(&self, engine: EngineId, message: ToEngine) {
         self.engines.send(engine, message);
+    }
+
+    /// Posts one part of a write.
+    fn write(
+        &self,
+        to: &Target,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+    ) -> (BoxFuture<'static, Outcome>, Arc<Times>) {
+        match self.ready(after) {
+            Ok(ready) => {
+                let times = ready.times();
+                (self.peers.write(to, ready, lease, pieces), times)
+            }
+            Err(unsent) => (Box::pin(std::future::ready(unsent)), Arc::default()),
+        }
+    }
+
+    /// A write by ranges of layers, where that is worth it; the last part ends it.
+    fn parts(
+        &self,
+        to: &Target,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+        layers: &[LayersStaged],
+    ) -> Vec<(Vec<Piece>, Option<After>)> {
+        let divided = after.zip(self.engines.cut()).and_then(|(after, cut)| {
+            let granule = self
+                .peers
+                .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
+            let parts = ranges::divide(&pieces, layers, &cut.layout, granule)?;
+            let wait = |event| Some(After { event, ..after });
+            Some(
+                parts
+                    .into_iter()
+                    .map(|(event, part)| (part, wait(event)))
+                    .collect(),
+            )
+        });
+        divided.unwrap_or_else(|| vec![(pieces, after)])
     }
 
     /// When the slots of a write may be read; if that cannot be known, the outcome of the write.

@@ -36,6 +36,8 @@ pub(super) enum FromReceiver {
         kind: ReceiverKind,
     },
     Lost(Target, Reason),
+    /// It sent what is no message.
+    Malformed,
 }
 
 /// Whose receiver it is.
@@ -77,6 +79,7 @@ enum Internal {
     Up(Target, Box<Made>),
     Failed(Target, Reason, String),
     Message(Target, ToSender),
+    Malformed(Target),
     Lost(Target),
 }
 
@@ -160,6 +163,7 @@ impl Peers {
         let (Internal::Up(to, _)
         | Internal::Failed(to, ..)
         | Internal::Message(to, _)
+        | Internal::Malformed(to)
         | Internal::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
         if peer.generation != generation {
@@ -196,6 +200,7 @@ impl Peers {
                 Some(FromReceiver::Lost(to, reason))
             }
             Internal::Message(to, message) => Some(FromReceiver::Message(to, message)),
+            Internal::Malformed(_) => Some(FromReceiver::Malformed),
             Internal::Lost(to) => {
                 warn!(peer = peer.status.peer, "receiver's connection lost");
                 peer.stop.cancel();
@@ -296,6 +301,23 @@ impl Peers {
         }
     }
 
+    /// Whether a write of so many bytes is worth dividing by layers, and where parts may begin.
+    ///
+    /// Refused where the wire, at the rate that was measured, needs less time than the further parts
+    /// cost. Before anything was measured it is tried.
+    pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {
+        let peer = self.peers.get(to)?;
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let worth = peer
+            .status
+            .rate()
+            .is_none_or(|rate| bytes as f64 / (rate * 1e9) > DIVIDE_FROM.as_secs_f64());
+        peer.link
+            .as_ref()
+            .filter(|_| worth)
+            .map(|link| link.granule())
+    }
+
     /// Notes how fast a write was.
     pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(to) {
@@ -375,7 +397,10 @@ impl PeerTask {
                         Ok(message) => {
                             self.say(Internal::Message(self.to.clone(), message)).await;
                         }
-                        Err(error) => warn!(to = ?self.to, %error, "malformed message"),
+                        Err(error) => {
+                            warn!(to = ?self.to, %error, "malformed message");
+                            self.say(Internal::Malformed(self.to.clone())).await;
+                        }
                     },
                     Ok(FromServer::Lost) | Err(_) => {
                         return self.say(Internal::Lost(self.to.clone())).await;
@@ -454,3 +479,7 @@ impl PeerTask {
         debug_assert!(sent.is_ok() || self.events.is_closed());
     }
 }
+
+/// A write that is shorter gains nothing by ranges of layers: each costs its post and the look at its
+/// end, some ten microseconds.
+const DIVIDE_FROM: Duration = Duration::from_micros(200);

@@ -78,6 +78,24 @@ pub(crate) enum Outcome {
     },
 }
 
+impl Outcome {
+    /// Of both: the first error is told, and it is terminal only if every one is.
+    pub(crate) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (
+                Self::Failed { terminal, error },
+                Self::Failed {
+                    terminal: other, ..
+                },
+            ) => Self::Failed {
+                terminal: terminal && other,
+                error,
+            },
+            (failed @ Self::Failed { .. }, Self::Done) | (Self::Done, failed) => failed,
+        }
+    }
+}
+
 /// A wire of this process: both its sending and its receiving half.
 pub(crate) trait Transport: Send + Sync + fmt::Debug {
     /// Which wire.
@@ -140,6 +158,10 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
     #[cfg(test)]
     fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
         self.write_when(Ready::now(), lease, pieces)
+    }
+    /// Where in a slot a piece may begin: at multiples of this.
+    fn granule(&self) -> u64 {
+        1
     }
     /// What the library says it uses underneath, for people; empty if it does not say.
     fn reported(&self) -> String;

@@ -1,15 +1,17 @@
 //! The proxy, and where it calls back.
 
 use super::{computed, key, value};
-use crate::config::Proxy;
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::{Layers, Source};
+use crate::config::mooncake::Mooncake;
 use crate::config::value::{HostPort, Role, Url, is_wildcard};
+use crate::config::{Proxy, Whereabouts};
 
 pub(super) fn proxy(
     layers: &mut Layers,
     lmcache: &Lmcache,
     sidecar: &Sidecar,
+    mooncake: &Mooncake,
     role: Role,
     admin: &HostPort,
 ) -> Option<Proxy> {
@@ -36,6 +38,17 @@ pub(super) fn proxy(
         Url(format!("http://127.0.0.1:{port}"))
     });
     let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
+    let period = value(&sidecar.register_ms)?.0;
+    if let (None, Some(metadata), false) = (&address, &mooncake.metadata, skip) {
+        let address = Whereabouts::AskedFor(metadata.clone());
+        let source = Source::Key("metadata_server".to_owned());
+        layers.computed("sidecar.proxy", address.to_string(), &source);
+        return Some(Proxy {
+            address,
+            engine_url: engine_url.0,
+            period,
+        });
+    }
     let Some(address) = address.filter(|_| !skip) else {
         layers.warnings.push(
             "no proxy is configured: this sidecar registers nowhere, and whoever routes requests \
@@ -68,9 +81,9 @@ pub(super) fn proxy(
         ));
     }
     Some(Proxy {
-        address,
+        address: Whereabouts::At(address),
         engine_url: engine_url.0,
-        period: value(&sidecar.register_ms)?.0,
+        period,
     })
 }
 

@@ -1,6 +1,7 @@
 //! Configurations as users write them, and what becomes of them.
 
 mod mistakes;
+mod mooncake;
 
 use super::keys::{Default, Key};
 use super::*;

@@ -97,12 +97,14 @@ pub(super) struct Copy {
 fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<Copy>, String> {
     let mut copies: Vec<Copy> = Vec::with_capacity(pieces.len());
     for piece in pieces {
-        let from = u64::from(piece.from.0) * slot_bytes;
-        let fits = piece.bytes <= slot_bytes && piece.to.0 < slots && from + slot_bytes <= ours;
+        let slot = u64::from(piece.from.0) * slot_bytes;
+        let within = piece.offset.saturating_add(piece.bytes) <= slot_bytes;
+        let fits = within && piece.to.0 < slots && slot + slot_bytes <= ours;
         if !fits {
             return Err(format!("{piece:?} is not within both buffers"));
         }
-        let to = u64::from(piece.to.0) * slot_bytes;
+        let from = slot + piece.offset;
+        let to = u64::from(piece.to.0) * slot_bytes + piece.offset;
         match copies.last_mut() {
             _ if piece.bytes == 0 => {}
             Some(last) if last.from + last.bytes == from && last.to + last.bytes == to => {
@@ -133,6 +135,7 @@ mod tests {
         Piece {
             from: SlotIndex(from),
             to: SlotIndex(to),
+            offset: 0,
             bytes,
         }
     }
@@ -157,6 +160,18 @@ mod tests {
             &[(100, 400, 100), (0, 500, 100)],
         );
         check(&[(7, 7, 100), (0, 0, 0)], &[(700, 700, 100)]);
+    }
+
+    #[test]
+    fn a_part_lies_at_the_same_place_in_both_slots() {
+        let part = |offset, bytes| Piece {
+            offset,
+            ..piece((1, 4, bytes))
+        };
+        let copies = plan(&[part(10, 20), part(30, 70)], 8, 100, 800).unwrap();
+        let copies: Vec<_> = copies.iter().map(|c| (c.from, c.to, c.bytes)).collect();
+        assert_eq!(copies, [(110, 410, 90)]);
+        assert!(plan(&[part(31, 70)], 8, 100, 800).is_err());
     }
 
     #[test]

@@ -36,6 +36,11 @@ impl Cut {
         })
     }
 
+    /// Bytes of a descriptor, the last one of a slot excepted.
+    pub(super) fn descriptor_bytes(self) -> u64 {
+        self.descriptor_bytes
+    }
+
     /// Offset and length of every descriptor of one slot.
     pub(super) fn of_slot(self) -> impl Iterator<Item = (u64, u64)> {
         (0..self.per_slot).map(move |i| {
@@ -57,7 +62,8 @@ impl Cut {
     /// What carries `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// The first piece that names no slot of one of the sides, or more than a slot.
+    /// The first piece that names no slot of one of the sides, or more than a slot, or begins within a
+    /// descriptor.
     pub(super) fn batches(
         self,
         pieces: &[Piece],
@@ -69,11 +75,13 @@ impl Cut {
         for piece in pieces {
             if piece.from.0 >= self.slots
                 || piece.to.0 >= remote_slots
-                || piece.bytes > self.slot_bytes
+                || !piece.offset.is_multiple_of(self.descriptor_bytes)
+                || piece.offset.saturating_add(piece.bytes) > self.slot_bytes
             {
                 return Err(*piece);
             }
-            for i in 0..piece.bytes.div_ceil(self.descriptor_bytes) {
+            let first = piece.offset / self.descriptor_bytes;
+            for i in first..first + piece.bytes.div_ceil(self.descriptor_bytes) {
                 let index = |slot: u32| i32::try_from(u64::from(slot) * self.per_slot + i);
                 let (Ok(from), Ok(to)) = (index(piece.from.0), index(piece.to.0)) else {
                     return Err(*piece);
@@ -116,6 +124,7 @@ mod tests {
         Piece {
             from: SlotIndex(from),
             to: SlotIndex(to),
+            offset: 0,
             bytes,
         }
     }
@@ -168,6 +177,25 @@ mod tests {
         check(64 * KIB, 1);
         check(64 * KIB + 1, 2);
         check(4 * MIB, 64);
+    }
+
+    #[test]
+    fn a_part_of_a_chunk_takes_its_descriptors_only() {
+        let cut = Cut::new(4, 4 * MIB, Wire::Descriptors).unwrap();
+        let part = Piece {
+            offset: 128 * KIB,
+            ..piece(1, 3, 192 * KIB)
+        };
+        let batches = cut.batches(&[part], 4, u64::MAX).unwrap();
+        assert_eq!(batches[0].from, [66, 67, 68]);
+        assert_eq!(batches[0].to, [194, 195, 196]);
+        for (offset, bytes) in [(1, 1), (4 * MIB, 1), (64 * KIB, 4 * MIB)] {
+            let bad = Piece {
+                offset,
+                ..piece(0, 0, bytes)
+            };
+            assert_eq!(cut.batches(&[bad], 4, u64::MAX), Err(bad));
+        }
     }
 
     #[test]

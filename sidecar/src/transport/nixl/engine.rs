@@ -220,6 +220,7 @@ impl Engine {
             self.wire,
             Arc::clone(&self.shared),
         )?;
+        let granule = slots.cut.descriptor_bytes();
         let id = self.next_link;
         self.next_link += 1;
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
@@ -229,7 +230,12 @@ impl Engine {
         }
         self.peers.insert(id, peer);
         self.count();
-        Ok(NixlLink::new(Arc::clone(&self.shared), id, reported))
+        Ok(NixlLink::new(
+            Arc::clone(&self.shared),
+            id,
+            granule,
+            reported,
+        ))
     }
 
     /// Lets the library work; whether anything moved.

@@ -15,15 +15,17 @@ use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 pub(super) struct NixlLink {
     shared: Arc<Shared>,
     id: u64,
+    granule: u64,
     reported: String,
 }
 
 impl NixlLink {
     /// For the engine thread, which knows the peer under `id`.
-    pub(super) fn new(shared: Arc<Shared>, id: u64, reported: String) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, id: u64, granule: u64, reported: String) -> Self {
         Self {
             shared,
             id,
+            granule,
             reported,
         }
     }
@@ -88,6 +90,10 @@ impl Link for NixlLink {
                 error: STOPPED.to_owned(),
             })
         })
+    }
+
+    fn granule(&self) -> u64 {
+        self.granule
     }
 
     fn reported(&self) -> String {

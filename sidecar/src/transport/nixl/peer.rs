@@ -133,6 +133,7 @@ impl Peer {
         let slot = [Piece {
             from: SlotIndex(0),
             to: SlotIndex(0),
+            offset: 0,
             bytes: self.slots.cut.slot_bytes,
         }];
         let batches = self.slots.cut.batches(&slot, 1, u64::MAX).ok()?;

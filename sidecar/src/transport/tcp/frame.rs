@@ -248,6 +248,9 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
     use super::*;
 
     #[test]
@@ -310,6 +313,45 @@ mod tests {
         assert_eq!(Part::decode(&[0; 24]), None);
         assert_eq!(Part::decode(&[1; 24]), None);
         assert_eq!(Answer::decode(&[0; 16]), None);
+    }
+
+    /// Whatever is taken is what was sent, to the last bit.
+    #[test]
+    fn no_bytes_mean_two_things() {
+        let mut random = StdRng::seed_from_u64(4);
+        for round in 0..200_000_u32 {
+            let mut bytes = [0; 24];
+            random.fill(&mut bytes[..]);
+            match round % 4 {
+                0 => bytes[..8].copy_from_slice(&MAGIC),
+                1 => {
+                    bytes[..4].copy_from_slice(&WRITE.to_le_bytes());
+                    bytes[4..8].copy_from_slice(&random.random_range(0..2000_u32).to_le_bytes());
+                }
+                2 => bytes[4..8].fill(0),
+                _ => {
+                    let kind = [WELCOME, LANDED, REFUSED][random.random_range(0..3)];
+                    bytes[..4].copy_from_slice(&kind.to_le_bytes());
+                    bytes[4..8].copy_from_slice(&random.random_range(0..12_u32).to_le_bytes());
+                }
+            }
+            if let Some(hello) = Hello::decode(&bytes) {
+                assert_eq!(hello.encode(), bytes);
+            }
+            if let Some(write) = Write::decode(&bytes) {
+                assert!((1..=MAX_PIECES).contains(&(write.parts as usize)));
+                assert_eq!(write.encode(&[]), bytes);
+            }
+            if let Some(part) = Part::decode(&bytes) {
+                assert!(part.bytes > 0);
+                assert_eq!(part.encode(), bytes);
+            }
+            let mut answer = [0; Answer::BYTES];
+            answer.copy_from_slice(&bytes[..Answer::BYTES]);
+            if let Some(answer) = Answer::decode(&answer) {
+                assert_eq!(Answer::decode(&answer.encode()), Some(answer));
+            }
+        }
     }
 
     #[test]

@@ -113,9 +113,10 @@ impl TcpLink {
     fn sources(&self, pieces: &[Piece]) -> Result<Vec<Source>, String> {
         let mut sources = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            let from = u64::from(piece.from.0) * self.slot_bytes;
+            let from =
+                u64::from(piece.from.0) * self.slot_bytes + piece.offset.min(self.slot_bytes);
             let fits = piece.bytes > 0
-                && piece.bytes <= self.slot_bytes
+                && piece.offset.saturating_add(piece.bytes) <= self.slot_bytes
                 && piece.to.0 < self.slots
                 && from + piece.bytes <= self.buffer.bytes();
             if !fits {
@@ -125,7 +126,7 @@ impl TcpLink {
                 from,
                 to: Part {
                     slot: piece.to.0,
-                    offset: 0,
+                    offset: piece.offset,
                     bytes: piece.bytes,
                 },
             });

@@ -1,5 +1,8 @@
 //! Peers that are broken, slow, or mean: each touches only itself.
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
 use super::*;
 
 /// A receiver with short times, and a sender that shall not notice any of it.
@@ -285,4 +288,55 @@ fn the_threads_end_with_the_transport() {
     for raw in [&mut idle, &mut busy, &mut silent] {
         assert_eq!(raw.hear(), None);
     }
+}
+
+/// Good frames with some bytes changed, of strangers and of who knows the lease. Nothing but slots that
+/// are open is written, every thread ends, and a good sender is served at the end.
+#[tokio::test]
+async fn streams_of_changed_frames() {
+    let (sender, receiver) = victims(hasty());
+    receiver.close(SlotIndex(3));
+    let before = sum(&receiver, 3, MIB);
+    let mut random = StdRng::seed_from_u64(9);
+    for round in 0..300_u64 {
+        let mut stream = hello(&receiver).encode().to_vec();
+        for batch in 1..=random.random_range(1..4) {
+            let count = random.random_range(1..5);
+            let parts: Vec<Part> = (0..count)
+                .map(|_| {
+                    let bytes = random.random_range(1..2000);
+                    part(
+                        random.random_range(0..5),
+                        random.random_range(0..MIB),
+                        bytes,
+                    )
+                })
+                .collect();
+            let head = Write {
+                parts: count,
+                batch,
+                lease: LEASE,
+            };
+            stream.extend(head.encode(&parts));
+            let bytes: u64 = parts.iter().map(|part| part.bytes).sum();
+            stream.extend((0..bytes).map(|_| random.random::<u8>()));
+        }
+        // The first rounds go as they are.
+        for _ in 0..round.min(6) / 2 {
+            let at = random.random_range(0..stream.len().min(200));
+            stream[at] ^= 1 << random.random_range(0..8);
+        }
+        stream.truncate(random.random_range(1..=stream.len()));
+        let mut raw = Raw::connect(&receiver);
+        // It may have been refused already.
+        raw.0.write_all(&stream).ok();
+    }
+    assert_eq!(sum(&receiver, 3, MIB), before);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    sender.receiving.buffer.fill_random(0, MIB, 5).unwrap();
+    assert_eq!(
+        link.write(LEASE, vec![piece(0, 1, MIB)]).await,
+        Outcome::Done
+    );
+    assert_eq!(sum(&receiver, 1, MIB), sum(&sender, 0, MIB));
 }

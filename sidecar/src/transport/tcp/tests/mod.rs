@@ -41,6 +41,7 @@ pub(super) fn piece(from: u32, to: u32, bytes: u64) -> Piece {
     Piece {
         from: SlotIndex(from),
         to: SlotIndex(to),
+        offset: 0,
         bytes,
     }
 }

@@ -29,6 +29,28 @@ async fn bytes_arrive_where_they_should() {
 }
 
 #[tokio::test]
+async fn parts_of_a_chunk_make_the_whole() {
+    let (sender, receiver) = pair(2, MIB);
+    sender.receiving.buffer.fill_random(0, 2 * MIB, 3).unwrap();
+    open_all(&receiver, LEASE);
+    let link = sender.link(remote(&receiver)).await.unwrap();
+    let part = |offset, bytes| Piece {
+        offset,
+        ..piece(1, 0, bytes)
+    };
+    let cut = MIB / 3;
+    assert_eq!(link.write(LEASE, vec![part(0, cut)]).await, Outcome::Done);
+    assert_ne!(sum(&sender, 1, MIB), sum(&receiver, 0, MIB));
+    assert_eq!(
+        link.write(LEASE, vec![part(cut, MIB - cut)]).await,
+        Outcome::Done
+    );
+    assert_eq!(sum(&sender, 1, MIB), sum(&receiver, 0, MIB));
+    let beyond = link.write(LEASE, vec![part(cut, MIB)]).await;
+    assert!(matches!(beyond, Outcome::Failed { terminal: true, .. }));
+}
+
+#[tokio::test]
 async fn more_pieces_than_a_frame_holds() {
     let (sender, receiver) = pair(2500, 64);
     sender

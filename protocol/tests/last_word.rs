@@ -1,0 +1,278 @@
+//! What a sender still says of leases that it has lost: without its word their slots stay quarantined.
+
+use std::time::Duration;
+
+use protocol::local::{Await, Computing, Reserve, Target};
+use protocol::message::{ToReceiver, ToSender, Unwanted};
+use protocol::receiver::{self, Receiver, Route};
+use protocol::sender::{self, Sender};
+use protocol::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, Time};
+
+const CHUNK: u32 = 4;
+const MS: u64 = 1000;
+const SECOND: Duration = Duration::from_secs(1);
+const ROUTE: Route = Route(1);
+
+fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 1,
+        kv_heads: 1,
+        head_size: 1,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+fn to() -> Target {
+    Target {
+        host: "d".into(),
+        init_port: 1,
+        alloc_port: 2,
+    }
+}
+
+/// A pair whose wire can be cut. Writes are never posted: no chunk is ever staged.
+struct Pair {
+    now: Time,
+    p: Sender,
+    d: Receiver,
+    connected: bool,
+    links: usize,
+    cancels: usize,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let p = Sender::new(sender::Config {
+            id: "p".into(),
+            epoch: Epoch(1),
+            slots: 4,
+            layout: layout(),
+            max_requests: 16,
+            heartbeat: SECOND,
+            wait: SECOND,
+            park: SECOND / 20,
+            repeat: SECOND / 2,
+            link: 5 * SECOND,
+            stall: 30 * SECOND,
+            push_off: false,
+        });
+        let d = Receiver::new(receiver::Config {
+            epoch: Epoch(2),
+            slots: 4,
+            token_bytes: layout().token_bytes().unwrap(),
+            chunk_tokens: CHUNK,
+            max_requests: 16,
+            max_quarantined: 8,
+            no_sender: 5 * SECOND,
+            unclaimed: 10 * SECOND,
+            max_lease: 30 * SECOND,
+            max_wait: 10 * SECOND,
+            lmcache_wait: SECOND,
+            layout: Some(layout()),
+            seed: 7,
+        });
+        Self {
+            now: Time(1),
+            p,
+            d,
+            connected: true,
+            links: 0,
+            cancels: 0,
+        }
+    }
+
+    /// Carries out what both want, until both are silent.
+    fn settle(&mut self) {
+        let now = self.now;
+        loop {
+            if let Some(action) = self.p.poll_action() {
+                match action {
+                    sender::Action::Link { to } => {
+                        self.links += 1;
+                        let linked = sender::Event::Linked {
+                            to: to.clone(),
+                            epoch: Epoch(2),
+                            v: 1,
+                            slots: 4,
+                            transport: "nixl".into(),
+                            cancels: false,
+                        };
+                        let failed = sender::Event::LinkLost {
+                            to,
+                            reason: Reason::NoLink,
+                        };
+                        let event = if self.connected { linked } else { failed };
+                        self.p.handle(now, event);
+                    }
+                    sender::Action::Send { message, .. } if self.connected => {
+                        self.cancels += usize::from(matches!(message, ToReceiver::CancelNotif(_)));
+                        let route = ROUTE;
+                        self.d.handle(now, receiver::Event::Peer { route, message });
+                    }
+                    _ => {}
+                }
+            } else if let Some(action) = self.d.poll_action() {
+                match action {
+                    receiver::Action::Send { message, .. } if self.connected => {
+                        let to = to();
+                        self.p.handle(now, sender::Event::Peer { to, message });
+                    }
+                    _ => {}
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// Lets time pass, with a look at both machines every 50 ms.
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now = Time(self.now.0 + 50 * MS);
+            self.p.handle(self.now, sender::Event::Deadline);
+            self.d.handle(self.now, receiver::Event::Deadline);
+            self.settle();
+        }
+    }
+
+    fn lease(&mut self) {
+        let req = RequestId::from("r");
+        let keys = vec!["k0".to_owned(), "k1".to_owned()];
+        let parked = Await {
+            req: req.clone(),
+            keys: keys.clone(),
+            tokens: 2 * CHUNK,
+            have_tokens: 0,
+            deadline_ms: 60_000,
+            written: false,
+        };
+        let reserve = Reserve {
+            req: req.clone(),
+            to: to(),
+            keys,
+            tokens: 2 * CHUNK,
+            upto: CHUNK,
+            overlap: false,
+        };
+        let computing = Computing {
+            req,
+            upto: 2 * CHUNK,
+        };
+        self.d
+            .handle(self.now, receiver::Event::Await(EngineId(2), parked));
+        self.p
+            .handle(self.now, sender::Event::Reserve(EngineId(1), reserve));
+        self.p
+            .handle(self.now, sender::Event::Computing(EngineId(1), computing));
+        self.settle();
+        assert_eq!(self.d.gauges().held, 2);
+    }
+
+    /// The connection breaks; both hear of it.
+    fn cut(&mut self) {
+        self.connected = false;
+        let lost = sender::Event::LinkLost {
+            to: to(),
+            reason: Reason::PeerLost,
+        };
+        self.p.handle(self.now, lost);
+        self.d
+            .handle(self.now, receiver::Event::PeerLost { route: ROUTE });
+        self.settle();
+        assert_eq!(self.d.gauges().quarantined, 2);
+    }
+}
+
+#[test]
+fn a_lost_link_is_made_anew_for_the_last_word() {
+    let mut pair = Pair::new();
+    pair.lease();
+    pair.cut();
+    pair.pass(2 * SECOND);
+    assert_eq!(pair.d.gauges().quarantined, 2, "it cannot be heard");
+    pair.connected = true;
+    pair.pass(2 * SECOND);
+    assert_eq!(pair.d.gauges().free, 4, "no further request was needed");
+    assert!(pair.p.is_idle() && pair.d.is_idle());
+}
+
+#[test]
+fn a_receiver_that_stays_away_is_given_up() {
+    let mut pair = Pair::new();
+    pair.lease();
+    pair.cut();
+    pair.pass(10 * SECOND);
+    assert!(pair.p.is_idle());
+    // One for the request, the others for the last word.
+    assert!((2..=8).contains(&pair.links), "{} links", pair.links);
+    let links = pair.links;
+    pair.pass(60 * SECOND);
+    assert_eq!((pair.links, pair.cancels), (links, 0));
+}
+
+/// A word of more than a thousand leases that are clean must not push out that one is not.
+#[test]
+fn dirty_slots_are_not_forgotten_for_clean_ones() {
+    let mut pair = Pair::new();
+    pair.lease();
+    let mut dirty = None;
+    let ask = |p: &mut Sender, lease| {
+        let unwanted = Unwanted {
+            lease: LeaseId(lease),
+            epoch: Epoch(2),
+            reason: Reason::Quarantined,
+        };
+        let message = ToSender::Unwanted(unwanted);
+        p.handle(Time(2), sender::Event::Peer { to: to(), message });
+        let mut answer = None;
+        while let Some(action) = p.poll_action() {
+            if let sender::Action::Send {
+                message: ToReceiver::CancelNotif(cancel),
+                ..
+            } = action
+            {
+                answer = cancel.x.map(|x| x.dirty);
+            }
+        }
+        answer
+    };
+    let granted = protocol::local::Staged {
+        req: RequestId::from("r"),
+        chunks: vec![0],
+        gather_us: 0,
+        event: None,
+        layers: Vec::new(),
+    };
+    pair.p
+        .handle(pair.now, sender::Event::Staged(EngineId(1), granted));
+    while let Some(action) = pair.p.poll_action() {
+        if let sender::Action::Write {
+            transfer,
+            lease,
+            pieces,
+            ..
+        } = action
+        {
+            let terminal = false;
+            pair.p
+                .handle(pair.now, sender::Event::Failed { transfer, terminal });
+            dirty = Some((lease.0, vec![pieces[0].to.0]));
+        }
+    }
+    let (lease, slots) = dirty.expect("a write was posted");
+    // Nobody answers: the sender gives the lease up and buries it.
+    for _ in 0..200 {
+        pair.now = Time(pair.now.0 + 100 * MS);
+        pair.p.handle(pair.now, sender::Event::Deadline);
+        while pair.p.poll_action().is_some() {}
+    }
+    assert!(pair.p.is_idle());
+    for other in 0..2000 {
+        assert_eq!(ask(&mut pair.p, other), Some(Vec::new()));
+    }
+    assert_eq!(ask(&mut pair.p, lease), Some(slots));
+}

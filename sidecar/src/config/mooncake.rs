@@ -1,0 +1,240 @@
+//! Mooncake's `mooncake.json`: its keys, said as LMCache's and ours.
+//!
+//! Each URL names a host and a first port; the 50 ports from there are one side's, as they are for
+//! Mooncake, and as with Mooncake rank N of the pipe has the two ports 9 + 2·N and 10 + 2·N.
+
+use discovery::Metadata;
+
+use super::layers::{Layers, Source};
+use super::problem::{Problem, Row};
+use super::value::{HostPort, MAX_RANKS, Role, Value};
+use super::yaml::{Entry, Node, Raw};
+
+/// What a `mooncake.json` says that no key of ours says.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Mooncake {
+    /// Where the proxy is asked for.
+    pub(crate) metadata: Option<Metadata>,
+    /// UCX's variables.
+    pub(crate) ucx: Vec<(&'static str, String)>,
+}
+
+/// One value of the file.
+struct Given {
+    line: usize,
+    text: String,
+}
+
+/// Whether a file is Mooncake's.
+pub(crate) fn is_mooncakes(entries: &[Entry]) -> bool {
+    let has = |name: &str| entries.iter().any(|e| e.key == name);
+    has("prefill_url") && has("decode_url")
+}
+
+/// Replaces Mooncake's keys by ours; `ranks` is how many the engine has.
+pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> Mooncake {
+    let prefill = address(layers, "prefill_url");
+    let decode = address(layers, "decode_url");
+    if let (Some(prefill), Some(decode)) = (&prefill, &decode)
+        && prefill.1.host == decode.1.host
+        && prefill.1.port.abs_diff(decode.1.port) < APART
+    {
+        let what = format!("it is less than {APART} ports from prefill_url on the same host");
+        wrong(layers, "decode_url", &decode.0, what, "move one of them");
+    }
+    let ours = match role {
+        Some(Role::Receiver | Role::Both) => decode,
+        _ => prefill,
+    };
+    if let (Some((given, url)), Some(role)) = (ours, role) {
+        place(layers, &given, &url, role, ranks);
+    }
+    let mut mooncake = Mooncake {
+        metadata: metadata(layers),
+        ucx: ucx(layers),
+    };
+    mooncake.ucx.retain(|(_, value)| !value.is_empty());
+    for (name, value) in &mooncake.ucx {
+        layers.rows.push(Row {
+            key: (*name).to_owned(),
+            value: value.clone(),
+            source: "from mooncake.json, unless the variable is set".to_owned(),
+        });
+    }
+    mooncake
+}
+
+/// Our addresses, from the URL of this side.
+fn place(layers: &mut Layers, given: &Given, url: &HostPort, role: Role, ranks: u32) {
+    let last = u32::from(url.port) + u32::from(APART);
+    if url.port == 0 || last > u32::from(u16::MAX) || ranks as usize > MAX_RANKS.min(20) {
+        let key = if role == Role::Sender {
+            "prefill_url"
+        } else {
+            "decode_url"
+        };
+        let what = format!("{ranks} ranks have no room in the {APART} ports from there");
+        wrong(layers, key, given, what, "begin lower");
+        return;
+    }
+    let port = |offset: u32| {
+        let port = u32::from(url.port) + offset;
+        port.to_string()
+    };
+    let list = |first: u32| {
+        let ports: Vec<_> = (0..ranks).map(|rank| port(first + 2 * rank)).collect();
+        ports.join(",")
+    };
+    let http = if role == Role::Sender { 8100 } else { 8200 };
+    let host = HostPort {
+        host: url.host.clone(),
+        port: http,
+    };
+    let admin = format!("{}:{}", bracketed(&url.host), port(u32::from(APART) - 1));
+    add(
+        layers,
+        true,
+        "engine_url",
+        given.line,
+        format!("http://{host}"),
+    );
+    add(layers, true, "admin", given.line, admin);
+    add(
+        layers,
+        false,
+        "pd_buffer_size",
+        given.line,
+        BUFFER_BYTES.to_owned(),
+    );
+    if role == Role::Sender {
+        return;
+    }
+    add(layers, false, "pd_peer_host", given.line, url.host.clone());
+    add(layers, false, "pd_peer_init_port", given.line, list(9));
+    add(layers, false, "pd_peer_alloc_port", given.line, list(10));
+    if ranks < 9 {
+        add(layers, true, "tcp_port", given.line, port(0));
+    }
+}
+
+fn metadata(layers: &mut Layers) -> Option<Metadata> {
+    let backend = take(layers, "metadata_backend");
+    let server = take(layers, "metadata_server")?;
+    let kind = backend.as_ref().map(|b| b.text.as_str());
+    match Metadata::parse(&server.text, kind) {
+        Ok(metadata) => metadata,
+        Err(error) => {
+            let right = "write host:2379, redis://host:6379 or http://host:8080/metadata";
+            wrong(layers, "metadata_server", &server, error.to_string(), right);
+            None
+        }
+    }
+}
+
+/// Which transports and devices UCX may take.
+fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
+    let device = take(layers, "device_name");
+    let protocol = take(layers, "protocol").unwrap_or(Given {
+        line: 0,
+        text: "tcp".to_owned(),
+    });
+    let rdma = protocol.text.eq_ignore_ascii_case("rdma");
+    if !rdma && !protocol.text.eq_ignore_ascii_case("tcp") {
+        let what = "UCX has no such transport";
+        wrong(
+            layers,
+            "protocol",
+            &protocol,
+            what.to_owned(),
+            "write rdma or tcp",
+        );
+    }
+    // Between processes of one host, shared memory and CUDA IPC are there for both.
+    let tls = if rdma {
+        "ib,sm,self,cuda"
+    } else {
+        "tcp,sm,self,cuda"
+    };
+    let names = device.map_or(String::new(), |d| d.text);
+    let devices: Vec<_> = names
+        .trim_matches(['[', ']'])
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        // An RDMA device has ports, and UCX wants to know which.
+        .map(|name| {
+            if rdma && !name.contains(':') {
+                format!("{name}:1")
+            } else {
+                name.to_owned()
+            }
+        })
+        .collect();
+    vec![
+        ("UCX_TLS", tls.to_owned()),
+        ("UCX_NET_DEVICES", devices.join(",")),
+    ]
+}
+
+fn address(layers: &mut Layers, key: &'static str) -> Option<(Given, HostPort)> {
+    let given = take(layers, key)?;
+    match HostPort::read(&Raw::outside(&given.text), &mut Vec::new()) {
+        Ok(address) => Some((given, address)),
+        Err(what) => {
+            wrong(layers, key, &given, what, "write host:port");
+            None
+        }
+    }
+}
+
+fn take(layers: &mut Layers, key: &str) -> Option<Given> {
+    let at = layers.lmcache.iter().position(|e| e.key == key)?;
+    let entry = layers.lmcache.remove(at);
+    let text = entry.value.raw.show();
+    Some(Given {
+        line: entry.line,
+        text,
+    })
+}
+
+fn add(layers: &mut Layers, ours: bool, key: &str, line: usize, text: String) {
+    let section = if ours {
+        &mut layers.sidecar
+    } else {
+        &mut layers.lmcache
+    };
+    // What stands there already was written for us.
+    if section.iter().any(|e| e.key == key) {
+        return;
+    }
+    let raw = Raw::Scalar { text, plain: false };
+    section.push(Entry {
+        key: key.to_owned(),
+        line,
+        value: Node { line, raw },
+    });
+}
+
+fn wrong(layers: &mut Layers, key: &str, given: &Given, what: String, right: &str) {
+    let source = Source::File(layers.path.clone(), given.line);
+    layers.problems.push(Problem {
+        place: source.to_string(),
+        key: key.to_owned(),
+        value: given.text.clone(),
+        what,
+        right: right.to_owned(),
+    });
+}
+
+fn bracketed(host: &str) -> String {
+    if host.contains(':') {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
+    }
+}
+
+/// Ports of a side, and so the least distance of two sides on one host.
+const APART: u16 = 50;
+/// vLLM's `kv_buffer_size`, if nobody says anything.
+const BUFFER_BYTES: &str = "1000000000";

@@ -1,0 +1,183 @@
+//! Writes by ranges of layers: what the engine has gathered of the first layers is on its way while the
+//! last ones are still computed.
+
+use std::time::{Duration, Instant};
+
+use protocol::Layout;
+use protocol::local::LayersStaged;
+use protocol::sender::Piece;
+
+/// A write divided: for each range the event that it waits for, and what is to be written then.
+///
+/// A chunk is `[planes, layers, tokens, width]`, so a range of layers is one run of bytes in each plane.
+/// Runs begin at multiples of `granule`, the link's; the granule in which two ranges meet belongs to
+/// the later one. So no byte is in two writes, of which the earlier might arrive last.
+///
+/// `None` if the ranges are not ranges of all layers, or runs would be shorter than a granule.
+pub(super) fn divide(
+    pieces: &[Piece],
+    layers: &[LayersStaged],
+    layout: &Layout,
+    granule: u64,
+) -> Option<Vec<(u32, Vec<Piece>)>> {
+    let ascending = layers.windows(2).all(|pair| pair[0].below < pair[1].below);
+    let whole = layers
+        .last()
+        .is_some_and(|last| last.below == layout.layers);
+    let first = layers.first().is_some_and(|first| first.below > 0);
+    if layers.len() < 2 || !ascending || !whole || !first || granule == 0 {
+        return None;
+    }
+    let planes = if layout.mla { 1 } else { 2 };
+    let mut divided: Vec<(u32, Vec<Piece>)> = layers
+        .iter()
+        .map(|range| (range.event, Vec::new()))
+        .collect();
+    for piece in pieces {
+        let layer_bytes = piece.bytes / (planes * u64::from(layout.layers));
+        if layer_bytes * planes * u64::from(layout.layers) != piece.bytes {
+            return None;
+        }
+        let mut at = 0;
+        for plane in 0..planes {
+            let start = plane * u64::from(layout.layers) * layer_bytes;
+            for (index, range) in layers.iter().enumerate() {
+                let end = start + u64::from(range.below) * layer_bytes;
+                let is_last = index + 1 == layers.len();
+                let end = match (is_last, plane + 1 == planes) {
+                    (true, true) => end,
+                    // The next run is the first range's again: what they share waits for the last.
+                    (true, false) => end.next_multiple_of(granule),
+                    (false, _) => end / granule * granule,
+                };
+                if end < at + granule.min(layer_bytes) {
+                    return None;
+                }
+                divided[index].1.push(Piece {
+                    offset: at,
+                    bytes: end - at,
+                    ..*piece
+                });
+                at = end;
+            }
+        }
+    }
+    Some(divided)
+}
+
+/// How long the wire was at it: spans that follow each other, which may overlap.
+pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration {
+    let mut until: Option<Instant> = None;
+    let mut busy = Duration::ZERO;
+    for (began, ended) in spans {
+        let from = until.map_or(began, |until| began.max(until));
+        busy += ended.saturating_duration_since(from);
+        until = Some(until.map_or(ended, |until| until.max(ended)));
+    }
+    busy
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::SlotIndex;
+
+    use super::*;
+
+    fn layout(layers: u32, mla: bool) -> Layout {
+        Layout {
+            model: "m".into(),
+            dtype: "bfloat16".into(),
+            layers,
+            kv_heads: 1,
+            head_size: 1,
+            mla,
+            chunk_tokens: 256,
+        }
+    }
+
+    fn piece(bytes: u64) -> Piece {
+        Piece {
+            from: SlotIndex(3),
+            to: SlotIndex(5),
+            offset: 0,
+            bytes,
+        }
+    }
+
+    fn ranges(below: &[u32]) -> Vec<LayersStaged> {
+        let range = |(event, &below)| LayersStaged { below, event };
+        (10..).zip(below).map(range).collect()
+    }
+
+    #[test]
+    fn every_byte_is_written_once_and_not_before_its_layer() {
+        for (layers, mla, layer_bytes, granule, below) in [
+            (32, false, 1000, 1, &[16, 28, 32][..]),
+            (32, false, 4096, 4096, &[8, 16, 24, 28, 32]),
+            (28, false, 5000, 4096, &[14, 24, 28]),
+            (27, true, 9216, 4096, &[13, 27]),
+            (4, false, 65536, 65536, &[2, 4]),
+        ] {
+            let planes = if mla { 1 } else { 2 };
+            let bytes = planes * u64::from(layers) * layer_bytes;
+            let of = layout(layers, mla);
+            let divided = divide(&[piece(bytes)], &ranges(below), &of, granule).unwrap();
+            let mut runs: Vec<(u64, u64, u32)> = Vec::new();
+            for (event, pieces) in &divided {
+                for p in pieces {
+                    assert_eq!(p.offset % granule, 0);
+                    runs.push((p.offset, p.bytes, *event));
+                }
+            }
+            runs.sort_unstable();
+            let mut at = 0;
+            for (offset, bytes, event) in runs {
+                assert_eq!(offset, at);
+                at += bytes;
+                let last = (offset + bytes - 1) / layer_bytes % u64::from(layers);
+                let first = offset / layer_bytes % u64::from(layers);
+                let below = u64::from(below[(event - 10) as usize]);
+                assert!(
+                    first < below && last < below
+                        || event + 1 == 10 + u32::try_from(divided.len()).unwrap()
+                );
+            }
+            assert_eq!(at, bytes);
+        }
+    }
+
+    #[test]
+    fn the_wire_is_busy_without_pauses_and_overlaps() {
+        let start = Instant::now();
+        let check = |spans: &[(u64, u64)], expect| {
+            let at = |ms| start + Duration::from_millis(ms);
+            let spans = spans.iter().map(|&(began, ended)| (at(began), at(ended)));
+            assert_eq!(busy(spans), Duration::from_millis(expect));
+        };
+        check(&[], 0);
+        check(&[(1, 3), (10, 11)], 3);
+        check(&[(1, 5), (3, 6)], 5);
+        check(&[(1, 9), (3, 6), (8, 10)], 9);
+    }
+
+    #[test]
+    fn what_is_no_division_of_all_layers_is_not_divided() {
+        let check = |below: &[u32], bytes, granule| {
+            divide(&[piece(bytes)], &ranges(below), &layout(4, false), granule)
+        };
+        assert!(check(&[2, 4], 800, 1).is_some());
+        for below in [
+            &[][..],
+            &[4],
+            &[2, 3],
+            &[2, 5],
+            &[3, 2, 4],
+            &[2, 2, 4],
+            &[0, 4],
+        ] {
+            assert!(check(below, 800, 1).is_none(), "{below:?}");
+        }
+        assert!(check(&[2, 4], 801, 1).is_none(), "no whole layers");
+        assert!(check(&[2, 4], 800, 4096).is_none(), "runs within a granule");
+    }
+}

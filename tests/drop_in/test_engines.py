@@ -1,0 +1,83 @@
+"""Real engines beside our sidecars, real LMCache as the peer of each.
+
+LMCache's own vLLM adapter does not run on the CPU build of vLLM, so LMCache takes part with its PD backend and its
+token database: what the prefill engine computed is pushed into an LMCache receiver, found there under the keys that
+LMCache computes for the prompt, and pushed by an LMCache sender to the decode engine's sidecar.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from harness.client import complete
+from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS
+from harness.pair import Pair, check_tokens
+from harness.prompts import prompt
+from harness.reference import Reference
+from pd_sidecar.wire import Layout, Target
+
+from .chunks import CHUNK_TOKENS
+from .nodes import LmcacheReceiver, LmcacheSender, of_target
+
+_requests = itertools.count(1)
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("length", [300, 512, 1100])
+def test_kv_of_an_engine_goes_through_lmcache(
+    pair: Pair, reference: Reference, tmp_path: Path, mode: str, length: int
+) -> None:
+    layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
+    tokens = prompt(length, seed=length + len(mode))
+    size = length * KV_BYTES_PER_TOKEN
+    receiver, sender = LmcacheReceiver(mode, slots=16, layout=layout), LmcacheSender(mode, layout=layout)
+    try:
+        keys = receiver.do("keys", tokens=tokens, algorithm="sha256_cbor")["keys"]
+        assert len(keys) == -(-length // CHUNK_TOKENS)
+
+        # The prefill leg as LMCache's proxy writes it.
+        req = f"mixed-{next(_requests)}"
+        to = receiver.target
+        spec = {
+            "req_id": req, "receiver_host": to.host,
+            "receiver_init_port": [to.init_port], "receiver_alloc_port": [to.alloc_port],
+        }  # fmt: skip
+        expect = reference.token_ids(tokens)
+        params = {"ret_first_tok": True, "disagg_spec": spec}
+        answer = complete(pair.prefill.url, tokens, max_tokens=1, kv_transfer_params=params)
+        assert answer.token_ids == expect[:1]
+        pushed = pair.sender.record(req)
+        assert (pushed["reason"], pushed["bytes"]) == (None, size), pushed
+        sums = receiver.do("get", keys=keys, tokens=length, folder=str(tmp_path))["sums"]
+        assert None not in sums
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) == size
+
+        # From an LMCache sender to the decode engine.
+        req = f"mixed-{next(_requests)}"
+        to = Target(pair.receiver.host, pair.receiver.init_port, pair.receiver.alloc_port)
+        sent = sender.do("put", req=req, to=of_target(to), keys=keys, tokens=length, folder=str(tmp_path))
+        assert sent == {"written": len(keys), "errors": []}
+        assert sender.notices.wait(req) is not None
+        before = pair.decode.prompt_tokens()
+        params = {"do_remote_prefill": True, "disagg_spec": {"req_id": req, "written": True}}
+        answer = complete(pair.decode.url, tokens, max_tokens=24, kv_transfer_params=params)
+        assert answer.token_ids == expect
+        check_tokens(pair.prompt_tokens_since(before, 1), length)
+        received = pair.receiver.record(req)
+        assert (received["reason"], received["bytes"]) == (None, size), received
+    finally:
+        receiver.stop()
+        sender.stop()
+        sender.notices.close()
+
+
+def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
+    """That the texts above are equal is not because everything hits: a leg that nobody wrote for is computed."""
+    tokens = prompt(300, seed=77)
+    before = pair.decode.prompt_tokens()
+    params = {"do_remote_prefill": True, "disagg_spec": {"req_id": "mixed-nobody", "written": True}}
+    answer = complete(pair.decode.url, tokens, max_tokens=24, kv_transfer_params=params)
+    assert answer.token_ids == reference.token_ids(tokens)
+    assert pair.prompt_tokens_since(before, 1).computed == 300

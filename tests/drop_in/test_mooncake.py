@@ -1,0 +1,162 @@
+"""Mooncake's `mooncake.json` as it stands: ports from its URLs, the proxy by way of its metadata server, UCX set."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness.client import call
+from harness.ports import FIRST, LAST, free_port
+from harness.process import Process
+from harness.proxy import Proxy
+from harness.sidecar import BINARIES, ROOT
+from pd_sidecar.client import Client
+from pd_sidecar.wire import VERSION, Hello, Target
+
+from .chunks import LAYOUT, Prompt
+from .nodes import LOGS, Notices, OurReceiver, OurSender
+
+ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
+REDIS = Path(os.environ.get("REDIS", ROOT / "target" / "redis" / "redis-server"))
+_bases = itertools.count(FIRST, 200)
+
+
+def base_port() -> int:
+    """The first of 150 ports of which those that are used are free."""
+    for base in _bases:
+        assert base + 150 < LAST
+        if all(_is_free(base + offset) for offset in (0, 9, 10, 49, 100, 109, 110, 149)):
+            return base
+    raise AssertionError("unreachable")
+
+
+def _is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@contextmanager
+def etcd(folder: Path) -> Iterator[str]:
+    if not ETCD.exists():
+        subprocess.run([ROOT / "scripts" / "etcd.sh", ROOT / "target" / "etcd"], check=True, timeout=120)
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    flags: list[str | Path] = [
+        "--name", "one", "--data-dir", folder / "etcd",
+        "--listen-client-urls", client, "--advertise-client-urls", client,
+        "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"one={peer}",
+    ]  # fmt: skip
+    process = Process("etcd", [ETCD, *flags], LOGS / "etcd.log")
+    yield client.removeprefix("http://")
+    process.stop()
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    if not REDIS.exists():
+        subprocess.run([ROOT / "scripts" / "redis.sh", ROOT / "target" / "redis"], check=True, timeout=120)
+    port = free_port()
+    flags: list[str | Path] = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    process = Process("redis", [REDIS, *flags], LOGS / "redis.log")
+    yield f"redis://127.0.0.1:{port}"
+    process.stop()
+
+
+class _Side:
+    """A sidecar of which a role and Mooncake's file are all that is said."""
+
+    def __init__(self, role: str, file: Path, url_port: int) -> None:
+        folder = file.parent / role
+        folder.mkdir()
+        environ = {
+            "MOONCAKE_CONFIG_PATH": str(file), "XDG_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix,
+            "LMCACHE_PD_BUFFER_SIZE": "32MiB",
+        }  # fmt: skip
+        self.notices: Notices
+        name = f"mooncake-{role}"
+        self.process = Process(name, [BINARIES / "sidecar", "--role", role], LOGS / f"{name}.log", environ)
+        until(lambda: _answers(f"http://127.0.0.1:{url_port + 49}/health"), f"{role} at its admin port")
+        leg = "prefill" if role == "sender" else "decode"
+        path = folder / "pd-sidecar" / f"{role}.sock"
+        self.client = Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))
+
+    def environ(self) -> dict[str, str]:
+        text = Path(f"/proc/{self.process.pid}/environ").read_text()
+        return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.stop()
+
+
+class _Sender(_Side, OurSender):
+    name = "mooncake-sender"
+
+
+class _Receiver(_Side, OurReceiver):
+    name = "mooncake-receiver"
+    target: Target = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("backend", "server"), [("etcd", etcd), ("redis", redis)])
+@pytest.mark.parametrize("apart", [50, 100])
+def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., Iterator[str]], apart: int) -> None:
+    prefill = base_port()
+    decode = prefill + apart
+    proxies = [Proxy(LOGS), Proxy(LOGS)]
+    with server(tmp_path) as address:  # type: ignore[attr-defined]
+        file = tmp_path / "mooncake.json"
+        values = {
+            "prefill_url": f"127.0.0.1:{prefill}", "decode_url": f"127.0.0.1:{decode}", "metadata_server": address,
+            "metadata_backend": backend, "protocol": "tcp", "device_name": "",
+        }  # fmt: skip
+        file.write_text(json.dumps(values))
+        receiver, sender = _Receiver("receiver", file, decode), _Sender("sender", file, prefill)
+        receiver.target = Target("127.0.0.1", decode + 9, decode + 10)
+        try:
+            for proxy in proxies:
+                # A proxy that comes later, and another one in its place, is found by both.
+                proxy._flags = ["--mooncake", str(file)]
+                proxy.start()
+                until(lambda proxy=proxy: len(registered(proxy)) == 2, "both sidecars at the proxy")  # type: ignore[misc]
+                assert registered(proxy) == {"prefill": [], "decode": [decode + 9]}
+                if proxy is proxies[0]:
+                    proxy.stop()
+            prompt = Prompt.of_chunks(5, last=9)
+            put = sender.put("mooncake", receiver.target, prompt)
+            assert (put.written, put.error) == (5, None)
+            assert receiver.get("mooncake", prompt, written=False) == prompt.sums
+            for side in (sender, receiver):
+                assert side.environ()["UCX_TLS"] == "tcp,sm,self,cuda"
+                assert "UCX_NET_DEVICES" not in side.environ()
+        finally:
+            sender.stop()
+            receiver.stop()
+            proxies[1].stop()
+
+
+def registered(proxy: Proxy) -> dict[str, list[int]]:
+    return {str(i["role"]): list(i["init_ports"]) for i in proxy.instances()}
+
+
+def _answers(url: str) -> bool:
+    try:
+        return call(url, timeout_s=2.0)[0] == 200
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], bool], what: str, bound_s: float = 30.0) -> None:
+    deadline = time.monotonic() + bound_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)

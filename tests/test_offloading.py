@@ -1,0 +1,132 @@
+"""Beside vLLM's OffloadingConnector under its MultiConnector: reuse from host memory and transfer in one engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.client import Answer, complete
+from harness.engine import Engine, EngineOptions, wait_for
+from harness.metrics import PromptTokens
+from harness.model import KV_BYTES_PER_TOKEN
+from harness.pair import BUFFER_BYTES, Pair
+from harness.prompts import prompt
+from harness.reference import Reference
+from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
+
+LOGS = ROOT / "target" / "test-logs"
+BLOCK = 32
+
+
+@dataclass
+class Both:
+    """A decode engine with both connectors, and its sidecar."""
+
+    engine: Engine
+    receiver: Sidecar
+
+    def tokens_of(self, tokens: list[int], params: dict[str, Any] | None = None) -> tuple[Answer, PromptTokens]:
+        """A completion on this engine alone, and where its prompt's tokens came from."""
+        before = self.engine.prompt_tokens()
+        more: dict[str, Any] = {"kv_transfer_params": params} if params else {}
+        answer = complete(self.engine.url, tokens, max_tokens=24, **more)
+        threading.Event().wait(0.3)  # its counters may come a moment after its answer
+        return answer, self.engine.prompt_tokens() - before
+
+
+@pytest.fixture(scope="module")
+def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
+    pair, _ = engines
+    folder = Path(tempfile.mkdtemp(prefix="pd-"))
+    receiver = Sidecar(SidecarOptions("receiver", BUFFER_BYTES), folder, LOGS, name="offload-receiver")
+    connectors = [
+        {
+            "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector",
+            "kv_role": "kv_consumer", "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"receiver_socket": str(receiver.socket), "chunk_size": CHUNK_TOKENS},
+        },
+        {
+            "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "spec_name": "HostOffloadingSpec", "spec_module_path": "harness.host_offload",
+                "cpu_bytes_to_use": 1 << 28,
+            },
+        },
+    ]  # fmt: skip
+    transfer = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": connectors},
+    }
+    path = os.pathsep.join(str(ROOT / part) for part in ("python", "tests"))
+    options = EngineOptions(
+        "offload engine", pair.options.model, block_size=BLOCK, kv_transfer=transfer, core=1, env={"PYTHONPATH": path}
+    )
+    engine = Engine(options, LOGS)
+    try:
+        engine.start()
+        receiver.start()
+        wait_for([engine])
+        receiver.wait_ready()
+        yield Both(engine, receiver)
+    finally:
+        engine.stop()
+        receiver.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def moved(pair: Pair, both: Both, req: str, tokens: list[int]) -> tuple[Answer, PromptTokens]:
+    """Both legs at once, as the proxy sends them, so that the decode side says what it holds."""
+    to = both.receiver
+    spec = {
+        "req_id": req, "receiver_host": to.host, "receiver_init_port": [to.init_port],
+        "receiver_alloc_port": [to.alloc_port], "overlap": True,
+    }  # fmt: skip
+    params = {"do_remote_decode": True, "disagg_spec": spec}
+    leg = threading.Thread(target=complete, args=(pair.prefill.url, tokens), kwargs={
+        "max_tokens": 1, "kv_transfer_params": params,
+    })  # fmt: skip
+    leg.start()
+    try:
+        return both.tokens_of(tokens, {"do_remote_prefill": True, "disagg_spec": {"req_id": req}})
+    finally:
+        leg.join()
+
+
+def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Reference) -> None:
+    first = prompt(600, seed=5)
+    second, third = first + prompt(200, seed=6), first + prompt(200, seed=6) + prompt(300, seed=7)
+
+    # What was transferred is offloaded like what was computed.
+    answer, tokens = moved(pair, both, "offload-1", first)
+    assert answer.token_ids == reference.token_ids(first)
+    assert tokens.computed <= 1
+    record = both.receiver.record("offload-1")
+    assert (record["reason"], record["bytes"]) == (None, len(first) * KV_BYTES_PER_TOKEN), record
+
+    # Gone from the engine's own cache, it comes back from host memory, for a request that nobody transfers.
+    both.engine.reset_prefix_cache()
+    answer, tokens = both.tokens_of(second)
+    assert answer.token_ids == reference.token_ids(second)
+    kept = len(first) // BLOCK * BLOCK
+    assert tokens.external == kept, tokens
+    assert tokens.computed == len(second) - kept, tokens
+
+    # What came from host memory is not transferred again; only what is new is.
+    answer, tokens = moved(pair, both, "offload-2", third)
+    assert answer.token_ids == reference.token_ids(third)
+    held = len(second) // BLOCK * BLOCK
+    assert tokens.cached == held, tokens
+    assert tokens.computed <= 1, tokens
+    record = both.receiver.record("offload-2")
+    assert (record["reason"], record["have_tokens"]) == (None, held), record
+    assert record["bytes"] == (len(third) - held) * KV_BYTES_PER_TOKEN, record
+    both.receiver.wait_empty()
