@@ -35,16 +35,14 @@ def client(pair: Pair) -> openai.OpenAI:
 
 def test_openai_completions(client: openai.OpenAI, pair: Pair, reference: Reference) -> None:
     tokens = prompt(600, seed=81)
-    ask = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-    expect = reference.post("/v1/completions", ask)["choices"][0]["text"]
-    whole = client.completions.create(model=MODEL_NAME, prompt=tokens, max_tokens=24, temperature=0, extra_body=GREEDY)
-    assert whole.choices[0].text == expect
-    pair.reset_prefix_caches()
-    events = client.completions.create(
-        model=MODEL_NAME, prompt=tokens, max_tokens=24, temperature=0, extra_body=GREEDY, stream=True
-    )
-    assert "".join(event.choices[0].text for event in events) == expect
-    moved = [record["moved"]["bytes"] for record in pair.proxy.records()[-2:]]
+    ask: dict[str, Any] = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 24, "temperature": 0}
+    expect = reference.post("/v1/completions", {**ask, **GREEDY})["choices"][0]["text"]
+    with pair.proxy.recorded(2, moved=True) as records:
+        assert client.completions.create(**ask, extra_body=GREEDY).choices[0].text == expect
+        pair.reset_prefix_caches()
+        events = client.completions.create(**ask, extra_body=GREEDY, stream=True)
+        assert "".join(event.choices[0].text for event in events) == expect
+    moved = [record["moved"]["bytes"] for record in records]
     assert all(count > 0 for count in moved), moved
 
 
@@ -58,16 +56,17 @@ def test_openai_chat(client: openai.OpenAI, pair: Pair) -> None:
         "temperature": 0,
         "extra_body": GREEDY,
     }
-    whole = client.chat.completions.create(**ask)
-    pair.reset_prefix_caches()
-    events = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
-    text, usage = "", None
-    for event in events:
-        text += "".join(choice.delta.content or "" for choice in event.choices)
-        usage = event.usage or usage
+    with pair.proxy.recorded(2) as records:
+        whole = client.chat.completions.create(**ask)
+        pair.reset_prefix_caches()
+        events = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+        text, usage = "", None
+        for event in events:
+            text += "".join(choice.delta.content or "" for choice in event.choices)
+            usage = event.usage or usage
     assert text == whole.choices[0].message.content
     assert usage is not None and usage.completion_tokens == 24
-    assert all(record["outcome"] == "done" for record in pair.proxy.records()[-2:])
+    assert all(record["outcome"] == "done" for record in records)
 
 
 def test_openai_errors(client: openai.OpenAI) -> None:

@@ -52,7 +52,7 @@ def test_texts_are_equal(behind_proxy: tuple[NixlPair, Proxy], tokens: int) -> N
     answer = complete(proxy.url, ids, max_tokens=24)
     spent = pair.decode.prompt_tokens() - before
     assert spent.external >= tokens - 1, spent
-    record = proxy.records()[-1]
+    record = proxy.record(answer.headers["x-request-id"])
     assert (record["alone"], record["outcome"]) == (None, "done"), record
     # Computed by the decode engine itself, without a prefix cache.
     pair.decode.reset_prefix_cache()
@@ -63,9 +63,10 @@ def test_chat_that_is_not_streamed(behind_proxy: tuple[NixlPair, Proxy]) -> None
     pair, proxy = behind_proxy
     messages = [{"role": "user", "content": "list the files of a folder " * 20}]
     body = {"model": "m", "messages": messages, "max_completion_tokens": 16, "temperature": 0, "ignore_eos": True}
-    through = post_json(f"{proxy.url}/v1/chat/completions", body)
+    with proxy.recorded() as records:
+        through = post_json(f"{proxy.url}/v1/chat/completions", body)
     pair.decode.reset_prefix_cache()
     alone = post_json(f"{pair.decode.url}/v1/chat/completions", body)
     assert through["choices"][0]["message"] == alone["choices"][0]["message"]
     assert through["usage"]["completion_tokens"] == 16
-    assert proxy.records()[-1]["alone"] is None
+    assert records[0]["alone"] is None

@@ -53,7 +53,7 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
     pair.wait_empty(10.0)
     # A thousand tokens take longer: the engine was told.
     assert time.monotonic() - left < 3.0
-    assert pair.proxy.records()[-1]["outcome"] == "client_left"
+    assert pair.proxy.record(stream.headers["x-request-id"])["outcome"] == "client_left"
     again = prompt(600, seed=52)
     pair.move(again).check(reference.token_ids(again), len(again))
 

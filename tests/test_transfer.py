@@ -46,12 +46,12 @@ def test_eight_at_once(wired: Pair, reference: Reference) -> None:
     prompts = [prompt(length, seed=2) for length in LENGTHS]
     expect = [reference.token_ids(tokens) for tokens in prompts]
     total = sum(LENGTHS)
-    before, sent = wired.decode.prompt_tokens(), len(wired.sender.records())
+    before = wired.decode.prompt_tokens()
     with ThreadPoolExecutor(max_workers=8) as pool:
         answers = list(pool.map(wired.complete, prompts))
     assert [answer.token_ids for answer in answers] == expect
     check_tokens(wired.prompt_tokens_since(before, total), total, requests=len(prompts))
-    records = wired.sender.records()[sent:]
+    records = [wired.sender.record(answer.headers["x-request-id"]) for answer in answers]
     assert sum(record["bytes"] for record in records) == total * KV_BYTES_PER_TOKEN
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pytest
 from harness.client import post_json
@@ -41,22 +39,11 @@ def converse(pair: Pair, reference: Reference, mode: str, turns: int, seed: int)
         answer = pair.complete(said, max_tokens=ANSWER_TOKENS)
         assert answer.token_ids == reference.token_ids(said, max_tokens=ANSWER_TOKENS), (mode, turn)
         spent = pair.prompt_tokens_since(before, len(said))
-        record = finished(pair, answer.headers["x-request-id"])
+        record = pair.proxy.record(answer.headers["x-request-id"], moved=True)
         moved = (record["moved"] or {}).get("bytes", 0)
         seen.append(Turn(len(said), answer.first_s * 1e3, answer.total_s * 1e3, moved, spent.cached))
         said = said + answer.token_ids
     return seen
-
-
-def finished(pair: Pair, request_id: str) -> dict[str, Any]:
-    """The proxy's record, once the sender's word on the KV is in it too."""
-    deadline = time.monotonic() + 5.0
-    while True:
-        found = [record for record in pair.proxy.records() if record["id"] == request_id]
-        if found and (found[0]["alone"] or found[0]["moved"]):
-            return found[0]
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("turns", [5, 10])

@@ -57,8 +57,9 @@ def test_both_decode_and_one_dies(pair: Pair, reference: Reference, second: tupl
     used = set()
     for number in range(4):
         tokens = prompt(300 + 256 * number, seed=410 + number)
-        assert pair.complete(tokens).token_ids == reference.token_ids(tokens)
-        record = pair.proxy.records()[-1]
+        answer = pair.complete(tokens)
+        assert answer.token_ids == reference.token_ids(tokens)
+        record = pair.proxy.record(answer.headers["x-request-id"])
         assert (record["alone"], record["outcome"]) == (None, "done"), record
         used.add(record["decode"])
     assert len(used) == 2, used

@@ -57,7 +57,8 @@ def test_the_first_token_from_the_prefill_engine(pair: Pair, reference: Referenc
             ask = {"prompt": ids, "max_tokens": ANSWER}
             expect = streamed(reference.engine.url, "/v1/completions", **ask)
             before = pair.decode.prompt_tokens()
-            assert streamed(pair.proxy.url, "/v1/completions", **ask) == expect, tokens
+            with pair.proxy.recorded() as records:
+                assert streamed(pair.proxy.url, "/v1/completions", **ask) == expect, tokens
             spent = pair.prompt_tokens_since(before, tokens)
             given = spent.external + spent.cached + spent.computed - tokens
             assert given in (0, 1), spent
@@ -66,7 +67,7 @@ def test_the_first_token_from_the_prefill_engine(pair: Pair, reference: Referenc
                 gave.append(tokens)
             else:
                 check_tokens(spent, tokens)
-            record = pair.proxy.records()[-1]
+            (record,) = records
             assert (record["alone"], record["outcome"]) == (None, "done"), record
     assert gave, "no first token could be shown by itself"
 
@@ -76,8 +77,9 @@ def test_a_chat_with_its_first_token_from_the_prefill_engine(pair: Pair, referen
     path = "/v1/chat/completions"
     with flags(pair, "--first-token", "prefill"):
         expect = streamed(reference.engine.url, path, **ask)
-        assert streamed(pair.proxy.url, path, **ask) == expect
-        assert pair.proxy.records()[-1]["moved"]["bytes"] > 0
+        with pair.proxy.recorded(moved=True) as records:
+            assert streamed(pair.proxy.url, path, **ask) == expect
+        assert records[0]["moved"]["bytes"] > 0, records
         # One token, and one that is not streamed, which goes the usual way.
         short = {**ask, "max_tokens": 1}
         assert streamed(pair.proxy.url, path, **short) == streamed(reference.engine.url, path, **short)

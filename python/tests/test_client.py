@@ -183,8 +183,9 @@ def test_a_sidecar_that_breaks_the_protocol_is_left(path, clients, garbage):
     clients.append(client)
     until(client, Connected)
     sidecar.say_bytes(garbage)
-    until(client, Lost)
-    until(client, Connected)  # and asked again
+    events = until(client, Lost)
+    # And asked again; one look may see both.
+    assert any(isinstance(event, Connected) for event in events) or until(client, Connected)
 
 
 def test_a_message_that_no_frame_holds_is_not_sent(path, clients):

@@ -4,7 +4,6 @@ the KV, the words to the proxy and everything between the two sides are real."""
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +67,21 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_completion(both: Both, tokens: int) -> None:
     number = next(_numbers)
     body = {"model": "m", "prompt": [number] * tokens, "max_tokens": 8}
-    answer = post_json(f"{both.proxy.url}/v1/completions", body, timeout_s=60.0)
-    check(both, answer, answer["choices"][0]["text"])
+    with both.proxy.recorded(moved=True) as records:
+        answer = post_json(f"{both.proxy.url}/v1/completions", body, timeout_s=60.0)
+    check(both, records[0], answer, answer["choices"][0]["text"])
 
 
 def test_a_chat(both: Both) -> None:
     content = f"700 {next(_numbers)}"
     body = {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 8}
-    answer = post_json(f"{both.proxy.url}/v1/chat/completions", body, timeout_s=60.0)
-    check(both, answer, answer["choices"][0]["message"]["content"])
+    with both.proxy.recorded(moved=True) as records:
+        answer = post_json(f"{both.proxy.url}/v1/chat/completions", body, timeout_s=60.0)
+    check(both, records[0], answer, answer["choices"][0]["message"]["content"])
 
 
-def check(both: Both, answer: dict[str, Any], text: str) -> None:
-    record = finished(both.proxy)
+def check(both: Both, record: dict[str, Any], answer: dict[str, Any], text: str) -> None:
+    assert record["moved"], record
     assert (record["alone"], record["outcome"]) == (None, "done"), record
     asked = both.decode.asked[-1]
     if both.kinds[1] == "ours":
@@ -91,14 +92,3 @@ def check(both: Both, answer: dict[str, Any], text: str) -> None:
         # The first token comes from the prefill side, and the decode side goes on after it.
         assert text == "first,equal", answer
         assert asked["prompt"][-1] == FIRST
-
-
-def finished(proxy: Proxy) -> dict[str, Any]:
-    """The last record, with the sender's word in it."""
-    deadline = time.monotonic() + 5.0
-    while True:
-        record = proxy.records()[-1]
-        if record["moved"] or time.monotonic() > deadline:
-            assert record["moved"], record
-            return record
-        time.sleep(0.02)

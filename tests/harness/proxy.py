@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from harness.metrics import Metrics
 from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import BINARIES
+
+RECORD_BOUND_S = 5.0
 
 
 class Proxy(Part):
@@ -68,8 +70,33 @@ class Proxy(Part):
         return instances
 
     def records(self) -> list[dict[str, Any]]:
+        """The last requests that have ended, oldest first. One comes a moment after its client's answer."""
         records: list[dict[str, Any]] = get_json(f"{self.url}/requests")
         return records
+
+    def record(self, request_id: str, *, moved: bool = False) -> dict[str, Any]:
+        """The record of a request; with `moved`, once the sender's word on its KV is in it too."""
+        return self._wait_for_records(lambda record: record["id"] == request_id, 1, moved)[0]
+
+    @contextlib.contextmanager
+    def recorded(self, count: int = 1, *, moved: bool = False) -> Iterator[list[dict[str, Any]]]:
+        """Gives a list that holds, after the block, the records of the requests that ended inside."""
+        seen = {record["id"] for record in self.records()}
+        records: list[dict[str, Any]] = []
+        yield records
+        records += self._wait_for_records(lambda record: record["id"] not in seen, count, moved)
+
+    def _wait_for_records(
+        self, wanted: Callable[[dict[str, Any]], bool], count: int, moved: bool
+    ) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + RECORD_BOUND_S
+        while True:
+            records = [record for record in self.records() if wanted(record)]
+            complete = all(not moved or record["moved"] or record["alone"] for record in records)
+            if len(records) >= count and complete:
+                return records
+            assert time.monotonic() < deadline, f"{count} records wanted, {'moved' if moved else ''}: {records}"
+            time.sleep(0.02)
 
     def metrics(self) -> Metrics:
         return Metrics.scrape(f"{self.url}/metrics")
