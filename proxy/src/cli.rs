@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 
 use crate::access::Access;
+use crate::addresses::Addresses;
 use crate::announce::metadata;
 use crate::instance::BaseUrl;
 use crate::load::Breaker;
@@ -41,7 +42,11 @@ pub struct Config {
     )]
     pub registration: SocketAddr,
 
-    /// Permit addresses off loopback. Neither port authenticates anybody yet: whoever reaches the
+    /// The same two addresses otherwise.
+    #[command(flatten)]
+    pub addresses: Addresses,
+
+    /// Permit addresses off loopback. Sidecars are not authenticated yet: whoever reaches the
     /// registration port can take part in serving.
     #[arg(long, env = "PD_PROXY_INSECURE")]
     pub insecure: bool,
@@ -238,6 +243,15 @@ impl Config {
         }
     }
 
+    /// Settles what can be said in two ways.
+    ///
+    /// # Errors
+    /// Every value that cannot be used.
+    pub fn settle(&mut self) -> Result<(), Vec<String>> {
+        self.addresses
+            .replace(&mut self.listen, &mut self.registration)
+    }
+
     /// What is wrong with the flags together, every problem at once.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
@@ -345,6 +359,35 @@ mod tests {
         assert_eq!(parse(&both).unwrap().problems().len(), 2);
         let with_word = [&both[..], &["--insecure"]].concat();
         assert_eq!(parse(&with_word).unwrap().problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn addresses_in_the_words_of_lmcaches_proxy() {
+        let check = |flags: &[&str], listen: &str, registration: &str| {
+            let mut config = parse(flags).unwrap();
+            config.settle().unwrap();
+            assert_eq!(config.listen.to_string(), listen, "{flags:?}");
+            assert_eq!(config.registration.to_string(), registration, "{flags:?}");
+        };
+        check(&[], "127.0.0.1:8000", "127.0.0.1:7500");
+        check(&["--port", "9100"], "127.0.0.1:9100", "127.0.0.1:7500");
+        check(
+            &["--host", "localhost", "--proxy-host", "10.0.0.1"],
+            "127.0.0.1:8000",
+            "10.0.0.1:7500",
+        );
+        check(
+            &["--proxy-host", "::1", "--proxy-port", "7600"],
+            "127.0.0.1:8000",
+            "[::1]:7600",
+        );
+        // Off loopback it needs a word, however it is said.
+        let mut config = parse(&["--host", "0.0.0.0"]).unwrap();
+        config.settle().unwrap();
+        assert_eq!(config.problems().len(), 1);
+        let mut config = parse(&["--host", "no host", "--proxy-host", ""]).unwrap();
+        assert_eq!(config.settle().unwrap_err().len(), 2);
+        assert!(parse(&["--host", "localhost", "--listen", "127.0.0.1:1"]).is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let config = match Config::try_parse() {
+    let mut config = match Config::try_parse() {
         Ok(config) => config,
         Err(e) => {
             let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
@@ -22,7 +22,8 @@ async fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
     };
-    let mut problems = config.problems();
+    let mut problems = config.settle().err().unwrap_or_default();
+    problems.extend(config.problems());
     let filter = EnvFilter::try_new(&config.log);
     problems.extend(
         filter
