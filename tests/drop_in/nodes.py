@@ -55,6 +55,7 @@ class Receiver(Protocol):
     def target(self) -> Target: ...
 
     def get(self, req: str, prompt: Prompt) -> list[str | None]: ...
+    def held(self) -> int: ...
     def restart(self) -> None: ...
     def stop(self) -> None: ...
 
@@ -177,6 +178,11 @@ class LmcacheReceiver(LmcachePeer):
     def get(self, req: str, prompt: Prompt) -> list[str | None]:
         sums: list[str | None] = self.do("get", keys=prompt.keys, tokens=prompt.tokens)["sums"]
         return sums
+
+    def held(self) -> int:
+        """Chunks that are there, or that it has given a slot."""
+        keys: int = self.do("held")["keys"]
+        return keys
 
 
 @dataclass
@@ -301,6 +307,10 @@ class OurReceiver(_Ours):
             elif isinstance(event, Ended):
                 self.ended = event.reason
         return sums
+
+    def held(self) -> int:
+        """Chunks that are there, or that it has given a slot."""
+        return sum(self.sidecar.slots()[1:])
 
 
 def of_target(to: Target) -> dict[str, object]:

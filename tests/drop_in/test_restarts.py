@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .chunks import Prompt
-from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
+from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_target
 
 MODES = ("sync", "async")
 _requests = itertools.count(1)
@@ -107,6 +107,27 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
         assert sender.put(next_request(), ours.target, third).error is None
         assert ours.sidecar.slots() == (2, 6, 0)
         ours.sidecar.wait_empty()
+        assert moved(sender, ours, Prompt.of_chunks(8))
+    finally:
+        sender.stop()
+        sender.notices.close()
+
+
+def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
+    """Between its first step and its last: what it was lent is free at once, and what was reserved for the rest."""
+    sender = LmcacheSender("async")
+    try:
+        req, prompt = next_request(), Prompt.of_chunks(4)
+        begun = sender.do(
+            "put", req=req, to=of_target(ours.target), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
+            total_chunks=6, last=False,
+        )  # fmt: skip
+        assert begun == {"written": 4, "errors": []}
+        assert ours.held() == 6
+        sender.do("cancel", req=req)
+        # Well before the slots' time is over, which is 4 s.
+        ours.sidecar.wait_empty(2.0)
+        assert ours.sidecar.record(req)["reason"] == "cancelled"
         assert moved(sender, ours, Prompt.of_chunks(8))
     finally:
         sender.stop()
