@@ -68,11 +68,16 @@ class Sidecar(Part):
     def start(self) -> None:
         """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
         assert self.process is None or not self.process.alive
-        self._config.write_text(self._yaml())
+        self.configure()
         self.process = Process(
             self.name, [BINARIES / "sidecar", *self.arguments()], self._logs / f"{self.name}.log", self._env()
         )
         self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
+
+    def configure(self) -> Path:
+        """Writes its configuration, and returns the file: for whoever else starts it."""
+        self._config.write_text(self._yaml())
+        return self._config
 
     def arguments(self) -> list[str]:
         options = self.options
