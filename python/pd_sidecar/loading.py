@@ -257,12 +257,12 @@ class Receiver:
         self._stats.add("scatter_seconds", seconds)
         # Its beginning is what people of LMCache look for, and what they have scripts for.
         logger.info(
-            "[req_id=%s] Retrieved %d out of %d required tokens (%d held already). size: %.4f GB, "
-            "cost %.3f ms, throughput: %.3f GB/s; scatter %.3f ms (%.1f GB/s)",
+            "[req_id=%s] Retrieved %d out of %d required tokens (from %d total tokens). "
+            "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; scatter %.4f ms (%.1f GB/s)",
             start.req,
             tokens,
             start.tokens - start.have_tokens,
-            start.have_tokens,
+            start.tokens,
             size / 1e9,
             parked * 1e3,
             size / 1e9 / parked if parked else 0.0,

@@ -142,7 +142,7 @@ class Scheduler:
             state.transfer.req,
             request.num_prompt_tokens,
             state.have_tokens,
-            request.num_prompt_tokens,
+            state.pushed_tokens,
             external_tokens,
         )
         self._next.load_starts.append(

@@ -361,8 +361,8 @@ class Sender:
         took = time.monotonic() - outgoing.began
         # Its beginning is what people of LMCache look for, and what they have scripts for.
         logger.info(
-            "[req_id=%s] Stored %d out of total %d tokens. size: %.4f GB, cost %.3f ms, "
-            "throughput: %.3f GB/s; parts: %d chunks, gather %.3f ms (%.1f GB/s)",
+            "[req_id=%s] Stored %d out of total %d tokens. size: %.4f GB, cost %.4f ms, "
+            "throughput: %.4f GB/s; parts: %d chunks, gather %.4f ms (%.1f GB/s)",
             outgoing.start.req,
             tokens,
             outgoing.start.tokens,

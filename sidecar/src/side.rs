@@ -173,7 +173,12 @@ impl SideContext {
                  {} chunks",
                 record.tokens,
                 us as f64 / 1e3,
-                record.bytes as f64 / us.max(1) as f64 / 1e3,
+                // KV that was here before its decode request took no time of it, and has no speed.
+                if us > 0 {
+                    record.bytes as f64 / us as f64 / 1e3
+                } else {
+                    0.0
+                },
                 record.chunks,
             );
             info!(
