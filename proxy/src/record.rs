@@ -103,7 +103,7 @@ fn transport_name(text: &str) -> &str {
     let kind = text.split([':', '/', ' ']).next().unwrap_or_default();
     match kind {
         "" => "",
-        "nixl" | "tcp" => text
+        "nixl" | "tcp" | "cuda_ipc" => text
             .get(..text.len().min(MAX_TRANSPORT_BYTES))
             .unwrap_or(kind),
         _ => "other",
@@ -178,6 +178,7 @@ mod tests {
         check("nixl", "nixl");
         check("nixl:posix_shm", "nixl:posix_shm");
         check("tcp", "tcp");
+        check("cuda_ipc", "cuda_ipc");
         check("", "");
         check("evil\nline", "other");
         check("nixlevil", "other");
