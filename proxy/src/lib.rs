@@ -27,6 +27,7 @@ pub mod instance;
 pub mod labels;
 pub mod legs;
 pub mod life;
+pub mod links;
 pub mod lmcache;
 pub mod load;
 pub mod memory;
