@@ -69,6 +69,10 @@ impl Access {
         for host in &self.allow {
             if host.contains('/') && host.parse::<IpNet>().is_err() {
                 problems.push(format!("--allow {host}: write a network as 10.0.0.0/8"));
+            } else if !is_host(host) {
+                problems.push(format!(
+                    "--allow {host:?}: write a name, *.domain, an address or a network, without a port"
+                ));
             }
         }
         problems
@@ -149,6 +153,13 @@ pub fn may_change(
         Code::NotPermitted,
         "needs the key of --admin-key, or without one a client on this host",
     ))
+}
+
+/// A name, `*.domain`, an address or a network.
+fn is_host(text: &str) -> bool {
+    let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b'*');
+    let is_name = !text.is_empty() && text.bytes().all(letter);
+    is_name || text.parse::<IpNet>().is_ok() || text.parse::<IpAddr>().is_ok()
 }
 
 fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
@@ -241,10 +252,12 @@ mod tests {
         check("http://192.0.2.8", false);
         check("http://[::1]:1", false);
         let bad = Access {
-            allow: vec!["10.0.0.0/99".into()],
+            allow: ["10.0.0.0/99", "a b", "", "h:80"]
+                .map(str::to_owned)
+                .to_vec(),
             api_key: vec![String::new()],
             ..Access::default()
         };
-        assert_eq!(bad.problems().len(), 2);
+        assert_eq!(bad.problems().len(), 5);
     }
 }

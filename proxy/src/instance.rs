@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use http::Uri;
+use http::uri::Authority;
 use protocol::registration::{InstanceRole, Register};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -132,7 +133,7 @@ pub struct BaseUrl(String);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
     /// An URL that the proxy cannot call.
-    #[error("{field} {value:?} is not an http:// or https:// URL with a host")]
+    #[error("{field} {value:?} is not an http:// or https:// URL with a host and, if any, a port")]
     Url {
         /// `http` or `admin`.
         field: &'static str,
@@ -199,7 +200,7 @@ impl Instance {
     /// # Errors
     /// The first field that cannot be used.
     pub fn named(named: &Named, source: Source) -> Result<Self, Unusable> {
-        let http = BaseUrl::parse("url", &named.url)?;
+        let http = BaseUrl::named("url", &named.url)?;
         let id = named
             .id
             .clone()
@@ -313,7 +314,7 @@ impl BaseUrl {
     /// Checks an URL.
     ///
     /// # Errors
-    /// Not `http://`, no host, user information, a query, or too long.
+    /// Not `http://`, no host, a port that is none, user information, a query, or too long.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, Unusable> {
         let refused = || Unusable::Url {
             field,
@@ -327,11 +328,32 @@ impl BaseUrl {
         if !matches!(uri.scheme_str(), Some("http" | "https"))
             || authority.host().is_empty()
             || authority.as_str().contains('@')
+            || !has_port_if_any(authority)
             || uri.query().is_some()
         {
             return Err(refused());
         }
         Ok(Self(text.trim_end_matches('/').to_owned()))
+    }
+
+    /// Checks an URL that somebody has written: as in the demos' environment files, host and port alone
+    /// will do.
+    ///
+    /// # Errors
+    /// As of [`BaseUrl::parse`]; and a host alone.
+    pub fn named(field: &'static str, text: &str) -> Result<Self, Unusable> {
+        let text = text.trim();
+        if text.contains("://") {
+            return Self::parse(field, text);
+        }
+        let url = Self::parse(field, &format!("http://{text}"))?;
+        if url.authority().len() > url.host().len() {
+            return Ok(url);
+        }
+        Err(Unusable::Url {
+            field,
+            value: shortened(text),
+        })
     }
 
     /// Host and port as they stand in it.
@@ -373,6 +395,11 @@ impl Serialize for BaseUrl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.0)
     }
+}
+
+fn has_port_if_any(authority: &Authority) -> bool {
+    let is_given = authority.as_str().len() > authority.host().len();
+    !is_given || authority.port_u16().is_some_and(|port| port != 0)
 }
 
 fn check_id(id: &str) -> Result<(), Unusable> {
@@ -447,6 +474,15 @@ mod tests {
         check("http://host/?q=1", false);
         check("file:///etc/passwd", false);
         check("", false);
+        check("http://host:99999", false);
+        check("http://host:0", false);
+        check("http://host:", false);
+        check("http://host:x", false);
+        let named = |text: &str| BaseUrl::named("url", text).map(|url| url.to_string()).ok();
+        assert_eq!(named(" h:1 ").as_deref(), Some("http://h:1"));
+        assert_eq!(named("https://h/").as_deref(), Some("https://h"));
+        assert_eq!((named("h"), named(""), named("[::1]")), (None, None, None));
+        assert_eq!(named("[::1]:1").as_deref(), Some("http://[::1]:1"));
         let url = BaseUrl::parse("http", "http://h:1/").unwrap();
         assert_eq!(url.join("/v1/models"), "http://h:1/v1/models");
     }

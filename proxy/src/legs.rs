@@ -1,29 +1,27 @@
 //! The HTTP requests that the proxy makes: both legs of a request, and call-backs.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
-use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
 use crate::error::{ApiError, Code};
 use crate::handover::{Prefilled, Way, prefilled};
 use crate::headers::{JSON, is_event_stream};
+use crate::links::{LinkBody, LinkError, Links, with_cause};
 use crate::route::Alone;
 use crate::tls::TlsError;
 
-/// Connections to engines and sidecars, kept open between requests.
+/// Sends requests to engines and sidecars.
 #[derive(Clone, Debug)]
 pub struct Legs {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    links: Arc<Links>,
     first_byte_timeout: Duration,
     idle_timeout: Duration,
 }
@@ -36,7 +34,7 @@ pub struct Answer {
     /// What has been read of the body.
     pub held: Bytes,
     /// What has not; `None` if `held` is all.
-    pub rest: Option<Incoming>,
+    pub rest: Option<LinkBody>,
 }
 
 /// How a prefill leg ended.
@@ -90,12 +88,8 @@ impl Legs {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
         connector.enforce_http(false);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(POOL_IDLE)
-            .build(config.tls.connector(connector)?);
         Ok(Self {
-            client,
+            links: Arc::new(Links::new(config.tls.connector(connector)?)),
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
         })
@@ -250,7 +244,7 @@ impl Legs {
     ///
     /// # Errors
     /// No answer.
-    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<Incoming>, LegError> {
+    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<LinkBody>, LegError> {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, JSON);
         self.send(Method::POST, url, headers, body).await
@@ -286,7 +280,7 @@ impl Legs {
         &self,
         head: response::Parts,
         first: Bytes,
-        mut rest: Incoming,
+        mut rest: LinkBody,
     ) -> Result<Answer, LegError> {
         let mut held = BytesMut::from(&first[..]);
         while held.len() < MAX_HELD {
@@ -315,20 +309,23 @@ impl Legs {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
-    ) -> Result<Response<Incoming>, LegError> {
+    ) -> Result<Response<LinkBody>, LegError> {
         let mut request = Request::builder()
             .method(method)
             .uri(url)
             .body(Full::new(body))
             .map_err(|e| LegError::Connect(e.to_string()))?;
         *request.headers_mut() = headers;
-        self.client.request(request).await.map_err(|e| {
-            if e.is_connect() {
-                LegError::Connect(with_cause(&e))
-            } else {
-                LegError::Died(with_cause(&e))
-            }
-        })
+        let answer = self.links.request(request).await.map_err(|e| match e {
+            LinkError::Connect(text) => LegError::Connect(text),
+            LinkError::Lost(text) => LegError::Died(text),
+        })?;
+        let status = answer.status();
+        if status.is_redirection() {
+            // Engines do not redirect, and where to is nobody that was configured.
+            return Err(LegError::Died(format!("it answered {status}")));
+        }
+        Ok(answer)
     }
 }
 
@@ -361,7 +358,7 @@ impl From<&LegError> for ApiError {
     }
 }
 
-async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
+async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| LegError::Died(with_cause(&e)))?;
         if let Ok(data) = frame.into_data()
@@ -373,27 +370,12 @@ async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
     Ok(None)
 }
 
-/// hyper's errors say what failed, and only their sources say why.
-fn with_cause(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 fn shown(body: &Bytes) -> String {
     String::from_utf8_lossy(body)
         .chars()
         .take(SHOWN_CHARS)
         .collect()
 }
-
-/// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
-/// would fail.
-const POOL_IDLE: Duration = Duration::from_secs(3);
 
 /// One token's answer is under 1 KiB, with logprobs some more.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;

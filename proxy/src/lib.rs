@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod access;
+pub mod addresses;
 pub mod alone;
 pub mod announce;
 pub mod api;
@@ -27,6 +28,7 @@ pub mod instance;
 pub mod labels;
 pub mod legs;
 pub mod life;
+pub mod links;
 pub mod lmcache;
 pub mod load;
 pub mod memory;

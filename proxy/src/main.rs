@@ -50,7 +50,7 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return complain(&["signals cannot be handled".into()], INTERNAL);
     };
-    let insecure = config.insecure;
+    let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
         Ok(proxy) => proxy,
         Err(e) => return complain(&[e.to_string()], UNAVAILABLE),

@@ -128,14 +128,16 @@ impl Sources {
             BTreeMap::new()
         });
         for (flag, variable, role) in [
-            (&self.prefill, "PREFILL_ENDPOINTS", InstanceRole::Prefill),
-            (&self.decode, "DECODE_ENDPOINTS", InstanceRole::Decode),
+            (&self.prefill, VARIABLES[0], InstanceRole::Prefill),
+            (&self.decode, VARIABLES[1], InstanceRole::Decode),
         ] {
             let urls = match flag.is_empty() {
                 true => lines.get(variable).cloned().unwrap_or_default(),
                 false => flag.clone(),
             };
-            named.extend(urls.iter().map(|url| self.plain(role, url)));
+            // A variable that is set to nothing, or ends with a comma, names nobody there.
+            let urls = urls.iter().filter(|url| !url.trim().is_empty());
+            named.extend(urls.map(|url| self.plain(role, url)));
         }
         match self.lmcache() {
             Ok(all) => named.extend(all),
@@ -159,15 +161,9 @@ impl Sources {
     }
 
     fn plain(&self, role: InstanceRole, url: &str) -> Named {
-        let url = url.trim();
         Named {
             role,
-            // As in the demos' environment files: host and port alone.
-            url: if url.contains("://") {
-                url.to_owned()
-            } else {
-                format!("http://{url}")
-            },
+            url: url.to_owned(),
             id: None,
             connector: self.connector,
             host: None,
@@ -195,7 +191,15 @@ impl Sources {
         };
         let shown = path.display();
         let text = std::fs::read_to_string(path).map_err(|e| format!("--env-file {shown}: {e}"))?;
-        Ok(text.lines().filter_map(assignment).collect())
+        let all: BTreeMap<_, _> = text.lines().filter_map(assignment).collect();
+        let is_there = |variable: &&str| all.contains_key(*variable);
+        if !VARIABLES.iter().any(is_there) {
+            return Err(format!(
+                "--env-file {shown}: it sets neither {}",
+                VARIABLES.join(" nor ")
+            ));
+        }
+        Ok(all)
     }
 
     /// LMCache's example proxy pairs hosts and ports like this: one of each and a count makes
@@ -296,20 +300,28 @@ fn pairs(
     }
 }
 
-/// `NAME=a,b`, perhaps with `export` in front and quotes around the value; `None` for anything else.
+/// `NAME=a,b`, perhaps with `export` in front, quotes around the value and a comment behind it; `None` for
+/// anything else.
 fn assignment(line: &str) -> Option<(String, Vec<String>)> {
     let line = line.trim();
     let line = line.strip_prefix("export ").unwrap_or(line);
     let (name, value) = line.split_once('=').filter(|_| !line.starts_with('#'))?;
     let value = value.trim();
-    let quoted = |mark| value.strip_prefix(mark)?.strip_suffix(mark);
-    let value = quoted('"').or_else(|| quoted('\'')).unwrap_or(value);
+    let quoted = |mark| value.strip_prefix(mark)?.split_once(mark);
+    let quoted = quoted('"').or_else(|| quoted('\''));
+    let value = quoted.map_or_else(
+        || value.split(" #").next().unwrap_or_default(),
+        |(value, _)| value,
+    );
     let words = value
         .split(',')
         .map(str::trim)
         .filter(|word| !word.is_empty());
     Some((name.trim().to_owned(), words.map(str::to_owned).collect()))
 }
+
+/// What `--env-file` is read for.
+const VARIABLES: [&str; 2] = ["PREFILL_ENDPOINTS", "DECODE_ENDPOINTS"];
 
 fn about(named: &Named, error: &Unusable) -> String {
     format!("instance {}: {error}", named.url)

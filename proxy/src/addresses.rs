@@ -1,0 +1,185 @@
+//! Where the proxy listens.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+
+use clap::Args;
+use clap::builder::BoolishValueParser;
+
+/// Its addresses, and whether strangers may reach them.
+#[derive(Clone, Debug, Args)]
+pub struct Addresses {
+    /// Address of the OpenAI-compatible HTTP server.
+    #[arg(
+        long,
+        env = "PD_PROXY_LISTEN",
+        default_value = "127.0.0.1:8000",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    listen: SocketAddr,
+
+    /// Address of the registration port: sidecars connect to it (ZeroMQ PUSH).
+    #[arg(
+        long,
+        env = "PD_PROXY_REGISTRATION",
+        default_value = "127.0.0.1:7500",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    registration: SocketAddr,
+
+    /// As in LMCache's example proxy: host of `--listen`.
+    #[arg(long, env = "PD_PROXY_HOST", value_name = "HOST", value_parser = host)]
+    host: Option<IpAddr>,
+
+    /// Port of `--listen`.
+    #[arg(long, env = "PD_PROXY_PORT", value_name = "PORT")]
+    port: Option<u16>,
+
+    /// Host of `--registration`.
+    #[arg(long, env = "PD_PROXY_PROXY_HOST", value_name = "HOST", value_parser = host)]
+    proxy_host: Option<IpAddr>,
+
+    /// Port of `--registration`.
+    #[arg(long, env = "PD_PROXY_PROXY_PORT", value_name = "PORT")]
+    proxy_port: Option<u16>,
+
+    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);
+    /// without it there is no such port.
+    #[arg(
+        long,
+        env = "PD_PROXY_P2P_REGISTRATION",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    pub p2p_registration: Option<SocketAddr>,
+
+    /// Permit addresses off loopback. Neither port authenticates anybody yet: whoever reaches the
+    /// registration port can take part in serving.
+    #[arg(long, env = "PD_PROXY_INSECURE", value_parser = BoolishValueParser::new())]
+    pub insecure: bool,
+}
+
+impl Addresses {
+    /// Of the HTTP server.
+    pub fn listen(&self) -> SocketAddr {
+        moved(self.listen, self.host, self.port)
+    }
+
+    /// Of the registration port.
+    pub fn registration(&self) -> SocketAddr {
+        moved(self.registration, self.proxy_host, self.proxy_port)
+    }
+
+    /// What is wrong with them together, every problem at once.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let (listen, registration) = (self.listen(), self.registration());
+        let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
+        let ports = [("--listen", listen), ("--registration", registration)];
+        for (flag, address) in ports.into_iter().chain(p2p) {
+            if !address.ip().is_loopback() && !self.insecure {
+                problems.push(format!(
+                    "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \
+                     or add --insecure if the network itself keeps strangers out",
+                    address.port()
+                ));
+            }
+        }
+        if listen == registration && listen.port() != 0 {
+            problems.push(format!(
+                "--listen and --registration are both {listen}: give them different ports"
+            ));
+        }
+        problems
+    }
+}
+
+fn moved(address: SocketAddr, host: Option<IpAddr>, port: Option<u16>) -> SocketAddr {
+    SocketAddr::new(host.unwrap_or(address.ip()), port.unwrap_or(address.port()))
+}
+
+/// `IP:PORT`, or a name in the place of the IP.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    first(text.to_socket_addrs().ok())
+        .ok_or_else(|| "is not IP:PORT, nor the name of an address of this host and a port".into())
+}
+
+fn host(text: &str) -> Result<IpAddr, String> {
+    let found = first((text, 0).to_socket_addrs().ok());
+    Ok(found
+        .ok_or("is no IP, nor the name of an address of this host")?
+        .ip())
+}
+
+/// Of a name's addresses the IPv4 one, which is what others connect to under that name.
+fn first(found: Option<impl Iterator<Item = SocketAddr>>) -> Option<SocketAddr> {
+    let all: Vec<_> = found?.collect();
+    all.iter()
+        .find(|one| one.is_ipv4())
+        .or(all.first())
+        .copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::cli::Config;
+
+    fn parse(flags: &[&str]) -> Result<Config, String> {
+        Config::try_parse_from([&["pd-proxy"], flags].concat()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn names_and_parts() {
+        let check = |flags: &[&str], listen: &str, registration: &str| {
+            let addresses = parse(flags).unwrap().addresses;
+            let text = (
+                addresses.listen().to_string(),
+                addresses.registration().to_string(),
+            );
+            assert_eq!(
+                text,
+                (listen.to_owned(), registration.to_owned()),
+                "{flags:?}"
+            );
+        };
+        check(&[], "127.0.0.1:8000", "127.0.0.1:7500");
+        check(
+            &["--listen", "localhost:1"],
+            "127.0.0.1:1",
+            "127.0.0.1:7500",
+        );
+        check(&["--listen", "[::1]:1"], "[::1]:1", "127.0.0.1:7500");
+        check(&["--port", "9100"], "127.0.0.1:9100", "127.0.0.1:7500");
+        let lmcache = [
+            "--host",
+            "localhost",
+            "--port",
+            "9100",
+            "--proxy-host",
+            "0.0.0.0",
+            "--proxy-port",
+            "7501",
+        ];
+        check(&lmcache, "127.0.0.1:9100", "0.0.0.0:7501");
+        for wrong in ["8000", "127.0.0.1", "nobody.invalid:1", ""] {
+            assert!(parse(&["--listen", wrong]).is_err(), "{wrong}");
+        }
+        assert!(parse(&["--host", "nobody.invalid"]).is_err());
+    }
+
+    #[test]
+    fn off_loopback_needs_a_word() {
+        let both = ["--listen", "0.0.0.0:8000", "--proxy-host", "10.0.0.1"];
+        assert_eq!(parse(&both).unwrap().problems().len(), 2);
+        let with_word = [&both[..], &["--insecure"]].concat();
+        assert_eq!(parse(&with_word).unwrap().problems(), Vec::<String>::new());
+        let same = ["--port", "7500"];
+        assert_eq!(parse(&same).unwrap().problems().len(), 1);
+    }
+}
