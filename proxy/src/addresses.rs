@@ -28,20 +28,22 @@ pub struct Addresses {
     )]
     registration: SocketAddr,
 
+    // These four have no environment variables: Kubernetes sets `PD_PROXY_PORT` to a URL in every pod that
+    // can see a service `pd-proxy`.
     /// As in LMCache's example proxy: host of `--listen`.
-    #[arg(long, env = "PD_PROXY_HOST", value_name = "HOST", value_parser = host)]
+    #[arg(long, value_name = "HOST", value_parser = host)]
     host: Option<IpAddr>,
 
     /// Port of `--listen`.
-    #[arg(long, env = "PD_PROXY_PORT", value_name = "PORT")]
+    #[arg(long, value_name = "PORT")]
     port: Option<u16>,
 
     /// Host of `--registration`.
-    #[arg(long, env = "PD_PROXY_PROXY_HOST", value_name = "HOST", value_parser = host)]
+    #[arg(long, value_name = "HOST", value_parser = host)]
     proxy_host: Option<IpAddr>,
 
     /// Port of `--registration`.
-    #[arg(long, env = "PD_PROXY_PROXY_PORT", value_name = "PORT")]
+    #[arg(long, value_name = "PORT")]
     proxy_port: Option<u16>,
 
     /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);

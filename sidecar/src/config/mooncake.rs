@@ -46,8 +46,13 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         Some(Role::Receiver | Role::Both) => decode,
         _ => prefill,
     };
-    if let (Some((given, url)), Some(role)) = (ours, role) {
-        place(layers, &given, &url, role, ranks);
+    if let Some((given, url)) = ours {
+        // Where no role is given, that alone is what is missing.
+        let bytes = BUFFER_BYTES.to_owned();
+        add(layers, false, "pd_buffer_size", given.line, bytes);
+        if let Some(role) = role {
+            place(layers, &given, &url, role, ranks);
+        }
     }
     let mut mooncake = Mooncake {
         metadata: metadata(layers),
@@ -99,13 +104,6 @@ fn place(layers: &mut Layers, given: &Given, url: &HostPort, role: Role, ranks: 
         format!("http://{host}"),
     );
     add(layers, true, "admin", given.line, admin);
-    add(
-        layers,
-        false,
-        "pd_buffer_size",
-        given.line,
-        BUFFER_BYTES.to_owned(),
-    );
     if role == Role::Sender {
         return;
     }

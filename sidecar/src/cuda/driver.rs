@@ -14,7 +14,7 @@ pub(crate) enum CudaError {
     /// No library.
     #[error(
         "libcuda.so.1 is not found: this host has no NVIDIA driver, or the container was started \
-         without it (docker: --gpus all; Kubernetes: a limit nvidia.com/gpu)"
+         without it (docker: --gpus all; Kubernetes: a limit nvidia.com/gpu); without a GPU write cpu"
     )]
     NoDriver,
     /// A library that is too old.

@@ -150,9 +150,9 @@ pub(super) fn exposed(
     if allowed && !open.is_empty() {
         let open: Vec<_> = open.iter().map(|(key, at)| format!("{key} {at}")).collect();
         layers.warnings.push(format!(
-            "INSECURE: {} listens beyond this machine without authentication: whoever reaches the \
-             ports can read and write KV. Keep them inside a trusted network",
-            open.join(" and ")
+            "INSECURE: without authentication beyond this machine: {}; whoever reaches the ports can \
+             read and write KV. Keep them inside a trusted network",
+            open.join(", ")
         ));
     }
 }

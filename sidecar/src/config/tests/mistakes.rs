@@ -183,7 +183,7 @@ fn listening_beyond_this_machine_must_be_asked_for() {
         assert_eq!(config.listen.unwrap().advertise, "gpu-7");
         assert!(
             report.warnings.iter().any(|w| w.starts_with(
-                "INSECURE: pd_peer_host 10.0.0.2 and sidecar.admin 0.0.0.0:7900 listens"
+                "INSECURE: without authentication beyond this machine: pd_peer_host 10.0.0.2, sidecar.admin 0.0.0.0:7900;"
             )),
             "{:?}",
             report.warnings

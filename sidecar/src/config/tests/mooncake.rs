@@ -108,6 +108,8 @@ fn mistakes_are_named_in_mooncakes_words() {
             "x.yaml:2|protocol|ipc|UCX has no such transport",
         ]
     );
+    let nobody = inputs(&json(""), &[], &[]);
+    assert_eq!(mistakes(&nobody), ["|pd_role||missing"]);
     let other = json("").replace("127.0.0.1:13003", "10.0.0.1:13003");
     let mistakes = mistakes(&role("sender", &other, &[]));
     assert_eq!(mistakes.len(), 1, "without --insecure: {mistakes:?}");
