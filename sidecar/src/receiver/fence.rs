@@ -1,10 +1,16 @@
 //! Proof that a vanished sender cannot write any more (design: fenced before reuse).
 //!
 //! Over a wire where this process does the writing, closing the slot is the proof, and this module is
-//! not asked. For the others: a sender on this host is watched through its process descriptor, taken
-//! when it introduced itself, so that a reused process id cannot deceive; its end plus a grace period
-//! for what the kernel or UCX still delivers is the proof. A sender on another host proves it only by
-//! its own word; until then its slots stay quarantined, visibly.
+//! not asked. For the others the proof is the sender's end and a grace period for what is then still
+//! under way:
+//!
+//! * a sender on this host is watched through its process descriptor, taken when it introduced itself,
+//!   so that a reused process id cannot deceive;
+//! * for the end of one on another host the process that takes its place vouches ([`crate::lineage`]).
+//!   Its grace is far longer: over TCP the kernel goes on sending for a process that is gone, and a
+//!   network that comes back delivers it.
+//!
+//! Until there is proof its slots stay quarantined, visibly.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -21,102 +27,236 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::host;
+use crate::lineage::{MAX_ENDED, Seal, seal_of};
 
-/// The senders that can be watched, and the proofs that are sought.
-#[derive(Debug, Default)]
+/// The senders whose end can be proven, and the proofs that are sought.
+#[derive(Debug)]
 pub(super) struct Fences {
-    processes: BTreeMap<SenderId, Arc<AsyncFd<OwnedFd>>>,
+    senders: BTreeMap<SenderId, Known>,
     /// One watch a sender, however many leases it has left: its end proves them all.
-    sought: BTreeSet<SenderId>,
-    watches: JoinSet<(SenderId, io::Result<()>)>,
+    watched: BTreeSet<SenderId>,
+    steps: JoinSet<Step>,
+    /// Grace periods that run.
+    settling: usize,
+    /// Of senders on other hosts.
+    grace: Duration,
 }
 
-/// Data that a dead process's kernel sockets or a copy engine may still deliver arrives within this.
+/// How the end of a sender would be known.
+#[derive(Debug, Default)]
+struct Known {
+    process: Option<Arc<AsyncFd<OwnedFd>>>,
+    seal: Option<Seal>,
+    life: Life,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Life {
+    /// It may write.
+    #[default]
+    Unknown,
+    /// It has ended; what it wrote may be under way.
+    Ended,
+    /// Nothing of it can arrive any more.
+    Over,
+}
+
+#[derive(Debug)]
+enum Step {
+    /// A process is gone, or cannot be watched.
+    Ended(SenderId, io::Result<()>),
+    /// Its grace period is over.
+    Settled(SenderId),
+}
+
+/// What [`Fences::next`] yields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// A grace period has begun: whatever is still under way must get to arrive.
+    Settling,
+    /// No write of this sender can arrive any more.
+    Over(SenderId),
+}
+
+/// Data that a dead process's kernel sockets or a copy engine may still deliver within one host
+/// arrives within this.
 const GRACE: Duration = Duration::from_secs(1);
-/// Senders whose process is watched; beyond it the oldest epochs are dropped.
-const MAX_PROCESSES: usize = 1024;
+/// Senders whose end would be known; beyond it the oldest epochs are dropped.
+const MAX_SENDERS: usize = 1024;
 
 impl Fences {
-    /// A sender has said who it is.
+    /// Nothing is known. `grace`: of senders on other hosts.
+    pub(super) fn new(grace: Duration) -> Self {
+        Self {
+            senders: BTreeMap::new(),
+            watched: BTreeSet::new(),
+            steps: JoinSet::new(),
+            settling: 0,
+            grace,
+        }
+    }
+
+    /// A sender has said who it is, and which processes it has followed. The first word counts.
     pub(super) fn introduce(&mut self, hello: &Hello) {
         let sender = SenderId {
             id: hello.id.clone(),
             epoch: hello.epoch,
         };
-        if hello.host == host::identity() {
-            self.watch(sender, hello.pid);
+        if !self.senders.contains_key(&sender) {
+            let process = (hello.host == host::identity())
+                .then(|| open(&sender, hello.pid))
+                .flatten();
+            let seal = Seal::try_from(&hello.seal[..]).ok();
+            let known = Known {
+                process,
+                seal,
+                life: Life::Unknown,
+            };
+            self.insert(sender, known);
+        }
+        for secret in hello.ended.iter().take(MAX_ENDED) {
+            self.vouched(seal_of(secret));
         }
     }
 
     /// A sender's process is on this host.
     pub(super) fn watch(&mut self, sender: SenderId, pid: u32) {
-        if self.processes.contains_key(&sender) {
+        if self.senders.contains_key(&sender) {
             return;
         }
-        if self.processes.len() >= MAX_PROCESSES {
-            self.processes.pop_first();
+        if let Some(process) = open(&sender, pid) {
+            let known = Known {
+                process: Some(process),
+                ..Known::default()
+            };
+            self.insert(sender, known);
         }
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let opened = number.map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK));
-        #[expect(
-            deprecated,
-            reason = "sound for an `OwnedFd`, and the successor is unsafe"
-        )]
-        let register = AsyncFd::new;
-        match opened.map(|fd| fd.map_err(io::Error::from).and_then(register)) {
-            Some(Ok(fd)) => {
-                self.processes.insert(sender, Arc::new(fd));
+    }
+
+    fn insert(&mut self, sender: SenderId, known: Known) {
+        if self.senders.len() >= MAX_SENDERS {
+            self.senders.pop_first();
+        }
+        self.senders.insert(sender, known);
+    }
+
+    /// The processes with this seal have ended: of one process there is a sender for each rank and cut.
+    fn vouched(&mut self, seal: Seal) {
+        for (sender, known) in &mut self.senders {
+            if known.seal == Some(seal) && known.life == Life::Unknown {
+                known.life = Life::Ended;
+                info!(
+                    sender = sender.id, grace = ?self.grace,
+                    "this sender has ended, by word of its successor"
+                );
+                self.settling += 1;
+                self.steps.spawn(settle(sender.clone(), self.grace));
             }
-            Some(Err(error)) => {
-                warn!(sender = sender.id, pid, %error, "the sender's process cannot be watched");
-            }
-            None => {}
         }
     }
 
     /// Seeks a proof for the quarantined slots of a lease.
     pub(super) fn seek(&mut self, sender: SenderId, lease: LeaseId) {
-        let Some(process) = self.processes.get(&sender).cloned() else {
+        let known = self.senders.get(&sender);
+        match known.map(|known| known.life).unwrap_or_default() {
+            Life::Unknown => {}
+            // The end of its grace period is proof for all of its leases.
+            Life::Ended => return,
+            Life::Over => {
+                self.settling += 1;
+                self.steps.spawn(settle(sender, Duration::ZERO));
+                return;
+            }
+        }
+        let Some(process) = known.and_then(|known| known.process.clone()) else {
             warn!(
                 sender = sender.id,
                 %lease,
-                "slots quarantined until the sender speaks: it runs on another host, or cannot be watched"
+                "slots quarantined until the sender speaks, or its successor: it runs on another host, or \
+                 cannot be watched"
             );
             return;
         };
         warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
-        if !self.sought.insert(sender.clone()) {
+        if !self.watched.insert(sender.clone()) {
             return;
         }
-        self.watches.spawn(async move {
+        self.steps.spawn(async move {
             let ended = process.readable().await.map(|_| ());
-            tokio::time::sleep(GRACE).await;
-            (sender, ended)
+            Step::Ended(sender, ended)
         });
     }
 
-    /// The next proof; pending while there is none.
+    /// Whether a grace period runs.
+    pub(super) fn is_settling(&self) -> bool {
+        self.settling > 0
+    }
+
+    /// What has been found out; pending while there is nothing.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
-    pub(super) async fn proven(&mut self) -> SenderId {
+    pub(super) async fn next(&mut self) -> News {
         loop {
-            match self.watches.join_next().await {
+            match self.steps.join_next().await {
                 None => std::future::pending().await,
-                Some(Ok((sender, Ok(())))) => {
+                Some(Ok(Step::Ended(sender, Ok(())))) => {
+                    self.watched.remove(&sender);
+                    self.settling += 1;
+                    self.steps.spawn(settle(sender, GRACE));
+                    return News::Settling;
+                }
+                Some(Ok(Step::Ended(sender, Err(error)))) => {
+                    self.watched.remove(&sender);
+                    warn!(sender = sender.id, %error, "the sender's process cannot be watched");
+                }
+                Some(Ok(Step::Settled(sender))) => {
+                    self.settling -= 1;
+                    if let Some(known) = self.senders.get_mut(&sender) {
+                        known.life = Life::Over;
+                    }
                     info!(
                         sender = sender.id,
                         "the sender's process has ended: slots are free again"
                     );
-                    self.sought.remove(&sender);
-                    return sender;
-                }
-                Some(Ok((sender, Err(error)))) => {
-                    self.sought.remove(&sender);
-                    warn!(sender = sender.id, %error, "the sender's process cannot be watched");
+                    return News::Over(sender);
                 }
                 Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
             }
         }
     }
 }
+
+/// Lets a grace period pass, in steps: after a pause of this whole process, in which nothing arrives
+/// though time passes, most of it is still to come.
+async fn settle(sender: SenderId, grace: Duration) -> Step {
+    for _ in 0..STEPS {
+        tokio::time::sleep(grace / STEPS).await;
+    }
+    Step::Settled(sender)
+}
+
+const STEPS: u32 = 20;
+
+/// A descriptor of a process on this host.
+fn open(sender: &SenderId, pid: u32) -> Option<Arc<AsyncFd<OwnedFd>>> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    #[expect(
+        deprecated,
+        reason = "sound for an `OwnedFd`, and the successor is unsafe"
+    )]
+    let register = AsyncFd::new;
+    match pidfd_open(number, PidfdFlags::NONBLOCK)
+        .map_err(io::Error::from)
+        .and_then(register)
+    {
+        Ok(descriptor) => Some(Arc::new(descriptor)),
+        Err(error) => {
+            warn!(sender = sender.id, pid, %error, "the sender's process cannot be watched");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

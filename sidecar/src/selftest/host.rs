@@ -108,6 +108,7 @@ impl Selftest {
                 no_sender: Duration::from_secs(5),
                 unclaimed: Duration::from_secs(5),
                 max_lease: Duration::from_secs(10),
+                fence: Duration::from_secs(1),
                 drain: Duration::from_secs(5),
             },
             max_requests: 64,

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::engines::{Cut, Engines};
+use crate::lineage::Lineage;
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
@@ -56,13 +57,18 @@ struct Wrote {
 }
 
 impl SendSide {
-    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>) -> Self {
+    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>, lineage: Lineage) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
             engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
-            peers: Peers::new(context.wires.clone(), Arc::clone(config), context.rank),
+            peers: Peers::new(
+                context.wires.clone(),
+                Arc::clone(config),
+                context.rank,
+                lineage,
+            ),
             buffer,
             writes: JoinSet::new(),
             clock: Clock::start(),
