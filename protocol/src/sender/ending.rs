@@ -19,7 +19,10 @@ impl Sender {
                     *chunk = Chunk::Remote { to };
                     self.slots.give(from);
                 }
-                Chunk::Filling { from } | Chunk::Full { from, .. } | Chunk::Asked { from, .. } => {
+                Chunk::Filling { from }
+                | Chunk::Gathering { from, .. }
+                | Chunk::Full { from }
+                | Chunk::Asked { from } => {
                     *chunk = Chunk::Waiting;
                     self.slots.give(from);
                 }

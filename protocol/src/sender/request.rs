@@ -1,6 +1,6 @@
 //! What the sender knows of one request, in one place.
 
-use super::After;
+use super::WatchId;
 use super::lmcache::Feeding;
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
@@ -94,16 +94,12 @@ pub(super) enum Chunk {
     Staged { from: SlotIndex, to: SlotIndex },
     /// To an LMCache receiver: the engine may fill the slot.
     Filling { from: SlotIndex },
-    /// To an LMCache receiver: complete (once `after`), its key has not been asked for.
-    Full {
-        from: SlotIndex,
-        after: Option<After>,
-    },
+    /// To an LMCache receiver: complete once this watch says so.
+    Gathering { from: SlotIndex, watch: WatchId },
+    /// To an LMCache receiver: complete, its key has not been asked for.
+    Full { from: SlotIndex },
     /// To an LMCache receiver: its key has been asked for.
-    Asked {
-        from: SlotIndex,
-        after: Option<After>,
-    },
+    Asked { from: SlotIndex },
     /// A write is under way.
     Posted {
         from: SlotIndex,
@@ -123,8 +119,9 @@ impl Chunk {
             Self::Granted { from, .. }
             | Self::Staged { from, .. }
             | Self::Filling { from }
-            | Self::Full { from, .. }
-            | Self::Asked { from, .. }
+            | Self::Gathering { from, .. }
+            | Self::Full { from }
+            | Self::Asked { from }
             | Self::Posted { from, .. } => Some(from),
             _ => None,
         }
