@@ -1,6 +1,6 @@
 //! What the prefill engine says.
 
-use super::request::{Chunk, Phase, Request};
+use super::request::{Chunk, Phase, Request, Told};
 use super::{Action, After, Link, Sender, WatchId};
 use crate::layout::chunks_of;
 use crate::local::{Computing, Reserve, Staged, Target};
@@ -95,7 +95,8 @@ impl Sender {
         let Some(request) = self.requests.get(id) else {
             return;
         };
-        let Phase::Asking { seq, .. } = request.phase else {
+        let (Phase::Asking { seq, .. } | Phase::Withdrawing(Told { seq, .. })) = request.phase
+        else {
             return;
         };
         let Some(Link::Up { epoch, transport }) = self.links.get(&request.to) else {

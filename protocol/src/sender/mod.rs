@@ -207,6 +207,7 @@ impl Request {
         match &self.phase {
             Phase::Feeding(_) => None,
             Phase::Linking => Some(stalled),
+            Phase::Withdrawing(told) => Some(told.sent + config.repeat),
             Phase::Asking { sent, .. } => Some(stalled.min(*sent + config.repeat)),
             Phase::Leased(lease) if self.is_done() => Some(lease.spoke + config.repeat),
             Phase::Leased(lease) => Some(stalled.min(lease.spoke + config.heartbeat)),

@@ -38,8 +38,11 @@ pub(super) struct Request {
 /// ```text
 /// Linking ──Linked──▶ Asking ──AllocResponse──▶ Leased ──all Acked──▶ gone
 ///    │                  │                         │ cancelled, failed, unwanted
-///    └──────────────────┴──▶ gone                 ▼
-///                                              Closing ──no write under way, CancelNotif answered──▶ gone
+///    └──────────────────┼──▶ gone                 ▼
+///              link lost│                      Closing ──no write under way, CancelNotif answered──▶ gone
+///                       ▼                         ▲
+///                  Withdrawing ──lease after all──┘
+///                       └──refused──▶ gone
 /// ```
 #[derive(Debug)]
 pub(super) enum Phase {
@@ -47,6 +50,9 @@ pub(super) enum Phase {
     Linking,
     /// The alloc request has no answer yet.
     Asking { seq: u64, sent: Time, first: Time },
+    /// The link was lost before the answer: a lease may have been granted, and nobody else can tell the
+    /// receiver that nothing is written under it. The question is repeated for that.
+    Withdrawing(Told),
     /// The receiver lets us write.
     Leased(Lease),
     /// To an LMCache receiver.
@@ -71,7 +77,7 @@ pub(super) struct Lease {
     pub(super) dirty: Vec<u32>,
 }
 
-/// A cancel that waits for its answer.
+/// A cancel, or a question that is taken back, that waits for its answer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Told {
     pub(super) seq: u64,
@@ -161,14 +167,18 @@ impl Request {
     pub(super) fn lease(&self) -> Option<&Lease> {
         match &self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Withdrawing(_) | Phase::Feeding(_) => {
+                None
+            }
         }
     }
 
     pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
         match &mut self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Withdrawing(_) | Phase::Feeding(_) => {
+                None
+            }
         }
     }
 

@@ -21,6 +21,7 @@ use std::time::Duration;
 use protocol::LeaseId;
 use protocol::message::Hello;
 use protocol::receiver::SenderId;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinSet;
@@ -48,6 +49,16 @@ struct Known {
     process: Option<Arc<AsyncFd<OwnedFd>>>,
     seal: Option<Seal>,
     life: Life,
+}
+
+impl Known {
+    fn may_live(&self) -> bool {
+        let ended = |process: &Arc<AsyncFd<OwnedFd>>| {
+            let mut looks = [PollFd::new(process, PollFlags::IN)];
+            poll(&mut looks, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        };
+        self.life == Life::Unknown && !self.process.as_ref().is_some_and(ended)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,20 +113,37 @@ impl Fences {
             id: hello.id.clone(),
             epoch: hello.epoch,
         };
+        for secret in hello.ended.iter().take(MAX_ENDED) {
+            self.vouched(seal_of(secret));
+        }
         if !self.senders.contains_key(&sender) {
             let process = (hello.host == host::identity())
                 .then(|| open(&sender, hello.pid))
                 .flatten();
             let seal = Seal::try_from(&hello.seal[..]).ok();
+            self.look_for_namesakes(&sender, seal);
             let known = Known {
                 process,
                 seal,
-                life: Life::Unknown,
+                ..Known::default()
             };
             self.insert(sender, known);
         }
-        for secret in hello.ended.iter().take(MAX_ENDED) {
-            self.vouched(seal_of(secret));
+    }
+
+    /// Says so if two senders seem to have one name. Neither harms the other's requests, but what one
+    /// leaves in quarantine counts for both.
+    fn look_for_namesakes(&self, sender: &SenderId, seal: Option<Seal>) {
+        let other = self
+            .senders
+            .iter()
+            .find(|(other, known)| other.id == sender.id && known.seal != seal && known.may_live());
+        if let Some((other, _)) = other {
+            warn!(
+                sender = sender.id, epoch = %sender.epoch, other = %other.epoch,
+                "a second sender of this name, and nobody has said that the first has ended: if both run, \
+                 give one of them another `id`"
+            );
         }
     }
 
