@@ -230,6 +230,15 @@ impl Builder {
             ),
             None => None,
         };
+        for (name, port) in [
+            ("init", Some(&init)),
+            ("alloc", Some(&alloc)),
+            ("query", query.as_ref()),
+        ] {
+            if let Some(port) = port {
+                self.shown.port(rank, name, port.traffic());
+            }
+        }
         info!(
             rank,
             host = listen.host,
