@@ -34,6 +34,7 @@ use crate::lineage::{MAX_ENDED, Seal, seal_of};
 #[derive(Debug)]
 pub(super) struct Fences {
     senders: BTreeMap<SenderId, Known>,
+    next: u64,
     /// One watch a sender, however many leases it has left: its end proves them all.
     watched: BTreeSet<SenderId>,
     steps: JoinSet<Step>,
@@ -46,6 +47,10 @@ pub(super) struct Fences {
 /// How the end of a sender would be known.
 #[derive(Debug, Default)]
 struct Known {
+    /// The host that its word came from.
+    from: String,
+    /// Older ones have smaller numbers.
+    order: u64,
     process: Option<Arc<AsyncFd<OwnedFd>>>,
     seal: Option<Seal>,
     life: Life,
@@ -92,7 +97,7 @@ pub(super) enum News {
 /// Data that a dead process's kernel sockets or a copy engine may still deliver within one host
 /// arrives within this.
 const GRACE: Duration = Duration::from_secs(1);
-/// Senders whose end would be known; beyond it the oldest epochs are dropped.
+/// Senders whose end would be known; beyond it old ones are forgotten.
 const MAX_SENDERS: usize = 1024;
 
 impl Fences {
@@ -100,6 +105,7 @@ impl Fences {
     pub(super) fn new(grace: Duration) -> Self {
         Self {
             senders: BTreeMap::new(),
+            next: 0,
             watched: BTreeSet::new(),
             steps: JoinSet::new(),
             settling: 0,
@@ -107,8 +113,9 @@ impl Fences {
         }
     }
 
-    /// A sender has said who it is, and which processes it has followed. The first word counts.
-    pub(super) fn introduce(&mut self, hello: &Hello) {
+    /// A sender has said, from this address, who it is and which processes it has followed. The first word
+    /// counts.
+    pub(super) fn introduce(&mut self, hello: &Hello, from: &str) {
         let sender = SenderId {
             id: hello.id.clone(),
             epoch: hello.epoch,
@@ -127,7 +134,7 @@ impl Fences {
                 seal,
                 ..Known::default()
             };
-            self.insert(sender, known);
+            self.insert(sender, known, from);
         }
     }
 
@@ -148,7 +155,7 @@ impl Fences {
     }
 
     /// A sender's process is on this host.
-    pub(super) fn watch(&mut self, sender: SenderId, pid: u32) {
+    pub(super) fn watch(&mut self, sender: SenderId, pid: u32, from: &str) {
         if self.senders.contains_key(&sender) {
             return;
         }
@@ -157,15 +164,39 @@ impl Fences {
                 process: Some(process),
                 ..Known::default()
             };
-            self.insert(sender, known);
+            self.insert(sender, known, from);
         }
     }
 
-    fn insert(&mut self, sender: SenderId, known: Known) {
+    fn insert(&mut self, sender: SenderId, mut known: Known, from: &str) {
         if self.senders.len() >= MAX_SENDERS {
-            self.senders.pop_first();
+            self.make_room();
         }
+        known.from = from
+            .rsplit_once(':')
+            .map_or(from, |(host, _)| host)
+            .to_owned();
+        known.order = self.next;
+        self.next += 1;
         self.senders.insert(sender, known);
+    }
+
+    /// Forgets the oldest sender of the host that has most of them: whoever makes up names pushes out its
+    /// own. A watch that has begun goes on.
+    fn make_room(&mut self) {
+        let mut of_host: BTreeMap<&str, usize> = BTreeMap::new();
+        for known in self.senders.values() {
+            *of_host.entry(&known.from).or_default() += 1;
+        }
+        let crowd = of_host.into_iter().max_by_key(|(_, senders)| *senders);
+        let Some((crowd, _)) = crowd else {
+            return;
+        };
+        let of_crowd = self.senders.iter().filter(|(_, known)| known.from == crowd);
+        let oldest = of_crowd.min_by_key(|(_, known)| known.order);
+        if let Some(oldest) = oldest.map(|(sender, _)| sender.clone()) {
+            self.senders.remove(&oldest);
+        }
     }
 
     /// The processes with this seal have ended: of one process there is a sender for each rank and cut.

@@ -163,7 +163,8 @@ impl LandSide {
         if let Some(Init::NixlInitRequest(request)) = &request
             && let Some(hello) = &request.x
         {
-            self.fences.introduce(hello);
+            let from = self.init.address(route).unwrap_or_default();
+            self.fences.introduce(hello, from);
             self.expect();
         }
         match init::answer(bytes, &self.identity) {
@@ -261,7 +262,7 @@ impl LandSide {
             );
         }
         if let Some(process) = stranger.process {
-            self.fences.watch(stranger.sender.clone(), process);
+            self.fences.watch(stranger.sender.clone(), process, &from);
         }
         self.feed(Event::Introduced {
             route,
