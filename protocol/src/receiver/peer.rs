@@ -51,12 +51,14 @@ impl Receiver {
         }
         let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
         let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
+        let host = self.host_of(route);
         let request = self
             .requests
             .entry(id.clone())
             .or_insert_with(|| Request::new(&id));
         request.supply = Supply::Held(Held {
             route,
+            host,
             request: asked,
             x,
             park,
@@ -245,6 +247,7 @@ impl Receiver {
 
     pub(super) fn on_peer_lost(&mut self, route: Route) {
         self.lmcache.lost(route);
+        self.hosts.remove(&route);
         let lost: Vec<RequestId> = self
             .requests
             .iter()

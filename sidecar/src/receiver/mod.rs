@@ -234,6 +234,13 @@ impl LandSide {
             self.alloc.disconnect(route);
             return;
         }
+        let known = self.machine.as_ref().is_some_and(|m| m.is_connected(route));
+        if !known {
+            let address = self.alloc.address(route).unwrap_or_default();
+            let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+            let host = host.to_owned();
+            self.feed(Event::Connected { route, host });
+        }
         if lmcache {
             self.introduce(route);
         }
