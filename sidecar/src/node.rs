@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{Config, RankPorts, Role};
+use crate::lineage::Lineage;
 use crate::local::{FromEngine, Listener};
 use crate::memory::Buffer;
 use crate::receiver::LandSide;
@@ -71,6 +72,11 @@ impl Node {
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
+            lineage: if config.sends() {
+                Lineage::beside(&config.socket)
+            } else {
+                Lineage::default()
+            },
             shown,
             trace,
         };
@@ -175,6 +181,7 @@ struct Builder {
     drain: CancellationToken,
     stop: CancellationToken,
     config: Arc<Config>,
+    lineage: Lineage,
     shown: Arc<dyn Shown>,
     trace: Trace,
 }
@@ -184,7 +191,7 @@ impl Builder {
         let buffer = self.buffer(Side::Sender, rank)?;
         let wires = Wires::start(&self.config, rank, &buffer, None)?;
         self.shown.wires(Side::Sender, rank, wires.clone());
-        let side = SendSide::new(self.context(rank, wires), buffer);
+        let side = SendSide::new(self.context(rank, wires), buffer, self.lineage.clone());
         let engines = self.door(Side::Sender, rank);
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
@@ -223,6 +230,15 @@ impl Builder {
             ),
             None => None,
         };
+        for (name, port) in [
+            ("init", Some(&init)),
+            ("alloc", Some(&alloc)),
+            ("query", query.as_ref()),
+        ] {
+            if let Some(port) = port {
+                self.shown.port(rank, name, port.traffic());
+            }
+        }
         info!(
             rank,
             host = listen.host,

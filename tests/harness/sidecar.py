@@ -50,6 +50,8 @@ class SidecarOptions:
     lmcache: dict[str, object] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    # What runs the binary: another network, another view of the processes.
+    within: list[str] = field(default_factory=list)
 
 
 class Sidecar(Part):
@@ -83,7 +85,10 @@ class Sidecar(Part):
         assert self.process is None or not self.process.alive
         self._config.write_text(self._yaml())
         self.process = Process(
-            self.name, [BINARIES / "sidecar", *self.arguments()], self._logs / f"{self.name}.log", self._env()
+            self.name,
+            [*self.options.within, BINARIES / "sidecar", *self.arguments()],
+            self._logs / f"{self.name}.log",
+            self._env(),
         )
         self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
 
