@@ -56,6 +56,7 @@ class Receiver(Protocol):
     def target(self) -> Target: ...
 
     def get(self, req: str, prompt: Prompt) -> list[str | None]: ...
+    def held(self) -> int: ...
     def restart(self) -> None: ...
     def stop(self) -> None: ...
 
@@ -200,6 +201,11 @@ class LmcacheReceiver(LmcachePeer):
         sums: list[str | None] = self.do("get", keys=prompt.keys, tokens=prompt.tokens)["sums"]
         return sums
 
+    def held(self) -> int:
+        """Chunks that are there, or that it has given a slot."""
+        keys: int = self.do("held")["keys"]
+        return keys
+
 
 @dataclass
 class _Ours:
@@ -342,6 +348,10 @@ class OurReceiver(_Ours):
             elif isinstance(event, Ended):
                 self.ended = event.reason
         return sums
+
+    def held(self) -> int:
+        """Chunks that are there, or that it has given a slot."""
+        return sum(self.sidecar.slots()[1:])
 
 
 def new_target() -> Target:

@@ -117,10 +117,11 @@ class Peer:
         name = to["host"] + str(to["init_port"][self.metadata.worker_id])
         spec = Spec(command["req"], name, to["host"], to["init_port"], to["alloc_port"])
         spec.total_chunks = command.get("total_chunks", len(keys))
-        step = command.get("batch") or len(keys)
+        step = command.get("batch") or max(1, len(keys))
         written = threading.Semaphore(0)
         errors: list[str] = []
-        for at in range(0, len(keys), step):
+        # A request of no chunks is handed to the backend as well: what it makes of that is its own.
+        for at in range(0, max(1, len(keys)), step):
             spec = Spec(**vars(spec))
             spec.is_last_prefill = at + step >= len(keys) and command.get("last", True)
             objects = [self._filled(command, i, tokens) for i in range(at, min(at + step, len(keys)))]

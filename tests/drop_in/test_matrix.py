@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from harness.process import ProcessFailed
 
 from .chunks import Prompt
 from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, Receiver, Sender
@@ -63,3 +66,46 @@ def test_the_same_keys_again_with_other_content(sender: Sender, receiver: Receiv
     first = Prompt.of_chunks(5)
     for seed in (first.seed, first.seed + 1000):
         move(sender, receiver, Prompt(first.name, first.tokens, seed))
+
+
+def test_the_same_prompt_again_before_it_is_read(sender: Sender, receiver: Receiver) -> None:
+    """LMCache keeps keys: it is told that it has them. Ours gives each request slots of its own."""
+    prompt = Prompt.of_chunks(5, last=9)
+    requests = [f"r{next(_requests)}" for _ in range(2)]
+    for req in requests:
+        put = sender.put(req, receiver.target, prompt)
+        assert (put.written, put.error) == (prompt.chunks, None), put
+        assert sender.notices.wait(req) is not None, "no word to the proxy"
+    for req in requests if isinstance(receiver, OurReceiver) else requests[:1]:
+        assert receiver.get(req, prompt) == prompt.sums
+
+
+def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
+    """Ours asks for no slots and says at once that it is done. LMCache's backends have no such request: the cache
+    engine before them leaves it out. Handed to them nevertheless, it is an IndexError or nothing, and nobody's word."""
+    nothing, req = Prompt.of_chunks(0), f"r{next(_requests)}"
+    if isinstance(sender, OurSender):
+        put = sender.put(req, receiver.target, nothing)
+        assert (put.written, put.error) == (0, None)
+        notice = sender.notices.wait(req, 5)
+        assert notice is not None
+        assert notice["x"]["ok"] is True
+    else:
+        with contextlib.suppress(ProcessFailed):
+            assert sender.put(req, receiver.target, nothing).written == 0
+        assert sender.notices.wait(req, 1) is None
+    assert receiver.held() == 0
+    move(sender, receiver, Prompt.of_chunks(2))
+
+
+def test_either_side_starts_again(sender: Sender, receiver: Receiver) -> None:
+    """In the place and under the address of the one before it, with nothing that this one knew."""
+    move(sender, receiver, Prompt.of_chunks(3))
+    sender.restart()
+    move(sender, receiver, Prompt.of_chunks(17, last=100))
+    # LMCache's senders make one handshake in their lives: they have to start again with their receivers.
+    parts: list[Sender | Receiver] = [receiver, sender] if isinstance(sender, LmcacheSender) else [receiver]
+    with ThreadPoolExecutor() as pool:
+        for start in [pool.submit(part.restart) for part in parts]:
+            start.result()
+    move(sender, receiver, Prompt.of_chunks(17, last=100))

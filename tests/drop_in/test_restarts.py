@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
+from pd_sidecar.wire import Target
 
 from .chunks import Prompt
-from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
+from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_target
 
 MODES = ("sync", "async")
 _requests = itertools.count(1)
@@ -113,6 +118,27 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
         sender.notices.close()
 
 
+def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
+    """Between its first step and its last: what it was lent is free at once, and what was reserved for the rest."""
+    sender = LmcacheSender("async")
+    try:
+        req, prompt = next_request(), Prompt.of_chunks(4)
+        begun = sender.do(
+            "put", req=req, to=of_target(ours.target), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
+            total_chunks=6, last=False,
+        )  # fmt: skip
+        assert begun == {"written": 4, "errors": []}
+        assert ours.held() == 6
+        sender.do("cancel", req=req)
+        # Well before the slots' time is over, which is 4 s.
+        ours.sidecar.wait_empty(2.0)
+        assert ours.sidecar.record(req)["reason"] == "cancelled"
+        assert moved(sender, ours, Prompt.of_chunks(8))
+    finally:
+        sender.stop()
+        sender.notices.close()
+
+
 def test_two_senders_of_one_prompt(ours: OurReceiver) -> None:
     senders = [LmcacheSender("sync"), LmcacheSender("async")]
     try:
@@ -189,6 +215,40 @@ def test_nothing_to_move_is_said_at_once(our_sender: OurSender) -> None:
         assert receiver.do("held")["keys"] == 0
     finally:
         receiver.stop()
+
+
+def test_a_receiver_that_sends_a_program_for_its_pages(
+    our_sender: OurSender, ours: OurReceiver, tmp_path: Path
+) -> None:
+    """LMCache loads that answer with pickle, which runs what it is told to. Here it is no list of pages, so no link."""
+    context = zmq.Context.instance()
+    mark, req, prompt = tmp_path / "was run", next_request(), Prompt.of_chunks(2)
+
+    class Program:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(mark),)
+
+    with context.socket(zmq.REP) as near, context.socket(zmq.REQ) as far, ThreadPoolExecutor() as pool:
+        near.linger = far.linger = 0
+        port = near.bind_to_random_port("tcp://127.0.0.1")
+        far.connect(f"tcp://127.0.0.1:{ours.target.init_port}")
+        put = pool.submit(our_sender.put, req, Target("127.0.0.1", port, ours.target.alloc_port), prompt)
+        # The introduction is a real one, of a receiver that is LMCache to the sender: without `x`.
+        assert near.poll(5000)
+        asked = msgspec.msgpack.decode(near.recv())
+        del asked["x"]
+        far.send(msgspec.msgpack.encode(asked))
+        assert far.poll(5000)
+        near.send(far.recv())
+        assert near.poll(5000)
+        assert msgspec.msgpack.decode(near.recv())["type"] == "NixlMemRegRequest"
+        answer = {"type": "NixlMemRegResponse", "remote_xfer_dlist_bytes": pickle.dumps(Program(), protocol=4)}
+        near.send(msgspec.msgpack.encode(answer))
+        assert put.result(BOUND_S).error == "no_link"
+    assert not mark.exists()
+    notice = our_sender.notices.wait(req)
+    assert notice is not None and notice["x"]["ok"] is False
+    assert moved(our_sender, ours, Prompt.of_chunks(3))
 
 
 def test_the_query_port_knows_of_nothing(tmp_path: Path) -> None:
