@@ -16,9 +16,9 @@ use tokio::time::timeout;
 
 use crate::access::may_ask;
 use crate::app::App;
-use crate::body::Endpoint;
 use crate::control;
 use crate::drive::{self, Arrival};
+use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
 use crate::headers::leg_headers;
 use crate::id;

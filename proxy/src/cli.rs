@@ -9,12 +9,12 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use crate::access::Access;
 use crate::addresses::Addresses;
 use crate::announce::metadata;
-use crate::instance::BaseUrl;
 use crate::load::Breaker;
 use crate::mode::Mode;
 use crate::policy::Policy;
 use crate::sources::Sources;
 use crate::tls::TlsFiles;
+use crate::url::BaseUrl;
 
 mod choices;
 

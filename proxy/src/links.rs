@@ -6,32 +6,23 @@
 use std::collections::{HashMap, VecDeque};
 use std::error::Error as StdError;
 use std::fmt;
-use std::future::{Future as _, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Request, Response, Uri, header};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::client::conn::TrySendError;
-use hyper::client::conn::http1::{Connection, SendRequest, handshake};
-use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
-use tokio::task::coop::unconstrained;
 use tower::ServiceExt;
 
-/// What a request carries.
-type Outgoing = Full<Bytes>;
+mod link;
 
-/// What turns requests into bytes and bytes into answers; boxed, because it is moved about.
-type Wire = Box<Connection<MaybeHttpsStream<TokioIo<TcpStream>>, Outgoing>>;
+use link::{Link, Outgoing, nobody};
 
 /// Where a connection leads.
 type Origin = (Scheme, Authority);
@@ -52,13 +43,6 @@ struct Idle {
 struct Waiting {
     link: Link,
     since: Instant,
-}
-
-/// One connection.
-struct Link {
-    sender: SendRequest<Outgoing>,
-    /// `None` once it has ended.
-    wire: Option<Wire>,
 }
 
 /// A request that brought no answer.
@@ -120,12 +104,8 @@ impl Links {
         }
         let connected = self.connector.clone().oneshot(uri).await;
         let stream = connected.map_err(|e| LinkError::Connect(with_cause(&*e)))?;
-        let handshake = handshake(stream).await;
-        let (sender, wire) = handshake.map_err(|e| LinkError::Connect(with_cause(&e)))?;
-        let link = Link {
-            sender,
-            wire: Some(Box::new(wire)),
-        };
+        let link = Link::over(stream).await;
+        let link = link.map_err(|e| LinkError::Connect(with_cause(&e)))?;
         match link.send(request).await {
             Ok(answer) => Ok(self.answer(origin, answer)),
             Err(error) => Err(LinkError::Lost(with_cause(error.error()))),
@@ -194,50 +174,6 @@ impl Idle {
     }
 }
 
-impl Link {
-    /// Sends a request and waits for the answer's head.
-    async fn send(
-        mut self,
-        request: Request<Outgoing>,
-    ) -> Result<(Response<Incoming>, Self), TrySendError<Request<Outgoing>>> {
-        // What would make it wait for a wake-up of its own, a used-up budget, would not be heard.
-        let mut answer = pin!(unconstrained(self.sender.try_send_request(request)));
-        let answer =
-            poll_fn(|cx| self.drive_until(cx, || answer.as_mut().poll(&mut nobody()))).await?;
-        Ok((answer, self))
-    }
-
-    /// It can take a request.
-    fn is_idle(&mut self) -> bool {
-        self.drive(&mut nobody());
-        self.wire.is_some() && self.sender.is_ready()
-    }
-
-    /// Drives the connection until `poll`, which hears of nothing else, is ready. What passes between the
-    /// two would wake the very task that is running, so nobody is to be woken until there is no more of it.
-    fn drive_until<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut poll: impl FnMut() -> Poll<T>,
-    ) -> Poll<T> {
-        self.drive(&mut nobody());
-        if let Poll::Ready(ready) = poll() {
-            return Poll::Ready(ready);
-        }
-        self.drive(cx);
-        poll()
-    }
-
-    /// Reads and writes what can be. How a connection ends is told to whoever waits for its answer.
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        if let Some(wire) = &mut self.wire
-            && Pin::new(wire).poll(cx).is_ready()
-        {
-            self.wire = None;
-        }
-    }
-}
-
 impl Body for LinkBody {
     type Data = Bytes;
     type Error = hyper::Error;
@@ -279,11 +215,6 @@ impl fmt::Debug for LinkBody {
             .field("origin", &self.origin)
             .finish_non_exhaustive()
     }
-}
-
-/// Wakes nobody.
-fn nobody() -> Context<'static> {
-    Context::from_waker(Waker::noop())
 }
 
 /// Gives a request the form that a server expects: the path alone, and the host in a header.
