@@ -92,7 +92,7 @@ impl Node {
         let (listener, engines) =
             Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        services.spawn(dispatch(engines, node.doors, node.shown));
+        services.spawn(dispatch(engines, node.doors, config.ranks, node.shown));
         Ok(Self {
             config,
             sides: node.sides,
@@ -299,7 +299,12 @@ impl Builder {
 }
 
 /// Brings what engines say to the side that they said hello to.
-async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: Arc<dyn Shown>) {
+async fn dispatch(
+    mut engines: mpsc::Receiver<FromEngine>,
+    doors: Doors,
+    ranks: u32,
+    shown: Arc<dyn Shown>,
+) {
     let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
         let door = match &event {
@@ -308,12 +313,14 @@ async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: 
                     EngineRole::Prefill => Side::Sender,
                     EngineRole::Decode => Side::Receiver,
                 };
-                let Some(door) = doors.get(&(side, hello.rank)) else {
+                let door = doors.get(&(side, hello.rank));
+                let Some(door) = door.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
-                        "this sidecar has no {} for rank {}: check its --role and the number of its \
-                         ports",
+                        "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
+                         the number of its ports, of a sender sidecar.ranks",
                         side.as_str(),
-                        hello.rank
+                        hello.rank,
+                        hello.world_size
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;

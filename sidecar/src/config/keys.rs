@@ -166,7 +166,8 @@ keys! {
         /// Name of this sidecar in messages, logs and the proxy's registry; unique among the sidecars
         /// of a proxy.
         id: String = Default::Computed("HOSTNAME-ROLE-ADMINPORT"), flag "--id";
-        /// Tensor-parallel ranks of the engine, each with a buffer of its own.
+        /// Ranks of the engine, each with a buffer of its own: its tensor-parallel size, or the other side's if that is
+        /// larger.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
         /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700. Beside
         /// it a sender keeps a file by which its successor can vouch for its end: in a container the
