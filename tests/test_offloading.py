@@ -1,11 +1,17 @@
-"""Beside vLLM's OffloadingConnector under its MultiConnector: reuse from host memory and transfer in one engine."""
+"""Beside vLLM's OffloadingConnector under its MultiConnector: reuse from host memory and transfer in one engine.
+
+This engine starts its sidecar itself, by the variables and options of its own line.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +23,14 @@ from harness.engine import Engine, EngineOptions, wait_for
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN
 from harness.pair import BUFFER_BYTES, Pair
+from harness.process import group_members
 from harness.prompts import prompt
 from harness.reference import Reference
-from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
+from harness.sidecar import BINARIES, ROOT, Sidecar, SidecarOptions
 
 LOGS = ROOT / "target" / "test-logs"
 BLOCK = 32
+UCX_TLS = "tcp,sm,self"
 
 
 @dataclass
@@ -50,7 +58,7 @@ def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
         {
             "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector",
             "kv_role": "kv_consumer", "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"receiver_socket": str(receiver.socket), "chunk_size": CHUNK_TOKENS},
+            "kv_connector_extra_config": {"receiver_socket": str(receiver.socket), "sidecar": "spawn"},
         },
         {
             "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
@@ -66,21 +74,45 @@ def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"connectors": connectors},
     }
-    path = os.pathsep.join(str(ROOT / part) for part in ("python", "tests"))
+    env = {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("python", "tests")),
+        "PD_SIDECAR_BINARY": str(BINARIES / "sidecar"), "LMCACHE_CONFIG_FILE": str(receiver.configure()),
+        "UCX_TLS": UCX_TLS,
+    }  # fmt: skip
     options = EngineOptions(
-        "offload engine", pair.options.model, block_size=BLOCK, kv_transfer=transfer, core=1, env={"PYTHONPATH": path}
+        "offload engine", pair.options.model, block_size=BLOCK, kv_transfer=transfer, core=1, env=env
     )
     engine = Engine(options, LOGS)
     try:
         engine.start()
-        receiver.start()
+        # Its output is the engine's, and so is its end.
+        receiver.process = engine.process
         wait_for([engine])
         receiver.wait_ready()
         yield Both(engine, receiver)
     finally:
         engine.stop()
-        receiver.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sidecars_of(engine: Engine) -> list[int]:
+    """The processes of the sidecar's program among those of an engine."""
+    program = f"{BINARIES / 'sidecar'}\0".encode()
+    found = []
+    for pid in group_members(engine.pid):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(program):
+                found.append(pid)
+    return found
+
+
+def wait_for_other(engine: Engine, than: list[int], bound_s: float = 20.0) -> list[int]:
+    """The sidecars of an engine as soon as they are others."""
+    deadline = time.monotonic() + bound_s
+    while (now := sidecars_of(engine)) == than:
+        assert time.monotonic() < deadline, f"still {than} after {bound_s:g} s"
+        time.sleep(0.1)
+    return now
 
 
 def moved(pair: Pair, both: Both, req: str, tokens: list[int]) -> tuple[Answer, PromptTokens]:
@@ -111,6 +143,8 @@ def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Referenc
     assert tokens.computed <= 1
     record = both.receiver.record("offload-1")
     assert (record["reason"], record["bytes"]) == (None, len(first) * KV_BYTES_PER_TOKEN), record
+    # It has found the NIXL of the engine's Python.
+    assert record["transport"] == "nixl", record
 
     # Gone from the engine's own cache, it comes back from host memory, for a request that nobody transfers.
     both.engine.reset_prefix_cache()
@@ -130,3 +164,24 @@ def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Referenc
     assert (record["reason"], record["have_tokens"]) == (None, held), record
     assert record["bytes"] == (len(third) - held) * KV_BYTES_PER_TOKEN, record
     both.receiver.wait_empty()
+
+
+def test_the_spawned_sidecar_is_watched_and_ends_with_its_engine(pair: Pair, both: Both, reference: Reference) -> None:
+    """The last test of this engine."""
+    (first,) = sidecars_of(both.engine)
+    environ = Path(f"/proc/{first}/environ").read_bytes().split(b"\0")
+    assert f"UCX_TLS={UCX_TLS}".encode() in environ
+
+    # It dies: another one takes its place, and the engine goes on with that.
+    os.kill(first, signal.SIGKILL)
+    wait_for_other(both.engine, [first])
+    both.receiver.wait_ready()
+    tokens = prompt(300, seed=8)
+    answer, spent = moved(pair, both, "offload-3", tokens)
+    assert answer.token_ids == reference.token_ids(tokens)
+    assert spent.computed <= 1, spent
+
+    (second,) = wait_for_other(both.engine, [])
+    assert both.engine.process is not None
+    both.engine.process.signal(signal.SIGTERM)
+    assert wait_for_other(both.engine, [second]) == []

@@ -15,6 +15,8 @@ pub struct Search {
     pub explicit: Option<PathBuf>,
     /// The active virtual environment (`VIRTUAL_ENV`).
     pub virtual_env: Option<PathBuf>,
+    /// The Python environment that this program is installed in: it may be started without being activated.
+    pub own_prefix: Option<PathBuf>,
     /// The active conda environment (`CONDA_PREFIX`).
     pub conda_prefix: Option<PathBuf>,
     /// Directories of executables (`PATH`): the first with a `python3` counts.
@@ -32,6 +34,7 @@ impl Search {
         Self {
             explicit: path("PD_NIXL_CAPI"),
             virtual_env: path("VIRTUAL_ENV"),
+            own_prefix: own_prefix(),
             conda_prefix: path("CONDA_PREFIX"),
             path: env::var_os("PATH"),
         }
@@ -44,10 +47,12 @@ impl Search {
         let mut places = Vec::new();
         for (name, prefix) in [
             ("VIRTUAL_ENV", &self.virtual_env),
+            (OWN, &self.own_prefix),
             ("CONDA_PREFIX", &self.conda_prefix),
         ] {
             match prefix {
                 Some(prefix) => places.extend(in_prefix(name, prefix)),
+                None if name == OWN => {}
                 None => places.push(Place::empty(name, "not set")),
             }
         }
@@ -64,6 +69,13 @@ impl Search {
         let bin = env::split_paths(self.path.as_ref()?).find(|dir| dir.join("python3").exists())?;
         bin.parent().map(Path::to_path_buf)
     }
+}
+
+/// `/venv` of `/venv/bin/sidecar`.
+fn own_prefix() -> Option<PathBuf> {
+    let bin = env::current_exe().ok()?.parent()?.to_path_buf();
+    let prefix = bin.parent()?;
+    (bin.file_name()? == "bin").then(|| prefix.to_path_buf())
 }
 
 /// A library to try, or the reason why a place has none.
@@ -125,6 +137,7 @@ fn entries(dir: &Path, passes: impl Fn(&str) -> bool) -> Vec<PathBuf> {
 }
 
 const LIBRARY: &str = "libnixl_capi.so";
+const OWN: &str = "the environment of this program";
 
 #[cfg(test)]
 mod tests {
@@ -158,8 +171,15 @@ mod tests {
         fs::create_dir_all(dir.path().join("usr/bin")).unwrap();
         fs::write(dir.path().join("usr/bin/python3"), "").unwrap();
 
+        let own = dir
+            .path()
+            .join("own/lib/python3.13/site-packages/.nixl_cu13.mesonpy.libs");
+        fs::create_dir_all(&own).unwrap();
+        fs::write(own.join("libnixl_capi.so"), "").unwrap();
+
         let search = Search {
             virtual_env: Some(dir.path().join("venv")),
+            own_prefix: Some(dir.path().join("own")),
             path: Some(dir.path().join("usr/bin").into_os_string()),
             ..Search::default()
         };
@@ -168,6 +188,7 @@ mod tests {
             [
                 packages.join(".nixl_cu13.mesonpy.libs/libnixl_capi.so"),
                 packages.join(".nixl_cu12.mesonpy.libs/libnixl_capi.so"),
+                own.join("libnixl_capi.so"),
                 other.join("libnixl_capi-0a1b2c.so"),
                 PathBuf::from(LIBRARY),
             ]

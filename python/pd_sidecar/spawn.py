@@ -66,7 +66,8 @@ class Child:
         Raises `OSError` if it cannot be started at all.
         """
         self._command = list(command)
-        self._environ = {**os.environ, **(variables or {})}
+        # It looks for NIXL where this Python has it, which may not be an activated environment.
+        self._environ = {"VIRTUAL_ENV": sys.prefix, **os.environ, **(variables or {})}
         self._logger = logger
         self._stopping = threading.Event()
         self._process = self._start()

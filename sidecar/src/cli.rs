@@ -296,7 +296,8 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "{}\nprotocol {}\ntransports nixl (loaded at run time, if found), tcp (built in)\nmemory cpu",
+        "{}\nprotocol {}\ntransports cuda_ipc, nixl (both loaded at run time, if found), tcp (built in)\n\
+         memory cpu, cuda",
         env!("CARGO_PKG_VERSION"),
         protocol::VERSION
     )

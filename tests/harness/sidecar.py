@@ -83,7 +83,7 @@ class Sidecar(Part):
     def start(self) -> None:
         """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
         assert self.process is None or not self.process.alive
-        self._config.write_text(self._yaml())
+        self.configure()
         self.process = Process(
             self.name,
             [*self.options.within, BINARIES / "sidecar", *self.arguments()],
@@ -91,6 +91,11 @@ class Sidecar(Part):
             self._env(),
         )
         self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
+
+    def configure(self) -> Path:
+        """Writes its configuration, and returns the file: for whoever else starts it."""
+        self._config.write_text(self._yaml())
+        return self._config
 
     def arguments(self) -> list[str]:
         options = self.options
