@@ -201,11 +201,19 @@ def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str
 
 
 def test_odd_frames_and_a_message_that_is_too_long(sides: Sides) -> None:
-    for port in (sides.receiver.init_port, sides.receiver.alloc_port):
+    for name in ("init", "alloc"):
+        before = port_events(sides, name)
         for frames in ([b"a", b"b"], [b"", b"", b"c"], [b""] * 1000, [b"", bytes(5 << 20)]):
-            with peer(zmq.DEALER, port) as stranger:
+            with peer(zmq.DEALER, getattr(sides.receiver, f"{name}_port")) as stranger:
                 stranger.send_multipart(frames)
                 assert not stranger.poll(100)
+        assert port_events(sides, name)["wrong_frames"] >= before["wrong_frames"] + 2
+
+
+def port_events(sides: Sides, port: str) -> dict[str, float]:
+    names = ("connections", "wrong_frames", "evicted", "unread", "failed_handshakes")
+    metrics = sides.receiver.metrics()
+    return {name: metrics.sum("pd_sidecar_port_events", port=port, event=name) for name in names}
 
 
 def raw(port: int, data: bytes, path: Path | None = None) -> socket.socket:
@@ -235,12 +243,14 @@ GARBAGE = [
 def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
     admins = [urlsplit(part.admin).port or 0 for part in (sides.sender, sides.receiver)]
     ports = [sides.receiver.init_port, sides.receiver.alloc_port, *admins, *data_ports(sides)]
+    before = port_events(sides, "alloc")["failed_handshakes"]
     held = [raw(port, data) for port in ports for data in GARBAGE]
     held += [raw(0, data, path) for path in (sides.sender.socket, sides.receiver.socket) for data in GARBAGE]
     # Half-open connections, too.
     held += [raw(port, b"") for port in ports for _ in range(50)]
     for _ in range(5):
         sides.check()
+    assert port_events(sides, "alloc")["failed_handshakes"] > before
     for stream in held:
         stream.close()
     for part in (sides.sender, sides.receiver):
@@ -294,3 +304,10 @@ def test_a_stranger_writes_under_no_lease(sides: Sides) -> None:
         stranger.send_multipart([b"", packed(forged)])
         answer = unpacked(stranger.recv_multipart()[-1])
     assert (answer["type"], answer["lease"]) == ("Unwanted", forged["lease"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_engine_that_cuts_its_kv_otherwise_is_refused(sides: Sides, rank: int) -> None:
+    other = msgspec.structs.replace(hello("prefill"), rank=rank, world_size=2)
+    with pytest.raises(TimeoutError, match=f"no sender for rank {rank} of 2, but 1 ranks"):
+        Client.connect(str(sides.sender.socket), other, timeout_s=1.0)

@@ -59,9 +59,10 @@ pub struct EngineHello {
     pub engine: String,
     /// Which side of a transfer this connection uses.
     pub role: EngineRole,
-    /// Tensor-parallel rank, which chooses the buffer.
+    /// Rank of the KV that this connection is for, which chooses the buffer: of a tensor-parallel
+    /// worker its own, or one of several.
     pub rank: u32,
-    /// Tensor-parallel size.
+    /// Ranks that KV is cut into; the sidecar has as many.
     pub world_size: u32,
     /// The shape of a chunk, from the engine's KV tensors.
     pub layout: Layout,

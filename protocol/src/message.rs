@@ -94,9 +94,19 @@ pub struct Hello {
     pub host: String,
     /// Process id within that PID namespace.
     pub pid: u32,
+    /// Of a sender: SHA-256 of a secret of its process, which only shows once that process has ended.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub seal: ByteBuf,
+    /// Of a sender: the secrets of processes in whose place it runs, all of which have ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended: Vec<ByteBuf>,
     /// Set on a refusal: why no link can be made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
+}
+
+fn is_empty(bytes: &ByteBuf) -> bool {
+    bytes.is_empty()
 }
 
 /// Why the init handshake ended without a link.

@@ -147,7 +147,8 @@ fn check(
                 sender::Action::Ended(_, ended) => p_ended = Some(ended),
                 sender::Action::Progress(_)
                 | sender::Action::Notify { .. }
-                | sender::Action::Record(_) => {}
+                | sender::Action::Record(_)
+                | sender::Action::Watch { .. } => {}
             }
         }
         while let Some(action) = d.poll_action() {

@@ -39,6 +39,8 @@ struct Pair {
     p: Sender,
     d: Receiver,
     connected: bool,
+    /// What the receiver says is lost.
+    deaf: bool,
     links: usize,
     cancels: usize,
 }
@@ -79,6 +81,7 @@ impl Pair {
             p,
             d,
             connected: true,
+            deaf: false,
             links: 0,
             cancels: 0,
         }
@@ -116,7 +119,7 @@ impl Pair {
                 }
             } else if let Some(action) = self.d.poll_action() {
                 match action {
-                    receiver::Action::Send { message, .. } if self.connected => {
+                    receiver::Action::Send { message, .. } if self.connected && !self.deaf => {
                         let to = to();
                         self.p.handle(now, sender::Event::Peer { to, message });
                     }
@@ -212,6 +215,39 @@ fn a_receiver_that_stays_away_is_given_up() {
     let links = pair.links;
     pair.pass(60 * SECOND);
     assert_eq!((pair.links, pair.cancels), (links, 0));
+}
+
+/// The sender does not know that it was granted anything.
+#[test]
+fn a_grant_that_was_lost_with_the_link_is_given_back() {
+    let mut pair = Pair::new();
+    pair.deaf = true;
+    pair.lease();
+    pair.cut();
+    pair.pass(SECOND);
+    assert_eq!(pair.d.gauges().quarantined, 2, "it cannot be heard");
+    (pair.connected, pair.deaf) = (true, false);
+    pair.pass(2 * SECOND);
+    assert_eq!(pair.d.gauges().free, 4, "no further request was needed");
+    assert!(pair.p.is_idle() && pair.d.is_idle());
+}
+
+/// The same, where only the sender has noticed that the connection is gone.
+#[test]
+fn a_grant_that_still_stands_is_closed() {
+    let mut pair = Pair::new();
+    pair.deaf = true;
+    pair.lease();
+    pair.deaf = false;
+    let lost = sender::Event::LinkLost {
+        to: to(),
+        reason: Reason::PeerLost,
+    };
+    pair.p.handle(pair.now, lost);
+    pair.settle();
+    pair.pass(SECOND);
+    assert_eq!((pair.d.gauges().free, pair.cancels), (4, 1));
+    assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
 /// A word of more than a thousand leases that are clean must not push out that one is not.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use protocol::local::{Computing, Reserve, Staged, Target};
 use protocol::message::{AllocResponse, ToReceiver, ToSender};
-use protocol::sender::{self, Sender};
+use protocol::sender::{self, Sender, WatchId};
 use protocol::{EngineId, Epoch, Layout, Reason, RequestId, SlotIndex, Time, TransferId};
 
 const CHUNK: u32 = 4;
@@ -40,7 +40,7 @@ struct Feeding {
     p: Sender,
     cancels: bool,
     events: bool,
-    afters: Vec<Option<u32>>,
+    watches: Vec<WatchId>,
     questions: Vec<ToReceiver>,
     writes: Vec<(TransferId, Vec<SlotIndex>)>,
     notices: BTreeMap<RequestId, Option<Reason>>,
@@ -69,7 +69,7 @@ impl Feeding {
             p,
             cancels,
             events: false,
-            afters: Vec::new(),
+            watches: Vec::new(),
             questions: Vec::new(),
             writes: Vec::new(),
             notices: BTreeMap::new(),
@@ -119,13 +119,14 @@ impl Feeding {
                             .handle(self.now, sender::Event::Staged(ENGINE, staged));
                     }
                 }
+                sender::Action::Watch { watch, .. } => self.watches.push(watch),
                 sender::Action::Write {
                     transfer,
                     pieces,
                     after,
                     ..
                 } => {
-                    self.afters.push(after.map(|after| after.event));
+                    assert_eq!(after, None, "a key is shown before its bytes stand");
                     self.writes
                         .push((transfer, pieces.iter().map(|p| p.to).collect()));
                 }
@@ -183,6 +184,10 @@ impl Feeding {
         keys
     }
 
+    fn watched(&mut self, watch: WatchId, stand: bool) {
+        self.feed(sender::Event::Watched { watch, stand });
+    }
+
     fn written(&mut self) {
         for (transfer, _) in std::mem::take(&mut self.writes) {
             self.feed(sender::Event::Done {
@@ -235,17 +240,59 @@ fn every_chunk_is_asked_for_once_it_stands_ready() {
     }
 }
 
+/// An engine that is killed while its GPU has only been told to gather would leave a key that is shown
+/// and never written.
 #[test]
-fn chunks_of_one_question_are_written_once_each_ones_own_event_has_fired() {
+fn no_key_is_asked_for_before_its_event_has_fired() {
     let mut feeding = Feeding::new(true);
     feeding.events = true;
     feeding.reserve("a", 3, 3);
-    feeding.grant(10, &[]);
-    assert_eq!(feeding.grant(20, &[]).len(), 2);
-    assert_eq!(feeding.afters, [Some(0), Some(1), Some(2)]);
+    feeding.pass(S);
+    assert!(feeding.questions.is_empty(), "nothing is gathered");
+    let [first, second, third] = feeding.watches[..] else {
+        panic!("a watch for each event");
+    };
+    feeding.watched(first, true);
+    assert_eq!(feeding.grant(10, &[]), ["a/0"]);
+    feeding.watched(second, true);
+    feeding.watched(third, true);
+    assert_eq!(feeding.grant(20, &[]), ["a/1"]);
+    assert_eq!(feeding.grant(30, &[]), ["a/2"]);
     feeding.written();
     assert_eq!(feeding.notices[&RequestId::from("a")], None);
     assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn an_event_that_never_fires_ends_the_request_without_a_question() {
+    let mut feeding = Feeding::new(true);
+    feeding.events = true;
+    feeding.reserve("a", 3, 3);
+    let watches = std::mem::take(&mut feeding.watches);
+    feeding.watched(watches[0], false);
+    let failed = Some(Reason::TransferFailed);
+    assert_eq!(feeding.notices[&RequestId::from("a")], failed);
+    // What is heard of it later concerns nobody, though the slots are others' now.
+    feeding.events = false;
+    feeding.reserve("b", 3, 3);
+    feeding.watched(watches[1], true);
+    feeding.watched(watches[2], false);
+    assert_eq!(feeding.grant(10, &[]), ["b/0", "b/1", "b/2"]);
+    feeding.written();
+    assert_eq!(feeding.notices[&RequestId::from("b")], None);
+    assert!(feeding.p.is_idle());
+}
+
+#[test]
+fn an_engine_that_dies_before_its_gather_leaves_no_key() {
+    let mut feeding = Feeding::new(false);
+    feeding.events = true;
+    feeding.reserve("a", 3, 3);
+    feeding.feed(sender::Event::EngineGone(ENGINE));
+    for watch in std::mem::take(&mut feeding.watches) {
+        feeding.watched(watch, false);
+    }
+    assert!(feeding.questions.is_empty() && feeding.p.is_idle());
 }
 
 #[test]

@@ -1,76 +1,130 @@
-//! Where to listen, in the words of LMCache's example proxy, so that its launch line works as it stands.
+//! Where the proxy listens.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 
 use clap::Args;
+use clap::builder::BoolishValueParser;
 
-/// Hosts and ports apart, hosts by name. Without environment variables: Kubernetes sets `PD_PROXY_PORT`
-/// to a URL in every pod that can see a service `pd-proxy`.
-#[derive(Clone, Debug, Default, Args)]
+/// Its addresses, and whether strangers may reach them.
+#[derive(Clone, Debug, Args)]
 pub struct Addresses {
-    /// As in LMCache's example proxy: the host of --listen.
-    #[arg(long, value_name = "HOST", conflicts_with = "listen")]
-    pub host: Option<String>,
+    /// Address of the OpenAI-compatible HTTP server.
+    #[arg(
+        long,
+        env = "PD_PROXY_LISTEN",
+        default_value = "127.0.0.1:8000",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    listen: SocketAddr,
 
-    /// Its port.
-    #[arg(long, value_name = "PORT", conflicts_with = "listen")]
-    pub port: Option<u16>,
+    /// Address of the registration port: sidecars connect to it (ZeroMQ PUSH).
+    #[arg(
+        long,
+        env = "PD_PROXY_REGISTRATION",
+        default_value = "127.0.0.1:7500",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    registration: SocketAddr,
 
-    /// As in LMCache's example proxy: the host of --registration.
-    #[arg(long, value_name = "HOST", conflicts_with = "registration")]
-    pub proxy_host: Option<String>,
+    // These four have no environment variables: Kubernetes sets `PD_PROXY_PORT` to a URL in every pod that
+    // can see a service `pd-proxy`.
+    /// As in LMCache's example proxy: host of `--listen`.
+    #[arg(long, value_name = "HOST", value_parser = host)]
+    host: Option<IpAddr>,
 
-    /// Its port.
-    #[arg(long, value_name = "PORT", conflicts_with = "registration")]
-    pub proxy_port: Option<u16>,
+    /// Port of `--listen`.
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+
+    /// Host of `--registration`.
+    #[arg(long, value_name = "HOST", value_parser = host)]
+    proxy_host: Option<IpAddr>,
+
+    /// Port of `--registration`.
+    #[arg(long, value_name = "PORT")]
+    proxy_port: Option<u16>,
+
+    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);
+    /// without it there is no such port.
+    #[arg(
+        long,
+        env = "PD_PROXY_P2P_REGISTRATION",
+        value_name = "HOST:PORT",
+        value_parser = address
+    )]
+    pub p2p_registration: Option<SocketAddr>,
+
+    /// Permit addresses off loopback. Neither port authenticates anybody yet: whoever reaches the
+    /// registration port can take part in serving.
+    #[arg(long, env = "PD_PROXY_INSECURE", value_parser = BoolishValueParser::new())]
+    pub insecure: bool,
 }
 
 impl Addresses {
-    /// Puts what is given in the place of what is in the two addresses.
-    ///
-    /// # Errors
-    /// Every host that is not known here.
-    pub fn replace(
-        &self,
-        listen: &mut SocketAddr,
-        registration: &mut SocketAddr,
-    ) -> Result<(), Vec<String>> {
+    /// Of the HTTP server.
+    pub fn listen(&self) -> SocketAddr {
+        moved(self.listen, self.host, self.port)
+    }
+
+    /// Of the registration port.
+    pub fn registration(&self) -> SocketAddr {
+        moved(self.registration, self.proxy_host, self.proxy_port)
+    }
+
+    /// What is wrong with them together, every problem at once.
+    pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        let given = [
-            ("--host", &self.host, self.port, listen),
-            (
-                "--proxy-host",
-                &self.proxy_host,
-                self.proxy_port,
-                registration,
-            ),
-        ];
-        for (flag, host, port, address) in given {
-            if let Some(port) = port {
-                address.set_port(port);
-            }
-            match host.as_deref().map(resolve).transpose() {
-                Ok(Some(ip)) => address.set_ip(ip),
-                Ok(None) => {}
-                Err(why) => problems.push(format!("{flag}: {why}")),
+        let (listen, registration) = (self.listen(), self.registration());
+        let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
+        let ports = [("--listen", listen), ("--registration", registration)];
+        for (flag, address) in ports.into_iter().chain(p2p) {
+            if !address.ip().is_loopback() && !self.insecure {
+                problems.push(format!(
+                    "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \
+                     or add --insecure if the network itself keeps strangers out",
+                    address.port()
+                ));
             }
         }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(problems)
+        if listen == registration && listen.port() != 0 {
+            problems.push(format!(
+                "--listen and --registration are both {listen}: give them different ports"
+            ));
         }
+        problems
     }
 }
 
-/// The first address of version 4, if it has any: `localhost` is 127.0.0.1 for everybody else, too.
-fn resolve(host: &str) -> Result<IpAddr, String> {
-    let found: Vec<_> = (host, 0)
-        .to_socket_addrs()
-        .map_err(|e| format!("{host} has no address: {e}"))?
-        .collect();
-    let first = found.iter().find(|at| at.is_ipv4()).or(found.first());
-    first
-        .map(SocketAddr::ip)
-        .ok_or_else(|| format!("{host} has no address"))
+fn moved(address: SocketAddr, host: Option<IpAddr>, port: Option<u16>) -> SocketAddr {
+    SocketAddr::new(host.unwrap_or(address.ip()), port.unwrap_or(address.port()))
 }
+
+/// `IP:PORT`, or a name in the place of the IP.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    first(text.to_socket_addrs().ok())
+        .ok_or_else(|| "is not IP:PORT, nor the name of an address of this host and a port".into())
+}
+
+fn host(text: &str) -> Result<IpAddr, String> {
+    let found = first((text, 0).to_socket_addrs().ok());
+    Ok(found
+        .ok_or("is no IP, nor the name of an address of this host")?
+        .ip())
+}
+
+/// Of a name's addresses the IPv4 one, which is what others connect to under that name.
+fn first(found: Option<impl Iterator<Item = SocketAddr>>) -> Option<SocketAddr> {
+    let all: Vec<_> = found?.collect();
+    all.iter()
+        .find(|one| one.is_ipv4())
+        .or(all.first())
+        .copied()
+}
+
+#[cfg(test)]
+mod tests;

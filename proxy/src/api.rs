@@ -16,9 +16,9 @@ use tokio::time::timeout;
 
 use crate::access::may_ask;
 use crate::app::App;
-use crate::body::Endpoint;
 use crate::control;
 use crate::drive::{self, Arrival};
+use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
 use crate::headers::leg_headers;
 use crate::id;
@@ -90,12 +90,7 @@ async fn accept(
             format!("{most} requests are under way already (--max-in-flight)"),
         )
     })?;
-    let body = timeout(
-        app.config.client_timeout,
-        read(body, app.config.max_body_bytes),
-    )
-    .await
-    .map_err(|_| ApiError::new(Code::BodyTimeout, "the request body did not come in time"))??;
+    let body = read(body, app.config.max_body_bytes, app.config.client_timeout).await?;
     let arrival = Arrival {
         at,
         endpoint,
@@ -109,15 +104,19 @@ async fn accept(
 /// Reads a body of at most so many bytes.
 ///
 /// # Errors
-/// It is longer, or breaks off.
-pub async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
-    match Limited::new(body, limit).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(e) if e.is::<LengthLimitError>() => Err(ApiError::new(
+/// It is longer, breaks off, or does not come in time.
+pub async fn read(body: Body, limit: usize, time: Duration) -> Result<Bytes, ApiError> {
+    match timeout(time, Limited::new(body, limit).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(ApiError::new(
             Code::BodyTooLarge,
-            format!("the request body is longer than {limit} bytes (--max-body-bytes)"),
+            format!("the request body is longer than {limit} bytes"),
         )),
-        Err(e) => Err(ApiError::new(Code::BodyUnreadable, e.to_string())),
+        Ok(Err(e)) => Err(ApiError::new(Code::BodyUnreadable, e.to_string())),
+        Err(_) => Err(ApiError::new(
+            Code::BodyTimeout,
+            "the request body did not come in time",
+        )),
     }
 }
 

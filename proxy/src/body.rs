@@ -4,26 +4,20 @@
 //! nor printed again, and numbers, order and unknown fields reach the engine as the client wrote
 //! them.
 
-use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
-use serde::de::{Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
 use crate::handover::Way;
 use crate::route::Alone;
 
-/// Which of OpenAI's endpoints a request uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Endpoint {
-    /// `/v1/completions`
-    Completions,
-    /// `/v1/chat/completions`
-    Chat,
-}
+mod fields;
+
+use fields::Fields;
 
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
@@ -53,24 +47,6 @@ pub enum BadBody {
         "kv_transfer_params is set by this proxy and must not be sent by a client: it names hosts that engines connect to"
     )]
     TransferParams,
-}
-
-impl Endpoint {
-    /// The path at this proxy and at the engines.
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Completions => "/v1/completions",
-            Self::Chat => "/v1/chat/completions",
-        }
-    }
-
-    /// The name in metrics and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Completions => "completions",
-            Self::Chat => "chat",
-        }
-    }
 }
 
 impl RequestBody {
@@ -272,36 +248,6 @@ impl From<BadBody> for ApiError {
     }
 }
 
-/// Names and values of an object, in order.
-struct Fields<'a>(Vec<(String, &'a RawValue)>);
-
-impl<'de> Deserialize<'de> for Fields<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Fields<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut fields = Vec::with_capacity(USUAL_FIELDS);
-                while let Some(field) = map.next_entry()? {
-                    if fields.len() == MAX_FIELDS {
-                        return Err(A::Error::custom(format_args!(
-                            "more than {MAX_FIELDS} fields"
-                        )));
-                    }
-                    fields.push(field);
-                }
-                Ok(Fields(fields))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
-}
-
 /// As much of a chat message as tells whether it is only text.
 #[derive(Deserialize)]
 struct Message<'a> {
@@ -340,12 +286,6 @@ const TEXT_PARTS: [&str; 6] = [
 
 /// What engines hand KV over by.
 const TRANSFER: &str = "kv_transfer_params";
-
-/// Most requests have fewer.
-const USUAL_FIELDS: usize = 16;
-
-/// OpenAI and vLLM together define about 80.
-const MAX_FIELDS: usize = 1024;
 
 #[cfg(test)]
 mod tests;

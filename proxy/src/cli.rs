@@ -1,20 +1,24 @@
 //! Flags, and what is checked of them before anything starts.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use hyper_util::client::legacy::connect::HttpConnector;
 
 use crate::access::Access;
 use crate::addresses::Addresses;
 use crate::announce::metadata;
-use crate::instance::BaseUrl;
 use crate::load::Breaker;
 use crate::mode::Mode;
 use crate::policy::Policy;
 use crate::sources::Sources;
 use crate::tls::TlsFiles;
+use crate::url::BaseUrl;
+
+mod choices;
+
+pub use choices::{DecodeLegAt, FirstTokenFrom, LogFormat};
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///
@@ -24,32 +28,9 @@ use crate::tls::TlsFiles;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
 pub struct Config {
-    /// Address of the OpenAI-compatible HTTP server.
-    #[arg(
-        long,
-        env = "PD_PROXY_LISTEN",
-        default_value = "127.0.0.1:8000",
-        value_name = "IP:PORT"
-    )]
-    pub listen: SocketAddr,
-
-    /// Address of the registration port: sidecars connect to it (ZeroMQ PUSH).
-    #[arg(
-        long,
-        env = "PD_PROXY_REGISTRATION",
-        default_value = "127.0.0.1:7500",
-        value_name = "IP:PORT"
-    )]
-    pub registration: SocketAddr,
-
-    /// The same two addresses otherwise.
+    /// Where it listens.
     #[command(flatten)]
     pub addresses: Addresses,
-
-    /// Permit addresses off loopback. Sidecars are not authenticated yet: whoever reaches the
-    /// registration port can take part in serving.
-    #[arg(long, env = "PD_PROXY_INSECURE")]
-    pub insecure: bool,
 
     /// Requests under way at once; more are answered with 429.
     #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
@@ -74,11 +55,6 @@ pub struct Config {
     /// Instances that are there without registering.
     #[command(flatten)]
     pub sources: Sources,
-
-    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);
-    /// without it there is no such port.
-    #[arg(long, env = "PD_PROXY_P2P_REGISTRATION", value_name = "IP:PORT")]
-    pub p2p_registration: Option<SocketAddr>,
 
     /// Who may ask, and whom the proxy talks to.
     #[command(flatten)]
@@ -205,35 +181,6 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
-/// When a decode leg between sidecars is sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DecodeLegAt {
-    /// When the prefill engine has begun.
-    Begun,
-    /// With the prefill leg.
-    Arrival,
-    /// After the prefill leg's answer.
-    Answer,
-}
-
-/// Who gives the first token of a stream between sidecars.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FirstTokenFrom {
-    /// The decode engine.
-    Decode,
-    /// The prefill engine.
-    Prefill,
-}
-
-/// Shape of log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 impl Config {
     /// When an instance that keeps failing is left alone.
     pub fn breaker(&self) -> Breaker {
@@ -243,25 +190,19 @@ impl Config {
         }
     }
 
-    /// Settles what can be said in two ways.
-    ///
-    /// # Errors
-    /// Every value that cannot be used.
-    pub fn settle(&mut self) -> Result<(), Vec<String>> {
-        self.addresses
-            .replace(&mut self.listen, &mut self.registration)
-    }
-
-    /// What is wrong with the flags together, every problem at once.
+    /// What is wrong with the flags and the files that they name, every problem at once.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        problems.extend(self.access.problems());
+        let mut problems = self.access.problems();
+        problems.extend(self.sources.named().err().unwrap_or_default());
+        problems.extend(self.tls.acceptor().err().map(|e| e.to_string()));
+        let connector = self.tls.connector(HttpConnector::new());
+        problems.extend(connector.err().map(|e| e.to_string()));
         if let Some(file) = &self.mooncake {
             problems.extend(metadata(file).err());
-            if self.registration.ip().is_unspecified() {
+            let registration = self.addresses.registration();
+            if registration.ip().is_unspecified() {
                 problems.push(format!(
-                    "--mooncake: sidecars cannot connect to {}: name one address in --registration",
-                    self.registration
+                    "--mooncake: sidecars cannot connect to {registration}: name one address in --registration"
                 ));
             }
         }
@@ -271,26 +212,7 @@ impl Config {
                 problems.push(error.to_string());
             }
         }
-        let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
-        let ports = [
-            ("--listen", self.listen),
-            ("--registration", self.registration),
-        ];
-        for (flag, address) in ports.into_iter().chain(p2p) {
-            if !address.ip().is_loopback() && !self.insecure {
-                problems.push(format!(
-                    "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \
-                     or add --insecure if the network itself keeps strangers out",
-                    address.port()
-                ));
-            }
-        }
-        if self.listen == self.registration && self.listen.port() != 0 {
-            problems.push(format!(
-                "--listen and --registration are both {}: give them different ports",
-                self.listen
-            ));
-        }
+        problems.extend(self.addresses.problems());
         problems
     }
 }
@@ -331,79 +253,9 @@ Try it:
   curl -s localhost:8000/ready              200 if a decode instance is ready
   curl -s localhost:8000/metrics            Prometheus
 
-Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 wrong flags,
-69 an address could not be bound, 70 the registration port failed while running.
+Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 wrong flags or
+files that they name, 69 an address could not be bound, 70 the registration port failed while running.
 SIGTERM and SIGINT drain; a second one stops at once.";
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(flags: &[&str]) -> Result<Config, String> {
-        Config::try_parse_from([&["pd-proxy"], flags].concat()).map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn defaults_have_no_problems() {
-        assert_eq!(parse(&[]).unwrap().problems(), Vec::<String>::new());
-    }
-
-    #[test]
-    fn off_loopback_needs_a_word() {
-        let both = [
-            "--listen",
-            "0.0.0.0:8000",
-            "--registration",
-            "10.0.0.1:7500",
-        ];
-        assert_eq!(parse(&both).unwrap().problems().len(), 2);
-        let with_word = [&both[..], &["--insecure"]].concat();
-        assert_eq!(parse(&with_word).unwrap().problems(), Vec::<String>::new());
-    }
-
-    #[test]
-    fn addresses_in_the_words_of_lmcaches_proxy() {
-        let check = |flags: &[&str], listen: &str, registration: &str| {
-            let mut config = parse(flags).unwrap();
-            config.settle().unwrap();
-            assert_eq!(config.listen.to_string(), listen, "{flags:?}");
-            assert_eq!(config.registration.to_string(), registration, "{flags:?}");
-        };
-        check(&[], "127.0.0.1:8000", "127.0.0.1:7500");
-        check(&["--port", "9100"], "127.0.0.1:9100", "127.0.0.1:7500");
-        check(
-            &["--host", "localhost", "--proxy-host", "10.0.0.1"],
-            "127.0.0.1:8000",
-            "10.0.0.1:7500",
-        );
-        check(
-            &["--proxy-host", "::1", "--proxy-port", "7600"],
-            "127.0.0.1:8000",
-            "[::1]:7600",
-        );
-        // Off loopback it needs a word, however it is said.
-        let mut config = parse(&["--host", "0.0.0.0"]).unwrap();
-        config.settle().unwrap();
-        assert_eq!(config.problems().len(), 1);
-        let mut config = parse(&["--host", "no host", "--proxy-host", ""]).unwrap();
-        assert_eq!(config.settle().unwrap_err().len(), 2);
-        assert!(parse(&["--host", "localhost", "--listen", "127.0.0.1:1"]).is_err());
-    }
-
-    #[test]
-    fn values() {
-        let check = |flag: &str, value: &str, ok: bool| {
-            assert_eq!(parse(&[flag, value]).is_ok(), ok, "{flag} {value}");
-        };
-        check("--idle-timeout", "0s", false);
-        check("--idle-timeout", "5", false);
-        check("--idle-timeout", "500ms", true);
-        check("--drain-timeout", "48h", false);
-        check("--max-in-flight", "0", false);
-        check("--max-in-flight", "-1", false);
-        check("--max-in-flight", "99999999999", false);
-        check("--decode-attempts", "0", false);
-        check("--listen", "8000", false);
-        check("--listen", "[::1]:8000", true);
-    }
-}
+mod tests;

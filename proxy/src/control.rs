@@ -76,7 +76,8 @@ pub async fn clear(State(app): State<Arc<App>>, request: Request) -> Result<Json
 /// `POST /instances`
 pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     permit(&app, &request)?;
-    let body = crate::api::read(request.into_body(), MAX_BODY_BYTES).await?;
+    let time = app.config.client_timeout;
+    let body = crate::api::read(request.into_body(), MAX_BODY_BYTES, time).await?;
     let instance = named(&body)?;
     let id = instance.id.clone();
     let refused = |error: String| ApiError::new(Code::InvalidInstance, error);

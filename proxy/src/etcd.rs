@@ -9,11 +9,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::legs::Legs;
+use crate::links::LinkBody;
 
 /// One etcd, at any of its addresses.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub enum EtcdError {
 /// A watch: each event is only a reason to read again.
 #[derive(Debug)]
 pub struct Watch {
-    body: Incoming,
+    body: LinkBody,
     partial: Vec<u8>,
 }
 

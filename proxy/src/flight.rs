@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
 use crate::app::App;
-use crate::body::Endpoint;
+use crate::endpoint::Endpoint;
 use crate::error::ApiError;
 use crate::inflight::{Place, Watch};
 use crate::instance::Instance;

@@ -14,9 +14,9 @@ use std::fmt::Write;
 use protocol::RequestId;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use uuid::Uuid;
 
 use crate::alone::Alone;
+use crate::id::random;
 use crate::instance::{Connector, Instance};
 use crate::usage::Usage;
 
@@ -167,7 +167,7 @@ pub fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestI
     match (&prefill.zmq, &decode.zmq) {
         (Some(from), Some(to)) if decode.connector == Connector::P2pNccl => RequestId(format!(
             "___prefill_addr_{from}___decode_addr_{to}_{}",
-            Uuid::new_v4().simple()
+            random().simple()
         )),
         _ => id.clone(),
     }

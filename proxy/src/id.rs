@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, HeaderValue};
 use protocol::RequestId;
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 /// The header that carries it.
 pub const HEADER: &str = "x-request-id";
@@ -21,10 +21,15 @@ pub fn assign(headers: &HeaderMap) -> RequestId {
         .take(MAX_CLIENT_CHARS)
         .collect();
     RequestId(if wanted.is_empty() {
-        Uuid::new_v4().to_string()
+        random().to_string()
     } else {
         format!("{wanted}-{:08x}", rand::random::<u32>())
     })
+}
+
+/// A UUID of this thread's random numbers: asking the kernel for each would be a system call a request.
+pub fn random() -> Uuid {
+    Builder::from_random_bytes(rand::random()).into_uuid()
 }
 
 /// The id as a header.

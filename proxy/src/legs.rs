@@ -1,83 +1,32 @@
 //! The HTTP requests that the proxy makes: both legs of a request, and call-backs.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
-use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cli::Config;
-use crate::error::{ApiError, Code};
-use crate::handover::{Prefilled, Way, prefilled};
+use crate::handover::{Way, prefilled};
 use crate::headers::{JSON, is_event_stream};
+use crate::links::{LinkBody, LinkError, Links, with_cause};
 use crate::route::Alone;
-use crate::tls::TlsError;
 
-/// Connections to engines and sidecars, kept open between requests.
+mod answer;
+
+use crate::tls::TlsError;
+pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
+
+/// Sends requests to engines and sidecars.
 #[derive(Clone, Debug)]
 pub struct Legs {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    links: Arc<Links>,
     first_byte_timeout: Duration,
     idle_timeout: Duration,
-}
-
-/// A decode leg's answer, from its first bytes on.
-#[derive(Debug)]
-pub struct Answer {
-    /// Status and headers, as the engine sent them.
-    pub head: response::Parts,
-    /// What has been read of the body.
-    pub held: Bytes,
-    /// What has not; `None` if `held` is all.
-    pub rest: Option<Incoming>,
-}
-
-/// How a prefill leg ended.
-#[derive(Debug)]
-pub enum PrefillEnd {
-    /// 2xx, and what it brings.
-    Answered(Prefilled),
-    /// The engine says that the request is wrong; this is its answer.
-    Refused(Box<Answer>),
-    /// The engine or the way to it failed.
-    Failed(Alone, String),
-}
-
-/// A leg that brought no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum LegError {
-    /// Nobody listens there, or not in time: the engine has not seen the request.
-    #[error("cannot connect: {0}")]
-    Connect(String),
-    /// The connection ended before an answer.
-    #[error("connection lost: {0}")]
-    Died(String),
-    /// No answer in time.
-    #[error("no answer within {0:?}")]
-    Timeout(Duration),
-    /// The engine is too busy or stopping; this is its answer.
-    #[error("the engine answered {}", .0.head.status)]
-    Busy(Box<Answer>),
-}
-
-/// How a leg brought no answer, for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LegFailure {
-    /// [`LegError::Connect`]
-    Connect,
-    /// [`LegError::Died`]
-    Died,
-    /// [`LegError::Timeout`]
-    Timeout,
-    /// [`LegError::Busy`]
-    Busy,
 }
 
 impl Legs {
@@ -90,12 +39,8 @@ impl Legs {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
         connector.enforce_http(false);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(POOL_IDLE)
-            .build(config.tls.connector(connector)?);
         Ok(Self {
-            client,
+            links: Arc::new(Links::new(config.tls.connector(connector)?)),
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
         })
@@ -250,7 +195,7 @@ impl Legs {
     ///
     /// # Errors
     /// No answer.
-    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<Incoming>, LegError> {
+    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<LinkBody>, LegError> {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, JSON);
         self.send(Method::POST, url, headers, body).await
@@ -286,7 +231,7 @@ impl Legs {
         &self,
         head: response::Parts,
         first: Bytes,
-        mut rest: Incoming,
+        mut rest: LinkBody,
     ) -> Result<Answer, LegError> {
         let mut held = BytesMut::from(&first[..]);
         while held.len() < MAX_HELD {
@@ -315,53 +260,27 @@ impl Legs {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
-    ) -> Result<Response<Incoming>, LegError> {
+    ) -> Result<Response<LinkBody>, LegError> {
         let mut request = Request::builder()
             .method(method)
             .uri(url)
             .body(Full::new(body))
             .map_err(|e| LegError::Connect(e.to_string()))?;
         *request.headers_mut() = headers;
-        self.client.request(request).await.map_err(|e| {
-            if e.is_connect() {
-                LegError::Connect(with_cause(&e))
-            } else {
-                LegError::Died(with_cause(&e))
-            }
-        })
-    }
-}
-
-impl LegError {
-    /// How, without the details.
-    pub fn failure(&self) -> LegFailure {
-        match self {
-            Self::Connect(_) => LegFailure::Connect,
-            Self::Died(_) => LegFailure::Died,
-            Self::Timeout(_) => LegFailure::Timeout,
-            Self::Busy(_) => LegFailure::Busy,
+        let answer = self.links.request(request).await.map_err(|e| match e {
+            LinkError::Connect(text) => LegError::Connect(text),
+            LinkError::Lost(text) => LegError::Died(text),
+        })?;
+        let status = answer.status();
+        if status.is_redirection() {
+            // Engines do not redirect, and where to is nobody that was configured.
+            return Err(LegError::Died(format!("it answered {status}")));
         }
-    }
-
-    /// Another instance may do better. One that used up its time has used up the client's too.
-    pub fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Timeout(_))
+        Ok(answer)
     }
 }
 
-impl From<&LegError> for ApiError {
-    fn from(error: &LegError) -> Self {
-        let code = match error {
-            LegError::Connect(_) => Code::DecodeUnreachable,
-            LegError::Died(_) => Code::DecodeDied,
-            LegError::Timeout(_) => Code::DecodeTimeout,
-            LegError::Busy(_) => Code::DecodeBusy,
-        };
-        Self::new(code, format!("no decode instance answered: {error}"))
-    }
-}
-
-async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
+async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| LegError::Died(with_cause(&e)))?;
         if let Ok(data) = frame.into_data()
@@ -373,27 +292,12 @@ async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, LegError> {
     Ok(None)
 }
 
-/// hyper's errors say what failed, and only their sources say why.
-fn with_cause(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 fn shown(body: &Bytes) -> String {
     String::from_utf8_lossy(body)
         .chars()
         .take(SHOWN_CHARS)
         .collect()
 }
-
-/// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
-/// would fail.
-const POOL_IDLE: Duration = Duration::from_secs(3);
 
 /// One token's answer is under 1 KiB, with logprobs some more.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;

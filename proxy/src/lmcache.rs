@@ -8,7 +8,8 @@
 use bytes::Bytes;
 use serde::Deserialize;
 
-use crate::body::{Endpoint, RequestBody};
+use crate::body::RequestBody;
+use crate::endpoint::Endpoint;
 use crate::handover::FirstToken;
 
 /// Whether the request means the same when its first answered token stands in the prompt.

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let mut config = match Config::try_parse() {
+    let config = match Config::try_parse() {
         Ok(config) => config,
         Err(e) => {
             let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
@@ -22,8 +22,7 @@ async fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
     };
-    let mut problems = config.settle().err().unwrap_or_default();
-    problems.extend(config.problems());
+    let mut problems = config.problems();
     let filter = EnvFilter::try_new(&config.log);
     problems.extend(
         filter
@@ -51,7 +50,7 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return complain(&["signals cannot be handled".into()], INTERNAL);
     };
-    let insecure = config.insecure;
+    let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
         Ok(proxy) => proxy,
         Err(e) => return complain(&[e.to_string()], UNAVAILABLE),

@@ -5,7 +5,8 @@ use std::time::Instant;
 use http::HeaderMap;
 
 use crate::app::{App, Transfers, facts};
-use crate::body::{Endpoint, RequestBody};
+use crate::body::RequestBody;
+use crate::endpoint::Endpoint;
 use crate::lmcache;
 use crate::memory::Known;
 use crate::policy::Policy;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use http::HeaderMap;
 use protocol::RequestId;
 
-use crate::body::{Endpoint, RequestBody};
+use crate::body::RequestBody;
+use crate::endpoint::Endpoint;
 use crate::handover::{Way, prefill_params};
 use crate::inflight::Watch;
 use crate::instance::Instance;

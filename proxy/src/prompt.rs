@@ -3,7 +3,8 @@
 use http::HeaderMap;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use crate::body::{Endpoint, RequestBody};
+use crate::body::RequestBody;
+use crate::endpoint::Endpoint;
 
 /// A prompt's text and the hashes of its prefixes.
 #[derive(Clone, Debug, Default)]

@@ -93,15 +93,15 @@ impl Proxy {
         let configured = config.sources.named().map_err(BindError::Instances)?;
         let acceptor = config.tls.acceptor()?;
         let legs = Legs::new(&config)?;
-        let address = config.listen;
+        let address = config.addresses.listen();
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let listen = listener.local_addr().map_err(failed)?;
-        let port = Registrations::bind(config.registration).await?;
+        let port = Registrations::bind(config.addresses.registration()).await?;
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
         let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
-        let p2p = match config.p2p_registration {
+        let p2p = match config.addresses.p2p_registration {
             Some(address) => Some(Registrations::bind_router(address).await?),
             None => None,
         };

@@ -22,6 +22,12 @@ use protocol::registration::Register;
 
 use crate::instance::{Instance, Standing, Unusable};
 
+mod call;
+mod lease;
+
+pub use call::{Answer, CallBack};
+use lease::{Lease, holds_epoch, take_epoch};
+
 /// Every registration.
 #[derive(Debug)]
 pub struct Registry {
@@ -35,48 +41,6 @@ pub struct Registry {
 struct Entry {
     member: Option<Lease>,
     candidate: Option<Lease>,
-}
-
-/// One registration.
-#[derive(Debug)]
-struct Lease {
-    instance: Instance,
-    /// `None`: it is there until it is removed.
-    expires: Option<Instant>,
-    call_at: Instant,
-    calling: bool,
-    /// The sidecar's own word in its last `Register`: a change is a reason to call it back at once.
-    said_ready: bool,
-    answered: Option<Instant>,
-}
-
-/// A call-back to be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallBack {
-    /// The sidecar's name.
-    pub id: String,
-    /// The sidecar's epoch.
-    pub epoch: u64,
-    /// Where: `POST {admin}/registered`; nowhere without a sidecar.
-    pub url: Option<String>,
-    /// And then, if the sidecar is ready: `GET {http}/health`.
-    pub health: String,
-}
-
-/// How a call-back ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// It is who it says it is.
-    Confirmed {
-        /// A push would work.
-        ready: bool,
-        /// Why not.
-        reason: String,
-    },
-    /// Somebody else answers at that address: another id or epoch.
-    Stranger,
-    /// No usable answer in time.
-    Silent(String),
 }
 
 /// What a registration did.
@@ -102,22 +66,6 @@ pub enum Refused {
     Changed,
 }
 
-impl Answer {
-    /// Every name of [`Answer::as_str`].
-    pub const NAMES: [&'static str; 4] = ["ready", "not_ready", "stranger", "no_answer"];
-
-    /// The name in metrics.
-    pub fn as_str(&self) -> &'static str {
-        let [ready, not_ready, stranger, no_answer] = Self::NAMES;
-        match self {
-            Self::Confirmed { ready: true, .. } => ready,
-            Self::Confirmed { ready: false, .. } => not_ready,
-            Self::Stranger => stranger,
-            Self::Silent(_) => no_answer,
-        }
-    }
-}
-
 impl Registry {
     /// An empty registry.
     pub fn new(max_instances: usize, call_back_every: Duration) -> Self {
@@ -134,7 +82,7 @@ impl Registry {
     /// Why it is not taken; the registry is unchanged.
     pub fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, Refused> {
         let fresh = Instance::parse(message)?;
-        let lease = Some(now + period(message) * MISSED_PERIODS);
+        let lease = Some(now + lease::announced(message));
         self.enter(now, fresh, lease, message.ready)
     }
 
@@ -365,37 +313,6 @@ impl Registry {
     }
 }
 
-impl Lease {
-    fn has_expired(&self, now: Instant) -> bool {
-        self.expires.is_some_and(|at| at <= now)
-    }
-}
-
-fn holds_epoch(place: &Option<Lease>, epoch: u64) -> bool {
-    place
-        .as_ref()
-        .is_some_and(|lease| lease.instance.epoch == epoch)
-}
-
-fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease> {
-    if holds_epoch(place, epoch) {
-        place.take()
-    } else {
-        None
-    }
-}
-
-/// The announced period within sane bounds: 0 would expire at once, an hour would never.
-fn period(message: &Register) -> Duration {
-    Duration::from_millis(u64::from(message.period_ms)).clamp(SHORTEST_PERIOD, LONGEST_PERIOD)
-}
-
-/// So many missed heartbeats mean gone, as the registration message says.
-const MISSED_PERIODS: u32 = 3;
-/// Shorter periods are treated as this one.
-const SHORTEST_PERIOD: Duration = Duration::from_millis(100);
-/// Longer periods are treated as this one.
-const LONGEST_PERIOD: Duration = Duration::from_secs(60);
 /// After a call-back without an answer, or with the answer "not ready".
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// A `ready` that has not been repeated for so long does not count. The sidecar, on its side, is not

@@ -11,7 +11,6 @@ use axum::body::Body;
 use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as _, Frame, SizeHint};
-use hyper::body::Incoming;
 use protocol::RequestId;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
@@ -21,17 +20,16 @@ use crate::flight::Flight;
 use crate::headers::{end_to_end, is_event_stream};
 use crate::legs::Answer;
 use crate::life::Event;
+use crate::links::LinkBody;
 use crate::usage;
 
 /// The answer's body. It owns the request: when hyper drops it because the client has left, the
 /// legs go with it.
 struct Relay {
     held: Option<Bytes>,
-    rest: Option<Incoming>,
+    rest: Option<LinkBody>,
     /// Chunks that have come and are passed on together.
     gathered: BytesMut,
-    /// The connection's task has had its turn since the last chunk.
-    has_yielded: bool,
     flight: Flight,
     idle: Pin<Box<Sleep>>,
     /// The last chunk. `idle` is set again only when it fires: setting it at each chunk costs more than
@@ -57,7 +55,6 @@ pub fn respond(
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         gathered: BytesMut::new(),
-        has_yielded: false,
         idle: Box::pin(sleep(idle_timeout)),
         heard: Instant::now(),
         idle_timeout,
@@ -129,7 +126,6 @@ impl Relay {
                     };
                     self.keep_tail(&chunk);
                     self.gathered.extend_from_slice(&chunk);
-                    self.has_yielded = false;
                     if self.gathered.len() >= ENOUGH {
                         return self.pass_on();
                     }
@@ -147,13 +143,7 @@ impl Relay {
                     );
                     return self.break_off(ApiError::new(Code::DecodeSilent, text));
                 }
-                Poll::Pending if self.has_yielded => return self.pass_on(),
-                Poll::Pending => {
-                    // The engine's connection gives one chunk at a time. It may have read more.
-                    self.has_yielded = true;
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
+                Poll::Pending => return self.pass_on(),
             }
         }
         self.end()

@@ -9,6 +9,8 @@ use serde::Deserialize;
 
 use crate::instance::{Connector, Instance, Named, Source, Unusable};
 
+mod lmcache;
+
 /// Who is there without registering. All ways can be mixed.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Sources {
@@ -128,14 +130,16 @@ impl Sources {
             BTreeMap::new()
         });
         for (flag, variable, role) in [
-            (&self.prefill, "PREFILL_ENDPOINTS", InstanceRole::Prefill),
-            (&self.decode, "DECODE_ENDPOINTS", InstanceRole::Decode),
+            (&self.prefill, VARIABLES[0], InstanceRole::Prefill),
+            (&self.decode, VARIABLES[1], InstanceRole::Decode),
         ] {
             let urls = match flag.is_empty() {
                 true => lines.get(variable).cloned().unwrap_or_default(),
                 false => flag.clone(),
             };
-            named.extend(urls.iter().map(|url| self.plain(role, url)));
+            // A variable that is set to nothing, or ends with a comma, names nobody there.
+            let urls = urls.iter().filter(|url| !url.trim().is_empty());
+            named.extend(urls.map(|url| self.plain(role, url)));
         }
         match self.lmcache() {
             Ok(all) => named.extend(all),
@@ -159,15 +163,9 @@ impl Sources {
     }
 
     fn plain(&self, role: InstanceRole, url: &str) -> Named {
-        let url = url.trim();
         Named {
             role,
-            // As in the demos' environment files: host and port alone.
-            url: if url.contains("://") {
-                url.to_owned()
-            } else {
-                format!("http://{url}")
-            },
+            url: url.to_owned(),
             id: None,
             connector: self.connector,
             host: None,
@@ -195,121 +193,40 @@ impl Sources {
         };
         let shown = path.display();
         let text = std::fs::read_to_string(path).map_err(|e| format!("--env-file {shown}: {e}"))?;
-        Ok(text.lines().filter_map(assignment).collect())
-    }
-
-    /// LMCache's example proxy pairs hosts and ports like this: one of each and a count makes
-    /// consecutive ports; one of the one kind goes with all of the other; else they go one to one.
-    fn lmcache(&self) -> Result<Vec<Named>, String> {
-        let mut all = Vec::new();
-        let prefillers = pairs(
-            "prefiller",
-            (&self.prefiller_host, 8100),
-            &self.prefiller_port,
-            self.num_prefillers,
-        )?;
-        for (host, port) in prefillers {
-            all.push(lmcache(InstanceRole::Prefill, &host, port, &[], &[])?);
-        }
-        let decoders = pairs(
-            "decoder",
-            (&self.decoder_host, 8200),
-            &self.decoder_port,
-            self.num_decoders,
-        )?;
-        let consecutive = self.decoder_host.len() <= 1
-            && self.decoder_port.len() <= 1
-            && self.num_decoders.is_some_and(|count| count > 1);
-        for (n, (host, port)) in (0_u16..).zip(decoders) {
-            let added = if consecutive { n } else { 0 };
-            let ports = |given: &[u16], usual: u16| {
-                let given = if given.is_empty() { &[usual] } else { given };
-                let moved = given.iter().map(|port| port.checked_add(added));
-                moved.collect::<Option<Vec<_>>>()
-            };
-            let (Some(init), Some(alloc)) = (
-                ports(&self.decoder_init_port, 8300),
-                ports(&self.decoder_alloc_port, 8400),
-            ) else {
-                return Err("--num-decoders leads beyond port 65535".into());
-            };
-            all.push(lmcache(InstanceRole::Decode, &host, port, &init, &alloc)?);
+        let all: BTreeMap<_, _> = text.lines().filter_map(assignment).collect();
+        let is_there = |variable: &&str| all.contains_key(*variable);
+        if !VARIABLES.iter().any(is_there) {
+            return Err(format!(
+                "--env-file {shown}: it sets neither {}",
+                VARIABLES.join(" nor ")
+            ));
         }
         Ok(all)
     }
 }
 
-fn lmcache(
-    role: InstanceRole,
-    host: &str,
-    port: u16,
-    init: &[u16],
-    alloc: &[u16],
-) -> Result<Named, String> {
-    if port == 0 {
-        return Err("port 0 is no port".into());
-    }
-    Ok(Named {
-        role,
-        url: format!("http://{host}:{port}"),
-        id: None,
-        connector: Connector::Lmcache,
-        host: Some(host.to_owned()),
-        init_ports: init.to_vec(),
-        alloc_ports: alloc.to_vec(),
-        zmq: None,
-    })
-}
-
-fn pairs(
-    kind: &str,
-    (hosts, usual_port): (&[String], u16),
-    ports: &[u16],
-    count: Option<u16>,
-) -> Result<Vec<(String, u16)>, String> {
-    if hosts.is_empty() && ports.is_empty() && count.is_none() {
-        return Ok(Vec::new());
-    }
-    let localhost = ["localhost".to_owned()];
-    let hosts = if hosts.is_empty() { &localhost } else { hosts };
-    let ports = if ports.is_empty() {
-        &[usual_port]
-    } else {
-        ports
-    };
-    match (hosts, ports) {
-        ([host], [port]) => {
-            let port = |n| port.checked_add(n).map(|port| (host.clone(), port));
-            let all: Option<Vec<_>> = (0..count.unwrap_or(1).max(1)).map(port).collect();
-            all.ok_or_else(|| format!("--num-{kind}s leads beyond port 65535"))
-        }
-        ([host], ports) => Ok(ports.iter().map(|port| (host.clone(), *port)).collect()),
-        (hosts, [port]) => Ok(hosts.iter().map(|host| (host.clone(), *port)).collect()),
-        (hosts, ports) if hosts.len() == ports.len() => {
-            Ok(hosts.iter().cloned().zip(ports.iter().copied()).collect())
-        }
-        (hosts, ports) => Err(format!(
-            "{} of --{kind}-host and {} of --{kind}-port: give one of either, or as many of both",
-            hosts.len(),
-            ports.len()
-        )),
-    }
-}
-
-/// `NAME=a,b`, perhaps with `export` in front and quotes around the value; `None` for anything else.
+/// `NAME=a,b`, perhaps with `export` in front, quotes around the value and a comment behind it; `None` for
+/// anything else.
 fn assignment(line: &str) -> Option<(String, Vec<String>)> {
     let line = line.trim();
     let line = line.strip_prefix("export ").unwrap_or(line);
     let (name, value) = line.split_once('=').filter(|_| !line.starts_with('#'))?;
     let value = value.trim();
-    let quoted = |mark| value.strip_prefix(mark)?.strip_suffix(mark);
-    let value = quoted('"').or_else(|| quoted('\'')).unwrap_or(value);
+    let quoted = |mark| value.strip_prefix(mark)?.split_once(mark);
+    let quoted = quoted('"').or_else(|| quoted('\''));
+    let value = quoted.map_or_else(
+        || value.split(" #").next().unwrap_or_default(),
+        |(value, _)| value,
+    );
     let words = value
         .split(',')
         .map(str::trim)
         .filter(|word| !word.is_empty());
     Some((name.trim().to_owned(), words.map(str::to_owned).collect()))
 }
+
+/// What `--env-file` is read for.
+const VARIABLES: [&str; 2] = ["PREFILL_ENDPOINTS", "DECODE_ENDPOINTS"];
 
 fn about(named: &Named, error: &Unusable) -> String {
     format!("instance {}: {error}", named.url)

@@ -8,9 +8,9 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
-use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{ClientConfig, Error, RootCertStore, ServerConfig};
 
 /// Certificates and keys.
 #[derive(Clone, Debug, Default, Args)]
@@ -66,11 +66,23 @@ impl TlsFiles {
             return Ok(None);
         };
         let chain = certificates("--tls-cert", cert)?;
-        let key = PrivateKeyDer::from_pem_file(key).map_err(|e| bad("--tls-key", key, &e))?;
+        let key = PrivateKeyDer::from_pem_file(key).map_err(|e| match e {
+            pem::Error::NoItemsFound => bad(
+                "--tls-key",
+                key,
+                &"no private key in it, or one that is encrypted",
+            ),
+            e => bad("--tls-key", key, &e),
+        })?;
         let config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
-            .map_err(|e| TlsError::Pair(e.to_string()))?;
+            .map_err(|e| match e {
+                Error::InconsistentKeys(_) => {
+                    TlsError::Pair("the key is not that of the certificate".into())
+                }
+                e => TlsError::Pair(e.to_string()),
+            })?;
         Ok(Some(TlsAcceptor::from(Arc::new(config))))
     }
 

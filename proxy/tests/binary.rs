@@ -97,6 +97,66 @@ fn flags() {
 }
 
 #[test]
+fn what_is_wrong_is_said_at_once() {
+    let yaml = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(yaml.path(), "instances: [{role: decoder, url: 'a:1'}]").unwrap();
+    let yaml = yaml.path().to_str().unwrap();
+    let missing = "/nonexistent/file";
+    let output = run(&[
+        "--instances",
+        yaml,
+        "--env-file",
+        missing,
+        "--prefill",
+        "ftp://x",
+        "--decode",
+        "http://y:99999",
+        "--tls-cert",
+        missing,
+        "--tls-key",
+        missing,
+        "--tls-ca",
+        yaml,
+        "--allow",
+        "a:1",
+        "--etcd",
+        "nowhere",
+        "--host",
+        "0.0.0.0",
+    ]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(64), "{text}");
+    for word in [
+        "decoder",
+        "--env-file /nonexistent/file",
+        "ftp://x",
+        "http://y:99999",
+        "--tls-cert /nonexistent/file",
+        "--tls-ca",
+        "--allow",
+        "--etcd",
+        "--listen 0.0.0.0:8000",
+    ] {
+        assert!(text.contains(word), "nothing of {word:?}:\n{text}");
+    }
+}
+
+#[test]
+fn the_environment() {
+    // Compose files set variables to nothing, and switches to 1.
+    let output = Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+        .args(["--registration", "127.0.0.1:0", "--listen", "192.0.2.1:1"])
+        .env("PREFILL_ENDPOINTS", "")
+        .env("DECODE_ENDPOINTS", "127.0.0.1:1,")
+        .env("PD_PROXY_INSECURE", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    // An address of nobody: all that is wrong is that it cannot be bound.
+    assert_eq!(output.status.code(), Some(69), "{text}");
+}
+
+#[test]
 fn ports_in_use() {
     let holder = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = holder.local_addr().unwrap().to_string();

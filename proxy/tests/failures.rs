@@ -131,6 +131,7 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
     for reply in [
         Reply::Die,
         Reply::Json(503, json!({})),
+        Reply::Json(307, json!({})),
         Reply::Stream(vec![], Then::Break),
     ] {
         let rig = Rig::start(&[]).await;
@@ -170,6 +171,8 @@ async fn with_no_other_decode_instance_the_client_gets_an_error() {
         assert_eq!(rig.record().await["outcome"], "failed");
     };
     check(Reply::Die, 502, "decode_died").await;
+    // Where it leads to is nobody that was configured, and nobody a client should send its prompt.
+    check(Reply::Json(307, json!({})), 502, "decode_died").await;
     check(Reply::Silence, 504, "decode_timeout").await;
     let busy = json!({"error": {"code": "engine_busy"}});
     check(Reply::Json(503, busy), 503, "engine_busy").await;

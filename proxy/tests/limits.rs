@@ -193,12 +193,14 @@ async fn slow_clients_are_given_up_on() {
         "{answer}"
     );
     // ... nor a body that does not ...
-    let head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{";
-    let answer = closed(head).await;
-    assert!(
-        answer.starts_with("HTTP/1.1 408") && answer.contains("body_timeout"),
-        "{answer}"
-    );
+    for path in [COMPLETIONS, "/instances"] {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{");
+        let answer = closed(head.as_bytes()).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 408") && answer.contains("body_timeout"),
+            "{answer}"
+        );
+    }
     assert!(pair.p.seen().is_empty());
 
     // ... nor an answer that is not read holds anything for long.

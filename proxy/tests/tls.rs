@@ -72,7 +72,8 @@ async fn both_sides() {
 fn bad_files() {
     let folder = tempfile::tempdir().unwrap();
     let (cert, key) = certificate(folder.path());
-    let (_, other) = certificate(folder.path());
+    let second = tempfile::tempdir().unwrap();
+    let (_, other) = certificate(second.path());
     let check = |cert: &str, key: &str, word: &str| {
         let files = TlsFiles {
             tls_cert: Some(cert.into()),
@@ -84,5 +85,7 @@ fn bad_files() {
     };
     check("/nonexistent", &key, "--tls-cert /nonexistent");
     check(&cert, "/nonexistent", "--tls-key /nonexistent");
-    check(&key, &other, "no certificate");
+    check(&key, &key, "no certificate");
+    check(&cert, &cert, "no private key");
+    check(&cert, &other, "not that of the certificate");
 }

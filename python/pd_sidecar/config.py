@@ -36,6 +36,9 @@ class Options:
     """Tokens of a chunk, equal on both sides. Default: LMCache's setting, if there is one."""
     hash_algorithm: str = "sha256_cbor"
     """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: as `chunk_size`."""
+    ranks: int = 0
+    """Ranks that KV is cut into between the two sides, equal on both: the larger tensor-parallel
+    size. Default: this engine's."""
     load_deadline_ms: int = 30_000
     """A decode request whose KV has not come by then is computed here."""
     save_deadline_ms: int = 60_000
@@ -100,6 +103,8 @@ def parse(
     for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms"):
         if getattr(options, key) <= 0:
             problems.append(f"{key}={getattr(options, key)} must be positive")
+    if options.ranks < 0:
+        problems.append(f"ranks={options.ranks} must be positive, or absent")
     if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
         problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
     if options.push not in PUSHES:

@@ -26,6 +26,7 @@ from .keys import ChunkHasher
 from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
 from .metadata import StepMetadata
+from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
 from .stats import PromMetrics, Stats
@@ -73,6 +74,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             model=vllm_config.model_config.model,
         )
         _refuse_parallelism(vllm_config)
+        self._cut = _cut(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
         self._num_blocks: int = kv_cache_config.num_blocks
@@ -181,7 +183,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return TransferResults(
             finished_sending=sent,
             finished_recving=results.received,
-            failed_recving=results.failed,
+            failed_recving=set(results.failed),
         )
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -218,7 +220,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         role = Role(
             producer=self._producer,
             consumer=self._consumer,
-            tp_size=self._config.parallel_config.tensor_parallel_size,
+            ranks=self._cut.ranks,
             kv_groups=len(self._groups),
             block_tokens=self._config.cache_config.block_size,
         )
@@ -236,10 +238,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
         more = shlex.split(options.sidecar_arguments)
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
-        return Child(command, logger, lmcache.variables(extra))
+        variables = lmcache.variables(extra)
+        if role == "sender":
+            # A receiver has its ports to tell it.
+            variables["PD_SIDECAR_RANKS"] = str(self._cut.ranks)
+        return Child(command, logger, variables)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
-        parallel = self._config.parallel_config
         try:
             hint = self._hint()
             pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
@@ -251,8 +256,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             self._options,
             self._stats,
             engine=self._config.kv_transfer_config.engine_id or "",
-            index=get_tensor_model_parallel_rank(),
-            world_size=parallel.tensor_parallel_size,
+            share=self._cut.share(get_tensor_model_parallel_rank()),
             producer=self._producer,
             consumer=self._consumer,
         )
@@ -289,6 +293,20 @@ class PdSidecarConnector(KVConnectorBase_V1):
             head_size=spec.head_size,
             mla=isinstance(spec, MLAAttentionSpec),
         )
+
+
+def _cut(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> Cut:
+    """How KV is cut between the two sides. Raises `ConfigError`."""
+    workers = vllm_config.parallel_config.tensor_parallel_size
+    if ranks in (0, workers):
+        # Heads do not matter: each worker sends, or takes, what it has.
+        return cut(ranks=workers, workers=workers, heads=1, consumer=consumer)
+    model = vllm_config.model_config
+    heads = 1 if model.use_mla else model.get_total_num_kv_heads()
+    try:
+        return cut(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
+    except ValueError as error:
+        raise config.ConfigError([str(error)]) from None
 
 
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:

@@ -60,6 +60,14 @@ class Pages:
     inside: torch.Tensor
     """Offset within a block of each `[plane, token, head * head_size]`."""
 
+    def of_heads(self, heads: range) -> Pages:
+        """The same pages with some of their heads only. Raises `IndexError` for others."""
+        if not 0 <= heads.start < heads.stop <= self.heads:
+            raise IndexError(f"heads {heads} of {self.heads}")
+        inside = self.inside.unflatten(2, (self.heads, self.head_size))
+        inside = inside[:, :, heads.start : heads.stop].flatten(2).contiguous()
+        return replace(self, heads=len(heads), inside=inside)
+
     @property
     def shape(self) -> tuple[object, ...]:
         """What must be the same for all layers of a model."""
@@ -98,6 +106,10 @@ class Geometry:
         page = self.first
         width = page.planes * page.heads * page.head_size * page.tensor.element_size()
         return len(self.layers) * width
+
+    def of_heads(self, heads: range) -> Geometry:
+        """The same tensors with some of their heads only."""
+        return replace(self, layers=tuple(page.of_heads(heads) for page in self.layers))
 
     def layout(self, model: str, chunk_tokens: int) -> wire.Layout:
         """The shape of a chunk, as the sidecars compare it."""

@@ -64,10 +64,13 @@ class Results:
     """Requests to be reported to the scheduler."""
 
     received: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    """Those of `received` whose KV is not complete."""
-    invalid_blocks: set[int] = field(default_factory=set)
-    """Their blocks, for versions of vLLM that know failures by block only."""
+    failed: dict[str, list[int]] = field(default_factory=dict)
+    """Those of `received` whose KV is not complete, each with the blocks that lack it."""
+
+    @property
+    def invalid_blocks(self) -> set[int]:
+        """For versions of vLLM that know failures by block only."""
+        return {block for blocks in self.failed.values() for block in blocks}
 
 
 class Receiver:
@@ -176,9 +179,8 @@ class Receiver:
                 if not incoming.scattering:
                     self._succeed(incoming)
             else:
-                results.failed.add(engine_id)
                 held = incoming.start.have_tokens // self._rank.block_tokens
-                results.invalid_blocks.update(incoming.start.blocks[held:])
+                results.failed[engine_id] = incoming.start.blocks[held:]
         return results
 
     @property

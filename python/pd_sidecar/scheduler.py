@@ -98,7 +98,8 @@ class Role:
 
     producer: bool
     consumer: bool
-    tp_size: int
+    ranks: int
+    """That KV is cut into between the two sides."""
     kv_groups: int
     block_tokens: int
 
@@ -233,8 +234,15 @@ class Scheduler:
             skip = Skip.KV_GROUPS
         elif not (self._role.producer if wish.is_push else self._role.consumer):
             skip = Skip.WRONG_ROLE
-        elif wish.is_push and len(wish.init_ports) != self._role.tp_size:
+        elif wish.is_push and len(wish.init_ports) != self._role.ranks:
             skip = Skip.TP_MISMATCH
+            logger.warning_once(
+                "not pushed: %s takes KV in %d ranks, here it is cut into %d; set `ranks` of both "
+                "connectors, and the number of ports, to the larger tensor-parallel size",
+                wish.host,
+                len(wish.init_ports),
+                self._role.ranks,
+            )
         if skip is not None:
             if not wish.is_push and self._role.consumer:
                 self._next.dismissed.append(wish.req)

@@ -1,4 +1,5 @@
-"""The workers' half: one per tensor-parallel rank, with a connection to each sidecar it uses.
+"""The workers' half: one per tensor-parallel worker, with a connection for each rank that it serves
+to each sidecar it uses.
 
 On a GPU the engine's thread launches a step and comes back when it is computed, up to a second
 later. Slots that are granted meanwhile, and chunks that arrive, are the work of a thread beside it
@@ -18,14 +19,17 @@ from .client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_
 from .devices import device_of
 from .loading import Receiver, Results
 from .pump import Pump
+from .ranks import Tally
 from .sending import Sender
 from .wire import VERSION
 
 if TYPE_CHECKING:
     from .client import Event
     from .config import Options
+    from .devices import Device
     from .layout import Geometry
     from .metadata import StepMetadata
+    from .ranks import Part, Share
     from .stats import Stats
 
 logger = init_logger("vllm.pd_sidecar.worker")
@@ -33,7 +37,7 @@ logger = init_logger("vllm.pd_sidecar.worker")
 
 @dataclass(frozen=True)
 class Rank:
-    """What a worker is, and the bounds it keeps to."""
+    """A rank that a worker serves, and the bounds it keeps to."""
 
     index: int
     world_size: int
@@ -54,12 +58,14 @@ class Rank:
         return self.load_deadline_ms / 1e3 + GRACE_S
 
 
+@dataclass(frozen=True)
 class Link:
-    """A connection, and which half of the work it is for."""
+    """A connection, and which half of the work, and which heads, it is for."""
 
-    def __init__(self, client: Client, end: Sender | Receiver) -> None:
-        self.client = client
-        self.end = end
+    client: Client
+    end: Sender | Receiver
+    geometry: Geometry
+    device: Device
 
 
 class Worker:
@@ -72,15 +78,43 @@ class Worker:
         stats: Stats,
         *,
         engine: str,
-        index: int,
-        world_size: int,
+        share: Share,
         producer: bool,
         consumer: bool,
     ) -> None:
+        self._share = share
+        self._geometry = geometry
+        self._options = options
+        self._idle_wait_s = options.idle_wait_ms / 1e3
+        self._producer = producer
+        self._senders: list[Sender] = []
+        self._receivers: list[Receiver] = []
+        self._links: list[Link] = []
+        self._sent, self._received = Tally(), Tally()
+        self._failed: dict[str, list[int]] = {}
+        self._unsent: set[str] = set()
+        """Of a worker that serves no rank: done as soon as they are over."""
+        self._idle = True
+        self._reported = False
+        self._lock = threading.RLock()
+        self._pump_thread: Pump | None = None
+        for part in share.parts:
+            self._serve(part, engine, stats, producer=producer, consumer=consumer)
+        layers = len(geometry.layers)
+        self._cuts: dict[str, int] = {}
+        if self._is_asynchronous and options.push != "step":
+            self._cuts = {geometry.names[below - 1]: below for below in cuts(layers)}
+
+    def _serve(
+        self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool
+    ) -> None:
+        """Makes the connections of a rank."""
+        options, ranks = self._options, self._share.ranks
+        geometry = self._geometry if part.heads is None else self._geometry.of_heads(part.heads)
         layout = geometry.layout(options.model_name, options.chunk_size)
         rank = Rank(
-            index=index,
-            world_size=world_size,
+            index=part.rank,
+            world_size=ranks,
             model=options.model_name,
             dtype=layout.dtype,
             chunk_tokens=options.chunk_size,
@@ -92,62 +126,51 @@ class Worker:
             layers_from_bytes=LAYERS_FROM_BYTES if options.push == "auto" else 0,
         )
         logger.info(
-            "rank %d of %d: %s, %d bytes a token", index, world_size, layout, rank.token_bytes
+            "rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes
         )
-        self._geometry = geometry
-        self._device = device_of(geometry, options.chunk_size, signals=producer)
-        self._cuts: dict[str, int] = {}
-        if self._device.is_asynchronous and options.push != "step":
-            self._cuts = {geometry.names[below - 1]: below for below in cuts(layout.layers)}
-        self._idle_wait_s = options.idle_wait_ms / 1e3
-        self._sender: Sender | None = None
-        self._receiver: Receiver | None = None
-        self._links: list[Link] = []
-        self._idle = True
-        self._reported = False
-        self._lock = threading.RLock()
-        self._pump_thread: Pump | None = None
+        # One for each: the sidecar waits for the events of the connection that made them known.
+        device = device_of(geometry, options.chunk_size, signals=producer)
 
-        def link(path: str, role: str) -> Client:
-            events = self._device.events if role == "prefill" else []
-            name = self._device.name
-            hello = Hello(VERSION, engine, role, index, world_size, layout, name, events)
+        def client(path: str, role: str) -> Client:
+            events = device.events if role == "prefill" else []
+            hello = Hello(VERSION, engine, role, part.rank, ranks, layout, device.name, events)
             return Client(path, hello, logger=logger)
 
         if producer:
-            client = link(options.sender_socket, "prefill")
-            self._sender = Sender(rank, self._device, client, stats)
-            self._links.append(Link(client, self._sender))
+            to_sender = client(options.sender_socket, "prefill")
+            self._senders.append(Sender(rank, device, to_sender, stats))
+            self._links.append(Link(to_sender, self._senders[-1], geometry, device))
         if consumer:
-            client = link(options.receiver_socket, "decode")
-            self._receiver = Receiver(rank, self._device, client, stats)
-            self._links.append(Link(client, self._receiver))
+            to_receiver = client(options.receiver_socket, "decode")
+            self._receivers.append(Receiver(rank, device, to_receiver, stats))
+            self._links.append(Link(to_receiver, self._receivers[-1], geometry, device))
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward."""
-        if self._device.is_asynchronous and self._pump_thread is None:
+        if self._is_asynchronous and self._pump_thread is None:
             # Not before the first step: until then the engine may be capturing graphs.
             self._pump_thread = Pump(self)
             self._pump_thread.start()
         with self._lock:
             self._idle = metadata.idle
             self._read()
-            if self._sender is not None:
-                self._sender.begin(metadata)
-            if self._receiver is not None:
-                self._receiver.begin(metadata)
+            for link in self._links:
+                link.end.begin(metadata)
+            if self._producer and not self._senders:
+                self._unsent.update(metadata.finished)
 
     def layer_computed(self, name: str) -> None:
         """Within the forward, after a layer's attention."""
-        if self._sender is not None and (below := self._cuts.get(name)) is not None:
+        if (below := self._cuts.get(name)) is not None:
             with self._lock:
-                self._sender.layers_computed(below)
+                for sender in self._senders:
+                    sender.layers_computed(below)
 
     def computed(self) -> None:
         """After the forward."""
         with self._lock:
-            if self._sender is not None:
-                self._sender.computed()
+            for sender in self._senders:
+                sender.computed()
 
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
@@ -200,7 +223,8 @@ class Worker:
 
     def enter(self) -> None:
         """Makes the calling thread one that may move."""
-        self._device.enter()
+        for link in self._links:
+            link.device.enter()
 
     @property
     def lock(self) -> threading.RLock:
@@ -216,9 +240,22 @@ class Worker:
     def _is_waiting(self) -> bool:
         return any(link.end.is_waiting for link in self._links)
 
+    @property
+    def _is_asynchronous(self) -> bool:
+        return any(link.device.is_asynchronous for link in self._links)
+
     def _results(self) -> tuple[set[str], Results]:
-        sent = self._sender.finished() if self._sender is not None else set()
-        return sent, self._receiver.finished() if self._receiver is not None else Results()
+        """What all ranks are done with: blocks are freed, and requests resumed, for the worker."""
+        sent, self._unsent = self._unsent, set()
+        for sender in self._senders:
+            sent |= self._sent.of_all(sender.finished(), len(self._senders))
+        received: set[str] = set()
+        for receiver in self._receivers:
+            results = receiver.finished()
+            self._failed.update(results.failed)
+            received |= self._received.of_all(results.received, len(self._receivers))
+        failed = {id_: self._failed.pop(id_) for id_ in received & self._failed.keys()}
+        return sent, Results(received, failed)
 
     def _read(self) -> None:
         for link in self._links:
@@ -242,7 +279,7 @@ class Worker:
 
     def _connected(self, link: Link) -> None:
         try:
-            copier = self._device.copier(self._geometry, link.client.connection)
+            copier = link.device.copier(link.geometry, link.client.connection)
         except OSError as error:
             logger.error("%s is not used, requests are computed here: %s", link.client.path, error)
             link.client.close()
@@ -265,8 +302,7 @@ class Unmoved:
         for start in metadata.load_starts:
             self._stats.add_reason("load_failures", "layout")
             self._results.received.add(start.engine_id)
-            self._results.failed.add(start.engine_id)
-            self._results.invalid_blocks.update(start.blocks)
+            self._results.failed[start.engine_id] = start.blocks
         for _ in metadata.push_starts:
             self._stats.add_reason("save_failures", "layout")
 

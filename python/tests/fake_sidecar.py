@@ -30,10 +30,11 @@ class FakeSidecar:
         self.received = queue.Queue()
         self._connections = []
         self._memory = None
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
+        if path is not None:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(self.path)
+            self._listener.listen()
+            threading.Thread(target=self._accept, daemon=True).start()
 
     def next(self, kind=None):
         """The next message of the engine; of this kind if given."""
@@ -78,8 +79,11 @@ class FakeSidecar:
 
     def _serve(self, connection):
         hello = _read(connection)
-        if hello is None:
-            return
+        if hello is not None:
+            self.serve(connection, hello)
+
+    def serve(self, connection, hello):
+        """One connection, from its hello to its end."""
         self.hellos.append(hello)
         if self.refuse is not None:
             connection.sendall(wire.encode(self.refuse))
@@ -107,6 +111,19 @@ class FakeSidecar:
         connection.sendall(frame[7:])
         while (message := _read(connection)) is not None:
             self.received.put(message)
+
+
+class RankedSidecar(FakeSidecar):
+    """One socket, and a sidecar of its own for each rank that says hello."""
+
+    def __init__(self, path):
+        self.ranks = {}
+        super().__init__(path)
+
+    def serve(self, connection, hello):
+        """By the rank that it is from."""
+        rank = self.ranks.setdefault(hello.rank, FakeSidecar(None))
+        rank.serve(connection, hello)
 
 
 def _read(connection):

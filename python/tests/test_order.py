@@ -106,7 +106,7 @@ def test_the_sidecar_is_told_at_the_launch_and_blocks_are_held_to_the_end(rig, d
     for _ in range(3):
         assert rig.step(forward=False)[0] == set()
     device.moves[0].over = True
-    assert rig.until(lambda: not rig.worker._sender._by_req)[0] == ["a"]
+    assert rig.until(lambda: not rig.worker._senders[0]._by_req)[0] == ["a"]
     assert rig.stats.data["saves"] == 1
 
 
@@ -125,7 +125,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
     rig.until(lambda: not rig.sender.nothing())
     assert rig.sender.next(wire.Staged).event is None
     rig.sender.say(wire.Ended("r1", "cancelled", 0))
-    rig.until(lambda: rig.worker._sender._by_req["r1"].over)
+    rig.until(lambda: rig.worker._senders[0]._by_req["r1"].over)
     begin(rig, "d", "r4")
     rig.sender.say(wire.Granted("r4", 0, [0], [4]))
     assert rig.sender.next(wire.Staged).event == events[0]
@@ -133,14 +133,14 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 def test_layers_are_announced_with_an_event_each_if_there_are_enough(rig, device):
     rig.worker._cuts = {"first": 1}
-    rig.worker._sender._rank = replace(rig.worker._sender._rank, layers_from_bytes=1)
+    rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, layers_from_bytes=1)
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]
     rig.step(push_starts=[start], push_steps=steps, layers=["first", "second"])
     rig.sender.next(wire.Reserve)
     rig.sender.say(wire.Granted("r", 0, [0], [1]))
     staged = rig.sender.next(wire.Staged)
-    layers = rig.worker._sender._rank.layers
+    layers = rig.worker._senders[0]._rank.layers
     assert [part.below for part in staged.layers] == [1, layers]
     assert sorted(part.event for part in staged.layers) == [0, 1]
     assert staged.layers[-1].event == staged.event
@@ -173,7 +173,7 @@ def test_a_load_is_reported_at_its_last_launch_and_what_is_computed_waits_for_it
     rig.until(lambda: device.moves)
     assert rig.step(forward=False)[1].received == set(), "a chunk is missing"
     rig.receiver.say(wire.Ready("r", 0, [2], [3]))
-    _, received, failed = rig.until(lambda: not rig.worker._receiver._by_req)
+    _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], [])
     assert device.moves[0].after == [1], "not behind what may write to its blocks"
     # The step that uses it.
@@ -196,10 +196,10 @@ def test_a_load_that_failed_is_reported_when_nothing_writes_to_its_blocks(rig, d
     rig.receiver.say(wire.Ready("r", 0, [0], [1]))
     rig.until(lambda: device.moves)
     rig.receiver.say(wire.Ended("r", "stalled", 0))
-    rig.until(lambda: rig.worker._receiver._by_req["r"].failure)
+    rig.until(lambda: rig.worker._receivers[0]._by_req["r"].failure)
     for _ in range(3):
         assert rig.step(forward=False)[1].received == set()
     assert rig.receiver.nothing(), "an abort says that no slot is read any more"
     device.moves[0].over = True
-    _, received, failed = rig.until(lambda: not rig.worker._receiver._by_req)
+    _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])

@@ -12,7 +12,7 @@ from pd_sidecar.scheduler import Role, Scheduler
 from pd_sidecar.stats import Stats
 
 BLOCK = 16
-BOTH = Role(producer=True, consumer=True, tp_size=1, kv_groups=1, block_tokens=BLOCK)
+BOTH = Role(producer=True, consumer=True, ranks=1, kv_groups=1, block_tokens=BLOCK)
 
 
 def request(name, params=None, tokens=40, **more):

@@ -8,6 +8,7 @@ mod daemon;
 mod engines;
 mod host;
 mod init;
+mod lineage;
 mod local;
 mod logging;
 mod lookout;

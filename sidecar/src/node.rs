@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{Config, RankPorts, Role};
+use crate::lineage::Lineage;
 use crate::local::{FromEngine, Listener};
 use crate::memory::Buffer;
 use crate::receiver::LandSide;
@@ -71,6 +72,11 @@ impl Node {
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
+            lineage: if config.sends() {
+                Lineage::beside(&config.socket)
+            } else {
+                Lineage::default()
+            },
             shown,
             trace,
         };
@@ -86,7 +92,7 @@ impl Node {
         let (listener, engines) =
             Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        services.spawn(dispatch(engines, node.doors, node.shown));
+        services.spawn(dispatch(engines, node.doors, config.ranks, node.shown));
         Ok(Self {
             config,
             sides: node.sides,
@@ -175,6 +181,7 @@ struct Builder {
     drain: CancellationToken,
     stop: CancellationToken,
     config: Arc<Config>,
+    lineage: Lineage,
     shown: Arc<dyn Shown>,
     trace: Trace,
 }
@@ -184,7 +191,7 @@ impl Builder {
         let buffer = self.buffer(Side::Sender, rank)?;
         let wires = Wires::start(&self.config, rank, &buffer, None)?;
         self.shown.wires(Side::Sender, rank, wires.clone());
-        let side = SendSide::new(self.context(rank, wires), buffer);
+        let side = SendSide::new(self.context(rank, wires), buffer, self.lineage.clone());
         let engines = self.door(Side::Sender, rank);
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
@@ -223,6 +230,15 @@ impl Builder {
             ),
             None => None,
         };
+        for (name, port) in [
+            ("init", Some(&init)),
+            ("alloc", Some(&alloc)),
+            ("query", query.as_ref()),
+        ] {
+            if let Some(port) = port {
+                self.shown.port(rank, name, port.traffic());
+            }
+        }
         info!(
             rank,
             host = listen.host,
@@ -283,7 +299,12 @@ impl Builder {
 }
 
 /// Brings what engines say to the side that they said hello to.
-async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: Arc<dyn Shown>) {
+async fn dispatch(
+    mut engines: mpsc::Receiver<FromEngine>,
+    doors: Doors,
+    ranks: u32,
+    shown: Arc<dyn Shown>,
+) {
     let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
         let door = match &event {
@@ -292,12 +313,14 @@ async fn dispatch(mut engines: mpsc::Receiver<FromEngine>, doors: Doors, shown: 
                     EngineRole::Prefill => Side::Sender,
                     EngineRole::Decode => Side::Receiver,
                 };
-                let Some(door) = doors.get(&(side, hello.rank)) else {
+                let door = doors.get(&(side, hello.rank));
+                let Some(door) = door.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
-                        "this sidecar has no {} for rank {}: check its --role and the number of its \
-                         ports",
+                        "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
+                         the number of its ports, of a sender sidecar.ranks",
                         side.as_str(),
-                        hello.rank
+                        hello.rank,
+                        hello.world_size
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;

@@ -11,6 +11,7 @@ use crate::registration::ProxyVoice;
 use crate::side::{Gauges, LinkStatus, Shown, Side};
 use crate::status::Status;
 use crate::wires::Wires;
+use crate::zmq::Traffic;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -35,6 +36,10 @@ impl Shown for Showcase {
 
     fn wires(&self, side: Side, rank: u32, wires: Wires) {
         self.status.wires(side, rank, wires);
+    }
+
+    fn port(&self, rank: u32, port: &'static str, traffic: Traffic) {
+        self.status.port(rank, port, traffic);
     }
 
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {

@@ -14,6 +14,7 @@ use crate::engines::Cut;
 use crate::trace::Trace;
 use crate::transport::class::{Class, Watch};
 use crate::wires::Wires;
+use crate::zmq::Traffic;
 
 /// Which side of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +53,8 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
     fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>);
     /// The wires of a side, whose events are read when somebody asks.
     fn wires(&self, side: Side, rank: u32, wires: Wires);
+    /// A port that was bound, whose events are read when somebody asks.
+    fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
     /// The links of a sender.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// A frame that was no message came to this port.

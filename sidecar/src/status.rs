@@ -22,6 +22,7 @@ pub(crate) use self::shape::{
 use crate::config::Config;
 use crate::side::{Gauges, LinkStatus, Side};
 use crate::wires::Wires;
+use crate::zmq::Traffic;
 
 /// See the module.
 #[derive(Debug)]
@@ -67,6 +68,7 @@ struct Inner {
     draining: bool,
     ranks: BTreeMap<(Side, u32), RankStatus>,
     wires: BTreeMap<(Side, u32), Wires>,
+    ports: BTreeMap<(u32, &'static str), Traffic>,
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
@@ -166,6 +168,16 @@ impl Status {
             );
         }
         all
+    }
+
+    /// A bound port.
+    pub(crate) fn port(&self, rank: u32, port: &'static str, traffic: Traffic) {
+        self.inner().ports.insert((rank, port), traffic);
+    }
+
+    /// The bound ports by rank and name.
+    pub(crate) fn ports(&self) -> BTreeMap<(u32, &'static str), Traffic> {
+        self.inner().ports.clone()
     }
 
     /// The links of a sender's rank after an event.

@@ -11,6 +11,7 @@ mod dealer;
 mod push;
 mod requester;
 mod router;
+mod traffic;
 
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ pub(crate) use dealer::{DealerClient, FromServer};
 pub(crate) use push::Push;
 pub(crate) use requester::{RequestError, Requester};
 pub(crate) use router::{FromPeer, RouterServer};
+pub(crate) use traffic::Traffic;
 
 /// Longest message on an alloc port. A request of 4096 keys (a million tokens in chunks of 256) with
 /// a model name of 100 characters has 600 KB.

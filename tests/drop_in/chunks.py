@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pd_sidecar.wire import Layout
 
@@ -23,12 +23,19 @@ class Prompt:
     name: int
     tokens: int
     seed: int
+    # What this rank of so many has of it.
+    rank: int = 0
+    ranks: int = 1
 
     @classmethod
     def of_chunks(cls, chunks: int, last: int = CHUNK_TOKENS) -> Prompt:
         """A prompt that nobody had before, whose last chunk has `last` tokens."""
         number = next(_numbers)
         return cls(number, (chunks - 1) * CHUNK_TOKENS + last if chunks else 0, number)
+
+    def of_rank(self, rank: int, ranks: int) -> Prompt:
+        """The same prompt, and the KV that is a rank's own."""
+        return replace(self, seed=self.seed * 1000 + rank, rank=rank, ranks=ranks)
 
     @property
     def chunks(self) -> int:
@@ -37,7 +44,7 @@ class Prompt:
     @property
     def keys(self) -> list[str]:
         """As LMCache writes them; the hash may be any number."""
-        return [f"m@1@0@{(self.name << 16) + i:x}@float" for i in range(self.chunks)]
+        return [f"m@{self.ranks}@{self.rank}@{(self.name << 16) + i:x}@float" for i in range(self.chunks)]
 
     def chunk(self, index: int) -> bytes:
         count = min(CHUNK_TOKENS, self.tokens - index * CHUNK_TOKENS)

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +69,14 @@ class Notices:
         self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
         self.raw: list[bytes] = []
         self.seen: dict[str, dict[str, Any]] = {}
+        self.count: Counter[str] = Counter()
 
-    def wait(self, req: str, bound_s: float = BOUND_S) -> dict[str, Any] | None:
-        """The notice of a request; None if there is none within the bound."""
+    def wait(self, req: str, bound_s: float = BOUND_S, ranks: int = 1) -> dict[str, Any] | None:
+        """The newest notice of a request, once so many ranks have sent one; None if they do not within the bound."""
         import msgspec
 
         deadline = time.monotonic() + bound_s
-        while req not in self.seen:
+        while self.count[req] < ranks:
             left = max(0, deadline - time.monotonic())
             if not self._socket.poll(left * 1000):
                 return None
@@ -83,6 +85,7 @@ class Notices:
             if message["type"] == "ProxyNotif":
                 self.raw.append(raw)
                 self.seen[message["req_id"]] = message
+                self.count[message["req_id"]] += 1
         return self.seen[req]
 
     def close(self) -> None:
@@ -100,10 +103,13 @@ class LmcachePeer(Part):
         slots: int = SLOTS,
         layout: Layout = LAYOUT,
         file: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.name = f"lmcache-{mode}-{role}"
+        self.name = f"lmcache-{mode}-{role}" + (f"-{rank}" if ranks > 1 else "")
         self._options = {
             "role": role, "mode": mode, "config": config, "slots": slots,
+            "rank": rank, "world_size": ranks,
             "model": layout.model, "layers": layout.layers, "kv_heads": layout.kv_heads, "head_size": layout.head_size,
         }  # fmt: skip
         if file is not None:
@@ -152,28 +158,44 @@ class LmcachePeer(Part):
 
 
 class LmcacheSender(LmcachePeer):
-    """LMCache's prefill side."""
+    """A rank of LMCache's prefill side."""
 
-    def __init__(self, mode: str, proxy_port: int | None = None, layout: Layout = LAYOUT) -> None:
+    def __init__(
+        self, mode: str, proxy_port: int | None = None, layout: Layout = LAYOUT, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.notices = Notices()
         proxy: dict[str, object] = {"pd_proxy_host": "127.0.0.1", "pd_proxy_port": proxy_port or self.notices.port}
-        super().__init__("sender", mode, proxy, layout=layout)
+        super().__init__("sender", mode, proxy, layout=layout, rank=rank, ranks=ranks)
 
-    def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
+    def put(self, req: str, to: Target | list[Target], prompt: Prompt, batch: int | None = None) -> Put:
+        """To a receiver's targets, one a rank."""
+        targets = [to] if isinstance(to, Target) else to
         answer = self.do(
-            "put", req=req, to=of_target(to), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed, batch=batch,
-            timeout_s=15,
+            "put", req=req, to=of_targets(targets), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
+            batch=batch, timeout_s=15,
         )  # fmt: skip
         return Put(answer["written"], "; ".join(answer["errors"]) or None)
 
 
 class LmcacheReceiver(LmcachePeer):
-    """LMCache's decode side."""
+    """A rank of LMCache's decode side."""
 
-    def __init__(self, mode: str, slots: int = SLOTS, layout: Layout = LAYOUT) -> None:
-        self.target = Target("127.0.0.1", free_port(), free_port())
-        ports = {"pd_peer_init_port": [self.target.init_port], "pd_peer_alloc_port": [self.target.alloc_port]}
-        super().__init__("receiver", mode, {"pd_peer_host": "127.0.0.1", **ports}, slots, layout)
+    def __init__(
+        self,
+        mode: str,
+        slots: int = SLOTS,
+        layout: Layout = LAYOUT,
+        rank: int = 0,
+        targets: list[Target] | None = None,
+    ) -> None:
+        self.targets = targets or [new_target()]
+        self.target = self.targets[rank]
+        ports = {
+            "pd_peer_init_port": [to.init_port for to in self.targets],
+            "pd_peer_alloc_port": [to.alloc_port for to in self.targets],
+        }
+        config: dict[str, object] = {"pd_peer_host": "127.0.0.1", **ports}
+        super().__init__("receiver", mode, config, slots, layout, rank=rank, ranks=len(self.targets))
 
     def get(self, req: str, prompt: Prompt) -> list[str | None]:
         sums: list[str | None] = self.do("get", keys=prompt.keys, tokens=prompt.tokens)["sums"]
@@ -197,36 +219,47 @@ class _Ours:
     lmcache: dict[str, object] = field(default_factory=dict)
     proxy: str | None = None
     engine_url: str = "http://127.0.0.1:1"
+    ranks: int = 1
 
     def begin(self) -> None:
         options = SidecarOptions(
             role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
-            keys=self.keys, lmcache=self.lmcache, engine_url=self.engine_url,
+            keys=self.keys, lmcache=self.lmcache, engine_url=self.engine_url, ranks=self.ranks,
         )  # fmt: skip
         self.sidecar = Sidecar(options, self.folder, LOGS, name=self.name)
         self.sidecar.start()
-        self.client = self._connect()
+        self._connect()
 
-    def _connect(self) -> Client:
+    @property
+    def client(self) -> Client:
+        """Of rank 0."""
+        return self.clients[0]
+
+    def _connect(self) -> None:
         leg = "prefill" if self.role == "sender" else "decode"
-        return Client.connect(str(self.sidecar.socket), Hello(VERSION, "test", leg, 0, 1, LAYOUT))
+        hellos = [Hello(VERSION, "test", leg, rank, self.ranks, LAYOUT) for rank in range(self.ranks)]
+        self.clients = [Client.connect(str(self.sidecar.socket), hello) for hello in hellos]
+
+    def _close(self) -> None:
+        for client in self.clients:
+            client.close()
 
     def restart(self) -> None:
         """By SIGKILL, as a crash."""
-        self.client.close()
+        self._close()
         self.sidecar.kill()
         self.sidecar.start()
-        self.client = self._connect()
+        self._connect()
 
     def stop(self) -> None:
-        self.client.close()
+        self._close()
         self.sidecar.stop()
 
-    def until_ended(self, req: str, bound_s: float = BOUND_S) -> Iterator[Any]:
+    def until_ended(self, req: str, bound_s: float = BOUND_S, rank: int = 0) -> Iterator[Any]:
         """What the sidecar says of a request, its end as the last."""
         deadline = time.monotonic() + bound_s
         while time.monotonic() < deadline:
-            for event in self.client.wait(0.2):
+            for event in self.clients[rank].wait(0.2):
                 if getattr(event, "req", req) == req:
                     yield event
                     if isinstance(event, Ended):
@@ -244,26 +277,28 @@ class OurSender(_Ours):
         slots: int = SLOTS,
         proxy: str | None = None,
         engine_url: str = "http://127.0.0.1:1",
+        ranks: int = 1,
         **keys: object,
     ) -> None:
         self.notices = Notices()
         proxy = proxy or f"127.0.0.1:{self.notices.port}"
-        super().__init__(folder, name, "sender", slots, keys, proxy=proxy, engine_url=engine_url)
+        super().__init__(folder, name, "sender", slots, keys, proxy=proxy, engine_url=engine_url, ranks=ranks)
         self.begin()
 
     def put(self, req: str, to: Target, prompt: Prompt, batch: int | None = None) -> Put:
         first = min(prompt.tokens, (batch or prompt.chunks) * CHUNK_TOKENS)
-        self.client.reserve(req, to, prompt.keys, tokens=prompt.tokens, upto=first)
+        client = self.clients[prompt.rank]
+        client.reserve(req, to, prompt.keys, tokens=prompt.tokens, upto=first)
         if first < prompt.tokens:
-            self.client.computing(req, prompt.tokens)
+            client.computing(req, prompt.tokens)
         written = 0
-        for event in self.until_ended(req):
+        for event in self.until_ended(req, rank=prompt.rank):
             if isinstance(event, Granted):
                 for chunk, slot in zip(event.chunks, event.slots, strict=True):
                     data = prompt.chunk(chunk)
-                    self.client.slot(slot)[: len(data)] = data
+                    client.slot(slot)[: len(data)] = data
                 if event.chunks:
-                    self.client.staged(req, event.chunks)
+                    client.staged(req, event.chunks)
                 written += len(event.chunks)
             elif isinstance(event, Ended):
                 return Put(written, event.reason)
@@ -281,29 +316,35 @@ class OurReceiver(_Ours):
         lmcache: dict[str, object] | None = None,
         proxy: str | None = None,
         engine_url: str = "http://127.0.0.1:1",
+        ranks: int = 1,
         **keys: object,
     ) -> None:
-        super().__init__(folder, name, "receiver", slots, keys, lmcache or {}, proxy, engine_url)
+        super().__init__(folder, name, "receiver", slots, keys, lmcache or {}, proxy, engine_url, ranks)
         self.begin()
         self.ended: str | None = None
 
     @property
     def target(self) -> Target:
-        return Target(self.sidecar.host, self.sidecar.init_port, self.sidecar.alloc_port)
+        return self.targets[0]
+
+    @property
+    def targets(self) -> list[Target]:
+        """One a rank."""
+        ports = zip(self.sidecar.init_ports, self.sidecar.alloc_ports, strict=True)
+        return [Target(self.sidecar.host, init, alloc) for init, alloc in ports]
 
     def get(self, req: str, prompt: Prompt, have: int = 0, written: bool = True) -> list[str | None]:
         sums: list[str | None] = [None] * prompt.chunks
         if not prompt.chunks:
             return sums
-        self.client.await_(
-            req, prompt.keys, tokens=prompt.tokens, have_tokens=have, deadline_ms=15_000, written=written
-        )
-        for event in self.until_ended(req):
+        client = self.clients[prompt.rank]
+        client.await_(req, prompt.keys, tokens=prompt.tokens, have_tokens=have, deadline_ms=15_000, written=written)
+        for event in self.until_ended(req, rank=prompt.rank):
             if isinstance(event, Ready):
                 for chunk, slot in zip(event.chunks, event.slots, strict=True):
                     count = min(CHUNK_TOKENS, prompt.tokens - chunk * CHUNK_TOKENS) * TOKEN_BYTES
-                    sums[chunk] = sum_of(bytes(self.client.slot(slot)[:count]))
-                self.client.release(req, event.chunks)
+                    sums[chunk] = sum_of(bytes(client.slot(slot)[:count]))
+                client.release(req, event.chunks)
             elif isinstance(event, Ended):
                 self.ended = event.reason
         return sums
@@ -313,5 +354,11 @@ class OurReceiver(_Ours):
         return sum(self.sidecar.slots()[1:])
 
 
-def of_target(to: Target) -> dict[str, object]:
-    return {"host": to.host, "init_port": to.init_port, "alloc_port": to.alloc_port}
+def new_target() -> Target:
+    return Target("127.0.0.1", free_port(), free_port())
+
+
+def of_targets(to: list[Target]) -> dict[str, object]:
+    """As a `disagg_spec` has them."""
+    ports = {"init_port": [each.init_port for each in to], "alloc_port": [each.alloc_port for each in to]}
+    return {"host": to[0].host, **ports}

@@ -113,8 +113,9 @@ class Peer:
     def put(self, command: dict[str, Any]) -> dict[str, Any]:
         """Fills chunks and hands them to the backend, in batches as chunked prefill does."""
         to, keys, tokens = command["to"], command["keys"], command["tokens"]
-        ports = [to["init_port"]], [to["alloc_port"]]
-        spec = Spec(command["req"], to["host"] + str(to["init_port"]), to["host"], *ports)
+        # One of each for every rank; LMCache takes its own.
+        name = to["host"] + str(to["init_port"][self.metadata.worker_id])
+        spec = Spec(command["req"], name, to["host"], to["init_port"], to["alloc_port"])
         spec.total_chunks = command.get("total_chunks", len(keys))
         step = command.get("batch") or max(1, len(keys))
         written = threading.Semaphore(0)

@@ -19,7 +19,7 @@ from harness.reference import Reference
 from pd_sidecar.wire import Layout, Target
 
 from .chunks import CHUNK_TOKENS
-from .nodes import LmcacheReceiver, LmcacheSender, of_target
+from .nodes import LmcacheReceiver, LmcacheSender, of_targets
 
 _requests = itertools.count(1)
 
@@ -57,7 +57,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
         # From an LMCache sender to the decode engine.
         req = f"mixed-{next(_requests)}"
         to = Target(pair.receiver.host, pair.receiver.init_port, pair.receiver.alloc_port)
-        sent = sender.do("put", req=req, to=of_target(to), keys=keys, tokens=length, folder=str(tmp_path))
+        sent = sender.do("put", req=req, to=of_targets([to]), keys=keys, tokens=length, folder=str(tmp_path))
         assert sent == {"written": len(keys), "errors": []}
         assert sender.notices.wait(req) is not None
         before = pair.decode.prompt_tokens()

@@ -17,7 +17,7 @@ import zmq
 from pd_sidecar.wire import Target
 
 from .chunks import Prompt
-from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_target
+from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_targets
 
 MODES = ("sync", "async")
 _requests = itertools.count(1)
@@ -124,7 +124,7 @@ def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
     try:
         req, prompt = next_request(), Prompt.of_chunks(4)
         begun = sender.do(
-            "put", req=req, to=of_target(ours.target), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
+            "put", req=req, to=of_targets([ours.target]), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
             total_chunks=6, last=False,
         )  # fmt: skip
         assert begun == {"written": 4, "errors": []}

@@ -34,8 +34,10 @@ class EngineOptions:
     batched_tokens: int | None = None
     # Value of --kv-transfer-config; none for a plain instance.
     kv_transfer: dict[str, Any] | None = None
-    # Core of its worker thread; two engines on one core would measure each other.
+    # Core of its worker thread; two engines on one core would measure each other. Further workers take those after it.
     core: int = 0
+    # Tensor-parallel workers, each a process.
+    workers: int = 1
     lora: dict[str, Path] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     more: Sequence[str] = ()
@@ -68,10 +70,12 @@ class Engine(Part):
         if options.lora:
             command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
             command += [f"{name}={folder}" for name, folder in options.lora.items()]
+        if options.workers > 1:
+            command += ["--tensor-parallel-size", str(options.workers)]
         command += options.more
         env = {
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-            "VLLM_CPU_OMP_THREADS_BIND": str(core(options.core)),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core(options.core + i)) for i in range(options.workers)),
             "OMP_NUM_THREADS": "1",
             # For /reset_prefix_cache.
             "VLLM_SERVER_DEV_MODE": "1",

@@ -35,8 +35,16 @@ class PairOptions:
     prefill_block: int = 32
     prefill_batched_tokens: int | None = 256
     decode_block: int = 64
+    # Tensor-parallel workers of each side, and the ranks that KV is cut into between them.
+    prefill_workers: int = 1
+    decode_workers: int = 1
+    ranks: int = 1
+    # Before the names of its parts, and so of their logs.
+    prefix: str = ""
     transport: str = "auto"
+    # Of each rank.
     buffer_bytes: int = BUFFER_BYTES
+    more: tuple[str, ...] = ()
     lora: dict[str, Path] = field(default_factory=dict)
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
@@ -86,18 +94,17 @@ class Pair:
                     options.buffer_bytes,
                     proxy=self.proxy.registration,
                     transport=options.transport,
+                    ranks=options.ranks,
                     keys=dict(options.sidecar_keys),
                 ),
                 folder,
                 logs,
+                name=f"{options.prefix}{role}-sidecar",
             )
             for role in ("sender", "receiver")
         )
-        self.prefill = Engine(
-            self._engine("prefill engine", "kv_producer", options.prefill_block, options.prefill_batched_tokens, 0),
-            logs,
-        )
-        self.decode = Engine(self._engine("decode engine", "kv_consumer", options.decode_block, None, 1), logs)
+        self.prefill = Engine(self._prefill(options.prefill_workers), logs)
+        self.decode = Engine(self._decode(options.decode_workers), logs)
         self.sender.options.engine_url = self.prefill.url
         self.receiver.options.engine_url = self.decode.url
         self._standard = {part.name: replace(part.options) for part in (self.sender, self.receiver)}
@@ -213,17 +220,54 @@ class Pair:
                     raise AssertionError(f"{engine.options.name}: {held[0]} requests, {held[1]:.4f} of its blocks held")
                 time.sleep(0.05)
 
+    def restart_engines(self, prefill_workers: int, decode_workers: int) -> None:
+        """Restarts those that are to have another number of workers; the sidecars stay as they are."""
+        changed = []
+        for engine, options in (
+            (self.prefill, self._prefill(prefill_workers)), (self.decode, self._decode(decode_workers)),
+        ):  # fmt: skip
+            if engine.options != options:
+                engine.stop()
+                engine.options = options
+                changed.append(engine)
+        for engine in changed:
+            engine.start()
+        wait_for(changed)
+        self.wait_sidecars()
+        for engine in changed:
+            engine.warm_up()
+
+    def _prefill(self, workers: int) -> EngineOptions:
+        options = self.options
+        name = f"{options.prefix}prefill engine"
+        batched = options.prefill_batched_tokens
+        return self._engine(name, "kv_producer", options.prefill_block, batched, 0, workers=workers)
+
+    def _decode(self, workers: int) -> EngineOptions:
+        name = f"{self.options.prefix}decode engine"
+        return self._engine(name, "kv_consumer", self.options.decode_block, None, 1, workers=workers)
+
     def _engine(
-        self, name: str, kv_role: str, block: int, batched: int | None, core: int, sidecar: Sidecar | None = None
+        self,
+        name: str,
+        kv_role: str,
+        block: int,
+        batched: int | None,
+        core: int,
+        sidecar: Sidecar | None = None,
+        workers: int = 1,
     ) -> EngineOptions:
         side, own = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
         sidecar = sidecar or own
+        extra: dict[str, object] = {f"{side}_socket": str(sidecar.socket), "chunk_size": CHUNK_TOKENS}
+        if workers != self.options.ranks:
+            extra["ranks"] = self.options.ranks
         kv_transfer = {
             "kv_connector": "PdSidecarConnector",
             "kv_connector_module_path": "pd_sidecar.connector",
             "kv_role": kv_role,
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {f"{side}_socket": str(sidecar.socket), "chunk_size": CHUNK_TOKENS},
+            "kv_connector_extra_config": extra,
         }
         return EngineOptions(
             name,
@@ -232,7 +276,9 @@ class Pair:
             batched_tokens=batched,
             kv_transfer=kv_transfer,
             core=core,
+            workers=workers,
             lora=self.options.lora,
+            more=self.options.more,
             env={"PYTHONPATH": str(ROOT / "python")},
         )
 

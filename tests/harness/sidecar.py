@@ -41,6 +41,8 @@ class SidecarOptions:
     transport: str = "auto"
     # pd_buffer_device.
     device: str = "cpu"
+    # Each with a buffer of its own; fixed when the sidecar is made, as the ports are.
+    ranks: int = 1
     no_push: bool = NO_PUSH
     # Keys below `sidecar:` of the file.
     keys: dict[str, object] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class SidecarOptions:
     lmcache: dict[str, object] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    # What runs the binary: another network, another view of the processes.
+    within: list[str] = field(default_factory=list)
 
 
 class Sidecar(Part):
@@ -57,20 +61,34 @@ class Sidecar(Part):
         self.options = options
         self.name = name or f"{options.role}-sidecar"
         self.host = "127.0.0.1"
-        self.init_port = free_port()
-        self.alloc_port = free_port()
-        self.tcp_port = free_port()
+        self.init_ports = [free_port() for _ in range(options.ranks)]
+        self.alloc_ports = [free_port() for _ in range(options.ranks)]
+        # Of rank 0; with several ranks those after it would have to be free, too.
+        self.tcp_port = free_port() if options.ranks == 1 else 0
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"
         self._config = folder / f"{self.name}.yaml"
         self._logs = logs
+
+    @property
+    def init_port(self) -> int:
+        """Of rank 0."""
+        return self.init_ports[0]
+
+    @property
+    def alloc_port(self) -> int:
+        """Of rank 0."""
+        return self.alloc_ports[0]
 
     def start(self) -> None:
         """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
         assert self.process is None or not self.process.alive
         self.configure()
         self.process = Process(
-            self.name, [BINARIES / "sidecar", *self.arguments()], self._logs / f"{self.name}.log", self._env()
+            self.name,
+            [*self.options.within, BINARIES / "sidecar", *self.arguments()],
+            self._logs / f"{self.name}.log",
+            self._env(),
         )
         self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
 
@@ -111,13 +129,20 @@ class Sidecar(Part):
 
     def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
         """The record of a request, which may come a moment after the client's answer."""
+        return self.record_of_each_rank(request_id, bound_s)[-1]
+
+    def record_of_each_rank(self, request_id: str, bound_s: float = 5.0) -> list[dict[str, Any]]:
+        """The records of a request, one a rank, in their order; each may come a moment after the client's answer."""
         deadline = time.monotonic() + bound_s
         while True:
-            found = [record for record in self.records() if record["req"] == request_id]
-            if found:
-                return found[-1]
+            found = {record["rank"]: record for record in self.records() if record["req"] == request_id}
+            if len(found) == self.options.ranks:
+                return [found[rank] for rank in sorted(found)]
             if time.monotonic() > deadline:
-                raise AssertionError(f"{self.name}: no record of request {request_id} within {bound_s:g} s")
+                missing = set(range(self.options.ranks)) - found.keys()
+                raise AssertionError(
+                    f"{self.name}: no record of request {request_id}, ranks {missing}, in {bound_s:g} s"
+                )
             time.sleep(0.02)
 
     def slots(self) -> tuple[int, int, int]:
@@ -170,8 +195,8 @@ class Sidecar(Part):
         if options.role != "sender":
             values |= {
                 "pd_peer_host": self.host,
-                "pd_peer_init_port": [self.init_port],
-                "pd_peer_alloc_port": [self.alloc_port],
+                "pd_peer_init_port": self.init_ports,
+                "pd_peer_alloc_port": self.alloc_ports,
             }
         if options.proxy is not None:
             host, _, port = options.proxy.rpartition(":")
@@ -183,6 +208,8 @@ class Sidecar(Part):
         }
         if options.role != "sender":
             ours["tcp_port"] = self.tcp_port
+        else:
+            ours["ranks"] = options.ranks
         values["sidecar"] = {**ours, **options.keys}
         return json.dumps(values, indent=2) + "\n"
 

@@ -135,6 +135,7 @@ impl Receiver {
             }
         }
         let (lease_id, sender) = (lease.id, lease.sender.clone());
+        let host = lease.host.clone();
         let transport = lease.transport.clone();
         lease.over.get_or_insert(reason);
         request.record.reason.get_or_insert(reason);
@@ -152,6 +153,7 @@ impl Receiver {
                 lease_id,
                 Quarantine {
                     sender: sender.clone(),
+                    host,
                     slots: quarantined,
                 },
             );

@@ -1,6 +1,7 @@
 //! Who gets slots, and how an alloc request is answered.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use rand::Rng;
 
@@ -54,9 +55,13 @@ impl Receiver {
         }
         let mut blocked = false;
         for id in asks {
-            blocked = blocked || !self.try_unparked(&id);
-            if blocked {
-                self.waiting.push_back(id);
+            match self.try_unparked(&id, blocked) {
+                Turn::Over => {}
+                Turn::Waits => self.waiting.push_back(id),
+                Turn::Blocks => {
+                    blocked = true;
+                    self.waiting.push_back(id);
+                }
             }
         }
         self.lend(blocked);
@@ -64,7 +69,7 @@ impl Receiver {
 
     /// Decides about an alloc request that has no answer yet.
     pub(super) fn consider(&mut self, id: &RequestId) {
-        let Some(request) = self.requests.get_mut(id) else {
+        let Some(request) = self.requests.get(id) else {
             return;
         };
         let Supply::Held(held) = &request.supply else {
@@ -82,7 +87,7 @@ impl Receiver {
                 }
             }
             None if held.park.is_some() => {}
-            None if held.request.keys.len() > self.slots.total() as usize => {
+            None if held.request.keys.len() > self.share(&held.host) => {
                 self.refuse_and_end(id, Reason::TooLarge);
             }
             None => {
@@ -93,18 +98,43 @@ impl Receiver {
         }
     }
 
-    /// Grants all slots of an unparked request, if they are there.
-    fn try_unparked(&mut self, id: &RequestId) -> bool {
+    /// Grants all slots of an unparked request, if they are there and nobody is before it.
+    fn try_unparked(&mut self, id: &RequestId, blocked: bool) -> Turn {
         let Some(Supply::Held(held)) = self.requests.get(id).map(|r| &r.supply) else {
-            return true;
+            return Turn::Over;
         };
-        if held.request.keys.len() > self.slots.free() as usize {
-            return false;
+        let wanted = held.request.keys.len();
+        if self.exposed_to(&held.host) + wanted > self.share(&held.host) {
+            return Turn::Waits;
+        }
+        if blocked || wanted > self.slots.free() as usize {
+            return Turn::Blocks;
         }
         if let Some(lease) = self.lease_for(id, 0) {
             self.answer_windowed(id, lease);
         }
-        true
+        Turn::Over
+    }
+
+    /// Slots that one host may have without any decode request that waits for them: not all. Whoever
+    /// reaches the port can ask, under any name, and leave what it got for ever in quarantine.
+    pub(super) fn share(&self, host: &str) -> usize {
+        let total = self.slots.total();
+        let kept = if host.is_empty() { 0 } else { total / KEPT };
+        (total - kept) as usize
+    }
+
+    /// Slots that a host has now, or has left quarantined, and that no decode request waits for.
+    pub(super) fn exposed_to(&self, host: &str) -> usize {
+        let quarantined = self.quarantine.values().filter(|q| q.host == host);
+        let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
+        let unparked = self.requests.values().filter(|r| r.parked.is_none());
+        let leases = unparked
+            .filter_map(|r| r.lease())
+            .filter(|l| l.host == host);
+        let open = |chunk: &&Chunk| matches!(chunk, Chunk::Open { .. });
+        let open: usize = leases.map(|l| l.chunks.iter().filter(open).count()).sum();
+        quarantined + open + self.lmcache.held_by(host)
     }
 
     /// Turns the held alloc request into a lease.
@@ -117,11 +147,13 @@ impl Receiver {
         };
         let Held {
             route,
+            host,
             request: asked,
             x,
             ..
         } = held;
-        let term = bounded(x.lease_ms, self.config.max_lease);
+        let term =
+            bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
         let chunks = (0..chunks_of(x.tokens, chunk_tokens))
             .map(|i| {
                 let (from, to) = chunk_span(i, x.tokens, have_tokens, chunk_tokens);
@@ -143,6 +175,7 @@ impl Receiver {
                 id: x.id,
                 epoch: x.epoch,
             },
+            host,
             transport: x.transport,
             seq: x.seq,
             keys: asked.keys,
@@ -275,5 +308,21 @@ impl Receiver {
     }
 }
 
+/// How an unparked request fared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// It has got its slots, or wants none any more.
+    Over,
+    /// Its host has its share: whoever comes after it need not wait.
+    Waits,
+    /// There is no room, and nobody may overtake it.
+    Blocks,
+}
+
+/// This part of the buffer is kept from the unparked requests of any one host; nothing of a smaller one.
+/// Parked requests go on in a window of a few slots.
+const KEPT: u32 = 16;
+/// No lease ends sooner, whatever its sender asks for: what ends is quarantined.
+const MIN_LEASE: Duration = Duration::from_secs(1);
 /// The hint on refusals that pass: about the time in which a busy buffer turns over.
 const RETRY_MS: u32 = 100;

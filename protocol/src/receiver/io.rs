@@ -66,6 +66,13 @@ pub enum Event {
         /// The message.
         message: ToReceiver,
     },
+    /// Before the first message of a connection: the host that it comes from.
+    Connected {
+        /// The connection.
+        route: Route,
+        /// The host's address.
+        host: String,
+    },
     /// Before the first message without `x` of a connection: whose it is. `id` begins with the peer's
     /// host and a `/`; the epoch is 0.
     Introduced {

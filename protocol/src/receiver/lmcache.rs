@@ -112,7 +112,7 @@ impl Receiver {
             Reason::StaleEpoch
         } else if self.draining {
             Reason::Draining
-        } else if all > self.slots.total() {
+        } else if all as usize > self.share(&host) {
             Reason::TooLarge
         } else if self.lent_and_lost_by(&host) > self.config.max_quarantined as usize {
             Reason::Quarantined
@@ -160,10 +160,12 @@ impl Receiver {
                 Some(_) => want.saturating_sub(reserved),
                 None => want.max(ask.request.total_chunks as usize),
             };
-            if beyond == 0 || (!blocked && beyond <= self.slots.free() as usize) {
+            let host = ask.sender.host();
+            let waits = beyond > 0 && self.exposed_to(host) + beyond > self.share(host);
+            if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
                 self.grant_loan(&ask, loan);
             } else {
-                blocked |= beyond > 0;
+                blocked |= !waits;
                 self.lmcache.asks.push_back(ask);
             }
         }
@@ -343,6 +345,12 @@ impl Lmcache {
         self.loans.values().map(of).sum()
     }
 
+    /// Of them, those of one host's senders.
+    pub(super) fn held_by(&self, host: &str) -> usize {
+        let loans = self.loans.values().filter(|l| l.sender.host() == host);
+        loans.map(|l| l.chunks.len() + l.reserved.len()).sum()
+    }
+
     /// Slots that may be written into at any time: the transport must progress.
     pub(super) fn writing(&self) -> usize {
         let all = self.loans.values().flat_map(|l| &l.chunks);
@@ -368,7 +376,7 @@ impl SenderId {
         self.epoch == Epoch(0)
     }
 
-    fn host(&self) -> &str {
+    pub(super) fn host(&self) -> &str {
         self.id.split('/').next().unwrap_or_default()
     }
 }

@@ -53,6 +53,8 @@ pub struct Receiver {
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
     leases: BTreeMap<LeaseId, RequestId>,
+    /// Where connections come from, by their own addresses and not by what they say.
+    hosts: BTreeMap<Route, String>,
     /// Requests that want slots, in the order in which they came to want them.
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
@@ -67,6 +69,7 @@ pub struct Receiver {
 #[derive(Debug)]
 struct Quarantine {
     sender: SenderId,
+    host: String,
     slots: Vec<SlotIndex>,
 }
 
@@ -106,6 +109,7 @@ impl Receiver {
             slots: Slots::new(config.slots),
             requests: BTreeMap::new(),
             leases: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             waiting: VecDeque::new(),
             quarantine: BTreeMap::new(),
             ended: Ended::default(),
@@ -123,6 +127,7 @@ impl Receiver {
         match event {
             Event::Peer { route, message } => self.on_message(route, message),
             Event::PeerLost { route } => self.on_peer_lost(route),
+            Event::Connected { route, host } => drop(self.hosts.insert(route, host)),
             Event::Introduced {
                 route,
                 sender,
@@ -196,6 +201,16 @@ impl Receiver {
         };
         let (from, to) = lease.span(index, self.config.chunk_tokens);
         Some(u64::from(to - from) * self.config.token_bytes)
+    }
+
+    /// Whether [`Event::Connected`] was said of a connection.
+    pub fn is_connected(&self, route: Route) -> bool {
+        self.hosts.contains_key(&route)
+    }
+
+    /// The address behind a connection; empty if it is not known.
+    fn host_of(&self, route: Route) -> String {
+        self.hosts.get(&route).cloned().unwrap_or_default()
     }
 
     /// Slots that one sender left quarantined.

@@ -44,7 +44,6 @@ impl Receiver {
             }
             _ => {}
         }
-        self.end_older_epochs(&x.id, x.epoch);
         self.ask_about_quarantined(route, &x);
         if let Err(reason) = self.admit(&id, &asked, &x) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
@@ -52,12 +51,14 @@ impl Receiver {
         }
         let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
         let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
+        let host = self.host_of(route);
         let request = self
             .requests
             .entry(id.clone())
             .or_insert_with(|| Request::new(&id));
         request.supply = Supply::Held(Held {
             route,
+            host,
             request: asked,
             x,
             park,
@@ -246,6 +247,7 @@ impl Receiver {
 
     pub(super) fn on_peer_lost(&mut self, route: Route) {
         self.lmcache.lost(route);
+        self.hosts.remove(&route);
         let lost: Vec<RequestId> = self
             .requests
             .iter()
@@ -253,24 +255,6 @@ impl Receiver {
                 Supply::None => false,
                 Supply::Held(held) => held.route == route,
                 Supply::Leased(lease) => lease.route == route,
-            })
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in lost {
-            self.lose_sender(&id);
-        }
-    }
-
-    /// A sidecar that speaks with a new epoch has replaced the one before it.
-    fn end_older_epochs(&mut self, sender: &str, epoch: Epoch) {
-        let older = |s: &SenderId| s.id == sender && s.epoch != epoch;
-        let lost: Vec<RequestId> = self
-            .requests
-            .iter()
-            .filter(|(_, r)| match &r.supply {
-                Supply::None => false,
-                Supply::Held(held) => held.x.id == sender && held.x.epoch != epoch,
-                Supply::Leased(lease) => older(&lease.sender),
             })
             .map(|(id, _)| id.clone())
             .collect();

@@ -50,6 +50,8 @@ pub(super) enum Supply {
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) route: Route,
+    /// Where that comes from.
+    pub(super) host: String,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
     /// Until then the decode request may park; absent once that time has passed.
@@ -64,6 +66,8 @@ pub(super) struct Lease {
     pub(super) id: LeaseId,
     pub(super) route: Route,
     pub(super) sender: SenderId,
+    /// Where the sender's connection came from.
+    pub(super) host: String,
     pub(super) transport: String,
     /// Number of the alloc request that this lease answers.
     pub(super) seq: u64,

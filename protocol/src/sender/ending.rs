@@ -1,10 +1,12 @@
 //! How requests end, and what is due when.
 
+use std::collections::{BTreeMap, VecDeque};
+
 use super::request::{Chunk, Phase, Told};
 use super::{Action, Link, Sender};
 use crate::local::Target;
 use crate::message::{CancelNotif, CancelX, Extend, ToReceiver};
-use crate::{Reason, RequestId, VERSION};
+use crate::{Reason, RequestId, Time, VERSION};
 
 impl Sender {
     /// The request ends early: engine and proxy are told, nothing more is posted.
@@ -19,7 +21,10 @@ impl Sender {
                     *chunk = Chunk::Remote { to };
                     self.slots.give(from);
                 }
-                Chunk::Filling { from } | Chunk::Full { from, .. } | Chunk::Asked { from, .. } => {
+                Chunk::Filling { from }
+                | Chunk::Gathering { from, .. }
+                | Chunk::Full { from }
+                | Chunk::Asked { from } => {
                     *chunk = Chunk::Waiting;
                     self.slots.give(from);
                 }
@@ -40,7 +45,7 @@ impl Sender {
                 };
                 self.close(id);
             }
-            Phase::Closing { .. } => {}
+            Phase::Closing { .. } | Phase::Withdrawing(_) => {}
         }
     }
 
@@ -96,18 +101,8 @@ impl Sender {
             sent: now,
             tries: 0,
         });
-        told.sent = now;
-        match self.links.get(&request.to) {
-            // Bounded by `link`.
-            Some(Link::Making(_)) => return,
-            Some(Link::Up { .. } | Link::Lmcache(_)) => told.tries += 1,
-            None => {
-                told.tries += 1;
-                let to = request.to.clone();
-                self.links.insert(to.clone(), Link::Making(now));
-                self.actions.push_back(Action::Link { to });
-                return;
-            }
+        if !told.again(now, &request.to, &mut self.links, &mut self.actions) {
+            return;
         }
         let cancel = CancelNotif {
             req_id: id.0.clone(),
@@ -123,6 +118,23 @@ impl Sender {
         };
         let to = request.to.clone();
         self.send(&to, ToReceiver::CancelNotif(cancel));
+    }
+
+    /// Takes back a question whose answer was lost with the link: it is repeated as it was, over a new
+    /// link. The receiver refuses it and asks about the lease that it had granted, or grants it (again).
+    fn withdraw(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let Phase::Withdrawing(told) = &mut request.phase else {
+            return;
+        };
+        if told.tries > PATIENCE {
+            self.forget(id);
+        } else if told.again(now, &request.to, &mut self.links, &mut self.actions) {
+            self.send_ask(id);
+        }
     }
 
     pub(super) fn on_cancel_answered(&mut self, to: &Target, seq: u64) {
@@ -164,8 +176,22 @@ impl Sender {
             .map(|(id, _)| id.clone())
             .collect();
         for id in affected {
-            self.end(&id, reason);
+            let phase = self.requests.get(&id).map(|r| &r.phase);
+            if let Some(&Phase::Asking { seq, .. }) = phase {
+                self.tell_done(&id, Some(reason));
+                self.take_back(&id, seq);
+            } else {
+                self.end(&id, reason);
+            }
         }
+    }
+
+    fn take_back(&mut self, id: &RequestId, seq: u64) {
+        let (sent, tries) = (self.now, 0);
+        if let Some(request) = self.requests.get_mut(id) {
+            request.phase = Phase::Withdrawing(Told { seq, sent, tries });
+        }
+        self.withdraw(id);
     }
 
     /// Everything that is due by now.
@@ -200,6 +226,7 @@ impl Sender {
         let done = request.is_done();
         match &mut request.phase {
             Phase::Linking => self.end(id, Reason::NoLink),
+            Phase::Withdrawing(_) => self.withdraw(id),
             Phase::Feeding(feeding) => {
                 let waits = feeding.waits;
                 if waits.is_some_and(|since| self.lmcache_patience(since) <= now) {
@@ -285,6 +312,30 @@ impl Sender {
         if unacknowledged {
             self.send_written(id);
         }
+    }
+}
+
+impl Told {
+    /// Counts a try; whether the message can be sent. A link that is gone is made anew first.
+    fn again(
+        &mut self,
+        now: Time,
+        to: &Target,
+        links: &mut BTreeMap<Target, Link>,
+        actions: &mut VecDeque<Action>,
+    ) -> bool {
+        self.sent = now;
+        match links.get(to) {
+            // Bounded by `link`.
+            Some(Link::Making(_)) => return false,
+            Some(Link::Up { .. } | Link::Lmcache(_)) => {}
+            None => {
+                links.insert(to.clone(), Link::Making(now));
+                actions.push_back(Action::Link { to: to.clone() });
+            }
+        }
+        self.tries += 1;
+        !matches!(links.get(to), Some(Link::Making(_)))
     }
 }
 

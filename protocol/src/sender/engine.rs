@@ -1,7 +1,7 @@
 //! What the prefill engine says.
 
-use super::request::{Chunk, Phase, Request};
-use super::{Action, After, Link, Sender};
+use super::request::{Chunk, Phase, Request, Told};
+use super::{Action, After, Link, Sender, WatchId};
 use crate::layout::chunks_of;
 use crate::local::{Computing, Reserve, Staged, Target};
 use crate::message::{AllocRequest, AllocX, ToReceiver};
@@ -95,7 +95,8 @@ impl Sender {
         let Some(request) = self.requests.get(id) else {
             return;
         };
-        let Phase::Asking { seq, .. } = request.phase else {
+        let (Phase::Asking { seq, .. } | Phase::Withdrawing(Told { seq, .. })) = request.phase
+        else {
             return;
         };
         let Some(Link::Up { epoch, transport }) = self.links.get(&request.to) else {
@@ -165,20 +166,30 @@ impl Sender {
         request.progress = self.now;
         request.record.gather_us += message.gather_us;
         let after = message.event.map(|event| After { engine, event });
+        let watch = after.map(|_| WatchId(self.next_watch));
         for &index in &message.chunks {
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
                 continue;
             };
             match *chunk {
                 Chunk::Granted { from, to } => *chunk = Chunk::Staged { from, to },
-                Chunk::Filling { from } => *chunk = Chunk::Full { from, after },
+                Chunk::Filling { from } => {
+                    *chunk = match watch {
+                        Some(watch) => Chunk::Gathering { from, watch },
+                        None => Chunk::Full { from },
+                    }
+                }
                 _ => {}
             }
         }
-        if let Phase::Feeding(feeding) = &mut request.phase {
-            feeding.waits.get_or_insert(self.now);
-            let to = request.to.clone();
-            self.ask_lmcache(&to);
+        if matches!(request.phase, Phase::Feeding(_)) {
+            match after.zip(watch) {
+                Some((after, watch)) => {
+                    self.next_watch += 1;
+                    self.actions.push_back(Action::Watch { watch, after });
+                }
+                None => self.on_full(&message.req),
+            }
             return;
         }
         self.post(&message.req, after, message.layers.clone());

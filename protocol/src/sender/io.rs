@@ -98,6 +98,13 @@ pub enum Event {
         /// No byte of it can still arrive. Otherwise its slots at the receiver are dirty.
         terminal: bool,
     },
+    /// The answer to [`Action::Watch`].
+    Watched {
+        /// The watch.
+        watch: WatchId,
+        /// The bytes stand in their slots; else they never will.
+        stand: bool,
+    },
     /// [`Sender::deadline`](super::Sender::deadline) has passed.
     Deadline,
     /// No new requests from now on.
@@ -138,6 +145,13 @@ pub enum Action {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         layers: Vec<LayersStaged>,
     },
+    /// Look at an event, without a write that waits for it, then say [`Event::Watched`].
+    Watch {
+        /// Names the watch.
+        watch: WatchId,
+        /// The event.
+        after: After,
+    },
     /// Tell the engine which slots it may fill.
     Granted(EngineId, Granted),
     /// Tell the engine that a request has ended.
@@ -169,6 +183,11 @@ pub struct After {
     /// Its position in the engine's hello.
     pub event: u32,
 }
+
+/// A look at an event, which engines use again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WatchId(pub u64);
 
 /// One chunk of a write, or a part of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,9 +6,11 @@
 //!
 //! ```text
 //!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
-//!                                                             └──known already──▶ Skipped
+//!                       └─Staged, event─▶ Gathering ─fired─▲  └──known already──▶ Skipped
 //! ```
 //!
+//! * A gather that a GPU has only been told of does not count: until its event has fired an engine that
+//!   dies leaves a key that is shown and never written.
 //! * Answers carry no number, so a connection has one question under way, and an answer that comes late
 //!   belongs to the question that is still open, whether or not anybody wants it any more.
 //! * The asynchronous receiver (it answers as ROUTER) takes keys back with `CancelNotif`; the
@@ -17,10 +19,10 @@
 //! * The receiver gives no word on what the decode side holds, and takes nothing in a window. −1 ends
 //!   the request as `no_room`.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use super::request::{Chunk, Phase};
-use super::{Action, After, Link, PATIENCE, Piece, Sender};
+use super::{Action, Link, PATIENCE, Piece, Sender, WatchId};
 use crate::local::{Granted, Target};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver};
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
@@ -98,6 +100,39 @@ impl Sender {
         self.actions.push_back(Action::Granted(engine, granted));
     }
 
+    /// A watch has ended: the chunks that it was for stand in their slots, or never will.
+    pub(super) fn on_watched(&mut self, watch: WatchId, stand: bool) {
+        let of = |c: &Chunk| matches!(c, Chunk::Gathering { watch: w, .. } if *w == watch);
+        let mut requests = self.requests.iter_mut();
+        let Some((id, request)) = requests.find(|(_, r)| r.chunks.iter().any(of)) else {
+            return; // it has ended meanwhile
+        };
+        let id = id.clone();
+        if !stand {
+            return self.end(&id, Reason::TransferFailed);
+        }
+        for chunk in request.chunks.iter_mut().filter(|c| of(c)) {
+            if let Chunk::Gathering { from, .. } = *chunk {
+                *chunk = Chunk::Full { from };
+            }
+        }
+        request.progress = self.now;
+        self.on_full(&id);
+    }
+
+    /// Chunks of a request stand complete in their slots.
+    pub(super) fn on_full(&mut self, id: &RequestId) {
+        let now = self.now;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Phase::Feeding(feeding) = &mut request.phase {
+            feeding.waits.get_or_insert(now);
+        }
+        let to = request.to.clone();
+        self.ask_lmcache(&to);
+    }
+
     /// Puts the next question to an LMCache receiver, if it has answered the last.
     pub(super) fn ask_lmcache(&mut self, to: &Target) {
         let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
@@ -140,13 +175,16 @@ impl Sender {
             for index in 0..request.chunks.len() {
                 let (from, to) = request.span(index, full);
                 let chunk = &mut request.chunks[index];
-                if let Chunk::Full { from: slot, after } = *chunk {
-                    *chunk = Chunk::Asked { from: slot, after };
+                if let Chunk::Full { from: slot } = *chunk {
+                    *chunk = Chunk::Asked { from: slot };
                     chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
                     keys.push(request.keys[index].clone());
                     last_chunk_toks = to - from;
                 } else {
-                    more |= matches!(chunk, Chunk::Waiting | Chunk::Filling { .. });
+                    more |= matches!(
+                        chunk,
+                        Chunk::Waiting | Chunk::Filling { .. } | Chunk::Gathering { .. }
+                    );
                 }
             }
             link = Some(request.to.clone());
@@ -206,7 +244,7 @@ impl Sender {
         self.ask_lmcache(to);
     }
 
-    /// Posts the writes of everything that has got a slot, one for each event that they wait for.
+    /// Posts one write of everything that has got a slot.
     fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
@@ -219,13 +257,14 @@ impl Sender {
         if request.record.alloc_us == 0 {
             request.record.alloc_us = now.micros_since(request.since);
         }
-        let mut writes: BTreeMap<Option<After>, (TransferId, Vec<Piece>)> = BTreeMap::new();
+        let transfer = TransferId(self.next_transfer);
+        let mut pieces = Vec::new();
         for &(index, slot) in places {
             let (begin, end) = request.span(index as usize, chunk_tokens);
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
                 continue;
             };
-            let Chunk::Asked { from, after } = *chunk else {
+            let Chunk::Asked { from } = *chunk else {
                 continue;
             };
             let Some(to) = slot else {
@@ -233,16 +272,7 @@ impl Sender {
                 self.slots.give(from);
                 continue;
             };
-            let next = TransferId(self.next_transfer);
-            let (transfer, pieces) = writes.entry(after).or_insert_with(|| {
-                self.next_transfer += 1;
-                (next, Vec::new())
-            });
-            *chunk = Chunk::Posted {
-                from,
-                to,
-                transfer: *transfer,
-            };
+            *chunk = Chunk::Posted { from, to, transfer };
             pieces.push(Piece {
                 from,
                 to,
@@ -259,25 +289,23 @@ impl Sender {
             feeding.known.extend(places.iter().map(|place| place.0));
             feeding.waits = waits.then_some(now);
         }
-        if writes.is_empty() {
+        if pieces.is_empty() {
             return self.finish_fed(id);
         }
         if request.in_flight == 0 {
             request.push_since = now;
         }
-        for (after, (transfer, pieces)) in writes {
-            request.in_flight += 1;
-            self.transfers.insert(transfer, id.clone());
-            self.actions.push_back(Action::Write {
-                to: request.to.clone(),
-                transfer,
-                after,
-                lease: NO_LEASE,
-                pieces,
-                // A slot there is shown as soon as it has a key: what waits is the whole.
-                layers: Vec::new(),
-            });
-        }
+        request.in_flight += 1;
+        self.next_transfer += 1;
+        self.transfers.insert(transfer, id.clone());
+        self.actions.push_back(Action::Write {
+            to: request.to.clone(),
+            transfer,
+            lease: NO_LEASE,
+            pieces,
+            after: None,
+            layers: Vec::new(),
+        });
     }
 
     /// Something of a request to an LMCache receiver has ended: is it all?

@@ -27,7 +27,7 @@ use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
 use ending::PATIENCE;
-pub use io::{Action, After, Config, Event, Gauges, Piece};
+pub use io::{Action, After, Config, Event, Gauges, Piece, WatchId};
 use lmcache::Foreign;
 use request::{Phase, Request};
 
@@ -44,6 +44,7 @@ pub struct Sender {
     graves: VecDeque<(LeaseId, Vec<u32>)>,
     next_seq: u64,
     next_transfer: u64,
+    next_watch: u64,
     next_order: u64,
     draining: bool,
     actions: VecDeque<Action>,
@@ -75,6 +76,7 @@ impl Sender {
             graves: VecDeque::new(),
             next_seq: 1,
             next_transfer: 1,
+            next_watch: 1,
             next_order: 1,
             draining: false,
             actions: VecDeque::new(),
@@ -113,6 +115,7 @@ impl Sender {
                 began,
             } => self.on_done(transfer, &sums, began),
             Event::Failed { transfer, terminal } => self.on_failed(transfer, terminal),
+            Event::Watched { watch, stand } => self.on_watched(watch, stand),
             Event::Deadline => {}
             Event::Drain => self.draining = true,
         }
@@ -204,6 +207,7 @@ impl Request {
         match &self.phase {
             Phase::Feeding(_) => None,
             Phase::Linking => Some(stalled),
+            Phase::Withdrawing(told) => Some(told.sent + config.repeat),
             Phase::Asking { sent, .. } => Some(stalled.min(*sent + config.repeat)),
             Phase::Leased(lease) if self.is_done() => Some(lease.spoke + config.repeat),
             Phase::Leased(lease) => Some(stalled.min(lease.spoke + config.heartbeat)),

@@ -1,6 +1,6 @@
 //! What receivers say.
 
-use super::request::{Chunk, Lease, Phase};
+use super::request::{Chunk, Lease, Phase, Told};
 use super::{Action, GRAVES, Link, Sender};
 use crate::layout::chunk_span;
 use crate::local::{Granted, Target};
@@ -25,15 +25,28 @@ impl Sender {
             return;
         };
         let asked = self.requests.iter().find_map(|(id, r)| match &r.phase {
-            Phase::Asking { seq, .. } if *seq == x.seq && r.to == *to => Some(id.clone()),
+            Phase::Asking { seq, .. } | Phase::Withdrawing(Told { seq, .. })
+                if *seq == x.seq && r.to == *to =>
+            {
+                Some(id.clone())
+            }
             _ => None,
         });
+        let request = asked.as_ref().and_then(|id| self.requests.get(id));
+        let withdrawn = request.is_some_and(|r| matches!(r.phase, Phase::Withdrawing(_)));
+        let buried = |lease| self.graves.iter().any(|(known, _)| *known == lease);
         match (asked, x.lease, x.reason) {
+            (Some(id), lease, _) if withdrawn && lease.is_none_or(buried) => self.forget(&id),
             // Our word was that nothing is written under it: it must stay true.
-            (Some(id), Some(lease), _) if self.graves.iter().any(|(l, _)| *l == lease) => {
+            (Some(id), Some(lease), _) if buried(lease) => {
                 self.end(&id, Reason::Cancelled);
             }
-            (Some(id), Some(lease), _) => self.on_lease(&id, response, lease),
+            (Some(id), Some(lease), _) => {
+                self.on_lease(&id, response, lease);
+                if withdrawn {
+                    self.end(&id, Reason::PeerLost);
+                }
+            }
             (Some(id), None, Some(Reason::StaleEpoch)) => self.relink(&id),
             (Some(id), None, reason) => {
                 self.end(&id, reason.unwrap_or(Reason::NoRoom));

@@ -1,6 +1,6 @@
 //! What the sender knows of one request, in one place.
 
-use super::After;
+use super::WatchId;
 use super::lmcache::Feeding;
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
@@ -38,8 +38,11 @@ pub(super) struct Request {
 /// ```text
 /// Linking ──Linked──▶ Asking ──AllocResponse──▶ Leased ──all Acked──▶ gone
 ///    │                  │                         │ cancelled, failed, unwanted
-///    └──────────────────┴──▶ gone                 ▼
-///                                              Closing ──no write under way, CancelNotif answered──▶ gone
+///    └──────────────────┼──▶ gone                 ▼
+///              link lost│                      Closing ──no write under way, CancelNotif answered──▶ gone
+///                       ▼                         ▲
+///                  Withdrawing ──lease after all──┘
+///                       └──refused──▶ gone
 /// ```
 #[derive(Debug)]
 pub(super) enum Phase {
@@ -47,6 +50,9 @@ pub(super) enum Phase {
     Linking,
     /// The alloc request has no answer yet.
     Asking { seq: u64, sent: Time, first: Time },
+    /// The link was lost before the answer: a lease may have been granted, and nobody else can tell the
+    /// receiver that nothing is written under it. The question is repeated for that.
+    Withdrawing(Told),
     /// The receiver lets us write.
     Leased(Lease),
     /// To an LMCache receiver.
@@ -71,7 +77,7 @@ pub(super) struct Lease {
     pub(super) dirty: Vec<u32>,
 }
 
-/// A cancel that waits for its answer.
+/// A cancel, or a question that is taken back, that waits for its answer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Told {
     pub(super) seq: u64,
@@ -94,16 +100,12 @@ pub(super) enum Chunk {
     Staged { from: SlotIndex, to: SlotIndex },
     /// To an LMCache receiver: the engine may fill the slot.
     Filling { from: SlotIndex },
-    /// To an LMCache receiver: complete (once `after`), its key has not been asked for.
-    Full {
-        from: SlotIndex,
-        after: Option<After>,
-    },
+    /// To an LMCache receiver: complete once this watch says so.
+    Gathering { from: SlotIndex, watch: WatchId },
+    /// To an LMCache receiver: complete, its key has not been asked for.
+    Full { from: SlotIndex },
     /// To an LMCache receiver: its key has been asked for.
-    Asked {
-        from: SlotIndex,
-        after: Option<After>,
-    },
+    Asked { from: SlotIndex },
     /// A write is under way.
     Posted {
         from: SlotIndex,
@@ -123,8 +125,9 @@ impl Chunk {
             Self::Granted { from, .. }
             | Self::Staged { from, .. }
             | Self::Filling { from }
-            | Self::Full { from, .. }
-            | Self::Asked { from, .. }
+            | Self::Gathering { from, .. }
+            | Self::Full { from }
+            | Self::Asked { from }
             | Self::Posted { from, .. } => Some(from),
             _ => None,
         }
@@ -164,14 +167,18 @@ impl Request {
     pub(super) fn lease(&self) -> Option<&Lease> {
         match &self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Withdrawing(_) | Phase::Feeding(_) => {
+                None
+            }
         }
     }
 
     pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
         match &mut self.phase {
             Phase::Leased(lease) | Phase::Closing { lease, .. } => Some(lease),
-            Phase::Linking | Phase::Asking { .. } | Phase::Feeding(_) => None,
+            Phase::Linking | Phase::Asking { .. } | Phase::Withdrawing(_) | Phase::Feeding(_) => {
+                None
+            }
         }
     }
 

@@ -242,6 +242,8 @@ impl World {
                 pieces,
                 ..
             } => self.post_write(transfer, lease, &pieces),
+            // No peer here is LMCache: see tests/lmcache_receivers.rs.
+            sender::Action::Watch { .. } => self.fail("a watch for nobody"),
             sender::Action::Granted(engine, granted) => self.prefill_granted(engine, granted),
             sender::Action::Ended(engine, ended) => self.prefill_ended(engine, &ended),
             sender::Action::Progress(req) => self.proxy_hears(&req, true),

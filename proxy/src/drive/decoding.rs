@@ -8,7 +8,7 @@ use protocol::RequestId;
 use tracing::warn;
 
 use super::{Drive, Step};
-use crate::body::Endpoint;
+use crate::endpoint::Endpoint;
 use crate::flight::Flight;
 use crate::handover::{Way, decode_params};
 use crate::instance::Instance;

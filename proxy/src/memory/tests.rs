@@ -1,7 +1,8 @@
 use bytes::Bytes;
 
 use super::*;
-use crate::body::{Endpoint, RequestBody};
+use crate::body::RequestBody;
+use crate::endpoint::Endpoint;
 
 fn chat(contents: &[&str]) -> Prompt {
     let messages: Vec<_> = contents

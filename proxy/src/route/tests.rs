@@ -1,5 +1,6 @@
 use super::*;
-use crate::instance::{BaseUrl, Named, Source, Standing};
+use crate::instance::{Named, Source, Standing};
+use crate::url::BaseUrl;
 use protocol::registration::InstanceRole;
 
 /// `p1`: prefill, `d1`: decode, `b1`: both; with `-` in front: not ready, with `~`: draining, with `!`:

@@ -89,6 +89,7 @@ fn problems_come_all_at_once() {
     let count = |flags: &[&str]| named(flags).unwrap_err().len();
     assert_eq!(count(&["--prefill", "ftp://x,http://u@h"]), 2);
     assert_eq!(count(&["--prefill", "a:1", "--decode", "a:1"]), 1);
+    assert_eq!(count(&["--prefill", "a,a:0,a:99999,http://a:x"]), 4);
     assert_eq!(
         count(&["--decoder-host", "a,b", "--decoder-port", "1,2,3"]),
         1
@@ -131,6 +132,10 @@ fn files() {
     assert_eq!(named(&["--env-file", path]).unwrap().len(), 3);
     let decode = named(&["--env-file", path, "--decode", "x:1"]).unwrap();
     assert_eq!(decode[2], "Decode Nixl http://x:1 [] []");
+    std::fs::write(env.path(), "DECODE_ENDPOINTS=c:3, # the large one\n").unwrap();
+    assert_eq!(named(&["--env-file", path]).unwrap().len(), 1);
+    std::fs::write(env.path(), "DECODE_ENDPOINT=c:3\n").unwrap();
+    assert_eq!(named(&["--env-file", path]).unwrap_err().len(), 1);
     for bad in [
         "instances: [{role: prefill}]",
         "instances: [{role: decode, url: 'http://a', conector: nixl}]",

@@ -166,9 +166,12 @@ keys! {
         /// Name of this sidecar in messages, logs and the proxy's registry; unique among the sidecars
         /// of a proxy.
         id: String = Default::Computed("HOSTNAME-ROLE-ADMINPORT"), flag "--id";
-        /// Tensor-parallel ranks of the engine, each with a buffer of its own.
+        /// Ranks of the engine, each with a buffer of its own: its tensor-parallel size, or the other side's if that is
+        /// larger.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
-        /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700.
+        /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700. Beside
+        /// it a sender keeps a file by which its successor can vouch for its end: in a container the
+        /// directory should outlive it.
         socket: String = Default::Computed("$XDG_RUNTIME_DIR/pd-sidecar/ROLE.sock, or /tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
         /// Address of the admin server: health, metrics, registration.
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
@@ -212,6 +215,10 @@ keys! {
         /// Receiver: the longest silence that a sender may ask for, and how long slots are lent to
         /// LMCache's senders.
         max_lease_ms: Millis = Default::Value("30000");
+        /// Receiver: how long after the end of a sender on another host its writes may still be under way.
+        /// The kernel goes on sending for a process that has ended, if the wire is TCP, for up to 102
+        /// seconds; where there is only RDMA, a second is enough.
+        fence_ms: Millis = Default::Value("120000");
         /// Requests under way at once and rank; more are refused as `busy`.
         max_requests: Count<1> = Default::Value("1024");
         /// Receiver: slots that one sender may leave quarantined before it is refused.

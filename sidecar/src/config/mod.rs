@@ -154,6 +154,7 @@ pub(crate) struct Times {
     pub(crate) no_sender: Duration,
     pub(crate) unclaimed: Duration,
     pub(crate) max_lease: Duration,
+    pub(crate) fence: Duration,
     pub(crate) drain: Duration,
 }
 

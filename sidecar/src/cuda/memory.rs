@@ -7,8 +7,9 @@ use cudarc::driver::sys::{self, CUdeviceptr, CUipcMemHandle, CUresult};
 
 use super::device::Device;
 use super::driver::{CudaError, check};
-use super::stream::Stream;
+use super::stream::{Pitched, Stream};
 use super::{Extent, HANDLE_BYTES, Handle};
+use crate::memory::Rows;
 
 /// Memory taken with cuMemAlloc: what UCX, the engine and peers can all open. What cuMemCreate gives
 /// UCX stages through sockets without a word.
@@ -110,6 +111,43 @@ impl DeviceMemory {
         // SAFETY: both ranges are valid, by `at` and by the borrow, which outlasts the copy.
         unsafe { stream.transfer(to, from.as_ptr().addr() as u64, from.len() as u64) }?;
         stream.wait()
+    }
+
+    /// Copies pieces out at equal distances, and waits for it.
+    ///
+    /// # Errors
+    /// A piece outside of it, or the driver's.
+    pub(crate) fn read_rows(&self, rows: Rows, into: &mut [u8]) -> Result<(), CudaError> {
+        let pitched = self.pitched(rows, into.len())?;
+        let stream = self.lock();
+        // SAFETY: the pieces are valid, by `pitched` and by the borrow, which outlasts the copy.
+        unsafe { stream.fetch_rows(into.as_mut_ptr(), pitched) }?;
+        stream.wait()
+    }
+
+    /// Copies pieces in at equal distances, and waits for it.
+    ///
+    /// # Errors
+    /// A piece outside of it, or the driver's.
+    pub(crate) fn write_rows(&self, rows: Rows, from: &[u8]) -> Result<(), CudaError> {
+        let pitched = self.pitched(rows, from.len())?;
+        let stream = self.lock();
+        // SAFETY: the pieces are valid, by `pitched` and by the borrow, which outlasts the copy.
+        unsafe { stream.put_rows(pitched, from.as_ptr()) }?;
+        stream.wait()
+    }
+
+    /// The pieces of a block of `len`, if all of them lie within.
+    fn pitched(&self, rows: Rows, len: usize) -> Result<Pitched, CudaError> {
+        let height = len.checked_div(rows.width).unwrap_or(0);
+        let between = rows.step.saturating_mul(height.saturating_sub(1) as u64);
+        let extent = between.saturating_add(rows.width as u64);
+        Ok(Pitched {
+            address: self.at(rows.offset, extent)?,
+            pitch: usize::try_from(rows.step).unwrap_or(usize::MAX),
+            width: rows.width,
+            height,
+        })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Stream> {

@@ -3,12 +3,49 @@
 use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUstream};
+use cudarc::driver::sys::{self, CUmemorytype, CUstream};
 
 use super::Extent;
 use super::device::Device;
 use super::driver::{CudaError, check};
 use super::event::Event;
+
+/// Pieces of GPU memory at equal distances.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pitched {
+    /// Of the first.
+    pub(super) address: u64,
+    /// From one to the next.
+    pub(super) pitch: usize,
+    /// Bytes of each.
+    pub(super) width: usize,
+    /// How many.
+    pub(super) height: usize,
+}
+
+impl Pitched {
+    /// A copy of as many bytes from nowhere to nowhere.
+    fn blank(self) -> sys::CUDA_MEMCPY2D {
+        sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: ptr::null(),
+            srcDevice: 0,
+            srcArray: ptr::null_mut(),
+            srcPitch: 0,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: ptr::null_mut(),
+            dstDevice: 0,
+            dstArray: ptr::null_mut(),
+            dstPitch: 0,
+            WidthInBytes: self.width,
+            Height: self.height,
+        }
+    }
+}
 
 /// A stream that waits for no other.
 #[derive(Debug)]
@@ -71,6 +108,47 @@ impl Stream {
     /// memory, and stay so until the stream has gone past the copy.
     pub(super) unsafe fn transfer(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
         self.copy(to, from, len)
+    }
+
+    /// Queues a copy of pieces of GPU memory into host memory, where they follow each other.
+    ///
+    /// # Safety
+    /// Every piece must be valid, `width * height` bytes of host memory too, and stay so until the stream
+    /// has gone past the copy.
+    pub(super) unsafe fn fetch_rows(&self, to: *mut u8, from: Pitched) -> Result<(), CudaError> {
+        self.copy_rows(&sys::CUDA_MEMCPY2D {
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: from.address,
+            srcPitch: from.pitch,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: to.cast(),
+            dstPitch: from.width,
+            ..from.blank()
+        })
+    }
+
+    /// The other way round.
+    ///
+    /// # Safety
+    /// As [`Stream::fetch_rows`].
+    pub(super) unsafe fn put_rows(&self, to: Pitched, from: *const u8) -> Result<(), CudaError> {
+        self.copy_rows(&sys::CUDA_MEMCPY2D {
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: from.cast(),
+            srcPitch: to.width,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: to.address,
+            dstPitch: to.pitch,
+            ..to.blank()
+        })
+    }
+
+    fn copy_rows(&self, what: &sys::CUDA_MEMCPY2D) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: the callers vouch for both sides; the driver reads `what` before it returns.
+        check("cuMemcpy2DAsync", unsafe {
+            sys::cuMemcpy2DAsync_v2(what, self.raw)
+        })
     }
 
     fn copy(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {

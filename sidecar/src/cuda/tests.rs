@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::*;
-use crate::memory::Buffer;
+use crate::memory::{Buffer, Rows};
 use crate::transport::Standing;
 use crate::transport::ready::Signal;
 
@@ -60,6 +60,33 @@ fn a_gpu_that_is_not_there_and_memory_that_is_not_free() {
         matches!(error, CudaError::Short { free, .. } if free > 0),
         "{error}"
     );
+}
+
+#[test]
+fn pieces_at_equal_distances_go_in_and_out() {
+    let Some(device) = gpu() else { return };
+    let which = Which::Uuid(device.uuid());
+    let (gpu, host) = (
+        Buffer::on_gpu(&which, 1 << 20).unwrap(),
+        Buffer::memfd("rows", 1 << 20).unwrap(),
+    );
+    let rows = Rows {
+        offset: 5,
+        step: 4096,
+        width: 16,
+    };
+    let block: Vec<u8> = (0..250_u8).flat_map(|i| [i; 16]).collect();
+    for buffer in [&gpu, &host] {
+        buffer.fill_random(0, 1 << 20, 3).unwrap();
+        buffer.copy_in_rows(rows, &block).unwrap();
+        let mut found = vec![0; block.len()];
+        buffer.copy_out_rows(rows, &mut found).unwrap();
+        assert_eq!(found, block);
+        let beyond = Rows { step: 5000, ..rows };
+        assert!(buffer.copy_in_rows(beyond, &block).is_err());
+    }
+    let sum = |buffer: &Buffer| buffer.sum(0, 1 << 20).unwrap();
+    assert_eq!(sum(&gpu), sum(&host), "nothing between them was touched");
 }
 
 #[test]

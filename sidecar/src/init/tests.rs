@@ -29,6 +29,8 @@ fn identity(id: &str) -> Identity {
             }],
             host: "boot".to_owned(),
             pid: 1,
+            seal: ByteBuf::new(),
+            ended: Vec::new(),
             refused: None,
         },
         metadata: include_bytes!("../../../protocol/fixtures/metadata_sender.bin").to_vec(),

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 pub(crate) use connection::Connection;
+pub(crate) use path::make_directory;
 
 /// Connections of one socket at once: one a rank, and as many clients of tests and tools.
 const MAX_CONNECTIONS: usize = 64;

@@ -15,15 +15,7 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
         path: path.to_owned(),
         source,
     };
-    if let Some(directory) = path.parent()
-        && !directory.as_os_str().is_empty()
-    {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed)?;
-    }
+    make_directory(path).map_err(failed)?;
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
         // The kernel says the same of a file that is no socket: that one is not ours to remove.
@@ -35,6 +27,17 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     let listener = UnixListener::bind(path).map_err(failed)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+/// Makes the directory of the socket, for this user alone, if there is none.
+pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory),
+        _ => Ok(()),
+    }
 }
 
 fn is_socket(path: &Path) -> bool {

@@ -21,11 +21,13 @@ mod flow;
 mod low_water;
 mod memfd;
 mod pinned;
+mod rows;
 
 pub(crate) use available::{Available, Limit};
 pub(crate) use flow::{Inlet, Outlet};
 pub(crate) use low_water::set_low_water;
 use memfd::Memfd;
+pub(crate) use rows::Rows;
 
 /// Memory that holds slots.
 #[derive(Debug)]

@@ -44,6 +44,20 @@ impl Collector for Gauges {
             "What has happened on a wire since the start, and what it holds now",
             events,
         )?;
+        let ports = self.0.ports();
+        let traffic = ports.iter().flat_map(|(&(rank, port), traffic)| {
+            #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
+            let of = move |(event, count): (&'static str, u64)| {
+                (Labels(OfPort { rank, port, event }), count as f64)
+            };
+            traffic.events().map(of)
+        });
+        gauge(
+            &mut encoder,
+            "port_events",
+            "What has happened on a port since the start, and the connections that it has now",
+            traffic,
+        )?;
         let age = shown.proxy.as_ref().and_then(|p| p.acknowledged_ms_ago);
         gauge(
             &mut encoder,
@@ -191,6 +205,13 @@ struct OfWire {
     side: &'static str,
     rank: u32,
     transport: &'static str,
+    event: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPort {
+    rank: u32,
+    port: &'static str,
     event: &'static str,
 }
 

@@ -1,6 +1,7 @@
 use crate::memory::Buffer;
 use crate::transport::tcp::{self, Tcp};
 use crate::wires::Wires;
+use crate::zmq::Traffic;
 use std::collections::BTreeMap;
 
 use std::time::Instant;
@@ -247,6 +248,7 @@ fn docs_list_every_metric() {
     let buffer = Buffer::memfd("metrics-test", 1 << 20).unwrap();
     let tcp = Tcp::bind(tcp::Config::default(), buffer).unwrap();
     status.wires(Side::Receiver, 0, Wires::of(vec![Arc::new(tcp)]));
+    status.port(0, "init", Traffic::default());
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
     let docs = std::fs::read_to_string(path).unwrap();
     let mut listed: Vec<String> = docs

@@ -1,6 +1,7 @@
 //! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
 //! landing buffer.
 
+mod early;
 mod fence;
 mod marks;
 mod strangers;
@@ -12,6 +13,7 @@ use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{CacheQueryResponse, Hello, Init, Pages, Query, ToReceiver, Written};
 use protocol::receiver::{Action, Event, Receiver, Route};
 use protocol::{EngineId, Epoch, LeaseId, SlotIndex, VERSION, codec};
+use serde_bytes::ByteBuf;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -23,7 +25,8 @@ use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Gauges, Side, SideContext};
 use crate::zmq::{Closed, FromPeer, RouterServer};
-use fence::Fences;
+use early::Early;
+use fence::{Fences, News};
 use marks::Marks;
 use strangers::Strangers;
 
@@ -39,10 +42,7 @@ pub(crate) struct LandSide {
     /// LMCache's bidirectional mode only.
     query: Option<RouterServer>,
     identity: Identity,
-    /// Init requests of LMCache peers that came before the engine.
-    early: Vec<(Route, Vec<u8>)>,
-    /// Their questions for slots, of senders that have known us before.
-    early_asks: Vec<(Route, ToReceiver)>,
+    early: Early,
     strangers: Strangers,
     marks: Marks,
     fences: Fences,
@@ -68,6 +68,8 @@ impl LandSide {
             transports: context.wires.adverts(),
             host: host::identity(),
             pid: std::process::id(),
+            seal: ByteBuf::new(),
+            ended: Vec::new(),
             refused: None,
         };
         Self {
@@ -88,11 +90,10 @@ impl LandSide {
                     slot_bytes: 0,
                 },
             },
-            early: Vec::new(),
-            early_asks: Vec::new(),
+            early: Early::default(),
             strangers: Strangers::default(),
             marks: Marks::default(),
-            fences: Fences::default(),
+            fences: Fences::new(config.times.fence),
             clock: Clock::start(),
             draining: false,
             context,
@@ -125,7 +126,7 @@ impl LandSide {
                 Some(event) = engines.recv() => self.on_engine(event),
                 received = self.init.recv() => match received {
                     Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
-                    Ok(FromPeer::Lost(route)) => self.early.retain(|(early, _)| *early != route),
+                    Ok(FromPeer::Lost(route)) => self.early.lost_init(route),
                     Err(error) => {
                         error!(%error, "the init port is dead");
                         break;
@@ -139,9 +140,10 @@ impl LandSide {
                         break;
                     }
                 },
-                sender = self.fences.proven() => {
-                    self.feed(Event::Fenced { sender, lease: None });
-                }
+                news = self.fences.next() => match news {
+                    News::Settling => self.expect(),
+                    News::Over(sender) => self.feed(Event::Fenced { sender, lease: None }),
+                },
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;
@@ -161,7 +163,9 @@ impl LandSide {
         if let Some(Init::NixlInitRequest(request)) = &request
             && let Some(hello) = &request.x
         {
-            self.fences.introduce(hello);
+            let from = self.init.address(route).unwrap_or_default();
+            self.fences.introduce(hello, from);
+            self.expect();
         }
         match init::answer(bytes, &self.identity) {
             Answer::Reply(reply) => {
@@ -181,9 +185,7 @@ impl LandSide {
                     debug!(%error, "init answer not sent");
                 }
             }
-            Answer::NotYet if self.has_room_for(bytes) => {
-                self.early.push((route, bytes.to_vec()));
-            }
+            Answer::NotYet if self.early.has_room_for(bytes) => self.early.introduced(route, bytes),
             Answer::NotYet => self.init.disconnect(route),
             Answer::Malformed(error) => {
                 warn!(
@@ -194,12 +196,6 @@ impl LandSide {
                 self.init.disconnect(route);
             }
         }
-    }
-
-    /// Whether one more request may wait for an engine.
-    fn has_room_for(&self, request: &[u8]) -> bool {
-        let held: usize = self.early.iter().map(|(_, bytes)| bytes.len()).sum();
-        self.early.len() < MAX_EARLY && held + request.len() <= MAX_EARLY_BYTES
     }
 
     fn on_alloc_port(&mut self, event: FromPeer) {
@@ -217,7 +213,7 @@ impl LandSide {
             },
             FromPeer::Lost(route) => {
                 self.strangers.lost(route);
-                self.early_asks.retain(|(early, _)| *early != route);
+                self.early.lost_alloc(route);
                 self.feed(Event::PeerLost { route });
             }
         }
@@ -229,15 +225,21 @@ impl LandSide {
             ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
             _ => false,
         };
-        if self.machine.is_none() && lmcache && self.early_asks.len() < MAX_EARLY {
-            // LMCache waits for the answer without end, also if it is disconnected.
-            self.early_asks.push((route, message));
+        if self.machine.is_none() && lmcache && self.early.has_room() {
+            self.early.asked(route, message);
             return;
         }
         if self.machine.is_none() {
             // Without an engine there is no buffer to grant; the machine answers the next time.
             self.alloc.disconnect(route);
             return;
+        }
+        let known = self.machine.as_ref().is_some_and(|m| m.is_connected(route));
+        if !known {
+            let address = self.alloc.address(route).unwrap_or_default();
+            let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+            let host = host.to_owned();
+            self.feed(Event::Connected { route, host });
         }
         if lmcache {
             self.introduce(route);
@@ -267,7 +269,7 @@ impl LandSide {
             );
         }
         if let Some(process) = stranger.process {
-            self.fences.watch(stranger.sender.clone(), process);
+            self.fences.watch(stranger.sender.clone(), process, &from);
         }
         self.feed(Event::Introduced {
             route,
@@ -371,12 +373,12 @@ impl LandSide {
         };
         self.strangers.forget();
         self.marks = Marks::default();
-        for (route, request) in std::mem::take(&mut self.early) {
+        for (route, request) in self.early.introductions() {
             self.on_init(route, &request);
         }
         self.context.trace.begin_receiver(&config);
         self.machine = Some(Receiver::new(config));
-        for (route, message) in std::mem::take(&mut self.early_asks) {
+        for (route, message) in self.early.asks() {
             self.on_message(route, message);
         }
     }
@@ -397,8 +399,7 @@ impl LandSide {
                 action => self.act(action, &mut fenced),
             }
         }
-        let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
-        self.context.wires.expect(writing > 0);
+        self.expect();
         for (lease, sender) in fenced {
             self.feed(Event::Fenced {
                 sender,
@@ -408,6 +409,14 @@ impl LandSide {
         if !looks.is_empty() {
             self.look(looks);
         }
+    }
+
+    /// Lets wires work that need this side's help: while writes are announced, and while the last ones of
+    /// a dead sender may stand in a socket.
+    fn expect(&self) {
+        let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
+        let expect = writing > 0 || self.fences.is_settling();
+        self.context.wires.expect(expect);
     }
 
     /// Looks for marks. An answer may ask for more looks, at most once for each slot.
@@ -489,8 +498,3 @@ async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed
         None => std::future::pending().await,
     }
 }
-
-/// Requests of LMCache that wait for an engine; a peer beyond it is disconnected, and asks again.
-const MAX_EARLY: usize = 64;
-/// Of those on the init port: LMCache's have some kilobytes of metadata, and may have 4 MiB.
-const MAX_EARLY_BYTES: usize = 8 << 20;

@@ -19,6 +19,7 @@ use crate::memory::Buffer;
 use crate::node::Node;
 use crate::side::{Gauges, LinkStatus, Shown, Side};
 use crate::wires::Wires;
+use crate::zmq::Traffic;
 
 impl Selftest {
     pub(super) async fn between_buffers(
@@ -108,6 +109,7 @@ impl Selftest {
                 no_sender: Duration::from_secs(5),
                 unclaimed: Duration::from_secs(5),
                 max_lease: Duration::from_secs(10),
+                fence: Duration::from_secs(1),
                 drain: Duration::from_secs(5),
             },
             max_requests: 64,
@@ -210,6 +212,8 @@ impl Shown for Seen {
     }
 
     fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
+
+    fn port(&self, _rank: u32, _port: &'static str, _traffic: Traffic) {}
 
     fn malformed(&self, _port: &'static str) {}
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 use futures::future::{BoxFuture, join_all};
 use protocol::local::{LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
-use protocol::sender::{Action, After, Event, Gauges, Piece, Sender};
+use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
 use protocol::{EngineId, LeaseId, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -20,11 +20,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::engines::{Cut, Engines};
+use crate::lineage::Lineage;
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
 use crate::transport::ready::Times;
-use crate::transport::{Outcome, Ready};
+use crate::transport::{Outcome, Ready, Standing};
 use peers::{FromReceiver, Peers, ReceiverKind};
 
 /// See the module's documentation.
@@ -36,6 +37,7 @@ pub(crate) struct SendSide {
     peers: Peers,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
+    watches: JoinSet<(WatchId, Standing)>,
     clock: Clock,
     draining: bool,
 }
@@ -56,15 +58,21 @@ struct Wrote {
 }
 
 impl SendSide {
-    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>) -> Self {
+    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>, lineage: Lineage) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
             engines: Engines::new(id, Arc::clone(&buffer), config),
             machine: None,
-            peers: Peers::new(context.wires.clone(), Arc::clone(config), context.rank),
+            peers: Peers::new(
+                context.wires.clone(),
+                Arc::clone(config),
+                context.rank,
+                lineage,
+            ),
             buffer,
             writes: JoinSet::new(),
+            watches: JoinSet::new(),
             clock: Clock::start(),
             draining: false,
             context,
@@ -89,6 +97,10 @@ impl SendSide {
                 () = stop.cancelled() => break,
                 Some(wrote) = self.writes.join_next() => match wrote {
                     Ok(wrote) => self.on_wrote(wrote),
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                },
+                Some(watched) = self.watches.join_next() => match watched {
+                    Ok((watch, standing)) => self.on_watched(watch, standing),
                     Err(panic) => std::panic::resume_unwind(panic.into_panic()),
                 },
                 Some(event) = self.peers.next() => self.on_receiver(event),
@@ -190,6 +202,17 @@ impl SendSide {
         }
     }
 
+    fn on_watched(&mut self, watch: WatchId, standing: Standing) {
+        if let Standing::Never(why) = &standing {
+            warn!(
+                why,
+                "chunks for an LMCache receiver will never stand in their slots"
+            );
+        }
+        let stand = standing == Standing::There;
+        self.feed(Event::Watched { watch, stand });
+    }
+
     fn feed(&mut self, event: Event) {
         let Some(machine) = &mut self.machine else {
             return;
@@ -251,6 +274,17 @@ impl SendSide {
                         began,
                         ended,
                     }
+                });
+            }
+            Action::Watch { watch, after } => {
+                let ready = self.ready(Some(after));
+                let stall = self.context.config.times.stall;
+                self.watches.spawn(async move {
+                    let standing = match ready {
+                        Ok(ready) => ready.stands(stall).await,
+                        Err(unknown) => Standing::Never(format!("{unknown:?}")),
+                    };
+                    (watch, standing)
                 });
             }
             Action::Granted(engine, m) => self.tell(engine, ToEngine::Granted(m)),

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::engines::Cut;
 use crate::host;
 use crate::init::{self, Identity};
+use crate::lineage::Lineage;
 use crate::side::LinkStatus;
 use crate::transport::class::{Class, Ends};
 use crate::transport::{Link, Outcome, Ready, Remote};
@@ -55,6 +56,7 @@ pub(super) struct Peers {
     wires: Wires,
     config: Arc<Config>,
     rank: u32,
+    lineage: Lineage,
     cut: Option<Cut>,
     peers: BTreeMap<Target, Peer>,
     /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
@@ -112,12 +114,13 @@ const OUTBOX: usize = 4096;
 const INBOX: usize = 4096;
 
 impl Peers {
-    pub(super) fn new(wires: Wires, config: Arc<Config>, rank: u32) -> Self {
+    pub(super) fn new(wires: Wires, config: Arc<Config>, rank: u32, lineage: Lineage) -> Self {
         let (events, inbox) = mpsc::channel(INBOX);
         Self {
             wires,
             config,
             rank,
+            lineage,
             cut: None,
             peers: BTreeMap::new(),
             generation: 0,
@@ -230,6 +233,8 @@ impl Peers {
             transports: self.wires.adverts(),
             host: host::identity(),
             pid: std::process::id(),
+            seal: self.lineage.seal.clone(),
+            ended: self.lineage.ended.clone(),
             refused: None,
         };
         let identity = format!(

@@ -71,6 +71,24 @@ impl Ready {
         standing
     }
 
+    /// How it is in the end, within `bound`: for who has no thread of a transport to look.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn stands(mut self, bound: Duration) -> Standing {
+        let until = Instant::now() + bound;
+        loop {
+            match self.look() {
+                Standing::NotYet if Instant::now() >= until => {
+                    return Standing::Never(format!("not ready within {bound:?}"));
+                }
+                // The runtime's timers are no finer.
+                Standing::NotYet => tokio::time::sleep(Duration::from_millis(1)).await,
+                standing => return standing,
+            }
+        }
+    }
+
     /// Whether it may be another answer next time.
     pub(crate) fn is_pending(&self) -> bool {
         self.after.is_some()
@@ -192,6 +210,22 @@ pub(crate) mod tests {
             assert_eq!(write.await, expect);
         }
         assert_eq!(link.write(lease, pieces()).await, Outcome::Done);
+    }
+
+    #[tokio::test]
+    async fn a_look_from_the_runtime_ends_with_the_event_or_its_bound() {
+        let bound = Duration::from_millis(50);
+        let switch = Switch::new();
+        let stands = |bound| Ready::after(Arc::clone(&switch) as Arc<dyn Signal>).stands(bound);
+        assert!(matches!(stands(bound).await, Standing::Never(_)));
+        let (standing, ()) = tokio::join!(stands(100 * bound), async {
+            tokio::time::sleep(bound).await;
+            switch.set(Standing::There);
+        });
+        assert_eq!(standing, Standing::There);
+        let gone = Standing::Never("gone".to_owned());
+        switch.set(gone.clone());
+        assert_eq!(stands(bound).await, gone);
     }
 
     #[test]

@@ -14,7 +14,8 @@ use protocol::receiver::Route;
 use tracing::{debug, warn};
 
 use super::{
-    BindError, Closed, MAX_PEERS, MESSAGES_BEFORE_LOST, SendError, bind, delimited, options, rare,
+    BindError, Closed, MAX_PEERS, MESSAGES_BEFORE_LOST, SendError, Traffic, bind, delimited,
+    options, rare,
 };
 
 /// A bound ROUTER socket: the init or the alloc port.
@@ -34,22 +35,7 @@ pub(crate) struct RouterServer {
     evict: VecDeque<Route>,
     /// Monitor events were missed: the table must be compared with the socket's own.
     stale: bool,
-    stats: RouterStats,
-}
-
-/// What a [`RouterServer`] has seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct RouterStats {
-    /// Connections now.
-    pub(crate) peers: usize,
-    /// Messages that had the wrong frames.
-    pub(crate) malformed: u64,
-    /// Connections ended to make room for others.
-    pub(crate) evicted: u64,
-    /// Answers dropped because the peer did not read.
-    pub(crate) unread: u64,
-    /// Connections that did not get through ZeroMQ's own handshake.
-    pub(crate) failed_handshakes: u64,
+    traffic: Traffic,
 }
 
 #[derive(Debug)]
@@ -96,7 +82,7 @@ impl RouterServer {
             before_lost: 0,
             evict: VecDeque::new(),
             stale: false,
-            stats: RouterStats::default(),
+            traffic: Traffic::default(),
         })
     }
 
@@ -175,9 +161,9 @@ impl RouterServer {
         match self.socket.try_send_to(&peer.identity, body) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => {
-                self.stats.unread += 1;
-                if rare(self.stats.unread) {
-                    warn!(peer = %peer.address, port = self.port, total = self.stats.unread,
+                let total = self.traffic.unread();
+                if rare(total) {
+                    warn!(peer = %peer.address, port = self.port, total,
                         "answer dropped: the peer does not read");
                 }
                 Err(SendError::Full)
@@ -206,12 +192,9 @@ impl RouterServer {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
-    /// What has been seen so far.
-    pub(crate) fn stats(&self) -> RouterStats {
-        RouterStats {
-            peers: self.peers.values().filter(|p| p.connected).count(),
-            ..self.stats
-        }
+    /// What has been seen so far, and will be.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.traffic.clone()
     }
 
     /// Stops listening and flushes queued answers for at most [`LINGER`].
@@ -245,6 +228,7 @@ impl RouterServer {
                     .entry(route)
                     .or_insert_with(|| Peer::new(identity, address));
                 self.make_room(route);
+                self.count();
             }
             MonitorEvent::Disconnected { peer, reason, .. } => {
                 let route = Route(peer.connection_id);
@@ -259,10 +243,9 @@ impl RouterServer {
             MonitorEvent::HandshakeFailed {
                 peer_ident, reason, ..
             } => {
-                self.stats.failed_handshakes += 1;
-                if rare(self.stats.failed_handshakes) {
-                    warn!(peer = %peer_ident, port = self.port, %reason,
-                        total = self.stats.failed_handshakes, "not a ZeroMQ peer");
+                let total = self.traffic.failed_handshake();
+                if rare(total) {
+                    warn!(peer = %peer_ident, port = self.port, %reason, total, "not a ZeroMQ peer");
                 }
             }
             _ => {}
@@ -282,6 +265,12 @@ impl RouterServer {
         } else if !peer.known {
             self.peers.remove(&route);
         }
+        self.count();
+    }
+
+    fn count(&self) {
+        let now = self.peers.values().filter(|peer| peer.connected).count();
+        self.traffic.connected(now);
     }
 
     /// Over the cap, ends the connection that has been silent longest: first one that never spoke.
@@ -297,12 +286,12 @@ impl RouterServer {
             .min_by_key(|(_, peer)| (peer.known, peer.heard))
             .map(|(route, _)| *route);
         if let Some(victim) = victim {
-            self.stats.evicted += 1;
-            if rare(self.stats.evicted) {
+            let total = self.traffic.evicted();
+            if rare(total) {
                 warn!(
                     port = self.port,
                     limit = MAX_PEERS,
-                    total = self.stats.evicted,
+                    total,
                     "too many connections: the one silent for longest is ended"
                 );
             }
@@ -362,13 +351,13 @@ impl RouterServer {
             1 => false,
             2 if body.part_slice(0) == Some(&[]) => true,
             frames => {
-                self.stats.malformed += 1;
-                if rare(self.stats.malformed) {
+                let total = self.traffic.wrong_frames();
+                if rare(total) {
                     warn!(
                         route = route.0,
                         port = self.port,
                         frames,
-                        total = self.stats.malformed,
+                        total,
                         "message with wrong frames dropped"
                     );
                 }
@@ -397,7 +386,7 @@ impl fmt::Debug for RouterServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RouterServer")
             .field("port", &self.port)
-            .field("stats", &self.stats())
+            .field("traffic", &self.traffic)
             .finish_non_exhaustive()
     }
 }

@@ -105,6 +105,7 @@ impl Receiver {
             id: LeaseId(self.rng.random()),
             route,
             sender: sender.clone(),
+            host: sender.host().to_owned(),
             transport: "nixl".to_owned(),
             seq: 0,
             keys,
@@ -213,6 +214,7 @@ impl Receiver {
                 loan.lease,
                 Quarantine {
                     sender: loan.sender.clone(),
+                    host: loan.sender.host().to_owned(),
                     slots: lost,
                 },
             );

@@ -1,0 +1,230 @@
+//! What one host may take of a landing buffer when no decode request waits: any name is free, addresses are not.
+
+use std::time::Duration;
+
+use protocol::local::Await;
+use protocol::message::{AllocRequest, AllocX, ToReceiver, ToSender};
+use protocol::receiver::{Action, Config, Event, Receiver, Route};
+use protocol::{EngineId, Epoch, Layout, Reason, RequestId, Time, VERSION};
+
+const CHUNK: u32 = 4;
+const SLOTS: u32 = 32;
+const SECOND: Duration = Duration::from_secs(1);
+const OURS: Epoch = Epoch(100);
+
+struct Port {
+    d: Receiver,
+    now: Time,
+    seq: u64,
+    /// What each question was answered, by its number: slots, or why not.
+    answers: Vec<(u64, Result<usize, Reason>)>,
+}
+
+fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 1,
+        kv_heads: 1,
+        head_size: 1,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+impl Port {
+    /// Two hosts are connected: a stranger's as 1, a sender's as 2.
+    fn new() -> Self {
+        let d = Receiver::new(Config {
+            epoch: OURS,
+            slots: SLOTS,
+            token_bytes: layout().token_bytes().unwrap(),
+            chunk_tokens: CHUNK,
+            max_requests: 64,
+            max_quarantined: 4,
+            no_sender: 5 * SECOND,
+            unclaimed: 10 * SECOND,
+            max_lease: 30 * SECOND,
+            max_wait: 10 * SECOND,
+            lmcache_wait: SECOND,
+            layout: Some(layout()),
+            seed: 7,
+        });
+        let mut port = Self {
+            d,
+            now: Time(1),
+            seq: 0,
+            answers: Vec::new(),
+        };
+        for (route, host) in [(1, "10.0.0.66"), (2, "10.0.0.2"), (3, "10.0.0.66")] {
+            let (route, host) = (Route(route), host.to_owned());
+            port.feed(Event::Connected { route, host });
+        }
+        port
+    }
+
+    fn feed(&mut self, event: Event) {
+        self.d.handle(self.now, event);
+        while let Some(action) = self.d.poll_action() {
+            if let Action::Send {
+                message: ToSender::AllocResponse(response),
+                ..
+            } = action
+            {
+                let x = response.x.expect("an answer to one of ours");
+                let slots = response.remote_indexes.iter().filter(|i| **i >= 0);
+                let got = x.reason.map_or(Ok(slots.count()), Err);
+                self.answers.push((x.seq, got));
+            }
+        }
+    }
+
+    /// A question with a lease as short as it gets; its number.
+    fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
+        self.seq += 1;
+        let asked = AllocRequest {
+            keys: keys(req, chunks),
+            fmt: 1,
+            shape: vec![2, 1, 4, 1],
+            dtype: "float".into(),
+            last_chunk_toks: CHUNK,
+            req_id: req.into(),
+            is_last_batch: true,
+            total_chunks: chunks,
+            x: Some(AllocX {
+                v: VERSION,
+                seq: self.seq,
+                id: id.into(),
+                epoch: Epoch(self.seq),
+                to_epoch: OURS,
+                tokens: chunks * CHUNK,
+                lease_ms: 0,
+                wait_ms: 1000,
+                park_ms: 0,
+                transport: "nixl".into(),
+            }),
+        };
+        let message = ToReceiver::AllocRequest(asked);
+        let route = Route(route);
+        self.feed(Event::Peer { route, message });
+        self.seq
+    }
+
+    fn answer(&self, seq: u64) -> Option<Result<usize, Reason>> {
+        let of = self.answers.iter().find(|(answered, _)| *answered == seq);
+        of.map(|(_, answer)| *answer)
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now = self.now + time;
+        self.feed(Event::Deadline);
+    }
+}
+
+fn keys(req: &str, chunks: u32) -> Vec<String> {
+    (0..chunks).map(|i| format!("{req}/{i}")).collect()
+}
+
+#[test]
+fn a_stranger_does_not_get_all_of_the_buffer() {
+    let mut port = Port::new();
+    let all = port.ask(1, "x", "all", SLOTS);
+    assert_eq!(port.answer(all), Some(Err(Reason::TooLarge)));
+    let most = port.ask(1, "x", "most", SLOTS - 2);
+    assert_eq!(port.answer(most), Some(Ok(30)));
+    // Neither another name nor another connection helps, and who waits for its share holds up nobody.
+    let more = [(1, "y"), (3, "z")].map(|(route, id)| port.ask(route, id, id, 1));
+    let honest = port.ask(2, "p", "honest", 2);
+    assert_eq!(port.answer(honest), Some(Ok(2)));
+    assert_eq!(more.map(|seq| port.answer(seq)), [None; 2]);
+    // What it asked for as a lease was none at all.
+    port.pass(SECOND / 2);
+    assert_eq!(port.d.gauges().quarantined, 0);
+    port.pass(SECOND);
+    assert_eq!(
+        more.map(|seq| port.answer(seq)),
+        [Some(Err(Reason::NoRoom)); 2]
+    );
+    assert_eq!(port.d.gauges().quarantined, SLOTS, "both were silent");
+}
+
+#[test]
+fn what_a_host_left_counts_against_its_share() {
+    let mut port = Port::new();
+    for n in 0..15 {
+        let seq = port.ask(1, &format!("x{n}"), &format!("r{n}"), 2);
+        assert_eq!(port.answer(seq), Some(Ok(2)));
+        port.pass(2 * SECOND);
+    }
+    assert_eq!(port.d.gauges().quarantined, 30);
+    let one = port.ask(1, "new", "one", 1);
+    port.pass(2 * SECOND);
+    assert_eq!(port.answer(one), Some(Err(Reason::NoRoom)));
+    let honest = port.ask(2, "p", "honest", 2);
+    assert_eq!(port.answer(honest), Some(Ok(2)));
+}
+
+/// A decode request that waits says that its sender is wanted.
+#[test]
+fn a_parked_request_has_no_share() {
+    let mut port = Port::new();
+    let parked = Await {
+        req: RequestId::from("r"),
+        keys: keys("r", SLOTS),
+        tokens: SLOTS * CHUNK,
+        have_tokens: 0,
+        deadline_ms: 60_000,
+        written: false,
+    };
+    port.feed(Event::Await(EngineId(1), parked));
+    let seq = port.ask(1, "p", "r", SLOTS);
+    assert_eq!(port.answer(seq), Some(Ok(32)));
+}
+
+/// LMCache's senders say no name of their own at all.
+#[test]
+fn lmcache_has_the_share_of_its_host() {
+    let mut port = Port::new();
+    let sender = protocol::receiver::SenderId {
+        id: "10.0.0.66/pid".into(),
+        epoch: Epoch(0),
+    };
+    let linked = true;
+    let route = Route(1);
+    port.feed(Event::Introduced {
+        route,
+        sender,
+        linked,
+    });
+    let ask = |chunks: u32, req: &str| AllocRequest {
+        keys: keys(req, chunks),
+        fmt: 1,
+        shape: vec![2, 1, 4, 1],
+        dtype: "float".into(),
+        last_chunk_toks: CHUNK,
+        req_id: req.into(),
+        is_last_batch: true,
+        total_chunks: chunks,
+        x: None,
+    };
+    let mut answer = |asked: AllocRequest| {
+        let message = ToReceiver::AllocRequest(asked);
+        port.d.handle(port.now, Event::Peer { route, message });
+        let mut slots = None;
+        while let Some(action) = port.d.poll_action() {
+            if let Action::Send {
+                message: ToSender::AllocResponse(response),
+                ..
+            } = action
+            {
+                slots = Some(response.remote_indexes.len());
+            }
+        }
+        slots
+    };
+    assert_eq!(answer(ask(SLOTS, "all")), Some(0), "declined");
+    assert_eq!(answer(ask(SLOTS - 2, "most")), Some(30));
+    assert_eq!(answer(ask(1, "more")), None, "it waits");
+    let honest = port.ask(2, "p", "honest", 2);
+    assert_eq!(port.answer(honest), Some(Ok(2)));
+}

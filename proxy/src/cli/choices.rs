@@ -1,0 +1,32 @@
+//! What some flags choose between.
+
+use clap::ValueEnum;
+
+/// When a decode leg between sidecars is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DecodeLegAt {
+    /// When the prefill engine has begun.
+    Begun,
+    /// With the prefill leg.
+    Arrival,
+    /// After the prefill leg's answer.
+    Answer,
+}
+
+/// Who gives the first token of a stream between sidecars.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FirstTokenFrom {
+    /// The decode engine.
+    Decode,
+    /// The prefill engine.
+    Prefill,
+}
+
+/// Shape of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}

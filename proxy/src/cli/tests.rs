@@ -1,0 +1,27 @@
+use super::*;
+
+fn parse(flags: &[&str]) -> Result<Config, String> {
+    Config::try_parse_from([&["pd-proxy"], flags].concat()).map_err(|e| e.to_string())
+}
+
+#[test]
+fn defaults_have_no_problems() {
+    assert_eq!(parse(&[]).unwrap().problems(), Vec::<String>::new());
+}
+
+#[test]
+fn values() {
+    let check = |flag: &str, value: &str, ok: bool| {
+        assert_eq!(parse(&[flag, value]).is_ok(), ok, "{flag} {value}");
+    };
+    check("--idle-timeout", "0s", false);
+    check("--idle-timeout", "5", false);
+    check("--idle-timeout", "500ms", true);
+    check("--drain-timeout", "48h", false);
+    check("--max-in-flight", "0", false);
+    check("--max-in-flight", "-1", false);
+    check("--max-in-flight", "99999999999", false);
+    check("--decode-attempts", "0", false);
+    check("--listen", "8000", false);
+    check("--listen", "[::1]:8000", true);
+}

@@ -1,0 +1,85 @@
+use super::*;
+
+fn stitch(endpoint: Endpoint) -> Stitch {
+    let first = FirstToken {
+        id: 7,
+        text: "He".into(),
+        finish_reason: Some("stop".into()),
+    };
+    Stitch::new(endpoint, "r", Some("\"m\""), first)
+}
+
+fn events(bytes: &[u8]) -> Vec<Value> {
+    let text = std::str::from_utf8(bytes).unwrap();
+    let data = text
+        .split("\n\n")
+        .filter_map(|event| event.strip_prefix("data: "));
+    data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)))
+        .collect()
+}
+
+#[test]
+fn streams() {
+    let given = concat!(
+        "data: {\"id\":\"x\",\"choices\":[{\"index\":0,\"text\":\"llo\",\"finish_reason\":\"length\"}]}\n\n",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":6,\"completion_tokens\":3}}\n\n",
+        "data: [DONE]\n\n",
+    );
+    for (endpoint, words) in [
+        (Endpoint::Completions, vec!["He", "llo"]),
+        (Endpoint::Chat, vec!["", "He", "llo"]),
+    ] {
+        let mut stitch = stitch(endpoint);
+        let mut out = stitch.head().to_vec();
+        // However it is cut.
+        for piece in given.as_bytes().chunks(7) {
+            out.extend_from_slice(&stitch.chunk(piece));
+        }
+        let events = events(&out);
+        let text = |event: &Value| match endpoint {
+            Endpoint::Completions => event["choices"][0]["text"].clone(),
+            Endpoint::Chat => event["choices"][0]["delta"]["content"].clone(),
+        };
+        let said: Vec<_> = events[..words.len()].iter().map(text).collect();
+        assert_eq!(said, words);
+        let [last, usage, done] = &events[words.len() - 1..] else {
+            panic!("{events:?}")
+        };
+        assert_eq!(last["choices"][0]["finish_reason"], "length");
+        assert_eq!(last["id"], events[0]["id"]);
+        assert_eq!(
+            usage["usage"],
+            json!({"prompt_tokens": 5, "completion_tokens": 4})
+        );
+        assert_eq!(*done, "[DONE]");
+    }
+}
+
+#[test]
+fn whole_answers() {
+    let given = json!({"id": "x", "choices": [{"index": 0, "text": "llo", "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 6, "completion_tokens": 3}});
+    let whole = stitch(Endpoint::Chat).whole(&given.to_string().into());
+    let whole: Value = serde_json::from_slice(&whole).unwrap();
+    assert_eq!(
+        whole["choices"][0]["message"],
+        json!({"role": "assistant", "content": "Hello"})
+    );
+    assert_eq!(whole["object"], "chat.completion");
+    assert_eq!(whole["usage"]["completion_tokens"], 4);
+    let head: Value =
+        serde_json::from_slice(&stitch(Endpoint::Completions).whole_head(Some(5))).unwrap();
+    assert_eq!(
+        (
+            &head["choices"][0]["text"],
+            &head["choices"][0]["finish_reason"]
+        ),
+        (&json!("He"), &json!("stop"))
+    );
+    assert_eq!(
+        stitch(Endpoint::Chat).whole(&Bytes::from_static(b"oops")),
+        "oops"
+    );
+    let last = events(&stitch(Endpoint::Completions).only_head());
+    assert_eq!(last[1]["choices"][0]["finish_reason"], "stop");
+}

@@ -1,0 +1,148 @@
+//! Where an HTTP server is.
+
+use std::fmt;
+
+use http::Uri;
+use http::uri::Authority;
+use serde::{Serialize, Serializer};
+
+use crate::instance::Unusable;
+
+/// Base URL of an HTTP server: scheme, authority and perhaps a path prefix, without a final slash.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseUrl(String);
+
+impl BaseUrl {
+    /// Checks an URL.
+    ///
+    /// # Errors
+    /// Not `http://`, no host, a port that is none, user information, a query, or too long.
+    pub fn parse(field: &'static str, text: &str) -> Result<Self, Unusable> {
+        let refused = || Unusable::Url {
+            field,
+            value: shortened(text),
+        };
+        if text.len() > MAX_URL_BYTES {
+            return Err(refused());
+        }
+        let uri: Uri = text.parse().map_err(|_| refused())?;
+        let authority = uri.authority().ok_or_else(refused)?;
+        if !matches!(uri.scheme_str(), Some("http" | "https"))
+            || authority.host().is_empty()
+            || authority.as_str().contains('@')
+            || !has_port_if_any(authority)
+            || uri.query().is_some()
+        {
+            return Err(refused());
+        }
+        Ok(Self(text.trim_end_matches('/').to_owned()))
+    }
+
+    /// Checks an URL that somebody has written: as in the demos' environment files, host and port alone
+    /// will do.
+    ///
+    /// # Errors
+    /// As of [`BaseUrl::parse`]; and a host alone.
+    pub fn named(field: &'static str, text: &str) -> Result<Self, Unusable> {
+        let text = text.trim();
+        if text.contains("://") {
+            return Self::parse(field, text);
+        }
+        let url = Self::parse(field, &format!("http://{text}"))?;
+        let authority = url.authority();
+        if authority.contains(':') && !authority.ends_with(']') {
+            return Ok(url);
+        }
+        Err(Unusable::Url {
+            field,
+            value: shortened(text),
+        })
+    }
+
+    /// Host and port as they stand in it.
+    pub fn authority(&self) -> &str {
+        let (_, rest) = self.0.split_once("://").unwrap_or_default();
+        rest.split('/').next().unwrap_or_default()
+    }
+
+    /// The host, an IPv6 address without its brackets.
+    pub fn host(&self) -> &str {
+        let authority = self.authority();
+        match authority
+            .strip_prefix('[')
+            .and_then(|at| at.split_once(']'))
+        {
+            Some((host, _)) => host,
+            None => authority.split(':').next().unwrap_or_default(),
+        }
+    }
+
+    /// It is reached over TLS.
+    pub fn is_tls(&self) -> bool {
+        self.0.starts_with("https:")
+    }
+
+    /// The URL of `path`, which begins with a slash.
+    pub fn join(&self, path: &str) -> String {
+        format!("{}{path}", self.0)
+    }
+}
+
+impl fmt::Display for BaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Serialize for BaseUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+fn has_port_if_any(authority: &Authority) -> bool {
+    let is_given = authority.as_str().len() > authority.host().len();
+    !is_given || authority.port_u16().is_some_and(|port| port != 0)
+}
+
+/// What an error message shows of a stranger's text.
+pub fn shortened(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+/// Far above any real base URL.
+const MAX_URL_BYTES: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls() {
+        let check = |text: &str, ok: bool| {
+            assert_eq!(BaseUrl::parse("http", text).is_ok(), ok, "{text}");
+        };
+        check("http://127.0.0.1:8100", true);
+        check("http://127.0.0.1:8100/", true);
+        check("http://[::1]:8100/prefix", true);
+        check("http://engine.local", true);
+        check("https://engine.local", true);
+        check("127.0.0.1:8100", false);
+        check("http://", false);
+        check("http://user:word@host", false);
+        check("http://host/?q=1", false);
+        check("file:///etc/passwd", false);
+        check("", false);
+        check("http://host:99999", false);
+        check("http://host:0", false);
+        check("http://host:", false);
+        check("http://host:x", false);
+        let named = |text: &str| BaseUrl::named("url", text).map(|url| url.to_string()).ok();
+        assert_eq!(named(" h:1 ").as_deref(), Some("http://h:1"));
+        assert_eq!(named("https://h/").as_deref(), Some("https://h"));
+        assert_eq!((named("h"), named(""), named("[::1]")), (None, None, None));
+        assert_eq!(named("[::1]:1").as_deref(), Some("http://[::1]:1"));
+        let url = BaseUrl::parse("http", "http://h:1/").unwrap();
+        assert_eq!(url.join("/v1/models"), "http://h:1/v1/models");
+    }
+}

@@ -1,0 +1,251 @@
+"""KV cut into ranks: who serves which, and that every head arrives where it belongs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from fake_sidecar import RankedSidecar
+from test_connector import cache, config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from pd_sidecar import wire
+from pd_sidecar.config import ConfigError, Options
+from pd_sidecar.connector import PdSidecarConnector
+from pd_sidecar.layout import Hint, geometry
+from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.ranks import Part, Share, Tally, cut
+from pd_sidecar.stats import Stats
+from pd_sidecar.worker import Worker
+
+LAYERS, SIZE, BLOCK, BLOCKS, CHUNK = 2, 8, 16, 12, 32
+TOKENS, HASHES, TABLE = 50, ["a", "b"], [7, 2, 9, 4]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "heads", "shares"),
+    [
+        (1, 1, 8, [[(0, None)]]),
+        (2, 2, 2, [[(0, None)], [(1, None)]]),
+        # Fewer workers than ranks: each has several, with a part of its heads each.
+        (2, 1, 2, [[(0, range(1)), (1, range(1, 2))]]),
+        (4, 1, 8, [[(r, range(2 * r, 2 * r + 2)) for r in range(4)]]),
+        (4, 2, 8, [[(0, range(2)), (1, range(2, 4))], [(2, range(2)), (3, range(2, 4))]]),
+        # More ranks than heads: a head goes to several, as vLLM gives it to several workers.
+        (4, 1, 2, [[(0, range(1)), (1, range(1)), (2, range(1, 2)), (3, range(1, 2))]]),
+        (4, 2, 2, [[(0, range(1)), (1, range(1))], [(2, range(1)), (3, range(1))]]),
+        # MLA, where every worker holds all of it.
+        (2, 1, 1, [[(0, range(1)), (1, range(1))]]),
+        (1, 2, 1, [[(0, None)], []]),
+        (2, 4, 1, [[(0, None)], [], [(1, None)], []]),
+        (2, 4, 2, [[(0, None)], [], [(1, None)], []]),
+    ],
+)
+def test_shares(ranks, workers, heads, shares):
+    made = cut(ranks=ranks, workers=workers, heads=heads, consumer=False)
+    expect = [Share(ranks, tuple(Part(r, h) for r, h in share)) for share in shares]
+    assert [made.share(worker) for worker in range(workers)] == expect
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "heads", "consumer", "why"),
+    [
+        (3, 2, 6, False, "multiple"),
+        (0, 2, 6, False, "multiple"),
+        (4, 1, 6, False, "evenly"),
+        (2, 4, 8, False, "no worker has all heads"),
+        (1, 2, 2, False, "no worker has all heads"),
+        (1, 2, 1, True, "every worker"),
+    ],
+)
+def test_what_cannot_be_cut(ranks, workers, heads, consumer, why):
+    with pytest.raises(ValueError, match=why) as error:
+        cut(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
+    assert f"ranks={ranks} with tensor-parallel size {workers}" in str(error.value)
+
+
+@pytest.mark.parametrize("role", list(KVConnectorRole))
+def test_an_engine_that_cannot_be_cut_so_does_not_start(role):
+    wrong = config({"ranks": 3}, tensor_parallel_size=2)
+    wrong.model_config.use_mla = False
+    wrong.model_config.get_total_num_kv_heads = lambda: 6
+    with pytest.raises(ConfigError, match="ranks=3 with tensor-parallel size 2 and 6 KV heads"):
+        PdSidecarConnector(wrong, role, cache())
+    with pytest.raises(ConfigError, match="ranks=-1"):
+        PdSidecarConnector(config({"ranks": -1}), role, cache())
+
+
+def test_a_request_counts_when_all_ranks_have_named_it():
+    tally = Tally()
+    assert tally.of_all({"a", "b"}, 2) == set()
+    assert tally.of_all({"b"}, 2) == {"b"}
+    assert tally.of_all({"b", "a"}, 2) == {"a"}
+    assert tally.of_all({"b"}, 2) == {"b"}
+    assert tally.of_all({"c"}, 1) == {"c"}
+
+
+class Engine:
+    """The workers of one engine, beside one sidecar."""
+
+    def __init__(self, path, heads, workers, ranks, *, producer):
+        own = heads // workers
+        # `[worker][layer]`, as vLLM 0.32 lays them out.
+        self.tensors = [
+            {f"layers.{i}": torch.randn(BLOCKS, own, BLOCK, 2 * SIZE) for i in range(LAYERS)}
+            for _ in range(workers)
+        ]
+        self.sidecar = RankedSidecar(path)
+        socket = str(path)
+        options = Options(
+            sender_socket=socket, receiver_socket=socket, model_name="m", chunk_size=CHUNK
+        )
+        shares = cut(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
+        self.workers = [
+            Worker(
+                geometry(tensors, Hint(BLOCKS, BLOCK, own, SIZE, False)),
+                options,
+                Stats(),
+                engine="test",
+                share=shares.share(index),
+                producer=producer,
+                consumer=not producer,
+            )
+            for index, tensors in enumerate(self.tensors)
+        ]
+        self.until(lambda: all(c.connected for worker in self.workers for c in worker.clients))
+
+    def step(self, **more):
+        """One step of every worker; what each has reported."""
+        reports = []
+        for worker in self.workers:
+            worker.begin(StepMetadata(idle=not more, **more))
+            worker.computed()
+            sent, results = worker.finish()
+            reports.append((sent, results.received, results.failed))
+        return reports
+
+    def until(self, condition):
+        """Steps until it holds; all that each worker has reported on the way."""
+        total = [([], [], {}) for _ in self.workers]
+        deadline = time.monotonic() + 5
+        while True:
+            for (sent, received, failed), (s, r, f) in zip(total, self.step(), strict=True):
+                sent += s
+                received += r
+                failed.update(f)
+            if condition():
+                return total
+            assert time.monotonic() < deadline
+
+    def kv(self):
+        """`[2, layers, tokens, heads, size]` of the whole model, in the blocks of the table."""
+        at = torch.arange(TOKENS)
+        blocks, offsets = torch.tensor(TABLE)[at // BLOCK], at % BLOCK
+        heads = [
+            torch.stack([tensor[blocks, :, offsets] for tensor in tensors.values()])
+            for tensors in self.tensors
+        ]
+        return torch.cat(heads, 2).unflatten(3, (2, SIZE)).permute(3, 0, 1, 2, 4)
+
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+
+
+PUSH = PushStart("a", "r", "h", (7300, 7301), (7400, 7401), HASHES, TOKENS, True)
+LOAD = LoadStart("a", "r", HASHES, TOKENS, 0, TOKENS, TABLE)
+
+
+@pytest.fixture
+def engines():
+    made = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1), (2, 2), (1, 1)])
+def test_every_head_arrives(tmp_path, engines, prefill, decode):
+    """Two ranks between engines of any size: what leaves a head gets to the same head."""
+    p = Engine(tmp_path / "p.sock", 4, prefill, 2, producer=True)
+    d = Engine(tmp_path / "d.sock", 4, decode, 2, producer=False)
+    engines += [p, d]
+    assert not torch.equal(p.kv(), d.kv())
+    p.step(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    d.step(load_starts=[LOAD])
+    for rank, sender in sorted(p.sidecar.ranks.items()):
+        asked = sender.next(wire.Reserve)
+        assert asked.to == wire.Target("h", 7300 + rank, 7400 + rank)
+        assert asked.keys == [f"m@2@{rank}@{h}@float" for h in HASHES]
+        assert d.sidecar.ranks[rank].next(wire.Await).keys == asked.keys
+        hello, there = sender.hellos[0], d.sidecar.ranks[rank].hellos[0]
+        assert (hello.rank, hello.world_size, hello.layout) == (rank, 2, there.layout)
+        assert hello.layout.kv_heads == 2
+        # Slots of another order on the two sides, and on the two ranks.
+        sender.say(wire.Granted("r", 0, [0, 1], [4 + rank, 1]))
+    p.until(lambda: all(not sender.nothing() for sender in p.sidecar.ranks.values()))
+    for rank, sender in p.sidecar.ranks.items():
+        assert sender.next(wire.Staged).chunks == [0, 1]
+        receiver = d.sidecar.ranks[rank]
+        for chunk, (there, here) in enumerate([(4 + rank, 2), (1, 5)]):
+            receiver.write(here, sender.read(there, sender.slot_bytes))
+            receiver.say(wire.Ready("r", 0, [chunk], [here]))
+    reports = d.until(lambda: all(not r.nothing() for r in d.sidecar.ranks.values()))
+    assert torch.equal(d.kv(), p.kv())
+    for _ in range(100):
+        for total, (_, received, failed) in zip(reports, d.step(), strict=True):
+            total[1].extend(received)
+            total[2].update(failed)
+    assert [(received, failed) for _, received, failed in reports] == [(["a"], {})] * decode
+    assert [sent for sent, _, _ in p.step(finished=["a"])] == [{"a"}] * prefill
+
+
+def test_one_rank_alone_frees_and_resumes_nothing(tmp_path, engines):
+    p = Engine(tmp_path / "p.sock", 4, 1, 2, producer=True)
+    d = Engine(tmp_path / "d.sock", 4, 1, 2, producer=False)
+    engines += [p, d]
+    p.step(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    p.sidecar.ranks[0].next(wire.Reserve)
+    p.sidecar.ranks[0].say(wire.Granted("r", 0, [0, 1], [0, 1]))
+    p.until(lambda: not p.sidecar.ranks[0].nothing())
+    p.step(finished=["a"])
+    assert [report[0] for report in p.until(p.sidecar.ranks[0].next)] == [[]]
+    p.sidecar.ranks[1].say(wire.Ended("r", "no_room", 0))
+    gone = []
+    while not gone:
+        gone = [sent for sent, _, _ in p.step() if sent]
+    assert gone == [{"a"}]
+
+    # One rank's KV comes, the other's does not: the request is reported once, as failed.
+    d.step(load_starts=[LOAD])
+    d.sidecar.ranks[0].next(wire.Await)
+    d.sidecar.ranks[0].say(wire.Ready("r", 0, [0, 1], [0, 1]))
+    assert d.until(d.sidecar.ranks[0].next) == [([], [], {})]
+    d.sidecar.ranks[1].say(wire.Ended("r", "no_sender", 0))
+    failed = []
+    while not failed:
+        failed = [(received, failed) for _, received, failed in d.step() if received]
+    assert failed == [({"a"}, {"a": TABLE})]
+
+
+def test_a_worker_whose_heads_another_sends_has_nothing_to_wait_for(tmp_path, engines):
+    p = Engine(tmp_path / "p.sock", 2, 2, 2, producer=True)
+    engines.append(p)
+    spare = Worker(
+        geometry(p.tensors[1], Hint(BLOCKS, BLOCK, 1, SIZE, False)),
+        Options(sender_socket=str(tmp_path / "p.sock"), model_name="m", chunk_size=CHUNK),
+        Stats(),
+        engine="test",
+        share=cut(ranks=1, workers=2, heads=1, consumer=False).share(1),
+        producer=True,
+        consumer=False,
+    )
+    spare.begin(StepMetadata(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)]))
+    spare.computed()
+    assert spare.finish()[0] == set()
+    spare.begin(StepMetadata(finished=["a"]))
+    assert spare.finish()[0] == {"a"}
+    spare.begin(StepMetadata(idle=True))
+    assert spare.finish()[0] == set()
+    spare.close()

@@ -1,0 +1,127 @@
+"""Tensor-parallel engines: each rank's KV goes its own way, also between sides of different size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness.client import complete, post_json
+from harness.model import KV_BYTES_PER_TOKEN, write_model
+from harness.pair import Moved, Pair, PairOptions, check_tokens, pair_of
+from harness.progress import Progress
+from harness.prompts import prompt
+from harness.sidecar import ROOT
+
+LOGS = ROOT / "target" / "test-logs"
+RANKS = 2
+RANK_BYTES_PER_TOKEN = KV_BYTES_PER_TOKEN // RANKS
+
+# Around the edges of a chunk and of a step of chunked prefill, and several of both.
+LENGTHS = (1, 255, 300, 1100)
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Pair]:
+    options = PairOptions(
+        write_model(ROOT / "target" / "model"), LOGS, prefill_workers=2, decode_workers=1, ranks=RANKS, prefix="ranks-",
+        # An engine of the session's pair takes four times as much; here it is for each worker.
+        more=("--kv-cache-memory-bytes", str(256 << 20)),
+        # The receiver compares every chunk with the sum that the sender made of it.
+        sidecar_keys={"park_ms": 3000, "checksum": True},
+    )  # fmt: skip
+    with pair_of(options, Progress()) as pair:
+        yield pair
+
+
+# Workers of prefill and decode. In this order one engine at a time has to be started anew.
+@pytest.fixture(scope="module", params=[(2, 1), (2, 2), (1, 2)], ids=["2 to 1", "2 to 2", "1 to 2"])
+def sized(request: pytest.FixtureRequest, started: Pair) -> Pair:
+    started.restart_engines(*request.param)
+    return started
+
+
+@pytest.fixture
+def pair(sized: Pair) -> Iterator[Pair]:
+    sized.reset_prefix_caches()
+    yield sized
+    sized.wait_empty()
+
+
+def alone(pair: Pair, tokens: list[int]) -> list[int]:
+    """What the decode engine says where it computes all by itself: a plain instance of the same size."""
+    pair.decode.reset_prefix_cache()
+    before = pair.decode.prompt_tokens()
+    answer = complete(pair.decode.url, tokens, max_tokens=24)
+    spent = pair.prompt_tokens_since(before, len(tokens))
+    assert (spent.computed, spent.external) == (len(tokens), 0), spent
+    pair.decode.reset_prefix_cache()
+    return answer.token_ids
+
+
+def check_ranks(pair: Pair, request_id: str, tokens: int, held: int = 0) -> None:
+    """Every rank moved its own half of the KV, and all of it."""
+    for sidecar in (pair.sender, pair.receiver):
+        for rank, record in enumerate(sidecar.record_of_each_rank(request_id)):
+            assert record["reason"] is None, record
+            assert record["have_tokens"] == held, record
+            assert record["bytes"] == (tokens - held) * RANK_BYTES_PER_TOKEN, (rank, record)
+
+
+def move(pair: Pair, tokens: list[int], *, cached: int = 0) -> Moved:
+    """One request alone, of which nothing but its last token is computed on the decode side."""
+    moved = pair.move(tokens)
+    check_tokens(moved.tokens, len(tokens), cached=cached)
+    check_ranks(pair, moved.request_id, len(tokens), cached)
+    return moved
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_alone(pair: Pair, length: int) -> None:
+    tokens = prompt(length, seed=80)
+    expect = alone(pair, tokens)
+    assert move(pair, tokens).answer.token_ids == expect
+
+
+def test_several_at_once(pair: Pair) -> None:
+    prompts = [prompt(length, seed=81) for length in (40, 256, 300, 511, 777, 1500)]
+    expect = [alone(pair, tokens) for tokens in prompts]
+    total = sum(map(len, prompts))
+    before = pair.decode.prompt_tokens()
+    with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
+        answers = list(pool.map(pair.complete, prompts))
+    assert [answer.token_ids for answer in answers] == expect
+    check_tokens(pair.prompt_tokens_since(before, total), total, requests=len(prompts))
+    for tokens, answer in zip(prompts, answers, strict=True):
+        check_ranks(pair, answer.headers["x-request-id"], len(tokens))
+
+
+def test_prefix_on_the_decode_side(pair: Pair) -> None:
+    first = prompt(700, seed=82)
+    second = first + prompt(400, seed=83)
+    expect = alone(pair, second)
+    move(pair, first)
+    # Whole blocks of 64 in 700.
+    assert move(pair, second, cached=640).answer.token_ids == expect
+
+
+def test_every_rank_has_a_way_of_its_own(pair: Pair) -> None:
+    move(pair, prompt(300, seed=84))
+    links = pair.sender.status()["links"]
+    assert sorted(link["rank"] for link in links) == list(range(RANKS)), links
+    assert len({link["peer"] for link in links}) == RANKS, links
+
+
+def test_a_receiver_of_another_number_of_ranks_is_refused(pair: Pair) -> None:
+    """The prefill engine says why, and computes its answer."""
+    spec = {
+        "req_id": "too-few-ports", "receiver_host": pair.receiver.host, "overlap": False,
+        "receiver_init_port": pair.receiver.init_ports[:1], "receiver_alloc_port": pair.receiver.alloc_ports[:1],
+    }  # fmt: skip
+    params = {"do_remote_decode": True, "disagg_spec": spec}
+    tokens = prompt(300, seed=85)
+    body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
+    answer = post_json(f"{pair.prefill.url}/v1/completions", body)
+    assert answer["kv_transfer_params"] == {"pushed": False, "reason": "tp_mismatch"}
+    assert pair.prefill.process is not None
+    assert "takes KV in 1 ranks, here it is cut into 2" in pair.prefill.process.output()

@@ -1,0 +1,183 @@
+"""A sender on another host dies in the middle of a push: its successor vouches for it, nobody else does.
+
+The other host is a network namespace and a PID namespace of this one, so that the receiver can neither watch the
+sender's process nor share memory with it; the wire is NIXL over TCP between the two. No engine runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from harness.ports import free_port
+from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from pd_sidecar.client import Client
+from pd_sidecar.wire import Granted
+from test_strangers import BOUND_S, LAYOUT, Sides, content, hello, keys
+
+OUR_END, ITS_END = "10.213.7.1", "10.213.7.2"
+
+# What `fence_ms` is here: a network that fails is back within two seconds.
+FENCE_S = 2.0
+
+SLOTS = 8
+
+
+def ip(*words: str) -> bool:
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def other_host() -> Iterator[list[str]]:
+    """What a command begins with to run there."""
+    name = f"pd-{os.getpid()}"
+    ours, its = f"pda{os.getpid()}", f"pdb{os.getpid()}"
+    if not (
+        ip("netns", "add", name)
+        and ip("link", "add", ours, "type", "veth", "peer", "name", its, "netns", name)
+        and ip("addr", "add", f"{OUR_END}/24", "dev", ours)
+        and ip("link", "set", ours, "up")
+        and ip("-n", name, "addr", "add", f"{ITS_END}/24", "dev", its)
+        and ip("-n", name, "link", "set", its, "up")
+        and ip("-n", name, "link", "set", "lo", "up")
+    ):
+        ip("netns", "del", name)
+        pytest.skip("this user may not make network namespaces")
+    try:
+        yield ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child=SIGKILL"]
+    finally:
+        ip("netns", "del", name)
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[Sides]:
+    if NO_PUSH:
+        pytest.skip("nothing can be pushed")
+    with other_host() as within:
+        options = SidecarOptions(
+            "receiver",
+            SLOTS * LAYOUT.chunk_bytes,
+            transport="nixl",
+            flags=["--insecure"],
+            env={"UCX_TLS": "tcp", "UCX_NET_DEVICES": f"pda{os.getpid()}"},
+            keys={"fence_ms": int(FENCE_S * 1000), "park_ms": 3000},
+        )
+        receiver = Sidecar(options, tmp_path, tmp_path)
+        receiver.host = OUR_END
+        sender = another(receiver, within, "sender", tmp_path)
+        try:
+            receiver.start()
+            sender.start()
+            decode = Client.connect(str(receiver.socket), hello("decode"))
+            yield Sides(sender, receiver, Client.connect(str(sender.socket), hello("prefill")), decode)
+        finally:
+            sender.stop()
+            receiver.stop()
+
+
+def another(receiver: Sidecar, within: list[str], name: str, folder: Path) -> Sidecar:
+    """A sender on the other host; all of them have one id."""
+    env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": f"pdb{os.getpid()}"}
+    options = replace(receiver.options, role="sender", env=env, within=within, keys={"id": "prefill"})
+    sender = Sidecar(options, folder, folder, name=name)
+    sender.admin = f"http://{ITS_END}:{free_port()}"
+    return sender
+
+
+def dies_in_the_middle(sides: Sides, req: str, chunks: int) -> None:
+    """The sender has been granted slots, and is killed before it has written into them."""
+    tokens = chunks * CHUNK_TOKENS
+    sides.decode.await_(req, keys(req, chunks), tokens=tokens, have_tokens=0, deadline_ms=10_000)
+    sides.prefill.reserve(req, sides.target, keys(req, chunks), tokens=tokens, upto=tokens)
+    deadline = time.monotonic() + BOUND_S
+    while not any(isinstance(m, Granted) and m.chunks for m in sides.prefill.wait(0.02)):
+        assert time.monotonic() < deadline
+    assert sides.receiver.slots()[1] == chunks
+    sides.sender.kill()
+    sides.prefill.close()
+    while sides.receiver.slots()[2] != chunks:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_its_successor_vouches_for_a_dead_sender(sides: Sides) -> None:
+    sides.check()
+    dies_in_the_middle(sides, "first", 2)
+    time.sleep(2 * FENCE_S)
+    assert sides.receiver.slots() == (SLOTS - 2, 0, 2), "it may live: nobody has said otherwise"
+    began = time.monotonic()
+    sides.sender.start()
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    sides.check()
+    assert sides.receiver.slots()[2] == 2, "its last writes may still be under way"
+    sides.receiver.wait_empty(BOUND_S)
+    assert time.monotonic() - began > FENCE_S
+    sides.check()
+
+
+def test_one_that_left_too_much_is_served_again(sides: Sides) -> None:
+    dies_in_the_middle(sides, "much", SLOTS - 2)
+    sides.sender.start()
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    req = "refused"
+    refused, _ = sides.push(req, keys(req), keys(req), CHUNK_TOKENS + 7)
+    assert refused == "quarantined"
+    sides.receiver.wait_empty(BOUND_S)
+    sides.check()
+
+
+def test_another_sender_of_the_same_name_vouches_for_nobody(sides: Sides, tmp_path: Path) -> None:
+    dies_in_the_middle(sides, "first", 2)
+    namesake = another(sides.receiver, sides.sender.options.within, "namesake", tmp_path)
+    own = sides.sender
+    try:
+        namesake.start()
+        sides.sender, sides.prefill = namesake, Client.connect(str(namesake.socket), hello("prefill"))
+        sides.check()
+        time.sleep(2 * FENCE_S)
+        sides.check()
+        assert sides.receiver.slots() == (SLOTS - 2, 0, 2)
+    finally:
+        namesake.stop()
+        sides.sender = own
+
+
+def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quarantine(sides: Sides) -> None:
+    """The network fails in the middle of a write, the sender is killed, and the network comes back."""
+    sides.check()
+    req, tokens = "late", CHUNK_TOKENS
+    sides.decode.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=30_000)
+    sides.prefill.reserve(req, sides.target, keys(req, 1), tokens=tokens, upto=tokens)
+    deadline = time.monotonic() + BOUND_S
+    granted = None
+    while granted is None:
+        assert time.monotonic() < deadline
+        granted = next((m for m in sides.prefill.wait(0.02) if isinstance(m, Granted) and m.chunks), None)
+    sides.prefill.slot(granted.slots[0])[:] = content(req, 0)
+    assert ip("link", "set", f"pda{os.getpid()}", "down")
+    sides.prefill.staged(req, [0])
+    time.sleep(0.5)
+    sides.sender.kill()
+    sides.prefill.close()
+    killed = time.monotonic()
+    assert not landed(sides, req), "nothing has come through"
+    time.sleep(1.5)
+    assert ip("link", "set", f"pda{os.getpid()}", "up")
+    sides.sender.start()
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    while not landed(sides, req):
+        assert time.monotonic() < deadline, "the kernel has given up: nothing was shown"
+        time.sleep(0.01)
+    assert sides.receiver.slots()[2] == 1, f"after {time.monotonic() - killed:.1f} s"
+    sides.check()
+    sides.receiver.wait_empty(BOUND_S)
+
+
+def landed(sides: Sides, req: str) -> bool:
+    return any(bytes(sides.decode.slot(slot)) == content(req, 0) for slot in range(SLOTS))
