@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from harness.engine import Engine, EngineOptions, wait_for
@@ -25,23 +26,34 @@ LOGS = ROOT / "target" / "test-logs"
 KEYS: dict[str, object] = {"park_ms": 3000}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that start large engines of their own: the session's, which stay, need the room afterwards."""
+    items.sort(key=lambda item: "own_engines" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
-def engines(pytestconfig: pytest.Config) -> Iterator[tuple[Pair, Reference]]:
-    """The pair and the plain instance, as started: for fixtures; tests take `pair` and `reference`."""
+def logs() -> Path:
+    """Where all parts write to, emptied once."""
     LOGS.mkdir(parents=True, exist_ok=True)
     for log in LOGS.glob("*.log"):
         log.unlink()
+    return LOGS
+
+
+@pytest.fixture(scope="session")
+def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Reference]]:
+    """The pair and the plain instance, as started: for fixtures; tests take `pair` and `reference`."""
     model = write_model(ROOT / "target" / "model")
     lora = {"lora": write_lora(ROOT / "target" / "lora")}
     # Without a prefix cache: it computes every answer from the start.
-    plain = Engine(EngineOptions("plain engine", model, lora=lora, more=("--no-enable-prefix-caching",)), LOGS)
+    plain = Engine(EngineOptions("plain engine", model, lora=lora, more=("--no-enable-prefix-caching",)), logs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ended_by_signals())
         stack.callback(plain.stop)
         with _shown(pytestconfig):
             progress = Progress()
             plain.start()
-            pair = stack.enter_context(pair_of(PairOptions(model, LOGS, lora=lora, sidecar_keys=KEYS), progress))
+            pair = stack.enter_context(pair_of(PairOptions(model, logs, lora=lora, sidecar_keys=KEYS), progress))
             wait_for([plain], progress)
         yield pair, Reference(plain)
 

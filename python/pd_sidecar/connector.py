@@ -238,10 +238,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         more = shlex.split(options.sidecar_arguments)
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
-        variables = lmcache.variables(extra)
-        if role == "sender":
-            # A receiver has its ports to tell it.
-            variables["PD_SIDECAR_RANKS"] = str(self._cut.ranks)
+        # A sidecar that has another number of ports says so, and what to do about it.
+        variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._cut.ranks)}
         return Child(command, logger, variables)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:

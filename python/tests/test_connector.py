@@ -154,6 +154,15 @@ def test_the_engines_kernel_is_asked(monkeypatch):
     worker.shutdown()
 
 
+def test_a_spawned_sidecar_is_told_the_ranks(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "find_binary", lambda: "sidecar")
+    monkeypatch.setattr(module, "Child", lambda command, logger, variables: told.append(variables))
+    given = config({"sidecar": "spawn", "lmcache.pd_role": "sender"}, tensor_parallel_size=2)
+    PdSidecarConnector(given, KVConnectorRole.SCHEDULER, cache())
+    assert told == [{"LMCACHE_PD_ROLE": "sender", "PD_SIDECAR_RANKS": "2"}]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,13 +89,16 @@ def test_a_request_counts_when_all_ranks_have_named_it():
 class Engine:
     """The workers of one engine, beside one sidecar."""
 
-    def __init__(self, path, heads, workers, ranks, *, producer):
-        own = heads // workers
+    def __init__(self, path, heads, workers, ranks, *, producer, mla=False):
+        own = max(1, heads // workers)
         # `[worker][layer]`, as vLLM 0.32 lays them out.
         self.tensors = [
             {f"layers.{i}": torch.randn(BLOCKS, own, BLOCK, 2 * SIZE) for i in range(LAYERS)}
             for _ in range(workers)
         ]
+        if mla and producer:
+            self.tensors = self.tensors[:1] * workers
+        hint = Hint(BLOCKS, BLOCK, own, 2 * SIZE if mla else SIZE, mla)
         self.sidecar = RankedSidecar(path)
         socket = str(path)
         options = Options(
@@ -103,7 +107,7 @@ class Engine:
         shares = cut(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
         self.workers = [
             Worker(
-                geometry(tensors, Hint(BLOCKS, BLOCK, own, SIZE, False)),
+                geometry(tensors, hint),
                 options,
                 Stats(),
                 engine="test",
@@ -198,6 +202,31 @@ def test_every_head_arrives(tmp_path, engines, prefill, decode):
             total[1].extend(received)
             total[2].update(failed)
     assert [(received, failed) for _, received, failed in reports] == [(["a"], {})] * decode
+    assert [sent for sent, _, _ in p.step(finished=["a"])] == [{"a"}] * prefill
+
+
+@pytest.mark.parametrize(("prefill", "decode", "ranks"), [(2, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_what_all_workers_hold_is_sent_once_a_rank(tmp_path, engines, prefill, decode, ranks):
+    p = Engine(tmp_path / "p.sock", 1, prefill, ranks, producer=True, mla=True)
+    d = Engine(tmp_path / "d.sock", 1, decode, ranks, producer=False, mla=True)
+    engines += [p, d]
+    start = replace(PUSH, init_ports=PUSH.init_ports[:ranks], alloc_ports=PUSH.alloc_ports[:ranks])
+    p.step(push_starts=[start], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    d.step(load_starts=[LOAD])
+    assert sorted(p.sidecar.ranks) == sorted(d.sidecar.ranks) == list(range(ranks))
+    for rank, sender in p.sidecar.ranks.items():
+        assert sender.next(wire.Reserve).keys == d.sidecar.ranks[rank].next(wire.Await).keys
+        sender.say(wire.Granted("r", 0, [0, 1], [3, 2]))
+    p.until(lambda: all(not sender.nothing() for sender in p.sidecar.ranks.values()))
+    for rank, sender in p.sidecar.ranks.items():
+        receiver = d.sidecar.ranks[rank]
+        for slot in (3, 2):
+            receiver.write(slot, sender.read(slot, sender.slot_bytes))
+        receiver.say(wire.Ready("r", 0, [0, 1], [3, 2]))
+    d.until(lambda: all(not r.nothing() for r in d.sidecar.ranks.values()))
+    # Each decode worker has all of it.
+    whole = p.kv()[:, :, :, :1]
+    assert torch.equal(d.kv(), whole.expand(-1, -1, -1, decode, -1))
     assert [sent for sent, _, _ in p.step(finished=["a"])] == [{"a"}] * prefill
 
 
