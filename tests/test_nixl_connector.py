@@ -1,5 +1,6 @@
-"""vLLM's own NixlConnector behind the proxy, without any sidecar: two more engines, so only on demand.
+"""vLLM's own NixlConnector behind the proxy, without any sidecar.
 
+Two more engines, so `make e2e` runs it by itself, after the engines of all others have ended:
 PD_TEST_NIXL_CONNECTOR=1 pytest tests/test_nixl_connector.py
 """
 
@@ -23,7 +24,8 @@ from harness.sidecar import ROOT
 LOGS = ROOT / "target" / "test-logs"
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("PD_TEST_NIXL_CONNECTOR") != "1", reason="PD_TEST_NIXL_CONNECTOR=1 starts its two engines"
+    os.environ.get("PD_TEST_NIXL_CONNECTOR") != "1",
+    reason="`make e2e` runs it by itself, with PD_TEST_NIXL_CONNECTOR=1",
 )
 
 
