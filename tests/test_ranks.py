@@ -49,9 +49,7 @@ def started(logs: Path) -> Iterator[Pair]:
 # build spin while they wait for each other: where they take all cores, sidecars do not get a turn for seconds.
 CORES = os.cpu_count() or 1
 SIZES = [
-    pytest.param(
-        size, marks=pytest.mark.skipif(cores > CORES, reason=f"needs {cores} cores, here are {CORES}"), id=name
-    )
+    pytest.param(size, id=name, marks=pytest.mark.skipif(cores > CORES, reason=f"needs {cores} cores"))
     for size, cores, name in (((2, 1), 2, "2 to 1"), ((2, 2), 6, "2 to 2"), ((1, 2), 6, "1 to 2"))
 ]
 
