@@ -2,6 +2,7 @@
 //! an HTTP server with the interface of Mooncake's.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -43,9 +44,13 @@ fn start(variable: &str, arguments: impl Fn(&str) -> Vec<String>) -> Option<Serv
     Some(Server(child, folder))
 }
 
+/// A port that was free a moment ago, and that no outgoing connection takes: Linux takes those from 32768 up.
 fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    let start = RandomState::new().build_hasher().finish() % 12_000;
+    let mut ports =
+        (0..12_000).map(|step| 20_000 + u16::try_from((start + step) % 12_000).unwrap());
+    let free = ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.expect("a free port")
 }
 
 fn store(server: &str, backend: &str) -> Store {

@@ -7,6 +7,7 @@ pub mod engine;
 pub mod journal;
 pub mod sidecar;
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,10 +25,13 @@ use sidecar::{Role, Sidecar};
 /// No step of any test takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, and that no outgoing connection takes: Linux takes those from 32768 up.
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    let start = RandomState::new().build_hasher().finish() % 12_000;
+    let mut ports =
+        (0..12_000).map(|step| 20_000 + u16::try_from((start + step) % 12_000).unwrap());
+    let free = ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.expect("a free port")
 }
 
 /// A proxy under test.
