@@ -174,15 +174,23 @@ impl Relay {
     }
 
     fn keep_tail(&mut self, chunk: &[u8]) {
-        if chunk.len() >= usage::TAIL_BYTES {
+        let most = if self.stream {
+            usage::STREAM_TAIL_BYTES
+        } else {
+            usage::TAIL_BYTES
+        };
+        if chunk.len() >= most {
             self.tail.clear();
-            self.tail
-                .extend_from_slice(&chunk[chunk.len() - usage::TAIL_BYTES..]);
+            self.tail.extend_from_slice(&chunk[chunk.len() - most..]);
             return;
         }
-        // Cut rarely: once in TAIL_BYTES of chunks.
-        if self.tail.len() + chunk.len() > 2 * usage::TAIL_BYTES {
-            self.tail.drain(..self.tail.len() - usage::TAIL_BYTES);
+        if self.stream && self.tail.capacity() == 0 {
+            // All that it ever needs, so that thousands of streams do not grow for a minute.
+            self.tail.reserve_exact(2 * most);
+        }
+        // Cut rarely: once in `most` bytes of chunks.
+        if self.tail.len() + chunk.len() > 2 * most {
+            self.tail.drain(..self.tail.len() - most);
         }
         self.tail.extend_from_slice(chunk);
     }

@@ -31,8 +31,11 @@ pub fn find(body: &[u8]) -> Option<Usage> {
 
 const KEY: &[u8] = b"\"usage\":";
 
-/// `usage` and what engines write after it.
+/// `usage` and what engines write after it, transfer parameters with their blocks for one.
 pub const TAIL_BYTES: usize = 4096;
+
+/// The same in a stream, whose last event but `[DONE]` has nothing else.
+pub const STREAM_TAIL_BYTES: usize = 1024;
 
 #[cfg(test)]
 mod tests {
