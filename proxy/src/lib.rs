@@ -15,6 +15,7 @@ pub mod body;
 pub mod callback;
 pub mod cli;
 pub mod control;
+pub mod descriptors;
 pub mod drive;
 pub mod early;
 pub mod endpoint;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use proxy::cli::{Config, LogFormat};
-use proxy::{End, Proxy, Stop};
+use proxy::{End, Proxy, Stop, descriptors};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
@@ -50,6 +50,7 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return complain(&["signals cannot be handled".into()], INTERNAL);
     };
+    let shortage = descriptors::raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
         Ok(proxy) => proxy,
@@ -57,6 +58,9 @@ async fn main() -> ExitCode {
     };
     info!(listen = %proxy.listen(), registration = %proxy.registration(),
           version = env!("CARGO_PKG_VERSION"), "pd-proxy is up");
+    if let Some(shortage) = shortage {
+        tracing::warn!("{shortage}");
+    }
     if insecure {
         tracing::warn!(
             "--insecure: whoever reaches the registration port can take part in serving"

@@ -4,17 +4,16 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 
+const BINARY: &str = env!("CARGO_BIN_EXE_pd-proxy");
+
 fn run(flags: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
-        .args(flags)
-        .output()
-        .unwrap()
+    Command::new(BINARY).args(flags).output().unwrap()
 }
 
 /// Starts the binary on free ports and waits until it says that it is up. Nobody reads its log
 /// after that: a reader that has gone must not end the proxy, as it once did.
 fn start(flags: &[&str]) -> (Child, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+    let mut child = Command::new(BINARY)
         .args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"])
         .args(flags)
         .stderr(Stdio::piped())
@@ -144,7 +143,7 @@ fn what_is_wrong_is_said_at_once() {
 #[test]
 fn the_environment() {
     // Compose files set variables to nothing, and switches to 1.
-    let output = Command::new(env!("CARGO_BIN_EXE_pd-proxy"))
+    let output = Command::new(BINARY)
         .args(["--registration", "127.0.0.1:0", "--listen", "192.0.2.1:1"])
         .env("PREFILL_ENDPOINTS", "")
         .env("DECODE_ENDPOINTS", "127.0.0.1:1,")
@@ -154,6 +153,28 @@ fn the_environment() {
     let text = String::from_utf8(output.stderr).unwrap();
     // An address of nobody: all that is wrong is that it cannot be bound.
     assert_eq!(output.status.code(), Some(69), "{text}");
+}
+
+#[test]
+fn as_many_files_as_there_may_be() {
+    let command = format!(
+        "ulimit -Sn 64; exec {} --listen 127.0.0.1:0 --registration 127.0.0.1:0",
+        BINARY
+    );
+    let mut child = Command::new("sh")
+        .args(["-c", &command])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = BufReader::new(child.stderr.take().unwrap());
+    log.lines().next().expect("a first line").unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let words: Vec<_> = files.unwrap().split_whitespace().collect();
+    assert_eq!(words[3], words[4], "{words:?}");
+    assert_eq!(stop(child, "-TERM"), 0);
 }
 
 #[test]

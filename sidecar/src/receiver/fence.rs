@@ -97,6 +97,9 @@ pub(super) enum News {
 /// Data that a dead process's kernel sockets or a copy engine may still deliver within one host
 /// arrives within this.
 const GRACE: Duration = Duration::from_secs(1);
+/// Watches and grace periods at once: whoever makes up names can vouch for their ends, too. One that finds
+/// no room begins with the next handshake.
+const MAX_STEPS: usize = 4096;
 /// Senders whose end would be known; beyond it old ones are forgotten.
 const MAX_SENDERS: usize = 1024;
 
@@ -202,7 +205,8 @@ impl Fences {
     /// The processes with this seal have ended: of one process there is a sender for each rank and cut.
     fn vouched(&mut self, seal: Seal) {
         for (sender, known) in &mut self.senders {
-            if known.seal == Some(seal) && known.life == Life::Unknown {
+            let room = self.steps.len() < MAX_STEPS;
+            if room && known.seal == Some(seal) && known.life == Life::Unknown {
                 known.life = Life::Ended;
                 info!(
                     sender = sender.id, grace = ?self.grace,

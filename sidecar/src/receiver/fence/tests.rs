@@ -150,6 +150,15 @@ async fn a_crowd_of_names_pushes_out_none_of_another_host() {
         fences.introduce(&made_up, &format!("10.0.0.66:{}", 1024 + n % 60000));
     }
     assert_eq!(fences.senders.len(), MAX_SENDERS);
+    // Nor do their ends take more than a share of memory.
+    for n in 0..MAX_STEPS as u64 + 10 {
+        let mut made_up = hello(n, 8, &[8]);
+        made_up.id = format!("r{n}");
+        fences.introduce(&made_up, "10.0.0.66:1");
+    }
+    assert_eq!(fences.steps.len(), MAX_STEPS);
+    while within(&mut fences, 2 * REMOTE).await.is_some() {}
+    assert!(!fences.is_settling());
     fences.seek(sender(1), LEASE);
     fences.introduce(&hello(2, 2, &[1]), FROM);
     let over = Some(News::Over(sender(1)));
