@@ -57,10 +57,8 @@ unit: venv ## Tests without engines: Rust (with the environment's NIXL) and Pyth
 		$(CARGO) test --workspace --locked
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
-# The two engines of the last line come when all others are gone: together they would want more memory than needed.
 e2e: venv venv-lmcache build ## Tests with real vLLM, real NIXL and real LMCache
 	$(PYTHON_IN_VENV) -m pytest tests $(PYTEST)
-	$(if $(PYTEST),,PD_TEST_NIXL_CONNECTOR=1 $(PYTHON_IN_VENV) -m pytest tests/test_nixl_connector.py)
 
 no-push: venv venv-lmcache build ## The tests with engines while nothing is pushed: succeeds if they fail
 	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests -x $(PYTEST)

@@ -1,12 +1,7 @@
-"""vLLM's own NixlConnector behind the proxy, without any sidecar.
-
-Two more engines, so `make e2e` runs it by itself, after the engines of all others have ended:
-PD_TEST_NIXL_CONNECTOR=1 pytest tests/test_nixl_connector.py
-"""
+"""vLLM's own NixlConnector behind the proxy, without any sidecar."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,18 +16,13 @@ from harness.prompts import prompt
 from harness.proxy import Proxy
 from harness.sidecar import ROOT
 
-LOGS = ROOT / "target" / "test-logs"
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("PD_TEST_NIXL_CONNECTOR") != "1",
-    reason="`make e2e` runs it by itself, with PD_TEST_NIXL_CONNECTOR=1",
-)
+pytestmark = pytest.mark.own_engines
 
 
 @pytest.fixture(scope="module")
-def behind_proxy() -> Iterator[tuple[NixlPair, Proxy]]:
-    pair = NixlPair(write_model(ROOT / "target" / "model"), Path(LOGS))
-    proxy = Proxy(LOGS, ["--prefill", pair.prefill.url, "--decode", pair.decode.url])
+def behind_proxy(logs: Path) -> Iterator[tuple[NixlPair, Proxy]]:
+    pair = NixlPair(write_model(ROOT / "target" / "model"), logs)
+    proxy = Proxy(logs, ["--prefill", pair.prefill.url, "--decode", pair.decode.url])
     parts = (pair.prefill, pair.decode, proxy)
     with ended_by_signals():
         try:
