@@ -27,9 +27,9 @@ ETCD ?= target/etcd/usr/bin/etcd
 REDIS ?= target/redis/redis-server
 
 .DEFAULT_GOAL := help
-# The targets of `make test` would take the cores from each other.
+# Most targets of `make test` would take the cores from each other.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build demo test prepare unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,13 @@ build: ## Build the release binaries: sidecar and pd-proxy
 demo: venv build ## Two real vLLM, two sidecars, one proxy: prompts, texts, figures (KEEP=1 leaves it running)
 	@$(PYTHON_IN_VENV) scripts/demo.py $(if $(filter 1,$(KEEP)),--keep)
 
-test: lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
+test: prepare lint unit e2e ## Everything: lint, unit tests, real engines over real NIXL
+
+# One fetches and unpacks, the other computes.
+prepare: ## What the tests need: the environments, made while the release binaries are built
+	@$(MAKE) --no-print-directory venv-lmcache & environments=$$!; \
+	$(CARGO) build --release --locked --bins; built=$$?; \
+	wait $$environments && exit $$built
 
 unit: venv ## Tests without engines: Rust (with the environment's NIXL) and Python
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
