@@ -36,8 +36,7 @@ def started(logs: Path) -> Iterator[Pair]:
         sidecar_keys={
             # The receiver compares every chunk with the sum that the sender made of it.
             "checksum": True,
-            # Four workers wait for each other by spinning: where two cores are all that there is a sidecar was seen
-            # to wait three seconds for its turn, which is when leases and registrations run out.
+            # Eight processes of two engines share what may be two cores: nobody is to be given up for a late turn.
             "park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000,
         },
     )  # fmt: skip

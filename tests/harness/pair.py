@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -269,6 +270,9 @@ class Pair:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,
         }
+        path = [str(ROOT / "python")]
+        if workers > 1:
+            path.append(str(ROOT / "tests" / "harness" / "patient"))
         return EngineOptions(
             name,
             self.options.model,
@@ -279,7 +283,7 @@ class Pair:
             workers=workers,
             lora=self.options.lora,
             more=self.options.more,
-            env={"PYTHONPATH": str(ROOT / "python")},
+            env={"PYTHONPATH": os.pathsep.join(path)},
         )
 
 
