@@ -52,10 +52,10 @@ class _Shipped:
             time.sleep(0.05)
         leg = "prefill" if role == "sender" else "decode"
         path = folder / "pd-sidecar" / f"{role}.sock"
-        self.client = Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))
+        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
 
     def stop(self) -> None:
-        self.client.close()
+        self.clients[0].close()
         self.process.stop()
 
 

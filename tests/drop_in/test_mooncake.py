@@ -87,14 +87,14 @@ class _Side:
         until(lambda: _answers(f"http://127.0.0.1:{url_port + 49}/health"), f"{role} at its admin port")
         leg = "prefill" if role == "sender" else "decode"
         path = folder / "pd-sidecar" / f"{role}.sock"
-        self.client = Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))
+        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
 
     def environ(self) -> dict[str, str]:
         text = Path(f"/proc/{self.process.pid}/environ").read_text()
         return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
 
     def stop(self) -> None:
-        self.client.close()
+        self.clients[0].close()
         self.process.stop()
 
 
