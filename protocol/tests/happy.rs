@@ -1,6 +1,6 @@
 //! One request over a perfect wire: every message once, in order, no time passing but what is said.
 
-use std::time::Duration;
+mod setup;
 
 use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
 use protocol::receiver::{self, Receiver, Route};
@@ -22,36 +22,11 @@ fn layout() -> Layout {
 }
 
 fn pair(send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
-    let s = Duration::from_secs(1);
     let sender = Sender::new(sender::Config {
-        id: "p".into(),
-        epoch: Epoch(1),
-        slots: send_slots,
         layout: layout(),
-        max_requests: 16,
-        heartbeat: s,
-        wait: s,
-        park: s / 20,
-        repeat: s / 2,
-        link: s,
-        stall: 30 * s,
-        push_off: false,
+        ..setup::sender(send_slots)
     });
-    let receiver = Receiver::new(receiver::Config {
-        epoch: Epoch(2),
-        slots: land_slots,
-        token_bytes: layout().token_bytes().unwrap(),
-        chunk_tokens: CHUNK,
-        max_requests: 16,
-        max_quarantined: 8,
-        no_sender: 5 * s,
-        unclaimed: 10 * s,
-        max_lease: 30 * s,
-        max_wait: 10 * s,
-        lmcache_wait: s,
-        layout: Some(layout()),
-        seed: 7,
-    });
+    let receiver = Receiver::new(setup::receiver_of(layout(), land_slots));
     (sender, receiver)
 }
 

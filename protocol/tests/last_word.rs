@@ -1,37 +1,18 @@
 //! What a sender still says of leases that it has lost: without its word their slots stay quarantined.
 
+mod setup;
+
 use std::time::Duration;
 
-use protocol::local::{Await, Computing, Reserve, Target};
+use protocol::local::{Await, Computing, Reserve};
 use protocol::message::{ToReceiver, ToSender, Unwanted};
 use protocol::receiver::{self, Receiver, Route};
 use protocol::sender::{self, Sender};
-use protocol::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, Time};
+use protocol::{EngineId, Epoch, LeaseId, Reason, RequestId, Time};
+use setup::{CHUNK, SECOND, target};
 
-const CHUNK: u32 = 4;
 const MS: u64 = 1000;
-const SECOND: Duration = Duration::from_secs(1);
 const ROUTE: Route = Route(1);
-
-fn layout() -> Layout {
-    Layout {
-        model: "m".into(),
-        dtype: "float".into(),
-        layers: 1,
-        kv_heads: 1,
-        head_size: 1,
-        mla: false,
-        chunk_tokens: CHUNK,
-    }
-}
-
-fn to() -> Target {
-    Target {
-        host: "d".into(),
-        init_port: 1,
-        alloc_port: 2,
-    }
-}
 
 /// A pair whose wire can be cut. Writes are never posted: no chunk is ever staged.
 struct Pair {
@@ -48,34 +29,10 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let p = Sender::new(sender::Config {
-            id: "p".into(),
-            epoch: Epoch(1),
-            slots: 4,
-            layout: layout(),
-            max_requests: 16,
-            heartbeat: SECOND,
-            wait: SECOND,
-            park: SECOND / 20,
-            repeat: SECOND / 2,
             link: 5 * SECOND,
-            stall: 30 * SECOND,
-            push_off: false,
+            ..setup::sender(4)
         });
-        let d = Receiver::new(receiver::Config {
-            epoch: Epoch(2),
-            slots: 4,
-            token_bytes: layout().token_bytes().unwrap(),
-            chunk_tokens: CHUNK,
-            max_requests: 16,
-            max_quarantined: 8,
-            no_sender: 5 * SECOND,
-            unclaimed: 10 * SECOND,
-            max_lease: 30 * SECOND,
-            max_wait: 10 * SECOND,
-            lmcache_wait: SECOND,
-            layout: Some(layout()),
-            seed: 7,
-        });
+        let d = Receiver::new(setup::receiver(4));
         Self {
             now: Time(1),
             p,
@@ -120,7 +77,7 @@ impl Pair {
             } else if let Some(action) = self.d.poll_action() {
                 match action {
                     receiver::Action::Send { message, .. } if self.connected && !self.deaf => {
-                        let to = to();
+                        let to = target();
                         self.p.handle(now, sender::Event::Peer { to, message });
                     }
                     _ => {}
@@ -155,7 +112,7 @@ impl Pair {
         };
         let reserve = Reserve {
             req: req.clone(),
-            to: to(),
+            to: target(),
             keys,
             tokens: 2 * CHUNK,
             upto: CHUNK,
@@ -179,7 +136,7 @@ impl Pair {
     fn cut(&mut self) {
         self.connected = false;
         let lost = sender::Event::LinkLost {
-            to: to(),
+            to: target(),
             reason: Reason::PeerLost,
         };
         self.p.handle(self.now, lost);
@@ -240,7 +197,7 @@ fn a_grant_that_still_stands_is_closed() {
     pair.lease();
     pair.deaf = false;
     let lost = sender::Event::LinkLost {
-        to: to(),
+        to: target(),
         reason: Reason::PeerLost,
     };
     pair.p.handle(pair.now, lost);
@@ -263,7 +220,13 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
             reason: Reason::Quarantined,
         };
         let message = ToSender::Unwanted(unwanted);
-        p.handle(Time(2), sender::Event::Peer { to: to(), message });
+        p.handle(
+            Time(2),
+            sender::Event::Peer {
+                to: target(),
+                message,
+            },
+        );
         let mut answer = None;
         while let Some(action) = p.poll_action() {
             if let sender::Action::Send {

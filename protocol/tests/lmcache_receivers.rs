@@ -1,38 +1,19 @@
 //! The sending machine with receivers that behave as LMCache's do: that answer late or never, with −1 or
 //! nonsense, know keys already, and restart.
 
+mod setup;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use protocol::local::{Computing, Reserve, Staged, Target};
+use protocol::local::{Computing, Reserve, Staged};
 use protocol::message::{AllocResponse, ToReceiver, ToSender};
 use protocol::sender::{self, Sender, WatchId};
-use protocol::{EngineId, Epoch, Layout, Reason, RequestId, SlotIndex, Time, TransferId};
+use protocol::{EngineId, Epoch, Reason, RequestId, SlotIndex, Time, TransferId};
+use setup::{CHUNK, SECOND, keys, target};
 
-const CHUNK: u32 = 4;
 const SLOTS: u32 = 6;
-const S: Duration = Duration::from_secs(1);
 const ENGINE: EngineId = EngineId(1);
-
-fn layout() -> Layout {
-    Layout {
-        model: "m".into(),
-        dtype: "float".into(),
-        layers: 1,
-        kv_heads: 1,
-        head_size: 1,
-        mla: false,
-        chunk_tokens: CHUNK,
-    }
-}
-
-fn target() -> Target {
-    Target {
-        host: "d".into(),
-        init_port: 1,
-        alloc_port: 2,
-    }
-}
 
 /// A sender with an LMCache-like receiver.
 struct Feeding {
@@ -50,20 +31,7 @@ struct Feeding {
 
 impl Feeding {
     fn new(cancels: bool) -> Self {
-        let p = Sender::new(sender::Config {
-            id: "p".into(),
-            epoch: Epoch(1),
-            slots: SLOTS,
-            layout: layout(),
-            max_requests: 16,
-            heartbeat: S,
-            wait: S,
-            park: S / 20,
-            repeat: S / 2,
-            link: S,
-            stall: 30 * S,
-            push_off: false,
-        });
+        let p = Sender::new(setup::sender(SLOTS));
         Self {
             now: Time(1),
             p,
@@ -150,7 +118,7 @@ impl Feeding {
             Reserve {
                 req: req.into(),
                 to: target(),
-                keys: (0..chunks).map(|i| format!("{req}/{i}")).collect(),
+                keys: keys(req, chunks),
                 tokens: chunks * CHUNK,
                 upto: upto * CHUNK,
                 overlap: false,
@@ -247,7 +215,7 @@ fn no_key_is_asked_for_before_its_event_has_fired() {
     let mut feeding = Feeding::new(true);
     feeding.events = true;
     feeding.reserve("a", 3, 3);
-    feeding.pass(S);
+    feeding.pass(SECOND);
     assert!(feeding.questions.is_empty(), "nothing is gathered");
     let [first, second, third] = feeding.watches[..] else {
         panic!("a watch for each event");
@@ -311,7 +279,7 @@ fn a_receiver_that_never_answers_costs_its_requests_only_time() {
         let mut feeding = Feeding::new(cancels);
         feeding.reserve("a", 2, 2);
         feeding.reserve("b", 2, 2);
-        feeding.pass(10 * S);
+        feeding.pass(10 * SECOND);
         for req in ["a", "b"] {
             assert_eq!(
                 feeding.notices[&RequestId::from(req)],

@@ -4,32 +4,21 @@
 //! earlier batch failed, and die. Checked is what the real ones cannot promise: nothing is shown that
 //! was not written, every request ends, and no slot is lost.
 
+mod setup;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use protocol::local::{Await, OfRequest, Release};
 use protocol::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver, ToSender};
 use protocol::receiver::{self, Receiver, Route, SenderId};
-use protocol::{EngineId, Epoch, Layout, Reason, RequestId, SlotIndex, Time};
+use protocol::{EngineId, Epoch, Reason, RequestId, SlotIndex, Time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use setup::{CHUNK, SECOND, keys, layout};
 
-const CHUNK: u32 = 4;
 const SLOTS: u32 = 6;
-const S: Duration = Duration::from_secs(1);
 const ENGINE: EngineId = EngineId(1);
-
-fn layout() -> Layout {
-    Layout {
-        model: "m".into(),
-        dtype: "float".into(),
-        layers: 1,
-        kv_heads: 1,
-        head_size: 1,
-        mla: false,
-        chunk_tokens: CHUNK,
-    }
-}
 
 /// A receiver with LMCache-like senders.
 struct Landing {
@@ -48,19 +37,8 @@ struct Landing {
 impl Landing {
     fn new() -> Self {
         let d = Receiver::new(receiver::Config {
-            epoch: Epoch(2),
-            slots: SLOTS,
-            token_bytes: layout().token_bytes().unwrap(),
-            chunk_tokens: CHUNK,
-            max_requests: 16,
             max_quarantined: 2,
-            no_sender: 5 * S,
-            unclaimed: 10 * S,
-            max_lease: 30 * S,
-            max_wait: 10 * S,
-            lmcache_wait: S,
-            layout: Some(layout()),
-            seed: 7,
+            ..setup::receiver(SLOTS)
         });
         Self {
             now: Time(1),
@@ -173,7 +151,7 @@ impl Landing {
             route: Route(route),
             message: ToReceiver::AllocRequest(request),
         });
-        self.pass(2 * S);
+        self.pass(2 * SECOND);
         let at = self
             .answers
             .iter()
@@ -215,7 +193,7 @@ impl Landing {
             ENGINE,
             Await {
                 req: req.into(),
-                keys: (0..chunks).map(|i| format!("{prompt}/{i}")).collect(),
+                keys: keys(&prompt, chunks),
                 tokens: chunks * CHUNK,
                 have_tokens: have,
                 deadline_ms: 20_000,
@@ -239,7 +217,7 @@ impl Landing {
 
     /// Every loan has run out; what was not written may be quarantined.
     fn rest(&mut self) {
-        self.pass(40 * S);
+        self.pass(40 * SECOND);
         let gauges = self.d.gauges();
         assert_eq!(gauges.held, 0, "{gauges:?}");
         // The slots whose writers are still out, and no others.
@@ -256,7 +234,7 @@ impl Landing {
             });
         }
         self.lent.clear();
-        self.pass(2 * S);
+        self.pass(2 * SECOND);
         assert!(self.d.is_idle(), "{:?}", self.d);
     }
 }
@@ -296,11 +274,11 @@ fn what_is_announced_but_not_written_is_not_shown() {
         Some(Reason::TransferFailed)
     );
     assert!(landing.shown.is_empty());
-    landing.pass(5 * S);
+    landing.pass(5 * SECOND);
     assert_eq!(landing.d.gauges().quarantined, 2);
     // The write that was late after all has been the only one: the slots are free after a while.
     landing.write(&first);
-    landing.pass(5 * S);
+    landing.pass(5 * SECOND);
     assert!(landing.d.is_idle());
 }
 

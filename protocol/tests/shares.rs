@@ -1,15 +1,16 @@
 //! What one host may take of a landing buffer when no decode request waits: any name is free, addresses are not.
 
+mod setup;
+
 use std::time::Duration;
 
 use protocol::local::Await;
 use protocol::message::{AllocRequest, AllocX, ToReceiver, ToSender};
 use protocol::receiver::{Action, Config, Event, Receiver, Route};
-use protocol::{EngineId, Epoch, Layout, Reason, RequestId, Time, VERSION};
+use protocol::{EngineId, Epoch, Reason, RequestId, Time, VERSION};
+use setup::{CHUNK, SECOND, keys, question};
 
-const CHUNK: u32 = 4;
 const SLOTS: u32 = 32;
-const SECOND: Duration = Duration::from_secs(1);
 const OURS: Epoch = Epoch(100);
 
 struct Port {
@@ -20,35 +21,14 @@ struct Port {
     answers: Vec<(u64, Result<usize, Reason>)>,
 }
 
-fn layout() -> Layout {
-    Layout {
-        model: "m".into(),
-        dtype: "float".into(),
-        layers: 1,
-        kv_heads: 1,
-        head_size: 1,
-        mla: false,
-        chunk_tokens: CHUNK,
-    }
-}
-
 impl Port {
     /// Two hosts are connected: a stranger's as 1, a sender's as 2.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
-            slots: SLOTS,
-            token_bytes: layout().token_bytes().unwrap(),
-            chunk_tokens: CHUNK,
             max_requests: 64,
             max_quarantined: 4,
-            no_sender: 5 * SECOND,
-            unclaimed: 10 * SECOND,
-            max_lease: 30 * SECOND,
-            max_wait: 10 * SECOND,
-            lmcache_wait: SECOND,
-            layout: Some(layout()),
-            seed: 7,
+            ..setup::receiver(SLOTS)
         });
         let mut port = Self {
             d,
@@ -82,28 +62,19 @@ impl Port {
     /// A question with a lease as short as it gets; its number.
     fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
         self.seq += 1;
-        let asked = AllocRequest {
-            keys: keys(req, chunks),
-            fmt: 1,
-            shape: vec![2, 1, 4, 1],
-            dtype: "float".into(),
-            last_chunk_toks: CHUNK,
-            req_id: req.into(),
-            is_last_batch: true,
-            total_chunks: chunks,
-            x: Some(AllocX {
-                v: VERSION,
-                seq: self.seq,
-                id: id.into(),
-                epoch: Epoch(self.seq),
-                to_epoch: OURS,
-                tokens: chunks * CHUNK,
-                lease_ms: 0,
-                wait_ms: 1000,
-                park_ms: 0,
-                transport: "nixl".into(),
-            }),
+        let x = AllocX {
+            v: VERSION,
+            seq: self.seq,
+            id: id.into(),
+            epoch: Epoch(self.seq),
+            to_epoch: OURS,
+            tokens: chunks * CHUNK,
+            lease_ms: 0,
+            wait_ms: 1000,
+            park_ms: 0,
+            transport: "nixl".into(),
         };
+        let asked = question(req, chunks, Some(x));
         let message = ToReceiver::AllocRequest(asked);
         let route = Route(route);
         self.feed(Event::Peer { route, message });
@@ -119,10 +90,6 @@ impl Port {
         self.now = self.now + time;
         self.feed(Event::Deadline);
     }
-}
-
-fn keys(req: &str, chunks: u32) -> Vec<String> {
-    (0..chunks).map(|i| format!("{req}/{i}")).collect()
 }
 
 #[test]
@@ -196,17 +163,6 @@ fn lmcache_has_the_share_of_its_host() {
         sender,
         linked,
     });
-    let ask = |chunks: u32, req: &str| AllocRequest {
-        keys: keys(req, chunks),
-        fmt: 1,
-        shape: vec![2, 1, 4, 1],
-        dtype: "float".into(),
-        last_chunk_toks: CHUNK,
-        req_id: req.into(),
-        is_last_batch: true,
-        total_chunks: chunks,
-        x: None,
-    };
     let mut answer = |asked: AllocRequest| {
         let message = ToReceiver::AllocRequest(asked);
         port.d.handle(port.now, Event::Peer { route, message });
@@ -222,9 +178,9 @@ fn lmcache_has_the_share_of_its_host() {
         }
         slots
     };
-    assert_eq!(answer(ask(SLOTS, "all")), Some(0), "declined");
-    assert_eq!(answer(ask(SLOTS - 2, "most")), Some(30));
-    assert_eq!(answer(ask(1, "more")), None, "it waits");
+    assert_eq!(answer(question("all", SLOTS, None)), Some(0), "declined");
+    assert_eq!(answer(question("most", SLOTS - 2, None)), Some(30));
+    assert_eq!(answer(question("more", 1, None)), None, "it waits");
     let honest = port.ask(2, "p", "honest", 2);
     assert_eq!(port.answer(honest), Some(Ok(2)));
 }

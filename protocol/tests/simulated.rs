@@ -1,5 +1,6 @@
 //! Named scenarios: a pair of sidecars over bad wires. See [`world`] for what is checked in each.
 
+mod setup;
 mod world;
 
 use proptest::prelude::*;

@@ -21,21 +21,19 @@ mod wire;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::time::Duration;
 
-use protocol::local::Target;
 use protocol::receiver::{self, Receiver};
 use protocol::sender::{self, Sender};
-use protocol::{EngineId, Epoch, Layout, Time};
+use protocol::{EngineId, Epoch, Time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::setup::{self, CHUNK, target};
 use engines::{DecodeEngine, PrefillEngine};
 use net::Net;
 pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plans};
 use wire::Wire;
 
-pub(crate) const CHUNK: u32 = 4;
 const MS: u64 = 1000;
 const SECOND: u64 = 1000 * MS;
 
@@ -326,59 +324,20 @@ impl World {
     }
 }
 
-fn layout() -> Layout {
-    Layout {
-        model: "m".into(),
-        dtype: "float".into(),
-        layers: 1,
-        kv_heads: 1,
-        head_size: 1,
-        mla: false,
-        chunk_tokens: CHUNK,
-    }
-}
-
-fn target() -> Target {
-    Target {
-        host: "d".into(),
-        init_port: 1,
-        alloc_port: 2,
-    }
-}
-
 fn new_sender(epoch: u64, slots: u32) -> Sender {
-    let s = Duration::from_secs(1);
     Sender::new(sender::Config {
-        id: "p".into(),
         epoch: Epoch(epoch),
-        slots,
-        layout: layout(),
         max_requests: 64,
-        heartbeat: s,
-        wait: s,
-        park: s / 20,
-        repeat: s / 2,
-        link: s,
-        stall: 30 * s,
-        push_off: false,
+        ..setup::sender(slots)
     })
 }
 
 fn new_receiver(epoch: u64, slots: u32) -> Receiver {
-    let s = Duration::from_secs(1);
     Receiver::new(receiver::Config {
         epoch: Epoch(epoch),
-        slots,
-        token_bytes: layout().token_bytes().expect("a plain layout"),
-        chunk_tokens: CHUNK,
         max_requests: 64,
-        max_quarantined: 8,
-        no_sender: 5 * s,
-        unclaimed: 10 * s,
-        max_lease: 30 * s,
-        max_wait: 10 * s,
-        lmcache_wait: s / 2,
-        layout: Some(layout()),
+        lmcache_wait: setup::SECOND / 2,
         seed: epoch,
+        ..setup::receiver(slots)
     })
 }

@@ -1,0 +1,92 @@
+//! Small machines: chunks of four tokens, waits of seconds. A test names what it wants otherwise.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+
+use std::time::Duration;
+
+use protocol::local::Target;
+use protocol::message::{AllocRequest, AllocX};
+use protocol::{Epoch, Layout, receiver, sender};
+
+/// Tokens of a chunk.
+pub const CHUNK: u32 = 4;
+pub const SECOND: Duration = Duration::from_secs(1);
+
+pub fn layout() -> Layout {
+    Layout {
+        model: "m".into(),
+        dtype: "float".into(),
+        layers: 1,
+        kv_heads: 1,
+        head_size: 1,
+        mla: false,
+        chunk_tokens: CHUNK,
+    }
+}
+
+pub fn target() -> Target {
+    Target {
+        host: "d".into(),
+        init_port: 1,
+        alloc_port: 2,
+    }
+}
+
+pub fn sender(slots: u32) -> sender::Config {
+    sender::Config {
+        id: "p".into(),
+        epoch: Epoch(1),
+        slots,
+        layout: layout(),
+        max_requests: 16,
+        heartbeat: SECOND,
+        wait: SECOND,
+        park: SECOND / 20,
+        repeat: SECOND / 2,
+        link: SECOND,
+        stall: 30 * SECOND,
+        push_off: false,
+    }
+}
+
+pub fn receiver(slots: u32) -> receiver::Config {
+    receiver_of(layout(), slots)
+}
+
+/// For chunks of another shape.
+pub fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
+    receiver::Config {
+        epoch: Epoch(2),
+        slots,
+        token_bytes: layout.token_bytes().expect("a plain layout"),
+        chunk_tokens: layout.chunk_tokens,
+        max_requests: 16,
+        max_quarantined: 8,
+        no_sender: 5 * SECOND,
+        unclaimed: 10 * SECOND,
+        max_lease: 30 * SECOND,
+        max_wait: 10 * SECOND,
+        lmcache_wait: SECOND,
+        layout: Some(layout),
+        seed: 7,
+    }
+}
+
+pub fn keys(req: &str, chunks: u32) -> Vec<String> {
+    (0..chunks).map(|i| format!("{req}/{i}")).collect()
+}
+
+/// The question for all chunks of a request, whole ones.
+pub fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocRequest {
+    AllocRequest {
+        keys: keys(req, chunks),
+        fmt: 1,
+        shape: layout().shape(CHUNK),
+        dtype: "float".into(),
+        last_chunk_toks: CHUNK,
+        req_id: req.into(),
+        is_last_batch: true,
+        total_chunks: chunks,
+        x,
+    }
+}
