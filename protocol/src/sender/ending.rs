@@ -327,15 +327,18 @@ impl Told {
         self.sent = now;
         match links.get(to) {
             // Bounded by `link`.
-            Some(Link::Making(_)) => return false,
-            Some(Link::Up { .. } | Link::Lmcache(_)) => {}
+            Some(Link::Making(_)) => false,
+            Some(Link::Up { .. } | Link::Lmcache(_)) => {
+                self.tries += 1;
+                true
+            }
             None => {
+                self.tries += 1;
                 links.insert(to.clone(), Link::Making(now));
                 actions.push_back(Action::Link { to: to.clone() });
+                false
             }
         }
-        self.tries += 1;
-        !matches!(links.get(to), Some(Link::Making(_)))
     }
 }
 

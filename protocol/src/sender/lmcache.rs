@@ -111,9 +111,10 @@ impl Sender {
         if !stand {
             return self.end(&id, Reason::TransferFailed);
         }
-        for chunk in request.chunks.iter_mut().filter(|c| of(c)) {
-            if let Chunk::Gathering { from, .. } = *chunk {
-                *chunk = Chunk::Full { from };
+        for chunk in &mut request.chunks {
+            match *chunk {
+                Chunk::Gathering { from, watch: w } if w == watch => *chunk = Chunk::Full { from },
+                _ => {}
             }
         }
         request.progress = self.now;
