@@ -46,7 +46,7 @@ class Options:
     push: str = "step"
     """On a GPU: `layers` pushes the first layers while the last are computed, `step` only what a
     step has completed, `auto` layers where the step is long enough."""
-    idle_wait_ms: float = 1.0
+    idle_wait_ms: float = 2.0
     """How long a step without tokens may wait for a word of the sidecar."""
     sidecar: str = ""
     """`spawn`: the engine starts its sidecar as a child."""

@@ -13,6 +13,7 @@ import functools
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
@@ -25,7 +26,7 @@ from . import config, lmcache
 from .keys import ChunkHasher
 from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
-from .metadata import StepMetadata
+from .metadata import Rests, StepMetadata
 from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
@@ -82,6 +83,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._scheduler: Scheduler | None = None
         self._worker: Worker | Unmoved | None = None
         self._invalid_blocks: set[int] = set()
+        self._idle = False
         self._child: Child | None = None
         if role == KVConnectorRole.SCHEDULER:
             for key in sorted(transfer.kv_connector_extra_config.keys() & lmcache.HARMLESS.keys()):
@@ -125,9 +127,24 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._of_scheduler.allocated(request, groups[0] if groups else [], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        return self._of_scheduler.step(scheduler_output)
+        metadata = self._of_scheduler.step(scheduler_output)
+        self._idle = metadata.idle
+        return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Notes what is done, and adds what became so since: vLLM reads this output only later."""
+        if (worker := self._neighbour()) is not None:
+            # With tokens on their way, in this output or behind it, nobody is kept waiting.
+            rests = connector_output.kv_connector_worker_meta is not None
+            sent, received = worker.news(rest=rests and self._idle)
+            if sent:
+                connector_output.finished_sending = sent | (
+                    connector_output.finished_sending or set()
+                )
+            if received:
+                connector_output.finished_recving = received | (
+                    connector_output.finished_recving or set()
+                )
         self._of_scheduler.reported(
             connector_output.finished_sending or (), connector_output.finished_recving or ()
         )
@@ -198,6 +215,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> Stats | None:
         return self._stats.take()
 
+    def build_connector_worker_meta(self) -> Rests | None:
+        return Rests() if isinstance(self._worker, Worker) and self._worker.rests else None
+
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
@@ -212,6 +232,14 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if self._scheduler is None:
             raise RuntimeError("this connector object is a worker's")
         return self._scheduler
+
+    def _neighbour(self) -> Worker | None:
+        """The worker's half, if it is the only one and in the scheduler's process."""
+        if self._config.parallel_config.world_size != 1 or not has_kv_transfer_group():
+            return None
+        beside = get_kv_transfer_group()
+        worker = beside._worker if isinstance(beside, PdSidecarConnector) else None
+        return worker if isinstance(worker, Worker) else None
 
     def _finish(self) -> tuple[set[str], Results]:
         return self._worker.finish() if self._worker is not None else (set(), Results())

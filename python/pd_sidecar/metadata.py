@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 # Requests have two names here: `engine_id` is vLLM's, different on the two sides; `req` is the
 # proxy's, the same in all parts.
@@ -86,3 +89,10 @@ class StepMetadata(KVConnectorMetadata):
             or self.aborted
             or self.dismissed
         )
+
+
+class Rests(KVConnectorWorkerMetadata):
+    """A worker's word: the step had nothing to do, and requests wait for a sidecar."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        return self

@@ -91,11 +91,17 @@ class Worker:
         self._receivers: list[Receiver] = []
         self._links: list[Link] = []
         self._sent, self._received = Tally(), Tally()
+        self._pushed: set[str] = set()
+        self._loaded = Results()
+        """These two: over, and not reported yet."""
         self._failed: dict[str, list[int]] = {}
+        """Loads that failed for one rank, and may go on for another."""
         self._unsent: set[str] = set()
         """Of a worker that serves no rank: done as soon as they are over."""
         self._idle = True
+        self._rests = False
         self._reported = False
+        self._is_asked = False
         self._lock = threading.RLock()
         self._pump_thread: Pump | None = None
         for part in share.parts:
@@ -175,23 +181,39 @@ class Worker:
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
         with self._lock:
-            moved = self.move()
-            sent, results = self._results()
-            waits = self._idle and not moved and not sent and not results.received
+            moved = self._collect()
+            over = self._pushed or self._loaded.received
+            self._rests = self._idle and not moved and not over and self._is_waiting
             # What was reported last time is acted upon after this step: no time to lose.
-            if not waits or self._reported or not self._is_waiting:
-                self._reported = bool(sent or results.received)
-                return sent, results
-        # Without this an engine that only waits would spin.
-        if self._pump_thread is not None:
-            self._pump_thread.wait(self._idle_wait_s)
-        else:
-            wait_any([link.client for link in self._links], self._idle_wait_s)
+            if not self._rests or self._reported or self._is_asked:
+                return self._report()
+        self._rest()
         with self._lock:
-            self.move()
-            sent, results = self._results()
-            self._reported = bool(sent or results.received)
-            return sent, results
+            self._collect()
+            return self._report()
+
+    def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
+        """Names pushes and loads that ended since, for a scheduler in this process.
+
+        It asks when it has launched a step and looks at the output of the one before. So it knows
+        of a load one step and one pause of the engine's loop earlier than by `finish`, which no
+        longer waits then: with `rest` it is waited for here. Loads that failed are left to
+        `finish`: vLLM has taken those from the step's output by now.
+        """
+        self._is_asked = True
+        if rest:
+            self._rest()
+        with self._lock:
+            self._collect()
+            pushed, self._pushed = self._pushed, set()
+            received = self._loaded.received - self._loaded.failed.keys()
+            self._loaded.received -= received
+            return pushed, received
+
+    @property
+    def rests(self) -> bool:
+        """The last step had nothing to do, and requests wait for a word of a sidecar."""
+        return self._rests
 
     def close(self) -> None:
         """Ends the connections: what they held ends with them."""
@@ -244,18 +266,35 @@ class Worker:
     def _is_asynchronous(self) -> bool:
         return any(link.device.is_asynchronous for link in self._links)
 
-    def _results(self) -> tuple[set[str], Results]:
-        """What all ranks are done with: blocks are freed, and requests resumed, for the worker."""
-        sent, self._unsent = self._unsent, set()
+    def _rest(self) -> None:
+        """Waits for news, a little. Without this an engine that only waits would spin."""
+        if self._pump_thread is not None:
+            self._pump_thread.wait(self._idle_wait_s)
+        else:
+            wait_any([link.client for link in self._links], self._idle_wait_s)
+
+    def _collect(self) -> bool:
+        """Moves, and notes what all ranks are done with: blocks are freed, and requests resumed,
+        for the worker. Says whether anything was moved."""
+        moved = self.move()
+        self._pushed |= self._unsent
+        self._unsent = set()
         for sender in self._senders:
-            sent |= self._sent.of_all(sender.finished(), len(self._senders))
-        received: set[str] = set()
+            self._pushed |= self._sent.of_all(sender.finished(), len(self._senders))
         for receiver in self._receivers:
             results = receiver.finished()
             self._failed.update(results.failed)
-            received |= self._received.of_all(results.received, len(self._receivers))
-        failed = {id_: self._failed.pop(id_) for id_ in received & self._failed.keys()}
-        return sent, Results(received, failed)
+            received = self._received.of_all(results.received, len(self._receivers))
+            self._loaded.received |= received
+            for engine_id in received & self._failed.keys():
+                self._loaded.failed[engine_id] = self._failed.pop(engine_id)
+        return moved
+
+    def _report(self) -> tuple[set[str], Results]:
+        pushed, self._pushed = self._pushed, set()
+        loaded, self._loaded = self._loaded, Results()
+        self._reported = bool(pushed or loaded.received)
+        return pushed, loaded
 
     def _read(self) -> None:
         for link in self._links:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from test_scheduler import load_params, output, push_params, request
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from pd_sidecar import connector as module
@@ -35,7 +37,7 @@ def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **par
         cache_config=SimpleNamespace(block_size=BLOCK),
         compilation_config=SimpleNamespace(static_forward_context=layers or {}),
         parallel_config=SimpleNamespace(
-            **{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **parallel}
+            **{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "world_size": 1, **parallel}
         ),
     )
 
@@ -107,6 +109,36 @@ def park(scheduler, name="a"):
         req, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],)), count
     )
     return scheduler.build_connector_meta(output())
+
+
+@pytest.mark.parametrize(("world_size", "told"), [(1, {"a"}), (2, None)])
+def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(
+    tmp_path, monkeypatch, world_size, told
+):
+    path = tmp_path / "receiver.sock"
+    sidecar = FakeSidecar(path)
+    vllm_config = config({"receiver_socket": str(path)}, role="kv_consumer", world_size=world_size)
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker = worker_of(vllm_config, tensors(), monkeypatch)
+    monkeypatch.setattr(module, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(module, "get_kv_transfer_group", lambda: worker)
+    worker._worker._links[0].client._keeper.connected.wait(5)
+
+    worker.bind_connector_metadata(park(scheduler))
+    assert worker.get_transfer_results(set()).finished_recving == set()
+    worker.clear_connector_metadata()
+    sidecar.next(wire.Await)
+    sidecar.say(wire.Ready("r", 0, [0, 1], [0, 1]))
+    deadline = time.monotonic() + 5
+    before = KVConnectorOutput(kv_connector_worker_meta=worker.build_connector_worker_meta())
+    assert not before.is_empty()  # vLLM does not show an empty one to the scheduler's half
+    while not before.finished_recving and told and time.monotonic() < deadline:
+        scheduler.update_connector_output(before)
+    scheduler.update_connector_output(before)
+    assert before.finished_recving == told
+    results = worker.get_transfer_results(set())
+    assert results.finished_recving == (set() if told else {"a"})
+    worker.shutdown()
 
 
 def test_a_failed_load_is_said_by_request_and_on_older_versions_by_block(tmp_path, monkeypatch):

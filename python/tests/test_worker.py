@@ -385,7 +385,7 @@ def test_only_a_step_without_tokens_and_with_something_under_way_waits(rig, monk
     rig.step()
     assert waits == []
     rig.step(forward=False)
-    assert waits == [0.001]
+    assert waits == [0.002]
 
 
 def test_a_wait_ends_with_the_first_word_of_the_sidecar(tmp_path):
@@ -398,6 +398,31 @@ def test_a_wait_ends_with_the_first_word_of_the_sidecar(tmp_path):
     assert set(results.failed) == {"a"}
     assert time.monotonic() - began < 0.045
     rig.worker.close()
+
+
+def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
+    rig = Rig(tmp_path, idle_wait_ms=50)
+    worker = rig.worker
+    rig.step(load_starts=[load(), load(name="b", req="s")])
+    assert worker.news(rest=False) == (set(), set())
+    began = time.monotonic()
+    assert rig.step(forward=False)[1].received == set()
+    assert worker.rests
+    assert time.monotonic() - began < 0.045  # it waits where it is asked
+    _, ready = land(rig)
+    rig.receiver.say(ready)
+    deadline = began + 5
+    while (news := worker.news(rest=True)) == (set(), set()):
+        assert time.monotonic() < deadline
+    assert news == (set(), {"a"})
+    rig.receiver.say(wire.Ended("s", "no_room", 0))
+    while not worker.has_news and time.monotonic() < deadline:
+        worker.move()
+    assert worker.news(rest=True) == (set(), set())
+    results = rig.step()[1]
+    assert (results.received, set(results.failed)) == ({"b"}, {"b"})
+    assert not worker.rests
+    worker.close()
 
 
 def test_what_cannot_be_moved_fails_at_once():
