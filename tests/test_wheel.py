@@ -17,10 +17,10 @@ def run(*command: str | Path, bound_s: float = 60) -> str:
     return done.stdout
 
 
-# The release build comes first in `make e2e`; what is left is linking and packing.
-@pytest.mark.timeout(1500)
+# The release build comes first in `make e2e`; what is left is packing.
+@pytest.mark.timeout(900)
 def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
-    run(ROOT / "scripts" / "wheel.sh", tmp_path / "dist", sys.executable, bound_s=1200)
+    run(ROOT / "scripts" / "wheel.sh", tmp_path / "dist", sys.executable, bound_s=600)
     (wheel,) = (tmp_path / "dist").glob("pd_sidecar-*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     programs = tmp_path / "venv" / "bin"

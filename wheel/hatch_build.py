@@ -1,0 +1,17 @@
+"""Names the platform of a wheel whose programs are not Python's."""
+
+from __future__ import annotations
+
+import sysconfig
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class Platform(BuildHookInterface):
+    """Any Python 3, this machine's own C library; a wheel for others needs a manylinux image."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{platform}"
