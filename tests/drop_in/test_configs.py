@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.client import call
-from harness.process import Process
 from harness.sidecar import BINARIES, ROOT
-from pd_sidecar.client import Client
-from pd_sidecar.wire import VERSION, Hello, Target
+from pd_sidecar.wire import Target
 
-from .chunks import LAYOUT, Prompt
-from .nodes import LOGS, LmcachePeer, LmcacheReceiver, LmcacheSender, Notices, OurReceiver, OurSender
+from .bare import BareReceiver, BareSender
+from .chunks import Prompt
+from .nodes import LmcachePeer, LmcacheReceiver, LmcacheSender, Notices
 from .test_names import ALGORITHMS, lmcache
 
 CONFIGS = ROOT / "configs"
@@ -37,37 +33,6 @@ class _FixedNotices(Notices):
         self._socket.bind("tcp://127.0.0.1:7500")
 
 
-class _Shipped:
-    """A sidecar with a shipped file and nothing else."""
-
-    def __init__(self, role: str, file: str, admin: str, folder: Path) -> None:
-        self.notices: Notices
-        name = f"shipped-{role}"
-        environ = {"XDG_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix}
-        self.process = Process(name, [BINARIES / "sidecar", "--config", CONFIGS / file], LOGS / f"{name}.log", environ)
-        deadline = time.monotonic() + 60
-        while not _answers(f"http://{admin}/health"):
-            if not self.process.alive or time.monotonic() > deadline:
-                raise self.process.failure("does not serve")
-            time.sleep(0.05)
-        leg = "prefill" if role == "sender" else "decode"
-        path = folder / "pd-sidecar" / f"{role}.sock"
-        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
-
-    def stop(self) -> None:
-        self.clients[0].close()
-        self.process.stop()
-
-
-class _ShippedSender(_Shipped, OurSender):
-    name = "shipped-sender"
-
-
-class _ShippedReceiver(_Shipped, OurReceiver):
-    name = "shipped-receiver"
-    target = TARGET
-
-
 class _LmcacheShippedReceiver(LmcacheReceiver):
     def __init__(self) -> None:
         self.target = TARGET
@@ -79,24 +44,22 @@ class _LmcacheShippedSender(LmcacheSender):
         LmcachePeer.__init__(self, "sender", "async", {}, file=CONFIGS / "lmcache-prefiller-config.yaml")
 
 
-def _answers(url: str) -> bool:
-    try:
-        return call(url, timeout_s=2.0)[0] == 200
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("lmcache_sends", [False, True])
 def test_the_shipped_files_work_with_both_programs(tmp_path: Path, lmcache_sends: bool) -> None:
-    sender: LmcacheSender | _ShippedSender
-    receiver: LmcacheReceiver | _ShippedReceiver
+    sender: LmcacheSender | BareSender
+    receiver: LmcacheReceiver | BareReceiver
     notices = _FixedNotices()
     if lmcache_sends:
-        receiver = _ShippedReceiver("receiver", "lmcache-decoder-config.yaml", "127.0.0.1:7900", tmp_path)
+        receiver = BareReceiver(
+            "shipped-receiver", ["--config", CONFIGS / "lmcache-decoder-config.yaml"], "127.0.0.1:7900", tmp_path
+        )
+        receiver.target = TARGET
         sender = _LmcacheShippedSender()
     else:
         receiver = _LmcacheShippedReceiver()
-        sender = _ShippedSender("sender", "lmcache-prefiller-config.yaml", "127.0.0.1:7910", tmp_path)
+        sender = BareSender(
+            "shipped-sender", ["--config", CONFIGS / "lmcache-prefiller-config.yaml"], "127.0.0.1:7910", tmp_path
+        )
     try:
         prompt = Prompt.of_chunks(5, last=7)
         put = sender.put("shipped", TARGET, prompt)

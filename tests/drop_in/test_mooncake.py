@@ -6,26 +6,26 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
-from harness.client import call
 from harness.ports import FIRST, LAST, free_port
 from harness.process import Process
 from harness.proxy import Proxy
-from harness.sidecar import BINARIES, ROOT
-from pd_sidecar.client import Client
-from pd_sidecar.wire import VERSION, Hello, Target
+from harness.sidecar import ROOT
+from pd_sidecar.wire import Target
 
-from .chunks import LAYOUT, Prompt
-from .nodes import LOGS, Notices, OurReceiver, OurSender
+from .bare import BareReceiver, BareSender
+from .chunks import Prompt
+from .nodes import LOGS
 
 ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
 REDIS = Path(os.environ.get("REDIS", ROOT / "target" / "redis" / "redis-server"))
+Side = TypeVar("Side", BareSender, BareReceiver)
 _bases = itertools.count(FIRST, 200)
 
 
@@ -71,40 +71,12 @@ def redis(folder: Path) -> Iterator[str]:
     process.stop()
 
 
-class _Side:
-    """A sidecar of which a role and Mooncake's file are all that is said."""
-
-    def __init__(self, role: str, file: Path, url_port: int) -> None:
-        folder = file.parent / role
-        folder.mkdir()
-        environ = {
-            "MOONCAKE_CONFIG_PATH": str(file), "XDG_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix,
-            "LMCACHE_PD_BUFFER_SIZE": "32MiB",
-        }  # fmt: skip
-        self.notices: Notices
-        name = f"mooncake-{role}"
-        self.process = Process(name, [BINARIES / "sidecar", "--role", role], LOGS / f"{name}.log", environ)
-        until(lambda: _answers(f"http://127.0.0.1:{url_port + 49}/health"), f"{role} at its admin port")
-        leg = "prefill" if role == "sender" else "decode"
-        path = folder / "pd-sidecar" / f"{role}.sock"
-        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
-
-    def environ(self) -> dict[str, str]:
-        text = Path(f"/proc/{self.process.pid}/environ").read_text()
-        return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
-
-    def stop(self) -> None:
-        self.clients[0].close()
-        self.process.stop()
-
-
-class _Sender(_Side, OurSender):
-    name = "mooncake-sender"
-
-
-class _Receiver(_Side, OurReceiver):
-    name = "mooncake-receiver"
-    target: Target = None  # type: ignore[assignment]
+def bare(kind: type[Side], file: Path, url_port: int) -> Side:
+    """A sidecar of which its role and Mooncake's file are all that is said."""
+    folder = file.parent / kind.role
+    folder.mkdir()
+    env = {"MOONCAKE_CONFIG_PATH": str(file), "LMCACHE_PD_BUFFER_SIZE": "32MiB"}
+    return kind(f"mooncake-{kind.role}", ["--role", kind.role], f"127.0.0.1:{url_port + 49}", folder, env)
 
 
 @pytest.mark.parametrize(("backend", "server"), [("etcd", etcd), ("redis", redis)])
@@ -120,7 +92,7 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
             "metadata_backend": backend, "protocol": "tcp", "device_name": "",
         }  # fmt: skip
         file.write_text(json.dumps(values))
-        receiver, sender = _Receiver("receiver", file, decode), _Sender("sender", file, prefill)
+        receiver, sender = bare(BareReceiver, file, decode), bare(BareSender, file, prefill)
         receiver.target = Target("127.0.0.1", decode + 9, decode + 10)
         try:
             for proxy in proxies:
@@ -146,13 +118,6 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
 
 def registered(proxy: Proxy) -> dict[str, list[int]]:
     return {str(i["role"]): list(i["init_ports"]) for i in proxy.instances()}
-
-
-def _answers(url: str) -> bool:
-    try:
-        return call(url, timeout_s=2.0)[0] == 200
-    except OSError:
-        return False
 
 
 def until(condition: Callable[[], bool], what: str, bound_s: float = 30.0) -> None:

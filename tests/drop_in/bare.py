@@ -1,0 +1,64 @@
+"""A sidecar that is told nothing but what a user types, with a client in the engine's place."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.client import call
+from harness.process import Process
+from harness.sidecar import BINARIES
+from pd_sidecar.client import Client
+from pd_sidecar.wire import VERSION, Hello, Target
+
+from .chunks import LAYOUT
+from .nodes import LOGS, START_BOUND_S, Notices, OurReceiver, OurSender
+
+
+class _Bare:
+    """`words` follow the program's name; its sockets are below `folder`."""
+
+    role: str
+
+    def __init__(
+        self, name: str, words: list[str | Path], admin: str, folder: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.notices: Notices
+        self.name = name
+        environ = {"XDG_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix, **(env or {})}
+        self.process = Process(name, [BINARIES / "sidecar", *words], LOGS / f"{name}.log", environ)
+        deadline = time.monotonic() + START_BOUND_S
+        while not _answers(f"http://{admin}/health"):
+            if not self.process.alive or time.monotonic() > deadline:
+                raise self.process.failure("does not serve")
+            time.sleep(0.05)
+        leg = "prefill" if self.role == "sender" else "decode"
+        path = folder / "pd-sidecar" / f"{self.role}.sock"
+        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
+
+    def environ(self) -> dict[str, str]:
+        """Of the program as it runs."""
+        text = Path(f"/proc/{self.process.pid}/environ").read_text()
+        return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+    def stop(self) -> None:
+        self.clients[0].close()
+        self.process.stop()
+
+
+class BareSender(_Bare, OurSender):
+    role = "sender"
+
+
+class BareReceiver(_Bare, OurReceiver):
+    role = "receiver"
+    target: Target = None  # type: ignore[assignment]
+
+
+def _answers(url: str) -> bool:
+    try:
+        return call(url, timeout_s=2.0)[0] == 200
+    except OSError:
+        return False
