@@ -26,7 +26,7 @@ from . import config, lmcache
 from .keys import ChunkHasher
 from .layout import Hint, LayoutError, Writer, geometry
 from .loading import Results
-from .metadata import Rests, StepMetadata
+from .metadata import StepMetadata, Word
 from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
@@ -135,8 +135,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
         """Notes what is done, and adds what became so since: vLLM reads this output only later."""
         if (worker := self._neighbour()) is not None:
             # With tokens on their way, in this output or behind it, nobody is kept waiting.
-            rests = connector_output.kv_connector_worker_meta is not None
-            sent, received = worker.news(rest=rests and self._idle)
+            word = connector_output.kv_connector_worker_meta
+            rests = self._idle and isinstance(word, Word) and word.rests
+            sent, received = worker.news(rest=rests)
             if sent:
                 connector_output.finished_sending = sent | (
                     connector_output.finished_sending or set()
@@ -215,8 +216,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> Stats | None:
         return self._stats.take()
 
-    def build_connector_worker_meta(self) -> Rests | None:
-        return Rests() if isinstance(self._worker, Worker) and self._worker.rests else None
+    def build_connector_worker_meta(self) -> Word | None:
+        return self._worker.word if isinstance(self._worker, Worker) else None
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -1,9 +1,10 @@
 """The decode worker: scatters chunks that have arrived into the pages of parked requests.
 
 Every parked request is reported exactly once, whatever becomes of it. A loaded one is reported when
-its last scatter is launched: what the engine computes from the next step on is ordered behind it
-(`Device.hold`), so that the engine's way to that step and the scatter take place at the same time.
-One that failed is reported when nothing of this worker writes into its blocks any more.
+its last chunk has arrived in a slot: what the engine computes from the next step on is ordered
+behind the scatter (`begin`, `Device.hold`), so that the engine's way to that step and the scatter
+take place at the same time. One that failed is reported when nothing of this worker writes into its
+blocks any more.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Incoming:
     """Behind whatever may still write to its blocks."""
     missing: set[int]
     """Chunks that are wanted and have not come yet."""
+    arrived: int = 0
+    """Chunks in slots that are not being scattered yet."""
     scattering: int = 0
     scatter_seconds: float = 0.0
     failure: str | None = None
@@ -89,6 +92,8 @@ class Receiver:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Asks for what is parked in this step, lets go of what was aborted."""
+        # The step may use, or write to, blocks of what was reported when it arrived.
+        self._scatter()
         for scatter in self._scatters:
             self._device.hold(scatter.fence)
         mark = self._device.mark() if metadata.load_starts else None
@@ -105,7 +110,10 @@ class Receiver:
         self._copier = copier
 
     def lost(self) -> None:
-        """The sidecar is gone, and every slot with it."""
+        """The sidecar is gone, and its slots will not be filled again."""
+        # Of these the engine was told: their slots, which nobody writes to, stay mapped until then.
+        self._ready = [entry for entry in self._ready if entry[0].reported]
+        self._scatter()
         self._copier = None
         self._ready.clear()
         for incoming in self._by_engine_id.values():
@@ -131,6 +139,8 @@ class Receiver:
             elif begin < end:
                 piece = Piece(slot, incoming.table, packed, (begin, end))
                 self._ready.append((incoming, chunk, piece))
+                incoming.arrived += 1
+                incoming.missing.discard(chunk)
             else:
                 incoming.missing.discard(chunk)
                 self._release(message.req, [chunk], 0)
@@ -144,21 +154,9 @@ class Receiver:
 
     def pump(self) -> bool:
         """Scatters what is ready. Says whether there was anything."""
-        ready = [entry for entry in self._ready if entry[0].failure is None]
-        self._ready.clear()
-        if ready and self._copier is not None:
-            marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
-            fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
-            chunks: dict[str, list[int]] = {}
-            for incoming, chunk, _ in ready:
-                chunks.setdefault(incoming.start.engine_id, []).append(chunk)
-            for engine_id, of_request in chunks.items():
-                incoming = self._by_engine_id[engine_id]
-                incoming.scattering += 1
-                incoming.missing.difference_update(of_request)
-                self._scatters.append(_Scatter(fence, incoming, of_request))
+        moved = self._scatter()
         self._settle()
-        return bool(ready)
+        return moved
 
     def finished(self) -> Results:
         """Requests that are loaded, or will not be; each is named once."""
@@ -167,7 +165,7 @@ class Receiver:
         for engine_id, incoming in list(self._by_engine_id.items()):
             if incoming.failure is None and now > incoming.began + self._rank.load_limit_s:
                 self._give_up(incoming, "deadline")
-            if incoming.scattering if incoming.failure is not None else incoming.missing:
+            if incoming.missing if incoming.failure is None else incoming.scattering:
                 continue
             if incoming.owes_abort:
                 self._tell_abort(incoming.start.req)
@@ -176,7 +174,7 @@ class Receiver:
             results.received.add(engine_id)
             if incoming.failure is None:
                 incoming.reported = True
-                if not incoming.scattering:
+                if not (incoming.arrived or incoming.scattering):
                     self._succeed(incoming)
             else:
                 held = incoming.start.have_tokens // self._rank.block_tokens
@@ -187,14 +185,6 @@ class Receiver:
     def is_waiting(self) -> bool:
         """A word of the sidecar would be of use."""
         return bool(self._by_engine_id)
-
-    @property
-    def has_news(self) -> bool:
-        """There is something for `finished` to name."""
-        return any(
-            not i.missing if i.failure is None else not i.scattering
-            for i in self._by_engine_id.values()
-        )
 
     @property
     def is_moving(self) -> bool:
@@ -226,6 +216,23 @@ class Receiver:
         except WireError:
             self._fail(incoming, "too_large")
 
+    def _scatter(self) -> bool:
+        """Launches what is ready. Says whether there was anything."""
+        ready, self._ready = self._ready, []
+        ready = [entry for entry in ready if entry[0].failure is None]
+        if not ready or self._copier is None:
+            return False
+        marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
+        fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
+        chunks: dict[int, tuple[Incoming, list[int]]] = {}
+        for incoming, chunk, _ in ready:
+            chunks.setdefault(id(incoming), (incoming, []))[1].append(chunk)
+        for incoming, of_request in chunks.values():
+            incoming.arrived -= len(of_request)
+            incoming.scattering += 1
+            self._scatters.append(_Scatter(fence, incoming, of_request))
+        return True
+
     def _settle(self) -> None:
         """Gives back the slots of scatters that are over."""
         under_way: list[_Scatter] = []
@@ -238,7 +245,7 @@ class Receiver:
             incoming.scattering -= 1
             incoming.scatter_seconds += seconds
             self._release(incoming.start.req, scatter.chunks, round(seconds * 1e6))
-            if incoming.reported and not incoming.scattering:
+            if incoming.reported and not (incoming.arrived or incoming.scattering):
                 self._succeed(incoming)
         self._scatters = under_way
 

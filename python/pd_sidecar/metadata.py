@@ -91,8 +91,12 @@ class StepMetadata(KVConnectorMetadata):
         )
 
 
-class Rests(KVConnectorWorkerMetadata):
-    """A worker's word: the step had nothing to do, and requests wait for a sidecar."""
+@dataclass(frozen=True)
+class Word(KVConnectorWorkerMetadata):
+    """What a worker says of a step beside what is done."""
+
+    rests: bool
+    """The step had nothing to do, and requests wait for a sidecar."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         return self

@@ -47,10 +47,12 @@ class Pump(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                with self._worker.lock:
-                    self._worker.move()
-                    if self._worker.has_news:
-                        self._news.set()
+                # What has arrived is told first: a launch takes as long as the engine's next pause.
+                if self._worker.collect():
+                    self._news.set()
+                self._worker.move()
+                if self._worker.collect():
+                    self._news.set()
         except Exception:
             # The engine's thread moves in every step, too: it meets the same, and raises it there.
             logger.exception("KV is moved between the engine's steps only from now on")
@@ -71,8 +73,9 @@ class Pump(threading.Thread):
             os.eventfd_read(self._wake)
 
 
-MOVE_S = 50e-6
-"""Between two looks at a move: some take 100 µs, and whoever waits for them waits for this too."""
+MOVE_S = 200e-6
+"""Between two looks at a move: the slots of a scatter are free so much later. The engine's thread,
+which may be on its way to the step that uses it, takes turns with this one."""
 LONGEST_S = 0.05
 """Between two looks at connections that are being made."""
 STOP_S = 1.0

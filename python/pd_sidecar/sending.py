@@ -198,14 +198,6 @@ class Sender:
         return any(not o.over or o.gathering for o in self._by_engine_id.values())
 
     @property
-    def has_news(self) -> bool:
-        """There is something for `finished` to name."""
-        return any(
-            o.over and not o.gathering and o.held_since is not None
-            for o in self._by_engine_id.values()
-        )
-
-    @property
     def is_moving(self) -> bool:
         """A gather is under way that the sidecar does not know of."""
         return any(not gather.signalled for gather in self._gathers)

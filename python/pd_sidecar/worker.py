@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from .client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
 from .devices import device_of
 from .loading import Receiver, Results
+from .metadata import Word
 from .pump import Pump
 from .ranks import Tally
 from .sending import Sender
@@ -99,10 +100,12 @@ class Worker:
         self._unsent: set[str] = set()
         """Of a worker that serves no rank: done as soon as they are over."""
         self._idle = True
-        self._rests = False
+        self._word: Word | None = None
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
+        self._results = threading.Lock()
+        """Of what is over: who only asks for that does not wait for a launch."""
         self._pump_thread: Pump | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
@@ -157,8 +160,10 @@ class Worker:
             # Not before the first step: until then the engine may be capturing graphs.
             self._pump_thread = Pump(self)
             self._pump_thread.start()
+        self._idle = metadata.idle
+        if self._is_pumped and not metadata.has_news:
+            return
         with self._lock:
-            self._idle = metadata.idle
             self._read()
             for link in self._links:
                 link.end.begin(metadata)
@@ -180,40 +185,48 @@ class Worker:
 
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
-        with self._lock:
-            moved = self._collect()
-            over = self._pushed or self._loaded.received
-            self._rests = self._idle and not moved and not over and self._is_waiting
-            # What was reported last time is acted upon after this step: no time to lose.
-            if not self._rests or self._reported or self._is_asked:
-                return self._report()
-        self._rest()
-        with self._lock:
-            self._collect()
-            return self._report()
+        moved = False
+        if not self._is_pumped:
+            with self._lock:
+                moved = self.move()
+                self.collect()
+        over = bool(self._pushed or self._loaded.received)
+        rests = self._idle and not moved and not over and self._is_waiting
+        self._word = Word(rests) if rests or over else None
+        # What was reported last time is acted upon after this step: no time to lose.
+        if rests and not self._reported and not self._is_asked:
+            self._rest()
+        with self._results:
+            loaded = self._loaded
+            if self._is_asked:
+                # vLLM takes failures from here alone; the rest is asked for in a moment.
+                loaded = Results(set(loaded.failed), loaded.failed)
+                self._loaded = Results(self._loaded.received - loaded.received)
+                return set(), loaded
+            pushed, self._pushed, self._loaded = self._pushed, set(), Results()
+            self._reported = bool(pushed or loaded.received)
+            return pushed, loaded
 
     def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
-        """Names pushes and loads that ended since, for a scheduler in this process.
+        """Names pushes and loads that are over, for a scheduler in this process.
 
         It asks when it has launched a step and looks at the output of the one before. So it knows
-        of a load one step and one pause of the engine's loop earlier than by `finish`, which no
-        longer waits then: with `rest` it is waited for here. Loads that failed are left to
-        `finish`: vLLM has taken those from the step's output by now.
+        of a load one step and one pause of the engine's loop earlier than by `finish`, which then
+        names only loads that failed, and waits for nothing: with `rest` that is done here.
         """
         self._is_asked = True
-        if rest:
+        if rest and not (self._pushed or self._loaded.received):
             self._rest()
-        with self._lock:
-            self._collect()
+        with self._results:
             pushed, self._pushed = self._pushed, set()
             received = self._loaded.received - self._loaded.failed.keys()
             self._loaded.received -= received
             return pushed, received
 
     @property
-    def rests(self) -> bool:
-        """The last step had nothing to do, and requests wait for a word of a sidecar."""
-        return self._rests
+    def word(self) -> Word | None:
+        """Goes with the step's output, so that the scheduler's half is shown it, and asks."""
+        return self._word
 
     def close(self) -> None:
         """Ends the connections: what they held ends with them."""
@@ -233,15 +246,32 @@ class Worker:
                 self._pump_thread.wake()
             return any(moved)
 
+    def collect(self) -> bool:
+        """Reads what has come and notes what all ranks are done with: blocks are freed, and
+        requests resumed, for the worker. Says whether there is anything to report."""
+        with self._lock:
+            self._read()
+            sent, self._unsent = self._unsent, set()
+            for sender in self._senders:
+                sent |= self._sent.of_all(sender.finished(), len(self._senders))
+            loaded = Results()
+            for receiver in self._receivers:
+                results = receiver.finished()
+                self._failed.update(results.failed)
+                loaded.received |= self._received.of_all(results.received, len(self._receivers))
+        loaded.failed = {
+            id_: self._failed.pop(id_) for id_ in loaded.received & self._failed.keys()
+        }
+        with self._results:
+            self._pushed |= sent
+            self._loaded.received |= loaded.received
+            self._loaded.failed |= loaded.failed
+            return bool(self._pushed or self._loaded.received)
+
     @property
     def is_moving(self) -> bool:
         """A move is under way whose end somebody waits for."""
         return any(link.end.is_moving for link in self._links)
-
-    @property
-    def has_news(self) -> bool:
-        """The engine would be told something at the end of a step."""
-        return any(link.end.has_news for link in self._links)
 
     def enter(self) -> None:
         """Makes the calling thread one that may move."""
@@ -266,35 +296,20 @@ class Worker:
     def _is_asynchronous(self) -> bool:
         return any(link.device.is_asynchronous for link in self._links)
 
+    @property
+    def _is_pumped(self) -> bool:
+        """Nothing is computed in this step, and a thread of its own does the rest."""
+        return self._idle and self._pump_thread is not None and self._pump_thread.is_alive()
+
     def _rest(self) -> None:
         """Waits for news, a little. Without this an engine that only waits would spin."""
         if self._pump_thread is not None:
             self._pump_thread.wait(self._idle_wait_s)
-        else:
-            wait_any([link.client for link in self._links], self._idle_wait_s)
-
-    def _collect(self) -> bool:
-        """Moves, and notes what all ranks are done with: blocks are freed, and requests resumed,
-        for the worker. Says whether anything was moved."""
-        moved = self.move()
-        self._pushed |= self._unsent
-        self._unsent = set()
-        for sender in self._senders:
-            self._pushed |= self._sent.of_all(sender.finished(), len(self._senders))
-        for receiver in self._receivers:
-            results = receiver.finished()
-            self._failed.update(results.failed)
-            received = self._received.of_all(results.received, len(self._receivers))
-            self._loaded.received |= received
-            for engine_id in received & self._failed.keys():
-                self._loaded.failed[engine_id] = self._failed.pop(engine_id)
-        return moved
-
-    def _report(self) -> tuple[set[str], Results]:
-        pushed, self._pushed = self._pushed, set()
-        loaded, self._loaded = self._loaded, Results()
-        self._reported = bool(pushed or loaded.received)
-        return pushed, loaded
+            return
+        wait_any([link.client for link in self._links], self._idle_wait_s)
+        with self._lock:
+            self.move()
+            self.collect()
 
     def _read(self) -> None:
         for link in self._links:

@@ -166,7 +166,7 @@ def test_whoever_gets_the_blocks_comes_after_the_gather(rig, device, how):
     assert device.held == [device.moves[0]]
 
 
-def test_a_load_is_reported_at_its_last_launch_and_what_is_computed_waits_for_it(rig, device):
+def test_a_load_is_reported_when_it_has_arrived_and_what_is_computed_waits_for_it(rig, device):
     rig.step(forward=False, load_starts=[load()])
     rig.receiver.next(wire.Await)
     rig.receiver.say(wire.Ready("r", 0, [0, 1], [1, 2]))

@@ -11,7 +11,7 @@ from fake_sidecar import FakeSidecar
 from pd_sidecar import wire
 from pd_sidecar.config import Options
 from pd_sidecar.layout import Hint, chunk_span, geometry
-from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata, Word
 from pd_sidecar.ranks import Part, Share
 from pd_sidecar.stats import Stats
 from pd_sidecar.worker import Unmoved, Worker
@@ -407,7 +407,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     assert worker.news(rest=False) == (set(), set())
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
-    assert worker.rests
+    assert worker.word == Word(rests=True)
     assert time.monotonic() - began < 0.045  # it waits where it is asked
     _, ready = land(rig)
     rig.receiver.say(ready)
@@ -416,13 +416,41 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
         assert time.monotonic() < deadline
     assert news == (set(), {"a"})
     rig.receiver.say(wire.Ended("s", "no_room", 0))
-    while not worker.has_news and time.monotonic() < deadline:
-        worker.move()
+    while not worker.collect() and time.monotonic() < deadline:
+        pass
     assert worker.news(rest=True) == (set(), set())
     results = rig.step()[1]
     assert (results.received, set(results.failed)) == ({"b"}, {"b"})
-    assert not worker.rests
+    assert worker.word == Word(rests=False)
     worker.close()
+
+
+@pytest.mark.parametrize("then", ["step", "lost"])
+def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, then):
+    worker, start = rig.worker, load()
+    worker.news(rest=False)
+    rig.step(load_starts=[start])
+    rig.receiver.next(wire.Await)
+    landed, ready = land(rig)
+    want = torch.cat(list(landed.values()), 2)
+    rig.receiver.say(ready)
+    deadline = time.monotonic() + 5
+    while not worker.collect():
+        assert time.monotonic() < deadline
+    assert worker.news(rest=False) == (set(), {"a"})
+    assert not torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
+    if then == "step":
+        worker.begin(StepMetadata())
+    else:
+        # The slots are ours, whatever becomes of who lent them.
+        rig.receiver.stop()
+        while worker._receivers[0]._copier is not None:
+            worker.collect()
+            assert time.monotonic() < deadline
+    assert torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
+    worker.move()
+    assert rig.stats.data["loads"] == 1
+    assert "load_failures" not in rig.stats.data
 
 
 def test_what_cannot_be_moved_fails_at_once():

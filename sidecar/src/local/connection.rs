@@ -25,6 +25,10 @@ const HELLO: Duration = Duration::from_secs(5);
 /// Messages that may wait for an engine that does not read. An engine has at most some hundred
 /// requests under way, each with a handful of messages; beyond that it is stuck, and is cut off.
 const OUTBOX: usize = 4096;
+/// How long an engine that was cut off may still read slots that it has been shown: it copies what it
+/// has told its own scheduler of, in milliseconds. One that closes the connection itself, as a process
+/// does that ends, reads no more.
+const READS: Duration = Duration::from_secs(2);
 
 /// The sending half of an engine connection.
 #[derive(Clone, Debug)]
@@ -73,6 +77,14 @@ impl Connection {
     }
 }
 
+/// Why a connection has ended.
+enum End {
+    /// The engine closed it, or lost it.
+    Theirs(String),
+    /// It was cut off.
+    Ours(String),
+}
+
 /// Serves one connection until it ends.
 pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender<FromEngine>) {
     let (mut reader, writer) = stream.into_split();
@@ -111,9 +123,17 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         biased;
         ended = read_all(id, &mut reader, buffer, &events) => ended,
         ended = write_all(writer, inbox) => ended,
-        () = overflow.cancelled() => "it does not read its messages".to_owned(),
+        () = overflow.cancelled() => End::Ours("it does not read its messages".to_owned()),
     };
-    info!(engine = %id, reason = ended, "engine disconnected");
+    match ended {
+        End::Theirs(reason) => info!(engine = %id, reason, "engine disconnected"),
+        End::Ours(reason) => {
+            warn!(engine = %id, reason, "engine disconnected");
+            // It lives, and may just be reading the slots that it has been shown.
+            drop(reader);
+            tokio::time::sleep(READS).await;
+        }
+    }
     // Without the owner of the machines nobody is left to be told.
     if events.send(FromEngine::Gone(id)).await.is_err() {
         debug!(engine = %id, "shutting down");
@@ -125,18 +145,19 @@ async fn read_all(
     reader: &mut (impl tokio::io::AsyncRead + Unpin),
     mut buffer: Vec<u8>,
     events: &mpsc::Sender<FromEngine>,
-) -> String {
+) -> End {
     loop {
         match frame::read(reader, &mut buffer).await {
             Ok(message) => {
                 if events.send(FromEngine::Message(id, message)).await.is_err() {
-                    return "shutting down".to_owned();
+                    return End::Theirs("shutting down".to_owned());
                 }
             }
-            Err(FrameError::Closed) => return "it closed the connection".to_owned(),
+            Err(FrameError::Closed) => return End::Theirs("it closed the connection".to_owned()),
+            Err(error @ FrameError::Io(_)) => return End::Theirs(error.to_string()),
             Err(error) => {
                 report(&error, events).await;
-                return error.to_string();
+                return End::Ours(error.to_string());
             }
         }
     }
@@ -150,7 +171,7 @@ async fn report(error: &FrameError, events: &mpsc::Sender<FromEngine>) {
     }
 }
 
-async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoing>) -> String {
+async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoing>) -> End {
     while let Some(outgoing) = inbox.recv().await {
         let sent = match outgoing {
             Outgoing::Message(message) => writer.write_all(&frame::encode(&message)).await,
@@ -163,17 +184,17 @@ async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoin
                 }
             }
             Outgoing::Last(message) => {
-                return match writer.write_all(&frame::encode(&message)).await {
+                return End::Theirs(match writer.write_all(&frame::encode(&message)).await {
                     Ok(()) => "it was refused".to_owned(),
                     Err(error) => error.to_string(),
-                };
+                });
             }
         };
         if let Err(error) = sent {
-            return error.to_string();
+            return End::Theirs(error.to_string());
         }
     }
-    "shutting down".to_owned()
+    End::Theirs("shutting down".to_owned())
 }
 
 /// Sends a frame whose first byte carries a descriptor.
