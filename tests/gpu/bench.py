@@ -29,7 +29,8 @@ from harness.progress import Progress
 from harness.sidecar import ROOT
 
 from gpu import measure, report
-from gpu.setting import UCX, Setting, gpus, versions, write_model
+from gpu.model import write_model
+from gpu.setting import UCX, Setting, gpus, versions
 from gpu.stacks import STACKS, Ours, Stack
 
 STEPS = ("latency", "burst", "throughput", "many", "wires", "poisson")

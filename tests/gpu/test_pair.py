@@ -14,7 +14,8 @@ from harness.process import ended_by_signals
 from harness.sidecar import ROOT
 
 from gpu.measure import Prompts
-from gpu.setting import Setting, gpus, write_model
+from gpu.model import write_model
+from gpu.setting import Setting, gpus
 from gpu.stacks import Handover, Ours, Plain, Stack, client
 
 FOUND = gpus()
