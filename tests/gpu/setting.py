@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ ONE_HOST = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 
+ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
+"""Whether tests that need GPUs run with engines on the CPU, to try the way through."""
 
 UCX = "cuda_ipc,cuda_copy,tcp"
 """Without tcp UCX finds no way for active messages."""

@@ -59,12 +59,13 @@ class Stack(Protocol):
 
 
 class Plain:
-    """One instance without any connector."""
+    """One instance without any connector, on the GPU of the prefill sides: what it computes until its first token is
+    what they compute."""
 
     name = "plain"
 
     def __init__(self, setting: Setting) -> None:
-        self.engine = setting.engine("plain engine", 1, None)
+        self.engine = setting.engine("plain engine", 0, None)
         self.parts: Sequence[Part] = (self.engine,)
         self.engines = (self.engine,)
 
@@ -289,6 +290,17 @@ class LmCache:
 
 
 STACKS: dict[str, Callable[[Setting], Stack]] = {"plain": Plain, "ours": Ours, "nixl": Nixl, "lmcache": LmCache}
+
+
+def at_once(stack: Stack, prompts: Sequence[list[int]], tokens: int) -> list[Handover | BaseException]:
+    """All prompts at the same moment, each with its answer or with what became of it."""
+
+    async def all_of_them() -> list[Handover | BaseException]:
+        async with client() as session:
+            asks = (stack.complete(session, prompt, tokens) for prompt in prompts)
+            return await asyncio.gather(*asks, return_exceptions=True)
+
+    return asyncio.run(all_of_them())
 
 
 def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:

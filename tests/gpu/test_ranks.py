@@ -25,11 +25,10 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 from gpu.measure import Prompts
 from gpu.model import write_model
-from gpu.setting import UCX, Setting, gpus
+from gpu.setting import ON_CPU, UCX, Setting, gpus
 from gpu.stacks import with_path
 from gpu.texts import DTYPE, Match, Reference, reference
 
-ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
 FOUND = gpus()
 if len(FOUND) < 2 and not ON_CPU:
     pytest.skip(f"NOT TESTED: tensor parallelism needs two GPUs, and there are {len(FOUND)}", allow_module_level=True)
