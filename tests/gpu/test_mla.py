@@ -7,19 +7,16 @@ through with engines on the CPU, where texts are not compared.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from harness.engine import wait_for
-from harness.process import ended_by_signals
 from harness.sidecar import ROOT
 
 from gpu.measure import Prompts
-from gpu.model import write_model
-from gpu.setting import ON_CPU, Setting, gpus
+from gpu.setting import ON_CPU, gpus
+from gpu.small import serving, small
 from gpu.stacks import Handover, Ours, Plain, at_once
-from gpu.texts import DTYPE, Match, reference
+from gpu.texts import Match, reference
 
 FOUND = gpus()
 if not FOUND and not ON_CPU:
@@ -36,35 +33,11 @@ CHUNKS = 48
 
 @pytest.fixture(scope="module")
 def stacks() -> Iterator[tuple[Ours, Plain]]:
-    """Prefill in chunks, with blocks of 16 tokens; decode with blocks of 64."""
-    setting = Setting(
-        write_model(FOLDER / "model", "mla", DTYPE, weights=True),
-        "mla",
-        FOLDER,
-        None if ON_CPU else (0, min(1, len(FOUND) - 1)),
-        buffer_bytes=CHUNKS * 256 * 6 * LATENT * (4 if ON_CPU else 2),
-        kv_bytes=1 << 30,
-        model_tokens=4096,
-        utilization=0.05,
-        engine_flags=() if ON_CPU else ("--enforce-eager", "--max-num-seqs", "16"),
-        side_flags=(("--max-num-batched-tokens", "1024"), ("--block-size", "64")),
-        push="layers",
-        sidecar_keys={"park_ms": 3000, "checksum": True},
-    )
-    shutil.rmtree(setting.logs, ignore_errors=True)
+    keys = {"park_ms": 3000, "checksum": True}
+    setting = small(FOLDER, (0, min(1, len(FOUND) - 1)), CHUNKS, "mla", sidecar_keys=keys)
     ours, plain = Ours(setting), Plain(setting)
-    with ended_by_signals():
-        try:
-            for stack in (ours, plain):
-                stack.start()
-            for stack in (ours, plain):
-                wait_for(stack.engines)
-                stack.wait()
-            yield ours, plain
-        finally:
-            for part in (*ours.parts, *plain.parts):
-                part.stop()
-            ours.close()
+    with serving(ours, plain):
+        yield ours, plain
 
 
 def test_all_of_the_latent_was_moved_and_is_what_was_computed(stacks: tuple[Ours, Plain]) -> None:

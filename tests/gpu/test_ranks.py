@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,10 @@ from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 from gpu.measure import Prompts
-from gpu.model import write_model
 from gpu.setting import ON_CPU, UCX, Setting, gpus
+from gpu.small import VOCABULARY, small
 from gpu.stacks import with_path
-from gpu.texts import DTYPE, Match, Reference, reference
+from gpu.texts import Match, Reference, reference
 
 FOUND = gpus()
 if len(FOUND) < 2 and not ON_CPU:
@@ -37,7 +37,8 @@ RANKS = 2
 TOKENS = 12
 LENGTHS = (1, 300, 1100) if ON_CPU else (1, 300, 1100, 2500)
 AT_ONCE = (40, 300, 777, 1500) if ON_CPU else (1, 257, 512, 700, 1100, 1500, 2049, 2500)
-VOCABULARY = 2000 if ON_CPU else 32000
+# Of each rank: eight prompts at once need more.
+CHUNKS = 64
 # An engine's counters come a moment after its answers.
 COUNTERS_S = 15.0
 FOLDER = ROOT / "target" / "gpu-ranks"
@@ -136,31 +137,17 @@ class Case:
 
 def make_setting() -> Setting:
     keys: dict[str, object] = {"park_ms": 1000, "checksum": True}
-    sides = (("--max-num-batched-tokens", "1024"), ("--block-size", "64"))
     if ON_CPU:
-        from harness.model import write_model as write_tiny
-
+        # Processes that spin share two cores: nobody is to be given up for a late turn.
         keys |= {"park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000}
-        flags = ("--kv-cache-memory-bytes", str(256 << 20))
-        model = write_tiny(ROOT / "target" / "model")
-        return Setting(
-            model, "tiny", FOLDER, None, 16 << 20, engine_flags=flags, side_flags=sides, sidecar_keys=keys,
-            block_tokens=32,
-        )  # fmt: skip
-    model = write_model(FOLDER / "model", "small", DTYPE, weights=True)
-    setting = Setting(
-        model, "small", FOLDER, (0, 1), 0, kv_bytes=1 << 30, model_tokens=4096, utilization=0.05, push="layers",
-        engine_flags=("--enforce-eager", "--max-num-seqs", "16"), side_flags=sides, sidecar_keys=keys,
-    )  # fmt: skip
-    # 64 chunks for each rank: eight prompts at once need more.
-    return Setting(**{**vars(setting), "buffer_bytes": 64 * setting.chunk_bytes // RANKS})
+    setting = small(FOLDER, (0, 1), CHUNKS, sidecar_keys=keys)
+    return replace(setting, buffer_bytes=setting.buffer_bytes // RANKS)
 
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[tuple[Setting, dict[tuple[str, int], Side]]]:
     """All engines, started at the same time. Their sidecars come and go with the cases."""
     setting = make_setting()
-    shutil.rmtree(setting.logs, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     wanted = {(role, size[at]) for size in SIZES.values() for at, role in enumerate(ROLES)}
     made = {(role, workers): Side(setting, folder, role, workers) for role, workers in sorted(wanted)}
