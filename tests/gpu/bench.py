@@ -17,9 +17,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,10 +29,13 @@ from harness.progress import Progress
 from harness.sidecar import ROOT
 
 from gpu import measure, report
-from gpu.setting import UCX, Setting, gpus, versions, write_model
-from gpu.stacks import STACKS, Ours, Stack
+from gpu.model import write_model
+from gpu.setting import UCX, Setting, gpus, versions
+from gpu.stacks import STACKS, FirstOfPrefill, Ours, Pair, Stack
+from gpu.tpot import tpot
 
-STEPS = ("latency", "burst", "throughput", "many", "wires", "poisson")
+# Those in which a stack may hang for good come late: it is left out of what comes after.
+STEPS = ("latency", "tpot", "poisson", "burst", "throughput", "many", "wires")
 WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
 SKIPPED = 77
 
@@ -101,6 +104,7 @@ class Bench:
     async def run(self) -> None:
         steps: dict[str, Callable[[], Awaitable[Any]]] = {
             "latency": self._latency,
+            "tpot": lambda: tpot(self._handovers(), self.options.answer, self.prompts, self.progress.say),
             "burst": lambda: measure.burst(self._handovers(), 8, 3, self.prompts, self.progress.say),
             "throughput": self._throughput,
             "many": self._many,
@@ -136,7 +140,17 @@ class Bench:
                 "requests": len(lengths),
             }
             self.progress.say(f"moved: {json.dumps(self.result['moved'])}")
+            await self._first_of_prefill(ours)
         return found
+
+    async def _first_of_prefill(self, ours: Ours) -> None:
+        """The same engines and sidecars, once more beside the plain instance."""
+        options, first = self.options, FirstOfPrefill(ours)
+        stacks = [stack for stack in self.stacks if stack.name == "plain"] + [first]
+        with first.started():
+            self.result["first_of_prefill"] = await measure.latency(
+                stacks, options.lengths, options.rounds, self.prompts, self.progress.say
+            )
 
     async def _throughput(self) -> Any:
         stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
@@ -174,24 +188,29 @@ class Bench:
         return found
 
     async def _poisson(self) -> Any:
-        rate = self.options.rate
-        if rate is None:
-            alone = self.result["latency"][self.stacks[0].name][str(measure.LOAD_TOKENS)]["first_ms_median"]
-            rate = 0.7 / (alone / 1e3)
+        plain = next((stack for stack in self.stacks if stack.name == "plain"), self.stacks[0])
+        alone = await measure.alone(plain, self.prompts)
+        rate = self.options.rate or 0.7 / (alone / 1e3)
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
         def prompts() -> measure.Prompts:
             return measure.Prompts(seed, self.options.vocabulary)
 
-        return await measure.poisson(self._handovers(), rate, seconds, prompts, seed, say)
+        return await measure.poisson(self._handovers(), rate, alone, seconds, prompts, seed, say)
 
     def _ours(self) -> Ours | None:
         return next((stack for stack in self.stacks if isinstance(stack, Ours)), None)
 
-    def _handovers(self) -> Sequence[Stack]:
+    def _handovers(self) -> list[Pair]:
         """Without those that no longer answer: each of their requests would be waited for."""
-        hung = [name for name, found in self.result.get("burst", {}).items() if found["failed"]]
-        return [stack for stack in self.stacks if stack.name not in ("plain", *hung, *self.options.idle_only)]
+        loads = [self.result.get(name, {}) for name in ("tpot", "poisson", "burst")]
+        hung = {name for load in loads for name, of in load.items() if isinstance(of, dict) and of["failed"]}
+        lengths = {name: of.values() for name, of in self.result.get("latency", {}).items() if isinstance(of, dict)}
+        hung |= {name for name, found in lengths.items() if any(of["failure"] for of in found)}
+        if hung:
+            self.progress.say(f"left out from here on: {', '.join(sorted(hung))}")
+        left_out = {"plain", *hung, *self.options.idle_only}
+        return [cast(Pair, stack) for stack in self.stacks if stack.name not in left_out]
 
     def _decode_tokens(self) -> tuple[int, int]:
         if (ours := self._ours()) is None:
@@ -249,6 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--many", type=int, default=200)
     parser.add_argument("--rate", type=float, help="prompts a second; by default 70 %% of what prefill can do")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--answer", type=int, default=400, help="tokens of each answer of the step tpot")
     parser.add_argument("--load-tokens", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")

@@ -12,14 +12,11 @@ import aiohttp
 from bench.figures import median
 
 from gpu.setting import Setting
-from gpu.stacks import Handover, Ours, Stack, client
+from gpu.stacks import REQUEST_S, Handover, Ours, Stack, client
 
 ANSWER = 16
 LOAD_ANSWER = 64
 LOAD_TOKENS = 5000
-# What is left of a load when it has ended gets this long.
-LOAD_REST_S = 25.0
-
 Say = Callable[[str], None]
 
 
@@ -42,11 +39,11 @@ def quantile(values: Sequence[float], share: float) -> float:
 async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, prompts: Prompts, say: Say) -> Any:
     """One request at a time, the stacks in turn with the same prompt. The first round warms up."""
     results: dict[str, Any] = {stack.name: {} for stack in stacks}
+    failed: dict[str, str] = {}
     async with client() as session:
         for tokens in lengths:
             rows: dict[str, list[Handover]] = {stack.name: [] for stack in stacks}
             prefill = {stack.name: _prefill_s(stack) for stack in stacks}
-            failed: dict[str, str] = {}
             for _ in range(rounds + 1):
                 prompt = prompts.next(tokens)
                 for stack in stacks:
@@ -81,6 +78,12 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
     return results
 
 
+async def alone(plain: Stack, prompts: Prompts) -> float:
+    """Milliseconds to the first token of one instance alone."""
+    async with client() as session:
+        return _ms([(await plain.complete(session, prompts.next(LOAD_TOKENS), 2)).first_s for _ in range(4)][1:])
+
+
 async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Prompts, say: Say) -> Any:
     """So many prompts at the same moment."""
     results = {}
@@ -103,9 +106,16 @@ async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Pro
 
 
 async def poisson(
-    stacks: Sequence[Stack], rate: float, seconds: float, prompts: Callable[[], Prompts], seed: int, say: Say
+    stacks: Sequence[Stack],
+    rate: float,
+    alone_ms: float,
+    seconds: float,
+    prompts: Callable[[], Prompts],
+    seed: int,
+    say: Say,
 ) -> Any:
-    """Arrivals at random, the same ones for each stack."""
+    """Arrivals at random, the same ones for each stack. The gap is what a first token is later than that of one
+    instance which has nothing else to do."""
     results = {}
     for stack in stacks:
         own, draw = prompts(), random.Random(seed)
@@ -116,13 +126,15 @@ async def poisson(
                 prompt = own.next(LOAD_TOKENS)
                 tasks.append(asyncio.create_task(stack.complete(session, prompt, LOAD_ANSWER)))
                 await asyncio.sleep(draw.expovariate(rate))
-            _, pending = await asyncio.wait(tasks, timeout=LOAD_REST_S)
+            _, pending = await asyncio.wait(tasks, timeout=REQUEST_S)
             for task in pending:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
         done = [result for result in ended if isinstance(result, Handover)]
         failures = [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
-        results[stack.name] = {"rate": rate, "seconds": seconds, **_summary(done, failures)}
+        of = _summary(done, failures)
+        gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in ("p50", "p99")}
+        results[stack.name] = {"rate": rate, "seconds": seconds, "alone_ms": alone_ms, **of, **gaps}
         say(f"Poisson {rate:.2f}/s, {stack.name}: {results[stack.name]}")
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,25 +15,7 @@ from harness.engine import Engine, EngineOptions
 from harness.process import Process
 from harness.sidecar import CHUNK_TOKENS
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "small": {
-        "hidden_size": 1024,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-    },
-}
-VOCABULARY = 32000
+from gpu.model import token_bytes
 
 # Nothing is fetched and nothing is reported.
 OFFLINE = {
@@ -43,6 +26,19 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
+# Workers of one engine find each other without a network, and add up without NVLink's multicast, which needs rights of
+# the fabric that a virtual machine may lack.
+ONE_HOST = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
+
+ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
+"""Whether tests that need GPUs run with engines on the CPU, to try the way through."""
 
 UCX = "cuda_ipc,cuda_copy,tcp"
 """Without tcp UCX finds no way for active messages."""
@@ -75,92 +71,83 @@ class Setting:
     @property
     def token_bytes(self) -> int:
         """KV of one token."""
-        config = json.loads((self.model / "config.json").read_text())
-        heads = config["num_key_value_heads"]
-        size = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        return int(config["num_hidden_layers"] * 2 * heads * size * (4 if self.gpus is None else 2))
+        return token_bytes(self.model, 4 if self.gpus is None else 2)
 
     @property
     def chunk_bytes(self) -> int:
         return CHUNK_TOKENS * self.token_bytes
 
     def engine(
-        self, name: str, side: int, kv_transfer: dict[str, Any] | None, env: dict[str, str] | None = None
+        self,
+        name: str,
+        side: int,
+        kv_transfer: dict[str, Any] | None,
+        env: dict[str, str] | None = None,
+        workers: int = 1,
     ) -> Engine:
-        """An instance on the GPU of one side (0 prefill, 1 decode), without prefix cache: prompts are all different."""
+        """An instance on the GPU of one side (0 prefill, 1 decode), or on the first ones if it has several workers;
+        without prefix cache: prompts are all different."""
         more: tuple[str, ...] = ("--no-enable-prefix-caching", *self.engine_flags)
         if kv_transfer is not None:
             more += self.side_flags[side]
             env = dict(self.side_env[side]) | (env or {})
         options = EngineOptions(
-            name, self.model, self.block_tokens, kv_transfer=kv_transfer, core=side, env=env or {}, more=more
+            name,
+            self.model,
+            self.block_tokens,
+            kv_transfer=kv_transfer,
+            core=side,
+            workers=workers,
+            env=env or {},
+            more=more,
         )
         if self.gpus is None:
             return Engine(options, self.logs)
-        return GpuEngine(options, self, self.gpus[side])
+        return GpuEngine(options, self, self.gpus_of(side, workers))
+
+    def gpus_of(self, side: int, workers: int) -> tuple[int, ...]:
+        """The GPU of each worker."""
+        assert self.gpus is not None
+        return (self.gpus[side],) if workers == 1 else tuple(range(workers))
 
 
 class GpuEngine(Engine):
-    """One instance on a GPU, with weights that vLLM makes up: the same ones in all instances."""
+    """One instance on its GPUs. Weights that are not in the model's folder vLLM makes up: the same ones in all
+    instances."""
 
-    def __init__(self, options: EngineOptions, setting: Setting, gpu: int) -> None:
+    def __init__(self, options: EngineOptions, setting: Setting, gpus: tuple[int, ...]) -> None:
         super().__init__(options, setting.logs)
         self._setting = setting
-        self._gpu = gpu
+        self._gpus = gpus
 
     def start(self) -> None:
         setting, options = self._setting, self.options
         command: list[str | Path] = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", options.model, "--served-model-name", "m", "--load-format", "dummy",
+            "--model", options.model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(self.port), "--block-size", str(options.block_size),
             "--max-model-len", str(setting.model_tokens), "--max-num-batched-tokens", str(setting.model_tokens),
             # Engines that start beside each other would count each other's memory as their own.
             "--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", str(setting.utilization),
             *options.more,
         ]  # fmt: skip
+        if not (options.model / "model.safetensors").exists():
+            command += ["--load-format", "dummy"]
         if options.kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(options.kv_transfer)]
+        if options.workers > 1:
+            # Its own all-reduce first tries out, in a process for each pair, which GPUs reach each other.
+            command += ["--tensor-parallel-size", str(options.workers), "--disable-custom-all-reduce"]
         env = {
             **OFFLINE,
-            "CUDA_VISIBLE_DEVICES": str(self._gpu),
+            **ONE_HOST,
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, self._gpus)),
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "UCX_TLS": UCX,
             **options.env,
         }
         log = setting.logs / f"{options.name.replace(' ', '-')}.log"
         self.process = Process(options.name, command, log, env)
-
-
-def write_model(folder: Path, shape: str) -> Path:
-    """A model's configuration and a tokenizer of one word a token; weights are made up when it is loaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return folder
 
 
 def gpus() -> list[str]:

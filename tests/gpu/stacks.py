@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,8 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 from gpu.setting import UCX, Setting
 
-REQUEST_S = 40.0
+# None needs a tenth of it; a stack that hangs is waited for so long.
+REQUEST_S = 25.0
 
 
 @dataclass
@@ -58,13 +59,23 @@ class Stack(Protocol):
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover: ...
 
 
+class Pair(Stack, Protocol):
+    """With a prefill and a decode engine."""
+
+    @property
+    def prefill(self) -> Engine: ...
+    @property
+    def decode(self) -> Engine: ...
+
+
 class Plain:
-    """One instance without any connector."""
+    """One instance without any connector, on the GPU of the prefill sides: what it computes until its first token is
+    what they compute."""
 
     name = "plain"
 
     def __init__(self, setting: Setting) -> None:
-        self.engine = setting.engine("plain engine", 1, None)
+        self.engine = setting.engine("plain engine", 0, None)
         self.parts: Sequence[Part] = (self.engine,)
         self.engines = (self.engine,)
 
@@ -153,6 +164,34 @@ class Ours:
         engine = self.setting.engine(f"ours {name}", side, transfer, {"PYTHONPATH": with_path(ROOT / "python")})
         sidecar.options.engine_url = engine.url
         return engine
+
+
+class FirstOfPrefill:
+    """Ours while its proxy passes on the first token of the prefill leg."""
+
+    name = "ours, first of prefill"
+
+    def __init__(self, ours: Ours) -> None:
+        self.parts: Sequence[Part] = ()
+        self.engines = ours.engines
+        self._ours = ours
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Inside, the proxy does so. Sidecars register with whoever listens at its address."""
+        with self._ours.proxy.flags("--first-token", "prefill"):
+            self._ours.proxy.wait_ready()
+            yield
+        self._ours.proxy.wait_ready()
+
+    def start(self) -> None:
+        """Ours has been started."""
+
+    def wait(self) -> None:
+        self._ours.wait()
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        return await self._ours.complete(session, prompt, tokens)
 
 
 class Nixl:
@@ -291,6 +330,17 @@ class LmCache:
 STACKS: dict[str, Callable[[Setting], Stack]] = {"plain": Plain, "ours": Ours, "nixl": Nixl, "lmcache": LmCache}
 
 
+def at_once(stack: Stack, prompts: Sequence[list[int]], tokens: int) -> list[Handover | BaseException]:
+    """All prompts at the same moment, each with its answer or with what became of it."""
+
+    async def all_of_them() -> list[Handover | BaseException]:
+        async with client() as session:
+            asks = (stack.complete(session, prompt, tokens) for prompt in prompts)
+            return await asyncio.gather(*asks, return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
 def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
     return {
         "model": "m",
@@ -354,9 +404,9 @@ def with_path(folder: Path) -> str:
 
 
 @contextlib.asynccontextmanager
-async def client() -> Any:
+async def client(request_s: float = REQUEST_S) -> Any:
     """A session for any number of requests at once."""
-    timeout = aiohttp.ClientTimeout(total=REQUEST_S)
+    timeout = aiohttp.ClientTimeout(total=request_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         yield session

@@ -66,7 +66,18 @@ class Rig:
     def __init__(self, layout: str, block: int, dtype: Any, layers: int = 3, slots: int = 8) -> None:
         torch.manual_seed(4)
         self.tensors = tensors(layout, block, dtype, layers)
-        self.pages = pages_of(self.tensors, layout, block)
+        self._over(pages_of(self.tensors, layout, block), slots)
+
+    @classmethod
+    def of_heads(cls, whole: Rig, heads: range) -> Rig:
+        """The same tensors with slots for some of their heads."""
+        rig = cls.__new__(cls)
+        rig.tensors = whole.tensors
+        rig._over(whole.pages.of_heads(heads), 8)
+        return rig
+
+    def _over(self, pages: Geometry, slots: int) -> None:
+        self.pages = pages
         self.slot_bytes = self.pages.token_bytes * CHUNK
         self.gpu = Gpu(self.pages, 2, CHUNK)
         self.slots = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device="cuda")
@@ -97,6 +108,32 @@ def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, 
     rig.slots.zero_()
     rig.wait(rig.copier.gather(spans(tokens, other, slots), [rig.gpu.mark()]))
     assert torch.equal(rig.slots.cpu(), expect)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "packed", "packed NHD"])
+def test_a_rank_has_its_heads_and_no_others(layout: str) -> None:
+    """A worker that serves several ranks gathers and scatters the heads of each by themselves."""
+    whole = Rig(layout, 64, torch.bfloat16)
+    tokens, table, slots = CHUNK + 100, torch.randperm(BLOCKS)[:6], [3, 1]
+    for heads in (range(0, 4), range(4, 8), range(6, 8)):
+        rig = Rig.of_heads(whole, heads)
+        rig.wait(rig.copier.gather(spans(tokens, table, slots), [rig.gpu.mark()]))
+        host = pages_of({name: tensor.cpu() for name, tensor in whole.tensors.items()}, layout, 64)
+        expect = torch.zeros(rig.slots.numel(), dtype=torch.uint8)
+        HostCopier(host.of_heads(heads), expect.numpy().data, rig.slot_bytes).gather(spans(tokens, table, slots))
+        assert torch.equal(rig.slots.cpu(), expect)
+        # Back into pages that are empty: nothing but these heads of these tokens comes to stand there.
+        target = Rig(layout, 64, torch.bfloat16)
+        for tensor in target.tensors.values():
+            tensor.zero_()
+        empty = {name: tensor.cpu() for name, tensor in target.tensors.items()}
+        back = Rig.of_heads(target, heads)
+        back.slots.copy_(rig.slots)
+        back.wait(back.copier.scatter(spans(tokens, table, slots), [back.gpu.mark()]))
+        HostCopier(pages_of(empty, layout, 64).of_heads(heads), expect.numpy().data, rig.slot_bytes).scatter(
+            spans(tokens, table, slots)
+        )
+        assert all(torch.equal(tensor.cpu(), empty[name]) for name, tensor in target.tensors.items())
 
 
 def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks() -> None:

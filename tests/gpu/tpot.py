@@ -1,0 +1,98 @@
+"""What hand-overs cost those that are being answered: time per output token of the decode side while KV arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+
+from gpu import measure
+from gpu.stacks import REQUEST_S, Handover, Pair, client, stream
+
+STREAMS = 4
+PROMPT_TOKENS = 64
+ROUNDS = 2
+
+
+async def tpot(stacks: Sequence[Pair], answer: int, prompts: measure.Prompts, say: measure.Say) -> Any:
+    """Several long answers straight from each decode engine, with nothing else to do and beside hand-overs that come
+    one after the other."""
+    results: dict[str, Any] = {}
+    for stack in stacks:
+        found: dict[str, Any] = {"failed": 0, "failures": []}
+        async with client() as session:
+            for name in ("idle", "busy"):
+                times: list[float] = []
+                moved = 0
+                for _ in range(ROUNDS):
+                    own, done, failures = await _round(stack, session, answer, prompts, beside=name == "busy")
+                    times += own
+                    moved += done
+                    found["failures"] += failures
+                    if failures:
+                        break
+                found[name] = {
+                    "per_token_ms_p50": round(measure.quantile(times, 0.5) * 1e3, 3),
+                    "per_token_ms_p99": round(measure.quantile(times, 0.99) * 1e3, 3),
+                    "tokens": len(times),
+                    "handovers": moved,
+                }
+        found["failed"] = len(found["failures"])
+        results[stack.name] = found
+        say(f"tpot, {stack.name}: {found}")
+    _compare(results)
+    return results
+
+
+async def _round(
+    stack: Pair, session: aiohttp.ClientSession, answer: int, prompts: measure.Prompts, *, beside: bool
+) -> tuple[list[float], int, list[str]]:
+    """Times between tokens, hand-overs that were done meanwhile, and what failed."""
+    asks = [
+        asyncio.create_task(stream(session, stack.decode.url, prompts.next(PROMPT_TOKENS), answer))
+        for _ in range(STREAMS)
+    ]
+    done: list[Handover] = []
+    failures: list[str] = []
+
+    async def arrive() -> None:
+        try:
+            while True:
+                done.append(await stack.complete(session, prompts.next(measure.LOAD_TOKENS), 2))
+        except (OSError, RuntimeError, TimeoutError, aiohttp.ClientError) as error:
+            failures.append(repr(error)[:200])
+
+    arriving = asyncio.create_task(arrive()) if beside else None
+    ended = await asyncio.gather(*asks, return_exceptions=True)
+    moved = len(done)
+    if arriving is not None:
+        # The last one is not cut off: to abort it is another thing to do for those that are measured.
+        await _until_one_more(done, moved, arriving)
+        if len(done) == moved and not failures:
+            failures.append(f"a hand-over was not done in {REQUEST_S:g} s")
+        arriving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await arriving
+    failures += [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
+    answers = [result for result in ended if isinstance(result, Handover)]
+    return [b - a for of in answers for a, b in pairwise(of.times)], moved, failures
+
+
+async def _until_one_more(done: Sequence[Handover], moved: int, arriving: asyncio.Task[None]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REQUEST_S):
+            while len(done) == moved and not arriving.done():
+                await asyncio.sleep(0.005)
+
+
+def _compare(results: dict[str, Any]) -> None:
+    """Ours over the better of those that came through."""
+    others = [of["busy"] for name, of in results.items() if name != "ours" and not of["failed"]]
+    if "ours" in results and others:
+        for key in ("per_token_ms_p50", "per_token_ms_p99"):
+            best = min(of[key] for of in others)
+            results["ours"][f"{key}_ratio"] = round(results["ours"]["busy"][key] / best, 3) if best else None
