@@ -187,6 +187,11 @@ class Receiver:
         return bool(self._by_engine_id)
 
     @property
+    def has_part_in_steps(self) -> bool:
+        """What is computed next has to come after a scatter."""
+        return bool(self._ready or self._scatters)
+
+    @property
     def is_moving(self) -> bool:
         """A scatter is under way, whose slots others wait for."""
         return bool(self._scatters)
@@ -218,9 +223,9 @@ class Receiver:
 
     def _scatter(self) -> bool:
         """Launches what is ready. Says whether there was anything."""
-        ready, self._ready = self._ready, []
-        ready = [entry for entry in ready if entry[0].failure is None]
+        ready = [entry for entry in self._ready if entry[0].failure is None]
         if not ready or self._copier is None:
+            self._ready.clear()
             return False
         marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
         fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
@@ -231,6 +236,8 @@ class Receiver:
             incoming.arrived -= len(of_request)
             incoming.scattering += 1
             self._scatters.append(_Scatter(fence, incoming, of_request))
+        # Not before: whoever looks without the lock finds each in one list or the other.
+        self._ready.clear()
         return True
 
     def _settle(self) -> None:

@@ -198,6 +198,11 @@ class Sender:
         return any(not o.over or o.gathering for o in self._by_engine_id.values())
 
     @property
+    def has_part_in_steps(self) -> bool:
+        """What is computed next may be wanted elsewhere."""
+        return bool(self._by_engine_id)
+
+    @property
     def is_moving(self) -> bool:
         """A gather is under way that the sidecar does not know of."""
         return any(not gather.signalled for gather in self._gathers)

@@ -161,7 +161,7 @@ class Worker:
             self._pump_thread = Pump(self)
             self._pump_thread.start()
         self._idle = metadata.idle
-        if self._is_pumped and not metadata.has_news:
+        if self._is_pumped and not (metadata.has_news or self._has_part_in_steps):
             return
         with self._lock:
             self._read()
@@ -186,7 +186,7 @@ class Worker:
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
         moved = False
-        if not self._is_pumped:
+        if not self._is_pumped or (self._senders and self._has_part_in_steps):
             with self._lock:
                 moved = self.move()
                 self.collect()
@@ -298,8 +298,12 @@ class Worker:
 
     @property
     def _is_pumped(self) -> bool:
-        """Nothing is computed in this step, and a thread of its own does the rest."""
-        return self._idle and self._pump_thread is not None and self._pump_thread.is_alive()
+        """A thread of its own reads and moves; steps are spared what they have no part in."""
+        return self._pump_thread is not None and self._pump_thread.is_alive()
+
+    @property
+    def _has_part_in_steps(self) -> bool:
+        return not self._idle and any(link.end.has_part_in_steps for link in self._links)
 
     def _rest(self) -> None:
         """Waits for news, a little. Without this an engine that only waits would spin."""
