@@ -29,9 +29,10 @@ from harness.progress import Progress
 from harness.sidecar import ROOT
 
 from gpu import measure, report
+from gpu.baselines import STACKS
 from gpu.model import write_model
 from gpu.setting import UCX, Setting, gpus, versions
-from gpu.stacks import STACKS, FirstOfPrefill, Ours, Pair, Stack
+from gpu.stacks import FirstOfPrefill, Ours, Pair, Stack
 from gpu.tpot import tpot
 
 # Those in which a stack may hang for good come late: it is left out of what comes after.
