@@ -192,8 +192,8 @@ impl Receiver {
             epoch: self.config.epoch,
             chunks: written.chunks.clone(),
         };
-        self.send(route, ToSender::Ack(ack));
         self.landed(&id, &landed);
+        self.send(route, ToSender::Ack(ack));
     }
 
     fn on_extend(&mut self, route: Route, extend: &Extend) {

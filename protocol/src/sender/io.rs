@@ -81,6 +81,12 @@ pub enum Event {
         /// The message.
         message: ToSender,
     },
+    /// A write that waits for nothing did not end as soon as it was posted: its wire may need the
+    /// receiver's help. Not said of wires that never do.
+    Lasting {
+        /// The write.
+        transfer: TransferId,
+    },
     /// A write ended well: flushed at the receiver.
     Done {
         /// The write.

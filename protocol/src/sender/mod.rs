@@ -109,6 +109,7 @@ impl Sender {
             } => self.on_linked(&to, Link::Up { epoch, transport }),
             Event::LinkLost { to, reason } => self.on_link_lost(&to, reason),
             Event::Peer { to, message } => self.on_message(&to, message),
+            Event::Lasting { transfer } => self.on_lasting(transfer),
             Event::Done {
                 transfer,
                 sums,

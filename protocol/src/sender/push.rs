@@ -95,12 +95,6 @@ impl Sender {
         if pieces.is_empty() {
             return;
         }
-        lease.spoke = now;
-        let writing = Slots {
-            lease: lease.id,
-            epoch: lease.epoch,
-            indexes: pieces.iter().map(|p| p.to.0).collect(),
-        };
         let lease = lease.id;
         if request.in_flight == 0 {
             request.push_since = now;
@@ -108,7 +102,7 @@ impl Sender {
         request.in_flight += 1;
         self.next_transfer += 1;
         self.transfers.insert(transfer, id.clone());
-        self.send(&to, ToReceiver::Writing(writing));
+        let waits = after.is_some();
         self.actions.push_back(Action::Write {
             to,
             transfer,
@@ -117,6 +111,37 @@ impl Sender {
             after,
             layers,
         });
+        if waits {
+            self.on_lasting(transfer);
+        }
+    }
+
+    /// Asks the receiver for its help with a write: one that ends at once needs none, and the question
+    /// would cost more than the write.
+    pub(super) fn on_lasting(&mut self, transfer: TransferId) {
+        let now = self.now;
+        let request = self.transfers.get(&transfer);
+        let Some(request) = request.and_then(|id| self.requests.get_mut(id)) else {
+            return; // it has ended meanwhile
+        };
+        let indexes = request.chunks.iter().filter_map(|c| match c {
+            Chunk::Posted {
+                to, transfer: t, ..
+            } if *t == transfer => Some(to.0),
+            _ => None,
+        });
+        let indexes = indexes.collect();
+        let to = request.to.clone();
+        let Some(lease) = request.lease_mut() else {
+            return;
+        };
+        lease.spoke = now;
+        let writing = Slots {
+            lease: lease.id,
+            epoch: lease.epoch,
+            indexes,
+        };
+        self.send(&to, ToReceiver::Writing(writing));
     }
 
     pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64], began: Option<Time>) {

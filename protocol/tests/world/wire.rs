@@ -103,6 +103,18 @@ impl World {
             latest = 10 * MS;
         }
         self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
+        // Before its end, after it, or never.
+        let lasts = self.jitter(1, 60 * MS);
+        if lasts < 40 * MS {
+            self.after(lasts, Happening::WriteLasts(transfer, from_epoch));
+        }
+    }
+
+    pub(crate) fn write_lasts(&mut self, transfer: TransferId, epoch: u64) {
+        if epoch == self.p_epoch {
+            let event = sender::Event::Lasting { transfer };
+            self.p.handle(protocol::Time(self.now), event);
+        }
     }
 
     pub(crate) fn land(&mut self, landing: &Landing) {

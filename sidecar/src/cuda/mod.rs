@@ -28,7 +28,7 @@ pub(crate) use event::{Event, State};
 pub(crate) use import::Imported;
 pub(crate) use memory::DeviceMemory;
 pub(crate) use stage::Stage;
-pub(crate) use stream::Stream;
+pub(crate) use stream::{Stream, Strided};
 
 /// GPU memory that copies may name: of this process, or of another.
 pub(crate) trait Extent {

@@ -10,6 +10,26 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::event::Event;
 
+/// Ranges of one memory at equal distances, and where they go in another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strided {
+    /// Where the first begins.
+    pub(crate) from: u64,
+    /// Where it goes.
+    pub(crate) to: u64,
+    /// Bytes of each.
+    pub(crate) width: u64,
+    /// How many.
+    pub(crate) count: u64,
+}
+
+impl Strided {
+    /// Bytes of all.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.width * self.count
+    }
+}
+
 /// Pieces of GPU memory at equal distances.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pitched {
@@ -99,6 +119,39 @@ impl Stream {
         let source = from.at(at, len)?;
         let target = to.at(to_at, len)?;
         self.copy(target, source, len)
+    }
+
+    /// The same of ranges at equal distances, `pitch` bytes on both sides.
+    ///
+    /// # Errors
+    /// A range outside of its memory, or the driver's.
+    pub(crate) fn push_rows(
+        &self,
+        from: &impl Extent,
+        to: &impl Extent,
+        rows: Strided,
+        pitch: u64,
+    ) -> Result<(), CudaError> {
+        if rows.count == 1 {
+            return self.push(from, rows.from, to, rows.to, rows.width);
+        }
+        let len = rows.count.saturating_sub(1).saturating_mul(pitch) + rows.width;
+        let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let shape = Pitched {
+            address: from.at(rows.from, len)?,
+            pitch: number(pitch),
+            width: number(rows.width),
+            height: number(rows.count),
+        };
+        self.copy_rows(&sys::CUDA_MEMCPY2D {
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: shape.address,
+            srcPitch: shape.pitch,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: to.at(rows.to, len)?,
+            dstPitch: shape.pitch,
+            ..shape.blank()
+        })
     }
 
     /// Queues a copy into host memory, or out of it.

@@ -109,6 +109,22 @@ fn bytes_go_in_across_and_out_again() {
     let sum = |at, len| buffer.sum(at, len).unwrap();
     assert_eq!(sum(3, 2 * MIB), sum(6 * MIB, 2 * MIB));
     assert!(stream.push(memory, 8 * MIB, &imported, 0, 2 * MIB).is_err());
+    let strided = Strided {
+        from: 0,
+        to: 3 * MIB,
+        width: 1000,
+        count: 2,
+    };
+    stream.push_rows(memory, &imported, strided, MIB).unwrap();
+    stream.wait().unwrap();
+    for at in [0, MIB] {
+        assert_eq!(sum(at, 1000), sum(3 * MIB + at, 1000));
+    }
+    let beyond = Strided {
+        count: 7,
+        ..strided
+    };
+    assert!(stream.push_rows(memory, &imported, beyond, MIB).is_err());
     let mut stage = Stage::new(&device, 4096).unwrap();
     stage.fetch(memory, 3, 4096).unwrap();
     stage.put(memory, 0, 4096).unwrap();

@@ -1,14 +1,16 @@
-//! One engine connection: a reader that feeds the owner of the machines, a writer that it feeds.
+//! One engine connection: a reader that feeds the owner of the machines, and what the owner answers: at once
+//! while the socket takes it, else by a writer that it feeds.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use protocol::EngineId;
 use protocol::local::{ToEngine, ToSidecar};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::mpsc;
@@ -35,13 +37,17 @@ const READS: Duration = Duration::from_secs(2);
 pub(crate) struct Connection {
     id: EngineId,
     outbox: mpsc::Sender<Outgoing>,
+    /// What of the outbox is not written yet.
+    waiting: Arc<AtomicUsize>,
+    /// Gone when the connection has ended, which shuts the socket.
+    writer: Weak<OwnedWriteHalf>,
     /// Cancelled when the outbox overflows: a message may not be lost on a connection that lives on.
     overflow: CancellationToken,
 }
 
 #[derive(Debug)]
 enum Outgoing {
-    Message(ToEngine),
+    Frame(Vec<u8>),
     WithBuffer(ToEngine, Arc<Buffer>),
     Last(ToEngine),
 }
@@ -64,10 +70,21 @@ impl Connection {
 
     /// Sends a message. An engine that lets thousands pile up is disconnected.
     pub(crate) fn send(&self, message: ToEngine) {
-        self.put(Outgoing::Message(message));
+        let mut frame = frame::encode(&message);
+        // The usual case: nothing waits before it, and no change of task makes the engine wait.
+        if self.waiting.load(Ordering::Acquire) == 0
+            && let Some(writer) = self.writer.upgrade()
+            && let Ok(written) = writer.try_write(&frame)
+        {
+            frame.drain(..written);
+        }
+        if !frame.is_empty() {
+            self.put(Outgoing::Frame(frame));
+        }
     }
 
     fn put(&self, outgoing: Outgoing) {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
         match self.outbox.try_send(outgoing) {
             Ok(()) => {}
             // The reader reports the end.
@@ -106,9 +123,12 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         }
     };
     let (outbox, inbox) = mpsc::channel(OUTBOX);
+    let (writer, waiting) = (Arc::new(writer), Arc::default());
     let connection = Connection {
         id,
         outbox,
+        waiting: Arc::clone(&waiting),
+        writer: Arc::downgrade(&writer),
         overflow: CancellationToken::new(),
     };
     let overflow = connection.overflow.clone();
@@ -122,7 +142,7 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
     let ended = tokio::select! {
         biased;
         ended = read_all(id, &mut reader, buffer, &events) => ended,
-        ended = write_all(writer, inbox) => ended,
+        ended = write_all(&writer, inbox, &waiting) => ended,
         () = overflow.cancelled() => End::Ours("it does not read its messages".to_owned()),
     };
     match ended {
@@ -130,10 +150,11 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         End::Ours(reason) => {
             warn!(engine = %id, reason, "engine disconnected");
             // It lives, and may just be reading the slots that it has been shown.
-            drop(reader);
+            cut(&writer);
             tokio::time::sleep(READS).await;
         }
     }
+    drop(writer);
     // Without the owner of the machines nobody is left to be told.
     if events.send(FromEngine::Gone(id)).await.is_err() {
         debug!(engine = %id, "shutting down");
@@ -171,20 +192,24 @@ async fn report(error: &FrameError, events: &mpsc::Sender<FromEngine>) {
     }
 }
 
-async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoing>) -> End {
+async fn write_all(
+    writer: &OwnedWriteHalf,
+    mut inbox: mpsc::Receiver<Outgoing>,
+    waiting: &AtomicUsize,
+) -> End {
     while let Some(outgoing) = inbox.recv().await {
         let sent = match outgoing {
-            Outgoing::Message(message) => writer.write_all(&frame::encode(&message)).await,
+            Outgoing::Frame(frame) => write(writer, &frame).await,
             Outgoing::WithBuffer(message, buffer) => {
                 let frame = frame::encode(&message);
                 match buffer.export() {
-                    Export::Memfd(fd) => send_with_fd(&mut writer, &frame, fd).await,
+                    Export::Memfd(fd) => send_with_fd(writer, &frame, fd).await,
                     // Its handle is in the message.
-                    Export::Cuda => writer.write_all(&frame).await,
+                    Export::Cuda => write(writer, &frame).await,
                 }
             }
             Outgoing::Last(message) => {
-                return End::Theirs(match writer.write_all(&frame::encode(&message)).await {
+                return End::Theirs(match write(writer, &frame::encode(&message)).await {
                     Ok(()) => "it was refused".to_owned(),
                     Err(error) => error.to_string(),
                 });
@@ -193,16 +218,33 @@ async fn write_all(mut writer: OwnedWriteHalf, mut inbox: mpsc::Receiver<Outgoin
         if let Err(error) = sent {
             return End::Theirs(error.to_string());
         }
+        waiting.fetch_sub(1, Ordering::AcqRel);
     }
     End::Theirs("shutting down".to_owned())
 }
 
+async fn write(writer: &OwnedWriteHalf, mut frame: &[u8]) -> io::Result<()> {
+    while !frame.is_empty() {
+        writer.writable().await?;
+        match writer.try_write(frame) {
+            Ok(written) => frame = &frame[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Closes both directions: the engine sees it at once, whoever else may hold this end.
+fn cut(writer: &OwnedWriteHalf) {
+    let stream = writer.as_ref().as_fd();
+    if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Both) {
+        debug!(%error, "the engine has closed it meanwhile");
+    }
+}
+
 /// Sends a frame whose first byte carries a descriptor.
-async fn send_with_fd(
-    writer: &mut OwnedWriteHalf,
-    frame: &[u8],
-    fd: BorrowedFd<'_>,
-) -> io::Result<()> {
+async fn send_with_fd(writer: &OwnedWriteHalf, frame: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
     let stream = writer.as_ref();
     let sent = stream
         .async_io(Interest::WRITABLE, || {
@@ -220,5 +262,5 @@ async fn send_with_fd(
             )?)
         })
         .await?;
-    writer.write_all(&frame[sent..]).await
+    write(writer, &frame[sent..]).await
 }

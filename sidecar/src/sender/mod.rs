@@ -6,10 +6,11 @@
 mod peers;
 mod ranges;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::future::{BoxFuture, join_all};
+use futures::future::{BoxFuture, join, join_all};
 use protocol::local::{LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
 use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
@@ -37,6 +38,8 @@ pub(crate) struct SendSide {
     peers: Peers,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
+    /// Writes that did not end at once.
+    lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
     watches: JoinSet<(WatchId, Standing)>,
     clock: Clock,
     draining: bool,
@@ -72,6 +75,7 @@ impl SendSide {
             ),
             buffer,
             writes: JoinSet::new(),
+            lasting: mpsc::channel(LASTING),
             watches: JoinSet::new(),
             clock: Clock::start(),
             draining: false,
@@ -99,6 +103,7 @@ impl SendSide {
                     Ok(wrote) => self.on_wrote(wrote),
                     Err(panic) => std::panic::resume_unwind(panic.into_panic()),
                 },
+                Some(transfer) = self.lasting.1.recv() => self.feed(Event::Lasting { transfer }),
                 Some(watched) = self.watches.join_next() => match watched {
                     Ok((watch, standing)) => self.on_watched(watch, standing),
                     Err(panic) => std::panic::resume_unwind(panic.into_panic()),
@@ -249,9 +254,21 @@ impl SendSide {
                     .unzip();
                 let (pieces, after) = last.unwrap_or_default();
                 let (write, times) = self.write(&to, lease, pieces, after);
+                let lasting = self.lasting.0.clone();
                 self.writes.spawn(async move {
                     let posted = Instant::now();
-                    let (early, outcome) = tokio::join!(join_all(early), write);
+                    let mut whole = pin!(join(join_all(early), write));
+                    let (early, outcome) = tokio::select! {
+                        biased;
+                        ended = &mut whole => ended,
+                        // The receiver has been told already of one that waits for its bytes.
+                        () = times.lasting(), if !waited => {
+                            if lasting.try_send(transfer).is_err() {
+                                debug!(%transfer, "the receiver is not asked for help with a write");
+                            }
+                            whole.await
+                        }
+                    };
                     let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
                     spans.push(times);
@@ -417,3 +434,6 @@ impl SendSide {
         );
     }
 }
+
+/// Writes that may wait for the machine to hear that they last; far more than a wire has under way.
+const LASTING: usize = 1024;

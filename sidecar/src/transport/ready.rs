@@ -5,6 +5,8 @@ use std::num::NonZero;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use crate::cuda::{Event, State};
 
 /// When a write may read the send buffer. A transport looks at it on its own thread, and posts nothing
@@ -25,6 +27,7 @@ pub(crate) struct Ready {
 pub(crate) struct Times {
     began: OnceLock<Instant>,
     ended: OnceLock<Instant>,
+    lasting: Notify,
 }
 
 /// Something that says when bytes stand.
@@ -99,6 +102,11 @@ impl Ready {
         self.after = None;
     }
 
+    /// The write is posted and has not ended, and its wire may need the receiver's help.
+    pub(crate) fn lasts(&self) {
+        self.times.lasting.notify_one();
+    }
+
     /// The write has ended.
     pub(crate) fn end(&self) {
         self.times.ended.get_or_init(Instant::now);
@@ -114,6 +122,14 @@ impl Times {
     /// When the bytes were first seen in their slots.
     pub(crate) fn began(&self) -> Option<Instant> {
         self.began.get().copied()
+    }
+
+    /// Completes when the write lasts; see [`Ready::lasts`].
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn lasting(&self) {
+        self.lasting.notified().await;
     }
 
     /// When the wire was done.

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::link::CudaLink;
 use super::peer::{Peer, leak};
 use super::{Config, Shared};
-use crate::cuda::{DeviceMemory, Event, State};
+use crate::cuda::{DeviceMemory, Event, State, Strided};
 use crate::transport::ready::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Ready, Remote, Standing};
 
@@ -194,7 +194,7 @@ impl Copier {
                     peer: write.peer,
                     end,
                     since: Instant::now(),
-                    bytes: copies.iter().map(|copy| copy.bytes).sum(),
+                    bytes: copies.iter().map(Strided::bytes).sum(),
                     ready: write.ready,
                     reply: Some(write.reply),
                 });

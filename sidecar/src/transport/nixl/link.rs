@@ -66,30 +66,43 @@ impl Link for NixlLink {
     }
 
     /// # Cancel safety
-    /// Dropped before the engine thread has room for it, nothing is written. Later the write goes on.
+    /// Dropped while the engine thread has no room for it, nothing is written. Otherwise the write goes on.
     fn write_when(
         &self,
         ready: Ready,
         _lease: LeaseId,
         pieces: Vec<Piece>,
     ) -> BoxFuture<'static, Outcome> {
-        let shared = Arc::clone(&self.shared);
         let link = self.id;
-        Box::pin(async move {
-            let outcome = shared.ask(|reply, permit| Command::Write {
-                link,
-                ready,
-                pieces,
-                reply,
-                permit,
-            });
-            outcome.await.unwrap_or_else(|| Outcome::Failed {
-                // The thread answers all it has posted before it ends, so this was not posted;
-                // unless it panicked, and then nothing is known.
-                terminal: false,
-                error: STOPPED.to_owned(),
-            })
-        })
+        let command = move |reply, permit| Command::Write {
+            link,
+            ready,
+            pieces,
+            reply,
+            permit,
+        };
+        let stopped = || Outcome::Failed {
+            // The thread answers all it has posted before it ends, so this was not posted;
+            // unless it panicked, and then nothing is known.
+            terminal: false,
+            error: STOPPED.to_owned(),
+        };
+        // There is room but for a flood of writes: then the thread begins before anybody awaits it.
+        match Arc::clone(&self.shared.permits).try_acquire_owned() {
+            Ok(permit) => {
+                let answer = self.shared.put(command, permit);
+                Box::pin(async move {
+                    match answer {
+                        Some(answer) => answer.await.unwrap_or_else(|_| stopped()),
+                        None => stopped(),
+                    }
+                })
+            }
+            Err(_) => {
+                let shared = Arc::clone(&self.shared);
+                Box::pin(async move { shared.ask(command).await.unwrap_or_else(stopped) })
+            }
+        }
     }
 
     fn granule(&self) -> u64 {

@@ -25,7 +25,7 @@ use futures::future::BoxFuture;
 use protocol::dlist::Row;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::cuda::CudaError;
@@ -277,12 +277,21 @@ impl Shared {
     /// Dropped early, nothing was sent.
     async fn ask<T>(
         &self,
-        command: impl FnOnce(oneshot::Sender<T>, tokio::sync::OwnedSemaphorePermit) -> Command,
+        command: impl FnOnce(oneshot::Sender<T>, OwnedSemaphorePermit) -> Command,
     ) -> Option<T> {
         let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
+        self.put(command, permit)?.await.ok()
+    }
+
+    /// Queues a command; `None` when the thread has ended.
+    fn put<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>, OwnedSemaphorePermit) -> Command,
+        permit: OwnedSemaphorePermit,
+    ) -> Option<oneshot::Receiver<T>> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(command(reply, permit)).ok()?;
-        answer.await.ok()
+        Some(answer)
     }
 }
 

@@ -33,6 +33,8 @@ pub(super) struct Peer {
     failed: Option<String>,
     /// When a batch last ended.
     moved: Instant,
+    /// Released once whoever waits for them has been answered.
+    ended: Vec<Transfer>,
     shared: Arc<Shared>,
 }
 
@@ -124,6 +126,7 @@ impl Peer {
             closed: false,
             failed: None,
             moved: Instant::now(),
+            ended: Vec::new(),
             shared,
         })
     }
@@ -204,6 +207,7 @@ impl Peer {
         self.look(stall);
         moved |= self.post();
         self.settle();
+        self.ended.clear();
         moved
     }
 
@@ -268,7 +272,7 @@ impl Peer {
                     State::Done => {
                         moved = true;
                         self.moved = start;
-                        write.running.swap_remove(i);
+                        self.ended.push(write.running.swap_remove(i).transfer);
                         continue;
                     }
                     State::Failed(error) => (true, error.to_string()),
@@ -331,11 +335,17 @@ impl Peer {
             }
         };
         match transfer.post() {
-            Ok(State::Running) => write.running.push(Running {
-                transfer,
-                posted: Instant::now(),
-            }),
-            Ok(_) => self.moved = Instant::now(),
+            Ok(State::Running) => {
+                write.ready.lasts();
+                write.running.push(Running {
+                    transfer,
+                    posted: Instant::now(),
+                });
+            }
+            Ok(_) => {
+                self.moved = Instant::now();
+                self.ended.push(transfer);
+            }
             Err(error) => {
                 // Part of it may have been sent.
                 write.fail(false, error.to_string());
