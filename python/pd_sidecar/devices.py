@@ -36,9 +36,15 @@ class Copier(Protocol):
     """Gathers and scatters for one worker's tensors and one buffer."""
 
     def gather(
-        self, pieces: Sequence[Piece], after: Iterable[Mark], signal: int | None = None
+        self,
+        pieces: Sequence[Piece],
+        after: Iterable[Mark],
+        signal: int | None = None,
+        *,
+        last: bool = False,
     ) -> Fence:
-        """Pages to slots. `signal` is the event that the sidecar is told to wait for."""
+        """Pages to slots. `signal` is the event that the sidecar is told to wait for; `last` says
+        that the engine has launched nothing after the marks."""
         ...
 
     def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:

@@ -4,6 +4,8 @@ A gather waits for the mark behind the forward that computed its chunks, a scatt
 behind everything that was launched when its blocks were given to their request: an engine that
 schedules ahead may still have a step under way that writes to blocks it has freed. Both run on one
 stream of their own beside the engine's, so that neither waits for a step it has nothing to do with.
+A gather of what was launched last is put behind it on the engine's stream: one that waits on
+another stream slows down all that is computed meanwhile.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Gpu:
         self._driver = Driver()
         self.name: str | None = self._driver.uuid(self._device.index or 0)
         self.is_asynchronous = True
+        self._engine: list[torch.cuda.Stream] = []
+        """The engine's stream, once known. Copiers share it."""
         with torch.cuda.device(self._device):
             # Ahead of the engine's next kernels: a move is short, and somebody waits for it.
             self._stream = torch.cuda.Stream(priority=-1)
@@ -50,7 +54,8 @@ class Gpu:
     def mark(self) -> Mark:
         """On the engine's stream."""
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        self._engine[:] = [torch.cuda.current_stream(self._device)]
+        event.record(self._engine[0])
         return event
 
     def hold(self, fence: Fence) -> None:
@@ -70,15 +75,14 @@ class Gpu:
         except CudaError as error:
             raise OSError(str(error)) from error
         slots = torch.as_tensor(memory, device=self._device)
-        return GpuCopier(
-            Mover(pages, connection.welcome.slot_bytes), slots, self._stream, self._signals
-        )
+        mover = Mover(pages, connection.welcome.slot_bytes)
+        return GpuCopier(mover, slots, self._stream, self._engine, self._signals)
 
     def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
         """Moves one token to and fro; nothing is in the pages yet."""
         slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
         mover = Mover(pages, pages.token_bytes * chunk_tokens)
-        copier = GpuCopier(mover, slots, self._stream, self._signals)
+        copier = GpuCopier(mover, slots, self._stream, self._engine, self._signals)
         piece = Piece(0, torch.zeros(1, dtype=torch.int64), (0, 1), (0, 1))
         copier.gather([piece], [self.mark()])
         copier.scatter([piece], [self.mark()])
@@ -93,20 +97,29 @@ class GpuCopier:
         mover: Mover,
         slots: torch.Tensor,
         stream: torch.cuda.Stream,
+        engine: list[torch.cuda.Stream],
         signals: list[torch.cuda.Event],
     ) -> None:
         self._mover = mover
         self._slots = slots
         self._stream = stream
+        self._engine = engine
         self._signals = signals
 
     def gather(
-        self, pieces: Sequence[Piece], after: Iterable[Mark], signal: int | None = None
+        self,
+        pieces: Sequence[Piece],
+        after: Iterable[Mark],
+        signal: int | None = None,
+        *,
+        last: bool = False,
     ) -> Fence:
         """Pages to slots."""
-        move = self._move(pieces, after, gather=True)
+        plan = Plan(self._mover.pages, pieces)
+        stream = self._engine[0] if last and self._engine else self._stream
+        move = self._launch(stream, plan, () if stream is not self._stream else after, gather=True)
         if signal is not None:
-            self._signals[signal].record(self._stream)
+            self._signals[signal].record(stream)
         return move
 
     def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:
@@ -115,7 +128,8 @@ class GpuCopier:
         moves: list[_Move] = []
         first = 0
         for part in ranges:
-            moves.append(self._launch(plan, [part.after], (first, part.below), gather=True))
+            layers = (first, part.below)
+            moves.append(self._launch(self._stream, plan, [part.after], layers, gather=True))
             self._signals[part.signal].record(self._stream)
             first = part.below
         moves[-1].before = moves[:-1]
@@ -123,22 +137,25 @@ class GpuCopier:
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
         """Slots to pages."""
-        return self._move(pieces, after, gather=False)
-
-    def _move(self, pieces: Sequence[Piece], after: Iterable[Mark], *, gather: bool) -> _Move:
         plan = Plan(self._mover.pages, pieces)
-        return self._launch(plan, after, (0, len(self._mover.pages.layers)), gather=gather)
+        return self._launch(self._stream, plan, after, gather=False)
 
     def _launch(
-        self, plan: Plan, after: Iterable[Mark], layers: tuple[int, int], *, gather: bool
+        self,
+        stream: torch.cuda.Stream,
+        plan: Plan,
+        after: Iterable[Mark],
+        layers: tuple[int, int] | None = None,
+        *,
+        gather: bool,
     ) -> _Move:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             for mark in after:
-                self._stream.wait_event(mark)
+                stream.wait_event(mark)
             move = _Move(self._slots)
-            move.start.record(self._stream)
+            move.start.record(stream)
             self._mover.move(plan, self._slots, gather=gather, layers=layers)
-            move.end.record(self._stream)
+            move.end.record(stream)
         return move
 
 

@@ -77,7 +77,12 @@ class HostCopier:
         ]
 
     def gather(
-        self, pieces: Sequence[Piece], after: Iterable[object] = (), signal: int | None = None
+        self,
+        pieces: Sequence[Piece],
+        after: Iterable[object] = (),
+        signal: int | None = None,
+        *,
+        last: bool = False,
     ) -> Fence:
         """Pages to slots."""
         began = time.perf_counter()

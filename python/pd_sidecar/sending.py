@@ -87,6 +87,8 @@ class Sender:
         """Behind all that is computed of `Outgoing.computed`, by the layer before which it ends."""
         self._computing: list[tuple[int, Mark]] = []
         """The same of the step that is being launched, as far as it is."""
+        self._is_last = False
+        """The engine has launched nothing after it."""
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
@@ -94,6 +96,7 @@ class Sender:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward: blocks that were taken away are let go of, new work is announced."""
+        self._is_last = self._is_last and metadata.idle
         for engine_id in metadata.preempted:
             if outgoing := self._by_engine_id.get(engine_id):
                 self._hold(outgoing)
@@ -127,6 +130,7 @@ class Sender:
         if any(a[0] >= b[0] for a, b in pairwise(marks)):
             marks = []  # a step in several forwards
         self._computed = [*marks, (self._rank.layers, self._device.mark())]
+        self._is_last = True
         for outgoing in self._by_engine_id.values():
             outgoing.computed = outgoing.upto
 
@@ -254,7 +258,8 @@ class Sender:
             fence = copier.gather_ranges(pieces, ranges)
         else:
             signal = self._signals.take(reqs)
-            fence = copier.gather(pieces, [mark for _, mark in self._computed[-1:]], signal)
+            marks = [mark for _, mark in self._computed[-1:]]
+            fence = copier.gather(pieces, marks, signal, last=self._is_last)
         layers = [(part.below, part.signal) for part in ranges]
         for engine_id, of_request in chunks.items():
             outgoing = self._by_engine_id[engine_id]

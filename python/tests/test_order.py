@@ -11,7 +11,7 @@ from test_worker import TABLE, TOKENS, Rig, load, push
 
 from pd_sidecar import wire, worker
 from pd_sidecar.kernels import HostCopier
-from pd_sidecar.metadata import PushStart, PushStep
+from pd_sidecar.metadata import PushStart, PushStep, StepMetadata
 
 
 class Move:
@@ -35,6 +35,7 @@ class Slow:
         self.moves = []
         self.held = []
         self.ranges = []
+        self.last = []
         self.marks = 0
 
     def enter(self):
@@ -52,8 +53,9 @@ class Slow:
         device = self
 
         class Copier:
-            def gather(self, pieces, after, signal=None):
+            def gather(self, pieces, after, signal=None, *, last=False):
                 host.gather(pieces)
+                device.last.append(last)
                 return device.moved("gather", after)
 
             def gather_ranges(self, pieces, ranges):
@@ -164,6 +166,21 @@ def test_whoever_gets_the_blocks_comes_after_the_gather(rig, device, how):
     assert not device.held
     rig.step(forward=False, **{how: ["a"]})
     assert device.held == [device.moves[0]]
+
+
+def test_a_gather_knows_whether_the_engine_has_launched_anything_since(rig, device):
+    begin(rig, "a", "r")
+    rig.sender.say(wire.Granted("r", 0, [0], [1]))
+    rig.sender.next(wire.Staged)
+    rig.step(forward=False, aborted=["nobody"])
+    rig.sender.say(wire.Granted("r", 0, [1], [2]))
+    rig.sender.next(wire.Staged)
+    rig.worker.begin(StepMetadata())
+    rig.sender.say(wire.Granted("r", 0, [2], [3]))
+    deadline = time.monotonic() + 5
+    while len(device.moves) < 3:
+        assert time.monotonic() < deadline
+    assert device.last == [True, True, False]
 
 
 def test_a_load_is_reported_when_it_has_arrived_and_what_is_computed_waits_for_it(rig, device):

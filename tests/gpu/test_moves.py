@@ -82,7 +82,7 @@ class Rig:
         self.gpu = Gpu(self.pages, 2, CHUNK)
         self.slots = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device="cuda")
         mover = Mover(self.pages, self.slot_bytes)
-        self.copier = GpuCopier(mover, self.slots, self.gpu._stream, self.gpu._signals)
+        self.copier = GpuCopier(mover, self.slots, self.gpu._stream, self.gpu._engine, self.gpu._signals)
 
     def wait(self, fence: Any) -> None:
         torch.cuda.synchronize()
@@ -136,14 +136,15 @@ def test_a_rank_has_its_heads_and_no_others(layout: str) -> None:
         assert all(torch.equal(tensor.cpu(), empty[name]) for name, tensor in target.tensors.items())
 
 
-def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks() -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks(last: bool) -> None:
     rig = Rig("NHD", 16, torch.bfloat16)
     table = torch.arange(16)
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     for tensor in rig.tensors.values():
         tensor.fill_(1)
-    fence = rig.copier.gather(spans(CHUNK, table, [3]), [rig.gpu.mark()], 0)
+    fence = rig.copier.gather(spans(CHUNK, table, [3]), [rig.gpu.mark()], 0, last=last)
     assert not fence.done(), "the launch waited for the GPU"
     # The blocks go to another request, whose forward comes at once.
     rig.gpu.hold(fence)
@@ -205,7 +206,7 @@ def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
     slot_bytes = pages.token_bytes * CHUNK
     gpu = Gpu(pages, 0, CHUNK)
     slots = torch.zeros(20 * slot_bytes, dtype=torch.uint8, device="cuda")
-    copier = GpuCopier(Mover(pages, slot_bytes), slots, gpu._stream, [])
+    copier = GpuCopier(Mover(pages, slot_bytes), slots, gpu._stream, gpu._engine, [])
     parts = spans(20 * CHUNK, torch.randperm(2 * BLOCKS)[:320], list(range(20)))
     seconds: dict[str, list[float]] = {"gather": [], "scatter": []}
     for _ in range(8):
