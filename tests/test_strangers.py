@@ -257,6 +257,31 @@ def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
         assert call(f"{part.admin}/health", timeout_s=5)[0] == 200
 
 
+def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Sides) -> None:
+    req, tokens = f"cut-{os.getpid()}", CHUNK_TOKENS
+    reader = Client.connect(str(sides.receiver.socket), hello("decode"))
+    reader.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=10_000)
+    sides.prefill.reserve(req, sides.target, keys(req, 1), tokens=tokens, upto=tokens)
+    shown: list[int] = []
+    deadline = time.monotonic() + BOUND_S
+    while not shown and time.monotonic() < deadline:
+        for message in sides.prefill.wait(0.02):
+            if isinstance(message, Granted) and message.chunks:
+                sides.prefill.staged(req, message.chunks)
+        shown += [slot for message in reader.wait(0.02) if isinstance(message, Ready) for slot in message.slots]
+    assert len(shown) == 1
+    os.write(reader.connection.fileno(), struct.pack("<I", 4) + b"\xc1" * 4)
+    while reader.connected and time.monotonic() < deadline:
+        reader.wait(0.02)
+    # It is told at once, and may be reading still.
+    assert not reader.connected
+    assert sides.receiver.slots()[1] == 1
+    time.sleep(1)
+    assert sides.receiver.slots()[1] == 1
+    sides.receiver.wait_empty()
+    reader.close()
+
+
 def data_ports(sides: Sides) -> list[int]:
     """The data port that the receiver advertises, if it has one."""
     with peer(zmq.REQ, sides.receiver.init_port) as init:
