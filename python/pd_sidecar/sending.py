@@ -199,7 +199,8 @@ class Sender:
     @property
     def is_waiting(self) -> bool:
         """A word of the sidecar, or the end of a gather, would be of use."""
-        return any(not o.over or o.gathering for o in self._by_engine_id.values())
+        # Looked at without the lock: a copy, which the other thread cannot change meanwhile.
+        return any(not o.over or o.gathering for o in list(self._by_engine_id.values()))
 
     @property
     def has_part_in_steps(self) -> bool:

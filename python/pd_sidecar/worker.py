@@ -169,6 +169,9 @@ class Worker:
                 link.end.begin(metadata)
             if self._producer and not self._senders:
                 self._unsent.update(metadata.finished)
+        if self._idle and self._pump_thread is not None:
+            # What this step has ended is named by the thread, which may be asleep.
+            self._pump_thread.wake()
 
     def layer_computed(self, name: str) -> None:
         """Within the forward, after a layer's attention."""
@@ -179,6 +182,8 @@ class Worker:
 
     def computed(self) -> None:
         """After the forward."""
+        if not self._senders:
+            return
         with self._lock:
             for sender in self._senders:
                 sender.computed()
@@ -259,9 +264,8 @@ class Worker:
                 results = receiver.finished()
                 self._failed.update(results.failed)
                 loaded.received |= self._received.of_all(results.received, len(self._receivers))
-        loaded.failed = {
-            id_: self._failed.pop(id_) for id_ in loaded.received & self._failed.keys()
-        }
+            for engine_id in loaded.received & self._failed.keys():
+                loaded.failed[engine_id] = self._failed.pop(engine_id)
         with self._results:
             self._pushed |= sent
             self._loaded.received |= loaded.received

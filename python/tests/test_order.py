@@ -220,3 +220,13 @@ def test_a_load_that_failed_is_reported_when_nothing_writes_to_its_blocks(rig, d
     device.moves[0].over = True
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])
+
+
+def test_what_a_step_without_tokens_has_ended_is_named_at_once(rig, device, monkeypatch):
+    monkeypatch.setattr("pd_sidecar.pump.LONGEST_S", 60)
+    rig.step(load_starts=[load()])
+    rig.receiver.next(wire.Await)
+    time.sleep(0.1)  # the thread is asleep
+    results = rig.step(forward=False, aborted=["a"])[1]
+    _, received, _ = rig.until(lambda: not rig.worker._receivers[0]._by_req)
+    assert [*results.received, *received] == ["a"]
