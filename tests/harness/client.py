@@ -121,7 +121,9 @@ class Stream:
                 return
             event = json.loads(data)
             if "error" in event:
-                raise HttpError(int(event["error"].get("code") or 500), data.decode())
+                code = event["error"].get("code")
+                # The engine's own errors have a status there, the proxy's a word.
+                raise HttpError(code if isinstance(code, int) else 500, data.decode())
             yield event
         raise HttpError(0, "the stream ended without [DONE]")
 
