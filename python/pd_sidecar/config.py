@@ -47,7 +47,7 @@ class Options:
     """On a GPU: `layers` pushes the first layers while the last are computed, `step` only what a
     step has completed, `auto` layers where the step is long enough."""
     idle_wait_ms: float = 2.0
-    """How long a step without tokens may wait for a word of the sidecar."""
+    """How long an engine that has nothing else to do waits for a word of the sidecar."""
     sidecar: str = ""
     """`spawn`: the engine starts its sidecar as a child."""
     sidecar_arguments: str = ""

@@ -138,14 +138,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
             word = connector_output.kv_connector_worker_meta
             rests = self._idle and isinstance(word, Word) and word.rests
             sent, received = worker.news(rest=rests)
-            if sent:
-                connector_output.finished_sending = sent | (
-                    connector_output.finished_sending or set()
-                )
-            if received:
-                connector_output.finished_recving = received | (
-                    connector_output.finished_recving or set()
-                )
+            connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
+            connector_output.finished_recving = (
+                connector_output.finished_recving or set()
+            ) | received
         self._of_scheduler.reported(
             connector_output.finished_sending or (), connector_output.finished_recving or ()
         )

@@ -48,6 +48,7 @@ class Pump(threading.Thread):
             while not self._stopping:
                 self._sleep()
                 # What has arrived is told first: a launch takes as long as the engine's next pause.
+                self._worker.read()
                 if self._worker.collect():
                     self._news.set()
                 self._worker.move()

@@ -164,7 +164,7 @@ class Worker:
         if self._is_pumped and not (metadata.has_news or self._has_part_in_steps):
             return
         with self._lock:
-            self._read()
+            self.read()
             for link in self._links:
                 link.end.begin(metadata)
             if self._producer and not self._senders:
@@ -242,20 +242,26 @@ class Worker:
 
     # For the engine's thread and the pump's; one at a time.
 
+    def read(self) -> None:
+        """Takes in what the sidecars say."""
+        with self._lock:
+            for link in self._links:
+                for event in link.client.poll():
+                    self._handle(event, link)
+
     def move(self) -> bool:
         """Reads what has come and moves what can be moved. Says whether anything was."""
         with self._lock:
-            self._read()
+            self.read()
             moved = [link.end.pump() for link in self._links]
             if self._pump_thread is not None and self.is_moving:
                 self._pump_thread.wake()
             return any(moved)
 
     def collect(self) -> bool:
-        """Reads what has come and notes what all ranks are done with: blocks are freed, and
-        requests resumed, for the worker. Says whether there is anything to report."""
+        """Notes what all ranks are done with: blocks are freed, and requests resumed, for the
+        worker. Says whether there is anything to report."""
         with self._lock:
-            self._read()
             sent, self._unsent = self._unsent, set()
             for sender in self._senders:
                 sent |= self._sent.of_all(sender.finished(), len(self._senders))
@@ -318,11 +324,6 @@ class Worker:
         with self._lock:
             self.move()
             self.collect()
-
-    def _read(self) -> None:
-        for link in self._links:
-            for event in link.client.poll():
-                self._handle(event, link)
 
     def _handle(self, event: Event, link: Link) -> None:
         if isinstance(event, Connected):

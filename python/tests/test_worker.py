@@ -417,7 +417,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     assert news == (set(), {"a"})
     rig.receiver.say(wire.Ended("s", "no_room", 0))
     while not worker.collect() and time.monotonic() < deadline:
-        pass
+        worker.read()
     assert worker.news(rest=True) == (set(), set())
     results = rig.step()[1]
     assert (results.received, set(results.failed)) == ({"b"}, {"b"})
@@ -436,6 +436,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
     rig.receiver.say(ready)
     deadline = time.monotonic() + 5
     while not worker.collect():
+        worker.read()
         assert time.monotonic() < deadline
     assert worker.news(rest=False) == (set(), {"a"})
     assert not torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
@@ -445,7 +446,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
         # The slots are ours, whatever becomes of who lent them.
         rig.receiver.stop()
         while worker._receivers[0]._copier is not None:
-            worker.collect()
+            worker.read()
             assert time.monotonic() < deadline
     assert torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
     worker.move()

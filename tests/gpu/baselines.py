@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
+from harness.engine import Engine
 from harness.ports import free_port
 from harness.process import Part
 
@@ -17,7 +18,23 @@ from gpu.setting import Setting
 from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, stream
 
 
-class Nixl:
+class _TwoEngines:
+    """Two engines, and nothing beside them that has to be started."""
+
+    def __init__(self, prefill: Engine, decode: Engine) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.parts: Sequence[Part] = (prefill, decode)
+        self.engines = (prefill, decode)
+
+    def start(self) -> None:
+        for engine in self.engines:
+            engine.start()
+
+    def wait(self) -> None:
+        """The engines are all there is."""
+
+
+class Nixl(_TwoEngines):
     """vLLM's own connector, and the two calls that its proxies make."""
 
     name = "nixl"
@@ -26,27 +43,20 @@ class Nixl:
         transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
         if setting.gpus is None:
             transfer["kv_buffer_device"] = "cpu"
-        self.prefill, self.decode = (
-            setting.engine(
-                f"nixl {name}",
-                side,
-                transfer,
-                {
-                    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                },
+        super().__init__(
+            *(
+                setting.engine(
+                    f"nixl {name}",
+                    side,
+                    transfer,
+                    {
+                        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+                        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                    },
+                )
+                for side, name in enumerate(("prefill", "decode"))
             )
-            for side, name in enumerate(("prefill", "decode"))
         )
-        self.parts: Sequence[Part] = (self.prefill, self.decode)
-        self.engines = (self.prefill, self.decode)
-
-    def start(self) -> None:
-        for engine in self.engines:
-            engine.start()
-
-    def wait(self) -> None:
-        """The engines are all there is."""
 
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
         began = time.perf_counter()
@@ -61,7 +71,7 @@ class Nixl:
         return result
 
 
-class LmCache:
+class LmCache(_TwoEngines):
     """LMCache's PD over NIXL. Its prefill leg gives the first token, its decode leg the ones after it."""
 
     name = "lmcache"
@@ -103,16 +113,7 @@ class LmCache:
             }
             env = {"LMCACHE_CONFIG_FILE": str(path), "PYTHONHASHSEED": "0"}
             engines.append(setting.engine(f"lmcache {name}", side, transfer, env))
-        self.prefill, self.decode = engines
-        self.parts: Sequence[Part] = (self.prefill, self.decode)
-        self.engines = (self.prefill, self.decode)
-
-    def start(self) -> None:
-        for engine in self.engines:
-            engine.start()
-
-    def wait(self) -> None:
-        """The engines are all there is."""
+        super().__init__(*engines)
 
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
         if self._listener is None:
