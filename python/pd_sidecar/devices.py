@@ -7,7 +7,6 @@ the work it depends on, and its *fence* says when it is over. Nothing waits for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .kernels import HostCopier
@@ -23,13 +22,17 @@ Mark = Any
 """A point in the engine's computing."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """Layers from the range before on, what their gather waits for and what it signals."""
+class Division(Protocol):
+    """A gather by ranges of layers, by the thread that computes, between what it computes."""
 
-    below: int
-    after: Mark
-    signal: int
+    def gather(self, below: int, signal: int) -> None:
+        """The layers from the last range on; `signal` is the event of these."""
+        ...
+
+    @property
+    def fence(self) -> Fence:
+        """Of all that was gathered."""
+        ...
 
 
 class Copier(Protocol):
@@ -47,8 +50,8 @@ class Copier(Protocol):
         that the engine has launched nothing after the marks."""
         ...
 
-    def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:
-        """The same by ranges of layers, one after the other; all layers in all."""
+    def division(self, pieces: Sequence[Piece]) -> Division | None:
+        """Pages to slots by ranges of layers; `None` where that is of no use."""
         ...
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:

@@ -133,6 +133,7 @@ class Plan:
             records += [piece.slot, start, stop - start, end - first, start - first, at]
         self.there: torch.Tensor | None = None
         """The numbers on the GPU, once launched."""
+        self.slots = [piece.slot for piece in pieces]
         self.pieces = len(pieces)
         self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
         self.numbers = torch.cat([torch.tensor(records, dtype=torch.int64), *parts])

@@ -4,8 +4,8 @@ A gather waits for the mark behind the forward that computed its chunks, a scatt
 behind everything that was launched when its blocks were given to their request: an engine that
 schedules ahead may still have a step under way that writes to blocks it has freed. Both run on one
 stream of their own beside the engine's, so that neither waits for a step it has nothing to do with.
-A gather of what was launched last is put behind it on the engine's stream: one that waits on
-another stream slows down all that is computed meanwhile.
+A gather of what was launched last, and one by layers, stand on the engine's stream: beside it they
+slow down what is computed meanwhile by many times the time that they need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .connection import Connection
-    from .devices import Mark, Range
+    from .devices import Mark
     from .kernels import Fence
     from .layout import Geometry
 
@@ -105,6 +105,8 @@ class GpuCopier:
         self._stream = stream
         self._engine = engine
         self._signals = signals
+        self._into: dict[int, _Move] = {}
+        """The last gather into each slot."""
 
     def gather(
         self,
@@ -122,18 +124,16 @@ class GpuCopier:
             self._signals[signal].record(stream)
         return move
 
-    def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[Range]) -> Fence:
+    def division(self, pieces: Sequence[Piece]) -> _Division:
         """Pages to slots, layer by layer."""
-        plan = Plan(self._mover.pages, pieces)
-        moves: list[_Move] = []
-        first = 0
-        for part in ranges:
-            layers = (first, part.below)
-            moves.append(self._launch(self._stream, plan, [part.after], layers, gather=True))
-            self._signals[part.signal].record(self._stream)
-            first = part.below
-        moves[-1].before = moves[:-1]
-        return moves[-1]
+        return _Division(self, Plan(self._mover.pages, pieces))
+
+    def gather_layers(self, plan: Plan, layers: tuple[int, int], signal: int) -> _Move:
+        """A range of layers, on the stream of the calling thread."""
+        stream = torch.cuda.current_stream(self._mover.pages.first.tensor.device)
+        move = self._launch(stream, plan, (), layers, gather=True)
+        self._signals[signal].record(stream)
+        return move
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
         """Slots to pages."""
@@ -152,17 +152,52 @@ class GpuCopier:
         with torch.cuda.stream(stream):
             for mark in after:
                 stream.wait_event(mark)
-            move = _Move(self._slots)
+            move = _Move(self._slots, stream)
+            if gather:
+                self._queue(move, plan.slots)
             move.start.record(stream)
             self._mover.move(plan, self._slots, gather=gather, layers=layers)
             move.end.record(stream)
         return move
 
+    def _queue(self, move: _Move, slots: Iterable[int]) -> None:
+        """A slot may have been granted anew while a gather for a request that ended early is still
+        on its way into it, on the other stream: this one comes after."""
+        for slot in slots:
+            before = self._into.get(slot)
+            self._into[slot] = move
+            if before is not None and before.stream != move.stream and not before.done():
+                move.stream.wait_event(before.end)
+
+
+class _Division:
+    """See `devices.Division`."""
+
+    def __init__(self, copier: GpuCopier, plan: Plan) -> None:
+        self._copier = copier
+        self._plan = plan
+        self._below = 0
+        self._moves: list[_Move] = []
+
+    def gather(self, below: int, signal: int) -> None:
+        """The layers from the last range on."""
+        layers = (self._below, below)
+        self._moves.append(self._copier.gather_layers(self._plan, layers, signal))
+        self._below = below
+
+    @property
+    def fence(self) -> _Move:
+        """The last range, which is over after all others."""
+        last = self._moves[-1]
+        last.before = self._moves[:-1]
+        return last
+
 
 class _Move:
     """A move on its way. It keeps the sidecar's memory open."""
 
-    def __init__(self, slots: torch.Tensor) -> None:
+    def __init__(self, slots: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
         self.before: list[_Move] = []

@@ -94,9 +94,8 @@ class HostCopier:
                 _store(part.buffer, slots, part.pages.index_select(0, source))
         return Over(time.perf_counter() - began)
 
-    def gather_ranges(self, pieces: Sequence[Piece], ranges: Sequence[object]) -> Fence:
+    def division(self, pieces: Sequence[Piece]) -> None:
         """Everything is computed when its call returns: nothing is there earlier than the rest."""
-        return self.gather(pieces)
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
         """Slots to pages. Writes the tokens that the pieces name and no others."""

@@ -6,6 +6,7 @@ last chunk included. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 o
 
 from __future__ import annotations
 
+import array
 import hashlib
 import os
 import pickle
@@ -101,35 +102,32 @@ def _sha256_cbor() -> Callable[[object], int]:
 def _cbor_arrays(tokens: Sequence[int], step: int) -> list[bytes] | None:
     """Canonical CBOR of each `step` tokens as an array; `None` if some are no 32-bit numbers."""
     try:
-        numbers = np.array(tokens, dtype=np.int64)
-    except (OverflowError, TypeError, ValueError):
-        return None
-    if numbers.ndim != 1 or (numbers.size and not 0 <= numbers.min() <= numbers.max() < 1 << 32):
+        numbers = np.frombuffer(array.array("I", tokens), dtype=np.uint32)
+    except (OverflowError, TypeError):
         return None
     # A head byte, and as many bytes as the number needs: none below 24, 1, 2 or 4.
-    width = np.select([numbers < 24, numbers < 1 << 8, numbers < 1 << 16], [0, 1, 2], 4)
+    one, two, four = numbers >= 24, numbers >= 1 << 8, numbers >= 1 << 16
+    cells = np.empty((numbers.size, 5), dtype=np.uint8)
+    cells[:, 0] = np.where(one, 24 + two.view(np.uint8) + four, numbers)
+    cells[:, 1:] = numbers.astype(">u4").view(np.uint8).reshape(-1, 4)
+    kept = np.stack([np.ones_like(one), four, four, two, one], axis=1)
     starts = np.zeros(numbers.size + 1, dtype=np.int64)
-    np.cumsum(width + 1, out=starts[1:])
-    data = np.zeros(int(starts[-1]), dtype=np.uint8)
-    for bytes_, head in ((0, 0), (1, 24), (2, 25), (4, 26)):
-        (at,) = np.nonzero(width == bytes_)
-        data[starts[at]] = head if bytes_ else numbers[at]
-        for byte in range(bytes_):
-            data[starts[at] + 1 + byte] = numbers[at] >> (8 * (bytes_ - 1 - byte)) & 0xFF
+    np.cumsum(1 + one.view(np.uint8) + two + 2 * four.view(np.uint8), out=starts[1:])
+    data = np.compress(kept.reshape(-1), cells.reshape(-1))
     whole = data.tobytes()
     bodies = []
     for start in range(0, numbers.size, step):
         end = min(start + step, numbers.size)
         count = end - start
         if count < 24:
-            array = bytes([0x80 + count])
+            head = bytes([0x80 + count])
         elif count < 1 << 8:
-            array = bytes([0x98, count])
+            head = bytes([0x98, count])
         elif count < 1 << 16:
-            array = b"\x99" + count.to_bytes(2, "big")
+            head = b"\x99" + count.to_bytes(2, "big")
         else:
             return None
-        bodies.append(array + whole[starts[start] : starts[end]])
+        bodies.append(head + whole[starts[start] : starts[end]])
     return bodies
 
 

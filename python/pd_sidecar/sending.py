@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,17 +15,16 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, Granted, NotConnectedError
-from .devices import Range
 from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
 from .signals import Signals
 from .wire import Target, WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .client import Client
-    from .devices import Copier, Device, Mark
+    from .devices import Copier, Device, Division, Mark
     from .kernels import Fence
     from .metadata import PushStart, PushStep, StepMetadata
     from .stats import Stats
@@ -64,6 +62,25 @@ class Outgoing:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A chunk that can be gathered."""
+
+    outgoing: Outgoing
+    chunk: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Chunks that are being gathered layer by layer, while they are computed."""
+
+    entries: list[_Entry]
+    division: Division
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """The layer below which each ends, and its event."""
+
+
+@dataclass(frozen=True)
 class _Gather:
     """Chunks on their way into slots."""
 
@@ -83,10 +100,11 @@ class Sender:
         self._client = client
         self._stats = stats
         self._signals = Signals(len(device.events))
-        self._computed: list[tuple[int, Mark]] = []
-        """Behind all that is computed of `Outgoing.computed`, by the layer before which it ends."""
-        self._computing: list[tuple[int, Mark]] = []
-        """The same of the step that is being launched, as far as it is."""
+        self._computed: list[Mark] = []
+        """Behind all that is computed of `Outgoing.computed`."""
+        self._divided: _Divided | None = None
+        self._below = 0
+        """Layers of the step that is being launched, as far as it is."""
         self._is_last = False
         """The engine has launched nothing after it."""
         self._copier: Copier | None = None
@@ -119,17 +137,29 @@ class Sender:
 
     def layers_computed(self, below: int) -> None:
         """Within the forward: so many layers of this step are computed, or will be."""
-        if self._by_engine_id:
-            self._computing.append((below, self._device.mark()))
+        if not self._by_engine_id:
+            return
+        if below <= self._below:
+            # A step in several forwards: what was gathered of these layers is not all of it.
+            self._undivide()
+            self._below = self._rank.layers
+            return
+        self._below = below
+        if self._divided is None:
+            self._divided = self._divide()
+        self._gather_below(below)
 
     def computed(self) -> None:
         """After the forward: what was to be computed in this step is computed, or will be."""
-        marks, self._computing = self._computing, []
+        self._below = 0
+        if self._gather_below(self._rank.layers) and (divided := self._divided) is not None:
+            self._divided = None
+            fence, signal = divided.division.fence, divided.ranges[-1][1]
+            self._stats.add("layered_tokens", _tokens(divided.entries))
+            self._launched(fence, divided.entries, signal, divided.ranges)
         if not self._by_engine_id:
             return
-        if any(a[0] >= b[0] for a, b in pairwise(marks)):
-            marks = []  # a step in several forwards
-        self._computed = [*marks, (self._rank.layers, self._device.mark())]
+        self._computed = [self._device.mark()]
         self._is_last = True
         for outgoing in self._by_engine_id.values():
             outgoing.computed = outgoing.upto
@@ -166,12 +196,10 @@ class Sender:
 
     def pump(self) -> bool:
         """Gathers what has both a slot and its tokens. Says whether there was anything."""
-        complete = [
-            entry for outgoing in self._by_engine_id.values() for entry in self._complete(outgoing)
-        ]
+        complete = self._complete(lambda outgoing: outgoing.computed)
         if self._copier is not None:
             size = len(complete) or 1
-            if self._device.is_asynchronous and not self._is_divided(complete):
+            if self._device.is_asynchronous:
                 size = max(1, GATHER_TOKENS // self._rank.chunk_tokens)
             for at in range(0, len(complete), size):
                 self._gather(self._copier, complete[at : at + size])
@@ -247,56 +275,85 @@ class Sender:
             overlap=start.overlap,
         )
 
-    def _gather(self, copier: Copier, entries: list[tuple[Outgoing, int, Piece]]) -> None:
-        chunks: dict[str, list[int]] = {}
-        for outgoing, chunk, _ in entries:
-            chunks.setdefault(outgoing.start.engine_id, []).append(chunk)
-        reqs = {outgoing.start.req for outgoing, _, _ in entries}
-        pieces = [piece for _, _, piece in entries]
-        signal: int | None
-        if ranges := self._ranges(entries, reqs):
-            signal = ranges[-1].signal
-            fence = copier.gather_ranges(pieces, ranges)
-        else:
-            signal = self._signals.take(reqs)
-            marks = [mark for _, mark in self._computed[-1:]]
-            fence = copier.gather(pieces, marks, signal, last=self._is_last)
-        layers = [(part.below, part.signal) for part in ranges]
-        for engine_id, of_request in chunks.items():
-            outgoing = self._by_engine_id[engine_id]
+    def _gather(self, copier: Copier, entries: list[_Entry]) -> None:
+        _take(entries)
+        signal = self._signals.take({entry.outgoing.start.req for entry in entries})
+        pieces = [entry.piece for entry in entries]
+        fence = copier.gather(pieces, self._computed, signal, last=self._is_last)
+        self._launched(fence, entries, signal)
+
+    def _launched(
+        self,
+        fence: Fence,
+        entries: list[_Entry],
+        signal: int | None,
+        layers: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Tells the sidecar of a gather whose end it can wait for by itself."""
+        chunks: dict[str, list[_Entry]] = {}
+        for entry in entries:
+            chunks.setdefault(entry.outgoing.start.engine_id, []).append(entry)
+        for own in chunks.values():
+            outgoing = own[0].outgoing
             outgoing.gathering += 1
-            gather = _Gather(fence, outgoing, of_request, signal is not None)
+            numbers = [entry.chunk for entry in own]
+            gather = _Gather(fence, outgoing, numbers, signal is not None)
             self._gathers.append(gather)
             if gather.signalled:
                 self._tell_staged(gather, 0.0, signal, layers)
 
-    def _is_divided(self, entries: list[tuple[Outgoing, int, Piece]]) -> bool:
-        tokens = sum(piece.tokens[1] - piece.tokens[0] for _, _, piece in entries)
-        enough = tokens * self._rank.token_bytes >= self._rank.layers_from_bytes
-        return len(self._computed) > 1 and enough
+    def _divide(self) -> _Divided | None:
+        """What this step completes, if that is enough for a gather by layers."""
+        entries = self._complete(lambda outgoing: outgoing.upto)
+        enough = _tokens(entries) * self._rank.token_bytes >= self._rank.layers_from_bytes
+        if self._copier is None or not entries or not enough:
+            return None
+        division = self._copier.division([entry.piece for entry in entries])
+        if division is None:
+            return None
+        _take(entries)
+        return _Divided(entries, division)
 
-    def _ranges(self, entries: list[tuple[Outgoing, int, Piece]], reqs: set[str]) -> list[Range]:
-        if not self._is_divided(entries):
-            return []
-        if not (signals := self._signals.take_all(reqs, len(self._computed))):
-            return []
-        return [Range(*of, signal) for of, signal in zip(self._computed, signals, strict=True)]
+    def _gather_below(self, below: int) -> bool:
+        """Goes on with what is gathered by layers. Says whether there is any."""
+        if (divided := self._divided) is None:
+            return False
+        lost = any(entry.outgoing.over for entry in divided.entries)
+        reqs = {entry.outgoing.start.req for entry in divided.entries}
+        signal = None if lost else self._signals.take(reqs)
+        if signal is None:
+            self._undivide()
+            return False
+        divided.division.gather(below, signal)
+        divided.ranges.append((below, signal))
+        return True
 
-    def _complete(self, outgoing: Outgoing) -> list[tuple[Outgoing, int, Piece]]:
-        """The chunks that can be gathered now."""
-        if outgoing.over or not outgoing.slots or outgoing.have_tokens is None:
-            return []
+    def _undivide(self) -> None:
+        """Chunks of which the sidecar was told nothing are gathered as a whole after the step."""
+        if (divided := self._divided) is None:
+            return
+        self._divided = None
+        self._signals.put_back(signal for _, signal in divided.ranges)
+        for entry in divided.entries:
+            if not entry.outgoing.over:
+                entry.outgoing.slots[entry.chunk] = entry.piece.slot
+
+    def _complete(self, upto: Callable[[Outgoing], int]) -> list[_Entry]:
+        """The chunks that have a slot, of so many tokens of each request."""
         complete = []
-        for chunk, slot in list(outgoing.slots.items()):
-            span = chunk_span(
-                chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens
-            )
-            if span[1] > outgoing.computed:
+        for outgoing in self._by_engine_id.values():
+            if outgoing.over or outgoing.have_tokens is None:
                 continue
-            del outgoing.slots[chunk]
-            if outgoing.table_tensor is None:
-                outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
-            complete.append((outgoing, chunk, Piece(slot, outgoing.table_tensor, span, span)))
+            for chunk, slot in outgoing.slots.items():
+                span = chunk_span(
+                    chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens
+                )
+                if span[1] > upto(outgoing):
+                    continue
+                if outgoing.table_tensor is None:
+                    outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
+                piece = Piece(slot, outgoing.table_tensor, span, span)
+                complete.append(_Entry(outgoing, chunk, piece))
         return complete
 
     def _settle(self) -> None:
@@ -407,6 +464,15 @@ class Sender:
         self._by_engine_id.pop(outgoing.start.engine_id, None)
         if self._by_req.get(outgoing.start.req) is outgoing:
             del self._by_req[outgoing.start.req]
+
+
+def _tokens(entries: Iterable[_Entry]) -> int:
+    return sum(entry.piece.tokens[1] - entry.piece.tokens[0] for entry in entries)
+
+
+def _take(entries: Iterable[_Entry]) -> None:
+    for entry in entries:
+        del entry.outgoing.slots[entry.chunk]
 
 
 GATHER_TOKENS = 2048

@@ -6,6 +6,11 @@ sidecar has not begun yet would otherwise last until the later gather.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class Signals:
     """Numbers of events, each with the requests whose chunks it stands for."""
@@ -22,11 +27,11 @@ class Signals:
         self._waiting[event] = set(reqs)
         return event
 
-    def take_all(self, reqs: set[str], count: int) -> list[int]:
-        """So many at once, or none."""
-        if len(self._free) < count:
-            return []
-        return [event for _ in range(count) if (event := self.take(reqs)) is not None]
+    def put_back(self, events: Iterable[int]) -> None:
+        """The sidecar was not told of these."""
+        for event in events:
+            if self._waiting.pop(event, None) is not None:
+                self._free.append(event)
 
     def ended(self, req: str) -> None:
         """The sidecar has said its last word on a request."""

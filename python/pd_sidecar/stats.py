@@ -20,6 +20,7 @@ COUNTERS = {
     "saves": "Requests whose KV was handed to the sidecar.",
     "save_tokens": "Tokens whose KV was handed to the sidecar.",
     "save_bytes": "Bytes of KV that were handed to the sidecar.",
+    "layered_tokens": "Tokens whose KV was gathered layer by layer while it was computed.",
     "gather_seconds": "Seconds of copying from pages into slots.",
 }
 BY_REASON = {

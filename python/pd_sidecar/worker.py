@@ -175,8 +175,10 @@ class Worker:
 
     def layer_computed(self, name: str) -> None:
         """Within the forward, after a layer's attention."""
-        if (below := self._cuts.get(name)) is not None:
+        if (below := self._cuts.get(name)) is not None and self._senders:
             with self._lock:
+                # Slots that were granted since the step began are in time for the next range.
+                self.read()
                 for sender in self._senders:
                     sender.layers_computed(below)
 
@@ -391,7 +393,7 @@ def cuts(layers: int) -> list[int]:
     A fast wire needs one cut, so near to the end that what is left after it is soon pushed; one
     that is slower than the computing has the more time the earlier it gets something to push.
     """
-    wanted = {layers * part // 8 for part in (2, 4, 6, 7)}
+    wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)
 
 

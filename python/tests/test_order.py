@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import test_worker
-from test_worker import TABLE, TOKENS, Rig, load, push
+from test_worker import LAYERS, TABLE, TOKENS, Rig, load, push
 
 from pd_sidecar import wire, worker
 from pd_sidecar.kernels import HostCopier
@@ -25,16 +25,33 @@ class Move:
         return self.over
 
 
+class Layers:
+    """See `devices.Division`."""
+
+    def __init__(self, device, host, pieces):
+        self.device, self.host, self.pieces = device, host, pieces
+        self.ranges = []
+        device.divisions.append(self)
+
+    def gather(self, below, signal):
+        self.ranges.append((below, signal))
+        self.host.gather(self.pieces)
+
+    @property
+    def fence(self):
+        return self.device.moved("gather", ())
+
+
 class Slow:
     """See `devices.Device`."""
 
-    def __init__(self):
+    def __init__(self, events):
         self.name = None
-        self.events = [bytes([48 + number]) * 64 for number in range(2)]
+        self.events = [bytes([48 + number]) * 64 for number in range(events)]
         self.is_asynchronous = True
         self.moves = []
         self.held = []
-        self.ranges = []
+        self.divisions = []
         self.last = []
         self.marks = 0
 
@@ -58,10 +75,8 @@ class Slow:
                 device.last.append(last)
                 return device.moved("gather", after)
 
-            def gather_ranges(self, pieces, ranges):
-                host.gather(pieces)
-                device.ranges.append([(part.below, part.after) for part in ranges])
-                return device.moved("gather", [part.after for part in ranges])
+            def division(self, pieces):
+                return Layers(device, host, pieces)
 
             def scatter(self, pieces, after):
                 host.scatter(pieces)
@@ -75,8 +90,8 @@ class Slow:
 
 
 @pytest.fixture
-def device():
-    return Slow()
+def device(request):
+    return Slow(getattr(request, "param", 2))
 
 
 @pytest.fixture
@@ -133,29 +148,105 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
     assert rig.sender.next(wire.Staged).event == events[0]
 
 
-def test_layers_are_announced_with_an_event_each_if_there_are_enough(rig, device):
-    rig.worker._cuts = {"first": 1}
+@pytest.fixture
+def layered(rig):
+    """Cuts after each layer but the last; any size is enough."""
+    rig.worker._cuts = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, layers_from_bytes=1)
+    return rig
+
+
+def launch(rig, names, *granted):
+    """A forward within which slots are granted: after the announcement, or after a layer's name."""
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]
-    rig.step(push_starts=[start], push_steps=steps, layers=["first", "second"])
+    rig.worker.begin(StepMetadata(push_starts=[start], push_steps=steps))
     rig.sender.next(wire.Reserve)
-    rig.sender.say(wire.Granted("r", 0, [0], [1]))
-    staged = rig.sender.next(wire.Staged)
-    layers = rig.worker._senders[0]._rank.layers
-    assert [part.below for part in staged.layers] == [1, layers]
-    assert sorted(part.event for part in staged.layers) == [0, 1]
+    for name in ["", *names]:
+        if name:
+            rig.worker.layer_computed(name)
+        for when, chunks in granted:
+            if when == name:
+                rig.sender.say(wire.Granted("r", 0, chunks, [chunk + 1 for chunk in chunks]))
+    rig.worker.computed()
+    rig.worker.finish()
+
+
+SIGNALS = 8
+many_events = pytest.mark.parametrize("device", [SIGNALS], indirect=True)
+NAMES = [f"layers.{number}" for number in range(LAYERS)]
+
+
+@many_events
+def test_layers_are_gathered_within_the_forward_and_named_when_it_is_launched(layered, device):
+    launch(layered, NAMES, ("", [0, 1, 2]))
+    staged = layered.sender.next(wire.Staged)
+    assert staged.chunks == [0, 1, 2]
+    assert [part.below for part in staged.layers] == list(range(1, LAYERS + 1))
     assert staged.layers[-1].event == staged.event
-    assert device.ranges == [[(1, 1), (layers, 2)]], "each behind its own layers"
-    # Both events are named: the rest is gathered as a whole, and told of when it is over.
-    rig.sender.say(wire.Granted("r", 0, [1], [2]))
-    rig.until(lambda: len(device.moves) == 2)
-    assert rig.sender.nothing()
-    assert len(device.ranges) == 1
-    for move in device.moves:
-        move.over = True
-    rig.until(lambda: not rig.sender.nothing())
-    assert rig.sender.next(wire.Staged) == wire.Staged("r", [1], 1000)
+    (division,) = device.divisions
+    assert [(part.below, part.event) for part in staged.layers] == division.ranges
+    assert not device.last, "gathered twice"
+    assert layered.sender.nothing()
+    assert layered.stats.data["layered_tokens"] == TOKENS
+    device.moves[0].over = True
+    layered.sender.say(wire.Ended("r", None, 10))
+    layered.until(lambda: layered.stats.data.get("saves") == 1)
+
+
+@many_events
+def test_slots_that_come_within_the_forward_are_in_time_for_the_layers_that_follow(layered, device):
+    # Layers 0 and 1 go with the first range, chunk 1 after the forward.
+    launch(layered, NAMES, (NAMES[0], [0, 2]), (NAMES[-1], [1]))
+    staged = layered.sender.next(wire.Staged)
+    assert (staged.chunks, [part.below for part in staged.layers]) == (
+        [0, 2],
+        list(range(2, LAYERS + 1)),
+    )
+    rest = layered.sender.next(wire.Staged)
+    assert (rest.chunks, rest.layers) == ([1], [])
+    assert device.last == [True]
+
+
+@many_events
+def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
+    # Two halves of the batch take turns: after the first one of them a layer's KV is not complete.
+    names = [name for name in NAMES for _ in range(2)]
+    launch(layered, names, ("", [0, 1, 2]))
+    staged = layered.sender.next(wire.Staged)
+    assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
+    assert len(device.divisions[0].ranges) == 1, "went on after the second half"
+    assert device.last == [True]
+    # Its event was never named, so that it is free.
+    assert len(layered.worker._senders[0]._signals._free) == SIGNALS - 1
+
+
+@many_events
+@pytest.mark.parametrize("what", ["ended", "no event"])
+def test_a_division_that_cannot_go_on_leaves_nothing_behind(layered, device, what):
+    sender = layered.worker._senders[0]
+    launched = sender.layers_computed
+
+    def layers_computed(below):
+        if below == 2:
+            if what == "ended":
+                layered.sender.say(wire.Ended("r", "peer_lost", 0))
+                layered.worker.read()
+            else:
+                sender._signals._free.clear()
+        launched(below)
+
+    sender.layers_computed = layers_computed
+    launch(layered, NAMES, ("", [0, 1, 2]))
+    assert len(device.divisions[0].ranges) == 1
+    if what == "ended":
+        assert layered.sender.nothing()
+        assert not device.last
+        assert not sender._by_req["r"].gathering
+        assert len(sender._signals._free) == SIGNALS
+    else:
+        staged = layered.sender.next(wire.Staged)
+        assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
 
 
 @pytest.mark.parametrize("how", ["preempted", "cancelled"])

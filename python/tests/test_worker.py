@@ -16,7 +16,7 @@ from pd_sidecar.ranks import Part, Share
 from pd_sidecar.stats import Stats
 from pd_sidecar.worker import Unmoved, Worker
 
-LAYERS, HEADS, SIZE, BLOCK, BLOCKS, CHUNK = 2, 2, 8, 16, 32, 32
+LAYERS, HEADS, SIZE, BLOCK, BLOCKS, CHUNK = 4, 2, 8, 16, 32, 32
 TOKENS, HASHES = 80, ["a", "b", "c"]
 WIDTH = HEADS * SIZE
 

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -15,7 +16,7 @@ from harness.ports import free_port
 from harness.process import Part
 
 from gpu.setting import Setting
-from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, stream
+from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, other_push, stream
 
 
 class _TwoEngines:
@@ -98,6 +99,8 @@ class LmCache(_TwoEngines):
         )
         more: tuple[dict[str, int], ...] = ({}, {"skip_last_n_tokens": 1})
         engines = []
+        # As its guide has it.
+        setting = replace(setting, prefix_caching=False)
         for side, name in enumerate(("prefill", "decode")):
             path = setting.folder / f"lmcache-{name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,4 +154,10 @@ class LmCache(_TwoEngines):
                 waiting.set_result(None)
 
 
-STACKS: dict[str, Callable[[Setting], Stack]] = {"plain": Plain, "ours": Ours, "nixl": Nixl, "lmcache": LmCache}
+STACKS: dict[str, Callable[[Setting], Stack]] = {
+    "plain": Plain,
+    "ours": Ours,
+    "nixl": Nixl,
+    "lmcache": LmCache,
+    "other": other_push,
+}

@@ -154,7 +154,7 @@ class Bench:
             )
 
     async def _throughput(self) -> Any:
-        stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
+        stacks = [stack for stack in self.stacks if stack.name == "plain" or isinstance(stack, Ours)]
         return await measure.throughput(stacks, 40, 4, self.prompts, self.progress.say)
 
     async def _many(self) -> Any:
@@ -195,7 +195,8 @@ class Bench:
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
         def prompts() -> measure.Prompts:
-            return measure.Prompts(seed, self.options.vocabulary)
+            # None that an engine has seen before: it would have its beginning in its cache.
+            return measure.Prompts(seed + 1, self.options.vocabulary)
 
         return await measure.poisson(self._handovers(), rate, alone, seconds, prompts, seed, say)
 
@@ -245,6 +246,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
         engine_flags=tuple(shlex.split(options.engine_flags)),
         transport=options.transport,
         push=options.push,
+        prefix_caching=True,
         sidecar_keys=json.loads(options.sidecar_keys),
     )
 
@@ -254,7 +256,9 @@ def arguments() -> argparse.Namespace:
     words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
     numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
     parser.add_argument("--out", type=Path, default=ROOT / "target" / "gpu-bench")
-    parser.add_argument("--stacks", type=words, default=list(STACKS))
+    stacks = f"some of {', '.join(STACKS)} (ours with another --push)"
+    usual = [name for name in STACKS if name != "other"]
+    parser.add_argument("--stacks", type=words, default=usual, help=stacks)
     parser.add_argument("--steps", type=words, default=list(STEPS))
     parser.add_argument("--gpus", type=numbers, help="ordinals for prefill and decode, which may be the same")
     parser.add_argument("--shape", default="llama-8b")

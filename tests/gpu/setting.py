@@ -62,6 +62,8 @@ class Setting:
     side_env: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = ((), ())
     transport: str = "auto"
     push: str = "step"
+    prefix_caching: bool = False
+    """vLLM's own default is True, and costs it the hashing of each prompt."""
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -85,9 +87,9 @@ class Setting:
         env: dict[str, str] | None = None,
         workers: int = 1,
     ) -> Engine:
-        """An instance on the GPU of one side (0 prefill, 1 decode), or on the first ones if it has several workers;
-        without prefix cache: prompts are all different."""
-        more: tuple[str, ...] = ("--no-enable-prefix-caching", *self.engine_flags)
+        """An instance on the GPU of one side (0 prefill, 1 decode), or on the first ones if it has several workers."""
+        caching = "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"
+        more: tuple[str, ...] = (caching, *self.engine_flags)
         if kv_transfer is not None:
             more += self.side_flags[side]
             env = dict(self.side_env[side]) | (env or {})

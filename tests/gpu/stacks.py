@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,9 +90,8 @@ class Plain:
 class Ours:
     """Two sidecars and the proxy."""
 
-    name = "ours"
-
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, name: str = "ours") -> None:
+        self.name = name
         self.setting = setting
         # The path of a unix socket has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="pd-"))
@@ -162,6 +161,13 @@ class Ours:
         engine = self.setting.engine(f"ours {name}", side, transfer, {"PYTHONPATH": with_path(ROOT / "python")})
         sidecar.options.engine_url = engine.url
         return engine
+
+
+def other_push(setting: Setting) -> Ours:
+    """Ours once more, with the other value of `push`."""
+    other = "auto" if setting.push == "step" else "step"
+    name = f"ours-{other}"
+    return Ours(replace(setting, push=other, folder=setting.folder / name), name)
 
 
 class FirstOfPrefill:

@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
     pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
 
 from pd_sidecar.cuda import OpenedMemory
-from pd_sidecar.devices import Range
 from pd_sidecar.fused import Mover
 from pd_sidecar.gpu import Gpu, GpuCopier
 from pd_sidecar.kernels import HostCopier, Piece
@@ -162,14 +161,14 @@ def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
     table = torch.arange(16)
     tensors = list(rig.tensors.values())
     torch.cuda.synchronize()
-    marks = []
+    division = rig.copier.division(spans(CHUNK, table, [3]))
     for number, tensor in enumerate(tensors):
         if number == 2:
+            division.gather(2, 0)
             torch.cuda._sleep(400_000_000)
         tensor.fill_(number + 1)
-        marks.append(rig.gpu.mark())
-    ranges = [Range(2, marks[1], 0), Range(3, marks[2], 1)]
-    fence = rig.copier.gather_ranges(spans(CHUNK, table, [3]), ranges)
+    division.gather(3, 1)
+    fence = division.fence
     rig.gpu._signals[0].synchronize()
     assert not rig.gpu._signals[1].query(), "the first layers waited for the last"
     assert not fence.done()
@@ -179,6 +178,24 @@ def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
         assert torch.all(chunk[:, number] == number + 1)
     assert fence.done()
     assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
+
+
+def test_a_slot_that_is_granted_anew_is_written_by_the_later_gather_last() -> None:
+    rig = Rig("NHD", 16, torch.bfloat16)
+    for tensor in rig.tensors.values():
+        tensor[:16].fill_(1)
+        tensor[16:].fill_(2)
+    torch.cuda.synchronize()
+    # The first stands behind a step of the engine, the second has nothing to wait for.
+    torch.cuda._sleep(200_000_000)
+    rig.copier.gather(spans(CHUNK, torch.arange(16), [3]), [rig.gpu.mark()], 0, last=True)
+    rig.copier.gather(spans(CHUNK, torch.arange(16, 32), [3]), [], 1)
+    other = rig.copier.gather(spans(CHUNK, torch.arange(16, 32), [2]), [], None)
+    torch.cuda.synchronize()
+    assert other.done()
+    for slot in (2, 3):
+        chunk = rig.slots[slot * rig.slot_bytes : (slot + 1) * rig.slot_bytes].view(torch.bfloat16)
+        assert torch.all(chunk == 2), slot
 
 
 def test_a_scatter_comes_after_what_may_still_write_to_its_blocks() -> None:

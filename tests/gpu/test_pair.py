@@ -111,6 +111,8 @@ def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tup
         assert {record["reason"] for record in records} == {None}
         assert sum(record["bytes"] for record in records) == sum(map(len, prompts)) * ours.setting.token_bytes
     assert (ours.decode.prompt_tokens() - before).computed <= count
+    if not ON_CPU:
+        assert ours.prefill.metrics().sum("vllm:pd_sidecar_layered_tokens_total") > 0, "no step was gathered by layers"
 
 
 async def until_it_holds_slots(sidecar: Sidecar) -> None:
