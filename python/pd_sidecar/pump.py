@@ -51,6 +51,7 @@ class Pump(threading.Thread):
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
+                    time.sleep(YIELD_S)
                 self._worker.move()
                 if self._worker.collect():
                     self._news.set()
@@ -63,20 +64,19 @@ class Pump(threading.Thread):
             # Kept here: a descriptor must not be closed, and given to another, while it is polled.
             connections = [c.connection for c in self._worker.clients if c.connected]
             moving = self._worker.is_moving
-        if moving:
-            time.sleep(MOVE_S)
-            return
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         for connection in connections:
             poller.register(connection.fileno(), select.POLLIN)
-        if any(fd == self._wake for fd, _ in poller.poll(LONGEST_S * 1e3)):
+        if any(fd == self._wake for fd, _ in poller.poll((MOVE_S if moving else LONGEST_S) * 1e3)):
             os.eventfd_read(self._wake)
 
 
-MOVE_S = 200e-6
+MOVE_S = 1e-3
 """Between two looks at a move: the slots of a scatter are free so much later. The engine's thread,
 which may be on its way to the step that uses it, takes turns with this one."""
+YIELD_S = 50e-6
+"""For the engine's thread to wake up in, before this one is busy launching."""
 LONGEST_S = 0.05
 """Between two looks at connections that are being made."""
 STOP_S = 1.0

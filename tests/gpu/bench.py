@@ -172,20 +172,21 @@ class Bench:
 
     async def _wires(self) -> Any:
         """Ours over each of the wires that `auto` did not choose."""
-        ours, found = self._ours(), {}
-        if ours is None:
-            return None
-        stacks = [stack for stack in self.stacks if stack.name in ("plain", "ours")]
+        pairs = [stack for stack in self.stacks if isinstance(stack, Ours)]
+        stacks = [stack for stack in self.stacks if stack.name == "plain" or stack in pairs]
+        found: dict[str, Any] = {}
         for name, (transport, ucx) in WIRES.items():
-            ours.restart_sidecars(self.setting.buffer_bytes, transport, ucx)
+            for pair in pairs:
+                pair.restart_sidecars(self.setting.buffer_bytes, transport, ucx)
             self.progress.say(f"wire: {name}")
-            found[name] = (
-                await measure.latency(stacks, self.options.wire_lengths, 2, self.prompts, self.progress.say)
-            )["ours"]
-            record = ours.sender.records()[-1]
-            found[name]["record"] = record
-            found[name]["gb_per_s"] = round(record["bytes"] / max(record["push_us"], 1) / 1e3, 2)
-        ours.restart_sidecars(self.setting.buffer_bytes, self.setting.transport)
+            of = await measure.latency(stacks, self.options.wire_lengths, 2, self.prompts, self.progress.say)
+            found[name] = {"latency": of}
+            for pair in pairs:
+                record = pair.sender.records()[-1]
+                rate = round(record["bytes"] / max(record["push_us"], 1) / 1e3, 2)
+                found[name][pair.name] = {"record": record, "gb_per_s": rate}
+        for pair in pairs:
+            pair.restart_sidecars(self.setting.buffer_bytes, self.setting.transport)
         return found
 
     async def _poisson(self) -> Any:
@@ -277,7 +278,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load-tokens", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")
-    parser.add_argument("--push", default="step", help="auto, layers or step: see the connector's options")
+    parser.add_argument("--push", default="auto", help="auto, layers or step: see the connector's options")
     parser.add_argument("--engine-flags", default="", help="more flags for every engine")
     parser.add_argument("--sidecar-keys", default="{}", help="JSON: keys below `sidecar:`")
     parser.add_argument("--cpu", action="store_true", help="without GPUs and with a small model, to try the way")

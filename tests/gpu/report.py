@@ -12,6 +12,8 @@ TITLES = {
     "plain": "one instance",
     "ours": "ours",
     "ours, first of prefill": "ours, `--first-token prefill`",
+    "ours-step": "ours, `push: step`",
+    "ours-auto": "ours, `push: auto`",
     "nixl": "NixlConnector",
     "lmcache": "LMCache PD",
 }

@@ -61,7 +61,7 @@ class Setting:
     side_flags: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     side_env: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = ((), ())
     transport: str = "auto"
-    push: str = "step"
+    push: str = "auto"
     prefix_caching: bool = False
     """vLLM's own default is True, and costs it the hashing of each prompt."""
     sidecar_keys: dict[str, object] = field(default_factory=dict)

@@ -77,6 +77,7 @@ pub(crate) fn config(
         push: value(&sidecar.push)?,
         times: times?,
         max_requests: value(&sidecar.max_requests)?.0,
+        layers_below_gb_s: value(&sidecar.layers_below_gb_s)?.0,
         max_quarantined: value(&sidecar.max_quarantined).map(|c| c.0),
         log_level: value(&sidecar.log_level)?,
         log_format: value(&sidecar.log_format)?,

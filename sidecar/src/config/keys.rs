@@ -192,6 +192,10 @@ keys! {
         push: bool = Default::Value("on"), flag "--no-push";
         /// Whether ports may listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
+        /// Sender: the rate of a wire, in GB/s, up to which KV that the engine gathers layer by layer is
+        /// written so, before its last layers are computed. What is written meanwhile slows the computing
+        /// down, by about the time that a faster wire needs for it. 0: never.
+        layers_below_gb_s: Count<0> = Default::Value("100");
         /// Sender: time between two signs of life under a lease; three missed end it.
         heartbeat_ms: Millis = Default::Value("1000");
         /// Sender: how long a receiver may hold a request for room. Receiver: how long one of LMCache's

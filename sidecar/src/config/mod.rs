@@ -78,6 +78,8 @@ pub(crate) struct Config {
     pub(crate) times: Times,
     /// Requests under way at once and rank.
     pub(crate) max_requests: u32,
+    /// A faster wire gets a step's KV as a whole.
+    pub(crate) layers_below_gb_s: u32,
     /// Slots that one sender may leave quarantined; absent: a quarter of them.
     pub(crate) max_quarantined: Option<u32>,
     /// Directives of the log filter.

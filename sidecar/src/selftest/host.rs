@@ -113,6 +113,7 @@ impl Selftest {
                 drain: Duration::from_secs(5),
             },
             max_requests: 64,
+            layers_below_gb_s: 0,
             max_quarantined: None,
             log_level: "warn".to_owned(),
             log_format: LogFormat::Text,
