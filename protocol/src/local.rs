@@ -243,6 +243,9 @@ pub struct Granted {
     pub chunks: Vec<u32>,
     /// The slot of each chunk.
     pub slots: Vec<u32>,
+    /// They would arrive sooner if they were gathered layer by layer, see [`Staged::layers`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub layers: bool,
 }
 
 /// See [`ToEngine::Ready`].

@@ -44,9 +44,8 @@ class Options:
     save_deadline_ms: int = 60_000
     """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
     push: str = "auto"
-    """On a GPU: `layers` gathers the first layers of a step while its last ones are computed, and
-    the sidecar pushes them meanwhile if its wire is slow enough to gain by it; `step` gathers what a
-    step has completed; `auto` is `layers` where the step is long enough."""
+    """On a GPU: `step` gathers what a step has completed; `layers` gathers the first layers of a
+    step while its last ones are computed; `auto` does so if the sidecar's wire gains by it."""
     idle_wait_ms: float = 2.0
     """How long an engine that has nothing else to do waits for a word of the sidecar."""
     sidecar: str = ""

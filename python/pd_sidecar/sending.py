@@ -47,6 +47,8 @@ class Outgoing:
     """Tokens whose KV will stand there when the step is over."""
     announced: int = 0
     have_tokens: int | None = None
+    by_layers: bool = False
+    """It would arrive sooner if it was gathered layer by layer."""
     slots: dict[int, int] = field(default_factory=dict)
     """Granted and not gathered yet: slot by chunk."""
     staged: set[int] = field(default_factory=set)
@@ -181,6 +183,7 @@ class Sender:
         if outgoing is None or outgoing.over:
             return  # crossed with our Cancel
         outgoing.have_tokens = message.have_tokens
+        outgoing.by_layers = message.layers
         outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
 
     def ended(self, message: Ended) -> None:
@@ -303,10 +306,11 @@ class Sender:
                 self._tell_staged(gather, 0.0, signal, layers)
 
     def _divide(self) -> _Divided | None:
-        """What this step completes, if that is enough for a gather by layers."""
-        entries = self._complete(lambda outgoing: outgoing.upto)
-        enough = _tokens(entries) * self._rank.token_bytes >= self._rank.layers_from_bytes
-        if self._copier is None or not entries or not enough:
+        """What this step completes of requests that are gathered by layers, if there is any."""
+        always = self._rank.by_layers
+        complete = self._complete(lambda outgoing: outgoing.upto)
+        entries = [entry for entry in complete if always or entry.outgoing.by_layers]
+        if self._copier is None or not entries:
             return None
         division = self._copier.division([entry.piece for entry in entries])
         if division is None:

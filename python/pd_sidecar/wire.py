@@ -172,13 +172,14 @@ class Refused(_Message):
     text: str
 
 
-class Granted(_Message):
+class Granted(_Message, omit_defaults=True):
     """Prefill: gather these chunks into these slots, then say `Staged`."""
 
     req: str
     have_tokens: int
     chunks: list[int]
     slots: list[int]
+    layers: bool = False
 
 
 class Ready(_Message):

@@ -50,8 +50,8 @@ class Rank:
     load_deadline_ms: int
     save_deadline_s: float
     layers: int
-    layers_from_bytes: int
-    """A gather of so much is divided by layers, if it goes on after its launch."""
+    by_layers: bool
+    """Requests are gathered so whatever the sidecar says, if gathers go on after their launch."""
 
     @property
     def load_limit_s(self) -> float:
@@ -132,7 +132,7 @@ class Worker:
             load_deadline_ms=options.load_deadline_ms,
             save_deadline_s=options.save_deadline_ms / 1e3,
             layers=layout.layers,
-            layers_from_bytes=LAYERS_FROM_BYTES if options.push == "auto" else 0,
+            by_layers=options.push == "layers",
         )
         logger.info(
             "rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes
@@ -397,7 +397,5 @@ def cuts(layers: int) -> list[int]:
     return sorted(below for below in wanted if 0 < below < layers)
 
 
-LAYERS_FROM_BYTES = 128 << 20
-"""Less is pushed over NVLink in a third of a millisecond."""
 GRACE_S = 2.0
 """A deadline is the sidecar's to keep; this much later it is taken for dead."""

@@ -150,9 +150,9 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 @pytest.fixture
 def layered(rig):
-    """Cuts after each layer but the last; any size is enough."""
+    """Cuts after each layer but the last."""
     rig.worker._cuts = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
-    rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, layers_from_bytes=1)
+    rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
     return rig
 
 
@@ -206,6 +206,25 @@ def test_slots_that_come_within_the_forward_are_in_time_for_the_layers_that_foll
     rest = layered.sender.next(wire.Staged)
     assert (rest.chunks, rest.layers) == ([1], [])
     assert device.last == [True]
+
+
+@many_events
+@pytest.mark.parametrize("gains", [False, True])
+def test_the_sidecar_says_whether_layers_are_of_use(layered, device, gains):
+    sender = layered.worker._senders[0]
+    sender._rank = replace(sender._rank, by_layers=False)
+    launched = sender.layers_computed
+
+    def layers_computed(below):
+        if below == 1:
+            layered.sender.say(wire.Granted("r", 0, [0, 1, 2], [1, 2, 3], layers=gains))
+            layered.worker.read()
+        launched(below)
+
+    sender.layers_computed = layers_computed
+    launch(layered, NAMES)
+    assert bool(layered.sender.next(wire.Staged).layers) is gains
+    assert len(device.divisions) == gains
 
 
 @many_events

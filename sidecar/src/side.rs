@@ -94,6 +94,8 @@ pub(crate) struct LinkStatus {
     pub(crate) reported: String,
     /// Bytes and time of recent writes: older ones fade.
     recent: Option<(f64, f64)>,
+    /// When the last of them ended.
+    busy_until: Option<Instant>,
     /// What the chosen wire should give; absent until then.
     pub(crate) class: Option<Class>,
     watch: Watch,
@@ -112,14 +114,18 @@ impl LinkStatus {
             why: String::new(),
             reported: String::new(),
             recent: None,
+            busy_until: None,
             class: None,
             watch: Watch::default(),
         }
     }
 
-    /// Notes a write.
+    /// Notes a write. Time that it shared with others counts once, so that the rate is the wire's.
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    pub(crate) fn measured(&mut self, bytes: u64, took: Duration) {
+    pub(crate) fn measured(&mut self, bytes: u64, began: Instant, ended: Instant) {
+        let from = self.busy_until.map_or(began, |until| until.max(began));
+        let took = ended.saturating_duration_since(from);
+        self.busy_until = self.busy_until.max(Some(ended));
         let (past_bytes, past_seconds) = self.recent.unwrap_or_default();
         self.recent = Some((
             past_bytes * FADE + bytes as f64,

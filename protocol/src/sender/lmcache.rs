@@ -96,6 +96,7 @@ impl Sender {
             have_tokens: 0,
             chunks: Vec::new(),
             slots: Vec::new(),
+            layers: false,
         };
         self.actions.push_back(Action::Granted(engine, granted));
     }

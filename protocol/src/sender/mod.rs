@@ -152,6 +152,11 @@ impl Sender {
         }
     }
 
+    /// Where a request's KV goes, while it is known.
+    pub fn target(&self, req: &RequestId) -> Option<&Target> {
+        self.requests.get(req).map(|request| &request.to)
+    }
+
     /// Nothing is under way.
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty() && self.slots.free() == self.slots.total()

@@ -119,6 +119,7 @@ impl Sender {
                 have_tokens: x.have_tokens,
                 chunks: Vec::new(),
                 slots: Vec::new(),
+                layers: false,
             };
             self.actions.push_back(Action::Granted(engine, granted));
         }

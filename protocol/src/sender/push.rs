@@ -33,6 +33,7 @@ impl Sender {
                 have_tokens: request.lease().map_or(0, |l| l.have_tokens),
                 chunks: Vec::new(),
                 slots: Vec::new(),
+                layers: false,
             };
             for index in 0..request.chunks.len() {
                 let to = match request.chunks[index] {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::future::{BoxFuture, join, join_all};
-use protocol::local::{LayersStaged, Target, ToEngine, ToSidecar};
+use protocol::local::{Granted, LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
 use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
 use protocol::{EngineId, LeaseId, TransferId, VERSION};
@@ -191,8 +191,8 @@ impl SendSide {
         let transfer = wrote.transfer;
         match wrote.outcome {
             Outcome::Done => {
-                let took = wrote.ended.saturating_duration_since(wrote.began);
-                self.peers.measured(&wrote.to, wrote.bytes, took);
+                self.peers
+                    .measured(&wrote.to, wrote.bytes, wrote.began, wrote.ended);
                 self.feed(Event::Done {
                     transfer,
                     sums: wrote.sums,
@@ -304,7 +304,10 @@ impl SendSide {
                     (watch, standing)
                 });
             }
-            Action::Granted(engine, m) => self.tell(engine, ToEngine::Granted(m)),
+            Action::Granted(engine, m) => {
+                let layers = self.gains_by_layers(&m);
+                self.tell(engine, ToEngine::Granted(Granted { layers, ..m }));
+            }
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
             Action::Progress(req_id) => {
                 self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
@@ -355,6 +358,16 @@ impl SendSide {
             }
             Err(unsent) => (Box::pin(std::future::ready(unsent)), Arc::default()),
         }
+    }
+
+    /// Whether these chunks would arrive sooner if they were gathered layer by layer.
+    fn gains_by_layers(&self, granted: &Granted) -> bool {
+        let to = self.machine.as_ref().and_then(|m| m.target(&granted.req));
+        let bytes = self.engines.cut().map(|cut| cut.slot_bytes);
+        to.zip(bytes).is_some_and(|(to, bytes)| {
+            let bytes = bytes.saturating_mul(granted.chunks.len() as u64);
+            self.peers.divides(to, bytes).is_some()
+        })
     }
 
     /// A write by ranges of layers, where that is worth it; the last part ends it.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use protocol::local::Target;
@@ -319,9 +319,9 @@ impl Peers {
     }
 
     /// Notes how fast a write was.
-    pub(super) fn measured(&mut self, to: &Target, bytes: u64, took: Duration) {
+    pub(super) fn measured(&mut self, to: &Target, bytes: u64, began: Instant, ended: Instant) {
         if let Some(peer) = self.peers.get_mut(to) {
-            peer.status.measured(bytes, took);
+            peer.status.measured(bytes, began, ended);
             peer.status.judge(bytes);
         }
     }
@@ -482,9 +482,9 @@ impl PeerTask {
 
 /// Whether parts of a write, at so many GB/s, should be on their way while the rest is computed.
 ///
-/// Each part costs its post and the look at its end, some ten microseconds, and the bytes that a GPU
-/// sends while it computes slow that down: by 3 to 14 ms for 2 GB on an H200, whatever the pace. A wire
-/// that needs as little for them gains nothing.
+/// Each part costs its post and the look at its end, some ten microseconds; and what is gathered and
+/// sent while a GPU computes slows that down, by 3 to 14 ms for 2 GB on an H200, whatever the pace. A
+/// wire that needs as little for all of it gains nothing.
 fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let takes = bytes as f64 / (rate * 1e9);

@@ -59,16 +59,20 @@ pub(crate) fn gauges(cut: Option<&Cut>, engines: usize) -> Gauges<'_> {
     }
 }
 
-pub(crate) fn link(port: u16) -> LinkStatus {
-    let to = Target {
+fn target(port: u16) -> Target {
+    Target {
         host: "10.0.0.2".to_owned(),
         init_port: 1,
         alloc_port: port,
-    };
-    let mut link = LinkStatus::new(&to, "auto");
+    }
+}
+
+pub(crate) fn link(port: u16) -> LinkStatus {
+    let mut link = LinkStatus::new(&target(port), "auto");
     link.transport = "nixl";
     link.reported = "cma/memory".to_owned();
-    link.measured(2_000_000, Duration::from_millis(1));
+    let began = Instant::now();
+    link.measured(2_000_000, began, began + Duration::from_millis(1));
     link
 }
 
@@ -97,6 +101,18 @@ fn reasons(status: &Status, now: Instant) -> Vec<String> {
         .iter()
         .map(ToString::to_string)
         .collect()
+}
+
+#[test]
+fn the_rate_of_a_wire_is_that_of_writes_together() {
+    let start = Instant::now() + Duration::from_secs(1);
+    let mut link = LinkStatus::new(&target(1), "auto");
+    // They begin at once, and one ends after the other.
+    for ms in 1..=8 {
+        link.measured(1_000_000, start, start + Duration::from_millis(ms));
+    }
+    let rate = link.rate().unwrap();
+    assert!((rate - 1.0).abs() < 1e-6, "{rate} GB/s");
 }
 
 #[test]
@@ -195,7 +211,8 @@ fn links_are_replaced_by_what_there_is() {
         shown(&status),
         ["10.0.0.2:1 Some(2.0)", "10.0.0.2:2 Some(2.0)"]
     );
-    b.measured(9_000_000, Duration::from_millis(1));
+    let began = Instant::now() + Duration::from_secs(1);
+    b.measured(9_000_000, began, began + Duration::from_millis(1));
     status.links(0, &mut std::iter::once(&b));
     assert_eq!(shown(&status).len(), 1);
     assert!(
