@@ -7,7 +7,6 @@ until every wanted chunk is staged, the sidecar said that it is over, or `save_d
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,80 +16,21 @@ from . import keys
 from .client import Ended, Granted, NotConnectedError
 from .kernels import Piece
 from .layout import chunk_span, wanted_chunks
+from .outgoing import Divided, Entry, Gather, Outgoing, take_slots, tokens_of
 from .signals import Signals
 from .wire import Target, WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from .client import Client
-    from .devices import Copier, Device, Division, Mark
+    from .devices import Copier, Device, Mark
     from .kernels import Fence
-    from .metadata import PushStart, PushStep, StepMetadata
+    from .metadata import PushStep, StepMetadata
     from .stats import Stats
     from .worker import Rank
 
 logger = init_logger("vllm.pd_sidecar.sending")
-
-
-@dataclass
-class Outgoing:
-    """One request whose KV leaves this worker."""
-
-    start: PushStart
-    began: float
-    table: list[int] = field(default_factory=list)
-    table_tensor: torch.Tensor | None = None
-    computed: int = 0
-    """Tokens whose KV stands in the blocks of the table."""
-    upto: int = 0
-    """Tokens whose KV will stand there when the step is over."""
-    announced: int = 0
-    have_tokens: int | None = None
-    by_layers: bool = False
-    """It would arrive sooner if it was gathered layer by layer."""
-    slots: dict[int, int] = field(default_factory=dict)
-    """Granted and not gathered yet: slot by chunk."""
-    staged: set[int] = field(default_factory=set)
-    gathering: int = 0
-    gather_seconds: float = 0.0
-    over: bool = False
-    """Nothing more is wanted of it."""
-    owes_cancel: bool = False
-    dropped: bool = False
-    """The engine knows it no more."""
-    held_since: float | None = None
-    """The engine is done with it and waits for a word on its blocks."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A chunk that can be gathered."""
-
-    outgoing: Outgoing
-    chunk: int
-    piece: Piece
-
-
-@dataclass(frozen=True)
-class _Divided:
-    """Chunks that are being gathered layer by layer, while they are computed."""
-
-    entries: list[_Entry]
-    division: Division
-    ranges: list[tuple[int, int]] = field(default_factory=list)
-    """The layer below which each ends, and its event."""
-
-
-@dataclass(frozen=True)
-class _Gather:
-    """Chunks on their way into slots."""
-
-    fence: Fence
-    outgoing: Outgoing
-    chunks: list[int]
-    signalled: bool
-    """The sidecar knows of them already, and waits for them itself."""
 
 
 class Sender:
@@ -104,7 +44,7 @@ class Sender:
         self._signals = Signals(len(device.events))
         self._computed: list[Mark] = []
         """Behind all that is computed of `Outgoing.computed`."""
-        self._divided: _Divided | None = None
+        self._divided: Divided | None = None
         self._below = 0
         """Layers of the step that is being launched, as far as it is."""
         self._is_last = False
@@ -112,7 +52,7 @@ class Sender:
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
-        self._gathers: list[_Gather] = []
+        self._gathers: list[Gather] = []
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward: blocks that were taken away are let go of, new work is announced."""
@@ -157,8 +97,10 @@ class Sender:
         if self._gather_below(self._rank.layers) and (divided := self._divided) is not None:
             self._divided = None
             fence, signal = divided.division.fence, divided.ranges[-1][1]
-            self._stats.add("layered_tokens", _tokens(divided.entries))
+            self._stats.add("layered_tokens", tokens_of(divided.entries))
             self._launched(fence, divided.entries, signal, divided.ranges)
+            for outgoing in divided.outgoings:
+                outgoing.gathering -= 1
         if not self._by_engine_id:
             return
         self._computed = [self._device.mark()]
@@ -172,6 +114,7 @@ class Sender:
 
     def lost(self) -> None:
         """The sidecar is gone, and every slot with it."""
+        self._undivide()
         self._copier = None
         self._signals.reset()
         for outgoing in list(self._by_engine_id.values()):
@@ -183,13 +126,16 @@ class Sender:
         if outgoing is None or outgoing.over:
             return  # crossed with our Cancel
         outgoing.have_tokens = message.have_tokens
-        outgoing.by_layers = message.layers
+        outgoing.by_layers |= message.layers
         outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
 
     def ended(self, message: Ended) -> None:
         """The sidecar wants no more of a request."""
-        self._signals.ended(message.req)
         outgoing = self._by_req.get(message.req)
+        if self._divided is not None and outgoing in self._divided.outgoings:
+            # Before its events are taken for others.
+            self._undivide()
+        self._signals.ended(message.req)
         if outgoing is None:
             return
         if message.reason is not None:
@@ -278,8 +224,8 @@ class Sender:
             overlap=start.overlap,
         )
 
-    def _gather(self, copier: Copier, entries: list[_Entry]) -> None:
-        _take(entries)
+    def _gather(self, copier: Copier, entries: list[Entry]) -> None:
+        take_slots(entries)
         signal = self._signals.take({entry.outgoing.start.req for entry in entries})
         pieces = [entry.piece for entry in entries]
         fence = copier.gather(pieces, self._computed, signal, last=self._is_last)
@@ -288,35 +234,43 @@ class Sender:
     def _launched(
         self,
         fence: Fence,
-        entries: list[_Entry],
+        entries: list[Entry],
         signal: int | None,
         layers: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Tells the sidecar of a gather whose end it can wait for by itself."""
-        chunks: dict[str, list[_Entry]] = {}
+        chunks: dict[str, list[Entry]] = {}
         for entry in entries:
             chunks.setdefault(entry.outgoing.start.engine_id, []).append(entry)
         for own in chunks.values():
             outgoing = own[0].outgoing
             outgoing.gathering += 1
             numbers = [entry.chunk for entry in own]
-            gather = _Gather(fence, outgoing, numbers, signal is not None)
+            gather = Gather(fence, outgoing, numbers, signal is not None)
             self._gathers.append(gather)
             if gather.signalled:
                 self._tell_staged(gather, 0.0, signal, layers)
 
-    def _divide(self) -> _Divided | None:
+    def _divide(self) -> Divided | None:
         """What this step completes of requests that are gathered by layers, if there is any."""
         always = self._rank.by_layers
-        complete = self._complete(lambda outgoing: outgoing.upto)
-        entries = [entry for entry in complete if always or entry.outgoing.by_layers]
-        if self._copier is None or not entries:
+        entries = [
+            entry
+            for entry in self._complete(lambda outgoing: outgoing.upto)
+            if (always or entry.outgoing.by_layers)
+            # What was complete before need not wait for this step's last layers.
+            and entry.piece.tokens[1] > entry.outgoing.computed
+        ]
+        if self._copier is None or not entries or self._signals.free < SPARE_SIGNALS:
             return None
         division = self._copier.division([entry.piece for entry in entries])
         if division is None:
             return None
-        _take(entries)
-        return _Divided(entries, division)
+        take_slots(entries)
+        divided = Divided(entries, division)
+        for outgoing in divided.outgoings:
+            outgoing.gathering += 1
+        return divided
 
     def _gather_below(self, below: int) -> bool:
         """Goes on with what is gathered by layers. Says whether there is any."""
@@ -337,12 +291,19 @@ class Sender:
         if (divided := self._divided) is None:
             return
         self._divided = None
+        if divided.ranges:
+            # Its ranges are on their way all the same.
+            fence = divided.division.fence
+            self._gathers += [Gather(fence, outgoing, [], True) for outgoing in divided.outgoings]
+        else:
+            for outgoing in divided.outgoings:
+                outgoing.gathering -= 1
         self._signals.put_back(signal for _, signal in divided.ranges)
         for entry in divided.entries:
             if not entry.outgoing.over:
                 entry.outgoing.slots[entry.chunk] = entry.piece.slot
 
-    def _complete(self, upto: Callable[[Outgoing], int]) -> list[_Entry]:
+    def _complete(self, upto: Callable[[Outgoing], int]) -> list[Entry]:
         """The chunks that have a slot, of so many tokens of each request."""
         complete = []
         for outgoing in self._by_engine_id.values():
@@ -357,12 +318,12 @@ class Sender:
                 if outgoing.table_tensor is None:
                     outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
                 piece = Piece(slot, outgoing.table_tensor, span, span)
-                complete.append(_Entry(outgoing, chunk, piece))
+                complete.append(Entry(outgoing, chunk, piece))
         return complete
 
     def _settle(self) -> None:
         """Tells the sidecar of gathers that are over, unless it knew before."""
-        under_way: list[_Gather] = []
+        under_way: list[Gather] = []
         for gather in self._gathers:
             if not gather.fence.done():
                 under_way.append(gather)
@@ -380,7 +341,7 @@ class Sender:
 
     def _tell_staged(
         self,
-        gather: _Gather,
+        gather: Gather,
         seconds: float,
         signal: int | None,
         layers: Sequence[tuple[int, int]] = (),
@@ -470,15 +431,9 @@ class Sender:
             del self._by_req[outgoing.start.req]
 
 
-def _tokens(entries: Iterable[_Entry]) -> int:
-    return sum(entry.piece.tokens[1] - entry.piece.tokens[0] for entry in entries)
-
-
-def _take(entries: Iterable[_Entry]) -> None:
-    for entry in entries:
-        del entry.outgoing.slots[entry.chunk]
-
-
+SPARE_SIGNALS = 16
+"""A step is gathered by layers only while there are so many events: it takes up to six, and has to
+be gathered once more if it runs out of them."""
 GATHER_TOKENS = 2048
 """Of one gather that goes on after its launch: while the next part is gathered this one is pushed,
 and scattered. 256 MiB of an 8B model: with less the wire would not reach its speed."""

@@ -19,6 +19,11 @@ class Signals:
         self._free = list(range(count))
         self._waiting: dict[int, set[str]] = {}
 
+    @property
+    def free(self) -> int:
+        """How many nobody waits for."""
+        return len(self._free)
+
     def take(self, reqs: set[str]) -> int | None:
         """An event that nobody waits for, from now on taken by these requests."""
         if not self._free:

@@ -9,6 +9,7 @@ keep that order.
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from .sending import Sender
 from .wire import VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .client import Event
     from .config import Options
     from .devices import Device
@@ -111,7 +114,7 @@ class Worker:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
         layers = len(geometry.layers)
         self._cuts: dict[str, int] = {}
-        if self._is_asynchronous and options.push != "step":
+        if self._is_asynchronous and options.push != "step" and _is_one_model(geometry.names):
             self._cuts = {geometry.names[below - 1]: below for below in cuts(layers)}
 
     def _serve(
@@ -175,10 +178,12 @@ class Worker:
 
     def layer_computed(self, name: str) -> None:
         """Within the forward, after a layer's attention."""
-        if (below := self._cuts.get(name)) is not None and self._senders:
+        below = self._cuts.get(name)
+        if below is not None and any(sender.has_part_in_steps for sender in self._senders):
             with self._lock:
-                # Slots that were granted since the step began are in time for the next range.
-                self.read()
+                # Slots that were granted since the step began.
+                if self.read() and self._pump_thread is not None:
+                    self._pump_thread.wake()
                 for sender in self._senders:
                     sender.layers_computed(below)
 
@@ -244,12 +249,15 @@ class Worker:
 
     # For the engine's thread and the pump's; one at a time.
 
-    def read(self) -> None:
-        """Takes in what the sidecars say."""
+    def read(self) -> bool:
+        """Takes in what the sidecars say. Says whether they said anything."""
+        said = False
         with self._lock:
             for link in self._links:
                 for event in link.client.poll():
                     self._handle(event, link)
+                    said = True
+        return said
 
     def move(self) -> bool:
         """Reads what has come and moves what can be moved. Says whether anything was."""
@@ -385,6 +393,12 @@ class Unmoved:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _is_one_model(names: Sequence[str]) -> bool:
+    """Whether layers are computed in the order of their names: a draft model's have names of their
+    own, and come after those that they sort before."""
+    return len({re.sub(r"\d+", "", name) for name in names}) == 1
 
 
 def cuts(layers: int) -> list[int]:

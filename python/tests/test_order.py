@@ -149,8 +149,9 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 
 @pytest.fixture
-def layered(rig):
+def layered(rig, monkeypatch):
     """Cuts after each layer but the last."""
+    monkeypatch.setattr("pd_sidecar.sending.SPARE_SIGNALS", LAYERS)
     rig.worker._cuts = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
     return rig
@@ -240,32 +241,86 @@ def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
     assert len(layered.worker._senders[0]._signals._free) == SIGNALS - 1
 
 
-@many_events
-@pytest.mark.parametrize("what", ["ended", "no event"])
-def test_a_division_that_cannot_go_on_leaves_nothing_behind(layered, device, what):
-    sender = layered.worker._senders[0]
+def before_layer(rig, below, act):
+    """Lets something happen before the connector is told that layers below are computed."""
+    sender = rig.worker._senders[0]
     launched = sender.layers_computed
 
-    def layers_computed(below):
-        if below == 2:
-            if what == "ended":
-                layered.sender.say(wire.Ended("r", "peer_lost", 0))
-                layered.worker.read()
-            else:
-                sender._signals._free.clear()
-        launched(below)
+    def layers_computed(layers):
+        if layers == below:
+            act(sender)
+            rig.worker.read()
+        launched(layers)
 
     sender.layers_computed = layers_computed
+    return sender
+
+
+@many_events
+@pytest.mark.parametrize("what", ["ended", "lost"])
+def test_ranges_of_a_request_that_ends_within_the_forward_are_waited_for(layered, device, what):
+    def act(sender):
+        if what == "ended":
+            layered.sender.say(wire.Ended("r", "peer_lost", 0))
+        else:
+            sender.lost()
+
+    sender = before_layer(layered, 2, act)
     launch(layered, NAMES, ("", [0, 1, 2]))
     assert len(device.divisions[0].ranges) == 1
-    if what == "ended":
-        assert layered.sender.nothing()
-        assert not device.last
-        assert not sender._by_req["r"].gathering
-        assert len(sender._signals._free) == SIGNALS
-    else:
-        staged = layered.sender.next(wire.Staged)
-        assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
+    assert layered.sender.nothing()
+    assert not device.last
+    # The range that was launched still reads blocks, and writes to memory of the sidecar.
+    assert sender._by_req["r"].gathering == 1
+    layered.step(forward=False, finished=["a"])
+    assert layered.step(forward=False)[0] == set()
+    device.moves[0].over = True
+    assert layered.until(lambda: not sender._by_req)[0] == ["a"]
+    assert sender._signals.free == SIGNALS
+
+
+@many_events
+def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layered, device):
+    begin(layered, "other", "s")
+
+    def act(sender):
+        # The slots of one go to the other, whose chunk is gathered at once.
+        layered.sender.say(wire.Ended("r", "peer_lost", 0))
+        layered.sender.say(wire.Granted("s", 0, [0], [1]))
+        layered.worker.move()
+
+    sender = before_layer(layered, 2, act)
+    launch(layered, NAMES, ("", [0, 1, 2]))
+    staged = layered.sender.next(wire.Staged)
+    assert (staged.req, staged.layers) == ("s", [])
+    assert staged.event not in sender._signals._free
+    assert sender._signals.free == SIGNALS - 1
+
+
+@many_events
+def test_without_spare_events_a_step_is_gathered_as_a_whole(layered, device, monkeypatch):
+    monkeypatch.setattr("pd_sidecar.sending.SPARE_SIGNALS", SIGNALS + 1)
+    launch(layered, NAMES, ("", [0, 1, 2]))
+    assert (layered.sender.next(wire.Staged).layers, device.divisions) == ([], [])
+
+
+@many_events
+def test_what_is_complete_does_not_wait_for_another_forward(layered, device):
+    launch(layered, NAMES, ("", [0]))
+    layered.sender.next(wire.Staged)
+    layered.worker.begin(StepMetadata(push_steps=[PushStep("a", [], False, TOKENS)]))
+    layered.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
+    for name in NAMES:
+        layered.worker.layer_computed(name)
+    assert len(device.divisions) == 1
+    assert layered.sender.next(wire.Staged).chunks == [1, 2]
+    layered.worker.computed()
+
+
+def test_layers_of_a_draft_model_are_not_taken_for_the_first_ones():
+    own = [f"model.layers.{number}.self_attn.attn" for number in range(40)]
+    assert worker._is_one_model(own)
+    assert not worker._is_one_model([f"draft_{name}" for name in own[:8]] + own)
 
 
 @pytest.mark.parametrize("how", ["preempted", "cancelled"])

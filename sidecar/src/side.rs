@@ -94,8 +94,10 @@ pub(crate) struct LinkStatus {
     pub(crate) reported: String,
     /// Bytes and time of recent writes: older ones fade.
     recent: Option<(f64, f64)>,
-    /// When the last of them ended.
-    busy_until: Option<Instant>,
+    /// The same of large ones alone: small ones are as long as their posting.
+    large: Option<(f64, f64)>,
+    /// From when to when the last of them were under way.
+    busy: Option<(Instant, Instant)>,
     /// What the chosen wire should give; absent until then.
     pub(crate) class: Option<Class>,
     watch: Watch,
@@ -103,6 +105,9 @@ pub(crate) struct LinkStatus {
 
 /// The weight of the past in the measured rate, per write.
 const FADE: f64 = 0.9;
+
+/// Bytes of a write that shows what its wire can do.
+const LARGE: u64 = 16 << 20;
 
 impl LinkStatus {
     pub(crate) fn new(to: &Target, configured: &'static str) -> Self {
@@ -114,23 +119,29 @@ impl LinkStatus {
             why: String::new(),
             reported: String::new(),
             recent: None,
-            busy_until: None,
+            large: None,
+            busy: None,
             class: None,
             watch: Watch::default(),
         }
     }
 
     /// Notes a write. Time that it shared with others counts once, so that the rate is the wire's.
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     pub(crate) fn measured(&mut self, bytes: u64, began: Instant, ended: Instant) {
-        let from = self.busy_until.map_or(began, |until| until.max(began));
-        let took = ended.saturating_duration_since(from);
-        self.busy_until = self.busy_until.max(Some(ended));
-        let (past_bytes, past_seconds) = self.recent.unwrap_or_default();
-        self.recent = Some((
-            past_bytes * FADE + bytes as f64,
-            past_seconds * FADE + took.as_secs_f64(),
-        ));
+        let took = match self.busy {
+            Some((from, until)) if began <= until && from <= ended => {
+                self.busy = Some((from.min(began), until.max(ended)));
+                from.saturating_duration_since(began) + ended.saturating_duration_since(until)
+            }
+            before => {
+                self.busy = before.max(Some((began, ended)));
+                ended.saturating_duration_since(began)
+            }
+        };
+        fade_in(&mut self.recent, bytes, took);
+        if bytes >= LARGE {
+            fade_in(&mut self.large, bytes, took);
+        }
     }
 
     /// Says so if recent writes are far slower than this wire should be.
@@ -152,10 +163,27 @@ impl LinkStatus {
 
     /// GB/s (10⁹) of recent writes.
     pub(crate) fn rate(&self) -> Option<f64> {
-        self.recent
-            .filter(|(_, seconds)| *seconds > 0.0)
-            .map(|(bytes, seconds)| bytes / seconds / 1e9)
+        gb_per_s(self.recent)
     }
+
+    /// The same of large ones.
+    pub(crate) fn large_rate(&self) -> Option<f64> {
+        gb_per_s(self.large)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+fn fade_in(sums: &mut Option<(f64, f64)>, bytes: u64, took: Duration) {
+    let (past_bytes, past_seconds) = sums.unwrap_or_default();
+    *sums = Some((
+        past_bytes * FADE + bytes as f64,
+        past_seconds * FADE + took.as_secs_f64(),
+    ));
+}
+
+fn gb_per_s(sums: Option<(f64, f64)>) -> Option<f64> {
+    sums.filter(|(_, seconds)| *seconds > 0.0)
+        .map(|(bytes, seconds)| bytes / seconds / 1e9)
 }
 
 impl SideContext {

@@ -40,18 +40,19 @@ def quantile(values: Sequence[float], share: float) -> float:
 async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, prompts: Prompts, say: Say) -> Any:
     """One request at a time, the stacks in turn with the same prompt. The first round warms up.
 
-    Each comes after the same pause, and in each place as often as the others: a prefill right behind another one on its
-    GPU took up to 3 % longer, most likely because that one had used up what its power limit allows.
+    Each comes after the same pause, and in another order each round: a prefill right behind another one on its GPU took
+    up to 3 % longer, most likely because that one had used up what the power limit allows.
     """
     results: dict[str, Any] = {stack.name: {} for stack in stacks}
     failed: dict[str, str] = {}
+    order = random.Random(len(stacks))
     async with client() as session:
         for tokens in lengths:
             rows: dict[str, list[Handover]] = {stack.name: [] for stack in stacks}
             prefill = {stack.name: _prefill_s(stack) for stack in stacks}
-            for number in range(rounds + 1):
+            for _ in range(rounds + 1):
                 prompt = prompts.next(tokens)
-                for stack in (*stacks[number % len(stacks) :], *stacks[: number % len(stacks)]):
+                for stack in order.sample(stacks, len(stacks)):
                     if stack.name not in failed:
                         await asyncio.sleep(PAUSE_S)
                         try:

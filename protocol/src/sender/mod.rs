@@ -152,9 +152,10 @@ impl Sender {
         }
     }
 
-    /// Where a request's KV goes, while it is known.
-    pub fn target(&self, req: &RequestId) -> Option<&Target> {
-        self.requests.get(req).map(|request| &request.to)
+    /// The receiver that has leased room for a request. LMCache's lease nothing.
+    pub fn leased_from(&self, req: &RequestId) -> Option<&Target> {
+        let request = self.requests.get(req)?;
+        request.lease().map(|_| &request.to)
     }
 
     /// Nothing is under way.

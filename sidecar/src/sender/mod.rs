@@ -362,7 +362,10 @@ impl SendSide {
 
     /// Whether these chunks would arrive sooner if they were gathered layer by layer.
     fn gains_by_layers(&self, granted: &Granted) -> bool {
-        let to = self.machine.as_ref().and_then(|m| m.target(&granted.req));
+        let to = self
+            .machine
+            .as_ref()
+            .and_then(|m| m.leased_from(&granted.req));
         let bytes = self.engines.cut().map(|cut| cut.slot_bytes);
         to.zip(bytes).is_some_and(|(to, bytes)| {
             let bytes = bytes.saturating_mul(granted.chunks.len() as u64);

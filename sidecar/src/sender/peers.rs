@@ -25,6 +25,8 @@ use crate::transport::{Link, Outcome, Ready, Remote};
 use crate::wires::Wires;
 use crate::zmq::{DealerClient, FromServer};
 
+use super::ranges::is_worth_dividing;
+
 /// What comes from receivers.
 #[derive(Debug)]
 pub(super) enum FromReceiver {
@@ -312,7 +314,7 @@ impl Peers {
     pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {
         let peer = self.peers.get(to)?;
         peer.status
-            .rate()
+            .large_rate()
             .filter(|rate| is_worth_dividing(*rate, bytes, self.config.layers_below_gb_s))
             .and(peer.link.as_ref())
             .map(|link| link.granule())
@@ -477,42 +479,5 @@ impl PeerTask {
         // The owner is gone only when the process ends.
         let sent = self.events.send((self.generation, event)).await;
         debug_assert!(sent.is_ok() || self.events.is_closed());
-    }
-}
-
-/// Whether parts of a write, at so many GB/s, should be on their way while the rest is computed.
-///
-/// Each part costs its post and the look at its end, some ten microseconds; and what is gathered and
-/// sent while a GPU computes slows that down, by 3 to 14 ms for 2 GB on an H200, whatever the pace. A
-/// wire that needs as little for all of it gains nothing.
-fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
-    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    let takes = bytes as f64 / (rate * 1e9);
-    rate < f64::from(below_gb_s) && takes > DIVIDE_FROM.as_secs_f64()
-}
-
-const DIVIDE_FROM: Duration = Duration::from_micros(200);
-
-#[cfg(test)]
-mod tests {
-    use super::is_worth_dividing;
-
-    #[test]
-    fn only_long_writes_over_slow_wires_are_divided() {
-        let cases = [
-            (7.0, 256 << 20, 100, true),
-            (50.0, 256 << 20, 100, true),
-            (350.0, 2 << 30, 100, false),
-            (50.0, 4 << 20, 100, false),
-            (350.0, 256 << 20, 1000, true),
-            (0.5, 256 << 20, 0, false),
-        ];
-        for (rate, bytes, below, worth) in cases {
-            assert_eq!(
-                is_worth_dividing(rate, bytes, below),
-                worth,
-                "{bytes} bytes at {rate} GB/s, below {below}"
-            );
-        }
     }
 }

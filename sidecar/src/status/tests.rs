@@ -113,6 +113,14 @@ fn the_rate_of_a_wire_is_that_of_writes_together() {
     }
     let rate = link.rate().unwrap();
     assert!((rate - 1.0).abs() < 1e-6, "{rate} GB/s");
+    assert_eq!(link.large_rate(), None);
+    // A small one that is heard of before the large one around it.
+    let at = |ms: u64| start + Duration::from_millis(1000 + ms);
+    let mut link = LinkStatus::new(&target(1), "auto");
+    link.measured(1, at(94), at(95));
+    link.measured(100 << 20, at(0), at(100));
+    let large = link.large_rate().unwrap();
+    assert!((1.0..1.07).contains(&large), "{large} GB/s");
 }
 
 #[test]
