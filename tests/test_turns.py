@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -48,6 +49,8 @@ def converse(pair: Pair, reference: Reference, mode: str, turns: int, seed: int)
 
 @pytest.mark.parametrize("turns", [5, 10])
 def test_conversation(pair: Pair, reference: Reference, turns: int) -> None:
+    if turns > 5 and os.environ.get("PD_TEST_LONG") != "1":
+        pytest.skip("on demand: PD_TEST_LONG=1")
     figures: dict[str, list[Turn]] = {}
     try:
         for number, mode in enumerate(("pd", "ppd", "auto")):

@@ -24,8 +24,7 @@ from .nodes import LmcacheReceiver, LmcacheSender, of_targets
 _requests = itertools.count(1)
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
-@pytest.mark.parametrize("length", [300, 1100])
+@pytest.mark.parametrize(("length", "mode"), [(300, "sync"), (1100, "async")])
 def test_kv_of_an_engine_goes_through_lmcache(
     pair: Pair, reference: Reference, tmp_path: Path, mode: str, length: int
 ) -> None:
