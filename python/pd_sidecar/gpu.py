@@ -4,8 +4,8 @@ A gather waits for the mark behind the forward that computed its chunks, a scatt
 behind everything that was launched when its blocks were given to their request: an engine that
 schedules ahead may still have a step under way that writes to blocks it has freed. Both run on one
 stream of their own beside the engine's, so that neither waits for a step it has nothing to do with.
-A gather of what was launched last, and one by layers, stand on the engine's stream: beside it they
-slow down what is computed meanwhile by many times the time that they need.
+A gather of what was launched last, and one by layers, stand on the engine's stream: there they have
+nothing to wait for, and run alone.
 """
 
 from __future__ import annotations

@@ -276,9 +276,10 @@ class Sender:
         """Goes on with what is gathered by layers. Says whether there is any."""
         if (divided := self._divided) is None:
             return False
-        lost = any(entry.outgoing.over for entry in divided.entries)
-        reqs = {entry.outgoing.start.req for entry in divided.entries}
-        signal = None if lost else self._signals.take(reqs)
+        requests = divided.outgoings
+        signal = None
+        if not any(outgoing.over for outgoing in requests):
+            signal = self._signals.take({outgoing.start.req for outgoing in requests})
         if signal is None:
             self._undivide()
             return False

@@ -193,8 +193,8 @@ keys! {
         /// Whether ports may listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
         /// Sender: the rate of a wire, in GB/s, up to which KV should leave layer by layer, while the last
-        /// layers are computed. That slows the computing down, by more than a faster wire needs for the
-        /// whole. 0: never.
+        /// layers are computed. That slows the computing down, by about as much as a faster wire needs for
+        /// the whole. 0: never.
         layers_below_gb_s: Count<0> = Default::Value("100");
         /// Sender: time between two signs of life under a lease; three missed end it.
         heartbeat_ms: Millis = Default::Value("1000");
