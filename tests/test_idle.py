@@ -10,7 +10,8 @@ from harness.prompts import prompt
 from harness.reference import Reference
 
 SECONDS = 10.0
-MOST_CORES = 0.01
+# On a machine of its own it is 0.002; one that polls without a pause is 1.
+MOST_CORES = 0.05
 
 
 @pytest.mark.parametrize("transport", ["nixl", "tcp"])

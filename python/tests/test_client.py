@@ -130,7 +130,7 @@ def test_an_absent_sidecar_is_waited_for_without_blocking(path, clients):
     clients.append(client)
     began = time.monotonic()
     assert client.poll() == []
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 1
     assert not client.connected
     with pytest.raises(NotConnectedError):
         client.abort("r")

@@ -363,14 +363,16 @@ async fn an_idle_engine_thread_sleeps() {
         Outcome::Done
     );
     let busy = cores_of("nixl-77", Duration::from_secs(3)).await;
-    assert!(busy < 0.01, "{busy} of a core, connected and idle");
+    // The bounds tell a thread that sleeps from one that spins, also on a busy machine, where
+    // each time it wakes costs several times as much.
+    assert!(busy < 0.05, "{busy} of a core, connected and idle");
     // Announced writes that do not come cost more, but no core.
     sender.expect(true);
     let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
-    assert!(busy < 0.1, "{busy} of a core, waiting for announced writes");
+    assert!(busy < 0.5, "{busy} of a core, waiting for announced writes");
     sender.expect(false);
     let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
-    assert!(busy < 0.01, "{busy} of a core, idle again");
+    assert!(busy < 0.05, "{busy} of a core, idle again");
 }
 
 /// What a thread of this process takes of a core, over some time.
