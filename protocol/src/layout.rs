@@ -22,6 +22,10 @@ pub struct Layout {
     pub mla: bool,
     /// Tokens per full chunk.
     pub chunk_tokens: u32,
+    /// What the elements stand for where `dtype` says only how wide they are: the engine's name of
+    /// the format and its scales (`fp8_e4m3, scales 1`). Empty: `dtype` says all.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub quantization: String,
 }
 
 impl Layout {
@@ -62,7 +66,16 @@ impl Layout {
                 })*
             };
         }
-        differ!(model, dtype, layers, kv_heads, head_size, mla, chunk_tokens);
+        differ!(
+            model,
+            dtype,
+            quantization,
+            layers,
+            kv_heads,
+            head_size,
+            mla,
+            chunk_tokens
+        );
         None
     }
 

@@ -63,7 +63,7 @@ reasons! {
     StaleEpoch = "stale_epoch",
     /// The two sides compute different keys for the same request.
     KeyMismatch = "key_mismatch",
-    /// Model, dtype, shape or chunk size differ.
+    /// Model, dtype, quantisation, shape or chunk size differ.
     LayoutMismatch = "layout_mismatch",
     /// The two sides speak different versions of the protocol.
     VersionMismatch = "version_mismatch",

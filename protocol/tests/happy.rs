@@ -18,6 +18,7 @@ fn layout() -> Layout {
         head_size: 64,
         mla: false,
         chunk_tokens: CHUNK,
+        quantization: String::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 """The vLLM connector: `kv_connector: PdSidecarConnector`, `kv_connector_module_path` this module.
 
 Only the shape of vLLM's interface stands here, which differs between versions (0.24 and 0.32 are
-read, 0.32 is run): what it does is in `scheduler` and `worker`.
+read and run): what it does is in `scheduler` and `worker`.
 
 It declares no support for several KV groups: vLLM then keeps to one group.
 """
@@ -24,9 +24,10 @@ from vllm.v1.request import RequestStatus
 
 from . import config, lmcache
 from .keys import ChunkHasher
-from .layout import Hint, LayoutError, Writer, geometry
+from .layout import Hint, LayoutError, Writer, geometry, natural
 from .loading import Results
 from .metadata import StepMetadata, Word
+from .quantization import quantization
 from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
@@ -269,7 +270,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
         try:
-            hint = self._hint()
+            hint = self._hint(kv_caches)
             pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
@@ -300,7 +301,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
                 writers[name] = functools.partial(update, layer)
         return writers
 
-    def _hint(self) -> Hint:
+    def _hint(self, kv_caches: Mapping[str, torch.Tensor]) -> Hint:
         """What vLLM says of the cache. Raises `LayoutError`."""
         if len(self._groups) != 1:
             raise LayoutError(f"{len(self._groups)} KV cache groups")
@@ -315,6 +316,19 @@ class PdSidecarConnector(KVConnectorBase_V1):
             kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             mla=isinstance(spec, MLAAttentionSpec),
+            quantization=self._quantization(kv_caches),
+        )
+
+    def _quantization(self, kv_caches: Mapping[str, torch.Tensor]) -> str:
+        """What the bytes of a cache of bytes stand for. Raises `LayoutError`."""
+        if any(tensor.element_size() > 1 for tensor in kv_caches.values()):
+            return ""
+        cache = self._config.cache_config
+        layers = self._config.compilation_config.static_forward_context
+        return quantization(
+            cache.cache_dtype,
+            [layers.get(name) for name in sorted(kv_caches, key=natural)],
+            calculated=getattr(cache, "calculate_kv_scales", False),
         )
 
 

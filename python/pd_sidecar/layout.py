@@ -44,6 +44,8 @@ class Hint:
     kv_heads: int
     head_size: int
     mla: bool
+    quantization: str = ""
+    """What bytes stand for, if the cache is of bytes."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Geometry:
     """Tokens of a block as the block tables count them; a tensor's own blocks may be smaller."""
     names: tuple[str, ...] = ()
     """Of the layers."""
+    quantization: str = ""
 
     @property
     def first(self) -> Pages:
@@ -122,6 +125,7 @@ class Geometry:
             head_size=page.head_size,
             mla=page.planes == 1,
             chunk_tokens=chunk_tokens,
+            quantization=self.quantization,
         )
 
 
@@ -139,7 +143,7 @@ def geometry(
     names: list[str] = []
     seen: set[tuple[object, ...]] = set()
     writers = writers or {}
-    for name in sorted(tensors, key=_natural):
+    for name in sorted(tensors, key=natural):
         tensor = tensors[name]
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if place in seen:
@@ -158,7 +162,7 @@ def geometry(
         raise LayoutError(
             f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}"
         )
-    return Geometry(tuple(layers), hint.block_tokens, tuple(names))
+    return Geometry(tuple(layers), hint.block_tokens, tuple(names), hint.quantization)
 
 
 def chunks_of(tokens: int, chunk_tokens: int) -> int:
@@ -284,7 +288,7 @@ def _axes(
     raise LayoutError(f"{name}: shape {shape} cannot be read as KV of {hint}")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 

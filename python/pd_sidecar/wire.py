@@ -24,7 +24,7 @@ class WireError(Exception):
     """The other side broke the protocol; the connection is of no further use."""
 
 
-class Layout(msgspec.Struct, frozen=True):
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     """The shape of one chunk; see `protocol/src/layout.rs`."""
 
     model: str
@@ -34,6 +34,7 @@ class Layout(msgspec.Struct, frozen=True):
     head_size: int
     mla: bool
     chunk_tokens: int
+    quantization: str = ""
 
     @property
     def chunk_bytes(self) -> int:

@@ -91,6 +91,34 @@ def test_a_push_through_both_halves(tmp_path, monkeypatch):
     worker.shutdown()
 
 
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_a_sidecar_is_told_what_bytes_stand_for(tmp_path, monkeypatch, of_bytes):
+    path = tmp_path / "sender.sock"
+    sidecar = FakeSidecar(path)
+    scales = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.5))
+    vllm_config = config(
+        {"sender_socket": str(path)}, role="kv_producer", layers=dict.fromkeys(NAMES, scales)
+    )
+    vllm_config.cache_config.cache_dtype = "fp8"
+    dtype = torch.uint8 if of_bytes else torch.bfloat16
+    kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=dtype) for name in NAMES}
+    worker = worker_of(vllm_config, kv, monkeypatch)
+    worker._worker._links[0].client._keeper.connected.wait(5)
+    layout = sidecar.hellos[0].layout
+    assert (layout.dtype, layout.quantization) == (
+        ("uint8", "fp8_e4m3, scales 0.5") if of_bytes else ("bfloat16", "")
+    )
+    worker.shutdown()
+
+
+def test_scales_that_are_measured_are_not_moved(monkeypatch):
+    vllm_config = config()
+    vllm_config.cache_config.cache_dtype = "fp8"
+    vllm_config.cache_config.calculate_kv_scales = True
+    kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=torch.uint8) for name in NAMES}
+    assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.Unmoved)
+
+
 def step(scheduler, worker, scheduled):
     worker.handle_preemptions(None)
     worker.bind_connector_metadata(scheduler.build_connector_meta(scheduled))

@@ -188,6 +188,7 @@ fn layout(chunk_bytes: u32) -> anyhow::Result<Layout> {
         head_size: chunk_bytes / CHUNK_TOKENS,
         mla: true,
         chunk_tokens: CHUNK_TOKENS,
+        quantization: String::new(),
     })
 }
 

@@ -21,6 +21,7 @@ pub fn layout() -> Layout {
         head_size: 1,
         mla: false,
         chunk_tokens: CHUNK,
+        quantization: String::new(),
     }
 }
 

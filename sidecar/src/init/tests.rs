@@ -15,6 +15,7 @@ fn identity(id: &str) -> Identity {
         head_size: 16,
         mla: false,
         chunk_tokens: 256,
+        quantization: String::new(),
     };
     let slot_bytes = layout.chunk_bytes().unwrap();
     Identity {
@@ -148,6 +149,13 @@ fn every_layout_field_that_differs_is_named_with_both_values() {
     };
     check(|l| l.model = "big".to_owned(), "model", "big", "tiny");
     check(|l| l.dtype = "half".to_owned(), "dtype", "half", "bfloat16");
+    let (theirs, ours) = ("fp8_e4m3, scales 1", "");
+    check(
+        |l| l.quantization = "fp8_e4m3, scales 1".to_owned(),
+        "quantization",
+        theirs,
+        ours,
+    );
     check(|l| l.layers = 3, "layers", "3", "2");
     check(|l| l.kv_heads = 1, "kv_heads", "1", "2");
     check(|l| l.head_size = 64, "head_size", "64", "16");

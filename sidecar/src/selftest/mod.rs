@@ -136,6 +136,7 @@ impl Selftest {
             head_size: u32::try_from(per_token).unwrap_or(u32::MAX),
             mla: true,
             chunk_tokens: CHUNK_TOKENS,
+            quantization: String::new(),
         }
     }
 }

@@ -40,6 +40,7 @@ pub(crate) fn cut() -> Cut {
             head_size: 8,
             mla: false,
             chunk_tokens: 256,
+            quantization: String::new(),
         },
         slots: 16,
         slot_bytes: 65536,
