@@ -209,6 +209,19 @@ pub struct Piece {
     pub bytes: u64,
 }
 
+impl Granted {
+    /// No chunk yet: only how much of the prompt the other side holds.
+    pub(super) fn nothing(req: RequestId, have_tokens: u32) -> Self {
+        Self {
+            req,
+            have_tokens,
+            chunks: Vec::new(),
+            slots: Vec::new(),
+            layers: false,
+        }
+    }
+}
+
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_zero(offset: &u64) -> bool {
     *offset == 0

@@ -91,13 +91,7 @@ impl Sender {
         let Some(engine) = request.engine else {
             return;
         };
-        let granted = Granted {
-            req: id.clone(),
-            have_tokens: 0,
-            chunks: Vec::new(),
-            slots: Vec::new(),
-            layers: false,
-        };
+        let granted = Granted::nothing(id.clone(), 0);
         self.actions.push_back(Action::Granted(engine, granted));
     }
 

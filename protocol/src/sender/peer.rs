@@ -114,13 +114,7 @@ impl Sender {
             return;
         }
         if let Some(engine) = request.engine {
-            let granted = Granted {
-                req: id.clone(),
-                have_tokens: x.have_tokens,
-                chunks: Vec::new(),
-                slots: Vec::new(),
-                layers: false,
-            };
+            let granted = Granted::nothing(id.clone(), x.have_tokens);
             self.actions.push_back(Action::Granted(engine, granted));
         }
     }

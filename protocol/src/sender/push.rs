@@ -28,13 +28,8 @@ impl Sender {
             let Some(request) = self.requests.get_mut(&id) else {
                 continue;
             };
-            let mut granted = Granted {
-                req: id.clone(),
-                have_tokens: request.lease().map_or(0, |l| l.have_tokens),
-                chunks: Vec::new(),
-                slots: Vec::new(),
-                layers: false,
-            };
+            let have_tokens = request.lease().map_or(0, |l| l.have_tokens);
+            let mut granted = Granted::nothing(id.clone(), have_tokens);
             for index in 0..request.chunks.len() {
                 let to = match request.chunks[index] {
                     Chunk::Remote { to } => Some(to),
