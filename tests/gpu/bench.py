@@ -31,14 +31,15 @@ from harness.sidecar import ROOT
 from gpu import measure, report
 from gpu.baselines import STACKS
 from gpu.model import write_model
-from gpu.setting import UCX, Setting, gpus, versions
+from gpu.setting import WIRES, Setting, gpus, versions
 from gpu.stacks import FirstOfPrefill, Ours, Pair, Stack
 from gpu.tpot import tpot
 
 # Those in which a stack may hang for good come late: it is left out of what comes after.
 STEPS = ("latency", "tpot", "poisson", "burst", "throughput", "many", "wires")
-WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
 SKIPPED = 77
+# Loads that begin with all buffers empty.
+RENEWED = ("poisson", "burst")
 
 
 def main() -> int:
@@ -83,6 +84,8 @@ class Bench:
         self.progress = Progress()
         self.stacks: list[Stack] = [STACKS[name](setting) for name in options.stacks]
         self.prompts = measure.Prompts(options.seed, options.vocabulary)
+        self.hung: set[str] = set()
+        """Stacks that no longer answer: each of their requests would be waited for."""
 
     def start(self) -> None:
         """All engines at once. A baseline that does not come up is left out, and said to be."""
@@ -90,23 +93,35 @@ class Bench:
         for stack in self.stacks:
             stack.start()
         for stack in list(self.stacks):
-            try:
-                wait_for(stack.engines, self.progress)
-                stack.wait()
-                self.progress.say(f"{stack.name}: up after {time.monotonic() - began:.0f} s")
-            except Exception as error:
-                if stack.name in ("plain", "ours"):
-                    raise
-                self.result.setdefault("left_out", {})[stack.name] = str(error)[-3000:]
-                self.progress.say(f"{stack.name}: left out: {str(error)[-1500:]}")
-                self.stacks.remove(stack)
-                self._stop(stack)
+            self._wait(stack, began)
+
+    def _wait(self, stack: Stack, began: float) -> None:
+        try:
+            wait_for(stack.engines, self.progress)
+            stack.wait()
+            self.progress.say(f"{stack.name}: up after {time.monotonic() - began:.0f} s")
+        except Exception as error:
+            if stack.name in ("plain", "ours"):
+                raise
+            self.result.setdefault("left_out", {})[stack.name] = str(error)[-3000:]
+            self.progress.say(f"{stack.name}: left out: {str(error)[-1500:]}")
+            self.stacks.remove(stack)
+            self._stop(stack)
+
+    def _renew(self) -> None:
+        """Starts engines again whose buffer does not empty: what came before is not to count against them."""
+        for stack in [stack for stack in self.stacks if stack.name in self.options.renew]:
+            began = time.monotonic()
+            self._stop(stack)
+            stack.start()
+            self._wait(stack, began)
+            self.hung.discard(stack.name)
 
     async def run(self) -> None:
         steps: dict[str, Callable[[], Awaitable[Any]]] = {
             "latency": self._latency,
             "tpot": lambda: tpot(self._handovers(), self.options.answer, self.prompts, self.progress.say),
-            "burst": lambda: measure.burst(self._handovers(), 8, 3, self.prompts, self.progress.say),
+            "burst": self._burst,
             "throughput": self._throughput,
             "many": self._many,
             "wires": self._wires,
@@ -114,8 +129,11 @@ class Bench:
         }
         for name in self.options.steps:
             began = time.monotonic()
+            if name in RENEWED:
+                self._renew()
             try:
                 self.result[name] = await steps[name]()
+                self.hung |= hung(self.result[name])
             except Exception as error:  # noqa: BLE001 - the other steps are still of worth
                 self.result[name] = {"failure": f"{type(error).__name__}: {error}"[:2000]}
                 self.progress.say(f"{name}: {self.result[name]['failure']}")
@@ -189,9 +207,15 @@ class Bench:
             pair.restart_sidecars(self.setting.buffer_bytes, self.setting.transport)
         return found
 
-    async def _poisson(self) -> Any:
+    async def _alone(self) -> float:
         plain = next((stack for stack in self.stacks if stack.name == "plain"), self.stacks[0])
-        alone = await measure.alone(plain, self.prompts)
+        return await measure.alone(plain, self.prompts)
+
+    async def _burst(self) -> Any:
+        return await measure.burst(self._handovers(), 8, 3, await self._alone(), self.prompts, self.progress.say)
+
+    async def _poisson(self) -> Any:
+        alone = await self._alone()
         rate = self.options.rate or 0.7 / (alone / 1e3)
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
@@ -205,14 +229,9 @@ class Bench:
         return next((stack for stack in self.stacks if isinstance(stack, Ours)), None)
 
     def _handovers(self) -> list[Pair]:
-        """Without those that no longer answer: each of their requests would be waited for."""
-        loads = [self.result.get(name, {}) for name in ("tpot", "poisson", "burst")]
-        hung = {name for load in loads for name, of in load.items() if isinstance(of, dict) and of["failed"]}
-        lengths = {name: of.values() for name, of in self.result.get("latency", {}).items() if isinstance(of, dict)}
-        hung |= {name for name, found in lengths.items() if any(of["failure"] for of in found)}
-        if hung:
-            self.progress.say(f"left out from here on: {', '.join(sorted(hung))}")
-        left_out = {"plain", *hung, *self.options.idle_only}
+        if self.hung:
+            self.progress.say(f"left out, as they no longer answer: {', '.join(sorted(self.hung))}")
+        left_out = {"plain", *self.hung, *self.options.idle_only}
         return [cast(Pair, stack) for stack in self.stacks if stack.name not in left_out]
 
     def _decode_tokens(self) -> tuple[int, int]:
@@ -225,6 +244,16 @@ class Bench:
         for part in stack.parts:
             with contextlib.suppress(Exception):
                 part.stop()
+
+
+def hung(found: Any) -> set[str]:
+    """The stacks some of whose requests failed in a step."""
+
+    def failed(of: Any) -> bool:
+        parts = of.values() if isinstance(of, dict) else ()
+        return bool(parts) and bool(of.get("failed") or any(isinstance(p, dict) and p.get("failure") for p in parts))
+
+    return {name for name, of in found.items() if failed(of)} if isinstance(found, dict) else set()
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
@@ -266,6 +295,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=[512, 2048, 5000, 16000])
     parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000])
     parser.add_argument("--idle-only", type=words, default=[], help="stacks that are spared the loads")
+    parser.add_argument(
+        "--renew", type=words, default=["lmcache"], help=f"stacks that are started anew before {' and '.join(RENEWED)}"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send and landing buffer")
     parser.add_argument("--small-buffer", type=int, default=4 << 30)

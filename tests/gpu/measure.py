@@ -91,7 +91,7 @@ async def alone(plain: Stack, prompts: Prompts) -> float:
         return _ms([(await plain.complete(session, prompts.next(LOAD_TOKENS), 2)).first_s for _ in range(4)][1:])
 
 
-async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Prompts, say: Say) -> Any:
+async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, alone_ms: float, prompts: Prompts, say: Say) -> Any:
     """So many prompts at the same moment."""
     results = {}
     for stack in stacks:
@@ -107,7 +107,7 @@ async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, prompts: Pro
                         failures.append(repr(result)[:200])
                 if failures:
                     break
-        results[stack.name] = _summary(done, failures)
+        results[stack.name] = {**_summary(done, failures), **_gaps(done, alone_ms)}
         say(f"{at_once} at once, {stack.name}: {results[stack.name]}")
     return results
 
@@ -121,8 +121,7 @@ async def poisson(
     seed: int,
     say: Say,
 ) -> Any:
-    """Arrivals at random, the same ones for each stack. The gap is what a first token is later than that of one
-    instance which has nothing else to do."""
+    """Arrivals at random, the same ones for each stack."""
     results = {}
     for stack in stacks:
         own, draw = prompts(), random.Random(seed)
@@ -139,9 +138,12 @@ async def poisson(
             ended = await asyncio.gather(*tasks, return_exceptions=True)
         done = [result for result in ended if isinstance(result, Handover)]
         failures = [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
-        of = _summary(done, failures)
-        gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in ("p50", "p99")}
-        results[stack.name] = {"rate": rate, "seconds": seconds, "alone_ms": alone_ms, **of, **gaps}
+        results[stack.name] = {
+            "rate": rate,
+            "seconds": seconds,
+            **_summary(done, failures),
+            **_gaps(done, alone_ms),
+        }
         say(f"Poisson {rate:.2f}/s, {stack.name}: {results[stack.name]}")
     return results
 
@@ -221,6 +223,14 @@ def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any
         "per_token_ms_p99": round(quantile(per_token, 0.99) * 1e3, 2),
         "failures": sorted(set(failures))[:3],
     }
+
+
+def _gaps(done: Sequence[Handover], alone_ms: float) -> dict[str, float]:
+    """What a first token is later than that of one instance which has nothing else to do."""
+    first_ms = [result.first_s * 1e3 for result in done]
+    shares = {"p50": 0.5, "p99": 0.99}
+    gaps = {f"gap_ms_{name}": round(quantile(first_ms, share) - alone_ms, 1) for name, share in shares.items()}
+    return {"alone_ms": alone_ms, **(gaps if done else {})}
 
 
 def _prefill_s(stack: Stack) -> tuple[float, float]:

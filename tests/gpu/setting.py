@@ -43,6 +43,9 @@ ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
 UCX = "cuda_ipc,cuda_copy,tcp"
 """Without tcp UCX finds no way for active messages."""
 
+WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
+"""Those that `auto` does not take between two GPUs of a host: `transport`, and UCX_TLS of the sidecars."""
+
 
 @dataclass(frozen=True)
 class Setting:

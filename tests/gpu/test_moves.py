@@ -89,7 +89,7 @@ class Rig:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8], ids=str)
-@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, dtype: Any) -> None:
     rig = Rig(layout, block, dtype)

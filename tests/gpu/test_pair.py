@@ -14,7 +14,7 @@ import pytest
 from harness.sidecar import ROOT, Sidecar
 
 from gpu.measure import Prompts
-from gpu.setting import ON_CPU, gpus
+from gpu.setting import ON_CPU, WIRES, gpus
 from gpu.small import VOCABULARY, serving, small
 from gpu.stacks import Handover, Ours, Plain, at_once, client
 from gpu.texts import Match, Reference, reference
@@ -79,21 +79,39 @@ def differences(answers: Sequence[Handover | BaseException], expected: Sequence[
     return matches.count(Match.WRONG)
 
 
-def test_texts_are_those_of_one_instance_and_all_kv_was_moved(stacks: tuple[Ours, Plain]) -> None:
-    ours, plain = stacks
-    prompts = [Prompts(length, VOCABULARY).next(length) for length in LENGTHS]
+def check_one_by_one(ours: Ours, plain: Plain, lengths: Sequence[int]) -> set[str]:
+    """Texts are those of one instance, and all KV was moved. Returns the transports that it took."""
+    prompts = [Prompts(length, VOCABULARY).next(length) for length in lengths]
     expected = references(plain, prompts, TOKENS)
     before = ours.decode.prompt_tokens()
     answers = [answer for prompt in prompts for answer in at_once(ours, [prompt], TOKENS)]
     assert differences(answers, expected) == 0
+    transports = set()
     for sidecar in (ours.sender, ours.receiver):
         sidecar.wait_empty()
-        records = sidecar.records()[-len(LENGTHS) :]
-        assert [record["reason"] for record in records] == [None] * len(LENGTHS), records
-        assert [record["bytes"] for record in records] == [n * ours.setting.token_bytes for n in LENGTHS]
+        records = sidecar.records()[-len(lengths) :]
+        assert [record["reason"] for record in records] == [None] * len(lengths), records
+        assert [record["bytes"] for record in records] == [n * ours.setting.token_bytes for n in lengths]
+        transports |= {record["transport"] for record in records}
     sources = ours.decode.prompt_tokens() - before
-    assert sources.external >= sum(LENGTHS) - len(LENGTHS)
-    assert sources.computed <= len(LENGTHS)
+    assert sources.external >= sum(lengths) - len(lengths)
+    assert sources.computed <= len(lengths)
+    return transports
+
+
+def test_texts_are_those_of_one_instance_and_all_kv_was_moved(stacks: tuple[Ours, Plain]) -> None:
+    check_one_by_one(*stacks, LENGTHS)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_texts_over_the_wires_that_auto_does_not_take(stacks: tuple[Ours, Plain], wire: str) -> None:
+    ours, plain = stacks
+    transport, ucx = WIRES[wire]
+    ours.restart_sidecars(ours.setting.buffer_bytes, transport, ucx)
+    try:
+        assert check_one_by_one(ours, plain, (258, 701, 1901)) == {transport}
+    finally:
+        ours.restart_sidecars(ours.setting.buffer_bytes)
 
 
 @pytest.mark.parametrize("count", [16, 48])
