@@ -100,6 +100,8 @@ def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
 
 def test_either_side_starts_again(sender: Sender, receiver: Receiver) -> None:
     """In the place and under the address of the one before it, with nothing that this one knew."""
+    if isinstance(sender, LmcacheSender) and isinstance(receiver, LmcacheReceiver):
+        pytest.skip("nothing of ours takes part, and LMCache takes long to start")
     move(sender, receiver, Prompt.of_chunks(3))
     sender.restart()
     move(sender, receiver, Prompt.of_chunks(17, last=100))
