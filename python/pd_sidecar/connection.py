@@ -214,8 +214,8 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
     kind = "memfd" if hello.device is None else "cuda"
     if welcome.memory != kind or (welcome.cuda is None) != (kind == "memfd"):
         raise WireError(
-            f"the sidecar's buffer is of kind {welcome.memory!r}, this engine needs {kind!r}: see "
-            "pd_buffer_device of its configuration"
+            f"the sidecar's buffer is of kind {welcome.memory!r}, this engine needs {kind!r}: set "
+            f"pd_buffer_device of its configuration to {'cpu' if kind == 'memfd' else 'cuda'}"
         )
     if len(fds) != (kind == "memfd"):
         raise WireError(f"{len(fds)} descriptors came with the greeting")

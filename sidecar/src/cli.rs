@@ -309,6 +309,8 @@ Examples:
     sidecar --config configs/lmcache-decoder-config.yaml
   Beside the prefill engine:
     sidecar --config configs/lmcache-prefiller-config.yaml
+  The same for an engine on the first GPU (the buffer has to be there, too):
+    sidecar --config configs/lmcache-prefiller-config.yaml --buffer-device cuda
   Without a file:
     sidecar --role receiver --host 127.0.0.1 --init-port 7300 --alloc-port 7400 \\
             --buffer-size 4GiB --proxy 127.0.0.1:7500

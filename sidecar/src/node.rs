@@ -143,7 +143,7 @@ impl Node {
                     _ => {}
                 },
                 () = &mut late => {
-                    warn!(?grace, "stopping with requests under way: the grace period is over");
+                    warn!(?grace, "stopping with requests under way or slots in quarantine: the grace period is over");
                     break Ended::Busy;
                 }
             }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUresult};
 
 use super::driver::{CudaError, check, load};
 
@@ -92,8 +92,14 @@ impl Device {
         let raw = handle(ordinal)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: the out-pointer is valid, the device is one of this process.
-        check("cuDevicePrimaryCtxRetain", unsafe {
+        let retained = check("cuDevicePrimaryCtxRetain", unsafe {
             sys::cuDevicePrimaryCtxRetain(&mut context, raw)
+        });
+        retained.map_err(|error| match error {
+            error if error.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::NoContext {
+                device: which.to_string(),
+            },
+            error => error,
         })?;
         Ok(Arc::new(Self {
             ordinal,

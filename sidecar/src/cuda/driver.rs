@@ -47,6 +47,15 @@ pub(crate) enum CudaError {
         /// Bytes.
         total: u64,
     },
+    /// Not enough memory to begin with.
+    #[error(
+        "{device} has no memory left for this process's CUDA context, about 500 MiB: leave it more \
+         room (vLLM: --gpu-memory-utilization)"
+    )]
+    NoContext {
+        /// Ordinal or UUID.
+        device: String,
+    },
     /// Memory or an event cannot be shared between processes.
     #[error(
         "{what}: {cause}. CUDA IPC needs both processes on one host, in one IPC and one PID \

@@ -61,8 +61,9 @@ pub(crate) struct Sides<'a> {
 
 /// Chooses.
 ///
-/// CUDA IPC goes first where it reaches: plain copies between two GPUs moved 640 MiB in 1.77 ms where
-/// NIXL took 2.85. Then NIXL where both sides have it: it reaches NVLink, RDMA and shared memory, and
+/// CUDA IPC goes first where it reaches: over NVLink it is a little faster than NIXL, which copies the
+/// same way below (docs/benchmarks.md), and it tells of memory that it cannot reach instead of staging
+/// it through sockets. Then NIXL where both sides have it: it reaches NVLink, RDMA and shared memory, and
 /// where it has only TCP it is about as fast as the built-in wire.
 ///
 /// # Errors

@@ -8,18 +8,7 @@
 //! slot is free of writes; without it, the end of the sender's process, which takes its queued copies
 //! along.
 //!
-//! `sidecar selftest` between two H200 over 18 NVLinks, 21 chunks of 32 MiB a request, GB/s, medians: *wire*
-//! from the first copy queued to the event seen, *ready* from the moment at which the GPU had filled the
-//! slots to the decode engine's `Ready`, every chunk compared, none wrong:
-//!
-//! | | wire | ready |
-//! |---|---|---|
-//! | `cuda_ipc` | 356 | 273 |
-//! | `nixl` (UCX over CUDA IPC) | 344 | 279 |
-//! | `tcp` (pinned staging, loopback) | 7.2 | 8.0 |
-//!
-//! `nixl` with `UCX_TLS=tcp,cuda_copy` moved 0.48, `cuda_ipc` within one GPU 1230 (from staged to ready 620).
-//! Between *wire* and *ready* lie 0.6 ms in which three sleeping processes are woken one after the other.
+//! What it reaches beside the other wires stands in docs/benchmarks.md, "The wire".
 //!
 //! | file | |
 //! |---|---|

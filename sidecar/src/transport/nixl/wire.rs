@@ -27,8 +27,8 @@ impl Wire {
         Self::judge(ucx_tls, has_rdma(), place)
     }
 
-    /// Why the built-in wire is better for GPU memory, if it is: where UCX has sockets only, it moved
-    /// 0.48 GB/s between two GPUs, and the built-in wire 8.7.
+    /// Why the built-in wire is better for GPU memory, if it is: where UCX has sockets only, it moves
+    /// half a gigabyte a second between two GPUs, and the built-in wire 7 and more.
     pub(super) fn poor(self, same_host: bool) -> Option<String> {
         match self {
             Self::Streams => Some("UCX_TLS leaves nixl only sockets for GPU memory".to_owned()),
