@@ -69,12 +69,12 @@ impl Layout {
         differ!(
             model,
             dtype,
-            quantization,
             layers,
             kv_heads,
             head_size,
             mla,
-            chunk_tokens
+            chunk_tokens,
+            quantization
         );
         None
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -24,10 +25,10 @@ from vllm.v1.request import RequestStatus
 
 from . import config, lmcache
 from .keys import ChunkHasher
-from .layout import Hint, LayoutError, Writer, geometry, natural
+from .layout import Geometry, Hint, LayoutError, Writer, geometry
 from .loading import Results
 from .metadata import StepMetadata, Word
-from .quantization import quantization
+from .quantization import Quantization
 from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
@@ -270,8 +271,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
         try:
-            hint = self._hint(kv_caches)
+            hint = self._hint()
             pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
+            pages = replace(pages, quantization=self._quantization(pages))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
             return Unmoved(self._stats)
@@ -301,7 +303,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
                 writers[name] = functools.partial(update, layer)
         return writers
 
-    def _hint(self, kv_caches: Mapping[str, torch.Tensor]) -> Hint:
+    def _hint(self) -> Hint:
         """What vLLM says of the cache. Raises `LayoutError`."""
         if len(self._groups) != 1:
             raise LayoutError(f"{len(self._groups)} KV cache groups")
@@ -310,26 +312,35 @@ class PdSidecarConnector(KVConnectorBase_V1):
         spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"a cache of kind {type(spec).__name__}")
+        if (slots := getattr(spec, "num_head_slots", None)) is not None:
+            # Their shape can be that of a page with as many heads.
+            raise LayoutError(f"pages in which {spec.num_kv_heads} KV heads have {slots} places")
         return Hint(
             num_blocks=self._num_blocks,
             block_tokens=self._config.cache_config.block_size,
             kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             mla=isinstance(spec, MLAAttentionSpec),
-            quantization=self._quantization(kv_caches),
         )
 
-    def _quantization(self, kv_caches: Mapping[str, torch.Tensor]) -> str:
+    def _quantization(self, pages: Geometry) -> Quantization | None:
         """What the bytes of a cache of bytes stand for. Raises `LayoutError`."""
-        if any(tensor.element_size() > 1 for tensor in kv_caches.values()):
-            return ""
+        if pages.first.tensor.element_size() > 1:
+            return None
         cache = self._config.cache_config
+        if getattr(cache, "calculate_kv_scales", False):
+            raise LayoutError(
+                "--calculate-kv-scales gives each engine scales of its own, and KV of one is wrong "
+                "in another; leave it out: scales then come from the checkpoint, or are 1"
+            )
         layers = self._config.compilation_config.static_forward_context
-        return quantization(
-            cache.cache_dtype,
-            [layers.get(name) for name in sorted(kv_caches, key=natural)],
-            calculated=getattr(cache, "calculate_kv_scales", False),
-        )
+        found = Quantization.of([layers.get(name) for name in pages.names], cache.cache_dtype)
+        if found.is_scaled and getattr(self._config.model_config, "enable_sleep_mode", False):
+            raise LayoutError(
+                "with --enable-sleep-mode vLLM 0.24 forgets the checkpoint's KV scales when it "
+                "wakes up, and KV of one engine is wrong in another; leave it out"
+            )
+        return found
 
 
 def _cut(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> Cut:

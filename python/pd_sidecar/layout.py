@@ -11,10 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import wire
+
+if TYPE_CHECKING:
+    from .quantization import Quantization
 
 DTYPE_NAMES = {
     torch.float64: "double",
@@ -44,8 +48,6 @@ class Hint:
     kv_heads: int
     head_size: int
     mla: bool
-    quantization: str = ""
-    """What bytes stand for, if the cache is of bytes."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Geometry:
     """Tokens of a block as the block tables count them; a tensor's own blocks may be smaller."""
     names: tuple[str, ...] = ()
     """Of the layers."""
-    quantization: str = ""
+    quantization: Quantization | None = None
+    """What bytes stand for, if the tensors are of bytes."""
 
     @property
     def first(self) -> Pages:
@@ -112,7 +115,11 @@ class Geometry:
 
     def of_heads(self, heads: range) -> Geometry:
         """The same tensors with some of their heads only."""
-        return replace(self, layers=tuple(page.of_heads(heads) for page in self.layers))
+        return replace(
+            self,
+            layers=tuple(page.of_heads(heads) for page in self.layers),
+            quantization=self.quantization and self.quantization.of_heads(heads),
+        )
 
     def layout(self, model: str, chunk_tokens: int) -> wire.Layout:
         """The shape of a chunk, as the sidecars compare it."""
@@ -125,7 +132,7 @@ class Geometry:
             head_size=page.head_size,
             mla=page.planes == 1,
             chunk_tokens=chunk_tokens,
-            quantization=self.quantization,
+            quantization=str(self.quantization or ""),
         )
 
 
@@ -143,7 +150,7 @@ def geometry(
     names: list[str] = []
     seen: set[tuple[object, ...]] = set()
     writers = writers or {}
-    for name in sorted(tensors, key=natural):
+    for name in sorted(tensors, key=_natural):
         tensor = tensors[name]
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if place in seen:
@@ -162,7 +169,7 @@ def geometry(
         raise LayoutError(
             f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}"
         )
-    return Geometry(tuple(layers), hint.block_tokens, tuple(names), hint.quantization)
+    return Geometry(tuple(layers), hint.block_tokens, tuple(names))
 
 
 def chunks_of(tokens: int, chunk_tokens: int) -> int:
@@ -288,7 +295,7 @@ def _axes(
     raise LayoutError(f"{name}: shape {shape} cannot be read as KV of {hint}")
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 

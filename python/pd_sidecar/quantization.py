@@ -1,18 +1,16 @@
 """What the elements of a quantised KV cache stand for.
 
-vLLM keeps all its eight-bit formats in tensors of bytes: two engines may agree in every size and
-still read each other's KV as other numbers.
+vLLM keeps nearly all its eight-bit formats in tensors of bytes: two engines may agree in every size
+and still read each other's KV as other numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-
-from .layout import LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,34 +19,50 @@ ALIASES = {"fp8": "fp8_e4m3"}
 """Of `--kv-cache-dtype`."""
 
 
-def quantization(cache_dtype: str, layers: Iterable[object], *, calculated: bool) -> str:
-    """A name of the format, equal where KV means the same: `fp8_e4m3, scales 1`.
+@dataclass(frozen=True)
+class Quantization:
+    """The format of each layer, and the scales that its K and V were divided by.
 
-    `cache_dtype` is vLLM's `--kv-cache-dtype`, `layers` are its attention layers in order, with
-    the scales that KV is divided by before it is stored. With `calculated` scales, measured by each
-    engine on the first prompt it sees, no two caches are alike: `LayoutError`.
+    There is one scale for all heads, or one for each.
     """
-    if calculated:
-        raise LayoutError(
-            "--calculate-kv-scales gives each engine scales of its own, and KV of one is wrong in "
-            "another; leave it out: scales then come from the checkpoint, or are 1"
-        )
-    scales = [number for layer in layers for number in _scales(layer)]
-    name = ALIASES.get(cache_dtype, cache_dtype)
-    if not scales:
-        return name
-    if len(set(scales)) == 1:
-        return f"{name}, scales {scales[0]:g}"
-    digest = hashlib.sha256(struct.pack(f"<{len(scales)}f", *scales)).hexdigest()
-    return f"{name}, scales sha256 {digest[:16]}"
+
+    layers: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
+
+    @classmethod
+    def of(cls, layers: Iterable[object], cache_dtype: str) -> Quantization:
+        """Of vLLM's attention layers; `cache_dtype` where a layer does not say its own."""
+        found = []
+        for layer in layers:
+            name = getattr(layer, "kv_cache_dtype", None) or cache_dtype
+            scales = (_scales(layer, "_k_scale"), _scales(layer, "_v_scale"))
+            found.append((ALIASES.get(name, name), *scales))
+        return cls(tuple(found))
+
+    def of_heads(self, heads: range) -> Quantization:
+        """For some of the heads only."""
+
+        def cut(scales: tuple[float, ...]) -> tuple[float, ...]:
+            return scales if len(scales) == 1 else scales[heads.start : heads.stop]
+
+        return Quantization(tuple((name, cut(k), cut(v)) for name, k, v in self.layers))
+
+    @property
+    def is_scaled(self) -> bool:
+        """There are other scales than 1."""
+        return any(scale != 1 for _, k, v in self.layers for scale in (*k, *v))
+
+    def __str__(self) -> str:
+        """Equal where KV means the same: `fp8_e4m3, scales 1`."""
+        formats = {name for name, _, _ in self.layers}
+        scales = {scale for _, k, v in self.layers for scale in (*k, *v)}
+        if len(formats) == 1 and len(scales) <= 1:
+            return ", scales ".join([*formats, *(f"{scale:g}" for scale in scales)])
+        digest = hashlib.sha256(repr(self.layers).encode()).hexdigest()
+        return f"{' and '.join(sorted(formats))}, scales by layer, sha256 {digest[:16]}"
 
 
-def _scales(layer: object) -> list[float]:
-    """Those of K, then those of V."""
-    scales = (getattr(layer, name, None) for name in ("_k_scale", "_v_scale"))
-    return [
-        number
-        for scale in scales
-        if isinstance(scale, torch.Tensor)
-        for number in scale.detach().float().flatten().tolist()
-    ]
+def _scales(layer: object, name: str) -> tuple[float, ...]:
+    scale = getattr(layer, name, None)
+    if not isinstance(scale, torch.Tensor):
+        return ()
+    return tuple(scale.detach().float().flatten().tolist())

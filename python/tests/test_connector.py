@@ -53,9 +53,10 @@ def tensors():
     return {name: torch.randn(BLOCKS, HEADS, BLOCK, 2 * SIZE) for name in NAMES}
 
 
-def worker_of(vllm_config, kv_caches, monkeypatch, groups=1):
+def worker_of(vllm_config, kv_caches, monkeypatch, kv_cache_config=None):
     monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
-    worker = PdSidecarConnector(vllm_config, KVConnectorRole.WORKER, cache(groups))
+    kv_cache_config = kv_cache_config or cache()
+    worker = PdSidecarConnector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
     worker.register_kv_caches(kv_caches)
     return worker
 
@@ -111,12 +112,29 @@ def test_a_sidecar_is_told_what_bytes_stand_for(tmp_path, monkeypatch, of_bytes)
     worker.shutdown()
 
 
-def test_scales_that_are_measured_are_not_moved(monkeypatch):
-    vllm_config = config()
+@pytest.mark.parametrize("way", ["measured", "forgotten"])
+def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
+    scales = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.5))
+    vllm_config = config(layers=dict.fromkeys(NAMES, scales))
     vllm_config.cache_config.cache_dtype = "fp8"
-    vllm_config.cache_config.calculate_kv_scales = True
+    vllm_config.cache_config.calculate_kv_scales = way == "measured"
+    vllm_config.model_config.enable_sleep_mode = way == "forgotten"
     kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=torch.uint8) for name in NAMES}
     assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.Unmoved)
+
+
+def test_pages_that_look_like_others_are_not_moved(monkeypatch):
+    """Two places a page, one for K and one for V, have the shape of two heads."""
+    spec = FullAttentionSpec(
+        block_size=BLOCK,
+        num_kv_heads=HEADS,
+        head_size=SIZE,
+        dtype=torch.float32,
+        num_head_slots=2,
+        state_content_bytes=HEADS * SIZE * 4,
+    )
+    packed = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
+    assert isinstance(worker_of(config(), tensors(), monkeypatch, packed)._worker, module.Unmoved)
 
 
 def step(scheduler, worker, scheduled):
@@ -192,7 +210,7 @@ def test_a_failed_load_is_said_by_request_and_on_older_versions_by_block(tmp_pat
     ids=["shape", "groups"],
 )
 def test_kv_that_cannot_be_moved_is_computed(kv_caches, groups, monkeypatch, caplog):
-    worker = worker_of(config(), kv_caches, monkeypatch, groups)
+    worker = worker_of(config(), kv_caches, monkeypatch, cache(groups))
     scheduler = PdSidecarConnector(config(), KVConnectorRole.SCHEDULER, cache())
     worker.bind_connector_metadata(park(scheduler))
     assert worker.get_transfer_results(set()).failed_recving == {"a"}
