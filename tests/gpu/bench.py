@@ -108,14 +108,20 @@ class Bench:
             self.stacks.remove(stack)
             self._stop(stack)
 
-    def _renew(self) -> None:
+    async def _renew(self) -> None:
         """Starts engines again whose buffer does not empty: what came before is not to count against them."""
-        for stack in [stack for stack in self.stacks if stack.name in self.options.renew]:
+        wanted = set(self.options.renew) - set(self.options.idle_only)
+        for stack in [stack for stack in self.stacks if stack.name in wanted]:
             began = time.monotonic()
             self._stop(stack)
             stack.start()
             self._wait(stack, began)
             self.hung.discard(stack.name)
+            try:
+                await measure.warm_up(stack, self.prompts)
+            except Exception as error:  # noqa: BLE001 - the others are still of worth
+                self.progress.say(f"{stack.name}: started anew, and no answer: {error!r}"[:300])
+                self.hung.add(stack.name)
 
     async def run(self) -> None:
         steps: dict[str, Callable[[], Awaitable[Any]]] = {
@@ -129,9 +135,9 @@ class Bench:
         }
         for name in self.options.steps:
             began = time.monotonic()
-            if name in RENEWED:
-                self._renew()
             try:
+                if name in RENEWED:
+                    await self._renew()
                 self.result[name] = await steps[name]()
                 self.hung |= hung(self.result[name])
             except Exception as error:  # noqa: BLE001 - the other steps are still of worth

@@ -85,6 +85,13 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
     return results
 
 
+async def warm_up(stack: Stack, prompts: Prompts) -> None:
+    """Engines that have just started make their connections, and run everything once."""
+    async with client() as session:
+        for _ in range(2):
+            await stack.complete(session, prompts.next(LOAD_TOKENS), ANSWER)
+
+
 async def alone(plain: Stack, prompts: Prompts) -> float:
     """Milliseconds to the first token of one instance alone."""
     async with client() as session:
