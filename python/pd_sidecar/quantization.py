@@ -49,16 +49,20 @@ class Quantization:
     @property
     def is_scaled(self) -> bool:
         """There are other scales than 1."""
-        return any(scale != 1 for _, k, v in self.layers for scale in (*k, *v))
+        return not self._all_scales() <= {1.0}
 
     def __str__(self) -> str:
         """Equal where KV means the same: `fp8_e4m3, scales 1`."""
-        formats = {name for name, _, _ in self.layers}
-        scales = {scale for _, k, v in self.layers for scale in (*k, *v)}
-        if len(formats) == 1 and len(scales) <= 1:
-            return ", scales ".join([*formats, *(f"{scale:g}" for scale in scales)])
-        digest = hashlib.sha256(repr(self.layers).encode()).hexdigest()
-        return f"{' and '.join(sorted(formats))}, scales by layer, sha256 {digest[:16]}"
+        formats = sorted({name for name, _, _ in self.layers})
+        scales = sorted(self._all_scales())
+        name = " and ".join(formats)
+        if len(formats) > 1 or len(scales) > 1:
+            digest = hashlib.sha256(repr(self.layers).encode()).hexdigest()
+            return f"{name}, scales by layer, sha256 {digest[:16]}"
+        return f"{name}, scales {scales[0]:g}" if scales else name
+
+    def _all_scales(self) -> set[float]:
+        return {scale for _, k, v in self.layers for scale in (*k, *v)}
 
 
 def _scales(layer: object, name: str) -> tuple[float, ...]:

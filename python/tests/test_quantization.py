@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from pd_sidecar.layout import Geometry
 from pd_sidecar.quantization import Quantization
 
 
@@ -49,6 +50,7 @@ def test_a_part_of_the_heads_has_their_scales():
     whole = Quantization.of([layer([0.5, 0.25, 1.0, 2.0], 3.0)], "fp8")
     half = Quantization.of([layer([1.0, 2.0], 3.0)], "fp8")
     assert whole.of_heads(range(2, 4)) == half
+    assert Geometry((), 16, quantization=whole).of_heads(range(2, 4)).quantization == half
     assert str(whole.of_heads(range(2, 4))) == str(half) != str(whole.of_heads(range(2)))
     assert whole.is_scaled
     assert not Quantization.of([layer(), None], "fp8").is_scaled

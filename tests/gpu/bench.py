@@ -255,11 +255,12 @@ class Bench:
 def hung(found: Any) -> set[str]:
     """The stacks some of whose requests failed in a step."""
 
-    def failed(of: Any) -> bool:
-        parts = of.values() if isinstance(of, dict) else ()
-        return bool(parts) and bool(of.get("failed") or any(isinstance(p, dict) and p.get("failure") for p in parts))
+    def failed(of: dict[str, Any]) -> bool:
+        by_length = (part.get("failure") for part in of.values() if isinstance(part, dict))
+        return bool(of.get("failed")) or any(by_length)
 
-    return {name for name, of in found.items() if failed(of)} if isinstance(found, dict) else set()
+    stacks = found if isinstance(found, dict) else {}
+    return {name for name, of in stacks.items() if isinstance(of, dict) and failed(of)}
 
 
 def make_setting(options: argparse.Namespace) -> Setting:

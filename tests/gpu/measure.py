@@ -114,7 +114,7 @@ async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, alone_ms: fl
                         failures.append(repr(result)[:200])
                 if failures:
                     break
-        results[stack.name] = {**_summary(done, failures), **_gaps(done, alone_ms)}
+        results[stack.name] = _with_gaps(_summary(done, failures), alone_ms)
         say(f"{at_once} at once, {stack.name}: {results[stack.name]}")
     return results
 
@@ -145,12 +145,7 @@ async def poisson(
             ended = await asyncio.gather(*tasks, return_exceptions=True)
         done = [result for result in ended if isinstance(result, Handover)]
         failures = [repr(result)[:200] for result in ended if not isinstance(result, Handover)]
-        results[stack.name] = {
-            "rate": rate,
-            "seconds": seconds,
-            **_summary(done, failures),
-            **_gaps(done, alone_ms),
-        }
+        results[stack.name] = {"rate": rate, "seconds": seconds, **_with_gaps(_summary(done, failures), alone_ms)}
         say(f"Poisson {rate:.2f}/s, {stack.name}: {results[stack.name]}")
     return results
 
@@ -232,12 +227,11 @@ def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any
     }
 
 
-def _gaps(done: Sequence[Handover], alone_ms: float) -> dict[str, float]:
-    """What a first token is later than that of one instance which has nothing else to do."""
-    first_ms = [result.first_s * 1e3 for result in done]
-    shares = {"p50": 0.5, "p99": 0.99}
-    gaps = {f"gap_ms_{name}": round(quantile(first_ms, share) - alone_ms, 1) for name, share in shares.items()}
-    return {"alone_ms": alone_ms, **(gaps if done else {})}
+def _with_gaps(of: dict[str, Any], alone_ms: float) -> dict[str, Any]:
+    """And what a first token is later than that of one instance which has nothing else to do."""
+    shares = ("p50", "p99") if of["done"] else ()
+    gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in shares}
+    return {"alone_ms": alone_ms, **of, **gaps}
 
 
 def _prefill_s(stack: Stack) -> tuple[float, float]:

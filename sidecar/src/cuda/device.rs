@@ -95,12 +95,13 @@ impl Device {
         let retained = check("cuDevicePrimaryCtxRetain", unsafe {
             sys::cuDevicePrimaryCtxRetain(&mut context, raw)
         });
-        retained.map_err(|error| match error {
-            error if error.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::NoContext {
-                device: which.to_string(),
-            },
-            error => error,
-        })?;
+        match retained {
+            Err(error) if error.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
+                let device = which.to_string();
+                return Err(CudaError::NoContext { device });
+            }
+            other => other?,
+        }
         Ok(Arc::new(Self {
             ordinal,
             raw,
