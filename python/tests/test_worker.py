@@ -66,12 +66,14 @@ class Rig:
         """Steps without tokens until it holds; returns all that was reported on the way."""
         sent, received, failed, deadline = [], [], [], time.monotonic() + seconds
         while True:
+            # Before the step: what made it hold, on the pump's thread too, is reported by the step.
+            holds = condition()
             out, results = self.step(forward=False)
             sent += out
             received += results.received
             failed += results.failed
             self.invalid_blocks |= results.invalid_blocks
-            if condition():
+            if holds:
                 return sent, received, failed
             assert time.monotonic() < deadline
 
