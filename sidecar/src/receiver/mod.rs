@@ -4,30 +4,32 @@
 mod early;
 mod fence;
 mod marks;
+mod ports;
 mod strangers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{CacheQueryResponse, Hello, Init, Pages, Query, ToReceiver, Written};
-use protocol::receiver::{Action, Event, Receiver, Route};
+use protocol::message::{Hello, Pages};
+use protocol::receiver::{Action, Event, Receiver};
 use protocol::{EngineId, Epoch, LeaseId, SlotIndex, VERSION, codec};
 use serde_bytes::ByteBuf;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, warn};
 
 use crate::engines::{Cut, Engines};
 use crate::host;
-use crate::init::{self, Answer, Identity};
+use crate::init::Identity;
 use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Gauges, Side, SideContext};
-use crate::zmq::{Closed, FromPeer, RouterServer};
+use crate::zmq::{FromPeer, RouterServer};
 use early::Early;
 use fence::{Fences, News};
 use marks::Marks;
+use ports::next_query;
 use strangers::Strangers;
 
 /// See the module's documentation.
@@ -156,168 +158,6 @@ impl LandSide {
         if let Some(query) = self.query {
             query.close().await;
         }
-    }
-
-    fn on_init(&mut self, route: Route, bytes: &[u8]) {
-        let request = codec::decode(bytes).ok();
-        if let Some(Init::NixlInitRequest(request)) = &request
-            && let Some(hello) = &request.x
-        {
-            let from = self.init.address(route).unwrap_or_default();
-            self.fences.introduce(hello, from);
-            self.expect();
-        }
-        match init::answer(bytes, &self.identity) {
-            Answer::Reply(reply) => {
-                if let Some(Init::NixlMemRegRequest(request)) = request
-                    && request.x.is_none()
-                {
-                    let from = self.init.address(route).unwrap_or_default();
-                    info!(
-                        peer = from,
-                        name = request.local_id.escape_debug().to_string(),
-                        "an LMCache sender has the slots' addresses"
-                    );
-                    self.strangers
-                        .show(from, self.init.port(), &request.local_id);
-                }
-                if let Err(error) = self.init.send(route, reply) {
-                    debug!(%error, "init answer not sent");
-                }
-            }
-            Answer::NotYet if self.early.has_room_for(bytes) => self.early.introduced(route, bytes),
-            Answer::NotYet => self.init.disconnect(route),
-            Answer::Malformed(error) => {
-                warn!(
-                    peer = self.init.name(route),
-                    error, "malformed message on the init port"
-                );
-                self.context.malformed("init");
-                self.init.disconnect(route);
-            }
-        }
-    }
-
-    fn on_alloc_port(&mut self, event: FromPeer) {
-        match event {
-            FromPeer::Message(route, bytes) => match codec::decode::<ToReceiver>(&bytes) {
-                Ok(message) => {
-                    debug!(?route, ?message, "from sender");
-                    self.on_message(route, message);
-                }
-                Err(error) => {
-                    warn!(peer = self.alloc.name(route), %error, "malformed message on the alloc port");
-                    self.context.malformed("alloc");
-                    self.alloc.disconnect(route);
-                }
-            },
-            FromPeer::Lost(route) => {
-                self.strangers.lost(route);
-                self.early.lost_alloc(route);
-                self.feed(Event::PeerLost { route });
-            }
-        }
-    }
-
-    fn on_message(&mut self, route: Route, message: ToReceiver) {
-        let lmcache = match &message {
-            ToReceiver::AllocRequest(request) => request.x.is_none(),
-            ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
-            _ => false,
-        };
-        if self.machine.is_none() && lmcache && self.early.has_room() {
-            self.early.asked(route, message);
-            return;
-        }
-        if self.machine.is_none() {
-            // Without an engine there is no buffer to grant; the machine answers the next time.
-            self.alloc.disconnect(route);
-            return;
-        }
-        let known = self.machine.as_ref().is_some_and(|m| m.is_connected(route));
-        if !known {
-            let address = self.alloc.address(route).unwrap_or_default();
-            let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-            let host = host.to_owned();
-            self.feed(Event::Connected { route, host });
-        }
-        if lmcache {
-            self.introduce(route);
-        }
-        let corrupt = match &message {
-            ToReceiver::Written(written) if !self.sums_match(written) => Some(written.lease),
-            _ => None,
-        };
-        match corrupt {
-            Some(lease) => self.feed(Event::Corrupt(lease)),
-            None => self.feed(Event::Peer { route, message }),
-        }
-    }
-
-    /// Says whose connection it is, before its first message.
-    fn introduce(&mut self, route: Route) {
-        let from = self.alloc.address(route).unwrap_or_default().to_owned();
-        let identity = self.alloc.name(route).unwrap_or_default();
-        let port = self.alloc.port();
-        let Some(stranger) = self.strangers.meet(route, &from, port, &identity) else {
-            return;
-        };
-        if !stranger.linked {
-            warn!(
-                peer = stranger.sender.id,
-                "an LMCache sender that linked with a receiver before this one: it is lent no slots until it restarts"
-            );
-        }
-        if let Some(process) = stranger.process {
-            self.fences.watch(stranger.sender.clone(), process, &from);
-        }
-        self.feed(Event::Introduced {
-            route,
-            sender: stranger.sender,
-            linked: stranger.linked,
-        });
-    }
-
-    /// LMCache's bidirectional mode asks what could be read back: nothing, slots are transit.
-    fn on_query(&mut self, route: Route, bytes: &[u8]) {
-        let Some(query) = &mut self.query else {
-            return;
-        };
-        if let Ok(Query::CacheQueryRequest(_)) = codec::decode(bytes) {
-            let nothing = Query::CacheQueryResponse(CacheQueryResponse {
-                cached_keys: Vec::new(),
-                cached_indexes: Vec::new(),
-            });
-            if let Err(error) = query.send(route, codec::encode(&nothing)) {
-                debug!(%error, "query not answered");
-            }
-        } else {
-            self.context.malformed("query");
-            query.disconnect(route);
-        }
-    }
-
-    /// Compares the sender's checksums with the landed bytes.
-    fn sums_match(&self, written: &Written) -> bool {
-        let (Some(machine), Some(cut)) = (&self.machine, self.engines.cut()) else {
-            return true;
-        };
-        for ((&chunk, &index), &sum) in written
-            .chunks
-            .iter()
-            .zip(&written.indexes)
-            .zip(&written.sums)
-        {
-            let Some(bytes) = machine.expected_bytes(written.lease, chunk) else {
-                continue; // a repetition, or not of this lease: the machine knows what to say
-            };
-            let landed = self.buffer.sum(u64::from(index) * cut.slot_bytes, bytes);
-            if landed.ok() != Some(sum) {
-                error!(lease = %written.lease, chunk, slot = index, "checksum of a landed chunk differs");
-                return false;
-            }
-        }
-        true
     }
 
     fn on_engine(&mut self, event: FromEngine) {
@@ -488,13 +328,5 @@ impl LandSide {
             },
             std::iter::empty(),
         );
-    }
-}
-
-/// The next message of the query port; never, if there is none.
-async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed> {
-    match query {
-        Some(query) => query.recv().await,
-        None => std::future::pending().await,
     }
 }

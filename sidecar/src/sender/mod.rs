@@ -3,6 +3,7 @@
 //! Everything arrives as an event, the machine decides, and its actions are carried out here. The
 //! task keeps no protocol state of its own: links and sockets to receivers are resources.
 
+mod connection;
 mod peers;
 mod ranges;
 

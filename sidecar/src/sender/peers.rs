@@ -1,8 +1,8 @@
-//! Links to receivers: the init handshake, the chosen wire, and the socket to the alloc port.
+//! The receivers that a rank is linked to.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use protocol::local::Target;
@@ -17,14 +17,13 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::engines::Cut;
 use crate::host;
-use crate::init::{self, Identity};
+use crate::init::Identity;
 use crate::lineage::Lineage;
 use crate::side::LinkStatus;
-use crate::transport::class::{Class, Ends};
-use crate::transport::{Link, Outcome, Ready, Remote};
+use crate::transport::{Link, Outcome, Ready};
 use crate::wires::Wires;
-use crate::zmq::{DealerClient, FromServer};
 
+use super::connection::{Connection, News};
 use super::ranges::is_worth_dividing;
 
 /// What comes from receivers.
@@ -64,8 +63,8 @@ pub(super) struct Peers {
     /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
     generation: u64,
     tasks: JoinSet<()>,
-    events: mpsc::Sender<(u64, Internal)>,
-    inbox: mpsc::Receiver<(u64, Internal)>,
+    events: mpsc::Sender<(u64, News)>,
+    inbox: mpsc::Receiver<(u64, News)>,
 }
 
 #[derive(Debug)]
@@ -76,38 +75,6 @@ struct Peer {
     outbox: mpsc::Sender<Vec<u8>>,
     link: Option<Arc<dyn Link>>,
     status: LinkStatus,
-}
-
-#[derive(Debug)]
-enum Internal {
-    Up(Target, Box<Made>),
-    Failed(Target, Reason, String),
-    Message(Target, ToSender),
-    Malformed(Target),
-    Lost(Target),
-}
-
-/// A handshake that went well.
-#[derive(Debug)]
-struct Made {
-    /// Absent for LMCache.
-    hello: Option<Hello>,
-    kind: ReceiverKind,
-    slots: u32,
-    link: Arc<dyn Link>,
-    why: String,
-    class: Class,
-}
-
-impl Made {
-    /// For people.
-    fn name(&self) -> &str {
-        match (&self.hello, self.kind) {
-            (Some(hello), _) => &hello.id,
-            (None, ReceiverKind::Lmcache { cancels: true }) => "LMCache (async)",
-            (None, _) => "LMCache (sync)",
-        }
-    }
 }
 
 /// Messages to one receiver that may wait for its socket.
@@ -164,18 +131,18 @@ impl Peers {
         }
     }
 
-    fn take(&mut self, generation: u64, event: Internal) -> Option<FromReceiver> {
-        let (Internal::Up(to, _)
-        | Internal::Failed(to, ..)
-        | Internal::Message(to, _)
-        | Internal::Malformed(to)
-        | Internal::Lost(to)) = &event;
+    fn take(&mut self, generation: u64, event: News) -> Option<FromReceiver> {
+        let (News::Up(to, _)
+        | News::Failed(to, ..)
+        | News::Message(to, _)
+        | News::Malformed(to)
+        | News::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
         if peer.generation != generation {
             return None;
         }
         match event {
-            Internal::Up(to, made) => {
+            News::Up(to, made) => {
                 info!(
                     peer = peer.status.peer,
                     receiver = made.name(),
@@ -198,15 +165,15 @@ impl Peers {
                     kind: made.kind,
                 })
             }
-            Internal::Failed(to, reason, error) => {
+            News::Failed(to, reason, error) => {
                 warn!(peer = peer.status.peer, %reason, error, "no link");
                 peer.stop.cancel();
                 self.peers.remove(&to);
                 Some(FromReceiver::Lost(to, reason))
             }
-            Internal::Message(to, message) => Some(FromReceiver::Message(to, message)),
-            Internal::Malformed(_) => Some(FromReceiver::Malformed),
-            Internal::Lost(to) => {
+            News::Message(to, message) => Some(FromReceiver::Message(to, message)),
+            News::Malformed(_) => Some(FromReceiver::Malformed),
+            News::Lost(to) => {
                 warn!(peer = peer.status.peer, "receiver's connection lost");
                 peer.stop.cancel();
                 self.peers.remove(&to);
@@ -244,7 +211,7 @@ impl Peers {
             hello.id, cut.epoch, to.host, to.alloc_port
         );
         let status = LinkStatus::new(&to, self.config.transport.as_str());
-        let task = PeerTask {
+        let connection = Connection {
             to: to.clone(),
             generation,
             ours: Identity {
@@ -267,7 +234,7 @@ impl Peers {
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = task.run(identity, outgoing) => {}
+                () = connection.run(identity, outgoing) => {}
             }
         });
         let peer = Peer {
@@ -338,146 +305,5 @@ impl Peers {
             peer.stop.cancel();
         }
         self.tasks.shutdown().await;
-    }
-}
-
-/// One receiver's connection, from the handshake to its loss.
-#[derive(Debug)]
-struct PeerTask {
-    to: Target,
-    generation: u64,
-    /// A sender exports nothing: it has no pages, and a row only for LMCache, which insists on one.
-    ours: Identity,
-    wires: Wires,
-    deadline: Duration,
-    events: mpsc::Sender<(u64, Internal)>,
-}
-
-impl PeerTask {
-    async fn run(self, identity: String, mut outgoing: mpsc::Receiver<Vec<u8>>) {
-        let made = tokio::time::timeout(self.deadline, self.make()).await;
-        let made = match made {
-            Ok(Ok(made)) => made,
-            Ok(Err((reason, error))) => {
-                let to = self.to.clone();
-                return self.say(Internal::Failed(to, reason, error)).await;
-            }
-            Err(_) => {
-                let error = format!("no handshake within {:?}", self.deadline);
-                let to = self.to.clone();
-                return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
-            }
-        };
-        let dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, &identity).await;
-        let Ok(mut dealer) = dealer else {
-            let error = "the alloc socket cannot be made".to_owned();
-            let to = self.to.clone();
-            return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
-        };
-        let mut made = made;
-        if made.hello.is_none() {
-            let Some(cancels) = self.connected_to_router(&mut dealer).await else {
-                let error = "its alloc port does not answer".to_owned();
-                let to = self.to.clone();
-                return self.say(Internal::Failed(to, Reason::NoLink, error)).await;
-            };
-            made.kind = ReceiverKind::Lmcache { cancels };
-        }
-        self.say(Internal::Up(self.to.clone(), Box::new(made)))
-            .await;
-        loop {
-            tokio::select! {
-                biased;
-                Some(payload) = outgoing.recv() => {
-                    if let Err(error) = dealer.send(payload) {
-                        warn!(to = ?self.to, %error, "message to a receiver dropped");
-                    }
-                }
-                received = dealer.recv() => match received {
-                    Ok(FromServer::Connected { .. }) => {}
-                    Ok(FromServer::Message(bytes)) => match codec::decode(&bytes) {
-                        Ok(message) => {
-                            self.say(Internal::Message(self.to.clone(), message)).await;
-                        }
-                        Err(error) => {
-                            warn!(to = ?self.to, %error, "malformed message");
-                            self.say(Internal::Malformed(self.to.clone())).await;
-                        }
-                    },
-                    Ok(FromServer::Lost) | Err(_) => {
-                        return self.say(Internal::Lost(self.to.clone())).await;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn make(&self) -> Result<Made, (Reason, String)> {
-        let linked = init::handshake(&self.to, &self.ours, self.deadline)
-            .await
-            .map_err(|e| (e.reason(), e.to_string()))?;
-        let hello = linked.hello;
-        let slots = linked.pages.slots;
-        let mut remote = Remote {
-            name: format!("{}:{}", self.to.host, self.to.init_port),
-            metadata: linked.metadata,
-            rows: linked.rows,
-            memory: linked.memory,
-            slots,
-            slot_bytes: linked.pages.slot_bytes,
-            address: None,
-        };
-        let mut failed = Vec::new();
-        let (link, chosen) = loop {
-            let (transport, chosen) = self
-                .wires
-                .choose(hello.as_ref(), &self.to.host, &failed)
-                .map_err(|e| (e.reason(), e.to_string()))?;
-            remote.address.clone_from(&chosen.address);
-            match transport.link(remote.clone()).await {
-                Ok(link) => break (link, chosen),
-                // At most once a wire: one that has failed is not chosen again. LMCache has only one.
-                Err(error) if self.wires.may_choose() && hello.is_some() => {
-                    warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
-                    failed.push((error.kind, error.cause));
-                }
-                Err(error) => return Err((Reason::NoLink, error.to_string())),
-            }
-        };
-        let ends = Ends {
-            ours: self.wires.memory(),
-            theirs: remote.memory,
-            same_host: hello
-                .as_ref()
-                .is_some_and(|hello| hello.host == host::identity()),
-        };
-        Ok(Made {
-            hello,
-            kind: ReceiverKind::Ours,
-            class: Class::of(link.kind(), ends),
-            slots,
-            link,
-            why: chosen.why,
-        })
-    }
-
-    /// Waits for the connection to an LMCache receiver's alloc port; whether it is the asynchronous one's.
-    async fn connected_to_router(&self, dealer: &mut DealerClient) -> Option<bool> {
-        let connected = async {
-            loop {
-                match dealer.recv().await {
-                    Ok(FromServer::Connected { router }) => return Some(router),
-                    Ok(_) => {}
-                    Err(_) => return None,
-                }
-            }
-        };
-        tokio::time::timeout(self.deadline, connected).await.ok()?
-    }
-
-    async fn say(&self, event: Internal) {
-        // The owner is gone only when the process ends.
-        let sent = self.events.send((self.generation, event)).await;
-        debug_assert!(sent.is_ok() || self.events.is_closed());
     }
 }
