@@ -117,10 +117,8 @@ def test_a_restart_between_two_polls_is_a_loss_and_a_connection(path, clients):
     first.say(wire.Granted("r", 0, [0], [0]))
     first.stop()
     second = FakeSidecar(path, epoch=2)
-    deadline = time.monotonic() + 5
-    while not second.hellos and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    assert client._keeper.connected.wait(5)
+    assert second.hellos
     assert [type(event) for event in client.poll()] == [Lost, Connected]
     assert client.welcome.epoch == 2
 

@@ -197,8 +197,9 @@ def test_every_head_arrives(tmp_path, engines, prefill, decode):
         for chunk, (there, here) in enumerate([(4 + rank, 2), (1, 5)]):
             receiver.write(here, sender.read(there, sender.slot_bytes))
             receiver.say(wire.Ready("r", 0, [chunk], [here]))
-    reports = d.until(lambda: all(not r.nothing() for r in d.sidecar.ranks.values()))
+    reports = d.until(lambda: not any(r._by_req for w in d.workers for r in w._receivers))
     assert torch.equal(d.kv(), p.kv())
+    assert all(receiver.next(wire.Release) for receiver in d.sidecar.ranks.values())
     for _ in range(100):
         for total, (_, received, failed) in zip(reports, d.step(), strict=True):
             total[1].extend(received)

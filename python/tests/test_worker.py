@@ -271,9 +271,10 @@ def test_a_load_is_scattered_released_and_reported_once(rig):
     assert (sent, received, failed) == ([], ["a"], [])
     assert torch.equal(rig.kv(start.blocks, 0, TOKENS), torch.cat(list(landed.values()), 2))
     released = []
-    while not rig.receiver.nothing():
+    while len(released) < 3:
         released += rig.receiver.next(wire.Release).chunks
     assert sorted(released) == [0, 1, 2]
+    assert rig.receiver.nothing()
     rig.receiver.say(wire.Ended("r", None, 1))
     time.sleep(0.05)
     assert rig.step(forward=False)[1].received == set()
@@ -391,26 +392,26 @@ def test_only_a_step_without_tokens_and_with_something_under_way_waits(rig, monk
 
 
 def test_a_wait_ends_with_the_first_word_of_the_sidecar(tmp_path):
-    rig = Rig(tmp_path, idle_wait_ms=500)
+    rig = Rig(tmp_path, idle_wait_ms=5000)
     rig.step(load_starts=[load()])
     rig.receiver.next(wire.Await)
     rig.receiver.say(wire.Ended("r", "no_room", 0))
     began = time.monotonic()
     results = rig.step(forward=False)[1]
     assert set(results.failed) == {"a"}
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 4
     rig.worker.close()
 
 
 def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
-    rig = Rig(tmp_path, idle_wait_ms=500)
+    rig = Rig(tmp_path, idle_wait_ms=5000)
     worker = rig.worker
     rig.step(load_starts=[load(), load(name="b", req="s")])
     assert worker.news(rest=False) == (set(), set())
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
     assert worker.word == Word(rests=True)
-    assert time.monotonic() - began < 0.4  # it waits where it is asked
+    assert time.monotonic() - began < 4  # it waits where it is asked
     _, ready = land(rig)
     rig.receiver.say(ready)
     deadline = began + 5
