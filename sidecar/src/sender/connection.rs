@@ -9,7 +9,6 @@ use protocol::{Reason, codec};
 use tokio::sync::mpsc;
 use tracing::warn;
 
-use super::peers::ReceiverKind;
 use crate::host;
 use crate::init::{self, Identity};
 use crate::transport::class::{Class, Ends};
@@ -25,6 +24,15 @@ pub(super) enum News {
     Message(Target, ToSender),
     Malformed(Target),
     Lost(Target),
+}
+
+/// Whose receiver it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReceiverKind {
+    /// A sidecar.
+    Ours,
+    /// LMCache's; the asynchronous one takes keys back.
+    Lmcache { cancels: bool },
 }
 
 /// A handshake that went well.

@@ -28,7 +28,8 @@ use crate::memory::Buffer;
 use crate::side::{Clock, Side, SideContext};
 use crate::transport::ready::Times;
 use crate::transport::{Outcome, Ready, Standing};
-use peers::{FromReceiver, Peers, ReceiverKind};
+use connection::ReceiverKind;
+use peers::{FromReceiver, Peers};
 
 /// See the module's documentation.
 #[derive(Debug)]

@@ -23,7 +23,7 @@ use crate::side::LinkStatus;
 use crate::transport::{Link, Outcome, Ready};
 use crate::wires::Wires;
 
-use super::connection::{Connection, News};
+use super::connection::{Connection, News, ReceiverKind};
 use super::ranges::is_worth_dividing;
 
 /// What comes from receivers.
@@ -40,15 +40,6 @@ pub(super) enum FromReceiver {
     Lost(Target, Reason),
     /// It sent what is no message.
     Malformed,
-}
-
-/// Whose receiver it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ReceiverKind {
-    /// A sidecar.
-    Ours,
-    /// LMCache's; the asynchronous one takes keys back.
-    Lmcache { cancels: bool },
 }
 
 /// Every receiver that this rank is linked to.
