@@ -78,8 +78,9 @@ def test_a_push_through_both_halves(tmp_path, monkeypatch):
     req.status = RequestStatus.FINISHED_LENGTH_CAPPED
     assert scheduler.request_finished(req, [5, 2, 7])[0]
     sidecar.say(wire.Granted("r", 0, [0, 1], [3, 4]))
-    sent = set()
+    sent, deadline = set(), time.monotonic() + 5
     while not sent:
+        assert time.monotonic() < deadline
         assert scheduler.has_pending_push_work()
         sent = step(scheduler, worker, output())
     assert sent == {"a"}

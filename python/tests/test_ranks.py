@@ -244,8 +244,9 @@ def test_one_rank_alone_frees_and_resumes_nothing(tmp_path, engines):
     p.sidecar.ranks[0].next(wire.Staged)
     assert [sent for sent, _, _ in [*p.step(finished=["a"]), *p.step()]] == [set(), set()]
     p.sidecar.ranks[1].say(wire.Ended("r", "no_room", 0))
-    gone = []
+    gone, deadline = [], time.monotonic() + 5
     while not gone:
+        assert time.monotonic() < deadline
         gone = [sent for sent, _, _ in p.step() if sent]
     assert gone == [{"a"}]
 
@@ -256,8 +257,9 @@ def test_one_rank_alone_frees_and_resumes_nothing(tmp_path, engines):
     assert d.until(lambda: not d.sidecar.ranks[0].nothing()) == [([], [], {})]
     d.sidecar.ranks[0].next(wire.Release)
     d.sidecar.ranks[1].say(wire.Ended("r", "no_sender", 0))
-    failed = []
+    failed, deadline = [], time.monotonic() + 5
     while not failed:
+        assert time.monotonic() < deadline
         failed = [(received, failed) for _, received, failed in d.step() if received]
     assert failed == [({"a"}, {"a": TABLE})]
 
