@@ -30,7 +30,7 @@ from harness.sidecar import BINARIES, ROOT, Sidecar, SidecarOptions
 
 LOGS = ROOT / "target" / "test-logs"
 BLOCK = 32
-UCX_TLS = "tcp,sm,self"
+UCX_TLS = "sm,self,cma"
 
 
 @dataclass

@@ -66,7 +66,7 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
             transport="nixl",
             flags=["--insecure"],
             env={"UCX_TLS": "tcp", "UCX_NET_DEVICES": f"pda{os.getpid()}"},
-            keys={"fence_ms": int(FENCE_S * 1000), "park_ms": 3000},
+            keys={"nixl_over_tcp": "trusted", "fence_ms": int(FENCE_S * 1000), "park_ms": 3000},
         )
         receiver = Sidecar(options, tmp_path, tmp_path)
         receiver.host = OUR_END
@@ -84,7 +84,9 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
 def another(receiver: Sidecar, within: list[str], name: str, folder: Path) -> Sidecar:
     """A sender on the other host; all of them have one id."""
     env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": f"pdb{os.getpid()}"}
-    options = replace(receiver.options, role="sender", env=env, within=within, keys={"id": "prefill"})
+    options = replace(
+        receiver.options, role="sender", env=env, within=within, keys={"id": "prefill", "nixl_over_tcp": "trusted"}
+    )
     sender = Sidecar(options, folder, folder, name=name)
     sender.admin = f"http://{ITS_END}:{free_port()}"
     return sender

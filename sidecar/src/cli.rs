@@ -322,7 +322,8 @@ Examples:
 Precedence:
   A flag beats an environment variable beats the file beats the default. Any key of LMCache's has
   the variable LMCACHE_<KEY>, any of ours (below `sidecar:`) PD_SIDECAR_<KEY>, in capitals. An empty
-  variable counts as none. UCX_* and NIXL_* go to UCX and NIXL untouched.
+  variable counts as none. UCX_* and NIXL_* go to UCX and NIXL untouched;
+  where UCX_TLS is not set, UCX gets no TCP (sidecar.nixl_over_tcp).
 
 Exit codes:
    0  done, or drained after SIGTERM or SIGINT

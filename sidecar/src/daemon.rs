@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::node::{Ended, Node};
 use crate::registration::{ProxyVoice, Registration};
 use crate::shown::Showcase;
+use crate::sockets;
 use crate::status::Status;
 
 /// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
@@ -66,6 +67,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         proxy,
     };
     let node = Node::start(Arc::clone(&config), Arc::new(shown)).await?;
+    let mut ports = node.ports().clone();
+    ports.insert(admin.port(), "admin".to_owned());
+    status.listens(sockets::checked(&config, &ports)?);
     status.bound();
     info!(
         id = config.id,

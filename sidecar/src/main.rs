@@ -22,24 +22,28 @@ mod selftest;
 mod sender;
 mod shown;
 mod side;
+mod sockets;
 mod status;
 mod trace;
 mod transport;
+mod ucx;
 mod wires;
 mod zmq;
 
-use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
-use crate::cli::{Cli, Command, Exit};
+use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
-        Ok(Command::Selftest(selftest)) => selftest.run(),
+        Ok(Command::Selftest(selftest)) => match selftest.ucx() {
+            Ok(ucx) => ucx::environment(&ucx).unwrap_or_else(|| selftest.run()),
+            Err(exit) => exit,
+        },
         Ok(Command::Run(args)) => match args.load() {
             Ok((config, report)) => {
-                if let Some(exit) = environment(&config.ucx) {
+                if let Some(exit) = ucx::environment(&config.ucx) {
                     return exit.into();
                 }
                 logging::start(&config.log_level, config.log_format);
@@ -51,24 +55,4 @@ fn main() -> ExitCode {
         Err(exit) => exit,
     };
     exit.into()
-}
-
-/// Begins anew with UCX's variables, which it reads when it is loaded, if they are not set: this
-/// process may have threads that read the environment, so it is not changed underneath them.
-fn environment(ucx: &[(&'static str, String)]) -> Option<Exit> {
-    let missing: Vec<_> = ucx
-        .iter()
-        .filter(|(name, _)| std::env::var_os(name).is_none())
-        .map(|(name, value)| (*name, value.as_str()))
-        .collect();
-    if missing.is_empty() {
-        return None;
-    }
-    let error = std::process::Command::new("/proc/self/exe")
-        .arg0(std::env::args_os().next().unwrap_or_default())
-        .args(std::env::args_os().skip(1))
-        .envs(missing)
-        .exec();
-    eprintln!("error: cannot begin anew with UCX's variables: {error}");
-    Some(Exit::Unavailable)
 }

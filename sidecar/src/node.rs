@@ -42,6 +42,7 @@ pub(crate) struct Node {
     drain: CancellationToken,
     stop: CancellationToken,
     targets: Vec<Target>,
+    ports: BTreeMap<u16, String>,
     buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     _listener: Listener,
 }
@@ -68,6 +69,7 @@ impl Node {
             sides: JoinSet::new(),
             doors: Doors::new(),
             targets: Vec::new(),
+            ports: BTreeMap::new(),
             buffers: BTreeMap::new(),
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
@@ -100,6 +102,7 @@ impl Node {
             drain: node.drain,
             stop: node.stop,
             targets: node.targets,
+            ports: node.ports,
             buffers: node.buffers,
             _listener: listener,
         })
@@ -108,6 +111,11 @@ impl Node {
     /// Where senders find a rank's receiver, with the ports that were bound.
     pub(crate) fn target(&self, rank: usize) -> Option<Target> {
         self.targets.get(rank).cloned()
+    }
+
+    /// The channel of each TCP port that was bound.
+    pub(crate) fn ports(&self) -> &BTreeMap<u16, String> {
+        &self.ports
     }
 
     /// The buffers of rank 0.
@@ -177,6 +185,7 @@ struct Builder {
     sides: JoinSet<()>,
     doors: Doors,
     targets: Vec<Target>,
+    ports: BTreeMap<u16, String>,
     buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
     drain: CancellationToken,
     stop: CancellationToken,
@@ -237,6 +246,8 @@ impl Builder {
         ] {
             if let Some(port) = port {
                 self.shown.port(rank, name, port.traffic());
+                self.ports
+                    .insert(port.port(), format!("{name} of rank {rank}"));
             }
         }
         info!(
@@ -252,6 +263,9 @@ impl Builder {
             alloc_port: alloc.port(),
         });
         let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
+        if let Some(port) = wires.port() {
+            self.ports.insert(port, format!("tcp data of rank {rank}"));
+        }
         self.shown.wires(Side::Receiver, rank, wires.clone());
         let side = LandSide::new(self.context(rank, wires), buffer, init, alloc, query);
         let engines = self.door(Side::Receiver, rank);

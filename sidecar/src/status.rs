@@ -21,6 +21,7 @@ pub(crate) use self::shape::{
 
 use crate::config::Config;
 use crate::side::{Gauges, LinkStatus, Side};
+use crate::sockets::Listens;
 use crate::wires::Wires;
 use crate::zmq::Traffic;
 
@@ -72,6 +73,7 @@ struct Inner {
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
+    listens: Vec<Listens>,
 }
 
 impl Status {
@@ -126,6 +128,11 @@ impl Status {
     /// The proxy has called back.
     pub(crate) fn acknowledged(&self, proxy: &str, now: Instant) {
         self.inner().acknowledged = Some((now, proxy.to_owned()));
+    }
+
+    /// Every socket on which this process listens.
+    pub(crate) fn listens(&self, sockets: Vec<Listens>) {
+        self.inner().listens = sockets;
     }
 
     /// The state of a side after an event.
@@ -233,6 +240,7 @@ impl Status {
             reasons: obstacles.iter().map(ToString::to_string).collect(),
             ranks: inner.ranks.values().cloned().collect(),
             links: inner.links.values().flatten().cloned().collect(),
+            listens: inner.listens.clone(),
             proxy: self.about.proxy.clone().map(|address| ProxyStatus {
                 address,
                 name: inner

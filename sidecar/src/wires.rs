@@ -94,6 +94,13 @@ impl Wires {
         self.transports.iter().map(|t| t.advert()).collect()
     }
 
+    /// The data port of the built-in TCP transport, if it has one.
+    pub(crate) fn port(&self) -> Option<u16> {
+        let mut adverts = self.transports.iter().map(|t| t.advert());
+        let advert = adverts.find(|advert| advert.kind == Kind::Tcp.as_str())?;
+        advert.address.rsplit_once(':')?.1.parse().ok()
+    }
+
     /// NIXL's agent metadata; empty without NIXL.
     pub(crate) fn metadata(&self) -> Vec<u8> {
         self.transports

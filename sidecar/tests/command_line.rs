@@ -68,7 +68,7 @@ fn the_environment_names_the_file_and_beats_it() {
     let env = [
         ("LMCACHE_CONFIG_FILE", DECODER),
         ("LMCACHE_PD_BUFFER_SIZE", "64MiB"),
-        ("UCX_TLS", "tcp"),
+        ("UCX_TLS", "sm"),
     ];
     let output = sidecar(&["check-config", "--json"], &env);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));

@@ -222,9 +222,11 @@ class _Ours:
     ranks: int = 1
 
     def begin(self) -> None:
+        # LMCache's agents connect over UCX's TCP, also on one host.
+        own = {"nixl_over_tcp": "trusted", **self.keys}
         options = SidecarOptions(
             role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
-            keys=self.keys, lmcache=self.lmcache, engine_url=self.engine_url, ranks=self.ranks,
+            keys=own, lmcache=self.lmcache, engine_url=self.engine_url, ranks=self.ranks,
         )  # fmt: skip
         self.sidecar = Sidecar(options, self.folder, LOGS, name=self.name)
         self.sidecar.start()

@@ -108,7 +108,7 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
             assert (put.written, put.error) == (5, None)
             assert receiver.get("mooncake", prompt, written=False) == prompt.sums
             for side in (sender, receiver):
-                assert side.environ()["UCX_TLS"] == "tcp,sm,self,cuda"
+                assert side.environ()["UCX_TLS"] == "sm,self,cuda"
                 assert "UCX_NET_DEVICES" not in side.environ()
         finally:
             sender.stop()

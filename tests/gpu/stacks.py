@@ -138,7 +138,8 @@ class Ours:
             proxy=self.proxy.registration,
             transport=setting.transport,
             device="cpu" if setting.gpus is None else "cuda",
-            keys=dict(setting.sidecar_keys),
+            # UCX names tcp here, as LMCache and NixlConnector need it.
+            keys={"nixl_over_tcp": "trusted", **setting.sidecar_keys},
             # Sidecars see both GPUs: the wire between them needs to.
             env={} if setting.gpus is None else {"UCX_TLS": UCX},
         )

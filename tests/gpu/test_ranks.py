@@ -56,7 +56,8 @@ class Side:
     def __init__(self, setting: Setting, folder: Path, kv_role: str, workers: int) -> None:
         side = list(ROLES).index(kv_role)
         role, name = ROLES[kv_role], f"tp{workers} {ROLES[kv_role]}"
-        options = SidecarOptions(role, setting.buffer_bytes, ranks=RANKS, keys=dict(setting.sidecar_keys))
+        keys: dict[str, object] = {"nixl_over_tcp": "trusted", **setting.sidecar_keys}
+        options = SidecarOptions(role, setting.buffer_bytes, ranks=RANKS, keys=keys)
         if setting.gpus is not None:
             each = RANKS // workers
             options.device = ",".join(f"cuda:{gpu}" for gpu in setting.gpus_of(side, workers) for _ in range(each))

@@ -4,6 +4,7 @@
 mod listen;
 mod proxy;
 mod times;
+mod ucx;
 
 use std::path::PathBuf;
 
@@ -12,6 +13,8 @@ use tracing_subscriber::EnvFilter;
 use self::listen::{exposed, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
+use self::ucx::ucx;
+pub(crate) use self::ucx::{CONSENT, DEVICES, OWN_DEVICES, TLS, names_tcp};
 use super::keys::{Key, Lmcache, Sidecar};
 use super::layers::{Inputs, Layers, Source, Sourced};
 use super::mooncake::Mooncake;
@@ -44,7 +47,8 @@ pub(crate) fn config(
     let devices = devices(layers, lmcache, ranks);
     let proxy = proxy(layers, lmcache, sidecar, mooncake, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
-    exposed(layers, lmcache, sidecar, listen.as_ref());
+    let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
+    exposed(layers, lmcache, sidecar, listen.as_ref(), ucx.as_ref());
     let id = id(layers, inputs, sidecar, role, &admin);
     let socket = socket(layers, inputs, sidecar, role);
     let times = times(layers, lmcache, sidecar);
@@ -71,7 +75,7 @@ pub(crate) fn config(
         admin,
         admin_host,
         proxy,
-        ucx: mooncake.ucx.clone(),
+        ucx: ucx?,
         transport: value(&sidecar.transport)?,
         checksum: value(&sidecar.checksum)?,
         push: value(&sidecar.push)?,

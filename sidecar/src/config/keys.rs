@@ -3,8 +3,8 @@
 
 use super::layers::{Layers, Sourced};
 use super::value::{
-    Bytes, Count, Devices, Host, HostPort, LogFormat, Millis, Port, Ports, Role, Seconds, Url,
-    Value, Wire, Words,
+    Bytes, Count, Devices, Host, HostPort, LogFormat, Millis, NixlOverTcp, Port, Ports, Role,
+    Seconds, Url, Value, Wire, Words,
 };
 
 /// Where a key stands in the file, and how its environment variable begins.
@@ -192,6 +192,10 @@ keys! {
         push: bool = Default::Value("on"), flag "--no-push";
         /// Whether ports may listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
+        /// Whether NIXL may open TCP ports of its own, which UCX chooses: whoever reaches such a port
+        /// reads and writes the memory of this process, and can end it. They are bound to
+        /// `pd_peer_host` (a sender without it: `sidecar.advertise_host`, else 127.0.0.1).
+        nixl_over_tcp: NixlOverTcp = Default::Value("refused");
         /// Sender: the rate of a wire, in GB/s, up to which KV should leave layer by layer, while the last
         /// layers are computed. That slows the computing down, by about as much as a faster wire needs for
         /// the whole. 0: never.

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use discovery::Metadata;
 
+pub(crate) use self::checks::{CONSENT, DEVICES, OWN_DEVICES, TLS, names_tcp};
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
 pub(crate) use self::reference::flags;
@@ -66,8 +67,8 @@ pub(crate) struct Config {
     pub(crate) admin_host: String,
     /// Whom to register with.
     pub(crate) proxy: Option<Proxy>,
-    /// UCX's variables that Mooncake's file asks for.
-    pub(crate) ucx: Vec<(&'static str, String)>,
+    /// Settings of UCX, below NIXL.
+    pub(crate) ucx: Ucx,
     /// Which wires may be used.
     pub(crate) transport: Wire,
     /// Chunks carry checksums.
@@ -112,6 +113,17 @@ pub(crate) struct RankPorts {
     pub(crate) query: Option<u16>,
     /// Data of the built-in TCP transport; 0 is any free one.
     pub(crate) tcp: u16,
+}
+
+/// Settings of UCX, below NIXL.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ucx {
+    /// Variables to set where the environment does not.
+    pub(crate) variables: Vec<(&'static str, String)>,
+    /// Host that the TCP ports of UCX are bound to; absent: UCX may open none.
+    pub(crate) tcp_host: Option<String>,
+    /// The environment names the network devices itself (`UCX_NET_DEVICES`).
+    pub(crate) devices_given: bool,
 }
 
 /// Where the proxy takes registrations.

@@ -6,7 +6,7 @@
 use discovery::Metadata;
 
 use super::layers::{Layers, Source};
-use super::problem::{Problem, Row};
+use super::problem::Problem;
 use super::value::{HostPort, MAX_RANKS, Role, Value};
 use super::yaml::{Entry, Node, Raw};
 
@@ -59,13 +59,6 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         ucx: ucx(layers),
     };
     mooncake.ucx.retain(|(_, value)| !value.is_empty());
-    for (name, value) in &mooncake.ucx {
-        layers.rows.push(Row {
-            key: (*name).to_owned(),
-            value: value.clone(),
-            source: "from mooncake.json, unless the variable is set".to_owned(),
-        });
-    }
     mooncake
 }
 

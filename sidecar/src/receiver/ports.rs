@@ -6,6 +6,7 @@ use protocol::receiver::{Event, Route};
 use tracing::{debug, error, info, warn};
 
 use super::LandSide;
+use crate::config::CONSENT;
 use crate::init::{self, Answer};
 use crate::zmq::{Closed, FromPeer, RouterServer};
 
@@ -30,6 +31,13 @@ impl LandSide {
                         name = request.local_id.escape_debug().to_string(),
                         "an LMCache sender has the slots' addresses"
                     );
+                    if self.context.config.ucx.tcp_host.is_none() {
+                        warn!(
+                            peer = from,
+                            "LMCache's agents connect over UCX's TCP, which this sidecar does not open, unless \
+                             UCX_MM_ERROR_HANDLING=y is set beside LMCache on this host: {CONSENT}"
+                        );
+                    }
                     self.strangers
                         .show(from, self.init.port(), &request.local_id);
                 }

@@ -14,7 +14,7 @@ use super::report::{LinkRow, Pushed, Report};
 use super::rounds::{Arrived, Content, Place, Rounds, When};
 use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
-use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Wire};
+use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Ucx, Wire};
 use crate::memory::Buffer;
 use crate::node::Node;
 use crate::side::{Gauges, LinkStatus, Shown, Side};
@@ -94,7 +94,7 @@ impl Selftest {
             },
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
-            ucx: Vec::new(),
+            ucx: Ucx::default(),
             transport: wire,
             checksum: true,
             push: true,

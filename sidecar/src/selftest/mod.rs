@@ -18,7 +18,7 @@ use std::time::Duration;
 use protocol::Layout;
 
 use crate::cli::{Exit, Selftest};
-use crate::config::{Device, Devices, Wire};
+use crate::config::{DEVICES, Device, Devices, TLS, Ucx, Wire, names_tcp};
 use crate::cuda::{self, Which};
 use report::Report;
 use rounds::Rounds;
@@ -32,6 +32,24 @@ enum Memory {
 }
 
 impl Selftest {
+    /// Settings of UCX for both roles: like a sidecar's on loopback.
+    ///
+    /// # Errors
+    /// `UCX_TLS` names tcp without the consent that a sidecar needs for it.
+    pub(crate) fn ucx(&self) -> Result<Ucx, Exit> {
+        let given = |name| std::env::var(name).unwrap_or_default();
+        let trusted = given(CONSENT_VARIABLE).trim() == "trusted";
+        let tls = given(TLS);
+        if !trusted && names_tcp(&tls) && matches!(self.transport, Wire::Auto | Wire::Nixl) {
+            eprintln!(
+                "{TLS}={tls} lets UCX listen at TCP ports of its own: leave tcp out, or set \
+                       {CONSENT_VARIABLE}=trusted"
+            );
+            return Err(Exit::Usage);
+        }
+        Ok(Ucx::of_this_host(trusted, !given(DEVICES).is_empty()))
+    }
+
     /// Runs and prints.
     pub(crate) fn run(&self) -> Exit {
         let runs = match self.runs() {
@@ -140,6 +158,9 @@ impl Selftest {
         }
     }
 }
+
+/// Lets UCX open TCP ports, as it does for a sidecar.
+const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
 /// The first GPU to the second, or to itself.
 fn two_gpus() -> Result<Memory, String> {

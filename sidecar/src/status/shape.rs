@@ -8,6 +8,7 @@ use protocol::{Epoch, Layout};
 use serde::Serialize;
 
 use crate::side::{Gauges, LinkStatus, Side};
+use crate::sockets::Listens;
 
 /// Why a push would not work now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +106,8 @@ pub(crate) struct Snapshot {
     pub(crate) ranks: Vec<RankStatus>,
     /// Every link.
     pub(crate) links: Vec<LinkRow>,
+    /// Every socket on which this process listens.
+    pub(crate) listens: Vec<Listens>,
     /// The proxy, if one is configured.
     pub(crate) proxy: Option<ProxyStatus>,
 }

@@ -4,7 +4,7 @@ use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::Layers;
 use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
-use crate::config::{Listen, RankPorts};
+use crate::config::{Listen, RankPorts, Ucx};
 
 pub(super) fn listen(
     layers: &mut Layers,
@@ -130,6 +130,7 @@ pub(super) fn exposed(
     lmcache: &Lmcache,
     sidecar: &Sidecar,
     listen: Option<&Listen>,
+    ucx: Option<&Ucx>,
 ) {
     let allowed = value(&sidecar.insecure).unwrap_or(false);
     let mut open = Vec::new();
@@ -145,6 +146,20 @@ pub(super) fn exposed(
         open.push(("sidecar.admin", given.value.to_string()));
         if !allowed {
             layers.wrong("sidecar.admin", given, UNAUTHENTICATED, ALLOW);
+        }
+    }
+    if let (Some(ucx), Some(given)) = (ucx, &sidecar.nixl_over_tcp)
+        && let Some(host) = &ucx.tcp_host
+        && (ucx.devices_given || !is_loopback(host))
+    {
+        let at = if ucx.devices_given {
+            "on the devices of UCX_NET_DEVICES"
+        } else {
+            host.as_str()
+        };
+        open.push(("sidecar.nixl_over_tcp", at.to_owned()));
+        if !allowed {
+            layers.wrong("sidecar.nixl_over_tcp", given, UNAUTHENTICATED, ALLOW);
         }
     }
     if allowed && !open.is_empty() {

@@ -1,6 +1,6 @@
 //! Configurations that are wrong, and what is said of them.
 
-use super::{RECEIVER, check, inputs, load, mistakes};
+use super::{RECEIVER, SENDER, check, inputs, load, mistakes};
 use crate::config::*;
 
 #[test]
@@ -189,4 +189,44 @@ fn listening_beyond_this_machine_must_be_asked_for() {
             report.warnings
         );
     }
+}
+
+#[test]
+fn ucx_listens_by_consent_only() {
+    let consent = ("PD_SIDECAR_NIXL_OVER_TCP", "trusted");
+    let of = |file: &str, env: &[(&str, &str)], flags: &[(&'static str, &str)]| {
+        Config::load(&inputs(file, env, flags)).map(|(config, _)| config.ucx)
+    };
+    let ucx = of(RECEIVER, &[], &[]).unwrap();
+    assert!(ucx.variables.contains(&("UCX_TLS", "^tcp".to_owned())));
+    assert_eq!(ucx.tcp_host, None);
+    for tls in ["tcp", "all", "tcp,sm"] {
+        let env = [("UCX_TLS", tls)];
+        let found = mistakes(&inputs(RECEIVER, &env, &[]));
+        let what = format!(
+            "environment UCX_TLS|sidecar.nixl_over_tcp|refused|UCX_TLS={tls} lets UCX listen at TCP ports of its own, \
+             and whoever reaches one reads and writes the memory of this process"
+        );
+        assert_eq!(found, [what]);
+        // Without NIXL nobody reads the variable.
+        assert!(of(RECEIVER, &env, &[("--transport", "tcp")]).is_ok());
+        let ucx = of(RECEIVER, &[env[0], consent], &[]).unwrap();
+        assert_eq!(ucx.tcp_host.as_deref(), Some("127.0.0.1"));
+    }
+    // Ports of UCX beyond this machine are ports beyond this machine.
+    let far = SENDER.replacen("proxy:", "advertise_host: 10.0.0.2, proxy:", 1);
+    let open = "environment PD_SIDECAR_NIXL_OVER_TCP|sidecar.nixl_over_tcp|trusted|it listens beyond this machine, and \
+                peers are not authenticated yet";
+    assert_eq!(mistakes(&inputs(&far, &[consent], &[])), [open]);
+    let ucx = of(&far, &[consent], &[("--insecure", "on")]).unwrap();
+    assert_eq!(ucx.tcp_host.as_deref(), Some("10.0.0.2"));
+    let devices = ("UCX_NET_DEVICES", "eth0");
+    assert_eq!(mistakes(&inputs(SENDER, &[consent, devices], &[])), [open]);
+    // After this process has begun anew with an interface of its own choice, nobody has named one.
+    let own = ("PD_UCX_NET_DEVICES", "eth0");
+    assert!(
+        !of(SENDER, &[consent, devices, own], &[])
+            .unwrap()
+            .devices_given
+    );
 }

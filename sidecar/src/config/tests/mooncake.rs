@@ -9,6 +9,10 @@ fn json(more: &str) -> String {
     )
 }
 
+fn shared_memory() -> (&'static str, String) {
+    ("UCX_MM_ERROR_HANDLING", "y".to_owned())
+}
+
 fn role(role: &str, file: &str, env: &[(&str, &str)]) -> Inputs {
     inputs(file, env, &[("--role", role)])
 }
@@ -27,7 +31,11 @@ fn each_side_gets_the_ports_from_its_url() {
     let proxy = sender.proxy.unwrap();
     assert_eq!(proxy.address.to_string(), "redis at 127.0.0.1:6379");
     assert_eq!(proxy.engine_url, "http://127.0.0.1:8100");
-    assert_eq!(sender.ucx, [("UCX_TLS", "tcp,sm,self,cuda".to_owned())]);
+    let tls = |tls: &str| vec![("UCX_TLS", tls.to_owned()), shared_memory()];
+    assert_eq!(sender.ucx.variables, tls("sm,self,cuda"));
+    let trusted = [("PD_SIDECAR_NIXL_OVER_TCP", "trusted")];
+    let sender = loaded(&role("sender", &file, &trusted));
+    assert_eq!(sender.ucx.variables, tls("tcp,sm,self,cuda"));
 
     let receiver = loaded(&role("receiver", &file, &[("PD_SIDECAR_RANKS", "2")]));
     let ports = |init, alloc, tcp| RankPorts {
@@ -51,8 +59,12 @@ fn rdma_devices_get_their_port() {
     for names in [r#""erdma_0,mlx5_1:2""#, r#"["erdma_0", "mlx5_1:2"]"#] {
         let file = json("").replace("tcp", "rdma").replace(r#""""#, names);
         let devices = ("UCX_NET_DEVICES", "erdma_0:1,mlx5_1:2".to_owned());
-        let expect = [("UCX_TLS", "ib,sm,self,cuda".to_owned()), devices];
-        assert_eq!(loaded(&role("sender", &file, &[])).ucx, expect);
+        let expect = [
+            ("UCX_TLS", "ib,sm,self,cuda".to_owned()),
+            devices,
+            shared_memory(),
+        ];
+        assert_eq!(loaded(&role("sender", &file, &[])).ucx.variables, expect);
     }
 }
 

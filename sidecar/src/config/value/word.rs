@@ -55,6 +55,16 @@ words! {
 }
 
 words! {
+    /// Whether UCX may open TCP ports.
+    NixlOverTcp, "refused or trusted", {
+        /// NIXL uses shared memory, CUDA IPC and RDMA only.
+        Refused = "refused",
+        /// The network keeps strangers from the ports that UCX opens.
+        Trusted = "trusted",
+    }
+}
+
+words! {
     /// Which wires may be used.
     Wire, "auto, cuda_ipc, nixl or tcp", {
         /// The best that both sides have.

@@ -11,8 +11,8 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::super::LOOPBACK;
 use super::super::report::{LinkRow, Pushed};
+use super::super::{CONSENT_VARIABLE, LOOPBACK};
 
 /// A running sidecar; dropping it kills it.
 #[derive(Debug)]
@@ -50,7 +50,8 @@ impl Sidecar {
         // What a deployment has set is not what is tested.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if text.starts_with("LMCACHE_") || text.starts_with("PD_SIDECAR_") {
+            let consent = text == CONSENT_VARIABLE;
+            if text.starts_with("LMCACHE_") || text.starts_with("PD_SIDECAR_") && !consent {
                 command.env_remove(&name);
             }
         }

@@ -18,6 +18,7 @@ use super::pace::{Pace, Wait};
 use super::peer::Peer;
 use super::wire::Wire;
 use super::{Config, Refusal, Shared};
+use crate::config::CONSENT;
 use crate::memory::Buffer;
 use crate::transport::ready::{LOOK as READY_LOOK, sleep_exactly};
 use crate::transport::{Outcome, Ready, Remote};
@@ -219,7 +220,14 @@ impl Engine {
             remote,
             self.wire,
             Arc::clone(&self.shared),
-        )?;
+        )
+        .map_err(|error| {
+            if self.shared.over_tcp {
+                error
+            } else {
+                format!("{error}; LMCache's agents connect over UCX's TCP only: {CONSENT}")
+            }
+        })?;
         let granule = slots.cut.descriptor_bytes();
         let id = self.next_link;
         self.next_link += 1;

@@ -28,6 +28,7 @@ use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{Kind, Link, LinkError, Remote, Transport};
+use crate::config::{CONSENT, TLS, names_tcp};
 use crate::cuda::CudaError;
 use crate::memory::Buffer;
 
@@ -103,6 +104,8 @@ struct Shared {
     counters: Counters,
     /// `UCX_TLS`, for people.
     ucx_tls: String,
+    /// UCX may use TCP.
+    over_tcp: bool,
     link: Duration,
 }
 
@@ -117,7 +120,8 @@ impl Nixl {
         buffer: Arc<Buffer>,
     ) -> Result<Self, StartError> {
         // The variable that UCX itself is going to read, so it cannot be a setting of ours.
-        let ucx_tls = std::env::var("UCX_TLS").ok();
+        let ucx_tls = std::env::var(TLS).ok().filter(|tls| !tls.is_empty());
+        let over_tcp = ucx_tls.as_deref().is_none_or(names_tcp);
         let on_gpu = buffer.cuda().is_some();
         let place = if on_gpu {
             wire::Place::Gpu
@@ -132,6 +136,7 @@ impl Nixl {
             expecting: AtomicBool::new(false),
             counters: Counters::default(),
             ucx_tls: ucx_tls.unwrap_or_else(|| "auto".to_owned()),
+            over_tcp,
             link: config.link,
         });
         let address = buffer.address() as u64;
@@ -186,6 +191,15 @@ impl Transport for Nixl {
 
     fn metadata(&self) -> Vec<u8> {
         self.metadata.clone()
+    }
+
+    fn reaches(&self, _advert: &Advert, same_host: bool) -> Result<(), String> {
+        if same_host || self.shared.over_tcp || wire::has_rdma() {
+            return Ok(());
+        }
+        Err(format!(
+            "without RDMA it reaches another host over TCP only, at ports that UCX opens; {CONSENT}"
+        ))
     }
 
     fn poor(&self, same_host: bool) -> Option<String> {

@@ -84,7 +84,7 @@ impl Wire {
     }
 }
 
-fn has_rdma() -> bool {
+pub(super) fn has_rdma() -> bool {
     Path::new("/sys/class/infiniband")
         .read_dir()
         .is_ok_and(|mut devices| devices.next().is_some())
