@@ -11,6 +11,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from .trust import check_folder, check_peer
 from .wire import (
     VERSION,
     FrameBuffer,
@@ -64,14 +65,17 @@ class Connection:
     def open(cls, path: str, hello: Hello, timeout_s: float) -> Connection:
         """Connects, greets and maps the buffer.
 
-        Raises `OSError` if nobody listens or answers in time, `RefusedError` if the sidecar says
+        Raises `OSError` if nobody listens or answers in time, or if another user does
+        (`PermissionError`), `RefusedError` if the sidecar says
         no, `WireError` if it does not speak this protocol.
         """
         deadline = time.monotonic() + timeout_s
+        check_folder(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)
             sock.connect(path)
+            check_peer(sock, path)
             sock.sendall(encode(hello))
             body, rest, fds = _first_frame(sock, deadline)
             try:

@@ -1,8 +1,8 @@
 //! The socket's file and who may use it.
 
-use std::fs::{DirBuilder, Permissions};
+use std::fs::{DirBuilder, Metadata, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use tokio::net::{UnixListener, UnixStream};
@@ -29,15 +29,52 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
-/// Makes the directory of the socket, for this user alone, if there is none.
+/// Makes the directory of the socket, for this user alone, if there is none; checks that nobody else can replace what
+/// is in it. The default has a predictable name in /tmp, where any user of the host may have made it first.
+///
+/// # Errors
+/// The directory cannot be made, or another user can write into it.
 pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory),
-        _ => Ok(()),
+    let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)?;
+    let mut found = std::fs::symlink_metadata(directory)?;
+    if found.is_symlink() {
+        check_owner(directory, &found)?;
+        found = std::fs::metadata(directory)?;
     }
+    check_owner(directory, &found)?;
+    // The sticky bit of root's /tmp keeps other users from what is not theirs.
+    let sticky = found.mode() & 0o1000 != 0 && found.uid() == 0;
+    if found.mode() & 0o022 != 0 && !sticky {
+        return Err(not_ours(directory, &found));
+    }
+    Ok(())
+}
+
+fn check_owner(directory: &Path, found: &Metadata) -> io::Result<()> {
+    if found.uid() == 0 || found.uid() == rustix::process::geteuid().as_raw() {
+        Ok(())
+    } else {
+        Err(not_ours(directory, found))
+    }
+}
+
+fn not_ours(directory: &Path, found: &Metadata) -> io::Error {
+    let own = rustix::process::geteuid().as_raw();
+    let text = format!(
+        "{} belongs to user {} and has mode {:04o}: another user could put a socket of their own there, and read and \
+         change KV. Make it user {own}'s own (chown, chmod 0700), or name a socket in another folder: \
+         PD_SIDECAR_SOCKET for the engine and the sidecar",
+        directory.display(),
+        found.uid(),
+        found.mode() & 0o7777,
+    );
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -81,5 +118,47 @@ mod tests {
         assert!(path.exists(), "as a killed process leaves it");
         drop(bind(&path).unwrap());
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// Another user made the folder first, or lets everybody write into it.
+    #[test]
+    fn a_folder_that_others_can_write_into_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("pd-sidecar-1000");
+        let path = folder.join("sender.sock");
+        make_directory(&path).unwrap();
+        let mode = |mode| std::fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+        for (bits, fine) in [(0o700, true), (0o755, true), (0o777, false), (0o770, false)] {
+            mode(bits);
+            let found = make_directory(&path);
+            assert_eq!(found.is_ok(), fine, "{bits:o}: {found:?}");
+            if let Err(error) = found {
+                let text = error.to_string();
+                assert!(
+                    text.starts_with(&format!("{} belongs to user", folder.display()))
+                        && text.contains(&format!("has mode 0{bits:o}"))
+                        && text.contains("PD_SIDECAR_SOCKET"),
+                    "{text}"
+                );
+            }
+        }
+        mode(0o700);
+        if rustix::process::geteuid().is_root() {
+            let link = parent.path().join("link");
+            std::os::unix::fs::symlink(&folder, &link).unwrap();
+            make_directory(&link.join("sender.sock")).unwrap();
+            std::os::unix::fs::lchown(&link, Some(12345), None).unwrap();
+            let error = make_directory(&link.join("sender.sock")).unwrap_err();
+            assert!(
+                error.to_string().contains("belongs to user 12345"),
+                "{error}"
+            );
+            std::os::unix::fs::lchown(&folder, Some(12345), None).unwrap();
+            let error = make_directory(&path).unwrap_err();
+            assert!(
+                error.to_string().contains("belongs to user 12345"),
+                "{error}"
+            );
+        }
     }
 }
