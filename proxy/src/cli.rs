@@ -1,9 +1,10 @@
 //! Flags, and what is checked of them before anything starts.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use hyper_util::client::legacy::connect::HttpConnector;
 
 use crate::access::Access;
@@ -182,6 +183,33 @@ pub struct Config {
 }
 
 impl Config {
+    /// Reads the arguments and the environment of this process. Returns with them a note for each variable that is
+    /// ignored: Kubernetes describes every service of a namespace by variables like `SERVICE_PORT=tcp://10.0.0.1:7500`,
+    /// and a service's name may begin like ours.
+    ///
+    /// # Errors
+    /// What is wrong with them, or that help was asked for.
+    pub fn of_process() -> Result<(Self, Vec<String>), clap::Error> {
+        let mut notes = Vec::new();
+        let command = Self::command().mut_args(|argument| {
+            let variable = argument.get_env().and_then(|name| name.to_str());
+            let of_service = variable.and_then(|name| {
+                let value = std::env::var(name).ok()?;
+                is_of_kubernetes(name, &value).then(|| format!("{name}={value}"))
+            });
+            let Some(of_service) = of_service else {
+                return argument;
+            };
+            notes.push(format!(
+                "environment {of_service}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
+                 the pod's spec keeps such variables away)"
+            ));
+            argument.env(None::<&'static str>)
+        });
+        let config = Self::from_arg_matches(&command.try_get_matches()?)?;
+        Ok((config, notes))
+    }
+
     /// When an instance that keeps failing is left alone.
     pub fn breaker(&self) -> Breaker {
         Breaker {
@@ -215,6 +243,14 @@ impl Config {
         problems.extend(self.addresses.problems());
         problems
     }
+}
+
+/// Returns true if Kubernetes set this variable to describe a service.
+fn is_of_kubernetes(name: &str, value: &str) -> bool {
+    let url = value.split_once("://").is_some_and(|(scheme, at)| {
+        ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
+    });
+    name.ends_with("_PORT") && url
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
 use proxy::cli::{Config, LogFormat};
 use proxy::{End, Proxy, Stop, descriptors};
@@ -13,8 +12,8 @@ use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let config = match Config::try_parse() {
-        Ok(config) => config,
+    let (config, ignored) = match Config::of_process() {
+        Ok(read) => read,
         Err(e) => {
             let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
             // A closed terminal is no reason to fail.
@@ -41,6 +40,9 @@ async fn main() -> ExitCode {
     match config.log_format {
         LogFormat::Text => log.with_ansi(false).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    for note in ignored {
+        tracing::warn!("{note}");
     }
     let signals = (
         signal(SignalKind::terminate()),

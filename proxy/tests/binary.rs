@@ -51,6 +51,42 @@ fn signals_drain() {
     assert_eq!(stop(child, "-TERM"), 0);
 }
 
+/// Kubernetes sets them in every pod, for each service of the namespace.
+#[test]
+fn variables_of_kubernetes_services_stop_no_start() {
+    let start = |value: &str| {
+        let mut command = Command::new(BINARY);
+        command.args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"]);
+        for name in [
+            "PREFILLER_PORT",
+            "DECODER_PORT",
+            "DECODER_INIT_PORT",
+            "DECODER_ALLOC_PORT",
+        ] {
+            command.env(format!("PD_PROXY_{name}"), value);
+        }
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut child = start("tcp://10.0.0.1:8100");
+    let log = BufReader::new(child.stderr.take().unwrap());
+    let mut lines = Vec::new();
+    for line in log.lines().map(Result::unwrap) {
+        let up = line.contains("pd-proxy is up");
+        lines.push(line);
+        if up {
+            break;
+        }
+    }
+    let noted = |line: &&String| {
+        line.contains("=tcp://10.0.0.1:8100: ignored, it describes a Kubernetes service")
+    };
+    assert_eq!(lines.iter().filter(noted).count(), 4, "{lines:#?}");
+    assert_eq!(stop(child, "-TERM"), 0);
+    for value in ["tcp://10.0.0.1", "http://10.0.0.1:8100"] {
+        assert_eq!(start(value).wait().unwrap().code(), Some(64), "{value}");
+    }
+}
+
 #[test]
 fn flags() {
     let check = |flags: &[&str], code: i32, words: &[&str]| {

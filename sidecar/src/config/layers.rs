@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::keys::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
@@ -87,12 +88,7 @@ impl Layers {
     pub(crate) fn new(inputs: &Inputs) -> Self {
         let mut layers = Self {
             flags: inputs.flags.clone(),
-            env: inputs
-                .env
-                .iter()
-                .filter(|(_, value)| !value.trim().is_empty())
-                .cloned()
-                .collect(),
+            env: Vec::new(),
             path: PathBuf::new(),
             lmcache: Vec::new(),
             sidecar: Vec::new(),
@@ -101,6 +97,20 @@ impl Layers {
             problems: Vec::new(),
             warnings: Vec::new(),
         };
+        for (name, value) in &inputs.env {
+            if value.trim().is_empty() {
+                continue;
+            }
+            let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
+            if ours && is_of_kubernetes(name, value) {
+                layers.warnings.push(format!(
+                    "environment {name}={value}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
+                     the pod's spec keeps such variables away)"
+                ));
+                continue;
+            }
+            layers.env.push((name.clone(), value.clone()));
+        }
         if let Some((path, text)) = &inputs.file {
             layers.read_file(path, text);
         }
@@ -353,6 +363,26 @@ impl Layers {
         let (ours, name) = self.known.iter().find(|(_, known)| known == best)?;
         Some(section_of(*ours).path(name))
     }
+}
+
+/// Returns true if Kubernetes set this variable to describe a service whose name happens to begin like ours: the pod
+/// gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it for every service of its namespace.
+fn is_of_kubernetes(name: &str, value: &str) -> bool {
+    let url = value.split_once("://").is_some_and(|(scheme, at)| {
+        ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
+    });
+    let derived = name.split_once("_PORT_").is_some_and(|(_, rest)| {
+        let mut words = rest.split('_');
+        let number = words.next().is_some_and(|word| word.parse::<u16>().is_ok());
+        number
+            && words
+                .next()
+                .is_some_and(|word| ["TCP", "UDP", "SCTP"].contains(&word))
+    });
+    let service = name.ends_with("_SERVICE_HOST")
+        || name.ends_with("_SERVICE_PORT")
+        || name.contains("_SERVICE_PORT_");
+    name.ends_with("_PORT") && url || derived || service
 }
 
 /// Names the file when no flag does.

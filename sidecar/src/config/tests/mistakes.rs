@@ -230,3 +230,44 @@ fn ucx_listens_by_consent_only() {
             .devices_given
     );
 }
+
+/// Kubernetes sets them in every pod, for each service of the namespace.
+#[test]
+fn variables_of_kubernetes_services_stop_no_start() {
+    let services = [
+        ("LMCACHE_PD_PROXY_PORT", "tcp://10.0.0.1:7500"),
+        ("LMCACHE_PD_PROXY_PORT_7500_TCP", "tcp://10.0.0.1:7500"),
+        ("LMCACHE_PD_PROXY_PORT_7500_TCP_ADDR", "10.0.0.1"),
+        ("LMCACHE_PD_PROXY_PORT_7500_TCP_PORT", "7500"),
+        ("LMCACHE_PD_PROXY_PORT_7500_TCP_PROTO", "tcp"),
+        ("LMCACHE_PD_PROXY_SERVICE_HOST", "10.0.0.1"),
+        ("LMCACHE_PD_PROXY_SERVICE_PORT", "7500"),
+        ("LMCACHE_PD_PROXY_SERVICE_PORT_REGISTRATION", "7500"),
+        ("LMCACHE_PD_PEER_INIT_PORT", "tcp://[fd00::1]:7300"),
+        ("PD_SIDECAR_TCP_PORT", "tcp://10.0.0.1:7500"),
+        ("PD_SIDECAR_PORT", "udp://10.0.0.1:7500"),
+    ];
+    let (config, report) = Config::load(&inputs(RECEIVER, &services, &[]))
+        .unwrap_or_else(|r| panic!("{}", r.errors()));
+    let (plain, _) = load(RECEIVER);
+    assert_eq!(config.listen, plain.listen);
+    assert_eq!(config.proxy, plain.proxy);
+    for (name, value) in services {
+        let note =
+            format!("environment {name}={value}: ignored, it describes a Kubernetes service");
+        let noted = report
+            .warnings
+            .iter()
+            .filter(|w| w.contains(name) && w.starts_with(&note));
+        assert_eq!(noted.count(), 1, "{name}: {:?}", report.warnings);
+    }
+    for value in [
+        "tcp://10.0.0.1",
+        "http://10.0.0.1:7500",
+        "tcp://10.0.0.1:7500/x",
+        "tcp:7500",
+    ] {
+        let found = mistakes(&inputs(RECEIVER, &[("PD_SIDECAR_TCP_PORT", value)], &[]));
+        assert_eq!(found.len(), 1, "{value}: {found:?}");
+    }
+}
