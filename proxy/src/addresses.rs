@@ -106,12 +106,28 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse() {
         return Ok(address);
     }
+    if let Some((host, port)) = text.rsplit_once(':') {
+        if host.contains(':') && !host.starts_with('[') {
+            return Err(
+                "is IPv6 without brackets, so its port cannot be told: write [ADDRESS]:PORT".into(),
+            );
+        }
+        let bare = host.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
+        // A zone, as fe80::1%eth0, is the resolver's matter.
+        if let (Some(host), Ok(port)) = (bare, port.parse::<u16>())
+            && let Some(found) = first((host, port).to_socket_addrs().ok())
+        {
+            return Ok(found);
+        }
+    }
     first(text.to_socket_addrs().ok())
         .ok_or_else(|| "is not IP:PORT, nor the name of an address of this host and a port".into())
 }
 
+/// An IP, an IPv6 one perhaps in brackets, or a name.
 fn host(text: &str) -> Result<IpAddr, String> {
-    let found = first((text, 0).to_socket_addrs().ok());
+    let bare = text.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
+    let found = first((bare.unwrap_or(text), 0).to_socket_addrs().ok());
     Ok(found
         .ok_or("is no IP, nor the name of an address of this host")?
         .ip())

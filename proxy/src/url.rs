@@ -1,6 +1,7 @@
 //! Where an HTTP server is.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 
 use http::Uri;
 use http::uri::Authority;
@@ -13,10 +14,10 @@ use crate::instance::Unusable;
 pub struct BaseUrl(String);
 
 impl BaseUrl {
-    /// Checks an URL.
+    /// Checks an URL, which may have a path prefix.
     ///
     /// # Errors
-    /// Not `http://`, no host, a port that is none, user information, a query, or too long.
+    /// Not `http://`, no host, a port that is none, user information, a query, a fragment, or too long.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, Unusable> {
         let refused = || Unusable::Url {
             field,
@@ -28,32 +29,50 @@ impl BaseUrl {
         let uri: Uri = text.parse().map_err(|_| refused())?;
         let authority = uri.authority().ok_or_else(refused)?;
         if !matches!(uri.scheme_str(), Some("http" | "https"))
-            || authority.host().is_empty()
+            || !is_host(authority.host())
             || authority.as_str().contains('@')
             || !has_port_if_any(authority)
-            || uri.query().is_some()
+            // `Uri` drops a fragment without a word. In the text it would end the path that `join` adds.
+            || text.contains(['#', '?', '\\'])
         {
             return Err(refused());
         }
-        Ok(Self(text.trim_end_matches('/').to_owned()))
+        let scheme = uri.scheme_str().unwrap_or_default();
+        let path = uri.path().trim_end_matches('/');
+        Ok(Self(format!("{scheme}://{authority}{path}")))
+    }
+
+    /// Checks the address of an instance: scheme, host and port alone. A registration names whom the proxy
+    /// calls; it must not choose the path of the call as well.
+    ///
+    /// # Errors
+    /// As of [`BaseUrl::parse`]; and a path.
+    pub fn origin(field: &'static str, text: &str) -> Result<Self, Unusable> {
+        match Self::parse(field, text) {
+            Ok(url) if url.0.matches('/').count() == 2 => Ok(url),
+            _ => Err(Unusable::Origin {
+                field,
+                value: shortened(text),
+            }),
+        }
     }
 
     /// Checks an URL that somebody has written: as in the demos' environment files, host and port alone
     /// will do.
     ///
     /// # Errors
-    /// As of [`BaseUrl::parse`]; and a host alone.
+    /// As of [`BaseUrl::origin`]; and a host alone.
     pub fn named(field: &'static str, text: &str) -> Result<Self, Unusable> {
         let text = text.trim();
         if text.contains("://") {
-            return Self::parse(field, text);
+            return Self::origin(field, text);
         }
-        let url = Self::parse(field, &format!("http://{text}"))?;
+        let url = Self::origin(field, &format!("http://{text}"))?;
         let authority = url.authority();
         if authority.contains(':') && !authority.ends_with(']') {
             return Ok(url);
         }
-        Err(Unusable::Url {
+        Err(Unusable::Origin {
             field,
             value: shortened(text),
         })
@@ -100,6 +119,16 @@ impl Serialize for BaseUrl {
     }
 }
 
+/// Returns true for a name, an IPv4 address, or an IPv6 address in brackets.
+fn is_host(host: &str) -> bool {
+    if let Some(address) = host.strip_prefix('[') {
+        let address = address.strip_suffix(']').unwrap_or_default();
+        return address.parse::<Ipv6Addr>().is_ok();
+    }
+    let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+    !host.is_empty() && host.bytes().all(letter)
+}
+
 fn has_port_if_any(authority: &Authority) -> bool {
     let is_given = authority.as_str().len() > authority.host().len();
     !is_given || authority.port_u16().is_some_and(|port| port != 0)
@@ -137,6 +166,25 @@ mod tests {
         check("http://host:0", false);
         check("http://host:", false);
         check("http://host:x", false);
+        check("http://host#", false);
+        check("http://host?", false);
+        check("http://host/a#b", false);
+        check("http://host\\a", false);
+        check("http://ho*st", false);
+        check("http://[::1", false);
+        let origin = |text: &str| {
+            BaseUrl::origin("http", text)
+                .map(|url| url.to_string())
+                .ok()
+        };
+        assert_eq!(origin("HTTP://h:1/").as_deref(), Some("http://h:1"));
+        assert_eq!(
+            origin("https://[::1]:1").as_deref(),
+            Some("https://[::1]:1")
+        );
+        for tail in ["/a", "//a", "/a#", "#", "?x", "/%2e", "/v1"] {
+            assert_eq!(origin(&format!("http://h:1{tail}")), None, "{tail}");
+        }
         let named = |text: &str| BaseUrl::named("url", text).map(|url| url.to_string()).ok();
         assert_eq!(named(" h:1 ").as_deref(), Some("http://h:1"));
         assert_eq!(named("https://h/").as_deref(), Some("https://h"));

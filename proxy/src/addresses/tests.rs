@@ -39,6 +39,10 @@ fn names_and_parts() {
         "7501",
     ];
     check(&lmcache, "127.0.0.1:9100", "0.0.0.0:7501");
+    check(&["--host", "::1"], "[::1]:8000", "127.0.0.1:7500");
+    check(&["--host", "[::1]"], "[::1]:8000", "127.0.0.1:7500");
+    let error = parse(&["--listen", "::1:8000"]).unwrap_err().to_string();
+    assert!(error.contains("[ADDRESS]:PORT"), "{error}");
     for wrong in ["8000", "127.0.0.1", "nobody.invalid:1", ""] {
         assert!(parse(&["--listen", wrong]).is_err(), "{wrong}");
     }

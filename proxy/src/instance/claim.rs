@@ -1,5 +1,6 @@
 //! What is said of an instance, by itself or by others, and what cannot be used of it.
 
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 use protocol::registration::{InstanceRole, Register};
@@ -48,6 +49,17 @@ pub enum Unusable {
         /// What was registered.
         value: String,
     },
+    /// An instance's address that is more, or less, than a place to connect to.
+    #[error(
+        "{field} {value:?} is not scheme, host and port alone, as http://10.0.0.1:8000 or https://[::1]:8000: \
+         an instance's address has no path, query, fragment or user"
+    )]
+    Origin {
+        /// `url`, `http` or `admin`.
+        field: &'static str,
+        /// The text that was registered.
+        value: String,
+    },
     /// An id that cannot be shown in logs and metrics.
     #[error("id {0:?} is empty, longer than {MAX_ID_BYTES} bytes or not printable ASCII")]
     Id(String),
@@ -88,8 +100,8 @@ impl Instance {
             connector: Connector::Sidecar,
             source: Source::Sidecar,
             role: register.role,
-            http: BaseUrl::parse("http", &register.http)?,
-            admin: Some(BaseUrl::parse("admin", &register.admin)?),
+            http: BaseUrl::origin("http", &register.http)?,
+            admin: Some(BaseUrl::origin("admin", &register.admin)?),
             zmq: None,
             host: register.host.clone(),
             init_ports: register.init_ports.clone(),
@@ -170,8 +182,8 @@ impl Instance {
             return Err(Unusable::Incomplete("a sidecar without an admin address"));
         }
         Ok(Self {
-            http: BaseUrl::parse("http", &written.http)?,
-            admin: admin.map(|url| BaseUrl::parse("admin", url)).transpose()?,
+            http: BaseUrl::origin("http", &written.http)?,
+            admin: admin.map(|url| BaseUrl::origin("admin", url)).transpose()?,
             id: written.id,
             epoch: written.epoch,
             connector: written.connector,
@@ -223,10 +235,12 @@ pub fn is_host_port(text: &str) -> bool {
         return false;
     };
     let letters = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
-    !host.is_empty()
-        && host.len() <= MAX_HOST_BYTES
-        && host.bytes().all(letters)
-        && port.parse::<u16>().is_ok_and(|port| port != 0)
+    let bracketed = host.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
+    let is_host = match bracketed {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(letters),
+    };
+    is_host && host.len() <= MAX_HOST_BYTES && port.parse::<u16>().is_ok_and(|port| port != 0)
 }
 
 /// Names are labels and words in log lines.

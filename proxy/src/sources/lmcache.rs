@@ -1,5 +1,7 @@
 //! The flags of LMCache's example proxy.
 
+use std::net::Ipv6Addr;
+
 use protocol::registration::InstanceRole;
 
 use super::Sources;
@@ -57,9 +59,22 @@ fn named(
     if port == 0 {
         return Err("port 0 is no port".into());
     }
+    let host = host
+        .strip_prefix('[')
+        .and_then(|at| at.strip_suffix(']'))
+        .unwrap_or(host);
+    if host.contains('%') {
+        return Err(format!(
+            "{host:?}: an HTTP address carries no zone (%...): give an address of a wider scope, or a name"
+        ));
+    }
+    let shown = match host.parse::<Ipv6Addr>() {
+        Ok(address) => format!("[{address}]"),
+        Err(_) => host.to_owned(),
+    };
     Ok(Named {
         role,
-        url: format!("http://{host}:{port}"),
+        url: format!("http://{shown}:{port}"),
         id: None,
         connector: Connector::Lmcache,
         host: Some(host.to_owned()),

@@ -26,11 +26,11 @@ fn flags() {
     };
     check(&[], &[]);
     check(
-        &["--prefill", "http://a:1,b:2", "--decode", "https://c:3/x"],
+        &["--prefill", "http://a:1,b:2", "--decode", "https://c:3"],
         &[
             "Prefill Nixl http://a:1 [] []",
             "Prefill Nixl http://b:2 [] []",
-            "Decode Nixl https://c:3/x [] []",
+            "Decode Nixl https://c:3 [] []",
         ],
     );
     check(
@@ -82,6 +82,21 @@ fn flags() {
             "Decode Lmcache http://d1:81 [8300] [8400]",
         ],
     );
+}
+
+#[test]
+fn hosts_are_ipv6_too() {
+    for host in ["::1", "[::1]"] {
+        assert_eq!(
+            named(&["--prefiller-host", host, "--decoder-host", host]).unwrap(),
+            [
+                "Prefill Lmcache http://[::1]:8100 [] []",
+                "Decode Lmcache http://[::1]:8200 [8300] [8400]",
+            ]
+        );
+    }
+    let zone = named(&["--prefiller-host", "fe80::1%lo"]).unwrap_err();
+    assert!(zone[0].contains("no zone"), "{zone:?}");
 }
 
 #[test]
