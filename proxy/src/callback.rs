@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::app::App;
 use crate::legs::LegError;
 use crate::registry::{Answer, CallBack};
+use crate::tls::explained;
 
 /// A sidecar's answer to a call-back.
 #[derive(Deserialize)]
@@ -38,7 +39,7 @@ pub async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
         .await;
     let answer = match sent {
         Ok((status, body)) => judge(&call, status, &body),
-        Err(e) => Answer::Silent(e.to_string()),
+        Err(e) => Answer::Silent(explained(&e.to_string())),
     };
     let answer = match answer {
         Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
@@ -62,7 +63,7 @@ async fn engine_answer(app: &App, call: &CallBack) -> Answer {
             };
         }
         Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
-        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {e}"),
+        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {}", explained(&e)),
         // A busy server may be late once; the last answer counts until it is too old.
         Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
     };

@@ -70,7 +70,7 @@ impl TlsFiles {
             pem::Error::NoItemsFound => bad(
                 "--tls-key",
                 key,
-                &"no private key in it, or one that is encrypted",
+                &format!("no private key in it{}", instead(key)),
             ),
             e => bad("--tls-key", key, &e),
         })?;
@@ -79,9 +79,13 @@ impl TlsFiles {
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
             .map_err(|e| match e {
                 Error::InconsistentKeys(_) => {
-                    TlsError::Pair("the key is not that of the certificate".into())
+                    TlsError::Pair(
+                        "the key is not that of the certificate, which is the first one in its file: give the two that \
+                         were made together"
+                            .into(),
+                    )
                 }
-                e => TlsError::Pair(e.to_string()),
+                e => TlsError::Pair(explained(&e.to_string())),
             })?;
         Ok(Some(TlsAcceptor::from(Arc::new(config))))
     }
@@ -124,9 +128,60 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
         .collect::<Result<_, _>>()
         .map_err(|e| bad(flag, path, &e))?;
     if all.is_empty() {
-        return Err(bad(flag, path, &"no certificate in it"));
+        let text = format!("no certificate in it{}", instead(path));
+        return Err(bad(flag, path, &text));
     }
     Ok(all)
+}
+
+/// Returns what a file without the wanted item holds, and the cure.
+fn instead(path: &Path) -> &'static str {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    if text.contains("-----BEGIN ENCRYPTED PRIVATE KEY") {
+        ", but an encrypted private key: decrypt it with `openssl pkey -in FILE -out NEW`"
+    } else if text.contains("PRIVATE KEY-----") {
+        ", but a private key: that is for --tls-key"
+    } else if text.contains("-----BEGIN CERTIFICATE REQUEST") {
+        ", but a request for a certificate: give what the CA has made of it"
+    } else if text.contains("-----BEGIN CERTIFICATE") {
+        ", but a certificate: that is for --tls-cert, or, if it is a CA, for --tls-ca"
+    } else if bytes.first() == Some(&0x30) {
+        ": it is DER; make PEM of it with `openssl x509 -inform der` or `openssl pkey -inform der`"
+    } else {
+        ""
+    }
+}
+
+/// Returns an error of a TLS handshake with the cure behind it, where the error alone does not say it.
+pub fn explained(error: &str) -> String {
+    let cures = [
+        (
+            "CaUsedAsEndEntity",
+            "the server shows a CA certificate (CA:TRUE), which may only sign others: let the server show a \
+             certificate that the CA has issued (CA:FALSE), and give the CA in --tls-ca",
+        ),
+        (
+            "UnknownIssuer",
+            "no trusted root has issued the server's certificate: give its CA in --tls-ca",
+        ),
+        (
+            "expired",
+            "renew the server's certificate, or set the clock of this host",
+        ),
+        (
+            "NotValidForName",
+            "the certificate names other hosts than the URL: call the server by a name in its subjectAltName",
+        ),
+        (
+            "not valid for name",
+            "call the server by a name in its certificate's subjectAltName",
+        ),
+    ];
+    match cures.iter().find(|(sign, _)| error.contains(sign)) {
+        Some((_, cure)) if error.contains("certificate") => format!("{error}: {cure}"),
+        _ => error.to_owned(),
+    }
 }
 
 fn bad(flag: &'static str, path: &Path, error: &dyn std::fmt::Display) -> TlsError {

@@ -85,7 +85,44 @@ fn bad_files() {
     };
     check("/nonexistent", &key, "--tls-cert /nonexistent");
     check(&cert, "/nonexistent", "--tls-key /nonexistent");
-    check(&key, &key, "no certificate");
-    check(&cert, &cert, "no private key");
+    check(
+        &key,
+        &key,
+        "no certificate in it, but a private key: that is for --tls-key",
+    );
+    check(
+        &cert,
+        &cert,
+        "no private key in it, but a certificate: that is for --tls-cert",
+    );
+    let der = folder.path().join("cert.der");
+    std::fs::write(&der, [0x30, 0x82, 1, 1]).unwrap();
+    check(der.to_str().unwrap(), &key, "openssl x509 -inform der");
     check(&cert, &other, "not that of the certificate");
+}
+
+#[tokio::test]
+async fn a_ca_as_server_certificate_is_explained() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let made = params.self_signed(&key).unwrap();
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (cert, key) = (
+        file("ca.pem", made.pem()),
+        file("key.pem", key.serialize_pem()),
+    );
+    let inner = Rig::start(&["--tls-cert", &cert, "--tls-key", &key]).await;
+    let url = inner.client.base.replace("http://", "https://");
+    let outer = Rig::start(&["--decode", &url, "--tls-ca", &cert]).await;
+    let told = outer.until("/instances", |all| {
+        let reason = all[0]["standing"]["reason"].as_str().unwrap_or_default();
+        reason.contains("CA:TRUE") && reason.contains("--tls-ca")
+    });
+    told.await;
 }
