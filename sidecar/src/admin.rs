@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_TYPE, ORIGIN};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -208,8 +208,18 @@ async fn status(State(shared): State<Shared>) -> Response {
 
 async fn registered(
     State(shared): State<Shared>,
+    headers: HeaderMap,
     body: Result<Json<Registered>, JsonRejection>,
 ) -> Response {
+    // A browser adds one of them to each POST of a page, also after DNS rebinding; a proxy adds none.
+    if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
+        shared.metrics.malformed("admin");
+        warn!("a web page has sent a call-back (Origin, Sec-Fetch-Site): refused");
+        return refused(
+            StatusCode::FORBIDDEN,
+            "a call-back comes from a proxy, not from a web page",
+        );
+    }
     let call = match body {
         Ok(Json(call)) => call,
         Err(rejection) => {

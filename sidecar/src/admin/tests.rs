@@ -103,6 +103,28 @@ async fn live_from_the_start_ready_once_a_push_would_work() {
 }
 
 #[tokio::test]
+async fn a_web_page_is_no_proxy() {
+    let f = Fixture::start().await;
+    f.connect_engines();
+    let body = f.call_back();
+    for header in [
+        "Origin: http://rebound.example:7900",
+        "Sec-Fetch-Site: same-origin",
+    ] {
+        let request = format!(
+            "POST /registered HTTP/1.1\r\nHost: rebound.example:7900\r\n{header}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = f.raw(request.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 403"), "{header} {answer}");
+    }
+    assert_eq!(f.get("/ready").await.0, 503);
+    assert_eq!(f.call("POST", "/registered", &body).await.0, 200);
+    assert_eq!(f.get("/ready").await.0, 200);
+}
+
+#[tokio::test]
 async fn a_call_back_for_somebody_else_is_refused_and_counts_for_nothing() {
     let f = Fixture::start().await;
     f.connect_engines();
