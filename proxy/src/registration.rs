@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{interval, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::app::{App, Instances};
 use crate::callback::call_back;
@@ -198,6 +198,9 @@ impl Registration {
                 epoch = gone.epoch,
                 "gone: no heartbeat for three periods"
             );
+        }
+        for dispute in self.registry.disputes() {
+            error!("{dispute}");
         }
         for call in self.registry.due(now) {
             self.calls.spawn(call_back(Arc::clone(&self.app), call));

@@ -22,9 +22,11 @@ use protocol::registration::Register;
 
 use crate::instance::{Instance, Standing, Unusable};
 
+mod budget;
 mod call;
 mod lease;
 
+use budget::Budget;
 pub use call::{Answer, CallBack};
 use lease::{Lease, holds_epoch, take_epoch};
 
@@ -34,6 +36,9 @@ pub struct Registry {
     entries: BTreeMap<String, Entry>,
     max_instances: usize,
     call_back_every: Duration,
+    budget: Budget,
+    /// Names that two sidecars have, not said yet.
+    disputes: Vec<String>,
 }
 
 /// Both registrations that one name can have.
@@ -41,6 +46,11 @@ pub struct Registry {
 struct Entry {
     member: Option<Lease>,
     candidate: Option<Lease>,
+    /// Epoch of the member that a candidate has replaced last. A process that is gone does not come back
+    /// with it.
+    replaced: Option<u64>,
+    /// Both are alive, each at an address of its own. Neither gets requests until one of them is gone.
+    dispute: Option<String>,
 }
 
 /// What a registration did.
@@ -64,6 +74,9 @@ pub enum Refused {
     /// The addresses changed and the epoch did not.
     #[error("addresses or role changed within one epoch")]
     Changed,
+    /// The name has two sidecars already.
+    #[error("{0}")]
+    Disputed(String),
 }
 
 impl Registry {
@@ -73,6 +86,8 @@ impl Registry {
             entries: BTreeMap::new(),
             max_instances,
             call_back_every,
+            budget: Budget::default(),
+            disputes: Vec::new(),
         }
     }
 
@@ -116,10 +131,13 @@ impl Registry {
             .flatten()
             .find(|known| known.instance.epoch == fresh.epoch);
         let Some(known) = known else {
+            if let Some(dispute) = &entry.dispute {
+                return Err(Refused::Disputed(dispute.clone()));
+            }
             entry.candidate = Some(Lease {
+                call_at: self.budget.prompted(now, &fresh.id),
                 instance: fresh,
                 expires,
-                call_at: now,
                 calling: false,
                 said_ready,
                 answered: None,
@@ -135,17 +153,19 @@ impl Registry {
         known.expires = expires;
         if known.said_ready != said_ready {
             known.said_ready = said_ready;
-            known.call_at = now;
+            let prompted = self.budget.prompted(now, &fresh.id);
+            // A change never puts off the call-back that is due anyway.
+            known.call_at = known.call_at.min(prompted);
         }
         Ok(Registered::Renewed)
     }
 
     /// Takes a good-bye; returns whether anybody was meant.
-    pub fn leave(&mut self, id: &str, epoch: u64) -> Option<Instance> {
+    pub fn leave(&mut self, now: Instant, id: &str, epoch: u64) -> Option<Instance> {
         let entry = self.entries.get_mut(id)?;
         let gone = take_epoch(&mut entry.member, epoch)
             .or_else(|| take_epoch(&mut entry.candidate, epoch));
-        self.forget_empty();
+        self.tidy(now);
         gone.map(|lease| lease.instance)
     }
 
@@ -185,16 +205,24 @@ impl Registry {
                 member.instance.standing = Standing::NotReady("no answer to call-backs".into());
             }
         }
-        self.forget_empty();
+        self.tidy(now);
         gone
     }
 
     /// Call-backs to be made now; each is under way until [`Registry::called_back`].
     pub fn due(&mut self, now: Instant) -> Vec<CallBack> {
         let mut calls = Vec::new();
-        for lease in self.leases_mut() {
-            if !lease.calling && lease.call_at <= now {
+        let Self {
+            entries, budget, ..
+        } = self;
+        let leases = entries
+            .values_mut()
+            .flat_map(|entry| [&mut entry.member, &mut entry.candidate])
+            .flatten();
+        for lease in leases {
+            if !lease.calling && lease.call_at <= now && budget.has_place(lease) {
                 lease.calling = true;
+                budget.begin(lease);
                 calls.push(CallBack {
                     id: lease.instance.id.clone(),
                     epoch: lease.instance.epoch,
@@ -225,6 +253,7 @@ impl Registry {
         answer: Answer,
     ) -> Option<Instance> {
         let every = self.call_back_every;
+        self.budget.end(id, epoch);
         let entry = self.entries.get_mut(id)?;
         let is_candidate = holds_epoch(&entry.candidate, epoch);
         if !is_candidate && !holds_epoch(&entry.member, epoch) {
@@ -241,11 +270,16 @@ impl Registry {
                     Standing::NotReady("another id or epoch answers at its admin address".into());
                 lease.instance
             });
-            self.forget_empty();
+            self.tidy(now);
             return gone;
         }
-        if is_candidate && matches!(answer, Answer::Confirmed { .. }) {
-            entry.member = entry.candidate.take();
+        if is_candidate && entry.dispute.is_none() && matches!(answer, Answer::Confirmed { .. }) {
+            if entry.replaced == Some(epoch) && entry.member.is_some() {
+                self.disputes.extend(entry.open_dispute());
+            } else {
+                entry.replaced = entry.member.take().map(|lease| lease.instance.epoch);
+                entry.member = entry.candidate.take();
+            }
         }
         let place = if holds_epoch(&entry.member, epoch) {
             &mut entry.member
@@ -259,7 +293,9 @@ impl Registry {
             Answer::Confirmed { ready, reason } => {
                 lease.call_at = now + every;
                 lease.answered = Some(now);
-                lease.instance.standing = if ready {
+                lease.instance.standing = if let Some(dispute) = &entry.dispute {
+                    Standing::NotReady(dispute.clone())
+                } else if ready {
                     Standing::Ready
                 } else {
                     // A sidecar that is not ready is asked more often: it gets no requests meanwhile.
@@ -284,7 +320,9 @@ impl Registry {
                     .answered
                     .filter(|_| lease.instance.is_ready())
                     .map(|at| at + ANSWER_VALID);
-                let call = (!lease.calling).then_some(lease.call_at);
+                // A call-back without a place waits for the end of another one, not for an instant.
+                let may_call = !lease.calling && self.budget.has_place(lease);
+                let call = may_call.then_some(lease.call_at);
                 [lease.expires, stale, call].into_iter().flatten()
             })
             .min()
@@ -300,16 +338,54 @@ impl Registry {
             .collect()
     }
 
-    fn leases_mut(&mut self) -> impl Iterator<Item = &mut Lease> {
-        self.entries
-            .values_mut()
-            .flat_map(|entry| [&mut entry.member, &mut entry.candidate])
-            .flatten()
+    /// Takes what is to be said of names that two sidecars have, each dispute once.
+    pub fn disputes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.disputes)
     }
 
-    fn forget_empty(&mut self) {
+    /// Forgets names without registration, and ends disputes that one side has left.
+    fn tidy(&mut self, now: Instant) {
         self.entries
             .retain(|_, entry| entry.member.is_some() || entry.candidate.is_some());
+        for entry in self.entries.values_mut() {
+            entry.settle(now);
+        }
+    }
+}
+
+impl Entry {
+    /// Uses neither of both from now on. Returns what is to be said.
+    fn open_dispute(&mut self) -> Option<String> {
+        let (member, candidate) = (self.member.as_mut()?, self.candidate.as_mut()?);
+        let place = |lease: &Lease| {
+            let admin = lease.instance.admin.as_ref();
+            admin.unwrap_or(&lease.instance.http).to_string()
+        };
+        let dispute = format!(
+            "two sidecars have the id {:?}: {} and {}; neither is used until one stops or gets another --id",
+            member.instance.id,
+            place(member),
+            place(candidate)
+        );
+        for lease in [member, candidate] {
+            lease.instance.standing = Standing::NotReady(dispute.clone());
+        }
+        self.dispute = Some(dispute.clone());
+        Some(dispute)
+    }
+
+    /// Ends a dispute once one side is gone: the other side is called back, and used if it answers.
+    fn settle(&mut self, now: Instant) {
+        if self.dispute.is_some() && (self.member.is_none() || self.candidate.is_none()) {
+            self.dispute = None;
+            self.replaced = None;
+            for lease in [&mut self.member, &mut self.candidate]
+                .into_iter()
+                .flatten()
+            {
+                lease.call_at = now;
+            }
+        }
     }
 }
 
@@ -317,7 +393,7 @@ impl Registry {
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// A `ready` that has not been repeated for so long does not count. The sidecar, on its side, is not
 /// ready without an acknowledgement of the same age.
-const ANSWER_VALID: Duration = Duration::from_secs(15);
+pub const ANSWER_VALID: Duration = Duration::from_secs(15);
 
 #[cfg(test)]
 mod tests;

@@ -95,7 +95,7 @@ impl Registration {
                     Message::RegisterRefused
                 }
             },
-            ToProxy::Leave(leave) => match self.registry.leave(&leave.id, leave.epoch.0) {
+            ToProxy::Leave(leave) => match self.registry.leave(now, &leave.id, leave.epoch.0) {
                 Some(gone) => {
                     info!(id = gone.id, epoch = gone.epoch, "left");
                     Message::Leave

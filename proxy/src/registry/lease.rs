@@ -20,6 +20,18 @@ pub(super) struct Lease {
 }
 
 impl Lease {
+    /// Returns true for a registration by the network that no call-back has confirmed yet.
+    pub(super) fn is_unproven(&self) -> bool {
+        self.expires.is_some() && self.answered.is_none()
+    }
+
+    /// Returns the hosts that a call-back goes to.
+    pub(super) fn hosts(&self) -> [Option<&str>; 2] {
+        let admin = self.instance.admin.as_ref().map(|admin| admin.host());
+        let http = self.instance.http.host();
+        [admin, (admin != Some(http)).then_some(http)]
+    }
+
     pub(super) fn has_expired(&self, now: Instant) -> bool {
         self.expires.is_some_and(|at| at <= now)
     }

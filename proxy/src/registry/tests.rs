@@ -188,7 +188,7 @@ fn a_forged_epoch_changes_nothing() {
     w.due();
     w.answer("d", 666, Answer::Stranger);
     assert_eq!(w.shown(), ["d@1 ready"]);
-    assert_eq!(w.registry.leave("d", 666).map(|i| i.id), None);
+    assert_eq!(w.registry.leave(w.now, "d", 666).map(|i| i.id), None);
     assert_eq!(w.shown(), ["d@1 ready"]);
 }
 
@@ -196,8 +196,11 @@ fn a_forged_epoch_changes_nothing() {
 fn a_good_bye_is_taken_at_once() {
     let mut w = World::new();
     w.member("d", 1);
-    assert_eq!(w.registry.leave("x", 1).map(|i| i.id), None);
-    assert_eq!(w.registry.leave("d", 1).map(|i| i.id), Some("d".into()));
+    assert_eq!(w.registry.leave(w.now, "x", 1).map(|i| i.id), None);
+    assert_eq!(
+        w.registry.leave(w.now, "d", 1).map(|i| i.id),
+        Some("d".into())
+    );
     assert_eq!(w.shown(), Vec::<String>::new());
     w.answer("d", 1, READY);
     assert_eq!(
