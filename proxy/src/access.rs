@@ -10,6 +10,7 @@ use subtle::ConstantTimeEq;
 
 use crate::error::{ApiError, Code};
 use crate::instance::Instance;
+use crate::origin::require_local;
 
 /// Keys and permitted hosts.
 #[derive(Clone, Default, Args)]
@@ -133,10 +134,11 @@ pub fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
     ))
 }
 
-/// Whether a client may change the proxy.
+/// Checks that a client may change the proxy: by its key or, without `--admin-key`, as a program on this
+/// host.
 ///
 /// # Errors
-/// It may not.
+/// The client may not.
 pub fn may_change(
     access: &Access,
     headers: &HeaderMap,
@@ -147,7 +149,11 @@ pub fn may_change(
         None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
     };
     if allowed {
-        return Ok(());
+        // No page learns a key, and no browser adds one by itself.
+        return match access.admin_key {
+            Some(_) => Ok(()),
+            None => require_local(headers),
+        };
     }
     Err(ApiError::new(
         Code::NotPermitted,

@@ -1,5 +1,6 @@
 //! The HTTP endpoints.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,12 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body::Body as _;
+use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::select;
 use tokio::time::timeout;
 
 use crate::access::may_ask;
@@ -22,6 +25,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
 use crate::headers::leg_headers;
 use crate::id;
+use crate::origin::require_json;
 use crate::plan::Plan;
 use crate::record::Record;
 use crate::relay;
@@ -60,7 +64,8 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
     let (head, body) = request.into_parts();
     let id = id::assign(&head.headers);
     let named = id::header_value(&id);
-    let answered = accept(&app, endpoint, id, at, head.headers, body).await;
+    let peer = peer(&head.extensions);
+    let answered = accept(&app, endpoint, id, at, head.headers, body, peer).await;
     let mut response = answered.unwrap_or_else(|error| {
         app.metrics.rejected(error.code());
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
@@ -78,11 +83,19 @@ async fn accept(
     at: Instant,
     headers: HeaderMap,
     body: Body,
+    peer: Option<IpAddr>,
 ) -> Result<Response, ApiError> {
     may_ask(&app.config.access, &headers)?;
+    require_json(&headers)?;
+    let draining = || ApiError::new(Code::Draining, "the proxy is shutting down");
     if app.draining.is_cancelled() {
-        return Err(ApiError::new(Code::Draining, "the proxy is shutting down"));
+        return Err(draining());
     }
+    let body = read(app, body, app.config.max_body_bytes, peer).await?;
+    if app.draining.is_cancelled() {
+        return Err(draining());
+    }
+    // After the body: one that stops half-way must not hold the place of a request.
     let permit = app.admit().ok_or_else(|| {
         let most = app.config.max_in_flight;
         ApiError::new(
@@ -90,7 +103,6 @@ async fn accept(
             format!("{most} requests are under way already (--max-in-flight)"),
         )
     })?;
-    let body = read(body, app.config.max_body_bytes, app.config.client_timeout).await?;
     let arrival = Arrival {
         at,
         endpoint,
@@ -101,22 +113,70 @@ async fn accept(
     drive::serve(app, permit, arrival).await
 }
 
-/// Reads a body of at most so many bytes.
+/// Returns the address that a request has come from.
+pub fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
+    extensions.get::<SocketAddr>().map(SocketAddr::ip)
+}
+
+/// Reads a body of at most so many bytes. An upload may take long; it may not pause for longer than
+/// `--client-timeout`.
 ///
 /// # Errors
-/// It is longer, breaks off, or does not come in time.
-pub async fn read(body: Body, limit: usize, time: Duration) -> Result<Bytes, ApiError> {
-    match timeout(time, Limited::new(body, limit).collect()).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(ApiError::new(
-            Code::BodyTooLarge,
-            format!("the request body is longer than {limit} bytes"),
-        )),
-        Ok(Err(e)) => Err(ApiError::new(Code::BodyUnreadable, e.to_string())),
-        Err(_) => Err(ApiError::new(
-            Code::BodyTimeout,
-            "the request body did not come in time",
-        )),
+/// It is longer, breaks off, pauses, or has to give way to others.
+pub async fn read(
+    app: &App,
+    mut body: Body,
+    limit: usize,
+    from: Option<IpAddr>,
+) -> Result<Bytes, ApiError> {
+    let too_large = || {
+        let text = format!("the request body is longer than {limit} bytes");
+        ApiError::new(Code::BodyTooLarge, text)
+    };
+    // Before a byte is read: what announces that it is too large gets no place.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large());
+    }
+    if body.is_end_stream() {
+        return Ok(Bytes::new());
+    }
+    let displaced = || {
+        let text = "other requests needed the place of this body, which came slowest (--max-in-flight, \
+                    --max-upload-bytes)";
+        ApiError::new(Code::UploadDisplaced, text)
+    };
+    let upload = app
+        .uploads
+        .begin(Instant::now(), from)
+        .map_err(|_| displaced())?;
+    let silence = app.config.client_timeout;
+    let mut whole = BytesMut::new();
+    loop {
+        let frame = select! {
+            biased;
+            () = upload.displaced() => return Err(displaced()),
+            frame = timeout(silence, body.frame()) => frame,
+        };
+        let frame = frame.map_err(|_| {
+            let text = format!(
+                "the client sent nothing of the request body for {silence:?} (--client-timeout)"
+            );
+            ApiError::new(Code::BodyTimeout, text)
+        })?;
+        let Some(frame) = frame else {
+            return Ok(whole.freeze());
+        };
+        let frame = frame.map_err(|e| ApiError::new(Code::BodyUnreadable, e.to_string()))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if whole.len() + data.len() > limit {
+            return Err(too_large());
+        }
+        upload
+            .grow(Instant::now(), data.len())
+            .map_err(|_| displaced())?;
+        whole.extend_from_slice(&data);
     }
 }
 
@@ -178,6 +238,7 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
+    app.metrics.show_uploads(app.uploads.len());
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     (
         [(header::CONTENT_TYPE, kind)],

@@ -21,6 +21,7 @@ use crate::policy::Policy;
 use crate::record::Recent;
 use crate::route::{Facts, Side};
 use crate::summary::PrefillTimes;
+use crate::uploads::Uploads;
 
 /// The instances as routing sees them; replaced as a whole at each change.
 pub type Instances = Arc<[Arc<Instance>]>;
@@ -58,6 +59,8 @@ pub struct App {
     pub spans: Option<mpsc::Sender<Value>>,
     /// What the registration task is asked to do.
     pub commands: mpsc::Sender<Command>,
+    /// Bodies on their way in.
+    pub uploads: Arc<Uploads>,
     suspects: mpsc::Sender<String>,
     slots: Arc<Semaphore>,
     decode_turn: AtomicUsize,
@@ -83,6 +86,7 @@ impl App {
             measured: Measured::default(),
             legs,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),
+            uploads: Arc::new(Uploads::new(config.max_in_flight, config.upload_bytes())),
             config,
             registration,
             instances,

@@ -13,6 +13,7 @@ use crate::announce::metadata;
 use crate::load::Breaker;
 use crate::mode::Mode;
 use crate::policy::Policy;
+use crate::registry::ANSWER_VALID;
 use crate::sources::Sources;
 use crate::tls::TlsFiles;
 use crate::url::BaseUrl;
@@ -38,7 +39,8 @@ pub struct Config {
           value_parser = at_least_one)]
     pub max_in_flight: usize,
 
-    /// Client connections at once; more wait in the kernel's queue.
+    /// Client connections at once. For more, the longest idle ones are closed; where all are busy with
+    /// requests, others get 429, and /health, /ready, /metrics and the admin endpoints still answer.
     #[arg(long, env = "PD_PROXY_MAX_CONNECTIONS", default_value_t = 4096, value_name = "N",
           value_parser = at_least_one)]
     pub max_connections: usize,
@@ -47,6 +49,11 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_MAX_BODY_BYTES", default_value_t = 16 * 1024 * 1024,
           value_name = "BYTES", value_parser = at_least_one)]
     pub max_body_bytes: usize,
+
+    /// Request bodies on their way in, all together; the slowest of them give way to others (429).
+    #[arg(long, env = "PD_PROXY_MAX_UPLOAD_BYTES", default_value_t = 256 * 1024 * 1024,
+          value_name = "BYTES", value_parser = at_least_one)]
+    pub max_upload_bytes: usize,
 
     /// Instances that can be registered at once.
     #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
@@ -152,13 +159,14 @@ pub struct Config {
           value_parser = duration)]
     pub idle_timeout: Duration,
 
-    /// Longest time for a client to send a request's head, its body, or to read nothing of its
-    /// answer.
+    /// Longest time for a client to send a request's head, to pause within its body, or to read nothing
+    /// of its answer.
     #[arg(long, env = "PD_PROXY_CLIENT_TIMEOUT", default_value = "30s", value_name = "TIME",
           value_parser = duration)]
     pub client_timeout: Duration,
 
-    /// Time between two call-backs to a registered sidecar: acknowledgement and health check.
+    /// Time between two call-backs to a registered sidecar: acknowledgement and health check. At most 10s:
+    /// an answer holds for 15 s.
     #[arg(long, env = "PD_PROXY_CALL_BACK_EVERY", default_value = "5s", value_name = "TIME",
           value_parser = duration)]
     pub call_back_every: Duration,
@@ -218,6 +226,11 @@ impl Config {
         }
     }
 
+    /// Returns the memory for bodies on their way in: one of the largest always fits.
+    pub fn upload_bytes(&self) -> usize {
+        self.max_upload_bytes.max(self.max_body_bytes)
+    }
+
     /// What is wrong with the flags and the files that they name, every problem at once.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.access.problems();
@@ -240,6 +253,13 @@ impl Config {
                 problems.push(error.to_string());
             }
         }
+        if self.call_back_every > LONGEST_CALL_BACK_EVERY {
+            problems.push(format!(
+                "--call-back-every {:?}: at most {LONGEST_CALL_BACK_EVERY:?}, because an instance counts as ready for \
+                 {ANSWER_VALID:?} after a call-back, which itself may take 4s",
+                self.call_back_every
+            ));
+        }
         problems.extend(self.addresses.problems());
         problems
     }
@@ -252,6 +272,9 @@ fn is_of_kubernetes(name: &str, value: &str) -> bool {
     });
     name.ends_with("_PORT") && url
 }
+
+/// A call-back takes 2 s to the sidecar and 2 s to the engine at most, and one may be late.
+const LONGEST_CALL_BACK_EVERY: Duration = Duration::from_secs(10);
 
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {

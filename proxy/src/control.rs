@@ -1,6 +1,5 @@
 //! Endpoints that change the proxy: instances, mode, conversations.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,15 +7,17 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::access::{self, Access};
+use crate::access;
+use crate::api;
 use crate::app::App;
 use crate::error::{ApiError, Code};
 use crate::instance::{Instance, Named, Source};
 use crate::mode::Mode;
+use crate::origin::require_json_if_any;
 
 /// Something that the registration task is asked to do.
 #[derive(Debug)]
@@ -76,8 +77,8 @@ pub async fn clear(State(app): State<Arc<App>>, request: Request) -> Result<Json
 /// `POST /instances`
 pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     permit(&app, &request)?;
-    let time = app.config.client_timeout;
-    let body = crate::api::read(request.into_body(), MAX_BODY_BYTES, time).await?;
+    let from = api::peer(request.extensions());
+    let body = api::read(&app, request.into_body(), MAX_BODY_BYTES, from).await?;
     let instance = named(&body)?;
     let id = instance.id.clone();
     let refused = |error: String| ApiError::new(Code::InvalidInstance, error);
@@ -153,19 +154,15 @@ async fn ask<T>(
 }
 
 fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
-    permit_from(&app.config.access, request.headers(), peer(request))
-}
-
-fn permit_from(
-    access: &Access,
-    headers: &HeaderMap,
-    peer: Option<SocketAddr>,
-) -> Result<(), ApiError> {
-    access::may_change(access, headers, peer.map(|peer| peer.ip()))
-}
-
-fn peer(request: &Request) -> Option<SocketAddr> {
-    request.extensions().get::<SocketAddr>().copied()
+    let (headers, peer) = (request.headers(), api::peer(request.extensions()));
+    let permitted = access::may_change(&app.config.access, headers, peer)
+        .and_then(|()| require_json_if_any(headers, request.body()));
+    permitted.inspect_err(|error| {
+        app.metrics.rejected(error.code());
+        // Each local request could write a line; what a stranger sends is shown escaped and cut.
+        let (method, path) = (request.method(), request.uri().path());
+        tracing::warn!(%method, path = %path.escape_debug(), code = error.code().as_str(), %error, "change refused");
+    })
 }
 
 /// One instance.

@@ -14,7 +14,8 @@ pub fn raise_limit(config: &Config) -> Option<String> {
     };
     // Where it stays as it is, the comparison below says so.
     setrlimit(Resource::Nofile, raised).ok();
-    let wanted = config.max_connections + 2 * config.max_in_flight + OTHERS;
+    let wanted =
+        config.max_connections + crate::server::RESERVE + 2 * config.max_in_flight + OTHERS;
     let permitted = getrlimit(Resource::Nofile).current?;
     (permitted < wanted as u64).then(|| {
         format!(

@@ -58,6 +58,8 @@ codes! {
     InvalidJson = "invalid_json", BAD_REQUEST;
     /// The body names a transfer of its own.
     TransferParams = "kv_transfer_params_not_allowed", BAD_REQUEST;
+    /// The body is not declared as JSON. vLLM answers 400 here, not 415.
+    UnsupportedMediaType = "unsupported_media_type", BAD_REQUEST;
     /// The body broke off.
     BodyUnreadable = "body_unreadable", BAD_REQUEST;
     /// The body is longer than permitted.
@@ -70,6 +72,10 @@ codes! {
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED;
     /// Too many requests are under way.
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS;
+    /// The body came slowest when others needed its place.
+    UploadDisplaced = "upload_displaced", TOO_MANY_REQUESTS;
+    /// Every connection is busy with a request.
+    TooManyConnections = "too_many_connections", TOO_MANY_REQUESTS;
     /// The proxy takes no new requests.
     Draining = "draining", SERVICE_UNAVAILABLE;
     /// The proxy stops and cannot wait for the request.
@@ -103,7 +109,7 @@ impl Code {
 
     /// A repeat of the same request may succeed.
     fn is_retryable(self) -> bool {
-        self == Self::TooManyRequests || self.status().is_server_error()
+        self.status() == StatusCode::TOO_MANY_REQUESTS || self.status().is_server_error()
     }
 }
 

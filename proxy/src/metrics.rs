@@ -50,6 +50,8 @@ pub struct Metrics {
     spans: Counters<1>,
     notices: Counters<1>,
     moved_bytes: Counter<u64, AtomicU64>,
+    uploads: Gauge,
+    idle_closed: Counter,
 }
 
 impl Metrics {
@@ -145,6 +147,16 @@ impl Metrics {
         let reason = details.and_then(|x| x.reason);
         self.notices.get_or_create(&notice_labels(reason)).inc();
         self.moved_bytes.inc_by(details.map_or(0, |x| x.bytes));
+    }
+
+    /// Shows how many request bodies are on their way in.
+    pub fn show_uploads(&self, count: usize) {
+        self.uploads.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Counts an idle client connection that was closed to make room.
+    pub fn idle_closed(&self) {
+        self.idle_closed.inc();
     }
 
     /// Who is there.

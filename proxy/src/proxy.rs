@@ -162,7 +162,7 @@ impl Proxy {
             acceptor: self.acceptor,
         };
         let router = api::router(Arc::clone(&app));
-        let http = server::serve(port, router, limits, closing.clone());
+        let http = server::serve(Arc::clone(&app), port, router, limits, closing.clone());
         let registration = self.registration.run(closing.clone());
         tasks.spawn(async {
             http.await;

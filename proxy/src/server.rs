@@ -4,10 +4,13 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
-use http::Request;
+use axum::body::Body;
+use axum::response::Response;
+use http::header::CONNECTION;
+use http::{HeaderValue, Request};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -21,9 +24,12 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
+use crate::app::App;
+use crate::error::{ApiError, Code};
 use crate::patience::Patience;
+use crate::seats::{BusyBody, Seat, Seats};
 
 /// Where clients connect.
 pub struct Port {
@@ -52,9 +58,17 @@ pub struct Limits {
 }
 
 /// Serves until `stop`, then lets answers that are being written finish.
-pub async fn serve(port: Port, router: Router, limits: Limits, stop: CancellationToken) {
+pub async fn serve(
+    app: Arc<App>,
+    port: Port,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) {
     let Port { listener, acceptor } = port;
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let seats = Arc::new(Seats::new(limits.connections));
+    // Also bounds connections that have been asked to leave and still write.
+    let places = Arc::new(Semaphore::new(limits.connections + RESERVE));
     let mut connections = JoinSet::new();
     loop {
         let (stream, peer, place) = select! {
@@ -73,8 +87,14 @@ pub async fn serve(port: Port, router: Router, limits: Limits, stop: Cancellatio
             debug!(error = %e, "the client has gone already");
             continue;
         }
+        let seat = seats.sit(Instant::now());
+        if seat.displaces {
+            app.metrics.idle_closed();
+        }
         let client = Client {
             peer,
+            app: Arc::clone(&app),
+            seat: Arc::new(seat),
             router: router.clone(),
             limits,
             stop: stop.clone(),
@@ -118,6 +138,8 @@ async fn accept(
 /// One connection's client.
 struct Client {
     peer: SocketAddr,
+    app: Arc<App>,
+    seat: Arc<Seat>,
     router: Router,
     limits: Limits,
     stop: CancellationToken,
@@ -126,7 +148,12 @@ struct Client {
 
 impl Client {
     async fn serve_tls(self, acceptor: TlsAcceptor, stream: TcpStream) {
-        match timeout(self.limits.client_timeout, acceptor.accept(stream)).await {
+        let leave = self.seat.leave.clone();
+        let handshake = timeout(self.limits.client_timeout, acceptor.accept(stream));
+        let Some(handshake) = leave.run_until_cancelled(handshake).await else {
+            return;
+        };
+        match handshake {
             Ok(Ok(stream)) => self.serve(stream).await,
             Ok(Err(e)) => debug!(error = %e, "no TLS with a client"),
             Err(_) => debug!("a client did not finish its TLS handshake in time"),
@@ -137,12 +164,23 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (router, peer) = (self.router, self.peer);
+        let (router, peer, app) = (self.router, self.peer, self.app);
+        let seat = Arc::clone(&self.seat);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer);
-            let router = router.clone();
+            let (router, app) = (router.clone(), Arc::clone(&app));
+            let (busy, is_reserve) = (seat.begin(), seat.is_reserve);
             async move {
-                Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|e| match e {}))
+                let mut response = if is_reserve && request.uri().path().starts_with("/v1/") {
+                    no_place(&app)
+                } else {
+                    router.oneshot(request).await.unwrap_or_else(|e| match e {})
+                };
+                if is_reserve {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                Ok::<_, Infallible>(response.map(|body| Body::new(BusyBody::new(body, busy))))
             }
         });
         let io = TokioIo::new(Patience::new(stream, self.limits.client_timeout));
@@ -158,12 +196,37 @@ impl Client {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
+            () = self.seat.leave.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                match timeout(LEAVE_TIME, connection.as_mut()).await {
+                    Ok(ended) => ended,
+                    // A request came in just before the newcomer.
+                    Err(_) if self.seat.is_busy() => connection.await,
+                    Err(_) => Ok(()),
+                }
+            }
         };
         if let Err(e) = ended {
             debug!(error = %e, "client connection ended");
         }
     }
 }
+
+/// Refuses a request on a connection of the reserve.
+fn no_place(app: &App) -> Response {
+    let most = app.config.max_connections;
+    let text = format!("{most} connections are busy with requests (--max-connections)");
+    let error = ApiError::new(Code::TooManyConnections, text);
+    app.metrics.rejected(error.code());
+    info!(code = error.code().as_str(), %error, "rejected");
+    error.into_response()
+}
+
+/// Connections beyond `--max-connections`: for health probes, scrapers and the operator.
+pub const RESERVE: usize = 64;
+
+/// An idle connection that makes room writes what it has still buffered.
+const LEAVE_TIME: Duration = Duration::from_millis(200);
 
 /// What answers cut off at the end of draining get, to be written and read.
 const LAST_WORDS: Duration = Duration::from_secs(1);

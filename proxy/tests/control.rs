@@ -265,3 +265,71 @@ async fn traces_reach_the_engines_and_the_collector() {
     assert_eq!(spans[0]["spanId"], passed[36..52]);
     assert_eq!(spans[0]["parentSpanId"], sent[36..52]);
 }
+
+#[tokio::test]
+async fn a_web_page_changes_nothing() {
+    let rig = Rig::start(&[]).await;
+    let engine = Engine::alone("d").await;
+    let host = rig.client.base.strip_prefix("http://").unwrap().to_owned();
+    let own = format!("http://{host}");
+    let named = json!({"role": "decode", "url": engine.url, "id": "page"}).to_string();
+    let json = ("content-type", "application/json");
+    let pages: [&[(&'static str, &str)]; 7] = [
+        &[
+            ("content-type", "text/plain"),
+            ("origin", "https://evil.example"),
+        ],
+        &[("content-type", "text/plain")],
+        &[json, ("host", "evil.example")],
+        &[
+            json,
+            ("host", "evil.example:8000"),
+            ("origin", "http://evil.example:8000"),
+        ],
+        &[json, ("origin", "http://localhost:3000")],
+        &[json, ("sec-fetch-site", "cross-site")],
+        &[json, ("x-forwarded-for", "10.1.2.3")],
+    ];
+    let refusals = ["not_permitted", "unsupported_media_type"];
+    for headers in pages {
+        for (path, body) in [
+            ("/instances", named.as_str()),
+            ("/mode/ppd", "x"),
+            ("/instances/d/drain", "x"),
+            ("/conversations/clear", "x"),
+        ] {
+            let answer = rig.client.post_with(path, headers, body.to_owned()).await;
+            let shown = format!("{path} {headers:?} {}", answer.text());
+            assert!(answer.status.is_client_error(), "{shown}");
+            assert!(refusals.contains(&answer.error_code().as_str()), "{shown}");
+        }
+    }
+    // A form without a body has no content type; its Origin gives it away.
+    let form = [("origin", "null")];
+    let answer = rig.client.post_with("/mode/ppd", &form, "").await;
+    assert_eq!(answer.error_code(), "not_permitted");
+    assert_eq!(rig.client.get("/instances").await.json(), json!([]));
+    assert_eq!(rig.client.get("/mode").await.json()["mode"], "pd");
+    rig.until_metric("pd_proxy_rejected_total{code=\"not_permitted\"}", 1.0)
+        .await;
+
+    // Programs of this host change it as before, and the instance serves.
+    let same = [json, ("origin", own.as_str())];
+    let added = rig.client.post_with("/instances", &same, named).await;
+    assert_eq!(added.status, 201, "{}", added.text());
+    rig.until_state("page", "ready").await;
+    assert_eq!(rig.client.post_with("/mode/ppd", &[], "").await.status, 200);
+    let body = json!({"model": "m", "prompt": "hello"}).to_string();
+    let plain = [("content-type", "text/plain")];
+    let refused = rig
+        .client
+        .post_with(COMPLETIONS, &plain, body.clone())
+        .await;
+    assert_eq!(
+        (refused.status.as_u16(), refused.error_code().as_str()),
+        (400, "unsupported_media_type")
+    );
+    assert!(engine.seen().is_empty());
+    let served = rig.client.post_with(COMPLETIONS, &[], body).await;
+    assert_eq!((served.status.as_u16(), engine.seen().len()), (200, 1));
+}

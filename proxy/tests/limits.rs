@@ -194,7 +194,10 @@ async fn slow_clients_are_given_up_on() {
     );
     // ... nor a body that does not ...
     for path in [COMPLETIONS, "/instances"] {
-        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+             content-length: 100\r\n\r\n{{"
+        );
         let answer = closed(head.as_bytes()).await;
         assert!(
             answer.starts_with("HTTP/1.1 408") && answer.contains("body_timeout"),
@@ -209,7 +212,7 @@ async fn slow_clients_are_given_up_on() {
     let body = streamed().to_string();
     let mut stream = TcpStream::connect(&address).await.unwrap();
     let request = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     stream.write_all(request.as_bytes()).await.unwrap();

@@ -1,5 +1,6 @@
 use super::*;
 use crate::instance::{Connector, Named, Source};
+use http::header::HOST;
 use protocol::registration::InstanceRole;
 
 #[test]
@@ -26,10 +27,13 @@ fn keys() {
 fn changes() {
     let open = Access::default();
     let from = |text: &str| Some(text.parse().unwrap());
-    let none = HeaderMap::new();
+    let mut none = HeaderMap::new();
+    none.insert(HOST, "localhost".parse().unwrap());
     assert!(may_change(&open, &none, from("127.0.0.1")).is_ok());
     assert!(may_change(&open, &none, from("::ffff:127.0.0.1")).is_ok());
     assert!(may_change(&open, &none, from("10.0.0.1")).is_err());
+    none.insert(HOST, "rebound.example".parse().unwrap());
+    assert!(may_change(&open, &none, from("127.0.0.1")).is_err());
     let keyed = Access {
         admin_key: Some("k".into()),
         ..Access::default()

@@ -25,3 +25,14 @@ fn values() {
     check("--listen", "8000", false);
     check("--listen", "[::1]:8000", true);
 }
+
+#[test]
+fn call_backs_come_before_their_answers_are_too_old() {
+    let problems = |value: &str| parse(&["--call-back-every", value]).unwrap().problems();
+    assert_eq!(problems("10s"), Vec::<String>::new());
+    for value in ["11s", "15s", "1h"] {
+        let problems = problems(value);
+        assert_eq!(problems.len(), 1, "{value}: {problems:?}");
+        assert!(problems[0].contains("at most 10s"), "{problems:?}");
+    }
+}

@@ -40,6 +40,8 @@ impl Metrics {
             spans: Family::default(),
             notices: Family::default(),
             moved_bytes: Counter::default(),
+            uploads: Gauge::default(),
+            idle_closed: Counter::default(),
         };
         metrics.register();
         metrics.touch();
@@ -126,6 +128,16 @@ impl Metrics {
             self.shared.clone(),
         );
         r.register("spans", "Spans for the collector", self.spans.clone());
+        r.register(
+            "uploads",
+            "Request bodies on their way in",
+            self.uploads.clone(),
+        );
+        r.register(
+            "idle_connections_closed",
+            "Idle client connections closed to make room for others",
+            self.idle_closed.clone(),
+        );
         r.register(
             "notices",
             "Senders' notices on a request's KV",

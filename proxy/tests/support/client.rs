@@ -90,6 +90,10 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
+        let is_typed = headers.iter().any(|(name, _)| *name == "content-type");
+        if !body.is_empty() && !is_typed {
+            request = request.header("content-type", "application/json");
+        }
         let request = request.body(Full::new(body)).unwrap();
         let response = timeout(super::PATIENCE, self.http.request(request))
             .await

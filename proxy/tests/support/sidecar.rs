@@ -59,9 +59,31 @@ impl Sidecar {
         sidecar
     }
 
+    /// As [`Sidecar::start`], with this epoch.
+    pub async fn start_as(
+        name: &str,
+        epoch: u64,
+        role: InstanceRole,
+        http: &str,
+        registration: &str,
+    ) -> Self {
+        let mut sidecar = Self::silent_as(name, epoch, role, http, registration).await;
+        sidecar.beat();
+        sidecar
+    }
+
     /// A sidecar with its connection and admin server, which does not register by itself.
     pub async fn silent(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
-        let epoch = 7;
+        Self::silent_as(name, 7, role, http, registration).await
+    }
+
+    async fn silent_as(
+        name: &str,
+        epoch: u64,
+        role: InstanceRole,
+        http: &str,
+        registration: &str,
+    ) -> Self {
         let answer = Arc::new(Mutex::new(Answer::Own { ready: true }));
         let calls = Arc::default();
         let admin = Admin {

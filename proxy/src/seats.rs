@@ -1,0 +1,218 @@
+//! Client connections: how many there are, which ones are idle, and which one leaves for a newcomer.
+//!
+//! A client pool keeps connections open between its requests. Without eviction, enough of them keep every
+//! other client out, and the orchestrator's health probe too.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use http_body::{Frame, SizeHint};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// All client connections.
+#[derive(Debug)]
+pub struct Seats {
+    most: usize,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    taken: BTreeMap<u64, Taken>,
+    closed: u64,
+    said: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    /// Requests under way: one at most, its answer included.
+    busy: usize,
+    /// Start of the idle time, if `busy` is zero.
+    since: Instant,
+    leave: CancellationToken,
+}
+
+/// One connection's place, given back when dropped.
+#[derive(Debug)]
+pub struct Seat {
+    seats: Arc<Seats>,
+    number: u64,
+    /// Set when a newcomer takes the place.
+    pub leave: CancellationToken,
+    /// Every other place is busy: only what tells about the proxy is served here.
+    pub is_reserve: bool,
+    /// An idle connection has been asked to leave for this one.
+    pub displaces: bool,
+}
+
+/// A request under way; the connection is idle again once it is dropped.
+#[derive(Debug)]
+pub struct Busy {
+    seats: Arc<Seats>,
+    number: u64,
+}
+
+impl Seats {
+    /// Places for so many connections.
+    pub fn new(most: usize) -> Self {
+        Self {
+            most,
+            table: Mutex::default(),
+        }
+    }
+
+    /// Takes a place. If there is none, the connection that has been idle for longest is asked to leave.
+    pub fn sit(self: &Arc<Self>, now: Instant) -> Seat {
+        let mut table = self.table();
+        let staying = |taken: &&Taken| !taken.leave.is_cancelled();
+        let is_full = table.taken.values().filter(staying).count() >= self.most;
+        let displaces = is_full && table.displace(now, self.most);
+        let (number, leave) = (table.next, CancellationToken::new());
+        table.next += 1;
+        let taken = Taken {
+            busy: 0,
+            since: now,
+            leave: leave.clone(),
+        };
+        table.taken.insert(number, taken);
+        Seat {
+            seats: Arc::clone(self),
+            number,
+            leave,
+            is_reserve: is_full && !displaces,
+            displaces,
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // No step leaves the table half changed.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn displace(&mut self, now: Instant, most: usize) -> bool {
+        let idle = self.taken.values().filter(|taken| taken.busy == 0);
+        let staying = idle.filter(|taken| !taken.leave.is_cancelled());
+        let Some(longest) = staying.min_by_key(|taken| taken.since) else {
+            return false;
+        };
+        longest.leave.cancel();
+        self.closed += 1;
+        if self.said.is_none_or(|at| at + SAY_EVERY <= now) {
+            self.said = Some(now);
+            let (limit, total) = (most, self.closed);
+            warn!(
+                limit,
+                total,
+                "client connections are at --max-connections: those that are idle for longest are closed"
+            );
+        }
+        true
+    }
+}
+
+impl Seat {
+    /// Marks the connection as busy with a request.
+    pub fn begin(&self) -> Busy {
+        if let Some(taken) = self.seats.table().taken.get_mut(&self.number) {
+            taken.busy += 1;
+        }
+        Busy {
+            seats: Arc::clone(&self.seats),
+            number: self.number,
+        }
+    }
+
+    /// Returns true while a request is under way.
+    pub fn is_busy(&self) -> bool {
+        let table = self.seats.table();
+        table.taken.get(&self.number).is_some_and(|t| t.busy > 0)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.seats.table().taken.remove(&self.number);
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        if let Some(taken) = self.seats.table().taken.get_mut(&self.number) {
+            taken.busy -= 1;
+            taken.since = Instant::now();
+        }
+    }
+}
+
+/// An answer's body, which keeps its connection busy until its end.
+#[derive(Debug)]
+pub struct BusyBody {
+    body: Body,
+    _busy: Busy,
+}
+
+impl BusyBody {
+    /// Wraps a body.
+    pub fn new(body: Body, busy: Busy) -> Self {
+        Self { body, _busy: busy }
+    }
+}
+
+impl http_body::Body for BusyBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Between two lines on closed connections; the counter has them all.
+const SAY_EVERY: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_idle_leaves() {
+        let seats = Arc::new(Seats::new(2));
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let first = seats.sit(start);
+        let busy = first.begin();
+        let second = seats.sit(at(1));
+        let third = seats.sit(at(2));
+        assert!(third.displaces && !third.is_reserve);
+        assert!(second.leave.is_cancelled() && !first.leave.is_cancelled());
+        let busy_too = third.begin();
+        let reserve = seats.sit(at(3));
+        assert!(reserve.is_reserve && !reserve.displaces);
+        drop((busy, second));
+        assert!(!first.is_busy() && third.is_busy());
+        drop(busy_too);
+        let next = seats.sit(at(4));
+        assert!(next.displaces && !next.is_reserve);
+        drop((first, third, reserve, next));
+        assert!(seats.table().taken.is_empty());
+    }
+}

@@ -1,0 +1,246 @@
+//! Request bodies on their way in: a place and memory for each, taken from the slowest when others need it.
+//!
+//! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without this bound a
+//! few hundred such bodies would keep every client out. A newcomer takes the place of the slowest body of
+//! the address that holds most, so that one address cannot displace what others send.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+/// All bodies on their way in.
+#[derive(Debug)]
+pub struct Uploads {
+    most: usize,
+    most_bytes: usize,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    bytes: usize,
+    open: BTreeMap<u64, Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    from: Option<IpAddr>,
+    bytes: usize,
+    /// Start of the span over which the pace is measured, and the bytes at that instant.
+    since: (Instant, usize),
+    /// Bytes of the last whole span.
+    pace: usize,
+    /// Arrival of the last bytes.
+    last: Instant,
+    begun: Instant,
+    displaced: CancellationToken,
+}
+
+/// One body's place, given back when dropped.
+#[derive(Debug)]
+pub struct Upload {
+    uploads: Arc<Uploads>,
+    number: u64,
+    displaced: CancellationToken,
+}
+
+/// There is no place, and every body on its way in is as young as the newcomer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+impl Uploads {
+    /// Places for so many bodies, with so many bytes together.
+    pub fn new(most: usize, most_bytes: usize) -> Self {
+        Self {
+            most,
+            most_bytes,
+            table: Mutex::default(),
+        }
+    }
+
+    /// Takes a place, from the slowest body if there is none.
+    ///
+    /// # Errors
+    /// See [`Full`].
+    pub fn begin(self: &Arc<Self>, now: Instant, from: Option<IpAddr>) -> Result<Upload, Full> {
+        let from = from.map(network);
+        let mut table = self.table();
+        if table.open.len() >= self.most {
+            table.displace(now, None)?;
+        }
+        let (number, displaced) = (table.next, CancellationToken::new());
+        table.next += 1;
+        let open = Open {
+            from,
+            bytes: 0,
+            since: (now, 0),
+            pace: 0,
+            last: now,
+            begun: now,
+            displaced: displaced.clone(),
+        };
+        table.open.insert(number, open);
+        Ok(Upload {
+            uploads: Arc::clone(self),
+            number,
+            displaced,
+        })
+    }
+
+    /// Returns how many bodies are on their way in.
+    pub fn len(&self) -> usize {
+        self.table().open.len()
+    }
+
+    /// Returns true if none is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // No step leaves the table half changed.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Upload {
+    /// Reserves memory for bytes that have arrived, from slower bodies if it is used up.
+    ///
+    /// # Errors
+    /// See [`Full`].
+    pub fn grow(&self, now: Instant, bytes: usize) -> Result<(), Full> {
+        let mut table = self.uploads.table();
+        while table.bytes + bytes > self.uploads.most_bytes {
+            table.displace(now, Some(self.number))?;
+        }
+        if let Some(open) = table.open.get_mut(&self.number) {
+            open.bytes += bytes;
+            open.last = now;
+            let (since, before) = open.since;
+            if now.duration_since(since) >= SPAN {
+                open.pace = open.bytes - before;
+                open.since = (now, open.bytes);
+            }
+            table.bytes += bytes;
+        }
+        Ok(())
+    }
+
+    /// Returns when a newcomer has taken this body's place.
+    pub async fn displaced(&self) {
+        self.displaced.cancelled().await;
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.uploads.table().remove(self.number);
+    }
+}
+
+impl Table {
+    /// Takes the place of the slowest body of the address that holds most. Bodies of other addresses stay.
+    fn displace(&mut self, now: Instant, but: Option<u64>) -> Result<(), Full> {
+        let mut held: BTreeMap<Option<IpAddr>, usize> = BTreeMap::new();
+        for open in self.open.values() {
+            *held.entry(open.from).or_default() += open.bytes + PLACE_BYTES;
+        }
+        let most = held.into_iter().max_by_key(|(_, held)| *held);
+        let from = most.ok_or(Full)?.0;
+        let may_go = |(number, open): &(&u64, &Open)| {
+            Some(**number) != but && open.from == from && now.duration_since(open.begun) >= GRACE
+        };
+        let slowest = self
+            .open
+            .iter()
+            .filter(may_go)
+            .min_by_key(|(_, open)| (open.pace_at(now), open.begun));
+        let number = *slowest.ok_or(Full)?.0;
+        if let Some(open) = self.remove(number) {
+            open.displaced.cancel();
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Open> {
+        let open = self.open.remove(&number)?;
+        self.bytes -= open.bytes;
+        Some(open)
+    }
+}
+
+impl Open {
+    /// Returns the bytes of the last span; none if nothing has come for as long.
+    fn pace_at(&self, now: Instant) -> usize {
+        if now.duration_since(self.last) >= SPAN {
+            return 0;
+        }
+        self.pace.max(self.bytes - self.since.1)
+    }
+}
+
+/// Returns the network that one client can take addresses from: of IPv6 the first 64 bits.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
+    }
+}
+
+/// A pace is measured over this time.
+const SPAN: Duration = Duration::from_secs(1);
+/// A younger body keeps its place: its pace is not known, and most bodies are complete by then.
+const GRACE: Duration = Duration::from_millis(200);
+/// Weight of a body without bytes: what its connection and task take.
+const PLACE_BYTES: usize = 16 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(text: &str) -> Option<IpAddr> {
+        Some(text.parse().unwrap())
+    }
+
+    #[test]
+    fn the_slowest_of_the_largest_holder_goes_first() {
+        let uploads = Arc::new(Uploads::new(3, 1000));
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let stopped = uploads.begin(start, from("10.0.0.1")).unwrap();
+        stopped.grow(start, 500).unwrap();
+        let steady = uploads.begin(start, from("10.0.0.1")).unwrap();
+        steady.grow(at(2500), 10).unwrap();
+        let other = uploads.begin(start, from("10.0.0.2")).unwrap();
+        // Too young to judge: nobody is displaced at once.
+        assert_eq!(uploads.begin(at(100), from("10.0.0.3")).unwrap_err(), Full);
+        let fresh = uploads.begin(at(3000), from("10.0.0.3")).unwrap();
+        assert!(stopped.displaced.is_cancelled() && uploads.len() == 3);
+        assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
+        // Its bytes are free, and its end frees nothing twice.
+        fresh.grow(at(3000), 990).unwrap();
+        drop(stopped);
+        assert_eq!(uploads.table().bytes, 1000);
+        // An address whose only body is too large takes nothing from others.
+        assert_eq!(fresh.grow(at(3000), 10), Err(Full));
+        assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
+        // Memory comes from the address that holds most, as places do.
+        steady.grow(at(4000), 10).unwrap();
+        assert!(fresh.displaced.is_cancelled() && !other.displaced.is_cancelled());
+        drop((fresh, steady, other));
+        assert_eq!((uploads.len(), uploads.table().bytes), (0, 0));
+    }
+
+    #[test]
+    fn a_network_is_one_holder() {
+        let one = network("2001:db8::1".parse().unwrap());
+        assert_eq!(one, network("2001:db8::ffff:1".parse().unwrap()));
+        assert_ne!(one, network("2001:db8:0:1::1".parse().unwrap()));
+        let v4 = network("::ffff:10.0.0.1".parse().unwrap());
+        assert_eq!(v4, network("10.0.0.1".parse().unwrap()));
+    }
+}
