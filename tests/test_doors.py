@@ -125,7 +125,7 @@ def test_two_hosts_take_the_built_in_wire(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tls", ["tcp", "all", "self,tcp,cuda"])
 def test_ucx_gets_tcp_by_consent_only(tmp_path: Path, tls: str) -> None:
     sidecar = Sidecar(SidecarOptions("receiver", 4 * LAYOUT.chunk_bytes), tmp_path, tmp_path)
-    command = [BINARIES / "sidecar", "--config", sidecar.configure()]
+    command: list[str | Path] = [BINARIES / "sidecar", "--config", sidecar.configure()]
     process = Process("refused", command, tmp_path / "refused.log", {"UCX_TLS": tls})
     assert process.wait(10.0) == 64
     text = (tmp_path / "refused.log").read_text()

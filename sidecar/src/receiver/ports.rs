@@ -34,8 +34,7 @@ impl LandSide {
                     if self.context.config.ucx.tcp_host.is_none() {
                         warn!(
                             peer = from,
-                            "LMCache's agents connect over UCX's TCP, which this sidecar does not open, unless \
-                             UCX_MM_ERROR_HANDLING=y is set beside LMCache on this host: {CONSENT}"
+                            "LMCache's agents connect over UCX's TCP, which this sidecar does not open: {CONSENT}"
                         );
                     }
                     self.strangers

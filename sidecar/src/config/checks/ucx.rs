@@ -23,8 +23,6 @@ pub(super) fn ucx(
     };
     let starts_nixl = matches!(value(&sidecar.transport)?, Wire::Auto | Wire::Nixl);
     let mut variables = mooncake.ucx.clone();
-    // Without it UCX does not let agents that must hear of a peer's end connect through shared memory.
-    variables.push((SHARED_MEMORY, "y".to_owned()));
     let tcp_host = match value(&sidecar.nixl_over_tcp)? {
         NixlOverTcp::Trusted => {
             let named = [&sidecar.advertise_host, &lmcache.pd_peer_host];
@@ -37,6 +35,9 @@ pub(super) fn ucx(
             Some(host.unwrap_or_else(|| LOOPBACK.to_owned()))
         }
         NixlOverTcp::Refused => {
+            // Without it UCX does not let agents that must hear of a peer's end connect through shared memory. With TCP
+            // it is not set: a write to LMCache's sync receiver, which sets it not, would then not end.
+            variables.push((SHARED_MEMORY, "y".to_owned()));
             match given(TLS).filter(|tls| starts_nixl && names_tcp(tls)) {
                 Some(tls) => layers.problems.push(Problem {
                     place: format!("environment {TLS}"),
@@ -71,8 +72,9 @@ pub(super) fn ucx(
 impl Ucx {
     /// Returns the settings of two sidecars that only talk with each other on this host.
     pub(crate) fn of_this_host(over_tcp: bool, devices_given: bool) -> Self {
-        let mut variables = vec![(SHARED_MEMORY, "y".to_owned())];
+        let mut variables = Vec::new();
         if !over_tcp {
+            variables.push((SHARED_MEMORY, "y".to_owned()));
             without_tcp(&mut variables);
         }
         Self {

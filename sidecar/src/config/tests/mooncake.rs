@@ -35,7 +35,11 @@ fn each_side_gets_the_ports_from_its_url() {
     assert_eq!(sender.ucx.variables, tls("sm,self,cuda"));
     let trusted = [("PD_SIDECAR_NIXL_OVER_TCP", "trusted")];
     let sender = loaded(&role("sender", &file, &trusted));
-    assert_eq!(sender.ucx.variables, tls("tcp,sm,self,cuda"));
+    let tcp = [("UCX_TLS", "tcp,sm,self,cuda".to_owned())];
+    assert_eq!(
+        sender.ucx.variables, tcp,
+        "LMCache's agents set no UCX_MM_ERROR_HANDLING"
+    );
 
     let receiver = loaded(&role("receiver", &file, &[("PD_SIDECAR_RANKS", "2")]));
     let ports = |init, alloc, tcp| RankPorts {
