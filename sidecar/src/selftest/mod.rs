@@ -12,6 +12,8 @@ mod host;
 mod report;
 mod rounds;
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -189,10 +191,12 @@ struct Directory {
 }
 
 impl Directory {
+    /// Makes a directory that only this user can enter. Its name cannot be guessed, and one that is there already is
+    /// not taken: another user may have made it.
     fn new() -> std::io::Result<Self> {
-        let name = format!("pd-sidecar-selftest-{}", std::process::id());
+        let name = format!("pd-sidecar-selftest-{:016x}", rand::random::<u64>());
         let path = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&path)?;
+        DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self { path })
     }
 }
@@ -201,5 +205,21 @@ impl Drop for Directory {
     fn drop(&mut self) {
         // What is left of a self-test in the temporary directory harms nobody.
         std::fs::remove_dir_all(&self.path).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::Directory;
+
+    /// Another user could make a directory of a predictable name in /tmp first.
+    #[test]
+    fn its_directory_is_its_own() {
+        let (one, other) = (Directory::new().unwrap(), Directory::new().unwrap());
+        assert_ne!(one.path, other.path);
+        let mode = std::fs::metadata(&one.path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700, "{mode:o}");
     }
 }
