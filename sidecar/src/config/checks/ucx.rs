@@ -29,7 +29,7 @@ pub(super) fn ucx(
             let mut hosts = named
                 .into_iter()
                 .rev()
-                .filter_map(|host| value(host))
+                .filter_map(value)
                 .map(|host| host.0);
             let host = hosts.find(|host| !is_wildcard(host));
             Some(host.unwrap_or_else(|| LOOPBACK.to_owned()))
