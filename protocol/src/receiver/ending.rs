@@ -244,24 +244,39 @@ impl Receiver {
             .filter(|(_, r)| r.deadline().is_some_and(|d| d <= now))
             .map(|(id, _)| id.clone())
             .collect();
+        let mut late = Vec::new();
         for id in due {
-            self.on_due(&id);
+            if self.on_due(&id) {
+                late.push(id);
+            }
+        }
+        if late.is_empty() {
+            return;
+        }
+        // One last look for all of them: room may have come with this very event.
+        self.serve();
+        for id in late {
+            let supply = self.requests.get(&id).map(|r| &r.supply);
+            if matches!(supply, Some(Supply::Held(_))) {
+                self.refuse_and_end(&id, Reason::NoRoom);
+            }
         }
     }
 
-    fn on_due(&mut self, id: &RequestId) {
+    /// Says whether it is a question that has waited long enough for room.
+    fn on_due(&mut self, id: &RequestId) -> bool {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
-            return;
+            return false;
         };
         if let Some(parked) = &request.parked {
             if parked.deadline <= now {
                 self.end_parked(id, Reason::Deadline, true);
-                return;
+                return false;
             }
             if parked.no_sender <= now && matches!(request.supply, Supply::None) {
                 self.end_parked(id, Reason::NoSender, true);
-                return;
+                return false;
             }
         }
         match &mut request.supply {
@@ -270,15 +285,8 @@ impl Receiver {
                 if held.park.is_some_and(|t| t <= now) {
                     held.park = None;
                     self.consider(id);
-                } else if held.park.is_none() && held.wait <= now {
-                    // One last look: room may have come with this very event.
-                    self.serve();
-                    if matches!(
-                        self.requests.get(id).map(|r| &r.supply),
-                        Some(Supply::Held(_))
-                    ) {
-                        self.refuse_and_end(id, Reason::NoRoom);
-                    }
+                } else {
+                    return held.park.is_none() && held.wait <= now;
                 }
             }
             Supply::Leased(lease) if lease.deadline <= now => {
@@ -293,6 +301,7 @@ impl Receiver {
             }
             Supply::Leased(_) => {}
         }
+        false
     }
 
     fn drop_lease(&mut self, id: &RequestId) {

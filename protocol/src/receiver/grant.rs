@@ -1,6 +1,6 @@
 //! Who gets slots, and how an alloc request is answered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use rand::Rng;
@@ -54,8 +54,9 @@ impl Receiver {
             self.send_more(&id, &chunks);
         }
         let mut blocked = false;
+        let mut exposed = Exposed::default();
         for id in asks {
-            match self.try_unparked(&id, blocked) {
+            match self.try_unparked(&id, blocked, &mut exposed) {
                 Turn::Over => {}
                 Turn::Waits => self.waiting.push_back(id),
                 Turn::Blocks => {
@@ -64,7 +65,7 @@ impl Receiver {
                 }
             }
         }
-        self.lend(blocked);
+        self.lend(blocked, &mut exposed);
     }
 
     /// Decides about an alloc request that has no answer yet.
@@ -99,12 +100,12 @@ impl Receiver {
     }
 
     /// Grants all slots of an unparked request, if they are there and nobody is before it.
-    fn try_unparked(&mut self, id: &RequestId, blocked: bool) -> Turn {
+    fn try_unparked(&mut self, id: &RequestId, blocked: bool, exposed: &mut Exposed) -> Turn {
         let Some(Supply::Held(held)) = self.requests.get(id).map(|r| &r.supply) else {
             return Turn::Over;
         };
-        let wanted = held.request.keys.len();
-        if self.exposed_to(&held.host) + wanted > self.share(&held.host) {
+        let (wanted, host) = (held.request.keys.len(), held.host.clone());
+        if exposed.to(&host, self) + wanted > self.share(&host) {
             return Turn::Waits;
         }
         if blocked || wanted > self.slots.free() as usize {
@@ -112,6 +113,7 @@ impl Receiver {
         }
         if let Some(lease) = self.lease_for(id, 0) {
             self.answer_windowed(id, lease);
+            exposed.add(&host, wanted);
         }
         Turn::Over
     }
@@ -124,8 +126,9 @@ impl Receiver {
         (total - kept) as usize
     }
 
-    /// Slots that a host has now, or has left quarantined, and that no decode request waits for.
-    pub(super) fn exposed_to(&self, host: &str) -> usize {
+    /// Slots that a host has now, or has left quarantined, and that no decode request waits for. Looks at every
+    /// request: see [`Exposed`].
+    fn exposed_to(&self, host: &str) -> usize {
         let quarantined = self.quarantine.values().filter(|q| q.host == host);
         let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
         let unparked = self.requests.values().filter(|r| r.parked.is_none());
@@ -305,6 +308,29 @@ impl Receiver {
 
     pub(super) fn send(&mut self, route: Route, message: ToSender) {
         self.actions.push_back(Action::Send { route, message });
+    }
+}
+
+/// What each host is exposed to, counted once a turn: for each question anew, as many questions as there may
+/// be would cost the square of that with every event.
+#[derive(Debug, Default)]
+pub(super) struct Exposed {
+    hosts: HashMap<String, usize>,
+}
+
+impl Exposed {
+    pub(super) fn to(&mut self, host: &str, receiver: &Receiver) -> usize {
+        if let Some(&slots) = self.hosts.get(host) {
+            return slots;
+        }
+        let slots = receiver.exposed_to(host);
+        self.hosts.insert(host.to_owned(), slots);
+        slots
+    }
+
+    /// It has got so many more.
+    pub(super) fn add(&mut self, host: &str, slots: usize) {
+        *self.hosts.entry(host.to_owned()).or_default() += slots;
     }
 }
 

@@ -56,6 +56,19 @@ pub struct Config {
     pub seed: u64,
 }
 
+/// A landed chunk whose checksum is to be compared before its `Written` is fed to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unchecked {
+    /// Position in the request's keys.
+    pub chunk: u32,
+    /// Where it landed.
+    pub slot: SlotIndex,
+    /// How much of the slot it fills.
+    pub bytes: u64,
+    /// What the sender says.
+    pub sum: u64,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {

@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use rand::Rng;
 
+use super::grant::Exposed;
 use super::{Action, Quarantine, Receiver, Route, SenderId};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToSender};
 use crate::record::Record;
@@ -148,11 +149,16 @@ impl Receiver {
     }
 
     /// Lends slots to those who wait, in order; a batch of a request that has slots reserved at once.
-    pub(super) fn lend(&mut self, blocked: bool) {
+    pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) {
+        if self.lmcache.asks.is_empty() {
+            return;
+        }
         let mut blocked = blocked;
+        let mut named = self.lmcache.named();
         for ask in std::mem::take(&mut self.lmcache.asks) {
             let want = ask.request.keys.len();
-            let loan = self.lmcache.loan_of(&ask);
+            let name = ask.request.request().map(|req| (ask.sender.clone(), req));
+            let loan = name.as_ref().and_then(|name| named.get(name)).copied();
             let reserved = loan
                 .and_then(|n| self.lmcache.loans.get(&n))
                 .map_or(0, |l| l.reserved.len());
@@ -161,9 +167,11 @@ impl Receiver {
                 None => want.max(ask.request.total_chunks as usize),
             };
             let host = ask.sender.host();
-            let waits = beyond > 0 && self.exposed_to(host) + beyond > self.share(host);
+            let waits = beyond > 0 && exposed.to(host, self) + beyond > self.share(host);
             if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
-                self.grant_loan(&ask, loan);
+                let number = self.grant_loan(&ask, loan);
+                exposed.add(host, beyond);
+                named.extend(name.map(|name| (name, number)));
             } else {
                 blocked |= !waits;
                 self.lmcache.asks.push_back(ask);
@@ -171,7 +179,8 @@ impl Receiver {
         }
     }
 
-    fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) {
+    /// Gives the number of the loan that the slots are in.
+    fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) -> u64 {
         let (now, term) = (self.now, self.config.max_lease);
         let number = loan.unwrap_or_else(|| {
             let number = self.lmcache.next;
@@ -196,7 +205,7 @@ impl Receiver {
             self.ended.remove(&req);
         }
         let Some(loan) = self.lmcache.loans.get_mut(&number) else {
-            return;
+            return number;
         };
         loan.deadline = now + term;
         (loan.look, loan.pause) = (now + FIRST_LOOK, FIRST_LOOK);
@@ -229,6 +238,7 @@ impl Receiver {
         }
         let indexes = slots.iter().map(|slot| i64::from(slot.0)).collect();
         self.answer(ask.route, indexes, 0);
+        number
     }
 
     fn answer(&mut self, route: Route, remote_indexes: Vec<i64>, already: u32) {
@@ -309,15 +319,13 @@ impl Lmcache {
             .unwrap_or_else(|| (unknown(), false))
     }
 
-    /// The loan that later batches of a request belong to.
-    fn loan_of(&self, ask: &Ask) -> Option<u64> {
-        let req = ask.request.request()?;
-        let of = |loan: &Loan| loan.req.as_ref() == Some(&req) && loan.reason.is_none();
-        let mut found = self
-            .loans
-            .iter()
-            .filter(|(_, l)| of(l) && l.sender == ask.sender);
-        found.next_back().map(|(number, _)| *number)
+    /// The loans that later batches of a request belong to.
+    fn named(&self) -> BTreeMap<(SenderId, RequestId), u64> {
+        let going = self.loans.iter().filter(|(_, l)| l.reason.is_none());
+        // Of two of one name the later one.
+        going
+            .filter_map(|(number, l)| Some(((l.sender.clone(), l.req.clone()?), *number)))
+            .collect()
     }
 
     /// A connection is gone: nobody hears an answer. What it was lent stays lent.

@@ -41,7 +41,7 @@ use rand::rngs::StdRng;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
 use crate::slots::Slots;
-pub use io::{Action, Config, Event, Gauges, Route, SenderId};
+pub use io::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
 use lmcache::Lmcache;
 use request::{Chunk, Lease, Request, Supply};
 
@@ -189,18 +189,6 @@ impl Receiver {
         self.requests.is_empty()
             && self.lmcache.is_idle()
             && self.slots.free() == self.slots.total()
-    }
-
-    /// Bytes of a chunk that is open for writing under a lease, for checksums.
-    pub fn expected_bytes(&self, lease: LeaseId, chunk: u32) -> Option<u64> {
-        let id = self.leases.get(&lease)?;
-        let lease = self.requests.get(id)?.lease()?;
-        let index = chunk as usize;
-        let Some(Chunk::Open { .. }) = lease.chunks.get(index) else {
-            return None;
-        };
-        let (from, to) = lease.span(index, self.config.chunk_tokens);
-        Some(u64::from(to - from) * self.config.token_bytes)
     }
 
     /// Whether [`Event::Connected`] was said of a connection.

@@ -1,13 +1,14 @@
 //! What senders say.
 
 use super::request::{Chunk, Held, Request, Supply};
-use super::{Receiver, Route, SenderId, bounded};
+use super::{Receiver, Route, SenderId, Unchecked, bounded};
 use crate::layout::chunks_of;
 use crate::message::{
     Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, Extend, Slots,
     ToReceiver, ToSender, Unwanted, Written,
 };
 use crate::{Epoch, LeaseId, Reason, RequestId, VERSION};
+use std::collections::HashSet;
 
 impl Receiver {
     pub(super) fn on_message(&mut self, route: Route, message: ToReceiver) {
@@ -146,9 +147,10 @@ impl Receiver {
         let Some(lease) = self.requests.get_mut(&id).and_then(Request::lease_mut) else {
             return;
         };
+        let named = set(&slots.indexes);
         for chunk in &mut lease.chunks {
             if let Chunk::Open { slot, writing } = chunk {
-                *writing |= slots.indexes.contains(&slot.0);
+                *writing |= named.contains(&slot.0);
             }
         }
     }
@@ -156,7 +158,8 @@ impl Receiver {
     fn on_written(&mut self, route: Route, written: &Written) {
         if self.quarantine.contains_key(&written.lease) {
             // The sender's word that these writes are over: what a quarantine waits for.
-            self.unquarantine(written.lease, |slot| written.indexes.contains(&slot.0));
+            let named = set(&written.indexes);
+            self.unquarantine(written.lease, |slot| named.contains(&slot.0));
         }
         let Some(id) = self.leased(route, written.lease, written.epoch) else {
             return;
@@ -196,6 +199,45 @@ impl Receiver {
         self.send(route, ToSender::Ack(ack));
     }
 
+    /// Names the chunks of a `Written` that its sums are to be compared with: each open one in the slot
+    /// that was granted for it, once, whatever the message repeats. So a slot is summed at most once a
+    /// grant, and no message costs more than what was written for it.
+    pub fn unchecked(&self, written: &Written) -> Vec<Unchecked> {
+        let id = self
+            .leases
+            .get(&written.lease)
+            .filter(|_| written.epoch == self.config.epoch);
+        let request = id.and_then(|id| self.requests.get(id));
+        let Some(lease) = request.and_then(Request::lease) else {
+            return Vec::new();
+        };
+        if lease.over.is_some() {
+            return Vec::new(); // nobody reads it
+        }
+        let mut seen = HashSet::new();
+        let named = written.chunks.iter().zip(&written.indexes);
+        named
+            .zip(&written.sums)
+            .filter_map(|((&chunk, &index), &sum)| {
+                let position = chunk as usize;
+                let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
+                    return None;
+                };
+                if slot.0 != index || !seen.insert(chunk) {
+                    return None;
+                }
+                let (from, to) = lease.span(position, self.config.chunk_tokens);
+                let bytes = u64::from(to - from) * self.config.token_bytes;
+                Some(Unchecked {
+                    chunk,
+                    slot,
+                    bytes,
+                    sum,
+                })
+            })
+            .collect()
+    }
+
     fn on_extend(&mut self, route: Route, extend: &Extend) {
         let Some(id) = self.leased(route, extend.lease, extend.epoch) else {
             return;
@@ -204,9 +246,10 @@ impl Receiver {
             return;
         };
         let over = lease.over;
+        let known = set(&extend.granted);
         let unknown: Vec<usize> = (0u32..)
             .zip(&lease.chunks)
-            .filter(|(i, c)| matches!(c, Chunk::Open { .. }) && !extend.granted.contains(i))
+            .filter(|(i, c)| matches!(c, Chunk::Open { .. }) && !known.contains(i))
             .map(|(i, _)| i as usize)
             .collect();
         if let Some(reason) = over {
@@ -218,7 +261,8 @@ impl Receiver {
 
     fn on_cancel(&mut self, route: Route, cancel: &CancelNotif) {
         if let Some(x) = &cancel.x {
-            let dirty = |slot: crate::SlotIndex| x.dirty.contains(&slot.0);
+            let named = set(&x.dirty);
+            let dirty = |slot: crate::SlotIndex| named.contains(&slot.0);
             if x.epoch == self.config.epoch {
                 self.unquarantine(x.lease, |slot| !dirty(slot));
                 if let Some(id) = self.leases.get(&x.lease).cloned() {
@@ -262,4 +306,10 @@ impl Receiver {
             self.lose_sender(&id);
         }
     }
+}
+
+/// The numbers of a message's list. Looked up in the list itself they would cost its length for each chunk
+/// of the lease: seconds, where both are long.
+fn set(list: &[u32]) -> HashSet<u32> {
+    list.iter().copied().collect()
 }

@@ -1,6 +1,7 @@
 //! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
 //! landing buffer.
 
+mod checks;
 mod early;
 mod fence;
 mod marks;
@@ -26,6 +27,7 @@ use crate::local::FromEngine;
 use crate::memory::Buffer;
 use crate::side::{Clock, Gauges, Side, SideContext};
 use crate::zmq::{FromPeer, RouterServer};
+use checks::Checks;
 use early::Early;
 use fence::{Fences, News};
 use marks::Marks;
@@ -47,6 +49,7 @@ pub(crate) struct LandSide {
     early: Early,
     strangers: Strangers,
     marks: Marks,
+    checks: Checks,
     fences: Fences,
     clock: Clock,
     draining: bool,
@@ -95,6 +98,7 @@ impl LandSide {
             early: Early::default(),
             strangers: Strangers::default(),
             marks: Marks::default(),
+            checks: Checks::default(),
             fences: Fences::new(config.times.fence),
             clock: Clock::start(),
             draining: false,
@@ -146,6 +150,7 @@ impl LandSide {
                     News::Settling => self.expect(),
                     News::Over(sender) => self.feed(Event::Fenced { sender, lease: None }),
                 },
+                checked = self.checks.next() => self.on_checked(checked),
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;

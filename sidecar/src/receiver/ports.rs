@@ -3,9 +3,10 @@
 use protocol::codec;
 use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
 use protocol::receiver::{Event, Route};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::LandSide;
+use super::checks::Checked;
 use crate::config::CONSENT;
 use crate::init::{self, Answer};
 use crate::zmq::{Closed, FromPeer, RouterServer};
@@ -73,7 +74,10 @@ impl LandSide {
             FromPeer::Lost(route) => {
                 self.strangers.lost(route);
                 self.early.lost_alloc(route);
-                self.feed(Event::PeerLost { route });
+                // What it said before comes first.
+                if !self.checks.lost(route) {
+                    self.feed(Event::PeerLost { route });
+                }
             }
         }
     }
@@ -103,13 +107,43 @@ impl LandSide {
         if lmcache {
             self.introduce(route);
         }
-        let corrupt = match &message {
-            ToReceiver::Written(written) if !self.sums_match(written) => Some(written.lease),
-            _ => None,
-        };
-        match corrupt {
-            Some(lease) => self.feed(Event::Corrupt(lease)),
-            None => self.feed(Event::Peer { route, message }),
+        match message {
+            ToReceiver::Written(written) => self.on_written(route, written),
+            message => self.feed(Event::Peer { route, message }),
+        }
+    }
+
+    /// Compares the sender's checksums before the machine hears of the chunks, if checksums are on.
+    fn on_written(&mut self, route: Route, mut written: Written) {
+        if let (true, Some(machine), Some(cut)) = (
+            self.context.config.checksum,
+            &self.machine,
+            self.engines.cut(),
+        ) {
+            let chunks = machine.unchecked(&written);
+            let buffer = &self.buffer;
+            let rest = self
+                .checks
+                .take(route, written, chunks, buffer, cut.slot_bytes);
+            let Some(rest) = rest else {
+                return;
+            };
+            written = rest;
+        }
+        let message = ToReceiver::Written(written);
+        self.feed(Event::Peer { route, message });
+    }
+
+    pub(super) fn on_checked(&mut self, checked: Checked) {
+        let (route, written) = (checked.route, checked.written);
+        if checked.sound {
+            let message = ToReceiver::Written(written);
+            self.feed(Event::Peer { route, message });
+        } else {
+            self.feed(Event::Corrupt(written.lease));
+        }
+        if checked.lost {
+            self.feed(Event::PeerLost { route });
         }
     }
 
@@ -154,29 +188,6 @@ impl LandSide {
             self.context.malformed("query");
             query.disconnect(route);
         }
-    }
-
-    /// Compares the sender's checksums with the landed bytes.
-    fn sums_match(&self, written: &Written) -> bool {
-        let (Some(machine), Some(cut)) = (&self.machine, self.engines.cut()) else {
-            return true;
-        };
-        for ((&chunk, &index), &sum) in written
-            .chunks
-            .iter()
-            .zip(&written.indexes)
-            .zip(&written.sums)
-        {
-            let Some(bytes) = machine.expected_bytes(written.lease, chunk) else {
-                continue; // a repetition, or not of this lease: the machine knows what to say
-            };
-            let landed = self.buffer.sum(u64::from(index) * cut.slot_bytes, bytes);
-            if landed.ok() != Some(sum) {
-                error!(lease = %written.lease, chunk, slot = index, "checksum of a landed chunk differs");
-                return false;
-            }
-        }
-        true
     }
 }
 

@@ -1,13 +1,14 @@
 //! From lent slots to a lease of a parked request, and what becomes of slots that nobody claims.
 
-use super::{LAST_PAUSE, Loan};
+use super::{LAST_PAUSE, Lent, Loan};
 use crate::layout::{chunk_span, chunks_of};
+use crate::receiver::grant::Exposed;
 use crate::receiver::request::{Chunk, Lease, Supply};
 use crate::receiver::{Action, Quarantine, Receiver, SenderId};
 use crate::record::Record;
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time};
 use rand::Rng;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use super::NO_REQUEST;
@@ -29,17 +30,18 @@ impl Receiver {
         let Some(parked) = self.requests.get(id).and_then(|r| r.parked.as_ref()) else {
             return;
         };
-        let mut picks = Vec::new();
-        let mut missing = false;
-        for (index, key) in (0u32..).zip(&parked.keys) {
+        let picks = self.lmcache.pick(id, &parked.keys);
+        let has = |index: u32| {
+            picks
+                .binary_search_by_key(&(index as usize), |p| p.0)
+                .is_ok()
+        };
+        let wanted = |index| {
             let (from, to) = chunk_span(index, parked.tokens, parked.have_tokens, chunk_tokens);
-            match self.lmcache.pick(id, key) {
-                Some((loan, slot)) => {
-                    picks.push((index as usize, loan, slot));
-                }
-                None => missing |= from < to,
-            }
-        }
+            from < to
+        };
+        let chunks = u32::try_from(parked.keys.len()).unwrap_or(u32::MAX);
+        let missing = (0..chunks).any(|index| wanted(index) && !has(index));
         if missing {
             let reason = self.ended.reasons.get(id).copied().flatten();
             self.lmcache.release(&picks, self.now, Reason::NoSender);
@@ -54,6 +56,8 @@ impl Receiver {
     /// The marks of these slots were looked at: all gone, or some still there.
     pub(in crate::receiver) fn on_looked(&mut self, gone: &[SlotIndex], there: &[SlotIndex]) {
         let now = self.now;
+        let gone: &HashSet<SlotIndex> = &gone.iter().copied().collect();
+        let there: &HashSet<SlotIndex> = &there.iter().copied().collect();
         for lent in self.lmcache.loans.values_mut().flat_map(|l| &mut l.chunks) {
             if gone.contains(&lent.slot) {
                 lent.landed.get_or_insert(now);
@@ -96,8 +100,8 @@ impl Receiver {
         };
         let (keys, tokens) = (parked.keys.clone(), parked.tokens);
         let mut chunks = vec![Chunk::Skipped; chunks_of(tokens, chunk_tokens) as usize];
-        for &(index, loan, slot) in picks {
-            self.lmcache.give_up(loan, slot);
+        self.lmcache.give_up(picks);
+        for &(index, _, slot) in picks {
             chunks[index] = Chunk::Written { slot };
         }
         let written: Vec<usize> = picks.iter().map(|pick| pick.0).collect();
@@ -153,17 +157,16 @@ impl Receiver {
         } else {
             self.actions.push_back(Action::Look { slots });
         }
-        while let Some(at) = self.lmcache.asks.iter().position(|ask| ask.until <= now) {
-            // One last look: room may have come with this very event.
-            self.lend(false);
-            let late = self
-                .lmcache
-                .asks
-                .get(at)
-                .is_some_and(|ask| ask.until <= now);
-            if let (true, Some(ask)) = (late, self.lmcache.asks.remove(at)) {
-                self.decline(ask.route, &ask.sender, &ask.request, Reason::NoRoom);
-            }
+        if !self.lmcache.asks.iter().any(|ask| ask.until <= now) {
+            return;
+        }
+        // One last look for all of them: room may have come with this very event.
+        self.lend(false, &mut Exposed::default());
+        let asks = std::mem::take(&mut self.lmcache.asks);
+        let (late, waiting): (VecDeque<_>, _) = asks.into_iter().partition(|a| a.until <= now);
+        self.lmcache.asks = waiting;
+        for ask in late {
+            self.decline(ask.route, &ask.sender, &ask.request, Reason::NoRoom);
         }
     }
 
@@ -244,7 +247,7 @@ impl Receiver {
     }
 
     /// A quarantined slot whose marks were gone at two looks, a second apart, has had its one write.
-    fn settle_quarantine(&mut self, gone: &[SlotIndex], there: &[SlotIndex]) {
+    fn settle_quarantine(&mut self, gone: &HashSet<SlotIndex>, there: &HashSet<SlotIndex>) {
         let marked: Vec<LeaseId> = self
             .quarantine
             .iter()
@@ -280,50 +283,66 @@ impl Receiver {
 }
 
 impl super::Lmcache {
-    /// An unclaimed slot with this key, claimed now.
-    fn pick(&mut self, id: &RequestId, key: &str) -> Option<(u64, SlotIndex)> {
-        let fits = |loan: &Loan| {
-            let free = |c: &&super::Lent| !c.claimed && c.key == key;
-            let found = loan.chunks.iter().find(free)?;
-            Some((
-                loan.req.as_ref() == Some(id),
-                found.landed.is_some(),
-                found.slot,
-            ))
-        };
-        let (number, slot) = self
-            .loans
-            .iter()
-            .filter(|(_, loan)| loan.req.is_none() || loan.req.as_ref() == Some(id))
-            .filter_map(|(number, loan)| Some((*number, fits(loan)?)))
-            // The first of the best: named, then known to have landed, then oldest.
-            .min_by_key(|(number, (named, landed, _))| (!named, !landed, *number))
-            .map(|(number, (_, _, slot))| (number, slot))?;
-        let lent = self.loans.get_mut(&number)?.chunks.iter_mut();
-        for lent in lent.filter(|c| c.slot == slot) {
-            lent.claimed = true;
+    /// An unclaimed slot for each key that has one, claimed now, in the order of the keys.
+    fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
+        let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();
+        let mut found: HashMap<&str, Vec<_>> = HashMap::new();
+        for (&number, loan) in &self.loans {
+            let named = loan.req.as_ref() == Some(id);
+            if !named && loan.req.is_some() {
+                continue;
+            }
+            for c in loan.chunks.iter().filter(|c| !c.claimed) {
+                if let Some(&key) = wanted.get(c.key.as_str()) {
+                    // The first of the best: named, then known to have landed, then oldest.
+                    let rank = (!named, c.landed.is_none(), number);
+                    found.entry(key).or_default().push((rank, c.slot));
+                }
+            }
         }
-        Some((number, slot))
+        for slots in found.values_mut() {
+            slots.sort_unstable_by(|a, b| b.cmp(a));
+        }
+        let picks: Vec<_> = keys
+            .iter()
+            .enumerate()
+            .filter_map(|(index, key)| {
+                let ((.., number), slot) = found.get_mut(key.as_str())?.pop()?;
+                Some((index, number, slot))
+            })
+            .collect();
+        self.each(&picks, |lent| lent.claimed = true);
+        picks
+    }
+
+    /// Does something to each picked slot.
+    fn each(&mut self, picks: &[(usize, u64, SlotIndex)], change: impl Fn(&mut Lent)) {
+        for (number, slots) in by_loan(picks) {
+            if let Some(loan) = self.loans.get_mut(&number) {
+                let picked = loan.chunks.iter_mut().filter(|c| slots.contains(&c.slot));
+                picked.for_each(&change);
+            }
+        }
     }
 
     /// Claimed slots whose request does not want them: their loans are over.
     fn release(&mut self, picks: &[(usize, u64, SlotIndex)], now: Time, reason: Reason) {
-        for (_, number, slot) in picks {
-            if let Some(loan) = self.loans.get_mut(number) {
-                for lent in loan.chunks.iter_mut().filter(|c| c.slot == *slot) {
-                    lent.claimed = false;
-                }
+        self.each(picks, |lent| lent.claimed = false);
+        for number in by_loan(picks).into_keys() {
+            if let Some(loan) = self.loans.get_mut(&number) {
                 loan.end(now, reason);
             }
         }
     }
 
-    /// Takes a slot out of its loan.
-    fn give_up(&mut self, number: u64, slot: SlotIndex) {
-        if let Some(loan) = self.loans.get_mut(&number) {
-            loan.chunks.retain(|c| c.slot != slot);
-            if loan.chunks.is_empty() && loan.reserved.is_empty() {
-                self.loans.remove(&number);
+    /// Takes slots out of their loans.
+    fn give_up(&mut self, picks: &[(usize, u64, SlotIndex)]) {
+        for (number, slots) in by_loan(picks) {
+            if let Some(loan) = self.loans.get_mut(&number) {
+                loan.chunks.retain(|c| !slots.contains(&c.slot));
+                if loan.chunks.is_empty() && loan.reserved.is_empty() {
+                    self.loans.remove(&number);
+                }
             }
         }
     }
@@ -343,4 +362,13 @@ impl Loan {
             .filter(|rest| *rest > now)
             .max()
     }
+}
+
+/// The picked slots of each loan.
+fn by_loan(picks: &[(usize, u64, SlotIndex)]) -> BTreeMap<u64, HashSet<SlotIndex>> {
+    let mut all: BTreeMap<u64, HashSet<SlotIndex>> = BTreeMap::new();
+    for &(_, number, slot) in picks {
+        all.entry(number).or_default().insert(slot);
+    }
+    all
 }
