@@ -15,6 +15,7 @@ fn plan(requests: Vec<RequestPlan>) -> Plan {
         guarded: false,
         net: NetPlan::default(),
         requests,
+        again_ms: None,
         faults: Vec::new(),
     }
 }
@@ -34,6 +35,43 @@ fn a_clean_run_delivers_everything() {
     let outcome = run(&plan(some_requests(6)));
     assert_eq!((outcome.delivered, outcome.pushed), (7, 7), "{outcome:?}");
     assert_eq!(outcome.quarantined, 0);
+}
+
+/// LMCache's proxy counts from 1 at each start.
+#[test]
+fn ids_that_come_again_are_delivered_again() {
+    let outcome = run(&Plan {
+        again_ms: Some(2000),
+        ..plan(some_requests(6))
+    });
+    assert_eq!((outcome.delivered, outcome.pushed), (13, 13), "{outcome:?}");
+    assert_eq!(outcome.quarantined, 0);
+}
+
+#[test]
+fn ids_that_come_again_survive_loss_and_restarts() {
+    let mut delivered = 0;
+    for seed in 0..60 {
+        let net = NetPlan {
+            lost: 10,
+            doubled: 20,
+            delay_ms: 40,
+        };
+        let fault = match seed % 3 {
+            0 => Fault::KillSender,
+            1 => Fault::Disconnect,
+            _ => Fault::Stranger,
+        };
+        let outcome = run(&Plan {
+            seed,
+            net,
+            again_ms: Some(300 + 20 * u16::try_from(seed).unwrap()),
+            faults: vec![(150, fault), (400, fault)],
+            ..plan(some_requests(6))
+        });
+        delivered += outcome.delivered;
+    }
+    assert!(delivered > 60 * 7, "{delivered} of 780");
 }
 
 #[test]

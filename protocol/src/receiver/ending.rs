@@ -275,7 +275,12 @@ impl Receiver {
                 return false;
             }
             if parked.no_sender <= now && matches!(request.supply, Supply::None) {
-                self.end_parked(id, Reason::NoSender, true);
+                let reason = if parked.mismatched {
+                    Reason::KeyMismatch
+                } else {
+                    Reason::NoSender
+                };
+                self.end_parked(id, reason, true);
                 return false;
             }
         }
@@ -291,8 +296,9 @@ impl Receiver {
             }
             Supply::Leased(lease) if lease.deadline <= now => {
                 if lease.is_written() && request.parked.is_none() {
-                    request.record.reason.get_or_insert(Reason::Unclaimed);
-                    self.settle_over(id, Reason::Unclaimed);
+                    let sender = lease.sender.clone();
+                    self.readers.unread(&sender);
+                    self.end_unclaimed(id);
                 } else if !lease.is_written() {
                     let reason = lease.over.unwrap_or(Reason::LeaseExpired);
                     self.send_unwanted(id, reason);
@@ -323,7 +329,10 @@ impl Receiver {
         }
         if let Some(request) = self.requests.remove(id) {
             self.waiting.retain(|w| w != id);
-            self.ended.insert(id.clone(), request.record.reason);
+            if request.record.req == *id {
+                self.ended
+                    .insert(id, request.record.reason, request.heard, self.now);
+            }
             self.actions.push_back(Action::Record(request.record));
         }
     }

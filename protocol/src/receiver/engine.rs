@@ -1,5 +1,6 @@
 //! What the decode engine says.
 
+use super::ended::Heard;
 use super::request::{Chunk, Parked, Request, Supply};
 use super::{Action, Receiver};
 use crate::layout::chunks_of;
@@ -15,12 +16,14 @@ impl Receiver {
             return;
         }
         let (now, written) = (self.now, message.written);
+        self.make_way(&id, |old| old.heard.awaited);
         let request = self
             .requests
             .entry(id.clone())
             .or_insert_with(|| Request::new(&id));
         request.record.tokens = message.tokens;
         request.record.have_tokens = message.have_tokens;
+        request.heard.awaited = true;
         request.parked = Some(Parked {
             engine,
             keys: message.keys,
@@ -29,12 +32,14 @@ impl Receiver {
             since: now,
             deadline: now + Duration::from_millis(u64::from(message.deadline_ms)),
             no_sender: now + self.config.no_sender,
+            mismatched: false,
         });
         match &request.supply {
             Supply::None if written => self.claim(&id),
             Supply::None => {}
             Supply::Held(_) => self.consider(&id),
             Supply::Leased(lease) => {
+                self.readers.read(&lease.sender);
                 let parked = request.parked.as_ref();
                 if parked.is_some_and(|p| p.keys != lease.keys || p.tokens != lease.tokens) {
                     self.end_parked(&id, Reason::KeyMismatch, true);
@@ -48,7 +53,7 @@ impl Receiver {
         }
     }
 
-    fn admit_await(&self, message: &Await) -> Result<(), Reason> {
+    fn admit_await(&mut self, message: &Await) -> Result<(), Reason> {
         let chunks = chunks_of(message.tokens, self.config.chunk_tokens) as usize;
         if message.req.0.is_empty()
             || message.keys.is_empty()
@@ -57,13 +62,18 @@ impl Receiver {
         {
             return Err(Reason::BadRequest);
         }
-        if let Some(reason) = self.ended.reasons.get(&message.req) {
-            return Err(reason.unwrap_or(Reason::Duplicate));
+        if let Some((reason, sender)) = self.ended.awaited(&message.req, self.now) {
+            if let Some(sender) = sender {
+                self.readers.read(&sender);
+            }
+            return Err(reason);
         }
         match self.requests.get(&message.req) {
             Some(request) if request.parked.is_some() || !request.lent.is_empty() => {
                 Err(Reason::Duplicate)
             }
+            // What is left of an earlier use of the id makes way.
+            Some(request) if request.heard.awaited => Ok(()),
             // A lease that only waits for its sender's last word serves nobody.
             Some(request) => request.lease().and_then(|l| l.over).map_or(Ok(()), Err),
             None if self.draining => Err(Reason::Draining),
@@ -89,6 +99,7 @@ impl Receiver {
         let Some(parked) = &request.parked else {
             if lease.is_written() {
                 lease.deadline = unclaimed;
+                lease.idle = Some(now);
             }
             return;
         };
@@ -158,9 +169,12 @@ impl Receiver {
         let Some(request) = self.requests.get(id) else {
             // Aborted before it was heard of, or after its end: late words of a sender meet a reason.
             self.tell_ended(engine, id, Some(Reason::Unwanted), 0);
-            if !self.ended.reasons.contains_key(id) {
-                self.ended.insert(id.clone(), Some(Reason::Unwanted));
-            }
+            let heard = Heard {
+                question: None,
+                awaited: true,
+            };
+            self.ended
+                .insert(id, Some(Reason::Unwanted), heard, self.now);
             return;
         };
         if request.parked.as_ref().is_some_and(|p| p.engine == engine) {

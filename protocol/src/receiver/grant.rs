@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rand::Rng;
 
+use super::reclaim::Blocked;
 use super::request::{Chunk, Held, Lease, Supply};
 use super::{Action, Receiver, SenderId, bounded};
 use crate::layout::{chunk_span, chunks_of};
@@ -18,7 +19,19 @@ impl Receiver {
     /// Leases of parked requests come first, a slot each in turn: they hold KV blocks of the engine,
     /// and each needs only one slot to go on. Alloc requests that must have all their slots at once
     /// follow in the order in which they came.
+    ///
+    /// KV that nobody reads makes room for who waits.
     pub(super) fn serve(&mut self) {
+        while let Some(blocked) = self.serve_once() {
+            if !self.reclaim(&blocked) {
+                return;
+            }
+        }
+    }
+
+    /// Says on whose slots somebody waits, if anybody does.
+    fn serve_once(&mut self) -> Option<Blocked> {
+        let mut lacks = None;
         let mut grants: BTreeMap<RequestId, Vec<usize>> = BTreeMap::new();
         let mut turn = std::mem::take(&mut self.waiting);
         let mut asks = Vec::new();
@@ -35,6 +48,7 @@ impl Receiver {
                     };
                     let Some(slot) = self.slots.take() else {
                         self.waiting.push_back(id);
+                        lacks = Some(Blocked::Room);
                         continue;
                     };
                     lease.chunks[index] = Chunk::Open {
@@ -60,12 +74,14 @@ impl Receiver {
                 Turn::Over => {}
                 Turn::Waits => self.waiting.push_back(id),
                 Turn::Blocks => {
+                    lacks.get_or_insert(Blocked::Room);
                     blocked = true;
                     self.waiting.push_back(id);
                 }
             }
         }
-        self.lend(blocked, &mut exposed);
+        let lend = self.lend(blocked, &mut exposed);
+        lacks.or(lend)
     }
 
     /// Decides about an alloc request that has no answer yet.
@@ -78,7 +94,7 @@ impl Receiver {
         };
         match &request.parked {
             Some(parked) if parked.keys != held.request.keys || parked.tokens != held.x.tokens => {
-                self.refuse_and_end(id, Reason::KeyMismatch);
+                self.refuse_mismatch(id);
             }
             Some(parked) => {
                 let have = parked.have_tokens;
@@ -96,6 +112,23 @@ impl Receiver {
                     self.waiting.push_back(id.clone());
                 }
             }
+        }
+    }
+
+    /// Refuses a question that names other keys than the decode request that waits. It may be anybody's, so the
+    /// decode request goes on waiting for its sender, for a moment: mostly the two sides are set up differently.
+    fn refuse_mismatch(&mut self, id: &RequestId) {
+        let soon = self.now + MISMATCH;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Some(parked) = &mut request.parked {
+            parked.mismatched = true;
+            parked.no_sender = parked.no_sender.min(soon);
+        }
+        if let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) {
+            let (seq, keys) = (held.x.seq, held.request.keys.len());
+            self.send_refusal(held.route, seq, keys, Reason::KeyMismatch);
         }
     }
 
@@ -187,6 +220,7 @@ impl Receiver {
             chunks,
             term,
             deadline: self.now + term,
+            idle: None,
             over: None,
         });
         self.leases.insert(lease_id, id.clone());
@@ -348,6 +382,8 @@ enum Turn {
 /// This part of the buffer is kept from the unparked requests of any one host; nothing of a smaller one.
 /// Parked requests go on in a window of a few slots.
 const KEPT: u32 = 16;
+/// How long a decode request waits on after a question with other keys: its own sender's is under way, or never comes.
+const MISMATCH: Duration = Duration::from_secs(1);
 /// No lease ends sooner, whatever its sender asks for: what ends is quarantined.
 const MIN_LEASE: Duration = Duration::from_secs(1);
 /// The hint on refusals that pass: about the time in which a busy buffer turns over.

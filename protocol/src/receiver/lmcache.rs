@@ -31,7 +31,9 @@ use std::time::Duration;
 
 use rand::Rng;
 
+use super::ended::Heard;
 use super::grant::Exposed;
+use super::reclaim::Blocked;
 use super::{Action, Quarantine, Receiver, Route, SenderId};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToSender};
 use crate::record::Record;
@@ -57,7 +59,7 @@ pub(super) struct Lmcache {
 
 /// A question that waits for room.
 #[derive(Debug)]
-struct Ask {
+pub(super) struct Ask {
     route: Route,
     sender: SenderId,
     request: AllocRequest,
@@ -137,22 +139,29 @@ impl Receiver {
     pub(super) fn on_return(&mut self, route: Route, cancel: &CancelNotif) {
         let (now, (sender, _)) = (self.now, self.lmcache.name(route));
         let req = RequestId(cancel.req_id.clone());
+        let given_up = |ask: &Ask| ask.sender == sender && ask.request.req_id == req.0;
+        let asks = std::mem::take(&mut self.lmcache.asks);
+        let (off, on): (VecDeque<_>, _) = asks.into_iter().partition(given_up);
+        self.lmcache.asks = on;
+        for ask in off {
+            self.decline(ask.route, &ask.sender, &ask.request, Reason::Cancelled);
+        }
+        // Only what there is: LMCache's proxies count from 1 at each start, so the id will come again.
         for loan in self.lmcache.loans.values_mut() {
             if loan.sender == sender && loan.req.as_ref() == Some(&req) {
                 loan.end(now, Reason::Cancelled);
             }
         }
-        if !cancel.req_id.is_empty() {
-            self.ended.insert(req, Some(Reason::Cancelled));
-        }
         self.answer(route, Vec::new(), 0);
     }
 
     /// Lends slots to those who wait, in order; a batch of a request that has slots reserved at once.
-    pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) {
+    /// Says on whose slots somebody waits.
+    pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) -> Option<Blocked> {
         if self.lmcache.asks.is_empty() {
-            return;
+            return None;
         }
+        let mut lacks = None;
         let mut blocked = blocked;
         let mut named = self.lmcache.named();
         for ask in std::mem::take(&mut self.lmcache.asks) {
@@ -173,10 +182,18 @@ impl Receiver {
                 exposed.add(host, beyond);
                 named.extend(name.map(|name| (name, number)));
             } else {
+                lacks.get_or_insert_with(|| {
+                    if waits {
+                        Blocked::Share(host.to_owned())
+                    } else {
+                        Blocked::Room
+                    }
+                });
                 blocked |= !waits;
                 self.lmcache.asks.push_back(ask);
             }
         }
+        lacks
     }
 
     /// Gives the number of the loan that the slots are in.
@@ -202,7 +219,7 @@ impl Receiver {
         });
         if let Some(req) = ask.request.request() {
             // LMCache's proxies count from 1 at each start: an id means its latest use.
-            self.ended.remove(&req);
+            self.ended.renew(&req);
         }
         let Some(loan) = self.lmcache.loans.get_mut(&number) else {
             return number;
@@ -264,7 +281,12 @@ impl Receiver {
                     loan.end(self.now, reason);
                 }
             }
-            self.ended.insert(req, Some(reason));
+            // The decode request that belongs to it may be on its way.
+            let heard = Heard {
+                question: None,
+                awaited: false,
+            };
+            self.ended.insert(&req, Some(reason), heard, self.now);
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
         // Both are the peer's word, and may be absurd: the question may be declined for that.
@@ -317,6 +339,11 @@ impl Lmcache {
             .get(&route)
             .cloned()
             .unwrap_or_else(|| (unknown(), false))
+    }
+
+    /// Questions that wait for room.
+    pub(super) fn asks(&self) -> &VecDeque<Ask> {
+        &self.asks
     }
 
     /// The loans that later batches of a request belong to.

@@ -24,12 +24,14 @@
 //! A duplicate of any message changes nothing; a lost one is repaired by its repetition or by
 //! `Extend`; an unknown lease is answered with `Unwanted`.
 
+mod ended;
 mod ending;
 mod engine;
 mod grant;
 mod io;
 mod lmcache;
 mod peer;
+mod reclaim;
 mod request;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -41,8 +43,10 @@ use rand::rngs::StdRng;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
 use crate::slots::Slots;
+use ended::Ended;
 pub use io::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
 use lmcache::Lmcache;
+use reclaim::Readers;
 use request::{Chunk, Lease, Request, Supply};
 
 /// The receiving side of one rank. See the module's documentation.
@@ -59,6 +63,10 @@ pub struct Receiver {
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
     ended: Ended,
+    /// Senders whose KV has been read.
+    readers: Readers,
+    /// Numbers requests whose id was given anew while their last slots were still under way.
+    set_aside: u64,
     lmcache: Lmcache,
     rng: StdRng,
     draining: bool,
@@ -73,34 +81,6 @@ struct Quarantine {
     slots: Vec<SlotIndex>,
 }
 
-/// Requests that ended lately, so that the side that comes late is told at once.
-#[derive(Debug, Default)]
-struct Ended {
-    reasons: BTreeMap<RequestId, Option<Reason>>,
-    order: VecDeque<RequestId>,
-}
-
-/// How many ended requests are remembered: a few seconds of a busy instance.
-const REMEMBERED: usize = 4096;
-
-impl Ended {
-    fn insert(&mut self, id: RequestId, reason: Option<Reason>) {
-        if self.reasons.insert(id.clone(), reason).is_none() {
-            self.order.push_back(id);
-        }
-        if self.order.len() > REMEMBERED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.reasons.remove(&oldest);
-        }
-    }
-
-    /// The id is in use again.
-    fn remove(&mut self, id: &RequestId) {
-        self.reasons.remove(id);
-    }
-}
-
 impl Receiver {
     /// A receiver with every slot free.
     pub fn new(config: Config) -> Self {
@@ -113,6 +93,8 @@ impl Receiver {
             waiting: VecDeque::new(),
             quarantine: BTreeMap::new(),
             ended: Ended::default(),
+            readers: Readers::default(),
+            set_aside: 0,
             lmcache: Lmcache::default(),
             rng: StdRng::seed_from_u64(config.seed),
             draining: false,
@@ -156,7 +138,8 @@ impl Receiver {
     /// When [`Event::Deadline`] is due at the latest.
     pub fn deadline(&self) -> Option<Time> {
         let requests = self.requests.values().filter_map(Request::deadline);
-        requests.chain(self.lmcache.deadline()).min()
+        let reclaim = self.reclaim_at();
+        requests.chain(self.lmcache.deadline()).chain(reclaim).min()
     }
 
     /// What the buffer holds now.

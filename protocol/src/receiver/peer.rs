@@ -1,5 +1,6 @@
 //! What senders say.
 
+use super::ended::Question;
 use super::request::{Chunk, Held, Request, Supply};
 use super::{Receiver, Route, SenderId, Unchecked, bounded};
 use crate::layout::chunks_of;
@@ -26,37 +27,44 @@ impl Receiver {
             self.on_borrow(route, asked);
             return;
         };
-        let id = RequestId(asked.req_id.clone());
+        let (id, host) = (RequestId(asked.req_id.clone()), self.host_of(route));
         match self.requests.get_mut(&id).map(|r| &mut r.supply) {
             Some(Supply::Leased(lease))
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
-                    && lease.sender.epoch == x.epoch =>
+                    && lease.sender.epoch == x.epoch
+                    // The answer names the lease, and costs what the question's keys cost.
+                    && lease.host == host
+                    && lease.keys.len() == asked.keys.len() =>
             {
                 lease.route = route;
                 self.send_response(&id);
                 return;
             }
             Some(Supply::Held(held))
-                if held.x.seq == x.seq && held.x.id == x.id && held.x.epoch == x.epoch =>
+                if held.x.seq == x.seq
+                    && held.x.id == x.id
+                    && held.x.epoch == x.epoch
+                    && held.host == host =>
             {
                 held.route = route;
                 return;
             }
             _ => {}
         }
-        self.ask_about_quarantined(route, &x);
-        if let Err(reason) = self.admit(&id, &asked, &x) {
+        self.ask_about_quarantined(route, &host, &x);
+        if let Err(reason) = self.admit(&id, &asked, &x, route, &host) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
             return;
         }
         let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
         let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
-        let host = self.host_of(route);
+        self.make_way(&id, |old| gives_way_to_question(old, &host));
         let request = self
             .requests
             .entry(id.clone())
             .or_insert_with(|| Request::new(&id));
+        request.heard.question = Some(Question::of(&x));
         request.supply = Supply::Held(Held {
             route,
             host,
@@ -68,13 +76,14 @@ impl Receiver {
         self.consider(&id);
     }
 
-    /// A sender that is heard of again can say what became of the writes that it was lost with.
-    fn ask_about_quarantined(&mut self, route: Route, x: &AllocX) {
+    /// A sender that is heard of again can say what became of the writes that it was lost with. Told are
+    /// only those of its own host: whoever knows a lease can free its slots, and names are free.
+    fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
             .quarantine
             .iter()
-            .filter(|(_, q)| of_sender(&q.sender))
+            .filter(|(_, q)| of_sender(&q.sender) && q.host == host)
             .map(|(lease, _)| *lease)
             .collect();
         for lease in leases {
@@ -87,7 +96,14 @@ impl Receiver {
         }
     }
 
-    fn admit(&self, id: &RequestId, asked: &AllocRequest, x: &AllocX) -> Result<(), Reason> {
+    fn admit(
+        &mut self,
+        id: &RequestId,
+        asked: &AllocRequest,
+        x: &AllocX,
+        route: Route,
+        host: &str,
+    ) -> Result<(), Reason> {
         if x.to_epoch != self.config.epoch {
             return Err(Reason::StaleEpoch);
         }
@@ -95,8 +111,8 @@ impl Receiver {
         if asked.req_id.is_empty() || asked.keys.is_empty() || chunks != asked.keys.len() {
             return Err(Reason::BadRequest);
         }
-        if let Some(reason) = self.ended.reasons.get(id) {
-            return Err(reason.unwrap_or(Reason::Duplicate));
+        if let Some(reason) = self.ended.asked(id, &Question::of(x), self.now) {
+            return Err(reason);
         }
         if self.quarantined_by(&x.id) > self.config.max_quarantined as usize {
             return Err(Reason::Quarantined);
@@ -107,11 +123,33 @@ impl Receiver {
                 lent,
                 ..
             }) if lent.is_empty() => Ok(()),
+            Some(old) if gives_way_to_question(old, host) => Ok(()),
             Some(_) => Err(Reason::Duplicate),
             None if self.draining => Err(Reason::Draining),
-            None if self.requests.len() >= self.config.max_requests => Err(Reason::Busy),
+            None if self.is_full_for(route, host) => Err(Reason::Busy),
             None => Ok(()),
         }
+    }
+
+    /// The table of requests is full, or this connection or its host has its share of it: who asks much
+    /// shall not keep out who asks little, nor the engine's own requests.
+    fn is_full_for(&self, route: Route, host: &str) -> bool {
+        let max = self.config.max_requests;
+        if self.requests.len() >= max {
+            return true;
+        }
+        let (mut connection, mut all) = (0, 0);
+        for request in self.requests.values().filter(|r| r.parked.is_none()) {
+            let from = match &request.supply {
+                Supply::None => continue,
+                Supply::Held(held) => (held.route, &held.host),
+                Supply::Leased(lease) => (lease.route, &lease.host),
+            };
+            connection += usize::from(from.0 == route);
+            all += usize::from(*from.1 == *host);
+        }
+        // Of one connection half, of one host three quarters.
+        connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
     }
 
     /// The request under a lease of this epoch, its deadline moved on; `None` has been answered.
@@ -306,6 +344,14 @@ impl Receiver {
             self.lose_sender(&id);
         }
     }
+}
+
+/// What is left of an earlier use of the id, which a new question need not wait for: nobody wants it any more,
+/// or all of it stands there, no decode request has come, and the question is from the same host.
+fn gives_way_to_question(old: &Request, host: &str) -> bool {
+    let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
+    let lease = old.lease().filter(|_| old.parked.is_none());
+    old.lent.is_empty() && lease.is_some_and(|lease| lease.over.is_some() || idle(lease))
 }
 
 /// The numbers of a message's list. Looked up in the list itself they would cost its length for each chunk

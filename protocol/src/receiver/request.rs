@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::ended::Heard;
 use super::{Route, SenderId};
 use crate::layout::chunk_span;
 use crate::message::{AllocRequest, AllocX};
@@ -17,6 +18,8 @@ pub(super) struct Request {
     pub(super) supply: Supply,
     /// Slots that the engine may still be reading although the request has ended for it.
     pub(super) lent: Vec<(EngineId, u32, SlotIndex)>,
+    /// Who has spoken of it.
+    pub(super) heard: Heard,
     /// Filled as things happen, given out at the end.
     pub(super) record: Record,
 }
@@ -33,6 +36,8 @@ pub(super) struct Parked {
     pub(super) deadline: Time,
     /// A sender must have asked by then.
     pub(super) no_sender: Time,
+    /// One has asked with other keys.
+    pub(super) mismatched: bool,
 }
 
 /// How far the sender side is.
@@ -79,6 +84,8 @@ pub(super) struct Lease {
     /// The sender speaks up within this time.
     pub(super) term: Duration,
     pub(super) deadline: Time,
+    /// Since when all of it stands there and no decode request has come for it.
+    pub(super) idle: Option<Time>,
     /// Set when nobody wants the data any more; only the sender's word is missing.
     pub(super) over: Option<Reason>,
 }
@@ -152,6 +159,7 @@ impl Request {
             parked: None,
             supply: Supply::None,
             lent: Vec::new(),
+            heard: Heard::default(),
             record: Record::new(id.clone()),
         }
     }

@@ -105,7 +105,7 @@ impl Sender {
             return;
         }
         let cancel = CancelNotif {
-            req_id: id.0.clone(),
+            req_id: request.record.req.0.clone(),
             keys: request.keys.clone(),
             x: Some(CancelX {
                 v: VERSION,

@@ -11,9 +11,12 @@ use std::time::Duration;
 impl Sender {
     pub(super) fn on_reserve(&mut self, engine: EngineId, asked: Reserve) {
         let id = asked.req.clone();
+        self.set_aside(&id);
         if let Err(reason) = self.admit(&asked) {
             self.tell_ended(engine, &id, Some(reason), 0);
-            if reason != Reason::Duplicate {
+            // The request that is under way tells the proxy, unless it has.
+            let owes = self.requests.get(&id).is_some_and(|r| r.engine.is_some());
+            if reason != Reason::Duplicate || !owes {
                 self.actions.push_back(Action::Notify {
                     req: id.clone(),
                     reason: Some(reason),
@@ -47,6 +50,25 @@ impl Sender {
                 self.links.insert(to.clone(), Link::Making(self.now));
                 self.actions.push_back(Action::Link { to });
             }
+        }
+    }
+
+    /// A request that has ended for engine and proxy, and of which only the last words to its receiver are missing,
+    /// gives its id up for one that begins: a control character keeps its new name apart from every id.
+    fn set_aside(&mut self, id: &RequestId) {
+        let ended = self.requests.get(id).is_some_and(|old| {
+            old.engine.is_none() && !matches!(old.phase, Phase::Feeding(_) | Phase::Linking)
+        });
+        if !ended {
+            return;
+        }
+        if let Some(request) = self.requests.remove(id) {
+            let aside = RequestId(format!("{id}\u{1}{}", self.next_order));
+            self.next_order += 1;
+            for owner in self.transfers.values_mut().filter(|owner| *owner == id) {
+                *owner = aside.clone();
+            }
+            self.requests.insert(aside, request);
         }
     }
 
@@ -102,7 +124,7 @@ impl Sender {
         let Some(Link::Up { epoch, transport }) = self.links.get(&request.to) else {
             return;
         };
-        let message = self.alloc_request(id, request, seq, *epoch, transport);
+        let message = self.alloc_request(&request.record.req, request, seq, *epoch, transport);
         let to = request.to.clone();
         self.send(&to, ToReceiver::AllocRequest(message));
     }

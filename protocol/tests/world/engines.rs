@@ -118,6 +118,12 @@ impl DecodeEngine {
         }
     }
 
+    /// A request that waits for its KV.
+    pub(crate) fn waits(&self) -> Option<String> {
+        let waits = self.live.iter().find(|(_, r)| !r.ended);
+        waits.map(|(name, _)| name.clone())
+    }
+
     pub(crate) fn sidecar_died(&mut self) {
         self.dies();
     }
@@ -143,6 +149,10 @@ impl World {
     pub(crate) fn script(&mut self, plan: &Plan) {
         for request in &plan.requests {
             self.script_request(request, self.now);
+            if let Some(ms) = plan.again_ms {
+                let again = Happening::Again(request.clone());
+                self.after(u64::from(ms) * MS, again);
+            }
         }
         for &(at, fault) in &plan.faults {
             self.after(u64::from(at) * MS, Happening::Fault(fault));
@@ -158,6 +168,15 @@ impl World {
         if let Some(ms) = plan.reserve_at_ms {
             let step = Step::Reserve(plan.clone());
             self.at(from + u64::from(ms) * MS, Happening::Prefill(step));
+        }
+    }
+
+    /// The id is given anew, unless an engine still has the request that had it before.
+    pub(crate) fn again(&mut self, plan: &RequestPlan) {
+        let decoding = self.decode.live.get(&plan.name);
+        let decodes = decoding.is_some_and(|r| !r.ended || !r.reading.is_empty());
+        if !decodes && !self.prefill.live.contains_key(&plan.name) {
+            self.script_request(plan, self.now);
         }
     }
 
@@ -198,6 +217,9 @@ impl World {
 
     fn reserve(&mut self, plan: RequestPlan) {
         let (engine, name) = (self.prefill.id, plan.name.clone());
+        if self.prefill.live.contains_key(&name) {
+            return;
+        }
         let upto = plan.step.min(plan.tokens);
         let reserve = Reserve {
             req: name.as_str().into(),
@@ -316,6 +338,10 @@ impl World {
 
     fn park(&mut self, name: &str) {
         let engine = self.decode.id;
+        let before = self.decode.live.get(name);
+        if before.is_some_and(|r| !r.ended || !r.reading.is_empty()) {
+            return;
+        }
         // The proxy sends one decode leg a request.
         let Some(plan) = self.decode.plans.remove(name) else {
             return;
@@ -387,6 +413,11 @@ impl World {
         if request.aborted {
             return;
         }
+        // Of an earlier request with this id they have been given back.
+        let chunks: Vec<u32> = chunks
+            .into_iter()
+            .filter(|chunk| request.reading.contains_key(chunk))
+            .collect();
         for chunk in &chunks {
             if let Some(slot) = request.reading.remove(chunk) {
                 self.wire.reading.remove(&slot);

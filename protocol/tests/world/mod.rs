@@ -108,6 +108,7 @@ enum Happening {
     WriteEnds(protocol::TransferId, u64, wire::End),
     Prefill(engines::Step),
     Decode(engines::Turn),
+    Again(RequestPlan),
     Fault(Fault),
     Prove(u64, protocol::LeaseId),
 }
@@ -213,6 +214,7 @@ impl World {
             Happening::WriteEnds(transfer, epoch, end) => self.write_ends(transfer, epoch, end),
             Happening::Prefill(step) => self.prefill_step(step),
             Happening::Decode(turn) => self.decode_turn(turn),
+            Happening::Again(plan) => self.again(&plan),
             Happening::Fault(fault) => self.strike(fault),
             Happening::Prove(epoch, lease) => self.prove(epoch, lease),
         }

@@ -13,6 +13,9 @@ pub(crate) struct Plan {
     pub(crate) guarded: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
+    /// After so long the same ids come once more, as from a proxy that counts from 1 at each start; an engine
+    /// begins none that has not ended for it.
+    pub(crate) again_ms: Option<u16>,
     pub(crate) faults: Vec<(u16, Fault)>,
 }
 
@@ -78,7 +81,7 @@ pub(crate) enum Fault {
     CorruptWrite,
     /// Both sidecars take no new requests from now on.
     Drain,
-    /// A liar asks for slots.
+    /// A liar asks for slots, for requests of others with keys of its own, and cancels as LMCache does.
     Stranger,
 }
 
@@ -193,16 +196,18 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         any::<bool>(),
         net,
         requests(),
+        proptest::option::weighted(0.3, 0..3000u16),
         faults,
     )
         .prop_map(
-            |(seed, send_slots, land_slots, guarded, net, requests, faults)| Plan {
+            |(seed, send_slots, land_slots, guarded, net, requests, again_ms, faults)| Plan {
                 seed,
                 send_slots,
                 land_slots,
                 guarded,
                 net,
                 requests,
+                again_ms,
                 faults,
             },
         )

@@ -18,13 +18,25 @@ impl World {
     pub(crate) fn stranger_asks(&mut self) {
         let seq: u64 = self.rng.random_range(0..1000);
         let chunks = self.rng.random_range(1..6u32);
+        let mut req_id = format!("stranger-{seq}");
+        if self.rng.random() {
+            let any = self.rng.random_range(0..8u32);
+            let cancel = CancelNotif {
+                req_id: format!("r{any}"),
+                keys: Vec::new(),
+                x: None,
+            };
+            self.stranger_says(ToReceiver::CancelNotif(cancel));
+            // Ids cannot be guessed: it knows those that wait.
+            req_id = self.decode.waits().unwrap_or(req_id);
+        }
         let request = AllocRequest {
             keys: (0..chunks).map(|i| format!("stranger/{i}")).collect(),
             fmt: 1,
             shape: Vec::new(),
             dtype: String::new(),
             last_chunk_toks: 1,
-            req_id: format!("stranger-{seq}"),
+            req_id,
             is_last_batch: true,
             total_chunks: chunks,
             x: Some(AllocX {

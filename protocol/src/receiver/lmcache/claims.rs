@@ -3,6 +3,7 @@
 use super::{LAST_PAUSE, Lent, Loan};
 use crate::layout::{chunk_span, chunks_of};
 use crate::receiver::grant::Exposed;
+use crate::receiver::reclaim::Readers;
 use crate::receiver::request::{Chunk, Lease, Supply};
 use crate::receiver::{Action, Quarantine, Receiver, SenderId};
 use crate::record::Record;
@@ -43,10 +44,12 @@ impl Receiver {
         let chunks = u32::try_from(parked.keys.len()).unwrap_or(u32::MAX);
         let missing = (0..chunks).any(|index| wanted(index) && !has(index));
         if missing {
-            let reason = self.ended.reasons.get(id).copied().flatten();
             self.lmcache.release(&picks, self.now, Reason::NoSender);
-            self.end_parked(id, reason.unwrap_or(Reason::NoSender), true);
+            self.end_parked(id, Reason::NoSender, true);
             return;
+        }
+        if let Some((_, sender)) = self.lmcache.source(&picks) {
+            self.readers.read(&sender);
         }
         let slots = picks.iter().map(|pick| pick.2).collect();
         self.lmcache.claims.insert(id.clone(), Claim { picks });
@@ -118,6 +121,7 @@ impl Receiver {
             chunks,
             term: Duration::ZERO,
             deadline: now,
+            idle: None,
             over: None,
         };
         if let Some(request) = self.requests.get_mut(id) {
@@ -205,7 +209,10 @@ impl Receiver {
             }
             let reason = match loan.reason {
                 Some(reason) => reason,
-                None if lost.is_empty() => Reason::Unclaimed,
+                None if lost.is_empty() => {
+                    self.readers.unread(&loan.sender);
+                    Reason::Unclaimed
+                }
                 None => Reason::LeaseExpired,
             };
             self.record_loan(&loan, reason);
@@ -282,7 +289,39 @@ impl Receiver {
     }
 }
 
+impl Receiver {
+    /// Ends a loan that has landed and that nobody has come for.
+    pub(in crate::receiver) fn end_idle_loan(&mut self, number: u64) {
+        if let Some(loan) = self.lmcache.loans.remove(&number) {
+            for slot in loan
+                .chunks
+                .iter()
+                .map(|c| c.slot)
+                .chain(loan.reserved.iter().copied())
+            {
+                self.free(slot);
+            }
+            self.record_loan(&loan, loan.reason.unwrap_or(Reason::Unclaimed));
+        }
+    }
+}
+
 impl super::Lmcache {
+    /// Loans that have landed and that nobody has come for, with the time from which they may go and their
+    /// sender's host.
+    pub(in crate::receiver) fn idle<'a>(
+        &'a self,
+        readers: &'a Readers,
+    ) -> impl Iterator<Item = (Time, u64, &'a str)> + 'a {
+        self.loans.iter().filter_map(|(&number, loan)| {
+            let rests = |c: &Lent| c.landed.filter(|_| !c.claimed).map(|at| at + LAST_PAUSE);
+            let at = loan.chunks.iter().map(rests).collect::<Option<Vec<_>>>()?;
+            let at = at.into_iter().max()?;
+            let complete = loan.reserved.is_empty() && !readers.has(&loan.sender);
+            complete.then(|| (at, number, loan.sender.host()))
+        })
+    }
+
     /// An unclaimed slot for each key that has one, claimed now, in the order of the keys.
     fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
         let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();
