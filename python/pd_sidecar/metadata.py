@@ -64,6 +64,8 @@ class StepMetadata(KVConnectorMetadata):
     push_steps: list[PushStep] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     """Prefill: their blocks belong to others from this step on."""
+    unpushed: list[PushStart] = field(default_factory=list)
+    """Prefill: nothing of them is moved, and a proxy waits for the sidecars' word."""
     finished: list[str] = field(default_factory=list)
     """Prefill: their blocks wait for the worker's word."""
     cancelled: list[str] = field(default_factory=list)
@@ -83,6 +85,7 @@ class StepMetadata(KVConnectorMetadata):
             self.push_starts
             or self.push_steps
             or self.preempted
+            or self.unpushed
             or self.finished
             or self.cancelled
             or self.load_starts

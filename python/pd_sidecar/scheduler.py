@@ -14,6 +14,7 @@ request's state is one object.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,7 +26,7 @@ from .metadata import LoadStart, PushStart, PushStep, StepMetadata
 from .requests import Skip, Transfer, transfer, unserved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -195,7 +196,7 @@ class Scheduler:
         if isinstance(state, Load) and state.phase is LoadPhase.OFFERED:
             self._next.dismissed.append(state.transfer.req)
         if isinstance(state, Skipped) and state.reason is not Skip.NO_PARAMS:
-            return False, {"pushed": False, "reason": state.reason.value}
+            return False, _first_token(request, {"pushed": False, "reason": state.reason.value})
         return False, None
 
     def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
@@ -246,6 +247,8 @@ class Scheduler:
         if skip is not None:
             if not wish.is_push and self._role.consumer:
                 self._next.dismissed.append(wish.req)
+            if wish.is_push and wish.wants_first_token and self._claim(wish, request.request_id):
+                self._next.unpushed.append(self._start(request, wish))
             return Skipped(skip)
         if not self._claim(wish, request.request_id):
             return Skipped(Skip.DUPLICATE)
@@ -254,14 +257,36 @@ class Scheduler:
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
         """The first engine request of a `req` has it: n > 1 and lists of prompts become several.
 
-        A claim outlives its request, because the others may be asked about much later.
+        A claim outlives its request, because the others may be asked about much later. But
+        LMCache's proxy counts from 1 at each start: a request of another family has it once the
+        holder is done.
         """
         key = (wish.is_push, wish.req)
-        if self._claims.setdefault(key, engine_id) != engine_id:
-            return False
+        holder = self._claims.setdefault(key, engine_id)
+        if holder != engine_id:
+            state = self._states.get(holder)
+            settled = isinstance(state, Load) and state.phase is LoadPhase.SETTLED
+            under_way = isinstance(state, (Push, Load)) and not settled
+            if under_way or _family(holder) == _family(engine_id):
+                return False
+            self._claims[key] = engine_id
+            self._claims.move_to_end(key)
         if len(self._claims) > MAX_CLAIMS:
             self._claims.popitem(last=False)
         return True
+
+    @staticmethod
+    def _start(request: Request, wish: Transfer, hashes: Sequence[str] = ()) -> PushStart:
+        return PushStart(
+            engine_id=request.request_id,
+            req=wish.req,
+            host=wish.host,
+            init_ports=wish.init_ports,
+            alloc_ports=wish.alloc_ports,
+            hashes=list(hashes),
+            tokens=request.num_prompt_tokens,
+            overlap=wish.overlap,
+        )
 
     def _push_step(
         self, engine_id: str, state: Push, blocks: list[int], replace: bool, upto: int
@@ -269,18 +294,8 @@ class Scheduler:
         tokens = state.request.num_prompt_tokens
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
-            self._next.push_starts.append(
-                PushStart(
-                    engine_id=engine_id,
-                    req=state.to.req,
-                    host=state.to.host,
-                    init_ports=state.to.init_ports,
-                    alloc_ports=state.to.alloc_ports,
-                    hashes=self._hasher.chain(state.request.prompt_token_ids or ()),
-                    tokens=tokens,
-                    overlap=state.to.overlap,
-                )
-            )
+            hashes = self._hasher.chain(state.request.prompt_token_ids or ())
+            self._next.push_starts.append(self._start(state.request, state.to, hashes))
         elif replace:
             # Preempted and resumed within one step: the new table starts from nothing.
             state.upto = 0
@@ -301,15 +316,26 @@ class Scheduler:
         if state.phase is PushPhase.RUNNING:
             self._next.cancelled.append(engine_id)
         del self._states[engine_id]
-        return False, None
+        return False, _first_token(state.request, {}) or None
+
+
+def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
+    """Adds the first token where the proxy wants it: it has no other way to learn it."""
+    params = request.kv_transfer_params
+    if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
+        response["first_tok"] = request.output_token_ids[0]
+    return response
+
+
+def _family(engine_id: str) -> str:
+    """What the engine requests of one request of a client have in common: vLLM numbers the children
+    of n > 1 in front, the prompts of a list behind, and adds eight random digits to each."""
+    return FAMILY.sub(r"\1", engine_id)
 
 
 def _response(state: Push) -> dict[str, Any]:
     """`kv_transfer_params` of a prefill leg's answer."""
-    response: dict[str, Any] = {"pushed": True, "req_id": state.to.req}
-    if state.to.wants_first_token and state.request.output_token_ids:
-        response["first_tok"] = state.request.output_token_ids[0]
-    return response
+    return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
@@ -338,5 +364,6 @@ def _lost_its_blocks(state: Push) -> bool:
     )
 
 
+FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
 MAX_CLAIMS = 4096
 """Claims that are remembered: as many as a sidecar remembers ended requests."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .client import Client
     from .devices import Copier, Device, Mark
     from .kernels import Fence
-    from .metadata import PushStep, StepMetadata
+    from .metadata import PushStart, PushStep, StepMetadata
     from .stats import Stats
     from .worker import Rank
 
@@ -67,6 +67,8 @@ class Sender:
                 self._hold(outgoing)
                 self._give_up(outgoing, "cancelled")
                 outgoing.dropped = True
+        for start in metadata.unpushed:
+            self._decline(start)
         for start in metadata.push_starts:
             outgoing = Outgoing(start, time.monotonic())
             self._by_engine_id[start.engine_id] = outgoing
@@ -211,6 +213,16 @@ class Sender:
         except WireError:
             self._fail(outgoing, "too_large")
         outgoing.announced = step.upto
+
+    def _decline(self, start: PushStart) -> None:
+        """Nothing of a request is moved: the proxy gets a word for each of its ports."""
+        ports = list(zip(start.init_ports, start.alloc_ports, strict=True))
+        for init_port, alloc_port in ports[self._rank.index :: self._rank.world_size]:
+            target = Target(start.host, init_port, alloc_port)
+            try:
+                self._client.reserve(start.req, target, [], tokens=start.tokens, upto=0)
+            except NotConnectedError:
+                return  # no sidecar, no word
 
     def _reserve(self, outgoing: Outgoing, upto: int) -> None:
         start, rank = outgoing.start, self._rank

@@ -114,6 +114,40 @@ def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
     assert not rig.step(cached=[("a", None, 40, 1)]).has_news
 
 
+def push(rig, name, params):
+    """A prefill leg from its first step to its end; its start, if it has one, and its answer."""
+    req = request(name, params, output_token_ids=[7])
+    rig.scheduler.matched_tokens(req, 0)
+    metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    if delay:
+        rig.step()
+        rig.scheduler.reported([name], [])
+    return metadata, response
+
+
+def test_an_id_that_comes_again_is_pushed_again(rig):
+    params = push_params("1") | {"ret_first_tok": True}
+    for name in ("cmpl-aa-0-11111111", "cmpl-bb-0-22222222"):
+        metadata, response = push(rig, name, params)
+        assert [start.req for start in metadata.push_starts] == ["1"], response
+        assert response == {"pushed": True, "req_id": "1", "first_tok": 7}
+    # The second prompt of a list is none.
+    metadata, response = push(rig, "cmpl-bb-1-33333333", params)
+    assert not metadata.push_starts
+    assert not metadata.unpushed
+    assert response == {"pushed": False, "reason": "duplicate", "first_tok": 7}
+    assert rig.is_empty()
+
+
+def test_the_first_token_and_the_word_come_though_nothing_is_pushed(rig):
+    params = push_params("1", ports=2) | {"ret_first_tok": True}
+    metadata, response = push(rig, "a", params)
+    assert response == {"pushed": False, "reason": "tp_mismatch", "first_tok": 7}
+    assert [(start.req, start.alloc_ports) for start in metadata.unpushed] == [("1", (7400, 7401))]
+    assert rig.is_empty()
+
+
 def test_a_local_prefix_hit_is_saved_too(rig):
     req = request("a", push_params())
     metadata = (
@@ -270,7 +304,7 @@ def test_a_notice_of_rejection_does_not_end_a_request_that_is_parked(rig):
 
 @pytest.mark.parametrize("params", [push_params(), load_params()])
 def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
-    first, second, late = (request(name, params) for name in "abc")
+    first, second, late = (request(name, params) for name in ("0_r", "1_r", "2_r"))
     for req in (first, second):
         rig.scheduler.matched_tokens(req, 0)
     assert rig.skipped() == {"duplicate": 1}

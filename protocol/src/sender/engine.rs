@@ -78,6 +78,9 @@ impl Sender {
             Err(Reason::PushOff)
         } else if self.draining {
             Err(Reason::Draining)
+        } else if asked.keys.is_empty() && asked.tokens > 0 && !asked.req.0.is_empty() {
+            // The engine moves nothing of it, and a proxy waits for our word.
+            Err(Reason::PushOff)
         } else if asked.req.0.is_empty() || chunks != asked.keys.len() {
             Err(Reason::BadRequest)
         } else if self.requests.contains_key(&asked.req) {
