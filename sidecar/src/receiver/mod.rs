@@ -132,7 +132,10 @@ impl LandSide {
                 Some(event) = engines.recv() => self.on_engine(event),
                 received = self.init.recv() => match received {
                     Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
-                    Ok(FromPeer::Lost(route)) => self.early.lost_init(route),
+                    Ok(FromPeer::Lost(route)) => {
+                        self.early.lost_init(route);
+                        self.strangers.lost_init(route);
+                    }
                     Err(error) => {
                         error!(%error, "the init port is dead");
                         break;

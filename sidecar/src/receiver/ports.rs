@@ -27,19 +27,20 @@ impl LandSide {
                     && request.x.is_none()
                 {
                     let from = self.init.address(route).unwrap_or_default();
-                    info!(
-                        peer = from,
-                        name = request.local_id.escape_debug().to_string(),
-                        "an LMCache sender has the slots' addresses"
-                    );
-                    if self.context.config.ucx.tcp_host.is_none() {
-                        warn!(
+                    let (port, name) = (self.init.port(), &request.local_id);
+                    if self.strangers.show(route, from, port, name) {
+                        info!(
                             peer = from,
-                            "LMCache's agents connect over UCX's TCP, which this sidecar does not open: {CONSENT}"
+                            name = name.escape_debug().to_string(),
+                            "an LMCache sender has the slots' addresses"
                         );
+                        if self.context.config.ucx.tcp_host.is_none() {
+                            warn!(
+                                peer = from,
+                                "LMCache's agents connect over UCX's TCP, which this sidecar does not open: {CONSENT}"
+                            );
+                        }
                     }
-                    self.strangers
-                        .show(from, self.init.port(), &request.local_id);
                 }
                 if let Err(error) = self.init.send(route, reply) {
                     debug!(%error, "init answer not sent");

@@ -17,6 +17,8 @@ use crate::port;
 pub(super) struct Strangers {
     known: BTreeMap<Route, SenderId>,
     shown: BTreeSet<Shown>,
+    /// Processes behind connections of the init port: to find one all of /proc is read, so once a connection.
+    processes: BTreeMap<Route, Option<u32>>,
 }
 
 /// By what a sender is recognized: the process behind its connection, or for one on another host the
@@ -42,11 +44,16 @@ const MAX_SHOWN: usize = 4096;
 
 impl Strangers {
     /// A sender has been told of the slots: `name` is what it calls itself, empty if synchronous.
-    pub(super) fn show(&mut self, from: &str, to_port: u16, name: &str) {
+    /// Says whether it is one more.
+    pub(super) fn show(&mut self, route: Route, from: &str, to_port: u16, name: &str) -> bool {
+        let process = *self
+            .processes
+            .entry(route)
+            .or_insert_with(|| process_behind(from, to_port));
         if self.shown.len() >= MAX_SHOWN {
             self.shown.clear();
         }
-        self.shown.insert(Shown::of(from, to_port, name));
+        self.shown.insert(Shown::of(process, from, name))
     }
 
     /// The slots are others now.
@@ -67,7 +74,7 @@ impl Strangers {
         }
         let (host, port) = from.rsplit_once(':').unwrap_or((from, ""));
         let name = identity.split_once(TO).map_or("", |(name, _)| name);
-        let shown = Shown::of(from, to_port, name);
+        let shown = Shown::of(process_behind(from, to_port), from, name);
         let process = match shown {
             Shown::Process(process) => Some(process),
             Shown::Host(..) => None,
@@ -88,12 +95,16 @@ impl Strangers {
     pub(super) fn lost(&mut self, route: Route) {
         self.known.remove(&route);
     }
+
+    /// A connection of the init port has ended.
+    pub(super) fn lost_init(&mut self, route: Route) {
+        self.processes.remove(&route);
+    }
 }
 
 impl Shown {
-    fn of(from: &str, to_port: u16, name: &str) -> Self {
-        let address: Option<SocketAddr> = from.parse().ok();
-        match address.and_then(|a| port::process_behind(a, to_port)) {
+    fn of(process: Option<u32>, from: &str, name: &str) -> Self {
+        match process {
             Some(process) => Self::Process(process),
             None => {
                 let host = from.rsplit_once(':').map_or(from, |(host, _)| host);
@@ -101,6 +112,12 @@ impl Shown {
             }
         }
     }
+}
+
+/// The process on this host behind a connection, if there is one.
+fn process_behind(from: &str, to_port: u16) -> Option<u32> {
+    let address: Option<SocketAddr> = from.parse().ok();
+    address.and_then(|address| port::process_behind(address, to_port))
 }
 
 /// Between the two names of an asynchronous sender's identity.

@@ -15,7 +15,7 @@ use futures::future::{BoxFuture, join, join_all};
 use protocol::local::{Granted, LayersStaged, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
 use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
-use protocol::{EngineId, LeaseId, TransferId, VERSION};
+use protocol::{EngineId, LeaseId, Reason, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -133,7 +133,15 @@ impl SendSide {
                 }
             }
             FromEngine::Message(engine, message) => match message {
-                ToSidecar::Reserve(m) => self.feed(Event::Reserve(engine, m)),
+                ToSidecar::Reserve(m) => {
+                    // The receiver may have closed what was idle, or somebody else's needed: better found now
+                    // than by a write.
+                    if self.peers.is_broken(&m.to) {
+                        let (to, reason) = (m.to.clone(), Reason::PeerLost);
+                        self.feed(Event::LinkLost { to, reason });
+                    }
+                    self.feed(Event::Reserve(engine, m));
+                }
                 ToSidecar::Computing(m) => self.feed(Event::Computing(engine, m)),
                 ToSidecar::Staged(m) => self.feed(Event::Staged(engine, m)),
                 ToSidecar::Cancel(m) => self.feed(Event::Cancel(engine, m)),

@@ -197,8 +197,10 @@ impl Peers {
             ended: self.lineage.ended.clone(),
             refused: None,
         };
+        // Whoever connects first with an identity has it: so nobody may guess it.
+        let secret: u64 = rand::random();
         let identity = format!(
-            "{}-{}-to-{}:{}",
+            "{}-{}-{secret:016x}-to-{}:{}",
             hello.id, cut.epoch, to.host, to.alloc_port
         );
         let status = LinkStatus::new(&to, self.config.transport.as_str());
@@ -284,6 +286,12 @@ impl Peers {
             peer.status.measured(bytes, began, ended);
             peer.status.judge(bytes);
         }
+    }
+
+    /// A link stands, and a part of it is gone.
+    pub(super) fn is_broken(&self, to: &Target) -> bool {
+        let link = self.peers.get(to).and_then(|p| p.link.as_ref());
+        link.is_some_and(|link| link.is_broken())
     }
 
     pub(super) fn links(&self) -> impl Iterator<Item = &LinkStatus> {

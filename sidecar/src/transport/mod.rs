@@ -165,6 +165,10 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
     }
     /// What the library says it uses underneath, for people; empty if it does not say.
     fn reported(&self) -> String;
+    /// A part of it is gone, so that writes would fail: it has to be made anew.
+    fn is_broken(&self) -> bool {
+        false
+    }
 }
 
 /// A link that could not be made.

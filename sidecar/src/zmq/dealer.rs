@@ -42,8 +42,8 @@ pub(crate) enum FromServer {
 }
 
 impl DealerClient {
-    /// Begins to connect. `identity` (at most 255 bytes, not guessable: whoever presents it takes the
-    /// connection over) names this sender at the receiver.
+    /// Begins to connect. `identity` (at most 255 bytes, not guessable: whoever presents it first
+    /// has it) names this sender at the receiver.
     pub(crate) async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
         let mut identity = Bytes::copy_from_slice(identity.as_bytes());
         identity.truncate(255);

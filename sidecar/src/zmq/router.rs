@@ -1,14 +1,16 @@
 //! The bound side of the init and alloc ports.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
 use omq_tokio::options::WorkloadProfile;
 use omq_tokio::{
-    IdentitySocket, Message, MonitorEvent, MonitorRecvError, MonitorStream, MonitorTryRecvError,
-    Socket, SocketType, TrySendError,
+    AuthenticationResult, Authenticator, IdentitySocket, MechanismSetup, Message, MonitorEvent,
+    MonitorRecvError, MonitorStream, MonitorTryRecvError, Socket, SocketType, TrySendError,
 };
 use protocol::receiver::Route;
 use tracing::{debug, warn};
@@ -65,9 +67,10 @@ impl RouterServer {
     /// # Errors
     /// See [`BindError`].
     pub(crate) async fn bind(host: &str, port: u16, max_message: usize) -> Result<Self, BindError> {
-        let options = options(max_message)
+        let mut options = options(max_message)
             .router_mandatory(true)
             .workload_profile(WorkloadProfile::Latency);
+        options.mechanism = each_its_own();
         let socket = Socket::new(SocketType::Router, options);
         let monitor = socket.monitor();
         let port = bind(&socket, host, port).await?;
@@ -273,17 +276,23 @@ impl RouterServer {
         self.traffic.connected(now);
     }
 
-    /// Over the cap, ends the connection that has been silent longest: first one that never spoke.
+    /// Over the cap, ends a connection of the host that has the most: the one that has been silent longest, first
+    /// one that never spoke. So a host can only push out itself.
     fn make_room(&mut self, newcomer: Route) {
         let staying = |peer: &Peer| peer.connected && !peer.leaving;
         if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {
             return;
         }
+        let mut of: HashMap<&str, usize> = HashMap::new();
+        for peer in self.peers.values().filter(|peer| staying(peer)) {
+            *of.entry(peer.host()).or_default() += 1;
+        }
+        let most = |peer: &Peer| of.get(peer.host()).copied().unwrap_or_default();
         let victim = self
             .peers
             .iter()
             .filter(|(route, peer)| staying(peer) && **route != newcomer)
-            .min_by_key(|(_, peer)| (peer.known, peer.heard))
+            .min_by_key(|(_, peer)| (Reverse(most(peer)), peer.known, peer.heard))
             .map(|(route, _)| *route);
         if let Some(victim) = victim {
             let total = self.traffic.evicted();
@@ -382,6 +391,18 @@ impl RouterServer {
     }
 }
 
+/// Lets nobody take over the identity of a connection that lives: the library hands it to a newcomer of the same
+/// user only, and here each connection is a user of its own. A sender whose connection is lost is let in under its
+/// identity once the loss is known here, after [`HEARTBEAT_TIMEOUT`](super::HEARTBEAT_TIMEOUT) at the latest.
+fn each_its_own() -> MechanismSetup {
+    let next = AtomicU64::new(0);
+    let authenticator = Authenticator::new_with_result(move |_| {
+        let user = next.fetch_add(1, Ordering::Relaxed).to_le_bytes();
+        AuthenticationResult::allow().with_user_id(user.to_vec())
+    });
+    MechanismSetup::NullServer { authenticator }
+}
+
 impl fmt::Debug for RouterServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RouterServer")
@@ -402,6 +423,11 @@ impl Peer {
             known: false,
             heard: Instant::now(),
         }
+    }
+
+    fn host(&self) -> &str {
+        let address = self.address.as_str();
+        address.rsplit_once(':').map_or(address, |(host, _)| host)
     }
 
     fn name(&self) -> String {

@@ -4,17 +4,19 @@
 //! silence and garbage cost a descriptor for a moment and never a thread. Only a good hello gets
 //! a thread. Both stages are bounded. Where a stage is full, the oldest connection of the address
 //! that has the most is closed for the newcomer: one address can only push out itself. Connections
-//! that have shown a lease are never closed for others.
+//! that show a lease which is open are closed for another address only, and only where theirs has more than half
+//! of all.
 
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use protocol::LeaseId;
 use rustix::event::{PollFd, PollFlags};
 
 use super::frame::{Answer, Hello, Refusal, VERSION};
@@ -95,7 +97,7 @@ struct Accepting {
 struct Connection {
     socket: Arc<TcpStream>,
     from: IpAddr,
-    proven: Arc<AtomicBool>,
+    shown: Arc<AtomicU64>,
     evicted: bool,
     thread: JoinHandle<()>,
 }
@@ -225,7 +227,7 @@ impl Accepting {
             Some(Refusal::NoSlots)
         } else if (hello.slots, hello.slot_bytes) != (cut.slots(), cut.slot_bytes()) {
             Some(Refusal::Geometry)
-        } else if !self.make_room() {
+        } else if !self.make_room(waiting.peer.ip()) {
             Some(Refusal::Busy)
         } else {
             None
@@ -238,12 +240,12 @@ impl Accepting {
             return;
         }
         let socket = Arc::new(waiting.socket);
-        let proven = Arc::new(AtomicBool::new(false));
+        let shown = Arc::new(AtomicU64::new(0));
         let landing = Landing {
             receiver: Arc::clone(&self.receiver),
             socket: Arc::clone(&socket),
             peer: waiting.peer,
-            proven: Arc::clone(&proven),
+            shown: Arc::clone(&shown),
             low_water: Cell::new(1),
         };
         let id = self.next;
@@ -262,7 +264,7 @@ impl Accepting {
                 let connection = Connection {
                     socket,
                     from,
-                    proven,
+                    shown,
                     evicted: false,
                     thread,
                 };
@@ -273,8 +275,9 @@ impl Accepting {
         }
     }
 
-    /// Whether there is room for one more connection, if need be by closing a stranger's.
-    fn make_room(&mut self) -> bool {
+    /// Whether there is room for one more connection, if need be by closing one that shows no open lease, or one of
+    /// an address that has more than half of all.
+    fn make_room(&mut self, newcomer: IpAddr) -> bool {
         let live = self
             .connections
             .values()
@@ -287,14 +290,23 @@ impl Accepting {
         if self.connections.len() >= 2 * self.max_connections {
             return false;
         }
-        let strangers = self
-            .connections
-            .iter()
-            .filter(|(_, connection)| {
-                !connection.evicted && !connection.proven.load(Ordering::Relaxed)
-            })
+        let open = self.receiver.gates.current().open_leases();
+        let writes = |connection: &Connection| {
+            open.contains(&LeaseId(connection.shown.load(Ordering::Relaxed)))
+        };
+        let all = || {
+            let all = self.connections.iter();
+            all.filter(|(_, connection)| !connection.evicted)
+        };
+        let strangers = all()
+            .filter(|(_, connection)| !writes(connection))
             .map(|(id, connection)| (*id, connection.from));
-        let Some(id) = oldest_of_the_most(strangers) else {
+        let Some(id) = oldest_of_the_most(strangers).or_else(|| {
+            let id = oldest_of_the_most(all().map(|(id, connection)| (*id, connection.from)))?;
+            let host = self.connections.get(&id)?.from;
+            let its = all().filter(|(_, connection)| connection.from == host);
+            (host != newcomer && its.count() * 2 > self.max_connections).then_some(id)
+        }) else {
             return false;
         };
         if let Some(connection) = self.connections.get_mut(&id) {

@@ -6,6 +6,7 @@
 //! nobody passes. Nothing else is stopped by it: the connection lives on and throws away what still
 //! comes for the closed slot.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use protocol::{LeaseId, SlotIndex};
@@ -91,6 +92,14 @@ impl Cut {
     /// Bytes of a slot.
     pub(super) fn slot_bytes(&self) -> u64 {
         self.slot_bytes
+    }
+
+    /// The leases that may write now.
+    pub(super) fn open_leases(&self) -> HashSet<LeaseId> {
+        let gates = self.gates.iter();
+        gates
+            .filter_map(|gate| gate.read().unwrap_or_else(PoisonError::into_inner).open_to)
+            .collect()
     }
 
     /// Admits a part under `lease`, or says why not.

@@ -4,9 +4,10 @@ use std::cell::Cell;
 use std::io::{self, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use protocol::LeaseId;
 use rustix::event::PollFlags;
 
 use super::counts::Counters;
@@ -25,6 +26,8 @@ pub(super) struct Receiver {
     pub(super) handshake: Duration,
     /// Time that a frame's bytes, or the peer's reading of an answer, may stand still.
     pub(super) stall: Duration,
+    /// Time that a connection may be silent while it shows no lease that is open.
+    pub(super) idle: Duration,
 }
 
 /// One connection whose hello was accepted.
@@ -33,9 +36,9 @@ pub(super) struct Landing {
     pub(super) receiver: Arc<Receiver>,
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
-    /// Set once the peer has shown a lease that opens something: leases cannot be guessed, so it is
-    /// no stranger any more.
-    pub(super) proven: Arc<AtomicBool>,
+    /// The last lease that the peer has shown and that opened something, 0 before: leases cannot be
+    /// guessed, so it is no stranger while that one is open.
+    pub(super) shown: Arc<AtomicU64>,
     /// Bytes below which the kernel does not wake this thread; 1 at first.
     pub(super) low_water: Cell<usize>,
 }
@@ -99,12 +102,12 @@ impl Landing {
             .collect();
         let refused = match admitted {
             Ok(passes) => {
-                self.proven.store(true, Ordering::Relaxed);
+                self.shown.store(write.lease.0, Ordering::Relaxed);
                 self.land(inlet, &cut, &passes, bytes, deadline)?
             }
             // Its lease has just ended, and it has other writes on this connection: what comes for
             // the closed slots is thrown away, the rest is served.
-            Err(Refusal::Closed) if self.proven.load(Ordering::Relaxed) => {
+            Err(Refusal::Closed) if self.shown.load(Ordering::Relaxed) != 0 => {
                 self.discard(bytes, deadline)?;
                 Some(Refusal::Closed)
             }
@@ -127,7 +130,7 @@ impl Landing {
         }
     }
 
-    /// Reads a frame's head and parts. Between frames it waits for ever.
+    /// Reads a frame's head and parts. Between frames it waits while its lease is open, and for `idle` after that.
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
         // Every frame has at least one part with a byte in it, so this much can be read at once.
         let mut first = [0; Write::BYTES + Part::BYTES];
@@ -137,7 +140,7 @@ impl Landing {
                 Ok(0) => return Err(End::Closed),
                 Ok(n) => break n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    wait(&self.socket, PollFlags::IN, None)?;
+                    self.rest()?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
@@ -164,6 +167,23 @@ impl Landing {
             );
         }
         Ok((write, parts))
+    }
+
+    /// Waits for the next frame.
+    fn rest(&self) -> Result<(), End> {
+        let until = Instant::now() + self.receiver.idle;
+        match wait(&self.socket, PollFlags::IN, Some(until)) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                let lease = LeaseId(self.shown.load(Ordering::Relaxed));
+                let open = self.receiver.gates.current().open_leases();
+                if open.contains(&lease) {
+                    Ok(()) // its bytes are being computed
+                } else {
+                    Err(End::Closed)
+                }
+            }
+            other => Ok(other?),
+        }
     }
 
     /// Lets the frame's bytes land; gives the reason if a gate was closed meanwhile.

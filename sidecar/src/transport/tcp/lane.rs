@@ -110,6 +110,11 @@ impl Lane {
         Ok(Self { queue })
     }
 
+    /// The connection is gone.
+    pub(super) fn is_dead(&self) -> bool {
+        matches!(&*self.queue.lock(), State::Dead(_))
+    }
+
     /// Queues a job; its ticket says how it ended.
     pub(super) fn post(&self, job: Job) {
         let refused = match &mut *self.queue.lock() {

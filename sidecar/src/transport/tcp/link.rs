@@ -189,6 +189,10 @@ impl Link for TcpLink {
     fn reported(&self) -> String {
         self.reported.clone()
     }
+
+    fn is_broken(&self) -> bool {
+        self.lanes.iter().any(Lane::is_dead)
+    }
 }
 
 /// Connects and exchanges greetings.

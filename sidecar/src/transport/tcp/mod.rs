@@ -84,6 +84,8 @@ pub(crate) struct Config {
     pub(crate) handshake: Duration,
     /// Time that a write may stand still.
     pub(crate) stall: Duration,
+    /// Time that a connection may be silent while it shows no lease that is open.
+    pub(crate) idle: Duration,
 }
 
 impl Default for Config {
@@ -96,6 +98,7 @@ impl Default for Config {
             connect: Duration::from_secs(5),
             handshake: Duration::from_secs(5),
             stall: Duration::from_secs(10),
+            idle: Duration::from_secs(600),
         }
     }
 }
@@ -120,6 +123,7 @@ impl Tcp {
             counters: counts::Counters::default(),
             handshake: config.handshake,
             stall: config.stall,
+            idle: config.idle,
         });
         let listening = match config.listen {
             None => None,

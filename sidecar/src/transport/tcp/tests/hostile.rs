@@ -238,7 +238,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("refused: too many connections"), "{error}");
-    // Until one of them leaves.
+    // Until one of them leaves, or the lease is over that they have shown.
     drop(known.pop());
     let mut again = None;
     while again.is_none() {
@@ -248,6 +248,32 @@ async fn strangers_make_room_and_known_senders_do_not() {
         link.write(LEASE, vec![piece(0, 0, MIB)]).await,
         Outcome::Done
     );
+    let evicted = receiver.counts().evicted;
+    let slots = receiver.receiving.gates.current().slots();
+    (0..slots).for_each(|slot| receiver.close(SlotIndex(slot)));
+    sender.link(remote(&receiver)).await.unwrap();
+    assert_eq!(receiver.counts().evicted, evicted + 1);
+    until("the oldest link is known to be broken", || link.is_broken());
+}
+
+#[tokio::test]
+async fn a_silent_connection_ends_unless_its_lease_is_open() {
+    let config = Config {
+        idle: Duration::from_millis(50),
+        ..Config::default()
+    };
+    let (_sender, receiver) = victims(config);
+    let (mut stranger, mut writer) = (Raw::welcome(&receiver), Raw::welcome(&receiver));
+    writer.write(1, LEASE, &[part(2, 0, 1)]);
+    writer.say(&[9]);
+    assert_eq!(writer.hear(), Some(Answer::Landed { batch: 1 }));
+    assert_eq!(stranger.hear(), None);
+    writer.write(2, LEASE, &[part(2, 0, 1)]);
+    writer.say(&[9]);
+    assert_eq!(writer.hear(), Some(Answer::Landed { batch: 2 }));
+    let slots = receiver.receiving.gates.current().slots();
+    (0..slots).for_each(|slot| receiver.close(SlotIndex(slot)));
+    assert_eq!(writer.hear(), None);
 }
 
 #[test]
