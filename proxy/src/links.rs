@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::error::Error as StdError;
 use std::fmt;
+use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -93,11 +94,19 @@ impl Links {
         let origin = (scheme.clone(), authority.clone());
         address(&mut request, &uri)?;
         while let Some(link) = self.take(&origin) {
+            let again = request.clone();
+            let sent = Instant::now();
             request = match link.send(request).await {
                 Ok(answer) => return Ok(self.answer(origin, answer)),
-                // Closed in the meantime, and nothing of the request was written.
                 Err(mut error) => match error.take_message() {
+                    // Closed in the meantime, and nothing of the request was written.
                     Some(request) => request,
+                    // The engine closed it while the request was on its way. One that has been read is
+                    // aborted with its connection, so a repeat computes nothing twice.
+                    None if is_closed(error.error()) && sent.elapsed() < JUST_CLOSED => {
+                        request = again;
+                        break;
+                    }
                     None => return Err(LinkError::Lost(with_cause(error.error()))),
                 },
             };
@@ -230,6 +239,22 @@ fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> 
     Ok(())
 }
 
+/// The connection ended before an answer, with or without a reset.
+fn is_closed(error: &hyper::Error) -> bool {
+    let source = error.source().and_then(|e| e.downcast_ref::<io::Error>());
+    error.is_incomplete_message()
+        || error.is_canceled()
+        || source.is_some_and(|e| {
+            let kind = e.kind();
+            matches!(
+                kind,
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::UnexpectedEof
+            )
+        })
+}
+
 /// hyper's errors say what failed, and only their sources say why.
 pub fn with_cause(error: &dyn StdError) -> String {
     let mut text = error.to_string();
@@ -240,6 +265,10 @@ pub fn with_cause(error: &dyn StdError) -> String {
     }
     text
 }
+
+/// A connection that was closed before a request came ends within a round trip. One that ends later had
+/// an engine behind it that died of something else.
+const JUST_CLOSED: Duration = Duration::from_secs(1);
 
 /// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
 /// would fail.

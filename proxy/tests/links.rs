@@ -25,6 +25,11 @@ struct Plain {
 impl Plain {
     /// Answers `POST` with these bytes, and closes a connection after so many requests without saying so.
     async fn start(answer: Vec<u8>, requests: usize) -> Self {
+        Self::closing(answer, requests, false).await
+    }
+
+    /// The same, but if it `reads`, it closes only when the next request has come.
+    async fn closing(answer: Vec<u8>, requests: usize, reads: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let posts = Arc::<Mutex<Vec<_>>>::default();
@@ -46,6 +51,9 @@ impl Plain {
                             let ok = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
                             stream.write_all(ok).await.unwrap();
                         }
+                    }
+                    if reads {
+                        request(&mut stream).await;
                     }
                 });
             }
@@ -116,6 +124,19 @@ async fn one_that_the_engine_has_closed_is_not() {
         assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     }
     assert_eq!(*engine.posts.lock().unwrap(), [1, 2, 3]);
+    assert_eq!(rig.metric("pd_proxy_decode_retries_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn one_that_is_closed_as_the_request_comes_is_replaced_by_a_fresh_one() {
+    let engine = Plain::closing(whole(), 2, true).await;
+    let rig = rig(&engine).await;
+    // The first connection takes the health check and one request, and is used once more.
+    for _ in 0..3 {
+        let answer = rig.client.post(COMPLETIONS, &prompt()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    assert_eq!(*engine.posts.lock().unwrap(), [0, 1, 1]);
     assert_eq!(rig.metric("pd_proxy_decode_retries_total").await, 0.0);
 }
 

@@ -130,17 +130,17 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
         error.starts_with("data: {\"error\"") && error.ends_with("\n\n"),
         "{error}"
     );
-    // Both were asked to go on, the second without the KV.
-    let seen: Vec<Seen> = [pair.d.seen(), other.seen()].concat();
-    assert_eq!(seen.len(), 2);
-    for one in &seen {
-        assert_eq!(one.path, COMPLETIONS);
-        assert_eq!(one.json()["prompt"], json!([5, 6, 7, 9]));
-    }
-    let loads = seen
-        .iter()
-        .filter(|one| one.json()["kv_transfer_params"].is_object());
-    assert_eq!(loads.count(), 1);
+    // Both were asked to go on, the second without the KV; each perhaps twice, over a fresh connection
+    // after one that was kept.
+    let loads = |seen: &[Seen]| {
+        assert!((1..=2).contains(&seen.len()), "{seen:?}");
+        for one in seen {
+            assert_eq!(one.path, COMPLETIONS);
+            assert_eq!(one.json()["prompt"], json!([5, 6, 7, 9]));
+        }
+        seen[0].json()["kv_transfer_params"].is_object()
+    };
+    assert_ne!(loads(&pair.d.seen()), loads(&other.seen()));
 
     for decode in [&pair.d, &other] {
         decode.on_decode(Reply::Stream(events(&["llo"]), support::engine::Then::End));
