@@ -15,7 +15,7 @@ use http_body::Body as _;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::select;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
 use crate::access::may_ask;
 use crate::app::App;
@@ -151,15 +151,19 @@ pub async fn read(
         .map_err(|_| displaced())?;
     let silence = app.config.client_timeout;
     let mut whole = BytesMut::new();
+    let mut deadline = Instant::now() + silence;
+    // The deadline moves on with each KiB: a body that comes in drops counts as silent, and holds no place for ever.
+    let mut enough = DROP_BYTES;
     loop {
         let frame = select! {
             biased;
             () = upload.displaced() => return Err(displaced()),
-            frame = timeout(silence, body.frame()) => frame,
+            frame = timeout_at(deadline.into(), body.frame()) => frame,
         };
         let frame = frame.map_err(|_| {
             let text = format!(
-                "the client sent nothing of the request body for {silence:?} (--client-timeout)"
+                "the request body stopped coming for {silence:?} after {} bytes (--client-timeout)",
+                whole.len()
             );
             ApiError::new(Code::BodyTimeout, text)
         })?;
@@ -177,6 +181,10 @@ pub async fn read(
             .grow(Instant::now(), data.len())
             .map_err(|_| displaced())?;
         whole.extend_from_slice(&data);
+        if whole.len() >= enough {
+            enough = whole.len() + DROP_BYTES;
+            deadline = Instant::now() + silence;
+        }
     }
 }
 
@@ -271,3 +279,6 @@ async fn wrong_method(request: Request) -> Response {
 
 /// A list that needs no computing.
 const MODELS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client whose body comes more slowly than this per `--client-timeout` counts as silent.
+const DROP_BYTES: usize = 1024;

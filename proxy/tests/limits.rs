@@ -330,3 +330,50 @@ async fn connections_have_a_limit_and_are_served_in_turn() {
     assert_eq!(rig.client.get("/health").await.status, 200);
     drop(idle);
 }
+
+#[tokio::test]
+async fn an_upload_that_goes_on_is_not_cut() {
+    let rig = Rig::start(&["--client-timeout", "1500ms"]).await;
+    let _pair = rig.pair().await;
+    let address = rig.client.base.strip_prefix("http://").unwrap();
+    let body = json!({"prompt": "x".repeat(20_000)}).to_string();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    for piece in body.as_bytes().chunks(2048) {
+        stream.write_all(piece).await.unwrap();
+        // Together they take longer than a client may be silent.
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    let mut answer = String::new();
+    let read = stream.read_to_string(&mut answer);
+    timeout(PATIENCE, read).await.expect("an answer").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[tokio::test]
+async fn an_upload_in_drops_is() {
+    let rig = Rig::start(&["--client-timeout", "400ms"]).await;
+    let address = rig.client.base.strip_prefix("http://").unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n";
+    stream.write_all(head).await.unwrap();
+    let (mut from, mut to) = stream.into_split();
+    let drops = async {
+        while to.write_all(b" ").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let mut answer = String::new();
+    let read = async {
+        tokio::select! {
+            () = drops => unreachable!("the answer comes before the connection's end"),
+            read = from.read_to_string(&mut answer) => drop(read),
+        }
+    };
+    timeout(PATIENCE, read).await.expect("an answer");
+    assert!(answer.contains("body_timeout"), "{answer}");
+}
