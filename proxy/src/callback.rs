@@ -2,7 +2,7 @@
 //! and its engine serve?
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::app::App;
+use crate::instance::Instance;
 use crate::legs::LegError;
 use crate::registry::{Answer, CallBack};
 use crate::tls::explained;
@@ -51,11 +52,17 @@ pub async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
 /// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
 /// the engine's HTTP server listens.
 async fn engine_answer(app: &App, call: &CallBack) -> Answer {
-    let reason = match app
+    let asked = app
         .legs
         .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
-        .await
-    {
+        .await;
+    let is_healthy = (asked.as_ref()).is_ok_and(|answer| answer.head.status.is_success());
+    let instances = app.instances();
+    let is_meant = |i: &&Arc<Instance>| i.id == call.id && i.epoch == call.epoch;
+    if let Some(instance) = instances.iter().find(is_meant) {
+        instance.load.checked(Instant::now(), is_healthy);
+    }
+    let reason = match asked {
         Ok(answer) if answer.head.status.is_success() => {
             return Answer::Confirmed {
                 ready: true,

@@ -122,7 +122,8 @@ pub struct Config {
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub prefill_attempts: u32,
 
-    /// Failures in a row after which an instance gets no requests for a while.
+    /// Failures in a row after which an instance gets no requests for a while. An engine's 5xx counts
+    /// only once another instance has answered the same request.
     #[arg(long, env = "PD_PROXY_BREAKER_FAILURES", default_value_t = 5, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub breaker_failures: u32,
@@ -148,19 +149,31 @@ pub struct Config {
           value_parser = duration)]
     pub prefill_timeout: Duration,
 
-    /// Longest wait for the first byte of an answer. An answer that is not streamed comes as a
-    /// whole, so its whole computation has to fit.
+    /// Longest time without a sign of work of a decode instance, in any of its answers, while a request
+    /// waits for its first event; then another instance takes over, if there is one. Long prompts, and
+    /// answers that are not streamed, get more. An answer that is as long silent is given up on if the
+    /// engine's /health has failed for so long too.
+    #[arg(long, env = "PD_PROXY_STALL_TIMEOUT", default_value = "20s", value_name = "TIME",
+          value_parser = duration)]
+    pub stall_timeout: Duration,
+
+    /// Longest wait for the first event of a stream.
     #[arg(long, env = "PD_PROXY_FIRST_BYTE_TIMEOUT", default_value = "10m", value_name = "TIME",
           value_parser = duration)]
     pub first_byte_timeout: Duration,
 
-    /// Longest silence of an engine within an answer.
-    #[arg(long, env = "PD_PROXY_IDLE_TIMEOUT", default_value = "60s", value_name = "TIME",
+    /// Longest wait for an answer that is not streamed: its whole computation has to fit.
+    #[arg(long, env = "PD_PROXY_ANSWER_TIMEOUT", default_value = "4h", value_name = "TIME",
+          value_parser = duration)]
+    pub answer_timeout: Duration,
+
+    /// Longest time without data within an answer. Engines are silent while they write a tool call.
+    #[arg(long, env = "PD_PROXY_IDLE_TIMEOUT", default_value = "10m", value_name = "TIME",
           value_parser = duration)]
     pub idle_timeout: Duration,
 
-    /// Longest time for a client to send a request's head, to pause within its body, or to read nothing
-    /// of its answer.
+    /// Longest time for a client to send a request's head, to send nothing of its body (less than
+    /// 1 KiB), or to read nothing of its answer.
     #[arg(long, env = "PD_PROXY_CLIENT_TIMEOUT", default_value = "30s", value_name = "TIME",
           value_parser = duration)]
     pub client_timeout: Duration,
@@ -223,6 +236,7 @@ impl Config {
         Breaker {
             failures: self.breaker_failures,
             pause: self.breaker_pause,
+            stall: self.stall_timeout,
         }
     }
 

@@ -22,10 +22,11 @@ use crate::flight::Flight;
 use crate::handover::{Prefilled, Way};
 use crate::headers::leg_headers;
 use crate::id;
+use crate::instance::Instance;
 use crate::legs::{Answer, LegError};
 use crate::life::{Action, Event};
 use crate::plan::Plan;
-use crate::relay;
+use crate::relay::{self, Silence};
 use crate::route::{Alone, Pair};
 use crate::trace::Trace;
 use crate::verdict::Verdict;
@@ -64,6 +65,8 @@ struct Drive {
     leg_id: RequestId,
     /// Instances that have failed it.
     failed: Vec<String>,
+    /// Those that have answered it with an error, until it is known whether the request is at fault.
+    doubted: Vec<(Side, Arc<Instance>)>,
     prefill_attempts: u32,
     decode_attempts: u32,
     /// How the pair hands KV over; meaningless without a prefill instance.
@@ -72,6 +75,8 @@ struct Drive {
     prefilled: Prefilled,
     prefill_sent: Instant,
     decode_sent: Instant,
+    /// When to look next whether the decode instance works.
+    look_at: Instant,
     decode: Option<DecodeLeg>,
     /// The client has been given the first token.
     is_early: bool,
@@ -81,11 +86,18 @@ struct Drive {
     verdict: Verdict,
 }
 
+/// A side of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Prefill,
+    Decode,
+}
+
 /// What the wait of a request ended with.
 enum Step {
     /// Something that only moves its life on.
     Event(Event),
-    /// Another prefill instance takes over.
+    /// Another prefill instance takes over, or the wait goes on.
     Again,
     /// The prefill engine's refusal.
     Refused(Box<Answer>),
@@ -129,12 +141,14 @@ pub async fn serve(
         pair,
         leg_id: flight.id.clone(),
         failed: Vec::new(),
+        doubted: Vec::new(),
         prefill_attempts: 0,
         decode_attempts: 0,
         way: Way::Sidecar,
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
         decode_sent: arrival.at,
+        look_at: arrival.at,
         decode: None,
         is_early: false,
         goes_on: false,
@@ -186,7 +200,10 @@ impl Drive {
     }
 
     /// Answers the client with what the decode leg brings.
-    fn relay(&self, flight: Flight, mut answer: Answer) -> Response {
+    fn relay(&mut self, flight: Flight, mut answer: Answer) -> Response {
+        if answer.head.status.is_success() {
+            self.blame(Side::Decode);
+        }
         let decode = &self.pair.decode;
         decode.load.succeeded(self.decode_sent.elapsed());
         if flight.waits_for_kv()
@@ -213,7 +230,17 @@ impl Drive {
             answer.held = stitch.whole(&answer.held);
         }
         let cut = self.app.cut.clone();
-        relay::respond(flight, answer, self.app.config.idle_timeout, cut)
+        let limits = Silence {
+            idle: self.app.config.idle_timeout,
+            dead: self.app.config.stall_timeout,
+            // Only an answer whose events are read waits for their ends.
+            max_event: if self.is_early {
+                MAX_EVENT_BYTES
+            } else {
+                usize::MAX
+            },
+        };
+        relay::respond(flight, answer, limits, cut)
     }
 
     /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
@@ -235,6 +262,13 @@ impl Drive {
                 None => pending().await,
             }
         };
+        let (is_decoding, look_at) = (self.decode.is_some(), self.look_at);
+        let look = async {
+            match is_decoding {
+                true => sleep_until(look_at.into()).await,
+                false => pending().await,
+            }
+        };
         let decode = async {
             match &mut self.decode {
                 Some(leg) => leg.await,
@@ -244,9 +278,15 @@ impl Drive {
         select! {
             biased;
             end = prefill => self.prefill_ended(flight, end),
-            () = begun => Step::Event(Event::Begun),
+            () = begun => {
+                if let Ok(prefill) = &self.pair.prefill {
+                    prefill.load.heard(Instant::now());
+                }
+                Step::Event(Event::Begun)
+            }
             answer = decode => self.decode_ended(flight, answer),
             () = sleep_until(deadline.into()), if prefilling => self.prefill_late(flight),
+            () = look => self.look(flight),
             () = self.app.cut.cancelled() => {
                 self.condemn(flight, Verdict::shutting_down());
                 Step::Event(Event::CutOff)
@@ -275,3 +315,6 @@ impl Drive {
         Some(self.pair.prefill.as_ref().ok()?.id.as_str())
     }
 }
+
+/// An event of one token is below 1 KiB; logprobs and the prompt's token ids are in none that is read.
+const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;

@@ -167,6 +167,19 @@ impl Flight {
         self.record.stream = stream;
     }
 
+    /// Notes that the decode engine has shown a sign of work.
+    pub fn heard(&self, now: Instant) {
+        if let Some(charge) = &self.charges[1] {
+            charge.load().heard(now);
+        }
+    }
+
+    /// The decode engine's `/health` has failed for at least `time`.
+    pub fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
+        let charge = self.charges[1].as_ref();
+        charge.is_some_and(|charge| charge.load().is_sick_for(now, time))
+    }
+
     /// Notes an error and the status that the client gets.
     pub fn failed(&mut self, status: StatusCode, error: String) {
         self.record.status = Some(status.as_u16());
@@ -176,6 +189,22 @@ impl Flight {
     /// Notes why an answer broke off.
     pub fn broke(&mut self, error: &ApiError) {
         self.record.error = Some(error.to_string());
+    }
+
+    /// Ends it with an answer that has been passed on to its end.
+    pub fn answered(&mut self, ends_with_error: bool) {
+        let status = self
+            .record
+            .status
+            .and_then(|s| StatusCode::from_u16(s).ok());
+        if ends_with_error {
+            self.record.error = Some("the decode engine ended its stream with an error".into());
+            self.on(Event::AnswerBroke);
+        } else if status.is_some_and(|status| status.is_client_error()) {
+            self.on(Event::AnswerRefused);
+        } else {
+            self.on(Event::AnswerEnded);
+        }
     }
 
     /// Notes the decode engine's token counts.

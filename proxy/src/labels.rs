@@ -75,7 +75,7 @@ impl Message {
 
 impl Leg {
     /// Every way in which a leg fails.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Prefill(Alone::PrefillDied),
         Self::Prefill(Alone::PrefillError),
         Self::Prefill(Alone::PrefillBusy),
@@ -85,6 +85,8 @@ impl Leg {
         Self::Decode(LegFailure::Died),
         Self::Decode(LegFailure::Timeout),
         Self::Decode(LegFailure::Busy),
+        Self::Decode(LegFailure::Faulty),
+        Self::Decode(LegFailure::Silent),
     ];
 
     /// Its name and that of its failure.
@@ -95,6 +97,8 @@ impl Leg {
             Self::Decode(LegFailure::Died) => ("decode", "died"),
             Self::Decode(LegFailure::Timeout) => ("decode", "timeout"),
             Self::Decode(LegFailure::Busy) => ("decode", "busy"),
+            Self::Decode(LegFailure::Faulty) => ("decode", "error"),
+            Self::Decode(LegFailure::Silent) => ("decode", "silent"),
         }
     }
 }

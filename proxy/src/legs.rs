@@ -15,6 +15,7 @@ use crate::handover::{Way, prefilled};
 use crate::headers::{JSON, is_event_stream};
 use crate::links::{LinkBody, LinkError, Links, with_cause};
 use crate::route::Alone;
+use crate::sse::First;
 
 mod answer;
 
@@ -25,7 +26,6 @@ pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
 #[derive(Clone, Debug)]
 pub struct Legs {
     links: Arc<Links>,
-    first_byte_timeout: Duration,
     idle_timeout: Duration,
 }
 
@@ -39,9 +39,13 @@ impl Legs {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
         connector.enforce_http(false);
+        // A host that is gone says nothing: without these, a silent answer would be waited for as long
+        // as a good one may take.
+        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         Ok(Self {
             links: Arc::new(Links::new(config.tls.connector(connector)?)),
-            first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
         })
     }
@@ -117,8 +121,8 @@ impl Legs {
         })
     }
 
-    /// Sends a decode leg and reads the first bytes of its answer, or all of it if it is short and
-    /// not streamed: until then another instance can take over without the client noticing.
+    /// Sends a decode leg and reads the first event of its answer, or all of it if it is short and not
+    /// streamed, within `limit`: until then another instance can take over without the client noticing.
     ///
     /// # Errors
     /// No answer that is worth passing on while another instance may have a better one.
@@ -130,22 +134,25 @@ impl Legs {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
+        limit: Duration,
     ) -> Result<Answer, LegError> {
-        let deadline = Instant::now() + self.first_byte_timeout;
-        let late = || LegError::Timeout(self.first_byte_timeout);
+        let deadline = Instant::now() + limit;
+        let late = || LegError::Timeout(limit);
         let response = timeout_at(deadline, self.send(Method::POST, url, headers, body))
             .await
             .map_err(|_| late())??;
         let (head, mut rest) = response.into_parts();
-        let first = timeout_at(deadline, next_data(&mut rest))
-            .await
-            .map_err(|_| late())??;
+        let is_stream = is_event_stream(&head.headers);
+        let first = async {
+            if is_stream {
+                first_event(&mut rest).await.map(Some)
+            } else {
+                next_data(&mut rest).await
+            }
+        };
+        let first = timeout_at(deadline, first).await.map_err(|_| late())??;
         let answer = match first {
-            Some(first) if is_event_stream(&head.headers) => Answer {
-                head,
-                held: first,
-                rest: Some(rest),
-            },
+            Some(first) if is_stream => Answer::of_first_event(head, first, rest),
             Some(first) => self.hold(head, first, rest).await?,
             None => Answer {
                 head,
@@ -153,13 +160,7 @@ impl Legs {
                 rest: None,
             },
         };
-        match answer.head.status {
-            StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::BAD_GATEWAY
-            | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT => Err(LegError::Busy(Box::new(answer))),
-            _ => Ok(answer),
-        }
+        answer.judged()
     }
 
     /// Passes a request without a body on and reads a short answer.
@@ -292,6 +293,17 @@ async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
     Ok(None)
 }
 
+/// Reads a stream up to its first event with data. Comments before it are dropped.
+async fn first_event(body: &mut LinkBody) -> Result<Bytes, LegError> {
+    let mut first = First::default();
+    while let Some(chunk) = next_data(body).await? {
+        if let Some(event) = first.take(&chunk) {
+            return Ok(event.into());
+        }
+    }
+    Err(LegError::Died("its stream ended without an event".into()))
+}
+
 fn shown(body: &Bytes) -> String {
     String::from_utf8_lossy(body)
         .chars()
@@ -308,6 +320,10 @@ const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 /// Answers that are not streamed are held back up to this size, so that an engine that dies in
 /// their middle can be replaced or reported.
 const MAX_HELD: usize = 4 * 1024 * 1024;
+
+/// A host that does not answer is given up on after four times this.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
 
 /// Of an engine's error, in logs.
 const SHOWN_CHARS: usize = 300;

@@ -54,6 +54,7 @@ pub mod seats;
 pub mod server;
 pub mod shared;
 pub mod sources;
+pub mod sse;
 pub mod stitch;
 pub mod summary;
 pub mod tls;

@@ -11,8 +11,8 @@
 //!
 //! * `Prefilling`: the prefill leg is sent; its engine has not begun. Bounded by the prefill timeout.
 //! * `Decoding`: the decode leg is sent; nothing of its answer has reached the client, so another
-//!   instance can still take over. Bounded by the first-byte timeout.
-//! * `Streaming`: bytes flow to the client. Bounded, between two chunks, by the idle timeout.
+//!   instance can still take over. Bounded by the first-byte timeout, or that of whole answers.
+//! * `Streaming`: bytes flow to the client. Bounded, between two pieces of data, by the idle timeout.
 //! * `Ended`: with an outcome. The client can leave in every state.
 
 use std::fmt;
@@ -42,7 +42,7 @@ pub enum Life {
 pub enum Outcome {
     /// The engine's answer was passed on to its end.
     Done,
-    /// The prefill engine refused the request, and the client has its answer.
+    /// An engine refused the request (4xx), and the client has its answer.
     Refused,
     /// No answer could be had; the client was told so.
     Failed,
@@ -74,6 +74,8 @@ pub enum Event {
     },
     /// The answer is complete.
     AnswerEnded,
+    /// The answer is complete, and says that the request is wrong.
+    AnswerRefused,
     /// The answer broke off.
     AnswerBroke,
     /// The client is gone.
@@ -155,6 +157,7 @@ impl Life {
             }
 
             (Self::Streaming, E::AnswerEnded) => (Self::Ended(Outcome::Done), Action::Finish),
+            (Self::Streaming, E::AnswerRefused) => (Self::Ended(Outcome::Refused), Action::Finish),
             (Self::Streaming, E::AnswerBroke) => (Self::Ended(Outcome::Broken), Action::Finish),
 
             // Once the decode leg is sent, the end of the prefill leg is only noted: the decode
@@ -175,9 +178,10 @@ impl Life {
                 | E::FirstByte
                 | E::DecodeFailed { .. }
                 | E::AnswerEnded
+                | E::AnswerRefused
                 | E::AnswerBroke,
             )
-            | (Self::Decoding { .. }, E::AnswerEnded | E::AnswerBroke)
+            | (Self::Decoding { .. }, E::AnswerEnded | E::AnswerRefused | E::AnswerBroke)
             | (Self::Streaming, E::FirstByte | E::DecodeFailed { .. }) => (self, Action::Wait),
         }
     }

@@ -234,13 +234,13 @@ impl Registry {
         calls
     }
 
-    /// A request has failed there: it is called back at once, unless it has just been.
+    /// A request has failed there: it is called back at once, or a second after the last call-back.
     pub fn suspect(&mut self, now: Instant, id: &str) {
         let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
-        if let Some(member) = member
-            && member.answered.is_none_or(|at| at + RETRY_AFTER <= now)
-        {
-            member.call_at = member.call_at.min(now);
+        if let Some(member) = member {
+            // Not dropped: the last answer may be from just before the engine's death.
+            let soon = member.answered.map_or(now, |at| now.max(at + RETRY_AFTER));
+            member.call_at = member.call_at.min(soon);
         }
     }
 

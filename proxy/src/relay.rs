@@ -21,7 +21,19 @@ use crate::headers::{end_to_end, is_event_stream};
 use crate::legs::Answer;
 use crate::life::Event;
 use crate::links::LinkBody;
+use crate::sse::{self, Events};
 use crate::usage;
+
+/// What an engine may do within an answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Silence {
+    /// Longest time without data.
+    pub idle: Duration,
+    /// The same if the engine's `/health` fails as long.
+    pub dead: Duration,
+    /// Longest event of a stream.
+    pub max_event: usize,
+}
 
 /// The answer's body. It owns the request: when hyper drops it because the client has left, the
 /// legs go with it.
@@ -32,12 +44,13 @@ struct Relay {
     gathered: BytesMut,
     flight: Flight,
     idle: Pin<Box<Sleep>>,
-    /// The last chunk. `idle` is set again only when it fires: setting it at each chunk costs more than
+    /// The last data. `idle` is set again only when it fires: setting it at each chunk costs more than
     /// the chunk.
     heard: Instant,
-    idle_timeout: Duration,
+    limits: Silence,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     stream: bool,
+    events: Events,
     tail: Vec<u8>,
 }
 
@@ -45,7 +58,7 @@ struct Relay {
 pub fn respond(
     mut flight: Flight,
     answer: Answer,
-    idle_timeout: Duration,
+    limits: Silence,
     cut: CancellationToken,
 ) -> Response {
     let stream = is_event_stream(&answer.head.headers);
@@ -55,11 +68,12 @@ pub fn respond(
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         gathered: BytesMut::new(),
-        idle: Box::pin(sleep(idle_timeout)),
+        idle: Box::pin(sleep(limits.idle.min(limits.dead))),
         heard: Instant::now(),
-        idle_timeout,
+        limits,
         cut: Box::pin(cut.cancelled_owned()),
         stream,
+        events: Events::default(),
         tail: Vec::new(),
         flight,
     };
@@ -91,7 +105,8 @@ impl Relay {
         if let Some(usage) = usage::find(&self.tail) {
             self.flight.counted(usage);
         }
-        self.flight.on(Event::AnswerEnded);
+        let ends_with_error = self.stream && sse::ends_with_error(&self.tail);
+        self.flight.answered(ends_with_error);
     }
 
     /// Ends the answer early: a stream with an error event, anything else by breaking off, since its
@@ -120,11 +135,17 @@ impl Relay {
         while let Some(rest) = &mut self.rest {
             match Pin::new(rest).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    self.heard = Instant::now();
                     let Ok(chunk) = frame.into_data() else {
                         continue;
                     };
-                    self.keep_tail(&chunk);
+                    self.hear(&chunk);
+                    if self.events.unended() > self.limits.max_event {
+                        let text = format!(
+                            "the decode instance does not end an event: {} bytes so far",
+                            self.events.unended()
+                        );
+                        return self.break_off(ApiError::new(Code::DecodeDied, text));
+                    }
                     self.gathered.extend_from_slice(&chunk);
                     if self.gathered.len() >= ENOUGH {
                         return self.pass_on();
@@ -136,11 +157,7 @@ impl Relay {
                     return self.break_off(ApiError::new(Code::DecodeDied, text));
                 }
                 Poll::Pending if self.gathered.is_empty() => {
-                    ready!(self.poll_silence(cx));
-                    let text = format!(
-                        "the decode instance has been silent for {}",
-                        humantime::format_duration(self.idle_timeout)
-                    );
+                    let text = ready!(self.poll_silence(cx));
                     return self.break_off(ApiError::new(Code::DecodeSilent, text));
                 }
                 Poll::Pending => return self.pass_on(),
@@ -161,16 +178,41 @@ impl Relay {
         Poll::Ready(Some(Ok(Frame::data(self.gathered.split().freeze()))))
     }
 
-    /// Ready when the engine has been silent for too long.
-    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready, with what the client is told, when the engine has been silent for too long.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<String> {
+        let said = |time| humantime::format_duration(time).to_string();
         loop {
             ready!(self.idle.as_mut().poll(cx));
-            let until = self.heard + self.idle_timeout;
-            if until <= Instant::now() {
-                return Poll::Ready(());
+            let (now, limits) = (Instant::now(), self.limits);
+            let until = self.heard + limits.idle;
+            if until <= now {
+                let text = format!(
+                    "the decode instance has been silent for {}",
+                    said(limits.idle)
+                );
+                return Poll::Ready(text);
             }
-            self.idle.as_mut().reset(until);
+            // An engine may think for long; one that is dead need not be waited for.
+            let is_long = self.heard + limits.dead <= now;
+            if is_long && self.flight.is_decode_sick(now.into_std(), limits.dead) {
+                let text = format!(
+                    "the decode instance has been silent for {}, and its /health fails",
+                    said(limits.dead)
+                );
+                return Poll::Ready(text);
+            }
+            let look = if is_long { now } else { self.heard } + limits.dead;
+            self.idle.as_mut().reset(look.min(until));
         }
+    }
+
+    /// Notes what a chunk says about the engine, and its end.
+    fn hear(&mut self, chunk: &[u8]) {
+        if !self.stream || self.events.hear(chunk) {
+            self.heard = Instant::now();
+            self.flight.heard(self.heard.into_std());
+        }
+        self.keep_tail(chunk);
     }
 
     fn keep_tail(&mut self, chunk: &[u8]) {
@@ -206,7 +248,7 @@ impl http_body::Body for Relay {
     ) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         let relay = self.get_mut();
         if let Some(held) = relay.held.take() {
-            relay.keep_tail(&held);
+            relay.hear(&held);
             if relay.rest.is_none() {
                 // hyper does not ask again once the announced length has been handed over.
                 relay.finish();

@@ -29,7 +29,9 @@ impl Verdict {
     /// The last decode leg failed like this.
     pub fn of(error: LegError) -> Self {
         match error {
-            LegError::Busy(answer) if answer.rest.is_none() => Self::Pass(answer),
+            LegError::Busy(answer) | LegError::Faulty(answer) if answer.rest.is_none() => {
+                Self::Pass(answer)
+            }
             error => Self::Error(ApiError::from(&error)),
         }
     }
@@ -37,7 +39,13 @@ impl Verdict {
     /// What the client is told, for the log.
     pub fn told(&self) -> (StatusCode, String) {
         match self {
-            Self::Pass(answer) => (answer.head.status, "the decode engine is busy".into()),
+            Self::Pass(answer) => {
+                let status = answer.head.status;
+                (
+                    status,
+                    format!("no decode engine does better than {status}"),
+                )
+            }
             Self::Error(error) => (error.code().status(), error.to_string()),
         }
     }
@@ -47,8 +55,14 @@ impl Verdict {
         match self {
             Self::Pass(answer) => {
                 let mut response = relay::whole(*answer, id);
-                let headers = response.headers_mut();
-                headers.entry(header::RETRY_AFTER).or_insert(RETRY_AFTER);
+                // An engine's failure may be the request's own: only a busy one is worth a repeat.
+                if matches!(
+                    response.status(),
+                    StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+                ) {
+                    let headers = response.headers_mut();
+                    headers.entry(header::RETRY_AFTER).or_insert(RETRY_AFTER);
+                }
                 response
             }
             Self::Error(error) => error.into_response(),

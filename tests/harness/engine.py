@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -118,6 +119,15 @@ class Engine(Part):
     def warm_up(self) -> None:
         """One short request, so that the first measured one does not pay for what every first one pays."""
         complete(self.url, [2, 3, 4], max_tokens=2)
+
+    def kill_core(self) -> None:
+        """`kill -9` of the process that computes. vLLM's API server lives on, and answers every request with 500, if
+        `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set; otherwise it ends within some seconds."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        cores = [pid for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(cores) == 1, f"one engine core among the children of {self.process.pid}: {children}"
+        os.kill(int(cores[0]), signal.SIGKILL)
 
     def stage(self) -> str:
         """What it does while it starts, for people."""

@@ -36,3 +36,12 @@ fn call_backs_come_before_their_answers_are_too_old() {
         assert!(problems[0].contains("at most 10s"), "{problems:?}");
     }
 }
+
+#[test]
+fn defaults_survive_long_answers() {
+    let config = parse(&[]).unwrap();
+    // A tool call of 17 KB was silent for 32 s, a longer one for 62 s.
+    assert!(config.idle_timeout >= Duration::from_secs(300));
+    // 32,000 tokens at ten a second.
+    assert!(config.answer_timeout >= Duration::from_secs(3600));
+}

@@ -6,7 +6,7 @@ use std::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
-use super::{Drive, Step};
+use super::{Drive, Side, Step};
 use crate::cli::FirstTokenFrom;
 use crate::flight::Flight;
 use crate::handover::{Prefilled, Way, leg_id};
@@ -81,7 +81,7 @@ impl Drive {
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
-                if let (Alone::PrefillDied, Some(prefill)) = (why, self.prefill_id()) {
+                if let Some(prefill) = self.prefill_id() {
                     self.app.suspect(prefill);
                 }
                 self.prefill_failed(flight, why)
@@ -93,6 +93,7 @@ impl Drive {
         if let Ok(prefill) = &self.pair.prefill {
             prefill.load.succeeded(self.prefill_sent.elapsed());
         }
+        self.blame(Side::Prefill);
         if let Some(tokens) = prefilled.prompt_tokens {
             self.plan.counted(&self.app, tokens);
             let begun = flight.watch().and_then(|watch| watch.begun_at());
@@ -136,15 +137,29 @@ impl Drive {
             return Step::Event(Event::PrefillFailed(why));
         };
         let is_computed = matches!(why, Alone::NotPushed | Alone::NotExpressible);
-        if !is_computed
-            && prefill
-                .load
-                .failed(Instant::now(), self.app.config.breaker())
-        {
-            warn!(
-                prefill = prefill.id,
-                "keeps failing: left alone for a while"
-            );
+        let (now, breaker) = (Instant::now(), self.app.config.breaker());
+        match why {
+            _ if is_computed => {}
+            Alone::PrefillError => self.doubted.push((Side::Prefill, Arc::clone(prefill))),
+            // It has done nothing for anybody in all that time: one such request is enough.
+            Alone::PrefillTimeout
+                if (prefill.load.last_heard()).is_none_or(|at| at <= self.prefill_sent) =>
+            {
+                if prefill.load.stalled(now, breaker) {
+                    warn!(
+                        prefill = prefill.id,
+                        "no sign of work: left alone for a while"
+                    );
+                }
+            }
+            _ => {
+                if prefill.load.failed(now, breaker) {
+                    warn!(
+                        prefill = prefill.id,
+                        "keeps failing: left alone for a while"
+                    );
+                }
+            }
         }
         if !flight.is_prefilling()
             && flight

@@ -18,6 +18,7 @@ fn who_fails_too_often_pauses_and_is_tried_once() {
     let breaker = Breaker {
         failures: 3,
         pause: Duration::from_secs(10),
+        stall: Duration::from_secs(20),
     };
     let load = Load::default();
     let now = Instant::now();
@@ -41,4 +42,45 @@ fn who_fails_too_often_pauses_and_is_tried_once() {
     assert!(!load.facts(later).is_open);
     load.chosen(later, breaker);
     assert!(!load.facts(later).is_open);
+}
+
+#[test]
+fn a_stalled_instance_pauses_until_it_shows_a_sign_of_work() {
+    let breaker = Breaker {
+        failures: 3,
+        pause: Duration::from_secs(5),
+        stall: Duration::from_secs(20),
+    };
+    let load = Load::default();
+    let now = Instant::now();
+    assert_eq!(load.last_heard(), None);
+    assert!(load.stalled(now, breaker), "once is enough");
+    assert!(load.facts(now).is_open);
+    assert!(!load.stalled(now, breaker), "said once");
+    let later = now + Duration::from_secs(21);
+    assert!(!load.facts(later).is_open);
+    load.chosen(later, breaker);
+    let while_it_tries = later + Duration::from_secs(19);
+    assert!(
+        load.facts(while_it_tries).is_open,
+        "one request tries at a time"
+    );
+    load.succeeded(Duration::from_millis(5));
+    assert!(!load.facts(while_it_tries).is_open);
+    assert!(load.last_heard().is_some_and(|at| at >= now));
+}
+
+#[test]
+fn health_counts_from_its_first_failure() {
+    let load = Load::default();
+    let now = Instant::now();
+    let time = Duration::from_secs(10);
+    let at = |seconds| now + Duration::from_secs(seconds);
+    assert!(!load.is_sick_for(at(100), time));
+    load.checked(at(1), false);
+    load.checked(at(9), false);
+    assert!(!load.is_sick_for(at(10), time));
+    assert!(load.is_sick_for(at(12), time));
+    load.checked(at(12), true);
+    assert!(!load.is_sick_for(at(100), time));
 }

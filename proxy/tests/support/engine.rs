@@ -39,6 +39,8 @@ pub enum Then {
     Hang,
     /// The connection breaks once `Engine::release` has been called for it.
     Break,
+    /// This text comes again and again, every few milliseconds.
+    Repeat(&'static str),
 }
 
 /// A request as the engine got it.
@@ -209,10 +211,21 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         }
         Reply::Stream(chunks, then) => {
             let chunks = stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>));
+            if let Then::Repeat(text) = then {
+                let presence = Arc::new(presence);
+                let again = stream::unfold(presence, move |presence| async move {
+                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                    Some((Ok(text.to_owned()), presence))
+                });
+                return Response::builder()
+                    .header("content-type", "text/event-stream; charset=utf-8")
+                    .body(Body::from_stream(chunks.chain(again)))
+                    .unwrap();
+            }
             let end = stream::once(async move {
                 match then {
                     Then::End => presence.served(),
-                    Then::Hang => std::future::pending().await,
+                    Then::Hang | Then::Repeat(_) => std::future::pending().await,
                     Then::Break => {
                         engine.released.acquire().await.unwrap().forget();
                         presence.served();

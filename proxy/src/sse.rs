@@ -1,0 +1,160 @@
+//! Event streams, as far as the proxy reads them: which bytes are data, and how long an event is.
+//!
+//! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment says
+//! that the HTTP server lives, and nothing of the engine behind it: only data is a sign of work.
+
+/// Follows a stream through its chunks, however they are cut.
+#[derive(Debug, Default)]
+pub struct Events {
+    line: Line,
+    /// Bytes since the end of the last event.
+    event: usize,
+}
+
+/// The line that the stream is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    /// So many bytes of it have come, all of them the beginning of `data:`.
+    Maybe(usize),
+    /// It carries data.
+    Data,
+    /// A comment, or a field that is not data.
+    Other,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self::Maybe(0)
+    }
+}
+
+impl Events {
+    /// Takes the next chunk and tells whether any of it is data.
+    pub fn hear(&mut self, chunk: &[u8]) -> bool {
+        let mut is_data = false;
+        for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
+            if at > 0 {
+                self.end_line();
+            }
+            is_data |= self.go_on(piece);
+        }
+        is_data
+    }
+
+    /// Bytes of the event that has begun and not ended.
+    pub fn unended(&self) -> usize {
+        self.event
+    }
+
+    fn end_line(&mut self) {
+        let is_blank = self.line == Line::default();
+        self.event = if is_blank { 0 } else { self.event + 1 };
+        self.line = Line::default();
+    }
+
+    fn go_on(&mut self, piece: &[u8]) -> bool {
+        self.event += piece.len();
+        if let Line::Maybe(at) = self.line
+            && !piece.is_empty()
+        {
+            let wanted = &DATA[at..];
+            let both = wanted.len().min(piece.len());
+            self.line = if piece[..both] != wanted[..both] {
+                Line::Other
+            } else if both == wanted.len() {
+                Line::Data
+            } else {
+                Line::Maybe(at + both)
+            };
+        }
+        self.line == Line::Data && !piece.is_empty()
+    }
+}
+
+/// Gathers a stream up to the end of its first event with data. What comes before, comments for the
+/// most part, is dropped: the client has got nothing yet, so another instance can still take over.
+#[derive(Debug, Default)]
+pub struct First {
+    held: Vec<u8>,
+    /// So much of `held` has been searched for the end of an event.
+    searched: usize,
+}
+
+impl First {
+    /// Takes the next chunk. Returns what has come since the event's beginning, once its end is there.
+    pub fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
+        self.held.extend_from_slice(chunk);
+        loop {
+            self.drop_comments();
+            let Some(length) = end_of_event(&self.held, self.searched) else {
+                self.searched = self.held.len();
+                // An event of this size is no short error: it is passed on as it comes.
+                let is_long = self.held.len() > MAX_FIRST_BYTES;
+                return is_long.then(|| std::mem::take(&mut self.held));
+            };
+            if data(&self.held[..length]).is_some() {
+                return Some(std::mem::take(&mut self.held));
+            }
+            self.held.drain(..length);
+            self.searched = 0;
+        }
+    }
+
+    fn drop_comments(&mut self) {
+        let mut from = 0;
+        while let Some(b':' | b'\n' | b'\r') = self.held.get(from) {
+            let rest = &self.held[from..];
+            let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
+                // Its colon stays, so that what follows is known as a comment too.
+                self.held.truncate(from + 1);
+                break;
+            };
+            from += end + 1;
+        }
+        if from > 0 {
+            self.held.drain(..from);
+            self.searched = 0;
+        }
+        self.searched = self.searched.min(self.held.len());
+    }
+}
+
+/// The length of the first event, blank line included. The first `searched` bytes hold no end.
+pub fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
+    let from = searched.saturating_sub(1);
+    bytes[from..]
+        .windows(2)
+        .position(|pair| pair == b"\n\n")
+        .map(|at| from + at + 2)
+}
+
+/// The first line of data in an event.
+pub fn data(event: &[u8]) -> Option<&[u8]> {
+    let mut lines = event.split(|byte| *byte == b'\n');
+    lines.find_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii))
+}
+
+/// An error that an engine has written where an answer's events were to be.
+pub fn error(event: &[u8]) -> Option<&[u8]> {
+    data(event).filter(|data| is_error(data))
+}
+
+/// A stream that ends like this was ended by an error: nothing but `[DONE]` follows it.
+pub fn ends_with_error(tail: &[u8]) -> bool {
+    let lines = tail.split(|byte| *byte == b'\n');
+    let mut data = lines.filter_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii));
+    data.rfind(|data| *data != b"[DONE]").is_some_and(is_error)
+}
+
+fn is_error(data: &[u8]) -> bool {
+    let inside = data.strip_prefix(b"{").map(<[u8]>::trim_ascii_start);
+    inside.is_some_and(|inside| inside.starts_with(b"\"error\""))
+}
+
+const DATA: &[u8] = b"data:";
+
+/// vLLM's first event is below 1 KiB unless the client has asked for the prompt's token ids.
+const MAX_FIRST_BYTES: usize = 64 * 1024;
+
+#[cfg(test)]
+mod tests;
