@@ -120,7 +120,9 @@ impl http_body::Body for Early {
                         return Poll::Pending;
                     }
                     Poll::Ready(Some(Ok(frame))) => {
-                        event.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+                        let room = MAX_ERROR_BYTES.saturating_sub(event.len());
+                        let data = frame.data_ref().map_or(&[][..], |data| data);
+                        event.extend_from_slice(&data[..data.len().min(room)]);
                         early.stage = Stage::Error(body, event);
                     }
                     Poll::Ready(Some(Err(e))) => return Poll::Ready(Some(Err(e))),
@@ -134,5 +136,8 @@ impl http_body::Body for Early {
         }
     }
 }
+
+/// More of an error than this is for nobody.
+const MAX_ERROR_BYTES: usize = 1024 * 1024;
 
 const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");

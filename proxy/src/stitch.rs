@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::endpoint::Endpoint;
 use crate::handover::FirstToken;
+use crate::sse::end_of_event;
 
 /// What the halves of one answer have in common.
 #[derive(Clone, Debug)]
@@ -16,8 +17,10 @@ pub struct Stitch {
     model: Value,
     created: u64,
     first: FirstToken,
-    /// The beginning of an event whose end has not come.
+    /// The beginning of an event whose end has not come. Its relay bounds it.
     partial: Vec<u8>,
+    /// So much of it has been searched for its end.
+    searched: usize,
 }
 
 impl Stitch {
@@ -37,6 +40,7 @@ impl Stitch {
             created: since.unwrap_or_default().as_secs(),
             first,
             partial: Vec::new(),
+            searched: 0,
         }
     }
 
@@ -76,12 +80,15 @@ impl Stitch {
         self.partial.extend_from_slice(chunk);
         let mut out = Vec::with_capacity(chunk.len());
         let mut from = 0;
-        while let Some(length) = end_of_event(&self.partial[from..]) {
+        let mut searched = self.searched;
+        while let Some(length) = end_of_event(&self.partial[from..], searched) {
             let event = &self.partial[from..from + length];
             from += length;
+            searched = 0;
             self.converted(&mut out, event);
         }
         self.partial.drain(..from);
+        self.searched = self.partial.len();
         out.into()
     }
 
@@ -194,13 +201,6 @@ impl Stitch {
             usage["completion_tokens"] = json!(answered + 1);
         }
     }
-}
-
-fn end_of_event(bytes: &[u8]) -> Option<usize> {
-    bytes
-        .windows(2)
-        .position(|pair| pair == b"\n\n")
-        .map(|at| at + 2)
 }
 
 #[cfg(test)]

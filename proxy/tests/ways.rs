@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::engine::{Engine, Reply, Seen, completion, events};
+use support::engine::{Engine, Reply, Seen, Then, completion, events};
 use support::sidecar::Role;
 use support::{Pair, Rig};
 
@@ -157,6 +157,31 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
         .collect();
     assert_eq!(said, "Hello");
     assert!(all.ends_with("data: [DONE]\n\n"));
+}
+
+/// A piece of an event that does not end.
+const MORE: &str = match std::str::from_utf8(&[b'x'; 256 * 1024]) {
+    Ok(text) => text,
+    Err(_) => unreachable!(),
+};
+
+#[tokio::test]
+async fn an_event_that_does_not_end_ends_the_stream() {
+    let (rig, pair) = first_token_rig(json!({"text": "He", "finish_reason": "length"})).await;
+    let begun = vec!["data: {}\n\ndata: ".into()];
+    pair.d.on_decode(Reply::Stream(begun, Then::Repeat(MORE)));
+    let mut stream = rig.client.stream(COMPLETIONS, &streamed()).await;
+    let mut last = String::new();
+    let read = async {
+        while let Some(chunk) = stream.chunk().await {
+            last = chunk.unwrap();
+        }
+    };
+    let ended = tokio::time::timeout(support::PATIENCE, read).await.is_ok();
+    assert!(ended, "the stream goes on for ever");
+    assert!(last.contains("does not end an event"), "{last:.300}");
+    rig.journal.until("d decode aborted").await;
+    assert_eq!(rig.record().await["outcome"], "broken");
 }
 
 #[tokio::test]

@@ -83,3 +83,16 @@ fn whole_answers() {
     let last = events(&stitch(Endpoint::Completions).only_head());
     assert_eq!(last[1]["choices"][0]["finish_reason"], "stop");
 }
+
+#[test]
+fn a_long_event_is_searched_once() {
+    // Searched from its start at each piece, this took half a minute, in which nothing else was served.
+    let mut stitch = stitch(Endpoint::Completions);
+    let begun = std::time::Instant::now();
+    for _ in 0..8192 {
+        assert!(stitch.chunk(&[b'x'; 256]).is_empty());
+    }
+    assert_eq!(stitch.chunk(b"\n\n").len(), 8192 * 256 + 2);
+    let took = begun.elapsed();
+    assert!(took < std::time::Duration::from_secs(5), "{took:?}");
+}
