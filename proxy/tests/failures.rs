@@ -139,6 +139,8 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
         let (d1, _d1_sidecar) = rig.instance("d1", Role::Decode).await;
         let (d2, _d2_sidecar) = rig.instance("d2", Role::Decode).await;
         d1.on_decode(reply);
+        // Over the kept connection, and once more over a fresh one.
+        d1.release();
         d1.release();
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.json()["choices"][0]["text"], "hello");
@@ -160,7 +162,7 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
 #[tokio::test]
 async fn with_no_other_decode_instance_the_client_gets_an_error() {
     let check = async |reply: Reply, status: u16, code: &str| {
-        let rig = Rig::start(&["--first-byte-timeout", "300ms"]).await;
+        let rig = Rig::start(&["--answer-timeout", "300ms"]).await;
         let pair = rig.pair().await;
         pair.d.on_decode(reply);
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
