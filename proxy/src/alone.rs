@@ -25,6 +25,9 @@ pub enum Alone {
     PrefillDied,
     /// The prefill instance answered with an error of its own before it had begun.
     PrefillError,
+    /// The prefill engine refused a request with fields that this proxy does not know: its leg of one
+    /// token may be to blame, and not the client.
+    PrefillRefused,
     /// The prefill instance was too busy.
     PrefillBusy,
     /// The prefill instance did not begin in time.
@@ -44,7 +47,7 @@ pub enum Alone {
 
 impl Alone {
     /// Every reason, for metrics that want their label values to exist from the start.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::NoPrefill,
         Self::ManySequences,
         Self::ManyPrompts,
@@ -55,6 +58,7 @@ impl Alone {
         Self::NothingToDecode,
         Self::PrefillDied,
         Self::PrefillError,
+        Self::PrefillRefused,
         Self::PrefillBusy,
         Self::PrefillTimeout,
         Self::NotPushed,
@@ -77,6 +81,7 @@ impl Alone {
             Self::NothingToDecode => "nothing_to_decode",
             Self::PrefillDied => "prefill_died",
             Self::PrefillError => "prefill_error",
+            Self::PrefillRefused => "prefill_refused",
             Self::PrefillBusy => "prefill_busy",
             Self::PrefillTimeout => "prefill_timeout",
             Self::NotPushed => "not_pushed",

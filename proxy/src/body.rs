@@ -16,8 +16,10 @@ use crate::handover::Way;
 use crate::route::Alone;
 
 mod fields;
+mod kinds;
 
 use fields::Fields;
+pub use kinds::{Kind, kind};
 
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
@@ -83,7 +85,7 @@ impl RequestBody {
 
     /// Why this request gets no transfer; `None` if one prompt becomes one sequence.
     pub fn alone(&self, endpoint: Endpoint) -> Option<Alone> {
-        let more_than_one = |name| self.text(name).is_some_and(|text| text != "1");
+        let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
         if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
             return Some(Alone::ManySequences);
         }
@@ -98,7 +100,7 @@ impl RequestBody {
         }
         if ["max_tokens", "max_completion_tokens"]
             .into_iter()
-            .any(|name| self.text(name) == Some("0"))
+            .any(|name| self.number(name) == Some(0.0))
         {
             return Some(Alone::NothingToDecode);
         }
@@ -111,21 +113,41 @@ impl RequestBody {
 
     /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
     pub fn prefill_leg(&self, endpoint: Endpoint, params: Option<&str>, way: Way) -> Bytes {
+        // The client gets the token in one way only; in the others nobody reads it.
+        let is_answer = way == Way::FirstToken;
+        let keep = |name: &str| match kind(name) {
+            Some(Kind::Sampling) => is_answer,
+            // It is part of some chat templates.
+            Some(Kind::Answer) => endpoint == Endpoint::Chat && name == "response_format",
+            Some(Kind::Frame) => false,
+            Some(Kind::Tokenized | Kind::Prompt | Kind::Asker) | None => true,
+        };
         let mut set = vec![("stream", "false")];
-        if way == Way::FirstToken {
+        if is_answer {
             set.push(("return_token_ids", "true"));
+            set.extend(self.first_of_min_tokens());
+        } else {
+            // Some connectors hand over only what its length has ended, not a first token that is the
+            // last one.
+            set.push(("ignore_eos", "true"));
         }
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
             set.push(("max_completion_tokens", "1"));
         }
         set.push(("max_tokens", "1"));
         set.extend(params.map(|params| (TRANSFER, params)));
-        self.with(&NOT_FOR_PREFILL, &set)
+        self.with(keep, &set)
+    }
+
+    /// `min_tokens` of a leg that generates the answer's first token.
+    pub fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
+        let least = self.number("min_tokens").unwrap_or_default();
+        (least >= 1.0).then_some(("min_tokens", "1"))
     }
 
     /// The body of a decode leg with these transfer parameters.
     pub fn decode_leg(&self, params: &str) -> Bytes {
-        self.with(&[], &[(TRANSFER, params)])
+        self.with(|_| true, &[(TRANSFER, params)])
     }
 
     /// The body of a decode leg that computes everything itself: the client's, unchanged.
@@ -133,11 +155,11 @@ impl RequestBody {
         if self.is_clean {
             return self.source.clone();
         }
-        self.with(&[], &[])
+        self.with(|_| true, &[])
     }
 
-    /// The body without some fields, and with others set to what is given as JSON.
-    pub fn with(&self, without: &[&str], set: &[(&str, &str)]) -> Bytes {
+    /// The body with the fields that are to be kept, and with others set to what is given as JSON.
+    pub fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
         let added: usize = set
             .iter()
             .map(|(name, value)| name.len() + value.len() + 4)
@@ -146,7 +168,7 @@ impl RequestBody {
         out.push(b'{');
         let kept = self.fields.iter().filter(|field| {
             let name = field.name.as_str();
-            !without.contains(&name) && set.iter().all(|(other, _)| *other != name)
+            keep(name) && set.iter().all(|(other, _)| *other != name)
         });
         let kept = kept.map(|field| (field.name.as_str(), &self.source[field.value.clone()]));
         let set = set.iter().map(|(name, value)| (*name, value.as_bytes()));
@@ -165,9 +187,7 @@ impl RequestBody {
 
     /// The body with nothing but these fields.
     pub fn only(&self, names: &[&str]) -> Bytes {
-        let rest = self.fields.iter().map(|field| field.name.as_str());
-        let rest: Vec<_> = rest.filter(|name| !names.contains(name)).collect();
-        self.with(&rest, &[])
+        self.with(|name| names.contains(&name), &[])
     }
 
     /// Its length in bytes.
@@ -198,13 +218,32 @@ impl RequestBody {
         Some(text).filter(|text| *text != "null")
     }
 
+    /// A number as engines read it: in quotes too.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        let text = self.text(name)?;
+        let quoted = text
+            .strip_prefix('"')
+            .and_then(|text| text.strip_suffix('"'));
+        quoted.unwrap_or(text).trim().parse().ok()
+    }
+
+    /// It has fields that only its engine may know.
+    pub fn has_unknown(&self) -> bool {
+        self.fields.iter().any(|field| kind(&field.name).is_none())
+    }
+
+    /// The names of its fields.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.iter().map(|field| field.name.as_str())
+    }
+
     fn is_set(&self, name: &str) -> bool {
         self.text(name).is_some()
     }
 
     fn is_on(&self, name: &str) -> bool {
         self.text(name)
-            .is_some_and(|text| !matches!(text, "false" | "0"))
+            .is_some_and(|text| !FALSE.contains(&&*text.trim_matches('"').to_ascii_lowercase()))
     }
 
     fn has_many_prompts(&self) -> bool {
@@ -262,18 +301,6 @@ struct Part {
     kind: Option<String>,
 }
 
-/// The prefill leg yields one token that nobody reads: what only shapes the answer is left out, and
-/// what contradicts one token would be refused.
-const NOT_FOR_PREFILL: [&str; 7] = [
-    "stream_options",
-    "min_tokens",
-    "n",
-    "best_of",
-    "logprobs",
-    "top_logprobs",
-    "echo",
-];
-
 /// Content parts that end up as text in the prompt.
 const TEXT_PARTS: [&str; 6] = [
     "text",
@@ -283,6 +310,9 @@ const TEXT_PARTS: [&str; 6] = [
     "thinking",
     "reasoning",
 ];
+
+/// Engines read these as false, the words in quotes.
+const FALSE: [&str; 7] = ["false", "0", "0.0", "no", "n", "off", "f"];
 
 /// What engines hand KV over by.
 const TRANSFER: &str = "kv_transfer_params";

@@ -8,21 +8,24 @@
 use bytes::Bytes;
 use serde::Deserialize;
 
-use crate::body::RequestBody;
+use crate::body::{Kind, RequestBody, kind};
 use crate::endpoint::Endpoint;
 use crate::handover::FirstToken;
 
-/// Whether the request means the same when its first answered token stands in the prompt.
+/// Whether the request means the same when its first answered token stands in the prompt. A field that
+/// is not known may mean anything.
 pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
-    let is_set = |name: &&str| match body.json(name) {
+    let is_set = |name: &str| match body.json(name) {
         // For a completion, 0 asks for the log probability of what was sampled.
-        Some(text) if *name == "logprobs" => text != "false",
+        Some(text) if name == "logprobs" => text != "false",
         Some(text) => !EMPTY.contains(&text),
         None => false,
     };
-    let chat_only = match endpoint {
-        Endpoint::Chat => &CHAT_ONLY[..],
-        Endpoint::Completions => &[],
+    let needs_whole = |name: &str| match kind(name) {
+        Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
+        // Without tools it says nothing.
+        Some(Kind::Prompt) if name == "tool_choice" => false,
+        Some(Kind::Prompt | Kind::Answer) | None => is_set(name),
     };
     // An engine seeds its random numbers at the beginning of a request: the second half would get the
     // first half's again.
@@ -30,9 +33,12 @@ pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
         && !body
             .json("temperature")
             .is_some_and(|text| EMPTY.contains(&text));
+    let is_clear = COUNTS.iter().all(|name| {
+        body.json(name)
+            .is_none_or(|text| text.parse::<u64>().is_ok())
+    });
     let is_one = max_tokens(body, endpoint).is_some_and(|tokens| tokens <= 1);
-    let looks_back = NOT_SPLIT.iter().chain(chat_only).any(is_set);
-    !is_seeded && !is_one && !looks_back
+    is_clear && !is_seeded && !is_one && !body.names().any(needs_whole)
 }
 
 /// The body of `POST /tokenize`; `None` if the prompt is token ids already.
@@ -76,13 +82,14 @@ pub fn token_ids(body: &RequestBody) -> Option<&str> {
 
 /// The prefill leg: a completion of one token over token ids.
 pub fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
-    let set = [
+    let mut set = vec![
         ("prompt", tokens),
         ("stream", "false"),
         ("max_tokens", "1"),
         ("kv_transfer_params", params),
     ];
-    body.with(&NOT_FOR_LEGS, &set)
+    set.extend(body.first_of_min_tokens());
+    body.with(is_of_both, &set)
 }
 
 /// The decode leg: a completion that goes on after the first token.
@@ -109,7 +116,12 @@ pub fn decode_body(
     let least = least.map(|least| least.saturating_sub(1).to_string());
     set.extend(least.as_deref().map(|least| ("min_tokens", least)));
     set.extend(params.map(|params| ("kv_transfer_params", params)));
-    body.with(&NOT_FOR_DECODE, &set)
+    body.with(|name| is_of_both(name) || FORM.contains(&name), &set)
+}
+
+/// Both halves carry it.
+fn is_of_both(name: &str) -> bool {
+    name == "model" || matches!(kind(name), Some(Kind::Asker | Kind::Sampling))
 }
 
 /// How many tokens the client wants at most.
@@ -125,68 +137,11 @@ pub fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
 /// Values that say the same as nothing.
 const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
 
-/// What looks back at the answer's beginning, or needs both halves of it in one place.
-const NOT_SPLIT: [&str; 15] = [
-    "bad_words",
-    "truncate_prompt_tokens",
-    "logprobs",
-    "echo",
-    "stop",
-    "suffix",
-    "presence_penalty",
-    "frequency_penalty",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "response_format",
-    "return_token_ids",
-];
+/// Numbers that the halves are given shares of.
+const COUNTS: [&str; 3] = ["max_tokens", "max_completion_tokens", "min_tokens"];
 
-/// What a chat template or a parser of answers makes of it.
-const CHAT_ONLY: [&str; 5] = [
-    "tools",
-    "functions",
-    "top_logprobs",
-    "reasoning_effort",
-    "include_reasoning",
-];
-
-/// What would contradict the prefill leg.
-const NOT_FOR_LEGS: [&str; 15] = [
-    "messages",
-    "stream_options",
-    "max_completion_tokens",
-    "min_tokens",
-    "n",
-    "best_of",
-    "logprobs",
-    "top_logprobs",
-    "echo",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "tools",
-    "tool_choice",
-];
-
-/// What would contradict the decode leg.
-const NOT_FOR_DECODE: [&str; 12] = [
-    "messages",
-    "max_completion_tokens",
-    "n",
-    "best_of",
-    "logprobs",
-    "top_logprobs",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "tools",
-    "tool_choice",
-];
+/// The form of the second half is the client's.
+const FORM: [&str; 4] = ["stream", "stream_options", "stream_interval", "request_id"];
 
 #[cfg(test)]
 mod tests {
@@ -232,6 +187,23 @@ mod tests {
             false,
         );
         check(Endpoint::Chat, r#"{"messages":[],"tools":[{}]}"#, false);
+        check(Endpoint::Chat, r#"{"messages":[],"documents":[{}]}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","thinking_token_budget":5}"#,
+            false,
+        );
+        check(
+            completion,
+            r#"{"prompt":"a","of_the_next_version":5}"#,
+            false,
+        );
+        check(completion, r#"{"prompt":"a","max_tokens":"5"}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","metadata":{"a":"b"},"user":"u"}"#,
+            true,
+        );
         check(
             Endpoint::Chat,
             r#"{"messages":[],"tools":[],"stream":true}"#,

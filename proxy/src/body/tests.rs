@@ -147,19 +147,28 @@ fn prefill_legs() {
     };
     check(
         Endpoint::Completions,
-        r#"{"prompt":[1,2],"stream":true,"stream_options":{"include_usage":true},"max_tokens":9,"min_tokens":3,"n":1,"logprobs":2,"echo":true,"seed":1}"#,
-        r#"{"prompt":[1,2],"seed":1,"stream":false,"max_tokens":1"#,
+        r#"{"prompt":[1,2],"stream":true,"stream_options":{"include_usage":true},"max_tokens":9,"min_tokens":3,"n":1,"logprobs":2,"logprob_token_ids":[5],"echo":true,"seed":1,"of_the_next_version":[1]}"#,
+        r#"{"prompt":[1,2],"of_the_next_version":[1],"stream":false,"ignore_eos":true,"max_tokens":1"#,
     );
     check(
         Endpoint::Chat,
         r#"{"messages":[],"max_completion_tokens":9,"top_logprobs":2,"tools":[{}],"temperature":0.0}"#,
-        r#"{"messages":[],"tools":[{}],"temperature":0.0,"stream":false,"max_completion_tokens":1,"max_tokens":1"#,
+        r#"{"messages":[],"tools":[{}],"stream":false,"ignore_eos":true,"max_completion_tokens":1,"max_tokens":1"#,
     );
     check(
         Endpoint::Chat,
         r#"{"messages":[]}"#,
-        r#"{"messages":[],"stream":false,"max_tokens":1"#,
+        r#"{"messages":[],"stream":false,"ignore_eos":true,"max_tokens":1"#,
     );
+}
+
+#[test]
+fn a_first_token_is_chosen_as_the_client_wants_all() {
+    let given =
+        r#"{"prompt":"a","temperature":0,"top_k":3,"min_tokens":4,"stream":true,"stop":[]}"#;
+    let leg = parse(given).prefill_leg(Endpoint::Completions, None, Way::FirstToken);
+    let expect = r#"{"prompt":"a","temperature":0,"top_k":3,"stream":false,"return_token_ids":true,"min_tokens":1,"max_tokens":1}"#;
+    assert_eq!(text(&leg), expect);
 }
 
 #[test]
@@ -170,7 +179,7 @@ fn parts_of_a_body() {
     assert_eq!(text(&body.only(&["b", "z"])), r#"{"b":[2]}"#);
     assert_eq!(text(&body.only(&[])), "{}");
     assert_eq!(
-        text(&body.with(&["b"], &[("a", "0"), ("n", "{}")])),
+        text(&body.with(|name| name != "b", &[("a", "0"), ("n", "{}")])),
         r#"{"c":null,"q\"":4,"a":0,"n":{}}"#
     );
 }

@@ -78,6 +78,12 @@ impl Drive {
         });
         match end {
             PrefillEnd::Answered(prefilled) => self.prefill_answered(flight, prefilled),
+            PrefillEnd::Refused(answer) if flight.is_prefilling() && self.body.has_unknown() => {
+                let (why, status) = (Alone::PrefillRefused, answer.head.status.as_u16());
+                warn!(id = %flight.id, prefill = self.prefill_id(), status, "prefill leg refused");
+                self.app.metrics.leg_failed(Leg::Prefill(why));
+                Step::Event(Event::PrefillFailed(why))
+            }
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");

@@ -1,0 +1,156 @@
+//! The fields of OpenAI's and vLLM's requests, sorted by what they concern.
+//!
+//! A prefill leg keeps what decides the prompt and leaves out what concerns the generation. It keeps
+//! fields that are not known here too: one that decides the prompt and is missing would give the decode
+//! engine KV of another prompt, and one that concerns the generation costs a refused leg at most
+//! (`Alone::PrefillRefused`). `tests/test_fields.py` compares the table with vLLM's own models.
+
+/// What a field concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The prompt, and `/tokenize` reads it too.
+    Tokenized,
+    /// The prompt, or the engine's extensions: only the engine knows how.
+    Prompt,
+    /// Says who asks, or nothing that vLLM reads.
+    Asker,
+    /// The choice of each token by itself.
+    Sampling,
+    /// More than one token of the answer, or what is told beside its text.
+    Answer,
+    /// The answer's length and form, which each leg has of its own.
+    Frame,
+}
+
+use Kind::{Answer, Asker, Frame, Prompt, Sampling, Tokenized};
+
+/// The kind of a field, and its name as a constant; `None` if it is not known.
+pub fn known(name: &str) -> Option<(&'static str, Kind)> {
+    KINDS.iter().find_map(|(kind, names)| {
+        let name = names.iter().find(|known| **known == name)?;
+        Some((*name, *kind))
+    })
+}
+
+/// The kind of a field.
+pub fn kind(name: &str) -> Option<Kind> {
+    known(name).map(|(_, kind)| kind)
+}
+
+/// Sorted by how often requests carry them: a lookup compares length and bytes of about fifty names.
+const KINDS: [(Kind, &[&str]); 6] = [
+    (
+        Tokenized,
+        &[
+            "model",
+            "prompt",
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "add_special_tokens",
+            "chat_template",
+            "chat_template_kwargs",
+        ],
+    ),
+    (
+        Frame,
+        &[
+            "stream",
+            "stream_options",
+            "stream_interval",
+            "max_tokens",
+            "max_completion_tokens",
+            "min_tokens",
+            "n",
+            "best_of",
+            "length_penalty",
+            "parallel_tool_calls",
+            "request_id",
+            "return_token_offsets",
+            "mm_payload",
+            "return_mm_kwargs",
+            "kv_transfer_params",
+        ],
+    ),
+    (
+        Sampling,
+        &[
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+            "repetition_penalty",
+            "logit_bias",
+            "allowed_token_ids",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ],
+    ),
+    (
+        Prompt,
+        &[
+            "tools",
+            "tool_choice",
+            "functions",
+            "function_call",
+            "documents",
+            "reasoning_effort",
+            "media_io_kwargs",
+            "mm_processor_kwargs",
+            "truncate_prompt_tokens",
+            "truncation_side",
+            "prompt_embeds",
+            "cache_salt",
+            "ec_transfer_params",
+            "vllm_xargs",
+        ],
+    ),
+    (
+        Asker,
+        &[
+            "user",
+            "priority",
+            "session_id",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "metadata",
+            "store",
+        ],
+    ),
+    (
+        Answer,
+        &[
+            "stop",
+            "bad_words",
+            "presence_penalty",
+            "frequency_penalty",
+            "logprobs",
+            "top_logprobs",
+            "logprob_token_ids",
+            "prompt_logprobs",
+            "echo",
+            "suffix",
+            "use_beam_search",
+            "watermarking",
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "include_reasoning",
+            "thinking_token_budget",
+            "repetition_detection",
+            "return_tokens_as_token_ids",
+            "return_token_ids",
+            "return_prompt_text",
+            "routed_experts_prompt_start",
+        ],
+    ),
+];

@@ -1,0 +1,218 @@
+"""Every field of vLLM's request models against the proxy's prefill leg; no engine runs.
+
+A leg of one token keeps what decides the prompt and leaves out what concerns the generation. A version of vLLM with a
+new field fails the first test until the field is sorted here, and in proxy/src/body/kinds.rs if it is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.client import call
+from harness.proxy import Proxy
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MODELS: dict[str, Any] = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest}
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "hello"}]},
+    COMPLETIONS: {"prompt": "hello"},
+}
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+# Decides the prompt, says who asks, or is for the engine's extensions: the leg carries it.
+KEPT: dict[str, Any] = {
+    "model": "m",
+    "prompt": "hello",
+    "messages": [{"role": "user", "content": "hi"}],
+    "add_generation_prompt": False,
+    "continue_final_message": False,
+    "add_special_tokens": True,
+    "documents": [{"title": "a", "text": "b"}],
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "media_io_kwargs": {"video": {"num_frames": 4}},
+    "mm_processor_kwargs": {"num_crops": 4},
+    "tools": [TOOL],
+    "tool_choice": "none",
+    "reasoning_effort": "low",
+    "truncate_prompt_tokens": 4,
+    "truncation_side": "left",
+    "priority": 1,
+    "session_id": "s",
+    "user": "u",
+    "ec_transfer_params": {"a": 1},
+    "vllm_xargs": {"a": 1},
+}
+
+# Concerns the generation or the form of the answer.
+LEFT_OUT: dict[str, Any] = {
+    "frequency_penalty": 0.5,
+    "logit_bias": {"5": 1.0},
+    "logprobs": 2,
+    "top_logprobs": 2,
+    "logprob_token_ids": [5],
+    "max_tokens": 9,
+    "max_completion_tokens": 9,
+    "n": 1,
+    "presence_penalty": 0.5,
+    "seed": 7,
+    "stop": ["x"],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "suffix": "",
+    "temperature": 0.5,
+    "thinking_token_budget": 5,
+    "include_reasoning": False,
+    "parallel_tool_calls": False,
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "watermarking": True,
+    "length_penalty": 1.5,
+    "stop_token_ids": [5],
+    "include_stop_str_in_output": True,
+    "ignore_eos": False,
+    "min_tokens": 3,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "allowed_token_ids": [5, 6],
+    "bad_words": ["x"],
+    "echo": True,
+    "structured_outputs": {"regex": "a+"},
+    "request_id": "mine",
+    "return_tokens_as_token_ids": True,
+    "return_token_ids": True,
+    "routed_experts_prompt_start": 1,
+    "return_token_offsets": True,
+    "return_prompt_text": True,
+    "mm_payload": "none",
+    "return_mm_kwargs": False,
+    "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
+    "stream_interval": 2,
+}
+
+# A chat template may read it; a completion is only shaped by it.
+BY_ENDPOINT: dict[str, Any] = {"response_format": {"type": "json_object"}}
+
+# There is no prefill leg, or the client gets 400.
+NO_LEG: dict[str, Any] = {
+    "use_beam_search": True,
+    "prompt_logprobs": 1,
+    "prompt_embeds": "AAAA",
+    "cache_salt": "salt",
+    "kv_transfer_params": {"do_remote_decode": True},
+}
+
+# Some are valid only beside others.
+BESIDE: dict[str, dict[str, Any]] = {
+    "stream_options": {"stream": True},
+    "logprob_token_ids": {"logprobs": 1},
+    "top_logprobs": {"logprobs": True},
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_every_field_is_sorted(path: str) -> None:
+    sorted_fields = {*KEPT, *LEFT_OUT, *BY_ENDPOINT, *NO_LEG}
+    new = set(MODELS[path].model_fields) - sorted_fields
+    assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: proxy/src/body/kinds.rs, and here"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Proxy, Seen]) -> None:
+    proxy, seen = engine_in_name
+    fields = set(MODELS[path].model_fields) - set(NO_LEG)
+    wrong = []
+    for name in sorted(fields):
+        body = PROMPTS[path] | BESIDE.get(name, {}) | {name: (KEPT | LEFT_OUT | BY_ENDPOINT)[name]}
+        if path == CHAT and name in ("logprobs", "logprob_token_ids"):
+            body["logprobs"] = True
+        accepted(path, body)
+        seen.legs.clear()
+        status, answer = call(f"{proxy.url}{path}", body)
+        assert status == 200, (name, answer)
+        (leg,) = [leg for leg in seen.legs if leg.get("max_tokens") == 1 and "kv_transfer_params" in leg]
+        try:
+            accepted(path, leg)
+        except (ValueError, VLLMValidationError) as error:
+            wrong.append(f"{name}: vLLM refuses the leg: {str(error).splitlines()[-2:]}")
+        is_kept = name in KEPT or (name in BY_ENDPOINT and path == CHAT)
+        if is_kept and leg.get(name) != body[name]:
+            wrong.append(f"{name}: the leg does not carry it")
+        if not is_kept and name in leg and leg[name] == body[name]:
+            wrong.append(f"{name}: the leg carries it")
+    assert not wrong, "\n".join(wrong)
+
+
+def accepted(path: str, body: dict[str, Any]) -> None:
+    """Raises what vLLM would answer with 400."""
+    request = MODELS[path].model_validate(json.loads(json.dumps(body)))
+    request.to_sampling_params(16, {})
+
+
+class Seen:
+    """The bodies that reach one engine in name."""
+
+    def __init__(self) -> None:
+        self.legs: list[dict[str, Any]] = []
+
+
+@pytest.fixture(scope="module")
+def engine_in_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Seen]]:
+    """A proxy before two ports that answer as engines do."""
+    seen = Seen()
+    logs: Path = tmp_path_factory.mktemp("logs")
+    with answering(seen) as prefill, answering(Seen()) as decode:
+        proxy = Proxy(logs, ["--prefill", prefill, "--decode", decode, "--connector", "nixl"])
+        proxy.start()
+        try:
+            proxy.wait_ready()
+            yield proxy, seen
+        finally:
+            proxy.stop()
+
+
+@contextmanager
+def answering(seen: Seen) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer({})
+
+        def do_POST(self) -> None:
+            seen.legs.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.answer({"choices": [], "kv_transfer_params": {"do_remote_prefill": True}})
+
+        def answer(self, body: dict[str, Any]) -> None:
+            text = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the proxy logs."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
