@@ -13,9 +13,11 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, header};
 use http_body::Body as _;
 use http_body_util::BodyExt;
+use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::select;
 use tokio::time::timeout_at;
+use tower::ServiceExt;
 
 use crate::access::may_ask;
 use crate::app::App;
@@ -32,6 +34,12 @@ use crate::relay;
 
 /// All endpoints of one proxy.
 pub fn router(app: Arc<App>) -> Router {
+    let routes = routes(app);
+    let inner = routes.clone();
+    routes.fallback(move |request: Request| decoded(inner, request))
+}
+
+fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route(
             Endpoint::Completions.path(),
@@ -43,6 +51,7 @@ pub fn router(app: Arc<App>) -> Router {
         )
         .route("/v1/models", get(models))
         .route("/health", get(health))
+        .route("/healthcheck", get(healthcheck))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/instances", get(instances).post(control::add))
@@ -71,7 +80,8 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
         error.into_response()
     });
-    response.headers_mut().insert(id::HEADER, named);
+    // One that got as far as a leg may have its name from its body.
+    response.headers_mut().entry(id::HEADER).or_insert(named);
     response
 }
 
@@ -214,8 +224,14 @@ async fn health() -> Json<Value> {
     Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
 }
 
-/// Ready: a request would be served.
-async fn ready(State(app): State<Arc<App>>) -> Response {
+/// As vLLM's example proxies answer.
+async fn healthcheck(State(app): State<Arc<App>>) -> Json<Value> {
+    let (prefill, decode) = ready_instances(&app);
+    Json(json!({"status": "ok", "prefill_instances": prefill, "decode_instances": decode}))
+}
+
+/// How many instances of either side are ready.
+fn ready_instances(app: &App) -> (usize, usize) {
     let instances = app.instances();
     let count = |takes: fn(&crate::instance::Instance) -> bool| {
         instances
@@ -223,7 +239,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
             .filter(|i| i.is_ready() && takes(i))
             .count()
     };
-    let (prefill, decode) = (count(|i| i.prefills()), count(|i| i.decodes()));
+    (count(|i| i.prefills()), count(|i| i.decodes()))
+}
+
+/// Ready: a request would be served.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let (prefill, decode) = ready_instances(&app);
     let mut reasons = Vec::new();
     if app.draining.is_cancelled() {
         reasons.push("draining");
@@ -263,7 +284,31 @@ async fn requests(State(app): State<Arc<App>>) -> Json<Vec<Record>> {
     Json(app.recent.all())
 }
 
+/// A path that nothing is found by: engines find more by it once it is decoded.
+async fn decoded(routes: Router, mut request: Request) -> Response {
+    let uri = request.uri().clone();
+    let path = percent_decode_str(uri.path()).decode_utf8_lossy();
+    let query = uri.query().map(|query| format!("?{query}"));
+    let target = format!("{path}{}", query.unwrap_or_default());
+    if path == uri.path() || path.contains(['?', '#']) {
+        return not_found(request).await;
+    }
+    let Ok(target) = target.parse() else {
+        return not_found(request).await;
+    };
+    *request.uri_mut() = target;
+    routes.oneshot(request).await.into_response()
+}
+
 async fn not_found(request: Request) -> Response {
+    let uri = request.uri();
+    if let Some(path) = uri.path().strip_suffix('/')
+        && OPENAI.contains(&path)
+    {
+        let query = uri.query().map(|query| format!("?{query}"));
+        let there = format!("{path}{}", query.unwrap_or_default());
+        return (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, there)]).into_response();
+    }
     let text = format!("there is no {} here", request.uri().path());
     ApiError::new(Code::NotFound, text).into_response()
 }
@@ -276,6 +321,14 @@ async fn wrong_method(request: Request) -> Response {
     );
     ApiError::new(Code::MethodNotAllowed, text).into_response()
 }
+
+/// Paths that engines redirect to from the same with a slash behind it.
+const OPENAI: [&str; 4] = [
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/health",
+];
 
 /// A list that needs no computing.
 const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

@@ -17,6 +17,7 @@ use crate::route::Alone;
 
 mod fields;
 mod kinds;
+mod text;
 
 use fields::Fields;
 pub use kinds::{Kind, kind};
@@ -24,17 +25,22 @@ pub use kinds::{Kind, kind};
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
 pub struct RequestBody {
-    /// As it came; the values of `fields` lie in it.
+    /// As it came, in UTF-8.
     source: Bytes,
+    /// The same with numbers that JSON knows; `fields` lie in both.
+    read: Bytes,
     fields: Vec<Field>,
     /// `source` itself may be sent on: nothing in it was dropped.
     is_clean: bool,
 }
 
-/// One field of it.
+/// One field of it that is known, or several that are not.
 #[derive(Clone, Debug)]
 struct Field {
-    name: String,
+    /// Empty if they are not known.
+    name: &'static str,
+    /// Name and value, or all names and values.
+    all: Range<usize>,
     value: Range<usize>,
 }
 
@@ -44,6 +50,9 @@ pub enum BadBody {
     /// Not a JSON object.
     #[error("the request body is not a JSON object: {0}")]
     Json(#[from] serde_json::Error),
+    /// Neither UTF-8 nor what it seems to be.
+    #[error("the request body is not a JSON object: it begins as UTF-16 or UTF-32 and is not")]
+    Encoding,
     /// The client names a transfer of its own.
     #[error(
         "kv_transfer_params is set by this proxy and must not be sent by a client: it names hosts that engines connect to"
@@ -57,20 +66,46 @@ impl RequestBody {
     /// # Errors
     /// Not a JSON object, or one that carries transfer parameters.
     pub fn parse(source: Bytes) -> Result<Self, BadBody> {
-        let Fields(found) = serde_json::from_slice(&source)?;
-        let start = source.as_ptr() as usize;
+        let source = text::utf8(source).ok_or(BadBody::Encoding)?;
+        match Self::found(source.clone(), source.clone()) {
+            Err(BadBody::Json(error)) => match text::masked(&source) {
+                Some(masked) => Self::found(source, masked.into()),
+                None => Err(error.into()),
+            },
+            found => found,
+        }
+    }
+
+    /// The body whose fields stand in `read`.
+    fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
+        let Fields(found) = serde_json::from_slice(&read)?;
+        let start = read.as_ptr() as usize;
+        let mut from = 0;
         let fields = found
             .into_iter()
-            .map(|(name, value)| {
-                let at = value.get().as_ptr() as usize - start;
+            .map(|run| {
+                let value = run.last.get();
+                let at = value.as_ptr() as usize - start;
+                let value = at..at + value.len();
+                // Before a name stand blanks, a brace or comma, and blanks.
+                let is_blank =
+                    |byte: &u8| byte.is_ascii_whitespace() || matches!(byte, b'{' | b',');
+                let blank = read[from..]
+                    .iter()
+                    .take_while(|byte| is_blank(byte))
+                    .count();
+                let all = from + blank..value.end;
+                from = value.end;
                 Field {
-                    name,
-                    value: at..at + value.get().len(),
+                    name: run.name,
+                    all,
+                    value,
                 }
             })
             .collect();
         let mut body = Self {
             source,
+            read: read.clone(),
             fields,
             is_clean: true,
         };
@@ -166,20 +201,16 @@ impl RequestBody {
             .sum();
         let mut out = Vec::with_capacity(self.source.len() + added + 2);
         out.push(b'{');
-        let kept = self.fields.iter().filter(|field| {
-            let name = field.name.as_str();
-            keep(name) && set.iter().all(|(other, _)| *other != name)
-        });
-        let kept = kept.map(|field| (field.name.as_str(), &self.source[field.value.clone()]));
-        let set = set.iter().map(|(name, value)| (*name, value.as_bytes()));
-        for (name, value) in kept.chain(set) {
+        let is_kept = |name| keep(name) && set.iter().all(|(other, _)| *other != name);
+        for field in self.fields.iter().filter(|field| is_kept(field.name)) {
             if out.len() > 1 {
                 out.push(b',');
             }
-            // Writing a string into memory does not fail.
-            serde_json::to_writer(&mut out, name).expect("names serialise");
-            out.push(b':');
-            out.extend_from_slice(value);
+            out.extend_from_slice(&self.source[field.all.clone()]);
+        }
+        for (name, value) in set {
+            let comma = if out.len() > 1 { "," } else { "" };
+            out.extend_from_slice(format!("{comma}\"{name}\":{value}").as_bytes());
         }
         out.push(b'}');
         out.into()
@@ -210,11 +241,11 @@ impl RequestBody {
         self.text(name)
     }
 
-    /// The value of the last field of this name, as engines read repeated names; `None` for null.
+    /// The value of the last known field of this name, as engines read repeated names; `None` for null.
     fn text(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().rev().find(|field| field.name == name)?;
         // A value that serde has read as JSON text is UTF-8.
-        let text = std::str::from_utf8(&self.source[field.value.clone()]).ok()?;
+        let text = std::str::from_utf8(&self.read[field.value.clone()]).ok()?;
         Some(text).filter(|text| *text != "null")
     }
 
@@ -229,12 +260,12 @@ impl RequestBody {
 
     /// It has fields that only its engine may know.
     pub fn has_unknown(&self) -> bool {
-        self.fields.iter().any(|field| kind(&field.name).is_none())
+        self.fields.iter().any(|field| field.name.is_empty())
     }
 
-    /// The names of its fields.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.fields.iter().map(|field| field.name.as_str())
+    /// The names of its fields, an empty one for those that are not known.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.fields.iter().map(|field| field.name)
     }
 
     fn is_set(&self, name: &str) -> bool {
@@ -280,7 +311,7 @@ impl RequestBody {
 impl From<BadBody> for ApiError {
     fn from(error: BadBody) -> Self {
         let code = match error {
-            BadBody::Json(_) => Code::InvalidJson,
+            BadBody::Json(_) | BadBody::Encoding => Code::InvalidJson,
             BadBody::TransferParams => Code::TransferParams,
         };
         Self::new(code, error.to_string())

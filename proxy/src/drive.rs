@@ -25,6 +25,7 @@ use crate::id;
 use crate::instance::Instance;
 use crate::legs::{Answer, LegError};
 use crate::life::{Action, Event};
+use crate::mask;
 use crate::plan::Plan;
 use crate::relay::{self, Silence};
 use crate::route::{Alone, Pair};
@@ -63,6 +64,8 @@ struct Drive {
     pair: Pair,
     /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
     leg_id: RequestId,
+    /// The name that the client has given the request: its answer's id carries it.
+    chosen: Option<RequestId>,
     /// Instances that have failed it.
     failed: Vec<String>,
     /// Those that have answered it with an error, until it is known whether the request is at fault.
@@ -115,13 +118,20 @@ enum Step {
 pub async fn serve(
     app: &Arc<App>,
     permit: OwnedSemaphorePermit,
-    arrival: Arrival,
+    mut arrival: Arrival,
 ) -> Result<Response, ApiError> {
     let body = RequestBody::parse(arrival.body)?;
     let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
     if matches!(pair.prefill, Err(Alone::Cheaper)) {
         app.measured.stayed();
+    }
+    let chosen = id::chosen(&arrival.headers, body.json("request_id"));
+    if let Some(chosen) = chosen
+        .as_ref()
+        .filter(|_| !arrival.headers.contains_key(id::HEADER))
+    {
+        arrival.id = id::unique(&chosen.0);
     }
     let named = id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
@@ -140,6 +150,7 @@ pub async fn serve(
         plan,
         pair,
         leg_id: flight.id.clone(),
+        chosen,
         failed: Vec::new(),
         doubted: Vec::new(),
         prefill_attempts: 0,
@@ -229,6 +240,13 @@ impl Drive {
         {
             answer.held = stitch.whole(&answer.held);
         }
+        let is_moved = flight.waits_for_kv() && answer.head.status.is_success();
+        let mut watch = flight.watch().filter(|_| is_moved);
+        if answer.rest.is_none()
+            && let Some(watch) = watch.take()
+        {
+            answer.held = mask::whole(answer.held, &watch);
+        }
         let cut = self.app.cut.clone();
         let limits = Silence {
             idle: self.app.config.idle_timeout,
@@ -240,7 +258,11 @@ impl Drive {
                 usize::MAX
             },
         };
-        relay::respond(flight, answer, limits, cut)
+        let response = relay::respond(flight, answer, limits, cut);
+        match watch {
+            Some(watch) => response.map(|body| mask::stream(body, watch)),
+            None => response,
+        }
     }
 
     /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the

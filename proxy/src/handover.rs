@@ -42,6 +42,8 @@ pub enum Way {
 pub struct Prefilled {
     /// The prompt's length, if the engine says it.
     pub prompt_tokens: Option<u64>,
+    /// So many of them were cached there, if the engine says it.
+    pub cached_tokens: Option<u64>,
     /// NIXL: what the decode leg has to carry, as JSON.
     pub params: Option<String>,
     /// The prompt's token ids, as JSON, where the decode leg needs them.
@@ -79,6 +81,8 @@ struct Params {
     #[serde(default)]
     do_remote_prefill: bool,
     first_tok: Option<i64>,
+    /// vLLM adds it for the decode leg.
+    remote_prefill_cached_tokens: Option<u64>,
 }
 
 /// As much of an answer as its first token needs.
@@ -198,6 +202,11 @@ pub fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
         return not_pushed(&params.reason);
     }
     let first = params.as_ref().and_then(|params| params.first_tok);
+    let details = answer.usage.and_then(|usage| usage.prompt_tokens_details);
+    let added = params
+        .as_ref()
+        .and_then(|params| params.remote_prefill_cached_tokens);
+    prefilled.cached_tokens = details.and_then(|details| details.cached_tokens).or(added);
     match way {
         Way::Sidecar | Way::FromLmcache | Way::P2pNccl => {}
         Way::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {

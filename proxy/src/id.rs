@@ -12,12 +12,14 @@ pub const HEADER: &str = "x-request-id";
 /// A client's id alone would not do: a client that repeats a request under the same id would have
 /// two requests share slots.
 pub fn assign(headers: &HeaderMap) -> RequestId {
-    let wanted: String = headers
-        .get(HEADER)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default()
+    unique(header(headers).unwrap_or_default())
+}
+
+/// The id of a new request that its client calls by this name.
+pub fn unique(name: &str) -> RequestId {
+    let wanted: String = name
         .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        .filter(is_plain)
         .take(MAX_CLIENT_CHARS)
         .collect();
     RequestId(if wanted.is_empty() {
@@ -27,6 +29,27 @@ pub fn assign(headers: &HeaderMap) -> RequestId {
     })
 }
 
+/// The name that the client has chosen, as vLLM reads it: the header's, or else the body's
+/// `request_id`, given as JSON. `None` for
+/// one that is long or has other characters than names of requests: connectors read addresses from
+/// such ids, so that an engine could be made to talk to a stranger.
+pub fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
+    let name = match headers.get(HEADER) {
+        Some(_) => header(headers)?.to_owned(),
+        None => serde_json::from_str::<String>(field?).ok()?,
+    };
+    let is_fit = (1..=MAX_CLIENT_CHARS).contains(&name.len()) && name.chars().all(|c| is_plain(&c));
+    is_fit.then_some(RequestId(name))
+}
+
+fn header(headers: &HeaderMap) -> Option<&str> {
+    headers.get(HEADER)?.to_str().ok()
+}
+
+fn is_plain(c: &char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
 /// A UUID of this thread's random numbers: asking the kernel for each would be a system call a request.
 pub fn random() -> Uuid {
     Builder::from_random_bytes(rand::random()).into_uuid()
@@ -34,7 +57,7 @@ pub fn random() -> Uuid {
 
 /// The id as a header.
 pub fn header_value(id: &RequestId) -> HeaderValue {
-    // `assign` lets only letters, digits, '-', '_' and '.' through.
+    // `unique` and `chosen` let only letters, digits, '-', '_' and '.' through.
     HeaderValue::from_str(&id.0).expect("request ids are plain ASCII")
 }
 

@@ -39,6 +39,8 @@ pub struct PrefillNote {
     pub error: Option<String>,
     /// The prompt's length as its engine counts it.
     pub prompt_tokens: Option<u64>,
+    /// Those that it had cached, if it says it.
+    pub cached_tokens: Option<u64>,
 }
 
 /// A request's place in [`InFlight`]; leaves it when dropped.

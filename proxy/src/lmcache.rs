@@ -25,7 +25,8 @@ pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
         Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
         // Without tools it says nothing.
         Some(Kind::Prompt) if name == "tool_choice" => false,
-        Some(Kind::Prompt | Kind::Answer) | None => is_set(name),
+        Some(Kind::Prompt | Kind::Answer) => is_set(name),
+        None => true,
     };
     // An engine seeds its random numbers at the beginning of a request: the second half would get the
     // first half's again.

@@ -10,6 +10,17 @@ pub struct Usage {
     /// Tokens of the answer.
     #[serde(default)]
     pub completion_tokens: u64,
+    /// More about the prompt, if the engine tells it (`--enable-prompt-tokens-details`).
+    #[serde(default)]
+    pub prompt_tokens_details: Option<Details>,
+}
+
+/// More about a prompt's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Details {
+    /// Those that were cached and not computed.
+    #[serde(default)]
+    pub cached_tokens: Option<u64>,
 }
 
 /// Finds the last `usage` object in the tail of a JSON or event-stream body.

@@ -25,7 +25,7 @@ pub enum Kind {
 use Kind::{Answer, Asker, Frame, Prompt, Sampling, Tokenized};
 
 /// The kind of a field, and its name as a constant; `None` if it is not known.
-pub fn known(name: &str) -> Option<(&'static str, Kind)> {
+pub(super) fn known(name: &str) -> Option<(&'static str, Kind)> {
     KINDS.iter().find_map(|(kind, names)| {
         let name = names.iter().find(|known| **known == name)?;
         Some((*name, *kind))

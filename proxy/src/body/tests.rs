@@ -110,16 +110,53 @@ fn bodies_that_are_refused() {
         br#"{"kv_transfer_params": null, "kv_transfer_params": 1}"#,
         true,
     );
-    check(many_fields(1025).as_bytes(), false);
-    assert!(read(many_fields(1024).as_bytes()).is_ok());
+    check("{\"a\": NaNa}".as_bytes(), false);
+    check(b"\xff\xfe{", false);
+    let hidden = r#"{"a": NaN, "\u006bv_transfer_params": {}}"#;
+    check(hidden.as_bytes(), true);
+    check(&utf16(hidden), true);
+    let again = format!("{{{}\"n\":1}}", "\"n\":1,\"x\":1,".repeat(1000));
+    check(again.as_bytes(), false);
     // Depth costs nothing, since values are not parsed.
     let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
     assert!(read(deep.as_bytes()).is_ok());
 }
 
-fn many_fields(count: usize) -> String {
-    let fields: Vec<_> = (0..count).map(|i| format!("\"f{i}\": 1")).collect();
-    format!("{{{}}}", fields.join(","))
+/// As Windows writes it: little endian, behind a byte order mark.
+fn utf16(text: &str) -> Vec<u8> {
+    let units = std::iter::once(0xfeff).chain(text.encode_utf16());
+    units.flat_map(u16::to_le_bytes).collect()
+}
+
+#[test]
+fn bodies_as_python_reads_them() {
+    let read = |bytes: &[u8]| RequestBody::parse(Bytes::copy_from_slice(bytes)).unwrap();
+    let given = r#"{"prompt":"hé"}"#;
+    let marked = [b"\xef\xbb\xbf", given.as_bytes()].concat();
+    let bare = |units: Vec<[u8; 2]>| units.concat();
+    let wide: Vec<u8> = given
+        .chars()
+        .flat_map(|c| u32::from(c).to_be_bytes())
+        .collect();
+    for body in [
+        marked,
+        utf16(given),
+        bare(given.encode_utf16().map(u16::to_le_bytes).collect()),
+        bare(given.encode_utf16().map(u16::to_be_bytes).collect()),
+        wide,
+    ] {
+        assert_eq!(text(&read(&body).local_leg()), given, "{body:?}");
+    }
+    let given = r#"{"x":[NaN, -Infinity],"temperature":Infinity,"prompt":"\" NaN"}"#;
+    let body = read(given.as_bytes());
+    assert_eq!(body.json("prompt"), Some(r#""\" NaN""#));
+    assert_eq!(text(&body.local_leg()), given);
+
+    let many: Vec<_> = (0..5000).map(|i| format!("\"f{i}\": 1")).collect();
+    let many = format!("{{\"n\":1,{},\"stop\":[]}}", many.join(","));
+    assert_eq!(text(&read(many.as_bytes()).local_leg()), many);
+    let without = read(many.as_bytes()).with(|name| name != "n", &[]);
+    assert_eq!(text(&without), many.replace("\"n\":1,", ""));
 }
 
 #[test]
@@ -173,13 +210,13 @@ fn a_first_token_is_chosen_as_the_client_wants_all() {
 
 #[test]
 fn parts_of_a_body() {
-    let body = parse(r#"{"a":1,"b":[2], "c":null,"a":3,"q\"":4}"#);
-    assert_eq!(body.json("a"), Some("3"));
-    assert_eq!(body.json("c"), None);
-    assert_eq!(text(&body.only(&["b", "z"])), r#"{"b":[2]}"#);
+    let body = parse(r#"{"n":1,"stop":[2], "seed":null,"n":3,"q\"" : 4 , "r":5 }"#);
+    assert_eq!(body.json("n"), Some("3"));
+    assert_eq!(body.json("seed"), None);
+    assert_eq!(text(&body.only(&["stop", "user"])), r#"{"stop":[2]}"#);
     assert_eq!(text(&body.only(&[])), "{}");
     assert_eq!(
-        text(&body.with(|name| name != "b", &[("a", "0"), ("n", "{}")])),
-        r#"{"c":null,"q\"":4,"a":0,"n":{}}"#
+        text(&body.with(|name| name != "stop", &[("n", "0"), ("user", "{}")])),
+        r#"{"seed":null,"q\"" : 4 , "r":5,"n":0,"user":{}}"#
     );
 }

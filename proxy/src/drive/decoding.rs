@@ -32,7 +32,10 @@ impl Drive {
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
         let (path, id, body) = self.decode_leg(&flight.id, transfer);
-        let headers = self.leg_headers(id);
+        // P2P NCCL instances find each other by the id.
+        let is_address = self.way == Way::P2pNccl && transfer.is_ok();
+        let chosen = self.chosen.as_ref().filter(|_| !is_address);
+        let headers = self.leg_headers(chosen.unwrap_or(id));
         let url = decode.http.join(path);
         let legs = self.app.legs.clone();
         let config = &self.app.config;

@@ -45,6 +45,7 @@ impl Drive {
     pub(super) fn stitch(&self) -> Option<Stitch> {
         let first = self.prefilled.first.clone()?;
         let model = self.body.json("model");
-        Some(Stitch::new(self.endpoint, &self.leg_id.0, model, first))
+        let id = self.chosen.as_ref().unwrap_or(&self.leg_id);
+        Some(Stitch::new(self.endpoint, &id.0, model, first))
     }
 }

@@ -210,10 +210,15 @@ impl PrefillNote {
             PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
             PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
         };
+        let cached_tokens = match end {
+            PrefillEnd::Answered(prefilled) => prefilled.cached_tokens,
+            PrefillEnd::Refused(_) | PrefillEnd::Failed(..) => None,
+        };
         Self {
             at: Instant::now(),
             error,
             prompt_tokens,
+            cached_tokens,
         }
     }
 }
