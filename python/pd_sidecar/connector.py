@@ -115,6 +115,14 @@ class PdSidecarConnector(KVConnectorBase_V1):
     ) -> PromMetrics:
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any = None) -> bool:
+        """No: `/sleep` unmaps KV memory that a gather or scatter under way would still touch.
+
+        vLLM from 0.33 on asks, and then refuses `--enable-sleep-mode` beside this connector.
+        """
+        return False
+
     # Scheduler.
 
     def get_num_new_matched_tokens(

@@ -124,6 +124,11 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
     assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.Unmoved)
 
 
+def test_sleep_mode_is_refused():
+    """vLLM 0.33 asks with the transfer's configuration; its own answer would be yes."""
+    assert PdSidecarConnector.supports_sleep_mode(config().kv_transfer_config) is False
+
+
 def test_pages_that_look_like_others_are_not_moved(monkeypatch):
     """Two places a page, one for K and one for V, have the shape of two heads."""
     spec = FullAttentionSpec(
