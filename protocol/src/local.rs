@@ -64,7 +64,8 @@ pub struct EngineHello {
     pub rank: u32,
     /// Ranks that KV is cut into; the sidecar has as many.
     pub world_size: u32,
-    /// The shape of a chunk, from the engine's KV tensors.
+    /// The shape of a chunk, from the engine's KV tensors. With [`EngineHello::unmoved`] it says no
+    /// more than the model's name.
     pub layout: Layout,
     /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`: ordinals differ between processes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -72,6 +73,10 @@ pub struct EngineHello {
     /// CUDA IPC handles of events on that GPU, which [`Staged::event`] names by position.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<ByteBuf>,
+    /// This engine moves no KV, for this reason: it computes every prompt itself, and asks for nothing.
+    /// Empty: it moves KV.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub unmoved: String,
 }
 
 /// Which side of a transfer an engine connection uses.
@@ -93,7 +98,8 @@ pub struct Welcome {
     pub id: String,
     /// The sidecar's epoch; another one after a reconnect means another buffer.
     pub epoch: Epoch,
-    /// `memfd`: the descriptor is to be mapped shared, read-write. `cuda`: see [`Welcome::cuda`].
+    /// `memfd`: the descriptor is to be mapped shared, read-write. `cuda`: see [`Welcome::cuda`]. `none`:
+    /// no buffer, for an engine that moves no KV.
     pub memory: String,
     /// Slots; slot `i` begins at `i * slot_bytes`.
     pub slots: u32,

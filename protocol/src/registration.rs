@@ -3,11 +3,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Epoch, Reason, RequestId};
+use crate::{Epoch, Layout, Reason, RequestId};
 
 /// Everything on the registration port.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a queue of them holds the small ones, and `Register` is sent as soon as it is made"
+)]
 pub enum ToProxy {
     /// I am here, with this load. Repeated every `period_ms`: it is its own heartbeat.
     Register(Register),
@@ -52,7 +56,7 @@ pub struct Register {
     pub init_ports: Vec<u16>,
     /// Alloc port of each rank.
     pub alloc_ports: Vec<u16>,
-    /// A push would work.
+    /// Its engine may be given requests. A push would work, unless [`Register::unmoved`] says why not.
     pub ready: bool,
     /// Slots of the landing or send buffer, all ranks.
     pub slots: u32,
@@ -62,6 +66,20 @@ pub struct Register {
     pub parked_tokens: u64,
     /// This message comes again within so many milliseconds; three missed mean gone.
     pub period_ms: u32,
+    /// Ranks that KV is cut into; 0 from a sidecar that does not say it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ranks: u32,
+    /// The shape of a chunk; absent while no engine has said it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
+    /// Its engine moves no KV, for this reason: no pair is made with it. Empty: it moves KV.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub unmoved: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// See [`ToProxy::Leave`].

@@ -99,10 +99,10 @@ class Client:
         """Starts to connect and returns at once."""
         self.path = path
         self._hello = hello
+        self._pauses = pauses or Pauses()
+        self._logger = logger or logging.getLogger(__name__)
         self._connection: Connection | None = None
-        self._keeper = Keeper(
-            path, hello, pauses or Pauses(), logger or logging.getLogger(__name__)
-        )
+        self._keeper = Keeper(path, hello, self._pauses, self._logger)
         self._keeper.start()
 
     @classmethod
@@ -234,6 +234,15 @@ class Client:
             return events
         wait_any([self], timeout_s)
         return self.poll()
+
+    def give_up(self, why: str) -> None:
+        """Ends the connection for good, and tells the sidecar why nothing is moved.
+
+        The sidecar stays ready by that, so that the proxy goes on using this engine.
+        """
+        self.close()
+        self._keeper = Keeper(self.path, self._hello.as_unmoved(why), self._pauses, self._logger)
+        self._keeper.start()
 
     def close(self) -> None:
         """Ends the connection for good."""

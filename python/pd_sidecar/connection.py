@@ -215,6 +215,10 @@ def _greeting(body: bytes) -> Welcome:
 def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
     """The buffer in host memory. One in GPU memory is opened by the engine's own thread: doing so
     while another thread captures a graph would break the capture."""
+    if hello.unmoved:
+        if welcome.memory != "none" or welcome.slots or fds:
+            raise WireError(f"a buffer of kind {welcome.memory!r} for an engine that moves nothing")
+        return None
     kind = "memfd" if hello.device is None else "cuda"
     if welcome.memory != kind or (welcome.cuda is None) != (kind == "memfd"):
         raise WireError(

@@ -27,13 +27,14 @@ from . import config, lmcache
 from .keys import ChunkHasher
 from .layout import Geometry, Hint, LayoutError, Writer, geometry
 from .loading import Results
-from .metadata import StepMetadata, Word
+from .metadata import Standing, StepMetadata, Word
 from .quantization import Quantization
 from .ranks import Cut, cut
 from .scheduler import Role, Scheduler
 from .spawn import Child, find_binary
 from .stats import PromMetrics, Stats
-from .worker import Unmoved, Worker
+from .unmoved import Unmoved
+from .worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,9 +144,11 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Notes what is done, and adds what became so since: vLLM reads this output only later."""
+        word = getattr(connector_output, "kv_connector_worker_meta", None)
+        if isinstance(word, Word) and word.unmoved:
+            self._of_scheduler.unmoved = True
         if (worker := self._neighbour()) is not None:
             # With tokens on their way, in this output or behind it, nobody is kept waiting.
-            word = connector_output.kv_connector_worker_meta
             rests = self._idle and isinstance(word, Word) and word.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
@@ -170,6 +173,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0] if block_ids else [])
 
+    def set_xfer_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
+        """Hears, before the first request, whether the workers can move KV."""
+        self._of_scheduler.unmoved = any(isinstance(m, Standing) for m in metadata.values())
+
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
 
@@ -178,6 +185,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
+
+    def get_handshake_metadata(self) -> Standing | None:
+        """Tells the scheduler's half that nothing is moved; nothing if KV is."""
+        # MultiConnector would hand it to its other children, which refuse what is not theirs:
+        # there, the scheduler's half hears it with the first step.
+        is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
+        return Standing() if isinstance(self._worker, Unmoved) and is_alone else None
 
     def bind_connector_metadata(self, connector_metadata: base.KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -223,7 +237,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._stats.take()
 
     def build_connector_worker_meta(self) -> Word | None:
-        return self._worker.word if isinstance(self._worker, Worker) else None
+        return self._worker.word if self._worker is not None else None
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -278,22 +292,20 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return Child(command, logger, variables)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
+        work: dict[str, Any] = {
+            "engine": self._config.kv_transfer_config.engine_id or "",
+            "share": self._cut.share(get_tensor_model_parallel_rank()),
+            "producer": self._producer,
+            "consumer": self._consumer,
+        }
         try:
             hint = self._hint()
             pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
             pages = replace(pages, quantization=self._quantization(pages))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
-            return Unmoved(self._stats)
-        return Worker(
-            pages,
-            self._options,
-            self._stats,
-            engine=self._config.kv_transfer_config.engine_id or "",
-            share=self._cut.share(get_tensor_model_parallel_rank()),
-            producer=self._producer,
-            consumer=self._consumer,
-        )
+            return Unmoved(str(error), self._options, self._stats, **work)
+        return Worker(pages, self._options, self._stats, **work)
 
     def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
         """How the engine's own kernels store K and V, for the layers that say it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -42,6 +43,8 @@ class Keeper(threading.Thread):
         self._logger = logger
         self._lock = threading.Lock()
         self._offered: Connection | None = None
+        self._stand_in: Connection | None = None
+        """While the sidecar and this engine do not fit: tells it why nothing is moved."""
         self._stopping = threading.Event()
         # Its end wakes the thread wherever it sleeps.
         self._wake_read, self._wake_write = socket.socketpair()
@@ -71,9 +74,12 @@ class Keeper(threading.Thread):
                 self._sleep(retry_s)
                 continue
             pause = self._pauses.first
-            with self._lock:
-                self._offered = connection
-                self.connected.set()
+            self._stand_in = None
+            if not self._hello.unmoved:
+                # Otherwise it is only kept: nothing is ever sent over it.
+                with self._lock:
+                    self._offered = connection
+                    self.connected.set()
             self._watch(connection)
             with self._lock:
                 if self._offered is connection:
@@ -88,9 +94,15 @@ class Keeper(threading.Thread):
             connection = Connection.open(self._path, self._hello, self._pauses.greeting)
         except RefusedError as error:
             self._say(f"refused by the sidecar at {self._path}: {error}")
+            self._stand_in_for(f"its sidecar refuses this engine: {error}")
             return None, self._pauses.refused
-        except (OSError, WireError, ValueError) as error:
+        except WireError as error:
             self._say(f"no sidecar at {self._path}: {error}")
+            self._stand_in_for(f"it cannot use its sidecar: {error}")
+            return None, pause if self._stand_in is None else self._pauses.refused
+        except (OSError, ValueError) as error:
+            self._say(f"no sidecar at {self._path}: {error}")
+            self._stand_in = None
             return None, pause
         welcome = connection.welcome
         self.failure = ""
@@ -103,6 +115,15 @@ class Keeper(threading.Thread):
             welcome.slot_bytes,
         )
         return connection, 0.0
+
+    def _stand_in_for(self, why: str) -> None:
+        """Keeps the sidecar ready while nothing is moved: the proxy goes on using this engine."""
+        if self._stand_in is not None or self._hello.unmoved:
+            return
+        hello = self._hello.as_unmoved(why)
+        # A sidecar that does not know such engines, or has no such rank, refuses this one too.
+        with contextlib.suppress(RefusedError, WireError, OSError, ValueError):
+            self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 
     def _say(self, failure: str) -> None:
         """Logs a failure when it changes, not at every attempt."""
@@ -122,4 +143,10 @@ class Keeper(threading.Thread):
     def _sleep(self, seconds: float) -> None:
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
-        poller.poll(seconds * 1000)
+        stand_in = self._stand_in
+        if stand_in is not None:
+            poller.register(stand_in.fileno(), select.POLLRDHUP)
+        woken = [fd for fd, _ in poller.poll(seconds * 1000)]
+        if stand_in is not None and stand_in.fileno() in woken:
+            # It has gone: its successor may fit.
+            self._stand_in = None

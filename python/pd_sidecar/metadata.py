@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
@@ -95,11 +96,19 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass(frozen=True)
+class Standing(KVConnectorHandshakeMetadata):
+    """A worker has seen its KV and cannot move it. Said once, before the first request."""
+
+
+@dataclass(frozen=True)
 class Word(KVConnectorWorkerMetadata):
     """What a worker says of a step beside what is done."""
 
     rests: bool
     """The step had nothing to do, and requests wait for a sidecar."""
+    unmoved: bool = False
+    """The worker cannot move this model's KV."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        return self
+        unmoved = isinstance(other, Word) and other.unmoved
+        return Word(self.rests, unmoved=True) if unmoved else self

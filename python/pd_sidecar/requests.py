@@ -21,6 +21,7 @@ class Skip(str, Enum):
     WRONG_ROLE = "wrong_role"
     TP_MISMATCH = "tp_mismatch"
     KV_GROUPS = "kv_groups"
+    LAYOUT = "layout"
     LORA = "lora"
     MULTIMODAL = "multimodal"
     CACHE_SALT = "cache_salt"

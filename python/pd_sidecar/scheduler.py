@@ -116,6 +116,8 @@ class Scheduler:
         self._claims: OrderedDict[tuple[bool, str], str] = OrderedDict()
         self._next = StepMetadata()
         self._held = 0
+        self.unmoved = False
+        """The workers cannot move this model's KV: nothing is promised to anybody."""
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
         """How many tokens beyond the `computed` ones will be loaded; asked any number of times."""
@@ -196,7 +198,7 @@ class Scheduler:
         if isinstance(state, Load) and state.phase is LoadPhase.OFFERED:
             self._next.dismissed.append(state.transfer.req)
         if isinstance(state, Skipped) and state.reason is not Skip.NO_PARAMS:
-            return False, _first_token(request, {"pushed": False, "reason": state.reason.value})
+            return False, _not_pushed(request, state.reason)
         return False, None
 
     def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
@@ -233,6 +235,8 @@ class Scheduler:
         skip = unserved(request)
         if self._role.kv_groups != 1:
             skip = Skip.KV_GROUPS
+        elif self.unmoved:
+            skip = Skip.LAYOUT
         elif not (self._role.producer if wish.is_push else self._role.consumer):
             skip = Skip.WRONG_ROLE
         elif wish.is_push and len(wish.init_ports) != self._role.ranks:
@@ -307,6 +311,12 @@ class Scheduler:
     def _finish_push(
         self, engine_id: str, state: Push, blocks: list[int], completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
+        if self.unmoved:
+            # Heard since it began: the workers move none of it.
+            if state.phase is PushPhase.RUNNING:
+                self._next.cancelled.append(engine_id)
+            del self._states[engine_id]
+            return False, _not_pushed(state.request, Skip.LAYOUT)
         needed = -(-state.request.num_prompt_tokens // self._role.block_tokens)
         if completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
             state.phase = PushPhase.HELD
@@ -336,6 +346,11 @@ def _family(engine_id: str) -> str:
 def _response(state: Push) -> dict[str, Any]:
     """`kv_transfer_params` of a prefill leg's answer."""
     return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
+
+
+def _not_pushed(request: Request, reason: Skip) -> dict[str, Any]:
+    """`kv_transfer_params` of an answer whose KV goes nowhere."""
+    return _first_token(request, {"pushed": False, "reason": reason.value})
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import struct
 from typing import TypeVar, Union
+from unicodedata import category
 
 import msgspec
 
 VERSION = 1
 """Version of the protocol that this package speaks."""
+
+MAX_REASON_CHARACTERS = 500
+"""Of the reason for which an engine moves nothing: the other side refuses texts of 4096 bytes."""
 
 MAX_FRAME_BYTES = 1 << 20
 """A longer frame is an error: the keys of a request of a million tokens have 600 KB."""
@@ -76,6 +80,20 @@ class Hello(_Message, omit_defaults=True):
     layout: Layout
     device: str | None = None  # UUID of this engine's GPU
     events: list[bytes] = []  # CUDA IPC handles of events on it
+    unmoved: str = ""  # why this engine moves no KV; then `layout` says only the model
+
+    @classmethod
+    def of_unmoved(
+        cls, engine: str, role: str, rank: int, world_size: int, model: str, why: str
+    ) -> Hello:
+        """The greeting of an engine that computes every prompt itself, because of `why`."""
+        layout = Layout(model, "", 0, 0, 0, mla=False, chunk_tokens=0)
+        return cls(VERSION, engine, role, rank, world_size, layout, unmoved=_line(why))
+
+    def as_unmoved(self, why: str) -> Hello:
+        """The same engine's greeting once it moves no KV, because of `why`."""
+        model = self.layout.model
+        return self.of_unmoved(self.engine, self.role, self.rank, self.world_size, model, why)
 
 
 class Reserve(_Message):
@@ -198,6 +216,12 @@ class Ended(_Message):
     req: str
     reason: str | None = None
     bytes: int = 0
+
+
+def _line(text: str) -> str:
+    """The text as a message may carry it: without control characters, and of a bounded length."""
+    printable = "".join(" " if category(c) in ("Cc", "Cs") else c for c in text)
+    return printable[:MAX_REASON_CHARACTERS] or "no reason given"
 
 
 ToSidecar = Union[Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort]  # noqa: UP007

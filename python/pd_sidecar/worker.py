@@ -355,44 +355,10 @@ class Worker:
             copier = link.device.copier(link.geometry, link.client.connection)
         except OSError as error:
             logger.error("%s is not used, requests are computed here: %s", link.client.path, error)
-            link.client.close()
+            link.client.give_up(f"the sidecar's buffer cannot be used: {error}")
             link.end.lost()
         else:
             link.end.connected(copier)
-
-
-class Unmoved:
-    """In the place of a worker whose KV cannot be moved: what is asked of it fails at once."""
-
-    def __init__(self, stats: Stats) -> None:
-        self._stats = stats
-        self._sent: set[str] = set()
-        self._results = Results()
-
-    def begin(self, metadata: StepMetadata) -> None:
-        """Before the forward."""
-        self._sent.update(metadata.finished)
-        for start in metadata.load_starts:
-            self._stats.add_reason("load_failures", "layout")
-            self._results.received.add(start.engine_id)
-            self._results.failed[start.engine_id] = start.blocks
-        for _ in metadata.push_starts:
-            self._stats.add_reason("save_failures", "layout")
-
-    def layer_computed(self, name: str) -> None:
-        """Within the forward."""
-
-    def computed(self) -> None:
-        """After the forward."""
-
-    def finish(self) -> tuple[set[str], Results]:
-        """At the end of the step."""
-        sent, self._sent = self._sent, set()
-        results, self._results = self._results, Results()
-        return sent, results
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _is_one_model(names: Sequence[str]) -> bool:

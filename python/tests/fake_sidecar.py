@@ -27,6 +27,8 @@ class FakeSidecar:
         self.slot_bytes = slot_bytes
         self.sealed = sealed
         self.hellos = []
+        self.kept = []
+        """Hellos of engines that move nothing, which are not refused."""
         self.received = queue.Queue()
         self._connections = []
         self._memory = None
@@ -85,9 +87,17 @@ class FakeSidecar:
     def serve(self, connection, hello):
         """One connection, from its hello to its end."""
         self.hellos.append(hello)
-        if self.refuse is not None:
+        if hello.unmoved:
+            self.kept.append(hello)
+        elif self.refuse is not None:
             connection.sendall(wire.encode(self.refuse))
             connection.close()
+            return
+        if hello.unmoved:
+            connection.sendall(wire.encode(wire.Welcome(wire.VERSION, "fake", 0, "none", 0, 0, 1)))
+            self._connections.append(connection)
+            while (message := _read(connection)) is not None:
+                self.received.put(message)
             return
         self.slot_bytes = self.slot_bytes or hello.layout.chunk_bytes
         if self._memory is None:

@@ -46,6 +46,13 @@ def until(client, kind, seconds=5.0):
     raise AssertionError(f"no {kind.__name__} in {events}")
 
 
+def wait_until(holds, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_messages_go_both_ways(path, clients):
     sidecar = FakeSidecar(path, slots=3, epoch=77)
     client = connect(path, clients)
@@ -148,6 +155,31 @@ def test_a_refusal_says_why(path, caplog):
         Client.connect(str(path), HELLO, timeout_s=0.3)
     assert "layout_mismatch" in caplog.text
     assert len(caplog.records) == 1
+
+
+def test_while_it_is_refused_an_engine_keeps_its_sidecar_ready(path):
+    """The proxy would refuse every request otherwise, although the engine can compute it."""
+    refused = wire.Refused("layout_mismatch", "set pd_buffer_size to 1 GiB")
+    sidecar = FakeSidecar(path, refuse=refused)
+    client = Client(str(path), HELLO, pauses=Pauses(first=0.01, refused=0.05))
+    wait_until(lambda: len(sidecar.kept) == 1)
+    assert "set pd_buffer_size to 1 GiB" in sidecar.kept[0].unmoved
+    # It is asked again all the while, over one such connection.
+    wait_until(lambda: len(sidecar.hellos) >= 5)
+    assert len(sidecar.kept) == 1
+    sidecar.refuse = None
+    wait_until(lambda: client.poll() or client.connected)
+    client.close()
+
+
+def test_the_successor_of_a_sidecar_that_refused_is_found_at_once(path):
+    sidecar = FakeSidecar(path, refuse=wire.Refused("layout_mismatch", "too small"))
+    client = Client(str(path), HELLO, pauses=Pauses(first=0.01, refused=60.0))
+    wait_until(lambda: len(sidecar.kept) == 1)
+    sidecar.stop()
+    FakeSidecar(path)
+    wait_until(lambda: client.poll() or client.connected)
+    client.close()
 
 
 def test_slots_of_another_size_are_refused(path):

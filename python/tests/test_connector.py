@@ -124,6 +124,62 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
     assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.Unmoved)
 
 
+def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
+    """Its scheduler knows before the first request; a proxy that asks anyway is told why."""
+    path = tmp_path / "both.sock"
+    sidecar = FakeSidecar(path)
+    extra = {"sender_socket": str(path), "receiver_socket": str(path)}
+    vllm_config = config(extra)
+    kv = {name: torch.zeros(BLOCKS, 3, BLOCK, 2 * SIZE) for name in NAMES}
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker = worker_of(vllm_config, kv, monkeypatch)
+    monkeypatch.setattr(module, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(module, "get_kv_transfer_group", lambda: worker)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+
+    req = request("a", push_params())
+    req.status = RequestStatus.RUNNING
+    assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
+    step(scheduler, worker, output(new=[(req, [5, 2, 7], 0, 40)]))
+    req.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert scheduler.request_finished(req, [5, 2, 7]) == (
+        False,
+        {"pushed": False, "reason": "layout"},
+    )
+    assert scheduler.get_num_new_matched_tokens(request("b", load_params()), 0) == (0, False)
+    deadline = time.monotonic() + 5
+    while len(sidecar.hellos) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert all("cannot be read as KV" in hello.unmoved for hello in sidecar.hellos)
+    worker.shutdown()
+
+
+def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monkeypatch):
+    """MultiConnector hands handshake data to all its children, and vLLM's refuse what is ours."""
+    vllm_config = config()
+    kv = {name: torch.zeros(BLOCKS, 3, BLOCK, 2 * SIZE) for name in NAMES}
+    scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
+    worker = worker_of(vllm_config, kv, monkeypatch)
+    monkeypatch.setattr(module, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(module, "get_kv_transfer_group", object)
+    assert worker.get_handshake_metadata() is None
+    req = request("a", push_params())
+    req.status = RequestStatus.RUNNING
+    assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
+    worker.bind_connector_metadata(
+        scheduler.build_connector_meta(output(new=[(req, [5, 2, 7], 0, 40)]))
+    )
+    said = KVConnectorOutput(kv_connector_worker_meta=worker.build_connector_worker_meta())
+    scheduler.update_connector_output(said)
+    req.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert scheduler.request_finished(req, [5, 2, 7]) == (
+        False,
+        {"pushed": False, "reason": "layout"},
+    )
+    worker.shutdown()
+
+
 def test_sleep_mode_is_refused():
     """vLLM 0.33 asks with the transfer's configuration; its own answer would be yes."""
     assert PdSidecarConnector.supports_sleep_mode(config().kv_transfer_config) is False

@@ -14,7 +14,7 @@ from pd_sidecar.layout import Hint, chunk_span, geometry
 from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata, Word
 from pd_sidecar.ranks import Part, Share
 from pd_sidecar.stats import Stats
-from pd_sidecar.worker import Unmoved, Worker
+from pd_sidecar.worker import Worker
 
 LAYERS, HEADS, SIZE, BLOCK, BLOCKS, CHUNK = 4, 2, 8, 16, 32, 32
 TOKENS, HASHES = 80, ["a", "b", "c"]
@@ -455,14 +455,3 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
     worker.move()
     assert rig.stats.data["loads"] == 1
     assert "load_failures" not in rig.stats.data
-
-
-def test_what_cannot_be_moved_fails_at_once():
-    stats = Stats()
-    worker = Unmoved(stats)
-    worker.begin(StepMetadata(push_starts=[push()], load_starts=[load(name="b")]))
-    sent, results = worker.finish()
-    assert (sent, results.received, set(results.failed)) == (set(), {"b"}, {"b"})
-    worker.begin(StepMetadata(finished=["a"]))
-    assert worker.finish()[0] == {"a"}
-    assert stats.data == {"load_failures": {"layout": 1}, "save_failures": {"layout": 1}}

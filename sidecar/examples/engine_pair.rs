@@ -151,6 +151,7 @@ impl Engine {
             layout: layout.clone(),
             device: None,
             events: Vec::new(),
+            unmoved: String::new(),
         }))?;
         match engine.recv()? {
             ToEngine::Welcome(_) => Ok(engine),

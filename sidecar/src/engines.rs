@@ -33,6 +33,8 @@ struct Greeted {
     connection: Connection,
     /// By which it says when slots are filled.
     events: Vec<Arc<Event>>,
+    /// Why it moves no KV; empty if it does.
+    unmoved: String,
 }
 
 /// How a layout cuts the buffer.
@@ -50,6 +52,9 @@ pub(crate) struct Cut {
 
 /// A sliding window needs one slot that is written while another is read.
 const MIN_SLOTS: u32 = 2;
+
+/// [`Welcome::memory`] for an engine that moves no KV.
+const NO_MEMORY: &str = "none";
 
 /// A prefill engine needs one for each gather that may be under way.
 const MAX_EVENTS: usize = 1024;
@@ -76,6 +81,12 @@ impl Engines {
         self.connections.len()
     }
 
+    /// The reason for which a connected engine moves no KV, if there is such an engine.
+    pub(crate) fn unmoved(&self) -> Option<&str> {
+        let unmoved = self.connections.values().map(|e| e.unmoved.as_str());
+        unmoved.into_iter().find(|why| !why.is_empty())
+    }
+
     /// Answers a hello. Returns the cut if it is a new one: every slot is then free and the epoch new.
     /// `busy`: slots are still held or quarantined, so the buffer cannot be cut anew.
     ///
@@ -87,6 +98,10 @@ impl Engines {
         hello: &EngineHello,
         busy: bool,
     ) -> Result<Option<Cut>, Reason> {
+        if !hello.unmoved.is_empty() && hello.v == VERSION {
+            self.take_unmoved(connection, hello);
+            return Ok(None);
+        }
         let admitted = self
             .admit(hello, busy)
             .and_then(|admitted| Ok((admitted, self.events(hello)?)));
@@ -131,9 +146,43 @@ impl Engines {
         };
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));
         let id = connection.id();
-        self.connections.insert(id, Greeted { connection, events });
+        let greeted = Greeted {
+            connection,
+            events,
+            unmoved: String::new(),
+        };
+        self.connections.insert(id, greeted);
         self.cut = Some(cut.clone());
         Ok(fresh.then_some(cut))
+    }
+
+    /// Welcomes an engine that computes every prompt itself, without a buffer: it keeps the sidecar ready,
+    /// so that the proxy goes on using the engine.
+    fn take_unmoved(&mut self, connection: Connection, hello: &EngineHello) {
+        warn!(
+            engine = hello.engine,
+            connection = %connection.id(),
+            role = ?hello.role,
+            rank = hello.rank,
+            "the engine moves no KV and computes every prompt itself: {}",
+            hello.unmoved
+        );
+        connection.send(ToEngine::Welcome(Welcome {
+            v: VERSION,
+            id: self.id.clone(),
+            epoch: Epoch(0),
+            memory: NO_MEMORY.to_owned(),
+            cuda: None,
+            slots: 0,
+            slot_bytes: 0,
+            connection: connection.id().0,
+        }));
+        let greeted = Greeted {
+            unmoved: hello.unmoved.clone(),
+            connection,
+            events: Vec::new(),
+        };
+        self.connections.insert(greeted.connection.id(), greeted);
     }
 
     /// Sends to an engine, if it is still there.
@@ -215,7 +264,8 @@ impl Engines {
             let Some((field, ours, theirs)) = cut.layout.difference(&hello.layout) else {
                 return Ok((cut.clone(), false));
             };
-            if !self.connections.is_empty() || busy {
+            let is_used = self.connections.values().any(|e| e.unmoved.is_empty());
+            if is_used || busy {
                 return refuse(
                     Reason::LayoutMismatch,
                     format!(

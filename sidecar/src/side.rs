@@ -70,6 +70,8 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
 pub(crate) struct Gauges<'a> {
     pub(crate) cut: Option<&'a Cut>,
     pub(crate) engines: usize,
+    /// Why the engine moves no KV, if it does not.
+    pub(crate) unmoved: Option<&'a str>,
     pub(crate) free: u32,
     pub(crate) held: u32,
     pub(crate) quarantined: u32,

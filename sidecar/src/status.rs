@@ -142,11 +142,14 @@ impl Status {
             .ranks
             .entry((side, rank))
             .or_insert_with(|| RankStatus::new(side, rank));
-        let had_engine = status.engines > 0;
+        let said =
+            |status: &RankStatus| (status.engines > 0, status.epoch, status.unmoved.is_some());
+        let before = said(status);
         status.update(gauges);
-        let has_engine = status.engines > 0;
+        let after = said(status);
         drop(inner);
-        if had_engine != has_engine {
+        // The proxy pairs instances by what they say here.
+        if before != after {
             self.changed.notify_one();
         }
     }
@@ -238,6 +241,7 @@ impl Status {
             version: env!("CARGO_PKG_VERSION"),
             ready: obstacles.is_empty(),
             reasons: obstacles.iter().map(ToString::to_string).collect(),
+            unmoved: inner.unmoved().map(str::to_owned),
             ranks: inner.ranks.values().cloned().collect(),
             links: inner.links.values().flatten().cloned().collect(),
             listens: inner.listens.clone(),
@@ -290,6 +294,9 @@ impl Status {
             free_slots: sum(|r| r.free),
             parked_tokens: inner.ranks.values().map(|r| r.parked_tokens).sum(),
             period_ms: u32::try_from(period.as_millis()).unwrap_or(u32::MAX),
+            ranks: config.ranks,
+            layout: inner.ranks.values().find_map(|r| r.layout.clone()),
+            unmoved: inner.unmoved().unwrap_or_default().to_owned(),
         }
     }
 
@@ -316,6 +323,11 @@ impl Status {
 }
 
 impl Inner {
+    /// The reason for which an engine moves no KV.
+    fn unmoved(&self) -> Option<&str> {
+        self.ranks.values().find_map(|r| r.unmoved.as_deref())
+    }
+
     fn obstacles(&self, about: &About, now: Instant) -> Vec<NotReady> {
         let mut obstacles = Vec::new();
         if self.draining {

@@ -30,6 +30,9 @@ fn register(id: &str, epoch: u64) -> Register {
         slots: 8,
         free_slots: 8,
         parked_tokens: 0,
+        ranks: 0,
+        layout: None,
+        unmoved: String::new(),
         period_ms: 1000,
     }
 }

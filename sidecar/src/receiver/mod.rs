@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::local::{ToEngine, ToSidecar};
-use protocol::message::{Hello, Pages};
+use protocol::message::{Hello, Pages, Refusal};
 use protocol::receiver::{Action, Event, Receiver};
-use protocol::{EngineId, Epoch, LeaseId, SlotIndex, VERSION, codec};
+use protocol::{EngineId, Epoch, LeaseId, Reason, SlotIndex, VERSION, codec};
 use serde_bytes::ByteBuf;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -177,6 +177,7 @@ impl LandSide {
                     Ok(None) => {}
                     Err(reason) => self.context.shown.engine_refused(Side::Receiver, reason),
                 }
+                self.refuse_senders();
             }
             FromEngine::Message(engine, message) => match message {
                 ToSidecar::Await(m) => self.feed(Event::Await(engine, m)),
@@ -186,10 +187,22 @@ impl LandSide {
             },
             FromEngine::Gone(engine) => {
                 self.engines.gone(engine);
+                self.refuse_senders();
                 self.feed(Event::EngineGone(engine));
             }
             FromEngine::Malformed => {}
         }
+    }
+
+    /// Tells senders that ask from now on why nothing can be pushed here, if the engine moves no KV.
+    fn refuse_senders(&mut self) {
+        self.identity.hello.refused = self.engines.unmoved().map(|why| Refusal {
+            reason: Reason::LayoutMismatch,
+            text: format!(
+                "the engine of {} moves no KV: {why}",
+                self.identity.hello.id
+            ),
+        });
     }
 
     /// A machine for a freshly cut buffer.
@@ -328,6 +341,7 @@ impl LandSide {
             Gauges {
                 cut: self.engines.cut(),
                 engines: self.engines.connected(),
+                unmoved: self.engines.unmoved(),
                 free: gauges.free,
                 held: gauges.held,
                 quarantined: gauges.quarantined,

@@ -43,6 +43,7 @@ impl Engine {
             layout,
             device: gpu.device,
             events: gpu.events,
+            unmoved: String::new(),
         });
         write(&mut stream, &hello).await?;
         // The descriptor that comes with the welcome is closed by the kernel: this process has the

@@ -450,6 +450,7 @@ impl SendSide {
             crate::side::Gauges {
                 cut: self.engines.cut(),
                 engines: self.engines.connected(),
+                unmoved: self.engines.unmoved(),
                 free,
                 held,
                 quarantined: 0,

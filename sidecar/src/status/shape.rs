@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::side::{Gauges, LinkStatus, Side};
 use crate::sockets::Listens;
 
-/// Why a push would not work now.
+/// Why the engine may not be given requests now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// Ports are not bound yet.
@@ -34,6 +34,9 @@ pub(crate) struct RankStatus {
     pub(crate) rank: u32,
     /// Engine connections.
     pub(crate) engines: usize,
+    /// Why the engine moves no KV; absent if it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) unmoved: Option<String>,
     /// What a chunk looks like; absent until an engine has said.
     pub(crate) layout: Option<Layout>,
     /// The epoch of the buffer's cut; 0 until an engine is there.
@@ -98,10 +101,13 @@ pub(crate) struct Snapshot {
     pub(crate) role: &'static str,
     /// The binary's version.
     pub(crate) version: &'static str,
-    /// A push would work.
+    /// The engine may be given requests.
     pub(crate) ready: bool,
     /// Why not.
     pub(crate) reasons: Vec<String>,
+    /// Why nothing is moved although it is ready; absent if KV is moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) unmoved: Option<String>,
     /// Every side of every rank.
     pub(crate) ranks: Vec<RankStatus>,
     /// Every link.
@@ -129,6 +135,7 @@ impl RankStatus {
             side: side.as_str(),
             rank,
             engines: 0,
+            unmoved: None,
             layout: None,
             epoch: Epoch(0),
             slots: 0,
@@ -151,6 +158,9 @@ impl RankStatus {
             self.slot_bytes = cut.slot_bytes;
         }
         self.engines = gauges.engines;
+        if self.unmoved.as_deref() != gauges.unmoved {
+            self.unmoved = gauges.unmoved.map(str::to_owned);
+        }
         self.free = gauges.free;
         self.held = gauges.held;
         self.quarantined = gauges.quarantined;

@@ -52,6 +52,7 @@ pub(crate) fn gauges(cut: Option<&Cut>, engines: usize) -> Gauges<'_> {
     Gauges {
         cut,
         engines,
+        unmoved: None,
         free: if cut.is_some() { 13 } else { 0 },
         held: if cut.is_some() { 2 } else { 0 },
         quarantined: u32::from(cut.is_some()),
@@ -197,11 +198,53 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
             free_slots: 26,
             parked_tokens: 1400,
             period_ms: 50,
+            ranks: 2,
+            layout: Some(cut.layout.clone()),
+            unmoved: String::new(),
         }
     );
     status.draining();
     assert!(!status.registration(&config, 7901, now).ready);
     assert_ne!(Status::new(&config).about().epoch, register.epoch);
+}
+
+#[test]
+fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_why() {
+    let now = Instant::now();
+    let config = config(&[]);
+    let status = Status::new(&config);
+    status.bound();
+    status.acknowledged("p", now);
+    for rank in 0..2 {
+        let unmoved = Some("heads of two sizes");
+        let gauges = Gauges {
+            unmoved,
+            ..gauges(None, 1)
+        };
+        status.gauges(Side::Receiver, rank, &gauges);
+    }
+    assert_eq!(reasons(&status, now), [""; 0]);
+    let register = status.registration(&config, 7900, now);
+    assert_eq!(
+        (register.ready, register.unmoved.as_str(), register.layout),
+        (true, "heads of two sizes", None)
+    );
+    let snapshot = status.snapshot(now);
+    assert_eq!(
+        (snapshot.ready, snapshot.unmoved.as_deref()),
+        (true, Some("heads of two sizes"))
+    );
+    // Another engine comes that does move.
+    let cut = cut();
+    for rank in 0..2 {
+        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+    }
+    let register = status.registration(&config, 7900, now);
+    assert_eq!(
+        (register.unmoved.as_str(), register.layout),
+        ("", Some(cut.layout))
+    );
+    assert_eq!(status.snapshot(now).unmoved, None);
 }
 
 #[test]

@@ -1,0 +1,90 @@
+"""In the place of a worker whose KV cannot be moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from .keeper import Keeper, Pauses
+from .loading import Results
+from .metadata import Word
+from .wire import Hello
+
+if TYPE_CHECKING:
+    from .config import Options
+    from .metadata import StepMetadata
+    from .ranks import Share
+    from .stats import Stats
+
+logger = init_logger("vllm.pd_sidecar.unmoved")
+
+
+class Unmoved:
+    """Fails at once what is asked of it, and tells the sidecars why.
+
+    A sidecar that heard nothing would never be ready, and its proxy would refuse every request
+    although the engine can compute it.
+    """
+
+    def __init__(
+        self,
+        why: str,
+        options: Options,
+        stats: Stats,
+        *,
+        engine: str,
+        share: Share,
+        producer: bool,
+        consumer: bool,
+    ) -> None:
+        self.why = why
+        self._stats = stats
+        self._sent: set[str] = set()
+        self._results = Results()
+        ends = [(options.sender_socket, "prefill")] if producer else []
+        ends += [(options.receiver_socket, "decode")] if consumer else []
+        self._keepers = [
+            Keeper(
+                path,
+                Hello.of_unmoved(engine, role, part.rank, share.ranks, options.model_name, why),
+                Pauses(),
+                logger,
+            )
+            for part in share.parts
+            for path, role in ends
+        ]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def begin(self, metadata: StepMetadata) -> None:
+        """Before the forward."""
+        self._sent.update(metadata.finished)
+        for start in metadata.load_starts:
+            self._stats.add_reason("load_failures", "layout")
+            self._results.received.add(start.engine_id)
+            self._results.failed[start.engine_id] = start.blocks
+        for _ in metadata.push_starts:
+            self._stats.add_reason("save_failures", "layout")
+
+    def layer_computed(self, name: str) -> None:
+        """Within the forward."""
+
+    def computed(self) -> None:
+        """After the forward."""
+
+    def finish(self) -> tuple[set[str], Results]:
+        """At the end of the step."""
+        sent, self._sent = self._sent, set()
+        results, self._results = self._results, Results()
+        return sent, results
+
+    @property
+    def word(self) -> Word:
+        """Tells the scheduler's half that nothing is moved."""
+        return Word(rests=False, unmoved=True)
+
+    def close(self) -> None:
+        """Ends the connections."""
+        for keeper in self._keepers:
+            keeper.stop()
