@@ -109,16 +109,24 @@ def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: s
 
 def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
     """Only the engines know that this model is an adapter: the prefill engine pushes nothing and says so, and the
-    decode leg then goes without."""
+    decode leg then goes without. From the second request on no prefill leg is sent."""
     tokens = prompt(600, seed=59)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
     before = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
-    request = body(tokens, model="lora")
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
-    assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
+    computed = []
+    for number in range(3):
+        request = body(prompt(600, seed=590 + number), model="lora")
+        ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+        assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
+        computed.append(pair.prefill.prompt_tokens())
     after = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
     assert after[0].get("lora", 0) == before[0].get("lora", 0) + 1
+    assert computed[0] == computed[1] == computed[2], "the prefill engine computes what nobody fetches"
     assert after[1].get("not_pushed", 0) == before[1].get("not_pushed", 0) + 1
+    assert after[1].get("refused_before", 0) == before[1].get("refused_before", 0) + 2
+    # The base model's KV is moved as before.
+    another = prompt(600, seed=60)
+    pair.move(another).check(reference.token_ids(another), len(another))
 
 
 @pytest.mark.parametrize("stream", [False, True])

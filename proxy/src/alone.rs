@@ -7,6 +7,11 @@ use std::fmt;
 pub enum Alone {
     /// No prefill instance is ready (other than the decode instance itself).
     NoPrefill,
+    /// Prefill instances are ready, but none fits the decode instance: their KV has another shape, or
+    /// one of the two engines moves none.
+    Unfit,
+    /// Each prefill instance is known to refuse such a request: it has refused one before.
+    RefusedBefore,
     /// `n`, `best_of` or beam search make several engine requests of it.
     ManySequences,
     /// A list of several prompts makes several engine requests of it.
@@ -47,8 +52,10 @@ pub enum Alone {
 
 impl Alone {
     /// Every reason, for metrics that want their label values to exist from the start.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::NoPrefill,
+        Self::Unfit,
+        Self::RefusedBefore,
         Self::ManySequences,
         Self::ManyPrompts,
         Self::PromptLogprobs,
@@ -72,6 +79,8 @@ impl Alone {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::NoPrefill => "no_prefill",
+            Self::Unfit => "unfit",
+            Self::RefusedBefore => "refused_before",
             Self::ManySequences => "many_sequences",
             Self::ManyPrompts => "many_prompts",
             Self::PromptLogprobs => "prompt_logprobs",

@@ -27,9 +27,11 @@ use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
 use crate::headers::leg_headers;
 use crate::id;
+use crate::instance::Instance;
 use crate::origin::require_json;
 use crate::plan::Plan;
 use crate::record::Record;
+use crate::registration::unfit;
 use crate::relay;
 
 /// All endpoints of one proxy.
@@ -277,7 +279,25 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn instances(State(app): State<Arc<App>>) -> Response {
-    Json(&*app.instances()).into_response()
+    Json(shown(&app, &app.instances())).into_response()
+}
+
+/// The instances, each with what keeps KV from going there or from being fetched there.
+fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
+    let now = Instant::now();
+    let one = |instance: &Arc<Instance>| {
+        let mut shown = serde_json::to_value(&**instance).unwrap_or_default();
+        let unfit = unfit(instance, instances);
+        if !unfit.is_empty() {
+            shown["unfit"] = json!(unfit);
+        }
+        let refuses = app.refusals.by(now, instance);
+        if !refuses.is_empty() {
+            shown["refuses"] = json!(refuses);
+        }
+        shown
+    };
+    instances.iter().map(one).collect()
 }
 
 async fn requests(State(app): State<Arc<App>>) -> Json<Vec<Record>> {

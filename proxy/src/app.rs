@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::mode::{CurrentMode, Measured, Mode};
 use crate::policy::Policy;
 use crate::record::Recent;
+use crate::refusals::Refusals;
 use crate::route::{Facts, Side};
 use crate::summary::PrefillTimes;
 use crate::uploads::Uploads;
@@ -47,6 +48,8 @@ pub struct App {
     pub prefill_times: PrefillTimes,
     /// What instances hold.
     pub memory: Memory,
+    /// What prefill instances will not hand over.
+    pub refusals: Refusals,
     /// Which requests get a prefill leg.
     pub mode: CurrentMode,
     /// What prefill and hand-over cost.
@@ -83,6 +86,7 @@ impl App {
         Self {
             mode,
             memory: Memory::default(),
+            refusals: Refusals::default(),
             measured: Measured::default(),
             legs,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),

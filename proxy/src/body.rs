@@ -17,6 +17,7 @@ use crate::route::Alone;
 
 mod fields;
 mod kinds;
+mod shape;
 mod text;
 
 use fields::Fields;

@@ -34,6 +34,7 @@ use crate::verdict::Verdict;
 
 mod decoding;
 mod first;
+mod learning;
 mod prefilling;
 
 /// A request as it came.
@@ -217,6 +218,7 @@ impl Drive {
         }
         let decode = &self.pair.decode;
         decode.load.succeeded(self.decode_sent.elapsed());
+        self.learn(&flight);
         if flight.waits_for_kv()
             && let Some(end) = flight
                 .watch()

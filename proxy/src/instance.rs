@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use protocol::registration::InstanceRole;
 use serde::{Deserialize, Serialize};
 
+use crate::fit::Kv;
 use crate::load::Load;
 use crate::url::BaseUrl;
 
@@ -46,6 +47,9 @@ pub struct Instance {
     pub free_slots: u32,
     /// Tokens of decode requests that are parked there, by its last word.
     pub parked_tokens: u64,
+    /// What its sidecar says of its KV.
+    #[serde(flatten)]
+    pub kv: Kv,
     /// It takes no new requests, on somebody's order.
     pub draining: bool,
     /// What it is busy with.

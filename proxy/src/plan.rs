@@ -11,6 +11,7 @@ use crate::lmcache;
 use crate::memory::Known;
 use crate::policy::Policy;
 use crate::prompt::{Prompt, session};
+use crate::refusals::Between;
 use crate::route::{Alone, Ask, NoRoute, Pair, route};
 
 /// What is known of one request.
@@ -24,6 +25,8 @@ pub struct Plan {
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: Known,
+    /// Instances that are known to refuse it.
+    refused: Vec<Between>,
 }
 
 impl Plan {
@@ -50,6 +53,7 @@ impl Plan {
             session,
             prompt,
             known,
+            refused: app.refusals.of(Instant::now(), body, endpoint),
         }
     }
 
@@ -65,6 +69,7 @@ impl Plan {
             session: None,
             prompt: None,
             known: Known::default(),
+            refused: Vec::new(),
         };
         nothing.route(app, &[])
     }
@@ -106,6 +111,7 @@ impl Plan {
             held: &self.known.held,
             conversation: conversation.map(|(_, conversation)| conversation.decode.as_str()),
             failed,
+            refused: &self.refused,
         };
         route(&instances, &facts(&instances), &ask)
     }

@@ -20,6 +20,10 @@ use crate::registry::{Answer, CallBack, Registry};
 use crate::zmq::{Frame, PortError, Registrations};
 
 mod hearing;
+mod pairs;
+
+use pairs::Said;
+pub use pairs::unfit;
 
 /// The registration task.
 #[derive(Debug)]
@@ -31,6 +35,7 @@ pub struct Registration {
     calls: JoinSet<(CallBack, Answer)>,
     /// When a refused registration was last logged.
     complained: Option<Instant>,
+    said: Said,
 }
 
 /// What the task listens to.
@@ -78,6 +83,7 @@ impl Registration {
             published,
             calls: JoinSet::new(),
             complained: None,
+            said: Said::default(),
         }
     }
 
@@ -151,8 +157,12 @@ impl Registration {
         let now = Instant::now();
         let known = self.registry.instances();
         for instance in &others {
-            let same = |other: &&Instance| other.id == instance.id && other.epoch == instance.epoch;
-            if known.iter().any(|other| same(&other)) {
+            let same = |other: &Instance| {
+                // What the sidecar itself says is newer than what another proxy has written.
+                let is_newest = other.source != Source::Shared || other.kv == instance.kv;
+                other.id == instance.id && other.epoch == instance.epoch && is_newest
+            };
+            if known.iter().any(same) {
                 continue;
             }
             let (id, epoch) = (instance.id.clone(), instance.epoch);
@@ -219,8 +229,10 @@ impl Registration {
             if is_there(before) && !after.is_some_and(|after| is_there(after)) {
                 // An engine that does not serve may be another one when it does.
                 self.app.memory.forget(&before.id);
+                self.app.refusals.forget(&before.id);
             }
         }
+        self.said.tell(&instances);
         self.published.send_replace(instances);
     }
 

@@ -150,6 +150,7 @@ impl Registry {
         known.instance.slots = fresh.slots;
         known.instance.free_slots = fresh.free_slots;
         known.instance.parked_tokens = fresh.parked_tokens;
+        known.instance.kv = fresh.kv;
         known.expires = expires;
         if known.said_ready != said_ready {
             known.said_ready = said_ready;

@@ -10,6 +10,7 @@ use crate::instance::{Connector, Instance};
 use crate::mode::{Costs, Mode};
 pub use crate::policy::Policy;
 use crate::policy::{Candidate, Request};
+use crate::refusals::Between;
 
 /// What routing needs to know of a request.
 #[derive(Clone, Debug)]
@@ -36,6 +37,8 @@ pub struct Ask<'a> {
     pub conversation: Option<&'a str>,
     /// Instances that have failed this request already.
     pub failed: &'a [String],
+    /// Instances that are known to refuse such a request.
+    pub refused: &'a [Between],
 }
 
 /// How one side is chosen.
@@ -129,7 +132,7 @@ pub fn route(instances: &[Arc<Instance>], facts: &[Facts], ask: &Ask<'_>) -> Res
         (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
             Err(Alone::NotExpressible)
         }
-        (None, None) => Err(Alone::NoPrefill),
+        (None, None) => Err(nobody(instances, ask, decode.instance)),
         (None, Some(prefill)) => {
             let weighed = ask.mode == Mode::Auto;
             if weighed
@@ -181,7 +184,7 @@ fn decodes<'a>(
         prefer(&mut ready, |c| {
             instances
                 .iter()
-                .any(|i| i.prefills() && i.is_ready() && is_pair(i, c.instance))
+                .any(|i| i.prefills() && i.is_ready() && hands_over(i, c.instance, ask))
         });
     }
     Ok(ready)
@@ -195,7 +198,7 @@ fn prefills<'a>(
     decode: &Instance,
 ) -> Vec<Candidate<'a>> {
     let mut ready = candidates(instances, facts, ask, |i| {
-        i.prefills() && is_pair(i, decode) && !ask.failed.contains(&i.id)
+        i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
     });
     // Where all fail, computing on the decode side is better than to fail once more.
     ready.retain(|c| !c.facts.is_open);
@@ -224,6 +227,33 @@ fn candidates<'a>(
 /// One can hand KV over to the other, and they are not one.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
     Way::of(prefill, decode).is_some() && prefill.id != decode.id
+}
+
+/// They are a pair, and nothing is known that would keep the KV of this request back.
+fn hands_over(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+    is_pair(prefill, decode) && prefill.kv.fits(&decode.kv) && !is_refused(prefill, decode, ask)
+}
+
+fn is_refused(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+    let holds = |between: &Between| between.holds_for(prefill, decode);
+    ask.refused.iter().any(holds)
+}
+
+/// Why no prefill instance hands over to `decode`.
+fn nobody(instances: &[Arc<Instance>], ask: &Ask<'_>, decode: &Instance) -> Alone {
+    let there = |i: &&Arc<Instance>| {
+        i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
+    };
+    let there: Vec<_> = instances.iter().filter(there).collect();
+    let fits = |i: &&Arc<Instance>| i.kv.fits(&decode.kv);
+    let fitting: Vec<_> = there.iter().copied().filter(fits).collect();
+    if fitting.is_empty() && !there.is_empty() {
+        return Alone::Unfit;
+    }
+    if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
+        return Alone::RefusedBefore;
+    }
+    Alone::NoPrefill
 }
 
 /// Keeps those that have a property, if any has.

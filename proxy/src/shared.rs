@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::control::Command;
 use crate::etcd::{Etcd, EtcdError, Lease, Watch};
+use crate::fit::Kv;
 use crate::instance::{Connector, Instance, Source};
 
 /// An instance as it is written.
@@ -46,6 +47,9 @@ pub struct Written {
     pub init_ports: Vec<u16>,
     /// Alloc port of each rank.
     pub alloc_ports: Vec<u16>,
+    /// What its sidecar says of its KV.
+    #[serde(flatten)]
+    pub kv: Kv,
 }
 
 /// The task that writes and reads it.
@@ -221,6 +225,7 @@ impl Written {
             host: instance.host.clone(),
             init_ports: instance.init_ports.clone(),
             alloc_ports: instance.alloc_ports.clone(),
+            kv: instance.kv.clone(),
         }
     }
 

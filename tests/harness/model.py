@@ -43,13 +43,57 @@ LORA_RANK = 8
 LORA_ALPHA = 64
 
 
-def write_model(folder: Path) -> Path:
-    """Writes the model into `folder`, unless it is there already, and returns the folder."""
+def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Writes the model into `folder`, unless it is there already, and returns the folder.
+
+    Layers beyond the usual number pass on what they get: they have KV of their own and change no text.
+    """
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write_tokenizer(folder)
-        _write_weights(folder)
+        _write_weights(folder, layers)
+        done.touch()
+    return folder
+
+
+def write_gemma(folder: Path) -> Path:
+    """Writes a Gemma 4, whose layers have heads of two sizes, unless it is there already, and returns the folder."""
+    done = folder / "done"
+    if not done.exists():
+        # Only this model needs it, and it takes seconds to import.
+        from transformers import AutoModelForCausalLM
+        from transformers.models.gemma4 import Gemma4TextConfig
+
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tokenizer(folder)
+        config = Gemma4TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            num_global_key_value_heads=KV_HEADS,
+            head_dim=HEAD_SIZE,
+            global_head_dim=2 * HEAD_SIZE,
+            hidden_size_per_layer_input=0,
+            vocab_size_per_layer_input=VOCABULARY,
+            num_kv_shared_layers=0,
+            layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+            sliding_window=512,
+            max_position_embeddings=MAX_POSITIONS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            dtype="float32",
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                torch.nn.init.normal_(weights, std=WEIGHT_STD)
+        model.save_pretrained(folder)
         done.touch()
     return folder
 
@@ -108,23 +152,24 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_weights(folder: Path) -> None:
+def _write_weights(folder: Path, layers: int) -> None:
     random = torch.Generator().manual_seed(0)
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random) * WEIGHT_STD
 
     tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "lm_head.weight": weight(VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         base = f"model.layers.{layer}"
+        weigh = 1.0 if layer < LAYERS else 0.0
         tensors |= {
             f"{base}.self_attn.q_proj.weight": weight(HEADS * HEAD_SIZE, HIDDEN),
             f"{base}.self_attn.k_proj.weight": weight(KV_HEADS * HEAD_SIZE, HIDDEN),
             f"{base}.self_attn.v_proj.weight": weight(KV_HEADS * HEAD_SIZE, HIDDEN),
-            f"{base}.self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD_SIZE),
+            f"{base}.self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD_SIZE) * weigh,
             f"{base}.mlp.gate_proj.weight": weight(INTERMEDIATE, HIDDEN),
             f"{base}.mlp.up_proj.weight": weight(INTERMEDIATE, HIDDEN),
-            f"{base}.mlp.down_proj.weight": weight(HIDDEN, INTERMEDIATE),
+            f"{base}.mlp.down_proj.weight": weight(HIDDEN, INTERMEDIATE) * weigh,
             f"{base}.input_layernorm.weight": torch.ones(HIDDEN),
             f"{base}.post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
@@ -138,7 +183,7 @@ def _write_weights(folder: Path) -> None:
             "vocab_size": VOCABULARY,
             "hidden_size": HIDDEN,
             "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": layers,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
             "head_dim": HEAD_SIZE,

@@ -87,7 +87,9 @@ impl Drive {
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
                 warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
-                if let Some(prefill) = self.prefill_id() {
+                if why == Alone::NotPushed {
+                    self.refused(flight, &error);
+                } else if let Some(prefill) = self.prefill_id() {
                     self.app.suspect(prefill);
                 }
                 self.prefill_failed(flight, why)
@@ -113,6 +115,7 @@ impl Drive {
         match refused_by_sender(flight) {
             None => Step::Event(Event::PrefillAnswered),
             Some(reason) => {
+                self.refused(flight, reason);
                 warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
                 self.app.metrics.leg_failed(Leg::Prefill(Alone::NotPushed));
                 Step::Event(Event::PrefillFailed(Alone::NotPushed))

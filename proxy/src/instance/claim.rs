@@ -7,6 +7,7 @@ use protocol::registration::{InstanceRole, Register};
 use serde::Deserialize;
 
 use super::{Connector, Instance, Source, Standing};
+use crate::fit::Kv;
 use crate::shared::Written;
 use crate::url::{BaseUrl, shortened};
 
@@ -109,6 +110,7 @@ impl Instance {
             slots: register.slots,
             free_slots: register.free_slots,
             parked_tokens: register.parked_tokens,
+            kv: Kv::of(register),
             draining: false,
             load: Arc::default(),
             standing: Standing::Unverified,
@@ -156,6 +158,7 @@ impl Instance {
             slots: 0,
             free_slots: 0,
             parked_tokens: 0,
+            kv: Kv::default(),
             draining: false,
             load: Arc::default(),
             standing: Standing::Unverified,
@@ -196,6 +199,7 @@ impl Instance {
             slots: 0,
             free_slots: 0,
             parked_tokens: 0,
+            kv: written.kv,
             draining: false,
             load: Arc::default(),
             standing: Standing::Unverified,

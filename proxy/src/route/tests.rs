@@ -1,4 +1,5 @@
 use super::*;
+use crate::fit::Kv;
 use crate::instance::{Named, Source, Standing};
 use crate::url::BaseUrl;
 use protocol::registration::InstanceRole;
@@ -62,6 +63,7 @@ fn ask() -> Ask<'static> {
         held: &[],
         conversation: None,
         failed: &[],
+        refused: &[],
     }
 }
 
@@ -250,4 +252,39 @@ fn another_one() {
     check("p1 d1 d2", 0, &["d1"], "decode_retry d2");
     check("p1 d1 d2", 1, &["d1"], "decode_retry d2");
     check("p1 d1 d2 d3", 1, &["d1", "d3"], "decode_retry d2");
+}
+
+/// A pair of sidecars whose engines say this of their KV.
+fn of_kv(prefill: Kv, decode: Kv, refused: &[Between]) -> String {
+    let one = |word: &str, kv: Kv| {
+        let (instance, facts) = instance(word);
+        let mut instance = Arc::unwrap_or_clone(instance);
+        (instance.connector, instance.kv) = (Connector::Sidecar, kv);
+        (Arc::new(instance), facts)
+    };
+    let (instances, facts): (Vec<_>, Vec<_>) =
+        [one("p1", prefill), one("d1", decode)].into_iter().unzip();
+    let ask = Ask { refused, ..ask() };
+    let pair = route(&instances, &facts, &ask).unwrap();
+    assert_eq!(pair.decode.id, "d1");
+    pair.prefill
+        .map_or_else(|why| why.to_string(), |prefill| prefill.id.clone())
+}
+
+#[test]
+fn what_cannot_be_moved_gets_no_prefill_leg() {
+    let silent = Kv::default;
+    assert_eq!(of_kv(silent(), silent(), &[]), "p1");
+    let unmoved = || Kv {
+        unmoved: "heads of two sizes".into(),
+        ..Kv::default()
+    };
+    assert_eq!(of_kv(unmoved(), silent(), &[]), "unfit");
+    assert_eq!(of_kv(silent(), unmoved(), &[]), "unfit");
+    let ranks = |ranks| Kv {
+        ranks,
+        ..Kv::default()
+    };
+    assert_eq!(of_kv(ranks(1), ranks(2), &[]), "unfit");
+    assert_eq!(of_kv(ranks(2), ranks(2), &[]), "p1");
 }

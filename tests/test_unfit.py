@@ -1,0 +1,125 @@
+"""What cannot be moved is computed, once: by the decode engine, without a prefill leg, and with the reason in sight."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.client import complete, post_json
+from harness.engine import Engine, wait_for
+from harness.model import LAYERS, write_gemma, write_model
+from harness.pair import Pair, PairOptions, pair_of
+from harness.progress import Progress
+from harness.prompts import prompt
+from harness.reference import Reference
+from harness.sidecar import ROOT
+
+TOKENS = 24
+
+
+@pytest.fixture
+def gemmas(logs: Path) -> Iterator[Pair]:
+    """A prefill and a decode engine with a model whose layers have heads of two sizes."""
+    options = PairOptions(
+        write_gemma(ROOT / "target" / "model-gemma"),
+        logs,
+        prefix="gemma-",
+        more=("--kv-cache-memory-bytes", str(256 << 20)),
+    )
+    with pair_of(options, Progress()) as pair:
+        yield pair
+
+
+@pytest.mark.own_engines
+def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
+    tokens = prompt(700, seed=910)
+    expect = complete(gemmas.prefill.url, tokens, max_tokens=TOKENS).token_ids
+    before = gemmas.prefill.prompt_tokens()
+    for _ in range(2):
+        answer = gemmas.complete(tokens, max_tokens=TOKENS)
+        assert answer.token_ids == expect
+        record = gemmas.proxy.record(answer.headers["x-request-id"])
+        assert (record["alone"], record["outcome"]) == ("unfit", "done"), record
+    assert gemmas.prefill.prompt_tokens() == before, "a prefill leg was sent for nothing"
+
+    for sidecar in (gemmas.sender, gemmas.receiver):
+        status = sidecar.status()
+        assert status["ready"] and "model.layers.1" in status["unmoved"], status
+    for instance in gemmas.proxy.instances():
+        assert "model.layers.1" in instance["unmoved"], instance
+        assert "moves no KV" in instance["unfit"][0]["why"], instance
+    said = [line for line in _log(gemmas) if "moves no KV: every prompt is computed where it is decoded" in line]
+    assert len(said) == 2, said
+
+    # Another proxy may ask all the same: it is promised nothing, from the first request on.
+    spec = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [1], "receiver_alloc_port": [1]}
+    params = {"do_remote_decode": True, "disagg_spec": spec}
+    body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
+    told = post_json(f"{gemmas.prefill.url}/v1/completions", body)["kv_transfer_params"]
+    assert told == {"pushed": False, "reason": "layout"}
+
+
+@pytest.fixture
+def deeper(pair: Pair) -> Iterator[Engine]:
+    """A decode engine with a layer more, in the place of the pair's: as with a draft model on one side alone."""
+    folder = Path(tempfile.mkdtemp(prefix="pd-"))
+    engine, sidecar = pair.another_decoder(folder)
+    model = write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1)
+    transfer = engine.options.kv_transfer
+    assert transfer is not None
+    # The same model by its name, so that nothing but the number of layers differs.
+    transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
+    engine.options = replace(engine.options, model=model)
+    # The session's decode engine stays; without a sidecar the proxy does not know it.
+    pair.receiver.stop()
+    try:
+        sidecar.start()
+        engine.start()
+        wait_for([engine], Progress())
+        engine.warm_up()
+        sidecar.wait_ready()
+        _until(lambda: _instance(pair, "decode")["http"].startswith(engine.url))
+        yield engine
+    finally:
+        for part in (sidecar, engine):
+            part.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+        pair.restore()
+
+
+def test_a_pair_of_four_and_five_layers(pair: Pair, reference: Reference, deeper: Engine) -> None:
+    before = pair.prefill.prompt_tokens()
+    for seed in (920, 921):
+        tokens = prompt(500, seed=seed)
+        answer = pair.complete(tokens, max_tokens=TOKENS)
+        assert answer.token_ids == reference.token_ids(tokens, max_tokens=TOKENS)
+        record = pair.proxy.record(answer.headers["x-request-id"])
+        assert (record["alone"], record["outcome"]) == ("unfit", "done"), record
+    assert pair.prefill.prompt_tokens() == before, "every prompt is computed on both sides"
+    assert deeper.prompt_tokens().computed >= 1000
+    why = _instance(pair, "decode")["unfit"][0]["why"]
+    assert why.startswith(f"layers is {LAYERS} on the prefill side and {LAYERS + 1} on the decode side"), why
+    said = [line for line in _log(pair) if "not a pair" in line and "layers is" in line]
+    assert len(said) == 1, said
+
+
+def _instance(pair: Pair, role: str) -> dict[str, Any]:
+    there = [i for i in pair.proxy.instances() if i["role"] == role and i["standing"]["state"] == "ready"]
+    return there[0] if len(there) == 1 else {"http": ""}
+
+
+def _log(pair: Pair) -> list[str]:
+    return (pair.options.logs / "proxy.log").read_text(errors="replace").splitlines()
+
+
+def _until(holds: Any, bound_s: float = 15.0) -> None:
+    deadline = time.monotonic() + bound_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
