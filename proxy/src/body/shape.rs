@@ -10,9 +10,9 @@ impl RequestBody {
         let mut names: Vec<_> = self
             .fields
             .iter()
-            .map(|field| field.name.as_str())
+            .map(|field| field.name)
             .collect();
-        names.retain(|name| self.is_set(name));
+        names.retain(|name| !name.is_empty() && self.is_set(name));
         names.sort_unstable();
         names.dedup();
         let mut parts = Vec::new();
