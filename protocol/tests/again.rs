@@ -15,11 +15,14 @@ const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
 const SLOTS: u32 = 8;
 
+/// A lease with its slots, or why there is none.
+type Answer = Result<(LeaseId, Vec<u32>), Reason>;
+
 struct Port {
     d: Receiver,
     now: Time,
     seq: u64,
-    answers: Vec<(u64, Result<(LeaseId, Vec<u32>), Reason>)>,
+    answers: Vec<(u64, Answer)>,
     lent: Vec<u32>,
     unwanted: Vec<Route>,
     fences: Vec<(SenderId, LeaseId)>,
@@ -127,7 +130,7 @@ impl Port {
         self.seq
     }
 
-    fn answer(&self, seq: u64) -> Option<Result<(LeaseId, Vec<u32>), Reason>> {
+    fn answer(&self, seq: u64) -> Option<Answer> {
         let mut of = self.answers.iter().filter(|(answered, _)| *answered == seq);
         of.next_back().map(|(_, answer)| answer.clone())
     }
