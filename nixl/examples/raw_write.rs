@@ -1,14 +1,16 @@
-//! The baseline for benchmarks: what a caller of NIXL gets who does nothing else.
+//! The baseline for benchmarks: the speed of a program that calls NIXL and does nothing else.
 //!
-//! Two processes on this host; one writes, over and over, a request that was made once from prepared
-//! lists and is only posted and polled, after a pause if one is wanted. Every way of dividing the bytes is measured,
-//! alternating; the best is measured once more and is the result, since a raw caller is free to choose it. The receiving
-//! process polls without a pause. The bytes are compared at the end.
+//! Two processes run on this host. The sender makes each request once, from prepared lists, and then
+//! only posts and polls it, with an optional pause before each post. The receiver polls without a pause.
+//!
+//! The sender measures several divisions of the bytes, in alternation. It then measures the fastest one
+//! again; that is the result, because a caller of NIXL is free to choose the division. At the end the
+//! sender compares the bytes that arrived with those that it sent.
 //!
 //! ```text
 //! UCX_TLS=tcp cargo run --release -p nixl --example raw_write -- --total-mib 64 --chunk-mib 1
 //! ```
-//! prints one line of JSON. `UCX_TLS` is passed through to both processes.
+//! prints one line of JSON. Both processes inherit `UCX_TLS`.
 
 use std::env;
 use std::error::Error;
@@ -38,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut rest = args.iter();
     while let Some(arg) = rest.next() {
         let mut number = || -> Result<usize, Box<dyn Error>> {
-            let value = rest.next().ok_or_else(|| format!("{arg} wants a number"))?;
+            let value = rest.next().ok_or_else(|| format!("{arg} needs a number"))?;
             Ok(value.parse()?)
         };
         match arg.as_str() {
@@ -69,15 +71,15 @@ struct Order {
     total: usize,
     chunk: usize,
     rounds: usize,
-    /// Before each write.
+    /// The pause before each write.
     pause: Duration,
 }
 
-/// A way of dividing the bytes, with a request of it.
+/// A division of the bytes, with a request that uses it.
 struct Variant {
     name: String,
     transfer: Transfer,
-    /// Of each round; sorted once all are there.
+    /// The duration of each counted round; sorted at the end of the measurement.
     seconds: Vec<f64>,
 }
 
@@ -88,6 +90,7 @@ impl Variant {
 }
 
 fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
+    // The receiver is this program again, with the same arguments: both must agree on the sizes.
     let mut child = Command::new(env::current_exe()?)
         .args(args)
         .arg("--receiver")
@@ -104,6 +107,7 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     let address: u64 = line()?.parse()?;
     let metadata = unhex(&line()?)?;
 
+    // One request per division, made before the measurement: only posting and polling is measured.
     let side = Side::new("raw-sender", order.total)?;
     side.memory.fill(1);
     let remote = side.agent.load(&metadata)?;
@@ -132,14 +136,14 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
             seconds: Vec::new(),
         });
     }
-    // The first rounds connect and warm up. The best of several medians flatters itself: what has been
-    // chosen is measured once more, alone.
+    // The first rounds connect and warm up. The best of several medians is partly the best by chance,
+    // so the chosen division is measured again, alone.
     measure(order, &mut variants, 3)?;
     let all = gb_per_s_of_each(order, &variants);
     variants.sort_by(|a, b| a.median().total_cmp(&b.median()));
     variants.truncate(1);
     measure(order, &mut variants, 0)?;
-    // Other bytes, written once more: what arrives now is what this process has now.
+    // Other bytes, written once more: equal sums then prove that this last write arrived.
     side.memory.fill(2);
     let mut state = variants[0].transfer.post()?;
     while state == State::Running {
@@ -156,7 +160,8 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Posts each variant's request in turn, `rounds` times after some that do not count.
+/// Posts each variant's request in turn, `order.rounds` times, after `uncounted` rounds that it does not
+/// measure.
 fn measure(
     order: &Order,
     variants: &mut [Variant],
@@ -187,7 +192,7 @@ fn measure(
     Ok(())
 }
 
-/// One merged list and descriptors of every size that could be the best.
+/// Returns the divisions to measure: the chunks merged, and every descriptor size that could be the best.
 fn divisions(order: &Order) -> Vec<(usize, Merge)> {
     let mut sizes = vec![order.chunk, 256 << 10, 512 << 10, 1 << 20, 2 << 20];
     sizes.retain(|bytes| *bytes <= order.chunk && order.chunk.is_multiple_of(*bytes));
@@ -247,13 +252,13 @@ fn receive(order: &Order) -> Result<(), Box<dyn Error>> {
         if ASKED.swap(false, Ordering::AcqRel) {
             println!("{}", side.memory.sum());
         }
-        // On two cores the writer must not wait for this process.
+        // Without this line, the writer would wait for this process on a host with two cores.
         std::thread::yield_now();
     }
     Ok(())
 }
 
-/// An agent with memory of its own.
+/// An agent with its own memory.
 struct Side {
     agent: Agent,
     registration: Rc<Registration>,
@@ -280,7 +285,7 @@ impl Side {
 struct Mapping(MmapRaw);
 
 impl Mapping {
-    /// Memory of the kind that the sidecar's buffers are: shared, so that an engine can map it.
+    /// Maps shared memory, the kind of memory that the sidecar's buffers are.
     fn shared(bytes: usize) -> std::io::Result<Self> {
         let path = format!("/dev/shm/raw-write-{}", std::process::id());
         let file = File::options()
@@ -293,14 +298,14 @@ impl Mapping {
         Ok(Self(MmapRaw::map_raw(&file)?))
     }
 
-    /// Touches every page, with bytes that depend on their place and on `seed`.
+    /// Fills every page with bytes that depend on their position and on `seed`.
     fn fill(&self, seed: u8) {
         let mut state = u64::from(seed);
         for at in (0..self.0.len()).step_by(8) {
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
-            // SAFETY: within the mapping, whose length is a multiple of 8; no reference exists.
+            // SAFETY: within the mapping, because its length is a multiple of 8; no reference exists.
             unsafe {
                 self.0
                     .as_mut_ptr()
@@ -311,7 +316,7 @@ impl Mapping {
         }
     }
 
-    /// Changes when any word, or the order of two words, does.
+    /// Returns a sum of all words that also depends on their order.
     fn sum(&self) -> u64 {
         (0..self.0.len()).step_by(8).fold(0, |sum: u64, at| {
             // SAFETY: as in `fill`; volatile, because another process writes.
@@ -323,7 +328,7 @@ impl Mapping {
     }
 }
 
-// SAFETY: an owned mapping stays where it is until it is dropped, and only raw accesses go to it.
+// SAFETY: an owned mapping stays at its address until it is dropped, and only raw pointers access it.
 unsafe impl Pinned for Mapping {
     fn address(&self) -> usize {
         self.0.as_ptr() as usize

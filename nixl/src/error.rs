@@ -2,34 +2,34 @@
 
 use nixl_sys::nixl_capi_status as Status;
 
-/// A call that failed. The C API folds most causes into one status and logs the rest to standard
-/// error, so that is all that can be told here.
+/// A failed call. The C API returns one status for most causes and writes the details to standard
+/// error, so this error cannot say more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The parameters do not fit together; another try gives the same.
+    /// The parameters do not fit together. A second call with the same parameters fails too.
     #[error("nixl {call}: invalid parameters")]
     Invalid {
-        /// The function, without its prefix.
+        /// The C function, without the prefix `nixl_capi_`.
         call: &'static str,
     },
-    /// Metadata not loaded (or dropped meanwhile), or memory outside every registration.
+    /// The peer's metadata is not loaded (NIXL may have dropped it), or the memory is not registered.
     #[error("nixl {call}: metadata not loaded or memory not registered")]
     NotFound {
-        /// The function, without its prefix.
+        /// The C function, without the prefix `nixl_capi_`.
         call: &'static str,
     },
-    /// The backend failed: most often the peer is gone.
+    /// The backend failed. Most often the peer process has ended.
     #[error("nixl {call}: backend failed (peer gone, or no wire to it under this UCX_TLS)")]
     Backend {
-        /// The function, without its prefix.
+        /// The C function, without the prefix `nixl_capi_`.
         call: &'static str,
     },
-    /// A status that the C API is not known to give here.
+    /// The C API returned an unexpected status.
     #[error("nixl {call}: status {status}")]
     Status {
-        /// The function, without its prefix.
+        /// The C function, without the prefix `nixl_capi_`.
         call: &'static str,
-        /// What it returned.
+        /// The status that the function returned.
         status: i32,
     },
     /// The backend's plugin is not where the library looks for it.
@@ -37,33 +37,33 @@ pub enum Error {
         "nixl has no {plugin} plugin: it looks in plugins/ beside libnixl.so, or in NIXL_PLUGIN_DIR"
     )]
     NoPlugin {
-        /// The backend.
+        /// The backend's name.
         plugin: String,
     },
-    /// An earlier transfer on this connection failed; load the metadata anew.
+    /// An earlier transfer on this connection failed. The caller must load the metadata again.
     #[error("the nixl connection to {agent} has failed")]
     Broken {
         /// The peer's agent name.
         agent: String,
     },
-    /// Other metadata is loaded under the same name and in use. Agents have a new name at each start,
-    /// so one of the two is not who it says it is.
+    /// Other metadata is loaded under the same name and in use. Each agent has a new name at each start,
+    /// so one of the two peers uses a name that is not its own.
     #[error("another nixl peer is connected under the agent name {agent}")]
     Taken {
-        /// The name.
+        /// The name that both peers use.
         agent: String,
     },
-    /// The connection has failed and cannot be replaced before its transfers have ended.
+    /// The connection has failed, and the crate cannot replace it before its transfers have ended.
     #[error("{running} transfers of the failed nixl connection to {agent} have not ended")]
     Busy {
         /// The peer's agent name.
         agent: String,
-        /// How many.
+        /// Number of transfers that have not ended.
         running: usize,
     },
 }
 
-/// Done or an error; for calls that cannot be in progress.
+/// Converts the status of a call into a result, for calls that never return "in progress".
 pub(crate) fn check(call: &'static str, status: Status) -> Result<(), Error> {
     match status {
         Status::NIXL_CAPI_DONE => Ok(()),
@@ -71,6 +71,7 @@ pub(crate) fn check(call: &'static str, status: Status) -> Result<(), Error> {
     }
 }
 
+/// Converts a status other than "done" into an error.
 pub(crate) fn error(call: &'static str, status: Status) -> Error {
     match status {
         Status::NIXL_CAPI_INVALID_PARAMETER => Error::Invalid { call },

@@ -1,11 +1,11 @@
 //! Safe, single-threaded layer over NIXL's C API.
 //!
 //! An [`Agent`] and everything made from it stay on the thread that made them: none of the types is
-//! `Send`. That is what lets the agent run without the library's locks and without its own thread,
-//! which burns a core when idle. Whoever owns the agent must call [`Agent::progress`] or
-//! [`Transfer::poll`] for anything to move.
+//! `Send`. So the agent needs neither the library's locks nor the library's own thread, which uses a
+//! whole core even when idle. Data moves only while the owner of the agent calls [`Agent::progress`] or
+//! [`Transfer::poll`].
 //!
-//! # What keeps what alive
+//! # Ownership
 //!
 //! ```text
 //! Transfer ─┬─▶ Local ──▶ Registration ─┬─▶ Pinned memory
@@ -13,14 +13,17 @@
 //!           └─▶ Remote list ─▶ Remote ──┴─▶ Agent ─▶ Library (never unloaded)
 //! ```
 //!
-//! Each arrow is a counted reference, so drops happen in this order by themselves: a request is
-//! released before its lists, a list before the remote or the registration that it points into, and
-//! these before the agent. Memory is deregistered, and given up, only when no list of it is left.
-//! A [`Transfer`] that is dropped while it runs is leaked together with all of that: releasing it
-//! would return success while the hardware may still read the memory.
+//! Each arrow is a counted reference, so Rust drops the values in the right order: a request before its
+//! lists, a list before the remote or the registration that it points into, and these before the agent.
+//! Memory is deregistered and dropped only when no list refers to it.
+//!
+//! A [`Transfer`] that is dropped while it runs is leaked together with its lists and its memory: NIXL
+//! would report a successful release while the hardware may still read the memory.
 
 mod agent;
 mod error;
+mod handle;
+mod inner;
 mod list;
 mod memory;
 mod metadata;

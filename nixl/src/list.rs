@@ -1,7 +1,8 @@
-//! Lists of descriptors that were looked up once, so that a transfer only names indices.
+//! Lists of descriptors that NIXL looks up once, so that a transfer only names indices.
 //!
-//! A request made from two such lists costs NIXL a merge of neighbours; one made from plain
-//! descriptors costs a lookup of each and never merges (4 times slower at 4 KiB).
+//! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request
+//! that is made from plain descriptors NIXL looks up each descriptor and never merges: at 4 KiB each,
+//! such a request is 4 times slower.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -9,45 +10,33 @@ use std::rc::Rc;
 
 use nixl_sys::nixl_capi_prepared;
 
-use crate::Error;
-use crate::agent::{AgentInner, made};
-use crate::error::check;
+use crate::error::{Error, check};
+use crate::handle::made;
+use crate::inner::{AgentInner, RemoteInner};
 use crate::memory::{Memory, Registration};
-use crate::remote::RemoteInner;
 
-/// A piece of memory as NIXL names it.
+/// A range of memory as NIXL describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// Address in its owner's process.
+    /// Address in the process that owns the memory.
     pub address: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub bytes: u64,
-    /// Device id; must be the one that its owner registered it with, for host memory too.
+    /// Device id, for host memory too. NIXL finds the range only under the device id with which the
+    /// owner registered it.
     pub device: u64,
 }
 
 /// Ranges of this process's memory.
 #[derive(Debug)]
 pub struct LocalList {
-    // Dropped first: it points into what the registration looked up.
+    // Dropped first, because the list points into the registration.
     pub(crate) list: Prepared,
     _registration: Rc<Registration>,
 }
 
 impl LocalList {
-    pub(crate) fn new(
-        agent: &Rc<AgentInner>,
-        registration: Rc<Registration>,
-        kind: Memory,
-        rows: &[Row],
-    ) -> Result<Self, Error> {
-        Ok(Self {
-            list: Prepared::new(agent, c"", kind, rows)?,
-            _registration: registration,
-        })
-    }
-
-    /// How many ranges.
+    /// Returns the number of ranges.
     #[expect(
         clippy::len_without_is_empty,
         reason = "an empty list cannot be prepared"
@@ -57,10 +46,38 @@ impl LocalList {
     }
 }
 
+impl Registration {
+    /// Looks up ranges of this memory, each `(offset, bytes)`. Transfers then name a range by its index.
+    ///
+    /// # Errors
+    /// Fails if there is no range, or if a range is empty or ends beyond the memory.
+    pub fn prepare(self: &Rc<Self>, ranges: &[(u64, u64)]) -> Result<LocalList, Error> {
+        let base = self.memory.address() as u64;
+        let rows = ranges
+            .iter()
+            .map(|&(offset, bytes)| {
+                let end = offset.checked_add(bytes)?;
+                (bytes > 0 && end <= self.memory.bytes()).then_some(Row {
+                    address: base + offset,
+                    bytes,
+                    device: self.device,
+                })
+            })
+            .collect::<Option<Vec<_>>>()
+            .ok_or(Error::Invalid {
+                call: "prep_xfer_dlist",
+            })?;
+        Ok(LocalList {
+            list: Prepared::new(&self.agent, c"", self.kind, &rows)?,
+            _registration: Rc::clone(self),
+        })
+    }
+}
+
 /// Ranges of a peer's memory.
 #[derive(Debug)]
 pub struct RemoteList {
-    // Dropped first: it points into the peer's metadata.
+    // Dropped first, because the list points into the peer's metadata.
     pub(crate) list: Prepared,
     pub(crate) remote: Rc<RemoteInner>,
 }
@@ -73,7 +90,7 @@ impl RemoteList {
         })
     }
 
-    /// How many ranges.
+    /// Returns the number of ranges.
     #[expect(
         clippy::len_without_is_empty,
         reason = "an empty list cannot be prepared"
@@ -90,7 +107,7 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// `owner` is the empty string for this agent.
+    /// Looks up `rows` in the memory of `owner`; the empty string names this agent itself.
     fn new(
         agent: &Rc<AgentInner>,
         owner: &std::ffi::CStr,
@@ -100,7 +117,7 @@ impl Prepared {
         const INVALID: Error = Error::Invalid {
             call: "prep_xfer_dlist",
         };
-        // Indices are C ints.
+        // A transfer names the rows by C ints: a longer list would have rows without an index.
         if rows.is_empty() || i32::try_from(rows.len()).is_err() {
             return Err(INVALID);
         }
@@ -124,8 +141,8 @@ impl Prepared {
                 };
                 check("xfer_dlist_add_desc", status)?;
             }
-            // SAFETY: live agent, list and options, NUL-terminated name. NIXL checks every row
-            // against the owner's registrations.
+            // SAFETY: live agent, list and options, NUL-terminated name. NIXL checks that each row lies
+            // in memory that the owner has registered.
             made("prep_xfer_dlist", |out| unsafe {
                 api.nixl_capi_prep_xfer_dlist(
                     agent.raw(),
@@ -165,7 +182,8 @@ impl fmt::Debug for Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, released once; requests made from it hold a counted reference.
+        // SAFETY: made by `new` and released once. Each request that uses the list holds a counted
+        // reference to it, so no request is left.
         unsafe {
             self.agent
                 .api

@@ -1,4 +1,4 @@
-//! Memory that takes part in transfers.
+//! Memory that transfers read and write.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -7,12 +7,11 @@ use std::sync::Arc;
 
 use nixl_sys::{nixl_capi_memory, nixl_capi_regions};
 
-use crate::Error;
-use crate::agent::{AgentInner, made};
-use crate::error::check;
-use crate::list::{LocalList, Row};
+use crate::error::{Error, check};
+use crate::handle::made;
+use crate::inner::AgentInner;
 
-/// Where memory lies.
+/// The kind of memory: host or GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Memory {
     /// Host memory.
@@ -30,25 +29,26 @@ impl Memory {
     }
 }
 
-/// Memory that other processes, and hardware, may read and write at any time.
+/// Memory that other processes and hardware may read and write at any time.
 ///
 /// # Safety
 /// While the value lives, `address() .. address() + bytes()` must stay mapped at the same place,
 /// readable and writable, and nothing may hold a Rust reference into it.
 pub unsafe trait Pinned: fmt::Debug + Send + Sync {
-    /// The first byte.
+    /// Returns the address of the first byte.
     fn address(&self) -> usize;
-    /// How many bytes.
+    /// Returns the length in bytes.
     fn bytes(&self) -> u64;
 }
 
-/// Memory that is registered with an agent. Dropping it deregisters, then gives the memory up.
+/// Memory that is registered with an agent. Dropping the registration deregisters the memory, then
+/// drops it.
 pub struct Registration {
-    agent: Rc<AgentInner>,
+    pub(crate) agent: Rc<AgentInner>,
     regions: NonNull<nixl_capi_regions>,
-    memory: Arc<dyn Pinned>,
-    kind: Memory,
-    device: u64,
+    pub(crate) memory: Arc<dyn Pinned>,
+    pub(crate) kind: Memory,
+    pub(crate) device: u64,
 }
 
 impl Registration {
@@ -67,7 +67,8 @@ impl Registration {
             api.nixl_capi_create_reg_dlist(kind.raw(), out)
         })?;
         let register = || {
-            // SAFETY: live list; a zero length needs no metadata bytes, but the pointer must not be null.
+            // SAFETY: live list. A metadata length of zero needs no bytes, but the pointer must not be
+            // null.
             let status = unsafe {
                 api.nixl_capi_reg_dlist_add_desc(
                     regions.as_ptr(),
@@ -79,8 +80,8 @@ impl Registration {
                 )
             };
             check("reg_dlist_add_desc", status)?;
-            // SAFETY: live agent, list and options; the memory is mapped (`Pinned`) and `self` keeps it
-            // until it is deregistered.
+            // SAFETY: live agent, list and options. The memory is mapped (`Pinned`), and `self` keeps it
+            // mapped until `drop` has deregistered it.
             let status = unsafe {
                 api.nixl_capi_register_mem(agent.raw(), regions.as_ptr(), agent.options.as_ptr())
             };
@@ -100,30 +101,7 @@ impl Registration {
         })
     }
 
-    /// Looks up ranges of this memory, `(offset, bytes)` each, for transfers that name them by index.
-    ///
-    /// # Errors
-    /// No range, or one that is empty or reaches beyond the memory.
-    pub fn prepare(self: &Rc<Self>, ranges: &[(u64, u64)]) -> Result<LocalList, Error> {
-        let base = self.memory.address() as u64;
-        let rows = ranges
-            .iter()
-            .map(|&(offset, bytes)| {
-                let end = offset.checked_add(bytes)?;
-                (bytes > 0 && end <= self.memory.bytes()).then_some(Row {
-                    address: base + offset,
-                    bytes,
-                    device: self.device,
-                })
-            })
-            .collect::<Option<Vec<_>>>()
-            .ok_or(Error::Invalid {
-                call: "prep_xfer_dlist",
-            })?;
-        LocalList::new(&self.agent, Rc::clone(self), self.kind, &rows)
-    }
-
-    /// The memory.
+    /// Returns the registered memory.
     pub fn memory(&self) -> &Arc<dyn Pinned> {
         &self.memory
     }
@@ -142,8 +120,9 @@ impl fmt::Debug for Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         let api = self.agent.api;
-        // SAFETY: registered by `new` with the same list and options. Lists of this memory hold a
-        // counted reference to `self`, and transfers one to their lists, so nothing names it any more.
+        // SAFETY: `new` registered the memory with the same list and options. Each list of this memory
+        // holds a counted reference to `self`, and each transfer holds one to its lists, so no list and
+        // no transfer uses the memory any more.
         let status = unsafe {
             api.nixl_capi_deregister_mem(
                 self.agent.raw(),

@@ -1,12 +1,13 @@
-//! The little that must be known of NIXL's metadata blobs before loading them.
+//! The agent name inside NIXL's metadata blobs, read before the library loads them.
 //!
-//! The library tells the name in a blob only after it has loaded it, and then the peer that had the
-//! name before is gone: whether that one is healthy, failed or busy decides whether to load at all.
+//! The library returns the name only after it has loaded the blob, and loading replaces the peer that
+//! had the name before. The crate must know the name earlier, because it does not replace a peer that
+//! is healthy or busy.
 
-/// The agent name in a metadata blob, or `None` if it is not one.
+/// Returns the agent name in a metadata blob, or `None` if the blob is not metadata.
 ///
-/// The blob is `nixlSerDes|` and then fields of `tag`, little-endian u64 length, data, `|`; the first
-/// has the tag `Agent`. What follows is not looked at.
+/// A blob is `nixlSerDes|` and then fields, each a tag, a little-endian u64 length, the data and `|`.
+/// The first field has the tag `Agent`. This function does not look at the other fields.
 pub(crate) fn agent_name(blob: &[u8]) -> Option<&[u8]> {
     let field = blob.strip_prefix(b"nixlSerDes|Agent")?;
     let (length, rest) = field.split_first_chunk()?;
@@ -18,7 +19,8 @@ pub(crate) fn agent_name(blob: &[u8]) -> Option<&[u8]> {
     (rest.get(length) == Some(&b'|')).then_some(name)
 }
 
-/// Longest agent name that is taken for one. Ours and LMCache's are UUIDs of 36 bytes.
+/// The longest agent name that is accepted, in bytes. The names of sidecars and of LMCache are UUIDs of
+/// 36 bytes.
 const MAX_NAME: usize = 256;
 
 #[cfg(test)]
@@ -39,7 +41,7 @@ mod tests {
         let name = b"1c9f0a8e-7d52-4a64-9a0b-2f6c1a7d3e55";
         check(&blob(36, name, b"|Conns"), Some(name));
         check(&blob(3, b"a|b", b"|"), Some(b"a|b"));
-        // Truncated, or without the end mark where the length says it is.
+        // Truncated, or without the end mark at the place that the length gives.
         check(&blob(36, name, b""), None);
         check(&blob(35, name, b"|"), None);
         check(&blob(37, name, b"|"), None);

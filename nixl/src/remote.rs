@@ -2,30 +2,33 @@
 
 use std::cell::Cell;
 use std::ffi::CString;
-use std::fmt;
 use std::rc::Rc;
 
-use crate::agent::{AgentInner, made, take_string};
-use crate::error::check;
+use crate::error::{Error, check};
+use crate::handle::{made, take_string};
+use crate::inner::{AgentInner, RemoteInner};
 use crate::list::{RemoteList, Row};
 use crate::memory::Memory;
-use crate::{Error, metadata};
+use crate::metadata;
 
-/// A loaded, connected peer. The last clone disconnects when it is dropped.
+/// A loaded, connected peer. Dropping the last clone closes the connection.
 #[derive(Clone, Debug)]
 pub struct Remote(Rc<RemoteInner>);
 
 impl Remote {
+    /// Loads metadata and connects, or shares the connection if the peer is loaded already.
+    ///
     /// NIXL keeps one entry per agent name, and its prepared lists point into that entry without
-    /// counting. So there is one [`RemoteInner`] per entry: a second load of a healthy peer shares it,
-    /// and the entry of a failed one is dropped only when no request can look into it any more.
+    /// counting references. So there is one [`RemoteInner`] per entry. A second load of a healthy peer
+    /// shares it. The entry of a failed peer is dropped only when no request can read the entry any
+    /// more: an earlier drop would leave a request with dangling pointers.
     pub(crate) fn load(agent: &Rc<AgentInner>, blob: &[u8]) -> Result<Self, Error> {
         let name = metadata::agent_name(blob)
             .and_then(|name| CString::new(name).ok())
             .ok_or(Error::Invalid {
                 call: "load_remote_md",
             })?;
-        // A peer that sends our own metadata back would have us write into our own memory.
+        // If a peer sends our own metadata back, a write to the peer would overwrite our own memory.
         if name.as_bytes() == agent.name().as_bytes() {
             return Err(Error::Taken {
                 agent: agent.name().to_owned(),
@@ -36,6 +39,7 @@ impl Remote {
             .borrow()
             .get(&name)
             .and_then(std::rc::Weak::upgrade);
+        // NIXL would replace the entry of a known name and leave the lists of that peer dangling.
         if let Some(known) = known {
             if known.broken.get() {
                 known.make_way()?;
@@ -47,7 +51,7 @@ impl Remote {
                 });
             }
         }
-        // SAFETY: live agent; `blob` is read during the call only, the out-pointer is valid.
+        // SAFETY: live agent and valid out-pointer; NIXL reads `blob` only during the call.
         let loaded = made("load_remote_md", |out| unsafe {
             agent
                 .api
@@ -55,12 +59,13 @@ impl Remote {
         })
         .map(take_string)?;
         if loaded != name {
-            // The library read another name than we did, so what is known of `name` says nothing.
+            // The library read another name than `metadata::agent_name` did, so the check of `name`
+            // above did not protect the entry that the library has replaced.
             return Err(Error::Invalid {
                 call: "load_remote_md",
             });
         }
-        // From here on dropping `inner` undoes the load.
+        // From here on, dropping `inner` undoes the load.
         let inner = Rc::new(RemoteInner {
             agent: Rc::clone(agent),
             name: loaded,
@@ -84,114 +89,18 @@ impl Remote {
         Ok(Self(inner))
     }
 
-    /// Looks up pieces of the peer's memory for transfers that name them by index.
+    /// Looks up ranges of the peer's memory. Transfers then name a range by its index.
     ///
     /// # Errors
-    /// A piece outside what the peer registered, or with another device id.
+    /// Fails if a range lies outside the memory that the peer registered, or has another device id.
     pub fn prepare(&self, kind: Memory, rows: &[Row]) -> Result<RemoteList, Error> {
         self.0.usable()?;
         RemoteList::new(Rc::clone(&self.0), kind, rows)
     }
 
-    /// A transfer failed; nothing more can be sent until the peer is loaded anew.
+    /// Returns true if a transfer failed. No transfer can then be made or posted until the peer is
+    /// loaded again.
     pub fn is_broken(&self) -> bool {
         self.0.broken.get()
-    }
-}
-
-pub(crate) struct RemoteInner {
-    pub(crate) agent: Rc<AgentInner>,
-    pub(crate) name: CString,
-    metadata: Box<[u8]>,
-    /// Once a transfer has failed NIXL may have dropped its entry by itself, which leaves the
-    /// prepared lists dangling: they are never used again.
-    pub(crate) broken: Cell<bool>,
-    /// Requests that may still look into the entry.
-    pub(crate) running: Cell<usize>,
-}
-
-impl RemoteInner {
-    pub(crate) fn usable(&self) -> Result<(), Error> {
-        if self.broken.get() {
-            return Err(Error::Broken {
-                agent: self.name.to_string_lossy().into_owned(),
-            });
-        }
-        Ok(())
-    }
-
-    /// Frees the name for a new load.
-    fn make_way(&self) -> Result<(), Error> {
-        if !self.is_loaded()? {
-            return Ok(());
-        }
-        if self.running.get() > 0 {
-            return Err(Error::Busy {
-                agent: self.name.to_string_lossy().into_owned(),
-                running: self.running.get(),
-            });
-        }
-        self.invalidate()
-    }
-
-    fn is_loaded(&self) -> Result<bool, Error> {
-        let api = self.agent.api;
-        // SAFETY: the out-pointer is valid.
-        let none = made("create_xfer_dlist", |out| unsafe {
-            api.nixl_capi_create_xfer_dlist(Memory::Dram.raw(), out)
-        })?;
-        // SAFETY: live agent and list, NUL-terminated name.
-        let status = unsafe {
-            api.nixl_capi_check_remote_md(self.agent.raw(), self.name.as_ptr(), none.as_ptr())
-        };
-        // SAFETY: made above.
-        unsafe { api.nixl_capi_destroy_xfer_dlist(none.as_ptr()) };
-        match check("check_remote_md", status) {
-            Ok(()) => Ok(true),
-            Err(Error::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn invalidate(&self) -> Result<(), Error> {
-        // SAFETY: live agent, NUL-terminated name; no request uses the entry.
-        let status = unsafe {
-            self.agent
-                .api
-                .nixl_capi_invalidate_remote_md(self.agent.raw(), self.name.as_ptr())
-        };
-        match check("invalidate_remote_md", status) {
-            // NIXL dropped it by itself when the connection failed.
-            Err(Error::NotFound { .. }) => Ok(()),
-            other => other,
-        }
-    }
-}
-
-impl fmt::Debug for RemoteInner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Remote")
-            .field("name", &self.name)
-            .field("broken", &self.broken)
-            .field("running", &self.running)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Drop for RemoteInner {
-    fn drop(&mut self) {
-        let mut remotes = self.agent.remotes.borrow_mut();
-        // The name may belong to a successor: then NIXL's entry is the successor's.
-        let own = remotes
-            .get(&self.name)
-            .is_some_and(|entry| std::ptr::eq(entry.as_ptr(), self));
-        if !own {
-            return;
-        }
-        remotes.remove(&self.name);
-        drop(remotes);
-        if let Err(error) = self.invalidate() {
-            tracing::warn!(peer = ?self.name, %error, "nixl peer not dropped cleanly");
-        }
     }
 }

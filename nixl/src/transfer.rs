@@ -1,4 +1,4 @@
-//! Writes.
+//! Writes from registered memory into the memory of a peer.
 
 use std::fmt;
 use std::mem;
@@ -7,42 +7,53 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use nixl_sys::{
-    nixl_capi_estimate, nixl_capi_operation, nixl_capi_request, nixl_capi_status as Status,
+    nixl_capi_estimate, nixl_capi_operation, nixl_capi_options, nixl_capi_request,
+    nixl_capi_status as Status,
 };
 
-use crate::Error;
-use crate::agent::made;
-use crate::error::{check, error};
+use crate::error::{Error, check, error};
+use crate::handle::made;
+use crate::inner::AgentInner;
 use crate::list::{LocalList, RemoteList};
 
-/// What NIXL does with ranges that follow each other on both sides.
+/// Treatment of ranges that follow each other without a gap on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Merge {
-    /// Makes one of them: best where a descriptor has a price (NVLink: 5 µs).
+    /// NIXL joins them into one descriptor. Best where each descriptor costs time (NVLink: 5 µs).
     Neighbours,
-    /// Sends each on its own: best where big ones are slow (UCX over TCP).
+    /// NIXL sends each range on its own. Best where large descriptors are slow (UCX over TCP).
     Nothing,
 }
 
-/// How far a transfer is.
+impl Merge {
+    fn options(self, agent: &AgentInner) -> *mut nixl_capi_options {
+        match self {
+            Self::Neighbours => agent.options.as_ptr(),
+            Self::Nothing => agent.split.as_ptr(),
+        }
+    }
+}
+
+/// The progress of a transfer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum State {
-    /// Not ended.
+    /// The transfer has not ended.
     Running,
-    /// Flushed: every byte is visible at the peer.
+    /// The transfer has ended, and every byte is visible at the peer. Also the state before the first
+    /// post.
     Done,
-    /// Ended badly, and ended: the backend will not touch the memory of either side any more.
+    /// The transfer has failed. The backend will not access the memory of either side any more.
     Failed(Error),
-    /// The connection was given up under it, by the failure of another transfer; NIXL answers no
-    /// more questions about it. Whether bytes can still arrive is unknown.
+    /// Another transfer on the same connection failed, and NIXL dropped the connection. NIXL no longer
+    /// reports the state of this transfer: bytes may or may not still arrive.
     Lost,
 }
 
 /// A write of local ranges into ranges of one peer.
 ///
-/// It keeps its lists, and with them the registered memory, until it has ended. See the crate's
-/// documentation for what dropping a running one does.
+/// A transfer keeps its lists, and so the registered memory, until it is dropped. A transfer that is
+/// dropped while it runs is leaked together with its memory (see the crate's documentation).
 pub struct Transfer {
     local: Rc<LocalList>,
     remote: Rc<RemoteList>,
@@ -51,11 +62,12 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// Pairs `locals[i]` of `local` with `remotes[i]` of `remote`.
+    /// Makes a write of range `locals[i]` of `local` into range `remotes[i]` of `remote`, for each `i`.
     ///
     /// # Errors
-    /// Unequal or empty index lists, an index out of range, ranges of unequal length, lists of two
-    /// agents, or [`Error::Broken`]. Nothing was sent.
+    /// Fails if the index lists are empty or of unequal length, if an index is out of range, if two
+    /// paired ranges have unequal lengths, if the lists belong to two agents, or with
+    /// [`Error::Broken`]. Nothing was sent.
     pub fn write(
         local: &Rc<LocalList>,
         locals: &[i32],
@@ -70,8 +82,8 @@ impl Transfer {
                 call: "make_xfer_req",
             });
         }
-        // SAFETY: live agent, lists and options; NIXL checks counts, indices and lengths, and copies
-        // the indices. The remote's entry is loaded, because the remote is not broken.
+        // SAFETY: live agent, lists and options. NIXL checks counts, indices and lengths, and copies
+        // the indices. The remote is not broken, so NIXL's entry for it is loaded.
         let request = made("make_xfer_req", |out| unsafe {
             agent.api.nixl_capi_make_xfer_req(
                 agent.raw(),
@@ -83,7 +95,7 @@ impl Transfer {
                 remotes.as_ptr(),
                 remotes.len(),
                 out,
-                agent.options(merge),
+                merge.options(agent),
             )
         })?;
         Ok(Self {
@@ -94,12 +106,13 @@ impl Transfer {
         })
     }
 
-    /// Starts it, again if it is [`State::Done`].
+    /// Starts the write. A write that is [`State::Done`] may be started again.
     ///
-    /// On wires where the CPU copies (shared memory) the copying happens in this call.
+    /// On wires where the CPU copies (shared memory), this call does the copy.
     ///
     /// # Errors
-    /// It could not be started, or is running, or [`Error::Broken`]. Part of it may have been sent.
+    /// Fails if the write cannot be started or is running, or with [`Error::Broken`]. NIXL may have sent
+    /// a part of the bytes.
     pub fn post(&mut self) -> Result<State, Error> {
         self.remote.remote.usable()?;
         if self.state == State::Running {
@@ -108,7 +121,8 @@ impl Transfer {
             });
         }
         let agent = self.local.list.agent();
-        // SAFETY: live agent and request; the memory of both lists is registered while they live.
+        // SAFETY: live agent and request; the memory of both lists stays registered while the lists
+        // live.
         let status = unsafe {
             agent.api.nixl_capi_post_xfer_req(
                 agent.raw(),
@@ -127,7 +141,7 @@ impl Transfer {
         }
     }
 
-    /// Lets the backend work and asks how far it is; of one that is not running, how it ended.
+    /// Lets the backend work and returns the state. If the transfer has ended, only returns its last state.
     pub fn poll(&mut self) -> State {
         if self.state != State::Running {
             return self.state.clone();
@@ -142,18 +156,20 @@ impl Transfer {
         match status {
             Status::NIXL_CAPI_RUNNING => State::Running,
             Status::NIXL_CAPI_DONE => self.enter(State::Done),
-            // Answered before the backend is asked, so it says nothing about the request itself.
+            // NIXL gives this status before it asks the backend, so the request may still run.
             Status::NIXL_CAPI_NOT_FOUND => self.enter(State::Lost),
             other => self.enter(State::Failed(error("get_xfer_status", other))),
         }
     }
 
-    /// How long the backend's model of its wire says that this takes: the only thing that UCX tells
-    /// about the wire it chose. Not a measurement; of a network device whose speed it cannot read
-    /// (loopback) it assumes 100 Mbit/s.
+    /// Returns the duration that the backend's model of its wire predicts for this transfer.
+    ///
+    /// The prediction is the only thing that UCX reports about the wire that it chose. It is not a
+    /// measurement: where UCX cannot read the speed of a network device (loopback), it assumes
+    /// 100 Mbit/s.
     ///
     /// # Errors
-    /// The library's.
+    /// Fails if the library cannot predict the duration, or with [`Error::Broken`].
     pub fn estimate(&self) -> Result<Duration, Error> {
         self.remote.remote.usable()?;
         let agent = self.local.list.agent();
@@ -174,13 +190,16 @@ impl Transfer {
         Ok(Duration::from_micros(micros.try_into().unwrap_or(0)))
     }
 
-    /// Treats the connection as failed, for a caller who will not wait any longer: nothing more is
-    /// made or posted on it, and the peer can be loaded anew once its running transfers have ended.
+    /// Marks the connection as failed, for a caller that stops waiting for this transfer.
+    ///
+    /// From then on no transfer can be made or posted on the connection. The peer can be loaded again
+    /// after its running transfers have ended.
     pub fn distrust(&self) {
         self.remote.remote.broken.set(true);
     }
 
-    /// Keeps the remote's count of running requests and its health with the state.
+    /// Changes the state and updates the remote: its number of running requests, and `broken` after a
+    /// failure.
     fn enter(&mut self, state: State) -> State {
         let remote = &self.remote.remote;
         if self.state == State::Running {
@@ -212,23 +231,24 @@ impl Drop for Transfer {
                 transfer = ?self,
                 "running transfer dropped: its memory stays registered until the process ends"
             );
-            // The counts never reach zero, so neither lists, nor registration, nor agent go.
+            // These two references are never dropped, so the lists, the registration and the agent
+            // outlive the transfer: the hardware may still read the memory.
             mem::forget((Rc::clone(&self.local), Rc::clone(&self.remote)));
             return;
         }
         let agent = self.local.list.agent();
-        // SAFETY: live agent; the request has ended or was never posted, and is released once.
+        // SAFETY: live agent. The request has ended or was never posted; it is released once.
         let status = unsafe {
             agent
                 .api
                 .nixl_capi_release_xfer_req(agent.raw(), self.request.as_ptr())
         };
         match check("release_xfer_req", status) {
-            // SAFETY: released above, so the library's part is gone and only the handle is left.
+            // SAFETY: the call above released the library's part of the request; the handle is left.
             Ok(()) => unsafe {
                 agent.api.nixl_capi_destroy_xfer_req(self.request.as_ptr());
             },
-            // The handle leaks: destroying an unreleased one is an error.
+            // The handle leaks, because the handle of an unreleased request must not be destroyed.
             Err(error) => tracing::warn!(%error, "nixl request not released"),
         }
     }

@@ -1,4 +1,4 @@
-//! The safe layer over the real library, between two processes.
+//! Tests of the safe layer with the real library, between two processes.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -17,7 +17,7 @@ use rand::RngCore;
 
 const MIB: u64 = 1 << 20;
 
-/// See [`common::run_child`].
+/// Runs the child process of the other tests; see [`common::run_child`].
 #[test]
 fn child() {
     common::run_child();
@@ -33,7 +33,8 @@ fn random_bytes_arrive_over_tcp() {
     check_bytes_arrive(Some("tcp"));
 }
 
-/// UCX reads its environment once a process, so another UCX_TLS needs another process.
+/// Runs the test `writer` in a new process. UCX reads `UCX_TLS` once per process, so another value needs
+/// another process.
 fn check_bytes_arrive(tls: Option<&str>) {
     if library().is_none() {
         return;
@@ -69,7 +70,8 @@ fn writer() {
     let remote = Rc::new(remote.prepare(Memory::Dram, &rows).unwrap());
     assert_eq!((local.len(), remote.len()), (64, 64));
 
-    // The two halves change places, so that merged neighbours are not the whole buffer.
+    // The two halves of the buffer swap places, so that NIXL cannot merge the whole buffer into one
+    // descriptor.
     let from: Vec<i32> = (0..64).collect();
     let to: Vec<i32> = (32..64).chain(0..32).collect();
     for merge in [Merge::Neighbours, Merge::Nothing] {
@@ -80,7 +82,7 @@ fn writer() {
         let half = (8 * MIB) as usize;
         let arrived = target.read(0, bytes as usize);
         assert!(arrived[..half] == data[half..] && arrived[half..] == data[..half]);
-        // Other bytes for the second round, or it would prove nothing.
+        // Other bytes for the second round: with the same bytes the round would prove nothing.
         data.rotate_left(1);
         side.memory.write(0, &data);
     }
@@ -105,7 +107,7 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.registration.prepare(&[]),
         Err(Error::Invalid { .. })
     ));
-    // Outside the peer's memory, and inside it with another device id.
+    // One row outside the peer's memory, and one inside it with another device id.
     for row in [
         target.row(0, 2 * MIB),
         Row {
@@ -136,7 +138,7 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.agent.load(b"nixlSerDes|"),
         Err(Error::Invalid { .. })
     ));
-    // The same name, so it might be a stranger who claims it.
+    // Other metadata under the name of a loaded peer: another process may claim the name.
     assert!(matches!(
         side.agent.load(&target.metadata[..100]),
         Err(Error::Taken { .. })
@@ -153,7 +155,7 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
     ));
     let remote = side.agent.load(&target.metadata).unwrap();
     let rows = Rc::new(remote.prepare(Memory::Dram, &[target.row(0, 8)]).unwrap());
-    // None of it harmed the connection.
+    // The refused calls did not break the connection.
     assert!(!remote.is_broken());
     let mut transfer = Transfer::write(&local, &[0], &rows, &[0], Merge::Neighbours).unwrap();
     let state = transfer.post().unwrap();
@@ -197,7 +199,7 @@ fn a_killed_peer_fails_the_write_and_its_successor_is_reached() {
     assert_eq!(successor.read(17, 17), b"for the successor");
 }
 
-/// Polls until the end.
+/// Polls until the transfer has ended; fails after 30 s.
 fn finish(transfer: &mut Transfer, mut state: State) -> State {
     let start = Instant::now();
     while state == State::Running {

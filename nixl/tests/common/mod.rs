@@ -1,5 +1,5 @@
-//! Two processes for a test: the test itself writes, a child that is this test binary over again
-//! is written to.
+//! Two processes for a test: the test itself writes into the memory of a child process, which runs
+//! the same test binary.
 
 use std::env;
 use std::io::{self, Read, Write};
@@ -12,13 +12,13 @@ use std::time::Duration;
 use memmap2::MmapRaw;
 use nixl::{Agent, Config, Library, Memory, Pinned, Registration, Row, Search};
 
-/// The library, or `None` after saying loudly that the test is skipped.
+/// Returns the library, or prints that the test is skipped and returns `None`.
 pub(crate) fn library() -> Option<&'static Library> {
     match Library::load(&Search::from_env()) {
         Ok(library) => Some(library),
         Err(error) if env::var_os("PD_REQUIRE_NIXL").is_some_and(|v| v == "1") => panic!("{error}"),
         Err(error) => {
-            // Not by eprintln, which the test harness swallows when the test passes.
+            // Not by eprintln: the test harness hides its output when the test passes.
             let text = format!("SKIP (set PD_REQUIRE_NIXL=1 to fail instead): {error}\n");
             io::stderr().write_all(text.as_bytes()).unwrap();
             None
@@ -26,7 +26,7 @@ pub(crate) fn library() -> Option<&'static Library> {
     }
 }
 
-/// Anonymous shared memory, touched: NIXL writes 6 to 20 times slower into untouched pages.
+/// Anonymous shared memory whose pages exist: NIXL writes 6 to 20 times slower into untouched pages.
 #[derive(Debug)]
 pub(crate) struct Mapping(MmapRaw);
 
@@ -61,7 +61,7 @@ impl Mapping {
     }
 }
 
-// SAFETY: an owned mapping stays where it is until it is dropped, and only raw copies go through it.
+// SAFETY: an owned mapping stays at its address until it is dropped, and only raw copies access it.
 unsafe impl Pinned for Mapping {
     fn address(&self) -> usize {
         self.0.as_ptr() as usize
@@ -93,10 +93,11 @@ impl Side {
     }
 }
 
-/// Not 0, so that a side that forgets to pass it on is found out.
+/// The device id of all memory in these tests. Not 0, so that a test fails if a side does not pass the
+/// id on.
 pub(crate) const DEVICE: u64 = 3;
 
-/// A child process that is written to.
+/// The child process into whose memory a test writes.
 pub(crate) struct Target {
     pub(crate) child: Child,
     pub(crate) metadata: Vec<u8>,
@@ -135,7 +136,7 @@ impl Target {
         }
     }
 
-    /// A row of the child's memory.
+    /// Returns a row of the child's memory.
     pub(crate) fn row(&self, offset: u64, bytes: u64) -> Row {
         Row {
             address: self.address + offset,
@@ -144,7 +145,7 @@ impl Target {
         }
     }
 
-    /// The child's memory as the child sees it.
+    /// Returns bytes of the child's memory, read by the child.
     pub(crate) fn read(&mut self, offset: usize, len: usize) -> Vec<u8> {
         let mut order = b"r".to_vec();
         order.extend((offset as u64).to_le_bytes());
@@ -161,13 +162,14 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        // Ignored: it may be dead already, which is what is wanted.
+        // The results are ignored, because a test may have killed the child already.
         let _killed = self.child.kill();
         let _status = self.child.wait();
     }
 }
 
-/// What the test named `child` must call: does nothing unless a [`Target`] started it.
+/// Runs the child process. The test named `child` calls it; it does nothing unless a [`Target`] started
+/// this process.
 pub(crate) fn run_child() {
     let Ok(port) = env::var("PD_TEST_CHILD") else {
         return;
@@ -191,7 +193,7 @@ pub(crate) fn run_child() {
                 std::thread::yield_now();
                 continue;
             }
-            // The test is gone.
+            // The test process has closed the connection.
             _ => return,
         }
         let order = receive(&mut control).unwrap();

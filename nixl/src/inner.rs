@@ -1,0 +1,171 @@
+//! The agent's handles and the peers that it has loaded: the state that all other types share.
+//!
+//! The two types refer to each other: each peer keeps its agent alive, and the agent finds its peers
+//! by name. They stand in one file so that no two files of this crate import each other.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fmt;
+use std::ptr::NonNull;
+use std::rc::{Rc, Weak};
+
+use nixl_sys::{
+    Api, nixl_capi_agent, nixl_capi_backend, nixl_capi_memory, nixl_capi_notifications,
+    nixl_capi_options,
+};
+
+use crate::error::{Error, check};
+use crate::handle::made;
+
+/// The handles of one agent. [`Drop`] destroys them in the order that they need, whatever the order of
+/// the fields.
+pub(crate) struct AgentInner {
+    pub(crate) api: &'static Api,
+    pub(crate) name: String,
+    pub(crate) agent: NonNull<nixl_capi_agent>,
+    pub(crate) backend: NonNull<nixl_capi_backend>,
+    /// Names the backend; NIXL merges neighbouring descriptors.
+    pub(crate) options: NonNull<nixl_capi_options>,
+    /// Names the backend; NIXL keeps neighbouring descriptors apart.
+    pub(crate) split: NonNull<nixl_capi_options>,
+    pub(crate) notifications: NonNull<nixl_capi_notifications>,
+    /// The remote that NIXL holds under each name. Weak, because the users of a remote own it.
+    pub(crate) remotes: RefCell<HashMap<CString, Weak<RemoteInner>>>,
+}
+
+impl AgentInner {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn raw(&self) -> *mut nixl_capi_agent {
+        self.agent.as_ptr()
+    }
+}
+
+impl fmt::Debug for AgentInner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for AgentInner {
+    fn drop(&mut self) {
+        // SAFETY: each handle was made by `Agent::new` and is destroyed once. Registrations, remotes,
+        // lists and requests hold a counted reference to the agent, so none of them is left. The agent
+        // goes last because the options and the backend's handle point into it.
+        let status = unsafe {
+            self.api
+                .nixl_capi_destroy_notif_map(self.notifications.as_ptr());
+            self.api.nixl_capi_destroy_opt_args(self.split.as_ptr());
+            self.api.nixl_capi_destroy_opt_args(self.options.as_ptr());
+            self.api.nixl_capi_destroy_backend(self.backend.as_ptr());
+            self.api.nixl_capi_destroy_agent(self.agent.as_ptr())
+        };
+        if let Err(error) = check("destroy_agent", status) {
+            tracing::warn!(agent = self.name, %error, "nixl agent not destroyed cleanly");
+        }
+    }
+}
+
+/// One entry of NIXL's table of loaded peers.
+pub(crate) struct RemoteInner {
+    pub(crate) agent: Rc<AgentInner>,
+    pub(crate) name: CString,
+    pub(crate) metadata: Box<[u8]>,
+    /// True after a transfer to this peer failed. NIXL may then have dropped the entry by itself, and
+    /// the prepared lists dangle: they are never used again.
+    pub(crate) broken: Cell<bool>,
+    /// Number of requests that may still read the entry.
+    pub(crate) running: Cell<usize>,
+}
+
+impl RemoteInner {
+    pub(crate) fn usable(&self) -> Result<(), Error> {
+        if self.broken.get() {
+            return Err(Error::Broken {
+                agent: self.name.to_string_lossy().into_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Frees the name, so that new metadata can be loaded under it.
+    pub(crate) fn make_way(&self) -> Result<(), Error> {
+        if !self.is_loaded()? {
+            return Ok(());
+        }
+        if self.running.get() > 0 {
+            return Err(Error::Busy {
+                agent: self.name.to_string_lossy().into_owned(),
+                running: self.running.get(),
+            });
+        }
+        self.invalidate()
+    }
+
+    fn is_loaded(&self) -> Result<bool, Error> {
+        let api = self.agent.api;
+        // SAFETY: the out-pointer is valid.
+        let none = made("create_xfer_dlist", |out| unsafe {
+            api.nixl_capi_create_xfer_dlist(nixl_capi_memory::NIXL_CAPI_DRAM, out)
+        })?;
+        // SAFETY: live agent and list, NUL-terminated name.
+        let status = unsafe {
+            api.nixl_capi_check_remote_md(self.agent.raw(), self.name.as_ptr(), none.as_ptr())
+        };
+        // SAFETY: made above.
+        unsafe { api.nixl_capi_destroy_xfer_dlist(none.as_ptr()) };
+        match check("check_remote_md", status) {
+            Ok(()) => Ok(true),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn invalidate(&self) -> Result<(), Error> {
+        // SAFETY: live agent, NUL-terminated name; no request uses the entry.
+        let status = unsafe {
+            self.agent
+                .api
+                .nixl_capi_invalidate_remote_md(self.agent.raw(), self.name.as_ptr())
+        };
+        match check("invalidate_remote_md", status) {
+            // NIXL dropped the entry by itself when the connection failed.
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+impl fmt::Debug for RemoteInner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Remote")
+            .field("name", &self.name)
+            .field("broken", &self.broken)
+            .field("running", &self.running)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for RemoteInner {
+    fn drop(&mut self) {
+        let mut remotes = self.agent.remotes.borrow_mut();
+        // A successor may have taken the name. NIXL's entry then belongs to the successor: to
+        // invalidate it would break a healthy connection.
+        let own = remotes
+            .get(&self.name)
+            .is_some_and(|entry| std::ptr::eq(entry.as_ptr(), self));
+        if !own {
+            return;
+        }
+        remotes.remove(&self.name);
+        drop(remotes);
+        if let Err(error) = self.invalidate() {
+            tracing::warn!(peer = ?self.name, %error, "nixl peer not dropped cleanly");
+        }
+    }
+}
