@@ -1,11 +1,11 @@
 /*
- * The part of NIXL's C API (libnixl_capi.so, as shipped in its Python wheels) that this project calls.
+ * The part of NIXL's C API (libnixl_capi.so, from NIXL's Python wheels) that this project calls.
  *
- * Only what is called is declared, so that a library which lacks anything else still loads. Every
- * declaration was checked against the exported symbols and the machine code of NIXL 1.5.1; the agent
- * configuration has had this layout since the function that takes it appeared.
+ * Functions that this project does not call are not declared, so a library that lacks them still loads.
+ * Every declaration was checked against the exported symbols and the machine code of NIXL 1.5.1. The
+ * agent configuration has had this layout since the function that takes it was added.
  *
- * Every function but nixl_capi_is_stub returns a status: 0 done, 1 in progress, below 0 an error.
+ * Every function except nixl_capi_is_stub returns a status: 0 done, 1 in progress, negative an error.
  */
 #pragma once
 
@@ -18,14 +18,14 @@ enum nixl_capi_status {
     NIXL_CAPI_DONE = 0,
     /* Posted and not finished yet. */
     NIXL_CAPI_RUNNING = 1,
-    /* A null pointer, an index out of range, lists that do not fit together. */
+    /* A pointer is null, an index is out of range, or lists do not fit together. */
     NIXL_CAPI_INVALID_PARAMETER = -1,
-    /* Nearly everything else: peer gone, plugin missing, wrong blob. */
+    /* Nearly every other failure: the peer has ended, a plugin is missing, a blob is wrong. */
     NIXL_CAPI_BACKEND = -2,
     NIXL_CAPI_INVALID_STATE = -3,
     NIXL_CAPI_EXCEPTION = -4,
     NIXL_CAPI_NO_TELEMETRY = -5,
-    /* Metadata not loaded (or dropped meanwhile), or memory that is not registered. */
+    /* The metadata is not loaded (NIXL may have dropped it), or the memory is not registered. */
     NIXL_CAPI_NOT_FOUND = -6,
 };
 
@@ -50,11 +50,11 @@ enum nixl_capi_estimate {
     NIXL_CAPI_ANALYTICAL = 0,
 };
 
-/* Layout is ABI: the library reads the fields by offset. */
+/* The library reads the fields by offset, so their order and types must not change. */
 struct nixl_capi_config {
-    /* The library's own polling thread. */
+    /* Starts the library's own polling thread. */
     bool progress_thread;
-    /* The library's own metadata server. */
+    /* Starts the library's own metadata server. */
     bool listen_thread;
     int listen_port;
     enum nixl_capi_sync sync;
@@ -73,29 +73,30 @@ typedef struct nixl_capi_options nixl_capi_options;
 typedef struct nixl_capi_regions nixl_capi_regions;
 /* Descriptors to transfer. */
 typedef struct nixl_capi_descriptors nixl_capi_descriptors;
-/* Descriptors that were looked up once and are named by index from then on. */
+/* Descriptors that the library has looked up. Requests name them by index. */
 typedef struct nixl_capi_prepared nixl_capi_prepared;
 typedef struct nixl_capi_request nixl_capi_request;
 typedef struct nixl_capi_notifications nixl_capi_notifications;
 
-/* True for the link-time placeholder of NIXL's build, in which every other call aborts. */
+/* Returns true if the library is the stub that NIXL's build links to. In the stub every other call
+ * aborts the process. */
 bool nixl_capi_is_stub(void);
 
 enum nixl_capi_status nixl_capi_create_configured_agent(
     const char *name, const struct nixl_capi_config *config, nixl_capi_agent **agent);
 enum nixl_capi_status nixl_capi_destroy_agent(nixl_capi_agent *agent);
 
-/* The plugin's default parameters; both lists are the caller's. */
+/* Returns the plugin's default parameters. Both lists belong to the caller. */
 enum nixl_capi_status nixl_capi_get_plugin_params(
     nixl_capi_agent *agent, const char *plugin, nixl_capi_memories **memories,
     nixl_capi_params **params);
 enum nixl_capi_status nixl_capi_destroy_mem_list(nixl_capi_memories *memories);
-/* Replaces a parameter or adds one; both strings are copied. */
+/* Replaces a parameter or adds one. Copies both strings. */
 enum nixl_capi_status nixl_capi_params_add(
     nixl_capi_params *params, const char *key, const char *value);
 enum nixl_capi_status nixl_capi_destroy_params(nixl_capi_params *params);
 
-/* The handle is the caller's, the backend itself belongs to the agent. */
+/* The handle belongs to the caller, the backend itself to the agent. */
 enum nixl_capi_status nixl_capi_create_backend(
     nixl_capi_agent *agent, const char *plugin, nixl_capi_params *params,
     nixl_capi_backend **backend);
@@ -125,13 +126,13 @@ enum nixl_capi_status nixl_capi_destroy_xfer_dlist(nixl_capi_descriptors *descri
 enum nixl_capi_status nixl_capi_xfer_dlist_add_desc(
     nixl_capi_descriptors *descriptors, uintptr_t address, size_t length, uint64_t device);
 
-/* The blob is malloc'ed for the caller. */
+/* The caller must free the blob. */
 enum nixl_capi_status nixl_capi_get_local_md(
     nixl_capi_agent *agent, void **blob, size_t *length);
-/* The name is malloc'ed for the caller. */
+/* The caller must free the name. */
 enum nixl_capi_status nixl_capi_load_remote_md(
     nixl_capi_agent *agent, const void *blob, size_t length, char **name);
-/* An empty list asks only whether the metadata is loaded. */
+/* With an empty list, checks only that the metadata is loaded. */
 enum nixl_capi_status nixl_capi_check_remote_md(
     nixl_capi_agent *agent, const char *name, nixl_capi_descriptors *descriptors);
 enum nixl_capi_status nixl_capi_invalidate_remote_md(nixl_capi_agent *agent, const char *name);
@@ -145,22 +146,22 @@ enum nixl_capi_status nixl_capi_prep_xfer_dlist(
 enum nixl_capi_status nixl_capi_release_xfer_dlist_handle(
     nixl_capi_agent *agent, nixl_capi_prepared *prepared);
 
-/* The indices are copied. */
+/* Copies the indices. */
 enum nixl_capi_status nixl_capi_make_xfer_req(
     nixl_capi_agent *agent, enum nixl_capi_operation operation, nixl_capi_prepared *local,
     const int *local_indices, size_t local_count, nixl_capi_prepared *remote,
     const int *remote_indices, size_t remote_count, nixl_capi_request **request,
     nixl_capi_options *options);
-/* The backend's own model of its wire, in microseconds; says nothing about load. */
+/* Returns the prediction of the backend's model of its wire, in microseconds. The model ignores load. */
 enum nixl_capi_status nixl_capi_estimate_xfer_cost(
     nixl_capi_agent *agent, nixl_capi_request *request, nixl_capi_options *options,
     int64_t *duration_us, int64_t *margin_us, enum nixl_capi_estimate *method);
 enum nixl_capi_status nixl_capi_post_xfer_req(
     nixl_capi_agent *agent, nixl_capi_request *request, nixl_capi_options *options);
-/* Also progresses the worker. */
+/* Returns the status, and progresses the worker. */
 enum nixl_capi_status nixl_capi_get_xfer_status(
     nixl_capi_agent *agent, nixl_capi_request *request);
-/* Cancels what runs, as far as that can be done, then frees the library's part. */
+/* Cancels the transfer as far as possible, then frees the library's part of the request. */
 enum nixl_capi_status nixl_capi_release_xfer_req(
     nixl_capi_agent *agent, nixl_capi_request *request);
 /* Frees the handle of a released request. */
@@ -169,6 +170,7 @@ enum nixl_capi_status nixl_capi_destroy_xfer_req(nixl_capi_request *request);
 enum nixl_capi_status nixl_capi_create_notif_map(nixl_capi_notifications **notifications);
 enum nixl_capi_status nixl_capi_destroy_notif_map(nixl_capi_notifications *notifications);
 enum nixl_capi_status nixl_capi_notif_map_clear(nixl_capi_notifications *notifications);
-/* Also progresses the worker: without the library's thread, a target's only way to do so. */
+/* Returns notifications, and progresses the worker. Without the library's own thread, a target has no
+ * other call that progresses the worker. */
 enum nixl_capi_status nixl_capi_get_notifs(
     nixl_capi_agent *agent, nixl_capi_notifications *notifications, nixl_capi_options *options);

@@ -1,11 +1,11 @@
 //! Raw bindings of NIXL's C API (`libnixl_capi.so`), loaded at run time.
 //!
-//! Nothing is linked when this crate is built: one binary runs on machines with and without NIXL.
-//! [`Library::load`] looks for the library where people have it (an explicit path, the wheel of the
-//! active Python, the system) and says, when it finds none, which places it tried and why each failed.
+//! The build links nothing, so one binary runs on machines with and without NIXL. [`Library::load`]
+//! looks for the library in the usual places: an explicit path, the wheel of the active Python, the
+//! system. If it finds none, the error lists each place and why that place failed.
 //!
-//! The declarations in `bindings.rs` are generated from `nixl_capi.h`, this project's own header of
-//! the functions that it calls; `make bindings` regenerates them.
+//! `make bindings` generates the declarations in `bindings.rs` from `nixl_capi.h`, which is this
+//! project's own header of the functions that it calls.
 
 mod library;
 mod search;

@@ -1,4 +1,4 @@
-//! The loaded library.
+//! NIXL's C library, loaded at run time.
 
 use std::error::Error;
 use std::fmt;
@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use crate::Api;
 use crate::search::{Place, Search};
 
-/// NIXL's C API, loaded, complete and real.
+/// NIXL's C API, loaded and with all its functions; never the stub of NIXL's build.
 pub struct Library {
     api: Api,
     path: PathBuf,
@@ -16,18 +16,18 @@ pub struct Library {
 }
 
 impl Library {
-    /// The library, loaded by the first successful call of this process, found as `search` says.
+    /// Loads the library from the first usable place of `search`, once per process.
     ///
-    /// It stays loaded until the process ends: it holds threads and static state that unloading
-    /// would pull the code away from.
+    /// Later calls return the library that is loaded already. It stays loaded until the process ends:
+    /// an unload would remove the code of the library's running threads.
     ///
     /// # Errors
-    /// Every place tried, each with why it did not do. A later call tries again.
+    /// Returns each place that was tried, and why it failed. A later call tries again.
     pub fn load(search: &Search) -> Result<&'static Self, LoadError> {
-        // Held while loading, so that two callers cannot load two copies of the library.
+        // The lock is held during the load, so that two callers cannot load two copies.
         let mut loaded = match LOADED.lock() {
             Ok(loaded) => loaded,
-            // A panic in here leaves the option as it was.
+            // A panic during the load leaves the option unchanged.
             Err(poisoned) => poisoned.into_inner(),
         };
         if let Some(library) = *loaded {
@@ -39,17 +39,18 @@ impl Library {
         Ok(library)
     }
 
-    /// The functions.
+    /// Returns the functions of the library.
     pub fn api(&self) -> &Api {
         &self.api
     }
 
-    /// The file, or the bare name that the dynamic linker resolved.
+    /// Returns the path of the file, or the bare name that the dynamic linker resolved.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The version of the wheel that the file belongs to. The C API itself does not tell one.
+    /// Returns the version of the wheel that contains the file, or `None` outside a wheel. The C API
+    /// itself has no version.
     pub fn version(&self) -> Option<&str> {
         self.version.as_deref()
     }
@@ -82,13 +83,13 @@ impl Library {
     }
 
     fn open(path: &Path) -> Result<Api, String> {
-        // SAFETY: running the initializers of a library is as safe as that library; the caller chose
-        // the path, or it lies in the Python or system that the process runs under.
+        // SAFETY: running the initializers of a library is as safe as that library. The caller chose
+        // the path, or the path lies in the Python environment or the system of this process.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| reason(&e))?;
-        // SAFETY: the symbols have the types of nixl_capi.h, which were checked against NIXL 1.5.1
-        // and are the same since the youngest of them was added.
+        // SAFETY: the symbols have the types of nixl_capi.h. These were checked against NIXL 1.5.1, and
+        // none has changed since the newest symbol was added.
         let api = unsafe { Api::from_library(library) }.map_err(|e| reason(&e))?;
-        // SAFETY: takes nothing and reads a constant.
+        // SAFETY: the function takes no arguments and reads a constant.
         if unsafe { api.nixl_capi_is_stub() } {
             return Err("is NIXL's link-time stub, not the library".to_owned());
         }
@@ -105,10 +106,10 @@ impl fmt::Debug for Library {
     }
 }
 
-/// No usable NIXL library.
+/// The error of [`Library::load`]: no place has a usable NIXL library.
 #[derive(Clone, Debug)]
 pub struct LoadError {
-    /// Places in the order in which they were tried.
+    /// The places, in the order in which they were tried.
     pub tried: Vec<Tried>,
 }
 
@@ -127,15 +128,15 @@ impl Error for LoadError {}
 /// A place without a usable library.
 #[derive(Clone, Debug)]
 pub struct Tried {
-    /// A path, a variable, or a name.
+    /// A path, the name of a variable, or a name for the dynamic linker.
     pub place: String,
-    /// Why it did not do.
+    /// The reason why this place is not usable.
     pub why: String,
 }
 
 static LOADED: Mutex<Option<&'static Library>> = Mutex::new(None);
 
-/// `libloading` hides what the dynamic linker said in the source.
+/// Returns the dynamic linker's own message, which `libloading` keeps in the source of its error.
 fn reason(error: &libloading::Error) -> String {
     match error.source() {
         Some(source) => source.to_string(),
@@ -143,8 +144,8 @@ fn reason(error: &libloading::Error) -> String {
     }
 }
 
-/// Finds `1.5.1` in `site-packages/nixl_cu13-1.5.1.dist-info` for a library in
-/// `site-packages/.nixl_cu13.mesonpy.libs`.
+/// Returns the version of the wheel that contains `library`, from the name of the folder beside it:
+/// `1.5.1` from `nixl_cu13-1.5.1.dist-info` for a library in `.nixl_cu13.mesonpy.libs`.
 fn wheel_version(library: &Path) -> Option<String> {
     let libs = library.parent()?;
     let wheel = libs
@@ -190,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_library_without_the_symbols_is_refused_by_name() {
-        // Any shared object will do that is on every glibc system.
+        // Any shared object serves that exists on every glibc system.
         let why = Library::open(Path::new("libm.so.6")).err().unwrap();
         assert!(why.contains("nixl_capi_"), "{why}");
     }

@@ -1,30 +1,31 @@
-//! Where NIXL's C library may lie.
+//! The places where NIXL's C library may be installed.
 
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// What decides where [`crate::Library::load`] looks, and in which order.
+/// The places where [`crate::Library::load`] looks, in order.
 ///
-/// With [`Search::explicit`] that path alone, because falling back to another library than the one
-/// asked for would be silent. Otherwise the wheels in the Python environments, in the order of the
-/// fields, then the name for the dynamic linker.
+/// If [`Search::explicit`] is set, only that path is tried: a silent fallback to another library would
+/// hide that the requested one is missing. Otherwise the wheels in the Python environments are tried, in
+/// the order of the fields, and then the name `libnixl_capi.so` in the dynamic linker's path.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
-    /// The library itself (`PD_NIXL_CAPI`).
+    /// The path of the library file (`PD_NIXL_CAPI`).
     pub explicit: Option<PathBuf>,
     /// The active virtual environment (`VIRTUAL_ENV`).
     pub virtual_env: Option<PathBuf>,
-    /// The Python environment that this program is installed in: it may be started without being activated.
+    /// The Python environment in which this program is installed. The user may start the program without
+    /// activating that environment.
     pub own_prefix: Option<PathBuf>,
     /// The active conda environment (`CONDA_PREFIX`).
     pub conda_prefix: Option<PathBuf>,
-    /// Directories of executables (`PATH`): the first with a `python3` counts.
+    /// The directories of executables (`PATH`). The first one that contains a `python3` is used.
     pub path: Option<OsString>,
 }
 
 impl Search {
-    /// Reads the environment.
+    /// Reads the places from the environment variables.
     pub fn from_env() -> Self {
         let path = |name| {
             env::var_os(name)
@@ -40,6 +41,7 @@ impl Search {
         }
     }
 
+    /// Returns the libraries to try, and the places that have none, in order.
     pub(crate) fn places(&self) -> Vec<Place> {
         if let Some(path) = &self.explicit {
             return vec![Place::Candidate(path.clone())];
@@ -64,14 +66,15 @@ impl Search {
         places
     }
 
-    /// Links are not followed: `bin/python3` of a virtual environment leads out of it.
+    /// Returns the prefix of the first `python3` on `PATH`. Does not follow links: `bin/python3` of a
+    /// virtual environment points outside that environment.
     fn python_prefix(&self) -> Option<PathBuf> {
         let bin = env::split_paths(self.path.as_ref()?).find(|dir| dir.join("python3").exists())?;
         bin.parent().map(Path::to_path_buf)
     }
 }
 
-/// `/venv` of `/venv/bin/sidecar`.
+/// Returns the prefix in which this program is installed: `/venv` for `/venv/bin/sidecar`.
 fn own_prefix() -> Option<PathBuf> {
     let bin = env::current_exe().ok()?.parent()?.to_path_buf();
     let prefix = bin.parent()?;
@@ -94,13 +97,13 @@ impl Place {
     }
 }
 
-/// Libraries in the wheels that are installed under a Python prefix, newest CUDA first.
+/// Returns the libraries in the wheels of a Python prefix, newest CUDA first.
 fn in_prefix(name: &str, prefix: &Path) -> Vec<Place> {
     let mut found = Vec::new();
     for lib in ["lib", "lib64", "local/lib"] {
         for python in entries(&prefix.join(lib), |entry| entry.starts_with("python3")) {
             for packages in ["site-packages", "dist-packages"] {
-                // `.nixl_cu13.mesonpy.libs` in today's wheels; `nixl_cu12.libs` in others.
+                // Current wheels have `.nixl_cu13.mesonpy.libs`; others have `nixl_cu12.libs`.
                 let wheels = entries(&python.join(packages), |entry| {
                     entry.trim_start_matches('.').starts_with("nixl") && entry.ends_with(".libs")
                 });
@@ -122,7 +125,7 @@ fn in_prefix(name: &str, prefix: &Path) -> Vec<Place> {
     found.into_iter().map(Place::Candidate).collect()
 }
 
-/// Entries of a directory whose names pass, sorted; none if it cannot be read.
+/// Returns the sorted entries of a directory whose names pass; none if the directory cannot be read.
 fn entries(dir: &Path, passes: impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let Ok(listing) = dir.read_dir() else {
         return Vec::new();

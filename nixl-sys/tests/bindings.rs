@@ -1,19 +1,22 @@
-//! `src/bindings.rs` is what bindgen makes of `nixl_capi.h`; `make bindings` writes it anew.
+//! Checks that `src/bindings.rs` is what bindgen generates from `nixl_capi.h`. `make bindings` writes the
+//! file again.
 
 use std::path::Path;
 use std::process::Command;
 
 use bindgen::{EnumVariation, RustEdition, RustTarget};
 
-/// Where libclang is: the path that bindgen's own loader reads.
+/// The variable from which bindgen reads the path of libclang.
 const LIBCLANG: &str = "LIBCLANG_PATH";
-/// Set: the file is written instead of compared.
+/// If this variable is set, the test writes the file instead of comparing it.
 const WRITE: &str = "PD_WRITE_BINDINGS";
 
 #[test]
 fn bindings_are_those_of_the_header() {
     if std::env::var_os(LIBCLANG).is_none() {
-        eprintln!("SKIP (`make lint` does not): {LIBCLANG} does not say where libclang is");
+        eprintln!(
+            "SKIP (`make lint` runs this test): {LIBCLANG} is not set, so libclang is not found"
+        );
         return;
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -50,7 +53,7 @@ fn bindings_are_those_of_the_header() {
     }
 }
 
-/// The C compiler's own headers (`stddef.h`), which a libclang alone does not bring.
+/// Returns the folder of the C compiler's own headers (`stddef.h`), which libclang does not contain.
 fn compiler_headers() -> String {
     let output = Command::new("cc")
         .arg("-print-file-name=include")
