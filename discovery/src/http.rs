@@ -1,4 +1,4 @@
-//! One HTTP request at a time.
+//! An HTTP client for requests with a short answer.
 
 use bytes::Bytes;
 use http::{Method, Request};
@@ -9,7 +9,7 @@ use hyper_util::rt::TokioExecutor;
 
 use crate::StoreError;
 
-/// A client for short answers.
+/// A client that reads at most [`MAX_BYTES`] of each answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Http(Client<HttpConnector, Full<Bytes>>);
 
@@ -21,11 +21,11 @@ impl Default for Http {
 
 impl Http {
     pub(crate) async fn get(&self, url: &str) -> Result<(u16, Vec<u8>), StoreError> {
-        self.ask(Method::GET, url, Vec::new()).await
+        self.send(Method::GET, url, Vec::new()).await
     }
 
     pub(crate) async fn put(&self, url: &str, body: Vec<u8>) -> Result<u16, StoreError> {
-        self.ask(Method::PUT, url, body)
+        self.send(Method::PUT, url, body)
             .await
             .map(|answer| answer.0)
     }
@@ -35,10 +35,11 @@ impl Http {
         url: &str,
         body: Vec<u8>,
     ) -> Result<(u16, Vec<u8>), StoreError> {
-        self.ask(Method::POST, url, body).await
+        self.send(Method::POST, url, body).await
     }
 
-    async fn ask(
+    /// Sends a request and returns the status and the body of the answer.
+    async fn send(
         &self,
         method: Method,
         url: &str,
@@ -62,5 +63,6 @@ impl Http {
     }
 }
 
-/// An answer holds one address.
+/// The longest body that is read. An answer holds one address; the limit keeps a wrong server from
+/// filling the memory.
 const MAX_BYTES: usize = 64 * 1024;

@@ -1,8 +1,9 @@
-//! Where the proxy is: one key in the metadata server that Mooncake's `mooncake.json` names.
+//! Discovery of the proxy through the metadata server that Mooncake's `mooncake.json` names.
 //!
-//! Mooncake's sides find each other through etcd, Redis or an HTTP server of its own. Sidecars need
-//! less: where to register. The proxy writes that under [`PROXY_KEY`], and writes it again before it
-//! runs out; a sidecar reads it. All three servers can do both.
+//! Mooncake's instances find each other through etcd, Redis or Mooncake's own HTTP server. A sidecar
+//! needs only one address from that server: the address at which the proxy takes registrations. The
+//! proxy writes the address under [`PROXY_KEY`] and writes it again before it expires. A sidecar reads
+//! it. All three kinds of server support this.
 
 mod http;
 mod metadata;
@@ -18,35 +19,37 @@ pub use self::metadata::{Metadata, MetadataError};
 
 use self::http::Http;
 
-/// Under which the proxy says where it takes registrations.
+/// The key under which the proxy publishes the address at which it takes registrations.
 pub const PROXY_KEY: &str = "pd-sidecar/proxy";
-/// How long what it says holds, where the server forgets by itself.
+/// The lifetime of the published address, on servers that delete expired keys.
 pub const HOLDS: Duration = Duration::from_secs(15);
-/// How often it says it.
+/// The interval at which the proxy publishes its address again: a third of [`HOLDS`], so that one
+/// failed attempt does not remove the address.
 pub const EVERY: Duration = Duration::from_secs(5);
 
-/// The metadata server did not do what it was asked.
+/// A failed request to the metadata server.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Nobody answers.
+    /// The server does not answer.
     #[error("{server} is not reached: {why}")]
     Unreachable {
-        /// Its address.
+        /// The kind and address of the server, or the URL of the request.
         server: String,
-        /// Why.
+        /// The reason why the connection or the request failed.
         why: String,
     },
-    /// It answers something else than expected.
+    /// The server gives an unexpected answer.
     #[error("{server} answered {what}")]
     Unexpected {
-        /// Its address.
+        /// The kind and address of the server.
         server: String,
-        /// What.
+        /// The status or the part of the answer that is wrong.
         what: String,
     },
 }
 
-/// Keys in a metadata server. A connection is made for each question: there is one in seconds.
+/// Access to the keys of a metadata server. Each request may open a new connection, because requests
+/// are seconds apart.
 #[derive(Clone, Debug)]
 pub struct Store {
     metadata: Metadata,
@@ -54,16 +57,16 @@ pub struct Store {
 }
 
 impl Store {
-    /// The store in this server.
+    /// Makes a store for this server, without connecting to it.
     pub fn new(metadata: Metadata) -> Self {
         let http = Http::default();
         Self { metadata, http }
     }
 
-    /// The value of a key, if it has one.
+    /// Returns the value of a key, or `None` if the key does not exist.
     ///
     /// # Errors
-    /// The server is away or broken.
+    /// Fails if the server does not answer in time, or gives an unexpected answer.
     pub async fn find(&self, key: &str) -> Result<Option<String>, StoreError> {
         self.bounded(async {
             match &self.metadata {
@@ -86,10 +89,12 @@ impl Store {
         .await
     }
 
-    /// Gives a key a value, for `holds` where the server can forget (Mooncake's HTTP server cannot).
+    /// Sets the value of a key. The key expires after `holds`, except on Mooncake's HTTP server, which
+    /// keeps keys for ever.
     ///
     /// # Errors
-    /// It may not have it.
+    /// Fails if the server does not answer in time, or gives an unexpected answer. The server may
+    /// nevertheless have stored the value.
     pub async fn publish(&self, key: &str, value: &str, holds: Duration) -> Result<(), StoreError> {
         self.bounded(async {
             match &self.metadata {
@@ -146,6 +151,7 @@ impl Store {
         command.query_async(&mut connection).await.map_err(failed)
     }
 
+    /// Fails work that takes longer than [`ANSWER_TIMEOUT`], so that a silent server delays no caller.
     async fn bounded<T>(
         &self,
         work: impl Future<Output = Result<T, StoreError>>,
@@ -171,10 +177,11 @@ fn b64(text: &str) -> String {
     STANDARD.encode(text)
 }
 
-/// Keys of ours have no character that a query has to escape but the slash, which it may hold.
+/// Returns the URL of a key. The keys of this crate contain no character that a query must escape: a
+/// query may contain a slash.
 fn with_key(url: &str, key: &str) -> String {
     format!("{url}?key={key}")
 }
 
-/// A metadata server answers within milliseconds.
+/// The time limit of one request. A healthy metadata server answers within milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,8 +1,8 @@
-//! The metadata server, as `mooncake.json` names it.
+//! The metadata server that `mooncake.json` names.
 
 use std::fmt;
 
-/// A metadata server, with the base URL at which it is asked.
+/// A metadata server with the base URL of its requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Metadata {
     /// etcd's JSON gateway.
@@ -13,24 +13,26 @@ pub enum Metadata {
     Http(String),
 }
 
-/// What is wrong with `metadata_server` or `metadata_backend`.
+/// An error in `metadata_server` or `metadata_backend`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetadataError {
-    /// Of the backend.
+    /// `metadata_backend`, or the scheme of `metadata_server`, names no known kind of server.
     #[error("`{0}` is none of etcd, redis, http")]
     Backend(String),
-    /// Of the server.
+    /// `metadata_server` has no host, or contains white space.
     #[error("`{0}` names no server")]
     Server(String),
 }
 
 impl Metadata {
-    /// Reads both; `None` for `P2PHANDSHAKE`, by which Mooncake's sides do without a server.
+    /// Parses the two values of `mooncake.json`. Returns `None` for the server `P2PHANDSHAKE`, with which
+    /// Mooncake uses no metadata server.
     ///
-    /// Without a backend the URL's scheme decides, and without one it is etcd, as for Mooncake.
+    /// If `backend` is absent, the scheme of `server` selects the kind. If the scheme is absent too, the
+    /// kind is etcd, as in Mooncake.
     ///
     /// # Errors
-    /// Neither can be used.
+    /// Fails if the kind is unknown, if `server` has no host, or if it contains white space.
     pub fn parse(server: &str, backend: Option<&str>) -> Result<Option<Self>, MetadataError> {
         let server = server.trim();
         if server.eq_ignore_ascii_case("P2PHANDSHAKE") {
@@ -73,7 +75,7 @@ impl fmt::Display for Metadata {
             Self::Redis(url) => ("redis", url),
             Self::Http(url) => ("http", url),
         };
-        // A password in the URL is nobody's business.
+        // Logs and error texts show this value, so it must not contain the password of the URL.
         let shown = match url.split_once("://") {
             Some((_, rest)) => rest.rsplit('@').next().unwrap_or(rest),
             None => url,

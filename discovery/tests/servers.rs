@@ -1,5 +1,5 @@
-//! Real metadata servers: etcd and Redis, whose programs `PD_TEST_ETCD` and `PD_TEST_REDIS` name, and
-//! an HTTP server with the interface of Mooncake's.
+//! Tests with real metadata servers: the etcd and Redis programs that `PD_TEST_ETCD` and `PD_TEST_REDIS`
+//! name, and an HTTP server with the interface of Mooncake's server.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use discovery::{Metadata, PROXY_KEY, Store, StoreError};
 
-/// A server with its own data, ended with the test.
+/// A server with its own data folder; stopped at the end of the test.
 struct Server(
     Child,
     #[expect(dead_code, reason = "removed when it is dropped")] tempfile::TempDir,
@@ -23,7 +23,7 @@ impl Drop for Server {
     }
 }
 
-/// Starts the program that a variable names. `None`, loudly, if it names none.
+/// Starts the program that a variable names. Prints a note and returns `None` if the variable is empty.
 fn start(variable: &str, arguments: impl Fn(&str) -> Vec<String>) -> Option<Server> {
     let program = std::env::var(variable).unwrap_or_default();
     if program.is_empty() {
@@ -44,7 +44,8 @@ fn start(variable: &str, arguments: impl Fn(&str) -> Vec<String>) -> Option<Serv
     Some(Server(child, folder))
 }
 
-/// A port that was free a moment ago, and that no outgoing connection takes: Linux takes those from 32768 up.
+/// Returns a free port below 32768, where Linux's ports for outgoing connections begin: no outgoing
+/// connection can take the port before the server binds it.
 fn free_port() -> u16 {
     let start = RandomState::new().build_hasher().finish() % 12_000;
     let mut ports =
@@ -78,7 +79,7 @@ async fn check(store: &Store, forgets: bool) {
     if forgets {
         let deadline = Instant::now() + Duration::from_secs(15);
         while store.find(PROXY_KEY).await.unwrap().is_some() {
-            assert!(Instant::now() < deadline, "it holds for ever");
+            assert!(Instant::now() < deadline, "the key does not expire");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -137,7 +138,7 @@ async fn http() {
     .await;
 }
 
-/// One request a connection: GET and PUT of `/metadata?key=K`.
+/// Answers one request of a connection: GET or PUT of `/metadata?key=K`.
 fn answer(stream: TcpStream, keys: &mut HashMap<String, Vec<u8>>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let (mut line, mut length) = (String::new(), 0);
