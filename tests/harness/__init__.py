@@ -1,1 +1,1 @@
-"""Real processes for tests, the demo and the benchmarks: engines, sidecars, the proxy."""
+"""Starts real processes for tests, the demo and the benchmarks: engines, sidecars, the proxy."""

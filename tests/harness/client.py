@@ -1,4 +1,4 @@
-"""A small HTTP client: JSON calls, and completions that are streamed and can be left at any point."""
+"""A small HTTP client: JSON calls, and streamed completions that a test can abort at any point."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-# Longer than anything here may take; a test's own bounds are tighter.
+# Longer than any request of the tests may take. Tests set tighter bounds of their own.
 TIMEOUT_S = 120.0
 
 
 class HttpError(Exception):
-    """An answer other than 2xx."""
+    """Reports an answer with a status other than 2xx."""
 
     def __init__(self, status: int, body: str) -> None:
         super().__init__(f"HTTP {status}: {body[:500]}")
@@ -25,19 +25,19 @@ class HttpError(Exception):
 
 @dataclass
 class Answer:
-    """One completion, as it came."""
+    """One completion as the client received it."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    # From sending the request to its first token, and to its end.
+    # Seconds from sending the request to the first token, and to the end of the answer.
     first_s: float = 0.0
     total_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
 
 
 def call(url: str, body: object = None, *, method: str | None = None, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-    """One request; `body` goes as JSON. Returns status and text, whatever the status."""
+    """Sends one request with `body` as JSON. Returns status and text, whatever the status is."""
     with _Exchange(url, body, method=method, timeout_s=timeout_s) as exchange:
         return exchange.response.status, exchange.response.read().decode(errors="replace")
 
@@ -66,7 +66,7 @@ def complete(
     timeout_s: float = TIMEOUT_S,
     **more: object,
 ) -> Answer:
-    """A greedy streamed completion with the token ids; `more` goes into the body."""
+    """Returns a greedy, streamed completion with its token ids. `more` holds further fields of the request body."""
     body = {
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -94,7 +94,10 @@ def complete(
 
 
 class Stream:
-    """Server-sent events of one request. Leaving the `with` block closes the connection, wherever the stream is."""
+    """The server-sent events of one request.
+
+    Leaving the `with` block closes the connection, even in the middle of the stream.
+    """
 
     def __init__(
         self, url: str, body: object, *, headers: dict[str, str] | None = None, timeout_s: float = TIMEOUT_S
@@ -112,7 +115,10 @@ class Stream:
         self._exchange.close()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The events up to `[DONE]`. Raises `HttpError` for an error inside the stream, or if it ends without one."""
+        """Yields the events up to `[DONE]`.
+
+        Raises `HttpError` for an error event, or if the stream ends without `[DONE]`.
+        """
         for line in self._exchange.response:
             if not line.startswith(b"data:"):
                 continue
@@ -122,14 +128,14 @@ class Stream:
             event = json.loads(data)
             if "error" in event:
                 code = event["error"].get("code")
-                # The engine's own errors have a status there, the proxy's a word.
+                # The code of an engine's error is an HTTP status; the code of the proxy's error is text.
                 raise HttpError(code if isinstance(code, int) else 500, data.decode())
             yield event
         raise HttpError(0, "the stream ended without [DONE]")
 
 
 class _Exchange:
-    """One connection with one request sent and the head of its answer read."""
+    """A connection on which one request was sent and the status and headers of the answer were read."""
 
     def __init__(
         self,

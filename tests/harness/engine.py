@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU."""
+"""Runs real vLLM on the CPU."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.progress import Progress
 
-# 30 s alone on two cores, about 60 s beside a second one that starts; five times that for a slow machine.
+# On two cores a start takes 30 s alone, and about 60 s beside a second start. A slow machine gets five times as long.
 START_BOUND_S = 300.0
 
-# Enough for the tests' prompts, and for a pair to fit a small machine: 8192 blocks of 32 tokens.
+# 8192 blocks of 32 tokens: enough for the prompts of the tests, and two engines still fit on a small machine.
 KV_CACHE_GIB = 1
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What differs between instances."""
+    """The options that differ between instances."""
 
     name: str
     model: Path
     block_size: int = 32
     batched_tokens: int | None = None
-    # Value of --kv-transfer-config; none for a plain instance.
+    # The value of --kv-transfer-config. None: an instance without a connector.
     kv_transfer: dict[str, Any] | None = None
-    # Core of its worker thread; two engines on one core would measure each other. Further workers take those after it.
+    # The core of the first worker's thread; further workers take the next cores. Two engines on one core would slow
+    # each other down.
     core: int = 0
-    # Tensor-parallel workers, each a process.
+    # Number of tensor-parallel workers; each worker is a process.
     workers: int = 1
     lora: dict[str, Path] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
@@ -45,7 +46,10 @@ class EngineOptions:
 
 
 class Engine(Part):
-    """One instance with a port that outlives its process. `start` returns at once, `wait_for` when it serves."""
+    """One instance. It keeps its port when its process restarts.
+
+    `start` returns at once; `wait_for` returns when the instance serves.
+    """
 
     def __init__(self, options: EngineOptions, logs: Path) -> None:
         self.options = options
@@ -78,9 +82,9 @@ class Engine(Part):
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core(options.core + i)) for i in range(options.workers)),
             "OMP_NUM_THREADS": "1",
-            # For /reset_prefix_cache.
+            # vLLM serves /reset_prefix_cache only in this mode.
             "VLLM_SERVER_DEV_MODE": "1",
-            # Nothing is fetched and nothing is reported.
+            # The engine must not use the network: it downloads nothing and reports nothing.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -104,12 +108,12 @@ class Engine(Part):
         return PromptTokens.of(self.metrics())
 
     def requests(self) -> int:
-        """Requests that it has, waiting ones included."""
+        """Returns the number of running and waiting requests."""
         metrics = self.metrics()
         return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))
 
     def cache_usage(self) -> float:
-        """Share of the KV blocks that requests hold."""
+        """Returns the share of the KV blocks that requests hold, from 0 to 1."""
         return self.metrics().sum("vllm:kv_cache_usage_perc")
 
     def reset_prefix_cache(self) -> None:
@@ -117,7 +121,7 @@ class Engine(Part):
         assert status == 200, text
 
     def warm_up(self) -> None:
-        """One short request, so that the first measured one does not pay for what every first one pays."""
+        """Sends one short request: the first request after a start is slower and would distort a measurement."""
         complete(self.url, [2, 3, 4], max_tokens=2)
 
     def kill_core(self) -> None:
@@ -130,7 +134,7 @@ class Engine(Part):
         os.kill(int(cores[0]), signal.SIGKILL)
 
     def stage(self) -> str:
-        """What it does while it starts, for people."""
+        """Returns a short text for people: the current step of the start."""
         assert self.process is not None
         output = self.process.output()
         for sign, stage in _STAGES:
@@ -140,7 +144,10 @@ class Engine(Part):
 
 
 def wait_for(engines: Sequence[Engine], progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
-    """Returns when `/health` of all of them answers 200. Raises `ProcessFailed` with a log's tail if one will not."""
+    """Returns when `/health` of all engines answers 200.
+
+    Raises `ProcessFailed` with the end of a log if an engine ends, or does not answer within `bound_s`.
+    """
     deadline = time.monotonic() + bound_s
     waiting = dict.fromkeys(engines, "")
     while waiting:
@@ -163,7 +170,7 @@ def wait_for(engines: Sequence[Engine], progress: Progress | None = None, bound_
         time.sleep(0.2)
 
 
-# What appears in the log, latest first.
+# Lines of vLLM's log and the step of the start that each one marks, last step first.
 _STAGES = (
     ("Starting vLLM server", "starting its HTTP server"),
     ("init engine", "engine ready"),
@@ -175,6 +182,6 @@ _STAGES = (
 
 
 def core(index: int) -> int:
-    """The `index`th core that this process may use; they are used in turn."""
+    """Returns the `index`th core that this process may use. After the last core it begins again with the first."""
     cores = sorted(os.sched_getaffinity(0))
     return cores[index % len(cores)]

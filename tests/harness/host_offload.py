@@ -1,7 +1,8 @@
-"""vLLM's CPU offloading where the engine's own memory is host memory, too: for engines of the CPU build.
+"""Makes vLLM's CPU offloading work on vLLM's CPU build, where the engine's own memory is host memory, too.
 
-Everything but the copy itself is vLLM's: its OffloadingConnector, scheduler and manager. Its own worker copies by CUDA
-streams and refuses to start without a GPU.
+This module replaces only the worker, because vLLM's own worker copies with CUDA streams and does not start without a
+GPU. The OffloadingConnector, the scheduler and the manager are vLLM's. To use the module, set in the connector's
+configuration:
 
     "spec_name": "HostOffloadingSpec", "spec_module_path": "harness.host_offload"
 """
@@ -17,16 +18,16 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 
 class HostOffloadingSpec(CPUOffloadingSpec):  # type: ignore[misc]
-    """Keeps blocks in another piece of host memory."""
+    """Keeps offloaded blocks in a second region of host memory."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self.blocks_per_chunk != 1:
-            raise ValueError(f"a chunk of {self.blocks_per_chunk} blocks; this worker copies single ones")
+            raise ValueError(f"a chunk has {self.blocks_per_chunk} blocks; this worker supports 1 block per chunk")
         return HostWorker(kv_caches, self.num_chunks)
 
 
 class HostWorker(OffloadingWorker):  # type: ignore[misc]
-    """Copies at once."""
+    """Copies blocks inside the call that submits them."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, chunks: int) -> None:
         self._pages = [cache.tensor.view(torch.int8) for cache in kv_caches.tensors]
@@ -44,7 +45,7 @@ class HostWorker(OffloadingWorker):  # type: ignore[misc]
         return done
 
     def wait(self, job_ids: set[int]) -> None:
-        """Nothing is ever under way."""
+        """Returns at once: each copy has ended before its submission returns."""
 
     def _copy(self, job_id: int, sources: list[Any], take: Any, sinks: list[Any], put: Any) -> bool:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Reading Prometheus text."""
+"""Reads metrics in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class Metrics:
-    """All samples of one scrape."""
+    """The samples of one scrape."""
 
     def __init__(self, text: str) -> None:
         self._samples: list[tuple[str, dict[str, str], float]] = []
@@ -30,7 +30,10 @@ class Metrics:
         return cls(text)
 
     def sum(self, name: str, **labels: str) -> float:
-        """The sum over all samples of this name with these labels; a counter's `_total` may be left out."""
+        """Returns the sum of all samples with this name and these labels.
+
+        The name of a counter may be given without its suffix `_total`.
+        """
         names = (name, f"{name}_total")
         return sum(
             value
@@ -39,7 +42,7 @@ class Metrics:
         )
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """The sums by the value of one label, zeros left out."""
+        """Returns the sum of the samples for each value of one label, without zeros."""
         values: dict[str, float] = {}
         for sample, own, value in self._samples:
             if sample in (name, f"{name}_total") and value:
@@ -49,7 +52,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Where the prompt tokens of an engine's requests came from, by its own count."""
+    """The engine's own counts of prompt tokens, by the source of their KV.
+
+    `external` tokens came through the connector, `cached` tokens from the engine's prefix cache; the engine computed
+    the `computed` tokens.
+    """
 
     external: int
     cached: int

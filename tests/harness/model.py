@@ -1,7 +1,7 @@
-"""A Llama of 3.4 million random weights with a tokenizer of its own: small enough for two cores, nothing is fetched.
+"""Writes a Llama model with 3.4 million random weights and its own tokenizer, without any download.
 
-The weights are wide enough (standard deviation 0.2) that a greedy answer depends on every part of its prompt: KV that
-is wrong anywhere changes the text.
+The model is small enough for two cores. The standard deviation of the weights (0.2) is so large that a greedy answer
+depends on every part of its prompt: wrong KV anywhere changes the text.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ VOCABULARY = 2048
 MAX_POSITIONS = 8192
 WEIGHT_STD = 0.2
 
-# K and V of one token over all layers, float32.
+# Bytes of one token's K and V in all layers, in float32.
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_SIZE * 4
 
-# What the tokenizer learns from: text that every Python brings along.
+# The tokenizer learns from the source text of these modules, because every Python contains them.
 CORPUS = (argparse, subprocess, textwrap, os)
 
 CHAT_TEMPLATE = (
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# Rank and scale of the adapter: strong enough to change what the model says.
+# Rank and scale of the adapter: large enough that the adapter changes the model's answers.
 LORA_RANK = 8
 LORA_ALPHA = 64
 

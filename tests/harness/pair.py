@@ -1,4 +1,4 @@
-"""The whole: a prefill and a decode engine, a sidecar beside each, and the proxy in front."""
+"""Runs the whole system: a prefill and a decode engine, a sidecar beside each, and the proxy in front."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
 
-# 64 chunks: eight requests of 1500 tokens at once, with some to spare.
+# 64 chunks: more than eight requests of 1500 tokens need at the same time.
 BUFFER_BYTES = 64 * CHUNK_BYTES
 
 
 @dataclass
 class PairOptions:
-    """What a user of the pair may choose."""
+    """The options of a pair."""
 
     model: Path
     logs: Path
     prefill_block: int = 32
     prefill_batched_tokens: int | None = 256
     decode_block: int = 64
-    # Tensor-parallel workers of each side, and the ranks that KV is cut into between them.
+    # Number of tensor-parallel workers of each side, and number of ranks into which the KV is divided.
     prefill_workers: int = 1
     decode_workers: int = 1
     ranks: int = 1
-    # Before the names of its parts, and so of their logs.
+    # Prefix of the names of the processes and of their log files.
     prefix: str = ""
     transport: str = "auto"
-    # Of each rank.
+    # Size of each rank's buffer.
     buffer_bytes: int = BUFFER_BYTES
     more: tuple[str, ...] = ()
     lora: dict[str, Path] = field(default_factory=dict)
@@ -52,17 +52,17 @@ class PairOptions:
 
 @dataclass(frozen=True)
 class Moved:
-    """One request through the proxy with everything that its parts say about it."""
+    """One request through the proxy, with its answer, its records and its token counts."""
 
     answer: Answer
     request_id: str
-    # Of the decode engine, for this request alone.
+    # The decode engine's counts, for this request alone.
     tokens: PromptTokens
     sender: dict[str, Any]
     receiver: dict[str, Any]
 
     def check(self, expect: list[int], prompt_tokens: int, *, cached: int = 0) -> None:
-        """The text is right, and it is right because the KV was moved and used."""
+        """Asserts that the text is right, and that it is right because the KV was moved and used."""
         assert self.answer.token_ids == expect
         check_tokens(self.tokens, prompt_tokens, cached=cached)
         wanted = (prompt_tokens - cached) * KV_BYTES_PER_TOKEN
@@ -73,15 +73,20 @@ class Moved:
 
 
 def check_tokens(tokens: PromptTokens, prompt_tokens: int, *, cached: int = 0, requests: int = 1) -> None:
-    """The decode engine took all of its prompts' KV from outside or from its own cache, but for the last token of
-    each request, which every engine computes."""
+    """Asserts that the decode engine computed at most the last token of each request, as every engine must.
+
+    All other KV came through the connector or from the engine's own cache.
+    """
     assert tokens.external + tokens.cached + tokens.computed == prompt_tokens, tokens
     assert tokens.computed <= requests, tokens
     assert tokens.external >= prompt_tokens - cached - requests, tokens
 
 
 class Pair:
-    """Two engines, two sidecars, one proxy. `start` starts all at once, `wait` returns when requests can go through."""
+    """Two engines, two sidecars, one proxy.
+
+    `start` starts all of them at the same time; `wait` returns when the pair can answer requests.
+    """
 
     def __init__(self, options: PairOptions, folder: Path) -> None:
         self.options = options
@@ -111,6 +116,7 @@ class Pair:
         self._standard = {part.name: replace(part.options) for part in (self.sender, self.receiver)}
 
     def start(self, progress: Progress | None = None) -> None:
+        """Starts all processes and returns when the sidecars listen; the engines are then still loading."""
         self.proxy.start()
         if progress is not None:
             progress.say("starting two vLLM instances and their sidecars (half a minute to a minute and a half)")
@@ -122,7 +128,7 @@ class Pair:
                 progress.say(f"{sidecar.name}: listening, admin server at {sidecar.admin}")
 
     def wait(self, progress: Progress | None = None) -> None:
-        """Returns when both engines serve, both sidecars are ready, and the proxy knows them."""
+        """Returns when both engines serve, both sidecars are ready, and both are registered with the proxy."""
         wait_for((self.decode, self.prefill), progress)
         self.wait_sidecars()
         if progress is not None:
@@ -131,13 +137,13 @@ class Pair:
             engine.warm_up()
 
     def wait_sidecars(self, bound_s: float = 30.0) -> None:
-        """Returns when pushes can go through: after a restart of sidecars, proxy or engines."""
+        """Returns when the sidecars and the proxy are ready again after a restart of sidecars, proxy or engines."""
         self.sender.wait_ready(bound_s)
         self.receiver.wait_ready(bound_s)
         self.proxy.wait_ready(bound_s)
 
     def restart_sidecars(self, *, landing_bytes: int | None = None, **changes: Any) -> None:
-        """Restarts only the sidecars, in the standard set-up but for `changes`: the engines find them again."""
+        """Restarts only the sidecars, with the standard options and `changes`. The engines reconnect by themselves."""
         for sidecar in (self.receiver, self.sender):
             sidecar.options = replace(self._standard[sidecar.name], **changes)
             sidecar.stop()
@@ -148,7 +154,7 @@ class Pair:
         self.wait_sidecars()
 
     def restore(self) -> None:
-        """Back to the standard set-up, if anything differs from it or does not run."""
+        """Restarts the sidecars with the standard options, if an option differs or a sidecar does not run."""
         parts = (self.receiver, self.sender)
         if any(part.options != self._standard[part.name] or not part.running for part in parts):
             self.restart_sidecars()
@@ -158,7 +164,7 @@ class Pair:
             engine.reset_prefix_cache()
 
     def stop(self) -> None:
-        """Stops everything, in the order that lets each part say goodbye."""
+        """Stops everything, in an order in which each part can still tell the others that it leaves."""
         parts = (self.proxy, self.sender, self.receiver, self.prefill, self.decode)
         errors = []
         for part in parts:
@@ -170,7 +176,7 @@ class Pair:
             raise errors[0]
 
     def another_decoder(self, folder: Path) -> tuple[Engine, Sidecar]:
-        """A second decode instance, not started, that registers with the same proxy."""
+        """Makes a second decode instance that registers with the same proxy, without starting it."""
         options = replace(self._standard[self.receiver.name], engine_url="")
         sidecar = Sidecar(options, folder, self.options.logs, name="second-receiver")
         engine = Engine(
@@ -181,16 +187,19 @@ class Pair:
         return engine, sidecar
 
     def leave_running(self) -> list[int]:
-        """Lets all of it outlive this interpreter. Returns the process groups, for whoever stops them."""
+        """Lets all processes outlive this interpreter. Returns their process groups, so that a user can stop them."""
         self.left_running = True
         return leave_running()
 
     def complete(self, prompt: str | list[int], *, max_tokens: int = 24, **more: Any) -> Answer:
-        """A completion through the proxy."""
+        """Sends a completion through the proxy and returns the answer."""
         return complete(self.proxy.url, prompt, max_tokens=max_tokens, **more)
 
     def move(self, prompt: str | list[int], *, max_tokens: int = 24, **more: Any) -> Moved:
-        """A completion through the proxy, alone, with the records and counters of it."""
+        """Sends a completion through the proxy; returns the answer with its records and token counts.
+
+        No other request may run at the same time, because the engine's counters do not tell requests apart.
+        """
         before = self.decode.prompt_tokens()
         answer = self.complete(prompt, max_tokens=max_tokens, **more)
         request_id = answer.headers["x-request-id"]
@@ -198,7 +207,10 @@ class Pair:
         return Moved(answer, request_id, self.prompt_tokens_since(before, 1), sender, receiver)
 
     def prompt_tokens_since(self, before: PromptTokens, at_least: int) -> PromptTokens:
-        """The decode engine's prompt tokens since `before`; its counters may come a moment after its answers."""
+        """Returns the decode engine's prompt tokens since `before`.
+
+        Waits up to 5 s for `at_least` tokens, because the counters change a moment after the answer.
+        """
         deadline = time.monotonic() + 5.0
         while True:
             tokens = self.decode.prompt_tokens() - before
@@ -207,7 +219,7 @@ class Pair:
             time.sleep(0.05)
 
     def wait_empty(self, bound_s: float = 15.0) -> None:
-        """Returns when no request, no slot and no KV block is held anywhere."""
+        """Returns when no engine and no sidecar holds a request, a slot or a KV block."""
         self.wait_engines_idle(bound_s)
         self.sender.wait_empty(bound_s)
         self.receiver.wait_empty(bound_s)
@@ -222,7 +234,7 @@ class Pair:
                 time.sleep(0.05)
 
     def restart_engines(self, prefill_workers: int, decode_workers: int) -> None:
-        """Restarts those that are to have another number of workers; the sidecars stay as they are."""
+        """Restarts the engines whose number of workers changes. The sidecars keep running."""
         changed = []
         for engine, options in (
             (self.prefill, self._prefill(prefill_workers)), (self.decode, self._decode(decode_workers)),
@@ -289,8 +301,8 @@ class Pair:
 
 @contextlib.contextmanager
 def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[Pair]:
-    """A pair that serves; it is gone when the block is left, however that happens, unless it was left running."""
-    # Not below the repository: the path of a unix socket has at most 107 bytes.
+    """Starts a pair and yields it when it serves. Stops it at the end of the block, unless it was left running."""
+    # Not below the repository: a longer folder name could exceed the 107 bytes of a unix socket's path.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     pair = Pair(options, folder)
     try:

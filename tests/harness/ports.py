@@ -1,19 +1,19 @@
-"""Ports that are free now and that no other part of this run gets."""
+"""Finds ports that are free now, and gives each port to only one part of this run."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-# Below Linux's range for outgoing connections (32768 up), so that none of those takes a port between our look
-# and the server's bind.
+# Below Linux's range for outgoing connections (from 32768). Otherwise an outgoing connection could take a port between
+# the check and the bind of the server.
 FIRST, LAST = 20_000, 32_000
 
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A TCP port on which nothing listens."""
+    """Returns a TCP port on which no process listens."""
     for _ in range(1000):
         port = random.randrange(FIRST, LAST)
         if port in _given:

@@ -1,8 +1,8 @@
-"""Child processes that cannot be left behind.
+"""Starts child processes and makes sure that none of them outlives the tests.
 
-Each child leads a process group of its own, so that the processes it starts (an engine has four) end with it. Groups
-are ended three ways: by `stop`, at the interpreter's exit, and by a guardian process (`reaper.py`) if the
-interpreter itself is killed.
+Each child leads its own process group, so that the processes that it starts end with it (an engine has four). A group
+ends in one of three ways: `stop` ends it, the interpreter ends it at exit, or a guardian process (`reaper.py`) ends it
+after the interpreter was killed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-# What a SIGTERM may take before it becomes a SIGKILL; vLLM needs about 3 s on two cores.
+# Time between SIGTERM and SIGKILL. vLLM needs about 3 s to end on two cores.
 STOP_GRACE_S = 20.0
 
-# What a killed process may take to vanish.
+# Time in which a killed process must disappear.
 KILL_GRACE_S = 10.0
 
 
 class ProcessFailed(RuntimeError):
-    """A child ended, or did not get ready in time. The message ends with the tail of its output."""
+    """Reports that a child ended, or was not ready in time. The message ends with the last lines of its output."""
 
 
 class Process:
-    """One child, started at once, with stdout and stderr in `log` (appended: a restart keeps the history)."""
+    """One child process. The constructor starts it and appends its stdout and stderr to `log`."""
 
     def __init__(
         self, name: str, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
@@ -62,7 +62,7 @@ class Process:
         return self._child.poll()
 
     def output(self) -> str:
-        """What this process has printed since its start."""
+        """Returns the output of this process since its start."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
@@ -71,23 +71,23 @@ class Process:
         return "\n".join(self.output().splitlines()[-lines:])
 
     def failure(self, what: str) -> ProcessFailed:
-        """An error that says what happened to this process, with the end of its output."""
+        """Returns an error with the text `what` and the last lines of the process's output."""
         return ProcessFailed(f"{self.name}: {what}\n--- last lines of {self.log} ---\n{self.tail()}\n---")
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the leader only."""
+        """Sends a signal to the group's leader only."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code. Raises `ProcessFailed` if it is still running after `timeout_s`."""
+        """Waits for the end and returns the exit code. Raises `ProcessFailed` after `timeout_s`."""
         try:
             return self._child.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise self.failure(f"still running {timeout_s:g} s after it was told to end") from None
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, and nothing of it is left when this returns."""
+        """Kills the whole group with SIGKILL. Returns when no process of the group is left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         deadline = time.monotonic() + KILL_GRACE_S
@@ -98,7 +98,7 @@ class Process:
         _groups.discard(self)
 
     def stop(self) -> None:
-        """SIGTERM to the leader, which ends its own children; SIGKILL to what is left after the grace period."""
+        """Sends SIGTERM to the leader, which ends its children. Kills what is left after `STOP_GRACE_S`."""
         self.signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_GRACE_S
         while time.monotonic() < deadline and not self._gone():
@@ -106,7 +106,7 @@ class Process:
         self.kill()
 
     def cpu_seconds(self) -> float:
-        """CPU time that the whole group has used, children that still run included."""
+        """Returns the CPU time of all running processes of the group."""
         ticks = 0
         for pid in group_members(self.pid):
             with contextlib.suppress(OSError):
@@ -119,7 +119,7 @@ class Process:
 
 
 class Part:
-    """A part of the system: what stays (name, ports, folder) while its processes come and go."""
+    """A part of the system. It keeps its name, ports and folder when its process is restarted."""
 
     process: Process | None = None
 
@@ -133,18 +133,18 @@ class Part:
         return self.process.pid
 
     def stop(self) -> None:
-        """Ends it in an orderly way; nothing if it was never started."""
+        """Stops the process with SIGTERM. Does nothing if it was never started."""
         if self.process is not None:
             self.process.stop()
 
     def kill(self) -> None:
-        """`kill -9`."""
+        """Kills the process with SIGKILL, as a crash would."""
         assert self.process is not None
         self.process.kill()
 
 
 def group_members(group: int) -> list[int]:
-    """Processes of a group that are not zombies."""
+    """Returns the ids of the group's processes, without zombies."""
     members = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -158,7 +158,7 @@ def group_members(group: int) -> list[int]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP unwind like Ctrl-C does, so that `finally` blocks run."""
+    """Makes SIGTERM and SIGHUP raise `KeyboardInterrupt` inside the block, so that `finally` blocks run."""
 
     def unwind(number: int, _frame: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
@@ -172,7 +172,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class _Groups:
-    """The groups that this interpreter has started and not ended, and the guardian that knows them too."""
+    """The groups that this interpreter has started and not ended. The guardian process has the same list."""
 
     def __init__(self) -> None:
         self._running: set[Process] = set()
@@ -213,7 +213,7 @@ _groups = _Groups()
 
 
 def leave_running() -> list[int]:
-    """Gives up all children: they outlive this interpreter. Returns their process groups."""
+    """Lets all children outlive this interpreter. Returns their process groups."""
     groups = sorted(process.pid for process in _groups._running)
     for process in list(_groups._running):
         _groups.discard(process)

@@ -1,4 +1,4 @@
-"""What a person sees while things start."""
+"""Prints the progress of long steps for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Progress:
-    """Prints one line per event, with the seconds since the start in front."""
+    """Prints one line per event. Each line begins with the seconds since the start."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Prompts as token ids, of exact lengths."""
+"""Makes prompts of exact lengths, as token ids."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import random
 
 from harness.model import VOCABULARY
 
-# Ids below are special tokens.
+# Lower ids are special tokens.
 FIRST_TOKEN = 2
 
 
 def prompt(tokens: int, seed: int) -> list[int]:
-    """Random tokens, the same for the same arguments."""
+    """Returns random tokens; the same arguments give the same tokens."""
     draw = random.Random(f"{tokens}/{seed}")
     return [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(tokens)]
 
 
-# Around the edges of a block (32 and 64), of a chunk (256), of a step of chunked prefill (256), and long ones.
+# Lengths just below and above a block (32 and 64 tokens), a chunk (256) and a step of chunked prefill (256), and long
+# prompts.
 LENGTHS = (1, 2, 31, 50, 64, 65, 255, 256, 257, 300, 511, 777, 1024, 1500)

@@ -1,4 +1,4 @@
-"""The proxy binary as a process."""
+"""Runs the proxy binary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD_BOUND_S = 5.0
 
 
 class Proxy(Part):
-    """One proxy with ports that outlive its process."""
+    """One proxy. It keeps its ports when its process restarts."""
 
     def __init__(self, logs: Path, flags: list[str] | None = None) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -27,7 +27,7 @@ class Proxy(Part):
         self._logs = logs
 
     def start(self) -> None:
-        """Starts it and returns when it listens; instances register afterwards."""
+        """Starts the proxy and returns when it listens. Instances register afterwards."""
         command: list[str | Path] = [
             BINARIES / "pd-proxy", "--listen", self.url.removeprefix("http://"),
             "--registration", self.registration, *self._flags,
@@ -37,7 +37,7 @@ class Proxy(Part):
 
     @contextlib.contextmanager
     def flags(self, *words: str) -> Iterator[None]:
-        """Inside, it runs with these flags too."""
+        """Restarts the proxy with additional flags for the duration of the block."""
         before = self._flags
         self._flags = [*before, *words]
         self.restart()
@@ -48,7 +48,7 @@ class Proxy(Part):
             self.restart()
 
     def add_flags(self, *words: str) -> None:
-        """From its next start on."""
+        """Adds flags that the proxy gets from its next start on."""
         self._flags = [*self._flags, *words]
 
     def restart(self) -> None:
@@ -56,7 +56,7 @@ class Proxy(Part):
         self.start()
 
     def wait_ready(self, bound_s: float = 30.0) -> None:
-        """Returns when it has a prefill and a decode instance that are ready."""
+        """Returns when the proxy has a ready prefill instance and a ready decode instance."""
         self._until("/ready", bound_s)
         assert self.process is not None
         deadline = time.monotonic() + bound_s
@@ -70,17 +70,20 @@ class Proxy(Part):
         return instances
 
     def records(self) -> list[dict[str, Any]]:
-        """The last requests that have ended, oldest first. One comes a moment after its client's answer."""
+        """Returns the records of the last ended requests, oldest first.
+
+        The proxy writes a record a moment after it has answered the client.
+        """
         records: list[dict[str, Any]] = get_json(f"{self.url}/requests")
         return records
 
     def record(self, request_id: str, *, moved: bool = False) -> dict[str, Any]:
-        """The record of a request; with `moved`, once the sender's word on its KV is in it too."""
+        """Returns the record of a request. With `moved`, waits until the record contains the sender's report."""
         return self._wait_for_records(lambda record: record["id"] == request_id, 1, moved)[0]
 
     @contextlib.contextmanager
     def recorded(self, count: int = 1, *, moved: bool = False) -> Iterator[list[dict[str, Any]]]:
-        """Gives a list that holds, after the block, the records of the requests that ended inside."""
+        """Yields a list. At the end of the block the list gets the records of the requests that ended inside it."""
         seen = {record["id"] for record in self.records()}
         records: list[dict[str, Any]] = []
         yield records
@@ -95,7 +98,9 @@ class Proxy(Part):
             complete = all(not moved or record["moved"] or record["alone"] for record in records)
             if len(records) >= count and complete:
                 return records
-            assert time.monotonic() < deadline, f"{count} records wanted, {'moved' if moved else ''}: {records}"
+            assert time.monotonic() < deadline, (
+                f"waited for {count} records{' of moved KV' if moved else ''}: {records}"
+            )
             time.sleep(0.02)
 
     def metrics(self) -> Metrics:

@@ -1,7 +1,7 @@
-"""The guardian: kills the process groups that its parent still had when the parent vanished.
+"""The guardian process: kills the process groups that its parent leaves behind.
 
-Reads `+GROUP` and `-GROUP` lines from stdin; at its end, which a killed parent causes too, every group that was added
-and not taken away gets SIGKILL.
+Reads the lines `+GROUP` and `-GROUP` from stdin. When stdin ends, which also happens when the parent is killed, the
+guardian sends SIGKILL to each group that was added and not removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plain instance answers: the text that a transfer must not change."""
+"""Gives the answers of an instance without a connector: a transfer must not change these texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.engine import Engine
 
 
 class Reference:
-    """A plain instance, without connector and without prefix cache, that remembers its answers."""
+    """An instance without connector and prefix cache. This class caches its answers."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -19,15 +19,15 @@ class Reference:
         self._asking = threading.Lock()
 
     def token_ids(self, prompt: list[int], *, max_tokens: int = 24, **more: Any) -> list[int]:
-        """The greedy continuation."""
+        """Returns the greedy continuation of a prompt."""
         key = json.dumps([prompt, max_tokens, more], sort_keys=True)
-        # One at a time: the answer of an idle instance is what counts.
+        # One request at a time: requests in one batch can change each other's roundings.
         with self._asking:
             if key not in self._answers:
                 self._answers[key] = complete(self.engine.url, prompt, max_tokens=max_tokens, **more).token_ids
             return self._answers[key]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Any other request, as JSON."""
+        """Sends any other request and returns its JSON answer."""
         with self._asking:
             return post_json(self.engine.url + path, body)

@@ -1,4 +1,4 @@
-"""The sidecar binary as a process."""
+"""Runs the sidecar binary."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from harness.ports import free_port
 from harness.process import Part, Process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# A bundle for a GPU host has them elsewhere.
+# In a bundle for a GPU host, PD_GPU_BINARIES names the folder of the binaries.
 _BUILT = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
 BINARIES = Path(os.environ.get("PD_GPU_BINARIES") or _BUILT)
 
-# Tokens of a chunk: LMCache's default, and ours.
+# Tokens per chunk: the default of LMCache and of the sidecar.
 CHUNK_TOKENS = 256
 
 START_BOUND_S = 15.0
 
-# Set to 1, every sidecar runs with --no-push: then every test that claims a transfer has to fail.
+# If PD_TEST_NO_PUSH is 1, every sidecar runs with --no-push. Every test that checks a transfer must then fail.
 NO_PUSH = os.environ.get("PD_TEST_NO_PUSH") == "1"
 
 
 @dataclass
 class SidecarOptions:
-    """What differs between sidecars; all of it may be changed between `stop` and `start`."""
+    """The options of a sidecar. A test may change them between `stop` and `start`, except `ranks`."""
 
     role: str
     buffer_bytes: int
     engine_url: str = "http://127.0.0.1:1"
     proxy: str | None = None
     transport: str = "auto"
-    # pd_buffer_device.
+    # The value of pd_buffer_device.
     device: str = "cpu"
-    # Each with a buffer of its own; fixed when the sidecar is made, as the ports are.
+    # Number of ranks, each with its own buffer. Fixed when the sidecar is made, because its ports are fixed then.
     ranks: int = 1
     no_push: bool = NO_PUSH
-    # Keys below `sidecar:` of the file.
+    # Keys below `sidecar:` in the configuration file.
     keys: dict[str, object] = field(default_factory=dict)
-    # LMCache's keys, at the top of the file.
+    # LMCache's keys, at the top level of the configuration file.
     lmcache: dict[str, object] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
-    # What runs the binary: another network, another view of the processes.
+    # A command that runs the binary, for example in another network namespace. Empty: the binary runs directly.
     within: list[str] = field(default_factory=list)
 
 
 class Sidecar(Part):
-    """One sidecar with ports, socket and configuration file that outlive its process."""
+    """One sidecar. It keeps its ports, its socket and its configuration file when its process restarts."""
 
     def __init__(self, options: SidecarOptions, folder: Path, logs: Path, name: str | None = None) -> None:
         self.options = options
@@ -63,7 +63,7 @@ class Sidecar(Part):
         self.host = "127.0.0.1"
         self.init_ports = [free_port() for _ in range(options.ranks)]
         self.alloc_ports = [free_port() for _ in range(options.ranks)]
-        # Of rank 0; with several ranks those after it would have to be free, too.
+        # The port of rank 0. With several ranks the next ports would have to be free, too, so the system chooses.
         self.tcp_port = free_port() if options.ranks == 1 else 0
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"
@@ -72,16 +72,16 @@ class Sidecar(Part):
 
     @property
     def init_port(self) -> int:
-        """Of rank 0."""
+        """Returns the handshake port of rank 0."""
         return self.init_ports[0]
 
     @property
     def alloc_port(self) -> int:
-        """Of rank 0."""
+        """Returns the allocation port of rank 0."""
         return self.alloc_ports[0]
 
     def start(self) -> None:
-        """Starts it and returns when its admin server answers; `/ready` needs an engine and comes later."""
+        """Starts the sidecar and returns when its admin server answers. `/ready` needs an engine and comes later."""
         assert self.process is None or not self.process.alive
         self.configure()
         self.process = Process(
@@ -93,7 +93,7 @@ class Sidecar(Part):
         self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
 
     def configure(self) -> Path:
-        """Writes its configuration, and returns the file: for whoever else starts it."""
+        """Writes the configuration file and returns its path, for a test that starts the binary itself."""
         self._config.write_text(self._yaml())
         return self._config
 
@@ -111,7 +111,7 @@ class Sidecar(Part):
         self._until(lambda: self._answers("/ready"), bound_s, "not ready")
 
     def restart(self) -> None:
-        """Stops it and starts it with the options as they are now."""
+        """Stops the sidecar and starts it with the current options."""
         self.stop()
         self.start()
 
@@ -123,16 +123,22 @@ class Sidecar(Part):
         return status
 
     def records(self) -> list[dict[str, Any]]:
-        """The last 256 requests that have ended, oldest first."""
+        """Returns the records of the last 256 ended requests, oldest first."""
         records: list[dict[str, Any]] = get_json(f"{self.admin}/requests")
         return records
 
     def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
-        """The record of a request, which may come a moment after the client's answer."""
+        """Returns the record of a request: of its last rank, if there are several.
+
+        Waits up to `bound_s`, because the sidecar may write the record a moment after the client's answer.
+        """
         return self.record_of_each_rank(request_id, bound_s)[-1]
 
     def record_of_each_rank(self, request_id: str, bound_s: float = 5.0) -> list[dict[str, Any]]:
-        """The records of a request, one a rank, in their order; each may come a moment after the client's answer."""
+        """Returns the records of a request, one per rank, in the order of the ranks.
+
+        Waits up to `bound_s`, because the sidecar may write the records a moment after the client's answer.
+        """
         deadline = time.monotonic() + bound_s
         while True:
             found = {record["rank"]: record for record in self.records() if record["req"] == request_id}
@@ -146,7 +152,7 @@ class Sidecar(Part):
             time.sleep(0.02)
 
     def slots(self) -> tuple[int, int, int]:
-        """Free, held and quarantined slots, all ranks."""
+        """Returns the numbers of free, held and quarantined slots, summed over all ranks."""
         free, held, quarantined = (
             sum(rank[kind] for rank in self.status()["ranks"]) for kind in ("free", "held", "quarantined")
         )
@@ -173,7 +179,7 @@ class Sidecar(Part):
             time.sleep(0.02)
 
     def _hints(self) -> str:
-        """What it says of itself, for failures."""
+        """Returns the sidecar's readiness and status, for the text of a failure."""
         try:
             paths = ("/ready", "/status")
             return "".join(f"\n{path}: {call(self.admin + path, timeout_s=2.0)[1].strip()}" for path in paths)
@@ -181,7 +187,7 @@ class Sidecar(Part):
             return f"\n(no answer: {error})"
 
     def _yaml(self) -> str:
-        """JSON is YAML."""
+        """Returns the configuration file as JSON, which is also YAML."""
         options = self.options
         values: dict[str, object] = {
             "enable_pd": True,
@@ -214,5 +220,5 @@ class Sidecar(Part):
         return json.dumps(values, indent=2) + "\n"
 
     def _env(self) -> dict[str, str]:
-        # The NIXL library is found in the environment that this Python runs in.
+        # The sidecar looks for the NIXL library in the environment that VIRTUAL_ENV names.
         return {"VIRTUAL_ENV": sys.prefix, **self.options.env}

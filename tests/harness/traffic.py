@@ -1,4 +1,4 @@
-"""Requests without pause, from several clients, while something else happens to the processes."""
+"""Sends requests from several clients without a pause while a test stops or restarts processes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from harness.client import Answer, HttpError
 from harness.pair import Pair
 from harness.prompts import prompt
 
-# Around one chunk, and several.
+# Prompt lengths: less than one chunk of 256 tokens, and several chunks.
 LENGTHS = (200, 600, 1200)
 
-# A client that was refused tries again, but not at once.
+# A refused client waits so long before its next request.
 ERROR_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
 class Result:
-    """One request's end."""
+    """The outcome of one request."""
 
     prompt: list[int]
     began: float
     seconds: float
-    # What the client got: an answer, or a clean error (an HTTP status, or an error event in the stream).
+    # The client got either an answer or an error (an HTTP status, or an error event in the stream).
     answer: Answer | None
     error: str | None
 
 
 class Traffic:
-    """Inside the `with` block every client sends one request after another, no two alike."""
+    """Several clients; inside the `with` block each sends one request after another. No two prompts are equal."""
 
     def __init__(self, pair: Pair, *, clients: int, seed: int, bound_s: float, max_tokens: int = 16) -> None:
         self.results: list[Result] = []
@@ -52,7 +52,7 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends it: no new requests, and all that are under way end within the bound or the test fails."""
+        """Stops new requests and waits for the running ones. Fails the test if one does not end within the bound."""
         self._stop.set()
         deadline = time.monotonic() + self._bound_s + 5
         for thread in self._threads:
@@ -63,7 +63,7 @@ class Traffic:
             raise self._broken[0]
 
     def wait_for(self, count: int, timeout_s: float = 60.0) -> None:
-        """Returns when so many requests more have ended."""
+        """Returns when `count` more requests have ended."""
         wanted = len(self.results) + count
         deadline = time.monotonic() + timeout_s
         while len(self.results) < wanted:
@@ -93,7 +93,7 @@ class Traffic:
         except HttpError as refusal:
             error = str(refusal)
         except (OSError, HTTPException) as breach:
-            # Neither an answer nor an error that a client can read: never right, whatever died.
+            # The client got neither an answer nor a readable error. That is a fault, whichever process died.
             raise AssertionError(
                 f"a request ended without an answer after {time.monotonic() - began:.1f} s"
             ) from breach

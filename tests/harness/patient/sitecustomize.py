@@ -1,7 +1,7 @@
-"""On the path of tensor-parallel engines: vLLM's processes wait for each other by yielding in a loop.
+"""Replaces `os.sched_yield` by a short sleep, in the processes of tensor-parallel engines.
 
-Where there are more of them than cores, Linux from 6.6 on lets threads that do not yield, a sidecar's, wait for ten
-seconds and more for their turn. Here a yield is a short sleep.
+vLLM's processes wait for each other in a loop that yields the CPU. If there are more such processes than cores, Linux
+6.6 and newer can keep other threads, such as a sidecar's, waiting for ten seconds and more.
 """
 
 from __future__ import annotations
