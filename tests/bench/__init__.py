@@ -1,1 +1,4 @@
-"""Benchmarks: ours and a baseline, alternating in one run, so that a busy machine disturbs both alike."""
+"""Benchmarks of this project against baselines.
+
+Each benchmark alternates between the two in one run, so that a busy machine disturbs both equally.
+"""

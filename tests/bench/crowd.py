@@ -1,4 +1,4 @@
-"""2,000 streams at once through pd-proxy for a minute: no error, and memory that does not grow."""
+"""Sends 2,000 streams at once through pd-proxy for a minute: no stream may fail, and the memory must not grow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure(figures: Figures, logs: Path) -> None:
         load = subprocess.Popen(
             [EXAMPLES / "load", f"127.0.0.1:{ports[2]}", str(STREAMS), "3", "stream"], stdout=subprocess.PIPE, text=True
         )
-        # All are there, and each has had some events.
+        # After 10 s all streams are open, and each has received some events.
         time.sleep(10.0)
         begin = _rss_mib(proxy.pid)
         time.sleep(45.0)

@@ -1,7 +1,8 @@
-"""The whole: a prompt of 1500 tokens and 24 tokens of answer through both engines, ours and vLLM's NixlConnector.
+"""Measures whole requests through two engines: this project against vLLM's NixlConnector.
 
-All four engines run at once. vLLM's NIXL workers burn a core each even when idle, so the pair whose turn it is not is
-stopped (SIGSTOP) meanwhile.
+Each request has a prompt of 1500 tokens and an answer of 24 tokens. All four engines run at the same time. Each of
+vLLM's NIXL workers uses a whole core even when idle, so the benchmark stops one pair (SIGSTOP) while it measures the
+other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ IDLE_S = 10.0
 
 
 class NixlPair:
-    """vLLM's own connector on both sides, and the calls that its proxies make."""
+    """Two engines with vLLM's own connector, and the two calls that vLLM's proxies make."""
 
     def __init__(self, model: Path, logs: Path) -> None:
         self.prefill, self.decode = (
@@ -77,7 +78,7 @@ def measure(figures: Figures, logs: Path) -> None:
     progress = Progress()
     model = write_model(ROOT / "target" / "model")
     baseline = NixlPair(model, logs)
-    # The same settings on both sides of the comparison: blocks of 32, whole prompts in one step.
+    # Both pairs get the same settings: blocks of 32 tokens, and each prompt in one step.
     options = PairOptions(model, logs, decode_block=32, prefill_batched_tokens=None)
     with contextlib.ExitStack() as stack:
         theirs = (baseline.prefill, baseline.decode)
@@ -100,14 +101,14 @@ def _alternate(figures: Figures, ours: Pair, baseline: NixlPair, progress: Progr
     for turn in range(TURNS + 1):
         prompts = [prompt(TOKENS, seed=1000 + turn * (ROUNDS + 1) + round_) for round_ in range(ROUNDS + 1)]
         with _stopped((baseline.prefill, baseline.decode)):
-            # What was stopped needs a moment to be known as well again.
+            # After SIGCONT the sidecars and the proxy need a moment until they report ready again.
             ours.wait_sidecars()
             answers, times = timed(lambda tokens: ours.complete(tokens, max_tokens=ANSWER).token_ids, prompts)
         with _stopped(own_parts):
             expect, base = timed(baseline.complete, prompts)
-        assert answers == expect, "the two pairs disagree about a text"
+        assert answers == expect, "the two pairs gave different texts"
         if turn:  # the first turn warms up
-            # The first request after a pause wakes what was stopped: for both sides alike not counted.
+            # The first request of each turn wakes the stopped processes. It is not counted, for either pair.
             mine += times[1:]
             theirs += base[1:]
             progress.say(f"turn {turn}: ours {spread(times[1:])}, NixlConnector {spread(base[1:])}")
@@ -139,7 +140,7 @@ def _idle(figures: Figures, ours: Pair) -> None:
 def timed(
     complete_one: Callable[[list[int]], list[int]], prompts: list[list[int]]
 ) -> tuple[list[list[int]], list[float]]:
-    """The answers, one after the other, and the seconds of each."""
+    """Sends the prompts one after the other. Returns the answers and the seconds of each."""
     answers, times = [], []
     for tokens in prompts:
         began = time.perf_counter()
@@ -154,7 +155,7 @@ def spread(seconds: list[float]) -> str:
 
 @contextlib.contextmanager
 def _stopped(parts: tuple[Part, ...]) -> Iterator[None]:
-    """Inside, these do not run."""
+    """Stops the processes of these parts (SIGSTOP) for the duration of the block."""
     pids = [pid for part in parts for pid in group_members(part.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""What a run has measured, for people and for scripts."""
+"""Collects the results of a run and writes them for people and for scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def p99(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `most` or `least` is what the ratio is meant to keep to."""
+    """One comparison. The ratio should be at most `most` and at least `least`; None sets no bound."""
 
     what: str
     ours: str
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass
 class Figures:
-    """All of them. `flat` becomes target/bench.json."""
+    """The results of a run. `flat` becomes target/bench.json, `rows` become the table in target/bench.md."""
 
     flat: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)

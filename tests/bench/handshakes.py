@@ -1,4 +1,4 @@
-"""Small things: the alloc handshake, and the push of a single chunk."""
+"""Measures the alloc handshake and the push of a single chunk."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 MIB = 1 << 20
 KEYS = 100
 TURNS = 5
-# A sidecar remembers 256 requests.
+# Less than 256, because a sidecar keeps the records of its last 256 requests.
 ROUNDS = 200
 
-# Chunks so small that only the handshake counts.
+# Chunks so small that the time of their push does not matter.
 SMALL_CHUNK = 4096
 
 
@@ -58,7 +58,7 @@ def _alloc(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def pyzmq_round_trips(rounds: int) -> list[float]:
-    """Microseconds of one request with its answer, between two processes, encoding and decoding on both sides."""
+    """Returns the microseconds of each round trip between two Python processes, with encoding and decoding."""
     server = subprocess.Popen([sys.executable, pyzmq_server.__file__], stdout=subprocess.PIPE, text=True)
     context = zmq.Context()
     try:
@@ -96,7 +96,7 @@ def pyzmq_round_trips(rounds: int) -> list[float]:
 
 
 def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
-    """From reservation to ready, against what cannot be avoided: a round trip and a write."""
+    """Measures the time from reservation to ready, against its unavoidable parts: a round trip and a write."""
     ours: list[float] = []
     parts: list[float] = []
     with sidecars("nixl", 4 * MIB, folder, logs) as pair:
@@ -121,7 +121,7 @@ def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def zmq_round_trip(rounds: int) -> float:
-    """Median microseconds of a bare request and answer with the sidecar's own ZeroMQ library."""
+    """Returns the median microseconds of a round trip with the sidecar's own ZeroMQ library and nothing else."""
     done = subprocess.run(
         [EXAMPLES / "zmq_round_trip", str(rounds), "300", "150", str(PAUSE_US)],
         check=True,

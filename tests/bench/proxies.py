@@ -1,8 +1,8 @@
-"""pd-proxy against vllm-router and sglang-router, in front of engines that answer at once.
+"""Measures pd-proxy against vllm-router and sglang-router, in front of engines that answer at once.
 
-The router alone has the first core; engines and load share the second. What is compared is therefore the routers'
-own work. `vllm-router` and pd-proxy get the same NIXL-style requests; sglang-router only routes, as it has no such
-mode, so that pd-proxy is compared with it without prefill instances.
+The router has the first core for itself; the engines and the load generator share the second core. So the benchmark
+compares the work of the routers alone. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router has no
+such mode and only routes, so the comparison with sglang-router has no prefill instances.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Sample = dict[str, float]
 
 @dataclass
 class Router:
-    """One router under load, and what was measured of it."""
+    """One router, and its measurements by kind of request (`whole` or `stream`)."""
 
     name: str
     port: int
@@ -135,7 +135,7 @@ def _engines(logs: Path) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _routers(logs: Path, prefill: int, decode: int) -> Iterator[list[Router]]:
-    """Both with a prefill and a decode instance, without a line per request."""
+    """Starts both routers with a prefill and a decode instance. Neither writes a log line per request."""
     urls = [f"http://127.0.0.1:{prefill}", f"http://127.0.0.1:{decode}"]
     port = free_port()
     vllm: list[str | Path] = [

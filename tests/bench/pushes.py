@@ -1,4 +1,4 @@
-"""Bulk: 64 and 512 MiB through two sidecars, against raw NIXL writes that were prepared once."""
+"""Measures pushes of 64 and 512 MiB through two sidecars, against raw NIXL writes that are prepared once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 
 MIB = 1 << 20
 
-# Alternations of ours and the baseline, and rounds within each.
+# Number of alternations between the sidecars and the baseline, and number of rounds in each.
 TURNS = 5
 ROUNDS = 8
 
@@ -40,7 +40,10 @@ def measure(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
-    """Against NIXL over TCP, and one iperf3 stream where there is an iperf3; one of the two bounds is enough."""
+    """Measures the built-in TCP against NIXL over TCP and, if iperf3 is installed, against one iperf3 stream.
+
+    The benchmark succeeds if one of the two bounds holds.
+    """
     ours, raw = _alternating("tcp", 64, 1, folder, logs, {"UCX_TLS": "tcp", "PD_SIDECAR_NIXL_OVER_TCP": "trusted"})
     ratio = median(ours) / median(raw)
     figures.flat["push_tcp_ratio"] = ratio
@@ -71,7 +74,7 @@ def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
 def _alternating(
     transport: str, total_mib: int, chunk_mib: int, folder: Path, logs: Path, raw_env: dict[str, str]
 ) -> tuple[list[float], list[float]]:
-    """GB/s of ours, per push, and of the baseline, per turn (its best division of the bytes)."""
+    """Returns GB/s of each push, and of the baseline in each turn (the fastest division of the bytes)."""
     ours: list[float] = []
     raw: list[float] = []
     with sidecars(transport, total_mib * MIB, folder, logs) as pair:
@@ -85,12 +88,12 @@ def _alternating(
 
 
 def raw_nixl(total_mib: float, chunk_mib: float, env: dict[str, str]) -> float:
-    """GB/s of raw writes between two processes."""
+    """Returns GB/s of raw writes between two processes."""
     return _raw(total_mib, chunk_mib, env, "median_gb_per_s")
 
 
 def raw_nixl_us(total_mib: float, chunk_mib: float, rounds: int) -> float:
-    """Microseconds of one raw write."""
+    """Returns the microseconds of one raw write."""
     return _raw(total_mib, chunk_mib, {}, "median_us", rounds)
 
 
@@ -107,9 +110,9 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
 
 
 def _iperf3() -> float:
-    """GB/s of one stream over loopback."""
+    """Returns GB/s of one iperf3 stream over loopback."""
     port = str(free_port())
-    # Unflushed, the line that says it listens would never come through a pipe.
+    # Without --forceflush the line that reports the open port would stay in the buffer of the pipe.
     server = subprocess.Popen(["iperf3", "-s", "-1", "--forceflush", "-p", port], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -1,4 +1,4 @@
-"""The answering half of the baseline of the alloc handshake: a Python peer with pyzmq and msgspec. Run as a script."""
+"""Answers alloc requests with pyzmq and msgspec: the server of the handshake benchmark's baseline. Run as a script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zmq
 
 
 class AllocRequest(msgspec.Struct, tag=True):
-    """As a Python peer of this protocol has it."""
+    """The alloc request as a Python implementation of this protocol declares it."""
 
     keys: list[str]
     fmt: int

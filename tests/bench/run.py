@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""All benchmarks, or those that are named: `run.py [pushes] [handshakes] [engines] [ways] [proxies] [crowd]`.
+"""Runs all benchmarks, or the named ones: `run.py [pushes] [handshakes] [engines] [ways] [proxies] [crowd]`.
 
 Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmarks.md).
 """
@@ -38,7 +38,7 @@ def main() -> int:
             progress.say("four engines")
             engines.measure(figures, LOGS)
         if "ways" in wanted:
-            progress.say("ways to hand over")
+            progress.say("ways to hand a request over")
             ways.measure(figures, LOGS)
         if "proxies" in wanted:
             progress.say("routers in front of engines that answer at once")

@@ -1,4 +1,4 @@
-"""Two sidecars without engines, and the driver that does at their sockets what engines do."""
+"""Starts two sidecars without engines, and the driver program that uses their sockets as engines do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from harness.sidecar import BINARIES, Sidecar, SidecarOptions
 EXAMPLES = BINARIES / "examples"
 CHUNK_TOKENS = 256
 PAUSE_US = 2000
-"""Before each round of ours (see `engine_pair.rs`), and so before each of a baseline's: after a pause, cores and caches
-are cold for both."""
+"""The pause before each round, of the sidecars (see `engine_pair.rs`) and of the baseline.
+
+After a pause cores and caches are cold, so both must have the same pause.
+"""
 
 
 class Sidecars:
@@ -35,7 +37,10 @@ class Sidecars:
         )
 
     def push(self, *, chunk_bytes: int, chunks: int, rounds: int) -> tuple[list[float], list[dict[str, Any]]]:
-        """So many requests, one after the other: microseconds from reservation to ready, and the sender's records."""
+        """Pushes `rounds` requests one after the other.
+
+        Returns the microseconds from reservation to ready of each request, and the sender's records.
+        """
         receiver = self.receiver
         done = subprocess.run(
             [

@@ -1,4 +1,4 @@
-"""Ways to hand over between sidecars: when the decode leg is sent, and who gives the first token."""
+"""Measures the ways to hand a request over: the time of the decode leg, and the source of the first token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(figures: Figures, logs: Path) -> None:
                                 pair.proxy.url,
                                 prompt(length, seed=next(seeds)),
                                 max_tokens=ANSWER,
-                                # With ids it would be none whose first token can come from elsewhere.
+                                # If the client asks for token ids, the first token cannot come from prefill.
                                 return_token_ids=False,
                             )
                             if number:
