@@ -1,4 +1,4 @@
-"""A sidecar that is told nothing but what a user types, with a client in the engine's place."""
+"""Starts a sidecar with only the options that a user types. A client takes the place of the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .nodes import LOGS, START_BOUND_S, Notices, OurReceiver, OurSender
 
 
 class _Bare:
-    """`words` follow the program's name; its sockets are below `folder`."""
+    """A sidecar whose command line is `words`. Its sockets are below `folder`."""
 
     role: str
 
@@ -39,7 +39,7 @@ class _Bare:
         self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
 
     def environ(self) -> dict[str, str]:
-        """Of the program as it runs."""
+        """Returns the environment of the running sidecar."""
         text = Path(f"/proc/{self.process.pid}/environ").read_text()
         return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
 

@@ -1,4 +1,4 @@
-"""Chunks with known content, for every kind of peer."""
+"""Makes chunks with known content, for every kind of peer."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Prompt:
-    """The KV of a prompt: `seed` decides the content, `name` the keys."""
+    """The KV of a prompt. `seed` determines the content of the chunks, `name` their keys."""
 
     name: int
     tokens: int
     seed: int
-    # What this rank of so many has of it.
+    # The rank whose part of the KV this is, and the number of ranks.
     rank: int = 0
     ranks: int = 1
 
     @classmethod
     def of_chunks(cls, chunks: int, last: int = CHUNK_TOKENS) -> Prompt:
-        """A prompt that nobody had before, whose last chunk has `last` tokens."""
+        """Returns a new prompt, different from all others. Its last chunk has `last` tokens."""
         number = next(_numbers)
         return cls(number, (chunks - 1) * CHUNK_TOKENS + last if chunks else 0, number)
 
     def of_rank(self, rank: int, ranks: int) -> Prompt:
-        """The same prompt, and the KV that is a rank's own."""
+        """Returns the same prompt with the part of the KV that belongs to one rank."""
         return replace(self, seed=self.seed * 1000 + rank, rank=rank, ranks=ranks)
 
     @property
@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def keys(self) -> list[str]:
-        """As LMCache writes them; the hash may be any number."""
+        """Returns the keys of the chunks in LMCache's format. Their hashes are arbitrary numbers."""
         return [f"m@{self.ranks}@{self.rank}@{(self.name << 16) + i:x}@float" for i in range(self.chunks)]
 
     def chunk(self, index: int) -> bytes:

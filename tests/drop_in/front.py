@@ -1,4 +1,7 @@
-"""An engine's HTTP server in front of a PD backend: prompts are token ids, their KV is what `chunks` makes of them."""
+"""Serves an engine's HTTP interface in front of a PD backend.
+
+Prompts are token ids. The KV of a prompt is made by `chunks` and not computed.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from .chunks import Prompt
 from .nodes import OurReceiver, OurSender, Receiver, Sender
 
 FIRST = 777
-"""The token that every prefill samples."""
+"""The first token of every answer of a prefill leg."""
 
 Serve = Callable[[list[int], dict[str, Any]], dict[str, Any]]
 
 
 class Front:
-    """A server on a port that outlives it; `backend` may be set later, as engines start before they serve."""
+    """An HTTP server. `backend` may be set later, because an engine listens before it serves."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -42,9 +45,9 @@ class Front:
                 front.asked.append({"path": self.path, **body})
                 try:
                     status, answer = 200, front.serve(self.path, body)
-                except Exception as error:  # noqa: BLE001 - whoever asked is told
+                except Exception as error:  # noqa: BLE001 - the client gets the error
                     status, answer = 500, {"error": {"message": repr(error)}}
-                # The proxy drops a prefill leg whose request is answered.
+                # The proxy closes the connection of a prefill leg when the request is answered already.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self._answer(status, answer)
 
@@ -89,12 +92,12 @@ class Front:
 
     @staticmethod
     def _decode(backend: Receiver, ids: list[int], spec: dict[str, Any]) -> str:
-        """`equal`, or how many chunks are not as they were sent."""
+        """Returns `equal`, or the number of chunks that differ from those that were sent."""
         if isinstance(backend, OurReceiver):
             kv = kv_of(ids)
             sums = backend.get(spec["req_id"], kv, written=bool(spec.get("written"))) if spec else [None] * kv.chunks
         else:
-            # LMCache looks up all but the last token.
+            # LMCache looks up all tokens except the last one.
             kv = kv_of(ids[:-1])
             sums = backend.get("", kv)
         wrong = sum(found != sent for found, sent in zip(sums, kv.sums, strict=True))
@@ -102,7 +105,7 @@ class Front:
 
 
 def ids_of(body: dict[str, Any]) -> list[int]:
-    """A chat's prompt is `WORDS NUMBER`: so many tokens with this number as the first."""
+    """Returns the token ids of a request. The text `COUNT NUMBER` of a chat stands for COUNT times the token NUMBER."""
     if "messages" not in body:
         ids: list[int] = body["prompt"]
         return ids

@@ -1,4 +1,7 @@
-"""Senders and receivers of one shape: our sidecars with a client in the engine's place, and LMCache's own backends."""
+"""Senders and receivers with one common interface: this project's sidecars, and LMCache's own backends.
+
+For the sidecars, a client takes the place of the engine.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,11 @@ START_BOUND_S = 60.0
 
 @dataclass
 class Put:
-    """How a sender fared: chunks that it counts as handed over, and what went wrong."""
+    """The outcome of a push."""
 
+    # Number of chunks that the sender counts as handed over.
     written: int
+    # The reason of a failure; None if there was none.
     error: str | None = None
 
 
@@ -48,7 +53,7 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """Is pushed to."""
+    """Receives the chunks of a prompt."""
 
     name: str
 
@@ -62,7 +67,7 @@ class Receiver(Protocol):
 
 
 class Notices:
-    """The proxy's registration port: collects `ProxyNotif`."""
+    """Takes the place of the proxy's registration port and collects `ProxyNotif` messages."""
 
     def __init__(self) -> None:
         self._socket: Any = zmq.Context.instance().socket(zmq.PULL)
@@ -72,7 +77,7 @@ class Notices:
         self.count: Counter[str] = Counter()
 
     def wait(self, req: str, bound_s: float = BOUND_S, ranks: int = 1) -> dict[str, Any] | None:
-        """The newest notice of a request, once so many ranks have sent one; None if they do not within the bound."""
+        """Returns the newest notice of a request after `ranks` ranks have sent one, or None after `bound_s`."""
         import msgspec
 
         deadline = time.monotonic() + bound_s
@@ -93,7 +98,7 @@ class Notices:
 
 
 class LmcachePeer(Part):
-    """Real LMCache in a process of its own; see `peer.py`."""
+    """Real LMCache in its own process; see `peer.py`."""
 
     def __init__(
         self,
@@ -168,7 +173,7 @@ class LmcacheSender(LmcachePeer):
         super().__init__("sender", mode, proxy, layout=layout, rank=rank, ranks=ranks)
 
     def put(self, req: str, to: Target | list[Target], prompt: Prompt, batch: int | None = None) -> Put:
-        """To a receiver's targets, one a rank."""
+        """Pushes a prompt's chunks to a receiver, which has one target per rank."""
         targets = [to] if isinstance(to, Target) else to
         answer = self.do(
             "put", req=req, to=of_targets(targets), keys=prompt.keys, tokens=prompt.tokens, seed=prompt.seed,
@@ -202,14 +207,14 @@ class LmcacheReceiver(LmcachePeer):
         return sums
 
     def held(self) -> int:
-        """Chunks that are there, or that it has given a slot."""
+        """Returns the number of chunks that the receiver has or has reserved."""
         keys: int = self.do("held")["keys"]
         return keys
 
 
 @dataclass
 class _Ours:
-    """A sidecar and a client in its engine's place."""
+    """A sidecar, with a client in the place of its engine."""
 
     folder: Path
     name: str
@@ -234,7 +239,7 @@ class _Ours:
 
     @property
     def client(self) -> Client:
-        """Of rank 0."""
+        """Returns the client of rank 0."""
         return self.clients[0]
 
     def _connect(self) -> None:
@@ -247,7 +252,7 @@ class _Ours:
             client.close()
 
     def restart(self) -> None:
-        """By SIGKILL, as a crash."""
+        """Kills the sidecar with SIGKILL, as a crash would, and starts it again."""
         self._close()
         self.sidecar.kill()
         self.sidecar.start()
@@ -258,7 +263,7 @@ class _Ours:
         self.sidecar.stop()
 
     def until_ended(self, req: str, bound_s: float = BOUND_S, rank: int = 0) -> Iterator[Any]:
-        """What the sidecar says of a request, its end as the last."""
+        """Yields the sidecar's events of a request up to its end. Raises an error if it does not end in `bound_s`."""
         deadline = time.monotonic() + bound_s
         while time.monotonic() < deadline:
             for event in self.clients[rank].wait(0.2):
@@ -270,7 +275,7 @@ class _Ours:
 
 
 class OurSender(_Ours):
-    """Our prefill side."""
+    """A sidecar of the prefill side."""
 
     def __init__(
         self,
@@ -308,7 +313,7 @@ class OurSender(_Ours):
 
 
 class OurReceiver(_Ours):
-    """Our decode side."""
+    """A sidecar of the decode side."""
 
     def __init__(
         self,
@@ -331,7 +336,7 @@ class OurReceiver(_Ours):
 
     @property
     def targets(self) -> list[Target]:
-        """One a rank."""
+        """Returns one target per rank."""
         ports = zip(self.sidecar.init_ports, self.sidecar.alloc_ports, strict=True)
         return [Target(self.sidecar.host, init, alloc) for init, alloc in ports]
 
@@ -352,7 +357,7 @@ class OurReceiver(_Ours):
         return sums
 
     def held(self) -> int:
-        """Chunks that are there, or that it has given a slot."""
+        """Returns the number of slots that are held or in quarantine."""
         return sum(self.sidecar.slots()[1:])
 
 
@@ -361,6 +366,6 @@ def new_target() -> Target:
 
 
 def of_targets(to: list[Target]) -> dict[str, object]:
-    """As a `disagg_spec` has them."""
+    """Returns the targets in the form of a `disagg_spec`."""
     ports = {"init_port": [each.init_port for each in to], "alloc_port": [each.alloc_port for each in to]}
     return {"host": to[0].host, **ports}

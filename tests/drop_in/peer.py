@@ -1,17 +1,18 @@
-"""Real LMCache's PD backend in a process of its own, without vLLM: sends or receives chunks in host memory.
+"""Runs LMCache's real PD backend in its own process, without vLLM. Sends or receives chunks in host memory.
 
     python peer.py '{"port": 4711, "role": "receiver", "mode": "async", ...}'
 
-It takes one connection on the loopback port that it is given; one JSON command a line, one JSON answer a line:
+The process accepts one connection on the given loopback port. Each line is a JSON command, and gets a line with a JSON
+answer:
 
     {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
     {"do": "get", "keys": [...], "tokens": ...}
     {"do": "keys", "tokens": [...], "algorithm": ...}
     {"do": "cancel", "req": ...}      {"do": "query", "to": {...}, "keys": [...]}      {"do": "held"}
 
-With "folder", `put` takes the chunks' bytes from files there, and `get` leaves them in such.
+With "folder", `put` reads the bytes of the chunks from files in that folder, and `get` writes them to such files.
 
-Runs in the environment that `scripts/venv-lmcache.sh` makes, so it imports nothing of the tests.
+The script runs in the environment that `scripts/venv-lmcache.sh` makes, so it imports no module of the tests.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CHUNK_TOKENS = 256
 
 @dataclass
 class Spec:
-    """What LMCache's vLLM adapter gives the backend with a request; `vllm_v1_adapter.DisaggSpec`."""
+    """The same fields as `vllm_v1_adapter.DisaggSpec`, which LMCache's vLLM adapter passes to the backend."""
 
     req_id: str
     receiver_id: str
@@ -72,7 +73,7 @@ class Peer:
             **options.get("config", {}),
         }
         if "file" in options:
-            # As LMCache's vLLM adapter does: the file, then the variables.
+            # The same order as in LMCache's vLLM adapter: first the file, then the environment variables.
             config = LMCacheEngineConfig.from_file(options["file"])
             config.update_config_from_env()
         else:
@@ -100,7 +101,7 @@ class Peer:
         return CacheEngineKey.from_string(text)
 
     def keys(self, command: dict[str, Any]) -> dict[str, Any]:
-        """What LMCache's own token database calls the chunks of a prompt."""
+        """Returns the keys that LMCache's own token database gives to the chunks of a prompt."""
         from lmcache.v1.config import LMCacheEngineConfig
         from lmcache.v1.token_database import ChunkedTokenDatabase
 
@@ -111,16 +112,16 @@ class Peer:
         return {"keys": [key.to_string() for _, _, key in database.process_tokens(tokens=command["tokens"])]}
 
     def put(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Fills chunks and hands them to the backend, in batches as chunked prefill does."""
+        """Fills chunks and passes them to the backend, in batches, as an engine with chunked prefill does."""
         to, keys, tokens = command["to"], command["keys"], command["tokens"]
-        # One of each for every rank; LMCache takes its own.
+        # The command has the ports of all ranks; LMCache uses those of its own rank.
         name = to["host"] + str(to["init_port"][self.metadata.worker_id])
         spec = Spec(command["req"], name, to["host"], to["init_port"], to["alloc_port"])
         spec.total_chunks = command.get("total_chunks", len(keys))
         step = command.get("batch") or max(1, len(keys))
         written = threading.Semaphore(0)
         errors: list[str] = []
-        # A request of no chunks is handed to the backend as well: what it makes of that is its own.
+        # The backend also gets a request without chunks: the test observes what the backend does with it.
         for at in range(0, max(1, len(keys)), step):
             spec = Spec(**vars(spec))
             spec.is_last_prefill = at + step >= len(keys) and command.get("last", True)
@@ -156,7 +157,7 @@ class Peer:
         return found
 
     def get(self, command: dict[str, Any]) -> dict[str, Any]:
-        """The SHA-1 of each chunk, which is then removed unless it is to be kept; None for one that is not there."""
+        """Returns the SHA-1 of each chunk, or None for a missing chunk. Removes the chunks unless "keep" is set."""
         sums: list[str | None] = []
         for index, text in enumerate(command["keys"]):
             key = self.key(text)
@@ -175,9 +176,9 @@ class Peer:
         return {"sums": sums}
 
     def _remove(self, key: Any, found: Any) -> None:
-        """Gives a chunk back, as the cache engine does after a retrieve.
+        """Gives a chunk back to the backend, as LMCache's cache engine does after a retrieve.
 
-        Its page may be another key's at once, so nothing is asked of it any more afterwards.
+        The backend may give the page to another key at once, so nobody may use the chunk afterwards.
         """
         references = found.get_ref_count()
         if self.mode == "async":
@@ -213,10 +214,10 @@ def main() -> None:
             command = json.loads(line)
             try:
                 answer = getattr(peer, command["do"])(command)
-            except Exception as error:  # noqa: BLE001 - goes to whoever asked
+            except Exception as error:  # noqa: BLE001 - the answer reports the error
                 answer = {"failed": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps(answer) + "\n")
-    # The backend's own close hangs in a receiver's threads.
+    # Not the backend's own close, which hangs in a receiver's threads.
     os._exit(0)
 
 

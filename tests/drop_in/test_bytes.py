@@ -1,4 +1,4 @@
-"""Every message between us and LMCache, taken off the wire, is byte for byte what msgspec writes."""
+"""Checks that each message between a sidecar and LMCache has exactly the bytes that msgspec writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIELDS: dict[str, list[Any]] = {
 
 
 class Tap:
-    """A TCP relay to one port that keeps what goes through it."""
+    """A TCP relay to one port that records all bytes in both directions."""
 
     def __init__(self, port: int) -> None:
         self.port = free_port()
@@ -63,7 +63,7 @@ class Tap:
             pass
 
     def messages(self) -> Iterator[bytes]:
-        """The frames that are msgpack maps, of all connections and directions."""
+        """Yields the frames of all connections and directions that are msgpack maps."""
         for stream in self._streams:
             for frame in frames(bytes(stream)):
                 if frame and frame[0] & 0xF0 == 0x80:
@@ -74,7 +74,7 @@ class Tap:
 
 
 def frames(stream: bytes) -> Iterator[bytes]:
-    """The message frames of a ZMTP 3 stream, without greeting and commands."""
+    """Yields the message frames of a ZMTP 3 stream, without its greeting and its commands."""
     at = 64
     while at + 2 <= len(stream):
         flags = stream[at]
@@ -92,10 +92,10 @@ def frames(stream: bytes) -> Iterator[bytes]:
 
 
 def check(raw: bytes) -> str:
-    """The message's type, if its bytes are msgspec's."""
+    """Asserts that the bytes are those of msgspec, and returns the type of the message."""
     message = msgspec.msgpack.decode(raw)
     name = str(message["type"])
-    # In any case: minimal numbers, maps in this order, nothing behind it.
+    # All messages: numbers in their shortest form, maps in this order, no bytes after the message.
     assert msgspec.msgpack.encode(message) == raw, name
     if "x" not in message:
         fields = {key: value for key, value in message.items() if key != "type"}

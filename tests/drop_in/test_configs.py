@@ -1,4 +1,4 @@
-"""The shipped files with both programs as they stand, and what each of LMCache's PD keys does in a sidecar."""
+"""Tests the shipped configuration files with both programs, and the effect of each LMCache PD key in a sidecar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECEIVER: dict[str, object] = {
 
 
 class _FixedNotices(Notices):
-    """At the port that the shipped files name."""
+    """Also listens at the port that the shipped files name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,8 @@ def test_the_shipped_files_work_with_both_programs(tmp_path: Path, lmcache_sends
         notices.close()
 
 
-# A key, a value, and what comes of it: a row of the configuration, or words of a refusal.
+# Each entry has a key, its value, a row and a text. The row of the resulting configuration must have this text. If the
+# row is "ignored" or "refused", the report must name the key, with a reason that contains the text.
 EFFECTS: list[tuple[str, object, str, str]] = [
     ("pd_role", "receiver", "pd_role", "receiver"),
     ("pd_buffer_size", 8 << 20, "pd_buffer_size", "8388608 (8 MiB)"),
@@ -96,10 +97,10 @@ EFFECTS: list[tuple[str, object, str, str]] = [
     ("nixl_peer_alloc_port", 7400, "pd_peer_alloc_port", "[7400]"),
     ("nixl_proxy_host", "localhost", "sidecar.proxy", "localhost:7501"),
     ("nixl_proxy_port", 7501, "sidecar.proxy", "localhost:7501"),
-    # Without effect, and said why.
+    # Keys without effect; the report gives the reason.
     ("pd_backend_mode", "sync", "ignored", "asks for nothing"),
     ("pd_condition_poll_interval_sec", 0.01, "ignored", "does not poll"),
-    # Refused by name.
+    # Values that the sidecar refuses; the error names the key.
     ("pd_bidirectional", True, "refused", "from prefill to decode only"),
     ("pd_backend_mode", "both", "refused", "two PD backends"),
     ("nixl_backends", ["GDS"], "refused", "UCX backend only"),
@@ -134,7 +135,7 @@ def test_each_pd_key_does_what_it_says(
         values[key] = value
     file = tmp_path / "x.yaml"
     file.write_text(json.dumps(values))
-    # As on LMCache's command lines: the file's name is a variable, too.
+    # As with LMCache, an environment variable names the file.
     environ = {k: v for k, v in os.environ.items() if not k.startswith("LMCACHE_")}
     environ |= variables | {"LMCACHE_CONFIG_FILE": str(file)}
     command: list[str | Path] = [BINARIES / "sidecar", "check-config", "--json"]

@@ -1,8 +1,8 @@
-"""Real engines beside our sidecars, real LMCache as the peer of each.
+"""Tests real engines beside this project's sidecars, with real LMCache as the peer of each sidecar.
 
-LMCache's own vLLM adapter does not run on the CPU build of vLLM, so LMCache takes part with its PD backend and its
-token database: what the prefill engine computed is pushed into an LMCache receiver, found there under the keys that
-LMCache computes for the prompt, and pushed by an LMCache sender to the decode engine's sidecar.
+LMCache's own vLLM adapter does not run on the CPU build of vLLM, so the tests use LMCache's PD backend and its token
+database. The sidecar of the prefill engine pushes KV to an LMCache receiver. The receiver finds the chunks under the
+keys that LMCache computes for the prompt. An LMCache sender then pushes the chunks to the sidecar of the decode engine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
         keys = receiver.do("keys", tokens=tokens, algorithm="sha256_cbor")["keys"]
         assert len(keys) == -(-length // CHUNK_TOKENS)
 
-        # The prefill leg as LMCache's proxy writes it.
+        # The prefill leg has the same form as that of LMCache's proxy.
         req = f"mixed-{next(_requests)}"
         to = receiver.target
         spec = {
@@ -73,7 +73,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
 
 
 def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
-    """That the texts above are equal is not because everything hits: a leg that nobody wrote for is computed."""
+    """Checks that the engine computes a prompt for which no sender pushed KV: the texts above prove a transfer."""
     tokens = prompt(300, seed=77)
     before = pair.decode.prompt_tokens()
     params = {"do_remote_prefill": True, "disagg_spec": {"req_id": "mixed-nobody", "written": True}}

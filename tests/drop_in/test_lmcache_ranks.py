@@ -1,7 +1,7 @@
-"""Two tensor-parallel ranks: each of LMCache's has its own process, ours share a sidecar.
+"""Tests two tensor-parallel ranks: each rank of LMCache has its own process, the other two share one sidecar.
 
-On our side one worker serves both ranks, as an engine does that is smaller than LMCache's: its connector's half is the
-real one, over tensors in an engine's place.
+Beside the sidecar, one worker serves both ranks, as an engine with fewer workers does. The worker is the connector's
+real one; tensors take the place of the engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _requests = itertools.count(1)
 
 
 class Engine:
-    """A worker that holds the heads of all ranks, and its pages."""
+    """A worker that has the heads of all ranks, with the tensors of its pages."""
 
     def __init__(self, socket: Path, *, producer: bool) -> None:
         heads = RANKS * LAYOUT.kv_heads
@@ -60,7 +60,10 @@ class Engine:
     def until(
         self, condition: Callable[[set[str], set[str]], bool], first: StepMetadata | None = None
     ) -> tuple[set[str], set[str]]:
-        """Steps until it holds of what was sent and received; returns what was received, and what of it failed."""
+        """Steps until the condition on the sent and received requests holds.
+
+        Returns the received requests, and those of them that failed.
+        """
         sent: set[str] = set()
         received: set[str] = set()
         failed: set[str] = set()
@@ -74,7 +77,7 @@ class Engine:
         raise AssertionError((sent, received, failed))
 
     def sums(self, prompt: Prompt, table: list[int]) -> list[str]:
-        """The sums of a rank's chunks, as they stand in the pages."""
+        """Returns the hashes of the chunks of one rank, read from the pages."""
         at = torch.arange(prompt.tokens)
         blocks, offsets = torch.tensor(table)[at // BLOCK], at % BLOCK
         heads = slice(prompt.rank * LAYOUT.kv_heads, (prompt.rank + 1) * LAYOUT.kv_heads)
@@ -94,7 +97,7 @@ def hashes(prompt: Prompt) -> list[str]:
 
 
 def table_of(prompt: Prompt) -> list[int]:
-    """Blocks in an order of their own."""
+    """Returns the numbers of the prompt's blocks, in a mixed order."""
     count = -(-prompt.tokens // BLOCK)
     return [(7 * i + 3) % BLOCKS for i in range(count)]
 
@@ -106,7 +109,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def of_each_rank(make: Callable[[int], Peer]) -> list[Peer]:
-    """LMCache's processes start one beside the other."""
+    """Starts one LMCache process per rank, all at the same time."""
     with ThreadPoolExecutor(RANKS) as pool:
         return list(pool.map(make, range(RANKS)))
 
@@ -137,7 +140,7 @@ def test_from_lmcache(stack: ExitStack, tmp_path: Path, mode: str) -> None:
         start = LoadStart(req, req, hashes(prompt), prompt.tokens, 0, prompt.tokens, table, written=True)
         parked = StepMetadata(load_starts=[start])
         assert engine.until(lambda _, received: bool(received), parked) == ({req}, set())
-        engine.step(StepMetadata())  # the one that uses it
+        engine.step(StepMetadata())  # the step that uses the received KV
         for part in ranks_of(prompt):
             assert engine.sums(part, table) == part.sums
     receiver.sidecar.wait_empty()
@@ -164,7 +167,7 @@ def test_to_lmcache(stack: ExitStack, tmp_path: Path, mode: str) -> None:
         step = PushStep(req, table, True, prompt.tokens)
         engine.step(StepMetadata(push_starts=[start], push_steps=[step]))
         engine.until(lambda sent, _: bool(sent), StepMetadata(finished=[req]))
-        assert sender.notices.wait(req, ranks=RANKS) is not None, "no word of each rank"
+        assert sender.notices.wait(req, ranks=RANKS) is not None, "a rank sent no notice to the proxy"
         for receiver, part in zip(receivers, ranks_of(prompt), strict=True):
             assert receiver.get(req, part) == engine.sums(part, table)
     sender.sidecar.wait_empty()

@@ -1,4 +1,4 @@
-"""Every kind of sender to every kind of receiver: {ours, LMCache sync, LMCache async} x {the same}."""
+"""Tests each kind of sender with each kind of receiver: {ours, LMCache sync, LMCache async} x {the same}."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def new_receiver(kind: str, folder: Path) -> Receiver:
 
 
 def move(sender: Sender, receiver: Receiver, prompt: Prompt, batch: int | None = None) -> str:
-    """A prompt goes over, and every chunk is what was sent."""
+    """Moves a prompt and asserts that each chunk arrives unchanged. Returns the id of the request."""
     req = f"r{next(_requests)}"
     put = sender.put(req, receiver.target, prompt, batch)
     assert put.error is None, put
     assert put.written == prompt.chunks
-    assert sender.notices.wait(req) is not None, "no word to the proxy"
+    assert sender.notices.wait(req) is not None, "no notice to the proxy"
     assert receiver.get(req, prompt) == prompt.sums
     return req
 
@@ -69,20 +69,23 @@ def test_the_same_keys_again_with_other_content(sender: Sender, receiver: Receiv
 
 
 def test_the_same_prompt_again_before_it_is_read(sender: Sender, receiver: Receiver) -> None:
-    """LMCache keeps keys: it is told that it has them. Ours gives each request slots of its own."""
+    """Sends one prompt twice. LMCache's receiver reports that it has the keys already; a sidecar gives new slots."""
     prompt = Prompt.of_chunks(5, last=9)
     requests = [f"r{next(_requests)}" for _ in range(2)]
     for req in requests:
         put = sender.put(req, receiver.target, prompt)
         assert (put.written, put.error) == (prompt.chunks, None), put
-        assert sender.notices.wait(req) is not None, "no word to the proxy"
+        assert sender.notices.wait(req) is not None, "no notice to the proxy"
     for req in requests if isinstance(receiver, OurReceiver) else requests[:1]:
         assert receiver.get(req, prompt) == prompt.sums
 
 
 def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
-    """Ours asks for no slots and says at once that it is done. LMCache's backends have no such request: the cache
-    engine before them leaves it out. Handed to them nevertheless, it is an IndexError or nothing, and nobody's word."""
+    """Sends a prompt without chunks. A sidecar reserves no slots and reports success at once.
+
+    LMCache's cache engine never passes such a request to a backend. A backend that gets one raises an IndexError or
+    does nothing, and sends no notice.
+    """
     nothing, req = Prompt.of_chunks(0), f"r{next(_requests)}"
     if isinstance(sender, OurSender):
         put = sender.put(req, receiver.target, nothing)
@@ -99,13 +102,13 @@ def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
 
 
 def test_either_side_starts_again(sender: Sender, receiver: Receiver) -> None:
-    """In the place and under the address of the one before it, with nothing that this one knew."""
+    """Restarts each side at its old address. The new process knows nothing of the old one."""
     if isinstance(sender, LmcacheSender) and isinstance(receiver, LmcacheReceiver):
-        pytest.skip("nothing of ours takes part, and LMCache takes long to start")
+        pytest.skip("no sidecar takes part, and LMCache starts slowly")
     move(sender, receiver, Prompt.of_chunks(3))
     sender.restart()
     move(sender, receiver, Prompt.of_chunks(17, last=100))
-    # LMCache's senders make one handshake in their lives: they have to start again with their receivers.
+    # A sender of LMCache makes only one handshake in its life, so it must restart together with its receiver.
     parts: list[Sender | Receiver] = [receiver, sender] if isinstance(sender, LmcacheSender) else [receiver]
     with ThreadPoolExecutor() as pool:
         for start in [pool.submit(part.restart) for part in parts]:

@@ -1,4 +1,7 @@
-"""Mooncake's `mooncake.json` as it stands: ports from its URLs, the proxy by way of its metadata server, UCX set."""
+"""Tests an unchanged `mooncake.json` of Mooncake.
+
+Sidecars take their ports from its URLs, find the proxy through its metadata server, and set UCX's variables.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _bases = itertools.count(FIRST, 200)
 
 
 def base_port(apart: int) -> int:
-    """The prefill side's: those that it uses are free, and those of the decode side, so many further on."""
+    """Returns a base port for the prefill side. Its ports, and those of the decode side `apart` higher, are free."""
     for base in _bases:
         assert base + 150 < LAST
         if all(_is_free(first + offset) for first in (base, base + apart) for offset in (0, 9, 10, 49)):
@@ -72,7 +75,7 @@ def redis(folder: Path) -> Iterator[str]:
 
 
 def bare(kind: type[Side], file: Path, url_port: int) -> Side:
-    """A sidecar of which its role and Mooncake's file are all that is said."""
+    """Starts a sidecar with only a role and Mooncake's file."""
     folder = file.parent / kind.role
     folder.mkdir()
     env = {"MOONCAKE_CONFIG_PATH": str(file), "LMCACHE_PD_BUFFER_SIZE": "32MiB"}
@@ -96,7 +99,7 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
         receiver.target = Target("127.0.0.1", decode + 9, decode + 10)
         try:
             for proxy in proxies:
-                # A proxy that comes later, and another one in its place, is found by both.
+                # Both sidecars find a proxy that starts after them, and then a second proxy in its place.
                 proxy._flags = ["--mooncake", str(file)]
                 proxy.start()
                 until(lambda proxy=proxy: len(registered(proxy)) == 2, "both sidecars at the proxy")  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What LMCache computes and reads, we compute and read: keys of chunks, names of its configuration."""
+"""Tests that this project computes the same chunk keys as LMCache, and knows all its configuration keys."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_builtin_without_a_seed_is_refused_with_the_reason() -> None:
 def test_every_key_of_lmcaches_configuration_is_known(tmp_path: Path) -> None:
     known = lmcache("0", ALGORITHMS)
     needed = {"pd_role": "sender", "pd_buffer_size": 1 << 20}
-    # In the file, where an unknown key is reported, and in the environment, where it is too.
+    # The sidecar reports an unknown key in the file and in the environment: it must report none here.
     file = tmp_path / "all.yaml"
     names = dict.fromkeys([*known["config"], *known["aliases"]], "unlikely")
     file.write_text(json.dumps(names | needed))
@@ -79,6 +79,6 @@ def _check(file: Path, variables: dict[str, str]) -> str:
     command: list[str | Path] = [BINARIES / "sidecar", "check-config", file]
     environment = _environment(None) | variables
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-    # Most values are wrong: 64 is said with all mistakes; nothing may be passed over.
+    # Most values are wrong, so the exit code may be 64. The report then lists every mistake.
     assert run.returncode in (0, 64), run.stderr
     return str(run.stdout) + str(run.stderr)

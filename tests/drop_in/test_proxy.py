@@ -1,5 +1,8 @@
-"""pd-proxy between real backends: LMCache's own, ours, and each with the other. The engines' HTTP servers are scripted,
-the KV, the words to the proxy and everything between the two sides are real."""
+"""Tests pd-proxy between real backends: LMCache's, this project's, and each with the other.
+
+The engines' HTTP servers are scripted. The KV, the messages to the proxy and all messages between the two sides are
+real.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,6 @@ def check(both: Both, record: dict[str, Any], answer: dict[str, Any], text: str)
         written = asked["kv_transfer_params"]["disagg_spec"].get("written", False)
         assert written == (both.kinds[0] != "ours")
     else:
-        # The first token comes from the prefill side, and the decode side goes on after it.
+        # The first token comes from the prefill side; the decode side continues after it.
         assert text == "first,equal", answer
         assert asked["prompt"][-1] == FIRST

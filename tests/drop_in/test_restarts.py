@@ -1,4 +1,4 @@
-"""Either side dies between two requests, or does not answer: what our side makes of it with LMCache on the other."""
+"""Tests a sidecar with LMCache as its peer while one of them dies between two requests or does not answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def moved(sender: OurSender | LmcacheSender, receiver: OurReceiver | LmcacheRece
 
 
 def halt(pid: int) -> None:
-    """SIGSTOP, and every thread stands still: on a busy machine that takes a moment."""
+    """Sends SIGSTOP and returns when every thread has stopped, which takes a moment on a busy machine."""
     os.kill(pid, signal.SIGSTOP)
     tasks = Path(f"/proc/{pid}/task")
     deadline = time.monotonic() + 5
@@ -66,12 +66,13 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
     try:
         assert moved(sender, ours, Prompt.of_chunks(3))
 
-        # A sender that dies with slots lent to it and nothing written; and one that comes after it.
+        # The sender dies, and a new one takes its place.
         sender.restart()
         assert moved(sender, ours, Prompt.of_chunks(3))
 
-        # LMCache makes its handshake once in the life of a sender: after our restart it knows addresses that are no
-        # more. It is told that all was sent already, so its word comes at once, and the decode side computes.
+        # A sender of LMCache makes only one handshake in its life, so after the sidecar's restart it knows only old
+        # addresses. The sidecar answers that all chunks were sent already. The sender then notifies the proxy at once,
+        # and the decode side computes the prompt.
         ours.restart()
         began = time.monotonic()
         prompt, req = Prompt.of_chunks(3), next_request()
@@ -107,7 +108,7 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
         assert ours.ended == ("no_room" if mode == "async" else "no_sender")
         assert ours.get(requests[huge], huge) == [None] * 9
         assert ours.ended == ("too_large" if mode == "async" else "no_sender")
-        # What nobody comes for is given back when its time is over.
+        # If no request fetches the chunks, the sidecar frees their slots when their lease ends.
         third = Prompt.of_chunks(6)
         assert sender.put(next_request(), ours.target, third).error is None
         assert ours.sidecar.slots() == (2, 6, 0)
@@ -119,7 +120,7 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
 
 
 def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
-    """Between its first step and its last: what it was lent is free at once, and what was reserved for the rest."""
+    """Cancels a request between its first and its last step. The granted and the reserved slots are free at once."""
     sender = LmcacheSender("async")
     try:
         req, prompt = next_request(), Prompt.of_chunks(4)
@@ -130,7 +131,7 @@ def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
         assert begun == {"written": 4, "errors": []}
         assert ours.held() == 6
         sender.do("cancel", req=req)
-        # Well before the slots' time is over, which is 4 s.
+        # Well before the slots' lease ends, which is 4 s.
         ours.sidecar.wait_empty(2.0)
         assert ours.sidecar.record(req)["reason"] == "cancelled"
         assert moved(sender, ours, Prompt.of_chunks(8))
@@ -166,7 +167,7 @@ def test_our_sender_and_lmcache_receiver(our_sender: OurSender, mode: str) -> No
         our_sender.restart()
         assert moved(our_sender, receiver, Prompt.of_chunks(3))
 
-        # One that stands still costs its requests their bound, and nothing afterwards.
+        # A stopped receiver delays its requests up to their time limit. Later requests are not affected.
         halt(receiver.pid)
         req, prompt = next_request(), Prompt.of_chunks(2)
         began = time.monotonic()
@@ -178,7 +179,7 @@ def test_our_sender_and_lmcache_receiver(our_sender: OurSender, mode: str) -> No
         os.kill(receiver.pid, signal.SIGCONT)
         assert moved(our_sender, receiver, Prompt.of_chunks(3))
         if mode == "async":
-            # Its late answer granted slots that nobody will write: they were given back.
+            # The receiver's late answer granted slots that no sender will write. The sidecar gave them back.
             deadline = time.monotonic() + 10
             while receiver.do("held")["keys"] and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -197,7 +198,7 @@ def test_a_full_lmcache_receiver(our_sender: OurSender) -> None:
         assert our_sender.put(second_req, receiver.target, second).error == "alloc_timeout"
         assert receiver.get(first_req, first) == first.sums
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
-        # More than it will ever hold: it says -1 at once.
+        # A request that exceeds the whole buffer: the receiver answers -1 at once.
         assert our_sender.put(next_request(), receiver.target, Prompt.of_chunks(5)).error == "no_room"
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
     finally:
@@ -220,7 +221,11 @@ def test_nothing_to_move_is_said_at_once(our_sender: OurSender) -> None:
 def test_a_receiver_that_sends_a_program_for_its_pages(
     our_sender: OurSender, ours: OurReceiver, tmp_path: Path
 ) -> None:
-    """LMCache loads that answer with pickle, which runs what it is told to. Here it is no list of pages, so no link."""
+    """Answers the registration with a pickle that runs a program.
+
+    LMCache loads this answer with pickle, which would run the program. The sidecar accepts nothing but a list of pages,
+    so it refuses the answer and does not connect.
+    """
     context = zmq.Context.instance()
     mark, req, prompt = tmp_path / "was run", next_request(), Prompt.of_chunks(2)
 
@@ -233,7 +238,7 @@ def test_a_receiver_that_sends_a_program_for_its_pages(
         port = near.bind_to_random_port("tcp://127.0.0.1")
         far.connect(f"tcp://127.0.0.1:{ours.target.init_port}")
         put = pool.submit(our_sender.put, req, Target("127.0.0.1", port, ours.target.alloc_port), prompt)
-        # The introduction is a real one, of a receiver that is LMCache to the sender: without `x`.
+        # The handshake is that of a real receiver, without `x`: the sender takes the receiver for LMCache.
         assert near.poll(5000)
         asked = msgspec.msgpack.decode(near.recv())
         del asked["x"]
