@@ -1,1 +1,1 @@
-"""What needs GPUs: tests and the benchmark against the baselines."""
+"""Tests that need GPUs, and the benchmark against the baselines."""

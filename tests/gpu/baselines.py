@@ -1,4 +1,4 @@
-"""What ours is compared with: vLLM's NixlConnector and LMCache's PD."""
+"""The baselines of the GPU benchmark: vLLM's NixlConnector and LMCache's PD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, ot
 
 
 class _TwoEngines:
-    """Two engines, and nothing beside them that has to be started."""
+    """Two engines without any other process."""
 
     def __init__(self, prefill: Engine, decode: Engine) -> None:
         self.prefill, self.decode = prefill, decode
@@ -32,11 +32,11 @@ class _TwoEngines:
             engine.start()
 
     def wait(self) -> None:
-        """The engines are all there is."""
+        """Returns at once: no process besides the engines must become ready."""
 
 
 class Nixl(_TwoEngines):
-    """vLLM's own connector, and the two calls that its proxies make."""
+    """Two engines with vLLM's own connector, and the two calls that vLLM's proxies make."""
 
     name = "nixl"
 
@@ -73,7 +73,7 @@ class Nixl(_TwoEngines):
 
 
 class LmCache(_TwoEngines):
-    """LMCache's PD over NIXL. Its prefill leg gives the first token, its decode leg the ones after it."""
+    """Two engines with LMCache's PD over NIXL. The prefill leg gives the first token, the decode leg the others."""
 
     name = "lmcache"
 
@@ -99,7 +99,7 @@ class LmCache(_TwoEngines):
         )
         more: tuple[dict[str, int], ...] = ({}, {"skip_last_n_tokens": 1})
         engines = []
-        # As its guide has it.
+        # LMCache's guide turns prefix caching off.
         setting = replace(setting, prefix_caching=False)
         for side, name in enumerate(("prefill", "decode")):
             path = setting.folder / f"lmcache-{name}.yaml"

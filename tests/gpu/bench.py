@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Hand-over between two GPUs, ours against the baselines: `make gpu-bench`.
+"""Measures hand-overs between two GPUs, for this project and for the baselines: `make gpu-bench`.
 
-Writes gpu-bench.json after every step, and at the end gpu-bench.md, the table of docs/benchmarks.md. All engines run
-at once; the one whose turn it is works alone. On a host without GPUs it stops with exit code 77, unless `--cpu` says
-that only the way through is to be tried, with a small model: such figures mean nothing.
+The script writes gpu-bench.json and gpu-bench.md, the table of docs/benchmarks.md, after each step. All engines run at
+the same time, but only one stack gets requests at a time. With fewer than two GPUs and without `--gpus`, the exit code
+is 77. With `--cpu` the script runs on the CPU with a small model, only to test itself: its figures then mean nothing.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from gpu.setting import WIRES, Setting, gpus, versions
 from gpu.stacks import FirstOfPrefill, Ours, Pair, Stack
 from gpu.tpot import tpot
 
-# Those in which a stack may hang for good come late: it is left out of what comes after.
+# The order of the steps. Loads that may make a stack hang for ever come late, because later steps leave that stack out.
 STEPS = ("latency", "tpot", "poisson", "burst", "throughput", "many", "wires")
 SKIPPED = 77
-# Loads that begin with all buffers empty.
+# Before each of these steps, the stacks of --renew restart, so that their buffers are empty.
 RENEWED = ("poisson", "burst")
 
 
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 class Bench:
-    """The stacks, and the steps over them."""
+    """Runs the steps over all stacks."""
 
     def __init__(self, setting: Setting, options: argparse.Namespace, result: dict[str, Any]) -> None:
         self.setting = setting
@@ -85,10 +85,10 @@ class Bench:
         self.stacks: list[Stack] = [STACKS[name](setting) for name in options.stacks]
         self.prompts = measure.Prompts(options.seed, options.vocabulary)
         self.hung: set[str] = set()
-        """Stacks that no longer answer: each of their requests would be waited for."""
+        """Stacks that no longer answer. The next loads leave them out, because each request would time out."""
 
     def start(self) -> None:
-        """All engines at once. A baseline that does not come up is left out, and said to be."""
+        """Starts all engines at the same time. Leaves out a baseline that does not start, and reports it."""
         began = time.monotonic()
         for stack in self.stacks:
             stack.start()
@@ -99,7 +99,7 @@ class Bench:
         try:
             wait_for(stack.engines, self.progress)
             stack.wait()
-            self.progress.say(f"{stack.name}: up after {time.monotonic() - began:.0f} s")
+            self.progress.say(f"{stack.name}: ready after {time.monotonic() - began:.0f} s")
         except Exception as error:
             if stack.name in ("plain", "ours"):
                 raise
@@ -109,7 +109,7 @@ class Bench:
             self._stop(stack)
 
     async def _renew(self) -> None:
-        """Starts engines again whose buffer does not empty: what came before is not to count against them."""
+        """Restarts the stacks of --renew, because chunks of earlier steps stay in their buffers and would slow them."""
         wanted = set(self.options.renew) - set(self.options.idle_only)
         for stack in [stack for stack in self.stacks if stack.name in wanted]:
             began = time.monotonic()
@@ -119,8 +119,8 @@ class Bench:
             self.hung.discard(stack.name)
             try:
                 await measure.warm_up(stack, self.prompts)
-            except Exception as error:  # noqa: BLE001 - the others are still of worth
-                self.progress.say(f"{stack.name}: started anew, and no answer: {error!r}"[:300])
+            except Exception as error:  # noqa: BLE001 - the results of the other stacks are still useful
+                self.progress.say(f"{stack.name}: no answer after its restart: {error!r}"[:300])
                 self.hung.add(stack.name)
 
     async def run(self) -> None:
@@ -140,7 +140,7 @@ class Bench:
                     await self._renew()
                 self.result[name] = await steps[name]()
                 self.hung |= hung(self.result[name])
-            except Exception as error:  # noqa: BLE001 - the other steps are still of worth
+            except Exception as error:  # noqa: BLE001 - the results of the other steps are still useful
                 self.result[name] = {"failure": f"{type(error).__name__}: {error}"[:2000]}
                 self.progress.say(f"{name}: {self.result[name]['failure']}")
             self.progress.say(f"{name}: {time.monotonic() - began:.0f} s")
@@ -169,7 +169,7 @@ class Bench:
         return found
 
     async def _first_of_prefill(self, ours: Ours) -> None:
-        """The same engines and sidecars, once more beside the plain instance."""
+        """Measures the same engines and sidecars again, with the first token from the prefill side."""
         options, first = self.options, FirstOfPrefill(ours)
         stacks = [stack for stack in self.stacks if stack.name == "plain"] + [first]
         with first.started():
@@ -195,7 +195,7 @@ class Bench:
         return found
 
     async def _wires(self) -> Any:
-        """Ours over each of the wires that `auto` did not choose."""
+        """Measures this project's stacks over each wire that `auto` did not choose."""
         pairs = [stack for stack in self.stacks if isinstance(stack, Ours)]
         stacks = [stack for stack in self.stacks if stack.name == "plain" or stack in pairs]
         found: dict[str, Any] = {}
@@ -226,7 +226,7 @@ class Bench:
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
         def prompts() -> measure.Prompts:
-            # None that an engine has seen before: it would have its beginning in its cache.
+            # Prompts that no engine has seen before: otherwise a prefix cache would answer a part of them.
             return measure.Prompts(seed + 1, self.options.vocabulary)
 
         return await measure.poisson(self._handovers(), rate, alone, seconds, prompts, seed, say)
@@ -236,7 +236,7 @@ class Bench:
 
     def _handovers(self) -> list[Pair]:
         if self.hung:
-            self.progress.say(f"left out, as they no longer answer: {', '.join(sorted(self.hung))}")
+            self.progress.say(f"left out, because they no longer answer: {', '.join(sorted(self.hung))}")
         left_out = {"plain", *self.hung, *self.options.idle_only}
         return [cast(Pair, stack) for stack in self.stacks if stack.name not in left_out]
 
@@ -253,7 +253,7 @@ class Bench:
 
 
 def hung(found: Any) -> set[str]:
-    """The stacks some of whose requests failed in a step."""
+    """Returns the names of the stacks that had a failed request in this step."""
 
     def failed(of: dict[str, Any]) -> bool:
         by_length = (part.get("failure") for part in of.values() if isinstance(part, dict))
@@ -297,30 +297,34 @@ def arguments() -> argparse.Namespace:
     usual = [name for name in STACKS if name != "other"]
     parser.add_argument("--stacks", type=words, default=usual, help=stacks)
     parser.add_argument("--steps", type=words, default=list(STEPS))
-    parser.add_argument("--gpus", type=numbers, help="ordinals for prefill and decode, which may be the same")
+    parser.add_argument("--gpus", type=numbers, help="the GPUs of prefill and decode, by ordinal; may be the same")
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--lengths", type=numbers, default=[512, 2048, 5000, 16000])
     parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000])
-    parser.add_argument("--idle-only", type=words, default=[], help="stacks that are spared the loads")
+    parser.add_argument("--idle-only", type=words, default=[], help="stacks that the load steps leave out")
     parser.add_argument(
-        "--renew", type=words, default=["lmcache"], help=f"stacks that are started anew before {' and '.join(RENEWED)}"
+        "--renew", type=words, default=["lmcache"], help=f"stacks that are restarted before {' and '.join(RENEWED)}"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send and landing buffer")
+    parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send buffer and landing buffer")
     parser.add_argument("--small-buffer", type=int, default=4 << 30)
-    parser.add_argument("--kv-bytes", type=int, default=6 << 30, help="of each engine")
+    parser.add_argument("--kv-bytes", type=int, default=6 << 30, help="bytes of each engine's KV cache")
     parser.add_argument("--utilization", type=float, default=0.2, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--many", type=int, default=200)
-    parser.add_argument("--rate", type=float, help="prompts a second; by default 70 %% of what prefill can do")
+    parser.add_argument(
+        "--rate", type=float, help="prompts per second; by default 70 %% of the rate that prefill can reach"
+    )
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--answer", type=int, default=400, help="tokens of each answer of the step tpot")
+    parser.add_argument("--answer", type=int, default=400, help="tokens of each answer in the step tpot")
     parser.add_argument("--load-tokens", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--push", default="auto", help="auto, layers or step: see the connector's options")
-    parser.add_argument("--engine-flags", default="", help="more flags for every engine")
-    parser.add_argument("--sidecar-keys", default="{}", help="JSON: keys below `sidecar:`")
-    parser.add_argument("--cpu", action="store_true", help="without GPUs and with a small model, to try the way")
+    parser.add_argument("--engine-flags", default="", help="further flags for every engine")
+    parser.add_argument("--sidecar-keys", default="{}", help="keys below `sidecar:`, as JSON")
+    parser.add_argument(
+        "--cpu", action="store_true", help="run on the CPU with a small model, only to test this script"
+    )
     options = parser.parse_args()
     options.vocabulary = 2000 if options.cpu else 32000
     measure.LOAD_TOKENS = options.load_tokens

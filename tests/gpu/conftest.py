@@ -1,4 +1,7 @@
-"""Without a GPU every module here is skipped and says so: pytest calls that an error, we do not."""
+"""Makes pytest succeed on a host without GPUs, where every module of this folder is skipped with a message.
+
+pytest itself treats a run without any test as an error.
+"""
 
 from __future__ import annotations
 

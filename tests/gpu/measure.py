@@ -1,4 +1,4 @@
-"""The measurements, each over all stacks with the same prompts."""
+"""The measurements. Each one gives the same prompts to all stacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 class Prompts:
-    """Random ones, none twice."""
+    """Random prompts; no two are equal."""
 
     def __init__(self, seed: int, vocabulary: int) -> None:
         self._draw = random.Random(seed)
@@ -33,15 +33,15 @@ class Prompts:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """0 without values: a stack that ended nothing has no times."""
+    """Returns a quantile, or 0 if there are no values: a stack without a finished request has no times."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else 0.0
 
 
 async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, prompts: Prompts, say: Say) -> Any:
-    """One request at a time, the stacks in turn with the same prompt. The first round warms up.
+    """Measures one request at a time. In each round every stack gets the same prompt; the first round warms up.
 
-    Each comes after the same pause, and in another order each round: a prefill right behind another one on its GPU took
-    up to 3 % longer, most likely because that one had used up what the power limit allows.
+    Before each request is the same pause, and the order of the stacks changes each round. Without the pause, a prefill
+    right after another one on the same GPU took up to 3 % longer, most likely because of the GPU's power limit.
     """
     results: dict[str, Any] = {stack.name: {} for stack in stacks}
     failed: dict[str, str] = {}
@@ -86,20 +86,20 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
 
 
 async def warm_up(stack: Stack, prompts: Prompts) -> None:
-    """Engines that have just started make their connections, and run everything once."""
+    """Sends two requests, so that engines that have just started connect and compile."""
     async with client() as session:
         for _ in range(2):
             await stack.complete(session, prompts.next(LOAD_TOKENS), ANSWER)
 
 
 async def alone(plain: Stack, prompts: Prompts) -> float:
-    """Milliseconds to the first token of one instance alone."""
+    """Returns the milliseconds to the first token of one idle instance."""
     async with client() as session:
         return _ms([(await plain.complete(session, prompts.next(LOAD_TOKENS), 2)).first_s for _ in range(4)][1:])
 
 
 async def burst(stacks: Sequence[Stack], at_once: int, rounds: int, alone_ms: float, prompts: Prompts, say: Say) -> Any:
-    """So many prompts at the same moment."""
+    """Measures `at_once` prompts that arrive at the same moment, in several rounds."""
     results = {}
     for stack in stacks:
         done: list[Handover] = []
@@ -128,7 +128,7 @@ async def poisson(
     seed: int,
     say: Say,
 ) -> Any:
-    """Arrivals at random, the same ones for each stack."""
+    """Measures prompts that arrive at random times; the times are the same for each stack."""
     results = {}
     for stack in stacks:
         own, draw = prompts(), random.Random(seed)
@@ -151,7 +151,7 @@ async def poisson(
 
 
 async def many(ours: Ours, setting: Setting, buffer_bytes: int, count: int, at_once: int, prompts: Prompts) -> Any:
-    """More prompts than any buffer holds, through a small one."""
+    """Sends more prompts than fit into the buffers, which are small, and counts failures and held slots."""
     before = ours.decode.prompt_tokens()
     limit = asyncio.Semaphore(at_once)
     async with client() as session:
@@ -180,7 +180,7 @@ async def many(ours: Ours, setting: Setting, buffer_bytes: int, count: int, at_o
 
 
 async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts: Prompts, say: Say) -> Any:
-    """Prompts a second when the prefill engine always has some waiting."""
+    """Measures prompts per second while the prefill engine always has waiting prompts."""
     results = {}
     for stack in stacks:
         limit = asyncio.Semaphore(at_once)
@@ -201,7 +201,7 @@ async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts:
 
 
 def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any]:
-    """What ours says of requests of these lengths, the last ones: everything moved, nothing computed twice."""
+    """Returns the sidecars' records of the last requests, which had these lengths, with the expected bytes."""
     count = len(prompts)
     records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
     wanted = sum(prompts) * setting.token_bytes
@@ -228,14 +228,14 @@ def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any
 
 
 def _with_gaps(of: dict[str, Any], alone_ms: float) -> dict[str, Any]:
-    """And what a first token is later than that of one instance which has nothing else to do."""
+    """Adds the gap: the milliseconds by which a first token is later than that of one idle instance."""
     shares = ("p50", "p99") if of["done"] else ()
     gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in shares}
     return {"alone_ms": alone_ms, **of, **gaps}
 
 
 def _prefill_s(stack: Stack) -> tuple[float, float]:
-    """Sum and count of its prefill engine's own measure of prefill."""
+    """Returns sum and count of the prefill times that the stack's prefill engine measured itself."""
     metrics = stack.engines[0].metrics()
     name = "vllm:request_prefill_time_seconds"
     return metrics.sum(f"{name}_sum"), metrics.sum(f"{name}_count")

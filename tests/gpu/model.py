@@ -1,4 +1,4 @@
-"""Models of a wanted shape: a configuration, a tokenizer of one word a token, and random weights where texts count."""
+"""Writes models of a given shape: a configuration, a tokenizer with one word per token, and optional random weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
-    # The attention of DeepSeek-V2-Lite. No layer is a mixture of experts, but vLLM wants their number.
+    # The attention of DeepSeek-V2-Lite. No layer is a mixture of experts, but vLLM requires the number of experts.
     "mla": {
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",
@@ -56,14 +56,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCABULARY = 32000
-# Tokens that answers are made of: among few candidates two are seldom equally good, and roundings seldom decide.
+# Number of tokens that can occur in answers. With few candidates, two are seldom equally likely, so rounding seldom
+# decides between them.
 SAID = 64
 SEED = 5
 
 
 def write_model(folder: Path, shape: str, dtype: str = "bfloat16", *, weights: bool = False) -> Path:
-    """Without `weights` vLLM makes them up when it loads the model: all within a thousandth of 0, so that an answer
-    depends on the last token of its prompt and hardly on KV, and other ones for each tensor-parallel size."""
+    """Writes a model into `folder` and returns the folder.
+
+    Without `weights`, vLLM makes random weights when it loads the model. They lie within a thousandth of 0, so an
+    answer depends on the last token of its prompt and hardly on KV. They also differ for each tensor-parallel size.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,7 +98,7 @@ def write_model(folder: Path, shape: str, dtype: str = "bfloat16", *, weights: b
 
 
 def token_bytes(folder: Path, element: int) -> int:
-    """KV of one token, all layers and heads."""
+    """Returns the bytes of one token's KV in all layers and heads. `element` is the size of one number in bytes."""
     config = json.loads((folder / "config.json").read_text())
     layers = int(config["num_hidden_layers"])
     if "kv_lora_rank" in config:
@@ -104,8 +108,11 @@ def token_bytes(folder: Path, element: int) -> int:
 
 
 def _write_weights(path: Path, config: dict[str, Any], dtype: str) -> None:
-    """So wide that answers depend on KV, and not so wide that roundings grow from layer to layer: what attention and
-    the MLP add is about as large as what they are given, and attention looks at a handful of tokens."""
+    """Writes random weights with which answers depend on KV.
+
+    The weights are large enough for that, and small enough that rounding errors do not grow from layer to layer: the
+    outputs of attention and MLP are about as large as their inputs, and attention selects a handful of tokens.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -140,7 +147,7 @@ def _write_weights(path: Path, config: dict[str, Any], dtype: str) -> None:
 
 
 Shapes = dict[str, tuple[int, int, float]]
-"""Rows, columns and gain of matrices, by name."""
+"""Matrices by name, each with its rows, columns and gain."""
 
 
 def _attention(config: dict[str, Any]) -> Shapes:

@@ -1,6 +1,7 @@
-"""A process that owns GPU memory, as a sidecar does: takes it with cuMemAlloc, shows it by its handle.
+"""Owns GPU memory, as a sidecar does: allocates memory with cuMemAlloc and exports its handle.
 
-owner.py BYTES     prints a line of JSON (uuid, handle in hex), then answers `sum FROM TO` by the sum of those bytes
+owner.py BYTES     prints a line of JSON (uuid, handle in hex), then answers each line `sum FROM TO` with the sum of
+                   those bytes
 """
 
 from __future__ import annotations

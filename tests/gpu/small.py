@@ -1,4 +1,4 @@
-"""What tests with engines share: a small model whose texts depend on KV, and stacks that serve."""
+"""Helpers for tests with engines: a small model whose texts depend on KV, and the start of stacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CHUNKED = "1024"
 
 
 def small(folder: Path, gpus: tuple[int, int], chunks: int, shape: str = "small", **more: Any) -> Setting:
-    """Buffers have so many chunks. Prefill in chunks, with blocks of 16 tokens; decode with blocks of 64."""
+    """Returns settings for a small model and buffers of `chunks` chunks.
+
+    The prefill engine uses chunked prefill and blocks of 16 tokens; the decode engine uses blocks of 64 tokens.
+    """
     values: dict[str, Any] = {
         "folder": folder,
         "buffer_bytes": 0,
@@ -54,7 +57,7 @@ def small(folder: Path, gpus: tuple[int, int], chunks: int, shape: str = "small"
 
 @contextlib.contextmanager
 def serving(*stacks: Stack) -> Iterator[None]:
-    """Inside, all of them serve; all are started at the same time."""
+    """Starts all stacks at the same time. All of them serve inside the block and stop at its end."""
     with ended_by_signals():
         try:
             for stack in stacks:

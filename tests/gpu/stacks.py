@@ -1,4 +1,4 @@
-"""Ways from a prompt to tokens: one plain instance, and ours. The others are in baselines.py."""
+"""The stacks that turn prompts into tokens: one plain instance, and this project. baselines.py has the others."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 from gpu.setting import UCX, Setting
 
-# None needs a tenth of it; a stack that hangs is waited for so long.
+# The time limit of a request. A request needs less than a tenth of it; only a stack that hangs reaches it.
 REQUEST_S = 25.0
 
 
 @dataclass
 class Handover:
-    """One request as the client saw it. Times in seconds from sending the (first) request."""
+    """One request as the client saw it. All times are seconds since the client sent its first request."""
 
     text: str = ""
-    """Without white space: a text that comes from two legs has none between them."""
+    """The text without white space: a text from two legs has no white space between the parts."""
     first_s: float = 0.0
-    """The decode side's first token."""
+    """Time of the decode side's first token."""
     times: list[float] = field(default_factory=list)
-    """Each token of the decode side."""
+    """Time of each token of the decode side."""
     parts: dict[str, float] = field(default_factory=dict)
+    """Times of steps before the first token, by name, if the stack measures them."""
 
     @property
     def per_token_s(self) -> float:
@@ -44,7 +45,7 @@ class Handover:
 
 
 class Stack(Protocol):
-    """A way from a prompt to tokens."""
+    """A set of processes that turns prompts into tokens."""
 
     name: str
 
@@ -58,7 +59,7 @@ class Stack(Protocol):
 
 
 class Pair(Stack, Protocol):
-    """With a prefill and a decode engine."""
+    """A stack with a prefill and a decode engine."""
 
     @property
     def prefill(self) -> Engine: ...
@@ -67,8 +68,10 @@ class Pair(Stack, Protocol):
 
 
 class Plain:
-    """One instance without any connector, on the GPU of the prefill sides: what it computes until its first token is
-    what they compute."""
+    """One instance without any connector, on the GPU of the prefill sides.
+
+    Up to its first token, this instance computes the same as a prefill side.
+    """
 
     name = "plain"
 
@@ -81,19 +84,19 @@ class Plain:
         self.engine.start()
 
     def wait(self) -> None:
-        """The engine is all there is."""
+        """Returns at once: no process besides the engine must become ready."""
 
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
         return await stream(session, self.engine.url, prompt, tokens)
 
 
 class Ours:
-    """Two sidecars and the proxy."""
+    """This project: two engines, two sidecars and the proxy."""
 
     def __init__(self, setting: Setting, name: str = "ours") -> None:
         self.name = name
         self.setting = setting
-        # The path of a unix socket has at most 107 bytes.
+        # In the system's folder for temporary files, because the path of a unix socket has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="pd-"))
         self.proxy = Proxy(setting.logs)
         self.sender, self.receiver = (self._sidecar(role, side) for side, role in enumerate(("sender", "receiver")))
@@ -116,7 +119,7 @@ class Ours:
         return await stream(session, self.proxy.url, prompt, tokens)
 
     def restart_sidecars(self, buffer_bytes: int, transport: str = "auto", ucx: str = UCX) -> None:
-        """With other buffers or another wire; the engines find them again."""
+        """Restarts the sidecars with other buffers or another wire. The engines reconnect by themselves."""
         for sidecar in (self.receiver, self.sender):
             sidecar.stop()
             sidecar.options.buffer_bytes = buffer_bytes
@@ -138,9 +141,9 @@ class Ours:
             proxy=self.proxy.registration,
             transport=setting.transport,
             device="cpu" if setting.gpus is None else "cuda",
-            # UCX names tcp here, as LMCache and NixlConnector need it.
+            # UCX_TLS below names tcp, since LMCache and NixlConnector need it.
             keys={"nixl_over_tcp": "trusted", **setting.sidecar_keys},
-            # Sidecars see both GPUs: the wire between them needs to.
+            # No CUDA_VISIBLE_DEVICES: each sidecar must see both GPUs to copy between them.
             env={} if setting.gpus is None else {"UCX_TLS": UCX},
         )
         if setting.gpus is not None:
@@ -165,14 +168,14 @@ class Ours:
 
 
 def other_push(setting: Setting) -> Ours:
-    """Ours once more, with the other value of `push`."""
+    """Makes a second stack of this project, with the other value of `push`."""
     other = "auto" if setting.push == "step" else "step"
     name = f"ours-{other}"
     return Ours(replace(setting, push=other, folder=setting.folder / name), name)
 
 
 class FirstOfPrefill:
-    """Ours while its proxy passes on the first token of the prefill leg."""
+    """The stack `ours` while its proxy takes the first token from the prefill leg."""
 
     name = "ours, first of prefill"
 
@@ -183,14 +186,14 @@ class FirstOfPrefill:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Inside, the proxy does so. Sidecars register with whoever listens at its address."""
+        """Restarts the proxy with this mode for the duration of the block. The sidecars register with it again."""
         with self._ours.proxy.flags("--first-token", "prefill"):
             self._ours.proxy.wait_ready()
             yield
         self._ours.proxy.wait_ready()
 
     def start(self) -> None:
-        """Ours has been started."""
+        """Does nothing: the stack `ours` runs already."""
 
     def wait(self) -> None:
         self._ours.wait()
@@ -200,7 +203,7 @@ class FirstOfPrefill:
 
 
 def at_once(stack: Stack, prompts: Sequence[list[int]], tokens: int) -> list[Handover | BaseException]:
-    """All prompts at the same moment, each with its answer or with what became of it."""
+    """Sends all prompts at the same moment. Returns, for each prompt, the answer or the exception."""
 
     async def all_of_them() -> list[Handover | BaseException]:
         async with client() as session:
@@ -222,7 +225,7 @@ def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def once(session: aiohttp.ClientSession, url: str, prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
-    """A prefill leg."""
+    """Sends a prefill leg and returns its answer."""
     async with session.post(f"{url}/v1/completions", json=body(prompt, 1, kv_transfer_params=params)) as reply:
         await fail_unless_ok(reply)
         answer: dict[str, Any] = await reply.json()
@@ -238,7 +241,7 @@ async def stream(
     began: float | None = None,
     **more: Any,
 ) -> Handover:
-    """A streamed completion."""
+    """Sends a streamed completion and returns its text and times."""
     began = time.perf_counter() if began is None else began
     result = Handover()
     async with session.post(f"{url}/v1/completions", json=body(prompt, tokens, stream=True, **more)) as reply:
@@ -268,13 +271,13 @@ async def fail_unless_ok(reply: aiohttp.ClientResponse) -> None:
 
 
 def with_path(folder: Path) -> str:
-    """PYTHONPATH with one more folder."""
+    """Returns the current PYTHONPATH with `folder` in front."""
     return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else str(folder)
 
 
 @contextlib.asynccontextmanager
 async def client(request_s: float = REQUEST_S) -> Any:
-    """A session for any number of requests at once."""
+    """Opens a session without a limit on the number of requests at the same time."""
     timeout = aiohttp.ClientTimeout(total=request_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:

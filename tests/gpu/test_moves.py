@@ -1,4 +1,4 @@
-"""Moves between pages and slots on a real GPU: layouts, order, speed, memory of another process."""
+"""Tests moves between pages and slots on a real GPU: layouts, order, speed, memory of another process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pd_sidecar.wire import CudaMemory
 
 CHUNK = 256
 BLOCKS = 256
-# name: shape, physical order, MLA
+# For each name: the shape of a layer as a function of the block size, the physical order of its dimensions (None: the
+# same order), and True for MLA.
 LAYOUTS: dict[str, tuple[Any, Any, bool]] = {
     "NHD": (lambda n: (BLOCKS, 2, n, 8, 128), None, False),
     "HND": (lambda n: (BLOCKS, 2, n, 8, 128), (0, 1, 3, 2, 4), False),
@@ -60,7 +61,7 @@ def spans(tokens: int, table: Any, slots: list[int]) -> list[Piece]:
 
 
 class Rig:
-    """A GPU's tensors with a copier over slots of this process."""
+    """Tensors of KV pages on the GPU, and a copier between them and slots of this process."""
 
     def __init__(self, layout: str, block: int, dtype: Any, layers: int = 3, slots: int = 8) -> None:
         torch.manual_seed(4)
@@ -69,7 +70,7 @@ class Rig:
 
     @classmethod
     def of_heads(cls, whole: Rig, heads: range) -> Rig:
-        """The same tensors with slots for some of their heads."""
+        """Makes a rig over the tensors of `whole`, with slots for some of the heads."""
         rig = cls.__new__(cls)
         rig.tensors = whole.tensors
         rig._over(whole.pages.of_heads(heads), 8)
@@ -97,11 +98,11 @@ def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, 
     table = torch.randperm(BLOCKS)[: -(-tokens // block)]
     rig.wait(rig.copier.gather(spans(tokens, table, slots), [rig.gpu.mark()]))
     host = {name: tensor.cpu() for name, tensor in rig.tensors.items()}
-    # `cpu()` keeps strides only of dense tensors, which these are.
+    # `cpu()` keeps the strides, because the tensors are dense.
     expect = torch.zeros(rig.slots.numel(), dtype=torch.uint8)
     HostCopier(pages_of(host, layout, block), expect.numpy().data, rig.slot_bytes).gather(spans(tokens, table, slots))
     assert torch.equal(rig.slots.cpu(), expect)
-    # And back, into other pages, which then give the same chunks.
+    # Scatter the chunks into other pages, which must then give the same chunks.
     other = torch.randperm(BLOCKS)[: len(table)]
     rig.wait(rig.copier.scatter(spans(tokens, other, slots), [rig.gpu.mark()]))
     rig.slots.zero_()
@@ -111,7 +112,7 @@ def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "packed", "packed NHD"])
 def test_a_rank_has_its_heads_and_no_others(layout: str) -> None:
-    """A worker that serves several ranks gathers and scatters the heads of each by themselves."""
+    """Checks that a worker of several ranks gathers and scatters the heads of each rank separately."""
     whole = Rig(layout, 64, torch.bfloat16)
     tokens, table, slots = CHUNK + 100, torch.randperm(BLOCKS)[:6], [3, 1]
     for heads in (range(0, 4), range(4, 8), range(6, 8)):
@@ -121,7 +122,7 @@ def test_a_rank_has_its_heads_and_no_others(layout: str) -> None:
         expect = torch.zeros(rig.slots.numel(), dtype=torch.uint8)
         HostCopier(host.of_heads(heads), expect.numpy().data, rig.slot_bytes).gather(spans(tokens, table, slots))
         assert torch.equal(rig.slots.cpu(), expect)
-        # Back into pages that are empty: nothing but these heads of these tokens comes to stand there.
+        # Scatter into empty pages: only these heads of these tokens may change.
         target = Rig(layout, 64, torch.bfloat16)
         for tensor in target.tensors.values():
             tensor.zero_()
@@ -145,7 +146,7 @@ def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks
         tensor.fill_(1)
     fence = rig.copier.gather(spans(CHUNK, table, [3]), [rig.gpu.mark()], 0, last=last)
     assert not fence.done(), "the launch waited for the GPU"
-    # The blocks go to another request, whose forward comes at once.
+    # The engine gives the blocks to another request, which computes at once.
     rig.gpu.hold(fence)
     for tensor in rig.tensors.values():
         tensor.fill_(2)
@@ -153,7 +154,7 @@ def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks
     chunk = rig.slots[3 * rig.slot_bytes : 4 * rig.slot_bytes].view(torch.bfloat16)
     assert fence.done()
     assert torch.all(chunk == 1)
-    assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
+    assert 0 < fence.seconds < 0.05, "the measured time includes the wait before the move"
 
 
 def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
@@ -177,7 +178,7 @@ def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
     for number in range(3):
         assert torch.all(chunk[:, number] == number + 1)
     assert fence.done()
-    assert 0 < fence.seconds < 0.05, "the time includes what it waited for"
+    assert 0 < fence.seconds < 0.05, "the measured time includes the wait before the move"
 
 
 def test_a_slot_that_is_granted_anew_is_written_by_the_later_gather_last() -> None:
@@ -186,7 +187,7 @@ def test_a_slot_that_is_granted_anew_is_written_by_the_later_gather_last() -> No
         tensor[:16].fill_(1)
         tensor[16:].fill_(2)
     torch.cuda.synchronize()
-    # The first stands behind a step of the engine, the second has nothing to wait for.
+    # The first gather waits for a step of the engine; the second one has nothing to wait for.
     torch.cuda._sleep(200_000_000)
     rig.copier.gather(spans(CHUNK, torch.arange(16), [3]), [rig.gpu.mark()], 0, last=True)
     rig.copier.gather(spans(CHUNK, torch.arange(16, 32), [3]), [], 1)
@@ -213,7 +214,7 @@ def test_a_scatter_comes_after_what_may_still_write_to_its_blocks() -> None:
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
-    # 20 chunks of an 8B model: 640 MiB.
+    # The KV of 20 chunks of an 8B model is 640 MiB.
     torch.manual_seed(4)
     found = tensors(layout, 16, torch.bfloat16, layers=32)
     found = {name: torch.cat([t, t]) if layout == "NHD" else t.repeat(2, 1, 1, 1, 1) for name, t in found.items()}

@@ -1,6 +1,6 @@
-"""Two real engines on GPUs with their sidecars: texts, bytes, load, faults. On one GPU both sides share it.
+"""Tests two real engines on GPUs with their sidecars: texts, bytes, load, faults. With one GPU, both sides share it.
 
-`PD_GPU_TESTS_ON_CPU=1` tries the way through with engines on the CPU and a tiny model.
+`PD_GPU_TESTS_ON_CPU=1` runs the tests with engines on the CPU and a tiny model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ if not FOUND and not ON_CPU:
 LENGTHS = (1, 15, 255, 256, 257, 700, 1900 if ON_CPU else 2500)
 TOKENS = 12
 CHUNKS = 64
-# Of what is asked for while a sidecar is killed: its bounds (5 s without a sender) and computing again.
+# The time limit of a request while a sidecar is killed: the sidecars' own limits (5 s without a sender), and the time
+# to compute the prompt again.
 FAULT_S = 60.0
 FOLDER = ROOT / "target" / "gpu-test"
 
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[tuple[Ours, Plain]]:
-    """Decode with heads before tokens."""
-    # Layers leave one by one, although the wire is too fast to gain by it.
+    """Starts both stacks; the decode engine's pages have heads before tokens (HND), unlike the prefill engine's."""
+    # The sender sends layer by layer, although the wire is too fast to gain time by that.
     keys = {"park_ms": 3000 if ON_CPU else 1000, "checksum": True, "layers_below_gb_s": 100_000}
     layout = () if ON_CPU else (("VLLM_KV_CACHE_LAYOUT", "HND"),)
     setting = small(
@@ -47,7 +48,7 @@ def started() -> Iterator[tuple[Ours, Plain]]:
 
 @pytest.fixture
 def stacks(started: tuple[Ours, Plain]) -> Iterator[tuple[Ours, Plain]]:
-    """After each test nothing is held, and both engines live."""
+    """Checks after each test that no engine and no sidecar holds anything, and that both engines run."""
     yield started
     ours, _ = started
     deadline = time.monotonic() + 15
@@ -62,7 +63,7 @@ def stacks(started: tuple[Ours, Plain]) -> Iterator[tuple[Ours, Plain]]:
 
 
 def references(plain: Plain, prompts: Sequence[list[int]], tokens: int) -> list[Reference]:
-    """One after the other, so that nothing computed beside them has a part in what they say."""
+    """Returns the expected answers. Asks one after the other: requests in one batch change each other's roundings."""
     found = [reference(plain.engine.url, prompt, tokens) for prompt in prompts]
     long = [of.text for of, prompt in zip(found, prompts, strict=True) if len(prompt) > 1]
     assert len(set(long)) == len(long), "texts do not depend on their prompts"
@@ -70,7 +71,7 @@ def references(plain: Plain, prompts: Sequence[list[int]], tokens: int) -> list[
 
 
 def differences(answers: Sequence[Handover | BaseException], expected: Sequence[Reference]) -> int:
-    """Texts that are wrong; an answer that there is not fails at once."""
+    """Returns the number of wrong texts. Fails if an answer is missing."""
     matches = []
     for answer, of in zip(answers, expected, strict=True):
         assert isinstance(answer, Handover), repr(answer)
@@ -80,7 +81,7 @@ def differences(answers: Sequence[Handover | BaseException], expected: Sequence[
 
 
 def check_one_by_one(ours: Ours, plain: Plain, lengths: Sequence[int]) -> set[str]:
-    """Texts are those of one instance, and all KV was moved. Returns the transports that it took."""
+    """Asserts that texts equal those of one instance and that all KV was moved. Returns the transports used."""
     prompts = [Prompts(length, VOCABULARY).next(length) for length in lengths]
     expected = references(plain, prompts, TOKENS)
     before = ours.decode.prompt_tokens()
@@ -116,7 +117,7 @@ def test_texts_over_the_wires_that_auto_does_not_take(stacks: tuple[Ours, Plain]
 
 @pytest.mark.parametrize("count", [16, 48])
 def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tuple[Ours, Plain], count: int) -> None:
-    """And every chunk is what was gathered: receivers compare it with the sender's sum."""
+    """Sends many requests at once. The receivers also compare the checksum of each chunk with the sender's."""
     ours, plain = stacks
     draw = Prompts(count, VOCABULARY)
     prompts = [draw.next(300 + 1500 // count * i) for i in range(count)]
@@ -135,14 +136,14 @@ def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tup
 
 
 async def until_it_holds_slots(sidecar: Sidecar) -> None:
-    """Returns in the middle of pushes."""
+    """Returns when the sidecar holds a slot, so while a push is running."""
     async with asyncio.timeout(FAULT_S):
         while (await asyncio.to_thread(sidecar.slots))[1] == 0:
             await asyncio.sleep(0)
 
 
 def wait_for_record(sidecar: Sidecar, size: int) -> None:
-    """Of the last request: it comes a moment after the client's answer."""
+    """Waits for the record of the last request, which comes a moment after the client's answer."""
     deadline = time.monotonic() + 5
     while not (records := sidecar.records()) or (records[-1]["bytes"], records[-1]["reason"]) != (size, None):
         assert time.monotonic() < deadline, records[-1:]
@@ -167,9 +168,11 @@ def test_a_sidecar_that_is_killed_costs_time_and_nothing_else(stacks: tuple[Ours
             return await asyncio.gather(*tasks, return_exceptions=True)
 
     before = ours.decode.prompt_tokens()
-    # Every one is answered: what was lost on the way was computed again.
+    # Every request has an answer: the decode engine has computed the lost KV again.
     assert differences(asyncio.run(under_fire()), expected) <= theirs
-    assert (ours.decode.prompt_tokens() - before).computed > len(asked), "it was killed too late to be missed"
+    assert (ours.decode.prompt_tokens() - before).computed > len(asked), (
+        "the sidecar was killed after it had moved all KV"
+    )
     sidecar.stop()
     sidecar.start()
     ours.wait()

@@ -1,7 +1,9 @@
-"""Tensor-parallel engines on two GPUs: each rank's KV goes from the GPU of its prefill worker to that of its decode
-worker, also between sides of different size. On one side two ranks may then share a GPU.
+"""Tests tensor-parallel engines on two GPUs.
 
-`PD_GPU_TESTS_ON_CPU=1` tries the way through with engines on the CPU and a tiny model.
+Each rank's KV goes from the GPU of its prefill worker to the GPU of its decode worker. The two sides may have different
+numbers of workers; two ranks of a side with one worker share a GPU.
+
+`PD_GPU_TESTS_ON_CPU=1` runs the tests with engines on the CPU and a tiny model.
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ RANKS = 2
 TOKENS = 12
 LENGTHS = (1, 300, 1100) if ON_CPU else (1, 300, 1100, 2500)
 AT_ONCE = (40, 300, 777, 1500) if ON_CPU else (1, 257, 512, 700, 1100, 1500, 2049, 2500)
-# Of each rank: eight prompts at once need more.
+# Chunks in each rank's buffer: more than the prompts of `AT_ONCE` need at the same time.
 CHUNKS = 64
-# An engine's counters come a moment after its answers.
+# Time limit for an engine's counters, which change a moment after its answers.
 COUNTERS_S = 15.0
 FOLDER = ROOT / "target" / "gpu-ranks"
 
-# Workers of prefill and decode. Workers of vLLM's CPU build spin while they wait for each other.
+# Numbers of workers of prefill and decode. The workers of vLLM's CPU build use a whole core while they wait for each
+# other, so a machine with few cores runs only one size.
 SIZES = {"2 to 2": (2, 2), "1 to 2": (1, 2), "2 to 1": (2, 1)}
 if ON_CPU and (os.cpu_count() or 1) < 6:
     SIZES = {"2 to 1": (2, 1)}
@@ -51,7 +54,7 @@ ROLES = {"kv_producer": "sender", "kv_consumer": "receiver"}
 
 
 class Side:
-    """An engine with its sidecar, which has a buffer for each rank, on the GPU of the worker that serves it."""
+    """An engine with its sidecar. Each rank's buffer is on the GPU of the worker that serves the rank."""
 
     def __init__(self, setting: Setting, folder: Path, kv_role: str, workers: int) -> None:
         side = list(ROLES).index(kv_role)
@@ -82,7 +85,7 @@ class Side:
         options.engine_url = self.engine.url
 
     def wait_empty(self) -> None:
-        """Returns when neither holds anything."""
+        """Returns when the sidecar holds no slot and the engine no request and no KV block."""
         self.sidecar.wait_empty()
         deadline = time.monotonic() + COUNTERS_S
         while (held := (self.engine.requests(), self.engine.cache_usage())) != (0, 0.0):
@@ -90,7 +93,7 @@ class Side:
             time.sleep(0.05)
 
     def spent(self, before: PromptTokens, tokens: int) -> PromptTokens:
-        """Where its engine had its prompts' tokens from, once all are counted."""
+        """Returns the engine's prompt tokens by source, after the engine has counted `tokens` of them."""
         deadline = time.monotonic() + COUNTERS_S
         while True:
             found = self.engine.prompt_tokens() - before
@@ -112,7 +115,7 @@ class Case:
         return complete(self.proxy.url, prompt, max_tokens=TOKENS)
 
     def expect(self, prompt: list[int]) -> Reference:
-        """What the decode engine says where it computes all by itself: an instance of the same size."""
+        """Returns the answer of the decode engine when it computes the whole prompt itself."""
         before = self.decode.engine.prompt_tokens()
         found = reference(self.decode.engine.url, prompt, TOKENS)
         spent = self.decode.spent(before, len(prompt))
@@ -120,7 +123,7 @@ class Case:
         return found
 
     def check(self, answer: Answer, expected: Reference, tokens: int) -> Match:
-        """The text, and that every rank moved its own half of the KV, all of it, to the same rank."""
+        """Checks the text, and that each rank moved its whole half of the KV. Returns how the text compares."""
         match = expected.match(answer.text)
         assert match != Match.WRONG, (tokens, answer.text, expected.text)
         for side in (self.prefill, self.decode):
@@ -130,7 +133,7 @@ class Case:
         return match
 
     def check_tokens(self, before: PromptTokens, tokens: int, requests: int) -> None:
-        """Nothing but the last token of each prompt was computed on the decode side."""
+        """Asserts that the decode side computed only the last token of each prompt."""
         spent = self.decode.spent(before, tokens)
         assert spent.external >= tokens - requests, spent
         assert spent.computed <= requests, spent
@@ -139,7 +142,7 @@ class Case:
 def make_setting() -> Setting:
     keys: dict[str, object] = {"park_ms": 1000, "checksum": True}
     if ON_CPU:
-        # Processes that spin share two cores: nobody is to be given up for a late turn.
+        # Busy workers share two cores, so sidecars run late. Longer limits keep a late sidecar from being given up.
         keys |= {"park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000}
     setting = small(FOLDER, (0, 1), CHUNKS, sidecar_keys=keys)
     return replace(setting, buffer_bytes=setting.buffer_bytes // RANKS)
@@ -147,7 +150,7 @@ def make_setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[tuple[Setting, dict[tuple[str, int], Side]]]:
-    """All engines, started at the same time. Their sidecars come and go with the cases."""
+    """Starts all engines at the same time. Each case starts and stops the sidecars that it needs."""
     setting = make_setting()
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     wanted = {(role, size[at]) for size in SIZES.values() for at, role in enumerate(ROLES)}
@@ -197,7 +200,7 @@ def case(started: Case) -> Iterator[Case]:
 
 
 def test_buffers_are_on_the_gpus_of_the_workers(case: Case) -> None:
-    """One link a rank, each over the fastest wire there is, and a text that depends on KV."""
+    """Checks that there is one link per rank to its own peer, and that the texts depend on the KV."""
     links = case.prefill.sidecar.status()["links"]
     assert [link["rank"] for link in links] == list(range(RANKS)), links
     assert len({link["peer"] for link in links}) == RANKS, links

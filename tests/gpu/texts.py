@@ -1,4 +1,4 @@
-"""An answer against what an instance says that computes all of its prompt."""
+"""Compares an answer with that of an instance that computes the whole prompt itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from harness.client import post_json
 
 DTYPE = "float16"
-"""Of models whose texts are compared. bfloat16 rounds eight times as coarsely: there roundings would decide one token
-in ten."""
+"""The number format of models whose texts are compared.
+
+bfloat16 rounds eight times as coarsely: with it, rounding would decide one token in ten.
+"""
 
 TIE = 0.15
-"""How much likelier the one of two tokens may be, as a logarithm, for roundings to decide between them: what tensor
-parallelism, a batch or a chunk of prefill adds up in another order differs in the last bits. Against float32 they move
-the logits of these models by 0.013 (standard deviation); the likeliest token leads by 0.8 on average."""
+"""The largest difference of two tokens' log probabilities at which rounding may decide between the tokens.
+
+Tensor parallelism, batches and chunks of prefill add numbers in another order, so results differ in the last bits.
+Compared with float32, the logits of these models change by 0.013 (standard deviation). On average the likeliest token
+leads by 0.8.
+"""
 
 CANDIDATES = 10
 
@@ -23,7 +28,7 @@ _WORD = re.compile(r"w\d+")
 
 
 class Match(enum.Enum):
-    """Of an answer with its reference."""
+    """The result of comparing an answer with its reference."""
 
     EQUAL = "equal"
     TIE = "equal up to a token that was as likely as the other"
@@ -32,14 +37,14 @@ class Match(enum.Enum):
 
 @dataclass(frozen=True)
 class Reference:
-    """What the instance says, and the likeliest tokens at each place."""
+    """The answer of the instance, and the likeliest tokens at each position."""
 
     text: str
     candidates: list[dict[str, float]]
-    """By its word, the logarithm of each one's probability."""
+    """For each position, the log probability of each likely token, by the token's text."""
 
     def match(self, text: str) -> Match:
-        """How a text compares. After its first different word nothing can be said of it."""
+        """Compares a text up to its first different word. All later words follow from that word and prove nothing."""
         text = "".join(text.split())
         if text == self.text:
             return Match.EQUAL
@@ -52,7 +57,7 @@ class Reference:
 
 
 def reference(url: str, prompt: list[int], tokens: int) -> Reference:
-    """The greedy answer of the engine at `url`, asked directly."""
+    """Returns the greedy answer of the engine at `url`, without the proxy."""
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     choice = post_json(f"{url}/v1/completions", {**body, "logprobs": CANDIDATES})["choices"][0]
     places = choice["logprobs"]["top_logprobs"]

@@ -1,4 +1,4 @@
-"""What hand-overs cost those that are being answered: time per output token of the decode side while KV arrives."""
+"""Measures the cost of hand-overs for running answers: the decode side's time per output token while KV arrives."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gpu.stacks import REQUEST_S, Handover, Pair, client, stream
 STREAMS = 8
 PROMPT_TOKENS = 64
 INTERVAL_S = 0.4
-"""Between two hand-overs: longer than each of them takes with the slowest, so that all have the same to do."""
+"""Time between the starts of two hand-overs. Even the slowest stack needs less, so all stacks do the same work."""
 
 
 async def tpot(stacks: Sequence[Pair], answer: int, prompts: measure.Prompts, say: measure.Say) -> Any:
-    """Several long answers straight from each decode engine, with nothing else to do and beside hand-overs."""
+    """Measures several long answers of each decode engine, first without other work, then during hand-overs."""
     results: dict[str, Any] = {}
     for stack in stacks:
         found: dict[str, Any] = {"failed": 0, "failures": []}
@@ -44,7 +44,7 @@ async def tpot(stacks: Sequence[Pair], answer: int, prompts: measure.Prompts, sa
 async def _round(
     stack: Pair, session: aiohttp.ClientSession, answer: int, prompts: measure.Prompts, *, beside: bool
 ) -> tuple[list[float], int, list[str]]:
-    """Times between tokens, hand-overs that were done meanwhile, and what failed."""
+    """Returns the times between tokens, the number of hand-overs during that time, and the failures."""
     asks = [
         asyncio.create_task(stream(session, stack.decode.url, prompts.next(PROMPT_TOKENS), answer))
         for _ in range(STREAMS)
@@ -65,7 +65,7 @@ async def _round(
     ended = await asyncio.gather(*asks, return_exceptions=True)
     moved = len(done)
     if arriving is not None:
-        # The last one is not cut off: to abort it is another thing to do for those that are measured.
+        # The last hand-over may end: an abort would be extra work for the measured engines.
         await _until_one_more(done, moved, arriving)
         if len(done) == moved and not failures:
             failures.append(f"a hand-over was not done in {REQUEST_S:g} s")
@@ -85,7 +85,7 @@ async def _until_one_more(done: Sequence[Handover], moved: int, arriving: asynci
 
 
 def _compare(results: dict[str, Any]) -> None:
-    """Ours over the better of those that came through."""
+    """Adds the ratio of this project to the best baseline that had no failures."""
     others = [of["busy"] for name, of in results.items() if not name.startswith("ours") and not of["failed"]]
     if "ours" in results and others:
         for key in ("per_token_ms_p50", "per_token_ms_p99"):
