@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The demonstration: two real vLLM instances, a sidecar beside each, the proxy, and prompts through all of it.
+"""Shows the whole system at work: two real vLLM instances, a sidecar beside each, the proxy, and a few prompts.
 
-Run by `make demo`, in the Python environment that `make venv` makes. Ends with 0 only if the KV of every prompt was
-moved and used, and every text equals that of one instance asked alone.
+`make demo` runs this script in the Python environment that `make venv` makes. The exit code is 0 only if the KV of
+every prompt was moved and used, and if every text equals the text of a single instance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORY = (
     "A decode engine takes these notes and only has to continue. "
 )
 
-# From one chunk of KV (256 tokens) to several; the last one shares its beginning with the one before.
+# Prompts with one chunk of KV (256 tokens) to several. The last two prompts begin with the same text.
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then",
     STORY * 3 + "In short,",
@@ -43,25 +43,28 @@ PROMPTS = (
 
 @dataclass
 class Outcome:
-    """One prompt: what happened, and what one instance says to it."""
+    """The transfer of one prompt, and the answer of a single instance."""
 
     moved: Moved
+    # Token ids of the answer of the prefill engine alone.
     alone: list[int]
 
     @property
     def problems(self) -> list[str]:
-        """Why this is not what it should be; empty if it is."""
+        """Returns what is wrong with this outcome; an empty list if nothing is."""
         moved = self.moved
         tokens = moved.sender["tokens"]
         found = []
         if moved.answer.token_ids != self.alone:
-            found.append("the text differs from that of one instance")
+            found.append("the text differs from the text of a single instance")
         for record, side in ((moved.sender, "sender"), (moved.receiver, "receiver")):
             if record["reason"] is not None:
                 found.append(f"{side}: ended early, {record['reason']}")
         wanted = (tokens - moved.sender["have_tokens"]) * KV_BYTES_PER_TOKEN
         if moved.sender["bytes"] != wanted or moved.receiver["bytes"] != wanted:
-            found.append(f"{moved.sender['bytes']} bytes left, {moved.receiver['bytes']} came, {wanted} were wanted")
+            found.append(
+                f"{moved.sender['bytes']} bytes sent, {moved.receiver['bytes']} received, {wanted} were expected"
+            )
         if moved.tokens.computed > 1:
             found.append(f"the decode engine computed {moved.tokens.computed} tokens of the prompt itself")
         return found
@@ -96,10 +99,10 @@ def main() -> int:
 
 
 def show(pair: Pair, number: int, prompt: str) -> Outcome:
-    """Sends one prompt through the proxy, its text appears as it comes; then asks one instance alone."""
+    """Sends one prompt through the proxy and prints its text as it arrives. Then asks a single instance."""
     print(f"\n--- request {number}: {shortened(prompt)}\n    ", end="")
     moved = pair.move(prompt, max_tokens=MAX_TOKENS, on_text=live, model="m")
-    # A salt of its own makes the prefill engine compute everything again, whatever it has in its cache.
+    # The salt keeps the prefill engine from using its prefix cache: it computes the whole prompt again.
     alone = complete(pair.prefill.url, prompt, max_tokens=MAX_TOKENS, cache_salt=f"alone-{number}", model="m")
     outcome = Outcome(moved, alone.token_ids)
     print("\n" + table(pair, outcome))
@@ -112,7 +115,7 @@ def table(pair: Pair, outcome: Outcome) -> str:
     link = link_of(pair.sender.status())
     gb_s = sender["bytes"] / sender["push_us"] / 1e3 if sender["push_us"] else 0.0
     rows = [
-        ("prompt", f"{sender['tokens']} tokens, {sender['have_tokens']} of them held by the decode side already"),
+        ("prompt", f"{sender['tokens']} tokens, the decode side already had {sender['have_tokens']} of them"),
         ("moved", f"{sender['chunks']} chunks, {sender['bytes']:,} bytes"),
         ("alloc", milliseconds(sender["alloc_us"])),
         ("gather", milliseconds(sender["gather_us"])),
@@ -122,19 +125,19 @@ def table(pair: Pair, outcome: Outcome) -> str:
         ("first token", f"{moved.answer.first_s * 1e3:.1f} ms, whole answer {moved.answer.total_s * 1e3:.1f} ms"),
         ("transport", f"configured: {link['configured']}, reported: {link['reported']}, measured: {gb_s:.2f} GB/s"),
         ("decode side", f"computed {moved.tokens.computed} tokens of the prompt itself"),
-        ("text", "equal to that of one instance" if moved.answer.token_ids == outcome.alone else "DIFFERENT"),
+        ("text", "equal to the text of a single instance" if moved.answer.token_ids == outcome.alone else "DIFFERENT"),
     ]
     return "\n".join(f"    {name:<12} {value}" for name, value in rows)
 
 
 def link_of(status: dict[str, Any]) -> dict[str, Any]:
-    """What the sender says about the wire to its only receiver."""
+    """Returns the sender's report about the link to its only receiver."""
     links: list[dict[str, Any]] = status["links"]
     return links[0] if links else {"configured": "?", "reported": "no link"}
 
 
 def report(outcomes: list[Outcome]) -> int:
-    """Says what holds and what does not; returns how many requests are not right."""
+    """Prints the problems of all requests and a summary. Returns the number of requests with a problem."""
     failed = 0
     print()
     for number, outcome in enumerate(outcomes, start=1):
@@ -148,17 +151,17 @@ def report(outcomes: list[Outcome]) -> int:
 
 
 def keep(pair: Pair) -> None:
-    """Leaves everything to the user."""
+    """Leaves all processes running and prints how to use and stop them."""
     groups = pair.leave_running()
     print(
         f"""
 Left running. Try:
   curl -N {pair.proxy.url}/v1/completions -H 'content-type: application/json' \\
        -d '{{"model": "m", "prompt": "Hello", "max_tokens": 16, "stream": true}}'
-  curl {pair.proxy.url}/instances            # who is registered
+  curl {pair.proxy.url}/instances            # the registered instances
   curl {pair.proxy.url}/requests             # the last requests, as the proxy saw them
-  curl {pair.sender.admin}/requests            # ... the sender, with what was moved and how long it took
-  curl {pair.receiver.admin}/requests            # ... the receiver
+  curl {pair.sender.admin}/requests            # the same of the sender, with bytes and times
+  curl {pair.receiver.admin}/requests            # the same of the receiver
   curl {pair.receiver.admin}/status              # slots and links
   curl {pair.sender.admin}/metrics             # Prometheus
 Logs: {LOGS}
@@ -168,7 +171,7 @@ Stop all of it:
 
 
 def live(text: str) -> None:
-    """Text as it comes, on one line."""
+    """Prints text as it arrives, all on one line."""
     print(text.replace("\n", "\\n").replace("\r", "\\r"), end="", flush=True)
 
 

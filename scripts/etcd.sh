@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Unpacks Debian's etcd into a directory, without installing it: for the tests of the shared registry.
+# Unpacks Debian's etcd into a directory, without installing it. The tests of the shared registry use it.
 #   etcd.sh DIRECTORY
 set -euo pipefail
 

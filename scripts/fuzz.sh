@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fuzzes every decoder of the protocol for so many seconds each; new inputs stay in the corpora.
+# Fuzzes each decoder of the protocol for SECONDS seconds. The fuzzer adds new inputs to the corpora.
 #   fuzz.sh SECONDS [TARGET..]
-# The corpora run as ordinary tests too (cargo test -p pd-protocol), without any of this.
+# The corpora also run as ordinary tests (cargo test -p pd-protocol), which need neither cargo-fuzz nor nightly Rust.
 set -euo pipefail
 
 seconds=$1

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Packs what a GPU host without a network needs for `make gpu-test` and `make gpu-bench`.
+"""Packs everything that a GPU host without a network needs for `make gpu-test` and `make gpu-bench`.
 
     gpu_bundle.py OUT [--only ours] [--vllm 0.24.0] [--nixl 1.5.1] [--lmcache 0.5.1] [--binaries target/release]
 
-The host has Linux on x86_64, Python 3.12 and what stands in `scripts/gpu-host-packages.txt`, PyTorch for CUDA 13 above
-all. OUT gets parts of at most 58 MB, for hosts that take files only piecemeal, and `unpack.sh`:
+The host must have Linux on x86_64, Python 3.12 and the packages of `scripts/gpu-host-packages.txt`, above all PyTorch
+for CUDA 13. The script writes parts of at most 58 MB into OUT, for hosts that accept only small files, and `unpack.sh`:
 
-    sh unpack.sh DIR      unpacks everything that lies beside it; then `. DIR/env.sh` and, in DIR/repo, `make gpu-bench`
+    sh unpack.sh DIR      unpacks all parts beside it; then `. DIR/env.sh` and, in DIR/repo, `make gpu-bench`
 
-Left out, as no dense model on Hopper needs it: FlashAttention 2, DeepGEMM, FlashMLA, kernels for mixtures of experts
-(unless --moe), header files and static libraries.
+The bundle leaves out what no dense model on Hopper needs: FlashAttention 2, DeepGEMM, FlashMLA, kernels for mixtures of
+experts (unless --moe), header files and static libraries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PART_BYTES = 58 << 20
 PYTHON = "3.12"
 GLIBC = range(39, 4, -1)
 
-# Not served with a dense model, or only built for other GPUs: some of it is larger than all that is packed.
+# A dense model does not use these packages, or they are for other GPUs only. Some are larger than the whole bundle.
 NOT_NEEDED = {
     "flashinfer-cubin", "tilelang", "z3-solver", "tokenspeed-mla", "tokenspeed-triton", "cuda-tile", "cuda-python",
     "humming-kernels",
@@ -45,14 +45,14 @@ TRIM_NIXL = (
     "nixl_ep_cu13", "nixl_cu13.scripts", "nixl_cu13-*.data", "nixl_cu13.libs/*aws*", "nixl_cu13.libs/*azure*",
     "nixl_cu13.libs/*gusli*", "nixl_cu13.libs/libs2n*",
 )  # fmt: skip
-# What LMCache imports and neither vLLM nor the host brings.
+# Packages that LMCache imports and that neither vLLM nor the host has.
 LMCACHE_NEEDS = (
     "aiofile", "caio", "awscrt", "redis", "nvtx", "httptools", "opentelemetry-exporter-prometheus==0.61b0",
     "importlib_metadata", "cufile-python",
 )  # fmt: skip
 
 UNPACK = r"""#!/bin/sh
-# Unpacks what lies beside this file into DIR: unpack.sh DIR
+# Unpacks the files beside this one into DIR: unpack.sh DIR
 set -eu
 from=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1/site" "$1/nixl" "$1/lmcache" "$1/repo"
@@ -60,7 +60,7 @@ to=$(cd "$1" && pwd)
 [ -e "$from/ours.tgz" ] && tar xzf "$from/ours.tgz" -C "$to/repo"
 [ -e "$from/nixl.tgz" ] && tar xzf "$from/nixl.tgz" -C "$to/nixl"
 [ -e "$from/lmcache.tgz" ] && tar xzf "$from/lmcache.tgz" -C "$to/lmcache"
-# Not every host has xz; every Python has.
+# Python unpacks the xz archive, because some hosts have no xz program.
 if [ ! -e "$to/site/vllm" ]; then
   cat "$from"/site.txz.* | python3 -c "import sys, tarfile
 tarfile.open(fileobj=sys.stdin.buffer, mode='r|xz').extractall('$to/site', filter='fully_trusted')"
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--vllm", default="0.24.0")
     parser.add_argument("--nixl", default="1.5.1")
     parser.add_argument("--lmcache", default="0.5.1")
-    parser.add_argument("--moe", action="store_true", help="with the kernels for mixtures of experts")
+    parser.add_argument("--moe", action="store_true", help="include the kernels for mixtures of experts")
     parser.add_argument("--binaries", type=Path, default=ROOT / "target" / "release")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def pack_vllm(options: argparse.Namespace, folder: Path) -> None:
-    """vLLM with its dependencies, compressed as one and split."""
+    """Packs vLLM with its dependencies into one archive and splits the archive."""
     report = folder / "report.json"
     pip(
         "install",
@@ -124,7 +124,7 @@ def pack_vllm(options: argparse.Namespace, folder: Path) -> None:
     packed = folder / "site.txz"
     with packed.open("wb") as output:
         tar = subprocess.Popen(["tar", "cf", "-", "-C", site, "."], stdout=subprocess.PIPE)
-        # In blocks, so that the host can unpack with all its cores.
+        # Separate blocks, so that the host can unpack with all its cores.
         subprocess.run(["xz", "-T0", "-6", "--block-size=16MiB"], stdin=tar.stdout, stdout=output, check=True)
         if tar.wait() != 0:
             raise RuntimeError("tar failed")
@@ -136,7 +136,7 @@ def pack_vllm(options: argparse.Namespace, folder: Path) -> None:
 
 
 def pack_nixl(options: argparse.Namespace, folder: Path) -> None:
-    """NIXL with the UCX backend alone."""
+    """Packs NIXL with only its UCX backend."""
     site = unpacked(folder, [f"nixl-cu13=={options.nixl}", f"nixl=={options.nixl}"])
     trim(site, TRIM_NIXL)
     for plugin in site.rglob("libplugin_*"):
@@ -146,13 +146,13 @@ def pack_nixl(options: argparse.Namespace, folder: Path) -> None:
 
 
 def pack_lmcache(options: argparse.Namespace, folder: Path) -> None:
-    """The baseline, with what it needs beside vLLM."""
+    """Packs LMCache, one of the baselines, with the packages that it needs beside vLLM."""
     site = unpacked(folder, [f"lmcache=={options.lmcache}", *LMCACHE_NEEDS])
     pack_folder(site, options.out / "lmcache.tgz")
 
 
 def pack_ours(options: argparse.Namespace, folder: Path) -> None:
-    """The binaries without symbols, and the tree of this repository that the targets need."""
+    """Packs the binaries without symbols, and the files of this repository that the make targets need."""
     binaries = folder / "bin"
     binaries.mkdir()
     for name in ("sidecar", "pd-proxy"):
@@ -169,7 +169,7 @@ def pack_ours(options: argparse.Namespace, folder: Path) -> None:
 
 
 def unpacked(folder: Path, requirements: list[str]) -> Path:
-    """A folder to be put on PYTHONPATH, with the wheels of these."""
+    """Downloads and unpacks wheels. Returns their folder, for PYTHONPATH."""
     wheels, site = folder / "wheels", folder / "site"
     names = folder / "names.txt"
     names.write_text("\n".join(requirements) + "\n")
@@ -192,7 +192,7 @@ def pack_folder(folder: Path, archive: Path) -> None:
 
 
 def pip(command: object, *arguments: object) -> None:
-    """For the host's Python, not for this one."""
+    """Runs pip for the GPU host's Python and platform, not for those of this machine."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     target = ["--python-version", PYTHON, "--implementation", "cp", "--only-binary=:all:"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the routers that pd-proxy is measured against.
+# Makes a virtual environment with the routers with which the benchmark compares pd-proxy.
 #   routers.sh DIRECTORY
-# A stamp in it names the requirements it was made from: with the same ones, nothing is done again.
+# A stamp in the environment holds the hash of its requirements. If the hash is unchanged, the script does nothing.
 set -euo pipefail
 
 venv=$1

@@ -1,32 +1,46 @@
 #!/usr/bin/env python3
-"""Checks of the tree that no linter has: lengths of files, paths of one machine, leftovers.
+"""Checks the tree for faults that no linter reports: long files, paths of one machine, leftovers, unclear docs.
 
-Run from anywhere; prints every finding as `file:line: text` and exits 1 if there is one.
+The script may be run from any folder. It prints each finding as `file:line: text`. The exit code is 1 if there is a
+finding, otherwise 0.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file longer than this holds more than one noun. Committed output of a generator is exempt.
+# A longer file holds more than one thing, and a reader does not find them by the file's name.
 MAX_LINES = 500
-# Tables of cases: one noun all the same.
+# Test files that are tables of cases may be longer.
 MAX_TEST_LINES = 1000
+# Files written by a tool, and the licence.
 LONG_BY_NATURE = ("Cargo.lock", "LICENSE", "nixl-sys/src/bindings.rs")
 
-# Files that a user reads or that run on his machine must not name somebody else's.
+# A path of the author's machine in a file is wrong on every other machine.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}{/-])/(?:home|root|work|Users|mnt|opt)/[\w.]")
 LEFTOVER = re.compile(r"\b(?:FIXME|XXX|HACK)\b|\bdbg!\(|^<{7} |^>{7} ")
+
+# Documentation that begins with one of these words asks a question instead of naming a thing.
+UNCLEAR_OPENINGS = ("What", "How", "Whose", "Of", "Whether", "Where", "Who")
+# The check of the openings is on in these folders. Add a folder when its documentation is rewritten.
+PLAIN_FOLDERS = (
+    "discovery/", "nixl/", "nixl-sys/", "protocol/fixtures/", "scripts/", "tests/bench/", "tests/drop_in/",
+    "tests/gpu/", "tests/harness/",
+)  # fmt: skip
+RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 
 TEXT = {".rs", ".py", ".sh", ".md", ".toml", ".yaml", ".yml", ".h", ".txt", ""}
 
 
 def tracked() -> list[str]:
+    """Returns the paths of all files that git tracks or would add."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -37,7 +51,43 @@ def tracked() -> list[str]:
     return [name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
 
 
+def rust_docs(text: str) -> Iterator[tuple[int, str]]:
+    """Yields the first line of each block of documentation comments, with its line number."""
+    inside = False
+    for number, line in enumerate(text.splitlines(), start=1):
+        if (match := RUST_DOC.match(line)) and not inside:
+            yield number, line[match.end() :].strip()
+        inside = match is not None
+
+
+def python_docs(text: str) -> Iterator[tuple[int, str]]:
+    """Yields the first line of each docstring, with its line number. Strings below a variable are docstrings, too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value.strip().partition("\n")[0]
+
+
+def unclear_openings(text: str, suffix: str) -> list[tuple[int, str]]:
+    """Returns the documentation in `text` that begins with a word of `UNCLEAR_OPENINGS`, with line numbers."""
+    docs = {".rs": rust_docs, ".py": python_docs}.get(suffix)
+    if docs is None:
+        return []
+    return sorted((number, first) for number, first in docs(text) if first.partition(" ")[0] in UNCLEAR_OPENINGS)
+
+
+def check_of_openings_works() -> bool:
+    """Returns true if the check of the openings finds exactly the wrong ones in two samples.
+
+    Without this test a mistake in the check would look like a tree without findings.
+    """
+    rust = "//! Of a peer.\n\n/// Returns a name.\n/// What follows.\nfn f() {}\n    /// How many.\n// Who reads?\n"
+    python = '"""Where it is."""\nPORT = 1\n"""Whose port."""\ndef f():\n    """Returns 1.\n\n    Who asks.\n    """\n'
+    found = [[number for number, _ in unclear_openings(*sample)] for sample in ((rust, ".rs"), (python, ".py"))]
+    return found == [[1, 6], [1, 3]]
+
+
 def findings(name: str) -> list[str]:
+    """Returns the findings of one file."""
     path = ROOT / name
     if path.suffix not in TEXT:
         return []
@@ -56,10 +106,16 @@ def findings(name: str) -> list[str]:
             found.append(f"{name}:{number}: path of one machine: {line.strip()}")
         if line != line.rstrip() and path.suffix != ".md" and name != "LICENSE":
             found.append(f"{name}:{number}: trailing white space")
+    if name.startswith(PLAIN_FOLDERS):
+        for number, first in unclear_openings("\n".join(lines), path.suffix):
+            found.append(f"{name}:{number}: documentation begins with a question word; name the thing: {first}")
     return found
 
 
 def main() -> int:
+    if not check_of_openings_works():
+        print("scripts/tidy.py: the check of the openings does not find the faults in its own samples")
+        return 1
     found = [line for name in tracked() for line in findings(name)]
     print("\n".join(found) or "tidy: nothing found")
     return 1 if found else 0

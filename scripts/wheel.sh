@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel that has everything: sidecar, pd-proxy, the Python package.
+# Builds the wheel that contains everything: the sidecar, pd-proxy and the Python package.
 #   wheel.sh DIRECTORY PYTHON
 set -euo pipefail
 
