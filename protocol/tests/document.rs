@@ -1,13 +1,15 @@
-//! PROTOCOL.md is held to the message types: their hash, every message, field and reason.
+//! Documents are held to the protocol's types: PROTOCOL.md to the messages (their hash, every message, field and
+//! reason), docs/reference/reasons.md to the reasons, docs/sizing.md to the size of a chunk.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use protocol::Reason;
 use protocol::codec::Message;
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Init, Query, ToReceiver, ToSender};
 use protocol::registration::ToProxy;
+use protocol::{Layout, Reason};
 
 const SOURCES: [&str; 4] = ["message.rs", "local.rs", "registration.rs", "reason.rs"];
 
@@ -17,6 +19,26 @@ fn root() -> PathBuf {
 
 fn document() -> String {
     fs::read_to_string(root().join("PROTOCOL.md")).unwrap()
+}
+
+/// Returns the table below a heading of a document: the trimmed cells of each row, without the head.
+fn table(document: &str, heading: &str) -> Vec<Vec<String>> {
+    let text = fs::read_to_string(root().join(document)).unwrap();
+    let section = text
+        .split_once(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("{document} has no {heading:?}"))
+        .1;
+    let section = section.split("\n## ").next().unwrap();
+    let rows = section.lines().skip_while(|line| !line.starts_with('|'));
+    rows.take_while(|line| line.starts_with('|'))
+        .skip(2)
+        .map(|row| {
+            row.trim_matches('|')
+                .split('|')
+                .map(|cell| cell.trim().to_owned())
+                .collect()
+        })
+        .collect()
 }
 
 /// The sources without comments and white space: what they mean, not how they look.
@@ -116,5 +138,91 @@ fn every_reason_is_explained() {
             document.contains(&row),
             "PROTOCOL.md does not explain `{reason}`"
         );
+    }
+}
+
+#[test]
+fn every_reason_has_one_row_with_its_cure() {
+    let rows = table("docs/reference/reasons.md", "## Reasons of the sidecars");
+    let mut named = BTreeSet::new();
+    for row in &rows {
+        let [reason, said_by, meaning, cure] = &row[..] else {
+            panic!("a row needs reason, side, meaning and cure: {row:?}");
+        };
+        assert!(named.insert(reason.clone()), "{reason} has two rows");
+        assert!(
+            ["sender", "receiver", "both"].contains(&said_by.as_str()),
+            "{reason} is said by {said_by:?}"
+        );
+        assert!(
+            !meaning.is_empty() && !cure.is_empty(),
+            "{reason} is not explained"
+        );
+    }
+    let reasons = Reason::ALL
+        .iter()
+        .map(|reason| format!("`{reason}`"))
+        .collect();
+    assert_eq!(
+        named, reasons,
+        "docs/reference/reasons.md and protocol/src/reason.rs differ"
+    );
+}
+
+/// The table of docs/sizing.md is what a sidecar computes from the same numbers.
+#[test]
+fn the_sizes_of_common_models_are_those_of_their_chunks() {
+    let rows = table("docs/sizing.md", "## Common models");
+    assert!(rows.len() >= 8, "only {} models", rows.len());
+    for row in rows {
+        let [
+            model,
+            layers,
+            kv_heads,
+            head_size,
+            token_bytes,
+            slot,
+            prompt,
+        ] = &row[..]
+        else {
+            panic!("a row needs seven cells: {row:?}");
+        };
+        let layout = Layout {
+            model: model.clone(),
+            dtype: "bfloat16".to_owned(),
+            layers: layers.parse().unwrap(),
+            kv_heads: kv_heads.parse().unwrap(),
+            head_size: head_size.parse().unwrap(),
+            mla: model.contains("MLA"),
+            chunk_tokens: 256,
+            quantization: String::new(),
+        };
+        let bytes = layout.token_bytes().unwrap();
+        assert_eq!(token_bytes, &thousands(bytes), "bytes per token of {model}");
+        assert_eq!(
+            slot,
+            &mebibytes(layout.chunk_bytes().unwrap()),
+            "slot of {model}"
+        );
+        assert_eq!(prompt, &mebibytes(bytes * 8192), "8,192 tokens of {model}");
+    }
+}
+
+/// Writes 131072 as `131,072`.
+fn thousands(number: u64) -> String {
+    if number < 1000 {
+        number.to_string()
+    } else {
+        format!("{},{:03}", thousands(number / 1000), number % 1000)
+    }
+}
+
+/// Writes bytes as MiB, with one decimal below 100 MiB where they are no whole number.
+fn mebibytes(bytes: u64) -> String {
+    let tenths = (bytes * 10 + (1 << 19)) >> 20;
+    if bytes.is_multiple_of(1 << 20) || tenths >= 1000 {
+        format!("{} MiB", thousands((tenths + 5) / 10))
+    } else {
+        format!("{}.{} MiB", tenths / 10, tenths % 10)
     }
 }
