@@ -58,7 +58,7 @@ async fn without_a_word_the_prefill_answer_sends_the_decode_leg() {
     assert_eq!(
         pair.p.only().json(),
         json!({
-            "model": "m", "prompt": "hello", "max_tokens": 1, "stream": false,
+            "model": "m", "prompt": "hello", "max_tokens": 1, "stream": false, "ignore_eos": true,
             "kv_transfer_params": {"do_remote_decode": true, "disagg_spec": {
                 "req_id": id, "receiver_host": "127.0.0.1", "receiver_init_port": [7300, 7301],
                 "receiver_alloc_port": [7400, 7401], "overlap": true,
