@@ -26,11 +26,7 @@ pub(super) fn ucx(
     let tcp_host = match value(&sidecar.nixl_over_tcp)? {
         NixlOverTcp::Trusted => {
             let named = [&sidecar.advertise_host, &lmcache.pd_peer_host];
-            let mut hosts = named
-                .into_iter()
-                .rev()
-                .filter_map(value)
-                .map(|host| host.0);
+            let mut hosts = named.into_iter().rev().filter_map(value).map(|host| host.0);
             let host = hosts.find(|host| !is_wildcard(host));
             Some(host.unwrap_or_else(|| LOOPBACK.to_owned()))
         }
