@@ -21,7 +21,7 @@ from .layout import Geometry, LayoutError, Pages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .kernels import Piece
+    from .copier import Piece
 
 FIELDS: tl.constexpr = tl.constexpr(6)
 """Numbers of a piece in the plan: slot, first token, tokens, tokens in its slot, the first of them

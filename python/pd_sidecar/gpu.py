@@ -14,21 +14,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .copier import Piece
 from .cuda import CudaError, Driver, OpenedMemory
 from .fused import Mover, Plan
-from .kernels import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .connection import Connection
-    from .devices import Mark
-    from .kernels import Fence
+    from .copier import Fence, Mark
     from .layout import Geometry
 
 
 class Gpu:
-    """See `devices.Device`."""
+    """See `copier.Device`."""
 
     def __init__(self, pages: Geometry, signals: int, chunk_tokens: int) -> None:
         """Makes stream and events and compiles the kernel, before the engine captures graphs."""
@@ -90,7 +89,7 @@ class Gpu:
 
 
 class GpuCopier:
-    """See `devices.Copier`."""
+    """See `copier.Copier`."""
 
     def __init__(
         self,
@@ -171,7 +170,7 @@ class GpuCopier:
 
 
 class _Division:
-    """See `devices.Division`."""
+    """See `copier.Division`."""
 
     def __init__(self, copier: GpuCopier, plan: Plan) -> None:
         self._copier = copier

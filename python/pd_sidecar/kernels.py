@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,34 +23,10 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterable, Iterator, Sequence
 
+    from .copier import Fence, Piece
+
 MAX_ROWS = 1 << 20
 """Rows of one move: bounds the memory of its row numbers to 8 MiB."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a chunk, and where it lies."""
-
-    slot: int
-    table: torch.Tensor
-    """The request's block ids, int64."""
-    packed: tuple[int, int]
-    """The tokens `[from, to)` that stand in the slot."""
-    tokens: tuple[int, int]
-    """The tokens of them to be moved."""
-
-
-class Fence(Protocol):
-    """The end of a move. A slot or block is reused only after it."""
-
-    def done(self) -> bool:
-        """The move is over."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """What it took, once it is over."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +41,7 @@ class Over:
 
 
 class HostCopier:
-    """Gathers and scatters between host memories; see `devices.Copier`."""
+    """Gathers and scatters between host memories; see `copier.Copier`."""
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
         self._pages = pages

@@ -18,17 +18,16 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, NotConnectedError, Ready
-from .kernels import Piece
+from .copier import Piece
 from .layout import chunk_span, wanted_chunks
 from .wire import WireError
 
 if TYPE_CHECKING:
     from .client import Client
-    from .devices import Copier, Device, Mark
-    from .kernels import Fence
+    from .copier import Copier, Device, Fence, Mark
     from .metadata import LoadStart, StepMetadata
+    from .ranks import Rank
     from .stats import Stats
-    from .worker import Rank
 
 logger = init_logger("vllm.pd_sidecar.loading")
 

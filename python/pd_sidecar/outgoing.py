@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .devices import Division
-    from .kernels import Fence, Piece
+    from .copier import Division, Fence, Piece
     from .metadata import PushStart
 
 

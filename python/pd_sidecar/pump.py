@@ -6,20 +6,56 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from .worker import Worker
+    from collections.abc import Sequence
+
+    from .client import Client
 
 logger = init_logger("vllm.pd_sidecar.pump")
+
+
+class PolledWorker(Protocol):
+    """The worker, as the thread uses it. Its methods may be called from any thread."""
+
+    def enter(self) -> None:
+        """Prepares the calling thread for moves."""
+
+    def read(self) -> bool:
+        """Handles the messages of the sidecars. Returns true if there were any."""
+        ...
+
+    def move(self) -> bool:
+        """Reads, and launches all moves that are possible. Returns true if it launched any."""
+        ...
+
+    def collect(self) -> bool:
+        """Notes requests that are done. Returns true if the worker has any to report."""
+        ...
+
+    @property
+    def is_moving(self) -> bool:
+        """True while a move is under way and the worker has to watch for its end."""
+        ...
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock that a thread holds while it moves."""
+        ...
+
+    @property
+    def clients(self) -> Sequence[Client]:
+        """The worker's connections."""
+        ...
 
 
 class Pump(threading.Thread):
     """Moves what can be moved as soon as a sidecar says so."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: PolledWorker) -> None:
         super().__init__(name="pd-sidecar-pump", daemon=True)
         self._worker = worker
         self._news = threading.Event()

@@ -31,6 +31,29 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Rank:
+    """A rank that a worker serves, and the bounds it keeps to."""
+
+    index: int
+    world_size: int
+    model: str
+    dtype: str
+    chunk_tokens: int
+    block_tokens: int
+    token_bytes: int
+    load_deadline_ms: int
+    save_deadline_s: float
+    layers: int
+    by_layers: bool
+    """Requests are gathered so whatever the sidecar says, if gathers go on after their launch."""
+
+    @property
+    def load_limit_s(self) -> float:
+        """When a sidecar that should have said `Ended` is not waited for any longer."""
+        return self.load_deadline_ms / 1e3 + GRACE_S
+
+
+@dataclass(frozen=True)
 class Share:
     """What one worker has of the ranks."""
 
@@ -105,3 +128,7 @@ def cut(*, ranks: int, workers: int, heads: int, consumer: bool) -> Cut:
     if ranks < workers and consumer:
         raise ValueError(f"{what}every worker has to be sent its KV: give one rank for each")
     return Cut(ranks, workers, heads)
+
+
+GRACE_S = 2.0
+"""A deadline is the sidecar's to keep; this much later it is taken for dead."""

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from . import keys
 from .client import Ended, Granted, NotConnectedError
-from .kernels import Piece
+from .copier import Piece
 from .layout import chunk_span, wanted_chunks
 from .outgoing import Divided, Entry, Gather, Outgoing, take_slots, tokens_of
 from .signals import Signals
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .client import Client
-    from .devices import Copier, Device, Mark
-    from .kernels import Fence
+    from .copier import Copier, Device, Fence, Mark
     from .metadata import PushStart, PushStep, StepMetadata
+    from .ranks import Rank
     from .stats import Stats
-    from .worker import Rank
 
 logger = init_logger("vllm.pd_sidecar.sending")
 

@@ -21,7 +21,7 @@ from .devices import device_of
 from .loading import Receiver, Results
 from .metadata import Word
 from .pump import Pump
-from .ranks import Tally
+from .ranks import Rank, Tally
 from .sending import Sender
 from .wire import VERSION
 
@@ -30,36 +30,13 @@ if TYPE_CHECKING:
 
     from .client import Event
     from .config import Options
-    from .devices import Device
+    from .copier import Device
     from .layout import Geometry
     from .metadata import StepMetadata
     from .ranks import Part, Share
     from .stats import Stats
 
 logger = init_logger("vllm.pd_sidecar.worker")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A rank that a worker serves, and the bounds it keeps to."""
-
-    index: int
-    world_size: int
-    model: str
-    dtype: str
-    chunk_tokens: int
-    block_tokens: int
-    token_bytes: int
-    load_deadline_ms: int
-    save_deadline_s: float
-    layers: int
-    by_layers: bool
-    """Requests are gathered so whatever the sidecar says, if gathers go on after their launch."""
-
-    @property
-    def load_limit_s(self) -> float:
-        """When a sidecar that should have said `Ended` is not waited for any longer."""
-        return self.load_deadline_ms / 1e3 + GRACE_S
 
 
 @dataclass(frozen=True)
@@ -375,7 +352,3 @@ def cuts(layers: int) -> list[int]:
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)
-
-
-GRACE_S = 2.0
-"""A deadline is the sidecar's to keep; this much later it is taken for dead."""

@@ -21,7 +21,7 @@ from test_layout import (
     stored,
 )
 
-from pd_sidecar.kernels import Piece
+from pd_sidecar.copier import Piece
 from pd_sidecar.layout import LayoutError
 
 pytest.importorskip("triton", reason="no Triton: the GPU's kernel is not tested")

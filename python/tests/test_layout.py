@@ -7,7 +7,8 @@ import mmap
 import pytest
 import torch
 
-from pd_sidecar.kernels import HostCopier, Piece
+from pd_sidecar.copier import Piece
+from pd_sidecar.kernels import HostCopier
 from pd_sidecar.layout import (
     Hint,
     LayoutError,

@@ -367,7 +367,7 @@ def test_loads_fail_with_their_sidecar_and_the_next_one_works(rig):
 
 
 def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("pd_sidecar.worker.GRACE_S", 0.0)
+    monkeypatch.setattr("pd_sidecar.ranks.GRACE_S", 0.0)
     rig = Rig(tmp_path, load_deadline_ms=50)
     rig.step(forward=False, load_starts=[load()])
     rig.receiver.next(wire.Await)

@@ -15,10 +15,11 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
 
+from pd_sidecar.copier import Piece
 from pd_sidecar.cuda import OpenedMemory
 from pd_sidecar.fused import Mover
 from pd_sidecar.gpu import Gpu, GpuCopier
-from pd_sidecar.kernels import HostCopier, Piece
+from pd_sidecar.kernels import HostCopier
 from pd_sidecar.layout import Geometry, Hint, geometry
 from pd_sidecar.wire import CudaMemory
 
