@@ -22,7 +22,7 @@ import zmq
 from harness.client import call
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
-from pd_sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
+from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 
 FIXTURES = Path(__file__).resolve().parent.parent / "protocol" / "fixtures"
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)

@@ -18,7 +18,7 @@ import pytest
 from harness.ports import free_port
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
-from pd_sidecar.wire import Granted
+from pd_sidecar.sidecar.wire import Granted
 from test_strangers import BOUND_S, LAYOUT, Sides, content, hello, keys
 
 OUR_END, ITS_END = "10.213.7.1", "10.213.7.2"

@@ -29,7 +29,7 @@ def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
         assert run(programs / program, "--version").strip()
     # The connector is there with its types, and finds the sidecar that came with it.
     code = (
-        "import pathlib, pd_sidecar, pd_sidecar.client, pd_sidecar.spawn as spawn;"
+        "import pathlib, pd_sidecar, pd_sidecar.client, pd_sidecar.sidecar.launcher as spawn;"
         "here = pathlib.Path(pd_sidecar.__file__).parent;"
         "print((here / 'connector.py').exists(), (here / 'py.typed').exists(), spawn.find_binary())"
     )

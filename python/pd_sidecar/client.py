@@ -22,9 +22,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
-from .connection import Connection, ConnectionLostError, wait_readable
-from .keeper import Keeper, Pauses
-from .wire import (
+from pd_sidecar.sidecar.connection import Connection, ConnectionLostError, wait_readable
+from pd_sidecar.sidecar.reconnect import Keeper, Pauses
+from pd_sidecar.sidecar.wire import (
     Abort,
     Await,
     Cancel,

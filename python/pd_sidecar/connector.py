@@ -23,18 +23,18 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
-from . import config, lmcache
-from .keys import ChunkHasher
-from .layout import Geometry, Hint, LayoutError, Writer, geometry
-from .loading import Results
-from .metadata import Standing, StepMetadata, Word
-from .quantization import Quantization
-from .ranks import Cut, cut
-from .scheduler import Role, Scheduler
-from .spawn import Child, find_binary
-from .stats import PromMetrics, Stats
-from .unmoved import Unmoved
-from .worker import Worker
+from pd_sidecar.kv.keys import ChunkHasher
+from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
+from pd_sidecar.kv.quantization import Quantization
+from pd_sidecar.options import config, lmcache
+from pd_sidecar.scheduler.metadata import Standing, StepMetadata, Word
+from pd_sidecar.scheduler.scheduler import Role, Scheduler
+from pd_sidecar.scheduler.stats import PromMetrics, Stats
+from pd_sidecar.sidecar.launcher import Child, find_binary
+from pd_sidecar.worker.disabled import Unmoved
+from pd_sidecar.worker.load import Results
+from pd_sidecar.worker.ranks import Cut, cut
+from pd_sidecar.worker.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ try:
 except ImportError:
     CacheHitSource = None
 
-logger = init_logger("vllm.pd_sidecar")
+logger = init_logger("vllm.pd_sidecar.connector")
 
 
 class PdSidecarConnector(KVConnectorBase_V1):

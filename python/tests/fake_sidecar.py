@@ -11,7 +11,7 @@ import threading
 
 import msgspec
 
-from pd_sidecar import wire
+from pd_sidecar.sidecar import wire
 
 PATIENCE_S = 5.0
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from fake_sidecar import FakeSidecar, raw
 
-from pd_sidecar import wire
 from pd_sidecar.client import Client, Connected, Lost, NotConnectedError, Pauses, default_socket
+from pd_sidecar.sidecar import wire
 
 LAYOUT = wire.Layout("m", "float", 2, 2, 4, False, 8)
 HELLO = wire.Hello(wire.VERSION, "test", "prefill", 0, 1, LAYOUT)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_sidecar.config import ConfigError, Options, parse
+from pd_sidecar.options.config import ConfigError, Options, parse
 
 
 def read(extra=None, *, producer=False, consumer=True, policy="recompute", model="org/model"):

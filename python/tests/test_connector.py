@@ -16,9 +16,9 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from pd_sidecar import connector as module
-from pd_sidecar import wire
-from pd_sidecar.config import ConfigError
 from pd_sidecar.connector import PdSidecarConnector
+from pd_sidecar.options.config import ConfigError
+from pd_sidecar.sidecar import wire
 
 BLOCKS, BLOCK, HEADS, SIZE = 8, 16, 2, 32
 NAMES = ["layers.0.attn", "layers.1.attn"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pd_sidecar.requests import Skip
-from pd_sidecar.stats import BY_REASON, COUNTERS
+from pd_sidecar.scheduler.eligibility import Skip
+from pd_sidecar.scheduler.stats import BY_REASON, COUNTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

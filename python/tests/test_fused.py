@@ -21,8 +21,8 @@ from test_layout import (
     stored,
 )
 
-from pd_sidecar.copier import Piece
-from pd_sidecar.layout import LayoutError
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.layout import LayoutError
 
 pytest.importorskip("triton", reason="no Triton: the GPU's kernel is not tested")
 
@@ -32,7 +32,7 @@ def fused():
     """The module with its kernel interpreted."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        module = importlib.import_module("pd_sidecar.fused")
+        module = importlib.import_module("pd_sidecar.kv.triton_copy")
         if "Interpreted" not in type(module._move).__name__:
             pytest.skip("Triton was loaded before, without its interpreter")
         yield module
@@ -123,7 +123,7 @@ def test_layers_that_differ_inside_are_moved_one_kind_after_the_other(fused):
     names = list(side.tensors)
     tensor = side.tensors[names[1]]
     side.tensors[names[1]] = tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    pages = importlib.import_module("pd_sidecar.layout").geometry(side.tensors, side.hint)
+    pages = importlib.import_module("pd_sidecar.kv.layout").geometry(side.tensors, side.hint)
     side.pages = pages
     parts = pieces(side, CHUNK, 0, 0, [4])
     move(fused, side, parts, device, gather=True)

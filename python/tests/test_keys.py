@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_sidecar.keys import ChunkHasher, HashError, keys
+from pd_sidecar.kv.keys import ChunkHasher, HashError, keys
 
 LINE = re.compile(r"PYTHONHASHSEED (\w+) (\w+) -> \w+ NONE_HASH (-?\d+) (\[.*\])")
 
@@ -40,7 +40,7 @@ def test_chain_of_600_tokens(seed, algorithm, expect):
 )
 def test_builtin_chain_in_a_process_with_that_seed(seed, expect):
     program = (
-        "from pd_sidecar.keys import ChunkHasher;"
+        "from pd_sidecar.kv.keys import ChunkHasher;"
         "print(ChunkHasher('builtin', 256).chain(list(range(600))))"
     )
     environ = {**os.environ, "PYTHONHASHSEED": seed}

@@ -7,9 +7,9 @@ import mmap
 import pytest
 import torch
 
-from pd_sidecar.copier import Piece
-from pd_sidecar.kernels import HostCopier
-from pd_sidecar.layout import (
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.host_copy import HostCopier
+from pd_sidecar.kv.layout import (
     Hint,
     LayoutError,
     chunk_span,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pd_sidecar import lmcache
-from pd_sidecar.config import ConfigError, parse
+from pd_sidecar.options import lmcache
+from pd_sidecar.options.config import ConfigError, parse
 
 
 def read(extra=None, environ=None):

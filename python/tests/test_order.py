@@ -9,9 +9,10 @@ import pytest
 import test_worker
 from test_worker import LAYERS, TABLE, TOKENS, Rig, load, push
 
-from pd_sidecar import wire, worker
-from pd_sidecar.kernels import HostCopier
-from pd_sidecar.metadata import PushStart, PushStep, StepMetadata
+from pd_sidecar.kv.host_copy import HostCopier
+from pd_sidecar.scheduler.metadata import PushStart, PushStep, StepMetadata
+from pd_sidecar.sidecar import wire
+from pd_sidecar.worker import worker
 
 
 class Move:
@@ -151,7 +152,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 @pytest.fixture
 def layered(rig, monkeypatch):
     """Cuts after each layer but the last."""
-    monkeypatch.setattr("pd_sidecar.sending.SPARE_SIGNALS", LAYERS)
+    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_SIGNALS", LAYERS)
     rig.worker._cuts = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
     return rig
@@ -299,7 +300,7 @@ def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layere
 
 @many_events
 def test_without_spare_events_a_step_is_gathered_as_a_whole(layered, device, monkeypatch):
-    monkeypatch.setattr("pd_sidecar.sending.SPARE_SIGNALS", SIGNALS + 1)
+    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_SIGNALS", SIGNALS + 1)
     launch(layered, NAMES, ("", [0, 1, 2]))
     assert (layered.sender.next(wire.Staged).layers, device.divisions) == ([], [])
 
@@ -390,7 +391,7 @@ def test_a_load_that_failed_is_reported_when_nothing_writes_to_its_blocks(rig, d
 
 
 def test_what_a_step_without_tokens_has_ended_is_named_at_once(rig, device, monkeypatch):
-    monkeypatch.setattr("pd_sidecar.pump.LONGEST_S", 60)
+    monkeypatch.setattr("pd_sidecar.worker.poller.LONGEST_S", 60)
     rig.step(load_starts=[load()])
     rig.receiver.next(wire.Await)
     time.sleep(0.1)  # the thread is asleep

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
-from pd_sidecar.layout import Geometry
-from pd_sidecar.quantization import Quantization
+from pd_sidecar.kv.layout import Geometry
+from pd_sidecar.kv.quantization import Quantization
 
 
 def layer(k=1.0, v=1.0, **more):

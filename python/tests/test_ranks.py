@@ -11,14 +11,14 @@ from fake_sidecar import RankedSidecar
 from test_connector import cache, config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from pd_sidecar import wire
-from pd_sidecar.config import ConfigError, Options
 from pd_sidecar.connector import PdSidecarConnector
-from pd_sidecar.layout import Hint, geometry
-from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata
-from pd_sidecar.ranks import Part, Share, Tally, cut
-from pd_sidecar.stats import Stats
-from pd_sidecar.worker import Worker
+from pd_sidecar.kv.layout import Hint, geometry
+from pd_sidecar.options.config import ConfigError, Options
+from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.sidecar import wire
+from pd_sidecar.worker.ranks import Part, Share, Tally, cut
+from pd_sidecar.worker.worker import Worker
 
 LAYERS, SIZE, BLOCK, BLOCKS, CHUNK = 2, 8, 16, 12, 32
 TOKENS, HASHES, TABLE = 50, ["a", "b"], [7, 2, 9, 4]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pd_sidecar.keys import ChunkHasher
-from pd_sidecar.metadata import PushStep
-from pd_sidecar.scheduler import Role, Scheduler
-from pd_sidecar.stats import Stats
+from pd_sidecar.kv.keys import ChunkHasher
+from pd_sidecar.scheduler.metadata import PushStep
+from pd_sidecar.scheduler.scheduler import Role, Scheduler
+from pd_sidecar.scheduler.stats import Stats
 
 BLOCK = 16
 BOTH = Role(producer=True, consumer=True, ranks=1, kv_groups=1, block_tokens=BLOCK)

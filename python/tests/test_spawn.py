@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pd_sidecar import spawn
-from pd_sidecar.spawn import Child, NoBinaryError, find_binary
+from pd_sidecar.sidecar import launcher as spawn
+from pd_sidecar.sidecar.launcher import Child, NoBinaryError, find_binary
 
 LOGGER = logging.getLogger("test")
 
@@ -55,7 +55,7 @@ def test_a_killed_parent_takes_it_along(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import logging, sys, time\n"
-        "from pd_sidecar.spawn import Child\n"
+        "from pd_sidecar.sidecar.launcher import Child\n"
         "child = Child(['sleep', '100'], logging.getLogger())\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(100)\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import prometheus_client
 
-from pd_sidecar.requests import Skip
-from pd_sidecar.stats import BY_REASON, COUNTERS, PromMetrics, Stats
+from pd_sidecar.scheduler.eligibility import Skip
+from pd_sidecar.scheduler.stats import BY_REASON, COUNTERS, PromMetrics, Stats
 
 
 def some():

@@ -10,8 +10,8 @@ import pytest
 from fake_sidecar import FakeSidecar
 
 from pd_sidecar.client import Client
-from pd_sidecar.trust import check_folder
-from pd_sidecar.wire import Hello, Layout
+from pd_sidecar.sidecar.socket_owner import check_folder
+from pd_sidecar.sidecar.wire import Hello, Layout
 
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, 256)
 HELLO = Hello(v=1, engine="test", role="prefill", rank=0, world_size=1, layout=LAYOUT)

@@ -7,11 +7,11 @@ import time
 from fake_sidecar import FakeSidecar
 from test_worker import Rig, load, push
 
-from pd_sidecar.config import Options
-from pd_sidecar.metadata import StepMetadata
-from pd_sidecar.ranks import Part, Share
-from pd_sidecar.stats import Stats
-from pd_sidecar.unmoved import Unmoved
+from pd_sidecar.options.config import Options
+from pd_sidecar.scheduler.metadata import StepMetadata
+from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.worker.disabled import Unmoved
+from pd_sidecar.worker.ranks import Part, Share
 
 
 def wait_until(condition, seconds=5.0):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_sidecar import wire
+from pd_sidecar.sidecar import wire
 
 FIXTURES = Path(__file__).parents[2] / "protocol" / "fixtures"
 ENDS = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from fake_sidecar import FakeSidecar
 
-from pd_sidecar import wire
-from pd_sidecar.config import Options
-from pd_sidecar.layout import Hint, chunk_span, geometry
-from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata, Word
-from pd_sidecar.ranks import Part, Share
-from pd_sidecar.stats import Stats
-from pd_sidecar.worker import Worker
+from pd_sidecar.kv.layout import Hint, chunk_span, geometry
+from pd_sidecar.options.config import Options
+from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata, Word
+from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.sidecar import wire
+from pd_sidecar.worker.ranks import Part, Share
+from pd_sidecar.worker.worker import Worker
 
 LAYERS, HEADS, SIZE, BLOCK, BLOCKS, CHUNK = 4, 2, 8, 16, 32, 32
 TOKENS, HASHES = 80, ["a", "b", "c"]
@@ -367,7 +367,7 @@ def test_loads_fail_with_their_sidecar_and_the_next_one_works(rig):
 
 
 def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("pd_sidecar.ranks.GRACE_S", 0.0)
+    monkeypatch.setattr("pd_sidecar.worker.ranks.GRACE_S", 0.0)
     rig = Rig(tmp_path, load_deadline_ms=50)
     rig.step(forward=False, load_starts=[load()])
     rig.receiver.next(wire.Await)
@@ -381,7 +381,7 @@ def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
 def test_only_a_step_without_tokens_and_with_something_under_way_waits(rig, monkeypatch):
     waits = []
     monkeypatch.setattr(
-        "pd_sidecar.worker.wait_any", lambda clients, seconds: waits.append(seconds)
+        "pd_sidecar.worker.worker.wait_any", lambda clients, seconds: waits.append(seconds)
     )
     rig.step(forward=False)
     rig.step(load_starts=[load()])

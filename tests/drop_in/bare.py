@@ -11,7 +11,7 @@ from harness.client import call
 from harness.process import Process
 from harness.sidecar import BINARIES
 from pd_sidecar.client import Client
-from pd_sidecar.wire import VERSION, Hello, Target
+from pd_sidecar.sidecar.wire import VERSION, Hello, Target
 
 from .chunks import LAYOUT
 from .nodes import LOGS, START_BOUND_S, Notices, OurReceiver, OurSender

@@ -7,7 +7,7 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 
-from pd_sidecar.wire import Layout
+from pd_sidecar.sidecar.wire import Layout
 
 LAYOUT = Layout("m", "float", layers=2, kv_heads=2, head_size=16, mla=False, chunk_tokens=256)
 CHUNK_TOKENS = LAYOUT.chunk_tokens

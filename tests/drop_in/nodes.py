@@ -20,7 +20,7 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import ROOT, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
-from pd_sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
+from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 
 from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from harness.sidecar import BINARIES, ROOT
-from pd_sidecar.wire import Target
+from pd_sidecar.sidecar.wire import Target
 
 from .bare import BareReceiver, BareSender
 from .chunks import Prompt

@@ -16,12 +16,12 @@ from typing import TypeVar
 
 import pytest
 import torch
-from pd_sidecar.config import Options
-from pd_sidecar.layout import Hint, geometry
-from pd_sidecar.metadata import LoadStart, PushStart, PushStep, StepMetadata
-from pd_sidecar.ranks import cut
-from pd_sidecar.stats import Stats
-from pd_sidecar.worker import Worker
+from pd_sidecar.kv.layout import Hint, geometry
+from pd_sidecar.options.config import Options
+from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.worker.ranks import cut
+from pd_sidecar.worker.worker import Worker
 
 from .chunks import CHUNK_TOKENS, LAYOUT, Prompt, sum_of
 from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, new_target

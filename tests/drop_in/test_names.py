@@ -19,7 +19,7 @@ TOKENS = [*range(600), 7, 7, 7]
 ALGORITHMS = ("sha256_cbor", "sha256", "builtin")
 OURS = """
 import json, sys
-from pd_sidecar.keys import ChunkHasher, keys
+from pd_sidecar.kv.keys import ChunkHasher, keys
 asked = json.loads(sys.argv[1])
 print(json.dumps({
     a: keys(asked["model"], asked["world_size"], asked["rank"], ChunkHasher(a, 256).chain(asked["tokens"]), "bfloat16")

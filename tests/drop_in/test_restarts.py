@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from pd_sidecar.wire import Target
+from pd_sidecar.sidecar.wire import Target
 
 from .chunks import Prompt
 from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_targets

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "python"))
 
-from pd_sidecar.cuda import Driver
+from pd_sidecar.kv.cuda import Driver
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
 
-from pd_sidecar.copier import Piece
-from pd_sidecar.cuda import OpenedMemory
-from pd_sidecar.fused import Mover
-from pd_sidecar.gpu import Gpu, GpuCopier
-from pd_sidecar.kernels import HostCopier
-from pd_sidecar.layout import Geometry, Hint, geometry
-from pd_sidecar.wire import CudaMemory
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.cuda import OpenedMemory
+from pd_sidecar.kv.gpu import Gpu, GpuCopier
+from pd_sidecar.kv.host_copy import HostCopier
+from pd_sidecar.kv.layout import Geometry, Hint, geometry
+from pd_sidecar.kv.triton_copy import Mover
+from pd_sidecar.sidecar.wire import CudaMemory
 
 CHUNK = 256
 BLOCKS = 256

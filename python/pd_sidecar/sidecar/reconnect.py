@@ -9,13 +9,13 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .connection import Connection, RefusedError
-from .wire import WireError
+from pd_sidecar.sidecar.connection import Connection, RefusedError
+from pd_sidecar.sidecar.wire import WireError
 
 if TYPE_CHECKING:
     import logging
 
-    from .wire import Hello
+    from pd_sidecar.sidecar.wire import Hello
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from .trust import check_folder, check_peer
-from .wire import (
+from pd_sidecar.sidecar.socket_owner import check_folder, check_peer
+from pd_sidecar.sidecar.wire import (
     VERSION,
     FrameBuffer,
     Granted,

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .copier import Division, Fence, Piece
-    from .metadata import PushStart
+    from pd_sidecar.kv.copier import Division, Fence, Piece
+    from pd_sidecar.scheduler.metadata import PushStart
 
 
 @dataclass

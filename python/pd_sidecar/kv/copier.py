@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .connection import Connection
-    from .layout import Geometry
+    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.sidecar.connection import Connection
 
 Mark = Any
 """A point in the engine's computing."""

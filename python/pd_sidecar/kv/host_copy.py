@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .layout import Geometry, LayoutError, Pages
+from pd_sidecar.kv.layout import Geometry, LayoutError, Pages
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterable, Iterator, Sequence
 
-    from .copier import Fence, Piece
+    from pd_sidecar.kv.copier import Fence, Piece
 
 MAX_ROWS = 1 << 20
 """Rows of one move: bounds the memory of its row numbers to 8 MiB."""

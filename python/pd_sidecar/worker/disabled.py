@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from .keeper import Keeper, Pauses
-from .loading import Results
-from .metadata import Word
-from .wire import Hello
+from pd_sidecar.scheduler.metadata import Word
+from pd_sidecar.sidecar.reconnect import Keeper, Pauses
+from pd_sidecar.sidecar.wire import Hello
+from pd_sidecar.worker.load import Results
 
 if TYPE_CHECKING:
-    from .config import Options
-    from .metadata import StepMetadata
-    from .ranks import Share
-    from .stats import Stats
+    from pd_sidecar.options.config import Options
+    from pd_sidecar.scheduler.metadata import StepMetadata
+    from pd_sidecar.scheduler.stats import Stats
+    from pd_sidecar.worker.ranks import Share
 
-logger = init_logger("vllm.pd_sidecar.unmoved")
+logger = init_logger("vllm.pd_sidecar.worker.disabled")
 
 
 class Unmoved:

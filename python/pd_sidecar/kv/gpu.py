@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .copier import Piece
-from .cuda import CudaError, Driver, OpenedMemory
-from .fused import Mover, Plan
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.cuda import CudaError, Driver, OpenedMemory
+from pd_sidecar.kv.triton_copy import Mover, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .connection import Connection
-    from .copier import Fence, Mark
-    from .layout import Geometry
+    from pd_sidecar.kv.copier import Fence, Mark
+    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.sidecar.connection import Connection
 
 
 class Gpu:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 from vllm.logger import init_logger
 
-from .metadata import LoadStart, PushStart, PushStep, StepMetadata
-from .requests import Skip, Transfer, transfer, unserved
+from pd_sidecar.scheduler.eligibility import Skip, Transfer, transfer, unserved
+from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from .keys import ChunkHasher
-    from .stats import Stats
+    from pd_sidecar.kv.keys import ChunkHasher
+    from pd_sidecar.scheduler.stats import Stats
 
 
-logger = init_logger("vllm.pd_sidecar.scheduler")
+logger = init_logger("vllm.pd_sidecar.scheduler.scheduler")
 
 
 class PushPhase(Enum):

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from . import lmcache
-from .client import default_socket
-from .keys import refusal
+from pd_sidecar.client import default_socket
+from pd_sidecar.kv.keys import refusal
+from pd_sidecar.options import lmcache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

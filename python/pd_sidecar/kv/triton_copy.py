@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import Geometry, LayoutError, Pages
+from pd_sidecar.kv.layout import Geometry, LayoutError, Pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .copier import Piece
+    from pd_sidecar.kv.copier import Piece
 
 FIELDS: tl.constexpr = tl.constexpr(6)
 """Numbers of a piece in the plan: slot, first token, tokens, tokens in its slot, the first of them

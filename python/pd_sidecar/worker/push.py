@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
-from . import keys
-from .client import Ended, Granted, NotConnectedError
-from .copier import Piece
-from .layout import chunk_span, wanted_chunks
-from .outgoing import Divided, Entry, Gather, Outgoing, take_slots, tokens_of
-from .signals import Signals
-from .wire import Target, WireError
+from pd_sidecar.client import Ended, Granted, NotConnectedError
+from pd_sidecar.kv import keys
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.layout import chunk_span, wanted_chunks
+from pd_sidecar.sidecar.wire import Target, WireError
+from pd_sidecar.worker.event_slots import Signals
+from pd_sidecar.worker.push_state import Divided, Entry, Gather, Outgoing, take_slots, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .client import Client
-    from .copier import Copier, Device, Fence, Mark
-    from .metadata import PushStart, PushStep, StepMetadata
-    from .ranks import Rank
-    from .stats import Stats
+    from pd_sidecar.client import Client
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.scheduler.metadata import PushStart, PushStep, StepMetadata
+    from pd_sidecar.scheduler.stats import Stats
+    from pd_sidecar.worker.ranks import Rank
 
-logger = init_logger("vllm.pd_sidecar.sending")
+logger = init_logger("vllm.pd_sidecar.worker.push")
 
 
 class Sender:

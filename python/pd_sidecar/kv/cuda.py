@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .wire import CudaMemory
+    from pd_sidecar.sidecar.wire import CudaMemory
 
 HANDLE_BYTES = 64
 LAZY_ENABLE_PEER_ACCESS = 1

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import wire
+from pd_sidecar.sidecar import wire
 
 if TYPE_CHECKING:
-    from .quantization import Quantization
+    from pd_sidecar.kv.quantization import Quantization
 
 DTYPE_NAMES = {
     torch.float64: "double",

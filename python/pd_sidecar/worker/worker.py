@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from .client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
-from .devices import device_of
-from .loading import Receiver, Results
-from .metadata import Word
-from .pump import Pump
-from .ranks import Rank, Tally
-from .sending import Sender
-from .wire import VERSION
+from pd_sidecar.client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
+from pd_sidecar.kv.device import device_of
+from pd_sidecar.scheduler.metadata import Word
+from pd_sidecar.sidecar.wire import VERSION
+from pd_sidecar.worker.load import Receiver, Results
+from pd_sidecar.worker.poller import Pump
+from pd_sidecar.worker.push import Sender
+from pd_sidecar.worker.ranks import Rank, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .client import Event
-    from .config import Options
-    from .copier import Device
-    from .layout import Geometry
-    from .metadata import StepMetadata
-    from .ranks import Part, Share
-    from .stats import Stats
+    from pd_sidecar.client import Event
+    from pd_sidecar.kv.copier import Device
+    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.options.config import Options
+    from pd_sidecar.scheduler.metadata import StepMetadata
+    from pd_sidecar.scheduler.stats import Stats
+    from pd_sidecar.worker.ranks import Part, Share
 
-logger = init_logger("vllm.pd_sidecar.worker")
+logger = init_logger("vllm.pd_sidecar.worker.worker")
 
 
 @dataclass(frozen=True)

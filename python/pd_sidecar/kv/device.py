@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .kernels import HostCopier
+from pd_sidecar.kv.host_copy import HostCopier
 
 if TYPE_CHECKING:
-    from .connection import Connection
-    from .copier import Copier, Device, Fence, Mark
-    from .layout import Geometry
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.sidecar.connection import Connection
 
 
 class Host:
@@ -48,7 +48,7 @@ def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
     if where.type == "cpu":
         return Host()
     # Triton is there only where it is of use.
-    from .gpu import Gpu
+    from pd_sidecar.kv.gpu import Gpu
 
     return Gpu(pages, SIGNALS if signals else 0, chunk_tokens)
 

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.logger import init_logger
 
-from . import keys
-from .client import Ended, NotConnectedError, Ready
-from .copier import Piece
-from .layout import chunk_span, wanted_chunks
-from .wire import WireError
+from pd_sidecar.client import Ended, NotConnectedError, Ready
+from pd_sidecar.kv import keys
+from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.layout import chunk_span, wanted_chunks
+from pd_sidecar.sidecar.wire import WireError
 
 if TYPE_CHECKING:
-    from .client import Client
-    from .copier import Copier, Device, Fence, Mark
-    from .metadata import LoadStart, StepMetadata
-    from .ranks import Rank
-    from .stats import Stats
+    from pd_sidecar.client import Client
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.scheduler.metadata import LoadStart, StepMetadata
+    from pd_sidecar.scheduler.stats import Stats
+    from pd_sidecar.worker.ranks import Rank
 
-logger = init_logger("vllm.pd_sidecar.loading")
+logger = init_logger("vllm.pd_sidecar.worker.load")
 
 
 @dataclass

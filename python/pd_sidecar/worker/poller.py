@@ -13,9 +13,9 @@ from vllm.logger import init_logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .client import Client
+    from pd_sidecar.client import Client
 
-logger = init_logger("vllm.pd_sidecar.pump")
+logger = init_logger("vllm.pd_sidecar.worker.poller")
 
 
 class PolledWorker(Protocol):

@@ -1,0 +1,1 @@
+"""The KV cache of one worker as memory: its layout, its keys, copies to and from chunks."""

@@ -1,0 +1,1 @@
+"""The connector's options, and the settings of LMCache that it reads."""

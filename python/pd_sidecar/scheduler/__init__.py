@@ -1,0 +1,1 @@
+"""The connector's half in the engine's scheduler."""
