@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
 from pd_sidecar.sidecar.connection import Connection, ConnectionLostError, wait_readable
-from pd_sidecar.sidecar.reconnect import Keeper, Pauses
+from pd_sidecar.sidecar.reconnect import Pauses, Reconnector
 from pd_sidecar.sidecar.wire import (
     Abort,
     Await,
@@ -102,8 +102,8 @@ class Client:
         self._pauses = pauses or Pauses()
         self._logger = logger or logging.getLogger(__name__)
         self._connection: Connection | None = None
-        self._keeper = Keeper(path, hello, self._pauses, self._logger)
-        self._keeper.start()
+        self._reconnector = Reconnector(path, hello, self._pauses, self._logger)
+        self._reconnector.start()
 
     @classmethod
     def connect(cls, path: str, hello: Hello, timeout_s: float = 10.0) -> Client:
@@ -111,8 +111,8 @@ class Client:
         client = cls(path, hello)
         deadline = time.monotonic() + timeout_s
         while not client._adopt():
-            if not client._keeper.connected.wait(deadline - time.monotonic()):
-                why = client._keeper.failure
+            if not client._reconnector.connected.wait(deadline - time.monotonic()):
+                why = client._reconnector.failure
                 client.close()
                 raise TimeoutError(f"no connection to {path}: {why or 'no answer'}")
         return client
@@ -126,7 +126,7 @@ class Client:
     def connection(self) -> Connection:
         """The connection of now. Raises `NotConnectedError`."""
         if self._connection is None:
-            raise NotConnectedError(self._keeper.failure or f"no connection to {self.path}")
+            raise NotConnectedError(self._reconnector.failure or f"no connection to {self.path}")
         return self._connection
 
     @property
@@ -216,7 +216,7 @@ class Client:
         events: list[Event] = []
         connection = self._connection
         if connection is not None:
-            if self._keeper.offers_another():
+            if self._reconnector.offers_another():
                 events.append(self._drop("the sidecar closed the connection"))
             else:
                 try:
@@ -241,18 +241,20 @@ class Client:
         The sidecar stays ready by that, so that the proxy goes on using this engine.
         """
         self.close()
-        self._keeper = Keeper(self.path, self._hello.as_unmoved(why), self._pauses, self._logger)
-        self._keeper.start()
+        self._reconnector = Reconnector(
+            self.path, self._hello.as_unmoved(why), self._pauses, self._logger
+        )
+        self._reconnector.start()
 
     def close(self) -> None:
         """Ends the connection for good."""
-        self._keeper.stop()
+        self._reconnector.stop()
         if self._connection is not None:
             self._connection.shut()
             self._connection = None
 
     def _adopt(self) -> bool:
-        self._connection = self._keeper.take()
+        self._connection = self._reconnector.take()
         return self._connection is not None
 
     def _drop(self, why: str) -> Lost:
@@ -267,7 +269,7 @@ def wait_any(clients: Iterable[Client], timeout_s: float) -> None:
     if connections:
         wait_readable(connections, timeout_s)
     elif clients:
-        clients[0]._keeper.connected.wait(timeout_s)
+        clients[0]._reconnector.connected.wait(timeout_s)
 
 
 __all__ = [

@@ -27,13 +27,13 @@ from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache
-from pd_sidecar.scheduler.metadata import Standing, StepMetadata, Word
+from pd_sidecar.scheduler.metadata import DisabledNotice, IdleReport, StepMetadata
 from pd_sidecar.scheduler.scheduler import Role, Scheduler
 from pd_sidecar.scheduler.stats import PromMetrics, Stats
 from pd_sidecar.sidecar.launcher import Child, find_binary
-from pd_sidecar.worker.disabled import Unmoved
+from pd_sidecar.worker.disabled import DisabledWorker
 from pd_sidecar.worker.load import Results
-from pd_sidecar.worker.ranks import Cut, cut
+from pd_sidecar.worker.ranks import TpPartition, partition
 from pd_sidecar.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
             model=vllm_config.model_config.model,
         )
         _refuse_parallelism(vllm_config)
-        self._cut = _cut(vllm_config, self._options.ranks, consumer=self._consumer)
+        self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
         self._num_blocks: int = kv_cache_config.num_blocks
         self._stats = Stats()
         self._scheduler: Scheduler | None = None
-        self._worker: Worker | Unmoved | None = None
+        self._worker: Worker | DisabledWorker | None = None
         self._invalid_blocks: set[int] = set()
         self._idle = False
         self._child: Child | None = None
@@ -144,12 +144,12 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Notes what is done, and adds what became so since: vLLM reads this output only later."""
-        word = getattr(connector_output, "kv_connector_worker_meta", None)
-        if isinstance(word, Word) and word.unmoved:
+        idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
+        if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
         if (worker := self._neighbour()) is not None:
             # With tokens on their way, in this output or behind it, nobody is kept waiting.
-            rests = self._idle and isinstance(word, Word) and word.rests
+            rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
             connector_output.finished_recving = (
@@ -175,7 +175,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
         """Hears, before the first request, whether the workers can move KV."""
-        self._of_scheduler.unmoved = any(isinstance(m, Standing) for m in metadata.values())
+        self._of_scheduler.unmoved = any(isinstance(m, DisabledNotice) for m in metadata.values())
 
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
@@ -186,12 +186,12 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
 
-    def get_handshake_metadata(self) -> Standing | None:
+    def get_handshake_metadata(self) -> DisabledNotice | None:
         """Tells the scheduler's half that nothing is moved; nothing if KV is."""
         # MultiConnector would hand it to its other children, which refuse what is not theirs:
         # there, the scheduler's half hears it with the first step.
         is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
-        return Standing() if isinstance(self._worker, Unmoved) and is_alone else None
+        return DisabledNotice() if isinstance(self._worker, DisabledWorker) and is_alone else None
 
     def bind_connector_metadata(self, connector_metadata: base.KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -236,8 +236,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> Stats | None:
         return self._stats.take()
 
-    def build_connector_worker_meta(self) -> Word | None:
-        return self._worker.word if self._worker is not None else None
+    def build_connector_worker_meta(self) -> IdleReport | None:
+        return self._worker.idle_report if self._worker is not None else None
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -269,7 +269,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         role = Role(
             producer=self._producer,
             consumer=self._consumer,
-            ranks=self._cut.ranks,
+            ranks=self._partition.ranks,
             kv_groups=len(self._groups),
             block_tokens=self._config.cache_config.block_size,
         )
@@ -288,13 +288,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
         # A sidecar that has another number of ports says so, and what to do about it.
-        variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._cut.ranks)}
+        variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._partition.ranks)}
         return Child(command, logger, variables)
 
-    def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | Unmoved:
+    def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | DisabledWorker:
         work: dict[str, Any] = {
             "engine": self._config.kv_transfer_config.engine_id or "",
-            "share": self._cut.share(get_tensor_model_parallel_rank()),
+            "share": self._partition.share(get_tensor_model_parallel_rank()),
             "producer": self._producer,
             "consumer": self._consumer,
         }
@@ -304,7 +304,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             pages = replace(pages, quantization=self._quantization(pages))
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
-            return Unmoved(str(error), self._options, self._stats, **work)
+            return DisabledWorker(str(error), self._options, self._stats, **work)
         return Worker(pages, self._options, self._stats, **work)
 
     def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
@@ -363,16 +363,16 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return found
 
 
-def _cut(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> Cut:
+def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPartition:
     """How KV is cut between the two sides. Raises `ConfigError`."""
     workers = vllm_config.parallel_config.tensor_parallel_size
     if ranks in (0, workers):
         # Heads do not matter: each worker sends, or takes, what it has.
-        return cut(ranks=workers, workers=workers, heads=1, consumer=consumer)
+        return partition(ranks=workers, workers=workers, heads=1, consumer=consumer)
     model = vllm_config.model_config
     heads = 1 if model.use_mla else model.get_total_num_kv_heads()
     try:
-        return cut(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
+        return partition(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
     except ValueError as error:
         raise config.ConfigError([str(error)]) from None
 

@@ -124,7 +124,7 @@ def test_a_restart_between_two_polls_is_a_loss_and_a_connection(path, clients):
     first.say(wire.Granted("r", 0, [0], [0]))
     first.stop()
     second = FakeSidecar(path, epoch=2)
-    assert client._keeper.connected.wait(5)
+    assert client._reconnector.connected.wait(5)
     assert second.hellos
     assert [type(event) for event in client.poll()] == [Lost, Connected]
     assert client.welcome.epoch == 2

@@ -68,7 +68,7 @@ def test_a_push_through_both_halves(tmp_path, monkeypatch):
     kv = tensors()
     scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
     worker = worker_of(vllm_config, kv, monkeypatch)
-    worker._worker._links[0].client._keeper.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(5)
 
     req = request("a", push_params())
     req.status = RequestStatus.RUNNING
@@ -105,7 +105,7 @@ def test_a_sidecar_is_told_what_bytes_stand_for(tmp_path, monkeypatch, of_bytes)
     dtype = torch.uint8 if of_bytes else torch.bfloat16
     kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=dtype) for name in NAMES}
     worker = worker_of(vllm_config, kv, monkeypatch)
-    worker._worker._links[0].client._keeper.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(5)
     layout = sidecar.hellos[0].layout
     assert (layout.dtype, layout.quantization) == (
         ("uint8", "fp8_e4m3, scales 0.5") if of_bytes else ("bfloat16", "")
@@ -121,7 +121,7 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
     vllm_config.cache_config.calculate_kv_scales = way == "measured"
     vllm_config.model_config.enable_sleep_mode = way == "forgotten"
     kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=torch.uint8) for name in NAMES}
-    assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.Unmoved)
+    assert isinstance(worker_of(vllm_config, kv, monkeypatch)._worker, module.DisabledWorker)
 
 
 def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
@@ -196,7 +196,9 @@ def test_pages_that_look_like_others_are_not_moved(monkeypatch):
         state_content_bytes=HEADS * SIZE * 4,
     )
     packed = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
-    assert isinstance(worker_of(config(), tensors(), monkeypatch, packed)._worker, module.Unmoved)
+    assert isinstance(
+        worker_of(config(), tensors(), monkeypatch, packed)._worker, module.DisabledWorker
+    )
 
 
 def step(scheduler, worker, scheduled):
@@ -230,7 +232,7 @@ def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(
     worker = worker_of(vllm_config, tensors(), monkeypatch)
     monkeypatch.setattr(module, "has_kv_transfer_group", lambda: True)
     monkeypatch.setattr(module, "get_kv_transfer_group", lambda: worker)
-    worker._worker._links[0].client._keeper.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(5)
 
     worker.bind_connector_metadata(park(scheduler))
     assert worker.get_transfer_results(set()).finished_recving == set()

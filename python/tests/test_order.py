@@ -27,12 +27,12 @@ class Move:
 
 
 class Layers:
-    """See `devices.Division`."""
+    """See `devices.LayeredCopy`."""
 
     def __init__(self, device, host, pieces):
         self.device, self.host, self.pieces = device, host, pieces
         self.ranges = []
-        device.divisions.append(self)
+        device.layered_copies.append(self)
 
     def gather(self, below, signal):
         self.ranges.append((below, signal))
@@ -52,7 +52,7 @@ class Slow:
         self.is_asynchronous = True
         self.moves = []
         self.held = []
-        self.divisions = []
+        self.layered_copies = []
         self.last = []
         self.marks = 0
 
@@ -76,7 +76,7 @@ class Slow:
                 device.last.append(last)
                 return device.moved("gather", after)
 
-            def division(self, pieces):
+            def layered_copy(self, pieces):
                 return Layers(device, host, pieces)
 
             def scatter(self, pieces, after):
@@ -152,8 +152,8 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 @pytest.fixture
 def layered(rig, monkeypatch):
     """Cuts after each layer but the last."""
-    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_SIGNALS", LAYERS)
-    rig.worker._cuts = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
+    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_EVENTS", LAYERS)
+    rig.worker._range_ends = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
     return rig
 
@@ -186,8 +186,8 @@ def test_layers_are_gathered_within_the_forward_and_named_when_it_is_launched(la
     assert staged.chunks == [0, 1, 2]
     assert [part.below for part in staged.layers] == list(range(1, LAYERS + 1))
     assert staged.layers[-1].event == staged.event
-    (division,) = device.divisions
-    assert [(part.below, part.event) for part in staged.layers] == division.ranges
+    (layered_copy,) = device.layered_copies
+    assert [(part.below, part.event) for part in staged.layers] == layered_copy.ranges
     assert not device.last, "gathered twice"
     assert layered.sender.nothing()
     assert layered.stats.data["layered_tokens"] == TOKENS
@@ -226,7 +226,7 @@ def test_the_sidecar_says_whether_layers_are_of_use(layered, device, gains):
     sender.layers_computed = layers_computed
     launch(layered, NAMES)
     assert bool(layered.sender.next(wire.Staged).layers) is gains
-    assert len(device.divisions) == gains
+    assert len(device.layered_copies) == gains
 
 
 @many_events
@@ -236,10 +236,10 @@ def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
     launch(layered, names, ("", [0, 1, 2]))
     staged = layered.sender.next(wire.Staged)
     assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
-    assert len(device.divisions[0].ranges) == 1, "went on after the second half"
+    assert len(device.layered_copies[0].ranges) == 1, "went on after the second half"
     assert device.last == [True]
     # Its event was never named, so that it is free.
-    assert len(layered.worker._senders[0]._signals._free) == SIGNALS - 1
+    assert len(layered.worker._senders[0]._event_slots._free) == SIGNALS - 1
 
 
 def before_layer(rig, below, act):
@@ -268,7 +268,7 @@ def test_ranges_of_a_request_that_ends_within_the_forward_are_waited_for(layered
 
     sender = before_layer(layered, 2, act)
     launch(layered, NAMES, ("", [0, 1, 2]))
-    assert len(device.divisions[0].ranges) == 1
+    assert len(device.layered_copies[0].ranges) == 1
     assert layered.sender.nothing()
     assert not device.last
     # The range that was launched still reads blocks, and writes to memory of the sidecar.
@@ -277,7 +277,7 @@ def test_ranges_of_a_request_that_ends_within_the_forward_are_waited_for(layered
     assert layered.step(forward=False)[0] == set()
     device.moves[0].over = True
     assert layered.until(lambda: not sender._by_req)[0] == ["a"]
-    assert sender._signals.free == SIGNALS
+    assert sender._event_slots.free == SIGNALS
 
 
 @many_events
@@ -294,15 +294,15 @@ def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layere
     launch(layered, NAMES, ("", [0, 1, 2]))
     staged = layered.sender.next(wire.Staged)
     assert (staged.req, staged.layers) == ("s", [])
-    assert staged.event not in sender._signals._free
-    assert sender._signals.free == SIGNALS - 1
+    assert staged.event not in sender._event_slots._free
+    assert sender._event_slots.free == SIGNALS - 1
 
 
 @many_events
 def test_without_spare_events_a_step_is_gathered_as_a_whole(layered, device, monkeypatch):
-    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_SIGNALS", SIGNALS + 1)
+    monkeypatch.setattr("pd_sidecar.worker.push.SPARE_EVENTS", SIGNALS + 1)
     launch(layered, NAMES, ("", [0, 1, 2]))
-    assert (layered.sender.next(wire.Staged).layers, device.divisions) == ([], [])
+    assert (layered.sender.next(wire.Staged).layers, device.layered_copies) == ([], [])
 
 
 @many_events
@@ -314,7 +314,7 @@ def test_what_is_complete_does_not_wait_for_another_forward(layered, device):
         layered.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
         for name in NAMES:
             layered.worker.layer_computed(name)
-    assert len(device.divisions) == 1
+    assert len(device.layered_copies) == 1
     staged = layered.sender.next(wire.Staged)
     assert (staged.chunks, staged.layers) == ([1, 2], [])
     layered.worker.computed()

@@ -17,7 +17,7 @@ from pd_sidecar.options.config import ConfigError, Options
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
 from pd_sidecar.sidecar import wire
-from pd_sidecar.worker.ranks import Part, Share, Tally, cut
+from pd_sidecar.worker.ranks import Part, RankCounter, Share, partition
 from pd_sidecar.worker.worker import Worker
 
 LAYERS, SIZE, BLOCK, BLOCKS, CHUNK = 2, 8, 16, 12, 32
@@ -44,7 +44,7 @@ TOKENS, HASHES, TABLE = 50, ["a", "b"], [7, 2, 9, 4]
     ],
 )
 def test_shares(ranks, workers, heads, shares):
-    made = cut(ranks=ranks, workers=workers, heads=heads, consumer=False)
+    made = partition(ranks=ranks, workers=workers, heads=heads, consumer=False)
     expect = [Share(ranks, tuple(Part(r, h) for r, h in share)) for share in shares]
     assert [made.share(worker) for worker in range(workers)] == expect
 
@@ -62,7 +62,7 @@ def test_shares(ranks, workers, heads, shares):
 )
 def test_what_cannot_be_cut(ranks, workers, heads, consumer, why):
     with pytest.raises(ValueError, match=why) as error:
-        cut(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
+        partition(ranks=ranks, workers=workers, heads=heads, consumer=consumer)
     assert f"ranks={ranks} with tensor-parallel size {workers}" in str(error.value)
 
 
@@ -78,12 +78,12 @@ def test_an_engine_that_cannot_be_cut_so_does_not_start(role):
 
 
 def test_a_request_counts_when_all_ranks_have_named_it():
-    tally = Tally()
-    assert tally.of_all({"a", "b"}, 2) == set()
-    assert tally.of_all({"b"}, 2) == {"b"}
-    assert tally.of_all({"b", "a"}, 2) == {"a"}
-    assert tally.of_all({"b"}, 2) == {"b"}
-    assert tally.of_all({"c"}, 1) == {"c"}
+    counter = RankCounter()
+    assert counter.of_all({"a", "b"}, 2) == set()
+    assert counter.of_all({"b"}, 2) == {"b"}
+    assert counter.of_all({"b", "a"}, 2) == {"a"}
+    assert counter.of_all({"b"}, 2) == {"b"}
+    assert counter.of_all({"c"}, 1) == {"c"}
 
 
 class Engine:
@@ -104,7 +104,7 @@ class Engine:
         options = Options(
             sender_socket=socket, receiver_socket=socket, model_name="m", chunk_size=CHUNK
         )
-        shares = cut(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
+        shares = partition(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
         self.workers = [
             Worker(
                 geometry(tensors, hint),
@@ -272,7 +272,7 @@ def test_a_worker_whose_heads_another_sends_has_nothing_to_wait_for(tmp_path, en
         Options(sender_socket=str(tmp_path / "p.sock"), model_name="m", chunk_size=CHUNK),
         Stats(),
         engine="test",
-        share=cut(ranks=1, workers=2, heads=1, consumer=False).share(1),
+        share=partition(ranks=1, workers=2, heads=1, consumer=False).share(1),
         producer=True,
         consumer=False,
     )

@@ -10,7 +10,7 @@ from fake_sidecar import FakeSidecar
 
 from pd_sidecar.kv.layout import Hint, chunk_span, geometry
 from pd_sidecar.options.config import Options
-from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata, Word
+from pd_sidecar.scheduler.metadata import IdleReport, LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
 from pd_sidecar.sidecar import wire
 from pd_sidecar.worker.ranks import Part, Share
@@ -410,7 +410,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     assert worker.news(rest=False) == (set(), set())
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
-    assert worker.word == Word(rests=True)
+    assert worker.idle_report == IdleReport(rests=True)
     assert time.monotonic() - began < 4  # it waits where it is asked
     _, ready = land(rig)
     rig.receiver.say(ready)
@@ -424,7 +424,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     assert worker.news(rest=True) == (set(), set())
     results = rig.step()[1]
     assert (results.received, set(results.failed)) == ({"b"}, {"b"})
-    assert worker.word == Word(rests=False)
+    assert worker.idle_report == IdleReport(rests=False)
     worker.close()
 
 

@@ -20,7 +20,7 @@ from pd_sidecar.kv.layout import Hint, geometry
 from pd_sidecar.options.config import Options
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
-from pd_sidecar.worker.ranks import cut
+from pd_sidecar.worker.ranks import partition
 from pd_sidecar.worker.worker import Worker
 
 from .chunks import CHUNK_TOKENS, LAYOUT, Prompt, sum_of
@@ -45,7 +45,7 @@ class Engine:
             Options(str(socket), str(socket), LAYOUT.model, CHUNK_TOKENS),
             Stats(),
             engine="test",
-            share=cut(ranks=RANKS, workers=1, heads=heads, consumer=not producer).share(0),
+            share=partition(ranks=RANKS, workers=1, heads=heads, consumer=not producer).share(0),
             producer=producer,
             consumer=not producer,
         )

@@ -163,14 +163,14 @@ def test_layers_are_in_their_slots_while_the_last_ones_are_computed() -> None:
     table = torch.arange(16)
     tensors = list(rig.tensors.values())
     torch.cuda.synchronize()
-    division = rig.copier.division(spans(CHUNK, table, [3]))
+    layered_copy = rig.copier.layered_copy(spans(CHUNK, table, [3]))
     for number, tensor in enumerate(tensors):
         if number == 2:
-            division.gather(2, 0)
+            layered_copy.gather(2, 0)
             torch.cuda._sleep(400_000_000)
         tensor.fill_(number + 1)
-    division.gather(3, 1)
-    fence = division.fence
+    layered_copy.gather(3, 1)
+    fence = layered_copy.fence
     rig.gpu._signals[0].synchronize()
     assert not rig.gpu._signals[1].query(), "the first layers waited for the last"
     assert not fence.done()

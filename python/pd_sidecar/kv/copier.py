@@ -46,7 +46,7 @@ class Fence(Protocol):
         ...
 
 
-class Division(Protocol):
+class LayeredCopy(Protocol):
     """A gather by ranges of layers, by the thread that computes, between what it computes."""
 
     def gather(self, below: int, signal: int) -> None:
@@ -74,7 +74,7 @@ class Copier(Protocol):
         that the engine has launched nothing after the marks."""
         ...
 
-    def division(self, pieces: Sequence[Piece]) -> Division | None:
+    def layered_copy(self, pieces: Sequence[Piece]) -> LayeredCopy | None:
         """Pages to slots by ranges of layers; `None` where that is of no use."""
         ...
 

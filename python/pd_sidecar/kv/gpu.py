@@ -123,9 +123,9 @@ class GpuCopier:
             self._signals[signal].record(stream)
         return move
 
-    def division(self, pieces: Sequence[Piece]) -> _Division:
+    def layered_copy(self, pieces: Sequence[Piece]) -> _LayeredCopy:
         """Pages to slots, layer by layer."""
-        return _Division(self, Plan(self._mover.pages, pieces))
+        return _LayeredCopy(self, Plan(self._mover.pages, pieces))
 
     def gather_layers(self, plan: Plan, layers: tuple[int, int], signal: int) -> _Move:
         """A range of layers, on the stream of the calling thread."""
@@ -169,8 +169,8 @@ class GpuCopier:
                 move.stream.wait_event(before.end)
 
 
-class _Division:
-    """See `copier.Division`."""
+class _LayeredCopy:
+    """See `copier.LayeredCopy`."""
 
     def __init__(self, copier: GpuCopier, plan: Plan) -> None:
         self._copier = copier

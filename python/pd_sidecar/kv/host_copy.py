@@ -30,7 +30,7 @@ MAX_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Over:
+class CompletedFence:
     """The fence of a move that was over when it returned, as between host memories."""
 
     seconds: float
@@ -68,9 +68,9 @@ class HostCopier:
                 torch.index_select(part.pages, 0, source, out=part.buffer[slots])
             else:
                 _store(part.buffer, slots, part.pages.index_select(0, source))
-        return Over(time.perf_counter() - began)
+        return CompletedFence(time.perf_counter() - began)
 
-    def division(self, pieces: Sequence[Piece]) -> None:
+    def layered_copy(self, pieces: Sequence[Piece]) -> None:
         """Everything is computed when its call returns: nothing is there earlier than the rest."""
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
@@ -80,7 +80,7 @@ class HostCopier:
             whole = isinstance(slots, slice)
             rows = part.buffer[slots] if whole else part.buffer.index_select(0, slots)
             _store(part.pages, part.rows_of(batch), rows)
-        return Over(time.perf_counter() - began)
+        return CompletedFence(time.perf_counter() - began)
 
     def _moves(
         self, pieces: Iterable[Piece]

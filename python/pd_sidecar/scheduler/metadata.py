@@ -96,12 +96,12 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass(frozen=True)
-class Standing(KVConnectorHandshakeMetadata):
+class DisabledNotice(KVConnectorHandshakeMetadata):
     """A worker has seen its KV and cannot move it. Said once, before the first request."""
 
 
 @dataclass(frozen=True)
-class Word(KVConnectorWorkerMetadata):
+class IdleReport(KVConnectorWorkerMetadata):
     """What a worker says of a step beside what is done."""
 
     rests: bool
@@ -110,5 +110,5 @@ class Word(KVConnectorWorkerMetadata):
     """The worker cannot move this model's KV."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        unmoved = isinstance(other, Word) and other.unmoved
-        return Word(self.rests, unmoved=True) if unmoved else self
+        unmoved = isinstance(other, IdleReport) and other.unmoved
+        return IdleReport(self.rests, unmoved=True) if unmoved else self

@@ -30,7 +30,7 @@ class Pauses:
     """How long a sidecar may take to answer; it may be touching its buffer for the first time."""
 
 
-class Keeper(threading.Thread):
+class Reconnector(threading.Thread):
     """Connects, watches for the end of the connection, connects again."""
 
     def __init__(self, path: str, hello: Hello, pauses: Pauses, logger: logging.Logger) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from pd_sidecar.scheduler.metadata import Word
-from pd_sidecar.sidecar.reconnect import Keeper, Pauses
+from pd_sidecar.scheduler.metadata import IdleReport
+from pd_sidecar.sidecar.reconnect import Pauses, Reconnector
 from pd_sidecar.sidecar.wire import Hello
 from pd_sidecar.worker.load import Results
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.pd_sidecar.worker.disabled")
 
 
-class Unmoved:
+class DisabledWorker:
     """Fails at once what is asked of it, and tells the sidecars why.
 
     A sidecar that heard nothing would never be ready, and its proxy would refuse every request
@@ -44,8 +44,8 @@ class Unmoved:
         self._results = Results()
         ends = [(options.sender_socket, "prefill")] if producer else []
         ends += [(options.receiver_socket, "decode")] if consumer else []
-        self._keepers = [
-            Keeper(
+        self._reconnectors = [
+            Reconnector(
                 path,
                 Hello.of_unmoved(engine, role, part.rank, share.ranks, options.model_name, why),
                 Pauses(),
@@ -54,8 +54,8 @@ class Unmoved:
             for part in share.parts
             for path, role in ends
         ]
-        for keeper in self._keepers:
-            keeper.start()
+        for reconnector in self._reconnectors:
+            reconnector.start()
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward."""
@@ -80,11 +80,11 @@ class Unmoved:
         return sent, results
 
     @property
-    def word(self) -> Word:
+    def idle_report(self) -> IdleReport:
         """Tells the scheduler's half that nothing is moved."""
-        return Word(rests=False, unmoved=True)
+        return IdleReport(rests=False, unmoved=True)
 
     def close(self) -> None:
         """Ends the connections."""
-        for keeper in self._keepers:
-            keeper.stop()
+        for reconnector in self._reconnectors:
+            reconnector.stop()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class Signals:
+class EventSlots:
     """Numbers of events, each with the requests whose chunks it stands for."""
 
     def __init__(self, count: int) -> None:

@@ -151,7 +151,7 @@ class Receiver:
             # Slots that it has shown stay ours until we say so.
             self._give_up(incoming, message.reason or "incomplete")
 
-    def pump(self) -> bool:
+    def move(self) -> bool:
         """Scatters what is ready. Says whether there was anything."""
         moved = self._scatter()
         self._settle()

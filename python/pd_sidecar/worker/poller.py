@@ -52,7 +52,7 @@ class PolledWorker(Protocol):
         ...
 
 
-class Pump(threading.Thread):
+class Poller(threading.Thread):
     """Moves what can be moved as soon as a sidecar says so."""
 
     def __init__(self, worker: PolledWorker) -> None:

@@ -17,8 +17,15 @@ from pd_sidecar.kv import keys
 from pd_sidecar.kv.copier import Piece
 from pd_sidecar.kv.layout import chunk_span, wanted_chunks
 from pd_sidecar.sidecar.wire import Target, WireError
-from pd_sidecar.worker.event_slots import Signals
-from pd_sidecar.worker.push_state import Divided, Entry, Gather, Outgoing, take_slots, tokens_of
+from pd_sidecar.worker.event_slots import EventSlots
+from pd_sidecar.worker.push_state import (
+    Entry,
+    Gather,
+    LayeredGather,
+    Outgoing,
+    take_slots,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,10 +47,10 @@ class Sender:
         self._device = device
         self._client = client
         self._stats = stats
-        self._signals = Signals(len(device.events))
+        self._event_slots = EventSlots(len(device.events))
         self._computed: list[Mark] = []
         """Behind all that is computed of `Outgoing.computed`."""
-        self._divided: Divided | None = None
+        self._layered: LayeredGather | None = None
         self._below = 0
         """Layers of the step that is being launched, as far as it is."""
         self._is_last = False
@@ -84,23 +91,23 @@ class Sender:
             return
         if below <= self._below:
             # A step in several forwards: what was gathered of these layers is not all of it.
-            self._undivide()
+            self._end_layered()
             self._below = self._rank.layers
             return
         self._below = below
-        if self._divided is None:
-            self._divided = self._divide()
+        if self._layered is None:
+            self._layered = self._start_layered()
         self._gather_below(below)
 
     def computed(self) -> None:
         """After the forward: what was to be computed in this step is computed, or will be."""
         self._below = 0
-        if self._gather_below(self._rank.layers) and (divided := self._divided) is not None:
-            self._divided = None
-            fence, signal = divided.division.fence, divided.ranges[-1][1]
-            self._stats.add("layered_tokens", tokens_of(divided.entries))
-            self._launched(fence, divided.entries, signal, divided.ranges)
-            for outgoing in divided.outgoings:
+        if self._gather_below(self._rank.layers) and (layered := self._layered) is not None:
+            self._layered = None
+            fence, signal = layered.layered_copy.fence, layered.ranges[-1][1]
+            self._stats.add("layered_tokens", tokens_of(layered.entries))
+            self._launched(fence, layered.entries, signal, layered.ranges)
+            for outgoing in layered.outgoings:
                 outgoing.gathering -= 1
         if not self._by_engine_id:
             return
@@ -115,9 +122,9 @@ class Sender:
 
     def lost(self) -> None:
         """The sidecar is gone, and every slot with it."""
-        self._undivide()
+        self._end_layered()
         self._copier = None
-        self._signals.reset()
+        self._event_slots.reset()
         for outgoing in list(self._by_engine_id.values()):
             self._fail(outgoing, "sidecar_lost")
 
@@ -133,10 +140,10 @@ class Sender:
     def ended(self, message: Ended) -> None:
         """The sidecar wants no more of a request."""
         outgoing = self._by_req.get(message.req)
-        if self._divided is not None and outgoing in self._divided.outgoings:
+        if self._layered is not None and outgoing in self._layered.outgoings:
             # Before its events are taken for others.
-            self._undivide()
-        self._signals.ended(message.req)
+            self._end_layered()
+        self._event_slots.ended(message.req)
         if outgoing is None:
             return
         if message.reason is not None:
@@ -144,7 +151,7 @@ class Sender:
         elif not self._is_staged(outgoing):
             outgoing.over = True  # the other side wants nothing of it
 
-    def pump(self) -> bool:
+    def move(self) -> bool:
         """Gathers what has both a slot and its tokens. Says whether there was anything."""
         complete = self._complete(lambda outgoing: outgoing.computed)
         if self._copier is not None:
@@ -237,7 +244,7 @@ class Sender:
 
     def _gather(self, copier: Copier, entries: list[Entry]) -> None:
         take_slots(entries)
-        signal = self._signals.take({entry.outgoing.start.req for entry in entries})
+        signal = self._event_slots.take({entry.outgoing.start.req for entry in entries})
         pieces = [entry.piece for entry in entries]
         fence = copier.gather(pieces, self._computed, signal, last=self._is_last)
         self._launched(fence, entries, signal)
@@ -262,7 +269,7 @@ class Sender:
             if gather.signalled:
                 self._tell_staged(gather, 0.0, signal, layers)
 
-    def _divide(self) -> Divided | None:
+    def _start_layered(self) -> LayeredGather | None:
         """What this step completes of requests that are gathered by layers, if there is any."""
         always = self._rank.by_layers
         entries = [
@@ -272,46 +279,46 @@ class Sender:
             # What was complete before need not wait for this step's last layers.
             and entry.piece.tokens[1] > entry.outgoing.computed
         ]
-        if self._copier is None or not entries or self._signals.free < SPARE_SIGNALS:
+        if self._copier is None or not entries or self._event_slots.free < SPARE_EVENTS:
             return None
-        division = self._copier.division([entry.piece for entry in entries])
-        if division is None:
+        layered_copy = self._copier.layered_copy([entry.piece for entry in entries])
+        if layered_copy is None:
             return None
         take_slots(entries)
-        divided = Divided(entries, division)
-        for outgoing in divided.outgoings:
+        layered = LayeredGather(entries, layered_copy)
+        for outgoing in layered.outgoings:
             outgoing.gathering += 1
-        return divided
+        return layered
 
     def _gather_below(self, below: int) -> bool:
         """Goes on with what is gathered by layers. Says whether there is any."""
-        if (divided := self._divided) is None:
+        if (layered := self._layered) is None:
             return False
-        requests = divided.outgoings
+        requests = layered.outgoings
         signal = None
         if not any(outgoing.over for outgoing in requests):
-            signal = self._signals.take({outgoing.start.req for outgoing in requests})
+            signal = self._event_slots.take({outgoing.start.req for outgoing in requests})
         if signal is None:
-            self._undivide()
+            self._end_layered()
             return False
-        divided.division.gather(below, signal)
-        divided.ranges.append((below, signal))
+        layered.layered_copy.gather(below, signal)
+        layered.ranges.append((below, signal))
         return True
 
-    def _undivide(self) -> None:
+    def _end_layered(self) -> None:
         """Chunks of which the sidecar was told nothing are gathered as a whole after the step."""
-        if (divided := self._divided) is None:
+        if (layered := self._layered) is None:
             return
-        self._divided = None
-        if divided.ranges:
+        self._layered = None
+        if layered.ranges:
             # Its ranges are on their way all the same.
-            fence = divided.division.fence
-            self._gathers += [Gather(fence, outgoing, [], True) for outgoing in divided.outgoings]
+            fence = layered.layered_copy.fence
+            self._gathers += [Gather(fence, outgoing, [], True) for outgoing in layered.outgoings]
         else:
-            for outgoing in divided.outgoings:
+            for outgoing in layered.outgoings:
                 outgoing.gathering -= 1
-        self._signals.put_back(signal for _, signal in divided.ranges)
-        for entry in divided.entries:
+        self._event_slots.put_back(signal for _, signal in layered.ranges)
+        for entry in layered.entries:
             if not entry.outgoing.over:
                 entry.outgoing.slots[entry.chunk] = entry.piece.slot
 
@@ -443,7 +450,7 @@ class Sender:
             del self._by_req[outgoing.start.req]
 
 
-SPARE_SIGNALS = 16
+SPARE_EVENTS = 16
 """A step is gathered by layers only while there are so many events: it takes up to six, and has to
 be gathered once more if it runs out of them."""
 GATHER_TOKENS = 2048

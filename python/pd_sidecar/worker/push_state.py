@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pd_sidecar.kv.copier import Division, Fence, Piece
+    from pd_sidecar.kv.copier import Fence, LayeredCopy, Piece
     from pd_sidecar.scheduler.metadata import PushStart
 
 
@@ -54,11 +54,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Divided:
+class LayeredGather:
     """Chunks that are being gathered layer by layer, while they are computed."""
 
     entries: list[Entry]
-    division: Division
+    layered_copy: LayeredCopy
     ranges: list[tuple[int, int]] = field(default_factory=list)
     """The layer below which each ends, and its event."""
 

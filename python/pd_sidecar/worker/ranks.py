@@ -63,7 +63,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TpPartition:
     """How the KV of one engine is cut. Made by `cut`, which checks it."""
 
     ranks: int
@@ -95,7 +95,7 @@ class Cut:
         return range(first, max(first + 1, (index + 1) * self.heads // of))
 
 
-class Tally:
+class RankCounter:
     """Requests that every rank of a worker has to name before they count."""
 
     def __init__(self) -> None:
@@ -110,10 +110,10 @@ class Tally:
         return out
 
 
-def cut(*, ranks: int, workers: int, heads: int, consumer: bool) -> Cut:
+def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPartition:
     """Checks that it can be cut so. Raises `ValueError`, whose text says what would be right."""
     if ranks == workers:
-        return Cut(ranks, workers, heads)
+        return TpPartition(ranks, workers, heads)
     what = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
     if ranks <= 0 or max(ranks, workers) % min(ranks, workers) != 0:
         raise ValueError(f"{what}one must be a multiple of the other")
@@ -127,7 +127,7 @@ def cut(*, ranks: int, workers: int, heads: int, consumer: bool) -> Cut:
         )
     if ranks < workers and consumer:
         raise ValueError(f"{what}every worker has to be sent its KV: give one rank for each")
-    return Cut(ranks, workers, heads)
+    return TpPartition(ranks, workers, heads)
 
 
 GRACE_S = 2.0

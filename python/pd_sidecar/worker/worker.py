@@ -18,12 +18,12 @@ from vllm.logger import init_logger
 
 from pd_sidecar.client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
 from pd_sidecar.kv.device import device_of
-from pd_sidecar.scheduler.metadata import Word
+from pd_sidecar.scheduler.metadata import IdleReport
 from pd_sidecar.sidecar.wire import VERSION
 from pd_sidecar.worker.load import Receiver, Results
-from pd_sidecar.worker.poller import Pump
+from pd_sidecar.worker.poller import Poller
 from pd_sidecar.worker.push import Sender
-from pd_sidecar.worker.ranks import Rank, Tally
+from pd_sidecar.worker.ranks import Rank, RankCounter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Worker:
         self._senders: list[Sender] = []
         self._receivers: list[Receiver] = []
         self._links: list[Link] = []
-        self._sent, self._received = Tally(), Tally()
+        self._sent, self._received = RankCounter(), RankCounter()
         self._pushed: set[str] = set()
         self._loaded = Results()
         """These two: over, and not reported yet."""
@@ -80,19 +80,19 @@ class Worker:
         self._unsent: set[str] = set()
         """Of a worker that serves no rank: done as soon as they are over."""
         self._idle = True
-        self._word: Word | None = None
+        self._idle_report: IdleReport | None = None
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
         self._results = threading.Lock()
         """Of what is over: who only asks for that does not wait for a launch."""
-        self._pump_thread: Pump | None = None
+        self._poller: Poller | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
         layers = len(geometry.layers)
-        self._cuts: dict[str, int] = {}
+        self._range_ends: dict[str, int] = {}
         if self._is_asynchronous and options.push != "step" and _is_one_model(geometry.names):
-            self._cuts = {geometry.names[below - 1]: below for below in cuts(layers)}
+            self._range_ends = {geometry.names[below - 1]: below for below in range_ends(layers)}
 
     def _serve(
         self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool
@@ -136,12 +136,12 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Before the forward."""
-        if self._is_asynchronous and self._pump_thread is None:
+        if self._is_asynchronous and self._poller is None:
             # Not before the first step: until then the engine may be capturing graphs.
-            self._pump_thread = Pump(self)
-            self._pump_thread.start()
+            self._poller = Poller(self)
+            self._poller.start()
         self._idle = metadata.idle
-        if self._is_pumped and not (metadata.has_news or self._has_part_in_steps):
+        if self._is_polled and not (metadata.has_news or self._has_part_in_steps):
             return
         with self._lock:
             self.read()
@@ -149,18 +149,18 @@ class Worker:
                 link.end.begin(metadata)
             if self._producer and not self._senders:
                 self._unsent.update(metadata.finished)
-        if self._idle and self._pump_thread is not None:
+        if self._idle and self._poller is not None:
             # What this step has ended is named by the thread, which may be asleep.
-            self._pump_thread.wake()
+            self._poller.wake()
 
     def layer_computed(self, name: str) -> None:
         """Within the forward, after a layer's attention."""
-        below = self._cuts.get(name)
+        below = self._range_ends.get(name)
         if below is not None and any(sender.has_part_in_steps for sender in self._senders):
             with self._lock:
                 # Slots that were granted since the step began.
-                if self.read() and self._pump_thread is not None:
-                    self._pump_thread.wake()
+                if self.read() and self._poller is not None:
+                    self._poller.wake()
                 for sender in self._senders:
                     sender.layers_computed(below)
 
@@ -175,13 +175,13 @@ class Worker:
     def finish(self) -> tuple[set[str], Results]:
         """At the end of the step: moves what can be moved, names what is done."""
         moved = False
-        if not self._is_pumped or (self._senders and self._has_part_in_steps):
+        if not self._is_polled or (self._senders and self._has_part_in_steps):
             with self._lock:
                 moved = self.move()
                 self.collect()
         over = bool(self._pushed or self._loaded.received)
         rests = self._idle and not moved and not over and self._is_waiting
-        self._word = Word(rests) if rests or over else None
+        self._idle_report = IdleReport(rests) if rests or over else None
         # What was reported last time is acted upon after this step: no time to lose.
         if rests and not self._reported and not self._is_asked:
             self._rest()
@@ -213,14 +213,14 @@ class Worker:
             return pushed, received
 
     @property
-    def word(self) -> Word | None:
+    def idle_report(self) -> IdleReport | None:
         """Goes with the step's output, so that the scheduler's half is shown it, and asks."""
-        return self._word
+        return self._idle_report
 
     def close(self) -> None:
         """Ends the connections: what they held ends with them."""
-        if self._pump_thread is not None:
-            self._pump_thread.stop()
+        if self._poller is not None:
+            self._poller.stop()
         for link in self._links:
             link.client.close()
 
@@ -240,9 +240,9 @@ class Worker:
         """Reads what has come and moves what can be moved. Says whether anything was."""
         with self._lock:
             self.read()
-            moved = [link.end.pump() for link in self._links]
-            if self._pump_thread is not None and self.is_moving:
-                self._pump_thread.wake()
+            moved = [link.end.move() for link in self._links]
+            if self._poller is not None and self.is_moving:
+                self._poller.wake()
             return any(moved)
 
     def collect(self) -> bool:
@@ -294,9 +294,9 @@ class Worker:
         return any(link.device.is_asynchronous for link in self._links)
 
     @property
-    def _is_pumped(self) -> bool:
+    def _is_polled(self) -> bool:
         """A thread of its own reads and moves; steps are spared what they have no part in."""
-        return self._pump_thread is not None and self._pump_thread.is_alive()
+        return self._poller is not None and self._poller.is_alive()
 
     @property
     def _has_part_in_steps(self) -> bool:
@@ -304,8 +304,8 @@ class Worker:
 
     def _rest(self) -> None:
         """Waits for news, a little. Without this an engine that only waits would spin."""
-        if self._pump_thread is not None:
-            self._pump_thread.wait(self._idle_wait_s)
+        if self._poller is not None:
+            self._poller.wait(self._idle_wait_s)
             return
         wait_any([link.client for link in self._links], self._idle_wait_s)
         with self._lock:
@@ -344,7 +344,7 @@ def _is_one_model(names: Sequence[str]) -> bool:
     return len({re.sub(r"\d+", "", name) for name in names}) == 1
 
 
-def cuts(layers: int) -> list[int]:
+def range_ends(layers: int) -> list[int]:
     """Layers before which a range ends, the last one left out.
 
     A fast wire needs one cut, so near to the end that what is left after it is soon pushed; one

@@ -10,7 +10,7 @@ from test_worker import Rig, load, push
 from pd_sidecar.options.config import Options
 from pd_sidecar.scheduler.metadata import StepMetadata
 from pd_sidecar.scheduler.stats import Stats
-from pd_sidecar.worker.disabled import Unmoved
+from pd_sidecar.worker.disabled import DisabledWorker
 from pd_sidecar.worker.ranks import Part, Share
 
 
@@ -28,7 +28,7 @@ def test_what_cannot_be_moved_fails_at_once_and_its_sidecars_know_why(tmp_path):
     options = Options(
         sender_socket=str(paths["sender"]), receiver_socket=str(paths["receiver"]), model_name="m"
     )
-    worker = Unmoved(
+    worker = DisabledWorker(
         "layers.0: heads of two\nsizes",
         options,
         stats,
@@ -49,7 +49,7 @@ def test_what_cannot_be_moved_fails_at_once_and_its_sidecars_know_why(tmp_path):
     worker.begin(StepMetadata(finished=["a"]))
     assert worker.finish()[0] == {"a"}
     assert stats.data == {"load_failures": {"layout": 1}, "save_failures": {"layout": 1}}
-    assert worker.word.unmoved
+    assert worker.idle_report.unmoved
     # A sidecar that comes back is told anew.
     sidecars["sender"].stop()
     again = FakeSidecar(paths["sender"])
