@@ -73,10 +73,9 @@ lint: venv ## Check formatting, clippy, ruff, mypy, the generated bindings and t
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(PYTHON_IN_VENV) protocol/fixtures/generate.py --check
-	$(PYTHON_IN_VENV) -m ruff check python tests scripts protocol/fixtures
-	$(PYTHON_IN_VENV) -m ruff format --check python tests scripts protocol/fixtures
+	$(PYTHON_IN_VENV) -m ruff check
+	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
-	cd python && $(PYTHON_IN_VENV) -m mypy
 	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
 

@@ -15,9 +15,10 @@ import pytest
 from harness.listening import listening
 from harness.process import Process
 from harness.sidecar import BINARIES, NO_PUSH, Sidecar, SidecarOptions
-from pd_sidecar.client import Client
 from test_strangers import LAYOUT, Sides, hello
 from test_two_hosts import ITS_END, OUR_END, end, other_host
+
+from pd_sidecar.client import Client
 
 # No NIXL is found with these: neither in the virtual environment nor beside the first python3 of PATH.
 NO_NIXL = {"VIRTUAL_ENV": "/nowhere", "PATH": "/nowhere"}

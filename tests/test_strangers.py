@@ -21,6 +21,7 @@ import pytest
 import zmq
 from harness.client import call
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from harness.ports import free_port
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from test_strangers import BOUND_S, LAYOUT, Sides, content, hello, keys
+
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Granted
-from test_strangers import BOUND_S, LAYOUT, Sides, content, hello, keys
 
 OUR_END, ITS_END = "10.213.7.1", "10.213.7.2"
 

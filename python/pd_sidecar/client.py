@@ -241,9 +241,7 @@ class Client:
         The sidecar stays ready by that, so that the proxy goes on using this engine.
         """
         self.close()
-        self._reconnector = Reconnector(
-            self.path, self._hello.as_unmoved(why), self._pauses, self._logger
-        )
+        self._reconnector = Reconnector(self.path, self._hello.as_unmoved(why), self._pauses, self._logger)
         self._reconnector.start()
 
     def close(self) -> None:

@@ -63,9 +63,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
     if CacheHitSource is not None:
         _cache_hit_source = CacheHitSource.P2P
 
-    def __init__(
-        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._producer: bool = transfer.is_kv_producer
@@ -126,14 +124,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     # Scheduler.
 
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._of_scheduler.matched_tokens(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         groups = blocks.get_block_ids()
         self._of_scheduler.allocated(request, groups[0] if groups else [], num_external_tokens)
 
@@ -152,16 +146,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
-            connector_output.finished_recving = (
-                connector_output.finished_recving or set()
-            ) | received
-        self._of_scheduler.reported(
-            connector_output.finished_sending or (), connector_output.finished_recving or ()
-        )
+            connector_output.finished_recving = (connector_output.finished_recving or set()) | received
+        self._of_scheduler.reported(connector_output.finished_sending or (), connector_output.finished_recving or ())
 
-    def request_finished(
-        self, request: Request, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         completed = request.status in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,
@@ -204,9 +192,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request is scheduled only after its load."""
 
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
-    ) -> None:
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Notes how far the forward is. Not called from within full CUDA graphs: then a step's
         layers are gathered together."""
         if self._worker is not None:
@@ -385,9 +371,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
         "prefill_context_parallel_size",
     ):
         if getattr(parallel, name, 1) > 1:
-            text = (
-                f"{name}={getattr(parallel, name)} must be 1: a chunk holds all layers and tokens"
-            )
+            text = f"{name}={getattr(parallel, name)} must be 1: a chunk holds all layers and tokens"
             raise config.ConfigError([text])
 
 

@@ -8,6 +8,7 @@ import queue
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import msgspec
 
@@ -66,7 +67,7 @@ class FakeSidecar:
         """As if killed: every connection ends, nobody listens."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        os.unlink(self.path)
+        Path(self.path).unlink()
         for connection in self._connections:
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()

@@ -43,9 +43,7 @@ def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **par
 
 
 def cache(groups=1):
-    spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32
-    )
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32)
     return KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)] * groups)
 
 
@@ -98,18 +96,14 @@ def test_a_sidecar_is_told_what_bytes_stand_for(tmp_path, monkeypatch, of_bytes)
     path = tmp_path / "sender.sock"
     sidecar = FakeSidecar(path)
     scales = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.5))
-    vllm_config = config(
-        {"sender_socket": str(path)}, role="kv_producer", layers=dict.fromkeys(NAMES, scales)
-    )
+    vllm_config = config({"sender_socket": str(path)}, role="kv_producer", layers=dict.fromkeys(NAMES, scales))
     vllm_config.cache_config.cache_dtype = "fp8"
     dtype = torch.uint8 if of_bytes else torch.bfloat16
     kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=dtype) for name in NAMES}
     worker = worker_of(vllm_config, kv, monkeypatch)
     worker._worker._links[0].client._reconnector.connected.wait(5)
     layout = sidecar.hellos[0].layout
-    assert (layout.dtype, layout.quantization) == (
-        ("uint8", "fp8_e4m3, scales 0.5") if of_bytes else ("bfloat16", "")
-    )
+    assert (layout.dtype, layout.quantization) == (("uint8", "fp8_e4m3, scales 0.5") if of_bytes else ("bfloat16", ""))
     worker.shutdown()
 
 
@@ -167,9 +161,7 @@ def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monke
     req = request("a", push_params())
     req.status = RequestStatus.RUNNING
     assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
-    worker.bind_connector_metadata(
-        scheduler.build_connector_meta(output(new=[(req, [5, 2, 7], 0, 40)]))
-    )
+    worker.bind_connector_metadata(scheduler.build_connector_meta(output(new=[(req, [5, 2, 7], 0, 40)])))
     said = KVConnectorOutput(kv_connector_worker_meta=worker.build_connector_worker_meta())
     scheduler.update_connector_output(said)
     req.status = RequestStatus.FINISHED_LENGTH_CAPPED
@@ -196,9 +188,7 @@ def test_pages_that_look_like_others_are_not_moved(monkeypatch):
         state_content_bytes=HEADS * SIZE * 4,
     )
     packed = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
-    assert isinstance(
-        worker_of(config(), tensors(), monkeypatch, packed)._worker, module.DisabledWorker
-    )
+    assert isinstance(worker_of(config(), tensors(), monkeypatch, packed)._worker, module.DisabledWorker)
 
 
 def step(scheduler, worker, scheduled):
@@ -215,16 +205,12 @@ def step(scheduler, worker, scheduled):
 def park(scheduler, name="a"):
     req = request(name, load_params())
     count, _ = scheduler.get_num_new_matched_tokens(req, 16)
-    scheduler.update_state_after_alloc(
-        req, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],)), count
-    )
+    scheduler.update_state_after_alloc(req, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3],)), count)
     return scheduler.build_connector_meta(output())
 
 
 @pytest.mark.parametrize(("world_size", "told"), [(1, {"a"}), (2, None)])
-def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(
-    tmp_path, monkeypatch, world_size, told
-):
+def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(tmp_path, monkeypatch, world_size, told):
     path = tmp_path / "receiver.sock"
     sidecar = FakeSidecar(path)
     vllm_config = config({"receiver_socket": str(path)}, role="kv_consumer", world_size=world_size)
@@ -286,10 +272,7 @@ def test_the_engines_kernel_is_asked(monkeypatch):
         for k, v, slot in zip(key, value, slots.tolist(), strict=True):
             kv_cache[slot // BLOCK, :, slot % BLOCK] = torch.cat([v, k], 1)  # V first
 
-    layers = {
-        name: SimpleNamespace(name=name, impl=SimpleNamespace(do_kv_cache_update=update))
-        for name in NAMES
-    }
+    layers = {name: SimpleNamespace(name=name, impl=SimpleNamespace(do_kv_cache_update=update)) for name in NAMES}
     worker = worker_of(config(layers=layers), tensors(), monkeypatch)
     inside = worker._worker._geometry.first.inside
     assert (int(inside[0, 0, 0]), int(inside[1, 0, 0])) == (SIZE, 0)

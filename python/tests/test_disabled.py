@@ -25,9 +25,7 @@ def test_what_cannot_be_moved_fails_at_once_and_its_sidecars_know_why(tmp_path):
     stats = Stats()
     paths = {end: tmp_path / f"{end}.sock" for end in ("sender", "receiver")}
     sidecars = {end: FakeSidecar(path) for end, path in paths.items()}
-    options = Options(
-        sender_socket=str(paths["sender"]), receiver_socket=str(paths["receiver"]), model_name="m"
-    )
+    options = Options(sender_socket=str(paths["sender"]), receiver_socket=str(paths["receiver"]), model_name="m")
     worker = DisabledWorker(
         "layers.0: heads of two\nsizes",
         options,
@@ -61,9 +59,7 @@ def test_what_cannot_be_moved_fails_at_once_and_its_sidecars_know_why(tmp_path):
 def test_a_buffer_that_cannot_be_opened_leaves_the_sidecar_with_the_reason(tmp_path, monkeypatch):
     rig = Rig(tmp_path)
     link = rig.worker._links[0]
-    monkeypatch.setattr(
-        type(link.device), "copier", lambda *_: (_ for _ in ()).throw(OSError("no such handle"))
-    )
+    monkeypatch.setattr(type(link.device), "copier", lambda *_: (_ for _ in ()).throw(OSError("no such handle")))
     rig.sender.stop()
     rig.sender = FakeSidecar(rig.paths["sender"])
     rig.until(lambda: len(rig.sender.hellos) == 2)

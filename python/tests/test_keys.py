@@ -27,27 +27,18 @@ def vectors():
         )
 
 
-@pytest.mark.parametrize(
-    ("seed", "algorithm", "expect"), [v for v in vectors() if v[1] != "builtin"]
-)
+@pytest.mark.parametrize(("seed", "algorithm", "expect"), [v for v in vectors() if v[1] != "builtin"])
 def test_chain_of_600_tokens(seed, algorithm, expect):
     environ = {} if seed == "None" else {"PYTHONHASHSEED": seed}
     assert ChunkHasher(algorithm, 256, environ).chain(range(600)) == expect
 
 
-@pytest.mark.parametrize(
-    ("seed", "expect"), [(s, e) for s, a, e in vectors() if a == "builtin" and s != "None"]
-)
+@pytest.mark.parametrize(("seed", "expect"), [(s, e) for s, a, e in vectors() if a == "builtin" and s != "None"])
 def test_builtin_chain_in_a_process_with_that_seed(seed, expect):
-    program = (
-        "from pd_sidecar.kv.keys import ChunkHasher;"
-        "print(ChunkHasher('builtin', 256).chain(list(range(600))))"
-    )
+    program = "from pd_sidecar.kv.keys import ChunkHasher;print(ChunkHasher('builtin', 256).chain(list(range(600))))"
     environ = {**os.environ, "PYTHONHASHSEED": seed}
     root = Path(__file__).parent.parent
-    out = subprocess.run(
-        [sys.executable, "-c", program], env=environ, cwd=root, capture_output=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", program], env=environ, cwd=root, capture_output=True, check=True)
     assert ast.literal_eval(out.stdout.decode()) == expect
 
 

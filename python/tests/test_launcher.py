@@ -62,9 +62,7 @@ def test_a_killed_parent_takes_it_along(tmp_path):
     )
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    parent = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     pid = int(parent.stdout.readline())
     assert alive(pid)
     parent.kill()

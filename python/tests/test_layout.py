@@ -92,9 +92,7 @@ class Side:
         kernel = self.pages.first.tokens
         ratio = self.hint.block_tokens // kernel
         table = [int(b) * ratio + i for b in self.table for i in range(ratio)]
-        return torch.stack(
-            [tokens_of(t, table, kernel, count, self.hint) for t in self.tensors.values()], 1
-        )
+        return torch.stack([tokens_of(t, table, kernel, count, self.hint) for t in self.tensors.values()], 1)
 
 
 def bits(tensor):

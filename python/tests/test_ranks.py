@@ -93,17 +93,14 @@ class Engine:
         own = max(1, heads // workers)
         # `[worker][layer]`, as vLLM 0.32 lays them out.
         self.tensors = [
-            {f"layers.{i}": torch.randn(BLOCKS, own, BLOCK, 2 * SIZE) for i in range(LAYERS)}
-            for _ in range(workers)
+            {f"layers.{i}": torch.randn(BLOCKS, own, BLOCK, 2 * SIZE) for i in range(LAYERS)} for _ in range(workers)
         ]
         if mla and producer:
             self.tensors = self.tensors[:1] * workers
         hint = Hint(BLOCKS, BLOCK, own, 2 * SIZE if mla else SIZE, mla)
         self.sidecar = RankedSidecar(path)
         socket = str(path)
-        options = Options(
-            sender_socket=socket, receiver_socket=socket, model_name="m", chunk_size=CHUNK
-        )
+        options = Options(sender_socket=socket, receiver_socket=socket, model_name="m", chunk_size=CHUNK)
         shares = partition(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
         self.workers = [
             Worker(
@@ -137,8 +134,8 @@ class Engine:
             # Before the step: what made it hold, on the pump's thread too, is reported by the step.
             holds = condition()
             for (sent, received, failed), (s, r, f) in zip(total, self.step(), strict=True):
-                sent += s
-                received += r
+                sent.extend(s)
+                received.extend(r)
                 failed.update(f)
             if holds:
                 return total
@@ -148,10 +145,7 @@ class Engine:
         """`[2, layers, tokens, heads, size]` of the whole model, in the blocks of the table."""
         at = torch.arange(TOKENS)
         blocks, offsets = torch.tensor(TABLE)[at // BLOCK], at % BLOCK
-        heads = [
-            torch.stack([tensor[blocks, :, offsets] for tensor in tensors.values()])
-            for tensors in self.tensors
-        ]
+        heads = [torch.stack([tensor[blocks, :, offsets] for tensor in tensors.values()]) for tensors in self.tensors]
         return torch.cat(heads, 2).unflatten(3, (2, SIZE)).permute(3, 0, 1, 2, 4)
 
     def close(self):

@@ -150,9 +150,7 @@ def test_the_first_token_and_the_word_come_though_nothing_is_pushed(rig):
 
 def test_a_local_prefix_hit_is_saved_too(rig):
     req = request("a", push_params())
-    metadata = (
-        rig.step(new=[(req, [9, 8, 7], 32, 8)]) if rig.scheduler.matched_tokens(req, 32) else None
-    )
+    metadata = rig.step(new=[(req, [9, 8, 7], 32, 8)]) if rig.scheduler.matched_tokens(req, 32) else None
     assert metadata.push_steps == [PushStep("a", [9, 8, 7], True, 40)]
 
 

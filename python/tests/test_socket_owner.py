@@ -33,9 +33,7 @@ while True:
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
 
 
-@pytest.mark.parametrize(
-    ("mode", "fine"), [(0o700, True), (0o755, True), (0o777, False), (0o770, False)]
-)
+@pytest.mark.parametrize(("mode", "fine"), [(0o700, True), (0o755, True), (0o777, False), (0o770, False)])
 def test_a_folder_that_others_can_write_into_is_refused(tmp_path, mode, fine):
     folder = tmp_path / "pd-sidecar-1000"
     folder.mkdir()
@@ -81,9 +79,7 @@ def test_a_sidecar_of_another_user_is_told_nothing(tmp_path):
     for parent in [tmp_path, *tmp_path.parents][:3]:
         parent.chmod(parent.stat().st_mode | 0o011)
     path = str(folder / "sender.sock")
-    stranger = subprocess.Popen(
-        [sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True
-    )
+    stranger = subprocess.Popen([sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True)
     try:
         assert stranger.stdout.readline() == "ready\n"
         with pytest.raises(TimeoutError, match="of user 12345, which is neither this user"):

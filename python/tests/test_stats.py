@@ -52,8 +52,7 @@ def test_prometheus():
 
     metrics = PromMetrics(
         type("Config", (), {"kv_transfer_config": None}),
-        dict.fromkeys((prometheus_client.Gauge, prometheus_client.Histogram))
-        | {prometheus_client.Counter: counter},
+        dict.fromkeys((prometheus_client.Gauge, prometheus_client.Histogram)) | {prometheus_client.Counter: counter},
         ["model_name", "engine"],
         {0: ["m", "0"], 1: ["m", "1"]},
     )

@@ -115,9 +115,7 @@ KEYS = [f"m@1@0@{h}@float" for h in HASHES]
 
 def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
     rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE[:3], True, 40)])
-    assert rig.sender.next() == wire.Reserve(
-        "r", wire.Target("h", 7300, 7400), KEYS, TOKENS, 40, True
-    )
+    assert rig.sender.next() == wire.Reserve("r", wire.Target("h", 7300, 7400), KEYS, TOKENS, 40, True)
     rig.sender.say(wire.Granted("r", 0, [0, 1], [5, 3]))
     rig.until(lambda: not rig.sender.nothing())
     staged = rig.sender.next(wire.Staged)
@@ -380,9 +378,7 @@ def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
 
 def test_only_a_step_without_tokens_and_with_something_under_way_waits(rig, monkeypatch):
     waits = []
-    monkeypatch.setattr(
-        "pd_sidecar.worker.worker.wait_any", lambda clients, seconds: waits.append(seconds)
-    )
+    monkeypatch.setattr("pd_sidecar.worker.worker.wait_any", lambda clients, seconds: waits.append(seconds))
     rig.step(forward=False)
     rig.step(load_starts=[load()])
     rig.step()

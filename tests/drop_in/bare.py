@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.client import call
 from harness.process import Process
 from harness.sidecar import BINARIES
+
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Hello, Target
 

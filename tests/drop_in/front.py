@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from harness.ports import free_port
+
 from pd_sidecar.sidecar.wire import Target
 
 from .chunks import Prompt

@@ -19,6 +19,7 @@ import zmq
 from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import ROOT, Sidecar, SidecarOptions
+
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 

@@ -13,6 +13,7 @@ import generate
 import msgspec
 import pytest
 from harness.ports import free_port
+
 from pd_sidecar.sidecar.wire import Target
 
 from .chunks import Prompt

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness.sidecar import BINARIES, ROOT
+
 from pd_sidecar.sidecar.wire import Target
 
 from .bare import BareReceiver, BareSender

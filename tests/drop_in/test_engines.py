@@ -16,6 +16,7 @@ from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS
 from harness.pair import Pair, check_tokens
 from harness.prompts import prompt
 from harness.reference import Reference
+
 from pd_sidecar.sidecar.wire import Layout, Target
 
 from .chunks import CHUNK_TOKENS

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+
 from pd_sidecar.kv.layout import Hint, geometry
 from pd_sidecar.options.config import Options
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata

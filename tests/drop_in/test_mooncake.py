@@ -20,6 +20,7 @@ from harness.ports import FIRST, LAST, free_port
 from harness.process import Process
 from harness.proxy import Proxy
 from harness.sidecar import ROOT
+
 from pd_sidecar.sidecar.wire import Target
 
 from .bare import BareReceiver, BareSender

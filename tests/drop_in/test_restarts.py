@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+
 from pd_sidecar.sidecar.wire import Target
 
 from .chunks import Prompt

@@ -40,9 +40,7 @@ class Gpu:
         with torch.cuda.device(self._device):
             # Ahead of the engine's next kernels: a move is short, and somebody waits for it.
             self._stream = torch.cuda.Stream(priority=-1)
-            self._signals = [
-                torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)
-            ]
+            self._signals = [torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)]
             self.events = [event.ipc_handle() for event in self._signals]
             self._warm_up(pages, chunk_tokens)
 

@@ -82,17 +82,13 @@ class HostCopier:
             _store(part.pages, part.rows_of(batch), rows)
         return CompletedFence(time.perf_counter() - began)
 
-    def _moves(
-        self, pieces: Iterable[Piece]
-    ) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
+    def _moves(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
         """What to move with one call each, and its rows in the buffer."""
         for batch in self._batches(pieces):
             for part in self._parts:
                 if not (part.has_all_layers and batch.form.is_whole):
                     yield part, batch, part.rows_in_slots(batch)
-                elif part.has_all_planes and batch.follow_each_other(
-                    part.rows_of_token, part.slot_rows
-                ):
+                elif part.has_all_planes and batch.follow_each_other(part.rows_of_token, part.slot_rows):
                     yield part, batch, part.slice_of(batch)
                 else:
                     for single in batch.singles():
@@ -212,9 +208,7 @@ class Batch:
         length = 0
         for piece in pieces:
             if (piece.tokens[1] - 1) // pages.block_tokens >= piece.table.numel():
-                raise LayoutError(
-                    f"{piece.table.numel()} blocks do not hold token {piece.tokens[1] - 1}"
-                )
+                raise LayoutError(f"{piece.table.numel()} blocks do not hold token {piece.tokens[1] - 1}")
             if id(piece.table) not in starts:
                 starts[id(piece.table)] = length
                 tables.append(piece.table)
@@ -251,8 +245,7 @@ def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
         for group in groups:
             other = group[0][1]
             if (
-                page.tensor.untyped_storage().data_ptr()
-                == other.tensor.untyped_storage().data_ptr()
+                page.tensor.untyped_storage().data_ptr() == other.tensor.untyped_storage().data_ptr()
                 and page.block_stride == other.block_stride
                 and torch.equal(page.inside, other.inside)
             ):

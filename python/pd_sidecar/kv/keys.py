@@ -31,9 +31,7 @@ class HashError(ValueError):
 class ChunkHasher:
     """The hash chain of a prompt's chunks."""
 
-    def __init__(
-        self, algorithm: str, chunk_tokens: int, environ: Mapping[str, str] = os.environ
-    ) -> None:
+    def __init__(self, algorithm: str, chunk_tokens: int, environ: Mapping[str, str] = os.environ) -> None:
         """Raises `HashError` for an unknown algorithm, or `builtin` without a seed."""
         if chunk_tokens <= 0:
             raise HashError(f"chunk_tokens must be positive, not {chunk_tokens}")

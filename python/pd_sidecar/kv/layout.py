@@ -136,9 +136,7 @@ class Geometry:
         )
 
 
-def geometry(
-    tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None
-) -> Geometry:
+def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None) -> Geometry:
     """The geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
 
     Layers with a writer are probed, the others are taken as their strides say.
@@ -166,9 +164,7 @@ def geometry(
     if not layers:
         raise LayoutError("the engine has no KV tensors")
     if hint.block_tokens % layers[0].tokens != 0:
-        raise LayoutError(
-            f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}"
-        )
+        raise LayoutError(f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}")
     return Geometry(tuple(layers), hint.block_tokens, tuple(names))
 
 
@@ -266,9 +262,7 @@ def _digits(numbers: int) -> int:
     return digits
 
 
-def _axes(
-    name: str, shape: tuple[int, ...], hint: Hint
-) -> tuple[int, int, int | None, int | None, int]:
+def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int | None, int | None, int]:
     """Which dimension is block, token, head and plane (K or V), and the size of a head."""
 
     def blocks(size: int) -> bool:

@@ -218,9 +218,7 @@ def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
     for entry in enumerate(layers):
         for group in groups:
             other = group[0][1]
-            if entry[1].block_stride == other.block_stride and torch.equal(
-                entry[1].inside, other.inside
-            ):
+            if entry[1].block_stride == other.block_stride and torch.equal(entry[1].inside, other.inside):
                 group.append(entry)
                 break
         else:

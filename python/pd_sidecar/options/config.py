@@ -113,14 +113,8 @@ def parse(
         problems.append(f"sidecar={options.sidecar!r} must be 'spawn', or absent")
     if options.sidecar_arguments and not options.sidecar:
         problems.append("sidecar_arguments without sidecar='spawn' have no effect")
-    if (
-        options.sidecar
-        and options.sender_socket != options.receiver_socket
-        and (producer and consumer)
-    ):
-        problems.append(
-            "sidecar='spawn' starts one sidecar: name one socket for both sides, or none"
-        )
+    if options.sidecar and options.sender_socket != options.receiver_socket and (producer and consumer):
+        problems.append("sidecar='spawn' starts one sidecar: name one socket for both sides, or none")
     name = options.model_name or model
     if "@" in name or not name:
         problems.append(f"model_name={name!r} must not be empty or contain '@', keys are cut there")
@@ -139,8 +133,7 @@ def parse(
             **values,
             "model_name": name,
             "sender_socket": options.sender_socket or default_socket("both" if both else "sender"),
-            "receiver_socket": options.receiver_socket
-            or default_socket("both" if both else "receiver"),
+            "receiver_socket": options.receiver_socket or default_socket("both" if both else "receiver"),
         }
     )
 

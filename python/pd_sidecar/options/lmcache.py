@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ class Setting:
     source: str
 
 
-def settings(
-    extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ
-) -> dict[str, Setting]:
+def settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Setting]:
     """`hash_algorithm` and `chunk_size` as LMCache would have them, if it is configured at all.
 
     Raises `ValueError` for a file that cannot be read.
@@ -76,7 +75,7 @@ def _file(path: str) -> dict[str, Any]:
     import yaml  # comes with vLLM
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8") as file:
             values = yaml.safe_load(file)
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{FILE_VARIABLE}={path} cannot be read: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class Skip(str, Enum):
+class Skip(StrEnum):
     """Why a request is computed as if there were no connector: the label of a counter."""
 
     NO_PARAMS = "no_params"
@@ -68,9 +68,7 @@ def unserved(request: Request) -> Skip | None:
         return Skip.PROMPT_EMBEDS
     if request.pooling_params is not None or request.sampling_params is None:
         return Skip.POOLING
-    if request.sampling_params.prompt_logprobs is not None or getattr(
-        request, "skip_reading_prefix_cache", False
-    ):
+    if request.sampling_params.prompt_logprobs is not None or getattr(request, "skip_reading_prefix_cache", False):
         return Skip.PROMPT_LOGPROBS
     if getattr(request, "resumable", False):
         return Skip.STREAMING_INPUT
@@ -110,9 +108,7 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     if len(init_ports) != len(alloc_ports) or not isinstance(overlap, bool):
         return Skip.BAD_PARAMS
     wants_first_token = bool(params.get("ret_first_tok"))
-    return Transfer(
-        req, host, init_ports, alloc_ports, overlap, wants_first_token=wants_first_token
-    )
+    return Transfer(req, host, init_ports, alloc_ports, overlap, wants_first_token=wants_first_token)
 
 
 def _is_name(text: str, most: int) -> bool:

@@ -141,8 +141,7 @@ class Scheduler:
             return
         state.phase = LoadPhase.PARKED
         logger.info(
-            "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, "
-            "hit tokens: %d, need to load: %d",
+            "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, hit tokens: %d, need to load: %d",
             state.transfer.req,
             request.num_prompt_tokens,
             state.have_tokens,
@@ -178,9 +177,7 @@ class Scheduler:
         metadata.idle = output.total_num_scheduled_tokens == 0
         return metadata
 
-    def finished(
-        self, request: Request, blocks: list[int], *, completed: bool
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended; says whether its blocks wait for the workers, and the response."""
         engine_id = request.request_id
         state = self._states.get(engine_id)
@@ -292,9 +289,7 @@ class Scheduler:
             overlap=wish.overlap,
         )
 
-    def _push_step(
-        self, engine_id: str, state: Push, blocks: list[int], replace: bool, upto: int
-    ) -> None:
+    def _push_step(self, engine_id: str, state: Push, blocks: list[int], replace: bool, upto: int) -> None:
         tokens = state.request.num_prompt_tokens
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
@@ -372,11 +367,7 @@ def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
 
 def _lost_its_blocks(state: Push) -> bool:
     """Preempted and not known to be so. The status says it in every version of vLLM."""
-    return (
-        state.phase is PushPhase.RUNNING
-        and not state.preempted
-        and state.request.status.name == "PREEMPTED"
-    )
+    return state.phase is PushPhase.RUNNING and not state.preempted and state.request.status.name == "PREEMPTED"
 
 
 FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")

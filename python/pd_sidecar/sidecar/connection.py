@@ -114,9 +114,7 @@ class Connection:
         """
         self._unsent += encode(message)
         if len(self._unsent) > MAX_UNSENT_BYTES:
-            raise ConnectionLostError(
-                f"the sidecar does not read: {len(self._unsent)} bytes unsent"
-            )
+            raise ConnectionLostError(f"the sidecar does not read: {len(self._unsent)} bytes unsent")
         self._flush()
 
     def poll(self) -> list[ToEngine]:
@@ -184,9 +182,7 @@ def _first_frame(sock: socket.socket, deadline: float) -> tuple[bytes, bytes, li
                 raise TimeoutError("the sidecar did not answer the greeting")
             sock.settimeout(left)
             # Without MSG_CMSG_CLOEXEC a worker that forks would hand the buffer on.
-            data, received, flags, _ = socket.recv_fds(
-                sock, READ_BYTES, 4, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-            )
+            data, received, flags, _ = socket.recv_fds(sock, READ_BYTES, 4, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
             fds.extend(received)
             if flags & socket.MSG_CTRUNC:
                 raise WireError("too many descriptors came with the greeting")
@@ -228,9 +224,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
     if len(fds) != (kind == "memfd"):
         raise WireError(f"{len(fds)} descriptors came with the greeting")
     if welcome.slot_bytes != hello.layout.chunk_bytes:
-        raise WireError(
-            f"slots of {welcome.slot_bytes} bytes, chunks of {hello.layout.chunk_bytes} bytes"
-        )
+        raise WireError(f"slots of {welcome.slot_bytes} bytes, chunks of {hello.layout.chunk_bytes} bytes")
     size = welcome.slots * welcome.slot_bytes
     if welcome.cuda is not None:
         if not 0 < size <= welcome.cuda.size:

@@ -94,7 +94,9 @@ class Child:
         parent = os.getpid()
         # In the engine's own session: whoever ends the engine's group ends this, too.
         process = subprocess.Popen(
-            self._command, env=self._environ, preexec_fn=lambda: _end_with(parent)
+            self._command,
+            env=self._environ,
+            preexec_fn=lambda: _end_with(parent),  # noqa: PLW1509
         )
         self._logger.info("sidecar started as process %d: %s", process.pid, self._command)
         return process

@@ -129,9 +129,7 @@ class Reconnector(threading.Thread):
         """Logs a failure when it changes, not at every attempt."""
         if failure != self.failure:
             self.failure = failure
-            self._logger.warning(
-                "%s; requests are computed without transfer until this ends", failure
-            )
+            self._logger.warning("%s; requests are computed without transfer until this ends", failure)
 
     def _watch(self, connection: Connection) -> None:
         """Returns when the connection has ended. Reads nothing of it."""

@@ -83,9 +83,7 @@ class Hello(_Message, omit_defaults=True):
     unmoved: str = ""  # why this engine moves no KV; then `layout` says only the model
 
     @classmethod
-    def of_unmoved(
-        cls, engine: str, role: str, rank: int, world_size: int, model: str, why: str
-    ) -> Hello:
+    def of_unmoved(cls, engine: str, role: str, rank: int, world_size: int, model: str, why: str) -> Hello:
         """The greeting of an engine that computes every prompt itself, because of `why`."""
         layout = Layout(model, "", 0, 0, 0, mla=False, chunk_tokens=0)
         return cls(VERSION, engine, role, rank, world_size, layout, unmoved=_line(why))

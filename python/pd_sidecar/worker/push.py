@@ -329,9 +329,7 @@ class Sender:
             if outgoing.over or outgoing.have_tokens is None:
                 continue
             for chunk, slot in outgoing.slots.items():
-                span = chunk_span(
-                    chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens
-                )
+                span = chunk_span(chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens)
                 if span[1] > upto(outgoing):
                     continue
                 if outgoing.table_tensor is None:
@@ -385,14 +383,10 @@ class Sender:
                 self._device.hold(gather.fence)
 
     def _wanted(self, outgoing: Outgoing) -> range:
-        return wanted_chunks(
-            outgoing.start.tokens, outgoing.have_tokens or 0, self._rank.chunk_tokens
-        )
+        return wanted_chunks(outgoing.start.tokens, outgoing.have_tokens or 0, self._rank.chunk_tokens)
 
     def _is_staged(self, outgoing: Outgoing) -> bool:
-        return outgoing.have_tokens is not None and outgoing.staged.issuperset(
-            self._wanted(outgoing)
-        )
+        return outgoing.have_tokens is not None and outgoing.staged.issuperset(self._wanted(outgoing))
 
     def _succeed(self, outgoing: Outgoing) -> None:
         outgoing.over = True

@@ -118,13 +118,9 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
     if ranks <= 0 or max(ranks, workers) % min(ranks, workers) != 0:
         raise ValueError(f"{what}one must be a multiple of the other")
     if heads % ranks != 0 and ranks % heads != 0:
-        raise ValueError(
-            f"{what}heads cannot be split evenly; it must divide, or be divided by, them"
-        )
+        raise ValueError(f"{what}heads cannot be split evenly; it must divide, or be divided by, them")
     if ranks < workers and ranks < heads:
-        raise ValueError(
-            f"{what}no worker has all heads of a rank; at least the tensor-parallel size is needed"
-        )
+        raise ValueError(f"{what}no worker has all heads of a rank; at least the tensor-parallel size is needed")
     if ranks < workers and consumer:
         raise ValueError(f"{what}every worker has to be sent its KV: give one rank for each")
     return TpPartition(ranks, workers, heads)

@@ -94,9 +94,7 @@ class Worker:
         if self._is_asynchronous and options.push != "step" and _is_one_model(geometry.names):
             self._range_ends = {geometry.names[below - 1]: below for below in range_ends(layers)}
 
-    def _serve(
-        self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool
-    ) -> None:
+    def _serve(self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool) -> None:
         """Makes the connections of a rank."""
         options, ranks = self._options, self._share.ranks
         geometry = self._geometry if part.heads is None else self._geometry.of_heads(part.heads)
@@ -114,9 +112,7 @@ class Worker:
             layers=layout.layers,
             by_layers=options.push == "layers",
         )
-        logger.info(
-            "rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes
-        )
+        logger.info("rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes)
         # One for each: the sidecar waits for the events of the connection that made them known.
         device = device_of(geometry, options.chunk_size, signals=producer)
 
