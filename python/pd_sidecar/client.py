@@ -8,10 +8,9 @@
                 client.slot(slot)[: len(data[chunk])] = data[chunk]
             client.staged("req-1", message.chunks)
 
-A thread of its own notices that the sidecar went away and connects again, with a growing pause; it
-never touches messages. What was in flight over a lost connection is over: `poll` says `Lost`, and
-`Connected` once there is a new one, with another epoch and another buffer. Messages are sent and
-polled from one thread.
+A second thread notices the end of the connection and connects again, with growing pauses. It never handles messages.
+The end of a connection also ends everything in flight over it: `poll` returns `Lost`, and later `Connected` for a new
+connection with another epoch and another buffer. One thread sends and polls messages.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
 
 
 def default_socket(role: str) -> str:
-    """Where a sidecar of this role (`sender`, `receiver` or `both`) listens unless told otherwise.
+    """Returns the default socket of a sidecar with this role (`sender`, `receiver` or `both`).
 
-    `PD_SIDECAR_SOCKET` wins; else the sidecar computes the same from `XDG_RUNTIME_DIR` or the
-    user's id.
+    `PD_SIDECAR_SOCKET` comes first. Otherwise the path follows from `XDG_RUNTIME_DIR` or the user's id, by the same
+    rule as in the sidecar.
     """
     explicit = os.environ.get(SOCKET_VARIABLE)
     if explicit:
@@ -67,14 +66,14 @@ def default_socket(role: str) -> str:
 
 @dataclass(frozen=True)
 class Connected:
-    """A connection stands; slots of an earlier one mean nothing any more."""
+    """The client has a new connection. Slots of an earlier one are no longer valid."""
 
     welcome: Welcome
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The connection ended and everything in flight over it."""
+    """The connection has ended, and with it everything in flight over it."""
 
     why: str
 
@@ -83,11 +82,11 @@ Event = Union[Connected, Lost, ToEngine]  # noqa: UP007
 
 
 class NotConnectedError(Exception):
-    """There is no connection at the moment."""
+    """The client has no connection at the moment."""
 
 
 class Client:
-    """A connection to one sidecar that renews itself. See the module's documentation."""
+    """A connection to one sidecar that renews itself."""
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class Client:
         pauses: Pauses | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
-        """Starts to connect and returns at once."""
+        """Starts to connect, and returns at once."""
         self.path = path
         self._hello = hello
         self._pauses = pauses or Pauses()
@@ -107,7 +106,7 @@ class Client:
 
     @classmethod
     def connect(cls, path: str, hello: Hello, timeout_s: float = 10.0) -> Client:
-        """Connects and waits for it. Raises `TimeoutError` with the last failure."""
+        """Connects, and waits until the connection is made. Raises `TimeoutError` with the last failure."""
         client = cls(path, hello)
         deadline = time.monotonic() + timeout_s
         while not client._adopt():
@@ -119,23 +118,23 @@ class Client:
 
     @property
     def connected(self) -> bool:
-        """Messages can be sent. May be out of date until the next `poll`."""
+        """True if messages can be sent. The answer can be out of date until the next `poll`."""
         return self._connection is not None
 
     @property
     def connection(self) -> Connection:
-        """The connection of now. Raises `NotConnectedError`."""
+        """The current connection. Raises `NotConnectedError`."""
         if self._connection is None:
             raise NotConnectedError(self._reconnector.failure or f"no connection to {self.path}")
         return self._connection
 
     @property
     def welcome(self) -> Welcome:
-        """What the sidecar said of itself and its buffer."""
+        """The sidecar's answer to the greeting: its id, epoch and buffer."""
         return self.connection.welcome
 
     def slot(self, index: int) -> memoryview:
-        """The bytes of a slot, to be read or written in place."""
+        """Returns the bytes of a slot, to read or write in place."""
         return self.connection.slot(index)
 
     def reserve(
@@ -148,11 +147,13 @@ class Client:
         upto: int,
         overlap: bool = False,
     ) -> None:
-        """Prefill: asks for room for a request's chunks at `to`. Answered by `Granted`."""
+        """Prefill: asks for room for a request's chunks at `to`. The answer is `Granted`."""
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
     def computing(self, req: str, upto: int) -> None:
-        """Prefill: tokens `[0, upto)` are about to be complete, so their chunks may have slots."""
+        """Prefill: tells the sidecar that this step computes tokens `[0, upto)`, so that it can grant slots for their
+        chunks.
+        """
         self.send(Computing(req, upto))
 
     def staged(
@@ -163,10 +164,10 @@ class Client:
         event: int | None = None,
         layers: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Prefill: these chunks stand in their slots, or will once the event has fired.
+        """Prefill: tells the sidecar that these chunks are in their slots, or will be when the event fires.
 
-        `layers`: ranges of layers that do so earlier, each by the layer before which it ends and by
-        its event; the last one is the whole.
+        `layers` names ranges of layers that are complete earlier: the layer before which each ends, and its event. The
+        last range ends with the last layer.
         """
         ranges = [LayersStaged(below, event) for below, event in layers]
         self.send(Staged(req, chunks, gather_us, event, ranges))
@@ -185,25 +186,25 @@ class Client:
         deadline_ms: int,
         written: bool = False,
     ) -> None:
-        """Decode: waits for chunks. Answered by `Ready`, in parts, or by `Ended`.
+        """Decode: waits for chunks. The answer is `Ready`, in parts, or `Ended`.
 
-        `written`: the proxy has had the `ProxyNotif` of an LMCache sender for this request.
+        `written`: the proxy has received the `ProxyNotif` of an LMCache sender for this request.
         """
         self.send(Await(req, keys, tokens, have_tokens, deadline_ms, written))
 
     def release(self, req: str, chunks: list[int], scatter_us: int = 0) -> None:
-        """Decode: these chunks have been read."""
+        """Decode: tells the sidecar that these chunks have been read."""
         self.send(Release(req, chunks, scatter_us))
 
     def abort(self, req: str) -> None:
-        """Decode: does not want the request any more."""
+        """Decode: tells the sidecar that the request is no longer wanted."""
         self.send(Abort(req))
 
     def send(self, message: ToSidecar) -> None:
         """Sends any message.
 
-        Raises `NotConnectedError`, or `WireError` for a message that no frame holds. A connection
-        that is lost meanwhile is said by the next `poll`.
+        Raises `NotConnectedError`, or `WireError` for a message that is too long for a frame. If the connection ends
+        meanwhile, the next `poll` returns `Lost`.
         """
         connection = self.connection
         try:
@@ -212,7 +213,7 @@ class Client:
             connection.shut()
 
     def poll(self) -> list[Event]:
-        """What has happened by now, without waiting."""
+        """Returns the events so far, without waiting."""
         events: list[Event] = []
         connection = self._connection
         if connection is not None:
@@ -229,16 +230,16 @@ class Client:
         return events
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """As `poll`, but waits up to `timeout_s` for something to happen."""
+        """Returns the events as `poll` does, but waits up to `timeout_s` for one."""
         if events := self.poll():
             return events
         wait_any([self], timeout_s)
         return self.poll()
 
     def give_up(self, why: str) -> None:
-        """Ends the connection for good, and tells the sidecar why nothing is moved.
+        """Ends the connection, and keeps one that tells the sidecar why this engine moves nothing.
 
-        The sidecar stays ready by that, so that the proxy goes on using this engine.
+        The sidecar then stays ready, and the proxy continues to use this engine.
         """
         self.close()
         self._reconnector = Reconnector(self.path, self._hello.as_unmoved(why), self._pauses, self._logger)

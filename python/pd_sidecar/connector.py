@@ -1,9 +1,9 @@
-"""The vLLM connector: `kv_connector: PdSidecarConnector`, `kv_connector_module_path` this module.
+"""The vLLM connector: `kv_connector: PdSidecarConnector`, with this module as `kv_connector_module_path`.
 
-Only the shape of vLLM's interface stands here, which differs between versions (0.24 and 0.32 are
-read and run): what it does is in `scheduler` and `worker`.
+This module holds only the shape of vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The
+work is in `scheduler` and `worker`.
 
-It declares no support for several KV groups: vLLM then keeps to one group.
+The connector does not declare support for several KV groups, so vLLM keeps one group.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# New after 0.24: there, a failed load is said by its blocks.
+# New after 0.24, where a failed load is reported by its blocks.
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -58,7 +58,7 @@ logger = init_logger("vllm.pd_sidecar.connector")
 
 
 class PdSidecarConnector(KVConnectorBase_V1):
-    """Hands KV to a sidecar, and takes it from one."""
+    """Hands KV to a sidecar, and takes KV from it."""
 
     if CacheHitSource is not None:
         _cache_hit_source = CacheHitSource.P2P
@@ -95,10 +95,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
                 self._options.hash_algorithm,
             )
             self._scheduler = self._make_scheduler()
-            # One sidecar for all workers: the scheduler is there once.
+            # One sidecar serves all workers. The scheduler exists once, so it starts the sidecar.
             self._child = self._spawn() if self._options.sidecar else None
 
-    # Class methods: asked in several processes, the API server among them.
+    # vLLM calls the class methods in several processes, among them the API server.
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
@@ -116,13 +116,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any = None) -> bool:
-        """No: `/sleep` unmaps KV memory that a gather or scatter under way would still touch.
+        """Returns false: `/sleep` unmaps KV memory that a gather or scatter under way would still touch.
 
         vLLM from 0.33 on asks, and then refuses `--enable-sleep-mode` beside this connector.
         """
         return False
 
-    # Scheduler.
+    # The scheduler's half.
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._of_scheduler.matched_tokens(request, num_computed_tokens)
@@ -137,12 +137,12 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Notes what is done, and adds what became so since: vLLM reads this output only later."""
+        """Handles the requests that the workers report, and adds later ones: vLLM has not read this output yet."""
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
         if (worker := self._neighbour()) is not None:
-            # With tokens on their way, in this output or behind it, nobody is kept waiting.
+            # If tokens are under way, in this output or a later one, do not wait: their client is waiting for them.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
@@ -162,22 +162,22 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self.request_finished(request, block_ids[0] if block_ids else [])
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
-        """Hears, before the first request, whether the workers can move KV."""
+        """Learns, before the first request, whether the workers can move KV."""
         self._of_scheduler.unmoved = any(isinstance(m, DisabledNotice) for m in metadata.values())
 
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
 
-    # Worker, in the order of a step. `bind_connector_metadata` is the one call before the forward
-    # that all versions and model runners make: `start_load_kv` came to stand behind it.
+    # The worker's half, in the order of a step. `bind_connector_metadata` is the one call before the forward that all
+    # versions and model runners make: some call `start_load_kv` only after it.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
 
     def get_handshake_metadata(self) -> DisabledNotice | None:
-        """Tells the scheduler's half that nothing is moved; nothing if KV is."""
-        # MultiConnector would hand it to its other children, which refuse what is not theirs:
-        # there, the scheduler's half hears it with the first step.
+        """Tells the scheduler's half if the worker moves nothing. Returns `None` if it moves KV."""
+        # MultiConnector would pass the notice to its other children, which refuse notices that are not theirs. There,
+        # the scheduler's half learns it with the first step.
         is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
         return DisabledNotice() if isinstance(self._worker, DisabledWorker) and is_alone else None
 
@@ -187,14 +187,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
             self._worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing: requests were asked for when the step began."""
+        """Does nothing: the step's begin has asked for the requests already."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled only after its load."""
+        """Does nothing: vLLM schedules a request only after its load."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Notes how far the forward is. Not called from within full CUDA graphs: then a step's
-        layers are gathered together."""
+        """Notes how far the forward is. Full CUDA graphs do not call it: then a step's layers are gathered together."""
         if self._worker is not None:
             self._worker.layer_computed(layer_name)
 
@@ -232,7 +231,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             self._child.stop()
             self._child = None
 
-    # Parts.
+    # Helpers.
 
     @property
     def _of_scheduler(self) -> Scheduler:
@@ -241,7 +240,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._scheduler
 
     def _neighbour(self) -> Worker | None:
-        """The worker's half, if it is the only one and in the scheduler's process."""
+        """Returns the worker's half, if it is the only one and lives in the scheduler's process."""
         if self._config.parallel_config.world_size != 1 or not has_kv_transfer_group():
             return None
         beside = get_kv_transfer_group()
@@ -273,7 +272,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         more = shlex.split(options.sidecar_arguments)
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
-        # A sidecar that has another number of ports says so, and what to do about it.
+        # A sidecar with another number of ports reports the difference and the cure.
         variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._partition.ranks)}
         return Child(command, logger, variables)
 
@@ -294,9 +293,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return Worker(pages, self._options, self._stats, **work)
 
     def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
-        """How the engine's own kernels store K and V, for the layers that say it.
+        """Returns the functions of the engine that store K and V, for the layers that have one.
 
-        Kernels of GPUs keep to the strides of the tensors that they are given.
+        GPU kernels follow the strides of their tensors, so they need no probe.
         """
         if hint.mla or any(tensor.device.type != "cpu" for tensor in kv_caches.values()):
             return {}
@@ -310,16 +309,16 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return writers
 
     def _hint(self) -> Hint:
-        """What vLLM says of the cache. Raises `LayoutError`."""
+        """Returns vLLM's description of the cache. Raises `LayoutError`."""
         if len(self._groups) != 1:
             raise LayoutError(f"{len(self._groups)} KV cache groups")
         spec = self._groups[0].kv_cache_spec
-        # Layers of one type but different size: one spec each, the tensors are compared later.
+        # Layers of one type but different sizes have one spec each. The tensors are compared later.
         spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"a cache of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # Their shape can be that of a page with as many heads.
+            # The shape of such pages can equal that of pages with as many heads.
             raise LayoutError(f"pages in which {spec.num_kv_heads} KV heads have {slots} places")
         return Hint(
             num_blocks=self._num_blocks,
@@ -330,7 +329,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         )
 
     def _quantization(self, pages: Geometry) -> Quantization | None:
-        """What the bytes of a cache of bytes stand for. Raises `LayoutError`."""
+        """Returns the number format of a cache of bytes; `None` for others. Raises `LayoutError`."""
         if pages.first.tensor.element_size() > 1:
             return None
         cache = self._config.cache_config
@@ -350,10 +349,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
 
 def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPartition:
-    """How KV is cut between the two sides. Raises `ConfigError`."""
+    """Returns the partition of KV between the two sides. Raises `ConfigError`."""
     workers = vllm_config.parallel_config.tensor_parallel_size
     if ranks in (0, workers):
-        # Heads do not matter: each worker sends, or takes, what it has.
+        # The number of heads does not matter: each worker sends, or takes, what it has.
         return partition(ranks=workers, workers=workers, heads=1, consumer=consumer)
     model = vllm_config.model_config
     heads = 1 if model.use_mla else model.get_total_num_kv_heads()
@@ -375,7 +374,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
             raise config.ConfigError([text])
 
 
-# vLLM's MultiConnector looks for the owner of statistics by the name alone. A module that is
-# imported twice has nothing to add the second time.
+# vLLM's MultiConnector finds the owner of statistics by name alone. If this module is imported twice, the second
+# registration would raise an error.
 with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

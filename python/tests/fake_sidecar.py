@@ -46,7 +46,7 @@ class FakeSidecar:
         return message
 
     def nothing(self):
-        """Whether no message is left."""
+        """Returns true if no message is left."""
         return self.received.empty()
 
     def say(self, *messages):

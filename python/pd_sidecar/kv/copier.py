@@ -1,6 +1,6 @@
 """The interface of moves between an engine's pages and the slots of a sidecar's buffer.
 
-`kernels` implements it for host memory, `gpu` for a GPU; `devices` chooses between the two.
+`host_copy` implements it for host memory, `gpu` for a GPU; `device` chooses between the two.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ if TYPE_CHECKING:
     from pd_sidecar.sidecar.connection import Connection
 
 Mark = Any
-"""A point in the engine's computing."""
+"""A point in the engine's sequence of GPU work."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a chunk, and where it lies."""
+    """A part of a chunk, with its slot and its blocks."""
 
     slot: int
     table: torch.Tensor
     """The request's block ids, int64."""
     packed: tuple[int, int]
-    """The tokens `[from, to)` that stand in the slot."""
+    """The tokens `[from, to)` that the slot holds."""
     tokens: tuple[int, int]
-    """The tokens of them to be moved."""
+    """The tokens `[from, to)` to move, a part of `packed`."""
 
 
 class Fence(Protocol):
-    """The end of a move. A slot or block is reused only after it."""
+    """The end of a move. Slots and blocks may be reused only after it."""
 
     def done(self) -> bool:
-        """The move is over."""
+        """Returns true if the move is over. Does not wait."""
         ...
 
     @property
     def seconds(self) -> float:
-        """What it took, once it is over."""
+        """The seconds that the move took. Valid once it is over."""
         ...
 
 
 class LayeredCopy(Protocol):
-    """A gather by ranges of layers, by the thread that computes, between what it computes."""
+    """A gather by ranges of layers, launched by the engine's thread between the layers that it computes."""
 
     def gather(self, below: int, signal: int) -> None:
-        """The layers from the last range on; `signal` is the event of these."""
+        """Gathers the layers from the previous range's end up to `below`, then records the event `signal`."""
         ...
 
     @property
     def fence(self) -> Fence:
-        """Of all that was gathered."""
+        """The fence of all ranges."""
         ...
 
 
 class Copier(Protocol):
-    """Gathers and scatters for one worker's tensors and one buffer."""
+    """Gathers and scatters between one worker's tensors and one buffer."""
 
     def gather(
         self,
@@ -70,16 +70,17 @@ class Copier(Protocol):
         *,
         last: bool = False,
     ) -> Fence:
-        """Pages to slots. `signal` is the event that the sidecar is told to wait for; `last` says
-        that the engine has launched nothing after the marks."""
+        """Copies pages to slots. Records the event `signal`, for which the sidecar waits. With `last` the engine has
+        launched nothing after the marks.
+        """
         ...
 
     def layered_copy(self, pieces: Sequence[Piece]) -> LayeredCopy | None:
-        """Pages to slots by ranges of layers; `None` where that is of no use."""
+        """Starts a copy of pages to slots by ranges of layers. Returns `None` where that gains nothing."""
         ...
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
-        """Slots to pages. Writes the tokens that the pieces name and no others."""
+        """Copies slots to pages. Writes only the tokens that the pieces name."""
         ...
 
 
@@ -87,24 +88,24 @@ class Device(Protocol):
     """The device of a worker's KV."""
 
     name: str | None
-    """Its UUID, of a GPU."""
+    """The UUID of a GPU; `None` for host memory."""
     events: list[bytes]
-    """Handles of the events that tell the sidecar of gathers under way."""
+    """The IPC handles of the events that tell the sidecar of gathers under way."""
     is_asynchronous: bool
-    """Moves go on after the call that started them."""
+    """True if a move goes on after the call that started it."""
 
     def enter(self) -> None:
-        """Makes the calling thread one that may move."""
+        """Prepares the calling thread for moves."""
         ...
 
     def mark(self) -> Mark:
-        """A mark behind all that the calling thread has computed so far."""
+        """Returns a mark behind all work that the calling thread has launched."""
         ...
 
     def hold(self, fence: Fence) -> None:
-        """What the calling thread computes from now on waits for this move."""
+        """Makes all work that the calling thread launches from now on wait for this move."""
         ...
 
     def copier(self, pages: Geometry, connection: Connection) -> Copier:
-        """For the buffer of a connection. Raises `OSError` if it cannot be opened."""
+        """Returns the copier for a connection's buffer. Raises `OSError` if the buffer cannot be opened."""
         ...

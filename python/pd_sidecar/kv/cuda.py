@@ -1,8 +1,7 @@
-"""GPU memory of a sidecar, opened in the engine's process: CUDA's driver through ctypes.
+"""Opens a sidecar's GPU memory in the engine's process: CUDA's driver through ctypes.
 
-The engine's process has torch in it, and torch works in each device's primary context. Memory is
-therefore opened in that context and in no other: it is made current for the call, whatever thread
-makes it. Nothing here needs torch.
+The engine's process contains torch, which works in the primary context of each device. So this module opens memory in
+that context only: it makes the context current for the call, in whichever thread calls. It does not need torch.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class CudaError(Exception):
-    """A call of the driver failed; the text says which, and what may be done."""
+    """A call of the driver failed. The text names the call and a possible cure."""
 
     def __init__(self, call: str, code: int, hint: str = "") -> None:
         super().__init__(f"{call} failed with {code}{hint and ': '}{hint}")
@@ -33,7 +32,7 @@ class _Handle(ctypes.Structure):
 
 
 class Driver:
-    """The driver's library. Raises `CudaError` where there is none."""
+    """The driver's library. Raises `CudaError` if it is not installed."""
 
     def __init__(self) -> None:
         try:
@@ -49,14 +48,14 @@ class Driver:
             raise CudaError(name, code, hint)
 
     def uuid(self, ordinal: int) -> str:
-        """The name of a GPU that is the same in all processes: `GPU-…`."""
+        """Returns the GPU's name that is the same in all processes: `GPU-…`."""
         device = self._device(ordinal)
         raw = (ctypes.c_ubyte * 16)()
         self.call("cuDeviceGetUuid", ctypes.byref(raw), device)
         return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
 
     def ordinal(self, name: str) -> int:
-        """The visible GPU with this name. Raises `CudaError`."""
+        """Returns the index of the visible GPU with this name. Raises `CudaError`."""
         count = ctypes.c_int()
         self.call("cuDeviceGetCount", ctypes.byref(count))
         names = [self.uuid(i) for i in range(count.value)]
@@ -65,7 +64,7 @@ class Driver:
         return names.index(name)
 
     def primary(self, ordinal: int) -> Primary:
-        """The context that torch works in."""
+        """Returns the context that torch works in."""
         return Primary(self, self._device(ordinal))
 
     def _device(self, ordinal: int) -> ctypes.c_int:
@@ -75,7 +74,7 @@ class Driver:
 
 
 class Primary:
-    """A device's primary context, current while this is entered."""
+    """A device's primary context. It is current inside the `with` block."""
 
     def __init__(self, driver: Driver, device: ctypes.c_int) -> None:
         self._driver = driver
@@ -95,10 +94,10 @@ class Primary:
 
 
 class OpenedMemory:
-    """A sidecar's buffer. Closed with the last reference: moves that are under way hold one."""
+    """A sidecar's buffer. It closes with the last reference; moves that are under way hold one."""
 
     def __init__(self, buffer: CudaMemory, driver: Driver | None = None) -> None:
-        """Opens it. Raises `CudaError`."""
+        """Opens the buffer. Raises `CudaError`."""
         self.bytes = buffer.size
         self.address = 0
         if len(buffer.handle) != HANDLE_BYTES:
@@ -123,7 +122,7 @@ class OpenedMemory:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """For `torch.as_tensor`: all of it, as bytes."""
+        """Describes the whole buffer as bytes, for `torch.as_tensor`."""
         return {
             "shape": (self.bytes,),
             "typestr": "|u1",

@@ -1,8 +1,8 @@
-"""Where an engine's KV lives, and how moves are ordered against its computing.
+"""Chooses the device of an engine's KV, and orders moves against the engine's computing.
 
-Host memory needs no order: the engine computes and copies in one thread. A GPU computes behind the
-thread that launches: there a move runs on a stream of its own, after a *mark* that was set behind
-the work it depends on, and its *fence* says when it is over. Nothing waits for the whole device.
+Host memory needs no order: the engine computes and copies in one thread. A GPU computes behind the thread that
+launches. There a move runs on its own stream after a *mark*, which stands behind the work that the move depends on. The
+move's *fence* says when the move is over. No thread waits for the whole device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Host:
-    """Host memory."""
+    """The device of KV in host memory."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -26,32 +26,34 @@ class Host:
         self.is_asynchronous = False
 
     def enter(self) -> None:
-        """Nothing to prepare."""
+        """Does nothing: every thread may move."""
 
     def mark(self) -> Mark:
-        """Everything is over when its call returns."""
+        """Returns `None`: each call returns only when its work is done."""
         return None
 
     def hold(self, fence: Fence) -> None:
-        """Nothing is under way."""
+        """Does nothing: no move is under way."""
 
     def copier(self, pages: Geometry, connection: Connection) -> Copier:
-        """For the mapped buffer."""
+        """Returns the copier for the mapped buffer of a connection."""
         if connection.memory is None:
             raise OSError("the sidecar's buffer is not host memory")
         return HostCopier(pages, connection.memory, connection.welcome.slot_bytes)
 
 
 def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
-    """The device that these tensors are on; with events for gathers, if asked for."""
+    """Returns the device of these tensors. `signals` asks for events that tell the sidecar of gathers."""
     where = pages.first.tensor.device
     if where.type == "cpu":
         return Host()
-    # Triton is there only where it is of use.
+    # Triton is installed only where there is a GPU.
     from pd_sidecar.kv.gpu import Gpu
 
     return Gpu(pages, SIGNALS if signals else 0, chunk_tokens)
 
 
 SIGNALS = 64
-"""Gathers whose end the sidecar waits for by itself; one more is announced when it is over."""
+"""The number of gathers whose end the sidecar can wait for at the same time. The worker announces further gathers when
+they are over.
+"""

@@ -1,11 +1,12 @@
-"""Moves on a GPU, in order with what the engine computes there.
+"""Moves on a GPU, ordered with the engine's computing.
 
-A gather waits for the mark behind the forward that computed its chunks, a scatter for the mark
-behind everything that was launched when its blocks were given to their request: an engine that
-schedules ahead may still have a step under way that writes to blocks it has freed. Both run on one
-stream of their own beside the engine's, so that neither waits for a step it has nothing to do with.
-A gather of what was launched last, and one by layers, stand on the engine's stream: there they have
-nothing to wait for, and run alone.
+A gather waits for the mark behind the forward that computed its chunks. A scatter waits for the mark behind all work
+that was launched when its request got its blocks: an engine that schedules ahead may have a step under way that still
+writes to blocks that it has freed.
+
+Both run on one stream beside the engine's, so that neither waits for an unrelated step. Two kinds of gather run on the
+engine's own stream instead: a gather of the newest work, and a gather by layers. They have nothing to wait for there,
+and no other kernel runs beside them.
 """
 
 from __future__ import annotations
@@ -27,41 +28,41 @@ if TYPE_CHECKING:
 
 
 class Gpu:
-    """See `copier.Device`."""
+    """Implements `copier.Device`."""
 
     def __init__(self, pages: Geometry, signals: int, chunk_tokens: int) -> None:
-        """Makes stream and events and compiles the kernel, before the engine captures graphs."""
+        """Makes the stream and the events, and compiles the kernel, before the engine captures graphs."""
         self._device = pages.first.tensor.device
         self._driver = Driver()
         self.name: str | None = self._driver.uuid(self._device.index or 0)
         self.is_asynchronous = True
         self._engine: list[torch.cuda.Stream] = []
-        """The engine's stream, once known. Copiers share it."""
+        """The engine's stream, once the engine has launched work. The copiers share this list."""
         with torch.cuda.device(self._device):
-            # Ahead of the engine's next kernels: a move is short, and somebody waits for it.
+            # A high priority lets a move run before the engine's next kernels: it is short, and a peer waits for it.
             self._stream = torch.cuda.Stream(priority=-1)
             self._signals = [torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)]
             self.events = [event.ipc_handle() for event in self._signals]
             self._warm_up(pages, chunk_tokens)
 
     def enter(self) -> None:
-        """The current device is a thread's own."""
+        """Selects the GPU for the calling thread, because CUDA keeps the current device per thread."""
         torch.cuda.set_device(self._device)
 
     def mark(self) -> Mark:
-        """On the engine's stream."""
+        """Returns a mark on the engine's stream."""
         event = torch.cuda.Event()
         self._engine[:] = [torch.cuda.current_stream(self._device)]
         event.record(self._engine[0])
         return event
 
     def hold(self, fence: Fence) -> None:
-        """On the engine's stream."""
+        """Makes the engine's stream wait for the move."""
         if isinstance(fence, _Move):
             torch.cuda.current_stream(self._device).wait_event(fence.end)
 
     def copier(self, pages: Geometry, connection: Connection) -> GpuCopier:
-        """For the sidecar's memory, opened now."""
+        """Opens the sidecar's memory and returns the copier for it."""
         buffer = connection.welcome.cuda
         if buffer is None:
             raise OSError("the sidecar's buffer is not GPU memory")
@@ -76,7 +77,7 @@ class Gpu:
         return GpuCopier(mover, slots, self._stream, self._engine, self._signals)
 
     def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
-        """Moves one token to and fro; nothing is in the pages yet."""
+        """Moves one token to a slot and back, so that both kernels are compiled. The pages are still empty."""
         slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
         mover = Mover(pages, pages.token_bytes * chunk_tokens)
         copier = GpuCopier(mover, slots, self._stream, self._engine, self._signals)
@@ -87,7 +88,7 @@ class Gpu:
 
 
 class GpuCopier:
-    """See `copier.Copier`."""
+    """Implements `copier.Copier`."""
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class GpuCopier:
         *,
         last: bool = False,
     ) -> Fence:
-        """Pages to slots."""
+        """Copies pages to slots."""
         plan = Plan(self._mover.pages, pieces)
         stream = self._engine[0] if last and self._engine else self._stream
         move = self._launch(stream, plan, () if stream is not self._stream else after, gather=True)
@@ -122,18 +123,18 @@ class GpuCopier:
         return move
 
     def layered_copy(self, pieces: Sequence[Piece]) -> _LayeredCopy:
-        """Pages to slots, layer by layer."""
+        """Starts a copy of pages to slots by ranges of layers."""
         return _LayeredCopy(self, Plan(self._mover.pages, pieces))
 
     def gather_layers(self, plan: Plan, layers: tuple[int, int], signal: int) -> _Move:
-        """A range of layers, on the stream of the calling thread."""
+        """Copies a range of layers on the stream of the calling thread."""
         stream = torch.cuda.current_stream(self._mover.pages.first.tensor.device)
         move = self._launch(stream, plan, (), layers, gather=True)
         self._signals[signal].record(stream)
         return move
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
-        """Slots to pages."""
+        """Copies slots to pages."""
         plan = Plan(self._mover.pages, pieces)
         return self._launch(self._stream, plan, after, gather=False)
 
@@ -158,8 +159,9 @@ class GpuCopier:
         return move
 
     def _queue(self, move: _Move, slots: Iterable[int]) -> None:
-        """A slot may have been granted anew while a gather for a request that ended early is still
-        on its way into it, on the other stream: this one comes after."""
+        """Makes a gather wait for an earlier one into the same slot on the other stream. The sidecar may grant a slot
+        again while the gather of a request that ended early still writes to it.
+        """
         for slot in slots:
             before = self._into.get(slot)
             self._into[slot] = move
@@ -168,7 +170,7 @@ class GpuCopier:
 
 
 class _LayeredCopy:
-    """See `copier.LayeredCopy`."""
+    """Implements `copier.LayeredCopy`."""
 
     def __init__(self, copier: GpuCopier, plan: Plan) -> None:
         self._copier = copier
@@ -177,32 +179,32 @@ class _LayeredCopy:
         self._moves: list[_Move] = []
 
     def gather(self, below: int, signal: int) -> None:
-        """The layers from the last range on."""
+        """Gathers the layers from the previous range's end up to `below`."""
         layers = (self._below, below)
         self._moves.append(self._copier.gather_layers(self._plan, layers, signal))
         self._below = below
 
     @property
     def fence(self) -> _Move:
-        """The last range, which is over after all others."""
+        """The last range, which ends after all others."""
         last = self._moves[-1]
         last.before = self._moves[:-1]
         return last
 
 
 class _Move:
-    """A move on its way. It keeps the sidecar's memory open."""
+    """A move under way. It keeps the sidecar's memory open."""
 
     def __init__(self, slots: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self.stream = stream
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
         self.before: list[_Move] = []
-        """Of the same gather, and over before it."""
+        """The earlier ranges of the same gather."""
         self._slots: torch.Tensor | None = slots
 
     def done(self) -> bool:
-        """Asks, does not wait."""
+        """Returns true if the move is over. Does not wait."""
         if not self.end.query():
             return False
         self._slots = None
@@ -210,6 +212,6 @@ class _Move:
 
     @property
     def seconds(self) -> float:
-        """Of the move alone, without what it waited for."""
+        """The seconds of the copy itself, without the wait before it."""
         own = float(self.start.elapsed_time(self.end)) / 1e3
         return own + sum(move.seconds for move in self.before)

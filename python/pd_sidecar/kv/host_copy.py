@@ -1,11 +1,10 @@
 """Moves KV between an engine's pages and the slots of a sidecar's buffer, in host memory.
 
-Both sides are seen as rows of equal length, the longest runs that the pages allow, and a move is
-one `index_select` or `index_copy_` over row numbers: no loop over tokens, blocks or heads, whatever
-the page layout. The slots of a step usually follow each other; then the rows of the
-buffer are a plain slice and the move touches memory once.
+The code treats both sides as rows of equal length, as long as the pages allow. One `index_select` or `index_copy_` over
+row numbers then makes a move, without loops over tokens, blocks or heads. The slots of a step usually follow each
+other. Then their rows are one slice of the buffer, and the move touches memory once.
 
-A chunk in its slot is LMCache's `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
+A chunk in its slot has LMCache's format `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Fence, Piece
 
 MAX_ROWS = 1 << 20
-"""Rows of one move: bounds the memory of its row numbers to 8 MiB."""
+"""The most rows of one move. It bounds the memory of the row numbers to 8 MiB."""
 
 
 @dataclass(frozen=True)
 class CompletedFence:
-    """The fence of a move that was over when it returned, as between host memories."""
+    """The fence of a move that is over when its call returns, as between host memories."""
 
     seconds: float
 
     def done(self) -> bool:
-        """Always."""
+        """Returns true."""
         return True
 
 
 class HostCopier:
-    """Gathers and scatters between host memories; see `copier.Copier`."""
+    """Implements `copier.Copier` between host memories."""
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
         self._pages = pages
@@ -60,7 +59,7 @@ class HostCopier:
         *,
         last: bool = False,
     ) -> Fence:
-        """Pages to slots."""
+        """Copies pages to slots."""
         began = time.perf_counter()
         for part, batch, slots in self._moves(pieces):
             source = part.rows_of(batch)
@@ -71,10 +70,10 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def layered_copy(self, pieces: Sequence[Piece]) -> None:
-        """Everything is computed when its call returns: nothing is there earlier than the rest."""
+        """Returns `None`: the call that computes returns only when all layers are done."""
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
-        """Slots to pages. Writes the tokens that the pieces name and no others."""
+        """Copies slots to pages. Writes only the tokens that the pieces name."""
         began = time.perf_counter()
         for part, batch, slots in self._moves(pieces):
             whole = isinstance(slots, slice)
@@ -83,7 +82,7 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def _moves(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
-        """What to move with one call each, and its rows in the buffer."""
+        """Yields what one call moves, with its rows in the buffer."""
         for batch in self._batches(pieces):
             for part in self._parts:
                 if not (part.has_all_layers and batch.form.is_whole):
@@ -95,7 +94,7 @@ class HostCopier:
                         yield part, single, part.slice_of(single)
 
     def _batches(self, pieces: Iterable[Piece]) -> Iterator[Batch]:
-        """Pieces of the same form together, in the order of their slots."""
+        """Groups pieces of the same form, in the order of their slots."""
         forms: dict[Form, list[Piece]] = {}
         for piece in sorted(pieces, key=lambda p: p.slot):
             forms.setdefault(Form.of(piece, self._pages.first.tokens), []).append(piece)
@@ -107,7 +106,7 @@ class HostCopier:
 
 
 class _Part:
-    """The planes of the layers that share a storage and a way to lie in it: usually all."""
+    """The planes of the layers that share a storage and their arrangement in it: usually all."""
 
     def __init__(
         self,
@@ -138,25 +137,25 @@ class _Part:
 
     @property
     def rows_of_token(self) -> int:
-        """Rows of one token in this part."""
+        """The number of rows that one token has in this part."""
         return len(self._planes) * len(self._layers) * self._runs
 
     def rows_of(self, batch: Batch) -> torch.Tensor:
-        """The rows of a batch in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
-        # Whole blocks in one addition, then what the batch has of the first and the last.
+        """Returns a batch's rows in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
+        # Add the rows of whole blocks first. Then narrow to the batch's tokens in the first and the last block.
         blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1, 1)
         rows = (self._block + blocks).flatten(3, 4)
         return rows.narrow(3, batch.form.lead, batch.form.tokens).reshape(-1)
 
     def slice_of(self, batch: Batch) -> slice:
-        """The rows in the buffer of a batch that fills its slots, which follow each other."""
+        """Returns the buffer's rows of a batch that fills consecutive slots."""
         rows = len(batch.slots) * batch.form.tokens * self.rows_of_token
         before = self._planes.start * self._all_layers * batch.form.tokens * self._runs
         start = batch.slots[0] * self.slot_rows + before
         return slice(start, start + rows)
 
     def rows_in_slots(self, batch: Batch) -> torch.Tensor:
-        """The rows in the buffer of any batch, in the same order."""
+        """Returns the buffer's rows of any batch, in the same order as `rows_of`."""
         planes = torch.tensor(self._planes).view(1, -1, 1, 1, 1) * self._all_layers
         layers = self._layers.view(1, 1, -1, 1, 1)
         tokens = torch.arange(batch.form.tokens).view(1, 1, 1, -1, 1) + batch.form.offset
@@ -167,26 +166,26 @@ class _Part:
 
 @dataclass(frozen=True)
 class Form:
-    """What pieces have in common that are moved together."""
+    """The properties that pieces share if one call can move them."""
 
     packed: int
-    """Tokens that stand in a slot."""
+    """The tokens that a slot holds."""
     offset: int
-    """The first of them to be moved."""
+    """The first token to move, counted from the slot's first."""
     tokens: int
-    """How many are moved."""
+    """The number of tokens to move."""
     lead: int
-    """Tokens of the first block before them."""
+    """The tokens of the first block before the first token to move."""
 
     @classmethod
     def of(cls, piece: Piece, block_tokens: int) -> Form:
-        """The form of one piece."""
+        """Returns the form of one piece."""
         (first, end), (start, stop) = piece.packed, piece.tokens
         return cls(end - first, start - first, stop - start, start % block_tokens)
 
     @property
     def is_whole(self) -> bool:
-        """The pieces are all that their slots hold."""
+        """True if the pieces fill all that their slots hold."""
         return self.offset == 0 and self.tokens == self.packed
 
 
@@ -201,8 +200,8 @@ class Batch:
 
     @classmethod
     def of(cls, form: Form, pieces: Sequence[Piece], pages: Geometry) -> Batch:
-        """Looks the blocks up in the tables. Raises `LayoutError` if they are not there."""
-        # Requests have tables of their own: they are laid end to end, each piece knows its start.
+        """Makes a batch. Raises `LayoutError` if a table lacks a block or names one that does not exist."""
+        # Each request has a table. Concatenate the tables, and note the start of each piece's table.
         starts: dict[int, int] = {}
         tables: list[torch.Tensor] = []
         length = 0
@@ -214,7 +213,7 @@ class Batch:
                 tables.append(piece.table)
                 length += piece.table.numel()
         page = pages.first
-        # A table's block may be several of the tensor's.
+        # One block of a table may be several blocks of the tensor.
         ratio = pages.block_tokens // page.tokens
         count = -(-(form.lead + form.tokens) // page.tokens)
         start = torch.tensor([starts[id(piece.table)] for piece in pieces]).view(-1, 1)
@@ -226,19 +225,19 @@ class Batch:
         return cls(form, [piece.slot for piece in pieces], blocks)
 
     def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:
-        """The pieces lie end to end in the buffer."""
+        """Returns true if the pieces lie end to end in the buffer."""
         apart = self.slots[-1] - self.slots[0]
         full = self.form.tokens * rows_of_token == slot_rows
         return len(self.slots) == 1 or (full and apart == len(self.slots) - 1)
 
     def singles(self) -> Iterator[Batch]:
-        """One batch a piece."""
+        """Yields one batch per piece."""
         for i, slot in enumerate(self.slots):
             yield Batch(self.form, [slot], self.blocks[i : i + 1])
 
 
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
-    """Layers, with their numbers, that lie alike in the same storage."""
+    """Groups the layers, with their numbers, that have the same arrangement in the same storage."""
     groups: list[list[tuple[int, Pages]]] = []
     for entry in enumerate(layers):
         page = entry[1]
@@ -257,7 +256,7 @@ def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
 
 
 def _planes(page: Pages, slot_bytes: int) -> list[range]:
-    """K and V together if they come in rows of the same length, otherwise each for itself."""
+    """Returns K and V as one range if their rows have the same length, otherwise as two."""
     each = [range(plane, plane + 1) for plane in range(page.planes)]
     if len({_row_elements([page], plane, slot_bytes) for plane in each}) == 1:
         return [range(page.planes)]
@@ -265,11 +264,11 @@ def _planes(page: Pages, slot_bytes: int) -> list[range]:
 
 
 def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
-    """The longest run of elements of a token that starts at a multiple of itself everywhere."""
+    """Returns the longest length of runs of a token's elements such that each run starts at a multiple of it."""
     page = layers[0]
     inside = page.inside[planes.start : planes.stop]
     total = inside.shape[2]
-    # Where a run ends, in the order of a chunk.
+    # The ends of the runs, in the order of a chunk.
     ends = (inside[:, :, 1:] != inside[:, :, :-1] + 1).any(0).any(0).nonzero().view(-1) + 1
     width = math.gcd(total, slot_bytes // page.tensor.element_size(), page.block_stride)
     width = math.gcd(width, *ends.tolist(), *(p.tensor.storage_offset() for p in layers))
@@ -277,10 +276,10 @@ def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
 
 
 def _rows(data: torch.Tensor, width: int) -> torch.Tensor:
-    """Bytes as rows of `width` bytes, in the widest elements that divide them."""
+    """Returns bytes as rows of `width` bytes, in the widest elements that divide a row."""
     element = next(e for e in _ELEMENTS if width % e.itemsize == 0)
     rows = data[: data.numel() // width * width].view(element)
-    # One dimension where it can be: single elements are several times slower as rows of one.
+    # Use one dimension if a row is one element: two dimensions are several times slower.
     return rows if width == element.itemsize else rows.view(-1, width // element.itemsize)
 
 
@@ -292,4 +291,4 @@ def _store(rows: torch.Tensor, numbers: torch.Tensor, values: torch.Tensor) -> N
 
 
 _ELEMENTS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
-"""Widest first: copies of 16 bytes reach memory speed, of single bytes a fifth of it."""
+"""Widest first: copies of 16 bytes reach the memory's speed, copies of single bytes a fifth of it."""

@@ -1,7 +1,7 @@
-"""LMCache's chunk keys: `model@world_size@rank@hash@dtype`.
+"""Makes LMCache's chunk keys: `model@world_size@rank@hash@dtype`.
 
-The hash of a chunk covers all tokens up to its end: `h[i] = f((h[i-1], tokens, ()))`, the partial
-last chunk included. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 on.
+The hash of a chunk covers all tokens up to the chunk's end: `h[i] = f((h[i-1], tokens, ()))`. The partial last chunk
+has a hash, too. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 on.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 SEED_VARIABLE = "PYTHONHASHSEED"
 ALGORITHMS = ("sha256_cbor", "sha256_cbor_64bit", "sha256", "builtin")
-"""LMCache's; the second is an older name of the first."""
+"""LMCache's names; the second is an older name of the first."""
 UNSEEDED = "vllm-none-hash"
-"""What vLLM 0.32 hashes in place of an absent seed."""
+"""The text that vLLM 0.32 hashes in place of an absent seed."""
 
 
 class HashError(ValueError):
-    """The chunk hash cannot be had as configured; the text says what would be right."""
+    """The configuration does not allow a chunk hash. The text says which setting would."""
 
 
 class ChunkHasher:
     """The hash chain of a prompt's chunks."""
 
     def __init__(self, algorithm: str, chunk_tokens: int, environ: Mapping[str, str] = os.environ) -> None:
-        """Raises `HashError` for an unknown algorithm, or `builtin` without a seed."""
+        """Checks the algorithm. Raises `HashError` if it is unknown, or is `builtin` without a seed."""
         if chunk_tokens <= 0:
             raise HashError(f"chunk_tokens must be positive, not {chunk_tokens}")
         self.chunk_tokens = chunk_tokens
         self._hash = _algorithm(algorithm, environ)
-        # A long prompt is hashed before its prefill can begin: cbor2 takes 4 ms for 16,000 tokens.
+        # The engine must hash a long prompt before its prefill can begin, and cbor2 takes 4 ms for 16,000 tokens.
         self._encoded = algorithm == "sha256_cbor"
         if self._encoded:
             from cbor2 import dumps
@@ -46,7 +46,7 @@ class ChunkHasher:
         self._origin = self._hash(environ.get(SEED_VARIABLE, UNSEEDED))
 
     def chain(self, tokens: Sequence[int]) -> list[str]:
-        """One hash a chunk, in order, as it stands in keys: hexadecimal without padding."""
+        """Returns one hash per chunk, in order, as keys contain it: hexadecimal without padding."""
         step = self.chunk_tokens
         previous = self._origin
         out: list[str] = []
@@ -62,7 +62,7 @@ class ChunkHasher:
 
 
 def refusal(algorithm: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why no keys can be had by this algorithm; None if they can."""
+    """Returns the reason why this algorithm cannot make keys; `None` if it can."""
     if algorithm not in ALGORITHMS:
         return f"hash algorithm {algorithm!r} is not one of sha256_cbor, sha256, builtin"
     if algorithm == "builtin" and environ.get(SEED_VARIABLE, "random") == "random":
@@ -74,7 +74,7 @@ def refusal(algorithm: str, environ: Mapping[str, str] = os.environ) -> str | No
 
 
 def keys(model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: str) -> list[str]:
-    """The keys of one rank's chunks."""
+    """Returns the keys of one rank's chunks."""
     head, tail = f"{model}@{world_size}@{rank}@", f"@{dtype}"
     return [f"{head}{value}{tail}" for value in hashes]
 
@@ -89,7 +89,7 @@ def _algorithm(name: str, environ: Mapping[str, str]) -> Callable[[object], int]
 
 
 def _sha256_cbor() -> Callable[[object], int]:
-    from cbor2 import dumps  # comes with vLLM
+    from cbor2 import dumps  # vLLM depends on it
 
     def function(value: object) -> int:
         return _first_eight(dumps(value, canonical=True))
@@ -98,12 +98,12 @@ def _sha256_cbor() -> Callable[[object], int]:
 
 
 def _cbor_arrays(tokens: Sequence[int], step: int) -> list[bytes] | None:
-    """Canonical CBOR of each `step` tokens as an array; `None` if some are no 32-bit numbers."""
+    """Returns the canonical CBOR of each `step` tokens as an array; `None` if a token is not a 32-bit number."""
     try:
         numbers = np.frombuffer(array.array("I", tokens), dtype=np.uint32)
     except (OverflowError, TypeError):
         return None
-    # A head byte, and as many bytes as the number needs: none below 24, 1, 2 or 4.
+    # Each number has a head byte and as many bytes as it needs: none below 24, else 1, 2 or 4.
     one, two, four = numbers >= 24, numbers >= 1 << 8, numbers >= 1 << 16
     cells = np.empty((numbers.size, 5), dtype=np.uint8)
     cells[:, 0] = np.where(one, 24 + two.view(np.uint8) + four, numbers)

@@ -1,9 +1,8 @@
-"""Where KV lies in an engine's tensors, and what a chunk of it looks like.
+"""Reads from an engine's tensors where their KV lies, and derives the format of its chunks.
 
-Shapes and strides say it; the engine's own description (`Hint`) only decides between readings that
-they leave open. They may lie about the inside of a page, though: vLLM's CPU kernels keep K there
-column by column, or in tiles, in a tensor whose shape says otherwise. Where the engine's own kernel
-can be had, `probe` asks it.
+Shapes and strides say most of it. The engine's own description (`Hint`) decides only between the readings that they
+leave open. Strides can be wrong about the inside of a page: vLLM's CPU kernels store K there column by column, or in
+tiles. If the engine's own kernel is available, `probe` finds the real places with it.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ DTYPE_NAMES = {
     torch.float8_e5m2: "fp8_e5m2",
     torch.float8_e5m2fnuz: "fp8_e5m2fnuz",
 }
-"""LMCache's names, which stand in keys and in the layout."""
+"""LMCache's names of the dtypes, for keys and for the layout."""
 
 
 class LayoutError(ValueError):
-    """These tensors cannot be moved; the text names the layer and what is in the way."""
+    """The connector cannot move these tensors. The text names the layer and the reason."""
 
 
 @dataclass(frozen=True)
 class Hint:
-    """What the engine says of its cache."""
+    """The engine's own description of its cache."""
 
     num_blocks: int
     block_tokens: int
@@ -52,7 +51,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Pages:
-    """Where one layer's KV lies in its storage. Offset and strides are in elements."""
+    """The places of one layer's KV in its storage. Offsets and strides are in elements."""
 
     tensor: torch.Tensor
     blocks: int
@@ -62,10 +61,10 @@ class Pages:
     planes: int
     block_stride: int
     inside: torch.Tensor
-    """Offset within a block of each `[plane, token, head * head_size]`."""
+    """The offset within a block of each `[plane, token, head * head_size]`."""
 
     def of_heads(self, heads: range) -> Pages:
-        """The same pages with some of their heads only. Raises `IndexError` for others."""
+        """Returns the same pages with only these heads. Raises `IndexError` if there are no such heads."""
         if not 0 <= heads.start < heads.stop <= self.heads:
             raise IndexError(f"heads {heads} of {self.heads}")
         inside = self.inside.unflatten(2, (self.heads, self.head_size))
@@ -74,7 +73,7 @@ class Pages:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What must be the same for all layers of a model."""
+        """The properties that must be the same for all layers of a model."""
         return (
             self.tensor.dtype,
             self.blocks,
@@ -86,7 +85,7 @@ class Pages:
 
 
 Writer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""The engine's own way to store K and V `[tokens, heads, size]` in a cache, by slot numbers."""
+"""The engine's own function that stores K and V `[tokens, heads, size]` in a cache, by slot numbers."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +94,26 @@ class Geometry:
 
     layers: tuple[Pages, ...]
     block_tokens: int
-    """Tokens of a block as the block tables count them; a tensor's own blocks may be smaller."""
+    """The tokens of a block as the block tables count them. A tensor's own blocks may be smaller."""
     names: tuple[str, ...] = ()
-    """Of the layers."""
+    """The names of the layers."""
     quantization: Quantization | None = None
-    """What bytes stand for, if the tensors are of bytes."""
+    """The meaning of the bytes, if the tensors are of bytes."""
 
     @property
     def first(self) -> Pages:
-        """Any layer: all have the same shape."""
+        """The first layer. All layers have the same shape."""
         return self.layers[0]
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of KV of one token over all layers."""
+        """The bytes of KV of one token over all layers."""
         page = self.first
         width = page.planes * page.heads * page.head_size * page.tensor.element_size()
         return len(self.layers) * width
 
     def of_heads(self, heads: range) -> Geometry:
-        """The same tensors with some of their heads only."""
+        """Returns the same tensors with only these heads."""
         return replace(
             self,
             layers=tuple(page.of_heads(heads) for page in self.layers),
@@ -122,7 +121,7 @@ class Geometry:
         )
 
     def layout(self, model: str, chunk_tokens: int) -> wire.Layout:
-        """The shape of a chunk, as the sidecars compare it."""
+        """Returns the format of a chunk, which the sidecars compare."""
         page = self.first
         return wire.Layout(
             model=model,
@@ -137,12 +136,12 @@ class Geometry:
 
 
 def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None) -> Geometry:
-    """The geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
+    """Returns the geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
 
-    Layers with a writer are probed, the others are taken as their strides say.
+    `probe` reads layers that have a writer; strides describe the others.
 
-    Layers stand in the order of the numbers in their names, on both sides of a transfer. Names
-    that share a tensor (layers that reuse another layer's KV) count once.
+    Layers are in the order of the numbers in their names, on both sides of a transfer. Names that share a tensor
+    (layers that reuse another layer's KV) count once.
     """
     layers: list[Pages] = []
     names: list[str] = []
@@ -169,14 +168,14 @@ def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[s
 
 
 def chunks_of(tokens: int, chunk_tokens: int) -> int:
-    """Chunks that `tokens` tokens need."""
+    """Returns the number of chunks that `tokens` tokens need."""
     return -(-tokens // chunk_tokens)
 
 
 def chunk_span(index: int, tokens: int, first_token: int, chunk_tokens: int) -> tuple[int, int]:
-    """The tokens `[from, to)` that chunk `index` holds, of a request of `tokens` tokens.
+    """Returns the tokens `[from, to)` that chunk `index` holds, of a request of `tokens` tokens.
 
-    The decode side has the first `first_token` of them: the chunk with that mark begins there.
+    The decode side already has the first `first_token` tokens: the chunk that contains this token begins there.
     """
     start = index * chunk_tokens
     stop = min(start + chunk_tokens, tokens)
@@ -184,7 +183,7 @@ def chunk_span(index: int, tokens: int, first_token: int, chunk_tokens: int) -> 
 
 
 def wanted_chunks(tokens: int, have_tokens: int, chunk_tokens: int) -> range:
-    """The chunks whose end lies beyond `have_tokens`."""
+    """Returns the chunks that end after `have_tokens`."""
     if have_tokens >= tokens:
         return range(0)
     return range(have_tokens // chunk_tokens, chunks_of(tokens, chunk_tokens))
@@ -197,7 +196,7 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
         raise LayoutError(f"{name}: dtype {tensor.dtype} has no name in keys")
     shape, stride = tuple(tensor.shape), tensor.stride()
     block, token, head, plane, size = _axes(name, shape, hint)
-    # Without a dimension of its own, V follows K within a head.
+    # Without its own dimension, V follows K within a head.
     planes = 1 if hint.mla else 2
     plane_stride = size if plane is None else stride[plane]
     head_stride = 0 if head is None else stride[head]
@@ -221,14 +220,14 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
 
 
 def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
-    """Where the engine's own kernel stores what: it is given numbers, and they are looked for.
+    """Finds the places to which the engine's own kernel writes: stores numbers with it and searches the page for them.
 
-    The numbers are written digit by digit, so small that every dtype holds them exactly. Raises
-    `LayoutError` if they do not come back once each.
+    It stores the numbers digit by digit, so small that every dtype holds them exactly. Raises `LayoutError` if a number
+    does not appear exactly once.
     """
     tensor, per_plane = pages.tensor, pages.inside[0].numel()
     numbers = torch.arange(2 * per_plane)
-    # Block 1 of 2, so that the stride between blocks is tried too.
+    # Use block 1 of 2, so that the probe also covers the stride between blocks.
     cache = torch.empty_strided((2, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype)
     storage = torch.empty(0, dtype=tensor.dtype).set_(cache.untyped_storage())
     slots = torch.arange(pages.tokens, 2 * pages.tokens)
@@ -263,7 +262,7 @@ def _digits(numbers: int) -> int:
 
 
 def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int | None, int | None, int]:
-    """Which dimension is block, token, head and plane (K or V), and the size of a head."""
+    """Returns the dimensions of block, token, head and plane (K or V), and the size of a head."""
 
     def blocks(size: int) -> bool:
         return size > 0 and size % hint.num_blocks == 0
@@ -274,12 +273,12 @@ def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int 
         if len(shape) == 4 and blocks(shape[0]) and shape[1] == 1:
             return 0, 2, None, None, shape[3]
     elif len(shape) == 4:
-        # [blocks, heads, tokens, K and V of a head]: vLLM from 0.28 on, its CPU backend earlier.
+        # [blocks, heads, tokens, K and V of a head]: vLLM from 0.28 on, and its CPU backend earlier.
         if blocks(shape[0]) and shape[1] == hint.kv_heads and shape[3] == 2 * hint.head_size:
             return 0, 2, 1, None, hint.head_size
     elif len(shape) == 5 and shape[4] == hint.head_size:
-        # [blocks, 2, tokens, heads, size] and, before 0.24, [2, blocks, ...]. The CPU backend had
-        # heads before tokens. With as many heads as tokens the order is the GPU backends'.
+        # [blocks, 2, tokens, heads, size] and, before 0.24, [2, blocks, ...]. The CPU backend had heads before tokens.
+        # If there are as many heads as tokens, take the order of the GPU backends.
         for block, plane in ((0, 1), (1, 0)):
             if shape[plane] == 2 and blocks(shape[block]):
                 if shape[3] == hint.kv_heads:
@@ -290,9 +289,9 @@ def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int 
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """Returns a key that sorts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 PROBE_BASE = 128
-"""bfloat16 and float16 hold every integer up to it, and one more."""
+"""The base of the digits: bfloat16 and float16 hold every integer up to it, and one more."""

@@ -1,7 +1,7 @@
-"""What the elements of a quantised KV cache stand for.
+"""Describes the number format of a quantised KV cache.
 
-vLLM keeps nearly all its eight-bit formats in tensors of bytes: two engines may agree in every size
-and still read each other's KV as other numbers.
+vLLM keeps nearly all its eight-bit formats in tensors of bytes. So two engines may agree in every size and still read
+different numbers from each other's KV.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ALIASES = {"fp8": "fp8_e4m3"}
-"""Of `--kv-cache-dtype`."""
+"""Other names of formats in `--kv-cache-dtype`."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The format of each layer, and the scales that its K and V were divided by.
+    """The format of each layer, and the scales by which its K and V were divided.
 
-    There is one scale for all heads, or one for each.
+    A layer has one scale for all heads, or one per head.
     """
 
     layers: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
 
     @classmethod
     def of(cls, layers: Iterable[object], cache_dtype: str) -> Quantization:
-        """Of vLLM's attention layers; `cache_dtype` where a layer does not say its own."""
+        """Reads it from vLLM's attention layers. A layer that does not say its format has `cache_dtype`."""
         found = []
         for layer in layers:
             name = getattr(layer, "kv_cache_dtype", None) or cache_dtype
@@ -39,7 +39,7 @@ class Quantization:
         return cls(tuple(found))
 
     def of_heads(self, heads: range) -> Quantization:
-        """For some of the heads only."""
+        """Returns the same formats with only these heads' scales."""
 
         def cut(scales: tuple[float, ...]) -> tuple[float, ...]:
             return scales if len(scales) == 1 else scales[heads.start : heads.stop]
@@ -48,11 +48,11 @@ class Quantization:
 
     @property
     def is_scaled(self) -> bool:
-        """There are other scales than 1."""
+        """True if a scale differs from 1."""
         return not self._all_scales() <= {1.0}
 
     def __str__(self) -> str:
-        """Equal where KV means the same: `fp8_e4m3, scales 1`."""
+        """Returns a text that is equal exactly if KV has the same meaning: `fp8_e4m3, scales 1`."""
         formats = sorted({name for name, _, _ in self.layers})
         scales = sorted(self._all_scales())
         name = " and ".join(formats)

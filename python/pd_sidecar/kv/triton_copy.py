@@ -1,8 +1,7 @@
-"""Moves between pages and slots on a GPU: one launch for all requests of a step.
+"""Moves between pages and slots on a GPU, with one launch for all requests of a step.
 
-The kernel reads each piece's place from a plan that comes with the launch, so it needs no row
-numbers (they would be megabytes) and no second copy. What does not change from launch to launch is
-compiled in.
+The kernel reads the place of each piece from a plan that comes with the launch. It so needs no row numbers, which would
+be megabytes, and no second copy. Values that are the same in every launch are compiled in.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Piece
 
 FIELDS: tl.constexpr = tl.constexpr(6)
-"""Numbers of a piece in the plan: slot, first token, tokens, tokens in its slot, the first of them
-to be moved, and where its block table begins."""
+"""The numbers per piece in the plan: slot, first token, tokens, tokens in the slot, the first of those to move, and the
+start of the piece's block table.
+"""
 
 TOKENS, COLUMNS = 16, 256
-"""What one program moves: 32 KiB, if the elements have 8 bytes."""
+"""The tile of one program: 32 KiB if elements have 8 bytes."""
 
 
 @triton.jit(do_not_specialize=["pieces", "first_layer", "layers"])  # type: ignore[untyped-decorator]
@@ -52,7 +52,7 @@ def _move(  # type: ignore[no-untyped-def]
     token_tile: tl.constexpr,
     column_tile: tl.constexpr,
 ):
-    """Program `[token tile, plane and layer, piece]`."""
+    """Copies one tile. The program's index is `[token tile, plane and layer, piece]`."""
     record = plan + tl.program_id(2).to(tl.int64) * FIELDS
     slot = tl.load(record)
     first = tl.load(record + 1)
@@ -81,7 +81,7 @@ def _move(  # type: ignore[no-untyped-def]
         in_page = page + (block * block_units)[:, None] + start + (column % run_units)[None, :]
         in_slot = buffer + rows[:, None] + column[None, :]
         if vector > 1:
-            # What a thread moves at once: Triton cannot see it through the table of starts.
+            # Tell Triton the width of one thread's access, which it cannot derive through the table of starts.
             in_page = tl.max_contiguous(tl.multiple_of(in_page, [1, 16]), [1, vector])
             in_slot = tl.max_contiguous(tl.multiple_of(in_slot, [1, 16]), [1, vector])
         if gather:
@@ -92,23 +92,23 @@ def _move(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Part:
-    """The layers whose blocks are alike inside: usually all."""
+    """The layers whose blocks have the same arrangement: usually all."""
 
     bases: torch.Tensor
-    """Address of each layer's block 0."""
+    """The address of each layer's block 0."""
     numbers: torch.Tensor
-    """The place of each layer among all."""
+    """The index of each layer among all layers."""
     inside: torch.Tensor
-    """Where each run begins in a block: `[plane, token, run]`, in units."""
+    """The start of each run in a block: `[plane, token, run]`, in units."""
     places: list[int]
-    """The same, here."""
+    """The same numbers as `numbers`, in host memory."""
     block_units: int
     planes: int
     run_units: int
 
 
 class Plan:
-    """Which pieces to move, as the kernel reads it. Raises `LayoutError`."""
+    """The pieces to move, in the form that the kernel reads. Raises `LayoutError`."""
 
     def __init__(self, pages: Geometry, pieces: Sequence[Piece]) -> None:
         page = pages.first
@@ -123,7 +123,7 @@ class Plan:
                 raise LayoutError(f"{piece.table.numel()} blocks do not hold token {stop - 1}")
             if id(piece.table) not in tables:
                 tables[id(piece.table)] = length
-                # A table's block may be several of the tensor's.
+                # One block of a table may be several blocks of the tensor.
                 table = (piece.table.view(-1, 1) * ratio + torch.arange(ratio)).view(-1)
                 if int(table.max()) >= page.blocks or int(table.min()) < 0:
                     raise LayoutError(f"a block table names a block beyond {page.blocks}")
@@ -132,7 +132,7 @@ class Plan:
             at = tables[id(piece.table)]
             records += [piece.slot, start, stop - start, end - first, start - first, at]
         self.there: torch.Tensor | None = None
-        """The numbers on the GPU, once launched."""
+        """The copy of `numbers` on the GPU, once launched."""
         self.slots = [piece.slot for piece in pieces]
         self.pieces = len(pieces)
         self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
@@ -140,7 +140,7 @@ class Plan:
 
 
 class Mover:
-    """The kernel, with what it has to know of one worker's tensors and slots."""
+    """The kernel, with the constants of one worker's tensors and slots."""
 
     def __init__(self, pages: Geometry, slot_bytes: int) -> None:
         self.pages = pages
@@ -160,17 +160,17 @@ class Mover:
         gather: bool,
         layers: tuple[int, int] | None = None,
     ) -> None:
-        """Launches on the current stream. `buffer` holds the slots, as bytes."""
+        """Launches the kernel on the current stream. `buffer` holds the slots as bytes."""
         numbers = plan.numbers
         if self._device.type == "cuda":
-            # Kept with the plan: further ranges of its layers are launched on the same stream.
+            # Keep the copy with the plan: the launches for further ranges of layers use it on the same stream.
             if plan.there is None:
                 plan.there = numbers.pin_memory().to(self._device, non_blocking=True)
             numbers = plan.there
         first, below = layers or (0, len(self.pages.layers))
         slots = buffer[: buffer.numel() // self._unit * self._unit].view(self._dtype)
         for part in self._parts:
-            # Within a part layers ascend.
+            # The layers of a part ascend, so a range of layers is one slice of them.
             start, end = (bisect.bisect_left(part.places, layer) for layer in (first, below))
             if start == end:
                 continue
@@ -213,7 +213,7 @@ class Mover:
 
 
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
-    """Layers, with their numbers, whose blocks are alike inside."""
+    """Groups the layers, with their numbers, whose blocks have the same arrangement."""
     groups: list[list[tuple[int, Pages]]] = []
     for entry in enumerate(layers):
         for group in groups:
@@ -227,14 +227,14 @@ def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
 
 
 def _run_elements(page: Pages) -> int:
-    """The longest run of elements that lies together in every token of a block."""
+    """Returns the length of the longest run of elements that is contiguous in every token of a block."""
     inside = page.inside
     ends = (inside[:, :, 1:] != inside[:, :, :-1] + 1).any(0).any(0).nonzero().view(-1) + 1
     return math.gcd(inside.shape[2], *ends.tolist())
 
 
 def _widest(pages: Geometry, slot_bytes: int) -> int:
-    """The most bytes, up to 16, that divide every run and every place where one begins."""
+    """Returns the largest number of bytes, up to 16, that divides every run and every run's start."""
     unit = math.gcd(16, slot_bytes)
     for page in pages.layers:
         size, run = page.tensor.element_size(), _run_elements(page)

@@ -24,30 +24,32 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What may stand in `kv_connector_extra_config`."""
+    """The keys of `kv_connector_extra_config`."""
 
     sender_socket: str = ""
     """Unix socket of the sidecar that pushes (kv_producer, kv_both). Default: `default_socket`."""
     receiver_socket: str = ""
-    """Unix socket of the sidecar that is pushed to (kv_consumer, kv_both)."""
+    """Unix socket of the sidecar that receives (kv_consumer, kv_both). Default: `default_socket`."""
     model_name: str = ""
-    """The model as it stands in keys, equal on both sides. Default: vLLM's `--model`."""
+    """The model's name in keys, equal on both sides. Default: vLLM's `--model`."""
     chunk_size: int = 256
-    """Tokens of a chunk, equal on both sides. Default: LMCache's setting, if there is one."""
+    """Tokens per chunk, equal on both sides. Default: LMCache's setting, if there is one."""
     hash_algorithm: str = "sha256_cbor"
     """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: as `chunk_size`."""
     ranks: int = 0
-    """Ranks that KV is cut into between the two sides, equal on both: the larger tensor-parallel
-    size. Default: this engine's."""
+    """The number of ranks into which the two sides split KV, equal on both: the larger tensor-parallel size. Default:
+    this engine's size.
+    """
     load_deadline_ms: int = 30_000
-    """A decode request whose KV has not come by then is computed here."""
+    """Milliseconds after which a decode request whose KV has not arrived is computed here."""
     save_deadline_ms: int = 60_000
-    """Blocks of a finished prefill request are held no longer for chunks that have no slot yet."""
+    """Milliseconds for which a finished prefill request keeps its blocks for chunks that have no slot yet."""
     push: str = "auto"
-    """On a GPU: `step` gathers what a step has completed; `layers` gathers the first layers of a
-    step while its last ones are computed; `auto` does so if the sidecar's wire gains by it."""
+    """On a GPU: `step` gathers after a step; `layers` gathers the first layers of a step while its last layers are
+    computed; `auto` does so if the sidecar's link gains by it.
+    """
     idle_wait_ms: float = 2.0
-    """How long an engine that has nothing else to do waits for a word of the sidecar."""
+    """Milliseconds for which an engine with nothing else to do waits for a message of the sidecar."""
     sidecar: str = ""
     """`spawn`: the engine starts its sidecar as a child."""
     sidecar_arguments: str = ""
@@ -65,7 +67,7 @@ def parse(
     model: str,
     environ: Mapping[str, str] = os.environ,
 ) -> Options:
-    """The options with their defaults filled in. Raises `ConfigError` with all problems at once."""
+    """Returns the options with their defaults filled in. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     known = {field.name: field for field in fields(Options)}
     values: dict[str, Any] = {}
@@ -126,7 +128,7 @@ def parse(
         )
     if problems:
         raise ConfigError(problems)
-    # An engine that does both has one sidecar with `--role both`, or names two.
+    # An engine with both roles has one sidecar with `--role both`, or names two.
     both = producer and consumer
     return Options(
         **{
@@ -140,6 +142,6 @@ def parse(
 
 PUSHES = ("auto", "layers", "step")
 KEY_SETTINGS = (lmcache.HASH_KEY, lmcache.CHUNK_KEY)
-"""What LMCache's settings say to the connector itself."""
+"""The settings of LMCache that the connector itself reads."""
 MAX_IDLE_WAIT_MS = 50
-"""A new request waits for the end of a step: more would be felt."""
+"""The longest wait. A new request waits for the end of a step, so users would notice more."""

@@ -1,7 +1,7 @@
-"""What LMCache's own settings say of chunk keys: an engine line made for LMCache keeps its keys.
+"""Reads chunk-key settings that were made for LMCache, so that the same command line gives the same keys.
 
-Read as LMCache reads them: `lmcache.<key>` in the connector's options beats the variable
-`LMCACHE_<KEY>`, which beats the file that `LMCACHE_CONFIG_FILE` names.
+The order is LMCache's own: `lmcache.<key>` in the connector's options beats the variable `LMCACHE_<KEY>`, which beats
+the file that `LMCACHE_CONFIG_FILE` names.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ HARMLESS: dict[str, str] = {
     "lmcache_rpc_port": "scheduler and worker have no port between them",
     "skip_last_n_tokens": "the decode leg has no token that the prefill leg had not",
 }
-"""LMCache's options that change nothing here, and why."""
+"""LMCache's options that change nothing here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and who says so."""
+    """A value, with the setting that it comes from."""
 
     value: Any
     source: str
 
 
 def settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Setting]:
-    """`hash_algorithm` and `chunk_size` as LMCache would have them, if it is configured at all.
+    """Returns `hash_algorithm` and `chunk_size` as LMCache would set them, if LMCache is configured at all.
 
     Raises `ValueError` for a file that cannot be read.
     """
@@ -63,7 +63,7 @@ def settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) 
 
 
 def variables(extra: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that say to a sidecar what `lmcache.<key>` options say."""
+    """Returns the environment variables that pass `lmcache.<key>` options to a sidecar."""
     return {
         f"LMCACHE_{key.removeprefix(PREFIX).upper()}": _text(value)
         for key, value in extra.items()
@@ -72,7 +72,7 @@ def variables(extra: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _file(path: str) -> dict[str, Any]:
-    import yaml  # comes with vLLM
+    import yaml  # vLLM depends on it
 
     try:
         with Path(path).open(encoding="utf-8") as file:

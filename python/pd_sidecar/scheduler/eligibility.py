@@ -1,4 +1,4 @@
-"""Which requests are pushed or loaded, and why others are not."""
+"""Decides which requests are pushed or loaded, and gives the reason for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Skip(StrEnum):
-    """Why a request is computed as if there were no connector: the label of a counter."""
+    """The reason why a request is computed as if there were no connector. It is a label of a counter."""
 
     NO_PARAMS = "no_params"
     BAD_PARAMS = "bad_params"
@@ -35,7 +35,7 @@ class Skip(StrEnum):
 
 @dataclass(frozen=True)
 class Transfer:
-    """What the proxy wants of a request."""
+    """The proxy's instruction for a request."""
 
     req: str
     host: str = ""
@@ -43,21 +43,24 @@ class Transfer:
     alloc_ports: tuple[int, ...] = ()
     overlap: bool = False
     written: bool = False
-    """Load: an LMCache sender has told the proxy that all of it is written."""
+    """Load: true if an LMCache sender has told the proxy that the whole prompt is written."""
     tokens: int = 0
-    """Load: so many tokens of the prompt are pushed, if not all: the proxy may have added the first
-    token, sampled by the prefill side, which nobody has computed yet."""
+    """Load: the number of prompt tokens that are pushed; 0 for all. The proxy may have appended the first token, which
+    the prefill side sampled: its KV does not exist yet.
+    """
     wants_first_token: bool = False
-    """Push: the response names the first token, as LMCache's proxy wants it."""
+    """Push: true if the response must name the first token, as LMCache's proxy expects."""
 
     @property
     def is_push(self) -> bool:
-        """The KV goes from here to `host`; otherwise it comes from elsewhere."""
+        """True if the KV goes from here to `host`; false if it comes to this engine."""
         return bool(self.host)
 
 
 def unserved(request: Request) -> Skip | None:
-    """Why equal tokens may mean different KV, or why the prompt has to be computed here."""
+    """Returns the reason why this request cannot use KV from elsewhere: equal tokens may mean different KV, or the
+    prompt has to be computed here.
+    """
     if request.lora_request is not None:
         return Skip.LORA
     if request.mm_features:
@@ -76,13 +79,13 @@ def unserved(request: Request) -> Skip | None:
 
 
 def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
-    """Reads `kv_transfer_params`: they come from the network, so nothing is taken for granted."""
+    """Reads `kv_transfer_params`. They come from the network, so every field is checked."""
     if not isinstance(params, dict):
         return Skip.NO_PARAMS
     push, load = params.get("do_remote_decode"), params.get("do_remote_prefill")
     spec = params.get("disagg_spec")
     if not push and not load:
-        # LMCache's proxy says only where to.
+        # LMCache's proxy names only the receiver.
         push = isinstance(spec, dict) and "receiver_host" in spec
     if not push and not load:
         return Skip.NO_PARAMS
@@ -112,9 +115,10 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
 
 
 def _is_name(text: str, most: int) -> bool:
-    """The sidecar takes it. A message with any other text would end the engine's connection, and
-    with it the transfers of every other request."""
-    # Cc is what the sidecar calls control characters; Cs is no text at all.
+    """Returns true if the sidecar accepts the text in a message. Any other text would end the engine's connection, and
+    with it the transfers of every other request.
+    """
+    # Cc is the category that the sidecar calls control characters; text of category Cs cannot be encoded.
     return 0 < len(text) <= most and not any(category(c) in ("Cc", "Cs") for c in text)
 
 
@@ -127,6 +131,6 @@ def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 MAX_ID_CHARACTERS = 256
-"""Longer ids are nobody's: they stand in every message and log line."""
+"""The longest request id. Ids are in every message and log line."""
 MAX_HOST_CHARACTERS = 253
-"""Of a name in the DNS."""
+"""The longest name in the DNS."""

@@ -1,4 +1,4 @@
-"""What the scheduler's half of the connector tells the workers' half in each step."""
+"""The messages from the scheduler's half of the connector to the workers' half, one per step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-# Requests have two names here: `engine_id` is vLLM's, different on the two sides; `req` is the
-# proxy's, the same in all parts.
+# A request has two names here: `engine_id` is vLLM's, different on the two sides; `req` is the proxy's, the same
+# everywhere.
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class PushStep:
 
     engine_id: str
     blocks: list[int]
-    """Block ids, to be appended to the table or to replace it."""
+    """Block ids, to append to the table or to replace it."""
     replace: bool
     upto: int
-    """Prompt tokens that are computed when the step is over."""
+    """The number of prompt tokens that are computed when the step is over."""
 
 
 @dataclass(frozen=True)
@@ -49,39 +49,41 @@ class LoadStart:
     hashes: list[str]
     tokens: int
     have_tokens: int
-    """Computed already, in blocks that other requests may share: never to be written."""
+    """Tokens that are computed already, in blocks that other requests may share. The worker never writes to those
+    blocks.
+    """
     load_tokens: int
-    """The end of what is to be loaded."""
+    """The end of the tokens to load."""
     blocks: list[int]
     written: bool = False
-    """The proxy has the word of an LMCache sender that all of it is written."""
+    """True if an LMCache sender has told the proxy that the whole prompt is written."""
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step. Lists of engine ids unless said otherwise."""
+    """The message of one step. Lists hold engine ids unless a field says otherwise."""
 
     push_starts: list[PushStart] = field(default_factory=list)
     push_steps: list[PushStep] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    """Prefill: their blocks belong to others from this step on."""
+    """Prefill: requests whose blocks belong to other requests from this step on."""
     unpushed: list[PushStart] = field(default_factory=list)
-    """Prefill: nothing of them is moved, and a proxy waits for the sidecars' word."""
+    """Prefill: requests of which nothing is moved, and whose proxy waits for a notification from the sidecars."""
     finished: list[str] = field(default_factory=list)
-    """Prefill: their blocks wait for the worker's word."""
+    """Prefill: finished requests whose blocks the engine holds until the worker reports them."""
     cancelled: list[str] = field(default_factory=list)
-    """Prefill: aborted; their blocks belong to others from this step on."""
+    """Prefill: aborted requests, whose blocks belong to other requests from this step on."""
     load_starts: list[LoadStart] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    """Decode: aborted while parked; their blocks wait for the worker's word."""
+    """Decode: requests that were aborted while parked; the engine holds their blocks until the worker reports them."""
     dismissed: list[str] = field(default_factory=list)
-    """Decode: `req` of requests that will not be loaded, so that nobody pushes for them."""
+    """Decode: the `req` of requests that will not be loaded, so that no sender pushes for them."""
     idle: bool = False
-    """Nothing is computed in this step."""
+    """True if the engine computes nothing in this step."""
 
     @property
     def has_news(self) -> bool:
-        """Something must reach the workers."""
+        """True if something in this step must reach the workers."""
         return bool(
             self.push_starts
             or self.push_steps
@@ -97,17 +99,17 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class DisabledNotice(KVConnectorHandshakeMetadata):
-    """A worker has seen its KV and cannot move it. Said once, before the first request."""
+    """A worker has seen its KV and cannot move it. The scheduler's half learns it before the first request."""
 
 
 @dataclass(frozen=True)
 class IdleReport(KVConnectorWorkerMetadata):
-    """What a worker says of a step beside what is done."""
+    """A worker's report about a step, beside the requests that are done."""
 
     rests: bool
-    """The step had nothing to do, and requests wait for a sidecar."""
+    """True if the step had nothing to do and requests wait for a sidecar."""
     unmoved: bool = False
-    """The worker cannot move this model's KV."""
+    """True if the worker cannot move this model's KV."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         unmoved = isinstance(other, IdleReport) and other.unmoved

@@ -1,14 +1,14 @@
-"""The scheduler's half: which requests move KV, and what the workers have to know in each step.
+"""The scheduler's half: decides which requests move KV, and tells the workers in each step.
 
-It decides nothing by time and repeats nothing: bounds are the sidecar's and the workers'. A
-request's state is one object.
+It has no timers and repeats nothing: the sidecar and the workers enforce the deadlines. One object holds the state of a
+request.
 
     Push (prefill)
-      WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers' word ──▶ gone
+      WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers report ──▶ gone
                                    └────── aborted ──▶ gone
     Load (decode)
-      OFFERED ── has blocks ──▶ PARKED ── workers' word ──▶ SETTLED ── finished ──▶ gone
-         │                         └── aborted ──▶ ABORTED ── workers' word ──▶ gone
+      OFFERED ── has blocks ──▶ PARKED ── workers report ──▶ SETTLED ── finished ──▶ gone
+         │                         └── aborted ──▶ ABORTED ── workers report ──▶ gone
          └── nothing to load ──▶ SETTLED
 """
 
@@ -39,7 +39,7 @@ logger = init_logger("vllm.pd_sidecar.scheduler.scheduler")
 
 
 class PushPhase(Enum):
-    """See the module's documentation."""
+    """The phases of a push, as in the diagram above."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -47,7 +47,7 @@ class PushPhase(Enum):
 
 
 class LoadPhase(Enum):
-    """See the module's documentation."""
+    """The phases of a load, as in the diagram above."""
 
     OFFERED = auto()
     PARKED = auto()
@@ -57,19 +57,19 @@ class LoadPhase(Enum):
 
 @dataclass
 class Push:
-    """A prefill request whose KV is wanted elsewhere."""
+    """A prefill request whose KV another engine wants."""
 
     request: Request
     to: Transfer
     phase: PushPhase = PushPhase.WAITING
     upto: int = 0
-    """Tokens that the workers know to be computed; 0 again after a preemption."""
+    """The tokens that the workers know to be computed; 0 again after a preemption."""
     preempted: bool = False
 
 
 @dataclass
 class Load:
-    """A decode request whose KV comes from elsewhere."""
+    """A decode request whose KV comes from another engine."""
 
     request: Request
     transfer: Transfer
@@ -78,7 +78,7 @@ class Load:
 
     @property
     def pushed_tokens(self) -> int:
-        """Tokens of the prompt that come from elsewhere, with those that are here already."""
+        """The prompt tokens that the other engine pushes, including those that this engine has already."""
         prompt = self.request.num_prompt_tokens
         return min(self.transfer.tokens or prompt, prompt)
 
@@ -95,18 +95,18 @@ State = Union[Push, Load, Skipped]  # noqa: UP007
 
 @dataclass(frozen=True)
 class Role:
-    """What this engine does."""
+    """This engine's part in transfers."""
 
     producer: bool
     consumer: bool
     ranks: int
-    """That KV is cut into between the two sides."""
+    """The number of ranks into which the two sides split KV."""
     kv_groups: int
     block_tokens: int
 
 
 class Scheduler:
-    """See the module's documentation."""
+    """Tracks the state of each request, and tells the workers about it in each step."""
 
     def __init__(self, role: Role, hasher: ChunkHasher, stats: Stats) -> None:
         self._role = role
@@ -117,20 +117,20 @@ class Scheduler:
         self._next = StepMetadata()
         self._held = 0
         self.unmoved = False
-        """The workers cannot move this model's KV: nothing is promised to anybody."""
+        """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
-        """How many tokens beyond the `computed` ones will be loaded; asked any number of times."""
+        """Returns the number of tokens beyond `computed` that will be loaded. vLLM may call it several times."""
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
-            # Asked again after a load, failed or of one token: a second one would never come.
+            # vLLM asks again after a load, or after a load that failed. A second load would never arrive.
             return 0, False
         state.have_tokens = computed
         count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
 
     def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
-        """The request has blocks for the tokens that are to be loaded."""
+        """Records the blocks that vLLM allocated for the tokens to load."""
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
             return
@@ -162,7 +162,7 @@ class Scheduler:
         )
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
-        """What the workers have to know in this step."""
+        """Returns the message to the workers for this step."""
         for engine_id, blocks, replace, computed in _scheduled(output):
             state = self._states.get(engine_id)
             if isinstance(state, Push):
@@ -178,11 +178,11 @@ class Scheduler:
         return metadata
 
     def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
-        """The request has ended; says whether its blocks wait for the workers, and the response."""
+        """Ends a request. Returns true if its blocks wait for the workers, and the response's parameters."""
         engine_id = request.request_id
         state = self._states.get(engine_id)
         if state is None:
-            # Never asked about. vLLM also makes such requests up, to say that one was rejected.
+            # vLLM never asked about this request. It also makes up such requests, to say that one was rejected.
             state = self._states[engine_id] = self._classify(request)
         if isinstance(state, Push):
             return self._finish_push(engine_id, state, blocks, completed)
@@ -199,7 +199,7 @@ class Scheduler:
         return False, None
 
     def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
-        """The workers are done with these requests."""
+        """Handles the workers' report that these requests are done."""
         for engine_id in received:
             state = self._states.get(engine_id)
             if isinstance(state, Load):
@@ -213,7 +213,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """The engine has to go on stepping although it may have no request left."""
+        """True if the engine must continue to step, although it may have no request left."""
         return self._held > 0 or self._next.has_news
 
     def _state(self, request: Request) -> State:
@@ -256,11 +256,10 @@ class Scheduler:
         return Push(request, wish) if wish.is_push else Load(request, wish)
 
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
-        """The first engine request of a `req` has it: n > 1 and lists of prompts become several.
+        """Gives a `req` to the first engine request that asks for it: n > 1 and lists of prompts become several.
 
-        A claim outlives its request, because the others may be asked about much later. But
-        LMCache's proxy counts from 1 at each start: a request of another family has it once the
-        holder is done.
+        A claim outlives its request, because vLLM may ask about the others much later. But LMCache's proxy counts from
+        1 at each start. So a request of another family gets the claim when its holder is done.
         """
         key = (wish.is_push, wish.req)
         holder = self._claims.setdefault(key, engine_id)
@@ -296,7 +295,7 @@ class Scheduler:
             hashes = self._hasher.chain(state.request.prompt_token_ids or ())
             self._next.push_starts.append(self._start(state.request, state.to, hashes))
         elif replace:
-            # Preempted and resumed within one step: the new table starts from nothing.
+            # The request was preempted and resumed within one step: its new table starts from nothing.
             state.upto = 0
         if state.upto < tokens:
             state.upto = min(upto, tokens)
@@ -307,7 +306,7 @@ class Scheduler:
         self, engine_id: str, state: Push, blocks: list[int], completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.unmoved:
-            # Heard since it began: the workers move none of it.
+            # The scheduler learned of `unmoved` after this request began. The workers move none of it.
             if state.phase is PushPhase.RUNNING:
                 self._next.cancelled.append(engine_id)
             del self._states[engine_id]
@@ -325,7 +324,7 @@ class Scheduler:
 
 
 def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
-    """Adds the first token where the proxy wants it: it has no other way to learn it."""
+    """Adds the first token where the proxy asks for it, because it cannot learn the token otherwise."""
     params = request.kv_transfer_params
     if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
         response["first_tok"] = request.output_token_ids[0]
@@ -333,25 +332,26 @@ def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
 
 
 def _family(engine_id: str) -> str:
-    """What the engine requests of one request of a client have in common: vLLM numbers the children
-    of n > 1 in front, the prompts of a list behind, and adds eight random digits to each."""
+    """Returns the part of an engine request's id that all engine requests of one client request share. vLLM puts a
+    number before the children of n > 1 and behind the prompts of a list, and appends eight random digits.
+    """
     return FAMILY.sub(r"\1", engine_id)
 
 
 def _response(state: Push) -> dict[str, Any]:
-    """`kv_transfer_params` of a prefill leg's answer."""
+    """Returns the `kv_transfer_params` of a prefill leg's answer."""
     return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
 
 
 def _not_pushed(request: Request, reason: Skip) -> dict[str, Any]:
-    """`kv_transfer_params` of an answer whose KV goes nowhere."""
+    """Returns the `kv_transfer_params` of an answer whose KV is not pushed."""
     return _first_token(request, {"pushed": False, "reason": reason.value})
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """Each scheduled request with its blocks, whether they are all of them, and what it had."""
+    """Yields each scheduled request with its blocks, whether these are all its blocks, and its computed tokens."""
     for new in output.scheduled_new_reqs:
-        # Requests that resume after a preemption stand here too with the newer model runner.
+        # With the newer model runner, requests that resume after a preemption are in this list, too.
         yield new.req_id, _only_group(new.block_ids), True, new.num_computed_tokens
     cached = output.scheduled_cached_reqs
     for engine_id, blocks, computed in zip(
@@ -361,15 +361,15 @@ def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, 
 
 
 def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
-    # With several groups there is no Push, and what is returned here is not looked at.
+    # With several groups there is no `Push`, so nobody reads this value.
     return blocks[0] if blocks else []
 
 
 def _lost_its_blocks(state: Push) -> bool:
-    """Preempted and not known to be so. The status says it in every version of vLLM."""
+    """Returns true if the request was preempted and the workers do not know. Each vLLM version has this status."""
     return state.phase is PushPhase.RUNNING and not state.preempted and state.request.status.name == "PREEMPTED"
 
 
 FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
 MAX_CLAIMS = 4096
-"""Claims that are remembered: as many as a sidecar remembers ended requests."""
+"""The number of claims kept: as many as a sidecar keeps ended requests."""

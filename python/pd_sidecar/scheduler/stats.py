@@ -1,4 +1,4 @@
-"""Counters of the connector, through vLLM's own statistics."""
+"""Counts what the connector does, through vLLM's own statistics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BY_REASON = {
 
 
 class Stats(KVConnectorStats):
-    """Sums since the last report. `data` has a number per counter, a map per reasoned one."""
+    """The sums since the last report. `data` has a number per counter, and a map per counter with reasons."""
 
     data: dict[str, Any]
 
@@ -48,7 +48,7 @@ class Stats(KVConnectorStats):
         reasons[reason] = reasons.get(reason, 0) + 1
 
     def take(self) -> Stats | None:
-        """The sums, which start anew; nothing if there are none."""
+        """Returns the sums and resets them. Returns `None` if all are zero."""
         if self.is_empty():
             return None
         taken = Stats(self.data)
@@ -82,7 +82,7 @@ class Stats(KVConnectorStats):
 
 
 class PromMetrics(KVConnectorPromMetrics):
-    """`vllm:pd_sidecar_*`, per engine."""
+    """The metrics `vllm:pd_sidecar_*`, per engine."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class PromMetrics(KVConnectorPromMetrics):
         }
         for values in per_engine_labelvalues.values():
             for metric in self._plain.values():
-                metric.labels(*values)  # from the start at 0
+                metric.labels(*values)  # so that the metric exists from the start, with 0
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self._labelvalues[engine_idx]

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 READ_BYTES = 256 << 10
 MAX_UNSENT_BYTES = 64 << 20
-"""A sidecar that has not read so much is stuck; waiting for it would only hide that."""
+"""The most unsent bytes. A sidecar that leaves more unread is stuck, and waiting longer would only hide this."""
 
 
 class ConnectionLostError(Exception):
-    """The stream ended, or can no longer be used."""
+    """The stream has ended, or can no longer be used."""
 
 
 class RefusedError(Exception):
-    """The sidecar does not want this engine; `reason` is for decisions, the text for people."""
+    """The sidecar refuses this engine. `reason` is for programs, the text for people."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(f"{refused.text} ({refused.reason})")
@@ -48,10 +48,10 @@ class RefusedError(Exception):
 
 
 class Connection:
-    """A greeted connection. Not thread-safe; only `fileno` and `shut` may be used beside it.
+    """A connection after the greeting. Not thread-safe: other threads may use only `fileno` and `shut`.
 
-    The socket is closed and the buffer unmapped when the last reference goes: views of the buffer
-    that an engine still holds stay valid, a sidecar's death does not unmap them.
+    The last reference closes the socket and unmaps the buffer. So views of the buffer stay valid as long as an engine
+    holds them, even if the sidecar dies.
     """
 
     def __init__(self, sock: socket.socket, welcome: Welcome, memory: mmap.mmap | None) -> None:
@@ -63,11 +63,10 @@ class Connection:
 
     @classmethod
     def open(cls, path: str, hello: Hello, timeout_s: float) -> Connection:
-        """Connects, greets and maps the buffer.
+        """Connects, sends the greeting and maps the buffer.
 
-        Raises `OSError` if nobody listens or answers in time, or if another user does
-        (`PermissionError`), `RefusedError` if the sidecar says
-        no, `WireError` if it does not speak this protocol.
+        Raises `OSError` if no sidecar listens or answers in time, `PermissionError` if another user does,
+        `RefusedError` if the sidecar refuses this engine, and `WireError` if it does not speak this protocol.
         """
         deadline = time.monotonic() + timeout_s
         check_folder(path)
@@ -95,11 +94,11 @@ class Connection:
         self._socket.close()
 
     def fileno(self) -> int:
-        """For `select`."""
+        """Returns the descriptor, for `select`."""
         return self._socket.fileno()
 
     def slot(self, index: int) -> memoryview:
-        """The bytes of a slot, to be read or written in place."""
+        """Returns the bytes of a slot, to read or write in place."""
         if not 0 <= index < self.welcome.slots:
             raise IndexError(f"slot {index} of {self.welcome.slots}")
         if self.memory is None:
@@ -108,7 +107,7 @@ class Connection:
         return memoryview(self.memory)[start : start + self.welcome.slot_bytes]
 
     def send(self, message: ToSidecar) -> None:
-        """Sends, or keeps what the kernel does not take for the next `send` or `poll`.
+        """Sends a message. The next `send` or `poll` sends what the kernel does not take now.
 
         Raises `ConnectionLostError`.
         """
@@ -118,7 +117,7 @@ class Connection:
         self._flush()
 
     def poll(self) -> list[ToEngine]:
-        """What has arrived by now, without waiting.
+        """Returns the messages that have arrived, without waiting.
 
         Raises `ConnectionLostError` or `WireError`.
         """
@@ -131,7 +130,7 @@ class Connection:
             except OSError as error:
                 raise ConnectionLostError(str(error)) from error
             if not data:
-                # What came with the end is void: the slots that it names are gone.
+                # Messages that came with the end are void: their slots no longer exist.
                 raise ConnectionLostError("the sidecar closed the connection")
             self._incoming.feed(data)
             if len(data) < READ_BYTES:
@@ -139,12 +138,12 @@ class Connection:
         return [self._checked(decode_to_engine(body)) for body in self._incoming.frames()]
 
     def shut(self) -> None:
-        """Ends the stream in both directions; the descriptor stays until the last reference."""
-        with contextlib.suppress(OSError):  # already ended by the other side
+        """Ends the stream in both directions. The descriptor stays open until the last reference goes."""
+        with contextlib.suppress(OSError):  # the other side has ended it already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _checked(self, message: ToEngine) -> ToEngine:
-        """Slots are memory addresses in the end: one that does not exist must not get further."""
+        """Checks the slots of a message: a wrong number would become an address outside the buffer."""
         if isinstance(message, Granted | Ready):
             if len(message.chunks) != len(message.slots):
                 raise WireError(f"{len(message.chunks)} chunks in {len(message.slots)} slots")
@@ -172,7 +171,7 @@ def wait_readable(connections: Iterable[Connection], timeout_s: float) -> None:
 
 
 def _first_frame(sock: socket.socket, deadline: float) -> tuple[bytes, bytes, list[int]]:
-    """The first frame, what follows it, and the descriptors that came with it."""
+    """Returns the first frame, the bytes after it, and the descriptors that came with it."""
     frames = FrameBuffer()
     fds: list[int] = []
     try:
@@ -181,7 +180,7 @@ def _first_frame(sock: socket.socket, deadline: float) -> tuple[bytes, bytes, li
             if left <= 0:
                 raise TimeoutError("the sidecar did not answer the greeting")
             sock.settimeout(left)
-            # Without MSG_CMSG_CLOEXEC a worker that forks would hand the buffer on.
+            # Without MSG_CMSG_CLOEXEC, a worker that forks would pass the buffer to its child.
             data, received, flags, _ = socket.recv_fds(sock, READ_BYTES, 4, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
             fds.extend(received)
             if flags & socket.MSG_CTRUNC:
@@ -209,8 +208,9 @@ def _greeting(body: bytes) -> Welcome:
 
 
 def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
-    """The buffer in host memory. One in GPU memory is opened by the engine's own thread: doing so
-    while another thread captures a graph would break the capture."""
+    """Maps a buffer in host memory. The engine's own thread opens one in GPU memory: if this thread did it while the
+    engine captures a graph, the capture would fail.
+    """
     if hello.unmoved:
         if welcome.memory != "none" or welcome.slots or fds:
             raise WireError(f"a buffer of kind {welcome.memory!r} for an engine that moves nothing")
@@ -234,7 +234,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")
     if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise WireError("the buffer is not sealed: if it shrank, reading it would end the engine")
-    # Populated here, in the thread that connects, and not by the first gather.
+    # Populate the pages here, in the thread that connects, so that the first gather does not have to.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return mmap.mmap(fds[0], size, flags=flags)
 

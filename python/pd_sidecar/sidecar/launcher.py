@@ -1,9 +1,9 @@
-"""The sidecar as a child of the engine: `"sidecar": "spawn"` in the connector's options.
+"""Runs the sidecar as a child of the engine: `"sidecar": "spawn"` in the connector's options.
 
-The child inherits the engine's environment, so `UCX_TLS`, `CUDA_VISIBLE_DEVICES` and
-`LMCACHE_CONFIG_FILE` of one command line hold for both. It is started again with a growing pause
-when it ends; the connector finds it as it finds any sidecar that comes back. It ends with the
-engine: by `stop`, and by the kernel's word if the engine is killed.
+The child inherits the engine's environment, so one command line sets `UCX_TLS`, `CUDA_VISIBLE_DEVICES` and
+`LMCACHE_CONFIG_FILE` for both. If the child ends, the engine starts it again after a growing pause, and the connector
+finds it like any sidecar that returns. The child ends with the engine: `stop` ends it, or the kernel if the engine is
+killed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BINARY_VARIABLE = "PD_SIDECAR_BINARY"
 
 
 class NoBinaryError(RuntimeError):
-    """There is no sidecar to start; the text says where one was looked for."""
+    """The sidecar's program is not installed. The text lists the places that were searched."""
 
 
 def find_binary() -> str:
-    """The sidecar's program: named by a variable, installed beside Python, or on PATH.
+    """Returns the path of the sidecar's program: from a variable, beside Python, or from PATH.
 
     Raises `NoBinaryError`.
     """
@@ -61,12 +61,12 @@ class Child:
         logger: logging.Logger,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts it, with `variables` beside those of this process.
+        """Starts the sidecar, with `variables` added to this process's environment.
 
         Raises `OSError` if it cannot be started at all.
         """
         self._command = list(command)
-        # It looks for NIXL where this Python has it, which may not be an activated environment.
+        # The sidecar looks for NIXL in this Python's folder, because the environment may not be activated.
         self._environ = {"VIRTUAL_ENV": sys.prefix, **os.environ, **(variables or {})}
         self._logger = logger
         self._stopping = threading.Event()
@@ -76,11 +76,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process of now; another one after a restart."""
+        """The id of the current process; it changes with a restart."""
         return self._process.pid
 
     def stop(self) -> None:
-        """Ends it: SIGTERM, so that requests under way may end, then SIGKILL."""
+        """Ends the sidecar: first SIGTERM, so that requests under way may end, then SIGKILL."""
         self._stopping.set()
         self._watcher.join()
         self._process.terminate()
@@ -92,7 +92,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent = os.getpid()
-        # In the engine's own session: whoever ends the engine's group ends this, too.
+        # Keep it in the engine's session, so that a signal to the engine's group also ends the sidecar.
         process = subprocess.Popen(
             self._command,
             env=self._environ,
@@ -104,7 +104,7 @@ class Child:
     def _watch(self) -> None:
         pause = FIRST_PAUSE_S
         since = time.monotonic()
-        # A thread's end would end the child that it started: this one stays until `stop`.
+        # The kernel ends the child when the thread that started it ends. So this thread runs until `stop`.
         while not self._stopping.wait(LOOK_S):
             code = self._process.poll()
             if code is None:
@@ -127,10 +127,10 @@ class Child:
 
 
 def _end_with(parent: int) -> None:
-    """In the child before it becomes the sidecar: the kernel ends it when its parent ends."""
+    """Asks the kernel to end this child when its parent ends. Runs in the child before it becomes the sidecar."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # it has ended already
+        os._exit(1)  # the parent has ended already
 
 
 PR_SET_PDEATHSIG = 1
@@ -139,4 +139,4 @@ LOOK_S = 0.2
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 30.0
 STEADY_S = 60.0
-"""A child that ran so long has recovered: its next end is a new story."""
+"""The seconds after which a child counts as recovered, so that the next pause is short again."""

@@ -1,4 +1,4 @@
-"""The thread that keeps a client connected."""
+"""Keeps a client connected, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Pauses:
     first: float = 0.05
     longest: float = 2.0
     refused: float = 15.0
-    """After a refusal: the other side, or its configuration, has to change first."""
+    """The pause after a refusal, which lasts until the other side or its configuration changes."""
     greeting: float = 30.0
-    """How long a sidecar may take to answer; it may be touching its buffer for the first time."""
+    """The longest time for an answer. A sidecar may be touching its whole buffer for the first time."""
 
 
 class Reconnector(threading.Thread):
-    """Connects, watches for the end of the connection, connects again."""
+    """Connects, watches for the end of the connection, and connects again."""
 
     def __init__(self, path: str, hello: Hello, pauses: Pauses, logger: logging.Logger) -> None:
         super().__init__(name="pd-sidecar-link", daemon=True)
@@ -44,24 +44,25 @@ class Reconnector(threading.Thread):
         self._lock = threading.Lock()
         self._offered: Connection | None = None
         self._stand_in: Connection | None = None
-        """While the sidecar and this engine do not fit: tells it why nothing is moved."""
+        """A connection for the time in which sidecar and engine do not fit. It tells the sidecar why nothing is moved.
+        """
         self._stopping = threading.Event()
-        # Its end wakes the thread wherever it sleeps.
+        # `stop` closes one end, which wakes the thread wherever it sleeps.
         self._wake_read, self._wake_write = socket.socketpair()
 
     def take(self) -> Connection | None:
-        """Hands over the newest connection, once."""
+        """Returns the newest connection, once."""
         with self._lock:
             connection, self._offered = self._offered, None
             self.connected.clear()
         return connection
 
     def offers_another(self) -> bool:
-        """There is a newer connection than the one that was taken."""
+        """Returns true if there is a newer connection than the one that `take` returned last."""
         return self._offered is not None
 
     def stop(self) -> None:
-        """Ends the thread. A greeting under way is waited for by nobody."""
+        """Ends the thread. Does not wait for a greeting under way."""
         self._stopping.set()
         self._wake_write.close()
 
@@ -76,7 +77,7 @@ class Reconnector(threading.Thread):
             pause = self._pauses.first
             self._stand_in = None
             if not self._hello.unmoved:
-                # Otherwise it is only kept: nothing is ever sent over it.
+                # The connection of an engine that moves nothing only stays open: no message follows the greeting.
                 with self._lock:
                     self._offered = connection
                     self.connected.set()
@@ -89,7 +90,7 @@ class Reconnector(threading.Thread):
         self._wake_read.close()
 
     def _connect(self, pause: float) -> tuple[Connection | None, float]:
-        """A connection, or how long to wait before the next attempt."""
+        """Returns a connection, or the seconds to wait before the next attempt."""
         try:
             connection = Connection.open(self._path, self._hello, self._pauses.greeting)
         except RefusedError as error:
@@ -117,11 +118,11 @@ class Reconnector(threading.Thread):
         return connection, 0.0
 
     def _stand_in_for(self, why: str) -> None:
-        """Keeps the sidecar ready while nothing is moved: the proxy goes on using this engine."""
+        """Keeps the sidecar ready while nothing is moved, so that the proxy continues to use this engine."""
         if self._stand_in is not None or self._hello.unmoved:
             return
         hello = self._hello.as_unmoved(why)
-        # A sidecar that does not know such engines, or has no such rank, refuses this one too.
+        # A sidecar that does not know such engines, or has no such rank, refuses this greeting as well.
         with contextlib.suppress(RefusedError, WireError, OSError, ValueError):
             self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 
@@ -132,7 +133,7 @@ class Reconnector(threading.Thread):
             self._logger.warning("%s; requests are computed without transfer until this ends", failure)
 
     def _watch(self, connection: Connection) -> None:
-        """Returns when the connection has ended. Reads nothing of it."""
+        """Returns when the connection has ended. Does not read from it."""
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLRDHUP)
         poller.register(self._wake_read, select.POLLIN)
@@ -146,5 +147,5 @@ class Reconnector(threading.Thread):
             poller.register(stand_in.fileno(), select.POLLRDHUP)
         woken = [fd for fd, _ in poller.poll(seconds * 1000)]
         if stand_in is not None and stand_in.fileno() in woken:
-            # It has gone: its successor may fit.
+            # The sidecar has ended. A new one may accept this engine.
             self._stand_in = None

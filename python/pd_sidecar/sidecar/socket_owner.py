@@ -1,7 +1,6 @@
-"""Checks that a socket belongs to this user's sidecar, before anything is said or shown over it.
+"""Checks that a socket belongs to this user's sidecar, before the engine sends or maps anything.
 
-The default folder has a predictable name in /tmp, where any user of the host may have made it
-first.
+The default folder has a predictable name in /tmp. Any user of the host may have made it first.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 def check_folder(path: str) -> None:
-    """Checks that nobody else can replace the socket at `path`.
+    """Checks that no other user can replace the socket at `path`.
 
     Raises `PermissionError`, which names the folder, its owner, its mode and the cure.
     """
@@ -24,8 +23,8 @@ def check_folder(path: str) -> None:
         links.append(folder.stat())
     for found in links:
         trusted = found.st_uid in (0, os.geteuid())
-        # A link has no mode of its own, and the sticky bit of root's /tmp keeps other users from
-        # what is not theirs.
+        # A symbolic link has no mode of its own. The sticky bit of root's /tmp keeps users from replacing files of
+        # others.
         open_to_all = not stat.S_ISLNK(found.st_mode) and found.st_mode & 0o022
         sticky = found.st_mode & stat.S_ISVTX and found.st_uid == 0
         if not trusted or (open_to_all and not sticky):

@@ -1,7 +1,7 @@
-"""Frames and messages of the local socket, as `protocol/src/local.rs` has them.
+"""Frames and messages of the local socket, as in `protocol/src/local.rs`.
 
-A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
-Unknown keys are ignored, so that either side may be the newer one.
+A frame is a little-endian `u32` length and one msgpack map. The map's key `type` names the message. Each side ignores
+unknown keys, so that either side may be newer.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from unicodedata import category
 import msgspec
 
 VERSION = 1
-"""Version of the protocol that this package speaks."""
+"""The version of the protocol that this package speaks."""
 
 MAX_REASON_CHARACTERS = 500
-"""Of the reason for which an engine moves nothing: the other side refuses texts of 4096 bytes."""
+"""The longest reason for which an engine moves nothing. The sidecar refuses texts of more than 4096 bytes."""
 
 MAX_FRAME_BYTES = 1 << 20
-"""A longer frame is an error: the keys of a request of a million tokens have 600 KB."""
+"""The longest frame. The keys of a request of a million tokens take 600 KB."""
 
 HEADER = struct.Struct("<I")
 
 
 class WireError(Exception):
-    """The other side broke the protocol; the connection is of no further use."""
+    """The other side broke the protocol. The connection is of no further use."""
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The shape of one chunk; see `protocol/src/layout.rs`."""
+    """The format of one chunk, as in `protocol/src/layout.rs`."""
 
     model: str
     dtype: str
@@ -42,7 +42,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a full chunk: the size of a slot. Raises `KeyError` for an unknown dtype."""
+        """The bytes of a full chunk, which is the size of a slot. Raises `KeyError` for an unknown dtype."""
         planes = 1 if self.mla else 2
         width = self.kv_heads * self.head_size * ELEMENT_BYTES[self.dtype]
         return planes * self.layers * self.chunk_tokens * width
@@ -58,7 +58,7 @@ ELEMENT_BYTES = {
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The init and alloc address of one receiver rank."""
+    """The init and alloc addresses of one receiver rank."""
 
     host: str
     init_port: int
@@ -80,22 +80,22 @@ class Hello(_Message, omit_defaults=True):
     layout: Layout
     device: str | None = None  # UUID of this engine's GPU
     events: list[bytes] = []  # CUDA IPC handles of events on it
-    unmoved: str = ""  # why this engine moves no KV; then `layout` says only the model
+    unmoved: str = ""  # why this engine moves no KV; `layout` then contains only the model
 
     @classmethod
     def of_unmoved(cls, engine: str, role: str, rank: int, world_size: int, model: str, why: str) -> Hello:
-        """The greeting of an engine that computes every prompt itself, because of `why`."""
+        """Returns the greeting of an engine that moves no KV, with the reason."""
         layout = Layout(model, "", 0, 0, 0, mla=False, chunk_tokens=0)
         return cls(VERSION, engine, role, rank, world_size, layout, unmoved=_line(why))
 
     def as_unmoved(self, why: str) -> Hello:
-        """The same engine's greeting once it moves no KV, because of `why`."""
+        """Returns the same engine's greeting for the time in which it moves no KV, with the reason."""
         model = self.layout.model
         return self.of_unmoved(self.engine, self.role, self.rank, self.world_size, model, why)
 
 
 class Reserve(_Message):
-    """Prefill: computing has begun; asks for room for these chunks at `to`."""
+    """Prefill: the engine starts to compute the request, and asks for room for these chunks at `to`."""
 
     req: str
     to: Target
@@ -106,38 +106,38 @@ class Reserve(_Message):
 
 
 class Computing(_Message):
-    """Prefill: tokens `[0, upto)` will have been computed at the end of this step."""
+    """Prefill: tokens `[0, upto)` will be computed at the end of this step."""
 
     req: str
     upto: int
 
 
 class LayersStaged(msgspec.Struct, frozen=True):
-    """The layers before `below`, from the range before on, are complete once `event` has fired."""
+    """The layers from the previous range's end up to `below` are complete when `event` has fired."""
 
     below: int
     event: int
 
 
 class Staged(_Message, omit_defaults=True):
-    """Prefill: these chunks stand in their granted slots, complete once `event` has fired."""
+    """Prefill: these chunks are in their granted slots, complete when `event` has fired."""
 
     req: str
     chunks: list[int]
     gather_us: int = 0
     event: int | None = None
     layers: list[LayersStaged] = []
-    """The same by ranges of layers; the last one is the whole."""
+    """The same chunks by ranges of layers. The last range ends with the last layer."""
 
 
 class Cancel(_Message):
-    """Prefill: the request ends here; no slot of it is touched any more."""
+    """Prefill: the request ends here. The engine no longer touches its slots."""
 
     req: str
 
 
 class Await(_Message):
-    """Decode: the request is parked, with its KV blocks allocated, and waits for these chunks."""
+    """Decode: the request is parked with its KV blocks allocated, and waits for these chunks."""
 
     req: str
     keys: list[str]
@@ -148,7 +148,7 @@ class Await(_Message):
 
 
 class Release(_Message):
-    """Decode: these chunks have been read."""
+    """Decode: the engine has read these chunks."""
 
     req: str
     chunks: list[int]
@@ -156,13 +156,13 @@ class Release(_Message):
 
 
 class Abort(_Message):
-    """Decode: the request is not wanted any more; no slot of it is read after this."""
+    """Decode: the engine no longer wants the request, and reads none of its slots after this message."""
 
     req: str
 
 
 class CudaMemory(msgspec.Struct, frozen=True):
-    """A buffer in GPU memory, as another process opens it."""
+    """A buffer in GPU memory, with the handle by which another process opens it."""
 
     uuid: str
     handle: bytes
@@ -170,7 +170,7 @@ class CudaMemory(msgspec.Struct, frozen=True):
 
 
 class Welcome(_Message, omit_defaults=True):
-    """The connection stands; the buffer's descriptor comes with this frame, or its handle in it."""
+    """The sidecar accepts the connection. The buffer's descriptor comes with this frame, or its handle in it."""
 
     v: int
     id: str
@@ -183,14 +183,14 @@ class Welcome(_Message, omit_defaults=True):
 
 
 class Refused(_Message):
-    """The connection is refused and closed."""
+    """The sidecar refuses the connection and closes it."""
 
     reason: str
     text: str
 
 
 class Granted(_Message, omit_defaults=True):
-    """Prefill: gather these chunks into these slots, then say `Staged`."""
+    """Prefill: the engine may gather these chunks into these slots, and then sends `Staged`."""
 
     req: str
     have_tokens: int
@@ -200,7 +200,7 @@ class Granted(_Message, omit_defaults=True):
 
 
 class Ready(_Message):
-    """Decode: these chunks may be read. The chunk that contains `first_token` begins there."""
+    """Decode: the engine may read these chunks. The chunk that contains `first_token` begins there."""
 
     req: str
     first_token: int
@@ -209,7 +209,7 @@ class Ready(_Message):
 
 
 class Ended(_Message):
-    """The request's end on this connection; `reason` is absent if every wanted chunk arrived."""
+    """The sidecar's last message about a request. `reason` is absent if every wanted chunk arrived."""
 
     req: str
     reason: str | None = None
@@ -217,7 +217,7 @@ class Ended(_Message):
 
 
 def _line(text: str) -> str:
-    """The text as a message may carry it: without control characters, and of a bounded length."""
+    """Returns the text in the form that a message allows: without control characters, and of bounded length."""
     printable = "".join(" " if category(c) in ("Cc", "Cs") else c for c in text)
     return printable[:MAX_REASON_CHARACTERS] or "no reason given"
 
@@ -232,9 +232,9 @@ _T = TypeVar("_T")
 
 
 def encode(message: ToSidecar | ToEngine) -> bytes:
-    """The frame of a message.
+    """Encodes a message as a frame.
 
-    Raises `WireError` if it would be longer than the other side accepts.
+    Raises `WireError` if the frame would be longer than the other side accepts.
     """
     body = _ENCODER.encode(message)
     if len(body) > MAX_FRAME_BYTES:
@@ -243,12 +243,12 @@ def encode(message: ToSidecar | ToEngine) -> bytes:
 
 
 def decode_to_engine(body: bytes | bytearray | memoryview) -> ToEngine:
-    """The message that a sidecar sent."""
+    """Decodes a message of a sidecar."""
     return _decode(_TO_ENGINE, body)
 
 
 def decode_to_sidecar(body: bytes | bytearray | memoryview) -> ToSidecar:
-    """The message that an engine sent: for tests that play the sidecar."""
+    """Decodes a message of an engine, for tests that play the sidecar."""
     return _decode(_TO_SIDECAR, body)
 
 
@@ -266,13 +266,13 @@ class FrameBuffer:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Adds what was read from the stream."""
+        """Adds bytes that were read from the stream."""
         self._bytes += data
 
     def first(self) -> tuple[bytes | None, bytes]:
-        """The first frame, if it is complete, and what was read beyond it.
+        """Returns the first frame, if it is complete, and the bytes after it.
 
-        Raises `WireError` as soon as a header announces too much, before any of it is awaited.
+        Raises `WireError` as soon as a header announces a frame that is too long.
         """
         if len(self._bytes) < HEADER.size:
             return None, b""
@@ -285,7 +285,7 @@ class FrameBuffer:
         return bytes(self._bytes[HEADER.size : end]), bytes(self._bytes[end:])
 
     def frames(self) -> list[bytes]:
-        """Takes out the frames that are complete by now. Raises as `first`."""
+        """Removes and returns the frames that are complete. Raises as `first` does."""
         out: list[bytes] = []
         while True:
             body, rest = self.first()

@@ -1,4 +1,4 @@
-"""In the place of a worker whose KV cannot be moved."""
+"""Stands in for a worker whose KV cannot be moved."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = init_logger("vllm.pd_sidecar.worker.disabled")
 
 
 class DisabledWorker:
-    """Fails at once what is asked of it, and tells the sidecars why.
+    """Fails every transfer at once, and tells the sidecars why.
 
-    A sidecar that heard nothing would never be ready, and its proxy would refuse every request
-    although the engine can compute it.
+    A sidecar that hears nothing never becomes ready, and its proxy then refuses every request although the engine can
+    compute it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class DisabledWorker:
             reconnector.start()
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Before the forward."""
+        """Fails the transfers that start in this step."""
         self._sent.update(metadata.finished)
         for start in metadata.load_starts:
             self._stats.add_reason("load_failures", "layout")
@@ -68,20 +68,20 @@ class DisabledWorker:
             self._stats.add_reason("save_failures", "layout")
 
     def layer_computed(self, name: str) -> None:
-        """Within the forward."""
+        """Does nothing: no layer is gathered."""
 
     def computed(self) -> None:
-        """After the forward."""
+        """Does nothing: no chunk is gathered."""
 
     def finish(self) -> tuple[set[str], Results]:
-        """At the end of the step."""
+        """Returns the transfers that failed in this step."""
         sent, self._sent = self._sent, set()
         results, self._results = self._results, Results()
         return sent, results
 
     @property
     def idle_report(self) -> IdleReport:
-        """Tells the scheduler's half that nothing is moved."""
+        """Tells the scheduler's half that this worker moves nothing."""
         return IdleReport(rests=False, unmoved=True)
 
     def close(self) -> None:

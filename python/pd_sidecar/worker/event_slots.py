@@ -1,7 +1,7 @@
-"""Which events the sidecar may still be waiting for.
+"""Tracks for which events the sidecar may still wait.
 
-An event is recorded anew only when every `Staged` that named it was answered: a wait that the
-sidecar has not begun yet would otherwise last until the later gather.
+A gather may record an event again only when the sidecar has answered every `Staged` that named it. If it did so
+earlier, a wait that the sidecar has not started would last until the later gather.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EventSlots:
-    """Numbers of events, each with the requests whose chunks it stands for."""
+    """The numbers of the events, each with the requests that use it."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))
@@ -21,11 +21,11 @@ class EventSlots:
 
     @property
     def free(self) -> int:
-        """How many nobody waits for."""
+        """The number of events that no request uses."""
         return len(self._free)
 
     def take(self, reqs: set[str]) -> int | None:
-        """An event that nobody waits for, from now on taken by these requests."""
+        """Returns a free event and gives it to these requests. Returns `None` if there is none."""
         if not self._free:
             return None
         event = self._free.pop()
@@ -33,13 +33,13 @@ class EventSlots:
         return event
 
     def put_back(self, events: Iterable[int]) -> None:
-        """The sidecar was not told of these."""
+        """Frees events that no message to the sidecar has named."""
         for event in events:
             if self._waiting.pop(event, None) is not None:
                 self._free.append(event)
 
     def ended(self, req: str) -> None:
-        """The sidecar has said its last word on a request."""
+        """Frees the request's events after the sidecar's last message about it."""
         for event, reqs in list(self._waiting.items()):
             reqs.discard(req)
             if not reqs:
@@ -47,6 +47,6 @@ class EventSlots:
                 self._free.append(event)
 
     def reset(self) -> None:
-        """The sidecar is gone, and its waits with it."""
+        """Frees all events: the sidecar is gone, and its waits with it."""
         self._free += self._waiting
         self._waiting.clear()

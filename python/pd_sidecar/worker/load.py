@@ -1,10 +1,9 @@
-"""The decode worker: scatters chunks that have arrived into the pages of parked requests.
+"""Scatters the chunks that have arrived at a decode worker into the pages of parked requests.
 
-Every parked request is reported exactly once, whatever becomes of it. A loaded one is reported when
-its last chunk has arrived in a slot: what the engine computes from the next step on is ordered
-behind the scatter (`begin`, `Device.hold`), so that the engine's way to that step and the scatter
-take place at the same time. One that failed is reported when nothing of this worker writes into its
-blocks any more.
+The worker reports every parked request exactly once. It reports a loaded request when the last chunk has arrived in a
+slot, before the scatter is over: `begin` and `Device.hold` order the next step's computing behind the scatter. So the
+engine prepares that step while the scatter runs. The worker reports a failed request only when it no longer writes into
+the request's blocks.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Incoming:
     table: torch.Tensor
     began: float
     mark: Mark
-    """Behind whatever may still write to its blocks."""
+    """The mark behind all engine work that may still write to the request's blocks."""
     missing: set[int]
-    """Chunks that are wanted and have not come yet."""
+    """The wanted chunks that have not arrived."""
     arrived: int = 0
-    """Chunks in slots that are not being scattered yet."""
+    """The number of chunks that are in slots and whose scatter has not started."""
     scattering: int = 0
     scatter_seconds: float = 0.0
     failure: str | None = None
@@ -54,7 +53,7 @@ class Incoming:
 
 @dataclass(frozen=True)
 class _Scatter:
-    """Chunks on their way into pages."""
+    """A scatter that is under way."""
 
     fence: Fence
     incoming: Incoming
@@ -63,20 +62,20 @@ class _Scatter:
 
 @dataclass
 class Results:
-    """Requests to be reported to the scheduler."""
+    """The requests that the worker reports to the scheduler."""
 
     received: set[str] = field(default_factory=set)
     failed: dict[str, list[int]] = field(default_factory=dict)
-    """Those of `received` whose KV is not complete, each with the blocks that lack it."""
+    """The requests of `received` whose KV is incomplete, each with the blocks that lack KV."""
 
     @property
     def invalid_blocks(self) -> set[int]:
-        """For versions of vLLM that know failures by block only."""
+        """All blocks of `failed`. Some versions of vLLM, 0.24 for one, take failures by block only."""
         return {block for blocks in self.failed.values() for block in blocks}
 
 
 class Receiver:
-    """All parked requests of this worker."""
+    """Loads all parked requests of one rank of this worker."""
 
     def __init__(self, rank: Rank, device: Device, client: Client, stats: Stats) -> None:
         self._rank = rank
@@ -90,8 +89,8 @@ class Receiver:
         self._scatters: list[_Scatter] = []
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Asks for what is parked in this step, lets go of what was aborted."""
-        # The step may use, or write to, blocks of what was reported when it arrived.
+        """Asks the sidecar for the requests that this step parks, and gives up the aborted ones."""
+        # This step may read or write blocks of requests that were reported before their scatter.
         self._scatter()
         for scatter in self._scatters:
             self._device.hold(scatter.fence)
@@ -105,12 +104,12 @@ class Receiver:
             self._tell_abort(req)
 
     def connected(self, copier: Copier) -> None:
-        """There is a buffer, another one than before."""
+        """Takes the copier for a new connection, which has a new buffer."""
         self._copier = copier
 
     def lost(self) -> None:
-        """The sidecar is gone, and its slots will not be filled again."""
-        # Of these the engine was told: their slots, which nobody writes to, stay mapped until then.
+        """Fails all requests after the connection has ended: nobody fills their slots any more."""
+        # The engine already counts on the reported requests. Their slots stay mapped, and nobody else writes to them.
         self._ready = [entry for entry in self._ready if entry[0].reported]
         self._scatter()
         self._copier = None
@@ -119,7 +118,7 @@ class Receiver:
             self._fail(incoming, "sidecar_lost")
 
     def ready(self, message: Ready) -> None:
-        """Some chunks may be read."""
+        """Stores the chunks that the sidecar says may be read, and releases those that nobody wants."""
         incoming = self._by_req.get(message.req)
         if incoming is None or incoming.failure is not None:
             self._release(message.req, message.chunks, 0)
@@ -132,7 +131,7 @@ class Receiver:
             if chunk not in incoming.missing:
                 self._release(message.req, [chunk], 0)
             elif begin != wanted:
-                # Packed from a later token than this engine needs.
+                # The chunk starts at a later token than this engine needs.
                 self._give_up(incoming, "bad_chunk")
                 return
             elif begin < end:
@@ -145,20 +144,20 @@ class Receiver:
                 self._release(message.req, [chunk], 0)
 
     def ended(self, message: Ended) -> None:
-        """Nothing more comes for a request."""
+        """Ends a request after the sidecar's last message about it."""
         incoming = self._by_req.get(message.req)
         if incoming is not None and incoming.missing:
-            # Slots that it has shown stay ours until we say so.
+            # The sidecar keeps the slots that it has announced until this side releases them.
             self._give_up(incoming, message.reason or "incomplete")
 
     def move(self) -> bool:
-        """Scatters what is ready. Says whether there was anything."""
+        """Scatters the chunks that have arrived. Returns true if there were any."""
         moved = self._scatter()
         self._settle()
         return moved
 
     def finished(self) -> Results:
-        """Requests that are loaded, or will not be; each is named once."""
+        """Returns the requests that are loaded or have failed. Returns each request once."""
         now = time.monotonic()
         results = Results()
         for engine_id, incoming in list(self._by_engine_id.items()):
@@ -182,17 +181,17 @@ class Receiver:
 
     @property
     def is_waiting(self) -> bool:
-        """A word of the sidecar would be of use."""
+        """True while a request waits for a message of the sidecar."""
         return bool(self._by_engine_id)
 
     @property
     def has_part_in_steps(self) -> bool:
-        """What is computed next has to come after a scatter."""
+        """True if the next step's computing must wait for a scatter."""
         return bool(self._ready or self._scatters)
 
     @property
     def is_moving(self) -> bool:
-        """A scatter is under way, whose slots others wait for."""
+        """True while a scatter is under way and the sidecar waits for its slots."""
         return bool(self._scatters)
 
     def _await(self, start: LoadStart, mark: Mark) -> None:
@@ -221,7 +220,7 @@ class Receiver:
             self._fail(incoming, "too_large")
 
     def _scatter(self) -> bool:
-        """Launches what is ready. Says whether there was anything."""
+        """Launches a scatter of the chunks that have arrived. Returns true if there were any."""
         ready = [entry for entry in self._ready if entry[0].failure is None]
         if not ready or self._copier is None:
             self._ready.clear()
@@ -235,12 +234,12 @@ class Receiver:
             incoming.arrived -= len(of_request)
             incoming.scattering += 1
             self._scatters.append(_Scatter(fence, incoming, of_request))
-        # Not before: whoever looks without the lock finds each in one list or the other.
+        # Clear the list only now: a reader without the lock must find each chunk in one of the two lists.
         self._ready.clear()
         return True
 
     def _settle(self) -> None:
-        """Gives back the slots of scatters that are over."""
+        """Releases the slots of finished scatters."""
         under_way: list[_Scatter] = []
         for scatter in self._scatters:
             if not scatter.fence.done():
@@ -270,7 +269,7 @@ class Receiver:
         self._stats.add("load_bytes", size)
         self._stats.add("load_seconds", parked)
         self._stats.add("scatter_seconds", seconds)
-        # Its beginning is what people of LMCache look for, and what they have scripts for.
+        # Users of LMCache search their logs for this line's beginning, so its words must stay.
         logger.info(
             "[req_id=%s] Retrieved %d out of %d required tokens (from %d total tokens). "
             "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; scatter %.4f ms (%.1f GB/s)",
@@ -286,7 +285,7 @@ class Receiver:
         )
 
     def _give_up(self, incoming: Incoming, reason: str) -> None:
-        """Ends a request from this side. The sidecar is told when no scatter is under way."""
+        """Ends a request from this side. `finished` tells the sidecar when no scatter is under way."""
         if incoming.failure is None:
             self._fail(incoming, reason)
             incoming.owes_abort = True
@@ -295,7 +294,7 @@ class Receiver:
         try:
             self._client.abort(req)
         except NotConnectedError:
-            return  # its end of stream says the same
+            return  # the sidecar sees the end of the connection
 
     def _fail(self, incoming: Incoming, reason: str) -> None:
         if incoming.failure is not None:

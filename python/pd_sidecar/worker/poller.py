@@ -19,7 +19,7 @@ logger = init_logger("vllm.pd_sidecar.worker.poller")
 
 
 class PolledWorker(Protocol):
-    """The worker, as the thread uses it. Its methods may be called from any thread."""
+    """The interface of the worker that the thread uses. Any thread may call its methods."""
 
     def enter(self) -> None:
         """Prepares the calling thread for moves."""
@@ -29,7 +29,7 @@ class PolledWorker(Protocol):
         ...
 
     def move(self) -> bool:
-        """Reads, and launches all moves that are possible. Returns true if it launched any."""
+        """Reads, and launches all moves that are possible. Returns true if there were any."""
         ...
 
     def collect(self) -> bool:
@@ -48,12 +48,12 @@ class PolledWorker(Protocol):
 
     @property
     def clients(self) -> Sequence[Client]:
-        """The worker's connections."""
+        """The connections to the sidecars."""
         ...
 
 
 class Poller(threading.Thread):
-    """Moves what can be moved as soon as a sidecar says so."""
+    """Launches moves as soon as a sidecar's message allows them."""
 
     def __init__(self, worker: PolledWorker) -> None:
         super().__init__(name="pd-sidecar-pump", daemon=True)
@@ -63,12 +63,12 @@ class Poller(threading.Thread):
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def wait(self, timeout_s: float) -> None:
-        """For the engine's thread: returns when there is something to report, or after the time."""
+        """Returns when there is something to report, or after the timeout. The engine's thread calls it."""
         self._news.wait(timeout_s)
         self._news.clear()
 
     def wake(self) -> None:
-        """There is a move whose end is to be watched for."""
+        """Wakes the thread so that it watches for the end of a move."""
         if threading.current_thread() is not self:
             os.eventfd_write(self._wake, 1)
 
@@ -83,7 +83,7 @@ class Poller(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                # What has arrived is told first: a launch takes as long as the engine's next pause.
+                # Report arrivals first: a launch takes as long as the engine's next pause, and would delay them.
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
@@ -92,12 +92,12 @@ class Poller(threading.Thread):
                 if self._worker.collect():
                     self._news.set()
         except Exception:
-            # The engine's thread moves in every step, too: it meets the same, and raises it there.
+            # The engine's thread also moves in every step. It meets the same error and raises it there.
             logger.exception("KV is moved between the engine's steps only from now on")
 
     def _sleep(self) -> None:
         with self._worker.lock:
-            # Kept here: a descriptor must not be closed, and given to another, while it is polled.
+            # Keep the connections alive: a closed descriptor could be given to another file while this thread polls it.
             connections = [c.connection for c in self._worker.clients if c.connected]
             moving = self._worker.is_moving
         poller = select.poll()
@@ -109,11 +109,12 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Between two looks at a move: the slots of a scatter are free so much later. The engine's thread,
-which may be on its way to the step that uses it, takes turns with this one."""
+"""Seconds between two checks of a move. A scatter's slots become free that much later. The engine's thread needs the
+lock too, for the step that uses the move.
+"""
 YIELD_S = 50e-6
-"""For the engine's thread to wake up in, before this one is busy launching."""
+"""Seconds in which the engine's thread can wake up before this one is busy with a launch."""
 LONGEST_S = 0.05
-"""Between two looks at connections that are being made."""
+"""Seconds between two checks of connections that are not made yet."""
 STOP_S = 1.0
-"""For a thread that only launches."""
+"""Seconds that `stop` waits for a thread that only launches."""

@@ -1,7 +1,7 @@
-"""The prefill worker: gathers computed chunks into granted slots.
+"""Gathers the chunks that a prefill worker has computed into the slots that the sidecar granted.
 
-Slots may be granted late, a few at a time, or never; a finished request therefore keeps its blocks
-until every wanted chunk is staged, the sidecar said that it is over, or `save_deadline_ms` passed.
+A grant may come late, for a few chunks at a time, or never. A finished request therefore keeps its blocks until one of
+three things happens: every wanted chunk is staged, the sidecar has sent `Ended`, or `save_deadline_ms` has passed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = init_logger("vllm.pd_sidecar.worker.push")
 
 
 class Sender:
-    """All requests that leave this worker."""
+    """Pushes all requests of one rank of this worker."""
 
     def __init__(self, rank: Rank, device: Device, client: Client, stats: Stats) -> None:
         self._rank = rank
@@ -49,19 +49,19 @@ class Sender:
         self._stats = stats
         self._event_slots = EventSlots(len(device.events))
         self._computed: list[Mark] = []
-        """Behind all that is computed of `Outgoing.computed`."""
+        """The mark behind the forward that computed the tokens of `Outgoing.computed`."""
         self._layered: LayeredGather | None = None
         self._below = 0
-        """Layers of the step that is being launched, as far as it is."""
+        """The number of layers of the current step that the engine has launched so far."""
         self._is_last = False
-        """The engine has launched nothing after it."""
+        """True while the engine has launched no work after that mark."""
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
         self._gathers: list[Gather] = []
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Before the forward: blocks that were taken away are let go of, new work is announced."""
+        """Runs before the forward: releases the blocks that the scheduler took away, and announces new work."""
         self._is_last = self._is_last and metadata.idle
         for engine_id in metadata.preempted:
             if outgoing := self._by_engine_id.get(engine_id):
@@ -86,11 +86,12 @@ class Sender:
                 outgoing.held_since = time.monotonic()
 
     def layers_computed(self, below: int) -> None:
-        """Within the forward: so many layers of this step are computed, or will be."""
+        """Runs within the forward, when the engine has launched the layers before `below`."""
         if not self._by_engine_id:
             return
         if below <= self._below:
-            # A step in several forwards: what was gathered of these layers is not all of it.
+            # The engine runs this step in several forwards. The layers gathered so far hold only the first forward's
+            # tokens.
             self._end_layered()
             self._below = self._rank.layers
             return
@@ -100,7 +101,7 @@ class Sender:
         self._gather_below(below)
 
     def computed(self) -> None:
-        """After the forward: what was to be computed in this step is computed, or will be."""
+        """Runs after the forward, when the engine has launched the whole step."""
         self._below = 0
         if self._gather_below(self._rank.layers) and (layered := self._layered) is not None:
             self._layered = None
@@ -117,11 +118,11 @@ class Sender:
             outgoing.computed = outgoing.upto
 
     def connected(self, copier: Copier) -> None:
-        """There is a buffer, another one than before."""
+        """Takes the copier for a new connection, which has a new buffer."""
         self._copier = copier
 
     def lost(self) -> None:
-        """The sidecar is gone, and every slot with it."""
+        """Fails all requests after the connection has ended: the slots went with it."""
         self._end_layered()
         self._copier = None
         self._event_slots.reset()
@@ -129,19 +130,19 @@ class Sender:
             self._fail(outgoing, "sidecar_lost")
 
     def granted(self, message: Granted) -> None:
-        """Some chunks have slots now."""
+        """Stores the slots that the sidecar granted for a request."""
         outgoing = self._by_req.get(message.req)
         if outgoing is None or outgoing.over:
-            return  # crossed with our Cancel
+            return  # The grant crossed with our `Cancel`.
         outgoing.have_tokens = message.have_tokens
         outgoing.by_layers |= message.layers
         outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
 
     def ended(self, message: Ended) -> None:
-        """The sidecar wants no more of a request."""
+        """Ends a request after the sidecar's last message about it."""
         outgoing = self._by_req.get(message.req)
         if self._layered is not None and outgoing in self._layered.outgoings:
-            # Before its events are taken for others.
+            # First release the request's layered gather; then its events may serve another request.
             self._end_layered()
         self._event_slots.ended(message.req)
         if outgoing is None:
@@ -149,10 +150,10 @@ class Sender:
         if message.reason is not None:
             self._fail(outgoing, message.reason)
         elif not self._is_staged(outgoing):
-            outgoing.over = True  # the other side wants nothing of it
+            outgoing.over = True  # the receiver wants none of the chunks
 
     def move(self) -> bool:
-        """Gathers what has both a slot and its tokens. Says whether there was anything."""
+        """Gathers each chunk that has a slot and all its tokens. Returns true if there were any."""
         complete = self._complete(lambda outgoing: outgoing.computed)
         if self._copier is not None:
             size = len(complete) or 1
@@ -164,7 +165,7 @@ class Sender:
         return bool(complete)
 
     def finished(self) -> set[str]:
-        """Requests whose blocks may be freed; each is named once."""
+        """Returns the requests whose blocks may be freed. Returns each request once."""
         now = time.monotonic()
         out: set[str] = set()
         for engine_id, outgoing in list(self._by_engine_id.items()):
@@ -183,18 +184,18 @@ class Sender:
 
     @property
     def is_waiting(self) -> bool:
-        """A word of the sidecar, or the end of a gather, would be of use."""
-        # Looked at without the lock: a copy, which the other thread cannot change meanwhile.
+        """True while a request waits for a message of the sidecar or for the end of a gather."""
+        # This runs without the lock. The copy cannot change while the other thread adds or removes a request.
         return any(not o.over or o.gathering for o in list(self._by_engine_id.values()))
 
     @property
     def has_part_in_steps(self) -> bool:
-        """What is computed next may be wanted elsewhere."""
+        """True if the next step may compute tokens that this rank pushes."""
         return bool(self._by_engine_id)
 
     @property
     def is_moving(self) -> bool:
-        """A gather is under way that the sidecar does not know of."""
+        """True while a gather is under way and the sidecar does not wait for its event."""
         return any(not gather.signalled for gather in self._gathers)
 
     def _step(self, step: PushStep) -> None:
@@ -204,7 +205,7 @@ class Sender:
         outgoing.table = step.blocks if step.replace else outgoing.table + step.blocks
         outgoing.table_tensor = None
         if step.replace:
-            # Computed tokens of the new table (a prefix hit) count from the end of this step on.
+            # A new table may start with a prefix hit. Those tokens count as computed only when this step is over.
             outgoing.computed = 0
         outgoing.upto = step.upto
         if outgoing.over or step.upto <= outgoing.announced:
@@ -221,14 +222,14 @@ class Sender:
         outgoing.announced = step.upto
 
     def _decline(self, start: PushStart) -> None:
-        """Nothing of a request is moved: the proxy gets a word for each of its ports."""
+        """Tells the sidecar to send the proxy a notification for each port, although nothing is pushed."""
         ports = list(zip(start.init_ports, start.alloc_ports, strict=True))
         for init_port, alloc_port in ports[self._rank.index :: self._rank.world_size]:
             target = Target(start.host, init_port, alloc_port)
             try:
                 self._client.reserve(start.req, target, [], tokens=start.tokens, upto=0)
             except NotConnectedError:
-                return  # no sidecar, no word
+                return  # without a sidecar nobody can notify the proxy
 
     def _reserve(self, outgoing: Outgoing, upto: int) -> None:
         start, rank = outgoing.start, self._rank
@@ -256,7 +257,7 @@ class Sender:
         signal: int | None,
         layers: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Tells the sidecar of a gather whose end it can wait for by itself."""
+        """Records a gather, and tells the sidecar of it if the gather has an event."""
         chunks: dict[str, list[Entry]] = {}
         for entry in entries:
             chunks.setdefault(entry.outgoing.start.engine_id, []).append(entry)
@@ -270,13 +271,15 @@ class Sender:
                 self._tell_staged(gather, 0.0, signal, layers)
 
     def _start_layered(self) -> LayeredGather | None:
-        """What this step completes of requests that are gathered by layers, if there is any."""
+        """Starts a gather by ranges of layers for the chunks that this step completes. Returns `None` if there are
+        none.
+        """
         always = self._rank.by_layers
         entries = [
             entry
             for entry in self._complete(lambda outgoing: outgoing.upto)
             if (always or entry.outgoing.by_layers)
-            # What was complete before need not wait for this step's last layers.
+            # Chunks that an earlier step completed do not have to wait for this step's last layers.
             and entry.piece.tokens[1] > entry.outgoing.computed
         ]
         if self._copier is None or not entries or self._event_slots.free < SPARE_EVENTS:
@@ -291,7 +294,7 @@ class Sender:
         return layered
 
     def _gather_below(self, below: int) -> bool:
-        """Goes on with what is gathered by layers. Says whether there is any."""
+        """Gathers the next range of layers. Returns true if a layered gather is under way."""
         if (layered := self._layered) is None:
             return False
         requests = layered.outgoings
@@ -306,12 +309,12 @@ class Sender:
         return True
 
     def _end_layered(self) -> None:
-        """Chunks of which the sidecar was told nothing are gathered as a whole after the step."""
+        """Gives up the layered gather, of which the sidecar knows nothing. The step's end gathers its chunks whole."""
         if (layered := self._layered) is None:
             return
         self._layered = None
         if layered.ranges:
-            # Its ranges are on their way all the same.
+            # The GPU still copies these ranges, so the blocks must not be reused before the fence.
             fence = layered.layered_copy.fence
             self._gathers += [Gather(fence, outgoing, [], True) for outgoing in layered.outgoings]
         else:
@@ -323,7 +326,7 @@ class Sender:
                 entry.outgoing.slots[entry.chunk] = entry.piece.slot
 
     def _complete(self, upto: Callable[[Outgoing], int]) -> list[Entry]:
-        """The chunks that have a slot, of so many tokens of each request."""
+        """Returns the chunks that have a slot and lie within the first `upto` tokens of their request."""
         complete = []
         for outgoing in self._by_engine_id.values():
             if outgoing.over or outgoing.have_tokens is None:
@@ -339,7 +342,7 @@ class Sender:
         return complete
 
     def _settle(self) -> None:
-        """Tells the sidecar of gathers that are over, unless it knew before."""
+        """Tells the sidecar of finished gathers, except of those with an event, which the sidecar knows already."""
         under_way: list[Gather] = []
         for gather in self._gathers:
             if not gather.fence.done():
@@ -377,7 +380,7 @@ class Sender:
             self._fail(outgoing, "sidecar_lost")
 
     def _hold(self, outgoing: Outgoing) -> None:
-        """The request's blocks belong to others from now on: those come after its gathers."""
+        """Makes later engine work wait for the request's gathers, because its blocks now belong to other requests."""
         for gather in self._gathers:
             if gather.outgoing is outgoing:
                 self._device.hold(gather.fence)
@@ -397,7 +400,7 @@ class Sender:
         self._stats.add("save_bytes", size)
         self._stats.add("gather_seconds", seconds)
         took = time.monotonic() - outgoing.began
-        # Its beginning is what people of LMCache look for, and what they have scripts for.
+        # Users of LMCache search their logs for this line's beginning, so its words must stay.
         logger.info(
             "[req_id=%s] Stored %d out of total %d tokens. size: %.4f GB, cost %.4f ms, "
             "throughput: %.4f GB/s; parts: %d chunks, gather %.4f ms (%.1f GB/s)",
@@ -413,7 +416,7 @@ class Sender:
         )
 
     def _give_up(self, outgoing: Outgoing, reason: str) -> None:
-        """Ends a request from this side. The sidecar is told when no gather is under way."""
+        """Ends a request from this side. `finished` tells the sidecar when no gather is under way."""
         if not outgoing.over:
             self._fail(outgoing, reason)
             outgoing.owes_cancel = True
@@ -423,7 +426,7 @@ class Sender:
         try:
             self._client.cancel(outgoing.start.req)
         except NotConnectedError:
-            return  # its end of stream says the same
+            return  # the sidecar sees the end of the connection
 
     def _fail(self, outgoing: Outgoing, reason: str) -> None:
         if outgoing.over:
@@ -445,8 +448,10 @@ class Sender:
 
 
 SPARE_EVENTS = 16
-"""A step is gathered by layers only while there are so many events: it takes up to six, and has to
-be gathered once more if it runs out of them."""
+"""The number of free events that a layered gather needs. A step takes up to six; if they run out, the chunks must be
+gathered again after the step.
+"""
 GATHER_TOKENS = 2048
-"""Of one gather that goes on after its launch: while the next part is gathered this one is pushed,
-and scattered. 256 MiB of an 8B model: with less the wire would not reach its speed."""
+"""The most tokens of one gather. The sidecar pushes one part while the GPU gathers the next. 2048 tokens of an 8B model
+are 256 MiB; smaller parts do not reach the link's speed.
+"""

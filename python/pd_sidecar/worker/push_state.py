@@ -1,4 +1,4 @@
-"""What the prefill worker knows of a request that leaves it, and of its gathers."""
+"""The state of a request whose KV a prefill worker pushes, and of its gathers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Outgoing:
     table: list[int] = field(default_factory=list)
     table_tensor: torch.Tensor | None = None
     computed: int = 0
-    """Tokens whose KV stands in the blocks of the table."""
+    """The tokens whose KV is in the blocks of the table."""
     upto: int = 0
-    """Tokens whose KV will stand there when the step is over."""
+    """The tokens whose KV will be there when the step is over."""
     announced: int = 0
     have_tokens: int | None = None
     by_layers: bool = False
-    """It would arrive sooner if it was gathered layer by layer."""
+    """True if the sidecar asked for a gather layer by layer, because the KV then arrives sooner."""
     slots: dict[int, int] = field(default_factory=dict)
-    """Granted and not gathered yet: slot by chunk."""
+    """The slot of each chunk that is granted and not gathered yet."""
     staged: set[int] = field(default_factory=set)
     gathering: int = 0
     gather_seconds: float = 0.0
     over: bool = False
-    """Nothing more is wanted of it."""
+    """True once neither the sidecar nor the receiver needs anything more of it."""
     owes_cancel: bool = False
     dropped: bool = False
-    """The engine knows it no more."""
+    """True once the engine has forgotten the request."""
     held_since: float | None = None
-    """The engine is done with it and waits for a word on its blocks."""
+    """The time at which the engine finished the request; the engine holds its blocks until this worker reports it."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +55,36 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayeredGather:
-    """Chunks that are being gathered layer by layer, while they are computed."""
+    """Chunks that are gathered layer by layer while the engine computes them."""
 
     entries: list[Entry]
     layered_copy: LayeredCopy
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    """The layer below which each ends, and its event."""
+    """The ranges gathered so far: the layer before which each ends, and its event."""
 
     @property
     def outgoings(self) -> list[Outgoing]:
-        """The requests, each once."""
+        """The requests of the chunks, each once."""
         return list({id(entry.outgoing): entry.outgoing for entry in self.entries}.values())
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Chunks on their way into slots."""
+    """Chunks of one request on their way into slots."""
 
     fence: Fence
     outgoing: Outgoing
     chunks: list[int]
     signalled: bool
-    """The sidecar knows of them already, and waits for them itself."""
+    """True if the sidecar knows of the gather and waits for its event."""
 
 
 def tokens_of(entries: Iterable[Entry]) -> int:
-    """Of all of them."""
+    """Returns the number of tokens in all entries."""
     return sum(entry.piece.tokens[1] - entry.piece.tokens[0] for entry in entries)
 
 
 def take_slots(entries: Iterable[Entry]) -> None:
-    """They are being gathered."""
+    """Removes the entries' slots from their requests, because their gather starts now."""
     for entry in entries:
         del entry.outgoing.slots[entry.chunk]

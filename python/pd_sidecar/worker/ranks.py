@@ -1,14 +1,14 @@
-"""The ranks that KV is cut into between two engines, and which of them a worker serves.
+"""Splits KV into ranks, and assigns the ranks to the workers.
 
-A rank has keys, a buffer and a pair of ports of its own, in both sidecars. Usually there are as
-many as tensor-parallel workers. Where the two sides differ in those, both cut KV into as many ranks
-as the larger side has workers (`ranks` in the options), and a worker of the smaller side serves
-several, each with its own part of the worker's heads:
+Each rank has its own keys, buffer and pair of ports, in both sidecars. Usually there are as many ranks as
+tensor-parallel workers. If the two sides have different numbers of workers, both split KV into as many ranks as the
+larger side has workers (`ranks` in the options). A worker of the smaller side then serves several ranks, each with a
+part of its heads:
 
     prefill, 1 worker   heads 0 1 2 3        rank 0: heads 0 1 ──▶ worker 0   decode, 2 workers
                                              rank 1: heads 2 3 ──▶ worker 1
 
-So what goes over the wire is what two sides of equal size would exchange.
+So two sides of different size exchange the same messages as two sides of the larger size.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Part:
 
     rank: int
     heads: range | None = None
-    """Of the worker's own heads; None for all of them."""
+    """The rank's part of the worker's own heads; `None` for all of them."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank that a worker serves, and the bounds it keeps to."""
+    """A rank that a worker serves, with its sizes and time limits."""
 
     index: int
     world_size: int
@@ -45,39 +45,39 @@ class Rank:
     save_deadline_s: float
     layers: int
     by_layers: bool
-    """Requests are gathered so whatever the sidecar says, if gathers go on after their launch."""
+    """Gathers by layers whatever the sidecar asks for, on devices where a gather goes on after its launch."""
 
     @property
     def load_limit_s(self) -> float:
-        """When a sidecar that should have said `Ended` is not waited for any longer."""
+        """Seconds after which the worker no longer waits for the sidecar's `Ended`."""
         return self.load_deadline_ms / 1e3 + GRACE_S
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker has of the ranks."""
+    """The ranks that one worker serves."""
 
     ranks: int
     parts: tuple[Part, ...]
-    """Empty for a worker whose heads another one sends."""
+    """Empty for a worker whose heads another worker sends."""
 
 
 @dataclass(frozen=True)
 class TpPartition:
-    """How the KV of one engine is cut. Made by `cut`, which checks it."""
+    """The partition of one engine's KV into ranks. `partition` makes and checks it."""
 
     ranks: int
     workers: int
     heads: int
-    """KV heads of the model; 1 where all workers hold the same (MLA)."""
+    """KV heads of the model; 1 if all workers hold the same KV (MLA)."""
 
     def share(self, worker: int) -> Share:
-        """What a worker serves."""
+        """Returns the ranks that a worker serves."""
         if self.ranks == self.workers:
             return Share(self.ranks, (Part(worker),))
         own = self._heads_of(worker, self.workers)
         if self.ranks < self.workers:
-            # Several workers hold the heads of one rank: the first of them sends.
+            # Several workers hold the heads of one rank: only the first of them sends.
             copies = self.workers // self.ranks
             is_first = worker % copies == 0
             return Share(self.ranks, (Part(worker // copies),) if is_first else ())
@@ -90,19 +90,21 @@ class TpPartition:
         return Share(self.ranks, parts)
 
     def _heads_of(self, index: int, of: int) -> range:
-        """Each has its share; where there are more of them than heads, several have the same."""
+        """Returns the heads of one of `of` parts. If there are fewer heads than parts, several parts hold the same
+        head.
+        """
         first = index * self.heads // of
         return range(first, max(first + 1, (index + 1) * self.heads // of))
 
 
 class RankCounter:
-    """Requests that every rank of a worker has to name before they count."""
+    """Counts how many ranks have finished each request."""
 
     def __init__(self) -> None:
         self._named: Counter[str] = Counter()
 
     def of_all(self, engine_ids: Collection[str], ranks: int) -> set[str]:
-        """One rank names these; those that so many have named by now."""
+        """Counts these requests for one rank. Returns those that `ranks` ranks have finished by now."""
         self._named.update(engine_ids)
         out = {engine_id for engine_id in engine_ids if self._named[engine_id] == ranks}
         for engine_id in out:
@@ -111,7 +113,7 @@ class RankCounter:
 
 
 def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPartition:
-    """Checks that it can be cut so. Raises `ValueError`, whose text says what would be right."""
+    """Makes a partition. Raises `ValueError`, with the values that would be right, if KV cannot be split so."""
     if ranks == workers:
         return TpPartition(ranks, workers, heads)
     what = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
@@ -127,4 +129,6 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
 
 
 GRACE_S = 2.0
-"""A deadline is the sidecar's to keep; this much later it is taken for dead."""
+"""Seconds after a deadline at which the worker takes the sidecar for dead. Until then, the sidecar enforces the
+deadline.
+"""

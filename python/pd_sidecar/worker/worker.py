@@ -1,10 +1,10 @@
-"""The workers' half: one per tensor-parallel worker, with a connection for each rank that it serves
-to each sidecar it uses.
+"""The workers' half of the connector: one object per tensor-parallel worker.
 
-On a GPU the engine's thread launches a step and comes back when it is computed, up to a second
-later. Slots that are granted meanwhile, and chunks that arrive, are the work of a thread beside it
-(`pump`): it launches moves behind the step. No thread stands between a move and the push: events
-keep that order.
+It has one connection per rank that the worker serves and per sidecar that it uses.
+
+On a GPU the engine's thread launches a step and returns up to a second later, when the GPU has computed it. Meanwhile a
+second thread (`poller`) handles new grants and new chunks: it launches their moves behind the step. No thread waits
+between a move and its push: CUDA events keep that order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = init_logger("vllm.pd_sidecar.worker.worker")
 
 @dataclass(frozen=True)
 class Link:
-    """A connection, and which half of the work, and which heads, it is for."""
+    """A connection, with the half of the work and the heads that it serves."""
 
     client: Client
     end: Sender | Receiver
@@ -50,7 +50,7 @@ class Link:
 
 
 class Worker:
-    """Pumps messages between the engine's steps and the sidecars."""
+    """Carries messages between the engine's steps and the sidecars."""
 
     def __init__(
         self,
@@ -74,18 +74,18 @@ class Worker:
         self._sent, self._received = RankCounter(), RankCounter()
         self._pushed: set[str] = set()
         self._loaded = Results()
-        """These two: over, and not reported yet."""
+        """`_pushed` and `_loaded` are done and not reported yet."""
         self._failed: dict[str, list[int]] = {}
-        """Loads that failed for one rank, and may go on for another."""
+        """Loads that failed for one rank and may still be under way for another."""
         self._unsent: set[str] = set()
-        """Of a worker that serves no rank: done as soon as they are over."""
+        """Requests of a worker that serves no rank: they are done as soon as the engine finishes them."""
         self._idle = True
         self._idle_report: IdleReport | None = None
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
         self._results = threading.Lock()
-        """Of what is over: who only asks for that does not wait for a launch."""
+        """Guards only what is done, so that a reader of it does not wait for a launch."""
         self._poller: Poller | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
@@ -95,7 +95,7 @@ class Worker:
             self._range_ends = {geometry.names[below - 1]: below for below in range_ends(layers)}
 
     def _serve(self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool) -> None:
-        """Makes the connections of a rank."""
+        """Makes the connections of one rank."""
         options, ranks = self._options, self._share.ranks
         geometry = self._geometry if part.heads is None else self._geometry.of_heads(part.heads)
         layout = geometry.layout(options.model_name, options.chunk_size)
@@ -113,7 +113,7 @@ class Worker:
             by_layers=options.push == "layers",
         )
         logger.info("rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes)
-        # One for each: the sidecar waits for the events of the connection that made them known.
+        # One device per connection: the sidecar waits for the events that this connection's greeting named.
         device = device_of(geometry, options.chunk_size, signals=producer)
 
         def client(path: str, role: str) -> Client:
@@ -131,7 +131,7 @@ class Worker:
             self._links.append(Link(to_receiver, self._receivers[-1], geometry, device))
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Before the forward."""
+        """Runs before the forward: hands the step to each connection."""
         if self._is_asynchronous and self._poller is None:
             # Not before the first step: until then the engine may be capturing graphs.
             self._poller = Poller(self)
@@ -146,22 +146,22 @@ class Worker:
             if self._producer and not self._senders:
                 self._unsent.update(metadata.finished)
         if self._idle and self._poller is not None:
-            # What this step has ended is named by the thread, which may be asleep.
+            # The poller's thread may be asleep and must report the requests that this step has ended.
             self._poller.wake()
 
     def layer_computed(self, name: str) -> None:
-        """Within the forward, after a layer's attention."""
+        """Runs within the forward, after a layer's attention."""
         below = self._range_ends.get(name)
         if below is not None and any(sender.has_part_in_steps for sender in self._senders):
             with self._lock:
-                # Slots that were granted since the step began.
+                # Take in the slots that were granted since the step began.
                 if self.read() and self._poller is not None:
                     self._poller.wake()
                 for sender in self._senders:
                     sender.layers_computed(below)
 
     def computed(self) -> None:
-        """After the forward."""
+        """Runs after the forward."""
         if not self._senders:
             return
         with self._lock:
@@ -169,7 +169,7 @@ class Worker:
                 sender.computed()
 
     def finish(self) -> tuple[set[str], Results]:
-        """At the end of the step: moves what can be moved, names what is done."""
+        """Ends the step: makes the moves that are possible, and returns the requests that are done."""
         moved = False
         if not self._is_polled or (self._senders and self._has_part_in_steps):
             with self._lock:
@@ -178,13 +178,13 @@ class Worker:
         over = bool(self._pushed or self._loaded.received)
         rests = self._idle and not moved and not over and self._is_waiting
         self._idle_report = IdleReport(rests) if rests or over else None
-        # What was reported last time is acted upon after this step: no time to lose.
+        # After a report, the engine acts on it in the next step; a wait here would delay that.
         if rests and not self._reported and not self._is_asked:
             self._rest()
         with self._results:
             loaded = self._loaded
             if self._is_asked:
-                # vLLM takes failures from here alone; the rest is asked for in a moment.
+                # vLLM takes failures from here alone. The scheduler asks for all other results with `news`.
                 loaded = Results(set(loaded.failed), loaded.failed)
                 self._loaded = Results(self._loaded.received - loaded.received)
                 return set(), loaded
@@ -193,11 +193,11 @@ class Worker:
             return pushed, loaded
 
     def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
-        """Names pushes and loads that are over, for a scheduler in this process.
+        """Returns the pushes and loads that are done, for a scheduler in this process.
 
-        It asks when it has launched a step and looks at the output of the one before. So it knows
-        of a load one step and one pause of the engine's loop earlier than by `finish`, which then
-        names only loads that failed, and waits for nothing: with `rest` that is done here.
+        The scheduler calls it after it has launched a step, when it looks at the previous step's output. It so learns
+        of a load one step and one pause of the engine's loop earlier than from `finish`. `finish` then returns only
+        failed loads and never waits: with `rest` the wait is here.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
@@ -210,20 +210,20 @@ class Worker:
 
     @property
     def idle_report(self) -> IdleReport | None:
-        """Goes with the step's output, so that the scheduler's half is shown it, and asks."""
+        """The report that goes with the step's output. Without one, the scheduler's half does not call `news`."""
         return self._idle_report
 
     def close(self) -> None:
-        """Ends the connections: what they held ends with them."""
+        """Ends the connections, and with them all requests in flight."""
         if self._poller is not None:
             self._poller.stop()
         for link in self._links:
             link.client.close()
 
-    # For the engine's thread and the pump's; one at a time.
+    # The engine's thread and the poller's call these, one at a time.
 
     def read(self) -> bool:
-        """Takes in what the sidecars say. Says whether they said anything."""
+        """Handles the messages of the sidecars. Returns true if there were any."""
         said = False
         with self._lock:
             for link in self._links:
@@ -233,7 +233,7 @@ class Worker:
         return said
 
     def move(self) -> bool:
-        """Reads what has come and moves what can be moved. Says whether anything was."""
+        """Reads, and makes the moves that are possible. Returns true if there were any."""
         with self._lock:
             self.read()
             moved = [link.end.move() for link in self._links]
@@ -242,8 +242,9 @@ class Worker:
             return any(moved)
 
     def collect(self) -> bool:
-        """Notes what all ranks are done with: blocks are freed, and requests resumed, for the
-        worker. Says whether there is anything to report."""
+        """Notes the requests that all ranks have finished: the engine frees blocks per worker, not per rank. Returns
+        true if there is anything to report.
+        """
         with self._lock:
             sent, self._unsent = self._unsent, set()
             for sender in self._senders:
@@ -263,22 +264,22 @@ class Worker:
 
     @property
     def is_moving(self) -> bool:
-        """A move is under way whose end somebody waits for."""
+        """True while a move is under way and someone waits for its end."""
         return any(link.end.is_moving for link in self._links)
 
     def enter(self) -> None:
-        """Makes the calling thread one that may move."""
+        """Prepares the calling thread for moves."""
         for link in self._links:
             link.device.enter()
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by whoever moves."""
+        """The lock that a thread holds while it moves."""
         return self._lock
 
     @property
     def clients(self) -> list[Client]:
-        """The connections."""
+        """The connections to the sidecars."""
         return [link.client for link in self._links]
 
     @property
@@ -291,7 +292,7 @@ class Worker:
 
     @property
     def _is_polled(self) -> bool:
-        """A thread of its own reads and moves; steps are spared what they have no part in."""
+        """True if the poller's thread reads and moves, so that steps without KV to move skip this work."""
         return self._poller is not None and self._poller.is_alive()
 
     @property
@@ -299,7 +300,7 @@ class Worker:
         return not self._idle and any(link.end.has_part_in_steps for link in self._links)
 
     def _rest(self) -> None:
-        """Waits for news, a little. Without this an engine that only waits would spin."""
+        """Waits briefly for news. Without this, an engine that only waits would use a whole core."""
         if self._poller is not None:
             self._poller.wait(self._idle_wait_s)
             return
@@ -335,16 +336,17 @@ class Worker:
 
 
 def _is_one_model(names: Sequence[str]) -> bool:
-    """Whether layers are computed in the order of their names: a draft model's have names of their
-    own, and come after those that they sort before."""
+    """Returns true if the engine computes layers in the order of their names. A draft model's layers sort before the
+    main model's, and the engine computes them after it.
+    """
     return len({re.sub(r"\d+", "", name) for name in names}) == 1
 
 
 def range_ends(layers: int) -> list[int]:
-    """Layers before which a range ends, the last one left out.
+    """Returns the layers before which a range ends, without the last range's end.
 
-    A fast wire needs one cut, so near to the end that what is left after it is soon pushed; one
-    that is slower than the computing has the more time the earlier it gets something to push.
+    A link that is faster than the computing needs one range that ends late, so that little is left to push afterwards.
+    A slower link gains more the earlier it gets the first range.
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)
