@@ -1,4 +1,4 @@
-"""A sidecar's local socket, for unit tests of what speaks to it: real frames, a real memfd."""
+"""Plays a sidecar's local socket for unit tests of its clients, with real frames and a real memfd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE_S = 5.0
 
 
 class FakeSidecar:
-    """Answers every hello, records every message, says what the test tells it to."""
+    """Accepts every greeting, records every message, and sends what the test tells it to send."""
 
     def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None, sealed=True):
         self.path = str(path)
@@ -29,7 +29,7 @@ class FakeSidecar:
         self.sealed = sealed
         self.hellos = []
         self.kept = []
-        """Hellos of engines that move nothing, which are not refused."""
+        """The greetings of engines that move nothing. The sidecar does not refuse them."""
         self.received = queue.Queue()
         self._connections = []
         self._memory = None
@@ -40,7 +40,7 @@ class FakeSidecar:
             threading.Thread(target=self._accept, daemon=True).start()
 
     def next(self, kind=None):
-        """The next message of the engine; of this kind if given."""
+        """Returns the next message of the engine; of this kind if given."""
         message = self.received.get(timeout=PATIENCE_S)
         assert kind is None or isinstance(message, kind), message
         return message
@@ -64,7 +64,7 @@ class FakeSidecar:
         assert os.pwrite(self._memory, data, slot * self.slot_bytes) == len(data)
 
     def stop(self):
-        """As if killed: every connection ends, nobody listens."""
+        """Ends every connection and the listener, as if the sidecar was killed."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         Path(self.path).unlink()
@@ -86,7 +86,7 @@ class FakeSidecar:
             self.serve(connection, hello)
 
     def serve(self, connection, hello):
-        """One connection, from its hello to its end."""
+        """Serves one connection, from its greeting to its end."""
         self.hellos.append(hello)
         if hello.unmoved:
             self.kept.append(hello)
@@ -117,7 +117,7 @@ class FakeSidecar:
         )
         self._connections.append(connection)
         frame = wire.encode(welcome)
-        # In two parts, to see that the descriptor is kept until the frame is complete.
+        # Send the answer in two parts: the client must keep the descriptor until the frame is complete.
         socket.send_fds(connection, [frame[:7]], [self._memory])
         connection.sendall(frame[7:])
         while (message := _read(connection)) is not None:
@@ -125,14 +125,14 @@ class FakeSidecar:
 
 
 class RankedSidecar(FakeSidecar):
-    """One socket, and a sidecar of its own for each rank that says hello."""
+    """One socket with a fake sidecar for each rank that sends a greeting."""
 
     def __init__(self, path):
         self.ranks = {}
         super().__init__(path)
 
     def serve(self, connection, hello):
-        """By the rank that it is from."""
+        """The fake sidecars by their rank."""
         rank = self.ranks.setdefault(hello.rank, FakeSidecar(None))
         rank.serve(connection, hello)
 
@@ -159,6 +159,6 @@ def _exactly(connection, size):
 
 
 def raw(value):
-    """A frame with any msgpack value in it."""
+    """Returns a frame with any msgpack value in it."""
     body = msgspec.msgpack.encode(value)
     return wire.HEADER.pack(len(body)) + body

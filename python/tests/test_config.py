@@ -1,4 +1,4 @@
-"""The connector's options."""
+"""Tests the connector's options."""
 
 from __future__ import annotations
 

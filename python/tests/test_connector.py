@@ -1,4 +1,4 @@
-"""The connector class as vLLM makes it, without an engine."""
+"""Tests the connector class as vLLM makes it, without an engine."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
 
 
 def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
-    """Its scheduler knows before the first request; a proxy that asks anyway is told why."""
+    """The scheduler learns it before the first request. A proxy that sends one anyway gets the reason."""
     path = tmp_path / "both.sock"
     sidecar = FakeSidecar(path)
     extra = {"sender_socket": str(path), "receiver_socket": str(path)}
@@ -150,7 +150,7 @@ def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
 
 
 def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monkeypatch):
-    """MultiConnector hands handshake data to all its children, and vLLM's refuse what is ours."""
+    """MultiConnector passes handshake data to all its children, and vLLM's connectors refuse ours."""
     vllm_config = config()
     kv = {name: torch.zeros(BLOCKS, 3, BLOCK, 2 * SIZE) for name in NAMES}
     scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
@@ -173,12 +173,12 @@ def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monke
 
 
 def test_sleep_mode_is_refused():
-    """vLLM 0.33 asks with the transfer's configuration; its own answer would be yes."""
+    """vLLM 0.33 calls this with the transfer's configuration. Its default answer would be true."""
     assert PdSidecarConnector.supports_sleep_mode(config().kv_transfer_config) is False
 
 
 def test_pages_that_look_like_others_are_not_moved(monkeypatch):
-    """Two places a page, one for K and one for V, have the shape of two heads."""
+    """Two places per page, one for K and one for V, have the shape of two heads."""
     spec = FullAttentionSpec(
         block_size=BLOCK,
         num_kv_heads=HEADS,
@@ -227,7 +227,7 @@ def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(tmp_path,
     sidecar.say(wire.Ready("r", 0, [0, 1], [0, 1]))
     deadline = time.monotonic() + 5
     before = KVConnectorOutput(kv_connector_worker_meta=worker.build_connector_worker_meta())
-    assert not before.is_empty()  # vLLM does not show an empty one to the scheduler's half
+    assert not before.is_empty()  # vLLM does not pass an empty output to the scheduler's half
     while not before.finished_recving and told and time.monotonic() < deadline:
         scheduler.update_connector_output(before)
     scheduler.update_connector_output(before)

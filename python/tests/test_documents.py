@@ -1,7 +1,7 @@
-"""The pages for users name metrics, labels, reasons, log lines and places that exist.
+"""Checks that metrics, labels, reasons, log lines and paths in the pages for users exist.
 
-Tests of the programs hold the tables of docs/metrics.md and docs/proxy.md to what the programs
-export; the tests here hold the other pages to these tables.
+Tests of the programs compare the tables of docs/metrics.md and docs/proxy.md with the programs' exports. The tests here
+compare the other pages with these tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "python" / "README.md"])
-"""Every page whose links are followed."""
+"""Every page whose links the test follows."""
 
 TASKS = [
     DOCS / name
@@ -31,13 +31,13 @@ TASKS = [
         "troubleshooting.md",
     )
 ]
-"""Pages by task: what they name has to exist."""
+"""The pages by task. Everything that they name has to exist."""
 
 SETTINGS = {"pd_proxy_host", "pd_proxy_port"}
-"""LMCache's settings, whose names begin as the proxy's metrics do."""
+"""Settings of LMCache whose names begin like the proxy's metrics."""
 
 OF_PROMETHEUS = {"instance", "exported_instance", "le"}
-"""Labels that are not ours."""
+"""Labels that Prometheus or vLLM adds."""
 
 METRIC = re.compile(r"(?:vllm:)?\bpd_(?:sidecar|proxy)_[a-z_]*[a-z]")
 NAME = re.compile(r"`([^`\n]+)`")
@@ -56,7 +56,7 @@ def cells(line: str) -> list[str]:
 
 
 def reference() -> dict[str, Metric]:
-    """Every metric, by its name as a query writes it."""
+    """Returns every metric, by its name in a query."""
     found: dict[str, Metric] = {}
     for line in (DOCS / "metrics.md").read_text().splitlines():
         if line.startswith("| `pd_sidecar_"):
@@ -79,10 +79,10 @@ def reference() -> dict[str, Metric]:
 
 
 def known_values() -> set[str]:
-    """Values of labels: whatever a reference page names in a code span."""
+    """Returns the values of labels: every code span of a reference page."""
     pages = (DOCS / "metrics.md", DOCS / "proxy.md", DOCS / "reference" / "reasons.md")
     words = {word for page in pages for word in NAME.findall(page.read_text())}
-    # Kinds of messages and roles, which docs/proxy.md does not list one by one.
+    # Kinds of messages and roles that docs/proxy.md does not list one by one.
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
 
 
@@ -114,7 +114,7 @@ def test_every_query_groups_by_labels_that_exist() -> None:
 
 
 def rows(heading: str) -> set[str]:
-    """First cells of the tables below a heading of the page of reasons."""
+    """Returns the first cells of the tables below a heading of the page of reasons."""
     text = (DOCS / "reference" / "reasons.md").read_text()
     _, section = text.split(f"\n## {heading}\n")
     section = section.split("\n## ")[0]
@@ -138,7 +138,7 @@ def test_every_reason_of_the_proxy_has_a_row() -> None:
 
 
 def sources() -> str:
-    """All program texts, with texts that continue on the next line put together."""
+    """Returns all program texts, with texts that continue on the next line joined."""
     files = [
         *sorted((ROOT / "sidecar" / "src").rglob("*.rs")),
         *sorted((ROOT / "proxy" / "src").rglob("*.rs")),
@@ -162,7 +162,7 @@ def test_every_log_line_of_the_page_on_symptoms_is_one_of_the_programs() -> None
 
 
 def anchors(page: Path) -> set[str]:
-    """Names of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for title in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Keys against hashes that LMCache's and vLLM's own code gave."""
+"""Compares keys with hashes that LMCache's and vLLM's own code made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sidecar as a child: started, watched, ended with its parent."""
+"""Tests the sidecar as a child: it starts, is watched, and ends with its parent."""
 
 from __future__ import annotations
 

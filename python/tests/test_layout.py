@@ -1,4 +1,4 @@
-"""Round trips of random KV between page layouts, through packed chunks."""
+"""Moves random KV between page layouts and back, through packed chunks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LAYERS, HEADS, SIZE, CHUNK = 3, 2, 16, 64
 
 
 def one_backing(shape, dtype, order=None):
-    """All layers in one storage, as vLLM 0.32 allocates them."""
+    """Puts all layers into one storage, as vLLM 0.32 allocates them."""
     return list(separate((LAYERS, *shape), dtype, None if order is None else order, count=1)[0])
 
 
 def separate(shape, dtype, order=None, count=LAYERS):
-    """One storage a layer; `order` is the physical order of the dimensions."""
+    """Puts each layer into its own storage; `order` is the physical order of the dimensions."""
     out = []
     for _ in range(count):
         order_ = order or tuple(range(len(shape)))
@@ -37,7 +37,7 @@ def separate(shape, dtype, order=None, count=LAYERS):
 
 
 def tokens_of(tensor, table, block_tokens, count, hint):
-    """The slow reading: `[planes, tokens, heads * size]`, one token at a time."""
+    """Reads KV one token at a time: `[planes, tokens, heads * size]`."""
     out = []
     for position in range(count):
         block, offset = table[position // block_tokens], position % block_tokens
@@ -96,7 +96,7 @@ class Side:
 
 
 def bits(tensor):
-    """For comparison: not every dtype can be compared."""
+    """Returns the bytes of a tensor, because torch cannot compare every dtype."""
     return tensor.contiguous().view(torch.uint8)
 
 
@@ -245,11 +245,11 @@ def test_wanted_chunks(tokens, have, chunks):
     assert chunks_of(tokens, 256) == -(-tokens // 256)
 
 
-# Pages whose inside is not what their shape says.
+# Pages in which the order inside differs from the shape.
 
 
 def columns(key, value, cache, slots):
-    """vLLM's CPU kernels: V follows K in a page, and K is kept column by column."""
+    """Stores as vLLM's CPU kernels do: V follows K in a page, and K is column by column."""
     pages = cache.view(cache.shape[0], HEADS, 2, -1)
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
@@ -258,7 +258,7 @@ def columns(key, value, cache, slots):
 
 
 def tiles(key, value, cache, slots):
-    """The same on a processor with AMX: pairs of dimensions of K, pairs of tokens of V."""
+    """Stores as vLLM's CPU kernels do on a processor with AMX: pairs of dimensions of K, pairs of tokens of V."""
     pages = cache.view(cache.shape[0], HEADS, 2, -1)
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
@@ -269,7 +269,7 @@ def tiles(key, value, cache, slots):
 
 
 def plain(key, value, cache, slots):
-    """As the shape says."""
+    """Stores as the shape says."""
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
         cache[block, :, token] = torch.cat([k, v], 1)
@@ -299,7 +299,7 @@ def test_the_kernel_says_where_kv_is(writer, dtype):
     prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
     reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))
     assert torch.equal(reader.read(tokens), values)
-    # And back through pages of another size, beyond a local prefix.
+    # Then back through pages of another size, behind a local prefix.
     decode.copier.scatter(pieces(decode, tokens, 0, have, slots))
     decode.copier.gather(pieces(decode, tokens, 0, 0, slots))
     reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))
@@ -348,6 +348,6 @@ def test_vllms_own_cpu_kernel(isa):
     tensors = {"layers.0": torch.zeros(shape)}
     pages = geometry(tensors, Hint(BLOCKS, 32, HEADS, 32, False), {"layers.0": writer})
     inside = pages.first.inside
-    assert inside[0, 1, 0] - inside[0, 0, 0] == 1  # K: the next token is the next element
+    assert inside[0, 1, 0] - inside[0, 0, 0] == 1  # K: the next element is the next token
     assert inside[0, 0, 1] - inside[0, 0, 0] == 32
-    assert inside[1, 0, 1] - inside[1, 0, 0] == 1  # V: the next dimension is
+    assert inside[1, 0, 1] - inside[1, 0, 0] == 1  # V: the next element is the next dimension

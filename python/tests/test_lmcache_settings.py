@@ -1,4 +1,4 @@
-"""LMCache's own settings, read from an engine line that was written for LMCache."""
+"""Tests LMCache's own settings in an engine line that was written for LMCache."""
 
 from __future__ import annotations
 

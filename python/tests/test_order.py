@@ -1,4 +1,4 @@
-"""Moves that go on after their launch: a device whose moves end when the test says so."""
+"""Tests moves that go on after their launch, with a device whose moves end when the test says so."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Move:
 
 
 class Layers:
-    """See `devices.LayeredCopy`."""
+    """Implements `copier.LayeredCopy`."""
 
     def __init__(self, device, host, pieces):
         self.device, self.host, self.pieces = device, host, pieces
@@ -44,7 +44,7 @@ class Layers:
 
 
 class Slow:
-    """See `devices.Device`."""
+    """Implements `copier.Device`."""
 
     def __init__(self, events):
         self.name = None
@@ -114,12 +114,12 @@ def test_the_sidecar_is_told_at_the_launch_and_blocks_are_held_to_the_end(rig, d
     rig.sender.next(wire.Reserve)
     rig.step(forward=False, finished=["a"])
     rig.sender.say(wire.Granted("r", 0, [0, 1, 2], [1, 2, 3]))
-    # No step: the thread beside the engine's does it.
+    # There is no step: the thread beside the engine's launches the gather.
     staged = rig.sender.next(wire.Staged)
     assert staged.chunks == [0, 1, 2]
     assert staged.event in (0, 1)
     assert device.moves[0].after == [1], "not behind the forward"
-    # The sidecar pushes it and is done before this side has seen the end of the gather.
+    # The sidecar pushes the chunk and is done before this side has seen the end of the gather.
     rig.sender.say(wire.Ended("r", None, 10))
     for _ in range(3):
         assert rig.step(forward=False)[0] == set()
@@ -136,7 +136,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
         if name != "c":
             events.append(rig.sender.next(wire.Staged).event)
     assert sorted(events) == [0, 1]
-    # The third has none: it is told of when it is over.
+    # The third gather has no event: the worker announces it when it is over.
     rig.until(lambda: len(device.moves) == 3)
     assert rig.sender.nothing()
     device.moves[2].over = True
@@ -151,7 +151,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 @pytest.fixture
 def layered(rig, monkeypatch):
-    """Cuts after each layer but the last."""
+    """Ends a range after each layer but the last."""
     monkeypatch.setattr("pd_sidecar.worker.push.SPARE_EVENTS", LAYERS)
     rig.worker._range_ends = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
@@ -231,19 +231,19 @@ def test_the_sidecar_says_whether_layers_are_of_use(layered, device, gains):
 
 @many_events
 def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
-    # Two halves of the batch take turns: after the first one of them a layer's KV is not complete.
+    # Two halves of the batch take turns: after the first half, a layer's KV is not complete.
     names = [name for name in NAMES for _ in range(2)]
     launch(layered, names, ("", [0, 1, 2]))
     staged = layered.sender.next(wire.Staged)
     assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
     assert len(device.layered_copies[0].ranges) == 1, "went on after the second half"
     assert device.last == [True]
-    # Its event was never named, so that it is free.
+    # No message named its event, so the event is free.
     assert len(layered.worker._senders[0]._event_slots._free) == SIGNALS - 1
 
 
 def before_layer(rig, below, act):
-    """Lets something happen before the connector is told that layers below are computed."""
+    """Calls `act` before the connector learns that the layers before `below` are computed."""
     sender = rig.worker._senders[0]
     launched = sender.layers_computed
 
@@ -271,7 +271,7 @@ def test_ranges_of_a_request_that_ends_within_the_forward_are_waited_for(layered
     assert len(device.layered_copies[0].ranges) == 1
     assert layered.sender.nothing()
     assert not device.last
-    # The range that was launched still reads blocks, and writes to memory of the sidecar.
+    # The launched range still reads blocks, and writes to memory of the sidecar.
     assert sender._by_req["r"].gathering == 1
     layered.step(forward=False, finished=["a"])
     assert layered.step(forward=False)[0] == set()
@@ -285,7 +285,7 @@ def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layere
     begin(layered, "other", "s")
 
     def act(sender):
-        # The slots of one go to the other, whose chunk is gathered at once.
+        # The slots of one request go to the other, whose chunk is gathered at once.
         layered.sender.say(wire.Ended("r", "peer_lost", 0))
         layered.sender.say(wire.Granted("s", 0, [0], [1]))
         layered.worker.move()
@@ -310,7 +310,7 @@ def test_what_is_complete_does_not_wait_for_another_forward(layered, device):
     launch(layered, NAMES, ("", [0]))
     layered.sender.next(wire.Staged)
     layered.worker.begin(StepMetadata(push_steps=[PushStep("a", [], False, TOKENS)]))
-    with layered.worker.lock:  # the thread beside this one does not come first
+    with layered.worker.lock:  # The thread beside this one must not come first.
         layered.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
         for name in NAMES:
             layered.worker.layer_computed(name)
@@ -361,11 +361,11 @@ def test_a_load_is_reported_when_it_has_arrived_and_what_is_computed_waits_for_i
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], [])
     assert device.moves[0].after == [1], "not behind what may write to its blocks"
-    # The step that uses it.
+    # The step that uses the chunk.
     device.held.clear()
     rig.step()
     assert device.held == device.moves
-    # The slots are not given back before they are read.
+    # The slots are not released before they are read.
     time.sleep(0.05)
     assert rig.receiver.nothing()
     for move in device.moves:

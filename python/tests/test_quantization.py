@@ -1,4 +1,4 @@
-"""Formats that tensors of bytes do not tell apart."""
+"""Tests formats that tensors of bytes cannot distinguish."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_formats_are_told_apart_and_their_second_names_are_not():
     assert of(layer(), layer()) == "fp8_e4m3, scales 1"
     assert of(layer(), layer(), cache_dtype="fp8") == "fp8_e4m3, scales 1"
     assert of(layer(), layer(), cache_dtype="fp8_e5m2") == "fp8_e5m2, scales 1"
-    # A layer may differ from what the engine was told.
+    # A layer may differ from the engine's setting.
     assert of(layer(kv_cache_dtype="fp8"), cache_dtype="auto") == "fp8_e4m3, scales 1"
-    # Scales stand beside the elements.
+    # Scales are beside the elements.
     assert of(SimpleNamespace(), None, cache_dtype="fp8_ds_mla") == "fp8_ds_mla"
 
 

@@ -1,4 +1,4 @@
-"""The scheduler's half against vLLM's calls, in the order in which vLLM makes them."""
+"""Tests the scheduler's half with vLLM's calls, in the order in which vLLM makes them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_params(req="r", **more):
 
 
 def output(new=(), cached=(), resumed=()):
-    """A step. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
+    """Makes a step. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
     scheduled = {r.request_id: n for r, _, _, n in new} | {name: n for name, _, _, n in cached}
     for r, _, _, _ in new:
         r.status = SimpleNamespace(name="RUNNING")
@@ -110,12 +110,12 @@ def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
     assert second.push_steps == [PushStep("a", [2], False, 32)]
     third = rig.step(cached=[("a", [3], 32, 8)])
     assert third.push_steps == [PushStep("a", [3], False, 40)]
-    # Tokens that it generates are nobody's business.
+    # The workers need not know of tokens that the engine generates.
     assert not rig.step(cached=[("a", None, 40, 1)]).has_news
 
 
 def push(rig, name, params):
-    """A prefill leg from its first step to its end; its start, if it has one, and its answer."""
+    """Runs a prefill leg to its end. Returns its start, if it has one, and its answer."""
     req = request(name, params, output_token_ids=[7])
     rig.scheduler.matched_tokens(req, 0)
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
@@ -132,7 +132,7 @@ def test_an_id_that_comes_again_is_pushed_again(rig):
         metadata, response = push(rig, name, params)
         assert [start.req for start in metadata.push_starts] == ["1"], response
         assert response == {"pushed": True, "req_id": "1", "first_tok": 7}
-    # The second prompt of a list is none.
+    # The second prompt of a list has no claim.
     metadata, response = push(rig, "cmpl-bb-1-33333333", params)
     assert not metadata.push_starts
     assert not metadata.unpushed
@@ -165,7 +165,7 @@ def test_blocks_of_a_finished_push_wait_for_the_workers(rig):
     metadata = rig.step()
     assert metadata.finished == ["a"]
     assert metadata.idle
-    assert rig.scheduler.has_work  # an engine without requests has to go on stepping
+    assert rig.scheduler.has_work  # An engine without requests has to continue to step.
     rig.scheduler.reported({"a"}, set())
     assert rig.is_empty()
 
@@ -198,7 +198,7 @@ def test_a_push_that_never_ran_leaves_nothing(rig):
 
 @pytest.mark.parametrize(("held", "loaded"), [(0, 32), (16, 16), (32, 0)])
 def test_the_first_token_is_not_loaded(rig, held, loaded):
-    """33 tokens, the last of which the prefill side has sampled: it is computed here."""
+    """Loads 32 of 33 tokens. The prefill side sampled the last one, so it is computed here."""
     req = request("a", load_params(tokens=32), tokens=33)
     assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
     if loaded:
@@ -355,7 +355,7 @@ def test_requests_that_are_not_served(rig, more, reason, params):
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": 3}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": ""}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "x" * 1000}}, "bad_params"),
-        # Texts of which a sidecar takes none: it ended the engine's connection over them.
+        # Texts that a sidecar does not accept: it ended the engine's connection over them.
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\n"}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\x85"}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\ud800"}}, "bad_params"),

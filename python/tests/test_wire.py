@@ -1,4 +1,4 @@
-"""The messages against the bytes that the Rust side reads and writes."""
+"""Compares the messages with the bytes that the Rust side reads and writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENDS = {
 
 
 def fixtures():
-    """Name, bytes and receiving end of the local messages."""
+    """Yields name, bytes and receiving end of the local messages."""
     for entry in json.loads((FIXTURES / "messages.json").read_text()):
         if entry["set"] in ENDS:
             body = (FIXTURES / f"{entry['name']}.bin").read_bytes()

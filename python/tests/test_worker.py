@@ -1,4 +1,4 @@
-"""The workers' half: real tensors, a real socket, the messages of a sidecar."""
+"""Tests the workers' half with real tensors, a real socket and the messages of a sidecar."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Rig:
         self.until(lambda: all(link.client.connected for link in self.worker._links))
 
     def step(self, *, forward=True, layers=(), **more):
-        """One step of the engine, with or without tokens."""
+        """Runs one step of the engine, with or without tokens."""
         metadata = StepMetadata(idle=not forward, **more)
         self.worker.begin(metadata)
         for name in layers:
@@ -63,10 +63,10 @@ class Rig:
         return self.worker.finish()
 
     def until(self, condition, seconds=5.0):
-        """Steps without tokens until it holds; returns all that was reported on the way."""
+        """Runs steps without tokens until the condition holds, and returns all that they reported."""
         sent, received, failed, deadline = [], [], [], time.monotonic() + seconds
         while True:
-            # Before the step: what made it hold, on the pump's thread too, is reported by the step.
+            # Test first: the thread may make it hold before the step, and only the step reports it.
             holds = condition()
             out, results = self.step(forward=False)
             sent += out
@@ -78,7 +78,7 @@ class Rig:
             assert time.monotonic() < deadline
 
     def kv(self, table, start, stop):
-        """`[2, layers, tokens, width]` of these positions."""
+        """Returns `[2, layers, tokens, width]` of these positions."""
         out = []
         for position in range(start, stop):
             block, offset = table[position // BLOCK], position % BLOCK
@@ -121,7 +121,7 @@ def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
     staged = rig.sender.next(wire.Staged)
     assert (staged.req, staged.chunks) == ("r", [0])
     assert torch.equal(rig.chunk(5, CHUNK), rig.kv(TABLE, 0, 32))
-    # Nothing is said of a chunk before the forward that completes it is over.
+    # The worker announces a chunk only after the forward that completes it.
     rig.worker.begin(StepMetadata(push_steps=[PushStep("a", TABLE[3:], False, TOKENS)]))
     assert rig.sender.next() == wire.Computing("r", TOKENS)
     rig.worker.move()
@@ -171,7 +171,7 @@ def test_a_push_that_the_sidecar_ends_frees_the_blocks_once(rig, reason):
     begin_push(rig)
     rig.sender.say(wire.Ended("r", reason, 0))
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].over)
-    # Only after the engine has said that it waits: it does not know the id as finished before.
+    # Only after the engine has said that it waits: before that, it does not know the id as finished.
     assert rig.step(forward=False)[0] == set()
     assert rig.step(forward=False, finished=["a"])[0] == {"a"}
     assert rig.step(forward=False)[0] == set()
@@ -198,7 +198,7 @@ def test_a_preempted_push_gathers_from_its_new_table_and_keeps_what_is_staged(ri
     rig.step(preempted=["a"])
     rig.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].slots)
-    assert rig.sender.nothing()  # its old blocks belong to others
+    assert rig.sender.nothing()  # its old blocks belong to other requests
     again = [20, 21, 22, 23, 24]
     rig.step(push_steps=[PushStep("a", again, True, 48)])
     assert rig.sender.nothing()  # recomputed as far as 48: chunk 1 ends at 64
@@ -247,7 +247,7 @@ def test_a_push_does_not_survive_its_sidecar_but_the_next_one_works(rig):
 
 
 def land(rig, have=0, first_token=None):
-    """Random chunks in slots of the receiver, and the `Ready` for them."""
+    """Puts random chunks into slots of the receiver, and returns the `Ready` for them."""
     first_token = have if first_token is None else first_token
     chunks = [c for c in range(len(HASHES)) if chunk_span(c, TOKENS, have, CHUNK)[1] > have]
     landed = {}
@@ -316,7 +316,7 @@ def test_a_load_that_ends_early_is_reported_as_failed(rig):
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])
     assert rig.invalid_blocks == {27, 1, 5}  # not the prefix that other requests share
-    assert rig.receiver.next() == wire.Abort("r")  # chunks that it had shown are given back
+    assert rig.receiver.next() == wire.Abort("r")  # chunks that the sidecar had announced are released
     assert rig.stats.data["load_failures"] == {"no_sender": 1}
 
 
@@ -327,7 +327,7 @@ def test_an_aborted_load_is_reported_too(rig):
     assert results.received == {"a"}
     assert rig.receiver.next() == wire.Abort("r")
     assert rig.step(forward=False, aborted=["a"])[1].received == set()
-    # Chunks that crossed with the abort are given back unread.
+    # Chunks that crossed with the abort are released unread.
     _, ready = land(rig)
     rig.receiver.say(ready)
     rig.until(lambda: not rig.receiver.nothing())
@@ -407,7 +407,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
     assert worker.idle_report == IdleReport(rests=True)
-    assert time.monotonic() - began < 4  # it waits where it is asked
+    assert time.monotonic() - began < 4  # it waits when it is asked
     _, ready = land(rig)
     rig.receiver.say(ready)
     deadline = began + 5
@@ -442,7 +442,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
     if then == "step":
         worker.begin(StepMetadata())
     else:
-        # The slots are ours, whatever becomes of who lent them.
+        # The slots stay this side's, whatever becomes of the sidecar.
         rig.receiver.stop()
         while worker._receivers[0]._copier is not None:
             worker.read()

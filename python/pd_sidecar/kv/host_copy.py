@@ -221,7 +221,7 @@ class Batch:
         numbers = first + torch.arange(count)
         blocks = torch.cat(tables)[start + numbers // ratio] * ratio + numbers % ratio
         if int(blocks.max()) >= page.blocks or int(blocks.min()) < 0:
-            raise LayoutError(f"a block table names a block beyond {page.blocks}")
+            raise LayoutError(f"a block table names a block that does not exist: there are {page.blocks}")
         return cls(form, [piece.slot for piece in pieces], blocks)
 
     def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:

@@ -163,7 +163,9 @@ def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[s
     if not layers:
         raise LayoutError("the engine has no KV tensors")
     if hint.block_tokens % layers[0].tokens != 0:
-        raise LayoutError(f"{hint.block_tokens} tokens a block are no multiple of the tensor's {layers[0].tokens}")
+        raise LayoutError(
+            f"blocks of {hint.block_tokens} tokens do not consist of the tensor's blocks of {layers[0].tokens}"
+        )
     return Geometry(tuple(layers), hint.block_tokens, tuple(names))
 
 

@@ -126,7 +126,7 @@ class Plan:
                 # One block of a table may be several blocks of the tensor.
                 table = (piece.table.view(-1, 1) * ratio + torch.arange(ratio)).view(-1)
                 if int(table.max()) >= page.blocks or int(table.min()) < 0:
-                    raise LayoutError(f"a block table names a block beyond {page.blocks}")
+                    raise LayoutError(f"a block table names a block that does not exist: there are {page.blocks}")
                 parts.append(table)
                 length += table.numel()
             at = tables[id(piece.table)]

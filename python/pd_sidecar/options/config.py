@@ -119,7 +119,7 @@ def parse(
         problems.append("sidecar='spawn' starts one sidecar: name one socket for both sides, or none")
     name = options.model_name or model
     if "@" in name or not name:
-        problems.append(f"model_name={name!r} must not be empty or contain '@', keys are cut there")
+        problems.append(f"model_name={name!r} must not be empty or contain '@', which separates the parts of a key")
     allowed = options.allow_load_failure_policy_fail
     if consumer and load_failure_policy != "recompute" and not allowed:
         problems.append(

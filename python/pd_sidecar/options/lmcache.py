@@ -80,7 +80,7 @@ def _file(path: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{FILE_VARIABLE}={path} cannot be read: {error}") from None
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{FILE_VARIABLE}={path} holds no mapping")
+        raise ValueError(f"{FILE_VARIABLE}={path} contains no mapping of keys to values")
     return values or {}
 
 

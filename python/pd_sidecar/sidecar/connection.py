@@ -100,7 +100,7 @@ class Connection:
     def slot(self, index: int) -> memoryview:
         """Returns the bytes of a slot, to read or write in place."""
         if not 0 <= index < self.welcome.slots:
-            raise IndexError(f"slot {index} of {self.welcome.slots}")
+            raise IndexError(f"slot {index}: the buffer has {self.welcome.slots}")
         if self.memory is None:
             raise ValueError("the slots are in GPU memory")
         start = index * self.welcome.slot_bytes
@@ -113,7 +113,7 @@ class Connection:
         """
         self._unsent += encode(message)
         if len(self._unsent) > MAX_UNSENT_BYTES:
-            raise ConnectionLostError(f"the sidecar does not read: {len(self._unsent)} bytes unsent")
+            raise ConnectionLostError(f"the sidecar does not read its socket: {len(self._unsent)} bytes are unsent")
         self._flush()
 
     def poll(self) -> list[ToEngine]:
@@ -148,7 +148,7 @@ class Connection:
             if len(message.chunks) != len(message.slots):
                 raise WireError(f"{len(message.chunks)} chunks in {len(message.slots)} slots")
             if any(not 0 <= slot < self.welcome.slots for slot in message.slots):
-                raise WireError(f"slots {message.slots} of {self.welcome.slots}")
+                raise WireError(f"slots {message.slots}: the buffer has {self.welcome.slots}")
         return message
 
     def _flush(self) -> None:
@@ -201,9 +201,9 @@ def _greeting(body: bytes) -> Welcome:
     if isinstance(message, Refused):
         raise RefusedError(message)
     if not isinstance(message, Welcome):
-        raise WireError(f"greeted by {type(message).__name__}")
+        raise WireError(f"the sidecar answered the greeting with {type(message).__name__}")
     if message.v != VERSION:
-        raise WireError(f"the sidecar speaks version {message.v}, this package {VERSION}")
+        raise WireError(f"the sidecar speaks version {message.v}, this package version {VERSION}")
     return message
 
 
@@ -224,7 +224,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
     if len(fds) != (kind == "memfd"):
         raise WireError(f"{len(fds)} descriptors came with the greeting")
     if welcome.slot_bytes != hello.layout.chunk_bytes:
-        raise WireError(f"slots of {welcome.slot_bytes} bytes, chunks of {hello.layout.chunk_bytes} bytes")
+        raise WireError(f"slots of {welcome.slot_bytes} bytes do not fit chunks of {hello.layout.chunk_bytes} bytes")
     size = welcome.slots * welcome.slot_bytes
     if welcome.cuda is not None:
         if not 0 < size <= welcome.cuda.size:

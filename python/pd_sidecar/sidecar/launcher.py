@@ -112,7 +112,7 @@ class Child:
             if time.monotonic() - since > STEADY_S:
                 pause = FIRST_PAUSE_S
             self._logger.error(
-                "sidecar ended with code %d: requests are computed here; started again in %g s",
+                "sidecar ended with code %d: requests are computed here; the engine starts it again in %g s",
                 code,
                 pause,
             )
@@ -123,7 +123,7 @@ class Child:
             try:
                 self._process = self._start()
             except OSError as error:
-                self._logger.error("sidecar cannot be started again: %s", error)
+                self._logger.error("the engine cannot start the sidecar again: %s", error)
 
 
 def _end_with(parent: int) -> None:

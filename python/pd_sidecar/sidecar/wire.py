@@ -238,7 +238,7 @@ def encode(message: ToSidecar | ToEngine) -> bytes:
     """
     body = _ENCODER.encode(message)
     if len(body) > MAX_FRAME_BYTES:
-        raise WireError(f"{type(message).__name__} of {len(body)} bytes exceeds a frame")
+        raise WireError(f"{type(message).__name__} of {len(body)} bytes exceeds a frame of {MAX_FRAME_BYTES} bytes")
     return HEADER.pack(len(body)) + body
 
 
@@ -278,7 +278,7 @@ class FrameBuffer:
             return None, b""
         (length,) = HEADER.unpack_from(self._bytes)
         if length > MAX_FRAME_BYTES:
-            raise WireError(f"a frame of {length} bytes was announced")
+            raise WireError(f"a header announces a frame of {length} bytes, more than {MAX_FRAME_BYTES}")
         end = HEADER.size + length
         if len(self._bytes) < end:
             return None, b""

@@ -93,7 +93,7 @@ class Poller(threading.Thread):
                     self._news.set()
         except Exception:
             # The engine's thread also moves in every step. It meets the same error and raises it there.
-            logger.exception("KV is moved between the engine's steps only from now on")
+            logger.exception("from now on, KV is moved only by the engine's own thread, in its steps")
 
     def _sleep(self) -> None:
         with self._worker.lock:

@@ -116,15 +116,15 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
     """Makes a partition. Raises `ValueError`, with the values that would be right, if KV cannot be split so."""
     if ranks == workers:
         return TpPartition(ranks, workers, heads)
-    what = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
+    values = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
     if ranks <= 0 or max(ranks, workers) % min(ranks, workers) != 0:
-        raise ValueError(f"{what}one must be a multiple of the other")
+        raise ValueError(f"{values}one must be a multiple of the other")
     if heads % ranks != 0 and ranks % heads != 0:
-        raise ValueError(f"{what}heads cannot be split evenly; it must divide, or be divided by, them")
+        raise ValueError(f"{values}heads cannot be split evenly: ranks must divide their number or be a multiple of it")
     if ranks < workers and ranks < heads:
-        raise ValueError(f"{what}no worker has all heads of a rank; at least the tensor-parallel size is needed")
+        raise ValueError(f"{values}no worker has all heads of a rank: ranks must be at least the tensor-parallel size")
     if ranks < workers and consumer:
-        raise ValueError(f"{what}every worker has to be sent its KV: give one rank for each")
+        raise ValueError(f"{values}every decode worker needs its own KV: ranks must be at least the number of workers")
     return TpPartition(ranks, workers, heads)
 
 

@@ -322,7 +322,7 @@ class Worker:
         elif isinstance(event, Ready) and isinstance(link.end, Receiver):
             link.end.ready(event)
         else:
-            logger.error("%s sent %s, which is not for this side", link.client.path, event)
+            logger.error("%s sent %s, which this side does not handle", link.client.path, event)
 
     def _connected(self, link: Link) -> None:
         try:
