@@ -100,8 +100,8 @@ def parse(
     options = Options(**values)
     why = refusal(options.hash_algorithm, environ)
     if why is not None:
-        said = source.get("hash_algorithm", "hash_algorithm")
-        problems.append(f"{said}: {why}")
+        named = source.get("hash_algorithm", "hash_algorithm")
+        problems.append(f"{named}: {why}")
     for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms"):
         if getattr(options, key) <= 0:
             problems.append(f"{key}={getattr(options, key)} must be positive")

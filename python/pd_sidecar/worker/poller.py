@@ -56,7 +56,7 @@ class Poller(threading.Thread):
     """Launches moves as soon as a sidecar's message allows them."""
 
     def __init__(self, worker: PolledWorker) -> None:
-        super().__init__(name="pd-sidecar-pump", daemon=True)
+        super().__init__(name="pd-sidecar-poller", daemon=True)
         self._worker = worker
         self._news = threading.Event()
         self._stopping = False

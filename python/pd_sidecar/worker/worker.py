@@ -224,13 +224,13 @@ class Worker:
 
     def read(self) -> bool:
         """Handles the messages of the sidecars. Returns true if there were any."""
-        said = False
+        handled = False
         with self._lock:
             for link in self._links:
                 for event in link.client.poll():
                     self._handle(event, link)
-                    said = True
-        return said
+                    handled = True
+        return handled
 
     def move(self) -> bool:
         """Reads, and makes the moves that are possible. Returns true if there were any."""
