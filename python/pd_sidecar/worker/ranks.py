@@ -124,7 +124,9 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
     if ranks < workers and ranks < heads:
         raise ValueError(f"{values}no worker has all heads of a rank: ranks must be at least the tensor-parallel size")
     if ranks < workers and consumer:
-        raise ValueError(f"{values}every decode worker needs its own KV: ranks must be at least the number of workers")
+        raise ValueError(
+            f"{values}every worker of a decode engine needs its own KV: ranks must be at least the number of workers"
+        )
     return TpPartition(ranks, workers, heads)
 
 
