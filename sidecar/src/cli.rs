@@ -2,33 +2,12 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, Devices, Inputs, Report, Wire};
-
-/// How the process ends, after `sysexits.h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Exit {
-    /// It did what it was asked: drained after SIGTERM, or the check found nothing wrong.
-    Ok = 0,
-    /// The command line or the configuration is wrong.
-    Usage = 64,
-    /// A port, a socket, memory or a required transport cannot be had.
-    Unavailable = 69,
-    /// A bug.
-    Internal = 70,
-    /// Requests were still under way when the drain timeout passed; a restart may do better.
-    Temporary = 75,
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
-    }
-}
+use crate::exit::Exit;
 
 /// Moves KV between a prefill and a decode engine.
 ///

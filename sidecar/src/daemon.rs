@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::admin::Admin;
-use crate::cli::Exit;
 use crate::config::Config;
+use crate::exit::Exit;
 use crate::lookout::Lookout;
 use crate::metrics::Metrics;
 use crate::node::{Ended, Node};

@@ -6,6 +6,7 @@ mod config;
 mod cuda;
 mod daemon;
 mod engines;
+mod exit;
 mod host;
 mod init;
 mod lineage;

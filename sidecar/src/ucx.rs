@@ -6,8 +6,8 @@ use std::path::Path;
 
 use nix::ifaddrs::getifaddrs;
 
-use crate::cli::Exit;
 use crate::config::{DEVICES, OWN_DEVICES, Ucx};
+use crate::exit::Exit;
 
 /// Begins this process anew with those of UCX's variables that the environment does not set: the process may have
 /// threads that read the environment, so the environment is not changed underneath them.

@@ -21,7 +21,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::request::{Chunk, Phase};
+use super::request::{Chunk, Feeding, Phase};
 use super::{Action, Link, PATIENCE, Piece, Sender, WatchId};
 use crate::local::{Granted, Target};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver};
@@ -50,19 +50,6 @@ enum Question {
         keys: Vec<String>,
     },
     Cancel,
-}
-
-/// What is special about a request to an LMCache receiver.
-#[derive(Debug, Default)]
-pub(super) struct Feeding {
-    /// Since when a gathered chunk waits for its slot.
-    pub(super) waits: Option<Time>,
-    /// Nobody wants it any more: it ends when no write is under way.
-    pub(super) over: bool,
-    /// Chunks whose keys the receiver has a slot for.
-    known: BTreeSet<u32>,
-    /// Those of them whose writes nobody knows the end of.
-    pub(super) dirty: BTreeSet<u32>,
 }
 
 impl Foreign {

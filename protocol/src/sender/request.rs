@@ -1,7 +1,8 @@
 //! What the sender knows of one request, in one place.
 
+use std::collections::BTreeSet;
+
 use super::WatchId;
-use super::lmcache::Feeding;
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
 use crate::record::Record;
@@ -63,6 +64,19 @@ pub(super) enum Phase {
         reason: Reason,
         told: Option<Told>,
     },
+}
+
+/// What is special about a request to an LMCache receiver.
+#[derive(Debug, Default)]
+pub(super) struct Feeding {
+    /// Since when a gathered chunk waits for its slot.
+    pub(super) waits: Option<Time>,
+    /// Nobody wants it any more: it ends when no write is under way.
+    pub(super) over: bool,
+    /// Chunks whose keys the receiver has a slot for.
+    pub(super) known: BTreeSet<u32>,
+    /// Those of them whose writes nobody knows the end of.
+    pub(super) dirty: BTreeSet<u32>,
 }
 
 /// The receiver's permission.

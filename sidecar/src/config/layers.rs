@@ -5,8 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::keys::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
-use super::lmcache::OTHER_VARIABLES;
+use super::key::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
 use super::nearest::nearest;
 use super::problem::{Problem, Row};
 use super::value::Value;
@@ -387,6 +386,17 @@ fn is_of_kubernetes(name: &str, value: &str) -> bool {
 
 /// Names the file when no flag does.
 pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
+
+/// Variables of LMCache's processes that are no keys of its configuration.
+const OTHER_VARIABLES: &[&str] = &[
+    "LMCACHE_FORCE_SKIP_SAVE",
+    "LMCACHE_LOG_FORMAT",
+    "LMCACHE_LOG_LEVEL",
+    "LMCACHE_TRACK_USAGE",
+    "LMCACHE_USAGE_TRACK_INTERVAL",
+    "LMCACHE_USAGE_TRACK_URL",
+    "LMCACHE_USE_EXPERIMENTAL",
+];
 
 /// The key that holds ours.
 const SECTION: &str = "sidecar";

@@ -1,7 +1,7 @@
 //! LMCache's keys that mean nothing here: ignored with a reason, or refused where ignoring them
 //! would do something else than the file says.
 
-use super::keys::{Default, Key, Section};
+use super::key::{Default, Key, Section};
 use super::layers::Layers;
 use super::problem::Problem;
 use super::value::{Any, Value};
@@ -228,17 +228,6 @@ pub(crate) const GROUPS: &[Group] = &[
             "extra_config",
         ],
     },
-];
-
-/// Variables of LMCache's processes that are no keys of its configuration.
-pub(crate) const OTHER_VARIABLES: &[&str] = &[
-    "LMCACHE_FORCE_SKIP_SAVE",
-    "LMCACHE_LOG_FORMAT",
-    "LMCACHE_LOG_LEVEL",
-    "LMCACHE_TRACK_USAGE",
-    "LMCACHE_USAGE_TRACK_INTERVAL",
-    "LMCACHE_USAGE_TRACK_URL",
-    "LMCACHE_USE_EXPERIMENTAL",
 ];
 
 /// LMCache's keys that are refused.

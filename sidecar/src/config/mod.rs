@@ -5,6 +5,7 @@
 //! of the process sees). Between them, everything that is wrong is collected, and said at once.
 
 mod checks;
+mod key;
 mod keys;
 mod layers;
 mod lmcache;

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::keys::{Default, Key, Lmcache, Section, Sidecar};
+use super::key::{Default, Key, Section};
+use super::keys::{Lmcache, Sidecar};
 use super::lmcache::{GROUPS, REFUSALS};
 
 /// Markdown tables of every key: LMCache's, ours, the ignored, the refused.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use crate::memory::Size;
+use crate::memory::size::Size;
 
 /// What CUDA does not do, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -9,7 +9,7 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::stream::{Pitched, Stream};
 use super::{Extent, HANDLE_BYTES, Handle};
-use crate::memory::Rows;
+use crate::memory::rows::Rows;
 
 /// Memory taken with cuMemAlloc: what UCX, the engine and peers can all open. What cuMemCreate gives
 /// UCX stages through sockets without a word.

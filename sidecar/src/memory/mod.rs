@@ -17,17 +17,20 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::cuda::{self, CudaError, DeviceMemory};
 
 mod available;
+mod copy_rows;
 mod flow;
 mod low_water;
 mod memfd;
 mod pinned;
-mod rows;
+pub(crate) mod rows;
+pub(crate) mod size;
 
 pub(crate) use available::{Available, Limit};
 pub(crate) use flow::{Inlet, Outlet};
 pub(crate) use low_water::set_low_water;
 use memfd::Memfd;
 pub(crate) use rows::Rows;
+pub(crate) use size::Size;
 
 /// Memory that holds slots.
 #[derive(Debug)]
@@ -263,25 +266,6 @@ impl Buffer {
                 ),
             )),
         }
-    }
-}
-
-/// Bytes for people.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Size(pub(crate) u64);
-
-impl std::fmt::Display for Size {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Precision is lost on purpose: two decimals are printed.
-        #[allow(clippy::cast_precision_loss)]
-        let bytes = self.0 as f64;
-        for (unit, scale) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] {
-            if self.0 >= 1 << scale {
-                #[allow(clippy::cast_precision_loss)]
-                return write!(f, "{:.2} {unit}", bytes / (1_u64 << scale) as f64);
-            }
-        }
-        write!(f, "{} bytes", self.0)
     }
 }
 

@@ -19,9 +19,10 @@ use std::time::Duration;
 
 use protocol::Layout;
 
-use crate::cli::{Exit, Selftest};
+use crate::cli::Selftest;
 use crate::config::{DEVICES, Device, Devices, TLS, Ucx, Wire, names_tcp};
 use crate::cuda::{self, Which};
+use crate::exit::Exit;
 use report::Report;
 use rounds::Rounds;
 

@@ -3,7 +3,7 @@
 mod mistakes;
 mod mooncake;
 
-use super::keys::{Default, Key};
+use super::key::{Default, Key};
 use super::*;
 
 const RECEIVER: &str = "\

@@ -9,30 +9,12 @@ use std::time::{Duration, Instant};
 use protocol::sender::Piece;
 use tokio::sync::oneshot;
 
-use super::link::CudaLink;
+use super::command::{Command, Mapping};
 use super::peer::{Peer, leak};
 use super::{Config, Shared};
 use crate::cuda::{DeviceMemory, Event, State, Strided};
 use crate::transport::ready::{LOOK, sleep_exactly};
-use crate::transport::{Outcome, Ready, Remote, Standing};
-
-/// What the rest of the process asks of the thread.
-#[derive(Debug)]
-pub(super) enum Command {
-    Link {
-        remote: Box<Remote>,
-        slot_bytes: u64,
-        reply: oneshot::Sender<Result<CudaLink, String>>,
-    },
-    Write {
-        peer: Arc<Peer>,
-        ready: Ready,
-        pieces: Vec<Piece>,
-        reply: oneshot::Sender<Outcome>,
-    },
-    Unlink(Arc<Peer>),
-    Stop,
-}
+use crate::transport::{Outcome, Ready, Standing};
 
 /// Everything that stays on the thread.
 #[derive(Debug)]
@@ -132,8 +114,10 @@ impl Copier {
                 slot_bytes,
                 reply,
             } => {
-                let made = Peer::open(&self.memory, slot_bytes, &remote)
-                    .map(|peer| CudaLink::new(Arc::clone(&self.shared), Arc::new(peer)));
+                let made = Peer::open(&self.memory, slot_bytes, &remote).map(|peer| Mapping {
+                    shared: Arc::clone(&self.shared),
+                    peer: Arc::new(peer),
+                });
                 // If nobody waits any more, the link in the answer is dropped, which unlinks.
                 drop(reply.send(made));
             }

@@ -9,22 +9,12 @@ use protocol::sender::Piece;
 use tokio::sync::oneshot;
 
 use super::Shared;
-use super::copier::Command;
-use super::peer::Peer;
+use super::command::{Command, Mapping};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// A receiver whose buffer is mapped. Dropping it unmaps, once its copies have ended.
 #[derive(Debug)]
-pub(super) struct CudaLink {
-    shared: Arc<Shared>,
-    peer: Arc<Peer>,
-}
-
-impl CudaLink {
-    pub(super) fn new(shared: Arc<Shared>, peer: Arc<Peer>) -> Self {
-        Self { shared, peer }
-    }
-}
+pub(super) struct CudaLink(Mapping);
 
 /// # Cancel safety
 /// Dropped early, the mapping is given up again.
@@ -48,8 +38,8 @@ pub(super) async fn connect(
         return Err(refused(STOPPED.to_owned()));
     }
     match tokio::time::timeout(shared.link, answer).await {
-        // The link travels in the answer: an answer that nobody takes drops it.
-        Ok(Ok(Ok(link))) => Ok(Arc::new(link) as Arc<dyn Link>),
+        // The mapping travels in the answer: an answer that nobody takes drops it.
+        Ok(Ok(Ok(mapping))) => Ok(Arc::new(CudaLink(mapping)) as Arc<dyn Link>),
         Ok(Ok(Err(cause))) => Err(refused(cause)),
         Ok(Err(_)) => Err(refused(STOPPED.to_owned())),
         Err(_) => Err(refused(format!("not mapped within {:?}", shared.link))),
@@ -69,13 +59,13 @@ impl Link for CudaLink {
     ) -> BoxFuture<'static, Outcome> {
         let (reply, answer) = oneshot::channel();
         let write = Command::Write {
-            peer: Arc::clone(&self.peer),
+            peer: Arc::clone(&self.0.peer),
             ready,
             pieces,
             reply,
         };
         // Bounded by the sender machine's requests, each with a write for each step of its engine.
-        let sent = self.shared.commands.send(write).is_ok();
+        let sent = self.0.shared.commands.send(write).is_ok();
         Box::pin(async move {
             let outcome = if sent { answer.await.ok() } else { None };
             outcome.unwrap_or_else(|| Outcome::Failed {
@@ -87,15 +77,7 @@ impl Link for CudaLink {
     }
 
     fn reported(&self) -> String {
-        self.peer.reported.clone()
-    }
-}
-
-impl Drop for CudaLink {
-    fn drop(&mut self) {
-        // The last reference goes on the thread: unmapping takes its time.
-        let peer = Arc::clone(&self.peer);
-        drop(self.shared.commands.send(Command::Unlink(peer)));
+        self.0.peer.reported.clone()
     }
 }
 

@@ -13,6 +13,7 @@
 //! | file | |
 //! |---|---|
 //! | [`address`] | what a receiver tells of its buffer |
+//! | [`command`] | what the process asks of the thread |
 //! | [`copier`] | the thread |
 //! | [`peer`] | one receiver: its memory, its stream, what is copied in one go |
 //! | [`link`] | the sending half of the trait |
@@ -30,12 +31,14 @@ use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::cuda::DeviceMemory;
 
 mod address;
+mod command;
 mod copier;
 mod link;
 mod peer;
 
 use address::Address;
-use copier::{Command, Copier};
+use command::Command;
+use copier::Copier;
 
 /// Times.
 #[derive(Clone, Copy, Debug)]

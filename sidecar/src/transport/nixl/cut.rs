@@ -1,5 +1,8 @@
 //! Slots as NIXL descriptors.
 
+use std::rc::Rc;
+
+use ::nixl::LocalList;
 use protocol::sender::Piece;
 
 use super::wire::Wire;
@@ -15,6 +18,13 @@ pub(super) struct Cut {
     pub(super) slot_bytes: u64,
     descriptor_bytes: u64,
     per_slot: u64,
+}
+
+/// The buffer as it is cut now.
+#[derive(Clone, Debug)]
+pub(super) struct Slots {
+    pub(super) cut: Cut,
+    pub(super) list: Rc<LocalList>,
 }
 
 impl Cut {

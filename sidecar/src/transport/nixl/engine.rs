@@ -8,45 +8,18 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use ::nixl::{Agent, Library, LocalList, Memory, Pinned, Registration, State, Transfer};
-use protocol::sender::Piece;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use ::nixl::{Agent, Library, Memory, Pinned, Registration, State, Transfer};
 
-use super::cut::Cut;
-use super::link::NixlLink;
+use super::command::{Command, Connection, answer, unsent};
+use super::cut::{Cut, Slots};
 use super::pace::{Pace, Wait};
 use super::peer::Peer;
 use super::wire::Wire;
 use super::{Config, Refusal, Shared};
 use crate::config::CONSENT;
 use crate::memory::Buffer;
+use crate::transport::Remote;
 use crate::transport::ready::{LOOK as READY_LOOK, sleep_exactly};
-use crate::transport::{Outcome, Ready, Remote};
-
-/// What the rest of the process asks of the engine thread.
-#[derive(Debug)]
-pub(super) enum Command {
-    Cut {
-        slots: u32,
-        slot_bytes: u64,
-    },
-    Link {
-        remote: Box<Remote>,
-        reply: oneshot::Sender<Result<NixlLink, String>>,
-        _permit: OwnedSemaphorePermit,
-    },
-    Write {
-        link: u64,
-        ready: Ready,
-        pieces: Vec<Piece>,
-        reply: oneshot::Sender<Outcome>,
-        permit: OwnedSemaphorePermit,
-    },
-    Unlink(u64),
-    /// Writes are announced: poll.
-    Wake,
-    Stop,
-}
 
 /// Everything that stays on the thread.
 #[derive(Debug)]
@@ -62,13 +35,6 @@ pub(super) struct Engine {
     shared: Arc<Shared>,
     commands: Receiver<Command>,
     next_link: u64,
-}
-
-/// The buffer as it is cut now.
-#[derive(Clone, Debug)]
-pub(super) struct Slots {
-    pub(super) cut: Cut,
-    pub(super) list: Rc<LocalList>,
 }
 
 impl Engine {
@@ -212,7 +178,7 @@ impl Engine {
         }
     }
 
-    fn link(&mut self, remote: &Remote) -> Result<NixlLink, String> {
+    fn link(&mut self, remote: &Remote) -> Result<Connection, String> {
         let slots = self.slots.as_ref().ok_or("no engine has connected yet")?;
         let peer = Peer::connect(
             &self.agent,
@@ -238,12 +204,12 @@ impl Engine {
         }
         self.peers.insert(id, peer);
         self.count();
-        Ok(NixlLink::new(
-            Arc::clone(&self.shared),
+        Ok(Connection {
+            shared: Arc::clone(&self.shared),
             id,
             granule,
             reported,
-        ))
+        })
     }
 
     /// Lets the library work; whether anything moved.
@@ -327,19 +293,6 @@ impl Engine {
                 "nixl writes have not ended: the buffer is kept until the process ends"
             );
         }
-    }
-}
-
-/// Answers a caller who may have gone.
-pub(super) fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
-    drop(reply.send(outcome));
-}
-
-/// A write of which nothing was posted.
-pub(super) fn unsent(error: impl Into<String>) -> Outcome {
-    Outcome::Failed {
-        terminal: true,
-        error: error.into(),
     }
 }
 

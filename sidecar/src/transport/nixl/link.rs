@@ -7,29 +7,12 @@ use protocol::LeaseId;
 use protocol::sender::Piece;
 
 use super::Shared;
-use super::engine::Command;
+use super::command::{Command, Connection};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// A peer that the engine thread is connected to. Dropping it disconnects.
 #[derive(Debug)]
-pub(super) struct NixlLink {
-    shared: Arc<Shared>,
-    id: u64,
-    granule: u64,
-    reported: String,
-}
-
-impl NixlLink {
-    /// For the engine thread, which knows the peer under `id`.
-    pub(super) fn new(shared: Arc<Shared>, id: u64, granule: u64, reported: String) -> Self {
-        Self {
-            shared,
-            id,
-            granule,
-            reported,
-        }
-    }
-}
+pub(super) struct NixlLink(Connection);
 
 /// # Cancel safety
 /// Dropped early, the connection is given up again.
@@ -49,8 +32,8 @@ pub(super) async fn connect(
         _permit: permit,
     });
     match tokio::time::timeout(shared.link, made).await {
-        // The link travels in the answer: an answer that nobody takes drops it, which disconnects.
-        Ok(Some(Ok(link))) => Ok(Arc::new(link) as Arc<dyn Link>),
+        // The connection travels in the answer: an answer that nobody takes drops it, which disconnects.
+        Ok(Some(Ok(made))) => Ok(Arc::new(NixlLink(made)) as Arc<dyn Link>),
         Ok(Some(Err(cause))) => Err(refused(cause)),
         Ok(None) => Err(refused(STOPPED.to_owned())),
         Err(_) => Err(refused(format!(
@@ -73,7 +56,7 @@ impl Link for NixlLink {
         _lease: LeaseId,
         pieces: Vec<Piece>,
     ) -> BoxFuture<'static, Outcome> {
-        let link = self.id;
+        let link = self.0.id;
         let command = move |reply, permit| Command::Write {
             link,
             ready,
@@ -88,9 +71,9 @@ impl Link for NixlLink {
             error: STOPPED.to_owned(),
         };
         // There is room but for a flood of writes: then the thread begins before anybody awaits it.
-        match Arc::clone(&self.shared.permits).try_acquire_owned() {
+        match Arc::clone(&self.0.shared.permits).try_acquire_owned() {
             Ok(permit) => {
-                let answer = self.shared.put(command, permit);
+                let answer = self.0.shared.put(command, permit);
                 Box::pin(async move {
                     match answer {
                         Some(answer) => answer.await.unwrap_or_else(|_| stopped()),
@@ -99,24 +82,18 @@ impl Link for NixlLink {
                 })
             }
             Err(_) => {
-                let shared = Arc::clone(&self.shared);
+                let shared = Arc::clone(&self.0.shared);
                 Box::pin(async move { shared.ask(command).await.unwrap_or_else(stopped) })
             }
         }
     }
 
     fn granule(&self) -> u64 {
-        self.granule
+        self.0.granule
     }
 
     fn reported(&self) -> String {
-        self.reported.clone()
-    }
-}
-
-impl Drop for NixlLink {
-    fn drop(&mut self) {
-        self.shared.send(Command::Unlink(self.id));
+        self.0.reported.clone()
     }
 }
 

@@ -7,6 +7,7 @@
 //!
 //! | file | |
 //! |---|---|
+//! | [`command`] | what the process asks of the thread, and the answers |
 //! | [`engine`] | the thread: commands, polling, parking, the end |
 //! | [`peer`] | one receiver: writes queued, posted, polled, given up |
 //! | [`cut`] | slots as descriptors, writes as batches of them |
@@ -32,6 +33,7 @@ use crate::config::{CONSENT, TLS, names_tcp};
 use crate::cuda::CudaError;
 use crate::memory::Buffer;
 
+mod command;
 mod counts;
 mod cut;
 mod engine;
@@ -40,8 +42,9 @@ mod pace;
 mod peer;
 mod wire;
 
+use command::Command;
 use counts::Counters;
-use engine::{Command, Engine};
+use engine::Engine;
 
 pub(crate) use ::nixl::{Library, Search};
 

@@ -12,9 +12,9 @@ use protocol::{SlotIndex, dlist};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::Shared;
+use super::command::{answer, unsent};
 use super::counts::Counters;
-use super::cut::Batch;
-use super::engine::{Slots, answer, unsent};
+use super::cut::{Batch, Slots};
 use super::wire::Wire;
 use crate::transport::{Outcome, Ready, Remote, Standing};
 

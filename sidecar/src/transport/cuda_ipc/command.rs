@@ -1,0 +1,43 @@
+//! The requests that the rest of the process sends to the copying thread.
+
+use std::sync::Arc;
+
+use protocol::sender::Piece;
+use tokio::sync::oneshot;
+
+use super::Shared;
+use super::peer::Peer;
+use crate::transport::{Outcome, Ready, Remote};
+
+/// One request to the thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Link {
+        remote: Box<Remote>,
+        slot_bytes: u64,
+        reply: oneshot::Sender<Result<Mapping, String>>,
+    },
+    Write {
+        peer: Arc<Peer>,
+        ready: Ready,
+        pieces: Vec<Piece>,
+        reply: oneshot::Sender<Outcome>,
+    },
+    Unlink(Arc<Peer>),
+    Stop,
+}
+
+/// A receiver's mapped buffer, as the runtime holds it. Dropping it asks the thread to unmap the buffer.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    pub(super) shared: Arc<Shared>,
+    pub(super) peer: Arc<Peer>,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // The last reference goes on the thread: unmapping takes its time.
+        let peer = Arc::clone(&self.peer);
+        drop(self.shared.commands.send(Command::Unlink(peer)));
+    }
+}

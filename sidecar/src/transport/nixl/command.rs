@@ -1,0 +1,63 @@
+//! The requests that the rest of the process sends to the engine thread, and the answers.
+
+use std::sync::Arc;
+
+use protocol::sender::Piece;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::Shared;
+use crate::transport::{Outcome, Ready, Remote};
+
+/// One request to the engine thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Cut {
+        slots: u32,
+        slot_bytes: u64,
+    },
+    Link {
+        remote: Box<Remote>,
+        reply: oneshot::Sender<Result<Connection, String>>,
+        _permit: OwnedSemaphorePermit,
+    },
+    Write {
+        link: u64,
+        ready: Ready,
+        pieces: Vec<Piece>,
+        reply: oneshot::Sender<Outcome>,
+        permit: OwnedSemaphorePermit,
+    },
+    Unlink(u64),
+    /// Writes are announced: poll.
+    Wake,
+    Stop,
+}
+
+/// A connected receiver, as the runtime holds it. Dropping it asks the thread to disconnect.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) shared: Arc<Shared>,
+    /// The number under which the engine thread knows the receiver.
+    pub(super) id: u64,
+    pub(super) granule: u64,
+    pub(super) reported: String,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shared.send(Command::Unlink(self.id));
+    }
+}
+
+/// Answers a caller who may have gone.
+pub(super) fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
+    drop(reply.send(outcome));
+}
+
+/// A write of which nothing was posted.
+pub(super) fn unsent(error: impl Into<String>) -> Outcome {
+    Outcome::Failed {
+        terminal: true,
+        error: error.into(),
+    }
+}
