@@ -7,16 +7,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::admin::Admin;
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::lookout::Lookout;
-use crate::metrics::Metrics;
-use crate::node::{Ended, Node};
-use crate::registration::{ProxyVoice, Registration};
-use crate::shown::Showcase;
-use crate::sockets;
-use crate::status::Status;
+use crate::observe::admin::Admin;
+use crate::observe::listening;
+use crate::observe::metrics::Metrics;
+use crate::observe::observer::Showcase;
+use crate::observe::proxy_discovery::Lookout;
+use crate::observe::registration::{ProxyVoice, Registration};
+use crate::observe::status::Status;
+use crate::rank::node::{Ended, Node};
 
 /// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
 /// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
@@ -69,7 +69,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let node = Node::start(Arc::clone(&config), Arc::new(shown)).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
-    status.listens(sockets::checked(&config, &ports)?);
+    status.listens(listening::checked(&config, &ports)?);
     status.bound();
     info!(
         id = config.id,

@@ -1,39 +1,23 @@
 //! The sidecar beside a vLLM instance: arguments, configuration, run, drain, exit code.
 
-mod admin;
 mod cli;
 mod config;
-mod cuda;
 mod daemon;
-mod engines;
+mod engine;
 mod exit;
-mod host;
-mod init;
-mod lineage;
-mod local;
 mod logging;
-mod lookout;
 mod memory;
-mod metrics;
-mod node;
-mod port;
-mod receiver;
-mod registration;
+mod net;
+mod observe;
+mod peer;
+mod rank;
 mod selftest;
-mod sender;
-mod shown;
-mod side;
-mod sockets;
-mod status;
-mod trace;
 mod transport;
-mod ucx;
-mod wires;
-mod zmq;
 
 use std::process::ExitCode;
 
 use crate::cli::{Cli, Command};
+use crate::transport::nixl::ucx;
 
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {

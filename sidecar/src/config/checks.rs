@@ -21,7 +21,7 @@ use super::layers::{Inputs, Layers, Source, Sourced};
 use super::mooncake::Mooncake;
 use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
-use crate::cuda::Which;
+use crate::memory::cuda::Which;
 
 /// The configuration, or `None` if something that it cannot do without is missing or wrong. What is
 /// wrong is noted in `layers`; only without any note the result may be used.

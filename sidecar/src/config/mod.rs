@@ -35,7 +35,7 @@ pub(crate) use self::reference::reference;
 pub(crate) use self::report::Report;
 pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role, Wire};
 
-use crate::cuda::Which;
+use crate::memory::cuda::Which;
 
 use self::keys::{Lmcache, Sidecar};
 use self::layers::Layers;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::{Buffer, Memory};
-use crate::cuda::Stage;
+use crate::memory::cuda::Stage;
 
 /// One thread's way from a buffer into sockets.
 #[derive(Debug)]

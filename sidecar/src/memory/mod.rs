@@ -2,8 +2,8 @@
 //!
 //! A buffer is written and read by other processes and by transport libraries while this process
 //! has it, so no Rust reference to its bytes is ever made: everything here is a call of the kernel or
-//! of CUDA's driver on a range of it, with the range checked first. This directory and `cuda` are the
-//! only places of the crate that may be unsafe. Where a buffer is, host or GPU, others learn from
+//! of CUDA's driver on a range of it, with the range checked first. This directory (with `cuda`
+//! in it) is the only place of the crate that may be unsafe. Where a buffer is, host or GPU, others learn from
 //! [`Buffer::export`] and [`Buffer::cuda`]; [`Outlet`] and [`Inlet`] bring it to sockets and back.
 
 use std::io;
@@ -14,10 +14,11 @@ use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cuda::{self, CudaError, DeviceMemory};
+use self::cuda::{CudaError, DeviceMemory};
 
 mod available;
 mod copy_rows;
+pub(crate) mod cuda;
 mod flow;
 mod low_water;
 mod memfd;

@@ -16,10 +16,10 @@ use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Ucx, Wire};
 use crate::memory::Buffer;
-use crate::node::Node;
-use crate::side::{Gauges, LinkStatus, Shown, Side};
-use crate::wires::Wires;
-use crate::zmq::Traffic;
+use crate::net::zmq::Traffic;
+use crate::rank::context::{Gauges, LinkStatus, Shown, Side};
+use crate::rank::node::Node;
+use crate::transport::set::Wires;
 
 impl Selftest {
     pub(super) async fn between_buffers(

@@ -21,8 +21,8 @@ use protocol::Layout;
 
 use crate::cli::Selftest;
 use crate::config::{DEVICES, Device, Devices, TLS, Ucx, Wire, names_tcp};
-use crate::cuda::{self, Which};
 use crate::exit::Exit;
+use crate::memory::cuda::{self, Which};
 use report::Report;
 use rounds::Rounds;
 

@@ -9,13 +9,14 @@ use protocol::sender::Piece;
 use protocol::{LeaseId, SlotIndex};
 
 pub(crate) mod choose;
-pub(crate) mod class;
 pub(crate) mod cuda_ipc;
+pub(crate) mod expected_rate;
 pub(crate) mod nixl;
-pub(crate) mod ready;
+pub(crate) mod readiness;
+pub(crate) mod set;
 pub(crate) mod tcp;
 
-pub(crate) use ready::{Ready, Standing};
+pub(crate) use readiness::{Ready, Standing};
 
 /// Which wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,7 +2,7 @@
 
 use super::{Value, items, scalar};
 use crate::config::yaml::Raw;
-use crate::cuda::Which;
+use crate::memory::cuda::Which;
 
 /// The memory of one rank's buffer, as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use serde_bytes::ByteBuf;
 
 use super::super::rounds::{Arrived, Content, Place, When};
-use crate::cuda::{Device, DeviceMemory, Event, Handle, Imported, Stage, Stream};
+use crate::memory::cuda::{Device, DeviceMemory, Event, Handle, Imported, Stage, Stream};
 
 /// Both engines' halves.
 #[derive(Debug)]

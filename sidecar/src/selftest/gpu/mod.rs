@@ -19,7 +19,7 @@ use super::rounds::Rounds;
 use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
 use crate::config::Wire;
-use crate::cuda::{Device, Which};
+use crate::memory::cuda::{Device, Which};
 
 impl Selftest {
     pub(super) async fn between_gpus(

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::cuda::{DeviceMemory, HANDLE_BYTES, Handle, Uuid};
+use crate::memory::cuda::{DeviceMemory, HANDLE_BYTES, Handle, Uuid};
 
 /// A buffer in GPU memory, as a peer opens it.
 #[derive(Clone, Debug, PartialEq, Eq)]

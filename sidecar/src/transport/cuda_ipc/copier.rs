@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 use super::command::{Command, Mapping};
 use super::peer::{Peer, leak};
 use super::{Config, Shared};
-use crate::cuda::{DeviceMemory, Event, State, Strided};
-use crate::transport::ready::{LOOK, sleep_exactly};
+use crate::memory::cuda::{DeviceMemory, Event, State, Strided};
+use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Ready, Standing};
 
 /// Everything that stays on the thread.

@@ -28,7 +28,7 @@ use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 
 use super::{Kind, Link, LinkError, Remote, Transport};
-use crate::cuda::DeviceMemory;
+use crate::memory::cuda::DeviceMemory;
 
 mod address;
 mod command;

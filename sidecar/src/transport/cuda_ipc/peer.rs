@@ -5,7 +5,7 @@ use std::sync::Arc;
 use protocol::sender::Piece;
 
 use super::address::Address;
-use crate::cuda::{CudaError, DeviceMemory, Event, Imported, Stream, Strided};
+use crate::memory::cuda::{CudaError, DeviceMemory, Event, Imported, Stream, Strided};
 use crate::transport::Remote;
 
 /// A receiver's buffer, mapped here.

@@ -5,8 +5,8 @@ use std::io::Write as _;
 use protocol::sender::Piece;
 
 use super::*;
-use crate::cuda::{Device, Which};
 use crate::memory::Buffer;
+use crate::memory::cuda::{Device, Which};
 use crate::transport::Outcome;
 
 const LEASE: LeaseId = LeaseId(7);
@@ -70,7 +70,7 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
     assert!(!same(1, 4, 1001) && !same(5, 0, 6));
 
     let stall = Duration::from_millis(300);
-    crate::transport::ready::tests::check(&*link, LEASE, piece(2, 2, slot_bytes), stall).await;
+    crate::transport::readiness::tests::check(&*link, LEASE, piece(2, 2, slot_bytes), stall).await;
     assert!(same(2, 2, slot_bytes));
     assert!(matches!(
         link.write(LEASE, vec![piece(0, 6, 1)]).await,

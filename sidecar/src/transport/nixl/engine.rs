@@ -19,7 +19,7 @@ use super::{Config, Refusal, Shared};
 use crate::config::CONSENT;
 use crate::memory::Buffer;
 use crate::transport::Remote;
-use crate::transport::ready::{LOOK as READY_LOOK, sleep_exactly};
+use crate::transport::readiness::{LOOK as READY_LOOK, sleep_exactly};
 
 /// Everything that stays on the thread.
 #[derive(Debug)]

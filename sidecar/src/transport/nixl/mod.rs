@@ -30,8 +30,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::config::{CONSENT, TLS, names_tcp};
-use crate::cuda::CudaError;
 use crate::memory::Buffer;
+use crate::memory::cuda::CudaError;
 
 mod command;
 mod counts;
@@ -40,6 +40,7 @@ mod engine;
 mod link;
 mod pace;
 mod peer;
+pub(crate) mod ucx;
 mod wire;
 
 use command::Command;

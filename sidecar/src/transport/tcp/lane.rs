@@ -25,7 +25,7 @@ use super::batch::Ticket;
 use super::frame::{Answer, Part, Write};
 use super::socket::{Waker, poll_for};
 use crate::memory::{Buffer, Outlet};
-use crate::transport::ready::{LOOK, sleep_exactly};
+use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Ready, Standing};
 
 /// The handle of a lane. Dropping it ends the thread once its jobs have ended, which their stall

@@ -131,7 +131,7 @@ async fn a_write_waits_until_its_bytes_are_there() {
     let (sender, _buffer) = start_with(library, 2, MIB, |config| config.stall = stall);
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
-    crate::transport::ready::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
+    crate::transport::readiness::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
 }
 
 #[tokio::test]

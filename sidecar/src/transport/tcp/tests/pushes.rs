@@ -147,7 +147,7 @@ async fn a_write_waits_until_its_bytes_are_there() {
     open_all(&receiver, LEASE);
     let link = sender.link(remote(&receiver)).await.unwrap();
     let stall = Duration::from_millis(200);
-    crate::transport::ready::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
+    crate::transport::readiness::tests::check(&*link, LEASE, piece(0, 1, MIB), stall).await;
 }
 
 #[tokio::test]

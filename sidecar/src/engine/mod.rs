@@ -1,0 +1,4 @@
+//! The engines of this sidecar: their unix socket and their sessions.
+
+pub(crate) mod sessions;
+pub(crate) mod socket;

@@ -1,0 +1,127 @@
+//! The way to the proxy, which a metadata server may have to be asked for.
+
+use std::time::Duration;
+
+use discovery::{EVERY, Metadata, PROXY_KEY, Store};
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::{HostPort, Whereabouts, read};
+use crate::net::zmq::{Closed, Push};
+use crate::observe::registration::{Outlet, Refused};
+
+/// The outlet to the proxy. What is said while nobody knows where it is is dropped and counted:
+/// registrations are repeated.
+#[derive(Debug)]
+pub(crate) struct Lookout {
+    push: Option<Push>,
+    found: mpsc::Receiver<Push>,
+}
+
+/// Looks where the proxy is, again and again: it may move.
+#[derive(Debug)]
+pub(crate) struct Search {
+    store: Store,
+    metadata: Metadata,
+    at: Option<HostPort>,
+    found: mpsc::Sender<Push>,
+}
+
+impl Lookout {
+    /// The way to a proxy; and the task that finds it, where it is not known.
+    ///
+    /// # Errors
+    /// The address cannot be connected to.
+    pub(crate) async fn of(address: &Whereabouts) -> Result<(Self, Option<Search>), Closed> {
+        let (tell, found) = mpsc::channel(1);
+        match address {
+            Whereabouts::At(at) => {
+                let push = Some(Push::connect(&at.host, at.port).await?);
+                Ok((Self { push, found }, None))
+            }
+            Whereabouts::AskedFor(metadata) => {
+                let search = Search {
+                    store: Store::new(metadata.clone()),
+                    metadata: metadata.clone(),
+                    at: None,
+                    found: tell,
+                };
+                Ok((Self { push: None, found }, Some(search)))
+            }
+        }
+    }
+}
+
+impl Outlet for Lookout {
+    fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused> {
+        if let Ok(push) = self.found.try_recv() {
+            self.push = Some(push);
+        }
+        let push = self.push.as_mut().ok_or(Refused)?;
+        push.send(payload).map_err(|_| Refused)
+    }
+
+    fn close(self) -> BoxFuture<'static, ()> {
+        Box::pin(async {
+            if let Some(push) = self.push {
+                push.close().await;
+            }
+        })
+    }
+}
+
+impl Search {
+    /// Runs until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut said = String::new();
+        loop {
+            let trouble = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                trouble = self.look() => trouble,
+            };
+            // The same trouble is said once.
+            if let Some(trouble) = trouble.filter(|t| *t != said) {
+                warn!(metadata = %self.metadata, "the proxy is not found: {trouble}");
+                said = trouble;
+            }
+            let pause = if self.at.is_some() { EVERY } else { UNKNOWN };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// What keeps it from being found.
+    async fn look(&mut self) -> Option<String> {
+        let text = match self.store.find(PROXY_KEY).await {
+            Ok(Some(text)) => text,
+            // One that was there may be about to come back: it is not forgotten.
+            Ok(None) => return self.at.is_none().then(|| format!("no key {PROXY_KEY}")),
+            Err(error) => return Some(error.to_string()),
+        };
+        let at = match read::<HostPort>(&text) {
+            Ok(at) => at,
+            Err(error) => return Some(format!("{PROXY_KEY} is {text:?}: {error}")),
+        };
+        if self.at.as_ref() == Some(&at) {
+            return None;
+        }
+        let Ok(push) = Push::connect(&at.host, at.port).await else {
+            return Some(format!("no connection to {at}"));
+        };
+        info!(proxy = %at, metadata = %self.metadata, "proxy found");
+        if self.found.send(push).await.is_err() {
+            return None; // nobody registers any more
+        }
+        self.at = Some(at);
+        None
+    }
+}
+
+/// A sidecar that has never heard of a proxy asks more often.
+const UNKNOWN: Duration = Duration::from_secs(1);

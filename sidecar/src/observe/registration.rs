@@ -1,0 +1,164 @@
+//! Tells the proxy that this sidecar is here, with its load, and what happens to requests.
+//!
+//! One way: the proxy acknowledges by calling back the admin server. Everything goes through one
+//! task that owns the socket; whoever has something to say never waits for it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::future::BoxFuture;
+use protocol::codec;
+use protocol::registration::ToProxy;
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::observe::metrics::{Fate, Metrics};
+use crate::observe::status::Status;
+
+/// Where the proxy's messages go: the PUSH socket, or a list in tests.
+pub(crate) trait Outlet: Send + 'static {
+    /// Takes a message, or refuses it because too many wait already. Never waits.
+    ///
+    /// # Errors
+    /// The message is dropped.
+    fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused>;
+
+    /// Flushes for a bounded time and closes.
+    fn close(self) -> BoxFuture<'static, ()>;
+}
+
+/// An outlet did not take a message.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the proxy does not take messages")]
+pub(crate) struct Refused;
+
+/// What the sides speak through.
+#[derive(Clone, Debug)]
+pub(crate) struct ProxyVoice {
+    queue: mpsc::Sender<ToProxy>,
+    metrics: Arc<Metrics>,
+}
+
+impl ProxyVoice {
+    /// Queues a message; if the queue is full it is dropped and counted, because a request must not
+    /// wait for the proxy. The proxy sends the decode leg when the prefill leg answers, with or
+    /// without our word.
+    pub(crate) fn tell(&self, message: ToProxy) {
+        let kind = kind(&message);
+        if self.queue.try_send(message).is_err() {
+            self.metrics.told_proxy(kind, Fate::Dropped);
+        }
+    }
+}
+
+/// The task's state. See the module.
+#[derive(Debug)]
+pub(crate) struct Registration<O> {
+    outlet: O,
+    queue: mpsc::Receiver<ToProxy>,
+    config: Arc<Config>,
+    /// The admin server's port, as it was bound.
+    admin_port: u16,
+    status: Arc<Status>,
+    metrics: Arc<Metrics>,
+}
+
+impl<O: Outlet> Registration<O> {
+    /// A voice, and the task that carries it.
+    pub(crate) fn new(
+        outlet: O,
+        config: Arc<Config>,
+        admin_port: u16,
+        status: Arc<Status>,
+        metrics: Arc<Metrics>,
+    ) -> (ProxyVoice, Self) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let voice = ProxyVoice {
+            queue: sender,
+            metrics: Arc::clone(&metrics),
+        };
+        let task = Self {
+            outlet,
+            queue,
+            config,
+            admin_port,
+            status,
+            metrics,
+        };
+        (voice, task)
+    }
+
+    /// Registers at once, at every period, and when readiness changes, until `drain`: then leaves, but
+    /// still carries what the sides say, until `stop` or the last voice is gone.
+    pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
+        let period = self.config.proxy.as_ref().map(|p| p.period);
+        let Some(period) = period.filter(|p| !p.is_zero()) else {
+            return; // nobody to register with
+        };
+        let mut ticks = tokio::time::interval(period);
+        // After a stall one registration is enough.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut leaving = false;
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                () = drain.cancelled(), if !leaving => {
+                    leaving = true;
+                    info!("leaving the proxy");
+                    self.send(&ToProxy::Leave(self.status.leave()));
+                }
+                // Before the queue: a stream of messages must not keep the heartbeat back.
+                _ = ticks.tick(), if !leaving => self.register(),
+                () = self.status.changed(), if !leaving => self.register(),
+                message = self.queue.recv() => match message {
+                    Some(message) => self.send(&message),
+                    None => break,
+                },
+            }
+        }
+        while let Ok(message) = self.queue.try_recv() {
+            self.send(&message);
+        }
+        if !leaving {
+            self.send(&ToProxy::Leave(self.status.leave()));
+        }
+        self.outlet.close().await;
+    }
+
+    fn register(&mut self) {
+        let now = Instant::now();
+        let register = self.status.registration(&self.config, self.admin_port, now);
+        self.send(&ToProxy::Register(register));
+    }
+
+    fn send(&mut self, message: &ToProxy) {
+        let kind = kind(message);
+        let fate = match self.outlet.send(codec::encode(message)) {
+            Ok(()) => Fate::Sent,
+            Err(Refused) => Fate::Dropped,
+        };
+        if fate == Fate::Dropped && kind == "leave" {
+            warn!("the proxy was not told that this sidecar leaves");
+        }
+        self.metrics.told_proxy(kind, fate);
+    }
+}
+
+fn kind(message: &ToProxy) -> &'static str {
+    match message {
+        ToProxy::Register(_) => "register",
+        ToProxy::Leave(_) => "leave",
+        ToProxy::Progress(_) => "progress",
+        ToProxy::ProxyNotif(_) => "proxy_notif",
+    }
+}
+
+/// Messages that may wait for the task: two a request, for every request that may be under way.
+const QUEUE: usize = 4096;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,316 @@
+use std::path::PathBuf;
+
+use protocol::local::Target;
+use protocol::registration::InstanceRole;
+use protocol::{Layout, Reason, RequestId};
+
+use super::*;
+use crate::config::Inputs;
+use crate::engine::sessions::Cut;
+
+/// A configuration of a receiver of two ranks with a proxy, or with other keys.
+pub(crate) fn config(more: &[(&'static str, &str)]) -> Config {
+    let file = "\
+pd_role: receiver
+pd_buffer_size: 1GiB
+pd_peer_host: 127.0.0.1
+pd_peer_init_port: [7300, 7301]
+pd_peer_alloc_port: [7400, 7401]
+pd_proxy_host: 127.0.0.1
+pd_proxy_port: 7500
+sidecar: {id: d0, register_ms: 50}
+";
+    let inputs = Inputs {
+        flags: more.iter().map(|(f, v)| (*f, (*v).to_owned())).collect(),
+        file: Some((PathBuf::from("x.yaml"), file.to_owned())),
+        hostname: "host".to_owned(),
+        ..Inputs::default()
+    };
+    let (config, _) = Config::load(&inputs).unwrap_or_else(|r| panic!("{}", r.errors()));
+    config
+}
+
+pub(crate) fn cut() -> Cut {
+    Cut {
+        layout: Layout {
+            model: "m".to_owned(),
+            dtype: "float".to_owned(),
+            layers: 2,
+            kv_heads: 2,
+            head_size: 8,
+            mla: false,
+            chunk_tokens: 256,
+            quantization: String::new(),
+        },
+        slots: 16,
+        slot_bytes: 65536,
+        epoch: Epoch(9),
+    }
+}
+
+pub(crate) fn gauges(cut: Option<&Cut>, engines: usize) -> Gauges<'_> {
+    Gauges {
+        cut,
+        engines,
+        unmoved: None,
+        free: if cut.is_some() { 13 } else { 0 },
+        held: if cut.is_some() { 2 } else { 0 },
+        quarantined: u32::from(cut.is_some()),
+        parked_tokens: 700,
+        requests: 3,
+    }
+}
+
+fn target(port: u16) -> Target {
+    Target {
+        host: "10.0.0.2".to_owned(),
+        init_port: 1,
+        alloc_port: port,
+    }
+}
+
+pub(crate) fn link(port: u16) -> LinkStatus {
+    let mut link = LinkStatus::new(&target(port), "auto");
+    link.transport = "nixl";
+    link.reported = "cma/memory".to_owned();
+    let began = Instant::now();
+    link.measured(2_000_000, began, began + Duration::from_millis(1));
+    link
+}
+
+pub(crate) fn record(reason: Option<Reason>) -> Record {
+    Record {
+        req: RequestId::from("r1"),
+        peer: "10.0.0.2:7400".to_owned(),
+        reason,
+        tokens: 600,
+        have_tokens: 64,
+        chunks: 3,
+        bytes: 153_600,
+        transport: "nixl".to_owned(),
+        alloc_us: 150,
+        gather_us: 400,
+        push_us: 900,
+        ready_us: 2_000,
+        scatter_us: 300,
+        windowed: 1,
+    }
+}
+
+fn reasons(status: &Status, now: Instant) -> Vec<String> {
+    status
+        .obstacles(now)
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+#[test]
+fn the_rate_of_a_wire_is_that_of_writes_together() {
+    let start = Instant::now() + Duration::from_secs(1);
+    let mut link = LinkStatus::new(&target(1), "auto");
+    // They begin at once, and one ends after the other.
+    for ms in 1..=8 {
+        link.measured(1_000_000, start, start + Duration::from_millis(ms));
+    }
+    let rate = link.rate().unwrap();
+    assert!((rate - 1.0).abs() < 1e-6, "{rate} GB/s");
+    assert_eq!(link.large_rate(), None);
+    // A small one that is heard of before the large one around it.
+    let at = |ms: u64| start + Duration::from_millis(1000 + ms);
+    let mut link = LinkStatus::new(&target(1), "auto");
+    link.measured(1, at(94), at(95));
+    link.measured(100 << 20, at(0), at(100));
+    let large = link.large_rate().unwrap();
+    assert!((1.0..1.07).contains(&large), "{large} GB/s");
+}
+
+#[test]
+fn ready_only_when_a_push_would_work() {
+    let now = Instant::now();
+    let status = Status::new(&config(&[]));
+    let no_proxy = "the proxy at 127.0.0.1:7500 has not acknowledged this sidecar within 15 s";
+    let no_engine = |rank| format!("no engine is connected to the receiver of rank {rank}");
+    let starting = "ports are not bound yet".to_owned();
+    assert_eq!(
+        reasons(&status, now),
+        [starting, no_engine(0), no_engine(1), no_proxy.to_owned()]
+    );
+    status.bound();
+    let cut = cut();
+    for rank in 0..2 {
+        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+    }
+    assert_eq!(reasons(&status, now), [no_proxy]);
+    status.acknowledged("p", now);
+    assert_eq!(reasons(&status, now), [""; 0]);
+    assert_eq!(reasons(&status, now + ACKNOWLEDGED_FOR), [""; 0]);
+    assert_eq!(
+        reasons(&status, now + ACKNOWLEDGED_FOR + Duration::from_millis(1)),
+        [no_proxy]
+    );
+    status.gauges(Side::Receiver, 1, &gauges(Some(&cut), 0));
+    assert_eq!(reasons(&status, now), [no_engine(1)]);
+    status.draining();
+    assert_eq!(reasons(&status, now)[0], "draining");
+}
+
+#[test]
+fn both_sides_need_an_engine_and_without_a_proxy_nobody_needs_to_call() {
+    let mut config = config(&[("--role", "both")]);
+    config.proxy = None;
+    let status = Status::new(&config);
+    status.bound();
+    assert_eq!(status.about().sides.len(), 4);
+    for (side, rank) in status.about().sides.clone() {
+        assert!(!status.obstacles(Instant::now()).is_empty());
+        status.gauges(side, rank, &gauges(None, 1));
+    }
+    assert_eq!(reasons(&status, Instant::now()), [""; 0]);
+}
+
+#[test]
+fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
+    let now = Instant::now();
+    let config = config(&[]);
+    let status = Status::new(&config);
+    assert!(!status.registration(&config, 7900, now).ready);
+    status.bound();
+    let cut = cut();
+    for rank in 0..2 {
+        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+    }
+    let register = status.registration(&config, 7901, now);
+    assert_eq!(
+        register,
+        Register {
+            v: VERSION,
+            id: "d0".to_owned(),
+            epoch: status.about().epoch,
+            role: InstanceRole::Decode,
+            http: "http://127.0.0.1:8200".to_owned(),
+            admin: "http://127.0.0.1:7901".to_owned(),
+            host: "127.0.0.1".to_owned(),
+            init_ports: vec![7300, 7301],
+            alloc_ports: vec![7400, 7401],
+            ready: true,
+            slots: 32,
+            free_slots: 26,
+            parked_tokens: 1400,
+            period_ms: 50,
+            ranks: 2,
+            layout: Some(cut.layout.clone()),
+            unmoved: String::new(),
+        }
+    );
+    status.draining();
+    assert!(!status.registration(&config, 7901, now).ready);
+    assert_ne!(Status::new(&config).about().epoch, register.epoch);
+}
+
+#[test]
+fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_why() {
+    let now = Instant::now();
+    let config = config(&[]);
+    let status = Status::new(&config);
+    status.bound();
+    status.acknowledged("p", now);
+    for rank in 0..2 {
+        let unmoved = Some("heads of two sizes");
+        let gauges = Gauges {
+            unmoved,
+            ..gauges(None, 1)
+        };
+        status.gauges(Side::Receiver, rank, &gauges);
+    }
+    assert_eq!(reasons(&status, now), [""; 0]);
+    let register = status.registration(&config, 7900, now);
+    assert_eq!(
+        (register.ready, register.unmoved.as_str(), register.layout),
+        (true, "heads of two sizes", None)
+    );
+    let snapshot = status.snapshot(now);
+    assert_eq!(
+        (snapshot.ready, snapshot.unmoved.as_deref()),
+        (true, Some("heads of two sizes"))
+    );
+    // Another engine comes that does move.
+    let cut = cut();
+    for rank in 0..2 {
+        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+    }
+    let register = status.registration(&config, 7900, now);
+    assert_eq!(
+        (register.unmoved.as_str(), register.layout),
+        ("", Some(cut.layout))
+    );
+    assert_eq!(status.snapshot(now).unmoved, None);
+}
+
+#[test]
+fn links_are_replaced_by_what_there_is() {
+    let status = Status::new(&config(&[("--role", "sender")]));
+    let shown = |status: &Status| {
+        let links = status.snapshot(Instant::now()).links;
+        links
+            .iter()
+            .map(|l| format!("{} {:?}", l.peer, l.measured_gb_per_s))
+            .collect::<Vec<_>>()
+    };
+    let (a, mut b) = (link(1), link(2));
+    status.links(0, &mut [&a, &b].into_iter());
+    assert_eq!(
+        shown(&status),
+        ["10.0.0.2:1 Some(2.0)", "10.0.0.2:2 Some(2.0)"]
+    );
+    let began = Instant::now() + Duration::from_secs(1);
+    b.measured(9_000_000, began, began + Duration::from_millis(1));
+    status.links(0, &mut std::iter::once(&b));
+    assert_eq!(shown(&status).len(), 1);
+    assert!(
+        shown(&status)[0].starts_with("10.0.0.2:2 Some(5."),
+        "{:?}",
+        shown(&status)
+    );
+    status.links(0, &mut std::iter::empty());
+    assert_eq!(shown(&status).len(), 0);
+}
+
+#[test]
+fn the_oldest_records_give_way() {
+    let status = Status::new(&config(&[]));
+    for i in 0..MAX_RECORDS + 10 {
+        let req = RequestId(format!("r{i}"));
+        status.record(
+            Side::Receiver,
+            0,
+            &Record {
+                req,
+                ..record(None)
+            },
+        );
+    }
+    let records = status.records();
+    assert_eq!(records.len(), MAX_RECORDS);
+    assert_eq!(records[0].record.req, RequestId::from("r10"));
+    assert_eq!(
+        records[MAX_RECORDS - 1].record.req,
+        RequestId(format!("r{}", MAX_RECORDS + 9))
+    );
+}
+
+#[tokio::test]
+async fn only_what_readiness_depends_on_wakes_the_registration() {
+    let status = Status::new(&config(&[]));
+    let cut = cut();
+    status.bound();
+    status.changed().await;
+    status.gauges(Side::Receiver, 0, &gauges(Some(&cut), 1));
+    status.changed().await;
+    status.gauges(Side::Receiver, 0, &gauges(Some(&cut), 2));
+    status.record(Side::Receiver, 0, &record(None));
+    let quiet = tokio::time::timeout(Duration::from_millis(20), status.changed()).await;
+    assert!(quiet.is_err());
+    status.draining();
+    status.changed().await;
+}

@@ -1,0 +1,319 @@
+//! The init handshake: who is there, what a chunk looks like there, where its slots are.
+//!
+//! ```text
+//! sender (REQ)                                   receiver (ROUTER on the init port)
+//!    │ NixlInitRequest{metadata, x: Hello}   ───────▶ │ checks version and layout
+//!    │ ◀─────── NixlInitResponse{name, metadata, x: Hello or refusal}
+//!    │ NixlMemRegRequest{name, rows, x: v}   ───────▶ │
+//!    │ ◀─────── NixlMemRegResponse{rows, x: Pages}
+//! ```
+//!
+//! The receiver keeps no state between the two, so any order and any repetition is served. A peer
+//! that sends no `x` is LMCache.
+
+use std::time::Duration;
+
+use protocol::codec;
+use protocol::dlist::{self, Memory, Row};
+use protocol::local::Target;
+use protocol::message::{
+    Hello, Init, NixlInitRequest, NixlInitResponse, NixlMemRegRequest, NixlMemRegResponse, Pages,
+    Refusal, Version,
+};
+use protocol::metadata::agent_name;
+use protocol::{Reason, VERSION};
+use serde_bytes::ByteBuf;
+
+use crate::net::zmq::{RequestError, Requester};
+
+/// What a side of the handshake says of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// Name, epoch, layout, wires. A `refused` in it refuses every peer, e.g. while draining.
+    pub(crate) hello: Hello,
+    /// NIXL agent metadata; empty without NIXL.
+    pub(crate) metadata: Vec<u8>,
+    /// NIXL rows of the buffer, one a slot; empty without NIXL.
+    pub(crate) rows: Vec<Row>,
+    /// Where the buffer is.
+    pub(crate) memory: Memory,
+    /// Slots and their size; 0 slots while no engine has said hello.
+    pub(crate) pages: Pages,
+}
+
+/// What a receiver does with a request on its init port.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Answer {
+    /// Send this.
+    Reply(Vec<u8>),
+    /// Keep the request and ask again when an engine is there. LMCache's sender remembers the pages
+    /// that it is told for the life of its process, and waits without a timeout: late beats empty.
+    NotYet,
+    /// Not a request of the handshake: end the connection.
+    Malformed(String),
+}
+
+/// The receiver's side.
+pub(crate) fn answer(request: &[u8], ours: &Identity) -> Answer {
+    let reply = match codec::decode(request) {
+        Ok(Init::NixlInitRequest(request)) => {
+            if request.x.is_none() && ours.hello.layout.is_none() {
+                return Answer::NotYet;
+            }
+            Init::NixlInitResponse(introduce(&request, ours))
+        }
+        Ok(Init::NixlMemRegRequest(request)) => {
+            if request.x.is_none() && ours.hello.layout.is_none() {
+                return Answer::NotYet;
+            }
+            Init::NixlMemRegResponse(NixlMemRegResponse {
+                remote_xfer_dlist_bytes: ByteBuf::from(dlist::build(&ours.rows, ours.memory)),
+                x: request.x.map(|_| ours.pages),
+            })
+        }
+        Ok(Init::NixlInitResponse(_) | Init::NixlMemRegResponse(_)) => {
+            return Answer::Malformed("an answer where a request is due".to_owned());
+        }
+        Err(error) => return Answer::Malformed(error.to_string()),
+    };
+    Answer::Reply(codec::encode(&reply))
+}
+
+fn introduce(request: &NixlInitRequest, ours: &Identity) -> NixlInitResponse {
+    let name = agent_name(&request.local_meta_bytes).unwrap_or_default();
+    let x = request.x.as_ref().map(|theirs| {
+        let mut hello = ours.hello.clone();
+        hello.refused = hello.refused.or_else(|| unfit(&ours.hello, theirs));
+        hello
+    });
+    NixlInitResponse {
+        remote_agent_name: ByteBuf::from(name),
+        remote_meta_bytes: ByteBuf::from(ours.metadata.clone()),
+        x,
+    }
+}
+
+/// Why these two cannot exchange chunks; absent if they can.
+fn unfit(ours: &Hello, theirs: &Hello) -> Option<Refusal> {
+    let refusal = |reason, text| Some(Refusal { reason, text });
+    let (our_name, their_name) = (ours.id.escape_debug(), theirs.id.escape_debug());
+    if theirs.v != ours.v {
+        return refusal(
+            Reason::VersionMismatch,
+            format!(
+                "protocol version: {their_name} speaks {}, {our_name} speaks {}; run the same release on both",
+                theirs.v, ours.v
+            ),
+        );
+    }
+    let (ours, theirs) = match (&ours.layout, &theirs.layout) {
+        (Some(ours), Some(theirs)) => (ours, theirs),
+        (None, _) => {
+            return refusal(
+                Reason::NoEngine,
+                format!("{our_name} has no engine yet, so it has no slots"),
+            );
+        }
+        (_, None) => {
+            return refusal(
+                Reason::NoEngine,
+                format!("{their_name} has no engine yet, so its chunks have no shape"),
+            );
+        }
+    };
+    let (field, our_value, their_value) = ours.difference(theirs)?;
+    refusal(
+        Reason::LayoutMismatch,
+        format!(
+            "{field}: {their_name} has {}, {our_name} has {}; both sides need the same",
+            their_value.escape_debug(),
+            our_value.escape_debug()
+        ),
+    )
+}
+
+/// A receiver that a sender may push to.
+#[derive(Clone, Debug)]
+pub(crate) struct Linked {
+    /// Absent for LMCache.
+    pub(crate) hello: Option<Hello>,
+    /// Its NIXL agent metadata; empty without NIXL.
+    pub(crate) metadata: Vec<u8>,
+    /// Its NIXL rows, one a slot; empty without NIXL.
+    pub(crate) rows: Vec<Row>,
+    /// Where its buffer is.
+    pub(crate) memory: Memory,
+    /// Slots and their size.
+    pub(crate) pages: Pages,
+}
+
+/// Why there is no link.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InitError {
+    /// It could not be reached, or left.
+    #[error(transparent)]
+    Unreached(#[from] RequestError),
+    /// It did not answer in time.
+    #[error("no answer from {peer} within {after:?}")]
+    Timeout {
+        /// `host:init_port`.
+        peer: String,
+        /// The deadline.
+        after: Duration,
+    },
+    /// It answered something else.
+    #[error("{peer} sent no valid answer: {cause}")]
+    Malformed {
+        /// `host:init_port`.
+        peer: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The two do not fit, by its word or ours.
+    #[error("{peer} cannot be linked ({}): {}", .refusal.reason, .refusal.text)]
+    Refused {
+        /// `host:init_port`.
+        peer: String,
+        /// What differs.
+        refusal: Refusal,
+    },
+}
+
+impl InitError {
+    /// The reason for counters and for the requests that wanted this link.
+    pub(crate) fn reason(&self) -> Reason {
+        match self {
+            Self::Refused { refusal, .. } => refusal.reason,
+            Self::Unreached(_) | Self::Timeout { .. } | Self::Malformed { .. } => Reason::NoLink,
+        }
+    }
+}
+
+/// The sender's side, within `deadline`.
+///
+/// # Errors
+/// See [`InitError`].
+///
+/// # Cancel safety
+/// Dropping the future drops the connection; the receiver keeps nothing.
+pub(crate) async fn handshake(
+    target: &Target,
+    ours: &Identity,
+    deadline: Duration,
+) -> Result<Linked, InitError> {
+    let peer = format!("{}:{}", target.host, target.init_port);
+    match tokio::time::timeout(deadline, exchange(target, &peer, ours)).await {
+        Ok(result) => result,
+        Err(_) => Err(InitError::Timeout {
+            peer,
+            after: deadline,
+        }),
+    }
+}
+
+async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked, InitError> {
+    let malformed = |cause: String| InitError::Malformed {
+        peer: peer.to_owned(),
+        cause,
+    };
+    let mut socket = Requester::connect(&target.host, target.init_port).await?;
+
+    let request = Init::NixlInitRequest(NixlInitRequest {
+        local_meta_bytes: ByteBuf::from(ours.metadata.clone()),
+        x: Some(ours.hello.clone()),
+    });
+    let introduced = match codec::decode(&socket.request(codec::encode(&request)).await?) {
+        Ok(Init::NixlInitResponse(response)) => response,
+        Ok(_) => return Err(malformed("not a NixlInitResponse".to_owned())),
+        Err(error) => return Err(malformed(error.to_string())),
+    };
+    if let Some(theirs) = &introduced.x
+        && let Some(refusal) = theirs
+            .refused
+            .clone()
+            .or_else(|| unfit(&ours.hello, theirs))
+    {
+        return Err(InitError::Refused {
+            peer: peer.to_owned(),
+            refusal,
+        });
+    }
+
+    // LMCache's receiver looks the rows up in our metadata and dies of none; ours needs none, and a
+    // sender has no reason to show anybody its memory.
+    let shown = match introduced.x {
+        Some(_) => &[],
+        None => ours.rows.get(..1).unwrap_or_default(),
+    };
+    let request = Init::NixlMemRegRequest(NixlMemRegRequest {
+        remote_agent_name: introduced.remote_agent_name,
+        local_id: ours.hello.id.clone(),
+        local_xfer_dlist_bytes: ByteBuf::from(dlist::build(shown, ours.memory)),
+        x: Some(Version { v: VERSION }),
+    });
+    let registered = match codec::decode(&socket.request(codec::encode(&request)).await?) {
+        Ok(Init::NixlMemRegResponse(response)) => response,
+        Ok(_) => return Err(malformed("not a NixlMemRegResponse".to_owned())),
+        Err(error) => return Err(malformed(error.to_string())),
+    };
+    let (memory, rows) = dlist::parse(&registered.remote_xfer_dlist_bytes)
+        .map_err(|error| malformed(error.to_string()))?;
+    let pages = pages(&rows, registered.x).map_err(malformed)?;
+    check_size(&pages, ours).map_err(|refusal| InitError::Refused {
+        peer: peer.to_owned(),
+        refusal,
+    })?;
+    Ok(Linked {
+        hello: introduced.x,
+        metadata: introduced.remote_meta_bytes.into_vec(),
+        rows,
+        memory,
+        pages,
+    })
+}
+
+/// The peer's slots, by its word (`x`) and its rows; they must not contradict each other.
+fn pages(rows: &[Row], said: Option<Pages>) -> Result<Pages, String> {
+    let shown = rows.first().map(|first| Pages {
+        v: 0,
+        slots: u32::try_from(rows.len()).unwrap_or(u32::MAX),
+        slot_bytes: first.bytes,
+    });
+    if let Some(shown) = shown
+        && rows.iter().any(|row| row.bytes != shown.slot_bytes)
+    {
+        return Err("its slots are not all of one size".to_owned());
+    }
+    match (said, shown) {
+        (Some(said), Some(shown))
+            if (said.slots, said.slot_bytes) != (shown.slots, shown.slot_bytes) =>
+        {
+            Err(format!(
+                "it says {} slots of {} bytes and shows {} of {}",
+                said.slots, said.slot_bytes, shown.slots, shown.slot_bytes
+            ))
+        }
+        (Some(said), _) => Ok(said),
+        (None, Some(shown)) => Ok(shown),
+        (None, None) => Err("it shows no slots".to_owned()),
+    }
+}
+
+fn check_size(pages: &Pages, ours: &Identity) -> Result<(), Refusal> {
+    let chunk = ours.hello.layout.as_ref().and_then(|l| l.chunk_bytes());
+    match chunk {
+        Some(bytes) if bytes == pages.slot_bytes && pages.slots > 0 => Ok(()),
+        _ => Err(Refusal {
+            reason: Reason::LayoutMismatch,
+            text: format!(
+                "it has {} slots of {} bytes, a chunk here has {}; check model, dtype, chunk_size and tensor-parallel size",
+                pages.slots,
+                pages.slot_bytes,
+                chunk.unwrap_or_default()
+            ),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! What a process leaves to the one that takes its place: the means to vouch for its end.
+//!
+//! A sender on another host that dies cannot be watched by its receivers, and nothing but its own word
+//! frees the slots that it could write into. Its successor can give that word, if it knows for certain
+//! that the process before it has ended. What it knows it from is a lock on a file beside the socket:
+//! the kernel holds it as long as any thread of the process lives, and gives it up with the sockets and
+//! queues of the process, whatever ended it.
+//!
+//! In the file each process leaves a secret, whose hash (*seal*) it shows in its handshakes. Whoever
+//! gets the lock reads the secrets of all before it, and shows them in its own. So nobody can vouch for
+//! the end of a process that lives, and a second sidecar of the same name vouches for nobody.
+//!
+//! A file of another boot counts for nothing: the lock may be one of a shared file system, which gives
+//! it away when it has lost sight of a host.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
+use rustix::fs::{FlockOperation, flock};
+use serde_bytes::ByteBuf;
+use tracing::warn;
+
+use crate::engine::socket::make_directory;
+use crate::net::host_id;
+
+/// What this process shows of itself and of those before it. See the module's documentation.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lineage {
+    /// Of this process; empty if there is no file.
+    pub(crate) seal: ByteBuf,
+    /// Secrets of processes that have ended, oldest first.
+    pub(crate) ended: Vec<ByteBuf>,
+}
+
+/// The hash of a secret.
+pub(crate) type Seal = [u8; SHA256_OUTPUT_LEN];
+
+/// The seal of a secret that a successor shows.
+pub(crate) fn seal_of(secret: &[u8]) -> Seal {
+    let mut seal = Seal::default();
+    seal.copy_from_slice(digest(&SHA256, secret).as_ref());
+    seal
+}
+
+impl Lineage {
+    /// Takes the place that belongs to a socket. Where that fails nobody vouches for anybody, which the
+    /// log says.
+    pub(crate) fn beside(socket: &Path) -> Self {
+        let path = file_of(socket);
+        match Self::take(&path, &host_id::boot()) {
+            Ok((lineage, file)) => {
+                // Never closed by us: writes may be under way for as long as the process lives.
+                let _held = file.into_raw_fd();
+                lineage
+            }
+            Err(error) => {
+                warn!(
+                    path = %path.display(), %error,
+                    "should this process die, nobody can vouch for its end: receivers on other hosts keep \
+                     the slots that it was granted in quarantine"
+                );
+                Self::default()
+            }
+        }
+    }
+
+    /// The file stays locked until it is closed.
+    fn take(path: &Path, boot: &str) -> io::Result<(Self, File)> {
+        make_directory(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        let ended = read(&file, boot)?;
+        let secret: [u8; SECRET_BYTES] = rand::random();
+        write(&file, boot, &ended, &secret)?;
+        let lineage = Self {
+            seal: ByteBuf::from(seal_of(&secret)),
+            ended: ended.into_iter().map(ByteBuf::from).collect(),
+        };
+        Ok((lineage, file))
+    }
+}
+
+/// The secrets that the latest processes of this boot left, oldest first.
+fn read(file: &File, boot: &str) -> io::Result<Vec<[u8; SECRET_BYTES]>> {
+    let mut text = Vec::new();
+    file.take(MAX_FILE_BYTES).read_to_end(&mut text)?;
+    let Some(secrets) = text.strip_prefix(boot.as_bytes()) else {
+        return Ok(Vec::new());
+    };
+    let (secrets, _) = secrets.as_chunks::<SECRET_BYTES>();
+    let old = secrets.len().saturating_sub(MAX_ENDED);
+    Ok(secrets[old..].to_vec())
+}
+
+fn write(
+    mut file: &File,
+    boot: &str,
+    ended: &[[u8; SECRET_BYTES]],
+    secret: &[u8; SECRET_BYTES],
+) -> io::Result<()> {
+    let mut text = boot.as_bytes().to_vec();
+    text.extend(ended.iter().flatten());
+    text.extend(secret);
+    file.set_len(0)?;
+    file.rewind()?;
+    file.write_all(&text)
+}
+
+fn file_of(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(".lineage");
+    PathBuf::from(name)
+}
+
+/// Of a secret: as many as its hash has.
+const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
+/// Processes that are vouched for: receivers that heard of none of the later ones are few.
+pub(crate) const MAX_ENDED: usize = 16;
+/// Far more than a file of ours has.
+const MAX_FILE_BYTES: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOOT: &str = "6c0a6a3e-boot";
+
+    fn path() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file_of(&folder.path().join("prefill.sock"));
+        (folder, path)
+    }
+
+    fn seals(lineage: &Lineage) -> Vec<ByteBuf> {
+        let all = lineage.ended.iter();
+        all.map(|secret| ByteBuf::from(seal_of(secret))).collect()
+    }
+
+    #[test]
+    fn a_successor_shows_what_the_seals_of_the_dead_were_made_of() {
+        let (_folder, path) = path();
+        let (first, file) = Lineage::take(&path, BOOT).unwrap();
+        assert_eq!((first.seal.len(), first.ended.len()), (32, 0));
+        drop(file);
+        let (second, file) = Lineage::take(&path, BOOT).unwrap();
+        assert_eq!(seals(&second), std::slice::from_ref(&first.seal));
+        drop(file);
+        let (third, _file) = Lineage::take(&path, BOOT).unwrap();
+        assert_eq!(seals(&third), [first.seal, second.seal]);
+    }
+
+    #[test]
+    fn nobody_vouches_for_the_living() {
+        let (_folder, path) = path();
+        let (first, file) = Lineage::take(&path, BOOT).unwrap();
+        assert!(Lineage::take(&path, BOOT).is_err());
+        drop(file);
+        let (later, _file) = Lineage::take(&path, BOOT).unwrap();
+        assert_eq!(seals(&later), [first.seal], "nothing of the refused one");
+    }
+
+    #[test]
+    fn another_boot_counts_for_nothing() {
+        let (_folder, path) = path();
+        drop(Lineage::take(&path, BOOT).unwrap());
+        let (other, _file) = Lineage::take(&path, "another").unwrap();
+        assert!(other.ended.is_empty());
+    }
+
+    #[test]
+    fn the_latest_are_kept() {
+        let (_folder, path) = path();
+        let mut before = Vec::new();
+        for _ in 0..MAX_ENDED + 5 {
+            before.push(Lineage::take(&path, BOOT).unwrap().0.seal);
+        }
+        let (last, _file) = Lineage::take(&path, BOOT).unwrap();
+        assert_eq!(seals(&last), before[5..]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_file_of_ours_is_no_lineage() {
+        let (folder, path) = path();
+        std::fs::write(&path, vec![7; 100_000]).unwrap();
+        let (lineage, _file) = Lineage::take(&path, BOOT).unwrap();
+        assert!(lineage.ended.is_empty());
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(Lineage::take(&link, BOOT).is_err());
+    }
+}

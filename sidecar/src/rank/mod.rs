@@ -1,0 +1,7 @@
+//! One rank of a role: its buffer, its protocol machine, its task.
+
+pub(crate) mod context;
+pub(crate) mod node;
+pub(crate) mod receiver;
+pub(crate) mod recorder;
+pub(crate) mod sender;

@@ -1,0 +1,361 @@
+//! One process: the sides of every rank, the engines' socket, and what is shown to the world. Owns all
+//! tasks; the first that ends ends the others.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::EngineId;
+use protocol::Reason;
+use protocol::local::{EngineRole, Refused, Target, ToEngine};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::{Config, RankPorts, Role};
+use crate::engine::socket::{FromEngine, Listener};
+use crate::memory::Buffer;
+use crate::net::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
+use crate::peer::process_lock::Lineage;
+use crate::rank::context::{Shown, Side, SideContext};
+use crate::rank::receiver::LandSide;
+use crate::rank::recorder::Trace;
+use crate::rank::sender::SendSide;
+use crate::transport::set::Wires;
+
+/// Messages of engines that wait for one side; beyond it the dispatcher, and so the sockets, push back.
+const QUEUE: usize = 256;
+
+/// What cannot be had at start: the process exits with 69.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct StartError(#[from] anyhow::Error);
+
+/// A sidecar whose ports are bound and whose buffers are taken.
+#[derive(Debug)]
+pub(crate) struct Node {
+    config: Arc<Config>,
+    sides: JoinSet<()>,
+    /// The engines' socket and its dispatcher: they end with this.
+    _services: JoinSet<()>,
+    drain: CancellationToken,
+    stop: CancellationToken,
+    targets: Vec<Target>,
+    ports: BTreeMap<u16, String>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
+    _listener: Listener,
+}
+
+/// Where the events of an engine go.
+type Doors = BTreeMap<(Side, u32), mpsc::Sender<FromEngine>>;
+
+impl Node {
+    /// Takes buffers, binds ports, starts every task.
+    ///
+    /// # Errors
+    /// The first thing that cannot be had.
+    pub(crate) async fn start(
+        config: Arc<Config>,
+        shown: Arc<dyn Shown>,
+    ) -> Result<Self, StartError> {
+        let trace = match &config.trace {
+            None => Trace::default(),
+            Some(path) => Trace::to_file(path).map_err(|e| {
+                anyhow::anyhow!("cannot write the trace to {}: {e}", path.display())
+            })?,
+        };
+        let mut node = Builder {
+            sides: JoinSet::new(),
+            doors: Doors::new(),
+            targets: Vec::new(),
+            ports: BTreeMap::new(),
+            buffers: BTreeMap::new(),
+            drain: CancellationToken::new(),
+            stop: CancellationToken::new(),
+            config: Arc::clone(&config),
+            lineage: if config.sends() {
+                Lineage::beside(&config.socket)
+            } else {
+                Lineage::default()
+            },
+            shown,
+            trace,
+        };
+        for rank in 0..config.ranks {
+            if config.role != Role::Receiver {
+                node.sender(rank)?;
+            }
+            if config.role != Role::Sender {
+                node.receiver(rank).await?;
+            }
+        }
+        let mut services = JoinSet::new();
+        let (listener, engines) =
+            Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
+        info!(socket = %config.socket.display(), "waiting for the engine");
+        services.spawn(dispatch(engines, node.doors, config.ranks, node.shown));
+        Ok(Self {
+            config,
+            sides: node.sides,
+            _services: services,
+            drain: node.drain,
+            stop: node.stop,
+            targets: node.targets,
+            ports: node.ports,
+            buffers: node.buffers,
+            _listener: listener,
+        })
+    }
+
+    /// Where senders find a rank's receiver, with the ports that were bound.
+    pub(crate) fn target(&self, rank: usize) -> Option<Target> {
+        self.targets.get(rank).cloned()
+    }
+
+    /// The channel of each TCP port that was bound.
+    pub(crate) fn ports(&self) -> &BTreeMap<u16, String> {
+        &self.ports
+    }
+
+    /// The buffers of rank 0.
+    pub(crate) fn buffers(&self) -> BTreeMap<Side, Arc<Buffer>> {
+        let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
+        first
+            .map(|((side, _), buffer)| (*side, Arc::clone(buffer)))
+            .collect()
+    }
+
+    /// Cancelling it begins the drain: nothing new, what is under way may end.
+    pub(crate) fn drain_token(&self) -> CancellationToken {
+        self.drain.clone()
+    }
+
+    /// Runs until every side has ended: after a drain, or because something broke. After the drain's
+    /// grace period everything is stopped.
+    pub(crate) async fn run(mut self) -> Ended {
+        let grace = self.config.times.drain;
+        let drain = self.drain.clone();
+        let late = async {
+            drain.cancelled().await;
+            tokio::time::sleep(grace).await;
+        };
+        tokio::pin!(late);
+        let ended = loop {
+            tokio::select! {
+                biased;
+                Some(side) = self.sides.join_next() => match side {
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    _ if !self.drain.is_cancelled() => break Ended::Broken,
+                    _ if self.sides.is_empty() => break Ended::Drained,
+                    _ => {}
+                },
+                () = &mut late => {
+                    warn!(?grace, "stopping with requests under way or slots in quarantine: the grace period is over");
+                    break Ended::Busy;
+                }
+            }
+        };
+        self.stop.cancel();
+        // Sides close their sockets, so that peers hear of the end at once.
+        let closing = async { while self.sides.join_next().await.is_some() {} };
+        if tokio::time::timeout(CLOSING, closing).await.is_err() {
+            warn!("sockets did not close in {CLOSING:?}");
+        }
+        ended
+    }
+}
+
+/// How [`Node::run`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Nothing was under way any more.
+    Drained,
+    /// The grace period was over before.
+    Busy,
+    /// A side ended by itself.
+    Broken,
+}
+
+/// How long sockets may take to close.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// Collects what [`Node::start`] makes.
+struct Builder {
+    sides: JoinSet<()>,
+    doors: Doors,
+    targets: Vec<Target>,
+    ports: BTreeMap<u16, String>,
+    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
+    drain: CancellationToken,
+    stop: CancellationToken,
+    config: Arc<Config>,
+    lineage: Lineage,
+    shown: Arc<dyn Shown>,
+    trace: Trace,
+}
+
+impl Builder {
+    fn sender(&mut self, rank: u32) -> Result<(), StartError> {
+        let buffer = self.buffer(Side::Sender, rank)?;
+        let wires = Wires::start(&self.config, rank, &buffer, None)?;
+        self.shown.wires(Side::Sender, rank, wires.clone());
+        let side = SendSide::new(self.context(rank, wires), buffer, self.lineage.clone());
+        let engines = self.door(Side::Sender, rank);
+        self.sides
+            .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
+        Ok(())
+    }
+
+    async fn receiver(&mut self, rank: u32) -> Result<(), StartError> {
+        let buffer = self.buffer(Side::Receiver, rank)?;
+        let listen = self.config.listen.clone();
+        let ports = listen.as_ref().and_then(|l| l.ranks.get(rank as usize));
+        let (
+            Some(listen),
+            Some(&RankPorts {
+                init,
+                alloc,
+                query,
+                tcp,
+            }),
+        ) = (&listen, ports)
+        else {
+            // `Config` is checked to have ports for every rank of a receiver.
+            return Err(anyhow::anyhow!("no ports for rank {rank}").into());
+        };
+        let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
+        let init = bind(init, MAX_INIT_BYTES)
+            .await
+            .map_err(anyhow::Error::from)?;
+        let alloc = bind(alloc, MAX_ALLOC_BYTES)
+            .await
+            .map_err(anyhow::Error::from)?;
+        let query = match query {
+            Some(port) => Some(
+                bind(port, MAX_ALLOC_BYTES)
+                    .await
+                    .map_err(anyhow::Error::from)?,
+            ),
+            None => None,
+        };
+        for (name, port) in [
+            ("init", Some(&init)),
+            ("alloc", Some(&alloc)),
+            ("query", query.as_ref()),
+        ] {
+            if let Some(port) = port {
+                self.shown.port(rank, name, port.traffic());
+                self.ports
+                    .insert(port.port(), format!("{name} of rank {rank}"));
+            }
+        }
+        info!(
+            rank,
+            host = listen.host,
+            init = init.port(),
+            alloc = alloc.port(),
+            "ports bound"
+        );
+        self.targets.push(Target {
+            host: listen.advertise.clone(),
+            init_port: init.port(),
+            alloc_port: alloc.port(),
+        });
+        let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
+        if let Some(port) = wires.port() {
+            self.ports.insert(port, format!("tcp data of rank {rank}"));
+        }
+        self.shown.wires(Side::Receiver, rank, wires.clone());
+        let side = LandSide::new(self.context(rank, wires), buffer, init, alloc, query);
+        let engines = self.door(Side::Receiver, rank);
+        self.sides
+            .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
+        Ok(())
+    }
+
+    fn buffer(&mut self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
+        let name = format!("pd-{}-{rank}", side.as_str());
+        let bytes = self.config.buffer_bytes;
+        let device = self
+            .config
+            .devices
+            .get(rank as usize)
+            .and_then(Option::as_ref);
+        let buffer = match device {
+            None => {
+                Buffer::memfd(&name, bytes).map_err(|e| anyhow::anyhow!("pd_buffer_size: {e}"))?
+            }
+            Some(which) => Buffer::on_gpu(which, bytes)
+                .map_err(|e| anyhow::anyhow!("pd_buffer_device: {e}"))?,
+        };
+        let gpu = buffer.cuda().map(|memory| memory.device().to_string());
+        info!(side = side.as_str(), rank, bytes, gpu, "buffer taken");
+        self.buffers.insert((side, rank), Arc::clone(&buffer));
+        Ok(buffer)
+    }
+
+    fn context(&self, rank: u32, wires: Wires) -> SideContext {
+        SideContext {
+            config: Arc::clone(&self.config),
+            rank,
+            wires,
+            trace: self.trace.of_rank(rank),
+            shown: Arc::clone(&self.shown),
+        }
+    }
+
+    fn door(&mut self, side: Side, rank: u32) -> mpsc::Receiver<FromEngine> {
+        let (door, engines) = mpsc::channel(QUEUE);
+        self.doors.insert((side, rank), door);
+        engines
+    }
+}
+
+/// Brings what engines say to the side that they said hello to.
+async fn dispatch(
+    mut engines: mpsc::Receiver<FromEngine>,
+    doors: Doors,
+    ranks: u32,
+    shown: Arc<dyn Shown>,
+) {
+    let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
+    while let Some(event) = engines.recv().await {
+        let door = match &event {
+            FromEngine::Hello(connection, hello) => {
+                let side = match hello.role {
+                    EngineRole::Prefill => Side::Sender,
+                    EngineRole::Decode => Side::Receiver,
+                };
+                let door = doors.get(&(side, hello.rank));
+                let Some(door) = door.filter(|_| hello.world_size == ranks) else {
+                    let text = format!(
+                        "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
+                         the number of its ports, of a sender sidecar.ranks",
+                        side.as_str(),
+                        hello.rank,
+                        hello.world_size
+                    );
+                    warn!(engine = hello.engine, "engine refused: {text}");
+                    let reason = Reason::BadRequest;
+                    shown.engine_refused(side, reason);
+                    connection.refuse(ToEngine::Refused(Refused { reason, text }));
+                    continue;
+                };
+                sides.insert(connection.id(), door.clone());
+                Some(door.clone())
+            }
+            FromEngine::Message(id, _) => sides.get(id).cloned(),
+            FromEngine::Gone(id) => sides.remove(id),
+            FromEngine::Malformed => {
+                shown.malformed("local");
+                None
+            }
+        };
+        if let Some(door) = door
+            && door.send(event).await.is_err()
+        {
+            warn!("engine message after its side's end");
+        }
+    }
+}

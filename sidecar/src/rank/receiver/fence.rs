@@ -1,0 +1,325 @@
+//! Proof that a vanished sender cannot write any more (design: fenced before reuse).
+//!
+//! Over a wire where this process does the writing, closing the slot is the proof, and this module is
+//! not asked. For the others the proof is the sender's end and a grace period for what is then still
+//! under way:
+//!
+//! * a sender on this host is watched through its process descriptor, taken when it introduced itself,
+//!   so that a reused process id cannot deceive;
+//! * for the end of one on another host the process that takes its place vouches ([`crate::peer::process_lock`]).
+//!   Its grace is far longer: over TCP the kernel goes on sending for a process that is gone, and a
+//!   network that comes back delivers it.
+//!
+//! Until there is proof its slots stay quarantined, visibly.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::LeaseId;
+use protocol::message::Hello;
+use protocol::receiver::SenderId;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::net::host_id;
+use crate::peer::process_lock::{MAX_ENDED, Seal, seal_of};
+
+/// The senders whose end can be proven, and the proofs that are sought.
+#[derive(Debug)]
+pub(super) struct Fences {
+    senders: BTreeMap<SenderId, Known>,
+    next: u64,
+    /// One watch a sender, however many leases it has left: its end proves them all.
+    watched: BTreeSet<SenderId>,
+    steps: JoinSet<Step>,
+    /// Grace periods that run.
+    settling: usize,
+    /// Of senders on other hosts.
+    grace: Duration,
+}
+
+/// How the end of a sender would be known.
+#[derive(Debug, Default)]
+struct Known {
+    /// The host that its word came from.
+    from: String,
+    /// Older ones have smaller numbers.
+    order: u64,
+    process: Option<Arc<AsyncFd<OwnedFd>>>,
+    seal: Option<Seal>,
+    life: Life,
+}
+
+impl Known {
+    fn may_live(&self) -> bool {
+        let ended = |process: &Arc<AsyncFd<OwnedFd>>| {
+            let mut looks = [PollFd::new(process, PollFlags::IN)];
+            poll(&mut looks, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        };
+        self.life == Life::Unknown && !self.process.as_ref().is_some_and(ended)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Life {
+    /// It may write.
+    #[default]
+    Unknown,
+    /// It has ended; what it wrote may be under way.
+    Ended,
+    /// Nothing of it can arrive any more.
+    Over,
+}
+
+#[derive(Debug)]
+enum Step {
+    /// A process is gone, or cannot be watched.
+    Ended(SenderId, io::Result<()>),
+    /// Its grace period is over.
+    Settled(SenderId),
+}
+
+/// What [`Fences::next`] yields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// A grace period has begun: whatever is still under way must get to arrive.
+    Settling,
+    /// No write of this sender can arrive any more.
+    Over(SenderId),
+}
+
+/// Data that a dead process's kernel sockets or a copy engine may still deliver within one host
+/// arrives within this.
+const GRACE: Duration = Duration::from_secs(1);
+/// Watches and grace periods at once: whoever makes up names can vouch for their ends, too. One that finds
+/// no room begins with the next handshake.
+const MAX_STEPS: usize = 4096;
+/// Senders whose end would be known; beyond it old ones are forgotten.
+const MAX_SENDERS: usize = 1024;
+
+impl Fences {
+    /// Nothing is known. `grace`: of senders on other hosts.
+    pub(super) fn new(grace: Duration) -> Self {
+        Self {
+            senders: BTreeMap::new(),
+            next: 0,
+            watched: BTreeSet::new(),
+            steps: JoinSet::new(),
+            settling: 0,
+            grace,
+        }
+    }
+
+    /// A sender has said, from this address, who it is and which processes it has followed. The first word
+    /// counts.
+    pub(super) fn introduce(&mut self, hello: &Hello, from: &str) {
+        let sender = SenderId {
+            id: hello.id.clone(),
+            epoch: hello.epoch,
+        };
+        for secret in hello.ended.iter().take(MAX_ENDED) {
+            self.vouched(seal_of(secret));
+        }
+        if !self.senders.contains_key(&sender) {
+            let process = (hello.host == host_id::identity())
+                .then(|| open(&sender, hello.pid))
+                .flatten();
+            let seal = Seal::try_from(&hello.seal[..]).ok();
+            self.look_for_namesakes(&sender, seal);
+            let known = Known {
+                process,
+                seal,
+                ..Known::default()
+            };
+            self.insert(sender, known, from);
+        }
+    }
+
+    /// Says so if two senders seem to have one name. Neither harms the other's requests, but what one
+    /// leaves in quarantine counts for both.
+    fn look_for_namesakes(&self, sender: &SenderId, seal: Option<Seal>) {
+        let other = self
+            .senders
+            .iter()
+            .find(|(other, known)| other.id == sender.id && known.seal != seal && known.may_live());
+        if let Some((other, _)) = other {
+            warn!(
+                sender = sender.id, epoch = %sender.epoch, other = %other.epoch,
+                "a second sender of this name, and nobody has said that the first has ended: if both run, \
+                 give one of them another `id`"
+            );
+        }
+    }
+
+    /// A sender's process is on this host.
+    pub(super) fn watch(&mut self, sender: SenderId, pid: u32, from: &str) {
+        if self.senders.contains_key(&sender) {
+            return;
+        }
+        if let Some(process) = open(&sender, pid) {
+            let known = Known {
+                process: Some(process),
+                ..Known::default()
+            };
+            self.insert(sender, known, from);
+        }
+    }
+
+    fn insert(&mut self, sender: SenderId, mut known: Known, from: &str) {
+        if self.senders.len() >= MAX_SENDERS {
+            self.make_room();
+        }
+        known.from = from
+            .rsplit_once(':')
+            .map_or(from, |(host, _)| host)
+            .to_owned();
+        known.order = self.next;
+        self.next += 1;
+        self.senders.insert(sender, known);
+    }
+
+    /// Forgets the oldest sender of the host that has most of them: whoever makes up names pushes out its
+    /// own. A watch that has begun goes on.
+    fn make_room(&mut self) {
+        let mut of_host: BTreeMap<&str, usize> = BTreeMap::new();
+        for known in self.senders.values() {
+            *of_host.entry(&known.from).or_default() += 1;
+        }
+        let crowd = of_host.into_iter().max_by_key(|(_, senders)| *senders);
+        let Some((crowd, _)) = crowd else {
+            return;
+        };
+        let of_crowd = self.senders.iter().filter(|(_, known)| known.from == crowd);
+        let oldest = of_crowd.min_by_key(|(_, known)| known.order);
+        if let Some(oldest) = oldest.map(|(sender, _)| sender.clone()) {
+            self.senders.remove(&oldest);
+        }
+    }
+
+    /// The processes with this seal have ended: of one process there is a sender for each rank and cut.
+    fn vouched(&mut self, seal: Seal) {
+        for (sender, known) in &mut self.senders {
+            let room = self.steps.len() < MAX_STEPS;
+            if room && known.seal == Some(seal) && known.life == Life::Unknown {
+                known.life = Life::Ended;
+                info!(
+                    sender = sender.id, grace = ?self.grace,
+                    "this sender has ended, by word of its successor"
+                );
+                self.settling += 1;
+                self.steps.spawn(settle(sender.clone(), self.grace));
+            }
+        }
+    }
+
+    /// Seeks a proof for the quarantined slots of a lease.
+    pub(super) fn seek(&mut self, sender: SenderId, lease: LeaseId) {
+        let known = self.senders.get(&sender);
+        match known.map(|known| known.life).unwrap_or_default() {
+            Life::Unknown => {}
+            // The end of its grace period is proof for all of its leases.
+            Life::Ended => return,
+            Life::Over => {
+                self.settling += 1;
+                self.steps.spawn(settle(sender, Duration::ZERO));
+                return;
+            }
+        }
+        let Some(process) = known.and_then(|known| known.process.clone()) else {
+            warn!(
+                sender = sender.id,
+                %lease,
+                "slots quarantined until the sender speaks, or its successor: it runs on another host, or \
+                 cannot be watched"
+            );
+            return;
+        };
+        warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
+        if !self.watched.insert(sender.clone()) {
+            return;
+        }
+        self.steps.spawn(async move {
+            let ended = process.readable().await.map(|_| ());
+            Step::Ended(sender, ended)
+        });
+    }
+
+    /// Whether a grace period runs.
+    pub(super) fn is_settling(&self) -> bool {
+        self.settling > 0
+    }
+
+    /// What has been found out; pending while there is nothing.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(super) async fn next(&mut self) -> News {
+        loop {
+            match self.steps.join_next().await {
+                None => std::future::pending().await,
+                Some(Ok(Step::Ended(sender, Ok(())))) => {
+                    self.watched.remove(&sender);
+                    self.settling += 1;
+                    self.steps.spawn(settle(sender, GRACE));
+                    return News::Settling;
+                }
+                Some(Ok(Step::Ended(sender, Err(error)))) => {
+                    self.watched.remove(&sender);
+                    warn!(sender = sender.id, %error, "the sender's process cannot be watched");
+                }
+                Some(Ok(Step::Settled(sender))) => {
+                    self.settling -= 1;
+                    if let Some(known) = self.senders.get_mut(&sender) {
+                        known.life = Life::Over;
+                    }
+                    info!(
+                        sender = sender.id,
+                        "the sender's process has ended: slots are free again"
+                    );
+                    return News::Over(sender);
+                }
+                Some(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+            }
+        }
+    }
+}
+
+/// Lets a grace period pass, in steps: after a pause of this whole process, in which nothing arrives
+/// though time passes, most of it is still to come.
+async fn settle(sender: SenderId, grace: Duration) -> Step {
+    for _ in 0..STEPS {
+        tokio::time::sleep(grace / STEPS).await;
+    }
+    Step::Settled(sender)
+}
+
+const STEPS: u32 = 20;
+
+/// A descriptor of a process on this host.
+fn open(sender: &SenderId, pid: u32) -> Option<Arc<AsyncFd<OwnedFd>>> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    #[expect(
+        deprecated,
+        reason = "sound for an `OwnedFd`, and the successor is unsafe"
+    )]
+    let register = AsyncFd::new;
+    match pidfd_open(number, PidfdFlags::NONBLOCK)
+        .map_err(io::Error::from)
+        .and_then(register)
+    {
+        Ok(descriptor) => Some(Arc::new(descriptor)),
+        Err(error) => {
+            warn!(sender = sender.id, pid, %error, "the sender's process cannot be watched");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,166 @@
+//! Who is taken for dead, by whose word, and when.
+
+use protocol::{Epoch, VERSION};
+use serde_bytes::ByteBuf;
+
+use super::*;
+
+const REMOTE: Duration = Duration::from_secs(100);
+const LEASE: LeaseId = LeaseId(5);
+const FROM: &str = "10.0.0.2:4711";
+
+fn sender(epoch: u64) -> SenderId {
+    SenderId {
+        id: "p".to_owned(),
+        epoch: Epoch(epoch),
+    }
+}
+
+/// A sender on another host whose secret is `secret`, and which has followed those in `ended`.
+fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
+    let secret_of = |n: &u8| ByteBuf::from([*n; 32]);
+    Hello {
+        v: VERSION,
+        id: "p".to_owned(),
+        epoch: Epoch(epoch),
+        layout: None,
+        transports: Vec::new(),
+        host: "another".to_owned(),
+        pid: 1,
+        seal: ByteBuf::from(seal_of(&[secret; 32])),
+        ended: ended.iter().map(secret_of).collect(),
+        refused: None,
+    }
+}
+
+/// The next news, if there are any within `time`.
+async fn within(fences: &mut Fences, time: Duration) -> Option<News> {
+    tokio::time::timeout(time, fences.next()).await.ok()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_on_another_host_vouches_for_the_one_before() {
+    let mut fences = Fences::new(REMOTE);
+    fences.introduce(&hello(1, 1, &[]), FROM);
+    fences.seek(sender(1), LEASE);
+    assert_eq!(within(&mut fences, 10 * REMOTE).await, None, "it may live");
+    fences.introduce(&hello(2, 2, &[1]), FROM);
+    assert!(fences.is_settling());
+    assert_eq!(within(&mut fences, REMOTE - GRACE).await, None, "too early");
+    let over = Some(News::Over(sender(1)));
+    assert_eq!(within(&mut fences, 2 * GRACE).await, over);
+    assert!(!fences.is_settling());
+    // The handshake is repeated: no further news of what is known.
+    fences.introduce(&hello(2, 2, &[1]), FROM);
+    assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
+    // A lease of it that ends only now.
+    fences.seek(sender(1), LeaseId(6));
+    assert_eq!(within(&mut fences, GRACE).await, over);
+    // The successor lives.
+    fences.seek(sender(2), LEASE);
+    assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_ends_within_the_grace_waits_for_its_end() {
+    let mut fences = Fences::new(REMOTE);
+    fences.introduce(&hello(1, 1, &[]), FROM);
+    fences.introduce(&hello(2, 2, &[1]), FROM);
+    assert_eq!(within(&mut fences, REMOTE / 2).await, None);
+    fences.seek(sender(1), LEASE);
+    assert_eq!(within(&mut fences, REMOTE / 3).await, None);
+    let over = Some(News::Over(sender(1)));
+    assert_eq!(within(&mut fences, REMOTE / 3).await, over);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_epoch_alone_proves_nothing() {
+    let mut fences = Fences::new(REMOTE);
+    fences.introduce(&hello(1, 1, &[]), FROM);
+    fences.seek(sender(1), LEASE);
+    // A second sidecar of the same name, a secret that nobody has, and one that is not even a secret.
+    fences.introduce(&hello(2, 2, &[]), FROM);
+    fences.introduce(&hello(3, 3, &[9]), FROM);
+    let mut odd = hello(4, 4, &[]);
+    odd.ended = vec![ByteBuf::from(seal_of(&[1; 32])), ByteBuf::new()];
+    fences.introduce(&odd, FROM);
+    assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_shows_no_seal_is_never_vouched_for() {
+    let mut fences = Fences::new(REMOTE);
+    let mut old = hello(1, 1, &[]);
+    old.seal = ByteBuf::new();
+    fences.introduce(&old, FROM);
+    // Nor can a later hello under the same name and epoch give it one.
+    fences.introduce(&hello(1, 1, &[]), FROM);
+    fences.seek(sender(1), LEASE);
+    fences.introduce(&hello(2, 2, &[1]), FROM);
+    assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
+}
+
+/// Each rank, and each cut of the buffers, has an epoch of its own.
+#[tokio::test(start_paused = true)]
+async fn all_senders_of_a_process_end_with_it() {
+    let mut fences = Fences::new(REMOTE);
+    for epoch in [1, 2] {
+        fences.introduce(&hello(epoch, 1, &[]), FROM);
+        fences.seek(sender(epoch), LeaseId(epoch));
+    }
+    fences.introduce(&hello(3, 2, &[1]), FROM);
+    let mut over = Vec::new();
+    while let Some(News::Over(sender)) = within(&mut fences, 2 * REMOTE).await {
+        over.push(sender);
+    }
+    over.sort();
+    assert_eq!(over, [sender(1), sender(2)]);
+}
+
+#[tokio::test]
+async fn a_process_on_this_host_is_watched() {
+    let mut child = std::process::Command::new("sleep")
+        .arg("100")
+        .spawn()
+        .unwrap();
+    let mut fences = Fences::new(REMOTE);
+    let mut local = hello(1, 1, &[]);
+    (local.host, local.pid) = (host_id::identity(), child.id());
+    fences.introduce(&local, FROM);
+    fences.seek(sender(1), LEASE);
+    assert_eq!(within(&mut fences, GRACE / 5).await, None);
+    child.kill().unwrap();
+    let end = 5 * GRACE;
+    assert_eq!(within(&mut fences, end).await, Some(News::Settling));
+    assert!(fences.is_settling());
+    assert_eq!(within(&mut fences, GRACE / 2).await, None);
+    assert_eq!(within(&mut fences, end).await, Some(News::Over(sender(1))));
+    child.wait().unwrap();
+}
+
+/// Everybody is told what we call this host, and anybody can make up names.
+#[tokio::test(start_paused = true)]
+async fn a_crowd_of_names_pushes_out_none_of_another_host() {
+    let mut fences = Fences::new(REMOTE);
+    // The first name in the alphabet, and the oldest.
+    fences.introduce(&hello(1, 1, &[]), FROM);
+    for n in 0..3 * MAX_SENDERS as u64 {
+        let mut made_up = hello(n, 9, &[]);
+        made_up.id = format!("q{n}");
+        fences.introduce(&made_up, &format!("10.0.0.66:{}", 1024 + n % 60000));
+    }
+    assert_eq!(fences.senders.len(), MAX_SENDERS);
+    // Nor do their ends take more than a share of memory.
+    for n in 0..MAX_STEPS as u64 + 10 {
+        let mut made_up = hello(n, 8, &[8]);
+        made_up.id = format!("r{n}");
+        fences.introduce(&made_up, "10.0.0.66:1");
+    }
+    assert_eq!(fences.steps.len(), MAX_STEPS);
+    while within(&mut fences, 2 * REMOTE).await.is_some() {}
+    assert!(!fences.is_settling());
+    fences.seek(sender(1), LEASE);
+    fences.introduce(&hello(2, 2, &[1]), FROM);
+    let over = Some(News::Over(sender(1)));
+    assert_eq!(within(&mut fences, 2 * REMOTE).await, over);
+}

@@ -1,0 +1,354 @@
+//! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
+//! landing buffer.
+
+mod checks;
+mod early;
+mod fence;
+mod marks;
+mod ports;
+mod strangers;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use protocol::local::{ToEngine, ToSidecar};
+use protocol::message::{Hello, Pages, Refusal};
+use protocol::receiver::{Action, Event, Receiver};
+use protocol::{EngineId, Epoch, LeaseId, Reason, SlotIndex, VERSION, codec};
+use serde_bytes::ByteBuf;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, warn};
+
+use crate::engine::sessions::{Cut, Engines};
+use crate::engine::socket::FromEngine;
+use crate::memory::Buffer;
+use crate::net::host_id;
+use crate::net::zmq::{FromPeer, RouterServer};
+use crate::peer::handshake::Identity;
+use crate::rank::context::{Clock, Gauges, Side, SideContext};
+use checks::Checks;
+use early::Early;
+use fence::{Fences, News};
+use marks::Marks;
+use ports::next_query;
+use strangers::Strangers;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct LandSide {
+    context: SideContext,
+    engines: Engines,
+    machine: Option<Receiver>,
+    buffer: Arc<Buffer>,
+    init: RouterServer,
+    alloc: RouterServer,
+    /// LMCache's bidirectional mode only.
+    query: Option<RouterServer>,
+    identity: Identity,
+    early: Early,
+    strangers: Strangers,
+    marks: Marks,
+    checks: Checks,
+    fences: Fences,
+    clock: Clock,
+    draining: bool,
+}
+
+impl LandSide {
+    pub(crate) fn new(
+        context: SideContext,
+        buffer: Arc<Buffer>,
+        init: RouterServer,
+        alloc: RouterServer,
+        query: Option<RouterServer>,
+    ) -> Self {
+        let config = &context.config;
+        let id = config.rank_id(context.rank);
+        let hello = Hello {
+            v: VERSION,
+            id: id.clone(),
+            epoch: Epoch(0),
+            layout: None,
+            transports: context.wires.adverts(),
+            host: host_id::identity(),
+            pid: std::process::id(),
+            seal: ByteBuf::new(),
+            ended: Vec::new(),
+            refused: None,
+        };
+        Self {
+            engines: Engines::new(id, Arc::clone(&buffer), config),
+            machine: None,
+            buffer,
+            init,
+            alloc,
+            query,
+            identity: Identity {
+                hello,
+                metadata: context.wires.metadata(),
+                rows: Vec::new(),
+                memory: context.wires.memory(),
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
+            early: Early::default(),
+            strangers: Strangers::default(),
+            marks: Marks::default(),
+            checks: Checks::default(),
+            fences: Fences::new(config.times.fence),
+            clock: Clock::start(),
+            draining: false,
+            context,
+        }
+    }
+
+    /// Runs until `stop` is cancelled, or until nothing is under way once `drain` is.
+    pub(crate) async fn run(
+        mut self,
+        mut engines: mpsc::Receiver<FromEngine>,
+        drain: CancellationToken,
+        stop: CancellationToken,
+    ) {
+        loop {
+            self.publish();
+            if self.draining && self.machine.as_ref().is_none_or(Receiver::is_idle) {
+                break;
+            }
+            let deadline = self.machine.as_ref().and_then(Receiver::deadline);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                received = self.alloc.recv() => match received {
+                    Ok(event) => self.on_alloc_port(event),
+                    Err(error) => {
+                        error!(%error, "the alloc port is dead");
+                        break;
+                    }
+                },
+                Some(event) = engines.recv() => self.on_engine(event),
+                received = self.init.recv() => match received {
+                    Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
+                    Ok(FromPeer::Lost(route)) => {
+                        self.early.lost_init(route);
+                        self.strangers.lost_init(route);
+                    }
+                    Err(error) => {
+                        error!(%error, "the init port is dead");
+                        break;
+                    }
+                },
+                received = next_query(&mut self.query) => match received {
+                    Ok(FromPeer::Message(route, bytes)) => self.on_query(route, &bytes),
+                    Ok(FromPeer::Lost(_)) => {}
+                    Err(error) => {
+                        error!(%error, "the query port is dead");
+                        break;
+                    }
+                },
+                news = self.fences.next() => match news {
+                    News::Settling => self.expect(),
+                    News::Over(sender) => self.feed(Event::Fenced { sender, lease: None }),
+                },
+                checked = self.checks.next() => self.on_checked(checked),
+                () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
+                () = drain.cancelled(), if !self.draining => {
+                    self.draining = true;
+                    self.feed(Event::Drain);
+                }
+            }
+        }
+        self.init.close().await;
+        self.alloc.close().await;
+        if let Some(query) = self.query {
+            query.close().await;
+        }
+    }
+
+    fn on_engine(&mut self, event: FromEngine) {
+        match event {
+            FromEngine::Hello(connection, hello) => {
+                let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Receiver, reason),
+                }
+                self.refuse_senders();
+            }
+            FromEngine::Message(engine, message) => match message {
+                ToSidecar::Await(m) => self.feed(Event::Await(engine, m)),
+                ToSidecar::Release(m) => self.feed(Event::Release(engine, m)),
+                ToSidecar::Abort(m) => self.feed(Event::Abort(engine, m)),
+                other => warn!(%engine, ?other, "not a message of a decode engine: ignored"),
+            },
+            FromEngine::Gone(engine) => {
+                self.engines.gone(engine);
+                self.refuse_senders();
+                self.feed(Event::EngineGone(engine));
+            }
+            FromEngine::Malformed => {}
+        }
+    }
+
+    /// Tells senders that ask from now on why nothing can be pushed here, if the engine moves no KV.
+    fn refuse_senders(&mut self) {
+        self.identity.hello.refused = self.engines.unmoved().map(|why| Refusal {
+            reason: Reason::LayoutMismatch,
+            text: format!(
+                "the engine of {} moves no KV: {why}",
+                self.identity.hello.id
+            ),
+        });
+    }
+
+    /// A machine for a freshly cut buffer.
+    fn begin(&mut self, cut: &Cut) {
+        self.context.wires.cut(cut.slots, cut.slot_bytes);
+        let config = self
+            .context
+            .config
+            .receiver_config(cut.epoch, cut.slots, &cut.layout);
+        let Some(config) = config else {
+            error!(?cut, "a layout without a size was admitted");
+            return;
+        };
+        self.identity = Identity {
+            hello: Hello {
+                epoch: cut.epoch,
+                layout: Some(cut.layout.clone()),
+                transports: self.context.wires.adverts(),
+                ..self.identity.hello.clone()
+            },
+            metadata: self.context.wires.metadata(),
+            rows: self.context.wires.rows(),
+            memory: self.context.wires.memory(),
+            pages: Pages {
+                v: VERSION,
+                slots: cut.slots,
+                slot_bytes: cut.slot_bytes,
+            },
+        };
+        self.strangers.forget();
+        self.marks = Marks::default();
+        for (route, request) in self.early.introductions() {
+            self.on_init(route, &request);
+        }
+        self.context.trace.begin_receiver(&config);
+        self.machine = Some(Receiver::new(config));
+        for (route, message) in self.early.asks() {
+            self.on_message(route, message);
+        }
+    }
+
+    fn feed(&mut self, event: Event) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let now = self.clock.now();
+        self.context.trace.receiver_event(now, &event);
+        machine.handle(now, event);
+        let mut fenced = BTreeMap::new();
+        let mut looks = Vec::new();
+        while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
+            self.context.trace.receiver_action(&action);
+            match action {
+                Action::Look { slots } => looks.extend(slots),
+                action => self.act(action, &mut fenced),
+            }
+        }
+        self.expect();
+        for (lease, sender) in fenced {
+            self.feed(Event::Fenced {
+                sender,
+                lease: Some(lease),
+            });
+        }
+        if !looks.is_empty() {
+            self.look(looks);
+        }
+    }
+
+    /// Lets wires work that need this side's help: while writes are announced, and while the last ones of
+    /// a dead sender may stand in a socket.
+    fn expect(&self) {
+        let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
+        let expect = writing > 0 || self.fences.is_settling();
+        self.context.wires.expect(expect);
+    }
+
+    /// Looks for marks. An answer may ask for more looks, at most once for each slot.
+    fn look(&mut self, slots: Vec<SlotIndex>) {
+        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
+        let is_gone = |slot: &SlotIndex| self.marks.gone(&self.buffer, *slot, bytes);
+        let (gone, there) = slots.into_iter().partition(is_gone);
+        self.feed(Event::Looked { gone, there });
+    }
+
+    fn act(
+        &mut self,
+        action: Action,
+        fenced: &mut BTreeMap<LeaseId, protocol::receiver::SenderId>,
+    ) {
+        match action {
+            Action::Send { route, message } => {
+                if let Err(error) = self.alloc.send(route, codec::encode(&message)) {
+                    debug!(peer = self.alloc.name(route), %error, "answer not sent");
+                }
+            }
+            Action::Ready(engine, m) => self.tell(engine, ToEngine::Ready(m)),
+            Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
+            Action::Open { lease, slot } => self.context.wires.open(lease, slot),
+            Action::Close { slot } => self.context.wires.close(slot),
+            Action::Fence {
+                sender,
+                lease,
+                transport,
+            } => {
+                // The slots were closed before this action: where we do the writing, that is proof.
+                if self.context.wires.close_is_a_fence(&transport) {
+                    fenced.insert(lease, sender);
+                } else {
+                    self.fences.seek(sender, lease);
+                }
+            }
+            Action::Mark { slot } => self.mark(slot),
+            // `feed` collects them.
+            Action::Look { .. } => {}
+            Action::Record(record) => self.context.record(Side::Receiver, &record),
+        }
+    }
+
+    fn mark(&mut self, slot: SlotIndex) {
+        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
+        if let Err(error) = self.marks.put(&self.buffer, slot, bytes) {
+            error!(%slot, %error, "a slot takes no marks: it will count as not written");
+        }
+    }
+
+    fn tell(&self, engine: EngineId, message: ToEngine) {
+        self.engines.send(engine, message);
+    }
+
+    fn publish(&self) {
+        let gauges = self.machine.as_ref().map(Receiver::gauges);
+        let gauges = gauges.unwrap_or_default();
+        self.context.publish(
+            Side::Receiver,
+            Gauges {
+                cut: self.engines.cut(),
+                engines: self.engines.connected(),
+                unmoved: self.engines.unmoved(),
+                free: gauges.free,
+                held: gauges.held,
+                quarantined: gauges.quarantined,
+                parked_tokens: gauges.parked_tokens,
+                requests: gauges.requests,
+            },
+            std::iter::empty(),
+        );
+    }
+}

@@ -1,0 +1,201 @@
+//! What senders say to a receiver's ports, before its machine hears of it.
+
+use protocol::codec;
+use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
+use protocol::receiver::{Event, Route};
+use tracing::{debug, info, warn};
+
+use super::LandSide;
+use super::checks::Checked;
+use crate::config::CONSENT;
+use crate::net::zmq::{Closed, FromPeer, RouterServer};
+use crate::peer::handshake::{self, Answer};
+
+impl LandSide {
+    pub(super) fn on_init(&mut self, route: Route, bytes: &[u8]) {
+        let request = codec::decode(bytes).ok();
+        if let Some(Init::NixlInitRequest(request)) = &request
+            && let Some(hello) = &request.x
+        {
+            let from = self.init.address(route).unwrap_or_default();
+            self.fences.introduce(hello, from);
+            self.expect();
+        }
+        match handshake::answer(bytes, &self.identity) {
+            Answer::Reply(reply) => {
+                if let Some(Init::NixlMemRegRequest(request)) = request
+                    && request.x.is_none()
+                {
+                    let from = self.init.address(route).unwrap_or_default();
+                    let (port, name) = (self.init.port(), &request.local_id);
+                    if self.strangers.show(route, from, port, name) {
+                        info!(
+                            peer = from,
+                            name = name.escape_debug().to_string(),
+                            "an LMCache sender has the slots' addresses"
+                        );
+                        if self.context.config.ucx.tcp_host.is_none() {
+                            warn!(
+                                peer = from,
+                                "LMCache's agents connect over UCX's TCP, which this sidecar does not open: {CONSENT}"
+                            );
+                        }
+                    }
+                }
+                if let Err(error) = self.init.send(route, reply) {
+                    debug!(%error, "init answer not sent");
+                }
+            }
+            Answer::NotYet if self.early.has_room_for(bytes) => self.early.introduced(route, bytes),
+            Answer::NotYet => self.init.disconnect(route),
+            Answer::Malformed(error) => {
+                warn!(
+                    peer = self.init.name(route),
+                    error, "malformed message on the init port"
+                );
+                self.context.malformed("init");
+                self.init.disconnect(route);
+            }
+        }
+    }
+
+    pub(super) fn on_alloc_port(&mut self, event: FromPeer) {
+        match event {
+            FromPeer::Message(route, bytes) => match codec::decode::<ToReceiver>(&bytes) {
+                Ok(message) => {
+                    debug!(?route, ?message, "from sender");
+                    self.on_message(route, message);
+                }
+                Err(error) => {
+                    warn!(peer = self.alloc.name(route), %error, "malformed message on the alloc port");
+                    self.context.malformed("alloc");
+                    self.alloc.disconnect(route);
+                }
+            },
+            FromPeer::Lost(route) => {
+                self.strangers.lost(route);
+                self.early.lost_alloc(route);
+                // What it said before comes first.
+                if !self.checks.lost(route) {
+                    self.feed(Event::PeerLost { route });
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_message(&mut self, route: Route, message: ToReceiver) {
+        let lmcache = match &message {
+            ToReceiver::AllocRequest(request) => request.x.is_none(),
+            ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
+            _ => false,
+        };
+        if self.machine.is_none() && lmcache && self.early.has_room() {
+            self.early.asked(route, message);
+            return;
+        }
+        if self.machine.is_none() {
+            // Without an engine there is no buffer to grant; the machine answers the next time.
+            self.alloc.disconnect(route);
+            return;
+        }
+        let known = self.machine.as_ref().is_some_and(|m| m.is_connected(route));
+        if !known {
+            let address = self.alloc.address(route).unwrap_or_default();
+            let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+            let host = host.to_owned();
+            self.feed(Event::Connected { route, host });
+        }
+        if lmcache {
+            self.introduce(route);
+        }
+        match message {
+            ToReceiver::Written(written) => self.on_written(route, written),
+            message => self.feed(Event::Peer { route, message }),
+        }
+    }
+
+    /// Compares the sender's checksums before the machine hears of the chunks, if checksums are on.
+    fn on_written(&mut self, route: Route, mut written: Written) {
+        if let (true, Some(machine), Some(cut)) = (
+            self.context.config.checksum,
+            &self.machine,
+            self.engines.cut(),
+        ) {
+            let chunks = machine.unchecked(&written);
+            let buffer = &self.buffer;
+            let rest = self
+                .checks
+                .take(route, written, chunks, buffer, cut.slot_bytes);
+            let Some(rest) = rest else {
+                return;
+            };
+            written = rest;
+        }
+        let message = ToReceiver::Written(written);
+        self.feed(Event::Peer { route, message });
+    }
+
+    pub(super) fn on_checked(&mut self, checked: Checked) {
+        let (route, written) = (checked.route, checked.written);
+        if checked.sound {
+            let message = ToReceiver::Written(written);
+            self.feed(Event::Peer { route, message });
+        } else {
+            self.feed(Event::Corrupt(written.lease));
+        }
+        if checked.lost {
+            self.feed(Event::PeerLost { route });
+        }
+    }
+
+    /// Says whose connection it is, before its first message.
+    fn introduce(&mut self, route: Route) {
+        let from = self.alloc.address(route).unwrap_or_default().to_owned();
+        let identity = self.alloc.name(route).unwrap_or_default();
+        let port = self.alloc.port();
+        let Some(stranger) = self.strangers.meet(route, &from, port, &identity) else {
+            return;
+        };
+        if !stranger.linked {
+            warn!(
+                peer = stranger.sender.id,
+                "an LMCache sender that linked with a receiver before this one: it is lent no slots until it restarts"
+            );
+        }
+        if let Some(process) = stranger.process {
+            self.fences.watch(stranger.sender.clone(), process, &from);
+        }
+        self.feed(Event::Introduced {
+            route,
+            sender: stranger.sender,
+            linked: stranger.linked,
+        });
+    }
+
+    /// LMCache's bidirectional mode asks what could be read back: nothing, slots are transit.
+    pub(super) fn on_query(&mut self, route: Route, bytes: &[u8]) {
+        let Some(query) = &mut self.query else {
+            return;
+        };
+        if let Ok(Query::CacheQueryRequest(_)) = codec::decode(bytes) {
+            let nothing = Query::CacheQueryResponse(CacheQueryResponse {
+                cached_keys: Vec::new(),
+                cached_indexes: Vec::new(),
+            });
+            if let Err(error) = query.send(route, codec::encode(&nothing)) {
+                debug!(%error, "query not answered");
+            }
+        } else {
+            self.context.malformed("query");
+            query.disconnect(route);
+        }
+    }
+}
+
+/// The next message of the query port; never, if there is none.
+pub(super) async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed> {
+    match query {
+        Some(query) => query.recv().await,
+        None => std::future::pending().await,
+    }
+}

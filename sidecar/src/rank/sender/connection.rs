@@ -1,0 +1,197 @@
+//! The connection to one receiver: the handshake, the choice of the wire, and what its alloc port says.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::local::Target;
+use protocol::message::{Hello, ToSender};
+use protocol::{Reason, codec};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::net::host_id;
+use crate::net::zmq::{DealerClient, FromServer};
+use crate::peer::handshake::{self, Identity};
+use crate::transport::expected_rate::{Class, Ends};
+use crate::transport::set::Wires;
+use crate::transport::{Link, Remote};
+
+/// What a connection tells its owner.
+#[derive(Debug)]
+pub(super) enum News {
+    Up(Target, Box<Made>),
+    Failed(Target, Reason, String),
+    Message(Target, ToSender),
+    Malformed(Target),
+    Lost(Target),
+}
+
+/// Whose receiver it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReceiverKind {
+    /// A sidecar.
+    Ours,
+    /// LMCache's; the asynchronous one takes keys back.
+    Lmcache { cancels: bool },
+}
+
+/// A handshake that went well.
+#[derive(Debug)]
+pub(super) struct Made {
+    /// Absent for LMCache.
+    pub(super) hello: Option<Hello>,
+    pub(super) kind: ReceiverKind,
+    pub(super) slots: u32,
+    pub(super) link: Arc<dyn Link>,
+    pub(super) why: String,
+    pub(super) class: Class,
+}
+
+impl Made {
+    /// For people.
+    pub(super) fn name(&self) -> &str {
+        match (&self.hello, self.kind) {
+            (Some(hello), _) => &hello.id,
+            (None, ReceiverKind::Lmcache { cancels: true }) => "LMCache (async)",
+            (None, _) => "LMCache (sync)",
+        }
+    }
+}
+
+/// One receiver's connection, from the handshake to its loss.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) to: Target,
+    pub(super) generation: u64,
+    /// A sender exports nothing: it has no pages, and a row only for LMCache, which insists on one.
+    pub(super) ours: Identity,
+    pub(super) wires: Wires,
+    pub(super) deadline: Duration,
+    pub(super) events: mpsc::Sender<(u64, News)>,
+}
+
+impl Connection {
+    pub(super) async fn run(self, identity: String, mut outgoing: mpsc::Receiver<Vec<u8>>) {
+        let (made, mut dealer) = match self.open(&identity).await {
+            Ok(opened) => opened,
+            Err((reason, error)) => {
+                let to = self.to.clone();
+                return self.say(News::Failed(to, reason, error)).await;
+            }
+        };
+        self.say(News::Up(self.to.clone(), Box::new(made))).await;
+        loop {
+            tokio::select! {
+                biased;
+                Some(payload) = outgoing.recv() => {
+                    if let Err(error) = dealer.send(payload) {
+                        warn!(to = ?self.to, %error, "message to a receiver dropped");
+                    }
+                }
+                received = dealer.recv() => match received {
+                    Ok(FromServer::Connected { .. }) => {}
+                    Ok(FromServer::Message(bytes)) => match codec::decode(&bytes) {
+                        Ok(message) => {
+                            self.say(News::Message(self.to.clone(), message)).await;
+                        }
+                        Err(error) => {
+                            warn!(to = ?self.to, %error, "malformed message");
+                            self.say(News::Malformed(self.to.clone())).await;
+                        }
+                    },
+                    Ok(FromServer::Lost) | Err(_) => {
+                        return self.say(News::Lost(self.to.clone())).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The handshake, then the socket to the alloc port.
+    async fn open(&self, identity: &str) -> Result<(Made, DealerClient), (Reason, String)> {
+        let no_link = |error: String| (Reason::NoLink, error);
+        let mut made = tokio::time::timeout(self.deadline, self.make())
+            .await
+            .map_err(|_| no_link(format!("no handshake within {:?}", self.deadline)))??;
+        let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
+            .await
+            .map_err(|error| no_link(format!("the alloc socket cannot be made: {error}")))?;
+        if made.hello.is_none() {
+            let cancels = self
+                .connected_to_router(&mut dealer)
+                .await
+                .ok_or_else(|| no_link("its alloc port does not answer".to_owned()))?;
+            made.kind = ReceiverKind::Lmcache { cancels };
+        }
+        Ok((made, dealer))
+    }
+
+    async fn make(&self) -> Result<Made, (Reason, String)> {
+        let linked = handshake::handshake(&self.to, &self.ours, self.deadline)
+            .await
+            .map_err(|e| (e.reason(), e.to_string()))?;
+        let hello = linked.hello;
+        let slots = linked.pages.slots;
+        let mut remote = Remote {
+            name: format!("{}:{}", self.to.host, self.to.init_port),
+            metadata: linked.metadata,
+            rows: linked.rows,
+            memory: linked.memory,
+            slots,
+            slot_bytes: linked.pages.slot_bytes,
+            address: None,
+        };
+        let mut failed = Vec::new();
+        let (link, chosen) = loop {
+            let (transport, chosen) = self
+                .wires
+                .choose(hello.as_ref(), &self.to.host, &failed)
+                .map_err(|e| (e.reason(), e.to_string()))?;
+            remote.address.clone_from(&chosen.address);
+            match transport.link(remote.clone()).await {
+                Ok(link) => break (link, chosen),
+                // At most once a wire: one that has failed is not chosen again. LMCache has only one.
+                Err(error) if self.wires.may_choose() && hello.is_some() => {
+                    warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
+                    failed.push((error.kind, error.cause));
+                }
+                Err(error) => return Err((Reason::NoLink, error.to_string())),
+            }
+        };
+        let ends = Ends {
+            ours: self.wires.memory(),
+            theirs: remote.memory,
+            same_host: hello
+                .as_ref()
+                .is_some_and(|hello| hello.host == host_id::identity()),
+        };
+        Ok(Made {
+            hello,
+            kind: ReceiverKind::Ours,
+            class: Class::of(link.kind(), ends),
+            slots,
+            link,
+            why: chosen.why,
+        })
+    }
+
+    /// Waits for the connection to an LMCache receiver's alloc port; whether it is the asynchronous one's.
+    async fn connected_to_router(&self, dealer: &mut DealerClient) -> Option<bool> {
+        let connected = async {
+            loop {
+                match dealer.recv().await {
+                    Ok(FromServer::Connected { router }) => return Some(router),
+                    Ok(_) => {}
+                    Err(_) => return None,
+                }
+            }
+        };
+        tokio::time::timeout(self.deadline, connected).await.ok()?
+    }
+
+    async fn say(&self, event: News) {
+        // The owner is gone only when the process ends.
+        let sent = self.events.send((self.generation, event)).await;
+        debug_assert!(sent.is_ok() || self.events.is_closed());
+    }
+}

@@ -1,0 +1,466 @@
+//! The sending side of one rank: the task that owns its machine.
+//!
+//! Everything arrives as an event, the machine decides, and its actions are carried out here. The
+//! task keeps no protocol state of its own: links and sockets to receivers are resources.
+
+mod connection;
+mod peers;
+mod ranges;
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::future::{BoxFuture, join, join_all};
+use protocol::local::{Granted, LayersStaged, Target, ToEngine, ToSidecar};
+use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
+use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
+use protocol::{EngineId, LeaseId, Reason, TransferId, VERSION};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::engine::sessions::{Cut, Engines};
+use crate::engine::socket::FromEngine;
+use crate::memory::Buffer;
+use crate::peer::process_lock::Lineage;
+use crate::rank::context::{Clock, Side, SideContext};
+use crate::transport::readiness::Times;
+use crate::transport::{Outcome, Ready, Standing};
+use connection::ReceiverKind;
+use peers::{FromReceiver, Peers};
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct SendSide {
+    context: SideContext,
+    engines: Engines,
+    machine: Option<Sender>,
+    peers: Peers,
+    buffer: Arc<Buffer>,
+    writes: JoinSet<Wrote>,
+    /// Writes that did not end at once.
+    lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
+    watches: JoinSet<(WatchId, Standing)>,
+    clock: Clock,
+    draining: bool,
+}
+
+/// A write that has ended.
+#[derive(Debug)]
+struct Wrote {
+    to: Target,
+    transfer: TransferId,
+    outcome: Outcome,
+    sums: Vec<u64>,
+    bytes: u64,
+    /// It had to wait for its bytes.
+    waited: bool,
+    /// When it could have begun to end as it did, had its parts followed each other without a pause.
+    began: Instant,
+    ended: Instant,
+}
+
+impl SendSide {
+    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>, lineage: Lineage) -> Self {
+        let config = &context.config;
+        let id = config.rank_id(context.rank);
+        Self {
+            engines: Engines::new(id, Arc::clone(&buffer), config),
+            machine: None,
+            peers: Peers::new(
+                context.wires.clone(),
+                Arc::clone(config),
+                context.rank,
+                lineage,
+            ),
+            buffer,
+            writes: JoinSet::new(),
+            lasting: mpsc::channel(LASTING),
+            watches: JoinSet::new(),
+            clock: Clock::start(),
+            draining: false,
+            context,
+        }
+    }
+
+    /// Runs until `stop` is cancelled, or until nothing is under way once `drain` is.
+    pub(crate) async fn run(
+        mut self,
+        mut engines: mpsc::Receiver<FromEngine>,
+        drain: CancellationToken,
+        stop: CancellationToken,
+    ) {
+        loop {
+            self.publish();
+            if self.draining && self.machine.as_ref().is_none_or(Sender::is_idle) {
+                break;
+            }
+            let deadline = self.machine.as_ref().and_then(Sender::deadline);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(wrote) = self.writes.join_next() => match wrote {
+                    Ok(wrote) => self.on_wrote(wrote),
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                },
+                Some(transfer) = self.lasting.1.recv() => self.feed(Event::Lasting { transfer }),
+                Some(watched) = self.watches.join_next() => match watched {
+                    Ok((watch, standing)) => self.on_watched(watch, standing),
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                },
+                Some(event) = self.peers.next() => self.on_receiver(event),
+                Some(event) = engines.recv() => self.on_engine(event),
+                () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
+                () = drain.cancelled(), if !self.draining => {
+                    self.draining = true;
+                    self.feed(Event::Drain);
+                }
+            }
+        }
+        self.peers.close().await;
+    }
+
+    fn on_engine(&mut self, event: FromEngine) {
+        match event {
+            FromEngine::Hello(connection, hello) => {
+                let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
+                match self.engines.hello(connection, &hello, busy) {
+                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(None) => {}
+                    Err(reason) => self.context.shown.engine_refused(Side::Sender, reason),
+                }
+            }
+            FromEngine::Message(engine, message) => match message {
+                ToSidecar::Reserve(m) => {
+                    // The receiver may have closed what was idle, or somebody else's needed: better found now
+                    // than by a write.
+                    if self.peers.is_broken(&m.to) {
+                        let (to, reason) = (m.to.clone(), Reason::PeerLost);
+                        self.feed(Event::LinkLost { to, reason });
+                    }
+                    self.feed(Event::Reserve(engine, m));
+                }
+                ToSidecar::Computing(m) => self.feed(Event::Computing(engine, m)),
+                ToSidecar::Staged(m) => self.feed(Event::Staged(engine, m)),
+                ToSidecar::Cancel(m) => self.feed(Event::Cancel(engine, m)),
+                other => warn!(%engine, ?other, "not a message of a prefill engine: ignored"),
+            },
+            FromEngine::Gone(engine) => {
+                self.engines.gone(engine);
+                self.feed(Event::EngineGone(engine));
+            }
+            FromEngine::Malformed => {}
+        }
+    }
+
+    /// A machine for a freshly cut buffer.
+    fn begin(&mut self, cut: &Cut) {
+        self.context.wires.cut(cut.slots, cut.slot_bytes);
+        self.peers.begin(cut);
+        let config = self.context.config.sender_config(
+            self.context.rank,
+            cut.epoch,
+            cut.slots,
+            cut.layout.clone(),
+        );
+        self.context.trace.begin_sender(&config);
+        self.machine = Some(Sender::new(config));
+    }
+
+    fn on_receiver(&mut self, event: FromReceiver) {
+        match event {
+            FromReceiver::Message(to, message) => {
+                debug!(?to, ?message, "from receiver");
+                self.feed(Event::Peer { to, message });
+            }
+            FromReceiver::Linked {
+                to,
+                epoch,
+                slots,
+                transport,
+                kind,
+            } => self.feed(Event::Linked {
+                to,
+                epoch,
+                v: match kind {
+                    ReceiverKind::Ours => VERSION,
+                    ReceiverKind::Lmcache { .. } => 0,
+                },
+                slots,
+                transport,
+                cancels: kind == ReceiverKind::Lmcache { cancels: true },
+            }),
+            FromReceiver::Malformed => self.context.malformed("alloc"),
+            FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
+        }
+    }
+
+    fn on_wrote(&mut self, wrote: Wrote) {
+        let transfer = wrote.transfer;
+        match wrote.outcome {
+            Outcome::Done => {
+                self.peers
+                    .measured(&wrote.to, wrote.bytes, wrote.began, wrote.ended);
+                self.feed(Event::Done {
+                    transfer,
+                    sums: wrote.sums,
+                    began: wrote.waited.then(|| self.clock.at(wrote.began)),
+                });
+            }
+            Outcome::Failed { terminal, error } => {
+                let to = format!("{}:{}", wrote.to.host, wrote.to.alloc_port);
+                warn!(peer = to, %transfer, terminal, error, "write failed");
+                self.feed(Event::Failed { transfer, terminal });
+            }
+        }
+    }
+
+    fn on_watched(&mut self, watch: WatchId, standing: Standing) {
+        if let Standing::Never(why) = &standing {
+            warn!(
+                why,
+                "chunks for an LMCache receiver will never stand in their slots"
+            );
+        }
+        let stand = standing == Standing::There;
+        self.feed(Event::Watched { watch, stand });
+    }
+
+    fn feed(&mut self, event: Event) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let now = self.clock.now();
+        self.context.trace.sender_event(now, &event);
+        machine.handle(now, event);
+        while let Some(action) = self.machine.as_mut().and_then(Sender::poll_action) {
+            self.context.trace.sender_action(&action);
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Link { to } => self.peers.link(to),
+            Action::Send { to, message } => self.peers.send(&to, &message),
+            Action::Write {
+                to,
+                transfer,
+                lease,
+                pieces,
+                after,
+                layers,
+            } => {
+                let bytes = pieces.iter().map(|p| p.bytes).sum();
+                let sums = self.sums(&pieces);
+                let waited = after.is_some();
+                let mut parts = self.parts(&to, pieces, after, &layers);
+                let last = parts.pop();
+                let (early, mut spans): (Vec<_>, Vec<_>) = parts
+                    .into_iter()
+                    .map(|(pieces, after)| self.write(&to, lease, pieces, after))
+                    .unzip();
+                let (pieces, after) = last.unwrap_or_default();
+                let (write, times) = self.write(&to, lease, pieces, after);
+                let lasting = self.lasting.0.clone();
+                self.writes.spawn(async move {
+                    let posted = Instant::now();
+                    let mut whole = pin!(join(join_all(early), write));
+                    let (early, outcome) = tokio::select! {
+                        biased;
+                        ended = &mut whole => ended,
+                        // The receiver has been told already of one that waits for its bytes.
+                        () = times.lasting(), if !waited => {
+                            if lasting.try_send(transfer).is_err() {
+                                debug!(%transfer, "the receiver is not asked for help with a write");
+                            }
+                            whole.await
+                        }
+                    };
+                    let outcome = early.into_iter().fold(outcome, Outcome::and);
+                    let ended = times.ended().unwrap_or_else(Instant::now);
+                    spans.push(times);
+                    let spans = spans.iter().map(|times| {
+                        let (began, until) = (times.began(), times.ended());
+                        (began.unwrap_or(posted), until.unwrap_or(ended))
+                    });
+                    let began = ended.checked_sub(ranges::busy(spans)).unwrap_or(posted);
+                    let sums = match outcome {
+                        Outcome::Done => sums(),
+                        Outcome::Failed { .. } => Vec::new(),
+                    };
+                    Wrote {
+                        to,
+                        transfer,
+                        outcome,
+                        sums,
+                        bytes,
+                        waited,
+                        began,
+                        ended,
+                    }
+                });
+            }
+            Action::Watch { watch, after } => {
+                let ready = self.ready(Some(after));
+                let stall = self.context.config.times.stall;
+                self.watches.spawn(async move {
+                    let standing = match ready {
+                        Ok(ready) => ready.stands(stall).await,
+                        Err(unknown) => Standing::Never(format!("{unknown:?}")),
+                    };
+                    (watch, standing)
+                });
+            }
+            Action::Granted(engine, m) => {
+                let layers = self.gains_by_layers(&m);
+                self.tell(engine, ToEngine::Granted(Granted { layers, ..m }));
+            }
+            Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
+            Action::Progress(req_id) => {
+                self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
+                    id: self.context.config.id.clone(),
+                    req_id,
+                }))
+            }
+            Action::Notify {
+                req,
+                reason,
+                bytes,
+                us,
+                transport,
+            } => self
+                .context
+                .shown
+                .tell_proxy(&ToProxy::ProxyNotif(ProxyNotif {
+                    req_id: req,
+                    x: Some(NotifX {
+                        v: VERSION,
+                        ok: reason.is_none(),
+                        reason,
+                        bytes,
+                        us,
+                        transport,
+                    }),
+                })),
+            Action::Record(record) => self.context.record(Side::Sender, &record),
+        }
+    }
+
+    fn tell(&self, engine: EngineId, message: ToEngine) {
+        self.engines.send(engine, message);
+    }
+
+    /// Posts one part of a write.
+    fn write(
+        &self,
+        to: &Target,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+    ) -> (BoxFuture<'static, Outcome>, Arc<Times>) {
+        match self.ready(after) {
+            Ok(ready) => {
+                let times = ready.times();
+                (self.peers.write(to, ready, lease, pieces), times)
+            }
+            Err(unsent) => (Box::pin(std::future::ready(unsent)), Arc::default()),
+        }
+    }
+
+    /// Whether these chunks would arrive sooner if they were gathered layer by layer.
+    fn gains_by_layers(&self, granted: &Granted) -> bool {
+        let to = self
+            .machine
+            .as_ref()
+            .and_then(|m| m.leased_from(&granted.req));
+        let bytes = self.engines.cut().map(|cut| cut.slot_bytes);
+        to.zip(bytes).is_some_and(|(to, bytes)| {
+            let bytes = bytes.saturating_mul(granted.chunks.len() as u64);
+            self.peers.divides(to, bytes).is_some()
+        })
+    }
+
+    /// A write by ranges of layers, where that is worth it; the last part ends it.
+    fn parts(
+        &self,
+        to: &Target,
+        pieces: Vec<Piece>,
+        after: Option<After>,
+        layers: &[LayersStaged],
+    ) -> Vec<(Vec<Piece>, Option<After>)> {
+        let divided = after.zip(self.engines.cut()).and_then(|(after, cut)| {
+            let granule = self
+                .peers
+                .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
+            let parts = ranges::divide(&pieces, layers, &cut.layout, granule)?;
+            let wait = |event| Some(After { event, ..after });
+            Some(
+                parts
+                    .into_iter()
+                    .map(|(event, part)| (part, wait(event)))
+                    .collect(),
+            )
+        });
+        divided.unwrap_or_else(|| vec![(pieces, after)])
+    }
+
+    /// When the slots of a write may be read; if that cannot be known, the outcome of the write.
+    fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
+        let Some(After { engine, event }) = after else {
+            return Ok(Ready::now());
+        };
+        match self.engines.event(engine, event) {
+            Some(event) => Ok(Ready::after(event)),
+            None => Err(Outcome::Failed {
+                terminal: true,
+                error: format!("engine {engine} named event {event}, which it never made known"),
+            }),
+        }
+    }
+
+    /// Gives the checksum of each piece, if checksums are on. Its slots stand as they are until the
+    /// machine hears of the write's end; before the write they need not be ready.
+    fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
+        let cut = self.engines.cut().filter(|_| self.context.config.checksum);
+        let of: Vec<(u64, u64)> = cut.map_or_else(Vec::new, |cut| {
+            let place = |p: &Piece| (u64::from(p.from.0) * cut.slot_bytes, p.bytes);
+            pieces.iter().map(place).collect()
+        });
+        let buffer = Arc::clone(&self.buffer);
+        move || {
+            of.into_iter()
+                .filter_map(|(offset, bytes)| buffer.sum(offset, bytes).ok())
+                .collect()
+        }
+    }
+
+    fn publish(&self) {
+        let gauges = self.machine.as_ref().map(Sender::gauges);
+        let Gauges {
+            free,
+            held,
+            requests,
+            ..
+        } = gauges.unwrap_or_default();
+        self.context.publish(
+            Side::Sender,
+            crate::rank::context::Gauges {
+                cut: self.engines.cut(),
+                engines: self.engines.connected(),
+                unmoved: self.engines.unmoved(),
+                free,
+                held,
+                quarantined: 0,
+                parked_tokens: 0,
+                requests,
+            },
+            self.peers.links(),
+        );
+    }
+}
+
+/// Writes that may wait for the machine to hear that they last; far more than a wire has under way.
+const LASTING: usize = 1024;

@@ -1,0 +1,308 @@
+//! The receivers that a rank is linked to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::future::BoxFuture;
+use protocol::local::Target;
+use protocol::message::{Hello, Pages, ToReceiver, ToSender};
+use protocol::sender::Piece;
+use protocol::{Epoch, LeaseId, Reason, VERSION, codec};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::engine::sessions::Cut;
+use crate::net::host_id;
+use crate::peer::handshake::Identity;
+use crate::peer::process_lock::Lineage;
+use crate::rank::context::LinkStatus;
+use crate::transport::set::Wires;
+use crate::transport::{Link, Outcome, Ready};
+
+use super::connection::{Connection, News, ReceiverKind};
+use super::ranges::is_worth_dividing;
+
+/// What comes from receivers.
+#[derive(Debug)]
+pub(super) enum FromReceiver {
+    Message(Target, ToSender),
+    Linked {
+        to: Target,
+        epoch: Epoch,
+        slots: u32,
+        transport: String,
+        kind: ReceiverKind,
+    },
+    Lost(Target, Reason),
+    /// It sent what is no message.
+    Malformed,
+}
+
+/// Every receiver that this rank is linked to.
+#[derive(Debug)]
+pub(super) struct Peers {
+    wires: Wires,
+    config: Arc<Config>,
+    rank: u32,
+    lineage: Lineage,
+    cut: Option<Cut>,
+    peers: BTreeMap<Target, Peer>,
+    /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
+    generation: u64,
+    tasks: JoinSet<()>,
+    events: mpsc::Sender<(u64, News)>,
+    inbox: mpsc::Receiver<(u64, News)>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    generation: u64,
+    stop: CancellationToken,
+    /// To the task that owns the alloc socket.
+    outbox: mpsc::Sender<Vec<u8>>,
+    link: Option<Arc<dyn Link>>,
+    status: LinkStatus,
+}
+
+/// Messages to one receiver that may wait for its socket.
+const OUTBOX: usize = 4096;
+/// Messages of all receivers that may wait for the machine; beyond it their sockets push back.
+const INBOX: usize = 4096;
+
+impl Peers {
+    pub(super) fn new(wires: Wires, config: Arc<Config>, rank: u32, lineage: Lineage) -> Self {
+        let (events, inbox) = mpsc::channel(INBOX);
+        Self {
+            wires,
+            config,
+            rank,
+            lineage,
+            cut: None,
+            peers: BTreeMap::new(),
+            generation: 0,
+            tasks: JoinSet::new(),
+            events,
+            inbox,
+        }
+    }
+
+    /// The buffer has been cut (anew): links of the former cut are of no use.
+    pub(super) fn begin(&mut self, cut: &Cut) {
+        self.cut = Some(cut.clone());
+        for peer in std::mem::take(&mut self.peers).into_values() {
+            peer.stop.cancel();
+        }
+    }
+
+    /// The next word of a receiver; never `None`.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(super) async fn next(&mut self) -> Option<FromReceiver> {
+        loop {
+            let (generation, event) = tokio::select! {
+                biased;
+                received = self.inbox.recv() => received?,
+                Some(ended) = self.tasks.join_next() => {
+                    if let Err(error) = ended
+                        && error.is_panic()
+                    {
+                        std::panic::resume_unwind(error.into_panic());
+                    }
+                    continue;
+                }
+            };
+            if let Some(news) = self.take(generation, event) {
+                return Some(news);
+            }
+        }
+    }
+
+    fn take(&mut self, generation: u64, event: News) -> Option<FromReceiver> {
+        let (News::Up(to, _)
+        | News::Failed(to, ..)
+        | News::Message(to, _)
+        | News::Malformed(to)
+        | News::Lost(to)) = &event;
+        let peer = self.peers.get_mut(to)?;
+        if peer.generation != generation {
+            return None;
+        }
+        match event {
+            News::Up(to, made) => {
+                info!(
+                    peer = peer.status.peer,
+                    receiver = made.name(),
+                    transport = %made.link.kind(),
+                    reported = made.link.reported(),
+                    why = made.why,
+                    "linked"
+                );
+                peer.status.id = made.name().to_owned();
+                peer.status.transport = made.link.kind().as_str();
+                peer.status.reported = made.link.reported();
+                peer.status.why = made.why;
+                peer.status.class = Some(made.class);
+                peer.link = Some(made.link);
+                Some(FromReceiver::Linked {
+                    to,
+                    epoch: made.hello.as_ref().map_or(Epoch(0), |h| h.epoch),
+                    slots: made.slots,
+                    transport: peer.status.transport.to_owned(),
+                    kind: made.kind,
+                })
+            }
+            News::Failed(to, reason, error) => {
+                warn!(peer = peer.status.peer, %reason, error, "no link");
+                peer.stop.cancel();
+                self.peers.remove(&to);
+                Some(FromReceiver::Lost(to, reason))
+            }
+            News::Message(to, message) => Some(FromReceiver::Message(to, message)),
+            News::Malformed(_) => Some(FromReceiver::Malformed),
+            News::Lost(to) => {
+                warn!(peer = peer.status.peer, "receiver's connection lost");
+                peer.stop.cancel();
+                self.peers.remove(&to);
+                Some(FromReceiver::Lost(to, Reason::PeerLost))
+            }
+        }
+    }
+
+    /// Makes the init handshake, anew if there is a link.
+    pub(super) fn link(&mut self, to: Target) {
+        let Some(cut) = self.cut.clone() else {
+            return;
+        };
+        if let Some(former) = self.peers.remove(&to) {
+            former.stop.cancel();
+        }
+        self.generation += 1;
+        let generation = self.generation;
+        let stop = CancellationToken::new();
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let hello = Hello {
+            v: VERSION,
+            id: self.config.rank_id(self.rank),
+            epoch: cut.epoch,
+            layout: Some(cut.layout.clone()),
+            transports: self.wires.adverts(),
+            host: host_id::identity(),
+            pid: std::process::id(),
+            seal: self.lineage.seal.clone(),
+            ended: self.lineage.ended.clone(),
+            refused: None,
+        };
+        // Whoever connects first with an identity has it: so nobody may guess it.
+        let secret: u64 = rand::random();
+        let identity = format!(
+            "{}-{}-{secret:016x}-to-{}:{}",
+            hello.id, cut.epoch, to.host, to.alloc_port
+        );
+        let status = LinkStatus::new(&to, self.config.transport.as_str());
+        let connection = Connection {
+            to: to.clone(),
+            generation,
+            ours: Identity {
+                hello,
+                metadata: self.wires.metadata(),
+                rows: self.wires.rows().into_iter().take(1).collect(),
+                memory: self.wires.memory(),
+                pages: Pages {
+                    v: VERSION,
+                    slots: 0,
+                    slot_bytes: 0,
+                },
+            },
+            wires: self.wires.clone(),
+            deadline: self.config.times.link,
+            events: self.events.clone(),
+        };
+        let stopped = stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = connection.run(identity, outgoing) => {}
+            }
+        });
+        let peer = Peer {
+            generation,
+            stop,
+            outbox,
+            link: None,
+            status,
+        };
+        self.peers.insert(to, peer);
+    }
+
+    pub(super) fn send(&self, to: &Target, message: &ToReceiver) {
+        let Some(peer) = self.peers.get(to) else {
+            return; // the machine has been told of the loss, or is about to be
+        };
+        if peer.outbox.try_send(codec::encode(message)).is_err() {
+            warn!(
+                peer = peer.status.peer,
+                "receiver does not take messages: one is dropped"
+            );
+        }
+    }
+
+    pub(super) fn write(
+        &self,
+        to: &Target,
+        ready: Ready,
+        lease: LeaseId,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'static, Outcome> {
+        match self.peers.get(to).and_then(|p| p.link.as_ref()) {
+            Some(link) => link.write_when(ready, lease, pieces),
+            None => Box::pin(std::future::ready(Outcome::Failed {
+                terminal: true,
+                error: "the link is gone".to_owned(),
+            })),
+        }
+    }
+
+    /// Whether a write of so many bytes is worth dividing by layers, and where parts may begin.
+    ///
+    /// Decided by the rate that was measured: nothing is divided before there is one.
+    pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {
+        let peer = self.peers.get(to)?;
+        peer.status
+            .large_rate()
+            .filter(|rate| is_worth_dividing(*rate, bytes, self.config.layers_below_gb_s))
+            .and(peer.link.as_ref())
+            .map(|link| link.granule())
+    }
+
+    /// Notes how fast a write was.
+    pub(super) fn measured(&mut self, to: &Target, bytes: u64, began: Instant, ended: Instant) {
+        if let Some(peer) = self.peers.get_mut(to) {
+            peer.status.measured(bytes, began, ended);
+            peer.status.judge(bytes);
+        }
+    }
+
+    /// A link stands, and a part of it is gone.
+    pub(super) fn is_broken(&self, to: &Target) -> bool {
+        let link = self.peers.get(to).and_then(|p| p.link.as_ref());
+        link.is_some_and(|link| link.is_broken())
+    }
+
+    pub(super) fn links(&self) -> impl Iterator<Item = &LinkStatus> {
+        self.peers.values().map(|p| &p.status)
+    }
+
+    /// Ends every connection.
+    pub(super) async fn close(&mut self) {
+        for peer in std::mem::take(&mut self.peers).into_values() {
+            peer.stop.cancel();
+        }
+        self.tasks.shutdown().await;
+    }
+}
