@@ -1,15 +1,13 @@
 //! Ids that come again, questions that are somebody else's, and KV that nobody comes for.
 
-mod setup;
-
 use std::time::Duration;
 
+use crate::setup::{CHUNK, SECOND, keys, question};
 use protocol::local::{Await, OfRequest, Release, Reserve};
 use protocol::message::{AllocX, CancelNotif, ToReceiver, ToSender, Written};
 use protocol::receiver::{Action, Config, Event, Receiver, Route, SenderId};
 use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, LeaseId, Reason, RequestId, SlotIndex, Time, VERSION};
-use setup::{CHUNK, SECOND, keys, question};
 
 const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
@@ -36,7 +34,7 @@ impl Port {
         let d = Receiver::new(Config {
             epoch: OURS,
             max_requests: 16,
-            ..setup::receiver(SLOTS)
+            ..crate::setup::receiver(SLOTS)
         });
         let mut port = Self {
             d,
@@ -405,7 +403,7 @@ fn told(
 fn reserve(chunks: u32, tokens: u32) -> sender::Event {
     let reserve = Reserve {
         req: "1".into(),
-        to: setup::target(),
+        to: crate::setup::target(),
         keys: keys("1", chunks),
         tokens,
         upto: 0,
@@ -417,9 +415,9 @@ fn reserve(chunks: u32, tokens: u32) -> sender::Event {
 /// The engine has been told of its end, and the receiver has not answered yet.
 #[test]
 fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
-    let mut p = Sender::new(setup::sender(4));
+    let mut p = Sender::new(crate::setup::sender(4));
     let linked = sender::Event::Linked {
-        to: setup::target(),
+        to: crate::setup::target(),
         epoch: OURS,
         v: VERSION,
         slots: SLOTS,
@@ -429,7 +427,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     told(&mut p, Time(1), reserve(2, 2 * CHUNK));
     told(&mut p, Time(2), linked.clone());
     let lost = sender::Event::LinkLost {
-        to: setup::target(),
+        to: crate::setup::target(),
         reason: Reason::PeerLost,
     };
     let ends = told(&mut p, Time(3), lost);
@@ -453,7 +451,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
 /// LMCache's proxy waits for `ProxyNotif` whatever the engine moves.
 #[test]
 fn a_request_of_which_nothing_is_moved_has_a_word_to_the_proxy() {
-    let mut p = Sender::new(setup::sender(4));
+    let mut p = Sender::new(crate::setup::sender(4));
     for _ in 0..2 {
         let ends = told(&mut p, Time(1), reserve(0, 2 * CHUNK));
         assert_eq!(ends.1, [Some(Reason::PushOff)]);

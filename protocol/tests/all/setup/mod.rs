@@ -1,7 +1,5 @@
 //! Small machines: chunks of four tokens, waits of seconds. A test names what it wants otherwise.
 
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
-
 use std::time::Duration;
 
 use protocol::local::Target;
@@ -9,10 +7,10 @@ use protocol::message::{AllocRequest, AllocX};
 use protocol::{Epoch, Layout, receiver, sender};
 
 /// Tokens of a chunk.
-pub const CHUNK: u32 = 4;
-pub const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const CHUNK: u32 = 4;
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
-pub fn layout() -> Layout {
+pub(crate) fn layout() -> Layout {
     Layout {
         model: "m".into(),
         dtype: "float".into(),
@@ -25,7 +23,7 @@ pub fn layout() -> Layout {
     }
 }
 
-pub fn target() -> Target {
+pub(crate) fn target() -> Target {
     Target {
         host: "d".into(),
         init_port: 1,
@@ -33,7 +31,7 @@ pub fn target() -> Target {
     }
 }
 
-pub fn sender(slots: u32) -> sender::Config {
+pub(crate) fn sender(slots: u32) -> sender::Config {
     sender::Config {
         id: "p".into(),
         epoch: Epoch(1),
@@ -50,12 +48,12 @@ pub fn sender(slots: u32) -> sender::Config {
     }
 }
 
-pub fn receiver(slots: u32) -> receiver::Config {
+pub(crate) fn receiver(slots: u32) -> receiver::Config {
     receiver_of(layout(), slots)
 }
 
 /// For chunks of another shape.
-pub fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
+pub(crate) fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
     receiver::Config {
         epoch: Epoch(2),
         slots,
@@ -73,12 +71,12 @@ pub fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
     }
 }
 
-pub fn keys(req: &str, chunks: u32) -> Vec<String> {
+pub(crate) fn keys(req: &str, chunks: u32) -> Vec<String> {
     (0..chunks).map(|i| format!("{req}/{i}")).collect()
 }
 
 /// The question for all chunks of a request, whole ones.
-pub fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocRequest {
+pub(crate) fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocRequest {
     AllocRequest {
         keys: keys(req, chunks),
         fmt: 1,

@@ -1,16 +1,14 @@
 //! The sending machine with receivers that behave as LMCache's do: that answer late or never, with −1 or
 //! nonsense, know keys already, and restart.
 
-mod setup;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::setup::{CHUNK, SECOND, keys, target};
 use protocol::local::{Computing, Reserve, Staged};
 use protocol::message::{AllocResponse, ToReceiver, ToSender};
 use protocol::sender::{self, Sender, WatchId};
 use protocol::{EngineId, Epoch, Reason, RequestId, SlotIndex, Time, TransferId};
-use setup::{CHUNK, SECOND, keys, target};
 
 const SLOTS: u32 = 6;
 const ENGINE: EngineId = EngineId(1);
@@ -31,7 +29,7 @@ struct Feeding {
 
 impl Feeding {
     fn new(cancels: bool) -> Self {
-        let p = Sender::new(setup::sender(SLOTS));
+        let p = Sender::new(crate::setup::sender(SLOTS));
         Self {
             now: Time(1),
             p,

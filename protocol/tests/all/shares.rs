@@ -1,14 +1,12 @@
 //! What one host may take of a landing buffer when no decode request waits: any name is free, addresses are not.
 
-mod setup;
-
 use std::time::Duration;
 
+use crate::setup::{CHUNK, SECOND, keys, question};
 use protocol::local::Await;
 use protocol::message::{AllocRequest, AllocX, ToReceiver, ToSender};
 use protocol::receiver::{Action, Config, Event, Receiver, Route};
 use protocol::{EngineId, Epoch, Reason, RequestId, Time, VERSION};
-use setup::{CHUNK, SECOND, keys, question};
 
 const SLOTS: u32 = 32;
 const OURS: Epoch = Epoch(100);
@@ -28,7 +26,7 @@ impl Port {
             epoch: OURS,
             max_requests: 64,
             max_quarantined: 4,
-            ..setup::receiver(SLOTS)
+            ..crate::setup::receiver(SLOTS)
         });
         let mut port = Self {
             d,

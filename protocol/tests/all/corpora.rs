@@ -1,6 +1,6 @@
 //! The fuzz targets over their corpora and over the fixtures, as an ordinary test.
 
-#[path = "../fuzz/targets.rs"]
+#[path = "../../fuzz/targets.rs"]
 mod targets;
 
 use std::fs;

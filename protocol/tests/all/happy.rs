@@ -1,7 +1,5 @@
 //! One request over a perfect wire: every message once, in order, no time passing but what is said.
 
-mod setup;
-
 use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
 use protocol::receiver::{self, Receiver, Route};
 use protocol::sender::{self, Sender};
@@ -25,9 +23,9 @@ fn layout() -> Layout {
 fn pair(send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
     let sender = Sender::new(sender::Config {
         layout: layout(),
-        ..setup::sender(send_slots)
+        ..crate::setup::sender(send_slots)
     });
-    let receiver = Receiver::new(setup::receiver_of(layout(), land_slots));
+    let receiver = Receiver::new(crate::setup::receiver_of(layout(), land_slots));
     (sender, receiver)
 }
 

@@ -1,12 +1,10 @@
 //! Senders of one name: a successor, a namesake, and messages that come late.
 
-mod setup;
-
+use crate::setup::{CHUNK, keys, question};
 use protocol::local::Await;
 use protocol::message::{AllocX, ToReceiver};
 use protocol::receiver::{Action, Config, Event, Receiver, Route};
 use protocol::{EngineId, Epoch, RequestId, Time, VERSION};
-use setup::{CHUNK, keys, question};
 
 const OURS: Epoch = Epoch(100);
 
@@ -14,7 +12,7 @@ fn receiver() -> Receiver {
     Receiver::new(Config {
         epoch: OURS,
         max_quarantined: 2,
-        ..setup::receiver(8)
+        ..crate::setup::receiver(8)
     })
 }
 

@@ -1,12 +1,10 @@
 //! What one message can make a receiver do, counted: never more than its own size, and what was granted for it,
 //! warrant.
 
-mod setup;
-
+use crate::setup::{CHUNK, question};
 use protocol::message::{AllocX, ToReceiver, ToSender, Written};
 use protocol::receiver::{Action, Config, Event, Receiver, Route, Unchecked};
 use protocol::{Epoch, LeaseId, SlotIndex, Time, VERSION};
-use setup::{CHUNK, question};
 
 const OURS: Epoch = Epoch(100);
 const ROUTE: Route = Route(1);
@@ -15,7 +13,7 @@ const ROUTE: Route = Route(1);
 fn leased(chunks: u32) -> (Receiver, LeaseId, Vec<u32>) {
     let mut d = Receiver::new(Config {
         epoch: OURS,
-        ..setup::receiver(2 * chunks)
+        ..crate::setup::receiver(2 * chunks)
     });
     let x = AllocX {
         v: VERSION,
@@ -70,7 +68,10 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
     let sum = |chunk: u32| Unchecked {
         chunk,
         slot: SlotIndex(slots[chunk as usize]),
-        bytes: u64::from(CHUNK) * setup::layout().token_bytes().expect("a plain layout"),
+        bytes: u64::from(CHUNK)
+            * crate::setup::layout()
+                .token_bytes()
+                .expect("a plain layout"),
         sum: 0,
     };
     let asked = d.unchecked(&written);

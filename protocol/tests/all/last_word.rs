@@ -1,15 +1,13 @@
 //! What a sender still says of leases that it has lost: without its word their slots stay quarantined.
 
-mod setup;
-
 use std::time::Duration;
 
+use crate::setup::{CHUNK, SECOND, target};
 use protocol::local::{Await, Computing, Reserve};
 use protocol::message::{ToReceiver, ToSender, Unwanted};
 use protocol::receiver::{self, Receiver, Route};
 use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, LeaseId, Reason, RequestId, Time};
-use setup::{CHUNK, SECOND, target};
 
 const MS: u64 = 1000;
 const ROUTE: Route = Route(1);
@@ -30,9 +28,9 @@ impl Pair {
     fn new() -> Self {
         let p = Sender::new(sender::Config {
             link: 5 * SECOND,
-            ..setup::sender(4)
+            ..crate::setup::sender(4)
         });
-        let d = Receiver::new(setup::receiver(4));
+        let d = Receiver::new(crate::setup::receiver(4));
         Self {
             now: Time(1),
             p,

@@ -4,18 +4,16 @@
 //! earlier batch failed, and die. Checked is what the real ones cannot promise: nothing is shown that
 //! was not written, every request ends, and no slot is lost.
 
-mod setup;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::setup::{CHUNK, SECOND, keys, layout};
 use protocol::local::{Await, OfRequest, Release};
 use protocol::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver, ToSender};
 use protocol::receiver::{self, Receiver, Route, SenderId};
 use protocol::{EngineId, Epoch, Reason, RequestId, SlotIndex, Time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use setup::{CHUNK, SECOND, keys, layout};
 
 const SLOTS: u32 = 6;
 const ENGINE: EngineId = EngineId(1);
@@ -38,7 +36,7 @@ impl Landing {
     fn new() -> Self {
         let d = Receiver::new(receiver::Config {
             max_quarantined: 2,
-            ..setup::receiver(SLOTS)
+            ..crate::setup::receiver(SLOTS)
         });
         Self {
             now: Time(1),

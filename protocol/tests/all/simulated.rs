@@ -1,11 +1,8 @@
 //! Named scenarios: a pair of sidecars over bad wires. See [`world`] for what is checked in each.
 
-mod setup;
-mod world;
-
+use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
 use proptest::prelude::*;
 use protocol::Reason;
-use world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
 
 fn plan(requests: Vec<RequestPlan>) -> Plan {
     Plan {
@@ -252,7 +249,7 @@ proptest! {
     })]
 
     #[test]
-    fn any_plan_ends_with_no_slot_held(plan in world::plans()) {
+    fn any_plan_ends_with_no_slot_held(plan in crate::world::plans()) {
         run(&plan);
     }
 }

@@ -1,0 +1,17 @@
+//! All integration tests of the protocol, as modules of one binary.
+
+mod again;
+mod corpora;
+mod document;
+mod epochs;
+mod fixtures;
+mod happy;
+mod last_word;
+mod lmcache_receivers;
+mod lmcache_senders;
+mod replay;
+mod setup;
+mod shares;
+mod simulated;
+mod work;
+mod world;
