@@ -216,11 +216,12 @@ impl Pair {
                         self.p.handle(now, sender::Event::Peer { to, message });
                     }
                     receiver::Action::Open { lease, .. } => self.lease = lease,
-                    receiver::Action::Look { slots } => {
+                    receiver::Action::CheckCanary { slots } => {
                         let written =
                             |slot: &protocol::SlotIndex| (now.0 >> 17) & 1 == u64::from(slot.0 & 1);
                         let (gone, there) = slots.into_iter().partition(written);
-                        self.d.handle(now, receiver::Event::Looked { gone, there });
+                        self.d
+                            .handle(now, receiver::Event::CanaryChecked { gone, there });
                     }
                     _ => {}
                 }

@@ -12,8 +12,8 @@ use crate::exit::Exit;
 use crate::observe::admin::Admin;
 use crate::observe::listening;
 use crate::observe::metrics::Metrics;
-use crate::observe::observer::Showcase;
-use crate::observe::proxy_discovery::Lookout;
+use crate::observe::observer::Fanout;
+use crate::observe::proxy_discovery::ProxyDiscovery;
 use crate::observe::registration::{ProxyVoice, Registration};
 use crate::observe::status::Status;
 use crate::rank::node::{Ended, Node};
@@ -49,7 +49,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let (proxy, registration) = match &config.proxy {
         None => (None, None),
         Some(proxy) => {
-            let (outlet, search) = Lookout::of(&proxy.address).await?;
+            let (outlet, search) = ProxyDiscovery::of(&proxy.address).await?;
             searching = search;
             let (voice, task) = Registration::new(
                 outlet,
@@ -61,12 +61,12 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
             (Some::<ProxyVoice>(voice), Some(task))
         }
     };
-    let shown = Showcase {
+    let observer = Fanout {
         status: Arc::clone(&status),
         metrics,
         proxy,
     };
-    let node = Node::start(Arc::clone(&config), Arc::new(shown)).await?;
+    let node = Node::start(Arc::clone(&config), Arc::new(observer)).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
     status.listens(listening::checked(&config, &ports)?);

@@ -1,7 +1,7 @@
 //! What the decode engine says.
 
 use super::ended::Heard;
-use super::request::{Chunk, Parked, Request, Supply};
+use super::request::{Allocation, Chunk, Parked, Request};
 use super::{Action, Receiver};
 use crate::layout::chunks_of;
 use crate::local::{Await, Ready, Release};
@@ -34,11 +34,11 @@ impl Receiver {
             no_sender: now + self.config.no_sender,
             mismatched: false,
         });
-        match &request.supply {
-            Supply::None if written => self.claim(&id),
-            Supply::None => {}
-            Supply::Held(_) => self.consider(&id),
-            Supply::Leased(lease) => {
+        match &request.allocation {
+            Allocation::None if written => self.claim(&id),
+            Allocation::None => {}
+            Allocation::Pending(_) => self.consider(&id),
+            Allocation::Leased(lease) => {
                 self.readers.read(&lease.sender);
                 let parked = request.parked.as_ref();
                 if parked.is_some_and(|p| p.keys != lease.keys || p.tokens != lease.tokens) {
@@ -75,7 +75,10 @@ impl Receiver {
             // What is left of an earlier use of the id makes way.
             Some(request) if request.heard.awaited => Ok(()),
             // A lease that only waits for its sender's last word serves nobody.
-            Some(request) => request.lease().and_then(|l| l.over).map_or(Ok(()), Err),
+            Some(request) => request
+                .lease()
+                .and_then(|l| l.end_reason)
+                .map_or(Ok(()), Err),
             None if self.draining => Err(Reason::Draining),
             None if self.requests.len() >= self.config.max_requests => Err(Reason::Busy),
             None => Ok(()),
@@ -89,10 +92,10 @@ impl Receiver {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        let Supply::Leased(lease) = &mut request.supply else {
+        let Allocation::Leased(lease) = &mut request.allocation else {
             return;
         };
-        if let Some(reason) = lease.over {
+        if let Some(reason) = lease.end_reason {
             self.settle_over(id, reason);
             return;
         }
@@ -141,7 +144,7 @@ impl Receiver {
         request.record.scatter_us += message.scatter_us;
         let mut freed = Vec::new();
         let mine = request.parked.as_ref().is_some_and(|p| p.engine == engine);
-        if let (true, Supply::Leased(lease)) = (mine, &mut request.supply) {
+        if let (true, Allocation::Leased(lease)) = (mine, &mut request.allocation) {
             for &index in &message.chunks {
                 if let Some(chunk) = lease.chunks.get_mut(index as usize)
                     && let Chunk::Ready { slot } = *chunk

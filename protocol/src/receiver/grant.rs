@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::Rng;
 
 use super::reclaim::Blocked;
-use super::request::{Chunk, Held, Lease, Supply};
+use super::request::{Allocation, Chunk, Lease, Pending};
 use super::{Action, Receiver, SenderId, bounded};
 use crate::layout::{chunk_span, chunks_of};
 use crate::message::{AllocResponse, AllocResponseX, More, ToSender};
@@ -39,10 +39,10 @@ impl Receiver {
             let Some(request) = self.requests.get_mut(&id) else {
                 continue;
             };
-            match &mut request.supply {
-                Supply::None => {}
-                Supply::Held(_) => asks.push(id),
-                Supply::Leased(lease) => {
+            match &mut request.allocation {
+                Allocation::None => {}
+                Allocation::Pending(_) => asks.push(id),
+                Allocation::Leased(lease) => {
                     let Some(index) = lease.waiting().next() else {
                         continue;
                     };
@@ -71,9 +71,9 @@ impl Receiver {
         let mut exposed = Exposed::default();
         for id in asks {
             match self.try_unparked(&id, blocked, &mut exposed) {
-                Turn::Over => {}
-                Turn::Waits => self.waiting.push_back(id),
-                Turn::Blocks => {
+                Admission::Over => {}
+                Admission::Waits => self.waiting.push_back(id),
+                Admission::Blocks => {
                     lacks.get_or_insert(Blocked::Room);
                     blocked = true;
                     self.waiting.push_back(id);
@@ -89,11 +89,13 @@ impl Receiver {
         let Some(request) = self.requests.get(id) else {
             return;
         };
-        let Supply::Held(held) = &request.supply else {
+        let Allocation::Pending(pending) = &request.allocation else {
             return;
         };
         match &request.parked {
-            Some(parked) if parked.keys != held.request.keys || parked.tokens != held.x.tokens => {
+            Some(parked)
+                if parked.keys != pending.request.keys || parked.tokens != pending.x.tokens =>
+            {
                 self.refuse_mismatch(id);
             }
             Some(parked) => {
@@ -103,8 +105,8 @@ impl Receiver {
                     self.answer_windowed(id, lease);
                 }
             }
-            None if held.park.is_some() => {}
-            None if held.request.keys.len() > self.share(&held.host) => {
+            None if pending.park.is_some() => {}
+            None if pending.request.keys.len() > self.host_quota(&pending.host) => {
                 self.refuse_and_end(id, Reason::TooLarge);
             }
             None => {
@@ -126,34 +128,37 @@ impl Receiver {
             parked.mismatched = true;
             parked.no_sender = parked.no_sender.min(soon);
         }
-        if let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) {
-            let (seq, keys) = (held.x.seq, held.request.keys.len());
-            self.send_refusal(held.route, seq, keys, Reason::KeyMismatch);
+        if let Allocation::Pending(pending) =
+            std::mem::replace(&mut request.allocation, Allocation::None)
+        {
+            let (seq, keys) = (pending.x.seq, pending.request.keys.len());
+            self.send_refusal(pending.route, seq, keys, Reason::KeyMismatch);
         }
     }
 
     /// Grants all slots of an unparked request, if they are there and nobody is before it.
-    fn try_unparked(&mut self, id: &RequestId, blocked: bool, exposed: &mut Exposed) -> Turn {
-        let Some(Supply::Held(held)) = self.requests.get(id).map(|r| &r.supply) else {
-            return Turn::Over;
+    fn try_unparked(&mut self, id: &RequestId, blocked: bool, exposed: &mut Exposed) -> Admission {
+        let Some(Allocation::Pending(pending)) = self.requests.get(id).map(|r| &r.allocation)
+        else {
+            return Admission::Over;
         };
-        let (wanted, host) = (held.request.keys.len(), held.host.clone());
-        if exposed.to(&host, self) + wanted > self.share(&host) {
-            return Turn::Waits;
+        let (wanted, host) = (pending.request.keys.len(), pending.host.clone());
+        if exposed.to(&host, self) + wanted > self.host_quota(&host) {
+            return Admission::Waits;
         }
         if blocked || wanted > self.slots.free() as usize {
-            return Turn::Blocks;
+            return Admission::Blocks;
         }
         if let Some(lease) = self.lease_for(id, 0) {
             self.answer_windowed(id, lease);
             exposed.add(&host, wanted);
         }
-        Turn::Over
+        Admission::Over
     }
 
     /// Slots that one host may have without any decode request that waits for them: not all. Whoever
     /// reaches the port can ask, under any name, and leave what it got for ever in quarantine.
-    pub(super) fn share(&self, host: &str) -> usize {
+    pub(super) fn host_quota(&self, host: &str) -> usize {
         let total = self.slots.total();
         let kept = if host.is_empty() { 0 } else { total / KEPT };
         (total - kept) as usize
@@ -161,7 +166,7 @@ impl Receiver {
 
     /// Slots that a host has now, or has left quarantined, and that no decode request waits for. Looks at every
     /// request: see [`Exposed`].
-    fn exposed_to(&self, host: &str) -> usize {
+    fn host_usage(&self, host: &str) -> usize {
         let quarantined = self.quarantine.values().filter(|q| q.host == host);
         let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
         let unparked = self.requests.values().filter(|r| r.parked.is_none());
@@ -178,16 +183,18 @@ impl Receiver {
         let lease_id = LeaseId(self.rng.random());
         let chunk_tokens = self.config.chunk_tokens;
         let request = self.requests.get_mut(id)?;
-        let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) else {
+        let Allocation::Pending(pending) =
+            std::mem::replace(&mut request.allocation, Allocation::None)
+        else {
             return None;
         };
-        let Held {
+        let Pending {
             route,
             host,
             request: asked,
             x,
             ..
-        } = held;
+        } = pending;
         let term =
             bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
         let chunks = (0..chunks_of(x.tokens, chunk_tokens))
@@ -204,7 +211,7 @@ impl Receiver {
         request.record.have_tokens = have_tokens;
         request.record.transport.clone_from(&x.transport);
         request.record.peer.clone_from(&x.id);
-        request.supply = Supply::Leased(Lease {
+        request.allocation = Allocation::Leased(Lease {
             id: lease_id,
             route,
             sender: SenderId {
@@ -221,7 +228,7 @@ impl Receiver {
             term,
             deadline: self.now + term,
             idle: None,
-            over: None,
+            end_reason: None,
         });
         self.leases.insert(lease_id, id.clone());
         Some(lease_id)
@@ -357,7 +364,7 @@ impl Exposed {
         if let Some(&slots) = self.hosts.get(host) {
             return slots;
         }
-        let slots = receiver.exposed_to(host);
+        let slots = receiver.host_usage(host);
         self.hosts.insert(host.to_owned(), slots);
         slots
     }
@@ -370,7 +377,7 @@ impl Exposed {
 
 /// How an unparked request fared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
+enum Admission {
     /// It has got its slots, or wants none any more.
     Over,
     /// Its host has its share: whoever comes after it need not wait.

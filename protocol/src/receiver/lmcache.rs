@@ -115,7 +115,7 @@ impl Receiver {
             Reason::StaleEpoch
         } else if self.draining {
             Reason::Draining
-        } else if all as usize > self.share(&host) {
+        } else if all as usize > self.host_quota(&host) {
             Reason::TooLarge
         } else if self.lent_and_lost_by(&host) > self.config.max_quarantined as usize {
             Reason::Quarantined
@@ -176,7 +176,7 @@ impl Receiver {
                 None => want.max(ask.request.total_chunks as usize),
             };
             let host = ask.sender.host();
-            let waits = beyond > 0 && exposed.to(host, self) + beyond > self.share(host);
+            let waits = beyond > 0 && exposed.to(host, self) + beyond > self.host_quota(host);
             if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
                 let number = self.grant_loan(&ask, loan);
                 exposed.add(host, beyond);

@@ -6,7 +6,7 @@
 //! ```text
 //!                     ┌────────── parked ──────────┐
 //!   AllocRequest      │                            ▼
-//!  ───────────────▶ Held ── room / wait over ──▶ Leased ── all Released ──▶ ended
+//!  ───────────────▶ Pending ── room / waited ──▶ Leased ── all Released ──▶ ended
 //!                     │                            │ cancel, expiry, peer lost
 //!                     └── refused ──▶ ended        ▼
 //!                                     Open slots: freed by the sender's word, or quarantined
@@ -25,14 +25,14 @@
 //! `Extend`; an unknown lease is answered with `Unwanted`.
 
 mod ended;
-mod ending;
 mod engine;
+mod events;
 mod grant;
-mod io;
 mod lmcache;
-mod peer;
+mod on_peer;
 mod reclaim;
 mod request;
+mod teardown;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -44,10 +44,10 @@ use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
 use crate::slots::Slots;
 use ended::Ended;
-pub use io::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
+pub use events::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
 use lmcache::Lmcache;
 use reclaim::Readers;
-use request::{Chunk, Lease, Request, Supply};
+use request::{Allocation, Chunk, Lease, Request};
 
 /// The receiving side of one rank. See the module's documentation.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ impl Receiver {
                 sender,
                 linked,
             } => self.on_introduced(route, sender, linked),
-            Event::Looked { gone, there } => self.on_looked(&gone, &there),
+            Event::CanaryChecked { gone, there } => self.on_canary_checked(&gone, &there),
             Event::Fenced { sender, lease } => self.on_fenced(&sender, lease),
             Event::Corrupt(lease) => self.on_corrupt(lease),
             Event::Await(engine, message) => self.on_await(engine, message),
@@ -222,18 +222,18 @@ impl Receiver {
 impl Request {
     /// The next time at which something about this request runs out.
     fn deadline(&self) -> Option<Time> {
-        let parked = self.parked.as_ref().map(|p| match self.supply {
-            Supply::None => p.deadline.min(p.no_sender),
-            Supply::Held(_) | Supply::Leased(_) => p.deadline,
+        let parked = self.parked.as_ref().map(|p| match self.allocation {
+            Allocation::None => p.deadline.min(p.no_sender),
+            Allocation::Pending(_) | Allocation::Leased(_) => p.deadline,
         });
-        let supply = match &self.supply {
-            Supply::None => None,
-            Supply::Held(held) => Some(held.park.unwrap_or(held.wait)),
+        let allocation = match &self.allocation {
+            Allocation::None => None,
+            Allocation::Pending(pending) => Some(pending.park.unwrap_or(pending.wait)),
             // A lease that is written in full and parked needs no more words of its sender.
-            Supply::Leased(lease) if lease.is_written() && self.parked.is_some() => None,
-            Supply::Leased(lease) => Some(lease.deadline),
+            Allocation::Leased(lease) if lease.is_written() && self.parked.is_some() => None,
+            Allocation::Leased(lease) => Some(lease.deadline),
         };
-        parked.into_iter().chain(supply).min()
+        parked.into_iter().chain(allocation).min()
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{Receiver, SenderId};
-use crate::receiver::request::{Request, Supply};
+use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
 /// Senders of which something has been read, with how many leases have run out unread since.
@@ -92,7 +92,7 @@ impl Receiver {
     /// Leases that nobody has come for, with the time from which they may go.
     fn idle_leases(&self) -> impl Iterator<Item = (Time, RequestId)> + '_ {
         self.requests.iter().filter_map(|(id, request)| {
-            let lease = request.lease().filter(|l| l.over.is_none())?;
+            let lease = request.lease().filter(|l| l.end_reason.is_none())?;
             let since = lease.idle.filter(|_| request.parked.is_none())?;
             let spared = self.readers.has(&lease.sender);
             (!spared).then(|| (since + GRACE, id.clone()))
@@ -114,14 +114,14 @@ impl Receiver {
         let gives_way = old.is_some_and(|old| {
             old.parked.is_none()
                 && old.lent.is_empty()
-                && matches!(old.supply, Supply::Leased(_))
+                && matches!(old.allocation, Allocation::Leased(_))
                 && gives_way(old)
         });
         if !gives_way {
             return;
         }
         if let Some(lease) = self.requests.get(id).and_then(Request::lease)
-            && lease.over.is_none()
+            && lease.end_reason.is_none()
         {
             self.end_unclaimed(id);
         }

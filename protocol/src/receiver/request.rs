@@ -15,7 +15,7 @@ pub(super) struct Request {
     /// The decode side, once its request waits.
     pub(super) parked: Option<Parked>,
     /// The sender side.
-    pub(super) supply: Supply,
+    pub(super) allocation: Allocation,
     /// Slots that the engine may still be reading although the request has ended for it.
     pub(super) lent: Vec<(EngineId, u32, SlotIndex)>,
     /// Who has spoken of it.
@@ -42,18 +42,18 @@ pub(super) struct Parked {
 
 /// How far the sender side is.
 #[derive(Debug)]
-pub(super) enum Supply {
+pub(super) enum Allocation {
     /// No sender has asked.
     None,
     /// A sender has asked and waits for its answer.
-    Held(Held),
+    Pending(Pending),
     /// A sender may write.
     Leased(Lease),
 }
 
 /// An alloc request without an answer yet.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct Pending {
     pub(super) route: Route,
     /// Where that comes from.
     pub(super) host: String,
@@ -87,7 +87,7 @@ pub(super) struct Lease {
     /// Since when all of it stands there and no decode request has come for it.
     pub(super) idle: Option<Time>,
     /// Set when nobody wants the data any more; only the sender's word is missing.
-    pub(super) over: Option<Reason>,
+    pub(super) end_reason: Option<Reason>,
 }
 
 /// One chunk under a lease.
@@ -148,7 +148,7 @@ impl Lease {
 
     /// Chunks that still want a slot.
     pub(super) fn waiting(&self) -> impl Iterator<Item = usize> + '_ {
-        let wanted = self.over.is_none();
+        let wanted = self.end_reason.is_none();
         (0..self.chunks.len()).filter(move |&i| wanted && self.chunks[i] == Chunk::Waiting)
     }
 }
@@ -157,7 +157,7 @@ impl Request {
     pub(super) fn new(id: &RequestId) -> Self {
         Self {
             parked: None,
-            supply: Supply::None,
+            allocation: Allocation::None,
             lent: Vec::new(),
             heard: Heard::default(),
             record: Record::new(id.clone()),
@@ -165,16 +165,16 @@ impl Request {
     }
 
     pub(super) fn lease(&self) -> Option<&Lease> {
-        match &self.supply {
-            Supply::Leased(lease) => Some(lease),
-            Supply::None | Supply::Held(_) => None,
+        match &self.allocation {
+            Allocation::Leased(lease) => Some(lease),
+            Allocation::None | Allocation::Pending(_) => None,
         }
     }
 
     pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
-        match &mut self.supply {
-            Supply::Leased(lease) => Some(lease),
-            Supply::None | Supply::Held(_) => None,
+        match &mut self.allocation {
+            Allocation::Leased(lease) => Some(lease),
+            Allocation::None | Allocation::Pending(_) => None,
         }
     }
 }

@@ -11,13 +11,13 @@
 //! * A message about a lease that is not known any more is answered with `CancelNotif`: by our word
 //!   nothing is under way under it, but for what the graves name.
 
-mod ending;
 mod engine;
-mod io;
+mod events;
 mod lmcache;
-mod peer;
+mod on_peer;
 mod push;
 mod request;
+mod teardown;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -26,10 +26,10 @@ use crate::message::ToReceiver;
 use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
-use ending::PATIENCE;
-pub use io::{Action, After, Config, Event, Gauges, Piece, WatchId};
+pub use events::{Action, After, Config, Event, Gauges, Piece, WatchId};
 use lmcache::Foreign;
 use request::{Phase, Request};
+use teardown::PATIENCE;
 
 /// The sending side of one rank. See the module's documentation.
 #[derive(Debug)]

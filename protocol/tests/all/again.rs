@@ -91,10 +91,10 @@ impl Port {
                 }
                 Action::Ended(_, ended) => self.ended.push(ended.reason),
                 Action::Fence { sender, lease, .. } => self.fences.push((sender, lease)),
-                Action::Look { slots } => {
+                Action::CheckCanary { slots } => {
                     let there = Vec::new();
                     self.d
-                        .handle(self.now, Event::Looked { gone: slots, there });
+                        .handle(self.now, Event::CanaryChecked { gone: slots, there });
                 }
                 _ => {}
             }
@@ -376,7 +376,7 @@ fn slots_lent_to_lmcache_make_room_too() {
         assert_eq!(port.lent.len(), 4, "request {n} was declined");
         let gone = port.lent.iter().map(|&slot| SlotIndex(slot)).collect();
         let there = Vec::new();
-        port.feed(Event::Looked { gone, there });
+        port.feed(Event::CanaryChecked { gone, there });
         port.pass(SECOND / 5);
     }
     port.at_rest();

@@ -147,7 +147,7 @@ fn check(
                     ),
                 ),
                 receiver::Action::Ended(_, ended) => d_ended = Some(ended),
-                receiver::Action::Mark { .. } | receiver::Action::Look { .. } => {
+                receiver::Action::Mark { .. } | receiver::Action::CheckCanary { .. } => {
                     unreachable!("nobody here is LMCache")
                 }
                 receiver::Action::Open { .. }

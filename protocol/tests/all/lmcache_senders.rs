@@ -69,11 +69,11 @@ impl Landing {
                 assert!(!self.lent.contains_key(&slot), "{slot} is lent to two");
                 self.slots[slot.0 as usize] = None;
             }
-            receiver::Action::Look { slots } => {
+            receiver::Action::CheckCanary { slots } => {
                 let written = |slot: &SlotIndex| self.slots[slot.0 as usize].is_some();
                 let (gone, there) = slots.into_iter().partition(written);
                 self.d
-                    .handle(self.now, receiver::Event::Looked { gone, there });
+                    .handle(self.now, receiver::Event::CanaryChecked { gone, there });
             }
             receiver::Action::Send { route, message } => match message {
                 ToSender::AllocResponse(response) => self.answers.push((route, response)),

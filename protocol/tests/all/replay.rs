@@ -9,7 +9,7 @@ use std::path::Path;
 use protocol::{Time, receiver, sender};
 use serde::Deserialize;
 
-/// A line of a trace, as `sidecar/src/trace.rs` writes it.
+/// A line of a trace, as `sidecar/src/rank/recorder.rs` writes it.
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line {

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::key::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
-use super::nearest::nearest;
 use super::problem::{Problem, Row};
+use super::suggest::suggest;
 use super::value::Value;
 use super::yaml::{self, Entry, Raw};
 
@@ -314,7 +314,7 @@ impl Layers {
                 if self.known.contains(&(ours, entry.key.clone())) {
                     continue;
                 }
-                let near = self.nearest(&entry.key);
+                let near = self.suggest(&entry.key);
                 if near.is_none() && !ours {
                     ignored.push(entry.key);
                     continue;
@@ -349,7 +349,7 @@ impl Layers {
             let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
             let other = name == FILE_VARIABLE || OTHER_VARIABLES.contains(&name.as_str());
             if ours && !other && !variables.contains(name) {
-                let near = nearest(name, variables.iter().map(String::as_str));
+                let near = suggest(name, variables.iter().map(String::as_str));
                 let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
                 self.warnings
                     .push(format!("environment {name}: no such key, ignored{hint}"));
@@ -357,8 +357,8 @@ impl Layers {
         }
     }
 
-    fn nearest(&self, name: &str) -> Option<String> {
-        let best = nearest(name, self.known.iter().map(|(_, known)| known.as_str()))?;
+    fn suggest(&self, name: &str) -> Option<String> {
+        let best = suggest(name, self.known.iter().map(|(_, known)| known.as_str()))?;
         let (ours, name) = self.known.iter().find(|(_, known)| known == best)?;
         Some(section_of(*ours).path(name))
     }

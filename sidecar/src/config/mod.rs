@@ -9,12 +9,12 @@ mod key;
 mod keys;
 mod layers;
 mod lmcache;
-mod machines;
+mod machine_config;
 mod mooncake;
-mod nearest;
 mod problem;
 mod reference;
 mod report;
+mod suggest;
 mod value;
 mod yaml;
 
@@ -129,14 +129,14 @@ pub(crate) struct Ucx {
 
 /// Where the proxy takes registrations.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Whereabouts {
+pub(crate) enum ProxyAddress {
     /// There.
     At(HostPort),
     /// Where a metadata server says.
     AskedFor(Metadata),
 }
 
-impl fmt::Display for Whereabouts {
+impl fmt::Display for ProxyAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::At(address) => address.fmt(f),
@@ -149,7 +149,7 @@ impl fmt::Display for Whereabouts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Proxy {
     /// Its registration port.
-    pub(crate) address: Whereabouts,
+    pub(crate) address: ProxyAddress,
     /// Base URL of the engine's OpenAI server, for the proxy.
     pub(crate) engine_url: String,
     /// Time between two registrations.

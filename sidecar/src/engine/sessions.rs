@@ -13,7 +13,7 @@ use crate::engine::socket::Connection;
 use crate::memory::Buffer;
 use crate::memory::cuda::{self, Event};
 
-/// Engines, and how their chunks cut the buffer.
+/// Engines, and the slot layout that their chunks give the buffer.
 #[derive(Debug)]
 pub(crate) struct Engines {
     buffer: Arc<Buffer>,
@@ -24,7 +24,7 @@ pub(crate) struct Engines {
     /// Tokens for which the buffer has to have room at once.
     max_prefill_tokens: u32,
     connections: BTreeMap<EngineId, Greeted>,
-    cut: Option<Cut>,
+    slot_layout: Option<SlotLayout>,
 }
 
 /// An engine that was welcomed.
@@ -37,16 +37,16 @@ struct Greeted {
     unmoved: String,
 }
 
-/// How a layout cuts the buffer.
+/// The division of the buffer into slots, for one layout of KV.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Cut {
+pub(crate) struct SlotLayout {
     /// The shape of a chunk.
     pub(crate) layout: Layout,
     /// Slots.
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// New with each cut.
+    /// New with each slot layout.
     pub(crate) epoch: Epoch,
 }
 
@@ -67,13 +67,13 @@ impl Engines {
             chunk_tokens: config.chunk_tokens,
             max_prefill_tokens: config.max_prefill_tokens,
             connections: BTreeMap::new(),
-            cut: None,
+            slot_layout: None,
         }
     }
 
-    /// How the buffer is cut, once an engine has said hello.
-    pub(crate) fn cut(&self) -> Option<&Cut> {
-        self.cut.as_ref()
+    /// Returns the slot layout; absent until an engine has said hello.
+    pub(crate) fn slot_layout(&self) -> Option<&SlotLayout> {
+        self.slot_layout.as_ref()
     }
 
     /// Engines connected now.
@@ -87,8 +87,8 @@ impl Engines {
         unmoved.into_iter().find(|why| !why.is_empty())
     }
 
-    /// Answers a hello. Returns the cut if it is a new one: every slot is then free and the epoch new.
-    /// `busy`: slots are still held or quarantined, so the buffer cannot be cut anew.
+    /// Answers a hello. Returns the slot layout if it is new: every slot is then free and the epoch new.
+    /// `busy`: slots are still held or quarantined, so the slot layout cannot change.
     ///
     /// # Errors
     /// Why the engine was refused.
@@ -97,7 +97,7 @@ impl Engines {
         connection: Connection,
         hello: &EngineHello,
         busy: bool,
-    ) -> Result<Option<Cut>, Reason> {
+    ) -> Result<Option<SlotLayout>, Reason> {
         if !hello.unmoved.is_empty() && hello.v == VERSION {
             self.take_unmoved(connection, hello);
             return Ok(None);
@@ -105,7 +105,7 @@ impl Engines {
         let admitted = self
             .admit(hello, busy)
             .and_then(|admitted| Ok((admitted, self.events(hello)?)));
-        let ((cut, fresh), events) = match admitted {
+        let ((slot_layout, fresh), events) = match admitted {
             Ok(admitted) => admitted,
             Err(refused) => {
                 warn!(
@@ -124,8 +124,8 @@ impl Engines {
             connection = %connection.id(),
             role = ?hello.role,
             rank = hello.rank,
-            slots = cut.slots,
-            slot_bytes = cut.slot_bytes,
+            slots = slot_layout.slots,
+            slot_bytes = slot_layout.slot_bytes,
             device = hello.device,
             events = events.len(),
             "engine connected"
@@ -133,15 +133,15 @@ impl Engines {
         let welcome = Welcome {
             v: VERSION,
             id: self.id.clone(),
-            epoch: cut.epoch,
+            epoch: slot_layout.epoch,
             memory: self.buffer.export().as_str().to_owned(),
             cuda: self.buffer.cuda().map(|memory| CudaMemory {
                 uuid: memory.device().uuid().to_string(),
                 handle: ByteBuf::from(*memory.handle()),
                 bytes: memory.bytes(),
             }),
-            slots: cut.slots,
-            slot_bytes: cut.slot_bytes,
+            slots: slot_layout.slots,
+            slot_bytes: slot_layout.slot_bytes,
             connection: connection.id().0,
         };
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));
@@ -152,8 +152,8 @@ impl Engines {
             unmoved: String::new(),
         };
         self.connections.insert(id, greeted);
-        self.cut = Some(cut.clone());
-        Ok(fresh.then_some(cut))
+        self.slot_layout = Some(slot_layout.clone());
+        Ok(fresh.then_some(slot_layout))
     }
 
     /// Welcomes an engine that computes every prompt itself, without a buffer: it keeps the sidecar ready,
@@ -248,7 +248,7 @@ impl Engines {
             .or_else(refuse)
     }
 
-    fn admit(&self, hello: &EngineHello, busy: bool) -> Result<(Cut, bool), Refused> {
+    fn admit(&self, hello: &EngineHello, busy: bool) -> Result<(SlotLayout, bool), Refused> {
         let refuse = |reason, text| Err(Refused { reason, text });
         if hello.v != VERSION {
             return refuse(
@@ -260,9 +260,9 @@ impl Engines {
                 ),
             );
         }
-        if let Some(cut) = &self.cut {
-            let Some((field, ours, theirs)) = cut.layout.difference(&hello.layout) else {
-                return Ok((cut.clone(), false));
+        if let Some(slot_layout) = &self.slot_layout {
+            let Some((field, ours, theirs)) = slot_layout.layout.difference(&hello.layout) else {
+                return Ok((slot_layout.clone(), false));
             };
             let is_used = self.connections.values().any(|e| e.unmoved.is_empty());
             if is_used || busy {
@@ -275,10 +275,11 @@ impl Engines {
                 );
             }
         }
-        self.cut_for(&hello.layout).map(|cut| (cut, true))
+        self.slot_layout_for(&hello.layout)
+            .map(|slot_layout| (slot_layout, true))
     }
 
-    fn cut_for(&self, layout: &Layout) -> Result<Cut, Refused> {
+    fn slot_layout_for(&self, layout: &Layout) -> Result<SlotLayout, Refused> {
         let refuse = |text| {
             Err(Refused {
                 reason: Reason::LayoutMismatch,
@@ -316,7 +317,7 @@ impl Engines {
                 slot_bytes * u64::from(self.max_prefill_tokens.div_ceil(layout.chunk_tokens))
             ));
         }
-        Ok(Cut {
+        Ok(SlotLayout {
             layout: layout.clone(),
             slots: u32::try_from(slots).unwrap_or(u32::MAX),
             slot_bytes,

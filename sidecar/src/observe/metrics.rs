@@ -17,7 +17,7 @@ use protocol::record::Record;
 use protocol::{Reason, VERSION};
 
 use crate::observe::status::Status;
-use crate::rank::context::Side;
+use crate::rank::context::RankRole;
 use gauges::Gauges;
 
 /// See the module.
@@ -39,7 +39,7 @@ pub(crate) struct Metrics {
 
 /// What became of a message to the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Fate {
+pub(crate) enum DeliveryResult {
     /// The socket took it.
     Sent,
     /// A queue was full.
@@ -198,7 +198,7 @@ impl Metrics {
                 drop(self.chunks.get_or_create(&on_wire));
             }
         }
-        for side in [Side::Sender, Side::Receiver].map(Side::as_str) {
+        for side in [RankRole::Sender, RankRole::Receiver].map(RankRole::as_str) {
             for reason in [Reason::BadRequest, Reason::LayoutMismatch].map(Reason::as_str) {
                 drop(
                     self.engines_refused
@@ -212,7 +212,7 @@ impl Metrics {
     }
 
     /// Counts a request that has ended.
-    pub(crate) fn record(&self, side: Side, rank: u32, record: &Record) {
+    pub(crate) fn record(&self, side: RankRole, rank: u32, record: &Record) {
         let name = side.as_str();
         let of_rank = OfRank { side: name, rank };
         let reason = record.reason.map_or(OK, Reason::as_str);
@@ -243,12 +243,12 @@ impl Metrics {
                 .inc_by(record.chunks.into());
         }
         let phases: &[(&'static str, u64)] = match side {
-            Side::Sender => &[
+            RankRole::Sender => &[
                 ("alloc", record.alloc_us),
                 ("gather", record.gather_us),
                 ("push", record.push_us),
             ],
-            Side::Receiver => &[("ready", record.ready_us), ("scatter", record.scatter_us)],
+            RankRole::Receiver => &[("ready", record.ready_us), ("scatter", record.scatter_us)],
         };
         for &(phase, us) in phases {
             // A phase that was not reached has no time, and would pull every quantile down.
@@ -269,7 +269,7 @@ impl Metrics {
     }
 
     /// Counts an engine that was refused.
-    pub(crate) fn engine_refused(&self, side: Side, reason: Reason) {
+    pub(crate) fn engine_refused(&self, side: RankRole, reason: Reason) {
         let labels = RefusedEngine {
             side: side.as_str(),
             reason: reason.as_str(),
@@ -278,13 +278,13 @@ impl Metrics {
     }
 
     /// Counts a message to the proxy.
-    pub(crate) fn told_proxy(&self, kind: &'static str, fate: Fate) {
-        let fate = match fate {
-            Fate::Sent => "sent",
-            Fate::Dropped => "dropped",
+    pub(crate) fn told_proxy(&self, kind: &'static str, result: DeliveryResult) {
+        let result = match result {
+            DeliveryResult::Sent => "sent",
+            DeliveryResult::Dropped => "dropped",
         };
         self.proxy_messages
-            .get_or_create(&ToProxy { kind, fate })
+            .get_or_create(&ToProxy { kind, fate: result })
             .inc();
     }
 

@@ -1,4 +1,4 @@
-//! What the sides do, brought to everyone who shows it: status, metrics, the proxy.
+//! Passes each change of a rank's state to everything that shows it: status, metrics, the proxy.
 
 use std::sync::Arc;
 
@@ -10,12 +10,12 @@ use crate::net::zmq::Traffic;
 use crate::observe::metrics::Metrics;
 use crate::observe::registration::ProxyVoice;
 use crate::observe::status::Status;
-use crate::rank::context::{Gauges, LinkStatus, Shown, Side};
+use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
 use crate::transport::set::Wires;
 
-/// See the module.
+/// Passes each change to the status, the metrics and the proxy.
 #[derive(Clone, Debug)]
-pub(crate) struct Showcase {
+pub(crate) struct Fanout {
     /// For the admin server and registrations.
     pub(crate) status: Arc<Status>,
     /// For Prometheus.
@@ -24,17 +24,17 @@ pub(crate) struct Showcase {
     pub(crate) proxy: Option<ProxyVoice>,
 }
 
-impl Shown for Showcase {
-    fn record(&self, side: Side, rank: u32, record: &Record) {
+impl Observer for Fanout {
+    fn record(&self, side: RankRole, rank: u32, record: &Record) {
         self.metrics.record(side, rank, record);
         self.status.record(side, rank, record);
     }
 
-    fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>) {
+    fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>) {
         self.status.gauges(side, rank, &gauges);
     }
 
-    fn wires(&self, side: Side, rank: u32, wires: Wires) {
+    fn wires(&self, side: RankRole, rank: u32, wires: Wires) {
         self.status.wires(side, rank, wires);
     }
 
@@ -50,7 +50,7 @@ impl Shown for Showcase {
         self.metrics.malformed(port);
     }
 
-    fn engine_refused(&self, side: Side, reason: Reason) {
+    fn engine_refused(&self, side: RankRole, reason: Reason) {
         self.metrics.engine_refused(side, reason);
     }
 

@@ -8,14 +8,14 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::{HostPort, Whereabouts, read};
+use crate::config::{HostPort, ProxyAddress, read};
 use crate::net::zmq::{Closed, Push};
 use crate::observe::registration::{Outlet, Refused};
 
 /// The outlet to the proxy. What is said while nobody knows where it is is dropped and counted:
 /// registrations are repeated.
 #[derive(Debug)]
-pub(crate) struct Lookout {
+pub(crate) struct ProxyDiscovery {
     push: Option<Push>,
     found: mpsc::Receiver<Push>,
 }
@@ -29,19 +29,19 @@ pub(crate) struct Search {
     found: mpsc::Sender<Push>,
 }
 
-impl Lookout {
+impl ProxyDiscovery {
     /// The way to a proxy; and the task that finds it, where it is not known.
     ///
     /// # Errors
     /// The address cannot be connected to.
-    pub(crate) async fn of(address: &Whereabouts) -> Result<(Self, Option<Search>), Closed> {
+    pub(crate) async fn of(address: &ProxyAddress) -> Result<(Self, Option<Search>), Closed> {
         let (tell, found) = mpsc::channel(1);
         match address {
-            Whereabouts::At(at) => {
+            ProxyAddress::At(at) => {
                 let push = Some(Push::connect(&at.host, at.port).await?);
                 Ok((Self { push, found }, None))
             }
-            Whereabouts::AskedFor(metadata) => {
+            ProxyAddress::AskedFor(metadata) => {
                 let search = Search {
                     store: Store::new(metadata.clone()),
                     metadata: metadata.clone(),
@@ -54,7 +54,7 @@ impl Lookout {
     }
 }
 
-impl Outlet for Lookout {
+impl Outlet for ProxyDiscovery {
     fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused> {
         if let Ok(push) = self.found.try_recv() {
             self.push = Some(push);

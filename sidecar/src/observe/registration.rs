@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::observe::metrics::{Fate, Metrics};
+use crate::observe::metrics::{DeliveryResult, Metrics};
 use crate::observe::status::Status;
 
 /// Where the proxy's messages go: the PUSH socket, or a list in tests.
@@ -49,7 +49,7 @@ impl ProxyVoice {
     pub(crate) fn tell(&self, message: ToProxy) {
         let kind = kind(&message);
         if self.queue.try_send(message).is_err() {
-            self.metrics.told_proxy(kind, Fate::Dropped);
+            self.metrics.told_proxy(kind, DeliveryResult::Dropped);
         }
     }
 }
@@ -137,14 +137,14 @@ impl<O: Outlet> Registration<O> {
 
     fn send(&mut self, message: &ToProxy) {
         let kind = kind(message);
-        let fate = match self.outlet.send(codec::encode(message)) {
-            Ok(()) => Fate::Sent,
-            Err(Refused) => Fate::Dropped,
+        let result = match self.outlet.send(codec::encode(message)) {
+            Ok(()) => DeliveryResult::Sent,
+            Err(Refused) => DeliveryResult::Dropped,
         };
-        if fate == Fate::Dropped && kind == "leave" {
+        if result == DeliveryResult::Dropped && kind == "leave" {
             warn!("the proxy was not told that this sidecar leaves");
         }
-        self.metrics.told_proxy(kind, fate);
+        self.metrics.told_proxy(kind, result);
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) use self::shape::{
 use crate::config::Config;
 use crate::net::zmq::Traffic;
 use crate::observe::listening::Listens;
-use crate::rank::context::{Gauges, LinkStatus, Side};
+use crate::rank::context::{Gauges, LinkStatus, RankRole};
 use crate::transport::set::Wires;
 
 /// See the module.
@@ -43,7 +43,7 @@ pub(crate) struct About {
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
     /// Every side of every rank.
-    pub(crate) sides: Vec<(Side, u32)>,
+    pub(crate) sides: Vec<(RankRole, u32)>,
     /// The proxy's registration port, if there is a proxy.
     pub(crate) proxy: Option<String>,
 }
@@ -52,7 +52,7 @@ pub(crate) struct About {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WireEvent {
     /// Which side of it.
-    pub(crate) side: Side,
+    pub(crate) side: RankRole,
     /// The rank.
     pub(crate) rank: u32,
     /// The wire's name.
@@ -67,8 +67,8 @@ pub(crate) struct WireEvent {
 struct Inner {
     bound: bool,
     draining: bool,
-    ranks: BTreeMap<(Side, u32), RankStatus>,
-    wires: BTreeMap<(Side, u32), Wires>,
+    ranks: BTreeMap<(RankRole, u32), RankStatus>,
+    wires: BTreeMap<(RankRole, u32), Wires>,
     ports: BTreeMap<(u32, &'static str), Traffic>,
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
@@ -82,10 +82,10 @@ impl Status {
         let mut sides = Vec::new();
         for rank in 0..config.ranks {
             if config.sends() {
-                sides.push((Side::Sender, rank));
+                sides.push((RankRole::Sender, rank));
             }
             if config.receives() {
-                sides.push((Side::Receiver, rank));
+                sides.push((RankRole::Receiver, rank));
             }
         }
         let ranks = sides
@@ -136,7 +136,7 @@ impl Status {
     }
 
     /// The state of a side after an event.
-    pub(crate) fn gauges(&self, side: Side, rank: u32, gauges: &Gauges<'_>) {
+    pub(crate) fn gauges(&self, side: RankRole, rank: u32, gauges: &Gauges<'_>) {
         let mut inner = self.inner();
         let status = inner
             .ranks
@@ -155,7 +155,7 @@ impl Status {
     }
 
     /// The wires of a side.
-    pub(crate) fn wires(&self, side: Side, rank: u32, wires: Wires) {
+    pub(crate) fn wires(&self, side: RankRole, rank: u32, wires: Wires) {
         self.inner().wires.insert((side, rank), wires);
     }
 
@@ -207,7 +207,7 @@ impl Status {
     }
 
     /// A request has ended.
-    pub(crate) fn record(&self, side: Side, rank: u32, record: &Record) {
+    pub(crate) fn record(&self, side: RankRole, rank: u32, record: &Record) {
         let row = RecordRow {
             side: side.as_str(),
             rank,

@@ -6,7 +6,7 @@
 //! the kernel holds it as long as any thread of the process lives, and gives it up with the sockets and
 //! queues of the process, whatever ended it.
 //!
-//! In the file each process leaves a secret, whose hash (*seal*) it shows in its handshakes. Whoever
+//! In the file each process leaves a secret, whose hash (*proof hash*) it shows in its handshakes. Whoever
 //! gets the lock reads the secrets of all before it, and shows them in its own. So nobody can vouch for
 //! the end of a process that lives, and a second sidecar of the same name vouches for nobody.
 //!
@@ -29,33 +29,33 @@ use crate::net::host_id;
 
 /// What this process shows of itself and of those before it. See the module's documentation.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Lineage {
+pub(crate) struct ProcessLock {
     /// Of this process; empty if there is no file.
-    pub(crate) seal: ByteBuf,
+    pub(crate) proof_hash: ByteBuf,
     /// Secrets of processes that have ended, oldest first.
-    pub(crate) ended: Vec<ByteBuf>,
+    pub(crate) proofs: Vec<ByteBuf>,
 }
 
 /// The hash of a secret.
-pub(crate) type Seal = [u8; SHA256_OUTPUT_LEN];
+pub(crate) type ProofHash = [u8; SHA256_OUTPUT_LEN];
 
-/// The seal of a secret that a successor shows.
-pub(crate) fn seal_of(secret: &[u8]) -> Seal {
-    let mut seal = Seal::default();
-    seal.copy_from_slice(digest(&SHA256, secret).as_ref());
-    seal
+/// The hash of a secret that a successor shows.
+pub(crate) fn proof_hash_of(secret: &[u8]) -> ProofHash {
+    let mut proof_hash = ProofHash::default();
+    proof_hash.copy_from_slice(digest(&SHA256, secret).as_ref());
+    proof_hash
 }
 
-impl Lineage {
+impl ProcessLock {
     /// Takes the place that belongs to a socket. Where that fails nobody vouches for anybody, which the
     /// log says.
     pub(crate) fn beside(socket: &Path) -> Self {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {
-            Ok((lineage, file)) => {
+            Ok((process_lock, file)) => {
                 // Never closed by us: writes may be under way for as long as the process lives.
                 let _held = file.into_raw_fd();
-                lineage
+                process_lock
             }
             Err(error) => {
                 warn!(
@@ -80,14 +80,14 @@ impl Lineage {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        let ended = read(&file, boot)?;
+        let proofs = read(&file, boot)?;
         let secret: [u8; SECRET_BYTES] = rand::random();
-        write(&file, boot, &ended, &secret)?;
-        let lineage = Self {
-            seal: ByteBuf::from(seal_of(&secret)),
-            ended: ended.into_iter().map(ByteBuf::from).collect(),
+        write(&file, boot, &proofs, &secret)?;
+        let process_lock = Self {
+            proof_hash: ByteBuf::from(proof_hash_of(&secret)),
+            proofs: proofs.into_iter().map(ByteBuf::from).collect(),
         };
-        Ok((lineage, file))
+        Ok((process_lock, file))
     }
 }
 
@@ -99,18 +99,18 @@ fn read(file: &File, boot: &str) -> io::Result<Vec<[u8; SECRET_BYTES]>> {
         return Ok(Vec::new());
     };
     let (secrets, _) = secrets.as_chunks::<SECRET_BYTES>();
-    let old = secrets.len().saturating_sub(MAX_ENDED);
+    let old = secrets.len().saturating_sub(MAX_PROOFS);
     Ok(secrets[old..].to_vec())
 }
 
 fn write(
     mut file: &File,
     boot: &str,
-    ended: &[[u8; SECRET_BYTES]],
+    proofs: &[[u8; SECRET_BYTES]],
     secret: &[u8; SECRET_BYTES],
 ) -> io::Result<()> {
     let mut text = boot.as_bytes().to_vec();
-    text.extend(ended.iter().flatten());
+    text.extend(proofs.iter().flatten());
     text.extend(secret);
     file.set_len(0)?;
     file.rewind()?;
@@ -126,7 +126,7 @@ fn file_of(socket: &Path) -> PathBuf {
 /// Of a secret: as many as its hash has.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
 /// Processes that are vouched for: receivers that heard of none of the later ones are few.
-pub(crate) const MAX_ENDED: usize = 16;
+pub(crate) const MAX_PROOFS: usize = 16;
 /// Far more than a file of ours has.
 const MAX_FILE_BYTES: u64 = 4096;
 
@@ -142,61 +142,69 @@ mod tests {
         (folder, path)
     }
 
-    fn seals(lineage: &Lineage) -> Vec<ByteBuf> {
-        let all = lineage.ended.iter();
-        all.map(|secret| ByteBuf::from(seal_of(secret))).collect()
+    fn proof_hashes(process_lock: &ProcessLock) -> Vec<ByteBuf> {
+        let all = process_lock.proofs.iter();
+        all.map(|secret| ByteBuf::from(proof_hash_of(secret)))
+            .collect()
     }
 
     #[test]
     fn a_successor_shows_what_the_seals_of_the_dead_were_made_of() {
         let (_folder, path) = path();
-        let (first, file) = Lineage::take(&path, BOOT).unwrap();
-        assert_eq!((first.seal.len(), first.ended.len()), (32, 0));
+        let (first, file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert_eq!((first.proof_hash.len(), first.proofs.len()), (32, 0));
         drop(file);
-        let (second, file) = Lineage::take(&path, BOOT).unwrap();
-        assert_eq!(seals(&second), std::slice::from_ref(&first.seal));
+        let (second, file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert_eq!(
+            proof_hashes(&second),
+            std::slice::from_ref(&first.proof_hash)
+        );
         drop(file);
-        let (third, _file) = Lineage::take(&path, BOOT).unwrap();
-        assert_eq!(seals(&third), [first.seal, second.seal]);
+        let (third, _file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert_eq!(proof_hashes(&third), [first.proof_hash, second.proof_hash]);
     }
 
     #[test]
     fn nobody_vouches_for_the_living() {
         let (_folder, path) = path();
-        let (first, file) = Lineage::take(&path, BOOT).unwrap();
-        assert!(Lineage::take(&path, BOOT).is_err());
+        let (first, file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert!(ProcessLock::take(&path, BOOT).is_err());
         drop(file);
-        let (later, _file) = Lineage::take(&path, BOOT).unwrap();
-        assert_eq!(seals(&later), [first.seal], "nothing of the refused one");
+        let (later, _file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert_eq!(
+            proof_hashes(&later),
+            [first.proof_hash],
+            "nothing of the refused one"
+        );
     }
 
     #[test]
     fn another_boot_counts_for_nothing() {
         let (_folder, path) = path();
-        drop(Lineage::take(&path, BOOT).unwrap());
-        let (other, _file) = Lineage::take(&path, "another").unwrap();
-        assert!(other.ended.is_empty());
+        drop(ProcessLock::take(&path, BOOT).unwrap());
+        let (other, _file) = ProcessLock::take(&path, "another").unwrap();
+        assert!(other.proofs.is_empty());
     }
 
     #[test]
     fn the_latest_are_kept() {
         let (_folder, path) = path();
         let mut before = Vec::new();
-        for _ in 0..MAX_ENDED + 5 {
-            before.push(Lineage::take(&path, BOOT).unwrap().0.seal);
+        for _ in 0..MAX_PROOFS + 5 {
+            before.push(ProcessLock::take(&path, BOOT).unwrap().0.proof_hash);
         }
-        let (last, _file) = Lineage::take(&path, BOOT).unwrap();
-        assert_eq!(seals(&last), before[5..]);
+        let (last, _file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert_eq!(proof_hashes(&last), before[5..]);
     }
 
     #[test]
     fn a_file_that_is_no_file_of_ours_is_no_lineage() {
         let (folder, path) = path();
         std::fs::write(&path, vec![7; 100_000]).unwrap();
-        let (lineage, _file) = Lineage::take(&path, BOOT).unwrap();
-        assert!(lineage.ended.is_empty());
+        let (process_lock, _file) = ProcessLock::take(&path, BOOT).unwrap();
+        assert!(process_lock.proofs.is_empty());
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(Lineage::take(&link, BOOT).is_err());
+        assert!(ProcessLock::take(&link, BOOT).is_err());
     }
 }

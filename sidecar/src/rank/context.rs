@@ -1,4 +1,4 @@
-//! What both sides of a rank share: their surroundings, their clock, and what they show to the world.
+//! The surroundings that both roles of a rank share: context, clock, and the observer that makes their state visible.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,22 +10,22 @@ use protocol::{Reason, Time};
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::engine::sessions::Cut;
+use crate::engine::sessions::SlotLayout;
 use crate::net::zmq::Traffic;
 use crate::rank::recorder::Trace;
-use crate::transport::expected_rate::{Class, Watch};
+use crate::transport::expected_rate::{ExpectedRate, Watch};
 use crate::transport::set::Wires;
 
-/// Which side of a transfer.
+/// The role of one rank in a transfer. A process of the role `both` has two of them for each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Side {
-    /// Pushes.
+pub(crate) enum RankRole {
+    /// Pushes KV.
     Sender,
-    /// Is pushed to.
+    /// Receives KV.
     Receiver,
 }
 
-impl Side {
+impl RankRole {
     /// The name in metrics and logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -35,24 +35,24 @@ impl Side {
     }
 }
 
-/// The world as one side sees it.
+/// The surroundings of one rank's task.
 #[derive(Clone, Debug)]
-pub(crate) struct SideContext {
+pub(crate) struct RankContext {
     pub(crate) config: Arc<Config>,
     pub(crate) rank: u32,
     pub(crate) wires: Wires,
     pub(crate) trace: Trace,
-    pub(crate) shown: Arc<dyn Shown>,
+    pub(crate) observer: Arc<dyn Observer>,
 }
 
-/// Whoever shows the state of the sides: metrics, the admin server, the proxy.
-pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
+/// Takes every change of the state of a rank, to show it: in metrics, at the admin server, to the proxy.
+pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     /// A request has ended.
-    fn record(&self, side: Side, rank: u32, record: &Record);
+    fn record(&self, side: RankRole, rank: u32, record: &Record);
     /// The state after an event.
-    fn gauges(&self, side: Side, rank: u32, gauges: Gauges<'_>);
+    fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>);
     /// The wires of a side, whose events are read when somebody asks.
-    fn wires(&self, side: Side, rank: u32, wires: Wires);
+    fn wires(&self, side: RankRole, rank: u32, wires: Wires);
     /// A port that was bound, whose events are read when somebody asks.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
     /// The links of a sender.
@@ -60,7 +60,7 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
     /// A frame that was no message came to this port.
     fn malformed(&self, port: &'static str);
     /// An engine that said hello to this side was refused.
-    fn engine_refused(&self, side: Side, reason: Reason);
+    fn engine_refused(&self, side: RankRole, reason: Reason);
     /// Tells the proxy, if there is one.
     fn tell_proxy(&self, message: &ToProxy);
 }
@@ -68,7 +68,7 @@ pub(crate) trait Shown: Send + Sync + std::fmt::Debug {
 /// What a side holds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gauges<'a> {
-    pub(crate) cut: Option<&'a Cut>,
+    pub(crate) slot_layout: Option<&'a SlotLayout>,
     pub(crate) engines: usize,
     /// Why the engine moves no KV, if it does not.
     pub(crate) unmoved: Option<&'a str>,
@@ -101,7 +101,7 @@ pub(crate) struct LinkStatus {
     /// From when to when the last of them were under way.
     busy: Option<(Instant, Instant)>,
     /// What the chosen wire should give; absent until then.
-    pub(crate) class: Option<Class>,
+    pub(crate) class: Option<ExpectedRate>,
     watch: Watch,
 }
 
@@ -188,8 +188,8 @@ fn gb_per_s(sums: Option<(f64, f64)>) -> Option<f64> {
         .map(|(bytes, seconds)| bytes / seconds / 1e9)
 }
 
-impl SideContext {
-    pub(crate) fn record(&self, side: Side, record: &Record) {
+impl RankContext {
+    pub(crate) fn record(&self, side: RankRole, record: &Record) {
         let rate = |us: u64| {
             // Bytes per microsecond are MB/s.
             record.bytes.checked_div(us).unwrap_or_default()
@@ -203,8 +203,8 @@ impl SideContext {
         } else {
             // What people of LMCache look for: tokens, milliseconds, GB/s.
             let (verb, us) = match side {
-                Side::Sender => ("Stored", record.push_us),
-                Side::Receiver => ("Received", record.ready_us),
+                RankRole::Sender => ("Stored", record.push_us),
+                RankRole::Receiver => ("Received", record.ready_us),
             };
             let moved = record.tokens - record.have_tokens.min(record.tokens);
             let done = format!(
@@ -230,23 +230,23 @@ impl SideContext {
                 "{done}"
             );
         }
-        self.shown.record(side, self.rank, record);
+        self.observer.record(side, self.rank, record);
     }
 
     pub(crate) fn publish<'a>(
         &self,
-        side: Side,
+        side: RankRole,
         gauges: Gauges<'_>,
         mut links: impl Iterator<Item = &'a LinkStatus>,
     ) {
-        self.shown.gauges(side, self.rank, gauges);
-        if side == Side::Sender {
-            self.shown.links(self.rank, &mut links);
+        self.observer.gauges(side, self.rank, gauges);
+        if side == RankRole::Sender {
+            self.observer.links(self.rank, &mut links);
         }
     }
 
     pub(crate) fn malformed(&self, port: &'static str) {
-        self.shown.malformed(port);
+        self.observer.malformed(port);
     }
 }
 

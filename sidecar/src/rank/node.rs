@@ -17,11 +17,11 @@ use crate::config::{Config, RankPorts, Role};
 use crate::engine::socket::{FromEngine, Listener};
 use crate::memory::Buffer;
 use crate::net::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
-use crate::peer::process_lock::Lineage;
-use crate::rank::context::{Shown, Side, SideContext};
-use crate::rank::receiver::LandSide;
+use crate::peer::process_lock::ProcessLock;
+use crate::rank::context::{Observer, RankContext, RankRole};
+use crate::rank::receiver::ReceiverTask;
 use crate::rank::recorder::Trace;
-use crate::rank::sender::SendSide;
+use crate::rank::sender::SenderTask;
 use crate::transport::set::Wires;
 
 /// Messages of engines that wait for one side; beyond it the dispatcher, and so the sockets, push back.
@@ -43,12 +43,12 @@ pub(crate) struct Node {
     stop: CancellationToken,
     targets: Vec<Target>,
     ports: BTreeMap<u16, String>,
-    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
+    buffers: BTreeMap<(RankRole, u32), Arc<Buffer>>,
     _listener: Listener,
 }
 
 /// Where the events of an engine go.
-type Doors = BTreeMap<(Side, u32), mpsc::Sender<FromEngine>>;
+type EngineInboxes = BTreeMap<(RankRole, u32), mpsc::Sender<FromEngine>>;
 
 impl Node {
     /// Takes buffers, binds ports, starts every task.
@@ -57,7 +57,7 @@ impl Node {
     /// The first thing that cannot be had.
     pub(crate) async fn start(
         config: Arc<Config>,
-        shown: Arc<dyn Shown>,
+        observer: Arc<dyn Observer>,
     ) -> Result<Self, StartError> {
         let trace = match &config.trace {
             None => Trace::default(),
@@ -67,19 +67,19 @@ impl Node {
         };
         let mut node = Builder {
             sides: JoinSet::new(),
-            doors: Doors::new(),
+            inboxes: EngineInboxes::new(),
             targets: Vec::new(),
             ports: BTreeMap::new(),
             buffers: BTreeMap::new(),
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
-            lineage: if config.sends() {
-                Lineage::beside(&config.socket)
+            process_lock: if config.sends() {
+                ProcessLock::beside(&config.socket)
             } else {
-                Lineage::default()
+                ProcessLock::default()
             },
-            shown,
+            observer,
             trace,
         };
         for rank in 0..config.ranks {
@@ -94,7 +94,7 @@ impl Node {
         let (listener, engines) =
             Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        services.spawn(dispatch(engines, node.doors, config.ranks, node.shown));
+        services.spawn(dispatch(engines, node.inboxes, config.ranks, node.observer));
         Ok(Self {
             config,
             sides: node.sides,
@@ -119,7 +119,7 @@ impl Node {
     }
 
     /// The buffers of rank 0.
-    pub(crate) fn buffers(&self) -> BTreeMap<Side, Arc<Buffer>> {
+    pub(crate) fn buffers(&self) -> BTreeMap<RankRole, Arc<Buffer>> {
         let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
         first
             .map(|((side, _), buffer)| (*side, Arc::clone(buffer)))
@@ -183,32 +183,32 @@ const CLOSING: Duration = Duration::from_secs(1);
 /// Collects what [`Node::start`] makes.
 struct Builder {
     sides: JoinSet<()>,
-    doors: Doors,
+    inboxes: EngineInboxes,
     targets: Vec<Target>,
     ports: BTreeMap<u16, String>,
-    buffers: BTreeMap<(Side, u32), Arc<Buffer>>,
+    buffers: BTreeMap<(RankRole, u32), Arc<Buffer>>,
     drain: CancellationToken,
     stop: CancellationToken,
     config: Arc<Config>,
-    lineage: Lineage,
-    shown: Arc<dyn Shown>,
+    process_lock: ProcessLock,
+    observer: Arc<dyn Observer>,
     trace: Trace,
 }
 
 impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
-        let buffer = self.buffer(Side::Sender, rank)?;
+        let buffer = self.buffer(RankRole::Sender, rank)?;
         let wires = Wires::start(&self.config, rank, &buffer, None)?;
-        self.shown.wires(Side::Sender, rank, wires.clone());
-        let side = SendSide::new(self.context(rank, wires), buffer, self.lineage.clone());
-        let engines = self.door(Side::Sender, rank);
+        self.observer.wires(RankRole::Sender, rank, wires.clone());
+        let side = SenderTask::new(self.context(rank, wires), buffer, self.process_lock.clone());
+        let engines = self.inbox(RankRole::Sender, rank);
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
 
     async fn receiver(&mut self, rank: u32) -> Result<(), StartError> {
-        let buffer = self.buffer(Side::Receiver, rank)?;
+        let buffer = self.buffer(RankRole::Receiver, rank)?;
         let listen = self.config.listen.clone();
         let ports = listen.as_ref().and_then(|l| l.ranks.get(rank as usize));
         let (
@@ -245,7 +245,7 @@ impl Builder {
             ("query", query.as_ref()),
         ] {
             if let Some(port) = port {
-                self.shown.port(rank, name, port.traffic());
+                self.observer.port(rank, name, port.traffic());
                 self.ports
                     .insert(port.port(), format!("{name} of rank {rank}"));
             }
@@ -266,15 +266,15 @@ impl Builder {
         if let Some(port) = wires.port() {
             self.ports.insert(port, format!("tcp data of rank {rank}"));
         }
-        self.shown.wires(Side::Receiver, rank, wires.clone());
-        let side = LandSide::new(self.context(rank, wires), buffer, init, alloc, query);
-        let engines = self.door(Side::Receiver, rank);
+        self.observer.wires(RankRole::Receiver, rank, wires.clone());
+        let side = ReceiverTask::new(self.context(rank, wires), buffer, init, alloc, query);
+        let engines = self.inbox(RankRole::Receiver, rank);
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
 
-    fn buffer(&mut self, side: Side, rank: u32) -> Result<Arc<Buffer>, StartError> {
+    fn buffer(&mut self, side: RankRole, rank: u32) -> Result<Arc<Buffer>, StartError> {
         let name = format!("pd-{}-{rank}", side.as_str());
         let bytes = self.config.buffer_bytes;
         let device = self
@@ -295,19 +295,19 @@ impl Builder {
         Ok(buffer)
     }
 
-    fn context(&self, rank: u32, wires: Wires) -> SideContext {
-        SideContext {
+    fn context(&self, rank: u32, wires: Wires) -> RankContext {
+        RankContext {
             config: Arc::clone(&self.config),
             rank,
             wires,
             trace: self.trace.of_rank(rank),
-            shown: Arc::clone(&self.shown),
+            observer: Arc::clone(&self.observer),
         }
     }
 
-    fn door(&mut self, side: Side, rank: u32) -> mpsc::Receiver<FromEngine> {
-        let (door, engines) = mpsc::channel(QUEUE);
-        self.doors.insert((side, rank), door);
+    fn inbox(&mut self, side: RankRole, rank: u32) -> mpsc::Receiver<FromEngine> {
+        let (inbox, engines) = mpsc::channel(QUEUE);
+        self.inboxes.insert((side, rank), inbox);
         engines
     }
 }
@@ -315,20 +315,20 @@ impl Builder {
 /// Brings what engines say to the side that they said hello to.
 async fn dispatch(
     mut engines: mpsc::Receiver<FromEngine>,
-    doors: Doors,
+    inboxes: EngineInboxes,
     ranks: u32,
-    shown: Arc<dyn Shown>,
+    observer: Arc<dyn Observer>,
 ) {
     let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
-        let door = match &event {
+        let inbox = match &event {
             FromEngine::Hello(connection, hello) => {
                 let side = match hello.role {
-                    EngineRole::Prefill => Side::Sender,
-                    EngineRole::Decode => Side::Receiver,
+                    EngineRole::Prefill => RankRole::Sender,
+                    EngineRole::Decode => RankRole::Receiver,
                 };
-                let door = doors.get(&(side, hello.rank));
-                let Some(door) = door.filter(|_| hello.world_size == ranks) else {
+                let inbox = inboxes.get(&(side, hello.rank));
+                let Some(inbox) = inbox.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
                         "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
                          the number of its ports, of a sender sidecar.ranks",
@@ -338,22 +338,22 @@ async fn dispatch(
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;
-                    shown.engine_refused(side, reason);
+                    observer.engine_refused(side, reason);
                     connection.refuse(ToEngine::Refused(Refused { reason, text }));
                     continue;
                 };
-                sides.insert(connection.id(), door.clone());
-                Some(door.clone())
+                sides.insert(connection.id(), inbox.clone());
+                Some(inbox.clone())
             }
             FromEngine::Message(id, _) => sides.get(id).cloned(),
             FromEngine::Gone(id) => sides.remove(id),
             FromEngine::Malformed => {
-                shown.malformed("local");
+                observer.malformed("local");
                 None
             }
         };
-        if let Some(door) = door
-            && door.send(event).await.is_err()
+        if let Some(inbox) = inbox
+            && inbox.send(event).await.is_err()
         {
             warn!("engine message after its side's end");
         }

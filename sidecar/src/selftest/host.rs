@@ -17,7 +17,7 @@ use crate::cli::Selftest;
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Ucx, Wire};
 use crate::memory::Buffer;
 use crate::net::zmq::Traffic;
-use crate::rank::context::{Gauges, LinkStatus, Shown, Side};
+use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
 use crate::rank::node::Node;
 use crate::transport::set::Wires;
 
@@ -30,7 +30,7 @@ impl Selftest {
         let directory = Directory::new()?;
         let seen = Arc::new(Seen::default());
         let config = Arc::new(self.config(wire, &directory));
-        let node = Node::start(Arc::clone(&config), Arc::clone(&seen) as Arc<dyn Shown>).await?;
+        let node = Node::start(Arc::clone(&config), Arc::clone(&seen) as Arc<dyn Observer>).await?;
         let to = node
             .target(0)
             .ok_or_else(|| anyhow::anyhow!("no receiver was started"))?;
@@ -131,15 +131,15 @@ pub(super) struct HostContent {
 }
 
 impl HostContent {
-    pub(super) fn new(mut buffers: BTreeMap<Side, Arc<Buffer>>) -> anyhow::Result<Self> {
+    pub(super) fn new(mut buffers: BTreeMap<RankRole, Arc<Buffer>>) -> anyhow::Result<Self> {
         let mut take = |side| {
             buffers
                 .remove(&side)
                 .ok_or_else(|| anyhow::anyhow!("no {side:?} buffer"))
         };
         Ok(Self {
-            send: take(Side::Sender)?,
-            land: take(Side::Receiver)?,
+            send: take(RankRole::Sender)?,
+            land: take(RankRole::Receiver)?,
             sums: BTreeMap::new(),
         })
     }
@@ -173,7 +173,7 @@ impl Content for HostContent {
 /// What the sides showed.
 #[derive(Debug, Default)]
 struct Seen {
-    records: Mutex<Vec<(Side, Record)>>,
+    records: Mutex<Vec<(RankRole, Record)>>,
     link: Mutex<LinkRow>,
 }
 
@@ -186,8 +186,9 @@ impl Seen {
     /// Every request that went well, as the sender saw it.
     fn pushed(&self) -> Vec<Pushed> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = |(side, r): &&(Side, Record)| *side == Side::Sender && r.reason.is_none();
-        let pushed = |(_, r): &(Side, Record)| Pushed {
+        let done =
+            |(side, r): &&(RankRole, Record)| *side == RankRole::Sender && r.reason.is_none();
+        let pushed = |(_, r): &(RankRole, Record)| Pushed {
             chunks: r.chunks,
             bytes: r.bytes,
             push_us: r.push_us,
@@ -196,13 +197,13 @@ impl Seen {
     }
 }
 
-impl Shown for Seen {
-    fn record(&self, side: Side, _rank: u32, record: &Record) {
+impl Observer for Seen {
+    fn record(&self, side: RankRole, _rank: u32, record: &Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         records.push((side, record.clone()));
     }
 
-    fn gauges(&self, _side: Side, _rank: u32, _gauges: Gauges<'_>) {}
+    fn gauges(&self, _side: RankRole, _rank: u32, _gauges: Gauges<'_>) {}
 
     fn links(&self, _rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
         if let Some(link) = links.next() {
@@ -212,13 +213,13 @@ impl Shown for Seen {
         }
     }
 
-    fn wires(&self, _side: Side, _rank: u32, _wires: Wires) {}
+    fn wires(&self, _side: RankRole, _rank: u32, _wires: Wires) {}
 
     fn port(&self, _rank: u32, _port: &'static str, _traffic: Traffic) {}
 
     fn malformed(&self, _port: &'static str) {}
 
-    fn engine_refused(&self, _side: Side, _reason: Reason) {}
+    fn engine_refused(&self, _side: RankRole, _reason: Reason) {}
 
     fn tell_proxy(&self, _message: &ToProxy) {}
 }

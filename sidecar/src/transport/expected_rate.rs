@@ -16,14 +16,14 @@ pub(crate) struct Ends {
 
 /// A wire's class: a rate that even its slowest kind exceeds.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Class {
+pub(crate) struct ExpectedRate {
     /// 10⁹ bytes a second.
     pub(crate) least_gb_s: f64,
     /// What it is when it is slower.
     hint: &'static str,
 }
 
-impl Class {
+impl ExpectedRate {
     /// Of a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
         let on_gpus = ends.ours == Memory::Vram && ends.theirs == Memory::Vram;
@@ -64,7 +64,7 @@ impl Watch {
     /// Notes a write, and the rate of recent ones; gives what is to be said now.
     pub(crate) fn note(
         &mut self,
-        class: Class,
+        class: ExpectedRate,
         bytes: u64,
         rate: Option<f64>,
         now: Instant,
@@ -104,7 +104,7 @@ mod tests {
             theirs: Memory::Vram,
             same_host: true,
         };
-        let class = Class::of(Kind::Nixl, ends);
+        let class = ExpectedRate::of(Kind::Nixl, ends);
         let start = Instant::now();
         let mut watch = Watch::default();
         let mut said = |bytes, rate, after| {
@@ -130,7 +130,7 @@ mod tests {
                 same_host,
             };
             assert!(
-                Class::of(kind, ends).least_gb_s * 1.9 < measured,
+                ExpectedRate::of(kind, ends).least_gb_s * 1.9 < measured,
                 "{ends:?}"
             );
         };

@@ -16,7 +16,7 @@ pub(crate) mod readiness;
 pub(crate) mod set;
 pub(crate) mod tcp;
 
-pub(crate) use readiness::{Ready, Standing};
+pub(crate) use readiness::{Readiness, Ready};
 
 /// Which wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,10 +114,10 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }
-    /// The buffer has been cut into slots: slot `i` begins at `i * slot_bytes`. Every slot is closed.
-    /// Before the first cut nothing is sent or received.
-    fn cut(&self, _slots: u32, _slot_bytes: u64) {}
-    /// NIXL's row of each slot of the cut; empty for other wires.
+    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is closed.
+    /// Before the first slot layout nothing is sent or received.
+    fn divide(&self, _slots: u32, _slot_bytes: u64) {}
+    /// NIXL's row of each slot; empty for other wires.
     fn rows(&self) -> Vec<protocol::dlist::Row> {
         Vec::new()
     }

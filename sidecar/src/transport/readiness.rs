@@ -33,12 +33,12 @@ pub(crate) struct Times {
 /// Something that says when bytes stand.
 pub(crate) trait Signal: Send + Sync + fmt::Debug {
     /// How it is now.
-    fn standing(&self) -> Standing;
+    fn readiness(&self) -> Readiness;
 }
 
 /// Whether bytes stand where they should.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Standing {
+pub(crate) enum Readiness {
     /// Yes.
     There,
     /// Not yet.
@@ -62,32 +62,32 @@ impl Ready {
     }
 
     /// How it is now. What is there stays there.
-    pub(crate) fn look(&mut self) -> Standing {
-        let standing = match &self.after {
-            None => Standing::There,
-            Some(signal) => signal.standing(),
+    pub(crate) fn look(&mut self) -> Readiness {
+        let readiness = match &self.after {
+            None => Readiness::There,
+            Some(signal) => signal.readiness(),
         };
-        if standing == Standing::There {
+        if readiness == Readiness::There {
             self.times.began.get_or_init(Instant::now);
             self.after = None;
         }
-        standing
+        readiness
     }
 
     /// How it is in the end, within `bound`: for who has no thread of a transport to look.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
-    pub(crate) async fn stands(mut self, bound: Duration) -> Standing {
+    pub(crate) async fn stands(mut self, bound: Duration) -> Readiness {
         let until = Instant::now() + bound;
         loop {
             match self.look() {
-                Standing::NotYet if Instant::now() >= until => {
-                    return Standing::Never(format!("not ready within {bound:?}"));
+                Readiness::NotYet if Instant::now() >= until => {
+                    return Readiness::Never(format!("not ready within {bound:?}"));
                 }
                 // The runtime's timers are no finer.
-                Standing::NotYet => tokio::time::sleep(Duration::from_millis(1)).await,
-                standing => return standing,
+                Readiness::NotYet => tokio::time::sleep(Duration::from_millis(1)).await,
+                readiness => return readiness,
             }
         }
     }
@@ -139,16 +139,16 @@ impl Times {
 }
 
 impl Signal for Event {
-    fn standing(&self) -> Standing {
+    fn readiness(&self) -> Readiness {
         let state = self.state();
         // Asked last: an event may seem to have fired because its owner died.
         if self.is_orphaned() {
-            return Standing::Never("the engine that was to fill the slots has gone".to_owned());
+            return Readiness::Never("the engine that was to fill the slots has gone".to_owned());
         }
         match state {
-            Ok(State::Fired) => Standing::There,
-            Ok(State::Pending) => Standing::NotYet,
-            Err(error) => Standing::Never(format!("the engine's event failed: {error}")),
+            Ok(State::Fired) => Readiness::There,
+            Ok(State::Pending) => Readiness::NotYet,
+            Err(error) => Readiness::Never(format!("the engine's event failed: {error}")),
         }
     }
 }
@@ -177,20 +177,20 @@ pub(crate) mod tests {
 
     /// A signal that a test sets.
     #[derive(Debug)]
-    pub(crate) struct Switch(Mutex<Standing>);
+    pub(crate) struct Switch(Mutex<Readiness>);
 
     impl Switch {
         pub(crate) fn new() -> Arc<Self> {
-            Arc::new(Self(Mutex::new(Standing::NotYet)))
+            Arc::new(Self(Mutex::new(Readiness::NotYet)))
         }
 
-        pub(crate) fn set(&self, standing: Standing) {
-            *self.0.lock().unwrap() = standing;
+        pub(crate) fn set(&self, readiness: Readiness) {
+            *self.0.lock().unwrap() = readiness;
         }
     }
 
     impl Signal for Switch {
-        fn standing(&self) -> Standing {
+        fn readiness(&self) -> Readiness {
             self.0.lock().unwrap().clone()
         }
     }
@@ -210,12 +210,12 @@ pub(crate) mod tests {
             () = tokio::time::sleep(Duration::from_millis(20)) => {}
         }
         assert!(times.began().is_none());
-        switch.set(Standing::There);
+        switch.set(Readiness::There);
         assert_eq!(late.await, Outcome::Done);
         assert!(times.began().is_some());
 
         let gone = Switch::new();
-        gone.set(Standing::Never("gone".to_owned()));
+        gone.set(Readiness::Never("gone".to_owned()));
         let long = format!("not ready within {stall:?}");
         for (signal, error) in [(gone, "gone"), (Switch::new(), &long)] {
             let write = link.write_when(Ready::after(signal), lease, pieces());
@@ -233,13 +233,13 @@ pub(crate) mod tests {
         let bound = Duration::from_millis(50);
         let switch = Switch::new();
         let stands = |bound| Ready::after(Arc::clone(&switch) as Arc<dyn Signal>).stands(bound);
-        assert!(matches!(stands(bound).await, Standing::Never(_)));
-        let (standing, ()) = tokio::join!(stands(100 * bound), async {
+        assert!(matches!(stands(bound).await, Readiness::Never(_)));
+        let (readiness, ()) = tokio::join!(stands(100 * bound), async {
             tokio::time::sleep(bound).await;
-            switch.set(Standing::There);
+            switch.set(Readiness::There);
         });
-        assert_eq!(standing, Standing::There);
-        let gone = Standing::Never("gone".to_owned());
+        assert_eq!(readiness, Readiness::There);
+        let gone = Readiness::Never("gone".to_owned());
         switch.set(gone.clone());
         assert_eq!(stands(bound).await, gone);
     }
@@ -249,12 +249,12 @@ pub(crate) mod tests {
         let switch = Switch::new();
         let mut ready = Ready::after(Arc::clone(&switch) as Arc<dyn Signal>);
         let times = ready.times();
-        assert_eq!(ready.look(), Standing::NotYet);
+        assert_eq!(ready.look(), Readiness::NotYet);
         assert!(times.began().is_none() && ready.is_pending());
-        switch.set(Standing::There);
-        assert_eq!(ready.look(), Standing::There);
-        switch.set(Standing::NotYet);
-        assert_eq!(ready.look(), Standing::There, "recorded anew since");
+        switch.set(Readiness::There);
+        assert_eq!(ready.look(), Readiness::There);
+        switch.set(Readiness::NotYet);
+        assert_eq!(ready.look(), Readiness::There, "recorded anew since");
         assert!(times.began().is_some() && !ready.is_pending());
     }
 }

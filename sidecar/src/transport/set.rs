@@ -173,9 +173,9 @@ impl Wires {
     }
 
     /// Cuts the buffer into slots for every wire.
-    pub(crate) fn cut(&self, slots: u32, slot_bytes: u64) {
+    pub(crate) fn divide(&self, slots: u32, slot_bytes: u64) {
         for transport in &self.transports {
-            transport.cut(slots, slot_bytes);
+            transport.divide(slots, slot_bytes);
         }
     }
 

@@ -4,7 +4,7 @@ use super::{LAST_PAUSE, Lent, Loan};
 use crate::layout::{chunk_span, chunks_of};
 use crate::receiver::grant::Exposed;
 use crate::receiver::reclaim::Readers;
-use crate::receiver::request::{Chunk, Lease, Supply};
+use crate::receiver::request::{Allocation, Chunk, Lease};
 use crate::receiver::{Action, Quarantine, Receiver, SenderId};
 use crate::record::Record;
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time};
@@ -53,11 +53,15 @@ impl Receiver {
         }
         let slots = picks.iter().map(|pick| pick.2).collect();
         self.lmcache.claims.insert(id.clone(), Claim { picks });
-        self.actions.push_back(Action::Look { slots });
+        self.actions.push_back(Action::CheckCanary { slots });
     }
 
     /// The marks of these slots were looked at: all gone, or some still there.
-    pub(in crate::receiver) fn on_looked(&mut self, gone: &[SlotIndex], there: &[SlotIndex]) {
+    pub(in crate::receiver) fn on_canary_checked(
+        &mut self,
+        gone: &[SlotIndex],
+        there: &[SlotIndex],
+    ) {
         let now = self.now;
         let gone: &HashSet<SlotIndex> = &gone.iter().copied().collect();
         let there: &HashSet<SlotIndex> = &there.iter().copied().collect();
@@ -122,7 +126,7 @@ impl Receiver {
             term: Duration::ZERO,
             deadline: now,
             idle: None,
-            over: None,
+            end_reason: None,
         };
         if let Some(request) = self.requests.get_mut(id) {
             let record = &mut request.record;
@@ -134,7 +138,7 @@ impl Receiver {
                 record.bytes += u64::from(to - from) * token_bytes;
             }
             self.leases.insert(lease.id, id.clone());
-            request.supply = Supply::Leased(lease);
+            request.allocation = Allocation::Leased(lease);
         }
         self.landed(id, &written);
     }
@@ -159,7 +163,7 @@ impl Receiver {
         if slots.is_empty() {
             self.end_loans();
         } else {
-            self.actions.push_back(Action::Look { slots });
+            self.actions.push_back(Action::CheckCanary { slots });
         }
         if !self.lmcache.asks.iter().any(|ask| ask.until <= now) {
             return;

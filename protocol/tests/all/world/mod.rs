@@ -266,7 +266,7 @@ impl World {
             receiver::Action::Close { slot } => self.close_slot(slot),
             receiver::Action::Fence { sender, lease, .. } => self.fence(&sender, lease),
             // No peer here is LMCache: see tests/lmcache.rs.
-            receiver::Action::Mark { .. } | receiver::Action::Look { .. } => {
+            receiver::Action::Mark { .. } | receiver::Action::CheckCanary { .. } => {
                 self.fail("slots lent to nobody");
             }
             receiver::Action::Record(_) => {}

@@ -5,7 +5,7 @@ use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::{Layers, Source};
 use crate::config::mooncake::Mooncake;
 use crate::config::value::{HostPort, Role, Url, is_wildcard};
-use crate::config::{Proxy, Whereabouts};
+use crate::config::{Proxy, ProxyAddress};
 
 pub(super) fn proxy(
     layers: &mut Layers,
@@ -40,7 +40,7 @@ pub(super) fn proxy(
     let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
     let period = value(&sidecar.register_ms)?.0;
     if let (None, Some(metadata), false) = (&address, &mooncake.metadata, skip) {
-        let address = Whereabouts::AskedFor(metadata.clone());
+        let address = ProxyAddress::AskedFor(metadata.clone());
         let source = Source::Key("metadata_server".to_owned());
         layers.computed("sidecar.proxy", address.to_string(), &source);
         return Some(Proxy {
@@ -81,7 +81,7 @@ pub(super) fn proxy(
         ));
     }
     Some(Proxy {
-        address: Whereabouts::At(address),
+        address: ProxyAddress::At(address),
         engine_url: engine_url.0,
         period,
     })

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::memory::{Buffer, Rows};
-use crate::transport::Standing;
+use crate::transport::Readiness;
 use crate::transport::readiness::Signal;
 
 /// The first GPU, or `None` after saying loudly that the test is skipped.
@@ -236,7 +236,7 @@ fn an_engine_that_is_killed_takes_nothing_with_it() {
     );
     std::io::stderr().write_all(text.as_bytes()).unwrap();
     event.orphan();
-    assert!(matches!(event.standing(), Standing::Never(_)));
+    assert!(matches!(event.readiness(), Readiness::Never(_)));
     let mut stage = Stage::new(&device, 20).unwrap();
     stage.fetch(&memory, 0, 20).unwrap();
     assert_eq!(stage.block(), b"filled by the engine");

@@ -1,8 +1,8 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
-use crate::observe::status::tests::{config, cut, gauges, link, record};
-use crate::rank::context::Side;
+use crate::observe::status::tests::{config, gauges, link, record, slot_layout};
+use crate::rank::context::RankRole;
 
 struct Fixture {
     status: Arc<Status>,
@@ -69,10 +69,10 @@ impl Fixture {
 
     fn connect_engines(&self) {
         self.status.bound();
-        let cut = cut();
+        let slot_layout = slot_layout();
         for rank in 0..2 {
             self.status
-                .gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+                .gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));
         }
     }
 }
@@ -168,8 +168,11 @@ async fn shows_status_requests_and_metrics() {
     let f = Fixture::start().await;
     f.connect_engines();
     f.status.links(0, &mut [&link(7400)].into_iter());
-    f.status
-        .record(Side::Receiver, 1, &record(Some(protocol::Reason::NoRoom)));
+    f.status.record(
+        RankRole::Receiver,
+        1,
+        &record(Some(protocol::Reason::NoRoom)),
+    );
     let (code, status) = f.get("/status").await;
     assert_eq!(code, 200);
     assert_eq!(

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::gauges::MAX_LINKS;
 use super::*;
-use crate::observe::status::tests::{config, cut, gauges, link, record};
+use crate::observe::status::tests::{config, gauges, link, record, slot_layout};
 
 fn metrics(role: &str) -> (Arc<Status>, Metrics) {
     let status = Arc::new(Status::new(&config(&[("--role", role)])));
@@ -32,8 +32,8 @@ fn series(metrics: &Metrics) -> BTreeMap<String, f64> {
 #[test]
 fn a_request_is_counted_everywhere_it_belongs() {
     let (_, metrics) = metrics("both");
-    metrics.record(Side::Sender, 1, &record(None));
-    metrics.record(Side::Receiver, 0, &record(Some(Reason::NoRoom)));
+    metrics.record(RankRole::Sender, 1, &record(None));
+    metrics.record(RankRole::Receiver, 0, &record(Some(Reason::NoRoom)));
     let nothing = Record {
         chunks: 0,
         bytes: 0,
@@ -41,7 +41,7 @@ fn a_request_is_counted_everywhere_it_belongs() {
         transport: String::new(),
         ..record(Some(Reason::Busy))
     };
-    metrics.record(Side::Sender, 1, &nothing);
+    metrics.record(RankRole::Sender, 1, &nothing);
     let series = series(&metrics);
     for (name, value) in [
         (
@@ -114,8 +114,8 @@ fn gauges_are_what_the_status_says() {
     let before = series(&metrics);
     assert_eq!(before["pd_sidecar_ready"], 0.0);
     assert!(!before.contains_key("pd_sidecar_proxy_acknowledgement_age_seconds"));
-    let cut = cut();
-    status.gauges(Side::Receiver, 1, &gauges(Some(&cut), 2));
+    let slot_layout = slot_layout();
+    status.gauges(RankRole::Receiver, 1, &gauges(Some(&slot_layout), 2));
     status.links(0, &mut [&link(1)].into_iter());
     status.acknowledged("p", Instant::now());
     let series = series(&metrics);
@@ -176,7 +176,7 @@ fn labels_are_bounded() {
     links[1].peer = "h\"} 1\nforged{a=\"\\".to_owned();
     status.links(0, &mut links.iter());
     metrics.record(
-        Side::Sender,
+        RankRole::Sender,
         0,
         &Record {
             transport: "pigeon".to_owned(),
@@ -203,10 +203,10 @@ fn labels_are_bounded() {
 fn messages_and_frames_are_counted() {
     let (_, metrics) = metrics("sender");
     metrics.malformed("alloc");
-    metrics.told_proxy("register", Fate::Sent);
-    metrics.told_proxy("progress", Fate::Dropped);
+    metrics.told_proxy("register", DeliveryResult::Sent);
+    metrics.told_proxy("progress", DeliveryResult::Dropped);
     metrics.acknowledged();
-    metrics.engine_refused(Side::Receiver, Reason::LayoutMismatch);
+    metrics.engine_refused(RankRole::Receiver, Reason::LayoutMismatch);
     let series = series(&metrics);
     for (name, value) in [
         (
@@ -241,13 +241,13 @@ fn messages_and_frames_are_counted() {
 #[test]
 fn docs_list_every_metric() {
     let (status, metrics) = metrics("both");
-    metrics.record(Side::Sender, 0, &record(None));
-    metrics.told_proxy("register", Fate::Sent);
+    metrics.record(RankRole::Sender, 0, &record(None));
+    metrics.told_proxy("register", DeliveryResult::Sent);
     status.links(0, &mut [&link(1)].into_iter());
     status.acknowledged("p", Instant::now());
     let buffer = Buffer::memfd("metrics-test", 1 << 20).unwrap();
     let tcp = Tcp::bind(tcp::Config::default(), buffer).unwrap();
-    status.wires(Side::Receiver, 0, Wires::of(vec![Arc::new(tcp)]));
+    status.wires(RankRole::Receiver, 0, Wires::of(vec![Arc::new(tcp)]));
     status.port(0, "init", Traffic::default());
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
     let docs = std::fs::read_to_string(path).unwrap();

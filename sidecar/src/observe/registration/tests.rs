@@ -6,10 +6,10 @@ use protocol::registration::{Progress, Register};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::*;
-use crate::config::{HostPort, Whereabouts};
-use crate::observe::proxy_discovery::Lookout;
-use crate::observe::status::tests::{config, cut, gauges};
-use crate::rank::context::Side;
+use crate::config::{HostPort, ProxyAddress};
+use crate::observe::proxy_discovery::ProxyDiscovery;
+use crate::observe::status::tests::{config, gauges, slot_layout};
+use crate::rank::context::RankRole;
 
 /// Takes messages until it is told that it is full.
 struct Scripted {
@@ -116,10 +116,10 @@ async fn a_change_of_readiness_is_told_at_once() {
     let begin = tokio::time::Instant::now();
     f.status.bound();
     assert!(!f.register().await.ready);
-    let cut = cut();
+    let slot_layout = slot_layout();
     for rank in 0..2 {
         f.status
-            .gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+            .gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));
     }
     assert!(f.register().await.ready);
     assert_eq!(begin.elapsed(), Duration::ZERO);
@@ -181,11 +181,11 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
 #[tokio::test]
 async fn reaches_a_real_port() {
     let mut pull = crate::net::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();
-    let at = Whereabouts::At(HostPort {
+    let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
         port: pull.port(),
     });
-    let (outlet, _) = Lookout::of(&at).await.unwrap();
+    let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
     let config = Arc::new(config(&[]));
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));

@@ -8,7 +8,7 @@ use protocol::{Epoch, Layout};
 use serde::Serialize;
 
 use crate::observe::listening::Listens;
-use crate::rank::context::{Gauges, LinkStatus, Side};
+use crate::rank::context::{Gauges, LinkStatus, RankRole};
 
 /// Why the engine may not be given requests now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,9 +16,9 @@ pub(crate) enum NotReady {
     /// Ports are not bound yet.
     Starting,
     /// No engine is connected to this side.
-    NoEngine(Side, u32),
+    NoEngine(RankRole, u32),
     /// The thread behind a wire has ended.
-    WireEnded(Side, u32, &'static str),
+    WireEnded(RankRole, u32, &'static str),
     /// The proxy has not called back lately, so it may not know this sidecar.
     NoProxy(String),
     /// The process is about to end.
@@ -130,7 +130,7 @@ pub(crate) struct ProxyStatus {
 }
 
 impl RankStatus {
-    pub(super) fn new(side: Side, rank: u32) -> Self {
+    pub(super) fn new(side: RankRole, rank: u32) -> Self {
         Self {
             side: side.as_str(),
             rank,
@@ -149,13 +149,13 @@ impl RankStatus {
     }
 
     pub(super) fn update(&mut self, gauges: &Gauges<'_>) {
-        if let Some(cut) = gauges.cut
-            && cut.epoch != self.epoch
+        if let Some(slot_layout) = gauges.slot_layout
+            && slot_layout.epoch != self.epoch
         {
-            self.layout = Some(cut.layout.clone());
-            self.epoch = cut.epoch;
-            self.slots = cut.slots;
-            self.slot_bytes = cut.slot_bytes;
+            self.layout = Some(slot_layout.layout.clone());
+            self.epoch = slot_layout.epoch;
+            self.slots = slot_layout.slots;
+            self.slot_bytes = slot_layout.slot_bytes;
         }
         self.engines = gauges.engines;
         if self.unmoved.as_deref() != gauges.unmoved {

@@ -6,7 +6,7 @@ use protocol::{Layout, Reason, RequestId};
 
 use super::*;
 use crate::config::Inputs;
-use crate::engine::sessions::Cut;
+use crate::engine::sessions::SlotLayout;
 
 /// A configuration of a receiver of two ranks with a proxy, or with other keys.
 pub(crate) fn config(more: &[(&'static str, &str)]) -> Config {
@@ -30,8 +30,8 @@ sidecar: {id: d0, register_ms: 50}
     config
 }
 
-pub(crate) fn cut() -> Cut {
-    Cut {
+pub(crate) fn slot_layout() -> SlotLayout {
+    SlotLayout {
         layout: Layout {
             model: "m".to_owned(),
             dtype: "float".to_owned(),
@@ -48,14 +48,14 @@ pub(crate) fn cut() -> Cut {
     }
 }
 
-pub(crate) fn gauges(cut: Option<&Cut>, engines: usize) -> Gauges<'_> {
+pub(crate) fn gauges(slot_layout: Option<&SlotLayout>, engines: usize) -> Gauges<'_> {
     Gauges {
-        cut,
+        slot_layout,
         engines,
         unmoved: None,
-        free: if cut.is_some() { 13 } else { 0 },
-        held: if cut.is_some() { 2 } else { 0 },
-        quarantined: u32::from(cut.is_some()),
+        free: if slot_layout.is_some() { 13 } else { 0 },
+        held: if slot_layout.is_some() { 2 } else { 0 },
+        quarantined: u32::from(slot_layout.is_some()),
         parked_tokens: 700,
         requests: 3,
     }
@@ -137,9 +137,9 @@ fn ready_only_when_a_push_would_work() {
         [starting, no_engine(0), no_engine(1), no_proxy.to_owned()]
     );
     status.bound();
-    let cut = cut();
+    let slot_layout = slot_layout();
     for rank in 0..2 {
-        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+        status.gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));
     }
     assert_eq!(reasons(&status, now), [no_proxy]);
     status.acknowledged("p", now);
@@ -149,7 +149,7 @@ fn ready_only_when_a_push_would_work() {
         reasons(&status, now + ACKNOWLEDGED_FOR + Duration::from_millis(1)),
         [no_proxy]
     );
-    status.gauges(Side::Receiver, 1, &gauges(Some(&cut), 0));
+    status.gauges(RankRole::Receiver, 1, &gauges(Some(&slot_layout), 0));
     assert_eq!(reasons(&status, now), [no_engine(1)]);
     status.draining();
     assert_eq!(reasons(&status, now)[0], "draining");
@@ -176,9 +176,9 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
     let status = Status::new(&config);
     assert!(!status.registration(&config, 7900, now).ready);
     status.bound();
-    let cut = cut();
+    let slot_layout = slot_layout();
     for rank in 0..2 {
-        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+        status.gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));
     }
     let register = status.registration(&config, 7901, now);
     assert_eq!(
@@ -199,7 +199,7 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
             parked_tokens: 1400,
             period_ms: 50,
             ranks: 2,
-            layout: Some(cut.layout.clone()),
+            layout: Some(slot_layout.layout.clone()),
             unmoved: String::new(),
         }
     );
@@ -221,7 +221,7 @@ fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_wh
             unmoved,
             ..gauges(None, 1)
         };
-        status.gauges(Side::Receiver, rank, &gauges);
+        status.gauges(RankRole::Receiver, rank, &gauges);
     }
     assert_eq!(reasons(&status, now), [""; 0]);
     let register = status.registration(&config, 7900, now);
@@ -235,14 +235,14 @@ fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_wh
         (true, Some("heads of two sizes"))
     );
     // Another engine comes that does move.
-    let cut = cut();
+    let slot_layout = slot_layout();
     for rank in 0..2 {
-        status.gauges(Side::Receiver, rank, &gauges(Some(&cut), 1));
+        status.gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));
     }
     let register = status.registration(&config, 7900, now);
     assert_eq!(
         (register.unmoved.as_str(), register.layout),
-        ("", Some(cut.layout))
+        ("", Some(slot_layout.layout))
     );
     assert_eq!(status.snapshot(now).unmoved, None);
 }
@@ -282,7 +282,7 @@ fn the_oldest_records_give_way() {
     for i in 0..MAX_RECORDS + 10 {
         let req = RequestId(format!("r{i}"));
         status.record(
-            Side::Receiver,
+            RankRole::Receiver,
             0,
             &Record {
                 req,
@@ -302,13 +302,13 @@ fn the_oldest_records_give_way() {
 #[tokio::test]
 async fn only_what_readiness_depends_on_wakes_the_registration() {
     let status = Status::new(&config(&[]));
-    let cut = cut();
+    let slot_layout = slot_layout();
     status.bound();
     status.changed().await;
-    status.gauges(Side::Receiver, 0, &gauges(Some(&cut), 1));
+    status.gauges(RankRole::Receiver, 0, &gauges(Some(&slot_layout), 1));
     status.changed().await;
-    status.gauges(Side::Receiver, 0, &gauges(Some(&cut), 2));
-    status.record(Side::Receiver, 0, &record(None));
+    status.gauges(RankRole::Receiver, 0, &gauges(Some(&slot_layout), 2));
+    status.record(RankRole::Receiver, 0, &record(None));
     let quiet = tokio::time::timeout(Duration::from_millis(20), status.changed()).await;
     assert!(quiet.is_err());
     status.draining();

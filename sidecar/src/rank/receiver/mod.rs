@@ -1,12 +1,12 @@
 //! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
 //! landing buffer.
 
+mod canary;
 mod checks;
-mod early;
-mod fence;
-mod marks;
+mod lmcache_peers;
+mod pending_before_engine;
 mod ports;
-mod strangers;
+mod write_fence;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,24 +20,24 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use crate::engine::sessions::{Cut, Engines};
+use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
 use crate::net::host_id;
 use crate::net::zmq::{FromPeer, RouterServer};
 use crate::peer::handshake::Identity;
-use crate::rank::context::{Clock, Gauges, Side, SideContext};
+use crate::rank::context::{Clock, Gauges, RankContext, RankRole};
+use canary::Canaries;
 use checks::Checks;
-use early::Early;
-use fence::{Fences, News};
-use marks::Marks;
+use lmcache_peers::LmcachePeers;
+use pending_before_engine::PendingBeforeEngine;
 use ports::next_query;
-use strangers::Strangers;
+use write_fence::{News, WriteFences};
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(crate) struct LandSide {
-    context: SideContext,
+pub(crate) struct ReceiverTask {
+    context: RankContext,
     engines: Engines,
     machine: Option<Receiver>,
     buffer: Arc<Buffer>,
@@ -46,18 +46,18 @@ pub(crate) struct LandSide {
     /// LMCache's bidirectional mode only.
     query: Option<RouterServer>,
     identity: Identity,
-    early: Early,
-    strangers: Strangers,
-    marks: Marks,
+    pending: PendingBeforeEngine,
+    lmcache_peers: LmcachePeers,
+    canaries: Canaries,
     checks: Checks,
-    fences: Fences,
+    fences: WriteFences,
     clock: Clock,
     draining: bool,
 }
 
-impl LandSide {
+impl ReceiverTask {
     pub(crate) fn new(
-        context: SideContext,
+        context: RankContext,
         buffer: Arc<Buffer>,
         init: RouterServer,
         alloc: RouterServer,
@@ -95,11 +95,11 @@ impl LandSide {
                     slot_bytes: 0,
                 },
             },
-            early: Early::default(),
-            strangers: Strangers::default(),
-            marks: Marks::default(),
+            pending: PendingBeforeEngine::default(),
+            lmcache_peers: LmcachePeers::default(),
+            canaries: Canaries::default(),
             checks: Checks::default(),
-            fences: Fences::new(config.times.fence),
+            fences: WriteFences::new(config.times.fence),
             clock: Clock::start(),
             draining: false,
             context,
@@ -133,8 +133,8 @@ impl LandSide {
                 received = self.init.recv() => match received {
                     Ok(FromPeer::Message(route, bytes)) => self.on_init(route, &bytes),
                     Ok(FromPeer::Lost(route)) => {
-                        self.early.lost_init(route);
-                        self.strangers.lost_init(route);
+                        self.pending.lost_init(route);
+                        self.lmcache_peers.lost_init(route);
                     }
                     Err(error) => {
                         error!(%error, "the init port is dead");
@@ -173,9 +173,12 @@ impl LandSide {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
                 match self.engines.hello(connection, &hello, busy) {
-                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(Some(slot_layout)) => self.begin(&slot_layout),
                     Ok(None) => {}
-                    Err(reason) => self.context.shown.engine_refused(Side::Receiver, reason),
+                    Err(reason) => self
+                        .context
+                        .observer
+                        .engine_refused(RankRole::Receiver, reason),
                 }
                 self.refuse_senders();
             }
@@ -206,20 +209,23 @@ impl LandSide {
     }
 
     /// A machine for a freshly cut buffer.
-    fn begin(&mut self, cut: &Cut) {
-        self.context.wires.cut(cut.slots, cut.slot_bytes);
-        let config = self
-            .context
-            .config
-            .receiver_config(cut.epoch, cut.slots, &cut.layout);
+    fn begin(&mut self, slot_layout: &SlotLayout) {
+        self.context
+            .wires
+            .divide(slot_layout.slots, slot_layout.slot_bytes);
+        let config = self.context.config.receiver_config(
+            slot_layout.epoch,
+            slot_layout.slots,
+            &slot_layout.layout,
+        );
         let Some(config) = config else {
-            error!(?cut, "a layout without a size was admitted");
+            error!(?slot_layout, "a layout without a size was admitted");
             return;
         };
         self.identity = Identity {
             hello: Hello {
-                epoch: cut.epoch,
-                layout: Some(cut.layout.clone()),
+                epoch: slot_layout.epoch,
+                layout: Some(slot_layout.layout.clone()),
                 transports: self.context.wires.adverts(),
                 ..self.identity.hello.clone()
             },
@@ -228,18 +234,18 @@ impl LandSide {
             memory: self.context.wires.memory(),
             pages: Pages {
                 v: VERSION,
-                slots: cut.slots,
-                slot_bytes: cut.slot_bytes,
+                slots: slot_layout.slots,
+                slot_bytes: slot_layout.slot_bytes,
             },
         };
-        self.strangers.forget();
-        self.marks = Marks::default();
-        for (route, request) in self.early.introductions() {
+        self.lmcache_peers.forget();
+        self.canaries = Canaries::default();
+        for (route, request) in self.pending.introductions() {
             self.on_init(route, &request);
         }
         self.context.trace.begin_receiver(&config);
         self.machine = Some(Receiver::new(config));
-        for (route, message) in self.early.asks() {
+        for (route, message) in self.pending.asks() {
             self.on_message(route, message);
         }
     }
@@ -256,7 +262,7 @@ impl LandSide {
         while let Some(action) = self.machine.as_mut().and_then(Receiver::poll_action) {
             self.context.trace.receiver_action(&action);
             match action {
-                Action::Look { slots } => looks.extend(slots),
+                Action::CheckCanary { slots } => looks.extend(slots),
                 action => self.act(action, &mut fenced),
             }
         }
@@ -282,10 +288,13 @@ impl LandSide {
 
     /// Looks for marks. An answer may ask for more looks, at most once for each slot.
     fn look(&mut self, slots: Vec<SlotIndex>) {
-        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
-        let is_gone = |slot: &SlotIndex| self.marks.gone(&self.buffer, *slot, bytes);
+        let bytes = self
+            .engines
+            .slot_layout()
+            .map_or(0, |slot_layout| slot_layout.slot_bytes);
+        let is_gone = |slot: &SlotIndex| self.canaries.gone(&self.buffer, *slot, bytes);
         let (gone, there) = slots.into_iter().partition(is_gone);
-        self.feed(Event::Looked { gone, there });
+        self.feed(Event::CanaryChecked { gone, there });
     }
 
     fn act(
@@ -317,14 +326,17 @@ impl LandSide {
             }
             Action::Mark { slot } => self.mark(slot),
             // `feed` collects them.
-            Action::Look { .. } => {}
-            Action::Record(record) => self.context.record(Side::Receiver, &record),
+            Action::CheckCanary { .. } => {}
+            Action::Record(record) => self.context.record(RankRole::Receiver, &record),
         }
     }
 
     fn mark(&mut self, slot: SlotIndex) {
-        let bytes = self.engines.cut().map_or(0, |cut| cut.slot_bytes);
-        if let Err(error) = self.marks.put(&self.buffer, slot, bytes) {
+        let bytes = self
+            .engines
+            .slot_layout()
+            .map_or(0, |slot_layout| slot_layout.slot_bytes);
+        if let Err(error) = self.canaries.put(&self.buffer, slot, bytes) {
             error!(%slot, %error, "a slot takes no marks: it will count as not written");
         }
     }
@@ -337,9 +349,9 @@ impl LandSide {
         let gauges = self.machine.as_ref().map(Receiver::gauges);
         let gauges = gauges.unwrap_or_default();
         self.context.publish(
-            Side::Receiver,
+            RankRole::Receiver,
             Gauges {
-                cut: self.engines.cut(),
+                slot_layout: self.engines.slot_layout(),
                 engines: self.engines.connected(),
                 unmoved: self.engines.unmoved(),
                 free: gauges.free,

@@ -5,13 +5,13 @@ use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
 use protocol::receiver::{Event, Route};
 use tracing::{debug, info, warn};
 
-use super::LandSide;
+use super::ReceiverTask;
 use super::checks::Checked;
 use crate::config::CONSENT;
 use crate::net::zmq::{Closed, FromPeer, RouterServer};
 use crate::peer::handshake::{self, Answer};
 
-impl LandSide {
+impl ReceiverTask {
     pub(super) fn on_init(&mut self, route: Route, bytes: &[u8]) {
         let request = codec::decode(bytes).ok();
         if let Some(Init::NixlInitRequest(request)) = &request
@@ -28,7 +28,7 @@ impl LandSide {
                 {
                     let from = self.init.address(route).unwrap_or_default();
                     let (port, name) = (self.init.port(), &request.local_id);
-                    if self.strangers.show(route, from, port, name) {
+                    if self.lmcache_peers.show(route, from, port, name) {
                         info!(
                             peer = from,
                             name = name.escape_debug().to_string(),
@@ -46,7 +46,9 @@ impl LandSide {
                     debug!(%error, "init answer not sent");
                 }
             }
-            Answer::NotYet if self.early.has_room_for(bytes) => self.early.introduced(route, bytes),
+            Answer::NotYet if self.pending.has_room_for(bytes) => {
+                self.pending.introduced(route, bytes)
+            }
             Answer::NotYet => self.init.disconnect(route),
             Answer::Malformed(error) => {
                 warn!(
@@ -73,8 +75,8 @@ impl LandSide {
                 }
             },
             FromPeer::Lost(route) => {
-                self.strangers.lost(route);
-                self.early.lost_alloc(route);
+                self.lmcache_peers.lost(route);
+                self.pending.lost_alloc(route);
                 // What it said before comes first.
                 if !self.checks.lost(route) {
                     self.feed(Event::PeerLost { route });
@@ -89,8 +91,8 @@ impl LandSide {
             ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
             _ => false,
         };
-        if self.machine.is_none() && lmcache && self.early.has_room() {
-            self.early.asked(route, message);
+        if self.machine.is_none() && lmcache && self.pending.has_room() {
+            self.pending.asked(route, message);
             return;
         }
         if self.machine.is_none() {
@@ -116,16 +118,16 @@ impl LandSide {
 
     /// Compares the sender's checksums before the machine hears of the chunks, if checksums are on.
     fn on_written(&mut self, route: Route, mut written: Written) {
-        if let (true, Some(machine), Some(cut)) = (
+        if let (true, Some(machine), Some(slot_layout)) = (
             self.context.config.checksum,
             &self.machine,
-            self.engines.cut(),
+            self.engines.slot_layout(),
         ) {
             let chunks = machine.unchecked(&written);
             let buffer = &self.buffer;
             let rest = self
                 .checks
-                .take(route, written, chunks, buffer, cut.slot_bytes);
+                .take(route, written, chunks, buffer, slot_layout.slot_bytes);
             let Some(rest) = rest else {
                 return;
             };
@@ -153,22 +155,23 @@ impl LandSide {
         let from = self.alloc.address(route).unwrap_or_default().to_owned();
         let identity = self.alloc.name(route).unwrap_or_default();
         let port = self.alloc.port();
-        let Some(stranger) = self.strangers.meet(route, &from, port, &identity) else {
+        let Some(lmcache_peer) = self.lmcache_peers.meet(route, &from, port, &identity) else {
             return;
         };
-        if !stranger.linked {
+        if !lmcache_peer.linked {
             warn!(
-                peer = stranger.sender.id,
+                peer = lmcache_peer.sender.id,
                 "an LMCache sender that linked with a receiver before this one: it is lent no slots until it restarts"
             );
         }
-        if let Some(process) = stranger.process {
-            self.fences.watch(stranger.sender.clone(), process, &from);
+        if let Some(process) = lmcache_peer.process {
+            self.fences
+                .watch(lmcache_peer.sender.clone(), process, &from);
         }
         self.feed(Event::Introduced {
             route,
-            sender: stranger.sender,
-            linked: stranger.linked,
+            sender: lmcache_peer.sender,
+            linked: lmcache_peer.linked,
         });
     }
 

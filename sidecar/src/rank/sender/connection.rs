@@ -12,7 +12,7 @@ use tracing::warn;
 use crate::net::host_id;
 use crate::net::zmq::{DealerClient, FromServer};
 use crate::peer::handshake::{self, Identity};
-use crate::transport::expected_rate::{Class, Ends};
+use crate::transport::expected_rate::{Ends, ExpectedRate};
 use crate::transport::set::Wires;
 use crate::transport::{Link, Remote};
 
@@ -44,7 +44,7 @@ pub(super) struct Made {
     pub(super) slots: u32,
     pub(super) link: Arc<dyn Link>,
     pub(super) why: String,
-    pub(super) class: Class,
+    pub(super) class: ExpectedRate,
 }
 
 impl Made {
@@ -168,7 +168,7 @@ impl Connection {
         Ok(Made {
             hello,
             kind: ReceiverKind::Ours,
-            class: Class::of(link.kind(), ends),
+            class: ExpectedRate::of(link.kind(), ends),
             slots,
             link,
             why: chosen.why,

@@ -21,20 +21,20 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::engine::sessions::{Cut, Engines};
+use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
-use crate::peer::process_lock::Lineage;
-use crate::rank::context::{Clock, Side, SideContext};
+use crate::peer::process_lock::ProcessLock;
+use crate::rank::context::{Clock, RankContext, RankRole};
 use crate::transport::readiness::Times;
-use crate::transport::{Outcome, Ready, Standing};
+use crate::transport::{Outcome, Readiness, Ready};
 use connection::ReceiverKind;
 use peers::{FromReceiver, Peers};
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(crate) struct SendSide {
-    context: SideContext,
+pub(crate) struct SenderTask {
+    context: RankContext,
     engines: Engines,
     machine: Option<Sender>,
     peers: Peers,
@@ -42,7 +42,7 @@ pub(crate) struct SendSide {
     writes: JoinSet<Wrote>,
     /// Writes that did not end at once.
     lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
-    watches: JoinSet<(WatchId, Standing)>,
+    watches: JoinSet<(WatchId, Readiness)>,
     clock: Clock,
     draining: bool,
 }
@@ -62,8 +62,12 @@ struct Wrote {
     ended: Instant,
 }
 
-impl SendSide {
-    pub(crate) fn new(context: SideContext, buffer: Arc<Buffer>, lineage: Lineage) -> Self {
+impl SenderTask {
+    pub(crate) fn new(
+        context: RankContext,
+        buffer: Arc<Buffer>,
+        process_lock: ProcessLock,
+    ) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
         Self {
@@ -73,7 +77,7 @@ impl SendSide {
                 context.wires.clone(),
                 Arc::clone(config),
                 context.rank,
-                lineage,
+                process_lock,
             ),
             buffer,
             writes: JoinSet::new(),
@@ -127,9 +131,12 @@ impl SendSide {
             FromEngine::Hello(connection, hello) => {
                 let busy = self.machine.as_ref().is_some_and(|m| !m.is_idle());
                 match self.engines.hello(connection, &hello, busy) {
-                    Ok(Some(cut)) => self.begin(&cut),
+                    Ok(Some(slot_layout)) => self.begin(&slot_layout),
                     Ok(None) => {}
-                    Err(reason) => self.context.shown.engine_refused(Side::Sender, reason),
+                    Err(reason) => self
+                        .context
+                        .observer
+                        .engine_refused(RankRole::Sender, reason),
                 }
             }
             FromEngine::Message(engine, message) => match message {
@@ -156,14 +163,16 @@ impl SendSide {
     }
 
     /// A machine for a freshly cut buffer.
-    fn begin(&mut self, cut: &Cut) {
-        self.context.wires.cut(cut.slots, cut.slot_bytes);
-        self.peers.begin(cut);
+    fn begin(&mut self, slot_layout: &SlotLayout) {
+        self.context
+            .wires
+            .divide(slot_layout.slots, slot_layout.slot_bytes);
+        self.peers.begin(slot_layout);
         let config = self.context.config.sender_config(
             self.context.rank,
-            cut.epoch,
-            cut.slots,
-            cut.layout.clone(),
+            slot_layout.epoch,
+            slot_layout.slots,
+            slot_layout.layout.clone(),
         );
         self.context.trace.begin_sender(&config);
         self.machine = Some(Sender::new(config));
@@ -217,14 +226,14 @@ impl SendSide {
         }
     }
 
-    fn on_watched(&mut self, watch: WatchId, standing: Standing) {
-        if let Standing::Never(why) = &standing {
+    fn on_watched(&mut self, watch: WatchId, standing: Readiness) {
+        if let Readiness::Never(why) = &standing {
             warn!(
                 why,
                 "chunks for an LMCache receiver will never stand in their slots"
             );
         }
-        let stand = standing == Standing::There;
+        let stand = standing == Readiness::There;
         self.feed(Event::Watched { watch, stand });
     }
 
@@ -309,7 +318,7 @@ impl SendSide {
                 self.watches.spawn(async move {
                     let standing = match ready {
                         Ok(ready) => ready.stands(stall).await,
-                        Err(unknown) => Standing::Never(format!("{unknown:?}")),
+                        Err(unknown) => Readiness::Never(format!("{unknown:?}")),
                     };
                     (watch, standing)
                 });
@@ -320,10 +329,12 @@ impl SendSide {
             }
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
             Action::Progress(req_id) => {
-                self.context.shown.tell_proxy(&ToProxy::Progress(Progress {
-                    id: self.context.config.id.clone(),
-                    req_id,
-                }))
+                self.context
+                    .observer
+                    .tell_proxy(&ToProxy::Progress(Progress {
+                        id: self.context.config.id.clone(),
+                        req_id,
+                    }))
             }
             Action::Notify {
                 req,
@@ -333,7 +344,7 @@ impl SendSide {
                 transport,
             } => self
                 .context
-                .shown
+                .observer
                 .tell_proxy(&ToProxy::ProxyNotif(ProxyNotif {
                     req_id: req,
                     x: Some(NotifX {
@@ -345,7 +356,7 @@ impl SendSide {
                         transport,
                     }),
                 })),
-            Action::Record(record) => self.context.record(Side::Sender, &record),
+            Action::Record(record) => self.context.record(RankRole::Sender, &record),
         }
     }
 
@@ -376,7 +387,10 @@ impl SendSide {
             .machine
             .as_ref()
             .and_then(|m| m.leased_from(&granted.req));
-        let bytes = self.engines.cut().map(|cut| cut.slot_bytes);
+        let bytes = self
+            .engines
+            .slot_layout()
+            .map(|slot_layout| slot_layout.slot_bytes);
         to.zip(bytes).is_some_and(|(to, bytes)| {
             let bytes = bytes.saturating_mul(granted.chunks.len() as u64);
             self.peers.divides(to, bytes).is_some()
@@ -391,19 +405,21 @@ impl SendSide {
         after: Option<After>,
         layers: &[LayersStaged],
     ) -> Vec<(Vec<Piece>, Option<After>)> {
-        let divided = after.zip(self.engines.cut()).and_then(|(after, cut)| {
-            let granule = self
-                .peers
-                .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
-            let parts = ranges::divide(&pieces, layers, &cut.layout, granule)?;
-            let wait = |event| Some(After { event, ..after });
-            Some(
-                parts
-                    .into_iter()
-                    .map(|(event, part)| (part, wait(event)))
-                    .collect(),
-            )
-        });
+        let divided = after
+            .zip(self.engines.slot_layout())
+            .and_then(|(after, slot_layout)| {
+                let granule = self
+                    .peers
+                    .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
+                let parts = ranges::divide(&pieces, layers, &slot_layout.layout, granule)?;
+                let wait = |event| Some(After { event, ..after });
+                Some(
+                    parts
+                        .into_iter()
+                        .map(|(event, part)| (part, wait(event)))
+                        .collect(),
+                )
+            });
         divided.unwrap_or_else(|| vec![(pieces, after)])
     }
 
@@ -424,9 +440,12 @@ impl SendSide {
     /// Gives the checksum of each piece, if checksums are on. Its slots stand as they are until the
     /// machine hears of the write's end; before the write they need not be ready.
     fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
-        let cut = self.engines.cut().filter(|_| self.context.config.checksum);
-        let of: Vec<(u64, u64)> = cut.map_or_else(Vec::new, |cut| {
-            let place = |p: &Piece| (u64::from(p.from.0) * cut.slot_bytes, p.bytes);
+        let slot_layout = self
+            .engines
+            .slot_layout()
+            .filter(|_| self.context.config.checksum);
+        let of: Vec<(u64, u64)> = slot_layout.map_or_else(Vec::new, |slot_layout| {
+            let place = |p: &Piece| (u64::from(p.from.0) * slot_layout.slot_bytes, p.bytes);
             pieces.iter().map(place).collect()
         });
         let buffer = Arc::clone(&self.buffer);
@@ -446,9 +465,9 @@ impl SendSide {
             ..
         } = gauges.unwrap_or_default();
         self.context.publish(
-            Side::Sender,
+            RankRole::Sender,
             crate::rank::context::Gauges {
-                cut: self.engines.cut(),
+                slot_layout: self.engines.slot_layout(),
                 engines: self.engines.connected(),
                 unmoved: self.engines.unmoved(),
                 free,

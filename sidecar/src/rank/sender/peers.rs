@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::engine::sessions::Cut;
+use crate::engine::sessions::SlotLayout;
 use crate::net::host_id;
 use crate::peer::handshake::Identity;
-use crate::peer::process_lock::Lineage;
+use crate::peer::process_lock::ProcessLock;
 use crate::rank::context::LinkStatus;
 use crate::transport::set::Wires;
 use crate::transport::{Link, Outcome, Ready};
@@ -48,8 +48,8 @@ pub(super) struct Peers {
     wires: Wires,
     config: Arc<Config>,
     rank: u32,
-    lineage: Lineage,
-    cut: Option<Cut>,
+    process_lock: ProcessLock,
+    slot_layout: Option<SlotLayout>,
     peers: BTreeMap<Target, Peer>,
     /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
     generation: u64,
@@ -74,14 +74,19 @@ const OUTBOX: usize = 4096;
 const INBOX: usize = 4096;
 
 impl Peers {
-    pub(super) fn new(wires: Wires, config: Arc<Config>, rank: u32, lineage: Lineage) -> Self {
+    pub(super) fn new(
+        wires: Wires,
+        config: Arc<Config>,
+        rank: u32,
+        process_lock: ProcessLock,
+    ) -> Self {
         let (events, inbox) = mpsc::channel(INBOX);
         Self {
             wires,
             config,
             rank,
-            lineage,
-            cut: None,
+            process_lock,
+            slot_layout: None,
             peers: BTreeMap::new(),
             generation: 0,
             tasks: JoinSet::new(),
@@ -91,8 +96,8 @@ impl Peers {
     }
 
     /// The buffer has been cut (anew): links of the former cut are of no use.
-    pub(super) fn begin(&mut self, cut: &Cut) {
-        self.cut = Some(cut.clone());
+    pub(super) fn begin(&mut self, slot_layout: &SlotLayout) {
+        self.slot_layout = Some(slot_layout.clone());
         for peer in std::mem::take(&mut self.peers).into_values() {
             peer.stop.cancel();
         }
@@ -175,7 +180,7 @@ impl Peers {
 
     /// Makes the init handshake, anew if there is a link.
     pub(super) fn link(&mut self, to: Target) {
-        let Some(cut) = self.cut.clone() else {
+        let Some(slot_layout) = self.slot_layout.clone() else {
             return;
         };
         if let Some(former) = self.peers.remove(&to) {
@@ -188,20 +193,20 @@ impl Peers {
         let hello = Hello {
             v: VERSION,
             id: self.config.rank_id(self.rank),
-            epoch: cut.epoch,
-            layout: Some(cut.layout.clone()),
+            epoch: slot_layout.epoch,
+            layout: Some(slot_layout.layout.clone()),
             transports: self.wires.adverts(),
             host: host_id::identity(),
             pid: std::process::id(),
-            seal: self.lineage.seal.clone(),
-            ended: self.lineage.ended.clone(),
+            seal: self.process_lock.proof_hash.clone(),
+            ended: self.process_lock.proofs.clone(),
             refused: None,
         };
         // Whoever connects first with an identity has it: so nobody may guess it.
         let secret: u64 = rand::random();
         let identity = format!(
             "{}-{}-{secret:016x}-to-{}:{}",
-            hello.id, cut.epoch, to.host, to.alloc_port
+            hello.id, slot_layout.epoch, to.host, to.alloc_port
         );
         let status = LinkStatus::new(&to, self.config.transport.as_str());
         let connection = Connection {

@@ -14,7 +14,7 @@ use super::peer::{Peer, leak};
 use super::{Config, Shared};
 use crate::memory::cuda::{DeviceMemory, Event, State, Strided};
 use crate::transport::readiness::{LOOK, sleep_exactly};
-use crate::transport::{Outcome, Ready, Standing};
+use crate::transport::{Outcome, Readiness, Ready};
 
 /// Everything that stays on the thread.
 #[derive(Debug)]
@@ -144,13 +144,13 @@ impl Copier {
         let mut at = 0;
         while let Some(write) = self.waiting.get_mut(at) {
             let error = match write.ready.look() {
-                Standing::There => None,
-                Standing::NotYet if write.since.elapsed() < self.config.stall => {
+                Readiness::There => None,
+                Readiness::NotYet if write.since.elapsed() < self.config.stall => {
                     at += 1;
                     continue;
                 }
-                Standing::NotYet => Some(format!("not ready within {:?}", self.config.stall)),
-                Standing::Never(why) => Some(why),
+                Readiness::NotYet => Some(format!("not ready within {:?}", self.config.stall)),
+                Readiness::Never(why) => Some(why),
             };
             let Some(write) = self.waiting.remove(at) else {
                 continue;

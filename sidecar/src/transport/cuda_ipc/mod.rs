@@ -131,7 +131,7 @@ impl Transport for CudaIpc {
         self.memory.device().reaches(&address.uuid)
     }
 
-    fn cut(&self, _slots: u32, slot_bytes: u64) {
+    fn divide(&self, _slots: u32, slot_bytes: u64) {
         self.shared.slot_bytes.store(slot_bytes, Ordering::Release);
     }
 

@@ -19,7 +19,7 @@ fn transport(which: &Which, slots: u32, slot_bytes: u64) -> (CudaIpc, Arc<Buffer
         drain: Duration::from_secs(2),
     };
     let transport = CudaIpc::start(Arc::clone(buffer.cuda().unwrap()), config).unwrap();
-    transport.cut(slots, slot_bytes);
+    transport.divide(slots, slot_bytes);
     (transport, buffer)
 }
 

@@ -11,7 +11,7 @@ use crate::transport::{Outcome, Ready, Remote};
 /// One request to the engine thread.
 #[derive(Debug)]
 pub(super) enum Command {
-    Cut {
+    Divide {
         slots: u32,
         slot_bytes: u64,
     },

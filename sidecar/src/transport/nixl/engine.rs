@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use ::nixl::{Agent, Library, Memory, Pinned, Registration, State, Transfer};
 
 use super::command::{Command, Connection, answer, unsent};
-use super::cut::{Cut, Slots};
-use super::pace::{Pace, Wait};
+use super::descriptor_layout::{DescriptorLayout, Slots};
 use super::peer::Peer;
+use super::poll_backoff::{PollBackoff, Wait};
 use super::wire::Wire;
 use super::{Config, Refusal, Shared};
 use crate::config::CONSENT;
@@ -78,7 +78,7 @@ impl Engine {
 
     /// Until it is told to stop.
     pub(super) fn run(mut self) {
-        let mut pace = Pace::default();
+        let mut backoff = PollBackoff::default();
         let mut looked = Instant::now();
         loop {
             let mut moved = false;
@@ -94,16 +94,16 @@ impl Engine {
                     Err(TryRecvError::Disconnected) => return self.finish(),
                 }
             }
-            moved |= self.poll(pace.busy());
+            moved |= self.poll(backoff.busy());
             let now = Instant::now();
             if now.duration_since(looked) >= LOOK {
                 looked = now;
                 self.look();
             }
             let wait = if moved || self.is_busy() {
-                pace.wait(moved, now)
+                backoff.wait(moved, now)
             } else if self.shared.expecting.load(Ordering::Acquire) {
-                pace.expect(now)
+                backoff.expect(now)
             } else {
                 Wait::Sleep(LOOK)
             };
@@ -131,7 +131,7 @@ impl Engine {
 
     fn obey(&mut self, command: Command) -> ControlFlow<()> {
         match command {
-            Command::Cut { slots, slot_bytes } => self.cut(slots, slot_bytes),
+            Command::Divide { slots, slot_bytes } => self.divide(slots, slot_bytes),
             Command::Link { remote, reply, .. } => {
                 let link = self.link(&remote);
                 // If nobody waits any more, the link in the answer is dropped, which unlinks.
@@ -159,16 +159,16 @@ impl Engine {
         ControlFlow::Continue(())
     }
 
-    fn cut(&mut self, slots: u32, slot_bytes: u64) {
+    fn divide(&mut self, slots: u32, slot_bytes: u64) {
         self.slots = None;
-        let Some(cut) = Cut::new(slots, slot_bytes, self.wire) else {
+        let Some(layout) = DescriptorLayout::new(slots, slot_bytes, self.wire) else {
             tracing::error!(slots, slot_bytes, "nixl cannot address slots of this shape");
             return;
         };
-        match self.registration.prepare(&cut.ranges()) {
+        match self.registration.prepare(&layout.ranges()) {
             Ok(list) => {
                 self.slots = Some(Slots {
-                    cut,
+                    layout,
                     list: Rc::new(list),
                 });
             }
@@ -194,7 +194,7 @@ impl Engine {
                 format!("{error}; LMCache's agents connect over UCX's TCP only: {CONSENT}")
             }
         })?;
-        let granule = slots.cut.descriptor_bytes();
+        let granule = slots.layout.descriptor_bytes();
         let id = self.next_link;
         self.next_link += 1;
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
@@ -272,10 +272,10 @@ impl Engine {
 
     /// Gives what is under way its time, then answers all that is left.
     fn finish(mut self) {
-        let mut pace = Pace::default();
+        let mut backoff = PollBackoff::default();
         let deadline = Instant::now() + self.config.drain;
         while self.writes_wait() && Instant::now() < deadline {
-            match pace.wait(self.poll(pace.busy()), Instant::now()) {
+            match backoff.wait(self.poll(backoff.busy()), Instant::now()) {
                 Wait::Spin => std::hint::spin_loop(),
                 Wait::Yield => std::thread::yield_now(),
                 Wait::Sleep(time) => std::thread::sleep(time),

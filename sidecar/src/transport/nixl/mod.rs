@@ -10,9 +10,9 @@
 //! | [`command`] | what the process asks of the thread, and the answers |
 //! | [`engine`] | the thread: commands, polling, parking, the end |
 //! | [`peer`] | one receiver: writes queued, posted, polled, given up |
-//! | [`cut`] | slots as descriptors, writes as batches of them |
+//! | [`descriptor_layout`] | slots as descriptors, writes as batches of them |
 //! | [`wire`] | which descriptors the wire likes |
-//! | [`pace`] | how often to poll |
+//! | [`poll_backoff`] | how often to poll |
 //! | [`counts`] | what has happened, for metrics |
 //! | [`link`] | the sending half of the trait |
 
@@ -35,11 +35,11 @@ use crate::memory::cuda::CudaError;
 
 mod command;
 mod counts;
-mod cut;
+mod descriptor_layout;
 mod engine;
 mod link;
-mod pace;
 mod peer;
+mod poll_backoff;
 pub(crate) mod ucx;
 mod wire;
 
@@ -210,12 +210,12 @@ impl Transport for Nixl {
         self.on_gpu.then(|| self.wire.poor(same_host)).flatten()
     }
 
-    fn cut(&self, slots: u32, slot_bytes: u64) {
+    fn divide(&self, slots: u32, slot_bytes: u64) {
         // No reader sees slots of the old size: 0 rows in between.
         self.slots.store(0, Ordering::Release);
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);
-        self.shared.send(Command::Cut { slots, slot_bytes });
+        self.shared.send(Command::Divide { slots, slot_bytes });
     }
 
     fn rows(&self) -> Vec<Row> {

@@ -14,9 +14,9 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::Shared;
 use super::command::{answer, unsent};
 use super::counts::Counters;
-use super::cut::{Batch, Slots};
+use super::descriptor_layout::{Batch, Slots};
 use super::wire::Wire;
-use crate::transport::{Outcome, Ready, Remote, Standing};
+use crate::transport::{Outcome, Readiness, Ready, Remote};
 
 /// A connected receiver.
 #[derive(Debug)]
@@ -79,11 +79,15 @@ impl Peer {
         if remote.metadata.is_empty() {
             return Err("the peer has no nixl".to_owned());
         }
-        let cut = slots.cut;
-        if let Some(row) = remote.rows.iter().find(|row| row.bytes != cut.slot_bytes) {
+        let layout = slots.layout;
+        if let Some(row) = remote
+            .rows
+            .iter()
+            .find(|row| row.bytes != layout.slot_bytes)
+        {
             return Err(format!(
                 "its slots have {} bytes, ours {}",
-                row.bytes, cut.slot_bytes
+                row.bytes, layout.slot_bytes
             ));
         }
         let remote_slots = u32::try_from(remote.rows.len())
@@ -100,7 +104,7 @@ impl Peer {
             .rows
             .iter()
             .flat_map(|row| {
-                cut.of_slot().map(|(offset, bytes)| Row {
+                layout.of_slot().map(|(offset, bytes)| Row {
                     // Wrapping: NIXL refuses whatever the peer has not registered.
                     address: row.address.wrapping_add(offset),
                     bytes,
@@ -137,9 +141,9 @@ impl Peer {
             from: SlotIndex(0),
             to: SlotIndex(0),
             offset: 0,
-            bytes: self.slots.cut.slot_bytes,
+            bytes: self.slots.layout.slot_bytes,
         }];
-        let batches = self.slots.cut.batches(&slot, 1, u64::MAX).ok()?;
+        let batches = self.slots.layout.batches(&slot, 1, u64::MAX).ok()?;
         let [batch] = &batches[..] else { return None };
         let (local, remote) = (&self.slots.list, &self.remote);
         // Merged in any case: as the model sees it, descriptors come one after the other.
@@ -172,7 +176,7 @@ impl Peer {
         }
         let batches = self
             .slots
-            .cut
+            .layout
             .batches(pieces, self.remote_slots, self.wire.batch_bytes());
         match batches {
             Ok(batches) if batches.is_empty() => answer(reply, Outcome::Done),
@@ -292,10 +296,10 @@ impl Peer {
     fn look(&mut self, stall: Duration) {
         for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
             let error = match write.ready.look() {
-                Standing::There => continue,
-                Standing::NotYet if write.queued.elapsed() < stall => continue,
-                Standing::NotYet => format!("not ready within {stall:?}"),
-                Standing::Never(why) => why,
+                Readiness::There => continue,
+                Readiness::NotYet if write.queued.elapsed() < stall => continue,
+                Readiness::NotYet => format!("not ready within {stall:?}"),
+                Readiness::Never(why) => why,
             };
             // Nothing of it was sent, and the link is none the worse for it.
             write.waiting.clear();

@@ -20,8 +20,8 @@ use protocol::LeaseId;
 use rustix::event::{PollFd, PollFlags};
 
 use super::frame::{Answer, Hello, Refusal, VERSION};
-use super::greeting::Waiting;
-use super::landing::{Landing, Receiver};
+use super::handshake::Waiting;
+use super::reader::{Reader, Receiver};
 use super::socket::{Waker, poll_for, prepare};
 
 /// Owns the listening thread; dropping it ends every connection and joins every thread.
@@ -220,12 +220,12 @@ impl Accepting {
 
     /// Gives a connection its thread, if its hello is right and there is room.
     fn admit(&mut self, mut waiting: Waiting, hello: Hello) {
-        let cut = self.receiver.gates.current();
+        let layout = self.receiver.gates.current();
         let wrong = if hello.version != VERSION {
             Some(Refusal::Version)
-        } else if cut.slots() == 0 {
+        } else if layout.slots() == 0 {
             Some(Refusal::NoSlots)
-        } else if (hello.slots, hello.slot_bytes) != (cut.slots(), cut.slot_bytes()) {
+        } else if (hello.slots, hello.slot_bytes) != (layout.slots(), layout.slot_bytes()) {
             Some(Refusal::Geometry)
         } else if !self.make_room(waiting.peer.ip()) {
             Some(Refusal::Busy)
@@ -241,7 +241,7 @@ impl Accepting {
         }
         let socket = Arc::new(waiting.socket);
         let shown = Arc::new(AtomicU64::new(0));
-        let landing = Landing {
+        let landing = Reader {
             receiver: Arc::clone(&self.receiver),
             socket: Arc::clone(&socket),
             peer: waiting.peer,

@@ -12,8 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::lookup_host;
 
 use super::batch::Batch;
+use super::connection_writer::{ConnectionWriter, Job, Source};
 use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
-use super::lane::{Job, Lane, Source};
 use super::socket::prepare;
 use crate::memory::Buffer;
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
@@ -21,7 +21,7 @@ use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 /// One receiver, over one or more connections.
 #[derive(Debug)]
 pub(super) struct TcpLink {
-    lanes: Vec<Lane>,
+    lanes: Vec<ConnectionWriter>,
     /// Where the next small write goes.
     next: AtomicUsize,
     buffer: Arc<Buffer>,
@@ -96,7 +96,8 @@ impl TcpLink {
             if let (Ok(from), Ok(to)) = (socket.local_addr(), socket.peer_addr()) {
                 reported = format!("{} tcp from {} to {to}", terms.streams.max(1), from.ip());
             }
-            let lane = Lane::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
+            let lane =
+                ConnectionWriter::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
             lanes.push(lane.map_err(|error| format!("no thread, or no memory for it: {error}"))?);
         }
         Ok(Self {
@@ -191,7 +192,7 @@ impl Link for TcpLink {
     }
 
     fn is_broken(&self) -> bool {
-        self.lanes.iter().any(Lane::is_dead)
+        self.lanes.iter().any(ConnectionWriter::is_dead)
     }
 }
 

@@ -27,12 +27,12 @@
 //! |---|---|
 //! | [`frame`] | what is said on the wire |
 //! | [`acceptor`] | listening: who may connect |
-//! | [`greeting`] | a connection before its hello |
-//! | [`landing`] | receiving: from a connection into slots |
-//! | [`gate`] | which lease may write where; the fence |
+//! | [`handshake`] | a connection before its hello |
+//! | [`reader`] | receiving: from a connection into slots |
+//! | [`slot_gate`] | which lease may write where; the fence |
 //! | [`link`] | sending: connecting, dividing writes |
 //! | [`batch`] | one write as several jobs |
-//! | [`lane`] | sending: one connection; what a failure may claim |
+//! | [`connection_writer`] | sending: one connection; what a failure may claim |
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -48,18 +48,18 @@ use crate::memory::Buffer;
 
 mod acceptor;
 mod batch;
+mod connection_writer;
 mod counts;
 mod frame;
-mod gate;
-mod greeting;
-mod landing;
-mod lane;
+mod handshake;
 mod link;
+mod reader;
+mod slot_gate;
 mod socket;
 
 use acceptor::Acceptor;
-use landing::Receiver;
 use link::{TcpLink, Terms};
+use reader::Receiver;
 
 #[cfg(test)]
 use frame::Refusal;
@@ -119,7 +119,7 @@ impl Tcp {
     pub(crate) fn bind(config: Config, buffer: Arc<Buffer>) -> io::Result<Self> {
         let receiving = Arc::new(Receiver {
             buffer,
-            gates: gate::Gates::default(),
+            gates: slot_gate::SlotGates::default(),
             counters: counts::Counters::default(),
             handshake: config.handshake,
             stall: config.stall,
@@ -176,8 +176,8 @@ impl Transport for Tcp {
         Vec::new()
     }
 
-    fn cut(&self, slots: u32, slot_bytes: u64) {
-        self.receiving.gates.cut(slots, slot_bytes);
+    fn divide(&self, slots: u32, slot_bytes: u64) {
+        self.receiving.gates.divide(slots, slot_bytes);
     }
 
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {

@@ -47,7 +47,7 @@ fn start_with(
     change(&mut config);
     let buffer = Buffer::memfd("nixl-test", u64::from(slots) * slot_bytes).unwrap();
     let nixl = Nixl::start(library, config, Arc::clone(&buffer)).unwrap();
-    nixl.cut(slots, slot_bytes);
+    nixl.divide(slots, slot_bytes);
     (nixl, buffer)
 }
 
@@ -206,7 +206,7 @@ async fn what_cannot_be_linked_or_written_is_refused_with_its_reason() {
     unsent(vec![piece(0, 2, 1)], "not within").await;
     unsent(vec![piece(0, 0, MIB + 1)], "not within").await;
     assert_eq!(link.write(LEASE, Vec::new()).await, Outcome::Done);
-    sender.cut(4, MIB / 2);
+    sender.divide(4, MIB / 2);
     unsent(vec![piece(0, 0, 1)], "cut anew").await;
 }
 

@@ -39,7 +39,7 @@ fn a_new_cut_closes_every_slot() {
     raw.write(1, LEASE, &[part(1, 0, MIB)]);
     raw.say(&vec![1; 600_000]);
     until_landed(&receiver, MIB + 200_000);
-    receiver.cut(4, MIB / 2);
+    receiver.divide(4, MIB / 2);
     open_all(&receiver, LeaseId(2));
     let frozen = sum(&receiver, 0, 2 * MIB);
     raw.say(&vec![2; MEBI - 600_000]);

@@ -20,19 +20,19 @@ pub(super) fn tcp(name: &str, slots: u32, slot_bytes: u64, config: Config) -> Tc
     let buffer = Buffer::memfd(name, u64::from(slots) * slot_bytes).unwrap();
     let listen = Some("127.0.0.1:0".parse().unwrap());
     let tcp = Tcp::bind(Config { listen, ..config }, buffer).unwrap();
-    tcp.cut(slots, slot_bytes);
+    tcp.divide(slots, slot_bytes);
     tcp
 }
 
 pub(super) fn remote(of: &Tcp) -> Remote {
-    let cut = of.receiving.gates.current();
+    let layout = of.receiving.gates.current();
     Remote {
         name: "receiver".to_owned(),
         metadata: Vec::new(),
         rows: Vec::new(),
         memory: protocol::dlist::Memory::Dram,
-        slots: cut.slots(),
-        slot_bytes: cut.slot_bytes(),
+        slots: layout.slots(),
+        slot_bytes: layout.slot_bytes(),
         address: Some(of.advert().address),
     }
 }
@@ -115,11 +115,11 @@ impl Raw {
 }
 
 fn hello(to: &Tcp) -> Hello {
-    let cut = to.receiving.gates.current();
+    let layout = to.receiving.gates.current();
     Hello {
         version: VERSION,
-        slots: cut.slots(),
-        slot_bytes: cut.slot_bytes(),
+        slots: layout.slots(),
+        slot_bytes: layout.slot_bytes(),
     }
 }
 

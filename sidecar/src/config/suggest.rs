@@ -1,7 +1,7 @@
 //! What a name was probably meant to be.
 
 /// The candidate that `name` is probably a slip of: at most one edit in four characters.
-pub(super) fn nearest<'a>(
+pub(super) fn suggest<'a>(
     name: &str,
     candidates: impl Iterator<Item = &'a str>,
 ) -> Option<&'a str> {

@@ -12,7 +12,7 @@ use rustix::event::PollFlags;
 
 use super::counts::Counters;
 use super::frame::{Answer, Part, Refusal, Write};
-use super::gate::{Cut, Gates, Pass};
+use super::slot_gate::{Pass, SlotGates, SlotLayout};
 use super::socket::wait;
 use crate::memory::{Buffer, Inlet, set_low_water};
 
@@ -20,7 +20,7 @@ use crate::memory::{Buffer, Inlet, set_low_water};
 #[derive(Debug)]
 pub(super) struct Receiver {
     pub(super) buffer: Arc<Buffer>,
-    pub(super) gates: Gates,
+    pub(super) gates: SlotGates,
     pub(super) counters: Counters,
     /// Time for a frame's head to arrive once it has begun.
     pub(super) handshake: Duration,
@@ -32,7 +32,7 @@ pub(super) struct Receiver {
 
 /// One connection whose hello was accepted.
 #[derive(Debug)]
-pub(super) struct Landing {
+pub(super) struct Reader {
     pub(super) receiver: Arc<Receiver>,
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
@@ -54,7 +54,7 @@ enum End {
     Broken(#[from] io::Error),
 }
 
-impl Landing {
+impl Reader {
     /// Serves the connection to its end. Blocks: each connection has a thread of its own.
     pub(super) fn run(self) {
         let counters = &self.receiver.counters;
@@ -95,15 +95,15 @@ impl Landing {
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
             .ok_or(Refusal::Bounds)?;
         let deadline = Instant::now() + self.receiver.stall + Duration::from_millis(bytes >> 10);
-        let cut = self.receiver.gates.current();
+        let layout = self.receiver.gates.current();
         let admitted: Result<Vec<Pass>, Refusal> = parts
             .iter()
-            .map(|part| cut.admit(write.lease, *part))
+            .map(|part| layout.admit(write.lease, *part))
             .collect();
         let refused = match admitted {
             Ok(passes) => {
                 self.shown.store(write.lease.0, Ordering::Relaxed);
-                self.land(inlet, &cut, &passes, bytes, deadline)?
+                self.land(inlet, &layout, &passes, bytes, deadline)?
             }
             // Its lease has just ended, and it has other writes on this connection: what comes for
             // the closed slots is thrown away, the rest is served.
@@ -190,7 +190,7 @@ impl Landing {
     fn land(
         &self,
         inlet: &mut Inlet,
-        cut: &Cut,
+        layout: &SlotLayout,
         passes: &[Pass],
         bytes: u64,
         deadline: Instant,
@@ -202,7 +202,7 @@ impl Landing {
                 let want =
                     usize::try_from(pass.bytes - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
                 let copied =
-                    cut.through(pass, || inlet.recv(&*self.socket, pass.offset + at, want));
+                    layout.through(pass, || inlet.recv(&*self.socket, pass.offset + at, want));
                 match copied {
                     None => {
                         self.discard(left, deadline)?;

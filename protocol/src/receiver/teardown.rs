@@ -1,6 +1,6 @@
 //! How requests, leases and quarantines end.
 
-use super::request::{Chunk, Request, Supply};
+use super::request::{Allocation, Chunk, Request};
 use super::{Action, Quarantine, Receiver, SenderId};
 use crate::message::{ToSender, Unwanted};
 use crate::{LeaseId, Reason, RequestId, SlotIndex};
@@ -32,7 +32,7 @@ impl Receiver {
         };
         request.record.reason.get_or_insert(reason);
         let bytes = request.record.bytes;
-        if let Supply::Leased(lease) = &mut request.supply {
+        if let Allocation::Leased(lease) = &mut request.allocation {
             for (index, chunk) in (0u32..).zip(&mut lease.chunks) {
                 if let Chunk::Ready { slot } = *chunk {
                     *chunk = Chunk::Released;
@@ -43,10 +43,10 @@ impl Receiver {
         if tell {
             self.tell_ended(parked.engine, id, Some(reason), bytes);
         }
-        match self.requests.get(id).map(|r| &r.supply) {
-            Some(Supply::Held(_)) => self.refuse_and_end(id, reason),
-            Some(Supply::Leased(_)) => self.settle_over(id, reason),
-            Some(Supply::None) | None => self.forget_if_empty(id),
+        match self.requests.get(id).map(|r| &r.allocation) {
+            Some(Allocation::Pending(_)) => self.refuse_and_end(id, reason),
+            Some(Allocation::Leased(_)) => self.settle_over(id, reason),
+            Some(Allocation::None) | None => self.forget_if_empty(id),
         }
     }
 
@@ -55,7 +55,7 @@ impl Receiver {
         let Some(lease) = self.requests.get_mut(id).and_then(Request::lease_mut) else {
             return;
         };
-        let first = lease.over.replace(reason).is_none();
+        let first = lease.end_reason.replace(reason).is_none();
         let mut freed = Vec::new();
         let mut open = false;
         for chunk in &mut lease.chunks {
@@ -106,11 +106,11 @@ impl Receiver {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        let Supply::Leased(lease) = &mut request.supply else {
+        let Allocation::Leased(lease) = &mut request.allocation else {
             return;
         };
         // A sender that has written everything and cancels late takes nothing back.
-        if lease.is_written() && lease.over.is_none() {
+        if lease.is_written() && lease.end_reason.is_none() {
             return;
         }
         let mut quarantined = Vec::new();
@@ -137,7 +137,7 @@ impl Receiver {
         let (lease_id, sender) = (lease.id, lease.sender.clone());
         let host = lease.host.clone();
         let transport = lease.transport.clone();
-        lease.over.get_or_insert(reason);
+        lease.end_reason.get_or_insert(reason);
         request.record.reason.get_or_insert(reason);
         for slot in freed {
             self.close_and_free(slot);
@@ -173,15 +173,15 @@ impl Receiver {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        match &request.supply {
-            Supply::None => {}
-            Supply::Held(_) => {
-                request.supply = Supply::None;
+        match &request.allocation {
+            Allocation::None => {}
+            Allocation::Pending(_) => {
+                request.allocation = Allocation::None;
                 request.record.reason.get_or_insert(Reason::PeerLost);
                 self.end_parked(id, Reason::PeerLost, true);
                 self.forget_if_empty(id);
             }
-            Supply::Leased(_) => self.end_lease(id, Reason::PeerLost, |_| true),
+            Allocation::Leased(_) => self.end_lease(id, Reason::PeerLost, |_| true),
         }
     }
 
@@ -225,11 +225,18 @@ impl Receiver {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        if let Supply::Held(held) = std::mem::replace(&mut request.supply, Supply::None) {
-            request.record.peer.clone_from(&held.x.id);
-            request.record.tokens = held.x.tokens;
+        if let Allocation::Pending(pending) =
+            std::mem::replace(&mut request.allocation, Allocation::None)
+        {
+            request.record.peer.clone_from(&pending.x.id);
+            request.record.tokens = pending.x.tokens;
             request.record.reason.get_or_insert(reason);
-            self.send_refusal(held.route, held.x.seq, held.request.keys.len(), reason);
+            self.send_refusal(
+                pending.route,
+                pending.x.seq,
+                pending.request.keys.len(),
+                reason,
+            );
         }
         self.end_parked(id, reason, true);
         self.forget_if_empty(id);
@@ -256,8 +263,8 @@ impl Receiver {
         // One last look for all of them: room may have come with this very event.
         self.serve();
         for id in late {
-            let supply = self.requests.get(&id).map(|r| &r.supply);
-            if matches!(supply, Some(Supply::Held(_))) {
+            let allocation = self.requests.get(&id).map(|r| &r.allocation);
+            if matches!(allocation, Some(Allocation::Pending(_))) {
                 self.refuse_and_end(&id, Reason::NoRoom);
             }
         }
@@ -274,7 +281,7 @@ impl Receiver {
                 self.end_parked(id, Reason::Deadline, true);
                 return false;
             }
-            if parked.no_sender <= now && matches!(request.supply, Supply::None) {
+            if parked.no_sender <= now && matches!(request.allocation, Allocation::None) {
                 let reason = if parked.mismatched {
                     Reason::KeyMismatch
                 } else {
@@ -284,28 +291,28 @@ impl Receiver {
                 return false;
             }
         }
-        match &mut request.supply {
-            Supply::None => {}
-            Supply::Held(held) => {
-                if held.park.is_some_and(|t| t <= now) {
-                    held.park = None;
+        match &mut request.allocation {
+            Allocation::None => {}
+            Allocation::Pending(pending) => {
+                if pending.park.is_some_and(|t| t <= now) {
+                    pending.park = None;
                     self.consider(id);
                 } else {
-                    return held.park.is_none() && held.wait <= now;
+                    return pending.park.is_none() && pending.wait <= now;
                 }
             }
-            Supply::Leased(lease) if lease.deadline <= now => {
+            Allocation::Leased(lease) if lease.deadline <= now => {
                 if lease.is_written() && request.parked.is_none() {
                     let sender = lease.sender.clone();
                     self.readers.unread(&sender);
                     self.end_unclaimed(id);
                 } else if !lease.is_written() {
-                    let reason = lease.over.unwrap_or(Reason::LeaseExpired);
+                    let reason = lease.end_reason.unwrap_or(Reason::LeaseExpired);
                     self.send_unwanted(id, reason);
                     self.end_lease(id, reason, |_| true);
                 }
             }
-            Supply::Leased(_) => {}
+            Allocation::Leased(_) => {}
         }
         false
     }
@@ -314,7 +321,9 @@ impl Receiver {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        if let Supply::Leased(lease) = std::mem::replace(&mut request.supply, Supply::None) {
+        if let Allocation::Leased(lease) =
+            std::mem::replace(&mut request.allocation, Allocation::None)
+        {
             self.leases.remove(&lease.id);
         }
     }
@@ -322,7 +331,7 @@ impl Receiver {
     /// Forgets a request of which nothing is left, and tells how it went.
     pub(super) fn forget_if_empty(&mut self, id: &RequestId) {
         let empty = self.requests.get(id).is_some_and(|r| {
-            r.parked.is_none() && matches!(r.supply, Supply::None) && r.lent.is_empty()
+            r.parked.is_none() && matches!(r.allocation, Allocation::None) && r.lent.is_empty()
         });
         if !empty {
             return;

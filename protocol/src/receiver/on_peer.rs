@@ -1,7 +1,7 @@
 //! What senders say.
 
 use super::ended::Question;
-use super::request::{Chunk, Held, Request, Supply};
+use super::request::{Allocation, Chunk, Pending, Request};
 use super::{Receiver, Route, SenderId, Unchecked, bounded};
 use crate::layout::chunks_of;
 use crate::message::{
@@ -28,8 +28,8 @@ impl Receiver {
             return;
         };
         let (id, host) = (RequestId(asked.req_id.clone()), self.host_of(route));
-        match self.requests.get_mut(&id).map(|r| &mut r.supply) {
-            Some(Supply::Leased(lease))
+        match self.requests.get_mut(&id).map(|r| &mut r.allocation) {
+            Some(Allocation::Leased(lease))
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
                     && lease.sender.epoch == x.epoch
@@ -41,13 +41,13 @@ impl Receiver {
                 self.send_response(&id);
                 return;
             }
-            Some(Supply::Held(held))
-                if held.x.seq == x.seq
-                    && held.x.id == x.id
-                    && held.x.epoch == x.epoch
-                    && held.host == host =>
+            Some(Allocation::Pending(pending))
+                if pending.x.seq == x.seq
+                    && pending.x.id == x.id
+                    && pending.x.epoch == x.epoch
+                    && pending.host == host =>
             {
-                held.route = route;
+                pending.route = route;
                 return;
             }
             _ => {}
@@ -65,7 +65,7 @@ impl Receiver {
             .entry(id.clone())
             .or_insert_with(|| Request::new(&id));
         request.heard.question = Some(Question::of(&x));
-        request.supply = Supply::Held(Held {
+        request.allocation = Allocation::Pending(Pending {
             route,
             host,
             request: asked,
@@ -119,7 +119,7 @@ impl Receiver {
         }
         match self.requests.get(id) {
             Some(Request {
-                supply: Supply::None,
+                allocation: Allocation::None,
                 lent,
                 ..
             }) if lent.is_empty() => Ok(()),
@@ -140,10 +140,10 @@ impl Receiver {
         }
         let (mut connection, mut all) = (0, 0);
         for request in self.requests.values().filter(|r| r.parked.is_none()) {
-            let from = match &request.supply {
-                Supply::None => continue,
-                Supply::Held(held) => (held.route, &held.host),
-                Supply::Leased(lease) => (lease.route, &lease.host),
+            let from = match &request.allocation {
+                Allocation::None => continue,
+                Allocation::Pending(pending) => (pending.route, &pending.host),
+                Allocation::Leased(lease) => (lease.route, &lease.host),
             };
             connection += usize::from(from.0 == route);
             all += usize::from(*from.1 == *host);
@@ -160,10 +160,10 @@ impl Receiver {
             .get(&lease)
             .filter(|_| epoch == self.config.epoch);
         let found = id.cloned().and_then(|id| {
-            let held = self.requests.get_mut(&id)?.lease_mut()?;
-            held.route = route;
-            if !held.is_written() {
-                held.deadline = now + held.term;
+            let lease = self.requests.get_mut(&id)?.lease_mut()?;
+            lease.route = route;
+            if !lease.is_written() {
+                lease.deadline = now + lease.term;
             }
             Some(id)
         });
@@ -207,7 +207,7 @@ impl Receiver {
         let mut closed = Vec::new();
         if let Some(request) = self.requests.get_mut(&id) {
             let record = &mut request.record;
-            if let Supply::Leased(lease) = &mut request.supply {
+            if let Allocation::Leased(lease) = &mut request.allocation {
                 for (&position, &index) in written.chunks.iter().zip(&written.indexes) {
                     let position = position as usize;
                     let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
@@ -249,7 +249,7 @@ impl Receiver {
         let Some(lease) = request.and_then(Request::lease) else {
             return Vec::new();
         };
-        if lease.over.is_some() {
+        if lease.end_reason.is_some() {
             return Vec::new(); // nobody reads it
         }
         let mut seen = HashSet::new();
@@ -283,7 +283,7 @@ impl Receiver {
         let Some(lease) = self.requests.get(&id).and_then(Request::lease) else {
             return;
         };
-        let over = lease.over;
+        let over = lease.end_reason;
         let known = set(&extend.granted);
         let unknown: Vec<usize> = (0u32..)
             .zip(&lease.chunks)
@@ -333,10 +333,10 @@ impl Receiver {
         let lost: Vec<RequestId> = self
             .requests
             .iter()
-            .filter(|(_, r)| match &r.supply {
-                Supply::None => false,
-                Supply::Held(held) => held.route == route,
-                Supply::Leased(lease) => lease.route == route,
+            .filter(|(_, r)| match &r.allocation {
+                Allocation::None => false,
+                Allocation::Pending(pending) => pending.route == route,
+                Allocation::Leased(lease) => lease.route == route,
             })
             .map(|(id, _)| id.clone())
             .collect();
@@ -351,7 +351,7 @@ impl Receiver {
 fn gives_way_to_question(old: &Request, host: &str) -> bool {
     let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
     let lease = old.lease().filter(|_| old.parked.is_none());
-    old.lent.is_empty() && lease.is_some_and(|lease| lease.over.is_some() || idle(lease))
+    old.lent.is_empty() && lease.is_some_and(|lease| lease.end_reason.is_some() || idle(lease))
 }
 
 /// The numbers of a message's list. Looked up in the list itself they would cost its length for each chunk

@@ -28,11 +28,11 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::net::host_id;
-use crate::peer::process_lock::{MAX_ENDED, Seal, seal_of};
+use crate::peer::process_lock::{MAX_PROOFS, ProofHash, proof_hash_of};
 
 /// The senders whose end can be proven, and the proofs that are sought.
 #[derive(Debug)]
-pub(super) struct Fences {
+pub(super) struct WriteFences {
     senders: BTreeMap<SenderId, Known>,
     next: u64,
     /// One watch a sender, however many leases it has left: its end proves them all.
@@ -52,7 +52,7 @@ struct Known {
     /// Older ones have smaller numbers.
     order: u64,
     process: Option<Arc<AsyncFd<OwnedFd>>>,
-    seal: Option<Seal>,
+    proof_hash: Option<ProofHash>,
     life: Life,
 }
 
@@ -85,7 +85,7 @@ enum Step {
     Settled(SenderId),
 }
 
-/// What [`Fences::next`] yields.
+/// What [`WriteFences::next`] yields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum News {
     /// A grace period has begun: whatever is still under way must get to arrive.
@@ -103,7 +103,7 @@ const MAX_STEPS: usize = 4096;
 /// Senders whose end would be known; beyond it old ones are forgotten.
 const MAX_SENDERS: usize = 1024;
 
-impl Fences {
+impl WriteFences {
     /// Nothing is known. `grace`: of senders on other hosts.
     pub(super) fn new(grace: Duration) -> Self {
         Self {
@@ -123,18 +123,18 @@ impl Fences {
             id: hello.id.clone(),
             epoch: hello.epoch,
         };
-        for secret in hello.ended.iter().take(MAX_ENDED) {
-            self.vouched(seal_of(secret));
+        for secret in hello.ended.iter().take(MAX_PROOFS) {
+            self.vouched(proof_hash_of(secret));
         }
         if !self.senders.contains_key(&sender) {
             let process = (hello.host == host_id::identity())
                 .then(|| open(&sender, hello.pid))
                 .flatten();
-            let seal = Seal::try_from(&hello.seal[..]).ok();
-            self.look_for_namesakes(&sender, seal);
+            let proof_hash = ProofHash::try_from(&hello.seal[..]).ok();
+            self.look_for_namesakes(&sender, proof_hash);
             let known = Known {
                 process,
-                seal,
+                proof_hash,
                 ..Known::default()
             };
             self.insert(sender, known, from);
@@ -143,11 +143,10 @@ impl Fences {
 
     /// Says so if two senders seem to have one name. Neither harms the other's requests, but what one
     /// leaves in quarantine counts for both.
-    fn look_for_namesakes(&self, sender: &SenderId, seal: Option<Seal>) {
-        let other = self
-            .senders
-            .iter()
-            .find(|(other, known)| other.id == sender.id && known.seal != seal && known.may_live());
+    fn look_for_namesakes(&self, sender: &SenderId, proof_hash: Option<ProofHash>) {
+        let other = self.senders.iter().find(|(other, known)| {
+            other.id == sender.id && known.proof_hash != proof_hash && known.may_live()
+        });
         if let Some((other, _)) = other {
             warn!(
                 sender = sender.id, epoch = %sender.epoch, other = %other.epoch,
@@ -202,11 +201,11 @@ impl Fences {
         }
     }
 
-    /// The processes with this seal have ended: of one process there is a sender for each rank and cut.
-    fn vouched(&mut self, seal: Seal) {
+    /// The processes with this proof hash have ended: of one process there is a sender for each rank and cut.
+    fn vouched(&mut self, proof_hash: ProofHash) {
         for (sender, known) in &mut self.senders {
             let room = self.steps.len() < MAX_STEPS;
-            if room && known.seal == Some(seal) && known.life == Life::Unknown {
+            if room && known.proof_hash == Some(proof_hash) && known.life == Life::Unknown {
                 known.life = Life::Ended;
                 info!(
                     sender = sender.id, grace = ?self.grace,

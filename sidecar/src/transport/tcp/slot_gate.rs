@@ -13,21 +13,21 @@ use protocol::{LeaseId, SlotIndex};
 
 use super::frame::{Part, Refusal};
 
-/// The gates of a landing buffer, over all its cuts.
+/// The gates of a landing buffer, through all its slot layouts.
 #[derive(Debug, Default)]
-pub(super) struct Gates {
-    cut: Mutex<Arc<Cut>>,
+pub(super) struct SlotGates {
+    layout: Mutex<Arc<SlotLayout>>,
 }
 
 /// One division of the buffer into slots.
 #[derive(Debug, Default)]
-pub(super) struct Cut {
+pub(super) struct SlotLayout {
     slot_bytes: u64,
-    gates: Vec<RwLock<Gate>>,
+    gates: Vec<RwLock<SlotGate>>,
 }
 
 #[derive(Debug, Default)]
-struct Gate {
+struct SlotGate {
     open_to: Option<LeaseId>,
     /// Counts openings: a write that was admitted through an earlier one does not pass, even if a
     /// slot is opened to the same lease again.
@@ -45,30 +45,30 @@ pub(super) struct Pass {
     pub(super) bytes: u64,
 }
 
-impl Gates {
+impl SlotGates {
     /// Closes every gate and begins anew with `slots` slots of `slot_bytes` bytes.
-    pub(super) fn cut(&self, slots: u32, slot_bytes: u64) {
-        let new = Arc::new(Cut {
+    pub(super) fn divide(&self, slots: u32, slot_bytes: u64) {
+        let new = Arc::new(SlotLayout {
             slot_bytes,
             gates: (0..slots).map(|_| RwLock::default()).collect(),
         });
         let old = std::mem::replace(
-            &mut *self.cut.lock().unwrap_or_else(PoisonError::into_inner),
+            &mut *self.layout.lock().unwrap_or_else(PoisonError::into_inner),
             new,
         );
         (0..old.slots()).for_each(|slot| old.close(slot));
     }
 
     /// The division that is in force.
-    pub(super) fn current(&self) -> Arc<Cut> {
-        Arc::clone(&self.cut.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(super) fn current(&self) -> Arc<SlotLayout> {
+        Arc::clone(&self.layout.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Writes under `lease` may land in `slot` from now on.
     pub(super) fn open(&self, lease: LeaseId, slot: SlotIndex) {
-        let cut = self.current();
-        let Some(gate) = cut.gate(slot.0) else {
-            tracing::error!(%slot, %lease, slots = cut.slots(), "a slot that does not exist was opened");
+        let layout = self.current();
+        let Some(gate) = layout.gate(slot.0) else {
+            tracing::error!(%slot, %lease, slots = layout.slots(), "a slot that does not exist was opened");
             return;
         };
         let mut gate = gate.write().unwrap_or_else(PoisonError::into_inner);
@@ -82,10 +82,10 @@ impl Gates {
     }
 }
 
-impl Cut {
-    /// Slots; 0 before the first cut.
+impl SlotLayout {
+    /// Slots; 0 before the first slot layout.
     pub(super) fn slots(&self) -> u32 {
-        // `cut` made them from a u32.
+        // `divide` made them from a u32.
         u32::try_from(self.gates.len()).unwrap_or(u32::MAX)
     }
 
@@ -136,7 +136,7 @@ impl Cut {
         }
     }
 
-    fn gate(&self, slot: u32) -> Option<&RwLock<Gate>> {
+    fn gate(&self, slot: u32) -> Option<&RwLock<SlotGate>> {
         self.gates.get(usize::try_from(slot).ok()?)
     }
 }
@@ -160,10 +160,10 @@ mod tests {
 
     #[test]
     fn only_the_lease_passes_and_only_within_the_slot() {
-        let gates = Gates::default();
+        let gates = SlotGates::default();
         let refusal = |lease, part| gates.current().admit(lease, part).map(drop);
         assert_eq!(refusal(LEASE, part(0, 0, 1)), Err(Refusal::Bounds));
-        gates.cut(4, 100);
+        gates.divide(4, 100);
         gates.open(LEASE, SlotIndex(2));
         gates.open(LEASE, SlotIndex(4));
         for (lease, part, expect) in [
@@ -184,34 +184,34 @@ mod tests {
 
     #[test]
     fn a_pass_ends_with_its_opening() {
-        let gates = Gates::default();
-        gates.cut(2, 10);
+        let gates = SlotGates::default();
+        gates.divide(2, 10);
         gates.open(LEASE, SlotIndex(1));
-        let cut = gates.current();
-        let pass = cut.admit(LEASE, part(1, 0, 1)).unwrap();
-        assert_eq!(cut.through(&pass, || 1), Some(1));
+        let layout = gates.current();
+        let pass = layout.admit(LEASE, part(1, 0, 1)).unwrap();
+        assert_eq!(layout.through(&pass, || 1), Some(1));
         gates.close(SlotIndex(1));
-        assert_eq!(cut.through(&pass, || 1), None);
+        assert_eq!(layout.through(&pass, || 1), None);
         gates.open(LEASE, SlotIndex(1));
-        assert_eq!(cut.through(&pass, || 1), None, "the old opening");
-        let pass = cut.admit(LEASE, part(1, 0, 1)).unwrap();
-        gates.cut(2, 10);
+        assert_eq!(layout.through(&pass, || 1), None, "the old opening");
+        let pass = layout.admit(LEASE, part(1, 0, 1)).unwrap();
+        gates.divide(2, 10);
         gates.open(LEASE, SlotIndex(1));
-        assert_eq!(cut.through(&pass, || 1), None, "the old cut");
+        assert_eq!(layout.through(&pass, || 1), None, "the old cut");
     }
 
     #[test]
     fn closing_waits_for_who_is_inside() {
-        let gates = Arc::new(Gates::default());
-        gates.cut(1, 10);
+        let gates = Arc::new(SlotGates::default());
+        gates.divide(1, 10);
         gates.open(LEASE, SlotIndex(0));
-        let cut = gates.current();
-        let pass = cut.admit(LEASE, part(0, 0, 1)).unwrap();
+        let layout = gates.current();
+        let pass = layout.admit(LEASE, part(0, 0, 1)).unwrap();
         let inside = Barrier::new(2);
         let landed = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                cut.through(&pass, || {
+                layout.through(&pass, || {
                     inside.wait();
                     std::thread::yield_now();
                     landed.store(true, Ordering::SeqCst);

@@ -96,8 +96,9 @@ pub enum Event {
         /// It knows the slots as they are now; else it is lent none.
         linked: bool,
     },
-    /// The answer to [`Action::Look`].
-    Looked {
+    /// The answer to [`Action::CheckCanary`].
+    #[serde(rename = "Looked")]
+    CanaryChecked {
         /// Slots of which no mark is left.
         gone: Vec<SlotIndex>,
         /// Slots of which some marks still stand.
@@ -172,8 +173,9 @@ pub enum Action {
         /// The slot.
         slot: SlotIndex,
     },
-    /// Look which of these slots still have marks, then say [`Event::Looked`].
-    Look {
+    /// Look which of these slots still have marks, then say [`Event::CanaryChecked`].
+    #[serde(rename = "Look")]
+    CheckCanary {
         /// The slots.
         slots: Vec<SlotIndex>,
     },

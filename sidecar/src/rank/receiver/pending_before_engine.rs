@@ -6,7 +6,7 @@ use protocol::receiver::Route;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub(super) struct Early {
+pub(super) struct PendingBeforeEngine {
     /// Of the init port.
     introductions: Vec<(Route, Vec<u8>)>,
     /// Of the alloc port, of senders that have known us before.
@@ -14,15 +14,15 @@ pub(super) struct Early {
 }
 
 /// Requests of each kind; a peer beyond it is disconnected, and asks again.
-const MAX_EARLY: usize = 64;
+const MAX_PENDING: usize = 64;
 /// Of those on the init port: LMCache's have some kilobytes of metadata, and may have 4 MiB.
 const MAX_BYTES: usize = 8 << 20;
 
-impl Early {
+impl PendingBeforeEngine {
     /// Whether one more request of the init port may wait.
     pub(super) fn has_room_for(&self, request: &[u8]) -> bool {
         let held: usize = self.introductions.iter().map(|(_, b)| b.len()).sum();
-        self.introductions.len() < MAX_EARLY && held + request.len() <= MAX_BYTES
+        self.introductions.len() < MAX_PENDING && held + request.len() <= MAX_BYTES
     }
 
     /// Keeps a request of the init port.
@@ -32,7 +32,7 @@ impl Early {
 
     /// Whether one more question may wait.
     pub(super) fn has_room(&self) -> bool {
-        self.asks.len() < MAX_EARLY
+        self.asks.len() < MAX_PENDING
     }
 
     /// Keeps a question.
@@ -42,12 +42,12 @@ impl Early {
 
     /// A connection of the init port has ended.
     pub(super) fn lost_init(&mut self, route: Route) {
-        self.introductions.retain(|(early, _)| *early != route);
+        self.introductions.retain(|(pending, _)| *pending != route);
     }
 
     /// A connection of the alloc port has ended.
     pub(super) fn lost_alloc(&mut self, route: Route) {
-        self.asks.retain(|(early, _)| *early != route);
+        self.asks.retain(|(pending, _)| *pending != route);
     }
 
     /// The requests of the init port, in order.

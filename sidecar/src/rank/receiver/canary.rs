@@ -10,11 +10,11 @@ use crate::memory::{Buffer, Rows};
 
 /// What was put into which slot.
 #[derive(Debug, Default)]
-pub(super) struct Marks {
-    marks: BTreeMap<SlotIndex, [u8; MARK_BYTES]>,
+pub(super) struct Canaries {
+    canaries: BTreeMap<SlotIndex, [u8; MARK_BYTES]>,
 }
 
-impl Marks {
+impl Canaries {
     /// Puts a fresh mark all over a slot.
     ///
     /// # Errors
@@ -25,13 +25,13 @@ impl Marks {
         let (rows, count) = steps(start, bytes);
         buffer.copy_in_rows(rows, &mark.repeat(count))?;
         buffer.copy_in(start + last(bytes), &mark)?;
-        self.marks.insert(slot, mark);
+        self.canaries.insert(slot, mark);
         Ok(())
     }
 
     /// Whether every mark of a slot is gone; not if it never had one, or cannot be read.
     pub(super) fn gone(&self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> bool {
-        let Some(mark) = self.marks.get(&slot) else {
+        let Some(mark) = self.canaries.get(&slot) else {
             return false;
         };
         // The last first: it is the one that most likely still stands.
@@ -87,33 +87,36 @@ mod tests {
             .chain([last(bytes)])
     }
 
-    fn slots_of(bytes: u64) -> (std::sync::Arc<Buffer>, Marks) {
+    fn slots_of(bytes: u64) -> (std::sync::Arc<Buffer>, Canaries) {
         let buffer = Buffer::memfd("marks", 2 * bytes).unwrap();
-        let mut marks = Marks::default();
-        marks.put(&buffer, SlotIndex(1), bytes).unwrap();
-        (buffer, marks)
+        let mut canaries = Canaries::default();
+        canaries.put(&buffer, SlotIndex(1), bytes).unwrap();
+        (buffer, canaries)
     }
 
     #[test]
     fn one_that_still_stands_is_seen() {
         for bytes in [16, 4096, 5000, 1 << 20, 9_000_000] {
-            let (buffer, marks) = slots_of(bytes);
-            assert!(!marks.gone(&buffer, SlotIndex(1), bytes), "nothing written");
+            let (buffer, canaries) = slots_of(bytes);
+            assert!(
+                !canaries.gone(&buffer, SlotIndex(1), bytes),
+                "nothing written"
+            );
             let data = vec![7; usize::try_from(bytes).unwrap()];
             buffer.copy_in(bytes, &data).unwrap();
             assert!(
-                marks.gone(&buffer, SlotIndex(1), bytes),
+                canaries.gone(&buffer, SlotIndex(1), bytes),
                 "all of it written"
             );
             for place in places(bytes).step_by(97).chain([bytes - 16]) {
-                let (buffer, marks) = slots_of(bytes);
+                let (buffer, canaries) = slots_of(bytes);
                 let at = usize::try_from(place).unwrap();
                 buffer.copy_in(bytes, &data[..at]).unwrap();
                 buffer
                     .copy_in(bytes + place + 16, &data[at + 16..])
                     .unwrap();
                 assert!(
-                    !marks.gone(&buffer, SlotIndex(1), bytes),
+                    !canaries.gone(&buffer, SlotIndex(1), bytes),
                     "all but {place} of {bytes}"
                 );
             }
@@ -122,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_slot_without_marks_is_not_taken_for_written() {
-        let (buffer, marks) = slots_of(4096);
-        assert!(!marks.gone(&buffer, SlotIndex(0), 4096));
+        let (buffer, canaries) = slots_of(4096);
+        assert!(!canaries.gone(&buffer, SlotIndex(0), 4096));
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// makes the copy that it waits for slower. So: spin as long as a small write takes, then let others
 /// run first, then sleep, longer the longer nothing comes. Anything that moves starts over.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct PollBackoff {
     quiet_since: Option<Instant>,
     slept: bool,
 }
@@ -22,7 +22,7 @@ pub(super) enum Wait {
     Sleep(Duration),
 }
 
-impl Pace {
+impl PollBackoff {
     /// After a round of polling in which something moved, or not.
     pub(super) fn wait(&mut self, moved: bool, now: Instant) -> Wait {
         if moved {
@@ -92,10 +92,13 @@ mod tests {
 
     #[test]
     fn quiet_polls_get_rarer_and_movement_starts_over() {
-        let mut pace = Pace::default();
+        let mut backoff = PollBackoff::default();
         let start = Instant::now();
         let mut check = |us, moved, expect| {
-            assert_eq!(pace.wait(moved, start + Duration::from_micros(us)), expect);
+            assert_eq!(
+                backoff.wait(moved, start + Duration::from_micros(us)),
+                expect
+            );
         };
         check(0, true, Wait::Spin);
         check(10, false, Wait::Spin);
@@ -113,13 +116,13 @@ mod tests {
 
     #[test]
     fn who_only_expects_never_spins() {
-        let mut pace = Pace::default();
+        let mut backoff = PollBackoff::default();
         let start = Instant::now();
-        assert_eq!(pace.expect(start), Wait::Sleep(NAP));
-        assert_eq!(pace.busy(), BUSY_COLD);
+        assert_eq!(backoff.expect(start), Wait::Sleep(NAP));
+        assert_eq!(backoff.busy(), BUSY_COLD);
         let later = start + DROWSE + Duration::from_millis(1);
-        assert_eq!(pace.expect(later), Wait::Sleep(LONG));
+        assert_eq!(backoff.expect(later), Wait::Sleep(LONG));
         // Bytes came: the next ones follow at once.
-        assert_eq!(pace.wait(true, later), Wait::Spin);
+        assert_eq!(backoff.wait(true, later), Wait::Spin);
     }
 }

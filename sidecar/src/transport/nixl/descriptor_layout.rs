@@ -7,28 +7,28 @@ use protocol::sender::Piece;
 
 use super::wire::Wire;
 
-/// How a buffer of slots is divided into descriptors.
+/// The division of a buffer of slots into descriptors.
 ///
 /// A descriptor is smaller than a slot, so that a partial chunk is written without the rest of its
 /// slot. Descriptors are the same on both sides, slot by slot, so that equal positions in a slot
 /// have equal lengths; the last of a slot may be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cut {
+pub(super) struct DescriptorLayout {
     pub(super) slots: u32,
     pub(super) slot_bytes: u64,
     descriptor_bytes: u64,
     per_slot: u64,
 }
 
-/// The buffer as it is cut now.
+/// The present descriptor layout, and the list that NIXL prepared for it.
 #[derive(Clone, Debug)]
 pub(super) struct Slots {
-    pub(super) cut: Cut,
+    pub(super) layout: DescriptorLayout,
     pub(super) list: Rc<LocalList>,
 }
 
-impl Cut {
-    /// `None` if there is nothing to cut, or more than NIXL's indices can name.
+impl DescriptorLayout {
+    /// `None` if there is nothing to divide, or more than NIXL's indices can name.
     pub(super) fn new(slots: u32, slot_bytes: u64, wire: Wire) -> Option<Self> {
         if slots == 0 || slot_bytes == 0 {
             return None;
@@ -143,9 +143,9 @@ mod tests {
     fn descriptors_cover_each_slot_once_and_in_order() {
         for wire in [Wire::Descriptors, Wire::Streams] {
             for slot_bytes in [1, 4096, 100_000, MIB, MIB + 1, 3 * MIB + 512, 32 * MIB] {
-                let cut = Cut::new(5, slot_bytes, wire).unwrap();
+                let layout = DescriptorLayout::new(5, slot_bytes, wire).unwrap();
                 let mut at = 0;
-                for (offset, bytes) in cut.ranges() {
+                for (offset, bytes) in layout.ranges() {
                     assert_eq!(offset, at, "{wire:?} {slot_bytes}");
                     assert!(bytes > 0);
                     at += bytes;
@@ -157,18 +157,18 @@ mod tests {
 
     #[test]
     fn what_cannot_be_indexed_is_not_cut() {
-        assert_eq!(Cut::new(0, MIB, Wire::Streams), None);
-        assert_eq!(Cut::new(1, 0, Wire::Streams), None);
-        assert_eq!(Cut::new(u32::MAX, MIB, Wire::Streams), None);
-        assert_eq!(Cut::new(2, u64::MAX, Wire::Descriptors), None);
+        assert_eq!(DescriptorLayout::new(0, MIB, Wire::Streams), None);
+        assert_eq!(DescriptorLayout::new(1, 0, Wire::Streams), None);
+        assert_eq!(DescriptorLayout::new(u32::MAX, MIB, Wire::Streams), None);
+        assert_eq!(DescriptorLayout::new(2, u64::MAX, Wire::Descriptors), None);
     }
 
     #[test]
     fn a_partial_chunk_takes_the_descriptors_that_it_touches() {
-        let cut = Cut::new(4, 4 * MIB, Wire::Descriptors).unwrap();
+        let layout = DescriptorLayout::new(4, 4 * MIB, Wire::Descriptors).unwrap();
         let check = |bytes, expect: i32| {
-            let batches = cut.batches(&[piece(1, 3, bytes)], 4, u64::MAX).unwrap();
-            let per_slot = i32::try_from(cut.per_slot).unwrap();
+            let batches = layout.batches(&[piece(1, 3, bytes)], 4, u64::MAX).unwrap();
+            let per_slot = i32::try_from(layout.per_slot).unwrap();
             match expect {
                 0 => assert_eq!(batches, []),
                 n => {
@@ -181,7 +181,7 @@ mod tests {
                 }
             }
         };
-        assert_eq!(cut.descriptor_bytes, 64 * KIB);
+        assert_eq!(layout.descriptor_bytes, 64 * KIB);
         check(0, 0);
         check(1, 1);
         check(64 * KIB, 1);
@@ -191,12 +191,12 @@ mod tests {
 
     #[test]
     fn a_part_of_a_chunk_takes_its_descriptors_only() {
-        let cut = Cut::new(4, 4 * MIB, Wire::Descriptors).unwrap();
+        let layout = DescriptorLayout::new(4, 4 * MIB, Wire::Descriptors).unwrap();
         let part = Piece {
             offset: 128 * KIB,
             ..piece(1, 3, 192 * KIB)
         };
-        let batches = cut.batches(&[part], 4, u64::MAX).unwrap();
+        let batches = layout.batches(&[part], 4, u64::MAX).unwrap();
         assert_eq!(batches[0].from, [66, 67, 68]);
         assert_eq!(batches[0].to, [194, 195, 196]);
         for (offset, bytes) in [(1, 1), (4 * MIB, 1), (64 * KIB, 4 * MIB)] {
@@ -204,16 +204,16 @@ mod tests {
                 offset,
                 ..piece(0, 0, bytes)
             };
-            assert_eq!(cut.batches(&[bad], 4, u64::MAX), Err(bad));
+            assert_eq!(layout.batches(&[bad], 4, u64::MAX), Err(bad));
         }
     }
 
     #[test]
     fn batches_are_bounded_and_lose_nothing() {
-        let cut = Cut::new(8, MIB, Wire::Streams).unwrap();
+        let layout = DescriptorLayout::new(8, MIB, Wire::Streams).unwrap();
         let pieces: Vec<Piece> = (0..8).map(|i| piece(i, 7 - i, MIB)).collect();
-        let whole = cut.batches(&pieces, 8, u64::MAX).unwrap();
-        let parts = cut.batches(&pieces, 8, 2 * MIB).unwrap();
+        let whole = layout.batches(&pieces, 8, u64::MAX).unwrap();
+        let parts = layout.batches(&pieces, 8, 2 * MIB).unwrap();
         assert_eq!((whole.len(), parts.len()), (1, 4));
         let joined: Vec<i32> = parts.iter().flat_map(|part| part.to.clone()).collect();
         assert_eq!(joined, whole[0].to);
@@ -221,10 +221,10 @@ mod tests {
 
     #[test]
     fn pieces_outside_either_buffer_are_named() {
-        let cut = Cut::new(4, MIB, Wire::Streams).unwrap();
+        let layout = DescriptorLayout::new(4, MIB, Wire::Streams).unwrap();
         for bad in [piece(4, 0, 1), piece(0, 2, 1), piece(0, 0, MIB + 1)] {
             let pieces = [piece(0, 0, MIB), bad];
-            assert_eq!(cut.batches(&pieces, 2, u64::MAX), Err(bad));
+            assert_eq!(layout.batches(&pieces, 2, u64::MAX), Err(bad));
         }
     }
 }

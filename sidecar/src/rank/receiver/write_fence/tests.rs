@@ -27,20 +27,20 @@ fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
         transports: Vec::new(),
         host: "another".to_owned(),
         pid: 1,
-        seal: ByteBuf::from(seal_of(&[secret; 32])),
+        seal: ByteBuf::from(proof_hash_of(&[secret; 32])),
         ended: ended.iter().map(secret_of).collect(),
         refused: None,
     }
 }
 
 /// The next news, if there are any within `time`.
-async fn within(fences: &mut Fences, time: Duration) -> Option<News> {
+async fn within(fences: &mut WriteFences, time: Duration) -> Option<News> {
     tokio::time::timeout(time, fences.next()).await.ok()
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_successor_on_another_host_vouches_for_the_one_before() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None, "it may live");
@@ -63,7 +63,7 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_ends_within_the_grace_waits_for_its_end() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, REMOTE / 2).await, None);
@@ -75,21 +75,21 @@ async fn a_lease_that_ends_within_the_grace_waits_for_its_end() {
 
 #[tokio::test(start_paused = true)]
 async fn a_new_epoch_alone_proves_nothing() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
     // A second sidecar of the same name, a secret that nobody has, and one that is not even a secret.
     fences.introduce(&hello(2, 2, &[]), FROM);
     fences.introduce(&hello(3, 3, &[9]), FROM);
     let mut odd = hello(4, 4, &[]);
-    odd.ended = vec![ByteBuf::from(seal_of(&[1; 32])), ByteBuf::new()];
+    odd.ended = vec![ByteBuf::from(proof_hash_of(&[1; 32])), ByteBuf::new()];
     fences.introduce(&odd, FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
 }
 
 #[tokio::test(start_paused = true)]
 async fn who_shows_no_seal_is_never_vouched_for() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     let mut old = hello(1, 1, &[]);
     old.seal = ByteBuf::new();
     fences.introduce(&old, FROM);
@@ -103,7 +103,7 @@ async fn who_shows_no_seal_is_never_vouched_for() {
 /// Each rank, and each cut of the buffers, has an epoch of its own.
 #[tokio::test(start_paused = true)]
 async fn all_senders_of_a_process_end_with_it() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     for epoch in [1, 2] {
         fences.introduce(&hello(epoch, 1, &[]), FROM);
         fences.seek(sender(epoch), LeaseId(epoch));
@@ -123,7 +123,7 @@ async fn a_process_on_this_host_is_watched() {
         .arg("100")
         .spawn()
         .unwrap();
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     let mut local = hello(1, 1, &[]);
     (local.host, local.pid) = (host_id::identity(), child.id());
     fences.introduce(&local, FROM);
@@ -141,7 +141,7 @@ async fn a_process_on_this_host_is_watched() {
 /// Everybody is told what we call this host, and anybody can make up names.
 #[tokio::test(start_paused = true)]
 async fn a_crowd_of_names_pushes_out_none_of_another_host() {
-    let mut fences = Fences::new(REMOTE);
+    let mut fences = WriteFences::new(REMOTE);
     // The first name in the alphabet, and the oldest.
     fences.introduce(&hello(1, 1, &[]), FROM);
     for n in 0..3 * MAX_SENDERS as u64 {

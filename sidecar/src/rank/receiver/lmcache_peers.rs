@@ -14,7 +14,7 @@ use crate::net::socket_owner;
 
 /// Who has been told of our slots, and the connections that have been looked at.
 #[derive(Debug, Default)]
-pub(super) struct Strangers {
+pub(super) struct LmcachePeers {
     known: BTreeMap<Route, SenderId>,
     shown: BTreeSet<Shown>,
     /// Processes behind connections of the init port: to find one all of /proc is read, so once a connection.
@@ -31,7 +31,7 @@ enum Shown {
 
 /// What an alloc connection turned out to be.
 #[derive(Debug)]
-pub(super) struct Stranger {
+pub(super) struct LmcachePeer {
     pub(super) sender: SenderId,
     /// Its process, if it runs on this host.
     pub(super) process: Option<u32>,
@@ -42,7 +42,7 @@ pub(super) struct Stranger {
 /// How many senders are remembered; beyond it all are forgotten, and decode sides compute for a while.
 const MAX_SHOWN: usize = 4096;
 
-impl Strangers {
+impl LmcachePeers {
     /// A sender has been told of the slots: `name` is what it calls itself, empty if synchronous.
     /// Says whether it is one more.
     pub(super) fn show(&mut self, route: Route, from: &str, to_port: u16, name: &str) -> bool {
@@ -68,7 +68,7 @@ impl Strangers {
         from: &str,
         to_port: u16,
         identity: &str,
-    ) -> Option<Stranger> {
+    ) -> Option<LmcachePeer> {
         if self.known.contains_key(&route) {
             return None;
         }
@@ -85,7 +85,7 @@ impl Strangers {
             epoch: Epoch(0),
         };
         self.known.insert(route, sender.clone());
-        Some(Stranger {
+        Some(LmcachePeer {
             sender,
             process,
             linked: self.shown.contains(&shown),

@@ -26,12 +26,12 @@ use super::frame::{Answer, Part, Write};
 use super::socket::{Waker, poll_for};
 use crate::memory::{Buffer, Outlet};
 use crate::transport::readiness::{LOOK, sleep_exactly};
-use crate::transport::{Outcome, Ready, Standing};
+use crate::transport::{Outcome, Readiness, Ready};
 
-/// The handle of a lane. Dropping it ends the thread once its jobs have ended, which their stall
+/// The handle of one sending connection. Dropping it ends the thread once its jobs have ended, which their stall
 /// time bounds.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct ConnectionWriter {
     queue: Arc<Queue>,
 }
 
@@ -71,7 +71,7 @@ enum State {
     Dead(String),
 }
 
-impl Lane {
+impl ConnectionWriter {
     /// Takes over a connection that has been welcomed.
     pub(super) fn start(
         socket: TcpStream,
@@ -133,7 +133,7 @@ impl Lane {
     }
 }
 
-impl Drop for Lane {
+impl Drop for ConnectionWriter {
     fn drop(&mut self) {
         let mut state = self.queue.lock();
         if let State::Open(jobs) = &mut *state {
@@ -279,14 +279,14 @@ impl Worker {
         let mut at = 0;
         while let Some(job) = jobs.get_mut(at) {
             let error = match job.ready.look() {
-                Standing::There => return jobs.remove(at),
-                Standing::NotYet if job.queued.elapsed() < self.stall => {
+                Readiness::There => return jobs.remove(at),
+                Readiness::NotYet if job.queued.elapsed() < self.stall => {
                     self.awaiting = true;
                     at += 1;
                     continue;
                 }
-                Standing::NotYet => format!("not ready within {:?}", self.stall),
-                Standing::Never(why) => why,
+                Readiness::NotYet => format!("not ready within {:?}", self.stall),
+                Readiness::Never(why) => why,
             };
             if let Some(job) = jobs.remove(at) {
                 let terminal = true;
