@@ -127,3 +127,6 @@ pub struct NotifX {
     /// The wire that was used.
     pub transport: String,
 }
+
+/// The ZeroMQ identity of a proxy's registration port, by which a sidecar knows it from LMCache's proxy.
+pub const PROXY_NAME: &str = "pd-proxy";

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use omq_tokio::endpoint::Endpoint;
 use omq_tokio::{Message, Options, Socket, SocketType};
+use protocol::registration::PROXY_NAME;
 
 /// The bound registration socket.
 #[derive(Debug)]
@@ -48,7 +49,8 @@ impl Registrations {
     /// # Errors
     /// The address is in use, not ours, or not permitted.
     pub async fn bind(address: SocketAddr) -> Result<Self, PortError> {
-        Self::bind_as(SocketType::Pull, address).await
+        let named = Options::default().identity(PROXY_NAME);
+        Self::bind_as(SocketType::Pull, named, address).await
     }
 
     /// Binds the port of P2P NCCL instances, which are DEALERs.
@@ -56,12 +58,16 @@ impl Registrations {
     /// # Errors
     /// The address is in use, not ours, or not permitted.
     pub async fn bind_router(address: SocketAddr) -> Result<Self, PortError> {
-        Self::bind_as(SocketType::Router, address).await
+        Self::bind_as(SocketType::Router, Options::default(), address).await
     }
 
-    async fn bind_as(kind: SocketType, address: SocketAddr) -> Result<Self, PortError> {
+    async fn bind_as(
+        kind: SocketType,
+        options: Options,
+        address: SocketAddr,
+    ) -> Result<Self, PortError> {
         let failed = |text: String| PortError::Bind { address, text };
-        let options = Options::default()
+        let options = options
             .max_message_size(MAX_MESSAGE_BYTES)
             .max_pending_handshakes(MAX_PENDING_HANDSHAKES)
             .handshake_timeout(HANDSHAKE_TIMEOUT)

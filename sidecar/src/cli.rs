@@ -108,7 +108,7 @@ pub(crate) struct Overrides {
     /// Receiver: port of the alloc requests, one a rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     alloc_port: Option<String>,
-    /// The proxy's registration port.
+    /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
     #[arg(long, value_name = "HOST:PORT")]
     proxy: Option<String>,
     /// Buffer of each rank, such as 4GiB.

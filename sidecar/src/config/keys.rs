@@ -62,7 +62,7 @@ keys! {
         /// Receiver: port on which LMCache's bidirectional senders ask what they could read back, one a
         /// rank. The answer is always nothing: slots are transit.
         pd_peer_query_port: Ports = Default::None;
-        /// Host of the proxy's registration port.
+        /// Host of the proxy's registration port, or of LMCache's own proxy.
         pd_proxy_host: Host = Default::None, also "nixl_proxy_host";
         /// The proxy's registration port.
         pd_proxy_port: Port = Default::None, also "nixl_proxy_port";
@@ -101,7 +101,7 @@ keys! {
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
         /// Base URL of the engine's OpenAI server, as the proxy reaches it.
         engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
-        /// The proxy's registration port.
+        /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
         /// Host that others reach this machine at, where an address above is `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");

@@ -154,6 +154,8 @@ pub(crate) struct Proxy {
     pub(crate) engine_url: String,
     /// Time between two registrations.
     pub(crate) period: Duration,
+    /// LMCache's keys name it, so it may be LMCache's own proxy.
+    pub(crate) may_be_lmcaches: bool,
 }
 
 /// Bounds of every wait. Each is described at its key.

@@ -22,7 +22,7 @@ use omq_tokio::{Endpoint, Message, Options, ReconnectPolicy, Socket};
 use tracing::warn;
 
 pub(crate) use dealer::{DealerClient, FromServer};
-pub(crate) use push::Push;
+pub(crate) use push::{Listener, Push};
 pub(crate) use requester::{RequestError, Requester};
 pub(crate) use router::{FromPeer, RouterServer};
 pub(crate) use traffic::Traffic;

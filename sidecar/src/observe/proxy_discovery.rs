@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{HostPort, ProxyAddress, read};
-use crate::net::zmq::{Closed, Push};
+use crate::net::zmq::{Closed, Listener, Push};
 use crate::observe::registration::{Outlet, Refused};
 
 /// The outlet to the proxy. What is said while nobody knows where it is is dropped and counted:
@@ -61,6 +61,15 @@ impl Outlet for ProxyDiscovery {
         }
         let push = self.push.as_mut().ok_or(Refused)?;
         push.send(payload).map_err(|_| Refused)
+    }
+
+    fn listener(&mut self) -> BoxFuture<'_, Listener> {
+        Box::pin(async {
+            match &self.push {
+                Some(push) => push.listener().await,
+                None => Listener::Nobody,
+            }
+        })
     }
 
     fn close(self) -> BoxFuture<'static, ()> {

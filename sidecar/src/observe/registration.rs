@@ -2,9 +2,13 @@
 //!
 //! One way: the proxy acknowledges by calling back the admin server. Everything goes through one
 //! task that owns the socket; whoever has something to say never waits for it.
+//!
+//! LMCache's proxy listens on such a port too. It calls nobody back, and closes the port for good at a
+//! message that it does not know, so that each of its clients waits without end. Where LMCache's keys name
+//! the proxy, the task therefore looks first which of the two is connected.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use protocol::codec;
@@ -15,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
+use crate::net::zmq::Listener;
 use crate::observe::metrics::{DeliveryResult, Metrics};
 use crate::observe::status::Status;
 
@@ -25,6 +30,9 @@ pub(crate) trait Outlet: Send + 'static {
     /// # Errors
     /// The message is dropped.
     fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused>;
+
+    /// Returns the kind of proxy that is connected now. Waits for the socket's own task alone.
+    fn listener(&mut self) -> BoxFuture<'_, Listener>;
 
     /// Flushes for a bounded time and closes.
     fn close(self) -> BoxFuture<'static, ()>;
@@ -94,10 +102,10 @@ impl<O: Outlet> Registration<O> {
     /// Registers at once, at every period, and when readiness changes, until `drain`: then leaves, but
     /// still carries what the sides say, until `stop` or the last voice is gone.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
-        let period = self.config.proxy.as_ref().map(|p| p.period);
-        let Some(period) = period.filter(|p| !p.is_zero()) else {
+        let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
             return; // nobody to register with
         };
+        let period = proxy.period;
         let mut ticks = tokio::time::interval(period);
         // After a stall one registration is enough.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -109,42 +117,72 @@ impl<O: Outlet> Registration<O> {
                 () = drain.cancelled(), if !leaving => {
                     leaving = true;
                     info!("leaving the proxy");
-                    self.send(&ToProxy::Leave(self.status.leave()));
+                    self.send(&ToProxy::Leave(self.status.leave())).await;
                 }
                 // Before the queue: a stream of messages must not keep the heartbeat back.
-                _ = ticks.tick(), if !leaving => self.register(),
-                () = self.status.changed(), if !leaving => self.register(),
+                _ = ticks.tick(), if !leaving => {
+                    if self.register().await == Listener::Nobody {
+                        ticks.reset_after(period.min(CONNECTING));
+                    }
+                }
+                () = self.status.changed(), if !leaving => {
+                    self.register().await;
+                }
                 message = self.queue.recv() => match message {
-                    Some(message) => self.send(&message),
+                    Some(message) => {
+                        self.send(&message).await;
+                    }
                     None => break,
                 },
             }
         }
         while let Ok(message) = self.queue.try_recv() {
-            self.send(&message);
+            self.send(&message).await;
         }
         if !leaving {
-            self.send(&ToProxy::Leave(self.status.leave()));
+            self.send(&ToProxy::Leave(self.status.leave())).await;
         }
         self.outlet.close().await;
     }
 
-    fn register(&mut self) {
+    async fn register(&mut self) -> Listener {
         let now = Instant::now();
         let register = self.status.registration(&self.config, self.admin_port, now);
-        self.send(&ToProxy::Register(register));
+        self.send(&ToProxy::Register(register)).await
     }
 
-    fn send(&mut self, message: &ToProxy) {
+    /// Sends a message, unless only the other kind of proxy takes it. What waits for a proxy that is away
+    /// reaches the one that comes, which may be LMCache's.
+    async fn send(&mut self, message: &ToProxy) -> Listener {
         let kind = kind(message);
-        let result = match self.outlet.send(codec::encode(message)) {
-            Ok(()) => DeliveryResult::Sent,
-            Err(Refused) => DeliveryResult::Dropped,
+        let listener = self.listener().await;
+        let is_taken = listener == Listener::Proxy || kind == "proxy_notif";
+        if listener == Listener::Lmcache && !is_taken {
+            return listener;
+        }
+        let result = match is_taken && self.outlet.send(codec::encode(message)).is_ok() {
+            true => DeliveryResult::Sent,
+            false => DeliveryResult::Dropped,
         };
         if result == DeliveryResult::Dropped && kind == "leave" {
             warn!("the proxy was not told that this sidecar leaves");
         }
         self.metrics.told_proxy(kind, result);
+        listener
+    }
+
+    async fn listener(&mut self) -> Listener {
+        let Some(proxy) = self.config.proxy.as_ref().filter(|p| p.may_be_lmcaches) else {
+            return Listener::Proxy;
+        };
+        let listener = self.outlet.listener().await;
+        if self.status.listens_to_us(listener) {
+            info!(proxy = %proxy.address, ?listener, "{}", match listener {
+                Listener::Lmcache => "LMCache's proxy: it hears when KV is written, and readiness does not wait for it",
+                _ => "a proxy that takes registrations",
+            });
+        }
+        listener
     }
 }
 
@@ -156,6 +194,9 @@ fn kind(message: &ToProxy) -> &'static str {
         ToProxy::ProxyNotif(_) => "proxy_notif",
     }
 }
+
+/// Time between two looks at a proxy that is not connected yet.
+const CONNECTING: Duration = Duration::from_millis(200);
 
 /// Messages that may wait for the task: two a request, for every request that may be under way.
 const QUEUE: usize = 4096;

@@ -20,7 +20,7 @@ pub(crate) use self::shape::{
 };
 
 use crate::config::Config;
-use crate::net::zmq::Traffic;
+use crate::net::zmq::{Listener, Traffic};
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 use crate::transport::set::Wires;
@@ -73,6 +73,8 @@ struct Inner {
     links: BTreeMap<u32, Vec<LinkRow>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
+    /// The kind of proxy that was connected last.
+    listener: Option<Listener>,
     listens: Vec<Listens>,
 }
 
@@ -128,6 +130,17 @@ impl Status {
     /// The proxy has called back.
     pub(crate) fn acknowledged(&self, proxy: &str, now: Instant) {
         self.inner().acknowledged = Some((now, proxy.to_owned()));
+    }
+
+    /// Notes the kind of proxy that is connected; one that is away may come back. Returns true if it is
+    /// another than before.
+    pub(crate) fn listens_to_us(&self, listener: Listener) -> bool {
+        let mut inner = self.inner();
+        if listener == Listener::Nobody || inner.listener == Some(listener) {
+            return false;
+        }
+        inner.listener = Some(listener);
+        true
     }
 
     /// Every socket on which this process listens.
@@ -247,6 +260,7 @@ impl Status {
             listens: inner.listens.clone(),
             proxy: self.about.proxy.clone().map(|address| ProxyStatus {
                 address,
+                calls_back: inner.listener != Some(Listener::Lmcache),
                 name: inner
                     .acknowledged
                     .as_ref()
@@ -346,7 +360,10 @@ impl Inner {
                 obstacles.push(NotReady::WireEnded(side, rank, wire));
             }
         }
-        if let Some(proxy) = &about.proxy {
+        // LMCache's proxy cannot acknowledge anything.
+        if let Some(proxy) = &about.proxy
+            && self.listener != Some(Listener::Lmcache)
+        {
             let lately = self
                 .acknowledged
                 .as_ref()

@@ -47,6 +47,7 @@ pub(super) fn proxy(
             address,
             engine_url: engine_url.0,
             period,
+            may_be_lmcaches: false,
         });
     }
     let Some(address) = address.filter(|_| !skip) else {
@@ -84,6 +85,7 @@ pub(super) fn proxy(
         address: ProxyAddress::At(address),
         engine_url: engine_url.0,
         period,
+        may_be_lmcaches: sidecar.proxy.is_none(),
     })
 }
 

@@ -2,9 +2,21 @@
 
 use bytes::Bytes;
 use omq_tokio::{Message, Socket, SocketType, TrySendError};
+use protocol::registration::PROXY_NAME;
 use tracing::{debug, warn};
 
 use super::{Closed, MAX_REGISTRATION_BYTES, PUSH_LINGER, SendError, endpoint, options, rare};
+
+/// The kind of proxy behind the registration port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listener {
+    /// No proxy is connected.
+    Nobody,
+    /// A proxy that takes registrations and calls back.
+    Proxy,
+    /// LMCache's, which knows LMCache's messages alone.
+    Lmcache,
+}
 
 /// A PUSH socket to the proxy's registration port. Reconnects by itself.
 #[derive(Debug)]
@@ -49,6 +61,18 @@ impl Push {
                     _ => SendError::Gone,
                 })
             }
+        }
+    }
+
+    /// Returns the kind of proxy that is connected now.
+    pub(crate) async fn listener(&self) -> Listener {
+        let peers = self.socket.connections().await.unwrap_or_default();
+        let Some(peer) = peers.iter().find_map(|peer| peer.peer_info.as_ref()) else {
+            return Listener::Nobody;
+        };
+        match &peer.peer_identity {
+            Some(name) if name == PROXY_NAME => Listener::Proxy,
+            _ => Listener::Lmcache,
         }
     }
 

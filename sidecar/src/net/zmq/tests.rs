@@ -55,11 +55,18 @@ pub(crate) struct Pull {
 
 impl Pull {
     /// Binds `host:port`; port 0 takes any.
-    ///
-    /// # Errors
-    /// See [`BindError`].
     pub(crate) async fn bind(host: &str, port: u16) -> Result<Self, BindError> {
-        let socket = Socket::new(SocketType::Pull, options(MAX_REGISTRATION_BYTES));
+        Self::named("", host, port).await
+    }
+
+    /// The same of a proxy that says its name.
+    pub(crate) async fn named(
+        name: &'static str,
+        host: &str,
+        port: u16,
+    ) -> Result<Self, BindError> {
+        let options = options(MAX_REGISTRATION_BYTES).identity(name);
+        let socket = Socket::new(SocketType::Pull, options);
         let port = bind(&socket, host, port).await?;
         Ok(Self { socket, port })
     }

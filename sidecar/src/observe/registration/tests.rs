@@ -2,7 +2,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use protocol::RequestId;
-use protocol::registration::{Progress, Register};
+use protocol::registration::{PROXY_NAME, Progress, ProxyNotif, Register};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::*;
@@ -24,6 +24,10 @@ impl Outlet for Scripted {
         }
         let message = codec::decode(&payload).expect("what we encode");
         self.taken.send(message).map_err(|_| Refused)
+    }
+
+    fn listener(&mut self) -> BoxFuture<'_, Listener> {
+        Box::pin(std::future::ready(Listener::Proxy))
     }
 
     fn close(self) -> BoxFuture<'static, ()> {
@@ -180,7 +184,9 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
 
 #[tokio::test]
 async fn reaches_a_real_port() {
-    let mut pull = crate::net::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();
+    let mut pull = crate::net::zmq::Pull::named(PROXY_NAME, "127.0.0.1", 0)
+        .await
+        .unwrap();
     let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
         port: pull.port(),
@@ -208,4 +214,52 @@ async fn reaches_a_real_port() {
     }
     task.await.unwrap();
     assert_eq!(kinds[0], "register");
+}
+
+/// LMCache's proxy has a PULL socket and no call-back, and closes it for good at a message that it does not know: a
+/// `Register` would leave each of its clients without an end of its answer.
+#[tokio::test]
+async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
+    let mut pull = crate::net::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();
+    let at = ProxyAddress::At(HostPort {
+        host: "127.0.0.1".to_owned(),
+        port: pull.port(),
+    });
+    let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
+    let config = Arc::new(config(&[]));
+    let status = Arc::new(Status::new(&config));
+    let metrics = Arc::new(Metrics::new(&status));
+    status.bound();
+    let layout = slot_layout();
+    for rank in 0..2 {
+        status.gauges(RankRole::Receiver, rank, &gauges(Some(&layout), 1));
+    }
+    let (voice, task) = Registration::new(outlet, config, 7900, Arc::clone(&status), metrics);
+    let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
+    let task = tokio::spawn(task.run(drain.clone(), stop.clone()));
+    let end = Instant::now() + Duration::from_secs(5);
+    let obstacles = loop {
+        let obstacles = status.obstacles(Instant::now());
+        if obstacles.is_empty() || Instant::now() > end {
+            break obstacles;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    voice.tell(progress());
+    voice.tell(notif());
+    drain.cancel();
+    stop.cancel();
+    let bytes = tokio::time::timeout(Duration::from_secs(10), pull.recv()).await;
+    let first: ToProxy = codec::decode(&bytes.unwrap().unwrap()).unwrap();
+    task.await.unwrap();
+    let rest = tokio::time::timeout(Duration::from_millis(100), pull.recv()).await;
+    assert_eq!((kind(&first), obstacles), ("proxy_notif", Vec::new()));
+    assert!(rest.is_err(), "{rest:?}");
+}
+
+fn notif() -> ToProxy {
+    ToProxy::ProxyNotif(ProxyNotif {
+        req_id: RequestId::from("r1"),
+        x: None,
+    })
 }

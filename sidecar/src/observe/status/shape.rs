@@ -72,7 +72,7 @@ pub(crate) struct LinkRow {
     pub(crate) transport: &'static str,
     /// Why that one.
     pub(crate) why: String,
-    /// What the library says it uses underneath.
+    /// The library's word on itself: of NIXL `UCX_TLS` and UCX's estimate, not the wire in use.
     pub(crate) reported: String,
     /// GB/s (10⁹ bytes) of recent writes; absent before the first.
     pub(crate) measured_gb_per_s: Option<f64>,
@@ -123,6 +123,8 @@ pub(crate) struct Snapshot {
 pub(crate) struct ProxyStatus {
     /// Its registration port.
     pub(crate) address: String,
+    /// It acknowledges registrations; false: it is LMCache's, and readiness does not wait for it.
+    pub(crate) calls_back: bool,
     /// The name under which it last called back; empty before it did.
     pub(crate) name: String,
     /// Milliseconds since it called back.
