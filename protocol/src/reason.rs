@@ -37,9 +37,9 @@ reasons! {
     NoRoom = "no_room",
     /// The send buffer had no room within the wait.
     NoSendRoom = "no_send_room",
-    /// More chunks than the buffer has slots, and the decode request is not parked.
+    /// More chunks than one host may have slots (fifteen sixteenths of them), and the decode request is not parked.
     TooLarge = "too_large",
-    /// The prefill request was cancelled or its client left.
+    /// The prefill request was cancelled, its client left, or its connector waited too long for slots.
     Cancelled = "cancelled",
     /// The decode request was aborted or its client left.
     Unwanted = "unwanted",
@@ -47,19 +47,19 @@ reasons! {
     EngineGone = "engine_gone",
     /// The other sidecar's connection ended.
     PeerLost = "peer_lost",
-    /// No init handshake could be made with the receiver.
+    /// No init handshake could be made with the receiver, or the two sides have no wire in common.
     NoLink = "no_link",
     /// The receiver did not answer an alloc request in time.
     AllocTimeout = "alloc_timeout",
     /// The lease ran out without a word from the sender.
     LeaseExpired = "lease_expired",
-    /// The decode request waited longer than its deadline.
+    /// The decode request waited longer than its deadline, or a request of a sender made no progress for too long.
     Deadline = "deadline",
     /// No sender asked for this request in time.
     NoSender = "no_sender",
     /// Written, but no decode request came for it in time.
     Unclaimed = "unclaimed",
-    /// The message names an epoch before the receiver's last start.
+    /// The message or the lease belongs to an epoch before the receiver's present one.
     StaleEpoch = "stale_epoch",
     /// The two sides compute different keys for the same request.
     KeyMismatch = "key_mismatch",
@@ -69,7 +69,7 @@ reasons! {
     VersionMismatch = "version_mismatch",
     /// The receiver has no engine, so it has no slots yet.
     NoEngine = "no_engine",
-    /// Another request with this id is under way.
+    /// Another request with this id is under way, or this message was answered before.
     Duplicate = "duplicate",
     /// This peer holds too many quarantined slots.
     Quarantined = "quarantined",
@@ -83,7 +83,7 @@ reasons! {
     Busy = "busy",
     /// The message makes no sense in this state.
     BadRequest = "bad_request",
-    /// Pushes are switched off by a flag.
+    /// Pushes are switched off by a flag, or the engine moves nothing of this request.
     PushOff = "push_off",
 }
 

@@ -92,7 +92,7 @@ pub(crate) struct LinkStatus {
     pub(crate) transport: &'static str,
     /// Why that one.
     pub(crate) why: String,
-    /// What the library says it uses underneath.
+    /// The library's word on itself: of NIXL `UCX_TLS` and UCX's estimate, not the wire in use.
     pub(crate) reported: String,
     /// Bytes and time of recent writes: older ones fade.
     recent: Option<(f64, f64)>,

@@ -141,7 +141,7 @@ fn links(encoder: &mut DescriptorEncoder<'_>, shown: &Snapshot) -> fmt::Result {
     gauge(
         encoder,
         "link_info",
-        "1 for each link: the wire configured, chosen, and reported by its library",
+        "1 for each link: the wire configured and chosen, and its library's word on itself",
         infos,
     )?;
     let rates = first().filter_map(|l| {
