@@ -3,6 +3,8 @@
 //! It is for people and machines of the operator, on a loopback port unless configured otherwise.
 //! Even so everything is bounded: connections, heads, bodies, and the time each may take.
 
+mod pages;
+
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
@@ -161,13 +163,16 @@ impl Admin {
 }
 
 fn router(shared: Shared) -> Router {
+    let shown = Router::new()
+        .route("/requests", get(requests))
+        .route("/status", get(status))
+        .route_layer(axum::middleware::from_fn(pages::refuse));
     Router::new()
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(exposition))
         .route("/registered", post(registered))
-        .route("/requests", get(requests))
-        .route("/status", get(status))
+        .merge(shown)
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(axum::middleware::from_fn(bounded))
@@ -293,8 +298,12 @@ async fn serve(
     stop: CancellationToken,
     evict: CancellationToken,
 ) {
-    let service = service_fn(move |request: hyper::Request<Incoming>| {
+    let peer = stream.peer_addr().ok();
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         let router = router.clone();
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
         async move {
             let response = router.oneshot(request.map(axum::body::Body::new)).await;
             Ok::<_, Infallible>(response.unwrap_or_else(|never| match never {}))

@@ -48,7 +48,7 @@ impl Fixture {
 
     async fn call(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n{body}",
             body.len()
         );
@@ -122,6 +122,28 @@ async fn a_web_page_is_no_proxy() {
     assert_eq!(f.get("/ready").await.0, 503);
     assert_eq!(f.call("POST", "/registered", &body).await.0, 200);
     assert_eq!(f.get("/ready").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_page_that_has_rebound_its_name_reads_nothing() {
+    let f = Fixture::start().await;
+    for (header, expect) in [
+        ("Host: rebound.example:7900", 403),
+        ("Host: localhost:7900\r\nSec-Fetch-Site: cross-site", 403),
+        ("Host: localhost:7900\r\nSec-Fetch-Site: none", 200),
+        ("Host: 127.0.0.1:7900", 200),
+        ("Host: [::1]:7900", 200),
+    ] {
+        for path in ["/status", "/requests"] {
+            let request = format!("GET {path} HTTP/1.1\r\n{header}\r\nConnection: close\r\n\r\n");
+            let answer = f.raw(request.as_bytes()).await;
+            assert_eq!(
+                answer[9..12],
+                format!("{expect}"),
+                "{path} {header} {answer}"
+            );
+        }
+    }
 }
 
 #[tokio::test]

@@ -1,0 +1,50 @@
+//! Keeps web pages from reading what the admin server shows.
+//!
+//! A browser on this host connects from loopback too. A page reads only answers of its own host; by DNS
+//! rebinding its name becomes this host's, but the name stays in `Host`.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::extract::Request;
+use axum::http::header::HOST;
+use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::Next;
+use axum::response::Response;
+use tracing::warn;
+
+use super::refused;
+
+/// Refuses a request from a loopback address that a page may have sent.
+pub(super) async fn refuse(request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<SocketAddr>();
+    let is_here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
+    if is_here && is_a_page(request.headers()) {
+        let path = request.uri().path();
+        warn!(path, "a web page asks (Host, Sec-Fetch-Site): refused");
+        return refused(
+            StatusCode::FORBIDDEN,
+            "Host has to be localhost or a loopback address, and no page of another site may ask",
+        );
+    }
+    next.run(request).await
+}
+
+fn is_a_page(headers: &HeaderMap) -> bool {
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
+    let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
+    !is_local(host.unwrap_or_default())
+        || site.is_some_and(|site| site != b"same-origin" && site != b"none")
+}
+
+/// Returns true if `HOST[:PORT]` names this host by loopback address or by `localhost`.
+fn is_local(host: &str) -> bool {
+    let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
+        Some((address, _)) => address,
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    match name.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => name == "localhost" || name.ends_with(".localhost"),
+    }
+}
