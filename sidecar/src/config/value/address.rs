@@ -91,6 +91,10 @@ impl Value for Url {
         if rest.is_empty() || rest.contains(|c: char| c.is_whitespace() || "?#@".contains(c)) {
             return Err("no base URL".to_owned());
         }
+        let authority = rest.split('/').next().unwrap_or_default();
+        if !authority.starts_with('[') && authority.matches(':').count() > 1 {
+            return Err("IPv6 without brackets".to_owned());
+        }
         Ok(Self(text.to_owned()))
     }
 
@@ -115,12 +119,20 @@ pub(crate) fn is_wildcard(host: &str) -> bool {
             .is_ok_and(|ip| ip.is_unspecified())
 }
 
+/// Returns true for an IPv6 address with a zone: `fe80::1%eth0`.
+fn has_zone(host: &str) -> bool {
+    let zone = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    host.split_once('%').is_some_and(|(address, name)| {
+        address.parse::<std::net::Ipv6Addr>().is_ok() && !name.is_empty() && name.chars().all(zone)
+    })
+}
+
 fn host(text: &str) -> Result<String, String> {
     let inner = text
         .strip_prefix('[')
         .and_then(|h| h.strip_suffix(']'))
         .unwrap_or(text);
-    if inner.parse::<std::net::IpAddr>().is_ok() || inner == "*" {
+    if inner.parse::<std::net::IpAddr>().is_ok() || inner == "*" || has_zone(inner) {
         return Ok(inner.to_owned());
     }
     let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
