@@ -10,7 +10,7 @@ use subtle::ConstantTimeEq;
 
 use crate::error::{ApiError, Code};
 use crate::instance::Instance;
-use crate::origin::require_local;
+use crate::origin::{refuse_pages, require_local};
 
 /// Keys and permitted hosts.
 #[derive(Clone, Default, Args)]
@@ -97,7 +97,8 @@ impl Access {
     }
 
     fn allows(&self, host: &str) -> bool {
-        let address: Option<IpAddr> = host.parse().ok();
+        let (bare, _) = host.split_once('%').unwrap_or((host, ""));
+        let address: Option<IpAddr> = bare.parse().ok();
         self.allow.iter().any(|entry| {
             let suffix = entry
                 .strip_prefix('*')
@@ -159,6 +160,27 @@ pub fn may_change(
         Code::NotPermitted,
         "needs the key of --admin-key, or without one a client on this host",
     ))
+}
+
+/// Checks that a client may read what the proxy shows of instances and requests: everybody may but a page in
+/// a browser on this host, which could read it after DNS rebinding.
+///
+/// # Errors
+/// The request looks like a page's.
+pub fn may_read(
+    access: &Access,
+    headers: &HeaderMap,
+    peer: Option<IpAddr>,
+) -> Result<(), ApiError> {
+    let is_here = peer.is_some_and(|peer| peer.to_canonical().is_loopback());
+    let holds_key = access
+        .admin_key
+        .as_ref()
+        .is_some_and(|key| holds(headers, std::slice::from_ref(key)));
+    if !is_here || holds_key {
+        return Ok(());
+    }
+    refuse_pages(headers)
 }
 
 /// A name, `*.domain`, an address or a network.

@@ -278,8 +278,12 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
         .into_response()
 }
 
-async fn instances(State(app): State<Arc<App>>) -> Response {
-    Json(shown(&app, &app.instances())).into_response()
+async fn instances(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<Value>>, ApiError> {
+    control::permit_to_read(&app, &request)?;
+    Ok(Json(shown(&app, &app.instances())))
 }
 
 /// The instances, each with what keeps KV from going there or from being fetched there.
@@ -300,8 +304,12 @@ fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
     instances.iter().map(one).collect()
 }
 
-async fn requests(State(app): State<Arc<App>>) -> Json<Vec<Record>> {
-    Json(app.recent.all())
+async fn requests(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<Record>>, ApiError> {
+    control::permit_to_read(&app, &request)?;
+    Ok(Json(app.recent.all()))
 }
 
 /// A path that nothing is found by: engines find more by it once it is decoded.

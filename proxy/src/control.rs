@@ -157,12 +157,24 @@ fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
     let (headers, peer) = (request.headers(), api::peer(request.extensions()));
     let permitted = access::may_change(&app.config.access, headers, peer)
         .and_then(|()| require_json_if_any(headers, request.body()));
-    permitted.inspect_err(|error| {
-        app.metrics.rejected(error.code());
-        // Each local request could write a line; what a stranger sends is shown escaped and cut.
-        let (method, path) = (request.method(), request.uri().path());
-        tracing::warn!(%method, path = %path.escape_debug(), code = error.code().as_str(), %error, "change refused");
-    })
+    permitted.inspect_err(|error| refused(app, request, error, "change refused"))
+}
+
+/// Checks that a request may read what the proxy shows of instances and requests.
+///
+/// # Errors
+/// As of [`access::may_read`].
+pub fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
+    let (headers, peer) = (request.headers(), api::peer(request.extensions()));
+    let permitted = access::may_read(&app.config.access, headers, peer);
+    permitted.inspect_err(|error| refused(app, request, error, "read refused"))
+}
+
+fn refused(app: &App, request: &Request, error: &ApiError, what: &str) {
+    app.metrics.rejected(error.code());
+    // Each local request could write a line; what a stranger sends is shown escaped and cut.
+    let (method, path) = (request.method(), request.uri().path());
+    tracing::warn!(%method, path = %path.escape_debug(), code = error.code().as_str(), %error, "{what}");
 }
 
 /// One instance.

@@ -56,11 +56,21 @@ pub fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
              directly on its host"
         ));
     }
+    refuse_pages(headers)
+}
+
+/// Refuses a request from a loopback address that a page in a browser has sent.
+///
+/// # Errors
+/// The header that says so, and the cure.
+pub fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
+    let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
     let host = host.unwrap_or_default();
     if !is_local(host) {
         return refused(format!(
-            "the header Host is {host:?}: without --admin-key it has to be localhost or a loopback address"
+            "the header Host is {host:?}: without the key of --admin-key it has to be localhost or a loopback \
+             address"
         ));
     }
     let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());

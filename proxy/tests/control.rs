@@ -2,6 +2,8 @@
 
 mod support;
 
+use bytes::Bytes;
+use http::Method;
 use serde_json::{Value, json};
 use support::Rig;
 use support::engine::{Engine, Reply, completion};
@@ -264,6 +266,36 @@ async fn traces_reach_the_engines_and_the_collector() {
     assert_eq!(spans.as_array().unwrap().len(), 3, "{spans}");
     assert_eq!(spans[0]["spanId"], passed[36..52]);
     assert_eq!(spans[0]["parentSpanId"], sent[36..52]);
+}
+
+#[tokio::test]
+async fn a_page_that_has_rebound_its_name_reads_nothing() {
+    let rig = Rig::start(&[]).await;
+    let keyed = Rig::start(&["--admin-key", "word"]).await;
+    let read = async |rig: &Rig, headers: &[(&'static str, &str)]| {
+        let mut codes = Vec::new();
+        for path in ["/instances", "/requests"] {
+            let answer = rig
+                .client
+                .open(Method::GET, path, headers, Bytes::new())
+                .await;
+            codes.push(answer.status.as_u16());
+        }
+        codes
+    };
+    let rebound = ("host", "rebound.example:8000");
+    let key = ("authorization", "Bearer word");
+    assert_eq!(read(&rig, &[rebound]).await, [403, 403]);
+    assert_eq!(read(&keyed, &[rebound]).await, [403, 403]);
+    assert_eq!(
+        read(&rig, &[("sec-fetch-site", "cross-site")]).await,
+        [403, 403]
+    );
+    assert_eq!(read(&keyed, &[rebound, key]).await, [200, 200]);
+    // Programs of this host, also those behind a proxy on it.
+    assert_eq!(read(&keyed, &[]).await, [200, 200]);
+    let forwarded = ("x-forwarded-for", "10.1.2.3");
+    assert_eq!(read(&rig, &[forwarded]).await, [200, 200]);
 }
 
 #[tokio::test]
