@@ -20,6 +20,7 @@ use crate::sse::First;
 mod answer;
 
 use crate::tls::TlsError;
+use crate::zone::Resolver;
 pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
 
 /// Sends requests to engines and sidecars.
@@ -35,7 +36,7 @@ impl Legs {
     /// # Errors
     /// TLS cannot be set up.
     pub fn new(config: &Config) -> Result<Self, TlsError> {
-        let mut connector = HttpConnector::new();
+        let mut connector = HttpConnector::new_with_resolver(Resolver);
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(config.connect_timeout));
         connector.enforce_http(false);

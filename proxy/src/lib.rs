@@ -67,5 +67,6 @@ pub mod url;
 pub mod usage;
 pub mod verdict;
 pub mod zmq;
+pub mod zone;
 
 pub use proxy::{BindError, End, Proxy, Stop};

@@ -21,6 +21,8 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
 use tower::ServiceExt;
 
+use crate::zone::{self, Resolver};
+
 mod link;
 
 use link::{Link, Outgoing, nobody};
@@ -30,7 +32,7 @@ type Origin = (Scheme, Authority);
 
 /// Makes connections and keeps those that are idle.
 pub struct Links {
-    connector: HttpsConnector<HttpConnector>,
+    connector: HttpsConnector<HttpConnector<Resolver>>,
     idle: Mutex<Idle>,
 }
 
@@ -69,7 +71,7 @@ pub struct LinkBody {
 
 impl Links {
     /// No connection yet.
-    pub fn new(connector: HttpsConnector<HttpConnector>) -> Self {
+    pub fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
         Self {
             connector,
             idle: Mutex::default(),
@@ -234,7 +236,16 @@ fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> 
     let host = authority
         .rsplit_once('@')
         .map_or(authority, |(_, host)| host);
-    let host = HeaderValue::from_str(host).map_err(|e| LinkError::Connect(e.to_string()))?;
+    // A zone is of this host alone, and is not sent.
+    let zoned = uri
+        .host()
+        .and_then(zone::of)
+        .map(|(address, _)| match uri.port() {
+            Some(port) => format!("[{address}]:{port}"),
+            None => format!("[{address}]"),
+        });
+    let host = HeaderValue::from_str(zoned.as_deref().unwrap_or(host))
+        .map_err(|e| LinkError::Connect(e.to_string()))?;
     request.headers_mut().insert(header::HOST, host);
     Ok(())
 }

@@ -94,10 +94,10 @@ impl TlsFiles {
     ///
     /// # Errors
     /// The file that cannot be used.
-    pub fn connector(
+    pub fn connector<R>(
         &self,
-        http: HttpConnector,
-    ) -> Result<HttpsConnector<HttpConnector>, TlsError> {
+        http: HttpConnector<R>,
+    ) -> Result<HttpsConnector<HttpConnector<R>>, TlsError> {
         let mut roots = RootCertStore::empty();
         let trusted = match &self.tls_ca {
             Some(path) => certificates("--tls-ca", path)?,

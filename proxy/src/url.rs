@@ -8,10 +8,15 @@ use http::uri::Authority;
 use serde::{Serialize, Serializer};
 
 use crate::instance::Unusable;
+use crate::zone;
 
 /// Base URL of an HTTP server: scheme, authority and perhaps a path prefix, without a final slash.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BaseUrl(String);
+pub struct BaseUrl {
+    text: String,
+    /// The same without an IPv6 zone, for `http::Uri`; absent if there is none.
+    carried: Option<String>,
+}
 
 impl BaseUrl {
     /// Checks an URL, which may have a path prefix.
@@ -26,7 +31,9 @@ impl BaseUrl {
         if text.len() > MAX_URL_BYTES {
             return Err(refused());
         }
-        let uri: Uri = text.parse().map_err(|_| refused())?;
+        let carried = zone::carried(text);
+        let uri = carried.as_deref().unwrap_or(text).parse::<Uri>();
+        let uri = uri.map_err(|_| refused())?;
         let authority = uri.authority().ok_or_else(refused)?;
         if !matches!(uri.scheme_str(), Some("http" | "https"))
             || !is_host(authority.host())
@@ -39,7 +46,18 @@ impl BaseUrl {
         }
         let scheme = uri.scheme_str().unwrap_or_default();
         let path = uri.path().trim_end_matches('/');
-        Ok(Self(format!("{scheme}://{authority}{path}")))
+        let plain = format!("{scheme}://{authority}{path}");
+        let zoned = carried.as_ref().and_then(|_| zone::of(authority.host()));
+        Ok(match zoned {
+            None => Self {
+                text: plain,
+                carried: None,
+            },
+            Some((address, zone)) => Self {
+                text: plain.replacen(authority.host(), &format!("[{address}%{zone}]"), 1),
+                carried: Some(plain),
+            },
+        })
     }
 
     /// Checks the address of an instance: scheme, host and port alone. A registration names whom the proxy
@@ -49,7 +67,7 @@ impl BaseUrl {
     /// As of [`BaseUrl::parse`]; and a path.
     pub fn origin(field: &'static str, text: &str) -> Result<Self, Unusable> {
         match Self::parse(field, text) {
-            Ok(url) if url.0.matches('/').count() == 2 => Ok(url),
+            Ok(url) if url.text.matches('/').count() == 2 => Ok(url),
             _ => Err(Unusable::Origin {
                 field,
                 value: shortened(text),
@@ -80,11 +98,11 @@ impl BaseUrl {
 
     /// Host and port as they stand in it.
     pub fn authority(&self) -> &str {
-        let (_, rest) = self.0.split_once("://").unwrap_or_default();
+        let (_, rest) = self.text.split_once("://").unwrap_or_default();
         rest.split('/').next().unwrap_or_default()
     }
 
-    /// The host, an IPv6 address without its brackets.
+    /// The host, an IPv6 address without its brackets, perhaps with a zone.
     pub fn host(&self) -> &str {
         let authority = self.authority();
         match authority
@@ -98,24 +116,25 @@ impl BaseUrl {
 
     /// It is reached over TLS.
     pub fn is_tls(&self) -> bool {
-        self.0.starts_with("https:")
+        self.text.starts_with("https:")
     }
 
-    /// The URL of `path`, which begins with a slash.
+    /// The URL of `path`, which begins with a slash, as `http::Uri` can carry it.
     pub fn join(&self, path: &str) -> String {
-        format!("{}{path}", self.0)
+        let base = self.carried.as_ref().unwrap_or(&self.text);
+        format!("{base}{path}")
     }
 }
 
 impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
 impl Serialize for BaseUrl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.0)
+        serializer.serialize_str(&self.text)
     }
 }
 
@@ -190,6 +209,15 @@ mod tests {
         assert_eq!(named("https://h/").as_deref(), Some("https://h"));
         assert_eq!((named("h"), named(""), named("[::1]")), (None, None, None));
         assert_eq!(named("[::1]:1").as_deref(), Some("http://[::1]:1"));
+        let url = BaseUrl::named("url", "[fe80::1%25lo]:1").unwrap();
+        assert_eq!(
+            (url.to_string().as_str(), url.authority(), url.host()),
+            ("http://[fe80::1%lo]:1", "[fe80::1%lo]:1", "fe80::1%lo")
+        );
+        assert_eq!(BaseUrl::origin("http", &url.to_string()).unwrap(), url);
+        assert_eq!(url.join("/a"), "http://fe80--1.lo.zone.invalid:1/a");
+        check("http://[fe80::1%lo/]:1", false);
+        check("http://host%lo:1", false);
         let url = BaseUrl::parse("http", "http://h:1/").unwrap();
         assert_eq!(url.join("/v1/models"), "http://h:1/v1/models");
     }

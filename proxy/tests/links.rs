@@ -32,6 +32,16 @@ impl Plain {
     async fn closing(answer: Vec<u8>, requests: usize, reads: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
+        Self::over(listener, url, answer, requests, reads)
+    }
+
+    fn over(
+        listener: TcpListener,
+        url: String,
+        answer: Vec<u8>,
+        requests: usize,
+        reads: bool,
+    ) -> Self {
         let posts = Arc::<Mutex<Vec<_>>>::default();
         let seen = Arc::clone(&posts);
         let server = tokio::spawn(async move {
@@ -112,6 +122,17 @@ async fn a_connection_is_used_again() {
     }
     // The health check's.
     assert_eq!(*engine.posts.lock().unwrap(), [0; 5]);
+}
+
+/// The zone is the loopback interface's number, which the kernel takes for `::1`, too.
+#[tokio::test]
+async fn an_address_with_a_zone_is_connected_to() {
+    let listener = TcpListener::bind("[::1]:0").await.unwrap();
+    let url = format!("http://[::1%1]:{}", listener.local_addr().unwrap().port());
+    let engine = Plain::over(listener, url, whole(), usize::MAX, false);
+    let rig = rig(&engine).await;
+    assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
+    assert_eq!(*engine.posts.lock().unwrap(), [0]);
 }
 
 #[tokio::test]

@@ -63,13 +63,9 @@ fn named(
         .strip_prefix('[')
         .and_then(|at| at.strip_suffix(']'))
         .unwrap_or(host);
-    if host.contains('%') {
-        return Err(format!(
-            "{host:?}: an HTTP address carries no zone (%...): give an address of a wider scope, or a name"
-        ));
-    }
     let shown = match host.parse::<Ipv6Addr>() {
         Ok(address) => format!("[{address}]"),
+        Err(_) if host.contains('%') => format!("[{host}]"),
         Err(_) => host.to_owned(),
     };
     Ok(Named {

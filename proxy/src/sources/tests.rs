@@ -95,8 +95,19 @@ fn hosts_are_ipv6_too() {
             ]
         );
     }
-    let zone = named(&["--prefiller-host", "fe80::1%lo"]).unwrap_err();
-    assert!(zone[0].contains("no zone"), "{zone:?}");
+    for host in ["fe80::1%lo", "[fe80::1%lo]"] {
+        assert_eq!(
+            named(&["--prefiller-host", host, "--decoder-host", host]).unwrap(),
+            [
+                "Prefill Lmcache http://[fe80::1%lo]:8100 [] []",
+                "Decode Lmcache http://[fe80::1%lo]:8200 [8300] [8400]",
+            ]
+        );
+    }
+    assert_eq!(
+        named(&["--prefiller-host", "host%lo"]).unwrap_err().len(),
+        1
+    );
 }
 
 #[test]
