@@ -7,10 +7,13 @@ use clap::Args;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::client::WebPkiServerVerifier;
+use tokio_rustls::rustls::client::danger::ServerCertVerifier as _;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::{ClientConfig, Error, RootCertStore, ServerConfig};
+use tracing::warn;
 
 /// Certificates and keys.
 #[derive(Clone, Debug, Default, Args)]
@@ -74,6 +77,9 @@ impl TlsFiles {
             ),
             e => bad("--tls-key", key, &e),
         })?;
+        if let Some(flaw) = flaw(&chain) {
+            warn!(path = %cert.display(), "--tls-cert: clients may refuse this certificate: {flaw}");
+        }
         let config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
@@ -134,6 +140,38 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     Ok(all)
 }
 
+/// Returns the flaw for which clients refuse a server's certificate, whomever they trust.
+fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
+    let (first, others) = chain.split_first()?;
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(chain.iter().cloned());
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider());
+    // Of no interest: it is compared after all that is asked for here.
+    let name = ServerName::try_from("localhost").ok()?;
+    let error = verifier
+        .build()
+        .ok()?
+        .verify_server_cert(first, others, &name, &[], UnixTime::now())
+        .err()?
+        .to_string();
+    let flaws = [
+        (
+            "CaUsedAsEndEntity",
+            "it is a CA (CA:TRUE), which may only sign others; give one that the CA has issued (CA:FALSE)",
+        ),
+        (
+            "expired",
+            "it has expired; renew it, or set the clock of this host",
+        ),
+        (
+            "not valid yet",
+            "it is not valid yet; wait, or set the clock of this host",
+        ),
+    ];
+    let found = flaws.iter().find(|(sign, _)| error.contains(sign));
+    found.map(|(_, flaw)| *flaw)
+}
+
 /// Returns what a file without the wanted item holds, and the cure.
 fn instead(path: &Path) -> &'static str {
     let bytes = std::fs::read(path).unwrap_or_default();
@@ -189,5 +227,38 @@ fn bad(flag: &'static str, path: &Path, error: &dyn std::fmt::Display) -> TlsErr
         flag,
         path: path.to_owned(),
         text: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flaws_of_a_certificate_are_said_at_the_start() {
+        let check = |change: fn(&mut rcgen::CertificateParams), word: Option<&str>| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut params = rcgen::CertificateParams::new(vec!["host".to_owned()]).unwrap();
+            change(&mut params);
+            let made = params.self_signed(&key).unwrap();
+            let said = flaw(&[made.der().clone()]);
+            match word {
+                Some(word) => assert!(said.is_some_and(|s| s.contains(word)), "{word} {said:?}"),
+                None => assert_eq!(said, None),
+            }
+        };
+        check(|_| (), None);
+        check(
+            |p| p.not_after = rcgen::date_time_ymd(2020, 1, 1),
+            Some("expired"),
+        );
+        check(
+            |p| p.not_before = rcgen::date_time_ymd(3000, 1, 1),
+            Some("not valid yet"),
+        );
+        check(
+            |p| p.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained),
+            Some("CA:TRUE"),
+        );
     }
 }
