@@ -48,6 +48,8 @@ KEPT: dict[str, Any] = {
     "reasoning_effort": "low",
     "truncate_prompt_tokens": 4,
     "truncation_side": "left",
+    # Of a completion, the text after the gap: vLLM renders it into the prompt of models that fill in the middle.
+    "suffix": "return x",
     "priority": 1,
     "session_id": "s",
     "user": "u",
@@ -70,7 +72,6 @@ LEFT_OUT: dict[str, Any] = {
     "stop": ["x"],
     "stream": True,
     "stream_options": {"include_usage": True},
-    "suffix": "",
     "temperature": 0.5,
     "thinking_token_budget": 5,
     "include_reasoning": False,

