@@ -103,6 +103,8 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "mm_processor_kwargs",
             "truncate_prompt_tokens",
             "truncation_side",
+            // Fill in the middle: the engine puts it into the prompt.
+            "suffix",
             "prompt_embeds",
             "cache_salt",
             "ec_transfer_params",
@@ -135,7 +137,6 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "logprob_token_ids",
             "prompt_logprobs",
             "echo",
-            "suffix",
             "use_beam_search",
             "watermarking",
             "response_format",
