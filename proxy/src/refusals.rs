@@ -296,6 +296,9 @@ fn limits(reason: &str) -> (u32, Duration) {
     match reason {
         // A network that is down for a moment is no reason to give the pair up.
         "no_link" => (3, BRIEFLY),
+        // One prompt can be rendered in two ways, as where a template has the time in it, and its client would
+        // switch the pair off for everybody. Keys that never meet do so in every request.
+        "key_mismatch" => (3, LONG),
         _ => (1, LONG),
     }
 }

@@ -90,7 +90,7 @@ fn a_kind_of_request_is_learned_by_its_fields() {
 #[test]
 fn a_pair_is_learned_and_another_epoch_is_another_instance() {
     let mut world = World::new();
-    world.note("key_mismatch", BASE);
+    world.note("layout_mismatch", BASE);
     assert!(world.refuses(BASE) && world.refuses(LORA));
     world.d.id = "e".into();
     assert!(!world.refuses(BASE), "another decode instance");
@@ -117,6 +117,24 @@ fn what_may_pass_by_itself_counts_in_a_row_only() {
     world.note("no_link", BASE);
     assert!(world.refuses(BASE));
     world.now += BRIEFLY;
+    assert!(!world.refuses(BASE));
+}
+
+/// A template with the time in it renders one prompt in two ways: that says nothing of other prompts.
+#[test]
+fn keys_of_one_prompt_condemn_no_pair() {
+    let mut world = World::new();
+    for _ in 0..10 {
+        world.note("key_mismatch", BASE);
+        assert!(!world.refuses(BASE));
+        world.refusals.worked(&world.p, &world.d);
+    }
+    for _ in 0..3 {
+        assert!(!world.refuses(BASE));
+        world.note("key_mismatch", BASE);
+    }
+    assert!(world.refuses(BASE), "three in a row");
+    world.now += LONG;
     assert!(!world.refuses(BASE));
 }
 
