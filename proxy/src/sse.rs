@@ -54,8 +54,9 @@ impl Events {
 
     fn go_on(&mut self, piece: &[u8]) -> bool {
         self.event += piece.len();
+        // A line that ends with CR LF: the CR alone is none, or a blank line would be taken for a field.
         if let Line::Maybe(at) = self.line
-            && !piece.is_empty()
+            && !(piece.is_empty() || at == 0 && piece == b"\r")
         {
             let wanted = &DATA[at..];
             let both = wanted.len().min(piece.len());
@@ -120,12 +121,15 @@ impl First {
 }
 
 /// The length of the first event, blank line included. The first `searched` bytes hold no end.
+/// Lines end with LF, as vLLM's do, or with CR LF.
 pub fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
-    let from = searched.saturating_sub(1);
-    bytes[from..]
-        .windows(2)
-        .position(|pair| pair == b"\n\n")
-        .map(|at| from + at + 2)
+    let from = searched.saturating_sub(2);
+    let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');
+    ends.find_map(|at| match bytes[at + 1..] {
+        [b'\n', ..] => Some(at + 2),
+        [b'\r', b'\n', ..] => Some(at + 3),
+        _ => None,
+    })
 }
 
 /// The first line of data in an event.

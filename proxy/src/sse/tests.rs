@@ -18,6 +18,8 @@ fn only_data_is_a_sign_of_work() {
     check("event: ping\n\ndat\n\n", false);
     check("data: x\n\n", true);
     check(": c\n\ndata: x\n\n: c\n\n", true);
+    check(": c\r\n\r\n", false);
+    check("data: x\r\n\r\ndata: y\r\n\r\n", true);
     let mut events = Events::default();
     events.hear(b"data: x\n\ndata: 12345");
     assert_eq!(events.unended(), "data: 12345".len());
@@ -47,7 +49,13 @@ fn the_first_event_comes_without_what_is_before_it() {
         "event: e\n\nevent: f\ndata: x\n\n",
         Some("event: f\ndata: x\n\n"),
     );
+    check(
+        ": c\r\n\r\ndata: x\r\n\r\ndata: y\r\n\r\n",
+        Some("data: x\r\n\r\n"),
+    );
+    check("event: e\r\n\r\ndata: x\r\n\r\n", Some("data: x"));
     check(": c\n\ndata: x\n", None);
+    check(": c\r\n\r\ndata: x\r\n\r", None);
     check(": c\n\n", None);
     let mut first = First::default();
     for _ in 0..1000 {
