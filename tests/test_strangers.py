@@ -23,6 +23,7 @@ from harness.client import call
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 
 from pd_sidecar.client import Client
+from pd_sidecar.sidecar.connection import Connection
 from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 
 FIXTURES = Path(__file__).resolve().parent.parent / "protocol" / "fixtures"
@@ -316,6 +317,21 @@ def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
     other = hello("decode", msgspec.structs.replace(LAYOUT, layers=5))
     with pytest.raises(Exception, match="layers"):
         Client.connect(str(sides.receiver.socket), other, timeout_s=3)
+
+
+def test_an_engine_that_moves_nothing_beside_one_that_moves_stops_nobody(sides: Sides) -> None:
+    """As the connector of an engine says it whose layout was refused: started at the wrong socket, for example."""
+    other = hello("decode").as_unmoved("its sidecar refuses this engine")
+    stand_in = Connection.open(str(sides.receiver.socket), other, 5.0)
+    try:
+        request = unpacked(fixture("init_request"))
+        request["x"]["layout"] = msgspec.to_builtins(LAYOUT)
+        with peer(zmq.REQ, sides.receiver.init_port) as init:
+            init.send(packed(request))
+            assert unpacked(init.recv())["x"].get("refused") is None
+        assert "unmoved" not in sides.receiver.status()
+    finally:
+        stand_in.shut()
 
 
 def test_different_keys_are_no_transfer(sides: Sides) -> None:

@@ -81,10 +81,12 @@ impl Engines {
         self.connections.len()
     }
 
-    /// The reason for which a connected engine moves no KV, if there is such an engine.
+    /// The reason for which the connected engine moves no KV. One that does not fit, beside one that moves KV, stops
+    /// nobody: it may have been started at the wrong socket.
     pub(crate) fn unmoved(&self) -> Option<&str> {
-        let unmoved = self.connections.values().map(|e| e.unmoved.as_str());
-        unmoved.into_iter().find(|why| !why.is_empty())
+        let mut unmoved = self.connections.values().map(|e| e.unmoved.as_str());
+        let first = unmoved.next().filter(|why| !why.is_empty())?;
+        unmoved.all(|why| !why.is_empty()).then_some(first)
     }
 
     /// Answers a hello. Returns the slot layout if it is new: every slot is then free and the epoch new.
