@@ -10,17 +10,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::Config;
-use crate::control::Command;
 use crate::inflight::InFlight;
 use crate::instance::Instance;
 use crate::legs::Legs;
+use crate::load::Facts;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::mode::{CurrentMode, Measured, Mode};
 use crate::policy::Policy;
 use crate::record::Recent;
 use crate::refusals::Refusals;
-use crate::route::{Facts, Side};
+use crate::registry::Command;
+use crate::route::Side;
 use crate::summary::PrefillTimes;
 use crate::uploads::Uploads;
 

@@ -10,10 +10,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::alone::Alone;
 use crate::endpoint::Endpoint;
 use crate::error::{ApiError, Code};
-use crate::handover::Way;
-use crate::route::Alone;
 
 mod fields;
 mod kinds;
@@ -43,6 +42,15 @@ struct Field {
     /// Name and value, or all names and values.
     all: Range<usize>,
     value: Range<usize>,
+}
+
+/// The part of a prefill leg's answer that reaches the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefillAnswer {
+    /// Its token is the client's first one, sampled as the client has asked.
+    FirstToken,
+    /// Nothing: the leg only computes KV.
+    Nothing,
 }
 
 /// A body that cannot be routed.
@@ -148,9 +156,14 @@ impl RequestBody {
     }
 
     /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
-    pub fn prefill_leg(&self, endpoint: Endpoint, params: Option<&str>, way: Way) -> Bytes {
+    pub fn prefill_leg(
+        &self,
+        endpoint: Endpoint,
+        params: Option<&str>,
+        answer: PrefillAnswer,
+    ) -> Bytes {
         // The client gets the token in one way only; in the others nobody reads it.
-        let is_answer = way == Way::FirstToken;
+        let is_answer = answer == PrefillAnswer::FirstToken;
         let keep = |name: &str| match kind(name) {
             Some(Kind::Sampling) => is_answer,
             // It is part of some chat templates.

@@ -12,25 +12,13 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::access;
-use crate::api;
 use crate::app::App;
 use crate::error::{ApiError, Code};
+use crate::incoming;
 use crate::instance::{Instance, Named, Source};
 use crate::mode::Mode;
 use crate::origin::require_json_if_any;
-
-/// Something that the registration task is asked to do.
-#[derive(Debug)]
-pub enum Command {
-    /// Take this instance in.
-    Name(Box<Instance>, oneshot::Sender<Result<(), String>>),
-    /// These are all that other proxies have written.
-    Share(Vec<Instance>),
-    /// Forget this one. Answers whether it was there.
-    Remove(String, oneshot::Sender<bool>),
-    /// Give this one no new requests, or give it some again. Answers whether it is there.
-    Drain(String, bool, oneshot::Sender<bool>),
-}
+use crate::registry::Command;
 
 /// `GET /mode`
 pub async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
@@ -77,8 +65,8 @@ pub async fn clear(State(app): State<Arc<App>>, request: Request) -> Result<Json
 /// `POST /instances`
 pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     permit(&app, &request)?;
-    let from = api::peer(request.extensions());
-    let body = api::read(&app, request.into_body(), MAX_BODY_BYTES, from).await?;
+    let from = incoming::peer(request.extensions());
+    let body = incoming::read(&app, request.into_body(), MAX_BODY_BYTES, from).await?;
     let instance = named(&body)?;
     let id = instance.id.clone();
     let refused = |error: String| ApiError::new(Code::InvalidInstance, error);
@@ -154,7 +142,7 @@ async fn ask<T>(
 }
 
 fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
-    let (headers, peer) = (request.headers(), api::peer(request.extensions()));
+    let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = access::may_change(&app.config.access, headers, peer)
         .and_then(|()| require_json_if_any(headers, request.body()));
     permitted.inspect_err(|error| refused(app, request, error, "change refused"))
@@ -165,7 +153,7 @@ fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
 /// # Errors
 /// As of [`access::may_read`].
 pub fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
-    let (headers, peer) = (request.headers(), api::peer(request.extensions()));
+    let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = access::may_read(&app.config.access, headers, peer);
     permitted.inspect_err(|error| refused(app, request, error, "read refused"))
 }

@@ -13,6 +13,7 @@ use tokio::select;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep_until;
 
+use crate::alone::Alone;
 use crate::app::App;
 use crate::body::RequestBody;
 use crate::cli::DecodeLegAt;
@@ -28,7 +29,7 @@ use crate::life::{Action, Event};
 use crate::mask;
 use crate::plan::Plan;
 use crate::relay::{self, Silence};
-use crate::route::{Alone, Pair};
+use crate::route::Pair;
 use crate::trace::Trace;
 use crate::verdict::Verdict;
 

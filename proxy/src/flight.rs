@@ -9,16 +9,18 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
+use crate::alone::Alone;
 use crate::app::App;
 use crate::endpoint::Endpoint;
 use crate::error::ApiError;
 use crate::inflight::{Place, Watch};
 use crate::instance::Instance;
 use crate::legs::PrefillEnd;
-use crate::life::{Action, Event, Life, Outcome};
+use crate::life::{Action, Event, Life};
 use crate::load::Charge;
+use crate::outcome::Outcome;
 use crate::record::Record;
-use crate::route::{Alone, Pair};
+use crate::route::Pair;
 use crate::trace::Trace;
 use crate::usage::Usage;
 

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::alone::Alone;
+use crate::body::PrefillAnswer;
 use crate::id::random;
 use crate::instance::{Connector, Instance};
 use crate::usage::Usage;
@@ -126,6 +127,14 @@ impl Way {
             (C::Nixl, C::Nixl) => Some(Self::Nixl),
             (C::P2pNccl, C::P2pNccl) => Some(Self::P2pNccl),
             _ => None,
+        }
+    }
+
+    /// Returns the part of the prefill leg's answer that reaches the client.
+    pub fn prefill_answer(self) -> PrefillAnswer {
+        match self {
+            Self::FirstToken => PrefillAnswer::FirstToken,
+            _ => PrefillAnswer::Nothing,
         }
     }
 }

@@ -11,8 +11,10 @@ use crate::load::Load;
 use crate::url::BaseUrl;
 
 mod claim;
+mod written;
 
 pub use claim::{Named, Unusable, is_host_port};
+pub use written::Written;
 
 /// One instance. What routing, `/instances` and the legs read.
 #[derive(Clone, Debug, Serialize)]

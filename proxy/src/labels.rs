@@ -4,8 +4,8 @@ use std::fmt;
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
+use crate::alone::Alone;
 use crate::legs::LegFailure;
-use crate::route::Alone;
 
 /// Label values of one metric: a fixed set of names, each with a fixed set of values.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -10,16 +10,15 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::cli::Config;
+use crate::alone::Alone;
 use crate::handover::{Way, prefilled};
 use crate::headers::{JSON, is_event_stream};
 use crate::links::{LinkBody, LinkError, Links, with_cause};
-use crate::route::Alone;
 use crate::sse::First;
 
 mod answer;
 
-use crate::tls::TlsError;
+use crate::tls::{TlsError, TlsFiles};
 use crate::zone::Resolver;
 pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
 
@@ -31,14 +30,18 @@ pub struct Legs {
 }
 
 impl Legs {
-    /// A client with the deadlines of `config`.
+    /// A client that trusts the roots of `tls`, with these deadlines.
     ///
     /// # Errors
     /// TLS cannot be set up.
-    pub fn new(config: &Config) -> Result<Self, TlsError> {
+    pub fn new(
+        tls: &TlsFiles,
+        connect_timeout: Duration,
+        idle_timeout: Duration,
+    ) -> Result<Self, TlsError> {
         let mut connector = HttpConnector::new_with_resolver(Resolver);
         connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(config.connect_timeout));
+        connector.set_connect_timeout(Some(connect_timeout));
         connector.enforce_http(false);
         // A host that is gone says nothing: without these, a silent answer would be waited for as long
         // as a good one may take.
@@ -46,8 +49,8 @@ impl Legs {
         connector.set_keepalive_interval(Some(KEEPALIVE));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         Ok(Self {
-            links: Arc::new(Links::new(config.tls.connector(connector)?)),
-            idle_timeout: config.idle_timeout,
+            links: Arc::new(Links::new(tls.connector(connector)?)),
+            idle_timeout,
         })
     }
 

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::route::Facts;
-
 /// One instance's load and failures. It stays with the instance through its heartbeats.
 #[derive(Debug)]
 pub struct Load {
@@ -29,6 +27,17 @@ pub struct Load {
     answered_us: AtomicU64,
     /// Legs that failed by its fault.
     failed: AtomicU64,
+}
+
+/// How busy an instance is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Tokens of its requests under way.
+    pub tokens: u64,
+    /// Legs under way.
+    pub legs: u32,
+    /// It keeps failing and is left alone for a while.
+    pub is_open: bool,
 }
 
 /// What an instance has done so far, for metrics.

@@ -14,13 +14,13 @@ use prometheus_client::registry::Registry;
 use protocol::Reason;
 use protocol::registration::NotifX;
 
+use crate::alone::Alone;
 use crate::endpoint::Endpoint;
 use crate::error::Code;
 use crate::instance::Instance;
 use crate::labels::{InstanceCounts, Labels, Leg, Message};
-use crate::life::Outcome;
+use crate::outcome::Outcome;
 use crate::registry::Answer;
-use crate::route::Alone;
 
 mod families;
 mod instances;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use http::HeaderMap;
 
+use crate::alone::Alone;
 use crate::app::{App, Transfers, facts};
 use crate::body::RequestBody;
 use crate::endpoint::Endpoint;
@@ -12,7 +13,7 @@ use crate::memory::Known;
 use crate::policy::Policy;
 use crate::prompt::{Prompt, session};
 use crate::refusals::Between;
-use crate::route::{Alone, Ask, NoRoute, Pair, route};
+use crate::route::{Ask, NoRoute, Pair, route};
 
 /// What is known of one request.
 #[derive(Debug)]

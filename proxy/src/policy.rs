@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::instance::Instance;
-use crate::route::Facts;
+use crate::load::Facts;
 
 /// How an instance among equals is chosen, for prefill and decode separately.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]

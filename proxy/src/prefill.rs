@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::HeaderMap;
 use protocol::RequestId;
 
+use crate::alone::Alone;
 use crate::body::RequestBody;
 use crate::endpoint::Endpoint;
 use crate::handover::{Way, prefill_params};
@@ -12,7 +13,6 @@ use crate::inflight::Watch;
 use crate::instance::Instance;
 use crate::legs::{Legs, PrefillEnd};
 use crate::lmcache;
-use crate::route::Alone;
 
 /// What a prefill leg is made of.
 #[derive(Debug)]
@@ -47,9 +47,9 @@ impl PrefillLeg {
             return self.lmcache(watch).await;
         }
         let params = prefill_params(&self.id, self.way, &self.decode, self.overlap);
-        let body = self
-            .body
-            .prefill_leg(self.endpoint, params.as_deref(), self.way);
+        let body =
+            self.body
+                .prefill_leg(self.endpoint, params.as_deref(), self.way.prefill_answer());
         let url = self.prefill.http.join(self.endpoint.path());
         let end = self.legs.prefill(&url, self.headers, body, self.way).await;
         if self.way == Way::FromLmcache && matches!(end, PrefillEnd::Answered(_)) {

@@ -92,7 +92,7 @@ impl Proxy {
     pub async fn bind(config: Config) -> Result<Self, BindError> {
         let configured = config.sources.named().map_err(BindError::Instances)?;
         let acceptor = config.tls.acceptor()?;
-        let legs = Legs::new(&config)?;
+        let legs = Legs::new(&config.tls, config.connect_timeout, config.idle_timeout)?;
         let address = config.addresses.listen();
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;

@@ -13,9 +13,9 @@ use tracing::{error, info, warn};
 
 use crate::app::{App, Instances};
 use crate::callback::call_back;
-use crate::control::Command;
 use crate::instance::{Instance, Source, Standing};
 use crate::labels::{InstanceCounts, Message};
+use crate::registry::Command;
 use crate::registry::{Answer, CallBack, Registry};
 use crate::zmq::{Frame, PortError, Registrations};
 

@@ -24,10 +24,12 @@ use crate::instance::{Instance, Standing, Unusable};
 
 mod budget;
 mod call;
+mod command;
 mod lease;
 
 use budget::Budget;
 pub use call::{Answer, CallBack};
+pub use command::Command;
 use lease::{Lease, holds_epoch, take_epoch};
 
 /// Every registration.

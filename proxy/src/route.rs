@@ -3,13 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-pub use crate::alone::Alone;
+use crate::alone::Alone;
 use crate::error::{ApiError, Code};
 use crate::handover::Way;
 use crate::instance::{Connector, Instance};
+use crate::load::Facts;
 use crate::mode::{Costs, Mode};
-pub use crate::policy::Policy;
-use crate::policy::{Candidate, Request};
+use crate::policy::{Candidate, Policy, Request};
 use crate::refusals::Between;
 
 /// What routing needs to know of a request.
@@ -48,17 +48,6 @@ pub struct Side {
     pub policy: Policy,
     /// Requests of this kind so far.
     pub turn: usize,
-}
-
-/// How busy an instance is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
-    /// Tokens of its requests under way.
-    pub tokens: u64,
-    /// Legs under way.
-    pub legs: u32,
-    /// It keeps failing and is left alone for a while.
-    pub is_open: bool,
 }
 
 /// The instances of a request.

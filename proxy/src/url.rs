@@ -7,7 +7,6 @@ use http::Uri;
 use http::uri::Authority;
 use serde::{Serialize, Serializer};
 
-use crate::instance::Unusable;
 use crate::zone;
 
 /// Base URL of an HTTP server: scheme, authority and perhaps a path prefix, without a final slash.
@@ -18,13 +17,37 @@ pub struct BaseUrl {
     carried: Option<String>,
 }
 
+/// A text that is not the address of a server that the proxy may call.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadUrl {
+    /// An URL that the proxy cannot call.
+    #[error("{field} {value:?} is not an http:// or https:// URL with a host and, if any, a port")]
+    Url {
+        /// `http` or `admin`.
+        field: &'static str,
+        /// What was registered.
+        value: String,
+    },
+    /// An instance's address that is more, or less, than a place to connect to.
+    #[error(
+        "{field} {value:?} is not scheme, host and port alone, as http://10.0.0.1:8000 or https://[::1]:8000: \
+         an instance's address has no path, query, fragment or user"
+    )]
+    Origin {
+        /// `url`, `http` or `admin`.
+        field: &'static str,
+        /// The text that was registered.
+        value: String,
+    },
+}
+
 impl BaseUrl {
     /// Checks an URL, which may have a path prefix.
     ///
     /// # Errors
     /// Not `http://`, no host, a port that is none, user information, a query, a fragment, or too long.
-    pub fn parse(field: &'static str, text: &str) -> Result<Self, Unusable> {
-        let refused = || Unusable::Url {
+    pub fn parse(field: &'static str, text: &str) -> Result<Self, BadUrl> {
+        let refused = || BadUrl::Url {
             field,
             value: shortened(text),
         };
@@ -65,10 +88,10 @@ impl BaseUrl {
     ///
     /// # Errors
     /// As of [`BaseUrl::parse`]; and a path.
-    pub fn origin(field: &'static str, text: &str) -> Result<Self, Unusable> {
+    pub fn origin(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         match Self::parse(field, text) {
             Ok(url) if url.text.matches('/').count() == 2 => Ok(url),
-            _ => Err(Unusable::Origin {
+            _ => Err(BadUrl::Origin {
                 field,
                 value: shortened(text),
             }),
@@ -80,7 +103,7 @@ impl BaseUrl {
     ///
     /// # Errors
     /// As of [`BaseUrl::origin`]; and a host alone.
-    pub fn named(field: &'static str, text: &str) -> Result<Self, Unusable> {
+    pub fn named(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         let text = text.trim();
         if text.contains("://") {
             return Self::origin(field, text);
@@ -90,7 +113,7 @@ impl BaseUrl {
         if authority.contains(':') && !authority.ends_with(']') {
             return Ok(url);
         }
-        Err(Unusable::Origin {
+        Err(BadUrl::Origin {
             field,
             value: shortened(text),
         })

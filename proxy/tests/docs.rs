@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use clap::CommandFactory;
+use proxy::alone::Alone;
 use proxy::cli::Config;
 use proxy::error::Code;
-use proxy::life::Outcome;
 use proxy::metrics::Metrics;
-use proxy::route::Alone;
+use proxy::outcome::Outcome;
 
 const DOCUMENT: &str = include_str!("../../docs/proxy.md");
 

@@ -176,10 +176,10 @@ fn values_reach_the_engine_as_they_came() {
 #[test]
 fn prefill_legs() {
     let check = |endpoint, given: &str, expect: &str| {
-        let leg = parse(given).prefill_leg(endpoint, Some("{}"), Way::Sidecar);
+        let leg = parse(given).prefill_leg(endpoint, Some("{}"), PrefillAnswer::Nothing);
         let with_params = format!(r#"{expect},"kv_transfer_params":{{}}}}"#);
         assert_eq!(text(&leg), with_params, "{given}");
-        let leg = parse(given).prefill_leg(endpoint, None, Way::P2pNccl);
+        let leg = parse(given).prefill_leg(endpoint, None, PrefillAnswer::Nothing);
         assert_eq!(text(&leg), format!("{expect}}}"), "{given}");
     };
     check(
@@ -203,7 +203,7 @@ fn prefill_legs() {
 fn a_first_token_is_chosen_as_the_client_wants_all() {
     let given =
         r#"{"prompt":"a","temperature":0,"top_k":3,"min_tokens":4,"stream":true,"stop":[]}"#;
-    let leg = parse(given).prefill_leg(Endpoint::Completions, None, Way::FirstToken);
+    let leg = parse(given).prefill_leg(Endpoint::Completions, None, PrefillAnswer::FirstToken);
     let expect = r#"{"prompt":"a","temperature":0,"top_k":3,"stream":false,"return_token_ids":true,"min_tokens":1,"max_tokens":1}"#;
     assert_eq!(text(&leg), expect);
 }

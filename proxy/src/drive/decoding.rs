@@ -8,6 +8,7 @@ use protocol::RequestId;
 use tracing::warn;
 
 use super::{Drive, Side, Step};
+use crate::alone::Alone;
 use crate::endpoint::Endpoint;
 use crate::flight::Flight;
 use crate::handover::{Way, decode_params};
@@ -16,7 +17,6 @@ use crate::labels::Leg;
 use crate::legs::{Answer, LegError};
 use crate::life::Event;
 use crate::lmcache;
-use crate::route::Alone;
 use crate::verdict::Verdict;
 
 impl Drive {

@@ -3,10 +3,10 @@
 use axum::response::Response;
 
 use super::Drive;
+use crate::alone::Alone;
 use crate::early;
 use crate::flight::Flight;
 use crate::life::{Action, Event};
-use crate::route::Alone;
 use crate::stitch::Stitch;
 
 impl Drive {

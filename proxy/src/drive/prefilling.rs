@@ -7,6 +7,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use super::{Drive, Side, Step};
+use crate::alone::Alone;
 use crate::cli::FirstTokenFrom;
 use crate::flight::Flight;
 use crate::handover::{Prefilled, Way, leg_id};
@@ -16,7 +17,6 @@ use crate::labels::Leg;
 use crate::legs::PrefillEnd;
 use crate::life::Event;
 use crate::prefill::PrefillLeg;
-use crate::route::Alone;
 
 impl Drive {
     pub(super) fn send_prefill(&mut self, flight: &mut Flight) {

@@ -6,10 +6,9 @@ use std::sync::Arc;
 use protocol::registration::{InstanceRole, Register};
 use serde::Deserialize;
 
-use super::{Connector, Instance, Source, Standing};
+use super::{Connector, Instance, Source, Standing, Written};
 use crate::fit::Kv;
-use crate::shared::Written;
-use crate::url::{BaseUrl, shortened};
+use crate::url::{BadUrl, BaseUrl, shortened};
 
 /// Which legs an instance takes and where it is, as flags, files and `POST /instances` say it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -42,25 +41,9 @@ pub struct Named {
 /// A registration that names something unusable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
-    /// An URL that the proxy cannot call.
-    #[error("{field} {value:?} is not an http:// or https:// URL with a host and, if any, a port")]
-    Url {
-        /// `http` or `admin`.
-        field: &'static str,
-        /// What was registered.
-        value: String,
-    },
-    /// An instance's address that is more, or less, than a place to connect to.
-    #[error(
-        "{field} {value:?} is not scheme, host and port alone, as http://10.0.0.1:8000 or https://[::1]:8000: \
-         an instance's address has no path, query, fragment or user"
-    )]
-    Origin {
-        /// `url`, `http` or `admin`.
-        field: &'static str,
-        /// The text that was registered.
-        value: String,
-    },
+    /// An address that the proxy cannot call.
+    #[error(transparent)]
+    Url(#[from] BadUrl),
     /// An id that cannot be shown in logs and metrics.
     #[error("id {0:?} is empty, longer than {MAX_ID_BYTES} bytes or not printable ASCII")]
     Id(String),

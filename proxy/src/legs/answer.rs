@@ -6,11 +6,11 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header, response};
 use serde::Deserialize;
 
+use crate::alone::Alone;
 use crate::error::{ApiError, Code};
 use crate::handover::Prefilled;
 use crate::headers::JSON;
 use crate::links::LinkBody;
-use crate::route::Alone;
 use crate::sse;
 
 /// A decode leg's answer, from its first bytes on.

@@ -9,12 +9,12 @@ use prometheus_client::registry::{Registry, Unit};
 use protocol::Reason;
 
 use super::{Counters, Metrics, leg_labels, notice_labels, request_labels};
+use crate::alone::Alone;
 use crate::endpoint::Endpoint;
 use crate::error::Code;
 use crate::labels::{InstanceCounts, Labels, Leg, Message};
-use crate::life::Outcome;
+use crate::outcome::Outcome;
 use crate::registry::Answer;
-use crate::route::Alone;
 
 impl Metrics {
     /// All metrics at zero, with every label value that is known in advance.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::instance::Instance;
-use crate::route::Facts;
+use crate::load::Facts;
 
 /// Writes them: not families, because instances come and go, and their names are their
 /// own, which prometheus-client 0.23 would write as they are.

@@ -4,7 +4,7 @@ use protocol::registration::InstanceRole;
 
 use super::*;
 use crate::instance::{Connector, Instance, Named, Source};
-use crate::route::Facts;
+use crate::load::Facts;
 
 fn instance(role: InstanceRole) -> Arc<Instance> {
     let named = Named {
