@@ -1,7 +1,7 @@
 """Every field of vLLM's request models against the proxy's prefill leg; no engine runs.
 
 A leg of one token keeps what decides the prompt and leaves out what concerns the generation. A version of vLLM with a
-new field fails the first test until the field is sorted here, and in proxy/src/body/kinds.rs if it is left out.
+new field fails the first test until the field is sorted here, and in proxy/src/openai/body/kinds.rs if it is left out.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 def test_every_field_is_sorted(path: str) -> None:
     sorted_fields = {*KEPT, *LEFT_OUT, *BY_ENDPOINT, *NO_LEG}
     new = set(MODELS[path].model_fields) - sorted_fields
-    assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: proxy/src/body/kinds.rs, and here"
+    assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: proxy/src/openai/body/kinds.rs, and here"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -1,74 +1,28 @@
 //! OpenAI-compatible proxy for disaggregated prefill and decode.
 //!
 //! [`Proxy::bind`] opens both ports, [`Proxy::run`] serves until it is told to stop and drains.
-//! The decisions have no IO: [`route`], [`life`], [`registry`], [`body`].
+//! Only what the program and its tests use is public. ARCHITECTURE.md lists what each folder owns.
+//! The decisions have no IO: `routing`, `request::state`, `fleet::registry`, `openai::body`.
 
 #![forbid(unsafe_code)]
 
-pub mod access;
-pub mod addresses;
-pub mod alone;
-pub mod announce;
-pub mod api;
-pub mod app;
-pub mod body;
-pub mod callback;
-pub mod cli;
-pub mod control;
-pub mod descriptors;
-pub mod drive;
-pub mod early;
-pub mod endpoint;
-pub mod error;
-pub mod etcd;
-pub mod fit;
-pub mod flight;
-pub mod handover;
-pub mod headers;
-pub mod id;
-pub mod incoming;
-pub mod inflight;
-pub mod instance;
-pub mod labels;
-pub mod legs;
-pub mod life;
-pub mod links;
-pub mod lmcache;
-pub mod load;
-mod mask;
-mod memory;
-pub mod metrics;
-pub mod mode;
-pub mod origin;
-pub mod otlp;
-pub mod outcome;
-pub mod p2p;
-pub mod patience;
-pub mod plan;
-pub mod policy;
-pub mod prefill;
-pub mod prompt;
-pub mod proxy;
-pub mod record;
-pub mod refusals;
-pub mod registration;
-pub mod registry;
-pub mod relay;
-pub mod route;
-pub mod seats;
-pub mod server;
-pub mod shared;
-pub mod sources;
-pub mod sse;
-pub mod stitch;
-pub mod summary;
-pub mod tls;
-pub mod trace;
-pub mod uploads;
-pub mod url;
-pub mod usage;
-pub mod verdict;
-pub mod zmq;
-pub mod zone;
+mod config;
+mod connectors;
+mod fleet;
+mod membership;
+mod openai;
+mod request;
+mod routing;
+mod server;
+mod state;
+mod telemetry;
+mod upstream;
 
-pub use proxy::{BindError, End, Proxy, Stop};
+pub use config::cli::{Config, LogFormat};
+pub use openai::error::Code;
+pub use openai::fallback::Alone;
+pub use server::fd_limit::raise_limit;
+pub use server::{BindError, End, Proxy, Stop};
+pub use telemetry::metrics::Metrics;
+pub use telemetry::outcome::Outcome;
+pub use upstream::tls::TlsFiles;

@@ -3,8 +3,7 @@
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use proxy::cli::{Config, LogFormat};
-use proxy::{End, Proxy, Stop, descriptors};
+use proxy::{Config, End, LogFormat, Proxy, Stop, raise_limit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
@@ -52,7 +51,7 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return complain(&["signals cannot be handled".into()], INTERNAL);
     };
-    let shortage = descriptors::raise_limit(&config);
+    let shortage = raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
         Ok(proxy) => proxy,

@@ -3,11 +3,7 @@
 use std::collections::BTreeSet;
 
 use clap::CommandFactory;
-use proxy::alone::Alone;
-use proxy::cli::Config;
-use proxy::error::Code;
-use proxy::metrics::Metrics;
-use proxy::outcome::Outcome;
+use proxy::{Alone, Code, Config, Metrics, Outcome};
 
 const DOCUMENT: &str = include_str!("../../docs/proxy.md");
 

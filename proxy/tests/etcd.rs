@@ -5,7 +5,7 @@ mod support;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use proxy::cli::Config;
+use proxy::Config;
 use serde_json::json;
 use support::sidecar::{Role, Sidecar};
 use support::{Rig, free_port};

@@ -8,7 +8,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use proxy::tls::TlsFiles;
+use proxy::TlsFiles;
 use serde_json::json;
 use support::Rig;
 use support::sidecar::Role;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use proxy::cli::Config;
+use proxy::Config;
 use proxy::{End, Proxy, Stop};
 use serde_json::Value;
 use tokio::task::JoinHandle;

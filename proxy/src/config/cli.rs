@@ -1,0 +1,334 @@
+//! Flags, and what is checked of them before anything starts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+use hyper_util::client::legacy::connect::HttpConnector;
+
+use crate::config::addresses::Addresses;
+use crate::config::announce::metadata;
+use crate::fleet::base_url::BaseUrl;
+use crate::fleet::load::Breaker;
+use crate::fleet::registry::ANSWER_VALID;
+use crate::fleet::sources::Sources;
+use crate::openai::keys::Access;
+use crate::routing::mode::Mode;
+use crate::routing::policy::Policy;
+use crate::upstream::tls::TlsFiles;
+
+mod choices;
+
+pub use choices::{DecodeLegAt, FirstTokenFrom, LogFormat};
+
+/// OpenAI-compatible proxy for disaggregated prefill and decode.
+///
+/// Clients talk to it as to one vLLM server. Sidecars register at its registration port; a request
+/// is prefilled by one instance, its KV is pushed to another one by their sidecars, and that one
+/// streams the answer. Where no transfer is possible the decode instance computes everything.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
+pub struct Config {
+    /// Where it listens.
+    #[command(flatten)]
+    pub addresses: Addresses,
+
+    /// Requests under way at once; more are answered with 429.
+    #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_in_flight: usize,
+
+    /// Client connections at once. For more, the longest idle ones are closed; where all are busy with
+    /// requests, others get 429, and /health, /ready, /metrics and the admin endpoints still answer.
+    #[arg(long, env = "PD_PROXY_MAX_CONNECTIONS", default_value_t = 4096, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_connections: usize,
+
+    /// Largest request body; larger ones are answered with 413.
+    #[arg(long, env = "PD_PROXY_MAX_BODY_BYTES", default_value_t = 16 * 1024 * 1024,
+          value_name = "BYTES", value_parser = at_least_one)]
+    pub max_body_bytes: usize,
+
+    /// Request bodies on their way in, all together; the slowest of them give way to others (429).
+    #[arg(long, env = "PD_PROXY_MAX_UPLOAD_BYTES", default_value_t = 256 * 1024 * 1024,
+          value_name = "BYTES", value_parser = at_least_one)]
+    pub max_upload_bytes: usize,
+
+    /// Instances that can be registered at once.
+    #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_instances: usize,
+
+    /// Instances that are there without registering.
+    #[command(flatten)]
+    pub sources: Sources,
+
+    /// Who may ask, and whom the proxy talks to.
+    #[command(flatten)]
+    pub access: Access,
+
+    /// Base URLs of an etcd through which several proxies share their instances, separated by commas.
+    #[arg(long, env = "PD_PROXY_ETCD", value_name = "URL", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+
+    /// Where in etcd: proxies with the same prefix share.
+    #[arg(
+        long,
+        env = "PD_PROXY_ETCD_PREFIX",
+        default_value = "/pd-proxy",
+        value_name = "KEY"
+    )]
+    pub etcd_prefix: String,
+
+    /// Mooncake's configuration: the metadata server that it names is told where sidecars register, so
+    /// that sidecars with the same file find this proxy.
+    #[arg(long, env = "PD_PROXY_MOONCAKE", value_name = "FILE")]
+    pub mooncake: Option<PathBuf>,
+
+    /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
+    /// trace of each request.
+    #[arg(long, env = "PD_PROXY_OTLP", value_name = "URL")]
+    pub otlp: Option<String>,
+
+    /// TLS towards clients and engines.
+    #[command(flatten)]
+    pub tls: TlsFiles,
+
+    /// How a prefill instance is chosen.
+    #[arg(long, env = "PD_PROXY_PREFILL_POLICY", default_value = "round-robin")]
+    pub prefill_policy: Policy,
+
+    /// How a decode instance is chosen.
+    #[arg(long, env = "PD_PROXY_DECODE_POLICY", default_value = "round-robin")]
+    pub decode_policy: Policy,
+
+    /// Which requests get a prefill leg; `POST /mode/...` changes it.
+    #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
+    pub mode: Mode,
+
+    /// When a decode leg between sidecars is sent: when the prefill engine has begun, with the prefill
+    /// leg, or after its answer.
+    #[arg(long, env = "PD_PROXY_DECODE_LEG", default_value = "begun")]
+    pub decode_leg: DecodeLegAt,
+
+    /// Who gives the first token of a stream between sidecars: the decode engine, or the prefill engine,
+    /// which has it sooner, but then the decode leg waits for its answer.
+    #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
+    pub first_token: FirstTokenFrom,
+
+    /// Prefill instances tried for one request; then the decode instance computes the prompt.
+    #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub prefill_attempts: u32,
+
+    /// Failures in a row after which an instance gets no requests for a while. An engine's 5xx counts
+    /// only once another instance has answered the same request.
+    #[arg(long, env = "PD_PROXY_BREAKER_FAILURES", default_value_t = 5, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub breaker_failures: u32,
+
+    /// For how long; then one request tries.
+    #[arg(long, env = "PD_PROXY_BREAKER_PAUSE", default_value = "5s", value_name = "TIME",
+          value_parser = duration)]
+    pub breaker_pause: Duration,
+
+    /// Decode instances tried for one request, as long as the client has got nothing.
+    #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub decode_attempts: u32,
+
+    /// Longest connect to an instance.
+    #[arg(long, env = "PD_PROXY_CONNECT_TIMEOUT", default_value = "2s", value_name = "TIME",
+          value_parser = duration)]
+    pub connect_timeout: Duration,
+
+    /// Longest wait for the prefill instance to begin or to answer; then the decode instance
+    /// computes the prompt itself.
+    #[arg(long, env = "PD_PROXY_PREFILL_TIMEOUT", default_value = "60s", value_name = "TIME",
+          value_parser = duration)]
+    pub prefill_timeout: Duration,
+
+    /// Longest time without a sign of work of a decode instance, in any of its answers, while a request
+    /// waits for its first event; then another instance takes over, if there is one. Long prompts, and
+    /// answers that are not streamed, get more. An answer that is as long silent is given up on if the
+    /// engine's /health has failed for so long too.
+    #[arg(long, env = "PD_PROXY_STALL_TIMEOUT", default_value = "20s", value_name = "TIME",
+          value_parser = duration)]
+    pub stall_timeout: Duration,
+
+    /// Longest wait for the first event of a stream.
+    #[arg(long, env = "PD_PROXY_FIRST_BYTE_TIMEOUT", default_value = "10m", value_name = "TIME",
+          value_parser = duration)]
+    pub first_byte_timeout: Duration,
+
+    /// Longest wait for an answer that is not streamed: its whole computation has to fit.
+    #[arg(long, env = "PD_PROXY_ANSWER_TIMEOUT", default_value = "4h", value_name = "TIME",
+          value_parser = duration)]
+    pub answer_timeout: Duration,
+
+    /// Longest time without data within an answer. Engines are silent while they write a tool call.
+    #[arg(long, env = "PD_PROXY_IDLE_TIMEOUT", default_value = "10m", value_name = "TIME",
+          value_parser = duration)]
+    pub idle_timeout: Duration,
+
+    /// Longest time for a client to send a request's head, to send nothing of its body (less than
+    /// 1 KiB), or to read nothing of its answer.
+    #[arg(long, env = "PD_PROXY_CLIENT_TIMEOUT", default_value = "30s", value_name = "TIME",
+          value_parser = duration)]
+    pub client_timeout: Duration,
+
+    /// Time between two call-backs to a registered sidecar: acknowledgement and health check. At most 10s:
+    /// an answer holds for 15 s.
+    #[arg(long, env = "PD_PROXY_CALL_BACK_EVERY", default_value = "5s", value_name = "TIME",
+          value_parser = duration)]
+    pub call_back_every: Duration,
+
+    /// After SIGTERM or SIGINT, how long requests under way may take to finish.
+    #[arg(long, env = "PD_PROXY_DRAIN_TIMEOUT", default_value = "30s", value_name = "TIME",
+          value_parser = duration)]
+    pub drain_timeout: Duration,
+
+    /// What is logged, e.g. `info` or `warn,proxy=debug`.
+    #[arg(
+        long,
+        env = "PD_PROXY_LOG",
+        default_value = "info",
+        value_name = "FILTER"
+    )]
+    pub log: String,
+
+    /// How it is logged, to standard error.
+    #[arg(long, env = "PD_PROXY_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// Reads the arguments and the environment of this process. Returns with them a note for each variable that is
+    /// ignored: Kubernetes describes every service of a namespace by variables like `SERVICE_PORT=tcp://10.0.0.1:7500`,
+    /// and a service's name may begin like ours.
+    ///
+    /// # Errors
+    /// What is wrong with them, or that help was asked for.
+    pub fn of_process() -> Result<(Self, Vec<String>), clap::Error> {
+        let mut notes = Vec::new();
+        let command = Self::command().mut_args(|argument| {
+            let variable = argument.get_env().and_then(|name| name.to_str());
+            let of_service = variable.and_then(|name| {
+                let value = std::env::var(name).ok()?;
+                is_of_kubernetes(name, &value).then(|| format!("{name}={value}"))
+            });
+            let Some(of_service) = of_service else {
+                return argument;
+            };
+            notes.push(format!(
+                "environment {of_service}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
+                 the pod's spec keeps such variables away)"
+            ));
+            argument.env(None::<&'static str>)
+        });
+        let config = Self::from_arg_matches(&command.try_get_matches()?)?;
+        Ok((config, notes))
+    }
+
+    /// When an instance that keeps failing is left alone.
+    pub fn breaker(&self) -> Breaker {
+        Breaker {
+            failures: self.breaker_failures,
+            pause: self.breaker_pause,
+            stall: self.stall_timeout,
+        }
+    }
+
+    /// Returns the memory for bodies on their way in: one of the largest always fits.
+    pub fn upload_bytes(&self) -> usize {
+        self.max_upload_bytes.max(self.max_body_bytes)
+    }
+
+    /// What is wrong with the flags and the files that they name, every problem at once.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = self.access.problems();
+        problems.extend(self.sources.named().err().unwrap_or_default());
+        problems.extend(self.tls.acceptor().err().map(|e| e.to_string()));
+        let connector = self.tls.connector(HttpConnector::new());
+        problems.extend(connector.err().map(|e| e.to_string()));
+        if let Some(file) = &self.mooncake {
+            problems.extend(metadata(file).err());
+            let registration = self.addresses.registration();
+            if registration.ip().is_unspecified() {
+                problems.push(format!(
+                    "--mooncake: sidecars cannot connect to {registration}: name one address in --registration"
+                ));
+            }
+        }
+        let etcd = self.etcd.iter().map(|url| ("--etcd", url));
+        for (flag, url) in etcd.chain(self.otlp.iter().map(|url| ("--otlp", url))) {
+            if let Err(error) = BaseUrl::parse(flag, url) {
+                problems.push(error.to_string());
+            }
+        }
+        if self.call_back_every > LONGEST_CALL_BACK_EVERY {
+            problems.push(format!(
+                "--call-back-every {:?}: at most {LONGEST_CALL_BACK_EVERY:?}, because an instance counts as ready for \
+                 {ANSWER_VALID:?} after a call-back, which itself may take 4s",
+                self.call_back_every
+            ));
+        }
+        problems.extend(self.addresses.problems());
+        problems
+    }
+}
+
+/// Returns true if Kubernetes set this variable to describe a service.
+fn is_of_kubernetes(name: &str, value: &str) -> bool {
+    let url = value.split_once("://").is_some_and(|(scheme, at)| {
+        ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
+    });
+    name.ends_with("_PORT") && url
+}
+
+/// A call-back takes 2 s to the sidecar and 2 s to the engine at most, and one may be late.
+const LONGEST_CALL_BACK_EVERY: Duration = Duration::from_secs(10);
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("has to be above zero".into()),
+        Ok(time) if time > LONGEST => Err("is longer than a day".into()),
+        Ok(time) => Ok(time),
+        Err(e) => Err(format!("{e}; write 500ms, 5s or 2m")),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("has to be at least 1".into()),
+        Ok(number) if number > LARGEST => Err(format!("is above {LARGEST}")),
+        Ok(number) => Ok(number),
+        Err(_) => Err("is not a whole number".into()),
+    }
+}
+
+/// Beyond it a deadline is no deadline.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// Far above any sensible limit, and within what semaphores can count on every platform.
+const LARGEST: usize = 1 << 28;
+
+const AFTER_HELP: &str = "\
+Every flag can be given in the environment, e.g. PD_PROXY_LISTEN; a flag wins.
+
+Try it:
+  pd-proxy --listen 127.0.0.1:8000 --registration 127.0.0.1:7500
+  curl -s localhost:8000/instances          who has registered, and why it is not ready
+  curl -s localhost:8000/v1/completions -H 'content-type: application/json' \\
+       -d '{\"model\": \"m\", \"prompt\": \"Hello\", \"max_tokens\": 8, \"stream\": true}'
+  curl -s localhost:8000/requests           the last 256 requests: pair, times, bytes moved
+  curl -s localhost:8000/ready              200 if a decode instance is ready
+  curl -s localhost:8000/metrics            Prometheus
+
+Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 wrong flags or
+files that they name, 69 an address could not be bound, 70 the registration port failed while running.
+SIGTERM and SIGINT drain; a second one stops at once.";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! An answer that begins before its decode leg has: with the first token, from the prefill instance.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use http::{HeaderValue, header};
+use http_body::Frame;
+use protocol::RequestId;
+
+use crate::connectors::merge::Stitch;
+use crate::openai::headers::{JSON, is_event_stream};
+use crate::openai::request_id;
+
+/// The body of such an answer.
+struct Early {
+    stitch: Stitch,
+    stage: Stage,
+}
+
+enum Stage {
+    /// The first token is to be given.
+    Head(Pin<Box<dyn Future<Output = Response> + Send>>),
+    /// The decode leg is under way. It owns the request.
+    Waiting(Pin<Box<dyn Future<Output = Response> + Send>>),
+    /// Its answer is passed on.
+    Events(Body),
+    /// It is an error, which becomes an event.
+    Error(Body, Vec<u8>),
+    /// Nothing more comes.
+    Over,
+}
+
+/// A stream that begins with the first token and goes on with what `rest` brings.
+pub fn respond(
+    stitch: Stitch,
+    id: &RequestId,
+    rest: Pin<Box<dyn Future<Output = Response> + Send>>,
+) -> Response {
+    let early = Early {
+        stitch,
+        stage: Stage::Head(rest),
+    };
+    with_headers(Body::new(early), EVENTS, id)
+}
+
+/// The whole answer, where the first token is the last one.
+pub fn only(
+    stitch: &Stitch,
+    streams: bool,
+    prompt_tokens: Option<u64>,
+    id: &RequestId,
+) -> Response {
+    if streams {
+        with_headers(Body::from(stitch.only_head()), EVENTS, id)
+    } else {
+        with_headers(Body::from(stitch.whole_head(prompt_tokens)), JSON, id)
+    }
+}
+
+fn with_headers(body: Body, kind: HeaderValue, id: &RequestId) -> Response {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, kind);
+    headers.insert(request_id::HEADER, request_id::header_value(id));
+    response
+}
+
+impl http_body::Body for Early {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let early = self.get_mut();
+        loop {
+            match std::mem::replace(&mut early.stage, Stage::Over) {
+                Stage::Head(rest) => {
+                    early.stage = Stage::Waiting(rest);
+                    return Poll::Ready(Some(Ok(Frame::data(early.stitch.head()))));
+                }
+                Stage::Waiting(mut rest) => match rest.as_mut().poll(cx) {
+                    Poll::Ready(response) if is_event_stream(response.headers()) => {
+                        early.stage = Stage::Events(response.into_body());
+                    }
+                    Poll::Ready(response) => {
+                        early.stage = Stage::Error(response.into_body(), b"data: ".to_vec());
+                    }
+                    Poll::Pending => {
+                        early.stage = Stage::Waiting(rest);
+                        return Poll::Pending;
+                    }
+                },
+                Stage::Events(mut body) => {
+                    let polled = Pin::new(&mut body).poll_frame(cx);
+                    if !matches!(polled, Poll::Ready(None)) {
+                        early.stage = Stage::Events(body);
+                    }
+                    let frame = match ready!(polled) {
+                        None => return Poll::Ready(None),
+                        Some(Err(e)) => return Poll::Ready(Some(Err(e))),
+                        Some(Ok(frame)) => frame,
+                    };
+                    let Some(chunk) = frame.data_ref() else {
+                        continue;
+                    };
+                    let converted = early.stitch.chunk(chunk);
+                    if !converted.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(converted))));
+                    }
+                }
+                Stage::Error(mut body, mut event) => match Pin::new(&mut body).poll_frame(cx) {
+                    Poll::Pending => {
+                        early.stage = Stage::Error(body, event);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(Some(Ok(frame))) => {
+                        let room = MAX_ERROR_BYTES.saturating_sub(event.len());
+                        let data = frame.data_ref().map_or(&[][..], |data| data);
+                        event.extend_from_slice(&data[..data.len().min(room)]);
+                        early.stage = Stage::Error(body, event);
+                    }
+                    Poll::Ready(Some(Err(e))) => return Poll::Ready(Some(Err(e))),
+                    Poll::Ready(None) => {
+                        event.extend_from_slice(b"\n\n");
+                        return Poll::Ready(Some(Ok(Frame::data(event.into()))));
+                    }
+                },
+                Stage::Over => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+/// More of an error than this is for nobody.
+const MAX_ERROR_BYTES: usize = 1024 * 1024;
+
+const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");

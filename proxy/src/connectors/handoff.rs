@@ -1,0 +1,292 @@
+//! What the two legs of a request say to each connector, so that KV gets from one to the other.
+//!
+//! | way | prefill leg | decode leg |
+//! |---|---|---|
+//! | sidecar | where the receiver is | the request's id |
+//! | first-token | the same; token ids and the first token are wanted | token ids, with the first token, and the id |
+//! | from-lmcache | where the receiver is | the request's id, and that all is written |
+//! | lmcache | where the receiver is; the first token is wanted | token ids, with the first token |
+//! | nixl | that a decode instance follows | what the prefill answer says |
+//! | p2p-nccl | nothing: both addresses stand in the request id | nothing |
+
+use std::fmt::Write;
+
+use protocol::RequestId;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::fleet::instance::{Connector, Instance};
+use crate::openai::body::PrefillAnswer;
+use crate::openai::fallback::Alone;
+use crate::openai::request_id::random;
+use crate::openai::usage::Usage;
+
+/// How a pair hands KV over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Sidecars on both sides.
+    Sidecar,
+    /// The same, and the client gets its first token from the prefill instance.
+    FirstToken,
+    /// From LMCache to a sidecar.
+    FromLmcache,
+    /// From LMCache or a sidecar to LMCache.
+    Lmcache,
+    /// vLLM's `NixlConnector` on both sides.
+    Nixl,
+    /// vLLM's P2P NCCL connector on both sides.
+    P2pNccl,
+}
+
+/// What a prefill leg has brought.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Prefilled {
+    /// The prompt's length, if the engine says it.
+    pub prompt_tokens: Option<u64>,
+    /// So many of them were cached there, if the engine says it.
+    pub cached_tokens: Option<u64>,
+    /// NIXL: what the decode leg has to carry, as JSON.
+    pub params: Option<String>,
+    /// The prompt's token ids, as JSON, where the decode leg needs them.
+    pub tokens: Option<String>,
+    /// The token that the prefill instance has sampled, where the decode leg goes on after it.
+    pub first: Option<FirstToken>,
+}
+
+/// The first token of an answer, sampled by the prefill instance.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FirstToken {
+    /// Its id.
+    pub id: i64,
+    /// Its text.
+    pub text: String,
+    /// Why the answer ends with it; `length` means only that no more was asked for.
+    pub finish_reason: Option<String>,
+}
+
+/// What decides over the decode leg in a prefill leg's answer.
+#[derive(Deserialize)]
+struct Answer<'a> {
+    #[serde(borrow, default)]
+    kv_transfer_params: Option<&'a RawValue>,
+    #[serde(default)]
+    usage: Option<Usage>,
+}
+
+/// As much of the parameters as decides.
+#[derive(Deserialize)]
+struct Params {
+    pushed: Option<bool>,
+    #[serde(default)]
+    reason: String,
+    #[serde(default)]
+    do_remote_prefill: bool,
+    first_tok: Option<i64>,
+    /// vLLM adds it for the decode leg.
+    remote_prefill_cached_tokens: Option<u64>,
+}
+
+/// As much of an answer as its first token needs.
+#[derive(Deserialize)]
+struct Completion<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    /// Of a chat.
+    #[serde(borrow, default)]
+    prompt_token_ids: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    message: Option<Message>,
+    #[serde(default)]
+    finish_reason: Option<String>,
+    #[serde(borrow, default)]
+    prompt_token_ids: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(default)]
+    content: Option<String>,
+    #[serde(default, alias = "reasoning_content")]
+    reasoning: Option<String>,
+}
+
+impl Way {
+    /// That of a pair; `None` if these two cannot be one.
+    pub fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
+        use Connector as C;
+        match (prefill.connector, decode.connector) {
+            (C::Sidecar, C::Sidecar) => Some(Self::Sidecar),
+            (C::Lmcache, C::Sidecar) => Some(Self::FromLmcache),
+            (C::Lmcache | C::Sidecar, C::Lmcache) => Some(Self::Lmcache),
+            (C::Nixl, C::Nixl) => Some(Self::Nixl),
+            (C::P2pNccl, C::P2pNccl) => Some(Self::P2pNccl),
+            _ => None,
+        }
+    }
+
+    /// Returns the part of the prefill leg's answer that reaches the client.
+    pub fn prefill_answer(self) -> PrefillAnswer {
+        match self {
+            Self::FirstToken => PrefillAnswer::FirstToken,
+            _ => PrefillAnswer::Nothing,
+        }
+    }
+}
+
+/// The transfer parameters of a prefill leg, as JSON. `overlap`: the decode leg does not wait for its
+/// answer.
+pub fn prefill_params(
+    id: &RequestId,
+    way: Way,
+    decode: &Instance,
+    overlap: bool,
+) -> Option<String> {
+    let (before, after) = match (way, overlap) {
+        (Way::Sidecar, true) => (r#""do_remote_decode":true,"#, r#","overlap":true"#),
+        (Way::Sidecar, false) => (r#""do_remote_decode":true,"#, ""),
+        (Way::FirstToken, _) => (r#""do_remote_decode":true,"ret_first_tok":true,"#, ""),
+        (Way::FromLmcache, _) => ("", ""),
+        (Way::Lmcache, _) => (r#""ret_first_tok":true,"#, ""),
+        (Way::Nixl, _) => return Some(NIXL_PREFILL.to_owned()),
+        (Way::P2pNccl, _) => return None,
+    };
+    Some(receiver(id, decode, before, after))
+}
+
+/// The transfer parameters of a decode leg to a sidecar's engine, as JSON.
+pub fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> String {
+    let more = match (way, prompt_tokens) {
+        (Way::FromLmcache, _) => r#","written":true"#.to_owned(),
+        (Way::FirstToken, Some(tokens)) => format!(r#","tokens":{tokens}"#),
+        _ => String::new(),
+    };
+    format!(
+        r#"{{"do_remote_prefill":true,"disagg_spec":{{"req_id":"{}"{more}}}}}"#,
+        id.0
+    )
+}
+
+/// The id that both legs of a request carry.
+///
+/// P2P NCCL instances find each other by it. It ends in 32 hex digits of its own, because the
+/// client's id may hold anything that ends an address.
+pub fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestId {
+    match (&prefill.zmq, &decode.zmq) {
+        (Some(from), Some(to)) if decode.connector == Connector::P2pNccl => RequestId(format!(
+            "___prefill_addr_{from}___decode_addr_{to}_{}",
+            random().simple()
+        )),
+        _ => id.clone(),
+    }
+}
+
+/// Reads a prefill leg's answer.
+///
+/// # Errors
+/// Why nothing is handed over, although the prompt was computed.
+pub fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
+    let not_pushed = |why: &str| Err((Alone::NotPushed, why.to_owned()));
+    let Ok(answer) = serde_json::from_slice::<Answer<'_>>(body) else {
+        // The head says that the prompt is computed; only some ways need more than that.
+        return match way {
+            Way::Nixl | Way::Lmcache => not_pushed("its answer is not JSON"),
+            _ => Ok(Prefilled::default()),
+        };
+    };
+    let mut prefilled = Prefilled {
+        prompt_tokens: answer.usage.map(|usage| usage.prompt_tokens),
+        ..Prefilled::default()
+    };
+    let raw = answer.kv_transfer_params.map(RawValue::get);
+    let params = raw.and_then(|raw| serde_json::from_str::<Params>(raw).ok());
+    if let Some(params) = &params
+        && params.pushed == Some(false)
+    {
+        return not_pushed(&params.reason);
+    }
+    let first = params.as_ref().and_then(|params| params.first_tok);
+    let details = answer.usage.and_then(|usage| usage.prompt_tokens_details);
+    let added = params
+        .as_ref()
+        .and_then(|params| params.remote_prefill_cached_tokens);
+    prefilled.cached_tokens = details.and_then(|details| details.cached_tokens).or(added);
+    match way {
+        Way::Sidecar | Way::FromLmcache | Way::P2pNccl => {}
+        Way::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {
+            prefilled.params = raw.map(str::to_owned);
+        }
+        Way::Nixl => {
+            return not_pushed("its answer carries no kv_transfer_params to read the KV by");
+        }
+        Way::Lmcache => {
+            let Some(id) = first else {
+                return not_pushed("its answer carries no first_tok");
+            };
+            let Some((first, _)) = first_token(id, body) else {
+                let why = "its first token cannot be shown by itself";
+                return Err((Alone::NotExpressible, why.to_owned()));
+            };
+            prefilled.first = Some(first);
+        }
+        Way::FirstToken => {
+            let found = first.and_then(|id| first_token(id, body));
+            if let Some((first, Some(tokens))) = found {
+                (prefilled.first, prefilled.tokens) = (Some(first), Some(tokens));
+            }
+        }
+    }
+    Ok(prefilled)
+}
+
+/// The first token of an answer, and the token ids of its prompt where they are said. `None` if its
+/// text cannot be shown before the rest is known: half a character, or what a parser of reasoning makes
+/// something else of.
+fn first_token(id: i64, body: &[u8]) -> Option<(FirstToken, Option<String>)> {
+    let answer: Completion<'_> = serde_json::from_slice(body).ok()?;
+    let choice = answer.choices.into_iter().next()?;
+    let text = match (choice.text, choice.message) {
+        (Some(text), _) => text,
+        (None, Some(message)) if message.reasoning.is_none() => message.content.unwrap_or_default(),
+        (None, _) => return None,
+    };
+    let is_last = choice.finish_reason.as_deref() != Some("length");
+    if text.contains(char::REPLACEMENT_CHARACTER) || (text.is_empty() && !is_last) {
+        return None;
+    }
+    let first = FirstToken {
+        id,
+        text,
+        finish_reason: choice.finish_reason,
+    };
+    let tokens = answer.prompt_token_ids.or(choice.prompt_token_ids);
+    let tokens = tokens.map(|tokens| tokens.get().to_owned());
+    Some((first, tokens.filter(|tokens| tokens.starts_with('['))))
+}
+
+fn receiver(id: &RequestId, decode: &Instance, before: &str, after: &str) -> String {
+    // Request ids are plain letters, digits, '-', '_' and '.'; hosts may be anything printable.
+    let host = serde_json::Value::from(decode.host.as_str());
+    let mut text = format!(
+        r#"{{{before}"disagg_spec":{{"req_id":"{}","receiver_host":{host},"receiver_init_port":"#,
+        id.0
+    );
+    // Writing into a string does not fail.
+    let _ = write!(
+        text,
+        r#"{:?},"receiver_alloc_port":{:?}{after}}}}}"#,
+        decode.init_ports, decode.alloc_ports
+    );
+    text
+}
+
+/// As vLLM's own examples send it.
+const NIXL_PREFILL: &str = r#"{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}"#;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+//! The first token's hand-over, as LMCache does it: both legs are completions over token ids, and the
+//! token that the prefill instance has sampled is the last one of the decode leg's prompt.
+//!
+//! Only so do chunk hashes of an LMCache decoder meet those of its prefiller: it looks up all but the
+//! last token. A request whose answer would differ by it gets no transfer to LMCache, and between
+//! sidecars the usual one.
+
+use bytes::Bytes;
+use serde::Deserialize;
+
+use crate::connectors::handoff::FirstToken;
+use crate::openai::body::{Kind, RequestBody, kind};
+use crate::openai::endpoint::Endpoint;
+
+/// Whether the request means the same when its first answered token stands in the prompt. A field that
+/// is not known may mean anything.
+pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
+    let is_set = |name: &str| match body.json(name) {
+        // For a completion, 0 asks for the log probability of what was sampled.
+        Some(text) if name == "logprobs" => text != "false",
+        Some(text) => !EMPTY.contains(&text),
+        None => false,
+    };
+    let needs_whole = |name: &str| match kind(name) {
+        Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
+        // Without tools it says nothing.
+        Some(Kind::Prompt) if name == "tool_choice" => false,
+        Some(Kind::Prompt | Kind::Answer) => is_set(name),
+        None => true,
+    };
+    // An engine seeds its random numbers at the beginning of a request: the second half would get the
+    // first half's again.
+    let is_seeded = body.json("seed").is_some()
+        && !body
+            .json("temperature")
+            .is_some_and(|text| EMPTY.contains(&text));
+    let is_clear = COUNTS.iter().all(|name| {
+        body.json(name)
+            .is_none_or(|text| text.parse::<u64>().is_ok())
+    });
+    let is_one = max_tokens(body, endpoint).is_some_and(|tokens| tokens <= 1);
+    is_clear && !is_seeded && !is_one && !body.names().any(needs_whole)
+}
+
+/// The body of `POST /tokenize`; `None` if the prompt is token ids already.
+pub fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
+    let names: &[&str] = match endpoint {
+        Endpoint::Completions if token_ids(body).is_some() => return None,
+        Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
+        Endpoint::Chat => &[
+            "model",
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "add_special_tokens",
+            "chat_template",
+            "chat_template_kwargs",
+        ],
+    };
+    Some(body.only(names))
+}
+
+/// The token ids of an answer to `POST /tokenize`, as JSON.
+pub fn tokens(answer: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Answer<'a> {
+        #[serde(borrow)]
+        tokens: &'a serde_json::value::RawValue,
+    }
+    let answer: Answer<'_> = serde_json::from_slice(answer).ok()?;
+    let text = answer.tokens.get();
+    text.starts_with('[').then(|| text.to_owned())
+}
+
+/// The prompt, if it is token ids.
+pub fn token_ids(body: &RequestBody) -> Option<&str> {
+    let text = body.json("prompt")?;
+    let first = text.strip_prefix('[')?.trim_start();
+    first
+        .starts_with(|c: char| c.is_ascii_digit())
+        .then_some(text)
+}
+
+/// The prefill leg: a completion of one token over token ids.
+pub fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
+    let mut set = vec![
+        ("prompt", tokens),
+        ("stream", "false"),
+        ("max_tokens", "1"),
+        ("kv_transfer_params", params),
+    ];
+    set.extend(body.first_of_min_tokens());
+    body.with(is_of_both, &set)
+}
+
+/// The decode leg: a completion that goes on after the first token.
+pub fn decode_body(
+    body: &RequestBody,
+    endpoint: Endpoint,
+    tokens: &str,
+    first: &FirstToken,
+    params: Option<&str>,
+) -> Bytes {
+    let all = tokens.trim_ascii_end();
+    let open = all.strip_suffix(']').unwrap_or(all).trim_ascii_end();
+    let prompt = format!("{open},{}]", first.id);
+    let left = match max_tokens(body, endpoint) {
+        Some(tokens) => (tokens - 1).to_string(),
+        // Absent, a completion would end after OpenAI's 16 tokens, and a chat at the context's end.
+        None if endpoint == Endpoint::Completions => "15".to_owned(),
+        None => "null".to_owned(),
+    };
+    let mut set = vec![("prompt", prompt.as_str()), ("max_tokens", left.as_str())];
+    let least = body
+        .json("min_tokens")
+        .and_then(|text| text.parse::<u64>().ok());
+    let least = least.map(|least| least.saturating_sub(1).to_string());
+    set.extend(least.as_deref().map(|least| ("min_tokens", least)));
+    set.extend(params.map(|params| ("kv_transfer_params", params)));
+    body.with(|name| is_of_both(name) || FORM.contains(&name), &set)
+}
+
+/// Both halves carry it.
+fn is_of_both(name: &str) -> bool {
+    name == "model" || matches!(kind(name), Some(Kind::Asker | Kind::Sampling))
+}
+
+/// How many tokens the client wants at most.
+pub fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
+    let read = |name| body.json(name)?.parse().ok();
+    let newer = match endpoint {
+        Endpoint::Chat => read("max_completion_tokens"),
+        Endpoint::Completions => None,
+    };
+    newer.or_else(|| read("max_tokens"))
+}
+
+/// Values that say the same as nothing.
+const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
+
+/// Numbers that the halves are given shares of.
+const COUNTS: [&str; 3] = ["max_tokens", "max_completion_tokens", "min_tokens"];
+
+/// The form of the second half is the client's.
+const FORM: [&str; 4] = ["stream", "stream_options", "stream_interval", "request_id"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> RequestBody {
+        RequestBody::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+    }
+
+    #[test]
+    fn what_can_be_handed_over() {
+        let check = |endpoint, text: &str, expect: bool| {
+            assert_eq!(can_express(&parse(text), endpoint), expect, "{text}");
+        };
+        let completion = Endpoint::Completions;
+        check(
+            completion,
+            r#"{"prompt":"a","max_tokens":2,"temperature":0.5}"#,
+            true,
+        );
+        check(completion, r#"{"prompt":"a","max_tokens":1}"#, false);
+        check(completion, r#"{"prompt":"a","stop":"x"}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","stop":[],"logprobs":null,"presence_penalty":0.0}"#,
+            true,
+        );
+        check(completion, r#"{"prompt":"a","logprobs":0}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","frequency_penalty":0.5}"#,
+            false,
+        );
+        check(completion, r#"{"prompt":"a","seed":1}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","seed":1,"temperature":0}"#,
+            true,
+        );
+        check(
+            Endpoint::Chat,
+            r#"{"messages":[],"max_completion_tokens":1}"#,
+            false,
+        );
+        check(Endpoint::Chat, r#"{"messages":[],"tools":[{}]}"#, false);
+        check(Endpoint::Chat, r#"{"messages":[],"documents":[{}]}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","thinking_token_budget":5}"#,
+            false,
+        );
+        check(
+            completion,
+            r#"{"prompt":"a","of_the_next_version":5}"#,
+            false,
+        );
+        check(completion, r#"{"prompt":"a","max_tokens":"5"}"#, false);
+        check(
+            completion,
+            r#"{"prompt":"a","metadata":{"a":"b"},"user":"u"}"#,
+            true,
+        );
+        check(
+            Endpoint::Chat,
+            r#"{"messages":[],"tools":[],"stream":true}"#,
+            true,
+        );
+    }
+
+    #[test]
+    fn legs() {
+        let text = |bytes: Bytes| String::from_utf8(bytes.to_vec()).unwrap();
+        let body = parse(r#"{"model":"m","messages":[{}],"max_tokens":8,"seed":1,"stream":true}"#);
+        assert_eq!(
+            text(tokenize_body(&body, Endpoint::Chat).unwrap()),
+            r#"{"model":"m","messages":[{}]}"#
+        );
+        assert_eq!(
+            text(prefill_body(&body, "[1,2]", "{}")),
+            r#"{"model":"m","seed":1,"prompt":[1,2],"stream":false,"max_tokens":1,"kv_transfer_params":{}}"#
+        );
+        let first = FirstToken {
+            id: 7,
+            ..FirstToken::default()
+        };
+        assert_eq!(
+            text(decode_body(&body, Endpoint::Chat, "[1,2] ", &first, None)),
+            r#"{"model":"m","seed":1,"stream":true,"prompt":[1,2,7],"max_tokens":7}"#
+        );
+        let ids = parse(r#"{"model":"m","prompt":[1, 2]}"#);
+        assert_eq!(tokenize_body(&ids, Endpoint::Completions), None);
+        assert_eq!(token_ids(&ids), Some("[1, 2]"));
+        assert_eq!(
+            tokens(br#"{"count":2,"tokens":[3, 4]}"#).as_deref(),
+            Some("[3, 4]")
+        );
+        assert_eq!(tokens(br#"{"tokens":null}"#), None);
+    }
+}

@@ -1,0 +1,207 @@
+//! An answer whose first token comes from one engine and the others from another, made one.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use crate::connectors::handoff::FirstToken;
+use crate::openai::endpoint::Endpoint;
+use crate::openai::sse::end_of_event;
+
+/// What the halves of one answer have in common.
+#[derive(Clone, Debug)]
+pub struct Stitch {
+    endpoint: Endpoint,
+    id: String,
+    model: Value,
+    created: u64,
+    first: FirstToken,
+    /// The beginning of an event whose end has not come. Its relay bounds it.
+    partial: Vec<u8>,
+    /// So much of it has been searched for its end.
+    searched: usize,
+}
+
+impl Stitch {
+    /// An answer to the request `id`, whose model is given as JSON.
+    pub fn new(endpoint: Endpoint, id: &str, model: Option<&str>, first: FirstToken) -> Self {
+        let kind = match endpoint {
+            Endpoint::Completions => "cmpl",
+            Endpoint::Chat => "chatcmpl",
+        };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            endpoint,
+            id: format!("{kind}-{id}"),
+            model: model
+                .and_then(|text| serde_json::from_str(text).ok())
+                .unwrap_or_default(),
+            created: since.unwrap_or_default().as_secs(),
+            first,
+            partial: Vec::new(),
+            searched: 0,
+        }
+    }
+
+    /// The events that the client gets before the decode leg is even sent.
+    pub fn head(&self) -> Bytes {
+        let mut out = Vec::new();
+        if self.endpoint == Endpoint::Chat {
+            self.event(
+                &mut out,
+                json!({"role": "assistant", "content": ""}),
+                &Value::Null,
+            );
+        }
+        let text = Value::from(self.first.text.as_str());
+        let delta = match self.endpoint {
+            Endpoint::Completions => text,
+            Endpoint::Chat => json!({"content": text}),
+        };
+        self.event(&mut out, delta, &Value::Null);
+        out.into()
+    }
+
+    /// The whole stream of an answer that ends with its first token.
+    pub fn only_head(&self) -> Bytes {
+        let mut out = self.head().to_vec();
+        let delta = match self.endpoint {
+            Endpoint::Completions => json!(""),
+            Endpoint::Chat => json!({}),
+        };
+        self.event(&mut out, delta, &json!(self.first.finish_reason));
+        out.extend_from_slice(b"data: [DONE]\n\n");
+        out.into()
+    }
+
+    /// Turns a piece of the decode leg's stream into what the client gets for it.
+    pub fn chunk(&mut self, chunk: &[u8]) -> Bytes {
+        self.partial.extend_from_slice(chunk);
+        let mut out = Vec::with_capacity(chunk.len());
+        let mut from = 0;
+        let mut searched = self.searched;
+        while let Some(length) = end_of_event(&self.partial[from..], searched) {
+            let event = &self.partial[from..from + length];
+            from += length;
+            searched = 0;
+            self.converted(&mut out, event);
+        }
+        self.partial.drain(..from);
+        self.searched = self.partial.len();
+        out.into()
+    }
+
+    /// Turns the decode leg's whole answer into what the client gets for it.
+    pub fn whole(&self, body: &Bytes) -> Bytes {
+        let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
+            return body.clone();
+        };
+        self.count(&mut answer);
+        let choice = answer["choices"][0].take();
+        let text = format!(
+            "{}{}",
+            self.first.text,
+            choice["text"].as_str().unwrap_or_default()
+        );
+        self.finish(answer, text, &choice["finish_reason"])
+    }
+
+    /// The whole answer if it ends with its first token.
+    pub fn whole_head(&self, prompt_tokens: Option<u64>) -> Bytes {
+        let prompt = prompt_tokens.unwrap_or_default();
+        let usage =
+            json!({"prompt_tokens": prompt, "completion_tokens": 1, "total_tokens": prompt + 1});
+        let answer = json!({"usage": usage});
+        self.finish(
+            answer,
+            self.first.text.clone(),
+            &json!(self.first.finish_reason),
+        )
+    }
+
+    fn finish(&self, mut answer: Value, text: String, reason: &Value) -> Bytes {
+        let choice = match self.endpoint {
+            Endpoint::Completions => {
+                json!({"index": 0, "text": text, "logprobs": null, "finish_reason": reason})
+            }
+            Endpoint::Chat => json!({"index": 0, "logprobs": null, "finish_reason": reason,
+                "message": {"role": "assistant", "content": text}}),
+        };
+        answer["id"] = json!(self.id);
+        answer["object"] = json!(self.object(false));
+        answer["created"] = json!(self.created);
+        answer["model"] = self.model.clone();
+        answer["choices"] = json!([choice]);
+        answer.to_string().into()
+    }
+
+    fn converted(&self, out: &mut Vec<u8>, event: &[u8]) {
+        let data = event.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
+        let parsed = data.and_then(|data| serde_json::from_slice::<Value>(data).ok());
+        // `[DONE]`, comments and errors pass as they are.
+        let Some(mut answer) = parsed.filter(|answer| answer["choices"].is_array()) else {
+            out.extend_from_slice(event);
+            return;
+        };
+        self.count(&mut answer);
+        let choice = answer["choices"].get_mut(0).map(Value::take);
+        match choice {
+            Some(choice) => {
+                let text = &choice["text"];
+                let delta = match self.endpoint {
+                    Endpoint::Completions => text.clone(),
+                    Endpoint::Chat => json!({"content": text}),
+                };
+                answer["choices"] = json!([self.choice(delta, &choice["finish_reason"])]);
+            }
+            None => answer["choices"] = json!([]),
+        }
+        self.write(out, answer);
+    }
+
+    fn event(&self, out: &mut Vec<u8>, delta: Value, reason: &Value) {
+        self.write(out, json!({"choices": [self.choice(delta, reason)]}));
+    }
+
+    fn write(&self, out: &mut Vec<u8>, mut answer: Value) {
+        answer["id"] = json!(self.id);
+        answer["object"] = json!(self.object(true));
+        answer["created"] = json!(self.created);
+        answer["model"] = self.model.clone();
+        out.extend_from_slice(b"data: ");
+        out.extend_from_slice(answer.to_string().as_bytes());
+        out.extend_from_slice(b"\n\n");
+    }
+
+    fn choice(&self, delta: Value, reason: &Value) -> Value {
+        let name = match self.endpoint {
+            Endpoint::Completions => "text",
+            Endpoint::Chat => "delta",
+        };
+        json!({"index": 0, name: delta, "logprobs": null, "finish_reason": reason})
+    }
+
+    fn object(&self, stream: bool) -> &'static str {
+        match (self.endpoint, stream) {
+            (Endpoint::Completions, _) => "text_completion",
+            (Endpoint::Chat, true) => "chat.completion.chunk",
+            (Endpoint::Chat, false) => "chat.completion",
+        }
+    }
+
+    /// The decode engine counts the first token as one of the prompt's.
+    fn count(&self, answer: &mut Value) {
+        let usage = &mut answer["usage"];
+        if let (Some(prompt), Some(answered)) = (
+            usage["prompt_tokens"].as_u64(),
+            usage["completion_tokens"].as_u64(),
+        ) {
+            usage["prompt_tokens"] = json!(prompt.saturating_sub(1));
+            usage["completion_tokens"] = json!(answered + 1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

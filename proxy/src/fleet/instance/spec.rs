@@ -1,0 +1,238 @@
+//! What is said of an instance, by itself or by others, and what cannot be used of it.
+
+use std::net::Ipv6Addr;
+use std::sync::Arc;
+
+use protocol::registration::{InstanceRole, Register};
+use serde::Deserialize;
+
+use super::{Connector, Instance, Source, Standing, Written};
+use crate::fleet::base_url::{BadUrl, BaseUrl, shortened};
+use crate::fleet::kv_fit::Kv;
+
+/// Which legs an instance takes and where it is, as flags, files and `POST /instances` say it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// Which legs it takes.
+    pub role: InstanceRole,
+    /// Base URL of its OpenAI server.
+    pub url: String,
+    /// Its name; its address if absent.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// How it hands KV over.
+    #[serde(default)]
+    pub connector: Connector,
+    /// LMCache decoders: the host that prefillers reach; that of `url` if absent.
+    #[serde(default)]
+    pub host: Option<String>,
+    /// LMCache decoders: init port of each rank.
+    #[serde(default)]
+    pub init_ports: Vec<u16>,
+    /// LMCache decoders: alloc port of each rank.
+    #[serde(default)]
+    pub alloc_ports: Vec<u16>,
+    /// P2P NCCL: `ip:port` of its ZeroMQ socket.
+    #[serde(default)]
+    pub zmq: Option<String>,
+}
+
+/// A registration that names something unusable.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// An address that the proxy cannot call.
+    #[error(transparent)]
+    Url(#[from] BadUrl),
+    /// An id that cannot be shown in logs and metrics.
+    #[error("id {0:?} is empty, longer than {MAX_ID_BYTES} bytes or not printable ASCII")]
+    Id(String),
+    /// Port lists that do not fit together.
+    #[error(
+        "{init} init ports and {alloc} alloc ports: one of each per rank is needed, {MAX_RANKS} at most, and for a receiver at least one"
+    )]
+    Ports {
+        /// Number of init ports.
+        init: usize,
+        /// Number of alloc ports.
+        alloc: usize,
+    },
+    /// A receiver that senders cannot reach.
+    #[error("host {0:?} of a receiver is empty or not a host name")]
+    Host(String),
+    /// A connector that needs what is not given.
+    #[error("{0}")]
+    Incomplete(&'static str),
+}
+
+impl Instance {
+    /// Checks a registration and turns it into an instance that is not verified yet.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn parse(register: &Register) -> Result<Self, Unusable> {
+        check_id(&register.id)?;
+        check_receiver(
+            register.role,
+            &register.host,
+            &register.init_ports,
+            &register.alloc_ports,
+        )?;
+        Ok(Self {
+            id: register.id.clone(),
+            epoch: register.epoch.0,
+            connector: Connector::Sidecar,
+            source: Source::Sidecar,
+            role: register.role,
+            http: BaseUrl::origin("http", &register.http)?,
+            admin: Some(BaseUrl::origin("admin", &register.admin)?),
+            zmq: None,
+            host: register.host.clone(),
+            init_ports: register.init_ports.clone(),
+            alloc_ports: register.alloc_ports.clone(),
+            slots: register.slots,
+            free_slots: register.free_slots,
+            parked_tokens: register.parked_tokens,
+            kv: Kv::of(register),
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+
+    /// Checks an instance that somebody has named.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn named(named: &Named, source: Source) -> Result<Self, Unusable> {
+        let http = BaseUrl::named("url", &named.url)?;
+        let id = named
+            .id
+            .clone()
+            .unwrap_or_else(|| http.authority().to_owned());
+        check_id(&id)?;
+        let host = named.host.clone().unwrap_or_else(|| http.host().to_owned());
+        match named.connector {
+            Connector::Sidecar => {
+                return Err(Unusable::Incomplete(
+                    "sidecars register themselves; name nixl, lmcache or p2p-nccl",
+                ));
+            }
+            Connector::Lmcache => {
+                check_receiver(named.role, &host, &named.init_ports, &named.alloc_ports)?;
+            }
+            Connector::P2pNccl if named.zmq.as_deref().is_none_or(|at| !is_host_port(at)) => {
+                return Err(Unusable::Incomplete("p2p-nccl needs zmq: \"ip:port\""));
+            }
+            Connector::P2pNccl | Connector::Nixl => {}
+        }
+        Ok(Self {
+            id,
+            epoch: 0,
+            connector: named.connector,
+            source,
+            role: named.role,
+            http,
+            admin: None,
+            zmq: named.zmq.clone(),
+            host,
+            init_ports: named.init_ports.clone(),
+            alloc_ports: named.alloc_ports.clone(),
+            slots: 0,
+            free_slots: 0,
+            parked_tokens: 0,
+            kv: Kv::default(),
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+
+    /// Checks an instance that another proxy has written.
+    ///
+    /// # Errors
+    /// The first field that cannot be used.
+    pub fn written(written: Written, source: Source) -> Result<Self, Unusable> {
+        check_id(&written.id)?;
+        let (host, init, alloc) = (&written.host, &written.init_ports, &written.alloc_ports);
+        match written.connector {
+            Connector::Sidecar | Connector::Lmcache => {
+                check_receiver(written.role, host, init, alloc)?;
+            }
+            Connector::Nixl => {}
+            Connector::P2pNccl if written.zmq.as_deref().is_some_and(is_host_port) => {}
+            Connector::P2pNccl => return Err(Unusable::Incomplete("p2p-nccl without zmq")),
+        }
+        let admin = written.admin.as_deref();
+        if written.connector == Connector::Sidecar && admin.is_none() {
+            return Err(Unusable::Incomplete("a sidecar without an admin address"));
+        }
+        Ok(Self {
+            http: BaseUrl::origin("http", &written.http)?,
+            admin: admin.map(|url| BaseUrl::origin("admin", url)).transpose()?,
+            id: written.id,
+            epoch: written.epoch,
+            connector: written.connector,
+            source,
+            role: written.role,
+            zmq: written.zmq,
+            host: written.host,
+            init_ports: written.init_ports,
+            alloc_ports: written.alloc_ports,
+            slots: 0,
+            free_slots: 0,
+            parked_tokens: 0,
+            kv: written.kv,
+            draining: false,
+            load: Arc::default(),
+            standing: Standing::Unverified,
+        })
+    }
+}
+
+fn check_id(id: &str) -> Result<(), Unusable> {
+    let ok = !id.is_empty() && id.len() <= MAX_ID_BYTES && id.bytes().all(|b| b.is_ascii_graphic());
+    if ok && !id.contains('/') {
+        return Ok(());
+    }
+    Err(Unusable::Id(shortened(id)))
+}
+
+fn check_receiver(
+    role: InstanceRole,
+    host: &str,
+    init: &[u16],
+    alloc: &[u16],
+) -> Result<(), Unusable> {
+    let receives = role != InstanceRole::Prefill;
+    let (init, alloc) = (init.len(), alloc.len());
+    if init != alloc || init > MAX_RANKS || (receives && init == 0) {
+        return Err(Unusable::Ports { init, alloc });
+    }
+    let host_ok = host.len() <= MAX_HOST_BYTES && host.bytes().all(|b| b.is_ascii_graphic());
+    if !host_ok || (receives && host.is_empty()) {
+        return Err(Unusable::Host(shortened(host)));
+    }
+    Ok(())
+}
+
+/// As it stands in the request ids of P2P NCCL: anything else could end one address early.
+pub fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return false;
+    };
+    let letters = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
+    let bracketed = host.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
+    let is_host = match bracketed {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(letters),
+    };
+    is_host && host.len() <= MAX_HOST_BYTES && port.parse::<u16>().is_ok_and(|port| port != 0)
+}
+
+/// Names are labels and words in log lines.
+const MAX_ID_BYTES: usize = 128;
+/// As in DNS.
+const MAX_HOST_BYTES: usize = 253;
+/// The largest tensor-parallel size in use is 16.
+const MAX_RANKS: usize = 64;

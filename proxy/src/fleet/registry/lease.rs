@@ -1,0 +1,65 @@
+//! One registration, for as long as it is renewed.
+
+use std::time::{Duration, Instant};
+
+use protocol::registration::Register;
+
+use crate::fleet::instance::Instance;
+
+/// One registration.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) instance: Instance,
+    /// `None`: it is there until it is removed.
+    pub(super) expires: Option<Instant>,
+    pub(super) call_at: Instant,
+    pub(super) calling: bool,
+    /// The sidecar's own word in its last `Register`: a change is a reason to call it back at once.
+    pub(super) said_ready: bool,
+    pub(super) answered: Option<Instant>,
+}
+
+impl Lease {
+    /// Returns true for a registration by the network that no call-back has confirmed yet.
+    pub(super) fn is_unproven(&self) -> bool {
+        self.expires.is_some() && self.answered.is_none()
+    }
+
+    /// Returns the hosts that a call-back goes to.
+    pub(super) fn hosts(&self) -> [Option<&str>; 2] {
+        let admin = self.instance.admin.as_ref().map(|admin| admin.host());
+        let http = self.instance.http.host();
+        [admin, (admin != Some(http)).then_some(http)]
+    }
+
+    pub(super) fn has_expired(&self, now: Instant) -> bool {
+        self.expires.is_some_and(|at| at <= now)
+    }
+}
+
+pub(super) fn holds_epoch(place: &Option<Lease>, epoch: u64) -> bool {
+    place
+        .as_ref()
+        .is_some_and(|lease| lease.instance.epoch == epoch)
+}
+
+pub(super) fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease> {
+    if holds_epoch(place, epoch) {
+        place.take()
+    } else {
+        None
+    }
+}
+
+/// How long a registration holds: three times the announced period, within sane bounds: 0 would expire at once, an hour would never.
+pub(super) fn announced(message: &Register) -> Duration {
+    let period = Duration::from_millis(u64::from(message.period_ms));
+    period.clamp(SHORTEST_PERIOD, LONGEST_PERIOD) * MISSED_PERIODS
+}
+
+/// So many missed heartbeats mean gone, as the registration message says.
+const MISSED_PERIODS: u32 = 3;
+/// Shorter periods are treated as this one.
+const SHORTEST_PERIOD: Duration = Duration::from_millis(100);
+/// Longer periods are treated as this one.
+const LONGEST_PERIOD: Duration = Duration::from_secs(60);

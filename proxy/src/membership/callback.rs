@@ -1,0 +1,109 @@
+//! The call-back: is a sidecar at its admin address, is it the one that has registered, and would it
+//! and its engine serve?
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::fleet::instance::Instance;
+use crate::fleet::registry::{Answer, CallBack};
+use crate::state::app::App;
+use crate::upstream::client::LegError;
+use crate::upstream::tls::explained;
+
+/// A sidecar's answer to a call-back.
+#[derive(Deserialize)]
+struct Acknowledged {
+    id: String,
+    epoch: u64,
+    #[serde(default)]
+    ready: bool,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+/// Makes a call-back.
+pub async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
+    let proxy = app.registration.to_string();
+    let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
+    let Some(url) = &call.url else {
+        let answer = engine_answer(&app, &call).await;
+        return (call, answer);
+    };
+    let sent = app
+        .legs
+        .post_json(url, body.into(), CALL_BACK_TIMEOUT)
+        .await;
+    let answer = match sent {
+        Ok((status, body)) => judge(&call, status, &body),
+        Err(e) => Answer::Silent(explained(&e.to_string())),
+    };
+    let answer = match answer {
+        Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
+        other => other,
+    };
+    (call, answer)
+}
+
+/// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
+/// the engine's HTTP server listens.
+async fn engine_answer(app: &App, call: &CallBack) -> Answer {
+    let asked = app
+        .legs
+        .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
+        .await;
+    let is_healthy = (asked.as_ref()).is_ok_and(|answer| answer.head.status.is_success());
+    let instances = app.instances();
+    let is_meant = |i: &&Arc<Instance>| i.id == call.id && i.epoch == call.epoch;
+    if let Some(instance) = instances.iter().find(is_meant) {
+        instance.load.checked(Instant::now(), is_healthy);
+    }
+    let reason = match asked {
+        Ok(answer) if answer.head.status.is_success() => {
+            return Answer::Confirmed {
+                ready: true,
+                reason: String::new(),
+            };
+        }
+        Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
+        Err(LegError::Connect(e)) => format!("its engine cannot be reached: {}", explained(&e)),
+        // A busy server may be late once; the last answer counts until it is too old.
+        Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
+    };
+    Answer::Confirmed {
+        ready: false,
+        reason,
+    }
+}
+
+fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
+    if status == StatusCode::CONFLICT {
+        return Answer::Stranger;
+    }
+    if status != StatusCode::OK {
+        return Answer::Silent(format!("it answered {status}"));
+    }
+    match serde_json::from_slice::<Acknowledged>(body) {
+        Ok(ack) if ack.id != call.id || ack.epoch != call.epoch => Answer::Stranger,
+        Ok(ack) => Answer::Confirmed {
+            ready: ack.ready,
+            reason: ack
+                .reason
+                .unwrap_or_default()
+                .chars()
+                .take(MAX_REASON_CHARS)
+                .collect(),
+        },
+        Err(e) => Answer::Silent(format!("it answered something else: {e}")),
+    }
+}
+
+/// A sidecar answers from memory; a slower one would not push well either.
+const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Of a sidecar's reason, in `/instances` and logs.
+const MAX_REASON_CHARS: usize = 200;

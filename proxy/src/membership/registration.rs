@@ -1,0 +1,285 @@
+//! The registration task: owns the registry, hears the registration port, calls sidecars back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use protocol::registration::InstanceRole;
+use tokio::select;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::fleet::instance::{Instance, Source, Standing};
+use crate::fleet::registry::Command;
+use crate::fleet::registry::{Answer, CallBack, Registry};
+use crate::fleet::zmq::{Frame, PortError, Registrations};
+use crate::membership::callback::call_back;
+use crate::state::app::{App, Instances};
+use crate::telemetry::labels::{InstanceCounts, Message};
+
+pub(crate) mod messages;
+mod pairs;
+
+use pairs::Said;
+pub use pairs::unfit;
+
+/// The registration task.
+#[derive(Debug)]
+pub struct Registration {
+    app: Arc<App>,
+    inputs: Inputs,
+    registry: Registry,
+    published: watch::Sender<Instances>,
+    calls: JoinSet<(CallBack, Answer)>,
+    /// When a refused registration was last logged.
+    complained: Option<Instant>,
+    said: Said,
+}
+
+/// What the task listens to.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The registration port.
+    pub port: Registrations,
+    /// The port of P2P NCCL instances.
+    pub p2p: Option<Registrations>,
+    /// Instances that have failed a request.
+    pub suspected: mpsc::Receiver<String>,
+    /// Orders.
+    pub commanded: mpsc::Receiver<Command>,
+}
+
+/// What an iteration has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    /// Nothing that routing sees: words on single requests come far more often than others.
+    None,
+    /// Perhaps who is there.
+    Instances,
+}
+
+impl Registration {
+    /// The task of one proxy.
+    pub fn new(
+        app: Arc<App>,
+        inputs: Inputs,
+        published: watch::Sender<Instances>,
+        configured: Vec<Instance>,
+    ) -> Self {
+        let config = &app.config;
+        let mut registry = Registry::new(config.max_instances, config.call_back_every);
+        for instance in configured {
+            let id = instance.id.clone();
+            if let Err(error) = registry.name(Instant::now(), instance, None) {
+                warn!(id, %error, "a configured instance is not taken");
+            }
+        }
+        Self {
+            registry,
+            app,
+            inputs,
+            published,
+            calls: JoinSet::new(),
+            complained: None,
+            said: Said::default(),
+        }
+    }
+
+    /// Runs until `stop`.
+    ///
+    /// # Errors
+    /// The port has failed.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
+        let mut sweep = interval(SWEEP);
+        self.settle();
+        loop {
+            let deadline = self.registry.next_deadline();
+            let news = select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(done) = self.calls.join_next() => {
+                    match done.map_err(JoinError::try_into_panic) {
+                        Ok((call, answer)) => self.called_back(&call, answer),
+                        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                        Err(Err(_)) => {}
+                    }
+                    News::Instances
+                }
+                _ = sweep.tick() => {
+                    self.shed().await;
+                    News::None
+                }
+                () = until(deadline) => News::Instances,
+                Some(command) = self.inputs.commanded.recv() => {
+                    self.obey(command);
+                    News::Instances
+                }
+                Some(id) = self.inputs.suspected.recv() => {
+                    self.registry.suspect(Instant::now(), &id);
+                    News::Instances
+                }
+                frame = self.inputs.port.recv() => self.take(frame?),
+                frame = heard(self.inputs.p2p.as_ref()) => self.greeted(frame?),
+            };
+            if news == News::Instances {
+                self.settle();
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        // Whoever has asked may have gone meanwhile: the order stands.
+        match command {
+            Command::Name(instance, answer) => {
+                let id = instance.id.clone();
+                let taken = self.registry.name(Instant::now(), *instance, None);
+                info!(id, taken = taken.is_ok(), "instance added");
+                drop(answer.send(taken.map(drop).map_err(|e| e.to_string())));
+            }
+            Command::Share(others) => self.share(others),
+            Command::Remove(id, answer) => {
+                let gone = self.registry.remove(&id).is_some();
+                info!(id, gone, "instance removed");
+                answer.send(gone).ok();
+            }
+            Command::Drain(id, draining, answer) => {
+                let there = self.registry.drain(&id, draining);
+                info!(id, there, draining, "instance drained or resumed");
+                answer.send(there).ok();
+            }
+        }
+    }
+
+    /// Takes in whom others have written, and drops whom nobody has and who is not ready either.
+    fn share(&mut self, others: Vec<Instance>) {
+        let now = Instant::now();
+        let known = self.registry.instances();
+        for instance in &others {
+            let same = |other: &Instance| {
+                // What the sidecar itself says is newer than what another proxy has written.
+                let is_newest = other.source != Source::Shared || other.kv == instance.kv;
+                other.id == instance.id && other.epoch == instance.epoch && is_newest
+            };
+            if known.iter().any(same) {
+                continue;
+            }
+            let (id, epoch) = (instance.id.clone(), instance.epoch);
+            match self.registry.name(now, instance.clone(), None) {
+                Ok(_) => info!(id, epoch, "heard of by the shared registry"),
+                Err(error) => self.complain(now, &error.to_string()),
+            }
+        }
+        for instance in known {
+            let is_written = others.iter().any(|other| other.id == instance.id);
+            if instance.source == Source::Shared && !is_written && !instance.is_ready() {
+                info!(id = instance.id, "gone from the shared registry");
+                self.registry.remove(&instance.id);
+            }
+        }
+    }
+
+    fn called_back(&mut self, call: &CallBack, answer: Answer) {
+        self.app.metrics.called_back(&answer);
+        if let Answer::Silent(error) = &answer {
+            warn!(
+                id = call.id,
+                url = call.url.as_deref(),
+                error,
+                "call-back failed"
+            );
+        }
+        let changed = self
+            .registry
+            .called_back(Instant::now(), &call.id, call.epoch, answer);
+        if let Some(instance) = changed {
+            info!(id = instance.id, epoch = instance.epoch, standing = ?instance.standing,
+                  "call-back");
+        }
+    }
+
+    /// Drops who is gone, makes the call-backs that are due, and publishes what routing sees.
+    fn settle(&mut self) {
+        let now = Instant::now();
+        for gone in self.registry.expire(now) {
+            warn!(
+                id = gone.id,
+                epoch = gone.epoch,
+                "gone: no heartbeat for three periods"
+            );
+        }
+        for dispute in self.registry.disputes() {
+            error!("{dispute}");
+        }
+        for call in self.registry.due(now) {
+            self.calls.spawn(call_back(Arc::clone(&self.app), call));
+        }
+        let instances: Instances = self
+            .registry
+            .instances()
+            .into_iter()
+            .map(Arc::new)
+            .collect();
+        self.app.metrics.show_instances(&count(&instances));
+        for before in self.published.borrow().iter() {
+            let is_same = |now: &&Arc<Instance>| now.id == before.id && now.epoch == before.epoch;
+            let after = instances.iter().find(is_same);
+            let is_there = |i: &Instance| i.standing == Standing::Ready;
+            if is_there(before) && !after.is_some_and(|after| is_there(after)) {
+                // An engine that does not serve may be another one when it does.
+                self.app.memory.forget(&before.id);
+                self.app.refusals.forget(&before.id);
+            }
+        }
+        self.said.tell(&instances);
+        self.published.send_replace(instances);
+    }
+
+    async fn shed(&self) {
+        for _ in 0..self.inputs.port.shed().await {
+            self.app.metrics.message(Message::Shed);
+        }
+    }
+}
+
+fn count(instances: &Instances) -> InstanceCounts {
+    let mut counts = InstanceCounts::default();
+    for instance in instances.iter() {
+        counts.0[role(instance)][state(instance)] += 1;
+    }
+    counts
+}
+
+fn role(instance: &Instance) -> usize {
+    match instance.role {
+        InstanceRole::Prefill => 0,
+        InstanceRole::Decode => 1,
+        InstanceRole::Both => 2,
+    }
+}
+
+fn state(instance: &Instance) -> usize {
+    match instance.standing {
+        Standing::Unverified => 0,
+        Standing::Ready => 1,
+        Standing::NotReady(_) => 2,
+    }
+}
+
+async fn heard(port: Option<&Registrations>) -> Result<Frame, PortError> {
+    match port {
+        Some(port) => port.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How often connections to the registration port are counted.
+const SWEEP: Duration = Duration::from_secs(5);

@@ -1,0 +1,143 @@
+//! What is heard on the registration ports.
+
+use std::time::{Duration, Instant};
+
+use protocol::codec;
+use protocol::registration::{Register, ToProxy};
+use tracing::{debug, info, warn};
+
+use super::{News, Registration};
+use crate::fleet::instance::Instance;
+use crate::fleet::p2p_nccl;
+use crate::fleet::registry::Registered;
+use crate::fleet::zmq::Frame;
+use crate::telemetry::labels::Message;
+
+impl Registration {
+    /// A P2P NCCL instance says that it is there.
+    pub(super) fn greeted(&mut self, frame: Frame) -> News {
+        let (Frame::Single(bytes) | Frame::Last(bytes)) = frame else {
+            self.app.metrics.message(Message::Malformed);
+            return News::None;
+        };
+        let kind = match p2p_nccl::hello(&bytes) {
+            Ok(instance) => self.name(instance),
+            Err(error) => {
+                debug!(%error, "malformed message of a P2P NCCL instance");
+                Message::Malformed
+            }
+        };
+        self.app.metrics.message(kind);
+        match kind {
+            Message::Register => News::Instances,
+            _ => News::None,
+        }
+    }
+
+    fn name(&mut self, instance: Instance) -> Message {
+        let (id, role) = (instance.id.clone(), instance.role);
+        let permitted = self.app.config.access.check(&instance);
+        let now = Instant::now();
+        let taken = permitted.and_then(|()| {
+            let lease = Some(p2p_nccl::LEASE);
+            self.registry
+                .name(now, instance, lease)
+                .map_err(|e| e.to_string())
+        });
+        match taken {
+            Ok(Registered::New) => {
+                info!(id, ?role, "P2P NCCL instance registered");
+                Message::Register
+            }
+            Ok(Registered::Renewed) => Message::Register,
+            Err(error) => {
+                self.complain(now, &error);
+                Message::RegisterRefused
+            }
+        }
+    }
+
+    /// It comes again every second, and from strangers as fast as they like.
+    pub(super) fn complain(&mut self, now: Instant, error: &str) {
+        if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
+            self.complained = Some(now);
+            warn!(error, "registration refused");
+        }
+    }
+
+    pub(super) fn take(&mut self, frame: Frame) -> News {
+        let message = match frame {
+            Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
+            Frame::Last(_) | Frame::Odd => Err("not a single frame".into()),
+        };
+        match message {
+            Ok(message) => self.heard(message),
+            Err(error) => {
+                self.app.metrics.message(Message::Malformed);
+                debug!(error, "malformed message on the registration port");
+                News::None
+            }
+        }
+    }
+
+    fn heard(&mut self, message: ToProxy) -> News {
+        let now = Instant::now();
+        let kind = match message {
+            ToProxy::Register(register) => match self.register(now, &register) {
+                Ok(Registered::New) => {
+                    info!(id = register.id, epoch = register.epoch.0, role = ?register.role,
+                          http = register.http, admin = register.admin, "registered");
+                    Message::Register
+                }
+                Ok(Registered::Renewed) => Message::Register,
+                Err(error) => {
+                    self.complain(now, &error);
+                    Message::RegisterRefused
+                }
+            },
+            ToProxy::Leave(leave) => match self.registry.leave(now, &leave.id, leave.epoch.0) {
+                Some(gone) => {
+                    info!(id = gone.id, epoch = gone.epoch, "left");
+                    Message::Leave
+                }
+                None => Message::Stray,
+            },
+            ToProxy::Progress(progress) => {
+                if self
+                    .app
+                    .in_flight
+                    .begun(now, &progress.req_id, &progress.id)
+                {
+                    Message::Progress
+                } else {
+                    Message::Stray
+                }
+            }
+            ToProxy::ProxyNotif(notice) => {
+                let (id, x) = (&notice.req_id, notice.x.as_ref());
+                if self.app.in_flight.moved(id, x) || self.app.recent.amend(&id.0, x) {
+                    self.app.metrics.notice(x);
+                    Message::ProxyNotif
+                } else {
+                    Message::Stray
+                }
+            }
+        };
+        self.app.metrics.message(kind);
+        match kind {
+            Message::Register | Message::Leave => News::Instances,
+            _ => News::None,
+        }
+    }
+
+    fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, String> {
+        let instance = Instance::parse(message).map_err(|e| e.to_string())?;
+        self.app.config.access.check(&instance)?;
+        self.registry
+            .register(now, message)
+            .map_err(|e| e.to_string())
+    }
+}
+
+/// Between two lines on refused registrations; the counter has them all.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(5);

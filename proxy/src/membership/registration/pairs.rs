@@ -1,0 +1,99 @@
+//! Instances that cannot be a pair: said once, with what to do about it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde::Serialize;
+use tracing::warn;
+
+use crate::connectors::handoff::Way;
+use crate::fleet::instance::{Instance, Standing};
+use crate::fleet::kv_fit::Kv;
+
+/// An instance that another one cannot be paired with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unfit {
+    /// The other one.
+    pub with: String,
+    /// What stands between them, and what to do about it.
+    pub why: String,
+}
+
+/// The instances with which this one would be a pair, if it were not for what their sidecars say.
+pub fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
+    let ready = all.iter().filter(|other| other.standing == Standing::Ready);
+    ready
+        .filter_map(|other| {
+            let there = misfit(instance, other);
+            let back = || misfit(other, instance);
+            let why = there.or_else(back)?;
+            let with = other.id.clone();
+            Some(Unfit { with, why })
+        })
+        .collect()
+}
+
+/// What stands in the log already. What is over is said again only when one of the two has gone.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    seen: Vec<(String, u64, Kv)>,
+    said: BTreeSet<(String, String, String)>,
+}
+
+impl Said {
+    /// Says what is new.
+    pub(super) fn tell(&mut self, all: &[Arc<Instance>]) {
+        let is_there = |id: &str| id.is_empty() || all.iter().any(|i| i.id == id);
+        self.said
+            .retain(|(one, other, _)| is_there(one) && is_there(other));
+        let ready = all.iter().filter(|i| i.standing == Standing::Ready);
+        let now = ready.clone().map(|i| (&i.id, i.epoch, &i.kv));
+        // Heartbeats come often and change nothing.
+        if now.eq(self.seen.iter().map(|(id, epoch, kv)| (id, *epoch, kv))) {
+            return;
+        }
+        self.seen = ready
+            .clone()
+            .map(|i| (i.id.clone(), i.epoch, i.kv.clone()))
+            .collect();
+        for one in ready.clone() {
+            if !one.kv.unmoved.is_empty() {
+                let why = one.kv.unmoved.escape_debug().to_string();
+                if self.said.insert((one.id.clone(), String::new(), why)) {
+                    let why = &one.kv.unmoved;
+                    warn!(
+                        id = one.id,
+                        why, "moves no KV: every prompt is computed where it is decoded"
+                    );
+                }
+                continue;
+            }
+            for other in ready.clone().filter(|i| i.kv.unmoved.is_empty()) {
+                let Some(why) = misfit(one, other) else {
+                    continue;
+                };
+                let word = (one.id.clone(), other.id.clone(), why);
+                if !self.said.contains(&word) {
+                    let (prefill, decode, why) = &word;
+                    warn!(
+                        prefill,
+                        decode, "not a pair, so prompts are computed where they are decoded: {why}"
+                    );
+                }
+                self.said.insert(word);
+            }
+        }
+    }
+}
+
+/// Why KV cannot go from one to the other, although both hand over in the same way.
+fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
+    if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {
+        return None;
+    }
+    Way::of(prefill, decode)?;
+    prefill.kv.misfit(&decode.kv)
+}
+
+#[cfg(test)]
+mod tests;

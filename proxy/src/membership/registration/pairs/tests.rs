@@ -1,0 +1,86 @@
+use protocol::Layout;
+use protocol::registration::InstanceRole;
+
+use super::*;
+use crate::fleet::instance::{Connector, Named, Source};
+
+fn instance(id: &str, role: InstanceRole, kv: Kv) -> Arc<Instance> {
+    let named = Named {
+        role,
+        url: format!("http://{id}:1"),
+        id: Some(id.into()),
+        connector: Connector::Nixl,
+        host: None,
+        init_ports: vec![],
+        alloc_ports: vec![],
+        zmq: None,
+    };
+    let mut instance = Instance::named(&named, Source::Configured).unwrap();
+    instance.connector = Connector::Sidecar;
+    instance.standing = Standing::Ready;
+    instance.kv = kv;
+    Arc::new(instance)
+}
+
+fn layers(layers: u32) -> Kv {
+    Kv {
+        version: 1,
+        ranks: 1,
+        layout: Some(Layout {
+            model: "m".into(),
+            dtype: "float".into(),
+            layers,
+            kv_heads: 2,
+            head_size: 64,
+            mla: false,
+            chunk_tokens: 256,
+            quantization: String::new(),
+        }),
+        unmoved: String::new(),
+    }
+}
+
+#[test]
+fn both_of_a_pair_that_cannot_be_name_the_other() {
+    let p = instance("p", InstanceRole::Prefill, layers(4));
+    let d = instance("d", InstanceRole::Decode, layers(5));
+    let e = instance("e", InstanceRole::Decode, layers(4));
+    let all = [p, d, e];
+    let with = |at: usize| {
+        let unfit = unfit(&all[at], &all);
+        unfit.iter().map(|u| u.with.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(with(0), ["d"]);
+    assert_eq!(with(1), ["p"]);
+    assert!(with(2).is_empty());
+    assert!(unfit(&all[0], &all)[0].why.contains("layers is 4"));
+}
+
+#[test]
+fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
+    let p = instance("p", InstanceRole::Prefill, layers(4));
+    let d = instance("d", InstanceRole::Decode, layers(5));
+    let u = instance(
+        "u",
+        InstanceRole::Both,
+        Kv {
+            unmoved: "no".into(),
+            ..Kv::default()
+        },
+    );
+    let mut said = Said::default();
+    said.tell(&[p.clone(), d.clone(), u]);
+    let words: Vec<_> = said
+        .said
+        .iter()
+        .map(|(one, other, _)| format!("{one} {other}"))
+        .collect();
+    assert_eq!(words, ["p d", "u "]);
+    // Not ready for a moment: nothing is said twice.
+    let mut asleep = Arc::unwrap_or_clone(Arc::clone(&d));
+    asleep.standing = Standing::NotReady("asleep".into());
+    said.tell(&[p.clone(), Arc::new(asleep)]);
+    assert_eq!(said.said.len(), 1);
+    said.tell(&[p]);
+    assert!(said.said.is_empty());
+}

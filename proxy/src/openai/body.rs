@@ -1,0 +1,366 @@
+//! A request's JSON body: an ordered list of fields whose values stay as they came, byte for byte.
+//!
+//! Only the fields that decide a route are read. A prompt of 100,000 token ids is neither parsed
+//! nor printed again, and numbers, order and unknown fields reach the engine as the client wrote
+//! them.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::openai::endpoint::Endpoint;
+use crate::openai::error::{ApiError, Code};
+use crate::openai::fallback::Alone;
+
+mod fields;
+mod kinds;
+mod shape;
+mod text;
+
+use fields::Fields;
+pub use kinds::{Kind, kind};
+
+/// A body that is one JSON object.
+#[derive(Clone, Debug)]
+pub struct RequestBody {
+    /// As it came, in UTF-8.
+    source: Bytes,
+    /// The same with numbers that JSON knows; `fields` lie in both.
+    read: Bytes,
+    fields: Vec<Field>,
+    /// `source` itself may be sent on: nothing in it was dropped.
+    is_clean: bool,
+}
+
+/// One field of it that is known, or several that are not.
+#[derive(Clone, Debug)]
+struct Field {
+    /// Empty if they are not known.
+    name: &'static str,
+    /// Name and value, or all names and values.
+    all: Range<usize>,
+    value: Range<usize>,
+}
+
+/// The part of a prefill leg's answer that reaches the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefillAnswer {
+    /// Its token is the client's first one, sampled as the client has asked.
+    FirstToken,
+    /// Nothing: the leg only computes KV.
+    Nothing,
+}
+
+/// A body that cannot be routed.
+#[derive(Debug, thiserror::Error)]
+pub enum BadBody {
+    /// Not a JSON object.
+    #[error("the request body is not a JSON object: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Neither UTF-8 nor what it seems to be.
+    #[error("the request body is not a JSON object: it begins as UTF-16 or UTF-32 and is not")]
+    Encoding,
+    /// The client names a transfer of its own.
+    #[error(
+        "kv_transfer_params is set by this proxy and must not be sent by a client: it names hosts that engines connect to"
+    )]
+    TransferParams,
+}
+
+impl RequestBody {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// Not a JSON object, or one that carries transfer parameters.
+    pub fn parse(source: Bytes) -> Result<Self, BadBody> {
+        let source = text::utf8(source).ok_or(BadBody::Encoding)?;
+        match Self::found(source.clone(), source.clone()) {
+            Err(BadBody::Json(error)) => match text::masked(&source) {
+                Some(masked) => Self::found(source, masked.into()),
+                None => Err(error.into()),
+            },
+            found => found,
+        }
+    }
+
+    /// The body whose fields stand in `read`.
+    fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
+        let Fields(found) = serde_json::from_slice(&read)?;
+        let start = read.as_ptr() as usize;
+        let mut from = 0;
+        let fields = found
+            .into_iter()
+            .map(|run| {
+                let value = run.last.get();
+                let at = value.as_ptr() as usize - start;
+                let value = at..at + value.len();
+                // Before a name stand blanks, a brace or comma, and blanks.
+                let is_blank =
+                    |byte: &u8| byte.is_ascii_whitespace() || matches!(byte, b'{' | b',');
+                let blank = read[from..]
+                    .iter()
+                    .take_while(|byte| is_blank(byte))
+                    .count();
+                let all = from + blank..value.end;
+                from = value.end;
+                Field {
+                    name: run.name,
+                    all,
+                    value,
+                }
+            })
+            .collect();
+        let mut body = Self {
+            source,
+            read: read.clone(),
+            fields,
+            is_clean: true,
+        };
+        if body.is_set(TRANSFER) {
+            return Err(BadBody::TransferParams);
+        }
+        let before = body.fields.len();
+        body.fields.retain(|field| field.name != TRANSFER);
+        body.is_clean = body.fields.len() == before;
+        Ok(body)
+    }
+
+    /// Why this request gets no transfer; `None` if one prompt becomes one sequence.
+    pub fn alone(&self, endpoint: Endpoint) -> Option<Alone> {
+        let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
+        if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
+            return Some(Alone::ManySequences);
+        }
+        if self.is_set("prompt_logprobs") || (self.is_on("echo") && self.is_set("logprobs")) {
+            return Some(Alone::PromptLogprobs);
+        }
+        if self.is_set("prompt_embeds") {
+            return Some(Alone::PromptEmbeds);
+        }
+        if self.is_set("cache_salt") {
+            return Some(Alone::CacheSalt);
+        }
+        if ["max_tokens", "max_completion_tokens"]
+            .into_iter()
+            .any(|name| self.number(name) == Some(0.0))
+        {
+            return Some(Alone::NothingToDecode);
+        }
+        match endpoint {
+            Endpoint::Completions if self.has_many_prompts() => Some(Alone::ManyPrompts),
+            Endpoint::Chat if self.has_media() => Some(Alone::Multimodal),
+            _ => None,
+        }
+    }
+
+    /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
+    pub fn prefill_leg(
+        &self,
+        endpoint: Endpoint,
+        params: Option<&str>,
+        answer: PrefillAnswer,
+    ) -> Bytes {
+        // The client gets the token in one way only; in the others nobody reads it.
+        let is_answer = answer == PrefillAnswer::FirstToken;
+        let keep = |name: &str| match kind(name) {
+            Some(Kind::Sampling) => is_answer,
+            // It is part of some chat templates.
+            Some(Kind::Answer) => endpoint == Endpoint::Chat && name == "response_format",
+            Some(Kind::Frame) => false,
+            Some(Kind::Tokenized | Kind::Prompt | Kind::Asker) | None => true,
+        };
+        let mut set = vec![("stream", "false")];
+        if is_answer {
+            set.push(("return_token_ids", "true"));
+            set.extend(self.first_of_min_tokens());
+        } else {
+            // Some connectors hand over only what its length has ended, not a first token that is the
+            // last one.
+            set.push(("ignore_eos", "true"));
+        }
+        if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
+            set.push(("max_completion_tokens", "1"));
+        }
+        set.push(("max_tokens", "1"));
+        set.extend(params.map(|params| (TRANSFER, params)));
+        self.with(keep, &set)
+    }
+
+    /// `min_tokens` of a leg that generates the answer's first token.
+    pub fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
+        let least = self.number("min_tokens").unwrap_or_default();
+        (least >= 1.0).then_some(("min_tokens", "1"))
+    }
+
+    /// The body of a decode leg with these transfer parameters.
+    pub fn decode_leg(&self, params: &str) -> Bytes {
+        self.with(|_| true, &[(TRANSFER, params)])
+    }
+
+    /// The body of a decode leg that computes everything itself: the client's, unchanged.
+    pub fn local_leg(&self) -> Bytes {
+        if self.is_clean {
+            return self.source.clone();
+        }
+        self.with(|_| true, &[])
+    }
+
+    /// The body with the fields that are to be kept, and with others set to what is given as JSON.
+    pub fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
+        let added: usize = set
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 4)
+            .sum();
+        let mut out = Vec::with_capacity(self.source.len() + added + 2);
+        out.push(b'{');
+        let is_kept = |name| keep(name) && set.iter().all(|(other, _)| *other != name);
+        for field in self.fields.iter().filter(|field| is_kept(field.name)) {
+            if out.len() > 1 {
+                out.push(b',');
+            }
+            out.extend_from_slice(&self.source[field.all.clone()]);
+        }
+        for (name, value) in set {
+            let comma = if out.len() > 1 { "," } else { "" };
+            out.extend_from_slice(format!("{comma}\"{name}\":{value}").as_bytes());
+        }
+        out.push(b'}');
+        out.into()
+    }
+
+    /// The body with nothing but these fields.
+    pub fn only(&self, names: &[&str]) -> Bytes {
+        self.with(|name| names.contains(&name), &[])
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.source.len() as u64
+    }
+
+    /// It has no fields.
+    pub fn is_empty(&self) -> bool {
+        self.fields.is_empty()
+    }
+
+    /// The client wants events.
+    pub fn streams(&self) -> bool {
+        self.is_on("stream")
+    }
+
+    /// The value of a field as JSON; `None` for null.
+    pub fn json(&self, name: &str) -> Option<&str> {
+        self.text(name)
+    }
+
+    /// The value of the last known field of this name, as engines read repeated names; `None` for null.
+    fn text(&self, name: &str) -> Option<&str> {
+        let field = self.fields.iter().rev().find(|field| field.name == name)?;
+        // A value that serde has read as JSON text is UTF-8.
+        let text = std::str::from_utf8(&self.read[field.value.clone()]).ok()?;
+        Some(text).filter(|text| *text != "null")
+    }
+
+    /// A number as engines read it: in quotes too.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        let text = self.text(name)?;
+        let quoted = text
+            .strip_prefix('"')
+            .and_then(|text| text.strip_suffix('"'));
+        quoted.unwrap_or(text).trim().parse().ok()
+    }
+
+    /// It has fields that only its engine may know.
+    pub fn has_unknown(&self) -> bool {
+        self.fields.iter().any(|field| field.name.is_empty())
+    }
+
+    /// The names of its fields, an empty one for those that are not known.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.fields.iter().map(|field| field.name)
+    }
+
+    fn is_set(&self, name: &str) -> bool {
+        self.text(name).is_some()
+    }
+
+    fn is_on(&self, name: &str) -> bool {
+        self.text(name)
+            .is_some_and(|text| !FALSE.contains(&&*text.trim_matches('"').to_ascii_lowercase()))
+    }
+
+    fn has_many_prompts(&self) -> bool {
+        let Some(list) = self.text("prompt").and_then(|text| text.strip_prefix('[')) else {
+            return false;
+        };
+        // One list of token ids is one prompt; a list of strings or lists is as many as it is long.
+        if list
+            .trim_start()
+            .starts_with(|c: char| c == '-' || c.is_ascii_digit())
+        {
+            return false;
+        }
+        self.read::<Vec<&RawValue>>("prompt")
+            .is_some_and(|prompts| prompts.len() > 1)
+    }
+
+    fn has_media(&self) -> bool {
+        let messages: Vec<Message<'_>> = self.read("messages").unwrap_or_default();
+        messages
+            .iter()
+            .filter_map(|message| message.content)
+            .filter_map(|content| serde_json::from_str::<Vec<Part>>(content.get()).ok())
+            .flatten()
+            .any(|part| part.kind.is_some_and(|kind| !TEXT_PARTS.contains(&&*kind)))
+    }
+
+    /// A value in the shape that is expected of it. The engine, not the proxy, refuses others.
+    fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
+        serde_json::from_str(self.text(name)?).ok()
+    }
+}
+
+impl From<BadBody> for ApiError {
+    fn from(error: BadBody) -> Self {
+        let code = match error {
+            BadBody::Json(_) | BadBody::Encoding => Code::InvalidJson,
+            BadBody::TransferParams => Code::TransferParams,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// As much of a chat message as tells whether it is only text.
+#[derive(Deserialize)]
+struct Message<'a> {
+    #[serde(borrow, default)]
+    content: Option<&'a RawValue>,
+}
+
+/// As much of a content part.
+#[derive(Deserialize)]
+struct Part {
+    #[serde(rename = "type", default)]
+    kind: Option<String>,
+}
+
+/// Content parts that end up as text in the prompt.
+const TEXT_PARTS: [&str; 6] = [
+    "text",
+    "input_text",
+    "output_text",
+    "refusal",
+    "thinking",
+    "reasoning",
+];
+
+/// Engines read these as false, the words in quotes.
+const FALSE: [&str; 7] = ["false", "0", "0.0", "no", "n", "off", "f"];
+
+/// What engines hand KV over by.
+const TRANSFER: &str = "kv_transfer_params";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,38 @@
+//! What a request is made of, beside its values.
+
+use super::{Message, Part, RequestBody};
+use crate::openai::endpoint::Endpoint;
+
+impl RequestBody {
+    /// Names what the request is made of: its fields, and the kinds of parts of its messages. What an
+    /// engine does not push for one request it does not push for others of the same kind.
+    pub fn shape(&self, endpoint: Endpoint) -> String {
+        let mut names: Vec<_> = self.fields.iter().map(|field| field.name).collect();
+        names.retain(|name| !name.is_empty() && self.is_set(name));
+        names.sort_unstable();
+        names.dedup();
+        let mut parts = Vec::new();
+        if endpoint == Endpoint::Chat {
+            let messages: Vec<Message<'_>> = self.read("messages").unwrap_or_default();
+            let contents = messages.iter().filter_map(|message| message.content);
+            parts.extend(
+                contents
+                    .filter_map(|content| serde_json::from_str::<Vec<Part>>(content.get()).ok())
+                    .flatten()
+                    .filter_map(|part| part.kind),
+            );
+            parts.sort_unstable();
+            parts.dedup();
+        }
+        let mut kind = format!("{} with {}", endpoint.as_str(), names.join(","));
+        if !parts.is_empty() {
+            kind = format!("{kind} of {}", parts.join(","));
+        }
+        kind.escape_debug().to_string()
+    }
+
+    /// Returns the model that the request names, as JSON.
+    pub fn model(&self) -> &str {
+        self.text("model").unwrap_or_default()
+    }
+}

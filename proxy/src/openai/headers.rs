@@ -1,0 +1,65 @@
+//! Which headers pass through the proxy.
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+
+use crate::openai::keys::Access;
+
+/// The headers of a leg: the client's, without those that concern its connection to this proxy.
+pub fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
+    let mut headers = end_to_end(client);
+    for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
+        headers.remove(name);
+    }
+    // Checked when the flags were: printable ASCII.
+    let key = access.engine_key.as_ref();
+    let key = key.and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
+    if let Some(key) = key {
+        headers.insert(header::AUTHORIZATION, key);
+    } else if !access.api_key.is_empty() {
+        // The key of this proxy is none of the engines' business.
+        headers.remove(header::AUTHORIZATION);
+    }
+    headers.insert(header::CONTENT_TYPE, JSON);
+    headers.insert(crate::openai::request_id::HEADER, id);
+    headers
+}
+
+/// Headers without those that belong to one connection or one framing of the body.
+pub fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = headers.clone();
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in HOP_BY_HOP.iter().chain(&named) {
+        kept.remove(name);
+    }
+    kept
+}
+
+/// The answer is a stream of server-sent events.
+pub fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
+}
+
+/// The content type of every leg, whatever the client called it.
+pub const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// What belongs to one connection or one framing of a body.
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HeaderName::from_static("keep-alive"),
+];

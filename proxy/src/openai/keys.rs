@@ -1,0 +1,210 @@
+//! Who may ask, who may change things, and whom the proxy talks to.
+
+use std::net::IpAddr;
+
+use clap::Args;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use ipnet::IpNet;
+use subtle::ConstantTimeEq;
+
+use crate::fleet::instance::Instance;
+use crate::openai::error::{ApiError, Code};
+use crate::openai::origin::{refuse_pages, require_local};
+
+/// Keys and permitted hosts.
+#[derive(Clone, Default, Args)]
+pub struct Access {
+    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. Without
+    /// any, everybody may ask.
+    #[arg(
+        long,
+        env = "PD_PROXY_API_KEY",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub api_key: Vec<String>,
+
+    /// Key for the endpoints that change the proxy. Without it, only clients on this host may use
+    /// those.
+    #[arg(
+        long,
+        env = "PD_PROXY_ADMIN_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub admin_key: Option<String>,
+
+    /// Key that engines are sent instead of what the client has sent.
+    #[arg(
+        long,
+        env = "PD_PROXY_ENGINE_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub engine_key: Option<String>,
+
+    /// Hosts that instances may have, separated by commas: names, `*.domain`, addresses, networks as
+    /// `10.0.0.0/8`. Without any, every host that registers.
+    #[arg(
+        long,
+        env = "PD_PROXY_ALLOW",
+        value_name = "HOST",
+        value_delimiter = ','
+    )]
+    pub allow: Vec<String>,
+}
+
+impl Access {
+    /// What is wrong with the keys and hosts.
+    pub fn problems(&self) -> Vec<String> {
+        let engine = self.engine_key.iter().map(|key| ("--engine-key", key));
+        let admin = self.admin_key.iter().map(|key| ("--admin-key", key));
+        let keys = self.api_key.iter().map(|key| ("--api-key", key));
+        let bad = |(flag, key): (&str, &String)| {
+            let ok = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
+            (!ok).then(|| format!("{flag}: a key is printable ASCII without spaces, and not empty"))
+        };
+        let mut problems: Vec<_> = keys.chain(admin).chain(engine).filter_map(bad).collect();
+        for host in &self.allow {
+            if host.contains('/') && host.parse::<IpNet>().is_err() {
+                problems.push(format!("--allow {host}: write a network as 10.0.0.0/8"));
+            } else if !is_host(host) {
+                problems.push(format!(
+                    "--allow {host:?}: write a name, *.domain, an address or a network, without a port"
+                ));
+            }
+        }
+        problems
+    }
+
+    /// Whether the proxy may talk to an instance.
+    ///
+    /// # Errors
+    /// The host that is not permitted.
+    pub fn check(&self, instance: &Instance) -> Result<(), String> {
+        if self.allow.is_empty() {
+            return Ok(());
+        }
+        let admin = instance.admin.as_ref().map(|admin| admin.host());
+        let receiver = Some(instance.host.as_str()).filter(|host| !host.is_empty());
+        let hosts = [Some(instance.http.host()), admin, receiver];
+        match hosts.into_iter().flatten().find(|host| !self.allows(host)) {
+            Some(host) => Err(format!("host {host:?} is not permitted (--allow)")),
+            None => Ok(()),
+        }
+    }
+
+    fn allows(&self, host: &str) -> bool {
+        let (bare, _) = host.split_once('%').unwrap_or((host, ""));
+        let address: Option<IpAddr> = bare.parse().ok();
+        self.allow.iter().any(|entry| {
+            let suffix = entry
+                .strip_prefix('*')
+                .filter(|suffix| suffix.starts_with('.'));
+            match (address, entry.parse::<IpNet>(), suffix) {
+                (Some(address), Ok(network), _) => network.contains(&address),
+                (None, _, Some(suffix)) => host.len() > suffix.len() && host.ends_with(suffix),
+                _ => entry.eq_ignore_ascii_case(host),
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Access")
+            .field("api_keys", &self.api_key.len())
+            .field("allow", &self.allow)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether a client may ask.
+///
+/// # Errors
+/// It has no key, or a wrong one.
+pub fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
+    if access.api_key.is_empty() || holds(headers, &access.api_key) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        Code::InvalidApiKey,
+        "no API key, or a wrong one",
+    ))
+}
+
+/// Checks that a client may change the proxy: by its key or, without `--admin-key`, as a program on this
+/// host.
+///
+/// # Errors
+/// The client may not.
+pub fn may_change(
+    access: &Access,
+    headers: &HeaderMap,
+    peer: Option<IpAddr>,
+) -> Result<(), ApiError> {
+    let allowed = match &access.admin_key {
+        Some(key) => holds(headers, std::slice::from_ref(key)),
+        None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
+    };
+    if allowed {
+        // No page learns a key, and no browser adds one by itself.
+        return match access.admin_key {
+            Some(_) => Ok(()),
+            None => require_local(headers),
+        };
+    }
+    Err(ApiError::new(
+        Code::NotPermitted,
+        "needs the key of --admin-key, or without one a client on this host",
+    ))
+}
+
+/// Checks that a client may read what the proxy shows of instances and requests: everybody may but a page in
+/// a browser on this host, which could read it after DNS rebinding.
+///
+/// # Errors
+/// The request looks like a page's.
+pub fn may_read(
+    access: &Access,
+    headers: &HeaderMap,
+    peer: Option<IpAddr>,
+) -> Result<(), ApiError> {
+    let is_here = peer.is_some_and(|peer| peer.to_canonical().is_loopback());
+    let holds_key = access
+        .admin_key
+        .as_ref()
+        .is_some_and(|key| holds(headers, std::slice::from_ref(key)));
+    if !is_here || holds_key {
+        return Ok(());
+    }
+    refuse_pages(headers)
+}
+
+/// A name, `*.domain`, an address or a network.
+fn is_host(text: &str) -> bool {
+    let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b'*');
+    let is_name = !text.is_empty() && text.bytes().all(letter);
+    is_name || text.parse::<IpNet>().is_ok() || text.parse::<IpAddr>().is_ok()
+}
+
+fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
+    let value = headers
+        .get(AUTHORIZATION)
+        .map_or(&[][..], |value| value.as_bytes());
+    let given = value
+        .split_at_checked(7)
+        .filter(|(kind, _)| kind.eq_ignore_ascii_case(b"bearer "));
+    let Some((_, given)) = given else {
+        return false;
+    };
+    // Compares with every key, each in a time that does not depend on where they differ.
+    keys.iter().fold(false, |found, key| {
+        found | bool::from(key.as_bytes().ct_eq(given))
+    })
+}
+
+#[cfg(test)]
+mod tests;

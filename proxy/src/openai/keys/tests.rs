@@ -1,0 +1,84 @@
+use super::*;
+use crate::fleet::instance::{Connector, Named, Source};
+use http::header::HOST;
+use protocol::registration::InstanceRole;
+
+#[test]
+fn keys() {
+    let access = Access {
+        api_key: vec!["one".into(), "two".into()],
+        ..Access::default()
+    };
+    let check = |value: &str, ok: bool| {
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, value.parse().unwrap());
+        assert_eq!(may_ask(&access, &headers).is_ok(), ok, "{value}");
+    };
+    check("Bearer one", true);
+    check("bearer two", true);
+    check("Bearer tw", false);
+    check("Bearer ", false);
+    check("Basic one", false);
+    assert!(may_ask(&access, &HeaderMap::new()).is_err());
+    assert!(may_ask(&Access::default(), &HeaderMap::new()).is_ok());
+}
+
+#[test]
+fn changes() {
+    let open = Access::default();
+    let from = |text: &str| Some(text.parse().unwrap());
+    let mut none = HeaderMap::new();
+    none.insert(HOST, "localhost".parse().unwrap());
+    assert!(may_change(&open, &none, from("127.0.0.1")).is_ok());
+    assert!(may_change(&open, &none, from("::ffff:127.0.0.1")).is_ok());
+    assert!(may_change(&open, &none, from("10.0.0.1")).is_err());
+    none.insert(HOST, "rebound.example".parse().unwrap());
+    assert!(may_change(&open, &none, from("127.0.0.1")).is_err());
+    let keyed = Access {
+        admin_key: Some("k".into()),
+        ..Access::default()
+    };
+    assert!(may_change(&keyed, &none, from("127.0.0.1")).is_err());
+    let mut headers = HeaderMap::new();
+    headers.insert(AUTHORIZATION, "Bearer k".parse().unwrap());
+    assert!(may_change(&keyed, &headers, from("10.0.0.1")).is_ok());
+}
+
+#[test]
+fn hosts() {
+    let allow = ["10.0.0.0/8", "engine", "*.gpu.example", "192.0.2.7"];
+    let access = Access {
+        allow: allow.map(str::to_owned).to_vec(),
+        ..Access::default()
+    };
+    let check = |url: &str, ok: bool| {
+        let named = Named {
+            role: InstanceRole::Prefill,
+            url: url.into(),
+            id: None,
+            connector: Connector::Nixl,
+            host: None,
+            init_ports: Vec::new(),
+            alloc_ports: Vec::new(),
+            zmq: None,
+        };
+        let instance = Instance::named(&named, Source::Added).unwrap();
+        assert_eq!(access.check(&instance).is_ok(), ok, "{url}");
+    };
+    check("http://10.1.2.3:80", true);
+    check("http://11.1.2.3", false);
+    check("http://ENGINE:1", true);
+    check("http://a.gpu.example", true);
+    check("http://.gpu.example.org", false);
+    check("http://192.0.2.7", true);
+    check("http://192.0.2.8", false);
+    check("http://[::1]:1", false);
+    let bad = Access {
+        allow: ["10.0.0.0/99", "a b", "", "h:80"]
+            .map(str::to_owned)
+            .to_vec(),
+        api_key: vec![String::new()],
+        ..Access::default()
+    };
+    assert_eq!(bad.problems().len(), 5);
+}

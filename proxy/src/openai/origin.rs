@@ -1,0 +1,197 @@
+//! Checks of requests that a web page or another proxy may have sent in a local client's name.
+//!
+//! A browser on this host connects from loopback too. A page can make it send any method that needs no
+//! preflight, with `text/plain` bodies, and through DNS rebinding also with a name of its own in `Host`.
+
+use std::net::IpAddr;
+
+use http::header::{CONTENT_TYPE, FORWARDED, HOST, ORIGIN, VIA};
+use http::{HeaderMap, HeaderName};
+use http_body::Body;
+
+use crate::openai::error::{ApiError, Code};
+
+/// Refuses a body that is not declared as JSON, as vLLM does. A page of another origin cannot send that
+/// type without a preflight, which the proxy does not answer.
+///
+/// # Errors
+/// The content type is absent or another one.
+pub fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let given = headers.get(CONTENT_TYPE).map_or(&[][..], |v| v.as_bytes());
+    let media = given.split(|b| *b == b';').next().unwrap_or_default();
+    if media.trim_ascii().eq_ignore_ascii_case(b"application/json") {
+        return Ok(());
+    }
+    let given: String = String::from_utf8_lossy(given).chars().take(80).collect();
+    Err(ApiError::new(
+        Code::UnsupportedMediaType,
+        format!(
+            "Unsupported Media Type: Only 'application/json' is allowed, not {given:?}: send the header \
+             Content-Type: application/json"
+        ),
+    ))
+}
+
+/// Refuses a body that is not declared as JSON; a request without a body and without a type passes.
+///
+/// # Errors
+/// There is a body, or a type, and the type is not JSON.
+pub fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Result<(), ApiError> {
+    if body.is_end_stream() && !headers.contains_key(CONTENT_TYPE) {
+        return Ok(());
+    }
+    require_json(headers)
+}
+
+/// Checks that a request from a loopback address was sent by a program on this host: not by a page in a
+/// browser, nor by another proxy for somebody else.
+///
+/// # Errors
+/// The header that says otherwise, and the cure.
+pub fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
+    let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
+    if let Some(name) = headers.keys().find(|name| is_of_a_proxy(name)) {
+        return refused(format!(
+            "another proxy has forwarded this request ({name}): set --admin-key and send it, or ask the proxy \
+             directly on its host"
+        ));
+    }
+    refuse_pages(headers)
+}
+
+/// Refuses a request from a loopback address that a page in a browser has sent.
+///
+/// # Errors
+/// The header that says so, and the cure.
+pub fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
+    let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
+    let host = host.unwrap_or_default();
+    if !is_local(host) {
+        return refused(format!(
+            "the header Host is {host:?}: without the key of --admin-key it has to be localhost or a loopback \
+             address"
+        ));
+    }
+    let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
+    if site.is_some_and(|site| site != b"same-origin" && site != b"none") {
+        return refused("a page of another site sent this request (Sec-Fetch-Site)".into());
+    }
+    for origin in headers.get_all(ORIGIN) {
+        let origin = origin.to_str().unwrap_or_default();
+        let same = origin
+            .split_once("://")
+            .is_some_and(|(_, at)| at.eq_ignore_ascii_case(host));
+        if !same {
+            return refused(format!(
+                "a page of {origin:.80?} sent this request (Origin), not one of {host:?}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Returns true for headers that proxies, load balancers and content networks add.
+fn is_of_a_proxy(name: &HeaderName) -> bool {
+    let others = [
+        "x-real-ip",
+        "x-client-ip",
+        "x-original-forwarded-for",
+        "true-client-ip",
+        "cf-connecting-ip",
+        "x-envoy-external-address",
+    ];
+    *name == FORWARDED
+        || *name == VIA
+        || name.as_str().starts_with("x-forwarded-")
+        || others.contains(&name.as_str())
+}
+
+/// Returns true if `HOST[:PORT]` names this host by loopback address or by `localhost`. The port is not
+/// compared: a tunnel (`ssh -L`) has another one.
+fn is_local(host: &str) -> bool {
+    let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
+        Some((address, _)) => address,
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    match name.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => name == "localhost" || name.ends_with(".localhost"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(all: &[(&str, &str)]) -> HeaderMap {
+        let parsed = |(name, value): &(&str, &str)| {
+            let name: HeaderName = name.parse().unwrap();
+            (name, value.parse().unwrap())
+        };
+        all.iter().map(parsed).collect()
+    }
+
+    #[test]
+    fn only_programs_of_this_host_are_local() {
+        let check = |all: &[(&str, &str)], ok: bool| {
+            assert_eq!(require_local(&headers(all)).is_ok(), ok, "{all:?}");
+        };
+        for host in [
+            "localhost",
+            "LOCALHOST:8000",
+            "pd.localhost:1",
+            "127.0.0.2:8000",
+            "[::1]:8000",
+            "[::1]",
+        ] {
+            check(&[("host", host)], true);
+        }
+        for host in [
+            "evil.example",
+            "127.0.0.1.evil.example:8000",
+            "10.0.0.1:8000",
+            "[::2]",
+            "",
+        ] {
+            check(&[("host", host)], false);
+        }
+        check(&[], false);
+        let host = ("host", "localhost:8000");
+        check(&[host, ("origin", "http://localhost:8000")], true);
+        check(&[host, ("sec-fetch-site", "none")], true);
+        for other in [
+            ("origin", "http://evil.example"),
+            ("origin", "http://localhost:3000"),
+            ("origin", "null"),
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-site", "same-site"),
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-forwarded-proto", "https"),
+            ("forwarded", "for=10.0.0.1"),
+            ("x-real-ip", "10.0.0.1"),
+            ("via", "1.1 gateway"),
+        ] {
+            check(&[host, other], false);
+        }
+    }
+
+    #[test]
+    fn bodies_are_json() {
+        let check = |kind: &str, ok: bool| {
+            let result = require_json(&headers(&[("content-type", kind)]));
+            assert_eq!(result.is_ok(), ok, "{kind}");
+        };
+        check("application/json", true);
+        check("Application/JSON; charset=utf-8", true);
+        check("text/plain", false);
+        check("application/jsonp", false);
+        check("application/x-www-form-urlencoded", false);
+        assert!(require_json(&HeaderMap::new()).is_err());
+        let none = axum::body::Body::empty();
+        assert!(require_json_if_any(&HeaderMap::new(), &none).is_ok());
+        let some = axum::body::Body::from("{}");
+        assert!(require_json_if_any(&HeaderMap::new(), &some).is_err());
+    }
+}

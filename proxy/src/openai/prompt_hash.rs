@@ -1,0 +1,79 @@
+//! What identifies a prompt without tokenising it: hashes of its beginning, block by block.
+
+use http::HeaderMap;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::openai::body::RequestBody;
+use crate::openai::endpoint::Endpoint;
+
+/// A prompt's text and the hashes of its prefixes.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    /// The prompt as JSON, without what closes it: a longer prompt that begins with this one begins
+    /// with these bytes.
+    pub text: Vec<u8>,
+    /// `chain[i]` covers everything before `i` blocks, and the model and tools that go with it.
+    pub chain: Vec<u64>,
+}
+
+impl Prompt {
+    /// Reads the prompt of a request.
+    pub fn of(body: &RequestBody, endpoint: Endpoint) -> Self {
+        let field = match endpoint {
+            Endpoint::Completions => "prompt",
+            Endpoint::Chat => "messages",
+        };
+        let text = body.json(field).unwrap_or_default().trim_ascii_end();
+        let text = text
+            .strip_suffix(['"', ']'])
+            .unwrap_or(text)
+            .trim_ascii_end();
+        let mut seed = 0;
+        // Adapters are models of their own; tools stand at the beginning of most chat templates.
+        for name in ["model", "tools", "chat_template_kwargs"] {
+            seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
+        }
+        Self::new(text.as_bytes(), seed)
+    }
+
+    fn new(text: &[u8], seed: u64) -> Self {
+        let mut hash = seed;
+        let mut chain = Vec::with_capacity(text.len() / BLOCK_BYTES + 1);
+        chain.push(hash);
+        for block in text.chunks_exact(BLOCK_BYTES).take(MAX_BLOCKS) {
+            hash = xxh3_64_with_seed(block, hash);
+            chain.push(hash);
+        }
+        Self {
+            text: text.to_vec(),
+            chain,
+        }
+    }
+
+    /// What follows the first `blocks` blocks.
+    pub fn after(&self, blocks: usize) -> &[u8] {
+        self.text.get(blocks * BLOCK_BYTES..).unwrap_or_default()
+    }
+}
+
+/// The session that a request names: the header that LMCache's proxy binds clients by, ours, or
+/// OpenAI's fields.
+pub fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
+    let header = ["x-session-id", "session-id"]
+        .into_iter()
+        .find_map(|name| headers.get(name))
+        .map(|value| value.as_bytes());
+    let named = header.or_else(|| {
+        ["prompt_cache_key", "session_id", "user"]
+            .into_iter()
+            .find_map(|name| body.json(name))
+            .map(str::as_bytes)
+    });
+    named.map(xxh3_64)
+}
+
+/// Small enough that a short question ends in a block of its own.
+pub const BLOCK_BYTES: usize = 64;
+
+/// 4 MiB of text: about a million tokens.
+const MAX_BLOCKS: usize = 1 << 16;

@@ -1,0 +1,315 @@
+//! One request under way: its life, what it holds, and what is written down when it ends.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::StatusCode;
+use protocol::RequestId;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::info;
+
+use crate::fleet::instance::Instance;
+use crate::fleet::load::Charge;
+use crate::openai::endpoint::Endpoint;
+use crate::openai::error::ApiError;
+use crate::openai::fallback::Alone;
+use crate::openai::usage::Usage;
+use crate::request::state::{Action, Event, Life};
+use crate::routing::Pair;
+use crate::state::app::App;
+use crate::state::in_flight::{Place, Watch};
+use crate::telemetry::outcome::Outcome;
+use crate::telemetry::record::Record;
+use crate::telemetry::trace::Trace;
+use crate::upstream::client::PrefillEnd;
+
+/// One request under way. Dropping it before its end means that the client has left; either way
+/// both legs are dropped with it, its place is free again, and its line is logged.
+#[derive(Debug)]
+pub struct Flight {
+    /// The request.
+    pub id: RequestId,
+    app: Arc<App>,
+    life: Life,
+    endpoint: Endpoint,
+    arrived: Instant,
+    record: Record,
+    trace: Option<Trace>,
+    place: Option<Place>,
+    prefill: Option<AbortOnDropHandle<PrefillEnd>>,
+    /// Of the prefill and the decode leg.
+    charges: [Option<Charge>; 2],
+    // Last: the place is free once everything else is.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Flight {
+    /// A request that has been routed, and what is to be done first.
+    pub fn begin(
+        app: &Arc<App>,
+        permit: OwnedSemaphorePermit,
+        arrived: Instant,
+        endpoint: Endpoint,
+        id: RequestId,
+        pair: &Pair,
+        trace: Option<Trace>,
+    ) -> (Self, Action) {
+        let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
+        let (life, action) = Life::begin(plan);
+        let prefill = pair.prefill.as_ref().ok();
+        let record = Record {
+            id: id.0.clone(),
+            arrived_unix_ms: unix_ms(),
+            endpoint: endpoint.as_str(),
+            prefill: prefill.map(|prefill| prefill.id.clone()),
+            decode: Some(pair.decode.id.clone()),
+            choice: pair.choice.to_string(),
+            ..Record::default()
+        };
+        app.metrics.arrived();
+        let flight = Self {
+            id,
+            app: Arc::clone(app),
+            life,
+            endpoint,
+            arrived,
+            record,
+            trace,
+            place: None,
+            prefill: None,
+            charges: [None, None],
+            _permit: permit,
+        };
+        (flight, action)
+    }
+
+    /// Takes an event; once the request has ended, its legs are dropped.
+    pub fn on(&mut self, event: Event) -> Action {
+        let action = self.life.on(event);
+        if let Some(outcome) = self.life.outcome() {
+            self.end(outcome);
+        }
+        action
+    }
+
+    /// When it arrived.
+    pub fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    /// Whether the prefill leg is awaited.
+    pub fn is_prefilling(&self) -> bool {
+        self.life == Life::Prefilling
+    }
+
+    /// What others say about the request.
+    pub fn watch(&self) -> Option<Arc<Watch>> {
+        self.place.as_ref().map(|place| Arc::clone(&place.watch))
+    }
+
+    /// The prefill leg, while it runs.
+    pub fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
+        self.prefill.as_mut()
+    }
+
+    /// Gives it the prefill leg.
+    pub fn set_prefill(&mut self, leg: AbortOnDropHandle<PrefillEnd>) {
+        self.prefill = Some(leg);
+    }
+
+    /// Drops the prefill leg: it has ended, or nobody waits for it any more.
+    pub fn drop_prefill(&mut self) {
+        self.prefill = None;
+        self.charges[0] = None;
+    }
+
+    /// Notes that a prefill leg is sent, and where others' words on it will be heard.
+    pub fn prefill_sent(&mut self, id: &RequestId, to: &Instance, tokens: u64) -> Arc<Watch> {
+        let place = self.app.in_flight.enter(id, &to.id);
+        let watch = Arc::clone(&place.watch);
+        self.place = Some(place);
+        self.charges[0] = Some(to.load.charge(tokens));
+        self.record.prefill = Some(to.id.clone());
+        self.record.leg_id = (*id != self.id).then(|| id.0.clone());
+        watch
+    }
+
+    /// The decode leg that was sent last waits for KV.
+    pub fn waits_for_kv(&self) -> bool {
+        matches!(
+            self.life,
+            Life::Decoding {
+                transfer: Ok(()),
+                ..
+            }
+        )
+    }
+
+    /// Notes that a decode leg is sent.
+    pub fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
+        self.app.metrics.decode_sent(transfer);
+        self.charges[1] = Some(to.load.charge(tokens));
+        self.record.decode = Some(to.id.clone());
+        self.record.alone = transfer.err().map(Alone::as_str);
+        self.record.decode_attempts += 1;
+        self.record
+            .decode_sent_ms
+            .get_or_insert(millis(self.arrived.elapsed()));
+    }
+
+    /// Notes the first bytes of the answer.
+    pub fn first_byte(&mut self, status: StatusCode, stream: bool) {
+        if self.record.ttft_ms.is_none() {
+            let after = self.arrived.elapsed();
+            self.app.metrics.first_byte_after(after);
+            self.record.ttft_ms = Some(millis(after));
+        }
+        self.record.status = Some(status.as_u16());
+        self.record.stream = stream;
+    }
+
+    /// Notes that the decode engine has shown a sign of work.
+    pub fn heard(&self, now: Instant) {
+        if let Some(charge) = &self.charges[1] {
+            charge.load().heard(now);
+        }
+    }
+
+    /// The decode engine's `/health` has failed for at least `time`.
+    pub fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
+        let charge = self.charges[1].as_ref();
+        charge.is_some_and(|charge| charge.load().is_sick_for(now, time))
+    }
+
+    /// Notes an error and the status that the client gets.
+    pub fn failed(&mut self, status: StatusCode, error: String) {
+        self.record.status = Some(status.as_u16());
+        self.record.error = Some(error);
+    }
+
+    /// Notes why an answer broke off.
+    pub fn broke(&mut self, error: &ApiError) {
+        self.record.error = Some(error.to_string());
+    }
+
+    /// Ends it with an answer that has been passed on to its end.
+    pub fn answered(&mut self, ends_with_error: bool) {
+        let status = self
+            .record
+            .status
+            .and_then(|s| StatusCode::from_u16(s).ok());
+        if ends_with_error {
+            self.record.error = Some("the decode engine ended its stream with an error".into());
+            self.on(Event::AnswerBroke);
+        } else if status.is_some_and(|status| status.is_client_error()) {
+            self.on(Event::AnswerRefused);
+        } else {
+            self.on(Event::AnswerEnded);
+        }
+    }
+
+    /// Notes the decode engine's token counts.
+    pub fn counted(&mut self, usage: Usage) {
+        self.record.prompt_tokens = Some(usage.prompt_tokens);
+        self.record.completion_tokens = Some(usage.completion_tokens);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        let total = self.arrived.elapsed();
+        self.drop_prefill();
+        self.charges = [None, None];
+        if let Some(place) = self.place.take() {
+            self.note_prefill(&place.watch);
+        }
+        self.app.metrics.ended(self.endpoint, outcome, total);
+        let mut record = std::mem::take(&mut self.record);
+        record.total_ms = millis(total);
+        record.outcome = outcome.as_str();
+        log(&record);
+        self.export(&record);
+        self.app.recent.push(record);
+    }
+
+    fn export(&self, record: &Record) {
+        let (Some(spans), Some(trace)) = (&self.app.spans, &self.trace) else {
+            return;
+        };
+        if !trace.is_sampled {
+            return;
+        }
+        for span in trace.spans(record) {
+            if spans.try_send(span).is_err() {
+                self.app.metrics.spans("dropped", 1);
+            }
+        }
+    }
+
+    fn note_prefill(&mut self, watch: &Watch) {
+        let since = |at: Instant| at.saturating_duration_since(self.arrived);
+        if let Some(at) = watch.begun_at() {
+            self.app.metrics.begun_after(since(at));
+            self.record.begun_ms = Some(millis(since(at)));
+        }
+        if let Some(note) = watch.prefill_end() {
+            self.app.metrics.prefill_after(since(note.at));
+            if note.error.is_none() {
+                self.app.prefill_times.add(since(note.at));
+            }
+            self.record.prefill_ms = Some(millis(since(note.at)));
+            self.record.prefill_error.clone_from(&note.error);
+            self.record.prompt_tokens = self.record.prompt_tokens.or(note.prompt_tokens);
+        }
+        self.record.moved = watch.moved();
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if self.life.outcome().is_none() {
+            self.on(Event::ClientLeft);
+        }
+    }
+}
+
+fn log(r: &Record) {
+    let moved = r.moved.as_ref();
+    info!(
+        id = r.id,
+        leg_id = r.leg_id.as_deref(),
+        endpoint = r.endpoint,
+        prefill = r.prefill.as_deref(),
+        decode = r.decode.as_deref(),
+        choice = r.choice,
+        alone = r.alone,
+        begun_ms = r.begun_ms,
+        prefill_ms = r.prefill_ms,
+        prefill_error = r.prefill_error.as_deref(),
+        ttft_ms = r.ttft_ms,
+        total_ms = r.total_ms,
+        prompt_tokens = r.prompt_tokens,
+        completion_tokens = r.completion_tokens,
+        bytes = moved.map(|m| m.bytes),
+        transport = moved
+            .map(|m| m.transport.as_str())
+            .filter(|t| !t.is_empty()),
+        push_reason = moved.and_then(|m| m.reason).map(|reason| reason.as_str()),
+        attempts = r.decode_attempts,
+        status = r.status,
+        error = r.error.as_deref(),
+        outcome = r.outcome,
+        "request"
+    );
+}
+
+/// Milliseconds with microsecond digits.
+fn millis(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

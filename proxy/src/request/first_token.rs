@@ -1,0 +1,56 @@
+//! The first token, where the prefill instance gives it.
+
+use axum::response::Response;
+
+use super::Drive;
+use crate::connectors::first_token_stream;
+use crate::connectors::merge::Stitch;
+use crate::openai::fallback::Alone;
+use crate::request::context::Flight;
+use crate::request::state::{Action, Event};
+
+impl Drive {
+    /// The prefill instance has sampled a token that the client has not got yet, and that needs
+    /// nothing else to be shown.
+    pub(super) fn gives_first_token(&self, transfer: Result<(), Alone>) -> bool {
+        let Some(first) = &self.prefilled.first else {
+            return false;
+        };
+        let is_last = first
+            .finish_reason
+            .as_deref()
+            .is_some_and(|why| why != "length");
+        transfer.is_ok() && !self.is_early && (is_last || self.body.streams())
+    }
+
+    /// Gives the client the first token, and then what the decode leg brings.
+    pub(super) fn first_token(mut self, mut flight: Flight, action: Action) -> Response {
+        self.is_early = true;
+        let Some(stitch) = self.stitch() else {
+            return self.verdict.into_response(&flight.id);
+        };
+        let streams = self.body.streams();
+        flight.first_byte(http::StatusCode::OK, streams);
+        let first = self.prefilled.first.as_ref();
+        let reason = first.and_then(|first| first.finish_reason.as_deref());
+        if reason.is_some_and(|why| why != "length") {
+            flight.on(Event::FirstByte);
+            flight.on(Event::AnswerEnded);
+            return first_token_stream::only(
+                &stitch,
+                streams,
+                self.prefilled.prompt_tokens,
+                &flight.id,
+            );
+        }
+        let id = flight.id.clone();
+        first_token_stream::respond(stitch, &id, self.go_on(flight, action))
+    }
+
+    pub(super) fn stitch(&self) -> Option<Stitch> {
+        let first = self.prefilled.first.clone()?;
+        let model = self.body.json("model");
+        let id = self.chosen.as_ref().unwrap_or(&self.leg_id);
+        Some(Stitch::new(self.endpoint, &id.0, model, first))
+    }
+}

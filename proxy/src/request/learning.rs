@@ -1,0 +1,41 @@
+//! What a request teaches of the next ones: refusals that will repeat, and pairs that work.
+
+use std::time::Instant;
+
+use super::Drive;
+use crate::request::context::Flight;
+use crate::routing::refusals::Refused;
+
+impl Drive {
+    /// The prefill leg was for nothing: its KV is not handed over, for this reason.
+    pub(super) fn refused(&self, flight: &Flight, reason: &str) {
+        let Ok(prefill) = &self.pair.prefill else {
+            return;
+        };
+        let refused = Refused {
+            request: &flight.id.0,
+            prefill,
+            decode: &self.pair.decode,
+            body: &self.body,
+            endpoint: self.endpoint,
+        };
+        self.app.refusals.note(Instant::now(), reason, refused);
+    }
+
+    /// A decode leg that waited for KV is answered: the sender has said by now what became of it.
+    pub(super) fn learn(&self, flight: &Flight) {
+        let (Ok(prefill), true) = (&self.pair.prefill, flight.waits_for_kv()) else {
+            return;
+        };
+        let Some(moved) = flight.watch().and_then(|watch| watch.moved()) else {
+            return;
+        };
+        match moved.reason.filter(|_| !moved.ok) {
+            Some(reason) => self.refused(flight, reason.as_str()),
+            None if moved.ok && moved.bytes > 0 => {
+                self.app.refusals.worked(prefill, &self.pair.decode);
+            }
+            None => {}
+        }
+    }
+}

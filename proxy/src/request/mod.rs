@@ -1,0 +1,351 @@
+//! Drives a request through its life: sends the legs, listens to what happens, answers the client.
+
+pub(crate) mod context;
+pub(crate) mod decode_leg;
+pub(crate) mod failure;
+pub(crate) mod first_token;
+pub(crate) mod learning;
+pub(crate) mod mask;
+pub(crate) mod prefill_leg;
+pub(crate) mod prefill_request;
+pub(crate) mod response_body;
+pub(crate) mod routing_request;
+pub(crate) mod state;
+
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::response::Response;
+use bytes::Bytes;
+use http::HeaderMap;
+use protocol::RequestId;
+use tokio::select;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::sleep_until;
+
+use crate::config::cli::DecodeLegAt;
+use crate::connectors::handoff::{Prefilled, Way};
+use crate::fleet::instance::Instance;
+use crate::openai::body::RequestBody;
+use crate::openai::endpoint::Endpoint;
+use crate::openai::error::ApiError;
+use crate::openai::fallback::Alone;
+use crate::openai::headers::leg_headers;
+use crate::openai::request_id;
+use crate::request::context::Flight;
+use crate::request::failure::Verdict;
+use crate::request::response_body::Silence;
+use crate::request::routing_request::Plan;
+use crate::request::state::{Action, Event};
+use crate::routing::Pair;
+use crate::state::app::App;
+use crate::telemetry::trace::Trace;
+use crate::upstream::client::{Answer, LegError};
+
+/// A request as it came.
+#[derive(Debug)]
+pub struct Arrival {
+    /// When.
+    pub at: Instant,
+    /// Where.
+    pub endpoint: Endpoint,
+    /// Its id, from here on.
+    pub id: RequestId,
+    /// The client's headers.
+    pub headers: HeaderMap,
+    /// The client's body.
+    pub body: Bytes,
+}
+
+/// A decode leg under way.
+type DecodeLeg = Pin<Box<dyn Future<Output = Result<Answer, LegError>> + Send>>;
+
+/// A request that has been routed, with what its legs are made of.
+struct Drive {
+    app: Arc<App>,
+    endpoint: Endpoint,
+    headers: HeaderMap,
+    body: RequestBody,
+    plan: Plan,
+    pair: Pair,
+    /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
+    leg_id: RequestId,
+    /// The name that the client has given the request: its answer's id carries it.
+    chosen: Option<RequestId>,
+    /// Instances that have failed it.
+    failed: Vec<String>,
+    /// Those that have answered it with an error, until it is known whether the request is at fault.
+    doubted: Vec<(Side, Arc<Instance>)>,
+    prefill_attempts: u32,
+    decode_attempts: u32,
+    /// How the pair hands KV over; meaningless without a prefill instance.
+    way: Way,
+    /// What the prefill leg has brought.
+    prefilled: Prefilled,
+    prefill_sent: Instant,
+    decode_sent: Instant,
+    /// When to look next whether the decode instance works.
+    look_at: Instant,
+    decode: Option<DecodeLeg>,
+    /// The client has been given the first token.
+    is_early: bool,
+    /// The decode leg that was sent last goes on after the first token.
+    goes_on: bool,
+    /// What the client is told if no decode leg brings an answer.
+    verdict: Verdict,
+}
+
+/// A side of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Prefill,
+    Decode,
+}
+
+/// What the wait of a request ended with.
+enum Step {
+    /// Something that only moves its life on.
+    Event(Event),
+    /// Another prefill instance takes over, or the wait goes on.
+    Again,
+    /// The prefill engine's refusal.
+    Refused(Box<Answer>),
+    /// The decode engine's answer.
+    FirstByte(Box<Answer>),
+}
+
+/// Answers a request.
+///
+/// # Errors
+/// No leg was sent.
+///
+/// # Cancel safety
+/// Dropping the future, or the response's body, drops both legs.
+pub async fn serve(
+    app: &Arc<App>,
+    permit: OwnedSemaphorePermit,
+    mut arrival: Arrival,
+) -> Result<Response, ApiError> {
+    let body = RequestBody::parse(arrival.body)?;
+    let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
+    let pair = plan.route(app, &[])?;
+    if matches!(pair.prefill, Err(Alone::Cheaper)) {
+        app.measured.stayed();
+    }
+    let chosen = request_id::chosen(&arrival.headers, body.json("request_id"));
+    if let Some(chosen) = chosen
+        .as_ref()
+        .filter(|_| !arrival.headers.contains_key(request_id::HEADER))
+    {
+        arrival.id = request_id::unique(&chosen.0);
+    }
+    let named = request_id::header_value(&arrival.id);
+    let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
+    let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
+    if let Some(trace) = &trace {
+        trace.pass_on(&mut headers);
+    }
+    let (at, endpoint) = (arrival.at, arrival.endpoint);
+    let (mut flight, mut action) =
+        Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
+    let mut drive = Drive {
+        app: Arc::clone(app),
+        endpoint: arrival.endpoint,
+        headers,
+        body,
+        plan,
+        pair,
+        leg_id: flight.id.clone(),
+        chosen,
+        failed: Vec::new(),
+        doubted: Vec::new(),
+        prefill_attempts: 0,
+        decode_attempts: 0,
+        way: Way::Sidecar,
+        prefilled: Prefilled::default(),
+        prefill_sent: arrival.at,
+        decode_sent: arrival.at,
+        look_at: arrival.at,
+        decode: None,
+        is_early: false,
+        goes_on: false,
+        verdict: Verdict::shutting_down(),
+    };
+    drive.send_prefill(&mut flight);
+    if action == Action::Wait
+        && drive.way == Way::Sidecar
+        && app.config.decode_leg == DecodeLegAt::Arrival
+    {
+        action = flight.on(Event::Begun);
+    }
+    Ok(drive.run(flight, action).await)
+}
+
+impl Drive {
+    async fn run(mut self, mut flight: Flight, mut action: Action) -> Response {
+        loop {
+            if let Action::SendDecode(transfer) = action {
+                if self.gives_first_token(transfer) {
+                    return self.first_token(flight, action);
+                }
+                self.send_decode(&mut flight, transfer);
+            }
+            action = match self.next(&mut flight).await {
+                Step::Event(event) => flight.on(event),
+                Step::Again => Action::Wait,
+                Step::FirstByte(answer) => return self.relay(flight, *answer),
+                Step::Refused(answer) if flight.is_prefilling() => {
+                    flight.failed(answer.head.status, "refused by the prefill engine".into());
+                    flight.on(Event::PrefillRefused);
+                    return response_body::whole(*answer, &flight.id);
+                }
+                Step::Refused(_) => flight.on(Event::PrefillRefused),
+            };
+            if action == Action::Fail {
+                return self.verdict.into_response(&flight.id);
+            }
+        }
+    }
+
+    /// `run` with a type that it can name itself.
+    fn go_on(
+        self,
+        flight: Flight,
+        action: Action,
+    ) -> Pin<Box<dyn Future<Output = Response> + Send>> {
+        Box::pin(self.run(flight, action))
+    }
+
+    /// Answers the client with what the decode leg brings.
+    fn relay(&mut self, flight: Flight, mut answer: Answer) -> Response {
+        if answer.head.status.is_success() {
+            self.blame(Side::Decode);
+        }
+        let decode = &self.pair.decode;
+        decode.load.succeeded(self.decode_sent.elapsed());
+        self.learn(&flight);
+        if flight.waits_for_kv()
+            && let Some(end) = flight
+                .watch()
+                .and_then(|watch| Some(watch.prefill_end()?.at))
+        {
+            self.app.measured.handed_over(end.elapsed());
+        }
+        if !flight.waits_for_kv() && answer.rest.is_some() {
+            // The first event of a stream comes when the prompt is computed, here by one engine.
+            let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
+            let took = self.decode_sent.elapsed();
+            self.app.measured.prefilled(uncached, took);
+        }
+        if answer.head.status.is_success() {
+            self.plan.answered(&self.app, &self.pair);
+        }
+        if self.goes_on
+            && !self.is_early
+            && answer.head.status.is_success()
+            && let (Some(stitch), None) = (self.stitch(), &answer.rest)
+        {
+            answer.held = stitch.whole(&answer.held);
+        }
+        let is_moved = flight.waits_for_kv() && answer.head.status.is_success();
+        let mut watch = flight.watch().filter(|_| is_moved);
+        if answer.rest.is_none()
+            && let Some(watch) = watch.take()
+        {
+            answer.held = mask::whole(answer.held, &watch);
+        }
+        let cut = self.app.cut.clone();
+        let limits = Silence {
+            idle: self.app.config.idle_timeout,
+            dead: self.app.config.stall_timeout,
+            // Only an answer whose events are read waits for their ends.
+            max_event: if self.is_early {
+                MAX_EVENT_BYTES
+            } else {
+                usize::MAX
+            },
+        };
+        let response = response_body::respond(flight, answer, limits, cut);
+        match watch {
+            Some(watch) => response.map(|body| mask::stream(body, watch)),
+            None => response,
+        }
+    }
+
+    /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
+    /// next call: both legs live in the request.
+    async fn next(&mut self, flight: &mut Flight) -> Step {
+        let prefilling = flight.is_prefilling();
+        let sends_at_begun = prefilling && self.overlaps();
+        let deadline = flight.arrived() + self.app.config.prefill_timeout;
+        let watch = flight.watch();
+        let begun = async {
+            match &watch {
+                Some(watch) if sends_at_begun => watch.begun().await,
+                _ => pending().await,
+            }
+        };
+        let prefill = async {
+            match flight.prefill_mut() {
+                Some(leg) => leg.await,
+                None => pending().await,
+            }
+        };
+        let (is_decoding, look_at) = (self.decode.is_some(), self.look_at);
+        let look = async {
+            match is_decoding {
+                true => sleep_until(look_at.into()).await,
+                false => pending().await,
+            }
+        };
+        let decode = async {
+            match &mut self.decode {
+                Some(leg) => leg.await,
+                None => pending().await,
+            }
+        };
+        select! {
+            biased;
+            end = prefill => self.prefill_ended(flight, end),
+            () = begun => {
+                if let Ok(prefill) = &self.pair.prefill {
+                    prefill.load.heard(Instant::now());
+                }
+                Step::Event(Event::Begun)
+            }
+            answer = decode => self.decode_ended(flight, answer),
+            () = sleep_until(deadline.into()), if prefilling => self.prefill_late(flight),
+            () = look => self.look(flight),
+            () = self.app.cut.cancelled() => {
+                self.condemn(flight, Verdict::shutting_down());
+                Step::Event(Event::CutOff)
+            }
+        }
+    }
+
+    /// The decode leg does not wait for the prefill leg's answer.
+    fn overlaps(&self) -> bool {
+        self.way == Way::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
+    }
+
+    fn leg_headers(&self, id: &RequestId) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        headers.insert(request_id::HEADER, request_id::header_value(id));
+        headers
+    }
+
+    fn condemn(&mut self, flight: &mut Flight, verdict: Verdict) {
+        let (status, text) = verdict.told();
+        flight.failed(status, text);
+        self.verdict = verdict;
+    }
+
+    fn prefill_id(&self) -> Option<&str> {
+        Some(self.pair.prefill.as_ref().ok()?.id.as_str())
+    }
+}
+
+/// An event of one token is below 1 KiB; logprobs and the prompt's token ids are in none that is read.
+const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;

@@ -1,0 +1,298 @@
+//! The body of an answer: the decode engine's chunks, passed on as they come.
+//!
+//! Chunks that are there at once go to the client as one: each write costs more than what it carries.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use http_body::{Body as _, Frame, SizeHint};
+use protocol::RequestId;
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::openai::error::{ApiError, Code};
+use crate::openai::headers::{end_to_end, is_event_stream};
+use crate::openai::sse::{self, Events};
+use crate::openai::usage;
+use crate::request::context::Flight;
+use crate::request::state::Event;
+use crate::upstream::client::Answer;
+use crate::upstream::pool::LinkBody;
+
+/// What an engine may do within an answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Silence {
+    /// Longest time without data.
+    pub idle: Duration,
+    /// The same if the engine's `/health` fails as long.
+    pub dead: Duration,
+    /// Longest event of a stream.
+    pub max_event: usize,
+}
+
+/// The answer's body. It owns the request: when hyper drops it because the client has left, the
+/// legs go with it.
+struct Relay {
+    held: Option<Bytes>,
+    rest: Option<LinkBody>,
+    /// Chunks that have come and are passed on together.
+    gathered: BytesMut,
+    flight: Flight,
+    idle: Pin<Box<Sleep>>,
+    /// The last data. `idle` is set again only when it fires: setting it at each chunk costs more than
+    /// the chunk.
+    heard: Instant,
+    limits: Silence,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    stream: bool,
+    events: Events,
+    tail: Vec<u8>,
+}
+
+/// Makes the client's response of a decode leg's answer.
+pub fn respond(
+    mut flight: Flight,
+    answer: Answer,
+    limits: Silence,
+    cut: CancellationToken,
+) -> Response {
+    let stream = is_event_stream(&answer.head.headers);
+    flight.first_byte(answer.head.status, stream);
+    flight.on(Event::FirstByte);
+    let mut relay = Relay {
+        held: Some(answer.held).filter(|held| !held.is_empty()),
+        rest: answer.rest,
+        gathered: BytesMut::new(),
+        idle: Box::pin(sleep(limits.idle.min(limits.dead))),
+        heard: Instant::now(),
+        limits,
+        cut: Box::pin(cut.cancelled_owned()),
+        stream,
+        events: Events::default(),
+        tail: Vec::new(),
+        flight,
+    };
+    if relay.held.is_none() && relay.rest.is_none() {
+        relay.finish();
+    }
+    let mut response = Response::new(());
+    *response.status_mut() = answer.head.status;
+    *response.headers_mut() = end_to_end(&answer.head.headers);
+    let id = crate::openai::request_id::header_value(&relay.flight.id);
+    response
+        .headers_mut()
+        .insert(crate::openai::request_id::HEADER, id);
+    response.map(|()| Body::new(relay))
+}
+
+/// Makes the client's response of an answer that has been read to its end.
+pub fn whole(answer: Answer, id: &RequestId) -> Response {
+    let mut response = Response::new(Body::from(answer.held));
+    *response.status_mut() = answer.head.status;
+    *response.headers_mut() = end_to_end(&answer.head.headers);
+    response.headers_mut().insert(
+        crate::openai::request_id::HEADER,
+        crate::openai::request_id::header_value(id),
+    );
+    response
+}
+
+impl Relay {
+    fn finish(&mut self) {
+        self.rest = None;
+        if let Some(usage) = usage::find(&self.tail) {
+            self.flight.counted(usage);
+        }
+        let ends_with_error = self.stream && sse::ends_with_error(&self.tail);
+        self.flight.answered(ends_with_error);
+    }
+
+    /// Ends the answer early: a stream with an error event, anything else by breaking off, since its
+    /// head has promised a whole document.
+    fn break_off(&mut self, error: ApiError) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        self.rest = None;
+        if self.is_complete() {
+            self.finish();
+            return self.end();
+        }
+        self.flight.broke(&error);
+        self.flight.on(Event::AnswerBroke);
+        if self.stream {
+            self.gathered.extend_from_slice(&error.into_event());
+            return self.pass_on();
+        }
+        Poll::Ready(Some(Err(error)))
+    }
+
+    /// The stream's last event has passed, even if the body's end has not.
+    fn is_complete(&self) -> bool {
+        self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
+    }
+
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        while let Some(rest) = &mut self.rest {
+            match Pin::new(rest).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    let Ok(chunk) = frame.into_data() else {
+                        continue;
+                    };
+                    self.hear(&chunk);
+                    if self.events.unended() > self.limits.max_event {
+                        let text = format!(
+                            "the decode instance does not end an event: {} bytes so far",
+                            self.events.unended()
+                        );
+                        return self.break_off(ApiError::new(Code::DecodeDied, text));
+                    }
+                    self.gathered.extend_from_slice(&chunk);
+                    if self.gathered.len() >= ENOUGH {
+                        return self.pass_on();
+                    }
+                }
+                Poll::Ready(None) => self.finish(),
+                Poll::Ready(Some(Err(e))) => {
+                    let text = format!("the decode instance broke off its answer: {e}");
+                    return self.break_off(ApiError::new(Code::DecodeDied, text));
+                }
+                Poll::Pending if self.gathered.is_empty() => {
+                    let text = ready!(self.poll_silence(cx));
+                    return self.break_off(ApiError::new(Code::DecodeSilent, text));
+                }
+                Poll::Pending => return self.pass_on(),
+            }
+        }
+        self.end()
+    }
+
+    /// What is left to be passed on at the end.
+    fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        if self.gathered.is_empty() {
+            return Poll::Ready(None);
+        }
+        self.pass_on()
+    }
+
+    fn pass_on(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        Poll::Ready(Some(Ok(Frame::data(self.gathered.split().freeze()))))
+    }
+
+    /// Ready, with what the client is told, when the engine has been silent for too long.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<String> {
+        let said = |time| humantime::format_duration(time).to_string();
+        loop {
+            ready!(self.idle.as_mut().poll(cx));
+            let (now, limits) = (Instant::now(), self.limits);
+            let until = self.heard + limits.idle;
+            if until <= now {
+                let text = format!(
+                    "the decode instance has been silent for {}",
+                    said(limits.idle)
+                );
+                return Poll::Ready(text);
+            }
+            // An engine may think for long; one that is dead need not be waited for.
+            let is_long = self.heard + limits.dead <= now;
+            if is_long && self.flight.is_decode_sick(now.into_std(), limits.dead) {
+                let text = format!(
+                    "the decode instance has been silent for {}, and its /health fails",
+                    said(limits.dead)
+                );
+                return Poll::Ready(text);
+            }
+            let look = if is_long { now } else { self.heard } + limits.dead;
+            self.idle.as_mut().reset(look.min(until));
+        }
+    }
+
+    /// Notes what a chunk says about the engine, and its end.
+    fn hear(&mut self, chunk: &[u8]) {
+        if !self.stream || self.events.hear(chunk) {
+            self.heard = Instant::now();
+            self.flight.heard(self.heard.into_std());
+        }
+        self.keep_tail(chunk);
+    }
+
+    fn keep_tail(&mut self, chunk: &[u8]) {
+        let most = if self.stream {
+            usage::STREAM_TAIL_BYTES
+        } else {
+            usage::TAIL_BYTES
+        };
+        if chunk.len() >= most {
+            self.tail.clear();
+            self.tail.extend_from_slice(&chunk[chunk.len() - most..]);
+            return;
+        }
+        if self.stream && self.tail.capacity() == 0 {
+            // All that it ever needs, so that thousands of streams do not grow for a minute.
+            self.tail.reserve_exact(2 * most);
+        }
+        // Cut rarely: once in `most` bytes of chunks.
+        if self.tail.len() + chunk.len() > 2 * most {
+            self.tail.drain(..self.tail.len() - most);
+        }
+        self.tail.extend_from_slice(chunk);
+    }
+}
+
+impl http_body::Body for Relay {
+    type Data = Bytes;
+    type Error = ApiError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
+        let relay = self.get_mut();
+        if let Some(held) = relay.held.take() {
+            relay.hear(&held);
+            if relay.rest.is_none() {
+                // hyper does not ask again once the announced length has been handed over.
+                relay.finish();
+            }
+            if relay.rest.is_none() || held.len() >= ENOUGH {
+                return Poll::Ready(Some(Ok(Frame::data(held))));
+            }
+            relay.gathered.extend_from_slice(&held);
+        }
+        if relay.rest.is_none() {
+            return relay.end();
+        }
+        if relay.cut.as_mut().poll(cx).is_ready() {
+            let error = ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
+            return relay.break_off(error);
+        }
+        relay.poll_rest(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.held.is_none() && self.rest.is_none() && self.gathered.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match (&self.held, &self.rest) {
+            _ if !self.gathered.is_empty() => SizeHint::default(),
+            (Some(held), None) => SizeHint::with_exact(held.len() as u64),
+            (None, None) => SizeHint::with_exact(0),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // A client that leaves after the last event has got everything.
+        if self.is_complete() && self.rest.is_some() {
+            self.finish();
+        }
+    }
+}
+
+/// Gathered chunks are passed on from this size on: larger writes are not cheaper.
+const ENOUGH: usize = 16 * 1024;

@@ -1,0 +1,287 @@
+//! Which instances a request goes to: a pure function of who is there and what is asked.
+
+pub(crate) mod mode;
+pub(crate) mod policy;
+pub(crate) mod prefix_index;
+pub(crate) mod refusals;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::connectors::handoff::Way;
+use crate::fleet::instance::{Connector, Instance};
+use crate::fleet::load::Facts;
+use crate::openai::error::{ApiError, Code};
+use crate::openai::fallback::Alone;
+use crate::routing::mode::{Costs, Mode};
+use crate::routing::policy::{Candidate, Policy, Request};
+use crate::routing::refusals::Between;
+
+/// What routing needs to know of a request.
+#[derive(Clone, Debug)]
+pub struct Ask<'a> {
+    /// Why the request is not split over two instances; `None` if it may be.
+    pub alone: Option<Alone>,
+    /// Its answer would differ by LMCache's first-token hand-over.
+    pub is_unsplittable: bool,
+    /// How a prefill instance is chosen.
+    pub prefill: Side,
+    /// How a decode instance is chosen.
+    pub decode: Side,
+    /// Which requests get a prefill leg.
+    pub mode: Mode,
+    /// What `auto` compares.
+    pub costs: Costs,
+    /// Its session, hashed.
+    pub session: Option<u64>,
+    /// The prompt's length, as estimated.
+    pub prompt_tokens: u64,
+    /// What instances hold of the prompt: names and tokens.
+    pub held: &'a [(String, u64)],
+    /// The decode instance that has answered the turn before this one.
+    pub conversation: Option<&'a str>,
+    /// Instances that have failed this request already.
+    pub failed: &'a [String],
+    /// Instances that are known to refuse such a request.
+    pub refused: &'a [Between],
+}
+
+/// How one side is chosen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Side {
+    /// By what.
+    pub policy: Policy,
+    /// Requests of this kind so far.
+    pub turn: usize,
+}
+
+/// The instances of a request.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// Where it is decoded.
+    pub decode: Arc<Instance>,
+    /// Where it is prefilled, or why nowhere else than on the decode instance.
+    pub prefill: Result<Arc<Instance>, Alone>,
+    /// The reason of the choice, for the log line.
+    pub choice: Choice,
+}
+
+/// The reason of a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Prefill instances to choose from.
+    pub prefills: usize,
+    /// Decode instances to choose from.
+    pub decodes: usize,
+    /// How the prefill instance was chosen.
+    pub prefill: Policy,
+    /// How the decode instance was chosen.
+    pub decode: Policy,
+    /// Which requests get a prefill leg.
+    pub mode: Mode,
+    /// The decode instance has the conversation.
+    pub follows: bool,
+}
+
+/// Nothing can take the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoRoute {
+    /// Nobody with a decode role has registered.
+    #[error("no decode instance is registered")]
+    NoDecode,
+    /// Decode instances are there, but none is ready.
+    #[error("none of the {0} registered decode instances is ready")]
+    NoneReady(usize),
+    /// Every ready decode instance has failed this request.
+    #[error("every ready decode instance has failed this request")]
+    AllFailed,
+}
+
+/// Chooses the instances of a request. `facts` are those of `instances`, in the same order.
+///
+/// # Errors
+/// No decode instance can take it.
+pub fn route(instances: &[Arc<Instance>], facts: &[Facts], ask: &Ask<'_>) -> Result<Pair, NoRoute> {
+    let decodes = decodes(instances, facts, ask)?;
+    let request = |side: Side| Request {
+        turn: side.turn,
+        session: ask.session,
+        prompt_tokens: ask.prompt_tokens,
+    };
+    let holder = decodes
+        .iter()
+        .find(|c| ask.mode != Mode::Pd && ask.conversation == Some(c.instance.id.as_str()));
+    let follows = holder.is_some();
+    let chosen = holder
+        .copied()
+        .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
+    let decode = chosen.ok_or(NoRoute::AllFailed)?;
+    let prefills = prefills(instances, facts, ask, decode.instance);
+    let prefill = match (
+        ask.alone,
+        ask.prefill.policy.choose(&prefills, request(ask.prefill)),
+    ) {
+        (Some(alone), _) => Err(alone),
+        (None, _) if follows && ask.mode == Mode::Ppd => Err(Alone::LaterTurn),
+        (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
+            Err(Alone::NotExpressible)
+        }
+        (None, None) => Err(nobody(instances, ask, decode.instance)),
+        (None, Some(prefill)) => {
+            let weighed = ask.mode == Mode::Auto;
+            if weighed
+                && ask
+                    .costs
+                    .alone_is_cheaper(ask.prompt_tokens, &decode, &prefill)
+            {
+                Err(Alone::Cheaper)
+            } else {
+                Ok(Arc::clone(prefill.instance))
+            }
+        }
+    };
+    Ok(Pair {
+        decode: Arc::clone(decode.instance),
+        prefill,
+        choice: Choice {
+            prefills: prefills.len(),
+            decodes: decodes.len(),
+            prefill: ask.prefill.policy,
+            decode: ask.decode.policy,
+            mode: ask.mode,
+            follows,
+        },
+    })
+}
+
+/// Decode instances to choose from: ready, not failing, and with somebody to prefill for them,
+/// each as far as there are any.
+fn decodes<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+) -> Result<Vec<Candidate<'a>>, NoRoute> {
+    let mut ready = candidates(instances, facts, ask, |i| i.decodes());
+    if ready.is_empty() {
+        let registered = instances.iter().filter(|i| i.decodes()).count();
+        return Err(match registered {
+            0 => NoRoute::NoDecode,
+            _ => NoRoute::NoneReady(registered),
+        });
+    }
+    ready.retain(|c| !ask.failed.contains(&c.instance.id));
+    if ready.is_empty() {
+        return Err(NoRoute::AllFailed);
+    }
+    prefer(&mut ready, |c| !c.facts.is_open);
+    if ask.alone.is_none() {
+        prefer(&mut ready, |c| {
+            instances
+                .iter()
+                .any(|i| i.prefills() && i.is_ready() && hands_over(i, c.instance, ask))
+        });
+    }
+    Ok(ready)
+}
+
+/// Prefill instances that can hand over to `decode`.
+fn prefills<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+    decode: &Instance,
+) -> Vec<Candidate<'a>> {
+    let mut ready = candidates(instances, facts, ask, |i| {
+        i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
+    });
+    // Where all fail, computing on the decode side is better than to fail once more.
+    ready.retain(|c| !c.facts.is_open);
+    ready
+}
+
+fn candidates<'a>(
+    instances: &'a [Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+    takes: impl Fn(&Instance) -> bool,
+) -> Vec<Candidate<'a>> {
+    let held = |id: &str| ask.held.iter().find(|(name, _)| name == id);
+    instances
+        .iter()
+        .enumerate()
+        .filter(|(_, instance)| instance.is_ready() && takes(instance))
+        .map(|(at, instance)| Candidate {
+            instance,
+            facts: facts.get(at).copied().unwrap_or_default(),
+            held: held(&instance.id).map_or(0, |(_, tokens)| *tokens),
+        })
+        .collect()
+}
+
+/// One can hand KV over to the other, and they are not one.
+fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
+    Way::of(prefill, decode).is_some() && prefill.id != decode.id
+}
+
+/// They are a pair, and nothing is known that would keep the KV of this request back.
+fn hands_over(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+    is_pair(prefill, decode) && prefill.kv.fits(&decode.kv) && !is_refused(prefill, decode, ask)
+}
+
+fn is_refused(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+    let holds = |between: &Between| between.holds_for(prefill, decode);
+    ask.refused.iter().any(holds)
+}
+
+/// Why no prefill instance hands over to `decode`.
+fn nobody(instances: &[Arc<Instance>], ask: &Ask<'_>, decode: &Instance) -> Alone {
+    let there = |i: &&Arc<Instance>| {
+        i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
+    };
+    let there: Vec<_> = instances.iter().filter(there).collect();
+    let fits = |i: &&Arc<Instance>| i.kv.fits(&decode.kv);
+    let fitting: Vec<_> = there.iter().copied().filter(fits).collect();
+    if fitting.is_empty() && !there.is_empty() {
+        return Alone::Unfit;
+    }
+    if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
+        return Alone::RefusedBefore;
+    }
+    Alone::NoPrefill
+}
+
+/// Keeps those that have a property, if any has.
+fn prefer<T>(all: &mut Vec<T>, has: impl Fn(&T) -> bool) {
+    if all.iter().any(&has) {
+        all.retain(has);
+    }
+}
+
+impl From<NoRoute> for ApiError {
+    fn from(error: NoRoute) -> Self {
+        let code = match error {
+            NoRoute::NoDecode => Code::NoDecode,
+            NoRoute::NoneReady(_) => Code::NoneReady,
+            NoRoute::AllFailed => Code::DecodeUnreachable,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let decode = if self.follows {
+            "conversation"
+        } else {
+            self.decode.as_str()
+        };
+        write!(
+            f,
+            "{}:{}/{},{}/{}",
+            self.mode, self.prefill, self.prefills, decode, self.decodes
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+use std::sync::Arc;
+
+use protocol::registration::InstanceRole;
+
+use super::*;
+use crate::fleet::instance::{Connector, Instance, Named, Source};
+use crate::fleet::load::Facts;
+
+fn instance(role: InstanceRole) -> Arc<Instance> {
+    let named = Named {
+        role,
+        url: "http://d:1".into(),
+        id: None,
+        connector: Connector::Nixl,
+        host: None,
+        init_ports: Vec::new(),
+        alloc_ports: Vec::new(),
+        zmq: None,
+    };
+    Arc::new(Instance::named(&named, Source::Added).unwrap())
+}
+
+#[test]
+fn what_is_measured_decides() {
+    let (p, d) = (
+        instance(InstanceRole::Prefill),
+        instance(InstanceRole::Decode),
+    );
+    let candidate = |instance| Candidate {
+        instance,
+        facts: Facts::default(),
+        held: 0,
+    };
+    let busy = Candidate {
+        facts: Facts {
+            legs: 4,
+            ..Facts::default()
+        },
+        ..candidate(&d)
+    };
+    let measured = Measured::default();
+    let stays = |tokens| {
+        let costs = measured.costs();
+        costs.alone_is_cheaper(tokens, &busy, &candidate(&p))
+    };
+    // With 50 us a token and twice that beside others, 20 ms of hand-over are worth 400 tokens.
+    assert!(stays(399) && !stays(401));
+    // A hand-over that takes 200 ms is worth more of them,
+    for _ in 0..64 {
+        measured.handed_over(Duration::from_millis(200));
+    }
+    assert!(stays(3900) && !stays(4100));
+    // and computing that takes 1 ms a token fewer.
+    for _ in 0..64 {
+        measured.prefilled(1000, Duration::from_secs(1));
+    }
+    assert!(stays(190) && !stays(210));
+    // Short prompts say nothing about speed.
+    measured.prefilled(1, Duration::from_secs(9));
+    assert!(stays(190) && !stays(210));
+    // What is not tried any more is tried again after a while.
+    let tries = (0..10_000).take_while(|_| {
+        let stays = stays(100);
+        measured.stayed();
+        stays
+    });
+    assert!((100..300).contains(&tries.count()));
+}

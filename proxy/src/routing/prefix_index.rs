@@ -1,0 +1,307 @@
+//! What instances hold, as far as it can be learned from what was routed to them: prefixes of prompts,
+//! and conversations.
+//!
+//! Everything here is a guess that costs time when it is wrong, and never correctness: an engine that
+//! holds less computes more. It is bounded by forgetting what was not asked for longest.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::openai::prompt_hash::{BLOCK_BYTES, Prompt};
+
+/// What instances hold.
+#[derive(Debug, Default)]
+pub struct Memory {
+    state: Mutex<State>,
+}
+
+/// A conversation that is under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conversation {
+    /// The decode instance that has it.
+    pub decode: String,
+    /// Its turns so far.
+    pub turns: u32,
+    /// Its length at the last turn, estimated.
+    pub tokens: u64,
+    /// Its last turn.
+    pub at: Instant,
+}
+
+/// A conversation in `GET /conversations`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Shown {
+    /// Its key, made of its session or its first turn.
+    pub id: String,
+    /// The decode instance that has it.
+    pub decode: String,
+    /// Its turns so far.
+    pub turns: u32,
+    /// Its length at the last turn, estimated.
+    pub tokens: u64,
+    /// Since its last turn.
+    pub idle_s: u64,
+}
+
+/// What is known of a request before it is routed.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// What instances hold of its prompt: names and tokens.
+    pub held: Vec<(String, u64)>,
+    /// Its conversation, if it is not the first turn.
+    pub conversation: Option<(u64, Conversation)>,
+    /// The prompt's length, estimated.
+    pub tokens: u64,
+}
+
+/// Text after the last whole block, and the conversation that ended there.
+type End = (Box<[u8]>, u64);
+
+#[derive(Debug)]
+struct State {
+    /// Who holds the prefix with this hash.
+    holders: Recent<u64, Vec<String>>,
+    /// Where conversations ended: hash of the whole blocks, and the text after them.
+    ends: Recent<u64, Vec<End>>,
+    conversations: Recent<u64, Conversation>,
+    bytes_per_token: f64,
+    clock: u64,
+}
+
+/// A map of at most twice `most` entries that forgets what was not used while `most` others were.
+#[derive(Debug)]
+struct Recent<K, V> {
+    young: HashMap<K, V>,
+    old: HashMap<K, V>,
+    most: usize,
+}
+
+impl Memory {
+    /// What is known of a prompt.
+    pub fn recall(&self, prompt: &Prompt, session: Option<u64>) -> Known {
+        let mut state = self.lock();
+        let tokens = state.tokens(prompt.text.len());
+        let mut held: Vec<(String, u64)> = Vec::new();
+        for blocks in indexed(prompt.chain.len()).rev() {
+            let until = state.tokens(blocks * BLOCK_BYTES);
+            let Some(holders) = state.holders.get(&prompt.chain[blocks]) else {
+                continue;
+            };
+            for holder in holders {
+                if held.iter().all(|(name, _)| name != holder) {
+                    held.push((holder.clone(), until));
+                }
+            }
+        }
+        let key = session.or_else(|| state.continued(prompt));
+        let conversation = key.and_then(|key| Some((key, state.conversations.get(&key)?.clone())));
+        Known {
+            held,
+            conversation,
+            tokens,
+        }
+    }
+
+    /// These instances have computed or received this prompt.
+    pub fn learn<'a>(&self, prompt: &Prompt, instances: impl IntoIterator<Item = &'a str> + Clone) {
+        let mut state = self.lock();
+        for blocks in indexed(prompt.chain.len()) {
+            let holders = state.holders.entry(prompt.chain[blocks]);
+            for name in instances.clone() {
+                holders.retain(|holder| holder != name);
+                holders.push(name.to_owned());
+            }
+            let surplus = holders.len().saturating_sub(MAX_HOLDERS);
+            holders.drain(..surplus);
+        }
+    }
+
+    /// A turn was answered by this decode instance.
+    pub fn turn(
+        &self,
+        now: Instant,
+        prompt: &Prompt,
+        session: Option<u64>,
+        known: Option<u64>,
+        decode: &str,
+    ) {
+        let mut state = self.lock();
+        state.clock += 1;
+        let last = prompt.chain.len() - 1;
+        let end = prompt.chain[last];
+        let key = session.or(known).unwrap_or(end ^ state.clock);
+        let tokens = state.tokens(prompt.text.len());
+        let ends = state.ends.entry(end);
+        let text = prompt.after(last);
+        ends.retain(|(other, _)| **other != *text);
+        ends.push((text.into(), key));
+        let surplus = ends.len().saturating_sub(MAX_HOLDERS);
+        ends.drain(..surplus);
+        let turns = state.conversations.get(&key).map_or(0, |c| c.turns);
+        state.conversations.insert(
+            key,
+            Conversation {
+                decode: decode.to_owned(),
+                turns: turns.saturating_add(1),
+                tokens,
+                at: now,
+            },
+        );
+    }
+
+    /// A prompt of so many bytes had so many tokens.
+    pub fn measured(&self, bytes: usize, tokens: u64) {
+        if tokens >= LEAST_TOKENS {
+            let mut state = self.lock();
+            let ratio = (bytes as f64 / tokens as f64).clamp(0.5, 32.0);
+            state.bytes_per_token += (ratio - state.bytes_per_token) / 8.0;
+        }
+    }
+
+    /// Every conversation that is remembered, the latest first.
+    pub fn conversations(&self, now: Instant) -> Vec<Shown> {
+        let state = self.lock();
+        let all = state.conversations.young.iter();
+        let mut all: Vec<_> = all.chain(&state.conversations.old).collect();
+        all.sort_by_key(|(_, conversation)| std::cmp::Reverse(conversation.at));
+        let show = |(key, c): &(&u64, &Conversation)| Shown {
+            id: format!("{key:016x}"),
+            decode: c.decode.clone(),
+            turns: c.turns,
+            tokens: c.tokens,
+            idle_s: now.saturating_duration_since(c.at).as_secs(),
+        };
+        all.iter().take(MAX_SHOWN).map(show).collect()
+    }
+
+    /// Forgets conversations and prefixes. Returns how many conversations.
+    pub fn clear(&self) -> usize {
+        let mut state = self.lock();
+        let count = state.conversations.len();
+        *state = State {
+            bytes_per_token: state.bytes_per_token,
+            ..State::default()
+        };
+        count
+    }
+
+    /// An instance has lost what it held: it is gone, or another process has its name.
+    pub fn forget(&self, name: &str) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        for holders in [&mut state.holders.young, &mut state.holders.old] {
+            for names in holders.values_mut() {
+                names.retain(|holder| holder != name);
+            }
+        }
+        for map in [&mut state.conversations.young, &mut state.conversations.old] {
+            map.retain(|_, conversation| conversation.decode != name);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "an estimate far below 2^63"
+    )]
+    #[expect(clippy::cast_sign_loss, reason = "both are positive")]
+    fn tokens(&self, bytes: usize) -> u64 {
+        (bytes as f64 / self.bytes_per_token) as u64
+    }
+
+    /// The conversation whose last turn this prompt begins with.
+    fn continued(&mut self, prompt: &Prompt) -> Option<u64> {
+        for blocks in (0..prompt.chain.len()).rev() {
+            let rest = prompt.after(blocks);
+            let found = self.ends.get(&prompt.chain[blocks]).and_then(|ends| {
+                let longest = |(text, _): &&End| text.len();
+                let begun = ends.iter().filter(|(text, _)| rest.starts_with(text));
+                begun.max_by_key(longest).map(|(_, key)| *key)
+            });
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            holders: Recent::new(MAX_PREFIXES),
+            ends: Recent::new(MAX_CONVERSATIONS),
+            conversations: Recent::new(MAX_CONVERSATIONS),
+            bytes_per_token: 4.0,
+            clock: 0,
+        }
+    }
+}
+
+impl<K: Hash + Eq + Copy, V> Recent<K, V> {
+    fn new(most: usize) -> Self {
+        Self {
+            young: HashMap::new(),
+            old: HashMap::new(),
+            most,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.young.len() + self.old.len()
+    }
+
+    fn get(&mut self, key: &K) -> Option<&V> {
+        if let Some(value) = self.old.remove(key) {
+            self.insert(*key, value);
+        }
+        self.young.get(key)
+    }
+
+    fn insert(&mut self, key: K, value: V) {
+        self.old.remove(&key);
+        if self.young.len() >= self.most {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(key, value);
+    }
+}
+
+impl<K: Hash + Eq + Copy, V: Default> Recent<K, V> {
+    fn entry(&mut self, key: K) -> &mut V {
+        if self.get(&key).is_none() {
+            self.insert(key, V::default());
+        }
+        self.young.entry(key).or_default()
+    }
+}
+
+/// Which prefixes of a chain are kept: every fourth, so that an entry stands for 256 bytes.
+fn indexed(length: usize) -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
+    (EVERY..length).step_by(EVERY)
+}
+
+/// Blocks between two prefixes that are kept.
+const EVERY: usize = 4;
+/// Instances that are remembered for one prefix, and conversations that end in the same block.
+const MAX_HOLDERS: usize = 16;
+/// Twice as many prefixes of 256 bytes are kept at most: 64 MiB of prompts, in about 20 MiB.
+const MAX_PREFIXES: usize = 1 << 17;
+/// Twice as many conversations are kept at most.
+const MAX_CONVERSATIONS: usize = 1 << 14;
+/// In one answer of `GET /conversations`.
+const MAX_SHOWN: usize = 1000;
+/// Prompts that say something about the length of a token.
+const LEAST_TOKENS: u64 = 16;
+
+#[cfg(test)]
+mod tests;

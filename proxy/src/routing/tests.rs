@@ -1,0 +1,290 @@
+use super::*;
+use crate::fleet::base_url::BaseUrl;
+use crate::fleet::instance::{Named, Source, Standing};
+use crate::fleet::kv_fit::Kv;
+use protocol::registration::InstanceRole;
+
+/// `p1`: prefill, `d1`: decode, `b1`: both; with `-` in front: not ready, with `~`: draining, with `!`:
+/// failing. Behind it, `/tokens` under way and `:l` for another connector.
+fn instance(word: &str) -> (Arc<Instance>, Facts) {
+    let (word, other) = match word.strip_suffix(":l") {
+        Some(word) => (word, true),
+        None => (word, false),
+    };
+    let (word, tokens) = word.split_once('/').unwrap_or((word, "0"));
+    let id = word.trim_start_matches(['-', '~', '!']);
+    let role = match &id[..1] {
+        "p" => InstanceRole::Prefill,
+        "d" => InstanceRole::Decode,
+        _ => InstanceRole::Both,
+    };
+    let named = Named {
+        role,
+        url: format!("http://{id}:1"),
+        id: Some(id.into()),
+        connector: if other {
+            Connector::Lmcache
+        } else {
+            Connector::Nixl
+        },
+        host: None,
+        init_ports: vec![7300],
+        alloc_ports: vec![7400],
+        zmq: None,
+    };
+    let mut instance = Instance::named(&named, Source::Configured).unwrap();
+    assert_eq!(instance.http, BaseUrl::parse("url", &named.url).unwrap());
+    instance.standing = match word.starts_with('-') {
+        true => Standing::NotReady("asleep".into()),
+        false => Standing::Ready,
+    };
+    instance.draining = word.starts_with('~');
+    let facts = Facts {
+        tokens: tokens.parse().unwrap(),
+        legs: 0,
+        is_open: word.starts_with('!'),
+    };
+    (Arc::new(instance), facts)
+}
+
+fn ask() -> Ask<'static> {
+    Ask {
+        alone: None,
+        is_unsplittable: false,
+        prefill: Side::default(),
+        decode: Side::default(),
+        mode: Mode::Pd,
+        costs: Costs {
+            prefill_us_per_token: 10.0,
+            hand_over_us: 5000.0,
+        },
+        session: None,
+        prompt_tokens: 1000,
+        held: &[],
+        conversation: None,
+        failed: &[],
+        refused: &[],
+    }
+}
+
+fn chosen(there: &str, ask: &Ask<'_>) -> Result<String, NoRoute> {
+    let (instances, facts): (Vec<_>, Vec<_>) = there.split_whitespace().map(instance).unzip();
+    let pair = route(&instances, &facts, ask)?;
+    let prefill = pair
+        .prefill
+        .map_or_else(|why| why.to_string(), |p| p.id.clone());
+    Ok(format!("{prefill} {}", pair.decode.id))
+}
+
+fn routed(
+    there: &str,
+    turn: usize,
+    alone: Option<Alone>,
+    failed: &[&str],
+) -> Result<String, NoRoute> {
+    let failed: Vec<_> = failed.iter().map(|id| (*id).to_owned()).collect();
+    let side = Side {
+        policy: Policy::RoundRobin,
+        turn,
+    };
+    let ask = Ask {
+        alone,
+        prefill: side,
+        decode: side,
+        failed: &failed,
+        ..ask()
+    };
+    chosen(there, &ask)
+}
+
+fn check(there: &str, ask: &Ask<'_>, expect: &str) {
+    assert_eq!(chosen(there, ask).as_deref(), Ok(expect), "{there} {ask:?}");
+}
+
+#[test]
+fn only_equal_connectors_make_pairs() {
+    check("p1 d1:l", &ask(), "no_prefill d1");
+    check("p1 p2:l d1:l", &ask(), "p2 d1");
+    // The decode instance that somebody can prefill for comes first, whoever is in turn.
+    check("d1:l p1 d2", &ask(), "p1 d2");
+    let unsplittable = Ask {
+        is_unsplittable: true,
+        ..ask()
+    };
+    check("p1:l d1:l", &unsplittable, "not_expressible d1");
+    check("p1 d1", &unsplittable, "p1 d1");
+}
+
+#[test]
+fn who_drains_or_fails_is_left_alone() {
+    check("p1 ~p2 ~d1 d2", &ask(), "p1 d2");
+    check("!p1 p2 !d1 d2", &ask(), "p2 d2");
+    check("!p1 d1", &ask(), "no_prefill d1");
+    check("p1 !d1", &ask(), "p1 d1");
+    assert_eq!(chosen("p1 ~d1", &ask()), Err(NoRoute::NoneReady(1)));
+}
+
+#[test]
+fn policies() {
+    let by = |policy| Ask {
+        prefill: Side { policy, turn: 0 },
+        decode: Side { policy, turn: 0 },
+        ..ask()
+    };
+    let least = by(Policy::LeastTokens);
+    check("p1/500 p2/20 d1/7 d2/6", &least, "p2 d2");
+    check("p1 p2 d1 d2", &least, "p1 d1");
+    let held = [("p1".to_owned(), 900), ("d2".to_owned(), 512)];
+    let prefix = Ask {
+        held: &held,
+        ..by(Policy::Prefix)
+    };
+    check("p1/500 p2/20 d1/7 d2/6", &prefix, "p1 d2");
+    // What it holds is worth no more than what is queued before.
+    check("p1/921 p2/20 d1/7 d2/600", &prefix, "p2 d1");
+    let session = |key| Ask {
+        session: Some(key),
+        ..by(Policy::Session)
+    };
+    let there = "p1/9 p2 d1/9 d2 d3";
+    let places: Vec<_> = (0..64)
+        .map(|key| chosen(there, &session(key)).unwrap())
+        .collect();
+    for (key, place) in (0..).zip(&places) {
+        assert_eq!(chosen(there, &session(key)).as_ref(), Ok(place));
+        // Without the others, only their sessions move.
+        if place.ends_with("d2") {
+            assert!(
+                chosen("p1 p2 d1 d2", &session(key))
+                    .unwrap()
+                    .ends_with("d2")
+            );
+        }
+    }
+    for decode in ["d1", "d2", "d3"] {
+        let count = places
+            .iter()
+            .filter(|place| place.ends_with(decode))
+            .count();
+        assert!((8..40).contains(&count), "{decode}: {count} of 64");
+    }
+    check("p1/9 p2 d1/9 d2", &by(Policy::Session), "p2 d2");
+}
+
+#[test]
+fn modes() {
+    let mode = |mode, conversation| Ask {
+        mode,
+        conversation,
+        ..ask()
+    };
+    check("p1 d1 d2", &mode(Mode::Ppd, None), "p1 d1");
+    check("p1 d1 d2", &mode(Mode::Ppd, Some("d2")), "later_turn d2");
+    check("p1 d1 ~d2", &mode(Mode::Ppd, Some("d2")), "p1 d1");
+    check("p1 d1 d2", &mode(Mode::Pd, Some("d2")), "p1 d1");
+    // 1000 tokens at 10 us here, and there with 5 ms for the hand-over: alone. With a queue too.
+    check("p1 d1", &mode(Mode::Auto, None), "cheaper d1");
+    check("p1/5000 d1", &mode(Mode::Auto, None), "cheaper d1");
+    let held = |held| Ask {
+        held,
+        ..mode(Mode::Auto, None)
+    };
+    let prefill = [("p1".to_owned(), 900)];
+    check("p1 d1", &held(&prefill), "p1 d1");
+    let both = [("p1".to_owned(), 900), ("d1".to_owned(), 800)];
+    check("p1 d1", &held(&both), "cheaper d1");
+}
+
+#[test]
+fn pairs() {
+    let check = |there: &str, turn: usize, expect: &str| {
+        assert_eq!(
+            routed(there, turn, None, &[]).as_deref(),
+            Ok(expect),
+            "{there}, turn {turn}"
+        );
+    };
+    check("p1 d1", 0, "p1 d1");
+    check("p1 d1", usize::MAX, "p1 d1");
+    check("p1 p2 d1", 1, "p2 d1");
+    check("p1 p2 d1 d2 d3", 2, "p1 d3");
+    check("-p1 p2 d1", 0, "p2 d1");
+    check("p1 -d1 d2", 0, "p1 d2");
+    check("-p1 d1", 0, "no_prefill d1");
+    check("d1", 7, "no_prefill d1");
+    check("b1", 0, "no_prefill b1");
+    check("b1 b2", 0, "b2 b1");
+    check("b1 b2", 1, "b1 b2");
+    check("p1 b1", 0, "p1 b1");
+    check("p1 b1", 1, "p1 b1");
+}
+
+#[test]
+fn alone() {
+    for why in Alone::ALL {
+        let expect = format!("{why} d1");
+        assert_eq!(routed("p1 d1", 0, Some(why), &[]), Ok(expect));
+    }
+}
+
+#[test]
+fn nobody() {
+    let check = |there: &str, failed: &[&str], expect: NoRoute| {
+        assert_eq!(
+            routed(there, 0, None, failed),
+            Err(expect),
+            "{there} but {failed:?}"
+        );
+    };
+    check("", &[], NoRoute::NoDecode);
+    check("p1", &[], NoRoute::NoDecode);
+    check("p1 -d1 -b1", &[], NoRoute::NoneReady(2));
+    check("p1 d1", &["d1"], NoRoute::AllFailed);
+    check("p1 d1 -d2", &["d1"], NoRoute::AllFailed);
+}
+
+#[test]
+fn another_one() {
+    let check = |there: &str, turn: usize, failed: &[&str], expect: &str| {
+        let got = routed(there, turn, Some(Alone::DecodeRetry), failed);
+        assert_eq!(got.as_deref(), Ok(expect), "{there} but {failed:?}");
+    };
+    check("p1 d1 d2", 0, &["d1"], "decode_retry d2");
+    check("p1 d1 d2", 1, &["d1"], "decode_retry d2");
+    check("p1 d1 d2 d3", 1, &["d1", "d3"], "decode_retry d2");
+}
+
+/// A pair of sidecars whose engines say this of their KV.
+fn of_kv(prefill: Kv, decode: Kv, refused: &[Between]) -> String {
+    let one = |word: &str, kv: Kv| {
+        let (instance, facts) = instance(word);
+        let mut instance = Arc::unwrap_or_clone(instance);
+        (instance.connector, instance.kv) = (Connector::Sidecar, kv);
+        (Arc::new(instance), facts)
+    };
+    let (instances, facts): (Vec<_>, Vec<_>) =
+        [one("p1", prefill), one("d1", decode)].into_iter().unzip();
+    let ask = Ask { refused, ..ask() };
+    let pair = route(&instances, &facts, &ask).unwrap();
+    assert_eq!(pair.decode.id, "d1");
+    pair.prefill
+        .map_or_else(|why| why.to_string(), |prefill| prefill.id.clone())
+}
+
+#[test]
+fn what_cannot_be_moved_gets_no_prefill_leg() {
+    let silent = Kv::default;
+    assert_eq!(of_kv(silent(), silent(), &[]), "p1");
+    let unmoved = || Kv {
+        unmoved: "heads of two sizes".into(),
+        ..Kv::default()
+    };
+    assert_eq!(of_kv(unmoved(), silent(), &[]), "unfit");
+    assert_eq!(of_kv(silent(), unmoved(), &[]), "unfit");
+    let ranks = |ranks| Kv {
+        ranks,
+        ..Kv::default()
+    };
+    assert_eq!(of_kv(ranks(1), ranks(2), &[]), "unfit");
+    assert_eq!(of_kv(ranks(2), ranks(2), &[]), "p1");
+}

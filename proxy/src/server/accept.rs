@@ -1,0 +1,235 @@
+//! Accepts client connections, each with its deadlines, and closes them gracefully.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::response::Response;
+use http::header::CONNECTION;
+use http::{HeaderValue, Request};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::select;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+use tracing::{debug, error, info, warn};
+
+use crate::openai::error::{ApiError, Code};
+use crate::server::seats::{BusyBody, Seat, Seats};
+use crate::server::write_timeout::Patience;
+use crate::state::app::App;
+
+/// Where clients connect.
+pub struct Port {
+    /// The socket.
+    pub listener: TcpListener,
+    /// Makes TLS of their connections.
+    pub acceptor: Option<TlsAcceptor>,
+}
+
+impl std::fmt::Debug for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Port")
+            .field("listener", &self.listener)
+            .field("tls", &self.acceptor.is_some())
+            .finish()
+    }
+}
+
+/// What one connection may do.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once.
+    pub connections: usize,
+    /// Longest wait for a request's head, or for a client that does not read its answer.
+    pub client_timeout: Duration,
+}
+
+/// Serves until `stop`, then lets answers that are being written finish.
+pub async fn serve(
+    app: Arc<App>,
+    port: Port,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) {
+    let Port { listener, acceptor } = port;
+    let seats = Arc::new(Seats::new(limits.connections));
+    // Also bounds connections that have been asked to leave and still write.
+    let places = Arc::new(Semaphore::new(limits.connections + RESERVE));
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, peer, place) = select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = accept(&listener, &places) => accepted,
+            Some(ended) = connections.join_next() => {
+                // A defect that one request has met; the others go on.
+                if let Err(e) = ended {
+                    error!(error = %e, "a connection's task has failed");
+                }
+                continue;
+            }
+        };
+        if let Err(e) = stream.set_nodelay(true) {
+            debug!(error = %e, "the client has gone already");
+            continue;
+        }
+        let seat = seats.sit(Instant::now());
+        if seat.displaces {
+            app.metrics.idle_closed();
+        }
+        let client = Client {
+            peer,
+            app: Arc::clone(&app),
+            seat: Arc::new(seat),
+            router: router.clone(),
+            limits,
+            stop: stop.clone(),
+            _place: place,
+        };
+        match &acceptor {
+            None => connections.spawn(client.serve(stream)),
+            Some(acceptor) => connections.spawn(client.serve_tls(acceptor.clone(), stream)),
+        };
+    }
+    drop(listener);
+    let all_closed = async { while connections.join_next().await.is_some() {} };
+    if timeout(LAST_WORDS, all_closed).await.is_err() {
+        debug!("connections were still open at the end");
+    }
+    connections.shutdown().await;
+}
+
+/// The next connection, once there is a place for it.
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
+    // Never closed.
+    let place = Arc::clone(places)
+        .acquire_owned()
+        .await
+        .expect("the semaphore stays open");
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => return (stream, peer, place),
+            Err(e) => {
+                // Out of file descriptors, mostly: some are freed as others finish.
+                warn!(error = %e, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// One connection's client.
+struct Client {
+    peer: SocketAddr,
+    app: Arc<App>,
+    seat: Arc<Seat>,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Client {
+    async fn serve_tls(self, acceptor: TlsAcceptor, stream: TcpStream) {
+        let leave = self.seat.leave.clone();
+        let handshake = timeout(self.limits.client_timeout, acceptor.accept(stream));
+        let Some(handshake) = leave.run_until_cancelled(handshake).await else {
+            return;
+        };
+        match handshake {
+            Ok(Ok(stream)) => self.serve(stream).await,
+            Ok(Err(e)) => debug!(error = %e, "no TLS with a client"),
+            Err(_) => debug!("a client did not finish its TLS handshake in time"),
+        }
+    }
+
+    async fn serve<S>(self, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (router, peer, app) = (self.router, self.peer, self.app);
+        let seat = Arc::clone(&self.seat);
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            let (router, app) = (router.clone(), Arc::clone(&app));
+            let (busy, is_reserve) = (seat.begin(), seat.is_reserve);
+            async move {
+                let mut response = if is_reserve && request.uri().path().starts_with("/v1/") {
+                    no_place(&app)
+                } else {
+                    router.oneshot(request).await.unwrap_or_else(|e| match e {})
+                };
+                if is_reserve {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                Ok::<_, Infallible>(response.map(|body| Body::new(BusyBody::new(body, busy))))
+            }
+        });
+        let io = TokioIo::new(Patience::new(stream, self.limits.client_timeout));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.client_timeout)
+            .serve_connection(io, service);
+        let mut connection = pin!(connection);
+        let ended = select! {
+            biased;
+            ended = connection.as_mut() => ended,
+            () = self.stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+            () = self.seat.leave.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                match timeout(LEAVE_TIME, connection.as_mut()).await {
+                    Ok(ended) => ended,
+                    // A request came in just before the newcomer.
+                    Err(_) if self.seat.is_busy() => connection.await,
+                    Err(_) => Ok(()),
+                }
+            }
+        };
+        if let Err(e) = ended {
+            debug!(error = %e, "client connection ended");
+        }
+    }
+}
+
+/// Refuses a request on a connection of the reserve.
+fn no_place(app: &App) -> Response {
+    let most = app.config.max_connections;
+    let text = format!("{most} connections are busy with requests (--max-connections)");
+    let error = ApiError::new(Code::TooManyConnections, text);
+    app.metrics.rejected(error.code());
+    info!(code = error.code().as_str(), %error, "rejected");
+    error.into_response()
+}
+
+/// Connections beyond `--max-connections`: for health probes, scrapers and the operator.
+pub const RESERVE: usize = 64;
+
+/// An idle connection that makes room writes what it has still buffered.
+const LEAVE_TIME: Duration = Duration::from_millis(200);
+
+/// What answers cut off at the end of draining get, to be written and read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// After a failed accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -1,0 +1,169 @@
+//! Endpoints that change the proxy: instances, mode, conversations.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::fleet::instance::{Instance, Named, Source};
+use crate::fleet::registry::Command;
+use crate::openai::error::{ApiError, Code};
+use crate::openai::keys;
+use crate::openai::origin::require_json_if_any;
+use crate::routing::mode::Mode;
+use crate::server::incoming;
+use crate::state::app::App;
+
+/// `GET /mode`
+pub async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
+    let costs = app.measured.costs();
+    Json(json!({
+        "mode": app.mode.get(),
+        "prefill_us_per_token": costs.prefill_us_per_token,
+        "hand_over_us": costs.hand_over_us,
+    }))
+}
+
+/// `POST /mode/{mode}`
+pub async fn set_mode(
+    State(app): State<Arc<App>>,
+    Path(mode): Path<String>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    let wanted: Mode = mode.parse().map_err(|e: crate::routing::mode::NoMode| {
+        ApiError::new(Code::NoSuchMode, e.to_string())
+    })?;
+    let before = app.mode.get();
+    app.mode.set(wanted);
+    tracing::info!(%before, mode = %wanted, "mode");
+    Ok(Json(json!({"mode": wanted})))
+}
+
+/// `GET /conversations`
+pub async fn conversations(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    let all = app.memory.conversations(Instant::now());
+    Ok(Json(json!({"count": all.len(), "conversations": all})))
+}
+
+/// `POST /conversations/clear`
+pub async fn clear(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    Ok(Json(json!({"cleared": app.memory.clear()})))
+}
+
+/// `POST /instances`
+pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    permit(&app, &request)?;
+    let from = incoming::peer(request.extensions());
+    let body = incoming::read(&app, request.into_body(), MAX_BODY_BYTES, from).await?;
+    let instance = named(&body)?;
+    let id = instance.id.clone();
+    let refused = |error: String| ApiError::new(Code::InvalidInstance, error);
+    app.config.access.check(&instance).map_err(refused)?;
+    ask(&app, |answer| Command::Name(Box::new(instance), answer))
+        .await?
+        .map_err(refused)?;
+    Ok((StatusCode::CREATED, Json(json!({"id": id}))).into_response())
+}
+
+/// `DELETE /instances/{id}`
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    let was_there = ask(&app, |answer| Command::Remove(id.clone(), answer)).await?;
+    known(was_there, &id)
+}
+
+/// `POST /instances/{id}/drain`
+pub async fn drain(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    let is_there = ask(&app, |answer| Command::Drain(id.clone(), true, answer)).await?;
+    known(is_there, &id)
+}
+
+/// `POST /instances/{id}/resume`
+pub async fn resume(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    permit(&app, &request)?;
+    let is_there = ask(&app, |answer| Command::Drain(id.clone(), false, answer)).await?;
+    known(is_there, &id)
+}
+
+fn named(body: &Bytes) -> Result<Instance, ApiError> {
+    let named: Named = serde_json::from_slice(body)
+        .map_err(|e| ApiError::new(Code::InvalidInstance, e.to_string()))?;
+    Instance::named(&named, Source::Added)
+        .map_err(|e| ApiError::new(Code::InvalidInstance, e.to_string()))
+}
+
+fn known(known: bool, id: &str) -> Result<Json<Value>, ApiError> {
+    if known {
+        return Ok(Json(json!({"id": id})));
+    }
+    Err(ApiError::new(
+        Code::NoSuchInstance,
+        format!("there is no instance {id:?}"),
+    ))
+}
+
+async fn ask<T>(
+    app: &App,
+    command: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> Result<T, ApiError> {
+    let stopped = || ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
+    let (answer, answered) = oneshot::channel();
+    let commands: &mpsc::Sender<Command> = &app.commands;
+    commands
+        .send(command(answer))
+        .await
+        .map_err(|_| stopped())?;
+    answered.await.map_err(|_| stopped())
+}
+
+fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
+    let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
+    let permitted = keys::may_change(&app.config.access, headers, peer)
+        .and_then(|()| require_json_if_any(headers, request.body()));
+    permitted.inspect_err(|error| refused(app, request, error, "change refused"))
+}
+
+/// Checks that a request may read what the proxy shows of instances and requests.
+///
+/// # Errors
+/// As of [`keys::may_read`].
+pub fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
+    let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
+    let permitted = keys::may_read(&app.config.access, headers, peer);
+    permitted.inspect_err(|error| refused(app, request, error, "read refused"))
+}
+
+fn refused(app: &App, request: &Request, error: &ApiError, what: &str) {
+    app.metrics.rejected(error.code());
+    // Each local request could write a line; what a stranger sends is shown escaped and cut.
+    let (method, path) = (request.method(), request.uri().path());
+    tracing::warn!(%method, path = %path.escape_debug(), code = error.code().as_str(), %error, "{what}");
+}
+
+/// One instance.
+const MAX_BODY_BYTES: usize = 64 * 1024;

@@ -1,0 +1,286 @@
+//! The HTTP endpoints.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use http::{HeaderMap, StatusCode, header};
+use percent_encoding::percent_decode_str;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+use crate::fleet::instance::Instance;
+use crate::membership::registration::unfit;
+use crate::openai::endpoint::Endpoint;
+use crate::openai::error::{ApiError, Code};
+use crate::openai::headers::leg_headers;
+use crate::openai::keys::may_ask;
+use crate::openai::origin::require_json;
+use crate::openai::request_id;
+use crate::request::response_body;
+use crate::request::routing_request::Plan;
+use crate::request::{self, Arrival};
+use crate::server::admin;
+use crate::server::incoming::{peer, read};
+use crate::state::app::App;
+use crate::telemetry::record::Record;
+
+/// All endpoints of one proxy.
+pub fn router(app: Arc<App>) -> Router {
+    let routes = routes(app);
+    let inner = routes.clone();
+    routes.fallback(move |request: Request| decoded(inner, request))
+}
+
+fn routes(app: Arc<App>) -> Router {
+    Router::new()
+        .route(
+            Endpoint::Completions.path(),
+            post(|app, request| complete(app, Endpoint::Completions, request)),
+        )
+        .route(
+            Endpoint::Chat.path(),
+            post(|app, request| complete(app, Endpoint::Chat, request)),
+        )
+        .route("/v1/models", get(models))
+        .route("/health", get(health))
+        .route("/healthcheck", get(healthcheck))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/instances", get(instances).post(admin::add))
+        .route("/instances/{id}", delete(admin::remove))
+        .route("/instances/{id}/drain", post(admin::drain))
+        .route("/instances/{id}/resume", post(admin::resume))
+        .route("/mode", get(admin::mode))
+        .route("/mode/{mode}", post(admin::set_mode))
+        .route("/conversations", get(admin::conversations))
+        .route("/conversations/clear", post(admin::clear))
+        .route("/requests", get(requests))
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(app)
+}
+
+async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Request) -> Response {
+    let at = Instant::now();
+    let (head, body) = request.into_parts();
+    let id = request_id::assign(&head.headers);
+    let named = request_id::header_value(&id);
+    let peer = peer(&head.extensions);
+    let answered = accept(&app, endpoint, id, at, head.headers, body, peer).await;
+    let mut response = answered.unwrap_or_else(|error| {
+        app.metrics.rejected(error.code());
+        tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
+        error.into_response()
+    });
+    // One that got as far as a leg may have its name from its body.
+    response
+        .headers_mut()
+        .entry(request_id::HEADER)
+        .or_insert(named);
+    response
+}
+
+/// Everything up to the first leg: a place, the body, a route.
+async fn accept(
+    app: &Arc<App>,
+    endpoint: Endpoint,
+    id: protocol::RequestId,
+    at: Instant,
+    headers: HeaderMap,
+    body: Body,
+    peer: Option<IpAddr>,
+) -> Result<Response, ApiError> {
+    may_ask(&app.config.access, &headers)?;
+    require_json(&headers)?;
+    let draining = || ApiError::new(Code::Draining, "the proxy is shutting down");
+    if app.draining.is_cancelled() {
+        return Err(draining());
+    }
+    let body = read(app, body, app.config.max_body_bytes, peer).await?;
+    if app.draining.is_cancelled() {
+        return Err(draining());
+    }
+    // After the body: one that stops half-way must not hold the place of a request.
+    let permit = app.admit().ok_or_else(|| {
+        let most = app.config.max_in_flight;
+        ApiError::new(
+            Code::TooManyRequests,
+            format!("{most} requests are under way already (--max-in-flight)"),
+        )
+    })?;
+    let arrival = Arrival {
+        at,
+        endpoint,
+        id,
+        headers,
+        body,
+    };
+    request::serve(app, permit, arrival).await
+}
+
+/// The models are those of the decode instances; any of them can tell.
+async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    if let Err(error) = may_ask(&app.config.access, &headers) {
+        return error.into_response();
+    }
+    let id = request_id::assign(&headers);
+    let decode = match Plan::any(&app) {
+        Ok(pair) => pair.decode,
+        Err(error) => return ApiError::from(error).into_response(),
+    };
+    let headers = leg_headers(&headers, request_id::header_value(&id), &app.config.access);
+    let url = decode.http.join("/v1/models");
+    match app.legs.get(&url, headers, MODELS_TIMEOUT).await {
+        Ok(answer) => response_body::whole(answer, &id),
+        Err(error) => {
+            app.suspect(&decode.id);
+            ApiError::from(&error).into_response()
+        }
+    }
+}
+
+/// Live: the process answers.
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// As vLLM's example proxies answer.
+async fn healthcheck(State(app): State<Arc<App>>) -> Json<Value> {
+    let (prefill, decode) = ready_instances(&app);
+    Json(json!({"status": "ok", "prefill_instances": prefill, "decode_instances": decode}))
+}
+
+/// How many instances of either side are ready.
+fn ready_instances(app: &App) -> (usize, usize) {
+    let instances = app.instances();
+    let count = |takes: fn(&crate::fleet::instance::Instance) -> bool| {
+        instances
+            .iter()
+            .filter(|i| i.is_ready() && takes(i))
+            .count()
+    };
+    (count(|i| i.prefills()), count(|i| i.decodes()))
+}
+
+/// Ready: a request would be served.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let (prefill, decode) = ready_instances(&app);
+    let mut reasons = Vec::new();
+    if app.draining.is_cancelled() {
+        reasons.push("draining");
+    }
+    if decode == 0 {
+        reasons.push("no decode instance is ready");
+    }
+    let status = if reasons.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let body = json!({
+        "ready": reasons.is_empty(),
+        "reasons": reasons,
+        "prefill_instances": prefill,
+        "decode_instances": decode,
+    });
+    (status, Json(body)).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    app.metrics.show_uploads(app.uploads.len());
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    (
+        [(header::CONTENT_TYPE, kind)],
+        app.metrics.text(&app.instances()),
+    )
+        .into_response()
+}
+
+async fn instances(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<Value>>, ApiError> {
+    admin::permit_to_read(&app, &request)?;
+    Ok(Json(shown(&app, &app.instances())))
+}
+
+/// The instances, each with what keeps KV from going there or from being fetched there.
+fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
+    let now = Instant::now();
+    let one = |instance: &Arc<Instance>| {
+        let mut shown = serde_json::to_value(&**instance).unwrap_or_default();
+        let unfit = unfit(instance, instances);
+        if !unfit.is_empty() {
+            shown["unfit"] = json!(unfit);
+        }
+        let refuses = app.refusals.by(now, instance);
+        if !refuses.is_empty() {
+            shown["refuses"] = json!(refuses);
+        }
+        shown
+    };
+    instances.iter().map(one).collect()
+}
+
+async fn requests(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<Record>>, ApiError> {
+    admin::permit_to_read(&app, &request)?;
+    Ok(Json(app.recent.all()))
+}
+
+/// A path that nothing is found by: engines find more by it once it is decoded.
+async fn decoded(routes: Router, mut request: Request) -> Response {
+    let uri = request.uri().clone();
+    let path = percent_decode_str(uri.path()).decode_utf8_lossy();
+    let query = uri.query().map(|query| format!("?{query}"));
+    let target = format!("{path}{}", query.unwrap_or_default());
+    if path == uri.path() || path.contains(['?', '#']) {
+        return not_found(request).await;
+    }
+    let Ok(target) = target.parse() else {
+        return not_found(request).await;
+    };
+    *request.uri_mut() = target;
+    routes.oneshot(request).await.into_response()
+}
+
+async fn not_found(request: Request) -> Response {
+    let uri = request.uri();
+    if let Some(path) = uri.path().strip_suffix('/')
+        && OPENAI.contains(&path)
+    {
+        let query = uri.query().map(|query| format!("?{query}"));
+        let there = format!("{path}{}", query.unwrap_or_default());
+        return (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, there)]).into_response();
+    }
+    let text = format!("there is no {} here", request.uri().path());
+    ApiError::new(Code::NotFound, text).into_response()
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let text = format!(
+        "{} does not take {}",
+        request.uri().path(),
+        request.method()
+    );
+    ApiError::new(Code::MethodNotAllowed, text).into_response()
+}
+
+/// Paths that engines redirect to from the same with a slash behind it.
+const OPENAI: [&str; 4] = [
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/health",
+];
+
+/// A list that needs no computing.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

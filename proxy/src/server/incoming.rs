@@ -1,0 +1,92 @@
+//! A request as it comes in: where from, and its body.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
+use http_body_util::BodyExt;
+use tokio::select;
+use tokio::time::timeout_at;
+
+use crate::openai::error::{ApiError, Code};
+use crate::state::app::App;
+
+/// Returns the address that a request has come from.
+pub fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
+    extensions.get::<SocketAddr>().map(SocketAddr::ip)
+}
+
+/// Reads a body of at most so many bytes. An upload may take long; it may not pause for longer than
+/// `--client-timeout`.
+///
+/// # Errors
+/// It is longer, breaks off, pauses, or has to give way to others.
+pub async fn read(
+    app: &App,
+    mut body: Body,
+    limit: usize,
+    from: Option<IpAddr>,
+) -> Result<Bytes, ApiError> {
+    let too_large = || {
+        let text = format!("the request body is longer than {limit} bytes");
+        ApiError::new(Code::BodyTooLarge, text)
+    };
+    // Before a byte is read: what announces that it is too large gets no place.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large());
+    }
+    if body.is_end_stream() {
+        return Ok(Bytes::new());
+    }
+    let displaced = || {
+        let text = "other requests needed the place of this body, which came slowest (--max-in-flight, \
+                    --max-upload-bytes)";
+        ApiError::new(Code::UploadDisplaced, text)
+    };
+    let upload = app
+        .uploads
+        .begin(Instant::now(), from)
+        .map_err(|_| displaced())?;
+    let silence = app.config.client_timeout;
+    let mut whole = BytesMut::new();
+    let mut deadline = Instant::now() + silence;
+    // The deadline moves on with each KiB: a body that comes in drops counts as silent, and holds no place for ever.
+    let mut enough = DROP_BYTES;
+    loop {
+        let frame = select! {
+            biased;
+            () = upload.displaced() => return Err(displaced()),
+            frame = timeout_at(deadline.into(), body.frame()) => frame,
+        };
+        let frame = frame.map_err(|_| {
+            let text = format!(
+                "the request body stopped coming for {silence:?} after {} bytes (--client-timeout)",
+                whole.len()
+            );
+            ApiError::new(Code::BodyTimeout, text)
+        })?;
+        let Some(frame) = frame else {
+            return Ok(whole.freeze());
+        };
+        let frame = frame.map_err(|e| ApiError::new(Code::BodyUnreadable, e.to_string()))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if whole.len() + data.len() > limit {
+            return Err(too_large());
+        }
+        upload
+            .grow(Instant::now(), data.len())
+            .map_err(|_| displaced())?;
+        whole.extend_from_slice(&data);
+        if whole.len() >= enough {
+            enough = whole.len() + DROP_BYTES;
+            deadline = Instant::now() + silence;
+        }
+    }
+}
+
+/// A client whose body comes more slowly than this per `--client-timeout` counts as silent.
+const DROP_BYTES: usize = 1024;

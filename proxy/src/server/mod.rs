@@ -1,0 +1,259 @@
+//! One proxy from its start to its end: bind, run, drain.
+
+pub(crate) mod accept;
+pub(crate) mod admin;
+pub(crate) mod api;
+pub(crate) mod fd_limit;
+pub(crate) mod incoming;
+pub(crate) mod otlp;
+pub(crate) mod seats;
+pub(crate) mod write_timeout;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::select;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::announce::{self, Announcer};
+use crate::config::cli::Config;
+use crate::fleet::zmq::{PortError, Registrations};
+use crate::membership::registration::{Inputs, Registration};
+use crate::membership::shared_registry::Shared;
+use crate::server::accept::{Limits, Port};
+use crate::server::otlp::Exporter;
+use crate::state::app::{App, Instances};
+use crate::upstream::client::Legs;
+use crate::upstream::tls::TlsError;
+
+/// A proxy with both ports open.
+pub struct Proxy {
+    app: Arc<App>,
+    listener: TcpListener,
+    listen: SocketAddr,
+    acceptor: Option<TlsAcceptor>,
+    exporter: Option<Exporter>,
+    registration: Registration,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Proxy")
+            .field("listen", &self.listen)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A port that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The HTTP port.
+    #[error("cannot bind the HTTP port {address}: {source}")]
+    Http {
+        /// The configured address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Instances that are named in an unusable way.
+    #[error("{}", .0.join("; "))]
+    Instances(Vec<String>),
+    /// The registration port.
+    #[error(transparent)]
+    Registration(#[from] PortError),
+}
+
+/// How a proxy is told to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Take no new requests, let those under way finish, and end.
+    pub drain: CancellationToken,
+    /// Cut off what is still under way.
+    pub now: CancellationToken,
+}
+
+/// How a proxy ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Every request under way has finished.
+    Drained,
+    /// Some were cut off.
+    Cut,
+    /// The registration port failed.
+    PortFailed,
+}
+
+impl Proxy {
+    /// Opens both ports.
+    ///
+    /// # Errors
+    /// The port that cannot be opened, and why.
+    pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let configured = config.sources.named().map_err(BindError::Instances)?;
+        let acceptor = config.tls.acceptor()?;
+        let legs = Legs::new(&config.tls, config.connect_timeout, config.idle_timeout)?;
+        let address = config.addresses.listen();
+        let failed = |source| BindError::Http { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let listen = listener.local_addr().map_err(failed)?;
+        let port = Registrations::bind(config.addresses.registration()).await?;
+        let (published, instances) = watch::channel(Instances::from([]));
+        let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
+        let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
+        let p2p = match config.addresses.p2p_registration {
+            Some(address) => Some(Registrations::bind_router(address).await?),
+            None => None,
+        };
+        let (spans, traced) = match &config.otlp {
+            Some(base) => {
+                let (spans, traced) = mpsc::channel(otlp::QUEUE);
+                (Some(spans), Some((base.clone(), traced)))
+            }
+            None => (None, None),
+        };
+        let address = port.address();
+        let app = App::new(config, legs, address, instances, suspects, commands, spans);
+        let app = Arc::new(app);
+        let exporter = traced.map(|(base, spans)| Exporter::new(Arc::clone(&app), &base, spans));
+        let inputs = Inputs {
+            port,
+            p2p,
+            suspected,
+            commanded,
+        };
+        Ok(Self {
+            registration: Registration::new(Arc::clone(&app), inputs, published, configured),
+            app,
+            listener,
+            listen,
+            acceptor,
+            exporter,
+        })
+    }
+
+    /// The address of the HTTP port.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The address of the registration port.
+    pub fn registration(&self) -> SocketAddr {
+        self.app.registration
+    }
+
+    /// Logs what prefill legs have taken, whenever it is called. It stays valid while the proxy runs.
+    pub fn summariser(&self) -> impl Fn() + Send + Sync + 'static {
+        let app = Arc::clone(&self.app);
+        move || summarise(&app)
+    }
+
+    /// Serves until it is told to stop, then drains.
+    pub async fn run(self, stop: Stop) -> End {
+        let app = self.app;
+        let limits = Limits {
+            connections: app.config.max_connections,
+            client_timeout: app.config.client_timeout,
+        };
+        let closing = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let port = Port {
+            listener: self.listener,
+            acceptor: self.acceptor,
+        };
+        let router = api::router(Arc::clone(&app));
+        let http = accept::serve(Arc::clone(&app), port, router, limits, closing.clone());
+        let registration = self.registration.run(closing.clone());
+        tasks.spawn(async {
+            http.await;
+            Ok(())
+        });
+        tasks.spawn(registration);
+        if let Some(exporter) = self.exporter {
+            let closing = closing.clone();
+            tasks.spawn(async {
+                exporter.run(closing).await;
+                Ok(())
+            });
+        }
+        // Its file was read when the flags were checked; one that has gone since is no reason to end.
+        let metadata = app.config.mooncake.as_deref().map(announce::metadata);
+        if let Some(Ok(Some(metadata))) = metadata {
+            let announcer = Announcer::new(metadata, app.registration);
+            let closing = closing.clone();
+            tasks.spawn(async {
+                announcer.run(closing).await;
+                Ok(())
+            });
+        }
+        if let Some(shared) = Shared::new(&app) {
+            let closing = closing.clone();
+            tasks.spawn(async {
+                shared.run(closing).await;
+                Ok(())
+            });
+        }
+
+        let failed = select! {
+            () = stop.drain.cancelled() => None,
+            Some(ended) = tasks.join_next() => Some(ended),
+        };
+        app.draining.cancel();
+        let mut end = drain(&app, &stop.now).await;
+        summarise(&app);
+        app.cut.cancel();
+        closing.cancel();
+        let mut ended = Vec::from_iter(failed);
+        while let Some(next) = tasks.join_next().await {
+            ended.push(next);
+        }
+        for task in ended {
+            match task.map_err(tokio::task::JoinError::try_into_panic) {
+                Ok(Ok(())) | Err(Err(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "stopped");
+                    end = End::PortFailed;
+                }
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            }
+        }
+        end
+    }
+}
+
+fn summarise(app: &App) {
+    match app.prefill_times.summary() {
+        Some(summary) => info!("{summary}"),
+        None => info!("no prefill leg was answered"),
+    }
+}
+
+async fn drain(app: &App, now: &CancellationToken) -> End {
+    info!("draining: no new requests");
+    select! {
+        biased;
+        drained = timeout(app.config.drain_timeout, app.drained()) => match drained {
+            Ok(()) => {
+                info!("drained");
+                return End::Drained;
+            }
+            Err(_) => warn!("requests under way are cut off: --drain-timeout is over"),
+        },
+        () = now.cancelled() => warn!("requests under way are cut off: told to stop at once"),
+    }
+    End::Cut
+}
+
+/// Changes that wait for the registration task.
+const MAX_COMMANDS: usize = 16;
+
+/// Failed requests whose instance is still to be looked at.
+const MAX_SUSPECTS: usize = 64;

@@ -1,0 +1,110 @@
+//! Sends spans to a collector, as OTLP over HTTP in JSON.
+//!
+//! That is one POST of a documented form; the SDK's exporter would bring a protocol compiler and a
+//! second HTTP client for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::select;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::state::app::App;
+
+/// The task that sends.
+#[derive(Debug)]
+pub struct Exporter {
+    app: Arc<App>,
+    url: String,
+    spans: mpsc::Receiver<Value>,
+    is_failing: bool,
+}
+
+impl Exporter {
+    /// Sends what comes from `spans` to the collector at this base URL.
+    pub fn new(app: Arc<App>, base: &str, spans: mpsc::Receiver<Value>) -> Self {
+        Self {
+            app,
+            url: format!("{}/v1/traces", base.trim_end_matches('/')),
+            spans,
+            is_failing: false,
+        }
+    }
+
+    /// Runs until `stop`, and sends what is left.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut batch = Vec::new();
+        let mut due = Instant::now();
+        loop {
+            let more = select! {
+                biased;
+                () = stop.cancelled() => break,
+                more = self.spans.recv_many(&mut batch, BATCH) => more,
+                () = sleep_until(due), if !batch.is_empty() => {
+                    self.send(std::mem::take(&mut batch)).await;
+                    continue;
+                }
+            };
+            if more == 0 {
+                break;
+            }
+            if batch.len() == more {
+                due = Instant::now() + GATHER;
+            }
+            if batch.len() >= BATCH {
+                self.send(std::mem::take(&mut batch)).await;
+            }
+        }
+        while let Ok(span) = self.spans.try_recv() {
+            batch.push(span);
+        }
+        if !batch.is_empty() {
+            self.send(batch).await;
+        }
+    }
+
+    async fn send(&mut self, spans: Vec<Value>) {
+        let count = spans.len();
+        let body = json!({"resourceSpans": [{
+            "resource": {"attributes": [
+                {"key": "service.name", "value": {"stringValue": "pd-proxy"}},
+                {"key": "service.version", "value": {"stringValue": env!("CARGO_PKG_VERSION")}},
+            ]},
+            "scopeSpans": [{"scope": {"name": "pd-proxy"}, "spans": spans}],
+        }]});
+        let sent = self
+            .app
+            .legs
+            .post_json(&self.url, body.to_string().into(), TIMEOUT)
+            .await;
+        let error = match sent {
+            Ok((status, _)) if status.is_success() => {
+                self.is_failing = false;
+                self.app.metrics.spans("sent", count);
+                return;
+            }
+            Ok((status, _)) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        self.app.metrics.spans("failed", count);
+        if !std::mem::replace(&mut self.is_failing, true) {
+            warn!(
+                url = self.url,
+                error, "spans are lost: the collector does not take them"
+            );
+        }
+    }
+}
+
+/// Spans that wait; more are dropped, and counted.
+pub const QUEUE: usize = 8192;
+/// In one POST.
+const BATCH: usize = 512;
+/// Until a POST that is not full is sent.
+const GATHER: Duration = Duration::from_secs(1);
+/// A collector in the same site answers at once.
+const TIMEOUT: Duration = Duration::from_secs(5);

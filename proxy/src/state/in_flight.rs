@@ -1,0 +1,152 @@
+//! The requests under way, by id: where words from the registration port meet their request.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use protocol::RequestId;
+use protocol::registration::NotifX;
+use tokio::sync::Notify;
+
+use crate::telemetry::record::Moved;
+
+/// Every request under way that has a prefill leg.
+#[derive(Debug, Default)]
+pub struct InFlight {
+    requests: Mutex<HashMap<RequestId, Arc<Watch>>>,
+}
+
+/// What others say about one request under way.
+#[derive(Debug)]
+pub struct Watch {
+    /// The prefill instance: only its word on the request's progress counts.
+    prefill: String,
+    begun: Notify,
+    begun_at: OnceLock<Instant>,
+    prefill_end: OnceLock<PrefillNote>,
+    moved: Mutex<Option<Moved>>,
+    /// Another rank's notice has come.
+    noticed: Notify,
+}
+
+/// How and when a prefill leg ended.
+#[derive(Clone, Debug)]
+pub struct PrefillNote {
+    /// When.
+    pub at: Instant,
+    /// What went wrong, if anything.
+    pub error: Option<String>,
+    /// The prompt's length as its engine counts it.
+    pub prompt_tokens: Option<u64>,
+    /// Those that it had cached, if it says it.
+    pub cached_tokens: Option<u64>,
+}
+
+/// A request's place in [`InFlight`]; leaves it when dropped.
+#[derive(Debug)]
+pub struct Place {
+    all: Arc<InFlight>,
+    id: RequestId,
+    /// What others say about the request.
+    pub watch: Arc<Watch>,
+}
+
+impl InFlight {
+    /// Enters a request whose prefill leg goes to `prefill`. Ids are unique by construction.
+    pub fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> Place {
+        let watch = Arc::new(Watch {
+            prefill: prefill.to_owned(),
+            begun: Notify::new(),
+            begun_at: OnceLock::new(),
+            prefill_end: OnceLock::new(),
+            moved: Mutex::new(None),
+            noticed: Notify::new(),
+        });
+        self.lock().insert(id.clone(), Arc::clone(&watch));
+        Place {
+            all: Arc::clone(self),
+            id: id.clone(),
+            watch,
+        }
+    }
+
+    /// The prefill engine has begun. Returns whether the request is known and `from` is its
+    /// prefill instance.
+    pub fn begun(&self, now: Instant, id: &RequestId, from: &str) -> bool {
+        let watch = self.lock().get(id).cloned();
+        let Some(watch) = watch.filter(|watch| watch.prefill == from) else {
+            return false;
+        };
+        // Every rank says so; the first counts.
+        if watch.begun_at.set(now).is_ok() {
+            watch.begun.notify_one();
+        }
+        true
+    }
+
+    /// A sender's word on the KV. Returns whether the request is known.
+    pub fn moved(&self, id: &RequestId, notice: Option<&NotifX>) -> bool {
+        let Some(watch) = self.lock().get(id).cloned() else {
+            return false;
+        };
+        let mut moved = watch.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.get_or_insert_default().add(notice);
+        watch.noticed.notify_one();
+        true
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RequestId, Arc<Watch>>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Watch {
+    /// Waits until the prefill engine has begun. For one waiter.
+    ///
+    /// # Cancel safety
+    /// The word is not lost: a later call returns at once, if none has returned yet.
+    pub async fn begun(&self) {
+        self.begun.notified().await;
+    }
+
+    /// Waits until so many ranks have said that their KV is written. For one waiter.
+    pub async fn noticed(&self, ranks: usize) {
+        let enough = |moved: Moved| usize::try_from(moved.ranks).is_ok_and(|said| said >= ranks);
+        while !self.moved().is_some_and(enough) {
+            self.noticed.notified().await;
+        }
+    }
+
+    /// When the prefill engine began.
+    pub fn begun_at(&self) -> Option<Instant> {
+        self.begun_at.get().copied()
+    }
+
+    /// Notes the end of the prefill leg.
+    pub fn prefill_ended(&self, note: PrefillNote) {
+        // A leg ends once; were it to end twice, the first would be the true one.
+        drop(self.prefill_end.set(note));
+    }
+
+    /// The end of the prefill leg.
+    pub fn prefill_end(&self) -> Option<&PrefillNote> {
+        self.prefill_end.get()
+    }
+
+    /// What the sender said about the KV.
+    pub fn moved(&self) -> Option<Moved> {
+        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.clone()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Entry::Occupied(entry) = self.all.lock().entry(self.id.clone())
+            && Arc::ptr_eq(entry.get(), &self.watch)
+        {
+            entry.remove();
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The state that all requests and tasks of one proxy share.
+
+pub(crate) mod app;
+pub(crate) mod in_flight;
+pub(crate) mod uploads;

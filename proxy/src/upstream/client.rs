@@ -1,0 +1,333 @@
+//! The HTTP requests that the proxy makes: both legs of a request, and call-backs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{self, HeaderMap};
+use http::{Method, Request, Response, StatusCode, response};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::client::legacy::connect::HttpConnector;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::connectors::handoff::{Way, prefilled};
+use crate::openai::fallback::Alone;
+use crate::openai::headers::{JSON, is_event_stream};
+use crate::openai::sse::First;
+use crate::upstream::pool::{LinkBody, LinkError, Links, with_cause};
+
+mod answer;
+
+use crate::fleet::zone::Resolver;
+use crate::upstream::tls::{TlsError, TlsFiles};
+pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
+
+/// Sends requests to engines and sidecars.
+#[derive(Clone, Debug)]
+pub struct Legs {
+    links: Arc<Links>,
+    idle_timeout: Duration,
+}
+
+impl Legs {
+    /// A client that trusts the roots of `tls`, with these deadlines.
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub fn new(
+        tls: &TlsFiles,
+        connect_timeout: Duration,
+        idle_timeout: Duration,
+    ) -> Result<Self, TlsError> {
+        let mut connector = HttpConnector::new_with_resolver(Resolver);
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(connect_timeout));
+        connector.enforce_http(false);
+        // A host that is gone says nothing: without these, a silent answer would be waited for as long
+        // as a good one may take.
+        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+        Ok(Self {
+            links: Arc::new(Links::new(tls.connector(connector)?)),
+            idle_timeout,
+        })
+    }
+
+    /// Sends a prefill leg and reads its answer.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection, so that the engine aborts the request.
+    pub async fn prefill(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+        way: Way,
+    ) -> PrefillEnd {
+        let response = match self.send(Method::POST, url, headers, body).await {
+            Ok(response) => response,
+            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+        };
+        let status = response.status();
+        let (head, rest) = response.into_parts();
+        let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
+            Ok(body) => body.to_bytes(),
+            // The answer's head says that the prefill is done; sidecars need nothing else of it.
+            Err(_) if status.is_success() => Bytes::new(),
+            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+        };
+        if status.is_success() {
+            return match prefilled(way, &body) {
+                Ok(brought) => PrefillEnd::Answered(brought),
+                Err((alone, reason)) => PrefillEnd::Failed(alone, reason),
+            };
+        }
+        let text = format!("{status}: {}", shown(&body));
+        match status {
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+                PrefillEnd::Failed(Alone::PrefillBusy, text)
+            }
+            StatusCode::REQUEST_TIMEOUT => PrefillEnd::Failed(Alone::PrefillError, text),
+            status if status.is_client_error() => PrefillEnd::Refused(Box::new(Answer {
+                head,
+                held: body,
+                rest: None,
+            })),
+            _ => PrefillEnd::Failed(Alone::PrefillError, text),
+        }
+    }
+
+    /// Posts what belongs to a prefill leg and reads an answer of token ids.
+    ///
+    /// # Errors
+    /// No answer, or one that is too long.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection.
+    pub async fn ask(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Answer, LegError> {
+        let response = self.send(Method::POST, url, headers, body).await?;
+        let (head, rest) = response.into_parts();
+        let held = Limited::new(rest, MAX_HELD)
+            .collect()
+            .await
+            .map_err(|e| LegError::Died(e.to_string()))?
+            .to_bytes();
+        Ok(Answer {
+            head,
+            held,
+            rest: None,
+        })
+    }
+
+    /// Sends a decode leg and reads the first event of its answer, or all of it if it is short and not
+    /// streamed, within `limit`: until then another instance can take over without the client noticing.
+    ///
+    /// # Errors
+    /// No answer that is worth passing on while another instance may have a better one.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection, so that the engine aborts the request.
+    pub async fn decode(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<Answer, LegError> {
+        let deadline = Instant::now() + limit;
+        let late = || LegError::Timeout(limit);
+        let response = timeout_at(deadline, self.send(Method::POST, url, headers, body))
+            .await
+            .map_err(|_| late())??;
+        let (head, mut rest) = response.into_parts();
+        let is_stream = is_event_stream(&head.headers);
+        let first = async {
+            if is_stream {
+                first_event(&mut rest).await.map(Some)
+            } else {
+                next_data(&mut rest).await
+            }
+        };
+        let first = timeout_at(deadline, first).await.map_err(|_| late())??;
+        let answer = match first {
+            Some(first) if is_stream => Answer::of_first_event(head, first, rest),
+            Some(first) => self.hold(head, first, rest).await?,
+            None => Answer {
+                head,
+                held: Bytes::new(),
+                rest: None,
+            },
+        };
+        answer.judged()
+    }
+
+    /// Passes a request without a body on and reads a short answer.
+    ///
+    /// # Errors
+    /// No answer, a long one, or none within `limit`.
+    pub async fn get(
+        &self,
+        url: &str,
+        headers: HeaderMap,
+        limit: Duration,
+    ) -> Result<Answer, LegError> {
+        let answer = async {
+            let response = self.send(Method::GET, url, headers, Bytes::new()).await?;
+            let (head, rest) = response.into_parts();
+            let held = Limited::new(rest, MAX_SHORT_ANSWER)
+                .collect()
+                .await
+                .map_err(|e| LegError::Died(e.to_string()))?
+                .to_bytes();
+            Ok(Answer {
+                head,
+                held,
+                rest: None,
+            })
+        };
+        timeout(limit, answer)
+            .await
+            .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Posts JSON and returns when the answer begins.
+    ///
+    /// # Errors
+    /// No answer.
+    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<LinkBody>, LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        self.send(Method::POST, url, headers, body).await
+    }
+
+    /// Posts JSON and reads a short answer.
+    ///
+    /// # Errors
+    /// No answer, a long one, or none within `limit`.
+    pub async fn post_json(
+        &self,
+        url: &str,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<(StatusCode, Bytes), LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        timeout(limit, async {
+            let response = self.send(Method::POST, url, headers, body).await?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_SHORT_ANSWER)
+                .collect()
+                .await
+                .map_err(|e| LegError::Died(e.to_string()))?;
+            Ok((status, body.to_bytes()))
+        })
+        .await
+        .map_err(|_| LegError::Timeout(limit))?
+    }
+
+    /// Reads a body that is not streamed to its end, up to [`MAX_HELD`].
+    async fn hold(
+        &self,
+        head: response::Parts,
+        first: Bytes,
+        mut rest: LinkBody,
+    ) -> Result<Answer, LegError> {
+        let mut held = BytesMut::from(&first[..]);
+        while held.len() < MAX_HELD {
+            let next = timeout(self.idle_timeout, next_data(&mut rest))
+                .await
+                .map_err(|_| LegError::Timeout(self.idle_timeout))??;
+            let Some(next) = next else {
+                return Ok(Answer {
+                    head,
+                    held: held.freeze(),
+                    rest: None,
+                });
+            };
+            held.extend_from_slice(&next);
+        }
+        Ok(Answer {
+            head,
+            held: held.freeze(),
+            rest: Some(rest),
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Response<LinkBody>, LegError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(url)
+            .body(Full::new(body))
+            .map_err(|e| LegError::Connect(e.to_string()))?;
+        *request.headers_mut() = headers;
+        let answer = self.links.request(request).await.map_err(|e| match e {
+            LinkError::Connect(text) => LegError::Connect(text),
+            LinkError::Lost(text) => LegError::Died(text),
+        })?;
+        let status = answer.status();
+        if status.is_redirection() {
+            // Engines do not redirect, and where to is nobody that was configured.
+            return Err(LegError::Died(format!("it answered {status}")));
+        }
+        Ok(answer)
+    }
+}
+
+async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|e| LegError::Died(with_cause(&e)))?;
+        if let Ok(data) = frame.into_data()
+            && !data.is_empty()
+        {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
+}
+
+/// Reads a stream up to its first event with data. Comments before it are dropped.
+async fn first_event(body: &mut LinkBody) -> Result<Bytes, LegError> {
+    let mut first = First::default();
+    while let Some(chunk) = next_data(body).await? {
+        if let Some(event) = first.take(&chunk) {
+            return Ok(event.into());
+        }
+    }
+    Err(LegError::Died("its stream ended without an event".into()))
+}
+
+fn shown(body: &Bytes) -> String {
+    String::from_utf8_lossy(body)
+        .chars()
+        .take(SHOWN_CHARS)
+        .collect()
+}
+
+/// One token's answer is under 1 KiB, with logprobs some more.
+const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
+
+/// A call-back's answer is one small object; a list of models with adapters can be longer.
+const MAX_SHORT_ANSWER: usize = 1024 * 1024;
+
+/// Answers that are not streamed are held back up to this size, so that an engine that dies in
+/// their middle can be replaced or reported.
+const MAX_HELD: usize = 4 * 1024 * 1024;
+
+/// A host that does not answer is given up on after four times this.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+/// Of an engine's error, in logs.
+const SHOWN_CHARS: usize = 300;

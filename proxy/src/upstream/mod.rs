@@ -1,0 +1,6 @@
+//! Connections to engines, sidecars and etcd.
+
+pub(crate) mod client;
+pub(crate) mod etcd;
+pub(crate) mod pool;
+pub(crate) mod tls;

@@ -1,0 +1,285 @@
+//! Connections to engines and sidecars, kept open between requests.
+//!
+//! Whoever waits for an answer drives its connection. With a task for each connection, as clients usually
+//! have it, every chunk of a stream costs two changes of task, and the client's write waits for both.
+
+pub(crate) mod connection;
+
+use std::collections::{HashMap, VecDeque};
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderValue, Request, Response, Uri, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::connect::HttpConnector;
+use tower::ServiceExt;
+
+use crate::fleet::zone::{self, Resolver};
+use connection::{Link, Outgoing, nobody};
+
+/// Where a connection leads.
+type Origin = (Scheme, Authority);
+
+/// Makes connections and keeps those that are idle.
+pub struct Links {
+    connector: HttpsConnector<HttpConnector<Resolver>>,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    links: HashMap<Origin, VecDeque<Waiting>>,
+    swept: Option<Instant>,
+}
+
+/// An idle connection, and since when it is.
+struct Waiting {
+    link: Link,
+    since: Instant,
+}
+
+/// A request that brought no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// No connection: nobody has seen the request.
+    #[error("{0}")]
+    Connect(String),
+    /// The connection ended, or what came is no answer.
+    #[error("{0}")]
+    Lost(String),
+}
+
+/// The body of an answer. Read to its end, its connection is idle again; dropped before, it is closed, so
+/// that the engine aborts the request.
+pub struct LinkBody {
+    incoming: Incoming,
+    /// `None` once it has been given back.
+    link: Option<Link>,
+    origin: Origin,
+    links: Arc<Links>,
+}
+
+impl Links {
+    /// No connection yet.
+    pub fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
+        Self {
+            connector,
+            idle: Mutex::default(),
+        }
+    }
+
+    /// Sends a request and returns when the answer's head is there.
+    ///
+    /// # Errors
+    /// No answer.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection.
+    pub async fn request(
+        self: &Arc<Self>,
+        mut request: Request<Outgoing>,
+    ) -> Result<Response<LinkBody>, LinkError> {
+        let uri = request.uri().clone();
+        let (Some(scheme), Some(authority)) = (uri.scheme(), uri.authority()) else {
+            return Err(LinkError::Connect(format!("{uri} names no host")));
+        };
+        let origin = (scheme.clone(), authority.clone());
+        address(&mut request, &uri)?;
+        while let Some(link) = self.take(&origin) {
+            let again = request.clone();
+            let sent = Instant::now();
+            request = match link.send(request).await {
+                Ok(answer) => return Ok(self.answer(origin, answer)),
+                Err(mut error) => match error.take_message() {
+                    // Closed in the meantime, and nothing of the request was written.
+                    Some(request) => request,
+                    // The engine closed it while the request was on its way. One that has been read is
+                    // aborted with its connection, so a repeat computes nothing twice.
+                    None if is_closed(error.error()) && sent.elapsed() < JUST_CLOSED => {
+                        request = again;
+                        break;
+                    }
+                    None => return Err(LinkError::Lost(with_cause(error.error()))),
+                },
+            };
+        }
+        let connected = self.connector.clone().oneshot(uri).await;
+        let stream = connected.map_err(|e| LinkError::Connect(with_cause(&*e)))?;
+        let link = Link::over(stream).await;
+        let link = link.map_err(|e| LinkError::Connect(with_cause(&e)))?;
+        match link.send(request).await {
+            Ok(answer) => Ok(self.answer(origin, answer)),
+            Err(error) => Err(LinkError::Lost(with_cause(error.error()))),
+        }
+    }
+
+    fn answer(
+        self: &Arc<Self>,
+        origin: Origin,
+        (answer, link): (Response<Incoming>, Link),
+    ) -> Response<LinkBody> {
+        answer.map(|incoming| LinkBody {
+            incoming,
+            link: Some(link),
+            origin,
+            links: Arc::clone(self),
+        })
+    }
+
+    /// An idle connection that has not been closed, the one that was used last.
+    fn take(&self, origin: &Origin) -> Option<Link> {
+        let now = Instant::now();
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = idle.links.get_mut(origin)?;
+        while let Some(Waiting { mut link, since }) = waiting.pop_back() {
+            if now.duration_since(since) < IDLE && link.is_idle() {
+                return Some(link);
+            }
+        }
+        None
+    }
+
+    fn put(&self, origin: &Origin, mut link: Link) {
+        if !link.is_idle() {
+            return;
+        }
+        let since = Instant::now();
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.sweep(since);
+        let waiting = Waiting { link, since };
+        match idle.links.get_mut(origin) {
+            Some(others) => others.push_back(waiting),
+            None => drop(idle.links.insert(origin.clone(), [waiting].into())),
+        }
+    }
+}
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Links").finish_non_exhaustive()
+    }
+}
+
+impl Idle {
+    /// Closes what has been idle for too long, those of engines that nobody asks any more too. Call-backs
+    /// see to it that this is called every few seconds.
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_some_and(|at| now.duration_since(at) < IDLE) {
+            return;
+        }
+        self.swept = Some(now);
+        self.links.retain(|_, waiting| {
+            waiting.retain(|one| now.duration_since(one.since) < IDLE);
+            !waiting.is_empty()
+        });
+    }
+}
+
+impl Body for LinkBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let body = self.get_mut();
+        let Some(link) = &mut body.link else {
+            return Poll::Ready(None);
+        };
+        let incoming = &mut body.incoming;
+        let mut next = || Pin::new(&mut *incoming).poll_frame(&mut nobody());
+        let mut frame = next();
+        if frame.is_pending() {
+            frame = link.drive_until(cx, next);
+        }
+        if matches!(frame, Poll::Ready(None))
+            && let Some(link) = body.link.take()
+        {
+            body.links.put(&body.origin, link);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.link.is_none() || self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+impl fmt::Debug for LinkBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkBody")
+            .field("origin", &self.origin)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Gives a request the form that a server expects: the path alone, and the host in a header.
+fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> {
+    let path = uri.path_and_query().cloned();
+    *request.uri_mut() = path.unwrap_or(PathAndQuery::from_static("/")).into();
+    let authority = uri.authority().map_or("", Authority::as_str);
+    let host = authority
+        .rsplit_once('@')
+        .map_or(authority, |(_, host)| host);
+    // A zone is of this host alone, and is not sent.
+    let zoned = uri
+        .host()
+        .and_then(zone::of)
+        .map(|(address, _)| match uri.port() {
+            Some(port) => format!("[{address}]:{port}"),
+            None => format!("[{address}]"),
+        });
+    let host = HeaderValue::from_str(zoned.as_deref().unwrap_or(host))
+        .map_err(|e| LinkError::Connect(e.to_string()))?;
+    request.headers_mut().insert(header::HOST, host);
+    Ok(())
+}
+
+/// The connection ended before an answer, with or without a reset.
+fn is_closed(error: &hyper::Error) -> bool {
+    let source = error.source().and_then(|e| e.downcast_ref::<io::Error>());
+    error.is_incomplete_message()
+        || error.is_canceled()
+        || source.is_some_and(|e| {
+            let kind = e.kind();
+            matches!(
+                kind,
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::UnexpectedEof
+            )
+        })
+}
+
+/// hyper's errors say what failed, and only their sources say why.
+pub fn with_cause(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// A connection that was closed before a request came ends within a round trip. One that ends later had
+/// an engine behind it that died of something else.
+const JUST_CLOSED: Duration = Duration::from_secs(1);
+
+/// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
+/// would fail.
+const IDLE: Duration = Duration::from_secs(3);
