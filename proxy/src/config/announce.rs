@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 /// Writes one key, again and again.
 #[derive(Debug)]
-pub struct Announcer {
+pub(crate) struct Announcer {
     store: Store,
     metadata: Metadata,
     registration: SocketAddr,
@@ -21,7 +21,7 @@ pub struct Announcer {
 ///
 /// # Errors
 /// What is wrong with the file.
-pub fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
+pub(crate) fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
     let named = |why: String| format!("--mooncake {}: {why}", file.display());
     let text = std::fs::read_to_string(file).map_err(|e| named(e.to_string()))?;
     let values: Value = serde_json::from_str(&text).map_err(|e| named(e.to_string()))?;
@@ -33,7 +33,7 @@ pub fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
 
 impl Announcer {
     /// Of a proxy that takes registrations there.
-    pub fn new(metadata: Metadata, registration: SocketAddr) -> Self {
+    pub(crate) fn new(metadata: Metadata, registration: SocketAddr) -> Self {
         Self {
             store: Store::new(metadata.clone()),
             metadata,
@@ -42,7 +42,7 @@ impl Announcer {
     }
 
     /// Runs until `closing`.
-    pub async fn run(self, closing: CancellationToken) {
+    pub(crate) async fn run(self, closing: CancellationToken) {
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut known = None;

@@ -20,7 +20,8 @@ use crate::upstream::tls::TlsFiles;
 
 mod choices;
 
-pub use choices::{DecodeLegAt, FirstTokenFrom, LogFormat};
+pub use choices::LogFormat;
+pub(crate) use choices::{DecodeLegAt, FirstTokenFrom};
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///

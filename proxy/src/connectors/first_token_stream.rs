@@ -35,7 +35,7 @@ enum Stage {
 }
 
 /// A stream that begins with the first token and goes on with what `rest` brings.
-pub fn respond(
+pub(crate) fn respond(
     stitch: Stitch,
     id: &RequestId,
     rest: Pin<Box<dyn Future<Output = Response> + Send>>,
@@ -48,7 +48,7 @@ pub fn respond(
 }
 
 /// The whole answer, where the first token is the last one.
-pub fn only(
+pub(crate) fn only(
     stitch: &Stitch,
     streams: bool,
     prompt_tokens: Option<u64>,

@@ -23,7 +23,7 @@ use crate::openai::usage::Usage;
 
 /// How a pair hands KV over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     /// Sidecars on both sides.
     Sidecar,
     /// The same, and the client gets its first token from the prefill instance.
@@ -40,7 +40,7 @@ pub enum Way {
 
 /// What a prefill leg has brought.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Prefilled {
+pub(crate) struct Prefilled {
     /// The prompt's length, if the engine says it.
     pub prompt_tokens: Option<u64>,
     /// So many of them were cached there, if the engine says it.
@@ -55,7 +55,7 @@ pub struct Prefilled {
 
 /// The first token of an answer, sampled by the prefill instance.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct FirstToken {
+pub(crate) struct FirstToken {
     /// Its id.
     pub id: i64,
     /// Its text.
@@ -118,7 +118,7 @@ struct Message {
 
 impl Way {
     /// That of a pair; `None` if these two cannot be one.
-    pub fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
+    pub(crate) fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
         use Connector as C;
         match (prefill.connector, decode.connector) {
             (C::Sidecar, C::Sidecar) => Some(Self::Sidecar),
@@ -131,7 +131,7 @@ impl Way {
     }
 
     /// Returns the part of the prefill leg's answer that reaches the client.
-    pub fn prefill_answer(self) -> PrefillAnswer {
+    pub(crate) fn prefill_answer(self) -> PrefillAnswer {
         match self {
             Self::FirstToken => PrefillAnswer::FirstToken,
             _ => PrefillAnswer::Nothing,
@@ -141,7 +141,7 @@ impl Way {
 
 /// The transfer parameters of a prefill leg, as JSON. `overlap`: the decode leg does not wait for its
 /// answer.
-pub fn prefill_params(
+pub(crate) fn prefill_params(
     id: &RequestId,
     way: Way,
     decode: &Instance,
@@ -160,7 +160,7 @@ pub fn prefill_params(
 }
 
 /// The transfer parameters of a decode leg to a sidecar's engine, as JSON.
-pub fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> String {
+pub(crate) fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> String {
     let more = match (way, prompt_tokens) {
         (Way::FromLmcache, _) => r#","written":true"#.to_owned(),
         (Way::FirstToken, Some(tokens)) => format!(r#","tokens":{tokens}"#),
@@ -176,7 +176,7 @@ pub fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> St
 ///
 /// P2P NCCL instances find each other by it. It ends in 32 hex digits of its own, because the
 /// client's id may hold anything that ends an address.
-pub fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestId {
+pub(crate) fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestId {
     match (&prefill.zmq, &decode.zmq) {
         (Some(from), Some(to)) if decode.connector == Connector::P2pNccl => RequestId(format!(
             "___prefill_addr_{from}___decode_addr_{to}_{}",
@@ -190,7 +190,7 @@ pub fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestI
 ///
 /// # Errors
 /// Why nothing is handed over, although the prompt was computed.
-pub fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
+pub(crate) fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
     let not_pushed = |why: &str| Err((Alone::NotPushed, why.to_owned()));
     let Ok(answer) = serde_json::from_slice::<Answer<'_>>(body) else {
         // The head says that the prompt is computed; only some ways need more than that.

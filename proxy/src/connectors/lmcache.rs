@@ -14,7 +14,7 @@ use crate::openai::endpoint::Endpoint;
 
 /// Whether the request means the same when its first answered token stands in the prompt. A field that
 /// is not known may mean anything.
-pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
+pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     let is_set = |name: &str| match body.json(name) {
         // For a completion, 0 asks for the log probability of what was sampled.
         Some(text) if name == "logprobs" => text != "false",
@@ -43,7 +43,7 @@ pub fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
 }
 
 /// The body of `POST /tokenize`; `None` if the prompt is token ids already.
-pub fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
+pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
     let names: &[&str] = match endpoint {
         Endpoint::Completions if token_ids(body).is_some() => return None,
         Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
@@ -61,7 +61,7 @@ pub fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
 }
 
 /// The token ids of an answer to `POST /tokenize`, as JSON.
-pub fn tokens(answer: &[u8]) -> Option<String> {
+pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Answer<'a> {
         #[serde(borrow)]
@@ -73,7 +73,7 @@ pub fn tokens(answer: &[u8]) -> Option<String> {
 }
 
 /// The prompt, if it is token ids.
-pub fn token_ids(body: &RequestBody) -> Option<&str> {
+pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
     let text = body.json("prompt")?;
     let first = text.strip_prefix('[')?.trim_start();
     first
@@ -82,7 +82,7 @@ pub fn token_ids(body: &RequestBody) -> Option<&str> {
 }
 
 /// The prefill leg: a completion of one token over token ids.
-pub fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
+pub(crate) fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
     let mut set = vec![
         ("prompt", tokens),
         ("stream", "false"),
@@ -94,7 +94,7 @@ pub fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
 }
 
 /// The decode leg: a completion that goes on after the first token.
-pub fn decode_body(
+pub(crate) fn decode_body(
     body: &RequestBody,
     endpoint: Endpoint,
     tokens: &str,
@@ -126,7 +126,7 @@ fn is_of_both(name: &str) -> bool {
 }
 
 /// How many tokens the client wants at most.
-pub fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
+pub(crate) fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
     let read = |name| body.json(name)?.parse().ok();
     let newer = match endpoint {
         Endpoint::Chat => read("max_completion_tokens"),

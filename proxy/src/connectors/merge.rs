@@ -11,7 +11,7 @@ use crate::openai::sse::end_of_event;
 
 /// What the halves of one answer have in common.
 #[derive(Clone, Debug)]
-pub struct Stitch {
+pub(crate) struct Stitch {
     endpoint: Endpoint,
     id: String,
     model: Value,
@@ -25,7 +25,12 @@ pub struct Stitch {
 
 impl Stitch {
     /// An answer to the request `id`, whose model is given as JSON.
-    pub fn new(endpoint: Endpoint, id: &str, model: Option<&str>, first: FirstToken) -> Self {
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        id: &str,
+        model: Option<&str>,
+        first: FirstToken,
+    ) -> Self {
         let kind = match endpoint {
             Endpoint::Completions => "cmpl",
             Endpoint::Chat => "chatcmpl",
@@ -45,7 +50,7 @@ impl Stitch {
     }
 
     /// The events that the client gets before the decode leg is even sent.
-    pub fn head(&self) -> Bytes {
+    pub(crate) fn head(&self) -> Bytes {
         let mut out = Vec::new();
         if self.endpoint == Endpoint::Chat {
             self.event(
@@ -64,7 +69,7 @@ impl Stitch {
     }
 
     /// The whole stream of an answer that ends with its first token.
-    pub fn only_head(&self) -> Bytes {
+    pub(crate) fn only_head(&self) -> Bytes {
         let mut out = self.head().to_vec();
         let delta = match self.endpoint {
             Endpoint::Completions => json!(""),
@@ -76,7 +81,7 @@ impl Stitch {
     }
 
     /// Turns a piece of the decode leg's stream into what the client gets for it.
-    pub fn chunk(&mut self, chunk: &[u8]) -> Bytes {
+    pub(crate) fn chunk(&mut self, chunk: &[u8]) -> Bytes {
         self.partial.extend_from_slice(chunk);
         let mut out = Vec::with_capacity(chunk.len());
         let mut from = 0;
@@ -93,7 +98,7 @@ impl Stitch {
     }
 
     /// Turns the decode leg's whole answer into what the client gets for it.
-    pub fn whole(&self, body: &Bytes) -> Bytes {
+    pub(crate) fn whole(&self, body: &Bytes) -> Bytes {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
             return body.clone();
         };
@@ -108,7 +113,7 @@ impl Stitch {
     }
 
     /// The whole answer if it ends with its first token.
-    pub fn whole_head(&self, prompt_tokens: Option<u64>) -> Bytes {
+    pub(crate) fn whole_head(&self, prompt_tokens: Option<u64>) -> Bytes {
         let prompt = prompt_tokens.unwrap_or_default();
         let usage =
             json!({"prompt_tokens": prompt, "completion_tokens": 1, "total_tokens": prompt + 1});

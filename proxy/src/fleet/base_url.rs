@@ -177,7 +177,7 @@ fn has_port_if_any(authority: &Authority) -> bool {
 }
 
 /// What an error message shows of a stranger's text.
-pub fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     text.chars().take(80).collect()
 }
 

@@ -13,8 +13,8 @@ use crate::fleet::load::Load;
 pub(crate) mod spec;
 mod written;
 
-pub use spec::{Named, Unusable, is_host_port};
-pub use written::Written;
+pub(crate) use spec::{Named, Unusable};
+pub(crate) use written::Written;
 
 /// One instance. What routing, `/instances` and the legs read.
 #[derive(Clone, Debug, Serialize)]

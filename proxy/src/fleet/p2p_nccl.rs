@@ -18,7 +18,7 @@ struct Hello {
 
 /// What cannot be taken.
 #[derive(Debug, thiserror::Error)]
-pub enum BadHello {
+pub(crate) enum BadHello {
     /// Not such a message.
     #[error("malformed: {0}")]
     Malformed(String),
@@ -31,7 +31,7 @@ pub enum BadHello {
 ///
 /// # Errors
 /// Anything that names no instance.
-pub fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
+pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
     if bytes.len() > MAX_BYTES {
         return Err(BadHello::Malformed(format!("{} bytes", bytes.len())));
     }
@@ -56,7 +56,7 @@ pub fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
 }
 
 /// Three of its words missed.
-pub const LEASE: Duration = Duration::from_secs(10);
+pub(crate) const LEASE: Duration = Duration::from_secs(10);
 
 /// Three short strings.
 const MAX_BYTES: usize = 4096;

@@ -28,13 +28,13 @@ mod command;
 mod lease;
 
 use budget::Budget;
-pub use call::{Answer, CallBack};
-pub use command::Command;
+pub(crate) use call::{Answer, CallBack};
+pub(crate) use command::Command;
 use lease::{Lease, holds_epoch, take_epoch};
 
 /// Every registration.
 #[derive(Debug)]
-pub struct Registry {
+pub(crate) struct Registry {
     entries: BTreeMap<String, Entry>,
     max_instances: usize,
     call_back_every: Duration,
@@ -57,7 +57,7 @@ struct Entry {
 
 /// What a registration did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Registered {
+pub(crate) enum Registered {
     /// A name or epoch that was not known.
     New,
     /// A heartbeat.
@@ -66,7 +66,7 @@ pub enum Registered {
 
 /// A registration that is not taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// A field cannot be used.
     #[error(transparent)]
     Unusable(#[from] Unusable),
@@ -83,7 +83,7 @@ pub enum Refused {
 
 impl Registry {
     /// An empty registry.
-    pub fn new(max_instances: usize, call_back_every: Duration) -> Self {
+    pub(crate) fn new(max_instances: usize, call_back_every: Duration) -> Self {
         Self {
             entries: BTreeMap::new(),
             max_instances,
@@ -97,7 +97,11 @@ impl Registry {
     ///
     /// # Errors
     /// Why it is not taken; the registry is unchanged.
-    pub fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, Refused> {
+    pub(crate) fn register(
+        &mut self,
+        now: Instant,
+        message: &Register,
+    ) -> Result<Registered, Refused> {
         let fresh = Instance::parse(message)?;
         let lease = Some(now + lease::announced(message));
         self.enter(now, fresh, lease, message.ready)
@@ -107,7 +111,7 @@ impl Registry {
     ///
     /// # Errors
     /// Why it is not taken; the registry is unchanged.
-    pub fn name(
+    pub(crate) fn name(
         &mut self,
         now: Instant,
         instance: Instance,
@@ -164,7 +168,7 @@ impl Registry {
     }
 
     /// Takes a good-bye; returns whether anybody was meant.
-    pub fn leave(&mut self, now: Instant, id: &str, epoch: u64) -> Option<Instance> {
+    pub(crate) fn leave(&mut self, now: Instant, id: &str, epoch: u64) -> Option<Instance> {
         let entry = self.entries.get_mut(id)?;
         let gone = take_epoch(&mut entry.member, epoch)
             .or_else(|| take_epoch(&mut entry.candidate, epoch));
@@ -173,13 +177,13 @@ impl Registry {
     }
 
     /// Removes an instance, whatever its epoch; returns it if it was there.
-    pub fn remove(&mut self, id: &str) -> Option<Instance> {
+    pub(crate) fn remove(&mut self, id: &str) -> Option<Instance> {
         let entry = self.entries.remove(id)?;
         entry.member.or(entry.candidate).map(|lease| lease.instance)
     }
 
     /// Lets an instance take no new requests, or take them again. Returns whether it is there.
-    pub fn drain(&mut self, id: &str, draining: bool) -> bool {
+    pub(crate) fn drain(&mut self, id: &str, draining: bool) -> bool {
         let Some(entry) = self.entries.get_mut(id) else {
             return false;
         };
@@ -193,7 +197,7 @@ impl Registry {
     }
 
     /// Drops what has not been heard of for three periods.
-    pub fn expire(&mut self, now: Instant) -> Vec<Instance> {
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<Instance> {
         let mut gone = Vec::new();
         for entry in self.entries.values_mut() {
             for place in [&mut entry.member, &mut entry.candidate] {
@@ -213,7 +217,7 @@ impl Registry {
     }
 
     /// Call-backs to be made now; each is under way until [`Registry::called_back`].
-    pub fn due(&mut self, now: Instant) -> Vec<CallBack> {
+    pub(crate) fn due(&mut self, now: Instant) -> Vec<CallBack> {
         let mut calls = Vec::new();
         let Self {
             entries, budget, ..
@@ -238,7 +242,7 @@ impl Registry {
     }
 
     /// A request has failed there: it is called back at once, or a second after the last call-back.
-    pub fn suspect(&mut self, now: Instant, id: &str) {
+    pub(crate) fn suspect(&mut self, now: Instant, id: &str) {
         let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
         if let Some(member) = member {
             // Not dropped: the last answer may be from just before the engine's death.
@@ -248,7 +252,7 @@ impl Registry {
     }
 
     /// Takes the end of a call-back. Returns the instance if it changed its standing.
-    pub fn called_back(
+    pub(crate) fn called_back(
         &mut self,
         now: Instant,
         id: &str,
@@ -313,7 +317,7 @@ impl Registry {
     }
 
     /// When [`Registry::expire`] or [`Registry::due`] has something to do next.
-    pub fn next_deadline(&self) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.entries
             .values()
             .flat_map(|entry| [&entry.member, &entry.candidate])
@@ -332,7 +336,7 @@ impl Registry {
     }
 
     /// Every instance, members before candidates of the same name.
-    pub fn instances(&self) -> Vec<Instance> {
+    pub(crate) fn instances(&self) -> Vec<Instance> {
         self.entries
             .values()
             .flat_map(|entry| [&entry.member, &entry.candidate])
@@ -342,7 +346,7 @@ impl Registry {
     }
 
     /// Takes what is to be said of names that two sidecars have, each dispute once.
-    pub fn disputes(&mut self) -> Vec<String> {
+    pub(crate) fn disputes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.disputes)
     }
 
@@ -396,7 +400,7 @@ impl Entry {
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// A `ready` that has not been repeated for so long does not count. The sidecar, on its side, is not
 /// ready without an acknowledgement of the same age.
-pub const ANSWER_VALID: Duration = Duration::from_secs(15);
+pub(crate) const ANSWER_VALID: Duration = Duration::from_secs(15);
 
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@ use protocol::registration::PROXY_NAME;
 
 /// The bound registration socket.
 #[derive(Debug)]
-pub struct Registrations {
+pub(crate) struct Registrations {
     socket: Socket,
     address: SocketAddr,
     max_peers: usize,
@@ -18,7 +18,7 @@ pub struct Registrations {
 
 /// What a peer sent.
 #[derive(Debug)]
-pub enum Frame {
+pub(crate) enum Frame {
     /// One frame, as every message on this port is.
     Single(Bytes),
     /// The last of several: the others say who has sent it.
@@ -48,7 +48,7 @@ impl Registrations {
     ///
     /// # Errors
     /// The address is in use, not ours, or not permitted.
-    pub async fn bind(address: SocketAddr) -> Result<Self, PortError> {
+    pub(crate) async fn bind(address: SocketAddr) -> Result<Self, PortError> {
         let named = Options::default().identity(PROXY_NAME);
         Self::bind_as(SocketType::Pull, named, address).await
     }
@@ -57,7 +57,7 @@ impl Registrations {
     ///
     /// # Errors
     /// The address is in use, not ours, or not permitted.
-    pub async fn bind_router(address: SocketAddr) -> Result<Self, PortError> {
+    pub(crate) async fn bind_router(address: SocketAddr) -> Result<Self, PortError> {
         Self::bind_as(SocketType::Router, Options::default(), address).await
     }
 
@@ -91,7 +91,7 @@ impl Registrations {
     }
 
     /// The bound address, with the port that was chosen for port 0.
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
@@ -102,7 +102,7 @@ impl Registrations {
     ///
     /// # Cancel safety
     /// No frame is lost when the future is dropped.
-    pub async fn recv(&self) -> Result<Frame, PortError> {
+    pub(crate) async fn recv(&self) -> Result<Frame, PortError> {
         let message = self
             .socket
             .recv()
@@ -113,7 +113,7 @@ impl Registrations {
 
     /// Disconnects connections beyond the limit, newest first: sidecars that serve came early.
     /// Returns how many.
-    pub async fn shed(&self) -> usize {
+    pub(crate) async fn shed(&self) -> usize {
         let Ok(mut peers) = self.socket.connections().await else {
             return 0;
         };

@@ -13,7 +13,7 @@ use hyper_util::client::legacy::connect::dns::Name;
 use tower::Service;
 
 /// Returns the name that stands for `ADDRESS%ZONE`; `None` if that is not what it is.
-pub fn name(host: &str) -> Option<String> {
+pub(crate) fn name(host: &str) -> Option<String> {
     let (address, zone) = host.split_once('%')?;
     // RFC 6874 writes `%25eth0` in an URL. A number is taken as it is: interface 257 is no 7.
     let is_name = |zone: &&str| zone.starts_with(|c: char| c.is_ascii_alphabetic());
@@ -25,13 +25,13 @@ pub fn name(host: &str) -> Option<String> {
 }
 
 /// Returns the address and the zone for which a name stands.
-pub fn of(name: &str) -> Option<(Ipv6Addr, &str)> {
+pub(crate) fn of(name: &str) -> Option<(Ipv6Addr, &str)> {
     let (address, zone) = name.strip_suffix(SUFFIX)?.split_once('.')?;
     Some((address.replace('-', ":").parse().ok()?, zone))
 }
 
 /// Returns an URL with a zone as `http::Uri` can carry it; `None` if its host has no zone.
-pub fn carried(url: &str) -> Option<String> {
+pub(crate) fn carried(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://[")?;
     let (host, rest) = rest.split_once(']')?;
     Some(format!("{scheme}://{}{rest}", name(host)?))
@@ -39,7 +39,7 @@ pub fn carried(url: &str) -> Option<String> {
 
 /// Looks names up as the host does, and turns those of this module back into addresses.
 #[derive(Clone, Copy, Debug)]
-pub struct Resolver;
+pub(crate) struct Resolver;
 
 impl Service<Name> for Resolver {
     type Response = vec::IntoIter<SocketAddr>;

@@ -27,7 +27,7 @@ struct Acknowledged {
 }
 
 /// Makes a call-back.
-pub async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
+pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
     let proxy = app.registration.to_string();
     let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
     let Some(url) = &call.url else {

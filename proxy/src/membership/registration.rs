@@ -23,11 +23,11 @@ pub(crate) mod messages;
 mod pairs;
 
 use pairs::Said;
-pub use pairs::unfit;
+pub(crate) use pairs::unfit;
 
 /// The registration task.
 #[derive(Debug)]
-pub struct Registration {
+pub(crate) struct Registration {
     app: Arc<App>,
     inputs: Inputs,
     registry: Registry,
@@ -40,7 +40,7 @@ pub struct Registration {
 
 /// What the task listens to.
 #[derive(Debug)]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// The registration port.
     pub port: Registrations,
     /// The port of P2P NCCL instances.
@@ -62,7 +62,7 @@ enum News {
 
 impl Registration {
     /// The task of one proxy.
-    pub fn new(
+    pub(crate) fn new(
         app: Arc<App>,
         inputs: Inputs,
         published: watch::Sender<Instances>,
@@ -91,7 +91,7 @@ impl Registration {
     ///
     /// # Errors
     /// The port has failed.
-    pub async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
+    pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
         let mut sweep = interval(SWEEP);
         self.settle();
         loop {

@@ -22,7 +22,7 @@ use crate::state::app::App;
 use crate::upstream::etcd::{Etcd, EtcdError, Lease, Watch};
 
 /// The task that writes and reads it.
-pub struct Shared {
+pub(crate) struct Shared {
     app: Arc<App>,
     etcd: Etcd,
     prefix: String,
@@ -36,7 +36,7 @@ pub struct Shared {
 
 impl Shared {
     /// The task of one proxy; nothing without `--etcd`.
-    pub fn new(app: &Arc<App>) -> Option<Self> {
+    pub(crate) fn new(app: &Arc<App>) -> Option<Self> {
         let config = &app.config;
         if config.etcd.is_empty() {
             return None;
@@ -58,7 +58,7 @@ impl Shared {
     }
 
     /// Runs until `stop`; then its keys are taken back.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut instances = self.app.instances.clone();
         let mut beat = interval(RENEW_EVERY);
         loop {

@@ -20,11 +20,11 @@ mod shape;
 mod text;
 
 use fields::Fields;
-pub use kinds::{Kind, kind};
+pub(crate) use kinds::{Kind, kind};
 
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
-pub struct RequestBody {
+pub(crate) struct RequestBody {
     /// As it came, in UTF-8.
     source: Bytes,
     /// The same with numbers that JSON knows; `fields` lie in both.
@@ -46,7 +46,7 @@ struct Field {
 
 /// The part of a prefill leg's answer that reaches the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PrefillAnswer {
+pub(crate) enum PrefillAnswer {
     /// Its token is the client's first one, sampled as the client has asked.
     FirstToken,
     /// Nothing: the leg only computes KV.
@@ -55,7 +55,7 @@ pub enum PrefillAnswer {
 
 /// A body that cannot be routed.
 #[derive(Debug, thiserror::Error)]
-pub enum BadBody {
+pub(crate) enum BadBody {
     /// Not a JSON object.
     #[error("the request body is not a JSON object: {0}")]
     Json(#[from] serde_json::Error),
@@ -74,7 +74,7 @@ impl RequestBody {
     ///
     /// # Errors
     /// Not a JSON object, or one that carries transfer parameters.
-    pub fn parse(source: Bytes) -> Result<Self, BadBody> {
+    pub(crate) fn parse(source: Bytes) -> Result<Self, BadBody> {
         let source = text::utf8(source).ok_or(BadBody::Encoding)?;
         match Self::found(source.clone(), source.clone()) {
             Err(BadBody::Json(error)) => match text::masked(&source) {
@@ -128,7 +128,7 @@ impl RequestBody {
     }
 
     /// Why this request gets no transfer; `None` if one prompt becomes one sequence.
-    pub fn alone(&self, endpoint: Endpoint) -> Option<Alone> {
+    pub(crate) fn alone(&self, endpoint: Endpoint) -> Option<Alone> {
         let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
         if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
             return Some(Alone::ManySequences);
@@ -156,7 +156,7 @@ impl RequestBody {
     }
 
     /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
-    pub fn prefill_leg(
+    pub(crate) fn prefill_leg(
         &self,
         endpoint: Endpoint,
         params: Option<&str>,
@@ -189,18 +189,18 @@ impl RequestBody {
     }
 
     /// `min_tokens` of a leg that generates the answer's first token.
-    pub fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
+    pub(crate) fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
         let least = self.number("min_tokens").unwrap_or_default();
         (least >= 1.0).then_some(("min_tokens", "1"))
     }
 
     /// The body of a decode leg with these transfer parameters.
-    pub fn decode_leg(&self, params: &str) -> Bytes {
+    pub(crate) fn decode_leg(&self, params: &str) -> Bytes {
         self.with(|_| true, &[(TRANSFER, params)])
     }
 
     /// The body of a decode leg that computes everything itself: the client's, unchanged.
-    pub fn local_leg(&self) -> Bytes {
+    pub(crate) fn local_leg(&self) -> Bytes {
         if self.is_clean {
             return self.source.clone();
         }
@@ -208,7 +208,7 @@ impl RequestBody {
     }
 
     /// The body with the fields that are to be kept, and with others set to what is given as JSON.
-    pub fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
+    pub(crate) fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
         let added: usize = set
             .iter()
             .map(|(name, value)| name.len() + value.len() + 4)
@@ -231,27 +231,22 @@ impl RequestBody {
     }
 
     /// The body with nothing but these fields.
-    pub fn only(&self, names: &[&str]) -> Bytes {
+    pub(crate) fn only(&self, names: &[&str]) -> Bytes {
         self.with(|name| names.contains(&name), &[])
     }
 
     /// Its length in bytes.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.source.len() as u64
     }
 
-    /// It has no fields.
-    pub fn is_empty(&self) -> bool {
-        self.fields.is_empty()
-    }
-
     /// The client wants events.
-    pub fn streams(&self) -> bool {
+    pub(crate) fn streams(&self) -> bool {
         self.is_on("stream")
     }
 
     /// The value of a field as JSON; `None` for null.
-    pub fn json(&self, name: &str) -> Option<&str> {
+    pub(crate) fn json(&self, name: &str) -> Option<&str> {
         self.text(name)
     }
 
@@ -264,7 +259,7 @@ impl RequestBody {
     }
 
     /// A number as engines read it: in quotes too.
-    pub fn number(&self, name: &str) -> Option<f64> {
+    pub(crate) fn number(&self, name: &str) -> Option<f64> {
         let text = self.text(name)?;
         let quoted = text
             .strip_prefix('"')
@@ -273,12 +268,12 @@ impl RequestBody {
     }
 
     /// It has fields that only its engine may know.
-    pub fn has_unknown(&self) -> bool {
+    pub(crate) fn has_unknown(&self) -> bool {
         self.fields.iter().any(|field| field.name.is_empty())
     }
 
     /// The names of its fields, an empty one for those that are not known.
-    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.fields.iter().map(|field| field.name)
     }
 

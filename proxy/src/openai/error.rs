@@ -9,7 +9,7 @@ use serde::Serialize;
 /// An error that a client sees.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct ApiError {
+pub(crate) struct ApiError {
     code: Code,
     message: String,
 }
@@ -129,7 +129,7 @@ struct Fields<'a> {
 
 impl ApiError {
     /// An error with a message for people.
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
             message: message.into(),
@@ -137,12 +137,12 @@ impl ApiError {
     }
 
     /// What went wrong.
-    pub fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         self.code
     }
 
     /// As an answer.
-    pub fn into_response(self) -> Response {
+    pub(crate) fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.json()));
         *response.status_mut() = self.code.status();
         let headers = response.headers_mut();
@@ -158,7 +158,7 @@ impl ApiError {
 
     /// As an event of a stream that had begun well. The blank line first ends an event that broke
     /// off in its middle; no `[DONE]` follows, because the answer is not complete.
-    pub fn into_event(self) -> Bytes {
+    pub(crate) fn into_event(self) -> Bytes {
         let mut event = b"\n\ndata: ".to_vec();
         event.extend_from_slice(&self.json());
         event.extend_from_slice(b"\n\n");
@@ -186,4 +186,4 @@ impl axum::response::IntoResponse for ApiError {
 }
 
 /// Seconds: registrations and restarts are matters of that order.
-pub const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+pub(crate) const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

@@ -5,7 +5,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use crate::openai::keys::Access;
 
 /// The headers of a leg: the client's, without those that concern its connection to this proxy.
-pub fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
+pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
     let mut headers = end_to_end(client);
     for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
         headers.remove(name);
@@ -25,7 +25,7 @@ pub fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> Head
 }
 
 /// Headers without those that belong to one connection or one framing of the body.
-pub fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
@@ -41,7 +41,7 @@ pub fn end_to_end(headers: &HeaderMap) -> HeaderMap {
 }
 
 /// The answer is a stream of server-sent events.
-pub fn is_event_stream(headers: &HeaderMap) -> bool {
+pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
@@ -49,7 +49,7 @@ pub fn is_event_stream(headers: &HeaderMap) -> bool {
 }
 
 /// The content type of every leg, whatever the client called it.
-pub const JSON: HeaderValue = HeaderValue::from_static("application/json");
+pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// What belongs to one connection or one framing of a body.
 const HOP_BY_HOP: [HeaderName; 9] = [

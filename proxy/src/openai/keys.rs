@@ -125,7 +125,7 @@ impl std::fmt::Debug for Access {
 ///
 /// # Errors
 /// It has no key, or a wrong one.
-pub fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
     if access.api_key.is_empty() || holds(headers, &access.api_key) {
         return Ok(());
     }
@@ -140,7 +140,7 @@ pub fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
 ///
 /// # Errors
 /// The client may not.
-pub fn may_change(
+pub(crate) fn may_change(
     access: &Access,
     headers: &HeaderMap,
     peer: Option<IpAddr>,
@@ -167,7 +167,7 @@ pub fn may_change(
 ///
 /// # Errors
 /// The request looks like a page's.
-pub fn may_read(
+pub(crate) fn may_read(
     access: &Access,
     headers: &HeaderMap,
     peer: Option<IpAddr>,

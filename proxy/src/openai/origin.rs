@@ -16,7 +16,7 @@ use crate::openai::error::{ApiError, Code};
 ///
 /// # Errors
 /// The content type is absent or another one.
-pub fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let given = headers.get(CONTENT_TYPE).map_or(&[][..], |v| v.as_bytes());
     let media = given.split(|b| *b == b';').next().unwrap_or_default();
     if media.trim_ascii().eq_ignore_ascii_case(b"application/json") {
@@ -36,7 +36,7 @@ pub fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
 ///
 /// # Errors
 /// There is a body, or a type, and the type is not JSON.
-pub fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Result<(), ApiError> {
+pub(crate) fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Result<(), ApiError> {
     if body.is_end_stream() && !headers.contains_key(CONTENT_TYPE) {
         return Ok(());
     }
@@ -48,7 +48,7 @@ pub fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Result<(),
 ///
 /// # Errors
 /// The header that says otherwise, and the cure.
-pub fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     if let Some(name) = headers.keys().find(|name| is_of_a_proxy(name)) {
         return refused(format!(
@@ -63,7 +63,7 @@ pub fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
 ///
 /// # Errors
 /// The header that says so, and the cure.
-pub fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
     let host = host.unwrap_or_default();

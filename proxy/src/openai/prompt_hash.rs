@@ -8,7 +8,7 @@ use crate::openai::endpoint::Endpoint;
 
 /// A prompt's text and the hashes of its prefixes.
 #[derive(Clone, Debug, Default)]
-pub struct Prompt {
+pub(crate) struct Prompt {
     /// The prompt as JSON, without what closes it: a longer prompt that begins with this one begins
     /// with these bytes.
     pub text: Vec<u8>,
@@ -18,7 +18,7 @@ pub struct Prompt {
 
 impl Prompt {
     /// Reads the prompt of a request.
-    pub fn of(body: &RequestBody, endpoint: Endpoint) -> Self {
+    pub(crate) fn of(body: &RequestBody, endpoint: Endpoint) -> Self {
         let field = match endpoint {
             Endpoint::Completions => "prompt",
             Endpoint::Chat => "messages",
@@ -51,14 +51,14 @@ impl Prompt {
     }
 
     /// What follows the first `blocks` blocks.
-    pub fn after(&self, blocks: usize) -> &[u8] {
+    pub(crate) fn after(&self, blocks: usize) -> &[u8] {
         self.text.get(blocks * BLOCK_BYTES..).unwrap_or_default()
     }
 }
 
 /// The session that a request names: the header that LMCache's proxy binds clients by, ours, or
 /// OpenAI's fields.
-pub fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
+pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     let header = ["x-session-id", "session-id"]
         .into_iter()
         .find_map(|name| headers.get(name))
@@ -73,7 +73,7 @@ pub fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
 }
 
 /// Small enough that a short question ends in a block of its own.
-pub const BLOCK_BYTES: usize = 64;
+pub(crate) const BLOCK_BYTES: usize = 64;
 
 /// 4 MiB of text: about a million tokens.
 const MAX_BLOCKS: usize = 1 << 16;

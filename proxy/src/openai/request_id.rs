@@ -5,18 +5,18 @@ use protocol::RequestId;
 use uuid::{Builder, Uuid};
 
 /// The header that carries it.
-pub const HEADER: &str = "x-request-id";
+pub(crate) const HEADER: &str = "x-request-id";
 
 /// The id of a new request: the client's own, made safe and unique, or a new one.
 ///
 /// A client's id alone would not do: a client that repeats a request under the same id would have
 /// two requests share slots.
-pub fn assign(headers: &HeaderMap) -> RequestId {
+pub(crate) fn assign(headers: &HeaderMap) -> RequestId {
     unique(header(headers).unwrap_or_default())
 }
 
 /// The id of a new request that its client calls by this name.
-pub fn unique(name: &str) -> RequestId {
+pub(crate) fn unique(name: &str) -> RequestId {
     let wanted: String = name
         .chars()
         .filter(is_plain)
@@ -33,7 +33,7 @@ pub fn unique(name: &str) -> RequestId {
 /// `request_id`, given as JSON. `None` for
 /// one that is long or has other characters than names of requests: connectors read addresses from
 /// such ids, so that an engine could be made to talk to a stranger.
-pub fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
+pub(crate) fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
     let name = match headers.get(HEADER) {
         Some(_) => header(headers)?.to_owned(),
         None => serde_json::from_str::<String>(field?).ok()?,
@@ -51,12 +51,12 @@ fn is_plain(c: &char) -> bool {
 }
 
 /// A UUID of this thread's random numbers: asking the kernel for each would be a system call a request.
-pub fn random() -> Uuid {
+pub(crate) fn random() -> Uuid {
     Builder::from_random_bytes(rand::random()).into_uuid()
 }
 
 /// The id as a header.
-pub fn header_value(id: &RequestId) -> HeaderValue {
+pub(crate) fn header_value(id: &RequestId) -> HeaderValue {
     // `unique` and `chosen` let only letters, digits, '-', '_' and '.' through.
     HeaderValue::from_str(&id.0).expect("request ids are plain ASCII")
 }

@@ -5,7 +5,7 @@
 
 /// Follows a stream through its chunks, however they are cut.
 #[derive(Debug, Default)]
-pub struct Events {
+pub(crate) struct Events {
     line: Line,
     /// Bytes since the end of the last event.
     event: usize,
@@ -30,7 +30,7 @@ impl Default for Line {
 
 impl Events {
     /// Takes the next chunk and tells whether any of it is data.
-    pub fn hear(&mut self, chunk: &[u8]) -> bool {
+    pub(crate) fn hear(&mut self, chunk: &[u8]) -> bool {
         let mut is_data = false;
         for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
             if at > 0 {
@@ -42,7 +42,7 @@ impl Events {
     }
 
     /// Bytes of the event that has begun and not ended.
-    pub fn unended(&self) -> usize {
+    pub(crate) fn unended(&self) -> usize {
         self.event
     }
 
@@ -75,7 +75,7 @@ impl Events {
 /// Gathers a stream up to the end of its first event with data. What comes before, comments for the
 /// most part, is dropped: the client has got nothing yet, so another instance can still take over.
 #[derive(Debug, Default)]
-pub struct First {
+pub(crate) struct First {
     held: Vec<u8>,
     /// So much of `held` has been searched for the end of an event.
     searched: usize,
@@ -83,7 +83,7 @@ pub struct First {
 
 impl First {
     /// Takes the next chunk. Returns what has come since the event's beginning, once its end is there.
-    pub fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
+    pub(crate) fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
         self.held.extend_from_slice(chunk);
         loop {
             self.drop_comments();
@@ -122,7 +122,7 @@ impl First {
 
 /// The length of the first event, blank line included. The first `searched` bytes hold no end.
 /// Lines end with LF, as vLLM's do, or with CR LF.
-pub fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
+pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
     let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');
     ends.find_map(|at| match bytes[at + 1..] {
@@ -133,18 +133,18 @@ pub fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
 }
 
 /// The first line of data in an event.
-pub fn data(event: &[u8]) -> Option<&[u8]> {
+pub(crate) fn data(event: &[u8]) -> Option<&[u8]> {
     let mut lines = event.split(|byte| *byte == b'\n');
     lines.find_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii))
 }
 
 /// An error that an engine has written where an answer's events were to be.
-pub fn error(event: &[u8]) -> Option<&[u8]> {
+pub(crate) fn error(event: &[u8]) -> Option<&[u8]> {
     data(event).filter(|data| is_error(data))
 }
 
 /// A stream that ends like this was ended by an error: nothing but `[DONE]` follows it.
-pub fn ends_with_error(tail: &[u8]) -> bool {
+pub(crate) fn ends_with_error(tail: &[u8]) -> bool {
     let lines = tail.split(|byte| *byte == b'\n');
     let mut data = lines.filter_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii));
     data.rfind(|data| *data != b"[DONE]").is_some_and(is_error)

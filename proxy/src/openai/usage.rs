@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 /// OpenAI's `usage` object, as far as it is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u64,
     /// Tokens of the answer.
@@ -17,7 +17,7 @@ pub struct Usage {
 
 /// More about a prompt's tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub struct Details {
+pub(crate) struct Details {
     /// Those that were cached and not computed.
     #[serde(default)]
     pub cached_tokens: Option<u64>,
@@ -26,7 +26,7 @@ pub struct Details {
 /// Finds the last `usage` object in the tail of a JSON or event-stream body.
 ///
 /// Text of the model cannot be mistaken for it: inside a JSON string its quotes are escaped.
-pub fn find(body: &[u8]) -> Option<Usage> {
+pub(crate) fn find(body: &[u8]) -> Option<Usage> {
     let tail = &body[body.len().saturating_sub(TAIL_BYTES)..];
     let start = tail
         .windows(KEY.len())
@@ -43,10 +43,10 @@ pub fn find(body: &[u8]) -> Option<Usage> {
 const KEY: &[u8] = b"\"usage\":";
 
 /// `usage` and what engines write after it, transfer parameters with their blocks for one.
-pub const TAIL_BYTES: usize = 4096;
+pub(crate) const TAIL_BYTES: usize = 4096;
 
 /// The same in a stream, whose last event but `[DONE]` has nothing else.
-pub const STREAM_TAIL_BYTES: usize = 1024;
+pub(crate) const STREAM_TAIL_BYTES: usize = 1024;
 
 #[cfg(test)]
 mod tests {

@@ -27,7 +27,7 @@ use crate::upstream::client::PrefillEnd;
 /// One request under way. Dropping it before its end means that the client has left; either way
 /// both legs are dropped with it, its place is free again, and its line is logged.
 #[derive(Debug)]
-pub struct Flight {
+pub(crate) struct Flight {
     /// The request.
     pub id: RequestId,
     app: Arc<App>,
@@ -46,7 +46,7 @@ pub struct Flight {
 
 impl Flight {
     /// A request that has been routed, and what is to be done first.
-    pub fn begin(
+    pub(crate) fn begin(
         app: &Arc<App>,
         permit: OwnedSemaphorePermit,
         arrived: Instant,
@@ -85,7 +85,7 @@ impl Flight {
     }
 
     /// Takes an event; once the request has ended, its legs are dropped.
-    pub fn on(&mut self, event: Event) -> Action {
+    pub(crate) fn on(&mut self, event: Event) -> Action {
         let action = self.life.on(event);
         if let Some(outcome) = self.life.outcome() {
             self.end(outcome);
@@ -94,38 +94,43 @@ impl Flight {
     }
 
     /// When it arrived.
-    pub fn arrived(&self) -> Instant {
+    pub(crate) fn arrived(&self) -> Instant {
         self.arrived
     }
 
     /// Whether the prefill leg is awaited.
-    pub fn is_prefilling(&self) -> bool {
+    pub(crate) fn is_prefilling(&self) -> bool {
         self.life == Life::Prefilling
     }
 
     /// What others say about the request.
-    pub fn watch(&self) -> Option<Arc<Watch>> {
+    pub(crate) fn watch(&self) -> Option<Arc<Watch>> {
         self.place.as_ref().map(|place| Arc::clone(&place.watch))
     }
 
     /// The prefill leg, while it runs.
-    pub fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
+    pub(crate) fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
         self.prefill.as_mut()
     }
 
     /// Gives it the prefill leg.
-    pub fn set_prefill(&mut self, leg: AbortOnDropHandle<PrefillEnd>) {
+    pub(crate) fn set_prefill(&mut self, leg: AbortOnDropHandle<PrefillEnd>) {
         self.prefill = Some(leg);
     }
 
     /// Drops the prefill leg: it has ended, or nobody waits for it any more.
-    pub fn drop_prefill(&mut self) {
+    pub(crate) fn drop_prefill(&mut self) {
         self.prefill = None;
         self.charges[0] = None;
     }
 
     /// Notes that a prefill leg is sent, and where others' words on it will be heard.
-    pub fn prefill_sent(&mut self, id: &RequestId, to: &Instance, tokens: u64) -> Arc<Watch> {
+    pub(crate) fn prefill_sent(
+        &mut self,
+        id: &RequestId,
+        to: &Instance,
+        tokens: u64,
+    ) -> Arc<Watch> {
         let place = self.app.in_flight.enter(id, &to.id);
         let watch = Arc::clone(&place.watch);
         self.place = Some(place);
@@ -136,7 +141,7 @@ impl Flight {
     }
 
     /// The decode leg that was sent last waits for KV.
-    pub fn waits_for_kv(&self) -> bool {
+    pub(crate) fn waits_for_kv(&self) -> bool {
         matches!(
             self.life,
             Life::Decoding {
@@ -147,7 +152,7 @@ impl Flight {
     }
 
     /// Notes that a decode leg is sent.
-    pub fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
+    pub(crate) fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
         self.app.metrics.decode_sent(transfer);
         self.charges[1] = Some(to.load.charge(tokens));
         self.record.decode = Some(to.id.clone());
@@ -159,7 +164,7 @@ impl Flight {
     }
 
     /// Notes the first bytes of the answer.
-    pub fn first_byte(&mut self, status: StatusCode, stream: bool) {
+    pub(crate) fn first_byte(&mut self, status: StatusCode, stream: bool) {
         if self.record.ttft_ms.is_none() {
             let after = self.arrived.elapsed();
             self.app.metrics.first_byte_after(after);
@@ -170,31 +175,31 @@ impl Flight {
     }
 
     /// Notes that the decode engine has shown a sign of work.
-    pub fn heard(&self, now: Instant) {
+    pub(crate) fn heard(&self, now: Instant) {
         if let Some(charge) = &self.charges[1] {
             charge.load().heard(now);
         }
     }
 
     /// The decode engine's `/health` has failed for at least `time`.
-    pub fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
+    pub(crate) fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
         let charge = self.charges[1].as_ref();
         charge.is_some_and(|charge| charge.load().is_sick_for(now, time))
     }
 
     /// Notes an error and the status that the client gets.
-    pub fn failed(&mut self, status: StatusCode, error: String) {
+    pub(crate) fn failed(&mut self, status: StatusCode, error: String) {
         self.record.status = Some(status.as_u16());
         self.record.error = Some(error);
     }
 
     /// Notes why an answer broke off.
-    pub fn broke(&mut self, error: &ApiError) {
+    pub(crate) fn broke(&mut self, error: &ApiError) {
         self.record.error = Some(error.to_string());
     }
 
     /// Ends it with an answer that has been passed on to its end.
-    pub fn answered(&mut self, ends_with_error: bool) {
+    pub(crate) fn answered(&mut self, ends_with_error: bool) {
         let status = self
             .record
             .status
@@ -210,7 +215,7 @@ impl Flight {
     }
 
     /// Notes the decode engine's token counts.
-    pub fn counted(&mut self, usage: Usage) {
+    pub(crate) fn counted(&mut self, usage: Usage) {
         self.record.prompt_tokens = Some(usage.prompt_tokens);
         self.record.completion_tokens = Some(usage.completion_tokens);
     }

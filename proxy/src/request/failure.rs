@@ -10,7 +10,7 @@ use crate::upstream::client::{Answer, LegError};
 
 /// An error, in an engine's own words or the proxy's.
 #[derive(Debug)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// An engine's.
     Pass(Box<Answer>),
     /// The proxy's.
@@ -19,7 +19,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// The proxy stops.
-    pub fn shutting_down() -> Self {
+    pub(crate) fn shutting_down() -> Self {
         Self::Error(ApiError::new(
             Code::ShuttingDown,
             "the proxy is shutting down",
@@ -27,7 +27,7 @@ impl Verdict {
     }
 
     /// The last decode leg failed like this.
-    pub fn of(error: LegError) -> Self {
+    pub(crate) fn of(error: LegError) -> Self {
         match error {
             LegError::Busy(answer) | LegError::Faulty(answer) if answer.rest.is_none() => {
                 Self::Pass(answer)
@@ -37,7 +37,7 @@ impl Verdict {
     }
 
     /// What the client is told, for the log.
-    pub fn told(&self) -> (StatusCode, String) {
+    pub(crate) fn told(&self) -> (StatusCode, String) {
         match self {
             Self::Pass(answer) => {
                 let status = answer.head.status;
@@ -51,7 +51,7 @@ impl Verdict {
     }
 
     /// The answer to the client.
-    pub fn into_response(self, id: &RequestId) -> Response {
+    pub(crate) fn into_response(self, id: &RequestId) -> Response {
         match self {
             Self::Pass(answer) => {
                 let mut response = response_body::whole(*answer, id);

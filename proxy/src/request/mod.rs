@@ -46,7 +46,7 @@ use crate::upstream::client::{Answer, LegError};
 
 /// A request as it came.
 #[derive(Debug)]
-pub struct Arrival {
+pub(crate) struct Arrival {
     /// When.
     pub at: Instant,
     /// Where.
@@ -123,7 +123,7 @@ enum Step {
 ///
 /// # Cancel safety
 /// Dropping the future, or the response's body, drops both legs.
-pub async fn serve(
+pub(crate) async fn serve(
     app: &Arc<App>,
     permit: OwnedSemaphorePermit,
     mut arrival: Arrival,

@@ -16,7 +16,7 @@ use crate::upstream::client::{Legs, PrefillEnd};
 
 /// What a prefill leg is made of.
 #[derive(Debug)]
-pub struct PrefillLeg {
+pub(crate) struct PrefillLeg {
     /// Connections.
     pub legs: Legs,
     /// Where the request came.
@@ -42,7 +42,7 @@ impl PrefillLeg {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub async fn run(self, watch: &Watch) -> PrefillEnd {
+    pub(crate) async fn run(self, watch: &Watch) -> PrefillEnd {
         if self.way == Way::Lmcache {
             return self.lmcache(watch).await;
         }

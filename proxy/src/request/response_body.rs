@@ -26,7 +26,7 @@ use crate::upstream::pool::LinkBody;
 
 /// What an engine may do within an answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Silence {
+pub(crate) struct Silence {
     /// Longest time without data.
     pub idle: Duration,
     /// The same if the engine's `/health` fails as long.
@@ -55,7 +55,7 @@ struct Relay {
 }
 
 /// Makes the client's response of a decode leg's answer.
-pub fn respond(
+pub(crate) fn respond(
     mut flight: Flight,
     answer: Answer,
     limits: Silence,
@@ -91,7 +91,7 @@ pub fn respond(
 }
 
 /// Makes the client's response of an answer that has been read to its end.
-pub fn whole(answer: Answer, id: &RequestId) -> Response {
+pub(crate) fn whole(answer: Answer, id: &RequestId) -> Response {
     let mut response = Response::new(Body::from(answer.held));
     *response.status_mut() = answer.head.status;
     *response.headers_mut() = end_to_end(&answer.head.headers);

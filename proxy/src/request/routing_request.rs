@@ -17,7 +17,7 @@ use crate::state::app::{App, Transfers, facts};
 
 /// What is known of one request.
 #[derive(Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// The prompt's length, as estimated.
     pub tokens: u64,
     alone: Option<Alone>,
@@ -32,7 +32,12 @@ pub struct Plan {
 
 impl Plan {
     /// Reads a request as far as routing depends on it.
-    pub fn of(app: &App, body: &RequestBody, endpoint: Endpoint, headers: &HeaderMap) -> Self {
+    pub(crate) fn of(
+        app: &App,
+        body: &RequestBody,
+        endpoint: Endpoint,
+        headers: &HeaderMap,
+    ) -> Self {
         let remembers = app.remembers();
         let by_session =
             [app.config.prefill_policy, app.config.decode_policy].contains(&Policy::Session);
@@ -62,7 +67,7 @@ impl Plan {
     ///
     /// # Errors
     /// None is ready.
-    pub fn any(app: &App) -> Result<Pair, NoRoute> {
+    pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
         let nothing = Self {
             tokens: 0,
             alone: Some(Alone::NothingToDecode),
@@ -79,7 +84,7 @@ impl Plan {
     ///
     /// # Errors
     /// No decode instance can take it.
-    pub fn route(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
+    pub(crate) fn route(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
         self.routed(app, self.alone, failed)
     }
 
@@ -87,7 +92,7 @@ impl Plan {
     ///
     /// # Errors
     /// No decode instance can take it.
-    pub fn route_alone(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
+    pub(crate) fn route_alone(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
         self.routed(app, Some(Alone::DecodeRetry), failed)
     }
 
@@ -118,20 +123,20 @@ impl Plan {
     }
 
     /// The prefill engine has counted the prompt's tokens.
-    pub fn counted(&self, app: &App, tokens: u64) {
+    pub(crate) fn counted(&self, app: &App, tokens: u64) {
         if let Some(prompt) = &self.prompt {
             app.memory.measured(prompt.text.len(), tokens);
         }
     }
 
     /// Of so many tokens, those that an instance is not known to hold.
-    pub fn uncached(&self, name: &str, tokens: u64) -> u64 {
+    pub(crate) fn uncached(&self, name: &str, tokens: u64) -> u64 {
         let held = self.known.held.iter().find(|(holder, _)| holder == name);
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))
     }
 
     /// These instances have answered it: they hold its prompt from now on.
-    pub fn answered(&self, app: &App, pair: &Pair) {
+    pub(crate) fn answered(&self, app: &App, pair: &Pair) {
         let Some(prompt) = &self.prompt else {
             return;
         };

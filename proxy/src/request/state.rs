@@ -20,7 +20,7 @@ use crate::telemetry::outcome::Outcome;
 
 /// Where a request is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Life {
+pub(crate) enum Life {
     /// The prefill leg is on its way or queued at its engine.
     Prefilling,
     /// The decode leg is on its way or computing.
@@ -38,7 +38,7 @@ pub enum Life {
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     /// The prefill engine has begun to compute it.
     Begun,
     /// The prefill leg was answered with 2xx.
@@ -70,7 +70,7 @@ pub enum Event {
 
 /// What is to be done about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     /// Wait on.
     Wait,
     /// Send the decode leg: with transfer parameters, or without, for this reason.
@@ -88,7 +88,7 @@ pub enum Action {
 impl Life {
     /// A request at its start, and the first thing to do: `Wait` for the prefill leg, which is to be
     /// sent, or `SendDecode`.
-    pub fn begin(plan: Result<(), Alone>) -> (Self, Action) {
+    pub(crate) fn begin(plan: Result<(), Alone>) -> (Self, Action) {
         match plan {
             Ok(()) => (Self::Prefilling, Action::Wait),
             Err(alone) => Self::decoding(Err(alone), 1),
@@ -96,14 +96,14 @@ impl Life {
     }
 
     /// Takes an event.
-    pub fn on(&mut self, event: Event) -> Action {
+    pub(crate) fn on(&mut self, event: Event) -> Action {
         let (next, action) = self.after(event);
         *self = next;
         action
     }
 
     /// The outcome, once it has ended.
-    pub fn outcome(self) -> Option<Outcome> {
+    pub(crate) fn outcome(self) -> Option<Outcome> {
         match self {
             Self::Ended(outcome) => Some(outcome),
             _ => None,

@@ -19,7 +19,7 @@ use crate::routing::refusals::Between;
 
 /// What routing needs to know of a request.
 #[derive(Clone, Debug)]
-pub struct Ask<'a> {
+pub(crate) struct Ask<'a> {
     /// Why the request is not split over two instances; `None` if it may be.
     pub alone: Option<Alone>,
     /// Its answer would differ by LMCache's first-token hand-over.
@@ -48,7 +48,7 @@ pub struct Ask<'a> {
 
 /// How one side is chosen.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Side {
+pub(crate) struct Side {
     /// By what.
     pub policy: Policy,
     /// Requests of this kind so far.
@@ -57,7 +57,7 @@ pub struct Side {
 
 /// The instances of a request.
 #[derive(Clone, Debug)]
-pub struct Pair {
+pub(crate) struct Pair {
     /// Where it is decoded.
     pub decode: Arc<Instance>,
     /// Where it is prefilled, or why nowhere else than on the decode instance.
@@ -68,7 +68,7 @@ pub struct Pair {
 
 /// The reason of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// Prefill instances to choose from.
     pub prefills: usize,
     /// Decode instances to choose from.
@@ -85,7 +85,7 @@ pub struct Choice {
 
 /// Nothing can take the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoRoute {
+pub(crate) enum NoRoute {
     /// Nobody with a decode role has registered.
     #[error("no decode instance is registered")]
     NoDecode,
@@ -101,7 +101,11 @@ pub enum NoRoute {
 ///
 /// # Errors
 /// No decode instance can take it.
-pub fn route(instances: &[Arc<Instance>], facts: &[Facts], ask: &Ask<'_>) -> Result<Pair, NoRoute> {
+pub(crate) fn route(
+    instances: &[Arc<Instance>],
+    facts: &[Facts],
+    ask: &Ask<'_>,
+) -> Result<Pair, NoRoute> {
     let decodes = decodes(instances, facts, ask)?;
     let request = |side: Side| Request {
         turn: side.turn,

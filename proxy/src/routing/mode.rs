@@ -25,11 +25,11 @@ pub enum Mode {
 
 /// The mode, which can be changed while requests run.
 #[derive(Debug, Default)]
-pub struct CurrentMode(AtomicU8);
+pub(crate) struct CurrentMode(AtomicU8);
 
 /// What `auto` compares with, as measured so far.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Costs {
+pub(crate) struct Costs {
     /// Computing one token of a prompt, µs.
     pub prefill_us_per_token: f64,
     /// What a transfer adds to the prefill instance's own time: the second leg, its scheduling, the
@@ -39,7 +39,7 @@ pub struct Costs {
 
 /// The costs, learned from requests.
 #[derive(Debug)]
-pub struct Measured {
+pub(crate) struct Measured {
     /// Bits of the `f64`s of [`Costs`].
     prefill: AtomicU64,
     hand_over: AtomicU64,
@@ -83,12 +83,12 @@ impl FromStr for Mode {
 
 impl CurrentMode {
     /// The mode now.
-    pub fn get(&self) -> Mode {
+    pub(crate) fn get(&self) -> Mode {
         Mode::ALL[usize::from(self.0.load(Ordering::Relaxed)) % Mode::ALL.len()]
     }
 
     /// Changes it for requests that come from now on.
-    pub fn set(&self, mode: Mode) {
+    pub(crate) fn set(&self, mode: Mode) {
         self.0.store(mode as u8, Ordering::Relaxed);
     }
 }
@@ -98,7 +98,7 @@ impl Costs {
     ///
     /// Computing beside `legs` running requests delays each of them, which is what prefill instances
     /// are there to avoid: every four of them make local computing as dear again.
-    pub fn alone_is_cheaper(
+    pub(crate) fn alone_is_cheaper(
         &self,
         prompt_tokens: u64,
         decode: &Candidate<'_>,
@@ -125,7 +125,7 @@ impl Default for Measured {
 
 impl Measured {
     /// The costs now.
-    pub fn costs(&self) -> Costs {
+    pub(crate) fn costs(&self) -> Costs {
         Costs {
             prefill_us_per_token: f64::from_bits(self.prefill.load(Ordering::Relaxed)),
             hand_over_us: f64::from_bits(self.hand_over.load(Ordering::Relaxed)),
@@ -134,14 +134,14 @@ impl Measured {
 
     /// A prefill leg took so long for so many tokens that were not cached. Short ones say more about
     /// the engine's overhead than about its speed, and are not counted.
-    pub fn prefilled(&self, tokens: u64, time: Duration) {
+    pub(crate) fn prefilled(&self, tokens: u64, time: Duration) {
         if tokens >= LEAST_TOKENS {
             learn(&self.prefill, micros(time) / tokens as f64);
         }
     }
 
     /// The first byte came so long after the prefill leg's end.
-    pub fn handed_over(&self, time: Duration) {
+    pub(crate) fn handed_over(&self, time: Duration) {
         learn(&self.hand_over, micros(time));
     }
 }
@@ -149,7 +149,7 @@ impl Measured {
 impl Measured {
     /// A request stayed away from the prefill instances because of these costs. What is never tried is
     /// never measured: the hand-over looks a little cheaper each time, until one request tries it again.
-    pub fn stayed(&self) {
+    pub(crate) fn stayed(&self) {
         let before = f64::from_bits(self.hand_over.load(Ordering::Relaxed));
         let after = before * (1.0 - FORGETTING);
         self.hand_over.store(after.to_bits(), Ordering::Relaxed);

@@ -15,13 +15,13 @@ use crate::openai::prompt_hash::{BLOCK_BYTES, Prompt};
 
 /// What instances hold.
 #[derive(Debug, Default)]
-pub struct Memory {
+pub(crate) struct Memory {
     state: Mutex<State>,
 }
 
 /// A conversation that is under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Conversation {
+pub(crate) struct Conversation {
     /// The decode instance that has it.
     pub decode: String,
     /// Its turns so far.
@@ -34,7 +34,7 @@ pub struct Conversation {
 
 /// A conversation in `GET /conversations`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Shown {
+pub(crate) struct Shown {
     /// Its key, made of its session or its first turn.
     pub id: String,
     /// The decode instance that has it.
@@ -49,7 +49,7 @@ pub struct Shown {
 
 /// What is known of a request before it is routed.
 #[derive(Clone, Debug, Default)]
-pub struct Known {
+pub(crate) struct Known {
     /// What instances hold of its prompt: names and tokens.
     pub held: Vec<(String, u64)>,
     /// Its conversation, if it is not the first turn.
@@ -82,7 +82,7 @@ struct Recent<K, V> {
 
 impl Memory {
     /// What is known of a prompt.
-    pub fn recall(&self, prompt: &Prompt, session: Option<u64>) -> Known {
+    pub(crate) fn recall(&self, prompt: &Prompt, session: Option<u64>) -> Known {
         let mut state = self.lock();
         let tokens = state.tokens(prompt.text.len());
         let mut held: Vec<(String, u64)> = Vec::new();
@@ -107,7 +107,11 @@ impl Memory {
     }
 
     /// These instances have computed or received this prompt.
-    pub fn learn<'a>(&self, prompt: &Prompt, instances: impl IntoIterator<Item = &'a str> + Clone) {
+    pub(crate) fn learn<'a>(
+        &self,
+        prompt: &Prompt,
+        instances: impl IntoIterator<Item = &'a str> + Clone,
+    ) {
         let mut state = self.lock();
         for blocks in indexed(prompt.chain.len()) {
             let holders = state.holders.entry(prompt.chain[blocks]);
@@ -121,7 +125,7 @@ impl Memory {
     }
 
     /// A turn was answered by this decode instance.
-    pub fn turn(
+    pub(crate) fn turn(
         &self,
         now: Instant,
         prompt: &Prompt,
@@ -154,7 +158,7 @@ impl Memory {
     }
 
     /// A prompt of so many bytes had so many tokens.
-    pub fn measured(&self, bytes: usize, tokens: u64) {
+    pub(crate) fn measured(&self, bytes: usize, tokens: u64) {
         if tokens >= LEAST_TOKENS {
             let mut state = self.lock();
             let ratio = (bytes as f64 / tokens as f64).clamp(0.5, 32.0);
@@ -163,7 +167,7 @@ impl Memory {
     }
 
     /// Every conversation that is remembered, the latest first.
-    pub fn conversations(&self, now: Instant) -> Vec<Shown> {
+    pub(crate) fn conversations(&self, now: Instant) -> Vec<Shown> {
         let state = self.lock();
         let all = state.conversations.young.iter();
         let mut all: Vec<_> = all.chain(&state.conversations.old).collect();
@@ -179,7 +183,7 @@ impl Memory {
     }
 
     /// Forgets conversations and prefixes. Returns how many conversations.
-    pub fn clear(&self) -> usize {
+    pub(crate) fn clear(&self) -> usize {
         let mut state = self.lock();
         let count = state.conversations.len();
         *state = State {
@@ -190,7 +194,7 @@ impl Memory {
     }
 
     /// An instance has lost what it held: it is gone, or another process has its name.
-    pub fn forget(&self, name: &str) {
+    pub(crate) fn forget(&self, name: &str) {
         let mut state = self.lock();
         let state = &mut *state;
         for holders in [&mut state.holders.young, &mut state.holders.old] {

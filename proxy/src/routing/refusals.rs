@@ -19,7 +19,7 @@ use crate::openai::endpoint::Endpoint;
 
 /// What is known to be refused.
 #[derive(Debug, Default)]
-pub struct Refusals {
+pub(crate) struct Refusals {
     entries: Mutex<HashMap<About, BTreeMap<Between, Entry>>>,
     /// Their number: without any, requests do not wait for the lock.
     count: AtomicUsize,
@@ -38,7 +38,7 @@ enum About {
 
 /// The instances that a refusal holds for. Another epoch is another instance.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Between {
+pub(crate) struct Between {
     prefill: (String, u64),
     /// Absent: whatever the decode instance.
     decode: Option<(String, u64)>,
@@ -58,7 +58,7 @@ struct Entry {
 
 /// A refusal for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Shown {
+pub(crate) struct Shown {
     /// The decode instance, if it holds for one only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode: Option<String>,
@@ -72,7 +72,7 @@ pub struct Shown {
 
 /// A prefill leg whose KV was not handed over.
 #[derive(Clone, Copy, Debug)]
-pub struct Refused<'a> {
+pub(crate) struct Refused<'a> {
     /// The request's id.
     pub request: &'a str,
     /// The prefill instance.
@@ -96,14 +96,14 @@ enum Reach {
 
 impl Between {
     /// These two are meant.
-    pub fn holds_for(&self, prefill: &Instance, decode: &Instance) -> bool {
+    pub(crate) fn holds_for(&self, prefill: &Instance, decode: &Instance) -> bool {
         is(&self.prefill, prefill) && self.decode.as_ref().is_none_or(|one| is(one, decode))
     }
 }
 
 impl Refusals {
     /// The instances that are known to refuse a request like this.
-    pub fn of(&self, now: Instant, body: &RequestBody, endpoint: Endpoint) -> Vec<Between> {
+    pub(crate) fn of(&self, now: Instant, body: &RequestBody, endpoint: Endpoint) -> Vec<Between> {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }
@@ -123,7 +123,7 @@ impl Refusals {
     }
 
     /// Takes the reason for which a request's KV was not handed over. Says it once, if it will repeat.
-    pub fn note(&self, now: Instant, reason: &str, refused: Refused<'_>) {
+    pub(crate) fn note(&self, now: Instant, reason: &str, refused: Refused<'_>) {
         let Some(reach) = reach(reason) else {
             return;
         };
@@ -180,7 +180,7 @@ impl Refusals {
     }
 
     /// KV went from one to the other: what failed between them before does not count.
-    pub fn worked(&self, prefill: &Instance, decode: &Instance) {
+    pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
@@ -193,7 +193,7 @@ impl Refusals {
     }
 
     /// The instance may be another one from now on.
-    pub fn forget(&self, id: &str) {
+    pub(crate) fn forget(&self, id: &str) {
         let mut entries = self.lock();
         for known in entries.values_mut() {
             known.retain(|between, _| {
@@ -206,7 +206,7 @@ impl Refusals {
     }
 
     /// What a prefill instance is known to refuse.
-    pub fn by(&self, now: Instant, prefill: &Instance) -> Vec<Shown> {
+    pub(crate) fn by(&self, now: Instant, prefill: &Instance) -> Vec<Shown> {
         let entries = self.lock();
         let mut shown: Vec<_> = entries
             .iter()

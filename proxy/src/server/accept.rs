@@ -32,7 +32,7 @@ use crate::server::write_timeout::Patience;
 use crate::state::app::App;
 
 /// Where clients connect.
-pub struct Port {
+pub(crate) struct Port {
     /// The socket.
     pub listener: TcpListener,
     /// Makes TLS of their connections.
@@ -50,7 +50,7 @@ impl std::fmt::Debug for Port {
 
 /// What one connection may do.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Connections at once.
     pub connections: usize,
     /// Longest wait for a request's head, or for a client that does not read its answer.
@@ -58,7 +58,7 @@ pub struct Limits {
 }
 
 /// Serves until `stop`, then lets answers that are being written finish.
-pub async fn serve(
+pub(crate) async fn serve(
     app: Arc<App>,
     port: Port,
     router: Router,
@@ -223,7 +223,7 @@ fn no_place(app: &App) -> Response {
 }
 
 /// Connections beyond `--max-connections`: for health probes, scrapers and the operator.
-pub const RESERVE: usize = 64;
+pub(crate) const RESERVE: usize = 64;
 
 /// An idle connection that makes room writes what it has still buffered.
 const LEAVE_TIME: Duration = Duration::from_millis(200);

@@ -21,7 +21,7 @@ use crate::server::incoming;
 use crate::state::app::App;
 
 /// `GET /mode`
-pub async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
     let costs = app.measured.costs();
     Json(json!({
         "mode": app.mode.get(),
@@ -31,7 +31,7 @@ pub async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 /// `POST /mode/{mode}`
-pub async fn set_mode(
+pub(crate) async fn set_mode(
     State(app): State<Arc<App>>,
     Path(mode): Path<String>,
     request: Request,
@@ -47,7 +47,7 @@ pub async fn set_mode(
 }
 
 /// `GET /conversations`
-pub async fn conversations(
+pub(crate) async fn conversations(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
@@ -57,13 +57,19 @@ pub async fn conversations(
 }
 
 /// `POST /conversations/clear`
-pub async fn clear(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn clear(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
     permit(&app, &request)?;
     Ok(Json(json!({"cleared": app.memory.clear()})))
 }
 
 /// `POST /instances`
-pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn add(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, ApiError> {
     permit(&app, &request)?;
     let from = incoming::peer(request.extensions());
     let body = incoming::read(&app, request.into_body(), MAX_BODY_BYTES, from).await?;
@@ -78,7 +84,7 @@ pub async fn add(State(app): State<Arc<App>>, request: Request) -> Result<Respon
 }
 
 /// `DELETE /instances/{id}`
-pub async fn remove(
+pub(crate) async fn remove(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
     request: Request,
@@ -89,7 +95,7 @@ pub async fn remove(
 }
 
 /// `POST /instances/{id}/drain`
-pub async fn drain(
+pub(crate) async fn drain(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
     request: Request,
@@ -100,7 +106,7 @@ pub async fn drain(
 }
 
 /// `POST /instances/{id}/resume`
-pub async fn resume(
+pub(crate) async fn resume(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
     request: Request,
@@ -152,7 +158,7 @@ fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
 ///
 /// # Errors
 /// As of [`keys::may_read`].
-pub fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
+pub(crate) fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
     let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = keys::may_read(&app.config.access, headers, peer);
     permitted.inspect_err(|error| refused(app, request, error, "read refused"))

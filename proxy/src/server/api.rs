@@ -31,7 +31,7 @@ use crate::state::app::App;
 use crate::telemetry::record::Record;
 
 /// All endpoints of one proxy.
-pub fn router(app: Arc<App>) -> Router {
+pub(crate) fn router(app: Arc<App>) -> Router {
     let routes = routes(app);
     let inner = routes.clone();
     routes.fallback(move |request: Request| decoded(inner, request))

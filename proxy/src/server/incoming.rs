@@ -14,7 +14,7 @@ use crate::openai::error::{ApiError, Code};
 use crate::state::app::App;
 
 /// Returns the address that a request has come from.
-pub fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
+pub(crate) fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
     extensions.get::<SocketAddr>().map(SocketAddr::ip)
 }
 
@@ -23,7 +23,7 @@ pub fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
 ///
 /// # Errors
 /// It is longer, breaks off, pauses, or has to give way to others.
-pub async fn read(
+pub(crate) async fn read(
     app: &App,
     mut body: Body,
     limit: usize,

@@ -17,7 +17,7 @@ use crate::state::app::App;
 
 /// The task that sends.
 #[derive(Debug)]
-pub struct Exporter {
+pub(crate) struct Exporter {
     app: Arc<App>,
     url: String,
     spans: mpsc::Receiver<Value>,
@@ -26,7 +26,7 @@ pub struct Exporter {
 
 impl Exporter {
     /// Sends what comes from `spans` to the collector at this base URL.
-    pub fn new(app: Arc<App>, base: &str, spans: mpsc::Receiver<Value>) -> Self {
+    pub(crate) fn new(app: Arc<App>, base: &str, spans: mpsc::Receiver<Value>) -> Self {
         Self {
             app,
             url: format!("{}/v1/traces", base.trim_end_matches('/')),
@@ -36,7 +36,7 @@ impl Exporter {
     }
 
     /// Runs until `stop`, and sends what is left.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::new();
         let mut due = Instant::now();
         loop {
@@ -101,7 +101,7 @@ impl Exporter {
 }
 
 /// Spans that wait; more are dropped, and counted.
-pub const QUEUE: usize = 8192;
+pub(crate) const QUEUE: usize = 8192;
 /// In one POST.
 const BATCH: usize = 512;
 /// Until a POST that is not full is sent.

@@ -16,7 +16,7 @@ use tracing::warn;
 
 /// All client connections.
 #[derive(Debug)]
-pub struct Seats {
+pub(crate) struct Seats {
     most: usize,
     table: Mutex<Table>,
 }
@@ -40,7 +40,7 @@ struct Taken {
 
 /// One connection's place, given back when dropped.
 #[derive(Debug)]
-pub struct Seat {
+pub(crate) struct Seat {
     seats: Arc<Seats>,
     number: u64,
     /// Set when a newcomer takes the place.
@@ -53,14 +53,14 @@ pub struct Seat {
 
 /// A request under way; the connection is idle again once it is dropped.
 #[derive(Debug)]
-pub struct Busy {
+pub(crate) struct Busy {
     seats: Arc<Seats>,
     number: u64,
 }
 
 impl Seats {
     /// Places for so many connections.
-    pub fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Self {
             most,
             table: Mutex::default(),
@@ -68,7 +68,7 @@ impl Seats {
     }
 
     /// Takes a place. If there is none, the connection that has been idle for longest is asked to leave.
-    pub fn sit(self: &Arc<Self>, now: Instant) -> Seat {
+    pub(crate) fn sit(self: &Arc<Self>, now: Instant) -> Seat {
         let mut table = self.table();
         let staying = |taken: &&Taken| !taken.leave.is_cancelled();
         let is_full = table.taken.values().filter(staying).count() >= self.most;
@@ -120,7 +120,7 @@ impl Table {
 
 impl Seat {
     /// Marks the connection as busy with a request.
-    pub fn begin(&self) -> Busy {
+    pub(crate) fn begin(&self) -> Busy {
         if let Some(taken) = self.seats.table().taken.get_mut(&self.number) {
             taken.busy += 1;
         }
@@ -131,7 +131,7 @@ impl Seat {
     }
 
     /// Returns true while a request is under way.
-    pub fn is_busy(&self) -> bool {
+    pub(crate) fn is_busy(&self) -> bool {
         let table = self.seats.table();
         table.taken.get(&self.number).is_some_and(|t| t.busy > 0)
     }
@@ -154,14 +154,14 @@ impl Drop for Busy {
 
 /// An answer's body, which keeps its connection busy until its end.
 #[derive(Debug)]
-pub struct BusyBody {
+pub(crate) struct BusyBody {
     body: Body,
     _busy: Busy,
 }
 
 impl BusyBody {
     /// Wraps a body.
-    pub fn new(body: Body, busy: Busy) -> Self {
+    pub(crate) fn new(body: Body, busy: Busy) -> Self {
         Self { body, _busy: busy }
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::{Sleep, sleep};
 /// A stream whose writes fail once the peer has taken nothing for `limit`. Without it, a client that
 /// stops reading would hold its request, and with it KV blocks of an engine, for ever.
 #[derive(Debug)]
-pub struct Patience<S> {
+pub(crate) struct Patience<S> {
     stream: S,
     limit: Duration,
     /// Runs while a write is blocked.
@@ -21,7 +21,7 @@ pub struct Patience<S> {
 
 impl<S> Patience<S> {
     /// Wraps a stream.
-    pub fn new(stream: S, limit: Duration) -> Self {
+    pub(crate) fn new(stream: S, limit: Duration) -> Self {
         Self {
             stream,
             limit,

@@ -26,11 +26,11 @@ use crate::telemetry::record::Recent;
 use crate::upstream::client::Legs;
 
 /// The instances as routing sees them; replaced as a whole at each change.
-pub type Instances = Arc<[Arc<Instance>]>;
+pub(crate) type Instances = Arc<[Arc<Instance>]>;
 
 /// One proxy.
 #[derive(Debug)]
-pub struct App {
+pub(crate) struct App {
     /// Its flags.
     pub config: Config,
     /// The address that call-backs name.
@@ -73,7 +73,7 @@ pub struct App {
 
 impl App {
     /// A proxy without instances.
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         legs: Legs,
         registration: SocketAddr,
@@ -110,31 +110,31 @@ impl App {
     }
 
     /// A place for one more request, or `None` if all are taken.
-    pub fn admit(&self) -> Option<OwnedSemaphorePermit> {
+    pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.slots).try_acquire_owned().ok()
     }
 
     /// Returns when no request is under way any more; none begins while it waits.
-    pub async fn drained(&self) {
+    pub(crate) async fn drained(&self) {
         let all = u32::try_from(self.config.max_in_flight).unwrap_or(u32::MAX);
         // Never closed, so the only end is success.
         drop(self.slots.acquire_many(all).await);
     }
 
     /// A leg could not reach this instance: it is called back before the next health check is due.
-    pub fn suspect(&self, id: &str) {
+    pub(crate) fn suspect(&self, id: &str) {
         // A full queue has other suspects, which are most likely the same ones.
         drop(self.suspects.try_send(id.to_owned()));
     }
 
     /// The instances now.
-    pub fn instances(&self) -> Instances {
+    pub(crate) fn instances(&self) -> Instances {
         Arc::clone(&self.instances.borrow())
     }
 
     /// The next place in turn on either side; requests with transfers are counted apart, so that
     /// those of the other kind do not skip prefill instances.
-    pub fn next_turn(&self, transfers: Transfers) -> (Side, Side) {
+    pub(crate) fn next_turn(&self, transfers: Transfers) -> (Side, Side) {
         let prefill = match transfers {
             Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
             Transfers::No => 0,
@@ -150,21 +150,21 @@ impl App {
     }
 
     /// Whether anything depends on what was routed before.
-    pub fn remembers(&self) -> bool {
+    pub(crate) fn remembers(&self) -> bool {
         let policies = [self.config.prefill_policy, self.config.decode_policy];
         self.mode.get() != Mode::Pd || policies.contains(&Policy::Prefix)
     }
 }
 
 /// How busy instances are, in their order.
-pub fn facts(instances: &Instances) -> Vec<Facts> {
+pub(crate) fn facts(instances: &Instances) -> Vec<Facts> {
     let now = Instant::now();
     instances.iter().map(|i| i.load.facts(now)).collect()
 }
 
 /// Whether a request may have a prefill leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transfers {
+pub(crate) enum Transfers {
     /// It may.
     Yes,
     /// It is computed by its decode instance alone.

@@ -13,13 +13,13 @@ use crate::telemetry::record::Moved;
 
 /// Every request under way that has a prefill leg.
 #[derive(Debug, Default)]
-pub struct InFlight {
+pub(crate) struct InFlight {
     requests: Mutex<HashMap<RequestId, Arc<Watch>>>,
 }
 
 /// What others say about one request under way.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     /// The prefill instance: only its word on the request's progress counts.
     prefill: String,
     begun: Notify,
@@ -32,7 +32,7 @@ pub struct Watch {
 
 /// How and when a prefill leg ended.
 #[derive(Clone, Debug)]
-pub struct PrefillNote {
+pub(crate) struct PrefillNote {
     /// When.
     pub at: Instant,
     /// What went wrong, if anything.
@@ -45,7 +45,7 @@ pub struct PrefillNote {
 
 /// A request's place in [`InFlight`]; leaves it when dropped.
 #[derive(Debug)]
-pub struct Place {
+pub(crate) struct Place {
     all: Arc<InFlight>,
     id: RequestId,
     /// What others say about the request.
@@ -54,7 +54,7 @@ pub struct Place {
 
 impl InFlight {
     /// Enters a request whose prefill leg goes to `prefill`. Ids are unique by construction.
-    pub fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> Place {
+    pub(crate) fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> Place {
         let watch = Arc::new(Watch {
             prefill: prefill.to_owned(),
             begun: Notify::new(),
@@ -73,7 +73,7 @@ impl InFlight {
 
     /// The prefill engine has begun. Returns whether the request is known and `from` is its
     /// prefill instance.
-    pub fn begun(&self, now: Instant, id: &RequestId, from: &str) -> bool {
+    pub(crate) fn begun(&self, now: Instant, id: &RequestId, from: &str) -> bool {
         let watch = self.lock().get(id).cloned();
         let Some(watch) = watch.filter(|watch| watch.prefill == from) else {
             return false;
@@ -86,7 +86,7 @@ impl InFlight {
     }
 
     /// A sender's word on the KV. Returns whether the request is known.
-    pub fn moved(&self, id: &RequestId, notice: Option<&NotifX>) -> bool {
+    pub(crate) fn moved(&self, id: &RequestId, notice: Option<&NotifX>) -> bool {
         let Some(watch) = self.lock().get(id).cloned() else {
             return false;
         };
@@ -106,12 +106,12 @@ impl Watch {
     ///
     /// # Cancel safety
     /// The word is not lost: a later call returns at once, if none has returned yet.
-    pub async fn begun(&self) {
+    pub(crate) async fn begun(&self) {
         self.begun.notified().await;
     }
 
     /// Waits until so many ranks have said that their KV is written. For one waiter.
-    pub async fn noticed(&self, ranks: usize) {
+    pub(crate) async fn noticed(&self, ranks: usize) {
         let enough = |moved: Moved| usize::try_from(moved.ranks).is_ok_and(|said| said >= ranks);
         while !self.moved().is_some_and(enough) {
             self.noticed.notified().await;
@@ -119,23 +119,23 @@ impl Watch {
     }
 
     /// When the prefill engine began.
-    pub fn begun_at(&self) -> Option<Instant> {
+    pub(crate) fn begun_at(&self) -> Option<Instant> {
         self.begun_at.get().copied()
     }
 
     /// Notes the end of the prefill leg.
-    pub fn prefill_ended(&self, note: PrefillNote) {
+    pub(crate) fn prefill_ended(&self, note: PrefillNote) {
         // A leg ends once; were it to end twice, the first would be the true one.
         drop(self.prefill_end.set(note));
     }
 
     /// The end of the prefill leg.
-    pub fn prefill_end(&self) -> Option<&PrefillNote> {
+    pub(crate) fn prefill_end(&self) -> Option<&PrefillNote> {
         self.prefill_end.get()
     }
 
     /// What the sender said about the KV.
-    pub fn moved(&self) -> Option<Moved> {
+    pub(crate) fn moved(&self) -> Option<Moved> {
         let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
         moved.clone()
     }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 /// All bodies on their way in.
 #[derive(Debug)]
-pub struct Uploads {
+pub(crate) struct Uploads {
     most: usize,
     most_bytes: usize,
     table: Mutex<Table>,
@@ -42,7 +42,7 @@ struct Open {
 
 /// One body's place, given back when dropped.
 #[derive(Debug)]
-pub struct Upload {
+pub(crate) struct Upload {
     uploads: Arc<Uploads>,
     number: u64,
     displaced: CancellationToken,
@@ -50,11 +50,11 @@ pub struct Upload {
 
 /// There is no place, and every body on its way in is as young as the newcomer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
+pub(crate) struct Full;
 
 impl Uploads {
     /// Places for so many bodies, with so many bytes together.
-    pub fn new(most: usize, most_bytes: usize) -> Self {
+    pub(crate) fn new(most: usize, most_bytes: usize) -> Self {
         Self {
             most,
             most_bytes,
@@ -66,7 +66,11 @@ impl Uploads {
     ///
     /// # Errors
     /// See [`Full`].
-    pub fn begin(self: &Arc<Self>, now: Instant, from: Option<IpAddr>) -> Result<Upload, Full> {
+    pub(crate) fn begin(
+        self: &Arc<Self>,
+        now: Instant,
+        from: Option<IpAddr>,
+    ) -> Result<Upload, Full> {
         let from = from.map(network);
         let mut table = self.table();
         if table.open.len() >= self.most {
@@ -92,13 +96,8 @@ impl Uploads {
     }
 
     /// Returns how many bodies are on their way in.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.table().open.len()
-    }
-
-    /// Returns true if none is.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -112,7 +111,7 @@ impl Upload {
     ///
     /// # Errors
     /// See [`Full`].
-    pub fn grow(&self, now: Instant, bytes: usize) -> Result<(), Full> {
+    pub(crate) fn grow(&self, now: Instant, bytes: usize) -> Result<(), Full> {
         let mut table = self.uploads.table();
         while table.bytes + bytes > self.uploads.most_bytes {
             table.displace(now, Some(self.number))?;
@@ -131,7 +130,7 @@ impl Upload {
     }
 
     /// Returns when a newcomer has taken this body's place.
-    pub async fn displaced(&self) {
+    pub(crate) async fn displaced(&self) {
         self.displaced.cancelled().await;
     }
 }

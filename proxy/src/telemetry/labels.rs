@@ -9,7 +9,7 @@ use crate::upstream::client::LegFailure;
 
 /// Label values of one metric: a fixed set of names, each with a fixed set of values.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Labels<const N: usize>(pub [(&'static str, &'static str); N]);
+pub(crate) struct Labels<const N: usize>(pub [(&'static str, &'static str); N]);
 
 /// What came to the registration port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// Times of prefill legs. Beyond a number of them, a random choice stands for all.
 #[derive(Debug, Default)]
-pub struct PrefillTimes {
+pub(crate) struct PrefillTimes {
     state: Mutex<State>,
 }
 
@@ -19,7 +19,7 @@ struct State {
 
 /// Their figures.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// How many.
     pub count: u64,
     /// Milliseconds.
@@ -32,7 +32,7 @@ pub struct Summary {
 
 impl PrefillTimes {
     /// A prefill leg was answered so long after the request's arrival.
-    pub fn add(&self, time: Duration) {
+    pub(crate) fn add(&self, time: Duration) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.count += 1;
         state.seconds += time.as_secs_f64();
@@ -51,7 +51,7 @@ impl PrefillTimes {
     }
 
     /// Their figures so far; `None` if there was none.
-    pub fn summary(&self) -> Option<Summary> {
+    pub(crate) fn summary(&self) -> Option<Summary> {
         let (count, seconds, mut sample) = {
             let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             (state.count, state.seconds, state.sample.clone())

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 /// One request. Times are milliseconds since its arrival.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// The request.
     pub id: String,
     /// What the legs carry instead, where a connector or a second attempt wants another id.
@@ -59,7 +59,7 @@ pub struct Record {
 
 /// The sender sidecar's word on a request's KV, summed over its ranks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Moved {
+pub(crate) struct Moved {
     /// Every rank wrote all that was wanted.
     pub ok: bool,
     /// The first rank's reason, if one did not.
@@ -76,13 +76,13 @@ pub struct Moved {
 
 /// The last requests, for `GET /requests`.
 #[derive(Debug, Default)]
-pub struct Recent {
+pub(crate) struct Recent {
     records: Mutex<VecDeque<Record>>,
 }
 
 impl Moved {
     /// Adds the notice of one rank; LMCache's has no details.
-    pub fn add(&mut self, notice: Option<&NotifX>) {
+    pub(crate) fn add(&mut self, notice: Option<&NotifX>) {
         let first = self.ranks == 0;
         let ok = notice.is_none_or(|x| x.ok);
         self.ok = ok && (first || self.ok);
@@ -112,7 +112,7 @@ fn transport_name(text: &str) -> &str {
 
 impl Recent {
     /// Adds a request that has ended, and forgets the oldest beyond 256.
-    pub fn push(&self, record: Record) {
+    pub(crate) fn push(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() == KEPT {
             records.pop_front();
@@ -121,7 +121,7 @@ impl Recent {
     }
 
     /// Adds a notice that came after the request's end. Returns whether anybody was meant.
-    pub fn amend(&self, id: &str, notice: Option<&NotifX>) -> bool {
+    pub(crate) fn amend(&self, id: &str, notice: Option<&NotifX>) -> bool {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(record) = records
             .iter_mut()
@@ -135,7 +135,7 @@ impl Recent {
     }
 
     /// All of them, oldest first.
-    pub fn all(&self) -> Vec<Record> {
+    pub(crate) fn all(&self) -> Vec<Record> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         records.iter().cloned().collect()
     }

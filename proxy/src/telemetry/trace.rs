@@ -7,7 +7,7 @@ use crate::telemetry::record::Record;
 
 /// Where a request stands in its trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trace {
+pub(crate) struct Trace {
     /// 32 hex digits.
     trace: String,
     /// The client's span, if it has sent one.
@@ -20,7 +20,7 @@ pub struct Trace {
 
 impl Trace {
     /// The context that a client has sent, continued; or a new one.
-    pub fn of(headers: &HeaderMap) -> Self {
+    pub(crate) fn of(headers: &HeaderMap) -> Self {
         let sent = headers
             .get(HEADER)
             .and_then(|value| value.to_str().ok())
@@ -43,7 +43,7 @@ impl Trace {
     }
 
     /// What the legs carry: their engines' spans are children of this request's.
-    pub fn pass_on(&self, headers: &mut HeaderMap) {
+    pub(crate) fn pass_on(&self, headers: &mut HeaderMap) {
         let flags = if self.is_sampled { "01" } else { "00" };
         let text = format!("00-{}-{}-{flags}", self.trace, self.span);
         // Hex digits and dashes.
@@ -53,7 +53,7 @@ impl Trace {
     }
 
     /// The spans of a request that has ended: itself, and its legs.
-    pub fn spans(&self, record: &Record) -> Vec<Value> {
+    pub(crate) fn spans(&self, record: &Record) -> Vec<Value> {
         let start = record.arrived_unix_ms as f64;
         let span = |name: String, kind: u8, from: f64, to: f64, more: Value| {
             json!({

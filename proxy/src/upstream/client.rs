@@ -20,11 +20,11 @@ mod answer;
 
 use crate::fleet::zone::Resolver;
 use crate::upstream::tls::{TlsError, TlsFiles};
-pub use answer::{Answer, LegError, LegFailure, PrefillEnd};
+pub(crate) use answer::{Answer, LegError, LegFailure, PrefillEnd};
 
 /// Sends requests to engines and sidecars.
 #[derive(Clone, Debug)]
-pub struct Legs {
+pub(crate) struct Legs {
     links: Arc<Links>,
     idle_timeout: Duration,
 }
@@ -34,7 +34,7 @@ impl Legs {
     ///
     /// # Errors
     /// TLS cannot be set up.
-    pub fn new(
+    pub(crate) fn new(
         tls: &TlsFiles,
         connect_timeout: Duration,
         idle_timeout: Duration,
@@ -58,7 +58,7 @@ impl Legs {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub async fn prefill(
+    pub(crate) async fn prefill(
         &self,
         url: &str,
         headers: HeaderMap,
@@ -105,7 +105,7 @@ impl Legs {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection.
-    pub async fn ask(
+    pub(crate) async fn ask(
         &self,
         url: &str,
         headers: HeaderMap,
@@ -133,7 +133,7 @@ impl Legs {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub async fn decode(
+    pub(crate) async fn decode(
         &self,
         url: &str,
         headers: HeaderMap,
@@ -171,7 +171,7 @@ impl Legs {
     ///
     /// # Errors
     /// No answer, a long one, or none within `limit`.
-    pub async fn get(
+    pub(crate) async fn get(
         &self,
         url: &str,
         headers: HeaderMap,
@@ -200,7 +200,11 @@ impl Legs {
     ///
     /// # Errors
     /// No answer.
-    pub async fn open(&self, url: &str, body: Bytes) -> Result<Response<LinkBody>, LegError> {
+    pub(crate) async fn open(
+        &self,
+        url: &str,
+        body: Bytes,
+    ) -> Result<Response<LinkBody>, LegError> {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, JSON);
         self.send(Method::POST, url, headers, body).await
@@ -210,7 +214,7 @@ impl Legs {
     ///
     /// # Errors
     /// No answer, a long one, or none within `limit`.
-    pub async fn post_json(
+    pub(crate) async fn post_json(
         &self,
         url: &str,
         body: Bytes,

@@ -17,7 +17,7 @@ use crate::upstream::pool::LinkBody;
 
 /// One etcd, at any of its addresses.
 #[derive(Debug)]
-pub struct Etcd {
+pub(crate) struct Etcd {
     legs: Legs,
     urls: Vec<String>,
     /// The address that answered last.
@@ -26,11 +26,11 @@ pub struct Etcd {
 
 /// A lease: keys under it vanish when it is not renewed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lease(String);
+pub(crate) struct Lease(String);
 
 /// etcd did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-pub enum EtcdError {
+pub(crate) enum EtcdError {
     /// No address answers.
     #[error("etcd: {0}")]
     Unreachable(String),
@@ -44,14 +44,14 @@ pub enum EtcdError {
 
 /// A watch: each event is only a reason to read again.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     body: LinkBody,
     partial: Vec<u8>,
 }
 
 impl Etcd {
     /// An etcd that answers at these base URLs.
-    pub fn new(legs: Legs, urls: Vec<String>) -> Self {
+    pub(crate) fn new(legs: Legs, urls: Vec<String>) -> Self {
         Self { legs, urls, at: 0 }
     }
 
@@ -59,7 +59,7 @@ impl Etcd {
     ///
     /// # Errors
     /// No lease.
-    pub async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
+    pub(crate) async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
         let answer = self
             .call("lease/grant", json!({"TTL": ttl.as_secs()}))
             .await?;
@@ -71,7 +71,7 @@ impl Etcd {
     ///
     /// # Errors
     /// It has run out, or nobody answers.
-    pub async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
+    pub(crate) async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         let answer = self.call("lease/keepalive", json!({"ID": lease.0})).await?;
         // Without a lease to renew, the field is absent or zero.
         let ttl = answer["result"]["TTL"].as_str().unwrap_or("0");
@@ -86,7 +86,7 @@ impl Etcd {
     ///
     /// # Errors
     /// It runs out by itself then.
-    pub async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
+    pub(crate) async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         self.call("lease/revoke", json!({"ID": lease.0}))
             .await
             .map(drop)
@@ -96,7 +96,12 @@ impl Etcd {
     ///
     /// # Errors
     /// It is not written, as far as is known.
-    pub async fn put(&mut self, lease: &Lease, key: &str, value: &str) -> Result<(), EtcdError> {
+    pub(crate) async fn put(
+        &mut self,
+        lease: &Lease,
+        key: &str,
+        value: &str,
+    ) -> Result<(), EtcdError> {
         let body = json!({"key": b64(key), "value": b64(value), "lease": lease.0});
         self.call("kv/put", body).await.map(drop)
     }
@@ -105,7 +110,7 @@ impl Etcd {
     ///
     /// # Errors
     /// It is not deleted, as far as is known.
-    pub async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
+    pub(crate) async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
         self.call("kv/deleterange", json!({"key": b64(key)}))
             .await
             .map(drop)
@@ -115,7 +120,7 @@ impl Etcd {
     ///
     /// # Errors
     /// They cannot be read.
-    pub async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
+    pub(crate) async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
         let body = json!({"key": b64(prefix), "range_end": b64(&after(prefix)), "limit": MAX_KEYS});
         let answer = self.call("kv/range", body).await?;
         let Some(all) = answer.get("kvs") else {
@@ -133,7 +138,7 @@ impl Etcd {
     ///
     /// # Errors
     /// Nobody answers.
-    pub async fn watch(&mut self, prefix: &str) -> Result<Watch, EtcdError> {
+    pub(crate) async fn watch(&mut self, prefix: &str) -> Result<Watch, EtcdError> {
         let range = json!({"key": b64(prefix), "range_end": b64(&after(prefix))});
         let body = json!({"create_request": range}).to_string();
         let url = format!("{}/v3/watch", self.urls[self.at]);
@@ -182,7 +187,7 @@ impl Watch {
     ///
     /// # Cancel safety
     /// No event is lost when the future is dropped.
-    pub async fn changed(&mut self) -> bool {
+    pub(crate) async fn changed(&mut self) -> bool {
         loop {
             while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();

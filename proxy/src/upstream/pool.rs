@@ -30,7 +30,7 @@ use connection::{Link, Outgoing, nobody};
 type Origin = (Scheme, Authority);
 
 /// Makes connections and keeps those that are idle.
-pub struct Links {
+pub(crate) struct Links {
     connector: HttpsConnector<HttpConnector<Resolver>>,
     idle: Mutex<Idle>,
 }
@@ -49,7 +49,7 @@ struct Waiting {
 
 /// A request that brought no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum LinkError {
+pub(crate) enum LinkError {
     /// No connection: nobody has seen the request.
     #[error("{0}")]
     Connect(String),
@@ -60,7 +60,7 @@ pub enum LinkError {
 
 /// The body of an answer. Read to its end, its connection is idle again; dropped before, it is closed, so
 /// that the engine aborts the request.
-pub struct LinkBody {
+pub(crate) struct LinkBody {
     incoming: Incoming,
     /// `None` once it has been given back.
     link: Option<Link>,
@@ -70,7 +70,7 @@ pub struct LinkBody {
 
 impl Links {
     /// No connection yet.
-    pub fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
+    pub(crate) fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
         Self {
             connector,
             idle: Mutex::default(),
@@ -84,7 +84,7 @@ impl Links {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection.
-    pub async fn request(
+    pub(crate) async fn request(
         self: &Arc<Self>,
         mut request: Request<Outgoing>,
     ) -> Result<Response<LinkBody>, LinkError> {
@@ -266,7 +266,7 @@ fn is_closed(error: &hyper::Error) -> bool {
 }
 
 /// hyper's errors say what failed, and only their sources say why.
-pub fn with_cause(error: &dyn StdError) -> String {
+pub(crate) fn with_cause(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

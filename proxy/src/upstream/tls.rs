@@ -192,7 +192,7 @@ fn instead(path: &Path) -> &'static str {
 }
 
 /// Returns an error of a TLS handshake with the cure behind it, where the error alone does not say it.
-pub fn explained(error: &str) -> String {
+pub(crate) fn explained(error: &str) -> String {
     let cures = [
         (
             "CaUsedAsEndEntity",

@@ -217,7 +217,7 @@ fn check_receiver(
 }
 
 /// As it stands in the request ids of P2P NCCL: anything else could end one address early.
-pub fn is_host_port(text: &str) -> bool {
+fn is_host_port(text: &str) -> bool {
     let Some((host, port)) = text.rsplit_once(':') else {
         return false;
     };

@@ -2,7 +2,7 @@
 
 /// A call-back to be made.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallBack {
+pub(crate) struct CallBack {
     /// The sidecar's name.
     pub id: String,
     /// The sidecar's epoch.

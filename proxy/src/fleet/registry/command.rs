@@ -6,7 +6,7 @@ use crate::fleet::instance::Instance;
 
 /// Something that the registration task is asked to do.
 #[derive(Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Take this instance in.
     Name(Box<Instance>, oneshot::Sender<Result<(), String>>),
     /// These are all that other proxies have written.

@@ -12,7 +12,7 @@ use crate::fleet::kv_fit::Kv;
 
 /// An instance that another one cannot be paired with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Unfit {
+pub(crate) struct Unfit {
     /// The other one.
     pub with: String,
     /// What stands between them, and what to do about it.
@@ -20,7 +20,7 @@ pub struct Unfit {
 }
 
 /// The instances with which this one would be a pair, if it were not for what their sidecars say.
-pub fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
+pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
     let ready = all.iter().filter(|other| other.standing == Standing::Ready);
     ready
         .filter_map(|other| {

@@ -7,7 +7,7 @@
 
 /// What a field concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// The prompt, and `/tokenize` reads it too.
     Tokenized,
     /// The prompt, or the engine's extensions: only the engine knows how.
@@ -33,7 +33,7 @@ pub(super) fn known(name: &str) -> Option<(&'static str, Kind)> {
 }
 
 /// The kind of a field.
-pub fn kind(name: &str) -> Option<Kind> {
+pub(crate) fn kind(name: &str) -> Option<Kind> {
     known(name).map(|(_, kind)| kind)
 }
 

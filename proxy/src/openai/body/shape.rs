@@ -6,7 +6,7 @@ use crate::openai::endpoint::Endpoint;
 impl RequestBody {
     /// Names what the request is made of: its fields, and the kinds of parts of its messages. What an
     /// engine does not push for one request it does not push for others of the same kind.
-    pub fn shape(&self, endpoint: Endpoint) -> String {
+    pub(crate) fn shape(&self, endpoint: Endpoint) -> String {
         let mut names: Vec<_> = self.fields.iter().map(|field| field.name).collect();
         names.retain(|name| !name.is_empty() && self.is_set(name));
         names.sort_unstable();
@@ -32,7 +32,7 @@ impl RequestBody {
     }
 
     /// Returns the model that the request names, as JSON.
-    pub fn model(&self) -> &str {
+    pub(crate) fn model(&self) -> &str {
         self.text("model").unwrap_or_default()
     }
 }

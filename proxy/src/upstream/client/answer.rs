@@ -15,7 +15,7 @@ use crate::upstream::pool::LinkBody;
 
 /// A decode leg's answer, from its first bytes on.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Status and headers, as the engine sent them.
     pub head: response::Parts,
     /// What has been read of the body.
@@ -26,7 +26,7 @@ pub struct Answer {
 
 /// How a prefill leg ended.
 #[derive(Debug)]
-pub enum PrefillEnd {
+pub(crate) enum PrefillEnd {
     /// 2xx, and what it brings.
     Answered(Prefilled),
     /// The engine says that the request is wrong; this is its answer.
@@ -37,7 +37,7 @@ pub enum PrefillEnd {
 
 /// A leg that brought no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum LegError {
+pub(crate) enum LegError {
     /// Nobody listens there, or not in time: the engine has not seen the request.
     #[error("cannot connect: {0}")]
     Connect(String),
@@ -81,7 +81,7 @@ impl Answer {
     ///
     /// # Errors
     /// The engine is busy, or has failed.
-    pub fn judged(self) -> Result<Self, LegError> {
+    pub(crate) fn judged(self) -> Result<Self, LegError> {
         match self.head.status {
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
                 Err(LegError::Busy(Box::new(self)))
@@ -95,7 +95,7 @@ impl Answer {
 
     /// What an engine means whose stream begins with an error. vLLM sends the head of a stream before
     /// it knows that its engine is dead: the status of the error then stands in the event.
-    pub fn of_first_event(head: response::Parts, held: Bytes, rest: LinkBody) -> Self {
+    pub(crate) fn of_first_event(head: response::Parts, held: Bytes, rest: LinkBody) -> Self {
         let failed = sse::error(&held).and_then(|data| Some((status_in(data)?, data)));
         let Some((status, data)) = failed.filter(|_| head.status.is_success()) else {
             return Self {
@@ -158,7 +158,7 @@ fn said(answer: &Answer) -> String {
 
 impl LegError {
     /// How, without the details.
-    pub fn failure(&self) -> LegFailure {
+    pub(crate) fn failure(&self) -> LegFailure {
         match self {
             Self::Connect(_) => LegFailure::Connect,
             Self::Died(_) => LegFailure::Died,
@@ -170,7 +170,7 @@ impl LegError {
     }
 
     /// Another instance may do better. One that used up its time has used up the client's too.
-    pub fn is_retryable(&self) -> bool {
+    pub(crate) fn is_retryable(&self) -> bool {
         !matches!(self, Self::Timeout(_))
     }
 }

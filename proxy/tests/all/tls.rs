@@ -1,7 +1,5 @@
 //! TLS towards clients, and towards engines: one proxy in front of another is both.
 
-mod support;
-
 use bytes::Bytes;
 use http::Request;
 use http_body_util::{BodyExt, Full};
@@ -10,8 +8,9 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use proxy::TlsFiles;
 use serde_json::json;
-use support::Rig;
-use support::sidecar::Role;
+
+use crate::support::Rig;
+use crate::support::sidecar::Role;
 
 /// Writes a certificate for this host; returns its file and its key's.
 fn certificate(folder: &std::path::Path) -> (String, String) {
@@ -63,7 +62,7 @@ async fn both_sides() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(support::PATIENCE, answered)
+    tokio::time::timeout(crate::support::PATIENCE, answered)
         .await
         .expect("it gets through");
 }

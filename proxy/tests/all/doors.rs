@@ -1,7 +1,5 @@
 //! What strangers at the proxy's ports cannot do to others.
 
-mod support;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -9,12 +7,13 @@ use std::time::Duration;
 use protocol::Epoch;
 use protocol::registration::ToProxy;
 use serde_json::{Value, json};
-use support::engine::{Engine, Reply, Then, events};
-use support::sidecar::{Role, Sidecar};
-use support::{PATIENCE, Rig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
+
+use crate::support::engine::{Engine, Reply, Then, events};
+use crate::support::sidecar::{Role, Sidecar};
+use crate::support::{PATIENCE, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 

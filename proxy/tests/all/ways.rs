@@ -1,12 +1,11 @@
 //! Ways to hand over beside the usual one: the decode leg at other times, the first token from the
 //! prefill engine, sidecars and LMCache in one pair.
 
-mod support;
-
 use serde_json::{Value, json};
-use support::engine::{Engine, Reply, Seen, Then, completion, events};
-use support::sidecar::Role;
-use support::{Pair, Rig};
+
+use crate::support::engine::{Engine, Reply, Seen, Then, completion, events};
+use crate::support::sidecar::Role;
+use crate::support::{Pair, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -143,7 +142,10 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
     assert_ne!(loads(&pair.d.seen()), loads(&other.seen()));
 
     for decode in [&pair.d, &other] {
-        decode.on_decode(Reply::Stream(events(&["llo"]), support::engine::Then::End));
+        decode.on_decode(Reply::Stream(
+            events(&["llo"]),
+            crate::support::engine::Then::End,
+        ));
     }
     let all = rig.client.stream(CHAT, &body).await.whole().await.text();
     let said: String = all
@@ -177,7 +179,9 @@ async fn an_event_that_does_not_end_ends_the_stream() {
             last = chunk.unwrap();
         }
     };
-    let ended = tokio::time::timeout(support::PATIENCE, read).await.is_ok();
+    let ended = tokio::time::timeout(crate::support::PATIENCE, read)
+        .await
+        .is_ok();
     assert!(ended, "the stream goes on for ever");
     assert!(last.contains("does not end an event"), "{last:.300}");
     rig.journal.until("d decode aborted").await;
@@ -190,7 +194,7 @@ async fn what_the_first_token_would_change_goes_the_usual_way() {
     let (rig, pair) = first_token_rig(half).await;
     pair.d.on_decode(Reply::Stream(
         events(&["hello"]),
-        support::engine::Then::End,
+        crate::support::engine::Then::End,
     ));
     let got = rig.client.stream(COMPLETIONS, &streamed()).await;
     assert_eq!(got.whole().await.text(), events(&["hello"]).concat());

@@ -1,10 +1,9 @@
 //! The two legs of a request: what is sent, in which order, and what comes back.
 
-mod support;
-
 use serde_json::{Value, json};
-use support::Rig;
-use support::engine::{Reply, Then, completion, events};
+
+use crate::support::Rig;
+use crate::support::engine::{Reply, Then, completion, events};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";

@@ -1,6 +1,6 @@
 //! A proxy with scripted engines and sidecars around it, in one process.
 
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+#![allow(unreachable_pub, reason = "the program of the tests has no users")]
 
 pub mod client;
 pub mod engine;

@@ -1,13 +1,12 @@
 //! Nothing is computed twice in silence: pairs that cannot be, engines that move nothing, and refusals
 //! that will repeat get no prefill leg, and `/instances` says why.
 
-mod support;
-
 use protocol::{Layout, Reason};
 use serde_json::{Value, json};
-use support::engine::{Engine, Reply, completion};
-use support::sidecar::{Answer, Sidecar};
-use support::{Pair, Rig};
+
+use crate::support::engine::{Engine, Reply, completion};
+use crate::support::sidecar::{Answer, Sidecar};
+use crate::support::{Pair, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -100,7 +99,9 @@ async fn an_instance_that_moves_nothing_is_served_without_a_prefill_leg() {
         (Some("unfit"), 0)
     );
     // Where another decode instance has a pair, that one is taken.
-    let (e, _sidecar) = rig.instance("e", support::sidecar::Role::Decode).await;
+    let (e, _sidecar) = rig
+        .instance("e", crate::support::sidecar::Role::Decode)
+        .await;
     for earlier in 1..4 {
         let record = answered(&rig, &ask("m"), earlier).await;
         assert_eq!(

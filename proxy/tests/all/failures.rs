@@ -1,12 +1,11 @@
 //! Engines that die, refuse or fall silent, and clients that leave: every request ends, and the
 //! other parts hear of it.
 
-mod support;
-
 use serde_json::{Value, json};
-use support::engine::{Reply, Then, completion, events};
-use support::sidecar::Role;
-use support::{Pair, Rig};
+
+use crate::support::engine::{Reply, Then, completion, events};
+use crate::support::sidecar::Role;
+use crate::support::{Pair, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 

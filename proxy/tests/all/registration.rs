@@ -1,15 +1,14 @@
 //! The registration port and the call-back: who gets requests, and who cannot disturb that.
 
-mod support;
-
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::sidecar::{Answer, Role, Sidecar};
-use support::{PATIENCE, Rig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use crate::support::sidecar::{Answer, Role, Sidecar};
+use crate::support::{PATIENCE, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 

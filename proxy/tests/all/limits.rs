@@ -1,18 +1,17 @@
 //! What the proxy refuses, and how it stops.
 
-mod support;
-
 use std::time::Duration;
 
 use proxy::End;
 use serde_json::{Value, json};
-use support::client::Whole;
-use support::engine::{Reply, Then, completion, events};
-use support::sidecar::Role;
-use support::{PATIENCE, Rig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use crate::support::client::Whole;
+use crate::support::engine::{Reply, Then, completion, events};
+use crate::support::sidecar::Role;
+use crate::support::{PATIENCE, Rig};
 
 const COMPLETIONS: &str = "/v1/completions";
 

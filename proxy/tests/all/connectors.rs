@@ -1,15 +1,14 @@
 //! Engines without a sidecar: how each kind hands KV over, and that kinds can be mixed.
 
-mod support;
-
 use std::collections::BTreeMap;
 
 use omq_tokio::{Message, Options, Socket, SocketType};
 use protocol::registration::{ProxyNotif, ToProxy};
 use protocol::{RequestId, codec};
 use serde_json::{Value, json};
-use support::engine::{Engine, Reply, Then, completion, events};
-use support::{Rig, free_port};
+
+use crate::support::engine::{Engine, Reply, Then, completion, events};
+use crate::support::{Rig, free_port};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -278,7 +277,7 @@ async fn kinds_can_be_mixed() {
             engine
                 .seen()
                 .iter()
-                .map(support::engine::Seen::id)
+                .map(crate::support::engine::Seen::id)
                 .collect()
         };
         assert_eq!(ids(prefill).len(), 2);

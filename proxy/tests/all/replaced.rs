@@ -1,14 +1,13 @@
 //! Decode engines that are dead or hang behind a server that lives, and those that only take their time:
 //! the first are replaced before the client has got anything, the others are waited for.
 
-mod support;
-
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::Rig;
-use support::engine::{Engine, Reply, Then, completion, events};
-use support::sidecar::{Role, Sidecar};
+
+use crate::support::Rig;
+use crate::support::engine::{Engine, Reply, Then, completion, events};
+use crate::support::sidecar::{Role, Sidecar};
 
 const COMPLETIONS: &str = "/v1/completions";
 const COMMENT: &str = ": keep-alive\n\n";
@@ -244,7 +243,7 @@ async fn comments_are_no_activity() {
         }
         text
     };
-    let text = tokio::time::timeout(support::PATIENCE, read)
+    let text = tokio::time::timeout(crate::support::PATIENCE, read)
         .await
         .expect("the stream ends");
     assert!(text.contains("decode_silent"), "{text}");

@@ -1,14 +1,13 @@
 //! Two proxies over a real etcd: `PD_TEST_ETCD` names its binary, as `make etcd` fetches it.
 
-mod support;
-
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use proxy::Config;
 use serde_json::json;
-use support::sidecar::{Role, Sidecar};
-use support::{Rig, free_port};
+
+use crate::support::sidecar::{Role, Sidecar};
+use crate::support::{Rig, free_port};
 
 /// An etcd with its own data, ended with the test.
 struct Etcd {

@@ -1,19 +1,18 @@
 //! Many requests at once, with engines that fail and clients that leave: each one ends, and nothing
 //! of any is left.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
-use support::engine::{Reply, Then, completion, events};
-use support::sidecar::Role;
-use support::{PATIENCE, Rig};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+
+use crate::support::engine::{Reply, Then, completion, events};
+use crate::support::sidecar::Role;
+use crate::support::{PATIENCE, Rig};
 
 #[tokio::test]
 async fn nothing_is_left() {

@@ -1,16 +1,15 @@
 //! Connections to engines: used again while they are good, and their chunks passed on together.
 
-mod support;
-
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::Rig;
-use support::engine::events;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::support::Rig;
+use crate::support::engine::events;
 
 const COMPLETIONS: &str = "/v1/completions";
 

@@ -1,10 +1,9 @@
 //! Requests and answers as clients of one plain vLLM know them.
 
-mod support;
-
 use serde_json::json;
-use support::Rig;
-use support::engine::{Reply, Then, completion};
+
+use crate::support::Rig;
+use crate::support::engine::{Reply, Then, completion};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";

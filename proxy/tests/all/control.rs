@@ -1,12 +1,11 @@
 //! What changes a running proxy, and who may do it.
 
-mod support;
-
 use bytes::Bytes;
 use http::Method;
 use serde_json::{Value, json};
-use support::Rig;
-use support::engine::{Engine, Reply, completion};
+
+use crate::support::Rig;
+use crate::support::engine::{Engine, Reply, completion};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -74,7 +73,9 @@ async fn instances_come_and_go() {
 async fn later_turns_go_where_the_conversation_is() {
     let rig = Rig::start(&["--mode", "ppd"]).await;
     let pair = rig.pair().await;
-    let (other, _sidecar) = rig.instance("d2", support::sidecar::Role::Decode).await;
+    let (other, _sidecar) = rig
+        .instance("d2", crate::support::sidecar::Role::Decode)
+        .await;
     pair.d.on_decode(Reply::Json(200, completion("x", 5, 3)));
     let mut said = vec!["hello"];
     for turn in 0..3 {
@@ -131,10 +132,10 @@ async fn a_conversation_ends_with_its_instance() {
     assert_eq!(listed["count"], 1);
     // Its sidecar is not ready any more: the engine that comes back may be another one.
     pair.d_sidecar
-        .answer(support::sidecar::Answer::Own { ready: false });
+        .answer(crate::support::sidecar::Answer::Own { ready: false });
     rig.until_state("d", "not_ready").await;
     pair.d_sidecar
-        .answer(support::sidecar::Answer::Own { ready: true });
+        .answer(crate::support::sidecar::Answer::Own { ready: true });
     rig.until_state("d", "ready").await;
     let listed = rig.client.get("/conversations").await.json();
     assert_eq!(listed["count"], 0);
@@ -183,7 +184,7 @@ async fn keys() {
     ];
     let rig = Rig::start(&flags).await;
     let (d, _sidecar) = rig
-        .instance_unseen("d", support::sidecar::Role::Decode)
+        .instance_unseen("d", crate::support::sidecar::Role::Decode)
         .await;
     let body = json!({"model": "m", "prompt": "hello"}).to_string();
     let ask = |key: &'static str| {
@@ -220,9 +221,9 @@ async fn only_permitted_hosts_are_talked_to() {
         rig.client.post("/instances", &named).await.error_code(),
         "invalid_instance"
     );
-    let sidecar = support::sidecar::Sidecar::start(
+    let sidecar = crate::support::sidecar::Sidecar::start(
         "d",
-        support::sidecar::Role::Decode,
+        crate::support::sidecar::Role::Decode,
         &engine.url,
         &rig.registration,
     );

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use clap::CommandFactory;
 use proxy::{Alone, Code, Config, Metrics, Outcome};
 
-const DOCUMENT: &str = include_str!("../../docs/proxy.md");
+const DOCUMENT: &str = include_str!("../../../docs/proxy.md");
 
 /// First cells of the table rows below a heading, without their backticks.
 fn documented(heading: &str) -> BTreeSet<String> {

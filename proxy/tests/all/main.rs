@@ -1,0 +1,20 @@
+//! All tests of the crate's surface as one program, which is linked once.
+
+mod binary;
+mod connectors;
+mod control;
+mod docs;
+mod doors;
+mod etcd;
+mod failures;
+mod legs;
+mod limits;
+mod links;
+mod registration;
+mod replaced;
+mod shapes;
+mod storm;
+mod support;
+mod tls;
+mod unfit;
+mod ways;
