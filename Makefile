@@ -82,6 +82,7 @@ lint: venv ## Check formatting, clippy, dependencies, ruff, mypy, the generated 
 	$(PYTHON_IN_VENV) -m mypy
 	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
+	$(PYTHON_IN_VENV) scripts/layers.py
 
 advisories: venv ## Look the Rust dependencies up in RustSec's database of known faults (needs github.com)
 	$(DENY) advisories

@@ -128,7 +128,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 def test_every_field_is_sorted(path: str) -> None:
     sorted_fields = {*KEPT, *LEFT_OUT, *BY_ENDPOINT, *NO_LEG}
     new = set(MODELS[path].model_fields) - sorted_fields
-    assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: proxy/src/openai/body/kinds.rs, and here"
+    where = "proxy/src/openai/body/kinds.rs, and here"
+    assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: {where}"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
