@@ -29,7 +29,7 @@ async fn main() -> ExitCode {
             .map(|e| format!("--log {}: {e}", config.log)),
     );
     let (Ok(filter), []) = (filter, &problems[..]) else {
-        return complain(&problems, USAGE);
+        return print_problems(&problems, USAGE);
     };
     // Its complaint about a log that cannot be written would go to the same closed pipe, and panic.
     let log = tracing_subscriber::fmt()
@@ -49,13 +49,13 @@ async fn main() -> ExitCode {
         signal(SignalKind::user_defined1()),
     );
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
-        return complain(&["signals cannot be handled".into()], INTERNAL);
+        return print_problems(&["signals cannot be handled".into()], INTERNAL);
     };
     let shortage = raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
         Ok(proxy) => proxy,
-        Err(e) => return complain(&[e.to_string()], UNAVAILABLE),
+        Err(e) => return print_problems(&[e.to_string()], UNAVAILABLE),
     };
     info!(listen = %proxy.listen(), registration = %proxy.registration(),
           version = env!("CARGO_PKG_VERSION"), "pd-proxy is up");
@@ -85,7 +85,7 @@ async fn main() -> ExitCode {
     drop((signals, asked));
     match end {
         End::Drained => ExitCode::SUCCESS,
-        End::Cut => ExitCode::FAILURE,
+        End::ForcedShutdown => ExitCode::FAILURE,
         End::PortFailed => ExitCode::from(INTERNAL),
     }
 }
@@ -97,7 +97,7 @@ async fn told_to_stop(term: &mut Signal, int: &mut Signal) {
     }
 }
 
-fn complain(problems: &[String], code: u8) -> ExitCode {
+fn print_problems(problems: &[String], code: u8) -> ExitCode {
     for problem in problems {
         eprintln!("pd-proxy: {problem}");
     }

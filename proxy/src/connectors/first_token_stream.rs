@@ -11,13 +11,13 @@ use http::{HeaderValue, header};
 use http_body::Frame;
 use protocol::RequestId;
 
-use crate::connectors::merge::Stitch;
+use crate::connectors::merge::Merger;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::request_id;
 
 /// The body of such an answer.
 struct Early {
-    stitch: Stitch,
+    stitch: Merger,
     stage: Stage,
 }
 
@@ -36,7 +36,7 @@ enum Stage {
 
 /// A stream that begins with the first token and goes on with what `rest` brings.
 pub(crate) fn respond(
-    stitch: Stitch,
+    stitch: Merger,
     id: &RequestId,
     rest: Pin<Box<dyn Future<Output = Response> + Send>>,
 ) -> Response {
@@ -49,7 +49,7 @@ pub(crate) fn respond(
 
 /// The whole answer, where the first token is the last one.
 pub(crate) fn only(
-    stitch: &Stitch,
+    stitch: &Merger,
     streams: bool,
     prompt_tokens: Option<u64>,
     id: &RequestId,

@@ -17,13 +17,13 @@ use serde_json::value::RawValue;
 
 use crate::fleet::instance::{Connector, Instance};
 use crate::openai::body::PrefillAnswer;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::openai::request_id::random;
 use crate::openai::usage::Usage;
 
 /// How a pair hands KV over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum HandoffMode {
     /// Sidecars on both sides.
     Sidecar,
     /// The same, and the client gets its first token from the prefill instance.
@@ -116,7 +116,7 @@ struct Message {
     reasoning: Option<String>,
 }
 
-impl Way {
+impl HandoffMode {
     /// That of a pair; `None` if these two cannot be one.
     pub(crate) fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
         use Connector as C;
@@ -143,27 +143,31 @@ impl Way {
 /// answer.
 pub(crate) fn prefill_params(
     id: &RequestId,
-    way: Way,
+    way: HandoffMode,
     decode: &Instance,
     overlap: bool,
 ) -> Option<String> {
     let (before, after) = match (way, overlap) {
-        (Way::Sidecar, true) => (r#""do_remote_decode":true,"#, r#","overlap":true"#),
-        (Way::Sidecar, false) => (r#""do_remote_decode":true,"#, ""),
-        (Way::FirstToken, _) => (r#""do_remote_decode":true,"ret_first_tok":true,"#, ""),
-        (Way::FromLmcache, _) => ("", ""),
-        (Way::Lmcache, _) => (r#""ret_first_tok":true,"#, ""),
-        (Way::Nixl, _) => return Some(NIXL_PREFILL.to_owned()),
-        (Way::P2pNccl, _) => return None,
+        (HandoffMode::Sidecar, true) => (r#""do_remote_decode":true,"#, r#","overlap":true"#),
+        (HandoffMode::Sidecar, false) => (r#""do_remote_decode":true,"#, ""),
+        (HandoffMode::FirstToken, _) => (r#""do_remote_decode":true,"ret_first_tok":true,"#, ""),
+        (HandoffMode::FromLmcache, _) => ("", ""),
+        (HandoffMode::Lmcache, _) => (r#""ret_first_tok":true,"#, ""),
+        (HandoffMode::Nixl, _) => return Some(NIXL_PREFILL.to_owned()),
+        (HandoffMode::P2pNccl, _) => return None,
     };
     Some(receiver(id, decode, before, after))
 }
 
 /// The transfer parameters of a decode leg to a sidecar's engine, as JSON.
-pub(crate) fn decode_params(id: &RequestId, way: Way, prompt_tokens: Option<u64>) -> String {
+pub(crate) fn decode_params(
+    id: &RequestId,
+    way: HandoffMode,
+    prompt_tokens: Option<u64>,
+) -> String {
     let more = match (way, prompt_tokens) {
-        (Way::FromLmcache, _) => r#","written":true"#.to_owned(),
-        (Way::FirstToken, Some(tokens)) => format!(r#","tokens":{tokens}"#),
+        (HandoffMode::FromLmcache, _) => r#","written":true"#.to_owned(),
+        (HandoffMode::FirstToken, Some(tokens)) => format!(r#","tokens":{tokens}"#),
         _ => String::new(),
     };
     format!(
@@ -190,12 +194,12 @@ pub(crate) fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> R
 ///
 /// # Errors
 /// Why nothing is handed over, although the prompt was computed.
-pub(crate) fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, String)> {
-    let not_pushed = |why: &str| Err((Alone::NotPushed, why.to_owned()));
+pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fallback, String)> {
+    let not_pushed = |why: &str| Err((Fallback::NotPushed, why.to_owned()));
     let Ok(answer) = serde_json::from_slice::<Answer<'_>>(body) else {
         // The head says that the prompt is computed; only some ways need more than that.
         return match way {
-            Way::Nixl | Way::Lmcache => not_pushed("its answer is not JSON"),
+            HandoffMode::Nixl | HandoffMode::Lmcache => not_pushed("its answer is not JSON"),
             _ => Ok(Prefilled::default()),
         };
     };
@@ -217,24 +221,24 @@ pub(crate) fn prefilled(way: Way, body: &[u8]) -> Result<Prefilled, (Alone, Stri
         .and_then(|params| params.remote_prefill_cached_tokens);
     prefilled.cached_tokens = details.and_then(|details| details.cached_tokens).or(added);
     match way {
-        Way::Sidecar | Way::FromLmcache | Way::P2pNccl => {}
-        Way::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {
+        HandoffMode::Sidecar | HandoffMode::FromLmcache | HandoffMode::P2pNccl => {}
+        HandoffMode::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {
             prefilled.params = raw.map(str::to_owned);
         }
-        Way::Nixl => {
+        HandoffMode::Nixl => {
             return not_pushed("its answer carries no kv_transfer_params to read the KV by");
         }
-        Way::Lmcache => {
+        HandoffMode::Lmcache => {
             let Some(id) = first else {
                 return not_pushed("its answer carries no first_tok");
             };
             let Some((first, _)) = first_token(id, body) else {
                 let why = "its first token cannot be shown by itself";
-                return Err((Alone::NotExpressible, why.to_owned()));
+                return Err((Fallback::NotExpressible, why.to_owned()));
             };
             prefilled.first = Some(first);
         }
-        Way::FirstToken => {
+        HandoffMode::FirstToken => {
             let found = first.and_then(|id| first_token(id, body));
             if let Some((first, Some(tokens))) = found {
                 (prefilled.first, prefilled.tokens) = (Some(first), Some(tokens));

@@ -11,7 +11,7 @@ use crate::openai::sse::end_of_event;
 
 /// What the halves of one answer have in common.
 #[derive(Clone, Debug)]
-pub(crate) struct Stitch {
+pub(crate) struct Merger {
     endpoint: Endpoint,
     id: String,
     model: Value,
@@ -23,7 +23,7 @@ pub(crate) struct Stitch {
     searched: usize,
 }
 
-impl Stitch {
+impl Merger {
     /// An answer to the request `id`, whose model is given as JSON.
     pub(crate) fn new(
         endpoint: Endpoint,

@@ -31,7 +31,7 @@ pub struct Load {
 
 /// How busy an instance is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
+pub struct LoadSnapshot {
     /// Tokens of its requests under way.
     pub tokens: u64,
     /// Legs under way.
@@ -64,7 +64,7 @@ pub struct Breaker {
 
 /// One leg's share of a load; gone when dropped.
 #[derive(Debug)]
-pub struct Charge {
+pub struct LoadGuard {
     load: Arc<Load>,
     tokens: u64,
 }
@@ -89,18 +89,18 @@ impl Default for Load {
 
 impl Load {
     /// Adds a leg.
-    pub fn charge(self: &Arc<Self>, tokens: u64) -> Charge {
+    pub fn charge(self: &Arc<Self>, tokens: u64) -> LoadGuard {
         self.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.legs.fetch_add(1, Ordering::Relaxed);
-        Charge {
+        LoadGuard {
             load: Arc::clone(self),
             tokens,
         }
     }
 
     /// What routing reads.
-    pub fn facts(&self, now: Instant) -> Facts {
-        Facts {
+    pub fn snapshot(&self, now: Instant) -> LoadSnapshot {
+        LoadSnapshot {
             tokens: self.tokens.load(Ordering::Relaxed),
             legs: self.legs.load(Ordering::Relaxed),
             is_open: self.open_until.load(Ordering::Relaxed) > self.since_born(now),
@@ -207,14 +207,14 @@ impl Load {
     }
 }
 
-impl Charge {
+impl LoadGuard {
     /// The load that it is part of.
     pub fn load(&self) -> &Load {
         &self.load
     }
 }
 
-impl Drop for Charge {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.load.tokens.fetch_sub(self.tokens, Ordering::Relaxed);
         self.load.legs.fetch_sub(1, Ordering::Relaxed);

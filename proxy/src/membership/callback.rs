@@ -35,7 +35,7 @@ pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answe
         return (call, answer);
     };
     let sent = app
-        .legs
+        .client
         .post_json(url, body.into(), CALL_BACK_TIMEOUT)
         .await;
     let answer = match sent {
@@ -53,7 +53,7 @@ pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answe
 /// the engine's HTTP server listens.
 async fn engine_answer(app: &App, call: &CallBack) -> Answer {
     let asked = app
-        .legs
+        .client
         .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
         .await;
     let is_healthy = (asked.as_ref()).is_ok_and(|answer| answer.head.status.is_success());

@@ -113,7 +113,7 @@ impl Registration {
                 }
                 () = until(deadline) => News::Instances,
                 Some(command) = self.inputs.commanded.recv() => {
-                    self.obey(command);
+                    self.handle_command(command);
                     News::Instances
                 }
                 Some(id) = self.inputs.suspected.recv() => {
@@ -121,7 +121,7 @@ impl Registration {
                     News::Instances
                 }
                 frame = self.inputs.port.recv() => self.take(frame?),
-                frame = heard(self.inputs.p2p.as_ref()) => self.greeted(frame?),
+                frame = heard(self.inputs.p2p.as_ref()) => self.on_p2p_hello(frame?),
             };
             if news == News::Instances {
                 self.settle();
@@ -129,7 +129,7 @@ impl Registration {
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle_command(&mut self, command: Command) {
         // Whoever has asked may have gone meanwhile: the order stands.
         match command {
             Command::Name(instance, answer) => {
@@ -168,7 +168,7 @@ impl Registration {
             let (id, epoch) = (instance.id.clone(), instance.epoch);
             match self.registry.name(now, instance.clone(), None) {
                 Ok(_) => info!(id, epoch, "heard of by the shared registry"),
-                Err(error) => self.complain(now, &error.to_string()),
+                Err(error) => self.log_rate_limited(now, &error.to_string()),
             }
         }
         for instance in known {
@@ -228,7 +228,7 @@ impl Registration {
             let is_there = |i: &Instance| i.standing == Standing::Ready;
             if is_there(before) && !after.is_some_and(|after| is_there(after)) {
                 // An engine that does not serve may be another one when it does.
-                self.app.memory.forget(&before.id);
+                self.app.prefix_index.forget(&before.id);
                 self.app.refusals.forget(&before.id);
             }
         }

@@ -22,7 +22,7 @@ use crate::state::app::App;
 use crate::upstream::etcd::{Etcd, EtcdError, Lease, Watch};
 
 /// The task that writes and reads it.
-pub(crate) struct Shared {
+pub(crate) struct SharedRegistry {
     app: Arc<App>,
     etcd: Etcd,
     prefix: String,
@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     is_lost: bool,
 }
 
-impl Shared {
+impl SharedRegistry {
     /// The task of one proxy; nothing without `--etcd`.
     pub(crate) fn new(app: &Arc<App>) -> Option<Self> {
         let config = &app.config;
@@ -46,7 +46,7 @@ impl Shared {
             .iter()
             .map(|url| url.trim_end_matches('/').to_owned());
         Some(Self {
-            etcd: Etcd::new(app.legs.clone(), urls.collect()),
+            etcd: Etcd::new(app.client.clone(), urls.collect()),
             prefix: format!("{}/instances/", config.etcd_prefix.trim_end_matches('/')),
             name: Uuid::new_v4().simple().to_string(),
             app: Arc::clone(app),
@@ -172,9 +172,9 @@ impl Shared {
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for SharedRegistry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
+        f.debug_struct("SharedRegistry")
             .field("name", &self.name)
             .finish_non_exhaustive()
     }

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::{ApiError, Code};
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 
 mod fields;
 mod kinds;
@@ -128,29 +128,29 @@ impl RequestBody {
     }
 
     /// Why this request gets no transfer; `None` if one prompt becomes one sequence.
-    pub(crate) fn alone(&self, endpoint: Endpoint) -> Option<Alone> {
+    pub(crate) fn alone(&self, endpoint: Endpoint) -> Option<Fallback> {
         let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
         if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
-            return Some(Alone::ManySequences);
+            return Some(Fallback::ManySequences);
         }
         if self.is_set("prompt_logprobs") || (self.is_on("echo") && self.is_set("logprobs")) {
-            return Some(Alone::PromptLogprobs);
+            return Some(Fallback::PromptLogprobs);
         }
         if self.is_set("prompt_embeds") {
-            return Some(Alone::PromptEmbeds);
+            return Some(Fallback::PromptEmbeds);
         }
         if self.is_set("cache_salt") {
-            return Some(Alone::CacheSalt);
+            return Some(Fallback::CacheSalt);
         }
         if ["max_tokens", "max_completion_tokens"]
             .into_iter()
             .any(|name| self.number(name) == Some(0.0))
         {
-            return Some(Alone::NothingToDecode);
+            return Some(Fallback::NothingToDecode);
         }
         match endpoint {
-            Endpoint::Completions if self.has_many_prompts() => Some(Alone::ManyPrompts),
-            Endpoint::Chat if self.has_media() => Some(Alone::Multimodal),
+            Endpoint::Completions if self.has_many_prompts() => Some(Fallback::ManyPrompts),
+            Endpoint::Chat if self.has_media() => Some(Fallback::Multimodal),
             _ => None,
         }
     }

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Why a request is computed by its decode instance alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Alone {
+pub enum Fallback {
     /// No prefill instance is ready (other than the decode instance itself).
     NoPrefill,
     /// Prefill instances are ready, but none fits the decode instance: their KV has another shape, or
@@ -50,7 +50,7 @@ pub enum Alone {
     NotExpressible,
 }
 
-impl Alone {
+impl Fallback {
     /// Every reason, for metrics that want their label values to exist from the start.
     pub const ALL: [Self; 20] = [
         Self::NoPrefill,
@@ -102,7 +102,7 @@ impl Alone {
     }
 }
 
-impl fmt::Display for Alone {
+impl fmt::Display for Fallback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }

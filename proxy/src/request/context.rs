@@ -10,15 +10,15 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
 use crate::fleet::instance::Instance;
-use crate::fleet::load::Charge;
+use crate::fleet::load::LoadGuard;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::ApiError;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::openai::usage::Usage;
-use crate::request::state::{Action, Event, Life};
+use crate::request::state::{Action, Event, RequestState};
 use crate::routing::Pair;
 use crate::state::app::App;
-use crate::state::in_flight::{Place, Watch};
+use crate::state::in_flight::{InFlightGuard, Progress};
 use crate::telemetry::outcome::Outcome;
 use crate::telemetry::record::Record;
 use crate::telemetry::trace::Trace;
@@ -27,24 +27,24 @@ use crate::upstream::client::PrefillEnd;
 /// One request under way. Dropping it before its end means that the client has left; either way
 /// both legs are dropped with it, its place is free again, and its line is logged.
 #[derive(Debug)]
-pub(crate) struct Flight {
+pub(crate) struct RequestContext {
     /// The request.
     pub id: RequestId,
     app: Arc<App>,
-    life: Life,
+    state: RequestState,
     endpoint: Endpoint,
     arrived: Instant,
     record: Record,
     trace: Option<Trace>,
-    place: Option<Place>,
+    place: Option<InFlightGuard>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
     /// Of the prefill and the decode leg.
-    charges: [Option<Charge>; 2],
+    charges: [Option<LoadGuard>; 2],
     // Last: the place is free once everything else is.
     _permit: OwnedSemaphorePermit,
 }
 
-impl Flight {
+impl RequestContext {
     /// A request that has been routed, and what is to be done first.
     pub(crate) fn begin(
         app: &Arc<App>,
@@ -56,7 +56,7 @@ impl Flight {
         trace: Option<Trace>,
     ) -> (Self, Action) {
         let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
-        let (life, action) = Life::begin(plan);
+        let (state, action) = RequestState::begin(plan);
         let prefill = pair.prefill.as_ref().ok();
         let record = Record {
             id: id.0.clone(),
@@ -68,10 +68,10 @@ impl Flight {
             ..Record::default()
         };
         app.metrics.arrived();
-        let flight = Self {
+        let context = Self {
             id,
             app: Arc::clone(app),
-            life,
+            state,
             endpoint,
             arrived,
             record,
@@ -81,13 +81,13 @@ impl Flight {
             charges: [None, None],
             _permit: permit,
         };
-        (flight, action)
+        (context, action)
     }
 
     /// Takes an event; once the request has ended, its legs are dropped.
     pub(crate) fn on(&mut self, event: Event) -> Action {
-        let action = self.life.on(event);
-        if let Some(outcome) = self.life.outcome() {
+        let action = self.state.on(event);
+        if let Some(outcome) = self.state.outcome() {
             self.end(outcome);
         }
         action
@@ -100,12 +100,12 @@ impl Flight {
 
     /// Whether the prefill leg is awaited.
     pub(crate) fn is_prefilling(&self) -> bool {
-        self.life == Life::Prefilling
+        self.state == RequestState::Prefilling
     }
 
     /// What others say about the request.
-    pub(crate) fn watch(&self) -> Option<Arc<Watch>> {
-        self.place.as_ref().map(|place| Arc::clone(&place.watch))
+    pub(crate) fn progress(&self) -> Option<Arc<Progress>> {
+        self.place.as_ref().map(|place| Arc::clone(&place.progress))
     }
 
     /// The prefill leg, while it runs.
@@ -130,21 +130,21 @@ impl Flight {
         id: &RequestId,
         to: &Instance,
         tokens: u64,
-    ) -> Arc<Watch> {
+    ) -> Arc<Progress> {
         let place = self.app.in_flight.enter(id, &to.id);
-        let watch = Arc::clone(&place.watch);
+        let progress = Arc::clone(&place.progress);
         self.place = Some(place);
         self.charges[0] = Some(to.load.charge(tokens));
         self.record.prefill = Some(to.id.clone());
         self.record.leg_id = (*id != self.id).then(|| id.0.clone());
-        watch
+        progress
     }
 
     /// The decode leg that was sent last waits for KV.
     pub(crate) fn waits_for_kv(&self) -> bool {
         matches!(
-            self.life,
-            Life::Decoding {
+            self.state,
+            RequestState::Decoding {
                 transfer: Ok(()),
                 ..
             }
@@ -152,11 +152,16 @@ impl Flight {
     }
 
     /// Notes that a decode leg is sent.
-    pub(crate) fn decode_sent(&mut self, to: &Instance, transfer: Result<(), Alone>, tokens: u64) {
+    pub(crate) fn decode_sent(
+        &mut self,
+        to: &Instance,
+        transfer: Result<(), Fallback>,
+        tokens: u64,
+    ) {
         self.app.metrics.decode_sent(transfer);
         self.charges[1] = Some(to.load.charge(tokens));
         self.record.decode = Some(to.id.clone());
-        self.record.alone = transfer.err().map(Alone::as_str);
+        self.record.alone = transfer.err().map(Fallback::as_str);
         self.record.decode_attempts += 1;
         self.record
             .decode_sent_ms
@@ -225,7 +230,7 @@ impl Flight {
         self.drop_prefill();
         self.charges = [None, None];
         if let Some(place) = self.place.take() {
-            self.note_prefill(&place.watch);
+            self.note_prefill(&place.progress);
         }
         self.app.metrics.ended(self.endpoint, outcome, total);
         let mut record = std::mem::take(&mut self.record);
@@ -250,13 +255,13 @@ impl Flight {
         }
     }
 
-    fn note_prefill(&mut self, watch: &Watch) {
+    fn note_prefill(&mut self, progress: &Progress) {
         let since = |at: Instant| at.saturating_duration_since(self.arrived);
-        if let Some(at) = watch.begun_at() {
+        if let Some(at) = progress.begun_at() {
             self.app.metrics.begun_after(since(at));
             self.record.begun_ms = Some(millis(since(at)));
         }
-        if let Some(note) = watch.prefill_end() {
+        if let Some(note) = progress.prefill_end() {
             self.app.metrics.prefill_after(since(note.at));
             if note.error.is_none() {
                 self.app.prefill_times.add(since(note.at));
@@ -265,13 +270,13 @@ impl Flight {
             self.record.prefill_error.clone_from(&note.error);
             self.record.prompt_tokens = self.record.prompt_tokens.or(note.prompt_tokens);
         }
-        self.record.moved = watch.moved();
+        self.record.moved = progress.moved();
     }
 }
 
-impl Drop for Flight {
+impl Drop for RequestContext {
     fn drop(&mut self) {
-        if self.life.outcome().is_none() {
+        if self.state.outcome().is_none() {
             self.on(Event::ClientLeft);
         }
     }

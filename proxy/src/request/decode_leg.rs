@@ -8,36 +8,40 @@ use protocol::RequestId;
 use tracing::warn;
 
 use super::{Drive, Side, Step};
-use crate::connectors::handoff::{Way, decode_params};
+use crate::connectors::handoff::{HandoffMode, decode_params};
 use crate::connectors::lmcache;
 use crate::fleet::instance::Instance;
 use crate::openai::endpoint::Endpoint;
-use crate::openai::fallback::Alone;
-use crate::request::context::Flight;
-use crate::request::failure::Verdict;
+use crate::openai::fallback::Fallback;
+use crate::request::context::RequestContext;
+use crate::request::failure::Failure;
 use crate::request::state::Event;
 use crate::telemetry::labels::Leg;
 use crate::upstream::client::{Answer, LegError};
 
 impl Drive {
-    pub(super) fn send_decode(&mut self, flight: &mut Flight, transfer: Result<(), Alone>) {
+    pub(super) fn send_decode(
+        &mut self,
+        context: &mut RequestContext,
+        transfer: Result<(), Fallback>,
+    ) {
         let decode = &self.pair.decode;
         self.decode_attempts += 1;
         let room = lmcache::max_tokens(&self.body, self.endpoint).unwrap_or(USUAL_ANSWER);
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
-        flight.decode_sent(decode, transfer, tokens);
+        context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
         self.goes_on = self.prefilled.first.is_some() && (transfer.is_ok() || self.is_early);
         decode
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
-        let (path, id, body) = self.decode_leg(&flight.id, transfer);
+        let (path, id, body) = self.decode_leg(&context.id, transfer);
         // P2P NCCL instances find each other by the id.
-        let is_address = self.way == Way::P2pNccl && transfer.is_ok();
+        let is_address = self.way == HandoffMode::P2pNccl && transfer.is_ok();
         let chosen = self.chosen.as_ref().filter(|_| !is_address);
         let headers = self.leg_headers(chosen.unwrap_or(id));
         let url = decode.http.join(path);
-        let legs = self.app.legs.clone();
+        let client = self.app.client.clone();
         let config = &self.app.config;
         let limit = if self.body.streams() {
             config.first_byte_timeout
@@ -46,7 +50,7 @@ impl Drive {
         };
         self.look_at = self.decode_sent + config.stall_timeout;
         self.decode = Some(Box::pin(async move {
-            legs.decode(&url, headers, body, limit).await
+            client.decode(&url, headers, body, limit).await
         }));
     }
 
@@ -54,14 +58,14 @@ impl Drive {
     fn decode_leg<'a>(
         &'a self,
         id: &'a RequestId,
-        transfer: Result<(), Alone>,
+        transfer: Result<(), Fallback>,
     ) -> (&'static str, &'a RequestId, Bytes) {
         let prefilled = &self.prefilled;
         let params = match (transfer, self.way, &prefilled.params) {
             (Err(_), _, _) => None,
-            (Ok(()), Way::Nixl, params) => params.clone(),
+            (Ok(()), HandoffMode::Nixl, params) => params.clone(),
             // Nothing but the chunk hashes, or the id, says that it has a transfer.
-            (Ok(()), Way::Lmcache | Way::P2pNccl, _) => None,
+            (Ok(()), HandoffMode::Lmcache | HandoffMode::P2pNccl, _) => None,
             (Ok(()), way, _) => {
                 let tokens = prefilled.prompt_tokens.filter(|_| self.goes_on);
                 Some(decode_params(&self.leg_id, way, tokens))
@@ -84,7 +88,7 @@ impl Drive {
 
     pub(super) fn decode_ended(
         &mut self,
-        flight: &mut Flight,
+        context: &mut RequestContext,
         end: Result<Answer, LegError>,
     ) -> Step {
         self.decode = None;
@@ -103,24 +107,29 @@ impl Drive {
             warn!(decode = decode.id, "keeps failing: left alone for a while");
         }
         if let Some(decode) = self.another(&error) {
-            return self.take_over(flight, decode, &error);
+            return self.take_over(context, decode, &error);
         }
-        self.note_failed_leg(flight, &error);
-        self.condemn(flight, Verdict::of(error));
+        self.note_failed_leg(context, &error);
+        self.condemn(context, Failure::of(error));
         Step::Event(Event::DecodeFailed { another: false })
     }
 
-    fn note_failed_leg(&self, flight: &mut Flight, error: &LegError) {
+    fn note_failed_leg(&self, context: &mut RequestContext, error: &LegError) {
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
-        warn!(id = %flight.id, decode = self.pair.decode.id, %error, "decode leg failed");
+        warn!(id = %context.id, decode = self.pair.decode.id, %error, "decode leg failed");
         // What it still computes was meant for the instance that failed.
-        flight.drop_prefill();
+        context.drop_prefill();
     }
 
     /// Goes on with another decode instance; what is left of the leg is dropped, so that the engine
     /// aborts it.
-    fn take_over(&mut self, flight: &mut Flight, other: Arc<Instance>, error: &LegError) -> Step {
-        self.note_failed_leg(flight, error);
+    fn take_over(
+        &mut self,
+        context: &mut RequestContext,
+        other: Arc<Instance>,
+        error: &LegError,
+    ) -> Step {
+        self.note_failed_leg(context, error);
         self.decode = None;
         self.failed.push(self.pair.decode.id.clone());
         self.pair.decode = other;
@@ -129,20 +138,20 @@ impl Drive {
 
     /// Looks whether the decode instance works while nothing of the answer has come. A sign of work is
     /// data of any of its answers: a request may wait in a queue behind others, and that queue moves.
-    pub(super) fn look(&mut self, flight: &mut Flight) -> Step {
+    pub(super) fn look(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;
         self.look_at = now + breaker.stall;
         if !load.is_sick_for(now, breaker.stall) {
-            if flight.waits_for_kv() && flight.prefill_mut().is_some() {
+            if context.waits_for_kv() && context.prefill_mut().is_some() {
                 return Step::Again;
             }
-            let prefilled = flight
-                .watch()
-                .and_then(|watch| Some(watch.prefill_end()?.at));
+            let prefilled = context
+                .progress()
+                .and_then(|progress| Some(progress.prefill_end()?.at));
             let signs = [Some(self.decode_sent), load.last_heard(), prefilled];
             let last = signs.into_iter().flatten().max().unwrap_or(now);
-            let patience = if load.facts(now).is_open {
+            let patience = if load.snapshot(now).is_open {
                 // Another request has found that it does not work.
                 Some(breaker.stall)
             } else {
@@ -163,8 +172,8 @@ impl Drive {
         }
         let error = LegError::Silent(self.decode_sent.elapsed());
         let another = self.another(&error);
-        match another.filter(|other| !other.load.facts(now).is_open) {
-            Some(other) => self.take_over(flight, other, &error),
+        match another.filter(|other| !other.load.snapshot(now).is_open) {
+            Some(other) => self.take_over(context, other, &error),
             // Nobody else would be sooner.
             None => Step::Again,
         }

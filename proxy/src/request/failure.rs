@@ -10,14 +10,14 @@ use crate::upstream::client::{Answer, LegError};
 
 /// An error, in an engine's own words or the proxy's.
 #[derive(Debug)]
-pub(crate) enum Verdict {
+pub(crate) enum Failure {
     /// An engine's.
     Pass(Box<Answer>),
     /// The proxy's.
     Error(ApiError),
 }
 
-impl Verdict {
+impl Failure {
     /// The proxy stops.
     pub(crate) fn shutting_down() -> Self {
         Self::Error(ApiError::new(

@@ -4,15 +4,15 @@ use axum::response::Response;
 
 use super::Drive;
 use crate::connectors::first_token_stream;
-use crate::connectors::merge::Stitch;
-use crate::openai::fallback::Alone;
-use crate::request::context::Flight;
+use crate::connectors::merge::Merger;
+use crate::openai::fallback::Fallback;
+use crate::request::context::RequestContext;
 use crate::request::state::{Action, Event};
 
 impl Drive {
     /// The prefill instance has sampled a token that the client has not got yet, and that needs
     /// nothing else to be shown.
-    pub(super) fn gives_first_token(&self, transfer: Result<(), Alone>) -> bool {
+    pub(super) fn gives_first_token(&self, transfer: Result<(), Fallback>) -> bool {
         let Some(first) = &self.prefilled.first else {
             return false;
         };
@@ -24,33 +24,33 @@ impl Drive {
     }
 
     /// Gives the client the first token, and then what the decode leg brings.
-    pub(super) fn first_token(mut self, mut flight: Flight, action: Action) -> Response {
+    pub(super) fn first_token(mut self, mut context: RequestContext, action: Action) -> Response {
         self.is_early = true;
         let Some(stitch) = self.stitch() else {
-            return self.verdict.into_response(&flight.id);
+            return self.failure.into_response(&context.id);
         };
         let streams = self.body.streams();
-        flight.first_byte(http::StatusCode::OK, streams);
+        context.first_byte(http::StatusCode::OK, streams);
         let first = self.prefilled.first.as_ref();
         let reason = first.and_then(|first| first.finish_reason.as_deref());
         if reason.is_some_and(|why| why != "length") {
-            flight.on(Event::FirstByte);
-            flight.on(Event::AnswerEnded);
+            context.on(Event::FirstByte);
+            context.on(Event::AnswerEnded);
             return first_token_stream::only(
                 &stitch,
                 streams,
                 self.prefilled.prompt_tokens,
-                &flight.id,
+                &context.id,
             );
         }
-        let id = flight.id.clone();
-        first_token_stream::respond(stitch, &id, self.go_on(flight, action))
+        let id = context.id.clone();
+        first_token_stream::respond(stitch, &id, self.go_on(context, action))
     }
 
-    pub(super) fn stitch(&self) -> Option<Stitch> {
+    pub(super) fn stitch(&self) -> Option<Merger> {
         let first = self.prefilled.first.clone()?;
         let model = self.body.json("model");
         let id = self.chosen.as_ref().unwrap_or(&self.leg_id);
-        Some(Stitch::new(self.endpoint, &id.0, model, first))
+        Some(Merger::new(self.endpoint, &id.0, model, first))
     }
 }

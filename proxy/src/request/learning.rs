@@ -3,17 +3,17 @@
 use std::time::Instant;
 
 use super::Drive;
-use crate::request::context::Flight;
+use crate::request::context::RequestContext;
 use crate::routing::refusals::Refused;
 
 impl Drive {
     /// The prefill leg was for nothing: its KV is not handed over, for this reason.
-    pub(super) fn refused(&self, flight: &Flight, reason: &str) {
+    pub(super) fn refused(&self, context: &RequestContext, reason: &str) {
         let Ok(prefill) = &self.pair.prefill else {
             return;
         };
         let refused = Refused {
-            request: &flight.id.0,
+            request: &context.id.0,
             prefill,
             decode: &self.pair.decode,
             body: &self.body,
@@ -23,15 +23,15 @@ impl Drive {
     }
 
     /// A decode leg that waited for KV is answered: the sender has said by now what became of it.
-    pub(super) fn learn(&self, flight: &Flight) {
-        let (Ok(prefill), true) = (&self.pair.prefill, flight.waits_for_kv()) else {
+    pub(super) fn learn(&self, context: &RequestContext) {
+        let (Ok(prefill), true) = (&self.pair.prefill, context.waits_for_kv()) else {
             return;
         };
-        let Some(moved) = flight.watch().and_then(|watch| watch.moved()) else {
+        let Some(moved) = context.progress().and_then(|progress| progress.moved()) else {
             return;
         };
         match moved.reason.filter(|_| !moved.ok) {
-            Some(reason) => self.refused(flight, reason.as_str()),
+            Some(reason) => self.refused(context, reason.as_str()),
             None if moved.ok && moved.bytes > 0 => {
                 self.app.refusals.worked(prefill, &self.pair.decode);
             }

@@ -14,25 +14,25 @@ use http_body::Frame;
 use memchr::{memmem, memrchr};
 use serde::de::IgnoredAny;
 
-use crate::state::in_flight::Watch;
+use crate::state::in_flight::Progress;
 
 /// The whole answer to a request whose KV was moved.
-pub(crate) fn whole(text: Bytes, watch: &Watch) -> Bytes {
-    plain(text, cached(watch))
+pub(crate) fn whole(text: Bytes, progress: &Progress) -> Bytes {
+    plain(text, cached(progress))
 }
 
 /// The answer to such a request as it comes.
-pub(crate) fn stream(body: Body, watch: Arc<Watch>) -> Body {
+pub(crate) fn stream(body: Body, progress: Arc<Progress>) -> Body {
     Body::new(Masked {
         body,
-        watch,
+        progress,
         begun: BytesMut::new(),
     })
 }
 
 struct Masked {
     body: Body,
-    watch: Arc<Watch>,
+    progress: Arc<Progress>,
     /// A line that has begun: what is looked for may be cut by the end of a chunk.
     begun: BytesMut,
 }
@@ -75,14 +75,14 @@ impl http_body::Body for Masked {
 impl Masked {
     fn line(&mut self, end: usize) -> Frame<Bytes> {
         let text = self.begun.split_to(end).freeze();
-        Frame::data(plain(text, cached(&self.watch)))
+        Frame::data(plain(text, cached(&self.progress)))
     }
 }
 
 /// As the prefill leg's answer says. `None` if it does not, or has not come: both engines answer at nearly
 /// the same time where the answer is one token.
-fn cached(watch: &Watch) -> Option<u64> {
-    watch.prefill_end()?.cached_tokens
+fn cached(progress: &Progress) -> Option<u64> {
+    progress.prefill_end()?.cached_tokens
 }
 
 /// The text with this number of cached tokens, or null, and without transfer parameters.

@@ -9,7 +9,7 @@ pub(crate) mod mask;
 pub(crate) mod prefill_leg;
 pub(crate) mod prefill_request;
 pub(crate) mod response_body;
-pub(crate) mod routing_request;
+pub(crate) mod route_plan;
 pub(crate) mod state;
 
 use std::future::{Future, pending};
@@ -26,18 +26,18 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep_until;
 
 use crate::config::cli::DecodeLegAt;
-use crate::connectors::handoff::{Prefilled, Way};
+use crate::connectors::handoff::{HandoffMode, Prefilled};
 use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::ApiError;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::openai::headers::leg_headers;
 use crate::openai::request_id;
-use crate::request::context::Flight;
-use crate::request::failure::Verdict;
+use crate::request::context::RequestContext;
+use crate::request::failure::Failure;
 use crate::request::response_body::Silence;
-use crate::request::routing_request::Plan;
+use crate::request::route_plan::RoutePlan;
 use crate::request::state::{Action, Event};
 use crate::routing::Pair;
 use crate::state::app::App;
@@ -68,7 +68,7 @@ struct Drive {
     endpoint: Endpoint,
     headers: HeaderMap,
     body: RequestBody,
-    plan: Plan,
+    plan: RoutePlan,
     pair: Pair,
     /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
     leg_id: RequestId,
@@ -81,7 +81,7 @@ struct Drive {
     prefill_attempts: u32,
     decode_attempts: u32,
     /// How the pair hands KV over; meaningless without a prefill instance.
-    way: Way,
+    way: HandoffMode,
     /// What the prefill leg has brought.
     prefilled: Prefilled,
     prefill_sent: Instant,
@@ -94,7 +94,7 @@ struct Drive {
     /// The decode leg that was sent last goes on after the first token.
     goes_on: bool,
     /// What the client is told if no decode leg brings an answer.
-    verdict: Verdict,
+    failure: Failure,
 }
 
 /// A side of a pair.
@@ -129,9 +129,9 @@ pub(crate) async fn serve(
     mut arrival: Arrival,
 ) -> Result<Response, ApiError> {
     let body = RequestBody::parse(arrival.body)?;
-    let plan = Plan::of(app, &body, arrival.endpoint, &arrival.headers);
+    let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
-    if matches!(pair.prefill, Err(Alone::Cheaper)) {
+    if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
     let chosen = request_id::chosen(&arrival.headers, body.json("request_id"));
@@ -148,8 +148,8 @@ pub(crate) async fn serve(
         trace.pass_on(&mut headers);
     }
     let (at, endpoint) = (arrival.at, arrival.endpoint);
-    let (mut flight, mut action) =
-        Flight::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
+    let (mut context, mut action) =
+        RequestContext::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
@@ -157,13 +157,13 @@ pub(crate) async fn serve(
         body,
         plan,
         pair,
-        leg_id: flight.id.clone(),
+        leg_id: context.id.clone(),
         chosen,
         failed: Vec::new(),
         doubted: Vec::new(),
         prefill_attempts: 0,
         decode_attempts: 0,
-        way: Way::Sidecar,
+        way: HandoffMode::Sidecar,
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
         decode_sent: arrival.at,
@@ -171,40 +171,40 @@ pub(crate) async fn serve(
         decode: None,
         is_early: false,
         goes_on: false,
-        verdict: Verdict::shutting_down(),
+        failure: Failure::shutting_down(),
     };
-    drive.send_prefill(&mut flight);
+    drive.send_prefill(&mut context);
     if action == Action::Wait
-        && drive.way == Way::Sidecar
+        && drive.way == HandoffMode::Sidecar
         && app.config.decode_leg == DecodeLegAt::Arrival
     {
-        action = flight.on(Event::Begun);
+        action = context.on(Event::Begun);
     }
-    Ok(drive.run(flight, action).await)
+    Ok(drive.run(context, action).await)
 }
 
 impl Drive {
-    async fn run(mut self, mut flight: Flight, mut action: Action) -> Response {
+    async fn run(mut self, mut context: RequestContext, mut action: Action) -> Response {
         loop {
             if let Action::SendDecode(transfer) = action {
                 if self.gives_first_token(transfer) {
-                    return self.first_token(flight, action);
+                    return self.first_token(context, action);
                 }
-                self.send_decode(&mut flight, transfer);
+                self.send_decode(&mut context, transfer);
             }
-            action = match self.next(&mut flight).await {
-                Step::Event(event) => flight.on(event),
+            action = match self.next(&mut context).await {
+                Step::Event(event) => context.on(event),
                 Step::Again => Action::Wait,
-                Step::FirstByte(answer) => return self.relay(flight, *answer),
-                Step::Refused(answer) if flight.is_prefilling() => {
-                    flight.failed(answer.head.status, "refused by the prefill engine".into());
-                    flight.on(Event::PrefillRefused);
-                    return response_body::whole(*answer, &flight.id);
+                Step::FirstByte(answer) => return self.relay(context, *answer),
+                Step::Refused(answer) if context.is_prefilling() => {
+                    context.failed(answer.head.status, "refused by the prefill engine".into());
+                    context.on(Event::PrefillRefused);
+                    return response_body::whole(*answer, &context.id);
                 }
-                Step::Refused(_) => flight.on(Event::PrefillRefused),
+                Step::Refused(_) => context.on(Event::PrefillRefused),
             };
             if action == Action::Fail {
-                return self.verdict.into_response(&flight.id);
+                return self.failure.into_response(&context.id);
             }
         }
     }
@@ -212,28 +212,28 @@ impl Drive {
     /// `run` with a type that it can name itself.
     fn go_on(
         self,
-        flight: Flight,
+        context: RequestContext,
         action: Action,
     ) -> Pin<Box<dyn Future<Output = Response> + Send>> {
-        Box::pin(self.run(flight, action))
+        Box::pin(self.run(context, action))
     }
 
     /// Answers the client with what the decode leg brings.
-    fn relay(&mut self, flight: Flight, mut answer: Answer) -> Response {
+    fn relay(&mut self, context: RequestContext, mut answer: Answer) -> Response {
         if answer.head.status.is_success() {
             self.blame(Side::Decode);
         }
         let decode = &self.pair.decode;
         decode.load.succeeded(self.decode_sent.elapsed());
-        self.learn(&flight);
-        if flight.waits_for_kv()
-            && let Some(end) = flight
-                .watch()
-                .and_then(|watch| Some(watch.prefill_end()?.at))
+        self.learn(&context);
+        if context.waits_for_kv()
+            && let Some(end) = context
+                .progress()
+                .and_then(|progress| Some(progress.prefill_end()?.at))
         {
             self.app.measured.handed_over(end.elapsed());
         }
-        if !flight.waits_for_kv() && answer.rest.is_some() {
+        if !context.waits_for_kv() && answer.rest.is_some() {
             // The first event of a stream comes when the prompt is computed, here by one engine.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();
@@ -249,14 +249,14 @@ impl Drive {
         {
             answer.held = stitch.whole(&answer.held);
         }
-        let is_moved = flight.waits_for_kv() && answer.head.status.is_success();
-        let mut watch = flight.watch().filter(|_| is_moved);
+        let is_moved = context.waits_for_kv() && answer.head.status.is_success();
+        let mut progress = context.progress().filter(|_| is_moved);
         if answer.rest.is_none()
-            && let Some(watch) = watch.take()
+            && let Some(progress) = progress.take()
         {
-            answer.held = mask::whole(answer.held, &watch);
+            answer.held = mask::whole(answer.held, &progress);
         }
-        let cut = self.app.cut.clone();
+        let force_shutdown = self.app.force_shutdown.clone();
         let limits = Silence {
             idle: self.app.config.idle_timeout,
             dead: self.app.config.stall_timeout,
@@ -267,28 +267,28 @@ impl Drive {
                 usize::MAX
             },
         };
-        let response = response_body::respond(flight, answer, limits, cut);
-        match watch {
-            Some(watch) => response.map(|body| mask::stream(body, watch)),
+        let response = response_body::respond(context, answer, limits, force_shutdown);
+        match progress {
+            Some(progress) => response.map(|body| mask::stream(body, progress)),
             None => response,
         }
     }
 
     /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
     /// next call: both legs live in the request.
-    async fn next(&mut self, flight: &mut Flight) -> Step {
-        let prefilling = flight.is_prefilling();
+    async fn next(&mut self, context: &mut RequestContext) -> Step {
+        let prefilling = context.is_prefilling();
         let sends_at_begun = prefilling && self.overlaps();
-        let deadline = flight.arrived() + self.app.config.prefill_timeout;
-        let watch = flight.watch();
+        let deadline = context.arrived() + self.app.config.prefill_timeout;
+        let progress = context.progress();
         let begun = async {
-            match &watch {
-                Some(watch) if sends_at_begun => watch.begun().await,
+            match &progress {
+                Some(progress) if sends_at_begun => progress.begun().await,
                 _ => pending().await,
             }
         };
         let prefill = async {
-            match flight.prefill_mut() {
+            match context.prefill_mut() {
                 Some(leg) => leg.await,
                 None => pending().await,
             }
@@ -308,26 +308,26 @@ impl Drive {
         };
         select! {
             biased;
-            end = prefill => self.prefill_ended(flight, end),
+            end = prefill => self.prefill_ended(context, end),
             () = begun => {
                 if let Ok(prefill) = &self.pair.prefill {
                     prefill.load.heard(Instant::now());
                 }
                 Step::Event(Event::Begun)
             }
-            answer = decode => self.decode_ended(flight, answer),
-            () = sleep_until(deadline.into()), if prefilling => self.prefill_late(flight),
-            () = look => self.look(flight),
-            () = self.app.cut.cancelled() => {
-                self.condemn(flight, Verdict::shutting_down());
-                Step::Event(Event::CutOff)
+            answer = decode => self.decode_ended(context, answer),
+            () = sleep_until(deadline.into()), if prefilling => self.prefill_late(context),
+            () = look => self.look(context),
+            () = self.app.force_shutdown.cancelled() => {
+                self.condemn(context, Failure::shutting_down());
+                Step::Event(Event::ForceShutdown)
             }
         }
     }
 
     /// The decode leg does not wait for the prefill leg's answer.
     fn overlaps(&self) -> bool {
-        self.way == Way::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
+        self.way == HandoffMode::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
     }
 
     fn leg_headers(&self, id: &RequestId) -> HeaderMap {
@@ -336,10 +336,10 @@ impl Drive {
         headers
     }
 
-    fn condemn(&mut self, flight: &mut Flight, verdict: Verdict) {
-        let (status, text) = verdict.told();
-        flight.failed(status, text);
-        self.verdict = verdict;
+    fn condemn(&mut self, context: &mut RequestContext, failure: Failure) {
+        let (status, text) = failure.told();
+        context.failed(status, text);
+        self.failure = failure;
     }
 
     fn prefill_id(&self) -> Option<&str> {

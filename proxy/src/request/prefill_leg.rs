@@ -8,10 +8,10 @@ use tracing::warn;
 
 use super::{Drive, Side, Step};
 use crate::config::cli::FirstTokenFrom;
-use crate::connectors::handoff::{Prefilled, Way, leg_id};
+use crate::connectors::handoff::{HandoffMode, Prefilled, leg_id};
 use crate::fleet::instance::Connector;
-use crate::openai::fallback::Alone;
-use crate::request::context::Flight;
+use crate::openai::fallback::Fallback;
+use crate::request::context::RequestContext;
 use crate::request::prefill_request::PrefillLeg;
 use crate::request::state::Event;
 use crate::state::in_flight::PrefillNote;
@@ -19,35 +19,35 @@ use crate::telemetry::labels::Leg;
 use crate::upstream::client::PrefillEnd;
 
 impl Drive {
-    pub(super) fn send_prefill(&mut self, flight: &mut Flight) {
+    pub(super) fn send_prefill(&mut self, context: &mut RequestContext) {
         let Ok(prefill) = &self.pair.prefill else {
             return;
         };
         self.prefill_attempts += 1;
         let decode = &self.pair.decode;
-        self.way = match Way::of(prefill, decode).unwrap_or(Way::Sidecar) {
+        self.way = match HandoffMode::of(prefill, decode).unwrap_or(HandoffMode::Sidecar) {
             // Only who reads a stream sees the first token before the others.
-            Way::Sidecar
+            HandoffMode::Sidecar
                 if self.app.config.first_token == FirstTokenFrom::Prefill
                     && self.body.streams()
                     && self.plan.is_splittable =>
             {
-                Way::FirstToken
+                HandoffMode::FirstToken
             }
             way => way,
         };
-        self.leg_id = leg_id(&flight.id, prefill, &self.pair.decode);
+        self.leg_id = leg_id(&context.id, prefill, &self.pair.decode);
         if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
             // The first sender may have begun with the receiver: this is another transfer.
             self.leg_id.0 += &format!(".{}", self.prefill_attempts);
         }
         self.prefill_sent = Instant::now();
-        let watch = flight.prefill_sent(&self.leg_id, prefill, self.plan.tokens);
+        let progress = context.prefill_sent(&self.leg_id, prefill, self.plan.tokens);
         prefill
             .load
             .chosen(self.prefill_sent, self.app.config.breaker());
         let leg = PrefillLeg {
-            legs: self.app.legs.clone(),
+            client: self.app.client.clone(),
             endpoint: self.endpoint,
             headers: self.leg_headers(&self.leg_id),
             body: self.body.clone(),
@@ -58,53 +58,53 @@ impl Drive {
             overlap: self.overlaps(),
         };
         let task = tokio::spawn(async move {
-            let end = leg.run(&watch).await;
-            watch.prefill_ended(PrefillNote::of(&end));
+            let end = leg.run(&progress).await;
+            progress.prefill_ended(PrefillNote::of(&end));
             end
         });
-        flight.set_prefill(AbortOnDropHandle::new(task));
+        context.set_prefill(AbortOnDropHandle::new(task));
     }
 
     pub(super) fn prefill_ended(
         &mut self,
-        flight: &mut Flight,
+        context: &mut RequestContext,
         end: Result<PrefillEnd, tokio::task::JoinError>,
     ) -> Step {
-        flight.drop_prefill();
+        context.drop_prefill();
         let end = end.unwrap_or_else(|e| match e.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             // Aborted only by dropping the handle, which is then not polled any more.
-            Err(e) => PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+            Err(e) => PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         });
         match end {
-            PrefillEnd::Answered(prefilled) => self.prefill_answered(flight, prefilled),
-            PrefillEnd::Refused(answer) if flight.is_prefilling() && self.body.has_unknown() => {
-                let (why, status) = (Alone::PrefillRefused, answer.head.status.as_u16());
-                warn!(id = %flight.id, prefill = self.prefill_id(), status, "prefill leg refused");
+            PrefillEnd::Answered(prefilled) => self.prefill_answered(context, prefilled),
+            PrefillEnd::Refused(answer) if context.is_prefilling() && self.body.has_unknown() => {
+                let (why, status) = (Fallback::PrefillRefused, answer.head.status.as_u16());
+                warn!(id = %context.id, prefill = self.prefill_id(), status, "prefill leg refused");
                 self.app.metrics.leg_failed(Leg::Prefill(why));
                 Step::Event(Event::PrefillFailed(why))
             }
             PrefillEnd::Refused(answer) => Step::Refused(answer),
             PrefillEnd::Failed(why, error) => {
-                warn!(id = %flight.id, prefill = self.prefill_id(), error, "prefill leg failed");
-                if why == Alone::NotPushed {
-                    self.refused(flight, &error);
+                warn!(id = %context.id, prefill = self.prefill_id(), error, "prefill leg failed");
+                if why == Fallback::NotPushed {
+                    self.refused(context, &error);
                 } else if let Some(prefill) = self.prefill_id() {
                     self.app.suspect(prefill);
                 }
-                self.prefill_failed(flight, why)
+                self.prefill_failed(context, why)
             }
         }
     }
 
-    fn prefill_answered(&mut self, flight: &mut Flight, prefilled: Prefilled) -> Step {
+    fn prefill_answered(&mut self, context: &mut RequestContext, prefilled: Prefilled) -> Step {
         if let Ok(prefill) = &self.pair.prefill {
             prefill.load.succeeded(self.prefill_sent.elapsed());
         }
         self.blame(Side::Prefill);
         if let Some(tokens) = prefilled.prompt_tokens {
             self.plan.counted(&self.app, tokens);
-            let begun = flight.watch().and_then(|watch| watch.begun_at());
+            let begun = context.progress().and_then(|progress| progress.begun_at());
             let time = begun.unwrap_or(self.prefill_sent).elapsed();
             let uncached = self
                 .plan
@@ -112,46 +112,48 @@ impl Drive {
             self.app.measured.prefilled(uncached, time);
         }
         self.prefilled = prefilled;
-        match refused_by_sender(flight) {
+        match refused_by_sender(context) {
             None => Step::Event(Event::PrefillAnswered),
             Some(reason) => {
-                self.refused(flight, reason);
-                warn!(id = %flight.id, prefill = self.prefill_id(), reason, "not pushed");
-                self.app.metrics.leg_failed(Leg::Prefill(Alone::NotPushed));
-                Step::Event(Event::PrefillFailed(Alone::NotPushed))
+                self.refused(context, reason);
+                warn!(id = %context.id, prefill = self.prefill_id(), reason, "not pushed");
+                self.app
+                    .metrics
+                    .leg_failed(Leg::Prefill(Fallback::NotPushed));
+                Step::Event(Event::PrefillFailed(Fallback::NotPushed))
             }
         }
     }
 
-    pub(super) fn prefill_late(&mut self, flight: &mut Flight) -> Step {
-        let begun = flight.watch().and_then(|watch| watch.begun_at());
-        if begun.is_some() && matches!(self.way, Way::Sidecar | Way::FirstToken) {
+    pub(super) fn prefill_late(&mut self, context: &mut RequestContext) -> Step {
+        let begun = context.progress().and_then(|progress| progress.begun_at());
+        if begun.is_some() && matches!(self.way, HandoffMode::Sidecar | HandoffMode::FirstToken) {
             // It computes, and what it has computed is on its way.
             return Step::Event(Event::Begun);
         }
-        let why = Alone::PrefillTimeout;
-        flight.drop_prefill();
-        if let Some(watch) = flight.watch() {
+        let why = Fallback::PrefillTimeout;
+        context.drop_prefill();
+        if let Some(progress) = context.progress() {
             let end = PrefillEnd::Failed(why, "did not begin in time".into());
-            watch.prefill_ended(PrefillNote::of(&end));
+            progress.prefill_ended(PrefillNote::of(&end));
         }
-        warn!(id = %flight.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
-        self.prefill_failed(flight, why)
+        warn!(id = %context.id, prefill = self.prefill_id(), "prefill leg did not begin in time");
+        self.prefill_failed(context, why)
     }
 
     /// Another prefill instance, if the failure and the number of attempts allow one.
-    fn prefill_failed(&mut self, flight: &mut Flight, why: Alone) -> Step {
+    fn prefill_failed(&mut self, context: &mut RequestContext, why: Fallback) -> Step {
         self.app.metrics.leg_failed(Leg::Prefill(why));
         let Ok(prefill) = &self.pair.prefill else {
             return Step::Event(Event::PrefillFailed(why));
         };
-        let is_computed = matches!(why, Alone::NotPushed | Alone::NotExpressible);
+        let is_computed = matches!(why, Fallback::NotPushed | Fallback::NotExpressible);
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         match why {
             _ if is_computed => {}
-            Alone::PrefillError => self.doubted.push((Side::Prefill, Arc::clone(prefill))),
+            Fallback::PrefillError => self.doubted.push((Side::Prefill, Arc::clone(prefill))),
             // It has done nothing for anybody in all that time: one such request is enough.
-            Alone::PrefillTimeout
+            Fallback::PrefillTimeout
                 if (prefill.load.last_heard()).is_none_or(|at| at <= self.prefill_sent) =>
             {
                 if prefill.load.stalled(now, breaker) {
@@ -170,19 +172,19 @@ impl Drive {
                 }
             }
         }
-        if !flight.is_prefilling()
-            && flight
-                .watch()
-                .is_none_or(|watch| watch.begun_at().is_none())
+        if !context.is_prefilling()
+            && context
+                .progress()
+                .is_none_or(|progress| progress.begun_at().is_none())
         {
             // Nobody will ever tell the decode leg that was sent along with it.
             self.decode_attempts = self.decode_attempts.saturating_sub(1);
             return Step::Event(Event::PrefillLost(why));
         }
         // Its time is used up, or it has computed the prompt already.
-        let is_final = is_computed || why == Alone::PrefillTimeout;
+        let is_final = is_computed || why == Fallback::PrefillTimeout;
         if is_final
-            || !flight.is_prefilling()
+            || !context.is_prefilling()
             || self.prefill_attempts >= self.app.config.prefill_attempts
         {
             return Step::Event(Event::PrefillFailed(why));
@@ -192,7 +194,7 @@ impl Drive {
             Ok(pair) if pair.prefill.is_ok() => {
                 self.pair = pair;
                 self.app.metrics.prefill_retried();
-                self.send_prefill(flight);
+                self.send_prefill(context);
                 Step::Again
             }
             _ => Step::Event(Event::PrefillFailed(why)),
@@ -201,8 +203,8 @@ impl Drive {
 }
 
 /// The sender's reason, if it has said that nothing (more) is pushed.
-fn refused_by_sender(flight: &Flight) -> Option<&'static str> {
-    let moved = flight.watch()?.moved().filter(|moved| !moved.ok)?;
+fn refused_by_sender(context: &RequestContext) -> Option<&'static str> {
+    let moved = context.progress()?.moved().filter(|moved| !moved.ok)?;
     Some(moved.reason.map_or("unknown", protocol::Reason::as_str))
 }
 

@@ -5,20 +5,20 @@ use std::sync::Arc;
 use http::HeaderMap;
 use protocol::RequestId;
 
-use crate::connectors::handoff::{Way, prefill_params};
+use crate::connectors::handoff::{HandoffMode, prefill_params};
 use crate::connectors::lmcache;
 use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
-use crate::openai::fallback::Alone;
-use crate::state::in_flight::Watch;
-use crate::upstream::client::{Legs, PrefillEnd};
+use crate::openai::fallback::Fallback;
+use crate::state::in_flight::Progress;
+use crate::upstream::client::{Client, PrefillEnd};
 
 /// What a prefill leg is made of.
 #[derive(Debug)]
 pub(crate) struct PrefillLeg {
     /// Connections.
-    pub legs: Legs,
+    pub client: Client,
     /// Where the request came.
     pub endpoint: Endpoint,
     /// Headers of the leg.
@@ -32,7 +32,7 @@ pub(crate) struct PrefillLeg {
     /// Where the KV goes.
     pub decode: Arc<Instance>,
     /// How.
-    pub way: Way,
+    pub way: HandoffMode,
     /// The decode leg does not wait for its answer.
     pub overlap: bool,
 }
@@ -42,23 +42,26 @@ impl PrefillLeg {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub(crate) async fn run(self, watch: &Watch) -> PrefillEnd {
-        if self.way == Way::Lmcache {
-            return self.lmcache(watch).await;
+    pub(crate) async fn run(self, progress: &Progress) -> PrefillEnd {
+        if self.way == HandoffMode::Lmcache {
+            return self.lmcache(progress).await;
         }
         let params = prefill_params(&self.id, self.way, &self.decode, self.overlap);
         let body =
             self.body
                 .prefill_leg(self.endpoint, params.as_deref(), self.way.prefill_answer());
         let url = self.prefill.http.join(self.endpoint.path());
-        let end = self.legs.prefill(&url, self.headers, body, self.way).await;
-        if self.way == Way::FromLmcache && matches!(end, PrefillEnd::Answered(_)) {
-            watch.noticed(self.decode.init_ports.len()).await;
+        let end = self
+            .client
+            .prefill(&url, self.headers, body, self.way)
+            .await;
+        if self.way == HandoffMode::FromLmcache && matches!(end, PrefillEnd::Answered(_)) {
+            progress.noticed(self.decode.init_ports.len()).await;
         }
         end
     }
 
-    async fn lmcache(mut self, watch: &Watch) -> PrefillEnd {
+    async fn lmcache(mut self, progress: &Progress) -> PrefillEnd {
         let tokens = match self.tokens().await {
             Ok(tokens) => tokens,
             Err(end) => return end,
@@ -67,13 +70,13 @@ impl PrefillLeg {
         let body = lmcache::prefill_body(&self.body, &tokens, &params);
         let url = self.prefill.http.join(Endpoint::Completions.path());
         let headers = std::mem::take(&mut self.headers);
-        let end = self.legs.prefill(&url, headers, body, self.way).await;
+        let end = self.client.prefill(&url, headers, body, self.way).await;
         let PrefillEnd::Answered(mut prefilled) = end else {
             return end;
         };
         prefilled.tokens = Some(tokens);
         // Each rank of the prefill instance says when it has written its part.
-        watch.noticed(self.decode.init_ports.len()).await;
+        progress.noticed(self.decode.init_ports.len()).await;
         PrefillEnd::Answered(prefilled)
     }
 
@@ -83,15 +86,16 @@ impl PrefillLeg {
             return Ok(lmcache::token_ids(&self.body).unwrap_or("[]").to_owned());
         };
         let url = self.prefill.http.join("/tokenize");
-        let answer = self.legs.ask(&url, self.headers.clone(), body).await;
-        let answer = answer.map_err(|e| PrefillEnd::Failed(Alone::PrefillDied, e.to_string()))?;
+        let answer = self.client.ask(&url, self.headers.clone(), body).await;
+        let answer =
+            answer.map_err(|e| PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()))?;
         if answer.head.status.is_client_error() {
             return Err(PrefillEnd::Refused(Box::new(answer)));
         }
         let tokens = lmcache::tokens(&answer.held);
         tokens.ok_or_else(|| {
             let text = format!("/tokenize answered {} without tokens", answer.head.status);
-            PrefillEnd::Failed(Alone::PrefillError, text)
+            PrefillEnd::Failed(Fallback::PrefillError, text)
         })
     }
 }

@@ -19,7 +19,7 @@ use crate::openai::error::{ApiError, Code};
 use crate::openai::headers::{end_to_end, is_event_stream};
 use crate::openai::sse::{self, Events};
 use crate::openai::usage;
-use crate::request::context::Flight;
+use crate::request::context::RequestContext;
 use crate::request::state::Event;
 use crate::upstream::client::Answer;
 use crate::upstream::pool::LinkBody;
@@ -37,18 +37,18 @@ pub(crate) struct Silence {
 
 /// The answer's body. It owns the request: when hyper drops it because the client has left, the
 /// legs go with it.
-struct Relay {
+struct ResponseBody {
     held: Option<Bytes>,
     rest: Option<LinkBody>,
     /// Chunks that have come and are passed on together.
     gathered: BytesMut,
-    flight: Flight,
+    context: RequestContext,
     idle: Pin<Box<Sleep>>,
     /// The last data. `idle` is set again only when it fires: setting it at each chunk costs more than
     /// the chunk.
     heard: Instant,
     limits: Silence,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    force_shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
     stream: bool,
     events: Events,
     tail: Vec<u8>,
@@ -56,26 +56,26 @@ struct Relay {
 
 /// Makes the client's response of a decode leg's answer.
 pub(crate) fn respond(
-    mut flight: Flight,
+    mut context: RequestContext,
     answer: Answer,
     limits: Silence,
-    cut: CancellationToken,
+    force_shutdown: CancellationToken,
 ) -> Response {
     let stream = is_event_stream(&answer.head.headers);
-    flight.first_byte(answer.head.status, stream);
-    flight.on(Event::FirstByte);
-    let mut relay = Relay {
+    context.first_byte(answer.head.status, stream);
+    context.on(Event::FirstByte);
+    let mut relay = ResponseBody {
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         gathered: BytesMut::new(),
         idle: Box::pin(sleep(limits.idle.min(limits.dead))),
         heard: Instant::now(),
         limits,
-        cut: Box::pin(cut.cancelled_owned()),
+        force_shutdown: Box::pin(force_shutdown.cancelled_owned()),
         stream,
         events: Events::default(),
         tail: Vec::new(),
-        flight,
+        context,
     };
     if relay.held.is_none() && relay.rest.is_none() {
         relay.finish();
@@ -83,7 +83,7 @@ pub(crate) fn respond(
     let mut response = Response::new(());
     *response.status_mut() = answer.head.status;
     *response.headers_mut() = end_to_end(&answer.head.headers);
-    let id = crate::openai::request_id::header_value(&relay.flight.id);
+    let id = crate::openai::request_id::header_value(&relay.context.id);
     response
         .headers_mut()
         .insert(crate::openai::request_id::HEADER, id);
@@ -102,14 +102,14 @@ pub(crate) fn whole(answer: Answer, id: &RequestId) -> Response {
     response
 }
 
-impl Relay {
+impl ResponseBody {
     fn finish(&mut self) {
         self.rest = None;
         if let Some(usage) = usage::find(&self.tail) {
-            self.flight.counted(usage);
+            self.context.counted(usage);
         }
         let ends_with_error = self.stream && sse::ends_with_error(&self.tail);
-        self.flight.answered(ends_with_error);
+        self.context.answered(ends_with_error);
     }
 
     /// Ends the answer early: a stream with an error event, anything else by breaking off, since its
@@ -120,8 +120,8 @@ impl Relay {
             self.finish();
             return self.end();
         }
-        self.flight.broke(&error);
-        self.flight.on(Event::AnswerBroke);
+        self.context.broke(&error);
+        self.context.on(Event::AnswerBroke);
         if self.stream {
             self.gathered.extend_from_slice(&error.into_event());
             return self.pass_on();
@@ -197,7 +197,7 @@ impl Relay {
             }
             // An engine may think for long; one that is dead need not be waited for.
             let is_long = self.heard + limits.dead <= now;
-            if is_long && self.flight.is_decode_sick(now.into_std(), limits.dead) {
+            if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
                 let text = format!(
                     "the decode instance has been silent for {}, and its /health fails",
                     said(limits.dead)
@@ -213,7 +213,7 @@ impl Relay {
     fn hear(&mut self, chunk: &[u8]) {
         if !self.stream || self.events.hear(chunk) {
             self.heard = Instant::now();
-            self.flight.heard(self.heard.into_std());
+            self.context.heard(self.heard.into_std());
         }
         self.keep_tail(chunk);
     }
@@ -241,7 +241,7 @@ impl Relay {
     }
 }
 
-impl http_body::Body for Relay {
+impl http_body::Body for ResponseBody {
     type Data = Bytes;
     type Error = ApiError;
 
@@ -264,7 +264,7 @@ impl http_body::Body for Relay {
         if relay.rest.is_none() {
             return relay.end();
         }
-        if relay.cut.as_mut().poll(cx).is_ready() {
+        if relay.force_shutdown.as_mut().poll(cx).is_ready() {
             let error = ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
             return relay.break_off(error);
         }
@@ -285,7 +285,7 @@ impl http_body::Body for Relay {
     }
 }
 
-impl Drop for Relay {
+impl Drop for ResponseBody {
     fn drop(&mut self) {
         // A client that leaves after the last event has got everything.
         if self.is_complete() && self.rest.is_some() {

@@ -7,30 +7,30 @@ use http::HeaderMap;
 use crate::connectors::lmcache;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::openai::prompt_hash::{Prompt, session};
 use crate::routing::policy::Policy;
-use crate::routing::prefix_index::Known;
+use crate::routing::prefix_index::PrefixMatch;
 use crate::routing::refusals::Between;
-use crate::routing::{Ask, NoRoute, Pair, route};
-use crate::state::app::{App, Transfers, facts};
+use crate::routing::{NoRoute, Pair, RouteRequest, route};
+use crate::state::app::{App, Transfers, load_snapshots};
 
 /// What is known of one request.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct RoutePlan {
     /// The prompt's length, as estimated.
     pub tokens: u64,
-    alone: Option<Alone>,
+    alone: Option<Fallback>,
     /// Its answer is the same if its first token comes from the prefill instance.
     pub is_splittable: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
-    known: Known,
+    known: PrefixMatch,
     /// Instances that are known to refuse it.
     refused: Vec<Between>,
 }
 
-impl Plan {
+impl RoutePlan {
     /// Reads a request as far as routing depends on it.
     pub(crate) fn of(
         app: &App,
@@ -46,10 +46,10 @@ impl Plan {
             .flatten();
         let prompt = remembers.then(|| Prompt::of(body, endpoint));
         let known = match &prompt {
-            Some(prompt) => app.memory.recall(prompt, session),
-            None => Known {
+            Some(prompt) => app.prefix_index.recall(prompt, session),
+            None => PrefixMatch {
                 tokens: body.len() / BYTES_PER_TOKEN,
-                ..Known::default()
+                ..PrefixMatch::default()
             },
         };
         Self {
@@ -70,11 +70,11 @@ impl Plan {
     pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
         let nothing = Self {
             tokens: 0,
-            alone: Some(Alone::NothingToDecode),
+            alone: Some(Fallback::NothingToDecode),
             is_splittable: false,
             session: None,
             prompt: None,
-            known: Known::default(),
+            known: PrefixMatch::default(),
             refused: Vec::new(),
         };
         nothing.route(app, &[])
@@ -93,10 +93,15 @@ impl Plan {
     /// # Errors
     /// No decode instance can take it.
     pub(crate) fn route_alone(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
-        self.routed(app, Some(Alone::DecodeRetry), failed)
+        self.routed(app, Some(Fallback::DecodeRetry), failed)
     }
 
-    fn routed(&self, app: &App, alone: Option<Alone>, failed: &[String]) -> Result<Pair, NoRoute> {
+    fn routed(
+        &self,
+        app: &App,
+        alone: Option<Fallback>,
+        failed: &[String],
+    ) -> Result<Pair, NoRoute> {
         let transfers = if alone.is_none() {
             Transfers::Yes
         } else {
@@ -105,7 +110,7 @@ impl Plan {
         let (prefill, decode) = app.next_turn(transfers);
         let instances = app.instances();
         let conversation = self.known.conversation.as_ref();
-        let ask = Ask {
+        let ask = RouteRequest {
             alone,
             is_unsplittable: !self.is_splittable,
             prefill,
@@ -119,13 +124,13 @@ impl Plan {
             failed,
             refused: &self.refused,
         };
-        route(&instances, &facts(&instances), &ask)
+        route(&instances, &load_snapshots(&instances), &ask)
     }
 
     /// The prefill engine has counted the prompt's tokens.
     pub(crate) fn counted(&self, app: &App, tokens: u64) {
         if let Some(prompt) = &self.prompt {
-            app.memory.measured(prompt.text.len(), tokens);
+            app.prefix_index.measured(prompt.text.len(), tokens);
         }
     }
 
@@ -146,10 +151,10 @@ impl Plan {
             .as_ref()
             .ok()
             .map(|prefill| prefill.id.as_str());
-        app.memory
+        app.prefix_index
             .learn(prompt, std::iter::once(decode).chain(prefill));
         let key = self.known.conversation.as_ref().map(|(key, _)| *key);
-        app.memory
+        app.prefix_index
             .turn(Instant::now(), prompt, self.session, key, decode);
     }
 }

@@ -15,18 +15,18 @@
 //! * `Streaming`: bytes flow to the client. Bounded, between two pieces of data, by the idle timeout.
 //! * `Ended`: with an outcome. The client can leave in every state.
 
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::telemetry::outcome::Outcome;
 
 /// Where a request is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
+pub(crate) enum RequestState {
     /// The prefill leg is on its way or queued at its engine.
     Prefilling,
     /// The decode leg is on its way or computing.
     Decoding {
         /// It waits for KV, or why it does not.
-        transfer: Result<(), Alone>,
+        transfer: Result<(), Fallback>,
         /// Decode legs sent so far.
         attempt: u32,
     },
@@ -46,9 +46,9 @@ pub(crate) enum Event {
     /// The prefill engine says that the request is wrong.
     PrefillRefused,
     /// The prefill leg failed.
-    PrefillFailed(Alone),
+    PrefillFailed(Fallback),
     /// The prefill leg failed before its engine had begun, and after the decode leg was sent.
-    PrefillLost(Alone),
+    PrefillLost(Fallback),
     /// The first bytes of the decode leg's answer are there.
     FirstByte,
     /// The decode leg failed before that.
@@ -65,7 +65,7 @@ pub(crate) enum Event {
     /// The client is gone.
     ClientLeft,
     /// The proxy stops and cannot wait for it.
-    CutOff,
+    ForceShutdown,
 }
 
 /// What is to be done about it.
@@ -74,7 +74,7 @@ pub(crate) enum Action {
     /// Wait on.
     Wait,
     /// Send the decode leg: with transfer parameters, or without, for this reason.
-    SendDecode(Result<(), Alone>),
+    SendDecode(Result<(), Fallback>),
     /// Answer the client with the prefill engine's refusal.
     PassRefusal,
     /// Answer the client with what the decode leg brings.
@@ -85,10 +85,10 @@ pub(crate) enum Action {
     Finish,
 }
 
-impl Life {
+impl RequestState {
     /// A request at its start, and the first thing to do: `Wait` for the prefill leg, which is to be
     /// sent, or `SendDecode`.
-    pub(crate) fn begin(plan: Result<(), Alone>) -> (Self, Action) {
+    pub(crate) fn begin(plan: Result<(), Fallback>) -> (Self, Action) {
         match plan {
             Ok(()) => (Self::Prefilling, Action::Wait),
             Err(alone) => Self::decoding(Err(alone), 1),
@@ -115,8 +115,8 @@ impl Life {
         match (self, event) {
             (Self::Ended(_), _) => (self, Action::Wait),
             (_, E::ClientLeft) => (Self::Ended(Outcome::ClientLeft), Action::Finish),
-            (Self::Streaming, E::CutOff) => (Self::Ended(Outcome::Broken), Action::Finish),
-            (_, E::CutOff) => (Self::Ended(Outcome::Failed), Action::Fail),
+            (Self::Streaming, E::ForceShutdown) => (Self::Ended(Outcome::Broken), Action::Finish),
+            (_, E::ForceShutdown) => (Self::Ended(Outcome::Failed), Action::Fail),
 
             (Self::Prefilling, E::Begun | E::PrefillAnswered) => Self::decoding(Ok(()), 1),
             (Self::Prefilling, E::PrefillRefused) => {
@@ -134,7 +134,7 @@ impl Life {
             ) => Self::decoding(Err(why), attempt),
             (Self::Decoding { .. }, E::FirstByte) => (Self::Streaming, Action::Relay),
             (Self::Decoding { attempt, .. }, E::DecodeFailed { another: true }) => {
-                Self::decoding(Err(Alone::DecodeRetry), attempt + 1)
+                Self::decoding(Err(Fallback::DecodeRetry), attempt + 1)
             }
             (Self::Decoding { .. }, E::DecodeFailed { another: false }) => {
                 (Self::Ended(Outcome::Failed), Action::Fail)
@@ -170,7 +170,7 @@ impl Life {
         }
     }
 
-    fn decoding(transfer: Result<(), Alone>, attempt: u32) -> (Self, Action) {
+    fn decoding(transfer: Result<(), Fallback>, attempt: u32) -> (Self, Action) {
         (
             Self::Decoding { transfer, attempt },
             Action::SendDecode(transfer),

@@ -8,26 +8,26 @@ pub(crate) mod refusals;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::connectors::handoff::Way;
+use crate::connectors::handoff::HandoffMode;
 use crate::fleet::instance::{Connector, Instance};
-use crate::fleet::load::Facts;
+use crate::fleet::load::LoadSnapshot;
 use crate::openai::error::{ApiError, Code};
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::routing::mode::{Costs, Mode};
 use crate::routing::policy::{Candidate, Policy, Request};
 use crate::routing::refusals::Between;
 
 /// What routing needs to know of a request.
 #[derive(Clone, Debug)]
-pub(crate) struct Ask<'a> {
+pub(crate) struct RouteRequest<'a> {
     /// Why the request is not split over two instances; `None` if it may be.
-    pub alone: Option<Alone>,
+    pub alone: Option<Fallback>,
     /// Its answer would differ by LMCache's first-token hand-over.
     pub is_unsplittable: bool,
     /// How a prefill instance is chosen.
-    pub prefill: Side,
+    pub prefill: SideChoice,
     /// How a decode instance is chosen.
-    pub decode: Side,
+    pub decode: SideChoice,
     /// Which requests get a prefill leg.
     pub mode: Mode,
     /// What `auto` compares.
@@ -48,7 +48,7 @@ pub(crate) struct Ask<'a> {
 
 /// How one side is chosen.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Side {
+pub(crate) struct SideChoice {
     /// By what.
     pub policy: Policy,
     /// Requests of this kind so far.
@@ -61,14 +61,14 @@ pub(crate) struct Pair {
     /// Where it is decoded.
     pub decode: Arc<Instance>,
     /// Where it is prefilled, or why nowhere else than on the decode instance.
-    pub prefill: Result<Arc<Instance>, Alone>,
+    pub prefill: Result<Arc<Instance>, Fallback>,
     /// The reason of the choice, for the log line.
-    pub choice: Choice,
+    pub choice: Decision,
 }
 
 /// The reason of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Choice {
+pub(crate) struct Decision {
     /// Prefill instances to choose from.
     pub prefills: usize,
     /// Decode instances to choose from.
@@ -97,17 +97,17 @@ pub(crate) enum NoRoute {
     AllFailed,
 }
 
-/// Chooses the instances of a request. `facts` are those of `instances`, in the same order.
+/// Chooses the instances of a request. `loads` are those of `instances`, in the same order.
 ///
 /// # Errors
 /// No decode instance can take it.
 pub(crate) fn route(
     instances: &[Arc<Instance>],
-    facts: &[Facts],
-    ask: &Ask<'_>,
+    loads: &[LoadSnapshot],
+    ask: &RouteRequest<'_>,
 ) -> Result<Pair, NoRoute> {
-    let decodes = decodes(instances, facts, ask)?;
-    let request = |side: Side| Request {
+    let decodes = decodes(instances, loads, ask)?;
+    let request = |side: SideChoice| Request {
         turn: side.turn,
         session: ask.session,
         prompt_tokens: ask.prompt_tokens,
@@ -120,15 +120,15 @@ pub(crate) fn route(
         .copied()
         .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
     let decode = chosen.ok_or(NoRoute::AllFailed)?;
-    let prefills = prefills(instances, facts, ask, decode.instance);
+    let prefills = prefills(instances, loads, ask, decode.instance);
     let prefill = match (
         ask.alone,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
         (Some(alone), _) => Err(alone),
-        (None, _) if follows && ask.mode == Mode::Ppd => Err(Alone::LaterTurn),
+        (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
         (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
-            Err(Alone::NotExpressible)
+            Err(Fallback::NotExpressible)
         }
         (None, None) => Err(nobody(instances, ask, decode.instance)),
         (None, Some(prefill)) => {
@@ -138,7 +138,7 @@ pub(crate) fn route(
                     .costs
                     .alone_is_cheaper(ask.prompt_tokens, &decode, &prefill)
             {
-                Err(Alone::Cheaper)
+                Err(Fallback::Cheaper)
             } else {
                 Ok(Arc::clone(prefill.instance))
             }
@@ -147,7 +147,7 @@ pub(crate) fn route(
     Ok(Pair {
         decode: Arc::clone(decode.instance),
         prefill,
-        choice: Choice {
+        choice: Decision {
             prefills: prefills.len(),
             decodes: decodes.len(),
             prefill: ask.prefill.policy,
@@ -162,10 +162,10 @@ pub(crate) fn route(
 /// each as far as there are any.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
-    facts: &[Facts],
-    ask: &Ask<'_>,
+    loads: &[LoadSnapshot],
+    ask: &RouteRequest<'_>,
 ) -> Result<Vec<Candidate<'a>>, NoRoute> {
-    let mut ready = candidates(instances, facts, ask, |i| i.decodes());
+    let mut ready = candidates(instances, loads, ask, |i| i.decodes());
     if ready.is_empty() {
         let registered = instances.iter().filter(|i| i.decodes()).count();
         return Err(match registered {
@@ -177,7 +177,7 @@ fn decodes<'a>(
     if ready.is_empty() {
         return Err(NoRoute::AllFailed);
     }
-    prefer(&mut ready, |c| !c.facts.is_open);
+    prefer(&mut ready, |c| !c.load.is_open);
     if ask.alone.is_none() {
         prefer(&mut ready, |c| {
             instances
@@ -191,22 +191,22 @@ fn decodes<'a>(
 /// Prefill instances that can hand over to `decode`.
 fn prefills<'a>(
     instances: &'a [Arc<Instance>],
-    facts: &[Facts],
-    ask: &Ask<'_>,
+    loads: &[LoadSnapshot],
+    ask: &RouteRequest<'_>,
     decode: &Instance,
 ) -> Vec<Candidate<'a>> {
-    let mut ready = candidates(instances, facts, ask, |i| {
+    let mut ready = candidates(instances, loads, ask, |i| {
         i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
     });
     // Where all fail, computing on the decode side is better than to fail once more.
-    ready.retain(|c| !c.facts.is_open);
+    ready.retain(|c| !c.load.is_open);
     ready
 }
 
 fn candidates<'a>(
     instances: &'a [Arc<Instance>],
-    facts: &[Facts],
-    ask: &Ask<'_>,
+    loads: &[LoadSnapshot],
+    ask: &RouteRequest<'_>,
     takes: impl Fn(&Instance) -> bool,
 ) -> Vec<Candidate<'a>> {
     let held = |id: &str| ask.held.iter().find(|(name, _)| name == id);
@@ -216,7 +216,7 @@ fn candidates<'a>(
         .filter(|(_, instance)| instance.is_ready() && takes(instance))
         .map(|(at, instance)| Candidate {
             instance,
-            facts: facts.get(at).copied().unwrap_or_default(),
+            load: loads.get(at).copied().unwrap_or_default(),
             held: held(&instance.id).map_or(0, |(_, tokens)| *tokens),
         })
         .collect()
@@ -224,21 +224,21 @@ fn candidates<'a>(
 
 /// One can hand KV over to the other, and they are not one.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
-    Way::of(prefill, decode).is_some() && prefill.id != decode.id
+    HandoffMode::of(prefill, decode).is_some() && prefill.id != decode.id
 }
 
 /// They are a pair, and nothing is known that would keep the KV of this request back.
-fn hands_over(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     is_pair(prefill, decode) && prefill.kv.fits(&decode.kv) && !is_refused(prefill, decode, ask)
 }
 
-fn is_refused(prefill: &Instance, decode: &Instance, ask: &Ask<'_>) -> bool {
+fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     let holds = |between: &Between| between.holds_for(prefill, decode);
     ask.refused.iter().any(holds)
 }
 
 /// Why no prefill instance hands over to `decode`.
-fn nobody(instances: &[Arc<Instance>], ask: &Ask<'_>, decode: &Instance) -> Alone {
+fn nobody(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
     let there = |i: &&Arc<Instance>| {
         i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
     };
@@ -246,12 +246,12 @@ fn nobody(instances: &[Arc<Instance>], ask: &Ask<'_>, decode: &Instance) -> Alon
     let fits = |i: &&Arc<Instance>| i.kv.fits(&decode.kv);
     let fitting: Vec<_> = there.iter().copied().filter(fits).collect();
     if fitting.is_empty() && !there.is_empty() {
-        return Alone::Unfit;
+        return Fallback::Unfit;
     }
     if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
-        return Alone::RefusedBefore;
+        return Fallback::RefusedBefore;
     }
-    Alone::NoPrefill
+    Fallback::NoPrefill
 }
 
 /// Keeps those that have a property, if any has.
@@ -272,7 +272,7 @@ impl From<NoRoute> for ApiError {
     }
 }
 
-impl fmt::Display for Choice {
+impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let decode = if self.follows {
             "conversation"

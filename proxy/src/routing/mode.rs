@@ -105,9 +105,9 @@ impl Costs {
         prefill: &Candidate<'_>,
     ) -> bool {
         let us = |tokens: u64| tokens as f64 * self.prefill_us_per_token;
-        let disturbed = 1.0 + f64::from(decode.facts.legs) / 4.0;
+        let disturbed = 1.0 + f64::from(decode.load.legs) / 4.0;
         let here = us(prompt_tokens.saturating_sub(decode.held)) * disturbed;
-        let queued = prefill.facts.tokens;
+        let queued = prefill.load.tokens;
         let there = us(queued + prompt_tokens.saturating_sub(prefill.held)) + self.hand_over_us;
         here <= there
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::fleet::instance::Instance;
-use crate::fleet::load::Facts;
+use crate::fleet::load::LoadSnapshot;
 
 /// How an instance among equals is chosen, for prefill and decode separately.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -31,7 +31,7 @@ pub struct Candidate<'a> {
     /// Who.
     pub instance: &'a Arc<Instance>,
     /// How busy.
-    pub facts: Facts,
+    pub load: LoadSnapshot,
     /// Tokens of this prompt that it holds already, as far as is known.
     pub held: u64,
 }
@@ -70,10 +70,10 @@ impl Policy {
                     |c: &Candidate<'_>| xxh3_64_with_seed(c.instance.id.as_bytes(), session);
                 in_turn().max_by_key(weight)
             }
-            (Self::LeastTokens | Self::Session, _) => in_turn().min_by_key(|c| c.facts.tokens),
+            (Self::LeastTokens | Self::Session, _) => in_turn().min_by_key(|c| c.load.tokens),
             (Self::Prefix, _) => in_turn().min_by_key(|c| {
                 let missing = request.prompt_tokens.saturating_sub(c.held);
-                c.facts.tokens.saturating_add(missing)
+                c.load.tokens.saturating_add(missing)
             }),
         }
     }

@@ -15,7 +15,7 @@ use crate::openai::prompt_hash::{BLOCK_BYTES, Prompt};
 
 /// What instances hold.
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
+pub(crate) struct PrefixIndex {
     state: Mutex<State>,
 }
 
@@ -49,7 +49,7 @@ pub(crate) struct Shown {
 
 /// What is known of a request before it is routed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Known {
+pub(crate) struct PrefixMatch {
     /// What instances hold of its prompt: names and tokens.
     pub held: Vec<(String, u64)>,
     /// Its conversation, if it is not the first turn.
@@ -80,9 +80,9 @@ struct Recent<K, V> {
     most: usize,
 }
 
-impl Memory {
+impl PrefixIndex {
     /// What is known of a prompt.
-    pub(crate) fn recall(&self, prompt: &Prompt, session: Option<u64>) -> Known {
+    pub(crate) fn recall(&self, prompt: &Prompt, session: Option<u64>) -> PrefixMatch {
         let mut state = self.lock();
         let tokens = state.tokens(prompt.text.len());
         let mut held: Vec<(String, u64)> = Vec::new();
@@ -99,7 +99,7 @@ impl Memory {
         }
         let key = session.or_else(|| state.continued(prompt));
         let conversation = key.and_then(|key| Some((key, state.conversations.get(&key)?.clone())));
-        Known {
+        PrefixMatch {
             held,
             conversation,
             tokens,

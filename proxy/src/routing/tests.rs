@@ -6,7 +6,7 @@ use protocol::registration::InstanceRole;
 
 /// `p1`: prefill, `d1`: decode, `b1`: both; with `-` in front: not ready, with `~`: draining, with `!`:
 /// failing. Behind it, `/tokens` under way and `:l` for another connector.
-fn instance(word: &str) -> (Arc<Instance>, Facts) {
+fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
     let (word, other) = match word.strip_suffix(":l") {
         Some(word) => (word, true),
         None => (word, false),
@@ -39,20 +39,20 @@ fn instance(word: &str) -> (Arc<Instance>, Facts) {
         false => Standing::Ready,
     };
     instance.draining = word.starts_with('~');
-    let facts = Facts {
+    let loads = LoadSnapshot {
         tokens: tokens.parse().unwrap(),
         legs: 0,
         is_open: word.starts_with('!'),
     };
-    (Arc::new(instance), facts)
+    (Arc::new(instance), loads)
 }
 
-fn ask() -> Ask<'static> {
-    Ask {
+fn ask() -> RouteRequest<'static> {
+    RouteRequest {
         alone: None,
         is_unsplittable: false,
-        prefill: Side::default(),
-        decode: Side::default(),
+        prefill: SideChoice::default(),
+        decode: SideChoice::default(),
         mode: Mode::Pd,
         costs: Costs {
             prefill_us_per_token: 10.0,
@@ -67,9 +67,9 @@ fn ask() -> Ask<'static> {
     }
 }
 
-fn chosen(there: &str, ask: &Ask<'_>) -> Result<String, NoRoute> {
-    let (instances, facts): (Vec<_>, Vec<_>) = there.split_whitespace().map(instance).unzip();
-    let pair = route(&instances, &facts, ask)?;
+fn chosen(there: &str, ask: &RouteRequest<'_>) -> Result<String, NoRoute> {
+    let (instances, loads): (Vec<_>, Vec<_>) = there.split_whitespace().map(instance).unzip();
+    let pair = route(&instances, &loads, ask)?;
     let prefill = pair
         .prefill
         .map_or_else(|why| why.to_string(), |p| p.id.clone());
@@ -79,15 +79,15 @@ fn chosen(there: &str, ask: &Ask<'_>) -> Result<String, NoRoute> {
 fn routed(
     there: &str,
     turn: usize,
-    alone: Option<Alone>,
+    alone: Option<Fallback>,
     failed: &[&str],
 ) -> Result<String, NoRoute> {
     let failed: Vec<_> = failed.iter().map(|id| (*id).to_owned()).collect();
-    let side = Side {
+    let side = SideChoice {
         policy: Policy::RoundRobin,
         turn,
     };
-    let ask = Ask {
+    let ask = RouteRequest {
         alone,
         prefill: side,
         decode: side,
@@ -97,7 +97,7 @@ fn routed(
     chosen(there, &ask)
 }
 
-fn check(there: &str, ask: &Ask<'_>, expect: &str) {
+fn check(there: &str, ask: &RouteRequest<'_>, expect: &str) {
     assert_eq!(chosen(there, ask).as_deref(), Ok(expect), "{there} {ask:?}");
 }
 
@@ -107,7 +107,7 @@ fn only_equal_connectors_make_pairs() {
     check("p1 p2:l d1:l", &ask(), "p2 d1");
     // The decode instance that somebody can prefill for comes first, whoever is in turn.
     check("d1:l p1 d2", &ask(), "p1 d2");
-    let unsplittable = Ask {
+    let unsplittable = RouteRequest {
         is_unsplittable: true,
         ..ask()
     };
@@ -126,23 +126,23 @@ fn who_drains_or_fails_is_left_alone() {
 
 #[test]
 fn policies() {
-    let by = |policy| Ask {
-        prefill: Side { policy, turn: 0 },
-        decode: Side { policy, turn: 0 },
+    let by = |policy| RouteRequest {
+        prefill: SideChoice { policy, turn: 0 },
+        decode: SideChoice { policy, turn: 0 },
         ..ask()
     };
     let least = by(Policy::LeastTokens);
     check("p1/500 p2/20 d1/7 d2/6", &least, "p2 d2");
     check("p1 p2 d1 d2", &least, "p1 d1");
     let held = [("p1".to_owned(), 900), ("d2".to_owned(), 512)];
-    let prefix = Ask {
+    let prefix = RouteRequest {
         held: &held,
         ..by(Policy::Prefix)
     };
     check("p1/500 p2/20 d1/7 d2/6", &prefix, "p1 d2");
     // What it holds is worth no more than what is queued before.
     check("p1/921 p2/20 d1/7 d2/600", &prefix, "p2 d1");
-    let session = |key| Ask {
+    let session = |key| RouteRequest {
         session: Some(key),
         ..by(Policy::Session)
     };
@@ -173,7 +173,7 @@ fn policies() {
 
 #[test]
 fn modes() {
-    let mode = |mode, conversation| Ask {
+    let mode = |mode, conversation| RouteRequest {
         mode,
         conversation,
         ..ask()
@@ -185,7 +185,7 @@ fn modes() {
     // 1000 tokens at 10 us here, and there with 5 ms for the hand-over: alone. With a queue too.
     check("p1 d1", &mode(Mode::Auto, None), "cheaper d1");
     check("p1/5000 d1", &mode(Mode::Auto, None), "cheaper d1");
-    let held = |held| Ask {
+    let held = |held| RouteRequest {
         held,
         ..mode(Mode::Auto, None)
     };
@@ -221,7 +221,7 @@ fn pairs() {
 
 #[test]
 fn alone() {
-    for why in Alone::ALL {
+    for why in Fallback::ALL {
         let expect = format!("{why} d1");
         assert_eq!(routed("p1 d1", 0, Some(why), &[]), Ok(expect));
     }
@@ -246,7 +246,7 @@ fn nobody() {
 #[test]
 fn another_one() {
     let check = |there: &str, turn: usize, failed: &[&str], expect: &str| {
-        let got = routed(there, turn, Some(Alone::DecodeRetry), failed);
+        let got = routed(there, turn, Some(Fallback::DecodeRetry), failed);
         assert_eq!(got.as_deref(), Ok(expect), "{there} but {failed:?}");
     };
     check("p1 d1 d2", 0, &["d1"], "decode_retry d2");
@@ -257,15 +257,15 @@ fn another_one() {
 /// A pair of sidecars whose engines say this of their KV.
 fn of_kv(prefill: Kv, decode: Kv, refused: &[Between]) -> String {
     let one = |word: &str, kv: Kv| {
-        let (instance, facts) = instance(word);
+        let (instance, loads) = instance(word);
         let mut instance = Arc::unwrap_or_clone(instance);
         (instance.connector, instance.kv) = (Connector::Sidecar, kv);
-        (Arc::new(instance), facts)
+        (Arc::new(instance), loads)
     };
-    let (instances, facts): (Vec<_>, Vec<_>) =
+    let (instances, loads): (Vec<_>, Vec<_>) =
         [one("p1", prefill), one("d1", decode)].into_iter().unzip();
-    let ask = Ask { refused, ..ask() };
-    let pair = route(&instances, &facts, &ask).unwrap();
+    let ask = RouteRequest { refused, ..ask() };
+    let pair = route(&instances, &loads, &ask).unwrap();
     assert_eq!(pair.decode.id, "d1");
     pair.prefill
         .map_or_else(|why| why.to_string(), |prefill| prefill.id.clone())

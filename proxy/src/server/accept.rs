@@ -28,7 +28,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::openai::error::{ApiError, Code};
 use crate::server::seats::{BusyBody, Seat, Seats};
-use crate::server::write_timeout::Patience;
+use crate::server::write_timeout::WriteTimeout;
 use crate::state::app::App;
 
 /// Where clients connect.
@@ -183,7 +183,7 @@ impl Client {
                 Ok::<_, Infallible>(response.map(|body| Body::new(BusyBody::new(body, busy))))
             }
         });
-        let io = TokioIo::new(Patience::new(stream, self.limits.client_timeout));
+        let io = TokioIo::new(WriteTimeout::new(stream, self.limits.client_timeout));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.client_timeout)

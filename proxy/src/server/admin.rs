@@ -52,7 +52,7 @@ pub(crate) async fn conversations(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     permit(&app, &request)?;
-    let all = app.memory.conversations(Instant::now());
+    let all = app.prefix_index.conversations(Instant::now());
     Ok(Json(json!({"count": all.len(), "conversations": all})))
 }
 
@@ -62,7 +62,7 @@ pub(crate) async fn clear(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     permit(&app, &request)?;
-    Ok(Json(json!({"cleared": app.memory.clear()})))
+    Ok(Json(json!({"cleared": app.prefix_index.clear()})))
 }
 
 /// `POST /instances`

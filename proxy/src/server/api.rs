@@ -23,7 +23,7 @@ use crate::openai::keys::may_ask;
 use crate::openai::origin::require_json;
 use crate::openai::request_id;
 use crate::request::response_body;
-use crate::request::routing_request::Plan;
+use crate::request::route_plan::RoutePlan;
 use crate::request::{self, Arrival};
 use crate::server::admin;
 use crate::server::incoming::{peer, read};
@@ -130,13 +130,13 @@ async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
         return error.into_response();
     }
     let id = request_id::assign(&headers);
-    let decode = match Plan::any(&app) {
+    let decode = match RoutePlan::any(&app) {
         Ok(pair) => pair.decode,
         Err(error) => return ApiError::from(error).into_response(),
     };
     let headers = leg_headers(&headers, request_id::header_value(&id), &app.config.access);
     let url = decode.http.join("/v1/models");
-    match app.legs.get(&url, headers, MODELS_TIMEOUT).await {
+    match app.client.get(&url, headers, MODELS_TIMEOUT).await {
         Ok(answer) => response_body::whole(answer, &id),
         Err(error) => {
             app.suspect(&decode.id);

@@ -25,11 +25,11 @@ use crate::config::announce::{self, Announcer};
 use crate::config::cli::Config;
 use crate::fleet::zmq::{PortError, Registrations};
 use crate::membership::registration::{Inputs, Registration};
-use crate::membership::shared_registry::Shared;
+use crate::membership::shared_registry::SharedRegistry;
 use crate::server::accept::{Limits, Port};
 use crate::server::otlp::Exporter;
 use crate::state::app::{App, Instances};
-use crate::upstream::client::Legs;
+use crate::upstream::client::Client;
 use crate::upstream::tls::TlsError;
 
 /// A proxy with both ports open.
@@ -87,7 +87,7 @@ pub enum End {
     /// Every request under way has finished.
     Drained,
     /// Some were cut off.
-    Cut,
+    ForcedShutdown,
     /// The registration port failed.
     PortFailed,
 }
@@ -100,7 +100,7 @@ impl Proxy {
     pub async fn bind(config: Config) -> Result<Self, BindError> {
         let configured = config.sources.named().map_err(BindError::Instances)?;
         let acceptor = config.tls.acceptor()?;
-        let legs = Legs::new(&config.tls, config.connect_timeout, config.idle_timeout)?;
+        let client = Client::new(&config.tls, config.connect_timeout, config.idle_timeout)?;
         let address = config.addresses.listen();
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -121,7 +121,9 @@ impl Proxy {
             None => (None, None),
         };
         let address = port.address();
-        let app = App::new(config, legs, address, instances, suspects, commands, spans);
+        let app = App::new(
+            config, client, address, instances, suspects, commands, spans,
+        );
         let app = Arc::new(app);
         let exporter = traced.map(|(base, spans)| Exporter::new(Arc::clone(&app), &base, spans));
         let inputs = Inputs {
@@ -194,7 +196,7 @@ impl Proxy {
                 Ok(())
             });
         }
-        if let Some(shared) = Shared::new(&app) {
+        if let Some(shared) = SharedRegistry::new(&app) {
             let closing = closing.clone();
             tasks.spawn(async {
                 shared.run(closing).await;
@@ -209,7 +211,7 @@ impl Proxy {
         app.draining.cancel();
         let mut end = drain(&app, &stop.now).await;
         summarise(&app);
-        app.cut.cancel();
+        app.force_shutdown.cancel();
         closing.cancel();
         let mut ended = Vec::from_iter(failed);
         while let Some(next) = tasks.join_next().await {
@@ -249,7 +251,7 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
         },
         () = now.cancelled() => warn!("requests under way are cut off: told to stop at once"),
     }
-    End::Cut
+    End::ForcedShutdown
 }
 
 /// Changes that wait for the registration task.

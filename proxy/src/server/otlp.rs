@@ -78,7 +78,7 @@ impl Exporter {
         }]});
         let sent = self
             .app
-            .legs
+            .client
             .post_json(&self.url, body.to_string().into(), TIMEOUT)
             .await;
         let error = match sent {

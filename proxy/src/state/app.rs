@@ -11,19 +11,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::cli::Config;
 use crate::fleet::instance::Instance;
-use crate::fleet::load::Facts;
+use crate::fleet::load::LoadSnapshot;
 use crate::fleet::registry::Command;
-use crate::routing::Side;
+use crate::routing::SideChoice;
 use crate::routing::mode::{CurrentMode, Measured, Mode};
 use crate::routing::policy::Policy;
-use crate::routing::prefix_index::Memory;
+use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::refusals::Refusals;
 use crate::state::in_flight::InFlight;
 use crate::state::uploads::Uploads;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::prefill_times::PrefillTimes;
 use crate::telemetry::record::Recent;
-use crate::upstream::client::Legs;
+use crate::upstream::client::Client;
 
 /// The instances as routing sees them; replaced as a whole at each change.
 pub(crate) type Instances = Arc<[Arc<Instance>]>;
@@ -36,7 +36,7 @@ pub(crate) struct App {
     /// The address that call-backs name.
     pub registration: SocketAddr,
     /// Connections to engines and sidecars.
-    pub legs: Legs,
+    pub client: Client,
     /// Who is there; written by the registration task.
     pub instances: watch::Receiver<Instances>,
     /// Requests under way.
@@ -48,7 +48,7 @@ pub(crate) struct App {
     /// What prefill legs took.
     pub prefill_times: PrefillTimes,
     /// What instances hold.
-    pub memory: Memory,
+    pub prefix_index: PrefixIndex,
     /// What prefill instances will not hand over.
     pub refusals: Refusals,
     /// Which requests get a prefill leg.
@@ -58,7 +58,7 @@ pub(crate) struct App {
     /// Set when no new request is taken any more.
     pub draining: CancellationToken,
     /// Set when requests under way are cut off.
-    pub cut: CancellationToken,
+    pub force_shutdown: CancellationToken,
     /// Spans for the collector; absent without `--otlp`.
     pub spans: Option<mpsc::Sender<Value>>,
     /// What the registration task is asked to do.
@@ -75,7 +75,7 @@ impl App {
     /// A proxy without instances.
     pub(crate) fn new(
         config: Config,
-        legs: Legs,
+        client: Client,
         registration: SocketAddr,
         instances: watch::Receiver<Instances>,
         suspects: mpsc::Sender<String>,
@@ -86,10 +86,10 @@ impl App {
         mode.set(config.mode);
         Self {
             mode,
-            memory: Memory::default(),
+            prefix_index: PrefixIndex::default(),
             refusals: Refusals::default(),
             measured: Measured::default(),
-            legs,
+            client,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),
             uploads: Arc::new(Uploads::new(config.max_in_flight, config.upload_bytes())),
             config,
@@ -103,7 +103,7 @@ impl App {
             metrics: Metrics::new(),
             prefill_times: PrefillTimes::default(),
             draining: CancellationToken::new(),
-            cut: CancellationToken::new(),
+            force_shutdown: CancellationToken::new(),
             decode_turn: AtomicUsize::new(0),
             prefill_turn: AtomicUsize::new(0),
         }
@@ -134,12 +134,12 @@ impl App {
 
     /// The next place in turn on either side; requests with transfers are counted apart, so that
     /// those of the other kind do not skip prefill instances.
-    pub(crate) fn next_turn(&self, transfers: Transfers) -> (Side, Side) {
+    pub(crate) fn next_turn(&self, transfers: Transfers) -> (SideChoice, SideChoice) {
         let prefill = match transfers {
             Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
             Transfers::No => 0,
         };
-        let side = |policy, turn| Side { policy, turn };
+        let side = |policy, turn| SideChoice { policy, turn };
         (
             side(self.config.prefill_policy, prefill),
             side(
@@ -157,9 +157,9 @@ impl App {
 }
 
 /// How busy instances are, in their order.
-pub(crate) fn facts(instances: &Instances) -> Vec<Facts> {
+pub(crate) fn load_snapshots(instances: &Instances) -> Vec<LoadSnapshot> {
     let now = Instant::now();
-    instances.iter().map(|i| i.load.facts(now)).collect()
+    instances.iter().map(|i| i.load.snapshot(now)).collect()
 }
 
 /// Whether a request may have a prefill leg.

@@ -14,12 +14,12 @@ use crate::telemetry::record::Moved;
 /// Every request under way that has a prefill leg.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
-    requests: Mutex<HashMap<RequestId, Arc<Watch>>>,
+    requests: Mutex<HashMap<RequestId, Arc<Progress>>>,
 }
 
 /// What others say about one request under way.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct Progress {
     /// The prefill instance: only its word on the request's progress counts.
     prefill: String,
     begun: Notify,
@@ -45,17 +45,17 @@ pub(crate) struct PrefillNote {
 
 /// A request's place in [`InFlight`]; leaves it when dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct InFlightGuard {
     all: Arc<InFlight>,
     id: RequestId,
     /// What others say about the request.
-    pub watch: Arc<Watch>,
+    pub progress: Arc<Progress>,
 }
 
 impl InFlight {
     /// Enters a request whose prefill leg goes to `prefill`. Ids are unique by construction.
-    pub(crate) fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> Place {
-        let watch = Arc::new(Watch {
+    pub(crate) fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> InFlightGuard {
+        let progress = Arc::new(Progress {
             prefill: prefill.to_owned(),
             begun: Notify::new(),
             begun_at: OnceLock::new(),
@@ -63,45 +63,48 @@ impl InFlight {
             moved: Mutex::new(None),
             noticed: Notify::new(),
         });
-        self.lock().insert(id.clone(), Arc::clone(&watch));
-        Place {
+        self.lock().insert(id.clone(), Arc::clone(&progress));
+        InFlightGuard {
             all: Arc::clone(self),
             id: id.clone(),
-            watch,
+            progress,
         }
     }
 
     /// The prefill engine has begun. Returns whether the request is known and `from` is its
     /// prefill instance.
     pub(crate) fn begun(&self, now: Instant, id: &RequestId, from: &str) -> bool {
-        let watch = self.lock().get(id).cloned();
-        let Some(watch) = watch.filter(|watch| watch.prefill == from) else {
+        let progress = self.lock().get(id).cloned();
+        let Some(progress) = progress.filter(|progress| progress.prefill == from) else {
             return false;
         };
         // Every rank says so; the first counts.
-        if watch.begun_at.set(now).is_ok() {
-            watch.begun.notify_one();
+        if progress.begun_at.set(now).is_ok() {
+            progress.begun.notify_one();
         }
         true
     }
 
     /// A sender's word on the KV. Returns whether the request is known.
     pub(crate) fn moved(&self, id: &RequestId, notice: Option<&NotifX>) -> bool {
-        let Some(watch) = self.lock().get(id).cloned() else {
+        let Some(progress) = self.lock().get(id).cloned() else {
             return false;
         };
-        let mut moved = watch.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut moved = progress
+            .moved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         moved.get_or_insert_default().add(notice);
-        watch.noticed.notify_one();
+        progress.noticed.notify_one();
         true
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RequestId, Arc<Watch>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RequestId, Arc<Progress>>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Watch {
+impl Progress {
     /// Waits until the prefill engine has begun. For one waiter.
     ///
     /// # Cancel safety
@@ -141,10 +144,10 @@ impl Watch {
     }
 }
 
-impl Drop for Place {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         if let Entry::Occupied(entry) = self.all.lock().entry(self.id.clone())
-            && Arc::ptr_eq(entry.get(), &self.watch)
+            && Arc::ptr_eq(entry.get(), &self.progress)
         {
             entry.remove();
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::upstream::client::LegFailure;
 
 /// Label values of one metric: a fixed set of names, each with a fixed set of values.
@@ -36,7 +36,7 @@ pub enum Message {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leg {
     /// To the prefill instance.
-    Prefill(Alone),
+    Prefill(Fallback),
     /// To the decode instance.
     Decode(LegFailure),
 }
@@ -76,11 +76,11 @@ impl Message {
 impl Leg {
     /// Every way in which a leg fails.
     pub const ALL: [Self; 11] = [
-        Self::Prefill(Alone::PrefillDied),
-        Self::Prefill(Alone::PrefillError),
-        Self::Prefill(Alone::PrefillBusy),
-        Self::Prefill(Alone::PrefillTimeout),
-        Self::Prefill(Alone::NotPushed),
+        Self::Prefill(Fallback::PrefillDied),
+        Self::Prefill(Fallback::PrefillError),
+        Self::Prefill(Fallback::PrefillBusy),
+        Self::Prefill(Fallback::PrefillTimeout),
+        Self::Prefill(Fallback::NotPushed),
         Self::Decode(LegFailure::Connect),
         Self::Decode(LegFailure::Died),
         Self::Decode(LegFailure::Timeout),

@@ -18,7 +18,7 @@ use crate::fleet::instance::Instance;
 use crate::fleet::registry::Answer;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::Code;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::telemetry::labels::{InstanceCounts, Labels, Leg, Message};
 use crate::telemetry::outcome::Outcome;
 
@@ -77,11 +77,11 @@ impl Metrics {
     }
 
     /// A decode leg is sent.
-    pub fn decode_sent(&self, transfer: Result<(), Alone>) {
+    pub fn decode_sent(&self, transfer: Result<(), Fallback>) {
         match transfer {
             Ok(()) => drop(self.transfers.inc()),
             Err(alone) => {
-                if alone == Alone::DecodeRetry {
+                if alone == Fallback::DecodeRetry {
                     self.decode_retries.inc();
                 }
                 self.alone

@@ -10,11 +10,11 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connectors::handoff::{Way, prefilled};
-use crate::openai::fallback::Alone;
+use crate::connectors::handoff::{HandoffMode, prefilled};
+use crate::openai::fallback::Fallback;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::sse::First;
-use crate::upstream::pool::{LinkBody, LinkError, Links, with_cause};
+use crate::upstream::pool::{LinkBody, LinkError, Pool, with_cause};
 
 mod answer;
 
@@ -24,12 +24,12 @@ pub(crate) use answer::{Answer, LegError, LegFailure, PrefillEnd};
 
 /// Sends requests to engines and sidecars.
 #[derive(Clone, Debug)]
-pub(crate) struct Legs {
-    links: Arc<Links>,
+pub(crate) struct Client {
+    links: Arc<Pool>,
     idle_timeout: Duration,
 }
 
-impl Legs {
+impl Client {
     /// A client that trusts the roots of `tls`, with these deadlines.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ impl Legs {
         connector.set_keepalive_interval(Some(KEEPALIVE));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         Ok(Self {
-            links: Arc::new(Links::new(tls.connector(connector)?)),
+            links: Arc::new(Pool::new(tls.connector(connector)?)),
             idle_timeout,
         })
     }
@@ -63,11 +63,11 @@ impl Legs {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
-        way: Way,
+        way: HandoffMode,
     ) -> PrefillEnd {
         let response = match self.send(Method::POST, url, headers, body).await {
             Ok(response) => response,
-            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+            Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
         let status = response.status();
         let (head, rest) = response.into_parts();
@@ -75,7 +75,7 @@ impl Legs {
             Ok(body) => body.to_bytes(),
             // The answer's head says that the prefill is done; sidecars need nothing else of it.
             Err(_) if status.is_success() => Bytes::new(),
-            Err(e) => return PrefillEnd::Failed(Alone::PrefillDied, e.to_string()),
+            Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
         if status.is_success() {
             return match prefilled(way, &body) {
@@ -86,15 +86,15 @@ impl Legs {
         let text = format!("{status}: {}", shown(&body));
         match status {
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                PrefillEnd::Failed(Alone::PrefillBusy, text)
+                PrefillEnd::Failed(Fallback::PrefillBusy, text)
             }
-            StatusCode::REQUEST_TIMEOUT => PrefillEnd::Failed(Alone::PrefillError, text),
+            StatusCode::REQUEST_TIMEOUT => PrefillEnd::Failed(Fallback::PrefillError, text),
             status if status.is_client_error() => PrefillEnd::Refused(Box::new(Answer {
                 head,
                 held: body,
                 rest: None,
             })),
-            _ => PrefillEnd::Failed(Alone::PrefillError, text),
+            _ => PrefillEnd::Failed(Fallback::PrefillError, text),
         }
     }
 

@@ -12,13 +12,13 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::upstream::client::Legs;
+use crate::upstream::client::Client;
 use crate::upstream::pool::LinkBody;
 
 /// One etcd, at any of its addresses.
 #[derive(Debug)]
 pub(crate) struct Etcd {
-    legs: Legs,
+    client: Client,
     urls: Vec<String>,
     /// The address that answered last.
     at: usize,
@@ -51,8 +51,12 @@ pub(crate) struct Watch {
 
 impl Etcd {
     /// An etcd that answers at these base URLs.
-    pub(crate) fn new(legs: Legs, urls: Vec<String>) -> Self {
-        Self { legs, urls, at: 0 }
+    pub(crate) fn new(client: Client, urls: Vec<String>) -> Self {
+        Self {
+            client,
+            urls,
+            at: 0,
+        }
     }
 
     /// Takes a lease that lasts so long without being renewed.
@@ -142,7 +146,7 @@ impl Etcd {
         let range = json!({"key": b64(prefix), "range_end": b64(&after(prefix))});
         let body = json!({"create_request": range}).to_string();
         let url = format!("{}/v3/watch", self.urls[self.at]);
-        let opened = timeout(ANSWER_TIMEOUT, self.legs.open(&url, body.into())).await;
+        let opened = timeout(ANSWER_TIMEOUT, self.client.open(&url, body.into())).await;
         let response = opened
             .map_err(|_| EtcdError::Unreachable(format!("{url}: no answer in time")))?
             .map_err(|e| EtcdError::Unreachable(format!("{url}: {e}")))?;
@@ -162,7 +166,7 @@ impl Etcd {
         for _ in 0..self.urls.len() {
             let url = format!("{}/v3/{method}", self.urls[self.at]);
             match self
-                .legs
+                .client
                 .post_json(&url, body.clone(), ANSWER_TIMEOUT)
                 .await
             {

@@ -30,7 +30,7 @@ use connection::{Link, Outgoing, nobody};
 type Origin = (Scheme, Authority);
 
 /// Makes connections and keeps those that are idle.
-pub(crate) struct Links {
+pub(crate) struct Pool {
     connector: HttpsConnector<HttpConnector<Resolver>>,
     idle: Mutex<Idle>,
 }
@@ -65,10 +65,10 @@ pub(crate) struct LinkBody {
     /// `None` once it has been given back.
     link: Option<Link>,
     origin: Origin,
-    links: Arc<Links>,
+    links: Arc<Pool>,
 }
 
-impl Links {
+impl Pool {
     /// No connection yet.
     pub(crate) fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
         Self {
@@ -163,7 +163,7 @@ impl Links {
     }
 }
 
-impl fmt::Debug for Links {
+impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Links").finish_non_exhaustive()
     }

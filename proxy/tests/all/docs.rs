@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use clap::CommandFactory;
-use proxy::{Alone, Code, Config, Metrics, Outcome};
+use proxy::{Code, Config, Fallback, Metrics, Outcome};
 
 const DOCUMENT: &str = include_str!("../../../docs/proxy.md");
 
@@ -80,7 +80,7 @@ fn flags() {
 #[test]
 fn reasons() {
     let heading = "### Requests that the decode instance computes alone";
-    assert_eq!(documented(heading), set(Alone::ALL));
+    assert_eq!(documented(heading), set(Fallback::ALL));
 }
 
 #[test]

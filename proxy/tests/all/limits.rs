@@ -295,7 +295,7 @@ async fn what_does_not_finish_in_time_is_cut_off_with_a_word() {
         (waited.status.as_u16(), waited.error_code().as_str()),
         (503, "shutting_down")
     );
-    assert_eq!(rig.ended().await, End::Cut);
+    assert_eq!(rig.ended().await, End::ForcedShutdown);
 }
 
 #[tokio::test]
@@ -309,7 +309,7 @@ async fn a_second_word_stops_at_once() {
     rig.stop.drain.cancel();
     rig.stop.now.cancel();
     assert_eq!(waiting.await.unwrap().error_code(), "shutting_down");
-    assert_eq!(rig.ended().await, End::Cut);
+    assert_eq!(rig.ended().await, End::ForcedShutdown);
     rig.journal.until("p prefill aborted").await;
 }
 

@@ -25,28 +25,31 @@ fn prefill_legs() {
         prefill_params(&id, way, &decode, overlap)
             .map(|text| serde_json::from_str::<Value>(&text).unwrap())
     };
-    let of_sidecars = |overlap| params(Way::Sidecar, overlap).unwrap();
+    let of_sidecars = |overlap| params(HandoffMode::Sidecar, overlap).unwrap();
     assert_eq!(of_sidecars(true)["disagg_spec"]["overlap"], true);
     assert!(of_sidecars(false)["disagg_spec"]["overlap"].is_null());
-    let first = params(Way::FirstToken, true).unwrap();
+    let first = params(HandoffMode::FirstToken, true).unwrap();
     assert!(first["ret_first_tok"] == true && first["do_remote_decode"] == true);
-    let mut from_lmcache = params(Way::Lmcache, false).unwrap();
+    let mut from_lmcache = params(HandoffMode::Lmcache, false).unwrap();
     from_lmcache
         .as_object_mut()
         .unwrap()
         .remove("ret_first_tok");
-    assert_eq!(params(Way::FromLmcache, false).unwrap(), from_lmcache);
     assert_eq!(
-        params(Way::Lmcache, false).unwrap(),
+        params(HandoffMode::FromLmcache, false).unwrap(),
+        from_lmcache
+    );
+    assert_eq!(
+        params(HandoffMode::Lmcache, false).unwrap(),
         json!({"ret_first_tok": true, "disagg_spec": {"req_id": "r-1", "receiver_host": "10.0.0.2",
             "receiver_init_port": [8300, 8301], "receiver_alloc_port": [8400, 8401]}})
     );
     assert_eq!(
-        params(Way::Nixl, false).unwrap(),
+        params(HandoffMode::Nixl, false).unwrap(),
         json!({"do_remote_decode": true, "do_remote_prefill": false, "remote_engine_id": null,
             "remote_block_ids": null, "remote_host": null, "remote_port": null})
     );
-    assert_eq!(params(Way::P2pNccl, false), None);
+    assert_eq!(params(HandoffMode::P2pNccl, false), None);
 }
 
 #[test]
@@ -57,9 +60,15 @@ fn decode_legs() {
         let expect = json!({"do_remote_prefill": true, "disagg_spec": spec});
         assert_eq!(params, expect, "{way:?}");
     };
-    check(Way::Sidecar, json!({"req_id": "r-1"}));
-    check(Way::FirstToken, json!({"req_id": "r-1", "tokens": 5}));
-    check(Way::FromLmcache, json!({"req_id": "r-1", "written": true}));
+    check(HandoffMode::Sidecar, json!({"req_id": "r-1"}));
+    check(
+        HandoffMode::FirstToken,
+        json!({"req_id": "r-1", "tokens": 5}),
+    );
+    check(
+        HandoffMode::FromLmcache,
+        json!({"req_id": "r-1", "written": true}),
+    );
 }
 
 #[test]
@@ -72,10 +81,20 @@ fn pairs() {
     ];
     let none = None;
     let expect = [
-        [Some(Way::Sidecar), Some(Way::Lmcache), none, none],
-        [Some(Way::FromLmcache), Some(Way::Lmcache), none, none],
-        [none, none, Some(Way::Nixl), none],
-        [none, none, none, Some(Way::P2pNccl)],
+        [
+            Some(HandoffMode::Sidecar),
+            Some(HandoffMode::Lmcache),
+            none,
+            none,
+        ],
+        [
+            Some(HandoffMode::FromLmcache),
+            Some(HandoffMode::Lmcache),
+            none,
+            none,
+        ],
+        [none, none, Some(HandoffMode::Nixl), none],
+        [none, none, none, Some(HandoffMode::P2pNccl)],
     ];
     for (from, row) in connectors.iter().zip(expect) {
         for (to, way) in connectors.iter().zip(row) {
@@ -85,7 +104,7 @@ fn pairs() {
             };
             let prefill = side(InstanceRole::Prefill, *from);
             let decode = side(InstanceRole::Decode, *to);
-            assert_eq!(Way::of(&prefill, &decode), way, "{from:?} {to:?}");
+            assert_eq!(HandoffMode::of(&prefill, &decode), way, "{from:?} {to:?}");
         }
     }
 }
@@ -109,12 +128,12 @@ fn ids_name_both_addresses() {
 fn answers() {
     let check = |way, body: Value, expect: Result<Prefilled, &str>| {
         let found = prefilled(way, body.to_string().as_bytes());
-        let expect = expect.map_err(|why| (Alone::NotPushed, why.to_owned()));
+        let expect = expect.map_err(|why| (Fallback::NotPushed, why.to_owned()));
         assert_eq!(found, expect, "{body}");
     };
     let remote = json!({"do_remote_prefill": true, "remote_block_ids": [[1, 2]]});
     check(
-        Way::Nixl,
+        HandoffMode::Nixl,
         json!({"usage": {"prompt_tokens": 5}, "kv_transfer_params": remote}),
         Ok(Prefilled {
             prompt_tokens: Some(5),
@@ -123,16 +142,20 @@ fn answers() {
         }),
     );
     let none = Err("its answer carries no kv_transfer_params to read the KV by");
-    check(Way::Nixl, json!({"kv_transfer_params": null}), none.clone());
-    check(Way::Nixl, json!({}), none);
     check(
-        Way::Sidecar,
+        HandoffMode::Nixl,
+        json!({"kv_transfer_params": null}),
+        none.clone(),
+    );
+    check(HandoffMode::Nixl, json!({}), none);
+    check(
+        HandoffMode::Sidecar,
         json!({"kv_transfer_params": {"pushed": false, "reason": "lora"}}),
         Err("lora"),
     );
-    check(Way::Sidecar, json!({}), Ok(Prefilled::default()));
+    check(HandoffMode::Sidecar, json!({}), Ok(Prefilled::default()));
     check(
-        Way::Lmcache,
+        HandoffMode::Lmcache,
         json!({"choices": [{"text": "He", "finish_reason": "length"}],
             "kv_transfer_params": {"first_tok": 7}}),
         Ok(Prefilled {
@@ -145,12 +168,12 @@ fn answers() {
         }),
     );
     check(
-        Way::Lmcache,
+        HandoffMode::Lmcache,
         json!({"choices": [{"text": "He"}]}),
         Err("its answer carries no first_tok"),
     );
-    assert!(prefilled(Way::Nixl, b"<html>").is_err());
-    assert!(prefilled(Way::Sidecar, b"<html>").is_ok());
+    assert!(prefilled(HandoffMode::Nixl, b"<html>").is_err());
+    assert!(prefilled(HandoffMode::Sidecar, b"<html>").is_ok());
 }
 
 #[test]
@@ -162,7 +185,7 @@ fn first_tokens() {
         let text = answer.to_string();
         let first = first_token(7, text.as_bytes()).map(|(first, _)| first.text);
         assert_eq!(first.as_deref(), expect, "{body}");
-        let prefilled = prefilled(Way::FirstToken, text.as_bytes()).unwrap();
+        let prefilled = prefilled(HandoffMode::FirstToken, text.as_bytes()).unwrap();
         let tokens = expect.map(|_| "[1,2]");
         assert_eq!(prefilled.tokens.as_deref(), tokens, "{body}");
         assert_eq!(prefilled.first.is_some(), expect.is_some(), "{body}");
@@ -186,5 +209,8 @@ fn first_tokens() {
     }
     // An engine that does not say token ids.
     let body = br#"{"choices": [{"text": "He", "finish_reason": "length"}], "kv_transfer_params": {"first_tok": 7}}"#;
-    assert_eq!(prefilled(Way::FirstToken, body).unwrap().first, None);
+    assert_eq!(
+        prefilled(HandoffMode::FirstToken, body).unwrap().first,
+        None
+    );
 }

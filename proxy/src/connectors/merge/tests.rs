@@ -1,12 +1,12 @@
 use super::*;
 
-fn stitch(endpoint: Endpoint) -> Stitch {
+fn stitch(endpoint: Endpoint) -> Merger {
     let first = FirstToken {
         id: 7,
         text: "He".into(),
         finish_reason: Some("stop".into()),
     };
-    Stitch::new(endpoint, "r", Some("\"m\""), first)
+    Merger::new(endpoint, "r", Some("\"m\""), first)
 }
 
 fn events(bytes: &[u8]) -> Vec<Value> {

@@ -6,11 +6,17 @@ fn charges_are_taken_back() {
     let now = Instant::now();
     let first = load.charge(100);
     let second = load.charge(20);
-    assert_eq!((load.facts(now).tokens, load.facts(now).legs), (120, 2));
+    assert_eq!(
+        (load.snapshot(now).tokens, load.snapshot(now).legs),
+        (120, 2)
+    );
     drop(first);
-    assert_eq!((load.facts(now).tokens, load.facts(now).legs), (20, 1));
+    assert_eq!(
+        (load.snapshot(now).tokens, load.snapshot(now).legs),
+        (20, 1)
+    );
     drop(second);
-    assert_eq!((load.facts(now).tokens, load.facts(now).legs), (0, 0));
+    assert_eq!((load.snapshot(now).tokens, load.snapshot(now).legs), (0, 0));
 }
 
 #[test]
@@ -23,13 +29,13 @@ fn who_fails_too_often_pauses_and_is_tried_once() {
     let load = Load::default();
     let now = Instant::now();
     assert!(!load.failed(now, breaker) && !load.failed(now, breaker));
-    assert!(!load.facts(now).is_open);
+    assert!(!load.snapshot(now).is_open);
     assert!(load.failed(now, breaker));
-    assert!(load.facts(now).is_open);
+    assert!(load.snapshot(now).is_open);
     let later = now + Duration::from_secs(11);
-    assert!(!load.facts(later).is_open);
+    assert!(!load.snapshot(later).is_open);
     load.chosen(later, breaker);
-    assert!(load.facts(later).is_open, "one request tries");
+    assert!(load.snapshot(later).is_open, "one request tries");
     load.succeeded(Duration::from_millis(5));
     assert_eq!(
         load.done(),
@@ -39,9 +45,9 @@ fn who_fails_too_often_pauses_and_is_tried_once() {
             failed: 3
         }
     );
-    assert!(!load.facts(later).is_open);
+    assert!(!load.snapshot(later).is_open);
     load.chosen(later, breaker);
-    assert!(!load.facts(later).is_open);
+    assert!(!load.snapshot(later).is_open);
 }
 
 #[test]
@@ -55,18 +61,18 @@ fn a_stalled_instance_pauses_until_it_shows_a_sign_of_work() {
     let now = Instant::now();
     assert_eq!(load.last_heard(), None);
     assert!(load.stalled(now, breaker), "once is enough");
-    assert!(load.facts(now).is_open);
+    assert!(load.snapshot(now).is_open);
     assert!(!load.stalled(now, breaker), "said once");
     let later = now + Duration::from_secs(21);
-    assert!(!load.facts(later).is_open);
+    assert!(!load.snapshot(later).is_open);
     load.chosen(later, breaker);
     let while_it_tries = later + Duration::from_secs(19);
     assert!(
-        load.facts(while_it_tries).is_open,
+        load.snapshot(while_it_tries).is_open,
         "one request tries at a time"
     );
     load.succeeded(Duration::from_millis(5));
-    assert!(!load.facts(while_it_tries).is_open);
+    assert!(!load.snapshot(while_it_tries).is_open);
     assert!(load.last_heard().is_some_and(|at| at >= now));
 }
 

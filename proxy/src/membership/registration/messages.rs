@@ -15,7 +15,7 @@ use crate::telemetry::labels::Message;
 
 impl Registration {
     /// A P2P NCCL instance says that it is there.
-    pub(super) fn greeted(&mut self, frame: Frame) -> News {
+    pub(super) fn on_p2p_hello(&mut self, frame: Frame) -> News {
         let (Frame::Single(bytes) | Frame::Last(bytes)) = frame else {
             self.app.metrics.message(Message::Malformed);
             return News::None;
@@ -51,14 +51,14 @@ impl Registration {
             }
             Ok(Registered::Renewed) => Message::Register,
             Err(error) => {
-                self.complain(now, &error);
+                self.log_rate_limited(now, &error);
                 Message::RegisterRefused
             }
         }
     }
 
     /// It comes again every second, and from strangers as fast as they like.
-    pub(super) fn complain(&mut self, now: Instant, error: &str) {
+    pub(super) fn log_rate_limited(&mut self, now: Instant, error: &str) {
         if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
             self.complained = Some(now);
             warn!(error, "registration refused");
@@ -91,7 +91,7 @@ impl Registration {
                 }
                 Ok(Registered::Renewed) => Message::Register,
                 Err(error) => {
-                    self.complain(now, &error);
+                    self.log_rate_limited(now, &error);
                     Message::RegisterRefused
                 }
             },

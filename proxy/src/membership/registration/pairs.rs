@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use tracing::warn;
 
-use crate::connectors::handoff::Way;
+use crate::connectors::handoff::HandoffMode;
 use crate::fleet::instance::{Instance, Standing};
 use crate::fleet::kv_fit::Kv;
 
@@ -91,7 +91,7 @@ fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
     if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {
         return None;
     }
-    Way::of(prefill, decode)?;
+    HandoffMode::of(prefill, decode)?;
     prefill.kv.misfit(&decode.kv)
 }
 

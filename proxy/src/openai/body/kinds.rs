@@ -3,7 +3,7 @@
 //! A prefill leg keeps what decides the prompt and leaves out what concerns the generation. It keeps
 //! fields that are not known here too: one that decides the prompt and is missing would give the decode
 //! engine KV of another prompt, and one that concerns the generation costs a refused leg at most
-//! (`Alone::PrefillRefused`). `tests/test_fields.py` compares the table with vLLM's own models.
+//! (`Fallback::PrefillRefused`). `tests/test_fields.py` compares the table with vLLM's own models.
 
 /// What a field concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ fn text(bytes: &Bytes) -> &str {
 
 #[test]
 fn who_gets_a_transfer() {
-    let completion = |fields: &str, expect: Option<Alone>| {
+    let completion = |fields: &str, expect: Option<Fallback>| {
         let body = parse(&format!("{{{fields}}}"));
         assert_eq!(body.alone(Endpoint::Completions), expect, "{fields}");
     };
@@ -22,46 +22,49 @@ fn who_gets_a_transfer() {
     completion(r#""prompt": ["one"]"#, None);
     completion(r#""prompt": [[1, 2]]"#, None);
     completion(r#""prompt": []"#, None);
-    completion(r#""prompt": ["one", "two"]"#, Some(Alone::ManyPrompts));
-    completion(r#""prompt": [[1, 2], [3]]"#, Some(Alone::ManyPrompts));
+    completion(r#""prompt": ["one", "two"]"#, Some(Fallback::ManyPrompts));
+    completion(r#""prompt": [[1, 2], [3]]"#, Some(Fallback::ManyPrompts));
     completion(
         r#""prompt": "a", "prompt": ["one", "two"]"#,
-        Some(Alone::ManyPrompts),
+        Some(Fallback::ManyPrompts),
     );
     completion(r#""prompt": "a", "n": 1, "best_of": 1"#, None);
     completion(r#""prompt": "a", "n": null"#, None);
-    completion(r#""prompt": "a", "n": 2"#, Some(Alone::ManySequences));
-    completion(r#""prompt": "a", "n": "2""#, Some(Alone::ManySequences));
-    completion(r#""prompt": "a", "best_of": 3"#, Some(Alone::ManySequences));
+    completion(r#""prompt": "a", "n": 2"#, Some(Fallback::ManySequences));
+    completion(r#""prompt": "a", "n": "2""#, Some(Fallback::ManySequences));
+    completion(
+        r#""prompt": "a", "best_of": 3"#,
+        Some(Fallback::ManySequences),
+    );
     completion(
         r#""prompt": "a", "use_beam_search": true"#,
-        Some(Alone::ManySequences),
+        Some(Fallback::ManySequences),
     );
     completion(r#""prompt": "a", "use_beam_search": false"#, None);
     completion(
         r#""prompt": "a", "prompt_logprobs": 0"#,
-        Some(Alone::PromptLogprobs),
+        Some(Fallback::PromptLogprobs),
     );
     completion(r#""prompt": "a", "echo": true"#, None);
     completion(r#""prompt": "a", "logprobs": 3"#, None);
     completion(
         r#""prompt": "a", "echo": true, "logprobs": 0"#,
-        Some(Alone::PromptLogprobs),
+        Some(Fallback::PromptLogprobs),
     );
     completion(
         r#""prompt": null, "prompt_embeds": "AAAA""#,
-        Some(Alone::PromptEmbeds),
+        Some(Fallback::PromptEmbeds),
     );
     completion(
         r#""prompt": "a", "cache_salt": "s""#,
-        Some(Alone::CacheSalt),
+        Some(Fallback::CacheSalt),
     );
     completion(
         r#""prompt": "a", "max_tokens": 0"#,
-        Some(Alone::NothingToDecode),
+        Some(Fallback::NothingToDecode),
     );
 
-    let chat = |messages: &str, expect: Option<Alone>| {
+    let chat = |messages: &str, expect: Option<Fallback>| {
         let body = parse(&format!(r#"{{"messages": {messages}}}"#));
         assert_eq!(body.alone(Endpoint::Chat), expect, "{messages}");
     };
@@ -76,11 +79,11 @@ fn who_gets_a_transfer() {
     );
     chat(
         r#"[{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]"#,
-        Some(Alone::Multimodal),
+        Some(Fallback::Multimodal),
     );
     chat(
         r#"[{"content": [{"type": "input_audio"}]}]"#,
-        Some(Alone::Multimodal),
+        Some(Fallback::Multimodal),
     );
     // What is malformed is the engine's to refuse.
     chat(r#""hi""#, None);

@@ -1,31 +1,34 @@
 use super::*;
 
-const TRANSFER: Result<(), Alone> = Ok(());
-const WHY: Alone = Alone::PrefillDied;
+const TRANSFER: Result<(), Fallback> = Ok(());
+const WHY: Fallback = Fallback::PrefillDied;
 
-fn decoding(transfer: Result<(), Alone>, attempt: u32) -> Life {
-    Life::Decoding { transfer, attempt }
+fn decoding(transfer: Result<(), Fallback>, attempt: u32) -> RequestState {
+    RequestState::Decoding { transfer, attempt }
 }
 
 #[test]
 fn beginnings() {
-    assert_eq!(Life::begin(Ok(())), (Life::Prefilling, Action::Wait));
     assert_eq!(
-        Life::begin(Err(Alone::ManyPrompts)),
+        RequestState::begin(Ok(())),
+        (RequestState::Prefilling, Action::Wait)
+    );
+    assert_eq!(
+        RequestState::begin(Err(Fallback::ManyPrompts)),
         (
-            decoding(Err(Alone::ManyPrompts), 1),
-            Action::SendDecode(Err(Alone::ManyPrompts))
+            decoding(Err(Fallback::ManyPrompts), 1),
+            Action::SendDecode(Err(Fallback::ManyPrompts))
         )
     );
 }
 
 #[test]
 fn steps() {
-    let check = |from: Life, event: Event, to: Life, action: Action| {
-        let mut life = from;
-        assert_eq!((life.on(event), life), (action, to), "{from:?} {event:?}");
+    let check = |from: RequestState, event: Event, to: RequestState, action: Action| {
+        let mut state = from;
+        assert_eq!((state.on(event), state), (action, to), "{from:?} {event:?}");
     };
-    let prefilling = Life::Prefilling;
+    let prefilling = RequestState::Prefilling;
     let sent = decoding(TRANSFER, 1);
     let send = Action::SendDecode(TRANSFER);
     check(prefilling, Event::Begun, sent, send);
@@ -33,7 +36,7 @@ fn steps() {
     check(
         prefilling,
         Event::PrefillRefused,
-        Life::Ended(Outcome::Refused),
+        RequestState::Ended(Outcome::Refused),
         Action::PassRefusal,
     );
     check(
@@ -44,58 +47,67 @@ fn steps() {
     );
 
     // The end of the prefill leg is only noted once the decode leg is out.
-    for life in [sent, decoding(Err(WHY), 1), Life::Streaming] {
+    for state in [sent, decoding(Err(WHY), 1), RequestState::Streaming] {
         for event in [
             Event::Begun,
             Event::PrefillAnswered,
             Event::PrefillRefused,
             Event::PrefillFailed(WHY),
         ] {
-            check(life, event, life, Action::Wait);
+            check(state, event, state, Action::Wait);
         }
     }
     // A leg that was sent along with it would wait for nobody.
     let lost = Event::PrefillLost(WHY);
     let alone = decoding(Err(WHY), 1);
     check(sent, lost, alone, Action::SendDecode(Err(WHY)));
-    for life in [prefilling, alone, Life::Streaming] {
-        check(life, lost, life, Action::Wait);
+    for state in [prefilling, alone, RequestState::Streaming] {
+        check(state, lost, state, Action::Wait);
     }
-    check(sent, Event::FirstByte, Life::Streaming, Action::Relay);
+    check(
+        sent,
+        Event::FirstByte,
+        RequestState::Streaming,
+        Action::Relay,
+    );
     check(
         sent,
         Event::DecodeFailed { another: true },
-        decoding(Err(Alone::DecodeRetry), 2),
-        Action::SendDecode(Err(Alone::DecodeRetry)),
+        decoding(Err(Fallback::DecodeRetry), 2),
+        Action::SendDecode(Err(Fallback::DecodeRetry)),
     );
     check(
         sent,
         Event::DecodeFailed { another: false },
-        Life::Ended(Outcome::Failed),
+        RequestState::Ended(Outcome::Failed),
         Action::Fail,
     );
     check(
-        Life::Streaming,
+        RequestState::Streaming,
         Event::AnswerEnded,
-        Life::Ended(Outcome::Done),
+        RequestState::Ended(Outcome::Done),
         Action::Finish,
     );
     check(
-        Life::Streaming,
+        RequestState::Streaming,
         Event::AnswerBroke,
-        Life::Ended(Outcome::Broken),
+        RequestState::Ended(Outcome::Broken),
         Action::Finish,
     );
 }
 
 #[test]
 fn every_state_can_be_left_and_none_after_the_end() {
-    for life in [Life::Prefilling, decoding(TRANSFER, 1), Life::Streaming] {
-        let mut left = life;
+    for state in [
+        RequestState::Prefilling,
+        decoding(TRANSFER, 1),
+        RequestState::Streaming,
+    ] {
+        let mut left = state;
         assert_eq!(left.on(Event::ClientLeft), Action::Finish);
         assert_eq!(left.outcome(), Some(Outcome::ClientLeft));
-        let mut cut = life;
-        assert_ne!(cut.on(Event::CutOff), Action::Wait);
+        let mut cut = state;
+        assert_ne!(cut.on(Event::ForceShutdown), Action::Wait);
         assert!(cut.outcome().is_some());
     }
     for outcome in Outcome::ALL {
@@ -110,11 +122,11 @@ fn every_state_can_be_left_and_none_after_the_end() {
             Event::AnswerEnded,
             Event::AnswerBroke,
             Event::ClientLeft,
-            Event::CutOff,
+            Event::ForceShutdown,
         ] {
-            let mut life = Life::Ended(outcome);
+            let mut state = RequestState::Ended(outcome);
             assert_eq!(
-                (life.on(event), life.outcome()),
+                (state.on(event), state.outcome()),
                 (Action::Wait, Some(outcome))
             );
         }

@@ -4,7 +4,7 @@ use protocol::registration::InstanceRole;
 
 use super::*;
 use crate::fleet::instance::{Connector, Instance, Named, Source};
-use crate::fleet::load::Facts;
+use crate::fleet::load::LoadSnapshot;
 
 fn instance(role: InstanceRole) -> Arc<Instance> {
     let named = Named {
@@ -28,13 +28,13 @@ fn what_is_measured_decides() {
     );
     let candidate = |instance| Candidate {
         instance,
-        facts: Facts::default(),
+        load: LoadSnapshot::default(),
         held: 0,
     };
     let busy = Candidate {
-        facts: Facts {
+        load: LoadSnapshot {
             legs: 4,
-            ..Facts::default()
+            ..LoadSnapshot::default()
         },
         ..candidate(&d)
     };

@@ -16,20 +16,20 @@ fn chat(contents: &[&str]) -> Prompt {
     )
 }
 
-fn turn(memory: &Memory, prompt: &Prompt, decode: &str) {
+fn turn(memory: &PrefixIndex, prompt: &Prompt, decode: &str) {
     let known = memory.recall(prompt, None).conversation.map(|(key, _)| key);
     memory.turn(Instant::now(), prompt, None, known, decode);
     memory.learn(prompt, [decode]);
 }
 
-fn follows(memory: &Memory, prompt: &Prompt) -> Option<(String, u32)> {
+fn follows(memory: &PrefixIndex, prompt: &Prompt) -> Option<(String, u32)> {
     let (_, conversation) = memory.recall(prompt, None).conversation?;
     Some((conversation.decode, conversation.turns))
 }
 
 #[test]
 fn a_later_turn_is_known_by_its_beginning() {
-    let memory = Memory::default();
+    let memory = PrefixIndex::default();
     let system = "You are a helpful assistant that answers in few words. ".repeat(3);
     let first = chat(&[&system, "hi"]);
     assert_eq!(follows(&memory, &first), None);
@@ -49,7 +49,7 @@ fn a_later_turn_is_known_by_its_beginning() {
 
 #[test]
 fn short_prompts_have_conversations_too() {
-    let memory = Memory::default();
+    let memory = PrefixIndex::default();
     turn(&memory, &chat(&["hi"]), "d1");
     let second = chat(&["hi", "hello", "more"]);
     assert_eq!(follows(&memory, &second), Some(("d1".into(), 1)));
@@ -58,7 +58,7 @@ fn short_prompts_have_conversations_too() {
 
 #[test]
 fn sessions_are_conversations_whatever_they_say() {
-    let memory = Memory::default();
+    let memory = PrefixIndex::default();
     memory.turn(Instant::now(), &chat(&["a"]), Some(7), None, "d1");
     let known = memory.recall(&chat(&["b"]), Some(7));
     assert_eq!(known.conversation.unwrap().1.decode, "d1");
@@ -67,7 +67,7 @@ fn sessions_are_conversations_whatever_they_say() {
 
 #[test]
 fn the_longest_prefix_of_each_instance_counts() {
-    let memory = Memory::default();
+    let memory = PrefixIndex::default();
     let long = "word ".repeat(1000);
     memory.learn(&chat(&[&long[..2000]]), ["d1"]);
     memory.learn(&chat(&[&long]), ["d2"]);
@@ -97,7 +97,7 @@ fn what_is_not_asked_for_is_forgotten() {
 
 #[test]
 fn who_is_gone_holds_nothing() {
-    let memory = Memory::default();
+    let memory = PrefixIndex::default();
     let prompt = chat(&[&"word ".repeat(400)]);
     turn(&memory, &prompt, "d1");
     memory.learn(&prompt, ["d2"]);

@@ -12,7 +12,7 @@ use super::{Counters, Metrics, leg_labels, notice_labels, request_labels};
 use crate::fleet::registry::Answer;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::Code;
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::telemetry::labels::{InstanceCounts, Labels, Leg, Message};
 use crate::telemetry::outcome::Outcome;
 
@@ -158,7 +158,7 @@ impl Metrics {
                 touch(&self.requests, request_labels(endpoint, outcome));
             }
         }
-        for alone in Alone::ALL {
+        for alone in Fallback::ALL {
             touch(&self.alone, Labels([("reason", alone.as_str())]));
         }
         for &code in Code::ALL {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::fleet::instance::Instance;
-use crate::fleet::load::Facts;
+use crate::fleet::load::LoadSnapshot;
 
 /// Writes them: not families, because instances come and go, and their names are their
 /// own, which prometheus-client 0.23 would write as they are.
@@ -13,19 +13,19 @@ pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Resul
     type Read = fn(&Instance) -> f64;
     let all: [(&str, &str, &str, Read); 6] = [
         ("legs", "gauge", "Legs under way", |i| {
-            f64::from(facts(i).legs)
+            f64::from(snapshot(i).legs)
         }),
         (
             "tokens",
             "gauge",
             "Tokens of legs under way, estimated",
-            |i| facts(i).tokens as f64,
+            |i| snapshot(i).tokens as f64,
         ),
         (
             "paused",
             "gauge",
             "1 while it keeps failing and is left alone",
-            |i| f64::from(u8::from(facts(i).is_open)),
+            |i| f64::from(u8::from(snapshot(i).is_open)),
         ),
         ("answered", "counter", "Legs that were answered", |i| {
             i.load.done().answered as f64
@@ -56,8 +56,8 @@ pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Resul
     Ok(())
 }
 
-fn facts(instance: &Instance) -> Facts {
-    instance.load.facts(Instant::now())
+fn snapshot(instance: &Instance) -> LoadSnapshot {
+    instance.load.snapshot(Instant::now())
 }
 
 fn escaped(text: &str) -> String {

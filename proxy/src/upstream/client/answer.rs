@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::connectors::handoff::Prefilled;
 use crate::openai::error::{ApiError, Code};
-use crate::openai::fallback::Alone;
+use crate::openai::fallback::Fallback;
 use crate::openai::headers::JSON;
 use crate::openai::sse;
 use crate::upstream::pool::LinkBody;
@@ -32,7 +32,7 @@ pub(crate) enum PrefillEnd {
     /// The engine says that the request is wrong; this is its answer.
     Refused(Box<Answer>),
     /// The engine or the way to it failed.
-    Failed(Alone, String),
+    Failed(Fallback, String),
 }
 
 /// A leg that brought no answer.
