@@ -28,9 +28,10 @@ from harness.listening import listening
 from harness.ports import free_port
 from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, ROOT, Sidecar, SidecarOptions
-from pd_sidecar.client import Client
 from test_strangers import LAYOUT, Sides, hello, keys
 from test_two_hosts import other_host
+
+from pd_sidecar.client import Client
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
