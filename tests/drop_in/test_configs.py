@@ -45,6 +45,10 @@ class _LmcacheShippedSender(LmcacheSender):
         LmcachePeer.__init__(self, "sender", "async", {}, file=CONFIGS / "lmcache-prefiller-config.yaml")
 
 
+# LMCache's agents connect over UCX's TCP, which a sidecar opens only with this consent.
+CONSENT = {"PD_SIDECAR_NIXL_OVER_TCP": "trusted"}
+
+
 @pytest.mark.parametrize("lmcache_sends", [False, True])
 def test_the_shipped_files_work_with_both_programs(tmp_path: Path, lmcache_sends: bool) -> None:
     sender: LmcacheSender | BareSender
@@ -52,14 +56,22 @@ def test_the_shipped_files_work_with_both_programs(tmp_path: Path, lmcache_sends
     notices = _FixedNotices()
     if lmcache_sends:
         receiver = BareReceiver(
-            "shipped-receiver", ["--config", CONFIGS / "lmcache-decoder-config.yaml"], "127.0.0.1:7900", tmp_path
+            "shipped-receiver",
+            ["--config", CONFIGS / "lmcache-decoder-config.yaml"],
+            "127.0.0.1:7900",
+            tmp_path,
+            CONSENT,
         )
         receiver.target = TARGET
         sender = _LmcacheShippedSender()
     else:
         receiver = _LmcacheShippedReceiver()
         sender = BareSender(
-            "shipped-sender", ["--config", CONFIGS / "lmcache-prefiller-config.yaml"], "127.0.0.1:7910", tmp_path
+            "shipped-sender",
+            ["--config", CONFIGS / "lmcache-prefiller-config.yaml"],
+            "127.0.0.1:7910",
+            tmp_path,
+            CONSENT,
         )
     try:
         prompt = Prompt.of_chunks(5, last=7)

@@ -29,6 +29,8 @@ _requests = itertools.count(1)
 def test_kv_of_an_engine_goes_through_lmcache(
     pair: Pair, reference: Reference, tmp_path: Path, mode: str, length: int
 ) -> None:
+    # LMCache's agents connect over UCX's TCP, which a sidecar opens only with this consent.
+    pair.restart_sidecars(keys={**pair.options.sidecar_keys, "nixl_over_tcp": "trusted"})
     layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
     tokens = prompt(length, seed=length + len(mode))
     size = length * KV_BYTES_PER_TOKEN

@@ -97,6 +97,8 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
 def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, mode: str) -> None:
     sender = LmcacheSender(mode)
     try:
+        # While no decode request has read anything of a sender, its KV makes room for the next request.
+        assert moved(sender, ours, Prompt.of_chunks(1))
         first, second, huge = Prompt.of_chunks(6), Prompt.of_chunks(6), Prompt.of_chunks(9)
         requests = {prompt: next_request() for prompt in (first, second, huge)}
         for prompt in (first, second, huge):
