@@ -1,4 +1,4 @@
-//! What the prefill engine says.
+//! Handles the messages of the prefill engine.
 
 use super::request::{Chunk, Phase, Request, Told};
 use super::{Action, After, Link, Sender, WatchId};
@@ -14,7 +14,8 @@ impl Sender {
         self.set_aside(&id);
         if let Err(reason) = self.admit(&asked) {
             self.tell_ended(engine, &id, Some(reason), 0);
-            // The request that is under way tells the proxy, unless it has.
+            // The request in flight sends the only notification to the proxy, unless it has sent it
+            // already: two notifications for one id would contradict each other.
             let owes = self.requests.get(&id).is_some_and(|r| r.engine.is_some());
             if reason != Reason::Duplicate || !owes {
                 self.actions.push_back(Action::Notify {
@@ -31,7 +32,8 @@ impl Sender {
             return;
         }
         if asked.keys.is_empty() {
-            // Nothing to move: the word to engine and proxy at once, and none to the receiver.
+            // No chunk has to move: the sender tells the engine and the proxy at once and does not
+            // contact the receiver.
             self.requests
                 .insert(id.clone(), Request::new(engine, asked, 0, self.now));
             self.tell_done(&id, None);
@@ -53,8 +55,9 @@ impl Sender {
         }
     }
 
-    /// A request that has ended for engine and proxy, and of which only the last words to its receiver are missing,
-    /// gives its id up for one that begins: a control character keeps its new name apart from every id.
+    /// Renames a request that waits only for its receiver's last answer, so that a new request can
+    /// use the id. The engine and the proxy already know that the old request has ended. The new
+    /// name contains a control character, which no id of an engine contains.
     fn set_aside(&mut self, id: &RequestId) {
         let ended = self.requests.get(id).is_some_and(|old| {
             old.engine.is_none() && !matches!(old.phase, Phase::Feeding(_) | Phase::Linking)
@@ -72,6 +75,7 @@ impl Sender {
         }
     }
 
+    /// Checks whether the sender can start a request, and returns the reason if it cannot.
     fn admit(&self, asked: &Reserve) -> Result<(), Reason> {
         let chunks = chunks_of(asked.tokens, self.config.layout.chunk_tokens) as usize;
         if self.config.push_off {
@@ -79,7 +83,8 @@ impl Sender {
         } else if self.draining {
             Err(Reason::Draining)
         } else if asked.keys.is_empty() && asked.tokens > 0 && !asked.req.0.is_empty() {
-            // The engine moves nothing of it, and a proxy waits for our word.
+            // The engine moves no KV of this request. The refusal sends the notification that the
+            // proxy waits for.
             Err(Reason::PushOff)
         } else if asked.req.0.is_empty() || chunks != asked.keys.len() {
             Err(Reason::BadRequest)
@@ -92,8 +97,8 @@ impl Sender {
         }
     }
 
-    /// Sends the first alloc request of a request whose link is up. From here on the decode side can
-    /// learn how this ends, so this is when the proxy may send the decode leg.
+    /// Sends the first alloc request of a request, after the handshake with its receiver. From now
+    /// on the decode side can learn how the request ends, so the proxy may send the decode request.
     pub(super) fn ask(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -132,6 +137,7 @@ impl Sender {
         self.send(&to, ToReceiver::AllocRequest(message));
     }
 
+    /// Returns the alloc request for all chunks of a request.
     fn alloc_request(
         &self,
         id: &RequestId,
@@ -172,6 +178,7 @@ impl Sender {
         }
     }
 
+    /// Notes the tokens that the engine's current step completes: their chunks may get send slots.
     pub(super) fn on_computing(&mut self, engine: EngineId, message: &Computing) {
         if let Some(request) = self.requests.get_mut(&message.req)
             && request.engine == Some(engine)
@@ -181,6 +188,7 @@ impl Sender {
         }
     }
 
+    /// Marks chunks as gathered, and posts their write or watches the event that they wait for.
     pub(super) fn on_staged(&mut self, engine: EngineId, message: &Staged) {
         let Some(request) = self.requests.get_mut(&message.req) else {
             return;
@@ -191,6 +199,8 @@ impl Sender {
         request.progress = self.now;
         request.record.gather_us += message.gather_us;
         let after = message.event.map(|event| After { engine, event });
+        // The GPU may still be gathering: LMCache's receivers show a key before it is written, so
+        // the sender asks for the key only after the event has fired.
         let watch = after.map(|_| WatchId(self.next_watch));
         for &index in &message.chunks {
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
@@ -207,6 +217,7 @@ impl Sender {
                 _ => {}
             }
         }
+        // For an LMCache receiver the slot comes first and the write later.
         if matches!(request.phase, Phase::Feeding(_)) {
             match after.zip(watch) {
                 Some((after, watch)) => {
@@ -220,6 +231,7 @@ impl Sender {
         self.post(&message.req, after, message.layers.clone());
     }
 
+    /// Ends a request that its engine cancels.
     pub(super) fn on_engine_cancel(&mut self, engine: EngineId, id: &RequestId) {
         if self
             .requests
@@ -230,6 +242,7 @@ impl Sender {
         }
     }
 
+    /// Ends all requests of an engine whose connection is lost.
     pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
         let mine: Vec<RequestId> = self
             .requests
@@ -245,13 +258,14 @@ impl Sender {
         }
     }
 
+    /// Takes the result of a handshake, and sends the alloc requests that waited for it.
     pub(super) fn on_linked(&mut self, to: &Target, link: Link) {
         let epoch = match &link {
             Link::Up { epoch, .. } => Some(*epoch),
             Link::Lmcache(_) | Link::Making(_) => None,
         };
         self.links.insert(to.clone(), link);
-        // The link leads to other memory than the one that these leases are for.
+        // The receiver has restarted: these leases belong to memory that no longer exists.
         let stale: Vec<RequestId> = self
             .requests
             .iter()
@@ -279,7 +293,7 @@ impl Sender {
     }
 }
 
-/// A lease outlives two lost heartbeats.
+/// A lease lasts three heartbeats, so two lost heartbeats do not end it.
 const HEARTBEATS_PER_LEASE: u32 = 3;
 
 fn millis(duration: Duration) -> u32 {

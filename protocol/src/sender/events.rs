@@ -1,4 +1,4 @@
-//! What goes into a [`Sender`](super::Sender) and what comes out.
+//! Events, actions and configuration of a [`Sender`](super::Sender).
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
 
-/// Bounds and times of a [`Sender`](super::Sender).
+/// Limits and timeouts of a [`Sender`](super::Sender).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// The sidecar's name.
@@ -18,27 +18,27 @@ pub struct Config {
     pub epoch: Epoch,
     /// Slots of the send buffer.
     pub slots: u32,
-    /// What a chunk looks like.
+    /// Layout of one chunk.
     pub layout: Layout,
-    /// Requests under way at once; beyond it `busy`.
+    /// Most requests in flight; the sender refuses more with `busy`.
     pub max_requests: usize,
-    /// Time between two signs of life under a lease, as told to receivers times three.
+    /// Time between two heartbeats under a lease. The sender asks for leases of three times this.
     pub heartbeat: Duration,
-    /// How long a receiver may hold an alloc request for room.
+    /// Longest time that a receiver may hold an alloc request until slots are free.
     pub wait: Duration,
-    /// How long a receiver may hold an alloc request for the decode leg to park.
+    /// Longest time that a receiver may hold an alloc request until the decode request parks.
     pub park: Duration,
-    /// After this time without an answer a message is repeated.
+    /// The sender repeats a message after this time without an answer.
     pub repeat: Duration,
-    /// How long a link to a new receiver may take.
+    /// Longest time for the handshake with a receiver.
     pub link: Duration,
-    /// How long a request may go without progress.
+    /// Longest time that a request may go without progress.
     pub stall: Duration,
-    /// Never push: for tests that must fail without a data plane.
+    /// Refuses every request with `push_off`: for tests that must fail without a data plane.
     pub push_off: bool,
 }
 
-/// What happened.
+/// Inputs of a [`Sender`](super::Sender).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {
     /// The prefill engine has begun a request.
@@ -51,27 +51,27 @@ pub enum Event {
     Cancel(EngineId, OfRequest),
     /// The engine's connection ended.
     EngineGone(EngineId),
-    /// The init handshake with a receiver is done.
+    /// The init handshake with a receiver has succeeded.
     Linked {
         /// The receiver.
         to: Target,
-        /// Its epoch; 0 for LMCache.
+        /// The receiver's epoch; 0 for LMCache.
         epoch: Epoch,
         /// Protocol version; 0 for LMCache.
         v: u32,
-        /// Its slots.
+        /// Number of the receiver's slots.
         slots: u32,
-        /// The wire that was chosen.
+        /// Name of the transport that the handshake chose.
         transport: String,
-        /// LMCache's asynchronous receiver, which takes keys back.
+        /// True for LMCache's asynchronous receiver, which frees keys on `CancelNotif`.
         #[serde(default)]
         cancels: bool,
     },
-    /// The init handshake failed, or the link is gone. Writes under way report on their own.
+    /// The init handshake failed, or the connection is lost. Writes in flight report their own end.
     LinkLost {
         /// The receiver.
         to: Target,
-        /// Why.
+        /// Reason for the loss.
         reason: Reason,
     },
     /// A message of a receiver.
@@ -81,79 +81,82 @@ pub enum Event {
         /// The message.
         message: ToSender,
     },
-    /// A write that waits for nothing did not end as soon as it was posted: its wire may need the
-    /// receiver's help. Not said of wires that never do.
+    /// A write that waits for no event is still in flight after it was posted: its transport may
+    /// need the receiver's progress. Transports that never need it do not report this event.
     Lasting {
         /// The write.
         transfer: TransferId,
     },
-    /// A write ended well: flushed at the receiver.
+    /// A write succeeded: the transport has flushed it at the receiver.
     Done {
         /// The write.
         transfer: TransferId,
-        /// XXH3-64 of each chunk, if sums are on.
+        /// XXH3-64 of each chunk; empty if checksums are off.
         sums: Vec<u64>,
-        /// When its bytes stood in their slots, if it had to wait for that.
+        /// Time at which the engine's event fired. Absent if the write waited for no event.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         began: Option<Time>,
     },
-    /// A write ended badly.
+    /// A write failed.
     Failed {
         /// The write.
         transfer: TransferId,
-        /// No byte of it can still arrive. Otherwise its slots at the receiver are dirty.
+        /// True if no byte of the write can still arrive. If false, its slots at the receiver are
+        /// dirty.
         terminal: bool,
     },
     /// The answer to [`Action::Watch`].
     Watched {
         /// The watch.
         watch: WatchId,
-        /// The bytes stand in their slots; else they never will.
+        /// True if the chunks are complete in their slots; false if they never will be.
         stand: bool,
     },
-    /// [`Sender::deadline`](super::Sender::deadline) has passed.
+    /// The time of [`Sender::deadline`](super::Sender::deadline) has passed.
     Deadline,
-    /// No new requests from now on.
+    /// The sender must refuse new requests from now on.
     Drain,
 }
 
-/// What is to be done, in order.
+/// Outputs of a [`Sender`](super::Sender), to be carried out in order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Action {
-    /// Make the init handshake with this receiver (anew, if there is a link), then say
+    /// Make the init handshake with this receiver, again if there is a link already, then report
     /// [`Event::Linked`] or [`Event::LinkLost`].
     Link {
         /// The receiver.
         to: Target,
     },
-    /// Send to a receiver.
+    /// Send a message to a receiver.
     Send {
         /// The receiver.
         to: Target,
         /// The message.
         message: ToReceiver,
     },
-    /// Post a write, then say [`Event::Done`] or [`Event::Failed`].
+    /// Post a write, then report [`Event::Done`] or [`Event::Failed`].
     Write {
         /// The receiver.
         to: Target,
-        /// Names the write.
+        /// Id of the write.
         transfer: TransferId,
-        /// The permission.
+        /// Lease that permits the write; 0 for LMCache.
         lease: LeaseId,
-        /// What goes where.
+        /// Source slot, target slot and length of each chunk.
         pieces: Vec<Piece>,
-        /// Nothing may be read before this.
+        /// The transport must not read the send slots before this event has fired. Absent if the
+        /// chunks are complete.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<After>,
-        /// What may be read earlier: see [`Staged::layers`](crate::local::Staged::layers). The whole is
-        /// done when all of it is.
+        /// Layers that the transport may read earlier: see
+        /// [`Staged::layers`](crate::local::Staged::layers). The write ends when all layers and
+        /// `after` are done.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         layers: Vec<LayersStaged>,
     },
-    /// Look at an event, without a write that waits for it, then say [`Event::Watched`].
+    /// Wait for an event without posting a write, then report [`Event::Watched`].
     Watch {
-        /// Names the watch.
+        /// Id of the watch.
         watch: WatchId,
         /// The event.
         after: After,
@@ -168,29 +171,30 @@ pub enum Action {
     Notify {
         /// The request.
         req: RequestId,
-        /// Absent if every wanted chunk is written.
+        /// Reason for the failure. Absent if every wanted chunk is written.
         reason: Option<Reason>,
         /// Bytes written.
         bytes: u64,
-        /// From the reservation on, microseconds.
+        /// Microseconds since the reservation.
         us: u64,
-        /// The wire.
+        /// Name of the transport; empty if nothing moved.
         transport: String,
     },
-    /// A request has ended.
+    /// Log and count a request that has ended.
     Record(Record),
 }
 
-/// An event of an engine, by which the bytes of a write stand in their slots.
+/// An event of an engine: when it has fired, the chunks of a write are complete in their slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct After {
-    /// Whose event.
+    /// Engine that records the event.
     pub engine: EngineId,
     /// Its position in the engine's hello.
     pub event: u32,
 }
 
-/// A look at an event, which engines use again and again.
+/// Id of one wait for an event. Engines reuse their events, so the event's number does not name the
+/// wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct WatchId(pub u64);
@@ -202,15 +206,15 @@ pub struct Piece {
     pub from: SlotIndex,
     /// Slot of the landing buffer.
     pub to: SlotIndex,
-    /// Where it begins, in both slots: 0 in what the machine asks for.
+    /// Offset of the piece in both slots, in bytes: 0 in the machine's own actions.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub offset: u64,
-    /// Bytes from there on.
+    /// Length in bytes.
     pub bytes: u64,
 }
 
 impl Granted {
-    /// No chunk yet: only how much of the prompt the other side holds.
+    /// Returns a grant without chunks, which only says how many tokens the decode side already has.
     pub(super) fn nothing(req: RequestId, have_tokens: u32) -> Self {
         Self {
             req,
@@ -227,15 +231,15 @@ fn is_zero(offset: &u64) -> bool {
     *offset == 0
 }
 
-/// What the buffer holds now.
+/// Use of the send buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gauges {
-    /// Slots free.
+    /// Free slots.
     pub free: u32,
-    /// Slots granted to an engine or being written from.
+    /// Slots that an engine fills or that a write reads.
     pub held: u32,
-    /// Requests under way.
+    /// Requests in flight.
     pub requests: u32,
-    /// Writes under way.
+    /// Writes in flight.
     pub transfers: u32,
 }

@@ -1,15 +1,17 @@
 //! The sending side of the handshake: from the engine's reservation to the receiver's last
 //! acknowledgement.
 //!
-//! The states of a request stand at its `Phase`, those of a chunk at its `Chunk`. The rules:
+//! `Phase` has the states of a request, `Chunk` those of a chunk. The rules:
 //!
-//! * A send slot goes to a chunk only when the receiver has granted a slot for it *and* the engine is
-//!   about to complete it, so a slot never waits for compute that other slots could hold up.
-//! * `Written` is said only after the transport reported the flush, and repeated until `Ack`.
-//! * A lease that ends early is closed by `CancelNotif` after the last write under way has ended; the
-//!   slots of writes whose end nobody knows are named `dirty` in it.
-//! * A message about a lease that is not known any more is answered with `CancelNotif`: by our word
-//!   nothing is under way under it, but for what the graves name.
+//! * The sender gives a chunk a send slot only when the receiver has granted a slot for the chunk
+//!   *and* the engine is about to complete the chunk. So no slot waits for compute while other
+//!   chunks need it.
+//! * The sender sends `Written` only after the transport has reported the flush, and repeats it
+//!   until `Ack`.
+//! * The sender closes a lease that ends early with `CancelNotif`, after its last write in flight
+//!   has ended. `dirty` lists the slots of writes whose end is unknown.
+//! * The sender answers a message about an unknown lease with `CancelNotif`: no write is in flight
+//!   under the lease, except into the slots that `graves` remembers.
 
 mod engine;
 mod events;
@@ -31,7 +33,7 @@ use lmcache::Foreign;
 use request::{Phase, Request};
 use teardown::PATIENCE;
 
-/// The sending side of one rank. See the module's documentation.
+/// State machine of one rank's sending side: takes events and returns actions.
 #[derive(Debug)]
 pub struct Sender {
     config: Config,
@@ -40,7 +42,7 @@ pub struct Sender {
     requests: BTreeMap<RequestId, Request>,
     links: BTreeMap<Target, Link>,
     transfers: BTreeMap<TransferId, RequestId>,
-    /// Dirty slots of leases that are over, for receivers that ask late.
+    /// Dirty slots of leases that have ended, for receivers that ask late.
     graves: VecDeque<(LeaseId, Vec<u32>)>,
     next_seq: u64,
     next_transfer: u64,
@@ -53,19 +55,19 @@ pub struct Sender {
 /// The connection to a receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Link {
-    /// The init handshake is under way since then.
+    /// The init handshake has been in flight since this time.
     Making(Time),
-    /// It is done.
+    /// The handshake is done.
     Up { epoch: Epoch, transport: String },
-    /// It is done; LMCache.
+    /// The handshake with an LMCache receiver is done.
     Lmcache(Foreign),
 }
 
-/// How many leases with dirty slots are remembered.
+/// Number of ended leases that the sender remembers.
 const GRAVES: usize = 1024;
 
 impl Sender {
-    /// A sender with every slot free.
+    /// Returns a sender with every slot free.
     pub fn new(config: Config) -> Self {
         Self {
             now: Time::default(),
@@ -84,7 +86,7 @@ impl Sender {
         }
     }
 
-    /// Takes in one event. Actions wait in [`Self::poll_action`] afterwards.
+    /// Handles one event. [`Self::poll_action`] then returns the resulting actions.
     pub fn handle(&mut self, now: Time, event: Event) {
         self.now = self.now.max(now);
         match event {
@@ -124,12 +126,12 @@ impl Sender {
         self.grant_slots();
     }
 
-    /// The next thing to do, in order.
+    /// Returns the next action, in order; `None` if there is none.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// When [`Event::Deadline`] is due at the latest.
+    /// Returns the time at which [`Event::Deadline`] is due; `None` if no timer runs.
     pub fn deadline(&self) -> Option<Time> {
         let links = self.links.values().filter_map(|link| match link {
             Link::Making(since) => Some(*since + self.config.link),
@@ -142,7 +144,7 @@ impl Sender {
             .min()
     }
 
-    /// What the buffer holds now.
+    /// Returns the use of the send buffer.
     pub fn gauges(&self) -> Gauges {
         Gauges {
             free: self.slots.free(),
@@ -152,13 +154,14 @@ impl Sender {
         }
     }
 
-    /// The receiver that has leased room for a request. LMCache's lease nothing.
+    /// Returns the receiver that granted a lease for a request. LMCache's receivers grant no
+    /// leases.
     pub fn leased_from(&self, req: &RequestId) -> Option<&Target> {
         let request = self.requests.get(req)?;
         request.lease().map(|_| &request.to)
     }
 
-    /// Nothing is under way.
+    /// Returns true if no request is in flight and every slot is free.
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty() && self.slots.free() == self.slots.total()
     }
@@ -195,7 +198,7 @@ impl Sender {
 impl Sender {
     fn deadline_of(&self, request: &Request) -> Option<Time> {
         match &request.phase {
-            // A write under way ends by itself: the transport bounds it.
+            // No timer is necessary for a write in flight: the transport has its own timeout.
             Phase::Feeding(feeding) if feeding.over => None,
             Phase::Feeding(feeding) => {
                 let stalled = request.progress + self.config.stall;
@@ -208,7 +211,7 @@ impl Sender {
 }
 
 impl Request {
-    /// The next time at which something about this request is due.
+    /// Returns the next time at which the sender must act on this request.
     fn deadline(&self, config: &Config) -> Option<Time> {
         let stalled = self.progress + config.stall;
         match &self.phase {
@@ -221,7 +224,7 @@ impl Request {
             Phase::Closing {
                 told: Some(told), ..
             } => Some(told.sent + config.repeat),
-            // A write under way ends by itself: the transport bounds it.
+            // No timer is necessary for a write in flight: the transport has its own timeout.
             Phase::Closing { lease, .. } => Some(lease.spoke + config.heartbeat),
         }
     }

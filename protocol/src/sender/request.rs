@@ -1,4 +1,4 @@
-//! What the sender knows of one request, in one place.
+//! State of one request at the sender.
 
 use std::collections::BTreeSet;
 
@@ -11,30 +11,31 @@ use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, TransferId};
 /// One request of the prefill engine.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Absent once the engine has been told of the end.
+    /// Engine that reserved the request. Absent after the sender has told the engine the end.
     pub(super) engine: Option<EngineId>,
     pub(super) to: Target,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// Tokens that the engine's current step completes.
+    /// Tokens of the prompt that are complete after the engine's current step.
     pub(super) upto: u32,
     pub(super) overlap: bool,
     pub(super) phase: Phase,
     pub(super) chunks: Vec<Chunk>,
-    /// Arrival number: whoever came first gets slots first.
+    /// Arrival number: the sender gives slots to the oldest request first.
     pub(super) order: u64,
     pub(super) since: Time,
-    /// The last time at which anything moved.
+    /// Time of the last progress.
     pub(super) progress: Time,
-    /// Writes under way and since when.
+    /// Number of writes in flight.
     pub(super) in_flight: u32,
+    /// Time at which a write was last posted while no other was in flight.
     pub(super) push_since: Time,
-    /// When a write that had waited for its bytes last ended.
+    /// Time at which the last write that had waited for an event ended.
     pub(super) push_until: Time,
     pub(super) record: Record,
 }
 
-/// How far a request is with its receiver.
+/// Phase of a request at its receiver.
 ///
 /// ```text
 /// Linking ──Linked──▶ Asking ──AllocResponse──▶ Leased ──all Acked──▶ gone
@@ -47,18 +48,20 @@ pub(super) struct Request {
 /// ```
 #[derive(Debug)]
 pub(super) enum Phase {
-    /// The init handshake with the receiver is under way.
+    /// The init handshake with the receiver is in flight.
     Linking,
     /// The alloc request has no answer yet.
     Asking { seq: u64, sent: Time, first: Time },
-    /// The link was lost before the answer: a lease may have been granted, and nobody else can tell the
-    /// receiver that nothing is written under it. The question is repeated for that.
+    /// The connection was lost before the answer. The receiver may have granted a lease, and only
+    /// this sender can tell the receiver that no write is in flight under the lease. So the sender
+    /// repeats the alloc request.
     Withdrawing(Told),
-    /// The receiver lets us write.
+    /// The receiver has granted a lease.
     Leased(Lease),
-    /// To an LMCache receiver.
+    /// The request goes to an LMCache receiver.
     Feeding(Feeding),
-    /// No write is posted any more; the receiver is told once the last one has ended.
+    /// The sender posts no more writes. It tells the receiver when the last write in flight has
+    /// ended.
     Closing {
         lease: Lease,
         reason: Reason,
@@ -66,32 +69,33 @@ pub(super) enum Phase {
     },
 }
 
-/// What is special about a request to an LMCache receiver.
+/// State of a request to an LMCache receiver.
 #[derive(Debug, Default)]
 pub(super) struct Feeding {
-    /// Since when a gathered chunk waits for its slot.
+    /// Time since which a gathered chunk has waited for its slot. Absent if none waits.
     pub(super) waits: Option<Time>,
-    /// Nobody wants it any more: it ends when no write is under way.
+    /// True if the request was cancelled or has failed: it ends when no write is in flight.
     pub(super) over: bool,
-    /// Chunks whose keys the receiver has a slot for.
+    /// Chunks for whose keys the receiver has a slot.
     pub(super) known: BTreeSet<u32>,
-    /// Those of them whose writes nobody knows the end of.
+    /// Those of `known` that have a write with an unknown end.
     pub(super) dirty: BTreeSet<u32>,
 }
 
-/// The receiver's permission.
+/// Permission of the receiver to write into its slots.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
     pub(super) id: LeaseId,
     pub(super) epoch: Epoch,
     pub(super) have_tokens: u32,
-    /// When the receiver last heard of us under this lease.
+    /// Time of the last message to the receiver under this lease.
     pub(super) spoke: Time,
-    /// Slots of writes whose end nobody knows.
+    /// Receiver slots of writes with an unknown end.
     pub(super) dirty: Vec<u32>,
 }
 
-/// A cancel, or a question that is taken back, that waits for its answer.
+/// State of a message that the sender repeats until its answer: a cancel, or an alloc request that
+/// is withdrawn.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Told {
     pub(super) seq: u64,
@@ -102,38 +106,38 @@ pub(super) struct Told {
 /// One chunk of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    /// The decode side holds its tokens.
+    /// The decode side already has the tokens of this chunk.
     Skipped,
-    /// No slot at the receiver yet.
+    /// The receiver has granted no slot yet.
     Waiting,
-    /// A slot at the receiver, none here.
+    /// The chunk has a slot at the receiver but no send slot.
     Remote { to: SlotIndex },
     /// The engine may fill the slot.
     Granted { from: SlotIndex, to: SlotIndex },
-    /// The slot is complete.
+    /// The engine has gathered the chunk into its send slot.
     Staged { from: SlotIndex, to: SlotIndex },
     /// To an LMCache receiver: the engine may fill the slot.
     Filling { from: SlotIndex },
-    /// To an LMCache receiver: complete once this watch says so.
+    /// To an LMCache receiver: the chunk is complete when this watch reports success.
     Gathering { from: SlotIndex, watch: WatchId },
-    /// To an LMCache receiver: complete, its key has not been asked for.
+    /// To an LMCache receiver: the chunk is complete, and the sender has not asked for its key.
     Full { from: SlotIndex },
-    /// To an LMCache receiver: its key has been asked for.
+    /// To an LMCache receiver: the sender has asked for the chunk's key.
     Asked { from: SlotIndex },
-    /// A write is under way.
+    /// The chunk's write is in flight.
     Posted {
         from: SlotIndex,
         to: SlotIndex,
         transfer: TransferId,
     },
-    /// Flushed at the receiver, which has not said yet that it knows.
+    /// The transport has flushed the chunk at the receiver. The receiver has not acknowledged it.
     Done { to: SlotIndex, sum: Option<u64> },
-    /// The receiver knows.
+    /// The receiver has acknowledged the chunk.
     Acked,
 }
 
 impl Chunk {
-    /// The slot of the send buffer that this chunk holds.
+    /// Returns the send slot that this chunk holds; `None` if it holds none.
     pub(super) fn local(self) -> Option<SlotIndex> {
         match self {
             Self::Granted { from, .. }
@@ -147,7 +151,7 @@ impl Chunk {
         }
     }
 
-    /// Nothing is left to write.
+    /// Returns true if nothing is left to write.
     pub(super) fn is_done(self) -> bool {
         matches!(self, Self::Skipped | Self::Done { .. } | Self::Acked)
     }
@@ -196,7 +200,7 @@ impl Request {
         }
     }
 
-    /// The tokens that chunk `index` carries.
+    /// Returns the tokens `[from, to)` that chunk `index` carries.
     pub(super) fn span(&self, index: usize, chunk_tokens: u32) -> (u32, u32) {
         let have = self.lease().map_or(0, |l| l.have_tokens);
         // `admit` bounds the number of chunks by the number of keys.

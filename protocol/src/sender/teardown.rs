@@ -1,4 +1,4 @@
-//! How requests end, and what is due when.
+//! Ends requests, and acts on their deadlines.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -9,7 +9,8 @@ use crate::message::{CancelNotif, CancelX, Extend, ToReceiver};
 use crate::{Reason, RequestId, Time, VERSION};
 
 impl Sender {
-    /// The request ends early: engine and proxy are told, nothing more is posted.
+    /// Ends a request early: tells the engine and the proxy, frees the send slots and posts no more
+    /// writes.
     pub(super) fn end(&mut self, id: &RequestId, reason: Reason) {
         self.tell_done(id, Some(reason));
         let Some(request) = self.requests.get_mut(id) else {
@@ -49,7 +50,7 @@ impl Sender {
         }
     }
 
-    /// Tells engine and proxy how a request ended, once.
+    /// Tells the engine and the proxy once how a request ended.
     pub(super) fn tell_done(&mut self, id: &RequestId, reason: Option<Reason>) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -76,9 +77,10 @@ impl Sender {
         self.actions.push_back(Action::Record(record));
     }
 
-    /// Tells the receiver that a closing lease is over, once no write is under way. If the link is gone
-    /// it is made anew for that: without our word the receiver quarantines the lease's slots, and asks
-    /// only with the next request.
+    /// Tells the receiver that a closing lease has ended, after the last write in flight has ended.
+    /// If the connection is lost, the sender makes a new one for this message. Otherwise the
+    /// receiver quarantines the lease's slots and asks about them only with this sender's next
+    /// request.
     pub(super) fn close(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -120,8 +122,9 @@ impl Sender {
         self.send(&to, ToReceiver::CancelNotif(cancel));
     }
 
-    /// Takes back a question whose answer was lost with the link: it is repeated as it was, over a new
-    /// link. The receiver refuses it and asks about the lease that it had granted, or grants it (again).
+    /// Repeats an alloc request whose answer was lost with the connection, over a new connection.
+    /// The receiver then refuses the request and asks about the lease that it had granted, or it
+    /// grants the lease (again).
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -137,6 +140,7 @@ impl Sender {
         }
     }
 
+    /// Forgets the request whose cancel the receiver has answered.
     pub(super) fn on_cancel_answered(&mut self, to: &Target, seq: u64) {
         let closed = self.requests.iter().find_map(|(id, r)| match &r.phase {
             Phase::Closing {
@@ -149,7 +153,7 @@ impl Sender {
         }
     }
 
-    /// Drops a request of which nothing is under way.
+    /// Forgets a request without a write in flight, and frees its send slots.
     pub(super) fn forget(&mut self, id: &RequestId) {
         let Some(request) = self.requests.remove(id) else {
             return;
@@ -167,6 +171,7 @@ impl Sender {
         }
     }
 
+    /// Ends or withdraws all requests to a receiver after the connection is lost.
     pub(super) fn on_link_lost(&mut self, to: &Target, reason: Reason) {
         self.links.remove(to);
         let affected: Vec<RequestId> = self
@@ -186,6 +191,7 @@ impl Sender {
         }
     }
 
+    /// Withdraws an alloc request without an answer.
     fn take_back(&mut self, id: &RequestId, seq: u64) {
         let (sent, tries) = (self.now, 0);
         if let Some(request) = self.requests.get_mut(id) {
@@ -194,7 +200,7 @@ impl Sender {
         self.withdraw(id);
     }
 
-    /// Everything that is due by now.
+    /// Acts on all deadlines that have passed.
     pub(super) fn on_deadlines(&mut self) {
         let now = self.now;
         let failed: Vec<Target> = self
@@ -217,6 +223,8 @@ impl Sender {
         }
     }
 
+    /// Acts on the deadline of one request: repeats a message, extends its lease or ends the
+    /// request.
     fn on_due(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -248,13 +256,15 @@ impl Sender {
             }
             Phase::Leased(_) if done => {
                 if stalled {
-                    // The receiver's lease ends by its own clock.
+                    // All chunks are written. The receiver ends the lease by its own clock.
                     self.forget(id);
                 } else {
                     self.send_written(id);
                 }
             }
             Phase::Leased(_) if stalled => {
+                // The reason tells the operator which resource is missing: the send buffer, or the
+                // engine's or receiver's progress.
                 let waits = |c: &Chunk| matches!(c, Chunk::Remote { .. });
                 let no_slot = self.slots.free() == 0;
                 let starved = no_slot
@@ -279,11 +289,14 @@ impl Sender {
                     self.close(id);
                 }
             }
-            // Keeps the lease from running out under a write that is still under way.
+            // A write is still in flight. If the lease ended now, the receiver would quarantine its
+            // slots.
             Phase::Closing { told: None, .. } => self.extend(id),
         }
     }
 
+    /// Sends a heartbeat that extends a lease, and repeats `Written` for chunks that are not
+    /// acknowledged.
     fn extend(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -316,7 +329,8 @@ impl Sender {
 }
 
 impl Told {
-    /// Counts a try; whether the message can be sent. A link that is gone is made anew first.
+    /// Counts an attempt, and returns true if the message can be sent. If the connection is lost,
+    /// it requests a new handshake.
     fn again(
         &mut self,
         now: Time,
@@ -326,7 +340,7 @@ impl Told {
     ) -> bool {
         self.sent = now;
         match links.get(to) {
-            // Bounded by `link`.
+            // The timeout `link` ends the handshake.
             Some(Link::Making(_)) => false,
             Some(Link::Up { .. } | Link::Lmcache(_)) => {
                 self.tries += 1;
@@ -342,5 +356,5 @@ impl Told {
     }
 }
 
-/// How often a message is repeated in vain before its receiver is given up.
+/// Number of repetitions without an answer after which the sender gives up.
 pub(super) const PATIENCE: u32 = 6;
