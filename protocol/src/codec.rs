@@ -1,10 +1,10 @@
-//! msgpack in and out, as msgspec writes and reads it.
+//! Encodes and decodes msgpack as msgspec does.
 //!
-//! A message is one map whose key `type` names it. What a peer sends is walked once without any
-//! allocation ([`scan`]) and refused if it exceeds a cap, and only then decoded, by a reader that
-//! takes each field in exactly the form that msgspec would: text as str, bytes as bin, numbers as
-//! integers of any width, structs as maps. Unknown keys are skipped and the order of keys is free, so
-//! that either side may be newer.
+//! A message is one map; its key `type` names the message. The decoder first walks a peer's bytes
+//! without allocation ([`scan`]) and refuses messages beyond a cap. Only then it decodes the
+//! message, with a reader that accepts each field in exactly the form that msgspec accepts: text as
+//! str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown
+//! keys and accepts keys in any order, so that either side may be newer.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,27 +15,27 @@ use crate::registration::ToProxy;
 mod read;
 mod scan;
 
-/// A frame that is not a message.
+/// Error of [`decode`]: the frame is not a valid message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// More than [`MAX_BYTES`].
+    /// The frame is longer than [`MAX_BYTES`].
     #[error("message of {0} bytes, more than {MAX_BYTES}")]
     TooLong(usize),
-    /// More nesting, elements or text than any message has.
+    /// The message has more nesting, elements or text than any valid message.
     #[error("message exceeds the limit on {0}")]
     Limit(&'static str),
-    /// No well-formed msgpack, or bytes after it.
+    /// The frame is not well-formed msgpack, or bytes follow the message.
     #[error("malformed message: {0}")]
     Malformed(&'static str),
-    /// A map, but of no message that this version knows here. A newer peer may send such.
+    /// The message's type is unknown on this socket. A newer peer may send such messages.
     #[error("unknown message {0:?}")]
     UnknownType(String),
-    /// A known message with a field that is missing or of another form.
+    /// A field of a known message is missing or has another form.
     #[error("malformed {message}: {cause}")]
     Field {
         /// The message's `type`.
         message: &'static str,
-        /// Which field, and what is wrong with it.
+        /// Name of the field and description of the fault.
         cause: String,
     },
 }
@@ -50,7 +50,7 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 /// Decodes a message.
 ///
 /// # Errors
-/// Anything that is not one well-formed message of the expected set within the caps.
+/// Returns an error for anything except one well-formed message of the expected set within the caps.
 pub fn decode<T: Message>(bytes: &[u8]) -> Result<T, DecodeError> {
     if bytes.len() > MAX_BYTES {
         return Err(DecodeError::TooLong(bytes.len()));
@@ -59,12 +59,12 @@ pub fn decode<T: Message>(bytes: &[u8]) -> Result<T, DecodeError> {
     T::of_type(tag, bytes)
 }
 
-/// The messages that one socket may carry.
+/// Set of messages that one socket carries.
 pub trait Message: Sized {
-    /// The values of `type` that name them.
+    /// Values of `type` in this set.
     const NAMES: &'static [&'static str];
 
-    /// Decodes the message that `tag` names from a map that has been scanned.
+    /// Decodes the message with type `tag` from a map that has been scanned.
     ///
     /// # Errors
     /// See [`decode`].
@@ -72,8 +72,8 @@ pub trait Message: Sized {
     fn of_type(tag: &str, bytes: &[u8]) -> Result<Self, DecodeError>;
 }
 
-/// Picks the variant by name and reads its struct directly; serde's own tagged enums would first copy
-/// everything into an untyped tree, in which text and bytes are the same.
+/// Selects the variant by name and reads its struct directly. Serde's tagged enums would first copy
+/// the message into an untyped tree, which does not distinguish text from bytes.
 macro_rules! messages {
     ($($set:ident { $($name:ident),* $(,)? })*) => {$(
         impl Message for $set {
@@ -87,7 +87,7 @@ macro_rules! messages {
             }
         }
 
-        // A variant that is missing above fails here.
+        // The compiler reports a variant that is missing above here.
         const _: fn(&$set) = |message| match message {
             $($set::$name(_) => {})*
         };
@@ -116,12 +116,13 @@ fn of_type<'de, T: Deserialize<'de>>(
 
 /// Longest message on any socket: an init answer with 170,000 slots. Sockets have tighter limits.
 pub const MAX_BYTES: usize = 4 << 20;
-/// Maps and lists within each other; ours go to 4.
+/// Most levels of nested maps and lists; valid messages have at most 4.
 pub const MAX_DEPTH: usize = 8;
-/// Elements of all maps and lists together. A request of a million tokens in chunks of 64 has 16,384
-/// chunks, and up to three lists name each.
+/// Most elements of all maps and lists together. A request of a million tokens in chunks of 64 has
+/// 16,384 chunks, and up to three lists have an element per chunk.
 pub const MAX_ELEMENTS: usize = 1 << 17;
-/// Bytes of one text: a key with a long model name has some hundred, a refusal some more.
+/// Most bytes of one text. A key with a long model name has some hundred bytes, a refusal somewhat
+/// more.
 pub const MAX_TEXT_BYTES: usize = 4096;
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
-//! LMCache's pickled NIXL descriptor lists, built and parsed by pattern, never unpickled.
+//! LMCache's pickled NIXL descriptor lists. This module builds and parses them as fixed byte
+//! patterns and never unpickles.
 //!
-//! LMCache sends `pickle.dumps(nixlXferDList)`. Such a pickle is always the same few opcodes around
-//! a string in NIXL's own serialisation, so this module writes exactly those bytes and accepts
-//! nothing else: whatever a peer puts on the wire, no code of its choice is looked up or run.
+//! LMCache sends `pickle.dumps(nixlXferDList)`. Such a pickle always consists of the same few
+//! opcodes around a string in NIXL's own serialisation. This module writes exactly those bytes and
+//! accepts nothing else, so a peer cannot make the sidecar look up or run any code.
 //!
 //! ```text
 //! PROTO 4 · FRAME · "nixl._bindings" · MEMO · "nixlXferDList" · MEMO · STACK_GLOBAL · MEMO
@@ -20,7 +21,7 @@ pub struct Row {
     pub address: u64,
     /// Bytes.
     pub bytes: u64,
-    /// NIXL device id: the tensor-parallel rank with LMCache, for host memory too.
+    /// NIXL device id. With LMCache this is the tensor-parallel rank, for host memory too.
     pub device: u64,
 }
 
@@ -33,15 +34,16 @@ pub enum Memory {
     Vram,
 }
 
-/// Bytes that are not a descriptor list.
+/// Error of [`parse`]: the bytes are not a descriptor list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a pickled nixlXferDList: {0}")]
 pub struct DlistError(&'static str);
 
 /// Builds the pickle of a descriptor list, byte for byte as CPython's `pickle` does.
 ///
-/// The class is named in the module `nixl._bindings`, the alias that both wheels (`nixl_cu12`,
-/// `nixl_cu13`) provide: a peer with the other wheel could not import a concrete name.
+/// The pickle names the class in the module `nixl._bindings`, the alias that both wheels
+/// (`nixl_cu12`, `nixl_cu13`) provide. A peer with the other wheel could not import a concrete
+/// module name.
 pub fn build(rows: &[Row], memory: Memory) -> Vec<u8> {
     build_for(MODULE, rows, memory)
 }
@@ -49,7 +51,8 @@ pub fn build(rows: &[Row], memory: Memory) -> Vec<u8> {
 /// Parses the pickle of a descriptor list.
 ///
 /// # Errors
-/// Anything but the exact sequence of opcodes and fields, or a count that differs from the rows.
+/// Returns an error for anything except the exact sequence of opcodes and fields, and for a count that
+/// differs from the number of rows.
 pub fn parse(pickle: &[u8]) -> Result<(Memory, Vec<Row>), DlistError> {
     let mut rest = Pickle(pickle);
     rest.expect(PROTO, "no protocol 4")?;
@@ -167,7 +170,7 @@ fn parse_state(state: &[u8]) -> Result<(Memory, Vec<Row>), DlistError> {
     Ok((memory, rows))
 }
 
-/// What is left of a pickle.
+/// Rest of a pickle.
 struct Pickle<'a>(&'a [u8]);
 
 impl<'a> Pickle<'a> {
@@ -176,7 +179,7 @@ impl<'a> Pickle<'a> {
         Ok(())
     }
 
-    /// A frame is only a hint to read ahead; its length may say what it likes.
+    /// Skips a frame header. A frame is only a hint to read ahead, so its length is not checked.
     fn skip_frame(&mut self) -> Result<(), DlistError> {
         if self.0.first() == Some(&FRAME) {
             self.take(9)?;

@@ -1,4 +1,4 @@
-//! Newtypes for everything that is counted, named or indexed on the wire.
+//! Newtypes for all numbers, names and indexes of the protocol.
 
 use std::fmt;
 use std::ops::{Add, Sub};
@@ -22,31 +22,36 @@ macro_rules! number {
 }
 
 number! {
-    /// One start of a sidecar: random, never 0, new at each start and after each change of layout.
+    /// Number of one start of a sidecar: random, never 0, new at each start and after each change
+    /// of the layout.
     Epoch(u64)
 }
 number! {
-    /// The receiver's permission to write into slots: random, so that a stranger cannot guess it.
+    /// Id of the receiver's permission to write into slots. The id is random, so that another
+    /// process cannot guess it.
     LeaseId(u64)
 }
 number! {
-    /// A slot of a send or landing buffer: one chunk of KV. On LMCache's wire, the page number.
+    /// Index of a slot of a send or landing buffer; a slot holds one chunk of KV. On LMCache's
+    /// wire, the page number.
     SlotIndex(u32)
 }
 number! {
-    /// Position of a chunk in its request: it covers tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`.
+    /// Index of a chunk in its request: the chunk covers tokens `[i * chunk_tokens, (i + 1) *
+    /// chunk_tokens)`.
     ChunkIndex(u32)
 }
 number! {
-    /// One connection of an engine worker to the sidecar's local socket.
+    /// Id of one connection of an engine worker to the sidecar's local socket.
     EngineId(u64)
 }
 number! {
-    /// One posted write of a sender.
+    /// Id of one write of a sender.
     TransferId(u64)
 }
 
-/// The id that the proxy gives a request and that both legs, both sidecars and all logs carry.
+/// Id that the proxy gives a request. The prefill and decode requests, both sidecars and all logs
+/// carry it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(pub String);
@@ -63,7 +68,7 @@ impl From<&str> for RequestId {
     }
 }
 
-/// Microseconds since an origin that the caller of the machines chooses (its start).
+/// Microseconds since an origin that the caller of the state machines chooses (its start).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -71,7 +76,7 @@ impl From<&str> for RequestId {
 pub struct Time(pub u64);
 
 impl Time {
-    /// Microseconds from `earlier` to `self`; 0 if the order is the other way round.
+    /// Returns the microseconds from `earlier` to `self`; 0 if `earlier` is later.
     pub fn micros_since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
     }

@@ -1,37 +1,37 @@
 //! LMCache's chunk keys: `model@world_size@rank@hash@dtype`, then any number of `@tag%value`.
 //!
-//! A receiver compares keys as text and computes none; it checks their form, because LMCache's own
-//! code dies of a key with fewer than five parts.
+//! A receiver compares keys as text and does not compute them. It checks their form, because
+//! LMCache's own code fails with an exception on a key with fewer than five parts.
 
 use std::fmt;
 
 /// The parts of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key<'a> {
-    /// Model name; cannot hold an `@`.
+    /// Model name, without `@`.
     pub model: &'a str,
     /// Tensor-parallel size of the destination.
     pub world_size: u32,
-    /// Rank in it.
+    /// Tensor-parallel rank of the destination, below `world_size`.
     pub rank: u32,
     /// The chunk's hash: hexadecimal, lower case, unpadded, with a `-` if Python's `hash()` made it.
     pub hash: &'a str,
     /// LMCache's dtype name.
     pub dtype: &'a str,
-    /// What follows the dtype, with its `@`; usually nothing.
+    /// Tags after the dtype, with their `@`; usually empty.
     pub tags: &'a str,
 }
 
-/// A text that is not a key.
+/// Error of [`Key::parse`]: the text is not a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// Longer than [`MAX_KEY_BYTES`].
+    /// The text is longer than [`MAX_KEY_BYTES`].
     #[error("key of {0} bytes, more than {MAX_KEY_BYTES}")]
     TooLong(usize),
-    /// Fewer than five parts.
+    /// The text has fewer than five parts.
     #[error("key with {0} parts instead of model@world_size@rank@hash@dtype")]
     Parts(usize),
-    /// A part is empty or of another form.
+    /// A part is empty or has another form.
     #[error("key whose {0} is no {0}")]
     Part(&'static str),
 }
@@ -89,7 +89,7 @@ fn some<'a>(text: &'a str, part: &'static str) -> Result<&'a str, KeyError> {
 }
 
 fn number(text: &str, part: &'static str) -> Result<u32, KeyError> {
-    // `parse` alone would take a sign.
+    // `parse` alone would accept a sign.
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return Err(KeyError::Part(part));
     }
@@ -105,9 +105,9 @@ fn hexadecimal(text: &str) -> Result<&str, KeyError> {
     Ok(text)
 }
 
-/// Longest key: a model name of 255 characters leaves room for tags.
+/// Longest key in bytes. A model name of 255 characters leaves room for tags.
 pub const MAX_KEY_BYTES: usize = 1024;
-/// SHA-256 written out; LMCache cuts it to 16.
+/// Most digits of a hash: a complete SHA-256. LMCache truncates it to 16 digits.
 const MAX_HASH_DIGITS: usize = 64;
 
 #[cfg(test)]

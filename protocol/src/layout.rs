@@ -1,35 +1,36 @@
-//! What two sides must agree on before a byte of KV moves.
+//! Layout of a chunk, which both sides must agree on before a transfer.
 
 use serde::{Deserialize, Serialize};
 
-/// The shape of one chunk: LMCache's `KV_2LTD` = `[2, layers, tokens, heads * head_size]`, or for
-/// MLA `[1, layers, tokens, latent]` with `kv_heads == 1` and `head_size == latent`.
+/// Shape of one chunk: LMCache's `KV_2LTD` = `[2, layers, tokens, heads * head_size]`, or for MLA
+/// `[1, layers, tokens, latent]` with `kv_heads == 1` and `head_size == latent`.
 ///
-/// Independent of vLLM's block size and page layout: those may differ between the two sides.
+/// The layout does not depend on vLLM's block size and page layout, which may differ between the
+/// two sides.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Layout {
-    /// Model name as it stands in keys (no `@`).
+    /// Model name as in the keys (without `@`).
     pub model: String,
     /// LMCache's name of the element type: `float`, `half`, `bfloat16`, `fp8_e4m3fn`, ….
     pub dtype: String,
-    /// Attention layers.
+    /// Number of attention layers.
     pub layers: u32,
-    /// KV heads of this rank.
+    /// Number of KV heads of this rank.
     pub kv_heads: u32,
     /// Elements per head, or the MLA latent size.
     pub head_size: u32,
-    /// One latent per token instead of K and V.
+    /// True if each token has one latent instead of K and V.
     pub mla: bool,
     /// Tokens per full chunk.
     pub chunk_tokens: u32,
-    /// What the elements stand for where `dtype` says only how wide they are: the engine's name of
-    /// the format and its scales (`fp8_e4m3, scales 1`). Empty: `dtype` says all.
+    /// Engine's name of the number format and its scales (`fp8_e4m3, scales 1`), where `dtype` only
+    /// gives the width. Empty if `dtype` is sufficient.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub quantization: String,
 }
 
 impl Layout {
-    /// Bytes of one element, or `None` for a dtype that nobody here knows.
+    /// Returns the bytes of one element; `None` for an unknown dtype.
     pub fn element_bytes(&self) -> Option<u64> {
         Some(match self.dtype.as_str() {
             "double" | "int64" => 8,
@@ -41,7 +42,8 @@ impl Layout {
         })
     }
 
-    /// Bytes of KV of one token over all layers; `None` for an unknown dtype or an absurd shape.
+    /// Returns the bytes of KV of one token over all layers; `None` for an unknown dtype or if the
+    /// product overflows.
     pub fn token_bytes(&self) -> Option<u64> {
         let planes: u64 = if self.mla { 1 } else { 2 };
         planes
@@ -51,13 +53,15 @@ impl Layout {
             .checked_mul(self.element_bytes()?)
     }
 
-    /// Bytes of a full chunk: the size of a slot.
+    /// Returns the bytes of a full chunk, which is the size of a slot; `None` as for
+    /// [`Self::token_bytes`].
     pub fn chunk_bytes(&self) -> Option<u64> {
         self.token_bytes()?
             .checked_mul(u64::from(self.chunk_tokens))
     }
 
-    /// The first field in which `other` differs, as `(name, ours, theirs)`.
+    /// Returns the first field in which `other` differs, as `(name, ours, theirs)`; `None` if the
+    /// layouts are equal.
     pub fn difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
         macro_rules! differ {
             ($($field:ident),*) => {
@@ -79,12 +83,12 @@ impl Layout {
         None
     }
 
-    /// LMCache's `MemoryFormat` of a chunk: `KV_2LTD` or `KV_MLA_FMT`.
+    /// Returns LMCache's `MemoryFormat` of a chunk: `KV_2LTD` or `KV_MLA_FMT`.
     pub fn format(&self) -> u32 {
         if self.mla { 6 } else { 1 }
     }
 
-    /// The shape of a chunk of `tokens` tokens as LMCache's `AllocRequest.shape` states it.
+    /// Returns the shape of a chunk of `tokens` tokens as in LMCache's `AllocRequest.shape`.
     pub fn shape(&self, tokens: u32) -> Vec<u64> {
         let planes = if self.mla { 1 } else { 2 };
         vec![
@@ -96,13 +100,14 @@ impl Layout {
     }
 }
 
-/// Chunks that `tokens` tokens need.
+/// Returns the number of chunks that `tokens` tokens need.
 pub fn chunks_of(tokens: u32, chunk_tokens: u32) -> u32 {
     tokens.div_ceil(chunk_tokens)
 }
 
-/// The tokens `[from, to)` that chunk `index` holds, of a request of `tokens` tokens whose first
-/// `first_token` tokens the decode side has: the chunk that contains the mark begins there.
+/// Returns the tokens `[from, to)` that chunk `index` carries, for a request of `tokens` tokens.
+/// The decode side already has the first `first_token` tokens, so the chunk that contains
+/// `first_token` begins there.
 pub fn chunk_span(index: u32, tokens: u32, first_token: u32, chunk_tokens: u32) -> (u32, u32) {
     let from = index.saturating_mul(chunk_tokens);
     let to = from.saturating_add(chunk_tokens).min(tokens);

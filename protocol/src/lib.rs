@@ -1,9 +1,9 @@
-//! The KV hand-over between a prefill and a decode instance: messages, their codec, and the
-//! handshake as state machines.
+//! KV transfer between a prefill and a decode instance: messages, codec and the handshake as state
+//! machines.
 //!
-//! Nothing in this crate does IO, reads a clock, spawns a task or is unsafe. The machines
-//! ([`sender::Sender`], [`receiver::Receiver`]) take `now` and an event and give actions and a
-//! deadline; the sidecar's only protocol state lives in them.
+//! Nothing in this crate does IO, reads a clock, spawns a task or is unsafe. The state machines
+//! ([`sender::Sender`], [`receiver::Receiver`]) take `now` and an event, and return actions and a
+//! deadline. They hold all protocol state of the sidecar.
 
 #![forbid(unsafe_code)]
 

@@ -1,18 +1,18 @@
-//! The one thing that this crate reads in a NIXL agent's metadata: the agent's name.
+//! Reads the agent's name from the metadata of a NIXL agent.
 
 use crate::serdes::Fields;
 
-/// The name of the agent that a metadata blob describes.
+/// Returns the name of the agent that a metadata blob describes.
 ///
-/// LMCache's init answer carries the requester's own name back, as the receiver's NIXL loaded it; this
-/// reads it without loading anything. Absent if the blob is not a NIXL 1.x agent's or the name is
-/// longer than [`MAX_NAME_BYTES`].
+/// LMCache's init answer contains the requester's own name as the receiver's NIXL loaded it; this
+/// function reads the name without NIXL. Returns `None` if the blob is not from a NIXL 1.x agent or
+/// if the name is longer than [`MAX_NAME_BYTES`].
 pub fn agent_name(metadata: &[u8]) -> Option<&[u8]> {
     let name = Fields::read(metadata)?.take("Agent")?;
     (!name.is_empty() && name.len() <= MAX_NAME_BYTES).then_some(name)
 }
 
-/// LMCache's names are UUIDs of 36 bytes.
+/// Longest name of an agent. LMCache's names are UUIDs of 36 bytes.
 pub const MAX_NAME_BYTES: usize = 256;
 
 #[cfg(test)]

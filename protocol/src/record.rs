@@ -1,44 +1,44 @@
-//! What a machine says of a request when it has ended: the source of logs, metrics and `/requests`.
+//! Result of one request: the source of logs, metrics and `/requests`.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Reason, RequestId};
 
-/// One ended request, as one sidecar saw it. Times are microseconds.
+/// One ended request as one sidecar saw it. All times are in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// The request.
     pub req: RequestId,
-    /// The peer, for people: `host:port` of a receiver, name of a sender.
+    /// Peer, for the log: `host:port` of a receiver, name of a sender.
     pub peer: String,
-    /// Absent if every wanted chunk arrived.
+    /// Reason for the failure. Absent if every wanted chunk arrived.
     pub reason: Option<Reason>,
     /// Tokens that the request's keys cover.
     pub tokens: u32,
-    /// Tokens of them that the decode side held already.
+    /// Tokens that the decode side already had.
     pub have_tokens: u32,
     /// Chunks that were written.
     pub chunks: u32,
     /// Bytes that were written.
     pub bytes: u64,
-    /// The wire, e.g. `nixl`; empty if nothing moved.
+    /// Transport, for example `nixl`; empty if nothing moved.
     pub transport: String,
-    /// Sender: from the reservation to the receiver's first answer.
+    /// Sender: time from the reservation to the receiver's first answer.
     pub alloc_us: u64,
-    /// Sender: the engine's gathers, summed.
+    /// Sender: sum of the engine's gather times.
     pub gather_us: u64,
-    /// Sender: the time in which at least one write of this request was under way.
+    /// Sender: time during which at least one write of this request was in flight.
     pub push_us: u64,
-    /// Receiver: from parking to the last chunk ready.
+    /// Receiver: time from parking to the last chunk that became ready.
     pub ready_us: u64,
-    /// Receiver: the engine's scatters, summed.
+    /// Receiver: sum of the engine's scatter times.
     pub scatter_us: u64,
-    /// Receiver: chunks that waited for a slot.
+    /// Number of chunks for which the first answer had no slot.
     pub windowed: u32,
 }
 
 impl Record {
-    /// Of a request of which nothing has happened yet.
+    /// Returns the record of a request of which nothing has happened yet.
     pub fn new(req: RequestId) -> Self {
         Self {
             req,

@@ -1,18 +1,18 @@
-//! NIXL's own serialisation, as far as this crate needs it.
+//! Reads and writes NIXL's own serialisation, as far as this crate needs it.
 //!
-//! `"nixlSerDes|"`, then fields: tag, `u64` length, bytes, `|`. Nothing separates a tag from its
-//! length, so a reader must know which tag comes next.
+//! The format is `"nixlSerDes|"`, then fields: tag, `u64` length, bytes, `|`. Nothing separates a
+//! tag from its length, so a reader must know which tag comes next.
 
-/// A serialisation being read or written.
+/// Serialisation that is being read or written.
 pub(crate) struct Fields<B>(B);
 
 impl<'a> Fields<&'a [u8]> {
-    /// Begins to read; absent if the bytes begin otherwise.
+    /// Starts to read; returns `None` if the magic bytes are missing.
     pub(crate) fn read(bytes: &'a [u8]) -> Option<Self> {
         bytes.strip_prefix(MAGIC).map(Self)
     }
 
-    /// The next field, if it has this tag and is whole.
+    /// Returns the bytes of the next field; `None` if the field has another tag or is truncated.
     pub(crate) fn take(&mut self, tag: &str) -> Option<&'a [u8]> {
         let rest = self.0.strip_prefix(tag.as_bytes())?;
         let (len, rest) = rest.split_first_chunk::<8>()?;
@@ -22,14 +22,14 @@ impl<'a> Fields<&'a [u8]> {
         Some(data)
     }
 
-    /// Nothing is left.
+    /// Returns true if no field is left.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
 impl Fields<Vec<u8>> {
-    /// Begins to write about `capacity` bytes.
+    /// Starts to write, with memory for `capacity` bytes.
     pub(crate) fn begin(capacity: usize) -> Self {
         let mut bytes = Vec::with_capacity(capacity);
         bytes.extend_from_slice(MAGIC);
@@ -44,7 +44,7 @@ impl Fields<Vec<u8>> {
         self.0.push(b'|');
     }
 
-    /// The bytes.
+    /// Returns the serialised bytes.
     pub(crate) fn finish(self) -> Vec<u8> {
         self.0
     }

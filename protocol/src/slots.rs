@@ -1,10 +1,10 @@
-//! Which slots of a buffer are free.
+//! Free slots of a buffer.
 
 use std::collections::BTreeSet;
 
 use crate::SlotIndex;
 
-/// The free slots. Held and quarantined ones are named by the lease or quarantine that owns them.
+/// Set of free slots. The lease or quarantine that owns a slot names it.
 #[derive(Debug)]
 pub(crate) struct Slots {
     free: BTreeSet<u32>,
@@ -28,13 +28,14 @@ impl Slots {
         u32::try_from(self.free.len()).unwrap_or(self.total)
     }
 
-    /// Takes the lowest free slot: neighbours make one descriptor, and low slots stay in cache.
+    /// Takes the lowest free slot. Neighbouring slots make one descriptor, and low slots stay in
+    /// the cache.
     pub(crate) fn take(&mut self) -> Option<SlotIndex> {
         self.free.pop_first().map(SlotIndex)
     }
 
-    /// Gives a slot back. A slot that is free already is a bug of the machine, which its property
-    /// tests look for.
+    /// Frees a slot. To free a slot twice is a bug of the state machine, which the property tests
+    /// look for.
     pub(crate) fn give(&mut self, slot: SlotIndex) {
         let fresh = self.free.insert(slot.0);
         debug_assert!(fresh, "slot {slot} given back twice");

@@ -1,4 +1,4 @@
-//! A serde deserializer over scanned msgpack that takes every type in one form only.
+//! A serde deserializer over scanned msgpack that accepts each type in one form only.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub(super) fn read<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Read
     T::deserialize(&mut Reader { rest: bytes })
 }
 
-/// A field that is missing or of another form.
+/// Error text for a field that is missing or has another form.
 #[derive(Debug)]
 pub(super) struct ReadError(String);
 
@@ -50,11 +50,12 @@ impl<'de> Reader<'de> {
     }
 }
 
-/// Names and texts go into logs and metrics as they are, so they hold no control characters.
+/// Checks that a text is UTF-8 without control characters: names and texts go unchanged into logs
+/// and metrics.
 fn plain(text: &[u8]) -> Result<&str, ReadError> {
     let text = std::str::from_utf8(text).map_err(|_| ReadError("text is not UTF-8".to_owned()))?;
     let control = if text.is_ascii() {
-        // Without an early end the compiler looks at many bytes at once.
+        // Without an early exit the compiler can check many bytes at once.
         text.bytes()
             .fold(false, |found, b| found | b.is_ascii_control())
     } else {
@@ -160,7 +161,7 @@ impl<'de> Deserializer<'de> for &mut Reader<'de> {
     }
 }
 
-/// The elements of a list, or the entries of a map, that are left.
+/// Remaining elements of a list, or entries of a map.
 struct Elements<'a, 'de> {
     reader: &'a mut Reader<'de>,
     left: u32,
@@ -181,7 +182,8 @@ impl<'de> SeqAccess<'de> for &mut Elements<'_, 'de> {
     }
 
     fn size_hint(&self) -> Option<usize> {
-        // The scan has seen that every element is there.
+        // The scan has checked that every element is present, so a hostile count cannot reserve
+        // memory.
         usize::try_from(self.left).ok()
     }
 }
@@ -233,7 +235,7 @@ impl std::error::Error for ReadError {}
 
 impl de::Error for ReadError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        // Serde quotes what it found; a hostile text of 4 KB need not go into a log line.
+        // Serde quotes the value that it found: a hostile text of 4 KB must not fill a log line.
         let mut text = message.to_string();
         if let Some((end, _)) = text.char_indices().nth(200) {
             text.truncate(end);

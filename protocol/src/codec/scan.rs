@@ -2,7 +2,7 @@
 
 use super::{DecodeError, MAX_DEPTH, MAX_ELEMENTS, MAX_TEXT_BYTES};
 
-/// Checks that `bytes` are exactly one map within the caps, and gives the text of its key `type`.
+/// Checks that `bytes` are exactly one map within the caps, and returns the text of its key `type`.
 pub(super) fn scan(bytes: &[u8]) -> Result<&str, DecodeError> {
     let mut rest = bytes;
     let Head::Map(entries) = head(&mut rest)? else {
@@ -29,7 +29,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<&str, DecodeError> {
     std::str::from_utf8(tag).map_err(|_| DecodeError::Malformed("`type` is not UTF-8"))
 }
 
-/// What a value begins with, and for scalars all of it.
+/// First part of a value; for scalars the whole value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Head<'a> {
     Nil,
@@ -44,7 +44,7 @@ pub(super) enum Head<'a> {
     Map(u32),
 }
 
-/// Takes the head of the next value; of a list or map, only the count.
+/// Reads the head of the next value. For a list or map this is only the count.
 pub(super) fn head<'a>(rest: &mut &'a [u8]) -> Result<Head<'a>, DecodeError> {
     let marker = bytes::<1>(rest)?[0];
     Ok(match marker {
@@ -97,7 +97,7 @@ pub(super) fn skip(rest: &mut &[u8]) -> Result<(), DecodeError> {
 
 /// Walks one value that lies within the message's map.
 fn walk(rest: &mut &[u8], elements: &mut usize) -> Result<(), DecodeError> {
-    // Values still to come at each level of nesting.
+    // Number of values that are still to come at each level of nesting.
     let mut open = [0u64; MAX_DEPTH];
     let mut depth = 0;
     loop {
@@ -132,7 +132,8 @@ fn walk(rest: &mut &[u8], elements: &mut usize) -> Result<(), DecodeError> {
     }
 }
 
-/// Counts values that a list or map announces; each takes a byte at least.
+/// Adds the number of values that a list or map announces. Each value takes at least one byte, so a
+/// larger number is refused before any work.
 fn count(elements: &mut usize, announced: u64, rest: &[u8]) -> Result<(), DecodeError> {
     let announced = usize::try_from(announced).unwrap_or(usize::MAX);
     if announced > rest.len() {
@@ -145,7 +146,7 @@ fn count(elements: &mut usize, announced: u64, rest: &[u8]) -> Result<(), Decode
     Ok(())
 }
 
-/// The next value if it is a text within the cap.
+/// Reads the next value and returns it if it is text within the cap.
 fn text<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, DecodeError> {
     match head(rest)? {
         Head::Text(text) if text.len() > MAX_TEXT_BYTES => Err(DecodeError::Limit("text")),
@@ -154,7 +155,7 @@ fn text<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, DecodeError> {
     }
 }
 
-/// A length in 1, 2 or 4 bytes.
+/// Reads a length of 1, 2 or 4 bytes.
 fn length(rest: &mut &[u8], width: u8) -> Result<u32, DecodeError> {
     Ok(match width {
         0 => u32::from(bytes::<1>(rest)?[0]),

@@ -1,8 +1,9 @@
-//! Requests that ended lately, so that the side that comes late is told at once.
+//! Recently ended requests: a side that comes late learns the end at once.
 //!
-//! Proxies give ids anew, LMCache's counts from 1 at each start. So an old end answers only what belongs to
-//! it: a repetition of the question that it answered, and the first word of a side that had not been heard
-//! before it, within [`LATE`]. Everything else under the id is a request like any other.
+//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So an old end answers only the
+//! messages that belong to the old request: a repetition of the alloc request that it answered, and
+//! the first message of a side that had not sent any before the end, within [`LATE`]. Any other
+//! message with the id belongs to a new request.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -11,23 +12,23 @@ use super::SenderId;
 use crate::message::AllocX;
 use crate::{Reason, RequestId, Time};
 
-/// Which question: a sender numbers them in order.
+/// Alloc request of a sender, named by the number that the sender counts up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Question {
     pub(super) sender: SenderId,
     pub(super) seq: u64,
 }
 
-/// Which sides of a request have been heard of.
+/// Sides of a request that have sent a message.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Heard {
-    /// The last question.
+    /// Last alloc request; absent if there was none.
     pub(super) question: Option<Question>,
-    /// The decode side.
+    /// True if the decode request has come.
     pub(super) awaited: bool,
 }
 
-/// See the module's documentation.
+/// The most recently ended requests, by id.
 #[derive(Debug, Default)]
 pub(super) struct Ended {
     ends: BTreeMap<RequestId, End>,
@@ -39,9 +40,9 @@ struct End {
     reason: Option<Reason>,
     at: Time,
     question: Option<Question>,
-    /// A question that comes now belongs to it.
+    /// True if the next alloc request belongs to this end.
     asks_late: bool,
-    /// A decode request that comes now belongs to it.
+    /// True if the next decode request belongs to this end.
     awaits_late: bool,
 }
 
@@ -56,7 +57,7 @@ impl End {
 }
 
 impl Ended {
-    /// A request has ended.
+    /// Remembers the end of a request.
     pub(super) fn insert(
         &mut self,
         id: &RequestId,
@@ -83,7 +84,8 @@ impl Ended {
         }
     }
 
-    /// How the request ended that this question belongs to, if it is not a new one.
+    /// Returns the end of the request that this alloc request belongs to; `None` if the alloc
+    /// request begins a new request.
     pub(super) fn asked(
         &mut self,
         id: &RequestId,
@@ -107,8 +109,8 @@ impl Ended {
         None
     }
 
-    /// How the request ended that this decode request belongs to, if it is not a new one; and the sender
-    /// that had written for it.
+    /// Returns the end of the request that this decode request belongs to, and the sender that had
+    /// written for it; `None` if the decode request begins a new request.
     pub(super) fn awaited(
         &mut self,
         id: &RequestId,
@@ -125,7 +127,8 @@ impl Ended {
         None
     }
 
-    /// The id is in use again, by a sender that numbers nothing.
+    /// Notes that an LMCache sender uses the id again. Its requests have no number that would tell
+    /// old from new.
     pub(super) fn renew(&mut self, id: &RequestId) {
         if let Some(end) = self.ends.get_mut(id) {
             (end.asks_late, end.awaits_late) = (false, false);
@@ -145,7 +148,8 @@ impl Question {
     }
 }
 
-/// How many ended requests are remembered: a few seconds of a busy instance.
+/// Number of ended requests that the receiver remembers: a few seconds of a busy instance.
 const REMEMBERED: usize = 4096;
-/// How long after a request's end its other side may come. Later it waits within its own bound.
+/// Time after a request's end in which its other side may come and learn the end. A side that comes
+/// later waits until its own timeout.
 const LATE: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! What the decode engine says.
+//! Handles the messages of the decode engine.
 
 use super::ended::Heard;
 use super::request::{Allocation, Chunk, Parked, Request};
@@ -9,6 +9,7 @@ use crate::{EngineId, Reason, RequestId};
 use std::time::Duration;
 
 impl Receiver {
+    /// Parks a decode request: it waits for its KV, or gets what is already written.
     pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
         let id = message.req.clone();
         if let Err(reason) = self.admit_await(&message) {
@@ -53,6 +54,7 @@ impl Receiver {
         }
     }
 
+    /// Checks whether a decode request can be parked, and returns the reason if it cannot.
     fn admit_await(&mut self, message: &Await) -> Result<(), Reason> {
         let chunks = chunks_of(message.tokens, self.config.chunk_tokens) as usize;
         if message.req.0.is_empty()
@@ -72,9 +74,9 @@ impl Receiver {
             Some(request) if request.parked.is_some() || !request.lent.is_empty() => {
                 Err(Reason::Duplicate)
             }
-            // What is left of an earlier use of the id makes way.
+            // The rest of an earlier request with this id gives way.
             Some(request) if request.heard.awaited => Ok(()),
-            // A lease that only waits for its sender's last word serves nobody.
+            // A lease that has ended and waits for its sender's last message cannot deliver KV.
             Some(request) => request
                 .lease()
                 .and_then(|l| l.end_reason)
@@ -85,7 +87,8 @@ impl Receiver {
         }
     }
 
-    /// Shows written chunks to the engine, if it waits; those that it holds already are given back.
+    /// Tells the engine that chunks are written, if the request is parked. Frees the chunks whose
+    /// tokens the engine already has.
     pub(super) fn landed(&mut self, id: &RequestId, chunks: &[usize]) {
         let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
         let unclaimed = now + self.config.unclaimed;
@@ -137,6 +140,7 @@ impl Receiver {
         self.finish_if_complete(id);
     }
 
+    /// Frees the slots of chunks that the engine has read.
     pub(super) fn on_release(&mut self, engine: EngineId, message: &Release) {
         let Some(request) = self.requests.get_mut(&message.req) else {
             return;
@@ -168,9 +172,11 @@ impl Receiver {
         self.forget_if_empty(&message.req);
     }
 
+    /// Ends a decode request that its engine does not want any more.
     pub(super) fn on_abort(&mut self, engine: EngineId, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
-            // Aborted before it was heard of, or after its end: late words of a sender meet a reason.
+            // The abort came before any other message, or after the end. The receiver remembers it,
+            // so that a late alloc request gets a reason.
             self.tell_ended(engine, id, Some(Reason::Unwanted), 0);
             let heard = Heard {
                 question: None,
@@ -186,6 +192,8 @@ impl Receiver {
         self.take_back(engine, id);
     }
 
+    /// Ends all decode requests of an engine whose connection is lost, and frees the slots that it
+    /// read.
     pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
         let all: Vec<RequestId> = self.requests.keys().cloned().collect();
         for id in all {
@@ -197,7 +205,7 @@ impl Receiver {
         }
     }
 
-    /// The engine reads no slot of this request any more.
+    /// Frees the slots that the engine was still reading for this request.
     fn take_back(&mut self, engine: EngineId, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -215,6 +223,7 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
+    /// Ends a request whose chunks have all been read.
     fn finish_if_complete(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
             return;

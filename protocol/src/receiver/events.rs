@@ -1,4 +1,4 @@
-//! What goes into a [`Receiver`](super::Receiver) and what comes out.
+//! Events, actions and configuration of a [`Receiver`](super::Receiver).
 
 use std::time::Duration;
 
@@ -9,114 +9,117 @@ use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, SlotIndex};
 
-/// Where answers to a sender go: one number per identity of the alloc socket.
+/// Return address of a sender: one number per identity of the alloc socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Route(pub u64);
 
-/// A sender's incarnation: its name and epoch.
+/// One start of a sender: its name and epoch.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SenderId {
-    /// The sidecar's name; for an LMCache peer, what the socket's identity says.
+    /// Name of the sidecar; for an LMCache peer, the identity of its socket.
     pub id: String,
-    /// Its epoch; 0 for LMCache.
+    /// Epoch of the sidecar; 0 for LMCache.
     pub epoch: Epoch,
 }
 
-/// Bounds and times of a [`Receiver`](super::Receiver).
+/// Limits and timeouts of a [`Receiver`](super::Receiver).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// This start's epoch.
     pub epoch: Epoch,
-    /// Slots of the landing buffer.
+    /// Number of slots of the landing buffer.
     pub slots: u32,
     /// Bytes of a token's KV, for the byte counts in records.
     pub token_bytes: u64,
     /// Tokens of a full chunk.
     pub chunk_tokens: u32,
-    /// Requests known at once, parked or granted; beyond it `busy`.
+    /// Most requests at once, parked or granted; the receiver refuses more with `busy`.
     pub max_requests: usize,
-    /// Slots that one sender may leave quarantined before it is refused.
+    /// Most quarantined slots that one sender may cause before the receiver refuses it.
     pub max_quarantined: u32,
-    /// How long a parked request waits for a sender to ask.
+    /// Longest time that a parked request waits for an alloc request.
     pub no_sender: Duration,
-    /// How long written chunks wait for a decode request to park.
+    /// Longest time that written chunks wait for a decode request.
     pub unclaimed: Duration,
-    /// Upper bounds on what a peer may ask for.
+    /// Longest lease that a peer may ask for.
     pub max_lease: Duration,
-    /// Longest time that an alloc request is held.
+    /// Longest time that the receiver holds an alloc request, whatever the peer asks for.
     pub max_wait: Duration,
-    /// How long a question of LMCache's is held for room.
+    /// Longest time that an alloc request of LMCache waits for free slots.
     #[serde(default)]
     pub lmcache_wait: Duration,
-    /// What a chunk looks like, to compare with LMCache's questions; without it they are refused.
+    /// Layout of one chunk, to check LMCache's alloc requests. If absent, the receiver refuses
+    /// them.
     #[serde(default)]
     pub layout: Option<Layout>,
     /// Seed of the lease ids.
     pub seed: u64,
 }
 
-/// A landed chunk whose checksum is to be compared before its `Written` is fed to the machine.
+/// A written chunk. The caller compares its checksum before it gives the `Written` to the state
+/// machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unchecked {
     /// Position in the request's keys.
     pub chunk: u32,
-    /// Where it landed.
+    /// Slot of the chunk.
     pub slot: SlotIndex,
-    /// How much of the slot it fills.
+    /// Bytes of the slot that the chunk fills.
     pub bytes: u64,
-    /// What the sender says.
+    /// Checksum in the sender's message.
     pub sum: u64,
 }
 
-/// What happened.
+/// Inputs of a [`Receiver`](super::Receiver).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {
     /// A message of a sender.
     Peer {
-        /// Where it came from.
+        /// Connection that the message came from.
         route: Route,
         /// The message.
         message: ToReceiver,
     },
-    /// Before the first message of a connection: the host that it comes from.
+    /// A connection is open; comes before its first message.
     Connected {
         /// The connection.
         route: Route,
-        /// The host's address.
+        /// IP address of the peer's host.
         host: String,
     },
-    /// Before the first message without `x` of a connection: whose it is. `id` begins with the peer's
-    /// host and a `/`; the epoch is 0.
+    /// An LMCache peer has a name; comes before the connection's first message without `x`. `id`
+    /// begins with the peer's host and a `/`; the epoch is 0.
     Introduced {
         /// The connection.
         route: Route,
         /// The sender.
         sender: SenderId,
-        /// It knows the slots as they are now; else it is lent none.
+        /// True if the peer made its handshake with this start of the receiver. If false, its
+        /// addresses are out of date and it gets no slots.
         linked: bool,
     },
     /// The answer to [`Action::CheckCanary`].
     #[serde(rename = "Looked")]
     CanaryChecked {
-        /// Slots of which no mark is left.
+        /// Slots in which no canary is left.
         gone: Vec<SlotIndex>,
-        /// Slots of which some marks still stand.
+        /// Slots in which some canaries still stand.
         there: Vec<SlotIndex>,
     },
-    /// A sender's control connection ended.
+    /// The control connection of a sender is lost.
     PeerLost {
         /// The connection.
         route: Route,
     },
-    /// Proof that no write of this incarnation can still arrive in these slots (design D6).
+    /// There is proof that no write of this sender can still arrive in these slots.
     Fenced {
         /// The sender.
         sender: SenderId,
-        /// The lease whose slots are proven; all of the sender's if absent.
+        /// Lease with the proven slots; absent if the proof is for all slots of the sender.
         lease: Option<LeaseId>,
     },
-    /// The bytes of a chunk that the sender reported as written are not the sender's.
+    /// The checksum of a written chunk does not match the sender's.
     Corrupt(LeaseId),
     /// The decode engine waits for a request's KV.
     Await(EngineId, Await),
@@ -126,18 +129,18 @@ pub enum Event {
     Abort(EngineId, OfRequest),
     /// The engine's connection ended.
     EngineGone(EngineId),
-    /// [`Receiver::deadline`](super::Receiver::deadline) has passed.
+    /// The time of [`Receiver::deadline`](super::Receiver::deadline) has passed.
     Deadline,
-    /// No new requests from now on.
+    /// The receiver must refuse new requests from now on.
     Drain,
 }
 
-/// What is to be done, in order.
+/// Outputs of a [`Receiver`](super::Receiver), to be carried out in order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Action {
-    /// Send to a sender.
+    /// Send a message to a sender.
     Send {
-        /// Where to.
+        /// Connection of the sender.
         route: Route,
         /// The message.
         message: ToSender,
@@ -146,56 +149,57 @@ pub enum Action {
     Ready(EngineId, Ready),
     /// Tell an engine that a request has ended.
     Ended(EngineId, Ended),
-    /// From now on writes under this lease may land in this slot.
+    /// Let writes under this lease land in this slot from now on.
     Open {
         /// The lease.
         lease: LeaseId,
         /// The slot.
         slot: SlotIndex,
     },
-    /// No write under any lease may land in this slot from now on. Before the slot is opened again.
+    /// Let no write land in this slot from now on, until the slot is opened again.
     Close {
         /// The slot.
         slot: SlotIndex,
     },
-    /// Slots of this lease are quarantined: find a proof, then say [`Event::Fenced`].
+    /// The slots of this lease are quarantined: find a proof that no write can still arrive, then
+    /// report [`Event::Fenced`].
     Fence {
         /// The sender.
         sender: SenderId,
         /// The lease.
         lease: LeaseId,
-        /// The wire that the sender named.
+        /// Transport that the sender named.
         transport: String,
     },
-    /// Put marks all over this slot, before anything is sent: random bytes, remembered until the next
-    /// `Mark` of the slot.
+    /// Fill this slot with canaries before the next message is sent: random bytes, remembered until
+    /// the next `Mark` of the slot.
     Mark {
         /// The slot.
         slot: SlotIndex,
     },
-    /// Look which of these slots still have marks, then say [`Event::CanaryChecked`].
+    /// Check which of these slots still contain canaries, then report [`Event::CanaryChecked`].
     #[serde(rename = "Look")]
     CheckCanary {
         /// The slots.
         slots: Vec<SlotIndex>,
     },
-    /// A request has ended.
+    /// Log and count a request that has ended.
     Record(Record),
 }
 
-/// What the buffer holds now.
+/// Use of the landing buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gauges {
-    /// Slots free.
+    /// Free slots.
     pub free: u32,
     /// Slots under a lease.
     pub held: u32,
-    /// Slots quarantined.
+    /// Quarantined slots.
     pub quarantined: u32,
-    /// Requests known.
+    /// Requests, parked or asked for.
     pub requests: u32,
     /// Tokens of parked requests.
     pub parked_tokens: u64,
-    /// Slots into which a write is announced and not yet reported: the transport must progress.
+    /// Slots with a write in flight: the transport must make progress.
     pub writing: u32,
 }

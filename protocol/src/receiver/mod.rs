@@ -1,7 +1,8 @@
-//! The receiving side of the handshake: who may write into which slot, and when it may be read.
+//! The receiving side of the handshake: gives senders slots to write into, and tells the engine
+//! when it may read them.
 //!
-//! A request is known from two sides, in either order: the decode engine *parks* it, a sender *asks*
-//! for slots.
+//! A request has two sides, which come in any order: the decode engine *parks* the request, and a
+//! sender *asks* for slots.
 //!
 //! ```text
 //!                     ┌────────── parked ──────────┐
@@ -12,17 +13,18 @@
 //!                                     Open slots: freed by the sender's word, or quarantined
 //! ```
 //!
-//! *Parked grants* are a sliding window: each slot that becomes free goes to a waiting lease, in
-//! turn, so any prompt fits any buffer. *Unparked grants* are all or nothing within the sender's
-//! wait. A request that nobody parks is held back for `park_ms` first, because a decode request
-//! that has parked says what it holds already.
+//! *Parked grants* are a sliding window: each slot that becomes free goes to the next waiting lease
+//! in turn, so any prompt fits any buffer. *Unparked grants* are all or nothing, within the
+//! sender's timeout. The receiver first holds a request without a decode request for `park_ms`,
+//! because the decode request says which tokens the engine already has.
 //!
-//! A slot is told to the engine only after `Written` with the lease's id and this epoch. It goes
-//! back to the pool only when no peer can still write into it: after the sender's word (`Written`,
-//! `CancelNotif`), or after a [`Event::Fenced`] for what was quarantined.
+//! The receiver tells the engine about a slot only after `Written` with the lease's id and this
+//! epoch. It frees a slot only when no peer can still write into it: after the sender's
+//! confirmation (`Written`, `CancelNotif`), or after a [`Event::Fenced`] if the slot was
+//! quarantined.
 //!
-//! A duplicate of any message changes nothing; a lost one is repaired by its repetition or by
-//! `Extend`; an unknown lease is answered with `Unwanted`.
+//! A duplicate of a message changes nothing. A lost message is repaired by its repetition or by
+//! `Extend`. The receiver answers an unknown lease with `Unwanted`.
 
 mod ended;
 mod engine;
@@ -49,7 +51,7 @@ use lmcache::Lmcache;
 use reclaim::Readers;
 use request::{Allocation, Chunk, Lease, Request};
 
-/// The receiving side of one rank. See the module's documentation.
+/// State machine of one rank's receiving side: takes events and returns actions.
 #[derive(Debug)]
 pub struct Receiver {
     config: Config,
@@ -57,15 +59,15 @@ pub struct Receiver {
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
     leases: BTreeMap<LeaseId, RequestId>,
-    /// Where connections come from, by their own addresses and not by what they say.
+    /// IP address of each connection's peer, from the socket and not from the peer's messages.
     hosts: BTreeMap<Route, String>,
-    /// Requests that want slots, in the order in which they came to want them.
+    /// Requests that wait for slots, in the order in which they began to wait.
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
     ended: Ended,
-    /// Senders whose KV has been read.
+    /// Senders with KV that was read.
     readers: Readers,
-    /// Numbers requests whose id was given anew while their last slots were still under way.
+    /// Counter for the names of old requests with slots in use whose id a new request takes.
     set_aside: u64,
     lmcache: Lmcache,
     rng: StdRng,
@@ -82,7 +84,7 @@ struct Quarantine {
 }
 
 impl Receiver {
-    /// A receiver with every slot free.
+    /// Returns a receiver with every slot free.
     pub fn new(config: Config) -> Self {
         Self {
             now: Time::default(),
@@ -103,7 +105,7 @@ impl Receiver {
         }
     }
 
-    /// Takes in one event. Actions wait in [`Self::poll_action`] afterwards.
+    /// Handles one event. [`Self::poll_action`] then returns the resulting actions.
     pub fn handle(&mut self, now: Time, event: Event) {
         self.now = self.now.max(now);
         match event {
@@ -130,19 +132,19 @@ impl Receiver {
         self.serve();
     }
 
-    /// The next thing to do, in order.
+    /// Returns the next action, in order; `None` if there is none.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// When [`Event::Deadline`] is due at the latest.
+    /// Returns the time at which [`Event::Deadline`] is due; `None` if no timer runs.
     pub fn deadline(&self) -> Option<Time> {
         let requests = self.requests.values().filter_map(Request::deadline);
         let reclaim = self.reclaim_at();
         requests.chain(self.lmcache.deadline()).chain(reclaim).min()
     }
 
-    /// What the buffer holds now.
+    /// Returns the use of the landing buffer.
     pub fn gauges(&self) -> Gauges {
         let mut gauges = Gauges {
             free: self.slots.free(),
@@ -167,24 +169,24 @@ impl Receiver {
         gauges
     }
 
-    /// Nothing is under way: no request known, no slot held or quarantined.
+    /// Returns true if there is no request and no slot is held or quarantined.
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty()
             && self.lmcache.is_idle()
             && self.slots.free() == self.slots.total()
     }
 
-    /// Whether [`Event::Connected`] was said of a connection.
+    /// Returns true if [`Event::Connected`] has come for a connection.
     pub fn is_connected(&self, route: Route) -> bool {
         self.hosts.contains_key(&route)
     }
 
-    /// The address behind a connection; empty if it is not known.
+    /// Returns the IP address of a connection's peer; empty if it is unknown.
     fn host_of(&self, route: Route) -> String {
         self.hosts.get(&route).cloned().unwrap_or_default()
     }
 
-    /// Slots that one sender left quarantined.
+    /// Returns the number of quarantined slots that one sender caused.
     fn quarantined_by(&self, sender: &str) -> usize {
         self.quarantine
             .values()
@@ -197,7 +199,7 @@ impl Receiver {
         self.slots.give(slot);
     }
 
-    /// Closes a slot to writes, then gives it back.
+    /// Closes a slot to writes, then frees it.
     fn close_and_free(&mut self, slot: SlotIndex) {
         self.actions.push_back(Action::Close { slot });
         self.free(slot);
@@ -220,7 +222,7 @@ impl Receiver {
 }
 
 impl Request {
-    /// The next time at which something about this request runs out.
+    /// Returns the next deadline of this request.
     fn deadline(&self) -> Option<Time> {
         let parked = self.parked.as_ref().map(|p| match self.allocation {
             Allocation::None => p.deadline.min(p.no_sender),
@@ -229,7 +231,7 @@ impl Request {
         let allocation = match &self.allocation {
             Allocation::None => None,
             Allocation::Pending(pending) => Some(pending.park.unwrap_or(pending.wait)),
-            // A lease that is written in full and parked needs no more words of its sender.
+            // A lease that is written in full and parked needs no more messages from its sender.
             Allocation::Leased(lease) if lease.is_written() && self.parked.is_some() => None,
             Allocation::Leased(lease) => Some(lease.deadline),
         };
@@ -237,7 +239,7 @@ impl Request {
     }
 }
 
-/// `lease_ms`, `wait_ms`, `park_ms` as a peer states them, bounded.
+/// Returns a time that a peer states (`lease_ms`, `wait_ms`, `park_ms`), at most `max`.
 fn bounded(ms: u32, max: Duration) -> Duration {
     Duration::from_millis(u64::from(ms)).min(max)
 }

@@ -1,10 +1,11 @@
-//! KV that stands there and that nobody comes for.
+//! Frees written KV that no decode request comes for.
 //!
-//! A decode request may come late, so what is written is kept for it. But some proxies send decode requests
-//! that ask for nothing (LMCache's in front of our decode side); then the KV of a few requests fills the
-//! buffer, and everybody else waits for it to run out. So where somebody waits for room, the oldest KV
-//! goes of a sender of which nothing has been read lately. A sender of which something was read keeps all
-//! of its KV: behind it stands a proxy that sends its decode requests, and they may queue.
+//! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
+//! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
+//! few requests fills the buffer, and all other requests wait for its deadline. So when a request
+//! waits for slots, the receiver frees the oldest KV of a sender without recent reads. A sender
+//! with recent reads keeps all of its KV: its proxy does send decode requests, and they may still
+//! be queued.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,14 +14,15 @@ use super::{Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
-/// Senders of which something has been read, with how many leases have run out unread since.
+/// Senders with recent reads, and the number of leases that have expired unread since the last
+/// read.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     unread: BTreeMap<String, u32>,
 }
 
 impl Readers {
-    /// A decode request has come for KV of this sender.
+    /// Notes that a decode request has come for KV of this sender.
     pub(super) fn read(&mut self, sender: &SenderId) {
         if self.unread.len() >= MAX_READERS && !self.unread.contains_key(&sender.id) {
             self.unread.pop_first();
@@ -28,7 +30,7 @@ impl Readers {
         self.unread.insert(sender.id.clone(), 0);
     }
 
-    /// KV of this sender has run out unread.
+    /// Notes that KV of this sender has expired unread.
     pub(super) fn unread(&mut self, sender: &SenderId) {
         if let Some(count) = self.unread.get_mut(&sender.id) {
             *count += 1;
@@ -43,22 +45,23 @@ impl Readers {
     }
 }
 
-/// What somebody waits for.
+/// Resource that a request waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Blocked {
-    /// Slots.
+    /// Free slots.
     Room,
-    /// A part of what this host may have.
+    /// Part of the quota of this host.
     Share(String),
 }
 
 impl Receiver {
-    /// Frees the oldest KV that nobody seems to read. Says whether there was any.
+    /// Frees the oldest KV that seems unread. Returns true if it freed any.
     pub(super) fn reclaim(&mut self, blocked: &Blocked) -> bool {
         let now = self.now;
         let lease = match blocked {
             Blocked::Room => self.idle_leases().min().filter(|(at, _)| *at <= now),
-            // Of the share of a host only what is lent, or may be written, is counted.
+            // The quota of a host counts only slots that are lent or open for writes, so to free
+            // written leases would not help.
             Blocked::Share(_) => None,
         };
         let loans = self.lmcache.idle(&self.readers);
@@ -78,18 +81,19 @@ impl Receiver {
         true
     }
 
-    /// When the next KV may go for who waits now.
+    /// Returns the time at which the next KV may be freed for the waiting requests; `None` if no
+    /// request waits.
     pub(super) fn reclaim_at(&self) -> Option<Time> {
         if self.waiting.is_empty() && self.lmcache.asks().is_empty() {
             return None;
         }
         let leases = self.idle_leases().map(|(at, _)| at);
         let loans = self.lmcache.idle(&self.readers).map(|(at, ..)| at);
-        // What may go already was not of use to them.
+        // KV that may be freed already did not help the waiting requests.
         leases.chain(loans).filter(|at| *at > self.now).min()
     }
 
-    /// Leases that nobody has come for, with the time from which they may go.
+    /// Returns the leases without a decode request, and the time from which each may be freed.
     fn idle_leases(&self) -> impl Iterator<Item = (Time, RequestId)> + '_ {
         self.requests.iter().filter_map(|(id, request)| {
             let lease = request.lease().filter(|l| l.end_reason.is_none())?;
@@ -99,7 +103,7 @@ impl Receiver {
         })
     }
 
-    /// Ends a lease that is written and that nobody has come for.
+    /// Ends a written lease that no decode request has come for.
     pub(super) fn end_unclaimed(&mut self, id: &RequestId) {
         if let Some(request) = self.requests.get_mut(id) {
             request.record.reason.get_or_insert(Reason::Unclaimed);
@@ -107,8 +111,8 @@ impl Receiver {
         self.settle_over(id, Reason::Unclaimed);
     }
 
-    /// A request under this id begins anew. What is left of an earlier one, if `gives_way`, ends under a name of its
-    /// own: a control character keeps it apart from every id.
+    /// Makes the id free for a new request. If `gives_way`, the rest of the old request ends under
+    /// a name of its own. The name contains a control character, which no id of a proxy contains.
     pub(super) fn make_way(&mut self, id: &RequestId, gives_way: impl Fn(&Request) -> bool) {
         let old = self.requests.get(id);
         let gives_way = old.is_some_and(|old| {
@@ -144,9 +148,9 @@ impl Receiver {
     }
 }
 
-/// A decode request that is sent at once has come by then.
+/// Time that unread KV is kept at least: a decode request that is sent at once arrives earlier.
 const GRACE: Duration = Duration::from_millis(500);
-/// So many leases in a row that nobody reads, and the sender is none whose KV is read.
+/// Number of unread leases in a row after which a sender loses its protection.
 const UNREAD: u32 = 4;
-/// Senders that are remembered.
+/// Most senders that the receiver remembers.
 const MAX_READERS: usize = 1024;

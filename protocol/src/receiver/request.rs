@@ -1,4 +1,4 @@
-//! What the receiver knows of one request, in one place.
+//! State of one request at the receiver.
 
 use std::time::Duration;
 
@@ -9,18 +9,18 @@ use crate::message::{AllocRequest, AllocX};
 use crate::record::Record;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
-/// One request: what the decode side said, and what the sender side said.
+/// One request: its decode side and its sender side.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// The decode side, once its request waits.
+    /// Decode side; absent until its request waits.
     pub(super) parked: Option<Parked>,
-    /// The sender side.
+    /// Sender side.
     pub(super) allocation: Allocation,
-    /// Slots that the engine may still be reading although the request has ended for it.
+    /// Slots that the engine may still read although the request has ended.
     pub(super) lent: Vec<(EngineId, u32, SlotIndex)>,
-    /// Who has spoken of it.
+    /// Sides that have sent a message.
     pub(super) heard: Heard,
-    /// Filled as things happen, given out at the end.
+    /// Result so far; reported at the end.
     pub(super) record: Record,
 }
 
@@ -32,22 +32,22 @@ pub(super) struct Parked {
     pub(super) tokens: u32,
     pub(super) have_tokens: u32,
     pub(super) since: Time,
-    /// The engine's own bound.
+    /// Deadline that the engine set.
     pub(super) deadline: Time,
-    /// A sender must have asked by then.
+    /// Deadline for the first alloc request.
     pub(super) no_sender: Time,
-    /// One has asked with other keys.
+    /// True if an alloc request came with other keys.
     pub(super) mismatched: bool,
 }
 
-/// How far the sender side is.
+/// State of the sender side.
 #[derive(Debug)]
 pub(super) enum Allocation {
     /// No sender has asked.
     None,
-    /// A sender has asked and waits for its answer.
+    /// A sender has asked and has no answer yet.
     Pending(Pending),
-    /// A sender may write.
+    /// A sender may write under a lease.
     Leased(Lease),
 }
 
@@ -55,13 +55,13 @@ pub(super) enum Allocation {
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) route: Route,
-    /// Where that comes from.
+    /// IP address of the sender's host; empty if it is unknown.
     pub(super) host: String,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
-    /// Until then the decode request may park; absent once that time has passed.
+    /// Time until which the receiver waits for the decode request; absent after this time.
     pub(super) park: Option<Time>,
-    /// Until then room may appear. Not before `park`.
+    /// Time until which the receiver waits for free slots; not before `park`.
     pub(super) wait: Time,
 }
 
@@ -71,22 +71,23 @@ pub(super) struct Lease {
     pub(super) id: LeaseId,
     pub(super) route: Route,
     pub(super) sender: SenderId,
-    /// Where the sender's connection came from.
+    /// IP address of the sender's host; empty if it is unknown.
     pub(super) host: String,
     pub(super) transport: String,
-    /// Number of the alloc request that this lease answers.
+    /// Sequence number of the alloc request that this lease answers.
     pub(super) seq: u64,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// `have_tokens` of the answer: the chunk that contains it is packed from it on.
+    /// `have_tokens` of the answer: the chunk that contains this token begins there.
     pub(super) first_token: u32,
     pub(super) chunks: Vec<Chunk>,
-    /// The sender speaks up within this time.
+    /// Time by which each message of the sender extends the lease.
     pub(super) term: Duration,
     pub(super) deadline: Time,
-    /// Since when all of it stands there and no decode request has come for it.
+    /// Time since which all chunks have been written without a decode request. Absent otherwise.
     pub(super) idle: Option<Time>,
-    /// Set when nobody wants the data any more; only the sender's word is missing.
+    /// Reason of the end. Set when the data is not wanted any more and only the sender's
+    /// confirmation is missing.
     pub(super) end_reason: Option<Reason>,
 }
 
@@ -99,22 +100,23 @@ pub(super) struct Lease {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    /// The decode side holds its tokens: no slot, ever.
+    /// The decode side already has the tokens of this chunk: it never gets a slot.
     Skipped,
-    /// No slot yet.
+    /// The chunk has no slot yet.
     Waiting,
-    /// The sender may write here.
+    /// The sender may write into the slot. `writing` is true after the sender has announced its
+    /// write.
     Open { slot: SlotIndex, writing: bool },
-    /// Complete; nobody has been told.
+    /// The chunk is complete, and the engine does not know it yet.
     Written { slot: SlotIndex },
-    /// The engine may be reading it.
+    /// The engine may read the slot.
     Ready { slot: SlotIndex },
-    /// Its slot is back in the pool.
+    /// The slot is free again.
     Released,
 }
 
 impl Chunk {
-    /// The slot that this chunk holds.
+    /// Returns the slot that this chunk holds; `None` if it holds none.
     pub(super) fn slot(self) -> Option<SlotIndex> {
         match self {
             Self::Open { slot, .. } | Self::Written { slot } | Self::Ready { slot } => Some(slot),
@@ -124,21 +126,21 @@ impl Chunk {
 }
 
 impl Lease {
-    /// The tokens that chunk `index` carries.
+    /// Returns the tokens `[from, to)` that chunk `index` carries.
     pub(super) fn span(&self, index: usize, chunk_tokens: u32) -> (u32, u32) {
         // A lease has at most `max_keys` chunks, far below u32::MAX.
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         chunk_span(index, self.tokens, self.first_token, chunk_tokens)
     }
 
-    /// Every chunk is where it will stay.
+    /// Returns true if every chunk has been read or was skipped.
     pub(super) fn is_complete(&self) -> bool {
         self.chunks
             .iter()
             .all(|c| matches!(c, Chunk::Skipped | Chunk::Released))
     }
 
-    /// The sender has nothing left to write.
+    /// Returns true if the sender has nothing left to write.
     pub(super) fn is_written(&self) -> bool {
         !self
             .chunks
@@ -146,7 +148,7 @@ impl Lease {
             .any(|c| matches!(c, Chunk::Waiting | Chunk::Open { .. }))
     }
 
-    /// Chunks that still want a slot.
+    /// Returns the chunks that still need a slot.
     pub(super) fn waiting(&self) -> impl Iterator<Item = usize> + '_ {
         let wanted = self.end_reason.is_none();
         (0..self.chunks.len()).filter(move |&i| wanted && self.chunks[i] == Chunk::Waiting)

@@ -1,22 +1,23 @@
-//! LMCache's receivers: asked for slots only for chunks that stand ready, one question at a time.
+//! LMCache's receivers: the sender asks for slots only for complete chunks, one request at a time.
 //!
-//! Such a receiver shows a key from the moment at which it has given it a slot, written or not. So the
-//! order is turned round: a chunk first gets a send slot and is gathered, then its key is asked for,
-//! and its write is posted with the answer. What can go wrong in between is a write that fails.
+//! An LMCache receiver shows a key as soon as it has given the key a slot, written or not. So the
+//! order is reversed: a chunk first gets a send slot and is gathered; then the sender asks for its
+//! key and posts its write with the answer. The only failure left in between is a failed write.
 //!
 //! ```text
 //!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
 //!                       └─Staged, event─▶ Gathering ─fired─▲  └──known already──▶ Skipped
 //! ```
 //!
-//! * A gather that a GPU has only been told of does not count: until its event has fired an engine that
-//!   dies leaves a key that is shown and never written.
-//! * Answers carry no number, so a connection has one question under way, and an answer that comes late
-//!   belongs to the question that is still open, whether or not anybody wants it any more.
-//! * The asynchronous receiver (it answers as ROUTER) takes keys back with `CancelNotif`; the
-//!   synchronous one (REP) would never answer anybody again, so it never hears that message. Keys of
-//!   writes whose end nobody knows are never given back: their slots would go to others.
-//! * The receiver gives no word on what the decode side holds, and takes nothing in a window. −1 ends
+//! * A gather that the GPU has not finished does not count. If the engine died before its event
+//!   fired, the receiver would show a key that is never written.
+//! * Answers carry no number, so each connection has one request in flight. A late answer belongs
+//!   to the request that is still open, even if the request was cancelled in the meantime.
+//! * The asynchronous receiver (it answers as ROUTER) frees keys on `CancelNotif`. The synchronous
+//!   receiver (REP) would stop answering after that message, so the sender never sends it one. The
+//!   sender never gives back keys of writes with an unknown end: another request would get their
+//!   slots.
+//! * The receiver does not say what the decode side has, and has no window. An answer with −1 ends
 //!   the request as `no_room`.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -30,18 +31,18 @@ use crate::{LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
 /// A link to an LMCache receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Foreign {
-    /// Its slots.
+    /// Number of the receiver's slots.
     pub(super) slots: u32,
     pub(super) transport: String,
-    /// It takes keys back.
+    /// True if the receiver frees keys on `CancelNotif`.
     pub(super) cancels: bool,
-    /// Waits for its answer.
+    /// Request that waits for its answer; absent if none does.
     question: Option<Question>,
-    /// Keys to be given back.
+    /// Keys that the sender still has to give back, by request.
     returns: VecDeque<(RequestId, Vec<String>)>,
 }
 
-/// What an answer is to.
+/// Request that an answer belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Question {
     Alloc {
@@ -65,7 +66,7 @@ impl Foreign {
 }
 
 impl Sender {
-    /// The link stands: the engine may be given send slots.
+    /// Starts a request after the handshake: the engine may get send slots.
     pub(super) fn feed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -82,7 +83,7 @@ impl Sender {
         self.actions.push_back(Action::Granted(engine, granted));
     }
 
-    /// A watch has ended: the chunks that it was for stand in their slots, or never will.
+    /// Acts on the end of a watch: the chunks that it was for are complete, or never will be.
     pub(super) fn on_watched(&mut self, watch: WatchId, stand: bool) {
         let of = |c: &Chunk| matches!(c, Chunk::Gathering { watch: w, .. } if *w == watch);
         let mut requests = self.requests.iter_mut();
@@ -103,7 +104,7 @@ impl Sender {
         self.on_full(&id);
     }
 
-    /// Chunks of a request stand complete in their slots.
+    /// Asks for slots for the complete chunks of a request.
     pub(super) fn on_full(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -116,7 +117,7 @@ impl Sender {
         self.ask_lmcache(&to);
     }
 
-    /// Puts the next question to an LMCache receiver, if it has answered the last.
+    /// Sends the next request to an LMCache receiver, if the receiver has answered the last one.
     pub(super) fn ask_lmcache(&mut self, to: &Target) {
         let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
             return;
@@ -144,7 +145,7 @@ impl Sender {
         self.send(to, ToReceiver::AllocRequest(message));
     }
 
-    /// The question for all chunks of a request that stand ready.
+    /// Returns the alloc request for all complete chunks of a request.
     fn batch(&mut self, id: &RequestId) -> AllocRequest {
         let layout = self.config.layout.clone();
         let full = layout.chunk_tokens;
@@ -197,7 +198,7 @@ impl Sender {
         }
     }
 
-    /// An answer without `x`.
+    /// Handles an answer of an LMCache receiver.
     pub(super) fn on_lmcache_response(&mut self, to: &Target, response: &AllocResponse) {
         let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
             return;
@@ -212,7 +213,8 @@ impl Sender {
             match places(&chunks, response, slots) {
                 Some(places) if wanted => self.on_places(&req, &places),
                 Some(places) => {
-                    // Too late. Slots that nobody will write must not be shown.
+                    // The request has ended. The receiver must not show slots that are never
+                    // written.
                     let given = places.iter().filter(|(_, slot)| slot.is_some());
                     let given: Vec<String> = given
                         .filter_map(|(chunk, _)| chunks.iter().position(|c| c == chunk))
@@ -227,7 +229,7 @@ impl Sender {
         self.ask_lmcache(to);
     }
 
-    /// Posts one write of everything that has got a slot.
+    /// Posts one write of all chunks that have got a slot.
     fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
@@ -237,6 +239,7 @@ impl Sender {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
+        // Only the first answer counts: later batches wait for the engine, not for the receiver.
         if request.record.alloc_us == 0 {
             request.record.alloc_us = now.micros_since(request.since);
         }
@@ -250,6 +253,7 @@ impl Sender {
             let Chunk::Asked { from } = *chunk else {
                 continue;
             };
+            // The receiver already has this key, so the chunk needs no write.
             let Some(to) = slot else {
                 *chunk = Chunk::Skipped;
                 self.slots.give(from);
@@ -272,6 +276,7 @@ impl Sender {
             feeding.known.extend(places.iter().map(|place| place.0));
             feeding.waits = waits.then_some(now);
         }
+        // The receiver had all keys, so no write reports the end of the request.
         if pieces.is_empty() {
             return self.finish_fed(id);
         }
@@ -291,7 +296,7 @@ impl Sender {
         });
     }
 
-    /// Something of a request to an LMCache receiver has ended: is it all?
+    /// Ends a request to an LMCache receiver if nothing of it is left to do.
     pub(super) fn finish_fed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -312,7 +317,7 @@ impl Sender {
         }
     }
 
-    /// A request that has ended early goes once no write is under way, and gives its keys back.
+    /// Forgets a request that has ended early and gives its keys back, unless a write is in flight.
     pub(super) fn retire_fed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -333,6 +338,7 @@ impl Sender {
         self.ask_lmcache(&to);
     }
 
+    /// Queues keys that the receiver is to free. Does nothing for receivers that cannot free keys.
     fn give_back(&mut self, to: &Target, req: &RequestId, keys: Vec<String>) {
         if let Some(Link::Lmcache(link)) = self.links.get_mut(to)
             && link.cancels
@@ -343,14 +349,14 @@ impl Sender {
         }
     }
 
-    /// When a request that waits for slots is given up.
+    /// Returns the time at which the sender ends a request that has waited for slots since `waits`.
     pub(super) fn lmcache_patience(&self, waits: Time) -> Time {
         waits + self.config.wait + self.config.repeat * PATIENCE
     }
 }
 
-/// Chunk by chunk the slot that it got, none if it is known already; absent for an answer with −1 or one
-/// that makes no sense.
+/// Returns the slot of each chunk, `None` for a chunk that the receiver already has. Absent for an
+/// answer with −1 or an invalid answer.
 fn places(
     chunks: &[u32],
     response: &AllocResponse,
@@ -373,7 +379,7 @@ fn places(
     indexes.next().is_none().then_some(places)
 }
 
-/// LMCache knows none.
+/// Placeholder: LMCache's receivers grant no leases.
 const NO_LEASE: LeaseId = LeaseId(0);
-/// Requests whose keys wait to be given back.
+/// Most requests with keys to give back per receiver.
 const MAX_RETURNS: usize = 1024;

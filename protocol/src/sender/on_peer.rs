@@ -1,4 +1,4 @@
-//! What receivers say.
+//! Handles the messages of receivers.
 
 use super::request::{Chunk, Lease, Phase, Told};
 use super::{Action, GRAVES, Link, Sender};
@@ -19,6 +19,7 @@ impl Sender {
         }
     }
 
+    /// Handles the answer to an alloc request or to a cancel.
     fn on_response(&mut self, to: &Target, response: &AllocResponse) {
         let Some(x) = &response.x else {
             self.on_lmcache_response(to, response);
@@ -37,7 +38,8 @@ impl Sender {
         let buried = |lease| self.graves.iter().any(|(known, _)| *known == lease);
         match (asked, x.lease, x.reason) {
             (Some(id), lease, _) if withdrawn && lease.is_none_or(buried) => self.forget(&id),
-            // Our word was that nothing is written under it: it must stay true.
+            // The sender has already said that nothing is written under this lease. The statement
+            // must stay true, because the receiver may have freed the slots.
             (Some(id), Some(lease), _) if buried(lease) => {
                 self.end(&id, Reason::Cancelled);
             }
@@ -68,6 +70,7 @@ impl Sender {
             .map(|(id, _)| id.clone())
     }
 
+    /// Notes the slots that the receiver has granted with a lease.
     fn on_lease(&mut self, id: &RequestId, response: &AllocResponse, lease: LeaseId) {
         let now = self.now;
         let chunk_tokens = self.config.layout.chunk_tokens;
@@ -93,7 +96,7 @@ impl Sender {
                         to: SlotIndex(slot),
                     }
                 }
-                // −1: it comes later.
+                // −1: the receiver grants the slot later with `More`.
                 Some(Err(_)) => {}
                 None => sound = false,
             }
@@ -119,7 +122,8 @@ impl Sender {
         }
     }
 
-    /// The receiver has restarted since the handshake: one new handshake, then one new question.
+    /// Makes one new handshake for a request whose receiver has restarted. The sender then sends a
+    /// new alloc request.
     fn relink(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -132,9 +136,11 @@ impl Sender {
         }
     }
 
+    /// Notes further slots that the receiver has opened under a lease.
     fn on_more(&mut self, to: &Target, more: &More) {
         let Some(id) = self.request_of(to, more.lease) else {
-            // It may have overtaken the response that names the lease; `Extend` brings it again.
+            // `More` may have overtaken the response that names the lease. The receiver repeats it
+            // after `Extend`.
             let asking = |r: &super::Request| matches!(r.phase, Phase::Asking { .. });
             if !self.requests.values().any(|r| r.to == *to && asking(r)) {
                 self.disown(to, more.lease, more.epoch);
@@ -156,6 +162,7 @@ impl Sender {
         }
     }
 
+    /// Notes which chunks the receiver has acknowledged; forgets a request when all are.
     fn on_ack(&mut self, to: &Target, ack: &Ack) {
         let Some(id) = self.request_of(to, ack.lease) else {
             return;
@@ -175,10 +182,12 @@ impl Sender {
         }
     }
 
+    /// Ends a request that the receiver does not want any more.
     fn on_unwanted(&mut self, to: &Target, unwanted: &Unwanted) {
         match self.request_of(to, unwanted.lease) {
             Some(id) => {
-                // Everything is written and only the acknowledgement was missing: nothing to undo.
+                // All chunks are written and only the acknowledgement is missing: there is nothing
+                // to undo.
                 let done = self.requests.get(&id).is_some_and(super::Request::is_done);
                 if done {
                     self.forget(&id);
@@ -195,13 +204,15 @@ impl Sender {
     pub(super) fn bury(&mut self, lease: LeaseId, dirty: Vec<u32>) {
         self.graves.push_back((lease, dirty));
         if self.graves.len() > GRAVES {
-            // Forgetting a dirty one would make our next word on it a lie.
+            // If the sender forgot a dirty lease, its next answer would free slots that a write may
+            // still reach.
             let clean = self.graves.iter().position(|(_, dirty)| dirty.is_empty());
             self.graves.remove(clean.unwrap_or(0));
         }
     }
 
-    /// Our word on a lease that we do not have: no write under it, but for what its grave names.
+    /// Answers a message about an unknown lease: no write is in flight under the lease, except into
+    /// the dirty slots that `graves` remembers.
     pub(super) fn disown(&mut self, to: &Target, lease: LeaseId, epoch: Epoch) {
         let dirty = self.graves.iter().find(|(id, _)| *id == lease);
         let dirty = dirty.map(|(_, slots)| slots.clone()).unwrap_or_else(|| {

@@ -1,4 +1,4 @@
-//! Send slots and writes.
+//! Grants send slots, posts writes and handles their ends.
 
 use super::request::{Chunk, Phase};
 use super::{Action, After, Piece, Sender};
@@ -7,7 +7,7 @@ use crate::message::{Slots, ToReceiver, Written};
 use crate::{Reason, RequestId, Time, TransferId};
 
 impl Sender {
-    /// Gives send slots to chunks that the engine is about to complete, first come first served.
+    /// Gives send slots to chunks that the engine is about to complete, oldest request first.
     pub(super) fn grant_slots(&mut self) {
         if self.slots.free() == 0 {
             return;
@@ -36,6 +36,7 @@ impl Sender {
                     Chunk::Waiting if matches!(request.phase, Phase::Feeding(_)) => None,
                     _ => continue,
                 };
+                // The engine completes chunks in order: a slot for a later chunk would stay empty.
                 if request.span(index, chunk_tokens).1 > request.upto {
                     break;
                 }
@@ -58,7 +59,7 @@ impl Sender {
         }
     }
 
-    /// Posts one write of everything that is staged, which is what one message has staged.
+    /// Posts one write of all gathered chunks. These are the chunks of one `Staged` message.
     pub(super) fn post(&mut self, id: &RequestId, after: Option<After>, layers: Vec<LayersStaged>) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
@@ -107,13 +108,15 @@ impl Sender {
             after,
             layers,
         });
+        // The write cannot end before its event, so the sender tells the receiver about it at once.
         if waits {
             self.on_lasting(transfer);
         }
     }
 
-    /// Asks the receiver for its help with a write: one that ends at once needs none, and the question
-    /// would cost more than the write.
+    /// Tells the receiver that a write is in flight, so that the receiver's transport makes
+    /// progress. A write that ends at once does not need this message, which would cost more than
+    /// the write.
     pub(super) fn on_lasting(&mut self, transfer: TransferId) {
         let now = self.now;
         let request = self.transfers.get(&transfer);
@@ -140,6 +143,8 @@ impl Sender {
         self.send(&to, ToReceiver::Writing(writing));
     }
 
+    /// Handles the success of a write: sends `Written`, or ends the request that waited for the
+    /// write.
     pub(super) fn on_done(&mut self, transfer: TransferId, sums: &[u64], began: Option<Time>) {
         let done = |sum, to| Chunk::Done { to, sum };
         let Some(id) = self.settle(transfer, done, sums, began) else {
@@ -156,6 +161,7 @@ impl Sender {
         }
     }
 
+    /// Handles the failure of a write: notes the dirty slots and ends the request.
     pub(super) fn on_failed(&mut self, transfer: TransferId, terminal: bool) {
         let request = self.transfers.get(&transfer);
         let request = request.and_then(|id| self.requests.get_mut(id));
@@ -181,8 +187,8 @@ impl Sender {
                 lease.dirty.extend(slots);
             }
         }
-        // The send slots go back even if the write may still read them: what it could still carry
-        // lands in slots that the receiver quarantines.
+        // The sender frees the send slots even if the write may still read them. The bytes that it
+        // may still carry land in slots that the receiver quarantines.
         let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[], None) else {
             return;
         };
@@ -191,7 +197,8 @@ impl Sender {
         self.retire_fed(&id);
     }
 
-    /// Takes a write off the books: its chunks become what `next` says, its send slots are free.
+    /// Removes a write that has ended: `next` gives the new state of its chunks, and its send slots
+    /// are free.
     fn settle(
         &mut self,
         transfer: TransferId,
@@ -230,7 +237,8 @@ impl Sender {
         request.progress = now;
         request.in_flight = request.in_flight.saturating_sub(1);
         match began {
-            // Waiting for the engine's GPU is no push. Writes end in the order of their events.
+            // The wait for the engine's GPU does not count as push time. Writes end in the order of
+            // their events.
             Some(began) => {
                 request.record.push_us += now.micros_since(began.max(request.push_until));
                 request.push_until = now;
@@ -243,7 +251,7 @@ impl Sender {
         Some(id)
     }
 
-    /// Tells the receiver of everything that it has not acknowledged.
+    /// Sends `Written` for all chunks that the receiver has not acknowledged.
     pub(super) fn send_written(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
