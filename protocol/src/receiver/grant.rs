@@ -1,4 +1,4 @@
-//! Who gets slots, and how an alloc request is answered.
+//! Grants slots and answers alloc requests.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -14,13 +14,13 @@ use crate::receiver::Route;
 use crate::{LeaseId, Reason, RequestId, VERSION};
 
 impl Receiver {
-    /// Gives free slots to those who wait, until nobody who waits can be served.
+    /// Gives free slots to waiting requests until no waiting request can be served.
     ///
-    /// Leases of parked requests come first, a slot each in turn: they hold KV blocks of the engine,
-    /// and each needs only one slot to go on. Alloc requests that must have all their slots at once
-    /// follow in the order in which they came.
+    /// Leases of parked requests come first and get one slot each in turn: they hold KV blocks of
+    /// the engine, and each needs only one slot to make progress. Alloc requests that need all
+    /// their slots at once follow in the order in which they came.
     ///
-    /// KV that nobody reads makes room for who waits.
+    /// Unread KV makes room for waiting requests.
     pub(super) fn serve(&mut self) {
         while let Some(blocked) = self.serve_once() {
             if !self.reclaim(&blocked) {
@@ -29,7 +29,8 @@ impl Receiver {
         }
     }
 
-    /// Says on whose slots somebody waits, if anybody does.
+    /// Gives the free slots to waiting requests once. Returns the resource that a request still
+    /// waits for; `None` if no request waits.
     fn serve_once(&mut self) -> Option<Blocked> {
         let mut lacks = None;
         let mut grants: BTreeMap<RequestId, Vec<usize>> = BTreeMap::new();
@@ -69,6 +70,8 @@ impl Receiver {
         }
         let mut blocked = false;
         let mut exposed = Exposed::default();
+        // A request that needs all its slots at once must not be overtaken by a later one, or it
+        // would wait for ever. A request beyond its host's quota blocks no other request.
         for id in asks {
             match self.try_unparked(&id, blocked, &mut exposed) {
                 Admission::Over => {}
@@ -84,7 +87,7 @@ impl Receiver {
         lacks.or(lend)
     }
 
-    /// Decides about an alloc request that has no answer yet.
+    /// Decides on an alloc request without an answer: lease, refusal or wait.
     pub(super) fn consider(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -117,8 +120,9 @@ impl Receiver {
         }
     }
 
-    /// Refuses a question that names other keys than the decode request that waits. It may be anybody's, so the
-    /// decode request goes on waiting for its sender, for a moment: mostly the two sides are set up differently.
+    /// Refuses an alloc request whose keys differ from those of the parked request. The alloc
+    /// request may come from any sender, so the parked request still waits for its own sender, but
+    /// only briefly: in most cases the two sides are configured differently.
     fn refuse_mismatch(&mut self, id: &RequestId) {
         let soon = self.now + MISMATCH;
         let Some(request) = self.requests.get_mut(id) else {
@@ -136,7 +140,7 @@ impl Receiver {
         }
     }
 
-    /// Grants all slots of an unparked request, if they are there and nobody is before it.
+    /// Grants all slots of an unparked request, if they are free and no other request is before it.
     fn try_unparked(&mut self, id: &RequestId, blocked: bool, exposed: &mut Exposed) -> Admission {
         let Some(Allocation::Pending(pending)) = self.requests.get(id).map(|r| &r.allocation)
         else {
@@ -156,16 +160,17 @@ impl Receiver {
         Admission::Over
     }
 
-    /// Slots that one host may have without any decode request that waits for them: not all. Whoever
-    /// reaches the port can ask, under any name, and leave what it got for ever in quarantine.
+    /// Returns the number of slots that one host may have without a parked request. This is less
+    /// than the buffer: any process that reaches the port can ask, under any name, and leave its
+    /// slots quarantined for ever.
     pub(super) fn host_quota(&self, host: &str) -> usize {
         let total = self.slots.total();
         let kept = if host.is_empty() { 0 } else { total / KEPT };
         (total - kept) as usize
     }
 
-    /// Slots that a host has now, or has left quarantined, and that no decode request waits for. Looks at every
-    /// request: see [`Exposed`].
+    /// Returns the number of slots that a host has without a parked request, quarantined ones
+    /// included. It goes through all requests: see [`Exposed`].
     fn host_usage(&self, host: &str) -> usize {
         let quarantined = self.quarantine.values().filter(|q| q.host == host);
         let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
@@ -178,7 +183,7 @@ impl Receiver {
         quarantined + open + self.lmcache.held_by(host)
     }
 
-    /// Turns the held alloc request into a lease.
+    /// Turns the held alloc request into a lease and returns the lease's id.
     fn lease_for(&mut self, id: &RequestId, have_tokens: u32) -> Option<LeaseId> {
         let lease_id = LeaseId(self.rng.random());
         let chunk_tokens = self.config.chunk_tokens;
@@ -195,10 +200,12 @@ impl Receiver {
             x,
             ..
         } = pending;
+        // A lease that ends early is quarantined, so a peer must not get one that ends at once.
         let term =
             bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
         let chunks = (0..chunks_of(x.tokens, chunk_tokens))
             .map(|i| {
+                // A chunk whose tokens the engine already has needs no slot.
                 let (from, to) = chunk_span(i, x.tokens, have_tokens, chunk_tokens);
                 if from < to {
                     Chunk::Waiting
@@ -234,9 +241,9 @@ impl Receiver {
         Some(lease_id)
     }
 
-    /// Opens what slots there are for a new lease and answers the sender.
+    /// Opens the free slots for a new lease and answers the sender.
     fn answer_windowed(&mut self, id: &RequestId, lease_id: LeaseId) {
-        // Whoever waits already comes first; a newcomer takes what is left.
+        // Leases that wait already come first. A new lease gets the rest.
         let others_wait = self.waiting.iter().any(|w| {
             let lease = self.requests.get(w).and_then(|r| r.lease());
             lease.is_some_and(|l| l.waiting().next().is_some())
@@ -270,7 +277,8 @@ impl Receiver {
         self.send_response(id);
     }
 
-    /// Answers the alloc request of a lease with what it holds now: also the answer to a repetition.
+    /// Answers the alloc request of a lease with the lease's current slots. A repeated alloc
+    /// request gets the same answer.
     pub(super) fn send_response(&mut self, id: &RequestId) {
         let Some(lease) = self.requests.get(id).and_then(|r| r.lease()) else {
             return;
@@ -304,7 +312,7 @@ impl Receiver {
         self.send(lease.route, ToSender::AllocResponse(response));
     }
 
-    /// Tells the sender of further slots.
+    /// Tells the sender about further slots.
     pub(super) fn send_more(&mut self, id: &RequestId, chunks: &[usize]) {
         let Some(lease) = self.requests.get(id).and_then(|r| r.lease()) else {
             return;
@@ -324,7 +332,7 @@ impl Receiver {
         self.send(lease.route, ToSender::More(more));
     }
 
-    /// Answers an alloc request with a reason.
+    /// Refuses an alloc request with a reason.
     pub(super) fn send_refusal(&mut self, route: Route, seq: u64, keys: usize, reason: Reason) {
         let retry_ms = match reason {
             Reason::NoRoom | Reason::Busy | Reason::Quarantined => RETRY_MS,
@@ -352,14 +360,15 @@ impl Receiver {
     }
 }
 
-/// What each host is exposed to, counted once a turn: for each question anew, as many questions as there may
-/// be would cost the square of that with every event.
+/// Number of slots per host, counted once per turn. A new count per alloc request would cost the
+/// square of the number of requests with every event.
 #[derive(Debug, Default)]
 pub(super) struct Exposed {
     hosts: HashMap<String, usize>,
 }
 
 impl Exposed {
+    /// Returns the number of slots that a host has, counted at the first call.
     pub(super) fn to(&mut self, host: &str, receiver: &Receiver) -> usize {
         if let Some(&slots) = self.hosts.get(host) {
             return slots;
@@ -369,29 +378,32 @@ impl Exposed {
         slots
     }
 
-    /// It has got so many more.
+    /// Adds slots that the host has just got.
     pub(super) fn add(&mut self, host: &str, slots: usize) {
         *self.hosts.entry(host.to_owned()).or_default() += slots;
     }
 }
 
-/// How an unparked request fared.
+/// Result of the attempt to grant an unparked request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
-    /// It has got its slots, or wants none any more.
+    /// The request has got its slots, or no longer needs any.
     Over,
-    /// Its host has its share: whoever comes after it need not wait.
+    /// Its host has reached its quota. Later requests of other hosts need not wait.
     Waits,
-    /// There is no room, and nobody may overtake it.
+    /// There are too few free slots, and no later request may overtake this one.
     Blocks,
 }
 
-/// This part of the buffer is kept from the unparked requests of any one host; nothing of a smaller one.
-/// Parked requests go on in a window of a few slots.
+/// Divisor of the reserve: the unparked requests of one host must leave 1/16 of the buffer free.
+/// The reserve of a buffer of fewer than 16 slots is empty. Parked requests make progress with a
+/// window of a few slots.
 const KEPT: u32 = 16;
-/// How long a decode request waits on after a question with other keys: its own sender's is under way, or never comes.
+/// Time that a parked request still waits after an alloc request with other keys: the alloc request
+/// of its own sender is already on its way or never comes.
 const MISMATCH: Duration = Duration::from_secs(1);
-/// No lease ends sooner, whatever its sender asks for: what ends is quarantined.
+/// Shortest lease, whatever its sender asks for: slots of a lease that ends are quarantined.
 const MIN_LEASE: Duration = Duration::from_secs(1);
-/// The hint on refusals that pass: about the time in which a busy buffer turns over.
+/// `retry_ms` in refusals that are temporary: about the time in which the slots of a busy buffer
+/// are used once.
 const RETRY_MS: u32 = 100;

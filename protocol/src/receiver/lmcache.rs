@@ -1,14 +1,15 @@
-//! LMCache's senders: slots lent without a lease that they know of.
+//! LMCache's senders: the receiver lends them slots; they do not know leases.
 //!
-//! LMCache asks for slots by key, writes, and tells only its *proxy* that it has (`ProxyNotif`). It tells
-//! the receiver nothing, not even through NIXL, and its synchronous sender sends that word although an
-//! earlier batch failed. So a slot is shown only when two things are known:
+//! An LMCache sender asks for slots by key, writes, and reports the end only to its *proxy*
+//! (`ProxyNotif`). It tells the receiver nothing, not even through NIXL, and the synchronous sender
+//! sends the report even if an earlier batch failed. So the receiver shows a slot to the engine
+//! only if two conditions hold:
 //!
-//! * the proxy has the sender's word for this request, which the decode leg carries (`Await.written`):
-//!   by then every write of the request has ended, well or not;
-//! * the *marks* in the slot are gone: random bytes that were put there before it was lent, all over it. A
-//!   write covers a whole slot, so marks that are all gone were written over, and one that still
-//!   stands proves that the slot was not written.
+//! * the proxy has the sender's report for this request, which the decode request passes on
+//!   (`Await.written`): by then every write of the request has ended, successfully or not;
+//! * the *canaries* in the slot are gone: random bytes that the receiver put all over the slot
+//!   before it lent the slot. A write covers a whole slot. If all canaries are gone, the slot was
+//!   written; if a canary still stands, it was not.
 //!
 //! ```text
 //!  AllocRequest ──room──▶ Lent ──all marks gone──▶ Landed ──Await{written}──▶ a lease, as any other
@@ -17,12 +18,12 @@
 //!    declined          quarantined ──marks gone──▶    free
 //! ```
 //!
-//! Each lent slot is written at most once, so one whose marks have been gone for a while is free of
-//! writes, whatever became of its sender. A key says nothing about who writes where: `already_sent` is
-//! never said of a key that is only known. Said of *all* keys it means "declined": then a sender
-//! writes nothing, sends its word to the proxy at once, and the decode side computes. The refusal
-//! that LMCache itself knows, −1, keeps that word back, and LMCache's proxy waits for it without
-//! end; it is the answer to questions that no buffer could ever serve.
+//! Each lent slot is written at most once. So if its canaries have been gone for a while, no write
+//! can still arrive, whatever happened to its sender. A key does not say which process writes
+//! where, so `already_sent` never means that the receiver has a key. For *all* keys it means
+//! "declined": the sender writes nothing and reports to its proxy at once, and the decode side
+//! computes. LMCache's own refusal, −1, suppresses this report, and LMCache's proxy would wait for
+//! it for ever; the receiver uses −1 only for requests that no buffer could ever serve.
 
 mod claims;
 
@@ -40,24 +41,24 @@ use crate::record::Record;
 use crate::{Epoch, LeaseId, Reason, RequestId, SlotIndex, Time};
 use claims::Claim;
 
-/// Everything about LMCache's senders.
+/// State of all LMCache senders.
 #[derive(Debug, Default)]
 pub(super) struct Lmcache {
-    /// Connections by the name that the side gave them.
+    /// Name of each connection's sender, and whether it knows the current slots.
     names: BTreeMap<Route, (SenderId, bool)>,
-    /// Questions that wait for room, in the order in which they came.
+    /// Alloc requests that wait for slots, in the order in which they came.
     asks: VecDeque<Ask>,
-    /// What is lent, oldest first.
+    /// Loans by number, oldest first.
     loans: BTreeMap<u64, Loan>,
     next: u64,
-    /// Parked requests whose slots are being looked at.
+    /// Parked requests that wait for the check of their slots' canaries.
     claims: BTreeMap<RequestId, Claim>,
-    /// Quarantined slots whose marks were gone at the last look.
+    /// Quarantined slots whose canaries were gone at the last check.
     gone: BTreeSet<SlotIndex>,
     next_look: Option<Time>,
 }
 
-/// A question that waits for room.
+/// Alloc request that waits for slots.
 #[derive(Debug)]
 pub(super) struct Ask {
     route: Route,
@@ -66,21 +67,22 @@ pub(super) struct Ask {
     until: Time,
 }
 
-/// Slots lent by one question; of an asynchronous sender by all questions of one request.
+/// Slots lent for one alloc request; for an asynchronous sender, for all alloc requests of one
+/// request.
 #[derive(Debug)]
 struct Loan {
     lease: LeaseId,
     route: Route,
     sender: SenderId,
-    /// Only asynchronous senders say it.
+    /// Request of the loan. Absent for synchronous senders, which do not name it.
     req: Option<RequestId>,
     chunks: Vec<Lent>,
-    /// Kept for the batches of the request that are still to come.
+    /// Slots reserved for later batches of the request.
     reserved: Vec<SlotIndex>,
     deadline: Time,
     look: Time,
     pause: Duration,
-    /// Why it ends before its deadline.
+    /// Reason of an end before the deadline.
     reason: Option<Reason>,
 }
 
@@ -89,19 +91,19 @@ struct Loan {
 struct Lent {
     key: String,
     slot: SlotIndex,
-    /// When its marks were first found gone.
+    /// Time at which a check first found no canary; absent before.
     landed: Option<Time>,
-    /// A parked request waits for the look at it.
+    /// True if a parked request waits for the check of this slot.
     claimed: bool,
 }
 
 impl Receiver {
-    /// A connection has a name: the host before the first `/` is what caps count by.
+    /// Notes the name of a connection's sender. The quotas count by the host before the first `/`.
     pub(super) fn on_introduced(&mut self, route: Route, sender: SenderId, linked: bool) {
         self.lmcache.names.insert(route, (sender, linked));
     }
 
-    /// A question without `x`.
+    /// Handles an alloc request of an LMCache sender: holds it or declines it.
     pub(super) fn on_borrow(&mut self, route: Route, request: AllocRequest) {
         let (sender, linked) = self.lmcache.name(route);
         let chunks = u32::try_from(request.keys.len()).unwrap_or(u32::MAX);
@@ -134,8 +136,8 @@ impl Receiver {
         self.decline(route, &sender, &request, refusal);
     }
 
-    /// An asynchronous sender gives a request up. Batches of it may still be under way, so its slots
-    /// are looked at like any others.
+    /// Ends a request that an asynchronous sender cancels. Batches of the request may still be in
+    /// flight, so the receiver checks its slots like any others.
     pub(super) fn on_return(&mut self, route: Route, cancel: &CancelNotif) {
         let (now, (sender, _)) = (self.now, self.lmcache.name(route));
         let req = RequestId(cancel.req_id.clone());
@@ -146,7 +148,8 @@ impl Receiver {
         for ask in off {
             self.decline(ask.route, &ask.sender, &ask.request, Reason::Cancelled);
         }
-        // Only what there is: LMCache's proxies count from 1 at each start, so the id will come again.
+        // The cancel applies only to the current loans: LMCache's proxies count from 1 at each
+        // start, so the id will come again.
         for loan in self.lmcache.loans.values_mut() {
             if loan.sender == sender && loan.req.as_ref() == Some(&req) {
                 loan.end(now, Reason::Cancelled);
@@ -155,8 +158,8 @@ impl Receiver {
         self.answer(route, Vec::new(), 0);
     }
 
-    /// Lends slots to those who wait, in order; a batch of a request that has slots reserved at once.
-    /// Says on whose slots somebody waits.
+    /// Lends slots to waiting alloc requests, in order; a batch of a request with reserved slots
+    /// gets them at once. Returns the resource that an alloc request still waits for.
     pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) -> Option<Blocked> {
         if self.lmcache.asks.is_empty() {
             return None;
@@ -171,11 +174,14 @@ impl Receiver {
             let reserved = loan
                 .and_then(|n| self.lmcache.loans.get(&n))
                 .map_or(0, |l| l.reserved.len());
+            // A request gets all its slots at once: two half-served requests could wait for each
+            // other for ever.
             let beyond = match loan {
                 Some(_) => want.saturating_sub(reserved),
                 None => want.max(ask.request.total_chunks as usize),
             };
             let host = ask.sender.host();
+            // A request beyond its host's quota must not block the requests of other hosts.
             let waits = beyond > 0 && exposed.to(host, self) + beyond > self.host_quota(host);
             if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
                 let number = self.grant_loan(&ask, loan);
@@ -196,7 +202,7 @@ impl Receiver {
         lacks
     }
 
-    /// Gives the number of the loan that the slots are in.
+    /// Lends the slots of one alloc request and returns the number of their loan.
     fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) -> u64 {
         let (now, term) = (self.now, self.config.max_lease);
         let number = loan.unwrap_or_else(|| {
@@ -218,12 +224,13 @@ impl Receiver {
             number
         });
         if let Some(req) = ask.request.request() {
-            // LMCache's proxies count from 1 at each start: an id means its latest use.
+            // LMCache's proxies count from 1 at each start: an id names its latest request.
             self.ended.renew(&req);
         }
         let Some(loan) = self.lmcache.loans.get_mut(&number) else {
             return number;
         };
+        // Each batch shows that the sender is alive, so the deadline starts again.
         loan.deadline = now + term;
         (loan.look, loan.pause) = (now + FIRST_LOOK, FIRST_LOOK);
         let mut slots = Vec::with_capacity(ask.request.keys.len());
@@ -240,6 +247,7 @@ impl Receiver {
             });
             slots.push(slot);
         }
+        // No further batch comes after the last one, so the other requests get the reserved slots.
         let all = ask.request.total_chunks as usize;
         if ask.request.is_last_batch || ask.request.request().is_none() {
             for slot in std::mem::take(&mut loan.reserved) {
@@ -267,7 +275,7 @@ impl Receiver {
         self.send(route, ToSender::AllocResponse(response));
     }
 
-    /// Lends nothing. See the module's documentation for the two ways of saying so.
+    /// Declines an alloc request. The module's documentation explains the two kinds of refusal.
     fn decline(&mut self, route: Route, sender: &SenderId, asked: &AllocRequest, reason: Reason) {
         let keys = asked.keys.len();
         if reason == Reason::LayoutMismatch {
@@ -281,7 +289,7 @@ impl Receiver {
                     loan.end(self.now, reason);
                 }
             }
-            // The decode request that belongs to it may be on its way.
+            // The decode request may be on its way: it must learn the reason.
             let heard = Heard {
                 question: None,
                 awaited: false,
@@ -289,7 +297,8 @@ impl Receiver {
             self.ended.insert(&req, Some(reason), heard, self.now);
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
-        // Both are the peer's word, and may be absurd: the question may be declined for that.
+        // The peer chose both numbers, and they may be absurd: this may be the reason of the
+        // refusal.
         let full = chunks.saturating_sub(1);
         let tokens = full.saturating_mul(self.config.chunk_tokens);
         let tokens = tokens.saturating_add(asked.last_chunk_toks);
@@ -304,7 +313,7 @@ impl Receiver {
         }));
     }
 
-    /// The chunks of the question have our layout.
+    /// Returns true if the chunks of the alloc request have the receiver's layout.
     fn fits(&self, asked: &AllocRequest) -> bool {
         let full = self.config.chunk_tokens;
         let Some(layout) = &self.config.layout else {
@@ -321,7 +330,7 @@ impl Receiver {
             && asked.shape == layout.shape(first)
     }
 
-    /// Slots that senders of a host were lent, did not write, and that are quarantined for it.
+    /// Returns the number of quarantined slots that LMCache senders of a host did not write.
     fn lent_and_lost_by(&self, host: &str) -> usize {
         let of_host = |q: &&Quarantine| q.sender.is_lmcache() && q.sender.host() == host;
         let all = self.quarantine.values().filter(of_host);
@@ -341,21 +350,22 @@ impl Lmcache {
             .unwrap_or_else(|| (unknown(), false))
     }
 
-    /// Questions that wait for room.
+    /// Returns the alloc requests that wait for slots.
     pub(super) fn asks(&self) -> &VecDeque<Ask> {
         &self.asks
     }
 
-    /// The loans that later batches of a request belong to.
+    /// Returns the loans that later batches of a request belong to.
     fn named(&self) -> BTreeMap<(SenderId, RequestId), u64> {
         let going = self.loans.iter().filter(|(_, l)| l.reason.is_none());
-        // Of two of one name the later one.
+        // If two loans have the same name, the later one counts.
         going
             .filter_map(|(number, l)| Some(((l.sender.clone(), l.req.clone()?), *number)))
             .collect()
     }
 
-    /// A connection is gone: nobody hears an answer. What it was lent stays lent.
+    /// Forgets a lost connection and its waiting alloc requests. Lent slots stay lent: writes may
+    /// still arrive.
     pub(super) fn lost(&mut self, route: Route) {
         self.names.remove(&route);
         self.asks.retain(|ask| ask.route != route);
@@ -374,19 +384,20 @@ impl Lmcache {
         asks.chain(loans).chain(self.next_look).min()
     }
 
-    /// Slots lent or reserved.
+    /// Returns the number of slots that are lent or reserved.
     pub(super) fn held(&self) -> usize {
         let of = |l: &Loan| l.chunks.len() + l.reserved.len();
         self.loans.values().map(of).sum()
     }
 
-    /// Of them, those of one host's senders.
+    /// Returns the number of slots that are lent to or reserved for one host's senders.
     pub(super) fn held_by(&self, host: &str) -> usize {
         let loans = self.loans.values().filter(|l| l.sender.host() == host);
         loans.map(|l| l.chunks.len() + l.reserved.len()).sum()
     }
 
-    /// Slots that may be written into at any time: the transport must progress.
+    /// Returns the number of slots with a possible write in flight: the transport must make
+    /// progress.
     pub(super) fn writing(&self) -> usize {
         let all = self.loans.values().flat_map(|l| &l.chunks);
         all.filter(|c| c.landed.is_none()).count()
@@ -398,7 +409,7 @@ impl Lmcache {
 }
 
 impl Loan {
-    /// Nobody wants it any more: it is looked at once more.
+    /// Ends a loan: the receiver checks its slots once more.
     fn end(&mut self, now: Time, reason: Reason) {
         self.reason.get_or_insert(reason);
         self.deadline = self.deadline.min(now);
@@ -406,7 +417,7 @@ impl Loan {
 }
 
 impl SenderId {
-    /// Ours have another.
+    /// Returns true for LMCache's senders, which have epoch 0. Our sidecars never do.
     pub(super) fn is_lmcache(&self) -> bool {
         self.epoch == Epoch(0)
     }
@@ -416,8 +427,9 @@ impl SenderId {
     }
 }
 
-/// The first look at a lent slot. Each later one comes after twice the time, up to [`LAST_PAUSE`].
+/// Time of the first check of a lent slot. The pause doubles after each check, up to
+/// [`LAST_PAUSE`].
 const FIRST_LOOK: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
-/// What stands for the request of a synchronous sender.
+/// Name in records for the request of a synchronous sender.
 const NO_REQUEST: &str = "-";

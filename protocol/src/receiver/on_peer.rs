@@ -1,4 +1,4 @@
-//! What senders say.
+//! Handles the messages of senders.
 
 use super::ended::Question;
 use super::request::{Allocation, Chunk, Pending, Request};
@@ -22,6 +22,7 @@ impl Receiver {
         }
     }
 
+    /// Handles an alloc request: answers a repetition again, refuses the request or holds it.
     fn on_alloc(&mut self, route: Route, asked: AllocRequest) {
         let Some(x) = asked.x.clone() else {
             self.on_borrow(route, asked);
@@ -33,7 +34,8 @@ impl Receiver {
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
                     && lease.sender.epoch == x.epoch
-                    // The answer names the lease, and costs what the question's keys cost.
+                    // The answer contains the lease's id and has the size of the keys. So the
+                    // repetition must come from the same host with as many keys.
                     && lease.host == host
                     && lease.keys.len() == asked.keys.len() =>
             {
@@ -52,6 +54,8 @@ impl Receiver {
             }
             _ => {}
         }
+        // The sender is reachable, so it can say which quarantined slots are free. This may make
+        // room.
         self.ask_about_quarantined(route, &host, &x);
         if let Err(reason) = self.admit(&id, &asked, &x, route, &host) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
@@ -71,13 +75,15 @@ impl Receiver {
             request: asked,
             x,
             park,
+            // The wait for slots must not end before the wait for the decode request.
             wait: wait.max(park.unwrap_or_default()),
         });
         self.consider(&id);
     }
 
-    /// A sender that is heard of again can say what became of the writes that it was lost with. Told are
-    /// only those of its own host: whoever knows a lease can free its slots, and names are free.
+    /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The
+    /// receiver names only leases of the sender's host: a process that knows a lease's id can free
+    /// its slots, and a process can take any name.
     fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
@@ -96,6 +102,7 @@ impl Receiver {
         }
     }
 
+    /// Checks whether an alloc request can be held or granted, and returns the reason if it cannot.
     fn admit(
         &mut self,
         id: &RequestId,
@@ -131,8 +138,8 @@ impl Receiver {
         }
     }
 
-    /// The table of requests is full, or this connection or its host has its share of it: who asks much
-    /// shall not keep out who asks little, nor the engine's own requests.
+    /// Returns true if the table of requests is full, or if this connection or its host has reached
+    /// its quota. The quota keeps room for other senders and for the engine's own requests.
     fn is_full_for(&self, route: Route, host: &str) -> bool {
         let max = self.config.max_requests;
         if self.requests.len() >= max {
@@ -148,11 +155,12 @@ impl Receiver {
             connection += usize::from(from.0 == route);
             all += usize::from(*from.1 == *host);
         }
-        // Of one connection half, of one host three quarters.
+        // One connection may have half of the table, one host three quarters.
         connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
     }
 
-    /// The request under a lease of this epoch, its deadline moved on; `None` has been answered.
+    /// Returns the request of a lease of this epoch and extends its deadline. For an unknown lease
+    /// it answers `Unwanted` and returns `None`.
     fn leased(&mut self, route: Route, lease: LeaseId, epoch: Epoch) -> Option<RequestId> {
         let now = self.now;
         let id = self
@@ -178,6 +186,7 @@ impl Receiver {
         found
     }
 
+    /// Notes that writes into these slots are in flight.
     fn on_writing(&mut self, route: Route, slots: &Slots) {
         let Some(id) = self.leased(route, slots.lease, slots.epoch) else {
             return;
@@ -193,9 +202,12 @@ impl Receiver {
         }
     }
 
+    /// Handles the report that chunks are written: closes their slots, shows them to the engine and
+    /// acknowledges.
     fn on_written(&mut self, route: Route, written: &Written) {
         if self.quarantine.contains_key(&written.lease) {
-            // The sender's word that these writes are over: what a quarantine waits for.
+            // The sender reports that these writes have ended, so no write can still arrive in
+            // their slots.
             let named = set(&written.indexes);
             self.unquarantine(written.lease, |slot| named.contains(&slot.0));
         }
@@ -213,6 +225,8 @@ impl Receiver {
                     let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
                         continue; // a repetition
                     };
+                    // The message names another slot than the granted one: the chunk is not in this
+                    // slot.
                     if slot.0 != index {
                         continue;
                     }
@@ -225,6 +239,7 @@ impl Receiver {
                 }
             }
         }
+        // A slot must be closed before the engine reads it: a late write would change the KV.
         for slot in closed {
             self.actions.push_back(super::Action::Close { slot });
         }
@@ -237,9 +252,9 @@ impl Receiver {
         self.send(route, ToSender::Ack(ack));
     }
 
-    /// Names the chunks of a `Written` that its sums are to be compared with: each open one in the slot
-    /// that was granted for it, once, whatever the message repeats. So a slot is summed at most once a
-    /// grant, and no message costs more than what was written for it.
+    /// Returns the chunks of a `Written` whose checksums must be compared: each open chunk in its
+    /// granted slot, once, even if the message repeats it. So each slot is summed at most once per
+    /// grant, and a message cannot cause more work than its written chunks.
     pub fn unchecked(&self, written: &Written) -> Vec<Unchecked> {
         let id = self
             .leases
@@ -250,7 +265,7 @@ impl Receiver {
             return Vec::new();
         };
         if lease.end_reason.is_some() {
-            return Vec::new(); // nobody reads it
+            return Vec::new(); // no engine reads it
         }
         let mut seen = HashSet::new();
         let named = written.chunks.iter().zip(&written.indexes);
@@ -276,6 +291,7 @@ impl Receiver {
             .collect()
     }
 
+    /// Extends a lease, and repeats `More` for slots that the sender does not know.
     fn on_extend(&mut self, route: Route, extend: &Extend) {
         let Some(id) = self.leased(route, extend.lease, extend.epoch) else {
             return;
@@ -297,6 +313,8 @@ impl Receiver {
         }
     }
 
+    /// Ends a lease by the sender's confirmation, and quarantines the slots that the sender calls
+    /// dirty.
     fn on_cancel(&mut self, route: Route, cancel: &CancelNotif) {
         if let Some(x) = &cancel.x {
             let named = set(&x.dirty);
@@ -327,6 +345,7 @@ impl Receiver {
         }
     }
 
+    /// Ends all requests of a sender whose connection is lost.
     pub(super) fn on_peer_lost(&mut self, route: Route) {
         self.lmcache.lost(route);
         self.hosts.remove(&route);
@@ -346,16 +365,17 @@ impl Receiver {
     }
 }
 
-/// What is left of an earlier use of the id, which a new question need not wait for: nobody wants it any more,
-/// or all of it stands there, no decode request has come, and the question is from the same host.
+/// Returns true if the rest of an old request gives way to a new alloc request with the same id:
+/// the old request is not wanted any more, or it is fully written without a decode request and the
+/// new alloc request comes from the same host.
 fn gives_way_to_question(old: &Request, host: &str) -> bool {
     let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
     let lease = old.lease().filter(|_| old.parked.is_none());
     old.lent.is_empty() && lease.is_some_and(|lease| lease.end_reason.is_some() || idle(lease))
 }
 
-/// The numbers of a message's list. Looked up in the list itself they would cost its length for each chunk
-/// of the lease: seconds, where both are long.
+/// Returns the numbers of a message's list as a set. A search in the list itself would cost its
+/// length for each chunk of the lease: seconds if both are long.
 fn set(list: &[u32]) -> HashSet<u32> {
     list.iter().copied().collect()
 }

@@ -1,4 +1,4 @@
-//! How requests, leases and quarantines end.
+//! Ends requests, leases and quarantines.
 
 use super::request::{Allocation, Chunk, Request};
 use super::{Action, Quarantine, Receiver, SenderId};
@@ -6,7 +6,7 @@ use crate::message::{ToSender, Unwanted};
 use crate::{LeaseId, Reason, RequestId, SlotIndex};
 
 impl Receiver {
-    /// Every wanted chunk has been read.
+    /// Ends a request after the engine has read every wanted chunk.
     pub(super) fn finish(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -19,10 +19,10 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
-    /// The decode request ends without (all of) its KV.
+    /// Ends the decode request without (all of) its KV.
     ///
-    /// The engine is told unless it has gone. Slots that it may be reading stay lent to it until it
-    /// says so itself.
+    /// If `tell` is true, the receiver tells the engine; it is false if the engine is gone. Slots
+    /// that the engine may still read stay lent until the engine releases them.
     pub(super) fn end_parked(&mut self, id: &RequestId, reason: Reason, tell: bool) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -50,7 +50,8 @@ impl Receiver {
         }
     }
 
-    /// Nobody wants the rest of a lease: what is written is freed, what is open waits for the sender.
+    /// Ends a lease whose rest is not wanted: frees the written chunks, and waits for the sender's
+    /// confirmation for the open slots.
     pub(super) fn settle_over(&mut self, id: &RequestId, reason: Reason) {
         let Some(lease) = self.requests.get_mut(id).and_then(Request::lease_mut) else {
             return;
@@ -81,12 +82,13 @@ impl Receiver {
         }
     }
 
+    /// Tells the sender that a lease's data is not wanted any more.
     pub(super) fn send_unwanted(&mut self, id: &RequestId, reason: Reason) {
         let Some(lease) = self.requests.get(id).and_then(Request::lease) else {
             return;
         };
         if lease.sender.is_lmcache() {
-            return; // it does not know the word, and has written everything
+            return; // LMCache does not know this message, and has written everything
         }
         let unwanted = Unwanted {
             lease: lease.id,
@@ -96,7 +98,8 @@ impl Receiver {
         self.send(lease.route, ToSender::Unwanted(unwanted));
     }
 
-    /// The lease ends now. Its open slots are quarantined where `dirty`, else free by the sender's word.
+    /// Ends a lease now. Its open slots are quarantined if `dirty`; else they are free, because the
+    /// sender has confirmed that it does not write.
     pub(super) fn end_lease(
         &mut self,
         id: &RequestId,
@@ -109,10 +112,13 @@ impl Receiver {
         let Allocation::Leased(lease) = &mut request.allocation else {
             return;
         };
-        // A sender that has written everything and cancels late takes nothing back.
+        // A cancel after the last `Written` changes nothing: the decode request may still read the
+        // chunks.
         if lease.is_written() && lease.end_reason.is_none() {
             return;
         }
+        // An open slot may still be the target of a write. A written slot cannot, and a ready slot
+        // stays with the engine.
         let mut quarantined = Vec::new();
         let mut freed = Vec::new();
         let mut written = Vec::new();
@@ -168,7 +174,8 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
-    /// The sender is out of reach: what it may still write into is quarantined.
+    /// Ends the sender's part of a request after its connection is lost: open slots are
+    /// quarantined, because writes may still arrive.
     pub(super) fn lose_sender(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -185,6 +192,7 @@ impl Receiver {
         }
     }
 
+    /// Ends a request with a chunk whose checksum is wrong.
     pub(super) fn on_corrupt(&mut self, lease: LeaseId) {
         if let Some(id) = self.leases.get(&lease).cloned() {
             self.end_parked(&id, Reason::BadSum, true);
@@ -192,6 +200,7 @@ impl Receiver {
         }
     }
 
+    /// Frees quarantined slots after the proof that no write can still arrive.
     pub(super) fn on_fenced(&mut self, sender: &SenderId, lease: Option<LeaseId>) {
         let proven: Vec<LeaseId> = self
             .quarantine
@@ -204,7 +213,7 @@ impl Receiver {
         }
     }
 
-    /// Gives quarantined slots back that `clean` says are free of writes.
+    /// Frees the quarantined slots for which `clean` returns true.
     pub(super) fn unquarantine(&mut self, lease: LeaseId, clean: impl Fn(SlotIndex) -> bool) {
         let Some(quarantine) = self.quarantine.get_mut(&lease) else {
             return;
@@ -220,7 +229,7 @@ impl Receiver {
         }
     }
 
-    /// Answers a held alloc request with a reason; the request ends for both sides.
+    /// Refuses a held alloc request and ends the request for both sides.
     pub(super) fn refuse_and_end(&mut self, id: &RequestId, reason: Reason) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -242,7 +251,7 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
-    /// Everything that has run out by now.
+    /// Acts on all deadlines that have passed.
     pub(super) fn on_deadlines(&mut self) {
         let now = self.now;
         let due: Vec<RequestId> = self
@@ -260,7 +269,8 @@ impl Receiver {
         if late.is_empty() {
             return;
         }
-        // One last look for all of them: room may have come with this very event.
+        // The receiver tries once more to serve the late requests: this very event may have freed
+        // slots.
         self.serve();
         for id in late {
             let allocation = self.requests.get(&id).map(|r| &r.allocation);
@@ -270,7 +280,8 @@ impl Receiver {
         }
     }
 
-    /// Says whether it is a question that has waited long enough for room.
+    /// Acts on the deadlines of one request. Returns true if its alloc request has waited long
+    /// enough for slots.
     fn on_due(&mut self, id: &RequestId) -> bool {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -294,6 +305,8 @@ impl Receiver {
         match &mut request.allocation {
             Allocation::None => {}
             Allocation::Pending(pending) => {
+                // The wait for the decode request is over: from now on the request waits for slots
+                // only.
                 if pending.park.is_some_and(|t| t <= now) {
                     pending.park = None;
                     self.consider(id);
@@ -328,7 +341,7 @@ impl Receiver {
         }
     }
 
-    /// Forgets a request of which nothing is left, and tells how it went.
+    /// Forgets a request that has neither side nor slots any more, and reports its record.
     pub(super) fn forget_if_empty(&mut self, id: &RequestId) {
         let empty = self.requests.get(id).is_some_and(|r| {
             r.parked.is_none() && matches!(r.allocation, Allocation::None) && r.lent.is_empty()

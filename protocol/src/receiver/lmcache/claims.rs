@@ -1,4 +1,4 @@
-//! From lent slots to a lease of a parked request, and what becomes of slots that nobody claims.
+//! Turns lent slots into a lease of a parked request, and frees slots that no request claims.
 
 use super::{LAST_PAUSE, Lent, Loan};
 use crate::layout::{chunk_span, chunks_of};
@@ -14,18 +14,20 @@ use std::time::Duration;
 
 use super::NO_REQUEST;
 
-/// The slots for one parked request.
+/// Slots of one parked request, before the check of their canaries.
 #[derive(Debug)]
 pub(super) struct Claim {
-    /// Chunk of the request, loan, slot.
+    /// Index of the chunk in the request, number of the loan, slot.
     picks: Vec<(usize, u64, SlotIndex)>,
 }
 
 impl Receiver {
-    /// The sender has given its word for a parked request: looks for its slots, by key.
+    /// Looks up the lent slots of a parked request by key, after the sender has reported the end of
+    /// its writes.
     ///
-    /// A loan that names the request comes first, then those that name none, oldest first: with
-    /// several synchronous senders of one prompt the marks tell which of them has written.
+    /// A loan that names the request comes first, then loans without a request, oldest first. If
+    /// several synchronous senders have the same prompt, the canaries tell which of them has
+    /// written.
     pub(in crate::receiver) fn claim(&mut self, id: &RequestId) {
         let chunk_tokens = self.config.chunk_tokens;
         let Some(parked) = self.requests.get(id).and_then(|r| r.parked.as_ref()) else {
@@ -56,7 +58,8 @@ impl Receiver {
         self.actions.push_back(Action::CheckCanary { slots });
     }
 
-    /// The marks of these slots were looked at: all gone, or some still there.
+    /// Handles the result of a check: `gone` are the slots without canaries, `there` the slots with
+    /// some left.
     pub(in crate::receiver) fn on_canary_checked(
         &mut self,
         gone: &[SlotIndex],
@@ -96,7 +99,7 @@ impl Receiver {
         self.end_loans();
     }
 
-    /// Landed slots become a lease, as if our own sender had written them.
+    /// Turns written slots into a lease, as if one of our sidecars had written them.
     fn take_over(&mut self, id: &RequestId, picks: &[(usize, u64, SlotIndex)]) {
         let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
         let token_bytes = self.config.token_bytes;
@@ -143,7 +146,7 @@ impl Receiver {
         self.landed(id, &written);
     }
 
-    /// What is due of loans and questions by now.
+    /// Acts on the deadlines of loans and waiting alloc requests.
     pub(in crate::receiver) fn on_lmcache_deadlines(&mut self) {
         let now = self.now;
         let mut slots = Vec::new();
@@ -168,7 +171,7 @@ impl Receiver {
         if !self.lmcache.asks.iter().any(|ask| ask.until <= now) {
             return;
         }
-        // One last look for all of them: room may have come with this very event.
+        // The receiver tries once more to serve them: this very event may have freed slots.
         self.lend(false, &mut Exposed::default());
         let asks = std::mem::take(&mut self.lmcache.asks);
         let (late, waiting): (VecDeque<_>, _) = asks.into_iter().partition(|a| a.until <= now);
@@ -178,7 +181,8 @@ impl Receiver {
         }
     }
 
-    /// Loans whose time is over, after a look at them: what has landed is free, the rest quarantined.
+    /// Ends loans whose deadline has passed, after a check: frees the written slots and quarantines
+    /// the others.
     fn end_loans(&mut self) {
         let now = self.now;
         let over = |l: &Loan| l.deadline <= now && !l.chunks.iter().any(|c| c.claimed);
@@ -193,7 +197,7 @@ impl Receiver {
             let Some(loan) = self.lmcache.loans.get_mut(&number) else {
                 continue;
             };
-            // A slot whose marks vanished just now may still be written at.
+            // The canaries vanished just now, so the write may still be in flight.
             if let Some(fresh) = loan.fresh(now) {
                 loan.deadline = fresh;
                 continue;
@@ -240,9 +244,10 @@ impl Receiver {
         }
     }
 
+    /// Reports the record of a loan that no decode request has read.
     fn record_loan(&mut self, loan: &Loan, reason: Reason) {
         if loan.chunks.is_empty() {
-            return; // all of it was claimed
+            return; // all of its slots were claimed
         }
         let req = loan
             .req
@@ -257,7 +262,8 @@ impl Receiver {
         }));
     }
 
-    /// A quarantined slot whose marks were gone at two looks, a second apart, has had its one write.
+    /// Frees quarantined slots without canaries at two checks a second apart: each has had its one
+    /// write.
     fn settle_quarantine(&mut self, gone: &HashSet<SlotIndex>, there: &HashSet<SlotIndex>) {
         let marked: Vec<LeaseId> = self
             .quarantine
@@ -294,7 +300,7 @@ impl Receiver {
 }
 
 impl Receiver {
-    /// Ends a loan that has landed and that nobody has come for.
+    /// Ends a written loan that no decode request has come for.
     pub(in crate::receiver) fn end_idle_loan(&mut self, number: u64) {
         if let Some(loan) = self.lmcache.loans.remove(&number) {
             for slot in loan
@@ -311,8 +317,8 @@ impl Receiver {
 }
 
 impl super::Lmcache {
-    /// Loans that have landed and that nobody has come for, with the time from which they may go and their
-    /// sender's host.
+    /// Returns the written loans without a decode request, with the time from which each may be
+    /// freed, its number and its sender's host.
     pub(in crate::receiver) fn idle<'a>(
         &'a self,
         readers: &'a Readers,
@@ -326,7 +332,8 @@ impl super::Lmcache {
         })
     }
 
-    /// An unclaimed slot for each key that has one, claimed now, in the order of the keys.
+    /// Claims an unclaimed slot for each key that has one, and returns the slots in the order of
+    /// the keys.
     fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
         let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();
         let mut found: HashMap<&str, Vec<_>> = HashMap::new();
@@ -337,7 +344,8 @@ impl super::Lmcache {
             }
             for c in loan.chunks.iter().filter(|c| !c.claimed) {
                 if let Some(&key) = wanted.get(c.key.as_str()) {
-                    // The first of the best: named, then known to have landed, then oldest.
+                    // Best first: the loan names the request, then the slot is known to be written,
+                    // then the loan is the oldest.
                     let rank = (!named, c.landed.is_none(), number);
                     found.entry(key).or_default().push((rank, c.slot));
                 }
@@ -358,7 +366,7 @@ impl super::Lmcache {
         picks
     }
 
-    /// Does something to each picked slot.
+    /// Applies a change to each picked slot.
     fn each(&mut self, picks: &[(usize, u64, SlotIndex)], change: impl Fn(&mut Lent)) {
         for (number, slots) in by_loan(picks) {
             if let Some(loan) = self.loans.get_mut(&number) {
@@ -368,7 +376,7 @@ impl super::Lmcache {
         }
     }
 
-    /// Claimed slots whose request does not want them: their loans are over.
+    /// Releases claimed slots that their request does not use, and ends their loans.
     fn release(&mut self, picks: &[(usize, u64, SlotIndex)], now: Time, reason: Reason) {
         self.each(picks, |lent| lent.claimed = false);
         for number in by_loan(picks).into_keys() {
@@ -378,7 +386,7 @@ impl super::Lmcache {
         }
     }
 
-    /// Takes slots out of their loans.
+    /// Removes slots from their loans.
     fn give_up(&mut self, picks: &[(usize, u64, SlotIndex)]) {
         for (number, slots) in by_loan(picks) {
             if let Some(loan) = self.loans.get_mut(&number) {
@@ -397,7 +405,8 @@ impl super::Lmcache {
 }
 
 impl Loan {
-    /// Until when a slot that landed lately has to rest.
+    /// Returns the time until which the loan's most recently written slot must rest; `None` if no
+    /// slot has to.
     fn fresh(&self, now: Time) -> Option<Time> {
         let landed = self.chunks.iter().filter_map(|c| c.landed);
         landed
@@ -407,7 +416,7 @@ impl Loan {
     }
 }
 
-/// The picked slots of each loan.
+/// Returns the picked slots of each loan.
 fn by_loan(picks: &[(usize, u64, SlotIndex)]) -> BTreeMap<u64, HashSet<SlotIndex>> {
     let mut all: BTreeMap<u64, HashSet<SlotIndex>> = BTreeMap::new();
     for &(_, number, slot) in picks {
