@@ -1,4 +1,4 @@
-//! Ids that come again, questions that are somebody else's, and KV that nobody comes for.
+//! Tests of reused ids, alloc requests of other senders, and KV that no decode request comes for.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
 const SLOTS: u32 = 8;
 
-/// A lease with its slots, or why there is none.
+/// Lease and its slots, or the reason of the refusal.
 type Answer = Result<(LeaseId, Vec<u32>), Reason>;
 
 struct Port {
@@ -29,7 +29,8 @@ struct Port {
 }
 
 impl Port {
-    /// A sender is connected as 1, somebody on another host as 2.
+    /// Returns a receiver with two connections: a sender's with number 1, a peer's on another host
+    /// with number 2.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
@@ -190,7 +191,7 @@ fn an_id_that_comes_again_works_like_the_first() {
         assert_eq!((port.ready, port.ended.len()), (2 * round, round));
         assert_eq!(port.ended.last(), Some(&None));
     }
-    // And after an end without KV, whichever side had it.
+    // The id also works after an end without KV, whichever side the request had.
     port.ask("1", 2);
     let id = RequestId::from("1");
     port.park("1", 2);
@@ -202,7 +203,7 @@ fn an_id_that_comes_again_works_like_the_first() {
     port.at_rest();
 }
 
-/// A late repetition, and a side that comes late, belong to what has ended.
+/// A late repetition and a late side belong to the request that has ended.
 #[test]
 fn what_belongs_to_an_end_is_told_it() {
     let mut port = Port::new();
@@ -214,7 +215,7 @@ fn what_belongs_to_an_end_is_told_it() {
     assert_eq!(port.ended, [None]);
     port.say(1, asked);
     assert_eq!(port.answer(1), Some(Err(Reason::Duplicate)));
-    // Aborted before its sender asked.
+    // The abort comes before the sender's alloc request.
     let req = RequestId::from("late");
     port.feed(Event::Abort(ENGINE, OfRequest { req }));
     let seq = port.ask("late", 2);
@@ -224,7 +225,7 @@ fn what_belongs_to_an_end_is_told_it() {
     port.at_rest();
 }
 
-/// The KV of the last use stands there, and nobody has come for it.
+/// The KV of the last request with the id is written, and no decode request has come for it.
 #[test]
 fn an_unread_use_makes_way_for_the_next() {
     let mut port = Port::new();
@@ -274,7 +275,7 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     let seq = port.ask("r", 2);
     port.write(seq);
     assert_eq!(port.ended, [None]);
-    // Where it was its own sender it ends soon, and says why.
+    // If the keys differ and no other sender comes, the parked request ends soon with the reason.
     port.park("s", 2);
     port.ask("s", 3);
     port.pass(SECOND);
@@ -282,7 +283,7 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     port.at_rest();
 }
 
-/// Whoever knows a lease can free its slots.
+/// Only the lease's own host may learn its id: a process that knows the id can free the slots.
 #[test]
 fn quarantined_leases_are_told_to_their_host_only() {
     let mut port = Port::new();
@@ -333,7 +334,8 @@ fn kv_that_nobody_reads_makes_room() {
     port.at_rest();
 }
 
-/// A decode request may queue in its engine; what it waits for shall not go for a newer one.
+/// A decode request may still be queued in its engine; the receiver must not free its KV for a
+/// newer request.
 #[test]
 fn kv_that_is_read_is_kept_for_who_comes_late() {
     let mut port = Port::new();
@@ -382,7 +384,7 @@ fn slots_lent_to_lmcache_make_room_too() {
     port.at_rest();
 }
 
-/// What the sender tells engine and proxy about each `Reserve` of one id, with nobody at the other end.
+/// Returns the ends that the sender tells the engine and the proxy after an event.
 fn told(
     p: &mut Sender,
     now: Time,
@@ -412,7 +414,7 @@ fn reserve(chunks: u32, tokens: u32) -> sender::Event {
     sender::Event::Reserve(ENGINE, reserve)
 }
 
-/// The engine has been told of its end, and the receiver has not answered yet.
+/// The engine knows the end, and the receiver has not answered yet.
 #[test]
 fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     let mut p = Sender::new(crate::setup::sender(4));
@@ -437,7 +439,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     assert_eq!(ends, (vec![], vec![]));
     assert_eq!(p.gauges().requests, 2);
     told(&mut p, Time(5), linked);
-    // One that is under way is still one.
+    // A request in flight is still a duplicate.
     let ends = told(&mut p, Time(6), reserve(2, 2 * CHUNK));
     assert_eq!(ends, (vec![Some(Reason::Duplicate)], vec![]));
     let mut now = Time(6);
@@ -448,7 +450,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     assert!(p.is_idle(), "something is held: {:?}", p.gauges());
 }
 
-/// LMCache's proxy waits for `ProxyNotif` whatever the engine moves.
+/// LMCache's proxy waits for `ProxyNotif` even if the engine moves no KV.
 #[test]
 fn a_request_of_which_nothing_is_moved_has_a_word_to_the_proxy() {
     let mut p = Sender::new(crate::setup::sender(4));

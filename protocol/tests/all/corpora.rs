@@ -1,4 +1,4 @@
-//! The fuzz targets over their corpora and over the fixtures, as an ordinary test.
+//! Runs the fuzz targets over their corpora and the fixtures, as an ordinary test.
 
 #[path = "../../fuzz/targets.rs"]
 mod targets;
@@ -6,7 +6,7 @@ mod targets;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A target's name and what it does with an input.
+/// Name of a fuzz target, and its function.
 type Target = (&'static str, fn(&[u8]));
 
 const TARGETS: [Target; 8] = [
@@ -63,7 +63,7 @@ fn no_target_dies_of_a_small_change() {
     }
 }
 
-/// Every target that cargo-fuzz knows runs here, and the other way round.
+/// Every fuzz target of cargo-fuzz runs here, and the other way round.
 #[test]
 fn the_targets_are_those_of_the_manifest() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");

@@ -1,5 +1,6 @@
-//! Documents are held to the protocol's types: PROTOCOL.md to the messages (their hash, every message, field and
-//! reason), docs/reference/reasons.md to the reasons, docs/sizing.md to the size of a chunk.
+//! Checks that the documents agree with the protocol's types: PROTOCOL.md with the messages (their
+//! hash, every message, field and reason), docs/reference/reasons.md with the reasons,
+//! docs/sizing.md with the size of a chunk.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,7 +22,8 @@ fn document() -> String {
     fs::read_to_string(root().join("PROTOCOL.md")).unwrap()
 }
 
-/// Returns the table below a heading of a document: the trimmed cells of each row, without the head.
+/// Returns the table below a heading of a document: the trimmed cells of each row, without the
+/// header.
 fn table(document: &str, heading: &str) -> Vec<Vec<String>> {
     let text = fs::read_to_string(root().join(document)).unwrap();
     let section = text
@@ -41,7 +43,8 @@ fn table(document: &str, heading: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// The sources without comments and white space: what they mean, not how they look.
+/// Returns the lines of the sources without comments and white space, which do not change the
+/// protocol.
 fn normalized() -> Vec<(&'static str, Vec<String>)> {
     let source = |name| {
         let text = fs::read_to_string(root().join("protocol/src").join(name)).unwrap();
@@ -56,7 +59,7 @@ fn normalized() -> Vec<(&'static str, Vec<String>)> {
     SOURCES.map(source).into()
 }
 
-/// FNV-1a: nothing depends on its strength.
+/// Returns the FNV-1a hash of the sources. It need not resist attacks.
 fn hash() -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for (name, lines) in normalized() {
@@ -169,7 +172,7 @@ fn every_reason_has_one_row_with_its_cure() {
     );
 }
 
-/// The table of docs/sizing.md is what a sidecar computes from the same numbers.
+/// The table of docs/sizing.md must show the values that a sidecar computes.
 #[test]
 fn the_sizes_of_common_models_are_those_of_their_chunks() {
     let rows = table("docs/sizing.md", "## Common models");

@@ -1,4 +1,4 @@
-//! Senders of one name: a successor, a namesake, and messages that come late.
+//! Tests of senders with the same name: a successor, a namesake, and messages that come late.
 
 use crate::setup::{CHUNK, keys, question};
 use protocol::local::Await;
@@ -16,7 +16,7 @@ fn receiver() -> Receiver {
     })
 }
 
-/// A question of the sender `p` for a request of two chunks that is parked.
+/// Sends an alloc request of the sender `p` for a parked request of two chunks.
 fn ask(d: &mut Receiver, req: &str, epoch: u64) {
     let tokens = 2 * CHUNK;
     let parked = Await {
@@ -45,8 +45,9 @@ fn ask(d: &mut Receiver, req: &str, epoch: u64) {
     d.handle(Time(1), Event::Peer { route, message });
 }
 
-/// Epochs are random: a question does not tell whether it is of a successor, of a second sidecar that was
-/// given the same name, or a late one of the past. Once it ended whatever was under way under the name.
+/// Epochs are random, so an alloc request does not show whether it comes from a successor, from a
+/// second sidecar with the same name, or late from an earlier start. An earlier version ended all
+/// leases under the name.
 #[test]
 fn a_question_ends_no_lease_of_another_epoch() {
     let mut d = receiver();
@@ -58,7 +59,7 @@ fn a_question_ends_no_lease_of_another_epoch() {
     while let Some(action) = d.poll_action() {
         assert!(!matches!(action, Action::Ended(..)), "{action:?}");
     }
-    // The silence of each ends its own.
+    // A lost connection ends only its own lease.
     d.handle(Time(1), Event::PeerLost { route: Route(2) });
     let gauges = d.gauges();
     assert_eq!((gauges.held, gauges.quarantined), (4, 2));

@@ -1,4 +1,4 @@
-//! The byte fixtures: what msgspec writes is what this crate reads and writes.
+//! Checks the byte fixtures: this crate reads and writes the same bytes as msgspec.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,7 +25,7 @@ fn bytes(entry: &Value) -> Vec<u8> {
     fs::read(directory().join(format!("{name}.bin"))).unwrap()
 }
 
-/// msgpack as messages.json writes it.
+/// Converts msgpack to JSON as in messages.json.
 fn json(value: &rmpv::Value) -> Value {
     match value {
         rmpv::Value::Nil => Value::Null,
@@ -81,9 +81,11 @@ fn every_fixture_comes_back_byte_for_byte() {
             other => panic!("unknown set {other}"),
         };
         match entry["name"].as_str().unwrap() {
-            // It has fewer fields than ours; the others are written with their defaults.
+            // The fixture has fewer fields than our message; our encoder writes the others with
+            // their defaults.
             "alloc_request_lmcache_sync" => assert!(after.len() > before.len()),
-            // LMCache's two modes differ in the order of fields; ours is that of the other.
+            // LMCache's two modes order the fields differently; our encoder uses the order of the
+            // other mode.
             "alloc_response_lmcache_sync" => assert_eq!(after.len(), before.len()),
             name => assert_eq!(after, before, "{name}"),
         }

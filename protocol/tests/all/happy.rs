@@ -1,4 +1,5 @@
-//! One request over a perfect wire: every message once, in order, no time passing but what is said.
+//! Tests one request over a perfect network: each message once, in order, and time passes only as
+//! the test says.
 
 use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
 use protocol::receiver::{self, Receiver, Route};

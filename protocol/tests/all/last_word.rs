@@ -1,4 +1,5 @@
-//! What a sender still says of leases that it has lost: without its word their slots stay quarantined.
+//! Tests of a sender's last message about a lost lease: without it the lease's slots stay
+//! quarantined.
 
 use std::time::Duration;
 
@@ -12,13 +13,14 @@ use protocol::{EngineId, Epoch, LeaseId, Reason, RequestId, Time};
 const MS: u64 = 1000;
 const ROUTE: Route = Route(1);
 
-/// A pair whose wire can be cut. Writes are never posted: no chunk is ever staged.
+/// A sender and a receiver whose connection the test can cut. No chunk is ever staged, so no write
+/// is posted.
 struct Pair {
     now: Time,
     p: Sender,
     d: Receiver,
     connected: bool,
-    /// What the receiver says is lost.
+    /// True if all messages of the receiver are lost.
     deaf: bool,
     links: usize,
     cancels: usize,
@@ -42,7 +44,7 @@ impl Pair {
         }
     }
 
-    /// Carries out what both want, until both are silent.
+    /// Carries out all actions until neither side has any.
     fn settle(&mut self) {
         let now = self.now;
         loop {
@@ -86,7 +88,7 @@ impl Pair {
         }
     }
 
-    /// Lets time pass, with a look at both machines every 50 ms.
+    /// Lets time pass in steps of 50 ms.
     fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while self.now < end {
@@ -130,7 +132,7 @@ impl Pair {
         assert_eq!(self.d.gauges().held, 2);
     }
 
-    /// The connection breaks; both hear of it.
+    /// Breaks the connection; both sides notice.
     fn cut(&mut self) {
         self.connected = false;
         let lost = sender::Event::LinkLost {
@@ -165,14 +167,14 @@ fn a_receiver_that_stays_away_is_given_up() {
     pair.cut();
     pair.pass(10 * SECOND);
     assert!(pair.p.is_idle());
-    // One for the request, the others for the last word.
+    // One link was for the request, the others for the last message.
     assert!((2..=8).contains(&pair.links), "{} links", pair.links);
     let links = pair.links;
     pair.pass(60 * SECOND);
     assert_eq!((pair.links, pair.cancels), (links, 0));
 }
 
-/// The sender does not know that it was granted anything.
+/// The sender does not know that it has got a lease.
 #[test]
 fn a_grant_that_was_lost_with_the_link_is_given_back() {
     let mut pair = Pair::new();
@@ -187,7 +189,7 @@ fn a_grant_that_was_lost_with_the_link_is_given_back() {
     assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
-/// The same, where only the sender has noticed that the connection is gone.
+/// As above, but only the sender has noticed that the connection is lost.
 #[test]
 fn a_grant_that_still_stands_is_closed() {
     let mut pair = Pair::new();
@@ -205,7 +207,8 @@ fn a_grant_that_still_stands_is_closed() {
     assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
-/// A word of more than a thousand leases that are clean must not push out that one is not.
+/// More than a thousand leases without dirty slots must not push out the memory of one with dirty
+/// slots.
 #[test]
 fn dirty_slots_are_not_forgotten_for_clean_ones() {
     let mut pair = Pair::new();
@@ -261,7 +264,7 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
         }
     }
     let (lease, slots) = dirty.expect("a write was posted");
-    // Nobody answers: the sender gives the lease up and buries it.
+    // The receiver does not answer: the sender gives the lease up and remembers its dirty slots.
     for _ in 0..200 {
         pair.now = Time(pair.now.0 + 100 * MS);
         pair.p.handle(pair.now, sender::Event::Deadline);

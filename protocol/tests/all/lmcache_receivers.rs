@@ -1,5 +1,5 @@
-//! The sending machine with receivers that behave as LMCache's do: that answer late or never, with −1 or
-//! nonsense, know keys already, and restart.
+//! Tests of the sender with LMCache-like receivers: receivers that answer late or never, with −1 or
+//! nonsense, that already have keys, and that restart.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -71,7 +71,7 @@ impl Feeding {
                     self.questions.push(message);
                 }
                 sender::Action::Granted(_, granted) => {
-                    // With events, one for each chunk.
+                    // With events, the engine stages each chunk on its own.
                     let at_once = if self.events { 1 } else { SLOTS as usize };
                     for chunks in granted.chunks.chunks(at_once) {
                         let staged = Staged {
@@ -131,7 +131,7 @@ impl Feeding {
         });
     }
 
-    /// The question that is open, answered with slots from `first` on.
+    /// Answers the open alloc request with slots from `first` on, and returns its keys.
     fn grant(&mut self, first: i64, known: &[u32]) -> Vec<String> {
         let keys = match self.questions.pop() {
             Some(ToReceiver::AllocRequest(request)) => request.keys,
@@ -206,8 +206,8 @@ fn every_chunk_is_asked_for_once_it_stands_ready() {
     }
 }
 
-/// An engine that is killed while its GPU has only been told to gather would leave a key that is shown
-/// and never written.
+/// If the engine is killed before its GPU has finished the gather, a key that was asked for early
+/// would be shown and never written.
 #[test]
 fn no_key_is_asked_for_before_its_event_has_fired() {
     let mut feeding = Feeding::new(true);
@@ -238,7 +238,7 @@ fn an_event_that_never_fires_ends_the_request_without_a_question() {
     feeding.watched(watches[0], false);
     let failed = Some(Reason::TransferFailed);
     assert_eq!(feeding.notices[&RequestId::from("a")], failed);
-    // What is heard of it later concerns nobody, though the slots are others' now.
+    // Later events of the ended request change nothing, although other requests have its slots now.
     feeding.events = false;
     feeding.reserve("b", 3, 3);
     feeding.watched(watches[1], true);
@@ -285,7 +285,7 @@ fn a_receiver_that_never_answers_costs_its_requests_only_time() {
             );
         }
         assert!(feeding.p.is_idle());
-        // It answers at last: what nobody will write must not stay shown.
+        // The receiver answers at last: it must not go on showing keys that are never written.
         feeding.grant(0, &[]);
         let given_back = feeding.questions.pop();
         match given_back {

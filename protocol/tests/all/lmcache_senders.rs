@@ -1,8 +1,8 @@
-//! The receiving machine with senders that behave as LMCache's do, over many random runs.
+//! Tests of the receiver with LMCache-like senders, over many random runs.
 //!
-//! They show nothing, write when they like or not at all, send their word to the proxy although an
-//! earlier batch failed, and die. Checked is what the real ones cannot promise: nothing is shown that
-//! was not written, every request ends, and no slot is lost.
+//! The senders never say that they have written, write late or not at all, report success to the
+//! proxy although an earlier batch failed, and die. The tests check that the receiver still shows
+//! only written slots, ends every request and loses no slot.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,9 +22,9 @@ const ENGINE: EngineId = EngineId(1);
 struct Landing {
     now: Time,
     d: Receiver,
-    /// What stands in each slot: a mark, or what somebody wrote.
+    /// Content of each slot: the key of the written chunk; `None` for a canary.
     slots: Vec<Option<String>>,
-    /// Slots that senders may still write into, each once, with what they would write.
+    /// Lent slots and the keys that senders may still write into them, each once.
     lent: BTreeMap<SlotIndex, String>,
     answers: Vec<(Route, AllocResponse)>,
     shown: BTreeMap<RequestId, BTreeMap<u32, SlotIndex>>,
@@ -98,7 +98,7 @@ impl Landing {
         }
     }
 
-    /// Several requests have one prompt, and so the same keys.
+    /// Returns the prompt of a request: requests with the same prompt have the same keys.
     fn prompt_of(&self, req: &RequestId) -> String {
         req.0.split('#').next().unwrap_or_default().to_owned()
     }
@@ -123,7 +123,7 @@ impl Landing {
         });
     }
 
-    /// A question; the slots that were lent for it, if any were.
+    /// Sends an alloc request and returns the lent slots; `None` if the receiver declined.
     fn ask(
         &mut self,
         route: u64,
@@ -176,7 +176,7 @@ impl Landing {
         Some(indexes)
     }
 
-    /// The one write that each lent slot gets.
+    /// Writes once into each lent slot.
     fn write(&mut self, indexes: &[i64]) {
         for &index in indexes {
             let slot = SlotIndex(u32::try_from(index).unwrap());
@@ -213,12 +213,12 @@ impl Landing {
         ));
     }
 
-    /// Every loan has run out; what was not written may be quarantined.
+    /// Waits until every loan has expired, and checks that only unwritten slots are quarantined.
     fn rest(&mut self) {
         self.pass(40 * SECOND);
         let gauges = self.d.gauges();
         assert_eq!(gauges.held, 0, "{gauges:?}");
-        // The slots whose writers are still out, and no others.
+        // Exactly the slots with a write still to come are quarantined.
         assert_eq!(
             gauges.quarantined as usize,
             self.lent.len(),
@@ -250,7 +250,7 @@ fn what_is_written_and_announced_is_shown() {
             landing.write(&slots);
         }
         landing.park(req, 3, 5);
-        // The first chunk is held by the decode side; the others are shown.
+        // The decode side already has the first chunk; the others are shown.
         assert_eq!(landing.shown[&RequestId::from(req)].len(), 2);
         landing.read(req);
         assert_eq!(landing.ended[&RequestId::from(req)], None);
@@ -264,7 +264,7 @@ fn what_is_announced_but_not_written_is_not_shown() {
     landing.connect(1, true);
     let first = landing.ask(1, "sync-a", 0..2, 4).expect("there is room");
     let second = landing.ask(1, "sync-a", 2..4, 4).expect("there is room");
-    // LMCache's synchronous sender sends its word if the last batch went well.
+    // LMCache's synchronous sender reports success if the last batch succeeded.
     landing.write(&second);
     landing.park("sync-a", 4, 0);
     assert_eq!(
@@ -274,7 +274,7 @@ fn what_is_announced_but_not_written_is_not_shown() {
     assert!(landing.shown.is_empty());
     landing.pass(5 * SECOND);
     assert_eq!(landing.d.gauges().quarantined, 2);
-    // The write that was late after all has been the only one: the slots are free after a while.
+    // The late write was the only one for its slots, so they are free after a while.
     landing.write(&first);
     landing.pass(5 * SECOND);
     assert!(landing.d.is_idle());
@@ -309,14 +309,14 @@ fn a_full_buffer_is_declined_within_its_bound() {
     assert_eq!(landing.ask(2, "b", 0..3, 3), None);
     landing.park("b", 3, 0);
     assert_eq!(landing.ended[&RequestId::from("b")], Some(Reason::NoRoom));
-    // More chunks than there are slots will never fit.
+    // A request with more chunks than slots never fits.
     assert_eq!(landing.ask(2, "c", 0..1, 7), None);
     landing.park("c", 7, 0);
     assert_eq!(landing.ended[&RequestId::from("c")], Some(Reason::TooLarge));
-    // A sender that linked with the receiver before this one does not know these slots.
+    // A sender that made its handshake with an earlier receiver does not know these slots.
     landing.connect(3, false);
     assert_eq!(landing.ask(3, "d", 0..1, 1), None);
-    // Another shape is refused in LMCache's own words.
+    // The receiver refuses another shape with LMCache's own refusal, −1.
     let odd = AllocRequest {
         keys: vec!["x".into(), "y".into()],
         fmt: 1,
@@ -377,7 +377,7 @@ fn random_senders_leave_nothing() {
                 }
             }
             match rng.random_range(0..6) {
-                0 => {} // it dies, or its proxy does
+                0 => {} // the sender or its proxy dies
                 1 => {
                     let cancel = CancelNotif {
                         req_id: req.clone(),

@@ -1,7 +1,9 @@
-//! A run between two real engines, recorded with `sidecar --trace`, gives the same actions again.
+//! Replays a run between two real engines, recorded with `sidecar --trace`: the state machines must
+//! return the same actions.
 //!
-//! The recordings stand in `fixtures/traces`; `tests/record_traces.py` at the top makes them. A change of a
-//! machine that changes what it does on real input shows here, and is recorded anew on purpose.
+//! The recordings are in `fixtures/traces`; `tests/record_traces.py` at the top makes them. This
+//! test fails if a change of a state machine changes its actions on real input. If the change is
+//! intended, record the traces again.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +11,7 @@ use std::path::Path;
 use protocol::{Time, receiver, sender};
 use serde::Deserialize;
 
-/// A line of a trace, as `sidecar/src/rank/recorder.rs` writes it.
+/// Line of a trace, as `sidecar/src/rank/recorder.rs` writes it.
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line {

@@ -1,4 +1,5 @@
-//! What one host may take of a landing buffer when no decode request waits: any name is free, addresses are not.
+//! Tests of the quota of one host without parked requests: a peer can take any name, but not any
+//! address.
 
 use std::time::Duration;
 
@@ -15,12 +16,13 @@ struct Port {
     d: Receiver,
     now: Time,
     seq: u64,
-    /// What each question was answered, by its number: slots, or why not.
+    /// Answer to each alloc request, by its number: the number of slots, or the reason of the
+    /// refusal.
     answers: Vec<(u64, Result<usize, Reason>)>,
 }
 
 impl Port {
-    /// Two hosts are connected: a stranger's as 1, a sender's as 2.
+    /// Returns a receiver with connections of two hosts: 1 and 3 of a stranger, 2 of a sender.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
@@ -57,7 +59,7 @@ impl Port {
         }
     }
 
-    /// A question with a lease as short as it gets; its number.
+    /// Sends an alloc request with the shortest lease and returns its number.
     fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
         self.seq += 1;
         let x = AllocX {
@@ -97,12 +99,13 @@ fn a_stranger_does_not_get_all_of_the_buffer() {
     assert_eq!(port.answer(all), Some(Err(Reason::TooLarge)));
     let most = port.ask(1, "x", "most", SLOTS - 2);
     assert_eq!(port.answer(most), Some(Ok(30)));
-    // Neither another name nor another connection helps, and who waits for its share holds up nobody.
+    // Neither another name nor another connection helps. A request that waits for its quota blocks
+    // no other request.
     let more = [(1, "y"), (3, "z")].map(|(route, id)| port.ask(route, id, id, 1));
     let honest = port.ask(2, "p", "honest", 2);
     assert_eq!(port.answer(honest), Some(Ok(2)));
     assert_eq!(more.map(|seq| port.answer(seq)), [None; 2]);
-    // What it asked for as a lease was none at all.
+    // The stranger asked for a lease of almost no time; the receiver has not ended the lease yet.
     port.pass(SECOND / 2);
     assert_eq!(port.d.gauges().quarantined, 0);
     port.pass(SECOND);
@@ -129,7 +132,7 @@ fn what_a_host_left_counts_against_its_share() {
     assert_eq!(port.answer(honest), Some(Ok(2)));
 }
 
-/// A decode request that waits says that its sender is wanted.
+/// A parked request shows that its sender is wanted.
 #[test]
 fn a_parked_request_has_no_share() {
     let mut port = Port::new();
@@ -146,7 +149,7 @@ fn a_parked_request_has_no_share() {
     assert_eq!(port.answer(seq), Some(Ok(32)));
 }
 
-/// LMCache's senders say no name of their own at all.
+/// LMCache's senders give no name at all.
 #[test]
 fn lmcache_has_the_share_of_its_host() {
     let mut port = Port::new();

@@ -1,4 +1,4 @@
-//! Named scenarios: a pair of sidecars over bad wires. See [`world`] for what is checked in each.
+//! Named scenarios of a pair of sidecars over bad networks. [`world`] lists the checks of each.
 
 use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
 use proptest::prelude::*;
@@ -101,7 +101,7 @@ fn loss_delay_and_duplication_cost_time_only() {
         delivered += outcome.delivered;
         failed += outcome.failed.len();
     }
-    // Three signs of life lost in a row end a lease: one in a thousand of them.
+    // Three lost heartbeats in a row end a lease. This happens to one lease in a thousand.
     assert!(delivered >= 495, "{delivered} delivered, {failed} failed");
 }
 
@@ -122,8 +122,8 @@ fn either_sidecar_dies_at_any_time() {
     }
 }
 
-/// One request links anew while another still holds a lease of the receiver before: the new link leads
-/// to memory in which that lease names nobody's slots.
+/// One request makes a new handshake while another still has a lease of the receiver before. The
+/// new link leads to memory in which that lease has no slots.
 #[test]
 fn a_lease_does_not_outlive_its_link() {
     for ms in 0..60 {
@@ -178,7 +178,7 @@ fn a_lost_write_quarantines_and_a_failed_one_does_not() {
         for seed in 0..50 {
             let outcome = run(&Plan {
                 seed,
-                // Most chunks have a slot there but none here when the write is lost.
+                // Most chunks have a slot at the receiver but no send slot when the write is lost.
                 send_slots: 2,
                 faults: vec![(0, fault)],
                 ..plan(some_requests(3))

@@ -1,5 +1,5 @@
-//! What one message can make a receiver do, counted: never more than its own size, and what was granted for it,
-//! warrant.
+//! Tests of the work per message: a message causes no more work than its own size and its granted
+//! slots justify.
 
 use crate::setup::{CHUNK, question};
 use protocol::message::{AllocX, ToReceiver, ToSender, Written};
@@ -9,7 +9,7 @@ use protocol::{Epoch, LeaseId, SlotIndex, Time, VERSION};
 const OURS: Epoch = Epoch(100);
 const ROUTE: Route = Route(1);
 
-/// A receiver that has leased slots for so many chunks.
+/// Returns a receiver that has leased slots for this many chunks, the lease and the slots.
 fn leased(chunks: u32) -> (Receiver, LeaseId, Vec<u32>) {
     let mut d = Receiver::new(Config {
         epoch: OURS,
@@ -58,7 +58,8 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
         sums: Vec::new(),
     };
     for n in 0..500u32 {
-        // Each chunk in its slot, in the other's, and in one that was granted to nobody.
+        // Each chunk is named in its slot, in the other chunk's slot, and in a slot that was not
+        // granted.
         for (chunk, slot) in [(0, slots[0]), (1, slots[1]), (0, slots[1]), (1, 3)] {
             written.chunks.push(chunk);
             written.indexes.push(slot);
@@ -87,7 +88,7 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
     assert_eq!(d.unchecked(&written), [], "they are written by now");
 }
 
-/// The bytes were not the sender's: nobody wants the rest, so nothing of it is summed again.
+/// One checksum was wrong: the rest is not wanted, so the receiver computes no further checksums.
 #[test]
 fn a_lease_that_nobody_wants_is_not_summed() {
     let (mut d, lease, slots) = leased(2);

@@ -1,4 +1,5 @@
-//! Small machines: chunks of four tokens, waits of seconds. A test names what it wants otherwise.
+//! Configurations of small state machines: chunks of four tokens, timeouts of seconds. A test
+//! overrides the fields that it needs.
 
 use std::time::Duration;
 
@@ -52,7 +53,7 @@ pub(crate) fn receiver(slots: u32) -> receiver::Config {
     receiver_of(layout(), slots)
 }
 
-/// For chunks of another shape.
+/// Returns a receiver's configuration for chunks of another shape.
 pub(crate) fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
     receiver::Config {
         epoch: Epoch(2),
@@ -75,7 +76,7 @@ pub(crate) fn keys(req: &str, chunks: u32) -> Vec<String> {
     (0..chunks).map(|i| format!("{req}/{i}")).collect()
 }
 
-/// The question for all chunks of a request, whole ones.
+/// Returns the alloc request for all chunks of a request, without a partial one.
 pub(crate) fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocRequest {
     AllocRequest {
         keys: keys(req, chunks),

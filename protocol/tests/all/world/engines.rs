@@ -1,4 +1,4 @@
-//! What the two engines' connectors do.
+//! Simulation of the two engines' connectors.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use protocol::{EngineId, Reason, RequestId};
 use super::plan::{Park, Plan, RequestPlan};
 use super::{CHUNK, Happening, MS, SECOND, World, target};
 
-/// The prefill engine.
+/// Simulated prefill engine.
 pub(crate) struct PrefillEngine {
     id: EngineId,
     live: BTreeMap<String, Prefill>,
@@ -31,7 +31,7 @@ struct Prefill {
     since: u64,
 }
 
-/// Something the prefill engine does.
+/// Step of the prefill engine.
 #[derive(Debug)]
 pub(crate) enum Step {
     Reserve(RequestPlan),
@@ -40,7 +40,7 @@ pub(crate) enum Step {
     Cancel(String, EngineId),
 }
 
-/// The decode engine.
+/// Simulated decode engine.
 pub(crate) struct DecodeEngine {
     id: EngineId,
     live: BTreeMap<String, Decode>,
@@ -60,7 +60,7 @@ struct Decode {
     ended: bool,
 }
 
-/// Something the decode engine does.
+/// Step of the decode engine.
 #[derive(Debug)]
 pub(crate) enum Turn {
     Park(String),
@@ -69,7 +69,7 @@ pub(crate) enum Turn {
 }
 
 const DEADLINE: u64 = 40 * SECOND;
-/// No reservation lives longer: the stall, then the repetitions of the last word.
+/// Longest life of a reservation: the stall timeout, then the repetitions of the last message.
 const RESERVATION: u64 = 90 * SECOND;
 
 impl PrefillEngine {
@@ -84,7 +84,7 @@ impl PrefillEngine {
         }
     }
 
-    /// The connection is gone: the engine gives up what it pushed, and connects again.
+    /// Gives up all reservations after the connection is lost, and connects again.
     pub(crate) fn sidecar_died(&mut self) {
         self.dies();
     }
@@ -97,7 +97,7 @@ impl PrefillEngine {
         gone
     }
 
-    /// What is wrong with the ends of reservations.
+    /// Returns an error text if a reservation has not ended exactly once.
     pub(crate) fn unended(&self) -> Option<String> {
         let all = self.live.is_empty() && self.ended + self.lost == self.reserved;
         let (ended, lost, reserved) = (self.ended, self.lost, self.reserved);
@@ -118,7 +118,7 @@ impl DecodeEngine {
         }
     }
 
-    /// A request that waits for its KV.
+    /// Returns the name of a request that waits for its KV.
     pub(crate) fn waits(&self) -> Option<String> {
         let waits = self.live.iter().find(|(_, r)| !r.ended);
         waits.map(|(name, _)| name.clone())
@@ -136,7 +136,7 @@ impl DecodeEngine {
         gone
     }
 
-    /// What is wrong with the ends of parked requests.
+    /// Returns an error text if a parked request has not ended exactly once.
     pub(crate) fn unended(&self) -> Option<String> {
         let ended = self.delivered + self.failed.len();
         let (lost, parked) = (self.lost, self.parked);
@@ -171,7 +171,7 @@ impl World {
         }
     }
 
-    /// The id is given anew, unless an engine still has the request that had it before.
+    /// Starts a request with the same id again, unless an engine still has the old one.
     pub(crate) fn again(&mut self, plan: &RequestPlan) {
         let decoding = self.decode.live.get(&plan.name);
         let decodes = decoding.is_some_and(|r| !r.ended || !r.reading.is_empty());
@@ -180,7 +180,7 @@ impl World {
         }
     }
 
-    /// The proxy sends the decode leg.
+    /// Handles a message to the proxy, which then sends the decode request.
     pub(crate) fn proxy_hears(&mut self, req: &RequestId, begun: bool) {
         let delay = match self.decode.plans.get(&req.0).map(|p| p.park) {
             Some(Park::OnProgress(ms)) if begun => ms,
@@ -248,7 +248,7 @@ impl World {
         self.after(took, Happening::Prefill(Step::Compute(name, engine)));
     }
 
-    /// A step of the engine is done; the next begins.
+    /// Ends a step of the engine and begins the next.
     fn compute(&mut self, name: &str) {
         let engine = self.prefill.id;
         let Some(request) = self.prefill.live.get_mut(name) else {
@@ -271,7 +271,7 @@ impl World {
         self.stage(name);
     }
 
-    /// Gathers what is computed and granted.
+    /// Gathers the chunks that are computed and have a slot.
     fn stage(&mut self, name: &str) {
         let engine = self.prefill.id;
         let Some(request) = self.prefill.live.get_mut(name) else {
@@ -342,7 +342,7 @@ impl World {
         if before.is_some_and(|r| !r.ended || !r.reading.is_empty()) {
             return;
         }
-        // The proxy sends one decode leg a request.
+        // The proxy sends one decode request per request.
         let Some(plan) = self.decode.plans.remove(name) else {
             return;
         };
@@ -383,7 +383,7 @@ impl World {
             self.fail("chunks of a request that has ended");
         }
         if request.aborted {
-            return; // the word of it is on its way
+            return; // the abort is on its way
         }
         for (&chunk, &slot) in ready.chunks.iter().zip(&ready.slots) {
             if !request.read.insert(chunk) {
@@ -404,7 +404,7 @@ impl World {
         self.after(took, Happening::Decode(turn));
     }
 
-    /// The scatter is done.
+    /// Ends the scatter of chunks and releases them.
     fn read(&mut self, name: &str, chunks: Vec<u32>) {
         let engine = self.decode.id;
         let Some(request) = self.decode.live.get_mut(name) else {
@@ -413,7 +413,7 @@ impl World {
         if request.aborted {
             return;
         }
-        // Of an earlier request with this id they have been given back.
+        // Chunks of an earlier request with this id have been released already.
         let chunks: Vec<u32> = chunks
             .into_iter()
             .filter(|chunk| request.reading.contains_key(chunk))

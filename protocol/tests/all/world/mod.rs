@@ -1,17 +1,18 @@
-//! A sender and a receiver with their engines, their wires and a clock, all simulated.
+//! Simulation of a sender and a receiver with their engines, transports and clock.
 //!
-//! Control messages are lost, delayed, reordered and doubled; writes land in any order, late, or not at
-//! all; connections break; either sidecar and either engine dies. Everything is drawn from the plan's
-//! seed, so a plan that fails fails again.
+//! Control messages are lost, delayed, reordered and doubled. Writes land in any order, late or not
+//! at all. Connections break; either sidecar and either engine dies. The plan's seed determines
+//! everything, so a plan that fails once fails again.
 //!
-//! What is checked while it runs:
-//! * a landing slot is read only with exactly the chunk's content, and nothing is written into it
-//!   before it is released;
-//! * a write lands only in a slot that is open under its lease, or quarantined under it;
-//! * a write carries what the engine staged, not what a later request put into the same send slot;
-//! * each reservation and each parked request ends exactly once, within its bound.
+//! The simulation checks while it runs:
+//! * the engine reads a landing slot only with exactly the chunk's content, and no write changes
+//!   the slot before the engine releases it;
+//! * a write lands only in a slot that is open or quarantined under the write's lease;
+//! * a write carries the chunk that the engine staged, not the chunk that a later request put into
+//!   the same send slot;
+//! * each reservation and each parked request ends exactly once, within its deadline.
 //!
-//! And at the end: nothing is under way, every slot is free.
+//! At the end it checks that no request is in flight and every slot is free.
 
 mod engines;
 mod net;
@@ -37,18 +38,18 @@ use wire::Wire;
 const MS: u64 = 1000;
 const SECOND: u64 = 1000 * MS;
 
-/// How a plan went.
+/// Result of a plan.
 #[derive(Default)]
 pub(crate) struct Outcome {
     /// Parked requests that got all their KV.
     pub(crate) delivered: usize,
-    /// Parked requests that did not, with the reason.
+    /// Reasons of the parked requests that did not.
     pub(crate) failed: Vec<protocol::Reason>,
-    /// Reservations that ended well.
+    /// Reservations that succeeded.
     pub(crate) pushed: usize,
-    /// Slots that were quarantined at some time.
+    /// Most slots that were quarantined at one time.
     pub(crate) quarantined: u32,
-    /// Pieces of writes whose end nobody knows.
+    /// Pieces of writes with an unknown end.
     pub(crate) lost_pieces: u32,
     log: Vec<String>,
 }
@@ -64,8 +65,8 @@ impl std::fmt::Debug for Outcome {
     }
 }
 
-/// Runs a plan to its end and checks everything on the way. `WORLD_LOG=1` shows what happened before
-/// a failure.
+/// Runs a plan to its end and checks everything on the way. `WORLD_LOG=1` shows the events before a
+/// failure.
 pub(crate) fn run(plan: &Plan) -> Outcome {
     let mut world = World::new(plan);
     world.script(plan);
@@ -95,7 +96,7 @@ pub(crate) struct World {
     log: Option<Vec<String>>,
 }
 
-/// What the queue holds.
+/// Event of the queue.
 #[derive(Debug)]
 enum Happening {
     ToSender(sender::Event, u64),
@@ -157,13 +158,13 @@ impl World {
         }
     }
 
-    /// Ends the test with what has happened so far.
+    /// Ends the test with the events so far.
     fn fail(&self, why: &str) -> ! {
         let log = self.log.clone().unwrap_or_default().join("\n");
         panic!("{why}\n{log}\n{:?}\n{:?}", self.p, self.d);
     }
 
-    /// Runs until nothing is to come.
+    /// Runs until no event and no deadline is left.
     fn settle(&mut self, what: &str) {
         let end = self.now + 600 * SECOND;
         let mut steps = 0;
@@ -244,7 +245,7 @@ impl World {
                 pieces,
                 ..
             } => self.post_write(transfer, lease, &pieces),
-            // No peer here is LMCache: see tests/lmcache_receivers.rs.
+            // The simulation has no LMCache peer: lmcache_receivers.rs tests those.
             sender::Action::Watch { .. } => self.fail("a watch for nobody"),
             sender::Action::Granted(engine, granted) => self.prefill_granted(engine, granted),
             sender::Action::Ended(engine, ended) => self.prefill_ended(engine, &ended),
@@ -265,7 +266,7 @@ impl World {
             receiver::Action::Open { lease, slot } => self.open_slot(lease, slot),
             receiver::Action::Close { slot } => self.close_slot(slot),
             receiver::Action::Fence { sender, lease, .. } => self.fence(&sender, lease),
-            // No peer here is LMCache: see tests/lmcache.rs.
+            // The simulation has no LMCache peer: lmcache_senders.rs tests those.
             receiver::Action::Mark { .. } | receiver::Action::CheckCanary { .. } => {
                 self.fail("slots lent to nobody");
             }
@@ -285,8 +286,8 @@ impl World {
         self.outcome.quarantined = self.outcome.quarantined.max(d.quarantined);
     }
 
-    /// Everything works from here on, and one more request goes through: contact that lets the two
-    /// sides tell each other what was lost.
+    /// Repairs everything and starts one more request: its messages let the two sides tell each
+    /// other what was lost.
     fn heal(&mut self) {
         self.net.plan = NetPlan::default();
         self.net.partitioned_until = 0;
@@ -307,8 +308,8 @@ impl World {
         if d.held > 0 || d.requests > 0 {
             self.fail("the receiver is not idle");
         }
-        // Only writes whose end nobody knows may keep slots, and only until their process is gone; or
-        // no new request has brought the two together again.
+        // Only writes with an unknown end may keep slots, and only until their process is gone. A
+        // draining side accepts no new request that would bring the two sides together again.
         if d.quarantined > 0 && self.outcome.lost_pieces == 0 && !self.net.draining {
             self.fail("slots stay quarantined although every write ended");
         }

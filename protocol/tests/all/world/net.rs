@@ -1,4 +1,4 @@
-//! The control connection between the two sidecars, and what breaks it.
+//! Simulation of the control connection between the two sidecars, and of its faults.
 
 use protocol::message::{ToReceiver, ToSender};
 use protocol::receiver::{self, Route};
@@ -9,12 +9,12 @@ use rand::Rng;
 use super::plan::{Fault, NetPlan};
 use super::{Happening, MS, SECOND, World, new_receiver, new_sender, target};
 
-/// The connection. Messages on an older one never arrive.
+/// Current connection. Messages on older connections never arrive.
 pub(crate) struct Net {
     pub(crate) plan: NetPlan,
     route: Option<u64>,
     next_route: u64,
-    /// The receiver whose memory the sender's link reaches.
+    /// Epoch of the receiver that the sender's link leads to.
     pub(crate) linked: u64,
     pub(crate) partitioned_until: u64,
     pub(crate) corrupt_next: bool,
@@ -74,7 +74,7 @@ impl World {
         self.p.handle(protocol::Time(self.now), event);
     }
 
-    /// When each copy of a message arrives.
+    /// Returns the delay of each copy of a message; empty if the message is lost.
     fn arrivals(&mut self) -> Vec<u64> {
         if self.now < self.net.partitioned_until {
             return Vec::new();
@@ -107,7 +107,7 @@ impl World {
 
     pub(crate) fn deliver_to_receiver(&mut self, route: u64, message: ToReceiver) {
         if self.net.route == Some(route) {
-            // Whoever feeds the machine compares the sums before it tells of what was written.
+            // The caller compares the checksums before it gives `Written` to the state machine.
             let corrupt = match &message {
                 ToReceiver::Written(written) if self.net.corrupt_next => Some(written.lease),
                 _ => None,

@@ -1,32 +1,33 @@
-//! What is to happen, as data that proptest can make smaller.
+//! Plan of a simulation, as data that proptest can shrink.
 
 use proptest::prelude::*;
 
-/// One run.
+/// Plan of one run.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) send_slots: u32,
     pub(crate) land_slots: u32,
-    /// The receiving side does the writing (TCP), so a write into a closed slot fails instead of
-    /// landing.
+    /// True if the receiving side does the writing (TCP): then a write into a closed slot fails
+    /// instead of landing.
     pub(crate) guarded: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
-    /// After so long the same ids come once more, as from a proxy that counts from 1 at each start; an engine
-    /// begins none that has not ended for it.
+    /// Milliseconds after which the same ids come once more, as from a proxy that counts from 1 at
+    /// each start. An engine does not begin a request with the id of a request that has not ended
+    /// there.
     pub(crate) again_ms: Option<u16>,
     pub(crate) faults: Vec<(u16, Fault)>,
 }
 
-/// How control messages fare.
+/// Faults of control messages.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NetPlan {
-    /// Of 100 messages.
+    /// Percentage of messages that are lost.
     pub(crate) lost: u8,
-    /// Of 100 messages.
+    /// Percentage of messages that arrive twice.
     pub(crate) doubled: u8,
-    /// Each takes 0 to so many milliseconds, so they overtake each other.
+    /// Longest delay in milliseconds. Delays are random from 0, so messages overtake each other.
     pub(crate) delay_ms: u16,
 }
 
@@ -37,56 +38,57 @@ pub(crate) struct RequestPlan {
     pub(crate) reserve_at_ms: Option<u16>,
     pub(crate) park: Park,
     pub(crate) tokens: u32,
-    /// Hundredths of the tokens that the decode side has.
+    /// Percentage of the tokens that the decode side already has.
     pub(crate) have: u8,
     pub(crate) overlap: bool,
     /// Tokens that the prefill engine computes in a step.
     pub(crate) step: u32,
-    /// Milliseconds after the reservation.
+    /// Milliseconds from the reservation to the cancel; absent if the engine does not cancel.
     pub(crate) cancel_after_ms: Option<u16>,
-    /// Milliseconds after parking.
+    /// Milliseconds from parking to the abort; absent if the engine does not abort.
     pub(crate) abort_after_ms: Option<u16>,
 }
 
-/// When the decode request parks.
+/// Time at which the decode request parks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Park {
     Never,
     AtMs(u16),
-    /// So long after the proxy heard that prefill has begun.
+    /// Milliseconds after the proxy has learned that prefill has begun.
     OnProgress(u16),
-    /// So long after the proxy heard how the push ended.
+    /// Milliseconds after the proxy has learned the end of the push.
     OnNotify(u16),
 }
 
-/// What breaks.
+/// Faults.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
     KillSender,
     KillReceiver,
-    /// The receiver is replaced between the handshake and the first message: the sender's link leads
-    /// to memory that is gone, and nobody tells it.
+    /// The receiver is replaced between the handshake and the first message: the sender's link
+    /// leads to memory that is gone, and no message tells the sender.
     SwapReceiver,
     KillPrefill,
     KillDecode,
     /// The control connection breaks; both sides notice.
     Disconnect,
-    /// Nothing passes for so many milliseconds; nobody notices, unless it is long.
+    /// No message passes for this many milliseconds; the sides notice only a long partition.
     Partition(u16),
     /// The next write fails; no byte of it can still arrive.
     FailWrite,
-    /// The next write fails, and nobody knows whether bytes of it still arrive.
+    /// The next write fails, and bytes of it may still arrive.
     LoseWrite,
-    /// The sums of the next write differ.
+    /// The checksums of the next write are wrong.
     CorruptWrite,
-    /// Both sidecars take no new requests from now on.
+    /// Both sidecars refuse new requests from now on.
     Drain,
-    /// A liar asks for slots, for requests of others with keys of its own, and cancels as LMCache does.
+    /// A malicious peer asks for slots, also for requests of others with its own keys, and cancels
+    /// as LMCache does.
     Stranger,
 }
 
 impl RequestPlan {
-    /// Parked at once, everything wanted.
+    /// Returns a request that parks at once and has no KV yet.
     pub(crate) fn simple(name: &str, tokens: u32) -> Self {
         Self {
             name: name.to_owned(),
@@ -180,7 +182,7 @@ fn requests() -> impl Strategy<Value = Vec<RequestPlan>> {
     })
 }
 
-/// Any plan.
+/// Returns a strategy for any plan.
 pub(crate) fn plans() -> impl Strategy<Value = Plan> {
     let net = (0..30u8, 0..30u8, 0..300u16).prop_map(|(lost, doubled, delay_ms)| NetPlan {
         lost,

@@ -1,5 +1,5 @@
-//! A peer that speaks the protocol and lies: it asks for slots, reports writes that never were, cancels
-//! what is not its own, and vanishes.
+//! A malicious peer: it asks for slots, reports writes that never happened, cancels requests of
+//! others and vanishes.
 
 use protocol::message::{
     AllocRequest, AllocX, CancelNotif, CancelX, Extend, Slots, ToReceiver, ToSender, Written,
@@ -10,11 +10,11 @@ use rand::Rng;
 
 use super::{CHUNK, Happening, MS, World};
 
-/// Its connection.
+/// Connection of the malicious peer.
 pub(crate) const ROUTE: Route = Route(1 << 40);
 
 impl World {
-    /// It asks for slots for a request that nobody parks.
+    /// Asks for slots, for an unknown request or for one that is parked.
     pub(crate) fn stranger_asks(&mut self) {
         let seq: u64 = self.rng.random_range(0..1000);
         let chunks = self.rng.random_range(1..6u32);
@@ -27,7 +27,7 @@ impl World {
                 x: None,
             };
             self.stranger_says(ToReceiver::CancelNotif(cancel));
-            // Ids cannot be guessed: it knows those that wait.
+            // The ids of real requests cannot be guessed, so the test gives the peer a parked one.
             req_id = self.decode.waits().unwrap_or(req_id);
         }
         let request = AllocRequest {
@@ -64,7 +64,7 @@ impl World {
         self.after(delay, Happening::ToReceiver(event, self.d_epoch));
     }
 
-    /// It has been answered.
+    /// Handles an answer to the malicious peer.
     pub(crate) fn stranger_hears(&mut self, message: &ToSender) {
         let (lease, slots) = match message {
             ToSender::AllocResponse(response) => {

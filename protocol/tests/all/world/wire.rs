@@ -1,4 +1,4 @@
-//! Slots and the writes between them.
+//! Simulation of slots and of the writes between them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,28 +8,28 @@ use protocol::{LeaseId, SlotIndex, TransferId};
 
 use super::{Happening, MS, SECOND, World};
 
-/// What a slot holds: a chunk of a request, or nothing that anybody knows.
+/// Content of a slot: a chunk of a request; `None` for undefined bytes.
 pub(crate) type Content = Option<(String, u32)>;
 
 pub(crate) struct Wire {
     pub(crate) guarded: bool,
-    /// Kinds of failures to come: whether the end of the write stays unknown.
+    /// Failures of the next writes, last first: true if the end of the write stays unknown.
     pub(crate) fail_next: Vec<bool>,
     pub(crate) send: Vec<Content>,
     pub(crate) land: Vec<Content>,
     open: Vec<Option<LeaseId>>,
     last: Vec<Option<LeaseId>>,
-    /// Leases with slots in quarantine, as far as they have been announced.
+    /// Leases with quarantined slots that the receiver has announced.
     fenced: BTreeMap<LeaseId, SenderId>,
-    /// Landings still to come, by the sender's epoch and lease.
+    /// Number of pieces still in flight, by the sender's epoch and lease.
     coming: BTreeMap<(u64, LeaseId), u32>,
     posted: BTreeSet<(TransferId, u64)>,
     refused: BTreeSet<(TransferId, u64)>,
-    /// Slots that the decode engine reads.
+    /// Slots that the decode engine is reading.
     pub(crate) reading: BTreeSet<u32>,
 }
 
-/// One piece of a write reaching its slot.
+/// Arrival of one piece of a write at its slot.
 #[derive(Debug)]
 pub(crate) struct Landing {
     transfer: TransferId,
@@ -37,11 +37,11 @@ pub(crate) struct Landing {
     to_epoch: u64,
     lease: LeaseId,
     piece: Piece,
-    /// What the piece must carry; absent once the sender has given the write up.
+    /// Content that the piece must carry.
     expected: Content,
 }
 
-/// How a write ends.
+/// End of a write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum End {
     Done,
@@ -78,7 +78,7 @@ impl World {
         let mut latest = 0;
         for &piece in pieces {
             let delay = match end {
-                // Still on its way long after the failure.
+                // The piece may still be in flight long after the failure.
                 End::Failed { terminal: false } => self.jitter(0, 3 * SECOND),
                 _ => self.jitter(100, 20 * MS),
             };
@@ -103,7 +103,7 @@ impl World {
             latest = 10 * MS;
         }
         self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
-        // Before its end, after it, or never.
+        // The report may come before the end of the write, after it, or never.
         let lasts = self.jitter(1, 60 * MS);
         if lasts < 40 * MS {
             self.after(lasts, Happening::WriteLasts(transfer, from_epoch));
@@ -126,12 +126,12 @@ impl World {
             }
         }
         if landing.to_epoch != self.d_epoch {
-            return; // that memory is gone
+            return; // the memory of the old receiver is gone
         }
         let slot = landing.piece.to.0 as usize;
         let open = self.wire.open[slot] == Some(landing.lease);
         if self.wire.guarded && !open {
-            // Refused by the receiving side, which does the writing.
+            // The receiver refuses this write, because with TCP it does the writing.
             let write = (landing.transfer, landing.from_epoch);
             self.wire.refused.insert(write);
             return;
@@ -156,7 +156,7 @@ impl World {
         if alive && carried != landing.expected {
             self.fail(&format!("a write carries {carried:?} instead: {landing:?}"));
         }
-        // A write that its sender gave up, or whose process died, carries whatever stands there.
+        // A write that its sender gave up, or of a dead process, carries undefined bytes.
         self.wire.land[slot] = if alive { carried } else { None };
     }
 
@@ -207,7 +207,7 @@ impl World {
         self.after(MS, Happening::Prove(self.d_epoch, lease));
     }
 
-    /// Looks for a proof that nothing of a lease can still land.
+    /// Reports a proof that no write of a lease can still land, if there is one.
     pub(crate) fn prove(&mut self, d_epoch: u64, lease: LeaseId) {
         if d_epoch != self.d_epoch {
             return;
@@ -228,7 +228,7 @@ impl World {
         }
     }
 
-    /// Its writes may land for a while; nobody will hear of them.
+    /// Ends all writes of a dead sender: they may still land, but no process learns their end.
     pub(crate) fn sender_dies(&mut self) {
         self.wire.posted.clear();
         self.wire.refused.clear();
@@ -239,7 +239,7 @@ impl World {
         }
     }
 
-    /// Writes to it fail.
+    /// Lets all writes to a dead receiver fail, and forgets its memory.
     pub(crate) fn receiver_dies(&mut self) {
         let posted: Vec<(TransferId, u64)> = self.wire.posted.iter().copied().collect();
         for (transfer, epoch) in posted {
