@@ -50,7 +50,7 @@ fn what_msgspec_takes_is_taken() {
         x: None,
     };
     assert_eq!(accepted(&response(list(&[300, -1]), list(&[1]))), plain);
-    // Another order, the tag last, keys that nobody knows: of any type.
+    // Keys in another order, the type last, and unknown keys with values of any type.
     let bytes = map(&[
         ("new", rmpv::Value::Ext(5, vec![1, 2, 3])),
         ("already_sent_indexes", list(&[1])),
@@ -62,7 +62,7 @@ fn what_msgspec_takes_is_taken() {
         ("type", "AllocResponse".into()),
     ]);
     assert_eq!(accepted(&bytes), plain);
-    // Integers wider than they need to be: 300 in eight bytes, −1 in eight, 1 in four.
+    // Integers that are wider than necessary: 300 in eight bytes, −1 in eight, 1 in four.
     let mut bytes = vec![0x83];
     bytes.extend_from_slice(b"\xa4type\xadAllocResponse\xaeremote_indexes\x92");
     bytes.extend_from_slice(&[0xcf, 0, 0, 0, 0, 0, 0, 1, 44]);
@@ -97,7 +97,7 @@ fn another_form_is_refused() {
         &map(&[("type", "AllocRequest".into())]),
         "unknown message \"AllocRequest\"",
     );
-    // Text where bytes are due, and the other way round.
+    // Text instead of bytes, and bytes instead of text.
     refused::<Init>(
         &map(&[
             ("type", "NixlInitRequest".into()),
@@ -113,7 +113,7 @@ fn another_form_is_refused() {
         ]),
         "expected a string",
     );
-    // A struct as a list, below the top.
+    // A struct as a list, below the top level.
     let mut x = vec![
         ("type".into(), "ProxyNotif".into()),
         ("req_id".into(), "r".into()),
@@ -166,7 +166,7 @@ fn caps_hold_before_anything_is_allocated() {
             rmpv::Value::Array(vec![v])
         })
     };
-    // The message's map is the first level.
+    // The message's own map is the first level.
     assert!(decode::<ToSender>(&extra(nested(MAX_DEPTH - 1))).is_ok());
     refused::<ToSender>(&extra(nested(MAX_DEPTH)), "limit on depth");
     refused::<ToSender>(&extra(nested(1000)), "limit on depth");
@@ -183,7 +183,7 @@ fn caps_hold_before_anything_is_allocated() {
         x: None,
     });
     refused::<Init>(&encode(&long), "message of");
-    // Announced, but not there.
+    // The count announces elements that are missing.
     for announced in [
         &b"\x81\xdf\xff\xff\xff\xff"[..],
         b"\xdf\xff\xff\xff\xff",

@@ -47,6 +47,7 @@ impl Receiver {
                     let Some(index) = lease.waiting().next() else {
                         continue;
                     };
+                    // The lease keeps its turn for the next free slot.
                     let Some(slot) = self.slots.take() else {
                         self.waiting.push_back(id);
                         lacks = Some(Blocked::Room);
@@ -60,11 +61,14 @@ impl Receiver {
                         lease: lease.id,
                         slot,
                     });
+                    // One slot per turn: a long prompt must not take all slots before a short one
+                    // gets its first.
                     grants.entry(id.clone()).or_default().push(index);
                     turn.push_back(id);
                 }
             }
         }
+        // One message per lease instead of one per slot.
         for (id, chunks) in grants {
             self.send_more(&id, &chunks);
         }
@@ -214,6 +218,7 @@ impl Receiver {
                 }
             })
             .collect();
+        // The record needs the sender's data even if the request fails later.
         request.record.tokens = x.tokens;
         request.record.have_tokens = have_tokens;
         request.record.transport.clone_from(&x.transport);
@@ -237,6 +242,7 @@ impl Receiver {
             idle: None,
             end_reason: None,
         });
+        // Later messages name only the lease.
         self.leases.insert(lease_id, id.clone());
         Some(lease_id)
     }

@@ -12,10 +12,10 @@
 //!   written; if a canary still stands, it was not.
 //!
 //! ```text
-//!  AllocRequest ──room──▶ Lent ──all marks gone──▶ Landed ──Await{written}──▶ a lease, as any other
+//!  AllocRequest ──room──▶ Lent ──no canary left──▶ Landed ──Await{written}──▶ a lease, as any other
 //!       │                  │ max_lease over            │ max_lease over
 //!       ▼ wait over        ▼                           ▼
-//!    declined          quarantined ──marks gone──▶    free
+//!    declined          quarantined ──no canary───▶    free
 //! ```
 //!
 //! Each lent slot is written at most once. So if its canaries have been gone for a while, no write
@@ -205,6 +205,7 @@ impl Receiver {
     /// Lends the slots of one alloc request and returns the number of their loan.
     fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) -> u64 {
         let (now, term) = (self.now, self.config.max_lease);
+        // Later batches of a request join its loan, so that the request ends as a whole.
         let number = loan.unwrap_or_else(|| {
             let number = self.lmcache.next;
             self.lmcache.next += 1;
@@ -238,6 +239,8 @@ impl Receiver {
             let Some(slot) = loan.reserved.pop().or_else(|| self.slots.take()) else {
                 break; // `lend` has counted them
             };
+            // The canaries must be in the slot before the sender learns its address: a later canary
+            // would overwrite KV.
             self.actions.push_back(Action::Mark { slot });
             loan.chunks.push(Lent {
                 key: key.clone(),

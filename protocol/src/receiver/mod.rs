@@ -10,7 +10,7 @@
 //!  ───────────────▶ Pending ── room / waited ──▶ Leased ── all Released ──▶ ended
 //!                     │                            │ cancel, expiry, peer lost
 //!                     └── refused ──▶ ended        ▼
-//!                                     Open slots: freed by the sender's word, or quarantined
+//!                                     Open slots: freed when the sender confirms, or quarantined
 //! ```
 //!
 //! *Parked grants* are a sliding window: each slot that becomes free goes to the next waiting lease

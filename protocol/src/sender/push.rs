@@ -73,6 +73,7 @@ impl Sender {
         if !matches!(request.phase, Phase::Leased(_)) {
             return;
         }
+        // One write for all chunks needs only one `Written`.
         let mut pieces = Vec::new();
         for index in 0..request.chunks.len() {
             if let Chunk::Staged { from, to } = request.chunks[index] {

@@ -41,7 +41,7 @@ pub(super) struct Request {
 /// Linking ──Linked──▶ Asking ──AllocResponse──▶ Leased ──all Acked──▶ gone
 ///    │                  │                         │ cancelled, failed, unwanted
 ///    └──────────────────┼──▶ gone                 ▼
-///              link lost│                      Closing ──no write under way, CancelNotif answered──▶ gone
+///              link lost│                      Closing ──no write in flight, CancelNotif answered──▶ gone
 ///                       ▼                         ▲
 ///                  Withdrawing ──lease after all──┘
 ///                       └──refused──▶ gone

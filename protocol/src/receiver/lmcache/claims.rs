@@ -185,6 +185,7 @@ impl Receiver {
     /// the others.
     fn end_loans(&mut self) {
         let now = self.now;
+        // A claimed slot waits for its check, which decides about the KV.
         let over = |l: &Loan| l.deadline <= now && !l.chunks.iter().any(|c| c.claimed);
         let over: Vec<u64> = self
             .lmcache
@@ -205,6 +206,8 @@ impl Receiver {
             let Some(loan) = self.lmcache.loans.remove(&number) else {
                 continue;
             };
+            // A slot with canaries was not written. Its sender may still write, so no other request
+            // may get it.
             let mut lost = Vec::new();
             for lent in &loan.chunks {
                 match lent.landed {
@@ -217,6 +220,7 @@ impl Receiver {
             }
             let reason = match loan.reason {
                 Some(reason) => reason,
+                // The KV was written but not read, which counts against the sender.
                 None if lost.is_empty() => {
                     self.readers.unread(&loan.sender);
                     Reason::Unclaimed
@@ -227,6 +231,8 @@ impl Receiver {
             if lost.is_empty() {
                 continue;
             }
+            // LMCache's senders report nothing to the receiver, so a check of the canaries, or a
+            // fence, must free the slots.
             self.lmcache.next_look.get_or_insert(now + LAST_PAUSE);
             self.quarantine.insert(
                 loan.lease,
