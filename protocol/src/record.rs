@@ -21,7 +21,7 @@ pub struct Record {
     pub chunks: u32,
     /// Bytes that were written.
     pub bytes: u64,
-    /// Transport, for example `nixl`; empty if nothing moved.
+    /// Transport, for example `nixl`; empty if the request ended before a transport was known.
     pub transport: String,
     /// Sender: time from the reservation to the receiver's first answer.
     pub alloc_us: u64,

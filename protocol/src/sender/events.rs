@@ -177,7 +177,7 @@ pub enum Action {
         bytes: u64,
         /// Microseconds since the reservation.
         us: u64,
-        /// Name of the transport; empty if nothing moved.
+        /// Name of the transport; empty if the request ended before a transport was known.
         transport: String,
     },
     /// Log and count a request that has ended.
