@@ -204,7 +204,8 @@ impl Receiver {
             x,
             ..
         } = pending;
-        // A lease that ends early is quarantined, so a peer must not get one that ends at once.
+        // The open slots of a lease that ends early are quarantined, so a peer must not get a lease
+        // that ends at once.
         let term =
             bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
         let chunks = (0..chunks_of(x.tokens, chunk_tokens))

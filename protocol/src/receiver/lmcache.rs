@@ -8,8 +8,8 @@
 //! * the proxy has the sender's report for this request, which the decode request passes on
 //!   (`Await.written`): by then every write of the request has ended, successfully or not;
 //! * the *canaries* in the slot are gone: random bytes that the receiver put all over the slot
-//!   before it lent the slot. A write covers a whole slot. If all canaries are gone, the slot was
-//!   written; if a canary still stands, it was not.
+//!   before it lent the slot. A write covers a whole slot. If all canaries are gone, the write is
+//!   complete; if a canary still stands, the write is not complete.
 //!
 //! ```text
 //!  AllocRequest ──room──▶ Lent ──no canary left──▶ Landed ──Await{written}──▶ a lease, as any other

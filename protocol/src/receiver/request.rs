@@ -84,7 +84,8 @@ pub(super) struct Lease {
     /// Time by which each message of the sender extends the lease.
     pub(super) term: Duration,
     pub(super) deadline: Time,
-    /// Time since which all chunks have been written without a decode request. Absent if this has not happened.
+    /// Time since which all chunks have been written without a decode request. Absent if this has
+    /// not happened.
     pub(super) idle: Option<Time>,
     /// Reason of the end. Set when the data is not wanted any more and only the sender's
     /// confirmation is missing.
