@@ -1,4 +1,5 @@
-//! How much memory this process may still take.
+//! Reads the memory that this process may still take: the tightest of the host's, the control groups' and the
+//! resource limits.
 
 use std::fmt;
 use std::fs;
@@ -6,27 +7,27 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, getrlimit};
 
-/// The tightest limit and what it leaves.
+/// The tightest memory limit of this process and the bytes that it leaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Available {
-    /// Bytes.
+    /// The bytes that may still be taken; `u64::MAX` if no limit is known.
     pub(crate) bytes: u64,
-    /// Which limit that is.
+    /// The limit that leaves the fewest bytes.
     pub(crate) limit: Limit,
 }
 
-/// Something that bounds memory.
+/// A limit on the memory that this process may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Limit {
-    /// `MemAvailable` of the host.
+    /// The host's `MemAvailable`.
     Host,
-    /// A control group.
+    /// The memory limit of a control group, with the group's folder.
     Cgroup(PathBuf),
-    /// `RLIMIT_AS`.
+    /// `RLIMIT_AS`, the limit of the process's address space.
     AddressSpace,
-    /// `RLIMIT_FSIZE`, which memfds are subject to.
+    /// `RLIMIT_FSIZE`, the limit of a file's size, which also holds for memfds.
     FileSize,
-    /// None that is known.
+    /// No limit is known.
     Unknown,
 }
 
@@ -43,7 +44,7 @@ impl fmt::Display for Limit {
 }
 
 impl Available {
-    /// Reads every limit. One that cannot be read does not count.
+    /// Reads every limit and returns the tightest. A limit that cannot be read does not count.
     pub(crate) fn now() -> Self {
         let mut found = vec![(u64::MAX, Limit::Unknown)];
         let read = |path: &str| fs::read_to_string(path).ok();
@@ -78,8 +79,8 @@ fn first_number(text: &str) -> Option<u64> {
     text.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// What each memory control group above this process leaves. `membership` is `/proc/self/cgroup`:
-/// lines of `hierarchy:controllers:path`; version 2 has hierarchy 0 and no controllers.
+/// Returns the bytes that each memory control group above this process leaves. `membership` is the text of
+/// `/proc/self/cgroup`: lines of `hierarchy:controllers:path`. Version 2 has hierarchy 0 and no controllers.
 fn cgroups(membership: &str, mount: &Path) -> Vec<(u64, Limit)> {
     let mut found = Vec::new();
     for line in membership.lines() {
@@ -94,8 +95,8 @@ fn cgroups(membership: &str, mount: &Path) -> Vec<(u64, Limit)> {
             _ if controllers.split(',').any(|name| name == "memory") => (mount.join("memory"), V1),
             _ => continue,
         };
-        // In a container the path may name a group of the host that is not mounted here: then the
-        // mount's root is ours.
+        // In a container the path may name a group of the host that is not mounted here. Then the root of the
+        // mount is this process's group.
         let own = root.join(path.trim_start_matches('/'));
         let own = if own.is_dir() { own } else { root.clone() };
         for group in own.ancestors().take_while(|group| group.starts_with(&root)) {
@@ -121,7 +122,8 @@ const V2: Files = Files {
     usage: "memory.current",
 };
 
-/// Limit minus usage plus the page cache that the kernel gives up first; `None` without a limit.
+/// Returns the group's limit minus its usage, without the page cache that the kernel frees first; `None` if
+/// the group has no limit.
 fn left_in(group: &Path, files: &Files) -> Option<u64> {
     let number = |name: &str| first_number(&fs::read_to_string(group.join(name)).ok()?);
     let limit = number(files.limit)?;

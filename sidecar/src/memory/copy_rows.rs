@@ -1,16 +1,16 @@
-//! Copies of many small pieces that stand at equal distances: one call of the driver where the buffer is
-//! GPU memory, since each costs some ten microseconds whatever its size.
+//! Copies many small pieces at equal distances. In GPU memory one call of the driver copies all of them,
+//! because each call costs some ten microseconds whatever its size.
 
 use std::io;
 
 use super::{Buffer, Memory, Rows};
 
 impl Buffer {
-    /// Copies pieces out, into a block in which they follow each other.
+    /// Copies pieces out of the buffer into a block in which they follow each other.
     ///
     /// # Errors
-    /// `InvalidInput` for pieces that overlap, that do not fill the block or lie outside of the
-    /// buffer; of GPU memory the driver's, too.
+    /// `InvalidInput` if pieces overlap, do not fill the block or lie outside of the buffer. For GPU memory
+    /// also the driver's error.
     pub(crate) fn copy_out_rows(&self, rows: Rows, into: &mut [u8]) -> io::Result<()> {
         let count = self.count(rows, into.len())?;
         match &self.memory {
@@ -24,10 +24,10 @@ impl Buffer {
         }
     }
 
-    /// Copies the pieces of a block in.
+    /// Copies the pieces of a block into the buffer.
     ///
     /// # Errors
-    /// As [`Buffer::copy_out_rows`].
+    /// The same as for [`Buffer::copy_out_rows`].
     pub(crate) fn copy_in_rows(&self, rows: Rows, from: &[u8]) -> io::Result<()> {
         let count = self.count(rows, from.len())?;
         match &self.memory {
@@ -41,7 +41,8 @@ impl Buffer {
         }
     }
 
-    /// How many pieces a block of `len` has, if they are sound.
+    /// Returns the number of pieces in a block of `len` bytes, or an error if the pieces overlap, do not fill
+    /// the block or lie outside of the buffer.
     fn count(&self, rows: Rows, len: usize) -> io::Result<u64> {
         let odd = || {
             let text = format!("{len} bytes are no pieces as in {rows:?}");

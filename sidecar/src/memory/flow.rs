@@ -1,7 +1,8 @@
-//! Between buffers and stream sockets.
+//! Moves bytes between buffers and stream sockets.
 //!
-//! Host memory goes straight in and out. GPU memory goes through a pinned block of the thread's own:
-//! sockets copy from and into host memory only, and copy engines are fast with pinned memory only.
+//! Bytes of host memory go directly to and from a socket. Bytes of GPU memory go through a pinned block per
+//! thread, because sockets copy from and to host memory only and copy engines are fast with pinned memory
+//! only.
 
 use std::io;
 use std::ops::Range;
@@ -13,42 +14,47 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::{Buffer, Memory};
 use crate::memory::cuda::Stage;
 
-/// One thread's way from a buffer into sockets.
+/// The way from a buffer into sockets, for one thread.
 #[derive(Debug)]
 pub(crate) struct Outlet {
     buffer: Arc<Buffer>,
     staged: Option<Staged>,
 }
 
-/// A block and what stands in it.
+/// A pinned block and the range of the buffer that it holds.
 #[derive(Debug)]
 struct Staged {
     stage: Stage,
-    /// The range of the buffer that the block's start holds.
+    /// The range of the buffer that the block's start holds, in bytes; empty if the block holds nothing
+    /// valid.
     holds: Range<u64>,
 }
 
 impl Outlet {
+    /// Makes an outlet of a buffer.
+    ///
     /// # Errors
-    /// Of GPU memory: host memory that cannot be pinned.
+    /// For GPU memory: host memory cannot be pinned.
     pub(crate) fn new(buffer: Arc<Buffer>) -> io::Result<Self> {
         let staged = stage(&buffer)?.map(|stage| Staged { stage, holds: 0..0 });
         Ok(Self { buffer, staged })
     }
 
-    /// Whatever was staged may have changed in the buffer: before each write.
+    /// Forgets the staged bytes, because they may have changed in the buffer. Callers do this before each
+    /// write.
     pub(crate) fn begin(&mut self) {
         if let Some(staged) = &mut self.staged {
             staged.holds = 0..0;
         }
     }
 
-    /// Sends up to `len` bytes of a range into a stream socket; gives how many were taken.
+    /// Sends up to `len` bytes of a range into a stream socket and returns how many bytes the socket took.
     ///
-    /// The socket decides whether the call blocks.
+    /// The call blocks only if the socket is a blocking socket.
     ///
     /// # Errors
-    /// Those of `send(2)`, `InvalidInput` for a range outside of the buffer, the GPU driver's.
+    /// The errors of `send(2)`, `InvalidInput` for a range outside of the buffer, and the GPU driver's
+    /// errors.
     pub(crate) fn send(&mut self, to: impl AsFd, offset: u64, len: usize) -> io::Result<usize> {
         let at = self.buffer.range(offset, len as u64)?;
         match (&self.buffer.memory, &mut self.staged) {
@@ -61,7 +67,7 @@ impl Outlet {
                     staged.holds = offset..offset + part as u64;
                 }
                 let holds = &staged.holds;
-                // Within the block, which is shorter than an address can name.
+                // Both fit, because the block is shorter than the address space.
                 let from = usize::try_from(offset - holds.start).map_err(io::Error::other)?;
                 let until = usize::try_from(holds.end - holds.start).map_err(io::Error::other)?;
                 let until = until.min(from + len);
@@ -76,7 +82,7 @@ impl Outlet {
     }
 }
 
-/// One thread's way from sockets into a buffer.
+/// The way from sockets into a buffer, for one thread.
 #[derive(Debug)]
 pub(crate) struct Inlet {
     buffer: Arc<Buffer>,
@@ -84,22 +90,24 @@ pub(crate) struct Inlet {
 }
 
 impl Inlet {
+    /// Makes an inlet of a buffer.
+    ///
     /// # Errors
-    /// Of GPU memory: host memory that cannot be pinned.
+    /// For GPU memory: host memory cannot be pinned.
     pub(crate) fn new(buffer: Arc<Buffer>) -> io::Result<Self> {
         let stage = stage(&buffer)?;
         Ok(Self { buffer, stage })
     }
 
-    /// Receives up to `len` bytes from a non-blocking stream socket into a range, and has them there
-    /// when it returns; gives how many came, 0 for the end of the stream.
+    /// Receives up to `len` bytes from a stream socket into a range, without waiting for the peer. Returns
+    /// how many bytes came, 0 at the end of the stream; they stand in the range when the call returns.
     ///
-    /// Never waiting (but some ten microseconds for a copy to a GPU) is what makes a fence out of a
-    /// lock around this call.
+    /// A lock around this call is a write fence, because the call does not wait (a copy to a GPU takes some
+    /// ten microseconds): the thread that gets the lock knows that no receive is under way.
     ///
     /// # Errors
-    /// Those of `recv(2)` (`WouldBlock` if nothing is there), `InvalidInput` for a range outside of
-    /// the buffer, the GPU driver's.
+    /// The errors of `recv(2)` (`WouldBlock` if the socket has no bytes), `InvalidInput` for a range outside
+    /// of the buffer, and the GPU driver's errors.
     pub(crate) fn recv(&mut self, from: impl AsFd, offset: u64, len: usize) -> io::Result<usize> {
         let at = self.buffer.range(offset, len as u64)?;
         match (&self.buffer.memory, &mut self.stage) {
@@ -125,6 +133,6 @@ fn stage(buffer: &Buffer) -> io::Result<Option<Stage>> {
     }
 }
 
-/// A block of a connection. A copy over the bus costs some ten microseconds and then 40 GB/s, a
-/// socket takes 2 to 4 GB/s: this much hides the former.
+/// Bytes of a connection's block. A copy over the bus costs some ten microseconds and then moves 40 GB/s; a
+/// socket moves 2 to 4 GB/s. With this size the fixed cost of a copy does not matter.
 const STAGE_BYTES: usize = 2 << 20;

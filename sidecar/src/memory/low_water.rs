@@ -1,18 +1,18 @@
-//! The one socket option of a landing buffer's sockets that no safe crate at hand offers.
+//! Sets the one option of the receiver's sockets that none of the safe crates in use offers.
 
 use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Lets `poll(2)` call a socket readable only once `bytes` are there, or the stream has ended, or the
-/// socket can hold no more. Whoever waits must know that so much will come.
+/// Lets `poll(2)` report a socket as readable only once it has `bytes`, its stream has ended, or it can hold
+/// no more. A caller that waits must know that so many bytes will come, or it waits without end.
 ///
 /// # Errors
-/// Those of `setsockopt(2)`.
+/// The errors of `setsockopt(2)`.
 pub(crate) fn set_low_water(socket: impl AsFd, bytes: usize) -> io::Result<()> {
     let value = c_int::try_from(bytes).unwrap_or(c_int::MAX);
-    // SAFETY: SO_RCVLOWAT takes a c_int; the pointer is to one, with its size, and the kernel only
-    // reads it during the call. The descriptor is borrowed, so it is open.
+    // SAFETY: SO_RCVLOWAT takes a c_int. The pointer is to a c_int, with its size, and the kernel only reads
+    // it during the call. The descriptor is borrowed, so it is open.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),

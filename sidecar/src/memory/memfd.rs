@@ -1,4 +1,4 @@
-//! Sealed anonymous shared memory.
+//! Takes sealed anonymous shared memory.
 
 use std::io;
 use std::num::NonZero;
@@ -11,32 +11,33 @@ use rustix::fs::{self, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 
-/// A memfd and this process's mapping of it, of one fixed size.
+/// A memfd of a fixed size and this process's mapping of it.
 #[derive(Debug)]
 pub(super) struct Memfd {
-    // The mapping stands until `drop`; the seals keep the file at `len` bytes, so that no access
-    // within `[base, base + len)` can fault.
+    // The mapping stands until `drop`. The seals keep the file at `len` bytes, so that no access within
+    // `[base, base + len)` can fault.
     base: NonNull<u8>,
     len: usize,
     file: OwnedFd,
 }
 
-// SAFETY: `base` is not a reference and nothing is thread-bound: the mapping belongs to the process,
-// is unmapped only by `drop`, and is handed to system calls only.
+// SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, only
+// `drop` unmaps it, and only system calls and volatile reads use it.
 unsafe impl Send for Memfd {}
-// SAFETY: as above; all methods take `&self` and leave races on the bytes to the kernel's copies.
+// SAFETY: as above. All methods take `&self`; where two of them race on the same bytes, the kernel makes the
+// copies.
 unsafe impl Sync for Memfd {}
 
 impl Memfd {
-    /// Takes, seals, maps and touches `len` bytes (not 0); on refusal, with the step that failed.
+    /// Takes, seals, maps and touches `len` bytes (not 0). An error comes with the step that failed.
     pub(super) fn take(name: &str, len: usize) -> Result<Self, (&'static str, io::Error)> {
         let file = create(name).map_err(|error| ("memfd_create", error.into()))?;
         fs::ftruncate(&file, len as u64).map_err(|error| ("ftruncate", error.into()))?;
-        // An engine must not be able to make our accesses fault by cutting the file.
+        // An engine that shortened the file would make this process's accesses fault.
         fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| ("F_ADD_SEALS", error.into()))?;
-        // SAFETY: mmap(2) with a null address chooses fresh address space, so no memory of Rust's
-        // is replaced; the file was made above with this length.
+        // SAFETY: mmap(2) with a null address chooses fresh address space, so it replaces no memory of
+        // Rust's. The file was made above with this length.
         let base = unsafe {
             mm::mmap(
                 ptr::null_mut(),
@@ -66,11 +67,11 @@ impl Memfd {
         self.base.as_ptr().addr()
     }
 
-    /// `send(2)`; the caller has checked that `[at, at + len)` lies within.
+    /// Calls `send(2)`. The caller has checked that `[at, at + len)` lies within the memory.
     pub(super) fn send(&self, to: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
-        // SAFETY: the kernel reads `len` bytes from `base + at`, which is within the mapping by the
-        // caller's check (asserted above), and fails with EFAULT rather than faulting us.
+        // SAFETY: the kernel reads `len` bytes from `base + at`, which is within the mapping by the caller's
+        // check (asserted above). If it cannot, it returns EFAULT and this process does not fault.
         let taken = unsafe {
             libc::send(
                 to.as_raw_fd(),
@@ -82,7 +83,7 @@ impl Memfd {
         usize::try_from(taken).map_err(|_| io::Error::last_os_error())
     }
 
-    /// `recv(2)` without waiting; the caller has checked that `[at, at + len)` lies within.
+    /// Calls `recv(2)` without waiting. The caller has checked that `[at, at + len)` lies within the memory.
     pub(super) fn recv(&self, from: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
         // SAFETY: the kernel writes at most `len` bytes from `base + at` on, within the mapping by
@@ -98,7 +99,7 @@ impl Memfd {
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Copies out by `pread(2)`: the kernel copes with concurrent writers, a Rust copy may not.
+    /// Copies out with `pread(2)`. The kernel may copy while other processes write; a Rust copy may not.
     pub(super) fn read(&self, mut at: u64, mut into: &mut [u8]) -> io::Result<()> {
         while !into.is_empty() {
             match rustix::io::pread(&self.file, &mut *into, at) {
@@ -114,7 +115,7 @@ impl Memfd {
         Ok(())
     }
 
-    /// Copies in by `pwrite(2)`.
+    /// Copies in with `pwrite(2)`.
     pub(super) fn write(&self, mut at: u64, mut from: &[u8]) -> io::Result<()> {
         while !from.is_empty() {
             match rustix::io::pwrite(&self.file, from, at) {
@@ -130,10 +131,11 @@ impl Memfd {
         Ok(())
     }
 
-    /// Advice is advice: a kernel that does not know it serves small pages, or dumps them.
+    /// Asks the kernel for huge pages and keeps the memory out of core dumps. A kernel that does not know the
+    /// advice uses small pages, or dumps the memory.
     ///
-    /// Huge pages are worth about 10 % of a copy's speed in and out of sockets (2.45 against 2.2 GB/s
-    /// a stream), and cost 4 times as long to touch. Kernels give them to a memfd only if
+    /// Huge pages make a copy between memory and sockets about 10 % faster (2.45 against 2.2 GB/s per
+    /// stream), and touching them takes 4 times as long. Kernels give them to a memfd only if
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
@@ -145,8 +147,8 @@ impl Memfd {
         }
     }
 
-    /// Gives every page its memory now, by several threads where there is much to give: a page takes
-    /// the kernel about 3 µs, nearly all of it zeroing and bookkeeping that threads share well.
+    /// Gives every page its memory now. Several threads share a large buffer: a page takes the kernel about 3
+    /// µs, nearly all of it for zeroing and bookkeeping that can run in parallel.
     fn touch(&self) -> io::Result<()> {
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = threads.min(self.len / SHARE_BYTES).clamp(1, MAX_THREADS);
@@ -186,13 +188,14 @@ impl Memfd {
         }
     }
 
-    /// As [`Memfd::touch`]: `fallocate` gives the file its pages, so that running out is an error
-    /// here and not a signal later; reading a byte of each maps it.
+    /// Touches every page on kernels without `MADV_POPULATE_WRITE`. `fallocate` gives the file its pages, so
+    /// that a lack of memory is an error here and not a signal later; reading a byte of each page maps the
+    /// page.
     fn touch_by_hand(&self) -> io::Result<()> {
         fs::fallocate(&self.file, fs::FallocateFlags::empty(), 0, self.len as u64)?;
         for at in (0..self.len).step_by(rustix::param::page_size()) {
-            // SAFETY: within the mapping, whose file has all its pages; a volatile read of a byte
-            // makes no reference and assumes nothing about its value.
+            // SAFETY: the byte lies within the mapping, and the file has all its pages. A volatile read makes
+            // no reference and assumes nothing about the value.
             unsafe { self.base.as_ptr().add(at).read_volatile() };
         }
         Ok(())
@@ -201,8 +204,7 @@ impl Memfd {
 
 impl Drop for Memfd {
     fn drop(&mut self) {
-        // SAFETY: the range is exactly the one that `take` mapped, and nothing derived from it
-        // outlives `self`.
+        // SAFETY: `take` mapped exactly this range, and nothing derived from the mapping outlives `self`.
         let result = unsafe { mm::munmap(self.base.as_ptr().cast(), self.len) };
         if let Err(error) = result {
             tracing::error!(%error, "a buffer could not be unmapped");
@@ -210,18 +212,20 @@ impl Drop for Memfd {
     }
 }
 
-/// Whether the kernel knows `MADV_POPULATE_WRITE` (Linux 5.14).
+/// Tells if the kernel knows `MADV_POPULATE_WRITE` (Linux 5.14).
 enum Populated {
     Yes,
     Unknown,
 }
 
-/// Below this a thread costs more than it gives.
+/// The smallest share of a thread in bytes. For a smaller share, starting the thread costs more time than it
+/// saves.
 const SHARE_BYTES: usize = 64 << 20;
-/// More threads meet in the kernel's page allocator.
+/// The most threads that touch pages. With more threads, they wait for each other in the kernel's page
+/// allocator.
 const MAX_THREADS: usize = 8;
 
-/// Without the permission to execute where the kernel (6.3) knows that.
+/// Makes a memfd that cannot be executed, on kernels that support that (6.3); on older kernels a plain memfd.
 fn create(name: &str) -> rustix::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     match fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {

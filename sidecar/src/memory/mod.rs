@@ -1,10 +1,10 @@
 //! Buffers of KV slots that the sidecar owns and the engine maps.
 //!
-//! A buffer is written and read by other processes and by transport libraries while this process
-//! has it, so no Rust reference to its bytes is ever made: everything here is a call of the kernel or
-//! of CUDA's driver on a range of it, with the range checked first. This directory (with `cuda`
-//! in it) is the only place of the crate that may be unsafe. Where a buffer is, host or GPU, others learn from
-//! [`Buffer::export`] and [`Buffer::cuda`]; [`Outlet`] and [`Inlet`] bring it to sockets and back.
+//! Other processes and transport libraries read and write a buffer while this process has it. So no Rust
+//! reference to the buffer's bytes is ever made: every access is a call of the kernel or of CUDA's driver on
+//! a range that was checked first. This folder, with `cuda` in it, is the only place of the crate that may be
+//! unsafe. [`Buffer::export`] and [`Buffer::cuda`] tell if a buffer is in host or GPU memory; [`Outlet`] and
+//! [`Inlet`] move its bytes to and from sockets.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -33,24 +33,24 @@ use memfd::Memfd;
 pub(crate) use rows::Rows;
 pub(crate) use size::Size;
 
-/// Memory that holds slots.
+/// Memory of the host or of a GPU that holds slots.
 #[derive(Debug)]
 pub(crate) struct Buffer {
     memory: Memory,
     bytes: u64,
 }
 
-/// What an engine needs to map a buffer.
+/// The thing that an engine needs to map a buffer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Export<'a> {
-    /// Descriptor of a sealed memfd, to be mapped shared.
+    /// The descriptor of a sealed memfd. The engine maps it shared.
     Memfd(BorrowedFd<'a>),
-    /// GPU memory, to be opened by its IPC handle.
+    /// GPU memory. The engine opens it by its IPC handle.
     Cuda,
 }
 
 impl Export<'_> {
-    /// The name in `Welcome.memory`.
+    /// Returns the memory's name in `Welcome.memory`.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Memfd(_) => "memfd",
@@ -59,41 +59,41 @@ impl Export<'_> {
     }
 }
 
-/// A buffer that could not be taken.
+/// An error of taking a buffer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AllocError {
-    /// Zero, or more than an address can name.
+    /// The size is zero, or more than an address can name.
     #[error("a buffer of {asked} bytes cannot exist")]
     Absurd {
-        /// Bytes.
+        /// The bytes that were asked for.
         asked: u64,
     },
-    /// Taking it would exceed a limit: refused before the kernel's memory killer has to decide.
+    /// The size exceeds a limit. The refusal comes before the kernel's memory killer would end a process.
     #[error("a buffer of {} was asked for, but {limit} leaves {}; make the buffer smaller, or \
              raise the limit", Size(*asked), Size(*available))]
     Short {
-        /// Bytes.
+        /// The bytes that were asked for.
         asked: u64,
-        /// Bytes.
+        /// The bytes that the limit leaves.
         available: u64,
-        /// What stands in the way.
+        /// The limit that is too low.
         limit: Limit,
     },
-    /// The kernel refused although every known limit allows it.
+    /// The kernel refused although every known limit allows the size.
     #[error("{step} for a buffer of {} failed ({} by {limit})", Size(*asked), Size(*available))]
     Kernel {
-        /// What was being done.
+        /// The step that failed, such as a system call's name.
         step: &'static str,
-        /// Bytes.
+        /// The bytes that were asked for.
         asked: u64,
-        /// Bytes.
+        /// The bytes that the tightest limit leaves.
         available: u64,
         /// The tightest limit.
         limit: Limit,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// No GPU, too little memory on it, or memory that cannot be shared.
+    /// There is no such GPU, it has too little memory, or its memory cannot be shared.
     #[error(transparent)]
     Cuda(#[from] CudaError),
 }
@@ -105,14 +105,14 @@ enum Memory {
 }
 
 impl Buffer {
-    /// Takes `bytes` of memfd, sealed against shrinking and growing, with every page touched.
+    /// Takes `bytes` of a memfd, sealed against shrinking and growing, and touches every page.
     ///
-    /// The first write to an untouched page costs more than 10 times a later one (0.8 s a GiB
-    /// against 0.06 s), so this call takes the time that the first requests would otherwise pay.
+    /// The first write to an untouched page costs more than 10 times a later write (0.8 s per GiB against
+    /// 0.06 s). This call takes that time, so that the first requests do not.
     ///
     /// # Errors
-    /// Which limit stands in the way, or the kernel's refusal, with how much was asked for and how
-    /// much is available.
+    /// The limit that is too low, or the kernel's refusal, with the bytes that were asked for and that are
+    /// available.
     pub(crate) fn memfd(name: &str, bytes: u64) -> Result<Arc<Self>, AllocError> {
         let len = usize::try_from(bytes)
             .ok()
@@ -139,11 +139,11 @@ impl Buffer {
         }))
     }
 
-    /// Takes `bytes` of a GPU's memory, cleared.
+    /// Takes `bytes` of a GPU's memory and clears them.
     ///
     /// # Errors
-    /// No such GPU, too little memory on it (how much is needed and free), or memory that cannot be
-    /// shared with other processes.
+    /// There is no such GPU, it has too little memory (the error says how much is needed and free), or its
+    /// memory cannot be shared with other processes.
     pub(crate) fn on_gpu(which: &cuda::Which, bytes: u64) -> Result<Arc<Self>, AllocError> {
         if bytes == 0 {
             return Err(AllocError::Absurd { asked: bytes });
@@ -155,7 +155,7 @@ impl Buffer {
         }))
     }
 
-    /// The buffer as GPU memory, if it is that.
+    /// Returns the buffer's GPU memory; `None` if the buffer is host memory.
     pub(crate) fn cuda(&self) -> Option<&Arc<DeviceMemory>> {
         match &self.memory {
             Memory::Memfd(_) => None,
@@ -163,7 +163,7 @@ impl Buffer {
         }
     }
 
-    /// What an engine needs to map the buffer.
+    /// Returns the thing that an engine needs to map the buffer.
     pub(crate) fn export(&self) -> Export<'_> {
         match &self.memory {
             Memory::Memfd(memory) => Export::Memfd(memory.as_fd()),
@@ -171,8 +171,7 @@ impl Buffer {
         }
     }
 
-    /// Address of the first byte, for registration with a transport library; of GPU memory, as this
-    /// process names it.
+    /// Returns the address of the first byte in this process, for registration with a transport library.
     pub(crate) fn address(&self) -> usize {
         match &self.memory {
             Memory::Memfd(memory) => memory.address(),
@@ -181,15 +180,15 @@ impl Buffer {
         }
     }
 
-    /// Bytes.
+    /// Returns the length of the buffer in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Copies a range out.
+    /// Copies a range out of the buffer.
     ///
     /// # Errors
-    /// `InvalidInput` for a range outside of the buffer; of GPU memory the driver's, too.
+    /// `InvalidInput` for a range outside of the buffer. For GPU memory also the driver's error.
     pub(crate) fn copy_out(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.range(offset, into.len() as u64)?;
         match &self.memory {
@@ -198,10 +197,10 @@ impl Buffer {
         }
     }
 
-    /// Copies into a range.
+    /// Copies into a range of the buffer.
     ///
     /// # Errors
-    /// As [`Buffer::copy_out`].
+    /// The same as for [`Buffer::copy_out`].
     pub(crate) fn copy_in(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         self.range(offset, from.len() as u64)?;
         match &self.memory {
@@ -210,10 +209,11 @@ impl Buffer {
         }
     }
 
-    /// XXH3-64 of a range. If somebody writes into it meanwhile, of no particular state of it.
+    /// Returns the XXH3-64 sum of a range. If another process writes into the range meanwhile, the sum may
+    /// mix old and new bytes.
     ///
     /// # Errors
-    /// `InvalidInput` for a range outside of the buffer.
+    /// `InvalidInput` for a range outside of the buffer. For GPU memory also the driver's error.
     pub(crate) fn sum(&self, offset: u64, len: u64) -> io::Result<u64> {
         self.range(offset, len)?;
         let mut state = Xxh3::new();
@@ -229,10 +229,10 @@ impl Buffer {
         Ok(state.digest())
     }
 
-    /// Fills a range with bytes that `seed` determines.
+    /// Fills a range with random bytes that `seed` determines.
     ///
     /// # Errors
-    /// `InvalidInput` for a range outside of the buffer.
+    /// `InvalidInput` for a range outside of the buffer. For GPU memory also the driver's error.
     pub(crate) fn fill_random(&self, offset: u64, len: u64, seed: u64) -> io::Result<()> {
         self.range(offset, len)?;
         let mut random = SmallRng::seed_from_u64(seed);
@@ -255,7 +255,7 @@ impl Buffer {
         }
     }
 
-    /// The offset as an index, if the range lies in the buffer.
+    /// Returns the offset as an index, if the range lies in the buffer.
     fn range(&self, offset: u64, len: u64) -> io::Result<usize> {
         match offset.checked_add(len) {
             Some(end) if end <= self.bytes => usize::try_from(offset).map_err(io::Error::other),
@@ -270,10 +270,11 @@ impl Buffer {
     }
 }
 
-/// Sums and fills go block by block: one that stays in the second-level cache between the copy and
-/// the computation.
+/// Bytes of a block in sums and fills. A block of this size stays in the second-level cache between the copy
+/// and the computation.
 const BLOCK_BYTES: usize = 256 << 10;
-/// Of GPU memory: a copy over the bus costs some ten microseconds whatever its size.
+/// Bytes of a block for GPU memory. Blocks are larger because a copy over the bus costs some ten microseconds
+/// whatever its size.
 const GPU_BLOCK_BYTES: usize = 4 << 20;
 
 fn block_len(left: u64, most: usize) -> usize {

@@ -1,11 +1,12 @@
-//! The places of many small pieces at equal distances.
+//! Describes many small pieces at equal distances.
 
-/// Where the pieces stand: the first at `offset`, each further one `step` after the one before.
+/// Pieces of a buffer: the first begins at `offset`, and each further piece begins `step` bytes after the one
+/// before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rows {
-    /// Of the first byte of the first piece.
+    /// Offset of the first byte of the first piece.
     pub(crate) offset: u64,
-    /// Not less than `width`.
+    /// Bytes from the start of one piece to the start of the next; not less than `width`.
     pub(crate) step: u64,
     /// Bytes of a piece.
     pub(crate) width: usize,

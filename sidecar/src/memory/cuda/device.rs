@@ -9,12 +9,12 @@ use cudarc::driver::sys::{self, CUcontext, CUdevice, CUresult};
 
 use super::driver::{CudaError, check, load};
 
-/// How a GPU is named.
+/// The name of a GPU: a number or a UUID.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Which {
-    /// Its number in this process.
+    /// The GPU's number in this process, counted from 0.
     Ordinal(u32),
-    /// The same in every process.
+    /// The GPU's UUID, which is the same in every process.
     Uuid(Uuid),
 }
 
@@ -47,7 +47,7 @@ impl fmt::Display for Uuid {
 impl FromStr for Uuid {
     type Err = ();
 
-    /// With or without `GPU-`, which some tools leave out.
+    /// Reads a UUID with or without `GPU-`, which some tools leave out.
     fn from_str(text: &str) -> Result<Self, ()> {
         let text = text.strip_prefix("GPU-").unwrap_or(text);
         let parsed = uuid::Uuid::try_parse(text).map_err(|_| ())?;
@@ -57,8 +57,7 @@ impl FromStr for Uuid {
 
 /// A GPU with its primary context retained.
 ///
-/// The primary one, because UCX takes it too: a second context on the same GPU would cost as much
-/// memory again.
+/// UCX uses the primary context, too. A second context on the same GPU would take as much memory again.
 #[derive(Debug)]
 pub(crate) struct Device {
     ordinal: u32,
@@ -67,18 +66,18 @@ pub(crate) struct Device {
     context: CUcontext,
 }
 
-// SAFETY: a context may be made current in any thread, and the driver locks its own state; the handle
-// is given up only by `drop`.
+// SAFETY: a context may be made current in any thread, and the driver locks its own state. Only `drop`
+// releases the handle.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Finds a GPU and retains its primary context: some hundred MiB of its memory, if this is the
-    /// process's first.
+    /// Finds a GPU and retains its primary context. The first context of a process takes some hundred MiB of
+    /// the GPU's memory.
     ///
     /// # Errors
-    /// No driver, no such GPU, or the driver's refusal.
+    /// There is no driver or no such GPU, or the driver refuses.
     pub(crate) fn open(which: &Which) -> Result<Arc<Self>, CudaError> {
         load()?;
         let ordinal = match which {
@@ -110,20 +109,21 @@ impl Device {
         }))
     }
 
-    /// Its number in this process.
+    /// Returns the GPU's number in this process.
     pub(crate) fn ordinal(&self) -> u32 {
         self.ordinal
     }
 
-    /// Its UUID.
+    /// Returns the GPU's UUID.
     pub(crate) fn uuid(&self) -> Uuid {
         self.uuid
     }
 
-    /// Makes its context the calling thread's: for libraries that want one, and before each call here.
+    /// Makes this GPU's context the calling thread's current one. Libraries that need a current context, and
+    /// each call of this module, do this first.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn bind(&self) -> Result<(), CudaError> {
         // SAFETY: retained until `drop`.
         check("cuCtxSetCurrent", unsafe {
@@ -131,10 +131,10 @@ impl Device {
         })
     }
 
-    /// Free and total bytes of its memory.
+    /// Returns the free and the total bytes of the GPU's memory.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn room(&self) -> Result<(u64, u64), CudaError> {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
@@ -145,10 +145,10 @@ impl Device {
         Ok((free as u64, total as u64))
     }
 
-    /// Whether this GPU reaches the memory of another one, or is that one.
+    /// Checks that this GPU reaches the memory of another GPU. A GPU always reaches its own memory.
     ///
     /// # Errors
-    /// For people: what stands in the way.
+    /// The text says why the other GPU cannot be reached.
     pub(crate) fn reaches(&self, other: &Uuid) -> Result<(), String> {
         if self.uuid == *other {
             return Ok(());
@@ -168,7 +168,7 @@ impl Device {
         Ok(())
     }
 
-    /// Lets this GPU reach the memory that `other`'s context holds.
+    /// Enables this GPU's access to the memory that `other`'s context holds.
     pub(super) fn enable_peer(&self, other: &Self) -> Result<(), CudaError> {
         if self.uuid == other.uuid {
             return Ok(());
@@ -193,8 +193,8 @@ impl fmt::Display for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: retained by `open`, released once; all that was made in the context holds a counted
-        // reference to `self`.
+        // SAFETY: `open` retained the context, and it is released once. Everything made in the context holds
+        // a counted reference to `self`.
         let released = check("cuDevicePrimaryCtxRelease", unsafe {
             sys::cuDevicePrimaryCtxRelease_v2(self.raw)
         });
@@ -204,10 +204,10 @@ impl Drop for Device {
     }
 }
 
-/// UUIDs of the GPUs of this process, in the order of their numbers.
+/// Returns the UUIDs of the GPUs of this process, in the order of their numbers.
 ///
 /// # Errors
-/// No driver, or the driver's.
+/// There is no driver, or the driver's error.
 pub(crate) fn all() -> Result<Vec<Uuid>, CudaError> {
     load()?;
     (0..count()?)

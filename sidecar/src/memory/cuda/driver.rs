@@ -1,4 +1,4 @@
-//! The driver's library.
+//! Loads the CUDA driver's library and turns its results into errors.
 
 use std::ffi::{CStr, c_char};
 use std::ptr;
@@ -8,52 +8,52 @@ use cudarc::driver::sys::{self, CUresult};
 
 use crate::memory::size::Size;
 
-/// What CUDA does not do, and what to do about it.
+/// A failure of CUDA, with a text that says what to change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CudaError {
-    /// No library.
+    /// The host or the container has no driver library.
     #[error(
         "libcuda.so.1 is not found: this host has no NVIDIA driver, or the container was started \
          without it (docker: --gpus all; Kubernetes: a limit nvidia.com/gpu); without a GPU write cpu"
     )]
     NoDriver,
-    /// A library that is too old.
+    /// The driver is older than `OLDEST`. Holds its version, 1000 * major + 10 * minor.
     #[error("the NVIDIA driver is for CUDA {}.{}; 11.4 or newer is needed", .0 / 1000, .0 % 1000 / 10)]
     TooOld(i32),
-    /// No such GPU.
+    /// This process does not see the GPU.
     #[error(
         "there is no GPU {asked} for this process ({present}); check CUDA_VISIBLE_DEVICES and what \
          the container was given"
     )]
     NoDevice {
-        /// Ordinal or UUID.
+        /// The ordinal or UUID that was asked for.
         asked: String,
-        /// What there is.
+        /// The GPUs that this process sees, or why they cannot be listed.
         present: String,
     },
-    /// Not enough memory.
+    /// The GPU has too little free memory for the buffer.
     #[error(
         "a buffer of {} was asked for on GPU {device}, which has {} of {} free; make the buffer \
          smaller, or leave it more room (vLLM: --gpu-memory-utilization)",
         Size(*asked), Size(*free), Size(*total)
     )]
     Short {
-        /// Ordinal and UUID.
+        /// The GPU's ordinal and UUID.
         device: String,
-        /// Bytes.
+        /// The bytes that were asked for.
         asked: u64,
-        /// Bytes.
+        /// The free bytes of the GPU's memory.
         free: u64,
-        /// Bytes.
+        /// The total bytes of the GPU's memory.
         total: u64,
     },
-    /// Not enough memory to begin with.
+    /// The GPU has too little free memory for this process's context.
     #[error(
         "{device} has no memory left for this process's CUDA context, about 500 MiB: leave it more \
          room (vLLM: --gpu-memory-utilization)"
     )]
     NoContext {
-        /// Ordinal or UUID.
+        /// The ordinal or UUID that was asked for.
         device: String,
     },
     /// Memory or an event cannot be shared between processes.
@@ -63,37 +63,37 @@ pub(crate) enum CudaError {
          see the GPU"
     )]
     Ipc {
-        /// What was tried.
+        /// The operation that failed, for a person.
         what: &'static str,
-        /// The driver's word.
+        /// The driver's error.
         cause: Box<CudaError>,
     },
-    /// A range that is not within its memory.
+    /// A range lies outside of its memory.
     #[error("{len} bytes at {offset} lie outside of {bytes} bytes of GPU memory")]
     Range {
-        /// Bytes.
+        /// The range's first byte, counted from the start of the memory.
         offset: u64,
-        /// Bytes.
+        /// Bytes of the range.
         len: u64,
-        /// Bytes.
+        /// Bytes of the memory.
         bytes: u64,
     },
-    /// Anything else.
+    /// Any other error that the driver returns.
     #[error("{call}: {name} ({text})")]
     Call {
-        /// The function.
+        /// The driver's function that failed.
         call: &'static str,
-        /// As in CUDA's headers.
+        /// The error's name in CUDA's headers.
         name: String,
         /// The driver's explanation.
         text: String,
-        /// The number.
+        /// The error's number in CUDA's headers.
         code: u32,
     },
 }
 
 impl CudaError {
-    /// As a failure of sharing between processes.
+    /// Wraps the error as a failure to share memory or an event between processes.
     pub(super) fn ipc(self, what: &'static str) -> Self {
         Self::Ipc {
             what,
@@ -116,20 +116,20 @@ impl From<CudaError> for std::io::Error {
     }
 }
 
-/// Whether this host has a driver that can be used.
+/// Returns true if this host has a driver that can be used.
 pub(crate) fn is_present() -> bool {
     load().is_ok()
 }
 
-/// Loads and initialises the driver, once.
+/// Loads and initialises the driver at the first call. Later calls return the first result.
 pub(super) fn load() -> Result<(), CudaError> {
     static LOADED: OnceLock<Result<(), CudaError>> = OnceLock::new();
     LOADED.get_or_init(first_load).clone()
 }
 
 fn first_load() -> Result<(), CudaError> {
-    // SAFETY: loading runs the library's initialisers, as every user of CUDA does; asked first
-    // because cudarc panics at the first call where the library is missing.
+    // SAFETY: loading runs the library's initialisers, as every user of CUDA does. The presence is checked
+    // first because cudarc panics at the first call if the library is missing.
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::NoDriver);
     }
@@ -145,10 +145,10 @@ fn first_load() -> Result<(), CudaError> {
     check("cuInit", unsafe { sys::cuInit(0) })
 }
 
-/// The driver's first version that has every function that is called here.
+/// The first driver version that has every function that this module calls.
 const OLDEST: i32 = 11_040;
 
-/// A result as an error, with its name and explanation.
+/// Returns the driver's result as an error with its name and explanation.
 pub(super) fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Points in a GPU's work: an engine's, opened by handle, and this process's own.
+//! Marks points in a GPU's work: events of an engine, opened by handle, and events of this process.
 
 use std::ffi::c_char;
 use std::ptr;
@@ -11,22 +11,23 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::{HANDLE_BYTES, Handle};
 
-/// How far the work before an event is.
+/// The progress of the work before an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum State {
-    /// Not done.
+    /// The work is not done.
     Pending,
-    /// Done.
+    /// The work is done.
     Fired,
 }
 
-/// An event.
+/// A CUDA event: it fires once the GPU work that was queued before its record is done.
 #[derive(Debug)]
 pub(crate) struct Event {
     raw: CUevent,
     device: Arc<Device>,
-    /// Its owner is gone: it may never fire, or say so wrongly.
+    /// True once the event's owner is gone. Such an event may never fire, or may claim wrongly that it has
+    /// fired.
     orphaned: AtomicBool,
 }
 
@@ -36,18 +37,18 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// An event of this process that measures no time, which would make it slower.
+    /// Makes an event of this process. It measures no time, because timing would make it slower.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         Self::with(device, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32)
     }
 
-    /// An event that other processes may open.
+    /// Makes an event that other processes may open, and returns it with its handle.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn shared(device: &Arc<Device>) -> Result<(Self, Handle), CudaError> {
         let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32
             | CUevent_flags::CU_EVENT_INTERPROCESS as u32;
@@ -76,7 +77,7 @@ impl Event {
     /// Opens an event of another process.
     ///
     /// # Errors
-    /// The driver's refusal, and what to set.
+    /// The driver's error, with the settings to check.
     pub(crate) fn open(device: &Arc<Device>, handle: &Handle) -> Result<Self, CudaError> {
         device.bind()?;
         let handle = CUipcEventHandle {
@@ -103,10 +104,10 @@ impl Event {
         self.raw
     }
 
-    /// Whether everything before the last record is done; true if there was none.
+    /// Returns `Fired` if all work before the last record is done, or if there was no record.
     ///
     /// # Errors
-    /// The driver's: then it will never be known.
+    /// The driver's error. After an error the event's state can no longer be learned.
     pub(crate) fn state(&self) -> Result<State, CudaError> {
         self.device.bind()?;
         // SAFETY: live event.
@@ -116,12 +117,12 @@ impl Event {
         }
     }
 
-    /// Its owner is gone: nobody should wait for it any more.
+    /// Notes that the event's owner is gone, so that no write waits for the event any more.
     pub(crate) fn orphan(&self) {
         self.orphaned.store(true, Ordering::Release);
     }
 
-    /// Whether its owner is gone.
+    /// Returns true if the event's owner is gone.
     pub(crate) fn is_orphaned(&self) -> bool {
         self.orphaned.load(Ordering::Acquire)
     }
@@ -130,8 +131,8 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let destroyed = self.device.bind().and_then(|()| {
-            // SAFETY: made or opened once, destroyed once. One that is still queued goes when it has
-            // fired.
+            // SAFETY: the event was made or opened once and is destroyed once. The driver keeps a queued
+            // event until it has fired.
             check("cuEventDestroy", unsafe {
                 sys::cuEventDestroy_v2(self.raw)
             })

@@ -1,4 +1,4 @@
-//! GPU memory of another process.
+//! Maps GPU memory of another process.
 
 use std::sync::Arc;
 
@@ -9,22 +9,22 @@ use super::driver::{CudaError, check};
 use super::memory::{self, DeviceMemory};
 use super::{Extent, Handle};
 
-/// Memory that another process took, mapped here. It outlives that process.
+/// GPU memory that another process took, mapped here. The mapping outlives that process.
 #[derive(Debug)]
 pub(crate) struct Imported {
-    /// The GPU whose context maps it, not the one that it is on.
+    /// The GPU whose context maps the memory; not always the GPU that holds it.
     device: Arc<Device>,
     address: CUdeviceptr,
     bytes: u64,
-    /// Set if the other process is this one: nothing was mapped.
+    /// The memory itself if this process took it, so that nothing was mapped; otherwise `None`.
     own: Option<Arc<DeviceMemory>>,
 }
 
 impl Imported {
-    /// Maps it for copies by `device`, which must reach it ([`Device::reaches`]).
+    /// Maps the memory for copies by `device`, which must reach it ([`Device::reaches`]).
     ///
     /// # Errors
-    /// The driver's refusal, and what to set.
+    /// The driver's error, with the settings to check.
     pub(crate) fn open(
         device: &Arc<Device>,
         handle: &Handle,
@@ -56,7 +56,8 @@ impl Imported {
             bytes,
             own: None,
         };
-        // The peer says how long its buffer is; the mapping says how long it can be.
+        // The peer sent the length of its buffer. A wrong length would let copies write beyond the mapping,
+        // so the length of the mapping is the limit.
         let mapped = imported.mapped()?;
         if mapped < bytes {
             let len = bytes;
@@ -92,8 +93,8 @@ impl Drop for Imported {
             return;
         }
         let closed = self.device.bind().and_then(|()| {
-            // SAFETY: mapped by `open`, closed once; copies into it have ended, because their owner
-            // keeps `self` until then.
+            // SAFETY: `open` mapped it, and it is closed once. Copies into it have ended, because the owner
+            // of each copy keeps `self` until then.
             check("cuIpcCloseMemHandle", unsafe {
                 sys::cuIpcCloseMemHandle(self.address)
             })

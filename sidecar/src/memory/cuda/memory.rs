@@ -1,4 +1,4 @@
-//! A buffer of this process in GPU memory.
+//! Takes and frees this process's buffers in GPU memory.
 
 use std::ffi::c_char;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -11,23 +11,24 @@ use super::stream::{Pitched, Stream};
 use super::{Extent, HANDLE_BYTES, Handle};
 use crate::memory::rows::Rows;
 
-/// Memory taken with cuMemAlloc: what UCX, the engine and peers can all open. What cuMemCreate gives
-/// UCX stages through sockets without a word.
+/// GPU memory of this process, taken with cuMemAlloc. UCX, the engine and peers can all open such memory. UCX
+/// copies memory of cuMemCreate through sockets and does not report that.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     device: Arc<Device>,
     address: CUdeviceptr,
     bytes: u64,
     handle: Handle,
-    /// For copies that a caller waits for; those of transports have their own.
+    /// The stream for copies that a caller waits for. Transports have their own streams.
     copies: Mutex<Stream>,
 }
 
 impl DeviceMemory {
-    /// Takes and clears `bytes`.
+    /// Takes `bytes` of GPU memory and clears them.
     ///
     /// # Errors
-    /// Too little memory (how much is needed and free), or memory that cannot be shown to others.
+    /// Too little memory is free (the error says how much is needed and free), or the memory cannot be shared
+    /// with other processes.
     pub(crate) fn take(device: Arc<Device>, bytes: u64) -> Result<Arc<Self>, CudaError> {
         let (free, total) = device.room()?;
         let short = || CudaError::Short {
@@ -36,7 +37,8 @@ impl DeviceMemory {
             free,
             total,
         };
-        // Whole granules: smaller allocations share one, and an IPC handle shows all of it.
+        // Takes whole granules. Smaller allocations share a granule, and an IPC handle would show other
+        // processes all of it.
         let whole = bytes.checked_next_multiple_of(GRANULE).ok_or_else(short)?;
         if whole > free {
             return Err(short());
@@ -59,7 +61,7 @@ impl DeviceMemory {
             copies,
         };
         memory.handle = memory.export()?;
-        // What an earlier process left there is nobody's business.
+        // Another process's old data may still be there and must not be visible to engines and peers.
         let stream = memory.lock();
         stream.clear(&memory, 0, bytes)?;
         stream.wait()?;
@@ -69,30 +71,30 @@ impl DeviceMemory {
         Ok(memory)
     }
 
-    /// The GPU that it is on.
+    /// Returns the GPU that holds the memory.
     pub(crate) fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
-    /// Its first byte, as this process and its libraries name it.
+    /// Returns the address of the first byte in this process.
     pub(crate) fn address(&self) -> u64 {
         self.address
     }
 
-    /// Bytes.
+    /// Returns the number of bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// What another process opens it by.
+    /// Returns the IPC handle by which another process opens the memory.
     pub(crate) fn handle(&self) -> &Handle {
         &self.handle
     }
 
-    /// Copies a range out, and waits for it.
+    /// Copies a range out of the memory and waits for the copy.
     ///
     /// # Errors
-    /// A range outside of it, or the driver's.
+    /// The range lies outside of the memory, or the driver's error.
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), CudaError> {
         let from = self.at(offset, into.len() as u64)?;
         let stream = self.lock();
@@ -101,10 +103,10 @@ impl DeviceMemory {
         stream.wait()
     }
 
-    /// Copies into a range, and waits for it.
+    /// Copies into a range of the memory and waits for the copy.
     ///
     /// # Errors
-    /// A range outside of it, or the driver's.
+    /// The range lies outside of the memory, or the driver's error.
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), CudaError> {
         let to = self.at(offset, from.len() as u64)?;
         let stream = self.lock();
@@ -113,10 +115,10 @@ impl DeviceMemory {
         stream.wait()
     }
 
-    /// Copies pieces out at equal distances, and waits for it.
+    /// Copies pieces at equal distances out of the memory and waits for the copy.
     ///
     /// # Errors
-    /// A piece outside of it, or the driver's.
+    /// A piece lies outside of the memory, or the driver's error.
     pub(crate) fn read_rows(&self, rows: Rows, into: &mut [u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, into.len())?;
         let stream = self.lock();
@@ -125,10 +127,10 @@ impl DeviceMemory {
         stream.wait()
     }
 
-    /// Copies pieces in at equal distances, and waits for it.
+    /// Copies pieces at equal distances into the memory and waits for the copy.
     ///
     /// # Errors
-    /// A piece outside of it, or the driver's.
+    /// A piece lies outside of the memory, or the driver's error.
     pub(crate) fn write_rows(&self, rows: Rows, from: &[u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, from.len())?;
         let stream = self.lock();
@@ -137,7 +139,7 @@ impl DeviceMemory {
         stream.wait()
     }
 
-    /// The pieces of a block of `len`, if all of them lie within.
+    /// Returns the pieces of a block of `len` bytes for the driver, if all of them lie within the memory.
     fn pitched(&self, rows: Rows, len: usize) -> Result<Pitched, CudaError> {
         let height = len.checked_div(rows.width).unwrap_or(0);
         let between = rows.step.saturating_mul(height.saturating_sub(1) as u64);
@@ -177,8 +179,8 @@ impl Drop for DeviceMemory {
     fn drop(&mut self) {
         own().retain(|(_, memory)| memory.strong_count() > 0);
         let freed = self.device.bind().and_then(|()| {
-            // SAFETY: taken once, freed once; copies hold counted references until they have ended.
-            // Processes that have opened it keep it mapped.
+            // SAFETY: the memory was taken once and is freed once. Copies hold counted references until they
+            // have ended. A process that has opened the memory keeps it mapped.
             check("cuMemFree", unsafe { sys::cuMemFree_v2(self.address) })
         });
         if let Err(error) = freed {
@@ -187,7 +189,8 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Memory of this very process by its handle: CUDA does not open what the same process has made.
+/// Returns the memory of this process that has this handle, if there is one. CUDA does not open a handle in
+/// the process that made it.
 pub(super) fn of_this_process(handle: &Handle) -> Option<Arc<DeviceMemory>> {
     let own = own();
     let found = own.iter().find(|(known, _)| known == handle)?;
@@ -201,7 +204,7 @@ fn own() -> std::sync::MutexGuard<'static, Own> {
     OWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The address of a range, if it lies within.
+/// Returns the address of a range, if the range lies within the memory.
 pub(super) fn range(
     address: CUdeviceptr,
     bytes: u64,

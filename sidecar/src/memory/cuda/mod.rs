@@ -1,18 +1,18 @@
-//! GPUs, through CUDA's driver API, loaded when it is first asked for: the same binary runs where
-//! there is none.
+//! Uses GPUs through CUDA's driver API. The library is loaded at the first use, so that the same binary also
+//! runs on hosts without a GPU.
 //!
-//! Every call names its context first, so any thread may make it. Nothing here holds a Rust reference
-//! to device memory; what is copied is bounded before the driver is asked.
+//! Every call makes its context current first, so any thread may call. No Rust reference to device memory
+//! exists here. Each range is checked before the driver is called.
 //!
 //! | file | |
 //! |---|---|
-//! | [`driver`] | the library: loaded once, or why not |
+//! | [`driver`] | loads the library once, or says why it cannot be loaded |
 //! | [`device`] | a GPU, by ordinal or UUID, and its primary context |
-//! | [`memory`] | a buffer that this process took, and shows to others |
+//! | [`memory`] | a buffer that this process took and shares with others |
 //! | [`import`] | a buffer of another process |
 //! | [`event`] | an engine's events, and this process's own |
 //! | [`stream`] | copies in order |
-//! | [`stage`] | host memory that copy engines reach, between sockets and GPU |
+//! | [`stage`] | pinned host memory between sockets and the GPU |
 
 pub(crate) mod device;
 mod driver;
@@ -30,12 +30,12 @@ pub(crate) use memory::DeviceMemory;
 pub(crate) use stage::Stage;
 pub(crate) use stream::{Stream, Strided};
 
-/// GPU memory that copies may name: of this process, or of another.
+/// GPU memory of this process or of another, between which copies are made.
 pub(crate) trait Extent {
-    /// The address of a range of it, for the driver.
+    /// Returns the address of a range of the memory, for the driver.
     ///
     /// # Errors
-    /// A range outside of it.
+    /// The range lies outside of the memory.
     fn at(&self, offset: u64, len: u64) -> Result<u64, CudaError>;
 }
 
@@ -45,10 +45,10 @@ impl<T: Extent> Extent for std::sync::Arc<T> {
     }
 }
 
-/// An IPC handle of memory or of an event, as it travels.
+/// An IPC handle of memory or of an event, as other processes send it.
 pub(crate) type Handle = [u8; HANDLE_BYTES];
 
-/// Bytes of either kind of IPC handle.
+/// Bytes of an IPC handle, of memory and of an event alike.
 pub(crate) const HANDLE_BYTES: usize = 64;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! A block of host memory that copy engines reach directly: what goes between a GPU and a socket
-//! stands here in between.
+//! Pins a block of host memory that the GPU's copy engines reach directly. Bytes between a GPU and a socket
+//! pass through the block.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -13,23 +13,23 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::stream::Stream;
 
-/// A pinned block of one thread, and its stream.
+/// A pinned block that one thread uses, with the stream that copies to and from it.
 ///
-/// Copies from pageable memory go through a block of the driver's own, at a quarter of the speed.
+/// Copies from pageable memory go through a block of the driver and reach a quarter of the speed.
 pub(crate) struct Stage {
     block: NonNull<u8>,
     len: usize,
     stream: Stream,
 }
 
-// SAFETY: the block is ours alone and not bound to a thread.
+// SAFETY: only this value uses the block, and the block is not bound to a thread.
 unsafe impl Send for Stage {}
 
 impl Stage {
-    /// Takes a block of `len` bytes.
+    /// Takes a block of `len` bytes and pins it.
     ///
     /// # Errors
-    /// The driver's, of host memory that cannot be pinned.
+    /// The driver's error if host memory cannot be pinned.
     pub(crate) fn new(device: &Arc<Device>, len: usize) -> Result<Self, CudaError> {
         let stream = Stream::new(device)?;
         let mut block = std::ptr::null_mut();
@@ -38,7 +38,7 @@ impl Stage {
         check("cuMemHostAlloc", unsafe {
             sys::cuMemHostAlloc(&mut block, len, flags)
         })?;
-        // The driver gives no null block on success.
+        // The driver returns no null block on success.
         let block = NonNull::new(block.cast()).unwrap_or(NonNull::dangling());
         let stage = Self { block, len, stream };
         // SAFETY: `len` fresh bytes, written before any reference to them is made.
@@ -46,28 +46,28 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Bytes of the block.
+    /// Returns the length of the block in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// The block.
+    /// Returns the block's bytes.
     pub(crate) fn block(&self) -> &[u8] {
-        // SAFETY: `len` initialised bytes of ours; every copy into it has ended, because whoever
-        // queues one waits for it.
+        // SAFETY: `len` initialised bytes that only this value uses. Every copy into them has ended, because
+        // each function that queues a copy waits for it.
         unsafe { slice::from_raw_parts(self.block.as_ptr(), self.len) }
     }
 
-    /// The block, to be filled.
+    /// Returns the block's bytes for writing.
     pub(crate) fn block_mut(&mut self) -> &mut [u8] {
         // SAFETY: as `block`, and borrowed for writing.
         unsafe { slice::from_raw_parts_mut(self.block.as_ptr(), self.len) }
     }
 
-    /// Fills the block's start with a range of GPU memory, and waits for it.
+    /// Fills the block's start with a range of GPU memory and waits for the copy.
     ///
     /// # Errors
-    /// A range outside of either, or the driver's.
+    /// The range is longer than the block or lies outside of the memory, or the driver's error.
     pub(crate) fn fetch(
         &mut self,
         memory: &impl Extent,
@@ -77,15 +77,15 @@ impl Stage {
         let from = memory.at(offset, len as u64)?;
         let to = self.block_mut().get_mut(..len).map(<[u8]>::as_mut_ptr);
         let to = to.ok_or_else(|| self.too_long(len))?;
-        // SAFETY: both ranges are valid, by `at` and by the slice; waited for below.
+        // SAFETY: both ranges are valid, by `at` and by the slice; the next line waits for the copy.
         unsafe { self.stream.transfer(to.addr() as u64, from, len as u64) }?;
         self.stream.wait()
     }
 
-    /// Copies the block's start into a range of GPU memory, and waits for it.
+    /// Copies the block's start into a range of GPU memory and waits for the copy.
     ///
     /// # Errors
-    /// A range outside of either, or the driver's.
+    /// The range is longer than the block or lies outside of the memory, or the driver's error.
     pub(crate) fn put(
         &mut self,
         memory: &impl Extent,
@@ -95,7 +95,7 @@ impl Stage {
         let to = memory.at(offset, len as u64)?;
         let from = self.block().get(..len).map(<[u8]>::as_ptr);
         let from = from.ok_or_else(|| self.too_long(len))?;
-        // SAFETY: both ranges are valid, by `at` and by the slice; waited for below.
+        // SAFETY: both ranges are valid, by `at` and by the slice; the next line waits for the copy.
         unsafe { self.stream.transfer(to, from.addr() as u64, len as u64) }?;
         self.stream.wait()
     }
@@ -121,7 +121,7 @@ impl fmt::Debug for Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         let freed = self.stream.device().bind().and_then(|()| {
-            // SAFETY: taken once, freed once; every copy was waited for.
+            // SAFETY: the block was taken once and is freed once; every copy was waited for.
             check("cuMemFreeHost", unsafe {
                 sys::cuMemFreeHost(self.block.as_ptr().cast())
             })

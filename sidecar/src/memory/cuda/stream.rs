@@ -1,4 +1,4 @@
-//! Copies in order.
+//! Queues copies that the GPU makes in order.
 
 use std::ptr;
 use std::sync::Arc;
@@ -10,41 +10,41 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::event::Event;
 
-/// Ranges of one memory at equal distances, and where they go in another.
+/// Ranges of one memory at equal distances, with the place of the first in another memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Strided {
-    /// Where the first begins.
+    /// Offset of the first range in the source memory, in bytes.
     pub(crate) from: u64,
-    /// Where it goes.
+    /// Offset of the first range's copy in the target memory, in bytes.
     pub(crate) to: u64,
-    /// Bytes of each.
+    /// Bytes of each range.
     pub(crate) width: u64,
-    /// How many.
+    /// The number of ranges.
     pub(crate) count: u64,
 }
 
 impl Strided {
-    /// Bytes of all.
+    /// Returns the bytes of all ranges together.
     pub(crate) fn bytes(&self) -> u64 {
         self.width * self.count
     }
 }
 
-/// Pieces of GPU memory at equal distances.
+/// Pieces of GPU memory at equal distances, as CUDA's two-dimensional copies take them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pitched {
-    /// Of the first.
+    /// Address of the first piece.
     pub(super) address: u64,
-    /// From one to the next.
+    /// Bytes from the start of one piece to the start of the next.
     pub(super) pitch: usize,
-    /// Bytes of each.
+    /// Bytes of each piece.
     pub(super) width: usize,
-    /// How many.
+    /// The number of pieces.
     pub(super) height: usize,
 }
 
 impl Pitched {
-    /// A copy of as many bytes from nowhere to nowhere.
+    /// Returns a copy of this shape without a source and a target; the callers set both.
     fn blank(self) -> sys::CUDA_MEMCPY2D {
         sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
@@ -67,23 +67,23 @@ impl Pitched {
     }
 }
 
-/// A stream that waits for no other.
+/// A stream of GPU work that does not wait for the work of other streams.
 #[derive(Debug)]
 pub(crate) struct Stream {
     raw: CUstream,
     device: Arc<Device>,
 }
 
-// SAFETY: the driver locks its own state, and a stream is used with its context current in any thread.
+// SAFETY: the driver locks its own state, and a stream works in any thread that has its context current.
 unsafe impl Send for Stream {}
-// SAFETY: as above; order between threads is the callers' business.
+// SAFETY: as above; the callers keep the order between threads.
 unsafe impl Sync for Stream {}
 
 impl Stream {
-    /// Makes one.
+    /// Makes a stream on the GPU.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         device.bind()?;
         let mut raw = ptr::null_mut();
@@ -98,16 +98,16 @@ impl Stream {
         })
     }
 
-    /// Its GPU.
+    /// Returns the stream's GPU.
     pub(crate) fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
-    /// Queues a copy between two GPU memories. Both must stay until the stream has gone past it: callers
-    /// keep both until an event recorded after it has fired.
+    /// Queues a copy between two GPU memories. The caller must keep both memories until an event that was
+    /// recorded after the copy has fired.
     ///
     /// # Errors
-    /// A range outside of its memory, or the driver's.
+    /// A range lies outside of its memory, or the driver's error.
     pub(crate) fn push(
         &self,
         from: &impl Extent,
@@ -121,10 +121,11 @@ impl Stream {
         self.copy(target, source, len)
     }
 
-    /// The same of ranges at equal distances, `pitch` bytes on both sides.
+    /// Queues a copy of ranges at equal distances, `pitch` bytes apart on both sides. The caller must keep
+    /// both memories as for [`Stream::push`].
     ///
     /// # Errors
-    /// A range outside of its memory, or the driver's.
+    /// A range lies outside of its memory, or the driver's error.
     pub(crate) fn push_rows(
         &self,
         from: &impl Extent,
@@ -154,11 +155,11 @@ impl Stream {
         })
     }
 
-    /// Queues a copy into host memory, or out of it.
+    /// Queues a copy into host memory or out of it.
     ///
     /// # Safety
-    /// `len` bytes at either address must be valid, of a device that this context reaches or of host
-    /// memory, and stay so until the stream has gone past the copy.
+    /// `len` bytes at either address must be valid, in memory that this context reaches or in host memory,
+    /// and must stay valid until the stream has made the copy.
     pub(super) unsafe fn transfer(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
         self.copy(to, from, len)
     }
@@ -166,8 +167,8 @@ impl Stream {
     /// Queues a copy of pieces of GPU memory into host memory, where they follow each other.
     ///
     /// # Safety
-    /// Every piece must be valid, `width * height` bytes of host memory too, and stay so until the stream
-    /// has gone past the copy.
+    /// Every piece, and `width * height` bytes of host memory, must be valid and stay valid until the stream
+    /// has made the copy.
     pub(super) unsafe fn fetch_rows(&self, to: *mut u8, from: Pitched) -> Result<(), CudaError> {
         self.copy_rows(&sys::CUDA_MEMCPY2D {
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
@@ -180,10 +181,10 @@ impl Stream {
         })
     }
 
-    /// The other way round.
+    /// Queues a copy of host memory, in which the pieces follow each other, into pieces of GPU memory.
     ///
     /// # Safety
-    /// As [`Stream::fetch_rows`].
+    /// The same as for [`Stream::fetch_rows`].
     pub(super) unsafe fn put_rows(&self, to: Pitched, from: *const u8) -> Result<(), CudaError> {
         self.copy_rows(&sys::CUDA_MEMCPY2D {
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
@@ -207,46 +208,46 @@ impl Stream {
     fn copy(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
         self.device.bind()?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        // SAFETY: with unified addressing an address says where it is. `push` has checked both
-        // ranges; the other caller vouches for them.
+        // SAFETY: with unified addressing an address tells the driver which memory it is in. `push` has
+        // checked both ranges; the callers of `transfer` guarantee theirs.
         check("cuMemcpyAsync", unsafe {
             sys::cuMemcpyAsync(to, from, len, self.raw)
         })
     }
 
-    /// Queues zeros.
+    /// Queues a write of zeros into a range.
     ///
     /// # Errors
-    /// A range outside of the memory, or the driver's.
+    /// The range lies outside of the memory, or the driver's error.
     pub(crate) fn clear(&self, memory: &impl Extent, at: u64, len: u64) -> Result<(), CudaError> {
         let target = memory.at(at, len)?;
         self.device.bind()?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        // SAFETY: within memory of this process, checked by `at`.
+        // SAFETY: the range lies within memory of this process, checked by `at`.
         check("cuMemsetD8Async", unsafe {
             sys::cuMemsetD8Async(target, 0, len, self.raw)
         })
     }
 
-    /// Has `event` fire once everything queued so far is done.
+    /// Records `event`: it fires once everything that was queued so far is done.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's error.
     pub(crate) fn record(&self, event: &Event) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: both live, of one context.
+        // SAFETY: both are live and of one context.
         check("cuEventRecord", unsafe {
             sys::cuEventRecord(event.raw(), self.raw)
         })
     }
 
-    /// Waits until everything queued is done.
+    /// Waits until everything that was queued is done.
     ///
     /// # Errors
-    /// The driver's, of what was queued too.
+    /// The driver's error, also that of the queued work.
     pub(crate) fn wait(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: live stream.
+        // SAFETY: the stream is live.
         check("cuStreamSynchronize", unsafe {
             sys::cuStreamSynchronize(self.raw)
         })
@@ -256,7 +257,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let destroyed = self.device.bind().and_then(|()| {
-            // SAFETY: made by `new`, destroyed once; what is queued still runs.
+            // SAFETY: `new` made the stream, and it is destroyed once. Queued work still runs.
             check("cuStreamDestroy", unsafe {
                 sys::cuStreamDestroy_v2(self.raw)
             })

@@ -1,4 +1,4 @@
-//! Without a GPU: refusals that say what to do. With one: memory, copies, events, in this process.
+//! Tests CUDA's refusals without a GPU, and memory, copies and events with a GPU.
 
 use std::io::{BufRead, BufReader, Write as _};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +10,7 @@ use crate::memory::{Buffer, Rows};
 use crate::transport::Readiness;
 use crate::transport::readiness::Signal;
 
-/// The first GPU, or `None` after saying loudly that the test is skipped.
+/// Opens the first GPU, or returns `None` after a message that the test is skipped.
 fn gpu() -> Option<Arc<Device>> {
     match Device::open(&Which::Ordinal(0)) {
         Ok(device) => Some(device),
@@ -18,7 +18,7 @@ fn gpu() -> Option<Arc<Device>> {
             panic!("{error}")
         }
         Err(error) => {
-            // Not by eprintln, which the test harness swallows when the test passes.
+            // eprintln would not help: the test harness swallows its output when the test passes.
             let text = format!("SKIP (set PD_REQUIRE_CUDA=1 to fail instead): {error}\n");
             std::io::stderr().write_all(text.as_bytes()).unwrap();
             None
@@ -136,14 +136,14 @@ fn bytes_go_in_across_and_out_again() {
     assert!(stage.fetch(memory, 0, 4097).is_err());
 }
 
-/// Another process with GPU work under way, as an engine is when it is killed.
+/// Another process that is killed while its GPU work runs, as an engine may be.
 struct Engine {
     child: Child,
     memory: Handle,
     event: Handle,
 }
 
-/// A copy of half of it takes a millisecond.
+/// The size of the other process's memory; a copy of half of it takes a millisecond.
 const ENGINE_BYTES: u64 = 4 << 30;
 
 impl Engine {
@@ -179,16 +179,16 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
+        // The test may have killed the process already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// Set in the other process.
+/// An environment variable that only the other process has.
 const CHILD: &str = "PD_CUDA_TEST_ENGINE";
 
-/// The other process: some seconds of copies, an event after them, until its input ends.
+/// Runs in the other process: some seconds of copies and an event after them, until its input ends.
 #[test]
 #[ignore = "the other half of a test"]
 fn engine() {
@@ -223,7 +223,8 @@ fn an_engine_that_is_killed_takes_nothing_with_it() {
     let memory = Imported::open(&device, &engine.memory, ENGINE_BYTES).unwrap();
     assert_eq!(event.state(), Ok(State::Pending), "its copies take seconds");
     engine.kill();
-    // What an event of a dead process says is not CUDA's promise; that nobody believes it is ours.
+    // CUDA does not promise what an event of a dead process reports, so the sidecar must not trust such an
+    // event.
     let states: Vec<_> = (0..20)
         .map(|_| {
             std::thread::sleep(std::time::Duration::from_millis(100));
