@@ -1,4 +1,4 @@
-//! One rank of a role: its buffer, its protocol machine, its task.
+//! Runs one rank of a role: its buffer, its protocol machine and its task.
 
 pub(crate) mod context;
 pub(crate) mod node;

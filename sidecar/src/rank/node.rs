@@ -1,5 +1,5 @@
-//! One process: the sides of every rank, the engines' socket, and what is shown to the world. Owns all
-//! tasks; the first that ends ends the others.
+//! Runs one process: the roles of every rank, the engines' socket, and the observer. The node owns all tasks;
+//! the first task that ends stops the others.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,10 +24,11 @@ use crate::rank::recorder::Trace;
 use crate::rank::sender::SenderTask;
 use crate::transport::set::Wires;
 
-/// Messages of engines that wait for one side; beyond it the dispatcher, and so the sockets, push back.
+/// Messages of engines that may wait for one role. If the queue is full, the dispatcher waits, and so do the
+/// engines' sockets.
 const QUEUE: usize = 256;
 
-/// What cannot be had at start: the process exits with 69.
+/// A resource that cannot be had at start. The process exits with 69.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub(crate) struct StartError(#[from] anyhow::Error);
@@ -37,7 +38,7 @@ pub(crate) struct StartError(#[from] anyhow::Error);
 pub(crate) struct Node {
     config: Arc<Config>,
     sides: JoinSet<()>,
-    /// The engines' socket and its dispatcher: they end with this.
+    /// The tasks of the engines' socket and its dispatcher. They stop when the node is dropped.
     _services: JoinSet<()>,
     drain: CancellationToken,
     stop: CancellationToken,
@@ -47,14 +48,14 @@ pub(crate) struct Node {
     _listener: Listener,
 }
 
-/// Where the events of an engine go.
+/// The inboxes for engine events, by role and rank.
 type EngineInboxes = BTreeMap<(RankRole, u32), mpsc::Sender<FromEngine>>;
 
 impl Node {
-    /// Takes buffers, binds ports, starts every task.
+    /// Takes buffers, binds ports and starts every task.
     ///
     /// # Errors
-    /// The first thing that cannot be had.
+    /// The first resource that cannot be had.
     pub(crate) async fn start(
         config: Arc<Config>,
         observer: Arc<dyn Observer>,
@@ -82,6 +83,8 @@ impl Node {
             observer,
             trace,
         };
+        // Each rank takes its buffer and binds its ports before the engines' socket exists, so that an engine
+        // never connects to a sidecar that cannot serve it.
         for rank in 0..config.ranks {
             if config.role != Role::Receiver {
                 node.sender(rank)?;
@@ -108,17 +111,18 @@ impl Node {
         })
     }
 
-    /// Where senders find a rank's receiver, with the ports that were bound.
+    /// Returns the address of a rank's receiver for senders, with the ports that were bound; `None` if the
+    /// rank has no receiver.
     pub(crate) fn target(&self, rank: usize) -> Option<Target> {
         self.targets.get(rank).cloned()
     }
 
-    /// The channel of each TCP port that was bound.
+    /// Returns the TCP ports that were bound, with the name of each.
     pub(crate) fn ports(&self) -> &BTreeMap<u16, String> {
         &self.ports
     }
 
-    /// The buffers of rank 0.
+    /// Returns the buffers of rank 0.
     pub(crate) fn buffers(&self) -> BTreeMap<RankRole, Arc<Buffer>> {
         let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
         first
@@ -126,13 +130,13 @@ impl Node {
             .collect()
     }
 
-    /// Cancelling it begins the drain: nothing new, what is under way may end.
+    /// Returns the token that starts the drain: no new requests begin, and those in flight may end.
     pub(crate) fn drain_token(&self) -> CancellationToken {
         self.drain.clone()
     }
 
-    /// Runs until every side has ended: after a drain, or because something broke. After the drain's
-    /// grace period everything is stopped.
+    /// Runs until every role has ended after a drain, until the drain's grace period is over, or until a role
+    /// ends by itself. Then everything is stopped.
     pub(crate) async fn run(mut self) -> Ended {
         let grace = self.config.times.drain;
         let drain = self.drain.clone();
@@ -157,7 +161,7 @@ impl Node {
             }
         };
         self.stop.cancel();
-        // Sides close their sockets, so that peers hear of the end at once.
+        // The roles close their sockets, so that peers see the end at once and need not wait for a deadline.
         let closing = async { while self.sides.join_next().await.is_some() {} };
         if tokio::time::timeout(CLOSING, closing).await.is_err() {
             warn!("sockets did not close in {CLOSING:?}");
@@ -166,18 +170,18 @@ impl Node {
     }
 }
 
-/// How [`Node::run`] ended.
+/// The reason why [`Node::run`] ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// Nothing was under way any more.
+    /// The drain ended because no request was in flight any more.
     Drained,
-    /// The grace period was over before.
+    /// The grace period was over while requests were in flight or slots were quarantined.
     Busy,
-    /// A side ended by itself.
+    /// A role ended by itself, without a drain.
     Broken,
 }
 
-/// How long sockets may take to close.
+/// The time within which sockets must close.
 const CLOSING: Duration = Duration::from_secs(1);
 
 /// Collects what [`Node::start`] makes.
@@ -208,6 +212,7 @@ impl Builder {
     }
 
     async fn receiver(&mut self, rank: u32) -> Result<(), StartError> {
+        // Without ports no sender can reach this rank, so a missing port ends the start.
         let buffer = self.buffer(RankRole::Receiver, rank)?;
         let listen = self.config.listen.clone();
         let ports = listen.as_ref().and_then(|l| l.ranks.get(rank as usize));
@@ -221,7 +226,7 @@ impl Builder {
             }),
         ) = (&listen, ports)
         else {
-            // `Config` is checked to have ports for every rank of a receiver.
+            // `Config` has checked that a receiver has ports for every rank.
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
         let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
@@ -239,6 +244,7 @@ impl Builder {
             ),
             None => None,
         };
+        // The table of bound ports tells the admin server's user what each port is for.
         for (name, port) in [
             ("init", Some(&init)),
             ("alloc", Some(&alloc)),
@@ -257,11 +263,13 @@ impl Builder {
             alloc = alloc.port(),
             "ports bound"
         );
+        // A configured port may be 0, so the target has the port that was bound.
         self.targets.push(Target {
             host: listen.advertise.clone(),
             init_port: init.port(),
             alloc_port: alloc.port(),
         });
+        // The wires start after the buffer, because they register it with their libraries.
         let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
         if let Some(port) = wires.port() {
             self.ports.insert(port, format!("tcp data of rank {rank}"));
@@ -312,7 +320,7 @@ impl Builder {
     }
 }
 
-/// Brings what engines say to the side that they said hello to.
+/// Passes each engine's events to the role and rank that the engine named in its hello.
 async fn dispatch(
     mut engines: mpsc::Receiver<FromEngine>,
     inboxes: EngineInboxes,
@@ -328,6 +336,7 @@ async fn dispatch(
                     EngineRole::Decode => RankRole::Receiver,
                 };
                 let inbox = inboxes.get(&(side, hello.rank));
+                // An engine of another number of ranks would send parts of KV that no receiver expects.
                 let Some(inbox) = inbox.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
                         "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \

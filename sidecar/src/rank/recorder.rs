@@ -1,5 +1,5 @@
-//! Records what the machines were told and what they answered, so that a run can be replayed through
-//! them: one JSON object a line.
+//! Records the events that the machines received and the actions that they returned, so that a run can be
+//! replayed through the machines. The file has one JSON object per line.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -10,7 +10,7 @@ use protocol::{Time, receiver, sender};
 use serde::Serialize;
 use tracing::warn;
 
-/// Where the lines go, if anywhere.
+/// A trace file, or no file if the run is not recorded.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Trace {
     file: Option<Arc<Mutex<BufWriter<File>>>>,
@@ -36,7 +36,7 @@ struct Ranked<'a> {
 }
 
 impl Trace {
-    /// Begins a trace, replacing what stands in `path`.
+    /// Begins a trace and replaces the file in `path`.
     ///
     /// # Errors
     /// The file cannot be made.
@@ -48,7 +48,7 @@ impl Trace {
         })
     }
 
-    /// The same file, for another rank.
+    /// Returns the same trace for another rank.
     pub(crate) fn of_rank(&self, rank: u32) -> Self {
         Self {
             file: self.file.clone(),
@@ -89,7 +89,7 @@ impl Trace {
             rank: self.rank,
             line,
         };
-        // Flushed line by line: what led to a crash is what a trace is for.
+        // Each line is flushed at once: otherwise a crash would lose the lines that led to it.
         let written = serde_json::to_writer(&mut *file, &ranked)
             .map_err(io::Error::from)
             .and_then(|()| file.write_all(b"\n"))

@@ -1,5 +1,5 @@
-//! Marks in slots that are lent to LMCache's senders: random bytes all over a slot, by which one can see
-//! later whether it was written (protocol: `receiver/lmcache.rs`).
+//! Writes canaries into slots that LMCache's senders are lent. A canary is a random pattern, copied all over
+//! a slot; it shows later if the slot was written (protocol: `receiver/lmcache.rs`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,17 +8,17 @@ use protocol::SlotIndex;
 
 use crate::memory::{Buffer, Rows};
 
-/// What was put into which slot.
+/// The canary of each slot that was lent.
 #[derive(Debug, Default)]
 pub(super) struct Canaries {
     canaries: BTreeMap<SlotIndex, [u8; MARK_BYTES]>,
 }
 
 impl Canaries {
-    /// Puts a fresh mark all over a slot.
+    /// Writes a fresh canary all over a slot.
     ///
     /// # Errors
-    /// Those of the buffer: the slot lies outside of it.
+    /// The buffer's error: the slot lies outside of the buffer.
     pub(super) fn put(&mut self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> io::Result<()> {
         let mark: [u8; MARK_BYTES] = rand::random();
         let start = u64::from(slot.0) * bytes;
@@ -29,12 +29,14 @@ impl Canaries {
         Ok(())
     }
 
-    /// Whether every mark of a slot is gone; not if it never had one, or cannot be read.
+    /// Returns true if every copy of a slot's canary was overwritten. Returns false if the slot never had a
+    /// canary or cannot be read.
     pub(super) fn gone(&self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> bool {
         let Some(mark) = self.canaries.get(&slot) else {
             return false;
         };
-        // The last first: it is the one that most likely still stands.
+        // The check begins with the last copy, because a write that is not complete most likely lacks the
+        // slot's end.
         let start = u64::from(slot.0) * bytes;
         let mut end = [0; MARK_BYTES];
         if buffer.copy_out(start + last(bytes), &mut end).is_err() || end == *mark {
@@ -47,13 +49,13 @@ impl Canaries {
     }
 }
 
-/// Where the marks of a slot of `bytes` that begins at `start` stand, but for the last, and how many
-/// they are: at each step from its start on.
+/// Returns the places of all copies of a canary but the last, with their number. The slot of `bytes` begins
+/// at `start`, and copies stand at equal steps from its start.
 fn steps(start: u64, bytes: u64) -> (Rows, usize) {
     let step = (bytes / MAX_MARKS)
         .max(STEP_BYTES)
         .next_multiple_of(STEP_BYTES);
-    // At most `MAX_MARKS`.
+    // The number is at most `MAX_MARKS`.
     let count = usize::try_from(last(bytes).div_ceil(step)).unwrap_or(0);
     let rows = Rows {
         offset: start,
@@ -63,17 +65,18 @@ fn steps(start: u64, bytes: u64) -> (Rows, usize) {
     (rows, count)
 }
 
-/// Where the last mark stands: at the very end.
+/// Returns the offset of the last copy, at the very end of the slot.
 fn last(bytes: u64) -> u64 {
     bytes.saturating_sub(MARK_BYTES as u64)
 }
 
-/// Nobody writes the same by chance.
+/// Bytes of a canary. With this length no data equals a canary by chance.
 const MARK_BYTES: usize = 16;
-/// No wire delivers less at once: the packets of RDMA have 4 KiB, the copies of the kernel whole pages.
+/// The least distance of two copies. No wire delivers less at once: RDMA packets have 4 KiB, and the kernel
+/// copies whole pages. So no delivered part lies between two copies unseen.
 const STEP_BYTES: u64 = 4096;
-/// Marks of a slot: putting or reading one takes 0.3 µs in host memory; in GPU memory all of them take the
-/// time of two copies.
+/// The most copies in a slot. Writing or reading one copy takes 0.3 µs in host memory; in GPU memory all
+/// copies together take the time of two copies.
 const MAX_MARKS: u64 = 1024;
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! Checksums of landed chunks.
+//! Compares the checksums of landed chunks.
 //!
-//! They are compared on a thread of their own, one message after the other: a sum reads megabytes, and the
-//! runtime has one thread. A chunk stands here at most once, so what waits is bounded by the slots.
+//! A thread of its own compares them, one message after the other: a sum reads megabytes, and the runtime has
+//! one thread. A chunk is in the queue at most once, so the number of slots bounds the queue.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -14,15 +14,15 @@ use tracing::error;
 
 use crate::memory::Buffer;
 
-/// The messages whose chunks are being compared.
+/// The messages with chunks to compare.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
-    /// In the order in which they came; of the first the chunks are being summed.
+    /// The messages in the order in which they came. The thread sums the chunks of the first message.
     queue: VecDeque<Check>,
     running: Option<JoinHandle<bool>>,
-    /// Chunks of the messages in the queue.
+    /// The chunks of the messages in the queue.
     under: BTreeSet<(LeaseId, u32)>,
-    /// Connections that ended behind a message in the queue.
+    /// Connections that ended while a message of theirs was in the queue.
     lost: BTreeSet<Route>,
 }
 
@@ -35,19 +35,20 @@ struct Check {
     slot_bytes: u64,
 }
 
-/// A message whose chunks have been compared.
+/// A message with compared chunks.
 #[derive(Debug)]
 pub(super) struct Checked {
     pub(super) route: Route,
     pub(super) written: Written,
-    /// Every byte is the sender's.
+    /// True if the checksums of all chunks are equal to the sender's.
     pub(super) sound: bool,
-    /// The connection has ended meanwhile, and this was the last message of it.
+    /// True if the connection has ended meanwhile and this was its last message.
     pub(super) lost: bool,
 }
 
 impl Checks {
-    /// Takes the chunks that are to be summed, or are being, out of a message. What is left of it need not wait.
+    /// Moves the chunks that need a sum, or are being summed, out of a message into the queue. Returns the
+    /// rest of the message, which need not wait; `None` if nothing is left.
     pub(super) fn take(
         &mut self,
         route: Route,
@@ -86,7 +87,7 @@ impl Checks {
         (!all_wait).then_some(written)
     }
 
-    /// Says whether the end of a connection has to wait for a message of it.
+    /// Returns true if the end of a connection has to wait for a message of the connection.
     pub(super) fn lost(&mut self, route: Route) -> bool {
         let waits = self.queue.iter().any(|check| check.route == route);
         if waits {
@@ -95,7 +96,7 @@ impl Checks {
         waits
     }
 
-    /// The next message whose chunks have been compared.
+    /// Returns the next message with compared chunks.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -178,8 +179,8 @@ mod tests {
         chunks.iter().map(of).collect()
     }
 
-    /// A repetition while the first is compared costs nothing, and what has been compared is told in order,
-    /// before the end of its connection.
+    /// Checks that a repeated message costs no second sum, and that the results come in order, before the end
+    /// of their connection.
     #[tokio::test]
     async fn a_chunk_is_summed_once_however_often_it_is_said() {
         let buffer = Buffer::memfd("checks", 4 * BYTES).unwrap();

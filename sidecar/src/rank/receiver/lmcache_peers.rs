@@ -1,8 +1,8 @@
-//! LMCache's senders as connections: whose they are, and whether they know our slots.
+//! Recognizes LMCache's senders by their connections and tells which of them know the slots' addresses.
 //!
-//! LMCache makes the init handshake once in the life of a sender's process. One that made it with the
-//! process before us, or before the buffer was cut anew, would write to addresses that are not
-//! ours any more: it is told apart here, and never lent a slot.
+//! An LMCache sender makes the init handshake once in the life of its process. A sender that made the
+//! handshake with the sidecar process before this one, or before the slot layout changed, would write to
+//! addresses that are not this process's any more. Such a sender is recognized here and gets no slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -12,39 +12,41 @@ use protocol::receiver::{Route, SenderId};
 
 use crate::net::socket_owner;
 
-/// Who has been told of our slots, and the connections that have been looked at.
+/// The senders that have the slots' addresses, and the connections that were already checked.
 #[derive(Debug, Default)]
 pub(super) struct LmcachePeers {
     known: BTreeMap<Route, SenderId>,
     shown: BTreeSet<Shown>,
-    /// Processes behind connections of the init port: to find one all of /proc is read, so once a connection.
+    /// The process behind each connection of the init port. To find a process, all of /proc is read, so this
+    /// is done once per connection.
     processes: BTreeMap<Route, Option<u32>>,
 }
 
-/// By what a sender is recognized: the process behind its connection, or for one on another host the
-/// host and the name that its asynchronous form gives itself.
+/// The mark by which a sender is recognized: the process behind its connection. For a sender on another host
+/// it is the host and the name that an asynchronous sender gives itself.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Shown {
     Process(u32),
     Host(String, String),
 }
 
-/// What an alloc connection turned out to be.
+/// The sender behind an alloc connection.
 #[derive(Debug)]
 pub(super) struct LmcachePeer {
     pub(super) sender: SenderId,
-    /// Its process, if it runs on this host.
+    /// The sender's process id; `None` if the process does not run on this host.
     pub(super) process: Option<u32>,
-    /// It knows the slots as they are now.
+    /// True if the sender knows the slots of the present slot layout.
     pub(super) linked: bool,
 }
 
-/// How many senders are remembered; beyond it all are forgotten, and decode sides compute for a while.
+/// The most senders that are remembered. When the set is full, all are forgotten, and decode engines compute
+/// the KV until the senders restart.
 const MAX_SHOWN: usize = 4096;
 
 impl LmcachePeers {
-    /// A sender has been told of the slots: `name` is what it calls itself, empty if synchronous.
-    /// Says whether it is one more.
+    /// Notes that a sender has the slots' addresses. `name` is the sender's own name, empty for a synchronous
+    /// sender. Returns true if the sender was not known before.
     pub(super) fn show(&mut self, route: Route, from: &str, to_port: u16, name: &str) -> bool {
         let process = *self
             .processes
@@ -56,12 +58,13 @@ impl LmcachePeers {
         self.shown.insert(Shown::of(process, from, name))
     }
 
-    /// The slots are others now.
+    /// Forgets all senders, because the slot layout has changed and their addresses are wrong.
     pub(super) fn forget(&mut self) {
         self.shown.clear();
     }
 
-    /// Looks at a connection of the alloc port, once.
+    /// Identifies the sender of a new connection of the alloc port; `None` if the connection is already
+    /// known.
     pub(super) fn meet(
         &mut self,
         route: Route,
@@ -96,7 +99,7 @@ impl LmcachePeers {
         self.known.remove(&route);
     }
 
-    /// A connection of the init port has ended.
+    /// Forgets a connection of the init port that has ended.
     pub(super) fn lost_init(&mut self, route: Route) {
         self.processes.remove(&route);
     }
@@ -114,11 +117,11 @@ impl Shown {
     }
 }
 
-/// The process on this host behind a connection, if there is one.
+/// Returns the id of the process on this host behind a connection; `None` if it runs on another host.
 fn process_behind(from: &str, to_port: u16) -> Option<u32> {
     let address: Option<SocketAddr> = from.parse().ok();
     address.and_then(|address| socket_owner::process_behind(address, to_port))
 }
 
-/// Between the two names of an asynchronous sender's identity.
+/// The text between the two names in an asynchronous sender's identity.
 const TO: &str = "-to-";

@@ -1,4 +1,4 @@
-//! What senders say to a receiver's ports, before its machine hears of it.
+//! Handles the senders' messages on a receiver's ports and passes them to the machine.
 
 use protocol::codec;
 use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
@@ -77,7 +77,8 @@ impl ReceiverTask {
             FromPeer::Lost(route) => {
                 self.lmcache_peers.lost(route);
                 self.pending.lost_alloc(route);
-                // What it said before comes first.
+                // The messages that came before the end of the connection must reach the machine before the
+                // end does.
                 if !self.checks.lost(route) {
                     self.feed(Event::PeerLost { route });
                 }
@@ -96,7 +97,8 @@ impl ReceiverTask {
             return;
         }
         if self.machine.is_none() {
-            // Without an engine there is no buffer to grant; the machine answers the next time.
+            // Without an engine there is no buffer to grant. The sender connects again, and the machine
+            // answers then.
             self.alloc.disconnect(route);
             return;
         }
@@ -116,7 +118,7 @@ impl ReceiverTask {
         }
     }
 
-    /// Compares the sender's checksums before the machine hears of the chunks, if checksums are on.
+    /// Compares the sender's checksums before the machine receives the message, if checksums are on.
     fn on_written(&mut self, route: Route, mut written: Written) {
         if let (true, Some(machine), Some(slot_layout)) = (
             self.context.config.checksum,
@@ -150,7 +152,7 @@ impl ReceiverTask {
         }
     }
 
-    /// Says whose connection it is, before its first message.
+    /// Tells the machine which sender the connection belongs to, before the first message.
     fn introduce(&mut self, route: Route) {
         let from = self.alloc.address(route).unwrap_or_default().to_owned();
         let identity = self.alloc.name(route).unwrap_or_default();
@@ -175,7 +177,8 @@ impl ReceiverTask {
         });
     }
 
-    /// LMCache's bidirectional mode asks what could be read back: nothing, slots are transit.
+    /// Answers the query of LMCache's bidirectional mode for KV that can be read back: always none, because
+    /// slots only pass KV on.
     pub(super) fn on_query(&mut self, route: Route, bytes: &[u8]) {
         let Some(query) = &mut self.query else {
             return;
@@ -195,7 +198,7 @@ impl ReceiverTask {
     }
 }
 
-/// The next message of the query port; never, if there is none.
+/// Returns the next message of the query port; never completes if there is no query port.
 pub(super) async fn next_query(query: &mut Option<RouterServer>) -> Result<FromPeer, Closed> {
     match query {
         Some(query) => query.recv().await,

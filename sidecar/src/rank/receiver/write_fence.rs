@@ -1,16 +1,17 @@
-//! Proof that a vanished sender cannot write any more (design: fenced before reuse).
+//! Proves that a vanished sender cannot write any more. A slot is reused only after that proof (design:
+//! fenced before reuse).
 //!
-//! Over a wire where this process does the writing, closing the slot is the proof, and this module is
-//! not asked. For the others the proof is the sender's end and a grace period for what is then still
-//! under way:
+//! If this process itself writes into the slot, closing the slot is the proof, and this module is not used.
+//! On other wires the proof is the end of the sender's process and a grace period for writes that are still
+//! in flight then:
 //!
-//! * a sender on this host is watched through its process descriptor, taken when it introduced itself,
-//!   so that a reused process id cannot deceive;
-//! * for the end of one on another host the process that takes its place vouches ([`crate::peer::process_lock`]).
-//!   Its grace is far longer: over TCP the kernel goes on sending for a process that is gone, and a
-//!   network that comes back delivers it.
+//! - For a sender on this host, this module watches the process through a process descriptor. The descriptor
+//!   is taken at the handshake, so a reused process id cannot deceive.
+//! - For a sender on another host, the process that takes its place proves its end
+//!   ([`crate::peer::process_lock`]). The grace period is far longer: over TCP the kernel goes on sending for
+//!   a process that has ended, and a network that works again delivers the data.
 //!
-//! Until there is proof its slots stay quarantined, visibly.
+//! Until there is proof, the sender's slots stay in quarantine, which metrics and logs show.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -30,26 +31,27 @@ use tracing::{info, warn};
 use crate::net::host_id;
 use crate::peer::process_lock::{MAX_PROOFS, ProofHash, proof_hash_of};
 
-/// The senders whose end can be proven, and the proofs that are sought.
+/// The senders with an end that can be proven, and the proofs in progress.
 #[derive(Debug)]
 pub(super) struct WriteFences {
     senders: BTreeMap<SenderId, Known>,
     next: u64,
-    /// One watch a sender, however many leases it has left: its end proves them all.
+    /// The senders that are watched. Each sender has one watch, however many leases it left, because the end
+    /// of its process proves all of them.
     watched: BTreeSet<SenderId>,
     steps: JoinSet<Step>,
-    /// Grace periods that run.
+    /// The number of grace periods that run.
     settling: usize,
-    /// Of senders on other hosts.
+    /// The grace period for senders on other hosts.
     grace: Duration,
 }
 
-/// How the end of a sender would be known.
+/// The known facts about a sender by which its end can be proven.
 #[derive(Debug, Default)]
 struct Known {
-    /// The host that its word came from.
+    /// The host that the sender's hello came from.
     from: String,
-    /// Older ones have smaller numbers.
+    /// The order of the handshakes: an older sender has a smaller number.
     order: u64,
     process: Option<Arc<AsyncFd<OwnedFd>>>,
     proof_hash: Option<ProofHash>,
@@ -68,43 +70,44 @@ impl Known {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Life {
-    /// It may write.
+    /// The sender may still write.
     #[default]
     Unknown,
-    /// It has ended; what it wrote may be under way.
+    /// The sender's process has ended; its writes may be in flight.
     Ended,
-    /// Nothing of it can arrive any more.
+    /// The grace period is over: no write of the sender can arrive any more.
     Over,
 }
 
 #[derive(Debug)]
 enum Step {
-    /// A process is gone, or cannot be watched.
+    /// A process has ended, or cannot be watched.
     Ended(SenderId, io::Result<()>),
-    /// Its grace period is over.
+    /// The grace period of a sender is over.
     Settled(SenderId),
 }
 
-/// What [`WriteFences::next`] yields.
+/// A result of [`WriteFences::next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// A grace period has begun: whatever is still under way must get to arrive.
+    /// A grace period has begun. The wires must now let writes that are still in flight arrive.
     Settling,
     /// No write of this sender can arrive any more.
     Over(SenderId),
 }
 
-/// Data that a dead process's kernel sockets or a copy engine may still deliver within one host
-/// arrives within this.
+/// The time within which data arrives that a dead process's sockets or a copy engine may still deliver within
+/// one host.
 const GRACE: Duration = Duration::from_secs(1);
-/// Watches and grace periods at once: whoever makes up names can vouch for their ends, too. One that finds
-/// no room begins with the next handshake.
+/// The most watches and grace periods at once. Without this bound, a peer that makes up names could also
+/// prove their ends and fill the memory. A proof that finds no room begins at the next handshake.
 const MAX_STEPS: usize = 4096;
-/// Senders whose end would be known; beyond it old ones are forgotten.
+/// The most senders that are remembered. When the map is full, the oldest of the host with the most senders
+/// is forgotten.
 const MAX_SENDERS: usize = 1024;
 
 impl WriteFences {
-    /// Nothing is known. `grace`: of senders on other hosts.
+    /// Makes write fences without any sender. `grace` is the grace period for senders on other hosts.
     pub(super) fn new(grace: Duration) -> Self {
         Self {
             senders: BTreeMap::new(),
@@ -116,8 +119,8 @@ impl WriteFences {
         }
     }
 
-    /// A sender has said, from this address, who it is and which processes it has followed. The first word
-    /// counts.
+    /// Notes a sender's hello, which came from this address. Proofs in the hello begin the grace periods of
+    /// the senders that have ended. A second hello of the same sender changes nothing else.
     pub(super) fn introduce(&mut self, hello: &Hello, from: &str) {
         let sender = SenderId {
             id: hello.id.clone(),
@@ -141,8 +144,8 @@ impl WriteFences {
         }
     }
 
-    /// Says so if two senders seem to have one name. Neither harms the other's requests, but what one
-    /// leaves in quarantine counts for both.
+    /// Logs a warning if two senders seem to have one name. Neither harms the requests of the other, but the
+    /// quarantined slots of both count together.
     fn look_for_namesakes(&self, sender: &SenderId, proof_hash: Option<ProofHash>) {
         let other = self.senders.iter().find(|(other, known)| {
             other.id == sender.id && known.proof_hash != proof_hash && known.may_live()
@@ -156,7 +159,7 @@ impl WriteFences {
         }
     }
 
-    /// A sender's process is on this host.
+    /// Watches a sender's process on this host, if the sender is not known already.
     pub(super) fn watch(&mut self, sender: SenderId, pid: u32, from: &str) {
         if self.senders.contains_key(&sender) {
             return;
@@ -183,8 +186,8 @@ impl WriteFences {
         self.senders.insert(sender, known);
     }
 
-    /// Forgets the oldest sender of the host that has most of them: whoever makes up names pushes out its
-    /// own. A watch that has begun goes on.
+    /// Forgets the oldest sender of the host that has the most senders. So a host that makes up names pushes
+    /// out only its own senders. A watch that has begun goes on.
     fn make_room(&mut self) {
         let mut of_host: BTreeMap<&str, usize> = BTreeMap::new();
         for known in self.senders.values() {
@@ -201,7 +204,8 @@ impl WriteFences {
         }
     }
 
-    /// The processes with this proof hash have ended: of one process there is a sender for each rank and cut.
+    /// Begins the grace period of every sender with this proof hash. One process has a sender for each rank
+    /// and slot layout.
     fn vouched(&mut self, proof_hash: ProofHash) {
         for (sender, known) in &mut self.senders {
             let room = self.steps.len() < MAX_STEPS;
@@ -222,7 +226,7 @@ impl WriteFences {
         let known = self.senders.get(&sender);
         match known.map(|known| known.life).unwrap_or_default() {
             Life::Unknown => {}
-            // The end of its grace period is proof for all of its leases.
+            // The end of the running grace period is proof for all leases of the sender.
             Life::Ended => return,
             Life::Over => {
                 self.settling += 1;
@@ -249,12 +253,12 @@ impl WriteFences {
         });
     }
 
-    /// Whether a grace period runs.
+    /// Returns true while a grace period runs.
     pub(super) fn is_settling(&self) -> bool {
         self.settling > 0
     }
 
-    /// What has been found out; pending while there is nothing.
+    /// Returns the next result; does not complete while there is none.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -289,8 +293,8 @@ impl WriteFences {
     }
 }
 
-/// Lets a grace period pass, in steps: after a pause of this whole process, in which nothing arrives
-/// though time passes, most of it is still to come.
+/// Waits for a grace period in short steps. If this whole process pauses, nothing arrives though time passes;
+/// with steps most of the grace period then still follows the pause.
 async fn settle(sender: SenderId, grace: Duration) -> Step {
     for _ in 0..STEPS {
         tokio::time::sleep(grace / STEPS).await;
@@ -300,7 +304,7 @@ async fn settle(sender: SenderId, grace: Duration) -> Step {
 
 const STEPS: u32 = 20;
 
-/// A descriptor of a process on this host.
+/// Opens a descriptor of a process on this host; `None` if the process cannot be watched.
 fn open(sender: &SenderId, pid: u32) -> Option<Arc<AsyncFd<OwnedFd>>> {
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
     #[expect(

@@ -1,4 +1,4 @@
-//! Who is taken for dead, by whose word, and when.
+//! Checks which senders count as dead, on which proof, and at which time.
 
 use protocol::{Epoch, VERSION};
 use serde_bytes::ByteBuf;
@@ -16,7 +16,8 @@ fn sender(epoch: u64) -> SenderId {
     }
 }
 
-/// A sender on another host whose secret is `secret`, and which has followed those in `ended`.
+/// Makes the hello of a sender on another host with the secret `secret`, which follows the processes with the
+/// secrets in `ended`.
 fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     let secret_of = |n: &u8| ByteBuf::from([*n; 32]);
     Hello {
@@ -33,7 +34,7 @@ fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     }
 }
 
-/// The next news, if there are any within `time`.
+/// Returns the next result, or `None` if there is none within `time`.
 async fn within(fences: &mut WriteFences, time: Duration) -> Option<News> {
     tokio::time::timeout(time, fences.next()).await.ok()
 }
@@ -50,13 +51,13 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
     let over = Some(News::Over(sender(1)));
     assert_eq!(within(&mut fences, 2 * GRACE).await, over);
     assert!(!fences.is_settling());
-    // The handshake is repeated: no further news of what is known.
+    // The handshake is repeated: there is no further result for a known end.
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
-    // A lease of it that ends only now.
+    // One of the sender's leases ends only now.
     fences.seek(sender(1), LeaseId(6));
     assert_eq!(within(&mut fences, GRACE).await, over);
-    // The successor lives.
+    // The successor still runs.
     fences.seek(sender(2), LEASE);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
 }
@@ -78,7 +79,8 @@ async fn a_new_epoch_alone_proves_nothing() {
     let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
-    // A second sidecar of the same name, a secret that nobody has, and one that is not even a secret.
+    // The hellos are from a second sidecar of the same name, from one with a secret that no process has, and
+    // from one with a text that is not a secret.
     fences.introduce(&hello(2, 2, &[]), FROM);
     fences.introduce(&hello(3, 3, &[9]), FROM);
     let mut odd = hello(4, 4, &[]);
@@ -93,14 +95,14 @@ async fn who_shows_no_seal_is_never_vouched_for() {
     let mut old = hello(1, 1, &[]);
     old.seal = ByteBuf::new();
     fences.introduce(&old, FROM);
-    // Nor can a later hello under the same name and epoch give it one.
+    // A later hello with the same name and epoch cannot give the sender a proof hash.
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
 }
 
-/// Each rank, and each cut of the buffers, has an epoch of its own.
+/// Checks that one proof ends all senders of a process. Each rank, and each slot layout, has its own epoch.
 #[tokio::test(start_paused = true)]
 async fn all_senders_of_a_process_end_with_it() {
     let mut fences = WriteFences::new(REMOTE);
@@ -138,11 +140,12 @@ async fn a_process_on_this_host_is_watched() {
     child.wait().unwrap();
 }
 
-/// Everybody is told what we call this host, and anybody can make up names.
+/// Checks that many made-up names of one host push out no sender of another host. Every peer learns this
+/// host's identity, and any peer can make up names.
 #[tokio::test(start_paused = true)]
 async fn a_crowd_of_names_pushes_out_none_of_another_host() {
     let mut fences = WriteFences::new(REMOTE);
-    // The first name in the alphabet, and the oldest.
+    // This sender has the first name in the alphabet and is the oldest.
     fences.introduce(&hello(1, 1, &[]), FROM);
     for n in 0..3 * MAX_SENDERS as u64 {
         let mut made_up = hello(n, 9, &[]);
@@ -150,7 +153,7 @@ async fn a_crowd_of_names_pushes_out_none_of_another_host() {
         fences.introduce(&made_up, &format!("10.0.0.66:{}", 1024 + n % 60000));
     }
     assert_eq!(fences.senders.len(), MAX_SENDERS);
-    // Nor do their ends take more than a share of memory.
+    // The ends of made-up senders take no more than the bounded memory either.
     for n in 0..MAX_STEPS as u64 + 10 {
         let mut made_up = hello(n, 8, &[8]);
         made_up.id = format!("r{n}");
