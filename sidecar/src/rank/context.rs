@@ -1,4 +1,4 @@
-//! The surroundings that both roles of a rank share: context, clock, and the observer that makes their state visible.
+//! Holds what both roles of a rank share: the context, the clock, and the observer that shows their state.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,32 +45,32 @@ pub(crate) struct RankContext {
     pub(crate) observer: Arc<dyn Observer>,
 }
 
-/// Takes every change of the state of a rank, to show it: in metrics, at the admin server, to the proxy.
+/// Receives every change of a rank's state and shows it in metrics, at the admin server and to the proxy.
 pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
-    /// A request has ended.
+    /// Counts a request that has ended.
     fn record(&self, side: RankRole, rank: u32, record: &Record);
-    /// The state after an event.
+    /// Takes the state after an event.
     fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>);
-    /// The wires of a side, whose events are read when somebody asks.
+    /// Takes the wires of a role. Their events are read when metrics are read.
     fn wires(&self, side: RankRole, rank: u32, wires: Wires);
-    /// A port that was bound, whose events are read when somebody asks.
+    /// Takes a port that was bound. Its events are read when metrics are read.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
-    /// The links of a sender.
+    /// Takes the state of a sender's links.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
-    /// A frame that was no message came to this port.
+    /// Counts a frame on this port that was not a valid message.
     fn malformed(&self, port: &'static str);
-    /// An engine that said hello to this side was refused.
+    /// Counts an engine whose hello to this role was refused.
     fn engine_refused(&self, side: RankRole, reason: Reason);
-    /// Tells the proxy, if there is one.
+    /// Sends the message to the proxy, if there is a proxy.
     fn tell_proxy(&self, message: &ToProxy);
 }
 
-/// What a side holds.
+/// The state of one rank's role: its engines, slots and requests.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gauges<'a> {
     pub(crate) slot_layout: Option<&'a SlotLayout>,
     pub(crate) engines: usize,
-    /// Why the engine moves no KV, if it does not.
+    /// The reason why the engine moves no KV; `None` if it moves KV.
     pub(crate) unmoved: Option<&'a str>,
     pub(crate) free: u32,
     pub(crate) held: u32,
@@ -79,36 +79,39 @@ pub(crate) struct Gauges<'a> {
     pub(crate) requests: u32,
 }
 
-/// One link of a sender, for people: what was configured, what the library reports, what was measured.
+/// The state of one link of a sender, for people: configured, reported and measured.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkStatus {
-    /// `host:alloc_port`.
+    /// The receiver, as `host:alloc_port`.
     pub(crate) peer: String,
     /// The receiver's name; empty until the handshake.
     pub(crate) id: String,
-    /// As configured: `auto`, `nixl`, `tcp`.
+    /// The configured transport: `auto`, `nixl` or `tcp`.
     pub(crate) configured: &'static str,
-    /// The wire that was chosen; empty until then.
+    /// The wire that was chosen; empty until the handshake.
     pub(crate) transport: &'static str,
-    /// Why that one.
+    /// The reason for the choice of the wire; empty until the handshake.
     pub(crate) why: String,
-    /// The library's word on itself: of NIXL `UCX_TLS` and UCX's estimate, not the wire in use.
+    /// The library's own report, empty until the handshake. For NIXL: `UCX_TLS` and UCX's estimate, which may
+    /// differ from the wire in use.
     pub(crate) reported: String,
-    /// Bytes and time of recent writes: older ones fade.
+    /// Bytes and seconds of recent writes, in which older writes have less weight; `None` before the first
+    /// write.
     recent: Option<(f64, f64)>,
-    /// The same of large ones alone: small ones are as long as their posting.
+    /// Bytes and seconds of recent large writes alone. A small write takes as long as its posting, so it does
+    /// not show the wire's rate.
     large: Option<(f64, f64)>,
-    /// From when to when the last of them were under way.
+    /// The first and last instant of the latest time in which writes were in flight without a pause.
     busy: Option<(Instant, Instant)>,
-    /// What the chosen wire should give; absent until then.
+    /// The rate to expect from the chosen wire; `None` until the handshake.
     pub(crate) class: Option<ExpectedRate>,
     watch: Watch,
 }
 
-/// The weight of the past in the measured rate, per write.
+/// The factor by which each write reduces the weight of the writes before it in the measured rate.
 const FADE: f64 = 0.9;
 
-/// Bytes of a write that shows what its wire can do.
+/// The least bytes of a write that shows the wire's rate.
 const LARGE: u64 = 16 << 20;
 
 impl LinkStatus {
@@ -128,7 +131,8 @@ impl LinkStatus {
         }
     }
 
-    /// Notes a write. Time that it shared with others counts once, so that the rate is the wire's.
+    /// Adds a write to the measured rate. Time that several writes share counts once, so that the result is
+    /// the rate of the wire and not of a write.
     pub(crate) fn measured(&mut self, bytes: u64, began: Instant, ended: Instant) {
         let took = match self.busy {
             Some((from, until)) if began <= until && from <= ended => {
@@ -146,7 +150,7 @@ impl LinkStatus {
         }
     }
 
-    /// Says so if recent writes are far slower than this wire should be.
+    /// Logs a warning if recent writes are far slower than this wire should be.
     pub(crate) fn judge(&mut self, bytes: u64) {
         let (Some(class), rate) = (self.class, self.rate()) else {
             return;
@@ -163,12 +167,12 @@ impl LinkStatus {
         }
     }
 
-    /// GB/s (10⁹) of recent writes.
+    /// Returns the rate of recent writes in GB/s (10⁹); `None` before the first write.
     pub(crate) fn rate(&self) -> Option<f64> {
         gb_per_s(self.recent)
     }
 
-    /// The same of large ones.
+    /// Returns the rate of recent large writes in GB/s (10⁹); `None` before the first large write.
     pub(crate) fn large_rate(&self) -> Option<f64> {
         gb_per_s(self.large)
     }
@@ -201,7 +205,7 @@ impl RankContext {
                 "request ended early"
             );
         } else {
-            // What people of LMCache look for: tokens, milliseconds, GB/s.
+            // The line has the numbers that users of LMCache search for: tokens, milliseconds, GB/s.
             let (verb, us) = match side {
                 RankRole::Sender => ("Stored", record.push_us),
                 RankRole::Receiver => ("Received", record.ready_us),
@@ -212,7 +216,7 @@ impl RankContext {
                  {} chunks",
                 record.tokens,
                 us as f64 / 1e3,
-                // KV that was here before its decode request took no time of it, and has no speed.
+                // KV that arrived before its decode request took no time of the request, so it has no rate.
                 if us > 0 {
                     record.bytes as f64 / us as f64 / 1e3
                 } else {
@@ -250,7 +254,7 @@ impl RankContext {
     }
 }
 
-/// The machines' clock.
+/// The clock of the protocol machines: microseconds since the start of a role.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     start: Instant,
@@ -267,16 +271,17 @@ impl Clock {
         Time(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// The time of an instant since the start.
+    /// Returns the time of an instant; 0 for an instant before the start.
     pub(crate) fn at(&self, instant: Instant) -> Time {
         let since = instant.saturating_duration_since(self.start);
         Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// Completes at `deadline`; never if there is none.
+    /// Completes at `deadline`; never if there is no deadline.
     pub(crate) async fn sleep_until(&self, deadline: Option<Time>) {
         match deadline {
-            // Timers have a granularity of a millisecond; never early, or the machine is asked twice.
+            // Timers have a granularity of a millisecond and never fire early. A timer that fires early would
+            // wake the machine twice for one deadline.
             Some(Time(us)) => {
                 let at = self.start + Duration::from_micros(us);
                 tokio::time::sleep_until(at.into()).await;

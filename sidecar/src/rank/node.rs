@@ -212,7 +212,6 @@ impl Builder {
     }
 
     async fn receiver(&mut self, rank: u32) -> Result<(), StartError> {
-        // Without ports no sender can reach this rank, so a missing port ends the start.
         let buffer = self.buffer(RankRole::Receiver, rank)?;
         let listen = self.config.listen.clone();
         let ports = listen.as_ref().and_then(|l| l.ranks.get(rank as usize));
@@ -229,6 +228,7 @@ impl Builder {
             // `Config` has checked that a receiver has ports for every rank.
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
+        // No sender can reach this rank without its ports, so a port that cannot be bound ends the start.
         let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
         let init = bind(init, MAX_INIT_BYTES)
             .await

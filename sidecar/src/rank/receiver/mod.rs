@@ -1,5 +1,4 @@
-//! The receiving side of one rank: the task that owns its machine, its two ports and the gate to the
-//! landing buffer.
+//! Runs the receiving role of one rank: the task that owns its machine, its ports and its buffer.
 
 mod canary;
 mod checks;
@@ -34,7 +33,7 @@ use pending_before_engine::PendingBeforeEngine;
 use ports::next_query;
 use write_fence::{News, WriteFences};
 
-/// See the module's documentation.
+/// The task of a rank's receiver. The machine decides, and the task carries out its actions.
 #[derive(Debug)]
 pub(crate) struct ReceiverTask {
     context: RankContext,
@@ -43,7 +42,7 @@ pub(crate) struct ReceiverTask {
     buffer: Arc<Buffer>,
     init: RouterServer,
     alloc: RouterServer,
-    /// LMCache's bidirectional mode only.
+    /// The query port, which only LMCache's bidirectional mode uses; `None` without it.
     query: Option<RouterServer>,
     identity: Identity,
     pending: PendingBeforeEngine,
@@ -65,6 +64,7 @@ impl ReceiverTask {
     ) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
+        // Before an engine comes, the hello has no layout and epoch 0; `begin` fills in both.
         let hello = Hello {
             v: VERSION,
             id: id.clone(),
@@ -106,7 +106,7 @@ impl ReceiverTask {
         }
     }
 
-    /// Runs until `stop` is cancelled, or until nothing is under way once `drain` is.
+    /// Runs until `stop` is cancelled, or, once `drain` is cancelled, until no request is in flight.
     pub(crate) async fn run(
         mut self,
         mut engines: mpsc::Receiver<FromEngine>,
@@ -114,11 +114,13 @@ impl ReceiverTask {
         stop: CancellationToken,
     ) {
         loop {
+            // The state is published before each wait, so that metrics show the result of the last event.
             self.publish();
             if self.draining && self.machine.as_ref().is_none_or(Receiver::is_idle) {
                 break;
             }
             let deadline = self.machine.as_ref().and_then(Receiver::deadline);
+            // The branches stand in the order of their priority: senders wait for the answers of the alloc port.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -161,6 +163,7 @@ impl ReceiverTask {
                 }
             }
         }
+        // Closed sockets tell the peers of the end at once.
         self.init.close().await;
         self.alloc.close().await;
         if let Some(query) = self.query {
@@ -197,7 +200,8 @@ impl ReceiverTask {
         }
     }
 
-    /// Tells senders that ask from now on why nothing can be pushed here, if the engine moves no KV.
+    /// Puts a refusal into the hello if the engine moves no KV. Senders that make the handshake from now on
+    /// read the reason there.
     fn refuse_senders(&mut self) {
         self.identity.hello.refused = self.engines.unmoved().map(|why| Refusal {
             reason: Reason::LayoutMismatch,
@@ -208,8 +212,9 @@ impl ReceiverTask {
         });
     }
 
-    /// A machine for a freshly cut buffer.
+    /// Starts a machine for a new slot layout.
     fn begin(&mut self, slot_layout: &SlotLayout) {
+        // The wires need the new layout first, because the handshake contains their addresses of the slots.
         self.context
             .wires
             .divide(slot_layout.slots, slot_layout.slot_bytes);
@@ -238,8 +243,10 @@ impl ReceiverTask {
                 slot_bytes: slot_layout.slot_bytes,
             },
         };
+        // LMCache's senders know the addresses of the former layout, which are wrong now.
         self.lmcache_peers.forget();
         self.canaries = Canaries::default();
+        // Peers of LMCache that asked before the engine came get their answers now.
         for (route, request) in self.pending.introductions() {
             self.on_init(route, &request);
         }
@@ -255,6 +262,7 @@ impl ReceiverTask {
             return;
         };
         let now = self.clock.now();
+        // The trace gets the event before the machine does, so that a crash in the machine can be replayed.
         self.context.trace.receiver_event(now, &event);
         machine.handle(now, event);
         let mut fenced = BTreeMap::new();
@@ -267,6 +275,8 @@ impl ReceiverTask {
             }
         }
         self.expect();
+        // Fences and canary checks feed the machine again, so they wait until all actions of this event are
+        // done.
         for (lease, sender) in fenced {
             self.feed(Event::Fenced {
                 sender,
@@ -278,15 +288,15 @@ impl ReceiverTask {
         }
     }
 
-    /// Lets wires work that need this side's help: while writes are announced, and while the last ones of
-    /// a dead sender may stand in a socket.
+    /// Tells the wires if they must help writes to arrive: while writes are announced, and while the last
+    /// writes of a dead sender may still be in a socket.
     fn expect(&self) {
         let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
         let expect = writing > 0 || self.fences.is_settling();
         self.context.wires.expect(expect);
     }
 
-    /// Looks for marks. An answer may ask for more looks, at most once for each slot.
+    /// Checks whether each slot's canary was overwritten. The machine may request one re-check per slot.
     fn look(&mut self, slots: Vec<SlotIndex>) {
         let bytes = self
             .engines
@@ -317,7 +327,8 @@ impl ReceiverTask {
                 lease,
                 transport,
             } => {
-                // The slots were closed before this action: where we do the writing, that is proof.
+                // The slots were closed before this action. If this process does the writing, the closed slot
+                // is proof.
                 if self.context.wires.close_is_a_fence(&transport) {
                     fenced.insert(lease, sender);
                 } else {
@@ -325,7 +336,7 @@ impl ReceiverTask {
                 }
             }
             Action::Mark { slot } => self.mark(slot),
-            // `feed` collects them.
+            // `feed` collects these actions.
             Action::CheckCanary { .. } => {}
             Action::Record(record) => self.context.record(RankRole::Receiver, &record),
         }

@@ -1,4 +1,4 @@
-//! The connection to one receiver: the handshake, the choice of the wire, and what its alloc port says.
+//! Connects to one receiver: makes the handshake, chooses the wire, and reads the messages of its alloc port.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::transport::expected_rate::{Ends, ExpectedRate};
 use crate::transport::set::Wires;
 use crate::transport::{Link, Remote};
 
-/// What a connection tells its owner.
+/// An event that a connection sends to its owner.
 #[derive(Debug)]
 pub(super) enum News {
     Up(Target, Box<Made>),
@@ -26,19 +26,19 @@ pub(super) enum News {
     Lost(Target),
 }
 
-/// Whose receiver it is.
+/// The kind of a receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReceiverKind {
-    /// A sidecar.
+    /// A sidecar's receiver.
     Ours,
-    /// LMCache's; the asynchronous one takes keys back.
+    /// LMCache's receiver. `cancels` is true for the asynchronous one, which takes keys back.
     Lmcache { cancels: bool },
 }
 
-/// A handshake that went well.
+/// The result of a handshake that succeeded.
 #[derive(Debug)]
 pub(super) struct Made {
-    /// Absent for LMCache.
+    /// The receiver's hello; `None` for LMCache.
     pub(super) hello: Option<Hello>,
     pub(super) kind: ReceiverKind,
     pub(super) slots: u32,
@@ -48,7 +48,7 @@ pub(super) struct Made {
 }
 
 impl Made {
-    /// For people.
+    /// Returns the receiver's name for logs.
     pub(super) fn name(&self) -> &str {
         match (&self.hello, self.kind) {
             (Some(hello), _) => &hello.id,
@@ -58,12 +58,13 @@ impl Made {
     }
 }
 
-/// One receiver's connection, from the handshake to its loss.
+/// The connection to one receiver, from the handshake to its loss.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) to: Target,
     pub(super) generation: u64,
-    /// A sender exports nothing: it has no pages, and a row only for LMCache, which insists on one.
+    /// The sender's own identity. A sender exports no memory, so it has no pages; it has one row, because
+    /// LMCache requires a row.
     pub(super) ours: Identity,
     pub(super) wires: Wires,
     pub(super) deadline: Duration,
@@ -107,7 +108,7 @@ impl Connection {
         }
     }
 
-    /// The handshake, then the socket to the alloc port.
+    /// Makes the handshake and then the socket to the alloc port.
     async fn open(&self, identity: &str) -> Result<(Made, DealerClient), (Reason, String)> {
         let no_link = |error: String| (Reason::NoLink, error);
         let mut made = tokio::time::timeout(self.deadline, self.make())
@@ -116,6 +117,8 @@ impl Connection {
         let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
             .await
             .map_err(|error| no_link(format!("the alloc socket cannot be made: {error}")))?;
+        // A receiver without a hello is LMCache's. Only the type of its alloc socket shows if it is the
+        // asynchronous one.
         if made.hello.is_none() {
             let cancels = self
                 .connected_to_router(&mut dealer)
@@ -130,6 +133,8 @@ impl Connection {
         let linked = handshake::handshake(&self.to, &self.ours, self.deadline)
             .await
             .map_err(|e| (e.reason(), e.to_string()))?;
+        // Each wire checks the receiver's slots when it links, so that a wrong slot layout is an error before
+        // the first write.
         let hello = linked.hello;
         let slots = linked.pages.slots;
         let mut remote = Remote {
@@ -150,7 +155,8 @@ impl Connection {
             remote.address.clone_from(&chosen.address);
             match transport.link(remote.clone()).await {
                 Ok(link) => break (link, chosen),
-                // At most once a wire: one that has failed is not chosen again. LMCache has only one.
+                // The loop tries each wire at most once, because a wire that has failed is not chosen again.
+                // LMCache has only one wire.
                 Err(error) if self.wires.may_choose() && hello.is_some() => {
                     warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
                     failed.push((error.kind, error.cause));
@@ -158,6 +164,7 @@ impl Connection {
                 Err(error) => return Err((Reason::NoLink, error.to_string())),
             }
         };
+        // The place of both ends decides which rate the wire should reach.
         let ends = Ends {
             ours: self.wires.memory(),
             theirs: remote.memory,
@@ -175,7 +182,8 @@ impl Connection {
         })
     }
 
-    /// Waits for the connection to an LMCache receiver's alloc port; whether it is the asynchronous one's.
+    /// Waits for the connection to an LMCache receiver's alloc port. Returns true if the receiver is the
+    /// asynchronous one; `None` if it does not answer in time.
     async fn connected_to_router(&self, dealer: &mut DealerClient) -> Option<bool> {
         let connected = async {
             loop {

@@ -1,7 +1,7 @@
-//! The sending side of one rank: the task that owns its machine.
+//! Runs the sending role of one rank: the task that owns its machine.
 //!
-//! Everything arrives as an event, the machine decides, and its actions are carried out here. The
-//! task keeps no protocol state of its own: links and sockets to receivers are resources.
+//! Everything arrives as an event, the machine decides, and the task carries out its actions. The task keeps
+//! no protocol state of its own: links and sockets to receivers are resources.
 
 mod connection;
 mod peers;
@@ -31,7 +31,7 @@ use crate::transport::{Outcome, Readiness, Ready};
 use connection::ReceiverKind;
 use peers::{FromReceiver, Peers};
 
-/// See the module's documentation.
+/// The task of a rank's sender. The machine decides, and the task carries out its actions.
 #[derive(Debug)]
 pub(crate) struct SenderTask {
     context: RankContext,
@@ -40,7 +40,7 @@ pub(crate) struct SenderTask {
     peers: Peers,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
-    /// Writes that did not end at once.
+    /// Transfers that did not end at once, for which the receiver's help may be needed.
     lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
     watches: JoinSet<(WatchId, Readiness)>,
     clock: Clock,
@@ -55,9 +55,10 @@ struct Wrote {
     outcome: Outcome,
     sums: Vec<u64>,
     bytes: u64,
-    /// It had to wait for its bytes.
+    /// True if the write had to wait for its bytes.
     waited: bool,
-    /// When it could have begun to end as it did, had its parts followed each other without a pause.
+    /// The latest instant at which the write could have begun and still ended when it did, if its parts had
+    /// followed each other without a pause.
     began: Instant,
     ended: Instant,
 }
@@ -89,7 +90,7 @@ impl SenderTask {
         }
     }
 
-    /// Runs until `stop` is cancelled, or until nothing is under way once `drain` is.
+    /// Runs until `stop` is cancelled, or, once `drain` is cancelled, until no request is in flight.
     pub(crate) async fn run(
         mut self,
         mut engines: mpsc::Receiver<FromEngine>,
@@ -141,8 +142,8 @@ impl SenderTask {
             }
             FromEngine::Message(engine, message) => match message {
                 ToSidecar::Reserve(m) => {
-                    // The receiver may have closed what was idle, or somebody else's needed: better found now
-                    // than by a write.
+                    // The receiver may have closed an idle connection, or one that it needed for another
+                    // peer. If the sender finds that only by a write, the write fails.
                     if self.peers.is_broken(&m.to) {
                         let (to, reason) = (m.to.clone(), Reason::PeerLost);
                         self.feed(Event::LinkLost { to, reason });
@@ -162,7 +163,7 @@ impl SenderTask {
         }
     }
 
-    /// A machine for a freshly cut buffer.
+    /// Starts a machine for a new slot layout.
     fn begin(&mut self, slot_layout: &SlotLayout) {
         self.context
             .wires
@@ -263,8 +264,11 @@ impl SenderTask {
                 layers,
             } => {
                 let bytes = pieces.iter().map(|p| p.bytes).sum();
+                // The sums are computed after the write, so they do not delay it.
                 let sums = self.sums(&pieces);
                 let waited = after.is_some();
+                // Each part waits for the event of its own layers. The end of the last part is the end of the
+                // write.
                 let mut parts = self.parts(&to, pieces, after, &layers);
                 let last = parts.pop();
                 let (early, mut spans): (Vec<_>, Vec<_>) = parts
@@ -280,7 +284,8 @@ impl SenderTask {
                     let (early, outcome) = tokio::select! {
                         biased;
                         ended = &mut whole => ended,
-                        // The receiver has been told already of one that waits for its bytes.
+                        // The receiver already knows of a write that waits for its bytes, so only other
+                        // writes ask for its help.
                         () = times.lasting(), if !waited => {
                             if lasting.try_send(transfer).is_err() {
                                 debug!(%transfer, "the receiver is not asked for help with a write");
@@ -288,6 +293,7 @@ impl SenderTask {
                             whole.await
                         }
                     };
+                    // The write counts as done only if every part is done.
                     let outcome = early.into_iter().fold(outcome, Outcome::and);
                     let ended = times.ended().unwrap_or_else(Instant::now);
                     spans.push(times);
@@ -295,6 +301,8 @@ impl SenderTask {
                         let (began, until) = (times.began(), times.ended());
                         (began.unwrap_or(posted), until.unwrap_or(ended))
                     });
+                    // Pauses between the parts are the engine's time and must not lower the measured rate of
+                    // the wire.
                     let began = ended.checked_sub(ranges::busy(spans)).unwrap_or(posted);
                     let sums = match outcome {
                         Outcome::Done => sums(),
@@ -364,7 +372,7 @@ impl SenderTask {
         self.engines.send(engine, message);
     }
 
-    /// Posts one part of a write.
+    /// Posts one part of a write. Returns the outcome to come and the times of the part.
     fn write(
         &self,
         to: &Target,
@@ -381,7 +389,7 @@ impl SenderTask {
         }
     }
 
-    /// Whether these chunks would arrive sooner if they were gathered layer by layer.
+    /// Returns true if these chunks would arrive sooner if the engine gathered them layer by layer.
     fn gains_by_layers(&self, granted: &Granted) -> bool {
         let to = self
             .machine
@@ -397,7 +405,8 @@ impl SenderTask {
         })
     }
 
-    /// A write by ranges of layers, where that is worth it; the last part ends it.
+    /// Divides a write by ranges of layers if that saves time; otherwise the result has one part. The last
+    /// part ends the write.
     fn parts(
         &self,
         to: &Target,
@@ -423,7 +432,8 @@ impl SenderTask {
         divided.unwrap_or_else(|| vec![(pieces, after)])
     }
 
-    /// When the slots of a write may be read; if that cannot be known, the outcome of the write.
+    /// Returns the readiness of a write's slots, or the write's failed outcome if the engine never announced
+    /// the event.
     fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
         let Some(After { engine, event }) = after else {
             return Ok(Ready::now());
@@ -437,8 +447,9 @@ impl SenderTask {
         }
     }
 
-    /// Gives the checksum of each piece, if checksums are on. Its slots stand as they are until the
-    /// machine hears of the write's end; before the write they need not be ready.
+    /// Returns a function that computes the checksum of each piece; it returns no sums if checksums are off.
+    /// The slots need not be ready before the write, and they stay unchanged until the machine hears of the
+    /// write's end.
     fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
         let slot_layout = self
             .engines
@@ -481,5 +492,5 @@ impl SenderTask {
     }
 }
 
-/// Writes that may wait for the machine to hear that they last; far more than a wire has under way.
+/// The most transfers that may wait to be reported as lasting; far more than a wire has in flight.
 const LASTING: usize = 1024;

@@ -1,4 +1,4 @@
-//! The receivers that a rank is linked to.
+//! Keeps the links to all receivers of a rank.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::transport::{Link, Outcome, Ready};
 use super::connection::{Connection, News, ReceiverKind};
 use super::ranges::is_worth_dividing;
 
-/// What comes from receivers.
+/// An event from a receiver.
 #[derive(Debug)]
 pub(super) enum FromReceiver {
     Message(Target, ToSender),
@@ -38,11 +38,11 @@ pub(super) enum FromReceiver {
         kind: ReceiverKind,
     },
     Lost(Target, Reason),
-    /// It sent what is no message.
+    /// The receiver sent a frame that is not a valid message.
     Malformed,
 }
 
-/// Every receiver that this rank is linked to.
+/// All receivers that this rank is linked to.
 #[derive(Debug)]
 pub(super) struct Peers {
     wires: Wires,
@@ -51,7 +51,8 @@ pub(super) struct Peers {
     process_lock: ProcessLock,
     slot_layout: Option<SlotLayout>,
     peers: BTreeMap<Target, Peer>,
-    /// Counts handshakes, so that what an older one of the same receiver says is not taken for news.
+    /// The number of the latest handshake. Events of an older connection to the same receiver have a smaller
+    /// number and are ignored.
     generation: u64,
     tasks: JoinSet<()>,
     events: mpsc::Sender<(u64, News)>,
@@ -62,15 +63,16 @@ pub(super) struct Peers {
 struct Peer {
     generation: u64,
     stop: CancellationToken,
-    /// To the task that owns the alloc socket.
+    /// The queue to the task that owns the alloc socket.
     outbox: mpsc::Sender<Vec<u8>>,
     link: Option<Arc<dyn Link>>,
     status: LinkStatus,
 }
 
-/// Messages to one receiver that may wait for its socket.
+/// The most messages to one receiver that may wait for its socket.
 const OUTBOX: usize = 4096;
-/// Messages of all receivers that may wait for the machine; beyond it their sockets push back.
+/// The most events of all receivers that may wait for the machine. When the queue is full, the receivers'
+/// sockets push back.
 const INBOX: usize = 4096;
 
 impl Peers {
@@ -95,7 +97,7 @@ impl Peers {
         }
     }
 
-    /// The buffer has been cut (anew): links of the former cut are of no use.
+    /// Takes a new slot layout and ends all links, because they belong to the former layout.
     pub(super) fn begin(&mut self, slot_layout: &SlotLayout) {
         self.slot_layout = Some(slot_layout.clone());
         for peer in std::mem::take(&mut self.peers).into_values() {
@@ -103,7 +105,7 @@ impl Peers {
         }
     }
 
-    /// The next word of a receiver; never `None`.
+    /// Returns the next event of a receiver; never `None`.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -178,11 +180,13 @@ impl Peers {
         }
     }
 
-    /// Makes the init handshake, anew if there is a link.
+    /// Makes the init handshake with a receiver. An existing link to it ends first.
     pub(super) fn link(&mut self, to: Target) {
         let Some(slot_layout) = self.slot_layout.clone() else {
             return;
         };
+        // The former connection's events must not reach the machine, so it is stopped and the generation is
+        // raised.
         if let Some(former) = self.peers.remove(&to) {
             former.stop.cancel();
         }
@@ -202,7 +206,8 @@ impl Peers {
             ended: self.process_lock.proofs.clone(),
             refused: None,
         };
-        // Whoever connects first with an identity has it: so nobody may guess it.
+        // A ROUTER socket gives an identity to the first peer that uses it. The identity has a secret part,
+        // so that no other peer can guess and take it.
         let secret: u64 = rand::random();
         let identity = format!(
             "{}-{}-{secret:016x}-to-{}:{}",
@@ -273,9 +278,10 @@ impl Peers {
         }
     }
 
-    /// Whether a write of so many bytes is worth dividing by layers, and where parts may begin.
+    /// Returns the granule at which parts of a write may begin, or `None` if dividing a write of so many
+    /// bytes by layers saves no time.
     ///
-    /// Decided by the rate that was measured: nothing is divided before there is one.
+    /// The measured rate of the link decides, so no write is divided before a large write was measured.
     pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {
         let peer = self.peers.get(to)?;
         peer.status
@@ -285,7 +291,7 @@ impl Peers {
             .map(|link| link.granule())
     }
 
-    /// Notes how fast a write was.
+    /// Adds a write to the measured rate of a link and logs a warning if the link is far too slow.
     pub(super) fn measured(&mut self, to: &Target, bytes: u64, began: Instant, ended: Instant) {
         if let Some(peer) = self.peers.get_mut(to) {
             peer.status.measured(bytes, began, ended);
@@ -293,7 +299,7 @@ impl Peers {
         }
     }
 
-    /// A link stands, and a part of it is gone.
+    /// Returns true if there is a link and a part of it is broken.
     pub(super) fn is_broken(&self, to: &Target) -> bool {
         let link = self.peers.get(to).and_then(|p| p.link.as_ref());
         link.is_some_and(|link| link.is_broken())
@@ -303,7 +309,7 @@ impl Peers {
         self.peers.values().map(|p| &p.status)
     }
 
-    /// Ends every connection.
+    /// Ends every connection and waits for its task.
     pub(super) async fn close(&mut self) {
         for peer in std::mem::take(&mut self.peers).into_values() {
             peer.stop.cancel();

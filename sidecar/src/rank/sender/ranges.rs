@@ -1,5 +1,5 @@
-//! Writes by ranges of layers: what the engine has gathered of the first layers is on its way while the
-//! last ones are still computed.
+//! Divides writes by ranges of layers: the KV of the first layers is in flight while the engine computes the
+//! last layers.
 
 use std::time::{Duration, Instant};
 
@@ -7,13 +7,15 @@ use protocol::Layout;
 use protocol::local::LayersStaged;
 use protocol::sender::Piece;
 
-/// A write divided: for each range the event that it waits for, and what is to be written then.
+/// Divides a write by ranges of layers. Returns for each range the event that it waits for and the pieces to
+/// write after the event.
 ///
-/// A chunk is `[planes, layers, tokens, width]`, so a range of layers is one run of bytes in each plane.
-/// Runs begin at multiples of `granule`, the link's; the granule in which two ranges meet belongs to
-/// the later one. So no byte is in two writes, of which the earlier might arrive last.
+/// A chunk is `[planes, layers, tokens, width]`, so a range of layers is one run of bytes in each plane. Runs
+/// begin at multiples of the link's `granule`; a granule in which two ranges meet belongs to the later range.
+/// So no byte is in two writes, of which the earlier one might arrive last and overwrite new bytes with old
+/// ones.
 ///
-/// `None` if the ranges are not ranges of all layers, or runs would be shorter than a granule.
+/// Returns `None` if the ranges do not cover all layers, or if runs would be shorter than a granule.
 pub(super) fn divide(
     pieces: &[Piece],
     layers: &[LayersStaged],
@@ -46,7 +48,8 @@ pub(super) fn divide(
                 let is_last = index + 1 == layers.len();
                 let end = match (is_last, plane + 1 == planes) {
                     (true, true) => end,
-                    // The next run is the first range's again: what they share waits for the last.
+                    // The next run belongs to the first range again, so the granule that both share waits for
+                    // the last range.
                     (true, false) => end.next_multiple_of(granule),
                     (false, _) => end / granule * granule,
                 };
@@ -65,7 +68,7 @@ pub(super) fn divide(
     Some(divided)
 }
 
-/// How long the wire was at it: spans that follow each other, which may overlap.
+/// Returns the time in which the wire was busy. The spans are in order and may overlap.
 pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration {
     let mut until: Option<Instant> = None;
     let mut busy = Duration::ZERO;
@@ -77,17 +80,19 @@ pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration 
     busy
 }
 
-/// Whether parts of a write, at so many GB/s, should be on their way while the rest is computed.
+/// Returns true if, at the measured link speed in GB/s, sending a step's first layers early hides more time
+/// than it costs.
 ///
-/// Each part costs its post and the look at its end, some ten microseconds; and what is gathered and
-/// sent while a GPU computes slows that down, by 1 to 9 ms for 2 GB on an H200, whatever the pace. A
-/// wire that needs as little for all of it gains nothing.
+/// Each part costs its post and the check of its end, some ten microseconds. Gathering and sending while a
+/// GPU computes slows the computation down by 1 to 9 ms for 2 GB on an H200, at any rate. A wire that needs
+/// as little time for the whole write gains nothing.
 pub(super) fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let takes = bytes as f64 / (rate * 1e9);
     rate < f64::from(below_gb_s) && takes > DIVIDE_FROM.as_secs_f64()
 }
 
+/// The least time of a write that is divided.
 const DIVIDE_FROM: Duration = Duration::from_micros(200);
 
 #[cfg(test)]
