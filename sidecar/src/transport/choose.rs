@@ -1,4 +1,4 @@
-//! Which wire a pair of sidecars uses, and why.
+//! Chooses the wire between a pair of sidecars and says why.
 
 use std::fmt;
 
@@ -13,23 +13,23 @@ pub(crate) enum Wanted {
     /// The best wire that both sides have.
     #[default]
     Auto,
-    /// This one or none.
+    /// This wire or none.
     Only(Kind),
 }
 
-/// The wire of one link.
+/// The wire that was chosen for one link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chosen {
-    /// Which.
+    /// The kind of the wire.
     pub(crate) kind: Kind,
-    /// What the receiver's advert says, for [`Kind::Tcp`] `host:port`; `None` for NIXL, whose address is
-    /// the agent's metadata.
+    /// The address in the receiver's advert, `host:port` for [`Kind::Tcp`]; `None` for NIXL, for which the
+    /// agent's metadata is the address.
     pub(crate) address: Option<String>,
-    /// For logs and the status page.
+    /// The reason for the choice, for logs and the status page.
     pub(crate) why: String,
 }
 
-/// No wire serves both sides.
+/// The error that no wire serves both sides.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub(crate) struct NoWire {
@@ -37,37 +37,37 @@ pub(crate) struct NoWire {
 }
 
 impl NoWire {
-    /// For counters and messages.
+    /// Returns the reason for counters and messages.
     #[expect(clippy::unused_self, reason = "callers ask the error, not its type")]
     pub(crate) fn reason(&self) -> Reason {
         Reason::NoLink
     }
 }
 
-/// Both sides as far as the choice goes.
+/// The facts about both sides that decide the choice.
 #[derive(Clone, Copy)]
 pub(crate) struct Sides<'a> {
-    /// What this process has.
+    /// The wires of this process.
     pub(crate) ours: &'a [Kind],
-    /// What the receiver's hello offers; `None` for an LMCache peer, which says nothing and has NIXL.
+    /// The adverts in the receiver's hello; `None` for an LMCache peer, which sends no hello and has NIXL.
     pub(crate) theirs: Option<&'a [Advert]>,
     /// The name by which the receiver's init port was reached.
     pub(crate) host: &'a str,
-    /// Whether a wire of ours reaches what an advert tells of; if not, why.
+    /// Checks that this process's wire reaches the receiver of an advert; the error says why it does not.
     pub(crate) reaches: &'a dyn Fn(Kind, &Advert) -> Result<(), String>,
-    /// Why a wire of ours is the last choice, if it is.
+    /// Returns the reason why this process's wire is only a last choice; `None` if it is not.
     pub(crate) poor: &'a dyn Fn(Kind) -> Option<String>,
 }
 
-/// Chooses.
+/// Chooses the wire for a link.
 ///
-/// CUDA IPC goes first where it reaches: over NVLink it is a little faster than NIXL, which copies the
-/// same way below (docs/benchmarks.md), and it tells of memory that it cannot reach instead of staging
-/// it through sockets. Then NIXL where both sides have it: it reaches NVLink, RDMA and shared memory, and
-/// where it has only TCP it is about as fast as the built-in wire.
+/// CUDA IPC is first if it reaches the receiver: over NVLink it is a little faster than NIXL, which copies in
+/// the same way below (docs/benchmarks.md), and it reports memory that it cannot reach instead of staging it
+/// through sockets. NIXL is second: it reaches NVLink, RDMA and shared memory, and if it has only TCP, it is
+/// about as fast as the built-in wire.
 ///
 /// # Errors
-/// What is missing on which side.
+/// The text names what is missing on which side.
 pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire> {
     if let Wanted::Only(kind) = wanted {
         return match usable(kind, sides) {
@@ -81,6 +81,8 @@ pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire>
             }),
         };
     }
+    // Wires that are a last choice come after all others. The order among the rest stays, because the sort is
+    // stable.
     let mut lacks = Vec::new();
     let mut order: Vec<(Kind, Option<String>)> =
         BEST_FIRST.map(|kind| (kind, (sides.poor)(kind))).into();
@@ -98,7 +100,7 @@ pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire>
                 };
                 return Ok(Chosen { kind, address, why });
             }
-            // Nobody misses it where no buffer is on a GPU.
+            // A host without GPU buffers does not miss CUDA IPC, so its absence is not a reason to report.
             Err(Lack::Here(Kind::CudaIpc)) => {}
             Err(lack) => lacks.push(lack.to_string()),
         }
@@ -109,7 +111,7 @@ pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire>
 
 const BEST_FIRST: [Kind; 3] = [Kind::CudaIpc, Kind::Nixl, Kind::Tcp];
 
-/// `host:port`, with the brackets that an IPv6 address wants.
+/// Returns `host:port`, with brackets around an IPv6 address.
 pub(super) fn join(host: &str, port: u16) -> String {
     if host.contains(':') && !host.starts_with('[') {
         format!("[{host}]:{port}")
@@ -118,7 +120,7 @@ pub(super) fn join(host: &str, port: u16) -> String {
     }
 }
 
-/// What makes a wire unusable for a pair.
+/// The reason why a wire cannot be used for a pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Lack {
     Here(Kind),
@@ -145,7 +147,7 @@ impl fmt::Display for Lack {
     }
 }
 
-/// The address of a wire that both sides have.
+/// Returns the address of a wire if both sides have the wire and it reaches the receiver.
 fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
     if !sides.ours.contains(&kind) {
         return Err(Lack::Here(kind));
@@ -164,7 +166,7 @@ fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
     match kind {
         Kind::CudaIpc => Ok(Some(offer.address.clone())),
         Kind::Nixl => Ok(None),
-        // A sender without a receiving half says so by an empty address.
+        // A sender without a receiving half has an empty address in its advert.
         Kind::Tcp if offer.address.is_empty() => Err(Lack::There(kind)),
         Kind::Tcp => complete(&offer.address, sides.host)
             .map(Some)
@@ -172,7 +174,7 @@ fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
     }
 }
 
-/// `:port` means the host by which the peer is known already.
+/// Completes `:port` with the host by which the peer is already known; `None` if the port is not valid.
 fn complete(address: &str, host: &str) -> Option<String> {
     let (name, port) = address.rsplit_once(':')?;
     let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
@@ -191,7 +193,7 @@ mod tests {
     const NIXL: Wanted = Wanted::Only(Kind::Nixl);
     const TCP: Wanted = Wanted::Only(Kind::Tcp);
 
-    /// `theirs`: words `nixl`, `tcp@ADDRESS`, or `lmcache` alone.
+    /// Checks a choice. `theirs` has the words `nixl` and `tcp@ADDRESS`, or `lmcache` alone.
     fn check(
         wanted: Wanted,
         ours: &[Kind],

@@ -1,4 +1,5 @@
-//! What a wire should give, so that one which does something else in silence is noticed.
+//! Sets the least rate of each kind of wire, so that a wire that silently falls back to a slower way is
+//! noticed.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +7,7 @@ use protocol::dlist::Memory;
 
 use super::Kind;
 
-/// Where the two ends of a link are.
+/// The place of the memory at the two ends of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ends {
     pub(crate) ours: Memory,
@@ -14,17 +15,17 @@ pub(crate) struct Ends {
     pub(crate) same_host: bool,
 }
 
-/// A wire's class: a rate that even its slowest kind exceeds.
+/// The rate class of a wire: even the slowest wire of the kind is faster than this rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExpectedRate {
-    /// 10⁹ bytes a second.
+    /// The least rate to expect, in 10⁹ bytes per second.
     pub(crate) least_gb_s: f64,
-    /// What it is when it is slower.
+    /// The likely cause of a slower rate, for people.
     hint: &'static str,
 }
 
 impl ExpectedRate {
-    /// Of a wire between these ends.
+    /// Returns the class of a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
         let on_gpus = ends.ours == Memory::Vram && ends.theirs == Memory::Vram;
         match kind {
@@ -33,7 +34,8 @@ impl ExpectedRate {
                 hint: "the GPUs share no NVLink and a slow or busy bus; `nvidia-smi topo -m` shows \
                        how they are linked",
             },
-            // 0.54 was seen where UCX could not export the memory: the slowest bus gives ten times that.
+            // A rate of 0.54 was seen where UCX could not export the memory; the slowest bus gives ten times
+            // that.
             Kind::Nixl if on_gpus && ends.same_host => Self {
                 least_gb_s: 5.0,
                 hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
@@ -53,7 +55,7 @@ impl ExpectedRate {
     }
 }
 
-/// Whether a link is far below its class. Says so once a while.
+/// Notices a link that is far below its class, and limits how often that is reported.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Watch {
     big_writes: u32,
@@ -61,7 +63,8 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Notes a write, and the rate of recent ones; gives what is to be said now.
+    /// Notes a write and the rate of recent writes. Returns the hint to log now; `None` if there is nothing
+    /// to log.
     pub(crate) fn note(
         &mut self,
         class: ExpectedRate,
@@ -73,7 +76,7 @@ impl Watch {
             return None;
         }
         self.big_writes = self.big_writes.saturating_add(1);
-        // The first ones set up connections and mappings.
+        // The first writes set up connections and mappings, so their rate says nothing.
         if self.big_writes <= WARM_UP || rate.is_none_or(|rate| rate >= class.least_gb_s) {
             return None;
         }
@@ -88,9 +91,11 @@ impl Watch {
     }
 }
 
-/// Smaller writes are all overhead, on any wire.
+/// The least bytes of a write that counts. Smaller writes are mostly overhead on any wire.
 const BIG_BYTES: u64 = 4 << 20;
+/// The number of first writes that do not count.
 const WARM_UP: u32 = 3;
+/// The least time between two warnings about a link.
 const AGAIN: Duration = Duration::from_secs(300);
 
 #[cfg(test)]

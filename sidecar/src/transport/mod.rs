@@ -1,4 +1,4 @@
-//! Wires that carry chunks from a send buffer into a landing buffer, behind one trait.
+//! Defines the wires that carry chunks from a send buffer into a receiver's buffer, behind one trait.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub(crate) mod tcp;
 
 pub(crate) use readiness::{Readiness, Ready};
 
-/// Which wire.
+/// The kind of a wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
     /// Copies into GPU memory of another process on the same host.
@@ -46,41 +46,43 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A receiver's landing buffer as the init handshake describes it.
+/// A receiver's buffer as the init handshake describes it.
 #[derive(Clone, Debug)]
 pub(crate) struct Remote {
     /// `host:init_port`, for logs and errors.
     pub(crate) name: String,
     /// NIXL agent metadata; empty if the peer has no NIXL.
     pub(crate) metadata: Vec<u8>,
-    /// NIXL rows, one a slot; empty if the peer has no NIXL.
+    /// NIXL rows, one per slot; empty if the peer has no NIXL.
     pub(crate) rows: Vec<protocol::dlist::Row>,
     /// NIXL memory type of the rows.
     pub(crate) memory: protocol::dlist::Memory,
-    /// Slots.
+    /// The number of slots.
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// What the peer's advert of the chosen wire says; `host:port` of the built-in transport.
+    /// The address in the peer's advert of the chosen wire: `host:port` for the built-in transport; `None`
+    /// for NIXL.
     pub(crate) address: Option<String>,
 }
 
-/// How a write ended.
+/// The result of a write.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Outcome {
-    /// Flushed: every byte is visible at the receiver.
+    /// The write was flushed: every byte is visible at the receiver.
     Done,
-    /// Failed.
+    /// The write failed, perhaps after some of its bytes had arrived.
     Failed {
-        /// No byte of it can still arrive.
+        /// True if no byte of the write can still arrive.
         terminal: bool,
-        /// For the log.
+        /// The error for the log.
         error: String,
     },
 }
 
 impl Outcome {
-    /// Of both: the first error is told, and it is terminal only if every one is.
+    /// Returns the outcome of two parts of a write. If both failed, the error is the first one's, and the
+    /// outcome is terminal only if both are.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
             (
@@ -97,76 +99,77 @@ impl Outcome {
     }
 }
 
-/// A wire of this process: both its sending and its receiving half.
+/// A wire of this process: its sending and its receiving half.
 pub(crate) trait Transport: Send + Sync + fmt::Debug {
-    /// Which wire.
+    /// Returns the kind of the wire.
     fn kind(&self) -> Kind;
-    /// What the init handshake says of it.
+    /// Returns the wire's advert for the init handshake.
     fn advert(&self) -> Advert;
-    /// NIXL agent metadata of this process; empty for other wires.
+    /// Returns the NIXL agent metadata of this process; empty for other wires.
     fn metadata(&self) -> Vec<u8>;
-    /// Sender: whether a receiver that advertises this wire can be reached by it; if not, why.
-    /// `same_host`: it is on this host, where its process can be watched.
+    /// Sender: checks that the wire reaches a receiver that advertises it; the error says why it does not.
+    /// `same_host` is true if the receiver is on this host and its process can be watched.
     fn reaches(&self, _advert: &Advert, _same_host: bool) -> Result<(), String> {
         Ok(())
     }
-    /// Sender: why another wire to such a receiver is better, whichever it is.
+    /// Sender: returns the reason why any other wire to such a receiver is better; `None` if there is none.
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }
-    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is closed.
-    /// Before the first slot layout nothing is sent or received.
+    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is
+    /// closed. Before the first slot layout nothing is sent or received.
     fn divide(&self, _slots: u32, _slot_bytes: u64) {}
-    /// NIXL's row of each slot; empty for other wires.
+    /// Returns NIXL's row of each slot; empty for other wires.
     fn rows(&self) -> Vec<protocol::dlist::Row> {
         Vec::new()
     }
-    /// Sender: connects to a receiver's buffer. Bounded by its own timeout.
+    /// Sender: connects to a receiver's buffer. The wire's own timeout bounds the call.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
-    /// Receiver: writes under `lease` may land in `slot` from now on.
+    /// Receiver: lets writes under `lease` land in `slot` from now on.
     fn open(&self, lease: LeaseId, slot: SlotIndex);
-    /// Receiver: no new write may land in `slot`. Where this side does the writing (TCP), no byte
-    /// lands in it after the call returns.
+    /// Receiver: lets no new write land in `slot`. If this process does the writing (TCP), no byte lands in
+    /// the slot after the call returns.
     fn close(&self, slot: SlotIndex);
-    /// Whether [`Transport::close`] proves the slot free of writes (design D6).
+    /// Returns true if [`Transport::close`] proves that no write can reach the slot any more (design D6).
     fn close_is_a_fence(&self) -> bool;
-    /// What has happened on this wire since the start: a fixed set of names, for metrics.
+    /// Returns the counts of the wire's events since the start, for metrics. The set of names is fixed.
     fn events(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
-    /// Whether what does the work behind this wire lives; without it nothing moves any more.
+    /// Returns true while the thread behind this wire runs; without it nothing moves any more.
     fn is_running(&self) -> bool {
         true
     }
-    /// Receiver: writes are (or are no longer) announced, so the library must (need not) progress.
+    /// Receiver: tells the library that it must progress because writes are announced, or that it need not.
     fn expect(&self, writing: bool);
 }
 
-/// A sender's connection to one receiver over one wire. Dropping it disconnects once the writes under
-/// way have ended.
+/// A sender's connection to one receiver over one wire. When it is dropped, it disconnects once the writes in
+/// flight have ended.
 pub(crate) trait Link: Send + Sync + fmt::Debug {
-    /// Which wire.
+    /// Returns the kind of the wire.
     fn kind(&self) -> Kind;
-    /// Writes slots of this process's send buffer, once they are ready, into slots of the receiver. The
-    /// future may be dropped: the write still ends before its memory is given up.
+    /// Writes slots of this process's send buffer, once they are ready, into slots of the receiver. If the
+    /// future is dropped, the write still ends before its memory is freed.
     fn write_when(
         &self,
         ready: Ready,
         lease: LeaseId,
         pieces: Vec<Piece>,
     ) -> BoxFuture<'static, Outcome>;
-    /// The same of slots that are ready.
+    /// Writes slots that are ready.
     #[cfg(test)]
     fn write(&self, lease: LeaseId, pieces: Vec<Piece>) -> BoxFuture<'static, Outcome> {
         self.write_when(Ready::now(), lease, pieces)
     }
-    /// Where in a slot a piece may begin: at multiples of this.
+    /// Returns the granule: a piece may begin only at multiples of this many bytes in a slot.
     fn granule(&self) -> u64 {
         1
     }
-    /// What the library says it uses underneath, for people; empty if it does not say.
+    /// Returns the library's own report about the connection below, for people; empty if there is none.
     fn reported(&self) -> String;
-    /// A part of it is gone, so that writes would fail: it has to be made anew.
+    /// Returns true if a part of the link is broken, so that writes would fail. The link must then be made
+    /// again.
     fn is_broken(&self) -> bool {
         false
     }
@@ -176,10 +179,10 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
 #[derive(Debug, thiserror::Error)]
 #[error("no {kind} link to {peer}: {cause}")]
 pub(crate) struct LinkError {
-    /// Which wire.
+    /// The kind of the wire.
     pub(crate) kind: Kind,
-    /// `host:init_port`.
+    /// The receiver, as `host:init_port`.
     pub(crate) peer: String,
-    /// What failed, and what to check.
+    /// The failure, and what to check.
     pub(crate) cause: String,
 }

@@ -1,4 +1,4 @@
-//! When the bytes of a write stand in the send buffer.
+//! Tells transports when the bytes of a write are in the send buffer.
 
 use std::fmt;
 use std::num::NonZero;
@@ -9,20 +9,20 @@ use tokio::sync::Notify;
 
 use crate::memory::cuda::{Event, State};
 
-/// When a write may read the send buffer. A transport looks at it on its own thread, and posts nothing
-/// before; it bounds the wait by the time that a write may stand still.
+/// The event after which a write may read the send buffer. A transport checks it on its own thread and posts
+/// nothing before. The time that a write may stand still bounds the wait.
 ///
-/// Looking, instead of having the GPU wait: an engine that is killed before its GPU gets to the event
-/// never fires it, and a copy that the GPU has queued behind it can be neither cancelled nor proven
-/// harmless. What a look costs is [`LOOK`].
+/// The transport polls and does not let the GPU wait. An engine that is killed before its GPU reaches the
+/// event never fires it, and a copy that the GPU has queued behind the event can be neither cancelled nor
+/// proven harmless. [`LOOK`] gives the cost of a check.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ready {
-    /// Absent once they do.
+    /// The signal that the bytes are there; `None` once they are.
     after: Option<Arc<dyn Signal>>,
     times: Arc<Times>,
 }
 
-/// What a transport's thread has noted of a write, for who measures it.
+/// The times that a transport's thread notes about a write, for measurements.
 #[derive(Debug, Default)]
 pub(crate) struct Times {
     began: OnceLock<Instant>,
@@ -30,30 +30,30 @@ pub(crate) struct Times {
     lasting: Notify,
 }
 
-/// Something that says when bytes stand.
+/// A source that tells if the bytes of a write are in the send buffer.
 pub(crate) trait Signal: Send + Sync + fmt::Debug {
-    /// How it is now.
+    /// Returns the present state.
     fn readiness(&self) -> Readiness;
 }
 
-/// Whether bytes stand where they should.
+/// The state of a write's bytes in the send buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Readiness {
-    /// Yes.
+    /// The bytes are in the buffer.
     There,
-    /// Not yet.
+    /// The bytes are not in the buffer yet.
     NotYet,
-    /// They never will, or nobody will ever know.
+    /// The bytes will never be there, or this can no longer be learned. Holds the reason.
     Never(String),
 }
 
 impl Ready {
-    /// They do.
+    /// Makes the readiness of bytes that are in the buffer already.
     pub(crate) fn now() -> Self {
         Self::default()
     }
 
-    /// Once `signal` says so.
+    /// Makes the readiness of bytes that are in the buffer once `signal` says so.
     pub(crate) fn after(signal: Arc<dyn Signal>) -> Self {
         Self {
             after: Some(signal),
@@ -61,7 +61,7 @@ impl Ready {
         }
     }
 
-    /// How it is now. What is there stays there.
+    /// Returns the present state. Once the bytes are there, the state does not change any more.
     pub(crate) fn look(&mut self) -> Readiness {
         let readiness = match &self.after {
             None => Readiness::There,
@@ -74,7 +74,7 @@ impl Ready {
         readiness
     }
 
-    /// How it is in the end, within `bound`: for who has no thread of a transport to look.
+    /// Waits for the final state, at most for `bound`. Callers without a transport's thread use this.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -85,46 +85,46 @@ impl Ready {
                 Readiness::NotYet if Instant::now() >= until => {
                     return Readiness::Never(format!("not ready within {bound:?}"));
                 }
-                // The runtime's timers are no finer.
+                // The runtime's timers have a granularity of a millisecond.
                 Readiness::NotYet => tokio::time::sleep(Duration::from_millis(1)).await,
                 readiness => return readiness,
             }
         }
     }
 
-    /// Whether it may be another answer next time.
+    /// Returns true if the state may still change.
     pub(crate) fn is_pending(&self) -> bool {
         self.after.is_some()
     }
 
-    /// Nobody asks any more.
+    /// Drops the signal, because no caller needs the state any more.
     pub(crate) fn forget(&mut self) {
         self.after = None;
     }
 
-    /// The write is posted and has not ended, and its wire may need the receiver's help.
+    /// Notes that the write is posted and has not ended, so that its wire may need the receiver's help.
     pub(crate) fn lasts(&self) {
         self.times.lasting.notify_one();
     }
 
-    /// The write has ended.
+    /// Notes that the write has ended.
     pub(crate) fn end(&self) {
         self.times.ended.get_or_init(Instant::now);
     }
 
-    /// What will have been noted once the write has ended.
+    /// Returns the times of the write, which are complete once the write has ended.
     pub(crate) fn times(&self) -> Arc<Times> {
         Arc::clone(&self.times)
     }
 }
 
 impl Times {
-    /// When the bytes were first seen in their slots.
+    /// Returns the time at which the bytes were first seen in their slots; `None` before.
     pub(crate) fn began(&self) -> Option<Instant> {
         self.began.get().copied()
     }
 
-    /// Completes when the write lasts; see [`Ready::lasts`].
+    /// Completes when the write does not end at once; see [`Ready::lasts`].
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -132,7 +132,7 @@ impl Times {
         self.lasting.notified().await;
     }
 
-    /// When the wire was done.
+    /// Returns the time at which the wire had written everything; `None` before.
     pub(crate) fn ended(&self) -> Option<Instant> {
         self.ended.get().copied()
     }
@@ -141,7 +141,7 @@ impl Times {
 impl Signal for Event {
     fn readiness(&self) -> Readiness {
         let state = self.state();
-        // Asked last: an event may seem to have fired because its owner died.
+        // The owner is checked after the state: an event may seem to have fired because its owner died.
         if self.is_orphaned() {
             return Readiness::Never("the engine that was to fill the slots has gone".to_owned());
         }
@@ -153,11 +153,11 @@ impl Signal for Event {
     }
 }
 
-/// Time between two looks: a hundredth of the push of a long prompt. A look costs under 1 µs, and this
-/// pace a few hundredths of a core, only while a GPU computes what is to be pushed.
+/// The time between two checks: a hundredth of the push of a long prompt. A check costs under 1 µs, so checks
+/// at this rate take a few hundredths of a core, and only while a GPU computes the KV to push.
 pub(crate) const LOOK: Duration = Duration::from_micros(20);
 
-/// Lets the calling thread sleep as short as [`LOOK`]: the kernel adds 50 µs otherwise.
+/// Lets the calling thread sleep for times as short as [`LOOK`]; by default the kernel adds 50 µs.
 pub(crate) fn sleep_exactly() {
     let slack = NonZero::new(1_000);
     if let Err(error) = rustix::thread::set_current_timer_slack(slack) {
@@ -195,8 +195,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Every transport: a write that is not ready holds nobody up, goes when it is, and is ended, with
-    /// nothing sent, when it never will be. `stall` is the link's.
+    /// Checks the rules for writes that are not ready, for any transport. Such a write delays no other write,
+    /// begins when it is ready, and fails with nothing sent if it never will be. `stall` is the link's.
     pub(crate) async fn check(link: &dyn Link, lease: LeaseId, piece: Piece, stall: Duration) {
         let pieces = || vec![piece];
         let switch = Switch::new();

@@ -1,4 +1,4 @@
-//! The wires of one buffer: made at start, cut with it, and the choice between them per peer.
+//! Holds the wires of one buffer: starts them, tells them the slot layout, and chooses one for each peer.
 
 use std::net::ToSocketAddrs;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::transport::nixl::{self, Library, Nixl, Search};
 use crate::transport::tcp::{self, Tcp};
 use crate::transport::{Kind, Transport};
 
-/// Every wire that this process can use for one buffer.
+/// All wires that this process can use for one buffer.
 #[derive(Clone, Debug)]
 pub(crate) struct Wires {
     wanted: Wanted,
@@ -27,10 +27,10 @@ pub(crate) struct Wires {
 }
 
 impl Wires {
-    /// Makes every wire that the configuration allows and this host has.
+    /// Starts every wire that the configuration allows and this host has.
     ///
     /// # Errors
-    /// A wire that was asked for by name and cannot be had, or a port that cannot be bound.
+    /// A wire that the configuration names cannot be started, or a port cannot be bound.
     pub(crate) fn start(
         config: &Config,
         rank: u32,
@@ -49,6 +49,8 @@ impl Wires {
             ),
             _ => {}
         }
+        // A host without NIXL still has TCP, so a failure of NIXL stops the start only if the configuration
+        // names NIXL.
         let nixl = wants(Wire::Nixl).then(|| nixl(config, rank, buffer));
         match nixl.transpose() {
             Ok(None) => {}
@@ -74,7 +76,7 @@ impl Wires {
         })
     }
 
-    /// These and no others.
+    /// Makes a set of exactly these transports, for tests.
     #[cfg(test)]
     pub(crate) fn of(transports: Vec<Arc<dyn Transport>>) -> Self {
         Self {
@@ -84,24 +86,24 @@ impl Wires {
         }
     }
 
-    /// Where the buffer is, as NIXL says it.
+    /// Returns the memory type of the buffer in NIXL's terms.
     pub(crate) fn memory(&self) -> dlist::Memory {
         self.memory
     }
 
-    /// Best first, for the init handshake.
+    /// Returns the adverts for the init handshake, best wire first.
     pub(crate) fn adverts(&self) -> Vec<Advert> {
         self.transports.iter().map(|t| t.advert()).collect()
     }
 
-    /// The data port of the built-in TCP transport, if it has one.
+    /// Returns the data port of the built-in TCP transport, if it has one.
     pub(crate) fn port(&self) -> Option<u16> {
         let mut adverts = self.transports.iter().map(|t| t.advert());
         let advert = adverts.find(|advert| advert.kind == Kind::Tcp.as_str())?;
         advert.address.rsplit_once(':')?.1.parse().ok()
     }
 
-    /// NIXL's agent metadata; empty without NIXL.
+    /// Returns NIXL's agent metadata; empty without NIXL.
     pub(crate) fn metadata(&self) -> Vec<u8> {
         self.transports
             .iter()
@@ -110,11 +112,12 @@ impl Wires {
             .unwrap_or_default()
     }
 
-    /// The wire to a receiver that was reached as `host` and said this hello (`None`: it is LMCache), its
-    /// address, and why it is that one. `failed`: wires that were tried in vain, and why.
+    /// Chooses the wire to a receiver that was reached as `host` and sent this hello (`None` for LMCache).
+    /// Returns the wire with its address and the reason for the choice. `failed` has the wires that were
+    /// tried in vain, with the errors.
     ///
     /// # Errors
-    /// See [`NoWire`].
+    /// No wire serves both sides; see [`NoWire`].
     pub(crate) fn choose(
         &self,
         hello: Option<&Hello>,
@@ -138,12 +141,12 @@ impl Wires {
             poor: &|kind| of(kind).and_then(|t| t.poor(same_host)),
         };
         let chosen = choose::choose(self.wanted, sides)?;
-        // `choose` takes one of ours.
+        // `choose` returns only wires of this process.
         let transport = of(chosen.kind).expect("a kind of this process");
         Ok((Arc::clone(transport), chosen))
     }
 
-    /// Whether another wire may be taken where one fails.
+    /// Returns true if another wire may be used after a wire has failed.
     pub(crate) fn may_choose(&self) -> bool {
         self.wanted == Wanted::Auto
     }
@@ -160,7 +163,7 @@ impl Wires {
         }
     }
 
-    /// Whether closing a slot keeps every later write out, for a sender that uses this wire.
+    /// Returns true if closing a slot keeps out all later writes of a sender that uses this wire.
     pub(crate) fn close_is_a_fence(&self, name: &str) -> bool {
         let named = self.transports.iter().find(|t| t.kind().as_str() == name);
         named.is_some_and(|t| t.close_is_a_fence())
@@ -172,14 +175,14 @@ impl Wires {
         }
     }
 
-    /// Cuts the buffer into slots for every wire.
+    /// Tells every wire the slot layout of the buffer.
     pub(crate) fn divide(&self, slots: u32, slot_bytes: u64) {
         for transport in &self.transports {
             transport.divide(slots, slot_bytes);
         }
     }
 
-    /// What has happened on each wire: its name, the event's, how often.
+    /// Returns the events of each wire: the wire's name, the event's name and its count.
     pub(crate) fn events(&self) -> Vec<(&'static str, &'static str, u64)> {
         let of = |t: &Arc<dyn Transport>| {
             let kind = t.kind().as_str();
@@ -190,13 +193,13 @@ impl Wires {
         self.transports.iter().flat_map(of).collect()
     }
 
-    /// The first wire whose thread has ended, which only a defect does.
+    /// Returns the first wire with a thread that has ended, which only a defect causes.
     pub(crate) fn ended(&self) -> Option<&'static str> {
         let ended = self.transports.iter().find(|t| !t.is_running());
         ended.map(|t| t.kind().as_str())
     }
 
-    /// NIXL's row of each slot; empty without NIXL.
+    /// Returns NIXL's row of each slot; empty without NIXL.
     pub(crate) fn rows(&self) -> Vec<protocol::dlist::Row> {
         self.transports
             .iter()
@@ -216,7 +219,7 @@ fn cuda_ipc(config: &Config, memory: &Arc<DeviceMemory>) -> anyhow::Result<CudaI
         .map_err(|e| anyhow::anyhow!("no thread for copies between GPUs: {e}"))
 }
 
-/// Copies under way end within milliseconds.
+/// The time for copies in flight at the end of the process; copies end within milliseconds.
 const DRAIN: Duration = Duration::from_secs(2);
 
 fn tcp(
@@ -243,7 +246,7 @@ fn tcp(
 
 fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl> {
     let library = Library::load(&Search::from_env())?;
-    // Peers know agents by their names, so a restart needs another one.
+    // Peers know agents by their names, so an agent after a restart must have a new name.
     let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
     let device = buffer.cuda().map_or(rank, |gpu| gpu.device().ordinal());
     let wanted = nixl::Config {

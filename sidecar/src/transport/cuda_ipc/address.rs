@@ -1,4 +1,4 @@
-//! What a receiver tells of its buffer: `GPU-UUID/bytes/handle`, the handle in hexadecimal.
+//! Encodes the address of a receiver's buffer: `GPU-UUID/bytes/handle`, with the handle in hexadecimal.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,11 +8,11 @@ use crate::memory::cuda::{DeviceMemory, HANDLE_BYTES, Handle, Uuid};
 /// A buffer in GPU memory, as a peer opens it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address {
-    /// The GPU.
+    /// The UUID of the GPU that holds the buffer.
     pub(super) uuid: Uuid,
     /// Bytes of the buffer.
     pub(super) bytes: u64,
-    /// Its IPC handle.
+    /// The buffer's IPC handle.
     pub(super) handle: Handle,
 }
 

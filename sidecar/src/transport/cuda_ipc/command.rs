@@ -36,7 +36,7 @@ pub(super) struct Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // The last reference goes on the thread: unmapping takes its time.
+        // The last reference is dropped on the thread, because unmapping takes time.
         let peer = Arc::clone(&self.peer);
         drop(self.shared.commands.send(Command::Unlink(peer)));
     }

@@ -1,4 +1,4 @@
-//! The thread that queues copies and watches for their end.
+//! Runs the thread that queues copies and polls for their end.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::memory::cuda::{DeviceMemory, Event, State, Strided};
 use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Readiness, Ready};
 
-/// Everything that stays on the thread.
+/// The state that only the thread uses.
 #[derive(Debug)]
 pub(super) struct Copier {
-    /// Writes whose bytes do not stand in their slots yet, or that have just come.
+    /// Writes that have just come, or that wait for their bytes.
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
     memory: Arc<DeviceMemory>,
@@ -37,7 +37,7 @@ struct Waiting {
     reply: oneshot::Sender<Outcome>,
 }
 
-/// Copies that are queued on the GPU.
+/// The copies of one write that are queued on the GPU.
 #[derive(Debug)]
 struct Running {
     peer: Arc<Peer>,
@@ -45,7 +45,7 @@ struct Running {
     since: Instant,
     bytes: u64,
     ready: Ready,
-    /// Absent once the caller was told that nobody knows how it ends.
+    /// The caller's reply; `None` once the caller was told that the end of the copies is uncertain.
     reply: Option<oneshot::Sender<Outcome>>,
 }
 
@@ -66,7 +66,7 @@ impl Copier {
         }
     }
 
-    /// Until it is told to stop.
+    /// Runs the thread until a stop command comes.
     pub(super) fn run(mut self) {
         sleep_exactly();
         loop {
@@ -91,11 +91,11 @@ impl Copier {
         }
     }
 
-    /// How long nothing needs to be looked at.
+    /// Returns the time until the next check is due.
     fn pause(&self) -> Pause {
         let newest = self.running.iter().filter(|r| r.reply.is_some());
         match newest.map(|running| running.since).max() {
-            // A push takes 2 ms, and another thread may need the core.
+            // A push takes 2 ms, and another thread may need the core meanwhile.
             Some(since) if since.elapsed() < SPIN => {
                 std::thread::yield_now();
                 Pause::None
@@ -118,7 +118,7 @@ impl Copier {
                     shared: Arc::clone(&self.shared),
                     peer: Arc::new(peer),
                 });
-                // If nobody waits any more, the link in the answer is dropped, which unlinks.
+                // If the caller no longer waits, the reply drops the link, and that unlinks the peer.
                 drop(reply.send(made));
             }
             Command::Write {
@@ -133,13 +133,13 @@ impl Copier {
                 since: Instant::now(),
                 reply,
             }),
-            // Copies that still run have their own reference.
+            // Copies that still run have their own reference to the peer.
             Command::Unlink(peer) => drop(peer),
             Command::Stop => {}
         }
     }
 
-    /// Queues what is ready, ends what never will be.
+    /// Queues the writes that are ready and fails those that never will be.
     fn look(&mut self) {
         let mut at = 0;
         while let Some(write) = self.waiting.get_mut(at) {
@@ -187,14 +187,14 @@ impl Copier {
                 let error = format!("copy {queued} of {} failed: {error}", copies.len());
                 self.fail(write.reply, queued == 0, error);
                 if queued > 0 {
-                    // Nothing tells when what was queued is over.
+                    // No event tells when the queued copies end, so the mapping must stay for good.
                     leak(write.peer);
                 }
             }
         }
     }
 
-    /// Answers what has ended, and gives up what stands still.
+    /// Answers writes that have ended, and gives up writes that make no progress.
     fn poll(&mut self) {
         let mut at = 0;
         while let Some(running) = self.running.get_mut(at) {
@@ -245,7 +245,7 @@ impl Copier {
         answer(reply, Outcome::Failed { terminal, error });
     }
 
-    /// Gives what is under way its time, then answers all that is left.
+    /// Waits for copies in flight, for a limited time, and then answers all writes that are left.
     fn finish(mut self) {
         for write in std::mem::take(&mut self.waiting) {
             self.fail(write.reply, true, "the transport has stopped".to_owned());
@@ -280,7 +280,7 @@ fn uncertain(error: String) -> Outcome {
     Outcome::Failed { terminal, error }
 }
 
-/// Answers a caller who may have gone.
+/// Answers a caller, which may no longer wait.
 fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
     drop(reply.send(outcome));
 }
@@ -289,7 +289,8 @@ fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// A long prompt's push: until then it is not worth going to sleep.
+/// The time for which the thread polls without sleep after a write: the push of a long prompt ends within
+/// this time.
 const SPIN: Duration = Duration::from_millis(4);
-/// What was given up ends some time or never.
+/// The time between two checks of copies that were given up. They end at any time or never.
 const STUCK_LOOK: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! The sending half of the trait: what is left of it on the runtime's side.
+//! Links to a receiver and sends writes to the copying thread.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,12 +12,14 @@ use super::Shared;
 use super::command::{Command, Mapping};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
-/// A receiver whose buffer is mapped. Dropping it unmaps, once its copies have ended.
+/// A receiver's mapped buffer. When it is dropped, the buffer is unmapped once its copies have ended.
 #[derive(Debug)]
 pub(super) struct CudaLink(Mapping);
 
+/// Maps a receiver's buffer and returns the link.
+///
 /// # Cancel safety
-/// Dropped early, the mapping is given up again.
+/// If the future is dropped early, the buffer is unmapped again.
 pub(super) async fn connect(
     shared: Arc<Shared>,
     remote: Remote,
@@ -38,7 +40,7 @@ pub(super) async fn connect(
         return Err(refused(STOPPED.to_owned()));
     }
     match tokio::time::timeout(shared.link, answer).await {
-        // The mapping travels in the answer: an answer that nobody takes drops it.
+        // The answer owns the mapping, so an answer that is not received unmaps the buffer.
         Ok(Ok(Ok(mapping))) => Ok(Arc::new(CudaLink(mapping)) as Arc<dyn Link>),
         Ok(Ok(Err(cause))) => Err(refused(cause)),
         Ok(Err(_)) => Err(refused(STOPPED.to_owned())),
@@ -64,12 +66,14 @@ impl Link for CudaLink {
             pieces,
             reply,
         };
-        // Bounded by the sender machine's requests, each with a write for each step of its engine.
+        // The queue is bounded by the sender machine's requests, each with a write for each step of its
+        // engine.
         let sent = self.0.shared.commands.send(write).is_ok();
         Box::pin(async move {
             let outcome = if sent { answer.await.ok() } else { None };
             outcome.unwrap_or_else(|| Outcome::Failed {
-                // The thread answers all that it has queued before it ends; unless it panicked.
+                // The thread answers all queued writes before it ends, unless it panicked. So a write that
+                // was sent may still arrive.
                 terminal: !sent,
                 error: STOPPED.to_owned(),
             })

@@ -1,21 +1,21 @@
-//! Copies straight into the receiver's GPU memory, which it shows by an IPC handle: for two sidecars
-//! on one host whose GPUs reach each other.
+//! Copies directly into the receiver's GPU memory, which is mapped by an IPC handle. This wire serves two
+//! sidecars on one host with GPUs that reach each other.
 //!
-//! One thread a buffer queues copies on a stream for each receiver, and polls for their end; copy
-//! engines do the work. What it waits for before it queues, and why not the GPU, stands at
-//! [`Ready`](super::Ready). A copy is over when an event recorded after it has fired: then every byte
-//! is visible to whatever the receiver's GPU begins later. So the sender's word is the proof that a
-//! slot is free of writes; without it, the end of the sender's process, which takes its queued copies
-//! along.
+//! One thread per buffer queues copies on a stream for each receiver and polls for their end; the GPU's copy
+//! engines do the work. [`Ready`](super::Ready) describes what the thread waits for before it queues, and why
+//! the GPU does not wait. A copy is over when an event that was recorded after it has fired. Then every byte
+//! is visible to all work that the receiver's GPU begins later. So the sender's message is the proof that a
+//! slot is free of writes. Without that message the proof is the end of the sender's process, which ends its
+//! queued copies.
 //!
-//! What it reaches beside the other wires stands in docs/benchmarks.md, "The wire".
+//! docs/benchmarks.md, "The wire", compares the rate with the other wires.
 //!
 //! | file | |
 //! |---|---|
-//! | [`address`] | what a receiver tells of its buffer |
-//! | [`command`] | what the process asks of the thread |
+//! | [`address`] | the address of a receiver's buffer |
+//! | [`command`] | the requests to the thread |
 //! | [`copier`] | the thread |
-//! | [`peer`] | one receiver: its memory, its stream, what is copied in one go |
+//! | [`peer`] | one receiver: its memory, its stream, and how pieces become copies |
 //! | [`link`] | the sending half of the trait |
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,20 +40,20 @@ use address::Address;
 use command::Command;
 use copier::Copier;
 
-/// Times.
+/// The time limits of the transport.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
-    /// Time to make a link.
+    /// The time to make a link.
     pub(crate) link: Duration,
-    /// Time that a write may wait for its bytes, or stand still.
+    /// The time that a write may wait for its bytes, or make no progress.
     pub(crate) stall: Duration,
-    /// Time that copies under way get at the end.
+    /// The time for copies in flight when the transport stops.
     pub(crate) drain: Duration,
 }
 
 /// Both halves of the transport over one buffer.
 ///
-/// Dropping it waits for the thread, for [`Config::drain`] at most.
+/// When it is dropped, it waits for the thread, at most for [`Config::drain`].
 #[derive(Debug)]
 pub(crate) struct CudaIpc {
     memory: Arc<DeviceMemory>,
@@ -61,17 +61,17 @@ pub(crate) struct CudaIpc {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread and its clients have in common.
+/// The state that the thread and its clients share.
 #[derive(Debug)]
 struct Shared {
     commands: mpsc::Sender<Command>,
-    /// Bytes of a slot of this buffer; 0 before it is cut.
+    /// Bytes of a slot of this buffer; 0 before the first slot layout.
     slot_bytes: AtomicU64,
     link: Duration,
     counters: Counters,
 }
 
-/// Written by the thread, read by any.
+/// Counts of events, which the thread writes and any thread reads.
 #[derive(Debug, Default)]
 struct Counters {
     done: AtomicU64,
@@ -83,10 +83,10 @@ struct Counters {
 }
 
 impl CudaIpc {
-    /// Starts the thread.
+    /// Starts the copying thread.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel's refusal to start a thread.
     pub(crate) fn start(memory: Arc<DeviceMemory>, config: Config) -> std::io::Result<Self> {
         let (commands, queue) = mpsc::channel();
         let shared = Arc::new(Shared {
@@ -140,7 +140,7 @@ impl Transport for CudaIpc {
     }
 
     fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
-        // One-sided: a peer writes when it likes, leases are kept by the word of the peers.
+        // Copies are one-sided: a peer can write at any time, and only the peers' messages keep the leases.
     }
 
     fn close(&self, _slot: SlotIndex) {}
@@ -151,7 +151,7 @@ impl Transport for CudaIpc {
 
     fn events(&self) -> Vec<(&'static str, u64)> {
         let counters = &self.shared.counters;
-        // Relaxed: each is a number of its own, and nothing is decided by two of them.
+        // Relaxed order is enough: each count stands alone, and no decision uses two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
             ("writes_done", read(&counters.done)),
@@ -177,7 +177,7 @@ impl Transport for CudaIpc {
 
 impl Drop for CudaIpc {
     fn drop(&mut self) {
-        // Fails when the thread has ended.
+        // The send fails if the thread has ended already.
         drop(self.shared.commands.send(Command::Stop));
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()

@@ -1,4 +1,4 @@
-//! One receiver: its memory, the stream of the copies into it, what is copied in one go.
+//! Maps one receiver's buffer and queues copies into it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::address::Address;
 use crate::memory::cuda::{CudaError, DeviceMemory, Event, Imported, Stream, Strided};
 use crate::transport::Remote;
 
-/// A receiver's buffer, mapped here.
+/// A receiver's buffer, mapped here, with the stream of the copies into it.
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) name: String,
@@ -20,8 +20,10 @@ pub(super) struct Peer {
 }
 
 impl Peer {
+    /// Maps a receiver's buffer.
+    ///
     /// # Errors
-    /// For people: what does not fit, or what the driver refuses.
+    /// The text says what does not fit, or what the driver refuses.
     pub(super) fn open(
         ours: &DeviceMemory,
         slot_bytes: u64,
@@ -67,10 +69,10 @@ impl Peer {
         plan(pieces, self.slots, self.slot_bytes, ours.bytes())
     }
 
-    /// Queues copies, and an event that fires after them.
+    /// Queues copies, and an event that fires after the last of them.
     ///
     /// # Errors
-    /// How many were queued, and the driver's refusal of the next.
+    /// The number of copies that were queued, and the driver's error for the next.
     pub(super) fn post(
         &self,
         ours: &DeviceMemory,
@@ -89,7 +91,8 @@ impl Peer {
     }
 }
 
-/// Neighbours on both sides become one copy: 64 MiB at once go at 348 GB/s over NVLink, 1 GiB at 393.
+/// Turns pieces into copies. Neighbours on both sides become one copy: 64 MiB at once move at 348 GB/s over
+/// NVLink, 1 GiB at 393 GB/s.
 fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<Strided>, String> {
     let mut copies: Vec<Strided> = Vec::with_capacity(pieces.len());
     for piece in pieces {
@@ -117,8 +120,8 @@ fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<
     Ok(stacked(copies, slot_bytes))
 }
 
-/// The same part of slots that follow each other is one copy: a range of layers is two parts of every
-/// slot, and queueing each for itself takes longer than copying them.
+/// Joins copies of the same part of slots that follow each other. A range of layers is two parts of every
+/// slot, and queueing each part alone takes longer than copying them.
 fn stacked(copies: Vec<Strided>, slot_bytes: u64) -> Vec<Strided> {
     let mut out: Vec<Strided> = Vec::new();
     for copy in copies {
@@ -136,10 +139,10 @@ fn stacked(copies: Vec<Strided>, slot_bytes: u64) -> Vec<Strided> {
     out
 }
 
-/// Parts of one slot that a write may have: keys and values.
+/// The most parts of one slot that a write may have: keys and values.
 const PLANES: usize = 2;
 
-/// Keeps a peer's memory mapped for good: a copy into it may never end.
+/// Keeps a peer's memory mapped until the process ends, because a copy into it may never end.
 pub(super) fn leak(peer: Arc<Peer>) {
     std::mem::forget(peer);
 }
@@ -201,7 +204,7 @@ mod tests {
         };
         let keys_and_values = |slot| [part(slot, 20, 10), part(slot, 70, 10)];
         let mut pieces: Vec<Piece> = (0..3).flat_map(keys_and_values).collect();
-        // The last chunk of a prompt is shorter, so its values lie elsewhere.
+        // The last chunk of a prompt is shorter, so its values are at another place.
         pieces.extend([part(3, 8, 4), part(3, 28, 4)]);
         let copies = plan(&pieces, 8, 100, 800).unwrap();
         let copies: Vec<_> = copies

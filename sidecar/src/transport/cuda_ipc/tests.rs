@@ -1,4 +1,4 @@
-//! In this process, over one GPU; two processes and two GPUs are `sidecar selftest`'s.
+//! Tests the wire in this process, over one GPU. `sidecar selftest` tests two processes and two GPUs.
 
 use std::io::Write as _;
 
