@@ -1,11 +1,11 @@
-//! The listening end: who may connect, and how many.
+//! Listens for connections, and decides which are admitted and how many.
 //!
-//! One thread polls the listener and every connection that has not said its hello yet, so that
-//! silence and garbage cost a descriptor for a moment and never a thread. Only a good hello gets
-//! a thread. Both stages are bounded. Where a stage is full, the oldest connection of the address
-//! that has the most is closed for the newcomer: one address can only push out itself. Connections
-//! that show a lease which is open are closed for another address only, and only where theirs has more than half
-//! of all.
+//! One thread polls the listener and every connection that has not sent its hello yet. So a silent
+//! connection, or one that sends garbage, takes a descriptor for a moment and never a thread; a thread starts
+//! only after a valid hello. Both stages are bounded. If a stage is full, the oldest connection of the
+//! address with the most connections is closed for the new one, so an address can push out only its own
+//! connections. A connection with an open lease is closed only for another address, and only if its own
+//! address has more than half of all connections.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -24,7 +24,7 @@ use super::handshake::Waiting;
 use super::reader::{Reader, Receiver};
 use super::socket::{Waker, poll_for, prepare};
 
-/// Owns the listening thread; dropping it ends every connection and joins every thread.
+/// The owner of the listening thread. When it is dropped, it ends every connection and joins every thread.
 #[derive(Debug)]
 pub(super) struct Acceptor {
     control: Arc<Control>,
@@ -35,7 +35,7 @@ pub(super) struct Acceptor {
 struct Control {
     waker: Waker,
     stop: AtomicBool,
-    /// Connections whose thread is about to end.
+    /// Connections with a thread that is about to end.
     ended: Mutex<Vec<u64>>,
 }
 
@@ -82,7 +82,7 @@ impl Drop for Acceptor {
     }
 }
 
-/// The thread's state.
+/// The state of the listening thread.
 struct Accepting {
     listener: TcpListener,
     receiver: Arc<Receiver>,
@@ -93,7 +93,7 @@ struct Accepting {
     next: u64,
 }
 
-/// A connection with a thread.
+/// A connection that was admitted and has a thread.
 struct Connection {
     socket: Arc<TcpStream>,
     from: IpAddr,
@@ -121,7 +121,7 @@ impl Accepting {
             }
         }
         for connection in self.connections.values() {
-            // A thread that is about to end has closed its side already.
+            // A thread that is about to end has closed its socket already, so an error here means nothing.
             drop(connection.socket.shutdown(Shutdown::Both));
         }
         for (_, connection) in self.connections.drain() {
@@ -129,7 +129,8 @@ impl Accepting {
         }
     }
 
-    /// Waits for something to do. With a `pause` it leaves the listener alone for that time.
+    /// Waits for an event. With a `pause` it ignores the listener for that time. Returns if the listener is
+    /// ready, and the same for each waiting connection.
     fn poll(&self, pause: Option<Duration>) -> io::Result<(bool, Vec<bool>)> {
         let now = Instant::now();
         let patience = self
@@ -153,13 +154,13 @@ impl Accepting {
         Ok((ready[1], ready[2..].to_vec()))
     }
 
-    /// Takes new connections; gives a pause if the process has no descriptor left for them.
+    /// Accepts new connections. Returns a pause if the process has no descriptor left for them.
     fn accept(&mut self) -> Option<Duration> {
         for _ in 0..ACCEPTS_A_ROUND {
             let (socket, peer) = match self.listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
-                // The connection is gone, the listener is not.
+                // The connection has failed, but the listener still works.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -184,7 +185,7 @@ impl Accepting {
             }
             if self.waiting.len() >= MAX_WAITING {
                 let all = self.waiting.iter().map(|waiting| waiting.peer.ip());
-                // The list is in order of arrival.
+                // The list is in the order of arrival, so a smaller index is older.
                 if let Some(oldest) = oldest_of_the_most(all.enumerate()) {
                     self.waiting.remove(oldest);
                     self.evicted();
@@ -201,7 +202,7 @@ impl Accepting {
         None
     }
 
-    /// Reads on where something has come; ends who was silent for too long.
+    /// Reads from waiting connections that have bytes, and refuses those that were silent for too long.
     fn greet(&mut self, ready: &[bool]) {
         let now = Instant::now();
         let all = std::mem::take(&mut self.waiting);
@@ -212,14 +213,15 @@ impl Accepting {
                 Ok(None) if now < waiting.until => self.waiting.push(waiting),
                 Ok(None) => self.refuse(&waiting, Refusal::Stalled),
                 Err(Some(why)) => self.refuse(&waiting, why),
-                // A probe that only looks whether the port is open.
+                // A port scanner connects and sends nothing.
                 Err(None) => tracing::debug!(peer = %waiting.peer, "left without a word"),
             }
         }
     }
 
-    /// Gives a connection its thread, if its hello is right and there is room.
+    /// Starts the thread of a connection, if its hello is right and there is room.
     fn admit(&mut self, mut waiting: Waiting, hello: Hello) {
+        // The version comes first: the other fields of a hello of another version may mean something else.
         let layout = self.receiver.gates.current();
         let wrong = if hello.version != VERSION {
             Some(Refusal::Version)
@@ -235,7 +237,7 @@ impl Accepting {
         if let Some(why) = wrong {
             return self.refuse(&waiting, why);
         }
-        // The send buffer of a fresh connection has room for an answer.
+        // The send buffer of a fresh connection has room for an answer, so this does not block.
         if waiting.socket.write_all(&Answer::Welcome.encode()).is_err() {
             return;
         }
@@ -250,6 +252,8 @@ impl Accepting {
         };
         let id = self.next;
         self.next += 1;
+        // The notice is dropped with the thread, also after a panic, so that the connection never counts as
+        // live for ever.
         let notice = Notice(Arc::clone(&self.control), id);
         let spawned = thread::Builder::new()
             .name(format!("tcp-land-{id}"))
@@ -275,8 +279,8 @@ impl Accepting {
         }
     }
 
-    /// Whether there is room for one more connection, if need be by closing one that shows no open lease, or one of
-    /// an address that has more than half of all.
+    /// Makes room for one more connection and returns true if there is room. If necessary it closes a
+    /// connection without an open lease, or a connection of an address that has more than half of all.
     fn make_room(&mut self, newcomer: IpAddr) -> bool {
         let live = self
             .connections
@@ -286,7 +290,7 @@ impl Accepting {
         if live < self.max_connections {
             return true;
         }
-        // Threads of evicted connections need a moment to end: they are bounded too.
+        // Threads of evicted connections need a moment to end, so their number is bounded, too.
         if self.connections.len() >= 2 * self.max_connections {
             return false;
         }
@@ -298,6 +302,7 @@ impl Accepting {
             let all = self.connections.iter();
             all.filter(|(_, connection)| !connection.evicted)
         };
+        // Connections without an open lease go first, because no write is lost with them.
         let strangers = all()
             .filter(|(_, connection)| !writes(connection))
             .map(|(id, connection)| (*id, connection.from));
@@ -329,7 +334,7 @@ impl Accepting {
         if let Some(dropped) = self.receiver.counters.log.allow(Instant::now()) {
             tracing::warn!(peer = %waiting.peer, %why, dropped, "tcp connection refused");
         }
-        // Who does not speak our protocol would not understand the answer.
+        // A peer of another protocol would not understand the answer.
         if waiting.got == Hello::BYTES && why != Refusal::Malformed {
             drop((&waiting.socket).write(&Answer::Refused { batch: 0, why }.encode()));
         }
@@ -351,7 +356,7 @@ impl Accepting {
     }
 }
 
-/// Tells the listening thread that a connection's thread ends, panicking or not.
+/// Tells the listening thread that a connection's thread has ended, also after a panic.
 struct Notice(Arc<Control>, u64);
 
 impl Drop for Notice {
@@ -362,7 +367,7 @@ impl Drop for Notice {
     }
 }
 
-/// The lowest id among those of the address that has the most of them.
+/// Returns the lowest id of the address with the most ids.
 fn oldest_of_the_most<I: Ord + Copy>(all: impl Iterator<Item = (I, IpAddr)>) -> Option<I> {
     let mut of: HashMap<IpAddr, (usize, I)> = HashMap::new();
     for (id, from) in all {
@@ -381,11 +386,12 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Connections that may be silent at once.
+/// The most connections that may wait for their hello at once.
 const MAX_WAITING: usize = 64;
-/// So that a flood of connections does not keep the others' hellos waiting.
+/// The most connections that are accepted per round, so that a flood of new ones does not delay the hellos of
+/// the others.
 const ACCEPTS_A_ROUND: usize = 16;
-/// When descriptors have run out.
+/// The pause of the listener after the process has run out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// A receiving thread's deepest frame holds a few hundred bytes.
+/// The stack of a receiving thread. Its deepest frame holds a few hundred bytes.
 const STACK_BYTES: usize = 256 << 10;

@@ -1,4 +1,4 @@
-//! One write as several jobs, and what becomes of them together.
+//! Joins the outcomes of several jobs into the outcome of one write.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,19 +7,20 @@ use tokio::sync::oneshot;
 
 use crate::transport::Outcome;
 
-/// Several jobs that are one write.
+/// The jobs of one write, with their common outcome.
 #[derive(Debug)]
 pub(super) struct Batch {
     left: AtomicUsize,
     result: Mutex<(Outcome, Option<oneshot::Sender<Outcome>>)>,
 }
 
-/// A job's share of a batch. One that is dropped unsettled counts as failed, at what point unknown.
+/// A job's share of a batch. A ticket that is dropped without an outcome counts as failed, and its bytes may
+/// still arrive.
 #[derive(Debug)]
 pub(super) struct Ticket(Option<Arc<Batch>>);
 
 impl Batch {
-    /// `jobs` tickets, and the future of what comes of all of them. `jobs` is not 0.
+    /// Returns `jobs` tickets (not 0) and the future of their common outcome.
     pub(super) fn tickets(jobs: usize) -> (Vec<Ticket>, oneshot::Receiver<Outcome>) {
         let (done, outcome) = oneshot::channel();
         let batch = Arc::new(Self {
@@ -30,7 +31,8 @@ impl Batch {
         ((0..jobs).map(|_| ticket()).collect(), outcome)
     }
 
-    /// One failure fails the write; only if every failure is terminal, that is.
+    /// Adds the outcome of a job. One failed job fails the write; the write is terminal only if every failure
+    /// is.
     fn settle(&self, outcome: Outcome) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         let (sum, done) = &mut *result;
@@ -44,7 +46,7 @@ impl Batch {
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1
             && let Some(done) = done.take()
         {
-            // Nobody may be waiting any more: see `Link::write`.
+            // The caller may no longer wait: see `Link::write_when`.
             drop(done.send(sum.clone()));
         }
     }

@@ -1,4 +1,4 @@
-//! What the transport moves between two processes over loopback. Run it optimised:
+//! Measures the transport's rate between two processes over loopback. Run it optimised:
 //! `cargo test --release -p pd-sidecar tcp::bench -- --ignored --nocapture`
 
 use std::io::{BufRead, BufReader, Write as _};
@@ -10,10 +10,10 @@ use super::*;
 use crate::transport::Outcome;
 
 const LEASE: LeaseId = LeaseId(0xbe7c);
-/// Set in the receiving process: `slots,slot_bytes`.
+/// An environment variable that only the receiving process has: `slots,slot_bytes`.
 const CHILD: &str = "PD_TCP_BENCH_RECEIVER";
 
-/// The receiving process: prints its address, then lives until its input ends.
+/// Runs in the receiving process: prints its address and waits until its input ends.
 #[test]
 #[ignore = "the other half of a measurement"]
 fn receiver() {

@@ -1,14 +1,13 @@
-//! The sending end of one connection: a thread that turns jobs into frames and answers into
-//! outcomes.
+//! Sends over one connection: a thread turns jobs into frames and answers into outcomes.
 //!
-//! # What a failed write may claim
-//! [`Outcome::Failed`] has `terminal: true` where no byte can still arrive: the job was never begun,
-//! or the receiver refused it (it has closed that gate and says so). A job that was begun and got no
-//! answer is `terminal: false`, whatever happened to the connection: its bytes may stand in this
-//! kernel's queue, on the way, or in the receiver's queue, and the receiver's thread lets them land
-//! until it closes the gate. Resetting the connection (done here) throws this side's queue away but
-//! proves nothing about the other's. The price of that honesty is nothing: the slots are reported
-//! dirty, and the receiver's close is a fence, so it proves them clean at once.
+//! # The outcome of a failed write
+//! [`Outcome::Failed`] has `terminal: true` only if no byte can still arrive: the job was never begun, or the
+//! receiver refused it (the receiver has closed the gate and says so). A job that was begun and has no answer
+//! is `terminal: false`, whatever happened to the connection. Its bytes may be in this kernel's queue, on the
+//! network, or in the receiver's queue, and the receiver's thread lets them land until it closes the gate.
+//! The reset of the connection (done here) drops this side's queue but proves nothing about the receiver's
+//! queue. `terminal: false` costs nothing here: the sender reports the slots as dirty, and the receiver's
+//! close is a fence, so the slots are proven clean at once.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -28,30 +27,30 @@ use crate::memory::{Buffer, Outlet};
 use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Readiness, Ready};
 
-/// The handle of one sending connection. Dropping it ends the thread once its jobs have ended, which their stall
-/// time bounds.
+/// The handle of one sending connection. When it is dropped, the thread ends after its jobs, which end within
+/// their stall time.
 #[derive(Debug)]
 pub(super) struct ConnectionWriter {
     queue: Arc<Queue>,
 }
 
-/// One frame to be sent.
+/// One frame to send.
 #[derive(Debug)]
 pub(super) struct Job {
-    /// Not begun before.
+    /// The readiness of the job's bytes; the job does not begin before.
     pub(super) ready: Ready,
-    /// When it was posted.
+    /// The time at which the job was posted.
     pub(super) queued: Instant,
     pub(super) lease: LeaseId,
-    /// At most [`super::frame::MAX_PIECES`].
+    /// The ranges to send, at most [`super::frame::MAX_PIECES`].
     pub(super) sources: Vec<Source>,
     pub(super) ticket: Ticket,
 }
 
-/// A range of the send buffer and where it goes.
+/// A range of the send buffer and its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Source {
-    /// Where in the send buffer.
+    /// The range's first byte, as an offset in the send buffer.
     pub(super) from: u64,
     pub(super) to: Part,
 }
@@ -65,14 +64,14 @@ struct Queue {
 #[derive(Debug)]
 enum State {
     Open(VecDeque<Job>),
-    /// The handle is gone: what is queued is still done.
+    /// The handle was dropped. Queued jobs are still done.
     Closing(VecDeque<Job>),
-    /// The connection is gone, and this is why.
+    /// The connection is lost. Holds the reason.
     Dead(String),
 }
 
 impl ConnectionWriter {
-    /// Takes over a connection that has been welcomed.
+    /// Starts the thread of a connection that the receiver has welcomed.
     pub(super) fn start(
         socket: TcpStream,
         buffer: Arc<Buffer>,
@@ -110,12 +109,12 @@ impl ConnectionWriter {
         Ok(Self { queue })
     }
 
-    /// The connection is gone.
+    /// Returns true if the connection is lost.
     pub(super) fn is_dead(&self) -> bool {
         matches!(&*self.queue.lock(), State::Dead(_))
     }
 
-    /// Queues a job; its ticket says how it ended.
+    /// Queues a job. Its ticket receives the outcome.
     pub(super) fn post(&self, job: Job) {
         let refused = match &mut *self.queue.lock() {
             State::Open(jobs) if jobs.len() < MAX_QUEUED => {
@@ -155,18 +154,18 @@ struct Worker {
     stall: Duration,
     queue: Arc<Queue>,
     sending: Option<Sending>,
-    /// Batches begun and not answered, in order. The last one may still be being sent.
+    /// Batches that were begun and have no answer yet, in order. The last one may still be partly unsent.
     unanswered: VecDeque<(u64, Ticket)>,
     answer: [u8; Answer::BYTES],
     answered: usize,
     batch: u64,
-    /// When bytes last left or an answer last came.
+    /// The last time at which bytes were sent or an answer came.
     progress: Instant,
-    /// A job is queued whose bytes do not stand in the buffer yet.
+    /// True if a queued job waits for its bytes.
     awaiting: bool,
 }
 
-/// A frame on its way into the socket.
+/// A frame that is partly sent.
 struct Sending {
     head: Vec<u8>,
     head_sent: usize,
@@ -175,7 +174,7 @@ struct Sending {
     sent: u64,
 }
 
-/// Whether the socket took all that there was.
+/// Tells if the socket took everything.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pushed {
     All,
@@ -189,7 +188,8 @@ impl Worker {
             Ok(()) => "closed by this side".to_owned(),
             Err(error) => {
                 tracing::warn!(link = name, %error, "tcp link lost");
-                // What the kernel has not sent yet shall not be sent: a reset, not an orderly end.
+                // The socket closes with a reset and not in order, so that the kernel drops the bytes that it
+                // has not sent yet.
                 let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
                 error.to_string()
             }
@@ -214,14 +214,15 @@ impl Worker {
         }
     }
 
-    /// Sends and listens until the handle is gone and everything is answered.
+    /// Sends and reads answers until the handle is dropped and every batch is answered.
     fn serve(&mut self) -> io::Result<()> {
         loop {
             self.begin();
             if self.finished() {
                 return Ok(());
             }
-            // What the receiver has said explains a failed send better than the failure does.
+            // The answers are read before a failed send is reported, because the receiver's refusal explains
+            // the failure better.
             let pushed = self.push();
             self.listen()?;
             let pushed = pushed?;
@@ -237,7 +238,7 @@ impl Worker {
             && matches!(&*self.queue.lock(), State::Closing(jobs) if jobs.is_empty())
     }
 
-    /// Begins the next job, if there is one and the pipeline has room.
+    /// Begins the next job, if there is one and the pipeline has room. Returns true if it has begun a job.
     fn begin(&mut self) -> bool {
         if self.sending.is_some() || self.unanswered.len() >= MAX_UNANSWERED {
             return false;
@@ -252,7 +253,7 @@ impl Worker {
         self.batch += 1;
         let parts: Vec<Part> = job.sources.iter().map(|source| source.to).collect();
         let head = Write {
-            // At most `MAX_PIECES`.
+            // A job has at most `MAX_PIECES` parts.
             parts: u32::try_from(parts.len()).unwrap_or(u32::MAX),
             batch: self.batch,
             lease: job.lease,
@@ -269,7 +270,7 @@ impl Worker {
         true
     }
 
-    /// The first job that is ready; those that never will be are ended.
+    /// Takes the first job that is ready, and fails the jobs that never will be.
     fn next_job(&mut self) -> Option<Job> {
         self.awaiting = false;
         let mut queue = self.queue.lock();
@@ -296,7 +297,7 @@ impl Worker {
         None
     }
 
-    /// Sends what the socket takes.
+    /// Sends as much as the socket takes.
     fn push(&mut self) -> io::Result<Pushed> {
         let Some(sending) = &mut self.sending else {
             return Ok(Pushed::All);
@@ -312,7 +313,7 @@ impl Worker {
         }
     }
 
-    /// Takes what the receiver has answered.
+    /// Reads the answers that have come.
     fn listen(&mut self) -> io::Result<()> {
         loop {
             match (&self.socket).read(&mut self.answer[self.answered..]) {
@@ -330,7 +331,7 @@ impl Worker {
         }
     }
 
-    /// Ends the batch that is answered.
+    /// Gives the answered batch its outcome.
     fn settle(&mut self) -> io::Result<()> {
         let nonsense = || io::Error::other("the receiver's answer makes no sense");
         let (batch, outcome) = match Answer::decode(&self.answer) {
@@ -353,7 +354,8 @@ impl Worker {
         }
         let half_sent = self.sending.is_some() && self.unanswered.len() == 1;
         match (self.unanswered.pop_front(), outcome) {
-            // The receiver refuses before it has read all only if it is about to hang up.
+            // The receiver refuses a batch before it has read the whole batch only if it is about to close
+            // the connection.
             (Some((_, ticket)), outcome @ Outcome::Failed { .. }) if half_sent => {
                 let error = io::Error::other(format!("{outcome:?}"));
                 ticket.settle(outcome);
@@ -368,7 +370,8 @@ impl Worker {
         }
     }
 
-    /// Waits for room, answers or jobs; while anything is under way at most for the stall time.
+    /// Waits for room in the socket, answers or jobs. While a batch has no answer, the wait is at most the
+    /// stall time.
     fn wait(&self, pushed: Pushed) -> io::Result<()> {
         let patience = if self.unanswered.is_empty() {
             None
@@ -402,7 +405,7 @@ impl Worker {
 }
 
 impl Sending {
-    /// Sends until all is taken, or fails, with `WouldBlock` if the socket is full.
+    /// Sends until everything is sent or an error comes; `WouldBlock` means that the socket is full.
     fn push(
         &mut self,
         socket: &TcpStream,
@@ -410,7 +413,7 @@ impl Sending {
         progress: &mut Instant,
     ) -> io::Result<()> {
         while self.head_sent < self.head.len() {
-            // More follows: the head shall not travel in a segment of its own.
+            // More bytes follow, so the head must not be sent in a segment of its own.
             let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
             match send(socket, &self.head[self.head_sent..], flags) {
                 Ok(n) => self.head_sent += n,
@@ -439,10 +442,10 @@ impl Sending {
     }
 }
 
-/// Jobs that may wait on one connection. The sender machine bounds its transfers well below.
+/// The most jobs that may wait on one connection. The sender machine has far fewer transfers in flight.
 const MAX_QUEUED: usize = 4096;
-/// Batches whose answers may be outstanding: enough to hide a round trip behind small writes.
+/// The most batches without an answer: enough to hide a round trip behind small writes.
 const MAX_UNANSWERED: usize = 64;
-/// Bytes of one send call: between two of them answers are not looked at.
+/// Bytes of one send call. Answers are read only between two calls.
 const SEND_BYTES: usize = 1 << 20;
 const STACK_BYTES: usize = 256 << 10;

@@ -1,4 +1,5 @@
-//! What the receiving half has seen, for metrics; and log lines that a flood cannot multiply.
+//! Counts the events of the receiving half for metrics, and limits the log lines that a flood of events can
+//! cause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -6,25 +7,25 @@ use std::time::{Duration, Instant};
 
 use super::frame::Refusal;
 
-/// Totals since the start.
+/// The totals since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
-    /// Connections taken from the kernel.
+    /// Connections that were accepted.
     pub(super) accepted: u64,
-    /// Connections closed to make room for others.
+    /// Connections that were closed to make room for others.
     pub(super) evicted: u64,
     /// Connections that broke within a write.
     pub(super) broken: u64,
     /// Batches that landed completely.
     pub(super) batches: u64,
-    /// Their bytes.
+    /// Bytes of the batches that landed.
     pub(super) bytes: u64,
-    /// Batches and connections that were refused, with the reason; all reasons.
+    /// Batches and connections that were refused, for every reason.
     pub(super) refused: Vec<(Refusal, u64)>,
 }
 
 impl Counts {
-    /// As metrics show them.
+    /// Returns the counts with the names that metrics use.
     pub(super) fn named(&self) -> Vec<(&'static str, u64)> {
         let mut all = vec![
             ("connections_accepted", self.accepted),
@@ -42,7 +43,7 @@ impl Counts {
     }
 }
 
-/// The counters behind [`Counts`]. Relaxed: each is a number of its own.
+/// The counters behind [`Counts`]. Relaxed order is enough, because each count stands alone.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) accepted: AtomicU64,
@@ -51,7 +52,7 @@ pub(super) struct Counters {
     pub(super) batches: AtomicU64,
     pub(super) bytes: AtomicU64,
     refused: [AtomicU64; Refusal::ALL.len()],
-    /// Refusals and broken connections share one allowance of log lines.
+    /// The limit of log lines that refusals and broken connections share.
     pub(super) log: Quiet,
 }
 
@@ -76,7 +77,7 @@ impl Counters {
     }
 }
 
-/// Allows a burst of log lines, then one a second.
+/// Allows a few log lines in each second.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
     state: Mutex<State>,
@@ -90,7 +91,8 @@ struct State {
 }
 
 impl Quiet {
-    /// How many lines were dropped before this one, or `None` if this one is to be dropped too.
+    /// Returns the number of lines that were dropped before this line; `None` if this line must be dropped,
+    /// too.
     pub(super) fn allow(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh = state
@@ -110,7 +112,7 @@ impl Quiet {
 }
 
 const WINDOW: Duration = Duration::from_secs(1);
-/// Enough to see what happens, too few to fill a disk.
+/// The lines per second: enough to see the problem, too few to fill a disk.
 const LINES: u32 = 5;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What the two ends say to each other, little-endian throughout.
+//! Encodes the frames between the two ends, little-endian throughout.
 //!
 //! ```text
 //! sender                                   receiver
@@ -9,25 +9,25 @@
 //!   │◀────── Answer{Landed | Refused, batch}  │   one for each Write, in order
 //! ```
 //!
-//! A `Write` is a header, its pieces, and then the bytes of all pieces without anything between
-//! them. Every field is checked before the first byte lands.
+//! A `Write` is a header, its parts, and then the bytes of all parts without gaps. Every field is checked
+//! before the first byte lands.
 
 use protocol::LeaseId;
 
-/// Version of this wire.
+/// The version of this wire.
 pub(super) const VERSION: u32 = 1;
 
-/// Pieces of one `Write`: bounds what a header can make the receiver hold (24 KiB).
+/// The most parts of one `Write`. This bounds the memory that a header can make the receiver take (24 KiB).
 pub(super) const MAX_PIECES: usize = 1024;
 
-/// Opens a connection.
+/// The first frame of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hello {
-    /// Version of the sender's wire.
+    /// The sender's version of this wire.
     pub(super) version: u32,
-    /// Slots that the sender was told of.
+    /// The number of slots that the sender knows from the init handshake.
     pub(super) slots: u32,
-    /// Bytes of each.
+    /// Bytes of each slot.
     pub(super) slot_bytes: u64,
 }
 
@@ -43,7 +43,7 @@ impl Hello {
         out
     }
 
-    /// `None` if this is not our protocol at all.
+    /// Decodes a hello; `None` if the bytes do not belong to this protocol.
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         bytes.starts_with(&MAGIC).then(|| Self {
             version: u32_at(bytes, 8),
@@ -52,32 +52,32 @@ impl Hello {
         })
     }
 
-    /// Whether the first bytes of a connection may still become a hello.
+    /// Returns true if the first bytes of a connection may still become a hello.
     pub(super) fn begins_well(bytes: &[u8]) -> bool {
         let common = bytes.len().min(MAGIC.len());
         bytes[..common] == MAGIC[..common]
     }
 }
 
-/// Part of one slot.
+/// A part of one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Part {
-    /// Slot of the landing buffer.
+    /// The slot's number in the receiver's buffer.
     pub(super) slot: u32,
-    /// Where in the slot.
+    /// The part's first byte, as an offset in the slot.
     pub(super) offset: u64,
-    /// How much; not 0.
+    /// Bytes of the part; not 0.
     pub(super) bytes: u64,
 }
 
 /// The head of a `Write`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Write {
-    /// Parts that follow: 1 to [`MAX_PIECES`].
+    /// The number of parts that follow: 1 to [`MAX_PIECES`].
     pub(super) parts: u32,
-    /// Counted by the sender; the answer carries it back.
+    /// The sender's number of this write, which the answer returns.
     pub(super) batch: u64,
-    /// The permission.
+    /// The lease under which the slots are open to this write.
     pub(super) lease: LeaseId,
 }
 
@@ -96,7 +96,7 @@ impl Write {
         out
     }
 
-    /// `None` if it is none.
+    /// Decodes a write's head; `None` if the bytes are not a valid head.
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         let parts = u32_at(bytes, 4);
         let sane = (1..=MAX_PIECES).contains(&usize::try_from(parts).ok()?);
@@ -119,7 +119,7 @@ impl Part {
         out
     }
 
-    /// `None` if it is empty, or the reserved field is not 0.
+    /// Decodes a part; `None` if the part is empty or the reserved field is not 0.
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         let part = Self {
             slot: u32_at(bytes, 0),
@@ -130,14 +130,14 @@ impl Part {
     }
 }
 
-/// The receiver's word on the connection or on a batch.
+/// The receiver's answer to the hello or to a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     /// The hello is accepted.
     Welcome,
-    /// Every byte of the batch stands in its slots.
+    /// Every byte of the batch is in its slots.
     Landed { batch: u64 },
-    /// No byte of the batch lands from now on. `batch` is 0 if the whole connection is meant.
+    /// No byte of the batch lands from now on. `batch` is 0 if the receiver refuses the whole connection.
     Refused { batch: u64, why: Refusal },
 }
 
@@ -157,7 +157,7 @@ impl Answer {
         out
     }
 
-    /// `None` if it is none.
+    /// Decodes an answer; `None` if the bytes are not a valid answer.
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         let batch = u64_at(bytes, 8);
         match u32_at(bytes, 0) {
@@ -174,14 +174,14 @@ impl Answer {
 
 macro_rules! refusals {
     ($($(#[$doc:meta])* $name:ident = $code:literal $label:literal $text:literal,)*) => {
-        /// Why the receiver did not take something.
+        /// The reason why the receiver refused a frame or a connection.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
         pub(crate) enum Refusal {
             $($(#[$doc])* #[error($text)] $name,)*
         }
 
         impl Refusal {
-            /// Every refusal, in the order of [`Refusal::index`].
+            /// All refusals, in the order of [`Refusal::index`].
             pub(crate) const ALL: &'static [Self] = &[$(Self::$name,)*];
 
             fn code(self) -> u32 {
@@ -192,7 +192,7 @@ macro_rules! refusals {
                 match code { $($code => Self::$name,)* _ => Self::Malformed }
             }
 
-            /// The label of counters.
+            /// Returns the counter's label.
             pub(crate) fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $label,)* }
             }
@@ -201,33 +201,33 @@ macro_rules! refusals {
 }
 
 refusals! {
-    /// Not this protocol, or a broken frame of it.
+    /// The bytes are not of this protocol, or a frame is broken.
     Malformed = 1 "refused_malformed" "a frame makes no sense",
-    /// Another version of it.
+    /// The sender has another version of this wire.
     Version = 2 "refused_version" "the other side speaks another version of this wire",
-    /// The sender was told of other slots than there are.
+    /// The sender has another slot layout than the receiver.
     Geometry = 3 "refused_geometry" "the landing buffer has been cut into other slots since the handshake",
-    /// No engine has said yet what a slot is.
+    /// No engine has set the slot layout yet.
     NoSlots = 4 "refused_no_slots" "the landing buffer has no slots yet",
-    /// The lease does not open this slot, or does so no longer.
+    /// The slot is not open to the lease, or not any more.
     Closed = 5 "refused_closed" "the slot is not open under this lease",
-    /// More bytes than the slot has.
+    /// A part has more bytes than its slot, or the slot does not exist.
     Bounds = 6 "refused_bounds" "a piece does not fit into its slot",
-    /// Too slow.
+    /// The sender was too slow.
     Stalled = 7 "refused_stalled" "nothing came for too long",
-    /// Too many connections.
+    /// The receiver has too many connections.
     Busy = 8 "refused_busy" "too many connections",
 }
 
 impl Refusal {
-    /// Position in [`Refusal::ALL`].
+    /// Returns the position in [`Refusal::ALL`].
     pub(crate) fn index(self) -> usize {
-        // The codes count from 1 in the order of declaration; a test holds them to it.
+        // The codes count from 1 in the order of declaration, which a test checks.
         self.code() as usize - 1
     }
 }
 
-/// Not text, so that no line-based protocol says it by accident.
+/// The first bytes of a hello. They are not text, so that no line-based protocol sends them by accident.
 const MAGIC: [u8; 8] = *b"\x89pdkv\r\n\0";
 const WRITE: u32 = 0x5752_0001;
 const WELCOME: u32 = 0x4157_0001;
@@ -315,7 +315,7 @@ mod tests {
         assert_eq!(Answer::decode(&[0; 16]), None);
     }
 
-    /// Whatever is taken is what was sent, to the last bit.
+    /// Checks that all bytes that are decoded are exactly the bytes that were encoded.
     #[test]
     fn no_bytes_mean_two_things() {
         let mut random = StdRng::seed_from_u64(4);

@@ -1,4 +1,4 @@
-//! A connection before its hello: no thread, a few bytes, a deadline.
+//! Reads the hello of a new connection, without a thread and with a deadline.
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::frame::{Hello, Refusal};
 
-/// A connection that has not said its hello yet.
+/// A connection that has not sent its whole hello yet.
 #[derive(Debug)]
 pub(super) struct Waiting {
     pub(super) socket: TcpStream,
@@ -17,7 +17,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// The hello, once it is complete; no reason if the peer left before it said anything.
+    /// Reads on. Returns the hello once it is complete. An error without a reason means that the peer left
+    /// before it sent anything.
     pub(super) fn read(&mut self) -> Result<Option<Hello>, Option<Refusal>> {
         match self.socket.read(&mut self.hello[self.got..]) {
             Ok(0) if self.got == 0 => return Err(None),

@@ -1,4 +1,4 @@
-//! The sending half: connecting to a receiver, and dividing writes among connections.
+//! Connects to a receiver and divides writes among the connections.
 
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -18,11 +18,11 @@ use super::socket::prepare;
 use crate::memory::Buffer;
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
-/// One receiver, over one or more connections.
+/// The link to one receiver, over one or more connections.
 #[derive(Debug)]
 pub(super) struct TcpLink {
     lanes: Vec<ConnectionWriter>,
-    /// Where the next small write goes.
+    /// The number of writes so far. It selects the connection for the next small write.
     next: AtomicUsize,
     buffer: Arc<Buffer>,
     slots: u32,
@@ -30,18 +30,18 @@ pub(super) struct TcpLink {
     reported: String,
 }
 
-/// How to connect.
+/// The settings for a new link.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     pub(super) streams: usize,
     pub(super) connect: Duration,
     pub(super) stall: Duration,
-    /// Bytes of a slot of the send buffer; 0 before it is cut.
+    /// Bytes of a slot of the send buffer; 0 before the first slot layout.
     pub(super) slot_bytes: u64,
 }
 
 impl TcpLink {
-    /// Connects within `terms.connect` in all.
+    /// Makes all connections of a link, within `terms.connect` in total.
     pub(super) async fn connect(
         buffer: Arc<Buffer>,
         remote: Remote,
@@ -110,7 +110,7 @@ impl TcpLink {
         })
     }
 
-    /// Turns pieces into ranges, or says which piece is wrong.
+    /// Turns pieces into ranges of the buffer, or says which piece is wrong.
     fn sources(&self, pieces: &[Piece]) -> Result<Vec<Source>, String> {
         let mut sources = Vec::with_capacity(pieces.len());
         for piece in pieces {
@@ -196,7 +196,7 @@ impl Link for TcpLink {
     }
 }
 
-/// Connects and exchanges greetings.
+/// Connects, sends the hello and waits for the answer.
 async fn greet(
     addresses: &[SocketAddr],
     hello: Hello,
@@ -229,7 +229,7 @@ async fn greet(
     socket.map_err(|error| format!("socket settings: {error}"))
 }
 
-/// Divides ranges into at most `shares` of about equal bytes, none of them small.
+/// Divides ranges into at most `shares` shares of about equal bytes, none of them small.
 fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     let bytes: u64 = sources.iter().map(|source| source.to.bytes).sum();
     let shares = (bytes / MIN_SHARE_BYTES).clamp(1, shares.max(1) as u64);
@@ -263,8 +263,8 @@ fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     out
 }
 
-/// Below this a second connection costs more than it gives. 1 MiB takes 0.30 ms in two shares and
-/// 0.42 ms in one; shares of 256 KiB are no faster.
+/// The least bytes of a share. For less, a second connection costs more time than it saves: 1 MiB takes 0.30
+/// ms in two shares and 0.42 ms in one; shares of 256 KiB are no faster.
 const MIN_SHARE_BYTES: u64 = 512 << 10;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The receiving end of one connection: bytes from a socket into slots.
+//! Receives from one connection: moves bytes from its socket into slots.
 
 use std::cell::Cell;
 use std::io::{self, Read, Write as _};
@@ -16,34 +16,34 @@ use super::slot_gate::{Pass, SlotGates, SlotLayout};
 use super::socket::wait;
 use crate::memory::{Buffer, Inlet, set_low_water};
 
-/// What all connections of a receiver share.
+/// The state that all connections of a receiver share.
 #[derive(Debug)]
 pub(super) struct Receiver {
     pub(super) buffer: Arc<Buffer>,
     pub(super) gates: SlotGates,
     pub(super) counters: Counters,
-    /// Time for a frame's head to arrive once it has begun.
+    /// The time for the rest of a frame's head once the head has begun.
     pub(super) handshake: Duration,
-    /// Time that a frame's bytes, or the peer's reading of an answer, may stand still.
+    /// The time that the bytes of a frame, or the peer's reading of an answer, may make no progress.
     pub(super) stall: Duration,
-    /// Time that a connection may be silent while it shows no lease that is open.
+    /// The time that a connection may be silent if none of its leases is open.
     pub(super) idle: Duration,
 }
 
-/// One connection whose hello was accepted.
+/// One connection after its hello was accepted.
 #[derive(Debug)]
 pub(super) struct Reader {
     pub(super) receiver: Arc<Receiver>,
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
-    /// The last lease that the peer has shown and that opened something, 0 before: leases cannot be
-    /// guessed, so it is no stranger while that one is open.
+    /// The last lease in a write that was admitted; 0 before the first. Leases cannot be guessed, so the peer
+    /// is trusted while this lease is open.
     pub(super) shown: Arc<AtomicU64>,
     /// Bytes below which the kernel does not wake this thread; 1 at first.
     pub(super) low_water: Cell<usize>,
 }
 
-/// Why a connection ends.
+/// The reason why a connection ends.
 #[derive(Debug, thiserror::Error)]
 enum End {
     #[error("closed between writes")]
@@ -55,7 +55,7 @@ enum End {
 }
 
 impl Reader {
-    /// Serves the connection to its end. Blocks: each connection has a thread of its own.
+    /// Serves the connection until it ends. The call blocks: each connection has a thread of its own.
     pub(super) fn run(self) {
         let counters = &self.receiver.counters;
         let end = match Inlet::new(Arc::clone(&self.receiver.buffer)) {
@@ -85,15 +85,17 @@ impl Reader {
         }
     }
 
-    /// Takes one `Write`, from its head to the answer.
+    /// Receives one `Write`, from its head to the answer.
     fn frame(&self, inlet: &mut Inlet) -> Result<(), End> {
         let (write, parts) = self.head()?;
         let batch = write.batch;
-        // A sum of sane parts may still overflow; then no slot could hold them.
+        // The sum of valid parts may still overflow. No slots could hold so many bytes.
         let bytes = parts
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
             .ok_or(Refusal::Bounds)?;
+        // A fixed time for each frame would cut long frames short, so the time grows with the bytes: 1 ms per
+        // KiB.
         let deadline = Instant::now() + self.receiver.stall + Duration::from_millis(bytes >> 10);
         let layout = self.receiver.gates.current();
         let admitted: Result<Vec<Pass>, Refusal> = parts
@@ -105,8 +107,8 @@ impl Reader {
                 self.shown.store(write.lease.0, Ordering::Relaxed);
                 self.land(inlet, &layout, &passes, bytes, deadline)?
             }
-            // Its lease has just ended, and it has other writes on this connection: what comes for
-            // the closed slots is thrown away, the rest is served.
+            // The lease has just ended, and the peer has other writes on this connection. The bytes for the
+            // closed slots are read and dropped, and the other writes are served.
             Err(Refusal::Closed) if self.shown.load(Ordering::Relaxed) != 0 => {
                 self.discard(bytes, deadline)?;
                 Some(Refusal::Closed)
@@ -130,9 +132,11 @@ impl Reader {
         }
     }
 
-    /// Reads a frame's head and parts. Between frames it waits while its lease is open, and for `idle` after that.
+    /// Reads a frame's head and parts. Before a frame it waits as long as the connection's lease is open, and
+    /// for `idle` after that.
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
-        // Every frame has at least one part with a byte in it, so this much can be read at once.
+        // Every frame has at least one part, and each part has at least one byte, so this many bytes can be
+        // read at once.
         let mut first = [0; Write::BYTES + Part::BYTES];
         self.wake_at(1)?;
         let got = loop {
@@ -156,7 +160,7 @@ impl Reader {
                 .and_then(Part::decode)
                 .ok_or(Refusal::Malformed)?,
         ];
-        // Bounded by the decoder: at most `MAX_PIECES`.
+        // The decoder has checked that there are at most `MAX_PIECES`.
         let mut rest = vec![0; (write.parts as usize - 1) * Part::BYTES];
         self.fill(&mut rest, deadline)?;
         for part in rest.chunks_exact(Part::BYTES) {
@@ -186,7 +190,7 @@ impl Reader {
         }
     }
 
-    /// Lets the frame's bytes land; gives the reason if a gate was closed meanwhile.
+    /// Moves the frame's bytes into their slots. Returns the reason if a gate was closed meanwhile.
     fn land(
         &self,
         inlet: &mut Inlet,
@@ -220,7 +224,7 @@ impl Reader {
         Ok(None)
     }
 
-    /// Reads bytes that nobody wants any more.
+    /// Reads bytes for closed slots and drops them, so that the next frame can be read.
     fn discard(&self, mut left: u64, deadline: Instant) -> Result<(), End> {
         let mut scratch = vec![0; SCRATCH_BYTES];
         while left > 0 {
@@ -245,7 +249,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Lets the kernel wake this thread only for so many bytes: see [`WAKE_BYTES`].
+    /// Sets the number of bytes for which the kernel wakes this thread: see [`WAKE_BYTES`].
     fn wake_at(&self, bytes: usize) -> io::Result<()> {
         if self.low_water.replace(bytes) == bytes {
             return Ok(());
@@ -253,8 +257,8 @@ impl Reader {
         set_low_water(&self.socket, bytes)
     }
 
-    /// Waits where there was nothing to read, within the stall time and the frame's deadline. `left`
-    /// bytes are sure to come: waiting for more than that would be for ever.
+    /// Waits for bytes after a read found none, within the stall time and the frame's deadline. `left` bytes
+    /// are sure to come; a wait for more would never end.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
@@ -291,8 +295,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Closes so that the peer can still read the refusal: a socket closed over unread bytes resets
-    /// the connection, and a reset may overtake what was sent before it.
+    /// Closes the connection so that the peer can still read the refusal. If a socket is closed over unread
+    /// bytes, the kernel resets the connection, and the reset may overtake the refusal.
     fn part_ways(&self) {
         let deadline = Instant::now() + LINGER;
         if self.wake_at(1).is_err() || self.socket.shutdown(Shutdown::Write).is_err() {
@@ -315,13 +319,14 @@ impl Reader {
     }
 }
 
-/// Bytes of one copy under a gate: the longest that a close waits, about 0.1 ms.
+/// Bytes of one copy under a gate. This bounds the time that a close waits, to about 0.1 ms.
 const COPY_BYTES: usize = 512 << 10;
-/// What is worth waking up for. 512 MiB in pieces of 16 MiB over 2 connections, GB/s: woken for
-/// anything 4.1, for 256 KiB 4.5, for this (and copying as much at a time) 6.2.
+/// The least bytes for which the thread is woken. Measured with 512 MiB in pieces of 16 MiB over 2
+/// connections: 4.1 GB/s if it is woken for anything, 4.5 for 256 KiB, 6.2 for this size (with copies of the
+/// same size).
 const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
-/// How long a refused peer may take to read why.
+/// The time that a refused peer has to read the reason.
 const LINGER: Duration = Duration::from_millis(200);
 
 fn exact<const N: usize>(bytes: &[u8]) -> Option<&[u8; N]> {

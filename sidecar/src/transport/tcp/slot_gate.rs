@@ -1,10 +1,9 @@
-//! Which lease may write into which slot: what makes [`close`](Gates::close) a fence.
+//! Controls which lease may write into which slot, so that [`close`](SlotGates::close) is a fence.
 //!
-//! Whoever lands bytes holds the slot's lock shared around one receive that never waits, and looks
-//! whether the gate is still the one it was admitted through. Closing takes the lock alone, so it
-//! waits for at most one bounded copy of each connection that writes into the slot, and afterwards
-//! nobody passes. Nothing else is stopped by it: the connection lives on and throws away what still
-//! comes for the closed slot.
+//! A thread that lands bytes holds the slot's lock shared around one receive, which never waits, and checks
+//! that the gate still has the opening of its pass. Closing takes the lock exclusively. So it waits for at
+//! most one bounded copy of each connection that writes into the slot, and no later copy passes. The
+//! connection itself goes on; it reads and drops the bytes that still come for the closed slot.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -13,13 +12,13 @@ use protocol::{LeaseId, SlotIndex};
 
 use super::frame::{Part, Refusal};
 
-/// The gates of a landing buffer, through all its slot layouts.
+/// The gates of a receiver's buffer, across all its slot layouts.
 #[derive(Debug, Default)]
 pub(super) struct SlotGates {
     layout: Mutex<Arc<SlotLayout>>,
 }
 
-/// One division of the buffer into slots.
+/// One slot layout, with a gate for each slot.
 #[derive(Debug, Default)]
 pub(super) struct SlotLayout {
     slot_bytes: u64,
@@ -29,8 +28,8 @@ pub(super) struct SlotLayout {
 #[derive(Debug, Default)]
 struct SlotGate {
     open_to: Option<LeaseId>,
-    /// Counts openings: a write that was admitted through an earlier one does not pass, even if a
-    /// slot is opened to the same lease again.
+    /// The number of openings so far. A write that was admitted through an earlier opening does not pass,
+    /// even if the slot was opened again to the same lease.
     opening: u64,
 }
 
@@ -39,14 +38,14 @@ struct SlotGate {
 pub(super) struct Pass {
     slot: u32,
     opening: u64,
-    /// Where in the buffer.
+    /// The part's first byte, as an offset in the buffer.
     pub(super) offset: u64,
-    /// How much.
+    /// Bytes of the part.
     pub(super) bytes: u64,
 }
 
 impl SlotGates {
-    /// Closes every gate and begins anew with `slots` slots of `slot_bytes` bytes.
+    /// Closes every gate and begins a new layout with `slots` slots of `slot_bytes` bytes.
     pub(super) fn divide(&self, slots: u32, slot_bytes: u64) {
         let new = Arc::new(SlotLayout {
             slot_bytes,
@@ -59,12 +58,12 @@ impl SlotGates {
         (0..old.slots()).for_each(|slot| old.close(slot));
     }
 
-    /// The division that is in force.
+    /// Returns the present slot layout.
     pub(super) fn current(&self) -> Arc<SlotLayout> {
         Arc::clone(&self.layout.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Writes under `lease` may land in `slot` from now on.
+    /// Lets writes under `lease` land in `slot` from now on.
     pub(super) fn open(&self, lease: LeaseId, slot: SlotIndex) {
         let layout = self.current();
         let Some(gate) = layout.gate(slot.0) else {
@@ -76,25 +75,25 @@ impl SlotGates {
         gate.opening += 1;
     }
 
-    /// No byte lands in `slot` after this call.
+    /// Closes a slot's gate: no byte lands in `slot` after this call.
     pub(super) fn close(&self, slot: SlotIndex) {
         self.current().close(slot.0);
     }
 }
 
 impl SlotLayout {
-    /// Slots; 0 before the first slot layout.
+    /// Returns the number of slots; 0 before the first slot layout.
     pub(super) fn slots(&self) -> u32 {
-        // `divide` made them from a u32.
+        // `divide` made the gates from a u32.
         u32::try_from(self.gates.len()).unwrap_or(u32::MAX)
     }
 
-    /// Bytes of a slot.
+    /// Returns the bytes of a slot.
     pub(super) fn slot_bytes(&self) -> u64 {
         self.slot_bytes
     }
 
-    /// The leases that may write now.
+    /// Returns the leases with an open slot.
     pub(super) fn open_leases(&self) -> HashSet<LeaseId> {
         let gates = self.gates.iter();
         gates
@@ -102,7 +101,7 @@ impl SlotLayout {
             .collect()
     }
 
-    /// Admits a part under `lease`, or says why not.
+    /// Admits a part under `lease`, or returns the reason why not.
     pub(super) fn admit(&self, lease: LeaseId, part: Part) -> Result<Pass, Refusal> {
         let gate = self.gate(part.slot).ok_or(Refusal::Bounds)?;
         let end = part.offset.checked_add(part.bytes).ok_or(Refusal::Bounds)?;
@@ -121,7 +120,7 @@ impl SlotLayout {
         })
     }
 
-    /// Runs `copy`, which must not wait, while the gate is held open; `None` if it has been closed
+    /// Runs `copy`, which must not wait, while the gate is held open. Returns `None` if the gate was closed
     /// since the pass was given.
     pub(super) fn through<T>(&self, pass: &Pass, copy: impl FnOnce() -> T) -> Option<T> {
         let gate = self.gate(pass.slot)?;

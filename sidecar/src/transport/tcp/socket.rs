@@ -1,4 +1,4 @@
-//! Sockets that never block a thread without a deadline.
+//! Configures and polls sockets so that no thread blocks without a deadline.
 
 use std::io;
 use std::net::TcpStream;
@@ -9,26 +9,27 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt;
 
-/// Settings that both ends want.
+/// Applies the socket settings that both ends need.
 pub(super) fn prepare(socket: &TcpStream, stall: Duration) -> io::Result<()> {
     socket.set_nonblocking(true)?;
-    // Answers are 16 bytes that somebody waits for.
+    // Answers have 16 bytes, and the sender waits for them, so the kernel must not delay them.
     socket.set_nodelay(true)?;
-    // A peer that has vanished without a word is noticed on an idle connection within a minute...
+    // With these settings a peer that has vanished silently is noticed within a minute on an idle
+    // connection...
     sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
     sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
     sockopt::set_tcp_keepcnt(socket, 3)?;
-    // ...and with bytes under way within the stall time.
+    // ...and within the stall time while bytes are in flight.
     let stall_ms = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(socket, stall_ms)?;
     Ok(())
 }
 
-/// Waits until one of `events` holds on the socket (or it has failed).
+/// Waits until one of `events` holds on the socket, or the socket has failed.
 ///
 /// # Errors
-/// `TimedOut` at `deadline`.
+/// `TimedOut` at `deadline`, or the error of `poll(2)`.
 pub(super) fn wait(
     socket: impl AsFd,
     events: PollFlags,
@@ -46,9 +47,9 @@ pub(super) fn wait(
     }
 }
 
-/// `poll(2)` with a `Duration`; an interruption counts as nothing ready.
+/// Calls `poll(2)` with a `Duration`. An interruption counts as nothing ready.
 pub(super) fn poll_for(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<usize> {
-    // A duration too long for the kernel is as good as none.
+    // A duration that is too long for the kernel is treated as no timeout.
     let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
     match poll(fds, timeout.as_ref()) {
         Ok(ready) => Ok(ready),
@@ -69,13 +70,13 @@ impl Waker {
 
     /// Makes the descriptor readable until it is cleared.
     pub(super) fn wake(&self) {
-        // It fails only if the counter is full, and then the descriptor is readable already.
+        // The write fails only if the counter is full, and then the descriptor is readable already.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
-    /// Before looking at what the wake was for, so that none is lost.
+    /// Clears the wake. The thread does this before it looks for work, so that no wake is lost.
     pub(super) fn clear(&self) {
-        // It fails only if there was no wake.
+        // The read fails only if there was no wake.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 }

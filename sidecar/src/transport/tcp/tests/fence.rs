@@ -1,4 +1,4 @@
-//! `close` is a fence: what it promises, under load.
+//! Tests that `close` is a fence, also under load.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ fn closing_within_a_write_discards_the_rest_and_nothing_else() {
     until_landed(&receiver, 200_000);
     receiver.close(SlotIndex(0));
     let frozen = [sum(&receiver, 0, MIB), sum(&receiver, 1, MIB)];
-    // Opened again, even to the same lease, it is not open to this write.
+    // The slot is opened again, even to the same lease, but this write was admitted before and must not land.
     receiver.open(LEASE, SlotIndex(0));
     raw.say(&vec![2; 2 * MEBI - 600_000]);
     let why = Refusal::Closed;
@@ -48,8 +48,8 @@ fn a_new_cut_closes_every_slot() {
     assert_eq!(sum(&receiver, 0, 2 * MIB), frozen);
 }
 
-/// Waits until the byte at an offset is 1. The receiver takes what comes in parts of 512 KiB, so
-/// more than that must have been said.
+/// Waits until the byte at an offset is 1. The receiver copies parts of 512 KiB, so the test must have sent
+/// more than that.
 fn until_landed(receiver: &Tcp, offset: u64) {
     let mut byte = [0];
     until("it has begun to land", || {
@@ -65,8 +65,9 @@ const SLOTS: u32 = 6;
 const SLOT_BYTES: u64 = 3 * MIB / 2;
 const CLOSES: u32 = 400;
 
-/// Writers write whatever is open as fast as they can; one thread closes, looks, opens to others.
-/// A closed slot's bytes never change, and a write that is reported done was done.
+/// Writers write into all open slots as fast as they can, and one thread closes slots, checks them and opens
+/// them to others. A closed slot's bytes must never change, and a write that is reported as done must be
+/// done.
 #[test]
 fn no_byte_lands_in_a_closed_slot() {
     let config = Config {
@@ -119,7 +120,7 @@ fn closer(receiver: &Tcp, leases: &Mutex<Vec<Option<LeaseId>>>) -> Vec<Duration>
             receiver.open(lease, SlotIndex(slot));
             leases.lock().unwrap()[index] = Some(lease);
         } else {
-            // The writers are not told before: that is the point.
+            // The writers do not know about the close, so their writes race with it.
             let start = Instant::now();
             receiver.close(SlotIndex(slot));
             waits.push(start.elapsed());
@@ -151,7 +152,7 @@ fn writer(
     let mut random = SmallRng::seed_from_u64(seed);
     let mut link = connect();
     while !stop.load(Ordering::SeqCst) {
-        // One to three writes under way at once, each of one or two pieces of one lease.
+        // One to three writes are in flight at once, each of one or two pieces of one lease.
         let writes: Vec<_> = (0..random.random_range(1..4))
             .filter_map(|_| {
                 let slot = random.random_range(0..SLOTS);
@@ -166,7 +167,7 @@ fn writer(
                 Outcome::Done => drop(done.fetch_add(1, Ordering::Relaxed)),
                 Outcome::Failed { .. } => {
                     refused.fetch_add(1, Ordering::Relaxed);
-                    // A stranger whose first lease had just ended was shown the door.
+                    // The receiver closes a connection if its first lease has just ended.
                     link = connect();
                 }
             }

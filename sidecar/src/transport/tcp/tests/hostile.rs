@@ -1,11 +1,11 @@
-//! Peers that are broken, slow, or mean: each touches only itself.
+//! Tests that a broken, slow or hostile peer harms only itself.
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
 
-/// A receiver with short times, and a sender that shall not notice any of it.
+/// Starts a receiver with short time limits, and a sender that must not be disturbed.
 fn victims(config: Config) -> (Tcp, Tcp) {
     let sender = tcp(
         "send",
@@ -106,7 +106,7 @@ async fn frames_that_make_no_sense_end_their_connection() {
             false,
             Refusal::Bounds,
         ),
-        // The head of a frame, then silence.
+        // The peer sends the head of a frame and then nothing.
         (
             frame(&[part(3, 0, 1)])[..20].to_vec(),
             false,
@@ -146,7 +146,7 @@ async fn a_slow_hello_and_a_slow_write_run_out_of_time() {
     assert_eq!(half.hear(), None);
     assert_eq!(refused(&receiver, Refusal::Stalled), 2);
     assert!(receiver.events().contains(&("refused_stalled", 2)));
-    // Its slot can be closed and opened to others as if nothing had been.
+    // The peer's slot can be closed and opened to others as usual.
     receiver.close(SlotIndex(1));
     receiver.open(LeaseId(2), SlotIndex(1));
     let outcome = link.write(LeaseId(2), vec![piece(1, 1, MIB)]).await;
@@ -166,7 +166,8 @@ async fn a_trickle_that_never_stalls_still_has_a_deadline() {
         .set_read_timeout(Some(Duration::from_millis(10)))
         .unwrap();
     let start = Instant::now();
-    // A byte every 10 ms, well within the stall time, until the receiver has had enough.
+    // The peer sends a byte every 10 ms, well within the stall time, until the receiver closes the
+    // connection.
     let end = (0..100).find_map(|_| {
         drop(raw.0.write(&[1]));
         match raw.0.read(&mut [0; 1]) {
@@ -200,7 +201,7 @@ async fn a_flood_of_silent_connections_leaves_room() {
         Outcome::Done
     );
     until("the flood is taken", || receiver.counts().accepted == 201);
-    // 64 may wait; the link's own connection waited among them for a moment.
+    // 64 connections may wait, and the link's own connection was one of them for a moment.
     let evicted = receiver.counts().evicted;
     assert!(
         (200 - 64..=200 - 62).contains(&evicted),
@@ -226,7 +227,8 @@ async fn strangers_make_room_and_known_senders_do_not() {
     }
     let outcome = link.write(LEASE, vec![piece(1, 1, MIB)]).await;
     assert_eq!(outcome, Outcome::Done);
-    // The others become known; then nobody has to go, and nobody can come.
+    // The other connections show an open lease. Then none of them is closed, and no new connection is
+    // admitted.
     for raw in &mut known {
         raw.write(1, LEASE, &[part(2, 0, 1)]);
         raw.say(&[9]);
@@ -238,7 +240,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("refused: too many connections"), "{error}");
-    // Until one of them leaves, or the lease is over that they have shown.
+    // There is room again after one of them has left, or after the lease that they have shown is over.
     drop(known.pop());
     let mut again = None;
     while again.is_none() {
@@ -289,12 +291,13 @@ fn a_peer_that_does_not_read_its_answers_is_dropped() {
     let mut frame = head.encode(&[part(0, 0, 1)]);
     frame.push(5);
     let burst = frame.repeat(1000);
-    // Its answers fill the sockets' buffers, the receiver stops reading, and then has enough.
+    // The answers fill the sockets' buffers, so the receiver stops reading and closes the connection after
+    // its time limit.
     let start = Instant::now();
     while raw.0.write_all(&burst).is_ok() {
         assert!(start.elapsed() < Duration::from_secs(60), "served for ever");
     }
-    // Full buffers hold up what comes the other way too: whichever is noticed first.
+    // Full buffers block both directions, so either of the two may be noticed first.
     until("the connection is counted", || {
         receiver.counts().broken + refused(&receiver, Refusal::Stalled) == 1
     });
@@ -309,15 +312,15 @@ fn the_threads_end_with_the_transport() {
     let mut silent = Raw::connect(&receiver);
     let threads = Arc::downgrade(&receiver.receiving);
     drop(receiver);
-    // Every thread holds the shared state, so none is left.
+    // Every thread holds the shared state, so no thread is left if the state is gone.
     assert!(threads.upgrade().is_none());
     for raw in [&mut idle, &mut busy, &mut silent] {
         assert_eq!(raw.hear(), None);
     }
 }
 
-/// Good frames with some bytes changed, of strangers and of who knows the lease. Nothing but slots that
-/// are open is written, every thread ends, and a good sender is served at the end.
+/// Sends valid frames with some bytes changed, with and without the right lease. Only open slots may be
+/// written, every thread must end, and a good sender must be served at the end.
 #[tokio::test]
 async fn streams_of_changed_frames() {
     let (sender, receiver) = victims(hasty());
@@ -347,14 +350,14 @@ async fn streams_of_changed_frames() {
             let bytes: u64 = parts.iter().map(|part| part.bytes).sum();
             stream.extend((0..bytes).map(|_| random.random::<u8>()));
         }
-        // The first rounds go as they are.
+        // The first rounds send the stream unchanged.
         for _ in 0..round.min(6) / 2 {
             let at = random.random_range(0..stream.len().min(200));
             stream[at] ^= 1 << random.random_range(0..8);
         }
         stream.truncate(random.random_range(1..=stream.len()));
         let mut raw = Raw::connect(&receiver);
-        // It may have been refused already.
+        // The receiver may have refused the connection already.
         raw.0.write_all(&stream).ok();
     }
     assert_eq!(sum(&receiver, 3, MIB), before);

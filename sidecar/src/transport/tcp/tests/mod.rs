@@ -15,7 +15,7 @@ mod pushes;
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const LEASE: LeaseId = LeaseId(77);
 
-/// A transport over a fresh buffer of `slots` slots, listening on loopback.
+/// Makes a transport over a fresh buffer of `slots` slots, listening on loopback.
 pub(super) fn tcp(name: &str, slots: u32, slot_bytes: u64, config: Config) -> Tcp {
     let buffer = Buffer::memfd(name, u64::from(slots) * slot_bytes).unwrap();
     let listen = Some("127.0.0.1:0".parse().unwrap());
@@ -60,7 +60,7 @@ fn refused(tcp: &Tcp, why: Refusal) -> u64 {
     tcp.counts().refused[why.index()].1
 }
 
-/// Waits for what another thread is about to do; an assertion that it does so at all.
+/// Waits until another thread has made the condition true, and fails if it never does.
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
@@ -69,7 +69,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// A peer that says what it likes.
+/// A peer that sends any bytes that a test wants.
 #[derive(Debug)]
 struct Raw(TcpStream);
 
@@ -81,7 +81,7 @@ impl Raw {
         Self(socket)
     }
 
-    /// Connects and is welcomed.
+    /// Connects and waits for the welcome.
     fn welcome(to: &Tcp) -> Self {
         let mut raw = Self::connect(to);
         raw.say(&hello(to).encode());
@@ -102,7 +102,7 @@ impl Raw {
         self.say(&head.encode(parts));
     }
 
-    /// The next answer; `None` at the end of the stream.
+    /// Returns the next answer; `None` at the end of the stream.
     fn hear(&mut self) -> Option<Answer> {
         let mut bytes = [0; Answer::BYTES];
         match self.0.read_exact(&mut bytes) {

@@ -1,4 +1,4 @@
-//! Writes from one transport to another: arriving, refused, broken.
+//! Tests writes from one transport to another: those that arrive, are refused, or break.
 
 use super::*;
 
@@ -84,7 +84,7 @@ async fn a_stranger_with_a_wrong_lease_is_shown_the_door() {
     });
     assert_eq!(sum(&receiver, 0, MIB), before);
     assert_eq!(refused(&receiver, Refusal::Closed), 1);
-    // Others are served.
+    // Other peers are still served.
     let link = sender.link(remote(&receiver)).await.unwrap();
     assert_eq!(
         link.write(LEASE, vec![piece(0, 0, MIB)]).await,
@@ -177,7 +177,7 @@ async fn a_receiver_that_goes_leaves_begun_writes_open_and_others_terminal() {
     until("the first has landed", || receiver.counts().batches > 0);
     drop(receiver);
     let outcomes = futures::future::join_all(writes).await;
-    // In the order of posting: landed, then begun without an answer, then never begun.
+    // The outcomes stand in the order of posting: done, then begun without an answer, then never begun.
     let rank = |outcome: &Outcome| match outcome {
         Outcome::Done => 0,
         Outcome::Failed { terminal, .. } => 1 + u8::from(*terminal),
@@ -227,7 +227,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
         assert!(text.contains(expect), "{text}");
         assert!(text.starts_with("no tcp link to receiver: "), "{text}");
     }
-    // Before the receiver has slots, and before the sender has.
+    // The link fails before the receiver has slots, and before the sender has slots.
     let bare = Buffer::memfd("bare", 2 * MIB).unwrap();
     let listen = Some("127.0.0.1:0".parse().unwrap());
     let bare = Tcp::bind(
@@ -256,19 +256,19 @@ async fn links_to_what_is_no_sidecar_end_in_time() {
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut there = remote(&sender);
     there.address = Some(other.local_addr().unwrap().to_string());
-    // Silent: the kernel connects, nobody answers.
+    // A silent port: the kernel connects, but no process answers.
     let text = sender.link(there.clone()).await.unwrap_err().to_string();
     assert!(text.contains("did not answer within 200ms"), "{text}");
     let talk = std::thread::spawn(move || {
         for answer in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b""] {
-            // The connection of the silent attempt comes first, and may have an end by now.
+            // The connection of the silent attempt comes first and may have ended by now.
             let mut socket = other.accept().unwrap().0;
             while socket.read(&mut [0; Hello::BYTES]).is_ok_and(|n| n == 0) {
                 socket = other.accept().unwrap().0;
             }
             socket.write_all(answer).unwrap_or_default();
         }
-        // The silent one may still have had its hello read: one more for its turn.
+        // The silent connection's hello may have been read instead, so one more connection is accepted.
         drop(other.accept());
     });
     let mut texts = Vec::new();
