@@ -1,5 +1,5 @@
-//! What the transport moves between two processes, beside raw prepared NIXL writes that alternate
-//! with it, so that a busy machine slows both. Run it optimised:
+//! Measures the transport's rate between two processes. Raw prepared NIXL writes alternate with the
+//! transport's writes, so that a busy machine slows both. Run it optimised:
 //! `cargo test --release -p pd-sidecar nixl::bench -- --ignored --nocapture`
 
 use std::rc::Rc;
@@ -76,7 +76,7 @@ async fn measure(library: &'static Library, total: u64, chunk: u64) {
     );
 }
 
-/// Requests that are only posted and polled, of several divisions.
+/// Makes requests that are only posted and polled, with several sizes of descriptors.
 fn raw(
     library: &'static Library,
     buffer: &Arc<Buffer>,

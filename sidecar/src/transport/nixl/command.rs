@@ -28,16 +28,16 @@ pub(super) enum Command {
         permit: OwnedSemaphorePermit,
     },
     Unlink(u64),
-    /// Writes are announced: poll.
+    /// Wakes the thread because writes are announced.
     Wake,
     Stop,
 }
 
-/// A connected receiver, as the runtime holds it. Dropping it asks the thread to disconnect.
+/// A connected receiver, as the runtime holds it. When it is dropped, the thread disconnects.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) shared: Arc<Shared>,
-    /// The number under which the engine thread knows the receiver.
+    /// The engine thread's number for the receiver.
     pub(super) id: u64,
     pub(super) granule: u64,
     pub(super) reported: String,
@@ -49,12 +49,12 @@ impl Drop for Connection {
     }
 }
 
-/// Answers a caller who may have gone.
+/// Answers a caller, which may no longer wait.
 pub(super) fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
     drop(reply.send(outcome));
 }
 
-/// A write of which nothing was posted.
+/// Returns the outcome of a write of which nothing was posted.
 pub(super) fn unsent(error: impl Into<String>) -> Outcome {
     Outcome::Failed {
         terminal: true,

@@ -1,4 +1,4 @@
-//! What the engine thread has done, for metrics.
+//! Counts the events of the engine thread, for metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,19 +7,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) struct Counts {
     /// Writes that ended with every byte at the receiver.
     pub(super) done: u64,
-    /// Writes that failed and ended.
+    /// Writes that failed, and of which no byte can still arrive.
     pub(super) failed: u64,
-    /// Writes that failed without an end that can be known.
+    /// Writes that failed, and of which bytes may still arrive.
     pub(super) uncertain: u64,
-    /// Bytes of the writes that were done, rounded up to descriptors.
+    /// Bytes of the writes that were done, rounded up to whole descriptors.
     pub(super) bytes: u64,
-    /// Peers connected now.
+    /// Peers that are connected now.
     pub(super) peers: u64,
-    /// Requests that were given up, have not ended and are polled on, now.
+    /// Requests that were abandoned and have not ended yet. The thread still polls them.
     pub(super) stuck: u64,
 }
 
-/// Written by the engine thread, read by any.
+/// Counts of events, which the engine thread writes and any thread reads.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) done: AtomicU64,
@@ -32,7 +32,7 @@ pub(super) struct Counters {
 
 impl Counters {
     pub(super) fn read(&self) -> Counts {
-        // Relaxed: each is a number of its own, and nothing is decided by two of them.
+        // Relaxed order is enough: each count stands alone, and no decision uses two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             done: read(&self.done),

@@ -1,4 +1,4 @@
-//! Slots as NIXL descriptors.
+//! Divides slots into NIXL descriptors.
 
 use std::rc::Rc;
 
@@ -9,9 +9,9 @@ use super::wire::Wire;
 
 /// The division of a buffer of slots into descriptors.
 ///
-/// A descriptor is smaller than a slot, so that a partial chunk is written without the rest of its
-/// slot. Descriptors are the same on both sides, slot by slot, so that equal positions in a slot
-/// have equal lengths; the last of a slot may be shorter.
+/// A descriptor is smaller than a slot, so that a partial chunk is written without the rest of its slot. Both
+/// sides have the same descriptors in each slot, so that equal positions have equal lengths. The last
+/// descriptor of a slot may be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DescriptorLayout {
     pub(super) slots: u32,
@@ -20,7 +20,7 @@ pub(super) struct DescriptorLayout {
     per_slot: u64,
 }
 
-/// The present descriptor layout, and the list that NIXL prepared for it.
+/// The present descriptor layout, with the list that NIXL prepared for it.
 #[derive(Clone, Debug)]
 pub(super) struct Slots {
     pub(super) layout: DescriptorLayout,
@@ -28,7 +28,8 @@ pub(super) struct Slots {
 }
 
 impl DescriptorLayout {
-    /// `None` if there is nothing to divide, or more than NIXL's indices can name.
+    /// Makes a layout; `None` if there is nothing to divide, or if NIXL's indices cannot name all
+    /// descriptors.
     pub(super) fn new(slots: u32, slot_bytes: u64, wire: Wire) -> Option<Self> {
         if slots == 0 || slot_bytes == 0 {
             return None;
@@ -46,12 +47,12 @@ impl DescriptorLayout {
         })
     }
 
-    /// Bytes of a descriptor, the last one of a slot excepted.
+    /// Returns the bytes of a descriptor, except the last one of a slot.
     pub(super) fn descriptor_bytes(self) -> u64 {
         self.descriptor_bytes
     }
 
-    /// Offset and length of every descriptor of one slot.
+    /// Returns the offset and length of every descriptor of one slot.
     pub(super) fn of_slot(self) -> impl Iterator<Item = (u64, u64)> {
         (0..self.per_slot).map(move |i| {
             let offset = i * self.descriptor_bytes;
@@ -59,7 +60,7 @@ impl DescriptorLayout {
         })
     }
 
-    /// Offset and length of every descriptor of the buffer, in the order of their indices.
+    /// Returns the offset and length of every descriptor of the buffer, in the order of their indices.
     pub(super) fn ranges(self) -> Vec<(u64, u64)> {
         (0..u64::from(self.slots))
             .flat_map(|slot| {
@@ -69,11 +70,11 @@ impl DescriptorLayout {
             .collect()
     }
 
-    /// What carries `pieces`, in batches of about `batch_bytes`.
+    /// Returns the descriptors that carry `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// The first piece that names no slot of one of the sides, or more than a slot, or begins within a
-    /// descriptor.
+    /// The first piece that names a slot that one of the sides does not have, is longer than its slot, or
+    /// begins within a descriptor.
     pub(super) fn batches(
         self,
         pieces: &[Piece],
@@ -113,7 +114,7 @@ impl DescriptorLayout {
     }
 }
 
-/// Descriptors of one request: `from[i]` is written to `to[i]`.
+/// The descriptors of one request: `from[i]` is written to `to[i]`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Batch {
     pub(super) from: Vec<i32>,

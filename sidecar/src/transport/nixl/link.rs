@@ -1,4 +1,4 @@
-//! The sending half of the trait: what is left of it on the runtime's side.
+//! Links to a receiver and sends writes to the engine thread.
 
 use std::sync::Arc;
 
@@ -10,12 +10,14 @@ use super::Shared;
 use super::command::{Command, Connection};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
-/// A peer that the engine thread is connected to. Dropping it disconnects.
+/// A peer that the engine thread is connected to. When it is dropped, the thread disconnects.
 #[derive(Debug)]
 pub(super) struct NixlLink(Connection);
 
+/// Connects to a receiver and returns the link.
+///
 /// # Cancel safety
-/// Dropped early, the connection is given up again.
+/// If the future is dropped early, the connection is closed again.
 pub(super) async fn connect(
     shared: Arc<Shared>,
     remote: Remote,
@@ -32,7 +34,7 @@ pub(super) async fn connect(
         _permit: permit,
     });
     match tokio::time::timeout(shared.link, made).await {
-        // The connection travels in the answer: an answer that nobody takes drops it, which disconnects.
+        // The answer owns the connection, so an answer that is not received disconnects the peer.
         Ok(Some(Ok(made))) => Ok(Arc::new(NixlLink(made)) as Arc<dyn Link>),
         Ok(Some(Err(cause))) => Err(refused(cause)),
         Ok(None) => Err(refused(STOPPED.to_owned())),
@@ -48,8 +50,11 @@ impl Link for NixlLink {
         Kind::Nixl
     }
 
+    /// Sends a write to the engine thread.
+    ///
     /// # Cancel safety
-    /// Dropped while the engine thread has no room for it, nothing is written. Otherwise the write goes on.
+    /// If the future is dropped while the engine thread's queue is full, nothing is written. Otherwise the
+    /// write goes on.
     fn write_when(
         &self,
         ready: Ready,
@@ -65,12 +70,13 @@ impl Link for NixlLink {
             permit,
         };
         let stopped = || Outcome::Failed {
-            // The thread answers all it has posted before it ends, so this was not posted;
-            // unless it panicked, and then nothing is known.
+            // The thread answers all posted writes before it ends, so this write was not posted. But after a
+            // panic of the thread that is not known.
             terminal: false,
             error: STOPPED.to_owned(),
         };
-        // There is room but for a flood of writes: then the thread begins before anybody awaits it.
+        // The queue has room except in a flood of writes. Then the thread begins before the caller awaits the
+        // future.
         match Arc::clone(&self.0.shared.permits).try_acquire_owned() {
             Ok(permit) => {
                 let answer = self.0.shared.put(command, permit);

@@ -1,19 +1,19 @@
-//! NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
+//! Writes with NIXL and its UCX backend: shared memory, RDMA, NVLink, TCP.
 //!
-//! One engine thread owns the agent and everything made from it; the rest of the process sends it
-//! commands. It polls only while something is in flight or announced, and parks otherwise: the
-//! library's own thread would burn a core when idle. It still looks up ten times a second, so that
-//! a peer that connects before its writes are announced (LMCache) is answered.
+//! One engine thread owns the agent and everything made from it; the rest of the process sends it commands.
+//! The thread polls only while a write is in flight or announced, and sleeps otherwise, because the library's
+//! own thread would use a whole core when idle. Ten times a second the thread also polls when idle, so that
+//! it answers a peer that connects before its writes are announced (LMCache).
 //!
 //! | file | |
 //! |---|---|
-//! | [`command`] | what the process asks of the thread, and the answers |
-//! | [`engine`] | the thread: commands, polling, parking, the end |
-//! | [`peer`] | one receiver: writes queued, posted, polled, given up |
-//! | [`descriptor_layout`] | slots as descriptors, writes as batches of them |
-//! | [`wire`] | which descriptors the wire likes |
-//! | [`poll_backoff`] | how often to poll |
-//! | [`counts`] | what has happened, for metrics |
+//! | [`command`] | the requests to the thread, and the answers |
+//! | [`engine`] | the thread: commands, polling, sleeping, the end |
+//! | [`peer`] | one receiver: its writes are queued, posted, polled and abandoned |
+//! | [`descriptor_layout`] | slots as descriptors, writes as batches of descriptors |
+//! | [`wire`] | the best size of descriptors for the wire below |
+//! | [`poll_backoff`] | the pauses between polls |
+//! | [`counts`] | counts of events, for metrics |
 //! | [`link`] | the sending half of the trait |
 
 use std::sync::Arc;
@@ -49,26 +49,27 @@ use engine::Engine;
 
 pub(crate) use ::nixl::{Library, Search};
 
-/// Names and times.
+/// The names and time limits of the transport.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// The agent's name: new at each start, because peers know agents by it.
+    /// The agent's name. Each start needs a new name, because peers know agents by their names.
     pub(crate) agent: String,
-    /// NIXL's device id of the buffer: of GPU memory the GPU's number in this process, which UCX
-    /// checks; of host memory, as with LMCache, the tensor-parallel rank.
+    /// NIXL's device id of the buffer. For GPU memory it is the GPU's number in this process, which UCX
+    /// checks. For host memory it is the tensor-parallel rank, as with LMCache.
     pub(crate) device: u64,
-    /// Backend parameters beyond the plugin's defaults.
+    /// Backend parameters that differ from the plugin's defaults.
     pub(crate) params: Vec<(String, String)>,
-    /// Time to make a link.
+    /// The time to make a link.
     pub(crate) link: Duration,
-    /// Time that a write may stand still before it is given up (and polled on until it ends).
+    /// The time that a write may make no progress. Then its caller gets an error, and the thread polls the
+    /// write until it ends.
     pub(crate) stall: Duration,
-    /// Time that writes under way get at the end.
+    /// The time for writes in flight when the transport stops.
     pub(crate) drain: Duration,
 }
 
 impl Config {
-    /// The defaults, for a rank.
+    /// Returns the defaults for a rank.
     pub(crate) fn new(agent: impl Into<String>, device: u64) -> Self {
         Self {
             agent: agent.into(),
@@ -83,7 +84,7 @@ impl Config {
 
 /// Both halves of the transport over one buffer.
 ///
-/// Dropping it waits for the engine thread, for [`Config::drain`] at most.
+/// When it is dropped, it waits for the engine thread, at most for [`Config::drain`].
 #[derive(Debug)]
 pub(crate) struct Nixl {
     shared: Arc<Shared>,
@@ -97,33 +98,33 @@ pub(crate) struct Nixl {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the engine thread and its clients have in common.
+/// The state that the engine thread and its clients share.
 #[derive(Debug)]
 struct Shared {
     commands: mpsc::Sender<Command>,
-    /// Bounds the queue of commands: a permit travels with each.
+    /// The permits that bound the queue of commands; each link or write command has one.
     permits: Arc<Semaphore>,
-    /// Writes into this buffer are announced.
+    /// True while peers have announced writes into this buffer.
     expecting: AtomicBool,
     counters: Counters,
-    /// `UCX_TLS`, for people.
+    /// The value of `UCX_TLS`, or `auto`, for people.
     ucx_tls: String,
-    /// UCX may use TCP.
+    /// True if UCX may use TCP.
     over_tcp: bool,
     link: Duration,
 }
 
 impl Nixl {
-    /// Starts the engine thread and registers the whole buffer; takes some hundred milliseconds.
+    /// Starts the engine thread and registers the whole buffer, which takes some hundred milliseconds.
     ///
     /// # Errors
-    /// What the library refuses, or no thread.
+    /// The library's or the GPU driver's refusal, or no thread.
     pub(crate) fn start(
         library: &'static Library,
         config: Config,
         buffer: Arc<Buffer>,
     ) -> Result<Self, StartError> {
-        // The variable that UCX itself is going to read, so it cannot be a setting of ours.
+        // UCX itself reads this variable, so a setting of the sidecar cannot replace it.
         let ucx_tls = std::env::var(TLS).ok().filter(|tls| !tls.is_empty());
         let over_tcp = ucx_tls.as_deref().is_none_or(names_tcp);
         let on_gpu = buffer.cuda().is_some();
@@ -143,8 +144,11 @@ impl Nixl {
             over_tcp,
             link: config.link,
         });
+        // The buffer moves to the thread, so its address is read first.
         let address = buffer.address() as u64;
         let device = config.device;
+        // The agent is made on the thread that will use it, because it cannot move between threads. This
+        // channel returns the result.
         let (started, outcome) = mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name(format!("nixl-{device}"))
@@ -156,7 +160,7 @@ impl Nixl {
                             engine.run();
                         }
                     }
-                    // The receiver waits below, so it is there.
+                    // The other end of the channel waits below, so the send does not fail.
                     Err(error) => drop(started.send(Err(error))),
                 }
             })
@@ -188,7 +192,7 @@ impl Transport for Nixl {
     fn advert(&self) -> Advert {
         Advert {
             kind: Kind::Nixl.as_str().to_owned(),
-            // The metadata is the address.
+            // The agent's metadata is the address, so the advert needs none.
             address: String::new(),
         }
     }
@@ -211,7 +215,7 @@ impl Transport for Nixl {
     }
 
     fn divide(&self, slots: u32, slot_bytes: u64) {
-        // No reader sees slots of the old size: 0 rows in between.
+        // The number of slots is 0 in between, so that no reader combines old and new sizes.
         self.slots.store(0, Ordering::Release);
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);
@@ -235,7 +239,7 @@ impl Transport for Nixl {
     }
 
     fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
-        // One-sided: a peer writes when it likes, leases are kept by the word of the peers.
+        // Writes are one-sided: a peer can write at any time, and only the peers' messages keep the leases.
     }
 
     fn close(&self, _slot: SlotIndex) {}
@@ -283,16 +287,17 @@ impl Drop for Nixl {
 }
 
 impl Shared {
-    /// Without a permit: for commands whose number is bounded by that of the objects that send them.
+    /// Sends a command without a permit. The number of such commands is bounded by the number of objects that
+    /// send them.
     fn send(&self, command: Command) {
-        // Fails when the thread has ended; then nobody waits for an answer to these.
+        // The send fails if the thread has ended. No caller waits for an answer to these commands.
         drop(self.commands.send(command));
     }
 
-    /// Waits for room in the queue.
+    /// Waits for room in the queue, sends a command and waits for the answer; `None` if the thread has ended.
     ///
     /// # Cancel safety
-    /// Dropped early, nothing was sent.
+    /// If the future is dropped while it waits for room, nothing was sent.
     async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>, OwnedSemaphorePermit) -> Command,
@@ -301,7 +306,7 @@ impl Shared {
         self.put(command, permit)?.await.ok()
     }
 
-    /// Queues a command; `None` when the thread has ended.
+    /// Queues a command and returns the channel of its answer; `None` if the thread has ended.
     fn put<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>, OwnedSemaphorePermit) -> Command,
@@ -313,13 +318,13 @@ impl Shared {
     }
 }
 
-/// NIXL could not be started.
+/// The error that NIXL could not be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
-    /// No thread.
+    /// The kernel gave no thread.
     #[error("no thread for nixl")]
     Thread(#[source] std::io::Error),
-    /// The library's refusal, or the GPU driver's.
+    /// The library or the GPU driver refused.
     #[error("nixl does not start")]
     Nixl(#[source] Refusal),
     /// The engine thread panicked; its message is on standard error.
@@ -327,19 +332,19 @@ pub(crate) enum StartError {
     Panicked,
 }
 
-/// Whose refusal.
+/// A refusal of the library or of the GPU driver.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// The library's.
+    /// The library refused.
     #[error(transparent)]
     Nixl(#[from] ::nixl::Error),
-    /// The GPU driver's.
+    /// The GPU driver refused.
     #[error(transparent)]
     Cuda(#[from] CudaError),
 }
 
-/// Writes that may wait for the engine thread or be under way in it; each is one lease's batch of
-/// chunks, so this is far above what the sender machine has under way.
+/// The most writes that may wait for the engine thread or be in flight there. Each write is one lease's batch
+/// of chunks, so this is far more than the sender machine has in flight.
 const QUEUE: usize = 1024;
 
 #[cfg(test)]

@@ -1,20 +1,20 @@
-//! How often the engine thread polls.
+//! Chooses the engine thread's pauses between polls.
 
 use std::time::{Duration, Instant};
 
-/// One policy for all polling of the engine thread.
+/// The only policy for the pauses between the engine thread's polls.
 ///
-/// The library has no call that waits, and whatever is in flight moves only while it is polled. But
-/// the peer, the engine and the runtime may need this very core: on two cores a thread that spins
-/// makes the copy that it waits for slower. So: spin as long as a small write takes, then let others
-/// run first, then sleep, longer the longer nothing comes. Anything that moves starts over.
+/// The library has no call that waits, and a transfer moves only while the thread polls. But the peer, the
+/// engine and the runtime may need the same core: on two cores, a thread that spins slows down the copy that
+/// it waits for. So the thread first spins as long as a small write takes, then yields to other threads, and
+/// then sleeps, longer the longer nothing moves. Any movement starts from the beginning.
 #[derive(Debug, Default)]
 pub(super) struct PollBackoff {
     quiet_since: Option<Instant>,
     slept: bool,
 }
 
-/// What to do before the next poll.
+/// The pause before the next poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
     Spin,
@@ -23,7 +23,7 @@ pub(super) enum Wait {
 }
 
 impl PollBackoff {
-    /// After a round of polling in which something moved, or not.
+    /// Returns the pause after a poll in which something moved, or not.
     pub(super) fn wait(&mut self, moved: bool, now: Instant) -> Wait {
         if moved {
             *self = Self::default();
@@ -45,10 +45,11 @@ impl PollBackoff {
         wait
     }
 
-    /// After a round in which nothing moved, when only the writes of peers are awaited.
+    /// Returns the pause after a poll in which nothing moved, if only writes of peers are awaited.
     ///
-    /// Most wires need no help of this side (shared memory, RDMA, NVLink), and spinning beside a peer
-    /// on the same host takes the very core that copies: naps from the beginning. Sockets bridge them.
+    /// Most wires need no help of this side (shared memory, RDMA, NVLink), and a thread that spins beside a
+    /// peer on the same host takes the core that copies. So the thread sleeps from the beginning, for short
+    /// times; the buffers of sockets bridge them.
     pub(super) fn expect(&mut self, now: Instant) -> Wait {
         match self.wait(false, now) {
             Wait::Spin | Wait::Yield => {
@@ -59,31 +60,34 @@ impl PollBackoff {
         }
     }
 
-    /// How long a call into the library must take to have moved something.
+    /// Returns the least time of a library call that counts as movement.
     pub(super) fn busy(&self) -> Duration {
         if self.slept { BUSY_COLD } else { BUSY }
     }
 }
 
-/// A 64 KiB write takes 4 µs within a host and 31 over TCP.
+/// The time of spinning. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
 const SPIN: Duration = Duration::from_micros(30);
-/// The round trip of a data centre, with a scheduler's delay in it.
+/// The time until the thread no longer yields but sleeps: a round trip in a data centre with a scheduler's
+/// delay.
 const YIELD: Duration = Duration::from_micros(500);
-/// With the kernel's timer slack about 100 µs: at 5 GB/s 0.5 MB, which sockets and their buffers
-/// bridge. Each wake costs 5 to 20 µs of a core.
+/// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s that is 0.5 MB, which
+/// sockets and their buffers bridge. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
-/// What is announced is about to be posted; a peer that is quiet for so long was held up.
+/// The time until the sleeps become longer. Peers post announced writes at once, so a peer that is silent for
+/// this time was delayed.
 const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
-/// It writes without this side's help (shared memory, RDMA), or has stopped.
+/// The time until the sleeps become long. By then the peer writes without this side's help (shared memory,
+/// RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
-/// About 3 % of a core; a write that comes after all is late by a fiftieth of its pause.
+/// The longest sleep. It costs about 3 % of a core, and delays a late write by a fiftieth of its pause.
 const LONG: Duration = Duration::from_millis(1);
 
-/// A call into the library that takes longer has moved bytes: an idle one takes under 1 µs.
+/// The least time of a library call that has moved bytes; an idle call takes under 1 µs.
 const BUSY: Duration = Duration::from_micros(4);
-/// After a sleep the caches are cold, and an idle call takes up to 15 µs on a busy machine. What a
-/// wire of 1 GB/s brings during a sleep takes longer.
+/// The same after a sleep: the caches are cold, and an idle call takes up to 15 µs on a busy machine. The
+/// bytes that a wire of 1 GB/s brings during a sleep take longer.
 const BUSY_COLD: Duration = Duration::from_micros(25);
 
 #[cfg(test)]
@@ -122,7 +126,7 @@ mod tests {
         assert_eq!(backoff.busy(), BUSY_COLD);
         let later = start + DROWSE + Duration::from_millis(1);
         assert_eq!(backoff.expect(later), Wait::Sleep(LONG));
-        // Bytes came: the next ones follow at once.
+        // Bytes came, so the next bytes are expected at once.
         assert_eq!(backoff.wait(true, later), Wait::Spin);
     }
 }

@@ -1,4 +1,4 @@
-//! UCX's environment, which UCX reads when it is loaded.
+//! Sets UCX's environment variables, which UCX reads when it is loaded.
 
 use std::net::{IpAddr, ToSocketAddrs};
 use std::os::unix::process::CommandExt;
@@ -9,14 +9,15 @@ use nix::ifaddrs::getifaddrs;
 use crate::config::{DEVICES, OWN_DEVICES, Ucx};
 use crate::exit::Exit;
 
-/// Begins this process anew with those of UCX's variables that the environment does not set: the process may have
-/// threads that read the environment, so the environment is not changed underneath them.
+/// Restarts this process with UCX's variables that the environment does not set. The process may have threads
+/// that read the environment, so the variables must not change in the running process. Returns the exit code
+/// of an error; `None` if no variable is missing.
 pub(crate) fn environment(ucx: &Ucx) -> Option<Exit> {
     let mut wanted = ucx.variables.clone();
     if let Some(host) = ucx.tcp_host.as_ref().filter(|_| !ucx.devices_given) {
         match devices(host) {
             Ok(interface) => {
-                // A device that Mooncake's file names for RDMA stays.
+                // A device that Mooncake's file names for RDMA stays in the list.
                 match wanted.iter_mut().find(|(name, _)| *name == DEVICES) {
                     Some((_, devices)) => *devices += &format!(",{interface}"),
                     None => wanted.push((
@@ -58,7 +59,7 @@ pub(crate) fn environment(ucx: &Ucx) -> Option<Exit> {
     Some(Exit::Unavailable)
 }
 
-/// Returns the interface that has the address of `host`: UCX is told interfaces, not addresses.
+/// Returns the interface that has the address of `host`, because UCX takes interfaces and not addresses.
 fn devices(host: &str) -> Result<String, String> {
     let wanted =
         address(host).ok_or_else(|| format!("sidecar.nixl_over_tcp: {host} has no address"))?;

@@ -1,20 +1,20 @@
-//! What is known of the wire below UCX.
+//! Guesses the wire below UCX and sets the sizes of descriptors and requests for it.
 
 use std::path::Path;
 
-/// What the wire's cost depends on. UCX does not tell which wire it uses, so this is what its
-/// configuration and the host allow, for all peers alike.
+/// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the model follows from its
+/// configuration and the host, and is the same for all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
-    /// Each descriptor has a price (NVLink 5 µs, RDMA some hundred ns), whatever its size: small
-    /// descriptors that NIXL merges into as few as it can.
+    /// Each descriptor has a fixed cost (NVLink 5 µs, RDMA some hundred ns), whatever its size. Descriptors
+    /// are small, and NIXL merges neighbours into as few as it can.
     Descriptors,
-    /// The CPU copies, through sockets or straight into the peer. UCX's TCP loses with big
-    /// descriptors, and to the same host they win nothing: middle-sized ones, each on its own.
+    /// The CPU copies, through sockets or directly into the peer. Big descriptors are slower over UCX's TCP
+    /// and not faster within a host, so descriptors have a medium size and are not merged.
     Streams,
 }
 
-/// Where a buffer is.
+/// The kind of memory that holds a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Host,
@@ -22,13 +22,14 @@ pub(super) enum Place {
 }
 
 impl Wire {
-    /// Judges from `UCX_TLS`, from the presence of an RDMA device, and from where the buffer is.
+    /// Chooses the model from `UCX_TLS`, the presence of an RDMA device, and the memory of the buffer.
     pub(super) fn of_this_host(ucx_tls: Option<&str>, place: Place) -> Self {
         Self::judge(ucx_tls, has_rdma(), place)
     }
 
-    /// Why the built-in wire is better for GPU memory, if it is: where UCX has sockets only, it moves
-    /// half a gigabyte a second between two GPUs, and the built-in wire 7 and more.
+    /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not. If UCX has
+    /// only sockets, it moves half a gigabyte per second between two GPUs; the built-in wire moves 7 and
+    /// more.
     pub(super) fn poor(self, same_host: bool) -> Option<String> {
         match self {
             Self::Streams => Some("UCX_TLS leaves nixl only sockets for GPU memory".to_owned()),
@@ -44,7 +45,7 @@ impl Wire {
             |names: &[&str]| ucx_tls.is_some_and(|tls| tls.split(',').all(|t| names.contains(&t)));
         let device_copies = match place {
             Place::Host => rdma && !only(&["tcp", "self"]),
-            // Without RDMA still within the host, over NVLink or the bus.
+            // Without RDMA, devices still copy within the host, over NVLink or the bus.
             Place::Gpu => !only(&["tcp", "self", "cuda_copy", "sm", "shm", "cma"]),
         };
         if device_copies {
@@ -54,24 +55,24 @@ impl Wire {
         }
     }
 
-    /// Bytes of a descriptor of a slot.
+    /// Returns the bytes of a descriptor for slots of this size.
     pub(super) fn descriptor_bytes(self, slot_bytes: u64) -> u64 {
         match self {
-            // Merged anyhow, so the size only bounds what a partial chunk writes too much, and the
-            // count what making a request costs.
+            // NIXL merges descriptors here. Their size only bounds the bytes that a partial chunk writes too
+            // much, and their number bounds the cost of making a request.
             Self::Descriptors => (slot_bytes.div_ceil(64)).max(64 << 10),
             Self::Streams => 512 << 10,
         }
         .min(slot_bytes)
     }
 
-    /// Bytes of a request.
+    /// Returns the bytes of a request.
     pub(super) fn batch_bytes(self) -> u64 {
         match self {
-            // A request costs some ten microseconds, and nobody waits while the device copies; but
-            // what is given up, is given up whole.
+            // A request costs some ten microseconds, and the thread stays free while the device copies. But a
+            // request can be abandoned only as a whole.
             Self::Descriptors => 1 << 30,
-            // Where the CPU copies, this is how long the thread is deaf: 10 ms at 6 GB/s.
+            // If the CPU copies, the thread does nothing else for the time of a request: 10 ms at 6 GB/s.
             Self::Streams => 64 << 20,
         }
     }

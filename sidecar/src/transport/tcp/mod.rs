@@ -1,14 +1,13 @@
-//! The built-in TCP transport: pure Rust, no library, straight into the landing slots.
+//! Moves bytes over TCP without any library, from the socket directly into the receiver's slots.
 //!
-//! Both ends are threads that make large calls on non-blocking sockets: a receiving thread for each
-//! connection, a sending thread for each connection, one listening thread. The runtime's thread only
-//! connects and posts.
+//! Both ends are threads that make large calls on non-blocking sockets: one receiving thread per connection,
+//! one sending thread per connection, and one listening thread. The runtime's thread only connects and posts.
 //!
-//! # How the bytes are moved
-//! By plain `send` and `recv`, over two connections a link. Measured with a bare program for each
-//! way, a pair of processes for each stream, over loopback on two cores shared with other work (so
-//! read them as ratios): GB/s, median of 5 runs, each the median of 8 transfers, beside one iperf3
-//! stream at 1.9:
+//! # The way of the bytes
+//! The transport uses plain `send` and `recv` over two connections per link. The table compares the
+//! alternatives. A bare program measured each of them over loopback, with a pair of processes for each
+//! stream, on two cores shared with other work (so read the numbers as ratios). It shows GB/s, the median of
+//! 5 runs, each the median of 8 transfers; one iperf3 stream gave 1.9:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|
@@ -17,22 +16,22 @@
 //! | `splice` through a pipe of 1 MiB | 1.7 | 1.9 | 2.9 | 2.7 |
 //! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
 //!
-//! The three that save the sender's copy pay for it page by page (there are no huge pages in memfds
-//! by default), and give the receiver small pieces to wake up for; `MSG_ZEROCOPY` is copied after
-//! all on loopback. Fixed socket buffers instead of the kernel's own tuning changed nothing. What
-//! gives a third more (6.0 at 512 MiB over 2 streams) is to wake the receiver less often: it sets
-//! `SO_RCVLOWAT`, to no more than the frame has left, because the kernel wakes nobody for less.
+//! The three ways that save the sender's copy need time for each page instead (memfds have no huge pages by
+//! default), and wake the receiver for small pieces. On loopback, `MSG_ZEROCOPY` copies in the end, too.
+//! Fixed socket buffers instead of the kernel's own tuning changed nothing. Waking the receiver less often
+//! gives a third more (6.0 at 512 MiB over 2 streams): the receiver sets `SO_RCVLOWAT`, to no more than the
+//! rest of the frame, because the kernel does not wake it for less.
 //!
 //! | file | |
 //! |---|---|
-//! | [`frame`] | what is said on the wire |
-//! | [`acceptor`] | listening: who may connect |
+//! | [`frame`] | the frames on the wire |
+//! | [`acceptor`] | listening, and the admission of connections |
 //! | [`handshake`] | a connection before its hello |
 //! | [`reader`] | receiving: from a connection into slots |
-//! | [`slot_gate`] | which lease may write where; the fence |
+//! | [`slot_gate`] | the permission to write into a slot; the fence |
 //! | [`link`] | sending: connecting, dividing writes |
 //! | [`batch`] | one write as several jobs |
-//! | [`connection_writer`] | sending: one connection; what a failure may claim |
+//! | [`connection_writer`] | sending over one connection; the outcome of a failed write |
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -64,27 +63,28 @@ use reader::Receiver;
 #[cfg(test)]
 use frame::Refusal;
 
-/// Bounds and times.
+/// The bounds and time limits of the transport.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// Where to listen, port 0 for any; `None` if nothing is to be received.
+    /// The address to listen on, with port 0 for any port; `None` if this process receives nothing.
     pub(crate) listen: Option<SocketAddr>,
-    /// The host that peers are told; `None` for the address that is listened on, or, if that is any
-    /// address, for the one that they know the init port by.
+    /// The host in the advert. `None` stands for the address that is listened on; if that is any address,
+    /// peers use the host of the init port.
     pub(crate) advertise: Option<String>,
-    /// Connections of a link. On two cores two moved 1.6 times what one did (4.5 against 2.8 GB/s,
-    /// before the receiver was woken less often), because each end then copies on both cores; four
-    /// moved no more.
+    /// The number of connections of a link. On two cores, two connections moved 1.6 times what one did (4.5
+    /// against 2.8 GB/s, before the receiver was woken less often), because each end then copies on both
+    /// cores. Four connections moved no more.
     pub(crate) streams: usize,
-    /// Connections that may be served at once, each by a thread.
+    /// The most connections that are served at once, each by a thread.
     pub(crate) max_connections: usize,
-    /// Time to make a link.
+    /// The time to make a link.
     pub(crate) connect: Duration,
-    /// Time for a stranger's hello, and for a frame's head once it has begun.
+    /// The time for the hello of a new connection, and for the rest of a frame's head once the head has
+    /// begun.
     pub(crate) handshake: Duration,
-    /// Time that a write may stand still.
+    /// The time that a write may make no progress.
     pub(crate) stall: Duration,
-    /// Time that a connection may be silent while it shows no lease that is open.
+    /// The time that a connection may be silent if none of its leases is open.
     pub(crate) idle: Duration,
 }
 
@@ -112,10 +112,10 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    /// Listens, if it is to.
+    /// Starts the transport, and listens if the configuration has an address for that.
     ///
     /// # Errors
-    /// The kernel's refusal to bind or to give a thread.
+    /// The kernel's refusal to bind the port or to start a thread.
     pub(crate) fn bind(config: Config, buffer: Arc<Buffer>) -> io::Result<Self> {
         let receiving = Arc::new(Receiver {
             buffer,
@@ -142,12 +142,12 @@ impl Tcp {
         })
     }
 
-    /// Where it listens.
+    /// Returns the address that is listened on; `None` if this process receives nothing.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         self.listening.as_ref().map(|(address, _)| *address)
     }
 
-    /// What the receiving half has seen.
+    /// Returns the counts of the receiving half.
     #[cfg(test)]
     fn counts(&self) -> counts::Counts {
         self.receiving.counters.read()
@@ -161,7 +161,7 @@ impl Transport for Tcp {
 
     fn advert(&self) -> Advert {
         let address = self.address().map(|address| match &self.config.advertise {
-            // Peers put the host that they know us by in front: see `choose`.
+            // Peers put the host by which they know this process in front: see `choose`.
             None if address.ip().is_unspecified() => format!(":{}", address.port()),
             None => address.to_string(),
             Some(host) => super::choose::join(host, address.port()),
@@ -211,7 +211,7 @@ impl Transport for Tcp {
     }
 
     fn expect(&self, _writing: bool) {
-        // The receiving threads sleep in the kernel until something comes.
+        // The receiving threads sleep in the kernel until bytes come.
     }
 }
 

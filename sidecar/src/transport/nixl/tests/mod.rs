@@ -1,4 +1,4 @@
-//! The transport over the real library: this process sends, children of it receive.
+//! Tests the transport with the real library: this process sends, and child processes receive.
 
 use std::io::Write as _;
 use std::process::Command;
@@ -17,7 +17,7 @@ pub(super) const MIB: u64 = 1 << 20;
 pub(super) const LEASE: LeaseId = LeaseId(7);
 pub(super) const DEVICE: u64 = 3;
 
-/// The library, or `None` after saying loudly that the test is skipped.
+/// Loads the library, or returns `None` after a message that the test is skipped.
 pub(super) fn library() -> Option<&'static Library> {
     match Library::load(&Search::from_env()) {
         Ok(library) => Some(library),
@@ -25,7 +25,7 @@ pub(super) fn library() -> Option<&'static Library> {
             panic!("{error}")
         }
         Err(error) => {
-            // Not by eprintln, which the test harness swallows when the test passes.
+            // eprintln would not help: the test harness swallows its output when the test passes.
             let text = format!("SKIP (set PD_REQUIRE_NIXL=1 to fail instead): {error}\n");
             std::io::stderr().write_all(text.as_bytes()).unwrap();
             None
@@ -95,7 +95,7 @@ async fn chunks_arrive_and_nothing_else_does() {
     }
     let counts = sender.shared.counters.read();
     assert_eq!((counts.done, counts.peers, counts.stuck), (1, 1, 0));
-    // Of slot 2 no more than the descriptors that the partial chunk touches.
+    // Slot 2 has only the descriptors that the partial chunk touches.
     assert_ne!(
         receiver.sum(2, slot_bytes),
         buffer.sum(4 * slot_bytes, slot_bytes).unwrap()
@@ -239,7 +239,7 @@ async fn a_receiver_killed_in_the_middle_fails_the_write() {
         let mut receiver = Receiver::start(slots, slot_bytes);
         receiver.expect(true);
         let link = sender.link(receiver.remote.clone()).await.unwrap();
-        // Connects, so that the next one moves bytes from its beginning.
+        // This write connects, so that the next write moves bytes from its beginning.
         let first = link.write(LEASE, vec![piece(0, 0, 1)]).await;
         assert_eq!(first, Outcome::Done);
         let write = tokio::spawn(link.write(LEASE, all()));
@@ -269,7 +269,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
     let mut receiver = Receiver::start(4, MIB);
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
-    // The first write waits for the receiver's part of connecting.
+    // The receiver is stopped, and the first write waits for its part of the connection.
     receiver.signal("STOP");
     let start = Instant::now();
     let (first, second) = tokio::join!(
@@ -284,7 +284,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
     }
     assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
     assert_eq!(sender.shared.counters.read().uncertain, 2);
-    // The same peer cannot be connected to anew while the old writes may still look into it.
+    // The same peer cannot be linked again while the old writes may still reach its connection.
     let cause = sender
         .link(receiver.remote.clone())
         .await
@@ -292,7 +292,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
         .cause;
     assert!(cause.contains("2 transfers"), "{cause}");
     receiver.signal("CONT");
-    // They end, because they are polled on, and free the peer.
+    // The thread polls the old writes until they end, and then the peer is free.
     let link = loop {
         match sender.link(receiver.remote.clone()).await {
             Ok(link) => break link,
@@ -321,7 +321,7 @@ async fn a_dropped_write_goes_on_and_a_dropped_link_waits_for_it() {
     let pieces = (0..8).map(|slot| piece(slot, slot, 8 * MIB)).collect();
     let write = link.write(LEASE, pieces);
     drop(link);
-    // One poll posts it.
+    // One poll posts the write.
     assert!(futures::poll!(write).is_pending());
     let expect: Vec<u64> = (0..8)
         .map(|slot| buffer.sum(slot * 8 * MIB, 8 * MIB).unwrap())
@@ -331,13 +331,13 @@ async fn a_dropped_write_goes_on_and_a_dropped_link_waits_for_it() {
         assert!(start.elapsed() < Duration::from_secs(60));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // The connection is made anew, of the same agent.
+    // The same agent connects again.
     let link = sender.link(receiver.remote.clone()).await.unwrap();
     assert_eq!(
         link.write(LEASE, vec![piece(0, 1, MIB)]).await,
         Outcome::Done
     );
-    // While a link lives, another to the same peer shares its connection.
+    // While one link exists, another link to the same peer shares its connection.
     let other = sender.link(receiver.remote.clone()).await.unwrap();
     drop(link);
     assert_eq!(
@@ -363,10 +363,10 @@ async fn an_idle_engine_thread_sleeps() {
         Outcome::Done
     );
     let busy = cores_of("nixl-77", Duration::from_secs(3)).await;
-    // The bounds tell a thread that sleeps from one that spins, also on a busy machine, where
-    // each time it wakes costs several times as much.
+    // The bounds tell a sleeping thread from a spinning one, also on a busy machine, where each wake costs
+    // several times as much.
     assert!(busy < 0.05, "{busy} of a core, connected and idle");
-    // Announced writes that do not come cost more, but no core.
+    // Announced writes that do not come cost more, but less than a core.
     sender.expect(true);
     let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
     assert!(busy < 0.5, "{busy} of a core, waiting for announced writes");
@@ -375,7 +375,7 @@ async fn an_idle_engine_thread_sleeps() {
     assert!(busy < 0.05, "{busy} of a core, idle again");
 }
 
-/// What a thread of this process takes of a core, over some time.
+/// Returns the share of a core that a thread of this process uses over some time.
 async fn cores_of(thread: &str, time: Duration) -> f64 {
     let task = std::fs::read_dir("/proc/self/task")
         .unwrap()
@@ -394,7 +394,7 @@ async fn cores_of(thread: &str, time: Duration) -> f64 {
     Duration::from_nanos(nanos() - before).as_secs_f64() / start.elapsed().as_secs_f64()
 }
 
-/// UCX reads its environment once a process, so these tests run once more in another one.
+/// Runs these tests once more in another process, because UCX reads its environment once per process.
 #[test]
 fn all_of_this_over_tcp() {
     if library().is_none() {

@@ -1,4 +1,4 @@
-//! The receiving process of a test.
+//! Runs the receiving process of a test.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Lines, Write as _};
@@ -9,7 +9,7 @@ use protocol::dlist::{Memory, Row};
 use super::{DEVICE, library, start};
 use crate::transport::{Remote, Transport};
 
-/// A receiving process.
+/// A receiving process and the pipes to it.
 pub(in super::super) struct Receiver {
     child: Child,
     input: ChildStdin,
@@ -55,7 +55,7 @@ impl Receiver {
         receiver
     }
 
-    /// Sends a line, gives what the child answers to it.
+    /// Sends a line and returns the child's answer.
     fn ask(&mut self, line: &str) -> String {
         writeln!(self.input, "{line}").unwrap();
         let word = line.split_whitespace().next().unwrap();
@@ -96,16 +96,16 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
+        // The test may have killed the process already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// Set in the receiving process: `slots,slot_bytes`.
+/// An environment variable that only the receiving process has: `slots,slot_bytes`.
 const CHILD: &str = "PD_NIXL_TEST_RECEIVER";
 
-/// The receiving process: obeys lines until its input ends.
+/// Runs in the receiving process: carries out the lines of its input until the input ends.
 #[test]
 #[ignore = "the other half of the tests"]
 fn receiver() {
