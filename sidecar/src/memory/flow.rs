@@ -103,7 +103,7 @@ impl Inlet {
     /// how many bytes came, 0 at the end of the stream; they stand in the range when the call returns.
     ///
     /// A lock around this call is a write fence, because the call does not wait (a copy to a GPU takes some
-    /// ten microseconds): the thread that gets the lock knows that no receive is under way.
+    /// ten microseconds): the thread that gets the lock knows that no receive is in flight.
     ///
     /// # Errors
     /// The errors of `recv(2)` (`WouldBlock` if the socket has no bytes), `InvalidInput` for a range outside

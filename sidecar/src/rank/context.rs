@@ -59,7 +59,7 @@ pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// Counts a frame on this port that was not a valid message.
     fn malformed(&self, port: &'static str);
-    /// Counts an engine whose hello to this role was refused.
+    /// Counts an engine that sent a hello to this role and was refused.
     fn engine_refused(&self, side: RankRole, reason: Reason);
     /// Sends the message to the proxy, if there is a proxy.
     fn tell_proxy(&self, message: &ToProxy);

@@ -33,7 +33,7 @@ const QUEUE: usize = 256;
 #[error(transparent)]
 pub(crate) struct StartError(#[from] anyhow::Error);
 
-/// A sidecar whose ports are bound and whose buffers are taken.
+/// A sidecar after its start: its ports are bound and its buffers are taken.
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,

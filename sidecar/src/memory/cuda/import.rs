@@ -12,7 +12,7 @@ use super::{Extent, Handle};
 /// GPU memory that another process took, mapped here. The mapping outlives that process.
 #[derive(Debug)]
 pub(crate) struct Imported {
-    /// The GPU whose context maps the memory; not always the GPU that holds it.
+    /// The GPU with the context that maps the memory; not always the GPU that holds it.
     device: Arc<Device>,
     address: CUdeviceptr,
     bytes: u64,

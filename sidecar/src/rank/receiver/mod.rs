@@ -120,7 +120,7 @@ impl ReceiverTask {
                 break;
             }
             let deadline = self.machine.as_ref().and_then(Receiver::deadline);
-            // The branches stand in the order of their priority: senders wait for the answers of the alloc port.
+            // The branches stand in the order of their priority: senders wait for answers of the alloc port.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,

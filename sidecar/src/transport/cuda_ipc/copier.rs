@@ -292,5 +292,5 @@ fn count(counter: &AtomicU64, n: u64) {
 /// The time for which the thread polls without sleep after a write: the push of a long prompt ends within
 /// this time.
 const SPIN: Duration = Duration::from_millis(4);
-/// The time between two checks of copies that were given up. They end at any time or never.
+/// The time between two checks of abandoned copies. They end at any time or never.
 const STUCK_LOOK: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! The thread that owns the NIXL agent.
+//! Runs the thread that owns the NIXL agent.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -21,11 +21,11 @@ use crate::memory::Buffer;
 use crate::transport::Remote;
 use crate::transport::readiness::{LOOK as READY_LOOK, sleep_exactly};
 
-/// Everything that stays on the thread.
+/// The state that only the thread uses.
 #[derive(Debug)]
 pub(super) struct Engine {
     peers: HashMap<u64, Peer>,
-    /// Writes that were given up and have not ended: not released before they have.
+    /// Writes that were abandoned and have not ended. They must not be released before they have ended.
     stuck: Vec<Transfer>,
     slots: Option<Slots>,
     registration: Rc<Registration>,
@@ -38,7 +38,7 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// On the thread that will run it; gives the agent's metadata, too.
+    /// Makes the engine on the thread that will run it, and returns the agent's metadata with it.
     pub(super) fn new(
         library: &'static Library,
         config: Config,
@@ -47,7 +47,7 @@ impl Engine {
         shared: Arc<Shared>,
         commands: Receiver<Command>,
     ) -> Result<(Self, Vec<u8>), Refusal> {
-        // UCX takes the context that is current for the one that its memory belongs to.
+        // UCX takes the thread's current context as the context of its memory.
         let memory = match buffer.cuda() {
             Some(gpu) => {
                 gpu.device().bind()?;
@@ -76,7 +76,7 @@ impl Engine {
         Ok((engine, metadata))
     }
 
-    /// Until it is told to stop.
+    /// Runs the thread until a stop command comes.
     pub(super) fn run(mut self) {
         let mut backoff = PollBackoff::default();
         let mut looked = Instant::now();
@@ -134,7 +134,7 @@ impl Engine {
             Command::Divide { slots, slot_bytes } => self.divide(slots, slot_bytes),
             Command::Link { remote, reply, .. } => {
                 let link = self.link(&remote);
-                // If nobody waits any more, the link in the answer is dropped, which unlinks.
+                // If the caller no longer waits, the reply drops the connection, and that unlinks the peer.
                 drop(reply.send(link));
             }
             Command::Write {
@@ -145,7 +145,7 @@ impl Engine {
                 permit,
             } => match self.peers.get_mut(&link) {
                 Some(peer) => peer.write(ready, &pieces, self.slots.as_ref(), reply, permit),
-                // A link outlives its peer only while the thread ends.
+                // A link exists longer than its peer only while the thread ends.
                 None => answer(reply, unsent("the link is gone")),
             },
             Command::Unlink(link) => {
@@ -199,7 +199,7 @@ impl Engine {
         self.next_link += 1;
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
         if let Some(rate) = peer.estimate() {
-            // Writing to a string does not fail.
+            // A write to a string does not fail.
             reported += &format!(", estimate of UCX {rate:.2} GB/s");
         }
         self.peers.insert(id, peer);
@@ -212,7 +212,7 @@ impl Engine {
         })
     }
 
-    /// Lets the library work; whether anything moved.
+    /// Polls every peer. Returns true if anything moved.
     fn poll(&mut self, busy: Duration) -> bool {
         let mut moved = false;
         for peer in self.peers.values_mut() {
@@ -229,7 +229,8 @@ impl Engine {
         moved
     }
 
-    /// What is done ten times a second whether something is under way or not.
+    /// Does the work that is due ten times a second, also when no write is in flight: answers peers that
+    /// connect, and polls abandoned writes.
     fn look(&mut self) {
         self.progress();
         self.stuck.retain_mut(|transfer| match transfer.poll() {
@@ -252,7 +253,7 @@ impl Engine {
             .store(self.stuck.len() as u64, Ordering::Relaxed);
     }
 
-    /// How long the library worked.
+    /// Lets the library progress and returns the time that it worked.
     fn progress(&self) -> Duration {
         let start = Instant::now();
         if let Err(error) = self.agent.progress() {
@@ -261,7 +262,7 @@ impl Engine {
         start.elapsed()
     }
 
-    /// Whether the library has something of ours to do.
+    /// Returns true if the library has work for one of this process's writes.
     fn is_busy(&self) -> bool {
         self.peers.values().any(Peer::is_busy)
     }
@@ -270,7 +271,7 @@ impl Engine {
         self.peers.values().any(Peer::is_active)
     }
 
-    /// Gives what is under way its time, then answers all that is left.
+    /// Waits for writes in flight, for a limited time, and then answers all writes that are left.
     fn finish(mut self) {
         let mut backoff = PollBackoff::default();
         let deadline = Instant::now() + self.config.drain;
@@ -284,9 +285,9 @@ impl Engine {
         for peer in self.peers.values_mut() {
             peer.abandon("the transport has stopped", &mut self.stuck);
         }
-        // Commands that were not obeyed are dropped with their reply, which says that the thread
-        // has ended. Transfers that still run keep the buffer registered, and mapped, until the
-        // process ends; see `nixl::Transfer`.
+        // Commands in the queue are dropped with their reply, which tells their callers that the thread has
+        // ended. Transfers that still run keep the buffer registered and mapped until the process ends; see
+        // `nixl::Transfer`.
         if !self.stuck.is_empty() {
             tracing::warn!(
                 writes = self.stuck.len(),
@@ -296,6 +297,6 @@ impl Engine {
     }
 }
 
-/// The rate of [`Engine::look`]: a peer's connection request waits this long at most, and ten calls
-/// of some microseconds a second cost nothing.
+/// The time between two calls of [`Engine::look`]. A peer's connection request waits at most this long, and
+/// ten calls of some microseconds per second cost nothing.
 const LOOK: Duration = Duration::from_millis(100);

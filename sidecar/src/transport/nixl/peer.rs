@@ -1,4 +1,4 @@
-//! One receiver: its writes queued, posted, polled, given up.
+//! Handles the writes to one receiver: they are queued, posted, polled and abandoned here.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -27,28 +27,29 @@ pub(super) struct Peer {
     remote_slots: u32,
     wire: Wire,
     name: String,
-    /// The link was dropped: over once the writes have ended.
+    /// True once the link was dropped. The peer is removed when its writes have ended.
     closed: bool,
-    /// A write failed or stood still: nothing more is posted.
+    /// The error of the first write that failed or made no progress. After it nothing more is posted.
     failed: Option<String>,
-    /// When a batch last ended.
+    /// The last time at which a batch ended.
     moved: Instant,
-    /// Released once whoever waits for them has been answered.
+    /// Transfers that have ended. They are released after the callers were answered, so that the release
+    /// delays no answer.
     ended: Vec<Transfer>,
     shared: Arc<Shared>,
 }
 
-/// One call of `Link::write`.
+/// One call of `Link::write_when`.
 #[derive(Debug)]
 struct Write {
-    /// Nothing is posted before.
+    /// The readiness of the write's bytes; nothing is posted before.
     ready: Ready,
     queued: Instant,
-    /// Not posted yet.
+    /// The batches that were not posted yet.
     waiting: VecDeque<Batch>,
     bytes: u64,
     running: Vec<Running>,
-    /// How it has failed so far.
+    /// The first error of the write; `None` while no part has failed.
     failure: Option<Failure>,
     reply: oneshot::Sender<Outcome>,
     _permit: OwnedSemaphorePermit,
@@ -67,8 +68,10 @@ struct Failure {
 }
 
 impl Peer {
+    /// Connects to a receiver, after a check that its slots fit this side's.
+    ///
     /// # Errors
-    /// For people: what does not fit, or what NIXL refuses.
+    /// The text says what does not fit, or what NIXL refuses.
     pub(super) fn connect(
         agent: &Agent,
         slots: Slots,
@@ -79,6 +82,8 @@ impl Peer {
         if remote.metadata.is_empty() {
             return Err("the peer has no nixl".to_owned());
         }
+        // Descriptors of different sizes would shift the KV within the slots, so both sides must have the
+        // same slot size.
         let layout = slots.layout;
         if let Some(row) = remote
             .rows
@@ -100,12 +105,15 @@ impl Peer {
                     remote.rows.len()
                 )
             })?;
+        // The descriptors of both sides must have the same order, because a write names them by their
+        // indices.
         let rows: Vec<Row> = remote
             .rows
             .iter()
             .flat_map(|row| {
                 layout.of_slot().map(|(offset, bytes)| Row {
-                    // Wrapping: NIXL refuses whatever the peer has not registered.
+                    // The addition wraps, because the peer's address may be wrong. NIXL refuses every address
+                    // that the peer has not registered.
                     address: row.address.wrapping_add(offset),
                     bytes,
                     device: row.device,
@@ -135,7 +143,7 @@ impl Peer {
         })
     }
 
-    /// What UCX's model of its wire says of a whole slot, in GB/s.
+    /// Returns the rate of a whole slot in UCX's model of its wire, in GB/s; `None` if UCX gives no estimate.
     pub(super) fn estimate(&self) -> Option<f64> {
         let slot = [Piece {
             from: SlotIndex(0),
@@ -146,7 +154,7 @@ impl Peer {
         let batches = self.slots.layout.batches(&slot, 1, u64::MAX).ok()?;
         let [batch] = &batches[..] else { return None };
         let (local, remote) = (&self.slots.list, &self.remote);
-        // Merged in any case: as the model sees it, descriptors come one after the other.
+        // Neighbours are merged in any case: in UCX's model, descriptors are written one after the other.
         let merge = Merge::Neighbours;
         let time = Transfer::write(local, &batch.from, remote, &batch.to, merge)
             .and_then(|transfer| transfer.estimate())
@@ -156,7 +164,7 @@ impl Peer {
         (!time.is_zero()).then(|| bytes / time.as_secs_f64() / 1e9)
     }
 
-    /// Queues a write, or answers at once why not.
+    /// Queues a write, or answers at once with the reason why not.
     pub(super) fn write(
         &mut self,
         ready: Ready,
@@ -197,7 +205,7 @@ impl Peer {
         }
     }
 
-    /// Polls what is posted and posts a batch if there is room; whether anything moved.
+    /// Polls posted batches and posts a new batch if there is room. Returns true if anything moved.
     pub(super) fn step(
         &mut self,
         stall: Duration,
@@ -227,17 +235,17 @@ impl Peer {
         !self.writes.is_empty()
     }
 
-    /// Whether the library has something to do.
+    /// Returns true if the library has work for a write of this peer.
     pub(super) fn is_busy(&self) -> bool {
         self.writes.iter().any(|write| !write.is_awaiting())
     }
 
-    /// Whether a write waits for its bytes.
+    /// Returns true if a write waits for its bytes.
     pub(super) fn is_awaiting(&self) -> bool {
         self.writes.iter().any(Write::is_awaiting)
     }
 
-    /// Gives up every write, at the end of the thread.
+    /// Abandons every write, at the end of the thread.
     pub(super) fn abandon(&mut self, error: &str, stuck: &mut Vec<Transfer>) {
         for write in &mut self.writes {
             if !write.running.is_empty() {
@@ -265,7 +273,8 @@ impl Peer {
                         let error = format!("nothing moved for {stall:?}");
                         tracing::warn!(peer = self.name, error, "nixl write given up");
                         let transfer = write.running.swap_remove(i).transfer;
-                        // A new link must not queue behind it on the same connection.
+                        // The connection must not be used again, because a new link would queue behind this
+                        // transfer.
                         transfer.distrust();
                         stuck.push(transfer);
                         write.fail(false, error.clone());
@@ -280,7 +289,7 @@ impl Peer {
                         continue;
                     }
                     State::Failed(error) => (true, error.to_string()),
-                    // The failure of another write of this peer took the connection away.
+                    // Another write of this peer failed, and its connection was closed.
                     State::Lost => (false, "the connection was given up".to_owned()),
                 };
                 moved = true;
@@ -292,7 +301,7 @@ impl Peer {
         moved || start.elapsed() > busy
     }
 
-    /// Asks which writes are ready now, and ends those that never will be.
+    /// Checks which writes are ready, and fails those that never will be.
     fn look(&mut self, stall: Duration) {
         for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
             let error = match write.ready.look() {
@@ -301,14 +310,14 @@ impl Peer {
                 Readiness::NotYet => format!("not ready within {stall:?}"),
                 Readiness::Never(why) => why,
             };
-            // Nothing of it was sent, and the link is none the worse for it.
+            // No byte of the write was sent, so the link can still be used.
             write.waiting.clear();
             write.ready.forget();
             write.fail(true, error);
         }
     }
 
-    /// One batch at most: where the CPU copies, the copying happens in here, and commands and other
+    /// Posts at most one batch. If the CPU copies, the copy happens in this call, and commands and other
     /// peers wait meanwhile.
     fn post(&mut self) -> bool {
         let running: usize = self.writes.iter().map(|write| write.running.len()).sum();
@@ -332,7 +341,7 @@ impl Peer {
         let mut transfer = match made {
             Ok(transfer) => transfer,
             Err(error) => {
-                // Nothing of this batch was sent.
+                // No byte of this batch was sent.
                 write.fail(true, error.to_string());
                 self.failed = Some(error.to_string());
                 return true;
@@ -351,7 +360,7 @@ impl Peer {
                 self.ended.push(transfer);
             }
             Err(error) => {
-                // Part of it may have been sent.
+                // A part of the batch may have been sent.
                 write.fail(false, error.to_string());
                 self.failed = Some(error.to_string());
             }
@@ -359,7 +368,8 @@ impl Peer {
         true
     }
 
-    /// Answers what has ended. Once the peer has failed, what is still to be posted never is.
+    /// Answers the writes that have ended. After a failure of the peer, the batches that were not posted
+    /// never will be.
     fn settle(&mut self) {
         if let Some(error) = &self.failed {
             for write in &mut self.writes {
@@ -388,7 +398,8 @@ impl Write {
         self.ready.is_pending()
     }
 
-    /// The first error is told; the whole is terminal only if every part is.
+    /// Notes the failure of a part. The write's error is the first part's, and the write is terminal only if
+    /// every failure is.
     fn fail(&mut self, terminal: bool, error: String) {
         match &mut self.failure {
             Some(failure) => failure.terminal &= terminal,
@@ -417,5 +428,6 @@ impl Write {
     }
 }
 
-/// Requests under way to a peer: with two, the wire does not run dry while the end of one is noticed.
+/// The most requests in flight to a peer. With two requests, the wire has work while the thread notices the
+/// end of one.
 const WINDOW: usize = 2;
