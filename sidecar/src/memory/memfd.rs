@@ -21,8 +21,8 @@ pub(super) struct Memfd {
     file: OwnedFd,
 }
 
-// SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, only
-// `drop` unmaps it, and only system calls and volatile reads use it.
+// SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, and
+// only `drop` unmaps it. Only system calls, volatile reads and the transport libraries use the address.
 unsafe impl Send for Memfd {}
 // SAFETY: as above. All methods take `&self`; where two of them race on the same bytes, the kernel makes the
 // copies.

@@ -1,4 +1,4 @@
-//! Buffers of KV slots that the sidecar owns and the engine maps.
+//! Holds the buffers of KV slots, which the sidecar owns and the engine maps.
 //!
 //! Other processes and transport libraries read and write a buffer while this process has it. So no Rust
 //! reference to the buffer's bytes is ever made: every access is a call of the kernel or of CUDA's driver on

@@ -26,7 +26,7 @@ pub(crate) enum RankRole {
 }
 
 impl RankRole {
-    /// The name in metrics and logs.
+    /// Returns the name in metrics and logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Sender => "sender",
@@ -35,7 +35,7 @@ impl RankRole {
     }
 }
 
-/// The surroundings of one rank's task.
+/// The surroundings of one rank's task: configuration, wires, trace and observer.
 #[derive(Clone, Debug)]
 pub(crate) struct RankContext {
     pub(crate) config: Arc<Config>,

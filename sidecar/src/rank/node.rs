@@ -263,7 +263,7 @@ impl Builder {
             alloc = alloc.port(),
             "ports bound"
         );
-        // A configured port may be 0, so the target has the port that was bound.
+        // `selftest` asks for port 0, so the target has the port that was bound.
         self.targets.push(Target {
             host: listen.advertise.clone(),
             init_port: init.port(),

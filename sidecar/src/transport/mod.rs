@@ -30,7 +30,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The name in configs, adverts, metrics and logs.
+    /// Returns the name in configs, adverts, metrics and logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::CudaIpc => "cuda_ipc",
@@ -175,7 +175,7 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
     }
 }
 
-/// A link that could not be made.
+/// The error that a link could not be made.
 #[derive(Debug, thiserror::Error)]
 #[error("no {kind} link to {peer}: {cause}")]
 pub(crate) struct LinkError {

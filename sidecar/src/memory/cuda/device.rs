@@ -1,4 +1,4 @@
-//! A GPU and its primary context.
+//! Finds GPUs and holds their primary contexts.
 
 use std::ffi::c_char;
 use std::fmt;

@@ -72,8 +72,8 @@ fn last(bytes: u64) -> u64 {
 
 /// Bytes of a canary. With this length no data equals a canary by chance.
 const MARK_BYTES: usize = 16;
-/// The least distance of two copies. No wire delivers less at once: RDMA packets have 4 KiB, and the kernel
-/// copies whole pages. So no delivered part lies between two copies unseen.
+/// The least distance of two copies. A smaller one would show nothing more, because no wire delivers less at
+/// once: RDMA packets have 4 KiB, and the kernel copies whole pages.
 const STEP_BYTES: u64 = 4096;
 /// The most copies in a slot. Writing or reading one copy takes 0.3 µs in host memory; in GPU memory all
 /// copies together take the time of two copies.

@@ -41,7 +41,7 @@ pub(super) struct LmcachePeer {
 }
 
 /// The most senders that are remembered. When the set is full, all are forgotten, and decode engines compute
-/// the KV until the senders restart.
+/// the KV for a while.
 const MAX_SHOWN: usize = 4096;
 
 impl LmcachePeers {

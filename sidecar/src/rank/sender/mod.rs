@@ -142,8 +142,8 @@ impl SenderTask {
             }
             FromEngine::Message(engine, message) => match message {
                 ToSidecar::Reserve(m) => {
-                    // The receiver may have closed an idle connection, or one that it needed for another
-                    // peer. If the sender finds that only by a write, the write fails.
+                    // The receiver may have closed the connection because it was idle, or to make room for
+                    // another peer. If the sender finds that only by a write, the write fails.
                     if self.peers.is_broken(&m.to) {
                         let (to, reason) = (m.to.clone(), Reason::PeerLost);
                         self.feed(Event::LinkLost { to, reason });

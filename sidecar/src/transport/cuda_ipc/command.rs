@@ -1,4 +1,4 @@
-//! The requests that the rest of the process sends to the copying thread.
+//! Defines the requests that the rest of the process sends to the copying thread.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ pub(super) enum Command {
     Stop,
 }
 
-/// A receiver's mapped buffer, as the runtime holds it. Dropping it asks the thread to unmap the buffer.
+/// A receiver's mapped buffer, as the runtime holds it. When it is dropped, the thread unmaps the buffer.
 #[derive(Debug)]
 pub(super) struct Mapping {
     pub(super) shared: Arc<Shared>,

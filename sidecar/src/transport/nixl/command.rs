@@ -1,4 +1,4 @@
-//! The requests that the rest of the process sends to the engine thread, and the answers.
+//! Defines the requests that the rest of the process sends to the engine thread, and the answers.
 
 use std::sync::Arc;
 

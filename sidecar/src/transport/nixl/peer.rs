@@ -82,8 +82,8 @@ impl Peer {
         if remote.metadata.is_empty() {
             return Err("the peer has no nixl".to_owned());
         }
-        // Descriptors of different sizes would shift the KV within the slots, so both sides must have the
-        // same slot size.
+        // With slots of another size, this side's descriptors could reach beyond the peer's slots, so both
+        // sides must have the same slot size.
         let layout = slots.layout;
         if let Some(row) = remote
             .rows

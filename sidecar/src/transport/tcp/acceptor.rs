@@ -129,8 +129,8 @@ impl Accepting {
         }
     }
 
-    /// Waits for an event. With a `pause` it ignores the listener for that time. Returns if the listener is
-    /// ready, and the same for each waiting connection.
+    /// Waits for an event. With a `pause` it ignores the listener for that time. Returns which sockets are
+    /// ready: the listener, and each waiting connection in order.
     fn poll(&self, pause: Option<Duration>) -> io::Result<(bool, Vec<bool>)> {
         let now = Instant::now();
         let patience = self
