@@ -1,4 +1,4 @@
-//! The engine connections of one side of one rank, and the layout that they agree on.
+//! The engine connections of one role of one rank, and the slot layout that these engines share.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,15 +13,15 @@ use crate::engine::socket::Connection;
 use crate::memory::Buffer;
 use crate::memory::cuda::{self, Event};
 
-/// Engines, and the slot layout that their chunks give the buffer.
+/// The connected engines, and the slot layout of the buffer that follows from the shape of their chunks.
 #[derive(Debug)]
 pub(crate) struct Engines {
     buffer: Arc<Buffer>,
-    /// The sidecar's name, for welcomes.
+    /// Name of the sidecar, for the welcome messages.
     id: String,
-    /// As configured; absent if the engine decides.
+    /// Tokens of a chunk as configured; absent if the engine decides.
     chunk_tokens: Option<u32>,
-    /// Tokens for which the buffer has to have room at once.
+    /// Tokens that must fit into the buffer at the same time.
     max_prefill_tokens: u32,
     connections: BTreeMap<EngineId, Greeted>,
     slot_layout: Option<SlotLayout>,
@@ -31,9 +31,9 @@ pub(crate) struct Engines {
 #[derive(Debug)]
 struct Greeted {
     connection: Connection,
-    /// By which it says when slots are filled.
+    /// CUDA events by which the engine reports that slots are filled.
     events: Vec<Arc<Event>>,
-    /// Why it moves no KV; empty if it does.
+    /// The reason for which the engine moves no KV; empty if it moves KV.
     unmoved: String,
 }
 
@@ -42,21 +42,21 @@ struct Greeted {
 pub(crate) struct SlotLayout {
     /// The shape of a chunk.
     pub(crate) layout: Layout,
-    /// Slots.
+    /// Number of slots.
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// New with each slot layout.
+    /// Random number that is new for each slot layout.
     pub(crate) epoch: Epoch,
 }
 
-/// A sliding window needs one slot that is written while another is read.
+/// Smallest number of slots: the engine reads one slot while the sender writes another.
 const MIN_SLOTS: u32 = 2;
 
 /// [`Welcome::memory`] for an engine that moves no KV.
 const NO_MEMORY: &str = "none";
 
-/// A prefill engine needs one for each gather that may be under way.
+/// Largest number of CUDA events of one engine. A prefill engine needs one event for each gather in flight.
 const MAX_EVENTS: usize = 1024;
 
 impl Engines {
@@ -76,24 +76,25 @@ impl Engines {
         self.slot_layout.as_ref()
     }
 
-    /// Engines connected now.
+    /// Returns the number of connected engines.
     pub(crate) fn connected(&self) -> usize {
         self.connections.len()
     }
 
-    /// The reason for which the connected engine moves no KV. One that does not fit, beside one that moves KV, stops
-    /// nobody: it may have been started at the wrong socket.
+    /// Returns the reason for which no connected engine moves KV; absent if one of them does, or if none is
+    /// connected. An engine that moves no KV does not count beside an engine that moves KV, because it may
+    /// have been started at the wrong socket.
     pub(crate) fn unmoved(&self) -> Option<&str> {
         let mut unmoved = self.connections.values().map(|e| e.unmoved.as_str());
         let first = unmoved.next().filter(|why| !why.is_empty())?;
         unmoved.all(|why| !why.is_empty()).then_some(first)
     }
 
-    /// Answers a hello. Returns the slot layout if it is new: every slot is then free and the epoch new.
-    /// `busy`: slots are still held or quarantined, so the slot layout cannot change.
+    /// Answers a hello. Returns the slot layout if it is new: every slot is then free and the epoch is new.
+    /// If `busy`, slots are still held or quarantined, so the slot layout cannot change.
     ///
     /// # Errors
-    /// Why the engine was refused.
+    /// The reason for which the engine was refused.
     pub(crate) fn hello(
         &mut self,
         connection: Connection,
@@ -104,6 +105,7 @@ impl Engines {
             self.take_unmoved(connection, hello);
             return Ok(None);
         }
+        // The engine must not get the buffer before its version, layout and GPU are checked.
         let admitted = self
             .admit(hello, busy)
             .and_then(|admitted| Ok((admitted, self.events(hello)?)));
@@ -146,6 +148,7 @@ impl Engines {
             slot_bytes: slot_layout.slot_bytes,
             connection: connection.id().0,
         };
+        // The engine needs the buffer before any message about slots, so the welcome goes first.
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));
         let id = connection.id();
         let greeted = Greeted {
@@ -158,8 +161,8 @@ impl Engines {
         Ok(fresh.then_some(slot_layout))
     }
 
-    /// Welcomes an engine that computes every prompt itself, without a buffer: it keeps the sidecar ready,
-    /// so that the proxy goes on using the engine.
+    /// Welcomes an engine that moves no KV, without a buffer. The connection keeps the sidecar ready, so that
+    /// the proxy still uses the engine, which computes every prompt itself.
     fn take_unmoved(&mut self, connection: Connection, hello: &EngineHello) {
         warn!(
             engine = hello.engine,
@@ -187,34 +190,35 @@ impl Engines {
         self.connections.insert(greeted.connection.id(), greeted);
     }
 
-    /// Sends to an engine, if it is still there.
+    /// Sends a message to an engine, if the engine is still connected.
     pub(crate) fn send(&self, engine: EngineId, message: ToEngine) {
         if let Some(greeted) = self.connections.get(&engine) {
             greeted.connection.send(message);
         }
     }
 
-    /// Notes the end of a connection. Nobody waits for its events any more.
+    /// Removes an ended connection. From now on nothing waits for the engine's events.
     pub(crate) fn gone(&mut self, engine: EngineId) {
         if let Some(greeted) = self.connections.remove(&engine) {
             greeted.events.iter().for_each(|event| event.orphan());
         }
     }
 
-    /// An event of an engine that is still there.
+    /// Returns an event of an engine; absent if the engine has disconnected or has no such event.
     pub(crate) fn event(&self, engine: EngineId, event: u32) -> Option<Arc<Event>> {
         let events = &self.connections.get(&engine)?.events;
         events.get(usize::try_from(event).ok()?).map(Arc::clone)
     }
 
-    /// Opens the engine's events, and checks that it is on the buffer's GPU.
+    /// Opens the engine's events, and checks that the engine runs on the GPU of the buffer.
     fn events(&self, hello: &EngineHello) -> Result<Vec<Arc<Event>>, Refused> {
         let refuse = |text| {
             let reason = Reason::BadRequest;
             Err(Refused { reason, text })
         };
         let Some(memory) = self.buffer.cuda() else {
-            // Host memory: whoever fills it waits until it stands there.
+            // With host memory the engine reports a slot only after the copy into it has ended, so it needs
+            // no event.
             return Ok(Vec::new());
         };
         let ours = memory.device().uuid();

@@ -1,7 +1,8 @@
 //! The admin server: health, readiness, metrics, the proxy's call-back, the last requests.
 //!
-//! It is for people and machines of the operator, on a loopback port unless configured otherwise.
-//! Even so everything is bounded: connections, heads, bodies, and the time each may take.
+//! The server is for the operator and the operator's programs, on a loopback port unless configured
+//! otherwise. Nevertheless the number of connections, the size of heads and bodies, and the time of each
+//! request are bounded.
 
 mod pages;
 
@@ -62,21 +63,21 @@ struct Shared {
 /// The proxy's call-back.
 #[derive(Debug, Deserialize)]
 struct Registered {
-    /// How the proxy calls itself.
+    /// The proxy's name for itself.
     proxy: String,
-    /// Whom it takes this sidecar for.
+    /// Name of the sidecar that the proxy means to call.
     id: String,
-    /// Which start of it.
+    /// Epoch of that sidecar: the number of one start of the process.
     epoch: Epoch,
 }
 
-/// The answer to it.
+/// The answer to the proxy's call-back.
 #[derive(Debug, Serialize)]
 struct Acknowledged {
     id: String,
     epoch: Epoch,
     ready: bool,
-    /// Why not; empty if ready.
+    /// The reasons for which the sidecar is not ready; empty if ready.
     reason: String,
 }
 
@@ -106,12 +107,12 @@ impl Admin {
         })
     }
 
-    /// The port that was bound.
+    /// Returns the port that was bound.
     pub(crate) fn port(&self) -> u16 {
         self.local.port()
     }
 
-    /// Serves until `stop`, then lets answers that are being written finish for a moment.
+    /// Serves until `stop`, then waits up to [`LAST_WORDS`] for answers that are being written.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
         let mut open: VecDeque<(u64, CancellationToken)> = VecDeque::new();
@@ -132,6 +133,8 @@ impl Admin {
             let Some(stream) = stream else {
                 break;
             };
+            // The oldest connection makes room: a client that opens connections and stays silent must not
+            // lock others out.
             if open.len() >= MAX_CONNECTIONS
                 && let Some((_, oldest)) = open.pop_front()
             {
@@ -153,6 +156,7 @@ impl Admin {
                 number
             });
         }
+        // New connections are refused from here on; only answers that are being written may still end.
         drop(self.listener);
         let closed = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_WORDS, closed).await.is_err() {
@@ -216,7 +220,8 @@ async fn registered(
     headers: HeaderMap,
     body: Result<Json<Registered>, JsonRejection>,
 ) -> Response {
-    // A browser adds one of them to each POST of a page, also after DNS rebinding; a proxy adds none.
+    // A browser adds one of these headers to each POST of a page, also after DNS rebinding. A proxy adds
+    // neither.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
         shared.metrics.malformed("admin");
         warn!("a web page has sent a call-back (Origin, Sec-Fetch-Site): refused");
@@ -278,13 +283,14 @@ async fn bounded(request: Request, next: Next) -> Response {
     }
 }
 
-/// The next connection.
+/// Waits for the next connection.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
-                // Out of file descriptors, mostly: some come back as others end.
+                // Mostly the process has no free file descriptor. Ending connections free some, so the loop
+                // tries again.
                 warn!(%error, "cannot accept an admin connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -323,7 +329,7 @@ async fn serve(
         }
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            // Only an answer that is being written is waited for, by `Admin::run`.
+            // `Admin::run` bounds this wait for an answer that is being written.
             connection.as_mut().await.ok();
         }
         () = evict.cancelled() => {}
@@ -331,19 +337,20 @@ async fn serve(
     }
 }
 
-/// Scrapers, a proxy and some people. Beyond it the oldest is ended: silent ones must not keep the
-/// proxy's call-back out, on which readiness depends.
+/// Connections at the same time: scrapers, a proxy and some people. For one more, the oldest connection is
+/// ended. Otherwise silent connections could keep out the proxy's call-back, on which readiness depends.
 const MAX_CONNECTIONS: usize = 64;
-/// A call-back has 100 bytes.
+/// Largest body. A call-back has about 100 bytes.
 const MAX_BODY_BYTES: usize = 16 << 10;
-/// hyper's least is 8 KiB.
+/// Largest head. hyper does not take a limit below 8 KiB.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 const MAX_NAME_CHARS: usize = 256;
-/// Also how long a kept connection may be silent.
+/// Longest time until a request's head is complete, and longest silence of a kept connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Answers come from memory; only a slow body takes time.
+/// Longest time of a request. Answers come from memory, so only a slow body takes time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bounds a client that does not read its answer. Scrapers connect again.
+/// Longest life of a connection, so that a client that does not read its answer goes away. Scrapers connect
+/// again.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(600);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_WORDS: Duration = Duration::from_millis(500);

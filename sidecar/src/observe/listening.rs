@@ -1,4 +1,5 @@
-//! The sockets on which this process listens, as the kernel lists them: so that a library opens no door unseen.
+//! The sockets on which this process listens, as the kernel lists them, so that a port that a library opens
+//! is seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,18 +15,19 @@ use crate::transport::nixl::ucx;
 /// One socket on which this process listens.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(crate) struct Listens {
-    /// What it is for: `admin`, `engine`, `init`, `alloc`, `query`, `tcp data`, `nixl over tcp`, or `library`.
+    /// The purpose: `admin`, `engine`, `init`, `alloc`, `query`, `tcp data`, `nixl over tcp`, or `library`.
     pub(crate) channel: String,
-    /// `tcp 127.0.0.1:7300`, `unix /path`; the name of an abstract socket begins with `@`.
+    /// Protocol and address, such as `tcp 127.0.0.1:7300` or `unix /path`. The name of an abstract socket
+    /// begins with `@`.
     pub(crate) address: String,
 }
 
-/// Logs and returns every socket on which this process listens. `ports`: the channel of each port that this process
-/// bound by itself.
+/// Logs and returns every socket on which this process listens. `ports` has the channel of each port that the
+/// sidecar's own code bound.
 ///
 /// # Errors
-/// A TCP port that the configuration does not name: only UCX can have opened it, and whoever reaches such a port reads
-/// and writes the memory of this process.
+/// The process listens on a TCP port that the configuration does not name. Only UCX can have opened such a
+/// port, and any process that reaches the port can read and write the memory of this process.
 pub(crate) fn checked(
     config: &Config,
     ports: &BTreeMap<u16, String>,
@@ -54,7 +56,7 @@ pub(crate) fn checked(
     Ok(all)
 }
 
-/// Returns the channel of a port that this process did not bind by itself, if the configuration allows it.
+/// Returns the channel of a port that UCX opened, if the configuration allows the port.
 fn of_ucx(config: &Config, at: SocketAddr) -> anyhow::Result<&'static str> {
     let Some(host) = &config.ucx.tcp_host else {
         anyhow::bail!(
@@ -90,6 +92,8 @@ impl std::fmt::Display for Socket {
 
 /// Returns every socket of this process that a peer can connect to.
 fn listening() -> io::Result<BTreeSet<Socket>> {
+    // The tables below have the sockets of all processes in this network namespace. The inodes select this
+    // process's own.
     let mut inodes = BTreeSet::new();
     for descriptor in fs::read_dir("/proc/self/fd")?.flatten() {
         let Ok(target) = fs::read_link(descriptor.path()) else {
@@ -101,6 +105,7 @@ fn listening() -> io::Result<BTreeSet<Socket>> {
         inodes.extend(inode.map(str::to_owned));
     }
     let mut found = BTreeSet::new();
+    // A UDP socket has no listening state, but it takes datagrams from every peer while it is not connected.
     for table in ["tcp", "tcp6", "udp", "udp6"] {
         let Ok(text) = fs::read_to_string(format!("/proc/self/net/{table}")) else {
             continue; // no IPv6 here

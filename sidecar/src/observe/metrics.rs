@@ -1,7 +1,7 @@
-//! Prometheus metrics. docs/metrics.md lists each; a test compares.
+//! Prometheus metrics. docs/metrics.md lists each metric, and a test compares the two.
 //!
-//! Counters and histograms are kept here; gauges are read from [`Status`] when somebody asks.
-//! Every label has a bounded set of values: the peers shown are capped in number.
+//! Counters and histograms are kept here; gauges are read from [`Status`] at each scrape. Every label has a
+//! bounded number of values: only the first peers are shown.
 
 mod gauges;
 
@@ -20,7 +20,7 @@ use crate::observe::status::Status;
 use crate::rank::context::RankRole;
 use gauges::Gauges;
 
-/// See the module.
+/// All counters and histograms of the process, and the registry that writes them out.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
@@ -37,12 +37,12 @@ pub(crate) struct Metrics {
     proxy_acknowledgements: Counter,
 }
 
-/// What became of a message to the proxy.
+/// The result of sending a message to the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DeliveryResult {
     /// The socket took it.
     Sent,
-    /// A queue was full.
+    /// The message is lost: a queue was full, or no proxy that takes the message was connected.
     Dropped,
 }
 
@@ -91,7 +91,7 @@ struct ToProxy {
 }
 
 impl Metrics {
-    /// Every metric; those with known labels exist from the start, at 0.
+    /// Makes and registers every metric. A series with known labels exists from the start, at 0.
     pub(crate) fn new(status: &Arc<Status>) -> Self {
         let phases: fn() -> Histogram = || Histogram::new(exponential_buckets(50e-6, 2.0, 19));
         let metrics = Self {
@@ -177,7 +177,7 @@ impl Metrics {
         self
     }
 
-    /// Makes the series whose labels are known, so that a rate over them is 0 and not absent.
+    /// Makes the series with known labels, so that a rate over them is 0 and not absent.
     fn touch(&self, status: &Status) {
         for &(side, rank) in &status.about().sides {
             let side = side.as_str();
@@ -231,6 +231,7 @@ impl Metrics {
         self.windowed
             .get_or_create(&of_rank)
             .inc_by(record.windowed.into());
+        // A request that moved no chunk may have no wire.
         if record.chunks > 0 {
             let on_wire = OnWire {
                 side: name,
@@ -242,6 +243,7 @@ impl Metrics {
                 .get_or_create(&on_wire)
                 .inc_by(record.chunks.into());
         }
+        // Each role measures only its own phases.
         let phases: &[(&'static str, u64)] = match side {
             RankRole::Sender => &[
                 ("alloc", record.alloc_us),
@@ -251,7 +253,7 @@ impl Metrics {
             RankRole::Receiver => &[("ready", record.ready_us), ("scatter", record.scatter_us)],
         };
         for &(phase, us) in phases {
-            // A phase that was not reached has no time, and would pull every quantile down.
+            // A phase that the request did not reach has no time. Its 0 would lower every quantile.
             if us > 0 {
                 let labels = InPhase {
                     side: name,
@@ -263,7 +265,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a frame that was no message.
+    /// Counts a frame that was not a message.
     pub(crate) fn malformed(&self, port: &'static str) {
         self.malformed.get_or_create(&AtPort { port }).inc();
     }
@@ -293,7 +295,7 @@ impl Metrics {
         self.proxy_acknowledgements.inc();
     }
 
-    /// The exposition, in OpenMetrics' text format.
+    /// Returns the values of all metrics in OpenMetrics' text format.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)

@@ -1,4 +1,5 @@
-//! Everything that makes the process visible: status, metrics, admin server, registration, sockets that listen.
+//! Everything that shows the state of the process: status, metrics, admin server, registration, listening
+//! sockets.
 
 pub(crate) mod admin;
 pub(crate) mod listening;

@@ -16,11 +16,11 @@ use crate::transport::set::Wires;
 /// Passes each change to the status, the metrics and the proxy.
 #[derive(Clone, Debug)]
 pub(crate) struct Fanout {
-    /// For the admin server and registrations.
+    /// State for the admin server and the registrations.
     pub(crate) status: Arc<Status>,
-    /// For Prometheus.
+    /// Counters and histograms for Prometheus.
     pub(crate) metrics: Arc<Metrics>,
-    /// To the proxy, if there is one.
+    /// Queue of messages to the proxy; absent without a proxy.
     pub(crate) proxy: Option<ProxyVoice>,
 }
 

@@ -1,4 +1,4 @@
-//! The way to the proxy, which a metadata server may have to be asked for.
+//! Finds the proxy's address, which is configured or asked of a metadata server.
 
 use std::time::Duration;
 
@@ -12,15 +12,15 @@ use crate::config::{HostPort, ProxyAddress, read};
 use crate::net::zmq::{Closed, Listener, Push};
 use crate::observe::registration::{Outlet, Refused};
 
-/// The outlet to the proxy. What is said while nobody knows where it is is dropped and counted:
-/// registrations are repeated.
+/// The connection to the proxy. While the proxy's address is not known, messages are dropped and counted.
+/// Registrations are repeated, so the proxy gets one after its address is known.
 #[derive(Debug)]
 pub(crate) struct ProxyDiscovery {
     push: Option<Push>,
     found: mpsc::Receiver<Push>,
 }
 
-/// Looks where the proxy is, again and again: it may move.
+/// Asks the metadata server for the proxy's address again and again, because the proxy may move.
 #[derive(Debug)]
 pub(crate) struct Search {
     store: Store,
@@ -30,7 +30,8 @@ pub(crate) struct Search {
 }
 
 impl ProxyDiscovery {
-    /// The way to a proxy; and the task that finds it, where it is not known.
+    /// Returns the connection to a proxy, and the task that searches for the proxy if its address is not
+    /// configured.
     ///
     /// # Errors
     /// The address cannot be connected to.
@@ -82,7 +83,7 @@ impl Outlet for ProxyDiscovery {
 }
 
 impl Search {
-    /// Runs until `stop`.
+    /// Searches for the proxy until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut said = String::new();
         loop {
@@ -91,7 +92,7 @@ impl Search {
                 () = stop.cancelled() => return,
                 trouble = self.look() => trouble,
             };
-            // The same trouble is said once.
+            // The same fault is logged once, not at each attempt.
             if let Some(trouble) = trouble.filter(|t| *t != said) {
                 warn!(metadata = %self.metadata, "the proxy is not found: {trouble}");
                 said = trouble;
@@ -105,11 +106,12 @@ impl Search {
         }
     }
 
-    /// What keeps it from being found.
+    /// Asks for the proxy's address once, and connects if the address is new. Returns the reason for which
+    /// the proxy was not found; absent if it was found.
     async fn look(&mut self) -> Option<String> {
         let text = match self.store.find(PROXY_KEY).await {
             Ok(Some(text)) => text,
-            // One that was there may be about to come back: it is not forgotten.
+            // A proxy that was there before may come back, so its connection is kept.
             Ok(None) => return self.at.is_none().then(|| format!("no key {PROXY_KEY}")),
             Err(error) => return Some(error.to_string()),
         };
@@ -132,5 +134,5 @@ impl Search {
     }
 }
 
-/// A sidecar that has never heard of a proxy asks more often.
+/// Time between two questions while no proxy was ever found. Afterwards the sidecar asks less often.
 const UNKNOWN: Duration = Duration::from_secs(1);

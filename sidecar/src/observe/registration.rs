@@ -1,11 +1,12 @@
-//! Tells the proxy that this sidecar is here, with its load, and what happens to requests.
+//! Registers this sidecar and its load with the proxy, and reports the progress of requests.
 //!
-//! One way: the proxy acknowledges by calling back the admin server. Everything goes through one
-//! task that owns the socket; whoever has something to say never waits for it.
+//! The messages go one way: the proxy acknowledges by calling back the admin server. One task owns the socket
+//! and sends all messages, so no other task waits for the proxy.
 //!
-//! LMCache's proxy listens on such a port too. It calls nobody back, and closes the port for good at a
-//! message that it does not know, so that each of its clients waits without end. Where LMCache's keys name
-//! the proxy, the task therefore looks first which of the two is connected.
+//! LMCache's proxy also listens on a registration port. It does not call back. At the first message that it
+//! does not know, it closes the port for good, and each of its clients then waits without end. If the proxy
+//! is configured by LMCache's keys, the task therefore checks which of the two proxies is connected before it
+//! sends.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,18 +24,18 @@ use crate::net::zmq::Listener;
 use crate::observe::metrics::{DeliveryResult, Metrics};
 use crate::observe::status::Status;
 
-/// Where the proxy's messages go: the PUSH socket, or a list in tests.
+/// The destination of messages to the proxy: the PUSH socket, or a list in tests.
 pub(crate) trait Outlet: Send + 'static {
-    /// Takes a message, or refuses it because too many wait already. Never waits.
+    /// Takes a message, or refuses the message because too many wait already. Never waits.
     ///
     /// # Errors
     /// The message is dropped.
     fn send(&mut self, payload: Vec<u8>) -> Result<(), Refused>;
 
-    /// Returns the kind of proxy that is connected now. Waits for the socket's own task alone.
+    /// Returns the kind of proxy that is connected now. Waits only for the socket's own task.
     fn listener(&mut self) -> BoxFuture<'_, Listener>;
 
-    /// Flushes for a bounded time and closes.
+    /// Sends the queued messages for a bounded time, then closes.
     fn close(self) -> BoxFuture<'static, ()>;
 }
 
@@ -43,7 +44,7 @@ pub(crate) trait Outlet: Send + 'static {
 #[error("the proxy does not take messages")]
 pub(crate) struct Refused;
 
-/// What the sides speak through.
+/// The queue through which the ranks send messages to the proxy.
 #[derive(Clone, Debug)]
 pub(crate) struct ProxyVoice {
     queue: mpsc::Sender<ToProxy>,
@@ -51,9 +52,9 @@ pub(crate) struct ProxyVoice {
 }
 
 impl ProxyVoice {
-    /// Queues a message; if the queue is full it is dropped and counted, because a request must not
-    /// wait for the proxy. The proxy sends the decode leg when the prefill leg answers, with or
-    /// without our word.
+    /// Queues a message. If the queue is full, the message is dropped and counted, because a request must not
+    /// wait for the proxy. The proxy needs no such message to continue: it sends the decode leg when the
+    /// prefill leg answers.
     pub(crate) fn tell(&self, message: ToProxy) {
         let kind = kind(&message);
         if self.queue.try_send(message).is_err() {
@@ -62,20 +63,20 @@ impl ProxyVoice {
     }
 }
 
-/// The task's state. See the module.
+/// The task that sends all messages to the proxy.
 #[derive(Debug)]
 pub(crate) struct Registration<O> {
     outlet: O,
     queue: mpsc::Receiver<ToProxy>,
     config: Arc<Config>,
-    /// The admin server's port, as it was bound.
+    /// The port that the admin server bound.
     admin_port: u16,
     status: Arc<Status>,
     metrics: Arc<Metrics>,
 }
 
 impl<O: Outlet> Registration<O> {
-    /// A voice, and the task that carries it.
+    /// Returns the queue for the ranks, and the task that sends the queued messages.
     pub(crate) fn new(
         outlet: O,
         config: Arc<Config>,
@@ -99,15 +100,15 @@ impl<O: Outlet> Registration<O> {
         (voice, task)
     }
 
-    /// Registers at once, at every period, and when readiness changes, until `drain`: then leaves, but
-    /// still carries what the sides say, until `stop` or the last voice is gone.
+    /// Registers at once, at every period, and when readiness changes, until `drain`. Then sends Leave, but
+    /// still sends the messages of the ranks until `stop` or until the last queue handle is dropped.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
         let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
             return; // nobody to register with
         };
         let period = proxy.period;
         let mut ticks = tokio::time::interval(period);
-        // After a stall one registration is enough.
+        // After a stall of this process one registration is enough.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut leaving = false;
         loop {
@@ -119,7 +120,8 @@ impl<O: Outlet> Registration<O> {
                     info!("leaving the proxy");
                     self.send(&ToProxy::Leave(self.status.leave())).await;
                 }
-                // Before the queue: a stream of messages must not keep the heartbeat back.
+                // The tick comes before the queue, because a stream of messages must not delay the
+                // registration.
                 _ = ticks.tick(), if !leaving => {
                     if self.register().await == Listener::Nobody {
                         ticks.reset_after(period.min(CONNECTING));
@@ -151,8 +153,8 @@ impl<O: Outlet> Registration<O> {
         self.send(&ToProxy::Register(register)).await
     }
 
-    /// Sends a message, unless only the other kind of proxy takes it. What waits for a proxy that is away
-    /// reaches the one that comes, which may be LMCache's.
+    /// Sends a message if the connected kind of proxy takes it. While no proxy is connected, only messages
+    /// that both kinds take are queued: the next proxy to connect may be LMCache's.
     async fn send(&mut self, message: &ToProxy) -> Listener {
         let kind = kind(message);
         let listener = self.listener().await;
@@ -195,10 +197,10 @@ fn kind(message: &ToProxy) -> &'static str {
     }
 }
 
-/// Time between two looks at a proxy that is not connected yet.
+/// Longest time between two attempts to register while the proxy is not connected yet.
 const CONNECTING: Duration = Duration::from_millis(200);
 
-/// Messages that may wait for the task: two a request, for every request that may be under way.
+/// Messages that may wait for the task: two per request, for every request that may be in flight.
 const QUEUE: usize = 4096;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! What this sidecar shows of itself: the one place that `/ready`, `/status`, `/requests`, the gauges
-//! of `/metrics` and the registrations are read from.
+//! The state that this sidecar shows. `/ready`, `/status`, `/requests`, the gauges of `/metrics` and the
+//! registrations all read it.
 //!
-//! The sides write into it after each event, so writing is cheap: a short lock, and nothing is
-//! allocated while nothing but numbers changes. The lock is never held across an await.
+//! Each role of a rank updates the state after each event, so an update is cheap: it holds a lock for a short
+//! time, and allocates no memory if only numbers change. The lock is never held across an await.
 
 mod shape;
 
@@ -25,7 +25,7 @@ use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 use crate::transport::set::Wires;
 
-/// See the module.
+/// The state that the sidecar shows, behind a lock.
 #[derive(Debug)]
 pub(crate) struct Status {
     about: About,
@@ -33,25 +33,25 @@ pub(crate) struct Status {
     changed: Notify,
 }
 
-/// What does not change while the process lives.
+/// The part of the state that does not change while the process lives.
 #[derive(Clone, Debug)]
 pub(crate) struct About {
     /// The sidecar's name.
     pub(crate) id: String,
-    /// This start.
+    /// Random number of this start of the process.
     pub(crate) epoch: Epoch,
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
-    /// Every side of every rank.
+    /// Every role of every rank.
     pub(crate) sides: Vec<(RankRole, u32)>,
-    /// The proxy's registration port, if there is a proxy.
+    /// The proxy's registration port; absent without a proxy.
     pub(crate) proxy: Option<String>,
 }
 
-/// Something that happens on a wire, and how often it has.
+/// A counter of events on a wire, or a number of things that a wire has now.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WireEvent {
-    /// Which side of it.
+    /// The role of the rank: sender or receiver.
     pub(crate) side: RankRole,
     /// The rank.
     pub(crate) rank: u32,
@@ -59,7 +59,7 @@ pub(crate) struct WireEvent {
     pub(crate) transport: &'static str,
     /// The event's name.
     pub(crate) event: &'static str,
-    /// How often, or how many now.
+    /// Number of events since the start, or the number of things now.
     pub(crate) count: u64,
 }
 
@@ -79,7 +79,7 @@ struct Inner {
 }
 
 impl Status {
-    /// Of a process that has not bound its ports yet.
+    /// Makes the state of a process that has not bound its ports yet.
     pub(crate) fn new(config: &Config) -> Self {
         let mut sides = Vec::new();
         for rank in 0..config.ranks {
@@ -110,30 +110,30 @@ impl Status {
         }
     }
 
-    /// What does not change.
+    /// Returns the part of the state that does not change.
     pub(crate) fn about(&self) -> &About {
         &self.about
     }
 
-    /// Every port is bound.
+    /// Notes that every port is bound.
     pub(crate) fn bound(&self) {
         self.inner().bound = true;
         self.changed.notify_one();
     }
 
-    /// Nothing new is taken any more.
+    /// Notes that the sidecar takes no new requests.
     pub(crate) fn draining(&self) {
         self.inner().draining = true;
         self.changed.notify_one();
     }
 
-    /// The proxy has called back.
+    /// Notes that the proxy has called back.
     pub(crate) fn acknowledged(&self, proxy: &str, now: Instant) {
         self.inner().acknowledged = Some((now, proxy.to_owned()));
     }
 
-    /// Notes the kind of proxy that is connected; one that is away may come back. Returns true if it is
-    /// another than before.
+    /// Notes the kind of proxy that is connected. A proxy that is away may come back, so `Nobody` is not
+    /// noted. Returns true if the kind has changed.
     pub(crate) fn listens_to_us(&self, listener: Listener) -> bool {
         let mut inner = self.inner();
         if listener == Listener::Nobody || inner.listener == Some(listener) {
@@ -143,12 +143,12 @@ impl Status {
         true
     }
 
-    /// Every socket on which this process listens.
+    /// Notes every socket on which this process listens.
     pub(crate) fn listens(&self, sockets: Vec<Listens>) {
         self.inner().listens = sockets;
     }
 
-    /// The state of a side after an event.
+    /// Updates the state of one role of a rank after an event.
     pub(crate) fn gauges(&self, side: RankRole, rank: u32, gauges: &Gauges<'_>) {
         let mut inner = self.inner();
         let status = inner
@@ -161,18 +161,18 @@ impl Status {
         status.update(gauges);
         let after = said(status);
         drop(inner);
-        // The proxy pairs instances by what they say here.
+        // The proxy pairs instances by these values, so a change is registered at once.
         if before != after {
             self.changed.notify_one();
         }
     }
 
-    /// The wires of a side.
+    /// Notes the wires of one role of a rank.
     pub(crate) fn wires(&self, side: RankRole, rank: u32, wires: Wires) {
         self.inner().wires.insert((side, rank), wires);
     }
 
-    /// What has happened on every wire.
+    /// Returns the counters of every wire.
     pub(crate) fn wire_events(&self) -> Vec<WireEvent> {
         let wires = self.inner().wires.clone();
         let mut all = Vec::new();
@@ -193,17 +193,17 @@ impl Status {
         all
     }
 
-    /// A bound port.
+    /// Notes a bound port and its counters.
     pub(crate) fn port(&self, rank: u32, port: &'static str, traffic: Traffic) {
         self.inner().ports.insert((rank, port), traffic);
     }
 
-    /// The bound ports by rank and name.
+    /// Returns the bound ports by rank and name.
     pub(crate) fn ports(&self) -> BTreeMap<(u32, &'static str), Traffic> {
         self.inner().ports.clone()
     }
 
-    /// The links of a sender's rank after an event.
+    /// Updates the links of a sender's rank after an event.
     pub(crate) fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
         let mut inner = self.inner();
         let rows = inner.links.entry(rank).or_default();
@@ -219,7 +219,7 @@ impl Status {
         rows.truncate(len);
     }
 
-    /// A request has ended.
+    /// Adds the record of an ended request.
     pub(crate) fn record(&self, side: RankRole, rank: u32, record: &Record) {
         let row = RecordRow {
             side: side.as_str(),
@@ -233,17 +233,17 @@ impl Status {
         records.push_back(row);
     }
 
-    /// The last [`MAX_RECORDS`] requests that have ended, oldest first.
+    /// Returns the records of the last [`MAX_RECORDS`] ended requests, oldest first.
     pub(crate) fn records(&self) -> Vec<RecordRow> {
         self.inner().records.iter().cloned().collect()
     }
 
-    /// Why a push would not work now; empty if it would.
+    /// Returns the reasons for which a push would not work now; empty if it would.
     pub(crate) fn obstacles(&self, now: Instant) -> Vec<NotReady> {
         self.inner().obstacles(&self.about, now)
     }
 
-    /// Everything at this moment.
+    /// Returns the whole state at this moment.
     pub(crate) fn snapshot(&self, now: Instant) -> Snapshot {
         let inner = self.inner();
         let obstacles = inner.obstacles(&self.about, now);
@@ -273,10 +273,11 @@ impl Status {
         }
     }
 
-    /// The registration at this moment, of a sidecar whose admin server is bound to `admin_port`.
+    /// Returns the registration at this moment. `admin_port` is the port that the admin server bound.
     pub(crate) fn registration(&self, config: &Config, admin_port: u16, now: Instant) -> Register {
         let inner = self.inner();
-        // The proxy has not acknowledged what it has not heard of: that is no reason not to be ready.
+        // The proxy cannot have acknowledged a registration that it has not received yet, so a missing
+        // acknowledgement does not count here.
         let ready = inner
             .obstacles(&self.about, now)
             .iter()
@@ -314,7 +315,7 @@ impl Status {
         }
     }
 
-    /// The word that this sidecar goes away on purpose.
+    /// Returns the message that this sidecar goes away on purpose.
     pub(crate) fn leave(&self) -> Leave {
         Leave {
             id: self.about.id.clone(),
@@ -322,7 +323,7 @@ impl Status {
         }
     }
 
-    /// Completes when something that readiness depends on has changed since the last call.
+    /// Waits until a value that readiness depends on has changed since the last call.
     ///
     /// # Cancel safety
     /// A change is not lost when the future is dropped.
@@ -331,13 +332,14 @@ impl Status {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // A panic elsewhere leaves numbers that are at most one event old.
+        // After a panic in another thread the numbers are at most one event old, so a poisoned lock is still
+        // used.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Inner {
-    /// The reason for which an engine moves no KV.
+    /// Returns the reason for which an engine moves no KV; absent if every engine moves KV.
     fn unmoved(&self) -> Option<&str> {
         self.ranks.values().find_map(|r| r.unmoved.as_deref())
     }
@@ -376,7 +378,7 @@ impl Inner {
     }
 }
 
-/// Requests that `/requests` shows: some minutes of a busy instance in about 64 KiB.
+/// Number of records that `/requests` shows: some minutes of a busy instance in about 64 KiB.
 pub(crate) const MAX_RECORDS: usize = 256;
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The init handshake: who is there, what a chunk looks like there, where its slots are.
+//! The init handshake: two sidecars exchange their names, the layout of their chunks and the receiver's
+//! slots.
 //!
 //! ```text
 //! sender (REQ)                                   receiver (ROUTER on the init port)
@@ -8,8 +9,8 @@
 //!    │ ◀─────── NixlMemRegResponse{rows, x: Pages}
 //! ```
 //!
-//! The receiver keeps no state between the two, so any order and any repetition is served. A peer
-//! that sends no `x` is LMCache.
+//! The receiver keeps no state between the two requests, so it answers them in any order and any number of
+//! times. A peer that sends no `x` is LMCache.
 
 use std::time::Duration;
 
@@ -26,34 +27,35 @@ use serde_bytes::ByteBuf;
 
 use crate::net::zmq::{RequestError, Requester};
 
-/// What a side of the handshake says of itself.
+/// The data that one side of the handshake sends about itself.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
-    /// Name, epoch, layout, wires. A `refused` in it refuses every peer, e.g. while draining.
+    /// Name, epoch, layout and wires. If `refused` is set, this side refuses every peer, e.g. while draining.
     pub(crate) hello: Hello,
     /// NIXL agent metadata; empty without NIXL.
     pub(crate) metadata: Vec<u8>,
-    /// NIXL rows of the buffer, one a slot; empty without NIXL.
+    /// NIXL rows of the buffer, one per slot; empty without NIXL.
     pub(crate) rows: Vec<Row>,
-    /// Where the buffer is.
+    /// The kind of memory of the buffer.
     pub(crate) memory: Memory,
-    /// Slots and their size; 0 slots while no engine has said hello.
+    /// Number of slots and their size in bytes; 0 slots until the first engine has sent its hello.
     pub(crate) pages: Pages,
 }
 
-/// What a receiver does with a request on its init port.
+/// The receiver's reaction to a request on its init port.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Answer {
-    /// Send this.
+    /// Send this reply.
     Reply(Vec<u8>),
-    /// Keep the request and ask again when an engine is there. LMCache's sender remembers the pages
-    /// that it is told for the life of its process, and waits without a timeout: late beats empty.
+    /// Keep the request, and answer it when an engine has connected. LMCache's sender keeps the slots of the
+    /// first reply for the life of its process and waits for the reply without a timeout, so a late reply is
+    /// better than a reply without slots.
     NotYet,
-    /// Not a request of the handshake: end the connection.
+    /// The message is not a request of the handshake: end the connection.
     Malformed(String),
 }
 
-/// The receiver's side.
+/// Returns the receiver's reaction to one request. `ours` is the receiver's own data.
 pub(crate) fn answer(request: &[u8], ours: &Identity) -> Answer {
     let reply = match codec::decode(request) {
         Ok(Init::NixlInitRequest(request)) => {
@@ -93,7 +95,7 @@ fn introduce(request: &NixlInitRequest, ours: &Identity) -> NixlInitResponse {
     }
 }
 
-/// Why these two cannot exchange chunks; absent if they can.
+/// Returns the reason for which these two sidecars cannot exchange chunks; absent if they can.
 fn unfit(ours: &Hello, theirs: &Hello) -> Option<Refusal> {
     let refusal = |reason, text| Some(Refusal { reason, text });
     let (our_name, their_name) = (ours.id.escape_debug(), theirs.id.escape_debug());
@@ -135,25 +137,25 @@ fn unfit(ours: &Hello, theirs: &Hello) -> Option<Refusal> {
 /// A receiver that a sender may push to.
 #[derive(Clone, Debug)]
 pub(crate) struct Linked {
-    /// Absent for LMCache.
+    /// The receiver's hello; absent if the receiver is LMCache.
     pub(crate) hello: Option<Hello>,
-    /// Its NIXL agent metadata; empty without NIXL.
+    /// The receiver's NIXL agent metadata; empty without NIXL.
     pub(crate) metadata: Vec<u8>,
-    /// Its NIXL rows, one a slot; empty without NIXL.
+    /// The receiver's NIXL rows, one per slot; empty without NIXL.
     pub(crate) rows: Vec<Row>,
-    /// Where its buffer is.
+    /// The kind of memory of the receiver's buffer.
     pub(crate) memory: Memory,
-    /// Slots and their size.
+    /// Number of the receiver's slots and their size in bytes.
     pub(crate) pages: Pages,
 }
 
-/// Why there is no link.
+/// The reason for which a handshake gave no link.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InitError {
-    /// It could not be reached, or left.
+    /// The receiver could not be reached, or it closed the connection.
     #[error(transparent)]
     Unreached(#[from] RequestError),
-    /// It did not answer in time.
+    /// The receiver did not answer before the deadline.
     #[error("no answer from {peer} within {after:?}")]
     Timeout {
         /// `host:init_port`.
@@ -161,26 +163,26 @@ pub(crate) enum InitError {
         /// The deadline.
         after: Duration,
     },
-    /// It answered something else.
+    /// The receiver's answer is not a valid one.
     #[error("{peer} sent no valid answer: {cause}")]
     Malformed {
         /// `host:init_port`.
         peer: String,
-        /// What is wrong with it.
+        /// The fault of the answer.
         cause: String,
     },
-    /// The two do not fit, by its word or ours.
+    /// The two sidecars do not fit: either of them found a difference.
     #[error("{peer} cannot be linked ({}): {}", .refusal.reason, .refusal.text)]
     Refused {
         /// `host:init_port`.
         peer: String,
-        /// What differs.
+        /// The difference.
         refusal: Refusal,
     },
 }
 
 impl InitError {
-    /// The reason for counters and for the requests that wanted this link.
+    /// Returns the reason for counters and for the requests that needed this link.
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Refused { refusal, .. } => refusal.reason,
@@ -189,7 +191,7 @@ impl InitError {
     }
 }
 
-/// The sender's side, within `deadline`.
+/// Runs the sender's side of the handshake, and gives up after `deadline`.
 ///
 /// # Errors
 /// See [`InitError`].
@@ -218,6 +220,7 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     };
     let mut socket = Requester::connect(&target.host, target.init_port).await?;
 
+    // First the hellos: if the layouts differ, the sender must not learn or use any slot.
     let request = Init::NixlInitRequest(NixlInitRequest {
         local_meta_bytes: ByteBuf::from(ours.metadata.clone()),
         x: Some(ours.hello.clone()),
@@ -239,8 +242,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         });
     }
 
-    // LMCache's receiver looks the rows up in our metadata and dies of none; ours needs none, and a
-    // sender has no reason to show anybody its memory.
+    // LMCache's receiver looks the sender's rows up in the sender's metadata, and its process ends if there
+    // is no row. Our receiver needs no row, so this sender does not show its memory to our receiver.
     let shown = match introduced.x {
         Some(_) => &[],
         None => ours.rows.get(..1).unwrap_or_default(),
@@ -256,6 +259,7 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         Ok(_) => return Err(malformed("not a NixlMemRegResponse".to_owned())),
         Err(error) => return Err(malformed(error.to_string())),
     };
+    // The peer's slots come from outside: a wrong size would make a write hit two slots.
     let (memory, rows) = dlist::parse(&registered.remote_xfer_dlist_bytes)
         .map_err(|error| malformed(error.to_string()))?;
     let pages = pages(&rows, registered.x).map_err(malformed)?;
@@ -272,7 +276,9 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     })
 }
 
-/// The peer's slots, by its word (`x`) and its rows; they must not contradict each other.
+/// Returns the peer's slots, from its `x` and from its rows.
+///
+/// `Err`: the two contradict each other, or there is neither.
 fn pages(rows: &[Row], said: Option<Pages>) -> Result<Pages, String> {
     let shown = rows.first().map(|first| Pages {
         v: 0,

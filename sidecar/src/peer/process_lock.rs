@@ -1,17 +1,18 @@
-//! What a process leaves to the one that takes its place: the means to vouch for its end.
+//! The lock by which a new sidecar process proves that the process before it has ended.
 //!
-//! A sender on another host that dies cannot be watched by its receivers, and nothing but its own word
-//! frees the slots that it could write into. Its successor can give that word, if it knows for certain
-//! that the process before it has ended. What it knows it from is a lock on a file beside the socket:
-//! the kernel holds it as long as any thread of the process lives, and gives it up with the sockets and
-//! queues of the process, whatever ended it.
+//! A receiver cannot see the end of a sender process on another host, and it must not free slots into which
+//! that process may still write. The sender's successor, the next process at the same socket, can prove the
+//! end. The proof is a lock on a file beside the socket: the kernel keeps the lock while any thread of the
+//! process lives, and releases it together with the sockets and queues of the process, also after a crash.
 //!
-//! In the file each process leaves a secret, whose hash (*proof hash*) it shows in its handshakes. Whoever
-//! gets the lock reads the secrets of all before it, and shows them in its own. So nobody can vouch for
-//! the end of a process that lives, and a second sidecar of the same name vouches for nobody.
+//! Each process writes a secret into the file and sends the secret's hash (*proof hash*) in its handshakes.
+//! The process that gets the lock reads the secrets of all processes before it and sends them in its own
+//! handshakes. So no process can prove the end of a process that lives, and a second sidecar of the same
+//! name, which does not get the lock, can prove nothing.
 //!
-//! A file of another boot counts for nothing: the lock may be one of a shared file system, which gives
-//! it away when it has lost sight of a host.
+//! A file that was written under another boot, of this host or of another one, is ignored: the file may be on
+//! a shared file system, which releases the lock of a host that it cannot reach although the processes there
+//! live.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -27,19 +28,19 @@ use tracing::warn;
 use crate::engine::socket::make_directory;
 use crate::net::host_id;
 
-/// What this process shows of itself and of those before it. See the module's documentation.
+/// The hash of this process's secret, and the secrets of the processes before it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProcessLock {
-    /// Of this process; empty if there is no file.
+    /// Hash of this process's secret; empty if the file could not be locked.
     pub(crate) proof_hash: ByteBuf,
     /// Secrets of processes that have ended, oldest first.
     pub(crate) proofs: Vec<ByteBuf>,
 }
 
-/// The hash of a secret.
+/// The SHA-256 hash of a secret.
 pub(crate) type ProofHash = [u8; SHA256_OUTPUT_LEN];
 
-/// The hash of a secret that a successor shows.
+/// Returns the hash of a secret that a successor has sent.
 pub(crate) fn proof_hash_of(secret: &[u8]) -> ProofHash {
     let mut proof_hash = ProofHash::default();
     proof_hash.copy_from_slice(digest(&SHA256, secret).as_ref());
@@ -47,13 +48,13 @@ pub(crate) fn proof_hash_of(secret: &[u8]) -> ProofHash {
 }
 
 impl ProcessLock {
-    /// Takes the place that belongs to a socket. Where that fails nobody vouches for anybody, which the
-    /// log says.
+    /// Locks the file beside a socket and writes a new secret into it. If that fails, the result is empty and
+    /// the log has a warning: no successor can prove the end of this process.
     pub(crate) fn beside(socket: &Path) -> Self {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {
             Ok((process_lock, file)) => {
-                // Never closed by us: writes may be under way for as long as the process lives.
+                // This process never closes the file: its writes may be in flight for as long as it lives.
                 let _held = file.into_raw_fd();
                 process_lock
             }
@@ -68,7 +69,7 @@ impl ProcessLock {
         }
     }
 
-    /// The file stays locked until it is closed.
+    /// Locks the file and returns it with the secrets. The file stays locked until it is closed.
     fn take(path: &Path, boot: &str) -> io::Result<(Self, File)> {
         make_directory(path)?;
         let file = OpenOptions::new()
@@ -91,7 +92,8 @@ impl ProcessLock {
     }
 }
 
-/// The secrets that the latest processes of this boot left, oldest first.
+/// Returns the secrets of the latest processes of this boot, oldest first; empty if the file is of another
+/// boot.
 fn read(file: &File, boot: &str) -> io::Result<Vec<[u8; SECRET_BYTES]>> {
     let mut text = Vec::new();
     file.take(MAX_FILE_BYTES).read_to_end(&mut text)?;
@@ -123,11 +125,11 @@ fn file_of(socket: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Of a secret: as many as its hash has.
+/// Bytes of a secret: as many as its hash has.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
-/// Processes that are vouched for: receivers that heard of none of the later ones are few.
+/// Largest number of earlier processes with a proof. Few receivers have missed this many restarts.
 pub(crate) const MAX_PROOFS: usize = 16;
-/// Far more than a file of ours has.
+/// Bytes that are read of the file: far more than this program writes.
 const MAX_FILE_BYTES: u64 = 4096;
 
 #[cfg(test)]

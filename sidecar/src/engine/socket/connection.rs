@@ -1,5 +1,6 @@
-//! One engine connection: a reader that feeds the owner of the machines, and what the owner answers: at once
-//! while the socket takes it, else by a writer that it feeds.
+//! One engine connection. Its reader passes the engine's messages to the task that owns the protocol
+//! machines. That task's answers are written at once while the socket takes them, otherwise by the
+//! connection's writer.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,14 +23,15 @@ use super::FromEngine;
 use super::frame::{self, FrameError};
 use crate::memory::{Buffer, Export};
 
-/// How long a new connection may take to say hello, and to be welcomed.
+/// Longest time between the start of a connection and its hello.
 const HELLO: Duration = Duration::from_secs(5);
-/// Messages that may wait for an engine that does not read. An engine has at most some hundred
-/// requests under way, each with a handful of messages; beyond that it is stuck, and is cut off.
+/// Messages that may wait for an engine that does not read. An engine has at most some hundred requests in
+/// flight, each with a handful of messages. An engine with more waiting messages is stuck, and the sidecar
+/// disconnects it.
 const OUTBOX: usize = 4096;
-/// How long an engine that was cut off may still read slots that it has been shown: it copies what it
-/// has told its own scheduler of, in milliseconds. One that closes the connection itself, as a process
-/// does that ends, reads no more.
+/// Time after the sidecar disconnected an engine during which the engine may still read its slots. The engine
+/// finishes the copies that it has announced to its own scheduler, which takes milliseconds. An engine that
+/// closes the connection itself, as a process does at its end, reads no more.
 const READS: Duration = Duration::from_secs(2);
 
 /// The sending half of an engine connection.
@@ -37,11 +39,12 @@ const READS: Duration = Duration::from_secs(2);
 pub(crate) struct Connection {
     id: EngineId,
     outbox: mpsc::Sender<Outgoing>,
-    /// What of the outbox is not written yet.
+    /// Number of messages in the outbox that are not written yet.
     waiting: Arc<AtomicUsize>,
-    /// Gone when the connection has ended, which shuts the socket.
+    /// The writing half; gone when the connection has ended.
     writer: Weak<OwnedWriteHalf>,
-    /// Cancelled when the outbox overflows: a message may not be lost on a connection that lives on.
+    /// Cancelled when the outbox overflows: the connection then ends, because a living connection must not
+    /// lose a message.
     overflow: CancellationToken,
 }
 
@@ -53,7 +56,7 @@ enum Outgoing {
 }
 
 impl Connection {
-    /// The connection's number.
+    /// Returns the connection's number.
     pub(crate) fn id(&self) -> EngineId {
         self.id
     }
@@ -71,7 +74,8 @@ impl Connection {
     /// Sends a message. An engine that lets thousands pile up is disconnected.
     pub(crate) fn send(&self, message: ToEngine) {
         let mut frame = frame::encode(&message);
-        // The usual case: nothing waits before it, and no change of task makes the engine wait.
+        // The usual case: no message waits before this one, so it is written here and the engine does not
+        // wait for a change of task.
         if self.waiting.load(Ordering::Acquire) == 0
             && let Some(writer) = self.writer.upgrade()
             && let Ok(written) = writer.try_write(&frame)
@@ -87,18 +91,18 @@ impl Connection {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         match self.outbox.try_send(outgoing) {
             Ok(()) => {}
-            // The reader reports the end.
+            // The connection's task reports the end.
             Err(TrySendError::Closed(_)) => debug!(engine = %self.id, "engine has gone"),
             Err(TrySendError::Full(_)) => self.overflow.cancel(),
         }
     }
 }
 
-/// Why a connection has ended.
+/// The reason for which a connection has ended.
 enum End {
-    /// The engine closed it, or lost it.
+    /// The engine closed the connection, or the connection broke.
     Theirs(String),
-    /// It was cut off.
+    /// The sidecar disconnected the engine.
     Ours(String),
 }
 
@@ -122,6 +126,7 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
             return;
         }
     };
+    // The queue is bounded, so that an engine that does not read cannot use up memory.
     let (outbox, inbox) = mpsc::channel(OUTBOX);
     let (writer, waiting) = (Arc::new(writer), Arc::default());
     let connection = Connection {
@@ -149,13 +154,14 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         End::Theirs(reason) => info!(engine = %id, reason, "engine disconnected"),
         End::Ours(reason) => {
             warn!(engine = %id, reason, "engine disconnected");
-            // It lives, and may just be reading the slots that it has been shown.
+            // The engine lives and may still be reading its slots. Without this pause they would be written
+            // again meanwhile.
             cut(&writer);
             tokio::time::sleep(READS).await;
         }
     }
     drop(writer);
-    // Without the owner of the machines nobody is left to be told.
+    // At the end of the process the task that owns the machines has gone, and nothing needs this report.
     if events.send(FromEngine::Gone(id)).await.is_err() {
         debug!(engine = %id, "shutting down");
     }
@@ -184,7 +190,7 @@ async fn read_all(
     }
 }
 
-/// Has a frame that is no message counted.
+/// Reports a frame that is not a message, so that the metrics count it.
 async fn report(error: &FrameError, events: &mpsc::Sender<FromEngine>) {
     let malformed = matches!(error, FrameError::TooLong(_) | FrameError::Malformed(_));
     if malformed && events.send(FromEngine::Malformed).await.is_err() {
@@ -204,7 +210,7 @@ async fn write_all(
                 let frame = frame::encode(&message);
                 match buffer.export() {
                     Export::Memfd(fd) => send_with_fd(writer, &frame, fd).await,
-                    // Its handle is in the message.
+                    // The handle of GPU memory is in the message.
                     Export::Cuda => write(writer, &frame).await,
                 }
             }
@@ -235,7 +241,8 @@ async fn write(writer: &OwnedWriteHalf, mut frame: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes both directions: the engine sees it at once, whoever else may hold this end.
+/// Closes both directions, so that the engine sees the end at once, even if another task still holds the
+/// socket.
 fn cut(writer: &OwnedWriteHalf) {
     let stream = writer.as_ref().as_fd();
     if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Both) {
@@ -251,7 +258,7 @@ async fn send_with_fd(writer: &OwnedWriteHalf, frame: &[u8], fd: BorrowedFd<'_>)
             let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             let fds = [fd];
-            // One descriptor always fits the space made for one.
+            // The space has room for exactly one descriptor.
             let fits = ancillary.push(SendAncillaryMessage::ScmRights(&fds));
             debug_assert!(fits, "space for one descriptor");
             Ok(rustix::net::sendmsg(

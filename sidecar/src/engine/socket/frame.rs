@@ -9,13 +9,13 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// Longest frame: the keys of a request of a million tokens have 600 KB.
 pub(super) const MAX_FRAME: usize = 1 << 20;
 
-/// Why a stream of frames ended.
+/// The reason for which a stream of frames ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
     /// The other side closed between two frames.
     #[error("closed")]
     Closed,
-    /// A frame announces more than it may.
+    /// A frame is longer than [`MAX_FRAME`].
     #[error("a frame of {0} bytes; at most {MAX_FRAME} are taken")]
     TooLong(usize),
     /// A frame holds no message.
@@ -51,7 +51,7 @@ pub(super) async fn read(
     Ok(codec::decode(buffer)?)
 }
 
-/// A message as it goes over the stream.
+/// Returns the frame of a message.
 pub(super) fn encode(message: &ToEngine) -> Vec<u8> {
     let body = codec::encode(message);
     // Messages to engines are bounded by the slots of a buffer: far below 4 GiB.

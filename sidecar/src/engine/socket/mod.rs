@@ -1,7 +1,8 @@
 //! The unix socket between engine workers and this process.
 //!
-//! A connection begins with `Hello`; whoever owns the machines answers it through [`Connection`].
-//! The kernel says who is at the other end, and only the same user or root gets that far.
+//! A connection begins with `Hello`. The task that owns the protocol machines answers it through
+//! [`Connection`]. The kernel names the user of the other process, and only the sidecar's own user and root
+//! are accepted.
 
 mod connection;
 mod frame;
@@ -23,21 +24,22 @@ use tracing::{debug, warn};
 pub(crate) use connection::Connection;
 pub(crate) use path::make_directory;
 
-/// Connections of one socket at once: one a rank, and as many clients of tests and tools.
+/// Connections of one socket at the same time: one per rank, and some clients of tests and tools.
 const MAX_CONNECTIONS: usize = 64;
-/// Messages of all engines that wait for the owner of the machines. Beyond it the sockets push back.
+/// Messages of all engines that may wait for the task that owns the machines. When the queue is full, the
+/// sockets are not read, so the engines wait (backpressure).
 const QUEUE: usize = 1024;
 
-/// What an engine connection does.
+/// An event of an engine connection.
 #[derive(Debug)]
 pub(crate) enum FromEngine {
-    /// An engine says hello and waits for [`Connection::welcome`] or [`Connection::refuse`].
+    /// An engine has sent its hello and waits for [`Connection::welcome`] or [`Connection::refuse`].
     Hello(Connection, EngineHello),
-    /// An engine that was welcomed says something.
+    /// An engine has sent another message.
     Message(EngineId, ToSidecar),
     /// A connection that said hello has ended.
     Gone(EngineId),
-    /// A connection sent what is no message; it is closed.
+    /// A connection has sent a frame that is not a message; the connection is closed.
     Malformed,
 }
 
@@ -51,21 +53,22 @@ pub(crate) struct Listener {
 /// A socket that could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ListenError {
-    /// Another process serves it.
+    /// Another process listens on the socket.
     #[error("{0} is served by another process: give this sidecar another `sidecar.socket`")]
     InUse(PathBuf),
-    /// The file cannot be made.
+    /// The socket's file or folder cannot be made.
     #[error("cannot listen on {path}: {source}")]
     Io {
-        /// As configured.
+        /// The path as configured.
         path: PathBuf,
-        /// The kernel's word.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
 impl Listener {
-    /// Binds `path` (a stale file of a dead process is replaced) and accepts until dropped.
+    /// Binds `path` and accepts connections until the listener is dropped. The file of a dead process is
+    /// replaced.
     ///
     /// # Errors
     /// See [`ListenError`].
@@ -134,6 +137,7 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
     }
 }
 
-/// Connections are numbered over the whole process, so that a number in a log names one.
+/// Number of the next connection. The numbers are unique in the process, so that a number in the log names
+/// one connection.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);

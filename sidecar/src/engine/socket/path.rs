@@ -1,4 +1,4 @@
-//! The socket's file and who may use it.
+//! The socket's file, and the check of the users that may connect to it.
 
 use std::fs::{DirBuilder, Metadata, Permissions};
 use std::io;
@@ -9,7 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::ListenError;
 
-/// Binds the socket for this user alone, replacing what a dead process left.
+/// Binds the socket for this user alone, and replaces the file of a dead process.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     let failed = |source| ListenError::Io {
         path: path.to_owned(),
@@ -18,7 +18,8 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     make_directory(path).map_err(failed)?;
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
-        // The kernel says the same of a file that is no socket: that one is not ours to remove.
+        // The kernel returns the same error for a file that is not a socket. This process must not remove
+        // such a file.
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
             std::fs::remove_file(path).map_err(failed)?;
         }
@@ -29,8 +30,9 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
-/// Makes the directory of the socket, for this user alone, if there is none; checks that nobody else can replace what
-/// is in it. The default has a predictable name in /tmp, where any user of the host may have made it first.
+/// Makes the directory of the socket, for this user alone, if there is none, and checks that no other user
+/// can replace the files in it. The default directory has a predictable name in /tmp, where another user of
+/// the host may have made it first.
 ///
 /// # Errors
 /// The directory cannot be made, or another user can write into it.
@@ -48,7 +50,7 @@ pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
         found = std::fs::metadata(directory)?;
     }
     check_owner(directory, &found)?;
-    // The sticky bit of root's /tmp keeps other users from what is not theirs.
+    // The sticky bit of root's /tmp keeps users from replacing the files of others.
     let sticky = found.mode() & 0o1000 != 0 && found.uid() == 0;
     if found.mode() & 0o022 != 0 && !sticky {
         return Err(not_ours(directory, &found));
@@ -81,7 +83,7 @@ fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())
 }
 
-/// Whether the process at the other end may use this socket.
+/// Checks that the process at the other end runs as this user or as root.
 pub(super) fn authorised(stream: &UnixStream) -> Result<(), String> {
     let peer = stream
         .peer_cred()

@@ -1,7 +1,7 @@
-//! Keeps web pages from reading what the admin server shows.
+//! Keeps web pages from reading the answers of the admin server.
 //!
-//! A browser on this host connects from loopback too. A page reads only answers of its own host; by DNS
-//! rebinding its name becomes this host's, but the name stays in `Host`.
+//! A browser on this host also connects from a loopback address. A page can read only answers of its own host
+//! name. With DNS rebinding that name resolves to this host, but the `Host` header still has the name.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -14,7 +14,7 @@ use tracing::warn;
 
 use super::refused;
 
-/// Refuses a request from a loopback address that a page may have sent.
+/// Refuses a request from a loopback address if a web page may have sent it.
 pub(super) async fn refuse(request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<SocketAddr>();
     let is_here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());

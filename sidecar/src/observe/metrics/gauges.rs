@@ -1,4 +1,4 @@
-//! Gauges are not kept: they are read from [`Status`] when somebody asks.
+//! The gauges of `/metrics`, which are read from [`Status`] at each scrape.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use super::{OfRank, seconds};
 use crate::observe::status::{RankStatus, Snapshot, Status};
 
-/// Reads the gauges when somebody asks.
+/// Reads the gauges at each scrape.
 #[derive(Debug)]
 pub(super) struct Gauges(pub(super) Arc<Status>);
 
@@ -160,7 +160,7 @@ fn links(encoder: &mut DescriptorEncoder<'_>, shown: &Snapshot) -> fmt::Result {
     )
 }
 
-/// Labels of one series; `()` is none.
+/// Labels of one series; `()` means no labels.
 trait Series {
     fn encode(&self, encoder: &mut MetricEncoder<'_>, value: f64) -> fmt::Result;
 }
@@ -231,8 +231,8 @@ struct Measured {
     transport: &'static str,
 }
 
-/// A label value from outside. prometheus-client 0.23 writes values as they are, so a quote or a new
-/// line in a host name would forge series.
+/// Returns a label value that came from a peer without special characters. prometheus-client 0.23 writes
+/// values as they are, so a peer could forge series with a quote or a new line in a host name.
 fn label(text: &str) -> String {
     let safe = |c: char| !c.is_control() && c != '"' && c != '\\';
     text.chars()
@@ -245,8 +245,9 @@ fn flag(on: bool) -> f64 {
     f64::from(u8::from(on))
 }
 
-/// Links that are shown one by one: a scrape has to stay small whatever the size of the fleet.
+/// Largest number of links that are shown one by one, so that a scrape stays small in a large fleet.
 pub(super) const MAX_LINKS: usize = 64;
 
-/// UCX reports a list of devices and protocols; a label needs its begin.
+/// Longest label value. UCX reports a long list of devices and protocols, and its beginning is enough for a
+/// label.
 const MAX_LABEL_CHARS: usize = 80;

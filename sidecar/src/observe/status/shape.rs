@@ -1,4 +1,4 @@
-//! What is shown: the shapes of `/status` and `/requests`, and why a sidecar is not ready.
+//! The JSON shapes of `/status` and `/requests`, and the reasons for which a sidecar is not ready.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,12 +10,12 @@ use serde::Serialize;
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 
-/// Why the engine may not be given requests now.
+/// A reason for which the engine must not be given requests now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// Ports are not bound yet.
     Starting,
-    /// No engine is connected to this side.
+    /// No engine is connected to this role of this rank.
     NoEngine(RankRole, u32),
     /// The thread behind a wire has ended.
     WireEnded(RankRole, u32, &'static str),
@@ -25,54 +25,55 @@ pub(crate) enum NotReady {
     Draining,
 }
 
-/// One side of one rank.
+/// The state of one role of one rank.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct RankStatus {
-    /// The side's name.
+    /// `sender` or `receiver`.
     pub(crate) side: &'static str,
     /// The rank.
     pub(crate) rank: u32,
-    /// Engine connections.
+    /// Number of engine connections.
     pub(crate) engines: usize,
-    /// Why the engine moves no KV; absent if it does.
+    /// The reason for which the engine moves no KV; absent if it moves KV.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unmoved: Option<String>,
-    /// What a chunk looks like; absent until an engine has said.
+    /// The layout of a chunk; absent until an engine has connected.
     pub(crate) layout: Option<Layout>,
-    /// The epoch of the buffer's cut; 0 until an engine is there.
+    /// The epoch of the slot layout; 0 until an engine has connected.
     pub(crate) epoch: Epoch,
-    /// Slots; 0 until an engine is there.
+    /// Number of slots; 0 until an engine has connected.
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// Slots free.
+    /// Number of free slots.
     pub(crate) free: u32,
-    /// Slots granted.
+    /// Number of slots that are granted to a request.
     pub(crate) held: u32,
-    /// Slots into which an unfenced peer may still write.
+    /// Number of slots that are not reused yet, because a peer may still write into them.
     pub(crate) quarantined: u32,
-    /// Requests under way.
+    /// Number of requests in flight.
     pub(crate) requests: u32,
-    /// Tokens of decode requests that are parked.
+    /// Sum of the tokens of parked decode requests.
     pub(crate) parked_tokens: u64,
 }
 
 /// One link of a sender.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct LinkRow {
-    /// The rank that it belongs to.
+    /// The sender's rank.
     pub(crate) rank: u32,
     /// `host:alloc_port`.
     pub(crate) peer: String,
     /// The receiver's name.
     pub(crate) id: String,
-    /// As configured here.
+    /// The wire as configured here.
     pub(crate) configured: &'static str,
     /// The wire that was chosen.
     pub(crate) transport: &'static str,
-    /// Why that one.
+    /// The reason for the choice of the wire.
     pub(crate) why: String,
-    /// The library's word on itself: of NIXL `UCX_TLS` and UCX's estimate, not the wire in use.
+    /// The library's report about itself. For NIXL: `UCX_TLS` and UCX's estimate, which need not be the wire
+    /// in use.
     pub(crate) reported: String,
     /// GB/s (10⁹ bytes) of recent writes; absent before the first.
     pub(crate) measured_gb_per_s: Option<f64>,
@@ -81,11 +82,11 @@ pub(crate) struct LinkRow {
 /// One request that has ended.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct RecordRow {
-    /// The side's name.
+    /// `sender` or `receiver`.
     pub(crate) side: &'static str,
     /// The rank.
     pub(crate) rank: u32,
-    /// What the machine said.
+    /// The record that the protocol machine made.
     #[serde(flatten)]
     pub(crate) record: Record,
 }
@@ -95,39 +96,40 @@ pub(crate) struct RecordRow {
 pub(crate) struct Snapshot {
     /// The sidecar's name.
     pub(crate) id: String,
-    /// This start.
+    /// Random number of this start of the process.
     pub(crate) epoch: Epoch,
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
     /// The binary's version.
     pub(crate) version: &'static str,
-    /// The engine may be given requests.
+    /// True if the engine may be given requests.
     pub(crate) ready: bool,
-    /// Why not.
+    /// The reasons for which the sidecar is not ready; empty if it is ready.
     pub(crate) reasons: Vec<String>,
-    /// Why nothing is moved although it is ready; absent if KV is moved.
+    /// The reason for which a ready sidecar moves no KV; absent if it moves KV.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unmoved: Option<String>,
-    /// Every side of every rank.
+    /// Every role of every rank.
     pub(crate) ranks: Vec<RankStatus>,
     /// Every link.
     pub(crate) links: Vec<LinkRow>,
     /// Every socket on which this process listens.
     pub(crate) listens: Vec<Listens>,
-    /// The proxy, if one is configured.
+    /// The proxy; absent if none is configured.
     pub(crate) proxy: Option<ProxyStatus>,
 }
 
 /// The proxy as this sidecar knows it.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ProxyStatus {
-    /// Its registration port.
+    /// The proxy's registration port.
     pub(crate) address: String,
-    /// It acknowledges registrations; false: it is LMCache's, and readiness does not wait for it.
+    /// True if the proxy acknowledges registrations. False for LMCache's proxy, which readiness does not wait
+    /// for.
     pub(crate) calls_back: bool,
-    /// The name under which it last called back; empty before it did.
+    /// The proxy's name in its last call-back; empty before the first.
     pub(crate) name: String,
-    /// Milliseconds since it called back.
+    /// Milliseconds since the proxy's last call-back; absent before the first.
     pub(crate) acknowledged_ms_ago: Option<u64>,
 }
 
@@ -221,5 +223,5 @@ impl fmt::Display for NotReady {
     }
 }
 
-/// Three of the proxy's call-backs, which come every 5 s.
+/// Longest time since the proxy's last call-back while the sidecar is ready: three periods of 5 s.
 pub(crate) const ACKNOWLEDGED_FOR: Duration = Duration::from_secs(15);
