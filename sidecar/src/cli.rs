@@ -1,4 +1,4 @@
-//! Flags, subcommands, exit codes, and the help that teaches them.
+//! Flags and subcommands, and the help that explains them and the exit codes.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub(crate) struct Cli {
     run: Run,
 }
 
-/// What the command line asks for.
+/// The task that the command line names.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Runs the sidecar: the same as no subcommand.
@@ -71,14 +71,14 @@ pub(crate) struct CheckConfig {
 /// Flags of `selftest`.
 #[derive(Debug, Args)]
 pub(crate) struct Selftest {
-    /// How long to push.
+    /// Time of the test in seconds.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
     /// Which wire; auto takes all that this host has.
     #[arg(long, value_name = "auto|cuda_ipc|nixl|tcp", default_value = "auto", value_parser = wire)]
     pub(crate) transport: Wire,
-    /// Where the buffers are: the sender's, and after a comma the receiver's if it is another. Default:
-    /// host memory, and the first two GPUs if there are any.
+    /// Memory of the buffers: the sender's, and after a comma the receiver's if it differs. Default: host
+    /// memory, and the first two GPUs if there are any.
     #[arg(long, value_name = "cpu|cuda|cuda:N,cuda:M", value_parser = devices)]
     pub(crate) buffer_device: Option<Devices>,
     /// Bytes of a chunk.
@@ -92,8 +92,8 @@ pub(crate) struct Selftest {
     pub(crate) json: bool,
 }
 
-/// Flags that override keys of the configuration. Texts are read by the same types as the file's,
-/// so that every mistake is found at once.
+/// Flags that override keys of the configuration. The same types read flags and file, so that all mistakes
+/// are reported together.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Overrides {
     /// Which side of transfers this is.
@@ -114,7 +114,7 @@ pub(crate) struct Overrides {
     /// Buffer of each rank, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     buffer_size: Option<String>,
-    /// Where the buffers are.
+    /// Memory of the buffers.
     #[arg(long, value_name = "cpu|cuda[:N]")]
     buffer_device: Option<String>,
     /// Unix socket for the engine.
@@ -138,10 +138,10 @@ pub(crate) struct Overrides {
     /// error, warn, info, debug, trace, or directives.
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_name = "text|json")]
     log_format: Option<String>,
-    /// How long requests may take to end after SIGTERM.
+    /// Longest time in ms for requests to end after SIGTERM.
     #[arg(long, value_name = "MS")]
     drain_timeout: Option<String>,
     /// Records the protocol machines' events and actions.
@@ -153,7 +153,7 @@ pub(crate) struct Overrides {
 }
 
 impl Overrides {
-    /// Those that were given, with their dashes.
+    /// Returns the given flags with their dashes, and their values.
     pub(crate) fn flags(&self) -> Vec<(&'static str, String)> {
         let switch = |on: bool, value: &str| on.then(|| value.to_owned());
         [
@@ -183,16 +183,16 @@ impl Overrides {
 }
 
 impl Cli {
-    /// What this process's command line asks for; help, version and mistakes are printed, and the
-    /// process is to end with the code.
+    /// Reads the command line of this process. Prints the help, the version or the mistakes if that is the
+    /// result.
     ///
     /// # Errors
-    /// The exit code.
+    /// The exit code, with which the process must end.
     pub(crate) fn of_process() -> Result<Command, Exit> {
         match Self::try_parse() {
             Ok(cli) => Ok(cli.command.unwrap_or(Command::Run(cli.run))),
             Err(error) => {
-                // A closed standard output or error leaves nobody to tell.
+                // If the output is closed, the message cannot be shown at all.
                 error.print().ok();
                 Err(if error.use_stderr() {
                     Exit::Usage
@@ -205,10 +205,10 @@ impl Cli {
 }
 
 impl Run {
-    /// The configuration of this run; mistakes are printed.
+    /// Loads the configuration of this run and prints its mistakes.
     ///
     /// # Errors
-    /// The exit code.
+    /// The exit code, with which the process must end.
     pub(crate) fn load(&self) -> Result<(Config, Report), Exit> {
         let inputs = inputs(&self.overrides, self.config.clone())?;
         Config::load(&inputs).map_err(|report| {
@@ -219,7 +219,7 @@ impl Run {
 }
 
 impl CheckConfig {
-    /// Prints the report; mistakes go to standard error and make the exit code 64.
+    /// Prints the report. Mistakes go to standard error, and the exit code is then 64.
     pub(crate) fn run(&self) -> Exit {
         if self.reference {
             say(&crate::config::reference());
@@ -246,7 +246,7 @@ impl CheckConfig {
     }
 }
 
-/// Prints to standard output. A reader that has gone, such as `head`, wants no more and is no error.
+/// Prints to standard output. A closed pipe, for example to `head`, is not an error.
 fn say(text: &str) {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())

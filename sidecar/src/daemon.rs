@@ -1,4 +1,4 @@
-//! The process from start to exit code: what is shown, the node, signals, the drain.
+//! The process from start to exit code: status and metrics, the node, signals, the drain.
 
 use std::sync::Arc;
 
@@ -18,9 +18,8 @@ use crate::observe::registration::{ProxyVoice, Registration};
 use crate::observe::status::Status;
 use crate::rank::node::{Ended, Node};
 
-/// Runs until a signal, or until something breaks. One thread: the work of this process is to bring
-/// messages from one queue to another, and a second thread only adds wake-ups (data has threads of
-/// its own).
+/// Runs until a signal, or until a part of the process fails. The runtime has one thread, because it only
+/// moves messages between queues and a second thread only adds wake-ups. Other threads move the KV.
 pub(crate) fn run(config: Config) -> Exit {
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -40,9 +39,11 @@ pub(crate) fn run(config: Config) -> Exit {
 }
 
 async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
+    // Signals come first, so that a SIGTERM during the start also ends in a drain.
     let mut signals = Signals::new()?;
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));
+    // The admin server binds before the node starts, because the registration tells the proxy its port.
     let admin = Admin::bind(&config.admin, Arc::clone(&status), Arc::clone(&metrics)).await?;
     let (leave, gone) = (CancellationToken::new(), CancellationToken::new());
     let mut searching = None;
@@ -66,9 +67,12 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         metrics,
         proxy,
     };
+    // From here on the node binds its ports and reports each change to the observer.
     let node = Node::start(Arc::clone(&config), Arc::new(observer)).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
+    // All ports are bound now. A port that the configuration does not name stops the start, because it gives
+    // access to this process's memory.
     status.listens(listening::checked(&config, &ports)?);
     status.bound();
     info!(
@@ -84,6 +88,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     if let Some(registration) = registration {
         services.spawn(registration.run(leave.clone(), gone.clone()));
     }
+    // The first signal starts the drain; a second one ends the process although requests are in flight.
     let drain = node.drain_token();
     let running = node.run();
     tokio::pin!(running);
@@ -103,6 +108,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
             }
         }
     };
+    // The services end after the node, so that the proxy and the scrapers see the drain to its end.
     gone.cancel();
     while let Some(service) = services.join_next().await {
         if let Err(error) = service
@@ -118,10 +124,10 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     })
 }
 
-/// Raises the limit on open files as far as this user may.
+/// Raises the limit on open files to the highest value that this user may set.
 ///
-/// The usual 1024 are fewer than the connections of one port: strangers on the alloc port would keep the
-/// engine, the proxy and the scrapers out.
+/// The usual limit of 1024 is below the number of connections of one port. With it, any process that opens
+/// many connections to the alloc port could lock out the engine, the proxy and the scrapers.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {
@@ -151,7 +157,7 @@ impl Signals {
         })
     }
 
-    /// The name of the next one.
+    /// Waits for the next signal and returns its name.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

@@ -2,18 +2,18 @@
 
 use std::process::ExitCode;
 
-/// How the process ends, after `sysexits.h`.
+/// The exit code of the process, with numbers from `sysexits.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// It did what it was asked: drained after SIGTERM, or the check found nothing wrong.
+    /// The task is done: the sidecar drained after SIGTERM, or the check found no mistake.
     Ok = 0,
     /// The command line or the configuration is wrong.
     Usage = 64,
-    /// A port, a socket, memory or a required transport cannot be had.
+    /// A port, a socket, memory or a required transport is not available.
     Unavailable = 69,
-    /// A bug.
+    /// The sidecar has a bug.
     Internal = 70,
-    /// Requests were still under way when the drain timeout passed; a restart may do better.
+    /// Requests were still in flight at the drain timeout. A restart may succeed.
     Temporary = 75,
 }
 

@@ -1,4 +1,4 @@
-//! The sidecar beside a vLLM instance: arguments, configuration, run, drain, exit code.
+//! The sidecar process beside a vLLM instance: arguments, configuration, run, drain, exit code.
 
 mod cli;
 mod config;

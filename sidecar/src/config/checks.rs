@@ -1,5 +1,5 @@
-//! From what was given to what holds: defaults that follow from other keys, and what must fit
-//! together.
+//! Makes the configuration in use from the given values: computes defaults that follow from other keys, and
+//! checks that the values fit together.
 
 mod listen;
 mod proxy;
@@ -23,8 +23,8 @@ use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
 use crate::memory::cuda::Which;
 
-/// The configuration, or `None` if something that it cannot do without is missing or wrong. What is
-/// wrong is noted in `layers`; only without any note the result may be used.
+/// Returns the configuration, or `None` if a necessary value is missing or wrong. Mistakes are added to
+/// `layers`. The result may be used only if there is no mistake.
 pub(crate) fn config(
     layers: &mut Layers,
     inputs: &Inputs,
@@ -34,6 +34,8 @@ pub(crate) fn config(
 ) -> Option<Config> {
     refuse_what_this_version_cannot(layers, lmcache);
     let role = need(layers, Lmcache::KEYS, "pd_role", &lmcache.pd_role, "");
+    // All values that need no role are checked before `role?`, so that one run reports as many mistakes as
+    // possible.
     let buffer_bytes = buffer(layers, lmcache);
     let role = role?;
     let admin = computed(layers, "admin", sidecar.admin.as_ref(), || HostPort {
@@ -44,11 +46,13 @@ pub(crate) fn config(
         Role::Sender => None,
         Role::Receiver | Role::Both => listen(layers, lmcache, sidecar, role, &admin),
     };
+    // The number of ranks follows from the port lists, so the ports come first.
     let ranks = ranks(layers, sidecar, listen.as_ref());
     let devices = devices(layers, lmcache, ranks);
     let proxy = proxy(layers, lmcache, sidecar, mooncake, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
+    // Peers are not authenticated, so a port beyond this machine needs the user's consent.
     exposed(layers, lmcache, sidecar, listen.as_ref(), ucx.as_ref());
     let id = id(layers, inputs, sidecar, role, &admin);
     let socket = socket(layers, inputs, sidecar, role);
@@ -169,7 +173,7 @@ fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32
     }
 }
 
-/// Of each rank: the GPU that its buffer is on, or none.
+/// Returns the GPU of each rank's buffer; absent for host memory.
 fn devices(layers: &mut Layers, lmcache: &Lmcache, ranks: u32) -> Option<Vec<Option<Which>>> {
     let given = lmcache.pd_buffer_device.as_ref()?;
     let devices = match &given.value.0[..] {
@@ -204,7 +208,8 @@ fn id(
 ) -> String {
     let given = sidecar.id.as_ref();
     let id = computed(layers, "id", given, || {
-        // The admin port is unique on a machine and the same after a restart, unless it is 0.
+        // The admin port is unique on a machine and the same after a restart. A port of 0 is neither, so the
+        // process id takes its place.
         let number = if admin.port == 0 {
             inputs.pid
         } else {
@@ -236,7 +241,7 @@ fn is_id(c: char) -> bool {
 
 fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -> PathBuf {
     let given = sidecar.socket.as_ref();
-    // The engine's connector computes the same.
+    // The engine's connector computes the same path, so both find each other without a key.
     let runtime = inputs
         .env
         .iter()
@@ -295,13 +300,13 @@ fn value<T: Clone>(given: &Option<Sourced<T>>) -> Option<T> {
 }
 
 fn key(keys: &'static [Key], name: &str) -> &'static Key {
-    // Names are literals of this file, and a test names each.
+    // The names are literals of this module, and a test covers each.
     keys.iter()
         .find(|k| k.name == name)
         .expect("a key of the table")
 }
 
-/// One page: no chunk of any model is smaller.
+/// Smallest buffer: one page. No model has a smaller chunk.
 const MIN_BUFFER_BYTES: u64 = 4096;
-/// `sun_path` has 108 bytes with its terminator.
+/// Longest path of a socket: the kernel's `sun_path` has 108 bytes with its terminator.
 const MAX_SOCKET_BYTES: usize = 107;

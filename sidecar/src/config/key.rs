@@ -1,6 +1,6 @@
 //! One key of the configuration: its name, section and default.
 
-/// Where a key stands in the file, and how its environment variable begins.
+/// The section of the file that has a key, which also gives the prefix of its environment variable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Section {
     /// At the top level; LMCache reads it too.
@@ -9,52 +9,52 @@ pub(crate) enum Section {
     Sidecar,
 }
 
-/// What holds when nobody says anything.
+/// The value of a key that is not given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Default {
-    /// Nothing.
+    /// There is no value.
     None,
-    /// It must be given; by whom.
+    /// The key must be given. The text says in which case.
     Required(&'static str),
-    /// This value.
+    /// The value is this text.
     Value(&'static str),
-    /// What follows from other keys.
+    /// The value follows from other keys. The text describes how.
     Computed(&'static str),
 }
 
 /// One key.
 #[derive(Debug)]
 pub(crate) struct Key {
-    /// Its name within its section.
+    /// Name within the section.
     pub(crate) name: &'static str,
-    /// Its section.
+    /// Section of the file.
     pub(crate) section: Section,
-    /// Other names that mean the same.
+    /// Other accepted names of the key.
     pub(crate) aliases: &'static [&'static str],
-    /// The flag that overrides it, with its dashes; empty if there is none.
+    /// The flag that overrides the key, with its dashes; empty if there is none.
     pub(crate) flag: &'static str,
-    /// What holds otherwise.
+    /// The value if the key is not given.
     pub(crate) default: Default,
-    /// What would be right.
+    /// The accepted values, for messages.
     pub(crate) want: &'static str,
-    /// What it does.
+    /// The description for docs/configuration.md.
     pub(crate) doc: &'static str,
 }
 
 impl Key {
-    /// The name from the top of the file.
+    /// Returns the name from the top of the file, such as `sidecar.id`.
     pub(crate) fn path(&self) -> String {
         self.section.path(self.name)
     }
 
-    /// The environment variable.
+    /// Returns the name of the environment variable.
     pub(crate) fn variable(&self) -> String {
         self.section.variable(self.name)
     }
 }
 
 impl Section {
-    /// The name of `name` from the top of the file.
+    /// Returns the name of the key `name` from the top of the file.
     pub(crate) fn path(self, name: &str) -> String {
         match self {
             Self::Lmcache => name.to_owned(),
@@ -62,7 +62,7 @@ impl Section {
         }
     }
 
-    /// The environment variable of `name`.
+    /// Returns the environment variable of the key `name`.
     pub(crate) fn variable(self, name: &str) -> String {
         let prefix = match self {
             Self::Lmcache => LMCACHE_PREFIX,
@@ -72,7 +72,7 @@ impl Section {
     }
 }
 
-/// Begins LMCache's variables.
+/// Prefix of LMCache's variables.
 pub(crate) const LMCACHE_PREFIX: &str = "LMCACHE_";
-/// Begins ours.
+/// Prefix of the sidecar's own variables.
 pub(crate) const SIDECAR_PREFIX: &str = "PD_SIDECAR_";

@@ -1,5 +1,5 @@
-//! The table of every key that means something here. Reading, `check-config` and the tests of
-//! docs/configuration.md all go through it.
+//! The table of all keys that the sidecar reads. The reader, `check-config` and the tests of
+//! docs/configuration.md use this table.
 
 use super::key::{Default, Key, Section};
 use super::layers::{Layers, Sourced};
@@ -20,7 +20,7 @@ macro_rules! keys {
         }
 
         impl $raw {
-            /// One a field, in order.
+            /// The key of each field, in the order of the fields.
             pub(crate) const KEYS: &'static [Key] = &[$(Key {
                 name: stringify!($name),
                 section: Section::$section,
@@ -31,9 +31,10 @@ macro_rules! keys {
                 doc: concat!($($text),+),
             },)*];
 
-            /// Reads every key; what is wrong is noted in `layers`.
+            /// Reads every key. Mistakes are added to `layers`.
             pub(crate) fn read(layers: &mut Layers) -> Self {
-                // Fields are evaluated in the order they are written, which is the table's.
+                // Rust evaluates the fields in the order in which they are written, so each gets its own key
+                // of the table.
                 let mut keys = Self::KEYS.iter();
                 Self { $($name: keys.next().and_then(|key| layers.take(key)),)* }
             }
@@ -42,7 +43,7 @@ macro_rules! keys {
 }
 
 keys! {
-    /// LMCache's keys that mean something to the sidecar, as they were given.
+    /// The keys of LMCache that the sidecar reads, as given.
     Lmcache in Lmcache {
         /// PD is what the sidecar does; `false` is refused.
         enable_pd: bool = Default::Value("true"), also "enable_xpyd";
@@ -85,7 +86,7 @@ keys! {
 }
 
 keys! {
-    /// Our keys, as they were given.
+    /// The sidecar's own keys, as given.
     Sidecar in Sidecar {
         /// Name of this sidecar in messages, logs and the proxy's registry; unique among the sidecars
         /// of a proxy.

@@ -1,4 +1,4 @@
-//! Flag over environment over file over default: finds each key's value and where it came from.
+//! Finds each key's value and source. A flag comes before the environment, the file and the default.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
@@ -11,24 +11,24 @@ use super::suggest::suggest;
 use super::value::Value;
 use super::yaml::{self, Entry, Raw};
 
-/// Everything that a configuration is read from. Nothing else is looked at.
+/// All inputs of a configuration. No other input is read.
 #[derive(Clone, Debug, std::default::Default)]
 pub(crate) struct Inputs {
-    /// Flags with their dashes, and their values.
+    /// The given flags with their dashes, and their values.
     pub(crate) flags: Vec<(&'static str, String)>,
     /// Environment variables.
     pub(crate) env: Vec<(String, String)>,
-    /// The file's path and text.
+    /// The file's path and text; absent without a file.
     pub(crate) file: Option<(PathBuf, String)>,
-    /// Name of this machine.
+    /// Host name of this machine.
     pub(crate) hostname: String,
     /// Effective user of this process.
     pub(crate) uid: u32,
-    /// This process.
+    /// Process id of this process.
     pub(crate) pid: u32,
 }
 
-/// Where a value came from.
+/// The source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A flag.
@@ -37,9 +37,9 @@ pub(crate) enum Source {
     Env(String),
     /// A line of the file.
     File(PathBuf, usize),
-    /// Nobody said anything.
+    /// The default, because the key was not given.
     Default,
-    /// It follows from another key.
+    /// Another key, from which the value follows.
     Key(String),
 }
 
@@ -55,16 +55,16 @@ impl fmt::Display for Source {
     }
 }
 
-/// A value and where it came from.
+/// A value and its source.
 #[derive(Clone, Debug)]
 pub(crate) struct Sourced<T> {
     /// The value.
     pub(crate) value: T,
-    /// Where it came from.
+    /// The source of the value.
     pub(crate) source: Source,
 }
 
-/// The three layers, and what was noticed while reading them.
+/// The three layers of input, and the mistakes and warnings that were found while reading them.
 #[derive(Debug)]
 pub(crate) struct Layers {
     flags: Vec<(&'static str, String)>,
@@ -72,18 +72,18 @@ pub(crate) struct Layers {
     pub(super) path: PathBuf,
     pub(super) lmcache: Vec<Entry>,
     pub(super) sidecar: Vec<Entry>,
-    /// Names of each section that some key answers to.
+    /// All known names, with `true` for the sidecar's own section.
     known: BTreeSet<(bool, String)>,
     /// Every key with a value or a default, in order.
     pub(crate) rows: Vec<Row>,
-    /// What is wrong.
+    /// The mistakes that were found.
     pub(crate) problems: Vec<Problem>,
-    /// What a user should hear.
+    /// Warnings for the user.
     pub(crate) warnings: Vec<String>,
 }
 
 impl Layers {
-    /// Splits the file into its sections.
+    /// Reads the file and the environment, and splits the file into its sections.
     pub(crate) fn new(inputs: &Inputs) -> Self {
         let mut layers = Self {
             flags: inputs.flags.clone(),
@@ -145,7 +145,7 @@ impl Layers {
         }
     }
 
-    /// The value of a key, its default included.
+    /// Returns the value of a key, or its default; absent if there is neither, or if the value is wrong.
     pub(crate) fn take<T: Value>(&mut self, key: &'static Key) -> Option<Sourced<T>> {
         let found = self.find(key).or_else(|| match key.default {
             Default::Value(text) => Some((Source::Default, Raw::outside(text))),
@@ -184,7 +184,8 @@ impl Layers {
         }
     }
 
-    /// What was given for a key, by the highest layer that says anything.
+    /// Returns the untyped value of a key, from the highest layer that has one; absent if the key was not
+    /// given.
     pub(crate) fn find(&mut self, key: &Key) -> Option<(Source, Raw)> {
         let names: Vec<&str> = std::iter::once(key.name)
             .chain(key.aliases.iter().copied())
@@ -249,7 +250,7 @@ impl Layers {
         Some((source, first.value.raw.clone()))
     }
 
-    /// Says what a key without a plain default came to.
+    /// Notes the value of a key without a plain default, for the report.
     pub(crate) fn computed(&mut self, path: &str, value: String, source: &Source) {
         if let Some(row) = self.rows.iter_mut().find(|row| row.key == path) {
             row.value = value;
@@ -257,7 +258,7 @@ impl Layers {
         }
     }
 
-    /// Notes that something is wrong with the value of a key.
+    /// Adds a mistake in the value of a key.
     pub(crate) fn wrong<T: Value>(
         &mut self,
         path: &str,
@@ -274,8 +275,8 @@ impl Layers {
         });
     }
 
-    /// Notes that a key is missing, unless it was given and is wrong already, or may stand in a file
-    /// that could not be read.
+    /// Adds the mistake that a key is missing. It adds nothing if the key was given with a wrong value, which
+    /// is reported already, or if the file, which may have the key, could not be read.
     pub(crate) fn missing(&mut self, key: &Key, why: &str) {
         let path = key.path();
         if self.problems.iter().any(|p| p.key.is_empty()) {
@@ -302,8 +303,8 @@ impl Layers {
         });
     }
 
-    /// After every key has been looked for: what nobody knows. Returns LMCache's unknown keys, which
-    /// a newer LMCache may know.
+    /// Adds the mistakes for unknown names, after every key has been looked for. Returns LMCache's unknown
+    /// keys, which a newer LMCache may know.
     pub(crate) fn unknown(&mut self) -> Vec<String> {
         let mut ignored = Vec::new();
         for (ours, entries) in [
@@ -314,6 +315,8 @@ impl Layers {
                 if self.known.contains(&(ours, entry.key.clone())) {
                     continue;
                 }
+                // An unknown key that is close to a known one is a slip. Ignoring it would start the sidecar
+                // with another value.
                 let near = self.suggest(&entry.key);
                 if near.is_none() && !ours {
                     ignored.push(entry.key);
@@ -364,8 +367,9 @@ impl Layers {
     }
 }
 
-/// Returns true if Kubernetes set this variable to describe a service whose name happens to begin like ours: the pod
-/// gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it for every service of its namespace.
+/// Returns true if Kubernetes set this variable to describe a service. For every service of its namespace, a
+/// pod gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it, and the name of a service may
+/// begin with a prefix of ours.
 fn is_of_kubernetes(name: &str, value: &str) -> bool {
     let url = value.split_once("://").is_some_and(|(scheme, at)| {
         ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
@@ -384,10 +388,10 @@ fn is_of_kubernetes(name: &str, value: &str) -> bool {
     name.ends_with("_PORT") && url || derived || service
 }
 
-/// Names the file when no flag does.
+/// The variable with the file's path. A flag comes before it.
 pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
 
-/// Variables of LMCache's processes that are no keys of its configuration.
+/// Variables of LMCache's processes that are not keys of its configuration.
 const OTHER_VARIABLES: &[&str] = &[
     "LMCACHE_FORCE_SKIP_SAVE",
     "LMCACHE_LOG_FORMAT",
@@ -398,7 +402,7 @@ const OTHER_VARIABLES: &[&str] = &[
     "LMCACHE_USE_EXPERIMENTAL",
 ];
 
-/// The key that holds ours.
+/// The key of the file below which the sidecar's own keys are.
 const SECTION: &str = "sidecar";
 
 fn section_of(ours: bool) -> Section {

@@ -1,5 +1,5 @@
-//! LMCache's keys that mean nothing here: ignored with a reason, or refused where ignoring them
-//! would do something else than the file says.
+//! LMCache's keys that the sidecar does not use. A key is ignored with a reason, or refused if ignoring it
+//! would do something else than the file asks for.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;
@@ -12,20 +12,20 @@ use super::yaml::Raw;
 pub(crate) struct Ignored {
     /// The key.
     pub(crate) key: String,
-    /// Its value.
+    /// The value as given.
     pub(crate) value: String,
-    /// Where it came from.
+    /// The source of the value.
     pub(crate) source: String,
-    /// Why it has no effect.
+    /// The reason for which it has no effect.
     pub(crate) why: &'static str,
 }
 
 /// Keys with one reason.
 #[derive(Debug)]
 pub(crate) struct Group {
-    /// Why they have no effect.
+    /// The reason for which the keys have no effect.
     pub(crate) why: &'static str,
-    /// The keys, old names too.
+    /// The keys, with their old names.
     pub(crate) keys: &'static [&'static str],
 }
 
@@ -36,13 +36,13 @@ pub(crate) struct Refusal {
     pub(crate) key: &'static str,
     /// Values that ask for nothing.
     pub(crate) harmless: &'static [&'static str],
-    /// Why it is refused.
+    /// The reason for the refusal.
     pub(crate) why: &'static str,
-    /// What to do instead.
+    /// The advice for the user.
     pub(crate) instead: &'static str,
 }
 
-/// Looks for every one of them; refusals are noted in `layers`.
+/// Looks for each of these keys and returns the ignored ones. Refused keys are added to `layers` as mistakes.
 pub(crate) fn read(layers: &mut Layers) -> Vec<Ignored> {
     let mut ignored = Vec::new();
     for group in GROUPS {

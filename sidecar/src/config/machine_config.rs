@@ -1,4 +1,4 @@
-//! From the configuration to what the protocol's machines want.
+//! Makes the configurations of the protocol machines.
 
 use protocol::registration::InstanceRole;
 use protocol::{Epoch, Layout, receiver, sender};
@@ -6,7 +6,7 @@ use protocol::{Epoch, Layout, receiver, sender};
 use super::{Config, Role};
 
 impl Config {
-    /// The sender machine of a rank.
+    /// Returns the configuration of a rank's sender machine.
     pub(crate) fn sender_config(
         &self,
         rank: u32,
@@ -31,7 +31,8 @@ impl Config {
         }
     }
 
-    /// The receiver machine of any rank; `None` if the layout has no size (an unknown dtype).
+    /// Returns the configuration of a receiver machine, which is the same for all ranks. `None` if the layout
+    /// has no size (an unknown dtype).
     pub(crate) fn receiver_config(
         &self,
         epoch: Epoch,
@@ -52,13 +53,13 @@ impl Config {
             max_wait: times.max_wait,
             lmcache_wait: times.wait.min(times.max_wait),
             layout: Some(layout.clone()),
-            // Lease ids are permissions, so nobody may guess where they begin.
+            // A lease id is a permission to write, so a peer must not be able to guess the first one.
             seed: rand::random(),
         })
     }
 
-    /// The name of one rank's machine: receivers number the messages of each name, so two ranks of
-    /// one sidecar may not share one.
+    /// Returns the name of one rank's machine. Receivers number the messages of each name, so two ranks of
+    /// one sidecar must not share a name.
     pub(crate) fn rank_id(&self, rank: u32) -> String {
         if self.ranks == 1 {
             self.id.clone()
@@ -67,7 +68,7 @@ impl Config {
         }
     }
 
-    /// Which legs the engine takes.
+    /// Returns the legs that the engine serves.
     pub(crate) fn instance_role(&self) -> InstanceRole {
         match self.role {
             Role::Sender => InstanceRole::Prefill,

@@ -1,8 +1,10 @@
-//! The sidecar's configuration: LMCache's keys and ours, from flags, environment and one YAML file.
+//! The sidecar's configuration: LMCache's keys and the sidecar's own, from flags, environment and one YAML
+//! file.
 //!
-//! Two kinds of types: what was given ([`keys::Lmcache`], [`keys::Sidecar`]: every field optional,
-//! each with its source) and what holds ([`Config`]: complete, checked, the only one that the rest
-//! of the process sees). Between them, everything that is wrong is collected, and said at once.
+//! There are two kinds of types. [`keys::Lmcache`] and [`keys::Sidecar`] have the values as given: every
+//! field is optional and has its source. [`Config`] has the values in use: it is complete and checked, and
+//! the rest of the process reads only it. The step from one to the other collects all mistakes, so that the
+//! user sees them together.
 
 mod checks;
 mod key;
@@ -41,63 +43,64 @@ use self::keys::{Lmcache, Sidecar};
 use self::layers::Layers;
 use self::mooncake::Mooncake;
 
-/// What holds: complete and checked.
+/// The configuration in use, complete and checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// Which side of transfers this is.
+    /// The side of transfers that this sidecar serves.
     pub(crate) role: Role,
     /// Name in messages, logs and the proxy's registry.
     pub(crate) id: String,
-    /// Tensor-parallel ranks of the engine.
+    /// Number of tensor-parallel ranks of the engine.
     pub(crate) ranks: u32,
     /// Bytes of the buffer of each rank.
     pub(crate) buffer_bytes: u64,
-    /// Of each rank: the GPU that its buffer is on; absent if it is host memory.
+    /// The GPU of each rank's buffer; absent if the buffer is in host memory.
     pub(crate) devices: Vec<Option<Which>>,
-    /// Tokens of a chunk, if engines with other chunks are to be refused.
+    /// Tokens of a chunk: engines with another chunk size are refused. Absent: any chunk size is accepted.
     pub(crate) chunk_tokens: Option<u32>,
-    /// Tokens that the buffer has to hold at once; 0: any number will do.
+    /// Tokens that must fit into the buffer at the same time; 0 for no such check.
     pub(crate) max_prefill_tokens: u32,
-    /// Where senders come to; absent for a sender.
+    /// The ports for senders; absent if this sidecar only sends.
     pub(crate) listen: Option<Listen>,
     /// The unix socket for the engine.
     pub(crate) socket: PathBuf,
-    /// Where the admin server is bound.
+    /// The address that the admin server binds.
     pub(crate) admin: HostPort,
-    /// Host that others reach the admin server at.
+    /// The host name or address under which other machines reach the admin server.
     pub(crate) admin_host: String,
-    /// Whom to register with.
+    /// The proxy to register with; absent for no registration.
     pub(crate) proxy: Option<Proxy>,
     /// Settings of UCX, below NIXL.
     pub(crate) ucx: Ucx,
-    /// Which wires may be used.
+    /// The wires that may be used.
     pub(crate) transport: Wire,
-    /// Chunks carry checksums.
+    /// True if chunks carry checksums.
     pub(crate) checksum: bool,
-    /// KV is pushed at all.
+    /// False: no KV is pushed, for tests.
     pub(crate) push: bool,
     /// Bounds of every wait.
     pub(crate) times: Times,
-    /// Requests under way at once and rank.
+    /// Largest number of requests in flight per rank.
     pub(crate) max_requests: u32,
-    /// A faster wire gets a step's KV as a whole.
+    /// GB/s. On a wire up to this rate KV leaves layer by layer; on a faster wire, a step's KV leaves as a
+    /// whole.
     pub(crate) layers_below_gb_s: u32,
-    /// Slots that one sender may leave quarantined; absent: a quarter of them.
+    /// Slots that one sender may leave quarantined; absent for a quarter of all slots.
     pub(crate) max_quarantined: Option<u32>,
     /// Directives of the log filter.
     pub(crate) log_level: String,
-    /// How log lines look.
+    /// Format of log lines.
     pub(crate) log_format: LogFormat,
-    /// Takes the machines' events and actions.
+    /// File for the events and actions of the protocol machines; absent for no such file.
     pub(crate) trace: Option<PathBuf>,
 }
 
-/// The ports that senders come to.
+/// The ports for senders.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listen {
-    /// What they are bound to.
+    /// The host that the ports are bound to.
     pub(crate) host: String,
-    /// What senders connect to.
+    /// The host that senders connect to.
     pub(crate) advertise: String,
     /// The ports of each rank.
     pub(crate) ranks: Vec<RankPorts>,
@@ -106,33 +109,33 @@ pub(crate) struct Listen {
 /// The ports of one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RankPorts {
-    /// Init handshake.
+    /// Port of the init handshake.
     pub(crate) init: u16,
-    /// Alloc requests.
+    /// Port of the alloc requests.
     pub(crate) alloc: u16,
-    /// Questions of LMCache's bidirectional mode.
+    /// Port for the questions of LMCache's bidirectional mode; absent if none is configured.
     pub(crate) query: Option<u16>,
-    /// Data of the built-in TCP transport; 0 is any free one.
+    /// Data port of the built-in TCP transport; 0 takes any free port.
     pub(crate) tcp: u16,
 }
 
 /// Settings of UCX, below NIXL.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ucx {
-    /// Variables to set where the environment does not.
+    /// Variables that UCX gets if the environment does not set them.
     pub(crate) variables: Vec<(&'static str, String)>,
-    /// Host that the TCP ports of UCX are bound to; absent: UCX may open none.
+    /// Host that the TCP ports of UCX are bound to; absent if UCX must not open TCP ports.
     pub(crate) tcp_host: Option<String>,
-    /// The environment names the network devices itself (`UCX_NET_DEVICES`).
+    /// True if the user named the network devices in the environment (`UCX_NET_DEVICES`).
     pub(crate) devices_given: bool,
 }
 
-/// Where the proxy takes registrations.
+/// The address of the proxy's registration port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ProxyAddress {
-    /// There.
+    /// The address is configured.
     At(HostPort),
-    /// Where a metadata server says.
+    /// The address is asked of a metadata server.
     AskedFor(Metadata),
 }
 
@@ -148,17 +151,17 @@ impl fmt::Display for ProxyAddress {
 /// The proxy that this sidecar registers with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Proxy {
-    /// Its registration port.
+    /// The proxy's registration port.
     pub(crate) address: ProxyAddress,
     /// Base URL of the engine's OpenAI server, for the proxy.
     pub(crate) engine_url: String,
     /// Time between two registrations.
     pub(crate) period: Duration,
-    /// LMCache's keys name it, so it may be LMCache's own proxy.
+    /// True if LMCache's keys name the proxy, so that it may be LMCache's own.
     pub(crate) may_be_lmcaches: bool,
 }
 
-/// Bounds of every wait. Each is described at its key.
+/// The bounds of every wait. The key of the same name describes each in `keys.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
     pub(crate) heartbeat: Duration,
@@ -176,10 +179,11 @@ pub(crate) struct Times {
 }
 
 impl Config {
-    /// Reads everything; the report says what came from where, also if there is no configuration.
+    /// Reads and checks the configuration. The report has the source of each value, also if there are
+    /// mistakes.
     ///
     /// # Errors
-    /// Everything that is wrong or missing, in the report's `problems`.
+    /// The report, with all wrong and missing values in `problems`.
     pub(crate) fn load(inputs: &Inputs) -> Result<(Self, Report), Box<Report>> {
         let mut layers = Layers::new(inputs);
         let mooncake = mooncake(&mut layers, inputs);
@@ -195,17 +199,17 @@ impl Config {
         }
     }
 
-    /// Whether a prefill engine may use this sidecar.
+    /// Returns true if a prefill engine may use this sidecar.
     pub(crate) fn sends(&self) -> bool {
         self.role != Role::Receiver
     }
 
-    /// Whether a decode engine may use this sidecar.
+    /// Returns true if a decode engine may use this sidecar.
     pub(crate) fn receives(&self) -> bool {
         self.role != Role::Sender
     }
 
-    /// Base URL of the admin server, once its port is known.
+    /// Returns the base URL of the admin server. `port` is the port that was bound.
     pub(crate) fn admin_url(&self, port: u16) -> String {
         let at = HostPort {
             host: self.admin_host.clone(),
@@ -216,10 +220,10 @@ impl Config {
 }
 
 impl Inputs {
-    /// Flags, this process's environment, and the file that the flag or `LMCACHE_CONFIG_FILE` names.
+    /// Collects the flags, this process's environment, and the file that a flag or a variable names.
     ///
     /// # Errors
-    /// The file that cannot be read, and why.
+    /// The path of a file that cannot be read, and the reason.
     pub(crate) fn of_process(
         flags: Vec<(&'static str, String)>,
         file: Option<PathBuf>,
@@ -231,6 +235,7 @@ impl Inputs {
             .iter()
             .find(|(name, value)| name == FILE_VARIABLE && !value.is_empty())
             .map(|(_, value)| PathBuf::from(value));
+        // An empty variable counts as not set.
         let mooncakes = env
             .iter()
             .find(|(name, value)| name == MOONCAKE_VARIABLE && !value.is_empty())
@@ -262,7 +267,7 @@ impl Inputs {
     }
 }
 
-/// Mooncake's file, if that is what the file is.
+/// Translates Mooncake's keys if the file is a `mooncake.json`. Otherwise the result is empty.
 fn mooncake(layers: &mut Layers, inputs: &Inputs) -> Mooncake {
     if !mooncake::is_mooncakes(&layers.lmcache) {
         return Mooncake::default();
@@ -277,13 +282,13 @@ fn mooncake(layers: &mut Layers, inputs: &Inputs) -> Mooncake {
     mooncake::translate(layers, role, ranks.unwrap_or(1))
 }
 
-/// Names Mooncake's file when neither a flag nor LMCache's variable names one.
+/// The variable with the path of Mooncake's file. A flag and LMCache's variable come before it.
 const MOONCAKE_VARIABLE: &str = "MOONCAKE_CONFIG_PATH";
 
-/// Reads one value outside of any layer: of a subcommand's own flag.
+/// Reads one value that is not a key of the configuration, such as a subcommand's own flag.
 ///
 /// # Errors
-/// What is wrong with it and what would be right.
+/// The mistake and the accepted values.
 pub(crate) fn read<T: value::Value>(text: &str) -> Result<T, String> {
     T::read(&yaml::Raw::outside(text), &mut Vec::new())
         .map_err(|what| format!("{what}; write {}", T::WANT))

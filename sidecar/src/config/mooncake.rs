@@ -1,7 +1,7 @@
-//! Mooncake's `mooncake.json`: its keys, said as LMCache's and ours.
+//! Translates Mooncake's `mooncake.json` into LMCache's keys and the sidecar's own.
 //!
-//! Each URL names a host and a first port; the 50 ports from there are one side's, as they are for
-//! Mooncake, and as with Mooncake rank N of the pipe has the two ports 9 + 2·N and 10 + 2·N.
+//! Each URL names a host and a first port. As in Mooncake, one side has the 50 ports from the first port on,
+//! and rank N has the ports first + 9 + 2·N and first + 10 + 2·N.
 
 use discovery::Metadata;
 
@@ -10,12 +10,12 @@ use super::problem::Problem;
 use super::value::{HostPort, MAX_RANKS, Role, Value};
 use super::yaml::{Entry, Node, Raw};
 
-/// What a `mooncake.json` says that no key of ours says.
+/// The values of a `mooncake.json` for which the sidecar has no key.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Mooncake {
-    /// Where the proxy is asked for.
+    /// The metadata server that knows the proxy's address; absent if none is given.
     pub(crate) metadata: Option<Metadata>,
-    /// UCX's variables.
+    /// Variables for UCX, with their values.
     pub(crate) ucx: Vec<(&'static str, String)>,
 }
 
@@ -25,13 +25,13 @@ struct Given {
     text: String,
 }
 
-/// Whether a file is Mooncake's.
+/// Returns true if the file is a `mooncake.json`.
 pub(crate) fn is_mooncakes(entries: &[Entry]) -> bool {
     let has = |name: &str| entries.iter().any(|e| e.key == name);
     has("prefill_url") && has("decode_url")
 }
 
-/// Replaces Mooncake's keys by ours; `ranks` is how many the engine has.
+/// Replaces Mooncake's keys by LMCache's and the sidecar's own. `ranks` is the engine's number of ranks.
 pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> Mooncake {
     let prefill = address(layers, "prefill_url");
     let decode = address(layers, "decode_url");
@@ -47,7 +47,7 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         _ => prefill,
     };
     if let Some((given, url)) = ours {
-        // Where no role is given, that alone is what is missing.
+        // If the role is missing, only the role is reported: the buffer size must not be reported, too.
         let bytes = BUFFER_BYTES.to_owned();
         add(layers, false, "pd_buffer_size", given.line, bytes);
         if let Some(role) = role {
@@ -62,7 +62,7 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
     mooncake
 }
 
-/// Our addresses, from the URL of this side.
+/// Adds the keys for this sidecar's addresses, from the URL of its side.
 fn place(layers: &mut Layers, given: &Given, url: &HostPort, role: Role, ranks: u32) {
     let last = u32::from(url.port) + u32::from(APART);
     if url.port == 0 || last > u32::from(u16::MAX) || ranks as usize > MAX_RANKS.min(20) {
@@ -122,7 +122,7 @@ fn metadata(layers: &mut Layers) -> Option<Metadata> {
     }
 }
 
-/// Which transports and devices UCX may take.
+/// Returns the variables for the transports and devices that UCX may use.
 fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
     let device = take(layers, "device_name");
     let protocol = take(layers, "protocol").unwrap_or(Given {
@@ -140,7 +140,7 @@ fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
             "write rdma or tcp",
         );
     }
-    // Between processes of one host, shared memory and CUDA IPC are there for both.
+    // Both protocols allow shared memory and CUDA IPC between processes of one host.
     let tls = if rdma {
         "ib,sm,self,cuda"
     } else {
@@ -152,7 +152,7 @@ fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
         .split(',')
         .map(str::trim)
         .filter(|name| !name.is_empty())
-        // An RDMA device has ports, and UCX wants to know which.
+        // An RDMA device has several ports, and UCX needs the port's number.
         .map(|name| {
             if rdma && !name.contains(':') {
                 format!("{name}:1")
@@ -194,7 +194,7 @@ fn add(layers: &mut Layers, ours: bool, key: &str, line: usize, text: String) {
     } else {
         &mut layers.lmcache
     };
-    // What stands there already was written for us.
+    // The file has the key already: the user wrote it for the sidecar, so it is kept.
     if section.iter().any(|e| e.key == key) {
         return;
     }
@@ -225,7 +225,7 @@ fn bracketed(host: &str) -> String {
     }
 }
 
-/// Ports of a side, and so the least distance of two sides on one host.
+/// Number of ports of a side, which is the smallest distance of two sides on one host.
 const APART: u16 = 50;
-/// vLLM's `kv_buffer_size`, if nobody says anything.
+/// Bytes of the buffer if the file does not set `pd_buffer_size`: the default of vLLM's `kv_buffer_size`.
 const BUFFER_BYTES: &str = "1000000000";

@@ -1,19 +1,19 @@
-//! One thing that is wrong, and one line of a report.
+//! One mistake of a configuration, and one line of a report.
 
 use std::fmt;
 
-/// One thing that is wrong.
+/// One mistake of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
-    /// Where: a flag, a variable, a file's line; empty if something is missing.
+    /// The place: a flag, a variable or a line of the file; empty if a key is missing.
     pub(crate) place: String,
     /// The key, from the top of the file; empty if the file as a whole is wrong.
     pub(crate) key: String,
     /// The value as given; empty if there is none.
     pub(crate) value: String,
-    /// What is wrong.
+    /// The mistake, in a few words.
     pub(crate) what: String,
-    /// What would be right.
+    /// The way to correct the mistake; empty if there is no hint.
     pub(crate) right: String,
 }
 
@@ -42,8 +42,8 @@ impl fmt::Display for Problem {
 pub(crate) struct Row {
     /// The key, from the top of the file.
     pub(crate) key: String,
-    /// The value in its one spelling; `-` for none.
+    /// The value in the spelling that reports show; `-` for none.
     pub(crate) value: String,
-    /// Where it came from.
+    /// The source of the value; empty for none.
     pub(crate) source: String,
 }

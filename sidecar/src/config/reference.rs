@@ -1,4 +1,4 @@
-//! The tables of docs/configuration.md, made from the tables that are read.
+//! Makes the tables of docs/configuration.md from the tables of keys.
 
 use std::fmt::Write;
 
@@ -6,7 +6,7 @@ use super::key::{Default, Key, Section};
 use super::keys::{Lmcache, Sidecar};
 use super::lmcache::{GROUPS, REFUSALS};
 
-/// Markdown tables of every key: LMCache's, ours, the ignored, the refused.
+/// Returns Markdown tables of all keys: LMCache's, the sidecar's own, the ignored and the refused ones.
 pub(crate) fn reference() -> String {
     let mut text = String::new();
     keys(&mut text, "Keys shared with LMCache", Lmcache::KEYS);
@@ -38,7 +38,7 @@ pub(crate) fn reference() -> String {
     text
 }
 
-/// Every flag that overrides a key.
+/// Returns every flag that overrides a key.
 #[cfg(test)]
 pub(crate) fn flags() -> Vec<&'static str> {
     let keys = Lmcache::KEYS.iter().chain(Sidecar::KEYS);

@@ -1,5 +1,5 @@
-//! What `check-config` prints and a start logs: every value with its source, what is ignored, what
-//! is passed through, what is wrong.
+//! The report that `check-config` prints and that each start logs: every value with its source, the keys that
+//! are ignored, the variables that are passed through, and the mistakes.
 
 use std::fmt::{self, Write};
 
@@ -9,20 +9,20 @@ use super::layers::Layers;
 use super::lmcache::Ignored;
 use super::problem::{Problem, Row};
 
-/// See the module.
+/// The values of a configuration with their sources, and everything to tell the user.
 #[derive(Clone, Debug)]
 pub(crate) struct Report {
     /// Every key with its value and source.
     pub(crate) rows: Vec<Row>,
     /// LMCache's keys that were given and have no effect.
     pub(crate) ignored: Vec<Ignored>,
-    /// Keys that this version does not know; a newer LMCache may.
+    /// LMCache's keys that this version does not know. A newer LMCache may know them.
     pub(crate) unknown: Vec<String>,
-    /// Variables that are read by UCX and NIXL, not by us.
+    /// Variables that UCX and NIXL read, with their values. The sidecar does not read them.
     pub(crate) passed: Vec<(String, String)>,
-    /// What a user should hear.
+    /// Warnings for the user.
     pub(crate) warnings: Vec<String>,
-    /// What is wrong.
+    /// The mistakes that were found.
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -49,7 +49,8 @@ impl Report {
         }
     }
 
-    /// One line a problem and a last one that says what to do: for standard error, before exit 64.
+    /// Returns one line per mistake and a last line with the next step, for standard error before exit code
+    /// 64.
     pub(crate) fn errors(&self) -> String {
         let mut text = String::new();
         for problem in &self.problems {
@@ -65,7 +66,7 @@ impl Report {
         text
     }
 
-    /// The same for programs.
+    /// Returns the report as JSON, for programs.
     pub(crate) fn json(&self) -> serde_json::Value {
         json!({
             "ok": self.problems.is_empty(),
@@ -86,8 +87,8 @@ impl Report {
         })
     }
 
-    /// Writes the start's log lines: warnings, what is ignored, what is passed through; at the level
-    /// debug every value too.
+    /// Logs the report at the start: warnings, ignored keys and variables that are passed through. At level
+    /// debug it logs every value, too.
     pub(crate) fn log(&self) {
         for row in &self.rows {
             tracing::debug!(key = row.key, value = row.value, source = row.source);
@@ -159,5 +160,5 @@ fn table(f: &mut fmt::Formatter<'_>, head: [&str; 3], rows: &[[&str; 3]]) -> fmt
     Ok(())
 }
 
-/// How the variables begin that are not ours to read.
+/// Prefixes of the variables that are passed through.
 const PASSED: &[&str] = &["UCX_", "NIXL_"];

@@ -1,6 +1,6 @@
-//! What a name was probably meant to be.
+//! Finds the name that a misspelled name probably means.
 
-/// The candidate that `name` is probably a slip of: at most one edit in four characters.
+/// Returns the candidate that `name` is probably a misspelling of, with at most one edit per four characters.
 pub(super) fn suggest<'a>(
     name: &str,
     candidates: impl Iterator<Item = &'a str>,
@@ -12,7 +12,7 @@ pub(super) fn suggest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// Levenshtein's distance in bytes, `-` and `_` and the case of letters counting as equal.
+/// Returns Levenshtein's distance in bytes. `-` equals `_`, and the case of letters does not matter.
 fn distance(a: &str, b: &str) -> usize {
     let fold = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_bytes();
     let (a, b) = (fold(a), fold(b));

@@ -1,5 +1,5 @@
-//! The types of configuration values: each reads every spelling that means it, and says what
-//! would be right.
+//! The types of configuration values. Each type reads every accepted spelling, and names the accepted values
+//! for messages.
 
 mod address;
 mod device;
@@ -19,16 +19,16 @@ use super::yaml::Raw;
 
 /// A type of value.
 pub(crate) trait Value: Sized + Clone + fmt::Debug {
-    /// What would be right, to end "write …".
+    /// The accepted values, as the end of a message "write …".
     const WANT: &'static str;
 
-    /// Reads a value; `notes` takes what a user should hear about a spelling that is accepted.
+    /// Reads a value. A warning about an accepted spelling is added to `notes`.
     ///
     /// # Errors
-    /// What is wrong with it, in a few words.
+    /// The mistake, in a few words.
     fn read(raw: &Raw, notes: &mut Vec<String>) -> Result<Self, String>;
 
-    /// The one spelling that reports show.
+    /// Returns the spelling that reports show.
     fn show(&self) -> String;
 }
 
@@ -88,7 +88,7 @@ impl Value for Words {
     }
 }
 
-/// A value that is kept as it is, whatever it is: of keys that are ignored.
+/// Any value, kept as text, for keys that are ignored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Any(pub(crate) String);
 
@@ -113,7 +113,8 @@ fn scalar(raw: &Raw) -> Result<&str, String> {
     }
 }
 
-/// A list, or one scalar; text with commas is a list (environment variables have no other).
+/// Returns the items of a list. A scalar is a list of the items between its commas, because an environment
+/// variable cannot hold another kind of list.
 fn items(raw: &Raw) -> Result<Vec<Raw>, String> {
     match raw {
         Raw::List(nodes) => Ok(nodes.iter().map(|n| n.raw.clone()).collect()),

@@ -1,9 +1,8 @@
-//! YAML as text: a tree of scalars that keep their spelling, with the line of each.
+//! Reads YAML into a tree of scalars that keep their spelling and line.
 //!
-//! Typed readers of YAML disagree on `017`, `1_073_741_824`, `1e9` and `yes` (LMCache reads its
-//! file with PyYAML, YAML 1.1). Deserialising into typed fields would lose the spelling and stop
-//! at the first mistake, so the file is first read as it is written, and the type of each key
-//! decides later what its spelling means.
+//! Typed readers of YAML disagree on `017`, `1_073_741_824`, `1e9` and `yes` (LMCache reads its file with
+//! PyYAML, YAML 1.1). Deserialising into typed fields would lose the spelling and stop at the first mistake.
+//! Therefore the file is first read as text, and later the type of each key decides the meaning of its value.
 
 use std::collections::HashMap;
 
@@ -14,20 +13,20 @@ use serde_saphyr::granit_parser::{Event, Parser, ScalarStyle, Span};
 pub(crate) struct Node {
     /// Line, from 1.
     pub(crate) line: usize,
-    /// What stands there.
+    /// The value, untyped.
     pub(crate) raw: Raw,
 }
 
-/// What stands at a place, untyped.
+/// An untyped value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Raw {
-    /// Nothing, `~` or `null`: as if the key were not there.
+    /// Nothing, `~` or `null`. It counts as if the key were not given.
     Null,
     /// A scalar as it is spelled.
     Scalar {
         /// The text without quotes.
         text: String,
-        /// Unquoted in a YAML file, so that YAML's rules for numbers apply.
+        /// True if the text is unquoted in a YAML file, so that YAML's rules for numbers apply.
         plain: bool,
     },
     /// A sequence.
@@ -43,7 +42,7 @@ pub(crate) struct Entry {
     pub(crate) key: String,
     /// Line of the key, from 1.
     pub(crate) line: usize,
-    /// Its value.
+    /// The key's value.
     pub(crate) value: Node,
 }
 
@@ -53,12 +52,12 @@ pub(crate) struct Entry {
 pub(crate) struct YamlError {
     /// Line, from 1.
     pub(crate) line: usize,
-    /// What is wrong.
+    /// The mistake, in a few words.
     pub(crate) what: String,
 }
 
 impl Raw {
-    /// A value that did not come from YAML: a flag or an environment variable.
+    /// Makes a value from text that is not YAML: a flag or an environment variable.
     pub(crate) fn outside(text: &str) -> Self {
         Self::Scalar {
             text: text.to_owned(),
@@ -66,7 +65,7 @@ impl Raw {
         }
     }
 
-    /// The value in one line, for messages.
+    /// Returns the value in one line, for messages.
     pub(crate) fn show(&self) -> String {
         match self {
             Self::Null => "null".to_owned(),
@@ -83,10 +82,10 @@ impl Raw {
     }
 }
 
-/// Reads one document that is a mapping; an empty one is an empty mapping.
+/// Reads one document that is a mapping. An empty document is an empty mapping.
 ///
 /// # Errors
-/// The first thing that is not YAML, not a mapping, or beyond the limits.
+/// The first place that is not YAML, not a mapping, or beyond the limits.
 pub(crate) fn parse(text: &str) -> Result<Vec<Entry>, YamlError> {
     if text.len() > MAX_BYTES {
         return Err(YamlError {
@@ -291,9 +290,10 @@ fn weight(raw: &Raw) -> usize {
     }
 }
 
-/// LMCache's longest example has 2 KiB; the limit only keeps a wrong file from being read whole.
+/// Largest file. LMCache's longest example has 2 KiB; the limit keeps a wrong, large file from being parsed.
 const MAX_BYTES: usize = 1 << 20;
-/// Also what a bomb of aliases may expand to.
+/// Largest number of values, aliases counted as what they expand to. It stops a file that expands without
+/// end.
 const MAX_NODES: usize = 10_000;
 const MAX_DEPTH: usize = 16;
 

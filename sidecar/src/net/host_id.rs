@@ -1,8 +1,9 @@
-//! Which host this is, as far as watching a process goes.
+//! The identity of this host, which tells if one process can watch another.
 
 use std::sync::OnceLock;
 
-/// Boot id and PID namespace: equal for two processes that can see each other's process ids.
+/// Returns the boot id and the PID namespace. Two processes with equal values can see each other's process
+/// ids.
 pub(crate) fn identity() -> String {
     static IDENTITY: OnceLock<String> = OnceLock::new();
     IDENTITY
@@ -11,14 +12,15 @@ pub(crate) fn identity() -> String {
             let namespace = std::fs::read_link("/proc/self/ns/pid");
             match (boot, namespace) {
                 (Ok(boot), Ok(namespace)) => format!("{boot}/{}", namespace.display()),
-                // An identity that no other process has: nobody is watched by mistake.
+                // A random identity is equal to no other, so that this process never watches a process of
+                // another host by mistake.
                 _ => format!("unknown-{:016x}", rand::random::<u64>()),
             }
         })
         .clone()
 }
 
-/// Which start of this host's kernel; nobody else has it if it is not known.
+/// Returns the boot id of this host; a random text if the boot id is not known.
 pub(crate) fn boot() -> String {
     read_boot().unwrap_or_else(|_| format!("unknown-{:016x}", rand::random::<u64>()))
 }

@@ -1,11 +1,12 @@
-//! Who listens on a port, for the error of a bind that fails, and who is at the other end of a connection.
+//! Finds the process that listens on a port, for the error of a failed bind, and the process at the other end
+//! of a connection.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-/// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; absent if nobody
-/// does or the kernel does not show it to this user.
+/// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; absent if no process
+/// listens there.
 pub(crate) fn holder(port: u16) -> Option<String> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
@@ -30,7 +31,8 @@ pub(crate) fn holder(port: u16) -> Option<String> {
     })
 }
 
-/// The process on this host that has a connection from `peer` to our `port`, if the kernel shows it.
+/// Returns the process on this host that has a connection from `peer` to our `port`; absent if the kernel
+/// does not show it.
 pub(crate) fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
@@ -49,7 +51,8 @@ pub(crate) fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
     owner(&inodes)
 }
 
-/// The process that holds one of these sockets.
+/// Returns the process that has one of these sockets open; absent if the kernel does not show it to this
+/// user.
 fn owner(inodes: &[String]) -> Option<u32> {
     let targets: Vec<String> = inodes.iter().map(|i| format!("socket:[{i}]")).collect();
     for process in fs::read_dir("/proc").ok()?.flatten() {
@@ -64,7 +67,7 @@ fn owner(inodes: &[String]) -> Option<u32> {
     None
 }
 
-/// The inode of a line of `/proc/net/tcp` if it is a listener on `port`.
+/// Returns the inode of a line of `/proc/net/tcp` if the line is a listener on `port`.
 fn listener_inode(line: &str, port: u16) -> Option<&str> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
@@ -72,7 +75,7 @@ fn listener_inode(line: &str, port: u16) -> Option<&str> {
     (listens && u16::from_str_radix(local_port, 16) == Ok(port)).then_some(*fields.get(9)?)
 }
 
-/// The inode of a line of `/proc/net/tcp` if it is `peer`'s end of a connection to `port`.
+/// Returns the inode of a line of `/proc/net/tcp` if the line is `peer`'s end of a connection to `port`.
 fn connection_inode(line: &str, peer: SocketAddr, port: u16) -> Option<&str> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let (address, local_port) = fields.get(1)?.rsplit_once(':')?;
@@ -86,7 +89,7 @@ fn connection_inode(line: &str, peer: SocketAddr, port: u16) -> Option<&str> {
         .then_some(*fields.get(9)?)
 }
 
-/// The kernel prints addresses as words of 32 bits in its own byte order.
+/// Writes an address as the kernel prints it: words of 32 bits in the kernel's byte order.
 fn as_in_proc(address: IpAddr) -> String {
     let words = |bytes: &[u8]| -> String {
         let (words, _) = bytes.as_chunks::<4>();
@@ -116,7 +119,7 @@ fn holds(process: &Path, targets: &[String]) -> bool {
 
 /// `TCP_LISTEN` in the state column.
 const LISTEN: &str = "0A";
-/// `TCP_ESTABLISHED`.
+/// `TCP_ESTABLISHED` in the state column.
 const ESTABLISHED: &str = "01";
 
 #[cfg(test)]

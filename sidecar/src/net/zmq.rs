@@ -1,11 +1,11 @@
 //! The sidecar's ZeroMQ sockets: the only module that names the library.
 //!
-//! Everything here is bounded, because the ports are open to whoever reaches them: message size,
-//! handshakes, connections, queues in both directions. Sends never wait: a peer that does not read
-//! costs its own messages and nobody's time. The sockets live on the caller's runtime.
+//! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process
+//! that reaches the ports can connect. A send never waits: a peer that does not read loses its own messages
+//! and delays no other peer. The sockets run on the caller's runtime.
 //!
-//! A [`Route`] is one *connection*, not one identity: a peer that comes back under the same identity
-//! gets another route, so that an answer can never reach a stranger who took the name over.
+//! A [`Route`] is one *connection*, not one identity. A peer that reconnects under the same identity gets
+//! another route, so that an answer never reaches another process that took over the identity.
 
 mod dealer;
 mod push;
@@ -30,19 +30,19 @@ pub(crate) use traffic::Traffic;
 /// Longest message on an alloc port. A request of 4096 keys (a million tokens in chunks of 256) with
 /// a model name of 100 characters has 600 KB.
 pub(crate) const MAX_ALLOC_BYTES: usize = 1 << 20;
-/// Longest message on an init port: a descriptor list of 24 bytes a slot; 170,000 slots.
+/// Longest message on an init port: a descriptor list of 170,000 slots with 24 bytes per slot.
 pub(crate) const MAX_INIT_BYTES: usize = 4 << 20;
 /// Longest message on the registration port.
 pub(crate) const MAX_REGISTRATION_BYTES: usize = 64 << 10;
-/// The socket's own task is gone; nothing will come any more.
+/// The socket's own task has ended, so no message will come any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the ZeroMQ socket is closed")]
 pub(crate) struct Closed;
 
-/// Why a message was not taken. None of them waits or retries.
+/// The reason for which a message was not queued. The socket does not retry it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SendError {
-    /// The queue to this peer is full: it does not read.
+    /// The queue to this peer is full, because the peer does not read.
     #[error("the peer does not read its messages")]
     Full,
     /// The connection has ended.
@@ -53,28 +53,28 @@ pub(crate) enum SendError {
 /// A port that could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BindError {
-    /// Somebody else listens there.
+    /// Another socket listens there.
     #[error("{host}:{port} is taken by {holder}")]
     InUse {
-        /// As configured.
+        /// The value as configured.
         host: String,
-        /// As configured.
+        /// The value as configured.
         port: u16,
-        /// The process, or that it is not known.
+        /// The process that listens there, or a text that it is not known.
         holder: String,
     },
-    /// The host is not this machine's, the port is privileged, ….
+    /// The bind failed for another reason: the host is not this machine's, the port is privileged, ….
     #[error("cannot listen on {host}:{port}: {cause}")]
     Refused {
-        /// As configured.
+        /// The value as configured.
         host: String,
-        /// As configured.
+        /// The value as configured.
         port: u16,
-        /// The kernel's or resolver's word.
+        /// The error of the kernel or of the resolver.
         cause: String,
     },
 }
-/// What every socket here has in common.
+/// Returns the options that all sockets of this module share.
 fn options(max_message: usize) -> Options {
     Options::default()
         .max_message_size(max_message)
@@ -133,12 +133,13 @@ async fn bind(socket: &Socket, host: &str, port: u16) -> Result<u16, BindError> 
     }
 }
 
-/// REQ's frames around a payload.
+/// Returns a message with the frames of a REQ socket: an empty delimiter and the payload.
 fn delimited(payload: Bytes) -> Message {
     Message::multipart([Bytes::new(), payload])
 }
 
-/// The payload of a ROUTER's or REP's answer, with or without the empty delimiter.
+/// Returns the payload of an answer from a ROUTER or REP, with or without the empty delimiter. Absent if the
+/// message has other frames.
 fn payload(message: &Message) -> Option<Bytes> {
     match message.len() {
         1 => message.part_bytes(0),
@@ -150,37 +151,41 @@ fn payload(message: &Message) -> Option<Bytes> {
     }
 }
 
-/// Logs of things that a hostile peer can repeat come at 1, 2, 4, 8, … of them.
+/// Returns true for 1, 2, 4, 8, …: a fault that a hostile peer can repeat is logged at these counts only.
 fn rare(count: u64) -> bool {
     count.is_power_of_two()
 }
 
-/// Connections of one port. Each costs about 40 KB.
+/// Largest number of connections of one port. Each needs about 40 KB.
 const MAX_PEERS: usize = 1024;
-/// Below the library's default of 128, 500 silent connections starved every newcomer in trials.
+/// Handshakes of one port at the same time. With the library's default of 128, 500 silent connections locked
+/// out every new peer in trials.
 const MAX_PENDING_HANDSHAKES: usize = 2048;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long queued messages are flushed at the end. The library's default is 0: it drops them.
+/// Longest time for sending queued messages when a socket closes. The library's default is 0, which drops
+/// them.
 const LINGER: Duration = Duration::from_millis(300);
 const PUSH_LINGER: Duration = Duration::from_secs(1);
 /// Messages queued to one peer.
 const SEND_QUEUE: u32 = 256;
-/// Messages queued from all peers of a port: at most 64 MiB on an alloc port.
+/// Messages queued from all peers of a port. They need at most 64 MiB on an alloc port.
 const RECEIVE_QUEUE: u32 = 64;
 /// Encoded bytes queued to one peer.
 const SEND_BYTES: usize = 4 << 20;
-/// Connection events queued. More only cost a look at the whole table.
+/// Connection events queued. After an overflow the socket's whole table is read once.
 const MONITOR_EVENTS: usize = 1024;
-/// A peer whose host vanished or that was stopped is lost after [`HEARTBEAT_TIMEOUT`]; a ZMTP 3.0 peer
-/// has no heartbeats, there TCP's own probes find a vanished host after 25 s.
+/// Time between two heartbeats. A peer that was stopped, or whose host vanished, counts as lost after
+/// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; TCP's own probes find its vanished host after 25
+/// s.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
 const TCP_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
-/// A receiver that is just starting gets this long before a refused connection counts.
+/// Time during which a refused connection is tried again, because the receiver may just be starting.
 const CONNECT_GRACE: Duration = Duration::from_millis(500);
-/// A loss waits for the messages that were received before it; the bound keeps a flood from hiding it.
+/// Largest number of messages that are delivered before a loss. A loss comes after the messages that were
+/// received before it, and the bound keeps a flood of messages from hiding it.
 const MESSAGES_BEFORE_LOST: usize = 2 * RECEIVE_QUEUE as usize;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! The ports that senders come to, and what listens beyond this machine.
+//! Checks the ports for senders, and the ports that are open beyond this machine.
 
 use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
@@ -61,6 +61,7 @@ pub(super) fn listen(
         );
         return None;
     }
+    // Rank N has the Nth TCP port after the first, unless any free port is taken.
     let first = value(&sidecar.tcp_port)?.0;
     let mut ranks = Vec::new();
     for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {
@@ -94,6 +95,7 @@ pub(super) fn listen(
         .chain([admin.port])
         .filter(|port| *port != 0)
         .collect();
+    // Two uses of one port would fail at the bind, with a message that does not name the keys.
     ports.sort_unstable();
     if let Some(twice) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
         let what = format!("port {} is used twice", twice[0]);
@@ -124,7 +126,7 @@ pub(super) fn listen(
     })
 }
 
-/// Peers are not authenticated yet, so nothing listens beyond this machine unasked.
+/// Refuses ports beyond this machine without the user's consent, because peers are not authenticated yet.
 pub(super) fn exposed(
     layers: &mut Layers,
     lmcache: &Lmcache,

@@ -1,4 +1,4 @@
-//! The proxy, and where it calls back.
+//! Checks the proxy's address, and the address at which the proxy calls back.
 
 use super::{computed, key, value};
 use crate::config::keys::{Lmcache, Sidecar};
@@ -37,6 +37,7 @@ pub(super) fn proxy(
         let port = if role == Role::Sender { 8100 } else { 8200 };
         Url(format!("http://127.0.0.1:{port}"))
     });
+    // A metadata server is asked only if no key names the proxy.
     let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
     let period = value(&sidecar.register_ms)?.0;
     if let (None, Some(metadata), false) = (&address, &mooncake.metadata, skip) {
@@ -75,6 +76,7 @@ pub(super) fn proxy(
             );
         }
     }
+    // Without this warning the sidecar would start and stay not ready, because no call-back reaches it.
     if !address.is_loopback() && admin.is_loopback() {
         layers.warnings.push(format!(
             "the proxy {address} is on another machine and cannot call back the admin server at \

@@ -1,4 +1,4 @@
-//! The bounds of every wait, and whether they fit together.
+//! Reads the bounds of all waits, and checks that they fit together.
 
 use std::time::Duration;
 
@@ -60,6 +60,7 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
         fence: value(&sidecar.fence_ms)?.0,
         drain,
     };
+    // These combinations work, but end requests that need not end. So they are warnings, not mistakes.
     let lease = times.heartbeat * 3;
     if lease > times.max_lease {
         layers.warnings.push(format!(
@@ -80,7 +81,8 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
     Some(times)
 }
 
-/// Our time, else LMCache's if it is finite, else the default.
+/// Returns the time of the sidecar's own key, otherwise LMCache's time if it is finite, otherwise the
+/// default.
 fn fallback(
     layers: &mut Layers,
     name: &str,

@@ -1,4 +1,5 @@
-//! UCX's TCP ports: whoever reaches one reads and writes this process's memory, so UCX opens them by consent only.
+//! Settings of UCX's TCP ports. A process that reaches such a port can read and write this process's memory,
+//! so UCX opens them only with the user's consent.
 
 use super::value;
 use crate::config::Ucx;
@@ -31,8 +32,9 @@ pub(super) fn ucx(
             Some(host.unwrap_or_else(|| LOOPBACK.to_owned()))
         }
         NixlOverTcp::Refused => {
-            // Without it UCX does not let agents that must hear of a peer's end connect through shared memory. With TCP
-            // it is not set: a write to LMCache's sync receiver, which sets it not, would then not end.
+            // NIXL's agents must learn of a peer's end, and without this variable UCX does not let such
+            // agents connect through shared memory. With TCP the variable is not set: LMCache's sync receiver
+            // does not set it either, and a write to such a receiver would then never end.
             variables.push((SHARED_MEMORY, "y".to_owned()));
             match given(TLS).filter(|tls| starts_nixl && names_tcp(tls)) {
                 Some(tls) => layers.problems.push(Problem {
@@ -60,7 +62,7 @@ pub(super) fn ucx(
     Some(Ucx {
         variables,
         tcp_host,
-        // What this process chose before it began anew is nobody's wish.
+        // The devices that this process chose before it restarted itself were not given by the user.
         devices_given: given(DEVICES).is_some() && given(DEVICES) != given(OWN_DEVICES),
     })
 }
@@ -81,7 +83,7 @@ impl Ucx {
     }
 }
 
-/// Takes tcp out of Mooncake's transports, or excludes it from all that UCX has.
+/// Takes tcp out of Mooncake's transports, or excludes it from UCX's transports if there is no list.
 fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
     match variables.iter_mut().find(|(name, _)| *name == TLS) {
         Some((_, tls)) => {
@@ -113,14 +115,14 @@ pub(crate) fn names_tcp(tls: &str) -> bool {
 pub(crate) const TLS: &str = "UCX_TLS";
 /// Network devices that UCX may use: interfaces for TCP, ports of RDMA devices.
 pub(crate) const DEVICES: &str = "UCX_NET_DEVICES";
-/// The value of `UCX_NET_DEVICES` that this process chose before it began anew.
+/// The variable with the value of `UCX_NET_DEVICES` that this process chose before it restarted itself.
 pub(crate) const OWN_DEVICES: &str = "PD_UCX_NET_DEVICES";
-/// Host of the ports where none is named.
+/// Host of UCX's ports if the configuration names none.
 const LOOPBACK: &str = "127.0.0.1";
 const SHARED_MEMORY: &str = "UCX_MM_ERROR_HANDLING";
 const WITHOUT_TCP: &str = "leave tcp out of UCX_TLS (shared memory, CUDA IPC and RDMA remain; UCX_TLS=^tcp is the \
                            default), or set sidecar.transport to tcp";
-/// Says how to let UCX open TCP ports.
+/// The text that tells the user how to let UCX open TCP ports.
 pub(crate) const CONSENT: &str = "if the network keeps strangers out: sidecar.nixl_over_tcp: trusted, or \
                                   PD_SIDECAR_NIXL_OVER_TCP=trusted";
 

@@ -1,4 +1,4 @@
-//! Configurations that are wrong, and what is said of them.
+//! Tests with wrong configurations and their error messages.
 
 use super::{RECEIVER, SENDER, check, inputs, load, mistakes};
 use crate::config::*;
@@ -208,12 +208,12 @@ fn ucx_listens_by_consent_only() {
              and whoever reaches one reads and writes the memory of this process"
         );
         assert_eq!(found, [what]);
-        // Without NIXL nobody reads the variable.
+        // Without NIXL the variable has no effect.
         assert!(of(RECEIVER, &env, &[("--transport", "tcp")]).is_ok());
         let ucx = of(RECEIVER, &[env[0], consent], &[]).unwrap();
         assert_eq!(ucx.tcp_host.as_deref(), Some("127.0.0.1"));
     }
-    // Ports of UCX beyond this machine are ports beyond this machine.
+    // Ports that UCX opens beyond this machine also need `insecure`.
     let far = SENDER.replacen("proxy:", "advertise_host: 10.0.0.2, proxy:", 1);
     let open = "environment PD_SIDECAR_NIXL_OVER_TCP|sidecar.nixl_over_tcp|trusted|it listens beyond this machine, and \
                 peers are not authenticated yet";
@@ -222,7 +222,7 @@ fn ucx_listens_by_consent_only() {
     assert_eq!(ucx.tcp_host.as_deref(), Some("10.0.0.2"));
     let devices = ("UCX_NET_DEVICES", "eth0");
     assert_eq!(mistakes(&inputs(SENDER, &[consent, devices], &[])), [open]);
-    // After this process has begun anew with an interface of its own choice, nobody has named one.
+    // The process has restarted itself with an interface of its own choice, so the user has named none.
     let own = ("PD_UCX_NET_DEVICES", "eth0");
     assert!(
         !of(SENDER, &[consent, devices, own], &[])
@@ -231,7 +231,7 @@ fn ucx_listens_by_consent_only() {
     );
 }
 
-/// Kubernetes sets them in every pod, for each service of the namespace.
+/// Kubernetes sets these variables in every pod, for each service of the namespace.
 #[test]
 fn variables_of_kubernetes_services_stop_no_start() {
     let services = [

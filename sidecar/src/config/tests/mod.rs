@@ -1,4 +1,4 @@
-//! Configurations as users write them, and what becomes of them.
+//! Tests with configurations as users write them.
 
 mod mistakes;
 mod mooncake;
@@ -40,7 +40,7 @@ fn load(file: &str) -> (Config, Report) {
     Config::load(&inputs(file, &[], &[])).unwrap_or_else(|r| panic!("{}", r.errors()))
 }
 
-/// Every mistake of a configuration, without the words about what would be right.
+/// Returns every mistake of a configuration, without the advice.
 fn mistakes(inputs: &Inputs) -> Vec<String> {
     let problems = Config::load(inputs)
         .err()
@@ -364,7 +364,7 @@ fn the_report_reads_well_and_hides_nothing() {
     assert_eq!(json["ok"], true);
     assert_eq!(json["passed_through"][0]["name"], "NIXL_PLUGIN_DIR");
     let all = Lmcache::KEYS.len() + Sidecar::KEYS.len();
-    // And UCX_MM_ERROR_HANDLING, which the environment does not set.
+    // One more row is UCX_MM_ERROR_HANDLING, which the environment does not set.
     assert_eq!(json["values"].as_array().unwrap().len(), all + 1);
 }
 
@@ -410,8 +410,7 @@ fn docs_have_every_key() {
     }
 }
 
-/// Whatever a file says, loading it ends with a configuration or with mistakes, and mistakes have
-/// words.
+/// Loading any file ends with a configuration or with mistakes, and each mistake has a text.
 #[test]
 fn damaged_files_never_panic() {
     use rand::rngs::StdRng;

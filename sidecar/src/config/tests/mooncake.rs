@@ -1,4 +1,4 @@
-//! Mooncake's `mooncake.json`, and what becomes of it.
+//! Tests of the translation of Mooncake's `mooncake.json`.
 
 use super::*;
 

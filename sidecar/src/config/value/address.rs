@@ -26,12 +26,12 @@ impl Value for Host {
 pub(crate) struct HostPort {
     /// Host name or address, without brackets.
     pub(crate) host: String,
-    /// Port; 0 where one is bound means any free one.
+    /// Port. For an address to bind, 0 takes any free port.
     pub(crate) port: u16,
 }
 
 impl HostPort {
-    /// Whether only this machine reaches the host.
+    /// Returns true if only this machine can reach the host.
     pub(crate) fn is_loopback(&self) -> bool {
         is_loopback(&self.host)
     }
@@ -103,7 +103,7 @@ impl Value for Url {
     }
 }
 
-/// Whether only this machine reaches `host`. A name other than `localhost` is taken for a public one.
+/// Returns true if only this machine can reach `host`. A name other than `localhost` counts as public.
 pub(crate) fn is_loopback(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost")
         || host
@@ -111,7 +111,7 @@ pub(crate) fn is_loopback(host: &str) -> bool {
             .is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Whether `host` means every interface, so that nobody can connect to it.
+/// Returns true if `host` means every interface. A peer cannot connect to such a host.
 pub(crate) fn is_wildcard(host: &str) -> bool {
     host == "*"
         || host

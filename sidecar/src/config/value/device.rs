@@ -1,21 +1,21 @@
-//! Where buffers are.
+//! The memory of the buffers: host memory or a GPU.
 
 use super::{Value, items, scalar};
 use crate::config::yaml::Raw;
 use crate::memory::cuda::Which;
 
-/// The memory of one rank's buffer, as it was written.
+/// The memory of one rank's buffer, as given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Device {
     /// Host memory.
     Cpu,
-    /// The GPU with the rank's number, as LMCache takes it.
+    /// The GPU with the rank's number, as in LMCache.
     Cuda,
-    /// A certain GPU.
+    /// A GPU given by number or UUID.
     Gpu(Which),
 }
 
-/// One a rank, or one for all.
+/// One device per rank, or one device for all ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Devices(pub(crate) Vec<Device>);
 

@@ -3,7 +3,7 @@
 use super::{Value, items, scalar};
 use crate::config::yaml::Raw;
 
-/// A whole number from `MIN` on.
+/// A whole number that is not less than `MIN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Count<const MIN: u64>(pub(crate) u32);
 
@@ -45,7 +45,7 @@ impl Value for Port {
     }
 }
 
-/// One TCP port a rank; a single port is a list of one.
+/// One TCP port per rank. A single port is a list of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ports(pub(crate) Vec<u16>);
 
@@ -113,14 +113,14 @@ impl Value for Bytes {
     }
 }
 
-/// Most ranks that one sidecar serves.
+/// Largest number of ranks that one sidecar serves.
 pub(crate) const MAX_RANKS: usize = 64;
 
 pub(super) fn is_number(text: &str) -> bool {
     text.starts_with("0x") || text.starts_with("0o") || text.replace('_', "").parse::<f64>().is_ok()
 }
 
-/// A whole number in every spelling that some YAML reader takes for one.
+/// Reads a whole number in every spelling that a YAML reader accepts.
 pub(super) fn integer(raw: &Raw, notes: &mut Vec<String>) -> Result<u64, String> {
     let plain = matches!(raw, Raw::Scalar { plain: true, .. });
     let text = scalar(raw)?.trim();
@@ -140,7 +140,7 @@ pub(super) fn integer(raw: &Raw, notes: &mut Vec<String>) -> Result<u64, String>
     }
     if plain && bare.len() > 1 && bare.starts_with('0') && bare.bytes().all(|b| b.is_ascii_digit())
     {
-        // YAML 1.1, which LMCache reads, takes it for octal; YAML 1.2 for decimal.
+        // YAML 1.1, which LMCache reads, takes a leading 0 for octal; YAML 1.2 takes it for decimal.
         let n = radix(bare, 8).map_err(|_| "a leading 0 makes it octal in YAML 1.1".to_owned())?;
         notes.push(format!(
             "`{text}` is octal in YAML 1.1, as LMCache reads it: taken as {n}; write {n} or 0o{n:o}"
@@ -174,7 +174,7 @@ fn scaled_float(number: &str, scale: u64) -> Result<u64, String> {
         reason = "scales are powers that f64 holds"
     )]
     let value = value * scale as f64;
-    // 2^53: beyond it f64 has no unit digit, and no buffer or time here comes near.
+    // Beyond 2^53 an f64 cannot hold every whole number. No buffer or time is that large.
     if value.is_finite() && value.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(&value)
     {
         #[expect(

@@ -1,6 +1,6 @@
 use super::*;
 
-/// `!` before an expectation: refused, with these words.
+/// Checks the result of reading `raw`. An expectation that begins with `!` is the error's text.
 fn check<T: Value>(raw: &Raw, expect: &str) {
     let mut notes = Vec::new();
     let shown = match T::read(raw, &mut notes) {

@@ -1,4 +1,4 @@
-//! Times.
+//! Values that are times.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ impl Value for Millis {
     }
 }
 
-/// A time in seconds as LMCache spells it; `inf` is none.
+/// A time in seconds in LMCache's spelling; absent for `inf`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Seconds(pub(crate) Option<Duration>);
 

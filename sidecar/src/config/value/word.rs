@@ -43,47 +43,47 @@ macro_rules! words {
 }
 
 words! {
-    /// Which side of transfers this sidecar is.
+    /// The side of transfers that this sidecar serves.
     Role, "sender, receiver or both", {
         /// Beside a prefill engine.
         Sender = "sender",
         /// Beside a decode engine.
         Receiver = "receiver",
-        /// Beside an engine that takes either leg.
+        /// Beside an engine that does prefill and decode.
         Both = "both",
     }
 }
 
 words! {
-    /// Whether UCX may open TCP ports.
+    /// The consent to TCP ports that UCX opens.
     NixlOverTcp, "refused or trusted", {
         /// NIXL uses shared memory, CUDA IPC and RDMA only.
         Refused = "refused",
-        /// The network keeps strangers from the ports that UCX opens.
+        /// UCX may open TCP ports, because only trusted processes reach them in this network.
         Trusted = "trusted",
     }
 }
 
 words! {
-    /// Which wires may be used.
+    /// The wires that may be used.
     Wire, "auto, cuda_ipc, nixl or tcp", {
-        /// The best that both sides have.
+        /// The best wire that both sides have.
         Auto = "auto",
-        /// Copies between GPUs of one host or nothing.
+        /// Only copies between GPUs of one host.
         CudaIpc = "cuda_ipc",
-        /// NIXL or nothing.
+        /// Only NIXL.
         Nixl = "nixl",
-        /// The built-in TCP transport or nothing.
+        /// Only the built-in TCP transport.
         Tcp = "tcp",
     }
 }
 
 words! {
-    /// How log lines look.
+    /// The format of log lines.
     LogFormat, "text or json", {
         /// For people.
         Text = "text",
-        /// One JSON object a line.
+        /// One JSON object per line.
         Json = "json",
     }
 }

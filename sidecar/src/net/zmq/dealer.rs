@@ -14,36 +14,37 @@ use super::{
     Closed, MAX_ALLOC_BYTES, RECONNECT_MAX, SendError, delimited, endpoint, options, payload,
 };
 
-/// A DEALER socket to one receiver's alloc port. Reconnects by itself. When it is dropped, queued
-/// messages are still flushed for at most [`LINGER`](super::LINGER).
+/// A DEALER socket to one receiver's alloc port. It reconnects by itself. After it is dropped, queued
+/// messages are still sent for at most [`LINGER`](super::LINGER).
 pub(crate) struct DealerClient {
     socket: Socket,
     monitor: MonitorStream,
     endpoint: Endpoint,
     connected: bool,
-    /// Losses and arrivals that the caller has not seen.
+    /// Losses, new connections and messages that the caller has not seen yet.
     news: VecDeque<FromServer>,
-    /// The library gave up on a refused handshake: when to start anew.
+    /// Time of the next connection attempt, after the library has given up on a refused handshake; absent
+    /// otherwise.
     redial: Option<tokio::time::Instant>,
 }
 
-/// What [`DealerClient::recv`] yields.
+/// The result of [`DealerClient::recv`].
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum FromServer {
-    /// The connection stands (again).
+    /// The connection is up, for the first time or again.
     Connected {
-        /// The other side says that it is a ROUTER, not a REP.
+        /// True if the peer's socket is a ROUTER; false for a REP.
         router: bool,
     },
     /// A message.
     Message(Bytes),
-    /// The connection has ended; the next attempts are under way.
+    /// The connection has ended; the library tries to reconnect.
     Lost,
 }
 
 impl DealerClient {
-    /// Begins to connect. `identity` (at most 255 bytes, not guessable: whoever presents it first
-    /// has it) names this sender at the receiver.
+    /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. It must not
+    /// be guessable, because the receiver gives it to the first connection that presents it.
     pub(crate) async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
         let mut identity = Bytes::copy_from_slice(identity.as_bytes());
         identity.truncate(255);
@@ -76,12 +77,14 @@ impl DealerClient {
             while let Ok(event) = self.monitor.try_recv() {
                 self.note(&event);
             }
-            // An arrival precedes the messages that follow it, a loss follows those before it.
+            // A new connection is reported before its messages, and a loss after the messages of the lost
+            // connection.
             if self.news.iter().any(|news| *news != FromServer::Lost)
                 && let Some(news) = self.news.pop_front()
             {
                 return Ok(news);
             }
+            // Received messages come before a loss, because they were sent before it.
             match self.socket.try_recv() {
                 Ok(message) => match payload(&message) {
                     Some(payload) => return Ok(FromServer::Message(payload)),
@@ -124,8 +127,7 @@ impl DealerClient {
         }
     }
 
-    /// Queues a message. Before the first connection and between two it waits in the queue. Never
-    /// waits itself.
+    /// Queues a message and never waits. While there is no connection, the message stays in the queue.
     ///
     /// # Errors
     /// See [`SendError`].

@@ -14,11 +14,11 @@ pub(crate) enum Listener {
     Nobody,
     /// A proxy that takes registrations and calls back.
     Proxy,
-    /// LMCache's, which knows LMCache's messages alone.
+    /// LMCache's proxy, which knows only LMCache's messages.
     Lmcache,
 }
 
-/// A PUSH socket to the proxy's registration port. Reconnects by itself.
+/// A PUSH socket to the proxy's registration port. It reconnects by itself.
 #[derive(Debug)]
 pub(crate) struct Push {
     socket: Socket,
@@ -42,8 +42,8 @@ impl Push {
         })
     }
 
-    /// Queues a message, or drops and counts it if the proxy is away for so long that the queue is
-    /// full. Never waits.
+    /// Queues a message and never waits. If the queue is full, because the proxy was away for long, the
+    /// message is dropped and counted.
     ///
     /// # Errors
     /// See [`SendError`].
@@ -76,13 +76,13 @@ impl Push {
         }
     }
 
-    /// Messages dropped so far.
+    /// Returns the number of messages dropped so far.
     #[cfg(test)]
     pub(crate) fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Disconnects after flushing queued messages for at most [`PUSH_LINGER`].
+    /// Sends queued messages for at most [`PUSH_LINGER`], then disconnects.
     pub(crate) async fn close(self) {
         if let Err(error) = self.socket.close().await {
             debug!(proxy = %self.peer, %error, "closing the connection");

@@ -7,7 +7,7 @@ use omq_tokio::{Message, MonitorEvent, MonitorRecvError, MonitorStream, Socket, 
 
 use super::{CONNECT_GRACE, MAX_INIT_BYTES, endpoint, options};
 
-/// A throw-away REQ socket: the init handshake's client.
+/// A REQ socket for one init handshake.
 #[derive(Debug)]
 pub(crate) struct Requester {
     socket: Socket,
@@ -15,10 +15,10 @@ pub(crate) struct Requester {
     peer: String,
 }
 
-/// Why there was no reply.
+/// The reason for which there was no reply.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RequestError {
-    /// Nobody listens there, or it is no ZeroMQ peer.
+    /// No process listens there, or the process does not speak ZeroMQ.
     #[error("no connection to {peer}: {cause}")]
     NoConnection {
         /// `host:port`.
@@ -26,7 +26,7 @@ pub(crate) enum RequestError {
         /// The last failure.
         cause: String,
     },
-    /// It connected and did not answer, or left.
+    /// The peer accepted the connection and ended it without an answer.
     #[error("{peer} ended the connection without an answer")]
     NoReply {
         /// `host:port`.
@@ -62,7 +62,7 @@ impl Requester {
     /// See [`RequestError`].
     ///
     /// # Cancel safety
-    /// Not safe: a requester whose request was cancelled is to be dropped.
+    /// Not cancel safe: drop the requester after a cancelled request.
     pub(crate) async fn request(
         &mut self,
         payload: impl Into<Bytes>,

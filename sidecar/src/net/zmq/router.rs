@@ -22,20 +22,20 @@ use super::{
 
 /// A bound ROUTER socket: the init or the alloc port.
 ///
-/// Serves REQ and DEALER peers, the latter with or without the empty delimiter frame; answers take
-/// the form that the peer used.
+/// Serves REQ and DEALER peers. A DEALER may leave out the empty delimiter frame. Answers have the frames
+/// that the peer used.
 pub(crate) struct RouterServer {
     socket: IdentitySocket,
     monitor: MonitorStream,
     port: u16,
     peers: HashMap<Route, Peer>,
-    /// Routes whose connection ended, and which the caller knows.
+    /// Routes with an ended connection that the caller knows.
     lost: VecDeque<Route>,
     /// Messages that may still be delivered before the front of `lost`.
     before_lost: usize,
-    /// Connections to end: too many, or the caller's wish.
+    /// Connections to end, because there are too many or because the caller asked for it.
     evict: VecDeque<Route>,
-    /// Monitor events were missed: the table must be compared with the socket's own.
+    /// True if monitor events were missed: `peers` must then be compared with the socket's own table.
     stale: bool,
     traffic: Traffic,
 }
@@ -46,23 +46,23 @@ struct Peer {
     address: String,
     delimited: bool,
     connected: bool,
-    /// Its end has been asked for.
+    /// True if the connection is to be ended.
     leaving: bool,
-    /// The caller has seen this route.
+    /// True if the caller has received a message of this route.
     known: bool,
     heard: Instant,
 }
 
-/// What [`RouterServer::recv`] yields.
+/// The result of [`RouterServer::recv`].
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum FromPeer {
     /// A message.
     Message(Route, Bytes),
-    /// A connection of which messages were delivered has ended. The route is not used again.
+    /// A connection with delivered messages has ended. The route is not used again.
     Lost(Route),
 }
 impl RouterServer {
-    /// Binds `host:port`; port 0 takes any ([`RouterServer::port`] says which).
+    /// Binds `host:port`. Port 0 takes any free port, which [`RouterServer::port`] returns.
     ///
     /// # Errors
     /// See [`BindError`].
@@ -89,7 +89,7 @@ impl RouterServer {
         })
     }
 
-    /// The port that is bound.
+    /// Returns the port that was bound.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
@@ -130,7 +130,8 @@ impl RouterServer {
                 },
                 received = self.socket.recv_from() => {
                     let (identity, body) = received.map_err(|_| Closed)?;
-                    // The connection's own events precede its messages.
+                    // The event of a new connection comes before its messages, so the events must be read
+                    // first.
                     self.watch();
                     if let Some(message) = self.accept(&identity, &body) {
                         return Ok(message);
@@ -149,7 +150,8 @@ impl RouterServer {
         route: Route,
         payload: impl Into<Bytes>,
     ) -> Result<(), SendError> {
-        // Of two connections under one name the older is then known to be gone.
+        // If a peer reconnected under the same identity, this notes the end of the older connection. Without
+        // it the answer could go to the wrong route.
         self.watch();
         let peer = self
             .peers
@@ -175,7 +177,7 @@ impl RouterServer {
         }
     }
 
-    /// Ends a connection, e.g. of a peer that talks nonsense. [`FromPeer::Lost`] follows.
+    /// Ends a connection, e.g. of a peer that sends malformed messages. [`FromPeer::Lost`] follows.
     pub(crate) fn disconnect(&mut self, route: Route) {
         if let Some(peer) = self.peers.get_mut(&route)
             && !std::mem::replace(&mut peer.leaving, true)
@@ -184,30 +186,30 @@ impl RouterServer {
         }
     }
 
-    /// The identity that the peer chose, as text, or its address if it chose none. For logs and as
-    /// the name of a peer that has no other.
+    /// Returns the identity that the peer chose, as text, or its address if it chose none. It is used in
+    /// logs, and as the name of a peer that sends no name.
     pub(crate) fn name(&self, route: Route) -> Option<String> {
         self.peers.get(&route).map(Peer::name)
     }
 
-    /// Address of the peer, `ip:port`.
+    /// Returns the peer's address, `ip:port`; absent if the route has ended.
     pub(crate) fn address(&self, route: Route) -> Option<&str> {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
-    /// What has been seen so far, and will be.
+    /// Returns the counters of the port, which go on counting.
     pub(crate) fn traffic(&self) -> Traffic {
         self.traffic.clone()
     }
 
-    /// Stops listening and flushes queued answers for at most [`LINGER`].
+    /// Stops listening and sends queued answers for at most [`LINGER`].
     pub(crate) async fn close(self) {
         if let Err(error) = self.socket.into_inner().close().await {
             debug!(port = self.port, %error, "closing the port");
         }
     }
 
-    /// Takes in the connection events that have happened.
+    /// Reads the connection events that are queued.
     fn watch(&mut self) {
         loop {
             match self.monitor.try_recv() {
@@ -276,8 +278,9 @@ impl RouterServer {
         self.traffic.connected(now);
     }
 
-    /// Over the cap, ends a connection of the host that has the most: the one that has been silent longest, first
-    /// one that never spoke. So a host can only push out itself.
+    /// Ends one connection if there are more than [`MAX_PEERS`]. It takes the host with the most connections,
+    /// and of these one that never sent a message, otherwise the one with the longest silence. So a host with
+    /// many connections ends its own ones.
     fn make_room(&mut self, newcomer: Route) {
         let staying = |peer: &Peer| peer.connected && !peer.leaving;
         if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {
@@ -308,10 +311,11 @@ impl RouterServer {
         }
     }
 
-    /// Does what needs the socket's task: evictions, and a fresh look after missed events.
+    /// Does the work that needs the socket's task: ends connections, and reads the socket's table after
+    /// missed events.
     async fn settle(&mut self) -> Result<(), Closed> {
         while let Some(route) = self.evict.front() {
-            // An error says that the connection has ended by itself.
+            // Another error means that the connection has ended by itself.
             let ended = self.socket.disconnect_peer(route.0).await;
             if let Err(omq_tokio::Error::Closed) = ended {
                 return Err(Closed);
@@ -375,8 +379,8 @@ impl RouterServer {
         };
         let payload = body.part_bytes(body.len() - 1)?;
         let peer = self.peers.entry(route).or_insert_with(|| {
-            // Its loss has been reported already, or its arrival was missed. The next look at the
-            // socket's table tells which.
+            // Either the loss of this route has been reported already, or the event of its connection was
+            // missed. The socket's table shows which.
             self.stale = true;
             let address = info
                 .peer_address
@@ -391,9 +395,10 @@ impl RouterServer {
     }
 }
 
-/// Lets nobody take over the identity of a connection that lives: the library hands it to a newcomer of the same
-/// user only, and here each connection is a user of its own. A sender whose connection is lost is let in under its
-/// identity once the loss is known here, after [`HEARTBEAT_TIMEOUT`](super::HEARTBEAT_TIMEOUT) at the latest.
+/// Returns a mechanism under which no peer can take over the identity of a living connection. The library
+/// gives an identity only to a new connection of the same user, and here each connection has its own user. A
+/// sender that lost its connection can use its identity again when the loss is known here, after
+/// [`HEARTBEAT_TIMEOUT`](super::HEARTBEAT_TIMEOUT) at the latest.
 fn each_its_own() -> MechanismSetup {
     let next = AtomicU64::new(0);
     let authenticator = Authenticator::new_with_result(move |_| {

@@ -1,4 +1,4 @@
-//! Both ends here; `python` peers are in the repository's tests of real processes.
+//! Tests with both ends in this process. The tests with Python peers are in the repository's `tests` folder.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -46,7 +46,7 @@ async fn answer(client: &mut DealerClient) -> Bytes {
     }
 }
 
-/// The registration port.
+/// A proxy's registration port.
 #[derive(Debug)]
 pub(crate) struct Pull {
     socket: Socket,
@@ -59,7 +59,7 @@ impl Pull {
         Self::named("", host, port).await
     }
 
-    /// The same of a proxy that says its name.
+    /// Binds `host:port` for a proxy with this ZeroMQ identity.
     pub(crate) async fn named(
         name: &'static str,
         host: &str,
@@ -71,12 +71,12 @@ impl Pull {
         Ok(Self { socket, port })
     }
 
-    /// The port that is bound.
+    /// Returns the port that was bound.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Waits for the next message; those of several frames are dropped.
+    /// Waits for the next message. Messages of several frames are dropped.
     ///
     /// # Errors
     /// Only when the socket's own task is gone.
@@ -95,7 +95,7 @@ impl Pull {
     }
 }
 
-/// A raw DEALER, for frames that ours does not send.
+/// Returns a raw DEALER, for frames that the sidecar's own client does not send.
 async fn dealer(port: u16, identity: &str) -> Socket {
     let options = options(MAX_ALLOC_BYTES).identity(identity.as_bytes().to_vec());
     let socket = Socket::new(SocketType::Dealer, options);
@@ -103,7 +103,7 @@ async fn dealer(port: u16, identity: &str) -> Socket {
     socket
 }
 
-/// Serves until `done`, echoing.
+/// Echoes every message until `done`.
 async fn echo_until(server: &mut RouterServer, done: impl Future<Output = ()>) {
     tokio::pin!(done);
     loop {
@@ -199,7 +199,8 @@ fn a_loss_follows_the_last_message_and_ends_the_route() {
     });
 }
 
-/// Whoever presents the identity of a sender whose connection lives neither gets its answers nor ends it.
+/// A second connection with the identity of a living one gets neither the answers of the first, nor does it
+/// end the first.
 #[test]
 fn an_identity_stays_with_the_connection_that_has_it() {
     runtime().block_on(async {
@@ -229,7 +230,7 @@ fn an_identity_stays_with_the_connection_that_has_it() {
             message(&mut server).await,
             (old_route, Bytes::from("still"))
         );
-        // Once it has gone the name is free.
+        // After the first connection has ended, its identity can be used again.
         drop(old);
         let lost = within("loss", server.recv()).await.unwrap();
         assert_eq!(lost, FromPeer::Lost(old_route));
@@ -355,7 +356,7 @@ fn a_peer_that_does_not_read_is_bounded_and_others_are_served() {
         let deaf = dealer(port, "deaf").await;
         deaf.send(Message::single("hi")).await.unwrap();
         let (route, _) = message(&mut server).await;
-        // The raw socket's queue takes some; nobody reads it.
+        // The raw socket's queue takes some messages, and the test reads none.
         let big = Bytes::from(vec![7u8; 100_000]);
         let (mut taken, mut full) = (0u32, 0u32);
         for _ in 0..3000 {
@@ -396,7 +397,7 @@ fn hostile(port: u16) -> Vec<TcpStream> {
     let mut held = Vec::new();
     let mut dial = |bytes: &[u8]| {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-        // The server may close in the middle; that is the point.
+        // The server may close the connection while the test writes: this is what the test provokes.
         stream.write_all(bytes).ok();
         held.push(stream);
     };
@@ -447,7 +448,7 @@ fn hostile_peers_leave_others_served_and_memory_bounded() {
                 assert_eq!(&answer(&mut client).await[..], round.to_le_bytes());
             }
             let held = within("attack", attack).await.unwrap();
-            // Newcomers get through while the half-open connections stand.
+            // A new peer connects while the half-open connections still exist.
             let mut late = Requester::connect("127.0.0.1", port).await.unwrap();
             let reply = within("late", late.request(&b"late"[..])).await.unwrap();
             assert_eq!(&reply[..], b"late");
@@ -487,7 +488,7 @@ fn connections_over_the_cap_push_out_the_silent_ones() {
             let next = tokio::time::timeout(Duration::from_millis(20), server.recv()).await;
             assert!(next.is_err(), "{next:?}");
         }
-        // The one that has spoken is still connected, on the same route.
+        // The peer that had sent a message is still connected, on the same route.
         honest.send(&b"still here"[..]).unwrap();
         let (route, _) = message(&mut server).await;
         server.send(route, &b"yes"[..]).unwrap();

@@ -1,9 +1,9 @@
-//! What a bound port has seen: counted where it happens, read when somebody asks.
+//! The counters of a bound port.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Shared by a port and whoever shows it.
+/// The counters of a bound port. The clones share the numbers: the port counts, and the status reads.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Traffic(Arc<Counters>);
 
@@ -17,7 +17,7 @@ struct Counters {
 }
 
 impl Traffic {
-    /// Every number by its name in metrics; `connections` is how many there are now.
+    /// Returns every counter with its name in metrics. `connections` is the present number, not a sum.
     pub(crate) fn events(&self) -> [(&'static str, u64); 5] {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let of = &self.0;
@@ -30,34 +30,34 @@ impl Traffic {
         ]
     }
 
-    /// One of them.
+    /// Returns the counter with this name.
     #[cfg(test)]
     pub(crate) fn of(&self, name: &str) -> u64 {
         let found = self.events().into_iter().find(|(event, _)| *event == name);
         found.expect("a name of an event").1
     }
 
-    /// Connections now.
+    /// Sets the present number of connections.
     pub(super) fn connected(&self, now: usize) {
         self.0.connections.store(now as u64, Ordering::Relaxed);
     }
 
-    /// A message that had the wrong frames: how many by now, as for each of the following.
+    /// Counts a message with wrong frames. Returns the new count.
     pub(super) fn wrong_frames(&self) -> u64 {
         count(&self.0.wrong_frames)
     }
 
-    /// A connection ended to make room for others.
+    /// Counts a connection that was ended to make room for others. Returns the new count.
     pub(super) fn evicted(&self) -> u64 {
         count(&self.0.evicted)
     }
 
-    /// An answer dropped because the peer does not read.
+    /// Counts an answer that was dropped because the peer does not read. Returns the new count.
     pub(super) fn unread(&self) -> u64 {
         count(&self.0.unread)
     }
 
-    /// A connection that did not get through ZeroMQ's own handshake.
+    /// Counts a connection that failed in ZeroMQ's own handshake. Returns the new count.
     pub(super) fn failed_handshake(&self) -> u64 {
         count(&self.0.failed_handshakes)
     }
