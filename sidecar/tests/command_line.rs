@@ -1,4 +1,4 @@
-//! The binary's command line as a user meets it: exit codes, where output goes, what it says.
+//! Tests of the binary's command line: exit codes, standard output, standard error and their text.
 
 use std::process::{Command, Output};
 
@@ -84,7 +84,7 @@ fn the_environment_names_the_file_and_beats_it() {
     assert_eq!(report["errors"], serde_json::json!([]));
 }
 
-/// A pipe that closes early, such as `| head`, is no crash.
+/// A pipe that closes early, such as `| head`, must not make the process panic.
 #[test]
 fn a_closed_pipe_is_no_crash() {
     let shell = format!(

@@ -34,8 +34,8 @@ pub(crate) fn config(
 ) -> Option<Config> {
     refuse_what_this_version_cannot(layers, lmcache);
     let role = need(layers, Lmcache::KEYS, "pd_role", &lmcache.pd_role, "");
-    // All values that need no role are checked before `role?`, so that one run reports as many mistakes as
-    // possible.
+    // The buffer is checked before `role?`, so that a missing role does not hide a mistake in the buffer's
+    // size.
     let buffer_bytes = buffer(layers, lmcache);
     let role = role?;
     let admin = computed(layers, "admin", sidecar.admin.as_ref(), || HostPort {

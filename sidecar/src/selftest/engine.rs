@@ -1,5 +1,5 @@
-//! The engine's half of the local protocol, as far as a self-test needs it: one connection that does
-//! what a vLLM worker does, without a model.
+//! The engine's half of the local protocol, as far as a self-test needs it. One connection acts as a vLLM
+//! worker without a model.
 
 use std::io;
 use std::path::Path;
@@ -11,14 +11,14 @@ use serde_bytes::ByteBuf;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// A greeted connection.
+/// A connection to a sidecar that has sent its welcome.
 #[derive(Debug)]
 pub(super) struct Engine {
     stream: UnixStream,
     pub(super) welcome: Welcome,
 }
 
-/// What an engine on a GPU says of it.
+/// The GPU and the events that an engine sends in its hello; empty for an engine on host memory.
 #[derive(Debug, Default)]
 pub(super) struct Gpu {
     pub(super) device: Option<String>,
@@ -26,7 +26,7 @@ pub(super) struct Gpu {
 }
 
 impl Engine {
-    /// Connects and says hello.
+    /// Connects, sends the hello and waits for the welcome.
     pub(super) async fn connect(
         socket: &Path,
         role: EngineRole,
@@ -46,8 +46,8 @@ impl Engine {
             unmoved: String::new(),
         });
         write(&mut stream, &hello).await?;
-        // The descriptor that comes with the welcome is closed by the kernel: this process has the
-        // buffer already.
+        // The kernel closes the descriptor that comes with the welcome. This process does not need it,
+        // because it has the buffer already.
         match read(&mut stream).await? {
             ToEngine::Welcome(welcome) => Ok(Self { stream, welcome }),
             other => anyhow::bail!("not welcomed: {other:?}"),
@@ -58,10 +58,10 @@ impl Engine {
         write(&mut self.stream, message).await
     }
 
-    /// The next message.
+    /// Waits for the next message.
     ///
     /// # Cancel safety
-    /// Waits for the first byte only; once a frame has begun, the rest follows at once.
+    /// Cancel safe only until the first byte of a frame. The rest of a frame follows at once.
     pub(super) async fn recv(&mut self) -> anyhow::Result<ToEngine> {
         self.stream.readable().await?;
         read(&mut self.stream).await

@@ -1,4 +1,4 @@
-//! Two buffers of host memory, both roles in this process.
+//! The self-test on host memory: two buffers, and both roles in this process.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -122,7 +122,7 @@ impl Selftest {
     }
 }
 
-/// Both buffers, and the sums of what was filled in.
+/// Both buffers, and the checksum of each chunk that was filled.
 #[derive(Debug)]
 pub(super) struct HostContent {
     send: Arc<Buffer>,
@@ -170,7 +170,7 @@ impl Content for HostContent {
     }
 }
 
-/// What the sides showed.
+/// The records and the link that the two roles reported.
 #[derive(Debug, Default)]
 struct Seen {
     records: Mutex<Vec<(RankRole, Record)>>,
@@ -183,7 +183,7 @@ impl Seen {
         link.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Every request that went well, as the sender saw it.
+    /// Returns every successful request, as the sender recorded it.
     fn pushed(&self) -> Vec<Pushed> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let done =

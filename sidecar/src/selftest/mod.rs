@@ -1,10 +1,10 @@
-//! `sidecar selftest`: random chunks from a send buffer into a landing buffer over each wire, every
-//! byte compared.
+//! `sidecar selftest`: sends random chunks from a send buffer into a landing buffer over each wire, and
+//! compares every byte.
 //!
-//! With host memory both roles run in this process; with GPU memory each in a process of its own,
-//! because CUDA shares memory between processes only. It is the real daemon, with its sockets, ports
-//! and machines; only the engines are missing. What it proves: this host lets a sidecar run, and its
-//! wires carry bytes unchanged. What it does not: that another host can be reached.
+//! With host memory both roles run in this process. With GPU memory each role runs in its own process,
+//! because CUDA shares memory only between processes. The test runs the real sidecar with its sockets, ports
+//! and machines; only the engines are simulated. The test proves that a sidecar can run on this host and that
+//! the wires carry bytes unchanged. It does not prove that another host can be reached.
 
 mod engine;
 mod gpu;
@@ -26,16 +26,16 @@ use crate::memory::cuda::{self, Which};
 use report::Report;
 use rounds::Rounds;
 
-/// Where the buffers of one run are.
+/// The memory of the buffers of one run.
 #[derive(Clone, Debug)]
 enum Memory {
     Host,
-    /// The sender's, the receiver's.
+    /// The sender's GPU and the receiver's GPU.
     Gpus(Which, Which),
 }
 
 impl Selftest {
-    /// Settings of UCX for both roles: like a sidecar's on loopback.
+    /// Returns the settings of UCX for both roles, which are those of a sidecar on loopback.
     ///
     /// # Errors
     /// `UCX_TLS` names tcp without the consent that a sidecar needs for it.
@@ -53,7 +53,7 @@ impl Selftest {
         Ok(Ucx::of_this_host(trusted, !given(DEVICES).is_empty()))
     }
 
-    /// Runs and prints.
+    /// Runs the test and prints the report.
     pub(crate) fn run(&self) -> Exit {
         let runs = match self.runs() {
             Ok(runs) => runs,
@@ -79,7 +79,7 @@ impl Selftest {
                     }
                     reports.push(report);
                 }
-                // With `auto`, a host without NIXL is a fine host.
+                // With `auto`, a missing NIXL is not a fault of this host.
                 Err(error) if self.transport == Wire::Auto && wire == Wire::Nixl => {
                     eprintln!("nixl from {memory}: not tested: {error:#}");
                 }
@@ -93,7 +93,7 @@ impl Selftest {
         exit
     }
 
-    /// What is to be tested: every wire over every memory, or what was asked for.
+    /// Returns the runs: every wire with every kind of memory, or those that the flags name.
     fn runs(&self) -> Result<Vec<(Memory, Wire)>, String> {
         let gpu = |device: &Device| match device {
             Device::Cpu => {
@@ -146,7 +146,8 @@ impl Selftest {
         })
     }
 
-    /// One "layer" of bytes: a chunk of any size that is a multiple of the tokens in it.
+    /// Returns a layout with one "layer" of bytes. Its chunk has the size of the flag, cut to a multiple of
+    /// the tokens.
     fn layout(&self) -> Layout {
         let per_token = (self.chunk_bytes / u64::from(CHUNK_TOKENS)).max(1);
         Layout {
@@ -162,10 +163,10 @@ impl Selftest {
     }
 }
 
-/// Lets UCX open TCP ports, as it does for a sidecar.
+/// The variable that lets UCX open TCP ports, in a self-test as in a sidecar.
 const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
-/// The first GPU to the second, or to itself.
+/// Returns the first GPU as the sender's and the second as the receiver's. With one GPU both are the first.
 fn two_gpus() -> Result<Memory, String> {
     let all = cuda::all().map_err(|error| error.to_string())?;
     let second = u32::from(all.len() > 1);
@@ -181,7 +182,7 @@ impl std::fmt::Display for Memory {
     }
 }
 
-/// Tokens of a chunk, as everywhere.
+/// Tokens of a chunk: LMCache's default.
 const CHUNK_TOKENS: u32 = 256;
 const LOOPBACK: &str = "127.0.0.1";
 
@@ -192,8 +193,8 @@ struct Directory {
 }
 
 impl Directory {
-    /// Makes a directory that only this user can enter. Its name cannot be guessed, and one that is there already is
-    /// not taken: another user may have made it.
+    /// Makes a directory that only this user can enter. Its name cannot be guessed, and an existing directory
+    /// is not used, because another user may have made it.
     fn new() -> std::io::Result<Self> {
         let name = format!("pd-sidecar-selftest-{:016x}", rand::random::<u64>());
         let path = std::env::temp_dir().join(name);
@@ -204,7 +205,7 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // What is left of a self-test in the temporary directory harms nobody.
+        // Files of a self-test that stay in the temporary directory do no harm.
         std::fs::remove_dir_all(&self.path).ok();
     }
 }
@@ -215,7 +216,7 @@ mod tests {
 
     use super::Directory;
 
-    /// Another user could make a directory of a predictable name in /tmp first.
+    /// With a predictable name, another user could make the directory in /tmp first.
     #[test]
     fn its_directory_is_its_own() {
         let (one, other) = (Directory::new().unwrap(), Directory::new().unwrap());

@@ -1,4 +1,4 @@
-//! What a self-test found, for people and for scripts.
+//! The result of a self-test, as a table for people and as JSON for scripts.
 
 use std::time::Duration;
 
@@ -7,27 +7,27 @@ use serde::{Deserialize, Serialize};
 use super::Rounds;
 use crate::config::Wire;
 
-/// One wire.
+/// The result of one wire with one kind of memory.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     transport: &'static str,
-    /// Where the buffers are.
+    /// The memory of the buffers.
     memory: String,
     reported: String,
     requests: usize,
     chunks: u64,
     bytes: u64,
-    /// Chunks whose bytes differ.
+    /// Number of chunks with wrong bytes.
     pub(super) wrong: u64,
-    /// Median over the requests of bytes by time on the wire, 10⁹ bytes a second.
+    /// 10⁹ bytes per second: median over the requests of their bytes by their time on the wire.
     push_gb_s: f64,
-    /// What the sender says of the wire alone.
+    /// 10⁹ bytes per second: the speed that the sender measured for the wire alone; 0 if it measured none.
     wire_gb_s: f64,
-    /// The same by the time from staged to the last chunk ready.
+    /// 10⁹ bytes per second: median by the time from staged to the last chunk ready.
     staged_ready_gb_s: f64,
-    /// The same by the time from the moment at which the GPU had filled the slots; 0 without a GPU.
+    /// 10⁹ bytes per second: median by the time from the end of the GPU's filling to the last chunk ready.
     fired_ready_gb_s: f64,
-    /// From staged to ready for one chunk, microseconds.
+    /// Microseconds from staged to ready for one chunk.
     one_chunk_us_p50: u64,
     one_chunk_us_p99: u64,
 }
@@ -39,7 +39,7 @@ pub(super) struct LinkRow {
     pub(super) measured_gb_per_s: Option<f64>,
 }
 
-/// A request as the sender saw it.
+/// A request as the sender recorded it.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Pushed {
     pub(super) chunks: u32,
@@ -103,10 +103,10 @@ fn quantile<T: Copy>(sorted: &[T], q: f64) -> Option<T> {
     sorted.get((last as f64 * q).round() as usize).copied()
 }
 
-/// Prints all wires.
+/// Prints the results of all wires.
 pub(super) fn print(reports: &[Report], json: bool) {
     if json {
-        // Plain numbers and strings always serialise.
+        // Numbers and strings always serialise, so the default is never used.
         println!("{}", serde_json::to_string(reports).unwrap_or_default());
         return;
     }

@@ -1,4 +1,4 @@
-//! Requests, one after the other: random chunks staged, pushed, compared, released.
+//! Runs requests one after the other. Each request stages, pushes, compares and releases random chunks.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use protocol::{Layout, RequestId};
 
 use super::engine::Engine;
 
-/// Both engines' halves, and what they have seen.
+/// Both engines' halves, and the results of their requests.
 #[derive(Debug)]
 pub(super) struct Rounds {
     prefill: Engine,
@@ -16,28 +16,29 @@ pub(super) struct Rounds {
     content: Box<dyn Content>,
     to: Target,
     layout: Layout,
-    /// When the last chunks of this request were said to be staged.
+    /// Time at which the last chunks of this request were reported as staged.
     staged: Instant,
-    /// Chunks of this request that may be read.
+    /// Chunks of this request that are ready to be read.
     ready: Vec<Place>,
     pub(super) chunks: u64,
     pub(super) wrong: u64,
-    /// From staged to ready, of requests of one chunk.
+    /// Time from staged to ready, for requests of one chunk.
     pub(super) one_chunk: Vec<Duration>,
-    /// From staged to the last chunk ready, with the bytes, of requests that fill the buffer.
+    /// Bytes, and time from staged to the last chunk ready, for requests that fill the buffer.
     pub(super) staged_ready: Vec<(u64, Duration)>,
-    /// The same from the moment at which the bytes stood there, where that was after.
+    /// The same for requests that were filled after they were staged. The time begins at the end of the
+    /// filling.
     pub(super) fired_ready: Vec<(u64, Duration)>,
 }
 
 /// The bytes of both buffers.
 pub(super) trait Content: std::fmt::Debug {
-    /// Fills chunks of the send buffer with new bytes. Gives the event, by its position in the hello,
-    /// after which they stand there.
+    /// Fills chunks of the send buffer with new bytes. Returns the event that ends the filling, by its
+    /// position in the hello; absent if the filling has ended already.
     fn fill(&mut self, places: &[Place], when: When) -> anyhow::Result<Option<u32>>;
-    /// When the bytes of the last fill stood there, if that was later than it returned.
+    /// Returns the time at which the last filling ended; absent if it ended before `fill` returned.
     fn filled(&mut self) -> Option<Instant>;
-    /// Whether a chunk of the landing buffer has the bytes that the chunk was filled with.
+    /// Compares a chunk of the landing buffer with the bytes that the chunk was filled with.
     fn arrived(&mut self, place: Place) -> anyhow::Result<Arrived>;
 }
 
@@ -49,27 +50,27 @@ pub(super) struct Place {
     pub(super) bytes: u64,
 }
 
-/// When the bytes stand, seen from the moment at which they are said to be staged.
+/// The end of the filling, relative to the time at which the chunks are reported as staged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum When {
-    /// Before.
+    /// The filling ends before.
     Before,
-    /// Some milliseconds later, if the buffer is such that there is a difference.
+    /// The filling ends some milliseconds later. On host memory there is no difference to `Before`.
     Later,
 }
 
-/// What came.
+/// The result of comparing one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrived {
     Same,
     Different,
 }
 
-/// Every so many requests has a single chunk, whose time says what the handshake costs.
+/// One request in this many has a single chunk. Its time shows the cost of the messages.
 const SINGLE_EVERY: u64 = 4;
-/// Every so many of the others is filled only after it was said to be staged.
+/// One request in this many is filled only after it was reported as staged.
 const LATE_EVERY: u64 = 3;
-/// Nothing here takes longer, on any host that is worth testing.
+/// Longest time of one request. No usable host needs more.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Rounds {
@@ -96,14 +97,14 @@ impl Rounds {
         }
     }
 
-    /// Pushes for `time`.
+    /// Runs requests for `time`.
     pub(super) async fn run(&mut self, time: Duration) -> anyhow::Result<()> {
         let end = Instant::now() + time;
         let slots = self.prefill.welcome.slots.min(self.decode.welcome.slots);
         let mut round = 0;
         while Instant::now() < end {
             let chunks = if round % SINGLE_EVERY == 0 { 1 } else { slots };
-            // The last chunk is a partial one, but for single ones.
+            // A request of several chunks ends with a partial chunk, because real prompts do.
             let tokens = chunks * self.layout.chunk_tokens - if chunks > 1 { 100 } else { 0 };
             let when = if round % LATE_EVERY == 0 {
                 When::Later
@@ -199,7 +200,8 @@ impl Rounds {
                 let places = self.places(&ready.chunks, &ready.slots, tokens);
                 self.ready.extend(places);
                 let count = chunks_of(tokens, self.layout.chunk_tokens) as usize;
-                // Looking at them takes longer than the push: not before all have come.
+                // A comparison takes longer than the push, so the chunks are compared only after all have
+                // arrived.
                 if self.ready.len() < count {
                     return Ok(false);
                 }
@@ -238,7 +240,7 @@ impl Rounds {
         }
     }
 
-    /// Where chunks stand in a buffer.
+    /// Returns the place of each chunk in a buffer.
     fn places(&self, chunks: &[u32], slots: &[u32], tokens: u32) -> Vec<Place> {
         let per_token = self.layout.token_bytes().unwrap_or(0);
         let place = |(&chunk, &slot)| {

@@ -61,7 +61,7 @@ pub(super) fn listen(
         );
         return None;
     }
-    // Rank N has the Nth TCP port after the first, unless any free port is taken.
+    // Rank N has the Nth port after the first. With a first port of 0 each rank takes any free port.
     let first = value(&sidecar.tcp_port)?.0;
     let mut ranks = Vec::new();
     for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {

@@ -37,9 +37,9 @@ pub(super) fn proxy(
         let port = if role == Role::Sender { 8100 } else { 8200 };
         Url(format!("http://127.0.0.1:{port}"))
     });
-    // A metadata server is asked only if no key names the proxy.
     let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
     let period = value(&sidecar.register_ms)?.0;
+    // A metadata server is asked only if no key names the proxy.
     if let (None, Some(metadata), false) = (&address, &mooncake.metadata, skip) {
         let address = ProxyAddress::AskedFor(metadata.clone());
         let source = Source::Key("metadata_server".to_owned());

@@ -36,10 +36,10 @@ impl Fixture {
         TcpStream::connect(("127.0.0.1", self.port)).await.unwrap()
     }
 
-    /// Sends bytes as they are and reads to the end of the stream.
+    /// Sends these bytes and reads to the end of the stream.
     async fn raw(&self, request: &[u8]) -> String {
         let mut stream = self.connect().await;
-        // A server that has refused already may have closed.
+        // The server may already have refused the request and closed the connection.
         stream.write_all(request).await.ok();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.ok();
@@ -256,7 +256,7 @@ async fn other_paths_and_garbage_get_an_answer_and_harm_nobody() {
     assert_eq!(f.get("/health").await.0, 200);
 }
 
-/// Silent connections take every place, and give it back when their time is up.
+/// Silent connections take every place and are ended at the timeout, so that others can connect.
 #[tokio::test(start_paused = true)]
 async fn silent_clients_are_cut_off() {
     let f = Fixture::start().await;
@@ -275,7 +275,7 @@ async fn silent_clients_are_cut_off() {
     );
 }
 
-/// They kept the proxy's call-back out for as long as they came back.
+/// Silent clients that reconnected without end once locked out the proxy's call-back.
 #[tokio::test]
 async fn silent_clients_keep_nobody_out() {
     let f = Fixture::start().await;

@@ -16,7 +16,7 @@ fn metrics(role: &str) -> (Arc<Status>, Metrics) {
     (status, metrics)
 }
 
-/// Values by series, without comments.
+/// Returns the values by series, without the comment lines.
 fn series(metrics: &Metrics) -> BTreeMap<String, f64> {
     let text = metrics.text();
     assert!(text.ends_with("# EOF\n"));
@@ -167,7 +167,8 @@ fn gauges_are_what_the_status_says() {
     assert!(series["pd_sidecar_proxy_acknowledgement_age_seconds"] < 5.0);
 }
 
-/// A fleet of receivers, or a hostile proxy that invents some, must not grow a scrape without bound.
+/// A large fleet of receivers, or a hostile proxy that invents receivers, must not grow a scrape without
+/// bound.
 #[test]
 fn labels_are_bounded() {
     let (status, metrics) = metrics("sender");
@@ -237,7 +238,7 @@ fn messages_and_frames_are_counted() {
     }
 }
 
-/// Both ways: every metric stands in docs/metrics.md with its type and labels, and nothing else does.
+/// docs/metrics.md has every metric with its type and labels, and no other metric.
 #[test]
 fn docs_list_every_metric() {
     let (status, metrics) = metrics("both");

@@ -11,7 +11,7 @@ use crate::observe::proxy_discovery::ProxyDiscovery;
 use crate::observe::status::tests::{config, gauges, slot_layout};
 use crate::rank::context::RankRole;
 
-/// Takes messages until it is told that it is full.
+/// An outlet that takes messages until the test sets it to full.
 struct Scripted {
     taken: UnboundedSender<ToProxy>,
     full: Arc<Mutex<bool>>,
@@ -166,7 +166,7 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
     for _ in 0..QUEUE + 100 {
         f.progress();
     }
-    // The task has not run yet: beyond the queue messages are dropped at once.
+    // The task has not run yet, so every message beyond the queue's length is dropped at once.
     let dropped = "pd_sidecar_proxy_messages_total{kind=\"progress\",fate=\"dropped\"} ";
     let count = |metrics: &Metrics| {
         let text = metrics.text();
@@ -216,8 +216,8 @@ async fn reaches_a_real_port() {
     assert_eq!(kinds[0], "register");
 }
 
-/// LMCache's proxy has a PULL socket and no call-back, and closes it for good at a message that it does not know: a
-/// `Register` would leave each of its clients without an end of its answer.
+/// LMCache's proxy has a PULL socket and does not call back. At the first message that it does not know it
+/// closes the socket for good: after a `Register`, no answer to its clients would ever end.
 #[tokio::test]
 async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
     let mut pull = crate::net::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();

@@ -8,7 +8,7 @@ use super::*;
 use crate::config::Inputs;
 use crate::engine::sessions::SlotLayout;
 
-/// A configuration of a receiver of two ranks with a proxy, or with other keys.
+/// Returns the configuration of a receiver with two ranks and a proxy. `more` has flags that change it.
 pub(crate) fn config(more: &[(&'static str, &str)]) -> Config {
     let file = "\
 pd_role: receiver
@@ -109,14 +109,14 @@ fn reasons(status: &Status, now: Instant) -> Vec<String> {
 fn the_rate_of_a_wire_is_that_of_writes_together() {
     let start = Instant::now() + Duration::from_secs(1);
     let mut link = LinkStatus::new(&target(1), "auto");
-    // They begin at once, and one ends after the other.
+    // The writes begin at the same time and end one after the other.
     for ms in 1..=8 {
         link.measured(1_000_000, start, start + Duration::from_millis(ms));
     }
     let rate = link.rate().unwrap();
     assert!((rate - 1.0).abs() < 1e-6, "{rate} GB/s");
     assert_eq!(link.large_rate(), None);
-    // A small one that is heard of before the large one around it.
+    // A small write is reported before the large write that began earlier and ends later.
     let at = |ms: u64| start + Duration::from_millis(1000 + ms);
     let mut link = LinkStatus::new(&target(1), "auto");
     link.measured(1, at(94), at(95));
@@ -234,7 +234,7 @@ fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_wh
         (snapshot.ready, snapshot.unmoved.as_deref()),
         (true, Some("heads of two sizes"))
     );
-    // Another engine comes that does move.
+    // Now an engine connects that moves KV.
     let slot_layout = slot_layout();
     for rank in 0..2 {
         status.gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));

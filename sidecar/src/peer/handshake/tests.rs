@@ -1,4 +1,4 @@
-//! Both sides over a real socket, and the receiver's side alone.
+//! Tests of both sides over a real socket, and of the receiver's side alone.
 
 use protocol::message::Advert;
 use protocol::{Epoch, Layout};
@@ -58,7 +58,7 @@ fn reply(request: &Init, ours: &Identity) -> Init {
     }
 }
 
-/// What LMCache's sender asks.
+/// Returns the two requests of LMCache's sender.
 fn lmcache_requests() -> [Init; 2] {
     [
         Init::NixlInitRequest(NixlInitRequest {
@@ -217,12 +217,13 @@ fn lmcache_as_sender_gets_what_it_knows_in_any_order() {
     }
 }
 
-/// A receiver that knows nothing of `x`.
+/// Answers as LMCache's receiver, which does not know `x`.
 fn lmcache_receiver(request: &[u8], receiver: &Identity) -> Answer {
     let stripped = match codec::decode(request).unwrap() {
         Init::NixlInitRequest(r) => Init::NixlInitRequest(NixlInitRequest { x: None, ..r }),
         Init::NixlMemRegRequest(r) => {
-            // As LMCache: rows that its NIXL does not find end its socket.
+            // LMCache's receiver would end its socket at a row that its NIXL does not find, so exactly one
+            // row is expected.
             let (_, rows) = dlist::parse(&r.local_xfer_dlist_bytes).unwrap();
             assert_eq!(rows.len(), 1);
             assert_eq!(&r.remote_agent_name[..], b"sender-1111");
@@ -275,7 +276,7 @@ fn garbage_in_both_directions() {
             other => panic!("{other:?}"),
         }
     }
-    // Slots that contradict themselves.
+    // The number of slots in `pages` contradicts the rows.
     let mut liar = receiver.clone();
     liar.pages.slots = 5;
     let error = shake(&sender, |request| answer(request, &liar)).unwrap_err();

@@ -1,4 +1,4 @@
-//! What an engine does with its GPU: fills slots, reads slots.
+//! The engines' work on the GPU: filling and reading slots.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,20 +20,20 @@ pub(super) struct GpuContent {
     decode: Half,
     send: Imported,
     land: Imported,
-    /// Random bytes, on the prefill engine's GPU and here: a chunk is a range of them.
+    /// Random bytes on the prefill engine's GPU. Each chunk is filled with a range of these bytes.
     pool: Arc<DeviceMemory>,
     copy: Vec<u8>,
-    /// Where copies go that only take time.
+    /// Destination of copies that only take time, for a late filling.
     ballast: Arc<DeviceMemory>,
     stage: Stage,
-    /// Where in the pool each chunk is from.
+    /// Offset in the pool of each chunk's bytes.
     from: BTreeMap<u32, u64>,
     next: usize,
-    /// Tells when the last fill was done.
+    /// The thread that returns the end of a late filling; absent if there is none.
     watch: Option<JoinHandle<Option<Instant>>>,
 }
 
-/// One engine's GPU.
+/// One engine's GPU with its stream and events.
 #[derive(Debug)]
 pub(super) struct Half {
     device: Arc<Device>,
@@ -54,7 +54,7 @@ impl Half {
         &self.device
     }
 
-    /// Makes events that the sidecar may open.
+    /// Makes events that the sidecar can open, and returns their handles.
     pub(super) fn share(&mut self, count: usize) -> anyhow::Result<Vec<ByteBuf>> {
         let mut handles = Vec::new();
         for _ in 0..count {
@@ -122,14 +122,15 @@ impl Content for GpuContent {
             stream.push(&self.pool, at, &self.send, place.offset, place.bytes)?;
             self.from.insert(place.chunk, at);
         }
-        // A request ends before the next begins, so no event is recorded while one waits for it.
+        // A request ends before the next begins, so no event is recorded again while the sidecar waits for
+        // it.
         let index = self.next % self.prefill.events.len();
         self.next += 1;
         stream.record(&self.prefill.events[index])?;
         match when {
             When::Before => stream.wait()?,
             When::Later => {
-                // Looks all the time, which a sidecar does not.
+                // This wait polls all the time, for an exact end. A sidecar does not poll like that.
                 let stream = Arc::clone(stream);
                 let wait = move || stream.wait().ok().map(|()| Instant::now());
                 self.watch = Some(std::thread::spawn(wait));
@@ -162,7 +163,7 @@ impl Content for GpuContent {
 
 impl Drop for GpuContent {
     fn drop(&mut self) {
-        // Copies into the buffers end before they are unmapped, also after a failed request.
+        // Copies must end before the buffers are unmapped, also after a failed request.
         for half in [&self.prefill, &self.decode] {
             if let Err(error) = half.stream.wait() {
                 eprintln!("the GPU failed: {error}");
@@ -171,12 +172,12 @@ impl Drop for GpuContent {
     }
 }
 
-/// Events of the prefill engine.
+/// Number of the prefill engine's events.
 pub(super) const EVENTS: usize = 8;
-/// Distinct chunks' worth of random bytes.
+/// Smallest size of the pool of random bytes.
 const POOL_BYTES: u64 = 128 << 20;
-/// What a late request waits for: about 10 ms at 4 TB/s, read and written.
+/// Bytes that are copied before a late filling: about 10 ms at 4 TB/s, with reads and writes.
 const BALLAST_BYTES: u64 = 20 << 30;
-/// Of chunks in the pool, as good copies want it.
+/// Alignment of chunks in the pool, for fast copies.
 const ALIGN: u64 = 256;
 const STAGE_BYTES: usize = 32 << 20;

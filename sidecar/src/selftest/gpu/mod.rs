@@ -1,8 +1,9 @@
-//! Two buffers in GPU memory, a sidecar process for each; this process is both engines.
+//! The self-test on GPU memory: two buffers, each with a sidecar process. This process acts as both engines.
 //!
-//! It does what a vLLM worker does: opens the buffers by their handles, fills slots on a stream, names
-//! an event instead of waiting. Every third request is filled some milliseconds after it was said to
-//! be staged: a sidecar that does not wait for the event pushes the bytes of an earlier one.
+//! This process does the same as a vLLM worker: it opens the buffers by their handles, fills slots on a
+//! stream, and names an event instead of waiting. Every third request is filled some milliseconds after it
+//! was reported as staged. A sidecar that does not wait for the event would push the bytes of an earlier
+//! request, which the comparison finds.
 
 mod content;
 mod process;
@@ -41,10 +42,12 @@ impl Selftest {
         let sender = Sidecar::start(&directory.path, "sender", |args| {
             self.common(args, from, wire)
         })?;
+        // Both processes start at the same time, because CUDA's and NIXL's start takes seconds.
         let receiver = receiver.ready().await?;
         let sender = sender.ready().await?;
 
         let layout = self.layout();
+        // The hello of the prefill engine needs the events, so they are made before the connection.
         let mut half = Half::new(prefill_gpu)?;
         let events = half.share(EVENTS)?;
         let gpu = Gpu {
@@ -71,6 +74,8 @@ impl Selftest {
             alloc_port: alloc,
         };
         let mut rounds = Rounds::new(prefill, decode, Box::new(content), target, layout);
+        // The logs of both processes show the cause of a failed request, and they are deleted with the
+        // directory.
         if let Err(error) = rounds.run(seconds).await {
             let tails = format!("{}\n{}", sender.tail(), receiver.tail());
             return Err(error.context(tails));

@@ -1,4 +1,4 @@
-//! A sidecar of the self-test: the real binary, which is this one.
+//! A sidecar process of the self-test, started from this binary.
 
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use super::super::report::{LinkRow, Pushed};
 use super::super::{CONSENT_VARIABLE, LOOPBACK};
 
-/// A running sidecar; dropping it kills it.
+/// A running sidecar process. Dropping it kills the process.
 #[derive(Debug)]
 pub(super) struct Sidecar {
     child: Child,
@@ -47,7 +47,7 @@ impl Sidecar {
         let output = File::create(&log)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.args(&args).stdin(Stdio::null());
-        // What a deployment has set is not what is tested.
+        // The environment's keys are for a deployment and must not change the test.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             let consent = text == CONSENT_VARIABLE;
@@ -65,7 +65,7 @@ impl Sidecar {
         })
     }
 
-    /// Waits until its socket takes engines.
+    /// Waits until the process's socket accepts engines.
     pub(super) async fn ready(mut self) -> anyhow::Result<Self> {
         let deadline = Instant::now() + START;
         loop {
@@ -89,7 +89,7 @@ impl Sidecar {
         }
     }
 
-    /// The requests that went well.
+    /// Returns the successful requests.
     pub(super) async fn pushed(&self) -> anyhow::Result<Vec<Pushed>> {
         #[derive(Deserialize)]
         struct Row {
@@ -102,7 +102,7 @@ impl Sidecar {
         Ok(done.map(|row| row.pushed).collect())
     }
 
-    /// What its link says of itself.
+    /// Returns the process's first link from `/status`; empty if there is none.
     pub(super) async fn link(&self) -> anyhow::Result<LinkRow> {
         #[derive(Deserialize)]
         struct Status {
@@ -125,7 +125,7 @@ impl Sidecar {
         Ok(serde_json::from_str(body)?)
     }
 
-    /// The end of its log.
+    /// Returns the last lines of the process's log.
     pub(super) fn tail(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
@@ -136,18 +136,18 @@ impl Sidecar {
 
 impl Drop for Sidecar {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may already have ended, which makes `kill` fail.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// A port that is free now: another process may still take it first.
+/// Returns a port that is free now. Another process may still take it first.
 pub(super) fn free_port() -> std::io::Result<u16> {
     let listener = TcpListener::bind((LOOPBACK, 0))?;
     Ok(listener.local_addr()?.port())
 }
 
-/// CUDA's and NIXL's start take some seconds each on a host with many GPUs.
+/// Longest time for the start. CUDA and NIXL need some seconds each on a host with many GPUs.
 const START: Duration = Duration::from_secs(60);
 const TAIL_LINES: usize = 15;
