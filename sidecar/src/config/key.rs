@@ -22,7 +22,7 @@ pub(crate) enum Default {
     Computed(&'static str),
 }
 
-/// One key.
+/// A key of the configuration.
 #[derive(Debug)]
 pub(crate) struct Key {
     /// Name within the section.

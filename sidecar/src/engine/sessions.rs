@@ -71,7 +71,7 @@ impl Engines {
         }
     }
 
-    /// Returns the slot layout; absent until an engine has said hello.
+    /// Returns the slot layout; absent until the first hello of an engine that moves KV.
     pub(crate) fn slot_layout(&self) -> Option<&SlotLayout> {
         self.slot_layout.as_ref()
     }
@@ -101,6 +101,7 @@ impl Engines {
         hello: &EngineHello,
         busy: bool,
     ) -> Result<Option<SlotLayout>, Reason> {
+        // An engine that moves no KV has no layout to check.
         if !hello.unmoved.is_empty() && hello.v == VERSION {
             self.take_unmoved(connection, hello);
             return Ok(None);

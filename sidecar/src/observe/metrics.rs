@@ -40,7 +40,7 @@ pub(crate) struct Metrics {
 /// The result of sending a message to the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DeliveryResult {
-    /// The socket took it.
+    /// The socket took the message.
     Sent,
     /// The message is lost: a queue was full, or no proxy that takes the message was connected.
     Dropped,
@@ -114,6 +114,7 @@ impl Metrics {
 
     fn registered(mut self, status: &Arc<Status>) -> Self {
         let r = &mut self.registry;
+        // A test compares the name, type and labels of each metric with docs/metrics.md.
         let info = [
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             ("protocol", VERSION.to_string()),
@@ -173,6 +174,8 @@ impl Metrics {
             "Call-backs of the proxy",
             self.proxy_acknowledgements.clone(),
         );
+        // Gauges need no update at each event, because the collector reads them from the status at each
+        // scrape.
         r.register_collector(Box::new(Gauges(Arc::clone(status))));
         self
     }

@@ -34,7 +34,7 @@ impl ProxyDiscovery {
     /// configured.
     ///
     /// # Errors
-    /// The address cannot be connected to.
+    /// The socket cannot begin to connect.
     pub(crate) async fn of(address: &ProxyAddress) -> Result<(Self, Option<Search>), Closed> {
         let (tell, found) = mpsc::channel(1);
         match address {

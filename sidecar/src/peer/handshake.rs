@@ -158,7 +158,7 @@ pub(crate) enum InitError {
     /// The receiver did not answer before the deadline.
     #[error("no answer from {peer} within {after:?}")]
     Timeout {
-        /// `host:init_port`.
+        /// Address of the receiver, `host:init_port`.
         peer: String,
         /// The deadline.
         after: Duration,
@@ -166,7 +166,7 @@ pub(crate) enum InitError {
     /// The receiver's answer is not a valid one.
     #[error("{peer} sent no valid answer: {cause}")]
     Malformed {
-        /// `host:init_port`.
+        /// Address of the receiver, `host:init_port`.
         peer: String,
         /// The fault of the answer.
         cause: String,
@@ -174,7 +174,7 @@ pub(crate) enum InitError {
     /// The two sidecars do not fit: either of them found a difference.
     #[error("{peer} cannot be linked ({}): {}", .refusal.reason, .refusal.text)]
     Refused {
-        /// `host:init_port`.
+        /// Address of the receiver, `host:init_port`.
         peer: String,
         /// The difference.
         refusal: Refusal,
@@ -230,6 +230,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         Ok(_) => return Err(malformed("not a NixlInitResponse".to_owned())),
         Err(error) => return Err(malformed(error.to_string())),
     };
+    // The receiver's refusal comes first. The sender also checks by itself, so that a link never joins two
+    // layouts.
     if let Some(theirs) = &introduced.x
         && let Some(refusal) = theirs
             .refused

@@ -133,6 +133,7 @@ impl Rounds {
             deadline_ms: 10_000,
             written: false,
         };
+        // The decode request parks first, so that the measured time has no wait for it.
         self.decode.send(&ToSidecar::Await(parked)).await?;
         let reserve = Reserve {
             req: req.clone(),

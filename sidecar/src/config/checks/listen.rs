@@ -37,6 +37,7 @@ pub(super) fn listen(
     );
     let (host, inits, allocs) = (host?.0, inits?.0, allocs?.0);
     let given = lmcache.pd_peer_alloc_port.as_ref()?;
+    // Each rank needs one port of each kind, so lists of different lengths are a mistake.
     if inits.len() != allocs.len() {
         layers.wrong(
             "pd_peer_alloc_port",
@@ -106,6 +107,7 @@ pub(super) fn listen(
             "init, alloc, sidecar.tcp_port and sidecar.admin each need ports of their own",
         );
     }
+    // Senders need a host to connect to, and a wildcard is not one.
     let advertise = match &sidecar.advertise_host {
         Some(host) => host.value.0.clone(),
         None if is_wildcard(&host) => {

@@ -33,6 +33,7 @@ pub(super) fn proxy(
         }
         (None, None) => None,
     };
+    // The proxy sends requests to this URL, so a registration without it would be useless.
     let engine_url = computed(layers, "engine_url", sidecar.engine_url.as_ref(), || {
         let port = if role == Role::Sender { 8100 } else { 8200 };
         Url(format!("http://127.0.0.1:{port}"))
@@ -59,6 +60,7 @@ pub(super) fn proxy(
         );
         return None;
     };
+    // The mistake is reported at the key from which the address comes.
     if address.port == 0 || is_wildcard(&address.host) {
         if let Some(given) = &sidecar.proxy {
             layers.wrong(

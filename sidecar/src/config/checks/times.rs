@@ -29,6 +29,7 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
         ),
         Duration::from_secs(10),
     );
+    // These keys are periods of timers: a period near 0 would keep one core busy.
     for (path, given) in [
         ("sidecar.heartbeat_ms", &sidecar.heartbeat_ms),
         ("sidecar.repeat_ms", &sidecar.repeat_ms),

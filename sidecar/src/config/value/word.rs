@@ -13,7 +13,7 @@ macro_rules! words {
         pub(crate) enum $name { $($(#[$vdoc])* $variant,)* }
 
         impl $name {
-            /// The word in configurations, logs and metrics.
+            /// Returns the word for configurations, logs and metrics.
             pub(crate) fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }
             }

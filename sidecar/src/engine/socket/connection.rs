@@ -250,7 +250,7 @@ fn cut(writer: &OwnedWriteHalf) {
     }
 }
 
-/// Sends a frame whose first byte carries a descriptor.
+/// Sends a frame and, with its first byte, a file descriptor.
 async fn send_with_fd(writer: &OwnedWriteHalf, frame: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
     let stream = writer.as_ref();
     let sent = stream

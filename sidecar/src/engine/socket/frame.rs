@@ -54,7 +54,7 @@ pub(super) async fn read(
 /// Returns the frame of a message.
 pub(super) fn encode(message: &ToEngine) -> Vec<u8> {
     let body = codec::encode(message);
-    // Messages to engines are bounded by the slots of a buffer: far below 4 GiB.
+    // The slots of a buffer bound the length of a message to an engine, far below 4 GiB.
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend_from_slice(&length.to_le_bytes());
@@ -73,7 +73,7 @@ mod tests {
     const AWAIT: &[u8] = include_bytes!("../../../../protocol/fixtures/await.bin");
     const RESERVE: &[u8] = include_bytes!("../../../../protocol/fixtures/reserve.bin");
 
-    /// Reads a stream to its end; how many messages it held.
+    /// Reads a stream to its end and returns the number of its messages.
     async fn read_all(mut stream: &[u8]) -> (usize, FrameError) {
         let mut buffer = Vec::new();
         let mut messages = 0;

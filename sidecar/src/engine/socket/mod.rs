@@ -37,7 +37,7 @@ pub(crate) enum FromEngine {
     Hello(Connection, EngineHello),
     /// An engine has sent another message.
     Message(EngineId, ToSidecar),
-    /// A connection that said hello has ended.
+    /// A connection has ended after its hello.
     Gone(EngineId),
     /// A connection has sent a frame that is not a message; the connection is closed.
     Malformed,

@@ -122,7 +122,7 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
-    /// Another user made the folder first, or lets everybody write into it.
+    /// Tests a folder that belongs to another user, and a folder that other users can write into.
     #[test]
     fn a_folder_that_others_can_write_into_is_refused() {
         let parent = tempfile::tempdir().unwrap();

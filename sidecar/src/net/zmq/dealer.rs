@@ -109,6 +109,8 @@ impl DealerClient {
                         while let Ok(event) = self.monitor.try_recv() {
                             self.note(&event);
                         }
+                        // If the events that were read just now include a new connection, this message
+                        // belongs to that connection and comes after its event.
                         let arrived = |news: &FromServer| matches!(news, FromServer::Connected { .. });
                         if self.news.iter().any(arrived) {
                             self.news.push_back(FromServer::Message(payload));

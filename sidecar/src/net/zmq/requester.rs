@@ -21,7 +21,7 @@ pub(crate) enum RequestError {
     /// No process listens there, or the process does not speak ZeroMQ.
     #[error("no connection to {peer}: {cause}")]
     NoConnection {
-        /// `host:port`.
+        /// Address of the peer, `host:port`.
         peer: String,
         /// The last failure.
         cause: String,
@@ -29,7 +29,7 @@ pub(crate) enum RequestError {
     /// The peer accepted the connection and ended it without an answer.
     #[error("{peer} ended the connection without an answer")]
     NoReply {
-        /// `host:port`.
+        /// Address of the peer, `host:port`.
         peer: String,
     },
 }

@@ -436,7 +436,7 @@ impl Peer {
     }
 
     fn name(&self) -> String {
-        // A generated identity begins with a zero byte.
+        // An identity that the library generated begins with a zero byte and is not a name.
         match self.identity.first() {
             None | Some(0) => self.address.clone(),
             Some(_) => String::from_utf8_lossy(&self.identity)

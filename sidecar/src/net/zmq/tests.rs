@@ -9,7 +9,7 @@ use protocol::receiver::Route;
 
 use super::*;
 
-/// The sidecar's runtime: one thread.
+/// Returns a runtime like the sidecar's, with one thread.
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -112,7 +112,7 @@ async fn echo_until(server: &mut RouterServer, done: impl Future<Output = ()>) {
             () = &mut done => return,
             event = server.recv() => {
                 if let FromPeer::Message(route, payload) = event.unwrap() {
-                    // The peer may be a hostile one that has left.
+                    // A hostile peer may have closed its connection before the answer.
                     if let Err(error) = server.send(route, payload) {
                         assert_ne!(error, SendError::Full);
                     }
@@ -199,8 +199,8 @@ fn a_loss_follows_the_last_message_and_ends_the_route() {
     });
 }
 
-/// A second connection with the identity of a living one gets neither the answers of the first, nor does it
-/// end the first.
+/// Connects twice under one identity: the second connection must neither get the first one's answers nor end
+/// it.
 #[test]
 fn an_identity_stays_with_the_connection_that_has_it() {
     runtime().block_on(async {
@@ -382,7 +382,7 @@ fn a_peer_that_does_not_read_is_bounded_and_others_are_served() {
     });
 }
 
-/// A greeting and READY of ZMTP 3.0 with the NULL mechanism, as DEALER.
+/// Returns the greeting and READY of a ZMTP 3.0 DEALER with the NULL mechanism.
 fn zmtp_hello() -> Vec<u8> {
     let mut bytes = vec![0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0x7f, 3, 0];
     bytes.extend_from_slice(b"NULL");
@@ -416,7 +416,7 @@ fn hostile(port: u16) -> Vec<TcpStream> {
     // More and more parts, with and without bytes in them.
     dial(&frame(&[1u8, 0].repeat(200_000)));
     dial(&frame(&[&[1u8, 255][..], &[9; 255]].concat().repeat(8000)));
-    // One part over the limit, really sent.
+    // One part over the limit, with all its bytes sent.
     let mut oversize = vec![2u8];
     oversize.extend_from_slice(&(MAX_ALLOC_BYTES as u64 + 1).to_be_bytes());
     oversize.resize(oversize.len() + MAX_ALLOC_BYTES + 1, 5);

@@ -78,6 +78,7 @@ fn ranks(encoder: &mut DescriptorEncoder<'_>, shown: &Snapshot) -> fmt::Result {
             (Labels(labels), value(r))
         })
     };
+    // The states are one metric with a label, so that a query can sum them to all slots.
     let states = shown.ranks.iter().flat_map(|r| {
         [
             ("free", r.free),

@@ -19,9 +19,9 @@ pub(crate) enum NotReady {
     NoEngine(RankRole, u32),
     /// The thread behind a wire has ended.
     WireEnded(RankRole, u32, &'static str),
-    /// The proxy has not called back lately, so it may not know this sidecar.
+    /// The proxy has not called back lately, so perhaps it does not know this sidecar.
     NoProxy(String),
-    /// The process is about to end.
+    /// The process is draining and will end.
     Draining,
 }
 
@@ -62,7 +62,7 @@ pub(crate) struct RankStatus {
 pub(crate) struct LinkRow {
     /// The sender's rank.
     pub(crate) rank: u32,
-    /// `host:alloc_port`.
+    /// Address of the receiver, `host:alloc_port`.
     pub(crate) peer: String,
     /// The receiver's name.
     pub(crate) id: String,
