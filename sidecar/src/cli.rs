@@ -141,7 +141,7 @@ pub(crate) struct Overrides {
     /// Format of log lines.
     #[arg(long, value_name = "text|json")]
     log_format: Option<String>,
-    /// Longest time in ms for requests to end after SIGTERM.
+    /// Longest time for requests to end after SIGTERM.
     #[arg(long, value_name = "MS")]
     drain_timeout: Option<String>,
     /// Records the protocol machines' events and actions.

@@ -171,12 +171,12 @@ pub(crate) enum InitError {
         /// The fault of the answer.
         cause: String,
     },
-    /// The two sidecars do not fit: either of them found a difference.
+    /// The two sidecars do not fit, or the receiver refuses every peer, e.g. while it has no engine.
     #[error("{peer} cannot be linked ({}): {}", .refusal.reason, .refusal.text)]
     Refused {
         /// Address of the receiver, `host:init_port`.
         peer: String,
-        /// The difference.
+        /// The reason and its text.
         refusal: Refusal,
     },
 }
