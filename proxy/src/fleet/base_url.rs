@@ -1,4 +1,4 @@
-//! Where an HTTP server is.
+//! The base URL of an HTTP server.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -9,11 +9,12 @@ use serde::{Serialize, Serializer};
 
 use crate::fleet::zone;
 
-/// Base URL of an HTTP server: scheme, authority and perhaps a path prefix, without a final slash.
+/// Base URL of an HTTP server: scheme, authority and an optional path prefix, without a final slash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
     text: String,
-    /// The same without an IPv6 zone, for `http::Uri`; absent if there is none.
+    /// The URL in a form that `http::Uri` can carry; `None` if the host has no IPv6 zone and `text`
+    /// itself can be used.
     carried: Option<String>,
 }
 
@@ -25,10 +26,10 @@ pub enum BadUrl {
     Url {
         /// `http` or `admin`.
         field: &'static str,
-        /// What was registered.
+        /// The text that was registered.
         value: String,
     },
-    /// An instance's address that is more, or less, than a place to connect to.
+    /// An instance's address that is not exactly scheme, host and port.
     #[error(
         "{field} {value:?} is not scheme, host and port alone, as http://10.0.0.1:8000 or https://[::1]:8000: \
          an instance's address has no path, query, fragment or user"
@@ -45,7 +46,8 @@ impl BaseUrl {
     /// Checks an URL, which may have a path prefix.
     ///
     /// # Errors
-    /// Not `http://`, no host, a port that is none, user information, a query, a fragment, or too long.
+    /// The scheme is neither `http` nor `https`; the host is missing; the port is not valid; the URL has
+    /// user information, a query or a fragment; or the URL is too long.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         let refused = || BadUrl::Url {
             field,
@@ -62,7 +64,8 @@ impl BaseUrl {
             || !is_host(authority.host())
             || authority.as_str().contains('@')
             || !has_port_if_any(authority)
-            // `Uri` drops a fragment without a word. In the text it would end the path that `join` adds.
+            // `Uri` drops a fragment silently. A fragment that stayed in the text would swallow the path
+            // that `join` adds.
             || text.contains(['#', '?', '\\'])
         {
             return Err(refused());
@@ -83,11 +86,11 @@ impl BaseUrl {
         })
     }
 
-    /// Checks the address of an instance: scheme, host and port alone. A registration names whom the proxy
-    /// calls; it must not choose the path of the call as well.
+    /// Checks the address of an instance: scheme, host and port alone. A registration names the server
+    /// that the proxy calls; it must not choose the path of the call as well.
     ///
     /// # Errors
-    /// As of [`BaseUrl::parse`]; and a path.
+    /// Those of [`BaseUrl::parse`], and a path.
     pub fn origin(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         match Self::parse(field, text) {
             Ok(url) if url.text.matches('/').count() == 2 => Ok(url),
@@ -98,11 +101,11 @@ impl BaseUrl {
         }
     }
 
-    /// Checks an URL that somebody has written: as in the demos' environment files, host and port alone
-    /// will do.
+    /// Checks an URL that an operator has written. As in the demos' environment files, host and port
+    /// without a scheme are enough.
     ///
     /// # Errors
-    /// As of [`BaseUrl::origin`]; and a host alone.
+    /// Those of [`BaseUrl::origin`], and a host with neither scheme nor port.
     pub fn named(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         let text = text.trim();
         if text.contains("://") {
@@ -119,13 +122,13 @@ impl BaseUrl {
         })
     }
 
-    /// Host and port as they stand in it.
+    /// Returns host and port as the URL has them.
     pub fn authority(&self) -> &str {
         let (_, rest) = self.text.split_once("://").unwrap_or_default();
         rest.split('/').next().unwrap_or_default()
     }
 
-    /// The host, an IPv6 address without its brackets, perhaps with a zone.
+    /// Returns the host. An IPv6 address comes without its brackets, and with its zone if it has one.
     pub fn host(&self) -> &str {
         let authority = self.authority();
         match authority
@@ -137,12 +140,12 @@ impl BaseUrl {
         }
     }
 
-    /// It is reached over TLS.
+    /// Returns true if the scheme is `https`.
     pub fn is_tls(&self) -> bool {
         self.text.starts_with("https:")
     }
 
-    /// The URL of `path`, which begins with a slash, as `http::Uri` can carry it.
+    /// Returns the URL of `path`, which begins with a slash, in a form that `http::Uri` can carry.
     pub fn join(&self, path: &str) -> String {
         let base = self.carried.as_ref().unwrap_or(&self.text);
         format!("{base}{path}")
@@ -176,12 +179,12 @@ fn has_port_if_any(authority: &Authority) -> bool {
     !is_given || authority.port_u16().is_some_and(|port| port != 0)
 }
 
-/// What an error message shows of a stranger's text.
+/// Returns the first 80 characters of a text from outside, for an error message.
 pub(crate) fn shortened(text: &str) -> String {
     text.chars().take(80).collect()
 }
 
-/// Far above any real base URL.
+/// The longest URL that is accepted, in bytes: far above any real base URL.
 const MAX_URL_BYTES: usize = 1024;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! An instance: one vLLM and its sidecar, as the proxy knows it.
+//! An instance: one vLLM and its sidecar, if it has one, as the proxy knows it.
 
 use std::sync::Arc;
 
@@ -16,52 +16,53 @@ mod written;
 pub(crate) use spec::{Named, Unusable};
 pub(crate) use written::Written;
 
-/// One instance. What routing, `/instances` and the legs read.
+/// One instance, as routing, `/instances` and the legs read it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Instance {
-    /// Its name: the sidecar's, or its address.
+    /// The sidecar's id or, without a sidecar, the configured id; by default `host:port`.
     pub id: String,
-    /// The sidecar's epoch; 0 where there is none.
+    /// The sidecar's epoch; 0 without a sidecar.
     pub epoch: u64,
-    /// How it hands KV over.
+    /// The connector by which the instance hands KV over.
     pub connector: Connector,
-    /// Who has named it.
+    /// The source from which the proxy knows the instance.
     pub source: Source,
-    /// Which legs it takes.
+    /// The legs that the instance takes: prefill, decode or both.
     pub role: InstanceRole,
     /// The engine's OpenAI server.
     pub http: BaseUrl,
-    /// The sidecar's admin server, if there is a sidecar.
+    /// The sidecar's admin server; `None` without a sidecar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin: Option<BaseUrl>,
-    /// P2P NCCL: the address that its request ids carry.
+    /// P2P NCCL: the ZeroMQ address (`ip:port`) that request ids carry; `None` for other connectors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zmq: Option<String>,
-    /// Host at which senders reach the ports below.
+    /// Host at which senders reach `init_ports` and `alloc_ports`.
     pub host: String,
-    /// Init port of each rank.
+    /// Init port of each rank; empty if the instance has none.
     pub init_ports: Vec<u16>,
-    /// Alloc port of each rank.
+    /// Alloc port of each rank; empty if the instance has none.
     pub alloc_ports: Vec<u16>,
-    /// Slots of its buffer.
+    /// Number of slots in the receive buffer; 0 if not known.
     pub slots: u32,
-    /// Of them free, by its last word.
+    /// Number of free slots, as the last heartbeat gave it.
     pub free_slots: u32,
-    /// Tokens of decode requests that are parked there, by its last word.
+    /// Tokens of decode requests that are parked at the instance, as the last heartbeat gave them.
     pub parked_tokens: u64,
-    /// What its sidecar says of its KV.
+    /// The KV description that the sidecar gave; the default without a sidecar.
     #[serde(flatten)]
     pub kv: Kv,
-    /// It takes no new requests, on somebody's order.
+    /// True if an operator drains the instance: it takes no new requests.
     pub draining: bool,
-    /// What it is busy with.
+    /// Requests in flight and failures, as this proxy counts them.
     #[serde(skip)]
     pub load: Arc<Load>,
-    /// Whether it gets requests.
+    /// Readiness, as the last call-back found it.
     pub standing: Standing,
 }
 
-/// How an instance hands KV over. Both instances of a pair have the same.
+/// The connector by which an instance hands KV over. `HandoffMode::of` says which connectors can be a
+/// pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Connector {
@@ -76,7 +77,7 @@ pub enum Connector {
     P2pNccl,
 }
 
-/// Who has named an instance.
+/// The source from which the proxy knows an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
@@ -86,41 +87,42 @@ pub enum Source {
     Configured,
     /// `POST /instances`.
     Added,
-    /// Itself, on the port of P2P NCCL instances.
+    /// The instance itself, on the port for P2P NCCL instances.
     P2pNccl,
     /// The registry that several proxies share.
     Shared,
 }
 
-/// Whether an instance gets requests.
+/// Readiness of an instance. Only a ready instance gets requests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", content = "reason", rename_all = "snake_case")]
 pub enum Standing {
-    /// It has registered, but its admin address has not confirmed id and epoch yet.
+    /// The instance has registered, but no call-back has confirmed it yet.
     Unverified,
-    /// Called back and ready.
+    /// The last call-back found the instance ready.
     Ready,
-    /// Called back, but not ready, for this reason.
+    /// The instance is not ready, for this reason.
     NotReady(String),
 }
 
 impl Instance {
-    /// It gets requests.
+    /// Returns true if the instance gets requests: it is ready and not draining.
     pub fn is_ready(&self) -> bool {
         self.standing == Standing::Ready && !self.draining
     }
 
-    /// It takes prefill legs.
+    /// Returns true if the instance takes prefill legs.
     pub fn prefills(&self) -> bool {
         self.role != InstanceRole::Decode
     }
 
-    /// It takes decode legs.
+    /// Returns true if the instance takes decode legs.
     pub fn decodes(&self) -> bool {
         self.role != InstanceRole::Prefill
     }
 
-    /// `other` names the same addresses: what may not change within an epoch.
+    /// Returns true if role, connector and addresses equal those of `other`. They must not change within
+    /// an epoch.
     pub fn same_place(&self, other: &Self) -> bool {
         self.role == other.role
             && self.http == other.http

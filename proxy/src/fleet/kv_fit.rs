@@ -1,28 +1,29 @@
-//! What a sidecar says of its engine's KV, and whether KV can go from one instance to another.
+//! The KV description of an engine, and the check that KV can go from one instance to another.
 
 use protocol::registration::Register;
 use protocol::{Layout, VERSION};
 use serde::{Deserialize, Serialize};
 
-/// What decides whether two instances can be a pair. What is not said decides nothing.
+/// The properties that decide whether two instances can be a pair. A property that an instance does not
+/// give excludes no pair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kv {
-    /// Version of the protocol; 0: not said.
+    /// Version of the protocol; 0 if not given.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub version: u32,
-    /// Ranks that KV is cut into; 0: not said.
+    /// Number of ranks into which KV is divided; 0 if not given.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub ranks: u32,
-    /// The shape of a chunk.
+    /// The shape of a chunk; `None` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
-    /// Why the engine moves no KV; empty: it does.
+    /// The reason for which the engine moves no KV; empty if it moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
 }
 
 impl Kv {
-    /// What a registration says of it.
+    /// Returns the KV description in a registration.
     pub fn of(register: &Register) -> Self {
         Self {
             version: register.v,
@@ -32,7 +33,8 @@ impl Kv {
         }
     }
 
-    /// Nothing that is known stands between an instance with this KV and a decode instance with that.
+    /// Returns true if no known property prevents KV from going from an instance with this description
+    /// to a decode instance with the description `decode`.
     pub fn fits(&self, decode: &Self) -> bool {
         self.unmoved.is_empty()
             && decode.unmoved.is_empty()
@@ -44,7 +46,7 @@ impl Kv {
             }
     }
 
-    /// What stands between them, and what to do about it; `None` if they fit.
+    /// Returns the difference that prevents the transfer, with its cure; `None` if the two fit.
     pub fn misfit(&self, decode: &Self) -> Option<String> {
         for (side, kv) in [("prefill", self), ("decode", decode)] {
             if !kv.unmoved.is_empty() {
@@ -64,7 +66,7 @@ impl Kv {
     }
 }
 
-/// Names the difference and its cure.
+/// Returns the text that names a difference and its cure.
 fn differs(field: &str, prefill: impl std::fmt::Display, decode: impl std::fmt::Display) -> String {
     let cure = match field {
         "version" => "run the same release of the sidecar on both sides".to_owned(),
@@ -91,7 +93,7 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// Of an engine's reason, in `/instances` and logs.
+/// Most characters of an engine's reason that `/instances` and logs show.
 const MAX_REASON_CHARS: usize = 500;
 
 const _: () = assert!(VERSION > 0, "0 stands for a version that is not said");

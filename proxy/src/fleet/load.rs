@@ -1,68 +1,72 @@
-//! What an instance is busy with, as this proxy knows it, and whether it fails.
+//! The load of an instance as this proxy counts it, and the circuit breaker for an instance that keeps
+//! failing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// One instance's load and failures. It stays with the instance through its heartbeats.
+/// One instance's load and failures. The counters survive the instance's heartbeats.
 #[derive(Debug)]
 pub struct Load {
-    /// Tokens of requests under way: prompts, and for decode legs what may be generated.
+    /// Tokens of the legs in flight: prompts, and for decode legs also the tokens that may be generated.
     tokens: AtomicU64,
-    /// Legs under way.
+    /// Number of legs in flight.
     legs: AtomicU32,
-    /// Legs that failed since one has not.
+    /// Legs that failed in a row, since the last success.
     failures: AtomicU32,
-    /// Until when it gets nothing, microseconds since `born`.
+    /// End of the pause in which the instance gets no requests, in microseconds since `born`; 0 without
+    /// a pause.
     open_until: AtomicU64,
-    /// It was left because it showed no sign of work, and has shown none since.
+    /// True from a stall (legs in flight and no sign of work) until the next success.
     is_stalled: AtomicBool,
-    /// When one of its legs last brought something, microseconds since `born`.
+    /// Time at which a leg last brought data, in microseconds since `born`; 0 if no leg has.
     heard: AtomicU64,
-    /// Since when its `/health` fails, likewise; 0 if it does not.
+    /// Time of the first `/health` failure in a row, in microseconds since `born`; 0 if `/health` is
+    /// well.
     sick: AtomicU64,
     born: Instant,
-    /// Legs that were answered, and how long that took in all, microseconds.
+    /// Number of legs that were answered; `answered_us` is the sum of their times to the first byte, in
+    /// microseconds.
     answered: AtomicU64,
     answered_us: AtomicU64,
-    /// Legs that failed by its fault.
+    /// Number of legs that failed through the instance's fault.
     failed: AtomicU64,
 }
 
-/// How busy an instance is.
+/// The load of an instance at one time, as routing reads it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
-    /// Tokens of its requests under way.
+    /// Tokens of the legs in flight.
     pub tokens: u64,
-    /// Legs under way.
+    /// Number of legs in flight.
     pub legs: u32,
-    /// It keeps failing and is left alone for a while.
+    /// True while the circuit breaker is open: the instance keeps failing and gets no requests.
     pub is_open: bool,
 }
 
-/// What an instance has done so far, for metrics.
+/// Counters of an instance's finished legs, for metrics.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Done {
-    /// Legs that were answered.
+    /// Number of legs that were answered.
     pub answered: u64,
-    /// How long that took in all, to the first byte.
+    /// Sum of the times to the first byte, in seconds.
     pub seconds: f64,
-    /// Legs that failed by its fault.
+    /// Number of legs that failed through the instance's fault.
     pub failed: u64,
 }
 
-/// When an instance that keeps failing gets no requests, and for how long.
+/// Settings of the circuit breaker for instances that keep failing.
 #[derive(Clone, Copy, Debug)]
 pub struct Breaker {
-    /// Failures in a row.
+    /// Failures in a row that open the breaker.
     pub failures: u32,
-    /// Then nothing for so long; afterwards one request tries.
+    /// Length of the pause after them. After the pause one request probes the instance.
     pub pause: Duration,
-    /// The longest that a request which tries is without a sign of work.
+    /// Longest time for which a probing request shows no sign of work before it counts as stalled.
     pub stall: Duration,
 }
 
-/// One leg's share of a load; gone when dropped.
+/// One leg's share of a load. Dropping the guard takes the share back.
 #[derive(Debug)]
 pub struct LoadGuard {
     load: Arc<Load>,
@@ -88,7 +92,7 @@ impl Default for Load {
 }
 
 impl Load {
-    /// Adds a leg.
+    /// Adds a leg with this many tokens until the guard is dropped.
     pub fn charge(self: &Arc<Self>, tokens: u64) -> LoadGuard {
         self.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.legs.fetch_add(1, Ordering::Relaxed);
@@ -98,7 +102,7 @@ impl Load {
         }
     }
 
-    /// What routing reads.
+    /// Returns the load for routing.
     pub fn snapshot(&self, now: Instant) -> LoadSnapshot {
         LoadSnapshot {
             tokens: self.tokens.load(Ordering::Relaxed),
@@ -107,7 +111,7 @@ impl Load {
         }
     }
 
-    /// What it has done so far.
+    /// Returns the counters for metrics.
     pub fn done(&self) -> Done {
         Done {
             answered: self.answered.load(Ordering::Relaxed),
@@ -116,7 +120,7 @@ impl Load {
         }
     }
 
-    /// A leg was answered, so long after it was sent.
+    /// Records that a leg was answered `after` its start, and closes the breaker.
     pub fn succeeded(&self, after: Duration) {
         let us = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
         self.answered.fetch_add(1, Ordering::Relaxed);
@@ -127,39 +131,40 @@ impl Load {
         self.heard(Instant::now());
     }
 
-    /// A leg has brought something: the engine works.
+    /// Records that a leg has brought data, which proves that the engine works.
     pub fn heard(&self, now: Instant) {
         self.heard
             .fetch_max(self.since_born(now), Ordering::Relaxed);
     }
 
-    /// When it last showed a sign of work; `None` if it never has.
+    /// Returns the time of the last sign of work; `None` if there was none.
     pub fn last_heard(&self) -> Option<Instant> {
         let us = self.heard.load(Ordering::Relaxed);
         (us > 0).then(|| self.born + Duration::from_micros(us))
     }
 
-    /// Its engine's `/health` has answered well, or not.
+    /// Records an answer of the engine's `/health`.
     pub fn checked(&self, now: Instant, is_healthy: bool) {
         if is_healthy {
             self.sick.store(0, Ordering::Relaxed);
             return;
         }
-        // Only the first failure of a row counts; the order of two at once makes no difference.
+        // Only the first failure in a row sets the time. Two failures at once may race: their times are
+        // equal enough.
         let first = self.sick.load(Ordering::Relaxed) == 0;
         if first {
             self.sick.store(self.since_born(now), Ordering::Relaxed);
         }
     }
 
-    /// Its `/health` has failed for at least so long.
+    /// Returns true if `/health` has failed for at least `time`.
     pub fn is_sick_for(&self, now: Instant, time: Duration) -> bool {
         let since = self.sick.load(Ordering::Relaxed);
         since > 0 && self.born + Duration::from_micros(since) + time <= now
     }
 
-    /// It has legs and shows no sign of work: it gets nothing for a while. Returns whether it got
-    /// something until now.
+    /// Records that the instance has legs in flight and shows no sign of work, and opens the breaker.
+    /// Returns true if the instance was not stalled before.
     pub fn stalled(&self, now: Instant, breaker: Breaker) -> bool {
         let is_new = !self.is_stalled.swap(true, Ordering::Relaxed);
         self.failed.fetch_add(u64::from(is_new), Ordering::Relaxed);
@@ -168,7 +173,8 @@ impl Load {
         is_new
     }
 
-    /// A leg failed by the instance's fault. Returns whether it gets nothing from now on.
+    /// Records that a leg failed through the instance's fault. Returns true if this failure opens the
+    /// breaker.
     pub fn failed(&self, now: Instant, breaker: Breaker) -> bool {
         self.failed.fetch_add(1, Ordering::Relaxed);
         let failures = self
@@ -182,7 +188,8 @@ impl Load {
         failures == breaker.failures
     }
 
-    /// It has been chosen: if it had failed too often, this request alone tries.
+    /// Records that routing chose the instance. If the instance had failed too often, the breaker opens
+    /// again, so that this request alone probes the instance.
     pub fn chosen(&self, now: Instant, breaker: Breaker) {
         if self.failures.load(Ordering::Relaxed) >= breaker.failures {
             self.open(now, breaker);
@@ -190,7 +197,8 @@ impl Load {
     }
 
     fn open(&self, now: Instant, breaker: Breaker) {
-        // As long as one request tries a stalled instance, the next one does not.
+        // While one request probes a stalled instance, no other request may follow it there and stall
+        // too.
         let pause = if self.is_stalled.load(Ordering::Relaxed) {
             breaker.pause.max(breaker.stall)
         } else {
@@ -208,7 +216,7 @@ impl Load {
 }
 
 impl LoadGuard {
-    /// The load that it is part of.
+    /// Returns the load that this share is part of.
     pub fn load(&self) -> &Load {
         &self.load
     }

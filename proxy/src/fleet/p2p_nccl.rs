@@ -1,4 +1,4 @@
-//! What vLLM's P2P NCCL instances say to the port that they register at.
+//! The registration message of vLLM's P2P NCCL instances.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::fleet::instance::{Connector, Instance, Named, Source, Unusable};
 
-/// An instance's word that it is there, repeated every three seconds.
+/// The message by which an instance says that it lives. The instance repeats it every three seconds.
 #[derive(Debug, Deserialize)]
 struct Hello {
     #[serde(rename = "type")]
@@ -16,21 +16,21 @@ struct Hello {
     zmq_address: String,
 }
 
-/// What cannot be taken.
+/// A message that the proxy refuses.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BadHello {
-    /// Not such a message.
+    /// The bytes are not a registration message.
     #[error("malformed: {0}")]
     Malformed(String),
-    /// One that names something unusable.
+    /// The message names an address that the proxy cannot use.
     #[error(transparent)]
     Unusable(#[from] Unusable),
 }
 
-/// Reads a message.
+/// Reads a registration message and returns its instance.
 ///
 /// # Errors
-/// Anything that names no instance.
+/// The message names no instance that can be used.
 pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
     if bytes.len() > MAX_BYTES {
         return Err(BadHello::Malformed(format!("{} bytes", bytes.len())));
@@ -55,10 +55,10 @@ pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
     Ok(Instance::named(&named, Source::P2pNccl)?)
 }
 
-/// Three of its words missed.
+/// Lease of an instance, after which three messages are missing.
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
 
-/// Three short strings.
+/// The longest message in bytes: it carries three short strings.
 const MAX_BYTES: usize = 4096;
 
 #[cfg(test)]

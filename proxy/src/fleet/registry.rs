@@ -1,4 +1,4 @@
-//! Who is there: registrations with a lease, verified by call-back.
+//! Registrations with a lease, which the proxy verifies by call-back.
 //!
 //! ```text
 //!              Register(epoch)                  answer: same id and epoch
@@ -9,11 +9,12 @@
 //!        id or epoch               (absent)             took its place     (absent)
 //! ```
 //!
-//! A candidate never gets requests, and it replaces a member only once its admin address has
-//! confirmed it: a stale or forged registration with a member's name changes nothing. A member
-//! gets requests while its last answer said `ready` and is younger than 15 s.
+//! A candidate never gets requests. It replaces a member only after its admin address has confirmed it,
+//! so a stale or forged registration with a member's name changes nothing. A member gets requests while
+//! its last answer said `ready` and is younger than 15 s.
 //!
-//! No IO and no clock here: the caller passes `now` and makes the calls that [`Registry::due`] names.
+//! The registry does no IO and reads no clock: the caller passes `now` and makes the calls that
+//! [`Registry::due`] returns.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -32,57 +33,59 @@ pub(crate) use call::{Answer, CallBack};
 pub(crate) use command::Command;
 use lease::{Lease, holds_epoch, take_epoch};
 
-/// Every registration.
+/// All registrations, by id.
 #[derive(Debug)]
 pub(crate) struct Registry {
     entries: BTreeMap<String, Entry>,
     max_instances: usize,
     call_back_every: Duration,
     budget: Budget,
-    /// Names that two sidecars have, not said yet.
+    /// Disputes over ids that have not been logged yet.
     disputes: Vec<String>,
 }
 
-/// Both registrations that one name can have.
+/// The member and the candidate of one id.
 #[derive(Debug, Default)]
 struct Entry {
     member: Option<Lease>,
     candidate: Option<Lease>,
-    /// Epoch of the member that a candidate has replaced last. A process that is gone does not come back
-    /// with it.
+    /// Epoch of the member that a candidate replaced last. A process that is gone does not come back
+    /// with its epoch: a confirmed candidate with this epoch proves that two live sidecars have the same
+    /// id.
     replaced: Option<u64>,
-    /// Both are alive, each at an address of its own. Neither gets requests until one of them is gone.
+    /// Text of the dispute while two live sidecars have this id; neither gets requests. `None` without a
+    /// dispute.
     dispute: Option<String>,
 }
 
-/// What a registration did.
+/// The effect of a registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registered {
-    /// A name or epoch that was not known.
+    /// The id or epoch is new.
     New,
-    /// A heartbeat.
+    /// The registration renews a lease: a heartbeat.
     Renewed,
 }
 
-/// A registration that is not taken.
+/// A registration that the registry refuses.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {
     /// A field cannot be used.
     #[error(transparent)]
     Unusable(#[from] Unusable),
-    /// The table is full.
+    /// The registry is full.
     #[error("{0} instances are registered already (--max-instances)")]
     Full(usize),
-    /// The addresses changed and the epoch did not.
+    /// The addresses or the role changed and the epoch did not.
     #[error("addresses or role changed within one epoch")]
     Changed,
-    /// The name has two sidecars already.
+    /// Two live sidecars have the id already.
     #[error("{0}")]
     Disputed(String),
 }
 
 impl Registry {
-    /// An empty registry.
+    /// Creates an empty registry.
     pub(crate) fn new(max_instances: usize, call_back_every: Duration) -> Self {
         Self {
             entries: BTreeMap::new(),
@@ -93,10 +96,10 @@ impl Registry {
         }
     }
 
-    /// Takes a registration, which is its own heartbeat.
+    /// Takes a registration message of a sidecar. Each registration is also a heartbeat.
     ///
     /// # Errors
-    /// Why it is not taken; the registry is unchanged.
+    /// The reason for the refusal; the registry is unchanged.
     pub(crate) fn register(
         &mut self,
         now: Instant,
@@ -107,10 +110,11 @@ impl Registry {
         self.enter(now, fresh, lease, message.ready)
     }
 
-    /// Takes an instance without a sidecar: with a lease that its next word renews, or for good.
+    /// Takes an instance without a sidecar. It stays for `lease` unless the next registration renews it,
+    /// or, without a lease, until it is removed.
     ///
     /// # Errors
-    /// Why it is not taken; the registry is unchanged.
+    /// The reason for the refusal; the registry is unchanged.
     pub(crate) fn name(
         &mut self,
         now: Instant,
@@ -161,13 +165,13 @@ impl Registry {
         if known.said_ready != said_ready {
             known.said_ready = said_ready;
             let prompted = self.budget.prompted(now, &fresh.id);
-            // A change never puts off the call-back that is due anyway.
+            // A change must not delay a call-back that is due earlier.
             known.call_at = known.call_at.min(prompted);
         }
         Ok(Registered::Renewed)
     }
 
-    /// Takes a good-bye; returns whether anybody was meant.
+    /// Removes the registration of this id and epoch, and returns its instance if it was registered.
     pub(crate) fn leave(&mut self, now: Instant, id: &str, epoch: u64) -> Option<Instance> {
         let entry = self.entries.get_mut(id)?;
         let gone = take_epoch(&mut entry.member, epoch)
@@ -176,13 +180,13 @@ impl Registry {
         gone.map(|lease| lease.instance)
     }
 
-    /// Removes an instance, whatever its epoch; returns it if it was there.
+    /// Removes the instance of this id, whatever its epoch, and returns it if it was registered.
     pub(crate) fn remove(&mut self, id: &str) -> Option<Instance> {
         let entry = self.entries.remove(id)?;
         entry.member.or(entry.candidate).map(|lease| lease.instance)
     }
 
-    /// Lets an instance take no new requests, or take them again. Returns whether it is there.
+    /// Drains an instance, or gives it requests again. Returns true if it is registered.
     pub(crate) fn drain(&mut self, id: &str, draining: bool) -> bool {
         let Some(entry) = self.entries.get_mut(id) else {
             return false;
@@ -196,7 +200,8 @@ impl Registry {
         true
     }
 
-    /// Drops what has not been heard of for three periods.
+    /// Removes registrations with an expired lease and returns their instances. Marks members as not
+    /// ready if their last answer is too old.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<Instance> {
         let mut gone = Vec::new();
         for entry in self.entries.values_mut() {
@@ -216,7 +221,7 @@ impl Registry {
         gone
     }
 
-    /// Call-backs to be made now; each is under way until [`Registry::called_back`].
+    /// Returns the call-backs that are due. Each is in flight until [`Registry::called_back`].
     pub(crate) fn due(&mut self, now: Instant) -> Vec<CallBack> {
         let mut calls = Vec::new();
         let Self {
@@ -241,17 +246,20 @@ impl Registry {
         calls
     }
 
-    /// A request has failed there: it is called back at once, or a second after the last call-back.
+    /// Schedules a call-back after a request to the instance has failed: at once, or one second after
+    /// the last answer.
     pub(crate) fn suspect(&mut self, now: Instant, id: &str) {
         let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
         if let Some(member) = member {
-            // Not dropped: the last answer may be from just before the engine's death.
+            // The call-back is made even right after an answer, which may be from just before the engine
+            // died.
             let soon = member.answered.map_or(now, |at| now.max(at + RETRY_AFTER));
             member.call_at = member.call_at.min(soon);
         }
     }
 
-    /// Takes the end of a call-back. Returns the instance if it changed its standing.
+    /// Takes the result of a call-back. Returns the instance if its readiness changed or if the result
+    /// removed it.
     pub(crate) fn called_back(
         &mut self,
         now: Instant,
@@ -305,7 +313,8 @@ impl Registry {
                 } else if ready {
                     Standing::Ready
                 } else {
-                    // A sidecar that is not ready is asked more often: it gets no requests meanwhile.
+                    // The proxy asks a sidecar that is not ready more often: until the next answer it
+                    // gets no requests.
                     lease.call_at = now + RETRY_AFTER.min(every);
                     Standing::NotReady(reason)
                 };
@@ -316,7 +325,7 @@ impl Registry {
         (before != lease.instance.standing).then(|| lease.instance.clone())
     }
 
-    /// When [`Registry::expire`] or [`Registry::due`] has something to do next.
+    /// Returns the next time at which [`Registry::expire`] or [`Registry::due`] has something to do.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.entries
             .values()
@@ -327,7 +336,7 @@ impl Registry {
                     .answered
                     .filter(|_| lease.instance.is_ready())
                     .map(|at| at + ANSWER_VALID);
-                // A call-back without a place waits for the end of another one, not for an instant.
+                // A call-back over the limit waits for another call-back to end, not for a time.
                 let may_call = !lease.calling && self.budget.has_place(lease);
                 let call = may_call.then_some(lease.call_at);
                 [lease.expires, stale, call].into_iter().flatten()
@@ -335,7 +344,7 @@ impl Registry {
             .min()
     }
 
-    /// Every instance, members before candidates of the same name.
+    /// Returns all instances, members before candidates of the same id.
     pub(crate) fn instances(&self) -> Vec<Instance> {
         self.entries
             .values()
@@ -345,12 +354,12 @@ impl Registry {
             .collect()
     }
 
-    /// Takes what is to be said of names that two sidecars have, each dispute once.
+    /// Returns the texts of new disputes, each once, for the log.
     pub(crate) fn disputes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.disputes)
     }
 
-    /// Forgets names without registration, and ends disputes that one side has left.
+    /// Removes ids without registrations, and ends disputes that one side has left.
     fn tidy(&mut self, now: Instant) {
         self.entries
             .retain(|_, entry| entry.member.is_some() || entry.candidate.is_some());
@@ -361,7 +370,7 @@ impl Registry {
 }
 
 impl Entry {
-    /// Uses neither of both from now on. Returns what is to be said.
+    /// Marks both sidecars as not ready and returns the text for the log.
     fn open_dispute(&mut self) -> Option<String> {
         let (member, candidate) = (self.member.as_mut()?, self.candidate.as_mut()?);
         let place = |lease: &Lease| {
@@ -381,7 +390,8 @@ impl Entry {
         Some(dispute)
     }
 
-    /// Ends a dispute once one side is gone: the other side is called back, and used if it answers.
+    /// Ends a dispute after one side has gone. A call-back to the other side is due at once, and it gets
+    /// requests again if it answers.
     fn settle(&mut self, now: Instant) {
         if self.dispute.is_some() && (self.member.is_none() || self.candidate.is_none()) {
             self.dispute = None;
@@ -396,10 +406,10 @@ impl Entry {
     }
 }
 
-/// After a call-back without an answer, or with the answer "not ready".
+/// Time until the next call-back after one without an answer, or with the answer "not ready".
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// A `ready` that has not been repeated for so long does not count. The sidecar, on its side, is not
-/// ready without an acknowledgement of the same age.
+/// Time for which an answer `ready` is valid. A sidecar, for its part, is not ready if its last
+/// acknowledgement is older than that.
 pub(crate) const ANSWER_VALID: Duration = Duration::from_secs(15);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Instances that are named by flags, a file or the environment.
+//! Instances that flags, a file or the environment name.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::fleet::instance::{Connector, Instance, Named, Source, Unusable};
 
 mod lmcache;
 
-/// Who is there without registering. All ways can be mixed.
+/// Instances that do not register. All the ways to name them can be mixed.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Sources {
     /// Prefill instances that do not register, separated by commas.
@@ -32,7 +32,7 @@ pub struct Sources {
     )]
     pub decode: Vec<String>,
 
-    /// How the instances of --prefill and --decode hand KV over.
+    /// Connector of the instances of --prefill and --decode.
     #[arg(long, env = "PD_PROXY_CONNECTOR", default_value = "nixl")]
     pub connector: Connector,
 
@@ -115,10 +115,10 @@ struct File {
 }
 
 impl Sources {
-    /// Everyone who is named, or every problem at once.
+    /// Returns all configured instances, or all problems at once.
     ///
     /// # Errors
-    /// What cannot be used, and why.
+    /// Each entry that cannot be used, with the reason.
     pub fn named(&self) -> Result<Vec<Instance>, Vec<String>> {
         let mut problems = Vec::new();
         let mut named = self.file().unwrap_or_else(|problem| {
@@ -137,7 +137,7 @@ impl Sources {
                 true => lines.get(variable).cloned().unwrap_or_default(),
                 false => flag.clone(),
             };
-            // A variable that is set to nothing, or ends with a comma, names nobody there.
+            // An empty variable, or a comma at the end, adds an empty text, which names no instance.
             let urls = urls.iter().filter(|url| !url.trim().is_empty());
             named.extend(urls.map(|url| self.plain(role, url)));
         }
@@ -205,8 +205,8 @@ impl Sources {
     }
 }
 
-/// `NAME=a,b`, perhaps with `export` in front, quotes around the value and a comment behind it; `None` for
-/// anything else.
+/// Reads a line `NAME=a,b`, which may have `export` in front, quotes around the value and a comment
+/// behind it. Returns `None` for any other line.
 fn assignment(line: &str) -> Option<(String, Vec<String>)> {
     let line = line.trim();
     let line = line.strip_prefix("export ").unwrap_or(line);
@@ -225,7 +225,7 @@ fn assignment(line: &str) -> Option<(String, Vec<String>)> {
     Some((name.trim().to_owned(), words.map(str::to_owned).collect()))
 }
 
-/// What `--env-file` is read for.
+/// The variables that the proxy reads from `--env-file`.
 const VARIABLES: [&str; 2] = ["PREFILL_ENDPOINTS", "DECODE_ENDPOINTS"];
 
 fn about(named: &Named, error: &Unusable) -> String {

@@ -1,4 +1,4 @@
-//! The registration port: a bounded PULL socket. The only file of this binary that names ZeroMQ.
+//! The registration ports: bounded ZeroMQ sockets. No other file of the proxy names ZeroMQ.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use omq_tokio::endpoint::Endpoint;
 use omq_tokio::{Message, Options, Socket, SocketType};
 use protocol::registration::PROXY_NAME;
 
-/// The bound registration socket.
+/// A bound registration socket.
 #[derive(Debug)]
 pub(crate) struct Registrations {
     socket: Socket,
@@ -16,18 +16,18 @@ pub(crate) struct Registrations {
     max_peers: usize,
 }
 
-/// What a peer sent.
+/// A message from a peer.
 #[derive(Debug)]
 pub(crate) enum Frame {
-    /// One frame, as every message on this port is.
+    /// The only frame of a message, as every message on the PULL port has it.
     Single(Bytes),
-    /// The last of several: the others say who has sent it.
+    /// The last of several frames. On the ROUTER port the frames before it name the peer.
     Last(Bytes),
-    /// No frame.
+    /// The message has no frame.
     Odd,
 }
 
-/// The registration port cannot be used, or can no longer be.
+/// The registration port cannot be used, or no longer.
 #[derive(Debug, thiserror::Error)]
 pub enum PortError {
     /// The address could not be bound.
@@ -35,7 +35,7 @@ pub enum PortError {
     Bind {
         /// The configured address.
         address: SocketAddr,
-        /// What the library says.
+        /// Error text of the ZeroMQ library.
         text: String,
     },
     /// The socket has ended.
@@ -44,10 +44,10 @@ pub enum PortError {
 }
 
 impl Registrations {
-    /// Binds the port.
+    /// Binds the registration port of sidecars.
     ///
     /// # Errors
-    /// The address is in use, not ours, or not permitted.
+    /// The address is in use, does not belong to this host, or is not permitted.
     pub(crate) async fn bind(address: SocketAddr) -> Result<Self, PortError> {
         let named = Options::default().identity(PROXY_NAME);
         Self::bind_as(SocketType::Pull, named, address).await
@@ -56,7 +56,7 @@ impl Registrations {
     /// Binds the port of P2P NCCL instances, which are DEALERs.
     ///
     /// # Errors
-    /// The address is in use, not ours, or not permitted.
+    /// The address is in use, does not belong to this host, or is not permitted.
     pub(crate) async fn bind_router(address: SocketAddr) -> Result<Self, PortError> {
         Self::bind_as(SocketType::Router, Options::default(), address).await
     }
@@ -90,12 +90,12 @@ impl Registrations {
         })
     }
 
-    /// The bound address, with the port that was chosen for port 0.
+    /// Returns the bound address, with the port that the system chose for port 0.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The next frame of any peer.
+    /// Returns the next frame of any peer.
     ///
     /// # Errors
     /// The socket has ended; nothing more will come.
@@ -111,8 +111,8 @@ impl Registrations {
         Ok(single(&message))
     }
 
-    /// Disconnects connections beyond the limit, newest first: sidecars that serve came early.
-    /// Returns how many.
+    /// Disconnects the newest connections beyond the limit and returns their number. The oldest stay, so
+    /// that a flood of new connections does not push out sidecars in service.
     pub(crate) async fn shed(&self) -> usize {
         let Ok(mut peers) = self.socket.connections().await else {
             return 0;
@@ -123,7 +123,7 @@ impl Registrations {
         peers.sort_by_key(|peer| peer.connection_id);
         let surplus = peers.split_off(self.max_peers);
         for peer in &surplus {
-            // Fails only for a peer that has gone meanwhile.
+            // Disconnecting fails only for a peer that has gone in the meantime.
             drop(self.socket.disconnect_peer(peer.connection_id).await);
         }
         surplus.len()
@@ -143,23 +143,24 @@ fn single(message: &Message) -> Frame {
     }
 }
 
-/// A `Register` with 64 ranks takes under 2 KiB; an answer to nothing needs more.
+/// The longest message in bytes: a `Register` with 64 ranks takes less than 2 KiB.
 const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 
-/// The library's default of 128 lets half-open connections starve newcomers.
+/// Handshakes at once. With the library's default of 128, half-open connections starve newcomers.
 const MAX_PENDING_HANDSHAKES: usize = 2048;
 
-/// Half-open connections are dropped after this time.
+/// Time after which the socket drops a half-open connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A peer that does not answer three of these is dropped; a vanished host is noticed by nothing else.
+/// Heartbeat period. The socket drops a peer that misses three heartbeats; nothing else notices a host
+/// that has vanished.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 
-/// Messages that wait for the registry, per peer: a flood is slowed by TCP, not stored here.
+/// Messages per peer that may wait for the registry. TCP slows a flood beyond that, instead of the proxy
+/// storing it.
 const QUEUED_MESSAGES: u32 = 1024;
 
-/// Each sidecar holds one connection for each of its ranks at most; 64 sidecars with 8 ranks fit
-/// twice.
+/// Most connections. A sidecar holds at most one per rank, so that 64 sidecars with 8 ranks fit twice.
 const MAX_PEERS: usize = 1024;
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! IPv6 addresses with a zone, such as `fe80::1%eth0`: a link-local address is complete only with the interface.
 //!
-//! `http::Uri` carries none. Within an URL such an address therefore travels as a name that no server of
-//! names has, `fe80--1.eth0.zone.invalid`, which [`Resolver`] turns back.
+//! `http::Uri` cannot carry a zone. Inside an URL the proxy therefore replaces the address and its zone
+//! by a host name that no DNS server knows, `fe80--1.eth0.zone.invalid`. [`Resolver`] turns the name
+//! back into the address.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -12,10 +13,12 @@ use std::vec;
 use hyper_util::client::legacy::connect::dns::Name;
 use tower::Service;
 
-/// Returns the name that stands for `ADDRESS%ZONE`; `None` if that is not what it is.
+/// Returns the host name that stands for `ADDRESS%ZONE`; `None` if `host` is not an IPv6 address with a
+/// zone.
 pub(crate) fn name(host: &str) -> Option<String> {
     let (address, zone) = host.split_once('%')?;
-    // RFC 6874 writes `%25eth0` in an URL. A number is taken as it is: interface 257 is no 7.
+    // RFC 6874 writes `%25eth0` in an URL. A zone that is a number stays as it is, because `257` is
+    // interface 257 and not an escaped 7.
     let is_name = |zone: &&str| zone.starts_with(|c: char| c.is_ascii_alphabetic());
     let zone = zone.strip_prefix("25").filter(is_name).unwrap_or(zone);
     let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
@@ -24,7 +27,7 @@ pub(crate) fn name(host: &str) -> Option<String> {
     is_zone.then(|| format!("{}.{zone}{SUFFIX}", address.to_string().replace(':', "-")))
 }
 
-/// Returns the address and the zone for which a name stands.
+/// Returns the address and the zone for which a host name stands; `None` for any other host name.
 pub(crate) fn of(name: &str) -> Option<(Ipv6Addr, &str)> {
     let (address, zone) = name.strip_suffix(SUFFIX)?.split_once('.')?;
     Some((address.replace('-', ":").parse().ok()?, zone))
@@ -37,7 +40,7 @@ pub(crate) fn carried(url: &str) -> Option<String> {
     Some(format!("{scheme}://{}{rest}", name(host)?))
 }
 
-/// Looks names up as the host does, and turns those of this module back into addresses.
+/// Resolves names as the operating system does, and turns the names of this module back into addresses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Resolver;
 
@@ -62,10 +65,10 @@ impl Service<Name> for Resolver {
     }
 }
 
-/// A top-level domain that is never given to anybody.
+/// RFC 2606 reserves `.invalid`, so the suffix can never be part of a real host name.
 const SUFFIX: &str = ".zone.invalid";
 
-/// `IFNAMSIZ` without its terminator.
+/// The longest interface name in bytes: `IFNAMSIZ` without its terminator.
 const MAX_ZONE_BYTES: usize = 15;
 
 #[cfg(test)]

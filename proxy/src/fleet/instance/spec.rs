@@ -1,4 +1,5 @@
-//! What is said of an instance, by itself or by others, and what cannot be used of it.
+//! Checks of the descriptions from which the proxy learns an instance: registrations, flags, files,
+//! `POST /instances` and the shared registry.
 
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -10,21 +11,21 @@ use super::{Connector, Instance, Source, Standing, Written};
 use crate::fleet::base_url::{BadUrl, BaseUrl, shortened};
 use crate::fleet::kv_fit::Kv;
 
-/// Which legs an instance takes and where it is, as flags, files and `POST /instances` say it.
+/// Role and address of an instance, as flags, files and `POST /instances` give them.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Named {
-    /// Which legs it takes.
+    /// The legs that the instance takes.
     pub role: InstanceRole,
-    /// Base URL of its OpenAI server.
+    /// Base URL of the engine's OpenAI server; `host:port` is enough.
     pub url: String,
-    /// Its name; its address if absent.
+    /// Id of the instance; `host:port` of `url` if absent.
     #[serde(default)]
     pub id: Option<String>,
-    /// How it hands KV over.
+    /// The connector by which the instance hands KV over; `nixl` if absent.
     #[serde(default)]
     pub connector: Connector,
-    /// LMCache decoders: the host that prefillers reach; that of `url` if absent.
+    /// LMCache decoders: the host at which prefillers reach the ports; the host of `url` if absent.
     #[serde(default)]
     pub host: Option<String>,
     /// LMCache decoders: init port of each rank.
@@ -33,12 +34,12 @@ pub struct Named {
     /// LMCache decoders: alloc port of each rank.
     #[serde(default)]
     pub alloc_ports: Vec<u16>,
-    /// P2P NCCL: `ip:port` of its ZeroMQ socket.
+    /// P2P NCCL: `ip:port` of the instance's ZeroMQ socket; required for this connector only.
     #[serde(default)]
     pub zmq: Option<String>,
 }
 
-/// A registration that names something unusable.
+/// A description of an instance that the proxy cannot use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
     /// An address that the proxy cannot call.
@@ -47,7 +48,7 @@ pub enum Unusable {
     /// An id that cannot be shown in logs and metrics.
     #[error("id {0:?} is empty, longer than {MAX_ID_BYTES} bytes or not printable ASCII")]
     Id(String),
-    /// Port lists that do not fit together.
+    /// Lists of ports that do not have one init port and one alloc port per rank.
     #[error(
         "{init} init ports and {alloc} alloc ports: one of each per rank is needed, {MAX_RANKS} at most, and for a receiver at least one"
     )]
@@ -60,7 +61,7 @@ pub enum Unusable {
     /// A receiver that senders cannot reach.
     #[error("host {0:?} of a receiver is empty or not a host name")]
     Host(String),
-    /// A connector that needs what is not given.
+    /// A field that the connector requires is missing, or the connector cannot be configured by hand.
     #[error("{0}")]
     Incomplete(&'static str),
 }
@@ -100,7 +101,7 @@ impl Instance {
         })
     }
 
-    /// Checks an instance that somebody has named.
+    /// Checks an instance that flags, a file or `POST /instances` name.
     ///
     /// # Errors
     /// The first field that cannot be used.
@@ -216,7 +217,8 @@ fn check_receiver(
     Ok(())
 }
 
-/// As it stands in the request ids of P2P NCCL: anything else could end one address early.
+/// Returns true for `host:port` as P2P NCCL's request ids carry it. Any other character could end an
+/// address early inside a request id, so that an engine would connect to a wrong host.
 fn is_host_port(text: &str) -> bool {
     let Some((host, port)) = text.rsplit_once(':') else {
         return false;
@@ -230,9 +232,9 @@ fn is_host_port(text: &str) -> bool {
     is_host && host.len() <= MAX_HOST_BYTES && port.parse::<u16>().is_ok_and(|port| port != 0)
 }
 
-/// Names are labels and words in log lines.
+/// The longest id in bytes: ids are metric labels and words in log lines.
 const MAX_ID_BYTES: usize = 128;
-/// As in DNS.
+/// The longest host name in bytes, as in DNS.
 const MAX_HOST_BYTES: usize = 253;
-/// The largest tensor-parallel size in use is 16.
+/// Most ranks of an instance: the largest tensor-parallel size in use is 16.
 const MAX_RANKS: usize = 64;

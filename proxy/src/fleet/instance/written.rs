@@ -6,36 +6,36 @@ use serde::{Deserialize, Serialize};
 use super::{Connector, Instance, Source};
 use crate::fleet::kv_fit::Kv;
 
-/// An instance as it is written.
+/// The description of an instance in the shared registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
-    /// Its name.
+    /// Id of the instance.
     pub id: String,
-    /// The sidecar's epoch.
+    /// The sidecar's epoch; 0 without a sidecar.
     pub epoch: u64,
-    /// How it hands KV over.
+    /// The connector by which the instance hands KV over.
     pub connector: Connector,
-    /// Which legs it takes.
+    /// The legs that the instance takes.
     pub role: InstanceRole,
-    /// The engine's OpenAI server.
+    /// Base URL of the engine's OpenAI server.
     pub http: String,
-    /// The sidecar's admin server.
+    /// Base URL of the sidecar's admin server; `None` without a sidecar.
     pub admin: Option<String>,
-    /// P2P NCCL's address.
+    /// P2P NCCL: `ip:port` of the ZeroMQ socket; `None` for other connectors.
     pub zmq: Option<String>,
-    /// Where senders reach the ports.
+    /// Host at which senders reach the ports.
     pub host: String,
-    /// Init port of each rank.
+    /// Init port of each rank; empty if the instance has none.
     pub init_ports: Vec<u16>,
-    /// Alloc port of each rank.
+    /// Alloc port of each rank; empty if the instance has none.
     pub alloc_ports: Vec<u16>,
-    /// What its sidecar says of its KV.
+    /// The KV description that the sidecar gave.
     #[serde(flatten)]
     pub kv: Kv,
 }
 
 impl Written {
-    /// What is written of an instance.
+    /// Returns the description of `instance` for the shared registry.
     pub fn of(instance: &Instance) -> Self {
         Self {
             id: instance.id.clone(),
@@ -52,10 +52,10 @@ impl Written {
         }
     }
 
-    /// The instance, checked like one that registers.
+    /// Returns the instance, checked like one that registers.
     ///
     /// # Errors
-    /// What cannot be used.
+    /// The first field that cannot be used.
     pub fn instance(self) -> Result<Instance, String> {
         Instance::written(self, Source::Shared).map_err(|e| e.to_string())
     }

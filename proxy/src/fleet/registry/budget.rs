@@ -1,15 +1,17 @@
-//! The bound on call-backs: a registration names an address, and strangers register as fast as they like.
+//! The limit on call-backs. Without it, a peer that registers foreign addresses as fast as it likes
+//! could make the proxy flood their hosts.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::lease::Lease;
 
-/// Call-backs under way, and when a name's registrations may prompt the next one.
+/// Call-backs in flight, and the rate at which the registrations of an id may prompt more.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
     under_way: Vec<Call>,
-    /// By name, the instant at which its whole burst is available again.
+    /// For each id, the time at which its whole burst is available again. An absent id has the whole
+    /// burst.
     names: BTreeMap<String, Instant>,
 }
 
@@ -21,7 +23,7 @@ struct Call {
 }
 
 impl Budget {
-    /// Returns the earliest instant of a call-back that a registration of this name prompts.
+    /// Returns the earliest time of a call-back that a registration of this id prompts.
     pub(super) fn prompted(&mut self, now: Instant, id: &str) -> Instant {
         self.names.retain(|_, full_at| *full_at > now);
         let full_at = self.names.get(id).copied().unwrap_or(now).max(now);
@@ -29,14 +31,15 @@ impl Budget {
             id.to_owned(),
             (full_at + EVERY).min(now + EVERY * (BURST + 1)),
         );
-        // Within the burst this is now, or earlier.
+        // Within the burst the result is `now`.
         full_at
             .checked_sub(EVERY * (BURST - 1))
             .map_or(now, |at| at.max(now))
     }
 
-    /// Returns true if the call-back of this registration may begin. An instance that has answered before
-    /// always may: strangers that name its host must not make it miss its call-backs.
+    /// Returns true if the call-back of this registration may begin. An instance that has answered
+    /// before always may: a flood of registrations that name its host must not make it miss its
+    /// call-backs.
     pub(super) fn has_place(&self, lease: &Lease) -> bool {
         let of_name = |call: &&Call| call.id == lease.instance.id;
         !lease.is_unproven()
@@ -47,7 +50,7 @@ impl Budget {
                 })
     }
 
-    /// Notes that a call-back begins.
+    /// Counts a call-back that begins.
     pub(super) fn begin(&mut self, lease: &Lease) {
         if lease.is_unproven() {
             self.under_way.push(Call {
@@ -58,7 +61,7 @@ impl Budget {
         }
     }
 
-    /// Notes that a call-back has ended.
+    /// Releases a call-back that has ended.
     pub(super) fn end(&mut self, id: &str, epoch: u64) {
         let is_it = |call: &Call| call.id == id && call.epoch == epoch;
         if let Some(at) = self.under_way.iter().position(is_it) {
@@ -67,11 +70,13 @@ impl Budget {
     }
 }
 
-/// A member and its candidate.
+/// Call-backs in flight per id: one for the member and one for its candidate.
 const PER_NAME: usize = 2;
-/// Eight GPUs, one engine each, of two deployments. Each call-back ends within 4 s.
+/// Call-backs in flight per host: eight GPUs with one engine each, of two deployments. Each call-back
+/// ends within 4 s.
 const PER_HOST: usize = 16;
-/// Call-backs that a name's registrations prompt at once: a restart, and a few changes of readiness.
+/// Call-backs that the registrations of an id prompt at once: one restart and a few changes of
+/// readiness.
 const BURST: u32 = 4;
-/// Time between two more.
+/// Time between two call-backs beyond the burst.
 const EVERY: Duration = Duration::from_secs(1);

@@ -1,39 +1,40 @@
-//! Calling an instance back.
+//! Call-backs, by which the proxy verifies a registration.
 
-/// A call-back to be made.
+/// A call-back that the caller has to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CallBack {
-    /// The sidecar's name.
+    /// Id of the instance.
     pub id: String,
-    /// The sidecar's epoch.
+    /// Epoch that the answer has to repeat.
     pub epoch: u64,
-    /// Where: `POST {admin}/registered`; nowhere without a sidecar.
+    /// URL of `POST {admin}/registered`; `None` without a sidecar.
     pub url: Option<String>,
-    /// And then, if the sidecar is ready: `GET {http}/health`.
+    /// URL of the health probe `GET {http}/health`, which follows if the sidecar is ready; without a
+    /// sidecar it is the only probe.
     pub health: String,
 }
 
-/// How a call-back ended.
+/// The result of a call-back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It is who it says it is.
+    /// The answer has the id and the epoch of the registration.
     Confirmed {
-        /// A push would work.
+        /// True if the instance can take requests.
         ready: bool,
-        /// Why not.
+        /// The reason if it is not ready; empty if it is.
         reason: String,
     },
-    /// Somebody else answers at that address: another id or epoch.
+    /// Another id or epoch answers at this address.
     Stranger,
-    /// No usable answer in time.
+    /// There was no usable answer in time; the text says why.
     Silent(String),
 }
 
 impl Answer {
-    /// Every name of [`Answer::as_str`].
+    /// All names that [`Answer::as_str`] returns.
     pub const NAMES: [&'static str; 4] = ["ready", "not_ready", "stranger", "no_answer"];
 
-    /// The name in metrics.
+    /// Returns the name in metrics.
     pub fn as_str(&self) -> &'static str {
         let [ready, not_ready, stranger, no_answer] = Self::NAMES;
         match self {

@@ -1,18 +1,19 @@
-//! What other tasks ask of the task that owns the registry.
+//! Commands of other tasks to the task that owns the registry.
 
 use tokio::sync::oneshot;
 
 use crate::fleet::instance::Instance;
 
-/// Something that the registration task is asked to do.
+/// A command to the registration task.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Take this instance in.
+    /// Add this instance.
     Name(Box<Instance>, oneshot::Sender<Result<(), String>>),
-    /// These are all that other proxies have written.
+    /// Replace the instances of other proxies by this complete list.
     Share(Vec<Instance>),
-    /// Forget this one. Answers whether it was there.
+    /// Remove this instance. The answer is true if it was registered.
     Remove(String, oneshot::Sender<bool>),
-    /// Give this one no new requests, or give it some again. Answers whether it is there.
+    /// Drain this instance (true), or give it requests again (false). The answer is true if it is
+    /// registered.
     Drain(String, bool, oneshot::Sender<bool>),
 }

@@ -1,4 +1,4 @@
-//! One registration, for as long as it is renewed.
+//! The lease of a registration.
 
 use std::time::{Duration, Instant};
 
@@ -6,21 +6,21 @@ use protocol::registration::Register;
 
 use crate::fleet::instance::Instance;
 
-/// One registration.
+/// One registration with its lease and its call-backs.
 #[derive(Debug)]
 pub(super) struct Lease {
     pub(super) instance: Instance,
-    /// `None`: it is there until it is removed.
+    /// End of the lease; `None` if the registration stays until it is removed.
     pub(super) expires: Option<Instant>,
     pub(super) call_at: Instant,
     pub(super) calling: bool,
-    /// The sidecar's own word in its last `Register`: a change is a reason to call it back at once.
+    /// Readiness that the sidecar gave in its last `Register`. A change prompts a call-back at once.
     pub(super) said_ready: bool,
     pub(super) answered: Option<Instant>,
 }
 
 impl Lease {
-    /// Returns true for a registration by the network that no call-back has confirmed yet.
+    /// Returns true for a registration from the network that no call-back has confirmed yet.
     pub(super) fn is_unproven(&self) -> bool {
         self.expires.is_some() && self.answered.is_none()
     }
@@ -51,15 +51,16 @@ pub(super) fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease>
     }
 }
 
-/// How long a registration holds: three times the announced period, within sane bounds: 0 would expire at once, an hour would never.
+/// Returns the length of the lease: three times the announced period. The period is limited, because 0
+/// would expire at once and a period of an hour would keep a dead instance for hours.
 pub(super) fn announced(message: &Register) -> Duration {
     let period = Duration::from_millis(u64::from(message.period_ms));
     period.clamp(SHORTEST_PERIOD, LONGEST_PERIOD) * MISSED_PERIODS
 }
 
-/// So many missed heartbeats mean gone, as the registration message says.
+/// Missed heartbeats after which an instance counts as gone, as the registration message promises.
 const MISSED_PERIODS: u32 = 3;
-/// Shorter periods are treated as this one.
+/// The shortest period: a shorter one counts as this one.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(100);
-/// Longer periods are treated as this one.
+/// The longest period: a longer one counts as this one.
 const LONGEST_PERIOD: Duration = Duration::from_secs(60);

@@ -8,8 +8,9 @@ use super::Sources;
 use crate::fleet::instance::{Connector, Named};
 
 impl Sources {
-    /// LMCache's example proxy pairs hosts and ports like this: one of each and a count makes
-    /// consecutive ports; one of the one kind goes with all of the other; else they go one to one.
+    /// Returns the instances that the flags name, paired as LMCache's example proxy pairs hosts and
+    /// ports: one host, one port and a count make consecutive ports; one host goes with all ports, or
+    /// one port with all hosts; equally many of both go one to one.
     pub(super) fn lmcache(&self) -> Result<Vec<Named>, String> {
         let mut all = Vec::new();
         let prefillers = pairs(
