@@ -1,8 +1,7 @@
 //! A request's JSON body: an ordered list of fields whose values stay as they came, byte for byte.
 //!
-//! Only the fields that decide a route are read. A prompt of 100,000 token ids is neither parsed
-//! nor printed again, and numbers, order and unknown fields reach the engine as the client wrote
-//! them.
+//! The proxy reads only the fields that decide a route. It neither parses nor prints a prompt of 100,000
+//! token ids; numbers, order and unknown fields reach the engine as the client wrote them.
 
 use std::ops::Range;
 
@@ -25,21 +24,22 @@ pub(crate) use kinds::{Kind, kind};
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestBody {
-    /// As it came, in UTF-8.
+    /// The body as it came, converted to UTF-8.
     source: Bytes,
-    /// The same with numbers that JSON knows; `fields` lie in both.
+    /// The same text with plain numbers in the place of `NaN` and `Infinity`, so that serde can read it.
+    /// The ranges in `fields` hold for both texts.
     read: Bytes,
     fields: Vec<Field>,
-    /// `source` itself may be sent on: nothing in it was dropped.
+    /// True if `source` itself may be sent on, because no field was dropped.
     is_clean: bool,
 }
 
-/// One field of it that is known, or several that are not.
+/// One known field of the body, or a run of unknown ones.
 #[derive(Clone, Debug)]
 struct Field {
-    /// Empty if they are not known.
+    /// Name of the field; empty for a run of unknown fields.
     name: &'static str,
-    /// Name and value, or all names and values.
+    /// Range of name and value, or of the whole run.
     all: Range<usize>,
     value: Range<usize>,
 }
@@ -47,9 +47,9 @@ struct Field {
 /// The part of a prefill leg's answer that reaches the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PrefillAnswer {
-    /// Its token is the client's first one, sampled as the client has asked.
+    /// The token is the client's first one, sampled as the client has asked.
     FirstToken,
-    /// Nothing: the leg only computes KV.
+    /// Nothing. The leg only computes KV.
     Nothing,
 }
 
@@ -59,10 +59,10 @@ pub(crate) enum BadBody {
     /// Not a JSON object.
     #[error("the request body is not a JSON object: {0}")]
     Json(#[from] serde_json::Error),
-    /// Neither UTF-8 nor what it seems to be.
+    /// The body is not valid in the encoding that its first bytes announce.
     #[error("the request body is not a JSON object: it begins as UTF-16 or UTF-32 and is not")]
     Encoding,
-    /// The client names a transfer of its own.
+    /// The client sends transfer parameters of its own.
     #[error(
         "kv_transfer_params is set by this proxy and must not be sent by a client: it names hosts that engines connect to"
     )]
@@ -73,7 +73,7 @@ impl RequestBody {
     /// Reads a body.
     ///
     /// # Errors
-    /// Not a JSON object, or one that carries transfer parameters.
+    /// The body is not a JSON object, or it carries transfer parameters.
     pub(crate) fn parse(source: Bytes) -> Result<Self, BadBody> {
         let source = text::utf8(source).ok_or(BadBody::Encoding)?;
         match Self::found(source.clone(), source.clone()) {
@@ -85,7 +85,7 @@ impl RequestBody {
         }
     }
 
-    /// The body whose fields stand in `read`.
+    /// Finds the fields of a body in `read`.
     fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
         let Fields(found) = serde_json::from_slice(&read)?;
         let start = read.as_ptr() as usize;
@@ -96,7 +96,7 @@ impl RequestBody {
                 let value = run.last.get();
                 let at = value.as_ptr() as usize - start;
                 let value = at..at + value.len();
-                // Before a name stand blanks, a brace or comma, and blanks.
+                // Blanks, one brace or comma, and more blanks come before a name.
                 let is_blank =
                     |byte: &u8| byte.is_ascii_whitespace() || matches!(byte, b'{' | b',');
                 let blank = read[from..]
@@ -127,7 +127,8 @@ impl RequestBody {
         Ok(body)
     }
 
-    /// Why this request gets no transfer; `None` if one prompt becomes one sequence.
+    /// Returns the reason for which this request gets no transfer; `None` if the request is one prompt
+    /// that becomes one sequence.
     pub(crate) fn alone(&self, endpoint: Endpoint) -> Option<Fallback> {
         let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
         if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
@@ -155,18 +156,19 @@ impl RequestBody {
         }
     }
 
-    /// The body of a prefill leg, one token and not streamed, with these transfer parameters.
+    /// Returns the body of a prefill leg: one token, not streamed, with these transfer parameters.
     pub(crate) fn prefill_leg(
         &self,
         endpoint: Endpoint,
         params: Option<&str>,
         answer: PrefillAnswer,
     ) -> Bytes {
-        // The client gets the token in one way only; in the others nobody reads it.
+        // The client gets the leg's token in one mode only. In the others the token is dropped, so
+        // sampling fields would only cost time.
         let is_answer = answer == PrefillAnswer::FirstToken;
         let keep = |name: &str| match kind(name) {
             Some(Kind::Sampling) => is_answer,
-            // It is part of some chat templates.
+            // Some chat templates render `response_format` into the prompt.
             Some(Kind::Answer) => endpoint == Endpoint::Chat && name == "response_format",
             Some(Kind::Frame) => false,
             Some(Kind::Tokenized | Kind::Prompt | Kind::Asker) | None => true,
@@ -176,8 +178,8 @@ impl RequestBody {
             set.push(("return_token_ids", "true"));
             set.extend(self.first_of_min_tokens());
         } else {
-            // Some connectors hand over only what its length has ended, not a first token that is the
-            // last one.
+            // Some connectors hand KV over only if the length limit ended the answer. Without
+            // `ignore_eos`, an end-of-sequence token would end it.
             set.push(("ignore_eos", "true"));
         }
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
@@ -188,18 +190,19 @@ impl RequestBody {
         self.with(keep, &set)
     }
 
-    /// `min_tokens` of a leg that generates the answer's first token.
+    /// Returns `min_tokens` of a leg that generates the answer's first token; `None` if the client asks
+    /// for no minimum.
     pub(crate) fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
         let least = self.number("min_tokens").unwrap_or_default();
         (least >= 1.0).then_some(("min_tokens", "1"))
     }
 
-    /// The body of a decode leg with these transfer parameters.
+    /// Returns the body of a decode leg with these transfer parameters.
     pub(crate) fn decode_leg(&self, params: &str) -> Bytes {
         self.with(|_| true, &[(TRANSFER, params)])
     }
 
-    /// The body of a decode leg that computes everything itself: the client's, unchanged.
+    /// Returns the body of a decode leg without a transfer: the client's body, unchanged.
     pub(crate) fn local_leg(&self) -> Bytes {
         if self.is_clean {
             return self.source.clone();
@@ -207,7 +210,8 @@ impl RequestBody {
         self.with(|_| true, &[])
     }
 
-    /// The body with the fields that are to be kept, and with others set to what is given as JSON.
+    /// Returns the body with the fields that `keep` accepts, and with the fields of `set`, whose values
+    /// are JSON.
     pub(crate) fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
         let added: usize = set
             .iter()
@@ -230,35 +234,36 @@ impl RequestBody {
         out.into()
     }
 
-    /// The body with nothing but these fields.
+    /// Returns the body with these fields only.
     pub(crate) fn only(&self, names: &[&str]) -> Bytes {
         self.with(|name| names.contains(&name), &[])
     }
 
-    /// Its length in bytes.
+    /// Returns the length of the body in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.source.len() as u64
     }
 
-    /// The client wants events.
+    /// Returns true if the client wants a stream of events.
     pub(crate) fn streams(&self) -> bool {
         self.is_on("stream")
     }
 
-    /// The value of a field as JSON; `None` for null.
+    /// Returns the value of a field as JSON; `None` if the field is absent or null.
     pub(crate) fn json(&self, name: &str) -> Option<&str> {
         self.text(name)
     }
 
-    /// The value of the last known field of this name, as engines read repeated names; `None` for null.
+    /// Returns the value of the last field of this name, because engines also use the last of repeated
+    /// fields; `None` if the field is absent or null.
     fn text(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().rev().find(|field| field.name == name)?;
-        // A value that serde has read as JSON text is UTF-8.
+        // The conversion cannot fail: serde has read the value as JSON text.
         let text = std::str::from_utf8(&self.read[field.value.clone()]).ok()?;
         Some(text).filter(|text| *text != "null")
     }
 
-    /// A number as engines read it: in quotes too.
+    /// Returns a number as engines read it, with or without quotes; `None` if the value is no number.
     pub(crate) fn number(&self, name: &str) -> Option<f64> {
         let text = self.text(name)?;
         let quoted = text
@@ -267,12 +272,12 @@ impl RequestBody {
         quoted.unwrap_or(text).trim().parse().ok()
     }
 
-    /// It has fields that only its engine may know.
+    /// Returns true if the body has fields that this proxy does not know.
     pub(crate) fn has_unknown(&self) -> bool {
         self.fields.iter().any(|field| field.name.is_empty())
     }
 
-    /// The names of its fields, an empty one for those that are not known.
+    /// Returns the names of the fields, with an empty name for each run of unknown fields.
     pub(crate) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.fields.iter().map(|field| field.name)
     }
@@ -290,7 +295,7 @@ impl RequestBody {
         let Some(list) = self.text("prompt").and_then(|text| text.strip_prefix('[')) else {
             return false;
         };
-        // One list of token ids is one prompt; a list of strings or lists is as many as it is long.
+        // A list of token ids is one prompt. A list of strings or of lists has one prompt per entry.
         if list
             .trim_start()
             .starts_with(|c: char| c == '-' || c.is_ascii_digit())
@@ -311,7 +316,7 @@ impl RequestBody {
             .any(|part| part.kind.is_some_and(|kind| !TEXT_PARTS.contains(&&*kind)))
     }
 
-    /// A value in the shape that is expected of it. The engine, not the proxy, refuses others.
+    /// Returns a value if it has the expected shape. The engine, not the proxy, refuses other shapes.
     fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
         serde_json::from_str(self.text(name)?).ok()
     }
@@ -327,21 +332,21 @@ impl From<BadBody> for ApiError {
     }
 }
 
-/// As much of a chat message as tells whether it is only text.
+/// The part of a chat message that shows whether the message is only text.
 #[derive(Deserialize)]
 struct Message<'a> {
     #[serde(borrow, default)]
     content: Option<&'a RawValue>,
 }
 
-/// As much of a content part.
+/// The part of a content part that shows its kind.
 #[derive(Deserialize)]
 struct Part {
     #[serde(rename = "type", default)]
     kind: Option<String>,
 }
 
-/// Content parts that end up as text in the prompt.
+/// Kinds of content parts that become text in the prompt.
 const TEXT_PARTS: [&str; 6] = [
     "text",
     "input_text",
@@ -351,10 +356,10 @@ const TEXT_PARTS: [&str; 6] = [
     "reasoning",
 ];
 
-/// Engines read these as false, the words in quotes.
+/// Values that engines read as false, with or without quotes.
 const FALSE: [&str; 7] = ["false", "0", "0.0", "no", "n", "off", "f"];
 
-/// What engines hand KV over by.
+/// The field that carries the parameters of a KV transfer.
 const TRANSFER: &str = "kv_transfer_params";
 
 #[cfg(test)]

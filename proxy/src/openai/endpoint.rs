@@ -1,6 +1,6 @@
-//! OpenAI's endpoints that are computed.
+//! OpenAI's endpoints that run the model.
 
-/// Which of OpenAI's endpoints a request uses.
+/// The endpoint that a request uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Endpoint {
     /// `/v1/completions`
@@ -10,7 +10,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// The path at this proxy and at the engines.
+    /// Returns the path at this proxy and at the engines.
     pub fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
@@ -18,7 +18,7 @@ impl Endpoint {
         }
     }
 
-    /// The name in metrics and logs.
+    /// Returns the name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Completions => "completions",

@@ -1,4 +1,4 @@
-//! Errors in the shape that OpenAI's clients read, as an answer or as an event inside a stream.
+//! Errors in the shape that OpenAI's clients read, as an answer or as an event of a stream.
 
 use axum::body::Body;
 use axum::response::Response;
@@ -16,24 +16,24 @@ pub(crate) struct ApiError {
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $text:literal, $status:ident;)*) => {
-        /// What went wrong, for programs: the `code` of an error, and a label of the metrics.
+        /// The machine-readable reason of an error: its `code`, and a label of the metrics.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Code {
             $($(#[$doc])* $name,)*
         }
 
         impl Code {
-            /// Every code, for metrics that want their label values to exist from the start.
+            /// All codes, so that metrics have all label values from the start.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
-            /// The name in answers and metrics.
+            /// Returns the name in answers and metrics.
             pub fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$name => $text,)*
                 }
             }
 
-            /// The HTTP status.
+            /// Returns the HTTP status.
             pub fn status(self) -> StatusCode {
                 match self {
                     $(Self::$name => StatusCode::$status,)*
@@ -46,17 +46,17 @@ macro_rules! codes {
 codes! {
     /// No API key, or a wrong one.
     InvalidApiKey = "invalid_api_key", UNAUTHORIZED;
-    /// Only some may change the proxy.
+    /// The client must not change or read this.
     NotPermitted = "not_permitted", FORBIDDEN;
     /// No instance has this name.
     NoSuchInstance = "no_such_instance", NOT_FOUND;
     /// No mode has this name.
     NoSuchMode = "no_such_mode", NOT_FOUND;
-    /// An instance that cannot be taken.
+    /// The description of an instance cannot be used.
     InvalidInstance = "invalid_instance", BAD_REQUEST;
     /// The body is not a JSON object.
     InvalidJson = "invalid_json", BAD_REQUEST;
-    /// The body names a transfer of its own.
+    /// The body carries transfer parameters of its own.
     TransferParams = "kv_transfer_params_not_allowed", BAD_REQUEST;
     /// The body is not declared as JSON. vLLM answers 400 here, not 415.
     UnsupportedMediaType = "unsupported_media_type", BAD_REQUEST;
@@ -72,7 +72,7 @@ codes! {
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED;
     /// Too many requests are under way.
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS;
-    /// The body came slowest when others needed its place.
+    /// The body came slowest when other bodies needed its place.
     UploadDisplaced = "upload_displaced", TOO_MANY_REQUESTS;
     /// Every connection is busy with a request.
     TooManyConnections = "too_many_connections", TOO_MANY_REQUESTS;
@@ -82,7 +82,7 @@ codes! {
     ShuttingDown = "shutting_down", SERVICE_UNAVAILABLE;
     /// No decode instance has registered.
     NoDecode = "no_decode_instance", SERVICE_UNAVAILABLE;
-    /// None of those that have is ready.
+    /// Decode instances have registered, but none is ready.
     NoneReady = "no_decode_instance_ready", SERVICE_UNAVAILABLE;
     /// No connection to the decode instance.
     DecodeUnreachable = "decode_unreachable", SERVICE_UNAVAILABLE;
@@ -97,7 +97,7 @@ codes! {
 }
 
 impl Code {
-    /// OpenAI's `type` of an error.
+    /// Returns OpenAI's `type` of an error.
     fn kind(self) -> &'static str {
         match self.status() {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
@@ -107,7 +107,7 @@ impl Code {
         }
     }
 
-    /// A repeat of the same request may succeed.
+    /// Returns true if a repeat of the same request may succeed.
     fn is_retryable(self) -> bool {
         self.status() == StatusCode::TOO_MANY_REQUESTS || self.status().is_server_error()
     }
@@ -128,7 +128,7 @@ struct Fields<'a> {
 }
 
 impl ApiError {
-    /// An error with a message for people.
+    /// Creates an error with a message for people.
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -136,12 +136,12 @@ impl ApiError {
         }
     }
 
-    /// What went wrong.
+    /// Returns the code of the error.
     pub(crate) fn code(&self) -> Code {
         self.code
     }
 
-    /// As an answer.
+    /// Turns the error into an answer.
     pub(crate) fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.json()));
         *response.status_mut() = self.code.status();
@@ -156,8 +156,8 @@ impl ApiError {
         response
     }
 
-    /// As an event of a stream that had begun well. The blank line first ends an event that broke
-    /// off in its middle; no `[DONE]` follows, because the answer is not complete.
+    /// Turns the error into an event of a stream that had begun well. The leading blank line ends an
+    /// event that broke off in its middle. No `[DONE]` follows, because the answer is not complete.
     pub(crate) fn into_event(self) -> Bytes {
         let mut event = b"\n\ndata: ".to_vec();
         event.extend_from_slice(&self.json());
@@ -174,7 +174,7 @@ impl ApiError {
                 code: self.code.as_str(),
             },
         };
-        // Strings always serialise.
+        // Strings always serialise, so this cannot panic.
         serde_json::to_vec(&envelope).expect("strings serialise")
     }
 }
@@ -185,5 +185,5 @@ impl axum::response::IntoResponse for ApiError {
     }
 }
 
-/// Seconds: registrations and restarts are matters of that order.
+/// Seconds after which a client may try again: registrations and restarts take about as long.
 pub(crate) const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

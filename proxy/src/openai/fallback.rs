@@ -1,57 +1,57 @@
-//! Why a request gets no transfer.
+//! The reasons for which a request gets no transfer.
 
 use std::fmt;
 
-/// Why a request is computed by its decode instance alone.
+/// The reason for which the decode instance computes a request alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fallback {
-    /// No prefill instance is ready (other than the decode instance itself).
+    /// No prefill instance is ready other than the decode instance itself.
     NoPrefill,
-    /// Prefill instances are ready, but none fits the decode instance: their KV has another shape, or
-    /// one of the two engines moves none.
+    /// Prefill instances are ready, but none fits the decode instance: the KV of the two has different
+    /// shapes, or one of the two engines moves no KV.
     Unfit,
-    /// Each prefill instance is known to refuse such a request: it has refused one before.
+    /// Each prefill instance is known to refuse requests of this kind: it has refused one before.
     RefusedBefore,
-    /// `n`, `best_of` or beam search make several engine requests of it.
+    /// `n`, `best_of` or beam search turn the request into several engine requests.
     ManySequences,
-    /// A list of several prompts makes several engine requests of it.
+    /// A list of prompts turns the request into several engine requests.
     ManyPrompts,
-    /// Log probabilities of the prompt need the prompt computed where they are returned.
+    /// The engine that returns log probabilities of the prompt has to compute the prompt.
     PromptLogprobs,
-    /// Prompt embeddings: equal token hashes for different KV.
+    /// Prompt embeddings: equal token hashes stand for different KV.
     PromptEmbeds,
-    /// Images, audio or video: equal token hashes for different KV.
+    /// Images, audio or video: equal token hashes stand for different KV.
     Multimodal,
-    /// A salt separates caches: equal token hashes for KV that must not be shared.
+    /// A cache salt: equal token hashes stand for KV that must not be shared.
     CacheSalt,
-    /// Nothing is to be generated.
+    /// The request asks for no generated token.
     NothingToDecode,
-    /// The prefill instance could not be reached or died before it had begun.
+    /// The prefill instance could not be reached, or died before it had answered.
     PrefillDied,
-    /// The prefill instance answered with an error of its own before it had begun.
+    /// The prefill instance answered with an error of its own.
     PrefillError,
-    /// The prefill engine refused a request with fields that this proxy does not know: its leg of one
-    /// token may be to blame, and not the client.
+    /// The prefill engine refused a request with fields that this proxy does not know. The fault may be
+    /// in the leg of one token and not in the client's request.
     PrefillRefused,
     /// The prefill instance was too busy.
     PrefillBusy,
     /// The prefill instance did not begin in time.
     PrefillTimeout,
     /// The prefill instance computed the prompt, but its KV is not pushed: its connector does not serve
-    /// such a request, or its sidecar refused it.
+    /// requests of this kind, or its sidecar refused the push.
     NotPushed,
-    /// Another decode instance takes over; the KV went to the first.
+    /// Another decode instance takes over, but the KV went to the first one.
     DecodeRetry,
     /// A later turn goes straight to the decode instance that has the conversation (mode `ppd`).
     LaterTurn,
-    /// The decode instance is expected to be done sooner without a transfer (mode `auto`).
+    /// The decode instance is expected to finish sooner without a transfer (mode `auto`).
     Cheaper,
     /// LMCache's first-token hand-over cannot express the request.
     NotExpressible,
 }
 
 impl Fallback {
-    /// Every reason, for metrics that want their label values to exist from the start.
+    /// All reasons, so that metrics have all label values from the start.
     pub const ALL: [Self; 20] = [
         Self::NoPrefill,
         Self::Unfit,
@@ -75,7 +75,7 @@ impl Fallback {
         Self::NotExpressible,
     ];
 
-    /// The name in metrics and logs.
+    /// Returns the name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::NoPrefill => "no_prefill",

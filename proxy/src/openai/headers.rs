@@ -1,22 +1,24 @@
-//! Which headers pass through the proxy.
+//! The headers that pass through the proxy.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use crate::openai::keys::Access;
 
-/// The headers of a leg: the client's, without those that concern its connection to this proxy.
+/// Returns the headers of a leg: the client's headers without those of its connection to this proxy,
+/// with the request's id and the engine key.
 pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
     let mut headers = end_to_end(client);
     for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
         headers.remove(name);
     }
-    // Checked when the flags were: printable ASCII.
+    // The conversion cannot fail: `Access::problems` has checked at the start that keys are printable
+    // ASCII.
     let key = access.engine_key.as_ref();
     let key = key.and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
     if let Some(key) = key {
         headers.insert(header::AUTHORIZATION, key);
     } else if !access.api_key.is_empty() {
-        // The key of this proxy is none of the engines' business.
+        // The client's key is for this proxy only. Engines must not learn it.
         headers.remove(header::AUTHORIZATION);
     }
     headers.insert(header::CONTENT_TYPE, JSON);
@@ -24,7 +26,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
-/// Headers without those that belong to one connection or one framing of the body.
+/// Returns the headers without those that belong to one connection or one framing of the body.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
@@ -40,7 +42,7 @@ pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     kept
 }
 
-/// The answer is a stream of server-sent events.
+/// Returns true if the answer is a stream of server-sent events.
 pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
@@ -48,10 +50,10 @@ pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
 }
 
-/// The content type of every leg, whatever the client called it.
+/// Content type of every leg, whatever type the client declared.
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// What belongs to one connection or one framing of a body.
+/// Headers that belong to one connection or to one framing of a body.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,

@@ -1,4 +1,5 @@
-//! Who may ask, who may change things, and whom the proxy talks to.
+//! Access control: the clients that may send requests or change the proxy, and the hosts that instances
+//! may have.
 
 use std::net::IpAddr;
 
@@ -57,7 +58,7 @@ pub struct Access {
 }
 
 impl Access {
-    /// What is wrong with the keys and hosts.
+    /// Returns all problems of the keys and hosts.
     pub fn problems(&self) -> Vec<String> {
         let engine = self.engine_key.iter().map(|key| ("--engine-key", key));
         let admin = self.admin_key.iter().map(|key| ("--admin-key", key));
@@ -79,7 +80,7 @@ impl Access {
         problems
     }
 
-    /// Whether the proxy may talk to an instance.
+    /// Checks that the proxy may connect to an instance.
     ///
     /// # Errors
     /// The host that is not permitted.
@@ -121,10 +122,10 @@ impl std::fmt::Debug for Access {
     }
 }
 
-/// Whether a client may ask.
+/// Checks that a client may send requests.
 ///
 /// # Errors
-/// It has no key, or a wrong one.
+/// The client has no key, or a wrong one.
 pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
     if access.api_key.is_empty() || holds(headers, &access.api_key) {
         return Ok(());
@@ -135,11 +136,11 @@ pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiErr
     ))
 }
 
-/// Checks that a client may change the proxy: by its key or, without `--admin-key`, as a program on this
-/// host.
+/// Checks that a client may change the proxy: with the admin key or, without `--admin-key`, as a program
+/// on this host.
 ///
 /// # Errors
-/// The client may not.
+/// The client must not change the proxy.
 pub(crate) fn may_change(
     access: &Access,
     headers: &HeaderMap,
@@ -150,7 +151,8 @@ pub(crate) fn may_change(
         None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
     };
     if allowed {
-        // No page learns a key, and no browser adds one by itself.
+        // A page does not know the key, and a browser does not add a key by itself. With a key no
+        // further check is needed.
         return match access.admin_key {
             Some(_) => Ok(()),
             None => require_local(headers),
@@ -162,11 +164,11 @@ pub(crate) fn may_change(
     ))
 }
 
-/// Checks that a client may read what the proxy shows of instances and requests: everybody may but a page in
-/// a browser on this host, which could read it after DNS rebinding.
+/// Checks that a client may read what the proxy shows of instances and requests. Every client may,
+/// except a page in a browser on this host, which could read the answer after DNS rebinding.
 ///
 /// # Errors
-/// The request looks like a page's.
+/// The request seems to come from a page.
 pub(crate) fn may_read(
     access: &Access,
     headers: &HeaderMap,
@@ -183,7 +185,7 @@ pub(crate) fn may_read(
     refuse_pages(headers)
 }
 
-/// A name, `*.domain`, an address or a network.
+/// Returns true for a name, `*.domain`, an address or a network.
 fn is_host(text: &str) -> bool {
     let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b'*');
     let is_name = !text.is_empty() && text.bytes().all(letter);
@@ -200,7 +202,8 @@ fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
     let Some((_, given)) = given else {
         return false;
     };
-    // Compares with every key, each in a time that does not depend on where they differ.
+    // The comparison covers every key and takes constant time, so that its time tells a client nothing
+    // about a key.
     keys.iter().fold(false, |found, key| {
         found | bool::from(key.as_bytes().ct_eq(given))
     })

@@ -1,4 +1,4 @@
-//! OpenAI's requests and answers as bytes and JSON, without connections.
+//! OpenAI's requests and answers as bytes and JSON. Nothing here opens a connection.
 
 pub(crate) mod body;
 pub(crate) mod endpoint;

@@ -1,7 +1,8 @@
-//! Checks of requests that a web page or another proxy may have sent in a local client's name.
+//! Checks that detect requests that a web page or another proxy sends through a client on this host.
 //!
-//! A browser on this host connects from loopback too. A page can make it send any method that needs no
-//! preflight, with `text/plain` bodies, and through DNS rebinding also with a name of its own in `Host`.
+//! A browser on this host also connects from a loopback address. A page can make the browser send any
+//! method that needs no preflight, with `text/plain` bodies, and through DNS rebinding also with a
+//! foreign name in `Host`.
 
 use std::net::IpAddr;
 
@@ -12,10 +13,10 @@ use http_body::Body;
 use crate::openai::error::{ApiError, Code};
 
 /// Refuses a body that is not declared as JSON, as vLLM does. A page of another origin cannot send that
-/// type without a preflight, which the proxy does not answer.
+/// content type without a preflight, which the proxy does not answer.
 ///
 /// # Errors
-/// The content type is absent or another one.
+/// The content type is absent or not JSON.
 pub(crate) fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let given = headers.get(CONTENT_TYPE).map_or(&[][..], |v| v.as_bytes());
     let media = given.split(|b| *b == b';').next().unwrap_or_default();
@@ -43,11 +44,11 @@ pub(crate) fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Res
     require_json(headers)
 }
 
-/// Checks that a request from a loopback address was sent by a program on this host: not by a page in a
-/// browser, nor by another proxy for somebody else.
+/// Checks that a program on this host sent a request that comes from a loopback address. A page in a
+/// browser fails this check, and so does a proxy that forwards requests of other clients.
 ///
 /// # Errors
-/// The header that says otherwise, and the cure.
+/// The header that proves the opposite, with the cure.
 pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     if let Some(name) = headers.keys().find(|name| is_of_a_proxy(name)) {
@@ -62,7 +63,7 @@ pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
 /// Refuses a request from a loopback address that a page in a browser has sent.
 ///
 /// # Errors
-/// The header that says so, and the cure.
+/// The header that proves it, with the cure.
 pub(crate) fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
@@ -107,8 +108,8 @@ fn is_of_a_proxy(name: &HeaderName) -> bool {
         || others.contains(&name.as_str())
 }
 
-/// Returns true if `HOST[:PORT]` names this host by loopback address or by `localhost`. The port is not
-/// compared: a tunnel (`ssh -L`) has another one.
+/// Returns true if `HOST[:PORT]` is a loopback address or a name in `localhost`. The port does not
+/// matter, because a tunnel (`ssh -L`) has another port.
 fn is_local(host: &str) -> bool {
     let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
         Some((address, _)) => address,

@@ -1,4 +1,4 @@
-//! What identifies a prompt without tokenising it: hashes of its beginning, block by block.
+//! Hashes of a prompt's beginning, block by block. They identify a prompt without tokenising it.
 
 use http::HeaderMap;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -9,10 +9,10 @@ use crate::openai::endpoint::Endpoint;
 /// A prompt's text and the hashes of its prefixes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Prompt {
-    /// The prompt as JSON, without what closes it: a longer prompt that begins with this one begins
-    /// with these bytes.
+    /// The prompt as JSON, without the characters that close it: a longer prompt that continues this one
+    /// begins with the same bytes.
     pub text: Vec<u8>,
-    /// `chain[i]` covers everything before `i` blocks, and the model and tools that go with it.
+    /// `chain[i]` is the hash of the first `i` blocks, the model, the tools and the template arguments.
     pub chain: Vec<u64>,
 }
 
@@ -29,7 +29,7 @@ impl Prompt {
             .unwrap_or(text)
             .trim_ascii_end();
         let mut seed = 0;
-        // Adapters are models of their own; tools stand at the beginning of most chat templates.
+        // Each adapter has its own model name. Tools stand at the beginning of most chat templates.
         for name in ["model", "tools", "chat_template_kwargs"] {
             seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
         }
@@ -50,14 +50,14 @@ impl Prompt {
         }
     }
 
-    /// What follows the first `blocks` blocks.
+    /// Returns the text after the first `blocks` blocks.
     pub(crate) fn after(&self, blocks: usize) -> &[u8] {
         self.text.get(blocks * BLOCK_BYTES..).unwrap_or_default()
     }
 }
 
-/// The session that a request names: the header that LMCache's proxy binds clients by, ours, or
-/// OpenAI's fields.
+/// Returns the hash of the session that a request names: in `x-session-id`, by which LMCache's proxy
+/// binds clients, in `session-id`, or in one of OpenAI's fields.
 pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     let header = ["x-session-id", "session-id"]
         .into_iter()
@@ -72,8 +72,8 @@ pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     named.map(xxh3_64)
 }
 
-/// Small enough that a short question ends in a block of its own.
+/// Bytes of a block: small enough that a short question ends in a block of its own.
 pub(crate) const BLOCK_BYTES: usize = 64;
 
-/// 4 MiB of text: about a million tokens.
+/// Most blocks that are hashed: 4 MiB of text, about a million tokens.
 const MAX_BLOCKS: usize = 1 << 16;

@@ -1,21 +1,20 @@
-//! The id of a request: in both legs, both sidecars and all logs.
+//! The id of a request, which both legs, both sidecars and all logs carry.
 
 use http::{HeaderMap, HeaderValue};
 use protocol::RequestId;
 use uuid::{Builder, Uuid};
 
-/// The header that carries it.
+/// The header that carries the id.
 pub(crate) const HEADER: &str = "x-request-id";
 
-/// The id of a new request: the client's own, made safe and unique, or a new one.
+/// Returns the id of a new request: the client's own id, made safe and unique, or a new one.
 ///
-/// A client's id alone would not do: a client that repeats a request under the same id would have
-/// two requests share slots.
+/// The client's id alone is not enough: two requests with the same id would share slots.
 pub(crate) fn assign(headers: &HeaderMap) -> RequestId {
     unique(header(headers).unwrap_or_default())
 }
 
-/// The id of a new request that its client calls by this name.
+/// Returns a unique id for a new request that its client calls `name`.
 pub(crate) fn unique(name: &str) -> RequestId {
     let wanted: String = name
         .chars()
@@ -29,10 +28,10 @@ pub(crate) fn unique(name: &str) -> RequestId {
     })
 }
 
-/// The name that the client has chosen, as vLLM reads it: the header's, or else the body's
-/// `request_id`, given as JSON. `None` for
-/// one that is long or has other characters than names of requests: connectors read addresses from
-/// such ids, so that an engine could be made to talk to a stranger.
+/// Returns the id that the client has chosen, as vLLM reads it: from the header or, without the header,
+/// from the body's `request_id`, given as JSON. Returns `None` for a name that is too long or has other
+/// characters than ids of requests have: connectors read addresses from such ids, so a client could make
+/// an engine connect to a foreign host.
 pub(crate) fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
     let name = match headers.get(HEADER) {
         Some(_) => header(headers)?.to_owned(),
@@ -50,18 +49,20 @@ fn is_plain(c: &char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
-/// A UUID of this thread's random numbers: asking the kernel for each would be a system call a request.
+/// Returns a UUID from this thread's random numbers. The kernel's random numbers would cost one system
+/// call per request.
 pub(crate) fn random() -> Uuid {
     Builder::from_random_bytes(rand::random()).into_uuid()
 }
 
-/// The id as a header.
+/// Returns the id as the value of a header.
 pub(crate) fn header_value(id: &RequestId) -> HeaderValue {
     // `unique` and `chosen` let only letters, digits, '-', '_' and '.' through.
     HeaderValue::from_str(&id.0).expect("request ids are plain ASCII")
 }
 
-/// The id is part of log lines, of engine-side ids and of every message about the request.
+/// Most characters of a client's id, which log lines, engine-side ids and every message about the
+/// request carry.
 const MAX_CLIENT_CHARS: usize = 64;
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
-//! Event streams, as far as the proxy reads them: which bytes are data, and how long an event is.
+//! Event streams: finds data and the ends of events in their bytes.
 //!
-//! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment says
-//! that the HTTP server lives, and nothing of the engine behind it: only data is a sign of work.
+//! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment
+//! proves only that the HTTP server lives, not that the engine behind it works. Only data is a sign of
+//! work.
 
-/// Follows a stream through its chunks, however they are cut.
+/// Follows a stream through its chunks, wherever the chunks are cut.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     line: Line,
@@ -11,14 +12,14 @@ pub(crate) struct Events {
     event: usize,
 }
 
-/// The line that the stream is in.
+/// The kind of the line at which the stream stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
-    /// So many bytes of it have come, all of them the beginning of `data:`.
+    /// The line may become data: this many bytes have come, and they are the beginning of `data:`.
     Maybe(usize),
-    /// It carries data.
+    /// The line carries data.
     Data,
-    /// A comment, or a field that is not data.
+    /// The line is a comment, or a field that is not data.
     Other,
 }
 
@@ -29,7 +30,7 @@ impl Default for Line {
 }
 
 impl Events {
-    /// Takes the next chunk and tells whether any of it is data.
+    /// Takes the next chunk. Returns true if any part of it is data.
     pub(crate) fn hear(&mut self, chunk: &[u8]) -> bool {
         let mut is_data = false;
         for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
@@ -41,7 +42,7 @@ impl Events {
         is_data
     }
 
-    /// Bytes of the event that has begun and not ended.
+    /// Returns the number of bytes of the event that has begun and not ended.
     pub(crate) fn unended(&self) -> usize {
         self.event
     }
@@ -54,7 +55,8 @@ impl Events {
 
     fn go_on(&mut self, piece: &[u8]) -> bool {
         self.event += piece.len();
-        // A line that ends with CR LF: the CR alone is none, or a blank line would be taken for a field.
+        // With CR LF, a blank line is a lone CR. It must not count as a field, or the end of the event
+        // would be missed.
         if let Line::Maybe(at) = self.line
             && !(piece.is_empty() || at == 0 && piece == b"\r")
         {
@@ -72,12 +74,12 @@ impl Events {
     }
 }
 
-/// Gathers a stream up to the end of its first event with data. What comes before, comments for the
-/// most part, is dropped: the client has got nothing yet, so another instance can still take over.
+/// Collects a stream up to the end of its first event with data. Events before it, mostly comments, are
+/// dropped: the client has got nothing yet, so another instance can still take over.
 #[derive(Debug, Default)]
 pub(crate) struct First {
     held: Vec<u8>,
-    /// So much of `held` has been searched for the end of an event.
+    /// Number of bytes of `held` that hold no end of an event.
     searched: usize,
 }
 
@@ -89,7 +91,8 @@ impl First {
             self.drop_comments();
             let Some(length) = end_of_event(&self.held, self.searched) else {
                 self.searched = self.held.len();
-                // An event of this size is no short error: it is passed on as it comes.
+                // An event of this size is not a short error, so it is passed on as it comes. Memory
+                // stays bounded.
                 let is_long = self.held.len() > MAX_FIRST_BYTES;
                 return is_long.then(|| std::mem::take(&mut self.held));
             };
@@ -106,7 +109,7 @@ impl First {
         while let Some(b':' | b'\n' | b'\r') = self.held.get(from) {
             let rest = &self.held[from..];
             let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
-                // Its colon stays, so that what follows is known as a comment too.
+                // The colon stays, so that the rest of the line is known as a comment, too.
                 self.held.truncate(from + 1);
                 break;
             };
@@ -120,8 +123,8 @@ impl First {
     }
 }
 
-/// The length of the first event, blank line included. The first `searched` bytes hold no end.
-/// Lines end with LF, as vLLM's do, or with CR LF.
+/// Returns the length of the first event, including the blank line; `None` without an end. The first
+/// `searched` bytes hold no end. Lines end with LF, as vLLM's do, or with CR LF.
 pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
     let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');
@@ -132,18 +135,19 @@ pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     })
 }
 
-/// The first line of data in an event.
+/// Returns the first line of data in an event.
 pub(crate) fn data(event: &[u8]) -> Option<&[u8]> {
     let mut lines = event.split(|byte| *byte == b'\n');
     lines.find_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii))
 }
 
-/// An error that an engine has written where an answer's events were to be.
+/// Returns the error that an engine has written in the place of an answer's event; `None` if the event
+/// is no error.
 pub(crate) fn error(event: &[u8]) -> Option<&[u8]> {
     data(event).filter(|data| is_error(data))
 }
 
-/// A stream that ends like this was ended by an error: nothing but `[DONE]` follows it.
+/// Returns true if an error ended the stream: its last event before `[DONE]` is an error.
 pub(crate) fn ends_with_error(tail: &[u8]) -> bool {
     let lines = tail.split(|byte| *byte == b'\n');
     let mut data = lines.filter_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii));
@@ -157,7 +161,8 @@ fn is_error(data: &[u8]) -> bool {
 
 const DATA: &[u8] = b"data:";
 
-/// vLLM's first event is below 1 KiB unless the client has asked for the prompt's token ids.
+/// Most bytes to hold back. vLLM's first event is below 1 KiB unless the client asks for the prompt's
+/// token ids.
 const MAX_FIRST_BYTES: usize = 64 * 1024;
 
 #[cfg(test)]

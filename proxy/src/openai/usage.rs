@@ -2,30 +2,30 @@
 
 use serde::Deserialize;
 
-/// OpenAI's `usage` object, as far as it is logged.
+/// OpenAI's `usage` object, with the fields that the proxy logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Usage {
-    /// Tokens of the prompt.
+    /// Number of tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Tokens of the answer.
+    /// Number of tokens of the answer; 0 if absent.
     #[serde(default)]
     pub completion_tokens: u64,
-    /// More about the prompt, if the engine tells it (`--enable-prompt-tokens-details`).
+    /// Details of the prompt; `None` unless the engine gives them (`--enable-prompt-tokens-details`).
     #[serde(default)]
     pub prompt_tokens_details: Option<Details>,
 }
 
-/// More about a prompt's tokens.
+/// Details of a prompt's tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Details {
-    /// Those that were cached and not computed.
+    /// Number of tokens that came from a cache and were not computed; `None` if not given.
     #[serde(default)]
     pub cached_tokens: Option<u64>,
 }
 
 /// Finds the last `usage` object in the tail of a JSON or event-stream body.
 ///
-/// Text of the model cannot be mistaken for it: inside a JSON string its quotes are escaped.
+/// A text of the model cannot be mistaken for the object: the quotes inside a JSON string are escaped.
 pub(crate) fn find(body: &[u8]) -> Option<Usage> {
     let tail = &body[body.len().saturating_sub(TAIL_BYTES)..];
     let start = tail
@@ -42,10 +42,11 @@ pub(crate) fn find(body: &[u8]) -> Option<Usage> {
 
 const KEY: &[u8] = b"\"usage\":";
 
-/// `usage` and what engines write after it, transfer parameters with their blocks for one.
+/// Bytes at the end of a body that hold `usage` and the fields that engines write after it, such as
+/// transfer parameters with their blocks.
 pub(crate) const TAIL_BYTES: usize = 4096;
 
-/// The same in a stream, whose last event but `[DONE]` has nothing else.
+/// The same for a stream: its last event before `[DONE]` carries only `usage`.
 pub(crate) const STREAM_TAIL_BYTES: usize = 1024;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The fields of a JSON object, without what they mean.
+//! The fields of a JSON object, without their meaning.
 
 use std::fmt;
 
@@ -8,19 +8,19 @@ use serde_json::value::RawValue;
 
 use super::kinds::known;
 
-/// Known fields, each by itself, and runs of others, in order.
+/// Known fields, one run each, and runs of unknown fields, in the order of the body.
 pub(super) struct Fields<'a>(pub(super) Vec<Run<'a>>);
 
-/// A known field, or all that follow each other without one between them: what nobody asks for is not
-/// kept apart, so that a body of a million fields takes no more room than its bytes.
+/// A known field, or neighbouring unknown fields. Unknown fields share one run, so that a body of a
+/// million fields needs no more memory than its bytes.
 pub(super) struct Run<'a> {
-    /// Empty if they are not known.
+    /// Name of the field; empty for unknown fields.
     pub(super) name: &'static str,
-    /// The value of the last one.
+    /// Value of the last field of the run.
     pub(super) last: &'a RawValue,
 }
 
-/// A field's name, if it is known.
+/// Name of a field; empty if the field is unknown.
 struct Name(&'static str);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
@@ -71,8 +71,9 @@ impl<'de> Deserialize<'de> for Name {
     }
 }
 
-/// Most requests have fewer.
+/// Capacity of the list at the start: most requests have fewer fields.
 const USUAL_FIELDS: usize = 16;
 
-/// Fewer than a hundred fields are known: only one that is repeated again and again makes so many runs.
+/// Most runs of a body. Fewer than a hundred fields are known, so only a body that repeats fields again
+/// and again has more.
 const MAX_RUNS: usize = 1024;

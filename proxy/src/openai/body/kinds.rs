@@ -1,30 +1,31 @@
-//! The fields of OpenAI's and vLLM's requests, sorted by what they concern.
+//! The fields of OpenAI's and vLLM's requests, sorted by the part of a request that they concern.
 //!
-//! A prefill leg keeps what decides the prompt and leaves out what concerns the generation. It keeps
-//! fields that are not known here too: one that decides the prompt and is missing would give the decode
-//! engine KV of another prompt, and one that concerns the generation costs a refused leg at most
-//! (`Fallback::PrefillRefused`). `tests/test_fields.py` compares the table with vLLM's own models.
+//! A prefill leg keeps the fields that decide the prompt and leaves out those that concern the
+//! generation. It also keeps unknown fields: without an unknown field that decides the prompt, the
+//! decode engine would get the KV of another prompt; an unknown field that concerns the generation costs
+//! one refused leg at most (`Fallback::PrefillRefused`). `tests/test_fields.py` compares the table with
+//! vLLM's own models.
 
-/// What a field concerns.
+/// The part of a request that a field concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// The prompt, and `/tokenize` reads it too.
+    /// The prompt; `/tokenize` reads the field, too.
     Tokenized,
-    /// The prompt, or the engine's extensions: only the engine knows how.
+    /// The prompt or the engine's extensions; only the engine knows the effect.
     Prompt,
-    /// Says who asks, or nothing that vLLM reads.
+    /// The client; or nothing that vLLM reads.
     Asker,
     /// The choice of each token by itself.
     Sampling,
-    /// More than one token of the answer, or what is told beside its text.
+    /// Several tokens of the answer, or data beside the answer's text.
     Answer,
-    /// The answer's length and form, which each leg has of its own.
+    /// The answer's length and form, which differ between the legs.
     Frame,
 }
 
 use Kind::{Answer, Asker, Frame, Prompt, Sampling, Tokenized};
 
-/// The kind of a field, and its name as a constant; `None` if it is not known.
+/// Returns a field's name as a constant, and its kind; `None` if the field is unknown.
 pub(super) fn known(name: &str) -> Option<(&'static str, Kind)> {
     KINDS.iter().find_map(|(kind, names)| {
         let name = names.iter().find(|known| **known == name)?;
@@ -32,12 +33,13 @@ pub(super) fn known(name: &str) -> Option<(&'static str, Kind)> {
     })
 }
 
-/// The kind of a field.
+/// Returns the kind of a field; `None` if the field is unknown.
 pub(crate) fn kind(name: &str) -> Option<Kind> {
     known(name).map(|(_, kind)| kind)
 }
 
-/// Sorted by how often requests carry them: a lookup compares length and bytes of about fifty names.
+/// All known fields. The most frequent kinds come first, because a lookup compares the name with one
+/// entry after the other.
 const KINDS: [(Kind, &[&str]); 6] = [
     (
         Tokenized,
@@ -103,7 +105,7 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "mm_processor_kwargs",
             "truncate_prompt_tokens",
             "truncation_side",
-            // Fill in the middle: the engine puts it into the prompt.
+            // Fill in the middle: the engine puts the suffix into the prompt.
             "suffix",
             "prompt_embeds",
             "cache_salt",

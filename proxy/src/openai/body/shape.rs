@@ -1,11 +1,12 @@
-//! What a request is made of, beside its values.
+//! The shape of a request: its fields and the kinds of its parts, without their values.
 
 use super::{Message, Part, RequestBody};
 use crate::openai::endpoint::Endpoint;
 
 impl RequestBody {
-    /// Names what the request is made of: its fields, and the kinds of parts of its messages. What an
-    /// engine does not push for one request it does not push for others of the same kind.
+    /// Returns the shape of the request: the names of its fields, and the kinds of the parts of its
+    /// messages. An engine that does not push the KV of one request does not push that of others of the
+    /// same shape.
     pub(crate) fn shape(&self, endpoint: Endpoint) -> String {
         let mut names: Vec<_> = self.fields.iter().map(|field| field.name).collect();
         names.retain(|name| !name.is_empty() && self.is_set(name));
@@ -31,7 +32,7 @@ impl RequestBody {
         kind.escape_debug().to_string()
     }
 
-    /// Returns the model that the request names, as JSON.
+    /// Returns the model that the request names, as JSON; empty if the request names none.
     pub(crate) fn model(&self) -> &str {
         self.text("model").unwrap_or_default()
     }

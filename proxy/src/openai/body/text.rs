@@ -1,10 +1,10 @@
-//! Bodies as vLLM reads them, with Python's `json.loads`: any Unicode encoding, and numbers that JSON does
-//! not have.
+//! Conversion of bodies that vLLM accepts through Python's `json.loads`: any Unicode encoding, and
+//! numbers that JSON does not have.
 
 use bytes::Bytes;
 
-/// The same text in UTF-8, without a byte order mark. `None` if it is no text in the encoding that it
-/// seems to have.
+/// Returns the text in UTF-8, without a byte order mark; `None` if the bytes are not valid in the
+/// encoding that they seem to have.
 pub(super) fn utf8(source: Bytes) -> Option<Bytes> {
     let first = |at: usize| source.get(at).copied().unwrap_or_default();
     let (first, second) = (first(0), first(1));
@@ -14,7 +14,8 @@ pub(super) fn utf8(source: Bytes) -> Option<Bytes> {
         [0xFF, 0xFE, 0, 0, rest @ ..] => wide(rest, u32::from_le_bytes),
         [0xFE, 0xFF, rest @ ..] => double(rest, u16::from_be_bytes),
         [0xFF, 0xFE, rest @ ..] => double(rest, u16::from_le_bytes),
-        // JSON begins with two ASCII characters, if it has more than one.
+        // The first two characters of a JSON text are ASCII. The places of zero bytes therefore show the
+        // encoding.
         all @ [_, _, third, fourth, ..] => match (first, second, third | fourth) {
             (0, 0, _) => wide(all, u32::from_be_bytes),
             (0, _, _) => double(all, u16::from_be_bytes),
@@ -26,13 +27,14 @@ pub(super) fn utf8(source: Bytes) -> Option<Bytes> {
     }
 }
 
-/// The same length of text, with numbers in the place of `NaN` and `Infinity`; `None` if it has none.
+/// Returns the text with numbers of the same length in the place of `NaN` and `Infinity`; `None` if it
+/// has neither.
 pub(super) fn masked(source: &[u8]) -> Option<Vec<u8>> {
     let mut masked = source.to_vec();
     let (mut at, mut is_string, mut found) = (0, false, false);
     while at < source.len() {
         match source[at] {
-            // The character behind it ends no string.
+            // A character behind a backslash does not end the string.
             b'\\' if is_string => at += 1,
             b'"' => is_string = !is_string,
             _ if is_string => {}
@@ -68,5 +70,5 @@ fn wide(text: &[u8], unit: fn([u8; 4]) -> u32) -> Option<Bytes> {
     Some(text.collect::<Option<String>>()?.into())
 }
 
-/// What Python reads as numbers, and numbers of the same length.
+/// Words that Python reads as numbers, with JSON numbers of the same length.
 const NUMBERS: [(&[u8], &[u8]); 2] = [(b"NaN", b"0.0"), (b"Infinity", b"0.000000")];
