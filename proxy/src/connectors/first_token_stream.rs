@@ -1,4 +1,5 @@
-//! An answer that begins before its decode leg has: with the first token, from the prefill instance.
+//! A streamed answer that begins before its decode leg has answered: the prefill instance provides the
+//! first token.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -15,26 +16,27 @@ use crate::connectors::merge::Merger;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::request_id;
 
-/// The body of such an answer.
+/// The body of an answer that begins with the first token.
 struct Early {
     stitch: Merger,
     stage: Stage,
 }
 
 enum Stage {
-    /// The first token is to be given.
+    /// The first token has to be sent. The future is the decode leg, not yet polled.
     Head(Pin<Box<dyn Future<Output = Response> + Send>>),
-    /// The decode leg is under way. It owns the request.
+    /// The decode leg is in flight. Its future owns the request.
     Waiting(Pin<Box<dyn Future<Output = Response> + Send>>),
-    /// Its answer is passed on.
+    /// The decode leg's events are passed on.
     Events(Body),
-    /// It is an error, which becomes an event.
+    /// The decode leg has answered with an error, which becomes one event. The bytes are the event so
+    /// far.
     Error(Body, Vec<u8>),
-    /// Nothing more comes.
+    /// The stream has ended.
     Over,
 }
 
-/// A stream that begins with the first token and goes on with what `rest` brings.
+/// Returns a stream that begins with the first token and continues with the answer of `rest`.
 pub(crate) fn respond(
     stitch: Merger,
     id: &RequestId,
@@ -47,7 +49,7 @@ pub(crate) fn respond(
     with_headers(Body::new(early), EVENTS, id)
 }
 
-/// The whole answer, where the first token is the last one.
+/// Returns the whole answer of a request whose first token is the last one.
 pub(crate) fn only(
     stitch: &Merger,
     streams: bool,
@@ -137,7 +139,7 @@ impl http_body::Body for Early {
     }
 }
 
-/// More of an error than this is for nobody.
+/// Most bytes of an error that are passed on.
 const MAX_ERROR_BYTES: usize = 1024 * 1024;
 
 const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");

@@ -1,4 +1,4 @@
-//! What the two legs of a request say to each connector, so that KV gets from one to the other.
+//! The transfer parameters of both legs of a request, by which KV gets from one instance to the other.
 //!
 //! | way | prefill leg | decode leg |
 //! |---|---|---|
@@ -21,12 +21,12 @@ use crate::openai::fallback::Fallback;
 use crate::openai::request_id::random;
 use crate::openai::usage::Usage;
 
-/// How a pair hands KV over.
+/// The way in which a pair hands KV over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HandoffMode {
     /// Sidecars on both sides.
     Sidecar,
-    /// The same, and the client gets its first token from the prefill instance.
+    /// Sidecars on both sides; the client gets its first token from the prefill instance.
     FirstToken,
     /// From LMCache to a sidecar.
     FromLmcache,
@@ -38,33 +38,36 @@ pub(crate) enum HandoffMode {
     P2pNccl,
 }
 
-/// What a prefill leg has brought.
+/// The result of a prefill leg.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Prefilled {
-    /// The prompt's length, if the engine says it.
+    /// Length of the prompt in tokens; `None` if the engine does not give it.
     pub prompt_tokens: Option<u64>,
-    /// So many of them were cached there, if the engine says it.
+    /// Number of those tokens that were cached at the prefill instance; `None` if the engine does not
+    /// give it.
     pub cached_tokens: Option<u64>,
-    /// NIXL: what the decode leg has to carry, as JSON.
+    /// NIXL: the transfer parameters for the decode leg, as JSON; `None` for other modes.
     pub params: Option<String>,
-    /// The prompt's token ids, as JSON, where the decode leg needs them.
+    /// Token ids of the prompt, as JSON; `None` if the decode leg does not need them.
     pub tokens: Option<String>,
-    /// The token that the prefill instance has sampled, where the decode leg goes on after it.
+    /// The token that the prefill instance has sampled; `None` if the decode leg samples its own first
+    /// token.
     pub first: Option<FirstToken>,
 }
 
 /// The first token of an answer, sampled by the prefill instance.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct FirstToken {
-    /// Its id.
+    /// Token id.
     pub id: i64,
-    /// Its text.
+    /// Text of the token.
     pub text: String,
-    /// Why the answer ends with it; `length` means only that no more was asked for.
+    /// The reason for which the answer ends with this token; `length` means only that the leg asked for
+    /// one token. `None` if the engine gives no reason.
     pub finish_reason: Option<String>,
 }
 
-/// What decides over the decode leg in a prefill leg's answer.
+/// The part of a prefill leg's answer that decides about the decode leg.
 #[derive(Deserialize)]
 struct Answer<'a> {
     #[serde(borrow, default)]
@@ -73,7 +76,7 @@ struct Answer<'a> {
     usage: Option<Usage>,
 }
 
-/// As much of the parameters as decides.
+/// The part of the transfer parameters that decides.
 #[derive(Deserialize)]
 struct Params {
     pushed: Option<bool>,
@@ -82,16 +85,16 @@ struct Params {
     #[serde(default)]
     do_remote_prefill: bool,
     first_tok: Option<i64>,
-    /// vLLM adds it for the decode leg.
+    /// vLLM adds this number for the decode leg.
     remote_prefill_cached_tokens: Option<u64>,
 }
 
-/// As much of an answer as its first token needs.
+/// The part of an answer that describes its first token.
 #[derive(Deserialize)]
 struct Completion<'a> {
     #[serde(borrow, default)]
     choices: Vec<Choice<'a>>,
-    /// Of a chat.
+    /// Token ids of the prompt in a chat; a completion has them in its choice.
     #[serde(borrow, default)]
     prompt_token_ids: Option<&'a RawValue>,
 }
@@ -117,7 +120,7 @@ struct Message {
 }
 
 impl HandoffMode {
-    /// That of a pair; `None` if these two cannot be one.
+    /// Returns the mode of a pair; `None` if these two instances cannot be a pair.
     pub(crate) fn of(prefill: &Instance, decode: &Instance) -> Option<Self> {
         use Connector as C;
         match (prefill.connector, decode.connector) {
@@ -139,8 +142,8 @@ impl HandoffMode {
     }
 }
 
-/// The transfer parameters of a prefill leg, as JSON. `overlap`: the decode leg does not wait for its
-/// answer.
+/// Returns the transfer parameters of a prefill leg, as JSON; `None` if the mode needs none. With
+/// `overlap`, the decode leg does not wait for the prefill leg's answer.
 pub(crate) fn prefill_params(
     id: &RequestId,
     way: HandoffMode,
@@ -159,7 +162,7 @@ pub(crate) fn prefill_params(
     Some(receiver(id, decode, before, after))
 }
 
-/// The transfer parameters of a decode leg to a sidecar's engine, as JSON.
+/// Returns the transfer parameters of a decode leg to a sidecar's engine, as JSON.
 pub(crate) fn decode_params(
     id: &RequestId,
     way: HandoffMode,
@@ -176,10 +179,10 @@ pub(crate) fn decode_params(
     )
 }
 
-/// The id that both legs of a request carry.
+/// Returns the id that both legs of a request carry.
 ///
-/// P2P NCCL instances find each other by it. It ends in 32 hex digits of its own, because the
-/// client's id may hold anything that ends an address.
+/// P2P NCCL instances find each other by this id. It ends in 32 random hex digits instead of the
+/// client's id, which may hold characters that end an address.
 pub(crate) fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> RequestId {
     match (&prefill.zmq, &decode.zmq) {
         (Some(from), Some(to)) if decode.connector == Connector::P2pNccl => RequestId(format!(
@@ -190,14 +193,14 @@ pub(crate) fn leg_id(id: &RequestId, prefill: &Instance, decode: &Instance) -> R
     }
 }
 
-/// Reads a prefill leg's answer.
+/// Reads the answer of a prefill leg.
 ///
 /// # Errors
-/// Why nothing is handed over, although the prompt was computed.
+/// The reason for which no KV is handed over, although the prompt was computed.
 pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fallback, String)> {
     let not_pushed = |why: &str| Err((Fallback::NotPushed, why.to_owned()));
     let Ok(answer) = serde_json::from_slice::<Answer<'_>>(body) else {
-        // The head says that the prompt is computed; only some ways need more than that.
+        // The status already says that the prompt is computed. Only some modes need more than that.
         return match way {
             HandoffMode::Nixl | HandoffMode::Lmcache => not_pushed("its answer is not JSON"),
             _ => Ok(Prefilled::default()),
@@ -248,9 +251,9 @@ pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fal
     Ok(prefilled)
 }
 
-/// The first token of an answer, and the token ids of its prompt where they are said. `None` if its
-/// text cannot be shown before the rest is known: half a character, or what a parser of reasoning makes
-/// something else of.
+/// Returns the first token of an answer, and the token ids of its prompt if the answer has them. Returns
+/// `None` if the token's text cannot be shown before the rest is known: half a character, or a text that
+/// a reasoning parser changes.
 fn first_token(id: i64, body: &[u8]) -> Option<(FirstToken, Option<String>)> {
     let answer: Completion<'_> = serde_json::from_slice(body).ok()?;
     let choice = answer.choices.into_iter().next()?;
@@ -274,13 +277,14 @@ fn first_token(id: i64, body: &[u8]) -> Option<(FirstToken, Option<String>)> {
 }
 
 fn receiver(id: &RequestId, decode: &Instance, before: &str, after: &str) -> String {
-    // Request ids are plain letters, digits, '-', '_' and '.'; hosts may be anything printable.
+    // Request ids are letters, digits, '-', '_' and '.', which need no escaping. Hosts may be anything
+    // printable, so they are escaped.
     let host = serde_json::Value::from(decode.host.as_str());
     let mut text = format!(
         r#"{{{before}"disagg_spec":{{"req_id":"{}","receiver_host":{host},"receiver_init_port":"#,
         id.0
     );
-    // Writing into a string does not fail.
+    // Writing into a string cannot fail.
     let _ = write!(
         text,
         r#"{:?},"receiver_alloc_port":{:?}{after}}}}}"#,
@@ -289,7 +293,7 @@ fn receiver(id: &RequestId, decode: &Instance, before: &str, after: &str) -> Str
     text
 }
 
-/// As vLLM's own examples send it.
+/// The parameters that vLLM's own examples send.
 const NIXL_PREFILL: &str = r#"{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}"#;
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! The first token's hand-over, as LMCache does it: both legs are completions over token ids, and the
-//! token that the prefill instance has sampled is the last one of the decode leg's prompt.
+//! The hand-over of the first token, as LMCache does it. Both legs are completions over token ids, and
+//! the token that the prefill instance has sampled is the last one of the decode leg's prompt.
 //!
-//! Only so do chunk hashes of an LMCache decoder meet those of its prefiller: it looks up all but the
-//! last token. A request whose answer would differ by it gets no transfer to LMCache, and between
-//! sidecars the usual one.
+//! An LMCache decoder looks up all tokens but the last one, so only with this prompt do its chunk hashes
+//! equal those of its prefiller. A request whose answer would change by the hand-over gets no transfer
+//! to LMCache; between sidecars it gets the usual transfer.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -12,24 +12,24 @@ use crate::connectors::handoff::FirstToken;
 use crate::openai::body::{Kind, RequestBody, kind};
 use crate::openai::endpoint::Endpoint;
 
-/// Whether the request means the same when its first answered token stands in the prompt. A field that
-/// is not known may mean anything.
+/// Returns true if the request keeps its meaning when the first token of the answer stands in the
+/// prompt. An unknown field may mean anything, so it makes the result false.
 pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     let is_set = |name: &str| match body.json(name) {
-        // For a completion, 0 asks for the log probability of what was sampled.
+        // In a completion, 0 is not empty: it asks for the log probability of the sampled token.
         Some(text) if name == "logprobs" => text != "false",
         Some(text) => !EMPTY.contains(&text),
         None => false,
     };
     let needs_whole = |name: &str| match kind(name) {
         Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
-        // Without tools it says nothing.
+        // Without tools, `tool_choice` has no effect; with tools, `tools` itself is set.
         Some(Kind::Prompt) if name == "tool_choice" => false,
         Some(Kind::Prompt | Kind::Answer) => is_set(name),
         None => true,
     };
-    // An engine seeds its random numbers at the beginning of a request: the second half would get the
-    // first half's again.
+    // An engine seeds its random numbers at the beginning of a request. The second half would use the
+    // first half's random numbers again.
     let is_seeded = body.json("seed").is_some()
         && !body
             .json("temperature")
@@ -42,7 +42,7 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     is_clear && !is_seeded && !is_one && !body.names().any(needs_whole)
 }
 
-/// The body of `POST /tokenize`; `None` if the prompt is token ids already.
+/// Returns the body of `POST /tokenize`; `None` if the prompt is token ids already.
 pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
     let names: &[&str] = match endpoint {
         Endpoint::Completions if token_ids(body).is_some() => return None,
@@ -60,7 +60,7 @@ pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<By
     Some(body.only(names))
 }
 
-/// The token ids of an answer to `POST /tokenize`, as JSON.
+/// Returns the token ids of an answer to `POST /tokenize`, as JSON; `None` if it has none.
 pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Answer<'a> {
@@ -72,7 +72,7 @@ pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
     text.starts_with('[').then(|| text.to_owned())
 }
 
-/// The prompt, if it is token ids.
+/// Returns the prompt as JSON if it is token ids; `None` otherwise.
 pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
     let text = body.json("prompt")?;
     let first = text.strip_prefix('[')?.trim_start();
@@ -81,7 +81,7 @@ pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
         .then_some(text)
 }
 
-/// The prefill leg: a completion of one token over token ids.
+/// Returns the body of the prefill leg: a completion of one token over token ids.
 pub(crate) fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
     let mut set = vec![
         ("prompt", tokens),
@@ -93,7 +93,7 @@ pub(crate) fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> By
     body.with(is_of_both, &set)
 }
 
-/// The decode leg: a completion that goes on after the first token.
+/// Returns the body of the decode leg: a completion that continues after the first token.
 pub(crate) fn decode_body(
     body: &RequestBody,
     endpoint: Endpoint,
@@ -106,7 +106,8 @@ pub(crate) fn decode_body(
     let prompt = format!("{open},{}]", first.id);
     let left = match max_tokens(body, endpoint) {
         Some(tokens) => (tokens - 1).to_string(),
-        // Absent, a completion would end after OpenAI's 16 tokens, and a chat at the context's end.
+        // Without `max_tokens`, a completion ends after OpenAI's default of 16 tokens, one of which the
+        // prefill leg has sampled. A chat ends at the end of the context.
         None if endpoint == Endpoint::Completions => "15".to_owned(),
         None => "null".to_owned(),
     };
@@ -120,12 +121,12 @@ pub(crate) fn decode_body(
     body.with(|name| is_of_both(name) || FORM.contains(&name), &set)
 }
 
-/// Both halves carry it.
+/// Returns true for fields that both legs carry.
 fn is_of_both(name: &str) -> bool {
     name == "model" || matches!(kind(name), Some(Kind::Asker | Kind::Sampling))
 }
 
-/// How many tokens the client wants at most.
+/// Returns the most tokens that the client wants; `None` if it gives no limit.
 pub(crate) fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
     let read = |name| body.json(name)?.parse().ok();
     let newer = match endpoint {
@@ -135,13 +136,13 @@ pub(crate) fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> 
     newer.or_else(|| read("max_tokens"))
 }
 
-/// Values that say the same as nothing.
+/// Values that mean the same as an absent field.
 const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
 
-/// Numbers that the halves are given shares of.
+/// Fields whose numbers are divided between the legs.
 const COUNTS: [&str; 3] = ["max_tokens", "max_completion_tokens", "min_tokens"];
 
-/// The form of the second half is the client's.
+/// Fields of the answer's form, which the decode leg takes from the client's request.
 const FORM: [&str; 4] = ["stream", "stream_options", "stream_interval", "request_id"];
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! An answer whose first token comes from one engine and the others from another, made one.
+//! Merges the first token from one engine and the remaining tokens from another into one answer.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,7 +9,8 @@ use crate::connectors::handoff::FirstToken;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::sse::end_of_event;
 
-/// What the halves of one answer have in common.
+/// Converts the decode leg's answer into the client's answer. Both parts get the same id, model and
+/// time.
 #[derive(Clone, Debug)]
 pub(crate) struct Merger {
     endpoint: Endpoint,
@@ -17,14 +18,14 @@ pub(crate) struct Merger {
     model: Value,
     created: u64,
     first: FirstToken,
-    /// The beginning of an event whose end has not come. Its relay bounds it.
+    /// The beginning of an event whose end has not come. The relay of the answer limits its length.
     partial: Vec<u8>,
-    /// So much of it has been searched for its end.
+    /// Number of bytes of `partial` that hold no end of an event.
     searched: usize,
 }
 
 impl Merger {
-    /// An answer to the request `id`, whose model is given as JSON.
+    /// Creates the merger for the answer to the request `id`. `model` is JSON.
     pub(crate) fn new(
         endpoint: Endpoint,
         id: &str,
@@ -49,7 +50,7 @@ impl Merger {
         }
     }
 
-    /// The events that the client gets before the decode leg is even sent.
+    /// Returns the events that the client gets before the decode leg is sent.
     pub(crate) fn head(&self) -> Bytes {
         let mut out = Vec::new();
         if self.endpoint == Endpoint::Chat {
@@ -68,7 +69,7 @@ impl Merger {
         out.into()
     }
 
-    /// The whole stream of an answer that ends with its first token.
+    /// Returns the whole stream of an answer that ends with its first token.
     pub(crate) fn only_head(&self) -> Bytes {
         let mut out = self.head().to_vec();
         let delta = match self.endpoint {
@@ -80,7 +81,8 @@ impl Merger {
         out.into()
     }
 
-    /// Turns a piece of the decode leg's stream into what the client gets for it.
+    /// Converts a piece of the decode leg's stream into the bytes that the client gets. The result is
+    /// empty until an event is complete.
     pub(crate) fn chunk(&mut self, chunk: &[u8]) -> Bytes {
         self.partial.extend_from_slice(chunk);
         let mut out = Vec::with_capacity(chunk.len());
@@ -97,7 +99,7 @@ impl Merger {
         out.into()
     }
 
-    /// Turns the decode leg's whole answer into what the client gets for it.
+    /// Converts the decode leg's whole answer into the client's answer.
     pub(crate) fn whole(&self, body: &Bytes) -> Bytes {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
             return body.clone();
@@ -112,7 +114,7 @@ impl Merger {
         self.finish(answer, text, &choice["finish_reason"])
     }
 
-    /// The whole answer if it ends with its first token.
+    /// Returns the whole answer, not streamed, of a request that ends with its first token.
     pub(crate) fn whole_head(&self, prompt_tokens: Option<u64>) -> Bytes {
         let prompt = prompt_tokens.unwrap_or_default();
         let usage =
@@ -144,7 +146,7 @@ impl Merger {
     fn converted(&self, out: &mut Vec<u8>, event: &[u8]) {
         let data = event.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
         let parsed = data.and_then(|data| serde_json::from_slice::<Value>(data).ok());
-        // `[DONE]`, comments and errors pass as they are.
+        // `[DONE]`, comments and errors pass unchanged.
         let Some(mut answer) = parsed.filter(|answer| answer["choices"].is_array()) else {
             out.extend_from_slice(event);
             return;
@@ -195,7 +197,7 @@ impl Merger {
         }
     }
 
-    /// The decode engine counts the first token as one of the prompt's.
+    /// Corrects the token counts: the decode engine counts the first token as part of the prompt.
     fn count(&self, answer: &mut Value) {
         let usage = &mut answer["usage"];
         if let (Some(prompt), Some(answered)) = (

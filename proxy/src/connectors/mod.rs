@@ -1,4 +1,4 @@
-//! How a pair of instances hands KV over, for each kind of connector.
+//! The hand-over of KV between two instances, for each kind of connector.
 
 pub(crate) mod first_token_stream;
 pub(crate) mod handoff;

@@ -84,7 +84,8 @@ pub(crate) struct First {
 }
 
 impl First {
-    /// Takes the next chunk. Returns what has come since the event's beginning, once its end is there.
+    /// Takes the next chunk. Returns all bytes since the event's beginning when the event's end has
+    /// come.
     pub(crate) fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
         self.held.extend_from_slice(chunk);
         loop {

@@ -1,4 +1,4 @@
-//! Which instances a request goes to: a pure function of who is there and what is asked.
+//! The choice of a request's instances: a pure function of the instances, their load and the request.
 
 pub(crate) mod mode;
 pub(crate) mod policy;
@@ -17,50 +17,51 @@ use crate::routing::mode::{Costs, Mode};
 use crate::routing::policy::{Candidate, Policy, Request};
 use crate::routing::refusals::Between;
 
-/// What routing needs to know of a request.
+/// The properties of a request that routing reads.
 #[derive(Clone, Debug)]
 pub(crate) struct RouteRequest<'a> {
-    /// Why the request is not split over two instances; `None` if it may be.
+    /// The reason for which the request is not split over two instances; `None` if it may be split.
     pub alone: Option<Fallback>,
-    /// Its answer would differ by LMCache's first-token hand-over.
+    /// True if LMCache's first-token hand-over would change the answer.
     pub is_unsplittable: bool,
-    /// How a prefill instance is chosen.
+    /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
-    /// How a decode instance is chosen.
+    /// Policy and turn for the choice of a decode instance.
     pub decode: SideChoice,
-    /// Which requests get a prefill leg.
+    /// The mode, which decides the requests that get a prefill leg.
     pub mode: Mode,
-    /// What `auto` compares.
+    /// The costs that mode `auto` compares.
     pub costs: Costs,
-    /// Its session, hashed.
+    /// Hash of the request's session; `None` if the request names none.
     pub session: Option<u64>,
-    /// The prompt's length, as estimated.
+    /// Estimated length of the prompt in tokens.
     pub prompt_tokens: u64,
-    /// What instances hold of the prompt: names and tokens.
+    /// Tokens of the prompt that instances hold, by the instances' ids. An absent instance holds none.
     pub held: &'a [(String, u64)],
-    /// The decode instance that has answered the turn before this one.
+    /// Id of the decode instance that answered the previous turn of the conversation; `None` for a first
+    /// turn.
     pub conversation: Option<&'a str>,
-    /// Instances that have failed this request already.
+    /// Ids of the instances that have already failed this request.
     pub failed: &'a [String],
-    /// Instances that are known to refuse such a request.
+    /// Instances that are known to refuse requests of this kind.
     pub refused: &'a [Between],
 }
 
-/// How one side is chosen.
+/// The choice of one side: prefill or decode.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct SideChoice {
-    /// By what.
+    /// The policy by which the instance is chosen.
     pub policy: Policy,
-    /// Requests of this kind so far.
+    /// Number of requests so far, which gives the turn among equals.
     pub turn: usize,
 }
 
 /// The instances of a request.
 #[derive(Clone, Debug)]
 pub(crate) struct Pair {
-    /// Where it is decoded.
+    /// The instance that decodes the request.
     pub decode: Arc<Instance>,
-    /// Where it is prefilled, or why nowhere else than on the decode instance.
+    /// The instance that computes the prompt, or the reason for which the decode instance computes it.
     pub prefill: Result<Arc<Instance>, Fallback>,
     /// The reason of the choice, for the log line.
     pub choice: Decision,
@@ -69,27 +70,27 @@ pub(crate) struct Pair {
 /// The reason of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Decision {
-    /// Prefill instances to choose from.
+    /// Number of prefill instances to choose from.
     pub prefills: usize,
-    /// Decode instances to choose from.
+    /// Number of decode instances to choose from.
     pub decodes: usize,
-    /// How the prefill instance was chosen.
+    /// The policy that chose the prefill instance.
     pub prefill: Policy,
-    /// How the decode instance was chosen.
+    /// The policy that chose the decode instance, unless `follows`.
     pub decode: Policy,
-    /// Which requests get a prefill leg.
+    /// The mode, which decides the requests that get a prefill leg.
     pub mode: Mode,
-    /// The decode instance has the conversation.
+    /// True if the decode instance was chosen because it has the conversation.
     pub follows: bool,
 }
 
-/// Nothing can take the request.
+/// No instance can take the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoRoute {
-    /// Nobody with a decode role has registered.
+    /// No instance with a decode role has registered.
     #[error("no decode instance is registered")]
     NoDecode,
-    /// Decode instances are there, but none is ready.
+    /// Decode instances have registered, but none is ready.
     #[error("none of the {0} registered decode instances is ready")]
     NoneReady(usize),
     /// Every ready decode instance has failed this request.
@@ -97,10 +98,10 @@ pub(crate) enum NoRoute {
     AllFailed,
 }
 
-/// Chooses the instances of a request. `loads` are those of `instances`, in the same order.
+/// Chooses the instances of a request. `loads` has the loads of `instances`, in the same order.
 ///
 /// # Errors
-/// No decode instance can take it.
+/// No decode instance can take the request.
 pub(crate) fn route(
     instances: &[Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -158,8 +159,9 @@ pub(crate) fn route(
     })
 }
 
-/// Decode instances to choose from: ready, not failing, and with somebody to prefill for them,
-/// each as far as there are any.
+/// Returns the decode instances to choose from: those that are ready and have not failed this request.
+/// Of these it prefers instances that do not keep failing, then instances with a prefill instance that
+/// can hand over to them.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -188,7 +190,7 @@ fn decodes<'a>(
     Ok(ready)
 }
 
-/// Prefill instances that can hand over to `decode`.
+/// Returns the prefill instances that can hand KV over to `decode`.
 fn prefills<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -198,7 +200,8 @@ fn prefills<'a>(
     let mut ready = candidates(instances, loads, ask, |i| {
         i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
     });
-    // Where all fail, computing on the decode side is better than to fail once more.
+    // If all prefill instances keep failing, the decode instance computes the prompt instead of one more
+    // leg failing.
     ready.retain(|c| !c.load.is_open);
     ready
 }
@@ -222,12 +225,12 @@ fn candidates<'a>(
         .collect()
 }
 
-/// One can hand KV over to the other, and they are not one.
+/// Returns true if the connectors can be a pair and the two are different instances.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
     HandoffMode::of(prefill, decode).is_some() && prefill.id != decode.id
 }
 
-/// They are a pair, and nothing is known that would keep the KV of this request back.
+/// Returns true if the two are a pair and no known reason prevents the transfer of this request's KV.
 fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     is_pair(prefill, decode) && prefill.kv.fits(&decode.kv) && !is_refused(prefill, decode, ask)
 }
@@ -237,7 +240,7 @@ fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
     ask.refused.iter().any(holds)
 }
 
-/// Why no prefill instance hands over to `decode`.
+/// Returns the reason for which no prefill instance can hand over to `decode`.
 fn nobody(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
     let there = |i: &&Arc<Instance>| {
         i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
@@ -254,7 +257,7 @@ fn nobody(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance
     Fallback::NoPrefill
 }
 
-/// Keeps those that have a property, if any has.
+/// Keeps the elements that have a property, or all if none has.
 fn prefer<T>(all: &mut Vec<T>, has: impl Fn(&T) -> bool) {
     if all.iter().any(&has) {
         all.retain(has);

@@ -1,4 +1,4 @@
-//! Which requests get a prefill leg at all.
+//! The modes, which decide the requests that get a prefill leg.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,38 +23,38 @@ pub enum Mode {
     Auto,
 }
 
-/// The mode, which can be changed while requests run.
+/// The current mode. It can change while requests run.
 #[derive(Debug, Default)]
 pub(crate) struct CurrentMode(AtomicU8);
 
-/// What `auto` compares with, as measured so far.
+/// The measured costs that mode `auto` compares.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Costs {
-    /// Computing one token of a prompt, µs.
+    /// Time to compute one token of a prompt, in µs.
     pub prefill_us_per_token: f64,
-    /// What a transfer adds to the prefill instance's own time: the second leg, its scheduling, the
-    /// move of the KV. µs.
+    /// Time that a transfer adds to the prefill instance's own time, in µs: the second leg, its
+    /// scheduling and the move of the KV.
     pub hand_over_us: f64,
 }
 
-/// The costs, learned from requests.
+/// Moving averages of the costs, learned from requests.
 #[derive(Debug)]
 pub(crate) struct Measured {
-    /// Bits of the `f64`s of [`Costs`].
+    /// Bits of the `f64` values of [`Costs`].
     prefill: AtomicU64,
     hand_over: AtomicU64,
 }
 
-/// The name of no mode.
+/// A text that is not the name of a mode.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a mode: pd, ppd or auto")]
 pub struct NoMode(String);
 
 impl Mode {
-    /// Every mode, in the order of their numbers.
+    /// All modes, in the order of their numbers.
     const ALL: [Self; 3] = [Self::Pd, Self::Ppd, Self::Auto];
 
-    /// The name.
+    /// Returns the name of the mode.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pd => "pd",
@@ -82,22 +82,23 @@ impl FromStr for Mode {
 }
 
 impl CurrentMode {
-    /// The mode now.
+    /// Returns the current mode.
     pub(crate) fn get(&self) -> Mode {
         Mode::ALL[usize::from(self.0.load(Ordering::Relaxed)) % Mode::ALL.len()]
     }
 
-    /// Changes it for requests that come from now on.
+    /// Changes the mode for requests that come from now on.
     pub(crate) fn set(&self, mode: Mode) {
         self.0.store(mode as u8, Ordering::Relaxed);
     }
 }
 
 impl Costs {
-    /// Whether the decode instance alone is expected to be done sooner.
+    /// Returns true if the decode instance alone is expected to finish sooner.
     ///
-    /// Computing beside `legs` running requests delays each of them, which is what prefill instances
-    /// are there to avoid: every four of them make local computing as dear again.
+    /// A prompt that is computed beside `legs` running requests delays each of them, which prefill
+    /// instances exist to avoid. Every four running requests therefore add the cost of local computing
+    /// once more.
     pub(crate) fn alone_is_cheaper(
         &self,
         prompt_tokens: u64,
@@ -114,7 +115,8 @@ impl Costs {
 }
 
 impl Default for Measured {
-    /// Before anything is measured: a large model on a large GPU, and a hand-over within a host.
+    /// Returns costs for the time before the first measurement: those of a large model on a large GPU,
+    /// and of a hand-over within a host.
     fn default() -> Self {
         Self {
             prefill: AtomicU64::new(50.0_f64.to_bits()),
@@ -124,7 +126,7 @@ impl Default for Measured {
 }
 
 impl Measured {
-    /// The costs now.
+    /// Returns the current costs.
     pub(crate) fn costs(&self) -> Costs {
         Costs {
             prefill_us_per_token: f64::from_bits(self.prefill.load(Ordering::Relaxed)),
@@ -132,23 +134,24 @@ impl Measured {
         }
     }
 
-    /// A prefill leg took so long for so many tokens that were not cached. Short ones say more about
-    /// the engine's overhead than about its speed, and are not counted.
+    /// Records the time that a prefill leg took for this many tokens that were not cached. Short prompts
+    /// are not counted: they measure the engine's overhead rather than its speed.
     pub(crate) fn prefilled(&self, tokens: u64, time: Duration) {
         if tokens >= LEAST_TOKENS {
             learn(&self.prefill, micros(time) / tokens as f64);
         }
     }
 
-    /// The first byte came so long after the prefill leg's end.
+    /// Records the time from the prefill leg's end to the first byte of the answer.
     pub(crate) fn handed_over(&self, time: Duration) {
         learn(&self.hand_over, micros(time));
     }
 }
 
 impl Measured {
-    /// A request stayed away from the prefill instances because of these costs. What is never tried is
-    /// never measured: the hand-over looks a little cheaper each time, until one request tries it again.
+    /// Records that a request got no prefill leg because of these costs. Without a trial there is no
+    /// measurement: therefore the hand-over looks a little cheaper each time, until one request tries it
+    /// again.
     pub(crate) fn stayed(&self) {
         let before = f64::from_bits(self.hand_over.load(Ordering::Relaxed));
         let after = before * (1.0 - FORGETTING);
@@ -160,17 +163,19 @@ fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// Moves an average an eighth of the way. Two requests at once may lose one step: it is an average.
+/// Moves an average an eighth of the way to `value`. Two requests at once may lose one step, which an
+/// average tolerates.
 fn learn(average: &AtomicU64, value: f64) {
     let before = f64::from_bits(average.load(Ordering::Relaxed));
     let after = before + (value - before) / 8.0;
     average.store(after.to_bits(), Ordering::Relaxed);
 }
 
-/// A hand-over that looks twice as dear as it is is tried again after 140 requests.
+/// Share by which the hand-over's cost falls per request without a prefill leg. If the cost is twice the
+/// truth, a request tries a hand-over again after about 140 requests.
 const FORGETTING: f64 = 0.005;
 
-/// Prompts that say something about speed.
+/// Fewest tokens of a prompt that is counted.
 const LEAST_TOKENS: u64 = 64;
 
 #[cfg(test)]

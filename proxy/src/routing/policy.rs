@@ -1,4 +1,4 @@
-//! How one instance among several is chosen.
+//! Policies that choose one instance among several.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 
-/// How an instance among equals is chosen, for prefill and decode separately.
+/// Policy that chooses an instance, separately for prefill and decode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
@@ -25,37 +25,38 @@ pub enum Policy {
     Prefix,
 }
 
-/// One instance that could be chosen.
+/// An instance that could be chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<'a> {
-    /// Who.
+    /// The instance.
     pub instance: &'a Arc<Instance>,
-    /// How busy.
+    /// Load of the instance.
     pub load: LoadSnapshot,
-    /// Tokens of this prompt that it holds already, as far as is known.
+    /// Number of tokens of this prompt that the instance is known to hold; 0 if none.
     pub held: u64,
 }
 
-/// What a choice depends on beside the candidates.
+/// The properties of a request on which a choice depends, beside the candidates.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request {
-    /// Requests so far: who is in turn, also among equals of the other policies.
+    /// Number of requests so far. It gives the instance in turn, also among equals of the other
+    /// policies.
     pub turn: usize,
-    /// The session, hashed.
+    /// Hash of the session; `None` if the request names none.
     pub session: Option<u64>,
-    /// The prompt's length, as estimated.
+    /// Estimated length of the prompt in tokens.
     pub prompt_tokens: u64,
 }
 
 impl Policy {
-    /// Chooses; `None` if there is nobody.
+    /// Chooses one of the candidates; `None` if there are none.
     pub fn choose<'a>(
         self,
         candidates: &[Candidate<'a>],
         request: Request,
     ) -> Option<Candidate<'a>> {
         let first = request.turn.checked_rem(candidates.len())?;
-        // In turn from `first` on, so that equals are taken in turn.
+        // The order begins at `first`, so that equal candidates are chosen in turn.
         let in_turn = || {
             candidates[first..]
                 .iter()
@@ -65,7 +66,7 @@ impl Policy {
         match (self, request.session) {
             (Self::RoundRobin, _) => in_turn().next(),
             (Self::Session, Some(session)) => {
-                // Rendezvous hashing: when an instance goes, only its own sessions move.
+                // Rendezvous hashing: if an instance goes, only its own sessions move.
                 let weight =
                     |c: &Candidate<'_>| xxh3_64_with_seed(c.instance.id.as_bytes(), session);
                 in_turn().max_by_key(weight)
@@ -78,7 +79,7 @@ impl Policy {
         }
     }
 
-    /// The name in flags and logs.
+    /// Returns the name in flags and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::RoundRobin => "round-robin",

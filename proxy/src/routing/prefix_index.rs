@@ -1,8 +1,8 @@
-//! What instances hold, as far as it can be learned from what was routed to them: prefixes of prompts,
-//! and conversations.
+//! An index of the prefixes of prompts and the conversations that instances hold, learned from earlier
+//! routing decisions.
 //!
-//! Everything here is a guess that costs time when it is wrong, and never correctness: an engine that
-//! holds less computes more. It is bounded by forgetting what was not asked for longest.
+//! Each entry is a guess. A wrong guess costs time and never correctness: an engine that holds less
+//! computes more. The size is bounded: the index forgets the entries that were not used for longest.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -13,66 +13,67 @@ use serde::Serialize;
 
 use crate::openai::prompt_hash::{BLOCK_BYTES, Prompt};
 
-/// What instances hold.
+/// The index of prefixes and conversations.
 #[derive(Debug, Default)]
 pub(crate) struct PrefixIndex {
     state: Mutex<State>,
 }
 
-/// A conversation that is under way.
+/// A conversation with at least one answered turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Conversation {
-    /// The decode instance that has it.
+    /// Id of the decode instance that has the conversation.
     pub decode: String,
-    /// Its turns so far.
+    /// Number of turns so far.
     pub turns: u32,
-    /// Its length at the last turn, estimated.
+    /// Estimated length of the prompt at the last turn, in tokens.
     pub tokens: u64,
-    /// Its last turn.
+    /// Time of the last turn.
     pub at: Instant,
 }
 
 /// A conversation in `GET /conversations`.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Shown {
-    /// Its key, made of its session or its first turn.
+    /// Key of the conversation, made from its session or its first turn.
     pub id: String,
-    /// The decode instance that has it.
+    /// Id of the decode instance that has the conversation.
     pub decode: String,
-    /// Its turns so far.
+    /// Number of turns so far.
     pub turns: u32,
-    /// Its length at the last turn, estimated.
+    /// Estimated length of the prompt at the last turn, in tokens.
     pub tokens: u64,
-    /// Since its last turn.
+    /// Seconds since the last turn.
     pub idle_s: u64,
 }
 
-/// What is known of a request before it is routed.
+/// The knowledge about a request before it is routed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PrefixMatch {
-    /// What instances hold of its prompt: names and tokens.
+    /// Tokens of the prompt that instances hold, by the instances' ids.
     pub held: Vec<(String, u64)>,
-    /// Its conversation, if it is not the first turn.
+    /// Key and state of the conversation; `None` for a first turn.
     pub conversation: Option<(u64, Conversation)>,
-    /// The prompt's length, estimated.
+    /// Estimated length of the prompt in tokens.
     pub tokens: u64,
 }
 
-/// Text after the last whole block, and the conversation that ended there.
+/// Text after the last whole block of a prompt, and the key of the conversation that ended there.
 type End = (Box<[u8]>, u64);
 
 #[derive(Debug)]
 struct State {
-    /// Who holds the prefix with this hash.
+    /// Ids of the instances that hold the prefix with this hash, oldest first.
     holders: Recent<u64, Vec<String>>,
-    /// Where conversations ended: hash of the whole blocks, and the text after them.
+    /// Ends of conversations: the hash of the whole blocks leads to the texts after them.
     ends: Recent<u64, Vec<End>>,
     conversations: Recent<u64, Conversation>,
     bytes_per_token: f64,
     clock: u64,
 }
 
-/// A map of at most twice `most` entries that forgets what was not used while `most` others were.
+/// A map of at most twice `most` entries. It forgets entries that were not used while `most` others
+/// were.
 #[derive(Debug)]
 struct Recent<K, V> {
     young: HashMap<K, V>,
@@ -81,7 +82,7 @@ struct Recent<K, V> {
 }
 
 impl PrefixIndex {
-    /// What is known of a prompt.
+    /// Returns the knowledge about a prompt.
     pub(crate) fn recall(&self, prompt: &Prompt, session: Option<u64>) -> PrefixMatch {
         let mut state = self.lock();
         let tokens = state.tokens(prompt.text.len());
@@ -106,7 +107,7 @@ impl PrefixIndex {
         }
     }
 
-    /// These instances have computed or received this prompt.
+    /// Records that these instances have computed or received this prompt.
     pub(crate) fn learn<'a>(
         &self,
         prompt: &Prompt,
@@ -124,7 +125,8 @@ impl PrefixIndex {
         }
     }
 
-    /// A turn was answered by this decode instance.
+    /// Records that this decode instance has answered a turn. `known` is the key of the conversation
+    /// that `recall` returned.
     pub(crate) fn turn(
         &self,
         now: Instant,
@@ -157,7 +159,7 @@ impl PrefixIndex {
         );
     }
 
-    /// A prompt of so many bytes had so many tokens.
+    /// Records that a prompt of this many bytes had this many tokens, which improves the estimates.
     pub(crate) fn measured(&self, bytes: usize, tokens: u64) {
         if tokens >= LEAST_TOKENS {
             let mut state = self.lock();
@@ -166,7 +168,7 @@ impl PrefixIndex {
         }
     }
 
-    /// Every conversation that is remembered, the latest first.
+    /// Returns the remembered conversations, the latest first.
     pub(crate) fn conversations(&self, now: Instant) -> Vec<Shown> {
         let state = self.lock();
         let all = state.conversations.young.iter();
@@ -182,7 +184,7 @@ impl PrefixIndex {
         all.iter().take(MAX_SHOWN).map(show).collect()
     }
 
-    /// Forgets conversations and prefixes. Returns how many conversations.
+    /// Forgets all conversations and prefixes. Returns the number of conversations.
     pub(crate) fn clear(&self) -> usize {
         let mut state = self.lock();
         let count = state.conversations.len();
@@ -193,7 +195,7 @@ impl PrefixIndex {
         count
     }
 
-    /// An instance has lost what it held: it is gone, or another process has its name.
+    /// Forgets an instance that has lost its KV: the instance is gone, or another process has its id.
     pub(crate) fn forget(&self, name: &str) {
         let mut state = self.lock();
         let state = &mut *state;
@@ -222,7 +224,8 @@ impl State {
         (bytes as f64 / self.bytes_per_token) as u64
     }
 
-    /// The conversation whose last turn this prompt begins with.
+    /// Returns the key of the conversation whose last prompt this prompt begins with. If there are
+    /// several, the longest prompt wins.
     fn continued(&mut self, prompt: &Prompt) -> Option<u64> {
         for blocks in (0..prompt.chain.len()).rev() {
             let rest = prompt.after(blocks);
@@ -289,22 +292,24 @@ impl<K: Hash + Eq + Copy, V: Default> Recent<K, V> {
     }
 }
 
-/// Which prefixes of a chain are kept: every fourth, so that an entry stands for 256 bytes.
+/// Returns the lengths, in blocks, of the prefixes that are kept: every fourth, so that an entry stands
+/// for 256 bytes.
 fn indexed(length: usize) -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
     (EVERY..length).step_by(EVERY)
 }
 
-/// Blocks between two prefixes that are kept.
+/// Number of blocks between two prefixes that are kept.
 const EVERY: usize = 4;
-/// Instances that are remembered for one prefix, and conversations that end in the same block.
+/// Most instances per prefix, and most conversations that end in the same block.
 const MAX_HOLDERS: usize = 16;
-/// Twice as many prefixes of 256 bytes are kept at most: 64 MiB of prompts, in about 20 MiB.
+/// Half of the most prefixes. Twice this number, at 256 bytes each, covers 64 MiB of prompts and takes
+/// about 20 MiB.
 const MAX_PREFIXES: usize = 1 << 17;
-/// Twice as many conversations are kept at most.
+/// Half of the most conversations.
 const MAX_CONVERSATIONS: usize = 1 << 14;
-/// In one answer of `GET /conversations`.
+/// Most conversations in one answer of `GET /conversations`.
 const MAX_SHOWN: usize = 1000;
-/// Prompts that say something about the length of a token.
+/// Fewest tokens of a prompt that improves the estimate of a token's length.
 const LEAST_TOKENS: u64 = 16;
 
 #[cfg(test)]

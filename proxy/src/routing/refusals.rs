@@ -1,9 +1,10 @@
-//! Refusals that will repeat: what a prefill instance computes, but does not hand over.
+//! Refusals that will repeat: requests whose prompt a prefill instance computes, but whose KV it does
+//! not hand over.
 //!
-//! A prefill leg whose KV is not pushed computes the prompt for nothing. The answer of the engine's
-//! connector, and the sender's word, say why. Some of these reasons hold for the next request too:
-//! for all of a pair (`key_mismatch`), for a model name (`lora`), or for requests of the same kind
-//! (`prompt_logprobs`). They are kept for a while, and no such prefill leg is sent meanwhile.
+//! A prefill leg whose KV is not pushed computes the prompt for nothing. The engine's connector or the
+//! sender gives the reason. Some reasons hold for later requests, too: for all requests of a pair
+//! (`key_mismatch`), for a model name (`lora`), or for requests of the same kind (`prompt_logprobs`).
+//! The proxy remembers these reasons for a while and sends no such prefill leg meanwhile.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,56 +18,57 @@ use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 
-/// What is known to be refused.
+/// The known refusals.
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     entries: Mutex<HashMap<About, BTreeMap<Between, Entry>>>,
-    /// Their number: without any, requests do not wait for the lock.
+    /// Number of refusals. While it is 0, requests do not take the lock.
     count: AtomicUsize,
 }
 
 /// The requests that a refusal holds for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum About {
-    /// All.
+    /// All requests.
     Any,
-    /// Those that name this model.
+    /// Requests that name this model.
     Model(String),
-    /// Those that are made of the same fields.
+    /// Requests of the same shape, as [`RequestBody::shape`] gives it.
     Kind(String),
 }
 
-/// The instances that a refusal holds for. Another epoch is another instance.
+/// The instances for which a refusal holds, by id and epoch. Another epoch is another instance.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Between {
     prefill: (String, u64),
-    /// Absent: whatever the decode instance.
+    /// `None` if the refusal holds for every decode instance.
     decode: Option<(String, u64)>,
 }
 
 #[derive(Debug)]
 struct Entry {
     reason: String,
-    /// Requests in a row that ended so.
+    /// Number of requests in a row that were refused for this reason.
     strikes: u32,
-    /// The last of them.
+    /// Id of the last of these requests, which counts once although both the engine and the sender
+    /// report it.
     request: String,
     until: Instant,
-    /// It stands in the log.
+    /// True if the log has a warning about this refusal.
     is_said: bool,
 }
 
-/// A refusal for people.
+/// A refusal as `/instances` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Shown {
-    /// The decode instance, if it holds for one only.
+    /// Id of the decode instance; `None` if the refusal holds for every decode instance.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode: Option<String>,
-    /// The requests that it holds for.
+    /// The requests for which the refusal holds.
     pub requests: String,
     /// The reason that the connector or the sender gave.
     pub reason: String,
-    /// Seconds after which such a request is tried again.
+    /// Seconds until the proxy tries a request of this kind again.
     pub for_seconds: u64,
 }
 
@@ -81,11 +83,11 @@ pub(crate) struct Refused<'a> {
     pub decode: &'a Instance,
     /// The request's body.
     pub body: &'a RequestBody,
-    /// Where it came.
+    /// The endpoint that the request uses.
     pub endpoint: Endpoint,
 }
 
-/// How far a reason reaches.
+/// The requests and instances for which a reason holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reach {
     Instance,
@@ -95,14 +97,14 @@ enum Reach {
 }
 
 impl Between {
-    /// These two are meant.
+    /// Returns true if the refusal holds for these two instances.
     pub(crate) fn holds_for(&self, prefill: &Instance, decode: &Instance) -> bool {
         is(&self.prefill, prefill) && self.decode.as_ref().is_none_or(|one| is(one, decode))
     }
 }
 
 impl Refusals {
-    /// The instances that are known to refuse a request like this.
+    /// Returns the instances that are known to refuse a request like this one.
     pub(crate) fn of(&self, now: Instant, body: &RequestBody, endpoint: Endpoint) -> Vec<Between> {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
@@ -122,7 +124,8 @@ impl Refusals {
             .collect()
     }
 
-    /// Takes the reason for which a request's KV was not handed over. Says it once, if it will repeat.
+    /// Records the reason for which a request's KV was not handed over. Logs a warning the first time
+    /// that the reason is expected to repeat.
     pub(crate) fn note(&self, now: Instant, reason: &str, refused: Refused<'_>) {
         let Some(reach) = reach(reason) else {
             return;
@@ -179,7 +182,8 @@ impl Refusals {
         }
     }
 
-    /// KV went from one to the other: what failed between them before does not count.
+    /// Records that KV went from one instance to the other, and removes earlier refusals between the two
+    /// that hold for all requests.
     pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
@@ -192,7 +196,7 @@ impl Refusals {
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
     }
 
-    /// The instance may be another one from now on.
+    /// Removes all refusals of an instance, because another process may have its id from now on.
     pub(crate) fn forget(&self, id: &str) {
         let mut entries = self.lock();
         for known in entries.values_mut() {
@@ -205,7 +209,7 @@ impl Refusals {
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
     }
 
-    /// What a prefill instance is known to refuse.
+    /// Returns the known refusals of a prefill instance.
     pub(crate) fn by(&self, now: Instant, prefill: &Instance) -> Vec<Shown> {
         let entries = self.lock();
         let mut shown: Vec<_> = entries
@@ -258,7 +262,8 @@ fn is(name: &(String, u64), instance: &Instance) -> bool {
     name.0 == instance.id && name.1 == instance.epoch
 }
 
-/// Keeps the memory bounded: what is over goes first, then what would be over next.
+/// Removes refusals until one more fits: first those that have ended, then those that would end next.
+/// Memory stays bounded.
 fn make_room(entries: &mut HashMap<About, BTreeMap<Between, Entry>>, now: Instant) {
     if entries.values().map(BTreeMap::len).sum::<usize>() < MAX_ENTRIES {
         return;
@@ -277,7 +282,8 @@ fn make_room(entries: &mut HashMap<About, BTreeMap<Between, Entry>>, now: Instan
     }
 }
 
-/// How far a reason of a connector or of a sender reaches; `None` if it says nothing of other requests.
+/// Returns the reach of a reason that a connector or a sender gave; `None` if the reason does not
+/// concern other requests.
 fn reach(reason: &str) -> Option<Reach> {
     Some(match reason {
         "layout" | "kv_groups" | "wrong_role" | "push_off" => Reach::Instance,
@@ -291,13 +297,15 @@ fn reach(reason: &str) -> Option<Reach> {
     })
 }
 
-/// Requests in a row that have to end so, and the time for which it is then taken to repeat.
+/// Returns the number of refused requests in a row after which a reason is expected to repeat, and the
+/// time for which it is then remembered.
 fn limits(reason: &str) -> (u32, Duration) {
     match reason {
-        // A network that is down for a moment is no reason to give the pair up.
+        // A network that fails for a moment must not switch off the pair.
         "no_link" => (3, BRIEFLY),
-        // One prompt can be rendered in two ways, as where a template has the time in it, and its client would
-        // switch the pair off for everybody. Keys that never meet do so in every request.
+        // One prompt can be rendered in two ways, for example if its template contains the time. A
+        // single client with such a prompt must not switch off the pair for all clients. Keys that never
+        // match fail in every request.
         "key_mismatch" => (3, LONG),
         _ => (1, LONG),
     }
@@ -323,13 +331,14 @@ fn cure(reason: &str) -> &'static str {
     }
 }
 
-/// More is nobody's fleet.
+/// Most refusals that are remembered, far above the need of any fleet.
 const MAX_ENTRIES: usize = 1024;
-/// Longer names of models and kinds are not kept.
+/// Longest text of a model or kind in bytes. A refusal with a longer text is not remembered.
 const MAX_TEXT_BYTES: usize = 512;
-/// An engine may be started anew with other options behind the same sidecar.
+/// Time for which most reasons are remembered. It has an end, because an engine may be restarted with
+/// other options behind the same sidecar.
 const LONG: Duration = Duration::from_secs(300);
-/// For what may pass by itself.
+/// Time for which a reason is remembered that may pass by itself.
 const BRIEFLY: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The HTTP requests that the proxy makes: both legs of a request, and call-backs.
+//! The HTTP requests that the proxy sends: both legs of a request, and call-backs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A client that trusts the roots of `tls`, with these deadlines.
+    /// Creates a client that trusts the roots of `tls`, with these timeouts.
     ///
     /// # Errors
     /// TLS cannot be set up.
@@ -43,8 +43,8 @@ impl Client {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
         connector.enforce_http(false);
-        // A host that is gone says nothing: without these, a silent answer would be waited for as long
-        // as a good one may take.
+        // A host that has vanished closes no connection. Without keep-alive probes the proxy would wait
+        // for its answer as long as a good answer may take.
         connector.set_keepalive(Some(KEEPALIVE));
         connector.set_keepalive_interval(Some(KEEPALIVE));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
@@ -73,7 +73,8 @@ impl Client {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The answer's head says that the prefill is done; sidecars need nothing else of it.
+            // The status says that the prefill is done, and sidecars need no more of the answer than
+            // that.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
@@ -98,10 +99,10 @@ impl Client {
         }
     }
 
-    /// Posts what belongs to a prefill leg and reads an answer of token ids.
+    /// Posts a request that prepares a prefill leg, and reads an answer of token ids.
     ///
     /// # Errors
-    /// No answer, or one that is too long.
+    /// There was no answer, or it was too long.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection.
@@ -125,11 +126,12 @@ impl Client {
         })
     }
 
-    /// Sends a decode leg and reads the first event of its answer, or all of it if it is short and not
-    /// streamed, within `limit`: until then another instance can take over without the client noticing.
+    /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for all of a
+    /// short answer that is not streamed. Until then another instance can take over without the client
+    /// noticing.
     ///
     /// # Errors
-    /// No answer that is worth passing on while another instance may have a better one.
+    /// There was no answer, or one with a status for which another instance may have a better answer.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
@@ -167,10 +169,10 @@ impl Client {
         answer.judged()
     }
 
-    /// Passes a request without a body on and reads a short answer.
+    /// Sends a GET request and reads a short answer.
     ///
     /// # Errors
-    /// No answer, a long one, or none within `limit`.
+    /// There was no answer within `limit`, or it was too long.
     pub(crate) async fn get(
         &self,
         url: &str,
@@ -196,10 +198,10 @@ impl Client {
             .map_err(|_| LegError::Timeout(limit))?
     }
 
-    /// Posts JSON and returns when the answer begins.
+    /// Posts JSON and returns when the head of the answer has come.
     ///
     /// # Errors
-    /// No answer.
+    /// There was no answer.
     pub(crate) async fn open(
         &self,
         url: &str,
@@ -213,7 +215,7 @@ impl Client {
     /// Posts JSON and reads a short answer.
     ///
     /// # Errors
-    /// No answer, a long one, or none within `limit`.
+    /// There was no answer within `limit`, or it was too long.
     pub(crate) async fn post_json(
         &self,
         url: &str,
@@ -282,7 +284,7 @@ impl Client {
         })?;
         let status = answer.status();
         if status.is_redirection() {
-            // Engines do not redirect, and where to is nobody that was configured.
+            // Engines do not redirect. The target of a redirect is a host that was not configured.
             return Err(LegError::Died(format!("it answered {status}")));
         }
         Ok(answer)
@@ -319,19 +321,22 @@ fn shown(body: &Bytes) -> String {
         .collect()
 }
 
-/// One token's answer is under 1 KiB, with logprobs some more.
+/// Longest answer of a prefill leg in bytes. The answer of one token takes less than 1 KiB, and more
+/// with logprobs.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 
-/// A call-back's answer is one small object; a list of models with adapters can be longer.
+/// Longest short answer in bytes. A call-back's answer is one small object; a list of models with
+/// adapters can be longer.
 const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 
-/// Answers that are not streamed are held back up to this size, so that an engine that dies in
-/// their middle can be replaced or reported.
+/// Most bytes of an answer that is not streamed that the proxy holds back. If the engine dies meanwhile,
+/// another one can take over or the client gets an error.
 const MAX_HELD: usize = 4 * 1024 * 1024;
 
-/// A host that does not answer is given up on after four times this.
+/// Time without data before the first keep-alive probe, and between probes. The connection to a host
+/// that does not answer ends after four times this.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// Of an engine's error, in logs.
+/// Most characters of an engine's error that logs show.
 const SHOWN_CHARS: usize = 300;

@@ -1,7 +1,7 @@
-//! etcd's key-value API, as far as a registry needs it: leases, keys under them, a watch.
+//! The part of etcd's key-value API that a registry needs: leases, keys under them, a watch.
 //!
-//! Spoken through etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
-//! port: a gRPC client would bring a second HTTP stack and a protocol compiler for five calls.
+//! The client uses etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
+//! port. A gRPC client would add a second HTTP stack and a protocol compiler for five calls.
 
 use std::time::Duration;
 
@@ -15,26 +15,26 @@ use tokio::time::timeout;
 use crate::upstream::client::Client;
 use crate::upstream::pool::LinkBody;
 
-/// One etcd, at any of its addresses.
+/// A client of one etcd cluster, at any of its addresses.
 #[derive(Debug)]
 pub(crate) struct Etcd {
     client: Client,
     urls: Vec<String>,
-    /// The address that answered last.
+    /// Index in `urls` of the address to ask next: the one that answered last.
     at: usize,
 }
 
-/// A lease: keys under it vanish when it is not renewed.
+/// A lease of etcd. etcd deletes its keys if the lease is not renewed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Lease(String);
 
-/// etcd did not do what it was asked.
+/// etcd did not do what the proxy asked.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EtcdError {
     /// No address answers.
     #[error("etcd: {0}")]
     Unreachable(String),
-    /// It answered something else than expected.
+    /// etcd gave an unexpected answer.
     #[error("etcd answered {0}")]
     Unexpected(String),
     /// The lease has run out.
@@ -42,7 +42,7 @@ pub(crate) enum EtcdError {
     LeaseLost,
 }
 
-/// A watch: each event is only a reason to read again.
+/// A watch over keys. An event says only that the keys have to be read again.
 #[derive(Debug)]
 pub(crate) struct Watch {
     body: LinkBody,
@@ -50,7 +50,7 @@ pub(crate) struct Watch {
 }
 
 impl Etcd {
-    /// An etcd that answers at these base URLs.
+    /// Creates a client of the etcd at these base URLs.
     pub(crate) fn new(client: Client, urls: Vec<String>) -> Self {
         Self {
             client,
@@ -59,10 +59,10 @@ impl Etcd {
         }
     }
 
-    /// Takes a lease that lasts so long without being renewed.
+    /// Takes a lease that lasts for `ttl` without being renewed.
     ///
     /// # Errors
-    /// No lease.
+    /// etcd granted no lease.
     pub(crate) async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
         let answer = self
             .call("lease/grant", json!({"TTL": ttl.as_secs()}))
@@ -71,13 +71,13 @@ impl Etcd {
         id.map(Lease).ok_or_else(|| unexpected(&answer))
     }
 
-    /// Renews it.
+    /// Renews a lease.
     ///
     /// # Errors
-    /// It has run out, or nobody answers.
+    /// The lease has run out, or no address answers.
     pub(crate) async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         let answer = self.call("lease/keepalive", json!({"ID": lease.0})).await?;
-        // Without a lease to renew, the field is absent or zero.
+        // The field is absent or zero if etcd does not know the lease.
         let ttl = answer["result"]["TTL"].as_str().unwrap_or("0");
         if ttl == "0" {
             Err(EtcdError::LeaseLost)
@@ -86,10 +86,10 @@ impl Etcd {
         }
     }
 
-    /// Gives it back, and its keys with it.
+    /// Revokes a lease. etcd deletes the keys of the lease.
     ///
     /// # Errors
-    /// It runs out by itself then.
+    /// etcd did not confirm. The lease then runs out by itself.
     pub(crate) async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         self.call("lease/revoke", json!({"ID": lease.0}))
             .await
@@ -99,7 +99,7 @@ impl Etcd {
     /// Writes a key under a lease.
     ///
     /// # Errors
-    /// It is not written, as far as is known.
+    /// etcd did not confirm the write.
     pub(crate) async fn put(
         &mut self,
         lease: &Lease,
@@ -113,17 +113,17 @@ impl Etcd {
     /// Deletes a key.
     ///
     /// # Errors
-    /// It is not deleted, as far as is known.
+    /// etcd did not confirm the deletion.
     pub(crate) async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
         self.call("kv/deleterange", json!({"key": b64(key)}))
             .await
             .map(drop)
     }
 
-    /// Every key that begins with `prefix`, and its value.
+    /// Returns every key that begins with `prefix`, and its value.
     ///
     /// # Errors
-    /// They cannot be read.
+    /// The keys cannot be read.
     pub(crate) async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
         let body = json!({"key": b64(prefix), "range_end": b64(&after(prefix)), "limit": MAX_KEYS});
         let answer = self.call("kv/range", body).await?;
@@ -141,7 +141,7 @@ impl Etcd {
     /// Watches every key that begins with `prefix`.
     ///
     /// # Errors
-    /// Nobody answers.
+    /// The address does not answer, or it refuses the watch.
     pub(crate) async fn watch(&mut self, prefix: &str) -> Result<Watch, EtcdError> {
         let range = json!({"key": b64(prefix), "range_end": b64(&after(prefix))});
         let body = json!({"create_request": range}).to_string();
@@ -159,7 +159,7 @@ impl Etcd {
         })
     }
 
-    /// Asks the address that answered last, then the others.
+    /// Calls a method at the address that answered last, then at the others until one succeeds.
     async fn call(&mut self, method: &str, body: Value) -> Result<Value, EtcdError> {
         let body = Bytes::from(body.to_string());
         let mut error = EtcdError::Unreachable("no address".into());
@@ -187,7 +187,7 @@ impl Etcd {
 }
 
 impl Watch {
-    /// Waits until something has changed; `false` if the watch has ended.
+    /// Waits until a key has changed. Returns false if the watch has ended.
     ///
     /// # Cancel safety
     /// No event is lost when the future is dropped.
@@ -196,7 +196,7 @@ impl Watch {
             while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();
                 let event: Value = serde_json::from_slice(&line).unwrap_or_default();
-                // The first answer says only that the watch is there.
+                // The first answer confirms the watch and carries no events.
                 if event["result"]["events"].is_array() {
                     return true;
                 }
@@ -217,7 +217,8 @@ fn unexpected(answer: &Value) -> EtcdError {
     EtcdError::Unexpected(answer.to_string().chars().take(200).collect())
 }
 
-/// The key after all that begin with `prefix`, which ends with a slash: the next character.
+/// Returns the first key after all keys that begin with `prefix`. The prefix ends with a slash, and `0`
+/// is the character after the slash.
 fn after(prefix: &str) -> String {
     format!("{}0", prefix.strip_suffix('/').unwrap_or(prefix))
 }
@@ -230,9 +231,10 @@ fn plain(text: &str) -> Option<String> {
     String::from_utf8(STANDARD.decode(text).ok()?).ok()
 }
 
-/// etcd answers within milliseconds, or is electing a leader, which takes about a second.
+/// Longest wait for an answer. etcd answers within milliseconds, unless it is electing a leader, which
+/// takes about a second.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Each proxy writes one key for each instance.
+/// Most keys of a list. Each proxy writes one key per instance.
 const MAX_KEYS: usize = 4096;
-/// An event carries one value.
+/// Longest event in bytes: an event carries one value.
 const MAX_EVENT_BYTES: usize = 1024 * 1024;

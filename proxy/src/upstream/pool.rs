@@ -1,7 +1,8 @@
 //! Connections to engines and sidecars, kept open between requests.
 //!
-//! Whoever waits for an answer drives its connection. With a task for each connection, as clients usually
-//! have it, every chunk of a stream costs two changes of task, and the client's write waits for both.
+//! The task that waits for an answer drives the connection itself. With a task per connection, as in
+//! most HTTP clients, every chunk of a stream costs two task switches, and the write to the client waits
+//! for both.
 
 pub(crate) mod connection;
 
@@ -26,10 +27,10 @@ use tower::ServiceExt;
 use crate::fleet::zone::{self, Resolver};
 use connection::{Link, Outgoing, nobody};
 
-/// Where a connection leads.
+/// Scheme, host and port to which a connection leads.
 type Origin = (Scheme, Authority);
 
-/// Makes connections and keeps those that are idle.
+/// Opens connections and keeps idle ones.
 pub(crate) struct Pool {
     connector: HttpsConnector<HttpConnector<Resolver>>,
     idle: Mutex<Idle>,
@@ -41,7 +42,7 @@ struct Idle {
     swept: Option<Instant>,
 }
 
-/// An idle connection, and since when it is.
+/// An idle connection, with the time since which it is idle.
 struct Waiting {
     link: Link,
     since: Instant,
@@ -50,26 +51,26 @@ struct Waiting {
 /// A request that brought no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
-    /// No connection: nobody has seen the request.
+    /// No connection could be opened: no server has seen the request.
     #[error("{0}")]
     Connect(String),
-    /// The connection ended, or what came is no answer.
+    /// The connection ended, or the bytes that came are no answer.
     #[error("{0}")]
     Lost(String),
 }
 
-/// The body of an answer. Read to its end, its connection is idle again; dropped before, it is closed, so
-/// that the engine aborts the request.
+/// The body of an answer. After its last byte the connection goes back to the pool. If it is dropped
+/// earlier, the connection closes, so that the engine aborts the request.
 pub(crate) struct LinkBody {
     incoming: Incoming,
-    /// `None` once it has been given back.
+    /// `None` after the connection has gone back to the pool.
     link: Option<Link>,
     origin: Origin,
     links: Arc<Pool>,
 }
 
 impl Pool {
-    /// No connection yet.
+    /// Creates a pool without connections.
     pub(crate) fn new(connector: HttpsConnector<HttpConnector<Resolver>>) -> Self {
         Self {
             connector,
@@ -77,7 +78,7 @@ impl Pool {
         }
     }
 
-    /// Sends a request and returns when the answer's head is there.
+    /// Sends a request and returns when the head of the answer has come.
     ///
     /// # Errors
     /// No answer.
@@ -100,10 +101,11 @@ impl Pool {
             request = match link.send(request).await {
                 Ok(answer) => return Ok(self.answer(origin, answer)),
                 Err(mut error) => match error.take_message() {
-                    // Closed in the meantime, and nothing of the request was written.
+                    // The connection was closed in the meantime and no byte of the request was written:
+                    // it can be sent again safely.
                     Some(request) => request,
-                    // The engine closed it while the request was on its way. One that has been read is
-                    // aborted with its connection, so a repeat computes nothing twice.
+                    // The engine closed the connection while the request was on its way. An engine
+                    // aborts a request when its connection ends, so the repeat computes nothing twice.
                     None if is_closed(error.error()) && sent.elapsed() < JUST_CLOSED => {
                         request = again;
                         break;
@@ -135,7 +137,8 @@ impl Pool {
         })
     }
 
-    /// An idle connection that has not been closed, the one that was used last.
+    /// Returns the idle connection to `origin` that was used last and is still open; `None` if there is
+    /// none.
     fn take(&self, origin: &Origin) -> Option<Link> {
         let now = Instant::now();
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -170,8 +173,8 @@ impl fmt::Debug for Pool {
 }
 
 impl Idle {
-    /// Closes what has been idle for too long, those of engines that nobody asks any more too. Call-backs
-    /// see to it that this is called every few seconds.
+    /// Closes connections that have been idle for too long, also those to engines that get no requests
+    /// any more. The call-backs return a connection every few seconds, so this runs regularly.
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_some_and(|at| now.duration_since(at) < IDLE) {
             return;
@@ -227,7 +230,8 @@ impl fmt::Debug for LinkBody {
     }
 }
 
-/// Gives a request the form that a server expects: the path alone, and the host in a header.
+/// Gives a request the form that a server expects: the path alone in the request line, and the host in a
+/// header.
 fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> {
     let path = uri.path_and_query().cloned();
     *request.uri_mut() = path.unwrap_or(PathAndQuery::from_static("/")).into();
@@ -235,7 +239,7 @@ fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> 
     let host = authority
         .rsplit_once('@')
         .map_or(authority, |(_, host)| host);
-    // A zone is of this host alone, and is not sent.
+    // A zone names an interface of this host. It means nothing to the server and is not sent.
     let zoned = uri
         .host()
         .and_then(zone::of)
@@ -249,7 +253,7 @@ fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> 
     Ok(())
 }
 
-/// The connection ended before an answer, with or without a reset.
+/// Returns true if the connection ended before an answer, with or without a reset.
 fn is_closed(error: &hyper::Error) -> bool {
     let source = error.source().and_then(|e| e.downcast_ref::<io::Error>());
     error.is_incomplete_message()
@@ -265,7 +269,8 @@ fn is_closed(error: &hyper::Error) -> bool {
         })
 }
 
-/// hyper's errors say what failed, and only their sources say why.
+/// Returns the text of an error with its sources. hyper's errors name the failure, and only their
+/// sources name the cause.
 pub(crate) fn with_cause(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -276,10 +281,11 @@ pub(crate) fn with_cause(error: &dyn StdError) -> String {
     text
 }
 
-/// A connection that was closed before a request came ends within a round trip. One that ends later had
-/// an engine behind it that died of something else.
+/// Longest time in which a request can fail because the server had closed the connection before: about a
+/// round trip. If the connection ends later, the engine behind it died for another reason and the
+/// request is not repeated.
 const JUST_CLOSED: Duration = Duration::from_secs(1);
 
-/// vLLM's HTTP server closes idle connections after 5 s; a request on one that is just closing
-/// would fail.
+/// Longest idle time of a connection. vLLM's HTTP server closes idle connections after 5 s; a request on
+/// a connection that is just closing would fail.
 const IDLE: Duration = Duration::from_secs(3);

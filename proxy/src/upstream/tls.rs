@@ -1,4 +1,4 @@
-//! TLS on both sides: towards clients with a certificate, towards engines with roots to trust.
+//! TLS on both sides: towards clients with a certificate, towards engines with trusted roots.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,26 +41,26 @@ pub struct TlsFiles {
     pub tls_ca: Option<PathBuf>,
 }
 
-/// Files that make no TLS.
+/// Certificates or keys that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// Not PEM of the right kind.
+    /// The file is not PEM of the right kind.
     #[error("{flag} {path}: {text}")]
     File {
-        /// Which.
+        /// The flag that names the file.
         flag: &'static str,
-        /// Its path.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem, with its cure if one is known.
         text: String,
     },
-    /// Certificate and key do not fit, or are of no supported kind.
+    /// Certificate and key do not belong together, or are of an unsupported kind.
     #[error("--tls-cert and --tls-key: {0}")]
     Pair(String),
 }
 
 impl TlsFiles {
-    /// What makes TLS of a client's connection, if the port speaks it.
+    /// Returns the acceptor for clients' connections; `None` if the port does not speak TLS.
     ///
     /// # Errors
     /// The file that cannot be used.
@@ -96,7 +96,7 @@ impl TlsFiles {
         Ok(Some(TlsAcceptor::from(Arc::new(config))))
     }
 
-    /// What connects to engines, with TLS where their URL says so.
+    /// Returns the connector to engines, with TLS for `https://` URLs.
     ///
     /// # Errors
     /// The file that cannot be used.
@@ -107,7 +107,8 @@ impl TlsFiles {
         let mut roots = RootCertStore::empty();
         let trusted = match &self.tls_ca {
             Some(path) => certificates("--tls-ca", path)?,
-            // A root that cannot be read is missed when an engine needs it, and named then.
+            // An unreadable root is no error here: if an engine needs it, the failed handshake names the
+            // problem.
             None => rustls_native_certs::load_native_certs().certs,
         };
         roots.add_parsable_certificates(trusted);
@@ -140,13 +141,14 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     Ok(all)
 }
 
-/// Returns the flaw for which clients refuse a server's certificate, whomever they trust.
+/// Returns the flaw for which clients refuse a server's certificate, whichever roots they trust; `None`
+/// if the check finds none.
 fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     let (first, others) = chain.split_first()?;
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(chain.iter().cloned());
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider());
-    // Of no interest: it is compared after all that is asked for here.
+    // The name does not matter: the verifier compares it after all checks that matter here.
     let name = ServerName::try_from("localhost").ok()?;
     let error = verifier
         .build()
@@ -172,7 +174,7 @@ fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     found.map(|(_, flaw)| *flaw)
 }
 
-/// Returns what a file without the wanted item holds, and the cure.
+/// Returns a text that names the content of a file without the wanted item, and the cure.
 fn instead(path: &Path) -> &'static str {
     let bytes = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
@@ -191,7 +193,7 @@ fn instead(path: &Path) -> &'static str {
     }
 }
 
-/// Returns an error of a TLS handshake with the cure behind it, where the error alone does not say it.
+/// Returns the text of a TLS handshake error, followed by its cure if the text alone does not give it.
 pub(crate) fn explained(error: &str) -> String {
     let cures = [
         (

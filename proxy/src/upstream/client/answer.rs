@@ -1,4 +1,4 @@
-//! What legs bring: an answer, or none.
+//! The results of legs: an answer, or the reason for none.
 
 use std::time::Duration;
 
@@ -13,32 +13,32 @@ use crate::openai::headers::JSON;
 use crate::openai::sse;
 use crate::upstream::pool::LinkBody;
 
-/// A decode leg's answer, from its first bytes on.
+/// An answer of an engine, from its first bytes on.
 #[derive(Debug)]
 pub(crate) struct Answer {
     /// Status and headers, as the engine sent them.
     pub head: response::Parts,
-    /// What has been read of the body.
+    /// The part of the body that has been read.
     pub held: Bytes,
-    /// What has not; `None` if `held` is all.
+    /// The part of the body that has not been read; `None` if `held` is the whole body.
     pub rest: Option<LinkBody>,
 }
 
-/// How a prefill leg ended.
+/// The result of a prefill leg.
 #[derive(Debug)]
 pub(crate) enum PrefillEnd {
-    /// 2xx, and what it brings.
+    /// The engine answered with a 2xx status.
     Answered(Prefilled),
-    /// The engine says that the request is wrong; this is its answer.
+    /// The engine answered that the request is wrong; this is its answer.
     Refused(Box<Answer>),
-    /// The engine or the way to it failed.
+    /// The engine or the connection failed; the text says why.
     Failed(Fallback, String),
 }
 
 /// A leg that brought no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LegError {
-    /// Nobody listens there, or not in time: the engine has not seen the request.
+    /// No connection could be opened in time: the engine has not seen the request.
     #[error("cannot connect: {0}")]
     Connect(String),
     /// The connection ended before an answer.
@@ -47,19 +47,19 @@ pub(crate) enum LegError {
     /// No answer in time.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
-    /// The engine is too busy or stopping; this is its answer.
+    /// The engine is too busy or is stopping; this is its answer.
     #[error("the engine answered {}", .0.head.status)]
     Busy(Box<Answer>),
-    /// The engine says that it has failed; this is its answer. The request may be at fault as well as
-    /// the engine.
+    /// The engine answered that it has failed; this is its answer. The fault may be in the request as
+    /// well as in the engine.
     #[error("the engine answered {}{}", .0.head.status, said(.0))]
     Faulty(Box<Answer>),
-    /// The engine has shown no sign of work for so long, with this request or any other.
+    /// The engine has shown no sign of work for this time, with this request or any other.
     #[error("no sign of work for {0:?}")]
     Silent(Duration),
 }
 
-/// How a leg brought no answer, for metrics.
+/// The kind of a [`LegError`], for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LegFailure {
     /// [`LegError::Connect`]
@@ -77,7 +77,7 @@ pub enum LegFailure {
 }
 
 impl Answer {
-    /// The answer, unless its status says that another instance may have a better one.
+    /// Returns the answer, unless its status says that another instance may have a better one.
     ///
     /// # Errors
     /// The engine is busy, or has failed.
@@ -93,8 +93,9 @@ impl Answer {
         }
     }
 
-    /// What an engine means whose stream begins with an error. vLLM sends the head of a stream before
-    /// it knows that its engine is dead: the status of the error then stands in the event.
+    /// Creates the answer of a stream from its first event. vLLM sends the head of a stream before it
+    /// knows that its engine is dead; an error in the first event then carries the real status. The
+    /// result is an error answer with that status, so that another instance can take over.
     pub(crate) fn of_first_event(head: response::Parts, held: Bytes, rest: LinkBody) -> Self {
         let failed = sse::error(&held).and_then(|data| Some((status_in(data)?, data)));
         let Some((status, data)) = failed.filter(|_| head.status.is_success()) else {
@@ -116,7 +117,7 @@ impl Answer {
     }
 }
 
-/// An engine's error, as far as its status is in it.
+/// The part of an engine's error that holds the status.
 #[derive(Deserialize)]
 struct Said {
     error: Error,
@@ -128,7 +129,8 @@ struct Error {
     code: serde_json::Value,
 }
 
-/// The status in an engine's error, if another instance may have a better answer.
+/// Returns the status in an engine's error if another instance may have a better answer; `None`
+/// otherwise.
 fn status_in(data: &[u8]) -> Option<StatusCode> {
     let said: Said = serde_json::from_slice(data).ok()?;
     let number = said
@@ -146,7 +148,7 @@ fn status_in(data: &[u8]) -> Option<StatusCode> {
     }
 }
 
-/// The beginning of an engine's error, for logs.
+/// Returns the beginning of an engine's error, for logs.
 fn said(answer: &Answer) -> String {
     let text = super::shown(&answer.held);
     if text.is_empty() {
@@ -157,7 +159,7 @@ fn said(answer: &Answer) -> String {
 }
 
 impl LegError {
-    /// How, without the details.
+    /// Returns the kind of the failure, without the details.
     pub(crate) fn failure(&self) -> LegFailure {
         match self {
             Self::Connect(_) => LegFailure::Connect,
@@ -169,7 +171,8 @@ impl LegError {
         }
     }
 
-    /// Another instance may do better. One that used up its time has used up the client's too.
+    /// Returns true if another instance may do better. After a timeout there is no retry, because the
+    /// client's time is used up, too.
     pub(crate) fn is_retryable(&self) -> bool {
         !matches!(self, Self::Timeout(_))
     }

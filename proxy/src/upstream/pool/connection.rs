@@ -1,4 +1,4 @@
-//! One connection, driven by whoever waits for its answer.
+//! One HTTP connection. The task that waits for its answer drives it.
 
 use std::future::{Future as _, poll_fn};
 use std::pin::{Pin, pin};
@@ -15,24 +15,25 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::coop::unconstrained;
 
-/// What it runs over.
+/// The byte stream of a connection.
 type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
 
-/// What a request carries.
+/// The body of a request.
 pub(super) type Outgoing = Full<Bytes>;
 
-/// What turns requests into bytes and bytes into answers; boxed, because it is moved about.
+/// The HTTP/1 state machine, which turns requests into bytes and bytes into answers. It is boxed,
+/// because a `Link` is moved often.
 type Wire = Box<Connection<Stream, Outgoing>>;
 
 /// One connection.
 pub(super) struct Link {
     sender: SendRequest<Outgoing>,
-    /// `None` once it has ended.
+    /// `None` after the connection has ended.
     wire: Option<Wire>,
 }
 
 impl Link {
-    /// Over a stream that is open.
+    /// Creates a connection over an open stream.
     pub(super) async fn over(stream: Stream) -> hyper::Result<Self> {
         let (sender, wire) = handshake(stream).await?;
         Ok(Self {
@@ -41,26 +42,28 @@ impl Link {
         })
     }
 
-    /// Sends a request and waits for the answer's head.
+    /// Sends a request and waits for the head of the answer.
     pub(super) async fn send(
         mut self,
         request: Request<Outgoing>,
     ) -> Result<(Response<Incoming>, Self), TrySendError<Request<Outgoing>>> {
-        // What would make it wait for a wake-up of its own, a used-up budget, would not be heard.
+        // The future is polled with a waker that wakes nothing. Without `unconstrained`, a used-up task
+        // budget would make it wait for a wake-up that never comes.
         let mut answer = pin!(unconstrained(self.sender.try_send_request(request)));
         let answer =
             poll_fn(|cx| self.drive_until(cx, || answer.as_mut().poll(&mut nobody()))).await?;
         Ok((answer, self))
     }
 
-    /// It can take a request.
+    /// Returns true if the connection can take a request.
     pub(super) fn is_idle(&mut self) -> bool {
         self.drive(&mut nobody());
         self.wire.is_some() && self.sender.is_ready()
     }
 
-    /// Drives the connection until `poll`, which hears of nothing else, is ready. What passes between the
-    /// two would wake the very task that is running, so nobody is to be woken until there is no more of it.
+    /// Drives the connection until `poll` is ready. `poll` and the first drive use a waker that wakes
+    /// nothing: data that passes between the two would wake the very task that runs. Only the last drive
+    /// registers the task's waker.
     pub(super) fn drive_until<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -74,7 +77,8 @@ impl Link {
         poll()
     }
 
-    /// Reads and writes what can be. How a connection ends is told to whoever waits for its answer.
+    /// Reads and writes as much as is possible without waiting. The task that waits for an answer learns
+    /// from the answer how a connection has ended.
     fn drive(&mut self, cx: &mut Context<'_>) {
         if let Some(wire) = &mut self.wire
             && Pin::new(wire).poll(cx).is_ready()
@@ -84,7 +88,7 @@ impl Link {
     }
 }
 
-/// Wakes nobody.
+/// Returns a context that wakes no task.
 pub(super) fn nobody() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }
