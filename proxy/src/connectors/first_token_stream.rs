@@ -81,7 +81,9 @@ impl http_body::Body for Early {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let early = self.get_mut();
         loop {
+            // `Over` stands in while a stage is processed: a stage that is not put back has ended.
             match std::mem::replace(&mut early.stage, Stage::Over) {
+                // The client gets the first token before the decode leg is polled for the first time.
                 Stage::Head(rest) => {
                     early.stage = Stage::Waiting(rest);
                     return Poll::Ready(Some(Ok(Frame::data(early.stitch.head()))));
@@ -90,6 +92,7 @@ impl http_body::Body for Early {
                     Poll::Ready(response) if is_event_stream(response.headers()) => {
                         early.stage = Stage::Events(response.into_body());
                     }
+                    // The status is already sent, so an error can reach the client only as an event.
                     Poll::Ready(response) => {
                         early.stage = Stage::Error(response.into_body(), b"data: ".to_vec());
                     }
@@ -111,6 +114,7 @@ impl http_body::Body for Early {
                     let Some(chunk) = frame.data_ref() else {
                         continue;
                     };
+                    // A chunk without the end of an event gives no bytes: the loop polls for the next.
                     let converted = early.stitch.chunk(chunk);
                     if !converted.is_empty() {
                         return Poll::Ready(Some(Ok(Frame::data(converted))));
@@ -122,6 +126,7 @@ impl http_body::Body for Early {
                         return Poll::Pending;
                     }
                     Poll::Ready(Some(Ok(frame))) => {
+                        // A long error is cut, so that an engine cannot fill the proxy's memory.
                         let room = MAX_ERROR_BYTES.saturating_sub(event.len());
                         let data = frame.data_ref().map_or(&[][..], |data| data);
                         event.extend_from_slice(&data[..data.len().min(room)]);

@@ -212,6 +212,7 @@ pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fal
     };
     let raw = answer.kv_transfer_params.map(RawValue::get);
     let params = raw.and_then(|raw| serde_json::from_str::<Params>(raw).ok());
+    // A push that was refused fails in every mode, so this comes before the mode is read.
     if let Some(params) = &params
         && params.pushed == Some(false)
     {
@@ -219,12 +220,16 @@ pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fal
     }
     let first = params.as_ref().and_then(|params| params.first_tok);
     let details = answer.usage.and_then(|usage| usage.prompt_tokens_details);
+    // `usage` has the number only if the engine gives details; vLLM also adds it to the transfer
+    // parameters.
     let added = params
         .as_ref()
         .and_then(|params| params.remote_prefill_cached_tokens);
     prefilled.cached_tokens = details.and_then(|details| details.cached_tokens).or(added);
     match way {
         HandoffMode::Sidecar | HandoffMode::FromLmcache | HandoffMode::P2pNccl => {}
+        // The parameters pass byte for byte: the decode engine reads fields that the proxy does not
+        // know.
         HandoffMode::Nixl if params.is_some_and(|params| params.do_remote_prefill) => {
             prefilled.params = raw.map(str::to_owned);
         }
@@ -235,6 +240,7 @@ pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fal
             let Some(id) = first else {
                 return not_pushed("its answer carries no first_tok");
             };
+            // The decode leg's prompt ends with this token, so its text has to come from this answer.
             let Some((first, _)) = first_token(id, body) else {
                 let why = "its first token cannot be shown by itself";
                 return Err((Fallback::NotExpressible, why.to_owned()));
@@ -242,6 +248,8 @@ pub(crate) fn prefilled(way: HandoffMode, body: &[u8]) -> Result<Prefilled, (Fal
             prefilled.first = Some(first);
         }
         HandoffMode::FirstToken => {
+            // Without the token or the ids, the client gets its first token from the decode leg as
+            // usual.
             let found = first.and_then(|id| first_token(id, body));
             if let Some((first, Some(tokens))) = found {
                 (prefilled.first, prefilled.tokens) = (Some(first), Some(tokens));

@@ -66,12 +66,12 @@ pub struct Instance {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Connector {
-    /// Through sidecars, which push.
+    /// Sidecars: the prefill side's sidecar pushes KV to the decode side's.
     Sidecar,
-    /// vLLM's `NixlConnector`: the prefill answer says what the decode leg has to carry.
+    /// vLLM's `NixlConnector`: the prefill answer contains the transfer parameters of the decode leg.
     #[default]
     Nixl,
-    /// LMCache inside the engines: `disagg_spec`, `ProxyNotif`, the first token handed over.
+    /// LMCache inside the engines: `disagg_spec`, `ProxyNotif`, and a hand-over of the first token.
     Lmcache,
     /// vLLM's P2P NCCL connector: the request id names both addresses.
     P2pNccl,

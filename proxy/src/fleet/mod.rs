@@ -1,4 +1,4 @@
-//! The instances: what each one is, what it is busy with, and which registrations are alive.
+//! The instances: their addresses, their load and the leases of their registrations.
 
 pub(crate) mod base_url;
 pub(crate) mod instance;

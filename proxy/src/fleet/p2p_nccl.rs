@@ -55,7 +55,7 @@ pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
     Ok(Instance::named(&named, Source::P2pNccl)?)
 }
 
-/// Lease of an instance, after which three messages are missing.
+/// Lease of an instance. It expires after three missed messages.
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
 
 /// The longest message in bytes: it carries three short strings.

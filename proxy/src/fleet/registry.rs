@@ -131,11 +131,13 @@ impl Registry {
         expires: Option<Instant>,
         said_ready: bool,
     ) -> Result<Registered, Refused> {
+        // Only a new id needs room: heartbeats of known instances pass even when the registry is full.
         let full = self.entries.len() >= self.max_instances;
         if full && !self.entries.contains_key(&fresh.id) {
             return Err(Refused::Full(self.entries.len()));
         }
         let entry = self.entries.entry(fresh.id.clone()).or_default();
+        // A registration with a known epoch is a heartbeat; one with a new epoch becomes the candidate.
         let known = [entry.member.as_mut(), entry.candidate.as_mut()]
             .into_iter()
             .flatten()
@@ -154,6 +156,7 @@ impl Registry {
             });
             return Ok(Registered::New);
         };
+        // Otherwise a forged heartbeat could redirect the requests of a confirmed instance.
         if !known.instance.same_place(&fresh) {
             return Err(Refused::Changed);
         }
@@ -271,9 +274,11 @@ impl Registry {
         self.budget.end(id, epoch);
         let entry = self.entries.get_mut(id)?;
         let is_candidate = holds_epoch(&entry.candidate, epoch);
+        // The registration may have ended while its call-back was in flight.
         if !is_candidate && !holds_epoch(&entry.member, epoch) {
             return None;
         }
+        // Another process has this address now, so no request may go there under this id.
         if answer == Answer::Stranger {
             let place = if is_candidate {
                 &mut entry.candidate
@@ -288,6 +293,7 @@ impl Registry {
             self.tidy(now);
             return gone;
         }
+        // A confirmed candidate takes the member's place, unless the two would replace each other forever.
         if is_candidate && entry.dispute.is_none() && matches!(answer, Answer::Confirmed { .. }) {
             if entry.replaced == Some(epoch) && entry.member.is_some() {
                 self.disputes.extend(entry.open_dispute());
@@ -296,6 +302,7 @@ impl Registry {
                 entry.member = entry.candidate.take();
             }
         }
+        // The confirmed candidate may be the member by now.
         let place = if holds_epoch(&entry.member, epoch) {
             &mut entry.member
         } else {

@@ -40,12 +40,12 @@ pub struct Sources {
     #[arg(long, env = "PD_PROXY_INSTANCES", value_name = "FILE")]
     pub instances: Option<PathBuf>,
 
-    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`; what is given by flag or
-    /// environment wins.
+    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`; flags and environment win
+    /// over the file.
     #[arg(long, env = "PD_PROXY_ENV_FILE", value_name = "FILE")]
     pub env_file: Option<PathBuf>,
 
-    /// As in LMCache's example proxy: hosts of prefillers.
+    /// Hosts of prefillers, as in LMCache's example proxy.
     #[arg(
         long,
         env = "PD_PROXY_PREFILLER_HOST",
@@ -54,7 +54,7 @@ pub struct Sources {
     )]
     pub prefiller_host: Vec<String>,
 
-    /// Their ports: one for all hosts, or one for each.
+    /// Ports of these hosts: one for all hosts, or one for each.
     #[arg(
         long,
         env = "PD_PROXY_PREFILLER_PORT",
@@ -63,11 +63,11 @@ pub struct Sources {
     )]
     pub prefiller_port: Vec<u16>,
 
-    /// With one host and one port: so many prefillers on consecutive ports.
+    /// With one host and one port: number of prefillers on consecutive ports.
     #[arg(long, env = "PD_PROXY_NUM_PREFILLERS", value_name = "N")]
     pub num_prefillers: Option<u16>,
 
-    /// As in LMCache's example proxy: hosts of decoders.
+    /// Hosts of decoders, as in LMCache's example proxy.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_HOST",
@@ -76,7 +76,7 @@ pub struct Sources {
     )]
     pub decoder_host: Vec<String>,
 
-    /// Their ports: one for all hosts, or one for each.
+    /// Ports of these hosts: one for all hosts, or one for each.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_PORT",
@@ -85,7 +85,7 @@ pub struct Sources {
     )]
     pub decoder_port: Vec<u16>,
 
-    /// Their init ports, one for each rank; the n-th decoder on consecutive ports adds n.
+    /// Init ports of a decoder, one for each rank; the n-th decoder on consecutive ports adds n.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_INIT_PORT",
@@ -94,7 +94,7 @@ pub struct Sources {
     )]
     pub decoder_init_port: Vec<u16>,
 
-    /// Their alloc ports, likewise.
+    /// Alloc ports of a decoder, one for each rank; the n-th decoder on consecutive ports adds n.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_ALLOC_PORT",
@@ -103,7 +103,7 @@ pub struct Sources {
     )]
     pub decoder_alloc_port: Vec<u16>,
 
-    /// With one host and one port: so many decoders on consecutive ports.
+    /// With one host and one port: number of decoders on consecutive ports.
     #[arg(long, env = "PD_PROXY_NUM_DECODERS", value_name = "N")]
     pub num_decoders: Option<u16>,
 }

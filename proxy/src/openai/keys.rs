@@ -16,8 +16,8 @@ use crate::openai::origin::{refuse_pages, require_local};
 /// Keys and permitted hosts.
 #[derive(Clone, Default, Args)]
 pub struct Access {
-    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. Without
-    /// any, everybody may ask.
+    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. Without any,
+    /// every client may send requests.
     #[arg(
         long,
         env = "PD_PROXY_API_KEY",
@@ -27,8 +27,8 @@ pub struct Access {
     )]
     pub api_key: Vec<String>,
 
-    /// Key for the endpoints that change the proxy. Without it, only clients on this host may use
-    /// those.
+    /// Key for the endpoints that change the proxy. Without it, only clients on this host may use these
+    /// endpoints.
     #[arg(
         long,
         env = "PD_PROXY_ADMIN_KEY",
@@ -37,7 +37,7 @@ pub struct Access {
     )]
     pub admin_key: Option<String>,
 
-    /// Key that engines are sent instead of what the client has sent.
+    /// Key that the proxy sends to engines instead of the client's key.
     #[arg(
         long,
         env = "PD_PROXY_ENGINE_KEY",
@@ -47,7 +47,7 @@ pub struct Access {
     pub engine_key: Option<String>,
 
     /// Hosts that instances may have, separated by commas: names, `*.domain`, addresses, networks as
-    /// `10.0.0.0/8`. Without any, every host that registers.
+    /// `10.0.0.0/8`. Without any, every host is permitted.
     #[arg(
         long,
         env = "PD_PROXY_ALLOW",

@@ -113,6 +113,8 @@ pub(crate) fn route(
         session: ask.session,
         prompt_tokens: ask.prompt_tokens,
     };
+    // In `ppd` and `auto`, the instance with the conversation goes first: it has the KV of the earlier
+    // turns.
     let holder = decodes
         .iter()
         .find(|c| ask.mode != Mode::Pd && ask.conversation == Some(c.instance.id.as_str()));
@@ -121,11 +123,13 @@ pub(crate) fn route(
         .copied()
         .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
     let decode = chosen.ok_or(NoRoute::AllFailed)?;
+    // The decode instance is chosen first, because it decides which prefill instances can hand over.
     let prefills = prefills(instances, loads, ask, decode.instance);
     let prefill = match (
         ask.alone,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
+        // A reason in the request itself comes before reasons in the instances, so that metrics name it.
         (Some(alone), _) => Err(alone),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
         (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
@@ -133,6 +137,7 @@ pub(crate) fn route(
         }
         (None, None) => Err(nobody(instances, ask, decode.instance)),
         (None, Some(prefill)) => {
+            // Only `auto` compares: `pd` and `ppd` must not depend on measured costs.
             let weighed = ask.mode == Mode::Auto;
             if weighed
                 && ask

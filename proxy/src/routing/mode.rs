@@ -14,12 +14,13 @@ use crate::routing::policy::Candidate;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// Every request that can.
+    /// Every request that can get one.
     #[default]
     Pd,
-    /// The first turn of a conversation; later turns go straight to the decode instance that has it.
+    /// The first turn of a conversation; later turns go directly to the decode instance that has the
+    /// conversation.
     Ppd,
-    /// Those that are expected to be done sooner with one.
+    /// Requests that are expected to finish sooner with a prefill leg.
     Auto,
 }
 

@@ -14,14 +14,15 @@ use crate::fleet::load::LoadSnapshot;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// In turn.
+    /// Instances in turn.
     #[default]
     RoundRobin,
-    /// The one with the fewest tokens under way.
+    /// The instance with the fewest tokens in flight.
     LeastTokens,
-    /// The same one for all requests of a session; without a session, as `least-tokens`.
+    /// The same instance for all requests of a session; without a session, as `least-tokens`.
     Session,
-    /// The one that is done first, if what it holds of the prompt costs nothing.
+    /// The instance with the fewest tokens to compute: those in flight, plus the part of the prompt that
+    /// the instance does not hold.
     Prefix,
 }
 

@@ -135,6 +135,7 @@ impl Refusals {
             Reach::Model => About::Model(refused.body.model().to_owned()),
             Reach::Kind => About::Kind(refused.body.shape(refused.endpoint)),
         };
+        // A client must not fill the memory with long names of models or content parts.
         if about.text().len() > MAX_TEXT_BYTES {
             return;
         }
@@ -144,11 +145,13 @@ impl Refusals {
             decode: (reach == Reach::Pair).then(|| name(refused.decode)),
         };
         let mut entries = self.lock();
+        // Before the insertion, so that the number of entries never exceeds the limit.
         make_room(&mut entries, now);
         let known = entries.entry(about.clone()).or_default();
         let entry = known
             .entry(between)
             .or_insert_with(|| Entry::new(reason, now));
+        // The engine and the sender may both report one request; it counts once.
         if entry.request != refused.request {
             refused.request.clone_into(&mut entry.request);
             entry.strikes += 1;
@@ -158,10 +161,12 @@ impl Refusals {
         if entry.strikes >= strikes {
             entry.until = now + time;
         }
+        // One warning per refusal: a refusal that is learned again later is only information.
         let is_first = is_learned && !entry.is_said;
         entry.is_said |= is_learned;
         self.count
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
+        // Writing to the log must not hold up requests that wait for the lock.
         drop(entries);
         if is_first {
             warn!(

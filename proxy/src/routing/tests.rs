@@ -4,8 +4,9 @@ use crate::fleet::instance::{Named, Source, Standing};
 use crate::fleet::kv_fit::Kv;
 use protocol::registration::InstanceRole;
 
-/// `p1`: prefill, `d1`: decode, `b1`: both; with `-` in front: not ready, with `~`: draining, with `!`:
-/// failing. Behind it, `/tokens` under way and `:l` for another connector.
+/// Returns the instance and the load that a word describes: `p1` is prefill, `d1` decode, `b1` both. A
+/// prefix `-` means not ready, `~` draining, `!` failing; a suffix `/tokens` gives the tokens in flight,
+/// and `:l` another connector.
 fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
     let (word, other) = match word.strip_suffix(":l") {
         Some(word) => (word, true),
@@ -105,7 +106,8 @@ fn check(there: &str, ask: &RouteRequest<'_>, expect: &str) {
 fn only_equal_connectors_make_pairs() {
     check("p1 d1:l", &ask(), "no_prefill d1");
     check("p1 p2:l d1:l", &ask(), "p2 d1");
-    // The decode instance that somebody can prefill for comes first, whoever is in turn.
+    // A decode instance with a prefill instance that can hand over comes first, whichever instance is in
+    // turn.
     check("d1:l p1 d2", &ask(), "p1 d2");
     let unsplittable = RouteRequest {
         is_unsplittable: true,
@@ -140,7 +142,7 @@ fn policies() {
         ..by(Policy::Prefix)
     };
     check("p1/500 p2/20 d1/7 d2/6", &prefix, "p1 d2");
-    // What it holds is worth no more than what is queued before.
+    // The held prefix is worth no more than the tokens that are queued before the request.
     check("p1/921 p2/20 d1/7 d2/600", &prefix, "p2 d1");
     let session = |key| RouteRequest {
         session: Some(key),
@@ -254,7 +256,8 @@ fn another_one() {
     check("p1 d1 d2 d3", 1, &["d1", "d3"], "decode_retry d2");
 }
 
-/// A pair of sidecars whose engines say this of their KV.
+/// Routes a request to a pair of sidecars with these KV descriptions. Returns the prefill instance, or
+/// the fallback.
 fn of_kv(prefill: Kv, decode: Kv, refused: &[Between]) -> String {
     let one = |word: &str, kv: Kv| {
         let (instance, loads) = instance(word);

@@ -281,9 +281,9 @@ pub(crate) fn with_cause(error: &dyn StdError) -> String {
     text
 }
 
-/// Longest time in which a request can fail because the server had closed the connection before: about a
-/// round trip. If the connection ends later, the engine behind it died for another reason and the
-/// request is not repeated.
+/// Longest time after which a lost connection still counts as closed before the request came. Such a
+/// failure shows within about a round trip; a later one means that the engine died for another reason,
+/// and the request is not repeated.
 const JUST_CLOSED: Duration = Duration::from_secs(1);
 
 /// Longest idle time of a connection. vLLM's HTTP server closes idle connections after 5 s; a request on

@@ -27,7 +27,7 @@ pub struct TlsFiles {
     )]
     pub tls_cert: Option<PathBuf>,
 
-    /// Its private key (PEM).
+    /// Private key (PEM) of --tls-cert.
     #[arg(
         long,
         env = "PD_PROXY_TLS_KEY",
@@ -36,7 +36,7 @@ pub struct TlsFiles {
     )]
     pub tls_key: Option<PathBuf>,
 
-    /// Roots (PEM) that `https://` engines are trusted by, instead of the system's.
+    /// Roots (PEM) by which the proxy trusts `https://` engines, instead of the system's roots.
     #[arg(long, env = "PD_PROXY_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
 }

@@ -207,7 +207,7 @@ fn first_tokens() {
     ] {
         check(json!({"message": message, "finish_reason": length}), None);
     }
-    // An engine that does not say token ids.
+    // An engine that does not give token ids.
     let body = br#"{"choices": [{"text": "He", "finish_reason": "length"}], "kv_transfer_params": {"first_tok": 7}}"#;
     assert_eq!(
         prefilled(HandoffMode::FirstToken, body).unwrap().first,

@@ -25,7 +25,8 @@ impl Lease {
         self.expires.is_some() && self.answered.is_none()
     }
 
-    /// Returns the hosts that a call-back goes to.
+    /// Returns the hosts to which a call-back connects: the admin server's and, if it is another one,
+    /// the engine's.
     pub(super) fn hosts(&self) -> [Option<&str>; 2] {
         let admin = self.instance.admin.as_ref().map(|admin| admin.host());
         let http = self.instance.http.host();

@@ -37,7 +37,7 @@ fn register(id: &str, epoch: u64) -> Register {
     }
 }
 
-/// A registry with its clock.
+/// A registry with its own clock.
 struct World {
     registry: Registry,
     now: Instant,
@@ -72,14 +72,14 @@ impl World {
         self.registry.called_back(self.now, id, epoch, answer);
     }
 
-    /// Registers and confirms.
+    /// Registers an instance and confirms it by call-back.
     fn member(&mut self, id: &str, epoch: u64) {
         self.register(id, epoch).unwrap();
         assert_eq!(self.due(), [(id.to_owned(), epoch)]);
         self.answer(id, epoch, READY);
     }
 
-    /// `id@epoch state` of everyone.
+    /// Returns `id@epoch state` of every instance.
     fn shown(&self) -> Vec<String> {
         let show = |i: &Instance| {
             let state = match &i.standing {

@@ -5,7 +5,7 @@ use clap::Parser;
 use super::*;
 use crate::config::cli::Config;
 
-/// `role connector url init alloc` of everyone.
+/// Returns `role connector url init alloc` of every instance.
 fn named(flags: &[&str]) -> Result<Vec<String>, Vec<String>> {
     let config = Config::try_parse_from([&["pd-proxy"], flags].concat()).unwrap();
     let all = config.sources.named()?;

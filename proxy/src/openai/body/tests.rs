@@ -85,7 +85,7 @@ fn who_gets_a_transfer() {
         r#"[{"content": [{"type": "input_audio"}]}]"#,
         Some(Fallback::Multimodal),
     );
-    // What is malformed is the engine's to refuse.
+    // The engine, not the proxy, refuses malformed values.
     chat(r#""hi""#, None);
     chat(r#"[{"content": [1, 2]}]"#, None);
 }
@@ -120,12 +120,12 @@ fn bodies_that_are_refused() {
     check(&utf16(hidden), true);
     let again = format!("{{{}\"n\":1}}", "\"n\":1,\"x\":1,".repeat(1000));
     check(again.as_bytes(), false);
-    // Depth costs nothing, since values are not parsed.
+    // Depth costs nothing, because values are not parsed.
     let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
     assert!(read(deep.as_bytes()).is_ok());
 }
 
-/// As Windows writes it: little endian, behind a byte order mark.
+/// Returns the text as Windows writes it: little endian, behind a byte order mark.
 fn utf16(text: &str) -> Vec<u8> {
     let units = std::iter::once(0xfeff).chain(text.encode_utf16());
     units.flat_map(u16::to_le_bytes).collect()

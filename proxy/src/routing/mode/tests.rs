@@ -58,7 +58,7 @@ fn what_is_measured_decides() {
     // Short prompts say nothing about speed.
     measured.prefilled(1, Duration::from_secs(9));
     assert!(stays(190) && !stays(210));
-    // What is not tried any more is tried again after a while.
+    // Costs that are no longer measured fall, so that a request tries the hand-over again after a while.
     let tries = (0..10_000).take_while(|_| {
         let stays = stays(100);
         measured.stayed();

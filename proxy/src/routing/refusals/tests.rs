@@ -110,7 +110,7 @@ fn what_may_pass_by_itself_counts_in_a_row_only() {
     world.refusals.worked(&world.p, &world.d);
     world.note("no_link", BASE);
     world.note("no_link", BASE);
-    // Told twice of one request.
+    // One request is reported twice and counts once.
     world.requests -= 1;
     world.note("no_link", BASE);
     assert!(!world.refuses(BASE));
@@ -120,7 +120,8 @@ fn what_may_pass_by_itself_counts_in_a_row_only() {
     assert!(!world.refuses(BASE));
 }
 
-/// A template with the time in it renders one prompt in two ways: that says nothing of other prompts.
+/// A template that contains the time renders one prompt in two ways. That refusal does not concern other
+/// prompts.
 #[test]
 fn keys_of_one_prompt_condemn_no_pair() {
     let mut world = World::new();
