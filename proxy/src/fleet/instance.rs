@@ -57,7 +57,7 @@ pub struct Instance {
     /// Requests in flight and failures, as this proxy counts them.
     #[serde(skip)]
     pub load: Arc<Load>,
-    /// Readiness, as the last call-back found it.
+    /// Readiness, as the last answer to a call-back gave it.
     pub standing: Standing,
 }
 
@@ -99,7 +99,7 @@ pub enum Source {
 pub enum Standing {
     /// The instance has registered, but no call-back has confirmed it yet.
     Unverified,
-    /// The last call-back found the instance ready.
+    /// The last answer to a call-back said that the instance is ready.
     Ready,
     /// The instance is not ready, for this reason.
     NotReady(String),

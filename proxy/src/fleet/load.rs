@@ -24,6 +24,7 @@ pub struct Load {
     /// Time of the first `/health` failure in a row, in microseconds since `born`; 0 if `/health` is
     /// well.
     sick: AtomicU64,
+    /// Time from which the fields in microseconds count.
     born: Instant,
     /// Number of legs that were answered; `answered_us` is the sum of their times to the first byte, in
     /// microseconds.
@@ -196,6 +197,7 @@ impl Load {
         }
     }
 
+    /// Opens the breaker: no request goes to the instance until the pause ends.
     fn open(&self, now: Instant, breaker: Breaker) {
         // While one request probes a stalled instance, no other request may follow it there and stall
         // too.
@@ -208,6 +210,7 @@ impl Load {
             .store(self.since_born(now + pause), Ordering::Relaxed);
     }
 
+    /// Returns the microseconds from `born` to `at`.
     fn since_born(&self, at: Instant) -> u64 {
         let since = at.saturating_duration_since(self.born);
         // The first microsecond counts as one, so that 0 means "never".

@@ -36,8 +36,11 @@ use lease::{Lease, holds_epoch, take_epoch};
 /// All registrations, by id.
 #[derive(Debug)]
 pub(crate) struct Registry {
+    /// Both registrations of each id.
     entries: BTreeMap<String, Entry>,
+    /// Most ids; further ones are refused.
     max_instances: usize,
+    /// Time between two call-backs of an instance that answers.
     call_back_every: Duration,
     budget: Budget,
     /// Disputes over ids that have not been logged yet.
@@ -124,6 +127,7 @@ impl Registry {
         self.enter(now, instance, lease.map(|lease| now + lease), true)
     }
 
+    /// Renews a known registration, or makes a new one the candidate of its id.
     fn enter(
         &mut self,
         now: Instant,

@@ -163,8 +163,8 @@ impl RequestBody {
         params: Option<&str>,
         answer: PrefillAnswer,
     ) -> Bytes {
-        // The client gets the leg's token in one mode only. In the others the token is dropped, so
-        // sampling fields would only cost time.
+        // The client gets the leg's token in one mode only. In the others the token is dropped, so that
+        // sampling fields have no purpose.
         let is_answer = answer == PrefillAnswer::FirstToken;
         let keep = |name: &str| match kind(name) {
             Some(Kind::Sampling) => is_answer,

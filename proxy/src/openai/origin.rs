@@ -108,8 +108,8 @@ fn is_of_a_proxy(name: &HeaderName) -> bool {
         || others.contains(&name.as_str())
 }
 
-/// Returns true if `HOST[:PORT]` is a loopback address or a name in `localhost`. The port does not
-/// matter, because a tunnel (`ssh -L`) has another port.
+/// Returns true if `HOST[:PORT]` is a loopback address, `localhost`, or a name below `localhost`. The
+/// port does not matter, because a tunnel (`ssh -L`) has another port.
 fn is_local(host: &str) -> bool {
     let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
         Some((address, _)) => address,

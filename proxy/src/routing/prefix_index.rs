@@ -68,7 +68,9 @@ struct State {
     /// Ends of conversations: the hash of the whole blocks leads to the texts after them.
     ends: Recent<u64, Vec<End>>,
     conversations: Recent<u64, Conversation>,
+    /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
+    /// Number of turns so far, which keeps the keys of equal first turns apart.
     clock: u64,
 }
 
@@ -76,8 +78,11 @@ struct State {
 /// were.
 #[derive(Debug)]
 struct Recent<K, V> {
+    /// Entries that were used since the last change of generations; at most `most`.
     young: HashMap<K, V>,
+    /// Entries that were used last in the generation before; the next change drops them.
     old: HashMap<K, V>,
+    /// Most entries of one generation.
     most: usize,
 }
 
@@ -215,6 +220,7 @@ impl PrefixIndex {
 }
 
 impl State {
+    /// Estimates the number of tokens of a text with this many bytes.
     #[expect(
         clippy::cast_possible_truncation,
         reason = "an estimate far below 2^63"

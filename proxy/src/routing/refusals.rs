@@ -53,6 +53,7 @@ struct Entry {
     /// Id of the last of these requests, which counts once although both the engine and the sender
     /// report it.
     request: String,
+    /// End of the time for which the refusal holds; in the past if it does not hold.
     until: Instant,
     /// True if the log has a warning about this refusal.
     is_said: bool,
@@ -90,9 +91,13 @@ pub(crate) struct Refused<'a> {
 /// The requests and instances for which a reason holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reach {
+    /// All requests that the prefill instance computes for any decode instance.
     Instance,
+    /// All requests between these two instances.
     Pair,
+    /// Requests that name this model, at this prefill instance.
     Model,
+    /// Requests of this shape, at this prefill instance.
     Kind,
 }
 

@@ -26,6 +26,7 @@ pub(crate) use answer::{Answer, LegError, LegFailure, PrefillEnd};
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     links: Arc<Pool>,
+    /// Longest wait for the next bytes of an answer that is held back.
     idle_timeout: Duration,
 }
 
@@ -265,6 +266,7 @@ impl Client {
         })
     }
 
+    /// Sends a request and returns when the head of the answer has come. A redirect is an error.
     async fn send(
         &self,
         method: Method,
@@ -291,6 +293,7 @@ impl Client {
     }
 }
 
+/// Returns the next bytes of a body; `None` at its end.
 async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| LegError::Died(with_cause(&e)))?;
@@ -314,6 +317,7 @@ async fn first_event(body: &mut LinkBody) -> Result<Bytes, LegError> {
     Err(LegError::Died("its stream ended without an event".into()))
 }
 
+/// Returns the beginning of an engine's error, for logs.
 fn shown(body: &Bytes) -> String {
     String::from_utf8_lossy(body)
         .chars()

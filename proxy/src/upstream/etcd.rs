@@ -46,6 +46,7 @@ pub(crate) enum EtcdError {
 #[derive(Debug)]
 pub(crate) struct Watch {
     body: LinkBody,
+    /// The beginning of an event whose end has not come.
     partial: Vec<u8>,
 }
 

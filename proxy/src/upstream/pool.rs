@@ -38,7 +38,9 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct Idle {
+    /// Idle connections by origin; the one that was used last is at the back.
     links: HashMap<Origin, VecDeque<Waiting>>,
+    /// Time of the last sweep; `None` before the first one.
     swept: Option<Instant>,
 }
 
@@ -151,6 +153,7 @@ impl Pool {
         None
     }
 
+    /// Returns a connection to the pool, or closes it if it cannot take another request.
     fn put(&self, origin: &Origin, mut link: Link) {
         if !link.is_idle() {
             return;

@@ -9,6 +9,7 @@ use super::lease::Lease;
 /// Call-backs in flight, and the rate at which the registrations of an id may prompt more.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
+    /// Call-backs in flight to instances that have never answered.
     under_way: Vec<Call>,
     /// For each id, the time at which its whole burst is available again. An absent id has the whole
     /// burst.
@@ -19,6 +20,7 @@ pub(super) struct Budget {
 struct Call {
     id: String,
     epoch: u64,
+    /// Hosts to which the call-back connects.
     hosts: [Option<String>; 2],
 }
 

@@ -12,10 +12,13 @@ pub(super) struct Lease {
     pub(super) instance: Instance,
     /// End of the lease; `None` if the registration stays until it is removed.
     pub(super) expires: Option<Instant>,
+    /// Time at which the next call-back is due.
     pub(super) call_at: Instant,
+    /// True while a call-back is in flight.
     pub(super) calling: bool,
     /// Readiness that the sidecar gave in its last `Register`. A change prompts a call-back at once.
     pub(super) said_ready: bool,
+    /// Time of the last answer with this id and epoch; `None` before the first one.
     pub(super) answered: Option<Instant>,
 }
 
@@ -33,17 +36,20 @@ impl Lease {
         [admin, (admin != Some(http)).then_some(http)]
     }
 
+    /// Returns true if the lease has expired.
     pub(super) fn has_expired(&self, now: Instant) -> bool {
         self.expires.is_some_and(|at| at <= now)
     }
 }
 
+/// Returns true if the place holds a registration with this epoch.
 pub(super) fn holds_epoch(place: &Option<Lease>, epoch: u64) -> bool {
     place
         .as_ref()
         .is_some_and(|lease| lease.instance.epoch == epoch)
 }
 
+/// Empties the place if it holds a registration with this epoch, and returns the registration.
 pub(super) fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease> {
     if holds_epoch(place, epoch) {
         place.take()
