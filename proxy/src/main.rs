@@ -15,7 +15,7 @@ async fn main() -> ExitCode {
         Ok(read) => read,
         Err(e) => {
             let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            // A closed terminal is no reason to fail.
+            // A terminal that is closed already must not change the exit code.
             drop(e.print());
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
@@ -31,7 +31,8 @@ async fn main() -> ExitCode {
     let (Ok(filter), []) = (filter, &problems[..]) else {
         return print_problems(&problems, USAGE);
     };
-    // Its complaint about a log that cannot be written would go to the same closed pipe, and panic.
+    // If standard error is closed, the subscriber would report the failed write to standard error, too, and
+    // panic.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -104,7 +105,7 @@ fn print_problems(problems: &[String], code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Exit codes of sysexits.h, as --help lists them.
+/// The exit codes, with the numbers of sysexits.h; --help lists them.
 const USAGE: u8 = 64;
 const UNAVAILABLE: u8 = 69;
 const INTERNAL: u8 = 70;

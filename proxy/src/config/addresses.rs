@@ -1,11 +1,11 @@
-//! Where the proxy listens.
+//! The addresses at which the proxy listens.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
 
-/// Its addresses, and whether strangers may reach them.
+/// The proxy's addresses, and the permission to use addresses other than loopback.
 #[derive(Clone, Debug, Args)]
 pub struct Addresses {
     /// Address of the OpenAI-compatible HTTP server.
@@ -63,17 +63,19 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Of the HTTP server.
+    /// Returns the address of the HTTP server: `--listen`, with `--host` and `--port` in place of its parts.
     pub fn listen(&self) -> SocketAddr {
         moved(self.listen, self.host, self.port)
     }
 
-    /// Of the registration port.
+    /// Returns the address of the registration port: `--registration`, with `--proxy-host` and `--proxy-port`
+    /// in place of its parts.
     pub fn registration(&self) -> SocketAddr {
         moved(self.registration, self.proxy_host, self.proxy_port)
     }
 
-    /// What is wrong with them together, every problem at once.
+    /// Returns every problem that the addresses have together, so that a user can correct all of them in one
+    /// go. Empty if there is none.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let (listen, registration) = (self.listen(), self.registration());
@@ -101,7 +103,7 @@ fn moved(address: SocketAddr, host: Option<IpAddr>, port: Option<u16>) -> Socket
     SocketAddr::new(host.unwrap_or(address.ip()), port.unwrap_or(address.port()))
 }
 
-/// `IP:PORT`, or a name in the place of the IP.
+/// Parses `IP:PORT` or `NAME:PORT`.
 fn address(text: &str) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse() {
         return Ok(address);
@@ -113,7 +115,7 @@ fn address(text: &str) -> Result<SocketAddr, String> {
             );
         }
         let bare = host.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
-        // A zone, as fe80::1%eth0, is the resolver's matter.
+        // Rust's parser refuses an address with a zone (fe80::1%eth0); the resolver accepts it.
         if let (Some(host), Ok(port)) = (bare, port.parse::<u16>())
             && let Some(found) = first((host, port).to_socket_addrs().ok())
         {
@@ -124,7 +126,7 @@ fn address(text: &str) -> Result<SocketAddr, String> {
         .ok_or_else(|| "is not IP:PORT, nor the name of an address of this host and a port".into())
 }
 
-/// An IP, an IPv6 one perhaps in brackets, or a name.
+/// Parses an IP address, with or without brackets, or resolves a name.
 fn host(text: &str) -> Result<IpAddr, String> {
     let bare = text.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
     let found = first((bare.unwrap_or(text), 0).to_socket_addrs().ok());
@@ -133,7 +135,8 @@ fn host(text: &str) -> Result<IpAddr, String> {
         .ip())
 }
 
-/// Of a name's addresses the IPv4 one, which is what others connect to under that name.
+/// Returns a name's first IPv4 address, or its first address if none is IPv4. Other programs connect to the
+/// IPv4 address under that name.
 fn first(found: Option<impl Iterator<Item = SocketAddr>>) -> Option<SocketAddr> {
     let all: Vec<_> = found?.collect();
     all.iter()

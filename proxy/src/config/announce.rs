@@ -1,4 +1,5 @@
-//! Says in a metadata server where sidecars register, for those that are configured by Mooncake's file.
+//! Writes the address of the registration port into a metadata server. Sidecars that are configured by
+//! Mooncake's file read the address there.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,7 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// Writes one key, again and again.
+/// The task that writes the address, and renews it so that the key does not expire.
 #[derive(Debug)]
 pub(crate) struct Announcer {
     store: Store,
@@ -17,10 +18,11 @@ pub(crate) struct Announcer {
     registration: SocketAddr,
 }
 
-/// The metadata server that a `mooncake.json` names; `None` if it names none.
+/// Reads which metadata server a `mooncake.json` names. Returns `None` if the sidecars with this file use
+/// none.
 ///
 /// # Errors
-/// What is wrong with the file.
+/// The file cannot be read, is not JSON, or names no usable metadata server.
 pub(crate) fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
     let named = |why: String| format!("--mooncake {}: {why}", file.display());
     let text = std::fs::read_to_string(file).map_err(|e| named(e.to_string()))?;
@@ -32,7 +34,7 @@ pub(crate) fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
 }
 
 impl Announcer {
-    /// Of a proxy that takes registrations there.
+    /// Returns the task of a proxy whose registration port has the address `registration`.
     pub(crate) fn new(metadata: Metadata, registration: SocketAddr) -> Self {
         Self {
             store: Store::new(metadata.clone()),
@@ -41,7 +43,7 @@ impl Announcer {
         }
     }
 
-    /// Runs until `closing`.
+    /// Writes the address once per interval until `closing` is cancelled.
     pub(crate) async fn run(self, closing: CancellationToken) {
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -54,7 +56,7 @@ impl Announcer {
             }
             let address = self.registration.to_string();
             let said = self.store.publish(PROXY_KEY, &address, HOLDS).await;
-            // Each change is said once.
+            // Log only changes: otherwise a metadata server that is down would fill the log.
             match (said, known) {
                 (Ok(()), Some(true)) | (Err(_), Some(false)) => {}
                 (Ok(()), _) => {

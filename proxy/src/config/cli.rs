@@ -1,4 +1,4 @@
-//! Flags, and what is checked of them before anything starts.
+//! The flags, and the checks of their values before the proxy starts.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub(crate) use choices::{DecodeLegAt, FirstTokenFrom};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
 pub struct Config {
-    /// Where it listens.
+    /// Addresses of the ports.
     #[command(flatten)]
     pub addresses: Addresses,
 
@@ -61,11 +61,11 @@ pub struct Config {
           value_parser = at_least_one)]
     pub max_instances: usize,
 
-    /// Instances that are there without registering.
+    /// Instances that do not register themselves.
     #[command(flatten)]
     pub sources: Sources,
 
-    /// Who may ask, and whom the proxy talks to.
+    /// Keys of clients, and the instances that the proxy may talk to.
     #[command(flatten)]
     pub access: Access,
 
@@ -73,7 +73,7 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_ETCD", value_name = "URL", value_delimiter = ',')]
     pub etcd: Vec<String>,
 
-    /// Where in etcd: proxies with the same prefix share.
+    /// Prefix of the keys in etcd: proxies with the same prefix share their instances.
     #[arg(
         long,
         env = "PD_PROXY_ETCD_PREFIX",
@@ -96,11 +96,11 @@ pub struct Config {
     #[command(flatten)]
     pub tls: TlsFiles,
 
-    /// How a prefill instance is chosen.
+    /// Policy that chooses the prefill instance of a request.
     #[arg(long, env = "PD_PROXY_PREFILL_POLICY", default_value = "round-robin")]
     pub prefill_policy: Policy,
 
-    /// How a decode instance is chosen.
+    /// Policy that chooses the decode instance of a request.
     #[arg(long, env = "PD_PROXY_DECODE_POLICY", default_value = "round-robin")]
     pub decode_policy: Policy,
 
@@ -113,8 +113,9 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_DECODE_LEG", default_value = "begun")]
     pub decode_leg: DecodeLegAt,
 
-    /// Who gives the first token of a stream between sidecars: the decode engine, or the prefill engine,
-    /// which has it sooner, but then the decode leg waits for its answer.
+    /// Engine that gives the first token of a stream between sidecars: the decode engine, or the prefill
+    /// engine. The prefill engine has the token sooner, but the decode leg then waits for the prefill leg's
+    /// answer.
     #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
     pub first_token: FirstTokenFrom,
 
@@ -129,7 +130,7 @@ pub struct Config {
           value_parser = clap::value_parser!(u32).range(1..))]
     pub breaker_failures: u32,
 
-    /// For how long; then one request tries.
+    /// Time for which an instance that keeps failing gets no requests; then one request tries it.
     #[arg(long, env = "PD_PROXY_BREAKER_PAUSE", default_value = "5s", value_name = "TIME",
           value_parser = duration)]
     pub breaker_pause: Duration,
@@ -190,7 +191,7 @@ pub struct Config {
           value_parser = duration)]
     pub drain_timeout: Duration,
 
-    /// What is logged, e.g. `info` or `warn,proxy=debug`.
+    /// Filter of the log, e.g. `info` or `warn,proxy=debug`.
     #[arg(
         long,
         env = "PD_PROXY_LOG",
@@ -199,18 +200,19 @@ pub struct Config {
     )]
     pub log: String,
 
-    /// How it is logged, to standard error.
+    /// Format of the log, which goes to standard error.
     #[arg(long, env = "PD_PROXY_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
 }
 
 impl Config {
-    /// Reads the arguments and the environment of this process. Returns with them a note for each variable that is
-    /// ignored: Kubernetes describes every service of a namespace by variables like `SERVICE_PORT=tcp://10.0.0.1:7500`,
-    /// and a service's name may begin like ours.
+    /// Reads the arguments and the environment of this process. Also returns a note for each variable that is
+    /// ignored. Kubernetes describes each service of a namespace by variables like
+    /// `SERVICE_PORT=tcp://10.0.0.1:7500`, and the service's name may make such a variable look like one of a
+    /// flag.
     ///
     /// # Errors
-    /// What is wrong with them, or that help was asked for.
+    /// A flag or variable is wrong, or the user has asked for help or the version.
     pub fn of_process() -> Result<(Self, Vec<String>), clap::Error> {
         let mut notes = Vec::new();
         let command = Self::command().mut_args(|argument| {
@@ -232,7 +234,7 @@ impl Config {
         Ok((config, notes))
     }
 
-    /// When an instance that keeps failing is left alone.
+    /// Returns the limits at which an instance gets no more requests for a while.
     pub fn breaker(&self) -> Breaker {
         Breaker {
             failures: self.breaker_failures,
@@ -241,12 +243,14 @@ impl Config {
         }
     }
 
-    /// Returns the memory for bodies on their way in: one of the largest always fits.
+    /// Returns the limit of memory for bodies that are being received, in bytes. The limit is at least
+    /// `--max-body-bytes`, because otherwise the largest permitted body would never fit.
     pub fn upload_bytes(&self) -> usize {
         self.max_upload_bytes.max(self.max_body_bytes)
     }
 
-    /// What is wrong with the flags and the files that they name, every problem at once.
+    /// Returns every problem of the flags and of the files that they name, so that a user can correct all of
+    /// them in one go. Empty if there is none.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.access.problems();
         problems.extend(self.sources.named().err().unwrap_or_default());
@@ -288,7 +292,8 @@ fn is_of_kubernetes(name: &str, value: &str) -> bool {
     name.ends_with("_PORT") && url
 }
 
-/// A call-back takes 2 s to the sidecar and 2 s to the engine at most, and one may be late.
+/// Upper limit of `--call-back-every`. A call-back takes at most 2 s for the sidecar and 2 s for the engine;
+/// a longer interval would leave no time before the last answer expires.
 const LONGEST_CALL_BACK_EVERY: Duration = Duration::from_secs(10);
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -309,10 +314,11 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Beyond it a deadline is no deadline.
+/// Upper limit of each duration: a longer deadline would in effect never pass.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
-/// Far above any sensible limit, and within what semaphores can count on every platform.
+/// Upper limit of each count: far above every useful value, and small enough for a semaphore on every
+/// platform.
 const LARGEST: usize = 1 << 28;
 
 const AFTER_HELP: &str = "\

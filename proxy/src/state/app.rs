@@ -1,4 +1,4 @@
-//! What every request and task of one proxy shares.
+//! The state that all requests and tasks of one proxy share.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,45 +25,46 @@ use crate::telemetry::prefill_times::PrefillTimes;
 use crate::telemetry::record::Recent;
 use crate::upstream::client::Client;
 
-/// The instances as routing sees them; replaced as a whole at each change.
+/// The instances as routing sees them. The registration task replaces the whole list at each change.
 pub(crate) type Instances = Arc<[Arc<Instance>]>;
 
-/// One proxy.
+/// The shared state of one proxy.
 #[derive(Debug)]
 pub(crate) struct App {
-    /// Its flags.
+    /// The proxy's flags.
     pub config: Config,
-    /// The address that call-backs name.
+    /// The address of the registration port. Each call-back names the address, so that a sidecar knows which
+    /// proxy calls.
     pub registration: SocketAddr,
-    /// Connections to engines and sidecars.
+    /// The HTTP client with the connections to engines and sidecars.
     pub client: Client,
-    /// Who is there; written by the registration task.
+    /// The registered instances, written by the registration task.
     pub instances: watch::Receiver<Instances>,
-    /// Requests under way.
+    /// Requests under way that have had a prefill leg.
     pub in_flight: Arc<InFlight>,
-    /// Requests that have ended.
+    /// The records of the last requests that have ended.
     pub recent: Recent,
-    /// What is counted.
+    /// The proxy's metrics.
     pub metrics: Metrics,
-    /// What prefill legs took.
+    /// Times of the prefill legs, for the summary in the log.
     pub prefill_times: PrefillTimes,
-    /// What instances hold.
+    /// Prefixes that each instance is known to have cached, and the conversations.
     pub prefix_index: PrefixIndex,
-    /// What prefill instances will not hand over.
+    /// Requests for which prefill instances are known not to hand over KV.
     pub refusals: Refusals,
-    /// Which requests get a prefill leg.
+    /// The mode, which decides which requests get a prefill leg.
     pub mode: CurrentMode,
-    /// What prefill and hand-over cost.
+    /// Measured times of prefill and of the hand-over of KV.
     pub measured: Measured,
-    /// Set when no new request is taken any more.
+    /// Cancelled when the proxy begins to drain: from then on, the proxy refuses new requests.
     pub draining: CancellationToken,
-    /// Set when requests under way are cut off.
+    /// Cancelled when the proxy breaks off the requests under way.
     pub force_shutdown: CancellationToken,
-    /// Spans for the collector; absent without `--otlp`.
+    /// Queue of spans for the collector; `None` without `--otlp`.
     pub spans: Option<mpsc::Sender<Value>>,
-    /// What the registration task is asked to do.
+    /// Queue of commands for the registration task.
     pub commands: mpsc::Sender<Command>,
-    /// Bodies on their way in.
+    /// Request bodies that are being received.
     pub uploads: Arc<Uploads>,
     suspects: mpsc::Sender<String>,
     slots: Arc<Semaphore>,
@@ -72,7 +73,7 @@ pub(crate) struct App {
 }
 
 impl App {
-    /// A proxy without instances.
+    /// Returns the state of a proxy to which no request has come yet.
     pub(crate) fn new(
         config: Config,
         client: Client,
@@ -109,31 +110,33 @@ impl App {
         }
     }
 
-    /// A place for one more request, or `None` if all are taken.
+    /// Reserves a place for one more request. Returns `None` if `--max-in-flight` requests are under way.
     pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.slots).try_acquire_owned().ok()
     }
 
-    /// Returns when no request is under way any more; none begins while it waits.
+    /// Waits until no request is under way. No request can begin while this function waits.
     pub(crate) async fn drained(&self) {
         let all = u32::try_from(self.config.max_in_flight).unwrap_or(u32::MAX);
-        // Never closed, so the only end is success.
+        // The semaphore is never closed, so the call cannot fail.
         drop(self.slots.acquire_many(all).await);
     }
 
-    /// A leg could not reach this instance: it is called back before the next health check is due.
+    /// Asks the registration task to call this instance back at once, because a leg to the instance has
+    /// failed. Otherwise the proxy would send requests to a dead instance until the next health check is due.
     pub(crate) fn suspect(&self, id: &str) {
-        // A full queue has other suspects, which are most likely the same ones.
+        // If the queue is full, it most likely holds this instance already.
         drop(self.suspects.try_send(id.to_owned()));
     }
 
-    /// The instances now.
+    /// Returns the current list of instances.
     pub(crate) fn instances(&self) -> Instances {
         Arc::clone(&self.instances.borrow())
     }
 
-    /// The next place in turn on either side; requests with transfers are counted apart, so that
-    /// those of the other kind do not skip prefill instances.
+    /// Returns the policy and the next turn of each side. Only requests with a transfer advance the turn of
+    /// the prefill side: otherwise each request without a transfer would make round-robin skip a prefill
+    /// instance.
     pub(crate) fn next_turn(&self, transfers: Transfers) -> (SideChoice, SideChoice) {
         let prefill = match transfers {
             Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
@@ -149,24 +152,24 @@ impl App {
         )
     }
 
-    /// Whether anything depends on what was routed before.
+    /// Returns true if routing depends on earlier requests, so that prompts have to be remembered.
     pub(crate) fn remembers(&self) -> bool {
         let policies = [self.config.prefill_policy, self.config.decode_policy];
         self.mode.get() != Mode::Pd || policies.contains(&Policy::Prefix)
     }
 }
 
-/// How busy instances are, in their order.
+/// Returns the load of each instance, in the order of `instances`.
 pub(crate) fn load_snapshots(instances: &Instances) -> Vec<LoadSnapshot> {
     let now = Instant::now();
     instances.iter().map(|i| i.load.snapshot(now)).collect()
 }
 
-/// Whether a request may have a prefill leg.
+/// Tells whether a request may have a prefill leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transfers {
-    /// It may.
+    /// The request may have a prefill leg.
     Yes,
-    /// It is computed by its decode instance alone.
+    /// The decode instance computes the request alone.
     No,
 }

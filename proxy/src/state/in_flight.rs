@@ -1,4 +1,4 @@
-//! The requests under way, by id: where words from the registration port meet their request.
+//! The requests under way, by id. Messages from the registration port find their request here.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,49 +11,50 @@ use tokio::sync::Notify;
 
 use crate::telemetry::record::Moved;
 
-/// Every request under way that has a prefill leg.
+/// The requests under way that have a prefill leg.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     requests: Mutex<HashMap<RequestId, Arc<Progress>>>,
 }
 
-/// What others say about one request under way.
+/// The progress of one request under way, as sidecars and the prefill leg report it.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    /// The prefill instance: only its word on the request's progress counts.
+    /// The id of the prefill instance. Messages from other instances that the request has begun are ignored.
     prefill: String,
     begun: Notify,
     begun_at: OnceLock<Instant>,
     prefill_end: OnceLock<PrefillNote>,
     moved: Mutex<Option<Moved>>,
-    /// Another rank's notice has come.
+    /// Notified for each notice of a rank.
     noticed: Notify,
 }
 
-/// How and when a prefill leg ended.
+/// The end of a prefill leg: its time, and its error, if any.
 #[derive(Clone, Debug)]
 pub(crate) struct PrefillNote {
-    /// When.
+    /// The time of the end.
     pub at: Instant,
-    /// What went wrong, if anything.
+    /// The reason why the leg failed; `None` if the leg was answered.
     pub error: Option<String>,
-    /// The prompt's length as its engine counts it.
+    /// The prompt's length in tokens, as the prefill engine counts it; `None` if the engine did not say it.
     pub prompt_tokens: Option<u64>,
-    /// Those that it had cached, if it says it.
+    /// The prompt's tokens that the prefill engine had cached; `None` if the engine did not say it.
     pub cached_tokens: Option<u64>,
 }
 
-/// A request's place in [`InFlight`]; leaves it when dropped.
+/// A request's entry in [`InFlight`]. Dropping the guard removes the entry.
 #[derive(Debug)]
 pub(crate) struct InFlightGuard {
     all: Arc<InFlight>,
     id: RequestId,
-    /// What others say about the request.
+    /// The progress of the request.
     pub progress: Arc<Progress>,
 }
 
 impl InFlight {
-    /// Enters a request whose prefill leg goes to `prefill`. Ids are unique by construction.
+    /// Enters a request whose prefill leg goes to `prefill`. The proxy generates unique ids, so two requests
+    /// never have the same entry.
     pub(crate) fn enter(self: &Arc<Self>, id: &RequestId, prefill: &str) -> InFlightGuard {
         let progress = Arc::new(Progress {
             prefill: prefill.to_owned(),
@@ -71,21 +72,21 @@ impl InFlight {
         }
     }
 
-    /// The prefill engine has begun. Returns whether the request is known and `from` is its
+    /// Notes that the prefill engine has begun. Returns true if the request is known and `from` is its
     /// prefill instance.
     pub(crate) fn begun(&self, now: Instant, id: &RequestId, from: &str) -> bool {
         let progress = self.lock().get(id).cloned();
         let Some(progress) = progress.filter(|progress| progress.prefill == from) else {
             return false;
         };
-        // Every rank says so; the first counts.
+        // Every rank sends this message; the first one sets the time.
         if progress.begun_at.set(now).is_ok() {
             progress.begun.notify_one();
         }
         true
     }
 
-    /// A sender's word on the KV. Returns whether the request is known.
+    /// Adds a sender's notice about the request's KV. Returns true if the request is known.
     pub(crate) fn moved(&self, id: &RequestId, notice: Option<&NotifX>) -> bool {
         let Some(progress) = self.lock().get(id).cloned() else {
             return false;
@@ -105,15 +106,16 @@ impl InFlight {
 }
 
 impl Progress {
-    /// Waits until the prefill engine has begun. For one waiter.
+    /// Waits until the prefill engine has begun. Only one task may wait at a time.
     ///
     /// # Cancel safety
-    /// The word is not lost: a later call returns at once, if none has returned yet.
+    /// Cancelling loses nothing: if the engine has begun and no call has returned yet, the next call returns
+    /// at once.
     pub(crate) async fn begun(&self) {
         self.begun.notified().await;
     }
 
-    /// Waits until so many ranks have said that their KV is written. For one waiter.
+    /// Waits until notices of at least `ranks` ranks have come. Only one task may wait at a time.
     pub(crate) async fn noticed(&self, ranks: usize) {
         let enough = |moved: Moved| usize::try_from(moved.ranks).is_ok_and(|said| said >= ranks);
         while !self.moved().is_some_and(enough) {
@@ -121,23 +123,23 @@ impl Progress {
         }
     }
 
-    /// When the prefill engine began.
+    /// Returns the time at which the prefill engine began; `None` if it has not begun.
     pub(crate) fn begun_at(&self) -> Option<Instant> {
         self.begun_at.get().copied()
     }
 
     /// Notes the end of the prefill leg.
     pub(crate) fn prefill_ended(&self, note: PrefillNote) {
-        // A leg ends once; were it to end twice, the first would be the true one.
+        // A leg ends once. If a second end were noted, the first one would be the right one.
         drop(self.prefill_end.set(note));
     }
 
-    /// The end of the prefill leg.
+    /// Returns the end of the prefill leg; `None` while the leg is under way.
     pub(crate) fn prefill_end(&self) -> Option<&PrefillNote> {
         self.prefill_end.get()
     }
 
-    /// What the sender said about the KV.
+    /// Returns the sum of the senders' notices about the KV; `None` before the first notice.
     pub(crate) fn moved(&self) -> Option<Moved> {
         let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
         moved.clone()

@@ -1,4 +1,5 @@
-//! Request bodies on their way in: a place and memory for each, taken from the slowest when others need it.
+//! Limits on the request bodies that are being received: their number, and their memory. The slowest body
+//! loses its place when another body needs it.
 //!
 //! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without this bound a
 //! few hundred such bodies would keep every client out. A newcomer takes the place of the slowest body of
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-/// All bodies on their way in.
+/// All request bodies that are being received.
 #[derive(Debug)]
 pub(crate) struct Uploads {
     most: usize,
@@ -30,17 +31,17 @@ struct Table {
 struct Open {
     from: Option<IpAddr>,
     bytes: usize,
-    /// Start of the span over which the pace is measured, and the bytes at that instant.
+    /// Start of the current interval of measurement, and the number of bytes that had come before it.
     since: (Instant, usize),
-    /// Bytes of the last whole span.
+    /// Bytes that came in the last complete interval of measurement.
     pace: usize,
-    /// Arrival of the last bytes.
+    /// Time at which the last bytes came.
     last: Instant,
     begun: Instant,
     displaced: CancellationToken,
 }
 
-/// One body's place, given back when dropped.
+/// The place of one body. Dropping the `Upload` frees the place and the memory.
 #[derive(Debug)]
 pub(crate) struct Upload {
     uploads: Arc<Uploads>,
@@ -48,12 +49,12 @@ pub(crate) struct Upload {
     displaced: CancellationToken,
 }
 
-/// There is no place, and every body on its way in is as young as the newcomer.
+/// The error that no body can lose its place: those that could are younger than 200 ms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 
 impl Uploads {
-    /// Places for so many bodies, with so many bytes together.
+    /// Returns limits for at most `most` bodies at once, of at most `most_bytes` bytes together.
     pub(crate) fn new(most: usize, most_bytes: usize) -> Self {
         Self {
             most,
@@ -62,7 +63,7 @@ impl Uploads {
         }
     }
 
-    /// Takes a place, from the slowest body if there is none.
+    /// Takes a place for a new body. If all places are taken, the slowest body loses its place.
     ///
     /// # Errors
     /// See [`Full`].
@@ -95,19 +96,20 @@ impl Uploads {
         })
     }
 
-    /// Returns how many bodies are on their way in.
+    /// Returns the number of bodies that are being received.
     pub(crate) fn len(&self) -> usize {
         self.table().open.len()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        // No step leaves the table half changed.
+        // A panic cannot leave the table half changed, so a poisoned lock is harmless.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Upload {
-    /// Reserves memory for bytes that have arrived, from slower bodies if it is used up.
+    /// Reserves memory for bytes that have arrived. If the memory is used up, slower bodies lose their
+    /// places.
     ///
     /// # Errors
     /// See [`Full`].
@@ -129,7 +131,7 @@ impl Upload {
         Ok(())
     }
 
-    /// Returns when a newcomer has taken this body's place.
+    /// Waits until another body has taken the place of this one.
     pub(crate) async fn displaced(&self) {
         self.displaced.cancelled().await;
     }
@@ -142,7 +144,8 @@ impl Drop for Upload {
 }
 
 impl Table {
-    /// Takes the place of the slowest body of the address that holds most. Bodies of other addresses stay.
+    /// Takes the place of the slowest body of the address that holds most. Bodies of other addresses keep
+    /// their places.
     fn displace(&mut self, now: Instant, but: Option<u64>) -> Result<(), Full> {
         let mut held: BTreeMap<Option<IpAddr>, usize> = BTreeMap::new();
         for open in self.open.values() {
@@ -173,7 +176,7 @@ impl Table {
 }
 
 impl Open {
-    /// Returns the bytes of the last span; none if nothing has come for as long.
+    /// Returns the pace in bytes per interval; 0 if no bytes have come for one interval.
     fn pace_at(&self, now: Instant) -> usize {
         if now.duration_since(self.last) >= SPAN {
             return 0;
@@ -182,7 +185,8 @@ impl Open {
     }
 }
 
-/// Returns the network that one client can take addresses from: of IPv6 the first 64 bits.
+/// Returns the network from which one client can choose addresses: the first 64 bits of an IPv6 address, or
+/// the whole IPv4 address. Without it, a client with many IPv6 addresses would count as many clients.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
@@ -190,11 +194,12 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// A pace is measured over this time.
+/// The interval over which a body's pace is measured.
 const SPAN: Duration = Duration::from_secs(1);
-/// A younger body keeps its place: its pace is not known, and most bodies are complete by then.
+/// The age below which a body keeps its place: its pace is not known yet, and most bodies are complete by
+/// then.
 const GRACE: Duration = Duration::from_millis(200);
-/// Weight of a body without bytes: what its connection and task take.
+/// The memory that the connection and the task of each body take, in addition to its bytes.
 const PLACE_BYTES: usize = 16 << 10;
 
 #[cfg(test)]
@@ -215,19 +220,19 @@ mod tests {
         let steady = uploads.begin(start, from("10.0.0.1")).unwrap();
         steady.grow(at(2500), 10).unwrap();
         let other = uploads.begin(start, from("10.0.0.2")).unwrap();
-        // Too young to judge: nobody is displaced at once.
+        // The bodies are too young to judge, so no body loses its place.
         assert_eq!(uploads.begin(at(100), from("10.0.0.3")).unwrap_err(), Full);
         let fresh = uploads.begin(at(3000), from("10.0.0.3")).unwrap();
         assert!(stopped.displaced.is_cancelled() && uploads.len() == 3);
         assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
-        // Its bytes are free, and its end frees nothing twice.
+        // The displaced body's bytes are free, and its end does not free them a second time.
         fresh.grow(at(3000), 990).unwrap();
         drop(stopped);
         assert_eq!(uploads.table().bytes, 1000);
-        // An address whose only body is too large takes nothing from others.
+        // If an address has a single body, which is too large, bodies of other addresses keep their memory.
         assert_eq!(fresh.grow(at(3000), 10), Err(Full));
         assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
-        // Memory comes from the address that holds most, as places do.
+        // Memory, too, is taken from the address that holds most.
         steady.grow(at(4000), 10).unwrap();
         assert!(fresh.displaced.is_cancelled() && !other.displaced.is_cancelled());
         drop((fresh, steady, other));

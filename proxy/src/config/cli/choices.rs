@@ -1,4 +1,4 @@
-//! What some flags choose between.
+//! The values of flags that take one of several names.
 
 use clap::ValueEnum;
 
@@ -13,7 +13,7 @@ pub enum DecodeLegAt {
     Answer,
 }
 
-/// Who gives the first token of a stream between sidecars.
+/// The engine that gives the first token of a stream between sidecars.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FirstTokenFrom {
     /// The decode engine.
@@ -22,7 +22,7 @@ pub enum FirstTokenFrom {
     Prefill,
 }
 
-/// Shape of log lines.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people.
