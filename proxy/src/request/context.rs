@@ -1,4 +1,4 @@
-//! One request under way: its life, what it holds, and what is written down when it ends.
+//! One request under way: its state, the resources that it holds, and its record.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,11 +24,11 @@ use crate::telemetry::record::Record;
 use crate::telemetry::trace::Trace;
 use crate::upstream::client::PrefillEnd;
 
-/// One request under way. Dropping it before its end means that the client has left; either way
-/// both legs are dropped with it, its place is free again, and its line is logged.
+/// One request under way. If the context is dropped before the request has ended, the client has left. At the
+/// end of the request both legs are dropped, its place becomes free, and its log line is written.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
-    /// The request.
+    /// The id of the request.
     pub id: RequestId,
     app: Arc<App>,
     state: RequestState,
@@ -38,14 +38,16 @@ pub(crate) struct RequestContext {
     trace: Option<Trace>,
     place: Option<InFlightGuard>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
-    /// Of the prefill and the decode leg.
+    /// The load that the prefill and the decode leg put on their instances; `None` for a leg that is not
+    /// under way.
     charges: [Option<LoadGuard>; 2],
-    // Last: the place is free once everything else is.
+    // Must stay the last field: fields are dropped in order, and the place may become free only after
+    // everything else.
     _permit: OwnedSemaphorePermit,
 }
 
 impl RequestContext {
-    /// A request that has been routed, and what is to be done first.
+    /// Returns the context of a request that has been routed, and the first action.
     pub(crate) fn begin(
         app: &Arc<App>,
         permit: OwnedSemaphorePermit,
@@ -84,7 +86,7 @@ impl RequestContext {
         (context, action)
     }
 
-    /// Takes an event; once the request has ended, its legs are dropped.
+    /// Handles an event and returns the next action. If the event ends the request, its legs are dropped.
     pub(crate) fn on(&mut self, event: Event) -> Action {
         let action = self.state.on(event);
         if let Some(outcome) = self.state.outcome() {
@@ -93,38 +95,39 @@ impl RequestContext {
         action
     }
 
-    /// When it arrived.
+    /// Returns the time at which the request arrived.
     pub(crate) fn arrived(&self) -> Instant {
         self.arrived
     }
 
-    /// Whether the prefill leg is awaited.
+    /// Returns true while the request waits for its prefill leg.
     pub(crate) fn is_prefilling(&self) -> bool {
         self.state == RequestState::Prefilling
     }
 
-    /// What others say about the request.
+    /// Returns the request's progress; `None` if no prefill leg was sent.
     pub(crate) fn progress(&self) -> Option<Arc<Progress>> {
         self.place.as_ref().map(|place| Arc::clone(&place.progress))
     }
 
-    /// The prefill leg, while it runs.
+    /// Returns the prefill leg; `None` if none is under way.
     pub(crate) fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
         self.prefill.as_mut()
     }
 
-    /// Gives it the prefill leg.
+    /// Stores the prefill leg.
     pub(crate) fn set_prefill(&mut self, leg: AbortOnDropHandle<PrefillEnd>) {
         self.prefill = Some(leg);
     }
 
-    /// Drops the prefill leg: it has ended, or nobody waits for it any more.
+    /// Drops the prefill leg, because the leg has ended or its answer is not needed any more.
     pub(crate) fn drop_prefill(&mut self) {
         self.prefill = None;
         self.charges[0] = None;
     }
 
-    /// Notes that a prefill leg is sent, and where others' words on it will be heard.
+    /// Notes that a prefill leg is sent, and enters the request in `in_flight`, where messages about the leg
+    /// find it.
     pub(crate) fn prefill_sent(
         &mut self,
         id: &RequestId,
@@ -140,7 +143,7 @@ impl RequestContext {
         progress
     }
 
-    /// The decode leg that was sent last waits for KV.
+    /// Returns true if the last decode leg was sent with a transfer, and its answer has not begun.
     pub(crate) fn waits_for_kv(&self) -> bool {
         matches!(
             self.state,
@@ -168,7 +171,7 @@ impl RequestContext {
             .get_or_insert(millis(self.arrived.elapsed()));
     }
 
-    /// Notes the first bytes of the answer.
+    /// Notes the first bytes of the answer, and its status.
     pub(crate) fn first_byte(&mut self, status: StatusCode, stream: bool) {
         if self.record.ttft_ms.is_none() {
             let after = self.arrived.elapsed();
@@ -186,7 +189,7 @@ impl RequestContext {
         }
     }
 
-    /// The decode engine's `/health` has failed for at least `time`.
+    /// Returns true if the decode engine's `/health` has failed for at least `time`.
     pub(crate) fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
         let charge = self.charges[1].as_ref();
         charge.is_some_and(|charge| charge.load().is_sick_for(now, time))
@@ -198,12 +201,12 @@ impl RequestContext {
         self.record.error = Some(error);
     }
 
-    /// Notes why an answer broke off.
+    /// Notes the reason why an answer broke off.
     pub(crate) fn broke(&mut self, error: &ApiError) {
         self.record.error = Some(error.to_string());
     }
 
-    /// Ends it with an answer that has been passed on to its end.
+    /// Ends the request: its answer has been passed on completely.
     pub(crate) fn answered(&mut self, ends_with_error: bool) {
         let status = self
             .record
@@ -312,7 +315,7 @@ fn log(r: &Record) {
     );
 }
 
-/// Milliseconds with microsecond digits.
+/// Converts a duration to milliseconds, rounded to microseconds.
 fn millis(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -1,4 +1,4 @@
-//! A request's decode legs: how they are sent, and what their end means.
+//! Sends a request's decode legs, and handles their ends.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,7 +36,8 @@ impl Drive {
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
         let (path, id, body) = self.decode_leg(&context.id, transfer);
-        // P2P NCCL instances find each other by the id.
+        // P2P NCCL instances read each other's addresses from the id, so a client's own id would break the
+        // transfer.
         let is_address = self.way == HandoffMode::P2pNccl && transfer.is_ok();
         let chosen = self.chosen.as_ref().filter(|_| !is_address);
         let headers = self.leg_headers(chosen.unwrap_or(id));
@@ -54,7 +55,7 @@ impl Drive {
         }));
     }
 
-    /// Path, request id and body of the decode leg.
+    /// Returns the path, the request id and the body of the decode leg.
     fn decode_leg<'a>(
         &'a self,
         id: &'a RequestId,
@@ -64,7 +65,8 @@ impl Drive {
         let params = match (transfer, self.way, &prefilled.params) {
             (Err(_), _, _) => None,
             (Ok(()), HandoffMode::Nixl, params) => params.clone(),
-            // Nothing but the chunk hashes, or the id, says that it has a transfer.
+            // These decode engines find the KV by chunk hashes or by the request id, so the body has no
+            // parameters.
             (Ok(()), HandoffMode::Lmcache | HandoffMode::P2pNccl, _) => None,
             (Ok(()), way, _) => {
                 let tokens = prefilled.prompt_tokens.filter(|_| self.goes_on);
@@ -117,12 +119,11 @@ impl Drive {
     fn note_failed_leg(&self, context: &mut RequestContext, error: &LegError) {
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
         warn!(id = %context.id, decode = self.pair.decode.id, %error, "decode leg failed");
-        // What it still computes was meant for the instance that failed.
+        // The prefill leg's KV goes to the instance that has failed, so its remaining work is useless.
         context.drop_prefill();
     }
 
-    /// Goes on with another decode instance; what is left of the leg is dropped, so that the engine
-    /// aborts it.
+    /// Switches to another decode instance. The failed leg is dropped, so that its engine aborts the request.
     fn take_over(
         &mut self,
         context: &mut RequestContext,
@@ -136,8 +137,9 @@ impl Drive {
         Step::Event(Event::DecodeFailed { another: true })
     }
 
-    /// Looks whether the decode instance works while nothing of the answer has come. A sign of work is
-    /// data of any of its answers: a request may wait in a queue behind others, and that queue moves.
+    /// Checks whether the decode instance still works, while the answer has not begun. Data of any answer of
+    /// the instance counts as a sign of work: the request may only be waiting in the engine's queue behind
+    /// those requests.
     pub(super) fn look(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;
@@ -152,7 +154,8 @@ impl Drive {
             let signs = [Some(self.decode_sent), load.last_heard(), prefilled];
             let last = signs.into_iter().flatten().max().unwrap_or(now);
             let patience = if load.snapshot(now).is_open {
-                // Another request has found that it does not work.
+                // Another request has already found that the instance does not work, so this one need not
+                // wait longer.
                 Some(breaker.stall)
             } else {
                 self.patience()
@@ -174,13 +177,13 @@ impl Drive {
         let another = self.another(&error);
         match another.filter(|other| !other.load.snapshot(now).is_open) {
             Some(other) => self.take_over(context, other, &error),
-            // Nobody else would be sooner.
+            // No other instance would answer sooner.
             None => Step::Again,
         }
     }
 
-    /// How long the decode instance may show no sign of work; `None` where it cannot be said, because
-    /// the answer comes as a whole and has no limit.
+    /// Returns the longest time without a sign of work from the decode instance. Returns `None` if there is
+    /// no bound, because the answer is not streamed and its length is not limited.
     fn patience(&self) -> Option<Duration> {
         let config = &self.app.config;
         let prompt = self.app.measured.costs().prefill_us_per_token * self.plan.tokens as f64 / 1e6;
@@ -195,8 +198,9 @@ impl Drive {
         Some(config.stall_timeout + prompt + answer)
     }
 
-    /// Another instance has done what these could not: it was their fault, not the request's. A request
-    /// that no engine can take says nothing about them.
+    /// Counts a failure against each instance of this side that has answered the request with an error.
+    /// Called once another instance has succeeded, because only then the fault is the instance's and not the
+    /// request's.
     pub(super) fn blame(&mut self, side: Side) {
         let breaker = self.app.config.breaker();
         for (_, instance) in self.doubted.extract_if(.., |(doubted, _)| *doubted == side) {
@@ -206,7 +210,7 @@ impl Drive {
         }
     }
 
-    /// Another decode instance, if the failure and the number of attempts allow one.
+    /// Returns another decode instance, if the failure and the number of attempts allow another leg.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
         if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;
@@ -216,14 +220,15 @@ impl Drive {
     }
 }
 
-/// What a request without a limit is taken to generate, for the load of its instance.
+/// Tokens that a request without a limit is expected to generate, for the load of its instance.
 const USUAL_ANSWER: u64 = 256;
 
-/// A prompt may take so many times what it usually takes before its instance is doubted.
+/// Factor by which the prefill of a prompt may take longer than usual before its instance counts as stalled.
 const SLOWER: f64 = 10.0;
 
-/// Of an answer that is not streamed, for each token that it may have: ten times what a busy engine takes.
+/// Time allowed per token of an answer that is not streamed: ten times the time that a busy engine takes.
 const TOKEN_TIME: Duration = Duration::from_millis(500);
 
-/// Most answers end long before a limit beyond this.
+/// Upper bound of the tokens that a request adds to the load of its instance: most answers are far shorter
+/// than a larger limit.
 const MAX_ANSWER: u64 = 1024;

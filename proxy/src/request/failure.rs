@@ -1,4 +1,4 @@
-//! What a client is told when no decode leg brings an answer.
+//! The answer that a client gets when no decode leg succeeds.
 
 use axum::response::Response;
 use http::{StatusCode, header};
@@ -8,17 +8,17 @@ use crate::openai::error::{ApiError, Code, RETRY_AFTER};
 use crate::request::response_body;
 use crate::upstream::client::{Answer, LegError};
 
-/// An error, in an engine's own words or the proxy's.
+/// An error for the client, from an engine or from the proxy.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// An engine's.
+    /// The error answer of an engine, which is passed on.
     Pass(Box<Answer>),
-    /// The proxy's.
+    /// An error of the proxy.
     Error(ApiError),
 }
 
 impl Failure {
-    /// The proxy stops.
+    /// Returns the error that the proxy is shutting down.
     pub(crate) fn shutting_down() -> Self {
         Self::Error(ApiError::new(
             Code::ShuttingDown,
@@ -26,7 +26,7 @@ impl Failure {
         ))
     }
 
-    /// The last decode leg failed like this.
+    /// Returns the client's error for the failure of the last decode leg.
     pub(crate) fn of(error: LegError) -> Self {
         match error {
             LegError::Busy(answer) | LegError::Faulty(answer) if answer.rest.is_none() => {
@@ -36,7 +36,7 @@ impl Failure {
         }
     }
 
-    /// What the client is told, for the log.
+    /// Returns the client's status, and a text for the log.
     pub(crate) fn told(&self) -> (StatusCode, String) {
         match self {
             Self::Pass(answer) => {
@@ -50,12 +50,13 @@ impl Failure {
         }
     }
 
-    /// The answer to the client.
+    /// Converts the failure into the answer to the client.
     pub(crate) fn into_response(self, id: &RequestId) -> Response {
         match self {
             Self::Pass(answer) => {
                 let mut response = response_body::whole(*answer, id);
-                // An engine's failure may be the request's own: only a busy one is worth a repeat.
+                // The request itself may have caused the engine's failure, so the proxy suggests a retry only
+                // if the engine is busy.
                 if matches!(
                     response.status(),
                     StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE

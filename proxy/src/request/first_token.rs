@@ -1,4 +1,4 @@
-//! The first token, where the prefill instance gives it.
+//! Answers whose first token comes from the prefill instance.
 
 use axum::response::Response;
 
@@ -10,8 +10,8 @@ use crate::request::context::RequestContext;
 use crate::request::state::{Action, Event};
 
 impl Drive {
-    /// The prefill instance has sampled a token that the client has not got yet, and that needs
-    /// nothing else to be shown.
+    /// Returns true if the prefill instance has sampled a first token that can be sent to the client now: the
+    /// answer is streamed, or the token is its last.
     pub(super) fn gives_first_token(&self, transfer: Result<(), Fallback>) -> bool {
         let Some(first) = &self.prefilled.first else {
             return false;
@@ -23,7 +23,7 @@ impl Drive {
         transfer.is_ok() && !self.is_early && (is_last || self.body.streams())
     }
 
-    /// Gives the client the first token, and then what the decode leg brings.
+    /// Answers with the first token, followed by the decode leg's answer.
     pub(super) fn first_token(mut self, mut context: RequestContext, action: Action) -> Response {
         self.is_early = true;
         let Some(stitch) = self.stitch() else {

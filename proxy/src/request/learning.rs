@@ -1,4 +1,4 @@
-//! What a request teaches of the next ones: refusals that will repeat, and pairs that work.
+//! Learns from a request for later ones: refusals that will repeat, and pairs that work.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use crate::request::context::RequestContext;
 use crate::routing::refusals::Refused;
 
 impl Drive {
-    /// The prefill leg was for nothing: its KV is not handed over, for this reason.
+    /// Notes that the prefill leg was useless, because its KV is not handed over for this reason.
     pub(super) fn refused(&self, context: &RequestContext, reason: &str) {
         let Ok(prefill) = &self.pair.prefill else {
             return;
@@ -22,7 +22,8 @@ impl Drive {
         self.app.refusals.note(Instant::now(), reason, refused);
     }
 
-    /// A decode leg that waited for KV is answered: the sender has said by now what became of it.
+    /// Learns from the senders' notices whether the pair works. Called when a decode leg that waited for KV
+    /// is answered, because the notices have come by then.
     pub(super) fn learn(&self, context: &RequestContext) {
         let (Ok(prefill), true) = (&self.pair.prefill, context.waits_for_kv()) else {
             return;

@@ -1,8 +1,8 @@
-//! What an answer says of the transfer behind it, made what one plain engine says.
+//! Removes the traces of a transfer from an answer, so that it reads like the answer of a single engine.
 //!
-//! The decode engine counts all tokens that were moved as cached. The client is told how many the prefill
-//! engine had cached: the others were computed for it. What a connector says to its proxy
-//! (`kv_transfer_params`) is not the client's.
+//! The decode engine counts all tokens that were moved as cached. The client gets the number of tokens that
+//! the prefill engine had cached, because the others were computed for this request. The client does not get
+//! `kv_transfer_params`, which a connector addresses to its proxy.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,12 +16,12 @@ use serde::de::IgnoredAny;
 
 use crate::state::in_flight::Progress;
 
-/// The whole answer to a request whose KV was moved.
+/// Masks a whole answer to a request whose KV was moved.
 pub(crate) fn whole(text: Bytes, progress: &Progress) -> Bytes {
     plain(text, cached(progress))
 }
 
-/// The answer to such a request as it comes.
+/// Masks a streamed answer to a request whose KV was moved, chunk by chunk.
 pub(crate) fn stream(body: Body, progress: Arc<Progress>) -> Body {
     Body::new(Masked {
         body,
@@ -33,7 +33,8 @@ pub(crate) fn stream(body: Body, progress: Arc<Progress>) -> Body {
 struct Masked {
     body: Body,
     progress: Arc<Progress>,
-    /// A line that has begun: what is looked for may be cut by the end of a chunk.
+    /// A line that is not complete yet. Lines are masked as a whole, because a field may be split over two
+    /// chunks.
     begun: BytesMut,
 }
 
@@ -57,7 +58,7 @@ impl http_body::Body for Masked {
                 continue;
             };
             this.begun.extend_from_slice(&chunk);
-            // hyper does not ask again once a body has ended.
+            // hyper does not poll a body again that has ended, so the rest must be passed on now.
             let is_last = this.body.is_end_stream() || this.begun.len() > MAX_LINE;
             let end = memrchr(b'\n', &this.begun).map_or(0, |at| at + 1);
             let end = if is_last { this.begun.len() } else { end };
@@ -79,19 +80,19 @@ impl Masked {
     }
 }
 
-/// As the prefill leg's answer says. `None` if it does not, or has not come: both engines answer at nearly
-/// the same time where the answer is one token.
+/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if the answer does not
+/// contain it or has not come yet: if the answer is one token, both engines answer at nearly the same time.
 fn cached(progress: &Progress) -> Option<u64> {
     progress.prefill_end()?.cached_tokens
 }
 
-/// The text with this number of cached tokens, or null, and without transfer parameters.
+/// Returns the text with this number of cached tokens (`null` if `None`) and without transfer parameters.
 fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     let cached = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
     let mut out = Vec::new();
     let mut done = 0;
-    // Each is looked for again only when the one before has been passed: an event with many of them costs what it
-    // weighs.
+    // Search for the next field only after the last one has been passed. Otherwise an event with many such
+    // fields would take quadratic time.
     let mut tokens = cached_tokens(&text, 0);
     let mut params = value(&text, PARAMS, 0);
     loop {
@@ -120,15 +121,15 @@ fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     out.into()
 }
 
-/// Where the number of cached tokens lies in the first details from here on.
+/// Returns the position of the number of cached tokens in the first `prompt_tokens_details` after `from`.
 fn cached_tokens(text: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
     let details = value(text, DETAILS, from)?;
     let tokens = value(&text[details.clone()], CACHED, 0)?;
     Some(details.start + tokens.start..details.start + tokens.end)
 }
 
-/// Where the value of the first field of this name from here on lies, if it is not null. Text of the model cannot be
-/// mistaken for it: inside a JSON string its quotes are escaped.
+/// Returns the position of the first value of the field `key` after `from` that is not null. Text that the
+/// model wrote cannot be mistaken for the field, because quotes inside a JSON string are escaped.
 fn value(text: &[u8], key: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
     for at in memmem::find_iter(&text[from..], key) {
         let at = from + at;
@@ -154,8 +155,8 @@ const DETAILS: &[u8] = b"\"prompt_tokens_details\"";
 const CACHED: &[u8] = b"\"cached_tokens\"";
 const PARAMS: &[u8] = b"\"kv_transfer_params\"";
 
-/// A longer line passes as it comes. Answers that are not streamed are one line of up to 4 MiB that is
-/// held already.
+/// The longest line that is held back to be masked as a whole. Answers that are not streamed are one line of
+/// up to 4 MiB, which is in memory already.
 const MAX_LINE: usize = 4 * 1024 * 1024;
 
 #[cfg(test)]
@@ -186,8 +187,8 @@ mod tests {
         }
     }
 
-    /// An engine that repeats a field in one long event does not stop the proxy: what has been looked at is not
-    /// looked at again.
+    /// An engine that repeats a field in one long event must not keep the proxy busy: no byte may be searched
+    /// twice.
     #[test]
     fn the_work_grows_with_the_text() {
         let given = r#""kv_transfer_params":{},"#.repeat(MAX_LINE / 96);
