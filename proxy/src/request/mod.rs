@@ -1,4 +1,4 @@
-//! Drives a request through its life: sends the legs, listens to what happens, answers the client.
+//! Drives a request through its states: sends the legs, handles the events, and answers the client.
 
 pub(crate) mod context;
 pub(crate) mod decode_leg;
@@ -44,14 +44,14 @@ use crate::state::app::App;
 use crate::telemetry::trace::Trace;
 use crate::upstream::client::{Answer, LegError};
 
-/// A request as it came.
+/// A request as the client has sent it.
 #[derive(Debug)]
 pub(crate) struct Arrival {
-    /// When.
+    /// The time of arrival.
     pub at: Instant,
-    /// Where.
+    /// The endpoint that the client has called.
     pub endpoint: Endpoint,
-    /// Its id, from here on.
+    /// The id that the proxy has given the request.
     pub id: RequestId,
     /// The client's headers.
     pub headers: HeaderMap,
@@ -59,10 +59,10 @@ pub(crate) struct Arrival {
     pub body: Bytes,
 }
 
-/// A decode leg under way.
+/// The future of a decode leg under way.
 type DecodeLeg = Pin<Box<dyn Future<Output = Result<Answer, LegError>> + Send>>;
 
-/// A request that has been routed, with what its legs are made of.
+/// A request that has been routed, with everything that its legs need.
 struct Drive {
     app: Arc<App>,
     endpoint: Endpoint,
@@ -70,30 +70,34 @@ struct Drive {
     body: RequestBody,
     plan: RoutePlan,
     pair: Pair,
-    /// The id that the legs carry: the request's, unless a connector or a second attempt wants another.
+    /// The id that the legs carry. It is the request's id, unless a connector or a second attempt needs
+    /// another one.
     leg_id: RequestId,
-    /// The name that the client has given the request: its answer's id carries it.
+    /// The id that the client has given the request, which the answer's id contains; `None` if the client
+    /// gave none.
     chosen: Option<RequestId>,
-    /// Instances that have failed it.
+    /// Ids of the instances that have failed this request.
     failed: Vec<String>,
-    /// Those that have answered it with an error, until it is known whether the request is at fault.
+    /// Instances that have answered the request with an error. They are kept until it is known whether the
+    /// instance or the request is at fault.
     doubted: Vec<(Side, Arc<Instance>)>,
     prefill_attempts: u32,
     decode_attempts: u32,
-    /// How the pair hands KV over; meaningless without a prefill instance.
+    /// The way in which the pair hands KV over; has no meaning without a prefill instance.
     way: HandoffMode,
-    /// What the prefill leg has brought.
+    /// The result of the prefill leg; empty until the leg is answered.
     prefilled: Prefilled,
     prefill_sent: Instant,
     decode_sent: Instant,
-    /// When to look next whether the decode instance works.
+    /// Time of the next check whether the decode instance works.
     look_at: Instant,
     decode: Option<DecodeLeg>,
-    /// The client has been given the first token.
+    /// True if the client has got the first token from the prefill instance.
     is_early: bool,
-    /// The decode leg that was sent last goes on after the first token.
+    /// True if the last decode leg continues after the prefill instance's first token, instead of generating
+    /// it.
     goes_on: bool,
-    /// What the client is told if no decode leg brings an answer.
+    /// The error that the client gets if no decode leg succeeds.
     failure: Failure,
 }
 
@@ -104,22 +108,22 @@ enum Side {
     Decode,
 }
 
-/// What the wait of a request ended with.
+/// The result of one wait for the legs.
 enum Step {
-    /// Something that only moves its life on.
+    /// An event that only changes the request's state.
     Event(Event),
-    /// Another prefill instance takes over, or the wait goes on.
+    /// Another prefill instance has taken over, or nothing has changed: wait again.
     Again,
-    /// The prefill engine's refusal.
+    /// The prefill engine has refused the request.
     Refused(Box<Answer>),
-    /// The decode engine's answer.
+    /// The decode engine's answer has begun.
     FirstByte(Box<Answer>),
 }
 
-/// Answers a request.
+/// Serves a request: routes it, sends its legs, and returns the answer to the client.
 ///
 /// # Errors
-/// No leg was sent.
+/// The request is malformed, or no instance can take it. No leg was sent.
 ///
 /// # Cancel safety
 /// Dropping the future, or the response's body, drops both legs.
@@ -128,12 +132,15 @@ pub(crate) async fn serve(
     permit: OwnedSemaphorePermit,
     mut arrival: Arrival,
 ) -> Result<Response, ApiError> {
+    // Parse and route first: a request that fails here gets an error before it counts as arrived.
     let body = RequestBody::parse(arrival.body)?;
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
+    // A client may name its request in the body, which was not read yet when the id was assigned from the
+    // headers.
     let chosen = request_id::chosen(&arrival.headers, body.json("request_id"));
     if let Some(chosen) = chosen
         .as_ref()
@@ -173,6 +180,7 @@ pub(crate) async fn serve(
         goes_on: false,
         failure: Failure::shutting_down(),
     };
+    // With `--decode-leg arrival`, the decode leg does not wait for the prefill engine to begin.
     drive.send_prefill(&mut context);
     if action == Action::Wait
         && drive.way == HandoffMode::Sidecar
@@ -209,7 +217,8 @@ impl Drive {
         }
     }
 
-    /// `run` with a type that it can name itself.
+    /// Calls `run`, boxed: `run` calls this function by way of `first_token`, and an async function cannot
+    /// contain itself.
     fn go_on(
         self,
         context: RequestContext,
@@ -218,7 +227,7 @@ impl Drive {
         Box::pin(self.run(context, action))
     }
 
-    /// Answers the client with what the decode leg brings.
+    /// Answers the client with the decode leg's answer, and learns from the request.
     fn relay(&mut self, context: RequestContext, mut answer: Answer) -> Response {
         if answer.head.status.is_success() {
             self.blame(Side::Decode);
@@ -234,7 +243,8 @@ impl Drive {
             self.app.measured.handed_over(end.elapsed());
         }
         if !context.waits_for_kv() && answer.rest.is_some() {
-            // The first event of a stream comes when the prompt is computed, here by one engine.
+            // This engine alone computed the prompt, so the time to its first event is a measured prefill
+            // time.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();
             self.app.measured.prefilled(uncached, took);
@@ -260,7 +270,7 @@ impl Drive {
         let limits = Silence {
             idle: self.app.config.idle_timeout,
             dead: self.app.config.stall_timeout,
-            // Only an answer whose events are read waits for their ends.
+            // Only an answer whose events the proxy parses is buffered until the end of an event.
             max_event: if self.is_early {
                 MAX_EVENT_BYTES
             } else {
@@ -274,10 +284,11 @@ impl Drive {
         }
     }
 
-    /// Waits for the next thing to happen. What is dropped here unfinished is polled again by the
-    /// next call: both legs live in the request.
+    /// Waits for the next event of the request. The legs outlive this call, so a leg that has not ended is
+    /// polled again by the next call.
     async fn next(&mut self, context: &mut RequestContext) -> Step {
         let prefilling = context.is_prefilling();
+        // Each branch waits forever if its event cannot come now.
         let sends_at_begun = prefilling && self.overlaps();
         let deadline = context.arrived() + self.app.config.prefill_timeout;
         let progress = context.progress();
@@ -325,7 +336,7 @@ impl Drive {
         }
     }
 
-    /// The decode leg does not wait for the prefill leg's answer.
+    /// Returns true if the decode leg is sent before the prefill leg's answer has come.
     fn overlaps(&self) -> bool {
         self.way == HandoffMode::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
     }
@@ -347,5 +358,6 @@ impl Drive {
     }
 }
 
-/// An event of one token is below 1 KiB; logprobs and the prompt's token ids are in none that is read.
+/// The longest event of a stream that the proxy parses. An event of one token is below 1 KiB, and such
+/// streams contain neither logprobs nor the prompt's token ids.
 const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;

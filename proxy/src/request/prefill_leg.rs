@@ -1,4 +1,4 @@
-//! A request while its prefill leg is under way: how the leg is sent, and what its end means.
+//! Sends a request's prefill leg, and handles its end.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -26,7 +26,7 @@ impl Drive {
         self.prefill_attempts += 1;
         let decode = &self.pair.decode;
         self.way = match HandoffMode::of(prefill, decode).unwrap_or(HandoffMode::Sidecar) {
-            // Only who reads a stream sees the first token before the others.
+            // Only the client of a stream benefits from an early first token.
             HandoffMode::Sidecar
                 if self.app.config.first_token == FirstTokenFrom::Prefill
                     && self.body.streams()
@@ -38,7 +38,8 @@ impl Drive {
         };
         self.leg_id = leg_id(&context.id, prefill, &self.pair.decode);
         if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
-            // The first sender may have begun with the receiver: this is another transfer.
+            // The first sender may have contacted the receiver already. A new id keeps the two transfers
+            // apart.
             self.leg_id.0 += &format!(".{}", self.prefill_attempts);
         }
         self.prefill_sent = Instant::now();
@@ -73,7 +74,8 @@ impl Drive {
         context.drop_prefill();
         let end = end.unwrap_or_else(|e| match e.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // Aborted only by dropping the handle, which is then not polled any more.
+            // Does not happen: the task is aborted only when its handle is dropped, and a dropped handle is
+            // not polled.
             Err(e) => PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         });
         match end {
@@ -128,7 +130,8 @@ impl Drive {
     pub(super) fn prefill_late(&mut self, context: &mut RequestContext) -> Step {
         let begun = context.progress().and_then(|progress| progress.begun_at());
         if begun.is_some() && matches!(self.way, HandoffMode::Sidecar | HandoffMode::FirstToken) {
-            // It computes, and what it has computed is on its way.
+            // The prefill engine computes, and the sidecar pushes the KV meanwhile, so the decode leg can be
+            // sent.
             return Step::Event(Event::Begun);
         }
         let why = Fallback::PrefillTimeout;
@@ -141,7 +144,8 @@ impl Drive {
         self.prefill_failed(context, why)
     }
 
-    /// Another prefill instance, if the failure and the number of attempts allow one.
+    /// Sends the prefill leg to another instance, if the failure and the number of attempts allow it.
+    /// Otherwise returns the event that the leg has failed.
     fn prefill_failed(&mut self, context: &mut RequestContext, why: Fallback) -> Step {
         self.app.metrics.leg_failed(Leg::Prefill(why));
         let Ok(prefill) = &self.pair.prefill else {
@@ -152,7 +156,8 @@ impl Drive {
         match why {
             _ if is_computed => {}
             Fallback::PrefillError => self.doubted.push((Side::Prefill, Arc::clone(prefill))),
-            // It has done nothing for anybody in all that time: one such request is enough.
+            // The instance has shown no sign of work for any request in this time, so one timeout is enough
+            // to pause it.
             Fallback::PrefillTimeout
                 if (prefill.load.last_heard()).is_none_or(|at| at <= self.prefill_sent) =>
             {
@@ -177,11 +182,12 @@ impl Drive {
                 .progress()
                 .is_none_or(|progress| progress.begun_at().is_none())
         {
-            // Nobody will ever tell the decode leg that was sent along with it.
+            // The decode leg was sent together with the prefill leg, and no sender will tell its sidecar that
+            // no KV comes. Send the decode leg again, without a transfer; this does not count as an attempt.
             self.decode_attempts = self.decode_attempts.saturating_sub(1);
             return Step::Event(Event::PrefillLost(why));
         }
-        // Its time is used up, or it has computed the prompt already.
+        // Do not retry if the time is used up, or if the prompt has been computed already.
         let is_final = is_computed || why == Fallback::PrefillTimeout;
         if is_final
             || !context.is_prefilling()
@@ -202,7 +208,7 @@ impl Drive {
     }
 }
 
-/// The sender's reason, if it has said that nothing (more) is pushed.
+/// Returns the sender's reason, if the sender has said that it pushes nothing, or nothing more.
 fn refused_by_sender(context: &RequestContext) -> Option<&'static str> {
     let moved = context.progress()?.moved().filter(|moved| !moved.ok)?;
     Some(moved.reason.map_or("unknown", protocol::Reason::as_str))

@@ -1,4 +1,4 @@
-//! The prefill leg of a request, as its connector wants it.
+//! The prefill leg of a request, in the form that its connector needs.
 
 use std::sync::Arc;
 
@@ -14,12 +14,12 @@ use crate::openai::fallback::Fallback;
 use crate::state::in_flight::Progress;
 use crate::upstream::client::{Client, PrefillEnd};
 
-/// What a prefill leg is made of.
+/// Everything that a prefill leg needs.
 #[derive(Debug)]
 pub(crate) struct PrefillLeg {
-    /// Connections.
+    /// The HTTP client.
     pub client: Client,
-    /// Where the request came.
+    /// The endpoint that the client has called.
     pub endpoint: Endpoint,
     /// Headers of the leg.
     pub headers: HeaderMap,
@@ -27,18 +27,18 @@ pub(crate) struct PrefillLeg {
     pub body: RequestBody,
     /// The id that both legs carry.
     pub id: RequestId,
-    /// Where it goes.
+    /// The instance that gets the leg.
     pub prefill: Arc<Instance>,
-    /// Where the KV goes.
+    /// The instance that gets the KV.
     pub decode: Arc<Instance>,
-    /// How.
+    /// The way in which the pair hands KV over.
     pub way: HandoffMode,
-    /// The decode leg does not wait for its answer.
+    /// True if the decode leg is sent before the prefill leg's answer has come.
     pub overlap: bool,
 }
 
 impl PrefillLeg {
-    /// Sends it and waits until the decode leg could follow.
+    /// Sends the leg and waits until the decode leg can be sent.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
@@ -75,12 +75,13 @@ impl PrefillLeg {
             return end;
         };
         prefilled.tokens = Some(tokens);
-        // Each rank of the prefill instance says when it has written its part.
+        // Each rank of the prefill instance sends a notice when it has written its part. The KV is complete
+        // only then.
         progress.noticed(self.decode.init_ports.len()).await;
         PrefillEnd::Answered(prefilled)
     }
 
-    /// The prompt as token ids: of the request itself, or of the engine.
+    /// Returns the prompt as token ids, in JSON: from the request itself, or from the engine's `/tokenize`.
     async fn tokens(&self) -> Result<String, PrefillEnd> {
         let Some(body) = lmcache::tokenize_body(&self.body, self.endpoint) else {
             return Ok(lmcache::token_ids(&self.body).unwrap_or("[]").to_owned());

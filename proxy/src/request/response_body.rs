@@ -1,6 +1,7 @@
-//! The body of an answer: the decode engine's chunks, passed on as they come.
+//! The body of an answer, which passes the decode engine's chunks on as they come.
 //!
-//! Chunks that are there at once go to the client as one: each write costs more than what it carries.
+//! Chunks that are available at the same time go to the client in one write, because a write costs more than
+//! copying a chunk.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -24,28 +25,28 @@ use crate::request::state::Event;
 use crate::upstream::client::Answer;
 use crate::upstream::pool::LinkBody;
 
-/// What an engine may do within an answer.
+/// Limits on an engine's behaviour within an answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Silence {
     /// Longest time without data.
     pub idle: Duration,
-    /// The same if the engine's `/health` fails as long.
+    /// Longest time without data if the engine's `/health` has failed for as long.
     pub dead: Duration,
-    /// Longest event of a stream.
+    /// Longest event of a stream, in bytes.
     pub max_event: usize,
 }
 
-/// The answer's body. It owns the request: when hyper drops it because the client has left, the
-/// legs go with it.
+/// The answer's body. It owns the request's context: when hyper drops the body because the client has left,
+/// the legs are dropped, too.
 struct ResponseBody {
     held: Option<Bytes>,
     rest: Option<LinkBody>,
-    /// Chunks that have come and are passed on together.
+    /// Chunks that have come, and that the next write passes on together.
     gathered: BytesMut,
     context: RequestContext,
     idle: Pin<Box<Sleep>>,
-    /// The last data. `idle` is set again only when it fires: setting it at each chunk costs more than
-    /// the chunk.
+    /// Time of the last data. `idle` is reset only when it fires, because resetting it at each chunk would
+    /// cost more than the chunk.
     heard: Instant,
     limits: Silence,
     force_shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -54,7 +55,7 @@ struct ResponseBody {
     tail: Vec<u8>,
 }
 
-/// Makes the client's response of a decode leg's answer.
+/// Converts a decode leg's answer into the response to the client.
 pub(crate) fn respond(
     mut context: RequestContext,
     answer: Answer,
@@ -90,7 +91,7 @@ pub(crate) fn respond(
     response.map(|()| Body::new(relay))
 }
 
-/// Makes the client's response of an answer that has been read to its end.
+/// Converts an answer that has been read completely into the response to the client.
 pub(crate) fn whole(answer: Answer, id: &RequestId) -> Response {
     let mut response = Response::new(Body::from(answer.held));
     *response.status_mut() = answer.head.status;
@@ -112,8 +113,8 @@ impl ResponseBody {
         self.context.answered(ends_with_error);
     }
 
-    /// Ends the answer early: a stream with an error event, anything else by breaking off, since its
-    /// head has promised a whole document.
+    /// Ends the answer early. A stream ends with an error event. Any other answer is broken off, because a
+    /// proper end would make the client believe that the document is complete.
     fn break_off(&mut self, error: ApiError) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         self.rest = None;
         if self.is_complete() {
@@ -129,7 +130,7 @@ impl ResponseBody {
         Poll::Ready(Some(Err(error)))
     }
 
-    /// The stream's last event has passed, even if the body's end has not.
+    /// Returns true if the stream's last event has come, even if the end of the body has not.
     fn is_complete(&self) -> bool {
         self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
     }
@@ -169,7 +170,7 @@ impl ResponseBody {
         self.end()
     }
 
-    /// What is left to be passed on at the end.
+    /// Returns the chunks that are left at the end of the answer, or the end.
     fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         if self.gathered.is_empty() {
             return Poll::Ready(None);
@@ -181,7 +182,7 @@ impl ResponseBody {
         Poll::Ready(Some(Ok(Frame::data(self.gathered.split().freeze()))))
     }
 
-    /// Ready, with what the client is told, when the engine has been silent for too long.
+    /// Becomes ready when the engine has been silent for too long. Returns the error text for the client.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<String> {
         let said = |time| humantime::format_duration(time).to_string();
         loop {
@@ -195,7 +196,8 @@ impl ResponseBody {
                 );
                 return Poll::Ready(text);
             }
-            // An engine may think for long; one that is dead need not be waited for.
+            // A working engine may be silent for long. If its `/health` fails, too, the engine is dead, and
+            // waiting is useless.
             let is_long = self.heard + limits.dead <= now;
             if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
                 let text = format!(
@@ -209,7 +211,7 @@ impl ResponseBody {
         }
     }
 
-    /// Notes what a chunk says about the engine, and its end.
+    /// Notes that the engine works, and keeps the end of the chunk, which may contain the usage.
     fn hear(&mut self, chunk: &[u8]) {
         if !self.stream || self.events.hear(chunk) {
             self.heard = Instant::now();
@@ -230,10 +232,11 @@ impl ResponseBody {
             return;
         }
         if self.stream && self.tail.capacity() == 0 {
-            // All that it ever needs, so that thousands of streams do not grow for a minute.
+            // Reserve all the memory that the tail ever needs. Otherwise the memory of thousands of streams
+            // would grow for a minute.
             self.tail.reserve_exact(2 * most);
         }
-        // Cut rarely: once in `most` bytes of chunks.
+        // Cut once per `most` bytes, because each cut moves the rest of the tail.
         if self.tail.len() + chunk.len() > 2 * most {
             self.tail.drain(..self.tail.len() - most);
         }
@@ -253,7 +256,8 @@ impl http_body::Body for ResponseBody {
         if let Some(held) = relay.held.take() {
             relay.hear(&held);
             if relay.rest.is_none() {
-                // hyper does not ask again once the announced length has been handed over.
+                // hyper does not poll again after it has got the announced number of bytes, so the request
+                // must end now.
                 relay.finish();
             }
             if relay.rest.is_none() || held.len() >= ENOUGH {
@@ -287,12 +291,13 @@ impl http_body::Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        // A client that leaves after the last event has got everything.
+        // A client that leaves after the last event has got the whole answer, so the request does not count
+        // as left.
         if self.is_complete() && self.rest.is_some() {
             self.finish();
         }
     }
 }
 
-/// Gathered chunks are passed on from this size on: larger writes are not cheaper.
+/// Size from which gathered chunks are passed on, in bytes: larger writes are not cheaper.
 const ENOUGH: usize = 16 * 1024;

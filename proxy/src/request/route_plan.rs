@@ -1,4 +1,4 @@
-//! What is known of a request when it is routed, and what is learned when it is answered.
+//! The facts about a request on which routing depends, and the updates once the request is answered.
 
 use std::time::Instant;
 
@@ -15,23 +15,23 @@ use crate::routing::refusals::Between;
 use crate::routing::{NoRoute, Pair, RouteRequest, route};
 use crate::state::app::{App, Transfers, load_snapshots};
 
-/// What is known of one request.
+/// The facts about one request on which routing depends.
 #[derive(Debug)]
 pub(crate) struct RoutePlan {
-    /// The prompt's length, as estimated.
+    /// The estimated length of the prompt, in tokens.
     pub tokens: u64,
     alone: Option<Fallback>,
-    /// Its answer is the same if its first token comes from the prefill instance.
+    /// True if the answer stays the same when its first token comes from the prefill instance.
     pub is_splittable: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: PrefixMatch,
-    /// Instances that are known to refuse it.
+    /// Pairs that are known to refuse such a request.
     refused: Vec<Between>,
 }
 
 impl RoutePlan {
-    /// Reads a request as far as routing depends on it.
+    /// Reads the facts from a request.
     pub(crate) fn of(
         app: &App,
         body: &RequestBody,
@@ -63,10 +63,10 @@ impl RoutePlan {
         }
     }
 
-    /// Chooses a decode instance for a question that any of them can answer.
+    /// Chooses a decode instance for a question that every decode instance can answer.
     ///
     /// # Errors
-    /// None is ready.
+    /// No decode instance is ready.
     pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
         let nothing = Self {
             tokens: 0,
@@ -80,7 +80,7 @@ impl RoutePlan {
         nothing.route(app, &[])
     }
 
-    /// Chooses its instances, without those that have failed it.
+    /// Chooses the instances of the request. Excludes the instances in `failed`.
     ///
     /// # Errors
     /// No decode instance can take it.
@@ -88,7 +88,7 @@ impl RoutePlan {
         self.routed(app, self.alone, failed)
     }
 
-    /// Chooses a decode instance that computes everything itself.
+    /// Chooses a decode instance that computes the whole request alone.
     ///
     /// # Errors
     /// No decode instance can take it.
@@ -127,20 +127,20 @@ impl RoutePlan {
         route(&instances, &load_snapshots(&instances), &ask)
     }
 
-    /// The prefill engine has counted the prompt's tokens.
+    /// Notes the number of tokens that the prefill engine has counted, so that later estimates are better.
     pub(crate) fn counted(&self, app: &App, tokens: u64) {
         if let Some(prompt) = &self.prompt {
             app.prefix_index.measured(prompt.text.len(), tokens);
         }
     }
 
-    /// Of so many tokens, those that an instance is not known to hold.
+    /// Returns the number of the prompt's tokens that the instance is not known to have cached.
     pub(crate) fn uncached(&self, name: &str, tokens: u64) -> u64 {
         let held = self.known.held.iter().find(|(holder, _)| holder == name);
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))
     }
 
-    /// These instances have answered it: they hold its prompt from now on.
+    /// Notes that these instances have answered the request, so they have its prompt in their caches.
     pub(crate) fn answered(&self, app: &App, pair: &Pair) {
         let Some(prompt) = &self.prompt else {
             return;
@@ -159,5 +159,5 @@ impl RoutePlan {
     }
 }
 
-/// Of English text; for the load of instances, where nothing better is known.
+/// Bytes per token of English text. Used for the load of instances if no better estimate is known.
 const BYTES_PER_TOKEN: u64 = 4;

@@ -1,4 +1,4 @@
-//! The life of a request: one enum, one function, no IO.
+//! The states of a request: one enum, one function, no IO.
 //!
 //! ```text
 //!               ┌────────────┐ begun, answered: send the decode leg  ┌──────────┐ first byte  ┌───────────┐
@@ -9,85 +9,86 @@
 //!                  Ended ◀──────────────────────────────────────────────┴──────────────────────── Ended
 //! ```
 //!
-//! * `Prefilling`: the prefill leg is sent; its engine has not begun. Bounded by the prefill timeout.
-//! * `Decoding`: the decode leg is sent; nothing of its answer has reached the client, so another
-//!   instance can still take over. Bounded by the first-byte timeout, or that of whole answers.
-//! * `Streaming`: bytes flow to the client. Bounded, between two pieces of data, by the idle timeout.
-//! * `Ended`: with an outcome. The client can leave in every state.
+//! * `Prefilling`: the prefill leg is sent, and its engine has not begun. Bounded by the prefill timeout.
+//! * `Decoding`: the decode leg is sent. Nothing of its answer has reached the client, so another instance
+//!   can still take over. Bounded by the first-byte timeout, or by the answer timeout if the answer is not
+//!   streamed.
+//! * `Streaming`: bytes flow to the client. The time between two chunks is bounded by the idle timeout.
+//! * `Ended`: the request has an outcome. The client can leave in every state.
 
 use crate::openai::fallback::Fallback;
 use crate::telemetry::outcome::Outcome;
 
-/// Where a request is in its life.
+/// The state of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RequestState {
-    /// The prefill leg is on its way or queued at its engine.
+    /// The prefill leg is sent, and its engine has not begun.
     Prefilling,
-    /// The decode leg is on its way or computing.
+    /// The decode leg is sent, and its answer has not begun.
     Decoding {
-        /// It waits for KV, or why it does not.
+        /// `Ok` if the decode leg waits for KV, otherwise the reason why it does not.
         transfer: Result<(), Fallback>,
-        /// Decode legs sent so far.
+        /// The number of decode legs sent so far, from 1.
         attempt: u32,
     },
     /// The answer flows to the client.
     Streaming,
-    /// Over.
+    /// The request has ended.
     Ended(Outcome),
 }
 
-/// What happens to a request.
+/// An event in the life of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The prefill engine has begun to compute it.
+    /// The prefill engine has begun to compute the request.
     Begun,
     /// The prefill leg was answered with 2xx.
     PrefillAnswered,
-    /// The prefill engine says that the request is wrong.
+    /// The prefill engine has refused the request as wrong (4xx).
     PrefillRefused,
     /// The prefill leg failed.
     PrefillFailed(Fallback),
-    /// The prefill leg failed before its engine had begun, and after the decode leg was sent.
+    /// The prefill leg failed after the decode leg was sent, and before the prefill engine had begun.
     PrefillLost(Fallback),
-    /// The first bytes of the decode leg's answer are there.
+    /// The first bytes of the decode leg's answer have come.
     FirstByte,
-    /// The decode leg failed before that.
+    /// The decode leg failed before its answer began.
     DecodeFailed {
-        /// Another instance can take it.
+        /// True if another instance can take the request.
         another: bool,
     },
     /// The answer is complete.
     AnswerEnded,
-    /// The answer is complete, and says that the request is wrong.
+    /// The answer is complete, and refuses the request as wrong (4xx).
     AnswerRefused,
     /// The answer broke off.
     AnswerBroke,
-    /// The client is gone.
+    /// The client has left.
     ClientLeft,
-    /// The proxy stops and cannot wait for it.
+    /// The proxy stops and does not wait for the request.
     ForceShutdown,
 }
 
-/// What is to be done about it.
+/// The action that follows an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Wait on.
+    /// Wait for the next event.
     Wait,
-    /// Send the decode leg: with transfer parameters, or without, for this reason.
+    /// Send the decode leg: with a transfer, or without one for this reason.
     SendDecode(Result<(), Fallback>),
     /// Answer the client with the prefill engine's refusal.
     PassRefusal,
-    /// Answer the client with what the decode leg brings.
+    /// Answer the client with the decode leg's answer.
     Relay,
     /// Answer the client with an error.
     Fail,
-    /// Nothing follows: drop both legs.
+    /// Drop both legs: the request has ended.
     Finish,
 }
 
 impl RequestState {
-    /// A request at its start, and the first thing to do: `Wait` for the prefill leg, which is to be
-    /// sent, or `SendDecode`.
+    /// Returns the first state of a request, and the first action: `Wait` if the caller has to send a prefill
+    /// leg, otherwise `SendDecode`.
     pub(crate) fn begin(plan: Result<(), Fallback>) -> (Self, Action) {
         match plan {
             Ok(()) => (Self::Prefilling, Action::Wait),
@@ -95,14 +96,14 @@ impl RequestState {
         }
     }
 
-    /// Takes an event.
+    /// Changes the state for an event, and returns the action that follows.
     pub(crate) fn on(&mut self, event: Event) -> Action {
         let (next, action) = self.after(event);
         *self = next;
         action
     }
 
-    /// The outcome, once it has ended.
+    /// Returns the outcome; `None` if the request has not ended.
     pub(crate) fn outcome(self) -> Option<Outcome> {
         match self {
             Self::Ended(outcome) => Some(outcome),
@@ -124,7 +125,7 @@ impl RequestState {
             }
             (Self::Prefilling, E::PrefillFailed(why)) => Self::decoding(Err(why), 1),
 
-            // The decode leg waits for what nobody sends.
+            // The decode leg waits for KV that no sender will send, so send it again without a transfer.
             (
                 Self::Decoding {
                     transfer: Ok(()),
@@ -144,8 +145,8 @@ impl RequestState {
             (Self::Streaming, E::AnswerRefused) => (Self::Ended(Outcome::Refused), Action::Finish),
             (Self::Streaming, E::AnswerBroke) => (Self::Ended(Outcome::Broken), Action::Finish),
 
-            // Once the decode leg is sent, the end of the prefill leg is only noted: the decode
-            // side hears of it from its own sidecar and computes what does not come.
+            // Once the decode leg is sent, the end of the prefill leg changes nothing. The decode engine's
+            // own sidecar reports KV that does not come, and the engine computes it.
             (
                 Self::Decoding { .. } | Self::Streaming,
                 E::Begun
@@ -155,7 +156,7 @@ impl RequestState {
                 | E::PrefillLost(_),
             ) => (self, Action::Wait),
 
-            // No decode leg is out in these states.
+            // These events cannot come in these states.
             (
                 Self::Prefilling,
                 E::PrefillLost(_)

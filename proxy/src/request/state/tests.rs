@@ -46,7 +46,7 @@ fn steps() {
         Action::SendDecode(Err(WHY)),
     );
 
-    // The end of the prefill leg is only noted once the decode leg is out.
+    // Once the decode leg is sent, the end of the prefill leg changes nothing.
     for state in [sent, decoding(Err(WHY), 1), RequestState::Streaming] {
         for event in [
             Event::Begun,
@@ -57,7 +57,7 @@ fn steps() {
             check(state, event, state, Action::Wait);
         }
     }
-    // A leg that was sent along with it would wait for nobody.
+    // A decode leg that was sent together with the prefill leg would wait for KV that no sender sends.
     let lost = Event::PrefillLost(WHY);
     let alone = decoding(Err(WHY), 1);
     check(sent, lost, alone, Action::SendDecode(Err(WHY)));
