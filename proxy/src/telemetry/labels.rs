@@ -1,4 +1,5 @@
-//! The labels of metrics: fixed names with fixed values, so that no stranger can make new ones.
+//! The labels of the registered metrics: fixed names with fixed values. Text from a client or sidecar never
+//! becomes a value here, because each new value would take memory for ever.
 
 use std::fmt;
 
@@ -11,37 +12,37 @@ use crate::upstream::client::LegFailure;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Labels<const N: usize>(pub [(&'static str, &'static str); N]);
 
-/// What came to the registration port.
+/// The kinds of messages at the registration port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// A registration or heartbeat that was taken.
+    /// A registration or heartbeat that was accepted.
     Register,
-    /// A registration that was not.
+    /// A registration that was refused.
     RegisterRefused,
-    /// A good-bye.
+    /// A message that an instance leaves.
     Leave,
-    /// A request has begun.
+    /// A message that the prefill engine has begun a request.
     Progress,
-    /// A request's KV has been written, or will not be.
+    /// A notice that a request's KV has been written, or will not be written.
     ProxyNotif,
-    /// A message about a request or instance that is not known.
+    /// A message about an unknown request or instance.
     Stray,
-    /// Not a message.
+    /// Bytes that are not a valid message.
     Malformed,
-    /// A connection beyond the limit, closed.
+    /// A connection that was closed because there were too many.
     Shed,
 }
 
-/// A leg that failed, and how.
+/// A leg that failed, with its kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leg {
-    /// To the prefill instance.
+    /// A leg to the prefill instance.
     Prefill(Fallback),
-    /// To the decode instance.
+    /// A leg to the decode instance.
     Decode(LegFailure),
 }
 
-/// Instances by role (prefill, decode, both) and standing (unverified, ready, not ready).
+/// Numbers of instances, by role (prefill, decode, both) and standing (unverified, ready, not ready).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct InstanceCounts(pub [[i64; 3]; 3]);
 
@@ -58,7 +59,7 @@ impl Message {
         Self::Shed,
     ];
 
-    /// The name.
+    /// Returns the name of the kind in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Register => "register",
@@ -74,7 +75,7 @@ impl Message {
 }
 
 impl Leg {
-    /// Every way in which a leg fails.
+    /// Every leg with every kind of failure.
     pub const ALL: [Self; 11] = [
         Self::Prefill(Fallback::PrefillDied),
         Self::Prefill(Fallback::PrefillError),
@@ -89,7 +90,7 @@ impl Leg {
         Self::Decode(LegFailure::Silent),
     ];
 
-    /// Its name and that of its failure.
+    /// Returns the names of the leg and of its failure in metrics.
     pub fn names(self) -> (&'static str, &'static str) {
         match self {
             Self::Prefill(why) => ("prefill", why.as_str()),

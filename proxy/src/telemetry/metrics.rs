@@ -28,7 +28,7 @@ mod instances;
 /// A family of counters.
 type Counters<const N: usize> = Family<Labels<N>, Counter>;
 
-/// Everything that is counted.
+/// All metrics of one proxy, except those of single instances.
 pub struct Metrics {
     registry: Registry,
     requests: Counters<2>,
@@ -55,12 +55,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// A request has arrived.
+    /// Counts a request that has arrived.
     pub fn arrived(&self) {
         self.in_flight.inc();
     }
 
-    /// A request has ended.
+    /// Counts a request that has ended.
     pub fn ended(&self, endpoint: Endpoint, outcome: Outcome, total: Duration) {
         self.in_flight.dec();
         self.requests
@@ -69,14 +69,14 @@ impl Metrics {
         self.total.observe(total.as_secs_f64());
     }
 
-    /// A request got an error before any leg was sent.
+    /// Counts a request that got an error before any leg was sent.
     pub fn rejected(&self, code: Code) {
         self.rejected
             .get_or_create(&Labels([("code", code.as_str())]))
             .inc();
     }
 
-    /// A decode leg is sent.
+    /// Counts a decode leg that is sent, with a transfer or without one.
     pub fn decode_sent(&self, transfer: Result<(), Fallback>) {
         match transfer {
             Ok(()) => drop(self.transfers.inc()),
@@ -91,65 +91,65 @@ impl Metrics {
         }
     }
 
-    /// A prefill leg is sent again to another instance.
+    /// Counts a prefill leg that is sent again to another instance.
     pub fn prefill_retried(&self) {
         self.prefill_retries.inc();
     }
 
-    /// A leg failed.
+    /// Counts a leg that failed.
     pub fn leg_failed(&self, leg: Leg) {
         self.leg_errors.get_or_create(&leg_labels(leg)).inc();
     }
 
-    /// The prefill engine began.
+    /// Notes the time from a request's arrival to the prefill engine's begin.
     pub fn begun_after(&self, time: Duration) {
         self.begun.observe(time.as_secs_f64());
     }
 
-    /// The prefill leg was answered.
+    /// Notes the time from a request's arrival to the end of its prefill leg.
     pub fn prefill_after(&self, time: Duration) {
         self.prefill.observe(time.as_secs_f64());
     }
 
-    /// The first byte came.
+    /// Notes the time from a request's arrival to the first byte of its answer.
     pub fn first_byte_after(&self, time: Duration) {
         self.first_byte.observe(time.as_secs_f64());
     }
 
-    /// A message came to the registration port.
+    /// Counts a message at the registration port.
     pub fn message(&self, message: Message) {
         self.messages
             .get_or_create(&Labels([("kind", message.as_str())]))
             .inc();
     }
 
-    /// A call-back ended.
+    /// Counts a call-back that has ended.
     pub fn called_back(&self, answer: &Answer) {
         let labels = Labels([("result", answer.as_str())]);
         self.call_backs.get_or_create(&labels).inc();
     }
 
-    /// An exchange with the shared registry has ended.
+    /// Counts an exchange with the shared registry.
     pub fn shared(&self, is_ok: bool) {
         let result = if is_ok { "ok" } else { "failed" };
         let labels = Labels([("result", result)]);
         self.shared.get_or_create(&labels).inc();
     }
 
-    /// Spans were sent, failed or dropped.
+    /// Counts spans that were sent, failed or dropped.
     pub fn spans(&self, result: &'static str, count: usize) {
         let labels = Labels([("result", result)]);
         self.spans.get_or_create(&labels).inc_by(count as u64);
     }
 
-    /// A sender's notice on a request's KV; LMCache's has no details.
+    /// Counts a sender's notice about a request's KV. `details` is `None` if LMCache sent the notice.
     pub fn notice(&self, details: Option<&NotifX>) {
         let reason = details.and_then(|x| x.reason);
         self.notices.get_or_create(&notice_labels(reason)).inc();
         self.moved_bytes.inc_by(details.map_or(0, |x| x.bytes));
     }
 
-    /// Shows how many request bodies are on their way in.
+    /// Sets the number of request bodies that are being received.
     pub fn show_uploads(&self, count: usize) {
         self.uploads.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
@@ -159,7 +159,7 @@ impl Metrics {
         self.idle_closed.inc();
     }
 
-    /// Who is there.
+    /// Sets the numbers of registered instances.
     pub fn show_instances(&self, counts: &InstanceCounts) {
         for (role, row) in ["prefill", "decode", "both"].into_iter().zip(counts.0) {
             for (state, count) in ["unverified", "ready", "not_ready"].into_iter().zip(row) {
@@ -170,7 +170,7 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus reads.
+    /// Returns all metrics in the text format of OpenMetrics, with those of the instances in `all`.
     pub fn text(&self, all: &[Arc<Instance>]) -> String {
         let mut text = String::new();
         // Writing into a string does not fail.

@@ -2,23 +2,23 @@
 
 use std::fmt;
 
-/// How a request ended.
+/// The outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
-    /// The engine's answer was passed on to its end.
+    /// The engine's answer was passed on completely.
     Done,
-    /// An engine refused the request (4xx), and the client has its answer.
+    /// An engine refused the request (4xx), and the client has got the engine's answer.
     Refused,
-    /// No answer could be had; the client was told so.
+    /// No engine answered; the client got an error.
     Failed,
-    /// The answer broke off; the client was told so.
+    /// The answer broke off; the client got an error.
     Broken,
-    /// The client left; both legs were dropped.
+    /// The client left before the end; both legs were dropped.
     ClientLeft,
 }
 
 impl Outcome {
-    /// Every outcome, for metrics that want their label values to exist from the start.
+    /// Every outcome.
     pub const ALL: [Self; 5] = [
         Self::Done,
         Self::Refused,
@@ -27,7 +27,7 @@ impl Outcome {
         Self::ClientLeft,
     ];
 
-    /// The name in metrics and logs.
+    /// Returns the outcome's name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Done => "done",

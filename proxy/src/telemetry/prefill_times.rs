@@ -1,10 +1,10 @@
-//! What the prefill legs of this run took, in the figures of LMCache's example proxy.
+//! Times of the prefill legs since the start, with the statistics that LMCache's example proxy prints.
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Times of prefill legs. Beyond a number of them, a random choice stands for all.
+/// Times of prefill legs. Beyond 65536 legs, the times of a random sample are kept.
 #[derive(Debug, Default)]
 pub(crate) struct PrefillTimes {
     state: Mutex<State>,
@@ -17,21 +17,21 @@ struct State {
     sample: Vec<f32>,
 }
 
-/// Their figures.
+/// Statistics of prefill legs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Summary {
-    /// How many.
+    /// The number of legs.
     pub count: u64,
-    /// Milliseconds.
+    /// The mean time, in milliseconds.
     pub mean_ms: f64,
-    /// Milliseconds.
+    /// The median time, in milliseconds, from the sample.
     pub median_ms: f64,
-    /// Milliseconds.
+    /// The 99th percentile of the times, in milliseconds, from the sample.
     pub p99_ms: f64,
 }
 
 impl PrefillTimes {
-    /// A prefill leg was answered so long after the request's arrival.
+    /// Adds the time from a request's arrival to the answer of its prefill leg.
     pub(crate) fn add(&self, time: Duration) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.count += 1;
@@ -40,7 +40,7 @@ impl PrefillTimes {
             state.sample.push(time.as_secs_f32());
             return;
         }
-        // Each of all so far stays with the same probability.
+        // Reservoir sampling: each leg so far is in the sample with the same probability.
         let at = rand::random_range(0..state.count);
         if let Some(place) = usize::try_from(at)
             .ok()
@@ -50,7 +50,7 @@ impl PrefillTimes {
         }
     }
 
-    /// Their figures so far; `None` if there was none.
+    /// Returns the statistics so far; `None` if no prefill leg was answered.
     pub(crate) fn summary(&self) -> Option<Summary> {
         let (count, seconds, mut sample) = {
             let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,7 +80,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// 256 KiB of times.
+/// The size of the sample: 256 KiB of times.
 const SAMPLE: usize = 1 << 16;
 
 #[cfg(test)]

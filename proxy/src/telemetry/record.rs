@@ -1,4 +1,4 @@
-//! What is known of a request when it has ended: its log line, and its row in `GET /requests`.
+//! The record of a request that has ended, for its log line and its row in `GET /requests`.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -7,81 +7,83 @@ use protocol::Reason;
 use protocol::registration::NotifX;
 use serde::Serialize;
 
-/// One request. Times are milliseconds since its arrival.
+/// The record of one request. Times are milliseconds since the request's arrival; `None` if the event did not
+/// happen.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Record {
-    /// The request.
+    /// The id of the request.
     pub id: String,
-    /// What the legs carry instead, where a connector or a second attempt wants another id.
+    /// The id that the legs carry; `None` if it is the request's id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leg_id: Option<String>,
-    /// Arrival, milliseconds since 1970.
+    /// Time of the arrival, in milliseconds since 1970.
     pub arrived_unix_ms: u64,
     /// `completions` or `chat`.
     pub endpoint: &'static str,
-    /// The answer is an event stream.
+    /// True if the answer is an event stream.
     pub stream: bool,
-    /// The prefill instance, if any was chosen.
+    /// The id of the prefill instance; `None` if none was chosen.
     pub prefill: Option<String>,
-    /// The decode instance that answered, or was tried last.
+    /// The id of the decode instance that answered, or that was tried last.
     pub decode: Option<String>,
     /// The reason of the choice.
     pub choice: String,
-    /// Why the decode instance computed the prompt itself; absent if it waited for KV.
+    /// The reason why the decode instance computed the prompt itself; `None` if it waited for KV.
     pub alone: Option<&'static str>,
-    /// Decode legs sent.
+    /// The number of decode legs sent.
     pub decode_attempts: u32,
-    /// The prefill engine began.
+    /// Time at which the prefill engine began.
     pub begun_ms: Option<f64>,
-    /// The decode leg was sent.
+    /// Time at which the first decode leg was sent.
     pub decode_sent_ms: Option<f64>,
-    /// The prefill leg was answered, or failed.
+    /// Time at which the prefill leg was answered, or failed.
     pub prefill_ms: Option<f64>,
-    /// How the prefill leg ended, if badly.
+    /// The prefill leg's error; `None` if the leg did not fail.
     pub prefill_error: Option<String>,
-    /// The first byte of the answer.
+    /// Time of the first byte of the answer.
     pub ttft_ms: Option<f64>,
-    /// The end.
+    /// Time of the end.
     pub total_ms: f64,
-    /// As the engines count them.
+    /// The prompt's length in tokens, as an engine counts it; `None` if no engine said it.
     pub prompt_tokens: Option<u64>,
-    /// As the decode engine counts them; a stream says it only with `include_usage`.
+    /// The answer's length in tokens, as the decode engine counts it. A stream contains it only with
+    /// `include_usage`.
     pub completion_tokens: Option<u64>,
-    /// What the sender sidecar said about the KV.
+    /// The senders' notices about the KV; `None` if none has come.
     pub moved: Option<Moved>,
-    /// HTTP status that the client got.
+    /// The HTTP status that the client got.
     pub status: Option<u16>,
     /// `done`, `refused`, `failed`, `broken` or `client_left`.
     pub outcome: &'static str,
-    /// What went wrong, for people.
+    /// The error as text for people; `None` if there was no error.
     pub error: Option<String>,
 }
 
-/// The sender sidecar's word on a request's KV, summed over its ranks.
+/// The notices of a sender about a request's KV, summed over its ranks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Moved {
-    /// Every rank wrote all that was wanted.
+    /// True if every rank that sent a notice wrote all the KV that was requested.
     pub ok: bool,
-    /// The first rank's reason, if one did not.
+    /// The first reason of a rank that did not write all the KV.
     pub reason: Option<Reason>,
-    /// Bytes written.
+    /// The number of bytes written.
     pub bytes: u64,
-    /// The slowest rank, from the reservation to the last write, microseconds.
+    /// Time of the slowest rank from the reservation to the last write, in microseconds.
     pub us: u64,
-    /// The wire; empty if unknown.
+    /// The transport; empty if unknown.
     pub transport: String,
-    /// Notices received.
+    /// The number of notices received.
     pub ranks: u32,
 }
 
-/// The last requests, for `GET /requests`.
+/// The records of the last 256 requests, for `GET /requests`.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     records: Mutex<VecDeque<Record>>,
 }
 
 impl Moved {
-    /// Adds the notice of one rank; LMCache's has no details.
+    /// Adds the notice of one rank. `notice` is `None` if LMCache sent the notice, which has no details.
     pub(crate) fn add(&mut self, notice: Option<&NotifX>) {
         let first = self.ranks == 0;
         let ok = notice.is_none_or(|x| x.ok);
@@ -98,7 +100,8 @@ impl Moved {
     }
 }
 
-/// The wires that metrics and logs name: a stranger's words become `other`.
+/// Returns the name of a transport for metrics and logs. An unknown name becomes `other`, so that no sidecar
+/// can write arbitrary text into the log.
 fn transport_name(text: &str) -> &str {
     let kind = text.split([':', '/', ' ']).next().unwrap_or_default();
     match kind {
@@ -111,7 +114,7 @@ fn transport_name(text: &str) -> &str {
 }
 
 impl Recent {
-    /// Adds a request that has ended, and forgets the oldest beyond 256.
+    /// Adds the record of a request that has ended, and drops the oldest record beyond 256.
     pub(crate) fn push(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() == KEPT {
@@ -120,7 +123,7 @@ impl Recent {
         records.push_back(record);
     }
 
-    /// Adds a notice that came after the request's end. Returns whether anybody was meant.
+    /// Adds a notice that came after the request's end. Returns true if the request's record is still there.
     pub(crate) fn amend(&self, id: &str, notice: Option<&NotifX>) -> bool {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(record) = records
@@ -134,17 +137,17 @@ impl Recent {
         true
     }
 
-    /// All of them, oldest first.
+    /// Returns all records, the oldest first.
     pub(crate) fn all(&self) -> Vec<Record> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         records.iter().cloned().collect()
     }
 }
 
-/// Enough to look back over a benchmark run; about 500 bytes each.
+/// The number of records kept, of about 500 bytes each: enough to look back over a benchmark run.
 const KEPT: usize = 256;
 
-/// `nixl:cuda_ipc+rdma` and the like.
+/// The longest name of a transport, such as `nixl:cuda_ipc+rdma`.
 const MAX_TRANSPORT_BYTES: usize = 48;
 
 #[cfg(test)]

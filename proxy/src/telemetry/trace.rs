@@ -5,21 +5,21 @@ use serde_json::{Value, json};
 
 use crate::telemetry::record::Record;
 
-/// Where a request stands in its trace.
+/// The position of a request in its trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Trace {
-    /// 32 hex digits.
+    /// The trace's id: 32 hex digits.
     trace: String,
-    /// The client's span, if it has sent one.
+    /// The id of the client's span, 16 hex digits; `None` if the client has sent none.
     parent: Option<String>,
-    /// This request's.
+    /// The id of this request's span: 16 hex digits.
     span: String,
-    /// The client wants it recorded, or leaves that to us.
+    /// True if the client wants the trace recorded, or has sent no trace context.
     pub is_sampled: bool,
 }
 
 impl Trace {
-    /// The context that a client has sent, continued; or a new one.
+    /// Continues the trace that a client has sent, or begins a new one.
     pub(crate) fn of(headers: &HeaderMap) -> Self {
         let sent = headers
             .get(HEADER)
@@ -42,17 +42,17 @@ impl Trace {
         }
     }
 
-    /// What the legs carry: their engines' spans are children of this request's.
+    /// Sets the header of the legs that makes their engines' spans children of this request's span.
     pub(crate) fn pass_on(&self, headers: &mut HeaderMap) {
         let flags = if self.is_sampled { "01" } else { "00" };
         let text = format!("00-{}-{}-{flags}", self.trace, self.span);
-        // Hex digits and dashes.
+        // The text consists of hex digits and dashes, so the conversion does not fail.
         if let Ok(value) = HeaderValue::try_from(text) {
             headers.insert(HEADER, value);
         }
     }
 
-    /// The spans of a request that has ended: itself, and its legs.
+    /// Returns the spans of a request that has ended: one of the request, and one per leg.
     pub(crate) fn spans(&self, record: &Record) -> Vec<Value> {
         let start = record.arrived_unix_ms as f64;
         let span = |name: String, kind: u8, from: f64, to: f64, more: Value| {
@@ -65,6 +65,7 @@ impl Trace {
                 "attributes": attributes(&more),
             })
         };
+        // The span of the whole request: the parent of the legs' spans.
         let whole = json!({
             "request.id": record.id, "outcome": record.outcome, "choice": record.choice,
             "alone": record.alone, "http.response.status_code": record.status,
@@ -91,6 +92,8 @@ impl Trace {
             leg["parentSpanId"] = json!(self.span);
             all.push(leg);
         };
+        // A leg gets a span only if its time is known. Otherwise a leg that did not happen would look like a
+        // fast one.
         if let (Some(prefill), Some(end)) = (&record.prefill, record.prefill_ms) {
             let more = json!({"instance": prefill, "begun_ms": record.begun_ms,
                 "error.message": record.prefill_error});
@@ -104,7 +107,8 @@ impl Trace {
     }
 }
 
-/// `00-TRACE-SPAN-FLAGS`, as the W3C recommendation says.
+/// Parses `00-TRACE-SPAN-FLAGS`, the form of W3C's recommendation, into trace, span and whether it is
+/// sampled.
 fn parse(text: &str) -> Option<(String, String, bool)> {
     let mut parts = text.split('-');
     let (version, trace, span, flags) =
@@ -113,7 +117,7 @@ fn parse(text: &str) -> Option<(String, String, bool)> {
         text.len() == digits && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     };
     let is_id = |text: &str, digits: usize| is_hex(text, digits) && text.bytes().any(|b| b != b'0');
-    // Later versions may append parts; 00 has exactly these.
+    // Later versions may append parts; version 00 has exactly four.
     let ends_well = version != "00" || parts.next().is_none();
     let ok = is_hex(version, 2)
         && version != "ff"
@@ -126,7 +130,7 @@ fn parse(text: &str) -> Option<(String, String, bool)> {
     Some((trace.to_owned(), span.to_owned(), flags & 1 == 1))
 }
 
-/// What is known, in OTLP's form.
+/// Converts the attributes that are not null into OTLP's form.
 fn attributes(all: &Value) -> Vec<Value> {
     let Some(all) = all.as_object() else {
         return Vec::new();
@@ -150,7 +154,7 @@ fn nanos(unix_ms: f64) -> String {
 
 const HEADER: &str = "traceparent";
 
-/// OTLP's numbers for kinds of spans, and for a failure.
+/// OTLP's numbers of the span kinds SERVER and CLIENT, and of the status ERROR.
 const SERVER: u8 = 2;
 const CLIENT: u8 = 3;
 const ERROR: u8 = 2;

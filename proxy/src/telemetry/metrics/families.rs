@@ -1,4 +1,4 @@
-//! The metrics as they are registered, with every label value that is known in advance.
+//! Registers the metrics, and creates every label value that is known in advance.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -17,7 +17,7 @@ use crate::telemetry::labels::{InstanceCounts, Labels, Leg, Message};
 use crate::telemetry::outcome::Outcome;
 
 impl Metrics {
-    /// All metrics at zero, with every label value that is known in advance.
+    /// Returns all metrics at zero, with every label value that is known in advance.
     pub fn new() -> Self {
         let mut metrics = Self {
             registry: Registry::with_prefix("pd_proxy"),
@@ -151,7 +151,7 @@ impl Metrics {
         );
     }
 
-    /// Creates the label values, so that a rate over a rare one does not begin with a gap.
+    /// Creates every label value at zero. Otherwise the rate over a rare value would miss its first event.
     fn touch(&self) {
         for endpoint in [Endpoint::Completions, Endpoint::Chat] {
             for outcome in Outcome::ALL {
@@ -184,7 +184,7 @@ fn touch<const N: usize>(family: &Counters<N>, labels: Labels<N>) {
     drop(family.get_or_create(&labels));
 }
 
-/// From a scripted engine's answer within a millisecond to a long generation: 1 ms to 2 min.
+/// Returns a histogram of times from 1 ms (a scripted engine's answer) to 2 min (a long generation).
 fn histogram() -> Histogram {
     Histogram::new([
         0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,

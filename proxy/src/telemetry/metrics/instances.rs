@@ -1,4 +1,4 @@
-//! Metrics of each instance.
+//! Metrics of each registered instance.
 
 use std::fmt::{self, Write};
 use std::sync::Arc;
@@ -7,8 +7,8 @@ use std::time::Instant;
 use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 
-/// Writes them: not families, because instances come and go, and their names are their
-/// own, which prometheus-client 0.23 would write as they are.
+/// Writes the metrics of these instances in the text format of OpenMetrics. They are not families of the
+/// registry, because instances come and go, and prometheus-client 0.23 does not escape label values.
 pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Result {
     type Read = fn(&Instance) -> f64;
     let all: [(&str, &str, &str, Read); 6] = [
