@@ -1,5 +1,5 @@
-//! The call-back: is a sidecar at its admin address, is it the one that has registered, and would it
-//! and its engine serve?
+//! The call-back checks that a sidecar answers at its admin address, that it is the one that has registered,
+//! and that it and its engine are ready.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::state::app::App;
 use crate::upstream::client::LegError;
 use crate::upstream::tls::explained;
 
-/// A sidecar's answer to a call-back.
+/// The body of a sidecar's answer to a call-back.
 #[derive(Deserialize)]
 struct Acknowledged {
     id: String,
@@ -26,7 +26,7 @@ struct Acknowledged {
     reason: Option<String>,
 }
 
-/// Makes a call-back.
+/// Calls an instance back: first its sidecar, if it has one, and then its engine's `/health`.
 pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
     let proxy = app.registration.to_string();
     let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
@@ -49,8 +49,8 @@ pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answe
     (call, answer)
 }
 
-/// A sidecar is ready as soon as the engine's workers have connected, which can be minutes before
-/// the engine's HTTP server listens.
+/// Checks the engine's `/health`. A sidecar is ready as soon as the engine's workers have connected, which
+/// can be minutes before the engine's HTTP server listens.
 async fn engine_answer(app: &App, call: &CallBack) -> Answer {
     let asked = app
         .client
@@ -71,7 +71,7 @@ async fn engine_answer(app: &App, call: &CallBack) -> Answer {
         }
         Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
         Err(LegError::Connect(e)) => format!("its engine cannot be reached: {}", explained(&e)),
-        // A busy server may be late once; the last answer counts until it is too old.
+        // A busy server may be late once, so its last answer stays valid until it expires.
         Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
     };
     Answer::Confirmed {
@@ -102,8 +102,9 @@ fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
     }
 }
 
-/// A sidecar answers from memory; a slower one would not push well either.
+/// Longest wait for an answer. A sidecar answers from memory; a sidecar that is slower than this could not
+/// push KV well, either.
 const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Of a sidecar's reason, in `/instances` and logs.
+/// The longest reason of a sidecar that `/instances` and the log show, in characters.
 const MAX_REASON_CHARS: usize = 200;

@@ -1,4 +1,4 @@
-//! The tasks that let sidecars and instances come and go.
+//! The tasks that add and remove instances.
 
 pub(crate) mod callback;
 pub(crate) mod registration;

@@ -1,4 +1,5 @@
-//! The registration task: owns the registry, hears the registration port, calls sidecars back.
+//! The registration task. It owns the registry, receives messages on the registration ports, and calls
+//! sidecars back.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,35 +34,36 @@ pub(crate) struct Registration {
     registry: Registry,
     published: watch::Sender<Instances>,
     calls: JoinSet<(CallBack, Answer)>,
-    /// When a refused registration was last logged.
+    /// Time at which a refused registration was last logged; `None` if none was.
     complained: Option<Instant>,
     said: Said,
 }
 
-/// What the task listens to.
+/// The inputs of the registration task.
 #[derive(Debug)]
 pub(crate) struct Inputs {
     /// The registration port.
     pub port: Registrations,
     /// The port of P2P NCCL instances.
     pub p2p: Option<Registrations>,
-    /// Instances that have failed a request.
+    /// Ids of instances that have failed a request.
     pub suspected: mpsc::Receiver<String>,
-    /// Orders.
+    /// Commands of the admin endpoints and of the shared registry.
     pub commanded: mpsc::Receiver<Command>,
 }
 
-/// What an iteration has changed.
+/// The changes of one iteration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum News {
-    /// Nothing that routing sees: words on single requests come far more often than others.
+    /// Nothing that routing sees. Most messages are about single requests, so publishing after each message
+    /// would waste time.
     None,
-    /// Perhaps who is there.
+    /// The instances may have changed.
     Instances,
 }
 
 impl Registration {
-    /// The task of one proxy.
+    /// Returns the registration task of one proxy.
     pub(crate) fn new(
         app: Arc<App>,
         inputs: Inputs,
@@ -87,10 +89,10 @@ impl Registration {
         }
     }
 
-    /// Runs until `stop`.
+    /// Runs until `stop` is cancelled.
     ///
     /// # Errors
-    /// The port has failed.
+    /// A registration port has failed.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
         let mut sweep = interval(SWEEP);
         self.settle();
@@ -130,7 +132,7 @@ impl Registration {
     }
 
     fn handle_command(&mut self, command: Command) {
-        // Whoever has asked may have gone meanwhile: the order stands.
+        // The client may have left before the answer is sent. The command is done nevertheless.
         match command {
             Command::Name(instance, answer) => {
                 let id = instance.id.clone();
@@ -152,13 +154,14 @@ impl Registration {
         }
     }
 
-    /// Takes in whom others have written, and drops whom nobody has and who is not ready either.
+    /// Adds instances that other proxies have written. Removes shared instances that no proxy has written any
+    /// more and that are not ready here, either.
     fn share(&mut self, others: Vec<Instance>) {
         let now = Instant::now();
         let known = self.registry.instances();
         for instance in &others {
             let same = |other: &Instance| {
-                // What the sidecar itself says is newer than what another proxy has written.
+                // The sidecar's own registration is newer than another proxy's entry.
                 let is_newest = other.source != Source::Shared || other.kv == instance.kv;
                 other.id == instance.id && other.epoch == instance.epoch && is_newest
             };
@@ -199,7 +202,8 @@ impl Registration {
         }
     }
 
-    /// Drops who is gone, makes the call-backs that are due, and publishes what routing sees.
+    /// Removes instances whose lease has ended, makes the call-backs that are due, and publishes the
+    /// instances for routing.
     fn settle(&mut self) {
         let now = Instant::now();
         for gone in self.registry.expire(now) {
@@ -227,7 +231,8 @@ impl Registration {
             let after = instances.iter().find(is_same);
             let is_there = |i: &Instance| i.standing == Standing::Ready;
             if is_there(before) && !after.is_some_and(|after| is_there(after)) {
-                // An engine that does not serve may be another one when it does.
+                // The engine may have been restarted while it was not ready, so its cache and its refusals
+                // are unknown.
                 self.app.prefix_index.forget(&before.id);
                 self.app.refusals.forget(&before.id);
             }
@@ -281,5 +286,5 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// How often connections to the registration port are counted.
+/// Interval at which connections to the registration port are counted and those beyond the limit are closed.
 const SWEEP: Duration = Duration::from_secs(5);

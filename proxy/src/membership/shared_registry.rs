@@ -1,10 +1,10 @@
-//! The registry that several proxies share.
+//! The registry that several proxies share in etcd.
 //!
-//! Each proxy writes what it has itself found ready, under a lease of its own, and takes in what others
-//! have written: as candidates, which it calls back before it uses them. So a proxy's death takes
-//! nothing from the others, which go on writing what they still find ready; and an instance's death
-//! takes its keys away one by one, as each proxy finds it not ready. Without etcd every proxy goes on
-//! with whom it knows.
+//! Each proxy writes the instances that it has found ready itself, under its own lease. It adds the instances
+//! that other proxies have written, and calls them back before it uses them. So if a proxy dies, the others
+//! lose no instance, because they keep writing those that they find ready. If an instance dies, each proxy
+//! deletes its own key for it as soon as the proxy finds the instance not ready. If etcd fails, each proxy
+//! continues with the instances that it knows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use crate::fleet::registry::Command;
 use crate::state::app::App;
 use crate::upstream::etcd::{Etcd, EtcdError, Lease, Watch};
 
-/// The task that writes and reads it.
+/// The task that writes and reads the shared registry.
 pub(crate) struct SharedRegistry {
     app: Arc<App>,
     etcd: Etcd,
     prefix: String,
-    /// This proxy, in its keys.
+    /// The name of this proxy in its keys, random per process.
     name: String,
     lease: Option<Lease>,
     written: BTreeMap<String, String>,
@@ -35,7 +35,7 @@ pub(crate) struct SharedRegistry {
 }
 
 impl SharedRegistry {
-    /// The task of one proxy; nothing without `--etcd`.
+    /// Returns the task of one proxy; `None` without `--etcd`.
     pub(crate) fn new(app: &Arc<App>) -> Option<Self> {
         let config = &app.config;
         if config.etcd.is_empty() {
@@ -57,7 +57,7 @@ impl SharedRegistry {
         })
     }
 
-    /// Runs until `stop`; then its keys are taken back.
+    /// Runs until `stop` is cancelled, and then revokes the lease, which deletes this proxy's keys.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut instances = self.app.instances.clone();
         let mut beat = interval(RENEW_EVERY);
@@ -77,7 +77,7 @@ impl SharedRegistry {
                     self.watch = None;
                 },
             }
-            // Many things change at once, such as all leases of a proxy that has died.
+            // Gather changes: many come at once, such as the keys of a proxy that has died.
             sleep(GATHER).await;
             self.step().await;
         }
@@ -98,7 +98,7 @@ impl SharedRegistry {
             }
             Ok(()) => {}
             Err(error) => {
-                // The lease may have run out meanwhile: everything is written again.
+                // The lease may have expired meanwhile, and its keys with it, so write everything again.
                 self.lease = None;
                 self.watch = None;
                 self.written.clear();
@@ -116,7 +116,7 @@ impl SharedRegistry {
         };
         self.lease = Some(lease.clone());
         if self.watch.is_none() {
-            // Before the list is read, so that nothing between the two is missed.
+            // Watch before the list is read. Otherwise a change between the two would be missed.
             self.watch = Some(self.etcd.watch(&self.prefix).await?);
         }
         self.write(&lease).await?;
@@ -166,7 +166,7 @@ impl SharedRegistry {
                 Err(error) => debug!(key, error, "an entry of the shared registry is not taken"),
             }
         }
-        // Ends only with the proxy.
+        // Sending fails only when the proxy ends.
         drop(self.app.commands.send(Command::Share(others)).await);
         Ok(())
     }
@@ -180,9 +180,9 @@ impl std::fmt::Debug for SharedRegistry {
     }
 }
 
-/// A proxy that has died is forgotten after this time.
+/// The duration of the lease: the keys of a proxy that has died expire after this time.
 const LEASE: Duration = Duration::from_secs(10);
-/// Three times in a lease.
+/// Interval of renewal: three times per lease, so that one lost renewal does no harm.
 const RENEW_EVERY: Duration = Duration::from_secs(3);
-/// Between a change and what is done about it.
+/// Time between a change and the exchange with etcd.
 const GATHER: Duration = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! Accepts client connections, each with its deadlines, and closes them gracefully.
+//! Accepts client connections, sets their deadlines, and closes them gracefully.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -31,11 +31,11 @@ use crate::server::seats::{BusyBody, Seat, Seats};
 use crate::server::write_timeout::WriteTimeout;
 use crate::state::app::App;
 
-/// Where clients connect.
+/// The port to which clients connect.
 pub(crate) struct Port {
-    /// The socket.
+    /// The listening socket.
     pub listener: TcpListener,
-    /// Makes TLS of their connections.
+    /// Does the TLS handshake of a connection; `None` if clients connect without TLS.
     pub acceptor: Option<TlsAcceptor>,
 }
 
@@ -48,16 +48,17 @@ impl std::fmt::Debug for Port {
     }
 }
 
-/// What one connection may do.
+/// Limits on the client connections.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Connections at once.
+    /// The number of connections at once, without the reserve.
     pub connections: usize,
-    /// Longest wait for a request's head, or for a client that does not read its answer.
+    /// Longest wait for the TLS handshake, for a request's head, and for a client that does not read its
+    /// answer.
     pub client_timeout: Duration,
 }
 
-/// Serves until `stop`, then lets answers that are being written finish.
+/// Serves until `stop` is cancelled, and then waits up to 1 s for answers that are being written.
 pub(crate) async fn serve(
     app: Arc<App>,
     port: Port,
@@ -67,7 +68,7 @@ pub(crate) async fn serve(
 ) {
     let Port { listener, acceptor } = port;
     let seats = Arc::new(Seats::new(limits.connections));
-    // Also bounds connections that have been asked to leave and still write.
+    // A connection that has been asked to leave may still write, so it counts until it is closed.
     let places = Arc::new(Semaphore::new(limits.connections + RESERVE));
     let mut connections = JoinSet::new();
     loop {
@@ -76,7 +77,7 @@ pub(crate) async fn serve(
             () = stop.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
             Some(ended) = connections.join_next() => {
-                // A defect that one request has met; the others go on.
+                // The task has panicked because of a defect. Only this connection ends.
                 if let Err(e) = ended {
                     error!(error = %e, "a connection's task has failed");
                 }
@@ -113,12 +114,12 @@ pub(crate) async fn serve(
     connections.shutdown().await;
 }
 
-/// The next connection, once there is a place for it.
+/// Waits for a place, and then for the next connection.
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
 ) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
-    // Never closed.
+    // The semaphore is never closed, so the call cannot fail.
     let place = Arc::clone(places)
         .acquire_owned()
         .await
@@ -127,7 +128,8 @@ async fn accept(
         match listener.accept().await {
             Ok((stream, peer)) => return (stream, peer, place),
             Err(e) => {
-                // Out of file descriptors, mostly: some are freed as others finish.
+                // Most likely the process has no file descriptor left. Wait until other connections have
+                // closed.
                 warn!(error = %e, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
             }
@@ -135,7 +137,7 @@ async fn accept(
     }
 }
 
-/// One connection's client.
+/// A client connection with everything that serves it.
 struct Client {
     peer: SocketAddr,
     app: Arc<App>,
@@ -200,7 +202,7 @@ impl Client {
                 connection.as_mut().graceful_shutdown();
                 match timeout(LEAVE_TIME, connection.as_mut()).await {
                     Ok(ended) => ended,
-                    // A request came in just before the newcomer.
+                    // A request began just before the connection was asked to leave: let it finish.
                     Err(_) if self.seat.is_busy() => connection.await,
                     Err(_) => Ok(()),
                 }
@@ -212,7 +214,7 @@ impl Client {
     }
 }
 
-/// Refuses a request on a connection of the reserve.
+/// Returns the error for a `/v1/` request on a connection of the reserve.
 fn no_place(app: &App) -> Response {
     let most = app.config.max_connections;
     let text = format!("{most} connections are busy with requests (--max-connections)");
@@ -225,11 +227,11 @@ fn no_place(app: &App) -> Response {
 /// Connections beyond `--max-connections`: for health probes, scrapers and the operator.
 pub(crate) const RESERVE: usize = 64;
 
-/// An idle connection that makes room writes what it has still buffered.
+/// Time for a connection that has to leave to write its buffered data.
 const LEAVE_TIME: Duration = Duration::from_millis(200);
 
-/// What answers cut off at the end of draining get, to be written and read.
+/// Time for the ends of the answers that are broken off after draining, so that clients still get the error.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// After a failed accept.
+/// Pause after a failed accept, which would otherwise fail again at once and use up a core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! Endpoints that change the proxy: instances, mode, conversations.
+//! The endpoints that change the proxy: instances, mode, conversations.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::routing::mode::Mode;
 use crate::server::incoming;
 use crate::state::app::App;
 
-/// `GET /mode`
+/// Serves `GET /mode`.
 pub(crate) async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
     let costs = app.measured.costs();
     Json(json!({
@@ -30,7 +30,7 @@ pub(crate) async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
     }))
 }
 
-/// `POST /mode/{mode}`
+/// Serves `POST /mode/{mode}`.
 pub(crate) async fn set_mode(
     State(app): State<Arc<App>>,
     Path(mode): Path<String>,
@@ -46,7 +46,7 @@ pub(crate) async fn set_mode(
     Ok(Json(json!({"mode": wanted})))
 }
 
-/// `GET /conversations`
+/// Serves `GET /conversations`.
 pub(crate) async fn conversations(
     State(app): State<Arc<App>>,
     request: Request,
@@ -56,7 +56,7 @@ pub(crate) async fn conversations(
     Ok(Json(json!({"count": all.len(), "conversations": all})))
 }
 
-/// `POST /conversations/clear`
+/// Serves `POST /conversations/clear`.
 pub(crate) async fn clear(
     State(app): State<Arc<App>>,
     request: Request,
@@ -65,7 +65,7 @@ pub(crate) async fn clear(
     Ok(Json(json!({"cleared": app.prefix_index.clear()})))
 }
 
-/// `POST /instances`
+/// Serves `POST /instances`, which adds an instance.
 pub(crate) async fn add(
     State(app): State<Arc<App>>,
     request: Request,
@@ -83,7 +83,7 @@ pub(crate) async fn add(
     Ok((StatusCode::CREATED, Json(json!({"id": id}))).into_response())
 }
 
-/// `DELETE /instances/{id}`
+/// Serves `DELETE /instances/{id}`.
 pub(crate) async fn remove(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
@@ -94,7 +94,7 @@ pub(crate) async fn remove(
     known(was_there, &id)
 }
 
-/// `POST /instances/{id}/drain`
+/// Serves `POST /instances/{id}/drain`, which stops new requests to an instance.
 pub(crate) async fn drain(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
@@ -105,7 +105,7 @@ pub(crate) async fn drain(
     known(is_there, &id)
 }
 
-/// `POST /instances/{id}/resume`
+/// Serves `POST /instances/{id}/resume`, which undoes a drain.
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
@@ -154,10 +154,10 @@ fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
     permitted.inspect_err(|error| refused(app, request, error, "change refused"))
 }
 
-/// Checks that a request may read what the proxy shows of instances and requests.
+/// Checks that a request may read the pages about instances and requests.
 ///
 /// # Errors
-/// As of [`keys::may_read`].
+/// Those of [`keys::may_read`].
 pub(crate) fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
     let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = keys::may_read(&app.config.access, headers, peer);
@@ -166,10 +166,10 @@ pub(crate) fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiErro
 
 fn refused(app: &App, request: &Request, error: &ApiError, what: &str) {
     app.metrics.rejected(error.code());
-    // Each local request could write a line; what a stranger sends is shown escaped and cut.
+    // The path is escaped, because a client could otherwise write its own lines into the log.
     let (method, path) = (request.method(), request.uri().path());
     tracing::warn!(%method, path = %path.escape_debug(), code = error.code().as_str(), %error, "{what}");
 }
 
-/// One instance.
+/// Largest body of `POST /instances`, in bytes: it describes one instance.
 const MAX_BODY_BYTES: usize = 64 * 1024;

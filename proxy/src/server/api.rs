@@ -30,7 +30,7 @@ use crate::server::incoming::{peer, read};
 use crate::state::app::App;
 use crate::telemetry::record::Record;
 
-/// All endpoints of one proxy.
+/// Returns the router with all endpoints of one proxy.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let routes = routes(app);
     let inner = routes.clone();
@@ -78,7 +78,8 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
         error.into_response()
     });
-    // One that got as far as a leg may have its name from its body.
+    // If the request got as far as a leg, the response has an id already, which may come from the request's
+    // body.
     response
         .headers_mut()
         .entry(request_id::HEADER)
@@ -86,7 +87,7 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
     response
 }
 
-/// Everything up to the first leg: a place, the body, a route.
+/// Checks and reads a request, reserves its place, and serves it.
 async fn accept(
     app: &Arc<App>,
     endpoint: Endpoint,
@@ -106,7 +107,8 @@ async fn accept(
     if app.draining.is_cancelled() {
         return Err(draining());
     }
-    // After the body: one that stops half-way must not hold the place of a request.
+    // Reserve the place only after the body is complete. Otherwise bodies that stop half-way would hold the
+    // places of requests.
     let permit = app.admit().ok_or_else(|| {
         let most = app.config.max_in_flight;
         ApiError::new(
@@ -124,7 +126,7 @@ async fn accept(
     request::serve(app, permit, arrival).await
 }
 
-/// The models are those of the decode instances; any of them can tell.
+/// Serves `GET /v1/models` with the answer of a decode instance. All decode instances have the same models.
 async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     if let Err(error) = may_ask(&app.config.access, &headers) {
         return error.into_response();
@@ -145,18 +147,18 @@ async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     }
 }
 
-/// Live: the process answers.
+/// Serves `GET /health`, the liveness probe: succeeds as long as the process answers.
 async fn health() -> Json<Value> {
     Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
 }
 
-/// As vLLM's example proxies answer.
+/// Serves `GET /healthcheck` in the form of vLLM's example proxies.
 async fn healthcheck(State(app): State<Arc<App>>) -> Json<Value> {
     let (prefill, decode) = ready_instances(&app);
     Json(json!({"status": "ok", "prefill_instances": prefill, "decode_instances": decode}))
 }
 
-/// How many instances of either side are ready.
+/// Returns the number of ready prefill instances, and the number of ready decode instances.
 fn ready_instances(app: &App) -> (usize, usize) {
     let instances = app.instances();
     let count = |takes: fn(&crate::fleet::instance::Instance) -> bool| {
@@ -168,7 +170,7 @@ fn ready_instances(app: &App) -> (usize, usize) {
     (count(|i| i.prefills()), count(|i| i.decodes()))
 }
 
-/// Ready: a request would be served.
+/// Serves `GET /ready`, the readiness probe: succeeds if a request would be served.
 async fn ready(State(app): State<Arc<App>>) -> Response {
     let (prefill, decode) = ready_instances(&app);
     let mut reasons = Vec::new();
@@ -210,7 +212,7 @@ async fn instances(
     Ok(Json(shown(&app, &app.instances())))
 }
 
-/// The instances, each with what keeps KV from going there or from being fetched there.
+/// Returns the instances as JSON, each with the reasons why KV does not move to or from it.
 fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
     let now = Instant::now();
     let one = |instance: &Arc<Instance>| {
@@ -236,7 +238,8 @@ async fn requests(
     Ok(Json(app.recent.all()))
 }
 
-/// A path that nothing is found by: engines find more by it once it is decoded.
+/// Serves a path that matches no endpoint: decodes its percent escapes and tries again, as vLLM's server
+/// does.
 async fn decoded(routes: Router, mut request: Request) -> Response {
     let uri = request.uri().clone();
     let path = percent_decode_str(uri.path()).decode_utf8_lossy();
@@ -274,7 +277,7 @@ async fn wrong_method(request: Request) -> Response {
     ApiError::new(Code::MethodNotAllowed, text).into_response()
 }
 
-/// Paths that engines redirect to from the same with a slash behind it.
+/// Paths to which engines redirect a request for the same path with a slash at its end.
 const OPENAI: [&str; 4] = [
     "/v1/completions",
     "/v1/chat/completions",
@@ -282,5 +285,5 @@ const OPENAI: [&str; 4] = [
     "/health",
 ];
 
-/// A list that needs no computing.
+/// Longest wait for the list of models, which needs no computation.
 const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

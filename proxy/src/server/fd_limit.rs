@@ -1,18 +1,19 @@
-//! File descriptors: every request under way holds its client's connection and up to two to engines.
+//! The limit of file descriptors. Each request under way holds its client's connection, and up to two
+//! connections to engines.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::cli::Config;
 
-/// Raises the soft limit, which is 1024 in most shells, to the hard one. Returns what is to be said if even
-/// that is less than the flags permit.
+/// Raises the soft limit of open files, which is 1024 in most shells, to the hard limit. Returns a warning if
+/// even the hard limit is too low for the flags.
 pub fn raise_limit(config: &Config) -> Option<String> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
         maximum: limit.maximum,
     };
-    // Where it stays as it is, the comparison below says so.
+    // If this fails, the comparison below finds the old limit and returns the warning.
     setrlimit(Resource::Nofile, raised).ok();
     let wanted =
         config.max_connections + crate::server::accept::RESERVE + 2 * config.max_in_flight + OTHERS;
@@ -24,5 +25,5 @@ pub fn raise_limit(config: &Config) -> Option<String> {
     })
 }
 
-/// The ports, call-backs, and what the runtime has.
+/// File descriptors of the ports, the call-backs and the runtime.
 const OTHERS: usize = 128;

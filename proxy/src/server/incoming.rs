@@ -1,4 +1,4 @@
-//! A request as it comes in: where from, and its body.
+//! Receives a request: the client's address, and the body.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
@@ -13,16 +13,16 @@ use tokio::time::timeout_at;
 use crate::openai::error::{ApiError, Code};
 use crate::state::app::App;
 
-/// Returns the address that a request has come from.
+/// Returns the address of the client that has sent a request.
 pub(crate) fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
     extensions.get::<SocketAddr>().map(SocketAddr::ip)
 }
 
-/// Reads a body of at most so many bytes. An upload may take long; it may not pause for longer than
+/// Reads a body of at most `limit` bytes. An upload may take long, but it may not pause for longer than
 /// `--client-timeout`.
 ///
 /// # Errors
-/// It is longer, breaks off, pauses, or has to give way to others.
+/// The body is too long, breaks off, pauses, or loses its place to another body.
 pub(crate) async fn read(
     app: &App,
     mut body: Body,
@@ -33,7 +33,7 @@ pub(crate) async fn read(
         let text = format!("the request body is longer than {limit} bytes");
         ApiError::new(Code::BodyTooLarge, text)
     };
-    // Before a byte is read: what announces that it is too large gets no place.
+    // Check the announced length before reading: a body that is too large must not take another body's place.
     if body.size_hint().lower() > limit as u64 {
         return Err(too_large());
     }
@@ -52,7 +52,8 @@ pub(crate) async fn read(
     let silence = app.config.client_timeout;
     let mut whole = BytesMut::new();
     let mut deadline = Instant::now() + silence;
-    // The deadline moves on with each KiB: a body that comes in drops counts as silent, and holds no place for ever.
+    // The deadline moves on with each KiB. If each byte moved it, a client that sends a byte at a time would
+    // hold a place for ever.
     let mut enough = DROP_BYTES;
     loop {
         let frame = select! {
@@ -88,5 +89,5 @@ pub(crate) async fn read(
     }
 }
 
-/// A client whose body comes more slowly than this per `--client-timeout` counts as silent.
+/// Bytes that a client has to send per `--client-timeout`. A slower client counts as silent.
 const DROP_BYTES: usize = 1024;

@@ -1,4 +1,4 @@
-//! One proxy from its start to its end: bind, run, drain.
+//! The lifetime of one proxy: bind, run, drain.
 
 pub(crate) mod accept;
 pub(crate) mod admin;
@@ -50,43 +50,43 @@ impl std::fmt::Debug for Proxy {
     }
 }
 
-/// A port that cannot be opened.
+/// The reason why a proxy cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The HTTP port.
+    /// The HTTP port cannot be opened.
     #[error("cannot bind the HTTP port {address}: {source}")]
     Http {
         /// The configured address.
         address: SocketAddr,
-        /// Why.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// Instances that are named in an unusable way.
+    /// Configured instances are invalid.
     #[error("{}", .0.join("; "))]
     Instances(Vec<String>),
-    /// The registration port.
+    /// The registration port cannot be opened.
     #[error(transparent)]
     Registration(#[from] PortError),
 }
 
-/// How a proxy is told to stop.
+/// The signals that stop a proxy.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
-    /// Take no new requests, let those under way finish, and end.
+    /// Cancel this token to drain: the proxy refuses new requests, waits for those under way, and ends.
     pub drain: CancellationToken,
-    /// Cut off what is still under way.
+    /// Cancel this token to break off requests that are still under way while the proxy drains.
     pub now: CancellationToken,
 }
 
-/// How a proxy ended.
+/// The way in which a proxy ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Every request under way has finished.
+    /// Every request under way finished.
     Drained,
-    /// Some were cut off.
+    /// Requests were broken off.
     ForcedShutdown,
     /// The registration port failed.
     PortFailed,
@@ -96,7 +96,7 @@ impl Proxy {
     /// Opens both ports.
     ///
     /// # Errors
-    /// The port that cannot be opened, and why.
+    /// A port cannot be opened, or the flags or their files are invalid.
     pub async fn bind(config: Config) -> Result<Self, BindError> {
         let configured = config.sources.named().map_err(BindError::Instances)?;
         let acceptor = config.tls.acceptor()?;
@@ -106,6 +106,7 @@ impl Proxy {
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let listen = listener.local_addr().map_err(failed)?;
         let port = Registrations::bind(config.addresses.registration()).await?;
+        // The registration task and the requests communicate over these channels.
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
         let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
@@ -142,29 +143,32 @@ impl Proxy {
         })
     }
 
-    /// The address of the HTTP port.
+    /// Returns the address of the HTTP port.
     pub fn listen(&self) -> SocketAddr {
         self.listen
     }
 
-    /// The address of the registration port.
+    /// Returns the address of the registration port.
     pub fn registration(&self) -> SocketAddr {
         self.app.registration
     }
 
-    /// Logs what prefill legs have taken, whenever it is called. It stays valid while the proxy runs.
+    /// Returns a function that logs the statistics of the prefill legs. The function can be called while the
+    /// proxy runs.
     pub fn summariser(&self) -> impl Fn() + Send + Sync + 'static {
         let app = Arc::clone(&self.app);
         move || summarise(&app)
     }
 
-    /// Serves until it is told to stop, then drains.
+    /// Serves until `stop.drain` is cancelled or a task fails, and then drains.
     pub async fn run(self, stop: Stop) -> End {
         let app = self.app;
         let limits = Limits {
             connections: app.config.max_connections,
             client_timeout: app.config.client_timeout,
         };
+        // `closing` ends the tasks. It is cancelled only after draining, because requests under way need
+        // them.
         let closing = CancellationToken::new();
         let mut tasks = JoinSet::new();
         let port = Port {
@@ -186,7 +190,8 @@ impl Proxy {
                 Ok(())
             });
         }
-        // Its file was read when the flags were checked; one that has gone since is no reason to end.
+        // The file was readable when the flags were checked. If it has vanished since, the proxy runs without
+        // it.
         let metadata = app.config.mooncake.as_deref().map(announce::metadata);
         if let Some(Ok(Some(metadata))) = metadata {
             let announcer = Announcer::new(metadata, app.registration);
@@ -204,10 +209,13 @@ impl Proxy {
             });
         }
 
+        // A task ends early only if it fails.
         let failed = select! {
             () = stop.drain.cancelled() => None,
             Some(ended) = tasks.join_next() => Some(ended),
         };
+        // Drain first, then break off the rest, and end the tasks last, so that the last answers and spans
+        // get out.
         app.draining.cancel();
         let mut end = drain(&app, &stop.now).await;
         summarise(&app);
@@ -217,6 +225,7 @@ impl Proxy {
         while let Some(next) = tasks.join_next().await {
             ended.push(next);
         }
+        // A failed port decides the exit code. A panic goes on as a panic, so that no defect is hidden.
         for task in ended {
             match task.map_err(tokio::task::JoinError::try_into_panic) {
                 Ok(Ok(())) | Err(Err(_)) => {}
@@ -254,8 +263,8 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
     End::ForcedShutdown
 }
 
-/// Changes that wait for the registration task.
+/// Commands that can wait for the registration task.
 const MAX_COMMANDS: usize = 16;
 
-/// Failed requests whose instance is still to be looked at.
+/// Instances that can wait to be called back after a failed leg.
 const MAX_SUSPECTS: usize = 64;

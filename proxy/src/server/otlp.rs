@@ -1,7 +1,7 @@
-//! Sends spans to a collector, as OTLP over HTTP in JSON.
+//! Sends spans to a collector by OTLP over HTTP, in JSON.
 //!
-//! That is one POST of a documented form; the SDK's exporter would bring a protocol compiler and a
-//! second HTTP client for it.
+//! The exporter of the OpenTelemetry SDK would add a protocol compiler and a second HTTP client, for what is
+//! one POST of a documented form.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tracing::warn;
 
 use crate::state::app::App;
 
-/// The task that sends.
+/// The task that sends the spans.
 #[derive(Debug)]
 pub(crate) struct Exporter {
     app: Arc<App>,
@@ -25,7 +25,7 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    /// Sends what comes from `spans` to the collector at this base URL.
+    /// Returns a task that sends the spans from `spans` to the collector at the URL `base`.
     pub(crate) fn new(app: Arc<App>, base: &str, spans: mpsc::Receiver<Value>) -> Self {
         Self {
             app,
@@ -35,7 +35,7 @@ impl Exporter {
         }
     }
 
-    /// Runs until `stop`, and sends what is left.
+    /// Sends spans until `stop` is cancelled, and then the spans that are left.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::new();
         let mut due = Instant::now();
@@ -100,11 +100,12 @@ impl Exporter {
     }
 }
 
-/// Spans that wait; more are dropped, and counted.
+/// Spans that can wait to be sent. Further spans are dropped and counted, so that a slow collector cannot use
+/// up the memory.
 pub(crate) const QUEUE: usize = 8192;
-/// In one POST.
+/// The largest number of spans in one POST.
 const BATCH: usize = 512;
-/// Until a POST that is not full is sent.
+/// Time after which a POST that is not full is sent.
 const GATHER: Duration = Duration::from_secs(1);
-/// A collector in the same site answers at once.
+/// Longest time for one POST. A collector at the same site answers at once.
 const TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,7 +1,8 @@
-//! Client connections: how many there are, which ones are idle, and which one leaves for a newcomer.
+//! The places for client connections. If all places are taken, the connection that has been idle for longest
+//! is closed for a new one.
 //!
-//! A client pool keeps connections open between its requests. Without eviction, enough of them keep every
-//! other client out, and the orchestrator's health probe too.
+//! A client pool keeps connections open between its requests. Without eviction, enough idle connections would
+//! keep every other client out, and the orchestrator's health probe, too.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -14,7 +15,7 @@ use http_body::{Frame, SizeHint};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// All client connections.
+/// All client connections, and their limit.
 #[derive(Debug)]
 pub(crate) struct Seats {
     most: usize,
@@ -31,27 +32,28 @@ struct Table {
 
 #[derive(Debug)]
 struct Taken {
-    /// Requests under way: one at most, its answer included.
+    /// The number of requests under way, 0 or 1. A request is under way until its answer has ended.
     busy: usize,
-    /// Start of the idle time, if `busy` is zero.
+    /// The start of the idle time; has no meaning unless `busy` is 0.
     since: Instant,
     leave: CancellationToken,
 }
 
-/// One connection's place, given back when dropped.
+/// The place of one connection. Dropping the seat frees the place.
 #[derive(Debug)]
 pub(crate) struct Seat {
     seats: Arc<Seats>,
     number: u64,
-    /// Set when a newcomer takes the place.
+    /// Cancelled when a new connection takes this place.
     pub leave: CancellationToken,
-    /// Every other place is busy: only what tells about the proxy is served here.
+    /// True if all other places were busy, so that this connection is one of the reserve. The reserve serves
+    /// health, metrics and admin endpoints, but no `/v1/` requests.
     pub is_reserve: bool,
-    /// An idle connection has been asked to leave for this one.
+    /// True if an idle connection was asked to leave for this one.
     pub displaces: bool,
 }
 
-/// A request under way; the connection is idle again once it is dropped.
+/// A request under way. Dropping the value makes the connection idle again.
 #[derive(Debug)]
 pub(crate) struct Busy {
     seats: Arc<Seats>,
@@ -59,7 +61,7 @@ pub(crate) struct Busy {
 }
 
 impl Seats {
-    /// Places for so many connections.
+    /// Returns places for `most` connections.
     pub(crate) fn new(most: usize) -> Self {
         Self {
             most,
@@ -67,7 +69,8 @@ impl Seats {
         }
     }
 
-    /// Takes a place. If there is none, the connection that has been idle for longest is asked to leave.
+    /// Takes a place. If all places are taken, the connection that has been idle for longest is asked to
+    /// leave.
     pub(crate) fn sit(self: &Arc<Self>, now: Instant) -> Seat {
         let mut table = self.table();
         let staying = |taken: &&Taken| !taken.leave.is_cancelled();
@@ -91,7 +94,7 @@ impl Seats {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        // No step leaves the table half changed.
+        // A panic cannot leave the table half changed, so a poisoned lock is harmless.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -119,7 +122,7 @@ impl Table {
 }
 
 impl Seat {
-    /// Marks the connection as busy with a request.
+    /// Marks the connection as busy until the returned value is dropped.
     pub(crate) fn begin(&self) -> Busy {
         if let Some(taken) = self.seats.table().taken.get_mut(&self.number) {
             taken.busy += 1;
@@ -152,7 +155,7 @@ impl Drop for Busy {
     }
 }
 
-/// An answer's body, which keeps its connection busy until its end.
+/// An answer's body that keeps its connection busy until the body is dropped.
 #[derive(Debug)]
 pub(crate) struct BusyBody {
     body: Body,
@@ -160,7 +163,7 @@ pub(crate) struct BusyBody {
 }
 
 impl BusyBody {
-    /// Wraps a body.
+    /// Returns `body` with the mark of its connection.
     pub(crate) fn new(body: Body, busy: Busy) -> Self {
         Self { body, _busy: busy }
     }
@@ -186,7 +189,7 @@ impl http_body::Body for BusyBody {
     }
 }
 
-/// Between two lines on closed connections; the counter has them all.
+/// Shortest time between two log lines about closed connections. The metric counts all of them.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! A stream that gives up on a peer that does not read.
+//! A stream whose writes fail if the peer does not read.
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -9,18 +9,18 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream whose writes fail once the peer has taken nothing for `limit`. Without it, a client that
-/// stops reading would hold its request, and with it KV blocks of an engine, for ever.
+/// A stream whose writes fail once the peer has read nothing for `limit`. Without it, a client that stops
+/// reading would hold its request, and KV blocks of an engine, for ever.
 #[derive(Debug)]
 pub(crate) struct WriteTimeout<S> {
     stream: S,
     limit: Duration,
-    /// Runs while a write is blocked.
+    /// The timer of a blocked write; `None` while no write is blocked.
     blocked: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> WriteTimeout<S> {
-    /// Wraps a stream.
+    /// Returns `stream` with the time limit on its writes.
     pub(crate) fn new(stream: S, limit: Duration) -> Self {
         Self {
             stream,

@@ -1,4 +1,4 @@
-//! What is heard on the registration ports.
+//! Handles the messages on the registration ports.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::fleet::zmq::Frame;
 use crate::telemetry::labels::Message;
 
 impl Registration {
-    /// A P2P NCCL instance says that it is there.
+    /// Handles the registration of a P2P NCCL instance.
     pub(super) fn on_p2p_hello(&mut self, frame: Frame) -> News {
         let (Frame::Single(bytes) | Frame::Last(bytes)) = frame else {
             self.app.metrics.message(Message::Malformed);
@@ -57,7 +57,8 @@ impl Registration {
         }
     }
 
-    /// It comes again every second, and from strangers as fast as they like.
+    /// Logs a refused registration, at most once per 5 s. A sidecar repeats its registration every second,
+    /// and an attacker can send registrations at any rate; without the limit they would fill the log.
     pub(super) fn log_rate_limited(&mut self, now: Instant, error: &str) {
         if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
             self.complained = Some(now);
@@ -139,5 +140,5 @@ impl Registration {
     }
 }
 
-/// Between two lines on refused registrations; the counter has them all.
+/// Shortest time between two log lines about refused registrations. The metric counts all of them.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(5);

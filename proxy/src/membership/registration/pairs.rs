@@ -1,4 +1,4 @@
-//! Instances that cannot be a pair: said once, with what to do about it.
+//! Finds instances that cannot be a pair, and logs each of them once, with the remedy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,16 +10,17 @@ use crate::connectors::handoff::HandoffMode;
 use crate::fleet::instance::{Instance, Standing};
 use crate::fleet::kv_fit::Kv;
 
-/// An instance that another one cannot be paired with.
+/// An instance with which another one cannot be paired.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Unfit {
-    /// The other one.
+    /// The id of the other instance.
     pub with: String,
-    /// What stands between them, and what to do about it.
+    /// The reason, and the remedy.
     pub why: String,
 }
 
-/// The instances with which this one would be a pair, if it were not for what their sidecars say.
+/// Returns the ready instances with which this one would be a pair if the KV layouts that their sidecars
+/// report were compatible.
 pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
     let ready = all.iter().filter(|other| other.standing == Standing::Ready);
     ready
@@ -33,7 +34,7 @@ pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
         .collect()
 }
 
-/// What stands in the log already. What is over is said again only when one of the two has gone.
+/// The pairs that the log contains already. A pair is logged again only after one of its instances has gone.
 #[derive(Debug, Default)]
 pub(super) struct Said {
     seen: Vec<(String, u64, Kv)>,
@@ -41,14 +42,14 @@ pub(super) struct Said {
 }
 
 impl Said {
-    /// Says what is new.
+    /// Logs the pairs that are new.
     pub(super) fn tell(&mut self, all: &[Arc<Instance>]) {
         let is_there = |id: &str| id.is_empty() || all.iter().any(|i| i.id == id);
         self.said
             .retain(|(one, other, _)| is_there(one) && is_there(other));
         let ready = all.iter().filter(|i| i.standing == Standing::Ready);
         let now = ready.clone().map(|i| (&i.id, i.epoch, &i.kv));
-        // Heartbeats come often and change nothing.
+        // Heartbeats come often and usually change nothing, so stop here.
         if now.eq(self.seen.iter().map(|(id, epoch, kv)| (id, *epoch, kv))) {
             return;
         }
@@ -86,7 +87,8 @@ impl Said {
     }
 }
 
-/// Why KV cannot go from one to the other, although both hand over in the same way.
+/// Returns the reason why KV cannot go from `prefill` to `decode`, although both can hand over in the same
+/// way. Returns `None` if they fit, or if they are no pair.
 fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
     if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {
         return None;

@@ -76,7 +76,7 @@ fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
         .map(|(one, other, _)| format!("{one} {other}"))
         .collect();
     assert_eq!(words, ["p d", "u "]);
-    // Not ready for a moment: nothing is said twice.
+    // An instance that is not ready for a moment is not logged twice.
     let mut asleep = Arc::unwrap_or_clone(Arc::clone(&d));
     asleep.standing = Standing::NotReady("asleep".into());
     said.tell(&[p.clone(), Arc::new(asleep)]);
