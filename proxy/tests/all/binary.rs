@@ -1,4 +1,4 @@
-//! The binary: flags, exit codes, signals.
+//! Tests of the binary: flags, exit codes, signals.
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
@@ -10,8 +10,8 @@ fn run(flags: &[&str]) -> Output {
     Command::new(BINARY).args(flags).output().unwrap()
 }
 
-/// Starts the binary on free ports and waits until it says that it is up. Nobody reads its log
-/// after that: a reader that has gone must not end the proxy, as it once did.
+/// Starts the binary on free ports and waits for its first log line. The log's pipe is closed after that,
+/// because a closed log once ended the proxy.
 fn start(flags: &[&str]) -> (Child, String) {
     let mut child = Command::new(BINARY)
         .args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"])
@@ -51,7 +51,7 @@ fn signals_drain() {
     assert_eq!(stop(child, "-TERM"), 0);
 }
 
-/// Kubernetes sets them in every pod, for each service of the namespace.
+/// Kubernetes sets such variables in every pod, for each service of the namespace.
 #[test]
 fn variables_of_kubernetes_services_stop_no_start() {
     let start = |value: &str| {
@@ -178,7 +178,7 @@ fn what_is_wrong_is_said_at_once() {
 
 #[test]
 fn the_environment() {
-    // Compose files set variables to nothing, and switches to 1.
+    // Compose files set variables to an empty text, and switches to 1.
     let output = Command::new(BINARY)
         .args(["--registration", "127.0.0.1:0", "--listen", "192.0.2.1:1"])
         .env("PREFILL_ENDPOINTS", "")
@@ -187,7 +187,7 @@ fn the_environment() {
         .output()
         .unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
-    // An address of nobody: all that is wrong is that it cannot be bound.
+    // No host has this address. The exit code says that only binding failed, so the variables were accepted.
     assert_eq!(output.status.code(), Some(69), "{text}");
 }
 

@@ -1,4 +1,4 @@
-//! Engines without a sidecar: how each kind hands KV over, and that kinds can be mixed.
+//! Tests of engines without a sidecar: the hand-over of each kind, and several kinds at one proxy.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::support::{Rig, free_port};
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
 
-/// Flags that name both engines as instances of one kind.
+/// Returns flags that name both engines as instances of one kind.
 fn named(p: &Engine, d: &Engine, connector: &str) -> Vec<String> {
     let words = [
         "--prefill",
@@ -57,7 +57,7 @@ async fn nixl_instances_get_what_the_prefill_answer_says() {
     assert_eq!(d.only().json()["max_tokens"], 8);
     assert_eq!(p.only().id(), d.only().id());
 
-    // Without parameters nobody could fetch anything: computed where it is decoded.
+    // Without parameters the decode engine could not fetch any KV, so it computes the prompt itself.
     p.on_prefill(Reply::Json(200, completion("x", 5, 1)));
     let got = rig.client.post(COMPLETIONS, &body).await;
     assert_eq!(got.status, 200);
@@ -103,7 +103,7 @@ async fn lmcache_rig() -> (Rig, Engine, Engine) {
     (rig, p, d)
 }
 
-/// What one rank of an LMCache prefiller says when it has written its part.
+/// Sends the notice of one rank of an LMCache prefiller that it has written its part.
 async fn notify(rig: &Rig, id: &str) {
     let push = Socket::new(SocketType::Push, Options::default());
     push.connect(rig.registration.as_str()).await.unwrap();
@@ -114,7 +114,7 @@ async fn notify(rig: &Rig, id: &str) {
     push.send(Message::single(codec::encode(&notice)))
         .await
         .unwrap();
-    // Dropping it at once would drop the message.
+    // Wait before the socket is dropped, because dropping it at once would drop the message.
     rig.until_metric(
         "pd_proxy_registration_messages_total{kind=\"proxy_notif\"}",
         1.0,
@@ -271,7 +271,7 @@ async fn kinds_can_be_mixed() {
         let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
         assert_eq!(rig.client.post(COMPLETIONS, &body).await.status, 200);
     }
-    // Each request stayed among its own kind.
+    // Each request went to a pair of one kind.
     for (prefill, decode) in [(&p, &d), (&pair.p, &pair.d)] {
         let ids = |engine: &Engine| -> Vec<_> {
             engine

@@ -1,4 +1,4 @@
-//! What changes a running proxy, and who may do it.
+//! Tests of the endpoints that change a running proxy, and of the permission to use them.
 
 use bytes::Bytes;
 use http::Method;
@@ -130,7 +130,7 @@ async fn a_conversation_ends_with_its_instance() {
     assert_eq!(rig.client.post(CHAT, &chat(&["hello"])).await.status, 200);
     let listed = rig.client.get("/conversations").await.json();
     assert_eq!(listed["count"], 1);
-    // Its sidecar is not ready any more: the engine that comes back may be another one.
+    // The sidecar is not ready for a moment, so the engine may have been restarted with an empty cache.
     pair.d_sidecar
         .answer(crate::support::sidecar::Answer::Own { ready: false });
     rig.until_state("d", "not_ready").await;
@@ -151,7 +151,7 @@ async fn short_prompts_need_no_prefill_instance() {
     assert_eq!(rig.client.post(CHAT, &chat(&["hello"])).await.status, 200);
     assert_eq!(pair.p.seen().len(), 0);
     assert_eq!(rig.record().await["alone"], "cheaper");
-    // With much computed beside it, and nothing known of the prompt, a long one is worth the way.
+    // If the decode instance is busy and the prompt is not cached, a transfer pays off for a long prompt.
     pair.d.on_decode(Reply::Silence);
     let running: Vec<_> = (0..8)
         .map(|_| {
@@ -293,7 +293,7 @@ async fn a_page_that_has_rebound_its_name_reads_nothing() {
         [403, 403]
     );
     assert_eq!(read(&keyed, &[rebound, key]).await, [200, 200]);
-    // Programs of this host, also those behind a proxy on it.
+    // Programs of this host may read, also through a proxy on this host.
     assert_eq!(read(&keyed, &[]).await, [200, 200]);
     let forwarded = ("x-forwarded-for", "10.1.2.3");
     assert_eq!(read(&rig, &[forwarded]).await, [200, 200]);
@@ -337,7 +337,7 @@ async fn a_web_page_changes_nothing() {
             assert!(refusals.contains(&answer.error_code().as_str()), "{shown}");
         }
     }
-    // A form without a body has no content type; its Origin gives it away.
+    // A form without a body has no content type, so it is recognised by its Origin.
     let form = [("origin", "null")];
     let answer = rig.client.post_with("/mode/ppd", &form, "").await;
     assert_eq!(answer.error_code(), "not_permitted");
@@ -346,7 +346,7 @@ async fn a_web_page_changes_nothing() {
     rig.until_metric("pd_proxy_rejected_total{code=\"not_permitted\"}", 1.0)
         .await;
 
-    // Programs of this host change it as before, and the instance serves.
+    // Programs of this host may still change the proxy, and the added instance serves.
     let same = [json, ("origin", own.as_str())];
     let added = rig.client.post_with("/instances", &same, named).await;
     assert_eq!(added.status, 201, "{}", added.text());

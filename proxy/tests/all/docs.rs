@@ -1,4 +1,4 @@
-//! docs/proxy.md names what there is, and nothing else.
+//! Tests that docs/proxy.md lists exactly the flags, metrics, reasons and codes that exist.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use proxy::{Code, Config, Fallback, Metrics, Outcome};
 
 const DOCUMENT: &str = include_str!("../../../docs/proxy.md");
 
-/// First cells of the table rows below a heading, without their backticks.
+/// Returns the first cells of the table rows below a heading, without their backticks.
 fn documented(heading: &str) -> BTreeSet<String> {
     let (_, section) = DOCUMENT
         .split_once(&format!("\n{heading}\n"))
@@ -54,7 +54,7 @@ fn flags() {
         let Some(name) = argument.get_long() else {
             continue;
         };
-        // The names that demos give these two.
+        // Demos of other projects use these names for these two flags.
         let wanted = match name {
             "prefill" => Some("PREFILL_ENDPOINTS".to_owned()),
             "decode" => Some("DECODE_ENDPOINTS".to_owned()),

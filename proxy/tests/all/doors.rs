@@ -1,4 +1,4 @@
-//! What strangers at the proxy's ports cannot do to others.
+//! Tests that an unknown client or sidecar at the proxy's ports cannot harm others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,7 +49,7 @@ async fn a_registered_address_is_scheme_host_and_port_alone() {
     }
     assert_eq!(rig.client.get("/instances").await.json(), json!([]));
     assert!(victim.seen().is_empty(), "{:?}", victim.seen());
-    // The same address without a tail is called, and serves.
+    // The same address without a path is called back, and the instance serves.
     let named = json!({"role": "decode", "url": format!("{}/", victim.url), "id": "d"});
     assert_eq!(rig.client.post("/instances", &named).await.status, 201);
     rig.until_state("d", "ready").await;
@@ -60,7 +60,7 @@ async fn a_registered_address_is_scheme_host_and_port_alone() {
 async fn a_flood_of_epochs_makes_few_call_backs() {
     let rig = Rig::start(&[]).await;
     let (_d, _sidecar) = rig.instance("d", Role::Decode).await;
-    // Takes connections and never answers.
+    // This server accepts connections and never answers.
     let victim = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = victim.local_addr().unwrap();
     let opened = Arc::new(AtomicUsize::new(0));
@@ -79,7 +79,7 @@ async fn a_flood_of_epochs_makes_few_call_backs() {
         flood.register.epoch = Epoch(1000 + epoch);
         flood.say(&ToProxy::Register(flood.register.clone())).await;
     }
-    // And many names of one host.
+    // Also register many names of one host.
     for name in 0..200 {
         flood.register.id = format!("name{name}");
         flood.say(&ToProxy::Register(flood.register.clone())).await;
@@ -116,7 +116,8 @@ async fn half_sent_bodies_keep_nobody_out() {
         halves.push(half_body(&address, "{\"prompt\": \"").await);
     }
     rig.until_metric("pd_proxy_uploads", 4.0).await;
-    // Bodies as young as its own stay; once they have stopped for a moment, one gives way.
+    // Bodies that are as young as the new one keep their places. Once they have sent nothing for a moment,
+    // one loses its place.
     let served = async {
         while rig.client.post(COMPLETIONS, &prompt()).await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -205,13 +206,13 @@ async fn two_sidecars_with_one_id_are_said_and_not_used() {
     assert!(shown.to_string().contains("two sidecars"), "{shown}");
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 503);
     assert!(one.seen().is_empty() && two.seen().is_empty());
-    // It stays so: neither takes the other's place again.
+    // The dispute lasts: neither sidecar takes the other's place again.
     let registered = "pd_proxy_registration_messages_total{kind=\"register\"}";
     rig.until_metric(registered, rig.metric(registered).await + 10.0)
         .await;
     let all = rig.client.get("/instances").await.json();
     assert_eq!(all.as_array().unwrap().len(), 2, "{all}");
-    // One that goes leaves the name to the other.
+    // When one sidecar leaves, the other one gets the name.
     second.leave().await;
     rig.until_state("d", "ready").await;
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);

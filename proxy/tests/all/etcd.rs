@@ -1,4 +1,4 @@
-//! Two proxies over a real etcd: `PD_TEST_ETCD` names its binary, as `make etcd` fetches it.
+//! Tests of several proxies that share a real etcd. `PD_TEST_ETCD` names its binary; `make etcd` fetches one.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::support::sidecar::{Role, Sidecar};
 use crate::support::{Rig, free_port};
 
-/// An etcd with its own data, ended with the test.
+/// An etcd with its own data, which ends with the test.
 struct Etcd {
     binary: String,
     folder: tempfile::TempDir,
@@ -18,7 +18,7 @@ struct Etcd {
 }
 
 impl Etcd {
-    /// `None`, loudly, where there is no binary.
+    /// Starts etcd. Prints a note and returns `None` if there is no binary.
     fn start() -> Option<Self> {
         let named = std::env::var("PD_TEST_ETCD").unwrap_or_default();
         let Some(binary) = Some(named).filter(|path| !path.is_empty()) else {
@@ -102,7 +102,7 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     let flags = ["--etcd", url.as_str(), "--call-back-every", "200ms"];
     let first = Rig::start(&flags).await;
     let second = Rig::start(&flags).await;
-    // Only the first hears of them.
+    // The sidecars register only at the first proxy.
     let pair = first.pair().await;
     second.until_state("p", "ready").await;
     second.until_state("d", "ready").await;
@@ -118,7 +118,7 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     );
     assert_eq!((pair.p.seen().len(), pair.d.seen().len()), (1, 1));
 
-    // The first takes its keys back as it ends; its lease would have run out otherwise.
+    // The first proxy revokes its lease as it ends. Otherwise its keys would remain until the lease expires.
     first.end().await;
     until_shared(&second).await;
     until_shared(&second).await;
@@ -127,11 +127,11 @@ async fn one_proxy_dies_and_the_other_serves_on() {
         200
     );
 
-    // A third one learns of them by the second alone.
+    // A third proxy learns of the instances from the second proxy alone.
     let third = Rig::start(&flags).await;
     third.until_state("d", "ready").await;
 
-    // Without etcd all go on, and with it again they share again.
+    // Without etcd all proxies continue. When etcd is back, they share again.
     etcd.kill();
     second
         .until_metric("pd_proxy_shared_registry_total{result=\"failed\"}", 1.0)
@@ -142,7 +142,7 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     etcd.restart();
     until_shared(&second).await;
 
-    // Nobody holds on to an instance that is gone.
+    // An instance that has gone disappears from every proxy.
     drop((pair.d, pair.d_sidecar));
     second.until_state("d", "gone").await;
     third.until_state("d", "gone").await;
@@ -163,7 +163,7 @@ async fn one_proxy_is_killed_and_the_other_serves_on() {
         .spawn()
         .unwrap();
     let rig = Rig::start(&flags).await;
-    // Their sidecars know only the one that is killed.
+    // The sidecars know only the proxy that is killed.
     let (p, d) = (rig.engine("p").await, rig.engine("d").await);
     let at = format!("tcp://{registration}");
     let _p = Sidecar::start("p", Role::Prefill, &p.url, &at).await;
@@ -175,7 +175,7 @@ async fn one_proxy_is_killed_and_the_other_serves_on() {
     killed.wait().unwrap();
     let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
     let until = std::time::Instant::now() + Duration::from_secs(13);
-    // Also when the lease of the one that was killed, 10 s, has run out.
+    // Go on until the lease of the killed proxy (10 s) has expired, because its keys vanish then.
     while std::time::Instant::now() < until {
         let answer = rig.client.post("/v1/completions", &body).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

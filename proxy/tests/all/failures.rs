@@ -1,5 +1,5 @@
-//! Engines that die, refuse or fall silent, and clients that leave: every request ends, and the
-//! other parts hear of it.
+//! Tests of engines that die, refuse or fall silent, and of clients that leave: every request ends, and its
+//! other legs are dropped.
 
 use serde_json::{Value, json};
 
@@ -29,7 +29,7 @@ async fn prefill_failures_become_local_compute() {
         pair.p.on_prefill(reply);
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.json()["choices"][0]["text"], "hello", "{why}");
-        // The client's body, untouched.
+        // The decode engine gets the client's body unchanged.
         assert_eq!(pair.d.only().text, prompt().to_string(), "{why}");
         let record = rig.record().await;
         assert_eq!(record["alone"], why, "{record}");
@@ -60,7 +60,7 @@ async fn a_prefill_engine_that_is_gone_is_found_out_by_the_first_request() {
         p_sidecar: _p,
         ..
     } = rig.pair().await;
-    // `answered` must be older than the pause between two call-backs.
+    // Wait, because an instance that was called back less than a moment ago is not called back again.
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     drop(p);
     let answer = rig.client.post(COMPLETIONS, &prompt()).await;
@@ -113,7 +113,7 @@ async fn after_the_begin_a_prefill_failure_is_only_noted() {
         rig.journal.until("d decode").await;
         pair.p.release();
         rig.journal.until("p prefill served").await;
-        // The proxy notes it before the answer below: give it the chance to do something wrong.
+        // Give the proxy time to handle the failure, wrongly perhaps, before the decode engine answers.
         rig.until("/health", |_| true).await;
         pair.d.release();
         assert_eq!(asked.await.unwrap().status, 200);
@@ -138,7 +138,7 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
         let (d1, _d1_sidecar) = rig.instance("d1", Role::Decode).await;
         let (d2, _d2_sidecar) = rig.instance("d2", Role::Decode).await;
         d1.on_decode(reply);
-        // Over the kept connection, and once more over a fresh one.
+        // The first attempt uses a kept connection, the second one a fresh connection.
         d1.release();
         d1.release();
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
@@ -172,7 +172,8 @@ async fn with_no_other_decode_instance_the_client_gets_an_error() {
         assert_eq!(rig.record().await["outcome"], "failed");
     };
     check(Reply::Die, 502, "decode_died").await;
-    // Where it leads to is nobody that was configured, and nobody a client should send its prompt.
+    // The proxy must not follow a redirect or pass it on: its target was not configured, and would get the
+    // prompt.
     check(Reply::Json(307, json!({})), 502, "decode_died").await;
     check(Reply::Silence, 504, "decode_timeout").await;
     let busy = json!({"error": {"code": "engine_busy"}});
@@ -239,7 +240,7 @@ async fn a_break_after_the_last_event_is_no_error() {
 
 #[tokio::test]
 async fn a_client_that_leaves_takes_its_legs_along() {
-    // While the prefill leg is queued.
+    // The client leaves while the prefill leg is queued.
     let rig = Rig::start(&[]).await;
     let pair = rig.pair().await;
     pair.p.on_prefill(Reply::Silence);
@@ -250,7 +251,7 @@ async fn a_client_that_leaves_takes_its_legs_along() {
     assert_eq!(rig.record().await["outcome"], "client_left");
     assert_eq!(rig.journal.lines(), ["p prefill", "p prefill aborted"]);
 
-    // While both legs compute.
+    // The client leaves while both legs compute.
     let rig = Rig::start(&[]).await;
     let pair = rig.pair().await;
     pair.p.on_prefill(Reply::Silence);
@@ -264,7 +265,7 @@ async fn a_client_that_leaves_takes_its_legs_along() {
     rig.journal.until("d decode aborted").await;
     assert_eq!(rig.record().await["outcome"], "client_left");
 
-    // In the middle of the stream.
+    // The client leaves in the middle of the stream.
     let rig = Rig::start(&[]).await;
     let pair = rig.pair().await;
     pair.d
@@ -293,7 +294,7 @@ async fn a_client_that_leaves_after_the_last_event_has_got_everything() {
     assert_eq!(rig.record().await["outcome"], "done");
 }
 
-/// A request whose client leaves when the task is aborted.
+/// Sends a request in a task. Aborting the task makes the client leave.
 fn leaving(rig: &Rig, body: Value) -> tokio::task::JoinHandle<()> {
     let client = rig.client.clone();
     tokio::spawn(async move {

@@ -1,4 +1,4 @@
-//! The two legs of a request: what is sent, in which order, and what comes back.
+//! Tests of the two legs of a request: their contents, their order, and the answer.
 
 use serde_json::{Value, json};
 
@@ -22,7 +22,7 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
 
     rig.journal.until("p prefill").await;
     let id = pair.p.only().id();
-    // A word of the wrong instance, and one on another request, change nothing.
+    // A message from the wrong instance, and a message about another request, change nothing.
     pair.d_sidecar.progress(&id).await;
     pair.p_sidecar.progress("another").await;
     let stray = "pd_proxy_registration_messages_total{kind=\"stray\"}";
@@ -40,7 +40,7 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
         record["begun_ms"].is_number() && record["prefill_ms"].is_null(),
         "{record}"
     );
-    // The answer was there before the prefill leg's, which is dropped then.
+    // The decode leg's answer was complete before the prefill leg's, so the prefill leg is dropped.
     rig.journal.until("p prefill aborted").await;
 }
 

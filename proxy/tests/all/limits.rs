@@ -1,4 +1,4 @@
-//! What the proxy refuses, and how it stops.
+//! Tests of the proxy's limits, and of the ways in which it stops.
 
 use std::time::Duration;
 
@@ -185,13 +185,13 @@ async fn slow_clients_are_given_up_on() {
             .unwrap();
         String::from_utf8(answer).unwrap()
     };
-    // Neither a head that does not end...
+    // A head that does not end holds its place only until the timeout.
     let answer = closed(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n").await;
     assert!(
         answer.is_empty() || answer.starts_with("HTTP/1.1 408"),
         "{answer}"
     );
-    // ... nor a body that does not ...
+    // A body that does not end holds its place only until the timeout.
     for path in [COMPLETIONS, "/instances"] {
         let head = format!(
             "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
@@ -205,7 +205,7 @@ async fn slow_clients_are_given_up_on() {
     }
     assert!(pair.p.seen().is_empty());
 
-    // ... nor an answer that is not read holds anything for long.
+    // An answer that the client does not read holds its legs only until the timeout.
     let flood = vec!["data: x\n\n".repeat(100_000); 100];
     pair.d.on_decode(Reply::Stream(flood, Then::Hang));
     let body = streamed().to_string();
@@ -324,7 +324,7 @@ async fn an_idle_proxy_stops_at_once() {
 async fn connections_have_a_limit_and_are_served_in_turn() {
     let rig = Rig::start(&["--max-connections", "1", "--client-timeout", "300ms"]).await;
     let address = rig.client.base.strip_prefix("http://").unwrap().to_owned();
-    // The only place is taken by a connection that says nothing; the next one waits for its end.
+    // A silent connection takes the only place. The next connection is served nevertheless.
     let idle = TcpStream::connect(&address).await.unwrap();
     assert_eq!(rig.client.get("/health").await.status, 200);
     drop(idle);
@@ -344,7 +344,7 @@ async fn an_upload_that_goes_on_is_not_cut() {
     stream.write_all(head.as_bytes()).await.unwrap();
     for piece in body.as_bytes().chunks(2048) {
         stream.write_all(piece).await.unwrap();
-        // Together they take longer than a client may be silent.
+        // The pauses together are longer than the time for which a client may be silent.
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
     let mut answer = String::new();

@@ -1,4 +1,5 @@
-//! Connections to engines: used again while they are good, and their chunks passed on together.
+//! Tests of connections to engines: they are used again while they work, and their chunks are passed on
+//! together.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use crate::support::engine::events;
 
 const COMPLETIONS: &str = "/v1/completions";
 
-/// An engine of plain bytes, which knows over which of its connections a request has come.
+/// An engine that sends fixed bytes, and that notes the connection of each request.
 struct Plain {
     url: String,
     /// The connection of each `POST`, counted from zero.
@@ -22,12 +23,14 @@ struct Plain {
 }
 
 impl Plain {
-    /// Answers `POST` with these bytes, and closes a connection after so many requests without saying so.
+    /// Starts an engine that answers `POST` with these bytes. It closes a connection after `requests`
+    /// requests, without announcing the end.
     async fn start(answer: Vec<u8>, requests: usize) -> Self {
         Self::closing(answer, requests, false).await
     }
 
-    /// The same, but if it `reads`, it closes only when the next request has come.
+    /// As [`Plain::start`], but with `reads` the engine closes a connection only when the next request has
+    /// come.
     async fn closing(answer: Vec<u8>, requests: usize, reads: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -75,7 +78,7 @@ impl Plain {
     }
 }
 
-/// The head of the next request, whose body is read too; `None` at the end of the connection.
+/// Reads the next request, with its body, and returns its head. Returns `None` at the end of the connection.
 async fn request(stream: &mut TcpStream) -> Option<String> {
     let mut bytes = Vec::new();
     loop {
@@ -119,11 +122,11 @@ async fn a_connection_is_used_again() {
     for _ in 0..5 {
         assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     }
-    // The health check's.
+    // All requests used the connection of the health check.
     assert_eq!(*engine.posts.lock().unwrap(), [0; 5]);
 }
 
-/// The zone is the loopback interface's number, which the kernel takes for `::1`, too.
+/// The zone is the number of the loopback interface, which the kernel accepts for `::1`, too.
 #[tokio::test]
 async fn an_address_with_a_zone_is_connected_to() {
     let listener = TcpListener::bind("[::1]:0").await.unwrap();
@@ -139,7 +142,7 @@ async fn one_that_the_engine_has_closed_is_not() {
     let engine = Plain::start(whole(), 1).await;
     let rig = rig(&engine).await;
     for _ in 0..3 {
-        // Until the end of the last connection has come through.
+        // Wait until the proxy has seen the end of the last connection.
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     }
@@ -151,7 +154,8 @@ async fn one_that_the_engine_has_closed_is_not() {
 async fn one_that_is_closed_as_the_request_comes_is_replaced_by_a_fresh_one() {
     let engine = Plain::closing(whole(), 2, true).await;
     let rig = rig(&engine).await;
-    // The first connection takes the health check and one request, and is used once more.
+    // The first connection serves the health check and one request. The proxy tries it for the second
+    // request, too.
     for _ in 0..3 {
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -1,4 +1,4 @@
-//! All tests of the crate's surface as one program, which is linked once.
+//! All tests of the crate's public interface, in one program, so that it is linked only once.
 
 mod binary;
 mod connectors;

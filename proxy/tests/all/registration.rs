@@ -1,4 +1,5 @@
-//! The registration port and the call-back: who gets requests, and who cannot disturb that.
+//! Tests of the registration port and of the call-back: the instances that get requests, and attackers that
+//! cannot disturb them.
 
 use std::time::Duration;
 
@@ -44,7 +45,7 @@ async fn only_a_confirmed_and_ready_instance_gets_requests() {
         let mut sidecar = Sidecar::silent("d", Role::Decode, &engine.url, &rig.registration).await;
         sidecar.answer(answer.clone());
         sidecar.beat();
-        // Twice: what is dropped registers again, and is dropped again.
+        // Wait for two call-backs: an instance that is dropped registers again, and is dropped again.
         let called = async {
             while sidecar.calls.lock().unwrap().len() < 2 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -147,7 +148,7 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
     let (_d, sidecar) = rig.instance("d", Role::Decode).await;
     let address = rig.registration.strip_prefix("tcp://").unwrap();
 
-    // Half-open connections, some with a word that leads nowhere.
+    // Half-open connections, some of which have sent an incomplete greeting.
     let mut open = Vec::new();
     for i in 0..200 {
         let mut stream = TcpStream::connect(address).await.unwrap();
@@ -156,7 +157,7 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
         }
         open.push(stream);
     }
-    // Another protocol.
+    // A connection with another protocol.
     let mut http = TcpStream::connect(address).await.unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         .await
@@ -170,14 +171,14 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
         .unwrap();
     let closed = async {
         let mut rest = Vec::new();
-        // Either end of stream or a reset will do.
+        // The connection may end properly or by a reset.
         drop(huge.read_to_end(&mut rest).await);
     };
     timeout(PATIENCE, closed)
         .await
         .expect("the connection is closed");
 
-    // A newcomer is taken, and who was there still is.
+    // A new instance is accepted, and the earlier ones are still registered.
     let (_p, p_sidecar) = rig.instance("p", Role::Prefill).await;
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     sidecar.moved("unknown", 1, None).await;
@@ -198,7 +199,7 @@ async fn a_table_that_is_full_says_so() {
     rig.until_state("d", "ready").await;
 }
 
-/// ZMTP 3.1, mechanism NULL, as a client.
+/// The greeting of a ZMTP 3.1 client with the mechanism NULL.
 const GREETING: &[u8] = b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01NULL\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
     \0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 

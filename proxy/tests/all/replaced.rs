@@ -1,5 +1,5 @@
-//! Decode engines that are dead or hang behind a server that lives, and those that only take their time:
-//! the first are replaced before the client has got anything, the others are waited for.
+//! Tests of decode engines that are dead or hang behind a working server, and of slow ones. The proxy
+//! replaces a dead engine before the client has got anything, and waits for a slow one.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ fn dead() -> Value {
         "param": null, "code": 500}})
 }
 
-/// Two decode instances, which nobody calls back unless a request has failed there.
+/// Two decode instances that are called back only after a request has failed there.
 struct Two {
     rig: Rig,
     d1: Engine,
@@ -52,7 +52,8 @@ impl Two {
         self.rig.metric(&sample).await
     }
 
-    /// Asks once, when `d1` is next, and expects the answer of `d2`, for this reason.
+    /// Sends one request, for which `d1` is next. Expects that `d1` fails with this kind of failure and that
+    /// `d2` answers.
     async fn is_taken_over(&self, body: &Value, kind: &str) {
         let answer = self.rig.client.post(COMPLETIONS, body).await;
         let whole = events(&["hello"]).concat();
@@ -82,7 +83,7 @@ async fn a_dead_engine_behind_its_server_is_replaced() {
         two.d1.on_decode(Reply::Json(status, dead()));
         two.is_taken_over(&prompt(), "error").await;
     }
-    // vLLM sends the head of a stream before it knows.
+    // vLLM sends the head of a stream before it knows that its engine is dead.
     let two = Two::start(&[]).await;
     let said = format!("data: {}\n\n", dead());
     let stream = vec![COMMENT.into(), said, "data: [DONE]\n\n".into()];
@@ -95,7 +96,7 @@ async fn its_health_is_asked_for_as_soon_as_it_fails() {
     let two = Two::start(&[]).await;
     two.d1.on_decode(Reply::Json(500, dead()));
     two.d1.set_health(503);
-    // Its last call-back was a moment ago, and the next is due in an hour.
+    // The last call-back was a moment ago, and the next one is due in an hour.
     assert_eq!(
         two.rig.client.post(COMPLETIONS, &prompt()).await.status,
         200
@@ -194,7 +195,8 @@ async fn a_queue_that_moves_is_waited_for() {
     let waits = tokio::spawn(async move { client.post(COMPLETIONS, &streamed()).await });
     two.rig.journal.until("d1 alone").await;
     let begun = std::time::Instant::now();
-    // Longer than an engine may be without a sign of work; a busy machine may stop this test for a second.
+    // Wait for longer than an engine may show no sign of work. The limit is above a second, because a busy
+    // machine may stop this test for that long.
     while begun.elapsed() < Duration::from_millis(2500) {
         busy.chunk().await.unwrap().unwrap();
     }
@@ -207,7 +209,7 @@ async fn a_queue_that_moves_is_waited_for() {
 
 #[tokio::test]
 async fn comments_are_no_answer() {
-    // An engine that dies after one...
+    // An engine that dies after a comment has not answered.
     let two = Two::start(&[]).await;
     two.d1
         .on_decode(Reply::Stream(vec![COMMENT.into()], Then::Break));
@@ -217,7 +219,7 @@ async fn comments_are_no_answer() {
     };
     let body = streamed();
     tokio::join!(two.is_taken_over(&body, "died"), dies);
-    // ... or says nothing else.
+    // An engine that sends only comments has not answered.
     let two = Two::start(&["--stall-timeout", "300ms"]).await;
     two.d1
         .on_decode(Reply::Stream(vec![], Then::Repeat(COMMENT)));

@@ -1,4 +1,4 @@
-//! Requests and answers as clients of one plain vLLM know them.
+//! Tests that requests and answers are as with a single vLLM server.
 
 use serde_json::json;
 
@@ -19,7 +19,7 @@ async fn a_field_of_a_newer_engine_is_judged_by_the_decode_engine() {
     assert_eq!(rig.record().await["alone"], "prefill_refused");
     assert_eq!(pair.d.only().json(), body);
 
-    // One that is known would be refused by the decode engine as well.
+    // If all fields are known, the decode engine would refuse the request, too, so the refusal is passed on.
     let body = json!({"model": "other", "prompt": "hello"});
     let answer = rig.client.post(COMPLETIONS, &body).await;
     assert_eq!((answer.status.as_u16(), answer.json()), (400, refusal));
@@ -43,7 +43,7 @@ async fn usage_tells_what_the_prefill_engine_had_cached() {
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
     assert!(answer["kv_transfer_params"].is_null(), "{answer}");
 
-    // An engine that does not tell leaves the number open.
+    // If the prefill engine does not say the number, the answer has none.
     pair.p.on_prefill(Reply::Json(200, completion("x", 5, 1)));
     let answer = rig.client.post(CHAT, &body).await.json();
     assert!(answer["usage"]["prompt_tokens_details"]["cached_tokens"].is_null());
@@ -79,7 +79,7 @@ async fn an_answer_has_the_name_that_its_client_chose() {
             .await;
         let told = answer.headers["x-request-id"].to_str().unwrap().to_owned();
         let (prefill, decode) = (pair.p.seen()[sent].id(), pair.d.seen()[sent].id());
-        // Two requests of one name are two transfers.
+        // Two requests with the same name get different ids, so that their transfers are kept apart.
         assert_eq!(prefill, told);
         assert_eq!(decode, expect.map_or(told.clone(), str::to_owned));
         if let Some(name) = expect {

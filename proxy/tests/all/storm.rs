@@ -1,5 +1,5 @@
-//! Many requests at once, with engines that fail and clients that leave: each one ends, and nothing
-//! of any is left.
+//! Tests many requests at once, with engines that fail and clients that leave: each request ends, and leaves
+//! nothing behind.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ async fn nothing_is_left() {
     let (p2, _p2_sidecar) = rig.instance("p2", Role::Prefill).await;
     let (d1, _d1_sidecar) = rig.instance("d1", Role::Decode).await;
     let (d2, _d2_sidecar) = rig.instance("d2", Role::Decode).await;
-    // A fixed seed: a failure can be repeated.
+    // The seed is fixed, so that a failure can be repeated.
     let mut random = StdRng::seed_from_u64(7);
     let mut ends: BTreeMap<String, u32> = BTreeMap::new();
     for _ in 0..60 {
@@ -45,7 +45,7 @@ async fn nothing_is_left() {
         let mut asked = JoinSet::new();
         for i in 0..5 {
             let client = rig.client.clone();
-            // Two of five leave early.
+            // Two of five clients leave early.
             let stay = match i {
                 0..2 => Duration::from_millis(random.random_range(1..30)),
                 _ => PATIENCE,
@@ -88,7 +88,7 @@ async fn nothing_is_left() {
         engine.on_prefill(Reply::Json(200, completion("x", 5, 1)));
         engine.on_decode(Reply::Json(200, completion("hello", 5, 3)));
     }
-    // Every place is free again: 64 at once are served.
+    // Every place is free again, so 64 requests at once are served.
     let mut asked = JoinSet::new();
     for _ in 0..64 {
         let client = rig.client.clone();

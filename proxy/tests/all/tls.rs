@@ -1,4 +1,4 @@
-//! TLS towards clients, and towards engines: one proxy in front of another is both.
+//! Tests of TLS towards clients and towards engines. One proxy in front of another tests both.
 
 use bytes::Bytes;
 use http::Request;
@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::support::Rig;
 use crate::support::sidecar::Role;
 
-/// Writes a certificate for this host; returns its file and its key's.
+/// Writes a certificate for this host. Returns the files of the certificate and of its key.
 fn certificate(folder: &std::path::Path) -> (String, String) {
     let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
     let made = rcgen::generate_simple_self_signed(names).unwrap();

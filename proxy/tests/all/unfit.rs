@@ -1,5 +1,5 @@
-//! Nothing is computed twice in silence: pairs that cannot be, engines that move nothing, and refusals
-//! that will repeat get no prefill leg, and `/instances` says why.
+//! Tests that no prompt is computed twice without notice. A request gets no prefill leg if its pair does not
+//! fit, if an engine moves no KV, or if a refusal will repeat. `/instances` shows the reason.
 
 use protocol::{Layout, Reason};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ fn ask(model: &str) -> Value {
     json!({"model": model, "prompt": "hello", "max_tokens": 8})
 }
 
-/// The sidecar says from now on that its engine's KV has so many layers.
+/// Makes the sidecar report `count` layers of KV from now on.
 async fn says_layers(rig: &Rig, sidecar: &mut Sidecar, count: u32) {
     sidecar.register.layout = Some(layers(count));
     sidecar.beat();
@@ -48,7 +48,7 @@ async fn shows(rig: &Rig, id: &str, holds: impl Fn(&Value) -> bool) -> Value {
     find(&all).unwrap()
 }
 
-/// Asks through the proxy and returns the record of it.
+/// Sends a request through the proxy and returns its record.
 async fn answered(rig: &Rig, body: &Value, earlier: usize) -> Value {
     let answer = rig.client.post(COMPLETIONS, body).await;
     assert_eq!(answer.status, 200);
@@ -76,7 +76,7 @@ async fn a_pair_of_four_and_five_layers_is_no_pair() {
         why.starts_with("layers is 4 on the prefill side and 5 on the decode side:"),
         "{why}"
     );
-    // The engine comes back without its draft, behind the same sidecar.
+    // The engine is restarted without its draft model, behind the same sidecar.
     says_layers(&rig, &mut pair.d_sidecar, 4).await;
     let record = answered(&rig, &ask("m"), 1).await;
     assert_eq!((record["alone"].as_str(), legs(&pair.p)), (None, 1));
@@ -98,7 +98,7 @@ async fn an_instance_that_moves_nothing_is_served_without_a_prefill_leg() {
         (record["alone"].as_str(), legs(&pair.p)),
         (Some("unfit"), 0)
     );
-    // Where another decode instance has a pair, that one is taken.
+    // If another decode instance fits a prefill instance, the proxy chooses it.
     let (e, _sidecar) = rig
         .instance("e", crate::support::sidecar::Role::Decode)
         .await;
@@ -141,11 +141,11 @@ async fn the_second_request_of_an_adapter_sends_no_prefill_leg() {
         ),
         (&json!("model \"adapter\""), &json!("lora"))
     );
-    // The base model goes on.
+    // Requests of the base model still get a prefill leg.
     pair.p.on_prefill(Reply::Json(200, completion("x", 5, 1)));
     let record = answered(&rig, &ask("m"), 2).await;
     assert_eq!((record["alone"].as_str(), legs(&pair.p)), (None, 2));
-    // An engine that was away may be another one.
+    // An engine that was not ready for a moment may have been restarted, so its refusals are forgotten.
     pair.p_sidecar.answer(Answer::Own { ready: false });
     pair.p.set_health(500);
     rig.until_state("p", "not_ready").await;
@@ -184,7 +184,8 @@ async fn what_passes_by_itself_is_asked_again() {
     );
 }
 
-/// A sidecar of an older release says nothing of its layout: the pair is learned by the sender's word.
+/// A sidecar of an older release does not report its layout. The proxy learns from the sender's notice that
+/// the pair does not fit.
 #[tokio::test]
 async fn a_pair_that_the_sender_cannot_link_is_learned() {
     let rig = Rig::start(&[]).await;

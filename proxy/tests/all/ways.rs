@@ -1,5 +1,5 @@
-//! Ways to hand over beside the usual one: the decode leg at other times, the first token from the
-//! prefill engine, sidecars and LMCache in one pair.
+//! Tests of the less usual hand-over modes: the decode leg at other times, the first token from the prefill
+//! engine, sidecars and LMCache in one pair.
 
 use serde_json::{Value, json};
 
@@ -70,7 +70,7 @@ async fn the_decode_leg_waits_for_the_prefill_answer() {
     assert_eq!(asked.await.unwrap().status, 200);
 }
 
-/// Sidecars, the prefill engine with this first token.
+/// Starts a pair with sidecars, whose prefill engine gives this first token.
 async fn first_token_rig(choice: Value) -> (Rig, Pair) {
     let rig = Rig::start(&["--first-token", "prefill"]).await;
     let pair = rig.pair().await;
@@ -129,8 +129,8 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
         error.starts_with("data: {\"error\"") && error.ends_with("\n\n"),
         "{error}"
     );
-    // Both were asked to go on, the second without the KV; each perhaps twice, over a fresh connection
-    // after one that was kept.
+    // Both engines got a leg that continues after the first token, the second one without KV. Each may have
+    // got it twice: over a kept connection, and again over a fresh one.
     let loads = |seen: &[Seen]| {
         assert!((1..=2).contains(&seen.len()), "{seen:?}");
         for one in seen {
@@ -161,7 +161,7 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
     assert!(all.ends_with("data: [DONE]\n\n"));
 }
 
-/// A piece of an event that does not end.
+/// A part of an event that does not end.
 const MORE: &str = match std::str::from_utf8(&[b'x'; 256 * 1024]) {
     Ok(text) => text,
     Err(_) => unreachable!(),
@@ -271,7 +271,7 @@ async fn a_sidecar_prefills_for_lmcache() {
     });
     rig.journal.until("p prefill served").await;
     let id = p.only().id();
-    // Its engine has begun: between sidecars that would send the decode leg.
+    // The prefill engine has begun. Between two sidecars, this message would send the decode leg.
     p_sidecar.progress(&id).await;
     let heard = "pd_proxy_registration_messages_total{kind=\"progress\"}";
     rig.until_metric(heard, 1.0).await;

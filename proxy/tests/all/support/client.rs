@@ -1,4 +1,4 @@
-//! A client of the proxy.
+//! A scripted client of the proxy.
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -16,13 +16,13 @@ pub struct Client {
     pub base: String,
 }
 
-/// A whole answer.
+/// An answer that was read to its end.
 #[derive(Debug)]
 pub struct Whole {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// The body ended as its framing promised.
+    /// True if the body ended properly, according to its framing.
     pub complete: bool,
 }
 
@@ -109,7 +109,7 @@ impl Client {
 }
 
 impl Streamed {
-    /// The next chunk, `None` at the end, an error text if the stream breaks.
+    /// Returns the next chunk, `None` at the end, or an error text if the stream breaks.
     pub async fn chunk(&mut self) -> Option<Result<String, String>> {
         let frame = timeout(super::PATIENCE, self.body.frame())
             .await

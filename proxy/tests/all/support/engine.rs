@@ -1,4 +1,4 @@
-//! An OpenAI server that does what a test tells it to.
+//! A scripted OpenAI server.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,33 +17,33 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::journal::Journal;
 
-/// What an engine does with a request.
+/// The scripted reaction of an engine to a request.
 #[derive(Clone, Debug)]
 pub enum Reply {
     /// Answers with this status and JSON.
     Json(u16, Value),
-    /// As `Json`, once `Engine::release` has been called for it.
+    /// Answers as `Json` does, but only after a call of `Engine::release`.
     Held(u16, Value),
-    /// Streams these chunks as they are, and then...
+    /// Streams these chunks, and then continues as `Then` says.
     Stream(Vec<String>, Then),
     /// Never answers.
     Silence,
-    /// Closes the connection without a word.
+    /// Closes the connection without an answer.
     Die,
 }
 
-/// How a stream goes on after its chunks.
+/// The continuation of a stream after its chunks.
 #[derive(Clone, Copy, Debug)]
 pub enum Then {
     End,
     Hang,
-    /// The connection breaks once `Engine::release` has been called for it.
+    /// Breaks the connection after a call of `Engine::release`.
     Break,
-    /// This text comes again and again, every few milliseconds.
+    /// Sends this text again every few milliseconds.
     Repeat(&'static str),
 }
 
-/// A request as the engine got it.
+/// A request as the engine received it.
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub path: String,
@@ -89,7 +89,7 @@ impl Engine {
         }
     }
 
-    /// An engine that nobody has registered, with a journal of its own.
+    /// Starts an engine that is not registered, with its own journal.
     pub async fn alone(name: &str) -> Self {
         Self::start(name, Arc::default()).await
     }
@@ -106,12 +106,12 @@ impl Engine {
         *self.inner.decode.lock().unwrap() = reply;
     }
 
-    /// The status of `/health` from now on.
+    /// Sets the status of `/health`.
     pub fn set_health(&self, status: u16) {
         *self.inner.health.lock().unwrap() = status;
     }
 
-    /// Lets one held answer go, or one connection break.
+    /// Releases one held answer, or breaks one connection.
     pub fn release(&self) {
         self.inner.released.add_permits(1);
     }
@@ -120,7 +120,7 @@ impl Engine {
         self.inner.seen.lock().unwrap().clone()
     }
 
-    /// The only request so far.
+    /// Returns the only request so far.
     pub fn only(&self) -> Seen {
         let seen = self.seen();
         assert_eq!(seen.len(), 1, "{seen:?}");
@@ -138,7 +138,7 @@ impl Seen {
     }
 }
 
-/// A completion that is not streamed.
+/// Returns the body of a completion that is not streamed.
 pub fn completion(text: &str, prompt_tokens: u64, completion_tokens: u64) -> Value {
     json!({
         "object": "text_completion",
@@ -148,7 +148,7 @@ pub fn completion(text: &str, prompt_tokens: u64, completion_tokens: u64) -> Val
     })
 }
 
-/// The events of a streamed completion, with `[DONE]`.
+/// Returns the events of a streamed completion, with `[DONE]`.
 pub fn events(words: &[&str]) -> Vec<String> {
     let event = |word: &&str| format!("data: {}\n\n", json!({"choices": [{"text": word}]}));
     let mut events: Vec<_> = words.iter().map(event).collect();
@@ -187,7 +187,7 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     };
     let reply = reply.lock().unwrap().clone();
     engine.journal.write(format!("{} {leg}", engine.name));
-    // Dropped before its time when the connection is closed from the other side.
+    // If the other side closes the connection, this value is dropped before the request is served.
     let mut presence = Presence {
         engine: Arc::clone(&engine),
         leg,
@@ -206,7 +206,7 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         Reply::Silence => std::future::pending().await,
         Reply::Die => {
             presence.served();
-            // Takes the connection's task with it, before any head is written.
+            // The panic ends the connection's task before any head is written.
             std::panic::resume_unwind(Box::new("scripted death"));
         }
         Reply::Stream(chunks, then) => {

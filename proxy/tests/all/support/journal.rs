@@ -1,4 +1,4 @@
-//! What the scripted parts saw, in order.
+//! The journal of the events at the scripted engines, in order.
 
 use std::sync::Mutex;
 

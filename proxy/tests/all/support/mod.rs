@@ -22,10 +22,11 @@ use engine::Engine;
 use journal::Journal;
 use sidecar::{Role, Sidecar};
 
-/// No step of any test takes so long unless it hangs.
+/// The longest wait in a test: only a step that hangs takes so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A port that was free a moment ago, and that no outgoing connection takes: Linux takes those from 32768 up.
+/// Returns a port that was free a moment ago and that no outgoing connection takes: Linux takes ports for
+/// them from 32768 up.
 pub fn free_port() -> u16 {
     let start = RandomState::new().build_hasher().finish() % 12_000;
     let mut ports =
@@ -34,7 +35,7 @@ pub fn free_port() -> u16 {
     free.expect("a free port")
 }
 
-/// A proxy under test.
+/// A proxy under test, with its client and journal.
 pub struct Rig {
     pub journal: Arc<Journal>,
     pub client: Client,
@@ -68,19 +69,19 @@ impl Rig {
         }
     }
 
-    /// An engine that writes into this rig's journal.
+    /// Starts an engine that writes into this rig's journal.
     pub async fn engine(&self, name: &str) -> Engine {
         Engine::start(name, Arc::clone(&self.journal)).await
     }
 
-    /// A registered instance where `/instances` cannot be read.
+    /// Starts a registered instance at a proxy whose `/instances` the client cannot read.
     pub async fn instance_unseen(&self, name: &str, role: Role) -> (Engine, Sidecar) {
         let engine = self.engine(name).await;
         let sidecar = Sidecar::start(name, role, &engine.url, &self.registration).await;
         (engine, sidecar)
     }
 
-    /// A registered and ready instance: an engine and its sidecar.
+    /// Starts an engine and its sidecar, and waits until the instance is ready.
     pub async fn instance(&self, name: &str, role: Role) -> (Engine, Sidecar) {
         let engine = self.engine(name).await;
         let sidecar = Sidecar::start(name, role, &engine.url, &self.registration).await;
@@ -88,7 +89,7 @@ impl Rig {
         (engine, sidecar)
     }
 
-    /// A prefill instance `p` and a decode instance `d`.
+    /// Starts a prefill instance `p` and a decode instance `d`.
     pub async fn pair(&self) -> Pair {
         let (p, p_sidecar) = self.instance("p", Role::Prefill).await;
         let (d, d_sidecar) = self.instance("d", Role::Decode).await;
@@ -126,7 +127,7 @@ impl Rig {
         last
     }
 
-    /// The record of the only request so far, once it has ended.
+    /// Waits until the only request so far has ended, and returns its record.
     pub async fn record(&self) -> Value {
         let all = self
             .until("/requests", |all| !all.as_array().unwrap().is_empty())
@@ -135,7 +136,7 @@ impl Rig {
         all[0].clone()
     }
 
-    /// The value of a sample in `/metrics`; 0 if it is not there.
+    /// Returns the value of a sample in `/metrics`; 0 if the sample does not exist.
     pub async fn metric(&self, sample: &str) -> f64 {
         let text = self.client.get("/metrics").await.text();
         text.lines()
@@ -154,13 +155,13 @@ impl Rig {
         assert!(in_time, "{sample} stays below {least}");
     }
 
-    /// Drains the proxy.
+    /// Drains the proxy and waits for its end.
     pub async fn end(mut self) -> End {
         self.stop.drain.cancel();
         self.ended().await
     }
 
-    /// Waits for the end that somebody else has ordered.
+    /// Waits for the end of a proxy that was stopped by other means.
     pub async fn ended(&mut self) -> End {
         let run = self.run.take().expect("it ends once");
         tokio::time::timeout(PATIENCE, run)
@@ -170,7 +171,7 @@ impl Rig {
     }
 }
 
-/// Both instances of most tests.
+/// The two instances that most tests use.
 pub struct Pair {
     pub p: Engine,
     pub d: Engine,

@@ -1,4 +1,4 @@
-//! A sidecar as the proxy sees it: words on the registration port, and an admin server.
+//! A scripted sidecar as the proxy sees it: messages to the registration port, and an admin server.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,16 +23,16 @@ pub struct Sidecar {
     push: Arc<Socket>,
     pub register: Register,
     answer: Arc<Mutex<Answer>>,
-    /// Bodies of the call-backs.
+    /// The bodies of the call-backs so far.
     pub calls: Arc<Mutex<Vec<Value>>>,
     heartbeat: Option<AbortOnDropHandle<()>>,
     _admin: AbortOnDropHandle<()>,
 }
 
-/// What the admin server says to a call-back.
+/// The admin server's answer to a call-back.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// Id and epoch of its own, and this readiness.
+    /// 200 with the sidecar's own id and epoch, and this readiness.
     Own { ready: bool },
     /// 409, as a sidecar with another id or epoch.
     Conflict,
@@ -40,7 +40,7 @@ pub enum Answer {
     OtherId,
     /// 200 with another epoch.
     OtherEpoch,
-    /// 500.
+    /// Status 500.
     Broken,
 }
 
@@ -52,14 +52,14 @@ struct Admin {
 }
 
 impl Sidecar {
-    /// A sidecar that registers, renews and answers as it should.
+    /// Starts a sidecar that registers, renews its registration and answers call-backs properly.
     pub async fn start(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
         let mut sidecar = Self::silent(name, role, http, registration).await;
         sidecar.beat();
         sidecar
     }
 
-    /// As [`Sidecar::start`], with this epoch.
+    /// Starts a sidecar as [`Sidecar::start`] does, with this epoch.
     pub async fn start_as(
         name: &str,
         epoch: u64,
@@ -72,7 +72,7 @@ impl Sidecar {
         sidecar
     }
 
-    /// A sidecar with its connection and admin server, which does not register by itself.
+    /// Starts a sidecar with its connection and admin server that does not register by itself.
     pub async fn silent(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
         Self::silent_as(name, 7, role, http, registration).await
     }
@@ -146,7 +146,7 @@ impl Sidecar {
         self.heartbeat = Some(AbortOnDropHandle::new(beats));
     }
 
-    /// Says nothing more by itself.
+    /// Stops the heartbeat.
     pub fn fall_silent(&mut self) {
         self.heartbeat = None;
     }
@@ -164,7 +164,7 @@ impl Sidecar {
         self.push.send(Message::multipart(parts)).await.unwrap();
     }
 
-    /// The engine has begun this request.
+    /// Sends the message that the engine has begun this request.
     pub async fn progress(&self, id: &str) {
         self.say(&ToProxy::Progress(Progress {
             id: self.register.id.clone(),
@@ -173,7 +173,7 @@ impl Sidecar {
         .await;
     }
 
-    /// The KV of this request has been written.
+    /// Sends the notice about this request's KV.
     pub async fn moved(&self, id: &str, bytes: u64, reason: Option<Reason>) {
         self.say(&ToProxy::ProxyNotif(ProxyNotif {
             req_id: RequestId(id.into()),
