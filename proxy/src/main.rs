@@ -20,6 +20,7 @@ async fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
     };
+    // Report all problems of the flags at once, before a port is opened.
     let mut problems = config.problems();
     let filter = EnvFilter::try_new(&config.log);
     problems.extend(
@@ -44,6 +45,7 @@ async fn main() -> ExitCode {
     for note in ignored {
         tracing::warn!("{note}");
     }
+    // Handle signals before the ports are open: a SIGTERM right after the start must drain, too.
     let signals = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
@@ -52,6 +54,7 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return print_problems(&["signals cannot be handled".into()], INTERNAL);
     };
+    // Raise the limit before the first connection. Its warning comes after the line that the proxy is up.
     let shortage = raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
@@ -68,6 +71,7 @@ async fn main() -> ExitCode {
             "--insecure: whoever reaches the registration port can take part in serving"
         );
     }
+    // The first signal drains, the second one breaks off what is still under way.
     let stop = Stop::default();
     let told = stop.clone();
     let signals = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -91,6 +95,7 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Waits for SIGTERM or SIGINT.
 async fn told_to_stop(term: &mut Signal, int: &mut Signal) {
     tokio::select! {
         _ = term.recv() => {}
@@ -98,6 +103,7 @@ async fn told_to_stop(term: &mut Signal, int: &mut Signal) {
     }
 }
 
+/// Prints each problem on its own line and returns the exit code.
 fn print_problems(problems: &[String], code: u8) -> ExitCode {
     for problem in problems {
         eprintln!("pd-proxy: {problem}");

@@ -99,6 +99,7 @@ impl Addresses {
     }
 }
 
+/// Returns `address` with the host and the port replaced, if they are given.
 fn moved(address: SocketAddr, host: Option<IpAddr>, port: Option<u16>) -> SocketAddr {
     SocketAddr::new(host.unwrap_or(address.ip()), port.unwrap_or(address.port()))
 }

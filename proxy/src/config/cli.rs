@@ -296,6 +296,7 @@ fn is_of_kubernetes(name: &str, value: &str) -> bool {
 /// a longer interval would leave no time before the last answer expires.
 const LONGEST_CALL_BACK_EVERY: Duration = Duration::from_secs(10);
 
+/// Parses a duration above zero and up to a day.
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(Duration::ZERO) => Err("has to be above zero".into()),
@@ -305,6 +306,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Parses a number from 1 to [`LARGEST`].
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("has to be at least 1".into()),

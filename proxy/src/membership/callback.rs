@@ -80,6 +80,7 @@ async fn engine_answer(app: &App, call: &CallBack) -> Answer {
     }
 }
 
+/// Interprets a sidecar's answer to a call-back.
 fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
     if status == StatusCode::CONFLICT {
         return Answer::Stranger;

@@ -131,6 +131,7 @@ impl Registration {
         }
     }
 
+    /// Executes a command and sends its result back.
     fn handle_command(&mut self, command: Command) {
         // The client may have left before the answer is sent. The command is done nevertheless.
         match command {
@@ -183,6 +184,7 @@ impl Registration {
         }
     }
 
+    /// Notes the result of a call-back in the registry, the metrics and the log.
     fn called_back(&mut self, call: &CallBack, answer: Answer) {
         self.app.metrics.called_back(&answer);
         if let Answer::Silent(error) = &answer {
@@ -241,6 +243,7 @@ impl Registration {
         self.published.send_replace(instances);
     }
 
+    /// Closes and counts the connections to the registration port that are beyond its limit.
     async fn shed(&self) {
         for _ in 0..self.inputs.port.shed().await {
             self.app.metrics.message(Message::Shed);
@@ -248,6 +251,7 @@ impl Registration {
     }
 }
 
+/// Counts the instances by role and standing.
 fn count(instances: &Instances) -> InstanceCounts {
     let mut counts = InstanceCounts::default();
     for instance in instances.iter() {
@@ -272,6 +276,7 @@ fn state(instance: &Instance) -> usize {
     }
 }
 
+/// Receives the next frame of a port. Waits forever if there is no port.
 async fn heard(port: Option<&Registrations>) -> Result<Frame, PortError> {
     match port {
         Some(port) => port.recv().await,
@@ -279,6 +284,7 @@ async fn heard(port: Option<&Registrations>) -> Result<Frame, PortError> {
     }
 }
 
+/// Waits until the deadline. Waits forever if there is none.
 async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline.into()).await,

@@ -88,6 +88,7 @@ impl SharedRegistry {
         }
     }
 
+    /// Exchanges once with etcd. Logs only when etcd fails or is back.
     async fn step(&mut self) {
         let done = self.exchange().await;
         self.app.metrics.shared(done.is_ok());
@@ -109,6 +110,7 @@ impl SharedRegistry {
         }
     }
 
+    /// Renews the lease, writes this proxy's instances, and reads those of the other proxies.
     async fn exchange(&mut self) -> Result<(), EtcdError> {
         let lease = match self.lease.take() {
             Some(lease) => self.etcd.renew(&lease).await.map(|()| lease)?,
@@ -123,6 +125,8 @@ impl SharedRegistry {
         self.read().await
     }
 
+    /// Writes the ready instances whose entry has changed, and deletes the keys of instances that are not
+    /// ready any more.
     async fn write(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         let ready = self.app.instances();
         let ready = ready.iter().filter(|instance| instance.is_ready());
@@ -151,6 +155,7 @@ impl SharedRegistry {
         Ok(())
     }
 
+    /// Reads the entries of the other proxies and passes them to the registration task.
     async fn read(&mut self) -> Result<(), EtcdError> {
         let mut others = Vec::new();
         for (key, value) in self.etcd.list(&self.prefix).await? {

@@ -228,6 +228,7 @@ impl RequestContext {
         self.record.completion_tokens = Some(usage.completion_tokens);
     }
 
+    /// Ends the request: drops its legs, and writes its metrics, log line, spans and record.
     fn end(&mut self, outcome: Outcome) {
         let total = self.arrived.elapsed();
         self.drop_prefill();
@@ -244,6 +245,7 @@ impl RequestContext {
         self.app.recent.push(record);
     }
 
+    /// Queues the request's spans for the collector. If the queue is full, the spans are dropped and counted.
     fn export(&self, record: &Record) {
         let (Some(spans), Some(trace)) = (&self.app.spans, &self.trace) else {
             return;
@@ -258,6 +260,7 @@ impl RequestContext {
         }
     }
 
+    /// Copies the times and the result of the prefill leg into the record and the metrics.
     fn note_prefill(&mut self, progress: &Progress) {
         let since = |at: Instant| at.saturating_duration_since(self.arrived);
         if let Some(at) = progress.begun_at() {
@@ -285,6 +288,7 @@ impl Drop for RequestContext {
     }
 }
 
+/// Writes the request's log line.
 fn log(r: &Record) {
     let moved = r.moved.as_ref();
     info!(

@@ -20,6 +20,7 @@ use crate::telemetry::labels::Leg;
 use crate::upstream::client::{Answer, LegError};
 
 impl Drive {
+    /// Sends the decode leg to the current decode instance, with a transfer or without one.
     pub(super) fn send_decode(
         &mut self,
         context: &mut RequestContext,
@@ -31,6 +32,8 @@ impl Drive {
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
+        // After an early first token, every decode leg must continue after that token, even one without a
+        // transfer.
         self.goes_on = self.prefilled.first.is_some() && (transfer.is_ok() || self.is_early);
         decode
             .load
@@ -49,6 +52,8 @@ impl Drive {
         } else {
             config.answer_timeout
         };
+        // The client must not wait for a dead engine until `limit`, so check earlier whether the instance
+        // works.
         self.look_at = self.decode_sent + config.stall_timeout;
         self.decode = Some(Box::pin(async move {
             client.decode(&url, headers, body, limit).await
@@ -88,6 +93,8 @@ impl Drive {
         (self.endpoint.path(), id, body)
     }
 
+    /// Handles the begin of the decode leg's answer, or its failure. After a failure, another instance takes
+    /// over if possible.
     pub(super) fn decode_ended(
         &mut self,
         context: &mut RequestContext,
@@ -116,6 +123,7 @@ impl Drive {
         Step::Event(Event::DecodeFailed { another: false })
     }
 
+    /// Counts and logs a failed decode leg, and drops the prefill leg.
     fn note_failed_leg(&self, context: &mut RequestContext, error: &LegError) {
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
         warn!(id = %context.id, decode = self.pair.decode.id, %error, "decode leg failed");
@@ -138,8 +146,8 @@ impl Drive {
     }
 
     /// Checks whether the decode instance still works, while the answer has not begun. Data of any answer of
-    /// the instance counts as a sign of work: the request may only be waiting in the engine's queue behind
-    /// those requests.
+    /// the instance counts as a sign of work, because the request may be waiting in the engine's queue behind
+    /// other requests.
     pub(super) fn look(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;

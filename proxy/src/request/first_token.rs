@@ -47,6 +47,8 @@ impl Drive {
         first_token_stream::respond(stitch, &id, self.go_on(context, action))
     }
 
+    /// Returns the merger that puts the first token before the decode leg's answer. Returns `None` if the
+    /// prefill leg has given no token.
     pub(super) fn stitch(&self) -> Option<Merger> {
         let first = self.prefilled.first.clone()?;
         let model = self.body.json("model");

@@ -74,6 +74,7 @@ impl http_body::Body for Masked {
 }
 
 impl Masked {
+    /// Takes the first `end` bytes and returns them masked.
     fn line(&mut self, end: usize) -> Frame<Bytes> {
         let text = self.begun.split_to(end).freeze();
         Frame::data(plain(text, cached(&self.progress)))

@@ -136,6 +136,7 @@ pub(crate) async fn serve(
     let body = RequestBody::parse(arrival.body)?;
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
+    // Without this, measurements of transfers would never be renewed once transfers look expensive.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
@@ -192,6 +193,7 @@ pub(crate) async fn serve(
 }
 
 impl Drive {
+    /// Handles events until the answer to the client begins or the request fails.
     async fn run(mut self, mut context: RequestContext, mut action: Action) -> Response {
         loop {
             if let Action::SendDecode(transfer) = action {
@@ -255,10 +257,12 @@ impl Drive {
         if self.goes_on
             && !self.is_early
             && answer.head.status.is_success()
+            // The answer is not streamed: put the first token before its text.
             && let (Some(stitch), None) = (self.stitch(), &answer.rest)
         {
             answer.held = stitch.whole(&answer.held);
         }
+        // Only an answer behind a transfer shows traces of it.
         let is_moved = context.waits_for_kv() && answer.head.status.is_success();
         let mut progress = context.progress().filter(|_| is_moved);
         if answer.rest.is_none()
@@ -341,18 +345,21 @@ impl Drive {
         self.way == HandoffMode::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
     }
 
+    /// Returns the headers of a leg that carries this id.
     fn leg_headers(&self, id: &RequestId) -> HeaderMap {
         let mut headers = self.headers.clone();
         headers.insert(request_id::HEADER, request_id::header_value(id));
         headers
     }
 
+    /// Notes the failure that the client gets.
     fn condemn(&mut self, context: &mut RequestContext, failure: Failure) {
         let (status, text) = failure.told();
         context.failed(status, text);
         self.failure = failure;
     }
 
+    /// Returns the id of the prefill instance; `None` if the request has none.
     fn prefill_id(&self) -> Option<&str> {
         Some(self.pair.prefill.as_ref().ok()?.id.as_str())
     }

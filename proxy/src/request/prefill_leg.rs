@@ -19,6 +19,7 @@ use crate::telemetry::labels::Leg;
 use crate::upstream::client::PrefillEnd;
 
 impl Drive {
+    /// Sends the prefill leg in its own task, if the request has a prefill instance.
     pub(super) fn send_prefill(&mut self, context: &mut RequestContext) {
         let Ok(prefill) = &self.pair.prefill else {
             return;
@@ -66,6 +67,7 @@ impl Drive {
         context.set_prefill(AbortOnDropHandle::new(task));
     }
 
+    /// Handles the end of the prefill leg: its answer, a refusal, or a failure.
     pub(super) fn prefill_ended(
         &mut self,
         context: &mut RequestContext,
@@ -99,6 +101,8 @@ impl Drive {
         }
     }
 
+    /// Handles the prefill leg's answer: learns its times and token counts, and checks that the sender pushes
+    /// the KV.
     fn prefill_answered(&mut self, context: &mut RequestContext, prefilled: Prefilled) -> Step {
         if let Ok(prefill) = &self.pair.prefill {
             prefill.load.succeeded(self.prefill_sent.elapsed());
@@ -127,6 +131,7 @@ impl Drive {
         }
     }
 
+    /// Handles the prefill timeout.
     pub(super) fn prefill_late(&mut self, context: &mut RequestContext) -> Step {
         let begun = context.progress().and_then(|progress| progress.begun_at());
         if begun.is_some() && matches!(self.way, HandoffMode::Sidecar | HandoffMode::FirstToken) {

@@ -104,6 +104,7 @@ pub(crate) fn whole(answer: Answer, id: &RequestId) -> Response {
 }
 
 impl ResponseBody {
+    /// Ends the request after the last byte of the answer, and reads the usage from the tail.
     fn finish(&mut self) {
         self.rest = None;
         if let Some(usage) = usage::find(&self.tail) {
@@ -135,6 +136,7 @@ impl ResponseBody {
         self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
     }
 
+    /// Gathers the chunks that are available, and passes them on.
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         while let Some(rest) = &mut self.rest {
             match Pin::new(rest).poll_frame(cx) {
@@ -178,6 +180,7 @@ impl ResponseBody {
         self.pass_on()
     }
 
+    /// Returns the gathered chunks as one frame.
     fn pass_on(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         Poll::Ready(Some(Ok(Frame::data(self.gathered.split().freeze()))))
     }
@@ -220,6 +223,7 @@ impl ResponseBody {
         self.keep_tail(chunk);
     }
 
+    /// Appends a chunk to the tail, which keeps at least the last `most` bytes of the answer.
     fn keep_tail(&mut self, chunk: &[u8]) {
         let most = if self.stream {
             usage::STREAM_TAIL_BYTES

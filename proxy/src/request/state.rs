@@ -111,6 +111,7 @@ impl RequestState {
         }
     }
 
+    /// Returns the state and the action that follow an event.
     fn after(self, event: Event) -> (Self, Action) {
         use Event as E;
         match (self, event) {
@@ -171,6 +172,7 @@ impl RequestState {
         }
     }
 
+    /// Returns the state `Decoding` with the action that sends its leg.
     fn decoding(transfer: Result<(), Fallback>, attempt: u32) -> (Self, Action) {
         (
             Self::Decoding { transfer, attempt },

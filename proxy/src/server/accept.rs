@@ -88,6 +88,7 @@ pub(crate) async fn serve(
             debug!(error = %e, "the client has gone already");
             continue;
         }
+        // Take a seat before the task starts, so that the limit holds even if the tasks run late.
         let seat = seats.sit(Instant::now());
         if seat.displaces {
             app.metrics.idle_closed();
@@ -106,6 +107,7 @@ pub(crate) async fn serve(
             Some(acceptor) => connections.spawn(client.serve_tls(acceptor.clone(), stream)),
         };
     }
+    // Close the port first, so that no client connects to a proxy that stops.
     drop(listener);
     let all_closed = async { while connections.join_next().await.is_some() {} };
     if timeout(LAST_WORDS, all_closed).await.is_err() {
@@ -149,6 +151,7 @@ struct Client {
 }
 
 impl Client {
+    /// Does the TLS handshake within the client timeout, and then serves the connection.
     async fn serve_tls(self, acceptor: TlsAcceptor, stream: TcpStream) {
         let leave = self.seat.leave.clone();
         let handshake = timeout(self.limits.client_timeout, acceptor.accept(stream));
@@ -162,6 +165,7 @@ impl Client {
         }
     }
 
+    /// Serves the connection until it ends, the proxy stops, or the connection has to leave.
     async fn serve<S>(self, stream: S)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

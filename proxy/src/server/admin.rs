@@ -116,6 +116,7 @@ pub(crate) async fn resume(
     known(is_there, &id)
 }
 
+/// Parses the instance in the body of `POST /instances`.
 fn named(body: &Bytes) -> Result<Instance, ApiError> {
     let named: Named = serde_json::from_slice(body)
         .map_err(|e| ApiError::new(Code::InvalidInstance, e.to_string()))?;
@@ -123,6 +124,7 @@ fn named(body: &Bytes) -> Result<Instance, ApiError> {
         .map_err(|e| ApiError::new(Code::InvalidInstance, e.to_string()))
 }
 
+/// Returns the answer of an endpoint that names an instance: its id, or an error if the instance is unknown.
 fn known(known: bool, id: &str) -> Result<Json<Value>, ApiError> {
     if known {
         return Ok(Json(json!({"id": id})));
@@ -133,6 +135,7 @@ fn known(known: bool, id: &str) -> Result<Json<Value>, ApiError> {
     ))
 }
 
+/// Sends a command to the registration task and waits for its answer.
 async fn ask<T>(
     app: &App,
     command: impl FnOnce(oneshot::Sender<T>) -> Command,
@@ -147,6 +150,7 @@ async fn ask<T>(
     answered.await.map_err(|_| stopped())
 }
 
+/// Checks that a request may change the proxy.
 fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
     let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = keys::may_change(&app.config.access, headers, peer)
@@ -157,13 +161,14 @@ fn permit(app: &App, request: &Request) -> Result<(), ApiError> {
 /// Checks that a request may read the pages about instances and requests.
 ///
 /// # Errors
-/// Those of [`keys::may_read`].
+/// Returns the errors of [`keys::may_read`].
 pub(crate) fn permit_to_read(app: &App, request: &Request) -> Result<(), ApiError> {
     let (headers, peer) = (request.headers(), incoming::peer(request.extensions()));
     let permitted = keys::may_read(&app.config.access, headers, peer);
     permitted.inspect_err(|error| refused(app, request, error, "read refused"))
 }
 
+/// Counts and logs a refused request.
 fn refused(app: &App, request: &Request, error: &ApiError, what: &str) {
     app.metrics.rejected(error.code());
     // The path is escaped, because a client could otherwise write its own lines into the log.

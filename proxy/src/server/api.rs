@@ -66,6 +66,7 @@ fn routes(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
+/// Serves a completion or chat request. Each response carries the request's id.
 async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Request) -> Response {
     let at = Instant::now();
     let (head, body) = request.into_parts();
@@ -194,6 +195,7 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     (status, Json(body)).into_response()
 }
 
+/// Serves `GET /metrics`.
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.show_uploads(app.uploads.len());
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -204,6 +206,7 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
         .into_response()
 }
 
+/// Serves `GET /instances`.
 async fn instances(
     State(app): State<Arc<App>>,
     request: Request,
@@ -230,6 +233,7 @@ fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
     instances.iter().map(one).collect()
 }
 
+/// Serves `GET /requests`.
 async fn requests(
     State(app): State<Arc<App>>,
     request: Request,
@@ -255,6 +259,7 @@ async fn decoded(routes: Router, mut request: Request) -> Response {
     routes.oneshot(request).await.into_response()
 }
 
+/// Answers a request for an unknown path: a redirect if only a slash at the end is wrong, otherwise 404.
 async fn not_found(request: Request) -> Response {
     let uri = request.uri();
     if let Some(path) = uri.path().strip_suffix('/')
@@ -268,6 +273,7 @@ async fn not_found(request: Request) -> Response {
     ApiError::new(Code::NotFound, text).into_response()
 }
 
+/// Answers a request whose method the path does not support.
 async fn wrong_method(request: Request) -> Response {
     let text = format!(
         "{} does not take {}",

@@ -240,6 +240,7 @@ impl Proxy {
     }
 }
 
+/// Logs the statistics of the prefill legs.
 fn summarise(app: &App) {
     match app.prefill_times.summary() {
         Some(summary) => info!("{summary}"),
@@ -247,6 +248,7 @@ fn summarise(app: &App) {
     }
 }
 
+/// Waits until no request is under way, for the drain timeout at most, or until `now` is cancelled.
 async fn drain(app: &App, now: &CancellationToken) -> End {
     info!("draining: no new requests");
     select! {

@@ -67,6 +67,7 @@ impl Exporter {
         }
     }
 
+    /// Sends one batch, and counts its spans as sent or failed. Logs only the first failure in a row.
     async fn send(&mut self, spans: Vec<Value>) {
         let count = spans.len();
         let body = json!({"resourceSpans": [{

@@ -100,6 +100,7 @@ impl Seats {
 }
 
 impl Table {
+    /// Asks the connection that has been idle for longest to leave. Returns false if no connection is idle.
     fn displace(&mut self, now: Instant, most: usize) -> bool {
         let idle = self.taken.values().filter(|taken| taken.busy == 0);
         let staying = idle.filter(|taken| !taken.leave.is_cancelled());

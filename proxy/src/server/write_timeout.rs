@@ -29,6 +29,7 @@ impl<S> WriteTimeout<S> {
         }
     }
 
+    /// Passes a finished write on. Returns an error for a write that has been blocked for too long.
     fn judge<T>(
         &mut self,
         cx: &mut Context<'_>,

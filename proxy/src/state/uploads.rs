@@ -1,9 +1,9 @@
 //! Limits on the request bodies that are being received: their number, and their memory. The slowest body
 //! loses its place when another body needs it.
 //!
-//! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without this bound a
-//! few hundred such bodies would keep every client out. A newcomer takes the place of the slowest body of
-//! the address that holds most, so that one address cannot displace what others send.
+//! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without the limits, a
+//! few hundred of these bodies would keep every client out. A new body takes the place of the slowest body of
+//! the address that holds most, so that one address cannot displace the bodies of others.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -49,7 +49,7 @@ pub(crate) struct Upload {
     displaced: CancellationToken,
 }
 
-/// The error that no body can lose its place: those that could are younger than 200 ms.
+/// The error that no place or memory is free, and that no body may lose its place for the new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 

@@ -148,6 +148,7 @@ fn attributes(all: &Value) -> Vec<Value> {
         .collect()
 }
 
+/// Converts milliseconds since 1970 to OTLP's text of nanoseconds.
 fn nanos(unix_ms: f64) -> String {
     format!("{:.0}", unix_ms * 1e6)
 }

@@ -34,6 +34,7 @@ impl Registration {
         }
     }
 
+    /// Registers a P2P NCCL instance, if the flags permit its address.
     fn name(&mut self, instance: Instance) -> Message {
         let (id, role) = (instance.id.clone(), instance.role);
         let permitted = self.app.config.access.check(&instance);
@@ -66,6 +67,7 @@ impl Registration {
         }
     }
 
+    /// Decodes and handles a message on the sidecars' registration port.
     pub(super) fn take(&mut self, frame: Frame) -> News {
         let message = match frame {
             Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
@@ -81,6 +83,7 @@ impl Registration {
         }
     }
 
+    /// Handles a sidecar's message, and counts it by its kind.
     fn heard(&mut self, message: ToProxy) -> News {
         let now = Instant::now();
         let kind = match message {
@@ -131,6 +134,7 @@ impl Registration {
         }
     }
 
+    /// Registers a sidecar's instance, if the message is valid and the flags permit its addresses.
     fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, String> {
         let instance = Instance::parse(message).map_err(|e| e.to_string())?;
         self.app.config.access.check(&instance)?;

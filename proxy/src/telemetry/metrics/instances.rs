@@ -60,6 +60,7 @@ fn snapshot(instance: &Instance) -> LoadSnapshot {
     instance.load.snapshot(Instant::now())
 }
 
+/// Escapes a label value. Without it, an instance's name could end its label and forge other metrics.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")
