@@ -76,6 +76,7 @@ async fn later_turns_go_where_the_conversation_is() {
     let (other, _sidecar) = rig
         .instance("d2", crate::support::sidecar::Role::Decode)
         .await;
+    // A second decode instance must not get later turns of the conversation.
     pair.d.on_decode(Reply::Json(200, completion("x", 5, 3)));
     let mut said = vec!["hello"];
     for turn in 0..3 {
@@ -107,6 +108,7 @@ async fn later_turns_go_where_the_conversation_is() {
     );
     assert_eq!(rig.client.get("/conversations").await.json()["count"], 0);
 
+    // The flag's mode is shown, can be changed, and stays if the new mode is unknown.
     assert_eq!(rig.client.get("/mode").await.json()["mode"], "ppd");
     assert_eq!(
         rig.client.post("/mode/pd", &json!({})).await.json()["mode"],
@@ -116,6 +118,7 @@ async fn later_turns_go_where_the_conversation_is() {
         rig.client.post("/mode/dp", &json!({})).await.error_code(),
         "no_such_mode"
     );
+    // In the mode `pd`, each turn gets a prefill leg again.
     let before = pair.p.seen().len();
     for _ in 0..2 {
         assert_eq!(rig.client.post(CHAT, &chat(&said)).await.status, 200);

@@ -62,6 +62,7 @@ async fn refusals_have_openais_shape() {
         400,
         "invalid_json",
     );
+    // Only the proxy may set transfer parameters.
     let forged = json!({"prompt": "x", "kv_transfer_params": {"do_remote_prefill": true}});
     refused(
         client.post(COMPLETIONS, &forged).await,

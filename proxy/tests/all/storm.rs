@@ -60,6 +60,7 @@ async fn nothing_is_left() {
                 }
             });
         }
+        // Send the begin of one request, so that its decode leg runs while the prefill leg does.
         if let Some(seen) = p1.seen().last() {
             p1_sidecar.progress(&seen.id()).await;
         }
@@ -68,6 +69,7 @@ async fn nothing_is_left() {
         }
     }
     assert_eq!(ends.values().sum::<u32>(), 300, "{ends:?}");
+    // Each kind of end must have happened, or the test would prove nothing about it.
     for end in [
         "200 OK",
         "400 Bad Request",
@@ -84,6 +86,7 @@ async fn nothing_is_left() {
     timeout(PATIENCE, none_in_flight)
         .await
         .expect("every request ends");
+    // From here on all engines work.
     for engine in [&p1, &p2, &d1, &d2] {
         engine.on_prefill(Reply::Json(200, completion("x", 5, 1)));
         engine.on_decode(Reply::Json(200, completion("hello", 5, 3)));

@@ -156,6 +156,7 @@ pub fn events(words: &[&str]) -> Vec<String> {
     events
 }
 
+/// Handles a request as the script says, and writes its begin and its end into the journal.
 async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let bytes = body.collect().await.unwrap().to_bytes();
@@ -177,6 +178,7 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     if seen.path == "/v1/models" {
         return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
     }
+    // The transfer parameters tell the kind of the leg.
     let params = &seen.json()["kv_transfer_params"];
     let (leg, reply) = if params["do_remote_decode"] == true || params["ret_first_tok"] == true {
         ("prefill", &engine.prefill)
@@ -222,6 +224,7 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
                     .body(Body::from_stream(chunks.chain(again)))
                     .unwrap();
             }
+            // The end of the stream decides whether the request counts as served.
             let end = stream::once(async move {
                 match then {
                     Then::End => presence.served(),

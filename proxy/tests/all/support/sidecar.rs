@@ -100,6 +100,7 @@ impl Sidecar {
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         let push = Socket::new(SocketType::Push, Options::default().linger(Duration::ZERO));
         push.connect(registration).await.unwrap();
+        // Only an instance that decodes has ports for receivers.
         let receives = role != InstanceRole::Prefill;
         Self {
             push: Arc::new(push),
