@@ -1,5 +1,5 @@
-//! What each fuzz target does with its bytes. Included by the targets and by the ordinary test that
-//! runs the corpora.
+//! The work of each fuzz target. The targets include this file, and so does the ordinary test that runs
+//! the corpora.
 #![allow(dead_code)]
 
 use std::fmt::Debug;
@@ -37,7 +37,7 @@ pub(crate) fn local(data: &[u8]) {
     round_trip::<ToEngine>(data);
 }
 
-/// What is accepted is whole msgpack, and stays the same message when written again.
+/// Checks that accepted bytes are whole msgpack, and that the message stays the same when written again.
 fn round_trip<T: Message + Serialize + PartialEq + Debug>(data: &[u8]) {
     let Ok(message) = codec::decode::<T>(data) else {
         return;
@@ -48,7 +48,7 @@ fn round_trip<T: Message + Serialize + PartialEq + Debug>(data: &[u8]) {
     assert_eq!(codec::decode::<T>(&again).as_ref(), Ok(&message));
 }
 
-/// What is accepted comes back, and holds no more rows than bytes.
+/// Checks that an accepted list comes back, and holds no more rows than bytes.
 pub(crate) fn dlist(data: &[u8]) {
     if let Ok((memory, rows)) = dlist::parse(data) {
         assert!(rows.len() * 24 <= data.len());
@@ -64,7 +64,7 @@ pub(crate) fn metadata(data: &[u8]) {
     }
 }
 
-/// What is accepted comes back.
+/// Checks that accepted keys come back.
 pub(crate) fn keys(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;

@@ -148,7 +148,7 @@ pub struct Target {
 pub struct Reserve {
     /// The request.
     pub req: RequestId,
-    /// Where its KV is wanted.
+    /// The receiver that wants its KV.
     pub to: Target,
     /// One key a chunk, in order, the partial last one too.
     pub keys: Vec<String>,
@@ -177,7 +177,7 @@ pub struct Staged {
     pub req: RequestId,
     /// Chunks.
     pub chunks: Vec<u32>,
-    /// What the gather took, microseconds.
+    /// Duration of the gather, microseconds.
     #[serde(default)]
     pub gather_us: u64,
     /// Position in [`EngineHello::events`]: the chunks are complete once that event, as recorded
@@ -232,7 +232,7 @@ pub struct Release {
     pub req: RequestId,
     /// Chunks.
     pub chunks: Vec<u32>,
-    /// What the scatter took, microseconds.
+    /// Duration of the scatter, microseconds.
     #[serde(default)]
     pub scatter_us: u64,
 }

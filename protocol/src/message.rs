@@ -13,9 +13,9 @@ use crate::{Epoch, Layout, LeaseId, Reason, RequestId};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Init {
-    /// Who the sender is.
+    /// Introduces the sender.
     NixlInitRequest(NixlInitRequest),
-    /// Who the receiver is.
+    /// Introduces the receiver.
     NixlInitResponse(NixlInitResponse),
     /// Asks for the receiver's pages.
     NixlMemRegRequest(NixlMemRegRequest),
@@ -85,7 +85,7 @@ pub struct Hello {
     pub id: String,
     /// The sidecar's epoch.
     pub epoch: Epoch,
-    /// What a chunk looks like; absent while no engine has said hello.
+    /// The shape of a chunk; absent while no engine has said hello.
     pub layout: Option<Layout>,
     /// Wires that this side can use, best first.
     pub transports: Vec<Advert>,
@@ -94,10 +94,10 @@ pub struct Hello {
     pub host: String,
     /// Process id within that PID namespace.
     pub pid: u32,
-    /// Of a sender: SHA-256 of a secret of its process, which only shows once that process has ended.
+    /// SHA-256 of a secret of the sender's process; a successor shows the secret when that process has ended.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub seal: ByteBuf,
-    /// Of a sender: the secrets of processes in whose place it runs, all of which have ended.
+    /// Secrets of the processes that this sender replaces; all of them have ended.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ByteBuf>,
     /// Set on a refusal: why no link can be made.
@@ -239,7 +239,7 @@ pub struct AllocX {
     pub tokens: u32,
     /// The sender speaks up at least this often while the lease lives, milliseconds.
     pub lease_ms: u32,
-    /// How long the receiver may hold the answer for room, milliseconds.
+    /// Longest time that the receiver may hold the answer until it has room, milliseconds.
     pub wait_ms: u32,
     /// The decode leg is on its way: how long the receiver may hold the answer for it to park,
     /// milliseconds. 0: nobody will park before the data has come.

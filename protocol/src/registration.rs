@@ -1,4 +1,4 @@
-//! What sidecars PUSH to the proxy's registration port. One way: the acknowledgement is the proxy's
+//! Messages that sidecars PUSH to the proxy's registration port. One way: the acknowledgement is the proxy's
 //! HTTP call-back to the sidecar's admin port.
 
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,7 @@ pub struct Register {
     pub ready: bool,
     /// Slots of the landing or send buffer, all ranks.
     pub slots: u32,
-    /// Of them free.
+    /// Free ones among these slots.
     pub free_slots: u32,
     /// Tokens of decode requests that are parked.
     pub parked_tokens: u64,

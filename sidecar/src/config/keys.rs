@@ -51,7 +51,7 @@ keys! {
         pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
         /// Bytes of the send or landing buffer of each rank, cut down to whole chunks.
         pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
-        /// Where the buffers are: host memory, or the memory of the GPU that the engine's rank runs on.
+        /// Memory of the buffers: host memory, or the memory of the GPU that the engine's rank runs on.
         pd_buffer_device: Devices = Default::Value("cpu"), flag "--buffer-device", also "nixl_buffer_device";
         /// Receiver: the address that the init, alloc and TCP data ports are bound to and that
         /// senders connect to.
@@ -72,7 +72,7 @@ keys! {
         pd_skip_proxy_notification: bool = Default::Value("false");
         /// If finite: what `sidecar.wait_ms` is when it is not given.
         pd_allocation_timeout_sec: Seconds = Default::Value("inf");
-        /// What `sidecar.drain_timeout_ms` is when it is not given.
+        /// The default of `sidecar.drain_timeout_ms`.
         pd_shutdown_timeout_sec: Seconds = Default::None;
         /// `nixl` is the only one that LMCache's PD knows.
         transfer_channel: String = Default::Value("nixl");
@@ -111,13 +111,13 @@ keys! {
         /// Receiver: data port of the built-in TCP transport for rank 0; rank N takes the Nth after
         /// it. 0 is any free one: the init handshake tells senders which.
         tcp_port: Port = Default::Value("0");
-        /// Whether senders send an XXH3 of each chunk and receivers check it.
+        /// Senders send an XXH3 of each chunk, and receivers check it.
         checksum: bool = Default::Value("off");
         /// Off: no KV is pushed and every decode computes its own. For tests.
         push: bool = Default::Value("on"), flag "--no-push";
-        /// Whether ports may listen beyond this machine without authentication.
+        /// Lets ports listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
-        /// Whether NIXL may open TCP ports of its own, which UCX chooses: whoever reaches such a port
+        /// Lets NIXL open TCP ports of its own, which UCX chooses: whoever reaches such a port
         /// reads and writes the memory of this process, and can end it. They are bound to
         /// `pd_peer_host` (a sender without it: `sidecar.advertise_host`, else 127.0.0.1).
         nixl_over_tcp: NixlOverTcp = Default::Value("refused");
@@ -158,11 +158,11 @@ keys! {
         max_quarantined: Count<1> = Default::Computed("a quarter of the slots");
         /// Time between two registrations at the proxy, which are the heartbeat.
         register_ms: Millis = Default::Value("1000");
-        /// How long requests under way may take to end after SIGTERM.
+        /// Longest time for requests to end after SIGTERM.
         drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";
-        /// What is logged: error, warn, info, debug, trace, or directives like `info,sidecar=debug`.
+        /// Log level: error, warn, info, debug, trace, or directives like `info,sidecar=debug`.
         log_level: String = Default::Value("info"), flag "--log-level";
-        /// How log lines look.
+        /// Format of log lines.
         log_format: LogFormat = Default::Value("text"), flag "--log-format";
         /// File that takes the events and actions of the protocol machines, to replay them.
         trace: String = Default::None, flag "--trace";
