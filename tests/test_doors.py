@@ -47,7 +47,7 @@ def running(folder: Path, role: str, **options: object) -> Iterator[Sidecar]:
 
 
 def configured(sidecar: Sidecar) -> set[str]:
-    """What its file names."""
+    """Returns the sockets that the configuration file names."""
     named = {f"tcp {urlsplit(sidecar.admin).netloc}", f"unix {sidecar.socket}"}
     if sidecar.options.role != "sender":
         ports = [sidecar.init_port, sidecar.alloc_port]

@@ -1,4 +1,4 @@
-"""What cannot be moved is computed, once: by the decode engine, without a prefill leg, and with the reason in sight."""
+"""The decode engine computes what cannot be moved: once, without a prefill leg, and with the reason in sight."""
 
 from __future__ import annotations
 

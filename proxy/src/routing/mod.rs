@@ -165,7 +165,7 @@ pub(crate) fn route(
 }
 
 /// Returns the decode instances to choose from: those that are ready and have not failed this request.
-/// Of these it prefers instances that do not keep failing, then instances with a prefill instance that
+/// Among these, it prefers instances that do not keep failing, then instances with a prefill instance that
 /// can hand over to them.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
