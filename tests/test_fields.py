@@ -48,7 +48,7 @@ KEPT: dict[str, Any] = {
     "reasoning_effort": "low",
     "truncate_prompt_tokens": 4,
     "truncation_side": "left",
-    # Of a completion, the text after the gap: vLLM renders it into the prompt of models that fill in the middle.
+    # The text after the gap of a completion: vLLM renders it into the prompt of models that fill in the middle.
     "suffix": "return x",
     "priority": 1,
     "session_id": "s",

@@ -99,4 +99,4 @@ const MAX_REASON_CHARS: usize = 500;
 const _: () = assert!(VERSION > 0, "0 stands for a version that is not said");
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

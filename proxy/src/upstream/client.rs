@@ -114,17 +114,7 @@ impl Client {
         body: Bytes,
     ) -> Result<Answer, LegError> {
         let response = self.send(Method::POST, url, headers, body).await?;
-        let (head, rest) = response.into_parts();
-        let held = Limited::new(rest, MAX_HELD)
-            .collect()
-            .await
-            .map_err(|e| LegError::Died(e.to_string()))?
-            .to_bytes();
-        Ok(Answer {
-            head,
-            held,
-            rest: None,
-        })
+        whole(response, MAX_HELD).await
     }
 
     /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for all of a
@@ -182,17 +172,7 @@ impl Client {
     ) -> Result<Answer, LegError> {
         let answer = async {
             let response = self.send(Method::GET, url, headers, Bytes::new()).await?;
-            let (head, rest) = response.into_parts();
-            let held = Limited::new(rest, MAX_SHORT_ANSWER)
-                .collect()
-                .await
-                .map_err(|e| LegError::Died(e.to_string()))?
-                .to_bytes();
-            Ok(Answer {
-                head,
-                held,
-                rest: None,
-            })
+            whole(response, MAX_SHORT_ANSWER).await
         };
         timeout(limit, answer)
             .await
@@ -291,6 +271,24 @@ impl Client {
         }
         Ok(answer)
     }
+}
+
+/// Reads the rest of an answer and returns the whole answer.
+///
+/// # Errors
+/// The answer broke off, or has more than `limit` bytes.
+async fn whole(response: Response<LinkBody>, limit: usize) -> Result<Answer, LegError> {
+    let (head, rest) = response.into_parts();
+    let held = Limited::new(rest, limit)
+        .collect()
+        .await
+        .map_err(|e| LegError::Died(e.to_string()))?
+        .to_bytes();
+    Ok(Answer {
+        head,
+        held,
+        rest: None,
+    })
 }
 
 /// Returns the next bytes of a body; `None` at its end.

@@ -1,6 +1,7 @@
 use super::*;
 
-fn kv(layers: u32) -> Kv {
+/// Returns the KV description of an engine with so many layers.
+pub(crate) fn kv(layers: u32) -> Kv {
     Kv {
         version: 1,
         ranks: 1,

@@ -1,8 +1,8 @@
-use protocol::Layout;
 use protocol::registration::InstanceRole;
 
 use super::*;
 use crate::fleet::instance::{Connector, Named, Source};
+use crate::fleet::kv_fit::tests::kv;
 
 fn instance(id: &str, role: InstanceRole, kv: Kv) -> Arc<Instance> {
     let named = Named {
@@ -22,29 +22,11 @@ fn instance(id: &str, role: InstanceRole, kv: Kv) -> Arc<Instance> {
     Arc::new(instance)
 }
 
-fn layers(layers: u32) -> Kv {
-    Kv {
-        version: 1,
-        ranks: 1,
-        layout: Some(Layout {
-            model: "m".into(),
-            dtype: "float".into(),
-            layers,
-            kv_heads: 2,
-            head_size: 64,
-            mla: false,
-            chunk_tokens: 256,
-            quantization: String::new(),
-        }),
-        unmoved: String::new(),
-    }
-}
-
 #[test]
 fn both_of_a_pair_that_cannot_be_name_the_other() {
-    let p = instance("p", InstanceRole::Prefill, layers(4));
-    let d = instance("d", InstanceRole::Decode, layers(5));
-    let e = instance("e", InstanceRole::Decode, layers(4));
+    let p = instance("p", InstanceRole::Prefill, kv(4));
+    let d = instance("d", InstanceRole::Decode, kv(5));
+    let e = instance("e", InstanceRole::Decode, kv(4));
     let all = [p, d, e];
     let with = |at: usize| {
         let unfit = unfit(&all[at], &all);
@@ -58,8 +40,8 @@ fn both_of_a_pair_that_cannot_be_name_the_other() {
 
 #[test]
 fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
-    let p = instance("p", InstanceRole::Prefill, layers(4));
-    let d = instance("d", InstanceRole::Decode, layers(5));
+    let p = instance("p", InstanceRole::Prefill, kv(4));
+    let d = instance("d", InstanceRole::Decode, kv(5));
     let u = instance(
         "u",
         InstanceRole::Both,
