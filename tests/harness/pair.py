@@ -203,6 +203,9 @@ class Pair:
         before = self.decode.prompt_tokens()
         answer = self.complete(prompt, max_tokens=max_tokens, **more)
         request_id = answer.headers["x-request-id"]
+        # The proxy's record says why nothing was moved, which the sidecars cannot know.
+        routed = self.proxy.record(request_id)
+        assert routed["alone"] is None, f"no hand-over: {routed}, instances {self.proxy.instances()}"
         sender, receiver = self.sender.record(request_id), self.receiver.record(request_id)
         return Moved(answer, request_id, self.prompt_tokens_since(before, 1), sender, receiver)
 

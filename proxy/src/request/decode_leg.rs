@@ -218,12 +218,16 @@ impl Drive {
         }
     }
 
-    /// Returns another decode instance, if the failure and the number of attempts allow another leg.
+    /// Returns another decode instance than the current one, if the failure and the number of attempts
+    /// allow another leg.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
         if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;
         }
-        let pair = self.plan.route_alone(&self.app, &self.failed).ok()?;
+        // The turn of the policy may be at the current instance again, so exclude it by name.
+        let mut failed = self.failed.clone();
+        failed.push(self.pair.decode.id.clone());
+        let pair = self.plan.route_alone(&self.app, &failed).ok()?;
         Some(pair.decode)
     }
 }

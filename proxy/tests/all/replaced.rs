@@ -92,6 +92,23 @@ async fn a_dead_engine_behind_its_server_is_replaced() {
 }
 
 #[tokio::test]
+async fn the_engine_that_failed_is_not_tried_again_when_its_turn_comes() {
+    let two = Two::start(&[]).await;
+    two.d1.on_decode(Reply::Held(500, dead()));
+    let client = two.rig.client.clone();
+    let first = tokio::spawn(async move { client.post(COMPLETIONS, &prompt()).await });
+    two.rig.journal.until("d1 alone").await;
+    // This request moves the turn on, so that `d1` is next when the first request fails there.
+    assert_eq!(
+        two.rig.client.post(COMPLETIONS, &prompt()).await.status,
+        200
+    );
+    two.d1.release();
+    assert_eq!(first.await.unwrap().status, 200);
+    assert_eq!((two.d1.seen().len(), two.d2.seen().len()), (1, 2));
+}
+
+#[tokio::test]
 async fn its_health_is_asked_for_as_soon_as_it_fails() {
     let two = Two::start(&[]).await;
     two.d1.on_decode(Reply::Json(500, dead()));
