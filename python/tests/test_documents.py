@@ -1,6 +1,6 @@
 """Checks that metrics, labels, reasons, log lines and paths in the pages for users exist.
 
-Tests of the programs compare the tables of docs/metrics.md and docs/proxy.md with the programs' exports. The tests here
+Tests of the programs compare the tables of docs/reference/metrics.md and docs/proxy with the exports. The tests here
 compare the other pages with these tables.
 """
 
@@ -25,6 +25,9 @@ TASKS = [
     DOCS / name
     for name in (
         "observability.md",
+        "proxy/overview.md",
+        "proxy/registration.md",
+        "proxy/routing.md",
         "quickstart-one-host.md",
         "reference/reasons.md",
         "sizing.md",
@@ -58,11 +61,11 @@ def cells(line: str) -> list[str]:
 def reference() -> dict[str, Metric]:
     """Returns every metric, by its name in a query."""
     found: dict[str, Metric] = {}
-    for line in (DOCS / "metrics.md").read_text().splitlines():
+    for line in (DOCS / "reference" / "metrics.md").read_text().splitlines():
         if line.startswith("| `pd_sidecar_"):
             name, kind, labels, *_ = cells(line)
             found[name.strip("`")] = Metric(set(NAME.findall(labels)), kind == "histogram")
-    for line in (DOCS / "proxy.md").read_text().splitlines():
+    for line in (DOCS / "proxy" / "metrics.md").read_text().splitlines():
         if line.startswith("| `pd_proxy_"):
             name, labels, text = cells(line)
             found[name.strip("`")] = Metric(set(NAME.findall(labels)), "(histogram)" in text)
@@ -80,9 +83,10 @@ def reference() -> dict[str, Metric]:
 
 def known_values() -> set[str]:
     """Returns the values of labels: every code span of a reference page."""
-    pages = (DOCS / "metrics.md", DOCS / "proxy.md", DOCS / "reference" / "reasons.md")
+    pages = [DOCS / "reference" / name for name in ("metrics.md", "reasons.md")]
+    pages += (DOCS / "proxy").glob("*.md")
     words = {word for page in pages for word in NAME.findall(page.read_text())}
-    # Kinds of messages and roles that docs/proxy.md does not list one by one.
+    # Kinds of messages and roles that docs/proxy does not list one by one.
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
 
 

@@ -61,7 +61,7 @@ pub(crate) struct CheckConfig {
     /// One JSON object instead of tables.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Explains every key, as the tables of docs/configuration.md, and checks nothing.
+    /// Explains every key, as the tables of docs/reference/configuration.md, and checks nothing.
     #[arg(long, exclusive = true)]
     pub(crate) reference: bool,
     #[command(flatten)]
@@ -102,10 +102,10 @@ pub(crate) struct Overrides {
     /// Receiver: address that senders connect to.
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
-    /// Receiver: port of the init handshake, one a rank.
+    /// Receiver: port of the init handshake, one for each rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     init_port: Option<String>,
-    /// Receiver: port of the alloc requests, one a rank.
+    /// Receiver: port of the alloc requests, one for each rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     alloc_port: Option<String>,
     /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.

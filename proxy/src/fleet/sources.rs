@@ -36,7 +36,7 @@ pub struct Sources {
     #[arg(long, env = "PD_PROXY_CONNECTOR", default_value = "nixl")]
     pub connector: Connector,
 
-    /// YAML file with a list `instances`, as docs/proxy.md describes it.
+    /// YAML file with a list `instances`, as docs/proxy/registration.md describes it.
     #[arg(long, env = "PD_PROXY_INSTANCES", value_name = "FILE")]
     pub instances: Option<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! The metrics, as docs/proxy.md lists them.
+//! The metrics, as docs/proxy/metrics.md lists them.
 
 use std::fmt;
 use std::sync::Arc;

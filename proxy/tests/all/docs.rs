@@ -1,15 +1,18 @@
-//! Tests that docs/proxy.md lists exactly the flags, metrics, reasons and codes that exist.
+//! Tests that docs/proxy and docs/reference list exactly the flags, metrics, reasons and codes of the proxy that exist.
 
 use std::collections::BTreeSet;
 
 use clap::CommandFactory;
 use proxy::{Code, Config, Fallback, Metrics, Outcome};
 
-const DOCUMENT: &str = include_str!("../../../docs/proxy.md");
+const OVERVIEW: &str = include_str!("../../../docs/proxy/overview.md");
+const FLAGS: &str = include_str!("../../../docs/proxy/flags.md");
+const METRICS: &str = include_str!("../../../docs/proxy/metrics.md");
+const REASONS: &str = include_str!("../../../docs/reference/reasons.md");
 
-/// Returns the first cells of the table rows below a heading, without their backticks.
-fn documented(heading: &str) -> BTreeSet<String> {
-    let (_, section) = DOCUMENT
+/// Returns the first cells of the table rows below a heading of a page, without their backticks.
+fn documented(page: &str, heading: &str) -> BTreeSet<String> {
+    let (_, section) = page
         .split_once(&format!("\n{heading}\n"))
         .unwrap_or_else(|| panic!("no {heading:?}"));
     let section = section.split("\n#").next().unwrap();
@@ -38,7 +41,7 @@ fn metrics() {
             });
         }
     }
-    assert_eq!(documented("## Metrics"), families);
+    assert_eq!(documented(METRICS, "## Metrics"), families);
 }
 
 #[test]
@@ -49,7 +52,7 @@ fn flags() {
         .filter_map(|argument| argument.get_long())
         .filter(|name| !matches!(*name, "help" | "version"))
         .map(|name| format!("--{name}"));
-    assert_eq!(documented("## Flags"), set(flags));
+    assert_eq!(documented(FLAGS, "## Flags"), set(flags));
     for argument in command.get_arguments() {
         let Some(name) = argument.get_long() else {
             continue;
@@ -69,29 +72,26 @@ fn flags() {
         for default in argument.get_default_values() {
             let row = format!("| `--{name}` | `{}` |", default.to_str().unwrap());
             let switch = default == "false";
-            assert!(
-                switch || DOCUMENT.contains(&row),
-                "no row begins with {row}"
-            );
+            assert!(switch || FLAGS.contains(&row), "no row begins with {row}");
         }
     }
 }
 
 #[test]
 fn reasons() {
-    let heading = "### Requests that the decode instance computes alone";
-    assert_eq!(documented(heading), set(Fallback::ALL));
+    let heading = "## Reasons of the proxy";
+    assert_eq!(documented(REASONS, heading), set(Fallback::ALL));
 }
 
 #[test]
 fn codes() {
     let row = |code: &Code| format!("| `{}` | {} |", code.as_str(), code.status().as_u16());
     for code in Code::ALL {
-        assert!(DOCUMENT.contains(&row(code)), "no {}", row(code));
+        assert!(OVERVIEW.contains(&row(code)), "no {}", row(code));
     }
 }
 
 #[test]
 fn outcomes() {
-    assert_eq!(documented("## Log line"), set(Outcome::ALL));
+    assert_eq!(documented(METRICS, "### Outcomes"), set(Outcome::ALL));
 }

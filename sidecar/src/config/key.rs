@@ -37,7 +37,7 @@ pub(crate) struct Key {
     pub(crate) default: Default,
     /// The accepted values, for messages.
     pub(crate) want: &'static str,
-    /// The description for docs/configuration.md.
+    /// The description for docs/reference/configuration.md.
     pub(crate) doc: &'static str,
 }
 

@@ -1,5 +1,5 @@
 //! The table of all keys that the sidecar reads. The reader, `check-config` and the tests of
-//! docs/configuration.md use this table.
+//! docs/reference/configuration.md use this table.
 
 use super::key::{Default, Key, Section};
 use super::layers::{Layers, Sourced};
@@ -45,40 +45,40 @@ macro_rules! keys {
 keys! {
     /// The keys of LMCache that the sidecar reads, as given.
     Lmcache in Lmcache {
-        /// PD is what the sidecar does; `false` is refused.
+        /// Must be true: PD is the only thing that the sidecar does, so it refuses `false`.
         enable_pd: bool = Default::Value("true"), also "enable_xpyd";
-        /// Which side of transfers this sidecar is.
+        /// Side of this sidecar in transfers.
         pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
         /// Bytes of the send or landing buffer of each rank, cut down to whole chunks.
         pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
         /// Memory of the buffers: host memory, or the memory of the GPU that the engine's rank runs on.
         pd_buffer_device: Devices = Default::Value("cpu"), flag "--buffer-device", also "nixl_buffer_device";
-        /// Receiver: the address that the init, alloc and TCP data ports are bound to and that
-        /// senders connect to.
+        /// Receiver: address to which the init, alloc and TCP data ports are bound, and to which senders connect.
         pd_peer_host: Host = Default::Required("for a receiver"), flag "--host", also "nixl_peer_host";
-        /// Receiver: port of the init handshake, one a rank.
+        /// Receiver: port of the init handshake, one for each rank.
         pd_peer_init_port: Ports = Default::Required("for a receiver"), flag "--init-port", also "nixl_peer_init_port";
-        /// Receiver: port of the alloc requests, one a rank.
+        /// Receiver: port of the alloc requests, one for each rank.
         pd_peer_alloc_port: Ports = Default::Required("for a receiver"), flag "--alloc-port", also "nixl_peer_alloc_port";
-        /// Receiver: port on which LMCache's bidirectional senders ask what they could read back, one a
-        /// rank. The answer is always nothing: slots are transit.
+        /// Receiver: port for the queries of LMCache's bidirectional senders, one for each rank. Such a sender
+        /// asks which KV it can read back. The answer is always none, because a sidecar keeps no KV.
         pd_peer_query_port: Ports = Default::None;
         /// Host of the proxy's registration port, or of LMCache's own proxy.
         pd_proxy_host: Host = Default::None, also "nixl_proxy_host";
         /// The proxy's registration port.
         pd_proxy_port: Port = Default::None, also "nixl_proxy_port";
-        /// Nothing is sent to the proxy: neither registration nor the word that a request's KV has
-        /// been written.
+        /// If true, the sidecar sends nothing to the proxy: neither registrations nor reports that a request's
+        /// KV is written.
         pd_skip_proxy_notification: bool = Default::Value("false");
-        /// If finite: what `sidecar.wait_ms` is when it is not given.
+        /// If finite, the default of `sidecar.wait_ms`.
         pd_allocation_timeout_sec: Seconds = Default::Value("inf");
         /// The default of `sidecar.drain_timeout_ms`.
         pd_shutdown_timeout_sec: Seconds = Default::None;
-        /// `nixl` is the only one that LMCache's PD knows.
+        /// Must be `nixl`, the only channel that LMCache's PD knows.
         transfer_channel: String = Default::Value("nixl");
         /// Backends of NIXL. Only UCX is supported.
         nixl_backends: Words = Default::Value("[UCX]");
-        /// If not 0: an engine for whose chunks the buffer has not room for so many tokens at once is refused.
+        /// If not 0, the sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at
+        /// once.
         pd_max_prefill_len: Count<0> = Default::Value("0");
         /// Tokens of a chunk. If given, an engine with another chunk size is refused.
         chunk_size: Count<1> = Default::None;
@@ -94,9 +94,9 @@ keys! {
         /// Ranks of the engine, each with a buffer of its own: its tensor-parallel size, or the other side's if that is
         /// larger.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
-        /// Path of the unix socket that the engine connects to. Its directory is made with mode 0700. Beside
-        /// it a sender keeps a file by which its successor can vouch for its end: in a container the
-        /// directory should outlive it.
+        /// Path of the unix socket that the engine connects to. The sidecar makes its folder with mode 0700. A
+        /// sender keeps the file of its process lock in the same folder: with that file the next sidecar proves
+        /// that this one has ended. So in a container keep the folder on a volume.
         socket: String = Default::Computed("$XDG_RUNTIME_DIR/pd-sidecar/ROLE.sock, or /tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
         /// Address of the admin server: health, metrics, registration.
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
@@ -104,59 +104,60 @@ keys! {
         engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
         /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
-        /// Host that others reach this machine at, where an address above is `0.0.0.0`.
+        /// Host name or address of this machine for other hosts. It stands in for an address above that is
+        /// `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
-        /// Which wires may be used.
+        /// Wires that the sidecar may use.
         transport: Wire = Default::Value("auto"), flag "--transport";
-        /// Receiver: data port of the built-in TCP transport for rank 0; rank N takes the Nth after
-        /// it. 0 is any free one: the init handshake tells senders which.
+        /// Receiver: data port of the built-in TCP transport for rank 0; rank N uses this port + N. 0 means any
+        /// free port; senders learn its number in the init handshake.
         tcp_port: Port = Default::Value("0");
         /// Senders send an XXH3 of each chunk, and receivers check it.
         checksum: bool = Default::Value("off");
-        /// Off: no KV is pushed and every decode computes its own. For tests.
+        /// If off, the sidecar pushes no KV, and each decode engine computes its prompts. For tests.
         push: bool = Default::Value("on"), flag "--no-push";
         /// Lets ports listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
-        /// Lets NIXL open TCP ports of its own, which UCX chooses: whoever reaches such a port
-        /// reads and writes the memory of this process, and can end it. They are bound to
-        /// `pd_peer_host` (a sender without it: `sidecar.advertise_host`, else 127.0.0.1).
+        /// Lets NIXL open TCP ports that UCX chooses. Anyone who reaches such a port can read and write the
+        /// memory of this process, and can end the process. The ports are bound to `pd_peer_host` (for a sender
+        /// without that key: to `sidecar.advertise_host`, else 127.0.0.1).
         nixl_over_tcp: NixlOverTcp = Default::Value("refused");
-        /// Sender: the rate of a wire, in GB/s, up to which KV should leave layer by layer, while the last
-        /// layers are computed. That slows the computing down, by about as much as a faster wire needs for
-        /// the whole. 0: never.
+        /// Sender: KV leaves layer by layer, while the engine computes the last layers, if the wire is slower
+        /// than this rate in GB/s. Over a faster wire it would slow the engine down by about as much time as it
+        /// saves. 0 means never.
         layers_below_gb_s: Count<0> = Default::Value("100");
-        /// Sender: time between two signs of life under a lease; three missed end it.
+        /// Sender: time between two heartbeats of a lease; the lease ends after three missed heartbeats.
         heartbeat_ms: Millis = Default::Value("1000");
-        /// Sender: how long a receiver may hold a request for room. Receiver: how long one of LMCache's
-        /// senders is held for it, which say nothing themselves.
+        /// Sender: longest time for which a request may wait for room at the receiver. Receiver: the same for
+        /// requests of LMCache's senders, which do not say a time themselves.
         wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
-        /// Sender: how long a receiver may hold a request for its decode leg to park.
+        /// Sender: longest time for which a receiver waits until the decode leg of a request parks.
         park_ms: Millis = Default::Value("50");
-        /// Sender: after this time without an answer a message is repeated.
+        /// Sender: time without an answer after which the sender repeats a message.
         repeat_ms: Millis = Default::Value("500");
-        /// Sender: how long the init handshake with a receiver may take.
+        /// Sender: longest time for the init handshake with a receiver.
         link_ms: Millis = Default::Value("5000");
-        /// Sender: how long a request may go without progress.
+        /// Sender: longest time that a request may spend without progress.
         stall_ms: Millis = Default::Value("30000");
-        /// Receiver: the longest that a request is held for room or its decode leg, whatever the
-        /// sender asks for.
+        /// Receiver: longest time for which a request waits for room or for its decode leg, even if the sender
+        /// asks for more.
         max_wait_ms: Millis = Default::Value("5000");
-        /// Receiver: how long a parked decode request waits for a sender.
+        /// Receiver: longest time for which a parked decode request waits for a sender.
         no_sender_ms: Millis = Default::Value("5000");
-        /// Receiver: how long written KV waits for a decode request.
+        /// Receiver: longest time for which written KV waits for a decode request.
         unclaimed_ms: Millis = Default::Value("10000");
-        /// Receiver: the longest silence that a sender may ask for, and how long slots are lent to
-        /// LMCache's senders.
+        /// Receiver: longest lease that a sender may ask for, and the time for which LMCache's senders get
+        /// slots.
         max_lease_ms: Millis = Default::Value("30000");
-        /// Receiver: how long after the end of a sender on another host its writes may still be under way.
-        /// The kernel goes on sending for a process that has ended, if the wire is TCP, for up to 102
-        /// seconds; where there is only RDMA, a second is enough.
+        /// Receiver: time for which the writes of a sender on another host may still arrive after the sender
+        /// has ended. Over TCP the kernel goes on sending for an ended process, for up to 102 seconds. If there
+        /// is only RDMA, one second is enough.
         fence_ms: Millis = Default::Value("120000");
-        /// Requests under way at once and rank; more are refused as `busy`.
+        /// Requests under way at once, for each rank; the sidecar refuses more with `busy`.
         max_requests: Count<1> = Default::Value("1024");
-        /// Receiver: slots that one sender may leave quarantined before it is refused.
+        /// Receiver: slots that one sender may leave in quarantine before the receiver refuses its requests.
         max_quarantined: Count<1> = Default::Computed("a quarter of the slots");
-        /// Time between two registrations at the proxy, which are the heartbeat.
+        /// Time between two registrations at the proxy. They are the heartbeat.
         register_ms: Millis = Default::Value("1000");
         /// Longest time for requests to end after SIGTERM.
         drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";
@@ -164,7 +165,8 @@ keys! {
         log_level: String = Default::Value("info"), flag "--log-level";
         /// Format of log lines.
         log_format: LogFormat = Default::Value("text"), flag "--log-format";
-        /// File that takes the events and actions of the protocol machines, to replay them.
+        /// File into which the sidecar writes the events and actions of the protocol's state machines, for a
+        /// replay.
         trace: String = Default::None, flag "--trace";
     }
 }

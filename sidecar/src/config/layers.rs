@@ -332,7 +332,7 @@ impl Layers {
                     key: section.path(&entry.key),
                     value: entry.value.raw.show(),
                     what: "no such key".to_owned(),
-                    right: near.map_or("see docs/configuration.md".to_owned(), |near| {
+                    right: near.map_or("see docs/reference/configuration.md".to_owned(), |near| {
                         format!("did you mean {near}?")
                     }),
                 });

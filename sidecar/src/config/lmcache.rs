@@ -253,7 +253,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
     Refusal {
         key: "enable_blending",
         harmless: &["false"],
-        why: "blended KV is not what its key says, so it cannot be handed over",
+        why: "the key of blended KV does not describe it, so it cannot be handed over",
         instead: "remove it or set it to false",
     },
     Refusal {

@@ -1,4 +1,4 @@
-//! Makes the tables of docs/configuration.md from the tables of keys.
+//! Makes the tables of docs/reference/configuration.md from the tables of keys.
 
 use std::fmt::Write;
 

@@ -60,7 +60,7 @@ impl Report {
         let noun = if n == 1 { "mistake" } else { "mistakes" };
         writeln!(
             text,
-            "{n} {noun} in the configuration; docs/configuration.md explains every key"
+            "{n} {noun} in the configuration; docs/reference/configuration.md explains every key"
         )
         .expect("a String takes every write");
         text

@@ -1,4 +1,4 @@
-//! Prometheus metrics. docs/metrics.md lists each metric, and a test compares the two.
+//! Prometheus metrics. docs/reference/metrics.md lists each metric, and a test compares the two.
 //!
 //! Counters and histograms are kept here; gauges are read from [`Status`] at each scrape. Every label has a
 //! bounded number of values: only the first peers are shown.
@@ -114,7 +114,7 @@ impl Metrics {
 
     fn registered(mut self, status: &Arc<Status>) -> Self {
         let r = &mut self.registry;
-        // A test compares the name, type and labels of each metric with docs/metrics.md.
+        // A test compares the name, type and labels of each metric with docs/reference/metrics.md.
         let info = [
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             ("protocol", VERSION.to_string()),

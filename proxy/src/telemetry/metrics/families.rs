@@ -49,7 +49,7 @@ impl Metrics {
     }
 
     fn register(&mut self) {
-        // docs/proxy.md has a row for each name; a test compares the two.
+        // docs/proxy/metrics.md has a row for each name; a test compares the two.
         let r = &mut self.registry;
         r.register(
             "build",

@@ -25,7 +25,7 @@ fn everything_that_is_missing_is_said_at_once() {
          LMCACHE_PD_ROLE\n\
          error: pd_buffer_size: missing; set pd_buffer_size to bytes (1073741824) or a size with a \
          unit (1GiB, 1024MiB, 1.5GB), or give --buffer-size, or set LMCACHE_PD_BUFFER_SIZE\n\
-         2 mistakes in the configuration; docs/configuration.md explains every key\n"
+         2 mistakes in the configuration; docs/reference/configuration.md explains every key\n"
     );
 }
 

@@ -390,7 +390,10 @@ fn defaults_are_what_the_table_says() {
 
 #[test]
 fn docs_have_every_key() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../docs/reference/configuration.md"
+    );
     let text = std::fs::read_to_string(path).unwrap();
     let tables = super::reference();
     let lines: Vec<&str> = tables.lines().filter(|l| l.starts_with('|')).collect();
@@ -398,7 +401,7 @@ fn docs_have_every_key() {
     for line in lines {
         assert!(
             text.lines().any(|l| l == line),
-            "docs/configuration.md lacks\n{line}\nrun `sidecar check-config --reference` and replace its tables"
+            "docs/reference/configuration.md lacks\n{line}\nrun `sidecar check-config --reference` and replace its tables"
         );
     }
     let known = |key: &Key, l: &str| l.starts_with(&format!("| `{}` |", key.path()));

@@ -238,7 +238,8 @@ fn messages_and_frames_are_counted() {
     }
 }
 
-/// docs/metrics.md has every metric with its type and labels, and no other metric.
+/// docs/reference/metrics.md has every metric with its type and labels, and no other metric; docs/reference/reasons.md
+/// has every reason.
 #[test]
 fn docs_list_every_metric() {
     let (status, metrics) = metrics("both");
@@ -250,7 +251,7 @@ fn docs_list_every_metric() {
     let tcp = Tcp::bind(tcp::Config::default(), buffer).unwrap();
     status.wires(RankRole::Receiver, 0, Wires::of(vec![Arc::new(tcp)]));
     status.port(0, "init", Traffic::default());
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/metrics.md");
     let docs = std::fs::read_to_string(path).unwrap();
     let mut listed: Vec<String> = docs
         .lines()
@@ -292,11 +293,16 @@ fn docs_list_every_metric() {
         expected.push(format!("`{name}{suffix}` {kind} {labels}"));
     }
     expected.sort();
-    assert_eq!(listed, expected, "docs/metrics.md and the code differ");
+    assert_eq!(
+        listed, expected,
+        "docs/reference/metrics.md and the code differ"
+    );
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/reasons.md");
+    let reasons = std::fs::read_to_string(path).unwrap();
     for reason in Reason::ALL {
         assert!(
-            docs.contains(&format!("`{}`", reason.as_str())),
-            "docs/metrics.md lacks {reason}"
+            reasons.contains(&format!("`{}`", reason.as_str())),
+            "docs/reference/reasons.md lacks {reason}"
         );
     }
 }
