@@ -47,7 +47,7 @@ class Figures:
     rows: list[Row] = field(default_factory=list)
 
     def table(self) -> str:
-        lines = ["| | ours | baseline | ratio | meant to be |", "|---|---|---|---|---|"]
+        lines = ["| | ours | baseline | ratio | target |", "|---|---|---|---|---|"]
         for row in self.rows:
             bound = row.bound + ("" if row.holds else " **missed**")
             lines.append(f"| {row.what} | {row.ours} | {row.baseline} | {row.ratio:.2f} | {bound} |")
