@@ -1,245 +1,64 @@
-//! The hand-over of the first token, as LMCache does it. Both legs are completions over token ids, and
-//! the token that the prefill instance has sampled is the last one of the decode leg's prompt.
+//! LMCache inside the decode engine: the engine finds the KV by the hashes of its chunks.
 //!
-//! An LMCache decoder looks up all tokens but the last one, so only with this prompt do its chunk hashes
-//! equal those of its prefiller. A request whose answer would change by the hand-over gets no transfer
-//! to LMCache; between sidecars it gets the usual transfer.
+//! An LMCache decoder looks up all tokens but the last one. So the decode leg's prompt ends with the token
+//! that the prefill instance has sampled: only with this prompt do its chunk hashes equal the prefiller's.
 
-use bytes::Bytes;
-use serde::Deserialize;
+use protocol::RequestId;
 
-use crate::connectors::handoff::FirstToken;
-use crate::openai::body::{Kind, RequestBody, kind};
-use crate::openai::endpoint::Endpoint;
+use crate::connectors::answer::{Answer, NoHandoff, Prefilled};
+use crate::connectors::disagg_spec::to_receiver;
+use crate::connectors::{Connector, Handoff, Legs, PrefillForm, Spec};
 
-/// Returns true if the request keeps its meaning when the first token of the answer stands in the
-/// prompt. An unknown field may mean anything, so it makes the result false.
-pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
-    let is_set = |name: &str| match body.json(name) {
-        // In a completion, 0 is not empty: it asks for the log probability of the sampled token.
-        Some(text) if name == "logprobs" => text != "false",
-        Some(text) => !EMPTY.contains(&text),
-        None => false,
-    };
-    let needs_whole = |name: &str| match kind(name) {
-        Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
-        // Without tools, `tool_choice` has no effect; with tools, `tools` itself is set.
-        Some(Kind::Prompt) if name == "tool_choice" => false,
-        Some(Kind::Prompt | Kind::Answer) => is_set(name),
-        None => true,
-    };
-    // An engine seeds its random numbers at the beginning of a request. The second half would use the
-    // first half's random numbers again.
-    let is_seeded = body.json("seed").is_some()
-        && !body
-            .json("temperature")
-            .is_some_and(|text| EMPTY.contains(&text));
-    let is_clear = COUNTS.iter().all(|name| {
-        body.json(name)
-            .is_none_or(|text| text.parse::<u64>().is_ok())
-    });
-    let is_one = max_tokens(body, endpoint).is_some_and(|tokens| tokens <= 1);
-    is_clear && !is_seeded && !is_one && !body.names().any(needs_whole)
-}
+/// Instances with LMCache.
+pub(super) static SPEC: Spec = Spec {
+    has_sidecar: false,
+    has_ports: true,
+    has_zmq: false,
+    needs_first_token: true,
+    receives: &[
+        (Connector::Lmcache, &ToLmcache),
+        (Connector::Sidecar, &ToLmcache),
+    ],
+};
 
-/// Returns the body of `POST /tokenize`; `None` if the prompt is token ids already.
-pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
-    let names: &[&str] = match endpoint {
-        Endpoint::Completions if token_ids(body).is_some() => return None,
-        Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
-        Endpoint::Chat => &[
-            "model",
-            "messages",
-            "add_generation_prompt",
-            "continue_final_message",
-            "add_special_tokens",
-            "chat_template",
-            "chat_template_kwargs",
-        ],
-    };
-    Some(body.only(names))
-}
+#[derive(Debug)]
+struct ToLmcache;
 
-/// Returns the token ids of an answer to `POST /tokenize`, as JSON; `None` if it has none.
-pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Answer<'a> {
-        #[serde(borrow)]
-        tokens: &'a serde_json::value::RawValue,
-    }
-    let answer: Answer<'_> = serde_json::from_slice(answer).ok()?;
-    let text = answer.tokens.get();
-    text.starts_with('[').then(|| text.to_owned())
-}
-
-/// Returns the prompt as JSON if it is token ids; `None` otherwise.
-pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
-    let text = body.json("prompt")?;
-    let first = text.strip_prefix('[')?.trim_start();
-    first
-        .starts_with(|c: char| c.is_ascii_digit())
-        .then_some(text)
-}
-
-/// Returns the body of the prefill leg: a completion of one token over token ids.
-pub(crate) fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
-    let mut set = vec![
-        ("prompt", tokens),
-        ("stream", "false"),
-        ("max_tokens", "1"),
-        ("kv_transfer_params", params),
-    ];
-    set.extend(body.first_of_min_tokens());
-    body.with(is_of_both, &set)
-}
-
-/// Returns the body of the decode leg: a completion that continues after the first token.
-pub(crate) fn decode_body(
-    body: &RequestBody,
-    endpoint: Endpoint,
-    tokens: &str,
-    first: &FirstToken,
-    params: Option<&str>,
-) -> Bytes {
-    let all = tokens.trim_ascii_end();
-    let open = all.strip_suffix(']').unwrap_or(all).trim_ascii_end();
-    let prompt = format!("{open},{}]", first.id);
-    let left = match max_tokens(body, endpoint) {
-        Some(tokens) => (tokens - 1).to_string(),
-        // Without `max_tokens`, a completion ends after OpenAI's default of 16 tokens, one of which the
-        // prefill leg has sampled. A chat ends at the end of the context.
-        None if endpoint == Endpoint::Completions => "15".to_owned(),
-        None => "null".to_owned(),
-    };
-    let mut set = vec![("prompt", prompt.as_str()), ("max_tokens", left.as_str())];
-    let least = body
-        .json("min_tokens")
-        .and_then(|text| text.parse::<u64>().ok());
-    let least = least.map(|least| least.saturating_sub(1).to_string());
-    set.extend(least.as_deref().map(|least| ("min_tokens", least)));
-    set.extend(params.map(|params| ("kv_transfer_params", params)));
-    body.with(|name| is_of_both(name) || FORM.contains(&name), &set)
-}
-
-/// Returns true for fields that both legs carry.
-fn is_of_both(name: &str) -> bool {
-    name == "model" || matches!(kind(name), Some(Kind::Asker | Kind::Sampling))
-}
-
-/// Returns the most tokens that the client wants; `None` if it gives no limit.
-pub(crate) fn max_tokens(body: &RequestBody, endpoint: Endpoint) -> Option<u64> {
-    let read = |name| body.json(name)?.parse().ok();
-    let newer = match endpoint {
-        Endpoint::Chat => read("max_completion_tokens"),
-        Endpoint::Completions => None,
-    };
-    newer.or_else(|| read("max_tokens"))
-}
-
-/// Values that mean the same as an absent field.
-const EMPTY: [&str; 6] = ["false", "0", "0.0", "[]", "{}", "\"none\""];
-
-/// Fields whose numbers are divided between the legs.
-const COUNTS: [&str; 3] = ["max_tokens", "max_completion_tokens", "min_tokens"];
-
-/// Fields of the answer's form, which the decode leg takes from the client's request.
-const FORM: [&str; 4] = ["stream", "stream_options", "stream_interval", "request_id"];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> RequestBody {
-        RequestBody::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+impl Handoff for ToLmcache {
+    fn prefill_params(&self, legs: &Legs<'_>) -> Option<String> {
+        Some(to_receiver(legs, r#""ret_first_tok":true,"#, ""))
     }
 
-    #[test]
-    fn what_can_be_handed_over() {
-        let check = |endpoint, text: &str, expect: bool| {
-            assert_eq!(can_express(&parse(text), endpoint), expect, "{text}");
+    fn decode_params(&self, _id: &RequestId, _prefilled: &Prefilled) -> Option<String> {
+        None
+    }
+
+    fn prefill_form(&self) -> PrefillForm {
+        PrefillForm::TokenIds
+    }
+
+    fn needs_answer(&self) -> bool {
+        true
+    }
+
+    fn read(&self, answer: &Answer<'_>) -> Result<Prefilled, NoHandoff> {
+        let Some(id) = answer.first_token_id() else {
+            return Err(NoHandoff::not_pushed("its answer carries no first_tok"));
         };
-        let completion = Endpoint::Completions;
-        check(
-            completion,
-            r#"{"prompt":"a","max_tokens":2,"temperature":0.5}"#,
-            true,
-        );
-        check(completion, r#"{"prompt":"a","max_tokens":1}"#, false);
-        check(completion, r#"{"prompt":"a","stop":"x"}"#, false);
-        check(
-            completion,
-            r#"{"prompt":"a","stop":[],"logprobs":null,"presence_penalty":0.0}"#,
-            true,
-        );
-        check(completion, r#"{"prompt":"a","logprobs":0}"#, false);
-        check(
-            completion,
-            r#"{"prompt":"a","frequency_penalty":0.5}"#,
-            false,
-        );
-        check(completion, r#"{"prompt":"a","seed":1}"#, false);
-        check(
-            completion,
-            r#"{"prompt":"a","seed":1,"temperature":0}"#,
-            true,
-        );
-        check(
-            Endpoint::Chat,
-            r#"{"messages":[],"max_completion_tokens":1}"#,
-            false,
-        );
-        check(Endpoint::Chat, r#"{"messages":[],"tools":[{}]}"#, false);
-        check(Endpoint::Chat, r#"{"messages":[],"documents":[{}]}"#, false);
-        check(
-            completion,
-            r#"{"prompt":"a","thinking_token_budget":5}"#,
-            false,
-        );
-        check(
-            completion,
-            r#"{"prompt":"a","of_the_next_version":5}"#,
-            false,
-        );
-        check(completion, r#"{"prompt":"a","max_tokens":"5"}"#, false);
-        check(
-            completion,
-            r#"{"prompt":"a","metadata":{"a":"b"},"user":"u"}"#,
-            true,
-        );
-        check(
-            Endpoint::Chat,
-            r#"{"messages":[],"tools":[],"stream":true}"#,
-            true,
-        );
+        // The decode leg's prompt ends with this token, so its text has to come from this answer.
+        let Some((first, _)) = answer.first_token(id) else {
+            return Err(NoHandoff::not_expressible(
+                "its first token cannot be shown by itself",
+            ));
+        };
+        Ok(Prefilled {
+            first: Some(first),
+            ..answer.counts()
+        })
     }
 
-    #[test]
-    fn legs() {
-        let text = |bytes: Bytes| String::from_utf8(bytes.to_vec()).unwrap();
-        let body = parse(r#"{"model":"m","messages":[{}],"max_tokens":8,"seed":1,"stream":true}"#);
-        assert_eq!(
-            text(tokenize_body(&body, Endpoint::Chat).unwrap()),
-            r#"{"model":"m","messages":[{}]}"#
-        );
-        assert_eq!(
-            text(prefill_body(&body, "[1,2]", "{}")),
-            r#"{"model":"m","seed":1,"prompt":[1,2],"stream":false,"max_tokens":1,"kv_transfer_params":{}}"#
-        );
-        let first = FirstToken {
-            id: 7,
-            ..FirstToken::default()
-        };
-        assert_eq!(
-            text(decode_body(&body, Endpoint::Chat, "[1,2] ", &first, None)),
-            r#"{"model":"m","seed":1,"stream":true,"prompt":[1,2,7],"max_tokens":7}"#
-        );
-        let ids = parse(r#"{"model":"m","prompt":[1, 2]}"#);
-        assert_eq!(tokenize_body(&ids, Endpoint::Completions), None);
-        assert_eq!(token_ids(&ids), Some("[1, 2]"));
-        assert_eq!(
-            tokens(br#"{"count":2,"tokens":[3, 4]}"#).as_deref(),
-            Some("[3, 4]")
-        );
-        assert_eq!(tokens(br#"{"tokens":null}"#), None);
+    /// Returns true: each rank of the prefill instance sends a notice when it has written its part.
+    fn needs_notices(&self) -> bool {
+        true
     }
 }

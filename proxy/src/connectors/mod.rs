@@ -1,6 +1,187 @@
-//! The hand-over of KV between two instances, for each kind of connector.
+//! The hand-over of KV from a prefill to a decode instance: one file for each connector, behind one trait.
+//!
+//! | file | from | prefill leg | decode leg |
+//! |---|---|---|---|
+//! | `sidecar` | sidecar | the receiver's address | the request's id |
+//! | `sidecar`, first token | sidecar | the same; the answer's token ids and first token are wanted | token ids, with the first token, and the id |
+//! | `sidecar` | LMCache | the receiver's address | the request's id; the KV is written |
+//! | `lmcache` | LMCache, sidecar | the receiver's address; the first token is wanted | token ids, with the first token |
+//! | `nixl` | nixl | a decode instance follows | the parameters of the prefill answer |
+//! | `p2p_nccl` | P2P NCCL | nothing: the request id contains both addresses | nothing |
+//!
+//! CONTRIBUTING.md says how to add a connector.
 
-pub(crate) mod first_token_stream;
-pub(crate) mod handoff;
-pub(crate) mod lmcache;
-pub(crate) mod merge;
+use std::fmt;
+
+use clap::ValueEnum;
+use protocol::RequestId;
+use serde::{Deserialize, Serialize};
+
+use crate::connectors::answer::{Answer, NoHandoff, Prefilled};
+
+pub(crate) mod answer;
+mod disagg_spec;
+pub(crate) mod first_token;
+mod lmcache;
+mod nixl;
+mod p2p_nccl;
+mod sidecar;
+
+/// The connector by which an instance hands KV over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connector {
+    /// Sidecars: the prefill side's sidecar pushes KV to the decode side's.
+    Sidecar,
+    /// vLLM's `NixlConnector`: the prefill answer contains the transfer parameters of the decode leg.
+    #[default]
+    Nixl,
+    /// LMCache inside the engines: `disagg_spec`, `ProxyNotif`, and a hand-over of the first token.
+    Lmcache,
+    /// vLLM's P2P NCCL connector: the request id names both addresses.
+    P2pNccl,
+}
+
+impl Connector {
+    /// Returns the connector's specification. This is the table of connectors.
+    pub(crate) fn spec(self) -> &'static Spec {
+        match self {
+            Self::Sidecar => &sidecar::SPEC,
+            Self::Nixl => &nixl::SPEC,
+            Self::Lmcache => &lmcache::SPEC,
+            Self::P2pNccl => &p2p_nccl::SPEC,
+        }
+    }
+
+    /// Returns the hand-off from a prefill instance with the connector `prefill` to a decode instance with
+    /// this connector; `None` if two such instances cannot be a pair.
+    pub(crate) fn receives_from(self, prefill: Self) -> Option<&'static dyn Handoff> {
+        let found = self
+            .spec()
+            .receives
+            .iter()
+            .find(|(from, _)| *from == prefill);
+        found.map(|(_, handoff)| *handoff)
+    }
+}
+
+impl fmt::Display for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.to_possible_value();
+        f.write_str(name.as_ref().map_or("", |name| name.get_name()))
+    }
+}
+
+/// The properties of instances with one connector, and the hand-offs to them.
+#[derive(Debug)]
+pub(crate) struct Spec {
+    /// True if a sidecar registers the instance, so that it cannot be configured by hand and has an admin
+    /// address. The sidecar contacts the receiver while its engine computes the prefill leg, so a second
+    /// attempt with another instance needs an id of its own.
+    pub has_sidecar: bool,
+    /// True if senders reach a receiver by its host, its init ports and its alloc ports.
+    pub has_ports: bool,
+    /// True if request ids contain the instance's ZeroMQ address.
+    pub has_zmq: bool,
+    /// True if each decode leg with a transfer continues after the prefill instance's first token. A request
+    /// whose answer would change by that gets no transfer to such an instance.
+    pub needs_first_token: bool,
+    /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
+    /// instance.
+    pub receives: &'static [(Connector, &'static dyn Handoff)],
+}
+
+/// One way in which a pair of instances hands KV over. The defaults describe a prefill engine that needs
+/// only to be told about the decode instance, and a decode leg that waits for the prefill leg's answer.
+pub(crate) trait Handoff: fmt::Debug + Sync {
+    /// Returns the transfer parameters of the prefill leg, as JSON; `None` if the leg needs none.
+    fn prefill_params(&self, legs: &Legs<'_>) -> Option<String>;
+
+    /// Returns the transfer parameters of a decode leg that waits for KV, as JSON; `None` if the decode
+    /// engine finds the KV without parameters. `id` is the id that both legs carry.
+    fn decode_params(&self, id: &RequestId, prefilled: &Prefilled) -> Option<String>;
+
+    /// Returns the form of the prefill leg.
+    fn prefill_form(&self) -> PrefillForm {
+        PrefillForm::Discarded
+    }
+
+    /// Returns true if the prefill leg fails when its successful answer is not JSON.
+    fn needs_answer(&self) -> bool {
+        false
+    }
+
+    /// Reads the parts of the prefill leg's answer that the decode leg needs, beside the token counts.
+    ///
+    /// # Errors
+    /// The reason for which no KV is handed over, although the prompt was computed.
+    fn read(&self, answer: &Answer<'_>) -> Result<Prefilled, NoHandoff> {
+        Ok(answer.counts())
+    }
+
+    /// Returns true if the KV is complete only after a notice from each rank, beside the prefill leg's answer.
+    fn needs_notices(&self) -> bool {
+        false
+    }
+
+    /// Returns true if the decode leg may be sent before the prefill leg's answer has come.
+    fn can_overlap(&self) -> bool {
+        false
+    }
+
+    /// Returns true if the KV is sent while the prefill engine computes. A prefill leg that has begun is then
+    /// not late.
+    fn sends_early(&self) -> bool {
+        false
+    }
+
+    /// Returns the hand-off by which the client gets its first token from the prefill instance; `None` if
+    /// there is none.
+    fn with_first_token(&self) -> Option<&'static dyn Handoff> {
+        None
+    }
+
+    /// Returns an id that tells each engine the other one's address, and that both legs carry instead of the
+    /// request's id; `None` if the connector reads nothing from ids.
+    fn address_id(&self, _prefill: &KvAddress<'_>, _decode: &KvAddress<'_>) -> Option<RequestId> {
+        None
+    }
+}
+
+/// The form of a prefill leg.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PrefillForm {
+    /// The client's request for one token, which is discarded.
+    Discarded,
+    /// The client's request for one token, which the client gets.
+    FirstToken,
+    /// A completion over token ids for one token, with which the prompt of the decode leg ends.
+    TokenIds,
+}
+
+/// The two legs of a request, as the parameters of the prefill leg describe them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Legs<'a> {
+    /// The id that both legs carry.
+    pub id: &'a RequestId,
+    /// The address of the decode instance.
+    pub decode: KvAddress<'a>,
+    /// True if the decode leg is sent before the prefill leg's answer has come.
+    pub overlap: bool,
+}
+
+/// The address at which other engines and sidecars reach an instance's connector.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct KvAddress<'a> {
+    /// Host of the ports.
+    pub host: &'a str,
+    /// Init port of each rank; empty if the connector has none.
+    pub init_ports: &'a [u16],
+    /// Alloc port of each rank; empty if the connector has none.
+    pub alloc_ports: &'a [u16],
+    /// ZeroMQ address (`ip:port`); `None` if the connector has none.
+    pub zmq: Option<&'a str>,
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use clap::ValueEnum;
 use protocol::registration::InstanceRole;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use crate::connectors::{Connector, KvAddress};
 use crate::fleet::base_url::BaseUrl;
 use crate::fleet::kv_fit::Kv;
 use crate::fleet::load::Load;
@@ -61,22 +61,6 @@ pub struct Instance {
     pub standing: Standing,
 }
 
-/// The connector by which an instance hands KV over. `HandoffMode::of` says which connectors can be a
-/// pair.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Connector {
-    /// Sidecars: the prefill side's sidecar pushes KV to the decode side's.
-    Sidecar,
-    /// vLLM's `NixlConnector`: the prefill answer contains the transfer parameters of the decode leg.
-    #[default]
-    Nixl,
-    /// LMCache inside the engines: `disagg_spec`, `ProxyNotif`, and a hand-over of the first token.
-    Lmcache,
-    /// vLLM's P2P NCCL connector: the request id names both addresses.
-    P2pNccl,
-}
-
 /// The source from which the proxy knows an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -119,6 +103,25 @@ impl Instance {
     /// Returns true if the instance takes decode legs.
     pub fn decodes(&self) -> bool {
         self.role != InstanceRole::Prefill
+    }
+
+    /// Returns the address at which other engines and sidecars reach the instance's connector.
+    pub(crate) fn kv_address(&self) -> KvAddress<'_> {
+        KvAddress {
+            host: &self.host,
+            init_ports: &self.init_ports,
+            alloc_ports: &self.alloc_ports,
+            zmq: self.zmq.as_deref(),
+        }
+    }
+
+    /// Returns the hosts to which the proxy or a sender connects for this instance.
+    pub fn hosts(&self) -> impl Iterator<Item = &str> {
+        let admin = self.admin.as_ref().map(|admin| admin.host());
+        let receiver = Some(self.host.as_str()).filter(|host| !host.is_empty());
+        [Some(self.http.host()), admin, receiver]
+            .into_iter()
+            .flatten()
     }
 
     /// Returns true if role, connector and addresses equal those of `other`. They must not change within

@@ -5,7 +5,8 @@ use std::time::Duration;
 use protocol::registration::InstanceRole;
 use serde::Deserialize;
 
-use crate::fleet::instance::{Connector, Instance, Named, Source, Unusable};
+use crate::connectors::Connector;
+use crate::fleet::instance::{Instance, Named, Source, Unusable};
 
 /// The message by which an instance says that it lives. The instance repeats it every three seconds.
 #[derive(Debug, Deserialize)]

@@ -7,7 +7,8 @@ use clap::Args;
 use protocol::registration::InstanceRole;
 use serde::Deserialize;
 
-use crate::fleet::instance::{Connector, Instance, Named, Source, Unusable};
+use crate::connectors::Connector;
+use crate::fleet::instance::{Instance, Named, Source, Unusable};
 
 mod lmcache;
 

@@ -165,7 +165,13 @@ impl SharedRegistry {
             let instance = serde_json::from_str::<Written>(&value)
                 .map_err(|e| e.to_string())
                 .and_then(|written| written.instance())
-                .and_then(|instance| self.app.config.access.check(&instance).map(|()| instance));
+                .and_then(|instance| {
+                    self.app
+                        .config
+                        .access
+                        .check(instance.hosts())
+                        .map(|()| instance)
+                });
             match instance {
                 Ok(instance) => others.push(instance),
                 Err(error) => debug!(key, error, "an entry of the shared registry is not taken"),

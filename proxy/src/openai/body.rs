@@ -277,6 +277,16 @@ impl RequestBody {
         self.fields.iter().any(|field| field.name.is_empty())
     }
 
+    /// Returns the most tokens that the client wants; `None` if it gives no limit.
+    pub(crate) fn max_tokens(&self, endpoint: Endpoint) -> Option<u64> {
+        let read = |name| self.json(name)?.parse().ok();
+        let newer = match endpoint {
+            Endpoint::Chat => read("max_completion_tokens"),
+            Endpoint::Completions => None,
+        };
+        newer.or_else(|| read("max_tokens"))
+    }
+
     /// Returns the names of the fields, with an empty name for each run of unknown fields.
     pub(crate) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.fields.iter().map(|field| field.name)

@@ -9,7 +9,6 @@ use http::header::AUTHORIZATION;
 use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 
-use crate::fleet::instance::Instance;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::origin::{refuse_pages, require_local};
 
@@ -80,18 +79,15 @@ impl Access {
         problems
     }
 
-    /// Checks that the proxy may connect to an instance.
+    /// Checks that the proxy may connect to all these hosts.
     ///
     /// # Errors
-    /// The host that is not permitted.
-    pub fn check(&self, instance: &Instance) -> Result<(), String> {
+    /// The first host that is not permitted.
+    pub fn check<'a>(&self, mut hosts: impl Iterator<Item = &'a str>) -> Result<(), String> {
         if self.allow.is_empty() {
             return Ok(());
         }
-        let admin = instance.admin.as_ref().map(|admin| admin.host());
-        let receiver = Some(instance.host.as_str()).filter(|host| !host.is_empty());
-        let hosts = [Some(instance.http.host()), admin, receiver];
-        match hosts.into_iter().flatten().find(|host| !self.allows(host)) {
+        match hosts.find(|host| !self.allows(host)) {
             Some(host) => Err(format!("host {host:?} is not permitted (--allow)")),
             None => Ok(()),
         }

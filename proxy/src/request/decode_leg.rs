@@ -8,8 +8,7 @@ use protocol::RequestId;
 use tracing::warn;
 
 use super::{Drive, Side, Step};
-use crate::connectors::handoff::{HandoffMode, decode_params};
-use crate::connectors::lmcache;
+use crate::connectors::first_token;
 use crate::fleet::instance::Instance;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
@@ -28,7 +27,7 @@ impl Drive {
     ) {
         let decode = &self.pair.decode;
         self.decode_attempts += 1;
-        let room = lmcache::max_tokens(&self.body, self.endpoint).unwrap_or(USUAL_ANSWER);
+        let room = self.body.max_tokens(self.endpoint).unwrap_or(USUAL_ANSWER);
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
@@ -39,9 +38,8 @@ impl Drive {
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
         let (path, id, body) = self.decode_leg(&context.id, transfer);
-        // P2P NCCL instances read each other's addresses from the id, so a client's own id would break the
-        // transfer.
-        let is_address = self.way == HandoffMode::P2pNccl && transfer.is_ok();
+        // If the engines read each other's addresses from the id, a client's own id would break the transfer.
+        let is_address = self.is_address_id && transfer.is_ok();
         let chosen = self.chosen.as_ref().filter(|_| !is_address);
         let headers = self.leg_headers(chosen.unwrap_or(id));
         let url = decode.http.join(path);
@@ -67,23 +65,14 @@ impl Drive {
         transfer: Result<(), Fallback>,
     ) -> (&'static str, &'a RequestId, Bytes) {
         let prefilled = &self.prefilled;
-        let params = match (transfer, self.way, &prefilled.params) {
-            (Err(_), _, _) => None,
-            (Ok(()), HandoffMode::Nixl, params) => params.clone(),
-            // These decode engines find the KV by chunk hashes or by the request id, so the body has no
-            // parameters.
-            (Ok(()), HandoffMode::Lmcache | HandoffMode::P2pNccl, _) => None,
-            (Ok(()), way, _) => {
-                let tokens = prefilled.prompt_tokens.filter(|_| self.goes_on);
-                Some(decode_params(&self.leg_id, way, tokens))
-            }
-        };
+        let handoff = self.handoff.filter(|_| transfer.is_ok());
+        let params = handoff.and_then(|handoff| handoff.decode_params(&self.leg_id, prefilled));
         let id = transfer.map_or(id, |()| &self.leg_id);
         if self.goes_on
             && let (Some(first), Some(tokens)) = (&prefilled.first, &prefilled.tokens)
         {
             let (body, params) = (&self.body, params.as_deref());
-            let body = lmcache::decode_body(body, self.endpoint, tokens, first, params);
+            let body = first_token::decode_body(body, self.endpoint, tokens, first, params);
             return (Endpoint::Completions.path(), id, body);
         }
         let body = match params {
@@ -200,7 +189,7 @@ impl Drive {
         let answer = if self.body.streams() {
             Duration::ZERO
         } else {
-            let tokens = lmcache::max_tokens(&self.body, self.endpoint)?;
+            let tokens = self.body.max_tokens(self.endpoint)?;
             TOKEN_TIME.checked_mul(u32::try_from(tokens).ok()?)?
         };
         Some(config.stall_timeout + prompt + answer)

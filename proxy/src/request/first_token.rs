@@ -3,8 +3,8 @@
 use axum::response::Response;
 
 use super::Drive;
-use crate::connectors::first_token_stream;
-use crate::connectors::merge::Merger;
+use crate::connectors::first_token::merge::Merger;
+use crate::connectors::first_token::stream;
 use crate::openai::fallback::Fallback;
 use crate::request::context::RequestContext;
 use crate::request::state::{Action, Event};
@@ -36,15 +36,10 @@ impl Drive {
         if reason.is_some_and(|why| why != "length") {
             context.on(Event::FirstByte);
             context.on(Event::AnswerEnded);
-            return first_token_stream::only(
-                &stitch,
-                streams,
-                self.prefilled.prompt_tokens,
-                &context.id,
-            );
+            return stream::only(&stitch, streams, self.prefilled.prompt_tokens, &context.id);
         }
         let id = context.id.clone();
-        first_token_stream::respond(stitch, &id, self.go_on(context, action))
+        stream::respond(stitch, &id, self.go_on(context, action))
     }
 
     /// Returns the merger that puts the first token before the decode leg's answer. Returns `None` if the

@@ -26,7 +26,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep_until;
 
 use crate::config::cli::DecodeLegAt;
-use crate::connectors::handoff::{HandoffMode, Prefilled};
+use crate::connectors::Handoff;
+use crate::connectors::answer::Prefilled;
 use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
@@ -83,8 +84,10 @@ struct Drive {
     doubted: Vec<(Side, Arc<Instance>)>,
     prefill_attempts: u32,
     decode_attempts: u32,
-    /// The way in which the pair hands KV over; has no meaning without a prefill instance.
-    way: HandoffMode,
+    /// The way in which the pair hands KV over; `None` before a prefill leg is sent.
+    handoff: Option<&'static dyn Handoff>,
+    /// True if `leg_id` tells the engines each other's addresses.
+    is_address_id: bool,
     /// The result of the prefill leg; empty until the leg is answered.
     prefilled: Prefilled,
     prefill_sent: Instant,
@@ -171,7 +174,8 @@ pub(crate) async fn serve(
         doubted: Vec::new(),
         prefill_attempts: 0,
         decode_attempts: 0,
-        way: HandoffMode::Sidecar,
+        handoff: None,
+        is_address_id: false,
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
         decode_sent: arrival.at,
@@ -184,7 +188,7 @@ pub(crate) async fn serve(
     // With `--decode-leg arrival`, the decode leg does not wait for the prefill engine to begin.
     drive.send_prefill(&mut context);
     if action == Action::Wait
-        && drive.way == HandoffMode::Sidecar
+        && drive.handoff.is_some_and(|handoff| handoff.can_overlap())
         && app.config.decode_leg == DecodeLegAt::Arrival
     {
         action = context.on(Event::Begun);
@@ -342,7 +346,8 @@ impl Drive {
 
     /// Returns true if the decode leg is sent before the prefill leg's answer has come.
     fn overlaps(&self) -> bool {
-        self.way == HandoffMode::Sidecar && self.app.config.decode_leg != DecodeLegAt::Answer
+        self.handoff.is_some_and(|handoff| handoff.can_overlap())
+            && self.app.config.decode_leg != DecodeLegAt::Answer
     }
 
     /// Returns the headers of a leg that carries this id.

@@ -8,8 +8,9 @@ use tracing::warn;
 
 use super::{Drive, Side, Step};
 use crate::config::cli::FirstTokenFrom;
-use crate::connectors::handoff::{HandoffMode, Prefilled, leg_id};
-use crate::fleet::instance::Connector;
+use crate::connectors::Handoff;
+use crate::connectors::answer::Prefilled;
+use crate::fleet::instance::Instance;
 use crate::openai::fallback::Fallback;
 use crate::request::context::RequestContext;
 use crate::request::prefill_request::PrefillLeg;
@@ -24,21 +25,17 @@ impl Drive {
         let Ok(prefill) = &self.pair.prefill else {
             return;
         };
-        self.prefill_attempts += 1;
-        let decode = &self.pair.decode;
-        self.way = match HandoffMode::of(prefill, decode).unwrap_or(HandoffMode::Sidecar) {
-            // Only the client of a stream benefits from an early first token.
-            HandoffMode::Sidecar
-                if self.app.config.first_token == FirstTokenFrom::Prefill
-                    && self.body.streams()
-                    && self.plan.is_splittable =>
-            {
-                HandoffMode::FirstToken
-            }
-            way => way,
+        // Routing chooses only pairs, so there is a hand-off. Without one, the prefill timeout would end the
+        // wait for the leg.
+        let Some(handoff) = self.handoff(prefill) else {
+            return;
         };
-        self.leg_id = leg_id(&context.id, prefill, &self.pair.decode);
-        if self.prefill_attempts > 1 && prefill.connector == Connector::Sidecar {
+        self.handoff = Some(handoff);
+        self.prefill_attempts += 1;
+        let id = handoff.address_id(&prefill.kv_address(), &self.pair.decode.kv_address());
+        self.is_address_id = id.is_some();
+        self.leg_id = id.unwrap_or_else(|| context.id.clone());
+        if self.prefill_attempts > 1 && prefill.connector.spec().has_sidecar {
             // The first sender may have contacted the receiver already. A new id keeps the two transfers
             // apart.
             self.leg_id.0 += &format!(".{}", self.prefill_attempts);
@@ -56,7 +53,7 @@ impl Drive {
             id: self.leg_id.clone(),
             prefill: Arc::clone(prefill),
             decode: Arc::clone(&self.pair.decode),
-            way: self.way,
+            handoff,
             overlap: self.overlaps(),
         };
         let task = tokio::spawn(async move {
@@ -65,6 +62,18 @@ impl Drive {
             end
         });
         context.set_prefill(AbortOnDropHandle::new(task));
+    }
+
+    /// Returns the hand-off from `prefill` to the current decode instance; `None` if they are no pair.
+    fn handoff(&self, prefill: &Instance) -> Option<&'static dyn Handoff> {
+        let decode = self.pair.decode.connector;
+        let handoff = decode.receives_from(prefill.connector)?;
+        // Only the client of a stream benefits from an early first token.
+        let wants_first_token = self.app.config.first_token == FirstTokenFrom::Prefill
+            && self.body.streams()
+            && self.plan.is_splittable;
+        let first_token = handoff.with_first_token().filter(|_| wants_first_token);
+        Some(first_token.unwrap_or(handoff))
     }
 
     /// Handles the end of the prefill leg: its answer, a refusal, or a failure.
@@ -134,7 +143,7 @@ impl Drive {
     /// Handles the prefill timeout.
     pub(super) fn prefill_late(&mut self, context: &mut RequestContext) -> Step {
         let begun = context.progress().and_then(|progress| progress.begun_at());
-        if begun.is_some() && matches!(self.way, HandoffMode::Sidecar | HandoffMode::FirstToken) {
+        if begun.is_some() && self.handoff.is_some_and(|handoff| handoff.sends_early()) {
             // The prefill engine computes, and the sidecar pushes the KV meanwhile, so the decode leg can be
             // sent.
             return Step::Event(Event::Begun);

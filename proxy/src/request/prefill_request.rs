@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::HeaderMap;
 use protocol::RequestId;
 
-use crate::connectors::handoff::{HandoffMode, prefill_params};
-use crate::connectors::lmcache;
+use crate::connectors::first_token;
+use crate::connectors::{Handoff, Legs, PrefillForm};
 use crate::fleet::instance::Instance;
-use crate::openai::body::RequestBody;
+use crate::openai::body::{PrefillAnswer, RequestBody};
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
 use crate::state::in_flight::Progress;
@@ -32,7 +33,7 @@ pub(crate) struct PrefillLeg {
     /// The instance that gets the KV.
     pub decode: Arc<Instance>,
     /// The way in which the pair hands KV over.
-    pub way: HandoffMode,
+    pub handoff: &'static dyn Handoff,
     /// True if the decode leg is sent before the prefill leg's answer has come.
     pub overlap: bool,
 }
@@ -42,49 +43,64 @@ impl PrefillLeg {
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
-    pub(crate) async fn run(self, progress: &Progress) -> PrefillEnd {
-        if self.way == HandoffMode::Lmcache {
-            return self.lmcache(progress).await;
-        }
-        let params = prefill_params(&self.id, self.way, &self.decode, self.overlap);
-        let body =
-            self.body
-                .prefill_leg(self.endpoint, params.as_deref(), self.way.prefill_answer());
-        let url = self.prefill.http.join(self.endpoint.path());
-        let end = self
-            .client
-            .prefill(&url, self.headers, body, self.way)
-            .await;
-        if self.way == HandoffMode::FromLmcache && matches!(end, PrefillEnd::Answered(_)) {
-            progress.noticed(self.decode.init_ports.len()).await;
-        }
-        end
-    }
-
-    async fn lmcache(mut self, progress: &Progress) -> PrefillEnd {
-        let tokens = match self.tokens().await {
-            Ok(tokens) => tokens,
-            Err(end) => return end,
+    pub(crate) async fn run(mut self, progress: &Progress) -> PrefillEnd {
+        let form = self.handoff.prefill_form();
+        let tokens = match form {
+            PrefillForm::TokenIds => match self.tokens().await {
+                Ok(tokens) => Some(tokens),
+                Err(end) => return end,
+            },
+            PrefillForm::Discarded | PrefillForm::FirstToken => None,
         };
-        let params = prefill_params(&self.id, self.way, &self.decode, false).unwrap_or_default();
-        let body = lmcache::prefill_body(&self.body, &tokens, &params);
-        let url = self.prefill.http.join(Endpoint::Completions.path());
+        let params = self.handoff.prefill_params(&Legs {
+            id: &self.id,
+            decode: self.decode.kv_address(),
+            overlap: self.overlap,
+        });
+        let (endpoint, body) = self.request(form, tokens.as_deref(), params.as_deref());
+        let url = self.prefill.http.join(endpoint.path());
         let headers = std::mem::take(&mut self.headers);
-        let end = self.client.prefill(&url, headers, body, self.way).await;
+        let sent = self.client.prefill(&url, headers, body, self.handoff);
+        let end = sent.await;
         let PrefillEnd::Answered(mut prefilled) = end else {
             return end;
         };
-        prefilled.tokens = Some(tokens);
-        // Each rank of the prefill instance sends a notice when it has written its part. The KV is complete
-        // only then.
-        progress.noticed(self.decode.init_ports.len()).await;
+        if tokens.is_some() {
+            prefilled.tokens = tokens;
+        }
+        if self.handoff.needs_notices() {
+            progress.noticed(self.decode.init_ports.len()).await;
+        }
         PrefillEnd::Answered(prefilled)
+    }
+
+    /// Returns the endpoint and the body of the leg. `tokens` is the prompt as token ids, in JSON; `None` if
+    /// the leg carries the client's own prompt.
+    fn request(
+        &self,
+        form: PrefillForm,
+        tokens: Option<&str>,
+        params: Option<&str>,
+    ) -> (Endpoint, Bytes) {
+        if let Some(tokens) = tokens {
+            let params = params.unwrap_or_default();
+            let body = first_token::prefill_body(&self.body, tokens, params);
+            return (Endpoint::Completions, body);
+        }
+        let answer = match form {
+            PrefillForm::FirstToken => PrefillAnswer::FirstToken,
+            PrefillForm::Discarded | PrefillForm::TokenIds => PrefillAnswer::Nothing,
+        };
+        let body = self.body.prefill_leg(self.endpoint, params, answer);
+        (self.endpoint, body)
     }
 
     /// Returns the prompt as token ids, in JSON: from the request itself, or from the engine's `/tokenize`.
     async fn tokens(&self) -> Result<String, PrefillEnd> {
-        let Some(body) = lmcache::tokenize_body(&self.body, self.endpoint) else {
-            return Ok(lmcache::token_ids(&self.body).unwrap_or("[]").to_owned());
+        let Some(body) = first_token::tokenize_body(&self.body, self.endpoint) else {
+            return Ok(first_token::token_ids(&self.body)
+                .unwrap_or("[]")
+                .to_owned());
         };
         let url = self.prefill.http.join("/tokenize");
         let answer = self.client.ask(&url, self.headers.clone(), body).await;
@@ -93,7 +109,7 @@ impl PrefillLeg {
         if answer.head.status.is_client_error() {
             return Err(PrefillEnd::Refused(Box::new(answer)));
         }
-        let tokens = lmcache::tokens(&answer.held);
+        let tokens = first_token::tokens(&answer.held);
         tokens.ok_or_else(|| {
             let text = format!("/tokenize answered {} without tokens", answer.head.status);
             PrefillEnd::Failed(Fallback::PrefillError, text)

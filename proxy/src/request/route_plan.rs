@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use http::HeaderMap;
 
-use crate::connectors::lmcache;
+use crate::connectors::first_token;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
@@ -55,7 +55,7 @@ impl RoutePlan {
         Self {
             tokens: known.tokens,
             alone: body.alone(endpoint),
-            is_splittable: lmcache::can_express(body, endpoint),
+            is_splittable: first_token::can_express(body, endpoint),
             session,
             prompt,
             known,

@@ -8,8 +8,7 @@ pub(crate) mod refusals;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::connectors::handoff::HandoffMode;
-use crate::fleet::instance::{Connector, Instance};
+use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::fallback::Fallback;
@@ -22,7 +21,7 @@ use crate::routing::refusals::Between;
 pub(crate) struct RouteRequest<'a> {
     /// The reason for which the request is not split over two instances; `None` if it may be split.
     pub alone: Option<Fallback>,
-    /// True if LMCache's first-token hand-over would change the answer.
+    /// True if the hand-over of the first token would change the answer.
     pub is_unsplittable: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
@@ -132,7 +131,7 @@ pub(crate) fn route(
         // A reason in the request itself comes before reasons in the instances, so that metrics name it.
         (Some(alone), _) => Err(alone),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
-        (None, _) if ask.is_unsplittable && decode.instance.connector == Connector::Lmcache => {
+        (None, _) if ask.is_unsplittable && decode.instance.connector.spec().needs_first_token => {
             Err(Fallback::NotExpressible)
         }
         (None, None) => Err(nobody(instances, ask, decode.instance)),
@@ -232,7 +231,8 @@ fn candidates<'a>(
 
 /// Returns true if the connectors can be a pair and the two are different instances.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
-    HandoffMode::of(prefill, decode).is_some() && prefill.id != decode.id
+    let handoff = decode.connector.receives_from(prefill.connector);
+    handoff.is_some() && prefill.id != decode.id
 }
 
 /// Returns true if the two are a pair and no known reason prevents the transfer of this request's KV.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::connectors::Connector;
 use crate::fleet::base_url::BaseUrl;
 use crate::fleet::instance::{Named, Source, Standing};
 use crate::fleet::kv_fit::Kv;

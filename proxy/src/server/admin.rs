@@ -76,7 +76,7 @@ pub(crate) async fn add(
     let instance = named(&body)?;
     let id = instance.id.clone();
     let refused = |error: String| ApiError::new(Code::InvalidInstance, error);
-    app.config.access.check(&instance).map_err(refused)?;
+    app.config.access.check(instance.hosts()).map_err(refused)?;
     ask(&app, |answer| Command::Name(Box::new(instance), answer))
         .await?
         .map_err(refused)?;

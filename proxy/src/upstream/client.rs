@@ -10,7 +10,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::connectors::handoff::{HandoffMode, prefilled};
+use crate::connectors::Handoff;
+use crate::connectors::answer::read;
 use crate::openai::fallback::Fallback;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::sse::First;
@@ -64,7 +65,7 @@ impl Client {
         url: &str,
         headers: HeaderMap,
         body: Bytes,
-        way: HandoffMode,
+        handoff: &dyn Handoff,
     ) -> PrefillEnd {
         let response = match self.send(Method::POST, url, headers, body).await {
             Ok(response) => response,
@@ -74,15 +75,15 @@ impl Client {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The status says that the prefill is done, and sidecars need no more of the answer than
-            // that.
+            // The status says that the prefill is done. `read` fails the hand-offs that need more of the
+            // answer than that.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
         if status.is_success() {
-            return match prefilled(way, &body) {
-                Ok(brought) => PrefillEnd::Answered(brought),
-                Err((alone, reason)) => PrefillEnd::Failed(alone, reason),
+            return match read(handoff, &body) {
+                Ok(prefilled) => PrefillEnd::Answered(prefilled),
+                Err(none) => PrefillEnd::Failed(none.fallback, none.text),
             };
         }
         let text = format!("{status}: {}", shown(&body));

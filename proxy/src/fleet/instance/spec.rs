@@ -4,10 +4,12 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
+use clap::ValueEnum;
 use protocol::registration::{InstanceRole, Register};
 use serde::Deserialize;
 
-use super::{Connector, Instance, Source, Standing, Written};
+use super::{Instance, Source, Standing, Written};
+use crate::connectors::Connector;
 use crate::fleet::base_url::{BadUrl, BaseUrl, shortened};
 use crate::fleet::kv_fit::Kv;
 
@@ -63,7 +65,7 @@ pub enum Unusable {
     Host(String),
     /// A field that the connector requires is missing, or the connector cannot be configured by hand.
     #[error("{0}")]
-    Incomplete(&'static str),
+    Incomplete(String),
 }
 
 impl Instance {
@@ -113,20 +115,13 @@ impl Instance {
             .unwrap_or_else(|| http.authority().to_owned());
         check_id(&id)?;
         let host = named.host.clone().unwrap_or_else(|| http.host().to_owned());
-        match named.connector {
-            Connector::Sidecar => {
-                return Err(Unusable::Incomplete(
-                    "sidecars register themselves; name nixl, lmcache or p2p-nccl",
-                ));
-            }
-            Connector::Lmcache => {
-                check_receiver(named.role, &host, &named.init_ports, &named.alloc_ports)?;
-            }
-            Connector::P2pNccl if named.zmq.as_deref().is_none_or(|at| !is_host_port(at)) => {
-                return Err(Unusable::Incomplete("p2p-nccl needs zmq: \"ip:port\""));
-            }
-            Connector::P2pNccl | Connector::Nixl => {}
+        if named.connector.spec().has_sidecar {
+            let text = format!("sidecars register themselves; name {}", without_sidecar());
+            return Err(Unusable::Incomplete(text));
         }
+        let ports = (&named.init_ports[..], &named.alloc_ports[..]);
+        let zmq = named.zmq.as_deref();
+        check_address(named.connector, named.role, &host, ports, zmq)?;
         Ok(Self {
             id,
             epoch: 0,
@@ -155,18 +150,13 @@ impl Instance {
     /// The first field that cannot be used.
     pub fn written(written: Written, source: Source) -> Result<Self, Unusable> {
         check_id(&written.id)?;
-        let (host, init, alloc) = (&written.host, &written.init_ports, &written.alloc_ports);
-        match written.connector {
-            Connector::Sidecar | Connector::Lmcache => {
-                check_receiver(written.role, host, init, alloc)?;
-            }
-            Connector::Nixl => {}
-            Connector::P2pNccl if written.zmq.as_deref().is_some_and(is_host_port) => {}
-            Connector::P2pNccl => return Err(Unusable::Incomplete("p2p-nccl without zmq")),
-        }
+        let ports = (&written.init_ports[..], &written.alloc_ports[..]);
+        let (connector, zmq) = (written.connector, written.zmq.as_deref());
+        check_address(connector, written.role, &written.host, ports, zmq)?;
         let admin = written.admin.as_deref();
-        if written.connector == Connector::Sidecar && admin.is_none() {
-            return Err(Unusable::Incomplete("a sidecar without an admin address"));
+        if connector.spec().has_sidecar && admin.is_none() {
+            let text = "a sidecar needs an admin address".to_owned();
+            return Err(Unusable::Incomplete(text));
         }
         Ok(Self {
             http: BaseUrl::origin("http", &written.http)?,
@@ -197,6 +187,39 @@ fn check_id(id: &str) -> Result<(), Unusable> {
         return Ok(());
     }
     Err(Unusable::Id(shortened(id)))
+}
+
+/// Checks the address at which other engines and sidecars reach an instance: the init and alloc ports, and
+/// the ZeroMQ address, if its connector needs them.
+fn check_address(
+    connector: Connector,
+    role: InstanceRole,
+    host: &str,
+    (init, alloc): (&[u16], &[u16]),
+    zmq: Option<&str>,
+) -> Result<(), Unusable> {
+    let spec = connector.spec();
+    if spec.has_ports {
+        check_receiver(role, host, init, alloc)?;
+    }
+    if spec.has_zmq && !zmq.is_some_and(is_host_port) {
+        let text = format!("{connector} needs zmq: \"ip:port\"");
+        return Err(Unusable::Incomplete(text));
+    }
+    Ok(())
+}
+
+/// Returns the names of the connectors whose instances can be configured by hand.
+fn without_sidecar() -> String {
+    let all = Connector::value_variants().iter();
+    let names: Vec<_> = all
+        .filter(|connector| !connector.spec().has_sidecar)
+        .map(ToString::to_string)
+        .collect();
+    match names.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+        _ => names.concat(),
+    }
 }
 
 fn check_receiver(

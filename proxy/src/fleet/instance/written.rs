@@ -3,7 +3,8 @@
 use protocol::registration::InstanceRole;
 use serde::{Deserialize, Serialize};
 
-use super::{Connector, Instance, Source};
+use super::{Instance, Source};
+use crate::connectors::Connector;
 use crate::fleet::kv_fit::Kv;
 
 /// The description of an instance in the shared registry.

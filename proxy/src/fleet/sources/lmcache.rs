@@ -5,7 +5,8 @@ use std::net::Ipv6Addr;
 use protocol::registration::InstanceRole;
 
 use super::Sources;
-use crate::fleet::instance::{Connector, Named};
+use crate::connectors::Connector;
+use crate::fleet::instance::Named;
 
 impl Sources {
     /// Returns the instances that the flags name, paired as LMCache's example proxy pairs hosts and

@@ -37,7 +37,7 @@ impl Registration {
     /// Registers a P2P NCCL instance, if the flags permit its address.
     fn name(&mut self, instance: Instance) -> Message {
         let (id, role) = (instance.id.clone(), instance.role);
-        let permitted = self.app.config.access.check(&instance);
+        let permitted = self.app.config.access.check(instance.hosts());
         let now = Instant::now();
         let taken = permitted.and_then(|()| {
             let lease = Some(p2p_nccl::LEASE);
@@ -137,7 +137,7 @@ impl Registration {
     /// Registers a sidecar's instance, if the message is valid and the flags permit its addresses.
     fn register(&mut self, now: Instant, message: &Register) -> Result<Registered, String> {
         let instance = Instance::parse(message).map_err(|e| e.to_string())?;
-        self.app.config.access.check(&instance)?;
+        self.app.config.access.check(instance.hosts())?;
         self.registry
             .register(now, message)
             .map_err(|e| e.to_string())

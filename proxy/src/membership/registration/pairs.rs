@@ -6,7 +6,6 @@ use std::sync::Arc;
 use serde::Serialize;
 use tracing::warn;
 
-use crate::connectors::handoff::HandoffMode;
 use crate::fleet::instance::{Instance, Standing};
 use crate::fleet::kv_fit::Kv;
 
@@ -93,7 +92,7 @@ fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
     if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {
         return None;
     }
-    HandoffMode::of(prefill, decode)?;
+    decode.connector.receives_from(prefill.connector)?;
     prefill.kv.misfit(&decode.kv)
 }
 

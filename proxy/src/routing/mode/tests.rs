@@ -3,7 +3,8 @@ use std::sync::Arc;
 use protocol::registration::InstanceRole;
 
 use super::*;
-use crate::fleet::instance::{Connector, Instance, Named, Source};
+use crate::connectors::Connector;
+use crate::fleet::instance::{Instance, Named, Source};
 use crate::fleet::load::LoadSnapshot;
 
 fn instance(role: InstanceRole) -> Arc<Instance> {

@@ -72,7 +72,8 @@ mod tests {
     use protocol::registration::InstanceRole;
 
     use super::*;
-    use crate::fleet::instance::{Connector, Named, Source};
+    use crate::connectors::Connector;
+    use crate::fleet::instance::{Named, Source};
     use crate::telemetry::metrics::Metrics;
 
     #[test]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header, response};
 use serde::Deserialize;
 
-use crate::connectors::handoff::Prefilled;
+use crate::connectors::answer::Prefilled;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::fallback::Fallback;
 use crate::openai::headers::JSON;

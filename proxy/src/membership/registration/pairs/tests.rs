@@ -1,7 +1,8 @@
 use protocol::registration::InstanceRole;
 
 use super::*;
-use crate::fleet::instance::{Connector, Named, Source};
+use crate::connectors::Connector;
+use crate::fleet::instance::{Named, Source};
 use crate::fleet::kv_fit::tests::kv;
 
 fn instance(id: &str, role: InstanceRole, kv: Kv) -> Arc<Instance> {

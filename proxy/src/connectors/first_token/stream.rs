@@ -12,7 +12,7 @@ use http::{HeaderValue, header};
 use http_body::Frame;
 use protocol::RequestId;
 
-use crate::connectors::merge::Merger;
+use crate::connectors::first_token::merge::Merger;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::request_id;
 

@@ -1,74 +1,96 @@
 use super::*;
-use crate::fleet::instance::{Named, Source};
-use protocol::registration::InstanceRole;
+use crate::connectors::answer::{FirstToken, read};
+use crate::openai::fallback::Fallback;
 use serde_json::{Value, json};
 
-fn instance(role: InstanceRole, connector: Connector) -> Instance {
-    let named = Named {
-        role,
-        url: "http://10.0.0.2:8200".into(),
-        id: None,
-        connector,
-        host: None,
-        init_ports: vec![8300, 8301],
-        alloc_ports: vec![8400, 8401],
-        zmq: Some("10.0.0.2:21001".into()),
-    };
-    Instance::named(&named, Source::Configured).unwrap()
+const ADDRESS: KvAddress<'static> = KvAddress {
+    host: "10.0.0.2",
+    init_ports: &[8300, 8301],
+    alloc_ports: &[8400, 8401],
+    zmq: Some("10.0.0.2:21001"),
+};
+
+fn handoff(from: Connector, to: Connector) -> &'static dyn Handoff {
+    to.receives_from(from).unwrap()
+}
+
+fn nixl() -> &'static dyn Handoff {
+    handoff(Connector::Nixl, Connector::Nixl)
+}
+
+fn sidecar() -> &'static dyn Handoff {
+    handoff(Connector::Sidecar, Connector::Sidecar)
+}
+
+fn first_token() -> &'static dyn Handoff {
+    sidecar().with_first_token().unwrap()
+}
+
+fn from_lmcache() -> &'static dyn Handoff {
+    handoff(Connector::Lmcache, Connector::Sidecar)
+}
+
+fn lmcache() -> &'static dyn Handoff {
+    handoff(Connector::Lmcache, Connector::Lmcache)
+}
+
+fn p2p_nccl() -> &'static dyn Handoff {
+    handoff(Connector::P2pNccl, Connector::P2pNccl)
 }
 
 #[test]
 fn prefill_legs() {
     let id = RequestId("r-1".into());
-    let decode = instance(InstanceRole::Decode, Connector::Lmcache);
-    let params = |way, overlap| {
-        prefill_params(&id, way, &decode, overlap)
-            .map(|text| serde_json::from_str::<Value>(&text).unwrap())
+    let params = |handoff: &dyn Handoff, overlap| {
+        let legs = Legs {
+            id: &id,
+            decode: ADDRESS,
+            overlap,
+        };
+        let params = handoff.prefill_params(&legs);
+        params.map(|text| serde_json::from_str::<Value>(&text).unwrap())
     };
-    let of_sidecars = |overlap| params(HandoffMode::Sidecar, overlap).unwrap();
+    let of_sidecars = |overlap| params(sidecar(), overlap).unwrap();
     assert_eq!(of_sidecars(true)["disagg_spec"]["overlap"], true);
     assert!(of_sidecars(false)["disagg_spec"]["overlap"].is_null());
-    let first = params(HandoffMode::FirstToken, true).unwrap();
+    let first = params(first_token(), true).unwrap();
     assert!(first["ret_first_tok"] == true && first["do_remote_decode"] == true);
-    let mut from_lmcache = params(HandoffMode::Lmcache, false).unwrap();
-    from_lmcache
-        .as_object_mut()
-        .unwrap()
-        .remove("ret_first_tok");
+    let mut to_lmcache = params(lmcache(), false).unwrap();
+    to_lmcache.as_object_mut().unwrap().remove("ret_first_tok");
+    assert_eq!(params(from_lmcache(), false).unwrap(), to_lmcache);
     assert_eq!(
-        params(HandoffMode::FromLmcache, false).unwrap(),
-        from_lmcache
-    );
-    assert_eq!(
-        params(HandoffMode::Lmcache, false).unwrap(),
+        params(lmcache(), false).unwrap(),
         json!({"ret_first_tok": true, "disagg_spec": {"req_id": "r-1", "receiver_host": "10.0.0.2",
             "receiver_init_port": [8300, 8301], "receiver_alloc_port": [8400, 8401]}})
     );
     assert_eq!(
-        params(HandoffMode::Nixl, false).unwrap(),
+        params(nixl(), false).unwrap(),
         json!({"do_remote_decode": true, "do_remote_prefill": false, "remote_engine_id": null,
             "remote_block_ids": null, "remote_host": null, "remote_port": null})
     );
-    assert_eq!(params(HandoffMode::P2pNccl, false), None);
+    assert_eq!(params(p2p_nccl(), false), None);
 }
 
 #[test]
 fn decode_legs() {
     let id = RequestId("r-1".into());
-    let check = |way, spec: Value| {
-        let params: Value = serde_json::from_str(&decode_params(&id, way, Some(5))).unwrap();
-        let expect = json!({"do_remote_prefill": true, "disagg_spec": spec});
-        assert_eq!(params, expect, "{way:?}");
+    let prefilled = Prefilled {
+        prompt_tokens: Some(5),
+        first: Some(FirstToken::default()),
+        ..Prefilled::default()
     };
-    check(HandoffMode::Sidecar, json!({"req_id": "r-1"}));
-    check(
-        HandoffMode::FirstToken,
-        json!({"req_id": "r-1", "tokens": 5}),
-    );
-    check(
-        HandoffMode::FromLmcache,
-        json!({"req_id": "r-1", "written": true}),
-    );
+    let check = |handoff: &dyn Handoff, spec: Value| {
+        let params = handoff.decode_params(&id, &prefilled).unwrap();
+        let params: Value = serde_json::from_str(&params).unwrap();
+        let expect = json!({"do_remote_prefill": true, "disagg_spec": spec});
+        assert_eq!(params, expect, "{handoff:?}");
+    };
+    check(sidecar(), json!({"req_id": "r-1"}));
+    check(first_token(), json!({"req_id": "r-1", "tokens": 5}));
+    check(from_lmcache(), json!({"req_id": "r-1", "written": true}));
+    for handoff in [lmcache(), p2p_nccl()] {
+        assert_eq!(handoff.decode_params(&id, &prefilled), None, "{handoff:?}");
+    }
 }
 
 #[test]
@@ -79,61 +101,42 @@ fn pairs() {
         Connector::Nixl,
         Connector::P2pNccl,
     ];
-    let none = None;
     let expect = [
-        [
-            Some(HandoffMode::Sidecar),
-            Some(HandoffMode::Lmcache),
-            none,
-            none,
-        ],
-        [
-            Some(HandoffMode::FromLmcache),
-            Some(HandoffMode::Lmcache),
-            none,
-            none,
-        ],
-        [none, none, Some(HandoffMode::Nixl), none],
-        [none, none, none, Some(HandoffMode::P2pNccl)],
+        [Some("Sidecar"), Some("ToLmcache"), None, None],
+        [Some("FromLmcache"), Some("ToLmcache"), None, None],
+        [None, None, Some("Nixl"), None],
+        [None, None, None, Some("P2pNccl")],
     ];
     for (from, row) in connectors.iter().zip(expect) {
-        for (to, way) in connectors.iter().zip(row) {
-            let side = |role, connector| Instance {
-                connector,
-                ..instance(role, Connector::Nixl)
-            };
-            let prefill = side(InstanceRole::Prefill, *from);
-            let decode = side(InstanceRole::Decode, *to);
-            assert_eq!(HandoffMode::of(&prefill, &decode), way, "{from:?} {to:?}");
+        for (to, name) in connectors.iter().zip(row) {
+            let found = to.receives_from(*from);
+            let found = found.map(|handoff| format!("{handoff:?}"));
+            assert_eq!(found.as_deref(), name, "{from:?} {to:?}");
         }
     }
 }
 
 #[test]
 fn ids_name_both_addresses() {
-    let (p, d) = (
-        instance(InstanceRole::Prefill, Connector::P2pNccl),
-        instance(InstanceRole::Decode, Connector::P2pNccl),
-    );
-    let id = leg_id(&RequestId("evil_1.2.3.4:5".into()), &p, &d).0;
+    let id = p2p_nccl().address_id(&ADDRESS, &ADDRESS).unwrap().0;
     let rest = id
         .strip_prefix("___prefill_addr_10.0.0.2:21001___decode_addr_10.0.0.2:21001_")
         .unwrap_or_else(|| panic!("{id}"));
     assert!(rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit()));
-    let d = instance(InstanceRole::Decode, Connector::Nixl);
-    assert_eq!(leg_id(&RequestId("r".into()), &p, &d).0, "r");
+    assert_eq!(nixl().address_id(&ADDRESS, &ADDRESS), None);
 }
 
 #[test]
 fn answers() {
-    let check = |way, body: Value, expect: Result<Prefilled, &str>| {
-        let found = prefilled(way, body.to_string().as_bytes());
+    let check = |handoff: &dyn Handoff, body: Value, expect: Result<Prefilled, &str>| {
+        let found = read(handoff, body.to_string().as_bytes());
+        let found = found.map_err(|none| (none.fallback, none.text));
         let expect = expect.map_err(|why| (Fallback::NotPushed, why.to_owned()));
         assert_eq!(found, expect, "{body}");
     };
     let remote = json!({"do_remote_prefill": true, "remote_block_ids": [[1, 2]]});
     check(
-        HandoffMode::Nixl,
+        nixl(),
         json!({"usage": {"prompt_tokens": 5}, "kv_transfer_params": remote}),
         Ok(Prefilled {
             prompt_tokens: Some(5),
@@ -142,20 +145,16 @@ fn answers() {
         }),
     );
     let none = Err("its answer carries no kv_transfer_params to read the KV by");
+    check(nixl(), json!({"kv_transfer_params": null}), none.clone());
+    check(nixl(), json!({}), none);
     check(
-        HandoffMode::Nixl,
-        json!({"kv_transfer_params": null}),
-        none.clone(),
-    );
-    check(HandoffMode::Nixl, json!({}), none);
-    check(
-        HandoffMode::Sidecar,
+        sidecar(),
         json!({"kv_transfer_params": {"pushed": false, "reason": "lora"}}),
         Err("lora"),
     );
-    check(HandoffMode::Sidecar, json!({}), Ok(Prefilled::default()));
+    check(sidecar(), json!({}), Ok(Prefilled::default()));
     check(
-        HandoffMode::Lmcache,
+        lmcache(),
         json!({"choices": [{"text": "He", "finish_reason": "length"}],
             "kv_transfer_params": {"first_tok": 7}}),
         Ok(Prefilled {
@@ -168,12 +167,12 @@ fn answers() {
         }),
     );
     check(
-        HandoffMode::Lmcache,
+        lmcache(),
         json!({"choices": [{"text": "He"}]}),
         Err("its answer carries no first_tok"),
     );
-    assert!(prefilled(HandoffMode::Nixl, b"<html>").is_err());
-    assert!(prefilled(HandoffMode::Sidecar, b"<html>").is_ok());
+    assert!(read(nixl(), b"<html>").is_err());
+    assert!(read(sidecar(), b"<html>").is_ok());
 }
 
 #[test]
@@ -182,13 +181,11 @@ fn first_tokens() {
         let mut answer = json!({"usage": {"prompt_tokens": 2}, "prompt_token_ids": [1, 2],
             "kv_transfer_params": {"first_tok": 7}});
         answer["choices"] = json!([body]);
-        let text = answer.to_string();
-        let first = first_token(7, text.as_bytes()).map(|(first, _)| first.text);
-        assert_eq!(first.as_deref(), expect, "{body}");
-        let prefilled = prefilled(HandoffMode::FirstToken, text.as_bytes()).unwrap();
+        let prefilled = read(first_token(), answer.to_string().as_bytes()).unwrap();
         let tokens = expect.map(|_| "[1,2]");
         assert_eq!(prefilled.tokens.as_deref(), tokens, "{body}");
-        assert_eq!(prefilled.first.is_some(), expect.is_some(), "{body}");
+        let first = prefilled.first.map(|first| first.text);
+        assert_eq!(first.as_deref(), expect, "{body}");
     };
     let length = "length";
     check(json!({"text": "He", "finish_reason": length}), Some("He"));
@@ -209,8 +206,5 @@ fn first_tokens() {
     }
     // An engine that does not give token ids.
     let body = br#"{"choices": [{"text": "He", "finish_reason": "length"}], "kv_transfer_params": {"first_tok": 7}}"#;
-    assert_eq!(
-        prefilled(HandoffMode::FirstToken, body).unwrap().first,
-        None
-    );
+    assert_eq!(read(first_token(), body).unwrap().first, None);
 }

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::connectors::handoff::FirstToken;
+use crate::connectors::answer::FirstToken;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::sse::end_of_event;
 
