@@ -119,7 +119,8 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         Ok(answer.counts())
     }
 
-    /// Returns true if the KV is complete only after a notice from each rank, beside the prefill leg's answer.
+    /// Returns true if the KV is complete only after a notice from each rank. The prefill leg's answer alone
+    /// does not say so.
     fn needs_notices(&self) -> bool {
         false
     }

@@ -39,8 +39,8 @@ impl RoutePlan {
         headers: &HeaderMap,
     ) -> Self {
         let remembers = app.remembers();
-        let by_session =
-            [app.config.prefill_policy, app.config.decode_policy].contains(&Policy::Session);
+        let policies = [app.config.prefill_policy, app.config.decode_policy];
+        let by_session = policies.into_iter().any(Policy::reads_sessions);
         let session = (remembers || by_session)
             .then(|| session(headers, body))
             .flatten();

@@ -19,6 +19,8 @@ pub enum Policy {
     RoundRobin,
     /// The instance with the fewest tokens in flight.
     LeastTokens,
+    /// The instance with the fewest requests in flight.
+    LeastRequests,
     /// The same instance for all requests of a session; without a session, as `least-tokens`.
     Session,
     /// The instance with the fewest tokens to compute: those in flight, plus the part of the prompt that
@@ -73,6 +75,7 @@ impl Policy {
                 in_turn().max_by_key(weight)
             }
             (Self::LeastTokens | Self::Session, _) => in_turn().min_by_key(|c| c.load.tokens),
+            (Self::LeastRequests, _) => in_turn().min_by_key(|c| c.load.legs),
             (Self::Prefix, _) => in_turn().min_by_key(|c| {
                 let missing = request.prompt_tokens.saturating_sub(c.held);
                 c.load.tokens.saturating_add(missing)
@@ -80,11 +83,23 @@ impl Policy {
         }
     }
 
+    /// Returns true if a choice depends on the session that a request names.
+    pub fn reads_sessions(self) -> bool {
+        self == Self::Session
+    }
+
+    /// Returns true if a choice depends on the prefixes that instances hold, so that prompts have to be
+    /// remembered.
+    pub fn reads_prefixes(self) -> bool {
+        self == Self::Prefix
+    }
+
     /// Returns the name in flags and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::RoundRobin => "round-robin",
             Self::LeastTokens => "least-tokens",
+            Self::LeastRequests => "least-requests",
             Self::Session => "session",
             Self::Prefix => "prefix",
         }
@@ -94,5 +109,58 @@ impl Policy {
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connectors::Connector;
+    use crate::fleet::instance::{Named, Source};
+    use protocol::registration::InstanceRole;
+
+    #[test]
+    fn least_requests() {
+        let instance = |id: &str| {
+            let named = Named {
+                role: InstanceRole::Decode,
+                url: format!("http://{id}:1"),
+                id: Some(id.into()),
+                connector: Connector::Nixl,
+                host: None,
+                init_ports: Vec::new(),
+                alloc_ports: Vec::new(),
+                zmq: None,
+            };
+            Arc::new(Instance::named(&named, Source::Configured).unwrap())
+        };
+        let all = ["a", "b", "c"].map(instance);
+        let check = |policy: Policy, turn, expect: &str| {
+            let loads = [(9, 1), (2, 2), (3, 1)];
+            let candidates: Vec<_> = all
+                .iter()
+                .zip(loads)
+                .map(|(instance, (tokens, legs))| Candidate {
+                    instance,
+                    load: LoadSnapshot {
+                        tokens,
+                        legs,
+                        is_open: false,
+                    },
+                    held: 0,
+                })
+                .collect();
+            let request = Request {
+                turn,
+                ..Request::default()
+            };
+            let chosen = policy.choose(&candidates, request).unwrap();
+            assert_eq!(chosen.instance.id, expect, "{policy} {turn}");
+        };
+        check(Policy::LeastTokens, 0, "b");
+        // Two instances have one request each: they are chosen in turn.
+        check(Policy::LeastRequests, 0, "a");
+        check(Policy::LeastRequests, 1, "c");
+        check(Policy::LeastRequests, 2, "c");
     }
 }

@@ -155,7 +155,7 @@ impl App {
     /// Returns true if routing depends on earlier requests, so that prompts have to be remembered.
     pub(crate) fn remembers(&self) -> bool {
         let policies = [self.config.prefill_policy, self.config.decode_policy];
-        self.mode.get() != Mode::Pd || policies.contains(&Policy::Prefix)
+        self.mode.get() != Mode::Pd || policies.into_iter().any(Policy::reads_prefixes)
     }
 }
 
