@@ -30,6 +30,7 @@ use crate::openai::error::{ApiError, Code};
 use crate::server::seats::{BusyBody, Seat, Seats};
 use crate::server::write_timeout::WriteTimeout;
 use crate::state::app::App;
+use crate::telemetry::metrics::clients::Connected;
 
 /// The port to which clients connect.
 pub(crate) struct Port {
@@ -95,6 +96,7 @@ pub(crate) async fn serve(
         }
         let client = Client {
             peer,
+            _connected: app.metrics.connected(),
             app: Arc::clone(&app),
             seat: Arc::new(seat),
             router: router.clone(),
@@ -148,6 +150,7 @@ struct Client {
     limits: Limits,
     stop: CancellationToken,
     _place: OwnedSemaphorePermit,
+    _connected: Connected,
 }
 
 impl Client {

@@ -13,7 +13,7 @@ use prometheus_client::registry::Registry;
 use crate::fleet::instance::Instance;
 use crate::telemetry::labels::Labels;
 
-mod clients;
+pub(crate) mod clients;
 mod instances;
 mod registration;
 mod requests;

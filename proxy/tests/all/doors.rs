@@ -135,6 +135,26 @@ async fn half_sent_bodies_keep_nobody_out() {
 }
 
 #[tokio::test]
+async fn open_connections_are_counted() {
+    let rig = Rig::start(&[]).await;
+    let address = rig.client.base.strip_prefix("http://").unwrap().to_owned();
+    let mut open = Vec::new();
+    for _ in 0..5 {
+        open.push(TcpStream::connect(&address).await.unwrap());
+    }
+    rig.until_metric("pd_proxy_connections", 5.0).await;
+    drop(open);
+    // The client that reads the metric has a connection of its own.
+    let closed = async {
+        while rig.metric("pd_proxy_connections").await > 4.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let closed = timeout(PATIENCE, closed).await;
+    closed.expect("closed connections are not counted");
+}
+
+#[tokio::test]
 async fn idle_connections_make_room() {
     let rig = Rig::start(&["--max-connections", "4"]).await;
     let _pair = rig.pair().await;

@@ -8,17 +8,28 @@ use super::Metrics;
 
 /// Metrics of client connections and uploads.
 pub(super) struct Clients {
+    connections: Gauge,
     uploads: Gauge,
     idle_closed: Counter,
 }
+
+/// A client connection that is counted. Dropping the value ends the count.
+#[derive(Debug)]
+pub(crate) struct Connected(Gauge);
 
 impl Clients {
     /// Registers the metrics, at zero.
     pub(super) fn register(r: &mut Registry) -> Self {
         let all = Self {
+            connections: Gauge::default(),
             uploads: Gauge::default(),
             idle_closed: Counter::default(),
         };
+        r.register(
+            "connections",
+            "Client connections, idle ones included",
+            all.connections.clone(),
+        );
         r.register(
             "uploads",
             "Request bodies on their way in",
@@ -34,6 +45,12 @@ impl Clients {
 }
 
 impl Metrics {
+    /// Counts a client connection until the returned value is dropped.
+    pub(crate) fn connected(&self) -> Connected {
+        self.clients.connections.inc();
+        Connected(self.clients.connections.clone())
+    }
+
     /// Sets the number of request bodies that are being received.
     pub fn show_uploads(&self, count: usize) {
         let count = i64::try_from(count).unwrap_or(i64::MAX);
@@ -43,5 +60,11 @@ impl Metrics {
     /// Counts an idle client connection that was closed to make room.
     pub fn idle_closed(&self) {
         self.clients.idle_closed.inc();
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
