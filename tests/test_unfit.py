@@ -54,7 +54,7 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
     for instance in gemmas.proxy.instances():
         assert "model.layers.1" in instance["unmoved"], instance
         assert "moves no KV" in instance["unfit"][0]["why"], instance
-    said = [line for line in _log(gemmas) if "moves no KV: every prompt is computed where it is decoded" in line]
+    said = [line for line in _log(gemmas) if "moves no KV: the decode instance computes each prompt itself" in line]
     assert len(said) == 2, said
 
     # Another proxy may ask all the same: it is promised nothing, from the first request on.

@@ -52,7 +52,7 @@ async fn main() -> ExitCode {
         signal(SignalKind::user_defined1()),
     );
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
-        return print_problems(&["signals cannot be handled".into()], INTERNAL);
+        return print_problems(&["the process cannot handle signals".into()], INTERNAL);
     };
     // Raise the limit before the first connection. Its warning comes after the line that the proxy is up.
     let shortage = raise_limit(&config);
@@ -68,7 +68,7 @@ async fn main() -> ExitCode {
     }
     if insecure {
         tracing::warn!(
-            "--insecure: whoever reaches the registration port can take part in serving"
+            "--insecure: every process that reaches the registration port can register an instance, which then gets requests"
         );
     }
     // The first signal drains, the second one breaks off what is still under way.

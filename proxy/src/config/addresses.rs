@@ -30,7 +30,7 @@ pub struct Addresses {
 
     // These four have no environment variables: Kubernetes sets `PD_PROXY_PORT` to a URL in every pod that
     // can see a service `pd-proxy`.
-    /// As in LMCache's example proxy: host of `--listen`.
+    /// Host of `--listen`, under the name that LMCache's example proxy uses.
     #[arg(long, value_name = "HOST", value_parser = host)]
     host: Option<IpAddr>,
 
@@ -46,8 +46,8 @@ pub struct Addresses {
     #[arg(long, value_name = "PORT")]
     proxy_port: Option<u16>,
 
-    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001);
-    /// without it there is no such port.
+    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001). Without it,
+    /// the proxy opens no such port.
     #[arg(
         long,
         env = "PD_PROXY_P2P_REGISTRATION",
@@ -56,8 +56,8 @@ pub struct Addresses {
     )]
     pub p2p_registration: Option<SocketAddr>,
 
-    /// Permit addresses off loopback. Neither port authenticates anybody yet: whoever reaches the
-    /// registration port can take part in serving.
+    /// Permits addresses other than loopback. The registration port authenticates no peer: every process that
+    /// reaches the port can register an instance, which then gets requests.
     #[arg(long, env = "PD_PROXY_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
 }
@@ -84,7 +84,7 @@ impl Addresses {
         for (flag, address) in ports.into_iter().chain(p2p) {
             if !address.ip().is_loopback() && !self.insecure {
                 problems.push(format!(
-                    "{flag} {address} is off loopback: give a loopback address such as 127.0.0.1:{}, \
+                    "{flag} {address} is not a loopback address: give one, for example 127.0.0.1:{}, \
                      or add --insecure if the network itself keeps strangers out",
                     address.port()
                 ));
@@ -112,7 +112,7 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     if let Some((host, port)) = text.rsplit_once(':') {
         if host.contains(':') && !host.starts_with('[') {
             return Err(
-                "is IPv6 without brackets, so its port cannot be told: write [ADDRESS]:PORT".into(),
+                "is IPv6 without brackets, so the port is not clear: write [ADDRESS]:PORT".into(),
             );
         }
         let bare = host.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
@@ -123,8 +123,9 @@ fn address(text: &str) -> Result<SocketAddr, String> {
             return Ok(found);
         }
     }
-    first(text.to_socket_addrs().ok())
-        .ok_or_else(|| "is not IP:PORT, nor the name of an address of this host and a port".into())
+    first(text.to_socket_addrs().ok()).ok_or_else(|| {
+        "is neither IP:PORT nor NAME:PORT with a name that this host can resolve".into()
+    })
 }
 
 /// Parses an IP address, with or without brackets, or resolves a name.
@@ -132,7 +133,7 @@ fn host(text: &str) -> Result<IpAddr, String> {
     let bare = text.strip_prefix('[').and_then(|at| at.strip_suffix(']'));
     let found = first((bare.unwrap_or(text), 0).to_socket_addrs().ok());
     Ok(found
-        .ok_or("is no IP, nor the name of an address of this host")?
+        .ok_or("is neither an IP address nor a name that this host can resolve")?
         .ip())
 }
 

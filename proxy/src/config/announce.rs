@@ -28,7 +28,7 @@ pub(crate) fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
     let text = std::fs::read_to_string(file).map_err(|e| named(e.to_string()))?;
     let values: Value = serde_json::from_str(&text).map_err(|e| named(e.to_string()))?;
     let Some(server) = values["metadata_server"].as_str() else {
-        return Err(named("no metadata_server".to_owned()));
+        return Err(named("the file has no metadata_server".to_owned()));
     };
     Metadata::parse(server, values["metadata_backend"].as_str()).map_err(|e| named(e.to_string()))
 }
@@ -60,11 +60,11 @@ impl Announcer {
             match (said, known) {
                 (Ok(()), Some(true)) | (Err(_), Some(false)) => {}
                 (Ok(()), _) => {
-                    info!(metadata = %self.metadata, registration = %address, "sidecars are told where to register");
+                    info!(metadata = %self.metadata, registration = %address, "the metadata server has the registration address");
                     known = Some(true);
                 }
                 (Err(error), _) => {
-                    warn!("sidecars are not told where to register: {error}");
+                    warn!("the metadata server does not take the registration address: {error}");
                     known = Some(false);
                 }
             }

@@ -25,9 +25,10 @@ pub(crate) use choices::{DecodeLegAt, FirstTokenFrom};
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///
-/// Clients talk to it as to one vLLM server. Sidecars register at its registration port; a request
-/// is prefilled by one instance, its KV is pushed to another one by their sidecars, and that one
-/// streams the answer. Where no transfer is possible the decode instance computes everything.
+/// Clients use the proxy like one vLLM server. Sidecars register at its registration port. For each
+/// request one instance computes the prompt (prefill), the sidecars push the KV of the prompt to another
+/// instance, and this instance streams the answer (decode). If no transfer is possible, the decode
+/// instance computes the whole request.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
 pub struct Config {
@@ -35,28 +36,29 @@ pub struct Config {
     #[command(flatten)]
     pub addresses: Addresses,
 
-    /// Requests under way at once; more are answered with 429.
+    /// Most requests in flight at once; further requests get 429.
     #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
           value_parser = at_least_one)]
     pub max_in_flight: usize,
 
-    /// Client connections at once. For more, the longest idle ones are closed; where all are busy with
-    /// requests, others get 429, and /health, /ready, /metrics and the admin endpoints still answer.
+    /// Most client connections at once. For a further connection, the proxy closes the connection that has
+    /// been idle for longest. If all connections are busy with requests, further /v1/ requests get 429;
+    /// /health, /ready, /metrics and the admin endpoints still answer.
     #[arg(long, env = "PD_PROXY_MAX_CONNECTIONS", default_value_t = 4096, value_name = "N",
           value_parser = at_least_one)]
     pub max_connections: usize,
 
-    /// Largest request body; larger ones are answered with 413.
+    /// Largest request body in bytes; a larger body gets 413.
     #[arg(long, env = "PD_PROXY_MAX_BODY_BYTES", default_value_t = 16 * 1024 * 1024,
           value_name = "BYTES", value_parser = at_least_one)]
     pub max_body_bytes: usize,
 
-    /// Request bodies on their way in, all together; the slowest of them give way to others (429).
+    /// Most bytes of all request bodies that are being received. Beyond that, the slowest uploads get 429.
     #[arg(long, env = "PD_PROXY_MAX_UPLOAD_BYTES", default_value_t = 256 * 1024 * 1024,
           value_name = "BYTES", value_parser = at_least_one)]
     pub max_upload_bytes: usize,
 
-    /// Instances that can be registered at once.
+    /// Most instances that can be registered at once.
     #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
           value_parser = at_least_one)]
     pub max_instances: usize,
@@ -82,13 +84,13 @@ pub struct Config {
     )]
     pub etcd_prefix: String,
 
-    /// Mooncake's configuration: the metadata server that it names is told where sidecars register, so
-    /// that sidecars with the same file find this proxy.
+    /// Mooncake's configuration file. The proxy writes its registration address to the metadata server that
+    /// the file names, so that sidecars with the same file find this proxy.
     #[arg(long, env = "PD_PROXY_MOONCAKE", value_name = "FILE")]
     pub mooncake: Option<PathBuf>,
 
-    /// Base URL of an OpenTelemetry collector (OTLP over HTTP, as http://collector:4318) that gets a
-    /// trace of each request.
+    /// Base URL of an OpenTelemetry collector (OTLP over HTTP, for example http://collector:4318),
+    /// which gets a trace of each request.
     #[arg(long, env = "PD_PROXY_OTLP", value_name = "URL")]
     pub otlp: Option<String>,
 
@@ -104,12 +106,12 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_DECODE_POLICY", default_value = "round-robin")]
     pub decode_policy: Policy,
 
-    /// Which requests get a prefill leg; `POST /mode/...` changes it.
+    /// Rule that decides which requests get a prefill leg; `POST /mode/...` changes the mode.
     #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
     pub mode: Mode,
 
-    /// When a decode leg between sidecars is sent: when the prefill engine has begun, with the prefill
-    /// leg, or after its answer.
+    /// Time at which a decode leg between sidecars is sent: when the prefill engine has begun, together with
+    /// the prefill leg, or after the answer to the prefill leg.
     #[arg(long, env = "PD_PROXY_DECODE_LEG", default_value = "begun")]
     pub decode_leg: DecodeLegAt,
 
@@ -119,42 +121,42 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
     pub first_token: FirstTokenFrom,
 
-    /// Prefill instances tried for one request; then the decode instance computes the prompt.
+    /// Most prefill instances tried for one request. After that, the decode instance computes the prompt.
     #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub prefill_attempts: u32,
 
-    /// Failures in a row after which an instance gets no requests for a while. An engine's 5xx counts
-    /// only once another instance has answered the same request.
+    /// Failures in a row after which an instance gets no requests for a while. A 5xx of an engine
+    /// counts only once another instance has answered the same request.
     #[arg(long, env = "PD_PROXY_BREAKER_FAILURES", default_value_t = 5, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub breaker_failures: u32,
 
-    /// Time for which an instance that keeps failing gets no requests; then one request tries it.
+    /// Time for which an instance that keeps failing gets no requests. After that, one request probes it.
     #[arg(long, env = "PD_PROXY_BREAKER_PAUSE", default_value = "5s", value_name = "TIME",
           value_parser = duration)]
     pub breaker_pause: Duration,
 
-    /// Decode instances tried for one request, as long as the client has got nothing.
+    /// Most decode instances tried for one request, until the client gets the first bytes of an answer.
     #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub decode_attempts: u32,
 
-    /// Longest connect to an instance.
+    /// Longest time to connect to an instance.
     #[arg(long, env = "PD_PROXY_CONNECT_TIMEOUT", default_value = "2s", value_name = "TIME",
           value_parser = duration)]
     pub connect_timeout: Duration,
 
-    /// Longest wait for the prefill instance to begin or to answer; then the decode instance
-    /// computes the prompt itself.
+    /// Longest wait for the prefill instance to begin or to answer. After that, the decode instance computes
+    /// the prompt.
     #[arg(long, env = "PD_PROXY_PREFILL_TIMEOUT", default_value = "60s", value_name = "TIME",
           value_parser = duration)]
     pub prefill_timeout: Duration,
 
-    /// Longest time without a sign of work of a decode instance, in any of its answers, while a request
-    /// waits for its first event; then another instance takes over, if there is one. Long prompts, and
-    /// answers that are not streamed, get more. An answer that is as long silent is given up on if the
-    /// engine's /health has failed for so long too.
+    /// Longest time without a sign of work of a decode instance (data in any of its answers), while a request
+    /// waits there for its first event. After that, another instance takes over if there is one. Long
+    /// prompts, and answers that are not streamed, get more time. The proxy also breaks off an answer that
+    /// has been silent for this time if the engine's /health has failed for as long.
     #[arg(long, env = "PD_PROXY_STALL_TIMEOUT", default_value = "20s", value_name = "TIME",
           value_parser = duration)]
     pub stall_timeout: Duration,
@@ -164,34 +166,34 @@ pub struct Config {
           value_parser = duration)]
     pub first_byte_timeout: Duration,
 
-    /// Longest wait for an answer that is not streamed: its whole computation has to fit.
+    /// Longest wait for an answer that is not streamed. The engine computes the whole answer in this time.
     #[arg(long, env = "PD_PROXY_ANSWER_TIMEOUT", default_value = "4h", value_name = "TIME",
           value_parser = duration)]
     pub answer_timeout: Duration,
 
-    /// Longest time without data within an answer. Engines are silent while they write a tool call.
+    /// Longest time without data within an answer. An engine sends no data while it generates a tool call.
     #[arg(long, env = "PD_PROXY_IDLE_TIMEOUT", default_value = "10m", value_name = "TIME",
           value_parser = duration)]
     pub idle_timeout: Duration,
 
-    /// Longest time for a client to send a request's head, to send nothing of its body (less than
-    /// 1 KiB), or to read nothing of its answer.
+    /// Longest time for a client to send a request's head. Also the longest time in which a client may send
+    /// less than 1 KiB of a body, or read nothing of its answer.
     #[arg(long, env = "PD_PROXY_CLIENT_TIMEOUT", default_value = "30s", value_name = "TIME",
           value_parser = duration)]
     pub client_timeout: Duration,
 
-    /// Time between two call-backs to a registered sidecar: acknowledgement and health check. At most 10s:
-    /// an answer holds for 15 s.
+    /// Time between two call-backs to a registered sidecar. A call-back acknowledges the registration and
+    /// checks the sidecar's health. At most 10s, because an answer is valid for 15 s.
     #[arg(long, env = "PD_PROXY_CALL_BACK_EVERY", default_value = "5s", value_name = "TIME",
           value_parser = duration)]
     pub call_back_every: Duration,
 
-    /// After SIGTERM or SIGINT, how long requests under way may take to finish.
+    /// Longest time for requests in flight to finish after SIGTERM or SIGINT.
     #[arg(long, env = "PD_PROXY_DRAIN_TIMEOUT", default_value = "30s", value_name = "TIME",
           value_parser = duration)]
     pub drain_timeout: Duration,
 
-    /// Filter of the log, e.g. `info` or `warn,proxy=debug`.
+    /// Filter of the log, for example `info` or `warn,proxy=debug`.
     #[arg(
         long,
         env = "PD_PROXY_LOG",
@@ -225,8 +227,8 @@ impl Config {
                 return argument;
             };
             notes.push(format!(
-                "environment {of_service}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
-                 the pod's spec keeps such variables away)"
+                "environment {of_service}: ignored, because it describes a Kubernetes service \
+                 (enableServiceLinks: false in the pod's spec prevents such variables)"
             ));
             argument.env(None::<&'static str>)
         });
@@ -262,7 +264,7 @@ impl Config {
             let registration = self.addresses.registration();
             if registration.ip().is_unspecified() {
                 problems.push(format!(
-                    "--mooncake: sidecars cannot connect to {registration}: name one address in --registration"
+                    "--mooncake: sidecars cannot connect to {registration}: give an address of this host in --registration"
                 ));
             }
         }
@@ -299,7 +301,7 @@ const LONGEST_CALL_BACK_EVERY: Duration = Duration::from_secs(10);
 /// Parses a duration above zero and up to a day.
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("has to be above zero".into()),
+        Ok(Duration::ZERO) => Err("must be above zero".into()),
         Ok(time) if time > LONGEST => Err("is longer than a day".into()),
         Ok(time) => Ok(time),
         Err(e) => Err(format!("{e}; write 500ms, 5s or 2m")),
@@ -309,7 +311,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 /// Parses a number from 1 to [`LARGEST`].
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) => Err("has to be at least 1".into()),
+        Ok(0) => Err("must be at least 1".into()),
         Ok(number) if number > LARGEST => Err(format!("is above {LARGEST}")),
         Ok(number) => Ok(number),
         Err(_) => Err("is not a whole number".into()),
@@ -324,20 +326,20 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 const LARGEST: usize = 1 << 28;
 
 const AFTER_HELP: &str = "\
-Every flag can be given in the environment, e.g. PD_PROXY_LISTEN; a flag wins.
+Every flag can also be set in the environment, for example PD_PROXY_LISTEN; a flag wins over the environment.
 
 Try it:
   pd-proxy --listen 127.0.0.1:8000 --registration 127.0.0.1:7500
-  curl -s localhost:8000/instances          who has registered, and why it is not ready
+  curl -s localhost:8000/instances          the instances, and why one is not ready
   curl -s localhost:8000/v1/completions -H 'content-type: application/json' \\
        -d '{\"model\": \"m\", \"prompt\": \"Hello\", \"max_tokens\": 8, \"stream\": true}'
   curl -s localhost:8000/requests           the last 256 requests: pair, times, bytes moved
   curl -s localhost:8000/ready              200 if a decode instance is ready
   curl -s localhost:8000/metrics            Prometheus
 
-Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 wrong flags or
-files that they name, 69 an address could not be bound, 70 the registration port failed while running.
-SIGTERM and SIGINT drain; a second one stops at once.";
+Exit codes: 0 stopped after draining, 1 stopped with requests cut off, 64 a flag or a file that it names is
+wrong, 69 an address could not be bound, 70 the registration port failed while the proxy was running.
+SIGTERM and SIGINT drain the proxy; a second signal stops it at once.";
 
 #[cfg(test)]
 mod tests;

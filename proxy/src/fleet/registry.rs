@@ -77,10 +77,10 @@ pub(crate) enum Refused {
     #[error(transparent)]
     Unusable(#[from] Unusable),
     /// The registry is full.
-    #[error("{0} instances are registered already (--max-instances)")]
+    #[error("{0} instances are already registered, which is the limit (--max-instances)")]
     Full(usize),
     /// The addresses or the role changed and the epoch did not.
-    #[error("addresses or role changed within one epoch")]
+    #[error("the addresses or the role changed within one epoch")]
     Changed,
     /// Two live sidecars have the id already.
     #[error("{0}")]
@@ -389,7 +389,7 @@ impl Entry {
             admin.unwrap_or(&lease.instance.http).to_string()
         };
         let dispute = format!(
-            "two sidecars have the id {:?}: {} and {}; neither is used until one stops or gets another --id",
+            "two sidecars have the id {:?}: {} and {}; the proxy uses neither until one of them stops or gets another --id",
             member.instance.id,
             place(member),
             place(candidate)

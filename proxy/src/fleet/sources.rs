@@ -37,12 +37,12 @@ pub struct Sources {
     #[arg(long, env = "PD_PROXY_CONNECTOR", default_value = "nixl")]
     pub connector: Connector,
 
-    /// YAML file with a list `instances`, as docs/proxy/registration.md describes it.
+    /// YAML file with a list `instances`; docs/proxy/registration.md describes it.
     #[arg(long, env = "PD_PROXY_INSTANCES", value_name = "FILE")]
     pub instances: Option<PathBuf>,
 
-    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`; flags and environment win
-    /// over the file.
+    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`. Flags and the environment win over
+    /// the file.
     #[arg(long, env = "PD_PROXY_ENV_FILE", value_name = "FILE")]
     pub env_file: Option<PathBuf>,
 
@@ -198,7 +198,7 @@ impl Sources {
         let is_there = |variable: &&str| all.contains_key(*variable);
         if !VARIABLES.iter().any(is_there) {
             return Err(format!(
-                "--env-file {shown}: it sets neither {}",
+                "--env-file {shown}: the file sets neither {}",
                 VARIABLES.join(" nor ")
             ));
         }

@@ -99,7 +99,9 @@ fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
                 .take(MAX_REASON_CHARS)
                 .collect(),
         },
-        Err(e) => Answer::Silent(format!("it answered something else: {e}")),
+        Err(e) => Answer::Silent(format!(
+            "the answer is not the acknowledgement of a sidecar: {e}"
+        )),
     }
 }
 

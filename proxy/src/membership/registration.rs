@@ -75,7 +75,7 @@ impl Registration {
         for instance in configured {
             let id = instance.id.clone();
             if let Err(error) = registry.name(Instant::now(), instance, None) {
-                warn!(id, %error, "a configured instance is not taken");
+                warn!(id, %error, "a configured instance is not accepted");
             }
         }
         Self {
@@ -171,14 +171,17 @@ impl Registration {
             }
             let (id, epoch) = (instance.id.clone(), instance.epoch);
             match self.registry.name(now, instance.clone(), None) {
-                Ok(_) => info!(id, epoch, "heard of by the shared registry"),
+                Ok(_) => info!(id, epoch, "instance added from the shared registry"),
                 Err(error) => self.log_rate_limited(now, &error.to_string()),
             }
         }
         for instance in known {
             let is_written = others.iter().any(|other| other.id == instance.id);
             if instance.source == Source::Shared && !is_written && !instance.is_ready() {
-                info!(id = instance.id, "gone from the shared registry");
+                info!(
+                    id = instance.id,
+                    "instance removed: it is gone from the shared registry"
+                );
                 self.registry.remove(&instance.id);
             }
         }

@@ -84,7 +84,7 @@ impl SharedRegistry {
         if let Some(lease) = self.lease.take()
             && let Err(error) = self.etcd.revoke(&lease).await
         {
-            debug!(%error, "the lease runs out by itself");
+            debug!(%error, "the lease is not revoked and expires by itself");
         }
     }
 
@@ -95,7 +95,7 @@ impl SharedRegistry {
         match done {
             Ok(()) if self.is_lost => {
                 self.is_lost = false;
-                info!("the shared registry is back");
+                info!("the shared registry answers again");
             }
             Ok(()) => {}
             Err(error) => {
@@ -104,7 +104,7 @@ impl SharedRegistry {
                 self.watch = None;
                 self.written.clear();
                 if !std::mem::replace(&mut self.is_lost, true) {
-                    warn!(%error, "no shared registry: going on with whom this proxy knows");
+                    warn!(%error, "the shared registry does not answer: the proxy goes on with the instances that it knows");
                 }
             }
         }
@@ -174,7 +174,10 @@ impl SharedRegistry {
                 });
             match instance {
                 Ok(instance) => others.push(instance),
-                Err(error) => debug!(key, error, "an entry of the shared registry is not taken"),
+                Err(error) => debug!(
+                    key,
+                    error, "an entry of the shared registry is not accepted"
+                ),
             }
         }
         // Sending fails only when the proxy ends.

@@ -60,11 +60,13 @@ pub(crate) enum BadBody {
     #[error("the request body is not a JSON object: {0}")]
     Json(#[from] serde_json::Error),
     /// The body is not valid in the encoding that its first bytes announce.
-    #[error("the request body is not a JSON object: it begins as UTF-16 or UTF-32 and is not")]
+    #[error(
+        "the request body is not a JSON object: its first bytes announce UTF-16 or UTF-32, but the rest is not valid"
+    )]
     Encoding,
     /// The client sends transfer parameters of its own.
     #[error(
-        "kv_transfer_params is set by this proxy and must not be sent by a client: it names hosts that engines connect to"
+        "a client must not send kv_transfer_params: only this proxy sets it, because it names hosts to which engines connect"
     )]
     TransferParams,
 }

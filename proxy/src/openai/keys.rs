@@ -64,7 +64,9 @@ impl Access {
         let keys = self.api_key.iter().map(|key| ("--api-key", key));
         let bad = |(flag, key): (&str, &String)| {
             let ok = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
-            (!ok).then(|| format!("{flag}: a key is printable ASCII without spaces, and not empty"))
+            (!ok).then(|| {
+                format!("{flag}: a key must be printable ASCII without spaces, and not empty")
+            })
         };
         let mut problems: Vec<_> = keys.chain(admin).chain(engine).filter_map(bad).collect();
         for host in &self.allow {
@@ -128,7 +130,7 @@ pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiErr
     }
     Err(ApiError::new(
         Code::InvalidApiKey,
-        "no API key, or a wrong one",
+        "the request has no API key, or a wrong one",
     ))
 }
 
@@ -156,7 +158,7 @@ pub(crate) fn may_change(
     }
     Err(ApiError::new(
         Code::NotPermitted,
-        "needs the key of --admin-key, or without one a client on this host",
+        "this endpoint needs the key of --admin-key or, if the proxy has none, a client on the proxy's host",
     ))
 }
 

@@ -43,7 +43,7 @@ impl Failure {
                 let status = answer.head.status;
                 (
                     status,
-                    format!("no decode engine does better than {status}"),
+                    format!("no decode engine gave a better answer than {status}"),
                 )
             }
             Self::Error(error) => (error.code().status(), error.to_string()),

@@ -131,7 +131,7 @@ impl Drive {
             None => Step::Event(Event::PrefillAnswered),
             Some(reason) => {
                 self.refused(context, reason);
-                warn!(id = %context.id, prefill = self.prefill_id(), reason, "not pushed");
+                warn!(id = %context.id, prefill = self.prefill_id(), reason, "the sender does not push the KV");
                 self.app
                     .metrics
                     .leg_failed(Leg::Prefill(Fallback::NotPushed));

@@ -147,7 +147,7 @@ impl ResponseBody {
                     self.hear(&chunk);
                     if self.events.unended() > self.limits.max_event {
                         let text = format!(
-                            "the decode instance does not end an event: {} bytes so far",
+                            "the decode instance sent {} bytes of one event without its end",
                             self.events.unended()
                         );
                         return self.break_off(ApiError::new(Code::DecodeDied, text));

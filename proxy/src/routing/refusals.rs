@@ -179,8 +179,8 @@ impl Refusals {
                 decode = refused.decode.id,
                 reason,
                 requests = about.text(),
-                "KV is not handed over: such requests are computed by the decode instance alone, and \
-                 tried again after {} s. {}",
+                "KV is not handed over: for {} s the decode instance computes such requests alone; after that \
+                 the proxy tries a hand-over again. {}",
                 time.as_secs(),
                 cure(reason)
             );

@@ -80,13 +80,13 @@ pub(crate) async fn serve(
             Some(ended) = connections.join_next() => {
                 // The task has panicked because of a defect. Only this connection ends.
                 if let Err(e) = ended {
-                    error!(error = %e, "a connection's task has failed");
+                    error!(error = %e, "the task of a client connection has failed");
                 }
                 continue;
             }
         };
         if let Err(e) = stream.set_nodelay(true) {
-            debug!(error = %e, "the client has gone already");
+            debug!(error = %e, "the client has left already");
             continue;
         }
         // Take a seat before the task starts, so that the limit holds even if the tasks run late.
@@ -113,7 +113,7 @@ pub(crate) async fn serve(
     drop(listener);
     let all_closed = async { while connections.join_next().await.is_some() {} };
     if timeout(LAST_WORDS, all_closed).await.is_err() {
-        debug!("connections were still open at the end");
+        debug!("client connections were still open at the end");
     }
     connections.shutdown().await;
 }
@@ -163,7 +163,7 @@ impl Client {
         };
         match handshake {
             Ok(Ok(stream)) => self.serve(stream).await,
-            Ok(Err(e)) => debug!(error = %e, "no TLS with a client"),
+            Ok(Err(e)) => debug!(error = %e, "the TLS handshake with a client failed"),
             Err(_) => debug!("a client did not finish its TLS handshake in time"),
         }
     }

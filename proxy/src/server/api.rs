@@ -114,7 +114,7 @@ async fn accept(
         let most = app.config.max_in_flight;
         ApiError::new(
             Code::TooManyRequests,
-            format!("{most} requests are under way already (--max-in-flight)"),
+            format!("{most} requests are already in flight (--max-in-flight)"),
         )
     })?;
     let arrival = Arrival {
@@ -269,7 +269,7 @@ async fn not_found(request: Request) -> Response {
         let there = format!("{path}{}", query.unwrap_or_default());
         return (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, there)]).into_response();
     }
-    let text = format!("there is no {} here", request.uri().path());
+    let text = format!("this proxy has no endpoint {}", request.uri().path());
     ApiError::new(Code::NotFound, text).into_response()
 }
 

@@ -63,7 +63,7 @@ pub(crate) async fn read(
         };
         let frame = frame.map_err(|_| {
             let text = format!(
-                "the request body stopped coming for {silence:?} after {} bytes (--client-timeout)",
+                "the client sent no more of the request body for {silence:?}, after {} bytes (--client-timeout)",
                 whole.len()
             );
             ApiError::new(Code::BodyTimeout, text)

@@ -250,7 +250,7 @@ fn summarise(app: &App) {
 
 /// Waits until no request is under way, for the drain timeout at most, or until `now` is cancelled.
 async fn drain(app: &App, now: &CancellationToken) -> End {
-    info!("draining: no new requests");
+    info!("draining: the proxy takes no new requests");
     select! {
         biased;
         drained = timeout(app.config.drain_timeout, app.drained()) => match drained {
@@ -258,9 +258,9 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
                 info!("drained");
                 return End::Drained;
             }
-            Err(_) => warn!("requests under way are cut off: --drain-timeout is over"),
+            Err(_) => warn!("requests in flight are cut off: --drain-timeout is over"),
         },
-        () = now.cancelled() => warn!("requests under way are cut off: told to stop at once"),
+        () = now.cancelled() => warn!("requests in flight are cut off: a second signal says to stop at once"),
     }
     End::ForcedShutdown
 }

@@ -95,7 +95,7 @@ impl Exporter {
         if !std::mem::replace(&mut self.is_failing, true) {
             warn!(
                 url = self.url,
-                error, "spans are lost: the collector does not take them"
+                error, "the collector does not take spans: they are dropped"
             );
         }
     }

@@ -115,7 +115,7 @@ impl Table {
             warn!(
                 limit,
                 total,
-                "client connections are at --max-connections: those that are idle for longest are closed"
+                "the limit --max-connections is reached: the proxy closes the client connections that have been idle for longest"
             );
         }
         true

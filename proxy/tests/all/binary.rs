@@ -78,7 +78,7 @@ fn variables_of_kubernetes_services_stop_no_start() {
         }
     }
     let noted = |line: &&String| {
-        line.contains("=tcp://10.0.0.1:8100: ignored, it describes a Kubernetes service")
+        line.contains("=tcp://10.0.0.1:8100: ignored, because it describes a Kubernetes service")
     };
     assert_eq!(lines.iter().filter(noted).count(), 4, "{lines:#?}");
     assert_eq!(stop(child, "-TERM"), 0);

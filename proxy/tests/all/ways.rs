@@ -183,7 +183,7 @@ async fn an_event_that_does_not_end_ends_the_stream() {
         .await
         .is_ok();
     assert!(ended, "the stream goes on for ever");
-    assert!(last.contains("does not end an event"), "{last:.300}");
+    assert!(last.contains("of one event without its end"), "{last:.300}");
     rig.journal.until("d decode aborted").await;
     assert_eq!(rig.record().await["outcome"], "broken");
 }

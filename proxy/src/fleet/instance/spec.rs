@@ -52,7 +52,7 @@ pub enum Unusable {
     Id(String),
     /// Lists of ports that do not have one init port and one alloc port per rank.
     #[error(
-        "{init} init ports and {alloc} alloc ports: one of each per rank is needed, {MAX_RANKS} at most, and for a receiver at least one"
+        "{init} init ports and {alloc} alloc ports: each rank needs one of each; at most {MAX_RANKS} ranks, and a receiver has at least one"
     )]
     Ports {
         /// Number of init ports.
@@ -116,7 +116,10 @@ impl Instance {
         check_id(&id)?;
         let host = named.host.clone().unwrap_or_else(|| http.host().to_owned());
         if named.connector.spec().has_sidecar {
-            let text = format!("sidecars register themselves; name {}", without_sidecar());
+            let text = format!(
+                "sidecars register themselves: use {} for instances without a sidecar",
+                without_sidecar()
+            );
             return Err(Unusable::Incomplete(text));
         }
         let ports = (&named.init_ports[..], &named.alloc_ports[..]);

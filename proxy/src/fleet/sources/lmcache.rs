@@ -43,7 +43,7 @@ impl Sources {
                 ports(&self.decoder_init_port, 8300),
                 ports(&self.decoder_alloc_port, 8400),
             ) else {
-                return Err("--num-decoders leads beyond port 65535".into());
+                return Err("--num-decoders: the last port would be above 65535".into());
             };
             all.push(named(InstanceRole::Decode, &host, port, &init, &alloc)?);
         }
@@ -59,7 +59,7 @@ fn named(
     alloc: &[u16],
 ) -> Result<Named, String> {
     if port == 0 {
-        return Err("port 0 is no port".into());
+        return Err("port 0 cannot be used: give a port from 1 to 65535".into());
     }
     let host = host
         .strip_prefix('[')
@@ -102,7 +102,7 @@ fn pairs(
         ([host], [port]) => {
             let port = |n| port.checked_add(n).map(|port| (host.clone(), port));
             let all: Option<Vec<_>> = (0..count.unwrap_or(1).max(1)).map(port).collect();
-            all.ok_or_else(|| format!("--num-{kind}s leads beyond port 65535"))
+            all.ok_or_else(|| format!("--num-{kind}s: the last port would be above 65535"))
         }
         ([host], ports) => Ok(ports.iter().map(|port| (host.clone(), *port)).collect()),
         (hosts, [port]) => Ok(hosts.iter().map(|host| (host.clone(), *port)).collect()),
@@ -110,7 +110,7 @@ fn pairs(
             Ok(hosts.iter().cloned().zip(ports.iter().copied()).collect())
         }
         (hosts, ports) => Err(format!(
-            "{} of --{kind}-host and {} of --{kind}-port: give one of either, or as many of both",
+            "{} of --{kind}-host and {} of --{kind}-port: give one host, one port, or as many ports as hosts",
             hosts.len(),
             ports.len()
         )),

@@ -71,7 +71,7 @@ impl Registration {
     pub(super) fn take(&mut self, frame: Frame) -> News {
         let message = match frame {
             Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
-            Frame::Last(_) | Frame::Odd => Err("not a single frame".into()),
+            Frame::Last(_) | Frame::Odd => Err("the message has more than one frame".into()),
         };
         match message {
             Ok(message) => self.heard(message),
@@ -101,7 +101,7 @@ impl Registration {
             },
             ToProxy::Leave(leave) => match self.registry.leave(now, &leave.id, leave.epoch.0) {
                 Some(gone) => {
-                    info!(id = gone.id, epoch = gone.epoch, "left");
+                    info!(id = gone.id, epoch = gone.epoch, "instance left");
                     Message::Leave
                 }
                 None => Message::Stray,

@@ -63,7 +63,7 @@ impl Said {
                     let why = &one.kv.unmoved;
                     warn!(
                         id = one.id,
-                        why, "moves no KV: every prompt is computed where it is decoded"
+                        why, "moves no KV: the decode instance computes each prompt itself"
                     );
                 }
                 continue;
@@ -77,7 +77,8 @@ impl Said {
                     let (prefill, decode, why) = &word;
                     warn!(
                         prefill,
-                        decode, "not a pair, so prompts are computed where they are decoded: {why}"
+                        decode,
+                        "not a pair, so the decode instance computes each prompt itself: {why}"
                     );
                 }
                 self.said.insert(word);

@@ -32,7 +32,7 @@ impl Clients {
         );
         r.register(
             "uploads",
-            "Request bodies on their way in",
+            "Request bodies that are being received",
             all.uploads.clone(),
         );
         r.register(

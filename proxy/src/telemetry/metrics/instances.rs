@@ -24,7 +24,7 @@ pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Resul
         (
             "paused",
             "gauge",
-            "1 while it keeps failing and is left alone",
+            "1 while the instance keeps failing and gets no requests",
             |i| f64::from(u8::from(snapshot(i).is_open)),
         ),
         ("answered", "counter", "Legs that were answered", |i| {
@@ -33,12 +33,15 @@ pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Resul
         (
             "answer_seconds",
             "counter",
-            "Sum of the times to these answers",
+            "Sum of the times to the first byte of these answers",
             |i| i.load.done().seconds,
         ),
-        ("failed", "counter", "Legs that failed by its fault", |i| {
-            i.load.done().failed as f64
-        }),
+        (
+            "failed",
+            "counter",
+            "Legs that failed through the instance's fault",
+            |i| i.load.done().failed as f64,
+        ),
     ];
     for (name, kind, help, read) in all {
         writeln!(out, "# HELP pd_proxy_instance_{name} {help}.")?;
