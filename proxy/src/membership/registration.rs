@@ -23,7 +23,7 @@ use crate::telemetry::labels::{InstanceCounts, Message};
 pub(crate) mod messages;
 mod pairs;
 
-use pairs::Said;
+use pairs::LoggedPairs;
 pub(crate) use pairs::unfit;
 
 /// The registration task.
@@ -35,8 +35,8 @@ pub(crate) struct Registration {
     published: watch::Sender<Instances>,
     calls: JoinSet<(CallBack, Answer)>,
     /// Time at which a refused registration was last logged; `None` if none was.
-    complained: Option<Instant>,
-    said: Said,
+    warned: Option<Instant>,
+    logged_pairs: LoggedPairs,
 }
 
 /// The inputs of the registration task.
@@ -84,8 +84,8 @@ impl Registration {
             inputs,
             published,
             calls: JoinSet::new(),
-            complained: None,
-            said: Said::default(),
+            warned: None,
+            logged_pairs: LoggedPairs::default(),
         }
     }
 
@@ -242,7 +242,7 @@ impl Registration {
                 self.app.refusals.forget(&before.id);
             }
         }
-        self.said.tell(&instances);
+        self.logged_pairs.log(&instances);
         self.published.send_replace(instances);
     }
 

@@ -131,7 +131,7 @@ impl RequestBody {
 
     /// Returns the reason for which this request gets no transfer; `None` if the request is one prompt
     /// that becomes one sequence.
-    pub(crate) fn alone(&self, endpoint: Endpoint) -> Option<Fallback> {
+    pub(crate) fn fallback(&self, endpoint: Endpoint) -> Option<Fallback> {
         let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
         if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);

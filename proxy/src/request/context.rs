@@ -40,7 +40,7 @@ pub(crate) struct RequestContext {
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
     /// The load that the prefill and the decode leg put on their instances; `None` for a leg that is not
     /// under way.
-    charges: [Option<LoadGuard>; 2],
+    load_guards: [Option<LoadGuard>; 2],
     // Must stay the last field: fields are dropped in order, and the place may become free only after
     // everything else.
     _permit: OwnedSemaphorePermit,
@@ -57,7 +57,11 @@ impl RequestContext {
         pair: &Pair,
         trace: Option<Trace>,
     ) -> (Self, Action) {
-        let plan = pair.prefill.as_ref().map(drop).map_err(|alone| *alone);
+        let plan = pair
+            .prefill
+            .as_ref()
+            .map(drop)
+            .map_err(|fallback| *fallback);
         let (state, action) = RequestState::begin(plan);
         let prefill = pair.prefill.as_ref().ok();
         let record = Record {
@@ -80,7 +84,7 @@ impl RequestContext {
             trace,
             place: None,
             prefill: None,
-            charges: [None, None],
+            load_guards: [None, None],
             _permit: permit,
         };
         (context, action)
@@ -123,7 +127,7 @@ impl RequestContext {
     /// Drops the prefill leg, because the leg has ended or its answer is not needed any more.
     pub(crate) fn drop_prefill(&mut self) {
         self.prefill = None;
-        self.charges[0] = None;
+        self.load_guards[0] = None;
     }
 
     /// Notes that a prefill leg is sent, and enters the request in `in_flight`, where messages about the leg
@@ -137,7 +141,7 @@ impl RequestContext {
         let place = self.app.in_flight.enter(id, &to.id);
         let progress = Arc::clone(&place.progress);
         self.place = Some(place);
-        self.charges[0] = Some(to.load.charge(tokens));
+        self.load_guards[0] = Some(to.load.charge(tokens));
         self.record.prefill = Some(to.id.clone());
         self.record.leg_id = (*id != self.id).then(|| id.0.clone());
         progress
@@ -162,7 +166,7 @@ impl RequestContext {
         tokens: u64,
     ) {
         self.app.metrics.decode_sent(transfer);
-        self.charges[1] = Some(to.load.charge(tokens));
+        self.load_guards[1] = Some(to.load.charge(tokens));
         self.record.decode = Some(to.id.clone());
         self.record.alone = transfer.err().map(Fallback::as_str);
         self.record.decode_attempts += 1;
@@ -184,15 +188,15 @@ impl RequestContext {
 
     /// Notes that the decode engine has shown a sign of work.
     pub(crate) fn heard(&self, now: Instant) {
-        if let Some(charge) = &self.charges[1] {
-            charge.load().heard(now);
+        if let Some(guard) = &self.load_guards[1] {
+            guard.load().heard(now);
         }
     }
 
     /// Returns true if the decode engine's `/health` has failed for at least `time`.
     pub(crate) fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
-        let charge = self.charges[1].as_ref();
-        charge.is_some_and(|charge| charge.load().is_sick_for(now, time))
+        let guard = self.load_guards[1].as_ref();
+        guard.is_some_and(|guard| guard.load().is_sick_for(now, time))
     }
 
     /// Notes an error and the status that the client gets.
@@ -232,7 +236,7 @@ impl RequestContext {
     fn end(&mut self, outcome: Outcome) {
         let total = self.arrived.elapsed();
         self.drop_prefill();
-        self.charges = [None, None];
+        self.load_guards = [None, None];
         if let Some(place) = self.place.take() {
             self.note_prefill(&place.progress);
         }

@@ -33,7 +33,8 @@ impl Drive {
         self.decode_sent = Instant::now();
         // After an early first token, every decode leg must continue after that token, even one without a
         // transfer.
-        self.goes_on = self.prefilled.first.is_some() && (transfer.is_ok() || self.is_early);
+        self.is_continuation =
+            self.prefilled.first.is_some() && (transfer.is_ok() || self.has_sent_first_token);
         decode
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
@@ -52,7 +53,7 @@ impl Drive {
         };
         // The client must not wait for a dead engine until `limit`, so check earlier whether the instance
         // works.
-        self.look_at = self.decode_sent + config.stall_timeout;
+        self.check_at = self.decode_sent + config.stall_timeout;
         self.decode = Some(Box::pin(async move {
             client.decode(&url, headers, body, limit).await
         }));
@@ -68,7 +69,7 @@ impl Drive {
         let handoff = self.handoff.filter(|_| transfer.is_ok());
         let params = handoff.and_then(|handoff| handoff.decode_params(&self.leg_id, prefilled));
         let id = transfer.map_or(id, |()| &self.leg_id);
-        if self.goes_on
+        if self.is_continuation
             && let (Some(first), Some(tokens)) = (&prefilled.first, &prefilled.tokens)
         {
             let (body, params) = (&self.body, params.as_deref());
@@ -108,7 +109,7 @@ impl Drive {
             return self.take_over(context, decode, &error);
         }
         self.note_failed_leg(context, &error);
-        self.condemn(context, Failure::of(error));
+        self.set_failure(context, Failure::of(error));
         Step::Event(Event::DecodeFailed { another: false })
     }
 
@@ -137,10 +138,10 @@ impl Drive {
     /// Checks whether the decode instance still works, while the answer has not begun. Data of any answer of
     /// the instance counts as a sign of work, because the request may be waiting in the engine's queue behind
     /// other requests.
-    pub(super) fn look(&mut self, context: &mut RequestContext) -> Step {
+    pub(super) fn check_decode(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;
-        self.look_at = now + breaker.stall;
+        self.check_at = now + breaker.stall;
         if !load.is_sick_for(now, breaker.stall) {
             if context.waits_for_kv() && context.prefill_mut().is_some() {
                 return Step::Again;
@@ -150,17 +151,17 @@ impl Drive {
                 .and_then(|progress| Some(progress.prefill_end()?.at));
             let signs = [Some(self.decode_sent), load.last_heard(), prefilled];
             let last = signs.into_iter().flatten().max().unwrap_or(now);
-            let patience = if load.snapshot(now).is_open {
+            let limit = if load.snapshot(now).is_open {
                 // Another request has already found that the instance does not work, so this one need not
                 // wait longer.
                 Some(breaker.stall)
             } else {
-                self.patience()
+                self.silence_limit()
             };
-            match patience.map(|patience| last + patience) {
+            match limit.map(|limit| last + limit) {
                 Some(until) if until <= now => {}
                 Some(until) => {
-                    self.look_at = self.look_at.min(until);
+                    self.check_at = self.check_at.min(until);
                     return Step::Again;
                 }
                 None => return Step::Again,
@@ -181,7 +182,7 @@ impl Drive {
 
     /// Returns the longest time without a sign of work from the decode instance. Returns `None` if there is
     /// no bound, because the answer is not streamed and its length is not limited.
-    fn patience(&self) -> Option<Duration> {
+    fn silence_limit(&self) -> Option<Duration> {
         let config = &self.app.config;
         let prompt = self.app.measured.costs().prefill_us_per_token * self.plan.tokens as f64 / 1e6;
         let prompt = Duration::try_from_secs_f64(prompt * SLOWER).ok()?;
@@ -216,7 +217,7 @@ impl Drive {
         // The turn of the policy may be at the current instance again, so exclude it by name.
         let mut failed = self.failed.clone();
         failed.push(self.pair.decode.id.clone());
-        let pair = self.plan.route_alone(&self.app, &failed).ok()?;
+        let pair = self.plan.route_decode(&self.app, &failed).ok()?;
         Some(pair.decode)
     }
 }

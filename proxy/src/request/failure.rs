@@ -37,7 +37,7 @@ impl Failure {
     }
 
     /// Returns the client's status, and a text for the log.
-    pub(crate) fn told(&self) -> (StatusCode, String) {
+    pub(crate) fn status_and_text(&self) -> (StatusCode, String) {
         match self {
             Self::Pass(answer) => {
                 let status = answer.head.status;

@@ -20,13 +20,13 @@ impl Drive {
             .finish_reason
             .as_deref()
             .is_some_and(|why| why != "length");
-        transfer.is_ok() && !self.is_early && (is_last || self.body.streams())
+        transfer.is_ok() && !self.has_sent_first_token && (is_last || self.body.streams())
     }
 
     /// Answers with the first token, followed by the decode leg's answer.
     pub(super) fn first_token(mut self, mut context: RequestContext, action: Action) -> Response {
-        self.is_early = true;
-        let Some(stitch) = self.stitch() else {
+        self.has_sent_first_token = true;
+        let Some(merger) = self.merger() else {
             return self.failure.into_response(&context.id);
         };
         let streams = self.body.streams();
@@ -36,15 +36,15 @@ impl Drive {
         if reason.is_some_and(|why| why != "length") {
             context.on(Event::FirstByte);
             context.on(Event::AnswerEnded);
-            return stream::only(&stitch, streams, self.prefilled.prompt_tokens, &context.id);
+            return stream::only(&merger, streams, self.prefilled.prompt_tokens, &context.id);
         }
         let id = context.id.clone();
-        stream::respond(stitch, &id, self.go_on(context, action))
+        stream::respond(merger, &id, self.go_on(context, action))
     }
 
     /// Returns the merger that puts the first token before the decode leg's answer. Returns `None` if the
     /// prefill leg has given no token.
-    pub(super) fn stitch(&self) -> Option<Merger> {
+    pub(super) fn merger(&self) -> Option<Merger> {
         let first = self.prefilled.first.clone()?;
         let model = self.body.json("model");
         let id = self.chosen.as_ref().unwrap_or(&self.leg_id);

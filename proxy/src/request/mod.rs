@@ -93,13 +93,13 @@ struct Drive {
     prefill_sent: Instant,
     decode_sent: Instant,
     /// Time of the next check whether the decode instance works.
-    look_at: Instant,
+    check_at: Instant,
     decode: Option<DecodeLeg>,
     /// True if the client has got the first token from the prefill instance.
-    is_early: bool,
+    has_sent_first_token: bool,
     /// True if the last decode leg continues after the prefill instance's first token, instead of generating
     /// it.
-    goes_on: bool,
+    is_continuation: bool,
     /// The error that the client gets if no decode leg succeeds.
     failure: Failure,
 }
@@ -179,10 +179,10 @@ pub(crate) async fn serve(
         prefilled: Prefilled::default(),
         prefill_sent: arrival.at,
         decode_sent: arrival.at,
-        look_at: arrival.at,
+        check_at: arrival.at,
         decode: None,
-        is_early: false,
-        goes_on: false,
+        has_sent_first_token: false,
+        is_continuation: false,
         failure: Failure::shutting_down(),
     };
     // With `--decode-leg arrival`, the decode leg does not wait for the prefill engine to begin.
@@ -209,7 +209,7 @@ impl Drive {
             action = match self.next(&mut context).await {
                 Step::Event(event) => context.on(event),
                 Step::Again => Action::Wait,
-                Step::FirstByte(answer) => return self.relay(context, *answer),
+                Step::FirstByte(answer) => return self.answer_client(context, *answer),
                 Step::Refused(answer) if context.is_prefilling() => {
                     context.failed(answer.head.status, "refused by the prefill engine".into());
                     context.on(Event::PrefillRefused);
@@ -234,7 +234,7 @@ impl Drive {
     }
 
     /// Answers the client with the decode leg's answer, and learns from the request.
-    fn relay(&mut self, context: RequestContext, mut answer: Answer) -> Response {
+    fn answer_client(&mut self, context: RequestContext, mut answer: Answer) -> Response {
         if answer.head.status.is_success() {
             self.blame(Side::Decode);
         }
@@ -258,13 +258,13 @@ impl Drive {
         if answer.head.status.is_success() {
             self.plan.answered(&self.app, &self.pair);
         }
-        if self.goes_on
-            && !self.is_early
+        if self.is_continuation
+            && !self.has_sent_first_token
             && answer.head.status.is_success()
             // The answer is not streamed: put the first token before its text.
-            && let (Some(stitch), None) = (self.stitch(), &answer.rest)
+            && let (Some(merger), None) = (self.merger(), &answer.rest)
         {
-            answer.held = stitch.whole(&answer.held);
+            answer.held = merger.whole(&answer.held);
         }
         // Only an answer behind a transfer shows traces of it.
         let is_moved = context.waits_for_kv() && answer.head.status.is_success();
@@ -279,7 +279,7 @@ impl Drive {
             idle: self.app.config.idle_timeout,
             dead: self.app.config.stall_timeout,
             // Only an answer whose events the proxy parses is buffered until the end of an event.
-            max_event: if self.is_early {
+            max_event: if self.has_sent_first_token {
                 MAX_EVENT_BYTES
             } else {
                 usize::MAX
@@ -312,10 +312,10 @@ impl Drive {
                 None => pending().await,
             }
         };
-        let (is_decoding, look_at) = (self.decode.is_some(), self.look_at);
-        let look = async {
+        let (is_decoding, check_at) = (self.decode.is_some(), self.check_at);
+        let check = async {
             match is_decoding {
-                true => sleep_until(look_at.into()).await,
+                true => sleep_until(check_at.into()).await,
                 false => pending().await,
             }
         };
@@ -336,9 +336,9 @@ impl Drive {
             }
             answer = decode => self.decode_ended(context, answer),
             () = sleep_until(deadline.into()), if prefilling => self.prefill_late(context),
-            () = look => self.look(context),
+            () = check => self.check_decode(context),
             () = self.app.force_shutdown.cancelled() => {
-                self.condemn(context, Failure::shutting_down());
+                self.set_failure(context, Failure::shutting_down());
                 Step::Event(Event::ForceShutdown)
             }
         }
@@ -358,8 +358,8 @@ impl Drive {
     }
 
     /// Notes the failure that the client gets.
-    fn condemn(&mut self, context: &mut RequestContext, failure: Failure) {
-        let (status, text) = failure.told();
+    fn set_failure(&mut self, context: &mut RequestContext, failure: Failure) {
+        let (status, text) = failure.status_and_text();
         context.failed(status, text);
         self.failure = failure;
     }

@@ -65,7 +65,7 @@ pub(crate) fn respond(
     let stream = is_event_stream(&answer.head.headers);
     context.first_byte(answer.head.status, stream);
     context.on(Event::FirstByte);
-    let mut relay = ResponseBody {
+    let mut body = ResponseBody {
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         gathered: BytesMut::new(),
@@ -78,17 +78,17 @@ pub(crate) fn respond(
         tail: Vec::new(),
         context,
     };
-    if relay.held.is_none() && relay.rest.is_none() {
-        relay.finish();
+    if body.held.is_none() && body.rest.is_none() {
+        body.finish();
     }
     let mut response = Response::new(());
     *response.status_mut() = answer.head.status;
     *response.headers_mut() = end_to_end(&answer.head.headers);
-    let id = crate::openai::request_id::header_value(&relay.context.id);
+    let id = crate::openai::request_id::header_value(&body.context.id);
     response
         .headers_mut()
         .insert(crate::openai::request_id::HEADER, id);
-    response.map(|()| Body::new(relay))
+    response.map(|()| Body::new(body))
 }
 
 /// Converts an answer that has been read completely into the response to the client.
@@ -187,7 +187,7 @@ impl ResponseBody {
 
     /// Becomes ready when the engine has been silent for too long. Returns the error text for the client.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<String> {
-        let said = |time| humantime::format_duration(time).to_string();
+        let shown = |time| humantime::format_duration(time).to_string();
         loop {
             ready!(self.idle.as_mut().poll(cx));
             let (now, limits) = (Instant::now(), self.limits);
@@ -195,7 +195,7 @@ impl ResponseBody {
             if until <= now {
                 let text = format!(
                     "the decode instance has been silent for {}",
-                    said(limits.idle)
+                    shown(limits.idle)
                 );
                 return Poll::Ready(text);
             }
@@ -205,7 +205,7 @@ impl ResponseBody {
             if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
                 let text = format!(
                     "the decode instance has been silent for {}, and its /health fails",
-                    said(limits.dead)
+                    shown(limits.dead)
                 );
                 return Poll::Ready(text);
             }
@@ -256,27 +256,27 @@ impl http_body::Body for ResponseBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
-        let relay = self.get_mut();
-        if let Some(held) = relay.held.take() {
-            relay.hear(&held);
-            if relay.rest.is_none() {
+        let this = self.get_mut();
+        if let Some(held) = this.held.take() {
+            this.hear(&held);
+            if this.rest.is_none() {
                 // hyper does not poll again after it has got the announced number of bytes, so the request
                 // must end now.
-                relay.finish();
+                this.finish();
             }
-            if relay.rest.is_none() || held.len() >= ENOUGH {
+            if this.rest.is_none() || held.len() >= ENOUGH {
                 return Poll::Ready(Some(Ok(Frame::data(held))));
             }
-            relay.gathered.extend_from_slice(&held);
+            this.gathered.extend_from_slice(&held);
         }
-        if relay.rest.is_none() {
-            return relay.end();
+        if this.rest.is_none() {
+            return this.end();
         }
-        if relay.force_shutdown.as_mut().poll(cx).is_ready() {
+        if this.force_shutdown.as_mut().poll(cx).is_ready() {
             let error = ApiError::new(Code::ShuttingDown, "the proxy is shutting down");
-            return relay.break_off(error);
+            return this.break_off(error);
         }
-        relay.poll_rest(cx)
+        this.poll_rest(cx)
     }
 
     fn is_end_stream(&self) -> bool {

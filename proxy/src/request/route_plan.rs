@@ -20,7 +20,7 @@ use crate::state::app::{App, Transfers, load_snapshots};
 pub(crate) struct RoutePlan {
     /// The estimated length of the prompt, in tokens.
     pub tokens: u64,
-    alone: Option<Fallback>,
+    fallback: Option<Fallback>,
     /// True if the answer stays the same when its first token comes from the prefill instance.
     pub is_splittable: bool,
     session: Option<u64>,
@@ -54,7 +54,7 @@ impl RoutePlan {
         };
         Self {
             tokens: known.tokens,
-            alone: body.alone(endpoint),
+            fallback: body.fallback(endpoint),
             is_splittable: first_token::can_express(body, endpoint),
             session,
             prompt,
@@ -70,7 +70,7 @@ impl RoutePlan {
     pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
         let nothing = Self {
             tokens: 0,
-            alone: Some(Fallback::NothingToDecode),
+            fallback: Some(Fallback::NothingToDecode),
             is_splittable: false,
             session: None,
             prompt: None,
@@ -85,24 +85,24 @@ impl RoutePlan {
     /// # Errors
     /// No decode instance can take it.
     pub(crate) fn route(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
-        self.routed(app, self.alone, failed)
+        self.routed(app, self.fallback, failed)
     }
 
     /// Chooses a decode instance that computes the whole request alone.
     ///
     /// # Errors
     /// No decode instance can take it.
-    pub(crate) fn route_alone(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
+    pub(crate) fn route_decode(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
         self.routed(app, Some(Fallback::DecodeRetry), failed)
     }
 
     fn routed(
         &self,
         app: &App,
-        alone: Option<Fallback>,
+        fallback: Option<Fallback>,
         failed: &[String],
     ) -> Result<Pair, NoRoute> {
-        let transfers = if alone.is_none() {
+        let transfers = if fallback.is_none() {
             Transfers::Yes
         } else {
             Transfers::No
@@ -111,7 +111,7 @@ impl RoutePlan {
         let instances = app.instances();
         let conversation = self.known.conversation.as_ref();
         let ask = RouteRequest {
-            alone,
+            fallback,
             is_unsplittable: !self.is_splittable,
             prefill,
             decode,

@@ -4,7 +4,7 @@
 //!               ┌────────────┐ begun, answered: send the decode leg  ┌──────────┐ first byte  ┌───────────┐
 //!  with pair ──▶│ Prefilling │──────────────────────────────────────▶│ Decoding │────────────▶│ Streaming │
 //!               └────────────┘ failed: send it without transfer      └──────────┘             └───────────┘
-//!                     │ refused (4xx)                          alone ──▶│    ▲ │ failed              │ ended,
+//!                     │ refused (4xx)                       fallback ──▶│    ▲ │ failed              │ ended,
 //!                     ▼                                                 │    └─┘ another instance    ▼ broke
 //!                  Ended ◀──────────────────────────────────────────────┴──────────────────────── Ended
 //! ```
@@ -79,7 +79,7 @@ pub(crate) enum Action {
     /// Answer the client with the prefill engine's refusal.
     PassRefusal,
     /// Answer the client with the decode leg's answer.
-    Relay,
+    PassAnswer,
     /// Answer the client with an error.
     Fail,
     /// Drop both legs: the request has ended.
@@ -92,7 +92,7 @@ impl RequestState {
     pub(crate) fn begin(plan: Result<(), Fallback>) -> (Self, Action) {
         match plan {
             Ok(()) => (Self::Prefilling, Action::Wait),
-            Err(alone) => Self::decoding(Err(alone), 1),
+            Err(why) => Self::decoding(Err(why), 1),
         }
     }
 
@@ -134,7 +134,7 @@ impl RequestState {
                 },
                 E::PrefillLost(why),
             ) => Self::decoding(Err(why), attempt),
-            (Self::Decoding { .. }, E::FirstByte) => (Self::Streaming, Action::Relay),
+            (Self::Decoding { .. }, E::FirstByte) => (Self::Streaming, Action::PassAnswer),
             (Self::Decoding { attempt, .. }, E::DecodeFailed { another: true }) => {
                 Self::decoding(Err(Fallback::DecodeRetry), attempt + 1)
             }

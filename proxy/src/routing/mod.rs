@@ -20,7 +20,7 @@ use crate::routing::refusals::Between;
 #[derive(Clone, Debug)]
 pub(crate) struct RouteRequest<'a> {
     /// The reason for which the request is not split over two instances; `None` if it may be split.
-    pub alone: Option<Fallback>,
+    pub fallback: Option<Fallback>,
     /// True if the hand-over of the first token would change the answer.
     pub is_unsplittable: bool,
     /// Policy and turn for the choice of a prefill instance.
@@ -125,23 +125,23 @@ pub(crate) fn route(
     // The decode instance is chosen first, because it decides which prefill instances can hand over.
     let prefills = prefills(instances, loads, ask, decode.instance);
     let prefill = match (
-        ask.alone,
+        ask.fallback,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
         // A reason in the request itself comes before reasons in the instances, so that metrics name it.
-        (Some(alone), _) => Err(alone),
+        (Some(fallback), _) => Err(fallback),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
         (None, _) if ask.is_unsplittable && decode.instance.connector.spec().needs_first_token => {
             Err(Fallback::NotExpressible)
         }
-        (None, None) => Err(nobody(instances, ask, decode.instance)),
+        (None, None) => Err(no_prefill(instances, ask, decode.instance)),
         (None, Some(prefill)) => {
             // Only `auto` compares: `pd` and `ppd` must not depend on measured costs.
             let weighed = ask.mode == Mode::Auto;
             if weighed
                 && ask
                     .costs
-                    .alone_is_cheaper(ask.prompt_tokens, &decode, &prefill)
+                    .local_is_cheaper(ask.prompt_tokens, &decode, &prefill)
             {
                 Err(Fallback::Cheaper)
             } else {
@@ -184,7 +184,7 @@ fn decodes<'a>(
         return Err(NoRoute::AllFailed);
     }
     prefer(&mut ready, |c| !c.load.is_open);
-    if ask.alone.is_none() {
+    if ask.fallback.is_none() {
         prefer(&mut ready, |c| {
             instances
                 .iter()
@@ -246,7 +246,7 @@ fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
 }
 
 /// Returns the reason for which no prefill instance can hand over to `decode`.
-fn nobody(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
+fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
     let there = |i: &&Arc<Instance>| {
         i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
     };

@@ -100,7 +100,7 @@ impl Costs {
     /// A prompt that is computed beside `legs` running requests delays each of them, which prefill
     /// instances exist to avoid. Every four running requests therefore add the cost of local computing
     /// once more.
-    pub(crate) fn alone_is_cheaper(
+    pub(crate) fn local_is_cheaper(
         &self,
         prompt_tokens: u64,
         decode: &Candidate<'_>,

@@ -56,7 +56,7 @@ struct Entry {
     /// End of the time for which the refusal holds; in the past if it does not hold.
     until: Instant,
     /// True if the log has a warning about this refusal.
-    is_said: bool,
+    is_logged: bool,
 }
 
 /// A refusal as `/instances` shows it.
@@ -167,8 +167,8 @@ impl Refusals {
             entry.until = now + time;
         }
         // One warning per refusal: a refusal that is learned again later is only information.
-        let is_first = is_learned && !entry.is_said;
-        entry.is_said |= is_learned;
+        let is_first = is_learned && !entry.is_logged;
+        entry.is_logged |= is_learned;
         self.count
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
         // Writing to the log must not hold up requests that wait for the lock.
@@ -259,7 +259,7 @@ impl Entry {
             strikes: 0,
             request: String::new(),
             until: now,
-            is_said: false,
+            is_logged: false,
         }
     }
 

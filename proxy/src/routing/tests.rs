@@ -51,7 +51,7 @@ fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
 
 fn ask() -> RouteRequest<'static> {
     RouteRequest {
-        alone: None,
+        fallback: None,
         is_unsplittable: false,
         prefill: SideChoice::default(),
         decode: SideChoice::default(),
@@ -81,7 +81,7 @@ fn chosen(there: &str, ask: &RouteRequest<'_>) -> Result<String, NoRoute> {
 fn routed(
     there: &str,
     turn: usize,
-    alone: Option<Fallback>,
+    fallback: Option<Fallback>,
     failed: &[&str],
 ) -> Result<String, NoRoute> {
     let failed: Vec<_> = failed.iter().map(|id| (*id).to_owned()).collect();
@@ -90,7 +90,7 @@ fn routed(
         turn,
     };
     let ask = RouteRequest {
-        alone,
+        fallback,
         prefill: side,
         decode: side,
         failed: &failed,

@@ -27,7 +27,7 @@ struct Table {
     next: u64,
     taken: BTreeMap<u64, Taken>,
     closed: u64,
-    said: Option<Instant>,
+    warned: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -109,8 +109,8 @@ impl Table {
         };
         longest.leave.cancel();
         self.closed += 1;
-        if self.said.is_none_or(|at| at + SAY_EVERY <= now) {
-            self.said = Some(now);
+        if self.warned.is_none_or(|at| at + WARN_EVERY <= now) {
+            self.warned = Some(now);
             let (limit, total) = (most, self.closed);
             warn!(
                 limit,
@@ -191,7 +191,7 @@ impl http_body::Body for BusyBody {
 }
 
 /// Shortest time between two log lines about closed connections. The metric counts all of them.
-const SAY_EVERY: Duration = Duration::from_secs(10);
+const WARN_EVERY: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {

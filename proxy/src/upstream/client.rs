@@ -26,7 +26,7 @@ pub(crate) use answer::{Answer, LegError, LegFailure, PrefillEnd};
 /// Sends requests to engines and sidecars.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
-    links: Arc<Pool>,
+    pool: Arc<Pool>,
     /// Longest wait for the next bytes of an answer that is held back.
     idle_timeout: Duration,
 }
@@ -51,7 +51,7 @@ impl Client {
         connector.set_keepalive_interval(Some(KEEPALIVE));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         Ok(Self {
-            links: Arc::new(Pool::new(tls.connector(connector)?)),
+            pool: Arc::new(Pool::new(tls.connector(connector)?)),
             idle_timeout,
         })
     }
@@ -261,7 +261,7 @@ impl Client {
             .body(Full::new(body))
             .map_err(|e| LegError::Connect(e.to_string()))?;
         *request.headers_mut() = headers;
-        let answer = self.links.request(request).await.map_err(|e| match e {
+        let answer = self.pool.request(request).await.map_err(|e| match e {
             LinkError::Connect(text) => LegError::Connect(text),
             LinkError::Lost(text) => LegError::Died(text),
         })?;

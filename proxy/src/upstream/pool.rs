@@ -25,7 +25,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use tower::ServiceExt;
 
 use crate::fleet::zone::{self, Resolver};
-use connection::{Link, Outgoing, nobody};
+use connection::{Link, Outgoing, no_waker};
 
 /// Scheme, host and port to which a connection leads.
 type Origin = (Scheme, Authority);
@@ -39,7 +39,7 @@ pub(crate) struct Pool {
 #[derive(Default)]
 struct Idle {
     /// Idle connections by origin; the one that was used last is at the back.
-    links: HashMap<Origin, VecDeque<Waiting>>,
+    connections: HashMap<Origin, VecDeque<Waiting>>,
     /// Time of the last sweep; `None` before the first one.
     swept: Option<Instant>,
 }
@@ -68,7 +68,7 @@ pub(crate) struct LinkBody {
     /// `None` after the connection has gone back to the pool.
     link: Option<Link>,
     origin: Origin,
-    links: Arc<Pool>,
+    pool: Arc<Pool>,
 }
 
 impl Pool {
@@ -135,7 +135,7 @@ impl Pool {
             incoming,
             link: Some(link),
             origin,
-            links: Arc::clone(self),
+            pool: Arc::clone(self),
         })
     }
 
@@ -144,7 +144,7 @@ impl Pool {
     fn take(&self, origin: &Origin) -> Option<Link> {
         let now = Instant::now();
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = idle.links.get_mut(origin)?;
+        let waiting = idle.connections.get_mut(origin)?;
         while let Some(Waiting { mut link, since }) = waiting.pop_back() {
             if now.duration_since(since) < IDLE && link.is_idle() {
                 return Some(link);
@@ -162,16 +162,16 @@ impl Pool {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.sweep(since);
         let waiting = Waiting { link, since };
-        match idle.links.get_mut(origin) {
+        match idle.connections.get_mut(origin) {
             Some(others) => others.push_back(waiting),
-            None => drop(idle.links.insert(origin.clone(), [waiting].into())),
+            None => drop(idle.connections.insert(origin.clone(), [waiting].into())),
         }
     }
 }
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Links").finish_non_exhaustive()
+        f.debug_struct("Pool").finish_non_exhaustive()
     }
 }
 
@@ -183,7 +183,7 @@ impl Idle {
             return;
         }
         self.swept = Some(now);
-        self.links.retain(|_, waiting| {
+        self.connections.retain(|_, waiting| {
             waiting.retain(|one| now.duration_since(one.since) < IDLE);
             !waiting.is_empty()
         });
@@ -203,7 +203,7 @@ impl Body for LinkBody {
             return Poll::Ready(None);
         };
         let incoming = &mut body.incoming;
-        let mut next = || Pin::new(&mut *incoming).poll_frame(&mut nobody());
+        let mut next = || Pin::new(&mut *incoming).poll_frame(&mut no_waker());
         let mut frame = next();
         if frame.is_pending() {
             frame = link.drive_until(cx, next);
@@ -211,7 +211,7 @@ impl Body for LinkBody {
         if matches!(frame, Poll::Ready(None))
             && let Some(link) = body.link.take()
         {
-            body.links.put(&body.origin, link);
+            body.pool.put(&body.origin, link);
         }
         frame
     }

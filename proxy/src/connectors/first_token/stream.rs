@@ -17,8 +17,8 @@ use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::request_id;
 
 /// The body of an answer that begins with the first token.
-struct Early {
-    stitch: Merger,
+struct FirstTokenBody {
+    merger: Merger,
     stage: Stage,
 }
 
@@ -38,28 +38,28 @@ enum Stage {
 
 /// Returns a stream that begins with the first token and continues with the answer of `rest`.
 pub(crate) fn respond(
-    stitch: Merger,
+    merger: Merger,
     id: &RequestId,
     rest: Pin<Box<dyn Future<Output = Response> + Send>>,
 ) -> Response {
-    let early = Early {
-        stitch,
+    let body = FirstTokenBody {
+        merger,
         stage: Stage::Head(rest),
     };
-    with_headers(Body::new(early), EVENTS, id)
+    with_headers(Body::new(body), EVENTS, id)
 }
 
 /// Returns the whole answer of a request whose first token is the last one.
 pub(crate) fn only(
-    stitch: &Merger,
+    merger: &Merger,
     streams: bool,
     prompt_tokens: Option<u64>,
     id: &RequestId,
 ) -> Response {
     if streams {
-        with_headers(Body::from(stitch.only_head()), EVENTS, id)
+        with_headers(Body::from(merger.only_head()), EVENTS, id)
     } else {
-        with_headers(Body::from(stitch.whole_head(prompt_tokens)), JSON, id)
+        with_headers(Body::from(merger.whole_head(prompt_tokens)), JSON, id)
     }
 }
 
@@ -71,7 +71,7 @@ fn with_headers(body: Body, kind: HeaderValue, id: &RequestId) -> Response {
     response
 }
 
-impl http_body::Body for Early {
+impl http_body::Body for FirstTokenBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -79,32 +79,32 @@ impl http_body::Body for Early {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let early = self.get_mut();
+        let this = self.get_mut();
         loop {
             // `Over` stands in while a stage is processed: a stage that is not put back has ended.
-            match std::mem::replace(&mut early.stage, Stage::Over) {
+            match std::mem::replace(&mut this.stage, Stage::Over) {
                 // The client gets the first token before the decode leg is polled for the first time.
                 Stage::Head(rest) => {
-                    early.stage = Stage::Waiting(rest);
-                    return Poll::Ready(Some(Ok(Frame::data(early.stitch.head()))));
+                    this.stage = Stage::Waiting(rest);
+                    return Poll::Ready(Some(Ok(Frame::data(this.merger.head()))));
                 }
                 Stage::Waiting(mut rest) => match rest.as_mut().poll(cx) {
                     Poll::Ready(response) if is_event_stream(response.headers()) => {
-                        early.stage = Stage::Events(response.into_body());
+                        this.stage = Stage::Events(response.into_body());
                     }
                     // The status is already sent, so an error can reach the client only as an event.
                     Poll::Ready(response) => {
-                        early.stage = Stage::Error(response.into_body(), b"data: ".to_vec());
+                        this.stage = Stage::Error(response.into_body(), b"data: ".to_vec());
                     }
                     Poll::Pending => {
-                        early.stage = Stage::Waiting(rest);
+                        this.stage = Stage::Waiting(rest);
                         return Poll::Pending;
                     }
                 },
                 Stage::Events(mut body) => {
                     let polled = Pin::new(&mut body).poll_frame(cx);
                     if !matches!(polled, Poll::Ready(None)) {
-                        early.stage = Stage::Events(body);
+                        this.stage = Stage::Events(body);
                     }
                     let frame = match ready!(polled) {
                         None => return Poll::Ready(None),
@@ -115,14 +115,14 @@ impl http_body::Body for Early {
                         continue;
                     };
                     // A chunk without the end of an event gives no bytes: the loop polls for the next.
-                    let converted = early.stitch.chunk(chunk);
+                    let converted = this.merger.chunk(chunk);
                     if !converted.is_empty() {
                         return Poll::Ready(Some(Ok(Frame::data(converted))));
                     }
                 }
                 Stage::Error(mut body, mut event) => match Pin::new(&mut body).poll_frame(cx) {
                     Poll::Pending => {
-                        early.stage = Stage::Error(body, event);
+                        this.stage = Stage::Error(body, event);
                         return Poll::Pending;
                     }
                     Poll::Ready(Some(Ok(frame))) => {
@@ -130,7 +130,7 @@ impl http_body::Body for Early {
                         let room = MAX_ERROR_BYTES.saturating_sub(event.len());
                         let data = frame.data_ref().map_or(&[][..], |data| data);
                         event.extend_from_slice(&data[..data.len().min(room)]);
-                        early.stage = Stage::Error(body, event);
+                        this.stage = Stage::Error(body, event);
                     }
                     Poll::Ready(Some(Err(e))) => return Poll::Ready(Some(Err(e))),
                     Poll::Ready(None) => {

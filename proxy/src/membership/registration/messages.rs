@@ -61,8 +61,8 @@ impl Registration {
     /// Logs a refused registration, at most once per 5 s. A sidecar repeats its registration every second,
     /// and an attacker can send registrations at any rate; without the limit they would fill the log.
     pub(super) fn log_rate_limited(&mut self, now: Instant, error: &str) {
-        if self.complained.is_none_or(|at| at + COMPLAIN_EVERY <= now) {
-            self.complained = Some(now);
+        if self.warned.is_none_or(|at| at + WARN_EVERY <= now) {
+            self.warned = Some(now);
             warn!(error, "registration refused");
         }
     }
@@ -145,4 +145,4 @@ impl Registration {
 }
 
 /// Shortest time between two log lines about refused registrations. The metric counts all of them.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(5);
+const WARN_EVERY: Duration = Duration::from_secs(5);

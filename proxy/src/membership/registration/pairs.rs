@@ -35,16 +35,16 @@ pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
 
 /// The pairs that the log contains already. A pair is logged again only after one of its instances has gone.
 #[derive(Debug, Default)]
-pub(super) struct Said {
+pub(super) struct LoggedPairs {
     seen: Vec<(String, u64, Kv)>,
-    said: BTreeSet<(String, String, String)>,
+    logged: BTreeSet<(String, String, String)>,
 }
 
-impl Said {
+impl LoggedPairs {
     /// Logs the pairs that are new.
-    pub(super) fn tell(&mut self, all: &[Arc<Instance>]) {
+    pub(super) fn log(&mut self, all: &[Arc<Instance>]) {
         let is_there = |id: &str| id.is_empty() || all.iter().any(|i| i.id == id);
-        self.said
+        self.logged
             .retain(|(one, other, _)| is_there(one) && is_there(other));
         let ready = all.iter().filter(|i| i.standing == Standing::Ready);
         let now = ready.clone().map(|i| (&i.id, i.epoch, &i.kv));
@@ -59,7 +59,7 @@ impl Said {
         for one in ready.clone() {
             if !one.kv.unmoved.is_empty() {
                 let why = one.kv.unmoved.escape_debug().to_string();
-                if self.said.insert((one.id.clone(), String::new(), why)) {
+                if self.logged.insert((one.id.clone(), String::new(), why)) {
                     let why = &one.kv.unmoved;
                     warn!(
                         id = one.id,
@@ -72,16 +72,16 @@ impl Said {
                 let Some(why) = misfit(one, other) else {
                     continue;
                 };
-                let word = (one.id.clone(), other.id.clone(), why);
-                if !self.said.contains(&word) {
-                    let (prefill, decode, why) = &word;
+                let entry = (one.id.clone(), other.id.clone(), why);
+                if !self.logged.contains(&entry) {
+                    let (prefill, decode, why) = &entry;
                     warn!(
                         prefill,
                         decode,
                         "not a pair, so the decode instance computes each prompt itself: {why}"
                     );
                 }
-                self.said.insert(word);
+                self.logged.insert(entry);
             }
         }
     }

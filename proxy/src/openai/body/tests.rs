@@ -13,7 +13,7 @@ fn text(bytes: &Bytes) -> &str {
 fn who_gets_a_transfer() {
     let completion = |fields: &str, expect: Option<Fallback>| {
         let body = parse(&format!("{{{fields}}}"));
-        assert_eq!(body.alone(Endpoint::Completions), expect, "{fields}");
+        assert_eq!(body.fallback(Endpoint::Completions), expect, "{fields}");
     };
     completion(r#""prompt": "one""#, None);
     completion(r#""prompt": """#, None);
@@ -66,7 +66,7 @@ fn who_gets_a_transfer() {
 
     let chat = |messages: &str, expect: Option<Fallback>| {
         let body = parse(&format!(r#"{{"messages": {messages}}}"#));
-        assert_eq!(body.alone(Endpoint::Chat), expect, "{messages}");
+        assert_eq!(body.fallback(Endpoint::Chat), expect, "{messages}");
     };
     chat(r#"[{"role": "user", "content": "hi"}]"#, None);
     chat(

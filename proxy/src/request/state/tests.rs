@@ -68,7 +68,7 @@ fn steps() {
         sent,
         Event::FirstByte,
         RequestState::Streaming,
-        Action::Relay,
+        Action::PassAnswer,
     );
     check(
         sent,

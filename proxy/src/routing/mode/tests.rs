@@ -42,7 +42,7 @@ fn what_is_measured_decides() {
     let measured = Measured::default();
     let stays = |tokens| {
         let costs = measured.costs();
-        costs.alone_is_cheaper(tokens, &busy, &candidate(&p))
+        costs.local_is_cheaper(tokens, &busy, &candidate(&p))
     };
     // With 50 us a token and twice that beside others, 20 ms of hand-over are worth 400 tokens.
     assert!(stays(399) && !stays(401));

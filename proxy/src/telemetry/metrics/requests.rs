@@ -19,7 +19,7 @@ pub(super) struct Requests {
     ended: Counters<2>,
     rejected: Counters<1>,
     transfers: Counter,
-    alone: Counters<1>,
+    fallbacks: Counters<1>,
     leg_errors: Counters<2>,
     prefill_retries: Counter,
     decode_retries: Counter,
@@ -37,7 +37,7 @@ impl Requests {
             ended: Counters::default(),
             rejected: Counters::default(),
             transfers: Counter::default(),
-            alone: Counters::default(),
+            fallbacks: Counters::default(),
             leg_errors: Counters::default(),
             prefill_retries: Counter::default(),
             decode_retries: Counter::default(),
@@ -61,7 +61,7 @@ impl Requests {
         r.register(
             "alone",
             "Decode legs sent without transfer parameters, by reason",
-            all.alone.clone(),
+            all.fallbacks.clone(),
         );
         r.register("leg_errors", "Legs that failed", all.leg_errors.clone());
         r.register(
@@ -100,8 +100,8 @@ impl Requests {
                 touch(&self.ended, request_labels(endpoint, outcome));
             }
         }
-        for alone in Fallback::ALL {
-            touch(&self.alone, Labels([("reason", alone.as_str())]));
+        for fallback in Fallback::ALL {
+            touch(&self.fallbacks, Labels([("reason", fallback.as_str())]));
         }
         for &code in Code::ALL {
             touch(&self.rejected, Labels([("code", code.as_str())]));
@@ -143,7 +143,7 @@ impl Metrics {
             self.requests.decode_retries.inc();
         }
         let labels = Labels([("reason", fallback.as_str())]);
-        self.requests.alone.get_or_create(&labels).inc();
+        self.requests.fallbacks.get_or_create(&labels).inc();
     }
 
     /// Counts a prefill leg that is sent again to another instance.

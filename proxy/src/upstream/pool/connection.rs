@@ -51,13 +51,13 @@ impl Link {
         // budget would make it wait for a wake-up that never comes.
         let mut answer = pin!(unconstrained(self.sender.try_send_request(request)));
         let answer =
-            poll_fn(|cx| self.drive_until(cx, || answer.as_mut().poll(&mut nobody()))).await?;
+            poll_fn(|cx| self.drive_until(cx, || answer.as_mut().poll(&mut no_waker()))).await?;
         Ok((answer, self))
     }
 
     /// Returns true if the connection can take a request.
     pub(super) fn is_idle(&mut self) -> bool {
-        self.drive(&mut nobody());
+        self.drive(&mut no_waker());
         self.wire.is_some() && self.sender.is_ready()
     }
 
@@ -69,7 +69,7 @@ impl Link {
         cx: &mut Context<'_>,
         mut poll: impl FnMut() -> Poll<T>,
     ) -> Poll<T> {
-        self.drive(&mut nobody());
+        self.drive(&mut no_waker());
         if let Poll::Ready(ready) = poll() {
             return Poll::Ready(ready);
         }
@@ -89,6 +89,6 @@ impl Link {
 }
 
 /// Returns a context that wakes no task.
-pub(super) fn nobody() -> Context<'static> {
+pub(super) fn no_waker() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }

@@ -1,6 +1,6 @@
 use super::*;
 
-fn stitch(endpoint: Endpoint) -> Merger {
+fn merger(endpoint: Endpoint) -> Merger {
     let first = FirstToken {
         id: 7,
         text: "He".into(),
@@ -29,11 +29,11 @@ fn streams() {
         (Endpoint::Completions, vec!["He", "llo"]),
         (Endpoint::Chat, vec!["", "He", "llo"]),
     ] {
-        let mut stitch = stitch(endpoint);
-        let mut out = stitch.head().to_vec();
+        let mut merger = merger(endpoint);
+        let mut out = merger.head().to_vec();
         // However it is cut.
         for piece in given.as_bytes().chunks(7) {
-            out.extend_from_slice(&stitch.chunk(piece));
+            out.extend_from_slice(&merger.chunk(piece));
         }
         let events = events(&out);
         let text = |event: &Value| match endpoint {
@@ -59,7 +59,7 @@ fn streams() {
 fn whole_answers() {
     let given = json!({"id": "x", "choices": [{"index": 0, "text": "llo", "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 6, "completion_tokens": 3}});
-    let whole = stitch(Endpoint::Chat).whole(&given.to_string().into());
+    let whole = merger(Endpoint::Chat).whole(&given.to_string().into());
     let whole: Value = serde_json::from_slice(&whole).unwrap();
     assert_eq!(
         whole["choices"][0]["message"],
@@ -68,7 +68,7 @@ fn whole_answers() {
     assert_eq!(whole["object"], "chat.completion");
     assert_eq!(whole["usage"]["completion_tokens"], 4);
     let head: Value =
-        serde_json::from_slice(&stitch(Endpoint::Completions).whole_head(Some(5))).unwrap();
+        serde_json::from_slice(&merger(Endpoint::Completions).whole_head(Some(5))).unwrap();
     assert_eq!(
         (
             &head["choices"][0]["text"],
@@ -77,22 +77,22 @@ fn whole_answers() {
         (&json!("He"), &json!("stop"))
     );
     assert_eq!(
-        stitch(Endpoint::Chat).whole(&Bytes::from_static(b"oops")),
+        merger(Endpoint::Chat).whole(&Bytes::from_static(b"oops")),
         "oops"
     );
-    let last = events(&stitch(Endpoint::Completions).only_head());
+    let last = events(&merger(Endpoint::Completions).only_head());
     assert_eq!(last[1]["choices"][0]["finish_reason"], "stop");
 }
 
 #[test]
 fn a_long_event_is_searched_once() {
     // Searched from its start at each piece, this took half a minute, in which nothing else was served.
-    let mut stitch = stitch(Endpoint::Completions);
+    let mut merger = merger(Endpoint::Completions);
     let begun = std::time::Instant::now();
     for _ in 0..8192 {
-        assert!(stitch.chunk(&[b'x'; 256]).is_empty());
+        assert!(merger.chunk(&[b'x'; 256]).is_empty());
     }
-    assert_eq!(stitch.chunk(b"\n\n").len(), 8192 * 256 + 2);
+    assert_eq!(merger.chunk(b"\n\n").len(), 8192 * 256 + 2);
     let took = begun.elapsed();
     assert!(took < std::time::Duration::from_secs(5), "{took:?}");
 }

@@ -51,10 +51,10 @@ fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
             ..Kv::default()
         },
     );
-    let mut said = Said::default();
-    said.tell(&[p.clone(), d.clone(), u]);
-    let words: Vec<_> = said
-        .said
+    let mut pairs = LoggedPairs::default();
+    pairs.log(&[p.clone(), d.clone(), u]);
+    let words: Vec<_> = pairs
+        .logged
         .iter()
         .map(|(one, other, _)| format!("{one} {other}"))
         .collect();
@@ -62,8 +62,8 @@ fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
     // An instance that is not ready for a moment is not logged twice.
     let mut asleep = Arc::unwrap_or_clone(Arc::clone(&d));
     asleep.standing = Standing::NotReady("asleep".into());
-    said.tell(&[p.clone(), Arc::new(asleep)]);
-    assert_eq!(said.said.len(), 1);
-    said.tell(&[p]);
-    assert!(said.said.is_empty());
+    pairs.log(&[p.clone(), Arc::new(asleep)]);
+    assert_eq!(pairs.logged.len(), 1);
+    pairs.log(&[p]);
+    assert!(pairs.logged.is_empty());
 }
