@@ -36,6 +36,23 @@ PLAIN_FOLDERS = (
 )  # fmt: skip
 RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 
+# A transport is its folder, its `mod` line and its name in the table and in the protocol's list, so that a new one
+# touches few files. Other code asks the table. These files use the same word for another thing.
+TRANSPORTS = Path("sidecar/src/transport")
+TRANSPORT_USERS = ("sidecar/src/", "proxy/src/", "protocol/src/")
+TRANSPORT_LISTS = ("sidecar/src/transport/table.rs", "protocol/src/record.rs")
+OTHER_MEANINGS = {
+    "sidecar/src/config/checks.rs": "LMCache's transfer channel",
+    "sidecar/src/config/keys.rs": "LMCache's transfer channel",
+    "sidecar/src/config/layers.rs": "the scheme of a URL",
+    "sidecar/src/config/mooncake.rs": "Mooncake's protocol",
+    "sidecar/src/observe/listening.rs": "a table of the kernel",
+    "sidecar/src/transport/ucx.rs": "a transport of UCX",
+    "proxy/src/config/cli.rs": "the scheme of a URL",
+    "proxy/src/fleet/sources.rs": "a connector of vLLM",
+    "protocol/src/receiver/lmcache/claims.rs": "the only transport of LMCache",
+}
+
 TEXT = {".rs", ".py", ".sh", ".md", ".toml", ".yaml", ".yml", ".h", ".txt", ""}
 
 
@@ -86,6 +103,39 @@ def check_of_openings_works() -> bool:
     return found == [[1, 6], [1, 3]]
 
 
+def transport_names() -> list[str]:
+    """Returns the names of the sidecar's transports, which are the names of their folders."""
+    return sorted(path.parent.name for path in (ROOT / TRANSPORTS).glob("*/mod.rs"))
+
+
+def named_transports(text: str, names: list[str]) -> list[tuple[int, str]]:
+    """Returns the lines of Rust code that name a transport by its text or by its module, with line numbers.
+
+    Comments and tests may name transports. The unit tests of a file are its end.
+    """
+    any_name = "|".join(names)
+    naming = re.compile(rf'"(?:{any_name})"|\btransport::(?:\{{[^}}]*)?\b(?:{any_name})\b|\b(?:{any_name})::KIND\b')
+    code = re.split(r"^#\[cfg\(test\)\]\n(?:pub\(crate\) )?mod \w+ \{", text, flags=re.MULTILINE)[0]
+    code = re.sub(r"//.*", "", code)
+    return [(code.count("\n", 0, found.start()) + 1, found.group()) for found in naming.finditer(code)]
+
+
+def check_of_transports_works() -> bool:
+    """Returns true if the check of the names of transports finds exactly the wrong ones in a sample."""
+    wrong = 'if kind == "tcp" {}\nuse crate::transport::nixl::A;\nuse crate::transport::{\n    tcp,\n};\ntcp::KIND;\n'
+    right = '// "tcp"\nlet table = "tcp6";\nimpl nixl::Pinned for A {}\n#[cfg(test)]\nmod tests {\n    "tcp"\n}\n'
+    found = [number for number, _ in named_transports(wrong + right, ["nixl", "tcp"])]
+    return found == [1, 2, 3, 6] and {"nixl", "tcp"} <= set(transport_names())
+
+
+def may_name_transports(name: str) -> bool:
+    """Returns true if a file may name transports: it belongs to one, lists them all, tests, or means another thing."""
+    parts = Path(name).parts
+    in_folder = parts[: len(TRANSPORTS.parts)] == TRANSPORTS.parts and len(parts) > len(TRANSPORTS.parts) + 1
+    is_test = "tests" in parts or parts[-1] == "tests.rs"
+    return in_folder or is_test or name in TRANSPORT_LISTS or name in OTHER_MEANINGS
+
+
 def findings(name: str) -> list[str]:
     """Returns the findings of one file."""
     path = ROOT / name
@@ -106,6 +156,9 @@ def findings(name: str) -> list[str]:
             found.append(f"{name}:{number}: path of one machine: {line.strip()}")
         if line != line.rstrip() and path.suffix != ".md" and name != "LICENSE":
             found.append(f"{name}:{number}: trailing white space")
+    if path.suffix == ".rs" and name.startswith(TRANSPORT_USERS) and not may_name_transports(name):
+        for number, named in named_transports("\n".join(lines), transport_names()):
+            found.append(f"{name}:{number}: names a transport outside its folder; ask transport/table.rs: {named}")
     if name.startswith(PLAIN_FOLDERS):
         for number, first in unclear_openings("\n".join(lines), path.suffix):
             found.append(f"{name}:{number}: documentation begins with a question word; name the thing: {first}")
@@ -115,6 +168,9 @@ def findings(name: str) -> list[str]:
 def main() -> int:
     if not check_of_openings_works():
         print("scripts/tidy.py: the check of the openings does not find the faults in its own samples")
+        return 1
+    if not check_of_transports_works():
+        print("scripts/tidy.py: the check of the names of transports does not find the faults in its own sample")
         return 1
     found = [line for name in tracked() for line in findings(name)]
     print("\n".join(found) or "tidy: nothing found")

@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Reason, RequestId};
 
+/// Names of all transports, as adverts, records and notices have them, best first.
+pub const TRANSPORTS: [&str; 3] = ["cuda_ipc", "nixl", "tcp"];
+
 /// One ended request as one sidecar saw it. All times are in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {

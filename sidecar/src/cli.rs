@@ -6,8 +6,9 @@ use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, Devices, Inputs, Report, Wire};
+use crate::config::{Config, Devices, Inputs, Report};
 use crate::exit::Exit;
+use crate::transport::table::{self, Choice, FLAG_CHOICES};
 
 /// Moves KV between a prefill and a decode engine.
 ///
@@ -75,8 +76,8 @@ pub(crate) struct Selftest {
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
     /// Which wire; auto takes all that this host has.
-    #[arg(long, value_name = "auto|cuda_ipc|nixl|tcp", default_value = "auto", value_parser = wire)]
-    pub(crate) transport: Wire,
+    #[arg(long, value_name = FLAG_CHOICES, default_value = "auto", value_parser = choice)]
+    pub(crate) transport: Choice,
     /// Memory of the buffers: the sender's, and after a comma the receiver's if it differs. Default: host
     /// memory, and the first two GPUs if there are any.
     #[arg(long, value_name = "cpu|cuda|cuda:N,cuda:M", value_parser = devices)]
@@ -124,7 +125,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_name = "HOST:PORT")]
     admin: Option<String>,
     /// Which wires may be used.
-    #[arg(long, value_name = "auto|cuda_ipc|nixl|tcp")]
+    #[arg(long, value_name = FLAG_CHOICES)]
     transport: Option<String>,
     /// Base URL of the engine's OpenAI server.
     #[arg(long, value_name = "URL")]
@@ -261,7 +262,7 @@ fn inputs(overrides: &Overrides, file: Option<PathBuf>) -> Result<Inputs, Exit> 
     })
 }
 
-fn wire(text: &str) -> Result<Wire, String> {
+fn choice(text: &str) -> Result<Choice, String> {
     crate::config::read(text)
 }
 
@@ -275,10 +276,11 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "{}\nprotocol {}\ntransports cuda_ipc, nixl (both loaded at run time, if found), tcp (built in)\n\
+        "{}\nprotocol {}\ntransports {}\n\
          memory cpu, cuda",
         env!("CARGO_PKG_VERSION"),
-        protocol::VERSION
+        protocol::VERSION,
+        table::origins()
     )
 });
 

@@ -17,7 +17,7 @@ mod transport;
 use std::process::ExitCode;
 
 use crate::cli::{Cli, Command};
-use crate::transport::nixl::ucx;
+use crate::transport::ucx;
 
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use protocol::Reason;
+use protocol::record::TRANSPORTS;
 use protocol::registration::NotifX;
 use serde::Serialize;
 
@@ -106,7 +107,7 @@ fn transport_name(text: &str) -> &str {
     let kind = text.split([':', '/', ' ']).next().unwrap_or_default();
     match kind {
         "" => "",
-        "nixl" | "tcp" | "cuda_ipc" => text
+        _ if TRANSPORTS.contains(&kind) => text
             .get(..text.len().min(MAX_TRANSPORT_BYTES))
             .unwrap_or(kind),
         _ => "other",

@@ -56,7 +56,7 @@ fn subcommands_take_their_flags() {
     };
     assert_eq!(
         (test.seconds, test.transport, test.chunk_bytes),
-        (3, Wire::Tcp, 2 << 20)
+        (3, Choice::named("tcp").unwrap(), 2 << 20)
     );
     for line in [
         "sidecar selftest --seconds 0",

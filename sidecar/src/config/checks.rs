@@ -14,7 +14,6 @@ use self::listen::{exposed, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
 use self::ucx::ucx;
-pub(crate) use self::ucx::{CONSENT, DEVICES, OWN_DEVICES, TLS, names_tcp};
 use super::key::Key;
 use super::keys::{Lmcache, Sidecar};
 use super::layers::{Inputs, Layers, Source, Sourced};

@@ -5,8 +5,9 @@ use super::key::{Default, Key, Section};
 use super::layers::{Layers, Sourced};
 use super::value::{
     Bytes, Count, Devices, Host, HostPort, LogFormat, Millis, NixlOverTcp, Port, Ports, Role,
-    Seconds, Url, Value, Wire, Words,
+    Seconds, Url, Value, Words,
 };
+use crate::transport::table::Choice;
 
 macro_rules! keys {
     ($(#[$doc:meta])* $raw:ident in $section:ident {
@@ -108,7 +109,7 @@ keys! {
         /// `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
         /// Wires that the sidecar may use.
-        transport: Wire = Default::Value("auto"), flag "--transport";
+        transport: Choice = Default::Value("auto"), flag "--transport";
         /// Receiver: data port of the built-in TCP transport for rank 0; rank N uses this port + N. 0 means any
         /// free port; senders learn its number in the init handshake.
         tcp_port: Port = Default::Value("0");

@@ -29,15 +29,16 @@ use std::time::Duration;
 
 use discovery::Metadata;
 
-pub(crate) use self::checks::{CONSENT, DEVICES, OWN_DEVICES, TLS, names_tcp};
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
 pub(crate) use self::reference::flags;
 pub(crate) use self::reference::reference;
 pub(crate) use self::report::Report;
-pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role, Wire};
+pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role};
 
 use crate::memory::cuda::Which;
+use crate::transport::table::Choice;
+use crate::transport::ucx::Ucx;
 
 use self::keys::{Lmcache, Sidecar};
 use self::layers::Layers;
@@ -73,7 +74,7 @@ pub(crate) struct Config {
     /// Settings of UCX, below NIXL.
     pub(crate) ucx: Ucx,
     /// The wires that may be used.
-    pub(crate) transport: Wire,
+    pub(crate) transport: Choice,
     /// True if chunks carry checksums.
     pub(crate) checksum: bool,
     /// False: no KV is pushed, for tests.
@@ -117,17 +118,6 @@ pub(crate) struct RankPorts {
     pub(crate) query: Option<u16>,
     /// Data port of the built-in TCP transport; 0 takes any free port.
     pub(crate) tcp: u16,
-}
-
-/// Settings of UCX, below NIXL.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Ucx {
-    /// Variables that UCX gets if the environment does not set them.
-    pub(crate) variables: Vec<(&'static str, String)>,
-    /// Host that the TCP ports of UCX are bound to; absent if UCX must not open TCP ports.
-    pub(crate) tcp_host: Option<String>,
-    /// True if the user named the network devices in the environment (`UCX_NET_DEVICES`).
-    pub(crate) devices_given: bool,
 }
 
 /// The address of the proxy's registration port.

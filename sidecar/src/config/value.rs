@@ -13,7 +13,7 @@ pub(crate) use self::address::{Host, HostPort, Url, is_loopback, is_wildcard};
 pub(crate) use self::device::{Device, Devices};
 pub(crate) use self::number::{Bytes, Count, MAX_RANKS, Port, Ports};
 pub(crate) use self::time::{Millis, Seconds};
-pub(crate) use self::word::{LogFormat, NixlOverTcp, Role, Wire};
+pub(crate) use self::word::{LogFormat, NixlOverTcp, Role};
 
 use super::yaml::Raw;
 

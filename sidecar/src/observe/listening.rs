@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde::Serialize;
 use tracing::{info, warn};
 
-use crate::config::{CONSENT, Config};
-use crate::transport::nixl::ucx;
+use crate::config::Config;
+use crate::transport::ucx::{self, CONSENT};
 
 /// One socket on which this process listens.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

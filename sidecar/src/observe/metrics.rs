@@ -18,6 +18,7 @@ use protocol::{Reason, VERSION};
 
 use crate::observe::status::Status;
 use crate::rank::context::RankRole;
+use crate::transport::{Kind, table};
 use gauges::Gauges;
 
 /// All counters and histograms of the process, and the registry that writes them out.
@@ -191,7 +192,7 @@ impl Metrics {
             for reason in Reason::ALL.iter().map(|r| r.as_str()).chain([OK]) {
                 drop(self.requests.get_or_create(&Ending { side, rank, reason }));
             }
-            for transport in WIRES {
+            for transport in table::all().map(Kind::as_str) {
                 let on_wire = OnWire {
                     side,
                     rank,
@@ -311,7 +312,8 @@ impl Metrics {
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 fn wire(name: &str) -> &'static str {
-    WIRES.into_iter().find(|w| *w == name).unwrap_or("other")
+    let mut names = table::all().map(Kind::as_str);
+    names.find(|w| *w == name).unwrap_or("other")
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a time for people")]
@@ -321,7 +323,6 @@ fn seconds(us: u64) -> f64 {
 
 /// The `reason` of a request that ended well.
 const OK: &str = "ok";
-const WIRES: [&str; 3] = ["cuda_ipc", "nixl", "tcp"];
 const PORTS: [&str; 5] = ["init", "alloc", "query", "local", "admin"];
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::{Config, RankPorts, Role};
+use crate::config::{Config, Listen, RankPorts, Role};
 use crate::engine::socket::{FromEngine, Listener};
 use crate::memory::Buffer;
 use crate::net::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
@@ -23,6 +23,7 @@ use crate::rank::receiver::ReceiverTask;
 use crate::rank::recorder::Trace;
 use crate::rank::sender::SenderTask;
 use crate::transport::set::Wires;
+use crate::transport::spec::{DataPort, Start};
 
 /// Messages of engines that may wait for one role. If the queue is full, the dispatcher waits, and so do the
 /// engines' sockets.
@@ -202,7 +203,7 @@ struct Builder {
 impl Builder {
     fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(RankRole::Sender, rank)?;
-        let wires = Wires::start(&self.config, rank, &buffer, None)?;
+        let wires = self.wires(rank, &buffer, None)?;
         self.observer.wires(RankRole::Sender, rank, wires.clone());
         let side = SenderTask::new(self.context(rank, wires), buffer, self.process_lock.clone());
         let engines = self.inbox(RankRole::Sender, rank);
@@ -270,9 +271,10 @@ impl Builder {
             alloc_port: alloc.port(),
         });
         // The wires start after the buffer, because they register it with their libraries.
-        let wires = Wires::start(&self.config, rank, &buffer, Some((listen, tcp)))?;
-        if let Some(port) = wires.port() {
-            self.ports.insert(port, format!("tcp data of rank {rank}"));
+        let wires = self.wires(rank, &buffer, Some((listen, tcp)))?;
+        for (kind, port) in wires.data_ports() {
+            self.ports
+                .insert(port, format!("{kind} data of rank {rank}"));
         }
         self.observer.wires(RankRole::Receiver, rank, wires.clone());
         let side = ReceiverTask::new(self.context(rank, wires), buffer, init, alloc, query);
@@ -280,6 +282,27 @@ impl Builder {
         self.sides
             .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
+    }
+
+    fn wires(
+        &self,
+        rank: u32,
+        buffer: &Arc<Buffer>,
+        listen: Option<(&Listen, u16)>,
+    ) -> anyhow::Result<Wires> {
+        let with = Start {
+            buffer,
+            rank,
+            id: &self.config.rank_id(rank),
+            link: self.config.times.link,
+            stall: self.config.times.stall,
+            listen: listen.map(|(listen, port)| DataPort {
+                host: &listen.host,
+                advertise: &listen.advertise,
+                port,
+            }),
+        };
+        Wires::start(self.config.transport, with)
     }
 
     fn buffer(&mut self, side: RankRole, rank: u32) -> Result<Arc<Buffer>, StartError> {

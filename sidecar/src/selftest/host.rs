@@ -14,17 +14,20 @@ use super::report::{LinkRow, Pushed, Report};
 use super::rounds::{Arrived, Content, Place, Rounds, When};
 use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
-use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times, Ucx, Wire};
+use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times};
 use crate::memory::Buffer;
 use crate::net::zmq::Traffic;
 use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
 use crate::rank::node::Node;
+use crate::transport::Kind;
 use crate::transport::set::Wires;
+use crate::transport::table::Choice;
+use crate::transport::ucx::Ucx;
 
 impl Selftest {
     pub(super) async fn between_buffers(
         &self,
-        wire: Wire,
+        wire: Kind,
         seconds: Duration,
     ) -> anyhow::Result<Report> {
         let directory = Directory::new()?;
@@ -68,7 +71,7 @@ impl Selftest {
         Ok(rounds)
     }
 
-    fn config(&self, wire: Wire, directory: &Directory) -> Config {
+    fn config(&self, wire: Kind, directory: &Directory) -> Config {
         Config {
             role: Role::Both,
             id: "selftest".to_owned(),
@@ -96,7 +99,7 @@ impl Selftest {
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
             ucx: Ucx::default(),
-            transport: wire,
+            transport: Choice::Only(wire),
             checksum: true,
             push: true,
             times: Times {

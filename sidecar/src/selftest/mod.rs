@@ -20,9 +20,12 @@ use std::time::Duration;
 use protocol::Layout;
 
 use crate::cli::Selftest;
-use crate::config::{DEVICES, Device, Devices, TLS, Ucx, Wire, names_tcp};
+use crate::config::{Device, Devices};
 use crate::exit::Exit;
 use crate::memory::cuda::{self, Which};
+use crate::transport::Kind;
+use crate::transport::table::Choice;
+use crate::transport::ucx::{DEVICES, TLS, Ucx, names_tcp};
 use report::Report;
 use rounds::Rounds;
 
@@ -43,7 +46,7 @@ impl Selftest {
         let given = |name| std::env::var(name).unwrap_or_default();
         let trusted = given(CONSENT_VARIABLE).trim() == "trusted";
         let tls = given(TLS);
-        if !trusted && names_tcp(&tls) && matches!(self.transport, Wire::Auto | Wire::Nixl) {
+        if !trusted && names_tcp(&tls) && self.transport.may_use_ucx() {
             eprintln!(
                 "{TLS}={tls} lets UCX listen at TCP ports of its own: leave tcp out, or set \
                        {CONSENT_VARIABLE}=trusted"
@@ -79,9 +82,9 @@ impl Selftest {
                     }
                     reports.push(report);
                 }
-                // With `auto`, a missing NIXL is not a fault of this host.
-                Err(error) if self.transport == Wire::Auto && wire == Wire::Nixl => {
-                    eprintln!("nixl from {memory}: not tested: {error:#}");
+                // With `auto`, a missing library is not a fault of this host.
+                Err(error) if self.transport == Choice::Auto && wire.is_optional() => {
+                    eprintln!("{wire} from {memory}: not tested: {error:#}");
                 }
                 Err(error) => {
                     eprintln!("{wire} from {memory}: {error:#}");
@@ -94,7 +97,7 @@ impl Selftest {
     }
 
     /// Returns the runs: every wire with every kind of memory, or those that the flags name.
-    fn runs(&self) -> Result<Vec<(Memory, Wire)>, String> {
+    fn runs(&self) -> Result<Vec<(Memory, Kind)>, String> {
         let gpu = |device: &Device| match device {
             Device::Cpu => {
                 Err("buffers of a self-test are both host memory or both on GPUs".to_owned())
@@ -114,14 +117,9 @@ impl Selftest {
             Some(Devices(devices)) if !matches!(devices[..], [Device::Cpu]) => None,
             _ => Some(Memory::Host),
         };
-        let wires: &[Wire] = match self.transport {
-            Wire::Auto => &[Wire::Tcp, Wire::Nixl, Wire::CudaIpc],
-            Wire::Tcp => &[Wire::Tcp],
-            Wire::Nixl => &[Wire::Nixl],
-            Wire::CudaIpc => &[Wire::CudaIpc],
-        };
+        let wires: Vec<Kind> = self.transport.kinds().rev().collect();
         let fits =
-            |memory: &Memory, wire| matches!(memory, Memory::Gpus(..)) || wire != Wire::CudaIpc;
+            |memory: &Memory, wire: Kind| matches!(memory, Memory::Gpus(..)) || !wire.needs_gpu();
         let runs: Vec<_> = host
             .into_iter()
             .chain(gpus)
@@ -129,12 +127,15 @@ impl Selftest {
             .filter(|(memory, wire)| fits(memory, *wire))
             .collect();
         if runs.is_empty() {
-            return Err("cuda_ipc copies between GPUs, and there is none here".to_owned());
+            return Err(format!(
+                "{} copies between GPUs, and there is none here",
+                self.transport
+            ));
         }
         Ok(runs)
     }
 
-    fn one(&self, memory: &Memory, wire: Wire, seconds: Duration) -> anyhow::Result<Report> {
+    fn one(&self, memory: &Memory, wire: Kind, seconds: Duration) -> anyhow::Result<Report> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::Rounds;
-use crate::config::Wire;
+use crate::transport::Kind;
 
 /// The result of one wire with one kind of memory.
 #[derive(Debug, Serialize)]
@@ -49,7 +49,7 @@ pub(super) struct Pushed {
 
 impl Report {
     pub(super) fn new(
-        wire: Wire,
+        wire: Kind,
         memory: String,
         link: LinkRow,
         rounds: &Rounds,

@@ -6,24 +6,15 @@ use protocol::Reason;
 use protocol::message::Advert;
 
 use super::Kind;
-
-/// The setting `transport`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Wanted {
-    /// The best wire that both sides have.
-    #[default]
-    Auto,
-    /// This wire or none.
-    Only(Kind),
-}
+use super::spec::NoAddress;
+use super::table::{self, Choice};
 
 /// The wire that was chosen for one link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chosen {
     /// The kind of the wire.
     pub(crate) kind: Kind,
-    /// The address in the receiver's advert, `host:port` for [`Kind::Tcp`]; `None` for NIXL, for which the
-    /// agent's metadata is the address.
+    /// The address in the receiver's advert; `None` if the wire needs none.
     pub(crate) address: Option<String>,
     /// The reason for the choice, for logs and the status page.
     pub(crate) why: String,
@@ -49,7 +40,7 @@ impl NoWire {
 pub(crate) struct Sides<'a> {
     /// The wires of this process.
     pub(crate) ours: &'a [Kind],
-    /// The adverts in the receiver's hello; `None` for an LMCache peer, which sends no hello and has NIXL.
+    /// The adverts in the receiver's hello; `None` for an LMCache peer, which sends no hello.
     pub(crate) theirs: Option<&'a [Advert]>,
     /// The name by which the receiver's init port was reached.
     pub(crate) host: &'a str,
@@ -60,16 +51,12 @@ pub(crate) struct Sides<'a> {
 }
 
 /// Chooses the wire for a link.
-///
-/// CUDA IPC is first if it reaches the receiver: over NVLink it is a little faster than NIXL, which copies in
-/// the same way below (docs/benchmarks.md), and it reports memory that it cannot reach instead of staging it
-/// through sockets. NIXL is second: it reaches NVLink, RDMA and shared memory, and if it has only TCP, it is
-/// about as fast as the built-in wire.
+/// The order of the table decides, except that a wire which is only a last choice comes after all others.
 ///
 /// # Errors
 /// The text names what is missing on which side.
-pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire> {
-    if let Wanted::Only(kind) = wanted {
+pub(crate) fn choose(wanted: Choice, sides: Sides<'_>) -> Result<Chosen, NoWire> {
+    if let Choice::Only(kind) = wanted {
         return match usable(kind, sides) {
             Ok(address) => Ok(Chosen {
                 kind,
@@ -84,8 +71,9 @@ pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire>
     // Wires that are a last choice come after all others. The order among the rest stays, because the sort is
     // stable.
     let mut lacks = Vec::new();
-    let mut order: Vec<(Kind, Option<String>)> =
-        BEST_FIRST.map(|kind| (kind, (sides.poor)(kind))).into();
+    let mut order: Vec<(Kind, Option<String>)> = table::all()
+        .map(|kind| (kind, (sides.poor)(kind)))
+        .collect();
     order.sort_by_key(|(_, poor)| poor.is_some());
     let poor: Vec<String> = order.iter().filter_map(|(_, poor)| poor.clone()).collect();
     for (kind, why) in order {
@@ -100,24 +88,14 @@ pub(crate) fn choose(wanted: Wanted, sides: Sides<'_>) -> Result<Chosen, NoWire>
                 };
                 return Ok(Chosen { kind, address, why });
             }
-            // A host without GPU buffers does not miss CUDA IPC, so its absence is not a reason to report.
-            Err(Lack::Here(Kind::CudaIpc)) => {}
+            // A host without GPU buffers does not miss a wire between GPUs, so its absence is not a reason to
+            // report.
+            Err(Lack::Here(kind)) if kind.needs_gpu() => {}
             Err(lack) => lacks.push(lack.to_string()),
         }
     }
     let text = format!("no wire serves both sides: {}", lacks.join("; "));
     Err(NoWire { text })
-}
-
-const BEST_FIRST: [Kind; 3] = [Kind::CudaIpc, Kind::Nixl, Kind::Tcp];
-
-/// Returns `host:port`, with brackets around an IPv6 address.
-pub(super) fn join(host: &str, port: u16) -> String {
-    if host.contains(':') && !host.starts_with('[') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
-    }
 }
 
 /// The reason why a wire cannot be used for a pair.
@@ -153,9 +131,10 @@ fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
         return Err(Lack::Here(kind));
     }
     let Some(theirs) = sides.theirs else {
-        return match kind {
-            Kind::Nixl => Ok(None),
-            Kind::Tcp | Kind::CudaIpc => Err(Lack::LmCache(kind)),
+        return if kind.0.lmcache_has_it {
+            Ok(None)
+        } else {
+            Err(Lack::LmCache(kind))
         };
     };
     let mut offers = theirs.iter().filter(|advert| advert.kind == kind.as_str());
@@ -163,39 +142,24 @@ fn usable(kind: Kind, sides: Sides<'_>) -> Result<Option<String>, Lack> {
         return Err(Lack::There(kind));
     };
     (sides.reaches)(kind, offer).map_err(|why| Lack::OutOfReach(kind, why))?;
-    match kind {
-        Kind::CudaIpc => Ok(Some(offer.address.clone())),
-        Kind::Nixl => Ok(None),
-        // A sender without a receiving half has an empty address in its advert.
-        Kind::Tcp if offer.address.is_empty() => Err(Lack::There(kind)),
-        Kind::Tcp => complete(&offer.address, sides.host)
-            .map(Some)
-            .ok_or_else(|| Lack::BadAddress(kind, offer.address.clone())),
-    }
-}
-
-/// Completes `:port` with the host by which the peer is already known; `None` if the port is not valid.
-fn complete(address: &str, host: &str) -> Option<String> {
-    let (name, port) = address.rsplit_once(':')?;
-    let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
-    Some(if name.is_empty() {
-        join(host, port)
-    } else {
-        address.to_owned()
+    (kind.0.address)(offer, sides.host).map_err(|error| match error {
+        NoAddress::Absent => Lack::There(kind),
+        NoAddress::Invalid => Lack::BadAddress(kind, offer.address.clone()),
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::{cuda_ipc, nixl, tcp};
 
-    const BOTH: &[Kind] = &[Kind::Nixl, Kind::Tcp];
-    const NIXL: Wanted = Wanted::Only(Kind::Nixl);
-    const TCP: Wanted = Wanted::Only(Kind::Tcp);
+    const BOTH: &[Kind] = &[nixl::KIND, tcp::KIND];
+    const NIXL: Choice = Choice::Only(nixl::KIND);
+    const TCP: Choice = Choice::Only(tcp::KIND);
 
     /// Checks a choice. `theirs` has the words `nixl` and `tcp@ADDRESS`, or `lmcache` alone.
     fn check(
-        wanted: Wanted,
+        wanted: Choice,
         ours: &[Kind],
         theirs: &str,
         expect: Result<(Kind, &str, &str), &str>,
@@ -205,7 +169,7 @@ mod tests {
 
     fn check_to(
         host: &str,
-        wanted: Wanted,
+        wanted: Choice,
         ours: &[Kind],
         theirs: &str,
         expect: Result<(Kind, &str, &str), &str>,
@@ -225,12 +189,14 @@ mod tests {
             ours,
             theirs: offered,
             host,
-            reaches: &|kind, advert| match (kind, &advert.address[..]) {
-                (Kind::CudaIpc, "far") => Err("too far".to_owned()),
-                _ => Ok(()),
+            reaches: &|kind, advert| {
+                if kind == cuda_ipc::KIND && advert.address == "far" {
+                    return Err("too far".to_owned());
+                }
+                Ok(())
             },
             poor: &|kind| {
-                (kind == Kind::Nixl && host == "no rdma").then(|| "nixl is slow here".to_owned())
+                (kind == nixl::KIND && host == "no rdma").then(|| "nixl is slow here".to_owned())
             },
         };
         let got = choose(wanted, sides);
@@ -247,32 +213,32 @@ mod tests {
 
     #[test]
     fn auto_prefers_nixl_and_says_why_not() {
-        let nixl = Ok((Kind::Nixl, "", "auto: both sides have nixl"));
-        check(Wanted::Auto, BOTH, "nixl tcp@h:1", nixl);
-        check(Wanted::Auto, BOTH, "tcp@h:1 nixl", nixl);
-        check(Wanted::Auto, BOTH, "lmcache", nixl);
-        check(Wanted::Auto, &[Kind::Nixl], "rdma2 nixl", nixl);
+        let nixl = Ok((nixl::KIND, "", "auto: both sides have nixl"));
+        check(Choice::Auto, BOTH, "nixl tcp@h:1", nixl);
+        check(Choice::Auto, BOTH, "tcp@h:1 nixl", nixl);
+        check(Choice::Auto, BOTH, "lmcache", nixl);
+        check(Choice::Auto, &[nixl::KIND], "rdma2 nixl", nixl);
         check(
-            Wanted::Auto,
-            &[Kind::Tcp],
+            Choice::Auto,
+            &[tcp::KIND],
             "nixl tcp@h:1",
-            Ok((Kind::Tcp, "h:1", "auto: this side has no nixl")),
+            Ok((tcp::KIND, "h:1", "auto: this side has no nixl")),
         );
         check(
-            Wanted::Auto,
+            Choice::Auto,
             BOTH,
             "tcp@h:1",
-            Ok((Kind::Tcp, "h:1", "auto: the receiver offers no nixl")),
+            Ok((tcp::KIND, "h:1", "auto: the receiver offers no nixl")),
         );
         check(
-            Wanted::Auto,
-            &[Kind::Tcp],
+            Choice::Auto,
+            &[tcp::KIND],
             "nixl",
             Err("no wire serves both sides: this side has no nixl; the receiver offers no tcp"),
         );
         check(
-            Wanted::Auto,
-            &[Kind::Tcp],
+            Choice::Auto,
+            &[tcp::KIND],
             "lmcache",
             Err(
                 "no wire serves both sides: this side has no nixl; the receiver is LMCache, which \
@@ -280,7 +246,7 @@ mod tests {
             ),
         );
         check(
-            Wanted::Auto,
+            Choice::Auto,
             &[],
             "nixl tcp@h:1",
             Err("no wire serves both sides: this side has no nixl; this side has no tcp"),
@@ -289,18 +255,18 @@ mod tests {
 
     #[test]
     fn cuda_ipc_goes_first_where_it_reaches() {
-        let all = &[Kind::CudaIpc, Kind::Nixl, Kind::Tcp];
-        let check = |theirs, expect| check(Wanted::Auto, all, theirs, expect);
+        let all = &[cuda_ipc::KIND, nixl::KIND, tcp::KIND];
+        let check = |theirs, expect| check(Choice::Auto, all, theirs, expect);
         let near = "auto: both sides have cuda_ipc";
-        check("tcp@h:1 nixl cuda_ipc@x", Ok((Kind::CudaIpc, "x", near)));
+        check("tcp@h:1 nixl cuda_ipc@x", Ok((cuda_ipc::KIND, "x", near)));
         check(
             "cuda_ipc@far nixl",
-            Ok((Kind::Nixl, "", "auto: no cuda_ipc: too far")),
+            Ok((nixl::KIND, "", "auto: no cuda_ipc: too far")),
         );
         let both = "auto: the receiver offers no cuda_ipc; the receiver offers no nixl";
-        check("tcp@h:1", Ok((Kind::Tcp, "h:1", both)));
+        check("tcp@h:1", Ok((tcp::KIND, "h:1", both)));
         let far = "transport cuda_ipc is configured, but no cuda_ipc: too far";
-        let only = Wanted::Only(Kind::CudaIpc);
+        let only = Choice::Only(cuda_ipc::KIND);
         super::tests::check(only, all, "cuda_ipc@far nixl", Err(far));
         let none = "transport cuda_ipc is configured, but this side has no cuda_ipc";
         super::tests::check(only, BOTH, "cuda_ipc@x", Err(none));
@@ -311,15 +277,15 @@ mod tests {
         let check = |wanted, ours: &[Kind], theirs, expect| {
             check_to("no rdma", wanted, ours, theirs, expect);
         };
-        let tcp = Ok((Kind::Tcp, "h:1", "auto: nixl is slow here"));
-        check(Wanted::Auto, BOTH, "nixl tcp@h:1", tcp);
+        let tcp = Ok((tcp::KIND, "h:1", "auto: nixl is slow here"));
+        check(Choice::Auto, BOTH, "nixl tcp@h:1", tcp);
         let none = "auto: the receiver offers no tcp";
-        check(Wanted::Auto, BOTH, "nixl", Ok((Kind::Nixl, "", none)));
+        check(Choice::Auto, BOTH, "nixl", Ok((nixl::KIND, "", none)));
         check(
             NIXL,
             BOTH,
             "nixl tcp@h:1",
-            Ok((Kind::Nixl, "", "configured")),
+            Ok((nixl::KIND, "", "configured")),
         );
     }
 
@@ -329,14 +295,14 @@ mod tests {
             NIXL,
             BOTH,
             "nixl tcp@h:1",
-            Ok((Kind::Nixl, "", "configured")),
+            Ok((nixl::KIND, "", "configured")),
         );
-        check(NIXL, BOTH, "lmcache", Ok((Kind::Nixl, "", "configured")));
+        check(NIXL, BOTH, "lmcache", Ok((nixl::KIND, "", "configured")));
         check(
             TCP,
             BOTH,
             "nixl tcp@h:1",
-            Ok((Kind::Tcp, "h:1", "configured")),
+            Ok((tcp::KIND, "h:1", "configured")),
         );
         for (wanted, ours, theirs, text) in [
             (
@@ -347,7 +313,7 @@ mod tests {
             ),
             (
                 NIXL,
-                &[Kind::Tcp][..],
+                &[tcp::KIND][..],
                 "nixl",
                 "transport nixl is configured, but this side has no nixl",
             ),
@@ -365,7 +331,7 @@ mod tests {
             ),
             (
                 TCP,
-                &[Kind::Nixl][..],
+                &[nixl::KIND][..],
                 "tcp@h:1",
                 "transport tcp is configured, but this side has no tcp",
             ),
@@ -387,7 +353,7 @@ mod tests {
             ("tcp@:7600", "known:7600"),
             ("tcp@[::1]:7600", "[::1]:7600"),
         ] {
-            check(TCP, BOTH, offer, Ok((Kind::Tcp, expect, "configured")));
+            check(TCP, BOTH, offer, Ok((tcp::KIND, expect, "configured")));
         }
         for address in ["h", "h:", "h:0", "h:65536", ":"] {
             let text = format!(
@@ -396,6 +362,5 @@ mod tests {
             );
             check(TCP, BOTH, &format!("tcp@{address}"), Err(&text));
         }
-        assert_eq!(join("fe80::1", 5), "[fe80::1]:5");
     }
 }

@@ -21,36 +21,20 @@ pub(crate) struct ExpectedRate {
     /// The least rate to expect, in 10⁹ bytes per second.
     pub(crate) least_gb_s: f64,
     /// The likely cause of a slower rate, for people.
-    hint: &'static str,
+    pub(super) hint: &'static str,
 }
 
 impl ExpectedRate {
     /// Returns the class of a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
-        let on_gpus = ends.ours == Memory::Vram && ends.theirs == Memory::Vram;
-        match kind {
-            Kind::CudaIpc => Self {
-                least_gb_s: 5.0,
-                hint: "the GPUs share no NVLink and a slow or busy bus; `nvidia-smi topo -m` shows \
-                       how they are linked",
-            },
-            // A rate of 0.54 was seen where UCX could not export the memory; the slowest bus gives ten times
-            // that.
-            Kind::Nixl if on_gpus && ends.same_host => Self {
-                least_gb_s: 5.0,
-                hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
-                       sidecars share IPC and PID namespaces, or set transport to cuda_ipc",
-            },
-            Kind::Nixl if on_gpus => Self {
-                least_gb_s: 1.0,
-                hint: "UCX found no RDMA device that reaches GPU memory: check UCX_NET_DEVICES, and \
-                       that nvidia-peermem or dma-buf is there",
-            },
-            Kind::Nixl | Kind::Tcp => Self {
-                least_gb_s: 0.1,
-                hint: "the network is slower than a gigabit: check which address the receiver \
-                       advertises",
-            },
+        (kind.0.expected_rate)(ends)
+    }
+
+    /// Returns the class of any wire over a network.
+    pub(super) fn of_a_network() -> Self {
+        Self {
+            least_gb_s: 0.1,
+            hint: "the network is slower than a gigabit: check which address the receiver advertises",
         }
     }
 }
@@ -101,6 +85,7 @@ const AGAIN: Duration = Duration::from_secs(300);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::{cuda_ipc, nixl, tcp};
 
     #[test]
     fn a_slow_wire_is_named_once_a_while_after_its_start() {
@@ -109,7 +94,7 @@ mod tests {
             theirs: Memory::Vram,
             same_host: true,
         };
-        let class = ExpectedRate::of(Kind::Nixl, ends);
+        let class = ExpectedRate::of(nixl::KIND, ends);
         let start = Instant::now();
         let mut watch = Watch::default();
         let mut said = |bytes, rate, after| {
@@ -139,10 +124,10 @@ mod tests {
                 "{ends:?}"
             );
         };
-        check(Kind::CudaIpc, Memory::Vram, Memory::Vram, true, 12.0);
-        check(Kind::Nixl, Memory::Vram, Memory::Vram, true, 12.0);
-        check(Kind::Nixl, Memory::Vram, Memory::Vram, false, 2.0);
-        check(Kind::Nixl, Memory::Dram, Memory::Dram, true, 1.0);
-        check(Kind::Tcp, Memory::Vram, Memory::Dram, false, 0.2);
+        check(cuda_ipc::KIND, Memory::Vram, Memory::Vram, true, 12.0);
+        check(nixl::KIND, Memory::Vram, Memory::Vram, true, 12.0);
+        check(nixl::KIND, Memory::Vram, Memory::Vram, false, 2.0);
+        check(nixl::KIND, Memory::Dram, Memory::Dram, true, 1.0);
+        check(tcp::KIND, Memory::Vram, Memory::Dram, false, 0.2);
     }
 }

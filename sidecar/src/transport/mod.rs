@@ -14,56 +14,39 @@ pub(crate) mod expected_rate;
 pub(crate) mod nixl;
 pub(crate) mod readiness;
 pub(crate) mod set;
+pub(crate) mod spec;
+pub(crate) mod table;
 pub(crate) mod tcp;
+pub(crate) mod ucx;
 
 pub(crate) use readiness::{Readiness, Ready};
-
-/// The kind of a wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Kind {
-    /// Copies into GPU memory of another process on the same host.
-    CudaIpc,
-    /// NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
-    Nixl,
-    /// The built-in TCP transport.
-    Tcp,
-}
-
-impl Kind {
-    /// Returns the name in configs, adverts, metrics and logs.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::CudaIpc => "cuda_ipc",
-            Self::Nixl => "nixl",
-            Self::Tcp => "tcp",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
+pub(crate) use spec::Kind;
 
 /// A receiver's buffer as the init handshake describes it.
 #[derive(Clone, Debug)]
 pub(crate) struct Remote {
     /// `host:init_port`, for logs and errors.
     pub(crate) name: String,
-    /// NIXL agent metadata; empty if the peer has no NIXL.
-    pub(crate) metadata: Vec<u8>,
-    /// NIXL rows, one per slot; empty if the peer has no NIXL.
-    pub(crate) rows: Vec<protocol::dlist::Row>,
-    /// NIXL memory type of the rows.
+    /// The handshake's fields that only one transport fills.
+    pub(crate) fields: HandshakeFields,
+    /// The kind of memory of the buffer.
     pub(crate) memory: protocol::dlist::Memory,
     /// The number of slots.
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// The address in the peer's advert of the chosen wire: `host:port` for the built-in transport; `None`
-    /// for NIXL.
+    /// The address in the peer's advert of the chosen wire; `None` if the wire needs none.
     pub(crate) address: Option<String>,
+}
+
+/// The fields of the handshake that LMCache's messages have in front of ours. At most one transport of a process
+/// fills them, and only the same transport of the peer reads them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HandshakeFields {
+    /// The transport's description of this process; empty if no transport has one.
+    pub(crate) metadata: Vec<u8>,
+    /// The place of each slot; empty before the first slot layout, and if no transport has places.
+    pub(crate) rows: Vec<protocol::dlist::Row>,
 }
 
 /// The result of a write.
@@ -105,8 +88,14 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn kind(&self) -> Kind;
     /// Returns the wire's advert for the init handshake.
     fn advert(&self) -> Advert;
-    /// Returns the NIXL agent metadata of this process; empty for other wires.
-    fn metadata(&self) -> Vec<u8>;
+    /// Returns the handshake's fields for LMCache's peers, if this wire fills them.
+    fn handshake_fields(&self) -> Option<HandshakeFields> {
+        None
+    }
+    /// Returns the port on which the wire listens for data; `None` if it does not listen.
+    fn data_port(&self) -> Option<u16> {
+        None
+    }
     /// Sender: checks that the wire reaches a receiver that advertises it; the error says why it does not.
     /// `same_host` is true if the receiver is on this host and its process can be watched.
     fn reaches(&self, _advert: &Advert, _same_host: bool) -> Result<(), String> {
@@ -119,10 +108,6 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is
     /// closed. Before the first slot layout nothing is sent or received.
     fn divide(&self, _slots: u32, _slot_bytes: u64) {}
-    /// Returns NIXL's row of each slot; empty for other wires.
-    fn rows(&self) -> Vec<protocol::dlist::Row> {
-        Vec::new()
-    }
     /// Sender: connects to a receiver's buffer. The wire's own timeout bounds the call.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: lets writes under `lease` land in `slot` from now on.

@@ -1,27 +1,21 @@
 //! Holds the wires of one buffer: starts them, tells them the slot layout, and chooses one for each peer.
 
-use std::net::ToSocketAddrs;
 use std::sync::Arc;
-use std::time::Duration;
 
 use protocol::message::{Advert, Hello};
 use protocol::{LeaseId, SlotIndex, dlist};
 use tracing::info;
 
-use crate::config::{Config, Listen, Wire};
-use crate::memory::Buffer;
-use crate::memory::cuda::DeviceMemory;
 use crate::net::host_id;
-use crate::transport::choose::{self, Chosen, NoWire, Sides, Wanted};
-use crate::transport::cuda_ipc::{self, CudaIpc};
-use crate::transport::nixl::{self, Library, Nixl, Search};
-use crate::transport::tcp::{self, Tcp};
-use crate::transport::{Kind, Transport};
+use crate::transport::choose::{self, Chosen, NoWire, Sides};
+use crate::transport::spec::Start;
+use crate::transport::table::Choice;
+use crate::transport::{HandshakeFields, Kind, Transport};
 
 /// All wires that this process can use for one buffer.
 #[derive(Clone, Debug)]
 pub(crate) struct Wires {
-    wanted: Wanted,
+    wanted: Choice,
     transports: Vec<Arc<dyn Transport>>,
     memory: dlist::Memory,
 }
@@ -31,47 +25,36 @@ impl Wires {
     ///
     /// # Errors
     /// A wire that the configuration names cannot be started, or a port cannot be bound.
-    pub(crate) fn start(
-        config: &Config,
-        rank: u32,
-        buffer: &Arc<Buffer>,
-        listen: Option<(&Listen, u16)>,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn start(wanted: Choice, with: Start<'_>) -> anyhow::Result<Self> {
+        let on_gpu = with.buffer.cuda().is_some();
         let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
-        let wants = |wire| config.transport == Wire::Auto || config.transport == wire;
-        match buffer.cuda() {
-            Some(memory) if wants(Wire::CudaIpc) => {
-                transports.push(Arc::new(cuda_ipc(config, memory)?));
+        for kind in wanted.kinds() {
+            if kind.needs_gpu() && !on_gpu {
+                if wanted == Choice::Auto {
+                    continue;
+                }
+                anyhow::bail!(
+                    "transport {kind} copies between GPUs, and the buffers are host memory: set \
+                     pd_buffer_device to cuda"
+                );
             }
-            None if config.transport == Wire::CudaIpc => anyhow::bail!(
-                "transport cuda_ipc copies between GPUs, and the buffers are host memory: set \
-                 pd_buffer_device to cuda"
-            ),
-            _ => {}
-        }
-        // A host without NIXL still has TCP, so a failure of NIXL stops the start only if the configuration
-        // names NIXL.
-        let nixl = wants(Wire::Nixl).then(|| nixl(config, rank, buffer));
-        match nixl.transpose() {
-            Ok(None) => {}
-            Ok(Some(nixl)) => transports.push(Arc::new(nixl)),
-            Err(error) if config.transport == Wire::Nixl => return Err(error),
-            Err(error) => info!("no NIXL, so the built-in TCP transport is used: {error:#}"),
-        }
-        if wants(Wire::Tcp) {
-            transports.push(Arc::new(tcp(config, buffer, listen)?));
+            // A host without a library still has the built-in transport, so the library's absence stops the
+            // start only if the configuration names the transport.
+            match ((kind.0.start)(&with), kind.0.absence) {
+                (Ok(transport), _) => transports.push(transport),
+                (Err(error), Some(absence)) if wanted == Choice::Auto => {
+                    info!("{absence}: {error:#}");
+                }
+                (Err(error), _) => return Err(error),
+            }
         }
         Ok(Self {
-            wanted: match config.transport {
-                Wire::Auto => Wanted::Auto,
-                Wire::CudaIpc => Wanted::Only(Kind::CudaIpc),
-                Wire::Nixl => Wanted::Only(Kind::Nixl),
-                Wire::Tcp => Wanted::Only(Kind::Tcp),
-            },
+            wanted,
             transports,
-            memory: match buffer.cuda() {
-                Some(_) => dlist::Memory::Vram,
-                None => dlist::Memory::Dram,
+            memory: if on_gpu {
+                dlist::Memory::Vram
+            } else {
+                dlist::Memory::Dram
             },
         })
     }
@@ -80,13 +63,13 @@ impl Wires {
     #[cfg(test)]
     pub(crate) fn of(transports: Vec<Arc<dyn Transport>>) -> Self {
         Self {
-            wanted: Wanted::Auto,
+            wanted: Choice::Auto,
             transports,
             memory: dlist::Memory::Dram,
         }
     }
 
-    /// Returns the memory type of the buffer in NIXL's terms.
+    /// Returns the kind of memory of the buffer.
     pub(crate) fn memory(&self) -> dlist::Memory {
         self.memory
     }
@@ -96,20 +79,16 @@ impl Wires {
         self.transports.iter().map(|t| t.advert()).collect()
     }
 
-    /// Returns the data port of the built-in TCP transport, if it has one.
-    pub(crate) fn port(&self) -> Option<u16> {
-        let mut adverts = self.transports.iter().map(|t| t.advert());
-        let advert = adverts.find(|advert| advert.kind == Kind::Tcp.as_str())?;
-        advert.address.rsplit_once(':')?.1.parse().ok()
+    /// Returns the ports on which the wires listen for data.
+    pub(crate) fn data_ports(&self) -> impl Iterator<Item = (Kind, u16)> {
+        let wires = self.transports.iter();
+        wires.filter_map(|t| Some((t.kind(), t.data_port()?)))
     }
 
-    /// Returns NIXL's agent metadata; empty without NIXL.
-    pub(crate) fn metadata(&self) -> Vec<u8> {
-        self.transports
-            .iter()
-            .map(|t| t.metadata())
-            .find(|m| !m.is_empty())
-            .unwrap_or_default()
+    /// Returns the handshake's fields that only one wire fills; empty without such a wire.
+    pub(crate) fn handshake_fields(&self) -> HandshakeFields {
+        let mut fields = self.transports.iter().filter_map(|t| t.handshake_fields());
+        fields.next().unwrap_or_default()
     }
 
     /// Chooses the wire to a receiver that was reached as `host` and sent this hello (`None` for LMCache).
@@ -148,7 +127,7 @@ impl Wires {
 
     /// Returns true if another wire may be used after a wire has failed.
     pub(crate) fn may_choose(&self) -> bool {
-        self.wanted == Wanted::Auto
+        self.wanted == Choice::Auto
     }
 
     pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {
@@ -198,61 +177,4 @@ impl Wires {
         let ended = self.transports.iter().find(|t| !t.is_running());
         ended.map(|t| t.kind().as_str())
     }
-
-    /// Returns NIXL's row of each slot; empty without NIXL.
-    pub(crate) fn rows(&self) -> Vec<protocol::dlist::Row> {
-        self.transports
-            .iter()
-            .map(|t| t.rows())
-            .find(|r| !r.is_empty())
-            .unwrap_or_default()
-    }
-}
-
-fn cuda_ipc(config: &Config, memory: &Arc<DeviceMemory>) -> anyhow::Result<CudaIpc> {
-    let wanted = cuda_ipc::Config {
-        link: config.times.link,
-        stall: config.times.stall,
-        drain: DRAIN,
-    };
-    CudaIpc::start(Arc::clone(memory), wanted)
-        .map_err(|e| anyhow::anyhow!("no thread for copies between GPUs: {e}"))
-}
-
-/// The time for copies in flight at the end of the process; copies end within milliseconds.
-const DRAIN: Duration = Duration::from_secs(2);
-
-fn tcp(
-    config: &Config,
-    buffer: &Arc<Buffer>,
-    listen: Option<(&Listen, u16)>,
-) -> anyhow::Result<Tcp> {
-    let mut wanted = tcp::Config {
-        connect: config.times.link,
-        stall: config.times.stall,
-        ..tcp::Config::default()
-    };
-    if let Some((listen, port)) = listen {
-        let address = (listen.host.as_str(), port)
-            .to_socket_addrs()?
-            .next()
-            .ok_or_else(|| anyhow::anyhow!("{} has no address", listen.host))?;
-        wanted.listen = Some(address);
-        wanted.advertise = Some(listen.advertise.clone());
-    }
-    Tcp::bind(wanted, Arc::clone(buffer))
-        .map_err(|e| anyhow::anyhow!("the data port of the built-in TCP transport: {e}"))
-}
-
-fn nixl(config: &Config, rank: u32, buffer: &Arc<Buffer>) -> anyhow::Result<Nixl> {
-    let library = Library::load(&Search::from_env())?;
-    // Peers know agents by their names, so an agent after a restart must have a new name.
-    let agent = format!("{}-{:016x}", config.rank_id(rank), rand::random::<u64>());
-    let device = buffer.cuda().map_or(rank, |gpu| gpu.device().ordinal());
-    let wanted = nixl::Config {
-        link: config.times.link,
-        stall: config.times.stall,
-        ..nixl::Config::new(agent, u64::from(device))
-    };
-    Ok(Nixl::start(library, wanted, Arc::clone(buffer))?)
 }

@@ -4,7 +4,8 @@ use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::Layers;
 use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
-use crate::config::{Listen, RankPorts, Ucx};
+use crate::config::{Listen, RankPorts};
+use crate::transport::ucx::Ucx;
 
 pub(super) fn listen(
     layers: &mut Layers,

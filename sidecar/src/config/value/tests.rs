@@ -1,4 +1,5 @@
 use super::*;
+use crate::transport::table::Choice;
 
 /// Checks the result of reading `raw`. An expectation that begins with `!` is the error's text.
 fn check<T: Value>(raw: &Raw, expect: &str) {
@@ -163,7 +164,7 @@ fn words_and_lists_of_them() {
     outside::<Role>("Sender", "sender");
     outside::<Role>("both", "both");
     outside::<Role>("prefill", "!none of the possible words");
-    outside::<Wire>("AUTO", "auto");
+    outside::<Choice>("AUTO", "auto");
     outside::<Words>("UCX,POSIX", "[UCX, POSIX]");
     yaml::<Words>("[UCX]", "[UCX]");
     yaml::<Words>("[UCX, '']", "!an empty name");

@@ -4,6 +4,11 @@ use std::fmt;
 
 use super::{Value, scalar};
 use crate::config::yaml::Raw;
+use crate::transport::table::{CHOICES, Choice};
+
+fn unknown() -> String {
+    "none of the possible words".to_owned()
+}
 
 /// Declares an enum of words that is a [`Value`].
 macro_rules! words {
@@ -25,7 +30,7 @@ macro_rules! words {
             fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
                 match scalar(raw)?.trim().to_ascii_lowercase().as_str() {
                     $($text => Ok(Self::$variant),)*
-                    _ => Err("none of the possible words".to_owned()),
+                    _ => Err(unknown()),
                 }
             }
 
@@ -64,17 +69,16 @@ words! {
     }
 }
 
-words! {
-    /// The wires that may be used.
-    Wire, "auto, cuda_ipc, nixl or tcp", {
-        /// The best wire that both sides have.
-        Auto = "auto",
-        /// Only copies between GPUs of one host.
-        CudaIpc = "cuda_ipc",
-        /// Only NIXL.
-        Nixl = "nixl",
-        /// Only the built-in TCP transport.
-        Tcp = "tcp",
+/// One of the transports, or `auto`.
+impl Value for Choice {
+    const WANT: &'static str = CHOICES;
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        Choice::named(&scalar(raw)?.trim().to_ascii_lowercase()).ok_or_else(unknown)
+    }
+
+    fn show(&self) -> String {
+        self.as_str().to_owned()
     }
 }
 

@@ -86,7 +86,7 @@ impl ReceiverTask {
             query,
             identity: Identity {
                 hello,
-                metadata: context.wires.metadata(),
+                metadata: context.wires.handshake_fields().metadata,
                 rows: Vec::new(),
                 memory: context.wires.memory(),
                 pages: Pages {
@@ -227,6 +227,7 @@ impl ReceiverTask {
             error!(?slot_layout, "a layout without a size was admitted");
             return;
         };
+        let fields = self.context.wires.handshake_fields();
         self.identity = Identity {
             hello: Hello {
                 epoch: slot_layout.epoch,
@@ -234,8 +235,8 @@ impl ReceiverTask {
                 transports: self.context.wires.adverts(),
                 ..self.identity.hello.clone()
             },
-            metadata: self.context.wires.metadata(),
-            rows: self.context.wires.rows(),
+            metadata: fields.metadata,
+            rows: fields.rows,
             memory: self.context.wires.memory(),
             pages: Pages {
                 v: VERSION,

@@ -7,9 +7,9 @@ use tracing::{debug, info, warn};
 
 use super::ReceiverTask;
 use super::checks::Checked;
-use crate::config::CONSENT;
 use crate::net::zmq::{Closed, FromPeer, RouterServer};
 use crate::peer::handshake::{self, Answer};
+use crate::transport::ucx::CONSENT;
 
 impl ReceiverTask {
     pub(super) fn on_init(&mut self, route: Route, bytes: &[u8]) {

@@ -14,7 +14,7 @@ use crate::net::zmq::{DealerClient, FromServer};
 use crate::peer::handshake::{self, Identity};
 use crate::transport::expected_rate::{Ends, ExpectedRate};
 use crate::transport::set::Wires;
-use crate::transport::{Link, Remote};
+use crate::transport::{HandshakeFields, Link, Remote};
 
 /// An event that a connection sends to its owner.
 #[derive(Debug)]
@@ -139,8 +139,10 @@ impl Connection {
         let slots = linked.pages.slots;
         let mut remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
-            metadata: linked.metadata,
-            rows: linked.rows,
+            fields: HandshakeFields {
+                metadata: linked.metadata,
+                rows: linked.rows,
+            },
             memory: linked.memory,
             slots,
             slot_bytes: linked.pages.slot_bytes,

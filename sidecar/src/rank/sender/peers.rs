@@ -213,14 +213,15 @@ impl Peers {
             "{}-{}-{secret:016x}-to-{}:{}",
             hello.id, slot_layout.epoch, to.host, to.alloc_port
         );
+        let fields = self.wires.handshake_fields();
         let status = LinkStatus::new(&to, self.config.transport.as_str());
         let connection = Connection {
             to: to.clone(),
             generation,
             ours: Identity {
                 hello,
-                metadata: self.wires.metadata(),
-                rows: self.wires.rows().into_iter().take(1).collect(),
+                metadata: fields.metadata,
+                rows: fields.rows.into_iter().take(1).collect(),
                 memory: self.wires.memory(),
                 pages: Pages {
                     v: VERSION,

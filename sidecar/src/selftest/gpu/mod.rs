@@ -19,15 +19,15 @@ use super::report::Report;
 use super::rounds::Rounds;
 use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
-use crate::config::Wire;
 use crate::memory::cuda::{Device, Which};
+use crate::transport::Kind;
 
 impl Selftest {
     pub(super) async fn between_gpus(
         &self,
         from: &Which,
         to: &Which,
-        wire: Wire,
+        wire: Kind,
         seconds: Duration,
     ) -> anyhow::Result<Report> {
         let directory = Directory::new()?;
@@ -86,7 +86,7 @@ impl Selftest {
         Ok(Report::new(wire, memory, link, &rounds, &pushed))
     }
 
-    fn common(&self, args: &mut Vec<String>, which: &Which, wire: Wire) {
+    fn common(&self, args: &mut Vec<String>, which: &Which, wire: Kind) {
         let device = match which {
             Which::Ordinal(_) => which.to_string(),
             Which::Uuid(uuid) => format!("cuda:{uuid}"),

@@ -8,8 +8,8 @@ use protocol::LeaseId;
 use protocol::sender::Piece;
 use tokio::sync::oneshot;
 
-use super::Shared;
 use super::command::{Command, Mapping};
+use super::{KIND, Shared};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// A receiver's mapped buffer. When it is dropped, the buffer is unmapped once its copies have ended.
@@ -26,7 +26,7 @@ pub(super) async fn connect(
 ) -> Result<Arc<dyn Link>, LinkError> {
     let peer = remote.name.clone();
     let refused = |cause| LinkError {
-        kind: Kind::CudaIpc,
+        kind: KIND,
         peer,
         cause,
     };
@@ -50,7 +50,7 @@ pub(super) async fn connect(
 
 impl Link for CudaLink {
     fn kind(&self) -> Kind {
-        Kind::CudaIpc
+        KIND
     }
 
     fn write_when(

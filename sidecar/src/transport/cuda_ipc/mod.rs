@@ -27,6 +27,8 @@ use futures::future::BoxFuture;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 
+use super::expected_rate::ExpectedRate;
+use super::spec::{Spec, Start};
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::memory::cuda::DeviceMemory;
 
@@ -39,6 +41,39 @@ mod peer;
 use address::Address;
 use command::Command;
 use copier::Copier;
+
+/// Copies into GPU memory of another process on the same host.
+pub(crate) const KIND: Kind = Kind(&Spec {
+    name: "cuda_ipc",
+    loaded: true,
+    needs_gpu: true,
+    uses_ucx: false,
+    lmcache_has_it: false,
+    absence: None,
+    start,
+    address: |offer, _| Ok(Some(offer.address.clone())),
+    expected_rate: |_| ExpectedRate {
+        least_gb_s: 5.0,
+        hint: "the GPUs share no NVLink and a slow or busy bus; `nvidia-smi topo -m` shows how they are \
+               linked",
+    },
+});
+
+fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
+    let memory = with.buffer.cuda();
+    let memory = memory.ok_or_else(|| anyhow::anyhow!("the buffer is not on a GPU"))?;
+    let config = Config {
+        link: with.link,
+        stall: with.stall,
+        drain: DRAIN,
+    };
+    let started = CudaIpc::start(Arc::clone(memory), config)
+        .map_err(|e| anyhow::anyhow!("no thread for copies between GPUs: {e}"))?;
+    Ok(Arc::new(started))
+}
+
+/// The time for copies in flight at the end of the process; copies end within milliseconds.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// The time limits of the transport.
 #[derive(Clone, Copy, Debug)]
@@ -109,18 +144,14 @@ impl CudaIpc {
 
 impl Transport for CudaIpc {
     fn kind(&self) -> Kind {
-        Kind::CudaIpc
+        KIND
     }
 
     fn advert(&self) -> Advert {
         Advert {
-            kind: Kind::CudaIpc.as_str().to_owned(),
+            kind: KIND.as_str().to_owned(),
             address: Address::of(&self.memory).to_string(),
         }
-    }
-
-    fn metadata(&self) -> Vec<u8> {
-        Vec::new()
     }
 
     fn reaches(&self, advert: &Advert, same_host: bool) -> Result<(), String> {

@@ -7,7 +7,7 @@ use protocol::sender::Piece;
 use super::*;
 use crate::memory::Buffer;
 use crate::memory::cuda::{Device, Which};
-use crate::transport::Outcome;
+use crate::transport::{HandshakeFields, Outcome};
 
 const LEASE: LeaseId = LeaseId(7);
 
@@ -49,8 +49,7 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
     assert!(sender.reaches(&receiver.advert(), false).is_err());
     let remote = Remote {
         name: "receiver".to_owned(),
-        metadata: Vec::new(),
-        rows: Vec::new(),
+        fields: HandshakeFields::default(),
         memory: protocol::dlist::Memory::Vram,
         slots,
         slot_bytes,

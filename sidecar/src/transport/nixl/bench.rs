@@ -87,8 +87,8 @@ fn raw(
     let agent = Agent::new(library, &::nixl::Config::ucx("raw")).unwrap();
     let pinned = Arc::clone(buffer) as Arc<dyn Pinned>;
     let registration = Rc::new(agent.register(pinned, Memory::Dram, 0).unwrap());
-    let remote = agent.load(&receiver.remote.metadata).unwrap();
-    let there = receiver.remote.rows[0];
+    let remote = agent.load(&receiver.remote.fields.metadata).unwrap();
+    let there = receiver.remote.fields.rows[0];
     let divisions = [
         (chunk, Merge::Neighbours),
         (256 << 10, Merge::Nothing),

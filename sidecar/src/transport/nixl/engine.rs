@@ -16,10 +16,10 @@ use super::peer::Peer;
 use super::poll_backoff::{PollBackoff, Wait};
 use super::wire::Wire;
 use super::{Config, Refusal, Shared};
-use crate::config::CONSENT;
 use crate::memory::Buffer;
 use crate::transport::Remote;
 use crate::transport::readiness::{LOOK as READY_LOOK, sleep_exactly};
+use crate::transport::ucx::CONSENT;
 
 /// The state that only the thread uses.
 #[derive(Debug)]

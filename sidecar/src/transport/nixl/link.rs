@@ -6,8 +6,8 @@ use futures::future::BoxFuture;
 use protocol::LeaseId;
 use protocol::sender::Piece;
 
-use super::Shared;
 use super::command::{Command, Connection};
+use super::{KIND, Shared};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// A peer that the engine thread is connected to. When it is dropped, the thread disconnects.
@@ -24,7 +24,7 @@ pub(super) async fn connect(
 ) -> Result<Arc<dyn Link>, LinkError> {
     let peer = remote.name.clone();
     let refused = |cause| LinkError {
-        kind: Kind::Nixl,
+        kind: KIND,
         peer,
         cause,
     };
@@ -47,7 +47,7 @@ pub(super) async fn connect(
 
 impl Link for NixlLink {
     fn kind(&self) -> Kind {
-        Kind::Nixl
+        KIND
     }
 
     /// Sends a write to the engine thread.

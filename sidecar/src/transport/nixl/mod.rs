@@ -23,13 +23,15 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use protocol::dlist::Row;
+use protocol::dlist::{self, Row};
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::{Kind, Link, LinkError, Remote, Transport};
-use crate::config::{CONSENT, TLS, names_tcp};
+use super::expected_rate::{Ends, ExpectedRate};
+use super::spec::{Spec, Start};
+use super::ucx::{CONSENT, TLS, names_tcp};
+use super::{HandshakeFields, Kind, Link, LinkError, Remote, Transport};
 use crate::memory::Buffer;
 use crate::memory::cuda::CudaError;
 
@@ -40,14 +42,61 @@ mod engine;
 mod link;
 mod peer;
 mod poll_backoff;
-pub(crate) mod ucx;
 mod wire;
 
 use command::Command;
 use counts::Counters;
 use engine::Engine;
 
-pub(crate) use ::nixl::{Library, Search};
+use ::nixl::{Library, Search};
+
+/// NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
+pub(crate) const KIND: Kind = Kind(&Spec {
+    name: "nixl",
+    loaded: true,
+    needs_gpu: false,
+    uses_ucx: true,
+    lmcache_has_it: true,
+    absence: Some("no NIXL, so the built-in TCP transport is used"),
+    start,
+    // The agent's metadata is the address.
+    address: |_, _| Ok(None),
+    expected_rate,
+});
+
+fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
+    let library = Library::load(&Search::from_env())?;
+    // Peers know agents by their names, so an agent after a restart must have a new name.
+    let agent = format!("{}-{:016x}", with.id, rand::random::<u64>());
+    let gpu = with.buffer.cuda();
+    let device = gpu.map_or(with.rank, |gpu| gpu.device().ordinal());
+    let config = Config {
+        link: with.link,
+        stall: with.stall,
+        ..Config::new(agent, u64::from(device))
+    };
+    let started = Nixl::start(library, config, Arc::clone(with.buffer))?;
+    Ok(Arc::new(started))
+}
+
+fn expected_rate(ends: Ends) -> ExpectedRate {
+    if ends.ours != dlist::Memory::Vram || ends.theirs != dlist::Memory::Vram {
+        return ExpectedRate::of_a_network();
+    }
+    if ends.same_host {
+        // A rate of 0.54 was seen where UCX could not export the memory; the slowest bus gives ten times that.
+        return ExpectedRate {
+            least_gb_s: 5.0,
+            hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
+                   sidecars share IPC and PID namespaces, or set transport to cuda_ipc",
+        };
+    }
+    ExpectedRate {
+        least_gb_s: 1.0,
+        hint: "UCX found no RDMA device that reaches GPU memory: check UCX_NET_DEVICES, and that \
+               nvidia-peermem or dma-buf is there",
+    }
+}
 
 /// The names and time limits of the transport.
 #[derive(Clone, Debug)]
@@ -182,23 +231,39 @@ impl Nixl {
             thread: Some(thread),
         })
     }
+
+    /// Returns the place of each slot; empty before the first slot layout.
+    fn rows(&self) -> Vec<Row> {
+        let slots = self.slots.load(Ordering::Acquire);
+        let bytes = self.slot_bytes.load(Ordering::Acquire);
+        (0..slots)
+            .map(|slot| Row {
+                address: self.address + slot * bytes,
+                bytes,
+                device: self.device,
+            })
+            .collect()
+    }
 }
 
 impl Transport for Nixl {
     fn kind(&self) -> Kind {
-        Kind::Nixl
+        KIND
     }
 
     fn advert(&self) -> Advert {
         Advert {
-            kind: Kind::Nixl.as_str().to_owned(),
+            kind: KIND.as_str().to_owned(),
             // The agent's metadata is the address, so the advert needs none.
             address: String::new(),
         }
     }
 
-    fn metadata(&self) -> Vec<u8> {
-        self.metadata.clone()
+    fn handshake_fields(&self) -> Option<HandshakeFields> {
+        Some(HandshakeFields {
+            metadata: self.metadata.clone(),
+            rows: self.rows(),
+        })
     }
 
     fn reaches(&self, _advert: &Advert, same_host: bool) -> Result<(), String> {
@@ -220,18 +285,6 @@ impl Transport for Nixl {
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);
         self.shared.send(Command::Divide { slots, slot_bytes });
-    }
-
-    fn rows(&self) -> Vec<Row> {
-        let slots = self.slots.load(Ordering::Acquire);
-        let bytes = self.slot_bytes.load(Ordering::Acquire);
-        (0..slots)
-            .map(|slot| Row {
-                address: self.address + slot * bytes,
-                bytes,
-                device: self.device,
-            })
-            .collect()
     }
 
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {

@@ -79,13 +79,14 @@ impl Peer {
         wire: Wire,
         shared: Arc<Shared>,
     ) -> Result<Self, String> {
-        if remote.metadata.is_empty() {
+        if remote.fields.metadata.is_empty() {
             return Err("the peer has no nixl".to_owned());
         }
         // With slots of another size, this side's descriptors could reach beyond the peer's slots, so both
         // sides must have the same slot size.
         let layout = slots.layout;
         if let Some(row) = remote
+            .fields
             .rows
             .iter()
             .find(|row| row.bytes != layout.slot_bytes)
@@ -95,19 +96,20 @@ impl Peer {
                 row.bytes, layout.slot_bytes
             ));
         }
-        let remote_slots = u32::try_from(remote.rows.len())
+        let remote_slots = u32::try_from(remote.fields.rows.len())
             .ok()
             .filter(|slots| *slots == remote.slots)
             .ok_or_else(|| {
                 format!(
                     "it tells of {} slots and describes {}",
                     remote.slots,
-                    remote.rows.len()
+                    remote.fields.rows.len()
                 )
             })?;
         // The descriptors of both sides must have the same order, because a write names them by their
         // indices.
         let rows: Vec<Row> = remote
+            .fields
             .rows
             .iter()
             .flat_map(|row| {
@@ -125,7 +127,7 @@ impl Peer {
             dlist::Memory::Vram => Memory::Vram,
         };
         let list = agent
-            .load(&remote.metadata)
+            .load(&remote.fields.metadata)
             .and_then(|loaded| loaded.prepare(kind, &rows))
             .map_err(|error| error.to_string())?;
         Ok(Self {

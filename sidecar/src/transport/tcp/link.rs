@@ -11,6 +11,7 @@ use protocol::sender::Piece;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::lookup_host;
 
+use super::KIND;
 use super::batch::Batch;
 use super::connection_writer::{ConnectionWriter, Job, Source};
 use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
@@ -49,7 +50,7 @@ impl TcpLink {
     ) -> Result<Self, LinkError> {
         let peer = remote.name.clone();
         let fail = |cause: String| LinkError {
-            kind: Kind::Tcp,
+            kind: KIND,
             peer: peer.clone(),
             cause,
         };
@@ -138,7 +139,7 @@ impl TcpLink {
 
 impl Link for TcpLink {
     fn kind(&self) -> Kind {
-        Kind::Tcp
+        KIND
     }
 
     fn write_when(

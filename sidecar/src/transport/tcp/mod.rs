@@ -25,6 +25,7 @@
 //! | file | |
 //! |---|---|
 //! | [`frame`] | the frames on the wire |
+//! | [`address`] | the address of the data port |
 //! | [`acceptor`] | listening, and the admission of connections |
 //! | [`handshake`] | a connection before its hello |
 //! | [`reader`] | receiving: from a connection into slots |
@@ -34,7 +35,7 @@
 //! | [`connection_writer`] | sending over one connection; the outcome of a failed write |
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,10 +43,13 @@ use futures::future::BoxFuture;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 
+use super::expected_rate::ExpectedRate;
+use super::spec::{Spec, Start};
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::memory::Buffer;
 
 mod acceptor;
+mod address;
 mod batch;
 mod connection_writer;
 mod counts;
@@ -62,6 +66,38 @@ use reader::Receiver;
 
 #[cfg(test)]
 use frame::Refusal;
+
+/// The built-in TCP transport.
+pub(crate) const KIND: Kind = Kind(&Spec {
+    name: "tcp",
+    loaded: false,
+    needs_gpu: false,
+    uses_ucx: false,
+    lmcache_has_it: false,
+    absence: None,
+    start,
+    address: address::of,
+    expected_rate: |_| ExpectedRate::of_a_network(),
+});
+
+fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
+    let mut config = Config {
+        connect: with.link,
+        stall: with.stall,
+        ..Config::default()
+    };
+    if let Some(data) = with.listen {
+        let address = (data.host, data.port)
+            .to_socket_addrs()?
+            .next()
+            .ok_or_else(|| anyhow::anyhow!("{} has no address", data.host))?;
+        config.listen = Some(address);
+        config.advertise = Some(data.advertise.to_owned());
+    }
+    let started = Tcp::bind(config, Arc::clone(with.buffer))
+        .map_err(|e| anyhow::anyhow!("the data port of the built-in TCP transport: {e}"))?;
+    Ok(Arc::new(started))
+}
 
 /// The bounds and time limits of the transport.
 #[derive(Clone, Debug)]
@@ -156,24 +192,24 @@ impl Tcp {
 
 impl Transport for Tcp {
     fn kind(&self) -> Kind {
-        Kind::Tcp
+        KIND
     }
 
     fn advert(&self) -> Advert {
         let address = self.address().map(|address| match &self.config.advertise {
-            // Peers put the host by which they know this process in front: see `choose`.
+            // Peers put the host by which they know this process in front: see [`address`].
             None if address.ip().is_unspecified() => format!(":{}", address.port()),
             None => address.to_string(),
-            Some(host) => super::choose::join(host, address.port()),
+            Some(host) => address::join(host, address.port()),
         });
         Advert {
-            kind: Kind::Tcp.as_str().to_owned(),
+            kind: KIND.as_str().to_owned(),
             address: address.unwrap_or_default(),
         }
     }
 
-    fn metadata(&self) -> Vec<u8> {
-        Vec::new()
+    fn data_port(&self) -> Option<u16> {
+        self.address().map(|address| address.port())
     }
 
     fn divide(&self, slots: u32, slot_bytes: u64) {

@@ -72,7 +72,7 @@ async fn chunks_arrive_and_nothing_else_does() {
     let blank = receiver.sum(0, slot_bytes);
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
-    assert_eq!(link.kind(), Kind::Nixl);
+    assert_eq!(link.kind(), KIND);
     let reported = link.reported();
     assert!(
         reported.starts_with("UCX_TLS=") && reported.contains("estimate of UCX"),
@@ -183,13 +183,17 @@ async fn what_cannot_be_linked_or_written_is_refused_with_its_reason() {
         let cause = sender.link(remote).await.unwrap_err().cause;
         assert!(cause.contains(why), "{cause:?} does not say {why:?}");
     };
-    refused(&|remote| remote.metadata.clear(), "no nixl").await;
-    refused(&|remote| remote.metadata.truncate(90), "backend failed").await;
-    refused(&|remote| remote.slots = 3, "3 slots").await;
-    refused(&|remote| remote.rows[1].bytes = 512, "512 bytes").await;
-    refused(&|remote| remote.rows[1].device = 9, "not registered").await;
+    refused(&|remote| remote.fields.metadata.clear(), "no nixl").await;
     refused(
-        &|remote| remote.rows[1].address = u64::MAX - 5,
+        &|remote| remote.fields.metadata.truncate(90),
+        "backend failed",
+    )
+    .await;
+    refused(&|remote| remote.slots = 3, "3 slots").await;
+    refused(&|remote| remote.fields.rows[1].bytes = 512, "512 bytes").await;
+    refused(&|remote| remote.fields.rows[1].device = 9, "not registered").await;
+    refused(
+        &|remote| remote.fields.rows[1].address = u64::MAX - 5,
         "not registered",
     )
     .await;
@@ -218,7 +222,7 @@ async fn before_the_first_cut_there_are_no_rows_and_no_links() {
     let nixl = Nixl::start(library, Config::new("uncut", 0), buffer).unwrap();
     assert_eq!(nixl.rows(), []);
     assert_eq!(
-        protocol::metadata::agent_name(&nixl.metadata()),
+        protocol::metadata::agent_name(&nixl.handshake_fields().unwrap().metadata),
         Some(&b"uncut"[..])
     );
     let cause = nixl.link(receiver.remote.clone()).await.unwrap_err().cause;

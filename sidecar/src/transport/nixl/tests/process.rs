@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use protocol::dlist::{Memory, Row};
 
 use super::{DEVICE, library, start};
-use crate::transport::{Remote, Transport};
+use crate::transport::{HandshakeFields, Remote, Transport};
 
 /// A receiving process and the pipes to it.
 pub(in super::super) struct Receiver {
@@ -32,8 +32,7 @@ impl Receiver {
         let mut receiver = Self {
             remote: Remote {
                 name: format!("receiver-{}", child.id()),
-                metadata: Vec::new(),
-                rows: Vec::new(),
+                fields: HandshakeFields::default(),
                 memory: Memory::Dram,
                 slots,
                 slot_bytes,
@@ -43,9 +42,9 @@ impl Receiver {
             input,
             output,
         };
-        receiver.remote.metadata = unhex(&receiver.answer("metadata"));
+        receiver.remote.fields.metadata = unhex(&receiver.answer("metadata"));
         let address: u64 = receiver.answer("address").parse().unwrap();
-        receiver.remote.rows = (0..u64::from(slots))
+        receiver.remote.fields.rows = (0..u64::from(slots))
             .map(|slot| Row {
                 address: address + slot * slot_bytes,
                 bytes: slot_bytes,
@@ -121,7 +120,7 @@ fn receiver() {
         println!("@{word} {text}");
         std::io::stdout().flush().unwrap();
     };
-    say("metadata", hex(&nixl.metadata()));
+    say("metadata", hex(&nixl.handshake_fields().unwrap().metadata));
     say("address", rows[0].address.to_string());
     for line in std::io::stdin().lines() {
         let line = line.unwrap();

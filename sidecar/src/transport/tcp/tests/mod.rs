@@ -6,7 +6,7 @@ use protocol::sender::Piece;
 
 use super::frame::{Answer, Hello, Part, VERSION, Write};
 use super::*;
-use crate::transport::Outcome;
+use crate::transport::{HandshakeFields, Outcome};
 
 mod fence;
 mod hostile;
@@ -28,8 +28,7 @@ pub(super) fn remote(of: &Tcp) -> Remote {
     let layout = of.receiving.gates.current();
     Remote {
         name: "receiver".to_owned(),
-        metadata: Vec::new(),
-        rows: Vec::new(),
+        fields: HandshakeFields::default(),
         memory: protocol::dlist::Memory::Dram,
         slots: layout.slots(),
         slot_bytes: layout.slot_bytes(),

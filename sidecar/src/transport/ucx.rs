@@ -1,4 +1,8 @@
-//! Sets UCX's environment variables, which UCX reads when it is loaded.
+//! Holds the settings of UCX, the library below NIXL, and sets its environment variables, which UCX reads when it
+//! is loaded.
+//!
+//! A process that reaches a TCP port of UCX can read and write this process's memory, so UCX opens such ports only
+//! with the user's consent.
 
 use std::net::{IpAddr, ToSocketAddrs};
 use std::os::unix::process::CommandExt;
@@ -6,8 +10,34 @@ use std::path::Path;
 
 use nix::ifaddrs::getifaddrs;
 
-use crate::config::{DEVICES, OWN_DEVICES, Ucx};
 use crate::exit::Exit;
+
+/// Settings of UCX, below NIXL.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ucx {
+    /// Variables that UCX gets if the environment does not set them.
+    pub(crate) variables: Vec<(&'static str, String)>,
+    /// Host that the TCP ports of UCX are bound to; absent if UCX must not open TCP ports.
+    pub(crate) tcp_host: Option<String>,
+    /// True if the user named the network devices in the environment (`UCX_NET_DEVICES`).
+    pub(crate) devices_given: bool,
+}
+
+impl Ucx {
+    /// Returns the settings of two sidecars that only talk with each other on this host.
+    pub(crate) fn of_this_host(over_tcp: bool, devices_given: bool) -> Self {
+        let mut variables = Vec::new();
+        if !over_tcp {
+            variables.push((SHARED_MEMORY, "y".to_owned()));
+            without_tcp(&mut variables);
+        }
+        Self {
+            variables,
+            tcp_host: over_tcp.then(|| LOOPBACK.to_owned()),
+            devices_given,
+        }
+    }
+}
 
 /// Restarts this process with UCX's variables that the environment does not set. The process may have threads
 /// that read the environment, so the variables must not change in the running process. Returns the exit code
@@ -101,4 +131,80 @@ fn rdma() -> Vec<String> {
             .map(move |port| format!("{device}:{port}"))
     };
     names(devices).into_iter().flat_map(of).collect()
+}
+
+/// Takes tcp out of Mooncake's transports, or excludes it from UCX's transports if there is no list.
+pub(crate) fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
+    match variables.iter_mut().find(|(name, _)| *name == TLS) {
+        Some((_, tls)) => {
+            let others: Vec<_> = tls.split(',').filter(|name| *name != "tcp").collect();
+            *tls = others.join(",");
+        }
+        None => variables.push((TLS, "^tcp".to_owned())),
+    }
+}
+
+/// Returns true if UCX may use TCP under this value of `UCX_TLS`: a list of transports, in which `all`, patterns and
+/// other spellings of tcp count, or after `^` a list of excluded ones.
+pub(crate) fn names_tcp(tls: &str) -> bool {
+    let tls = tls.trim().to_ascii_lowercase();
+    let (excluded, names) = match tls.strip_prefix('^') {
+        Some(names) => (true, names),
+        None => (false, &tls[..]),
+    };
+    let mut names = names
+        .split(',')
+        .map(|name| name.trim().trim_start_matches('\\'));
+    if excluded {
+        return !names.any(|name| name == "tcp");
+    }
+    names.any(|name| name.starts_with("tcp") || name == "all" || name.contains(['*', '?', '[']))
+}
+
+/// Transports that UCX may use.
+pub(crate) const TLS: &str = "UCX_TLS";
+/// Network devices that UCX may use: interfaces for TCP, ports of RDMA devices.
+pub(crate) const DEVICES: &str = "UCX_NET_DEVICES";
+/// The variable with the value of `UCX_NET_DEVICES` that this process chose before it restarted itself.
+pub(crate) const OWN_DEVICES: &str = "PD_UCX_NET_DEVICES";
+/// Host of UCX's ports if the configuration names none.
+pub(crate) const LOOPBACK: &str = "127.0.0.1";
+/// The variable that lets agents which learn of a peer's end connect through shared memory.
+pub(crate) const SHARED_MEMORY: &str = "UCX_MM_ERROR_HANDLING";
+/// The text that tells the user how to let UCX open TCP ports.
+pub(crate) const CONSENT: &str = "if the network keeps strangers out: sidecar.nixl_over_tcp: trusted, or \
+                                  PD_SIDECAR_NIXL_OVER_TCP=trusted";
+
+#[cfg(test)]
+mod tests {
+    use super::names_tcp;
+
+    #[test]
+    fn every_spelling_of_tcp_is_found() {
+        for tls in [
+            "tcp",
+            "all",
+            "sm,TCP",
+            "self, tcp",
+            "^ib",
+            "^",
+            "*",
+            "t?p",
+            "\\tcp",
+            "tcp:aux",
+            "^tcp_x",
+        ] {
+            assert!(names_tcp(tls), "{tls}");
+        }
+        for tls in [
+            "sm",
+            "self,cma",
+            "ib,sm,self,cuda",
+            "^tcp",
+            "^ib,tcp",
+            "rc_x,cuda_copy",
+        ] {
+            assert!(!names_tcp(tls), "{tls}");
+        }
+    }
 }
