@@ -57,18 +57,18 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
                 Arc::clone(&config),
                 admin.port(),
                 Arc::clone(&status),
-                Arc::clone(&metrics),
+                metrics.proxy.clone(),
             );
             (Some::<ProxyVoice>(voice), Some(task))
         }
     };
     let observer = Fanout {
         status: Arc::clone(&status),
-        metrics,
         proxy,
     };
     // From here on the node binds its ports and reports each change to the observer.
-    let node = Node::start(Arc::clone(&config), Arc::new(observer)).await?;
+    let ranks = Arc::clone(&metrics.ranks);
+    let node = Node::start(Arc::clone(&config), Arc::new(observer), ranks).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
     // All ports are bound now. A port that the configuration does not name stops the start, because it gives

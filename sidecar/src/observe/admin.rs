@@ -223,7 +223,7 @@ async fn registered(
     // A browser adds one of these headers to each POST of a page, also after DNS rebinding. A proxy adds
     // neither.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
-        shared.metrics.malformed("admin");
+        shared.metrics.malformed.count("admin");
         warn!("a web page has sent a call-back (Origin, Sec-Fetch-Site): refused");
         return refused(
             StatusCode::FORBIDDEN,
@@ -233,7 +233,7 @@ async fn registered(
     let call = match body {
         Ok(Json(call)) => call,
         Err(rejection) => {
-            shared.metrics.malformed("admin");
+            shared.metrics.malformed.count("admin");
             warn!(error = rejection.body_text(), "malformed call-back");
             return refused(rejection.status(), &rejection.body_text());
         }
@@ -250,7 +250,7 @@ async fn registered(
     let now = Instant::now();
     let name: String = call.proxy.chars().take(MAX_NAME_CHARS).collect();
     shared.status.acknowledged(&name, now);
-    shared.metrics.acknowledged();
+    shared.metrics.proxy.acknowledged();
     let reasons: Vec<_> = shared
         .status
         .obstacles(now)

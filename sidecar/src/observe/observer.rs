@@ -1,32 +1,27 @@
-//! Passes each change of a rank's state to everything that shows it: status, metrics, the proxy.
+//! Passes each change of a rank's state to everything that shows it: the status and the proxy.
 
 use std::sync::Arc;
 
-use protocol::Reason;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
 
 use crate::net::zmq::Traffic;
-use crate::observe::metrics::Metrics;
 use crate::observe::registration::ProxyVoice;
 use crate::observe::status::Status;
 use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
 use crate::transport::set::Wires;
 
-/// Passes each change to the status, the metrics and the proxy.
+/// Passes each change to the status and the proxy.
 #[derive(Clone, Debug)]
 pub(crate) struct Fanout {
     /// State for the admin server and the registrations.
     pub(crate) status: Arc<Status>,
-    /// Counters and histograms for Prometheus.
-    pub(crate) metrics: Arc<Metrics>,
     /// Queue of messages to the proxy; absent without a proxy.
     pub(crate) proxy: Option<ProxyVoice>,
 }
 
 impl Observer for Fanout {
     fn record(&self, side: RankRole, rank: u32, record: &Record) {
-        self.metrics.record(side, rank, record);
         self.status.record(side, rank, record);
     }
 
@@ -44,14 +39,6 @@ impl Observer for Fanout {
 
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
         self.status.links(rank, links);
-    }
-
-    fn malformed(&self, port: &'static str) {
-        self.metrics.malformed(port);
-    }
-
-    fn engine_refused(&self, side: RankRole, reason: Reason) {
-        self.metrics.engine_refused(side, reason);
     }
 
     fn tell_proxy(&self, message: &ToProxy) {

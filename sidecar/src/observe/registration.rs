@@ -8,6 +8,8 @@
 //! is configured by LMCache's keys, the task therefore checks which of the two proxies is connected before it
 //! sends.
 
+mod metrics;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,8 +23,9 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::net::zmq::Listener;
-use crate::observe::metrics::{DeliveryResult, Metrics};
 use crate::observe::status::Status;
+
+pub(crate) use self::metrics::{DeliveryResult, ProxyMetrics};
 
 /// The destination of messages to the proxy: the PUSH socket, or a list in tests.
 pub(crate) trait Outlet: Send + 'static {
@@ -48,7 +51,7 @@ pub(crate) struct Refused;
 #[derive(Clone, Debug)]
 pub(crate) struct ProxyVoice {
     queue: mpsc::Sender<ToProxy>,
-    metrics: Arc<Metrics>,
+    metrics: ProxyMetrics,
 }
 
 impl ProxyVoice {
@@ -58,7 +61,7 @@ impl ProxyVoice {
     pub(crate) fn tell(&self, message: ToProxy) {
         let kind = kind(&message);
         if self.queue.try_send(message).is_err() {
-            self.metrics.told_proxy(kind, DeliveryResult::Dropped);
+            self.metrics.told(kind, DeliveryResult::Dropped);
         }
     }
 }
@@ -72,7 +75,7 @@ pub(crate) struct Registration<O> {
     /// The port that the admin server bound.
     admin_port: u16,
     status: Arc<Status>,
-    metrics: Arc<Metrics>,
+    metrics: ProxyMetrics,
 }
 
 impl<O: Outlet> Registration<O> {
@@ -82,12 +85,12 @@ impl<O: Outlet> Registration<O> {
         config: Arc<Config>,
         admin_port: u16,
         status: Arc<Status>,
-        metrics: Arc<Metrics>,
+        metrics: ProxyMetrics,
     ) -> (ProxyVoice, Self) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let voice = ProxyVoice {
             queue: sender,
-            metrics: Arc::clone(&metrics),
+            metrics: metrics.clone(),
         };
         let task = Self {
             outlet,
@@ -169,7 +172,7 @@ impl<O: Outlet> Registration<O> {
         if result == DeliveryResult::Dropped && kind == "leave" {
             warn!("the proxy was not told that this sidecar leaves");
         }
-        self.metrics.told_proxy(kind, result);
+        self.metrics.told(kind, result);
         listener
     }
 

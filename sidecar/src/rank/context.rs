@@ -3,39 +3,22 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use protocol::Time;
 use protocol::local::Target;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
-use protocol::{Reason, Time};
 use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::engine::sessions::SlotLayout;
 use crate::net::zmq::Traffic;
+use crate::rank::metrics::RankMetrics;
 use crate::rank::recorder::Trace;
+pub(crate) use crate::rank::role::RankRole;
 use crate::transport::expected_rate::{ExpectedRate, Watch};
 use crate::transport::set::Wires;
 
-/// The role of one rank in a transfer. A process of the role `both` has two of them for each rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum RankRole {
-    /// Pushes KV.
-    Sender,
-    /// Receives KV.
-    Receiver,
-}
-
-impl RankRole {
-    /// Returns the name in metrics and logs.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Sender => "sender",
-            Self::Receiver => "receiver",
-        }
-    }
-}
-
-/// The surroundings of one rank's task: configuration, wires, trace and observer.
+/// The surroundings of one rank's task: configuration, wires, trace, observer and metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct RankContext {
     pub(crate) config: Arc<Config>,
@@ -43,11 +26,12 @@ pub(crate) struct RankContext {
     pub(crate) wires: Wires,
     pub(crate) trace: Trace,
     pub(crate) observer: Arc<dyn Observer>,
+    pub(crate) metrics: Arc<RankMetrics>,
 }
 
-/// Receives every change of a rank's state and shows it in metrics, at the admin server and to the proxy.
+/// Receives every change of a rank's state and shows it at the admin server and to the proxy.
 pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
-    /// Counts a request that has ended.
+    /// Takes the record of a request that has ended.
     fn record(&self, side: RankRole, rank: u32, record: &Record);
     /// Takes the state after an event.
     fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>);
@@ -57,10 +41,6 @@ pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
     /// Takes the state of a sender's links.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
-    /// Counts a frame on this port that was not a valid message.
-    fn malformed(&self, port: &'static str);
-    /// Counts an engine that sent a hello to this role and was refused.
-    fn engine_refused(&self, side: RankRole, reason: Reason);
     /// Sends the message to the proxy, if there is a proxy.
     fn tell_proxy(&self, message: &ToProxy);
 }
@@ -234,6 +214,7 @@ impl RankContext {
                 "{done}"
             );
         }
+        self.metrics.record(side, self.rank, record);
         self.observer.record(side, self.rank, record);
     }
 
@@ -250,7 +231,7 @@ impl RankContext {
     }
 
     pub(crate) fn malformed(&self, port: &'static str) {
-        self.observer.malformed(port);
+        self.metrics.malformed.count(port);
     }
 }
 

@@ -19,6 +19,7 @@ use crate::memory::Buffer;
 use crate::net::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
 use crate::peer::process_lock::ProcessLock;
 use crate::rank::context::{Observer, RankContext, RankRole};
+use crate::rank::metrics::RankMetrics;
 use crate::rank::receiver::ReceiverTask;
 use crate::rank::recorder::Trace;
 use crate::rank::sender::SenderTask;
@@ -60,6 +61,7 @@ impl Node {
     pub(crate) async fn start(
         config: Arc<Config>,
         observer: Arc<dyn Observer>,
+        metrics: Arc<RankMetrics>,
     ) -> Result<Self, StartError> {
         let trace = match &config.trace {
             None => Trace::default(),
@@ -82,6 +84,7 @@ impl Node {
                 ProcessLock::default()
             },
             observer,
+            metrics,
             trace,
         };
         // Each rank takes its buffer and binds its ports before the engines' socket exists, so that an engine
@@ -98,7 +101,7 @@ impl Node {
         let (listener, engines) =
             Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
-        services.spawn(dispatch(engines, node.inboxes, config.ranks, node.observer));
+        services.spawn(dispatch(engines, node.inboxes, config.ranks, node.metrics));
         Ok(Self {
             config,
             sides: node.sides,
@@ -197,6 +200,7 @@ struct Builder {
     config: Arc<Config>,
     process_lock: ProcessLock,
     observer: Arc<dyn Observer>,
+    metrics: Arc<RankMetrics>,
     trace: Trace,
 }
 
@@ -333,6 +337,7 @@ impl Builder {
             wires,
             trace: self.trace.of_rank(rank),
             observer: Arc::clone(&self.observer),
+            metrics: Arc::clone(&self.metrics),
         }
     }
 
@@ -348,7 +353,7 @@ async fn dispatch(
     mut engines: mpsc::Receiver<FromEngine>,
     inboxes: EngineInboxes,
     ranks: u32,
-    observer: Arc<dyn Observer>,
+    metrics: Arc<RankMetrics>,
 ) {
     let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
@@ -370,7 +375,7 @@ async fn dispatch(
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;
-                    observer.engine_refused(side, reason);
+                    metrics.engine_refused(side, reason);
                     connection.refuse(ToEngine::Refused(Refused { reason, text }));
                     continue;
                 };
@@ -380,7 +385,7 @@ async fn dispatch(
             FromEngine::Message(id, _) => sides.get(id).cloned(),
             FromEngine::Gone(id) => sides.remove(id),
             FromEngine::Malformed => {
-                observer.malformed("local");
+                metrics.malformed.count("local");
                 None
             }
         };

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use protocol::Reason;
 use protocol::local::{EngineRole, Target};
 use protocol::record::Record;
 use protocol::registration::ToProxy;
@@ -16,8 +15,10 @@ use super::{Directory, LOOPBACK, Memory};
 use crate::cli::Selftest;
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times};
 use crate::memory::Buffer;
+use crate::net::malformed::MalformedFrames;
 use crate::net::zmq::Traffic;
 use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
+use crate::rank::metrics::RankMetrics;
 use crate::rank::node::Node;
 use crate::transport::Kind;
 use crate::transport::set::Wires;
@@ -33,7 +34,10 @@ impl Selftest {
         let directory = Directory::new()?;
         let seen = Arc::new(Seen::default());
         let config = Arc::new(self.config(wire, &directory));
-        let node = Node::start(Arc::clone(&config), Arc::clone(&seen) as Arc<dyn Observer>).await?;
+        let observer = Arc::clone(&seen) as Arc<dyn Observer>;
+        // A self-test has no scrapes, so its metrics have no series from the start.
+        let metrics = Arc::new(RankMetrics::new(&[], MalformedFrames::default()));
+        let node = Node::start(Arc::clone(&config), observer, metrics).await?;
         let to = node
             .target(0)
             .ok_or_else(|| anyhow::anyhow!("no receiver was started"))?;
@@ -220,10 +224,6 @@ impl Observer for Seen {
     fn wires(&self, _side: RankRole, _rank: u32, _wires: Wires) {}
 
     fn port(&self, _rank: u32, _port: &'static str, _traffic: Traffic) {}
-
-    fn malformed(&self, _port: &'static str) {}
-
-    fn engine_refused(&self, _side: RankRole, _reason: Reason) {}
 
     fn tell_proxy(&self, _message: &ToProxy) {}
 }

@@ -8,8 +8,8 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use super::{OfRank, seconds};
 use crate::observe::status::{RankStatus, Snapshot, Status};
+use crate::rank::metrics::{OfRank, seconds};
 
 /// Reads the gauges at each scrape.
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 use crate::memory::Buffer;
 use crate::net::zmq::Traffic;
+use crate::rank::context::RankRole;
 use crate::transport::set::Wires;
 use crate::transport::tcp::{self, Tcp};
 use std::collections::BTreeMap;
@@ -7,7 +8,11 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::gauges::MAX_LINKS;
+use protocol::Reason;
+use protocol::record::Record;
+
 use super::*;
+use crate::observe::registration::DeliveryResult;
 use crate::observe::status::tests::{config, gauges, link, record, slot_layout};
 
 fn metrics(role: &str) -> (Arc<Status>, Metrics) {
@@ -32,8 +37,10 @@ fn series(metrics: &Metrics) -> BTreeMap<String, f64> {
 #[test]
 fn a_request_is_counted_everywhere_it_belongs() {
     let (_, metrics) = metrics("both");
-    metrics.record(RankRole::Sender, 1, &record(None));
-    metrics.record(RankRole::Receiver, 0, &record(Some(Reason::NoRoom)));
+    metrics.ranks.record(RankRole::Sender, 1, &record(None));
+    metrics
+        .ranks
+        .record(RankRole::Receiver, 0, &record(Some(Reason::NoRoom)));
     let nothing = Record {
         chunks: 0,
         bytes: 0,
@@ -41,7 +48,7 @@ fn a_request_is_counted_everywhere_it_belongs() {
         transport: String::new(),
         ..record(Some(Reason::Busy))
     };
-    metrics.record(RankRole::Sender, 1, &nothing);
+    metrics.ranks.record(RankRole::Sender, 1, &nothing);
     let series = series(&metrics);
     for (name, value) in [
         (
@@ -176,7 +183,7 @@ fn labels_are_bounded() {
     links[0].reported = "x\"\n".repeat(1000);
     links[1].peer = "h\"} 1\nforged{a=\"\\".to_owned();
     status.links(0, &mut links.iter());
-    metrics.record(
+    metrics.ranks.record(
         RankRole::Sender,
         0,
         &Record {
@@ -203,11 +210,13 @@ fn labels_are_bounded() {
 #[test]
 fn messages_and_frames_are_counted() {
     let (_, metrics) = metrics("sender");
-    metrics.malformed("alloc");
-    metrics.told_proxy("register", DeliveryResult::Sent);
-    metrics.told_proxy("progress", DeliveryResult::Dropped);
-    metrics.acknowledged();
-    metrics.engine_refused(RankRole::Receiver, Reason::LayoutMismatch);
+    metrics.malformed.count("alloc");
+    metrics.proxy.told("register", DeliveryResult::Sent);
+    metrics.proxy.told("progress", DeliveryResult::Dropped);
+    metrics.proxy.acknowledged();
+    metrics
+        .ranks
+        .engine_refused(RankRole::Receiver, Reason::LayoutMismatch);
     let series = series(&metrics);
     for (name, value) in [
         (
@@ -243,8 +252,8 @@ fn messages_and_frames_are_counted() {
 #[test]
 fn docs_list_every_metric() {
     let (status, metrics) = metrics("both");
-    metrics.record(RankRole::Sender, 0, &record(None));
-    metrics.told_proxy("register", DeliveryResult::Sent);
+    metrics.ranks.record(RankRole::Sender, 0, &record(None));
+    metrics.proxy.told("register", DeliveryResult::Sent);
     status.links(0, &mut [&link(1)].into_iter());
     status.acknowledged("p", Instant::now());
     let buffer = Buffer::memfd("metrics-test", 1 << 20).unwrap();

@@ -7,6 +7,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::*;
 use crate::config::{HostPort, ProxyAddress};
+use crate::observe::metrics::Metrics;
 use crate::observe::proxy_discovery::ProxyDiscovery;
 use crate::observe::status::tests::{config, gauges, slot_layout};
 use crate::rank::context::RankRole;
@@ -62,7 +63,7 @@ impl Fixture {
             config,
             7900,
             Arc::clone(&status),
-            Arc::clone(&metrics),
+            metrics.proxy.clone(),
         );
         let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
         let task = tokio::spawn(task.run(drain.clone(), stop.clone()));
@@ -195,7 +196,7 @@ async fn reaches_a_real_port() {
     let config = Arc::new(config(&[]));
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));
-    let (voice, task) = Registration::new(outlet, config, 7900, status, metrics);
+    let (voice, task) = Registration::new(outlet, config, 7900, status, metrics.proxy.clone());
     let stop = CancellationToken::new();
     let task = tokio::spawn(task.run(CancellationToken::new(), stop.clone()));
     let mut kinds = Vec::new();
@@ -234,7 +235,13 @@ async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait
     for rank in 0..2 {
         status.gauges(RankRole::Receiver, rank, &gauges(Some(&layout), 1));
     }
-    let (voice, task) = Registration::new(outlet, config, 7900, Arc::clone(&status), metrics);
+    let (voice, task) = Registration::new(
+        outlet,
+        config,
+        7900,
+        Arc::clone(&status),
+        metrics.proxy.clone(),
+    );
     let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
     let task = tokio::spawn(task.run(drain.clone(), stop.clone()));
     let end = Instant::now() + Duration::from_secs(5);

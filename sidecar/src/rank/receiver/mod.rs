@@ -180,7 +180,7 @@ impl ReceiverTask {
                     Ok(None) => {}
                     Err(reason) => self
                         .context
-                        .observer
+                        .metrics
                         .engine_refused(RankRole::Receiver, reason),
                 }
                 self.refuse_senders();

@@ -136,7 +136,7 @@ impl SenderTask {
                     Ok(None) => {}
                     Err(reason) => self
                         .context
-                        .observer
+                        .metrics
                         .engine_refused(RankRole::Sender, reason),
                 }
             }

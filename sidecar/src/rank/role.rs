@@ -1,0 +1,20 @@
+//! Names the two roles of a rank.
+
+/// The role of one rank in a transfer. A process of the role `both` has two of them for each rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum RankRole {
+    /// Pushes KV.
+    Sender,
+    /// Receives KV.
+    Receiver,
+}
+
+impl RankRole {
+    /// Returns the name in metrics and logs.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Sender => "sender",
+            Self::Receiver => "receiver",
+        }
+    }
+}
