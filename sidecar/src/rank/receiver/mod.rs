@@ -1,9 +1,7 @@
 //! Runs the receiving role of one rank: the task that owns its machine, its ports and its buffer.
 
-mod canary;
 mod checks;
-mod lmcache_peers;
-mod pending_before_engine;
+mod lmcache;
 mod ports;
 mod write_fence;
 
@@ -26,10 +24,10 @@ use crate::net::host_id;
 use crate::net::zmq::{FromPeer, RouterServer};
 use crate::peer::handshake::Identity;
 use crate::rank::context::{Clock, Gauges, RankContext, RankRole};
-use canary::Canaries;
 use checks::Checks;
-use lmcache_peers::LmcachePeers;
-use pending_before_engine::PendingBeforeEngine;
+use lmcache::canary::Canaries;
+use lmcache::peers::LmcachePeers;
+use lmcache::pending::PendingBeforeEngine;
 use ports::next_query;
 use write_fence::{News, WriteFences};
 

@@ -10,7 +10,7 @@ use crate::memory::{Buffer, Rows};
 
 /// The canary of each slot that was lent.
 #[derive(Debug, Default)]
-pub(super) struct Canaries {
+pub(crate) struct Canaries {
     canaries: BTreeMap<SlotIndex, [u8; MARK_BYTES]>,
 }
 
@@ -19,7 +19,7 @@ impl Canaries {
     ///
     /// # Errors
     /// The buffer's error: the slot lies outside of the buffer.
-    pub(super) fn put(&mut self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> io::Result<()> {
+    pub(crate) fn put(&mut self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> io::Result<()> {
         let mark: [u8; MARK_BYTES] = rand::random();
         let start = u64::from(slot.0) * bytes;
         let (rows, count) = steps(start, bytes);
@@ -31,7 +31,7 @@ impl Canaries {
 
     /// Returns true if every copy of a slot's canary was overwritten. Returns false if the slot never had a
     /// canary or cannot be read.
-    pub(super) fn gone(&self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> bool {
+    pub(crate) fn gone(&self, buffer: &Buffer, slot: SlotIndex, bytes: u64) -> bool {
         let Some(mark) = self.canaries.get(&slot) else {
             return false;
         };

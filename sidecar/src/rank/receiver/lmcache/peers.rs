@@ -14,7 +14,7 @@ use crate::net::socket_owner;
 
 /// The senders that have the slots' addresses, and the connections that were already checked.
 #[derive(Debug, Default)]
-pub(super) struct LmcachePeers {
+pub(crate) struct LmcachePeers {
     known: BTreeMap<Route, SenderId>,
     shown: BTreeSet<Shown>,
     /// The process behind each connection of the init port. To find a process, all of /proc is read, so this
@@ -32,12 +32,12 @@ enum Shown {
 
 /// The sender behind an alloc connection.
 #[derive(Debug)]
-pub(super) struct LmcachePeer {
-    pub(super) sender: SenderId,
+pub(crate) struct LmcachePeer {
+    pub(crate) sender: SenderId,
     /// The sender's process id; `None` if the process does not run on this host.
-    pub(super) process: Option<u32>,
+    pub(crate) process: Option<u32>,
     /// True if the sender knows the slots of the present slot layout.
-    pub(super) linked: bool,
+    pub(crate) linked: bool,
 }
 
 /// The most senders that are remembered. When the set is full, all are forgotten, and decode engines compute
@@ -47,7 +47,7 @@ const MAX_SHOWN: usize = 4096;
 impl LmcachePeers {
     /// Notes that a sender has the slots' addresses. `name` is the sender's own name, empty for a synchronous
     /// sender. Returns true if the sender was not known before.
-    pub(super) fn show(&mut self, route: Route, from: &str, to_port: u16, name: &str) -> bool {
+    pub(crate) fn show(&mut self, route: Route, from: &str, to_port: u16, name: &str) -> bool {
         let process = *self
             .processes
             .entry(route)
@@ -59,13 +59,13 @@ impl LmcachePeers {
     }
 
     /// Forgets all senders, because the slot layout has changed and their addresses are wrong.
-    pub(super) fn forget(&mut self) {
+    pub(crate) fn forget(&mut self) {
         self.shown.clear();
     }
 
     /// Identifies the sender of a new connection of the alloc port; `None` if the connection is already
     /// known.
-    pub(super) fn meet(
+    pub(crate) fn meet(
         &mut self,
         route: Route,
         from: &str,
@@ -95,12 +95,12 @@ impl LmcachePeers {
         })
     }
 
-    pub(super) fn lost(&mut self, route: Route) {
+    pub(crate) fn lost(&mut self, route: Route) {
         self.known.remove(&route);
     }
 
     /// Forgets a connection of the init port that has ended.
-    pub(super) fn lost_init(&mut self, route: Route) {
+    pub(crate) fn lost_init(&mut self, route: Route) {
         self.processes.remove(&route);
     }
 }
