@@ -23,6 +23,7 @@ pub(crate) struct RankMetrics {
     windowed: Family<OfRank, Counter>,
     phases: Family<InPhase, Histogram, fn() -> Histogram>,
     engines_refused: Family<RefusedEngine, Counter>,
+    links_lost: Family<LostLink, Counter>,
     /// Frames on the ports of the ranks and on the engine's socket.
     pub(crate) malformed: MalformedFrames,
 }
@@ -61,6 +62,12 @@ struct RefusedEngine {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LostLink {
+    rank: u32,
+    reason: &'static str,
+}
+
 impl RankMetrics {
     /// Makes every metric. A series with known labels exists from the start, at 0, so that a rate over it is 0 and
     /// not absent. `roles` has every role of every rank.
@@ -75,6 +82,7 @@ impl RankMetrics {
             windowed: Family::default(),
             phases: Family::new_with_constructor(phases),
             engines_refused: Family::default(),
+            links_lost: Family::default(),
             malformed,
         };
         metrics.touch(roles);
@@ -117,10 +125,20 @@ impl RankMetrics {
             "Engines that said hello and were refused, by reason",
             self.engines_refused.clone(),
         );
+        registry.register(
+            "links_lost",
+            "Links to receivers that could not be made or that broke, by reason",
+            self.links_lost.clone(),
+        );
     }
 
     fn touch(&self, roles: &[(RankRole, u32)]) {
         for &(side, rank) in roles {
+            if side == RankRole::Sender {
+                for reason in LINK_REASONS.map(Reason::as_str) {
+                    drop(self.links_lost.get_or_create(&LostLink { rank, reason }));
+                }
+            }
             let side = side.as_str();
             let of_rank = OfRank { side, rank };
             drop(self.tokens.get_or_create(&of_rank));
@@ -203,6 +221,14 @@ impl RankMetrics {
         }
     }
 
+    /// Counts a link to a receiver that could not be made or that broke.
+    pub(crate) fn link_lost(&self, rank: u32, reason: Reason) {
+        let reason = reason.as_str();
+        self.links_lost
+            .get_or_create(&LostLink { rank, reason })
+            .inc();
+    }
+
     /// Counts an engine that was refused.
     pub(crate) fn engine_refused(&self, side: RankRole, reason: Reason) {
         let labels = RefusedEngine {
@@ -226,3 +252,33 @@ pub(crate) fn seconds(us: u64) -> f64 {
 
 /// The `reason` of a request that ended well.
 const OK: &str = "ok";
+/// The usual reasons of a lost link, which have a series from the start.
+const LINK_REASONS: [Reason; 6] = [
+    Reason::NoLink,
+    Reason::PeerLost,
+    Reason::NoEngine,
+    Reason::LayoutMismatch,
+    Reason::VersionMismatch,
+    Reason::Draining,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_link_is_counted_by_reason() {
+        let metrics = RankMetrics::new(&[(RankRole::Sender, 1)], MalformedFrames::default());
+        metrics.link_lost(1, Reason::PeerLost);
+        let mut registry = Registry::default();
+        metrics.register(&mut registry);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for series in [
+            "links_lost_total{rank=\"1\",reason=\"peer_lost\"} 1\n",
+            "links_lost_total{rank=\"1\",reason=\"no_link\"} 0\n",
+        ] {
+            assert!(text.contains(series), "{series} is not in {text}");
+        }
+    }
+}

@@ -203,7 +203,10 @@ impl SenderTask {
                 cancels: kind == ReceiverKind::Lmcache { cancels: true },
             }),
             FromReceiver::Malformed => self.context.malformed("alloc"),
-            FromReceiver::Lost(to, reason) => self.feed(Event::LinkLost { to, reason }),
+            FromReceiver::Lost(to, reason) => {
+                self.context.metrics.link_lost(self.context.rank, reason);
+                self.feed(Event::LinkLost { to, reason });
+            }
         }
     }
 
