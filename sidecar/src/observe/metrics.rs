@@ -33,7 +33,7 @@ impl Metrics {
     /// Makes and registers the metrics of every component.
     pub(crate) fn new(status: &Arc<Status>) -> Self {
         let malformed = MalformedFrames::default();
-        let ranks = RankMetrics::new(&status.about().sides, malformed.clone());
+        let ranks = RankMetrics::new(&status.about().roles, malformed.clone());
         let proxy = ProxyMetrics::default();
         let mut registry = Registry::with_prefix("pd_sidecar");
         let info = [

@@ -21,16 +21,16 @@ pub(crate) struct Fanout {
 }
 
 impl Observer for Fanout {
-    fn record(&self, side: RankRole, rank: u32, record: &Record) {
-        self.status.record(side, rank, record);
+    fn record(&self, role: RankRole, rank: u32, record: &Record) {
+        self.status.record(role, rank, record);
     }
 
-    fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>) {
-        self.status.gauges(side, rank, &gauges);
+    fn gauges(&self, role: RankRole, rank: u32, gauges: Gauges<'_>) {
+        self.status.gauges(role, rank, &gauges);
     }
 
-    fn wires(&self, side: RankRole, rank: u32, wires: Wires) {
-        self.status.wires(side, rank, wires);
+    fn wires(&self, role: RankRole, rank: u32, wires: Wires) {
+        self.status.wires(role, rank, wires);
     }
 
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic) {

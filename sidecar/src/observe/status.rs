@@ -43,7 +43,7 @@ pub(crate) struct About {
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
     /// Every role of every rank.
-    pub(crate) sides: Vec<(RankRole, u32)>,
+    pub(crate) roles: Vec<(RankRole, u32)>,
     /// The proxy's registration port; absent without a proxy.
     pub(crate) proxy: Option<String>,
 }
@@ -52,7 +52,7 @@ pub(crate) struct About {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WireEvent {
     /// The role of the rank: sender or receiver.
-    pub(crate) side: RankRole,
+    pub(crate) role: RankRole,
     /// The rank.
     pub(crate) rank: u32,
     /// The wire's name.
@@ -81,25 +81,25 @@ struct Inner {
 impl Status {
     /// Makes the state of a process that has not bound its ports yet.
     pub(crate) fn new(config: &Config) -> Self {
-        let mut sides = Vec::new();
+        let mut roles = Vec::new();
         for rank in 0..config.ranks {
             if config.sends() {
-                sides.push((RankRole::Sender, rank));
+                roles.push((RankRole::Sender, rank));
             }
             if config.receives() {
-                sides.push((RankRole::Receiver, rank));
+                roles.push((RankRole::Receiver, rank));
             }
         }
-        let ranks = sides
+        let ranks = roles
             .iter()
-            .map(|&(side, rank)| ((side, rank), RankStatus::new(side, rank)))
+            .map(|&(role, rank)| ((role, rank), RankStatus::new(role, rank)))
             .collect();
         Self {
             about: About {
                 id: config.id.clone(),
                 epoch: Epoch(rand::random_range(1..=u64::MAX)),
                 role: config.role.as_str(),
-                sides,
+                roles,
                 proxy: config.proxy.as_ref().map(|p| p.address.to_string()),
             },
             inner: Mutex::new(Inner {
@@ -149,12 +149,12 @@ impl Status {
     }
 
     /// Updates the state of one role of a rank after an event.
-    pub(crate) fn gauges(&self, side: RankRole, rank: u32, gauges: &Gauges<'_>) {
+    pub(crate) fn gauges(&self, role: RankRole, rank: u32, gauges: &Gauges<'_>) {
         let mut inner = self.inner();
         let status = inner
             .ranks
-            .entry((side, rank))
-            .or_insert_with(|| RankStatus::new(side, rank));
+            .entry((role, rank))
+            .or_insert_with(|| RankStatus::new(role, rank));
         let said =
             |status: &RankStatus| (status.engines > 0, status.epoch, status.unmoved.is_some());
         let before = said(status);
@@ -168,21 +168,21 @@ impl Status {
     }
 
     /// Notes the wires of one role of a rank.
-    pub(crate) fn wires(&self, side: RankRole, rank: u32, wires: Wires) {
-        self.inner().wires.insert((side, rank), wires);
+    pub(crate) fn wires(&self, role: RankRole, rank: u32, wires: Wires) {
+        self.inner().wires.insert((role, rank), wires);
     }
 
     /// Returns the counters of every wire.
     pub(crate) fn wire_events(&self) -> Vec<WireEvent> {
         let wires = self.inner().wires.clone();
         let mut all = Vec::new();
-        for ((side, rank), wires) in wires {
+        for ((role, rank), wires) in wires {
             all.extend(
                 wires
                     .events()
                     .into_iter()
                     .map(|(transport, event, count)| WireEvent {
-                        side,
+                        role,
                         rank,
                         transport,
                         event,
@@ -220,9 +220,9 @@ impl Status {
     }
 
     /// Adds the record of an ended request.
-    pub(crate) fn record(&self, side: RankRole, rank: u32, record: &Record) {
+    pub(crate) fn record(&self, role: RankRole, rank: u32, record: &Record) {
         let row = RecordRow {
-            side: side.as_str(),
+            side: role.as_str(),
             rank,
             record: record.clone(),
         };
@@ -352,14 +352,14 @@ impl Inner {
         if !self.bound {
             obstacles.push(NotReady::Starting);
         }
-        for (&(side, rank), status) in &self.ranks {
+        for (&(role, rank), status) in &self.ranks {
             if status.engines == 0 {
-                obstacles.push(NotReady::NoEngine(side, rank));
+                obstacles.push(NotReady::NoEngine(role, rank));
             }
         }
-        for (&(side, rank), wires) in &self.wires {
+        for (&(role, rank), wires) in &self.wires {
             if let Some(wire) = wires.ended() {
-                obstacles.push(NotReady::WireEnded(side, rank, wire));
+                obstacles.push(NotReady::WireEnded(role, rank, wire));
             }
         }
         // LMCache's proxy cannot acknowledge anything.

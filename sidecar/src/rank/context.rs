@@ -32,11 +32,11 @@ pub(crate) struct RankContext {
 /// Receives every change of a rank's state and shows it at the admin server and to the proxy.
 pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     /// Takes the record of a request that has ended.
-    fn record(&self, side: RankRole, rank: u32, record: &Record);
+    fn record(&self, role: RankRole, rank: u32, record: &Record);
     /// Takes the state after an event.
-    fn gauges(&self, side: RankRole, rank: u32, gauges: Gauges<'_>);
+    fn gauges(&self, role: RankRole, rank: u32, gauges: Gauges<'_>);
     /// Takes the wires of a role. Their events are read when metrics are read.
-    fn wires(&self, side: RankRole, rank: u32, wires: Wires);
+    fn wires(&self, role: RankRole, rank: u32, wires: Wires);
     /// Takes a port that was bound. Its events are read when metrics are read.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
     /// Takes the state of a sender's links.
@@ -84,7 +84,7 @@ pub(crate) struct LinkStatus {
     /// The first and last instant of the latest time in which writes were in flight without a pause.
     busy: Option<(Instant, Instant)>,
     /// The rate to expect from the chosen wire; `None` until the handshake.
-    pub(crate) class: Option<ExpectedRate>,
+    pub(crate) expected_rate: Option<ExpectedRate>,
     watch: Watch,
 }
 
@@ -106,7 +106,7 @@ impl LinkStatus {
             recent: None,
             large: None,
             busy: None,
-            class: None,
+            expected_rate: None,
             watch: Watch::default(),
         }
     }
@@ -132,16 +132,16 @@ impl LinkStatus {
 
     /// Logs a warning if recent writes are far slower than this wire should be.
     pub(crate) fn judge(&mut self, bytes: u64) {
-        let (Some(class), rate) = (self.class, self.rate()) else {
+        let (Some(expected), rate) = (self.expected_rate, self.rate()) else {
             return;
         };
-        if let Some(hint) = self.watch.note(class, bytes, rate, Instant::now()) {
+        if let Some(hint) = self.watch.note(expected, bytes, rate, Instant::now()) {
             warn!(
                 peer = self.peer,
                 transport = self.transport,
                 reported = self.reported,
                 measured_gb_per_s = rate,
-                least_gb_per_s = class.least_gb_s,
+                least_gb_per_s = expected.least_gb_s,
                 "a wire is far below its class: {hint}"
             );
         }
@@ -173,20 +173,20 @@ fn gb_per_s(sums: Option<(f64, f64)>) -> Option<f64> {
 }
 
 impl RankContext {
-    pub(crate) fn record(&self, side: RankRole, record: &Record) {
+    pub(crate) fn record(&self, role: RankRole, record: &Record) {
         let rate = |us: u64| {
             // Bytes per microsecond are MB/s.
             record.bytes.checked_div(us).unwrap_or_default()
         };
         if let Some(reason) = record.reason {
             warn!(
-                side = side.as_str(), req = %record.req, peer = record.peer, %reason,
+                side = role.as_str(), req = %record.req, peer = record.peer, %reason,
                 tokens = record.tokens, chunks = record.chunks, bytes = record.bytes,
                 "request ended early"
             );
         } else {
             // The line has the numbers that users of LMCache search for: tokens, milliseconds, GB/s.
-            let (verb, us) = match side {
+            let (verb, us) = match role {
                 RankRole::Sender => ("Stored", record.push_us),
                 RankRole::Receiver => ("Received", record.ready_us),
             };
@@ -205,7 +205,7 @@ impl RankContext {
                 record.chunks,
             );
             info!(
-                side = side.as_str(), req = %record.req, peer = record.peer,
+                side = role.as_str(), req = %record.req, peer = record.peer,
                 tokens = record.tokens, have_tokens = record.have_tokens,
                 chunks = record.chunks, bytes = record.bytes, transport = record.transport,
                 alloc_us = record.alloc_us, gather_us = record.gather_us,
@@ -214,18 +214,18 @@ impl RankContext {
                 "{done}"
             );
         }
-        self.metrics.record(side, self.rank, record);
-        self.observer.record(side, self.rank, record);
+        self.metrics.record(role, self.rank, record);
+        self.observer.record(role, self.rank, record);
     }
 
     pub(crate) fn publish<'a>(
         &self,
-        side: RankRole,
+        role: RankRole,
         gauges: Gauges<'_>,
         mut links: impl Iterator<Item = &'a LinkStatus>,
     ) {
-        self.observer.gauges(side, self.rank, gauges);
-        if side == RankRole::Sender {
+        self.observer.gauges(role, self.rank, gauges);
+        if role == RankRole::Sender {
             self.observer.links(self.rank, &mut links);
         }
     }

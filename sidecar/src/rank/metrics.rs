@@ -133,13 +133,13 @@ impl RankMetrics {
     }
 
     fn touch(&self, roles: &[(RankRole, u32)]) {
-        for &(side, rank) in roles {
-            if side == RankRole::Sender {
+        for &(role, rank) in roles {
+            if role == RankRole::Sender {
                 for reason in LINK_REASONS.map(Reason::as_str) {
                     drop(self.links_lost.get_or_create(&LostLink { rank, reason }));
                 }
             }
-            let side = side.as_str();
+            let side = role.as_str();
             let of_rank = OfRank { side, rank };
             drop(self.tokens.get_or_create(&of_rank));
             drop(self.tokens_held.get_or_create(&of_rank));
@@ -168,8 +168,8 @@ impl RankMetrics {
     }
 
     /// Counts a request that has ended.
-    pub(crate) fn record(&self, side: RankRole, rank: u32, record: &Record) {
-        let name = side.as_str();
+    pub(crate) fn record(&self, role: RankRole, rank: u32, record: &Record) {
+        let name = role.as_str();
         let of_rank = OfRank { side: name, rank };
         let reason = record.reason.map_or(OK, Reason::as_str);
         let ending = Ending {
@@ -200,7 +200,7 @@ impl RankMetrics {
                 .inc_by(record.chunks.into());
         }
         // Each role measures only its own phases.
-        let phases: &[(&'static str, u64)] = match side {
+        let phases: &[(&'static str, u64)] = match role {
             RankRole::Sender => &[
                 ("alloc", record.alloc_us),
                 ("gather", record.gather_us),
@@ -230,9 +230,9 @@ impl RankMetrics {
     }
 
     /// Counts an engine that was refused.
-    pub(crate) fn engine_refused(&self, side: RankRole, reason: Reason) {
+    pub(crate) fn engine_refused(&self, role: RankRole, reason: Reason) {
         let labels = RefusedEngine {
-            side: side.as_str(),
+            side: role.as_str(),
             reason: reason.as_str(),
         };
         self.engines_refused.get_or_create(&labels).inc();

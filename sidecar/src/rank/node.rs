@@ -39,7 +39,7 @@ pub(crate) struct StartError(#[from] anyhow::Error);
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,
-    sides: JoinSet<()>,
+    tasks: JoinSet<()>,
     /// The tasks of the engines' socket and its dispatcher. They stop when the node is dropped.
     _services: JoinSet<()>,
     drain: CancellationToken,
@@ -70,7 +70,7 @@ impl Node {
             })?,
         };
         let mut node = Builder {
-            sides: JoinSet::new(),
+            tasks: JoinSet::new(),
             inboxes: EngineInboxes::new(),
             targets: Vec::new(),
             ports: BTreeMap::new(),
@@ -104,7 +104,7 @@ impl Node {
         services.spawn(dispatch(engines, node.inboxes, config.ranks, node.metrics));
         Ok(Self {
             config,
-            sides: node.sides,
+            tasks: node.tasks,
             _services: services,
             drain: node.drain,
             stop: node.stop,
@@ -130,7 +130,7 @@ impl Node {
     pub(crate) fn buffers(&self) -> BTreeMap<RankRole, Arc<Buffer>> {
         let first = self.buffers.iter().filter(|((_, rank), _)| *rank == 0);
         first
-            .map(|((side, _), buffer)| (*side, Arc::clone(buffer)))
+            .map(|((role, _), buffer)| (*role, Arc::clone(buffer)))
             .collect()
     }
 
@@ -152,10 +152,10 @@ impl Node {
         let ended = loop {
             tokio::select! {
                 biased;
-                Some(side) = self.sides.join_next() => match side {
+                Some(task) = self.tasks.join_next() => match task {
                     Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                     _ if !self.drain.is_cancelled() => break Ended::Broken,
-                    _ if self.sides.is_empty() => break Ended::Drained,
+                    _ if self.tasks.is_empty() => break Ended::Drained,
                     _ => {}
                 },
                 () = &mut late => {
@@ -166,7 +166,7 @@ impl Node {
         };
         self.stop.cancel();
         // The roles close their sockets, so that peers see the end at once and need not wait for a deadline.
-        let closing = async { while self.sides.join_next().await.is_some() {} };
+        let closing = async { while self.tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(CLOSING, closing).await.is_err() {
             warn!("sockets did not close in {CLOSING:?}");
         }
@@ -190,7 +190,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 
 /// Collects what [`Node::start`] makes.
 struct Builder {
-    sides: JoinSet<()>,
+    tasks: JoinSet<()>,
     inboxes: EngineInboxes,
     targets: Vec<Target>,
     ports: BTreeMap<u16, String>,
@@ -209,10 +209,10 @@ impl Builder {
         let buffer = self.buffer(RankRole::Sender, rank)?;
         let wires = self.wires(rank, &buffer, None)?;
         self.observer.wires(RankRole::Sender, rank, wires.clone());
-        let side = SenderTask::new(self.context(rank, wires), buffer, self.process_lock.clone());
+        let task = SenderTask::new(self.context(rank, wires), buffer, self.process_lock.clone());
         let engines = self.inbox(RankRole::Sender, rank);
-        self.sides
-            .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
+        self.tasks
+            .spawn(task.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
 
@@ -281,10 +281,10 @@ impl Builder {
                 .insert(port, format!("{kind} data of rank {rank}"));
         }
         self.observer.wires(RankRole::Receiver, rank, wires.clone());
-        let side = ReceiverTask::new(self.context(rank, wires), buffer, init, alloc, query);
+        let task = ReceiverTask::new(self.context(rank, wires), buffer, init, alloc, query);
         let engines = self.inbox(RankRole::Receiver, rank);
-        self.sides
-            .spawn(side.run(engines, self.drain.clone(), self.stop.clone()));
+        self.tasks
+            .spawn(task.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
     }
 
@@ -309,8 +309,8 @@ impl Builder {
         Wires::start(self.config.transport, with)
     }
 
-    fn buffer(&mut self, side: RankRole, rank: u32) -> Result<Arc<Buffer>, StartError> {
-        let name = format!("pd-{}-{rank}", side.as_str());
+    fn buffer(&mut self, role: RankRole, rank: u32) -> Result<Arc<Buffer>, StartError> {
+        let name = format!("pd-{}-{rank}", role.as_str());
         let bytes = self.config.buffer_bytes;
         let device = self
             .config
@@ -325,8 +325,8 @@ impl Builder {
                 .map_err(|e| anyhow::anyhow!("pd_buffer_device: {e}"))?,
         };
         let gpu = buffer.cuda().map(|memory| memory.device().to_string());
-        info!(side = side.as_str(), rank, bytes, gpu, "buffer taken");
-        self.buffers.insert((side, rank), Arc::clone(&buffer));
+        info!(side = role.as_str(), rank, bytes, gpu, "buffer taken");
+        self.buffers.insert((role, rank), Arc::clone(&buffer));
         Ok(buffer)
     }
 
@@ -341,9 +341,9 @@ impl Builder {
         }
     }
 
-    fn inbox(&mut self, side: RankRole, rank: u32) -> mpsc::Receiver<FromEngine> {
+    fn inbox(&mut self, role: RankRole, rank: u32) -> mpsc::Receiver<FromEngine> {
         let (inbox, engines) = mpsc::channel(QUEUE);
-        self.inboxes.insert((side, rank), inbox);
+        self.inboxes.insert((role, rank), inbox);
         engines
     }
 }
@@ -355,35 +355,35 @@ async fn dispatch(
     ranks: u32,
     metrics: Arc<RankMetrics>,
 ) {
-    let mut sides: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
+    let mut by_engine: BTreeMap<EngineId, mpsc::Sender<FromEngine>> = BTreeMap::new();
     while let Some(event) = engines.recv().await {
         let inbox = match &event {
             FromEngine::Hello(connection, hello) => {
-                let side = match hello.role {
+                let role = match hello.role {
                     EngineRole::Prefill => RankRole::Sender,
                     EngineRole::Decode => RankRole::Receiver,
                 };
-                let inbox = inboxes.get(&(side, hello.rank));
+                let inbox = inboxes.get(&(role, hello.rank));
                 // An engine of another number of ranks would send parts of KV that no receiver expects.
                 let Some(inbox) = inbox.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
                         "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
                          the number of its ports, of a sender sidecar.ranks",
-                        side.as_str(),
+                        role.as_str(),
                         hello.rank,
                         hello.world_size
                     );
                     warn!(engine = hello.engine, "engine refused: {text}");
                     let reason = Reason::BadRequest;
-                    metrics.engine_refused(side, reason);
+                    metrics.engine_refused(role, reason);
                     connection.refuse(ToEngine::Refused(Refused { reason, text }));
                     continue;
                 };
-                sides.insert(connection.id(), inbox.clone());
+                by_engine.insert(connection.id(), inbox.clone());
                 Some(inbox.clone())
             }
-            FromEngine::Message(id, _) => sides.get(id).cloned(),
-            FromEngine::Gone(id) => sides.remove(id),
+            FromEngine::Message(id, _) => by_engine.get(id).cloned(),
+            FromEngine::Gone(id) => by_engine.remove(id),
             FromEngine::Malformed => {
                 metrics.malformed.count("local");
                 None

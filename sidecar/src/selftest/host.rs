@@ -140,10 +140,10 @@ pub(super) struct HostContent {
 
 impl HostContent {
     pub(super) fn new(mut buffers: BTreeMap<RankRole, Arc<Buffer>>) -> anyhow::Result<Self> {
-        let mut take = |side| {
+        let mut take = |role| {
             buffers
-                .remove(&side)
-                .ok_or_else(|| anyhow::anyhow!("no {side:?} buffer"))
+                .remove(&role)
+                .ok_or_else(|| anyhow::anyhow!("no {role:?} buffer"))
         };
         Ok(Self {
             send: take(RankRole::Sender)?,
@@ -195,7 +195,7 @@ impl Seen {
     fn pushed(&self) -> Vec<Pushed> {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let done =
-            |(side, r): &&(RankRole, Record)| *side == RankRole::Sender && r.reason.is_none();
+            |(role, r): &&(RankRole, Record)| *role == RankRole::Sender && r.reason.is_none();
         let pushed = |(_, r): &(RankRole, Record)| Pushed {
             chunks: r.chunks,
             bytes: r.bytes,
@@ -206,9 +206,9 @@ impl Seen {
 }
 
 impl Observer for Seen {
-    fn record(&self, side: RankRole, _rank: u32, record: &Record) {
+    fn record(&self, role: RankRole, _rank: u32, record: &Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        records.push((side, record.clone()));
+        records.push((role, record.clone()));
     }
 
     fn gauges(&self, _side: RankRole, _rank: u32, _gauges: Gauges<'_>) {}

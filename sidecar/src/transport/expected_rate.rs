@@ -15,7 +15,7 @@ pub(crate) struct Ends {
     pub(crate) same_host: bool,
 }
 
-/// The rate class of a wire: even the slowest wire of the kind is faster than this rate.
+/// The rate to expect of a wire: even the slowest wire of the kind is faster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExpectedRate {
     /// The least rate to expect, in 10⁹ bytes per second.
@@ -25,12 +25,12 @@ pub(crate) struct ExpectedRate {
 }
 
 impl ExpectedRate {
-    /// Returns the class of a wire between these ends.
+    /// Returns the rate to expect of a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
         (kind.0.expected_rate)(ends)
     }
 
-    /// Returns the class of any wire over a network.
+    /// Returns the rate to expect of any wire over a network.
     pub(super) fn of_a_network() -> Self {
         Self {
             least_gb_s: 0.1,
@@ -39,7 +39,7 @@ impl ExpectedRate {
     }
 }
 
-/// Notices a link that is far below its class, and limits how often that is reported.
+/// Notices a link that is far slower than expected, and limits how often that is reported.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Watch {
     big_writes: u32,
@@ -51,7 +51,7 @@ impl Watch {
     /// to log.
     pub(crate) fn note(
         &mut self,
-        class: ExpectedRate,
+        expected: ExpectedRate,
         bytes: u64,
         rate: Option<f64>,
         now: Instant,
@@ -61,7 +61,7 @@ impl Watch {
         }
         self.big_writes = self.big_writes.saturating_add(1);
         // The first writes set up connections and mappings, so their rate says nothing.
-        if self.big_writes <= WARM_UP || rate.is_none_or(|rate| rate >= class.least_gb_s) {
+        if self.big_writes <= WARM_UP || rate.is_none_or(|rate| rate >= expected.least_gb_s) {
             return None;
         }
         if self
@@ -71,7 +71,7 @@ impl Watch {
             return None;
         }
         self.said = Some(now);
-        Some(class.hint)
+        Some(expected.hint)
     }
 }
 
@@ -94,12 +94,12 @@ mod tests {
             theirs: Memory::Vram,
             same_host: true,
         };
-        let class = ExpectedRate::of(nixl::KIND, ends);
+        let expected = ExpectedRate::of(nixl::KIND, ends);
         let start = Instant::now();
         let mut watch = Watch::default();
         let mut said = |bytes, rate, after| {
             let now = start + Duration::from_secs(after);
-            watch.note(class, bytes, Some(rate), now).is_some()
+            watch.note(expected, bytes, Some(rate), now).is_some()
         };
         for _ in 0..WARM_UP {
             assert!(!said(BIG_BYTES, 0.54, 0));

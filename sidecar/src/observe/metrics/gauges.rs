@@ -31,7 +31,7 @@ impl Collector for Gauges {
             #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
             let count = e.count as f64;
             let labels = OfWire {
-                side: e.side.as_str(),
+                side: e.role.as_str(),
                 rank: e.rank,
                 transport: e.transport,
                 event: e.event,

@@ -134,9 +134,9 @@ pub(crate) struct ProxyStatus {
 }
 
 impl RankStatus {
-    pub(super) fn new(side: RankRole, rank: u32) -> Self {
+    pub(super) fn new(role: RankRole, rank: u32) -> Self {
         Self {
-            side: side.as_str(),
+            side: role.as_str(),
             rank,
             engines: 0,
             unmoved: None,
@@ -200,18 +200,18 @@ impl fmt::Display for NotReady {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Starting => f.write_str("ports are not bound yet"),
-            Self::NoEngine(side, rank) => {
+            Self::NoEngine(role, rank) => {
                 write!(
                     f,
                     "no engine is connected to the {} of rank {rank}",
-                    side.as_str()
+                    role.as_str()
                 )
             }
-            Self::WireEnded(side, rank, wire) => write!(
+            Self::WireEnded(role, rank, wire) => write!(
                 f,
                 "the thread behind {wire} of the {} of rank {rank} has ended: its last words are on \
                  standard error, and only a restart of this sidecar helps",
-                side.as_str()
+                role.as_str()
             ),
             Self::NoProxy(proxy) => write!(
                 f,

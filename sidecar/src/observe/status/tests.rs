@@ -161,8 +161,8 @@ fn both_sides_need_an_engine_and_without_a_proxy_nobody_needs_to_call() {
     config.proxy = None;
     let status = Status::new(&config);
     status.bound();
-    assert_eq!(status.about().sides.len(), 4);
-    for (side, rank) in status.about().sides.clone() {
+    assert_eq!(status.about().roles.len(), 4);
+    for (side, rank) in status.about().roles.clone() {
         assert!(!status.obstacles(Instant::now()).is_empty());
         status.gauges(side, rank, &gauges(None, 1));
     }

@@ -44,7 +44,7 @@ pub(super) struct Made {
     pub(super) slots: u32,
     pub(super) link: Arc<dyn Link>,
     pub(super) why: String,
-    pub(super) class: ExpectedRate,
+    pub(super) expected_rate: ExpectedRate,
 }
 
 impl Made {
@@ -177,7 +177,7 @@ impl Connection {
         Ok(Made {
             hello,
             kind: ReceiverKind::Ours,
-            class: ExpectedRate::of(link.kind(), ends),
+            expected_rate: ExpectedRate::of(link.kind(), ends),
             slots,
             link,
             why: chosen.why,

@@ -153,7 +153,7 @@ impl Peers {
                 peer.status.transport = made.link.kind().as_str();
                 peer.status.reported = made.link.reported();
                 peer.status.why = made.why;
-                peer.status.class = Some(made.class);
+                peer.status.expected_rate = Some(made.expected_rate);
                 peer.link = Some(made.link);
                 Some(FromReceiver::Linked {
                     to,

@@ -22,7 +22,7 @@ use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 /// The link to one receiver, over one or more connections.
 #[derive(Debug)]
 pub(super) struct TcpLink {
-    lanes: Vec<ConnectionWriter>,
+    connections: Vec<ConnectionWriter>,
     /// The number of writes so far. It selects the connection for the next small write.
     next: AtomicUsize,
     buffer: Arc<Buffer>,
@@ -90,19 +90,21 @@ impl TcpLink {
             slots: remote.slots,
             slot_bytes: remote.slot_bytes,
         };
-        let mut lanes = Vec::new();
+        let mut connections = Vec::new();
         let mut reported = String::new();
         for _ in 0..terms.streams.max(1) {
             let socket = greet(&addresses, hello, terms.stall).await?;
             if let (Ok(from), Ok(to)) = (socket.local_addr(), socket.peer_addr()) {
                 reported = format!("{} tcp from {} to {to}", terms.streams.max(1), from.ip());
             }
-            let lane =
+            let connection =
                 ConnectionWriter::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
-            lanes.push(lane.map_err(|error| format!("no thread, or no memory for it: {error}"))?);
+            connections.push(
+                connection.map_err(|error| format!("no thread, or no memory for it: {error}"))?,
+            );
         }
         Ok(Self {
-            lanes,
+            connections,
             next: AtomicUsize::new(0),
             buffer: Arc::clone(buffer),
             slots: remote.slots,
@@ -158,19 +160,19 @@ impl Link for TcpLink {
                 return Box::pin(std::future::ready(Outcome::Failed { terminal, error }));
             }
         };
-        let shares = divide(sources, self.lanes.len());
+        let shares = divide(sources, self.connections.len());
         let jobs: Vec<(usize, Vec<Source>)> = shares
             .iter()
             .enumerate()
-            .flat_map(|(lane, share)| {
+            .flat_map(|(connection, share)| {
                 share
                     .chunks(MAX_PIECES)
-                    .map(move |part| (lane, part.to_vec()))
+                    .map(move |part| (connection, part.to_vec()))
             })
             .collect();
         let first = self.next.fetch_add(1, Ordering::Relaxed);
         let (tickets, outcome) = Batch::tickets(jobs.len());
-        for ((lane, sources), ticket) in jobs.into_iter().zip(tickets) {
+        for ((connection, sources), ticket) in jobs.into_iter().zip(tickets) {
             let job = Job {
                 ready: ready.clone(),
                 queued: Instant::now(),
@@ -178,7 +180,7 @@ impl Link for TcpLink {
                 sources,
                 ticket,
             };
-            self.lanes[(first + lane) % self.lanes.len()].post(job);
+            self.connections[(first + connection) % self.connections.len()].post(job);
         }
         Box::pin(async move {
             outcome.await.unwrap_or(Outcome::Failed {
@@ -193,7 +195,7 @@ impl Link for TcpLink {
     }
 
     fn is_broken(&self) -> bool {
-        self.lanes.iter().any(ConnectionWriter::is_dead)
+        self.connections.iter().any(ConnectionWriter::is_dead)
     }
 }
 
