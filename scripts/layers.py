@@ -82,7 +82,7 @@ def _upward(tree: Tree, graph: Graph) -> Iterator[str]:
         for target in sorted(targets):
             there = _room(target)
             if there in tree.rooms and tree.rooms.index(there) > tree.rooms.index(here):
-                yield f"{name / file}: imports from {target}, and {there!r} stands below {here!r} in layers.toml"
+                yield f"{name / file}: imports from {target}, but layers.toml lists {there!r} below {here!r}"
 
 
 def _room(file: Path) -> str:

@@ -236,7 +236,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
     @property
     def _of_scheduler(self) -> Scheduler:
         if self._scheduler is None:
-            raise RuntimeError("this connector object is a worker's")
+            raise RuntimeError("this connector object belongs to a worker, not to the scheduler")
         return self._scheduler
 
     def _neighbour(self) -> Worker | None:
@@ -311,15 +311,15 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def _hint(self) -> Hint:
         """Returns vLLM's description of the cache. Raises `LayoutError`."""
         if len(self._groups) != 1:
-            raise LayoutError(f"{len(self._groups)} KV cache groups")
+            raise LayoutError(f"the model has {len(self._groups)} KV cache groups, and the connector moves only one")
         spec = self._groups[0].kv_cache_spec
         # Layers of one type but different sizes have one spec each. The tensors are compared later.
         spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
-            raise LayoutError(f"a cache of kind {type(spec).__name__}")
+            raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
             # The shape of such pages can equal that of pages with as many heads.
-            raise LayoutError(f"pages in which {spec.num_kv_heads} KV heads have {slots} places")
+            raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
         return Hint(
             num_blocks=self._num_blocks,
             block_tokens=self._config.cache_config.block_size,
@@ -335,15 +335,15 @@ class PdSidecarConnector(KVConnectorBase_V1):
         cache = self._config.cache_config
         if getattr(cache, "calculate_kv_scales", False):
             raise LayoutError(
-                "--calculate-kv-scales gives each engine scales of its own, and KV of one is wrong "
-                "in another; leave it out: scales then come from the checkpoint, or are 1"
+                "with --calculate-kv-scales each engine computes its own scales, and KV of one engine is wrong in "
+                "another; remove the flag: scales then come from the checkpoint, or are 1"
             )
         layers = self._config.compilation_config.static_forward_context
         found = Quantization.of([layers.get(name) for name in pages.names], cache.cache_dtype)
         if found.is_scaled and getattr(self._config.model_config, "enable_sleep_mode", False):
             raise LayoutError(
                 "with --enable-sleep-mode vLLM 0.24 forgets the checkpoint's KV scales when it "
-                "wakes up, and KV of one engine is wrong in another; leave it out"
+                "wakes up, and KV of one engine is wrong in another; remove the flag"
             )
         return found
 

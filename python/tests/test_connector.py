@@ -145,7 +145,7 @@ def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
     while len(sidecar.hellos) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    assert all("cannot be read as KV" in hello.unmoved for hello in sidecar.hellos)
+    assert all("does not fit KV" in hello.unmoved for hello in sidecar.hellos)
     worker.shutdown()
 
 

@@ -83,5 +83,5 @@ def test_the_binary_is_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_binary() == str(program)
     monkeypatch.setenv("PD_SIDECAR_BINARY", str(tmp_path / "absent"))
-    with pytest.raises(NoBinaryError, match="is no program"):
+    with pytest.raises(NoBinaryError, match="is not a program"):
         find_binary()

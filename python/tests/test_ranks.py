@@ -54,7 +54,7 @@ def test_shares(ranks, workers, heads, shares):
     [
         (3, 2, 6, False, "multiple"),
         (0, 2, 6, False, "multiple"),
-        (4, 1, 6, False, "evenly"),
+        (4, 1, 6, False, "divide the number of heads"),
         (2, 4, 8, False, "no worker has all heads"),
         (1, 2, 2, False, "no worker has all heads"),
         (1, 2, 1, True, "every worker"),

@@ -90,7 +90,7 @@ class Sidecar(Part):
             self._logs / f"{self.name}.log",
             self._env(),
         )
-        self._until(lambda: self._answers("/health"), START_BOUND_S, "no answer of its admin server")
+        self._until(lambda: self._answers("/health"), START_BOUND_S, "the admin server does not answer")
 
     def configure(self) -> Path:
         """Writes the configuration file and returns its path, for a test that starts the binary itself."""
@@ -147,7 +147,7 @@ class Sidecar(Part):
             if time.monotonic() > deadline:
                 missing = set(range(self.options.ranks)) - found.keys()
                 raise AssertionError(
-                    f"{self.name}: no record of request {request_id}, ranks {missing}, in {bound_s:g} s: {self.status()}"
+                    f"{self.name}: no record of {request_id}, ranks {missing}, in {bound_s:g} s: {self.status()}"
                 )
             time.sleep(0.02)
 

@@ -60,7 +60,7 @@ class Driver:
         self.call("cuDeviceGetCount", ctypes.byref(count))
         names = [self.uuid(i) for i in range(count.value)]
         if name not in names:
-            raise CudaError("looking for the sidecar's GPU", 0, f"{name} is not among {names}")
+            raise CudaError("looking for the sidecar's GPU", 0, f"this process sees only {names}, not {name}")
         return names.index(name)
 
     def primary(self, ordinal: int) -> Primary:
@@ -101,7 +101,7 @@ class OpenedMemory:
         self.bytes = buffer.size
         self.address = 0
         if len(buffer.handle) != HANDLE_BYTES:
-            text = f"a handle of {len(buffer.handle)} bytes"
+            text = f"the handle has {len(buffer.handle)} bytes instead of {HANDLE_BYTES}"
             raise CudaError("opening the sidecar's memory", 0, text)
         self._driver = driver or Driver()
         self.ordinal = self._driver.ordinal(buffer.uuid)

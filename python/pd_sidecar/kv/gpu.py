@@ -67,7 +67,7 @@ class Gpu:
         if buffer is None:
             raise OSError("the sidecar's buffer is not GPU memory")
         if buffer.uuid != self.name:
-            raise OSError(f"the sidecar's buffer is on {buffer.uuid}, the engine on {self.name}")
+            raise OSError(f"the sidecar's buffer is on {buffer.uuid}, but the engine runs on {self.name}")
         try:
             memory = OpenedMemory(buffer, self._driver)
         except CudaError as error:

@@ -207,7 +207,7 @@ class Batch:
         length = 0
         for piece in pieces:
             if (piece.tokens[1] - 1) // pages.block_tokens >= piece.table.numel():
-                raise LayoutError(f"{piece.table.numel()} blocks do not hold token {piece.tokens[1] - 1}")
+                raise LayoutError(f"a table of {piece.table.numel()} blocks does not reach token {piece.tokens[1] - 1}")
             if id(piece.table) not in starts:
                 starts[id(piece.table)] = length
                 tables.append(piece.table)
@@ -221,7 +221,7 @@ class Batch:
         numbers = first + torch.arange(count)
         blocks = torch.cat(tables)[start + numbers // ratio] * ratio + numbers % ratio
         if int(blocks.max()) >= page.blocks or int(blocks.min()) < 0:
-            raise LayoutError(f"a block table names a block that does not exist: there are {page.blocks}")
+            raise LayoutError(f"a block table names a block that does not exist: there are only {page.blocks} blocks")
         return cls(form, [piece.slot for piece in pieces], blocks)
 
     def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:

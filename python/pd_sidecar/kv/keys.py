@@ -67,8 +67,8 @@ def refusal(algorithm: str, environ: Mapping[str, str] = os.environ) -> str | No
         return f"hash algorithm {algorithm!r} is not one of sha256_cbor, sha256, builtin"
     if algorithm == "builtin" and environ.get(SEED_VARIABLE, "random") == "random":
         return (
-            f"hash algorithm builtin needs {SEED_VARIABLE}: without it every process has "
-            "hashes of its own, and no key would ever match; set it, or take sha256_cbor"
+            f"hash algorithm builtin needs {SEED_VARIABLE}: without it each process computes other hashes, and no key "
+            "ever matches; set it, or use sha256_cbor"
         )
     return None
 

@@ -66,7 +66,7 @@ class Pages:
     def of_heads(self, heads: range) -> Pages:
         """Returns the same pages with only these heads. Raises `IndexError` if there are no such heads."""
         if not 0 <= heads.start < heads.stop <= self.heads:
-            raise IndexError(f"heads {heads} of {self.heads}")
+            raise IndexError(f"heads {heads} are not within the {self.heads} heads")
         inside = self.inside.unflatten(2, (self.heads, self.head_size))
         inside = inside[:, :, heads.start : heads.stop].flatten(2).contiguous()
         return replace(self, heads=len(heads), inside=inside)
@@ -159,12 +159,12 @@ def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[s
             pages = replace(pages, inside=probe(name, pages, writers[name]))
         layers.append(pages)
         if layers[-1].shape != layers[0].shape:
-            raise LayoutError(f"{name}: {layers[-1].shape} differs from {layers[0].shape}")
+            raise LayoutError(f"{name}: shape {layers[-1].shape}, but the first layer has {layers[0].shape}")
     if not layers:
         raise LayoutError("the engine has no KV tensors")
     if hint.block_tokens % layers[0].tokens != 0:
         raise LayoutError(
-            f"blocks of {hint.block_tokens} tokens do not consist of the tensor's blocks of {layers[0].tokens}"
+            f"blocks of {hint.block_tokens} tokens are no multiple of the tensor's blocks of {layers[0].tokens} tokens"
         )
     return Geometry(tuple(layers), hint.block_tokens, tuple(names))
 
@@ -193,9 +193,9 @@ def wanted_chunks(tokens: int, have_tokens: int, chunk_tokens: int) -> range:
 
 def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
     if tensor.device.type not in ("cpu", "cuda"):
-        raise LayoutError(f"{name}: KV on {tensor.device}, which this version does not move")
+        raise LayoutError(f"{name}: KV is on {tensor.device}; this version moves KV in host memory and on CUDA GPUs")
     if tensor.dtype not in DTYPE_NAMES:
-        raise LayoutError(f"{name}: dtype {tensor.dtype} has no name in keys")
+        raise LayoutError(f"{name}: keys have no name for dtype {tensor.dtype}")
     shape, stride = tuple(tensor.shape), tensor.stride()
     block, token, head, plane, size = _axes(name, shape, hint)
     # Without its own dimension, V follows K within a head.
@@ -242,17 +242,17 @@ def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
         try:
             write(key.contiguous(), value.contiguous(), cache, slots)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise LayoutError(f"{name}: the engine does not store K and V: {error}") from error
+            raise LayoutError(f"{name}: the engine cannot store test values as K and V: {error}") from error
         read = storage.to(torch.float64)
         stored &= (read >= 1) & (read <= PROBE_BASE)
         found += (read.to(torch.int64) - 1) * PROBE_BASE**place
     places = stored.nonzero().view(-1)
     if not torch.equal(found[places].sort().values, numbers):
-        raise LayoutError(f"{name}: the engine does not store K and V as they are")
+        raise LayoutError(f"{name}: the engine stores other values than the given K and V")
     inside = torch.empty_like(numbers)
     inside[found[places]] = places - pages.block_stride
     if int(inside.min()) < 0:
-        raise LayoutError(f"{name}: the engine's blocks are not those of the tensor's shape")
+        raise LayoutError(f"{name}: the engine stores values in other blocks than the tensor's shape has")
     return inside.view(pages.inside.shape)
 
 
@@ -287,7 +287,7 @@ def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int 
                     return block, 2, 3, plane, shape[4]
                 if shape[2] == hint.kv_heads:
                     return block, 3, 2, plane, shape[4]
-    raise LayoutError(f"{name}: shape {shape} cannot be read as KV of {hint}")
+    raise LayoutError(f"{name}: the shape {shape} does not fit KV of {hint}")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

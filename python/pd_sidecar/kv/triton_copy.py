@@ -120,13 +120,15 @@ class Plan:
         for piece in pieces:
             (first, end), (start, stop) = piece.packed, piece.tokens
             if (stop - 1) // pages.block_tokens >= piece.table.numel():
-                raise LayoutError(f"{piece.table.numel()} blocks do not hold token {stop - 1}")
+                raise LayoutError(f"a table of {piece.table.numel()} blocks does not reach token {stop - 1}")
             if id(piece.table) not in tables:
                 tables[id(piece.table)] = length
                 # One block of a table may be several blocks of the tensor.
                 table = (piece.table.view(-1, 1) * ratio + torch.arange(ratio)).view(-1)
                 if int(table.max()) >= page.blocks or int(table.min()) < 0:
-                    raise LayoutError(f"a block table names a block that does not exist: there are {page.blocks}")
+                    raise LayoutError(
+                        f"a block table names a block that does not exist: there are only {page.blocks} blocks"
+                    )
                 parts.append(table)
                 length += table.numel()
             at = tables[id(piece.table)]

@@ -77,7 +77,7 @@ def parse(
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(
-                    f"{key}={value!r} is for the sidecar, which this engine does not start: "
+                    f"{key}={value!r} configures the sidecar, but this engine starts no sidecar: "
                     "write it into the sidecar's file, or set sidecar to 'spawn'"
                 )
             continue
@@ -116,7 +116,7 @@ def parse(
     if options.sidecar_arguments and not options.sidecar:
         problems.append("sidecar_arguments without sidecar='spawn' have no effect")
     if options.sidecar and options.sender_socket != options.receiver_socket and (producer and consumer):
-        problems.append("sidecar='spawn' starts one sidecar: name one socket for both sides, or none")
+        problems.append("sidecar='spawn' starts one sidecar: set both sockets to the same path, or leave both out")
     name = options.model_name or model
     if "@" in name or not name:
         problems.append(f"model_name={name!r} must not be empty or contain '@', which separates the parts of a key")
@@ -124,7 +124,7 @@ def parse(
     if consumer and load_failure_policy != "recompute" and not allowed:
         problems.append(
             f"kv_load_failure_policy={load_failure_policy!r} makes vLLM answer HTTP 500 when KV "
-            "does not come: set it to 'recompute', or allow_load_failure_policy_fail to true"
+            "does not arrive: set it to 'recompute', or allow_load_failure_policy_fail to true"
         )
     if problems:
         raise ConfigError(problems)

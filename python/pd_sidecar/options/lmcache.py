@@ -22,8 +22,8 @@ CHUNK_KEY = "chunk_size"
 
 HARMLESS: dict[str, str] = {
     "discard_partial_chunks": "the partial last chunk always moves",
-    "lmcache_rpc_port": "scheduler and worker have no port between them",
-    "skip_last_n_tokens": "the decode leg has no token that the prefill leg had not",
+    "lmcache_rpc_port": "scheduler and worker use no port",
+    "skip_last_n_tokens": "the decode request has the same tokens as the prefill request",
 }
 """LMCache's options that change nothing here, with the reason."""
 
@@ -56,7 +56,7 @@ def settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) 
         elif file.get(key) is not None:
             out[option] = Setting(file[key], f"{path}: {key}")
         elif path:
-            out[option] = Setting(default, f"{path} without {key}: LMCache's default")
+            out[option] = Setting(default, f"{path} does not set {key}, so LMCache's default applies")
     if "chunk_size" in out:
         out["chunk_size"] = _number(out["chunk_size"])
     return out
@@ -80,7 +80,7 @@ def _file(path: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{FILE_VARIABLE}={path} cannot be read: {error}") from None
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{FILE_VARIABLE}={path} contains no mapping of keys to values")
+        raise ValueError(f"{FILE_VARIABLE}={path} must contain a mapping of keys to values")
     return values or {}
 
 

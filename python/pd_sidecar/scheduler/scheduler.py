@@ -239,7 +239,7 @@ class Scheduler:
         elif wish.is_push and len(wish.init_ports) != self._role.ranks:
             skip = Skip.TP_MISMATCH
             logger.warning_once(
-                "not pushed: %s takes KV in %d ranks, here it is cut into %d; set `ranks` of both "
+                "not pushed: %s takes KV in %d ranks, but this engine divides it into %d; set `ranks` of both "
                 "connectors, and the number of ports, to the larger tensor-parallel size",
                 wish.host,
                 len(wish.init_ports),

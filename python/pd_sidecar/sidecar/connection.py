@@ -100,7 +100,7 @@ class Connection:
     def slot(self, index: int) -> memoryview:
         """Returns the bytes of a slot, to read or write in place."""
         if not 0 <= index < self.welcome.slots:
-            raise IndexError(f"slot {index}: the buffer has {self.welcome.slots}")
+            raise IndexError(f"slot {index} does not exist: the buffer has {self.welcome.slots} slots")
         if self.memory is None:
             raise ValueError("the slots are in GPU memory")
         start = index * self.welcome.slot_bytes
@@ -146,9 +146,9 @@ class Connection:
         """Checks the slots of a message: a wrong number would become an address outside the buffer."""
         if isinstance(message, Granted | Ready):
             if len(message.chunks) != len(message.slots):
-                raise WireError(f"{len(message.chunks)} chunks in {len(message.slots)} slots")
+                raise WireError(f"the message has {len(message.chunks)} chunks, but {len(message.slots)} slots")
             if any(not 0 <= slot < self.welcome.slots for slot in message.slots):
-                raise WireError(f"slots {message.slots}: the buffer has {self.welcome.slots}")
+                raise WireError(f"slots {message.slots}, but the buffer has only {self.welcome.slots} slots")
         return message
 
     def _flush(self) -> None:
@@ -203,7 +203,7 @@ def _greeting(body: bytes) -> Welcome:
     if not isinstance(message, Welcome):
         raise WireError(f"the sidecar answered the greeting with {type(message).__name__}")
     if message.v != VERSION:
-        raise WireError(f"the sidecar speaks version {message.v}, this package version {VERSION}")
+        raise WireError(f"the sidecar speaks version {message.v}, this package version {VERSION}: update one of them")
     return message
 
 
@@ -213,7 +213,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
     """
     if hello.unmoved:
         if welcome.memory != "none" or welcome.slots or fds:
-            raise WireError(f"a buffer of kind {welcome.memory!r} for an engine that moves nothing")
+            raise WireError(f"the sidecar gave a buffer of kind {welcome.memory!r} to an engine that moves no KV")
         return None
     kind = "memfd" if hello.device is None else "cuda"
     if welcome.memory != kind or (welcome.cuda is None) != (kind == "memfd"):
@@ -222,13 +222,13 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
             f"pd_buffer_device of its configuration to {'cpu' if kind == 'memfd' else 'cuda'}"
         )
     if len(fds) != (kind == "memfd"):
-        raise WireError(f"{len(fds)} descriptors came with the greeting")
+        raise WireError(f"{len(fds)} descriptors came with the greeting, instead of {int(kind == 'memfd')}")
     if welcome.slot_bytes != hello.layout.chunk_bytes:
         raise WireError(f"slots of {welcome.slot_bytes} bytes do not fit chunks of {hello.layout.chunk_bytes} bytes")
     size = welcome.slots * welcome.slot_bytes
     if welcome.cuda is not None:
         if not 0 < size <= welcome.cuda.size:
-            raise WireError(f"{welcome.cuda.size} bytes do not hold {welcome.slots} slots")
+            raise WireError(f"the buffer of {welcome.cuda.size} bytes is smaller than {welcome.slots} slots")
         return None
     if size == 0 or os.fstat(fds[0]).st_size < size:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")

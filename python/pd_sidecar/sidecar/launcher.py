@@ -38,7 +38,7 @@ def find_binary() -> str:
     named = os.environ.get(BINARY_VARIABLE)
     if named:
         if not os.access(named, os.X_OK):
-            raise NoBinaryError(f"{BINARY_VARIABLE}={named} is no program")
+            raise NoBinaryError(f"{BINARY_VARIABLE}={named} is not a program that this user can run")
         return named
     beside = Path(sys.executable).with_name("sidecar")
     if os.access(beside, os.X_OK):
@@ -112,7 +112,7 @@ class Child:
             if time.monotonic() - since > STEADY_S:
                 pause = FIRST_PAUSE_S
             self._logger.error(
-                "sidecar ended with code %d: requests are computed here; the engine starts it again in %g s",
+                "sidecar ended with code %d: the engine computes its requests itself and starts it again in %g s",
                 code,
                 pause,
             )

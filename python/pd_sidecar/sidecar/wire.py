@@ -256,7 +256,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | bytearray | memo
     try:
         return decoder.decode(body)
     except msgspec.MsgspecError as error:
-        raise WireError(f"undecodable message: {error}") from error
+        raise WireError(f"cannot decode a message: {error}") from error
 
 
 class FrameBuffer:

@@ -93,7 +93,9 @@ class Poller(threading.Thread):
                     self._news.set()
         except Exception:
             # The engine's thread also moves in every step. It meets the same error and raises it there.
-            logger.exception("from now on, KV is moved only by the engine's own thread, in its steps")
+            logger.exception(
+                "the polling thread has failed: from now on only the engine's own thread moves KV, in its steps"
+            )
 
     def _sleep(self) -> None:
         with self._worker.lock:

@@ -118,9 +118,9 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
         return TpPartition(ranks, workers, heads)
     values = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
     if ranks <= 0 or max(ranks, workers) % min(ranks, workers) != 0:
-        raise ValueError(f"{values}one must be a multiple of the other")
+        raise ValueError(f"{values}of ranks and tensor-parallel size, one must be a multiple of the other")
     if heads % ranks != 0 and ranks % heads != 0:
-        raise ValueError(f"{values}heads cannot be split evenly: ranks must divide their number or be a multiple of it")
+        raise ValueError(f"{values}ranks must divide the number of heads, or be a multiple of it")
     if ranks < workers and ranks < heads:
         raise ValueError(f"{values}no worker has all heads of a rank: ranks must be at least the tensor-parallel size")
     if ranks < workers and consumer:
