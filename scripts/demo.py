@@ -62,9 +62,7 @@ class Outcome:
                 found.append(f"{side}: ended early, {record['reason']}")
         wanted = (tokens - moved.sender["have_tokens"]) * KV_BYTES_PER_TOKEN
         if moved.sender["bytes"] != wanted or moved.receiver["bytes"] != wanted:
-            found.append(
-                f"{moved.sender['bytes']} bytes sent, {moved.receiver['bytes']} received, {wanted} were expected"
-            )
+            found.append(f"{moved.sender['bytes']} bytes sent, {moved.receiver['bytes']} received, expected {wanted}")
         if moved.tokens.computed > 1:
             found.append(f"the decode engine computed {moved.tokens.computed} tokens of the prompt itself")
         return found
@@ -72,8 +70,10 @@ class Outcome:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description="Two vLLM instances, two sidecars, one proxy, some prompts.")
-    arguments.add_argument("--keep", action="store_true", help="leave everything running")
-    arguments.add_argument("--transport", choices=("auto", "nixl", "tcp"), default="auto")
+    arguments.add_argument("--keep", action="store_true", help="leave all programs running at the end")
+    arguments.add_argument(
+        "--transport", choices=("auto", "nixl", "tcp"), default="auto", help="the sidecars' transport"
+    )
     options = arguments.parse_args()
 
     progress = Progress()

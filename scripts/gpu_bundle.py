@@ -77,13 +77,13 @@ echo "unpacked to $to; now: . $to/env.sh; cd $to/repo; make gpu-test gpu-bench"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", choices=("vllm", "nixl", "lmcache", "ours"))
-    parser.add_argument("--vllm", default="0.24.0")
-    parser.add_argument("--nixl", default="1.5.1")
-    parser.add_argument("--lmcache", default="0.5.1")
+    parser.add_argument("out", type=Path, help="folder for the archives and unpack.sh")
+    parser.add_argument("--only", choices=("vllm", "nixl", "lmcache", "ours"), help="pack only this part")
+    parser.add_argument("--vllm", default="0.24.0", help="version of vLLM")
+    parser.add_argument("--nixl", default="1.5.1", help="version of NIXL")
+    parser.add_argument("--lmcache", default="0.5.1", help="version of LMCache")
     parser.add_argument("--moe", action="store_true", help="include the kernels for mixtures of experts")
-    parser.add_argument("--binaries", type=Path, default=ROOT / "target" / "release")
+    parser.add_argument("--binaries", type=Path, default=ROOT / "target" / "release", help="folder with our programs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {"vllm": pack_vllm, "nixl": pack_nixl, "lmcache": pack_lmcache, "ours": pack_ours}

@@ -292,33 +292,41 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
     numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
-    parser.add_argument("--out", type=Path, default=ROOT / "target" / "gpu-bench")
-    stacks = f"some of {', '.join(STACKS)} (ours with another --push)"
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "target" / "gpu-bench", help="folder for the results and logs"
+    )
+    stacks = f"stacks to measure, with commas: {', '.join(STACKS)} (other is ours with another --push)"
     usual = [name for name in STACKS if name != "other"]
     parser.add_argument("--stacks", type=words, default=usual, help=stacks)
-    parser.add_argument("--steps", type=words, default=list(STEPS))
-    parser.add_argument("--gpus", type=numbers, help="the GPUs of prefill and decode, by ordinal; may be the same")
-    parser.add_argument("--shape", default="llama-8b")
-    parser.add_argument("--lengths", type=numbers, default=[512, 2048, 5000, 16000])
-    parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000])
-    parser.add_argument("--idle-only", type=words, default=[], help="stacks that the load steps leave out")
+    parser.add_argument(
+        "--steps", type=words, default=list(STEPS), help=f"steps to run, with commas: {', '.join(STEPS)}"
+    )
+    parser.add_argument("--gpus", type=numbers, help="ordinals of the prefill GPU and the decode GPU, such as 0,1")
+    parser.add_argument("--shape", default="llama-8b", help="shape of the model, from gpu/model.py")
+    parser.add_argument(
+        "--lengths", type=numbers, default=[512, 2048, 5000, 16000], help="tokens of the prompts in the step latency"
+    )
+    parser.add_argument("--wire-lengths", type=numbers, default=[2048, 5000], help="the same in the step wires")
+    parser.add_argument(
+        "--idle-only", type=words, default=[], help="stacks that get no load: the other steps still measure them"
+    )
     parser.add_argument(
         "--renew", type=words, default=["lmcache"], help=f"stacks that are restarted before {' and '.join(RENEWED)}"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measured requests per length in the step latency")
     parser.add_argument("--buffer", type=int, default=16 << 30, help="bytes of each send buffer and landing buffer")
-    parser.add_argument("--small-buffer", type=int, default=4 << 30)
+    parser.add_argument("--small-buffer", type=int, default=4 << 30, help="bytes of each buffer in the step many")
     parser.add_argument("--kv-bytes", type=int, default=6 << 30, help="bytes of each engine's KV cache")
     parser.add_argument("--utilization", type=float, default=0.2, help="vLLM's --gpu-memory-utilization")
-    parser.add_argument("--many", type=int, default=200)
+    parser.add_argument("--many", type=int, default=200, help="number of prompts in the step many")
     parser.add_argument(
         "--rate", type=float, help="prompts per second; by default 70 %% of the rate that prefill can reach"
     )
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="duration of the step poisson")
     parser.add_argument("--answer", type=int, default=400, help="tokens of each answer in the step tpot")
-    parser.add_argument("--load-tokens", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--load-tokens", type=int, default=5000, help="tokens of each prompt under load")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts and of their times")
+    parser.add_argument("--transport", default="auto", help="the sidecars' transport: auto, cuda_ipc, nixl or tcp")
     parser.add_argument("--push", default="auto", help="auto, layers or step: see the connector's options")
     parser.add_argument("--engine-flags", default="", help="further flags for every engine")
     parser.add_argument("--sidecar-keys", default="{}", help="keys below `sidecar:`, as JSON")
