@@ -74,6 +74,7 @@ def parse(
     for key, value in extra.items():
         if key in lmcache.HARMLESS:
             continue
+        # Such options configure a sidecar that this engine starts. If they were ignored, it would run with defaults.
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(
@@ -84,12 +85,14 @@ def parse(
         if key not in known:
             problems.append(f"{key}={value!r} is not an option; there are {', '.join(known)}")
             continue
+        # `bool` is a subclass of `int` in Python, so `true` would pass as a number without the second check.
         kind = type(known[key].default)
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
             problems.append(f"{key}={value!r} must be of type {kind.__name__}")
             continue
         values[key] = value
+    # LMCache's own settings apply where no option is given, so that both sides compute the same keys.
     source = {}
     try:
         for key, setting in lmcache.settings(extra, environ).items():
@@ -117,6 +120,7 @@ def parse(
         problems.append("sidecar_arguments without sidecar='spawn' have no effect")
     if options.sidecar and options.sender_socket != options.receiver_socket and (producer and consumer):
         problems.append("sidecar='spawn' starts one sidecar: set both sockets to the same path, or leave both out")
+    # A reader of keys splits each key at `@`, so a name with `@` would shift its parts.
     name = options.model_name or model
     if "@" in name or not name:
         problems.append(f"model_name={name!r} must not be empty or contain '@', which separates the parts of a key")
