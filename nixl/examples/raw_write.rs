@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let whole = order.chunk > 0 && order.total > 0 && order.total.is_multiple_of(order.chunk);
     if !whole || order.rounds == 0 {
         return Err(
-            "the total must be a whole number of chunks, and the rounds more than 0".into(),
+            "the total must be a multiple of the chunk size, and the rounds at least 1".into(),
         );
     }
     if receiver {
@@ -101,7 +101,7 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     let mut line = || {
         lines
             .next()
-            .ok_or("the receiver has died")?
+            .ok_or("the receiver process has ended")?
             .map_err(Box::<dyn Error>::from)
     };
     let address: u64 = line()?.parse()?;
@@ -152,7 +152,7 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     writeln!(child.stdin.as_mut().ok_or("no input")?, "sum")?;
     let arrived: u64 = line()?.parse()?;
     if state != State::Done || arrived != side.memory.sum() {
-        return Err("the bytes that arrived are not those that were sent".into());
+        return Err("the received bytes differ from the sent bytes".into());
     }
     drop(child.stdin.take());
     child.wait()?;

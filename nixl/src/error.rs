@@ -19,7 +19,9 @@ pub enum Error {
         call: &'static str,
     },
     /// The backend failed. Most often the peer process has ended.
-    #[error("nixl {call}: backend failed (peer gone, or no wire to it under this UCX_TLS)")]
+    #[error(
+        "nixl {call}: the backend failed (the peer has ended, or UCX_TLS allows no transport to it)"
+    )]
     Backend {
         /// The C function, without the prefix `nixl_capi_`.
         call: &'static str,
@@ -33,9 +35,7 @@ pub enum Error {
         status: i32,
     },
     /// The backend's plugin is not where the library looks for it.
-    #[error(
-        "nixl has no {plugin} plugin: it looks in plugins/ beside libnixl.so, or in NIXL_PLUGIN_DIR"
-    )]
+    #[error("nixl found no {plugin} plugin in plugins/ beside libnixl.so, or in NIXL_PLUGIN_DIR")]
     NoPlugin {
         /// The backend's name.
         plugin: String,

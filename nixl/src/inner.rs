@@ -66,7 +66,7 @@ impl Drop for AgentInner {
             self.api.nixl_capi_destroy_agent(self.agent.as_ptr())
         };
         if let Err(error) = check("destroy_agent", status) {
-            tracing::warn!(agent = self.name, %error, "nixl agent not destroyed cleanly");
+            tracing::warn!(agent = self.name, %error, "cannot destroy the nixl agent");
         }
     }
 }
@@ -165,7 +165,7 @@ impl Drop for RemoteInner {
         remotes.remove(&self.name);
         drop(remotes);
         if let Err(error) = self.invalidate() {
-            tracing::warn!(peer = ?self.name, %error, "nixl peer not dropped cleanly");
+            tracing::warn!(peer = ?self.name, %error, "cannot disconnect a nixl peer");
         }
     }
 }

@@ -37,10 +37,7 @@ pub struct LocalList {
 
 impl LocalList {
     /// Returns the number of ranges.
-    #[expect(
-        clippy::len_without_is_empty,
-        reason = "an empty list cannot be prepared"
-    )]
+    #[expect(clippy::len_without_is_empty, reason = "cannot prepare an empty list")]
     pub fn len(&self) -> usize {
         self.list.len
     }
@@ -91,10 +88,7 @@ impl RemoteList {
     }
 
     /// Returns the number of ranges.
-    #[expect(
-        clippy::len_without_is_empty,
-        reason = "an empty list cannot be prepared"
-    )]
+    #[expect(clippy::len_without_is_empty, reason = "cannot prepare an empty list")]
     pub fn len(&self) -> usize {
         self.list.len
     }

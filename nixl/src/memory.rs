@@ -131,7 +131,7 @@ impl Drop for Registration {
             )
         };
         if let Err(error) = check("deregister_mem", status) {
-            tracing::warn!(%error, "memory not deregistered");
+            tracing::warn!(%error, "cannot deregister memory with nixl");
         }
         // SAFETY: made by `new`, destroyed once.
         unsafe { api.nixl_capi_destroy_reg_dlist(self.regions.as_ptr()) };

@@ -229,7 +229,7 @@ impl Drop for Transfer {
         if self.state == State::Running {
             tracing::error!(
                 transfer = ?self,
-                "running transfer dropped: its memory stays registered until the process ends"
+                "a running transfer was dropped: its memory stays registered until the process ends"
             );
             // These two references are never dropped, so the lists, the registration and the agent
             // outlive the transfer: the hardware may still read the memory.
@@ -249,7 +249,7 @@ impl Drop for Transfer {
                 agent.api.nixl_capi_destroy_xfer_req(self.request.as_ptr());
             },
             // The handle leaks, because the handle of an unreleased request must not be destroyed.
-            Err(error) => tracing::warn!(%error, "nixl request not released"),
+            Err(error) => tracing::warn!(%error, "cannot release a nixl request"),
         }
     }
 }
