@@ -31,7 +31,7 @@ pub const EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The server does not answer.
-    #[error("{server} is not reached: {why}")]
+    #[error("cannot reach {server}: {why}")]
     Unreachable {
         /// The kind and address of the server, or the URL of the request.
         server: String,

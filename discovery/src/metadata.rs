@@ -17,10 +17,10 @@ pub enum Metadata {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetadataError {
     /// `metadata_backend`, or the scheme of `metadata_server`, names no known kind of server.
-    #[error("`{0}` is none of etcd, redis, http")]
+    #[error("`{0}` is not one of etcd, redis, http")]
     Backend(String),
     /// `metadata_server` has no host, or contains white space.
-    #[error("`{0}` names no server")]
+    #[error("`{0}` is not the address of a server")]
     Server(String),
 }
 
@@ -121,9 +121,13 @@ mod tests {
         let http = r#"Http("http://a:8080/metadata")"#;
         check("http://a:8080/metadata/", Some("http"), http);
         check("P2PHANDSHAKE", Some("etcd"), "none");
-        check("a:1", Some("zk"), "`zk` is none of etcd, redis, http");
-        check("redis://", None, "`redis://` names no server");
-        check(":1", None, "`:1` names no server");
+        check("a:1", Some("zk"), "`zk` is not one of etcd, redis, http");
+        check(
+            "redis://",
+            None,
+            "`redis://` is not the address of a server",
+        );
+        check(":1", None, "`:1` is not the address of a server");
     }
 
     #[test]

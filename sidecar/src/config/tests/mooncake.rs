@@ -120,7 +120,7 @@ fn mistakes_are_named_in_mooncakes_words() {
     assert_eq!(
         mistakes(&role("sender", &wrong, &[])),
         [
-            "x.yaml:1|metadata_server|a|`zk` is none of etcd, redis, http",
+            "x.yaml:1|metadata_server|a|`zk` is not one of etcd, redis, http",
             "x.yaml:2|protocol|ipc|UCX has no such transport",
         ]
     );
