@@ -126,7 +126,7 @@ impl Pair {
         for engine in [&mut self.prefill, &mut self.decode] {
             match engine.recv()? {
                 ToEngine::Ended(ended) if ended.reason.is_none() => {}
-                other => anyhow::bail!("instead of the end: {other:?}"),
+                other => anyhow::bail!("expected the end of the request, got {other:?}"),
             }
         }
         Ok(took.as_secs_f64() * 1e6)
@@ -155,7 +155,7 @@ impl Engine {
         }))?;
         match engine.recv()? {
             ToEngine::Welcome(_) => Ok(engine),
-            other => anyhow::bail!("not welcomed: {other:?}"),
+            other => anyhow::bail!("expected a welcome, got {other:?}"),
         }
     }
 
@@ -179,7 +179,7 @@ impl Engine {
 fn layout(chunk_bytes: u32) -> anyhow::Result<Layout> {
     anyhow::ensure!(
         chunk_bytes > 0 && chunk_bytes.is_multiple_of(CHUNK_TOKENS),
-        "a chunk has a multiple of {CHUNK_TOKENS} bytes"
+        "CHUNK_BYTES must be a multiple of {CHUNK_TOKENS}"
     );
     Ok(Layout {
         model: MODEL.to_owned(),

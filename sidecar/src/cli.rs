@@ -37,9 +37,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Runs the sidecar: the same as no subcommand.
     Run(Run),
-    /// Prints every value with its source, and everything that is wrong. Starts nothing.
+    /// Prints every value with its source, and every mistake. Starts nothing.
     CheckConfig(CheckConfig),
-    /// Moves random chunks between two roles in this process, checks them, and says how fast.
+    /// Moves random chunks between a sender and a receiver in this process, checks them, and prints the speed.
     Selftest(Selftest),
 }
 
@@ -59,10 +59,10 @@ pub(crate) struct CheckConfig {
     /// The file. Default: $LMCACHE_CONFIG_FILE.
     #[arg(value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
-    /// One JSON object instead of tables.
+    /// Prints one JSON object instead of tables.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Explains every key, as the tables of docs/reference/configuration.md, and checks nothing.
+    /// Prints the tables of docs/reference/configuration.md, which explain every key, and checks nothing.
     #[arg(long, exclusive = true)]
     pub(crate) reference: bool,
     #[command(flatten)]
@@ -75,11 +75,11 @@ pub(crate) struct Selftest {
     /// Time of the test in seconds.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
-    /// Which wire; auto takes all that this host has.
+    /// Transport to test; auto tests every transport that this host has.
     #[arg(long, value_name = FLAG_CHOICES, default_value = "auto", value_parser = choice)]
     pub(crate) transport: Choice,
-    /// Memory of the buffers: the sender's, and after a comma the receiver's if it differs. Default: host
-    /// memory, and the first two GPUs if there are any.
+    /// Memory of the sender's buffer and, after a comma, of the receiver's if it differs. Default: host
+    /// memory, and also the first two GPUs if there are any.
     #[arg(long, value_name = "cpu|cuda|cuda:N,cuda:M", value_parser = devices)]
     pub(crate) buffer_device: Option<Devices>,
     /// Bytes of a chunk.
@@ -88,7 +88,7 @@ pub(crate) struct Selftest {
     /// Bytes of each of the two buffers.
     #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = bytes)]
     pub(crate) buffer_size: u64,
-    /// One JSON object instead of a table.
+    /// Prints one JSON object instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -97,34 +97,34 @@ pub(crate) struct Selftest {
 /// are reported together.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Overrides {
-    /// Which side of transfers this is.
+    /// Role of this sidecar: sender beside a prefill engine, receiver beside a decode engine.
     #[arg(long, value_name = "sender|receiver|both")]
     role: Option<String>,
-    /// Receiver: address that senders connect to.
+    /// Receiver: address to which senders connect.
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
-    /// Receiver: port of the init handshake, one for each rank.
+    /// Receiver: port of the init handshake, one per rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     init_port: Option<String>,
-    /// Receiver: port of the alloc requests, one for each rank.
+    /// Receiver: port of the alloc requests, one per rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     alloc_port: Option<String>,
     /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
     #[arg(long, value_name = "HOST:PORT")]
     proxy: Option<String>,
-    /// Buffer of each rank, such as 4GiB.
+    /// Size of each rank's buffer, such as 4GiB.
     #[arg(long, value_name = "BYTES")]
     buffer_size: Option<String>,
     /// Memory of the buffers.
     #[arg(long, value_name = "cpu|cuda[:N]")]
     buffer_device: Option<String>,
-    /// Unix socket for the engine.
+    /// Path of the unix socket to which the engine connects.
     #[arg(long, value_name = "PATH")]
     socket: Option<String>,
     /// Address of the admin server.
     #[arg(long, value_name = "HOST:PORT")]
     admin: Option<String>,
-    /// Which wires may be used.
+    /// Transports that the sidecar may use; auto is all of them.
     #[arg(long, value_name = FLAG_CHOICES)]
     transport: Option<String>,
     /// Base URL of the engine's OpenAI server.
@@ -136,19 +136,19 @@ pub(crate) struct Overrides {
     /// Lets ports listen beyond this machine without authentication.
     #[arg(long)]
     insecure: bool,
-    /// error, warn, info, debug, trace, or directives.
+    /// Log level: error, warn, info, debug, trace, or directives like info,sidecar=debug.
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
     /// Format of log lines.
     #[arg(long, value_name = "text|json")]
     log_format: Option<String>,
-    /// Longest time for requests to end after SIGTERM.
+    /// Longest time that the sidecar waits for requests to end after SIGTERM.
     #[arg(long, value_name = "MS")]
     drain_timeout: Option<String>,
-    /// Records the protocol machines' events and actions.
+    /// File to which the sidecar writes the events and actions of the protocol machines, to replay them.
     #[arg(long, value_name = "FILE")]
     trace: Option<String>,
-    /// Pushes nothing, so that every decode computes its own: to see tests of the data plane fail.
+    /// Pushes no KV, so that the decode engine computes every prompt itself. For tests.
     #[arg(long, hide = true)]
     no_push: bool,
 }
@@ -290,26 +290,26 @@ Examples:
     sidecar --config configs/lmcache-decoder-config.yaml
   Beside the prefill engine:
     sidecar --config configs/lmcache-prefiller-config.yaml
-  The same for an engine on the first GPU (the buffer has to be there, too):
+  Beside a prefill engine on the first GPU (the buffer must be in the memory of that GPU):
     sidecar --config configs/lmcache-prefiller-config.yaml --buffer-device cuda
-  Without a file:
+  Without a configuration file:
     sidecar --role receiver --host 127.0.0.1 --init-port 7300 --alloc-port 7400 \\
             --buffer-size 4GiB --proxy 127.0.0.1:7500
-  What would be used, and where it comes from:
+  Print the values in use and their sources:
     sidecar check-config configs/lmcache-decoder-config.yaml --buffer-size 1GiB
-  Whether this machine moves bytes:
+  Test that this machine moves bytes:
     sidecar selftest --seconds 3
 
 Precedence:
-  A flag beats an environment variable beats the file beats the default. Any key of LMCache's has
-  the variable LMCACHE_<KEY>, any of ours (below `sidecar:`) PD_SIDECAR_<KEY>, in capitals. An empty
-  variable counts as none. UCX_* and NIXL_* go to UCX and NIXL untouched;
-  where UCX_TLS is not set, UCX gets no TCP (sidecar.nixl_over_tcp).
+  A flag wins over an environment variable, a variable over the file, the file over the default.
+  Each key of LMCache has the variable LMCACHE_<KEY>, each key below `sidecar:` the variable
+  PD_SIDECAR_<KEY>, in capitals. An empty variable counts as absent. UCX_* and NIXL_* go to UCX and
+  NIXL unchanged; if UCX_TLS is not set, UCX gets no TCP (see sidecar.nixl_over_tcp).
 
 Exit codes:
    0  done, or drained after SIGTERM or SIGINT
   64  the command line or the configuration is wrong; every mistake is printed
-  69  a port, a socket, memory or a required transport cannot be had
+  69  a port, a socket, memory or a required transport is not available
   70  a bug; please report it with the log
   75  requests were still under way when --drain-timeout passed";
 

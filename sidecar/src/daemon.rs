@@ -138,7 +138,7 @@ fn raise_descriptor_limit() {
         maximum: limit.maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        warn!(%error, "the limit on open files stays as it is");
+        warn!(%error, "cannot raise the limit on open files");
     }
 }
 

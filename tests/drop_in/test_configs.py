@@ -111,14 +111,14 @@ EFFECTS: list[tuple[str, object, str, str]] = [
     ("nixl_proxy_host", "localhost", "sidecar.proxy", "localhost:7501"),
     ("nixl_proxy_port", 7501, "sidecar.proxy", "localhost:7501"),
     # Keys without effect; the report gives the reason.
-    ("pd_backend_mode", "sync", "ignored", "asks for nothing"),
+    ("pd_backend_mode", "sync", "ignored", "does nothing"),
     ("pd_condition_poll_interval_sec", 0.01, "ignored", "does not poll"),
     # Values that the sidecar refuses; the error names the key.
     ("pd_bidirectional", True, "refused", "from prefill to decode only"),
-    ("pd_backend_mode", "both", "refused", "two PD backends"),
+    ("pd_backend_mode", "both", "refused", "no such backend"),
     ("nixl_backends", ["GDS"], "refused", "UCX backend only"),
     ("nixl_peer_port", 7300, "refused", "two ports"),
-    ("pd_role", "proxy", "refused", "possible words"),
+    ("pd_role", "proxy", "refused", "possible values"),
 ]
 PARTNERS: dict[str, dict[str, object]] = {
     "pd_proxy_host": {"pd_proxy_port": 7501}, "nixl_proxy_host": {"pd_proxy_port": 7501},

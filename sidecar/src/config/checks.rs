@@ -98,7 +98,7 @@ fn refuse_what_this_version_cannot(layers: &mut Layers, lmcache: &Lmcache) {
         layers.wrong(
             "enable_pd",
             given,
-            "without PD there is nothing for a sidecar to do",
+            "a sidecar does only PD",
             "set it to true or remove it",
         );
     }
@@ -140,8 +140,8 @@ fn buffer(layers: &mut Layers, lmcache: &Lmcache) -> Option<u64> {
         layers.wrong(
             "pd_buffer_size",
             given,
-            "no chunk of any model fits",
-            "give at least two chunks: a chunk of 256 tokens takes 32 MiB for an 8B model",
+            "smaller than a chunk of any model",
+            "set it to at least two chunks: a chunk of 256 tokens takes 32 MiB for an 8B model",
         );
     }
     Some(bytes.0)
@@ -152,12 +152,12 @@ fn ranks(layers: &mut Layers, sidecar: &Sidecar, listen: Option<&Listen>) -> u32
     match &sidecar.ranks {
         Some(given) => {
             if listen.is_some() && given.value.0 != ports {
-                let what = format!("the port lists name {ports}");
+                let what = format!("the port lists name {ports} ranks");
                 layers.wrong(
                     "sidecar.ranks",
                     given,
                     what,
-                    "remove it, or give one port a rank",
+                    "remove it, or list one port per rank",
                 );
             } else if given.value.0 as usize > MAX_RANKS {
                 let right = format!("at most {}", MAX_RANKS);
@@ -178,7 +178,7 @@ fn devices(layers: &mut Layers, lmcache: &Lmcache, ranks: u32) -> Option<Vec<Opt
     let devices = match &given.value.0[..] {
         [Device::Gpu(_)] if ranks > 1 => {
             let what = format!("one GPU for {ranks} ranks");
-            let right = "write cuda, or one device a rank: [cuda:0, cuda:1]";
+            let right = "write cuda, or one device per rank: [cuda:0, cuda:1]";
             layers.wrong("pd_buffer_device", given, what, right);
             return None;
         }
@@ -186,7 +186,7 @@ fn devices(layers: &mut Layers, lmcache: &Lmcache, ranks: u32) -> Option<Vec<Opt
         all if all.len() == ranks as usize => all.to_vec(),
         all => {
             let what = format!("{} devices for {ranks} ranks", all.len());
-            layers.wrong("pd_buffer_device", given, what, "give one device a rank");
+            layers.wrong("pd_buffer_device", given, what, "list one device per rank");
             return None;
         }
     };
@@ -227,7 +227,7 @@ fn id(
         layers.wrong(
             "sidecar.id",
             given,
-            "not a name that fits logs and metrics",
+            "not a name that logs and metrics can show",
             right,
         );
     }
@@ -260,7 +260,7 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
                 "begin with /",
             );
         } else if path.len() > MAX_SOCKET_BYTES {
-            let right = format!("the kernel takes at most {MAX_SOCKET_BYTES} bytes");
+            let right = format!("write a path of at most {MAX_SOCKET_BYTES} bytes");
             layers.wrong("sidecar.socket", given, "too long", right);
         }
     }

@@ -50,9 +50,9 @@ keys! {
         enable_pd: bool = Default::Value("true"), also "enable_xpyd";
         /// Side of this sidecar in transfers.
         pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
-        /// Bytes of the send or landing buffer of each rank, cut down to whole chunks.
+        /// Bytes of the send or landing buffer of each rank, rounded down to whole chunks.
         pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
-        /// Memory of the buffers: host memory, or the memory of the GPU that the engine's rank runs on.
+        /// Memory of the buffers: host memory, or the memory of the GPU on which the engine's rank runs.
         pd_buffer_device: Devices = Default::Value("cpu"), flag "--buffer-device", also "nixl_buffer_device";
         /// Receiver: address to which the init, alloc and TCP data ports are bound, and to which senders connect.
         pd_peer_host: Host = Default::Required("for a receiver"), flag "--host", also "nixl_peer_host";
@@ -81,7 +81,7 @@ keys! {
         /// If not 0, the sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at
         /// once.
         pd_max_prefill_len: Count<0> = Default::Value("0");
-        /// Tokens of a chunk. If given, an engine with another chunk size is refused.
+        /// Tokens of a chunk. If given, the sidecar refuses an engine with another chunk size.
         chunk_size: Count<1> = Default::None;
     }
 }
@@ -113,7 +113,7 @@ keys! {
         /// Receiver: data port of the built-in TCP transport for rank 0; rank N uses this port + N. 0 means any
         /// free port; senders learn its number in the init handshake.
         tcp_port: Port = Default::Value("0");
-        /// Senders send an XXH3 of each chunk, and receivers check it.
+        /// Senders send an XXH3 checksum of each chunk, and receivers compare it with the chunk that arrived.
         checksum: bool = Default::Value("off");
         /// If off, the sidecar pushes no KV, and each decode engine computes its prompts. For tests.
         push: bool = Default::Value("on"), flag "--no-push";
@@ -160,7 +160,7 @@ keys! {
         max_quarantined: Count<1> = Default::Computed("a quarter of the slots");
         /// Time between two registrations at the proxy. They are the heartbeat.
         register_ms: Millis = Default::Value("1000");
-        /// Longest time for requests to end after SIGTERM.
+        /// Longest time that the sidecar waits for requests to end after SIGTERM.
         drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";
         /// Log level: error, warn, info, debug, trace, or directives like `info,sidecar=debug`.
         log_level: String = Default::Value("info"), flag "--log-level";

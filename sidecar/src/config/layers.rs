@@ -140,7 +140,7 @@ impl Layers {
                 key: SECTION.to_owned(),
                 value: other.show(),
                 what: "not a mapping".to_owned(),
-                right: "write keys below it, indented".to_owned(),
+                right: "write the keys below it, indented".to_owned(),
             }),
         }
     }
@@ -230,7 +230,7 @@ impl Layers {
                     key: other.key.clone(),
                     value: other.value.raw.show(),
                     what: format!(
-                        "it is another name of `{}`, which line {} sets to `{}`",
+                        "another name of `{}`, which line {} sets to `{}`",
                         first.key,
                         first.line,
                         first.value.raw.show()
@@ -241,7 +241,8 @@ impl Layers {
         }
         if first.key == "nixl_buffer_device" {
             self.warnings.push(format!(
-                "{}:{}: nixl_buffer_device: LMCache reads pd_buffer_device for PD; taken as that",
+                "{}:{}: nixl_buffer_device: LMCache reads pd_buffer_device for PD; the sidecar reads this key as \
+                 pd_buffer_device",
                 self.path.display(),
                 first.line
             ));

@@ -66,7 +66,7 @@ pub(crate) fn read(layers: &mut Layers) -> Vec<Ignored> {
                 key: refusal.key.to_owned(),
                 value: raw.show(),
                 source: source.to_string(),
-                why: "asks for nothing",
+                why: "with this value the key does nothing",
             });
         } else {
             layers.problems.push(Problem {
@@ -112,12 +112,12 @@ pub(crate) const GROUPS: &[Group] = &[
         keys: &["save_unfull_chunk"],
     },
     Group {
-        why: "the engine's connector reads it, where LMCACHE_CONFIG_FILE names this file, and computes \
-              keys; the sidecar echoes them",
+        why: "the engine's connector computes the keys; it reads this setting if LMCACHE_CONFIG_FILE names this \
+              file",
         keys: &["pre_caching_hash_algorithm"],
     },
     Group {
-        why: "the sidecar keeps no cache: slots are transit",
+        why: "the sidecar keeps no cache: it holds KV only during a transfer",
         keys: &[
             "local_cpu",
             "max_local_cpu_size",
@@ -190,7 +190,7 @@ pub(crate) const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        why: "a part of `enable_p2p`, `enable_blending` or LMCache's server, which are not here",
+        why: "a part of `enable_p2p`, `enable_blending` or LMCache's server, which the sidecar does not have",
         keys: &[
             "p2p_host",
             "p2p_init_ports",
@@ -235,13 +235,13 @@ pub(crate) const REFUSALS: &[Refusal] = &[
     Refusal {
         key: "enable_p2p",
         harmless: &["false"],
-        why: "LMCache's PD excludes it, and the sidecar does PD",
+        why: "LMCache does not allow it together with PD, and the sidecar does only PD",
         instead: "remove it or set it to false",
     },
     Refusal {
         key: "pd_backend_mode",
         harmless: &["async", "sync"],
-        why: "LMCache has two PD backends, and peers of both are served, whichever this names",
+        why: "LMCache's PD has no such backend; the sidecar serves peers of both, async and sync",
         instead: "remove it, or write async or sync",
     },
     Refusal {
@@ -253,7 +253,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
     Refusal {
         key: "enable_blending",
         harmless: &["false"],
-        why: "the key of blended KV does not describe it, so it cannot be handed over",
+        why: "the key of blended KV does not describe its content, so the sidecar cannot hand it over",
         instead: "remove it or set it to false",
     },
     Refusal {
@@ -265,7 +265,7 @@ pub(crate) const REFUSALS: &[Refusal] = &[
     Refusal {
         key: "nixl_peer_port",
         harmless: &[],
-        why: "LMCache gave it up: a receiver has two ports",
+        why: "LMCache no longer has this key: a receiver has two ports",
         instead: "set pd_peer_init_port and pd_peer_alloc_port",
     },
 ];

@@ -7,7 +7,7 @@ use discovery::Metadata;
 
 use super::layers::{Layers, Source};
 use super::problem::Problem;
-use super::value::{HostPort, MAX_RANKS, Role, Value};
+use super::value::{HostPort, Role, Value};
 use super::yaml::{Entry, Node, Raw};
 
 /// The values of a `mooncake.json` for which the sidecar has no key.
@@ -39,8 +39,10 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         && prefill.1.host == decode.1.host
         && prefill.1.port.abs_diff(decode.1.port) < APART
     {
-        let what = format!("it is less than {APART} ports from prefill_url on the same host");
-        wrong(layers, "decode_url", &decode.0, what, "move one of them");
+        let what = format!(
+            "the port is less than {APART} away from the port of prefill_url, on the same host"
+        );
+        wrong(layers, "decode_url", &decode.0, what, "move one of the two");
     }
     let ours = match role {
         Some(Role::Receiver | Role::Both) => decode,
@@ -65,14 +67,16 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
 /// Adds the keys for this sidecar's addresses, from the URL of its side.
 fn place(layers: &mut Layers, given: &Given, url: &HostPort, role: Role, ranks: u32) {
     let last = u32::from(url.port) + u32::from(APART);
-    if url.port == 0 || last > u32::from(u16::MAX) || ranks as usize > MAX_RANKS.min(20) {
+    if url.port == 0 || last > u32::from(u16::MAX) || ranks > MOST {
         let key = if role == Role::Sender {
             "prefill_url"
         } else {
             "decode_url"
         };
-        let what = format!("{ranks} ranks have no room in the {APART} ports from there");
-        wrong(layers, key, given, what, "begin lower");
+        let what = format!("{ranks} ranks do not fit into the {APART} ports that begin here");
+        let first = u16::MAX - APART;
+        let right = format!("write a port from 1 to {first}, for at most {MOST} ranks");
+        wrong(layers, key, given, what, &right);
         return;
     }
     let port = |offset: u32| {
@@ -131,7 +135,7 @@ fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
     });
     let rdma = protocol.text.eq_ignore_ascii_case("rdma");
     if !rdma && !protocol.text.eq_ignore_ascii_case("tcp") {
-        let what = "UCX has no such transport";
+        let what = "not a protocol of Mooncake's that the sidecar can use";
         wrong(
             layers,
             "protocol",
@@ -227,5 +231,7 @@ fn bracketed(host: &str) -> String {
 
 /// Number of ports of a side, which is the smallest distance of two sides on one host.
 const APART: u16 = 50;
+/// Largest number of ranks whose ports fit into the ports of a side.
+const MOST: u32 = 20;
 /// Bytes of the buffer if the file does not set `pd_buffer_size`: the default of vLLM's `kv_buffer_size`.
 const BUFFER_BYTES: &str = "1000000000";

@@ -40,7 +40,7 @@ impl Value for bool {
         match scalar(raw)?.to_ascii_lowercase().as_str() {
             "true" | "yes" | "on" | "y" | "1" => Ok(true),
             "false" | "no" | "off" | "n" | "0" => Ok(false),
-            _ => Err("not a truth value".to_owned()),
+            _ => Err("neither true nor false".to_owned()),
         }
     }
 

@@ -176,7 +176,7 @@ impl<'a> Tree<'a> {
         }
         match self.event()? {
             Event::StreamEnd => Ok(Some(node)),
-            _ => self.fail("a second document begins here; the configuration is one"),
+            _ => self.fail("a second YAML document begins here; a configuration is one document"),
         }
     }
 
@@ -203,7 +203,7 @@ impl<'a> Tree<'a> {
             Event::MappingStart(_, anchor, _) => (self.map(depth)?, anchor),
             Event::Alias(id) => {
                 let Some(node) = self.anchors.get(&id).cloned() else {
-                    return self.fail("an alias to itself");
+                    return self.fail("an alias that refers to itself");
                 };
                 self.count(weight(&node.raw))?;
                 return Ok(Node { line, ..node });
@@ -245,14 +245,14 @@ impl<'a> Tree<'a> {
             if key == "<<" {
                 match value.raw {
                     Raw::Map(below) => merged.extend(below),
-                    _ => return self.fail("`<<` takes an alias of a mapping"),
+                    _ => return self.fail("`<<` needs an alias of a mapping"),
                 }
                 continue;
             }
             if let Some(before) = entries.iter().find(|e| e.key == key) {
                 return Err(YamlError {
                     line,
-                    what: format!("`{key}` stands on line {} already", before.line),
+                    what: format!("`{key}` is already set on line {}", before.line),
                 });
             }
             entries.push(Entry { key, line, value });
@@ -347,11 +347,11 @@ mod tests {
 
     #[test]
     fn names_the_line_of_a_mistake() {
-        check("a: 1\nb: 2\na: 3\n", "line 3: `a` stands on line 1 already");
+        check("a: 1\nb: 2\na: 3\n", "line 3: `a` is already set on line 1");
         check("- 1\n", "line 1: expected `key: value` lines, found `[1]`");
         check(
             "a: 1\n---\nb: 2\n",
-            "line 2: a second document begins here; the configuration is one",
+            "line 2: a second YAML document begins here; a configuration is one document",
         );
         assert_eq!(parse("a: 1\nb: [1, 2\n").unwrap_err().line, 2);
         let deep = format!("a: {}1{}\n", "[".repeat(20), "]".repeat(20));

@@ -225,25 +225,27 @@ impl Engines {
         let ours = memory.device().uuid();
         let Some(theirs) = &hello.device else {
             return refuse(format!(
-                "the buffer of rank {} is on {ours}, and the engine names no GPU: run it there, or \
-                 set pd_buffer_device to cpu",
+                "the buffer of rank {} is on {ours}, and the engine names no GPU: run the engine \
+                 on that GPU, or set pd_buffer_device to cpu",
                 hello.rank
             ));
         };
         if theirs.parse() != Ok(ours) {
             return refuse(format!(
-                "the engine's rank {} runs on {theirs}, its buffer is on {ours}: set \
+                "rank {} of the engine runs on {theirs}, but the buffer of this rank is on {ours}: set \
                  pd_buffer_device to the engine's GPU",
                 hello.rank
             ));
         }
         if hello.events.len() > MAX_EVENTS {
             let count = hello.events.len();
-            return refuse(format!("{count} events; at most {MAX_EVENTS} are taken"));
+            return refuse(format!(
+                "the hello has {count} events, more than {MAX_EVENTS}"
+            ));
         }
         let open = |bytes: &ByteBuf| {
             let handle = cuda::Handle::try_from(&bytes[..])
-                .map_err(|_| format!("an event's handle has {} bytes", bytes.len()))?;
+                .map_err(|_| format!("the handle of an event has {} bytes", bytes.len()))?;
             let event = Event::open(memory.device(), &handle).map_err(|e| e.to_string())?;
             Ok(Arc::new(event))
         };
@@ -276,7 +278,7 @@ impl Engines {
                 return refuse(
                     Reason::LayoutMismatch,
                     format!(
-                        "{field} is {theirs} here but {ours} for the engine that uses this buffer: \
+                        "{field} is {theirs} for this engine, but {ours} for the engine that uses this buffer already: \
                          one sidecar serves one model"
                     ),
                 );
@@ -303,7 +305,9 @@ impl Engines {
             ));
         }
         let Some(slot_bytes) = layout.chunk_bytes().filter(|&bytes| bytes > 0) else {
-            return refuse(format!("a chunk of this shape has no size: {layout:?}"));
+            return refuse(format!(
+                "a chunk of this layout has 0 bytes or too many: {layout:?}"
+            ));
         };
         let slots = self.buffer.bytes() / slot_bytes;
         if slots < u64::from(MIN_SLOTS) {

@@ -45,7 +45,7 @@ impl Buffer {
     /// the block or lie outside of the buffer.
     fn count(&self, rows: Rows, len: usize) -> io::Result<u64> {
         let odd = || {
-            let text = format!("{len} bytes are no pieces as in {rows:?}");
+            let text = format!("{len} bytes do not divide into the pieces of {rows:?}");
             io::Error::new(io::ErrorKind::InvalidInput, text)
         };
         let width = rows.width as u64;

@@ -142,7 +142,7 @@ impl Memfd {
             // SAFETY: neither advice changes what the mapped bytes are.
             let result = unsafe { mm::madvise(self.base.as_ptr().cast(), self.len, advice) };
             if let Err(error) = result {
-                tracing::debug!(?advice, %error, "advice not taken");
+                tracing::debug!(?advice, %error, "the kernel did not take an advice for the buffer's memory");
             }
         }
     }

@@ -63,7 +63,7 @@ impl Export<'_> {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AllocError {
     /// The size is zero, or more than an address can name.
-    #[error("a buffer of {asked} bytes cannot exist")]
+    #[error("a buffer cannot have {asked} bytes")]
     Absurd {
         /// The bytes that were asked for.
         asked: u64,
@@ -80,7 +80,7 @@ pub(crate) enum AllocError {
         limit: Limit,
     },
     /// The kernel refused although every known limit allows the size.
-    #[error("{step} for a buffer of {} failed ({} by {limit})", Size(*asked), Size(*available))]
+    #[error("{step} for a buffer of {} failed, although {limit} leaves {}", Size(*asked), Size(*available))]
     Kernel {
         /// The step that failed, such as a system call's name.
         step: &'static str,

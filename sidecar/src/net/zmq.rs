@@ -54,7 +54,7 @@ pub(crate) enum SendError {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BindError {
     /// Another socket listens there.
-    #[error("{host}:{port} is taken by {holder}")]
+    #[error("{host}:{port} is taken by {holder}; choose another port")]
     InUse {
         /// The value as configured.
         host: String,
@@ -122,7 +122,7 @@ async fn bind(socket: &Socket, host: &str, port: u16) -> Result<u16, BindError> 
                 host: host.to_owned(),
                 port,
                 holder: crate::net::socket_owner::holder(port)
-                    .unwrap_or_else(|| "something that the kernel does not name".to_owned()),
+                    .unwrap_or_else(|| "a process that the kernel does not name".to_owned()),
             })
         }
         Err(error) => Err(BindError::Refused {
@@ -145,7 +145,7 @@ fn payload(message: &Message) -> Option<Bytes> {
         1 => message.part_bytes(0),
         2 if message.part_slice(0) == Some(&[]) => message.part_bytes(1),
         frames => {
-            warn!(frames, "message with wrong frames dropped");
+            warn!(frames, "message dropped: wrong number of frames");
             None
         }
     }

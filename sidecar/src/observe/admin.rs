@@ -144,7 +144,7 @@ impl Admin {
                     warn!(
                         limit = MAX_CONNECTIONS,
                         total = evicted,
-                        "too many admin connections: the oldest is ended"
+                        "too many admin connections: closed the oldest"
                     );
                 }
             }
@@ -224,10 +224,10 @@ async fn registered(
     // neither.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
         shared.metrics.malformed.count("admin");
-        warn!("a web page has sent a call-back (Origin, Sec-Fetch-Site): refused");
+        warn!("refused a call-back from a web page (header Origin or Sec-Fetch-Site)");
         return refused(
             StatusCode::FORBIDDEN,
-            "a call-back comes from a proxy, not from a web page",
+            "only a proxy may send a call-back, not a web page",
         );
     }
     let call = match body {
@@ -244,7 +244,7 @@ async fn registered(
             "this is {} in epoch {}, not {:.128} in epoch {}",
             about.id, about.epoch, call.id, call.epoch
         );
-        warn!(proxy = call.proxy, "call-back for somebody else: {text}");
+        warn!(proxy = call.proxy, "call-back for another sidecar: {text}");
         return refused(StatusCode::CONFLICT, &text);
     }
     let now = Instant::now();
@@ -267,7 +267,7 @@ async fn registered(
 }
 
 async fn unknown() -> Response {
-    let text = "there are GET /health /ready /metrics /requests /status and POST /registered";
+    let text = "no such path; there are GET /health /ready /metrics /requests /status and POST /registered";
     refused(StatusCode::NOT_FOUND, text)
 }
 

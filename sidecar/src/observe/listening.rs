@@ -35,7 +35,7 @@ pub(crate) fn checked(
     let found = match listening() {
         Ok(found) => found,
         Err(error) => {
-            warn!(%error, "the kernel does not list the sockets of this process, so none is checked or shown");
+            warn!(%error, "cannot list the sockets of this process, so the sidecar does not check and show them");
             return Ok(Vec::new());
         }
     };
@@ -60,14 +60,14 @@ pub(crate) fn checked(
 fn of_ucx(config: &Config, at: SocketAddr) -> anyhow::Result<&'static str> {
     let Some(host) = &config.ucx.tcp_host else {
         anyhow::bail!(
-            "UCX listens at {at}, which the configuration does not name, and whoever reaches it reads and writes the \
-             memory of this process: set sidecar.transport to tcp, or {CONSENT}"
+            "UCX listens at {at}, which the configuration does not allow: any program that reaches this port can read and \
+             write the memory of this process; set sidecar.transport to tcp, or {CONSENT}"
         );
     };
     if !config.ucx.devices_given && ucx::address(host) != Some(at.ip()) {
         anyhow::bail!(
-            "UCX listens at {at} and not at {host}: name a host that is the first address of its interface, or the \
-             devices (UCX_NET_DEVICES)"
+            "UCX listens at {at} and not at {host}: set pd_peer_host (a sender: sidecar.advertise_host) to the first \
+             address of its interface, or set UCX_NET_DEVICES to the interface"
         );
     }
     Ok("nixl over tcp")

@@ -94,7 +94,7 @@ impl Search {
             };
             // The same fault is logged once, not at each attempt.
             if let Some(trouble) = trouble.filter(|t| *t != said) {
-                warn!(metadata = %self.metadata, "the proxy is not found: {trouble}");
+                warn!(metadata = %self.metadata, "cannot find the proxy: {trouble}");
                 said = trouble;
             }
             let pause = if self.at.is_some() { EVERY } else { UNKNOWN };
@@ -112,7 +112,12 @@ impl Search {
         let text = match self.store.find(PROXY_KEY).await {
             Ok(Some(text)) => text,
             // A proxy that was there before may come back, so its connection is kept.
-            Ok(None) => return self.at.is_none().then(|| format!("no key {PROXY_KEY}")),
+            Ok(None) => {
+                return self
+                    .at
+                    .is_none()
+                    .then(|| format!("the server has no key {PROXY_KEY}"));
+            }
             Err(error) => return Some(error.to_string()),
         };
         let at = match read::<HostPort>(&text) {

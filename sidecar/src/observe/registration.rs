@@ -170,7 +170,7 @@ impl<O: Outlet> Registration<O> {
             false => DeliveryResult::Dropped,
         };
         if result == DeliveryResult::Dropped && kind == "leave" {
-            warn!("the proxy was not told that this sidecar leaves");
+            warn!("cannot tell the proxy that this sidecar leaves");
         }
         self.metrics.told(kind, result);
         listener
@@ -183,7 +183,7 @@ impl<O: Outlet> Registration<O> {
         let listener = self.outlet.listener().await;
         if self.status.listens_to_us(listener) {
             info!(proxy = %proxy.address, ?listener, "{}", match listener {
-                Listener::Lmcache => "LMCache's proxy: it hears when KV is written, and readiness does not wait for it",
+                Listener::Lmcache => "LMCache's proxy: it gets a notice when KV is written, and readiness does not wait for it",
                 _ => "a proxy that takes registrations",
             });
         }

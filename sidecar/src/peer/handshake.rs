@@ -74,7 +74,7 @@ pub(crate) fn answer(request: &[u8], ours: &Identity) -> Answer {
             })
         }
         Ok(Init::NixlInitResponse(_) | Init::NixlMemRegResponse(_)) => {
-            return Answer::Malformed("an answer where a request is due".to_owned());
+            return Answer::Malformed("an answer instead of a request".to_owned());
         }
         Err(error) => return Answer::Malformed(error.to_string()),
     };
@@ -172,7 +172,7 @@ pub(crate) enum InitError {
         cause: String,
     },
     /// The two sidecars do not fit, or the receiver refuses every peer, e.g. while it has no engine.
-    #[error("{peer} cannot be linked ({}): {}", .refusal.reason, .refusal.text)]
+    #[error("cannot link with {peer} ({}): {}", .refusal.reason, .refusal.text)]
     Refused {
         /// Address of the receiver, `host:init_port`.
         peer: String,
@@ -297,13 +297,13 @@ fn pages(rows: &[Row], said: Option<Pages>) -> Result<Pages, String> {
             if (said.slots, said.slot_bytes) != (shown.slots, shown.slot_bytes) =>
         {
             Err(format!(
-                "it says {} slots of {} bytes and shows {} of {}",
+                "its hello names {} slots of {} bytes, but its list has {} of {}",
                 said.slots, said.slot_bytes, shown.slots, shown.slot_bytes
             ))
         }
         (Some(said), _) => Ok(said),
         (None, Some(shown)) => Ok(shown),
-        (None, None) => Err("it shows no slots".to_owned()),
+        (None, None) => Err("it names no slots".to_owned()),
     }
 }
 

@@ -61,8 +61,8 @@ impl ProcessLock {
             Err(error) => {
                 warn!(
                     path = %path.display(), %error,
-                    "should this process die, nobody can vouch for its end: receivers on other hosts keep \
-                     the slots that it was granted in quarantine"
+                    "if this process dies, the next process cannot prove its end: receivers on other hosts then keep the \
+                     slots of this sender in quarantine"
                 );
                 Self::default()
             }

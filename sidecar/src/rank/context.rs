@@ -142,7 +142,7 @@ impl LinkStatus {
                 reported = self.reported,
                 measured_gb_per_s = rate,
                 least_gb_per_s = expected.least_gb_s,
-                "a wire is far below its class: {hint}"
+                "a transport is far slower than expected: {hint}"
             );
         }
     }

@@ -367,8 +367,8 @@ async fn dispatch(
                 // An engine of another number of ranks would send parts of KV that no receiver expects.
                 let Some(inbox) = inbox.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
-                        "this sidecar has no {} for rank {} of {}, but {ranks} ranks: check its --role and \
-                         the number of its ports, of a sender sidecar.ranks",
+                        "this sidecar has no {} for rank {} of {}: it has {ranks} ranks; check its --role, and \
+                         its number of ports or, for a sender, sidecar.ranks",
                         role.as_str(),
                         hello.rank,
                         hello.world_size
@@ -392,7 +392,7 @@ async fn dispatch(
         if let Some(inbox) = inbox
             && inbox.send(event).await.is_err()
         {
-            warn!("engine message after its side's end");
+            warn!("engine message dropped: the task of its role has ended");
         }
     }
 }

@@ -50,7 +50,7 @@ impl Engine {
         // because it has the buffer already.
         match read(&mut stream).await? {
             ToEngine::Welcome(welcome) => Ok(Self { stream, welcome }),
-            other => anyhow::bail!("not welcomed: {other:?}"),
+            other => anyhow::bail!("expected a welcome, got {other:?}"),
         }
     }
 

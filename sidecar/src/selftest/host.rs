@@ -104,8 +104,10 @@ impl Selftest {
             proxy: None,
             ucx: Ucx::default(),
             transport: Choice::Only(wire),
+            // The self-test then also covers the code that computes and compares checksums.
             checksum: true,
             push: true,
+            // Shorter than the defaults, so that a wire that hangs fails the test in seconds.
             times: Times {
                 heartbeat: Duration::from_secs(1),
                 wait: Duration::from_secs(1),

@@ -48,8 +48,8 @@ impl Selftest {
         let tls = given(TLS);
         if !trusted && names_tcp(&tls) && self.transport.may_use_ucx() {
             eprintln!(
-                "{TLS}={tls} lets UCX listen at TCP ports of its own: leave tcp out, or set \
-                       {CONSENT_VARIABLE}=trusted"
+                "{TLS}={tls} lets UCX open TCP ports: leave tcp out, or set \
+                 {CONSENT_VARIABLE}=trusted"
             );
             return Err(Exit::Usage);
         }
@@ -99,9 +99,10 @@ impl Selftest {
     /// Returns the runs: every wire with every kind of memory, or those that the flags name.
     fn runs(&self) -> Result<Vec<(Memory, Kind)>, String> {
         let gpu = |device: &Device| match device {
-            Device::Cpu => {
-                Err("buffers of a self-test are both host memory or both on GPUs".to_owned())
-            }
+            Device::Cpu => Err(
+                "the two buffers of a self-test must both be in host memory or both on GPUs"
+                    .to_owned(),
+            ),
             Device::Cuda => Ok(Which::Ordinal(0)),
             Device::Gpu(which) => Ok(which.clone()),
         };
@@ -111,7 +112,11 @@ impl Selftest {
             Some([Device::Cuda]) => Some(two_gpus()?),
             Some([one]) => Some(Memory::Gpus(gpu(one)?, gpu(one)?)),
             Some([from, to]) => Some(Memory::Gpus(gpu(from)?, gpu(to)?)),
-            Some(_) => return Err("give one device, or the sender's and the receiver's".to_owned()),
+            Some(_) => {
+                return Err(
+                    "give one device for both sides, or the sender's and the receiver's".to_owned(),
+                );
+            }
         };
         let host = match &self.buffer_device {
             Some(Devices(devices)) if !matches!(devices[..], [Device::Cpu]) => None,
@@ -128,7 +133,7 @@ impl Selftest {
             .collect();
         if runs.is_empty() {
             return Err(format!(
-                "{} copies between GPUs, and there is none here",
+                "{} copies between GPUs, and this process sees no GPU",
                 self.transport
             ));
         }

@@ -143,7 +143,9 @@ impl Signal for Event {
         let state = self.state();
         // The owner is checked after the state: an event may seem to have fired because its owner died.
         if self.is_orphaned() {
-            return Readiness::Never("the engine that was to fill the slots has gone".to_owned());
+            return Readiness::Never(
+                "the engine disconnected before it had filled the slots".to_owned(),
+            );
         }
         match state {
             Ok(State::Fired) => Readiness::There,
@@ -161,7 +163,7 @@ pub(crate) const LOOK: Duration = Duration::from_micros(20);
 pub(crate) fn sleep_exactly() {
     let slack = NonZero::new(1_000);
     if let Err(error) = rustix::thread::set_current_timer_slack(slack) {
-        tracing::debug!(%error, "timer slack not set");
+        tracing::debug!(%error, "cannot set the timer slack");
     }
 }
 

@@ -85,14 +85,14 @@ pub(crate) fn environment(ucx: &Ucx) -> Option<Exit> {
         .args(std::env::args_os().skip(1))
         .envs(missing)
         .exec();
-    eprintln!("error: cannot begin anew with UCX's variables: {error}");
+    eprintln!("error: cannot restart this program with UCX's variables: {error}");
     Some(Exit::Unavailable)
 }
 
 /// Returns the interface that has the address of `host`, because UCX takes interfaces and not addresses.
 fn devices(host: &str) -> Result<String, String> {
-    let wanted =
-        address(host).ok_or_else(|| format!("sidecar.nixl_over_tcp: {host} has no address"))?;
+    let wanted = address(host)
+        .ok_or_else(|| format!("sidecar.nixl_over_tcp: cannot resolve the host {host}"))?;
     let interfaces =
         getifaddrs().map_err(|error| format!("cannot list the network interfaces: {error}"))?;
     for interface in interfaces {
@@ -172,7 +172,7 @@ pub(crate) const LOOPBACK: &str = "127.0.0.1";
 /// The variable that lets agents which learn of a peer's end connect through shared memory.
 pub(crate) const SHARED_MEMORY: &str = "UCX_MM_ERROR_HANDLING";
 /// The text that tells the user how to let UCX open TCP ports.
-pub(crate) const CONSENT: &str = "if the network keeps strangers out: sidecar.nixl_over_tcp: trusted, or \
+pub(crate) const CONSENT: &str = "if strangers cannot reach this network, set sidecar.nixl_over_tcp: trusted, or \
                                   PD_SIDECAR_NIXL_OVER_TCP=trusted";
 
 #[cfg(test)]

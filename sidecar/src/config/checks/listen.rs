@@ -14,7 +14,7 @@ pub(super) fn listen(
     role: Role,
     admin: &HostPort,
 ) -> Option<Listen> {
-    let why = format!(", and pd_role is {role}");
+    let why = format!(", and required because pd_role is {role}");
     let host = need(
         layers,
         Lmcache::KEYS,
@@ -44,7 +44,7 @@ pub(super) fn listen(
             "pd_peer_alloc_port",
             given,
             format!("{} alloc and {} init ports", allocs.len(), inits.len()),
-            "give one of each a rank",
+            "list one of each per rank",
         );
         return None;
     }
@@ -59,7 +59,7 @@ pub(super) fn listen(
             "pd_peer_query_port",
             given,
             format!("{} query and {} init ports", queries.len(), inits.len()),
-            "give one of each a rank",
+            "list one of each per rank",
         );
         return None;
     }
@@ -77,8 +77,8 @@ pub(super) fn listen(
             layers.wrong(
                 "sidecar.tcp_port",
                 given,
-                format!("rank {rank} has no port"),
-                "begin lower",
+                format!("the port of rank {rank} would be above 65535"),
+                "choose a lower port for rank 0",
             );
             return None;
         };
@@ -105,7 +105,7 @@ pub(super) fn listen(
             "pd_peer_alloc_port",
             given,
             what,
-            "init, alloc, sidecar.tcp_port and sidecar.admin each need ports of their own",
+            "give the init, alloc and query ports, sidecar.tcp_port and sidecar.admin different ports",
         );
     }
     // Senders need a host to connect to, and a wildcard is not one.
@@ -115,8 +115,8 @@ pub(super) fn listen(
             layers.wrong(
                 "pd_peer_host",
                 lmcache.pd_peer_host.as_ref()?,
-                "senders cannot connect to every interface",
-                "write the address of one, or set sidecar.advertise_host",
+                "senders cannot connect to a wildcard address",
+                "write the address of one interface, or set sidecar.advertise_host",
             );
             return None;
         }
@@ -170,7 +170,7 @@ pub(super) fn exposed(
     if allowed && !open.is_empty() {
         let open: Vec<_> = open.iter().map(|(key, at)| format!("{key} {at}")).collect();
         layers.warnings.push(format!(
-            "INSECURE: without authentication beyond this machine: {}; whoever reaches the ports can \
+            "INSECURE: without authentication beyond this machine: {}; any program that reaches these ports can \
              read and write KV. Keep them inside a trusted network",
             open.join(", ")
         ));
@@ -178,5 +178,5 @@ pub(super) fn exposed(
 }
 
 const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers are not authenticated yet";
-const ALLOW: &str = "use 127.0.0.1, or accept that in a trusted network: --insecure, \
+const ALLOW: &str = "use 127.0.0.1, or accept this in a trusted network: --insecure, \
                      PD_SIDECAR_INSECURE=true or sidecar.insecure: true";

@@ -20,7 +20,7 @@ pub(super) fn proxy(
         (Some(ours), theirs) => {
             if let Some(theirs) = theirs.filter(|t| *t != ours.value) {
                 layers.warnings.push(format!(
-                    "pd_proxy_host and pd_proxy_port say {theirs}; sidecar.proxy ({}, {}) wins",
+                    "pd_proxy_host and pd_proxy_port name {theirs}: ignored, because sidecar.proxy is {} ({})",
                     ours.value, ours.source
                 ));
             }
@@ -54,8 +54,8 @@ pub(super) fn proxy(
     }
     let Some(address) = address.filter(|_| !skip) else {
         layers.warnings.push(
-            "no proxy is configured: this sidecar registers nowhere, and whoever routes requests \
-             must know its ports and wait for the prefill leg"
+            "no proxy is configured, so this sidecar registers nowhere: the program that routes requests \
+             must know the sidecar's ports and wait for the prefill leg"
                 .to_owned(),
         );
         return None;
@@ -66,23 +66,23 @@ pub(super) fn proxy(
             layers.wrong(
                 "sidecar.proxy",
                 given,
-                "no address to connect to",
-                "name host and port",
+                "port 0 and wildcard hosts are not addresses to connect to",
+                "write the proxy's host and port",
             );
         } else if let Some(given) = &lmcache.pd_proxy_port {
             layers.wrong(
                 "pd_proxy_port",
                 given,
-                "no address to connect to",
-                "name host and port",
+                "port 0 and wildcard hosts are not addresses to connect to",
+                "write the proxy's host and port",
             );
         }
     }
     // Without this warning the sidecar would start and stay not ready, because no call-back reaches it.
     if !address.is_loopback() && admin.is_loopback() {
         layers.warnings.push(format!(
-            "the proxy {address} is on another machine and cannot call back the admin server at \
-             {admin}: /ready would stay false; set sidecar.admin to an address that it reaches"
+            "the proxy {address} is on another machine and cannot reach the admin server at {admin}, so this \
+             sidecar would never be ready; set sidecar.admin to an address that the proxy reaches"
         ));
     }
     Some(Proxy {
@@ -102,14 +102,14 @@ fn lmcache_proxy(layers: &mut Layers, lmcache: &Lmcache, ours: bool) -> Option<H
         (Some(_), None) if !ours => {
             layers.missing(
                 key(Lmcache::KEYS, "pd_proxy_port"),
-                ", and pd_proxy_host is set",
+                ", and required because pd_proxy_host is set",
             );
             None
         }
         (None, Some(_)) if !ours => {
             layers.missing(
                 key(Lmcache::KEYS, "pd_proxy_host"),
-                ", and pd_proxy_port is set",
+                ", and required because pd_proxy_port is set",
             );
             None
         }
@@ -131,8 +131,8 @@ pub(super) fn admin_host(
         (None, Some(given)) if called => layers.wrong(
             "sidecar.admin",
             given,
-            "the proxy cannot call back every interface",
-            "write the address of one, or set sidecar.advertise_host",
+            "the proxy cannot call back a wildcard address",
+            "write the address of one interface, or set sidecar.advertise_host",
         ),
         _ => {}
     }

@@ -9,6 +9,7 @@ use crate::config::layers::{Layers, Source, Sourced};
 use crate::config::value::{Millis, Seconds, Value};
 
 pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -> Option<Times> {
+    // Users of LMCache set these two times by LMCache's keys, in seconds. The sidecar's own keys win.
     let wait = fallback(
         layers,
         "wait_ms",
@@ -42,8 +43,8 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
             layers.wrong(
                 path,
                 given,
-                "it would keep a core busy",
-                "write at least 10",
+                "so short a period would keep a core busy",
+                "write at least 10 (milliseconds)",
             );
         }
     }
@@ -65,8 +66,8 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
     let lease = times.heartbeat * 3;
     if lease > times.max_lease {
         layers.warnings.push(format!(
-            "three heartbeats take {} ms, longer than max_lease_ms ({}): a receiver with that bound \
-             ends leases of live senders",
+            "three times heartbeat_ms is {} ms, longer than max_lease_ms ({}): a receiver with this max_lease_ms \
+             ends leases of live senders; lower heartbeat_ms or raise max_lease_ms",
             lease.as_millis(),
             times.max_lease.as_millis()
         ));
@@ -74,7 +75,7 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
     if times.stall <= times.wait + times.park {
         layers.warnings.push(format!(
             "stall_ms ({}) is not longer than wait_ms and park_ms together ({}): requests that wait \
-             for room end as stalled",
+             for room end as stalled; raise stall_ms",
             times.stall.as_millis(),
             (times.wait + times.park).as_millis()
         ));

@@ -44,8 +44,8 @@ pub(super) fn ucx(
                     key: "sidecar.nixl_over_tcp".to_owned(),
                     value: NixlOverTcp::Refused.to_string(),
                     what: format!(
-                        "{TLS}={tls} lets UCX listen at TCP ports of its own, and whoever reaches one reads and \
-                         writes the memory of this process"
+                        "{TLS}={tls} lets UCX open TCP ports, and any program that reaches such a port can \
+                         read and write the memory of this process"
                     ),
                     right: format!("{WITHOUT_TCP}, or {CONSENT}"),
                 }),
@@ -58,7 +58,7 @@ pub(super) fn ucx(
         layers.rows.push(Row {
             key: (*name).to_owned(),
             value: value.clone(),
-            source: "what UCX gets".to_owned(),
+            source: "set for UCX".to_owned(),
         });
     }
     Some(Ucx {

@@ -11,10 +11,10 @@ fn everything_that_is_missing_is_said_at_once() {
         "pd_role: receiver\npd_proxy_host: a\n",
         &[
             "|pd_buffer_size||missing",
-            "|pd_peer_host||missing, and pd_role is receiver",
-            "|pd_peer_init_port||missing, and pd_role is receiver",
-            "|pd_peer_alloc_port||missing, and pd_role is receiver",
-            "|pd_proxy_port||missing, and pd_proxy_host is set",
+            "|pd_peer_host||missing, and required because pd_role is receiver",
+            "|pd_peer_init_port||missing, and required because pd_role is receiver",
+            "|pd_peer_alloc_port||missing, and required because pd_role is receiver",
+            "|pd_proxy_port||missing, and required because pd_proxy_host is set",
         ],
     );
     check("a: [", &["x.yaml:1|||not YAML: unclosed bracket '['"]);
@@ -34,25 +34,26 @@ fn everything_that_is_wrong_is_said_at_once() {
     check(
         "pd_role: prefill\npd_buffer_size: 4G\nenable_pd: no\nsidecar:\n  heartbeat_ms: 1\n  log_level: 'a=b=c'\n  admin: x\n",
         &[
-            "x.yaml:1|pd_role|prefill|none of the possible words",
+            "x.yaml:1|pd_role|prefill|not one of the possible values",
             "x.yaml:2|pd_buffer_size|4G|`G` may mean GiB or GB",
             "x.yaml:7|sidecar.admin|x|no port",
-            "x.yaml:3|enable_pd|false|without PD there is nothing for a sidecar to do",
+            "x.yaml:3|enable_pd|false|a sidecar does only PD",
         ],
     );
+    // Each of these files has one mistake, on line 3.
     let sender = |more: &str| format!("pd_role: sender\npd_buffer_size: 1GiB\n{more}");
     for (more, expect) in [
         (
             "pd_buffer_size: 2\n",
-            "x.yaml:3|||`pd_buffer_size` stands on line 2 already",
+            "x.yaml:3|||`pd_buffer_size` is already set on line 2",
         ),
         (
             "nixl_buffer_size: 2\n",
-            "x.yaml:3|nixl_buffer_size|2|it is another name of `pd_buffer_size`, which line 2 sets to `1GiB`",
+            "x.yaml:3|nixl_buffer_size|2|another name of `pd_buffer_size`, which line 2 sets to `1GiB`",
         ),
         (
             "pd_buffer_device: rocm\n",
-            "x.yaml:3|pd_buffer_device|rocm|no memory that buffers can be in",
+            "x.yaml:3|pd_buffer_device|rocm|not a kind of memory for buffers",
         ),
         (
             "pd_buffer_device: cuda:GPU-12\n",
@@ -76,7 +77,7 @@ fn everything_that_is_wrong_is_said_at_once() {
         ),
         (
             "enable_p2p: True\n",
-            "x.yaml:3|enable_p2p|True|LMCache's PD excludes it, and the sidecar does PD",
+            "x.yaml:3|enable_p2p|True|LMCache does not allow it together with PD, and the sidecar does only PD",
         ),
         (
             "pd_bidirectional: on\n",
@@ -84,11 +85,11 @@ fn everything_that_is_wrong_is_said_at_once() {
         ),
         (
             "nixl_peer_port: 5\n",
-            "x.yaml:3|nixl_peer_port|5|LMCache gave it up: a receiver has two ports",
+            "x.yaml:3|nixl_peer_port|5|LMCache no longer has this key: a receiver has two ports",
         ),
         (
             "sidecar: {heartbeat_ms: 1}\n",
-            "x.yaml:3|sidecar.heartbeat_ms|1|it would keep a core busy",
+            "x.yaml:3|sidecar.heartbeat_ms|1|so short a period would keep a core busy",
         ),
         (
             "sidecar: {socket: a.sock}\n",
@@ -96,7 +97,7 @@ fn everything_that_is_wrong_is_said_at_once() {
         ),
         (
             "sidecar: {id: 'a b'}\n",
-            "x.yaml:3|sidecar.id|a b|not a name that fits logs and metrics",
+            "x.yaml:3|sidecar.id|a b|not a name that logs and metrics can show",
         ),
         (
             "sidecar: {ranks: 65}\n",
@@ -104,7 +105,7 @@ fn everything_that_is_wrong_is_said_at_once() {
         ),
         (
             "sidecar: {proxy: 'h:0'}\n",
-            "x.yaml:3|sidecar.proxy|h:0|no address to connect to",
+            "x.yaml:3|sidecar.proxy|h:0|port 0 and wildcard hosts are not addresses to connect to",
         ),
         ("sidecar: [1]\n", "x.yaml:3|sidecar|[1]|not a mapping"),
         ("a: [\n", "x.yaml:3|||not YAML: unclosed bracket '['"),
@@ -125,12 +126,12 @@ fn ports_must_fit_together() {
         (
             "pd_role",
             "sidecar: {ranks: 3}\npd_role",
-            "the port lists name 2",
+            "the port lists name 2 ranks",
         ),
         (
             "pd_role",
             "sidecar: {tcp_port: 65535}\npd_role",
-            "rank 1 has no port",
+            "the port of rank 1 would be above 65535",
         ),
         (
             "pd_role",
@@ -146,7 +147,7 @@ fn ports_must_fit_together() {
         (
             "127.0.0.1\npd_peer_init",
             "0.0.0.0\npd_peer_init",
-            "senders cannot connect to every interface",
+            "senders cannot connect to a wildcard address",
         ),
     ] {
         let file = RECEIVER.replacen(from, to, 1);
@@ -165,7 +166,7 @@ fn ports_must_fit_together() {
 fn listening_beyond_this_machine_must_be_asked_for() {
     let file = RECEIVER.replacen("127.0.0.1", "10.0.0.2", 1) + "sidecar: {admin: '0.0.0.0:7900'}\n";
     let expect = [
-        "x.yaml:8|sidecar.admin|0.0.0.0:7900|the proxy cannot call back every interface",
+        "x.yaml:8|sidecar.admin|0.0.0.0:7900|the proxy cannot call back a wildcard address",
         "x.yaml:3|pd_peer_host|10.0.0.2|it listens beyond this machine, and peers are not authenticated yet",
         "x.yaml:8|sidecar.admin|0.0.0.0:7900|it listens beyond this machine, and peers are not authenticated yet",
     ];
@@ -204,8 +205,8 @@ fn ucx_listens_by_consent_only() {
         let env = [("UCX_TLS", tls)];
         let found = mistakes(&inputs(RECEIVER, &env, &[]));
         let what = format!(
-            "environment UCX_TLS|sidecar.nixl_over_tcp|refused|UCX_TLS={tls} lets UCX listen at TCP ports of its own, \
-             and whoever reaches one reads and writes the memory of this process"
+            "environment UCX_TLS|sidecar.nixl_over_tcp|refused|UCX_TLS={tls} lets UCX open TCP ports, \
+             and any program that reaches such a port can read and write the memory of this process"
         );
         assert_eq!(found, [what]);
         // Without NIXL the variable has no effect.

@@ -104,11 +104,13 @@ fn the_smallest_files_are_enough() {
     );
     assert!(config.sends() && !config.receives());
 
+    // The connector computes the same path from the same variable.
     let inputs = inputs(SENDER, &[("XDG_RUNTIME_DIR", "/run/user/7/")], &[]);
     let (config, _) = Config::load(&inputs).unwrap();
     let socket = config.socket.to_str();
     assert_eq!(socket, Some("/run/user/7/pd-sidecar/sender.sock"));
 
+    // A sidecar with both roles has one socket, named after neither side.
     let both = RECEIVER.replace("receiver", "both");
     let (config, _) = load(&both);
     assert!(config.sends() && config.receives());
@@ -458,6 +460,7 @@ fn damaged_files_never_panic() {
     let mut loaded = 0;
     for round in 0..500 {
         let mut text = [RECEIVER, SENDER][round % 2].to_owned();
+        // Each damage replaces at most 8 bytes, so that the rest of the file still reaches the later checks.
         for _ in 0..rng.random_range(1..6) {
             let at = (0..=text.len())
                 .filter(|&i| text.is_char_boundary(i))

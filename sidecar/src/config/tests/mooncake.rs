@@ -113,7 +113,7 @@ fn mistakes_are_named_in_mooncakes_words() {
     assert_eq!(
         mistakes(&role("receiver", &near, &[])),
         [
-            "x.yaml:1|decode_url|127.0.0.1:13040|it is less than 50 ports from prefill_url on the same host"
+            "x.yaml:1|decode_url|127.0.0.1:13040|the port is less than 50 away from the port of prefill_url, on the same host"
         ]
     );
     let wrong = json(r#""metadata_server": "a", "metadata_backend": "zk","#).replace("tcp", "ipc");
@@ -121,7 +121,7 @@ fn mistakes_are_named_in_mooncakes_words() {
         mistakes(&role("sender", &wrong, &[])),
         [
             "x.yaml:1|metadata_server|a|`zk` is not one of etcd, redis, http",
-            "x.yaml:2|protocol|ipc|UCX has no such transport",
+            "x.yaml:2|protocol|ipc|not a protocol of Mooncake's that the sidecar can use",
         ]
     );
     let nobody = inputs(&json(""), &[], &[]);

@@ -59,14 +59,16 @@ impl Value for HostPort {
             .and_then(|h| h.strip_suffix(']'))
         {
             Some(inner) => inner,
-            None if host_text.contains(':') => return Err("IPv6 without brackets".to_owned()),
+            None if host_text.contains(':') => {
+                return Err("an IPv6 address without brackets".to_owned());
+            }
             None => host_text,
         };
         Ok(Self {
             host: host(bare)?,
             port: port_text
                 .parse()
-                .map_err(|_| format!("`{port_text}` is no port"))?,
+                .map_err(|_| format!("`{port_text}` is not a port"))?,
         })
     }
 
@@ -89,11 +91,14 @@ impl Value for Url {
             .or_else(|| text.strip_prefix("https://"))
             .ok_or("neither http:// nor https://")?;
         if rest.is_empty() || rest.contains(|c: char| c.is_whitespace() || "?#@".contains(c)) {
-            return Err("no base URL".to_owned());
+            return Err(
+                "not a base URL: it has no host, or has a query, a fragment, an @ or white space"
+                    .to_owned(),
+            );
         }
         let authority = rest.split('/').next().unwrap_or_default();
         if !authority.starts_with('[') && authority.matches(':').count() > 1 {
-            return Err("IPv6 without brackets".to_owned());
+            return Err("an IPv6 address without brackets".to_owned());
         }
         Ok(Self(text.to_owned()))
     }

@@ -20,7 +20,7 @@ pub(crate) enum Device {
 pub(crate) struct Devices(pub(crate) Vec<Device>);
 
 impl Value for Devices {
-    const WANT: &'static str = "cpu, cuda (rank N on GPU N), cuda:N, cuda:GPU-UUID, or a list of them, one a rank: [cuda:0, cuda:1]";
+    const WANT: &'static str = "cpu, cuda (rank N on GPU N), cuda:N, cuda:GPU-UUID, or a list of them, one per rank: [cuda:0, cuda:1]";
 
     fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
         let devices: Vec<Device> = items(raw)?.iter().map(device).collect::<Result<_, _>>()?;
@@ -50,7 +50,7 @@ fn device(raw: &Raw) -> Result<Device, String> {
         return Ok(Device::Cuda);
     }
     let Some(("cuda", gpu)) = text.split_once(':') else {
-        return Err("no memory that buffers can be in".to_owned());
+        return Err("not a kind of memory for buffers".to_owned());
     };
     if let Ok(ordinal) = gpu.parse() {
         return Ok(Device::Gpu(Which::Ordinal(ordinal)));

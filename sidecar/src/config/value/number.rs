@@ -50,7 +50,7 @@ impl Value for Port {
 pub(crate) struct Ports(pub(crate) Vec<u16>);
 
 impl Value for Ports {
-    const WANT: &'static str = "a list of ports, one a rank: [7300, 7301] or 7300";
+    const WANT: &'static str = "a list of ports, one per rank: [7300, 7301] or 7300";
 
     fn read(raw: &Raw, notes: &mut Vec<String>) -> Result<Self, String> {
         let ports: Result<Vec<_>, _> = items(raw)?
@@ -98,7 +98,7 @@ impl Value for Bytes {
             "k" | "m" | "g" | "t" => {
                 return Err(format!("`{unit}` may mean {unit}iB or {unit}B"));
             }
-            _ => return Err(format!("no unit `{unit}`")),
+            _ => return Err(format!("not a unit: `{unit}`")),
         };
         scaled(number.trim(), scale).map(Self)
     }
@@ -143,7 +143,7 @@ pub(super) fn integer(raw: &Raw, notes: &mut Vec<String>) -> Result<u64, String>
         // YAML 1.1, which LMCache reads, takes a leading 0 for octal; YAML 1.2 takes it for decimal.
         let n = radix(bare, 8).map_err(|_| "a leading 0 makes it octal in YAML 1.1".to_owned())?;
         notes.push(format!(
-            "`{text}` is octal in YAML 1.1, as LMCache reads it: taken as {n}; write {n} or 0o{n:o}"
+            "`{text}` is octal in YAML 1.1, which LMCache reads, so the value is {n}; write {n} or 0o{n:o}"
         ));
         return Ok(n);
     }

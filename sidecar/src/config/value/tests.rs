@@ -32,7 +32,7 @@ fn whole_numbers_in_every_yaml_spelling() {
     yaml::<Count<0>>("+5", "5");
     yaml::<Count<0>>(
         "017",
-        "15 (`017` is octal in YAML 1.1, as LMCache reads it: taken as 15; write 15 or 0o17)",
+        "15 (`017` is octal in YAML 1.1, which LMCache reads, so the value is 15; write 15 or 0o17)",
     );
     yaml::<Count<0>>("'017'", "17");
     outside::<Count<0>>("017", "17");
@@ -58,8 +58,8 @@ fn truth_values() {
     for no in ["false", "no", "Off", "0", "n"] {
         yaml::<bool>(no, "false");
     }
-    yaml::<bool>("2", "!not a truth value");
-    yaml::<bool>("maybe", "!not a truth value");
+    yaml::<bool>("2", "!neither true nor false");
+    yaml::<bool>("maybe", "!neither true nor false");
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn sizes_with_and_without_units() {
     yaml::<Bytes>("1_073_741_824", "1073741824 (1 GiB)");
     yaml::<Bytes>("1e9", "1000000000");
     yaml::<Bytes>("4G", "!`G` may mean GiB or GB");
-    yaml::<Bytes>("4 potatoes", "!no unit `potatoes`");
+    yaml::<Bytes>("4 potatoes", "!not a unit: `potatoes`");
     yaml::<Bytes>("99999999999TiB", "!too large");
     yaml::<Bytes>("0.1B", "!not a whole number");
     yaml::<Bytes>("GiB", "!not a number");
@@ -87,7 +87,7 @@ fn times() {
     outside::<Millis>("1.5s", "1500");
     outside::<Millis>("2m", "120000");
     outside::<Millis>("25h", "!more than a day");
-    outside::<Millis>("5 parsecs", "!no unit `parsecs`");
+    outside::<Millis>("5 parsecs", "!not a unit: `parsecs`");
     outside::<Millis>("-1", "!negative");
     outside::<Seconds>("5.0", "5");
     outside::<Seconds>("0.005", "0.005");
@@ -123,9 +123,9 @@ fn addresses() {
     outside::<HostPort>("[::1]:7500", "[::1]:7500");
     outside::<HostPort>("tcp://[fe80::1%eth0]:7500", "[fe80::1%eth0]:7500");
     outside::<HostPort>("[10.0.0.1%eth0]:7500", "!not a host name");
-    outside::<HostPort>("::1:7500", "!IPv6 without brackets");
+    outside::<HostPort>("::1:7500", "!an IPv6 address without brackets");
     outside::<HostPort>("proxy", "!no port");
-    outside::<HostPort>("proxy:http", "!`http` is no port");
+    outside::<HostPort>("proxy:http", "!`http` is not a port");
     outside::<HostPort>(":7500", "!empty");
     outside::<Host>("10.0.0.2", "10.0.0.2");
     outside::<Host>("[::1]", "::1");
@@ -134,7 +134,7 @@ fn addresses() {
     outside::<Host>("fe80::1%", "!with a port");
     outside::<Url>("http://[::1]:8100/", "http://[::1]:8100");
     outside::<Url>("http://[fe80::1%eth0]:8100", "http://[fe80::1%eth0]:8100");
-    outside::<Url>("http://::1:8100", "!IPv6 without brackets");
+    outside::<Url>("http://::1:8100", "!an IPv6 address without brackets");
     outside::<Host>("10.0.0.2:7300", "!with a port");
     outside::<Host>("http://x", "!a URL");
     outside::<Host>("a b", "!not a host name");
@@ -163,7 +163,7 @@ fn addresses() {
 fn words_and_lists_of_them() {
     outside::<Role>("Sender", "sender");
     outside::<Role>("both", "both");
-    outside::<Role>("prefill", "!none of the possible words");
+    outside::<Role>("prefill", "!not one of the possible values");
     outside::<Choice>("AUTO", "auto");
     outside::<Words>("UCX,POSIX", "[UCX, POSIX]");
     yaml::<Words>("[UCX]", "[UCX]");

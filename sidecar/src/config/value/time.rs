@@ -27,7 +27,7 @@ impl Value for Millis {
             "s" => 1_000,
             "m" | "min" => 60_000,
             "h" => 3_600_000,
-            _ => return Err(format!("no unit `{unit}`")),
+            _ => return Err(format!("not a unit: `{unit}`")),
         };
         scaled(number.trim(), scale).and_then(millis)
     }

@@ -7,7 +7,7 @@ use crate::config::yaml::Raw;
 use crate::transport::table::{CHOICES, Choice};
 
 fn unknown() -> String {
-    "none of the possible words".to_owned()
+    "not one of the possible values".to_owned()
 }
 
 /// Declares an enum of words that is a [`Value`].

@@ -92,7 +92,9 @@ impl Connection {
         match self.outbox.try_send(outgoing) {
             Ok(()) => {}
             // The connection's task reports the end.
-            Err(TrySendError::Closed(_)) => debug!(engine = %self.id, "engine has gone"),
+            Err(TrySendError::Closed(_)) => {
+                debug!(engine = %self.id, "the engine has disconnected")
+            }
             Err(TrySendError::Full(_)) => self.overflow.cancel(),
         }
     }
@@ -114,7 +116,7 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
     let hello = match first {
         Ok(Ok(ToSidecar::Hello(hello))) => hello,
         Ok(Ok(other)) => {
-            warn!(engine = %id, ?other, "engine connection closed: its first message is no hello");
+            warn!(engine = %id, ?other, "engine connection closed: its first message is not a hello");
             return;
         }
         Ok(Err(error)) => {
@@ -148,7 +150,7 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         biased;
         ended = read_all(id, &mut reader, buffer, &events) => ended,
         ended = write_all(&writer, inbox, &waiting) => ended,
-        () = overflow.cancelled() => End::Ours("it does not read its messages".to_owned()),
+        () = overflow.cancelled() => End::Ours("the engine does not read its messages".to_owned()),
     };
     match ended {
         End::Theirs(reason) => info!(engine = %id, reason, "engine disconnected"),
@@ -180,7 +182,9 @@ async fn read_all(
                     return End::Theirs("shutting down".to_owned());
                 }
             }
-            Err(FrameError::Closed) => return End::Theirs("it closed the connection".to_owned()),
+            Err(FrameError::Closed) => {
+                return End::Theirs("the engine closed the connection".to_owned());
+            }
             Err(error @ FrameError::Io(_)) => return End::Theirs(error.to_string()),
             Err(error) => {
                 report(&error, events).await;
@@ -216,7 +220,7 @@ async fn write_all(
             }
             Outgoing::Last(message) => {
                 return End::Theirs(match write(writer, &frame::encode(&message)).await {
-                    Ok(()) => "it was refused".to_owned(),
+                    Ok(()) => "the sidecar refused the engine".to_owned(),
                     Err(error) => error.to_string(),
                 });
             }
@@ -246,7 +250,7 @@ async fn write(writer: &OwnedWriteHalf, mut frame: &[u8]) -> io::Result<()> {
 fn cut(writer: &OwnedWriteHalf) {
     let stream = writer.as_ref().as_fd();
     if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Both) {
-        debug!(%error, "the engine has closed it meanwhile");
+        debug!(%error, "the engine has already closed the connection");
     }
 }
 

@@ -16,7 +16,7 @@ pub(super) enum FrameError {
     #[error("closed")]
     Closed,
     /// A frame is longer than [`MAX_FRAME`].
-    #[error("a frame of {0} bytes; at most {MAX_FRAME} are taken")]
+    #[error("a frame of {0} bytes is longer than {MAX_FRAME} bytes")]
     TooLong(usize),
     /// A frame holds no message.
     #[error(transparent)]

@@ -120,7 +120,7 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             warn!(
                 limit = MAX_CONNECTIONS,
-                "engine connection refused: too many"
+                "engine connection refused: too many connections are open"
             );
             continue;
         };

@@ -85,16 +85,16 @@ fn is_socket(path: &Path) -> bool {
 
 /// Checks that the process at the other end runs as this user or as root.
 pub(super) fn authorised(stream: &UnixStream) -> Result<(), String> {
-    let peer = stream
-        .peer_cred()
-        .map_err(|error| format!("the kernel does not say who it is: {error}"))?;
+    let peer = stream.peer_cred().map_err(|error| {
+        format!("the kernel does not name the user of the engine's process: {error}")
+    })?;
     let own = rustix::process::geteuid().as_raw();
     if peer.uid() == own || peer.uid() == 0 {
         Ok(())
     } else {
         let pid = peer.pid().unwrap_or_default();
         Err(format!(
-            "process {pid} runs as user {}, this sidecar serves user {own}",
+            "process {pid} runs as user {}, but this sidecar serves only user {own} and root",
             peer.uid()
         ))
     }

@@ -154,7 +154,7 @@ impl Device {
             return Ok(());
         }
         let peer = find(other).and_then(handle).map_err(|_| {
-            format!("the receiver's {other} is hidden from this process (CUDA_VISIBLE_DEVICES)")
+            format!("this process does not see the receiver's {other}: check CUDA_VISIBLE_DEVICES")
         })?;
         let mut can = 0;
         // SAFETY: the out-pointer is valid, both devices are of this process.

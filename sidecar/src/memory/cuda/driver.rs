@@ -14,7 +14,8 @@ pub(crate) enum CudaError {
     /// The host or the container has no driver library.
     #[error(
         "libcuda.so.1 is not found: this host has no NVIDIA driver, or the container was started \
-         without it (docker: --gpus all; Kubernetes: a limit nvidia.com/gpu); without a GPU write cpu"
+         without it (docker: --gpus all; Kubernetes: a limit nvidia.com/gpu); without a GPU set \
+         pd_buffer_device to cpu"
     )]
     NoDriver,
     /// The driver is older than `OLDEST`. Holds its version, 1000 * major + 10 * minor.
@@ -22,8 +23,8 @@ pub(crate) enum CudaError {
     TooOld(i32),
     /// This process does not see the GPU.
     #[error(
-        "there is no GPU {asked} for this process ({present}); check CUDA_VISIBLE_DEVICES and what \
-         the container was given"
+        "this process does not see GPU {asked} ({present}); check CUDA_VISIBLE_DEVICES and the GPUs of the \
+         container"
     )]
     NoDevice {
         /// The ordinal or UUID that was asked for.
@@ -34,7 +35,7 @@ pub(crate) enum CudaError {
     /// The GPU has too little free memory for the buffer.
     #[error(
         "a buffer of {} was asked for on GPU {device}, which has {} of {} free; make the buffer \
-         smaller, or leave it more room (vLLM: --gpu-memory-utilization)",
+         smaller, or leave more memory free (vLLM: a lower --gpu-memory-utilization)",
         Size(*asked), Size(*free), Size(*total)
     )]
     Short {
@@ -49,8 +50,8 @@ pub(crate) enum CudaError {
     },
     /// The GPU has too little free memory for this process's context.
     #[error(
-        "{device} has no memory left for this process's CUDA context, about 500 MiB: leave it more \
-         room (vLLM: --gpu-memory-utilization)"
+        "{device} has no memory left for this process's CUDA context, about 500 MiB: leave more \
+         memory free (vLLM: a lower --gpu-memory-utilization)"
     )]
     NoContext {
         /// The ordinal or UUID that was asked for.

@@ -60,7 +60,7 @@ impl Event {
         check("cuIpcGetEventHandle", unsafe {
             sys::cuIpcGetEventHandle(&mut handle, event.raw)
         })
-        .map_err(|error| error.ipc("an event cannot be shown to other processes"))?;
+        .map_err(|error| error.ipc("cannot share an event with other processes"))?;
         Ok((event, handle.reserved.map(c_char::cast_unsigned)))
     }
 
@@ -88,7 +88,7 @@ impl Event {
         check("cuIpcOpenEventHandle", unsafe {
             sys::cuIpcOpenEventHandle(&mut raw, handle)
         })
-        .map_err(|error| error.ipc("the engine's event cannot be opened"))?;
+        .map_err(|error| error.ipc("cannot open the engine's event"))?;
         Ok(Self::of(raw, device))
     }
 

@@ -49,7 +49,7 @@ impl Imported {
         check("cuIpcOpenMemHandle", unsafe {
             sys::cuIpcOpenMemHandle_v2(&mut address, raw, flags)
         })
-        .map_err(|error| error.ipc("the other process's buffer cannot be opened"))?;
+        .map_err(|error| error.ipc("cannot open the buffer of the other process"))?;
         let mut imported = Self {
             device: Arc::clone(device),
             address,

@@ -164,7 +164,7 @@ impl DeviceMemory {
         check("cuIpcGetMemHandle", unsafe {
             sys::cuIpcGetMemHandle(&mut handle, self.address)
         })
-        .map_err(|error| error.ipc("the buffer cannot be shown to other processes"))?;
+        .map_err(|error| error.ipc("cannot share the buffer with other processes"))?;
         Ok(handle.reserved.map(c_char::cast_unsigned))
     }
 }

@@ -54,7 +54,7 @@ impl Push {
                 self.dropped += 1;
                 if rare(self.dropped) {
                     warn!(proxy = %self.peer, total = self.dropped,
-                        "message to the proxy dropped: it does not take them");
+                        "message to the proxy dropped: the proxy does not take messages");
                 }
                 Err(match error {
                     TrySendError::Full(_) => SendError::Full,

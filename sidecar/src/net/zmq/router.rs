@@ -304,7 +304,7 @@ impl RouterServer {
                     port = self.port,
                     limit = MAX_PEERS,
                     total,
-                    "too many connections: the one silent for longest is ended"
+                    "too many connections: closed the one that was silent for longest"
                 );
             }
             self.disconnect(victim);
@@ -371,7 +371,7 @@ impl RouterServer {
                         port = self.port,
                         frames,
                         total,
-                        "message with wrong frames dropped"
+                        "message dropped: wrong number of frames"
                     );
                 }
                 return None;

@@ -20,10 +20,13 @@ pub(super) async fn refuse(request: Request, next: Next) -> Response {
     let is_here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
     if is_here && is_a_page(request.headers()) {
         let path = request.uri().path();
-        warn!(path, "a web page asks (Host, Sec-Fetch-Site): refused");
+        warn!(
+            path,
+            "refused a request from a web page (header Host or Sec-Fetch-Site)"
+        );
         return refused(
             StatusCode::FORBIDDEN,
-            "Host has to be localhost or a loopback address, and no page of another site may ask",
+            "the header Host must be localhost or a loopback address, and a page of another site may not ask",
         );
     }
     next.run(request).await

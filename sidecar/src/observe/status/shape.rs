@@ -209,8 +209,8 @@ impl fmt::Display for NotReady {
             }
             Self::WireEnded(role, rank, wire) => write!(
                 f,
-                "the thread behind {wire} of the {} of rank {rank} has ended: its last words are on \
-                 standard error, and only a restart of this sidecar helps",
+                "the thread of transport {wire} of the {} of rank {rank} has ended: see its error on \
+                 standard error, and restart this sidecar",
                 role.as_str()
             ),
             Self::NoProxy(proxy) => write!(

@@ -283,7 +283,7 @@ fn garbage_in_both_directions() {
     assert!(
         error
             .to_string()
-            .contains("it says 5 slots of 65536 bytes and shows 4"),
+            .contains("its hello names 5 slots of 65536 bytes, but its list has 4"),
         "{error}"
     );
 }

@@ -105,7 +105,7 @@ impl Checks {
             return std::future::pending().await;
         };
         let sound = running.await.unwrap_or_else(|error| {
-            error!(%error, "checksums could not be compared: they count as wrong");
+            error!(%error, "cannot compare checksums: the chunks count as wrong");
             false
         });
         self.running = None;

@@ -125,7 +125,7 @@ impl ReceiverTask {
                 received = self.alloc.recv() => match received {
                     Ok(event) => self.on_alloc_port(event),
                     Err(error) => {
-                        error!(%error, "the alloc port is dead");
+                        error!(%error, "the alloc port has failed");
                         break;
                     }
                 },
@@ -137,7 +137,7 @@ impl ReceiverTask {
                         self.lmcache_peers.lost_init(route);
                     }
                     Err(error) => {
-                        error!(%error, "the init port is dead");
+                        error!(%error, "the init port has failed");
                         break;
                     }
                 },
@@ -145,7 +145,7 @@ impl ReceiverTask {
                     Ok(FromPeer::Message(route, bytes)) => self.on_query(route, &bytes),
                     Ok(FromPeer::Lost(_)) => {}
                     Err(error) => {
-                        error!(%error, "the query port is dead");
+                        error!(%error, "the query port has failed");
                         break;
                     }
                 },
@@ -187,7 +187,9 @@ impl ReceiverTask {
                 ToSidecar::Await(m) => self.feed(Event::Await(engine, m)),
                 ToSidecar::Release(m) => self.feed(Event::Release(engine, m)),
                 ToSidecar::Abort(m) => self.feed(Event::Abort(engine, m)),
-                other => warn!(%engine, ?other, "not a message of a decode engine: ignored"),
+                other => {
+                    warn!(%engine, ?other, "ignored a message that a decode engine does not send")
+                }
             },
             FromEngine::Gone(engine) => {
                 self.engines.gone(engine);
@@ -222,7 +224,10 @@ impl ReceiverTask {
             &slot_layout.layout,
         );
         let Some(config) = config else {
-            error!(?slot_layout, "a layout without a size was admitted");
+            error!(
+                ?slot_layout,
+                "bug: the sidecar took an engine with a layout without a size"
+            );
             return;
         };
         let fields = self.context.wires.handshake_fields();
@@ -347,7 +352,7 @@ impl ReceiverTask {
             .slot_layout()
             .map_or(0, |slot_layout| slot_layout.slot_bytes);
         if let Err(error) = self.canaries.put(&self.buffer, slot, bytes) {
-            error!(%slot, %error, "a slot takes no marks: it will count as not written");
+            error!(%slot, %error, "cannot write the canary into a slot: the slot will count as not written");
         }
     }
 

@@ -32,7 +32,7 @@ impl ReceiverTask {
                         info!(
                             peer = from,
                             name = name.escape_debug().to_string(),
-                            "an LMCache sender has the slots' addresses"
+                            "an LMCache sender has received the slots' addresses"
                         );
                         if self.context.config.ucx.tcp_host.is_none() {
                             warn!(
@@ -163,7 +163,7 @@ impl ReceiverTask {
         if !lmcache_peer.linked {
             warn!(
                 peer = lmcache_peer.sender.id,
-                "an LMCache sender that linked with a receiver before this one: it is lent no slots until it restarts"
+                "an LMCache sender made its handshake with an earlier receiver: it gets no slots until it restarts"
             );
         }
         if let Some(process) = lmcache_peer.process {

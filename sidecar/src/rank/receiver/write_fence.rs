@@ -153,8 +153,8 @@ impl WriteFences {
         if let Some((other, _)) = other {
             warn!(
                 sender = sender.id, epoch = %sender.epoch, other = %other.epoch,
-                "a second sender of this name, and nobody has said that the first has ended: if both run, \
-                 give one of them another `id`"
+                "a second sender has this name, and there is no proof that the first has ended: if both run, \
+                 give one of them another `sidecar.id`"
             );
         }
     }
@@ -213,7 +213,7 @@ impl WriteFences {
                 known.life = Life::Ended;
                 info!(
                     sender = sender.id, grace = ?self.grace,
-                    "this sender has ended, by word of its successor"
+                    "this sender has ended: its next process has proved it"
                 );
                 self.settling += 1;
                 self.steps.spawn(settle(sender.clone(), self.grace));
@@ -238,12 +238,12 @@ impl WriteFences {
             warn!(
                 sender = sender.id,
                 %lease,
-                "slots quarantined until the sender speaks, or its successor: it runs on another host, or \
-                 cannot be watched"
+                "slots quarantined until the sender or its next process sends a message: the sender runs on another \
+                 host, or this process cannot watch it"
             );
             return;
         };
-        warn!(sender = sender.id, %lease, "slots quarantined until the sender speaks or its process ends");
+        warn!(sender = sender.id, %lease, "slots quarantined until the sender sends a message or its process ends");
         if !self.watched.insert(sender.clone()) {
             return;
         }
@@ -274,7 +274,7 @@ impl WriteFences {
                 }
                 Some(Ok(Step::Ended(sender, Err(error)))) => {
                     self.watched.remove(&sender);
-                    warn!(sender = sender.id, %error, "the sender's process cannot be watched");
+                    warn!(sender = sender.id, %error, "cannot watch the sender's process");
                 }
                 Some(Ok(Step::Settled(sender))) => {
                     self.settling -= 1;
@@ -318,7 +318,7 @@ fn open(sender: &SenderId, pid: u32) -> Option<Arc<AsyncFd<OwnedFd>>> {
     {
         Ok(descriptor) => Some(Arc::new(descriptor)),
         Err(error) => {
-            warn!(sender = sender.id, pid, %error, "the sender's process cannot be watched");
+            warn!(sender = sender.id, pid, %error, "cannot watch the sender's process");
             None
         }
     }

@@ -116,14 +116,14 @@ impl Connection {
             .map_err(|_| no_link(format!("no handshake within {:?}", self.deadline)))??;
         let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
             .await
-            .map_err(|error| no_link(format!("the alloc socket cannot be made: {error}")))?;
+            .map_err(|error| no_link(format!("cannot make the alloc socket: {error}")))?;
         // A receiver without a hello is LMCache's. Only the type of its alloc socket shows if it is the
         // asynchronous one.
         if made.hello.is_none() {
             let cancels = self
                 .connected_to_router(&mut dealer)
                 .await
-                .ok_or_else(|| no_link("its alloc port does not answer".to_owned()))?;
+                .ok_or_else(|| no_link("the receiver's alloc port does not answer".to_owned()))?;
             made.kind = ReceiverKind::Lmcache { cancels };
         }
         Ok((made, dealer))
@@ -160,7 +160,10 @@ impl Connection {
                 // The loop tries each wire at most once, because a wire that has failed is not chosen again.
                 // LMCache has only one wire.
                 Err(error) if self.wires.may_choose() && hello.is_some() => {
-                    warn!(peer = error.peer, transport = %error.kind, error = error.cause, "a wire fails: trying the next");
+                    warn!(
+                        peer = error.peer, transport = %error.kind, error = error.cause,
+                        "a transport failed: trying the next"
+                    );
                     failed.push((error.kind, error.cause));
                 }
                 Err(error) => return Err((Reason::NoLink, error.to_string())),

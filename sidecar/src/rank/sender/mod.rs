@@ -153,7 +153,9 @@ impl SenderTask {
                 ToSidecar::Computing(m) => self.feed(Event::Computing(engine, m)),
                 ToSidecar::Staged(m) => self.feed(Event::Staged(engine, m)),
                 ToSidecar::Cancel(m) => self.feed(Event::Cancel(engine, m)),
-                other => warn!(%engine, ?other, "not a message of a prefill engine: ignored"),
+                other => {
+                    warn!(%engine, ?other, "ignored a message that a prefill engine does not send")
+                }
             },
             FromEngine::Gone(engine) => {
                 self.engines.gone(engine);
@@ -234,7 +236,7 @@ impl SenderTask {
         if let Readiness::Never(why) = &standing {
             warn!(
                 why,
-                "chunks for an LMCache receiver will never stand in their slots"
+                "chunks for an LMCache receiver will never be ready in their send slots"
             );
         }
         let stand = standing == Readiness::There;
@@ -291,7 +293,7 @@ impl SenderTask {
                         // writes ask for its help.
                         () = times.lasting(), if !waited => {
                             if lasting.try_send(transfer).is_err() {
-                                debug!(%transfer, "the receiver is not asked for help with a write");
+                                debug!(%transfer, "cannot ask the receiver for help with a write: the queue is full");
                             }
                             whole.await
                         }
@@ -445,7 +447,7 @@ impl SenderTask {
             Some(event) => Ok(Ready::after(event)),
             None => Err(Outcome::Failed {
                 terminal: true,
-                error: format!("engine {engine} named event {event}, which it never made known"),
+                error: format!("engine {engine} named event {event}, which is not in its hello"),
             }),
         }
     }

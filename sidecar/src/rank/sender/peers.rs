@@ -136,6 +136,7 @@ impl Peers {
         | News::Malformed(to)
         | News::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
+        // An earlier connection to this receiver may still report. Its news must not end the newer one.
         if peer.generation != generation {
             return None;
         }
@@ -165,14 +166,19 @@ impl Peers {
             }
             News::Failed(to, reason, error) => {
                 warn!(peer = peer.status.peer, %reason, error, "no link");
+                // The next request to this receiver tries again, because the entry is gone.
                 peer.stop.cancel();
                 self.peers.remove(&to);
                 Some(FromReceiver::Lost(to, reason))
             }
             News::Message(to, message) => Some(FromReceiver::Message(to, message)),
             News::Malformed(_) => Some(FromReceiver::Malformed),
+            // The machine ends the receiver's requests, so the task of the connection has no more work.
             News::Lost(to) => {
-                warn!(peer = peer.status.peer, "receiver's connection lost");
+                warn!(
+                    peer = peer.status.peer,
+                    "lost the connection to the receiver"
+                );
                 peer.stop.cancel();
                 self.peers.remove(&to);
                 Some(FromReceiver::Lost(to, Reason::PeerLost))
@@ -258,7 +264,7 @@ impl Peers {
         if peer.outbox.try_send(codec::encode(message)).is_err() {
             warn!(
                 peer = peer.status.peer,
-                "receiver does not take messages: one is dropped"
+                "message dropped: the receiver does not take messages"
             );
         }
     }
@@ -274,7 +280,7 @@ impl Peers {
             Some(link) => link.write_when(ready, lease, pieces),
             None => Box::pin(std::future::ready(Outcome::Failed {
                 terminal: true,
-                error: "the link is gone".to_owned(),
+                error: "the link has ended".to_owned(),
             })),
         }
     }

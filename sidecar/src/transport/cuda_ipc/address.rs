@@ -37,7 +37,8 @@ impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("the receiver tells of a GPU buffer that makes no sense: {text:?}");
+        let wrong =
+            || format!("the receiver's description of its GPU buffer is not valid: {text:?}");
         let mut parts = text.split('/');
         let (Some(uuid), Some(bytes), Some(hex), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())

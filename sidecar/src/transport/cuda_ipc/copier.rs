@@ -205,7 +205,7 @@ impl Copier {
                     continue;
                 }
                 Ok(State::Pending) => {
-                    let error = format!("nothing moved for {:?}", self.config.stall);
+                    let error = format!("no byte moved for {:?}", self.config.stall);
                     (uncertain(error), false)
                 }
                 // The context is lost, and every later copy fails in the same way.
@@ -220,7 +220,7 @@ impl Copier {
                         count(&counters.bytes, running.bytes);
                     }
                     Outcome::Failed { error, .. } => {
-                        tracing::warn!(peer = running.peer.name, error, "copy given up");
+                        tracing::warn!(peer = running.peer.name, error, "gave up a copy");
                         count(&counters.uncertain, 1);
                     }
                 }
@@ -261,7 +261,7 @@ impl Copier {
             }
             tracing::warn!(
                 peer = running.peer.name,
-                "a copy has not ended: both buffers are kept until the process ends"
+                "a copy has not ended: this process keeps both buffers until it ends"
             );
             leak(running.peer);
             std::mem::forget(Arc::clone(&self.memory));

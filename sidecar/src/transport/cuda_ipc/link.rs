@@ -44,7 +44,10 @@ pub(super) async fn connect(
         Ok(Ok(Ok(mapping))) => Ok(Arc::new(CudaLink(mapping)) as Arc<dyn Link>),
         Ok(Ok(Err(cause))) => Err(refused(cause)),
         Ok(Err(_)) => Err(refused(STOPPED.to_owned())),
-        Err(_) => Err(refused(format!("not mapped within {:?}", shared.link))),
+        Err(_) => Err(refused(format!(
+            "the receiver's buffer was not mapped within {:?}",
+            shared.link
+        ))),
     }
 }
 

@@ -30,7 +30,9 @@ impl Peer {
         remote: &Remote,
     ) -> Result<Self, String> {
         let address = remote.address.as_deref();
-        let address: Address = address.ok_or("the receiver shows no GPU buffer")?.parse()?;
+        let address: Address = address
+            .ok_or("the receiver offers no GPU buffer")?
+            .parse()?;
         let bytes = u64::from(remote.slots).checked_mul(remote.slot_bytes);
         if slot_bytes == 0
             || slot_bytes != remote.slot_bytes

@@ -29,6 +29,7 @@ async fn measure(library: &'static Library, total: u64, chunk: u64) {
     let link = sender.link(receiver.remote.clone()).await.unwrap();
     let mut raw = raw(library, &buffer, &receiver, total, chunk);
     let mut ours = Vec::new();
+    // Both kinds of writes alternate, so that a change of the machine's speed affects them alike.
     for round in 0..18 {
         for (_, transfer, seconds) in &mut raw {
             let start = Instant::now();
@@ -43,6 +44,7 @@ async fn measure(library: &'static Library, total: u64, chunk: u64) {
         let start = Instant::now();
         assert_eq!(link.write(LEASE, pieces).await, Outcome::Done);
         ours.push(start.elapsed().as_secs_f64());
+        // The first rounds still open connections and register memory, so they do not count.
         if round == 2 {
             ours.clear();
             raw.iter_mut().for_each(|(_, _, seconds)| seconds.clear());

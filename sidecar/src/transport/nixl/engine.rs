@@ -146,7 +146,7 @@ impl Engine {
             } => match self.peers.get_mut(&link) {
                 Some(peer) => peer.write(ready, &pieces, self.slots.as_ref(), reply, permit),
                 // A link exists longer than its peer only while the thread ends.
-                None => answer(reply, unsent("the link is gone")),
+                None => answer(reply, unsent("the link has ended")),
             },
             Command::Unlink(link) => {
                 if let Some(peer) = self.peers.get_mut(&link) {
@@ -257,7 +257,7 @@ impl Engine {
     fn progress(&self) -> Duration {
         let start = Instant::now();
         if let Err(error) = self.agent.progress() {
-            tracing::warn!(%error, "nixl does not progress");
+            tracing::warn!(%error, "nixl's progress call failed");
         }
         start.elapsed()
     }
@@ -291,7 +291,7 @@ impl Engine {
         if !self.stuck.is_empty() {
             tracing::warn!(
                 writes = self.stuck.len(),
-                "nixl writes have not ended: the buffer is kept until the process ends"
+                "nixl writes have not ended: this process keeps the buffer until it ends"
             );
         }
     }

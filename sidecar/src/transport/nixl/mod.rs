@@ -271,7 +271,7 @@ impl Transport for Nixl {
             return Ok(());
         }
         Err(format!(
-            "without RDMA it reaches another host over TCP only, at ports that UCX opens; {CONSENT}"
+            "without RDMA nixl reaches another host only over TCP, at ports that UCX opens; {CONSENT}"
         ))
     }
 
@@ -375,10 +375,10 @@ impl Shared {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     /// The kernel gave no thread.
-    #[error("no thread for nixl")]
+    #[error("cannot start the nixl thread")]
     Thread(#[source] std::io::Error),
     /// The library or the GPU driver refused.
-    #[error("nixl does not start")]
+    #[error("cannot start nixl")]
     Nixl(#[source] Refusal),
     /// The engine thread panicked; its message is on standard error.
     #[error("the nixl thread panicked while starting")]

@@ -92,7 +92,7 @@ impl Peer {
             .find(|row| row.bytes != layout.slot_bytes)
         {
             return Err(format!(
-                "its slots have {} bytes, ours {}",
+                "the receiver's slots have {} bytes, the slots here {}: both sides must serve the same model",
                 row.bytes, layout.slot_bytes
             ));
         }
@@ -101,7 +101,7 @@ impl Peer {
             .filter(|slots| *slots == remote.slots)
             .ok_or_else(|| {
                 format!(
-                    "it tells of {} slots and describes {}",
+                    "the receiver names {} slots and describes {}",
                     remote.slots,
                     remote.fields.rows.len()
                 )
@@ -181,7 +181,7 @@ impl Peer {
         if !slots.is_some_and(|slots| Rc::ptr_eq(&slots.list, &self.slots.list)) {
             return answer(
                 reply,
-                unsent("the buffer was cut anew since the link was made"),
+                unsent("the buffer has another slot layout than when the link was made"),
             );
         }
         let batches = self
@@ -272,8 +272,8 @@ impl Peer {
                             i += 1;
                             continue;
                         }
-                        let error = format!("nothing moved for {stall:?}");
-                        tracing::warn!(peer = self.name, error, "nixl write given up");
+                        let error = format!("no byte moved for {stall:?}");
+                        tracing::warn!(peer = self.name, error, "gave up a nixl write");
                         let transfer = write.running.swap_remove(i).transfer;
                         // The connection must not be used again, because a new link would queue behind this
                         // transfer.

@@ -32,7 +32,7 @@ impl Wire {
     /// more.
     pub(super) fn poor(self, same_host: bool) -> Option<String> {
         match self {
-            Self::Streams => Some("UCX_TLS leaves nixl only sockets for GPU memory".to_owned()),
+            Self::Streams => Some("UCX_TLS allows nixl only sockets for GPU memory".to_owned()),
             Self::Descriptors if !same_host && !has_rdma() => {
                 Some("nixl has no RDMA device here, only sockets for GPU memory".to_owned())
             }

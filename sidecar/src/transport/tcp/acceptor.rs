@@ -109,7 +109,7 @@ impl Accepting {
             let (listening, ready) = match self.poll(pause.take()) {
                 Ok(ready) => ready,
                 Err(error) => {
-                    tracing::error!(%error, "tcp listener cannot poll; it accepts no more");
+                    tracing::error!(%error, "the tcp listener cannot poll: it accepts no more connections");
                     break;
                 }
             };
@@ -171,7 +171,7 @@ impl Accepting {
                 }
                 Err(error) => {
                     if let Some(dropped) = self.receiver.counters.log.allow(Instant::now()) {
-                        tracing::warn!(%error, dropped, "tcp listener cannot accept");
+                        tracing::warn!(%error, dropped, "the tcp listener cannot accept a connection");
                     }
                     return Some(ACCEPT_PAUSE);
                 }
@@ -214,7 +214,9 @@ impl Accepting {
                 Ok(None) => self.refuse(&waiting, Refusal::Stalled),
                 Err(Some(why)) => self.refuse(&waiting, why),
                 // A port scanner connects and sends nothing.
-                Err(None) => tracing::debug!(peer = %waiting.peer, "left without a word"),
+                Err(None) => {
+                    tracing::debug!(peer = %waiting.peer, "a peer disconnected before its hello")
+                }
             }
         }
     }
@@ -275,7 +277,9 @@ impl Accepting {
                 self.connections.insert(id, connection);
                 tracing::debug!(peer = %waiting.peer, "sender connected");
             }
-            Err(error) => tracing::error!(peer = %waiting.peer, %error, "no thread for a sender"),
+            Err(error) => {
+                tracing::error!(peer = %waiting.peer, %error, "cannot start a thread for a sender")
+            }
         }
     }
 

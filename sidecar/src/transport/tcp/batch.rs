@@ -65,7 +65,7 @@ impl Drop for Ticket {
         if let Some(batch) = self.0.take() {
             batch.settle(Outcome::Failed {
                 terminal: false,
-                error: "the sending thread ended without a word".to_owned(),
+                error: "the sending thread ended without a result".to_owned(),
             });
         }
     }

@@ -123,7 +123,7 @@ impl ConnectionWriter {
                 return;
             }
             State::Open(_) | State::Closing(_) => format!("{MAX_QUEUED} writes are waiting"),
-            State::Dead(why) => format!("the connection is gone: {why}"),
+            State::Dead(why) => format!("the connection has ended: {why}"),
         };
         job.ticket.settle(Outcome::Failed {
             terminal: true,
@@ -333,7 +333,7 @@ impl Worker {
 
     /// Gives the answered batch its outcome.
     fn settle(&mut self) -> io::Result<()> {
-        let nonsense = || io::Error::other("the receiver's answer makes no sense");
+        let nonsense = || io::Error::other("the receiver's answer is not valid");
         let (batch, outcome) = match Answer::decode(&self.answer) {
             Some(Answer::Landed { batch }) => (batch, Outcome::Done),
             Some(Answer::Refused { batch: 0, why }) => return Err(io::Error::other(why)),

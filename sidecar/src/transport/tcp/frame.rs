@@ -202,11 +202,11 @@ macro_rules! refusals {
 
 refusals! {
     /// The bytes are not of this protocol, or a frame is broken.
-    Malformed = 1 "refused_malformed" "a frame makes no sense",
+    Malformed = 1 "refused_malformed" "a frame is not valid",
     /// The sender has another version of this wire.
-    Version = 2 "refused_version" "the other side speaks another version of this wire",
+    Version = 2 "refused_version" "the two sides speak different versions of this transport",
     /// The sender has another slot layout than the receiver.
-    Geometry = 3 "refused_geometry" "the landing buffer has been cut into other slots since the handshake",
+    Geometry = 3 "refused_geometry" "the slot layout of the landing buffer has changed since the handshake",
     /// No engine has set the slot layout yet.
     NoSlots = 4 "refused_no_slots" "the landing buffer has no slots yet",
     /// The slot is not open to the lease, or not any more.
@@ -214,7 +214,7 @@ refusals! {
     /// A part has more bytes than its slot, or the slot does not exist.
     Bounds = 6 "refused_bounds" "a piece does not fit into its slot",
     /// The sender was too slow.
-    Stalled = 7 "refused_stalled" "nothing came for too long",
+    Stalled = 7 "refused_stalled" "no byte came for too long",
     /// The receiver has too many connections.
     Busy = 8 "refused_busy" "too many connections",
 }

@@ -100,7 +100,7 @@ impl TcpLink {
             let connection =
                 ConnectionWriter::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
             connections.push(
-                connection.map_err(|error| format!("no thread, or no memory for it: {error}"))?,
+                connection.map_err(|error| format!("cannot start a sending thread: {error}"))?,
             );
         }
         Ok(Self {
@@ -211,7 +211,7 @@ async fn greet(
     stream
         .write_all(&hello.encode())
         .await
-        .map_err(|error| format!("cannot greet: {error}"))?;
+        .map_err(|error| format!("cannot send the greeting: {error}"))?;
     let mut answer = [0; Answer::BYTES];
     stream.read_exact(&mut answer).await.map_err(|error| {
         format!(
@@ -222,7 +222,7 @@ async fn greet(
         Some(Answer::Welcome) => {}
         Some(Answer::Refused { why, .. }) => return Err(format!("refused: {why}")),
         Some(Answer::Landed { .. }) | None => {
-            return Err("answered nonsense: is it a sidecar's data port?".to_owned());
+            return Err("sent no valid greeting: is it a sidecar's data port?".to_owned());
         }
     }
     let socket = stream.into_std().and_then(|socket| {

@@ -336,6 +336,6 @@ fn exact<const N: usize>(bytes: &[u8]) -> Option<&[u8; N]> {
 fn cut_off() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
-        "the sender left within a write",
+        "the sender closed the connection within a write",
     )
 }

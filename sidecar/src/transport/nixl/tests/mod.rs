@@ -211,7 +211,7 @@ async fn what_cannot_be_linked_or_written_is_refused_with_its_reason() {
     unsent(vec![piece(0, 0, MIB + 1)], "not within").await;
     assert_eq!(link.write(LEASE, Vec::new()).await, Outcome::Done);
     sender.divide(4, MIB / 2);
-    unsent(vec![piece(0, 0, 1)], "cut anew").await;
+    unsent(vec![piece(0, 0, 1)], "another slot layout").await;
 }
 
 #[tokio::test]
@@ -282,7 +282,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
     );
     for outcome in [first, second] {
         assert!(
-            matches!(&outcome, Outcome::Failed { terminal: false, error } if error.contains("nothing moved")),
+            matches!(&outcome, Outcome::Failed { terminal: false, error } if error.contains("no byte moved")),
             "{outcome:?}"
         );
     }

@@ -64,7 +64,11 @@ impl Receiver {
     fn answer(&mut self, word: &str) -> String {
         let prefix = format!("@{word} ");
         loop {
-            let line = self.output.next().expect("the receiver has died").unwrap();
+            let line = self
+                .output
+                .next()
+                .expect("the receiver process has ended")
+                .unwrap();
             if let Some((_, text)) = line.split_once(&prefix) {
                 return text.to_owned();
             }

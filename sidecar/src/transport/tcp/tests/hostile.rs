@@ -121,6 +121,7 @@ async fn frames_that_make_no_sense_end_their_connection() {
         }
         assert_eq!(raw.hear(), None, "{why}");
         assert_eq!(refused(&receiver, why), count + 1);
+        // The connection of the honest sender is not affected.
         assert_eq!(
             link.write(LEASE, vec![piece(0, 0, MIB)]).await,
             Outcome::Done

@@ -210,10 +210,7 @@ async fn links_that_cannot_be_made_say_what_to_check() {
             other(|r| r.slot_bytes = 5),
             "slots of 1048576 bytes here, 2 of 5 bytes there",
         ),
-        (
-            other(|r| r.slots = 1),
-            "cut into other slots since the handshake",
-        ),
+        (other(|r| r.slots = 1), "has changed since the handshake"),
         (
             other(|r| r.address = Some("no port".to_owned())),
             "no port: cannot be resolved",
