@@ -257,7 +257,7 @@ impl Pair {
             head_size: 16,
             mla: false,
             chunk_tokens: 256,
-            quantization: String::new(),
+            ..Layout::example()
         };
         let token_bytes = layout.token_bytes().unwrap_or(0);
         let chunk = layout.clone();

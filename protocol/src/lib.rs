@@ -9,6 +9,7 @@
 
 pub mod codec;
 pub mod dlist;
+pub mod example;
 pub mod ids;
 pub mod keys;
 pub mod layout;

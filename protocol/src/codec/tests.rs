@@ -48,6 +48,7 @@ fn what_msgspec_takes_is_taken() {
         remote_indexes: vec![300, -1],
         already_sent_indexes: vec![1],
         x: None,
+        ..AllocResponse::example()
     };
     assert_eq!(accepted(&response(list(&[300, -1]), list(&[1]))), plain);
     // Keys in another order, the type last, and unknown keys with values of any type.
@@ -135,7 +136,6 @@ fn every_cut_is_refused() {
         remote_indexes: vec![70_000, -1, 5],
         already_sent_indexes: vec![],
         x: Some(AllocResponseX {
-            v: 1,
             seq: 1 << 40,
             epoch: crate::Epoch(9),
             lease: None,
@@ -143,7 +143,9 @@ fn every_cut_is_refused() {
             window: 0,
             reason: Some(Reason::NoRoom),
             retry_ms: 50,
+            ..AllocResponseX::example()
         }),
+        ..AllocResponse::example()
     }));
     assert!(decode::<ToSender>(&whole).is_ok());
     for len in 0..whole.len() {
@@ -181,6 +183,7 @@ fn caps_hold_before_anything_is_allocated() {
     let long = Init::NixlInitRequest(NixlInitRequest {
         local_meta_bytes: ByteBuf::from(vec![0; MAX_BYTES]),
         x: None,
+        ..NixlInitRequest::example()
     });
     refused::<Init>(&encode(&long), "message of");
     // The count announces elements that are missing.

@@ -87,6 +87,7 @@ impl Port {
                         req,
                         chunks,
                         scatter_us: 0,
+                        ..Release::example()
                     };
                     self.d.handle(self.now, Event::Release(engine, read));
                 }
@@ -105,7 +106,6 @@ impl Port {
     fn x(&mut self, chunks: u32) -> AllocX {
         self.seq += 1;
         AllocX {
-            v: VERSION,
             seq: self.seq,
             id: "p".into(),
             epoch: Epoch(1),
@@ -115,6 +115,7 @@ impl Port {
             wait_ms: 5000,
             park_ms: 0,
             transport: "tcp".into(),
+            ..AllocX::example()
         }
     }
 
@@ -145,6 +146,7 @@ impl Port {
             chunks: (0..).take(indexes.len()).collect(),
             indexes,
             sums: Vec::new(),
+            ..Written::example()
         };
         self.say(1, ToReceiver::Written(written));
     }
@@ -157,6 +159,7 @@ impl Port {
             have_tokens: 0,
             deadline_ms: 60_000,
             written: false,
+            ..Await::example()
         };
         self.feed(Event::Await(ENGINE, message));
     }
@@ -247,6 +250,7 @@ fn a_cancel_of_lmcache_ends_what_there_is_and_nothing_to_come() {
             req_id: req.into(),
             keys: Vec::new(),
             x: None,
+            ..CancelNotif::example()
         };
         port.say(2, ToReceiver::CancelNotif(cancel));
     }
@@ -410,6 +414,7 @@ fn reserve(chunks: u32, tokens: u32) -> sender::Event {
         tokens,
         upto: 0,
         overlap: false,
+        ..Reserve::example()
     };
     sender::Event::Reserve(ENGINE, reserve)
 }
@@ -421,9 +426,9 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     let linked = sender::Event::Linked {
         to: crate::setup::target(),
         epoch: OURS,
-        v: VERSION,
         slots: SLOTS,
         transport: "tcp".into(),
+        v: VERSION,
         cancels: false,
     };
     told(&mut p, Time(1), reserve(2, 2 * CHUNK));

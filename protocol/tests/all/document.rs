@@ -198,7 +198,7 @@ fn the_sizes_of_common_models_are_those_of_their_chunks() {
             head_size: head_size.parse().unwrap(),
             mla: model.contains("MLA"),
             chunk_tokens: 256,
-            quantization: String::new(),
+            ..Layout::example()
         };
         let bytes = layout.token_bytes().unwrap();
         assert_eq!(token_bytes, &thousands(bytes), "bytes per token of {model}");

@@ -4,7 +4,7 @@ use crate::setup::{CHUNK, keys, question};
 use protocol::local::Await;
 use protocol::message::{AllocX, ToReceiver};
 use protocol::receiver::{Action, Config, Event, Receiver, Route};
-use protocol::{EngineId, Epoch, RequestId, Time, VERSION};
+use protocol::{EngineId, Epoch, RequestId, Time};
 
 const OURS: Epoch = Epoch(100);
 
@@ -26,9 +26,9 @@ fn ask(d: &mut Receiver, req: &str, epoch: u64) {
         have_tokens: 0,
         deadline_ms: 60_000,
         written: false,
+        ..Await::example()
     };
     let x = AllocX {
-        v: VERSION,
         seq: 1,
         id: "p".into(),
         epoch: Epoch(epoch),
@@ -38,6 +38,7 @@ fn ask(d: &mut Receiver, req: &str, epoch: u64) {
         wait_ms: 1000,
         park_ms: 50,
         transport: "nixl".into(),
+        ..AllocX::example()
     };
     let asked = question(req, 2, Some(x));
     d.handle(Time(1), Event::Await(EngineId(1), parked));

@@ -17,7 +17,7 @@ fn layout() -> Layout {
         head_size: 64,
         mla: false,
         chunk_tokens: CHUNK,
-        quantization: String::new(),
+        ..Layout::example()
     }
 }
 
@@ -57,6 +57,7 @@ fn check(
         have_tokens: have,
         deadline_ms: 60_000,
         written: false,
+        ..Await::example()
     };
     if park_first {
         d.handle(now, receiver::Event::Await(de, parked.clone()));
@@ -72,6 +73,7 @@ fn check(
                 tokens,
                 upto: CHUNK.min(tokens),
                 overlap,
+                ..Reserve::example()
             },
         ),
     );
@@ -115,6 +117,7 @@ fn check(
                             gather_us: 1,
                             event: None,
                             layers: Vec::new(),
+                            ..Staged::example()
                         };
                         p.handle(now, sender::Event::Staged(pe, staged));
                     }
@@ -144,6 +147,7 @@ fn check(
                             req: ready.req,
                             chunks: ready.chunks,
                             scatter_us: 1,
+                            ..Release::example()
                         },
                     ),
                 ),
@@ -166,6 +170,7 @@ fn check(
             let computing = Computing {
                 req: req.clone(),
                 upto: tokens,
+                ..Computing::example()
             };
             if p_ended.is_some() {
                 break;

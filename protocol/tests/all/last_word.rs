@@ -109,6 +109,7 @@ impl Pair {
             have_tokens: 0,
             deadline_ms: 60_000,
             written: false,
+            ..Await::example()
         };
         let reserve = Reserve {
             req: req.clone(),
@@ -117,10 +118,12 @@ impl Pair {
             tokens: 2 * CHUNK,
             upto: CHUNK,
             overlap: false,
+            ..Reserve::example()
         };
         let computing = Computing {
             req,
             upto: 2 * CHUNK,
+            ..Computing::example()
         };
         self.d
             .handle(self.now, receiver::Event::Await(EngineId(2), parked));
@@ -219,6 +222,7 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
             lease: LeaseId(lease),
             epoch: Epoch(2),
             reason: Reason::Quarantined,
+            ..Unwanted::example()
         };
         let message = ToSender::Unwanted(unwanted);
         p.handle(
@@ -246,6 +250,7 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
         gather_us: 0,
         event: None,
         layers: Vec::new(),
+        ..protocol::local::Staged::example()
     };
     pair.p
         .handle(pair.now, sender::Event::Staged(EngineId(1), granted));

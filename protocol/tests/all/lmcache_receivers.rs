@@ -80,6 +80,7 @@ impl Feeding {
                             gather_us: 0,
                             event: self.events.then_some(chunks[0]),
                             layers: Vec::new(),
+                            ..Staged::example()
                         };
                         self.p
                             .handle(self.now, sender::Event::Staged(ENGINE, staged));
@@ -120,6 +121,7 @@ impl Feeding {
                 tokens: chunks * CHUNK,
                 upto: upto * CHUNK,
                 overlap: false,
+                ..Reserve::example()
             },
         ));
     }
@@ -146,6 +148,7 @@ impl Feeding {
             remote_indexes: (first..first + count).collect(),
             already_sent_indexes: known.to_vec(),
             x: None,
+            ..AllocResponse::example()
         });
         keys
     }
@@ -179,6 +182,7 @@ fn empty() -> AllocResponse {
         remote_indexes: Vec::new(),
         already_sent_indexes: Vec::new(),
         x: None,
+        ..AllocResponse::example()
     }
 }
 
@@ -191,6 +195,7 @@ fn every_chunk_is_asked_for_once_it_stands_ready() {
         let computing = Computing {
             req: "a".into(),
             upto: 5 * CHUNK,
+            ..Computing::example()
         };
         feeding.feed(sender::Event::Computing(ENGINE, computing));
         feeding.written();
@@ -304,6 +309,7 @@ fn no_room_ends_a_request_and_gives_back_what_it_had() {
     let computing = Computing {
         req: "a".into(),
         upto: 4 * CHUNK,
+        ..Computing::example()
     };
     feeding.feed(sender::Event::Computing(ENGINE, computing));
     feeding.questions.clear();
@@ -311,6 +317,7 @@ fn no_room_ends_a_request_and_gives_back_what_it_had() {
         remote_indexes: vec![-1, -1],
         already_sent_indexes: Vec::new(),
         x: None,
+        ..AllocResponse::example()
     });
     assert_eq!(feeding.notices[&RequestId::from("a")], Some(Reason::NoRoom));
     assert_eq!(feeding.grant(0, &[]), ["a/0", "a/1"]);
@@ -366,6 +373,7 @@ fn nonsense_as_an_answer_ends_the_request() {
             remote_indexes: wrong,
             already_sent_indexes: Vec::new(),
             x: None,
+            ..AllocResponse::example()
         });
         assert!(feeding.writes.is_empty());
         assert_eq!(feeding.ended[&RequestId::from("a")], Some(Reason::NoRoom));

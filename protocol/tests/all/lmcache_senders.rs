@@ -144,6 +144,7 @@ impl Landing {
             is_last_batch: chunks.end == total,
             total_chunks: if named { total } else { 0 },
             x: None,
+            ..AllocRequest::example()
         };
         self.feed(receiver::Event::Peer {
             route: Route(route),
@@ -196,6 +197,7 @@ impl Landing {
                 have_tokens: have,
                 deadline_ms: 20_000,
                 written: true,
+                ..Await::example()
             },
         ));
     }
@@ -209,6 +211,7 @@ impl Landing {
                 req: req.into(),
                 chunks,
                 scatter_us: 0,
+                ..Release::example()
             },
         ));
     }
@@ -327,6 +330,7 @@ fn a_full_buffer_is_declined_within_its_bound() {
         is_last_batch: false,
         total_chunks: 0,
         x: None,
+        ..AllocRequest::example()
     };
     landing.feed(receiver::Event::Peer {
         route: Route(1),
@@ -383,6 +387,7 @@ fn random_senders_leave_nothing() {
                         req_id: req.clone(),
                         keys: Vec::new(),
                         x: None,
+                        ..CancelNotif::example()
                     };
                     landing.feed(receiver::Event::Peer {
                         route: Route(route),

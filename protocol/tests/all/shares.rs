@@ -7,7 +7,7 @@ use crate::setup::{CHUNK, SECOND, keys, question};
 use protocol::local::Await;
 use protocol::message::{AllocRequest, AllocX, ToReceiver, ToSender};
 use protocol::receiver::{Action, Config, Event, Receiver, Route};
-use protocol::{EngineId, Epoch, Reason, RequestId, Time, VERSION};
+use protocol::{EngineId, Epoch, Reason, RequestId, Time};
 
 const SLOTS: u32 = 32;
 const OURS: Epoch = Epoch(100);
@@ -63,7 +63,6 @@ impl Port {
     fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
         self.seq += 1;
         let x = AllocX {
-            v: VERSION,
             seq: self.seq,
             id: id.into(),
             epoch: Epoch(self.seq),
@@ -73,6 +72,7 @@ impl Port {
             wait_ms: 1000,
             park_ms: 0,
             transport: "nixl".into(),
+            ..AllocX::example()
         };
         let asked = question(req, chunks, Some(x));
         let message = ToReceiver::AllocRequest(asked);
@@ -143,6 +143,7 @@ fn a_parked_request_has_no_share() {
         have_tokens: 0,
         deadline_ms: 60_000,
         written: false,
+        ..Await::example()
     };
     port.feed(Event::Await(EngineId(1), parked));
     let seq = port.ask(1, "p", "r", SLOTS);

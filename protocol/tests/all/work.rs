@@ -4,7 +4,7 @@
 use crate::setup::{CHUNK, question};
 use protocol::message::{AllocX, ToReceiver, ToSender, Written};
 use protocol::receiver::{Action, Config, Event, Receiver, Route, Unchecked};
-use protocol::{Epoch, LeaseId, SlotIndex, Time, VERSION};
+use protocol::{Epoch, LeaseId, SlotIndex, Time};
 
 const OURS: Epoch = Epoch(100);
 const ROUTE: Route = Route(1);
@@ -16,7 +16,6 @@ fn leased(chunks: u32) -> (Receiver, LeaseId, Vec<u32>) {
         ..crate::setup::receiver(2 * chunks)
     });
     let x = AllocX {
-        v: VERSION,
         seq: 1,
         id: "p".into(),
         epoch: Epoch(1),
@@ -26,6 +25,7 @@ fn leased(chunks: u32) -> (Receiver, LeaseId, Vec<u32>) {
         wait_ms: 1000,
         park_ms: 0,
         transport: "tcp".into(),
+        ..AllocX::example()
     };
     let asked = question("r", chunks, Some(x));
     let message = ToReceiver::AllocRequest(asked);
@@ -56,6 +56,7 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
         chunks: Vec::new(),
         indexes: Vec::new(),
         sums: Vec::new(),
+        ..Written::example()
     };
     for n in 0..500u32 {
         // Each chunk is named in its slot, in the other chunk's slot, and in a slot that was not
@@ -99,6 +100,7 @@ fn a_lease_that_nobody_wants_is_not_summed() {
         chunks: vec![0, 1],
         indexes: slots,
         sums: vec![0, 0],
+        ..Written::example()
     };
     assert_eq!(d.unchecked(&written), []);
 }

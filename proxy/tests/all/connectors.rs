@@ -110,6 +110,7 @@ async fn notify(rig: &Rig, id: &str) {
     let notice = ToProxy::ProxyNotif(ProxyNotif {
         req_id: RequestId(id.into()),
         x: None,
+        ..ProxyNotif::example()
     });
     push.send(Message::single(codec::encode(&notice)))
         .await

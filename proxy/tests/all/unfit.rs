@@ -19,7 +19,7 @@ fn layers(layers: u32) -> Layout {
         head_size: 64,
         mla: false,
         chunk_tokens: 256,
-        quantization: String::new(),
+        ..Layout::example()
     }
 }
 

@@ -20,7 +20,7 @@ pub(crate) fn layout() -> Layout {
         head_size: 1,
         mla: false,
         chunk_tokens: CHUNK,
-        quantization: String::new(),
+        ..Layout::example()
     }
 }
 
@@ -88,5 +88,6 @@ pub(crate) fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocReques
         is_last_batch: true,
         total_chunks: chunks,
         x,
+        ..AllocRequest::example()
     }
 }

@@ -228,6 +228,7 @@ impl World {
             tokens: plan.tokens,
             upto,
             overlap: plan.overlap,
+            ..Reserve::example()
         };
         self.tell_sender(sender::Event::Reserve(engine, reserve));
         self.prefill.reserved += 1;
@@ -260,6 +261,7 @@ impl World {
             let computing = Computing {
                 req: name.into(),
                 upto: request.upto,
+                ..Computing::example()
             };
             self.tell_sender(sender::Event::Computing(engine, computing));
             let took = self.jitter(MS, 30 * MS);
@@ -283,6 +285,7 @@ impl World {
             gather_us: 10,
             event: None,
             layers: Vec::new(),
+            ..Staged::example()
         };
         for (&chunk, &slot) in &request.granted {
             let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);
@@ -353,6 +356,7 @@ impl World {
             have_tokens: plan.have_tokens(),
             deadline_ms: u32::try_from(DEADLINE / MS).unwrap_or(u32::MAX),
             written: false,
+            ..Await::example()
         };
         self.tell_receiver(receiver::Event::Await(engine, parked));
         self.decode.parked += 1;
@@ -430,6 +434,7 @@ impl World {
             req: name.into(),
             chunks,
             scatter_us: 10,
+            ..Release::example()
         };
         self.tell_receiver(receiver::Event::Release(engine, release));
     }

@@ -25,6 +25,7 @@ impl World {
                 req_id: format!("r{any}"),
                 keys: Vec::new(),
                 x: None,
+                ..CancelNotif::example()
             };
             self.stranger_says(ToReceiver::CancelNotif(cancel));
             // The ids of real requests cannot be guessed, so the test gives the peer a parked one.
@@ -40,7 +41,6 @@ impl World {
             is_last_batch: true,
             total_chunks: chunks,
             x: Some(AllocX {
-                v: 1,
                 seq,
                 id: "stranger".into(),
                 epoch: Epoch(9),
@@ -50,7 +50,9 @@ impl World {
                 wait_ms: self.rng.random_range(0..200),
                 park_ms: self.rng.random_range(0..200),
                 transport: "nixl".into(),
+                ..AllocX::example()
             }),
+            ..AllocRequest::example()
         };
         self.stranger_says(ToReceiver::AllocRequest(request));
     }
@@ -88,6 +90,7 @@ impl World {
                 lease,
                 epoch,
                 indexes: (0..self.d_slots + 3).collect(),
+                ..Slots::example()
             })),
             2 => {
                 let chunks = (0..u32::try_from(slots.len()).unwrap_or(0)).collect();
@@ -97,12 +100,14 @@ impl World {
                     chunks,
                     indexes: slots,
                     sums: Vec::new(),
+                    ..Written::example()
                 }));
             }
             3 => self.stranger_says(ToReceiver::Extend(Extend {
                 lease,
                 epoch,
                 granted: Vec::new(),
+                ..Extend::example()
             })),
             4 => {
                 let lease = if self.rng.random() {
@@ -114,13 +119,14 @@ impl World {
                     req_id: "r0".into(),
                     keys: Vec::new(),
                     x: Some(CancelX {
-                        v: 1,
                         seq: 1,
                         lease,
                         epoch,
                         reason: Reason::Cancelled,
                         dirty: (0..self.d_slots + 3).collect(),
+                        ..CancelX::example()
                     }),
+                    ..CancelNotif::example()
                 }));
             }
             _ => {

@@ -13,7 +13,7 @@ pub(crate) fn kv(layers: u32) -> Kv {
             head_size: 64,
             mla: false,
             chunk_tokens: 256,
-            quantization: String::new(),
+            ..Layout::example()
         }),
         unmoved: String::new(),
     }

@@ -17,7 +17,6 @@ fn not_ready() -> Answer {
 
 fn register(id: &str, epoch: u64) -> Register {
     Register {
-        v: 1,
         id: id.into(),
         epoch: Epoch(epoch),
         role: InstanceRole::Decode,
@@ -30,10 +29,8 @@ fn register(id: &str, epoch: u64) -> Register {
         slots: 8,
         free_slots: 8,
         parked_tokens: 0,
-        ranks: 0,
-        layout: None,
-        unmoved: String::new(),
         period_ms: 1000,
+        ..Register::example()
     }
 }
 

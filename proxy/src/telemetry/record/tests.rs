@@ -3,12 +3,12 @@ use super::*;
 #[test]
 fn notices_of_ranks_add_up() {
     let notice = |ok, bytes, us, transport: &str| NotifX {
-        v: 1,
         ok,
         reason: (!ok).then_some(Reason::NoRoom),
         bytes,
         us,
         transport: transport.into(),
+        ..NotifX::example()
     };
     let mut moved = Moved::default();
     moved.add(Some(&notice(true, 10, 7, "nixl")));

@@ -105,7 +105,6 @@ impl Sidecar {
         Self {
             push: Arc::new(push),
             register: Register {
-                v: protocol::VERSION,
                 id: name.into(),
                 epoch: Epoch(epoch),
                 role,
@@ -122,10 +121,8 @@ impl Sidecar {
                 slots: 16,
                 free_slots: 16,
                 parked_tokens: 0,
-                ranks: 0,
-                layout: None,
-                unmoved: String::new(),
                 period_ms: 2000,
+                ..Register::example()
             },
             answer,
             calls,
@@ -170,6 +167,7 @@ impl Sidecar {
         self.say(&ToProxy::Progress(Progress {
             id: self.register.id.clone(),
             req_id: RequestId(id.into()),
+            ..Progress::example()
         }))
         .await;
     }
@@ -179,13 +177,14 @@ impl Sidecar {
         self.say(&ToProxy::ProxyNotif(ProxyNotif {
             req_id: RequestId(id.into()),
             x: Some(NotifX {
-                v: protocol::VERSION,
                 ok: reason.is_none(),
                 reason,
                 bytes,
                 us: 1500,
                 transport: "nixl".into(),
+                ..NotifX::example()
             }),
+            ..ProxyNotif::example()
         }))
         .await;
     }

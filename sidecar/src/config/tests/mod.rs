@@ -316,7 +316,7 @@ fn machines_get_what_was_configured() {
         head_size: 8,
         mla: false,
         chunk_tokens: 256,
-        quantization: String::new(),
+        ..protocol::Layout::example()
     };
     let epoch = protocol::Epoch(7);
     let (config, _) = load(RECEIVER);

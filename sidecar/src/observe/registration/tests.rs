@@ -100,6 +100,7 @@ fn progress() -> ToProxy {
     ToProxy::Progress(Progress {
         id: "d0".to_owned(),
         req_id: RequestId::from("r1"),
+        ..Progress::example()
     })
 }
 
@@ -268,5 +269,6 @@ fn notif() -> ToProxy {
     ToProxy::ProxyNotif(ProxyNotif {
         req_id: RequestId::from("r1"),
         x: None,
+        ..ProxyNotif::example()
     })
 }

@@ -40,7 +40,7 @@ pub(crate) fn slot_layout() -> SlotLayout {
             head_size: 8,
             mla: false,
             chunk_tokens: 256,
-            quantization: String::new(),
+            ..Layout::example()
         },
         slots: 16,
         slot_bytes: 65536,
@@ -184,7 +184,6 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
     assert_eq!(
         register,
         Register {
-            v: VERSION,
             id: "d0".to_owned(),
             epoch: status.about().epoch,
             role: InstanceRole::Decode,
@@ -201,6 +200,7 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
             ranks: 2,
             layout: Some(slot_layout.layout.clone()),
             unmoved: String::new(),
+            ..Register::example()
         }
     );
     status.draining();

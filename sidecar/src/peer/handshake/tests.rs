@@ -15,12 +15,11 @@ fn identity(id: &str) -> Identity {
         head_size: 16,
         mla: false,
         chunk_tokens: 256,
-        quantization: String::new(),
+        ..Layout::example()
     };
     let slot_bytes = layout.chunk_bytes().unwrap();
     Identity {
         hello: Hello {
-            v: VERSION,
             id: id.to_owned(),
             epoch: Epoch(7),
             layout: Some(layout),
@@ -33,6 +32,7 @@ fn identity(id: &str) -> Identity {
             seal: ByteBuf::new(),
             ended: Vec::new(),
             refused: None,
+            ..Hello::example()
         },
         metadata: include_bytes!("../../../../protocol/fixtures/metadata_sender.bin").to_vec(),
         rows: (0..4)
@@ -44,9 +44,9 @@ fn identity(id: &str) -> Identity {
             .collect(),
         memory: Memory::Dram,
         pages: Pages {
-            v: VERSION,
             slots: 4,
             slot_bytes,
+            ..Pages::example()
         },
     }
 }
@@ -64,12 +64,14 @@ fn lmcache_requests() -> [Init; 2] {
         Init::NixlInitRequest(NixlInitRequest {
             local_meta_bytes: ByteBuf::from(identity("lmcache").metadata),
             x: None,
+            ..NixlInitRequest::example()
         }),
         Init::NixlMemRegRequest(NixlMemRegRequest {
             remote_agent_name: ByteBuf::from("sender-1111"),
             local_id: String::new(),
             local_xfer_dlist_bytes: ByteBuf::from(dlist::build(&[], Memory::Dram)),
             x: None,
+            ..NixlMemRegRequest::example()
         }),
     ]
 }
@@ -266,6 +268,7 @@ fn garbage_in_both_directions() {
     let response = codec::encode(&Init::NixlMemRegResponse(NixlMemRegResponse {
         remote_xfer_dlist_bytes: ByteBuf::new(),
         x: None,
+        ..NixlMemRegResponse::example()
     }));
     for bytes in [&b""[..], b"\x01\x02", b"\x80", &response] {
         assert!(matches!(answer(bytes, &receiver), Answer::Malformed(_)));

@@ -166,6 +166,7 @@ mod tests {
             chunks: chunks.to_vec(),
             indexes: chunks.to_vec(),
             sums: vec![0; chunks.len()],
+            ..Written::example()
         }
     }
 

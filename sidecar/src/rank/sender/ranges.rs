@@ -110,7 +110,7 @@ mod tests {
             head_size: 1,
             mla,
             chunk_tokens: 256,
-            quantization: String::new(),
+            ..Layout::example()
         }
     }
 

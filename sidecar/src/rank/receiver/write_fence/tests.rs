@@ -1,6 +1,6 @@
 //! Checks which senders count as dead, on which proof, and at which time.
 
-use protocol::{Epoch, VERSION};
+use protocol::Epoch;
 use serde_bytes::ByteBuf;
 
 use super::*;
@@ -21,7 +21,6 @@ fn sender(epoch: u64) -> SenderId {
 fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     let secret_of = |n: &u8| ByteBuf::from([*n; 32]);
     Hello {
-        v: VERSION,
         id: "p".to_owned(),
         epoch: Epoch(epoch),
         layout: None,
@@ -31,6 +30,7 @@ fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
         seal: ByteBuf::from(proof_hash_of(&[secret; 32])),
         ended: ended.iter().map(secret_of).collect(),
         refused: None,
+        ..Hello::example()
     }
 }
 

@@ -1,0 +1,86 @@
+//! One example of each message, for tests of all crates. The examples are the byte fixtures.
+//!
+//! A test states the fields that matter to it and takes the others from the example:
+//! `Written { chunks, ..Written::example() }`. A new optional field then changes neither the test
+//! nor this file. No code outside tests may call these functions.
+
+use crate::Layout;
+use crate::codec;
+use crate::local::{
+    Await, Computing, EngineHello, Granted, Ready, Release, Reserve, Staged, ToEngine, ToSidecar,
+    Welcome,
+};
+use crate::message::{
+    Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, CancelX, Extend, Hello,
+    Init, More, NixlInitRequest, NixlInitResponse, NixlMemRegRequest, NixlMemRegResponse, Pages,
+    Slots, ToReceiver, ToSender, Unwanted, Written,
+};
+use crate::registration::{NotifX, Progress, ProxyNotif, Register, ToProxy};
+
+/// Gives each message type a function that decodes the type's fixture.
+macro_rules! examples {
+    ($($file:literal: $set:ident::$message:ident($type:ident),)*) => {$(
+        impl $type {
+            /// Returns the example of this message, which is the fixture
+            #[doc = concat!("`", $file, ".bin`.")]
+            pub fn example() -> Self {
+                match codec::decode(include_bytes!(concat!("../fixtures/", $file, ".bin"))) {
+                    Ok($set::$message(message)) => message,
+                    other => unreachable!("fixture {} holds another message: {other:?}", $file),
+                }
+            }
+        }
+    )*};
+}
+
+examples! {
+    "init_request": Init::NixlInitRequest(NixlInitRequest),
+    "init_response": Init::NixlInitResponse(NixlInitResponse),
+    "mem_reg_request": Init::NixlMemRegRequest(NixlMemRegRequest),
+    "mem_reg_response": Init::NixlMemRegResponse(NixlMemRegResponse),
+    "alloc_request": ToReceiver::AllocRequest(AllocRequest),
+    "cancel_notif": ToReceiver::CancelNotif(CancelNotif),
+    "writing": ToReceiver::Writing(Slots),
+    "written": ToReceiver::Written(Written),
+    "extend": ToReceiver::Extend(Extend),
+    "alloc_response": ToSender::AllocResponse(AllocResponse),
+    "more": ToSender::More(More),
+    "ack": ToSender::Ack(Ack),
+    "unwanted": ToSender::Unwanted(Unwanted),
+    "hello": ToSidecar::Hello(EngineHello),
+    "reserve": ToSidecar::Reserve(Reserve),
+    "computing": ToSidecar::Computing(Computing),
+    "staged": ToSidecar::Staged(Staged),
+    "await": ToSidecar::Await(Await),
+    "release": ToSidecar::Release(Release),
+    "welcome": ToEngine::Welcome(Welcome),
+    "granted": ToEngine::Granted(Granted),
+    "ready": ToEngine::Ready(Ready),
+    "register": ToProxy::Register(Register),
+    "progress": ToProxy::Progress(Progress),
+    "proxy_notif": ToProxy::ProxyNotif(ProxyNotif),
+}
+
+/// Gives each map inside a message a function that takes it out of the message's example.
+macro_rules! parts {
+    ($($whole:ident.$field:ident: $type:ident,)*) => {$(
+        impl $type {
+            /// Returns the example of this map, which is
+            #[doc = concat!("`", stringify!($whole), "::example().", stringify!($field), "`.")]
+            pub fn example() -> Self {
+                let part: Option<Self> = $whole::example().$field.into();
+                part.expect("the fixture has this optional map")
+            }
+        }
+    )*};
+}
+
+parts! {
+    EngineHello.layout: Layout,
+    NixlInitResponse.x: Hello,
+    NixlMemRegResponse.x: Pages,
+    AllocRequest.x: AllocX,
+    AllocResponse.x: AllocResponseX,
+    CancelNotif.x: CancelX,
+    ProxyNotif.x: NotifX,
+}
