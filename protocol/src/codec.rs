@@ -19,16 +19,19 @@ mod scan;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
     /// The frame is longer than [`MAX_BYTES`].
-    #[error("message of {0} bytes, more than {MAX_BYTES}")]
+    #[error("the message has {0} bytes; at most {MAX_BYTES} are allowed")]
     TooLong(usize),
     /// The message has more nesting, elements or text than any valid message.
-    #[error("message exceeds the limit on {0}")]
+    #[error(
+        "the message exceeds the limit on {0}: at most {MAX_TEXT_BYTES} bytes in a text, {MAX_DEPTH} levels, \
+         {MAX_ELEMENTS} elements"
+    )]
     Limit(&'static str),
     /// The frame is not well-formed msgpack, or bytes follow the message.
     #[error("malformed message: {0}")]
     Malformed(&'static str),
     /// The message's type is unknown on this socket. A newer peer may send such messages.
-    #[error("unknown message {0:?}")]
+    #[error("unknown message type {0:?}")]
     UnknownType(String),
     /// A field of a known message is missing or has another form.
     #[error("malformed {message}: {cause}")]

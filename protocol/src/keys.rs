@@ -26,13 +26,13 @@ pub struct Key<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// The text is longer than [`MAX_KEY_BYTES`].
-    #[error("key of {0} bytes, more than {MAX_KEY_BYTES}")]
+    #[error("the key has {0} bytes; at most {MAX_KEY_BYTES} are allowed")]
     TooLong(usize),
     /// The text has fewer than five parts.
-    #[error("key with {0} parts instead of model@world_size@rank@hash@dtype")]
+    #[error("the key has {0} parts; it needs at least five: model@world_size@rank@hash@dtype")]
     Parts(usize),
     /// A part is empty or has another form.
-    #[error("key whose {0} is no {0}")]
+    #[error("the {0} in the key is empty or malformed")]
     Part(&'static str),
 }
 

@@ -96,7 +96,7 @@ fn another_form_is_refused() {
     refused::<ToSender>(&map(&[("type", "AllocResponse".into())]), "missing field");
     refused::<ToSender>(
         &map(&[("type", "AllocRequest".into())]),
-        "unknown message \"AllocRequest\"",
+        "unknown message type \"AllocRequest\"",
     );
     // Text instead of bytes, and bytes instead of text.
     refused::<Init>(
@@ -185,7 +185,7 @@ fn caps_hold_before_anything_is_allocated() {
         x: None,
         ..NixlInitRequest::example()
     });
-    refused::<Init>(&encode(&long), "message of");
+    refused::<Init>(&encode(&long), "at most 4194304");
     // The count announces elements that are missing.
     for announced in [
         &b"\x81\xdf\xff\xff\xff\xff"[..],
