@@ -9,22 +9,22 @@ use serde::{Deserialize, Serialize};
 /// two sides.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Layout {
-    /// Model name as in the keys (without `@`).
+    /// Model name as in the keys, without `@`.
     pub model: String,
-    /// LMCache's name of the element type: `float`, `half`, `bfloat16`, `fp8_e4m3fn`, ….
+    /// LMCache's name of the element type: `bfloat16`, `half`, `float`, `fp8_e4m3fn`, `uint8`, ….
     pub dtype: String,
     /// Number of attention layers.
     pub layers: u32,
-    /// Number of KV heads of this rank.
+    /// Number of KV heads of this rank; 1 for MLA.
     pub kv_heads: u32,
-    /// Elements per head, or the MLA latent size.
+    /// Number of elements per head; for MLA the size of the latent.
     pub head_size: u32,
     /// True if each token has one latent instead of K and V.
     pub mla: bool,
-    /// Tokens per full chunk.
+    /// Number of tokens in a full chunk.
     pub chunk_tokens: u32,
-    /// Engine's name of the number format and its scales (`fp8_e4m3, scales 1`), where `dtype` only
-    /// gives the width. Empty if `dtype` is sufficient.
+    /// Number format and scales of a quantised cache in the engine's own words (`fp8_e4m3, scales
+    /// 1`). Absent: `dtype` says all.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub quantization: String,
 }

@@ -1,85 +1,88 @@
 //! The messages between an engine and its sidecar over the unix socket.
 //!
 //! A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
-//! The first frame from the engine is [`ToSidecar::Hello`]; the sidecar answers [`ToEngine::Welcome`]
-//! with the buffer's file descriptor attached (`SCM_RIGHTS`) or, of a buffer in GPU memory, its CUDA
-//! IPC handle in it, or [`ToEngine::Refused`] and closes.
-//! End of stream means that the engine is gone: everything it held ends at once.
+//! The engine sends [`ToSidecar::Hello`] first. The sidecar answers [`ToEngine::Welcome`] or
+//! [`ToEngine::Refused`], and closes the connection after the latter. The buffer comes with
+//! `Welcome`: as a file descriptor (`SCM_RIGHTS`), or as a CUDA IPC handle if it is GPU memory.
+//! The end of the stream means that the engine is gone: all its requests end at once.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use crate::{Epoch, Layout, Reason, RequestId};
 
-/// Engine → sidecar.
+/// Messages from an engine to its sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToSidecar {
     /// Opens the connection.
     Hello(EngineHello),
-    /// Prefill: computing has begun; asks for room for these chunks at `to`.
+    /// Prefill: asks for slots at the receiver `to`, because computing has begun.
     Reserve(Reserve),
-    /// Prefill: tokens `[0, upto)` will have been computed at the end of this step, so their chunks
-    /// may take send slots now.
+    /// Prefill: the engine's present step completes further tokens, so their chunks may take send
+    /// slots now.
     Computing(Computing),
-    /// Prefill: these chunks stand in their granted slots, complete, or will once an event has fired.
+    /// Prefill: these chunks are complete in their granted slots, or will be once an event has
+    /// fired.
     Staged(Staged),
-    /// Prefill: the request ends here. No slot of it is touched after this message.
+    /// Prefill: gives the request up. The engine touches no slot of the request after this message.
     Cancel(OfRequest),
     /// Decode: the request is parked, with its KV blocks allocated, and waits for these chunks.
     Await(Await),
-    /// Decode: these chunks have been read.
+    /// Decode: the engine has read these chunks.
     Release(Release),
-    /// Decode: the request is not wanted any more. No slot of it is read after this message.
+    /// Decode: gives the request up. The engine reads no slot of the request after this message.
     Abort(OfRequest),
 }
 
-/// Sidecar → engine.
+/// Messages from a sidecar to an engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToEngine {
-    /// The connection stands; the buffer's descriptor comes with this frame, or its handle in it.
+    /// Accepts the connection and gives the buffer.
     Welcome(Welcome),
-    /// The connection is refused and closed.
+    /// Refuses the connection; the sidecar then closes it.
     Refused(Refused),
-    /// Prefill: gather these chunks into these slots, then say [`ToSidecar::Staged`].
+    /// Prefill: the engine shall gather these chunks into these slots and then send
+    /// [`ToSidecar::Staged`].
     Granted(Granted),
-    /// Decode: these chunks may be read.
+    /// Decode: the engine may read these chunks.
     Ready(Ready),
-    /// The request's end on this connection; nothing follows for it.
+    /// The request has ended on this connection; no further message about it follows.
     Ended(Ended),
 }
 
-/// See [`ToSidecar::Hello`].
+/// Fields of the engine's `Hello`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EngineHello {
-    /// Version of this protocol.
+    /// Protocol version of the message's sender.
     pub v: u32,
-    /// For logs: the engine's name.
+    /// Name of the engine, for logs.
     pub engine: String,
-    /// Which side of a transfer this connection uses.
+    /// Side of a transfer that this connection uses.
     pub role: EngineRole,
-    /// Rank of the KV that this connection is for, which chooses the buffer: of a tensor-parallel
-    /// worker its own, or one of several.
+    /// Rank of the KV that this connection serves, from 0; the rank selects the buffer.
     pub rank: u32,
-    /// Ranks that KV is cut into; the sidecar has as many.
+    /// Number of ranks into which KV is divided; the sidecar must have the same number.
     pub world_size: u32,
-    /// The shape of a chunk, from the engine's KV tensors. With [`EngineHello::unmoved`] it says no
-    /// more than the model's name.
+    /// Shape of a chunk, from the engine's KV tensors. If [`EngineHello::unmoved`] is present, only
+    /// the model's name counts.
     pub layout: Layout,
-    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`: ordinals differ between processes.
+    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`; ordinals differ between processes. Absent: the
+    /// engine has no GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// CUDA IPC handles of events on that GPU, which [`Staged::event`] names by position.
+    /// CUDA IPC handles of events on that GPU, 64 bytes each, at most 1024; [`Staged::event`] is a
+    /// position in this list. Absent: the engine uses no events.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<ByteBuf>,
-    /// This engine moves no KV, for this reason: it computes every prompt itself, and asks for nothing.
-    /// Empty: it moves KV.
+    /// Reason for which this engine moves no KV, at most 500 characters: it computes every prompt
+    /// itself and asks for nothing. Absent: the engine moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
 }
 
-/// Which side of a transfer an engine connection uses.
+/// Side of a transfer that an engine connection uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineRole {
@@ -89,25 +92,26 @@ pub enum EngineRole {
     Decode,
 }
 
-/// See [`ToEngine::Welcome`].
+/// Fields of `Welcome`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Welcome {
-    /// Version of this protocol.
+    /// Protocol version of the message's sender.
     pub v: u32,
-    /// The sidecar's name.
+    /// Name of the sidecar.
     pub id: String,
-    /// The sidecar's epoch; another one after a reconnect means another buffer.
+    /// Epoch of the sidecar; another epoch after a reconnection means another buffer.
     pub epoch: Epoch,
-    /// `memfd`: the descriptor is to be mapped shared, read-write. `cuda`: see [`Welcome::cuda`]. `none`:
-    /// no buffer, for an engine that moves no KV.
+    /// Kind of the buffer: `memfd` (map the descriptor that comes with this message, shared and
+    /// read-write), `cuda` (open the handle in [`Welcome::cuda`]) or `none` (no buffer, for an
+    /// engine that moves no KV).
     pub memory: String,
-    /// Slots; slot `i` begins at `i * slot_bytes`.
+    /// Number of slots; slot `i` begins at byte `i * slot_bytes`.
     pub slots: u32,
-    /// Bytes of a slot.
+    /// Size of a slot in bytes.
     pub slot_bytes: u64,
-    /// This connection's number, for logs.
+    /// Number of this connection, for logs.
     pub connection: u64,
-    /// Present if the buffer is GPU memory.
+    /// Handle of the buffer. Absent: the buffer is not GPU memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cuda: Option<CudaMemory>,
 }
@@ -115,165 +119,169 @@ pub struct Welcome {
 /// A buffer in GPU memory, as another process opens it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CudaMemory {
-    /// The GPU's UUID, `GPU-xxxxxxxx-…`.
+    /// UUID of the GPU, `GPU-xxxxxxxx-…`.
     pub uuid: String,
-    /// Its `CUipcMemHandle`.
+    /// CUDA IPC handle of the buffer (`CUipcMemHandle`), 64 bytes.
     pub handle: ByteBuf,
-    /// Bytes of the whole buffer.
+    /// Size of the whole buffer in bytes.
     pub bytes: u64,
 }
 
-/// See [`ToEngine::Refused`].
+/// Fields of `Refused`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refused {
-    /// For counters and decisions.
+    /// Reason, for counters and decisions.
     pub reason: Reason,
-    /// For people.
+    /// Text for operators: both values, and the cure.
     pub text: String,
 }
 
-/// The alloc and init address of one receiver rank.
+/// Address of one rank of a receiver.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Target {
     /// Host name or address.
     pub host: String,
     /// Port of the init handshake.
     pub init_port: u16,
-    /// Port of the alloc requests.
+    /// Port of the alloc messages.
     pub alloc_port: u16,
 }
 
-/// See [`ToSidecar::Reserve`].
+/// Fields of `Reserve`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reserve {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// The receiver that wants its KV.
+    /// Receiver that wants the KV.
     pub to: Target,
-    /// One key a chunk, in order, the partial last one too.
+    /// Key of each chunk in order, the last, partial chunk included.
     pub keys: Vec<String>,
-    /// Tokens of the request that the keys cover.
+    /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// As [`Computing::upto`].
+    /// Number of tokens from the start that the engine's present step completes, as
+    /// [`Computing::upto`].
     pub upto: u32,
-    /// The decode leg is sent as soon as this request has begun, so the receiver may wait for it.
+    /// True if the proxy sends the decode leg as soon as this request has begun, so that the
+    /// receiver may wait for it to park. Absent: false.
     #[serde(default)]
     pub overlap: bool,
 }
 
-/// See [`ToSidecar::Computing`].
+/// Fields of `Computing`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Computing {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// Tokens from the start that this step completes.
+    /// Number of tokens from the start that are computed at the end of the engine's present step.
     pub upto: u32,
 }
 
-/// See [`ToSidecar::Staged`].
+/// Fields of `Staged`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Staged {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// Chunks.
+    /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
-    /// Duration of the gather, microseconds.
+    /// Duration of the gather, microseconds. Absent: 0.
     #[serde(default)]
     pub gather_us: u64,
     /// Position in [`EngineHello::events`]: the chunks are complete once that event, as recorded
-    /// before this message was sent, has fired. Absent: they are complete already.
+    /// before this message was sent, has fired. Absent: the chunks are complete already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<u32>,
-    /// The same by ranges of layers, in order: each ends before its `below` and stands once its own
-    /// event has fired. The last one ends with the last layer and names [`Staged::event`]. Empty: there
-    /// is one range.
+    /// The same chunks by ranges of layers, in ascending order. The last range ends with the last
+    /// layer and names [`Staged::event`]. Absent: one range holds all layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayersStaged>,
 }
 
-/// See [`Staged::layers`].
+/// One range of layers of [`Staged::layers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayersStaged {
-    /// The range ends before this layer.
+    /// First layer after the range; the range begins where the range before ends.
     pub below: u32,
-    /// As [`Staged::event`], of this range.
+    /// Position in [`EngineHello::events`], as [`Staged::event`], for this range.
     pub event: u32,
 }
 
-/// A message that needs no more than the request.
+/// Fields of `Cancel` and `Abort`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OfRequest {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
 }
 
-/// See [`ToSidecar::Await`].
+/// Fields of `Await`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Await {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// One key a chunk, in order, as [`Reserve::keys`].
+    /// Key of each chunk in order, as [`Reserve::keys`].
     pub keys: Vec<String>,
-    /// Tokens of the request that the keys cover.
+    /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Tokens at the start that the engine holds already.
+    /// Number of tokens at the request's start that the engine already has; less than `tokens`.
     pub have_tokens: u32,
-    /// After this time the sidecar answers [`ToEngine::Ended`], milliseconds.
+    /// Time after which the sidecar answers [`ToEngine::Ended`], milliseconds.
     pub deadline_ms: u32,
-    /// LMCache's sender has told the proxy that all of it is written.
+    /// True if the proxy has learnt from an LMCache sender that all KV is written. Absent: false.
     #[serde(default)]
     pub written: bool,
 }
 
-/// See [`ToSidecar::Release`].
+/// Fields of `Release`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Release {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// Chunks.
+    /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
-    /// Duration of the scatter, microseconds.
+    /// Duration of the scatter, microseconds. Absent: 0.
     #[serde(default)]
     pub scatter_us: u64,
 }
 
-/// See [`ToEngine::Granted`].
+/// Fields of `Granted`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Granted {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// Tokens that the other side holds: chunks below are never granted, and the chunk that contains
-    /// the mark is packed from the mark on.
+    /// Number of tokens at the request's start that the decode side already has. Chunks below this
+    /// mark are never granted; the chunk that contains the mark is packed from the mark on.
     pub have_tokens: u32,
-    /// Chunks. Empty in the message that only says `have_tokens`.
+    /// Chunks, by position in the request's keys; empty in the first message, which only gives
+    /// `have_tokens`.
     pub chunks: Vec<u32>,
-    /// The slot of each chunk.
+    /// Slot of each of these chunks in the send buffer.
     pub slots: Vec<u32>,
-    /// They would arrive sooner if they were gathered layer by layer, see [`Staged::layers`].
+    /// True if the chunks would arrive sooner if the engine gathered them layer by layer
+    /// ([`Staged::layers`]). Absent: false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub layers: bool,
 }
 
-/// See [`ToEngine::Ready`].
+/// Fields of `Ready`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ready {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// The chunk that contains this token is packed from it on.
+    /// First token that is moved: the chunk that contains it is packed from it on.
     pub first_token: u32,
-    /// Chunks.
+    /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
-    /// The slot of each chunk.
+    /// Slot of each of these chunks in the landing buffer.
     pub slots: Vec<u32>,
 }
 
-/// See [`ToEngine::Ended`].
+/// Fields of `Ended`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ended {
-    /// The request.
+    /// Id of the request.
     pub req: RequestId,
-    /// Why it ended early; absent if every wanted chunk arrived (decode: and was released).
+    /// Reason for the early end. Absent: every wanted chunk arrived (at the decode side: and was
+    /// released).
     pub reason: Option<Reason>,
-    /// Bytes that moved.
+    /// Number of bytes moved.
     pub bytes: u64,
 }

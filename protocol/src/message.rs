@@ -9,98 +9,107 @@ use serde_bytes::ByteBuf;
 
 use crate::{Epoch, Layout, LeaseId, Reason, RequestId};
 
-/// Everything on the init port (REQ → ROUTER, two lockstep round trips per sender process).
+/// Messages on the init port (REQ → ROUTER): two round trips for each link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Init {
-    /// Introduces the sender.
+    /// First request: introduces the sender.
     NixlInitRequest(NixlInitRequest),
-    /// Introduces the receiver.
+    /// Answer to the first request: introduces the receiver, or says why no link can be made.
     NixlInitResponse(NixlInitResponse),
-    /// Asks for the receiver's pages.
+    /// Second request: asks for the landing slots.
     NixlMemRegRequest(NixlMemRegRequest),
-    /// The receiver's pages.
+    /// Answer to the second request: gives the landing slots.
     NixlMemRegResponse(NixlMemRegResponse),
 }
 
-/// First message of the init handshake.
+/// Fields of `NixlInitRequest`, the first request of the init handshake.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NixlInitRequest {
-    /// The sender's NIXL agent metadata; empty without NIXL.
+    /// NIXL agent metadata of the sender; empty without NIXL.
     pub local_meta_bytes: ByteBuf,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Hello>,
 }
 
-/// Answer to [`NixlInitRequest`].
+/// Fields of `NixlInitResponse`, the answer to [`NixlInitRequest`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NixlInitResponse {
-    /// The *requester's* agent name, as the receiver's NIXL loaded it.
+    /// NIXL agent name of the *sender*, as the receiver's NIXL read it from the sender's metadata;
+    /// empty without NIXL.
     pub remote_agent_name: ByteBuf,
-    /// The receiver's NIXL agent metadata; empty without NIXL.
+    /// NIXL agent metadata of the receiver; empty without NIXL.
     pub remote_meta_bytes: ByteBuf,
-    /// Absent from LMCache.
+    /// Our extension, present if the request had one. Absent: the receiver is LMCache, or answers
+    /// LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Hello>,
 }
 
-/// Second request of the init handshake.
+/// Fields of `NixlMemRegRequest`, the second request of the init handshake.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NixlMemRegRequest {
-    /// Echo of [`NixlInitResponse::remote_agent_name`].
+    /// Copy of [`NixlInitResponse::remote_agent_name`].
     pub remote_agent_name: ByteBuf,
-    /// The sender's own name; `""` from LMCache's sync sender.
+    /// Name of the sender; empty from LMCache's sync sender.
     pub local_id: String,
-    /// The sender's pages as a pickled descriptor list; ours exports none.
+    /// Memory of the sender as a pickled descriptor list. Our list is empty: our sender shows its
+    /// memory to no peer.
     pub local_xfer_dlist_bytes: ByteBuf,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Version>,
 }
 
-/// Answer to [`NixlMemRegRequest`].
+/// Fields of `NixlMemRegResponse`, the answer to [`NixlMemRegRequest`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NixlMemRegResponse {
-    /// The receiver's pages as a pickled descriptor list, one row a slot.
+    /// Landing slots as a pickled descriptor list with one row per slot; an empty list without
+    /// NIXL.
     pub remote_xfer_dlist_bytes: ByteBuf,
-    /// Absent from LMCache.
+    /// Our extension, present if the request had one. Absent: the receiver is LMCache, or answers
+    /// LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Pages>,
 }
 
-/// `x` of a message that needs no more than the version.
+/// The `x` of a message that needs only the version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
     /// Protocol version of the message's sender.
     pub v: u32,
 }
 
-/// `x` of both init messages: identity, layout and transports.
+/// The `x` of both init messages: identity, layout and transports of one side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// The sidecar's configured or generated name, stable over restarts if configured.
+    /// Name of the sidecar; `name/rank` for one rank of several. A configured name stays the same
+    /// over restarts.
     pub id: String,
-    /// The sidecar's epoch.
+    /// Epoch of the sidecar.
     pub epoch: Epoch,
-    /// The shape of a chunk; absent while no engine has said hello.
+    /// Shape of a chunk. Absent: no engine has connected yet.
     pub layout: Option<Layout>,
-    /// Wires that this side can use, best first.
+    /// Transports that this side can use, best first.
     pub transports: Vec<Advert>,
-    /// Identity of the host (boot id and PID namespace), so that a same-host peer can be fenced by
-    /// its process.
+    /// Identity of the host: boot id and PID namespace. Two sidecars with the same identity can
+    /// watch each other's process.
     pub host: String,
-    /// Process id within that PID namespace.
+    /// Process id in that PID namespace.
     pub pid: u32,
-    /// SHA-256 of a secret of the sender's process; a successor shows the secret when that process has ended.
+    /// From a sender: SHA-256 of a secret of the sender's process, 32 bytes. Absent: no successor
+    /// can prove that this process has ended.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub seal: ByteBuf,
-    /// Secrets of the processes that this sender replaces; all of them have ended.
+    /// From a sender: secrets of the processes that this sender replaces, 32 bytes each, at most
+    /// 16; all of these processes have ended. Absent: it proves the end of no process.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ByteBuf>,
-    /// Set on a refusal: why no link can be made.
+    /// Cause for which no link can be made; the other fields still hold. Absent: the link can be
+    /// made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
 }
@@ -109,286 +118,304 @@ fn is_empty(bytes: &ByteBuf) -> bool {
     bytes.is_empty()
 }
 
-/// Why the init handshake ended without a link.
+/// Cause for which the init handshake ended without a link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// For counters and decisions.
+    /// Reason, for counters and decisions.
     pub reason: Reason,
-    /// For people: the field that differs, both values, what to do.
+    /// Text for operators: the field that differs, both values, and the cure.
     pub text: String,
 }
 
-/// One wire of a sidecar.
+/// One transport of a sidecar.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Advert {
-    /// `nixl` or `tcp`.
+    /// Name of the transport: `cuda_ipc`, `nixl` or `tcp`.
     pub kind: String,
-    /// `host:port` for `tcp`; empty for `nixl`, whose address is the agent metadata.
+    /// Address: `host:port` for `tcp`; empty for `nixl`, whose address is the agent metadata; for
+    /// `cuda_ipc` `UUID/bytes/handle`, which are the receiver's GPU, the size of its buffer in
+    /// bytes and the buffer's IPC handle in hexadecimal (useful only to a sender with the same
+    /// [`Hello::host`]). Absent: as if empty.
     #[serde(default)]
     pub address: String,
 }
 
-/// `x` of [`NixlMemRegResponse`]: the landing buffer, for wires that need no descriptor list.
+/// The `x` of [`NixlMemRegResponse`]: the landing buffer, also for transports that need no
+/// descriptor list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Slots of the landing buffer.
+    /// Number of slots in the landing buffer.
     pub slots: u32,
-    /// Bytes of a slot.
+    /// Size of a slot in bytes.
     pub slot_bytes: u64,
 }
 
-/// Sender → receiver on the alloc port (DEALER or REQ → ROUTER).
+/// Messages from a sender to a receiver, on the alloc port (DEALER or REQ → ROUTER).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToReceiver {
     /// Asks for slots.
     AllocRequest(AllocRequest),
-    /// The sender's last word on a lease or request; answered by an empty [`AllocResponse`].
+    /// Ends a lease or a request: the sender posts no further write under it. The receiver answers
+    /// with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
-    /// Writes into these slots are about to be posted.
+    /// Announces writes into these slots, or repeats the announcement while the writes run. The
+    /// message lets the receiver's NIXL make progress; no decision depends on it, and writes that
+    /// need no such help go without it.
     Writing(Slots),
-    /// The transport reported these slots flushed.
+    /// Reports chunks whose writes the transport has flushed: all that are not acknowledged yet.
+    /// The receiver answers with [`ToSender::Ack`].
     Written(Written),
-    /// Keeps a lease alive and repairs what was lost on the way.
+    /// Keeps a lease alive. If a message was lost, the receiver repeats it: [`ToSender::More`] for
+    /// open chunks that `granted` lacks, [`ToSender::Unwanted`] if the lease has ended.
     Extend(Extend),
 }
 
-/// Receiver → sender on the alloc port.
+/// Messages from a receiver to a sender, on the alloc port.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToSender {
-    /// Answer to [`AllocRequest`] and [`CancelNotif`].
+    /// Answers [`ToReceiver::AllocRequest`] and [`ToReceiver::CancelNotif`].
     AllocResponse(AllocResponse),
-    /// Further slots of a windowed lease.
+    /// Grants further slots of a lease.
     More(More),
-    /// These chunks of the lease have been noted as written.
+    /// Acknowledges that the receiver has recorded these chunks as written.
     Ack(Ack),
-    /// Nothing more is wanted under this lease; answered by [`CancelNotif`] once no write is under way.
+    /// Says that the receiver wants nothing more under this lease. The sender answers with
+    /// [`ToReceiver::CancelNotif`] as soon as no write is under way, and at once if it does not
+    /// know the lease.
     Unwanted(Unwanted),
 }
 
-/// The query port (REQ → ROUTER): LMCache's bidirectional mode only.
+/// Messages on the query port (REQ → ROUTER), which only LMCache's bidirectional mode uses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Query {
-    /// Which of these keys can be read back?
+    /// Asks which of these keys the receiver could send back.
     CacheQueryRequest(CacheQueryRequest),
-    /// None: slots are transit.
+    /// Answers that no key can be sent back: a slot holds KV only until the engine has read it.
     CacheQueryResponse(CacheQueryResponse),
 }
 
-/// See [`Query::CacheQueryRequest`].
+/// Fields of `CacheQueryRequest`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CacheQueryRequest {
-    /// Keys.
+    /// Keys of chunks.
     pub keys: Vec<String>,
 }
 
-/// Answer to [`CacheQueryRequest`].
+/// Fields of `CacheQueryResponse`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CacheQueryResponse {
-    /// Those of the keys that are there.
+    /// Keys that the receiver has; always empty from us.
     pub cached_keys: Vec<String>,
-    /// The slot of each.
+    /// Slot of each of these keys; always empty from us.
     pub cached_indexes: Vec<SlotOf>,
 }
 
-/// Asks for a slot for each key.
+/// Fields of `AllocRequest`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocRequest {
-    /// `model@world_size@rank@hash@dtype`, one a chunk, in order.
+    /// Key of each chunk in order, the last, partial chunk included.
     pub keys: Vec<String>,
-    /// LMCache's MemoryFormat: 1 = `KV_2LTD`, 6 = `KV_MLA_FMT`.
+    /// LMCache's `MemoryFormat`: 1 = `KV_2LTD`, 6 = `KV_MLA_FMT`.
     pub fmt: u32,
     /// Shape of the first chunk.
     pub shape: Vec<u64>,
-    /// LMCache's dtype name.
+    /// Element type, as in [`Layout::dtype`].
     pub dtype: String,
-    /// Tokens in the last chunk.
+    /// Number of tokens in the last chunk.
     pub last_chunk_toks: u32,
-    /// Absent from LMCache's sync sender; `""` means none.
+    /// Id of the request, at most 256 characters; empty means unknown. Absent: as if empty
+    /// (LMCache's sync sender).
     #[serde(default)]
     pub req_id: String,
-    /// LMCache's async accounting: no further batch of this request follows.
+    /// True if no further batch of this request follows; always true from us. Absent: false.
     #[serde(default)]
     pub is_last_batch: bool,
-    /// LMCache's async accounting: chunks of the whole request.
+    /// Number of chunks in the whole request. Absent: 0, which means unknown.
     #[serde(default)]
     pub total_chunks: u32,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<AllocX>,
 }
 
-/// `x` of [`AllocRequest`].
+/// The `x` of [`AllocRequest`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of this request at this sender; the response carries it back. A repeat has the same.
+    /// Number of this question at this sender. A repetition has the same number, and the answer
+    /// carries it back.
     pub seq: u64,
-    /// The sending sidecar's name.
+    /// Name of the sender.
     pub id: String,
-    /// The sending sidecar's epoch.
+    /// Epoch of the sender.
     pub epoch: Epoch,
-    /// The receiver's epoch as the init handshake gave it.
+    /// Epoch of the receiver, as the init handshake gave it.
     pub to_epoch: Epoch,
-    /// Tokens of the request that the keys cover.
+    /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// The sender speaks up at least this often while the lease lives, milliseconds.
+    /// Longest silence of the sender while the lease lives, milliseconds.
     pub lease_ms: u32,
-    /// Longest time that the receiver may hold the answer until it has room, milliseconds.
+    /// Longest time that the receiver may delay the answer until it has slots, milliseconds.
     pub wait_ms: u32,
-    /// The decode leg is on its way: how long the receiver may hold the answer for it to park,
-    /// milliseconds. 0: nobody will park before the data has come.
+    /// Longest time that the receiver may delay the answer until the decode request parks,
+    /// milliseconds; 0 if the decode request will not park before the KV has arrived.
     pub park_ms: u32,
-    /// The wire that the sender will write with: what proves a slot free of writes depends on it.
+    /// Name of the transport that the sender will use. The proof that a slot is free of writes
+    /// depends on the transport.
     pub transport: String,
 }
 
-/// Answer to [`AllocRequest`].
+/// Fields of `AllocResponse`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocResponse {
-    /// A slot for each key that is not in `already_sent_indexes`; −1: none (now).
+    /// One slot for each key that is not in `already_sent_indexes`; −1 for no slot (yet).
     pub remote_indexes: Vec<i64>,
-    /// Positions in `keys` that need no transfer.
+    /// Positions in [`AllocRequest::keys`] that need no transfer.
     pub already_sent_indexes: Vec<u32>,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the receiver is LMCache, or answers LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<AllocResponseX>,
 }
 
-/// `x` of [`AllocResponse`]. Either a lease or a reason is set; neither on the answer to a cancel.
+/// The `x` of [`AllocResponse`]. A grant has a lease, a refusal has a reason, the answer to a
+/// `CancelNotif` has neither.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocResponseX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// [`AllocX::seq`] of the request that is answered.
+    /// Number of the question that this message answers ([`AllocX::seq`] or [`CancelX::seq`]).
     pub seq: u64,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// The permission to write; absent on a refusal.
+    /// Permission to write. Absent: nothing was granted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseId>,
-    /// Tokens that the decode side holds already. The chunk that contains the mark begins there.
+    /// Number of tokens at the request's start that the decode side already has. Absent: 0.
     #[serde(default)]
     pub have_tokens: u32,
-    /// Slots that will follow in [`More`] as others are released.
+    /// Number of slots that will follow in [`ToSender::More`] as other requests release theirs.
+    /// Absent: 0.
     #[serde(default)]
     pub window: u32,
-    /// Why nothing was granted.
+    /// Reason for the refusal. Absent: this is no refusal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
-    /// When a retry may succeed, milliseconds.
+    /// Time after which a retry may succeed, milliseconds; 0 if not known. Absent: 0.
     #[serde(default)]
     pub retry_ms: u32,
 }
 
-/// See [`ToReceiver::CancelNotif`].
+/// Fields of `CancelNotif`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CancelNotif {
-    /// The request.
+    /// Id of the request; empty if the sender does not know it.
     pub req_id: String,
-    /// LMCache: the keys whose slots are given up.
+    /// Keys of the chunks that the sender gives up.
     pub keys: Vec<String>,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<CancelX>,
 }
 
-/// `x` of [`CancelNotif`].
+/// The `x` of [`CancelNotif`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CancelX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of this message at this sender.
+    /// Number of this message at this sender; the answer carries it back.
     pub seq: u64,
     /// The lease that ends.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Why the sender ends it.
+    /// Reason for which the sender ends the lease.
     pub reason: Reason,
-    /// Slots of writes that failed to post or whose end nobody knows: to be quarantined. Every
-    /// other slot of the lease is, by this word, free of writes.
+    /// Slots of writes that may still be under way: the receiver quarantines them. The sender
+    /// promises that no write into any other slot of the lease is under way or will follow.
     pub dirty: Vec<SlotOf>,
 }
 
 /// A slot as it stands in lists.
 pub type SlotOf = u32;
 
-/// See [`ToReceiver::Writing`].
+/// Fields of `Writing`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Slots {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Slots.
+    /// Slots that are being written.
     pub indexes: Vec<SlotOf>,
 }
 
-/// See [`ToReceiver::Written`].
+/// Fields of `Written`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Written {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks of the request, by position in its keys.
+    /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
-    /// The slot of each chunk.
+    /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
-    /// XXH3-64 of each chunk's bytes; empty if the sender does not compute them.
+    /// XXH3-64 checksum of each of these chunks; empty if the sender computes none. Absent: as if
+    /// empty.
     #[serde(default)]
     pub sums: Vec<u64>,
 }
 
-/// See [`ToReceiver::Extend`].
+/// Fields of `Extend`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Extend {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks for which the sender knows a slot. The receiver repeats [`More`] for the others.
+    /// Chunks for which the sender has a slot.
     pub granted: Vec<u32>,
 }
 
-/// See [`ToSender::More`].
+/// Fields of `More`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct More {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks of the request.
+    /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
-    /// The slot of each chunk.
+    /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
 }
 
-/// See [`ToSender::Ack`].
+/// Fields of `Ack`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ack {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks noted as written, in this and earlier messages.
+    /// Chunks that the receiver has recorded as written because of this and earlier messages.
     pub chunks: Vec<u32>,
 }
 
-/// See [`ToSender::Unwanted`].
+/// Fields of `Unwanted`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Unwanted {
     /// The lease.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Why.
+    /// Reason for which nothing more is wanted. `quarantined` asks for the end of a lease that the
+    /// sender once left.
     pub reason: Reason,
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Epoch, Layout, Reason, RequestId};
 
-/// Everything on the registration port.
+/// Messages on the proxy's registration port (PUSH → PULL).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 #[expect(
@@ -13,17 +13,19 @@ use crate::{Epoch, Layout, Reason, RequestId};
     reason = "a queue of them holds the small ones, and `Register` is sent as soon as it is made"
 )]
 pub enum ToProxy {
-    /// I am here, with this load. Repeated every `period_ms`: it is its own heartbeat.
+    /// Announces an instance and its load. The sidecar repeats the message as a heartbeat.
     Register(Register),
-    /// I am going away on purpose.
+    /// Says that the instance goes away on purpose.
     Leave(Leave),
-    /// The prefill engine has begun to compute this request.
+    /// Says that the prefill engine has begun to compute this request and the sender has asked the
+    /// receiver for slots. The proxy may now send the decode leg.
     Progress(Progress),
-    /// The KV of this request has been written, or will not be. LMCache's message.
+    /// Says that the KV of this request is written, or will not be written. This is LMCache's
+    /// message.
     ProxyNotif(ProxyNotif),
 }
 
-/// Which legs an instance takes.
+/// Legs that an instance takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InstanceRole {
@@ -31,48 +33,51 @@ pub enum InstanceRole {
     Prefill,
     /// Decode legs.
     Decode,
-    /// Either.
+    /// Both legs.
     Both,
 }
 
-/// See [`ToProxy::Register`].
+/// Fields of `Register`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Register {
-    /// Protocol version.
+    /// Protocol version of the message's sender.
     pub v: u32,
-    /// The sidecar's name.
+    /// Name of the sidecar.
     pub id: String,
-    /// The sidecar's epoch.
+    /// Epoch of the sidecar.
     pub epoch: Epoch,
-    /// Which legs its engine takes.
+    /// Legs that the engine takes.
     pub role: InstanceRole,
-    /// Base URL of the engine's OpenAI server, e.g. `http://127.0.0.1:8100`.
+    /// Base URL of the engine's OpenAI server, for example `http://127.0.0.1:8100`.
     pub http: String,
     /// Base URL of the sidecar's admin server.
     pub admin: String,
-    /// Host that senders reach the init and alloc ports at; empty for a sender.
+    /// Host at which senders reach the init and alloc ports; empty for a sender.
     pub host: String,
-    /// Init port of each rank.
+    /// Init port of each rank; empty for a sender.
     pub init_ports: Vec<u16>,
-    /// Alloc port of each rank.
+    /// Alloc port of each rank; empty for a sender.
     pub alloc_ports: Vec<u16>,
-    /// Its engine may be given requests. A push would work, unless [`Register::unmoved`] says why not.
+    /// True if the engine may get requests. KV will then be moved, unless [`Register::unmoved`] is
+    /// present.
     pub ready: bool,
-    /// Slots of the landing or send buffer, all ranks.
+    /// Number of slots in the landing or send buffers of all ranks.
     pub slots: u32,
-    /// Free ones among these slots.
+    /// Number of free slots among these.
     pub free_slots: u32,
-    /// Tokens of decode requests that are parked.
+    /// Number of tokens in parked decode requests.
     pub parked_tokens: u64,
-    /// This message comes again within so many milliseconds; three missed mean gone.
+    /// Time until this message comes again, milliseconds. An instance whose message is missing
+    /// three times is gone.
     pub period_ms: u32,
-    /// Ranks that KV is cut into; 0 from a sidecar that does not say it.
+    /// Number of ranks into which KV is divided. Absent: not known.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub ranks: u32,
-    /// The shape of a chunk; absent while no engine has said it.
+    /// Shape of a chunk. Absent: no engine has connected yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
-    /// Its engine moves no KV, for this reason: no pair is made with it. Empty: it moves KV.
+    /// Reason for which the engine moves no KV; the proxy makes no pair with it. Absent: the engine
+    /// moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
 }
@@ -82,49 +87,49 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// See [`ToProxy::Leave`].
+/// Fields of `Leave`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Leave {
-    /// The sidecar's name.
+    /// Name of the sidecar.
     pub id: String,
-    /// The sidecar's epoch.
+    /// Epoch of the sidecar.
     pub epoch: Epoch,
 }
 
-/// See [`ToProxy::Progress`].
+/// Fields of `Progress`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// The sidecar's name.
+    /// Name of the sidecar.
     pub id: String,
-    /// The request.
+    /// Id of the request.
     pub req_id: RequestId,
 }
 
-/// See [`ToProxy::ProxyNotif`].
+/// Fields of `ProxyNotif`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProxyNotif {
-    /// The request.
+    /// Id of the request.
     pub req_id: RequestId,
-    /// Absent from LMCache.
+    /// Our extension. Absent: the sender is LMCache, and the KV is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<NotifX>,
 }
 
-/// `x` of [`ProxyNotif`].
+/// The `x` of [`ProxyNotif`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NotifX {
-    /// Protocol version.
+    /// Protocol version of the message's sender.
     pub v: u32,
-    /// Every chunk that the decode side wanted is written.
+    /// True if every chunk that the decode side wanted is written.
     pub ok: bool,
-    /// Why not.
+    /// Reason for the failure. Absent: there is no failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
-    /// Bytes written.
+    /// Number of bytes written.
     pub bytes: u64,
-    /// From the reservation to the last write, microseconds.
+    /// Time from the reservation to the end of the last write, microseconds.
     pub us: u64,
-    /// The wire that was used.
+    /// Name of the transport; empty if the request ended before a transport was chosen.
     pub transport: String,
 }
 
