@@ -80,6 +80,9 @@ pub struct Register {
     /// moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
+    /// Release of the sidecar, for example `0.1.0`. It excludes no pair. Absent: not known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub release: String,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]

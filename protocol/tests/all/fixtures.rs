@@ -50,8 +50,33 @@ fn json(value: &rmpv::Value) -> Value {
     }
 }
 
-fn again<T: Message + Serialize>(bytes: &[u8]) -> Vec<u8> {
-    codec::encode(&codec::decode::<T>(bytes).unwrap())
+/// Decodes a message of the entry's set and encodes it again.
+fn again(entry: &Value, bytes: &[u8]) -> Vec<u8> {
+    fn of<T: Message + Serialize>(bytes: &[u8]) -> Vec<u8> {
+        codec::encode(&codec::decode::<T>(bytes).unwrap())
+    }
+    match entry["set"].as_str().unwrap() {
+        "Init" => of::<Init>(bytes),
+        "Query" => of::<Query>(bytes),
+        "ToReceiver" => of::<ToReceiver>(bytes),
+        "ToSender" => of::<ToSender>(bytes),
+        "ToProxy" => of::<ToProxy>(bytes),
+        "ToSidecar" => of::<ToSidecar>(bytes),
+        "ToEngine" => of::<ToEngine>(bytes),
+        other => panic!("unknown set {other}"),
+    }
+}
+
+/// Adds a field that no version knows to a map and to all maps inside it.
+fn add_field(value: &mut rmpv::Value) {
+    match value {
+        rmpv::Value::Array(items) => items.iter_mut().for_each(add_field),
+        rmpv::Value::Map(entries) => {
+            entries.iter_mut().for_each(|(_, v)| add_field(v));
+            entries.push(("field_of_a_newer_peer".into(), "1".into()));
+        }
+        _ => {}
+    }
 }
 
 fn same(entry: &Value, bytes: &[u8]) {
@@ -70,16 +95,7 @@ fn files_hold_the_described_messages() {
 fn every_fixture_comes_back_byte_for_byte() {
     for entry in entries() {
         let before = bytes(&entry);
-        let after = match entry["set"].as_str().unwrap() {
-            "Init" => again::<Init>(&before),
-            "Query" => again::<Query>(&before),
-            "ToReceiver" => again::<ToReceiver>(&before),
-            "ToSender" => again::<ToSender>(&before),
-            "ToProxy" => again::<ToProxy>(&before),
-            "ToSidecar" => again::<ToSidecar>(&before),
-            "ToEngine" => again::<ToEngine>(&before),
-            other => panic!("unknown set {other}"),
-        };
+        let after = again(&entry, &before);
         match entry["name"].as_str().unwrap() {
             // The fixture has fewer fields than our message; our encoder writes the others with
             // their defaults.
@@ -89,6 +105,20 @@ fn every_fixture_comes_back_byte_for_byte() {
             "alloc_response_lmcache_sync" => assert_eq!(after.len(), before.len()),
             name => assert_eq!(after, before, "{name}"),
         }
+    }
+}
+
+/// A newer peer may add fields to any message and to any map inside it.
+#[test]
+fn a_field_that_is_not_known_changes_nothing() {
+    for entry in entries() {
+        let known = bytes(&entry);
+        let mut tree = rmpv::decode::read_value(&mut &known[..]).unwrap();
+        add_field(&mut tree);
+        let mut newer = Vec::new();
+        rmpv::encode::write_value(&mut newer, &tree).unwrap();
+        let (with, without) = (again(&entry, &newer), again(&entry, &known));
+        assert_eq!(with, without, "{}", entry["name"]);
     }
 }
 

@@ -4,8 +4,8 @@ use protocol::registration::Register;
 use protocol::{Layout, VERSION};
 use serde::{Deserialize, Serialize};
 
-/// The properties that decide whether two instances can be a pair. A property that an instance does not
-/// give excludes no pair.
+/// The description that a sidecar gives of itself and of its engine's KV. All properties except the release
+/// decide whether two instances can be a pair. A property that an instance does not give excludes no pair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kv {
     /// Version of the protocol; 0 if not given.
@@ -20,6 +20,9 @@ pub struct Kv {
     /// The reason for which the engine moves no KV; empty if it moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
+    /// Release of the sidecar, so that operators can watch a rolling upgrade; empty if not given.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub release: String,
 }
 
 impl Kv {
@@ -30,6 +33,7 @@ impl Kv {
             ranks: register.ranks,
             layout: register.layout.clone(),
             unmoved: register.unmoved.chars().take(MAX_REASON_CHARS).collect(),
+            release: register.release.chars().take(MAX_RELEASE_CHARS).collect(),
         }
     }
 
@@ -95,6 +99,8 @@ fn is_zero(number: &u32) -> bool {
 
 /// Most characters of an engine's reason that `/instances` and logs show.
 const MAX_REASON_CHARS: usize = 500;
+/// Most characters of a release that `/instances` shows.
+const MAX_RELEASE_CHARS: usize = 64;
 
 const _: () = assert!(VERSION > 0, "0 stands for a version that is not said");
 

@@ -112,6 +112,18 @@ async fn an_instance_that_moves_nothing_is_served_without_a_prefill_leg() {
     assert_eq!((legs(&pair.p), legs(&e), legs(&pair.d)), (3, 3, 1));
 }
 
+#[tokio::test]
+async fn the_release_of_a_sidecar_is_shown_and_excludes_no_pair() {
+    let rig = Rig::start(&[]).await;
+    let mut pair = rig.pair().await;
+    pair.d_sidecar.register.release = "9.9.9".into();
+    pair.d_sidecar.beat();
+    let shown = shows(&rig, "d", |d| d["release"] == "9.9.9").await;
+    assert_eq!(shown["standing"]["state"], "ready");
+    let record = answered(&rig, &ask("m"), 0).await;
+    assert_eq!((record["alone"].as_str(), legs(&pair.p)), (None, 1));
+}
+
 async fn refusing(reason: &str) -> (Rig, Pair) {
     let rig = Rig::start(&[]).await;
     let pair = rig.pair().await;

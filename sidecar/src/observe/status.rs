@@ -312,6 +312,7 @@ impl Status {
             ranks: config.ranks,
             layout: inner.ranks.values().find_map(|r| r.layout.clone()),
             unmoved: inner.unmoved().unwrap_or_default().to_owned(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 

@@ -15,7 +15,7 @@ pub(crate) fn kv(layers: u32) -> Kv {
             chunk_tokens: 256,
             ..Layout::example()
         }),
-        unmoved: String::new(),
+        ..Kv::default()
     }
 }
 
@@ -59,6 +59,10 @@ fn misfit_and_fits_say_the_same_and_what_is_not_said_decides_nothing() {
         },
         Kv {
             unmoved: "no".into(),
+            ..kv(4)
+        },
+        Kv {
+            release: "0.2.0".into(),
             ..kv(4)
         },
     ];

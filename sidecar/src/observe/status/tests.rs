@@ -200,6 +200,7 @@ fn a_registration_carries_load_and_does_not_wait_for_its_own_acknowledgement() {
             ranks: 2,
             layout: Some(slot_layout.layout.clone()),
             unmoved: String::new(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
             ..Register::example()
         }
     );
