@@ -6,16 +6,17 @@
 mod connection;
 mod peers;
 mod ranges;
+mod writes;
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::future::{BoxFuture, join, join_all};
-use protocol::local::{Granted, LayersStaged, Target, ToEngine, ToSidecar};
+use futures::future::{join, join_all};
+use protocol::local::{Granted, Target, ToEngine, ToSidecar};
 use protocol::registration::{NotifX, Progress, ProxyNotif, ToProxy};
-use protocol::sender::{Action, After, Event, Gauges, Piece, Sender, WatchId};
-use protocol::{EngineId, LeaseId, Reason, TransferId, VERSION};
+use protocol::sender::{Action, Event, Gauges, Sender, WatchId};
+use protocol::{EngineId, Reason, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -26,8 +27,7 @@ use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
 use crate::peer::process_lock::ProcessLock;
 use crate::rank::context::{Clock, RankContext, RankRole};
-use crate::transport::readiness::Times;
-use crate::transport::{Outcome, Readiness, Ready};
+use crate::transport::{Outcome, Readiness};
 use connection::ReceiverKind;
 use peers::{FromReceiver, Peers};
 
@@ -375,101 +375,6 @@ impl SenderTask {
 
     fn tell(&self, engine: EngineId, message: ToEngine) {
         self.engines.send(engine, message);
-    }
-
-    /// Posts one part of a write. Returns the outcome to come and the times of the part.
-    fn write(
-        &self,
-        to: &Target,
-        lease: LeaseId,
-        pieces: Vec<Piece>,
-        after: Option<After>,
-    ) -> (BoxFuture<'static, Outcome>, Arc<Times>) {
-        match self.ready(after) {
-            Ok(ready) => {
-                let times = ready.times();
-                (self.peers.write(to, ready, lease, pieces), times)
-            }
-            Err(unsent) => (Box::pin(std::future::ready(unsent)), Arc::default()),
-        }
-    }
-
-    /// Returns true if these chunks would arrive sooner if the engine gathered them layer by layer.
-    fn gains_by_layers(&self, granted: &Granted) -> bool {
-        let to = self
-            .machine
-            .as_ref()
-            .and_then(|m| m.leased_from(&granted.req));
-        let bytes = self
-            .engines
-            .slot_layout()
-            .map(|slot_layout| slot_layout.slot_bytes);
-        to.zip(bytes).is_some_and(|(to, bytes)| {
-            let bytes = bytes.saturating_mul(granted.chunks.len() as u64);
-            self.peers.divides(to, bytes).is_some()
-        })
-    }
-
-    /// Divides a write by ranges of layers if that saves time; otherwise the result has one part. The last
-    /// part ends the write.
-    fn parts(
-        &self,
-        to: &Target,
-        pieces: Vec<Piece>,
-        after: Option<After>,
-        layers: &[LayersStaged],
-    ) -> Vec<(Vec<Piece>, Option<After>)> {
-        let divided = after
-            .zip(self.engines.slot_layout())
-            .and_then(|(after, slot_layout)| {
-                let granule = self
-                    .peers
-                    .divides(to, pieces.iter().map(|p| p.bytes).sum())?;
-                let parts = ranges::divide(&pieces, layers, &slot_layout.layout, granule)?;
-                let wait = |event| Some(After { event, ..after });
-                Some(
-                    parts
-                        .into_iter()
-                        .map(|(event, part)| (part, wait(event)))
-                        .collect(),
-                )
-            });
-        divided.unwrap_or_else(|| vec![(pieces, after)])
-    }
-
-    /// Returns the readiness of a write's slots, or the write's failed outcome if the engine never announced
-    /// the event.
-    fn ready(&self, after: Option<After>) -> Result<Ready, Outcome> {
-        let Some(After { engine, event }) = after else {
-            return Ok(Ready::now());
-        };
-        match self.engines.event(engine, event) {
-            Some(event) => Ok(Ready::after(event)),
-            None => Err(Outcome::Failed {
-                terminal: true,
-                error: format!("engine {engine} named event {event}, which is not in its hello"),
-            }),
-        }
-    }
-
-    /// Returns a function that computes the checksum of each piece; it returns no sums if checksums are off.
-    /// The slots need not be ready before the write, and they stay unchanged until the machine hears of the
-    /// write's end.
-    fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
-        let slot_layout = self
-            .engines
-            .slot_layout()
-            .filter(|_| self.context.config.checksum);
-        let of: Vec<(u64, u64)> = slot_layout.map_or_else(Vec::new, |slot_layout| {
-            let place = |p: &Piece| (u64::from(p.from.0) * slot_layout.slot_bytes, p.bytes);
-            pieces.iter().map(place).collect()
-        });
-        let buffer = Arc::clone(&self.buffer);
-        move || {
-            of.into_iter()
-                .filter_map(|(offset, bytes)| buffer.sum(offset, bytes).ok())
-                .collect()
-        }
     }
 
     fn publish(&self) {
