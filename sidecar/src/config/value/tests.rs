@@ -140,7 +140,10 @@ fn addresses() {
     outside::<Host>("a b", "!not a host name");
     outside::<Url>("http://127.0.0.1:8100/", "http://127.0.0.1:8100");
     outside::<Url>("127.0.0.1:8100", "!neither http:// nor https://");
-    outside::<Url>("http://a?b", "!no base URL");
+    outside::<Url>(
+        "http://a?b",
+        "!not a base URL: it has no host, or has a query, a fragment, an @ or white space",
+    );
     for (host, loopback, wildcard) in [
         ("localhost", true, false),
         ("127.9.9.9", true, false),

@@ -282,7 +282,15 @@ fn docs_list_every_metric() {
         };
         let first = text
             .lines()
-            .find(|l| l.starts_with(name) && l[name.len()..].starts_with(['{', ' ', '_']))
+            .find(|l| {
+                let rest = l.strip_prefix(name).unwrap_or("?");
+                // Not the series of another metric whose name begins alike.
+                let rest = rest
+                    .strip_prefix(suffix)
+                    .unwrap_or(rest)
+                    .trim_start_matches("_bucket");
+                rest.starts_with(['{', ' '])
+            })
             .unwrap_or_else(|| panic!("{name} has no series"));
         let labels: Vec<_> = first
             .split_once('{')
