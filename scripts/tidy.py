@@ -31,8 +31,8 @@ LEFTOVER = re.compile(r"\b(?:FIXME|XXX|HACK)\b|\bdbg!\(|^<{7} |^>{7} ")
 UNCLEAR_OPENINGS = ("What", "How", "Whose", "Of", "Whether", "Where", "Who")
 # The check of the openings is on in these folders. Add a folder when its documentation is rewritten.
 PLAIN_FOLDERS = (
-    "discovery/", "nixl/", "nixl-sys/", "protocol/", "proxy/", "python/", "scripts/", "sidecar/", "tests/bench/",
-    "tests/drop_in/", "tests/gpu/", "tests/harness/",
+    "common/", "discovery/", "nixl/", "nixl-sys/", "protocol/", "proxy/", "python/", "scripts/", "sidecar/",
+    "tests/bench/", "tests/drop_in/", "tests/gpu/", "tests/harness/",
 )  # fmt: skip
 RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 

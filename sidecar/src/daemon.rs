@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -129,15 +128,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
 /// The usual limit of 1024 is below the number of connections of one port. With it, any process that opens
 /// many connections to the alloc port could lock out the engine, the proxy and the scrapers.
 fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current == limit.maximum {
-        return;
-    }
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+    if let Err(error) = common::fd_limit::raise() {
         warn!(%error, "cannot raise the limit on open files");
     }
 }

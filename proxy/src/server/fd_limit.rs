@@ -1,23 +1,18 @@
 //! The limit of file descriptors. Each request under way holds its client's connection, and up to two
 //! connections to engines.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use common::fd_limit;
 
 use crate::config::cli::Config;
 
 /// Raises the soft limit of open files, which is 1024 in most shells, to the hard limit. Returns a warning if
 /// even the hard limit is too low for the flags.
 pub fn raise_limit(config: &Config) -> Option<String> {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
     // If this fails, the comparison below finds the old limit and returns the warning.
-    setrlimit(Resource::Nofile, raised).ok();
+    fd_limit::raise().ok();
     let wanted =
         config.max_connections + crate::server::accept::RESERVE + 2 * config.max_in_flight + OTHERS;
-    let permitted = getrlimit(Resource::Nofile).current?;
+    let permitted = fd_limit::permitted()?;
     (permitted < wanted as u64).then(|| {
         format!(
             "{permitted} open files are permitted (ulimit -n); --max-connections and --max-in-flight may need {wanted}"

@@ -1,0 +1,28 @@
+//! The limit on file descriptors, which most shells and containers set to 1024: less than one port of either program
+//! may have connections.
+
+use std::io;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Raises the soft limit on open files of this process to the hard limit, which is the highest value that this user
+/// may set.
+///
+/// # Errors
+/// The kernel refuses. The limit then stays as it is.
+pub fn raise() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return Ok(());
+    }
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    Ok(setrlimit(Resource::Nofile, raised)?)
+}
+
+/// Returns the number of files that this process may have open at once; `None` if there is no limit.
+pub fn permitted() -> Option<u64> {
+    getrlimit(Resource::Nofile).current
+}

@@ -1,0 +1,8 @@
+//! Code that the sidecar, the proxy and the discovery crate share.
+//!
+//! Each module holds one thing. A thing belongs here only if two of the crates need the same behaviour, or if the
+//! library below it has to be exchangeable. Decisions of one program stay in that program.
+
+#![forbid(unsafe_code)]
+
+pub mod fd_limit;
