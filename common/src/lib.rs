@@ -6,3 +6,4 @@
 #![forbid(unsafe_code)]
 
 pub mod fd_limit;
+pub mod kubernetes;

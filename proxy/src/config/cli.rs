@@ -1,6 +1,5 @@
 //! The flags, and the checks of their values before the proxy starts.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -219,17 +218,12 @@ impl Config {
         let mut notes = Vec::new();
         let command = Self::command().mut_args(|argument| {
             let variable = argument.get_env().and_then(|name| name.to_str());
-            let of_service = variable.and_then(|name| {
-                let value = std::env::var(name).ok()?;
-                is_of_kubernetes(name, &value).then(|| format!("{name}={value}"))
-            });
-            let Some(of_service) = of_service else {
+            let note = variable
+                .and_then(|name| common::kubernetes::note(name, &std::env::var(name).ok()?));
+            let Some(note) = note else {
                 return argument;
             };
-            notes.push(format!(
-                "environment {of_service}: ignored, because it describes a Kubernetes service \
-                 (enableServiceLinks: false in the pod's spec prevents such variables)"
-            ));
+            notes.push(note);
             argument.env(None::<&'static str>)
         });
         let config = Self::from_arg_matches(&command.try_get_matches()?)?;
@@ -284,14 +278,6 @@ impl Config {
         problems.extend(self.addresses.problems());
         problems
     }
-}
-
-/// Returns true if Kubernetes set this variable to describe a service.
-fn is_of_kubernetes(name: &str, value: &str) -> bool {
-    let url = value.split_once("://").is_some_and(|(scheme, at)| {
-        ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
-    });
-    name.ends_with("_PORT") && url
 }
 
 /// Upper limit of `--call-back-every`. A call-back takes at most 2 s for the sidecar and 2 s for the engine;

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+
+use common::kubernetes;
 
 use super::key::{Default, Key, LMCACHE_PREFIX, SIDECAR_PREFIX, Section};
 use super::problem::{Problem, Row};
@@ -101,11 +102,8 @@ impl Layers {
                 continue;
             }
             let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
-            if ours && is_of_kubernetes(name, value) {
-                layers.warnings.push(format!(
-                    "environment {name}={value}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
-                     the pod's spec keeps such variables away)"
-                ));
+            if ours && let Some(note) = kubernetes::note(name, value) {
+                layers.warnings.push(note);
                 continue;
             }
             layers.env.push((name.clone(), value.clone()));
@@ -366,27 +364,6 @@ impl Layers {
         let (ours, name) = self.known.iter().find(|(_, known)| known == best)?;
         Some(section_of(*ours).path(name))
     }
-}
-
-/// Returns true if Kubernetes set this variable to describe a service. For every service of its namespace, a
-/// pod gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it, and the name of a service may
-/// begin with a prefix of ours.
-fn is_of_kubernetes(name: &str, value: &str) -> bool {
-    let url = value.split_once("://").is_some_and(|(scheme, at)| {
-        ["tcp", "udp", "sctp"].contains(&scheme) && at.parse::<SocketAddr>().is_ok()
-    });
-    let derived = name.split_once("_PORT_").is_some_and(|(_, rest)| {
-        let mut words = rest.split('_');
-        let number = words.next().is_some_and(|word| word.parse::<u16>().is_ok());
-        number
-            && words
-                .next()
-                .is_some_and(|word| ["TCP", "UDP", "SCTP"].contains(&word))
-    });
-    let service = name.ends_with("_SERVICE_HOST")
-        || name.ends_with("_SERVICE_PORT")
-        || name.contains("_SERVICE_PORT_");
-    name.ends_with("_PORT") && url || derived || service
 }
 
 /// The variable with the file's path. A flag comes before it.
