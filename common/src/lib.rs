@@ -7,3 +7,4 @@
 
 pub mod fd_limit;
 pub mod kubernetes;
+pub mod origin;

@@ -4,9 +4,8 @@
 //! method that needs no preflight, with `text/plain` bodies, and through DNS rebinding also with a
 //! foreign name in `Host`.
 
-use std::net::IpAddr;
-
-use http::header::{CONTENT_TYPE, FORWARDED, HOST, ORIGIN, VIA};
+use common::origin::{host, is_local, is_of_another_site};
+use http::header::{CONTENT_TYPE, FORWARDED, ORIGIN, VIA};
 use http::{HeaderMap, HeaderName};
 use http_body::Body;
 
@@ -66,16 +65,14 @@ pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
 /// The header that proves it, with the cure.
 pub(crate) fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
-    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
-    let host = host.unwrap_or_default();
+    let host = host(headers);
     if !is_local(host) {
         return refused(format!(
             "the header Host is {host:?}: without the key of --admin-key it has to be localhost or a loopback \
              address"
         ));
     }
-    let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
-    if site.is_some_and(|site| site != b"same-origin" && site != b"none") {
+    if is_of_another_site(headers) {
         return refused("a page of another site sent this request (Sec-Fetch-Site)".into());
     }
     for origin in headers.get_all(ORIGIN) {
@@ -106,20 +103,6 @@ fn is_of_a_proxy(name: &HeaderName) -> bool {
         || *name == VIA
         || name.as_str().starts_with("x-forwarded-")
         || others.contains(&name.as_str())
-}
-
-/// Returns true if `HOST[:PORT]` is a loopback address, `localhost`, or a name below `localhost`. The
-/// port does not matter, because a tunnel (`ssh -L`) has another port.
-fn is_local(host: &str) -> bool {
-    let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
-        Some((address, _)) => address,
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-    match name.parse::<IpAddr>() {
-        Ok(address) => address.to_canonical().is_loopback(),
-        Err(_) => name == "localhost" || name.ends_with(".localhost"),
-    }
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 //! A browser on this host also connects from a loopback address. A page can read only answers of its own host
 //! name. With DNS rebinding that name resolves to this host, but the `Host` header still has the name.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use axum::extract::Request;
-use axum::http::header::HOST;
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
+use common::origin::{host, is_local, is_of_another_site};
 use tracing::warn;
 
 use super::refused;
@@ -33,21 +33,5 @@ pub(super) async fn refuse(request: Request, next: Next) -> Response {
 }
 
 fn is_a_page(headers: &HeaderMap) -> bool {
-    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
-    let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
-    !is_local(host.unwrap_or_default())
-        || site.is_some_and(|site| site != b"same-origin" && site != b"none")
-}
-
-/// Returns true if `HOST[:PORT]` names this host by loopback address or by `localhost`.
-fn is_local(host: &str) -> bool {
-    let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
-        Some((address, _)) => address,
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-    match name.parse::<IpAddr>() {
-        Ok(address) => address.to_canonical().is_loopback(),
-        Err(_) => name == "localhost" || name.ends_with(".localhost"),
-    }
+    !is_local(host(headers)) || is_of_another_site(headers)
 }
