@@ -8,3 +8,5 @@
 pub mod fd_limit;
 pub mod kubernetes;
 pub mod origin;
+pub mod socket_owner;
+pub mod zmq;

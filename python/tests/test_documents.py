@@ -144,6 +144,7 @@ def test_every_reason_of_the_proxy_has_a_row() -> None:
 def sources() -> str:
     """Returns all program texts, with texts that continue on the next line joined."""
     files = [
+        *sorted((ROOT / "common" / "src").rglob("*.rs")),
         *sorted((ROOT / "sidecar" / "src").rglob("*.rs")),
         *sorted((ROOT / "proxy" / "src").rglob("*.rs")),
         *sorted((ROOT / "python" / "pd_sidecar").rglob("*.py")),

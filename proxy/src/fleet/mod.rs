@@ -7,5 +7,4 @@ pub(crate) mod load;
 pub(crate) mod p2p_nccl;
 pub(crate) mod registry;
 pub(crate) mod sources;
-pub(crate) mod zmq;
 pub(crate) mod zone;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::zmq::{Frame, Inbox};
 use protocol::registration::InstanceRole;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
@@ -15,8 +16,8 @@ use tracing::{error, info, warn};
 use crate::fleet::instance::{Instance, Source, Standing};
 use crate::fleet::registry::Command;
 use crate::fleet::registry::{Answer, CallBack, Registry};
-use crate::fleet::zmq::{Frame, PortError, Registrations};
 use crate::membership::callback::call_back;
+use crate::membership::ports::PortError;
 use crate::state::app::{App, Instances};
 use crate::telemetry::labels::{InstanceCounts, Message};
 
@@ -43,9 +44,9 @@ pub(crate) struct Registration {
 #[derive(Debug)]
 pub(crate) struct Inputs {
     /// The registration port.
-    pub port: Registrations,
+    pub port: Inbox,
     /// The port of P2P NCCL instances.
-    pub p2p: Option<Registrations>,
+    pub p2p: Option<Inbox>,
     /// Ids of instances that have failed a request.
     pub suspected: mpsc::Receiver<String>,
     /// Commands of the admin endpoints and of the shared registry.
@@ -280,9 +281,9 @@ fn state(instance: &Instance) -> usize {
 }
 
 /// Receives the next frame of a port. Waits forever if there is no port.
-async fn heard(port: Option<&Registrations>) -> Result<Frame, PortError> {
+async fn heard(port: Option<&Inbox>) -> Result<Frame, PortError> {
     match port {
-        Some(port) => port.recv().await,
+        Some(port) => Ok(port.recv().await?),
         None => std::future::pending().await,
     }
 }

@@ -23,7 +23,7 @@ use tracing::{info, warn};
 
 use crate::config::announce::{self, Announcer};
 use crate::config::cli::Config;
-use crate::fleet::zmq::{PortError, Registrations};
+use crate::membership::ports::{self, PortError};
 use crate::membership::registration::{Inputs, Registration};
 use crate::membership::shared_registry::SharedRegistry;
 use crate::server::accept::{Limits, Port};
@@ -105,13 +105,13 @@ impl Proxy {
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let listen = listener.local_addr().map_err(failed)?;
-        let port = Registrations::bind(config.addresses.registration()).await?;
+        let port = ports::bind(config.addresses.registration()).await?;
         // The registration task and the requests communicate over these channels.
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
         let (commands, commanded) = mpsc::channel(MAX_COMMANDS);
         let p2p = match config.addresses.p2p_registration {
-            Some(address) => Some(Registrations::bind_router(address).await?),
+            Some(address) => Some(ports::bind_p2p(address).await?),
             None => None,
         };
         let (spans, traced) = match &config.otlp {

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use omq_tokio::{Message, Options, Socket, SocketType};
 use protocol::registration::{ProxyNotif, ToProxy};
 use protocol::{RequestId, codec};
 use serde_json::{Value, json};
 
 use crate::support::engine::{Engine, Reply, Then, completion, events};
 use crate::support::{Rig, free_port};
+use crate::zmtp::{Hello, Peer};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -105,17 +105,16 @@ async fn lmcache_rig() -> (Rig, Engine, Engine) {
 
 /// Sends the notice of one rank of an LMCache prefiller that it has written its part.
 async fn notify(rig: &Rig, id: &str) {
-    let push = Socket::new(SocketType::Push, Options::default());
-    push.connect(rig.registration.as_str()).await.unwrap();
+    let mut push = Peer::connect(rig.registration_address(), Hello::of("PUSH"))
+        .await
+        .unwrap();
     let notice = ToProxy::ProxyNotif(ProxyNotif {
         req_id: RequestId(id.into()),
         x: None,
         ..ProxyNotif::example()
     });
-    push.send(Message::single(codec::encode(&notice)))
-        .await
-        .unwrap();
-    // Wait before the socket is dropped, because dropping it at once would drop the message.
+    push.send(&[&codec::encode(&notice)]).await.unwrap();
+    // Wait before the connection is dropped, so that the port has read the message.
     rig.until_metric(
         "pd_proxy_registration_messages_total{kind=\"proxy_notif\"}",
         1.0,
@@ -221,14 +220,11 @@ async fn p2p_nccl_instances_register_and_meet_by_request_id() {
     let rig = rig(&["--p2p-registration".to_owned(), address.clone()]).await;
     let mut dealers = Vec::new();
     for (kind, engine, zmq) in [("P", &p, "10.0.0.1:21001"), ("D", &d, "10.0.0.2:22001")] {
-        let dealer = Socket::new(
-            SocketType::Dealer,
-            Options::default().identity(zmq.to_owned()),
-        );
-        dealer
-            .connect(format!("tcp://{address}").as_str())
-            .await
-            .unwrap();
+        let hello = Hello {
+            identity: zmq,
+            ..Hello::of("DEALER")
+        };
+        let mut dealer = Peer::connect(&address, hello).await.unwrap();
         let http = authority(engine);
         let hello = BTreeMap::from([
             ("type", kind),
@@ -236,7 +232,7 @@ async fn p2p_nccl_instances_register_and_meet_by_request_id() {
             ("zmq_address", zmq),
         ]);
         let hello = rmp_serde::to_vec_named(&hello).unwrap();
-        dealer.send(Message::single(hello)).await.unwrap();
+        dealer.send(&[&hello]).await.unwrap();
         rig.until_state(&http, "ready").await;
         dealers.push(dealer);
     }

@@ -18,3 +18,7 @@ mod support;
 mod tls;
 mod unfit;
 mod ways;
+/// A ZeroMQ peer as plain bytes, as the tests of the crate `common` use it.
+#[allow(dead_code, reason = "these tests use a part of it")]
+#[path = "../../../common/tests/all/zmtp.rs"]
+mod zmtp;

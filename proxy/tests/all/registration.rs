@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use crate::support::sidecar::{Answer, Role, Sidecar};
 use crate::support::{PATIENCE, Rig};
+use crate::zmtp::{Hello, greeting};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -146,14 +147,14 @@ async fn malformed_messages_are_counted_and_nothing_else() {
 async fn strangers_on_the_registration_port_disturb_nobody() {
     let rig = Rig::start(&[]).await;
     let (_d, sidecar) = rig.instance("d", Role::Decode).await;
-    let address = rig.registration.strip_prefix("tcp://").unwrap();
+    let address = rig.registration_address();
 
     // Half-open connections, some of which have sent an incomplete greeting.
     let mut open = Vec::new();
     for i in 0..200 {
         let mut stream = TcpStream::connect(address).await.unwrap();
         if i % 2 == 0 {
-            stream.write_all(&GREETING[..10]).await.unwrap();
+            stream.write_all(&greeting(1)[..10]).await.unwrap();
         }
         open.push(stream);
     }
@@ -164,8 +165,8 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
         .unwrap();
     // A frame that announces 2^62 bytes.
     let mut huge = TcpStream::connect(address).await.unwrap();
-    huge.write_all(GREETING).await.unwrap();
-    huge.write_all(READY).await.unwrap();
+    let hello = Hello::of("PUSH").bytes();
+    huge.write_all(&hello).await.unwrap();
     huge.write_all(&[2, 0x40, 0, 0, 0, 0, 0, 0, 0])
         .await
         .unwrap();
@@ -198,10 +199,3 @@ async fn a_table_that_is_full_says_so() {
     rig.until_state("e", "gone").await;
     rig.until_state("d", "ready").await;
 }
-
-/// The greeting of a ZMTP 3.1 client with the mechanism NULL.
-const GREETING: &[u8] = b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01NULL\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
-    \0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-
-/// The command READY of a PUSH socket.
-const READY: &[u8] = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04PUSH";

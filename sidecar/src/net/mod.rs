@@ -1,6 +1,4 @@
-//! ZeroMQ sockets, the owner of a taken port, and the identity of this host.
+//! The identity of this host, and the counter of frames that are not valid messages.
 
 pub(crate) mod host_id;
 pub(crate) mod malformed;
-pub(crate) mod socket_owner;
-pub(crate) mod zmq;

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use common::zmq::Traffic;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
 
-use crate::net::zmq::Traffic;
 use crate::observe::registration::ProxyVoice;
 use crate::observe::status::Status;
 use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};

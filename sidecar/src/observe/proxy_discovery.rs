@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use common::zmq::{Closed, Listener, Push};
 use discovery::{EVERY, Metadata, PROXY_KEY, Store};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -9,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{HostPort, ProxyAddress, read};
-use crate::net::zmq::{Closed, Listener, Push};
 use crate::observe::registration::{Outlet, Refused};
 
 /// The connection to the proxy. While the proxy's address is not known, messages are dropped and counted.

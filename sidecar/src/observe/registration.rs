@@ -13,6 +13,7 @@ mod metrics;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::zmq::Listener;
 use futures::future::BoxFuture;
 use protocol::codec;
 use protocol::registration::ToProxy;
@@ -22,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::net::zmq::Listener;
 use crate::observe::status::Status;
 
 pub(crate) use self::metrics::{DeliveryResult, ProxyMetrics};

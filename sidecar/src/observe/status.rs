@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use common::zmq::{Listener, Traffic};
 use protocol::record::Record;
 use protocol::registration::{Leave, Register};
 use protocol::{Epoch, VERSION};
@@ -20,7 +21,6 @@ pub(crate) use self::shape::{
 };
 
 use crate::config::Config;
-use crate::net::zmq::{Listener, Traffic};
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 use crate::transport::set::Wires;

@@ -25,7 +25,7 @@ use protocol::metadata::agent_name;
 use protocol::{Reason, VERSION};
 use serde_bytes::ByteBuf;
 
-use crate::net::zmq::{RequestError, Requester};
+use common::zmq::{RequestError, Requester};
 
 /// The data that one side of the handshake sends about itself.
 #[derive(Clone, Debug)]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::zmq::Traffic;
 use protocol::Time;
 use protocol::local::Target;
 use protocol::record::Record;
@@ -11,7 +12,6 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::engine::sessions::SlotLayout;
-use crate::net::zmq::Traffic;
 use crate::rank::metrics::RankMetrics;
 use crate::rank::recorder::Trace;
 pub(crate) use crate::rank::role::RankRole;

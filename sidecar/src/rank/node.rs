@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
 use protocol::EngineId;
 use protocol::Reason;
 use protocol::local::{EngineRole, Refused, Target, ToEngine};
@@ -16,7 +17,6 @@ use tracing::{info, warn};
 use crate::config::{Config, Listen, RankPorts, Role};
 use crate::engine::socket::{FromEngine, Listener};
 use crate::memory::Buffer;
-use crate::net::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
 use crate::peer::process_lock::ProcessLock;
 use crate::rank::context::{Observer, RankContext, RankRole};
 use crate::rank::metrics::RankMetrics;

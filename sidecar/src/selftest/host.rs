@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use common::zmq::Traffic;
 use protocol::local::{EngineRole, Target};
 use protocol::record::Record;
 use protocol::registration::ToProxy;
@@ -16,7 +17,6 @@ use crate::cli::Selftest;
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times};
 use crate::memory::Buffer;
 use crate::net::malformed::MalformedFrames;
-use crate::net::zmq::Traffic;
 use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
 use crate::rank::metrics::RankMetrics;
 use crate::rank::node::Node;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use common::zmq::Frame;
 use protocol::codec;
 use protocol::registration::{Register, ToProxy};
 use tracing::{debug, info, warn};
@@ -10,7 +11,6 @@ use super::{News, Registration};
 use crate::fleet::instance::Instance;
 use crate::fleet::p2p_nccl;
 use crate::fleet::registry::Registered;
-use crate::fleet::zmq::Frame;
 use crate::telemetry::labels::Message;
 
 impl Registration {

@@ -69,6 +69,11 @@ impl Rig {
         }
     }
 
+    /// Returns the address of the registration port, without the scheme.
+    pub fn registration_address(&self) -> &str {
+        self.registration.strip_prefix("tcp://").unwrap()
+    }
+
     /// Starts an engine that writes into this rig's journal.
     pub async fn engine(&self, name: &str) -> Engine {
         Engine::start(name, Arc::clone(&self.journal)).await

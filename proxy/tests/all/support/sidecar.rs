@@ -8,7 +8,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 use http::StatusCode;
-use omq_tokio::{Message, Options, Socket, SocketType};
 use protocol::registration::{
     InstanceRole, Leave, NotifX, Progress, ProxyNotif, Register, ToProxy,
 };
@@ -17,10 +16,12 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::zmtp::{Hello, Peer};
+
 pub use protocol::registration::InstanceRole as Role;
 
 pub struct Sidecar {
-    push: Arc<Socket>,
+    push: Arc<tokio::sync::Mutex<Peer>>,
     pub register: Register,
     answer: Arc<Mutex<Answer>>,
     /// The bodies of the call-backs so far.
@@ -98,12 +99,17 @@ impl Sidecar {
             .route("/registered", post(registered))
             .with_state(Arc::new(admin));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        let push = Socket::new(SocketType::Push, Options::default().linger(Duration::ZERO));
-        push.connect(registration).await.unwrap();
+        // Without heartbeats, so that the connection lasts although no task reads it.
+        let hello = Hello {
+            minor: 0,
+            ..Hello::of("PUSH")
+        };
+        let address = registration.strip_prefix("tcp://").unwrap();
+        let push = Peer::connect(address, hello).await.unwrap();
         // Only an instance that decodes has ports for receivers.
         let receives = role != InstanceRole::Prefill;
         Self {
-            push: Arc::new(push),
+            push: Arc::new(tokio::sync::Mutex::new(push)),
             register: Register {
                 id: name.into(),
                 epoch: Epoch(epoch),
@@ -136,8 +142,8 @@ impl Sidecar {
         let push = Arc::clone(&self.push);
         let register = ToProxy::Register(self.register.clone());
         let beats = tokio::spawn(async move {
-            loop {
-                send(&push, &register).await;
+            // Until the proxy has ended.
+            while send(&push, &register).await.is_ok() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
@@ -154,12 +160,11 @@ impl Sidecar {
     }
 
     pub async fn say(&self, message: &ToProxy) {
-        send(&self.push, message).await;
+        send(&self.push, message).await.unwrap();
     }
 
     pub async fn say_bytes(&self, frames: &[&[u8]]) {
-        let parts = frames.iter().map(|frame| frame.to_vec());
-        self.push.send(Message::multipart(parts)).await.unwrap();
+        self.push.lock().await.send(frames).await.unwrap();
     }
 
     /// Sends the message that the engine has begun this request.
@@ -199,10 +204,9 @@ impl Sidecar {
     }
 }
 
-async fn send(push: &Socket, message: &ToProxy) {
-    push.send(Message::single(codec::encode(message)))
-        .await
-        .unwrap();
+async fn send(push: &tokio::sync::Mutex<Peer>, message: &ToProxy) -> std::io::Result<()> {
+    let bytes = codec::encode(message);
+    push.lock().await.send(&[&bytes]).await
 }
 
 async fn registered(State(admin): State<Arc<Admin>>, Json(body): Json<Value>) -> Response {

@@ -1,5 +1,6 @@
+use common::zmq::Traffic;
+
 use crate::memory::Buffer;
-use crate::net::zmq::Traffic;
 use crate::rank::context::RankRole;
 use crate::transport::set::Wires;
 use crate::transport::tcp::{self, Tcp};

@@ -1,6 +1,8 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use bytes::Bytes;
+use common::zmq::{Frame, Inbox};
 use protocol::RequestId;
 use protocol::registration::{PROXY_NAME, Progress, ProxyNotif, Register};
 use tokio::sync::mpsc::UnboundedSender;
@@ -186,12 +188,10 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
 
 #[tokio::test]
 async fn reaches_a_real_port() {
-    let mut pull = crate::net::zmq::Pull::named(PROXY_NAME, "127.0.0.1", 0)
-        .await
-        .unwrap();
+    let pull = Inbox::pull(PROXY_NAME, LOCAL.into()).await.unwrap();
     let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
-        port: pull.port(),
+        port: pull.address().port(),
     });
     let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
     let config = Arc::new(config(&[]));
@@ -201,9 +201,9 @@ async fn reaches_a_real_port() {
     let stop = CancellationToken::new();
     let task = tokio::spawn(task.run(CancellationToken::new(), stop.clone()));
     let mut kinds = Vec::new();
-    let mut recv = async || {
-        let bytes = tokio::time::timeout(Duration::from_secs(10), pull.recv()).await;
-        kind(&codec::decode(&bytes.unwrap().unwrap()).unwrap())
+    let recv = async || {
+        let bytes = tokio::time::timeout(Duration::from_secs(10), single(&pull)).await;
+        kind(&codec::decode(&bytes.unwrap()).unwrap())
     };
     kinds.push(recv().await);
     voice.tell(progress());
@@ -222,10 +222,10 @@ async fn reaches_a_real_port() {
 /// closes the socket for good: after a `Register`, no answer to its clients would ever end.
 #[tokio::test]
 async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
-    let mut pull = crate::net::zmq::Pull::bind("127.0.0.1", 0).await.unwrap();
+    let pull = Inbox::pull("", LOCAL.into()).await.unwrap();
     let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
-        port: pull.port(),
+        port: pull.address().port(),
     });
     let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
     let config = Arc::new(config(&[]));
@@ -257,13 +257,24 @@ async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait
     voice.tell(notif());
     drain.cancel();
     stop.cancel();
-    let bytes = tokio::time::timeout(Duration::from_secs(10), pull.recv()).await;
-    let first: ToProxy = codec::decode(&bytes.unwrap().unwrap()).unwrap();
+    let bytes = tokio::time::timeout(Duration::from_secs(10), single(&pull)).await;
+    let first: ToProxy = codec::decode(&bytes.unwrap()).unwrap();
     task.await.unwrap();
-    let rest = tokio::time::timeout(Duration::from_millis(100), pull.recv()).await;
+    let rest = tokio::time::timeout(Duration::from_millis(100), single(&pull)).await;
     assert_eq!((kind(&first), obstacles), ("proxy_notif", Vec::new()));
     assert!(rest.is_err(), "{rest:?}");
 }
+
+/// Returns the next message of a registration port.
+async fn single(port: &Inbox) -> Bytes {
+    match port.recv().await.unwrap() {
+        Frame::Single(bytes) => bytes,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Any free port of this host.
+const LOCAL: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
 fn notif() -> ToProxy {
     ToProxy::ProxyNotif(ProxyNotif {

@@ -1,10 +1,10 @@
 //! Tests of both sides over a real socket, and of the receiver's side alone.
 
+use common::zmq::{FromPeer, MAX_INIT_BYTES, RouterServer};
 use protocol::message::Advert;
 use protocol::{Epoch, Layout};
 
 use super::*;
-use crate::net::zmq::{FromPeer, MAX_INIT_BYTES, RouterServer};
 
 fn identity(id: &str) -> Identity {
     let layout = Layout {

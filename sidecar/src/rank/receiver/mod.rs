@@ -8,6 +8,7 @@ mod write_fence;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::zmq::{FromPeer, RouterServer};
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Hello, Pages, Refusal};
 use protocol::receiver::{Action, Event, Receiver};
@@ -21,7 +22,6 @@ use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
 use crate::net::host_id;
-use crate::net::zmq::{FromPeer, RouterServer};
 use crate::peer::handshake::Identity;
 use crate::rank::context::{Clock, Gauges, RankContext, RankRole};
 use checks::Checks;

@@ -1,5 +1,6 @@
 //! Handles the senders' messages on a receiver's ports and passes them to the machine.
 
+use common::zmq::{Closed, FromPeer, RouterServer};
 use protocol::codec;
 use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
 use protocol::receiver::{Event, Route};
@@ -7,7 +8,6 @@ use tracing::{debug, info, warn};
 
 use super::ReceiverTask;
 use super::checks::Checked;
-use crate::net::zmq::{Closed, FromPeer, RouterServer};
 use crate::peer::handshake::{self, Answer};
 use crate::transport::ucx::CONSENT;
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::zmq::{DealerClient, FromServer};
 use protocol::local::Target;
 use protocol::message::{Hello, ToSender};
 use protocol::{Reason, codec};
@@ -10,7 +11,6 @@ use tokio::sync::mpsc;
 use tracing::warn;
 
 use crate::net::host_id;
-use crate::net::zmq::{DealerClient, FromServer};
 use crate::peer::handshake::{self, Identity};
 use crate::transport::expected_rate::{Ends, ExpectedRate};
 use crate::transport::set::Wires;

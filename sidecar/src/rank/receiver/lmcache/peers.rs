@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use protocol::Epoch;
 use protocol::receiver::{Route, SenderId};
 
-use crate::net::socket_owner;
+use common::socket_owner;
 
 /// The senders that have the slots' addresses, and the connections that were already checked.
 #[derive(Debug, Default)]

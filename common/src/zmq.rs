@@ -1,4 +1,7 @@
-//! The sidecar's ZeroMQ sockets: the only module that names the library.
+//! The ZeroMQ sockets of all programs: the only module that names the library.
+//!
+//! The library below can be exchanged. `common/tests/all` is the contract of this module: its tests speak the wire
+//! protocol as plain bytes and name no library, so a library that passes them can replace the present one.
 //!
 //! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process
 //! that reaches the ports can connect. A send never waits: a peer that does not read loses its own messages
@@ -8,6 +11,7 @@
 //! another route, so that an answer never reaches another process that took over the identity.
 
 mod dealer;
+mod inbox;
 mod push;
 mod requester;
 mod router;
@@ -21,27 +25,28 @@ use omq_tokio::options::KeepAlive;
 use omq_tokio::{Endpoint, Message, Options, ReconnectPolicy, Socket};
 use tracing::warn;
 
-pub(crate) use dealer::{DealerClient, FromServer};
-pub(crate) use push::{Listener, Push};
-pub(crate) use requester::{RequestError, Requester};
-pub(crate) use router::{FromPeer, RouterServer};
-pub(crate) use traffic::Traffic;
+pub use dealer::{DealerClient, FromServer};
+pub use inbox::{Frame, Inbox};
+pub use push::{Listener, Push};
+pub use requester::{RequestError, Requester};
+pub use router::{FromPeer, RouterServer};
+pub use traffic::Traffic;
 
 /// Longest message on an alloc port. A request of 4096 keys (a million tokens in chunks of 256) with
 /// a model name of 100 characters has 600 KB.
-pub(crate) const MAX_ALLOC_BYTES: usize = 1 << 20;
+pub const MAX_ALLOC_BYTES: usize = 1 << 20;
 /// Longest message on an init port: a descriptor list of 170,000 slots with 24 bytes per slot.
-pub(crate) const MAX_INIT_BYTES: usize = 4 << 20;
+pub const MAX_INIT_BYTES: usize = 4 << 20;
 /// Longest message on the registration port.
-pub(crate) const MAX_REGISTRATION_BYTES: usize = 64 << 10;
+pub const MAX_REGISTRATION_BYTES: usize = 64 << 10;
 /// The socket's own task has ended, so no message will come any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the ZeroMQ socket is closed")]
-pub(crate) struct Closed;
+pub struct Closed;
 
 /// The reason for which a message was not queued. The socket does not retry it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SendError {
+pub enum SendError {
     /// The queue to this peer is full, because the peer does not read.
     #[error("the peer does not read its messages")]
     Full,
@@ -52,7 +57,7 @@ pub(crate) enum SendError {
 
 /// A port that could not be bound.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BindError {
+pub enum BindError {
     /// Another socket listens there.
     #[error("{host}:{port} is taken by {holder}; choose another port")]
     InUse {
@@ -121,7 +126,7 @@ async fn bind(socket: &Socket, host: &str, port: u16) -> Result<u16, BindError> 
             Err(BindError::InUse {
                 host: host.to_owned(),
                 port,
-                holder: crate::net::socket_owner::holder(port)
+                holder: crate::socket_owner::holder(port)
                     .unwrap_or_else(|| "a process that the kernel does not name".to_owned()),
             })
         }
@@ -157,17 +162,18 @@ fn rare(count: u64) -> bool {
 }
 
 /// Largest number of connections of one port. Each needs about 40 KB.
-const MAX_PEERS: usize = 1024;
+pub const MAX_PEERS: usize = 1024;
 /// Handshakes of one port at the same time. With the library's default of 128, 500 silent connections locked
 /// out every new peer in trials.
 const MAX_PENDING_HANDSHAKES: usize = 2048;
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Longest time for a new connection to finish ZeroMQ's handshake. Half-open connections end after it.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest time for sending queued messages when a socket closes. The library's default is 0, which drops
 /// them.
 const LINGER: Duration = Duration::from_millis(300);
 const PUSH_LINGER: Duration = Duration::from_secs(1);
 /// Messages queued to one peer.
-const SEND_QUEUE: u32 = 256;
+pub const SEND_QUEUE: u32 = 256;
 /// Messages queued from all peers of a port. They need at most 64 MiB on an alloc port.
 const RECEIVE_QUEUE: u32 = 64;
 /// Encoded bytes queued to one peer.
@@ -178,7 +184,8 @@ const MONITOR_EVENTS: usize = 1024;
 /// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; TCP's own probes find its vanished host after 25
 /// s.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
+/// Time after which a peer that answers no heartbeat counts as lost.
+pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
 const TCP_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
@@ -187,7 +194,3 @@ const CONNECT_GRACE: Duration = Duration::from_millis(500);
 /// Largest number of messages that are delivered before a loss. A loss comes after the messages that were
 /// received before it, and the bound keeps a flood of messages from hiding it.
 const MESSAGES_BEFORE_LOST: usize = 2 * RECEIVE_QUEUE as usize;
-#[cfg(test)]
-mod tests;
-#[cfg(test)]
-pub(crate) use tests::Pull;

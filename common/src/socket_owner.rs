@@ -7,7 +7,7 @@ use std::path::Path;
 
 /// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; absent if no process
 /// listens there.
-pub(crate) fn holder(port: u16) -> Option<String> {
+pub fn holder(port: u16) -> Option<String> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| fs::read_to_string(table).ok())
@@ -33,7 +33,7 @@ pub(crate) fn holder(port: u16) -> Option<String> {
 
 /// Returns the process on this host that has a connection from `peer` to our `port`; absent if the kernel
 /// does not show it.
-pub(crate) fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
+pub fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| fs::read_to_string(table).ok())

@@ -9,7 +9,7 @@ use super::{Closed, MAX_REGISTRATION_BYTES, PUSH_LINGER, SendError, endpoint, op
 
 /// The kind of proxy behind the registration port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Listener {
+pub enum Listener {
     /// No proxy is connected.
     Nobody,
     /// A proxy that takes registrations and calls back.
@@ -20,7 +20,7 @@ pub(crate) enum Listener {
 
 /// A PUSH socket to the proxy's registration port. It reconnects by itself.
 #[derive(Debug)]
-pub(crate) struct Push {
+pub struct Push {
     socket: Socket,
     peer: String,
     dropped: u64,
@@ -28,7 +28,10 @@ pub(crate) struct Push {
 
 impl Push {
     /// Begins to connect.
-    pub(crate) async fn connect(host: &str, port: u16) -> Result<Self, Closed> {
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    pub async fn connect(host: &str, port: u16) -> Result<Self, Closed> {
         let options = options(MAX_REGISTRATION_BYTES).linger(PUSH_LINGER);
         let socket = Socket::new(SocketType::Push, options);
         socket
@@ -47,7 +50,7 @@ impl Push {
     ///
     /// # Errors
     /// See [`SendError`].
-    pub(crate) fn send(&mut self, payload: impl Into<Bytes>) -> Result<(), SendError> {
+    pub fn send(&mut self, payload: impl Into<Bytes>) -> Result<(), SendError> {
         match self.socket.try_send(Message::single(payload.into())) {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -65,7 +68,7 @@ impl Push {
     }
 
     /// Returns the kind of proxy that is connected now.
-    pub(crate) async fn listener(&self) -> Listener {
+    pub async fn listener(&self) -> Listener {
         let peers = self.socket.connections().await.unwrap_or_default();
         let Some(peer) = peers.iter().find_map(|peer| peer.peer_info.as_ref()) else {
             return Listener::Nobody;
@@ -76,14 +79,8 @@ impl Push {
         }
     }
 
-    /// Returns the number of messages dropped so far.
-    #[cfg(test)]
-    pub(crate) fn dropped(&self) -> u64 {
-        self.dropped
-    }
-
-    /// Sends queued messages for at most [`PUSH_LINGER`], then disconnects.
-    pub(crate) async fn close(self) {
+    /// Sends queued messages for at most 1 s, then disconnects.
+    pub async fn close(self) {
         if let Err(error) = self.socket.close().await {
             debug!(proxy = %self.peer, %error, "closing the connection");
         }

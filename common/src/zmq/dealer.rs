@@ -15,8 +15,8 @@ use super::{
 };
 
 /// A DEALER socket to one receiver's alloc port. It reconnects by itself. After it is dropped, queued
-/// messages are still sent for at most [`LINGER`](super::LINGER).
-pub(crate) struct DealerClient {
+/// messages are still sent for at most 300 ms.
+pub struct DealerClient {
     socket: Socket,
     monitor: MonitorStream,
     endpoint: Endpoint,
@@ -30,7 +30,7 @@ pub(crate) struct DealerClient {
 
 /// The result of [`DealerClient::recv`].
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum FromServer {
+pub enum FromServer {
     /// The connection is up, for the first time or again.
     Connected {
         /// True if the peer's socket is a ROUTER; false for a REP.
@@ -45,7 +45,10 @@ pub(crate) enum FromServer {
 impl DealerClient {
     /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. It must not
     /// be guessable, because the receiver gives it to the first connection that presents it.
-    pub(crate) async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    pub async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
         let mut identity = Bytes::copy_from_slice(identity.as_bytes());
         identity.truncate(255);
         let options = options(MAX_ALLOC_BYTES)
@@ -72,7 +75,7 @@ impl DealerClient {
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
-    pub(crate) async fn recv(&mut self) -> Result<FromServer, Closed> {
+    pub async fn recv(&mut self) -> Result<FromServer, Closed> {
         loop {
             while let Ok(event) = self.monitor.try_recv() {
                 self.note(&event);
@@ -133,7 +136,7 @@ impl DealerClient {
     ///
     /// # Errors
     /// See [`SendError`].
-    pub(crate) fn send(&self, payload: impl Into<Bytes>) -> Result<(), SendError> {
+    pub fn send(&self, payload: impl Into<Bytes>) -> Result<(), SendError> {
         match self.socket.try_send(delimited(payload.into())) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => Err(SendError::Full),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The counters of a bound port. The clones share the numbers: the port counts, and the status reads.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Traffic(Arc<Counters>);
+pub struct Traffic(Arc<Counters>);
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -18,7 +18,7 @@ struct Counters {
 
 impl Traffic {
     /// Returns every counter with its name in metrics. `connections` is the present number, not a sum.
-    pub(crate) fn events(&self) -> [(&'static str, u64); 5] {
+    pub fn events(&self) -> [(&'static str, u64); 5] {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let of = &self.0;
         [
@@ -28,13 +28,6 @@ impl Traffic {
             ("unread", read(&of.unread)),
             ("failed_handshakes", read(&of.failed_handshakes)),
         ]
-    }
-
-    /// Returns the counter with this name.
-    #[cfg(test)]
-    pub(crate) fn of(&self, name: &str) -> u64 {
-        let found = self.events().into_iter().find(|(event, _)| *event == name);
-        found.expect("a name of an event").1
     }
 
     /// Sets the present number of connections.

@@ -24,7 +24,7 @@ use super::{
 ///
 /// Serves REQ and DEALER peers. A DEALER may leave out the empty delimiter frame. Answers have the frames
 /// that the peer used.
-pub(crate) struct RouterServer {
+pub struct RouterServer {
     socket: IdentitySocket,
     monitor: MonitorStream,
     port: u16,
@@ -55,7 +55,7 @@ struct Peer {
 
 /// The result of [`RouterServer::recv`].
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum FromPeer {
+pub enum FromPeer {
     /// A message.
     Message(Route, Bytes),
     /// A connection with delivered messages has ended. The route is not used again.
@@ -66,7 +66,7 @@ impl RouterServer {
     ///
     /// # Errors
     /// See [`BindError`].
-    pub(crate) async fn bind(host: &str, port: u16, max_message: usize) -> Result<Self, BindError> {
+    pub async fn bind(host: &str, port: u16, max_message: usize) -> Result<Self, BindError> {
         let mut options = options(max_message)
             .router_mandatory(true)
             .workload_profile(WorkloadProfile::Latency);
@@ -90,7 +90,7 @@ impl RouterServer {
     }
 
     /// Returns the port that was bound.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
@@ -101,7 +101,7 @@ impl RouterServer {
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
-    pub(crate) async fn recv(&mut self) -> Result<FromPeer, Closed> {
+    pub async fn recv(&mut self) -> Result<FromPeer, Closed> {
         loop {
             self.watch();
             self.settle().await?;
@@ -145,11 +145,7 @@ impl RouterServer {
     ///
     /// # Errors
     /// See [`SendError`].
-    pub(crate) fn send(
-        &mut self,
-        route: Route,
-        payload: impl Into<Bytes>,
-    ) -> Result<(), SendError> {
+    pub fn send(&mut self, route: Route, payload: impl Into<Bytes>) -> Result<(), SendError> {
         // If a peer reconnected under the same identity, this notes the end of the older connection. Without
         // it the answer could go to the wrong route.
         self.watch();
@@ -178,7 +174,7 @@ impl RouterServer {
     }
 
     /// Ends a connection, e.g. of a peer that sends malformed messages. [`FromPeer::Lost`] follows.
-    pub(crate) fn disconnect(&mut self, route: Route) {
+    pub fn disconnect(&mut self, route: Route) {
         if let Some(peer) = self.peers.get_mut(&route)
             && !std::mem::replace(&mut peer.leaving, true)
         {
@@ -188,22 +184,22 @@ impl RouterServer {
 
     /// Returns the identity that the peer chose, as text, or its address if it chose none. It is used in
     /// logs, and as the name of a peer that sends no name.
-    pub(crate) fn name(&self, route: Route) -> Option<String> {
+    pub fn name(&self, route: Route) -> Option<String> {
         self.peers.get(&route).map(Peer::name)
     }
 
     /// Returns the peer's address, `ip:port`; absent if the route has ended.
-    pub(crate) fn address(&self, route: Route) -> Option<&str> {
+    pub fn address(&self, route: Route) -> Option<&str> {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
     /// Returns the counters of the port, which go on counting.
-    pub(crate) fn traffic(&self) -> Traffic {
+    pub fn traffic(&self) -> Traffic {
         self.traffic.clone()
     }
 
-    /// Stops listening and sends queued answers for at most [`LINGER`].
-    pub(crate) async fn close(self) {
+    /// Stops listening and sends queued answers for at most 300 ms.
+    pub async fn close(self) {
         if let Err(error) = self.socket.into_inner().close().await {
             debug!(port = self.port, %error, "closing the port");
         }

@@ -9,7 +9,7 @@ use super::{CONNECT_GRACE, MAX_INIT_BYTES, endpoint, options};
 
 /// A REQ socket for one init handshake.
 #[derive(Debug)]
-pub(crate) struct Requester {
+pub struct Requester {
     socket: Socket,
     monitor: MonitorStream,
     peer: String,
@@ -17,7 +17,7 @@ pub(crate) struct Requester {
 
 /// The reason for which there was no reply.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum RequestError {
+pub enum RequestError {
     /// No process listens there, or the process does not speak ZeroMQ.
     #[error("no connection to {peer}: {cause}")]
     NoConnection {
@@ -36,7 +36,10 @@ pub(crate) enum RequestError {
 
 impl Requester {
     /// Begins to connect.
-    pub(crate) async fn connect(host: &str, port: u16) -> Result<Self, RequestError> {
+    ///
+    /// # Errors
+    /// The host is no address and no name that can be resolved.
+    pub async fn connect(host: &str, port: u16) -> Result<Self, RequestError> {
         let socket = Socket::new(
             SocketType::Req,
             options(MAX_INIT_BYTES).linger(Duration::ZERO),
@@ -63,10 +66,7 @@ impl Requester {
     ///
     /// # Cancel safety
     /// Not cancel safe: drop the requester after a cancelled request.
-    pub(crate) async fn request(
-        &mut self,
-        payload: impl Into<Bytes>,
-    ) -> Result<Bytes, RequestError> {
+    pub async fn request(&mut self, payload: impl Into<Bytes>) -> Result<Bytes, RequestError> {
         let began = Instant::now();
         if self
             .socket

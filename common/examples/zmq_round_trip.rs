@@ -1,8 +1,8 @@
-//! The baseline for benchmarks: a REQ/REP round trip of the sidecar's ZeroMQ library between two
-//! processes on this host, with nothing around it.
+//! The baseline for benchmarks: a round trip between a REQ and a ROUTER socket of two processes
+//! on this host, with nothing around the sockets.
 //!
 //! ```text
-//! cargo run --release -p pd-sidecar --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US
+//! cargo run --release -p pd-common --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US
 //! ```
 //! prints one line of JSON: the times in microseconds, in order.
 
@@ -12,8 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use omq_tokio::endpoint::Host;
-use omq_tokio::{Endpoint, Message, Options, Socket, SocketType};
+use common::zmq::{FromPeer, MAX_INIT_BYTES, Requester, RouterServer};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -30,15 +29,12 @@ async fn main() -> anyhow::Result<()> {
 
 /// Answers every request with so many bytes, until its parent ends it.
 async fn serve(bytes: usize) -> anyhow::Result<()> {
-    let socket = Socket::new(SocketType::Rep, Options::default());
-    let bound = socket.bind(loopback(0)).await?;
-    let Endpoint::Tcp { port, .. } = bound else {
-        anyhow::bail!("bound to {bound:?}");
-    };
-    println!("{port}");
+    let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES).await?;
+    println!("{}", server.port());
     loop {
-        socket.recv().await?;
-        socket.send(Message::single(vec![1_u8; bytes])).await?;
+        if let FromPeer::Message(route, _) = server.recv().await? {
+            server.send(route, vec![1_u8; bytes])?;
+        }
     }
 }
 
@@ -67,26 +63,17 @@ async fn against(
 ) -> anyhow::Result<Vec<f64>> {
     let mut port = String::new();
     BufReader::new(server.stdout.take().context("no output")?).read_line(&mut port)?;
-    let socket = Socket::new(SocketType::Req, Options::default());
-    socket.connect(loopback(port.trim().parse()?)).await?;
+    let mut client = Requester::connect("127.0.0.1", port.trim().parse()?).await?;
     let mut times = Vec::with_capacity(rounds);
     for round in 0..rounds + WARM_UP {
         std::thread::sleep(pause);
         let began = Instant::now();
-        socket.send(Message::single(vec![2_u8; request])).await?;
-        socket.recv().await?;
+        client.request(vec![2_u8; request]).await?;
         if round >= WARM_UP {
             times.push(began.elapsed().as_secs_f64() * 1e6);
         }
     }
     Ok(times)
-}
-
-fn loopback(port: u16) -> Endpoint {
-    Endpoint::Tcp {
-        host: Host::Ip([127, 0, 0, 1].into()),
-        port,
-    }
 }
 
 /// Rounds that are not counted: connecting, first allocations.

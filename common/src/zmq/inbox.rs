@@ -1,0 +1,113 @@
+//! A bound port that only receives: the proxy's registration port, and the port of P2P NCCL instances.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use omq_tokio::{Message, Options, Socket, SocketType};
+
+use super::{BindError, Closed, MAX_PEERS, MAX_REGISTRATION_BYTES, bind, options};
+
+/// A bound socket that receives messages and answers none.
+#[derive(Debug)]
+pub struct Inbox {
+    socket: Socket,
+    address: SocketAddr,
+}
+
+/// A message from a peer.
+#[derive(Debug)]
+pub enum Frame {
+    /// The only frame of a message, as every message on a PULL port has it.
+    Single(Bytes),
+    /// The last of several frames. On a ROUTER port the frames before it name the peer.
+    Last(Bytes),
+    /// The message has no frame.
+    Odd,
+}
+
+impl Inbox {
+    /// Binds a PULL socket. `name` is its identity, by which a PUSH peer recognises the kind of proxy; it may be
+    /// empty. Port 0 takes any free port, which [`Inbox::address`] returns.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub async fn pull(name: &'static str, address: SocketAddr) -> Result<Self, BindError> {
+        let options = options(MAX_REGISTRATION_BYTES).identity(name);
+        Self::bind_as(SocketType::Pull, options, address).await
+    }
+
+    /// Binds a ROUTER socket, for peers that are DEALERs.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub async fn router(address: SocketAddr) -> Result<Self, BindError> {
+        Self::bind_as(SocketType::Router, options(MAX_REGISTRATION_BYTES), address).await
+    }
+
+    async fn bind_as(
+        kind: SocketType,
+        options: Options,
+        address: SocketAddr,
+    ) -> Result<Self, BindError> {
+        let options = options.recv_hwm(INBOX_QUEUE).linger(Duration::ZERO);
+        let socket = Socket::new(kind, options);
+        let port = bind(&socket, &address.ip().to_string(), address.port()).await?;
+        Ok(Self {
+            socket,
+            address: SocketAddr::new(address.ip(), port),
+        })
+    }
+
+    /// Returns the bound address, with the port that the system chose for port 0.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Returns the next message of any peer.
+    ///
+    /// # Errors
+    /// Only when the socket's own task is gone.
+    ///
+    /// # Cancel safety
+    /// No message is lost when the future is dropped.
+    pub async fn recv(&self) -> Result<Frame, Closed> {
+        let message = self.socket.recv().await.map_err(|_| Closed)?;
+        Ok(frame(&message))
+    }
+
+    /// Disconnects the newest connections beyond [`MAX_PEERS`] and returns their number. The oldest stay, so
+    /// that a flood of new connections does not push out sidecars in service.
+    pub async fn shed(&self) -> usize {
+        let Ok(mut peers) = self.socket.connections().await else {
+            return 0;
+        };
+        if peers.len() <= MAX_PEERS {
+            return 0;
+        }
+        peers.sort_by_key(|peer| peer.connection_id);
+        let surplus = peers.split_off(MAX_PEERS);
+        for peer in &surplus {
+            // Disconnecting fails only for a peer that has gone in the meantime.
+            drop(self.socket.disconnect_peer(peer.connection_id).await);
+        }
+        surplus.len()
+    }
+}
+
+fn frame(message: &Message) -> Frame {
+    match (message.len(), message.part_bytes(0)) {
+        (1, Some(bytes)) => Frame::Single(bytes),
+        (parts, _) => match parts
+            .checked_sub(1)
+            .and_then(|last| message.part_bytes(last))
+        {
+            Some(bytes) => Frame::Last(bytes),
+            None => Frame::Odd,
+        },
+    }
+}
+
+/// Messages per peer that may wait for the registry. TCP slows a flood beyond that, instead of the process
+/// storing it.
+const INBOX_QUEUE: u32 = 1024;
