@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod etcd;
 pub mod fd_limit;
 pub mod kubernetes;
 pub mod origin;

@@ -1,15 +1,17 @@
 //! An HTTP client for requests with a short answer.
 
 use bytes::Bytes;
-use http::{Method, Request};
+use common::etcd::Post;
+use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 
 use crate::StoreError;
 
-/// A client that reads at most [`MAX_BYTES`] of each answer.
+/// A client that reads at most [`MAX_BYTES`] of each answer. For etcd, the gateway's client bounds the answers.
 #[derive(Clone, Debug)]
 pub(crate) struct Http(Client<HttpConnector, Full<Bytes>>);
 
@@ -28,14 +30,6 @@ impl Http {
         self.send(Method::PUT, url, body)
             .await
             .map(|answer| answer.0)
-    }
-
-    pub(crate) async fn post(
-        &self,
-        url: &str,
-        body: Vec<u8>,
-    ) -> Result<(u16, Vec<u8>), StoreError> {
-        self.send(Method::POST, url, body).await
     }
 
     /// Sends a request and returns the status and the body of the answer.
@@ -60,6 +54,17 @@ impl Http {
         let body = Limited::new(answer.into_body(), MAX_BYTES).collect().await;
         let body = body.map_err(|e| failed(e.to_string()))?;
         Ok((status, body.to_bytes().to_vec()))
+    }
+}
+
+impl Post for Http {
+    type Body = Incoming;
+    type Error = String;
+
+    async fn post(&self, url: &str, body: Bytes) -> Result<Response<Incoming>, String> {
+        let request = Request::post(url).body(Full::new(body));
+        let answer = self.0.request(request.map_err(|e| e.to_string())?).await;
+        answer.map_err(|e| e.to_string())
     }
 }
 

@@ -10,9 +10,7 @@ mod metadata;
 
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use serde_json::{Value, json};
+use common::etcd::{Etcd, EtcdError};
 use tokio::time::timeout;
 
 pub use self::metadata::{Metadata, MetadataError};
@@ -71,9 +69,8 @@ impl Store {
         self.bounded(async {
             match &self.metadata {
                 Metadata::Etcd(url) => {
-                    let answer = self.etcd(url, "kv/range", json!({"key": b64(key)})).await?;
-                    let value = answer["kvs"][0]["value"].as_str();
-                    Ok(value.and_then(|v| String::from_utf8(STANDARD.decode(v).ok()?).ok()))
+                    let found = self.etcd(url).find(key).await;
+                    found.map_err(|e| self.failed(e))
                 }
                 Metadata::Redis(url) => self.redis(url, redis::cmd("GET").arg(key)).await,
                 Metadata::Http(url) => {
@@ -99,10 +96,10 @@ impl Store {
         self.bounded(async {
             match &self.metadata {
                 Metadata::Etcd(url) => {
-                    let ttl = json!({"TTL": holds.as_secs()});
-                    let lease = self.etcd(url, "lease/grant", ttl).await?["ID"].clone();
-                    let pair = json!({"key": b64(key), "value": b64(value), "lease": lease});
-                    self.etcd(url, "kv/put", pair).await.map(drop)
+                    let mut etcd = self.etcd(url);
+                    let lease = etcd.grant(holds).await.map_err(|e| self.failed(e))?;
+                    let put = etcd.put(&lease, key, value).await;
+                    put.map_err(|e| self.failed(e))
                 }
                 Metadata::Redis(url) => {
                     let mut set = redis::cmd("SET");
@@ -121,14 +118,8 @@ impl Store {
         .await
     }
 
-    async fn etcd(&self, url: &str, method: &str, body: Value) -> Result<Value, StoreError> {
-        let url = format!("{url}/v3/{method}");
-        let (status, answer) = self.http.post(&url, body.to_string().into_bytes()).await?;
-        if status != 200 {
-            let text: String = String::from_utf8_lossy(&answer).chars().take(200).collect();
-            return Err(self.unexpected(format!("status {status}: {text}")));
-        }
-        serde_json::from_slice(&answer).map_err(|e| self.unexpected(e.to_string()))
+    fn etcd(&self, url: &str) -> Etcd<Http> {
+        Etcd::new(self.http.clone(), vec![url.to_owned()])
     }
 
     async fn redis<T: redis::FromRedisValue>(
@@ -162,6 +153,21 @@ impl Store {
         }
     }
 
+    /// Returns an error of etcd as an error of the metadata server.
+    fn failed(&self, error: EtcdError) -> StoreError {
+        match error {
+            EtcdError::Unreachable { url, cause } => StoreError::Unreachable {
+                server: url,
+                why: cause,
+            },
+            EtcdError::Failed { status, text } => {
+                self.unexpected(format!("status {}: {text}", status.as_u16()))
+            }
+            EtcdError::Unexpected(what) => self.unexpected(what),
+            other => self.unexpected(other.to_string()),
+        }
+    }
+
     fn unreachable(&self, why: String) -> StoreError {
         let server = self.metadata.to_string();
         StoreError::Unreachable { server, why }
@@ -171,10 +177,6 @@ impl Store {
         let server = self.metadata.to_string();
         StoreError::Unexpected { server, what }
     }
-}
-
-fn b64(text: &str) -> String {
-    STANDARD.encode(text)
 }
 
 /// Returns the URL of a key. The keys of this crate contain no character that a query must escape: a

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::etcd::{Etcd, EtcdError, Lease, Watch};
 use tokio::select;
 use tokio::time::{interval, sleep};
 use tokio_util::sync::CancellationToken;
@@ -19,18 +20,19 @@ use uuid::Uuid;
 use crate::fleet::instance::Written;
 use crate::fleet::registry::Command;
 use crate::state::app::App;
-use crate::upstream::etcd::{Etcd, EtcdError, Lease, Watch};
+use crate::upstream::client::Client;
+use crate::upstream::pool::LinkBody;
 
 /// The task that writes and reads the shared registry.
 pub(crate) struct SharedRegistry {
     app: Arc<App>,
-    etcd: Etcd,
+    etcd: Etcd<Client>,
     prefix: String,
     /// The name of this proxy in its keys, random per process.
     name: String,
     lease: Option<Lease>,
     written: BTreeMap<String, String>,
-    watch: Option<Watch>,
+    watch: Option<Watch<LinkBody>>,
     is_lost: bool,
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use common::etcd::Post;
 use http::header::{self, HeaderMap};
 use http::{Method, Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, Limited};
@@ -180,20 +181,6 @@ impl Client {
             .map_err(|_| LegError::Timeout(limit))?
     }
 
-    /// Posts JSON and returns when the head of the answer has come.
-    ///
-    /// # Errors
-    /// There was no answer.
-    pub(crate) async fn open(
-        &self,
-        url: &str,
-        body: Bytes,
-    ) -> Result<Response<LinkBody>, LegError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::CONTENT_TYPE, JSON);
-        self.send(Method::POST, url, headers, body).await
-    }
-
     /// Posts JSON and reads a short answer.
     ///
     /// # Errors
@@ -204,10 +191,8 @@ impl Client {
         body: Bytes,
         limit: Duration,
     ) -> Result<(StatusCode, Bytes), LegError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::CONTENT_TYPE, JSON);
         timeout(limit, async {
-            let response = self.send(Method::POST, url, headers, body).await?;
+            let response = self.post(url, body).await?;
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_SHORT_ANSWER)
                 .collect()
@@ -271,6 +256,17 @@ impl Client {
             return Err(LegError::Died(format!("it answered {status}")));
         }
         Ok(answer)
+    }
+}
+
+impl Post for Client {
+    type Body = LinkBody;
+    type Error = LegError;
+
+    async fn post(&self, url: &str, body: Bytes) -> Result<Response<LinkBody>, LegError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, JSON);
+        self.send(Method::POST, url, headers, body).await
     }
 }
 

@@ -1,6 +1,5 @@
 //! Connections to engines, sidecars and etcd.
 
 pub(crate) mod client;
-pub(crate) mod etcd;
 pub(crate) mod pool;
 pub(crate) mod tls;

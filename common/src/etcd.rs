@@ -1,24 +1,42 @@
-//! The part of etcd's key-value API that a registry needs: leases, keys under them, a watch.
+//! The part of etcd's key-value API that the proxy's registry and the discovery of the proxy need: leases, keys under
+//! them, a watch.
 //!
 //! The client uses etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
 //! port. A gRPC client would add a second HTTP stack and a protocol compiler for five calls.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use http_body_util::BodyExt;
+use http::{Response, StatusCode};
+use http_body::Body;
+use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::upstream::client::Client;
-use crate::upstream::pool::LinkBody;
+/// The HTTP client below the gateway. Each program has its own, with its own connections and its own TLS.
+pub trait Post: Sync {
+    /// The body of an answer.
+    type Body: Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin;
+    /// The reason for which there is no answer.
+    type Error: Display;
+
+    /// Posts JSON and returns when the head of the answer has come. The caller sets the deadline.
+    fn post(
+        &self,
+        url: &str,
+        body: Bytes,
+    ) -> impl Future<Output = Result<Response<Self::Body>, Self::Error>> + Send;
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A client of one etcd cluster, at any of its addresses.
 #[derive(Debug)]
-pub(crate) struct Etcd {
-    client: Client,
+pub struct Etcd<C> {
+    client: C,
     urls: Vec<String>,
     /// Index in `urls` of the address to ask next: the one that answered last.
     at: usize,
@@ -26,14 +44,30 @@ pub(crate) struct Etcd {
 
 /// A lease of etcd. etcd deletes its keys if the lease is not renewed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Lease(String);
+pub struct Lease(String);
 
-/// etcd did not do what the proxy asked.
+/// etcd did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum EtcdError {
+pub enum EtcdError {
+    /// The client knows no address.
+    #[error("etcd: no address")]
+    NoAddress,
     /// No address answers.
-    #[error("etcd: {0}")]
-    Unreachable(String),
+    #[error("etcd: {url}: {cause}")]
+    Unreachable {
+        /// The URL of the last request.
+        url: String,
+        /// The reason why the last request failed.
+        cause: String,
+    },
+    /// etcd answered with an error.
+    #[error("etcd answered {status}: {text}")]
+    Failed {
+        /// The status of the answer.
+        status: StatusCode,
+        /// The beginning of the answer, or the request that etcd refused.
+        text: String,
+    },
     /// etcd gave an unexpected answer.
     #[error("etcd answered {0}")]
     Unexpected(String),
@@ -44,15 +78,15 @@ pub(crate) enum EtcdError {
 
 /// A watch over keys. An event says only that the keys have to be read again.
 #[derive(Debug)]
-pub(crate) struct Watch {
-    body: LinkBody,
+pub struct Watch<B> {
+    body: B,
     /// The beginning of an event whose end has not come.
     partial: Vec<u8>,
 }
 
-impl Etcd {
+impl<C: Post> Etcd<C> {
     /// Creates a client of the etcd at these base URLs.
-    pub(crate) fn new(client: Client, urls: Vec<String>) -> Self {
+    pub fn new(client: C, urls: Vec<String>) -> Self {
         Self {
             client,
             urls,
@@ -64,7 +98,7 @@ impl Etcd {
     ///
     /// # Errors
     /// etcd granted no lease.
-    pub(crate) async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
+    pub async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
         let answer = self
             .call("lease/grant", json!({"TTL": ttl.as_secs()}))
             .await?;
@@ -76,7 +110,7 @@ impl Etcd {
     ///
     /// # Errors
     /// The lease has run out, or no address answers.
-    pub(crate) async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
+    pub async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         let answer = self.call("lease/keepalive", json!({"ID": lease.0})).await?;
         // The field is absent or zero if etcd does not know the lease.
         let ttl = answer["result"]["TTL"].as_str().unwrap_or("0");
@@ -91,22 +125,26 @@ impl Etcd {
     ///
     /// # Errors
     /// etcd did not confirm. The lease then runs out by itself.
-    pub(crate) async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
+    pub async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         self.call("lease/revoke", json!({"ID": lease.0}))
             .await
             .map(drop)
+    }
+
+    /// Returns the value of a key; `None` if the key does not exist or the value is not text.
+    ///
+    /// # Errors
+    /// The key cannot be read.
+    pub async fn find(&mut self, key: &str) -> Result<Option<String>, EtcdError> {
+        let answer = self.call("kv/range", json!({"key": b64(key)})).await?;
+        Ok(answer["kvs"][0]["value"].as_str().and_then(plain))
     }
 
     /// Writes a key under a lease.
     ///
     /// # Errors
     /// etcd did not confirm the write.
-    pub(crate) async fn put(
-        &mut self,
-        lease: &Lease,
-        key: &str,
-        value: &str,
-    ) -> Result<(), EtcdError> {
+    pub async fn put(&mut self, lease: &Lease, key: &str, value: &str) -> Result<(), EtcdError> {
         let body = json!({"key": b64(key), "value": b64(value), "lease": lease.0});
         self.call("kv/put", body).await.map(drop)
     }
@@ -115,7 +153,7 @@ impl Etcd {
     ///
     /// # Errors
     /// etcd did not confirm the deletion.
-    pub(crate) async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
+    pub async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
         self.call("kv/deleterange", json!({"key": b64(key)}))
             .await
             .map(drop)
@@ -125,7 +163,7 @@ impl Etcd {
     ///
     /// # Errors
     /// The keys cannot be read.
-    pub(crate) async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
+    pub async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
         let body = json!({"key": b64(prefix), "range_end": b64(&after(prefix)), "limit": MAX_KEYS});
         let answer = self.call("kv/range", body).await?;
         let Some(all) = answer.get("kvs") else {
@@ -143,16 +181,22 @@ impl Etcd {
     ///
     /// # Errors
     /// The address does not answer, or it refuses the watch.
-    pub(crate) async fn watch(&mut self, prefix: &str) -> Result<Watch, EtcdError> {
+    pub async fn watch(&mut self, prefix: &str) -> Result<Watch<C::Body>, EtcdError> {
         let range = json!({"key": b64(prefix), "range_end": b64(&after(prefix))});
         let body = json!({"create_request": range}).to_string();
         let url = format!("{}/v3/watch", self.urls[self.at]);
-        let opened = timeout(ANSWER_TIMEOUT, self.client.open(&url, body.into())).await;
+        let unreachable = |cause: String| EtcdError::Unreachable {
+            url: url.clone(),
+            cause,
+        };
+        let opened = timeout(ANSWER_TIMEOUT, self.client.post(&url, body.into())).await;
         let response = opened
-            .map_err(|_| EtcdError::Unreachable(format!("{url}: no answer in time")))?
-            .map_err(|e| EtcdError::Unreachable(format!("{url}: {e}")))?;
-        if !response.status().is_success() {
-            return Err(EtcdError::Unexpected(response.status().to_string()));
+            .map_err(|_| unreachable("no answer in time".to_owned()))?
+            .map_err(|e| unreachable(e.to_string()))?;
+        let status = response.status();
+        if !status.is_success() {
+            let text = "the watch is refused".to_owned();
+            return Err(EtcdError::Failed { status, text });
         }
         Ok(Watch {
             body: response.into_body(),
@@ -163,36 +207,46 @@ impl Etcd {
     /// Calls a method at the address that answered last, then at the others until one succeeds.
     async fn call(&mut self, method: &str, body: Value) -> Result<Value, EtcdError> {
         let body = Bytes::from(body.to_string());
-        let mut error = EtcdError::Unreachable("no address".into());
+        let mut error = EtcdError::NoAddress;
         for _ in 0..self.urls.len() {
             let url = format!("{}/v3/{method}", self.urls[self.at]);
-            match self
-                .client
-                .post_json(&url, body.clone(), ANSWER_TIMEOUT)
-                .await
-            {
+            match self.post(&url, body.clone()).await {
                 Ok((status, answer)) if status.is_success() => {
                     return serde_json::from_slice(&answer)
                         .map_err(|e| EtcdError::Unexpected(e.to_string()));
                 }
                 Ok((status, answer)) => {
                     let text: String = String::from_utf8_lossy(&answer).chars().take(200).collect();
-                    error = EtcdError::Unexpected(format!("{status}: {text}"));
+                    error = EtcdError::Failed { status, text };
                 }
-                Err(e) => error = EtcdError::Unreachable(format!("{url}: {e}")),
+                Err(cause) => error = EtcdError::Unreachable { url, cause },
             }
             self.at = (self.at + 1) % self.urls.len();
         }
         Err(error)
     }
+
+    /// Posts JSON and returns the status and the whole body of the answer.
+    async fn post(&self, url: &str, body: Bytes) -> Result<(StatusCode, Bytes), String> {
+        let answer = async {
+            let response = self.client.post(url, body).await;
+            let (head, body) = response.map_err(|e| e.to_string())?.into_parts();
+            let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
+            let body = body.map_err(|e| format!("connection lost: {e}"))?;
+            Ok((head.status, body.to_bytes()))
+        };
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .map_err(|_| format!("no answer within {ANSWER_TIMEOUT:?}"))?
+    }
 }
 
-impl Watch {
+impl<B: Body<Data = Bytes> + Unpin> Watch<B> {
     /// Waits until a key has changed. Returns false if the watch has ended.
     ///
     /// # Cancel safety
     /// No event is lost when the future is dropped.
-    pub(crate) async fn changed(&mut self) -> bool {
+    pub async fn changed(&mut self) -> bool {
         loop {
             while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();
@@ -235,6 +289,8 @@ fn plain(text: &str) -> Option<String> {
 /// Longest wait for an answer. etcd answers within milliseconds, unless it is electing a leader, which
 /// takes about a second.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest answer in bytes. An instance of the registry takes less than 1 KiB.
+const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// Most keys of a list. Each proxy writes one key per instance.
 const MAX_KEYS: usize = 4096;
 /// Longest event in bytes: an event carries one value.
