@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 SOCKET_VARIABLE = "PD_SIDECAR_SOCKET"
 
+SETTLE_S = 0.5
+"""The longest time that `settle` waits, in seconds."""
+
 
 def default_socket(role: str) -> str:
     """Returns the default socket of a sidecar with this role (`sender`, `receiver` or `both`).
@@ -101,6 +104,8 @@ class Client:
         self._pauses = pauses or Pauses()
         self._logger = logger or logging.getLogger(__name__)
         self._connection: Connection | None = None
+        self._waited_for = 0
+        """The attempt to connect for which `settle` has waited in vain."""
         self._reconnector = Reconnector(path, hello, self._pauses, self._logger)
         self._reconnector.start()
 
@@ -235,6 +240,18 @@ class Client:
             return events
         wait_any([self], timeout_s)
         return self.poll()
+
+    def settle(self) -> None:
+        """Waits until an attempt to connect that is under way has ended, at most `SETTLE_S` and once per attempt.
+
+        A sidecar is ready as soon as it has answered the greeting, and the proxy sends requests from then on. The
+        thread that receives the answer may run a moment later. Without this wait, such requests would not be moved.
+        """
+        attempt = self._reconnector.attempts
+        if self.connected or attempt == self._waited_for:
+            return
+        if not self._reconnector.settled.wait(SETTLE_S):
+            self._waited_for = attempt
 
     def give_up(self, why: str) -> None:
         """Ends the connection, and keeps one that tells the sidecar why this engine moves nothing.

@@ -36,6 +36,10 @@ class Reconnector(threading.Thread):
     def __init__(self, path: str, hello: Hello, pauses: Pauses, logger: logging.Logger) -> None:
         super().__init__(name="pd-sidecar-link", daemon=True)
         self.connected = threading.Event()
+        self.settled = threading.Event()
+        """Not set while an attempt to connect is under way."""
+        self.attempts = 0
+        """The number of attempts to connect so far."""
         self.failure = ""
         self._path = path
         self._hello = hello
@@ -69,8 +73,11 @@ class Reconnector(threading.Thread):
     def run(self) -> None:
         pause = self._pauses.first
         while not self._stopping.is_set():
+            self.attempts += 1
+            self.settled.clear()
             connection, retry_s = self._connect(pause)
             if connection is None:
+                self.settled.set()
                 pause = min(pause * 2, self._pauses.longest)
                 self._sleep(retry_s)
                 continue
@@ -81,6 +88,7 @@ class Reconnector(threading.Thread):
                 with self._lock:
                     self._offered = connection
                     self.connected.set()
+            self.settled.set()
             self._watch(connection)
             with self._lock:
                 if self._offered is connection:

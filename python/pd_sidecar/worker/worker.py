@@ -141,6 +141,10 @@ class Worker:
             return
         with self._lock:
             self.read()
+            if (metadata.push_starts or metadata.load_starts) and not all(c.connected for c in self.clients):
+                for client in self.clients:
+                    client.settle()
+                self.read()
             for link in self._links:
                 link.end.begin(metadata)
             if self._producer and not self._senders:
