@@ -14,7 +14,7 @@ BINDINGS = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__pa
 	$(CARGO) test --locked -p nixl-sys --test bindings
 # `make demo KEEP=1` leaves everything running; other values have no effect.
 KEEP ?=
-# Further arguments for pytest: make e2e PYTEST="-k first -x"
+# Further arguments for pytest: make engines PYTEST="-k one_request -x"
 PYTEST ?=
 FUZZ_SECONDS ?= 60
 # The Python of a GPU host, with torch and vLLM for CUDA. The env.sh of a bundle sets it.
@@ -31,7 +31,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test prepare unit e2e no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build demo test quick prepare unit e2e processes engines no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,14 @@ demo: venv build ## Run some prompts through two real vLLM, two sidecars and the
 
 test: prepare lint unit e2e ## Run all checks: lint, unit tests, tests with real engines and real NIXL
 
+quick: venv ## Run the checks that take half a minute: format, clippy, the protocol's tests and the Python unit tests
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings
+	$(CARGO) test -p pd-protocol --locked --quiet
+	$(PYTHON_IN_VENV) -m ruff check
+	$(PYTHON_IN_VENV) -m ruff format --check
+	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
+
 # The environments need the network and the disk, the build needs the cores: both run at the same time.
 prepare: ## Make the environments and the release binaries that the tests need
 	@$(MAKE) --no-print-directory venv-lmcache & environments=$$!; \
@@ -65,11 +73,17 @@ unit: venv ## Run the tests without engines: Rust (with the environment's NIXL) 
 		$(CARGO) test --workspace --locked
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
-e2e: venv venv-lmcache build ## Run the tests with real vLLM, real NIXL and real LMCache
-	$(PYTHON_IN_VENV) -m pytest tests $(PYTEST)
+e2e: processes engines ## Run all tests with real processes
+
+# Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
+processes: venv venv-lmcache build ## Run the tests with real sidecars, proxies, NIXL and LMCache, but no vLLM engine
+	$(PYTHON_IN_VENV) -m pytest tests/processes -n 2 --dist loadscope $(PYTEST)
+
+engines: venv venv-lmcache build ## Run the tests with real vLLM engines
+	$(PYTHON_IN_VENV) -m pytest tests/engines $(PYTEST)
 
 no-push: venv venv-lmcache build ## Run the tests with engines while sidecars push nothing; succeeds if a test fails
-	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests -x $(PYTEST)
+	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests/engines -x $(PYTEST)
 
 lint: venv ## Check formatting, clippy, dependencies, ruff, mypy, the generated bindings and the tree (scripts/tidy.py)
 	$(CARGO) fmt --all --check

@@ -32,7 +32,7 @@ UNCLEAR_OPENINGS = ("What", "How", "Whose", "Of", "Whether", "Where", "Who")
 # The check of the openings is on in these folders. Add a folder when its documentation is rewritten.
 PLAIN_FOLDERS = (
     "common/", "discovery/", "nixl/", "nixl-sys/", "protocol/", "proxy/", "python/", "scripts/", "sidecar/",
-    "tests/bench/", "tests/drop_in/", "tests/gpu/", "tests/harness/",
+    "tests/bench/", "tests/gpu/", "tests/harness/", "tests/processes/drop_in/",
 )  # fmt: skip
 RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 

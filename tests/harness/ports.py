@@ -1,29 +1,73 @@
-"""Finds ports that are free now, and gives each port to only one part of this run."""
+"""Gives out TCP ports. No two parts of a run get the same port, and no two runs on this machine do.
+
+A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after
+it got it. To check that a port is free is therefore not enough. Each interpreter locks blocks of ports and gives out
+only ports of its own blocks. The system removes the locks when the interpreter ends, in whatever way.
+"""
 
 from __future__ import annotations
 
-import random
+import fcntl
+import os
 import socket
+import tempfile
+from pathlib import Path
+from typing import IO
 
 # Below Linux's range for outgoing connections (from 32768). Otherwise an outgoing connection could take a port between
 # the check and the bind of the server.
-FIRST, LAST = 20_000, 32_000
+FIRST, LAST = 20_000, 30_000
 
-_given: set[int] = set()
+BLOCK = 250
+
+# One file per block. The files stay when the run ends; only the locks matter.
+_LOCKS = Path(tempfile.gettempdir()) / f"pd-test-ports-{os.getuid()}"
+
+_held: list[IO[bytes]] = []
+_left: list[int] = []
 
 
 def free_port() -> int:
     """Returns a TCP port on which no process listens."""
-    for _ in range(1000):
-        port = random.randrange(FIRST, LAST)
-        if port in _given:
+    while True:
+        if not _left:
+            _left.extend(reversed(_lock_block()))
+        if is_free(port := _left.pop()):
+            return port
+
+
+def free_ports(offsets: tuple[int, ...]) -> int:
+    """Returns a port so that this port plus each of `offsets`, all below `BLOCK`, is free."""
+    while True:
+        first = _lock_block()[0]
+        if all(is_free(first + offset) for offset in offsets):
+            return first
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _lock_block() -> range:
+    """Returns the ports of a block that this interpreter has not had and no other interpreter has."""
+    _LOCKS.mkdir(exist_ok=True)
+    for first in range(FIRST, LAST, BLOCK):
+        # Opened with O_CLOEXEC: a child that outlives this interpreter does not keep the lock.
+        file = (_LOCKS / str(first)).open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
             continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        _given.add(port)
-        return port
-    raise RuntimeError(f"no free TCP port between {FIRST} and {LAST}")
+        _held.append(file)
+        return range(first, first + BLOCK)
+    raise RuntimeError(
+        f"all {(LAST - FIRST) // BLOCK} blocks of TCP ports from {FIRST} to {LAST} are taken (locks in {_LOCKS}): "
+        "end the other test runs of this machine"
+    )

@@ -147,7 +147,8 @@ class Sidecar(Part):
             if time.monotonic() > deadline:
                 missing = set(range(self.options.ranks)) - found.keys()
                 raise AssertionError(
-                    f"{self.name}: no record of {request_id}, ranks {missing}, in {bound_s:g} s: {self.status()}"
+                    f"{self.name}: no record of request {request_id}, ranks {missing}, in {bound_s:g} s; "
+                    f"status: {self.status()}"
                 )
             time.sleep(0.02)
 

@@ -3,7 +3,7 @@
 //! A prefill leg keeps the fields that decide the prompt and leaves out those that concern the
 //! generation. It also keeps unknown fields: without an unknown field that decides the prompt, the
 //! decode engine would get the KV of another prompt; an unknown field that concerns the generation costs
-//! one refused leg at most (`Fallback::PrefillRefused`). `tests/test_fields.py` compares the table with
+//! one refused leg at most (`Fallback::PrefillRefused`). `tests/processes/test_fields.py` compares the table with
 //! vLLM's own models.
 
 /// The part of a request that a field concerns.

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
+
+from harness.drop_in.chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
+from harness.logs import LOGS
 from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import ROOT, Sidecar, SidecarOptions
-
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 
-from .chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
-
 LMCACHE_PYTHON = Path(os.environ.get("PD_TEST_LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
-LOGS = ROOT / "target" / "test-logs"
+# Without this variable UCX opens the network interfaces of the moment, also those that a test for two hosts makes and
+# removes at the same time; connections through such an interface then fail.
+LMCACHE_ENV = {"UCX_NET_DEVICES": "lo"}
+
 SLOTS = 256
 BOUND_S = 40.0
 START_BOUND_S = 60.0
@@ -126,7 +129,7 @@ class LmcachePeer(Part):
         port = free_port()
         options = json.dumps({**self._options, "port": port})
         command: list[str | Path] = [LMCACHE_PYTHON, Path(__file__).with_name("peer.py"), options]
-        self.process = Process(self.name, command, LOGS / f"{self.name}.log")
+        self.process = Process(self.name, command, LOGS / f"{self.name}.log", LMCACHE_ENV)
         deadline = time.monotonic() + START_BOUND_S
         while True:
             try:

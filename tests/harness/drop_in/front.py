@@ -12,12 +12,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from harness.drop_in.chunks import Prompt
+from harness.drop_in.nodes import OurReceiver, OurSender, Receiver, Sender
 from harness.ports import free_port
-
 from pd_sidecar.sidecar.wire import Target
-
-from .chunks import Prompt
-from .nodes import OurReceiver, OurSender, Receiver, Sender
 
 FIRST = 777
 """The first token of every answer of a prefill leg."""

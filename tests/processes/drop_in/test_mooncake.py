@@ -5,7 +5,6 @@ Sidecars take their ports from its URLs, find the proxy through its metadata ser
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -16,37 +15,24 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from harness.ports import FIRST, LAST, free_port
+from harness.drop_in.bare import BareReceiver, BareSender
+from harness.drop_in.chunks import Prompt
+from harness.logs import LOGS
+from harness.ports import free_port, free_ports
 from harness.process import Process
 from harness.proxy import Proxy
 from harness.sidecar import ROOT
 
 from pd_sidecar.sidecar.wire import Target
 
-from .bare import BareReceiver, BareSender
-from .chunks import Prompt
-from .nodes import LOGS
-
 ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
 REDIS = Path(os.environ.get("REDIS", ROOT / "target" / "redis" / "redis-server"))
 Side = TypeVar("Side", BareSender, BareReceiver)
-_bases = itertools.count(FIRST, 200)
 
 
 def base_port(apart: int) -> int:
     """Returns a base port for the prefill side. Its ports, and those of the decode side `apart` higher, are free."""
-    for base in _bases:
-        assert base + 150 < LAST
-        if all(_is_free(first + offset) for first in (base, base + apart) for offset in (0, 9, 10, 49)):
-            return base
-    raise AssertionError("unreachable")
-
-
-def _is_free(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+    return free_ports(tuple(first + offset for first in (0, apart) for offset in (0, 9, 10, 49)))
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.drop_in.bare import BareReceiver, BareSender
+from harness.drop_in.chunks import Prompt
+from harness.drop_in.nodes import LmcachePeer, LmcacheReceiver, LmcacheSender, Notices
 from harness.sidecar import BINARIES, ROOT
 
 from pd_sidecar.sidecar.wire import Target
 
-from .bare import BareReceiver, BareSender
-from .chunks import Prompt
-from .nodes import LmcachePeer, LmcacheReceiver, LmcacheSender, Notices
 from .test_names import ALGORITHMS, lmcache
 
 CONFIGS = ROOT / "configs"

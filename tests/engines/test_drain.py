@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 
 import pytest
 from harness.pair import Pair
 from harness.prompts import prompt
 from harness.reference import Reference
-from harness.sidecar import BINARIES
 from harness.traffic import Traffic
 
 BOUND_S = 20.0
@@ -59,18 +56,3 @@ def test_proxy_lets_answers_finish(pair: Pair, reference: Reference) -> None:
     assert process.wait(5.0) == 0, process.tail()
     pair.proxy.start()
     pair.wait_sidecars()
-
-
-@pytest.mark.parametrize("transport", ["tcp", "nixl"])
-def test_selftest(transport: str) -> None:
-    """Both roles in one process: the check that a user runs first."""
-    done = subprocess.run(
-        [BINARIES / "sidecar", "selftest", "--seconds", "2", "--transport", transport],
-        env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "GB/s" in done.stdout

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.client import call
+from harness.drop_in.chunks import LAYOUT
+from harness.drop_in.nodes import START_BOUND_S, Notices, OurReceiver, OurSender
+from harness.logs import LOGS
 from harness.process import Process
 from harness.sidecar import BINARIES
-
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Hello, Target
-
-from .chunks import LAYOUT
-from .nodes import LOGS, START_BOUND_S, Notices, OurReceiver, OurSender
 
 
 class _Bare:

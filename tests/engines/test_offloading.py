@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from harness.client import Answer, complete
 from harness.engine import Engine, EngineOptions, wait_for
+from harness.logs import LOGS
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN
 from harness.pair import BUFFER_BYTES, Pair
@@ -28,7 +29,6 @@ from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import BINARIES, ROOT, Sidecar, SidecarOptions
 
-LOGS = ROOT / "target" / "test-logs"
 BLOCK = 32
 UCX_TLS = "sm,self,cma"
 

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import pytest
 import torch
+from harness.drop_in.chunks import CHUNK_TOKENS, LAYOUT, Prompt, sum_of
+from harness.drop_in.nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, new_target
 
 from pd_sidecar.kv.layout import Hint, geometry
 from pd_sidecar.options.config import Options
@@ -23,9 +25,6 @@ from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMe
 from pd_sidecar.scheduler.stats import Stats
 from pd_sidecar.worker.ranks import partition
 from pd_sidecar.worker.worker import Worker
-
-from .chunks import CHUNK_TOKENS, LAYOUT, Prompt, sum_of
-from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, new_target
 
 Peer = TypeVar("Peer", LmcacheSender, LmcacheReceiver)
 

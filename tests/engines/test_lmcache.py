@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 from harness.client import complete
+from harness.drop_in.chunks import CHUNK_TOKENS
+from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, of_targets
 from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS
 from harness.pair import Pair, check_tokens
 from harness.prompts import prompt
 from harness.reference import Reference
 
 from pd_sidecar.sidecar.wire import Layout, Target
-
-from .chunks import CHUNK_TOKENS
-from .nodes import LmcacheReceiver, LmcacheSender, of_targets
 
 _requests = itertools.count(1)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.drop_in.nodes import LMCACHE_PYTHON
 from harness.sidecar import BINARIES, ROOT
 
-from .nodes import LMCACHE_PYTHON
-
+HARNESS = ROOT / "tests" / "harness" / "drop_in"
 TOKENS = [*range(600), 7, 7, 7]
 ALGORITHMS = ("sha256_cbor", "sha256", "builtin")
 OURS = """
@@ -42,7 +42,9 @@ def _run(command: list[str | Path], seed: str | None) -> Any:
 @cache
 def lmcache(seed: str | None, algorithms: tuple[str, ...]) -> Any:
     asked = {"algorithms": algorithms, "tokens": TOKENS, "model": "org/model", "world_size": 2, "rank": 1}
-    return _run([LMCACHE_PYTHON, Path(__file__).with_name("keys_of_lmcache.py"), json.dumps(asked)], seed)
+    return _run(
+        [LMCACHE_PYTHON, ROOT / "tests" / "harness" / "drop_in" / "keys_of_lmcache.py", json.dumps(asked)], seed
+    )
 
 
 @pytest.mark.parametrize(("seed", "algorithms"), [("0", ALGORITHMS), (None, ALGORITHMS[:2])])

@@ -14,11 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from harness.drop_in.chunks import Prompt
+from harness.drop_in.nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_targets
 
 from pd_sidecar.sidecar.wire import Target
-
-from .chunks import Prompt
-from .nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, of_targets
 
 MODES = ("sync", "async")
 _requests = itertools.count(1)

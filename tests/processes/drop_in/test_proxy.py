@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from harness.client import post_json
+from harness.drop_in.front import FIRST, Front
+from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
+from harness.logs import LOGS
 from harness.proxy import Proxy
-
-from .front import FIRST, Front
-from .nodes import LOGS, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
 
 KINDS = ("ours", "sync", "async")
 _numbers = itertools.count(40_000)

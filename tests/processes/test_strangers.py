@@ -26,7 +26,7 @@ from pd_sidecar.client import Client
 from pd_sidecar.sidecar.connection import Connection
 from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 
-FIXTURES = Path(__file__).resolve().parent.parent / "protocol" / "fixtures"
+FIXTURES = Path(__file__).resolve().parent.parent.parent / "protocol" / "fixtures"
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 BOUND_S = 20.0
 

@@ -12,12 +12,11 @@ from typing import Any
 import generate
 import msgspec
 import pytest
+from harness.drop_in.chunks import Prompt
+from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
 from harness.ports import free_port
 
 from pd_sidecar.sidecar.wire import Target
-
-from .chunks import Prompt
-from .nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender
 
 FIELDS: dict[str, list[Any]] = {
     "AllocRequest": [generate.SyncAllocRequest, generate.AsyncAllocRequest],
