@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 # Time between SIGTERM and SIGKILL. vLLM needs about 3 s to end on two cores.
 STOP_GRACE_S = 20.0
@@ -26,6 +27,15 @@ KILL_GRACE_S = 10.0
 
 class ProcessFailed(RuntimeError):
     """Reports that a child ended, or was not ready in time. The message ends with the last lines of its output."""
+
+
+class Child(Protocol):
+    """The handle of a started process, as `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 class Process:
@@ -42,16 +52,22 @@ class Process:
             output.write(f"\n$ {' '.join(self.command)}\n".encode())
             output.flush()
             self._log_start = output.tell()
-            self._child = subprocess.Popen(
+        self._env = {**os.environ, **(env or {})}
+        self._child = self._launch()
+        self.pid = self._child.pid
+        _groups.add(self)
+
+    def _launch(self) -> Child:
+        """Starts the process as the leader of a new process group."""
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                env=self._env,
                 start_new_session=True,
             )
-        self.pid = self._child.pid
-        _groups.add(self)
 
     @property
     def alive(self) -> bool:

@@ -99,7 +99,9 @@ def hello(role: str, layout: Layout = LAYOUT) -> Hello:
 @pytest.fixture(scope="module", params=["tcp", "nixl"])
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
     folder = tmp_path_factory.mktemp(f"ports-{request.param}")
-    options = SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport=request.param)
+    # On a busy machine the push may reach the receiver before the request that awaits it; by default it waits 50 ms.
+    parked: dict[str, object] = {"park_ms": 3000}
+    options = SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport=request.param, keys=parked)
     receiver = Sidecar(options, folder, folder)
     sender = Sidecar(replace(options, role="sender"), folder, folder)
     try:

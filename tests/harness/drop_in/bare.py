@@ -9,7 +9,8 @@ from pathlib import Path
 
 from harness.client import call
 from harness.drop_in.chunks import LAYOUT
-from harness.drop_in.nodes import START_BOUND_S, Notices, OurReceiver, OurSender
+from harness.drop_in.forked import START_BOUND_S
+from harness.drop_in.nodes import Notices, OurReceiver, OurSender
 from harness.logs import LOGS
 from harness.process import Process
 from harness.sidecar import BINARIES

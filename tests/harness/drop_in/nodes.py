@@ -6,7 +6,6 @@ For the sidecars, a client takes the place of the engine.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections import Counter
@@ -18,21 +17,16 @@ from typing import Any, Protocol
 import zmq
 
 from harness.drop_in.chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
+from harness.drop_in.forked import START_BOUND_S, ForkedPeer
 from harness.logs import LOGS
 from harness.ports import free_port
-from harness.process import Part, Process
-from harness.sidecar import ROOT, Sidecar, SidecarOptions
+from harness.process import Part
+from harness.sidecar import Sidecar, SidecarOptions
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 
-LMCACHE_PYTHON = Path(os.environ.get("PD_TEST_LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
-# Without this variable UCX opens the network interfaces of the moment, also those that a test for two hosts makes and
-# removes at the same time; connections through such an interface then fail.
-LMCACHE_ENV = {"UCX_NET_DEVICES": "lo"}
-
 SLOTS = 256
 BOUND_S = 40.0
-START_BOUND_S = 60.0
 
 
 @dataclass
@@ -127,9 +121,8 @@ class LmcachePeer(Part):
 
     def start(self) -> None:
         port = free_port()
-        options = json.dumps({**self._options, "port": port})
-        command: list[str | Path] = [LMCACHE_PYTHON, Path(__file__).with_name("peer.py"), options]
-        self.process = Process(self.name, command, LOGS / f"{self.name}.log", LMCACHE_ENV)
+        options = {**self._options, "port": port}
+        self.process = ForkedPeer(self.name, options, LOGS / f"{self.name}.log")
         deadline = time.monotonic() + START_BOUND_S
         while True:
             try:

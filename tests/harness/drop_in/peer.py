@@ -1,8 +1,13 @@
-"""Runs LMCache's real PD backend in its own process, without vLLM. Sends or receives chunks in host memory.
+"""Runs LMCache's real PD backends, each in its own process, without vLLM. Sends or receives chunks in host memory.
 
-    python peer.py '{"port": 4711, "role": "receiver", "mode": "async", ...}'
+    python peer.py SOCKET
 
-The process accepts one connection on the given loopback port. Each line is a JSON command, and gets a line with a JSON
+The process imports torch and LMCache, which takes a core six seconds, longer than most tests, and starts backends as
+forks of itself. Each connection to SOCKET sends one line of JSON, {"options": {"port": 4711, "role": "receiver",
+"mode": "async", ...}, "log": ...}. The answer is the id of the fork, which leads its own process group and writes to
+the log.
+
+The fork accepts one connection on the given loopback port. Each line is a JSON command, and gets a line with a JSON
 answer:
 
     {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
@@ -21,15 +26,23 @@ import hashlib
 import json
 import os
 import random
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 CHUNK_TOKENS = 256
+
+MODULES = (
+    "torch", "nixl._api", "lmcache.utils", "lmcache.v1.config", "lmcache.v1.metadata", "lmcache.v1.memory_management",
+    "lmcache.v1.token_database", "lmcache.v1.storage_backend.pd_backend", "lmcache.v1.storage_backend.pd_backend_async",
+)  # fmt: skip
 
 
 @dataclass
@@ -204,8 +217,8 @@ class Peer:
         return {"keys": len(self.backend.data)}
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def serve(options: dict[str, Any]) -> None:
+    """Runs a peer until its connection ends, and then ends the process."""
     peer = Peer(options)
     with socket.create_server(("127.0.0.1", options["port"])) as server:
         connection, _ = server.accept()
@@ -219,6 +232,46 @@ def main() -> None:
             lines.write(json.dumps(answer) + "\n")
     # Not the backend's own close, which hangs in a receiver's threads.
     os._exit(0)
+
+
+def become(asked: dict[str, Any]) -> None:
+    """Runs a backend in this process, and ends the process."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        serve(asked["options"])
+    except BaseException:  # noqa: BLE001 - the process ends here; its log has the cause
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def main() -> None:
+    for module in MODULES:
+        import_module(module)
+    # The system then removes ended forks at once. The test sees their end through a pidfd.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(sys.argv[1])
+        server.listen()
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                with connection.makefile() as lines:
+                    asked = json.loads(lines.readline())
+                child = os.fork()
+                if child == 0:
+                    server.close()
+                    connection.close()
+                    become(asked)
+                try:
+                    connection.sendall(f"{child}\n".encode())
+                except OSError:
+                    # The test has given up: nothing else knows of the fork.
+                    os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.drop_in.nodes import LMCACHE_PYTHON
+from harness.drop_in.forked import LMCACHE_PYTHON
 from harness.sidecar import BINARIES, ROOT
 
 HARNESS = ROOT / "tests" / "harness" / "drop_in"
