@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,8 @@ from typing import Any
 import pytest
 from harness.client import call
 from harness.proxy import Proxy
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.exceptions import VLLMValidationError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MODELS: dict[str, Any] = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest}
 PROMPTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hello"}]},
     COMPLETIONS: {"prompt": "hello"},
@@ -124,18 +121,31 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def models() -> dict[str, Any]:
+    """Returns vLLM's models of both requests. Not imported above: each worker collects this file, and vLLM is slow to
+    import.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    return {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest}
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_every_field_is_sorted(path: str) -> None:
     sorted_fields = {*KEPT, *LEFT_OUT, *BY_ENDPOINT, *NO_LEG}
-    new = set(MODELS[path].model_fields) - sorted_fields
+    new = set(models()[path].model_fields) - sorted_fields
     where = "proxy/src/openai/body/kinds.rs, and here"
     assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: {where}"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Proxy, Seen]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     proxy, seen = engine_in_name
-    fields = set(MODELS[path].model_fields) - set(NO_LEG)
+    fields = set(models()[path].model_fields) - set(NO_LEG)
     wrong = []
     for name in sorted(fields):
         body = PROMPTS[path] | BESIDE.get(name, {}) | {name: (KEPT | LEFT_OUT | BY_ENDPOINT)[name]}
@@ -160,7 +170,7 @@ def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Pro
 
 def accepted(path: str, body: dict[str, Any]) -> None:
     """Raises what vLLM would answer with 400."""
-    request = MODELS[path].model_validate(json.loads(json.dumps(body)))
+    request = models()[path].model_validate(json.loads(json.dumps(body)))
     request.to_sampling_params(16, {})
 
 
