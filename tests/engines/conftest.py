@@ -35,14 +35,18 @@ def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Ref
     model = write_model(ROOT / "target" / "model")
     lora = {"lora": write_lora(ROOT / "target" / "lora")}
     # Without a prefix cache: it computes every answer from the start.
-    plain = Engine(EngineOptions("plain engine", model, lora=lora, more=("--no-enable-prefix-caching",)), logs)
+    plain = Engine(
+        EngineOptions("plain engine", model, lora=lora, forked=True, more=("--no-enable-prefix-caching",)), logs
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(ended_by_signals())
         stack.callback(plain.stop)
         with _shown(pytestconfig):
             progress = Progress()
             plain.start()
-            pair = stack.enter_context(pair_of(PairOptions(model, logs, lora=lora, sidecar_keys=KEYS), progress))
+            pair = stack.enter_context(
+                pair_of(PairOptions(model, logs, forked=True, lora=lora, sidecar_keys=KEYS), progress)
+            )
             wait_for([plain], progress)
         yield pair, Reference(plain)
 

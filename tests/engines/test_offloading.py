@@ -80,7 +80,7 @@ def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
         "UCX_TLS": UCX_TLS,
     }  # fmt: skip
     options = EngineOptions(
-        "offload engine", pair.options.model, block_size=BLOCK, kv_transfer=transfer, core=1, env=env
+        "offload engine", pair.options.model, block_size=BLOCK, kv_transfer=transfer, core=1, forked=True, env=env
     )
     engine = Engine(options, LOGS)
     try:

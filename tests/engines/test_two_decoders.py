@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def second(pair: Pair) -> Iterator[tuple[Engine, Sidecar]]:
     # Not below the repository: the path of a unix socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
+    # As vLLM's CPU build starts it: its core is a process with a command line of its own.
+    engine.options = replace(engine.options, forked=False)
     # Its API server outlives its core: what it answers then is for the proxy to deal with.
     engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     try:

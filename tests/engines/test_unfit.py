@@ -29,6 +29,7 @@ def gemmas(logs: Path) -> Iterator[Pair]:
     options = PairOptions(
         write_gemma(ROOT / "target" / "model-gemma"),
         logs,
+        forked=True,
         prefix="gemma-",
         more=("--kv-cache-memory-bytes", str(256 << 20)),
     )

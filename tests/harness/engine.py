@@ -40,6 +40,8 @@ class EngineOptions:
     core: int = 0
     # Number of tensor-parallel workers; each worker is a process.
     workers: int = 1
+    # The engine process is a fork of the API server, which halves the time of a start; see `forked/sitecustomize.py`.
+    forked: bool = False
     lora: dict[str, Path] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     more: Sequence[str] = ()
@@ -92,6 +94,9 @@ class Engine(Part):
             "PYTHONUNBUFFERED": "1",
             **options.env,
         }
+        if options.forked:
+            path = [str(Path(__file__).with_name("forked")), options.env.get("PYTHONPATH", "")]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         log = self._logs / f"{options.name.replace(' ', '-')}.log"
         self.process = Process(options.name, command, log, env)
 

@@ -40,6 +40,8 @@ class PairOptions:
     prefill_workers: int = 1
     decode_workers: int = 1
     ranks: int = 1
+    # Whether the engines with one worker start in half the time; see `EngineOptions.forked`.
+    forked: bool = False
     # Prefix of the names of the processes and of their log files.
     prefix: str = ""
     transport: str = "auto"
@@ -296,6 +298,7 @@ class Pair:
             kv_transfer=kv_transfer,
             core=core,
             workers=workers,
+            forked=self.options.forked and workers == 1,
             lora=self.options.lora,
             more=self.options.more,
             env={"PYTHONPATH": os.pathsep.join(path)},
