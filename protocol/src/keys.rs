@@ -18,7 +18,7 @@ pub struct Key<'a> {
     pub hash: &'a str,
     /// LMCache's dtype name.
     pub dtype: &'a str,
-    /// Tags after the dtype, with their `@`; usually empty.
+    /// Tags after the dtype, with their `@`; empty if the tokens alone decide the KV. See PROTOCOL.md.
     pub tags: &'a str,
 }
 
@@ -69,6 +69,11 @@ impl<'a> Key<'a> {
         }
         Ok(key)
     }
+}
+
+/// Returns true if the key has tags: it then stands for KV that tokens alone do not describe.
+pub fn is_tagged(key: &str) -> bool {
+    Key::parse(key).is_ok_and(|key| !key.tags.is_empty())
 }
 
 impl fmt::Display for Key<'_> {
@@ -142,6 +147,9 @@ mod tests {
                 "@salt%x@lora%y",
             ),
         );
+        assert!(is_tagged("m@1@0@12ab@half@salt%x"));
+        assert!(!is_tagged("m@1@0@12ab@half"));
+        assert!(!is_tagged("no key"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pd_sidecar.kv.keys import ChunkHasher, HashError, keys
+from pd_sidecar.kv.tags import adapter_tag, salt_tag
 
 LINE = re.compile(r"PYTHONHASHSEED (\w+) (\w+) -> \w+ NONE_HASH (-?\d+) (\[.*\])")
 
@@ -63,6 +64,18 @@ def test_a_prefix_has_the_same_hashes():
 
 def test_keys():
     assert keys("m", 2, 1, ["1f", "-2"], "half") == ["m@2@1@1f@half", "m@2@1@-2@half"]
+    assert keys("m", 1, 0, ["1f"], "half", ["@salt%1"]) == ["m@1@0@1f@half@salt%1"]
+
+
+def test_tags_tell_values_apart_and_do_not_show_them():
+    # The values must not change: two releases are on the two sides during an upgrade.
+    assert salt_tag("mine") == "@salt%37b36a774fc5a1e7292f47c7ffb97a82"
+    assert adapter_tag("a", "w") == "@lora%fc8e06dba29a96a2826dee5f1bc78e83"
+    tags = [salt_tag(""), salt_tag("mine"), salt_tag("mine "), salt_tag("\ud800"), adapter_tag("a", "bc")]
+    assert len({*tags, adapter_tag("ab", "c"), adapter_tag("a", "bd")}) == 7
+    secret = "my secret@x%y\n" * 100
+    assert "secret" not in salt_tag(secret)
+    assert len(salt_tag(secret)) == len(salt_tag(""))
 
 
 @pytest.mark.parametrize("chunk", [1, 23, 24, 255, 256, 300])

@@ -315,13 +315,42 @@ def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
     assert "r" not in rig.step().dismissed
 
 
+def keys_of(params, **more):
+    """The hashes and tags with which a request is pushed or loaded."""
+    rig = Rig()
+    req = request("a", params, **more)
+    rig.scheduler.matched_tokens(req, 0)
+    if "do_remote_decode" in params:
+        (start,) = rig.step(new=[(req, [1, 2, 3], 0, 40)]).push_starts
+    else:
+        rig.scheduler.allocated(req, [1, 2, 3], 39)
+        (start,) = rig.step().load_starts
+    assert rig.skipped() == {}
+    return list(zip(start.hashes, start.tags or [""] * 2, strict=True))
+
+
+def test_a_salt_is_in_each_key_and_both_sides_compute_the_same():
+    plain, mine = keys_of(push_params()), keys_of(push_params(), cache_salt="mine")
+    assert [tag for _, tag in plain] == ["", ""]
+    assert [value for value, _ in mine] == [value for value, _ in plain]
+    assert mine == keys_of(load_params(), cache_salt="mine")
+    assert len({tag for _, tag in mine}) == 1
+    assert not {*mine} & {*keys_of(load_params(), cache_salt="yours")}
+    assert "mine" not in str(mine)
+
+
+def test_kv_that_lmcache_wrote_is_not_loaded_for_a_salted_request(rig):
+    req = request("a", load_params(written=True), cache_salt="mine")
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    assert rig.skipped() == {"cache_salt": 1}
+    assert rig.step().dismissed == ["r"]
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
         ({"lora_request": object()}, "lora"),
         ({"mm_features": [object()]}, "multimodal"),
-        ({"cache_salt": ""}, "cache_salt"),
-        ({"cache_salt": "x"}, "cache_salt"),
         ({"prompt_embeds": object()}, "prompt_embeds"),
         ({"prompt_token_ids": None}, "prompt_embeds"),
         ({"sampling_params": SimpleNamespace(prompt_logprobs=0)}, "prompt_logprobs"),

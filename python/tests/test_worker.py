@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -111,6 +112,15 @@ KEYS = [f"m@1@0@{h}@float" for h in HASHES]
 
 
 # Prefill.
+
+
+def test_tags_stand_in_the_keys_of_both_sides(rig):
+    tags = ["@salt%1", "@salt%1", "@salt%1@mm%2"]
+    tagged = [key + tag for key, tag in zip(KEYS, tags, strict=True)]
+    rig.step(push_starts=[push(tags=tags)], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    assert rig.sender.next(wire.Reserve).keys == tagged
+    rig.step(load_starts=[dataclasses.replace(load(name="b", req="s"), tags=tags)])
+    assert rig.receiver.next(wire.Await).keys == tagged
 
 
 def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):

@@ -64,7 +64,6 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
         ("many_sequences", {"n": 2, "temperature": 1.0, "seed": 5}),
         ("many_prompts", {"prompt": [prompt(length, seed=54) for length in (30, 400, 900)]}),
         ("prompt_logprobs", {"prompt_logprobs": 1}),
-        ("cache_salt", {"cache_salt": "mine"}),
     ],
 )
 def test_computed_by_the_decode_engine(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
@@ -93,7 +92,7 @@ def assert_same_logprobs(mine: list[Any] | None, theirs: list[Any] | None) -> No
 
 @pytest.mark.parametrize(
     ("reason", "more"),
-    [("lora", {"model": "lora"}), ("cache_salt", {"cache_salt": "mine"}), ("prompt_logprobs", {"prompt_logprobs": 1})],
+    [("lora", {"model": "lora"}), ("prompt_logprobs", {"prompt_logprobs": 1})],
 )
 def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
     """What a proxy may miss: the decode leg asks for KV of equal tokens that is not, or must not be, its own."""
@@ -127,6 +126,31 @@ def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
     # The base model's KV is moved as before.
     another = prompt(600, seed=60)
     pair.move(another).check(reference.token_ids(another), len(another))
+
+
+def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:
+    """One prompt without a salt and with two: each is moved whole, and found again only under its own salt."""
+    tokens = prompt(600, seed=61)
+    expect = reference.token_ids(tokens)
+    salts: list[dict[str, Any]] = [{}, {"cache_salt": "mine"}, {"cache_salt": "yours"}]
+    for salt in salts:
+        pair.move(tokens, **salt).check(expect, len(tokens))
+    # The decode engine's blocks have 64 tokens; a block is found again only if a token comes after it.
+    for salt in salts:
+        pair.move(tokens, **salt).check(expect, len(tokens), cached=len(tokens) // 64 * 64)
+
+
+def test_kv_of_another_salt_is_refused(pair: Pair, reference: Reference) -> None:
+    """The two legs have different salts, as if one side forgot it: the receiver refuses the keys, and the decode
+    engine computes the prompt."""
+    tokens = prompt(600, seed=62)
+    for number, (pushed, loaded) in enumerate([({"cache_salt": "mine"}, {}), ({}, {"cache_salt": "mine"})]):
+        req = f"salt-{number}"
+        before = pair.decode.prompt_tokens()
+        legs = pair.legs(req, body(tokens, **pushed), body(tokens, **loaded))
+        assert token_ids(legs) == [reference.token_ids(tokens, max_tokens=16)]
+        assert pair.prompt_tokens_since(before, len(tokens)).computed == len(tokens)
+        assert pair.receiver.record(req)["reason"] == "key_mismatch"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -24,6 +24,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use super::request::{Chunk, Feeding, Phase};
 use super::{Action, Link, PATIENCE, Piece, Sender, WatchId};
+use crate::keys::is_tagged;
 use crate::local::{Granted, Target};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToReceiver};
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
@@ -66,11 +67,16 @@ impl Foreign {
 }
 
 impl Sender {
-    /// Starts a request after the handshake: the engine may get send slots.
+    /// Starts a request after the handshake: the engine may get send slots. Ends a request with tags in
+    /// its keys: the decode side would look for keys without them, and the receiver would keep what it
+    /// never reads.
     pub(super) fn feed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
+        if request.keys.iter().any(|key| is_tagged(key)) {
+            return self.end(id, Reason::KeyMismatch);
+        }
         if let Some(Link::Lmcache(link)) = self.links.get(&request.to) {
             request.record.transport.clone_from(&link.transport);
         }

@@ -152,16 +152,7 @@ impl Port {
     }
 
     fn park(&mut self, req: &str, chunks: u32) {
-        let message = Await {
-            req: RequestId::from(req),
-            keys: keys(req, chunks),
-            tokens: chunks * CHUNK,
-            have_tokens: 0,
-            deadline_ms: 60_000,
-            written: false,
-            ..Await::example()
-        };
-        self.feed(Event::Await(ENGINE, message));
+        self.feed(Event::Await(ENGINE, awaited(req, chunks)));
     }
 
     fn pass(&mut self, time: Duration) {
@@ -180,6 +171,17 @@ impl Port {
             self.feed(Event::Fenced { sender, lease });
         }
         assert!(self.d.is_idle(), "something is held: {:?}", self.d.gauges());
+    }
+}
+
+fn awaited(req: &str, chunks: u32) -> Await {
+    Await {
+        req: RequestId::from(req),
+        keys: keys(req, chunks),
+        tokens: chunks * CHUNK,
+        have_tokens: 0,
+        deadline_ms: 60_000,
+        ..Await::example()
     }
 }
 
@@ -285,6 +287,39 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     port.pass(SECOND);
     assert_eq!(port.ended, [None, Some(Reason::KeyMismatch)]);
     port.at_rest();
+}
+
+/// Tokens are equal, but the salts or the adapters are not: one side's keys have a tag that the other's do
+/// not have. A sender of an earlier release computes keys without tags.
+#[test]
+fn a_tag_of_one_side_alone_is_another_key() {
+    let tagged = |keys: &mut Vec<String>, tag| keys.iter_mut().for_each(|key| *key += tag);
+    for (parked, asked) in [
+        ("", "@salt%1"),
+        ("@salt%1", ""),
+        ("@salt%1", "@salt%2"),
+        ("@salt%1", "@lora%1"),
+    ] {
+        let mut port = Port::new();
+        let mut request = awaited("r", 2);
+        tagged(&mut request.keys, parked);
+        port.feed(Event::Await(ENGINE, request));
+        let x = port.x(2);
+        let mut other = question("r", 2, Some(x));
+        tagged(&mut other.keys, asked);
+        port.say(2, ToReceiver::AllocRequest(other));
+        assert_eq!(
+            port.answer(1),
+            Some(Err(Reason::KeyMismatch)),
+            "{parked} {asked}"
+        );
+        port.pass(SECOND);
+        assert_eq!(
+            (port.ready, &port.ended[..]),
+            (0, &[Some(Reason::KeyMismatch)][..])
+        );
+        port.at_rest();
+    }
 }
 
 /// Only the lease's own host may learn its id: a process that knows the id can free the slots.

@@ -186,6 +186,34 @@ fn empty() -> AllocResponse {
     }
 }
 
+/// LMCache's decode side looks for keys without tags: it would compute the prompt, and its receiver would
+/// keep the slots of keys that nobody reads.
+#[test]
+fn keys_with_tags_are_refused_before_the_receiver_hears_of_them() {
+    let mut feeding = Feeding::new(true);
+    // The first request makes the link, the second one finds it.
+    for req in ["a", "b"] {
+        let reserve = Reserve {
+            req: req.into(),
+            to: target(),
+            keys: (0..2).map(|i| format!("m@1@0@{i}@half@salt%1")).collect(),
+            tokens: 2 * CHUNK,
+            upto: 2 * CHUNK,
+            overlap: false,
+        };
+        feeding.feed(sender::Event::Reserve(ENGINE, reserve));
+        let refused = Some(&Some(Reason::KeyMismatch));
+        assert_eq!(feeding.ended.get(&req.into()), refused);
+        assert_eq!(feeding.notices.get(&req.into()), refused);
+        assert!(feeding.questions.is_empty());
+    }
+    feeding.reserve("c", 1, 1);
+    assert_eq!(feeding.grant(10, &[]).len(), 1);
+    feeding.written();
+    assert_eq!(feeding.notices[&"c".into()], None);
+    assert!(feeding.p.is_idle());
+}
+
 #[test]
 fn every_chunk_is_asked_for_once_it_stands_ready() {
     for cancels in [false, true] {

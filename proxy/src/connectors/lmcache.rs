@@ -15,6 +15,7 @@ pub(super) static SPEC: Spec = Spec {
     has_ports: true,
     has_zmq: false,
     needs_first_token: true,
+    ignores_salt: true,
     receives: &[
         (Connector::Lmcache, &ToLmcache),
         (Connector::Sidecar, &ToLmcache),

@@ -86,6 +86,9 @@ pub(crate) struct Spec {
     /// True if each decode leg with a transfer continues after the prefill instance's first token. A request
     /// whose answer would change by that gets no transfer to such an instance.
     pub needs_first_token: bool,
+    /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` then never
+    /// goes to or from such an instance, because requests with other salts would find it.
+    pub ignores_salt: bool,
     /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
     /// instance.
     pub receives: &'static [(Connector, &'static dyn Handoff)],

@@ -12,6 +12,7 @@ pub(super) static SPEC: Spec = Spec {
     has_ports: false,
     has_zmq: true,
     needs_first_token: false,
+    ignores_salt: false,
     receives: &[(Connector::P2pNccl, &P2pNccl)],
 };
 

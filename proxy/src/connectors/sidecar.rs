@@ -13,6 +13,7 @@ pub(super) static SPEC: Spec = Spec {
     has_ports: true,
     has_zmq: false,
     needs_first_token: false,
+    ignores_salt: false,
     receives: &[
         (Connector::Sidecar, &Sidecar),
         (Connector::Lmcache, &FromLmcache),

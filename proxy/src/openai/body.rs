@@ -142,9 +142,6 @@ impl RequestBody {
         if self.is_set("prompt_embeds") {
             return Some(Fallback::PromptEmbeds);
         }
-        if self.is_set("cache_salt") {
-            return Some(Fallback::CacheSalt);
-        }
         if ["max_tokens", "max_completion_tokens"]
             .into_iter()
             .any(|name| self.number(name) == Some(0.0))
@@ -156,6 +153,11 @@ impl RequestBody {
             Endpoint::Chat if self.has_media() => Some(Fallback::Multimodal),
             _ => None,
         }
+    }
+
+    /// Returns true if the request has a cache salt: KV of equal tokens with another salt is not its own.
+    pub(crate) fn is_salted(&self) -> bool {
+        self.is_set("cache_salt")
     }
 
     /// Returns the body of a prefill leg: one token, not streamed, with these transfer parameters.

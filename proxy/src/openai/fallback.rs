@@ -22,7 +22,7 @@ pub enum Fallback {
     PromptEmbeds,
     /// Images, audio or video: equal token hashes stand for different KV.
     Multimodal,
-    /// A cache salt: equal token hashes stand for KV that must not be shared.
+    /// A cache salt, where one side is LMCache: its keys do not contain the salt.
     CacheSalt,
     /// The request asks for no generated token.
     NothingToDecode,

@@ -12,7 +12,8 @@ pub(crate) struct Prompt {
     /// The prompt as JSON, without the characters that close it: a longer prompt that continues this one
     /// begins with the same bytes.
     pub text: Vec<u8>,
-    /// `chain[i]` is the hash of the first `i` blocks, the model, the tools and the template arguments.
+    /// `chain[i]` is the hash of the first `i` blocks, the model, the salt, the tools and the template
+    /// arguments.
     pub chain: Vec<u64>,
 }
 
@@ -29,8 +30,9 @@ impl Prompt {
             .unwrap_or(text)
             .trim_ascii_end();
         let mut seed = 0;
-        // Each adapter has its own model name. Tools stand at the beginning of most chat templates.
-        for name in ["model", "tools", "chat_template_kwargs"] {
+        // Each adapter has its own model name, and engines share no KV between salts. Tools stand at the
+        // beginning of most chat templates.
+        for name in ["model", "cache_salt", "tools", "chat_template_kwargs"] {
             seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
         }
         Self::new(text.as_bytes(), seed)

@@ -34,7 +34,8 @@ impl Drive {
         match moved.reason.filter(|_| !moved.ok) {
             Some(reason) => self.refused(context, reason.as_str()),
             None if moved.ok && moved.bytes > 0 => {
-                self.app.refusals.worked(prefill, &self.pair.decode);
+                let model = self.body.model();
+                self.app.refusals.worked(prefill, &self.pair.decode, model);
             }
             None => {}
         }

@@ -23,6 +23,7 @@ pub(crate) struct RoutePlan {
     fallback: Option<Fallback>,
     /// True if the answer stays the same when its first token comes from the prefill instance.
     pub is_splittable: bool,
+    is_salted: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: PrefixMatch,
@@ -56,6 +57,7 @@ impl RoutePlan {
             tokens: known.tokens,
             fallback: body.fallback(endpoint),
             is_splittable: first_token::can_express(body, endpoint),
+            is_salted: body.is_salted(),
             session,
             prompt,
             known,
@@ -72,6 +74,7 @@ impl RoutePlan {
             tokens: 0,
             fallback: Some(Fallback::NothingToDecode),
             is_splittable: false,
+            is_salted: false,
             session: None,
             prompt: None,
             known: PrefixMatch::default(),
@@ -113,6 +116,7 @@ impl RoutePlan {
         let ask = RouteRequest {
             fallback,
             is_unsplittable: !self.is_splittable,
+            is_salted: self.is_salted,
             prefill,
             decode,
             mode: app.mode.get(),

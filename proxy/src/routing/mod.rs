@@ -23,6 +23,8 @@ pub(crate) struct RouteRequest<'a> {
     pub fallback: Option<Fallback>,
     /// True if the hand-over of the first token would change the answer.
     pub is_unsplittable: bool,
+    /// True if the request has a cache salt, which LMCache's keys do not contain.
+    pub is_salted: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
     /// Policy and turn for the choice of a decode instance.
@@ -237,7 +239,16 @@ fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
 
 /// Returns true if the two are a pair and no known reason prevents the transfer of this request's KV.
 fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
-    is_pair(prefill, decode) && prefill.kv.fits(&decode.kv) && !is_refused(prefill, decode, ask)
+    is_pair(prefill, decode)
+        && prefill.kv.fits(&decode.kv)
+        && keeps_salt(prefill, decode, ask)
+        && !is_refused(prefill, decode, ask)
+}
+
+/// Returns true if the pair does not mix up the KV of requests with different salts.
+fn keeps_salt(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
+    let ignores = |instance: &Instance| instance.connector.spec().ignores_salt;
+    !ask.is_salted || !(ignores(prefill) || ignores(decode))
 }
 
 fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
@@ -255,6 +266,9 @@ fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Inst
     let fitting: Vec<_> = there.iter().copied().filter(fits).collect();
     if fitting.is_empty() && !there.is_empty() {
         return Fallback::Unfit;
+    }
+    if !fitting.is_empty() && !fitting.iter().any(|i| keeps_salt(i, decode, ask)) {
+        return Fallback::CacheSalt;
     }
     if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
         return Fallback::RefusedBefore;

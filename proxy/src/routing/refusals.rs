@@ -3,7 +3,8 @@
 //!
 //! A prefill leg whose KV is not pushed computes the prompt for nothing. The engine's connector or the
 //! sender gives the reason. Some reasons hold for later requests, too: for all requests of a pair
-//! (`key_mismatch`), for a model name (`lora`), or for requests of the same kind (`prompt_logprobs`).
+//! (`layout_mismatch`), for a model name (`lora`; `key_mismatch` between two instances), or for requests of
+//! the same kind (`prompt_logprobs`).
 //! The proxy remembers these reasons for a while and sends no such prefill leg meanwhile.
 
 use std::collections::{BTreeMap, HashMap};
@@ -97,6 +98,9 @@ enum Reach {
     Pair,
     /// Requests that name this model, at this prefill instance.
     Model,
+    /// Requests that name this model, between these two instances. The weights of an adapter are in the
+    /// keys, so keys that differ for one model say nothing about the other models of the pair.
+    PairAndModel,
     /// Requests of this shape, at this prefill instance.
     Kind,
 }
@@ -137,7 +141,7 @@ impl Refusals {
         };
         let about = match reach {
             Reach::Instance | Reach::Pair => About::Any,
-            Reach::Model => About::Model(refused.body.model().to_owned()),
+            Reach::Model | Reach::PairAndModel => About::Model(refused.body.model().to_owned()),
             Reach::Kind => About::Kind(refused.body.shape(refused.endpoint)),
         };
         // A client must not fill the memory with long names of models or content parts.
@@ -147,7 +151,8 @@ impl Refusals {
         let name = |instance: &Instance| (instance.id.clone(), instance.epoch);
         let between = Between {
             prefill: name(refused.prefill),
-            decode: (reach == Reach::Pair).then(|| name(refused.decode)),
+            decode: matches!(reach, Reach::Pair | Reach::PairAndModel)
+                .then(|| name(refused.decode)),
         };
         let mut entries = self.lock();
         // Before the insertion, so that the number of entries never exceeds the limit.
@@ -192,15 +197,17 @@ impl Refusals {
         }
     }
 
-    /// Records that KV went from one instance to the other, and removes earlier refusals between the two
-    /// that hold for all requests.
-    pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance) {
+    /// Records that KV of a request for this model went from one instance to the other, and removes earlier
+    /// refusals between the two that hold for all requests, or for all requests of the model.
+    pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance, model: &str) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
         let mut entries = self.lock();
-        if let Some(of_pairs) = entries.get_mut(&About::Any) {
-            of_pairs.retain(|between, _| !between.holds_for(prefill, decode));
+        for about in [About::Any, About::Model(model.to_owned())] {
+            if let Some(known) = entries.get_mut(&about) {
+                known.retain(|between, _| !between.holds_for(prefill, decode));
+            }
         }
         self.count
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
@@ -297,9 +304,8 @@ fn make_room(entries: &mut HashMap<About, BTreeMap<Between, Entry>>, now: Instan
 fn reach(reason: &str) -> Option<Reach> {
     Some(match reason {
         "layout" | "kv_groups" | "wrong_role" | "push_off" => Reach::Instance,
-        "tp_mismatch" | "layout_mismatch" | "version_mismatch" | "key_mismatch" | "no_link" => {
-            Reach::Pair
-        }
+        "tp_mismatch" | "layout_mismatch" | "version_mismatch" | "no_link" => Reach::Pair,
+        "key_mismatch" => Reach::PairAndModel,
         "lora" => Reach::Model,
         "multimodal" | "cache_salt" | "prompt_embeds" | "prompt_logprobs" | "pooling"
         | "streaming_input" => Reach::Kind,
@@ -324,7 +330,8 @@ fn limits(reason: &str) -> (u32, Duration) {
 fn cure(reason: &str) -> &'static str {
     match reason {
         "key_mismatch" => {
-            "Set `model_name`, `chunk_size`, `hash_algorithm` and PYTHONHASHSEED alike on both sides"
+            "Set `model_name`, `chunk_size`, `hash_algorithm` and PYTHONHASHSEED alike on both sides; if the \
+             model is a LoRA adapter, load the same files on both sides"
         }
         "tp_mismatch" => {
             "Set `ranks` of both connectors, and the number of ports, to the larger tensor-parallel size"

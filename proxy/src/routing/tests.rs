@@ -53,6 +53,7 @@ fn ask() -> RouteRequest<'static> {
     RouteRequest {
         fallback: None,
         is_unsplittable: false,
+        is_salted: false,
         prefill: SideChoice::default(),
         decode: SideChoice::default(),
         mode: Mode::Pd,
@@ -116,6 +117,12 @@ fn only_equal_connectors_make_pairs() {
     };
     check("p1:l d1:l", &unsplittable, "not_expressible d1");
     check("p1 d1", &unsplittable, "p1 d1");
+    let salted = RouteRequest {
+        is_salted: true,
+        ..ask()
+    };
+    check("p1:l d1:l", &salted, "cache_salt d1");
+    check("p1 d1:l p2:l d2", &salted, "p1 d2");
 }
 
 #[test]

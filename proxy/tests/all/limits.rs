@@ -139,7 +139,6 @@ async fn requests_that_cannot_be_split_go_to_the_decode_instance_alone() {
             json!({"prompt": "a", "prompt_logprobs": 1}),
             "prompt_logprobs",
         ),
-        (json!({"prompt": "a", "cache_salt": "s"}), "cache_salt"),
     ] {
         assert_eq!(rig.client.post(COMPLETIONS, &fields).await.status, 200);
         sent += 1;

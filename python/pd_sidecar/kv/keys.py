@@ -1,4 +1,4 @@
-"""Makes LMCache's chunk keys: `model@world_size@rank@hash@dtype`.
+"""Makes LMCache's chunk keys: `model@world_size@rank@hash@dtype`, and behind it the chunk's tags, if it has any.
 
 The hash of a chunk covers all tokens up to the chunk's end: `h[i] = f((h[i-1], tokens, ()))`. The partial last chunk
 has a hash, too. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 on.
@@ -73,10 +73,16 @@ def refusal(algorithm: str, environ: Mapping[str, str] = os.environ) -> str | No
     return None
 
 
-def keys(model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: str) -> list[str]:
-    """Returns the keys of one rank's chunks."""
+def keys(
+    model: str, world_size: int, rank: int, hashes: Sequence[str], dtype: str, tags: Sequence[str] = ()
+) -> list[str]:
+    """Returns the keys of one rank's chunks. `tags` has one text per chunk (see `kv.tags`); it is empty if no chunk has
+    a tag.
+    """
     head, tail = f"{model}@{world_size}@{rank}@", f"@{dtype}"
-    return [f"{head}{value}{tail}" for value in hashes]
+    if not tags:
+        return [f"{head}{value}{tail}" for value in hashes]
+    return [f"{head}{value}{tail}{tag}" for value, tag in zip(hashes, tags, strict=True)]
 
 
 def _algorithm(name: str, environ: Mapping[str, str]) -> Callable[[object], int]:

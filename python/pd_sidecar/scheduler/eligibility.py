@@ -65,8 +65,6 @@ def unserved(request: Request) -> Skip | None:
         return Skip.LORA
     if request.mm_features:
         return Skip.MULTIMODAL
-    if request.cache_salt is not None:
-        return Skip.CACHE_SALT
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return Skip.PROMPT_EMBEDS
     if request.pooling_params is not None or request.sampling_params is None:

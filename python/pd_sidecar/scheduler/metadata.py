@@ -26,6 +26,8 @@ class PushStart:
     hashes: list[str]
     tokens: int
     overlap: bool
+    tags: list[str] = field(default_factory=list)
+    """The tags of each chunk's key; empty if no chunk has any."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class LoadStart:
     blocks: list[int]
     written: bool = False
     """True if an LMCache sender has told the proxy that the whole prompt is written."""
+    tags: list[str] = field(default_factory=list)
+    """As in `PushStart`."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from vllm.logger import init_logger
 
+from pd_sidecar.kv.tags import salt_tag
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, transfer, unserved
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 
@@ -152,7 +153,8 @@ class Scheduler:
             LoadStart(
                 engine_id=request.request_id,
                 req=state.transfer.req,
-                hashes=self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens]),
+                hashes=(hashes := self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens])),
+                tags=_tags(request, len(hashes)),
                 tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
@@ -245,6 +247,9 @@ class Scheduler:
                 len(wish.init_ports),
                 self._role.ranks,
             )
+        elif wish.written and request.cache_salt is not None:
+            # LMCache's keys have no tags: what it wrote can be KV of the same tokens with another salt.
+            skip = Skip.CACHE_SALT
         if skip is not None:
             if not wish.is_push and self._role.consumer:
                 self._next.dismissed.append(wish.req)
@@ -284,6 +289,7 @@ class Scheduler:
             init_ports=wish.init_ports,
             alloc_ports=wish.alloc_ports,
             hashes=list(hashes),
+            tags=_tags(request, len(hashes)),
             tokens=request.num_prompt_tokens,
             overlap=wish.overlap,
         )
@@ -321,6 +327,14 @@ class Scheduler:
             self._next.cancelled.append(engine_id)
         del self._states[engine_id]
         return False, _first_token(state.request, {}) or None
+
+
+def _tags(request: Request, chunks: int) -> list[str]:
+    """Returns the tags of each chunk's key; an empty list if the tokens alone decide the KV."""
+    tags = ""
+    if request.cache_salt is not None:
+        tags += salt_tag(request.cache_salt)
+    return [tags] * chunks if tags else []
 
 
 def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:

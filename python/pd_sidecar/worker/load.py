@@ -208,7 +208,7 @@ class Receiver:
         try:
             self._client.await_(
                 start.req,
-                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype),
+                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
                 tokens=start.tokens,
                 have_tokens=start.have_tokens,
                 deadline_ms=rank.load_deadline_ms,

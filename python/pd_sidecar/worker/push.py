@@ -237,7 +237,7 @@ class Sender:
         self._client.reserve(
             start.req,
             target,
-            keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype),
+            keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
             tokens=start.tokens,
             upto=upto,
             overlap=start.overlap,

@@ -55,10 +55,9 @@ fn who_gets_a_transfer() {
         r#""prompt": null, "prompt_embeds": "AAAA""#,
         Some(Fallback::PromptEmbeds),
     );
-    completion(
-        r#""prompt": "a", "cache_salt": "s""#,
-        Some(Fallback::CacheSalt),
-    );
+    completion(r#""prompt": "a", "cache_salt": "s""#, None);
+    assert!(parse(r#"{"prompt": "a", "cache_salt": "s"}"#).is_salted());
+    assert!(!parse(r#"{"prompt": "a", "cache_salt": null}"#).is_salted());
     completion(
         r#""prompt": "a", "max_tokens": 0"#,
         Some(Fallback::NothingToDecode),

@@ -49,6 +49,10 @@ impl World {
         self.refusals.note(self.now, reason, refused);
     }
 
+    fn worked(&self, body: &str) {
+        self.refusals.worked(&self.p, &self.d, parsed(body).model());
+    }
+
     fn refuses(&self, body: &str) -> bool {
         let known = self
             .refusals
@@ -108,7 +112,7 @@ fn what_may_pass_by_itself_counts_in_a_row_only() {
     let mut world = World::new();
     world.note("no_link", BASE);
     world.note("no_link", BASE);
-    world.refusals.worked(&world.p, &world.d);
+    world.worked(BASE);
     world.note("no_link", BASE);
     world.note("no_link", BASE);
     // One request is reported twice and counts once.
@@ -129,7 +133,7 @@ fn keys_of_one_prompt_condemn_no_pair() {
     for _ in 0..10 {
         world.note("key_mismatch", BASE);
         assert!(!world.refuses(BASE));
-        world.refusals.worked(&world.p, &world.d);
+        world.worked(BASE);
     }
     for _ in 0..3 {
         assert!(!world.refuses(BASE));
@@ -138,6 +142,27 @@ fn keys_of_one_prompt_condemn_no_pair() {
     assert!(world.refuses(BASE), "three in a row");
     world.now += LONG;
     assert!(!world.refuses(BASE));
+}
+
+/// An adapter whose weights differ on the two sides fails in each request, while the base model and its
+/// other adapters are handed over.
+#[test]
+fn keys_of_one_adapter_condemn_no_other_model() {
+    let mut world = World::new();
+    for _ in 0..3 {
+        assert!(!world.refuses(LORA));
+        world.note("key_mismatch", LORA);
+        world.worked(BASE);
+    }
+    assert!(world.refuses(LORA) && !world.refuses(BASE));
+    world.d.id = "e".into();
+    assert!(
+        !world.refuses(LORA),
+        "another decode instance may have the same weights"
+    );
+    world.d.id = "d".into();
+    world.worked(LORA);
+    assert!(!world.refuses(LORA));
 }
 
 #[test]
