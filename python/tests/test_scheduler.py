@@ -349,7 +349,6 @@ def test_kv_that_lmcache_wrote_is_not_loaded_for_a_salted_request(rig):
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"lora_request": object()}, "lora"),
         ({"mm_features": [object()]}, "multimodal"),
         ({"prompt_embeds": object()}, "prompt_embeds"),
         ({"prompt_token_ids": None}, "prompt_embeds"),

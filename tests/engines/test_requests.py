@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from harness.client import HttpError, Stream, post_json
 from harness.engine import Engine
+from harness.model import write_lora
 from harness.pair import Pair
 from harness.prompts import prompt
 from harness.reference import Reference
+from harness.sidecar import ROOT
 
 
 def skipped(engine: Engine) -> dict[str, float]:
@@ -92,7 +94,7 @@ def assert_same_logprobs(mine: list[Any] | None, theirs: list[Any] | None) -> No
 
 @pytest.mark.parametrize(
     ("reason", "more"),
-    [("lora", {"model": "lora"}), ("prompt_logprobs", {"prompt_logprobs": 1})],
+    [("prompt_logprobs", {"prompt_logprobs": 1})],
 )
 def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
     """What a proxy may miss: the decode leg asks for KV of equal tokens that is not, or must not be, its own."""
@@ -106,26 +108,60 @@ def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: s
     assert skipped(pair.decode).get(reason, 0) == before.get(reason, 0) + 1
 
 
+def until_moved(pair: Pair, model: str, seed: int) -> None:
+    """Sends requests until one is moved: the digests of an adapter's files are taken when it is first seen."""
+    deadline = time.monotonic() + 20
+    alone = "?"
+    while alone is not None:
+        assert time.monotonic() < deadline, f"still not moved: {alone}"
+        answer = pair.complete(prompt(300, seed=seed), model=model, max_tokens=1)
+        alone = pair.proxy.record(answer.headers["x-request-id"])["alone"]
+        seed += 1
+
+
 def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
-    """Only the engines know that this model is an adapter: the prefill engine pushes nothing and says so, and the
-    decode leg then goes without. From the second request on no prefill leg is sent."""
     tokens = prompt(600, seed=59)
-    pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
-    before = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
-    computed = []
-    for number in range(3):
-        request = body(prompt(600, seed=590 + number), model="lora")
-        ours = post_json(f"{pair.proxy.url}/v1/completions", request)
-        assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
-        computed.append(pair.prefill.prompt_tokens())
-    after = skipped(pair.prefill), pair.proxy.metrics().by("pd_proxy_alone", "reason")
-    assert after[0].get("lora", 0) == before[0].get("lora", 0) + 1
-    assert computed[0] == computed[1] == computed[2], "the prefill engine computes what nobody fetches"
-    assert after[1].get("not_pushed", 0) == before[1].get("not_pushed", 0) + 1
-    assert after[1].get("refused_before", 0) == before[1].get("refused_before", 0) + 2
-    # The base model's KV is moved as before.
-    another = prompt(600, seed=60)
-    pair.move(another).check(reference.token_ids(another), len(another))
+    base, adapted = reference.token_ids(tokens), reference.token_ids(tokens, model="lora")
+    assert base != adapted, "the adapter changes nothing, and proves nothing"
+    until_moved(pair, "lora", seed=5900)
+    # Nobody finds the other's KV, neither in slots nor in the decode engine's cache.
+    models: list[tuple[dict[str, Any], list[int]]] = [({}, base), ({"model": "lora"}, adapted)]
+    for more, expect in models:
+        pair.move(tokens, **more).check(expect, len(tokens))
+    for more, expect in models:
+        pair.move(tokens, **more).check(expect, len(tokens), cached=len(tokens) // 64 * 64)
+
+
+def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, reference: Reference) -> None:
+    """One name and two sets of weights: the receiver refuses the keys, and the decode engine computes the prompt."""
+    decoders = (pair.decode, reference.engine)
+    folders = [write_lora(ROOT / "target" / f"lora-{seed}", seed) for seed in (2, 3)]
+    pair.prefill.load_adapter("twin", folders[0])
+    for engine in decoders:
+        engine.load_adapter("twin", folders[1])
+    try:
+        refused = 0
+        for number in range(8):
+            tokens = prompt(600, seed=630 + number)
+            before = pair.decode.prompt_tokens()
+            answer = pair.complete(tokens, model="twin")
+            assert answer.token_ids == reference.token_ids(tokens, model="twin")
+            assert pair.prompt_tokens_since(before, len(tokens)).computed == len(tokens)
+            request_id = answer.headers["x-request-id"]
+            record = pair.proxy.record(request_id)
+            if record["alone"] is None:
+                assert pair.receiver.record(request_id)["reason"] == "key_mismatch"
+                refused += 1
+        # The first requests wait for the digests; after three refusals in a row no prefill leg is sent.
+        assert refused == 3, refused
+        assert record["alone"] == "refused_before"
+        tokens = prompt(600, seed=60)
+        pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
+        tokens = prompt(600, seed=64)
+        pair.move(tokens, model="lora").check(reference.token_ids(tokens, model="lora"), len(tokens))
+    finally:
+        for engine in (pair.prefill, *decoders):
+            engine.unload_adapter("twin")
 
 
 def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:

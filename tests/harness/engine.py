@@ -86,6 +86,7 @@ class Engine(Part):
             "OMP_NUM_THREADS": "1",
             # vLLM serves /reset_prefix_cache only in this mode.
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             # The engine must not use the network: it downloads nothing and reports nothing.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -123,6 +124,15 @@ class Engine(Part):
 
     def reset_prefix_cache(self) -> None:
         status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
+        assert status == 200, text
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Loads a LoRA adapter, which requests then name as their model."""
+        status, text = call(f"{self.url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        assert status == 200, text
+
+    def unload_adapter(self, name: str) -> None:
+        status, text = call(f"{self.url}/v1/unload_lora_adapter", {"lora_name": name})
         assert status == 200, text
 
     def warm_up(self) -> None:

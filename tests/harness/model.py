@@ -98,12 +98,12 @@ def write_gemma(folder: Path) -> Path:
     return folder
 
 
-def write_lora(folder: Path) -> Path:
+def write_lora(folder: Path, seed: int = 1) -> Path:
     """Writes a LoRA adapter for the query projections, unless it is there already, and returns the folder."""
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        random = torch.Generator().manual_seed(1)
+        random = torch.Generator().manual_seed(seed)
         tensors = {}
         for layer in range(LAYERS):
             base = f"base_model.model.model.layers.{layer}.self_attn.q_proj"

@@ -23,6 +23,7 @@ class Skip(StrEnum):
     KV_GROUPS = "kv_groups"
     LAYOUT = "layout"
     LORA = "lora"
+    LORA_PENDING = "lora_pending"
     MULTIMODAL = "multimodal"
     CACHE_SALT = "cache_salt"
     PROMPT_EMBEDS = "prompt_embeds"
@@ -61,8 +62,6 @@ def unserved(request: Request) -> Skip | None:
     """Returns the reason why this request cannot use KV from elsewhere: equal tokens may mean different KV, or the
     prompt has to be computed here.
     """
-    if request.lora_request is not None:
-        return Skip.LORA
     if request.mm_features:
         return Skip.MULTIMODAL
     if request.prompt_token_ids is None or request.prompt_embeds is not None:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 from vllm.logger import init_logger
 
-from pd_sidecar.kv.tags import salt_tag
+from pd_sidecar.kv.tags import adapter_tag, salt_tag
+from pd_sidecar.scheduler.adapters import Adapters
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, transfer, unserved
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 
@@ -62,6 +63,8 @@ class Push:
 
     request: Request
     to: Transfer
+    adapter: str = ""
+    """The digest of the LoRA adapter's files; empty without an adapter."""
     phase: PushPhase = PushPhase.WAITING
     upto: int = 0
     """The tokens that the workers know to be computed; 0 again after a preemption."""
@@ -74,6 +77,8 @@ class Load:
 
     request: Request
     transfer: Transfer
+    adapter: str = ""
+    """As in `Push`."""
     phase: LoadPhase = LoadPhase.OFFERED
     have_tokens: int = 0
 
@@ -109,10 +114,11 @@ class Role:
 class Scheduler:
     """Tracks the state of each request, and tells the workers about it in each step."""
 
-    def __init__(self, role: Role, hasher: ChunkHasher, stats: Stats) -> None:
+    def __init__(self, role: Role, hasher: ChunkHasher, stats: Stats, adapters: Adapters | None = None) -> None:
         self._role = role
         self._hasher = hasher
         self._stats = stats
+        self._adapters = adapters or Adapters()
         self._states: dict[str, State] = {}
         self._claims: OrderedDict[tuple[bool, str], str] = OrderedDict()
         self._next = StepMetadata()
@@ -154,7 +160,7 @@ class Scheduler:
                 engine_id=request.request_id,
                 req=state.transfer.req,
                 hashes=(hashes := self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens])),
-                tags=_tags(request, len(hashes)),
+                tags=_tags(request, state.adapter, len(hashes)),
                 tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
@@ -228,6 +234,8 @@ class Scheduler:
         return state
 
     def _classify(self, request: Request) -> State:
+        # Also for a request without a transfer: the digest is then there when a later request needs it.
+        adapter = self._adapters.digest(request.lora_request) if request.lora_request is not None else ""
         wish = transfer(request.kv_transfer_params)
         if isinstance(wish, Skip):
             return Skipped(wish)
@@ -247,9 +255,10 @@ class Scheduler:
                 len(wish.init_ports),
                 self._role.ranks,
             )
-        elif wish.written and request.cache_salt is not None:
-            # LMCache's keys have no tags: what it wrote can be KV of the same tokens with another salt.
-            skip = Skip.CACHE_SALT
+        elif skip is None and isinstance(adapter, Skip):
+            skip = adapter
+        elif skip is None and wish.written:
+            skip = _untagged(request)
         if skip is not None:
             if not wish.is_push and self._role.consumer:
                 self._next.dismissed.append(wish.req)
@@ -258,7 +267,8 @@ class Scheduler:
             return Skipped(skip)
         if not self._claim(wish, request.request_id):
             return Skipped(Skip.DUPLICATE)
-        return Push(request, wish) if wish.is_push else Load(request, wish)
+        weights = "" if isinstance(adapter, Skip) else adapter
+        return Push(request, wish, weights) if wish.is_push else Load(request, wish, weights)
 
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
         """Gives a `req` to the first engine request that asks for it: n > 1 and lists of prompts become several.
@@ -281,7 +291,7 @@ class Scheduler:
         return True
 
     @staticmethod
-    def _start(request: Request, wish: Transfer, hashes: Sequence[str] = ()) -> PushStart:
+    def _start(request: Request, wish: Transfer, hashes: Sequence[str] = (), tags: Sequence[str] = ()) -> PushStart:
         return PushStart(
             engine_id=request.request_id,
             req=wish.req,
@@ -289,7 +299,7 @@ class Scheduler:
             init_ports=wish.init_ports,
             alloc_ports=wish.alloc_ports,
             hashes=list(hashes),
-            tags=_tags(request, len(hashes)),
+            tags=list(tags),
             tokens=request.num_prompt_tokens,
             overlap=wish.overlap,
         )
@@ -299,7 +309,8 @@ class Scheduler:
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
             hashes = self._hasher.chain(state.request.prompt_token_ids or ())
-            self._next.push_starts.append(self._start(state.request, state.to, hashes))
+            tags = _tags(state.request, state.adapter, len(hashes))
+            self._next.push_starts.append(self._start(state.request, state.to, hashes, tags))
         elif replace:
             # The request was preempted and resumed within one step: its new table starts from nothing.
             state.upto = 0
@@ -329,9 +340,22 @@ class Scheduler:
         return False, _first_token(state.request, {}) or None
 
 
-def _tags(request: Request, chunks: int) -> list[str]:
-    """Returns the tags of each chunk's key; an empty list if the tokens alone decide the KV."""
+def _untagged(request: Request) -> Skip | None:
+    """Returns the reason why KV under keys without tags, as LMCache writes it, is not this request's: it can be KV of
+    the same tokens with another salt or adapter. Returns `None` if the tokens alone decide the KV.
+    """
+    if request.lora_request is not None:
+        return Skip.LORA
+    return Skip.CACHE_SALT if request.cache_salt is not None else None
+
+
+def _tags(request: Request, adapter: str, chunks: int) -> list[str]:
+    """Returns the tags of each chunk's key; an empty list if the tokens alone decide the KV. `adapter` is the digest of
+    the LoRA adapter's files.
+    """
     tags = ""
+    if request.lora_request is not None:
+        tags += adapter_tag(request.lora_request.lora_name, adapter)
     if request.cache_salt is not None:
         tags += salt_tag(request.cache_salt)
     return [tags] * chunks if tags else []

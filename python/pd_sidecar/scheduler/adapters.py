@@ -1,0 +1,157 @@
+"""Takes digests of LoRA adapters' files, on a thread of its own.
+
+The digest stands in the keys of the adapter's requests, so that KV of an adapter is never used with other weights of
+the same name. The files can be gigabytes on a slow disk, so the engine's thread never reads them: until the digest is
+there, requests of the adapter are computed without transfer (`lora_pending`).
+
+vLLM loads an adapter before its first request, may load it again later (its cache of adapters is bounded), and does
+not say what it loaded. So files that change while an engine serves them are a mistake, and the thread looks whether
+they have: an adapter whose files changed is not moved any more (`lora`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from vllm.logger import init_logger
+
+from pd_sidecar.scheduler.eligibility import Skip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.lora.request import LoRARequest
+
+logger = init_logger("vllm.pd_sidecar.scheduler.adapters")
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""The files of an adapter: name, bytes, time of the last change, inode."""
+
+
+@dataclass
+class Adapter:
+    """An adapter that a request has named."""
+
+    name: str
+    path: str
+    digest: str = ""
+    """Empty until the thread has read the files."""
+    stamp: Stamp = ()
+    looked: float = 0.0
+    """The time of the last look at the files, in monotonic seconds."""
+    refused: bool = False
+    """True if the files cannot be read, or have changed."""
+
+
+class Adapters:
+    """The digests of the adapters that requests have named. One thread calls `digest`: the engine's."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: OrderedDict[tuple[int, str, str], Adapter] = OrderedDict()
+        self._work: queue.SimpleQueue[Adapter] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def digest(self, lora: LoRARequest) -> Union[str, Skip]:  # noqa: UP007
+        """Returns the digest of the adapter's files, or the reason why its KV is not moved (now). Reads no file."""
+        if getattr(lora, "load_inplace", False):
+            # vLLM reads the files of such an adapter again for each step, and keeps its name and number.
+            return Skip.LORA
+        # An adapter that is unloaded and loaded again under its name has another number.
+        key = (lora.lora_int_id, lora.lora_name, lora.lora_path)
+        adapter = self._known.get(key)
+        if adapter is None:
+            adapter = self._known[key] = Adapter(lora.lora_name, lora.lora_path)
+            if len(self._known) > MAX_ADAPTERS:
+                self._known.popitem(last=False)
+            self._look(adapter)
+        self._known.move_to_end(key)
+        if adapter.refused:
+            return Skip.LORA
+        if not adapter.digest:
+            return Skip.LORA_PENDING
+        if self._clock() > adapter.looked + LOOK_S:
+            self._look(adapter)
+        return adapter.digest
+
+    def _look(self, adapter: Adapter) -> None:
+        adapter.looked = self._clock()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="pd-sidecar-adapters", daemon=True)
+            self._thread.start()
+        self._work.put(adapter)
+
+    def _run(self) -> None:
+        while True:
+            adapter = self._work.get()
+            try:
+                look(adapter)
+            except Exception as error:  # noqa: BLE001 - a thread that ends would leave all adapters pending
+                adapter.refused = True
+                logger.error(
+                    "KV of adapter %s is not moved, its requests are computed here: its files at %s cannot be read: %s",
+                    adapter.name,
+                    adapter.path,
+                    error,
+                )
+
+
+def look(adapter: Adapter) -> None:
+    """Takes the digest of an adapter's files, or refuses the adapter if the digest has changed since the last look."""
+    from vllm.lora.utils import get_adapter_absolute_path  # finds what vLLM itself has downloaded
+
+    folder = Path(get_adapter_absolute_path(adapter.path))
+    stamp = _stamp(folder)
+    if stamp == adapter.stamp or adapter.refused:
+        return
+    began = time.monotonic()
+    digest = _digest(folder, stamp)
+    if _stamp(folder) != stamp:
+        raise OSError("they change while they are read")
+    if adapter.digest and adapter.digest != digest:
+        adapter.refused = True
+        logger.warning(
+            "KV of adapter %s is not moved any more, its requests are computed here: its files at %s have changed "
+            "since its first request; load other weights under another name, or unload the adapter first",
+            adapter.name,
+            adapter.path,
+        )
+        return
+    adapter.stamp, adapter.digest = stamp, digest
+    logger.info(
+        "adapter %s: digest %.16s of its files in %.0f ms", adapter.name, digest, (time.monotonic() - began) * 1e3
+    )
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Returns the files that decide an adapter's weights. Raises `OSError` if there are none."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(PREFIXES))
+    if not any(name.startswith("adapter_model") for name in names):
+        raise FileNotFoundError(f"{folder} has no file adapter_model.*")
+    stats = [(name, (folder / name).stat()) for name in names]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+
+def _digest(folder: Path, stamp: Stamp) -> str:
+    whole = hashlib.sha256()
+    for name, *_ in stamp:
+        with (folder / name).open("rb") as file:
+            whole.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+PREFIXES = ("adapter_", "new_embeddings.")
+"""The files that vLLM reads: `adapter_config.json`, `adapter_model.*`, and in older versions `new_embeddings.*`."""
+LOOK_S = 1.0
+"""The least time between two looks at the files of one adapter, in seconds."""
+MAX_ADAPTERS = 4096
+"""The number of adapters of which a digest is kept. The one that was used longest ago goes first, and gets a new digest
+when it returns.
+"""
