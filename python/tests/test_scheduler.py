@@ -30,6 +30,8 @@ def request(name, params=None, tokens=40, **more):
         "skip_reading_prefix_cache": False,
         "resumable": False,
         "status": SimpleNamespace(name="WAITING"),
+        "num_computed_tokens": 0,
+        "num_preemptions": 0,
         **more,
     }
     return SimpleNamespace(**values)
@@ -301,8 +303,8 @@ def test_a_notice_of_rejection_does_not_end_a_request_that_is_parked(rig):
 
 
 @pytest.mark.parametrize("params", [push_params(), load_params()])
-def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
-    first, second, late = (request(name, params) for name in ("0_r", "1_r", "2_r"))
+def test_the_first_of_a_list_of_prompts_has_the_transfer(rig, params):
+    first, second, late = (request(f"r-{i}", params, tokens=40 + i) for i in range(3))
     for req in (first, second):
         rig.scheduler.matched_tokens(req, 0)
     assert rig.skipped() == {"duplicate": 1}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from harness.client import HttpError, call, complete
 from harness.engine import Engine, wait_for
-from harness.pair import Pair
+from harness.model import KV_BYTES_PER_TOKEN
+from harness.pair import Pair, check_tokens
 from harness.progress import Progress
 from harness.prompts import prompt
 from harness.reference import Reference
@@ -32,6 +33,7 @@ def second(pair: Pair) -> Iterator[tuple[Engine, Sidecar]]:
     engine.options = replace(engine.options, forked=False)
     # Its API server outlives its core: what it answers then is for the proxy to deal with.
     engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    engine.options = replace(engine.options, more=(*engine.options.more, "--no-enable-prefix-caching"))
     try:
         sidecar.start()
         engine.start()
@@ -97,3 +99,25 @@ def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, 
     records = pair.proxy.records()[-len(traffic.results) :]
     assert {record["outcome"] for record in records} == {"done"}, records
     assert "decode_retry" in {record["alone"] for record in records}, "no request was on the engine that died"
+
+
+def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:
+    """Each sequence has blocks of its own: the KV is moved once, and copied into the blocks of the others."""
+    engine, sidecar = second
+    for length in (1, 64, 600):
+        tokens = prompt(length, seed=420)
+        request = {"prompt": tokens, "max_tokens": 16, "temperature": 1.0, "seed": 5, "n": 3, "ignore_eos": True}
+        request["return_token_ids"] = True
+        before = engine.prompt_tokens()
+        req = f"sequences-{length}"
+        # As from the proxy: the prefill leg has no seed. With one, vLLM's CPU engine dies of a prompt in several steps.
+        answer = pair.legs(req, {"prompt": tokens, "temperature": 0}, request, decoder=second)
+        expect = reference.post("/v1/completions", request)
+        assert [c["token_ids"] for c in answer["choices"]] == [c["token_ids"] for c in expect["choices"]]
+        check_tokens(engine.prompt_tokens() - before, 3 * length, requests=3)
+        assert sidecar.record(req)["bytes"] == length * KV_BYTES_PER_TOKEN
+        assert engine.metrics().sum("vllm:pd_sidecar_copied_tokens") > 0
+    deadline = time.monotonic() + BOUND_S
+    while (engine.requests(), engine.cache_usage()) != (0, 0.0):
+        assert time.monotonic() < deadline, "blocks are held"
+    sidecar.wait_empty()

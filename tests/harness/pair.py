@@ -211,23 +211,31 @@ class Pair:
         sender, receiver = self.sender.record(request_id), self.receiver.record(request_id)
         return Moved(answer, request_id, self.prompt_tokens_since(before, 1), sender, receiver)
 
-    def legs(self, req: str, prefill: dict[str, Any], decode: dict[str, Any]) -> Any:
+    def legs(
+        self,
+        req: str,
+        prefill: dict[str, Any],
+        decode: dict[str, Any],
+        *,
+        decoder: tuple[Engine, Sidecar] | None = None,
+    ) -> Any:
         """Sends both legs of a request to the engines, past the proxy, and returns the decode leg's answer.
 
         The two bodies may differ, as if one side had forgotten a field.
         """
+        engine, receiver = decoder or (self.decode, self.receiver)
         spec = {
             "req_id": req,
-            "receiver_host": self.receiver.host,
-            "receiver_init_port": self.receiver.init_ports,
-            "receiver_alloc_port": self.receiver.alloc_ports,
+            "receiver_host": receiver.host,
+            "receiver_init_port": receiver.init_ports,
+            "receiver_alloc_port": receiver.alloc_ports,
         }
         push = {"do_remote_decode": True, "disagg_spec": spec}
         load = {"do_remote_prefill": True, "disagg_spec": {"req_id": req}}
         first = {**prefill, "max_tokens": 1, "kv_transfer_params": push}
         told = post_json(f"{self.prefill.url}/v1/completions", first)["kv_transfer_params"]
         assert told == {"pushed": True, "req_id": req}
-        return post_json(f"{self.decode.url}/v1/completions", {**decode, "kv_transfer_params": load})
+        return post_json(f"{engine.url}/v1/completions", {**decode, "kv_transfer_params": load})
 
     def prompt_tokens_since(self, before: PromptTokens, at_least: int) -> PromptTokens:
         """Returns the decode engine's prompt tokens since `before`.

@@ -8,7 +8,7 @@ tiles. If the engine's own kernel is available, `probe` finds the real places wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,12 @@ class Pages:
         return replace(self, heads=len(heads), inside=inside)
 
     @property
+    def block_axis(self) -> int:
+        """The dimension of the tensor that counts blocks."""
+        sizes = zip(self.tensor.shape, self.tensor.stride(), strict=True)
+        return next(axis for axis, size in enumerate(sizes) if size == (self.blocks, self.block_stride))
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """The properties that must be the same for all layers of a model."""
         return (
@@ -111,6 +117,20 @@ class Geometry:
         page = self.first
         width = page.planes * page.heads * page.head_size * page.tensor.element_size()
         return len(self.layers) * width
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole blocks, as the block tables count them, to other blocks of the same tensors, in the order of the
+        calling thread's work.
+        """
+        page = self.first
+        each = torch.arange(self.block_tokens // page.tokens)
+        own = [(torch.tensor(list(ids)).view(-1, 1) * len(each) + each).view(-1) for ids in (sources, targets)]
+        source, target = (ids.to(page.tensor.device) for ids in own)
+        for layer in self.layers:
+            # Not every device copies numbers of 8 bits by index.
+            tensor = layer.tensor.view(torch.uint8) if layer.tensor.element_size() == 1 else layer.tensor
+            axis = layer.block_axis
+            tensor.index_copy_(axis, target, tensor.index_select(axis, source))
 
     def of_heads(self, heads: range) -> Geometry:
         """Returns the same tensors with only these heads."""

@@ -63,6 +63,17 @@ class LoadStart:
     """As in `PushStart`."""
 
 
+@dataclass(frozen=True)
+class CopyStart:
+    """A decode request has the prompt of another one that runs: it takes that request's KV, block by block."""
+
+    engine_id: str
+    sources: list[int]
+    """The blocks to copy from. They belong to the other request until this step is over."""
+    blocks: list[int]
+    """The blocks to copy to, as many."""
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """The message of one step. Lists hold engine ids unless a field says otherwise."""
@@ -78,6 +89,7 @@ class StepMetadata(KVConnectorMetadata):
     cancelled: list[str] = field(default_factory=list)
     """Prefill: aborted requests, whose blocks belong to other requests from this step on."""
     load_starts: list[LoadStart] = field(default_factory=list)
+    copy_starts: list[CopyStart] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     """Decode: requests that were aborted while parked; the engine holds their blocks until the worker reports them."""
     dismissed: list[str] = field(default_factory=list)
@@ -96,6 +108,7 @@ class StepMetadata(KVConnectorMetadata):
             or self.finished
             or self.cancelled
             or self.load_starts
+            or self.copy_starts
             or self.aborted
             or self.dismissed
         )

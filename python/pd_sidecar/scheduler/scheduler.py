@@ -10,13 +10,16 @@ request.
       OFFERED ── has blocks ──▶ PARKED ── workers report ──▶ SETTLED ── finished ──▶ gone
          │                         └── aborted ──▶ ABORTED ── workers report ──▶ gone
          └── nothing to load ──▶ SETTLED
+
+With n > 1 vLLM makes one engine request per sequence, all with one prompt. The first one loads; the others wait until
+it runs, and then copy what they lack from its blocks. So the KV is moved once.
 """
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Union
 
@@ -25,7 +28,7 @@ from vllm.logger import init_logger
 from pd_sidecar.kv.tags import adapter_tag, salt_tag
 from pd_sidecar.scheduler.adapters import Adapters
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, transfer, unserved
-from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -81,6 +84,24 @@ class Load:
     """As in `Push`."""
     phase: LoadPhase = LoadPhase.OFFERED
     have_tokens: int = 0
+    source: Load | None = None
+    """The request of another sequence from which this one copies; `None` for a request that loads."""
+    table: list[int] = field(default_factory=list)
+    """The blocks of the pushed tokens, as of the last step."""
+    preemptions: int = 0
+    """The number of the request's preemptions when the table began. Each one takes its blocks away."""
+
+    def is_copyable(self, blocks: int) -> bool:
+        """Returns true if the first `blocks` blocks of the table hold the KV of all pushed tokens when the present step
+        begins.
+        """
+        request = self.request
+        return (
+            request.status.name == "RUNNING"
+            and request.num_computed_tokens >= self.pushed_tokens
+            and request.num_preemptions == self.preemptions
+            and len(self.table) >= blocks
+        )
 
     @property
     def pushed_tokens(self) -> int:
@@ -126,12 +147,21 @@ class Scheduler:
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
-    def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Returns the number of tokens beyond `computed` that will be loaded. vLLM may call it several times."""
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Returns the number of tokens beyond `computed` that will be loaded; `None` if that is not known yet. vLLM may
+        call it several times.
+        """
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
             # vLLM asks again after a load, or after a load that failed. A second load would never arrive.
             return 0, False
+        if state.source is not None:
+            if state.source.request.request_id not in self._states:
+                # It has ended, and its blocks may belong to another request.
+                state.phase = LoadPhase.SETTLED
+                return 0, False
+            if not state.source.is_copyable(self._blocks_of(state.source.pushed_tokens)):
+                return None, False
         state.have_tokens = computed
         count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
@@ -143,10 +173,19 @@ class Scheduler:
             return
         if external_tokens <= 0:
             state.phase = LoadPhase.SETTLED
+            if state.source is not None:
+                return
             self._stats.add_reason("skipped", Skip.NOTHING_TO_LOAD.value)
             self._next.dismissed.append(state.transfer.req)
             return
         state.phase = LoadPhase.PARKED
+        if state.source is not None:
+            first = state.have_tokens // self._role.block_tokens
+            last = self._blocks_of(state.have_tokens + external_tokens)
+            sources, own = state.source.table[first:last], blocks[first:last]
+            self._next.copy_starts.append(CopyStart(request.request_id, sources, own))
+            self._stats.add("copied_tokens", external_tokens)
+            return
         logger.info(
             "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, hit tokens: %d, need to load: %d",
             state.transfer.req,
@@ -176,6 +215,8 @@ class Scheduler:
             if isinstance(state, Push):
                 upto = computed + output.num_scheduled_tokens[engine_id]
                 self._push_step(engine_id, state, blocks, replace, upto)
+            elif isinstance(state, Load):
+                self._track(state, blocks, replace)
         if self._role.producer:
             for engine_id, state in self._states.items():
                 if isinstance(state, Push) and _lost_its_blocks(state):
@@ -197,10 +238,11 @@ class Scheduler:
         if isinstance(state, Load) and state.phase is LoadPhase.PARKED:
             # vLLM itself holds the blocks of a parked request until the workers report it.
             state.phase = LoadPhase.ABORTED
-            self._next.aborted.append(engine_id)
+            if state.source is None:
+                self._next.aborted.append(engine_id)
             return False, None
         del self._states[engine_id]
-        if isinstance(state, Load) and state.phase is LoadPhase.OFFERED:
+        if isinstance(state, Load) and state.phase is LoadPhase.OFFERED and state.source is None:
             self._next.dismissed.append(state.transfer.req)
         if isinstance(state, Skipped) and state.reason is not Skip.NO_PARAMS:
             return False, _not_pushed(request, state.reason)
@@ -265,10 +307,32 @@ class Scheduler:
             if wish.is_push and wish.wants_first_token and self._claim(wish, request.request_id):
                 self._next.unpushed.append(self._start(request, wish))
             return Skipped(skip)
-        if not self._claim(wish, request.request_id):
-            return Skipped(Skip.DUPLICATE)
         weights = "" if isinstance(adapter, Skip) else adapter
+        if not self._claim(wish, request.request_id):
+            source = self._source(wish, request)
+            return Skipped(Skip.DUPLICATE) if source is None else Load(request, wish, weights, source=source)
         return Push(request, wish, weights) if wish.is_push else Load(request, wish, weights)
+
+    def _source(self, wish: Transfer, request: Request) -> Load | None:
+        """Returns the request that loads the same prompt for another sequence of the same client request (n > 1);
+        `None` if there is none. The prompts of a list are of one client request, too, but differ.
+        """
+        holder = self._claims[wish.is_push, wish.req]
+        state = self._states.get(holder)
+        if not isinstance(state, Load) or _family(holder) != _family(request.request_id):
+            return None
+        return state if state.request.prompt_token_ids == request.prompt_token_ids else None
+
+    def _track(self, state: Load, blocks: list[int], replace: bool) -> None:
+        """Records the blocks that a request has in this step, for the other sequences of its client request."""
+        needed = self._blocks_of(state.pushed_tokens)
+        if replace:
+            state.table, state.preemptions = list(blocks[:needed]), state.request.num_preemptions
+        elif len(state.table) < needed:
+            state.table = (state.table + blocks)[:needed]
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self._role.block_tokens)
 
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
         """Gives a `req` to the first engine request that asks for it: n > 1 and lists of prompts become several.
@@ -328,7 +392,7 @@ class Scheduler:
                 self._next.cancelled.append(engine_id)
             del self._states[engine_id]
             return False, _not_pushed(state.request, Skip.LAYOUT)
-        needed = -(-state.request.num_prompt_tokens // self._role.block_tokens)
+        needed = self._blocks_of(state.request.num_prompt_tokens)
         if completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
             state.phase = PushPhase.HELD
             self._held += 1

@@ -16,6 +16,7 @@ COUNTERS = {
     "load_tokens": "Tokens whose KV was loaded.",
     "load_bytes": "Bytes of KV that were loaded.",
     "load_seconds": "Seconds that loaded requests were parked.",
+    "copied_tokens": "Tokens whose KV was copied from another sequence of the same request (n > 1).",
     "scatter_seconds": "Seconds of copying from slots into pages.",
     "saves": "Requests whose KV was handed to the sidecar.",
     "save_tokens": "Tokens whose KV was handed to the sidecar.",

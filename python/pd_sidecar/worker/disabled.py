@@ -64,6 +64,9 @@ class DisabledWorker:
             self._stats.add_reason("load_failures", "layout")
             self._results.received.add(start.engine_id)
             self._results.failed[start.engine_id] = start.blocks
+        for copy in metadata.copy_starts:
+            self._results.received.add(copy.engine_id)
+            self._results.failed[copy.engine_id] = copy.blocks
         for _ in metadata.push_starts:
             self._stats.add_reason("save_failures", "layout")
 

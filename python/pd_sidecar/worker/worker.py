@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Device
     from pd_sidecar.kv.layout import Geometry
     from pd_sidecar.options.config import Options
-    from pd_sidecar.scheduler.metadata import StepMetadata
+    from pd_sidecar.scheduler.metadata import CopyStart, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
     from pd_sidecar.worker.ranks import Part, Share
 
@@ -149,9 +149,22 @@ class Worker:
                 link.end.begin(metadata)
             if self._producer and not self._senders:
                 self._unsent.update(metadata.finished)
+            self._copy(metadata.copy_starts)
         if self._idle and self._poller is not None:
             # The poller's thread may be asleep and must report the requests that this step has ended.
             self._poller.wake()
+
+    def _copy(self, starts: Sequence[CopyStart]) -> None:
+        """Copies KV from running requests to other sequences of the same client requests (n > 1). `Receiver.begin` has
+        launched the scatters of those requests before.
+        """
+        if not starts:
+            return
+        sources = [block for start in starts for block in start.sources]
+        targets = [block for start in starts for block in start.blocks]
+        self._geometry.copy_blocks(sources, targets)
+        with self._results:
+            self._loaded.received |= {start.engine_id for start in starts}
 
     def layer_computed(self, name: str) -> None:
         """Runs within the forward, after a layer's attention."""

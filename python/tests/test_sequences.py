@@ -1,0 +1,164 @@
+"""Tests n > 1: vLLM makes one engine request per sequence, and all of them name one transfer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_scheduler import Rig, load_params, request
+from test_worker import BLOCKS, LAYERS, TABLE
+from test_worker import Rig as Workers
+
+from pd_sidecar.kv.layout import Hint, geometry
+from pd_sidecar.scheduler.metadata import CopyStart
+
+TOKENS = 40
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+def children(count, **more):
+    return [request(f"{i}_r-0-0123abcd", load_params(), tokens=TOKENS, **more) for i in range(count)]
+
+
+def run(rig, req, blocks):
+    """The request is scheduled after its load; the engine computes its last token."""
+    req.num_computed_tokens = TOKENS - 1
+    metadata = rig.step(new=[(req, blocks, TOKENS - 1, 1)])
+    req.num_computed_tokens = TOKENS
+    return metadata
+
+
+def load(rig, req, blocks):
+    assert rig.scheduler.matched_tokens(req, 0) == (TOKENS, True)
+    rig.scheduler.allocated(req, blocks, TOKENS)
+    rig.scheduler.reported((), [req.request_id])
+
+
+def test_the_first_loads_and_the_others_copy_from_it(rig):
+    first, second, third = children(3)
+    assert rig.scheduler.matched_tokens(first, 0) == (TOKENS, True)
+    rig.scheduler.allocated(first, [1, 2, 3], TOKENS)
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False), "its load is under way"
+    assert len(rig.step().load_starts) == 1
+    rig.scheduler.reported((), [first.request_id])
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False), "it does not run yet"
+    assert not run(rig, first, [1, 2, 3]).copy_starts
+    # Without a prefix cache the second has nothing, and copies all; the third has two blocks in common with the first.
+    assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
+    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
+    assert rig.scheduler.matched_tokens(third, 32) == (TOKENS - 32, True)
+    rig.scheduler.allocated(third, [1, 2, 7], TOKENS - 32)
+    metadata = rig.step()
+    assert metadata.copy_starts == [
+        CopyStart(second.request_id, [1, 2, 3], [4, 5, 6]),
+        CopyStart(third.request_id, [3], [7]),
+    ]
+    assert not metadata.load_starts
+    rig.scheduler.reported((), [second.request_id, third.request_id])
+    assert rig.scheduler.matched_tokens(second, 0) == (0, False)
+    for req in (first, second, third):
+        assert rig.scheduler.finished(req, [], completed=True) == (False, None)
+    assert not rig.step().dismissed, "the load of the first is not given up for the others"
+    assert rig.skipped() == {}
+    assert rig.is_empty()
+
+
+def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
+    first, second = children(2)
+    load(rig, first, [1, 2, 3])
+    run(rig, first, [1, 2, 3])
+    first.status = SimpleNamespace(name="PREEMPTED")
+    first.num_preemptions += 1
+    rig.step()
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False)
+    # vLLM has resumed it in the present step; the connector learns its new blocks only at the step's end.
+    first.status = SimpleNamespace(name="RUNNING")
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False)
+    run(rig, first, [7, 8, 9])
+    assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
+    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
+    assert rig.step().copy_starts == [CopyStart(second.request_id, [7, 8, 9], [4, 5, 6])]
+
+
+def test_a_prompt_that_the_first_still_computes_is_waited_for(rig):
+    """Its load has failed."""
+    first, second = children(2)
+    load(rig, first, [1, 2, 3])
+    rig.step(new=[(first, [4, 5], 0, 32)])
+    first.num_computed_tokens = 32
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False)
+    rig.step(cached=[(first.request_id, [6], 32, 8)])
+    first.num_computed_tokens = TOKENS
+    assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
+    rig.scheduler.allocated(second, [7, 8, 9], TOKENS)
+    assert rig.step().copy_starts == [CopyStart(second.request_id, [4, 5, 6], [7, 8, 9])]
+
+
+def test_the_others_compute_once_the_first_is_gone(rig):
+    first, second, third = children(3)
+    load(rig, first, [1, 2, 3])
+    assert rig.scheduler.matched_tokens(second, 0) == (None, False)
+    rig.scheduler.finished(first, [], completed=False)
+    assert rig.scheduler.matched_tokens(second, 0) == (0, False)
+    assert rig.scheduler.matched_tokens(third, 0) == (0, False)
+    assert rig.skipped() == {"duplicate": 1}
+
+
+def test_an_abort_while_the_copy_is_under_way_waits_for_the_workers(rig):
+    first, second = children(2)
+    load(rig, first, [1, 2, 3])
+    run(rig, first, [1, 2, 3])
+    rig.scheduler.matched_tokens(second, 0)
+    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
+    assert rig.scheduler.finished(second, [], completed=False) == (False, None)
+    metadata = rig.step()
+    assert (len(metadata.copy_starts), metadata.aborted) == (1, []), "the worker reports each copy once"
+    rig.scheduler.reported((), [second.request_id])
+    rig.scheduler.finished(first, [], completed=True)
+    assert rig.is_empty()
+
+
+def test_other_prompts_are_not_copied(rig):
+    first, _ = children(2)
+    other = request("1_r-0-0123abcd", load_params(), tokens=TOKENS, prompt_token_ids=list(range(1, TOKENS + 1)))
+    load(rig, first, [1, 2, 3])
+    assert rig.scheduler.matched_tokens(other, 0) == (0, False)
+    assert rig.skipped() == {"duplicate": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "shape",
+    [(24, 2, 16, 16), (24, 2, 16, 2, 8), (2, 24, 16, 2, 8), (48, 2, 8, 16)],
+    ids=["bhnc", "b2nhd", "2bnhd", "small"],
+)
+def test_whole_blocks_are_copied_in_every_layout(shape, dtype):
+    tensors = {f"layers.{i}": torch.randint(0, 100, shape, dtype=torch.uint8).to(dtype) for i in range(2)}
+    pages = geometry(tensors, Hint(num_blocks=24, block_tokens=16, kv_heads=2, head_size=8, mla=False))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    pages.copy_blocks([3, 20, 0], [7, 1, 23])
+    for name, tensor in tensors.items():
+        axis = 1 if shape[0] == 2 else 0
+        now, old = (t.float().movedim(axis, 0).unflatten(0, (24, -1)) for t in (tensor, before[name]))
+        assert torch.equal(now[[7, 1, 23]], old[[3, 20, 0]])
+        rest = [block for block in range(24) if block not in (7, 1, 23)]
+        assert torch.equal(now[rest], old[rest])
+
+
+def test_a_worker_copies_before_the_step_computes_and_reports_once(tmp_path):
+    rig = Workers(tmp_path)
+    try:
+        expect = rig.kv(TABLE, 0, 32)
+        free = [block for block in range(BLOCKS) if block not in TABLE][: len(TABLE)]
+        _, results = rig.step(copy_starts=[CopyStart("b", TABLE, free)])
+        assert torch.equal(rig.kv(free, 0, 32), expect)
+        assert expect.shape[1] == LAYERS
+        assert (results.received, results.failed) == ({"b"}, {})
+        assert rig.step()[1].received == set()
+    finally:
+        rig.worker.close()
