@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from harness.client import HttpError, Stream, post_json
 from harness.engine import Engine
-from harness.model import write_lora
-from harness.pair import Pair
+from harness.model import KV_BYTES_PER_TOKEN, write_lora
+from harness.pair import Pair, check_tokens
 from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import ROOT
@@ -63,7 +63,6 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
 @pytest.mark.parametrize(
     ("reason", "more"),
     [
-        ("many_sequences", {"n": 2, "temperature": 1.0, "seed": 5}),
         ("many_prompts", {"prompt": [prompt(length, seed=54) for length in (30, 400, 900)]}),
         ("prompt_logprobs", {"prompt_logprobs": 1}),
     ],
@@ -162,6 +161,48 @@ def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, 
     finally:
         for engine in (pair.prefill, *decoders):
             engine.unload_adapter("twin")
+
+
+SEQUENCES = 3
+
+
+def test_sequences_of_one_prompt_share_one_copy(pair: Pair, reference: Reference) -> None:
+    tokens = prompt(600, seed=65)
+    # The decode engine's blocks have 64 tokens. The sequences share the whole ones, and copy the rest.
+    shared = len(tokens) // 64 * 64
+    copied = pair.decode.metrics().sum("vllm:pd_sidecar_copied_tokens")
+    check_sequences(pair, reference, tokens, cached=(SEQUENCES - 1) * shared)
+    copied = pair.decode.metrics().sum("vllm:pd_sidecar_copied_tokens") - copied
+    assert copied == (SEQUENCES - 1) * (len(tokens) - shared)
+
+
+def check_sequences(pair: Pair, reference: Reference, tokens: list[int], *, cached: int) -> None:
+    """Asks for several sequences, and checks that the KV was moved once and that no sequence computed the prompt."""
+    request = body(tokens, n=SEQUENCES, temperature=1.0, seed=5)
+    before = pair.decode.prompt_tokens()
+    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+    expect = token_ids(reference.post("/v1/completions", request))
+    assert len({tuple(ids) for ids in expect}) == SEQUENCES, "equal sequences prove nothing"
+    assert token_ids(ours) == expect
+    routed = pair.proxy.records()[-1]
+    assert routed["alone"] is None, routed
+    total = SEQUENCES * len(tokens)
+    check_tokens(pair.prompt_tokens_since(before, total), total, cached=cached, requests=SEQUENCES)
+    for sidecar in (pair.sender, pair.receiver):
+        record = sidecar.record(routed["id"])
+        assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
+
+
+@pytest.mark.parametrize("events", [0, 1, 20])
+def test_client_of_several_sequences_leaves(pair: Pair, reference: Reference, events: int) -> None:
+    request = body(prompt(900, seed=660 + events), n=SEQUENCES, stream=True, max_tokens=200, temperature=1.0)
+    with Stream(f"{pair.proxy.url}/v1/completions", request) as stream:
+        for count, _ in enumerate(stream, 1):
+            if count >= events:
+                break
+    pair.wait_empty(10.0)
+    tokens = prompt(600, seed=67 + events)
+    pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 
 
 def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:

@@ -41,7 +41,8 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
             .is_none_or(|text| text.parse::<u64>().is_ok())
     });
     let is_one = body.max_tokens(endpoint).is_some_and(|tokens| tokens <= 1);
-    is_clear && !is_seeded && !is_one && !body.names().any(needs_whole)
+    let is_alone = !body.has_many_sequences();
+    is_clear && is_alone && !is_seeded && !is_one && !body.names().any(needs_whole)
 }
 
 /// Returns the body of `POST /tokenize`; `None` if the prompt is token ids already.
@@ -157,6 +158,8 @@ mod tests {
             true,
         );
         check(completion, r#"{"prompt":"a","max_tokens":1}"#, false);
+        check(completion, r#"{"prompt":"a","n":2}"#, false);
+        check(completion, r#"{"prompt":"a","n":1}"#, true);
         check(completion, r#"{"prompt":"a","stop":"x"}"#, false);
         check(
             completion,

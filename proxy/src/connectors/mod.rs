@@ -89,6 +89,8 @@ pub(crate) struct Spec {
     /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` then never
     /// goes to or from such an instance, because requests with other salts would find it.
     pub ignores_salt: bool,
+    /// True if the decode engine fills several sequences of a prompt (`n`) from one copy of the KV.
+    pub fills_many_sequences: bool,
     /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
     /// instance.
     pub receives: &'static [(Connector, &'static dyn Handoff)],

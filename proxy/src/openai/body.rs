@@ -129,11 +129,10 @@ impl RequestBody {
         Ok(body)
     }
 
-    /// Returns the reason for which this request gets no transfer; `None` if the request is one prompt
-    /// that becomes one sequence.
+    /// Returns the reason for which this request gets no transfer between any two instances; `None` if the
+    /// request is one prompt that is computed once.
     pub(crate) fn fallback(&self, endpoint: Endpoint) -> Option<Fallback> {
-        let more_than_one = |name| self.is_set(name) && self.number(name) != Some(1.0);
-        if more_than_one("n") || more_than_one("best_of") || self.is_on("use_beam_search") {
+        if self.is_not_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);
         }
         if self.is_set("prompt_logprobs") || (self.is_on("echo") && self.is_set("logprobs")) {
@@ -153,6 +152,11 @@ impl RequestBody {
             Endpoint::Chat if self.has_media() => Some(Fallback::Multimodal),
             _ => None,
         }
+    }
+
+    /// Returns true if the request asks for several sequences of one prompt (`n`).
+    pub(crate) fn has_many_sequences(&self) -> bool {
+        self.is_not_one("n")
     }
 
     /// Returns true if the request has a cache salt: KV of equal tokens with another salt is not its own.
@@ -303,6 +307,10 @@ impl RequestBody {
     fn is_on(&self, name: &str) -> bool {
         self.text(name)
             .is_some_and(|text| !FALSE.contains(&&*text.trim_matches('"').to_ascii_lowercase()))
+    }
+
+    fn is_not_one(&self, name: &str) -> bool {
+        self.is_set(name) && self.number(name) != Some(1.0)
     }
 
     fn has_many_prompts(&self) -> bool {

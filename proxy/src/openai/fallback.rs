@@ -12,7 +12,8 @@ pub enum Fallback {
     Unfit,
     /// Each prefill instance is known to refuse requests of this kind: it has refused one before.
     RefusedBefore,
-    /// `n`, `best_of` or beam search turn the request into several engine requests.
+    /// `best_of` or beam search turn the request into several engine requests, or `n` does so and the
+    /// instances have no sidecars.
     ManySequences,
     /// A list of prompts turns the request into several engine requests.
     ManyPrompts,

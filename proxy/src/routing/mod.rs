@@ -25,6 +25,9 @@ pub(crate) struct RouteRequest<'a> {
     pub is_unsplittable: bool,
     /// True if the request has a cache salt, which LMCache's keys do not contain.
     pub is_salted: bool,
+    /// True if the request asks for several sequences of its prompt, which only our connector knows to
+    /// fill from one copy of the KV.
+    pub has_many_sequences: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
     /// Policy and turn for the choice of a decode instance.
@@ -242,6 +245,7 @@ fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
     is_pair(prefill, decode)
         && prefill.kv.fits(&decode.kv)
         && keeps_salt(prefill, decode, ask)
+        && fills_all(prefill, decode, ask)
         && !is_refused(prefill, decode, ask)
 }
 
@@ -249,6 +253,12 @@ fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
 fn keeps_salt(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     let ignores = |instance: &Instance| instance.connector.spec().ignores_salt;
     !ask.is_salted || !(ignores(prefill) || ignores(decode))
+}
+
+/// Returns true if the decode instance fills all sequences of the request from one copy of the KV.
+fn fills_all(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
+    let fills = |instance: &Instance| instance.connector.spec().fills_many_sequences;
+    !ask.has_many_sequences || (fills(prefill) && fills(decode))
 }
 
 fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
@@ -269,6 +279,9 @@ fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Inst
     }
     if !fitting.is_empty() && !fitting.iter().any(|i| keeps_salt(i, decode, ask)) {
         return Fallback::CacheSalt;
+    }
+    if !fitting.is_empty() && !fitting.iter().any(|i| fills_all(i, decode, ask)) {
+        return Fallback::ManySequences;
     }
     if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
         return Fallback::RefusedBefore;

@@ -7,11 +7,12 @@ use protocol::registration::InstanceRole;
 
 /// Returns the instance and the load that a word describes: `p1` is prefill, `d1` decode, `b1` both. A
 /// prefix `-` means not ready, `~` draining, `!` failing; a suffix `/tokens` gives the tokens in flight,
-/// and `:l` another connector.
+/// and `:l` LMCache or `:s` sidecars instead of `NixlConnector`.
 fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
-    let (word, other) = match word.strip_suffix(":l") {
-        Some(word) => (word, true),
-        None => (word, false),
+    let (word, connector) = match word.split_once(':') {
+        Some((word, "l")) => (word, Connector::Lmcache),
+        Some((word, _)) => (word, Connector::Sidecar),
+        None => (word, Connector::Nixl),
     };
     let (word, tokens) = word.split_once('/').unwrap_or((word, "0"));
     let id = word.trim_start_matches(['-', '~', '!']);
@@ -24,11 +25,7 @@ fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
         role,
         url: format!("http://{id}:1"),
         id: Some(id.into()),
-        connector: if other {
-            Connector::Lmcache
-        } else {
-            Connector::Nixl
-        },
+        connector: Connector::Nixl,
         host: None,
         init_ports: vec![7300],
         alloc_ports: vec![7400],
@@ -36,6 +33,7 @@ fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
     };
     let mut instance = Instance::named(&named, Source::Configured).unwrap();
     assert_eq!(instance.http, BaseUrl::parse("url", &named.url).unwrap());
+    instance.connector = connector;
     instance.standing = match word.starts_with('-') {
         true => Standing::NotReady("asleep".into()),
         false => Standing::Ready,
@@ -54,6 +52,7 @@ fn ask() -> RouteRequest<'static> {
         fallback: None,
         is_unsplittable: false,
         is_salted: false,
+        has_many_sequences: false,
         prefill: SideChoice::default(),
         decode: SideChoice::default(),
         mode: Mode::Pd,
@@ -123,6 +122,13 @@ fn only_equal_connectors_make_pairs() {
     };
     check("p1:l d1:l", &salted, "cache_salt d1");
     check("p1 d1:l p2:l d2", &salted, "p1 d2");
+    let many = RouteRequest {
+        has_many_sequences: true,
+        ..ask()
+    };
+    check("p1 d1", &many, "many_sequences d1");
+    check("p1 d1 p2:s d2:s", &many, "p2 d2");
+    check("p1:l d1:s", &many, "many_sequences d1");
 }
 
 #[test]

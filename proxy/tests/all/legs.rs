@@ -44,6 +44,27 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
     rig.journal.until("p prefill aborted").await;
 }
 
+/// The prefill engine computes the prompt once, under the salt; the decode engine makes the sequences.
+#[tokio::test]
+async fn a_salt_goes_to_both_engines_and_the_number_of_sequences_to_one() {
+    let rig = Rig::start(&[]).await;
+    let pair = rig.pair().await;
+    let mut body = prompt();
+    body["cache_salt"] = "mine".into();
+    body["n"] = 3.into();
+    assert_eq!(rig.client.post(COMPLETIONS, &body).await.status, 200);
+    let (prefill, decode) = (pair.p.only().json(), pair.d.only().json());
+    assert_eq!(
+        (&prefill["cache_salt"], &prefill["n"]),
+        (&json!("mine"), &Value::Null)
+    );
+    assert_eq!(
+        (&decode["cache_salt"], &decode["n"]),
+        (&json!("mine"), &json!(3))
+    );
+    assert_eq!(rig.record().await["alone"], Value::Null);
+}
+
 #[tokio::test]
 async fn without_a_word_the_prefill_answer_sends_the_decode_leg() {
     let rig = Rig::start(&[]).await;

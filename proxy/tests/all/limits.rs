@@ -134,7 +134,7 @@ async fn requests_that_cannot_be_split_go_to_the_decode_instance_alone() {
     let mut sent = 0;
     for (fields, why) in [
         (json!({"prompt": ["a", "b"]}), "many_prompts"),
-        (json!({"prompt": "a", "n": 2}), "many_sequences"),
+        (json!({"prompt": "a", "best_of": 2}), "many_sequences"),
         (
             json!({"prompt": "a", "prompt_logprobs": 1}),
             "prompt_logprobs",

@@ -30,8 +30,11 @@ fn who_gets_a_transfer() {
     );
     completion(r#""prompt": "a", "n": 1, "best_of": 1"#, None);
     completion(r#""prompt": "a", "n": null"#, None);
-    completion(r#""prompt": "a", "n": 2"#, Some(Fallback::ManySequences));
-    completion(r#""prompt": "a", "n": "2""#, Some(Fallback::ManySequences));
+    completion(r#""prompt": "a", "n": 2"#, None);
+    for (n, expect) in [("2", true), ("\"2\"", true), ("1", false), ("null", false)] {
+        let body = parse(&format!(r#"{{"prompt": "a", "n": {n}}}"#));
+        assert_eq!(body.has_many_sequences(), expect, "{n}");
+    }
     completion(
         r#""prompt": "a", "best_of": 3"#,
         Some(Fallback::ManySequences),
