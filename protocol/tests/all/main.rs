@@ -11,6 +11,7 @@ mod last_word;
 mod lmcache_receivers;
 mod lmcache_senders;
 mod replay;
+mod reservations;
 mod setup;
 mod shares;
 mod simulated;
