@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 pub fn note(name: &str, value: &str) -> Option<String> {
     describes_service(name, value).then(|| {
         format!(
-            "environment {name}={value}: ignored, it describes a Kubernetes service (enableServiceLinks: false in \
-             the pod's spec keeps such variables away)"
+            "environment {name}={value}: ignored, because it describes a Kubernetes service (enableServiceLinks: \
+             false in the pod's spec prevents such variables)"
         )
     })
 }

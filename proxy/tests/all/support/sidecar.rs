@@ -105,7 +105,18 @@ impl Sidecar {
             ..Hello::of("PUSH")
         };
         let address = registration.strip_prefix("tcp://").unwrap();
-        let push = Peer::connect(address, hello).await.unwrap();
+        // A proxy that a test has just started may not listen yet.
+        let connect = async {
+            loop {
+                match Peer::connect(address, hello).await {
+                    Ok(push) => return push,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        };
+        let push = tokio::time::timeout(Duration::from_secs(10), connect)
+            .await
+            .expect("the registration port does not listen");
         // Only an instance that decodes has ports for receivers.
         let receives = role != InstanceRole::Prefill;
         Self {

@@ -254,8 +254,9 @@ fn variables_of_kubernetes_services_stop_no_start() {
     assert_eq!(config.listen, plain.listen);
     assert_eq!(config.proxy, plain.proxy);
     for (name, value) in services {
-        let note =
-            format!("environment {name}={value}: ignored, it describes a Kubernetes service");
+        let note = format!(
+            "environment {name}={value}: ignored, because it describes a Kubernetes service"
+        );
         let noted = report
             .warnings
             .iter()
