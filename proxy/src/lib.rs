@@ -1,8 +1,8 @@
 //! OpenAI-compatible proxy for disaggregated prefill and decode.
 //!
 //! [`Proxy::bind`] opens both ports. [`Proxy::run`] serves until [`Stop`] is set, and then drains. Only items
-//! that the program and its tests use are public. ARCHITECTURE.md lists what each folder owns. The modules
-//! that decide do no IO: `routing`, `request::state`, `fleet::registry`, `openai::body`.
+//! that the program and its tests use are public. ARCHITECTURE.md lists the responsibility of each folder.
+//! The modules that make decisions do no IO: `routing`, `request::state`, `fleet::registry`, `openai::body`.
 
 #![forbid(unsafe_code)]
 

@@ -15,7 +15,7 @@ async fn main() -> ExitCode {
         Ok(read) => read,
         Err(e) => {
             let asked = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            // A terminal that is closed already must not change the exit code.
+            // Ignore a failed write: a closed terminal must not change the exit code.
             drop(e.print());
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
@@ -32,8 +32,8 @@ async fn main() -> ExitCode {
     let (Ok(filter), []) = (filter, &problems[..]) else {
         return print_problems(&problems, USAGE);
     };
-    // If standard error is closed, the subscriber would report the failed write to standard error, too, and
-    // panic.
+    // Otherwise the subscriber would report a failed write on standard error. If standard error is closed,
+    // this report would panic.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -54,7 +54,8 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return print_problems(&["the process cannot handle signals".into()], INTERNAL);
     };
-    // Raise the limit before the first connection. Its warning comes after the line that the proxy is up.
+    // Raise the limit on open files before the first connection. Log its warning only after the line
+    // `pd-proxy is up`.
     let shortage = raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {
@@ -71,7 +72,7 @@ async fn main() -> ExitCode {
             "--insecure: every process that reaches the registration port can register an instance, which then gets requests"
         );
     }
-    // The first signal drains, the second one breaks off what is still under way.
+    // The first signal drains the proxy. The second one ends the requests that are still in flight.
     let stop = Stop::default();
     let told = stop.clone();
     let signals = AbortOnDropHandle::new(tokio::spawn(async move {

@@ -1,7 +1,8 @@
-//! A request's JSON body: an ordered list of fields whose values stay as they came, byte for byte.
+//! A request's JSON body: an ordered list of fields. The proxy forwards each value byte for byte.
 //!
-//! The proxy reads only the fields that decide a route. It neither parses nor prints a prompt of 100,000
-//! token ids; numbers, order and unknown fields reach the engine as the client wrote them.
+//! The proxy reads only the fields that decide a route. It does not parse the prompt, which may have
+//! 100,000 token ids. Numbers, the order of fields and unknown fields reach the engine as the client wrote
+//! them.
 
 use std::ops::Range;
 
@@ -24,13 +25,13 @@ pub(crate) use kinds::{Kind, kind};
 /// A body that is one JSON object.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestBody {
-    /// The body as it came, converted to UTF-8.
+    /// The body as received, converted to UTF-8.
     source: Bytes,
-    /// The same text with plain numbers in the place of `NaN` and `Infinity`, so that serde can read it.
-    /// The ranges in `fields` hold for both texts.
+    /// The same text with plain numbers instead of `NaN` and `Infinity`, so that serde can read it. The
+    /// ranges in `fields` are valid for both texts.
     read: Bytes,
     fields: Vec<Field>,
-    /// True if `source` itself may be sent on, because no field was dropped.
+    /// True if `source` can be forwarded unchanged, because no field was dropped.
     is_clean: bool,
 }
 
@@ -47,9 +48,9 @@ struct Field {
 /// The part of a prefill leg's answer that reaches the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PrefillAnswer {
-    /// The token is the client's first one, sampled as the client has asked.
+    /// The client gets the leg's token as its first one. The engine samples it with the client's settings.
     FirstToken,
-    /// Nothing. The leg only computes KV.
+    /// The client gets nothing. The leg only computes KV.
     Nothing,
 }
 
@@ -129,8 +130,8 @@ impl RequestBody {
         Ok(body)
     }
 
-    /// Returns the reason for which this request gets no transfer between any two instances; `None` if the
-    /// request is one prompt that is computed once.
+    /// Returns the reason for which no two instances can transfer KV for this request; `None` if there is
+    /// no such reason.
     pub(crate) fn fallback(&self, endpoint: Endpoint) -> Option<Fallback> {
         if self.is_not_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);
@@ -159,7 +160,8 @@ impl RequestBody {
         self.is_not_one("n")
     }
 
-    /// Returns true if the request has a cache salt: KV of equal tokens with another salt is not its own.
+    /// Returns true if the request has a cache salt. The request must not use KV of equal tokens with
+    /// another salt.
     pub(crate) fn is_salted(&self) -> bool {
         self.is_set("cache_salt")
     }
@@ -171,8 +173,8 @@ impl RequestBody {
         params: Option<&str>,
         answer: PrefillAnswer,
     ) -> Bytes {
-        // The client gets the leg's token in one mode only. In the others the token is dropped, so that
-        // sampling fields have no purpose.
+        // The client gets the leg's token only with `FirstToken`. Otherwise the proxy drops the token, so
+        // the leg needs no sampling fields.
         let is_answer = answer == PrefillAnswer::FirstToken;
         let keep = |name: &str| match kind(name) {
             Some(Kind::Sampling) => is_answer,
@@ -187,7 +189,7 @@ impl RequestBody {
             set.extend(self.first_of_min_tokens());
         } else {
             // Some connectors hand KV over only if the length limit ended the answer. Without
-            // `ignore_eos`, an end-of-sequence token would end it.
+            // `ignore_eos`, an end-of-sequence token could end the answer instead.
             set.push(("ignore_eos", "true"));
         }
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
@@ -198,8 +200,8 @@ impl RequestBody {
         self.with(keep, &set)
     }
 
-    /// Returns `min_tokens` of a leg that generates the answer's first token; `None` if the client asks
-    /// for no minimum.
+    /// Returns the field `min_tokens` of a leg that generates only the answer's first token; `None` if the
+    /// client asks for no minimum.
     pub(crate) fn first_of_min_tokens(&self) -> Option<(&'static str, &'static str)> {
         let least = self.number("min_tokens").unwrap_or_default();
         (least >= 1.0).then_some(("min_tokens", "1"))
@@ -271,7 +273,8 @@ impl RequestBody {
         Some(text).filter(|text| *text != "null")
     }
 
-    /// Returns a number as engines read it, with or without quotes; `None` if the value is no number.
+    /// Returns the number in a field; `None` if the value is not a number. Engines accept numbers in
+    /// quotes, so this function does, too.
     pub(crate) fn number(&self, name: &str) -> Option<f64> {
         let text = self.text(name)?;
         let quoted = text
@@ -285,7 +288,7 @@ impl RequestBody {
         self.fields.iter().any(|field| field.name.is_empty())
     }
 
-    /// Returns the most tokens that the client wants; `None` if it gives no limit.
+    /// Returns the maximum number of tokens that the client wants; `None` if the client gives no maximum.
     pub(crate) fn max_tokens(&self, endpoint: Endpoint) -> Option<u64> {
         let read = |name| self.json(name)?.parse().ok();
         let newer = match endpoint {
@@ -338,7 +341,8 @@ impl RequestBody {
             .any(|part| part.kind.is_some_and(|kind| !TEXT_PARTS.contains(&&*kind)))
     }
 
-    /// Returns a value if it has the expected shape. The engine, not the proxy, refuses other shapes.
+    /// Returns the value of a field; `None` if the value does not have the expected shape. The proxy
+    /// leaves it to the engine to refuse such a request.
     fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
         serde_json::from_str(self.text(name)?).ok()
     }
@@ -361,7 +365,7 @@ struct Message<'a> {
     content: Option<&'a RawValue>,
 }
 
-/// The part of a content part that shows its kind.
+/// The field of a content part that gives the part's kind.
 #[derive(Deserialize)]
 struct Part {
     #[serde(rename = "type", default)]

@@ -10,7 +10,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Returns the path at this proxy and at the engines.
+    /// Returns the path, which is the same at this proxy and at the engines.
     pub fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",

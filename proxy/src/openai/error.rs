@@ -1,4 +1,4 @@
-//! Errors in the shape that OpenAI's clients read, as an answer or as an event of a stream.
+//! Errors in the format of OpenAI's API. An error is an answer of its own, or an event in a stream.
 
 use axum::body::Body;
 use axum::response::Response;
@@ -60,7 +60,7 @@ codes! {
     TransferParams = "kv_transfer_params_not_allowed", BAD_REQUEST;
     /// The body is not declared as JSON. vLLM answers 400 here, not 415.
     UnsupportedMediaType = "unsupported_media_type", BAD_REQUEST;
-    /// The body broke off.
+    /// The body could not be read to its end.
     BodyUnreadable = "body_unreadable", BAD_REQUEST;
     /// The body is longer than permitted.
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE;
@@ -68,15 +68,15 @@ codes! {
     BodyTimeout = "body_timeout", REQUEST_TIMEOUT;
     /// No such path.
     NotFound = "not_found", NOT_FOUND;
-    /// The path takes another method.
+    /// The path does not support this method.
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED;
-    /// Too many requests are under way.
+    /// Too many requests are in flight.
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS;
-    /// The body came slowest when other bodies needed its place.
+    /// The body was the slowest upload when other bodies needed its memory.
     UploadDisplaced = "upload_displaced", TOO_MANY_REQUESTS;
     /// Every connection is busy with a request.
     TooManyConnections = "too_many_connections", TOO_MANY_REQUESTS;
-    /// The proxy takes no new requests.
+    /// The proxy drains and accepts no new requests.
     Draining = "draining", SERVICE_UNAVAILABLE;
     /// The proxy stops and cannot wait for the request.
     ShuttingDown = "shutting_down", SERVICE_UNAVAILABLE;
@@ -88,11 +88,11 @@ codes! {
     DecodeUnreachable = "decode_unreachable", SERVICE_UNAVAILABLE;
     /// The decode instance refuses more work.
     DecodeBusy = "decode_busy", SERVICE_UNAVAILABLE;
-    /// The decode instance's connection ended.
+    /// The connection to the decode instance ended before the answer was complete.
     DecodeDied = "decode_died", BAD_GATEWAY;
     /// The decode instance did not answer in time.
     DecodeTimeout = "decode_timeout", GATEWAY_TIMEOUT;
-    /// The decode instance fell silent within its answer.
+    /// The decode instance began its answer, and then sent no data for too long.
     DecodeSilent = "decode_silent", GATEWAY_TIMEOUT;
 }
 
@@ -128,7 +128,7 @@ struct Fields<'a> {
 }
 
 impl ApiError {
-    /// Creates an error with a message for people.
+    /// Creates an error with a human-readable message.
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -156,8 +156,9 @@ impl ApiError {
         response
     }
 
-    /// Turns the error into an event of a stream that had begun well. The leading blank line ends an
-    /// event that broke off in its middle. No `[DONE]` follows, because the answer is not complete.
+    /// Turns the error into an event, for a stream that has already begun. The leading blank line ends
+    /// the previous event if that event is incomplete. No `[DONE]` follows, because the answer is not
+    /// complete.
     pub(crate) fn into_event(self) -> Bytes {
         let mut event = b"\n\ndata: ".to_vec();
         event.extend_from_slice(&self.json());
@@ -185,5 +186,5 @@ impl axum::response::IntoResponse for ApiError {
     }
 }
 
-/// Seconds after which a client may try again: registrations and restarts take about as long.
+/// Value of `Retry-After`, in seconds. A registration or a restart takes about as long.
 pub(crate) const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

@@ -5,7 +5,7 @@ use std::fmt;
 /// The reason for which the decode instance computes a request alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fallback {
-    /// No prefill instance is ready other than the decode instance itself.
+    /// No instance other than the decode instance itself is ready for prefill.
     NoPrefill,
     /// Prefill instances are ready, but none fits the decode instance: the KV of the two has different
     /// shapes, or one of the two engines moves no KV.
@@ -17,29 +17,30 @@ pub enum Fallback {
     ManySequences,
     /// A list of prompts turns the request into several engine requests.
     ManyPrompts,
-    /// The engine that returns log probabilities of the prompt has to compute the prompt.
+    /// The request asks for log probabilities of the prompt, so the engine that answers has to compute
+    /// the prompt.
     PromptLogprobs,
-    /// Prompt embeddings: equal token hashes stand for different KV.
+    /// The prompt consists of embeddings, so equal token hashes do not mean equal KV.
     PromptEmbeds,
-    /// Images, audio or video: equal token hashes stand for different KV.
+    /// The request has images, audio or video, so equal token hashes do not mean equal KV.
     Multimodal,
-    /// A cache salt, where one side is LMCache: its keys do not contain the salt.
+    /// The request has a cache salt, and an instance uses LMCache, whose keys do not contain the salt.
     CacheSalt,
     /// The request asks for no generated token.
     NothingToDecode,
     /// The prefill instance could not be reached, or died before it had answered.
     PrefillDied,
-    /// The prefill instance answered with an error of its own.
+    /// The prefill instance answered with an error that is not the request's fault.
     PrefillError,
-    /// The prefill engine refused a request with fields that this proxy does not know. The fault may be
-    /// in the leg of one token and not in the client's request.
+    /// The prefill engine refused a request with fields that this proxy does not know. The client's
+    /// request may be valid: the leg differs from it, because the leg asks for one token.
     PrefillRefused,
     /// The prefill instance was too busy.
     PrefillBusy,
     /// The prefill instance did not begin in time.
     PrefillTimeout,
-    /// The prefill instance computed the prompt, but its KV is not pushed: its connector does not serve
-    /// requests of this kind, or its sidecar refused the push.
+    /// The prefill instance computed the prompt, but did not hand the KV over: its connector does not
+    /// support requests of this kind, or its sidecar refused the push.
     NotPushed,
     /// Another decode instance takes over, but the KV went to the first one.
     DecodeRetry,
@@ -47,7 +48,7 @@ pub enum Fallback {
     LaterTurn,
     /// The decode instance is expected to finish sooner without a transfer (mode `auto`).
     Cheaper,
-    /// LMCache's first-token hand-over cannot express the request.
+    /// The request cannot continue after its first token on another instance, as LMCache requires.
     NotExpressible,
 }
 

@@ -1,11 +1,11 @@
-//! The headers that pass through the proxy.
+//! The headers that the proxy forwards.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use crate::openai::keys::Access;
 
-/// Returns the headers of a leg: the client's headers without those of its connection to this proxy,
-/// with the request's id and the engine key.
+/// Returns the headers of a leg: the client's headers, the request's id and the engine key. Headers
+/// that concern only the client's connection to this proxy are left out.
 pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) -> HeaderMap {
     let mut headers = end_to_end(client);
     for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
@@ -26,7 +26,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
-/// Returns the headers without those that belong to one connection or one framing of the body.
+/// Returns the headers, except those that concern only one connection or the framing of the body in it.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
@@ -53,7 +53,7 @@ pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
 /// Content type of every leg, whatever type the client declared.
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// Headers that belong to one connection or to one framing of a body.
+/// Headers that concern only one connection or the framing of a body in it.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,

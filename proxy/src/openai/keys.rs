@@ -1,5 +1,5 @@
-//! Access control: the clients that may send requests or change the proxy, and the hosts that instances
-//! may have.
+//! Access control: keys of clients that send requests or change the proxy, and permitted hosts of
+//! instances.
 
 use std::net::IpAddr;
 
@@ -134,8 +134,8 @@ pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiErr
     ))
 }
 
-/// Checks that a client may change the proxy: with the admin key or, without `--admin-key`, as a program
-/// on this host.
+/// Checks that a client may change the proxy: it has the admin key or, if `--admin-key` is not set, it
+/// is a program on this host.
 ///
 /// # Errors
 /// The client must not change the proxy.
@@ -149,8 +149,8 @@ pub(crate) fn may_change(
         None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
     };
     if allowed {
-        // A page does not know the key, and a browser does not add a key by itself. With a key no
-        // further check is needed.
+        // A web page does not know the key, and a browser does not add a key by itself. So a request
+        // with the right key needs no further check.
         return match access.admin_key {
             Some(_) => Ok(()),
             None => require_local(headers),
@@ -163,10 +163,10 @@ pub(crate) fn may_change(
 }
 
 /// Checks that a client may read what the proxy shows of instances and requests. Every client may,
-/// except a page in a browser on this host, which could read the answer after DNS rebinding.
+/// except a web page in a browser on this host, which could read the answer after DNS rebinding.
 ///
 /// # Errors
-/// The request seems to come from a page.
+/// The request seems to come from a web page.
 pub(crate) fn may_read(
     access: &Access,
     headers: &HeaderMap,
@@ -200,8 +200,8 @@ fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
     let Some((_, given)) = given else {
         return false;
     };
-    // The comparison covers every key and takes constant time, so that its time tells a client nothing
-    // about a key.
+    // The comparison covers every key and takes constant time, so that a client learns nothing about a
+    // key from the time of an answer.
     keys.iter().fold(false, |found, key| {
         found | bool::from(key.as_bytes().ct_eq(given))
     })

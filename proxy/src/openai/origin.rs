@@ -1,8 +1,9 @@
-//! Checks that detect requests that a web page or another proxy sends through a client on this host.
+//! Detects requests that come from this host, but were caused by a web page or by a client of another
+//! proxy.
 //!
-//! A browser on this host also connects from a loopback address. A page can make the browser send any
-//! method that needs no preflight, with `text/plain` bodies, and through DNS rebinding also with a
-//! foreign name in `Host`.
+//! A browser on this host also connects from a loopback address. A page can make the browser send every
+//! request that needs no preflight, also with a `text/plain` body. After DNS rebinding, `Host` is then
+//! a foreign name.
 
 use common::origin::{host, is_local, is_of_another_site};
 use http::header::{CONTENT_TYPE, FORWARDED, ORIGIN, VIA};
@@ -32,10 +33,11 @@ pub(crate) fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     ))
 }
 
-/// Refuses a body that is not declared as JSON; a request without a body and without a type passes.
+/// Refuses a body that is not declared as JSON. Accepts a request that has neither a body nor a content
+/// type.
 ///
 /// # Errors
-/// There is a body, or a type, and the type is not JSON.
+/// There is a body or a content type, and the content type is not JSON.
 pub(crate) fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Result<(), ApiError> {
     if body.is_end_stream() && !headers.contains_key(CONTENT_TYPE) {
         return Ok(());
@@ -43,11 +45,11 @@ pub(crate) fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Res
     require_json(headers)
 }
 
-/// Checks that a program on this host sent a request that comes from a loopback address. A page in a
-/// browser fails this check, and so does a proxy that forwards requests of other clients.
+/// Checks that a program on this host sent a request that comes from a loopback address. Requests of a
+/// web page fail this check, and so do requests that another proxy forwards for its clients.
 ///
 /// # Errors
-/// The header that proves the opposite, with the cure.
+/// A header proves the opposite. The error names this header and the cure.
 pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     if let Some(name) = headers.keys().find(|name| is_of_a_proxy(name)) {
@@ -59,10 +61,10 @@ pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
     refuse_pages(headers)
 }
 
-/// Refuses a request from a loopback address that a page in a browser has sent.
+/// Refuses a request from a loopback address if a web page sent it.
 ///
 /// # Errors
-/// The header that proves it, with the cure.
+/// A header proves that a web page sent the request. The error names this header and the cure.
 pub(crate) fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     let host = host(headers);
@@ -89,7 +91,7 @@ pub(crate) fn refuse_pages(headers: &HeaderMap) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Returns true for headers that proxies, load balancers and content networks add.
+/// Returns true for headers that proxies, load balancers and content delivery networks add.
 fn is_of_a_proxy(name: &HeaderName) -> bool {
     let others = [
         "x-real-ip",

@@ -9,8 +9,8 @@ use crate::openai::endpoint::Endpoint;
 /// A prompt's text and the hashes of its prefixes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Prompt {
-    /// The prompt as JSON, without the characters that close it: a longer prompt that continues this one
-    /// begins with the same bytes.
+    /// The prompt as JSON, without the characters that close it. Without them, a longer prompt that
+    /// continues this one begins with the same bytes.
     pub text: Vec<u8>,
     /// `chain[i]` is the hash of the first `i` blocks, the model, the salt, the tools and the template
     /// arguments.
@@ -30,8 +30,8 @@ impl Prompt {
             .unwrap_or(text)
             .trim_ascii_end();
         let mut seed = 0;
-        // Each adapter has its own model name, and engines share no KV between salts. Tools stand at the
-        // beginning of most chat templates.
+        // Each adapter has its own model name, and engines share no KV between salts. Most chat
+        // templates put the tools at the beginning of the prompt.
         for name in ["model", "cache_salt", "tools", "chat_template_kwargs"] {
             seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
         }
@@ -58,8 +58,8 @@ impl Prompt {
     }
 }
 
-/// Returns the hash of the session that a request names: in `x-session-id`, by which LMCache's proxy
-/// binds clients, in `session-id`, or in one of OpenAI's fields.
+/// Returns the hash of the session that a request names in the header `x-session-id` or `session-id`, or
+/// in one of OpenAI's fields. LMCache's proxy also reads `x-session-id`.
 pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     let header = ["x-session-id", "session-id"]
         .into_iter()
@@ -74,8 +74,9 @@ pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     named.map(xxh3_64)
 }
 
-/// Bytes of a block: small enough that a short question ends in a block of its own.
+/// Size of a block in bytes: so small that even a short question ends in another block than the text
+/// before it.
 pub(crate) const BLOCK_BYTES: usize = 64;
 
-/// Most blocks that are hashed: 4 MiB of text, about a million tokens.
+/// Maximum number of blocks that are hashed: 4 MiB of text, about a million tokens.
 const MAX_BLOCKS: usize = 1 << 16;

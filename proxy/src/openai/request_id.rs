@@ -1,4 +1,4 @@
-//! The id of a request, which both legs, both sidecars and all logs carry.
+//! The id of a request. Both legs, both sidecars and all logs use this id.
 
 use http::{HeaderMap, HeaderValue};
 use protocol::RequestId;
@@ -14,7 +14,7 @@ pub(crate) fn assign(headers: &HeaderMap) -> RequestId {
     unique(header(headers).unwrap_or_default())
 }
 
-/// Returns a unique id for a new request that its client calls `name`.
+/// Returns a unique id for a new request, made from the id `name` that its client has chosen.
 pub(crate) fn unique(name: &str) -> RequestId {
     let wanted: String = name
         .chars()
@@ -28,10 +28,10 @@ pub(crate) fn unique(name: &str) -> RequestId {
     })
 }
 
-/// Returns the id that the client has chosen, as vLLM reads it: from the header or, without the header,
-/// from the body's `request_id`, given as JSON. Returns `None` for a name that is too long or has other
-/// characters than ids of requests have: connectors read addresses from such ids, so a client could make
-/// an engine connect to a foreign host.
+/// Returns the id that the client has chosen. As in vLLM, the id comes from the header or, without the
+/// header, from the body's `request_id`, which `field` gives as JSON. Returns `None` if there is no id,
+/// or if the id is too long or has characters that request ids must not have: connectors read addresses
+/// from request ids, so a client could make an engine connect to a foreign host.
 pub(crate) fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
     let name = match headers.get(HEADER) {
         Some(_) => header(headers)?.to_owned(),
@@ -57,12 +57,12 @@ pub(crate) fn random() -> Uuid {
 
 /// Returns the id as the value of a header.
 pub(crate) fn header_value(id: &RequestId) -> HeaderValue {
-    // `unique` and `chosen` let only letters, digits, '-', '_' and '.' through.
+    // `unique` and `chosen` accept only letters, digits, '-', '_' and '.'.
     HeaderValue::from_str(&id.0).expect("request ids are plain ASCII")
 }
 
-/// Most characters of a client's id, which log lines, engine-side ids and every message about the
-/// request carry.
+/// Maximum number of characters of a client's id. Log lines, engine-side ids and every message about the
+/// request contain the id.
 const MAX_CLIENT_CHARS: usize = 64;
 
 #[cfg(test)]

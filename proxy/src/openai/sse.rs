@@ -1,10 +1,11 @@
-//! Event streams: finds data and the ends of events in their bytes.
+//! Finds data and the ends of events in the bytes of an event stream.
 //!
 //! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment
-//! proves only that the HTTP server lives, not that the engine behind it works. Only data is a sign of
-//! work.
+//! proves only that the HTTP server lives, not that the engine behind it works. Only data shows that
+//! the engine works.
 
-/// Follows a stream through its chunks, wherever the chunks are cut.
+/// Finds the data and the events of a stream that comes in chunks. A chunk may end anywhere in an
+/// event.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     line: Line,
@@ -12,10 +13,10 @@ pub(crate) struct Events {
     event: usize,
 }
 
-/// The kind of the line at which the stream stands.
+/// The kind of the line that is being received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
-    /// The line may become data: this many bytes have come, and they are the beginning of `data:`.
+    /// The line may be data: so far it has this many bytes, which are the beginning of `data:`.
     Maybe(usize),
     /// The line carries data.
     Data,
@@ -42,7 +43,7 @@ impl Events {
         is_data
     }
 
-    /// Returns the number of bytes of the event that has begun and not ended.
+    /// Returns the number of bytes since the end of the last complete event.
     pub(crate) fn unended(&self) -> usize {
         self.event
     }
@@ -55,8 +56,8 @@ impl Events {
 
     fn go_on(&mut self, piece: &[u8]) -> bool {
         self.event += piece.len();
-        // With CR LF, a blank line is a lone CR. It must not count as a field, or the end of the event
-        // would be missed.
+        // If lines end with CR LF, a blank line is a single CR here. If the CR counted as a field, the
+        // end of the event would be missed.
         if let Line::Maybe(at) = self.line
             && !(piece.is_empty() || at == 0 && piece == b"\r")
         {
@@ -74,26 +75,25 @@ impl Events {
     }
 }
 
-/// Collects a stream up to the end of its first event with data. Events before it, mostly comments, are
-/// dropped: the client has got nothing yet, so another instance can still take over.
+/// Collects a stream up to the end of its first event with data. Drops the events before it, which are
+/// mostly comments. Until then the client gets nothing, so that another instance can still take over.
 #[derive(Debug, Default)]
 pub(crate) struct First {
     held: Vec<u8>,
-    /// Number of bytes of `held` that hold no end of an event.
+    /// Number of bytes at the beginning of `held` that were searched and contain no end of an event.
     searched: usize,
 }
 
 impl First {
-    /// Takes the next chunk. Returns all bytes since the event's beginning when the event's end has
-    /// come.
+    /// Takes the next chunk. When the event is complete, returns all bytes since its beginning.
     pub(crate) fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
         self.held.extend_from_slice(chunk);
         loop {
             self.drop_comments();
             let Some(length) = end_of_event(&self.held, self.searched) else {
                 self.searched = self.held.len();
-                // An event of this size is not a short error, so it is passed on as it comes. Memory
-                // stays bounded.
+                // An event of this size is not a short error. It is passed on before its end, so that
+                // memory stays bounded.
                 let is_long = self.held.len() > MAX_FIRST_BYTES;
                 return is_long.then(|| std::mem::take(&mut self.held));
             };
@@ -110,7 +110,7 @@ impl First {
         while let Some(b':' | b'\n' | b'\r') = self.held.get(from) {
             let rest = &self.held[from..];
             let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
-                // The colon stays, so that the rest of the line is known as a comment, too.
+                // Keep the colon, so that the rest of the line also counts as a comment.
                 self.held.truncate(from + 1);
                 break;
             };
@@ -124,8 +124,9 @@ impl First {
     }
 }
 
-/// Returns the length of the first event, including the blank line; `None` without an end. The first
-/// `searched` bytes hold no end. Lines end with LF, as vLLM's do, or with CR LF.
+/// Returns the length of the first event, including the blank line; `None` if the event is not
+/// complete. The first `searched` bytes are known to contain no end. Lines end with LF, as vLLM's do,
+/// or with CR LF.
 pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
     let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');
@@ -142,8 +143,8 @@ pub(crate) fn data(event: &[u8]) -> Option<&[u8]> {
     lines.find_map(|line| line.strip_prefix(DATA).map(<[u8]>::trim_ascii))
 }
 
-/// Returns the error that an engine has written in the place of an answer's event; `None` if the event
-/// is no error.
+/// Returns the error that an engine has sent instead of an event of the answer; `None` if the event is
+/// not an error.
 pub(crate) fn error(event: &[u8]) -> Option<&[u8]> {
     data(event).filter(|data| is_error(data))
 }
@@ -162,8 +163,8 @@ fn is_error(data: &[u8]) -> bool {
 
 const DATA: &[u8] = b"data:";
 
-/// Most bytes to hold back. vLLM's first event is below 1 KiB unless the client asks for the prompt's
-/// token ids.
+/// Maximum number of bytes to hold back. vLLM's first event is below 1 KiB unless the client asks for
+/// the prompt's token ids.
 const MAX_FIRST_BYTES: usize = 64 * 1024;
 
 #[cfg(test)]

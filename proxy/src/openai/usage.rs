@@ -1,4 +1,4 @@
-//! Token counts, as an engine's answer gives them.
+//! Token counts in an engine's answer.
 
 use serde::Deserialize;
 
@@ -10,7 +10,8 @@ pub(crate) struct Usage {
     /// Number of tokens of the answer; 0 if absent.
     #[serde(default)]
     pub completion_tokens: u64,
-    /// Details of the prompt; `None` unless the engine gives them (`--enable-prompt-tokens-details`).
+    /// Details of the prompt; `None` if the engine does not give them
+    /// (`--enable-prompt-tokens-details`).
     #[serde(default)]
     pub prompt_tokens_details: Option<Details>,
 }
@@ -25,7 +26,8 @@ pub(crate) struct Details {
 
 /// Finds the last `usage` object in the tail of a JSON or event-stream body.
 ///
-/// A text of the model cannot be mistaken for the object: the quotes inside a JSON string are escaped.
+/// Text that the model generates cannot be mistaken for the object: the quotes inside a JSON string are
+/// escaped.
 pub(crate) fn find(body: &[u8]) -> Option<Usage> {
     let tail = &body[body.len().saturating_sub(TAIL_BYTES)..];
     let start = tail
@@ -42,8 +44,8 @@ pub(crate) fn find(body: &[u8]) -> Option<Usage> {
 
 const KEY: &[u8] = b"\"usage\":";
 
-/// Bytes at the end of a body that hold `usage` and the fields that engines write after it, such as
-/// transfer parameters with their blocks.
+/// Number of bytes at the end of a body that are searched for `usage`. They include the fields that
+/// engines write after it, such as transfer parameters with their lists of blocks.
 pub(crate) const TAIL_BYTES: usize = 4096;
 
 /// The same for a stream: its last event before `[DONE]` carries only `usage`.

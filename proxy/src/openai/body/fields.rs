@@ -8,7 +8,8 @@ use serde_json::value::RawValue;
 
 use super::kinds::known;
 
-/// Known fields, one run each, and runs of unknown fields, in the order of the body.
+/// The fields of a body, in their order, as runs: each known field is a run, and so are neighbouring
+/// unknown fields.
 pub(super) struct Fields<'a>(pub(super) Vec<Run<'a>>);
 
 /// A known field, or neighbouring unknown fields. Unknown fields share one run, so that a body of a
@@ -71,9 +72,9 @@ impl<'de> Deserialize<'de> for Name {
     }
 }
 
-/// Capacity of the list at the start: most requests have fewer fields.
+/// Initial capacity of the list: most requests have fewer fields.
 const USUAL_FIELDS: usize = 16;
 
-/// Most runs of a body. Fewer than a hundred fields are known, so only a body that repeats fields again
-/// and again has more.
+/// Maximum number of runs of a body. Fewer than a hundred fields are known, so only a body that repeats
+/// fields very often has more runs.
 const MAX_RUNS: usize = 1024;

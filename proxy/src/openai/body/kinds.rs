@@ -1,10 +1,10 @@
 //! The fields of OpenAI's and vLLM's requests, sorted by the part of a request that they concern.
 //!
-//! A prefill leg keeps the fields that decide the prompt and leaves out those that concern the
-//! generation. It also keeps unknown fields: without an unknown field that decides the prompt, the
-//! decode engine would get the KV of another prompt; an unknown field that concerns the generation costs
-//! one refused leg at most (`Fallback::PrefillRefused`). `tests/processes/test_fields.py` compares the table with
-//! vLLM's own models.
+//! A prefill leg keeps the fields that decide the prompt and leaves out those that concern the generation. It
+//! also keeps unknown fields. If it left out an unknown field that decides the prompt, the decode engine
+//! would get the KV of another prompt. If it keeps an unknown field that concerns the generation, the engine
+//! refuses at most one leg (`Fallback::PrefillRefused`). `tests/processes/test_fields.py` compares the table
+//! with vLLM's own models.
 
 /// The part of a request that a field concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,11 +13,11 @@ pub(crate) enum Kind {
     Tokenized,
     /// The prompt or the engine's extensions; only the engine knows the effect.
     Prompt,
-    /// The client; or nothing that vLLM reads.
+    /// The client. Also the kind of fields that vLLM ignores.
     Asker,
-    /// The choice of each token by itself.
+    /// The sampling of each single token.
     Sampling,
-    /// Several tokens of the answer, or data beside the answer's text.
+    /// Several tokens of the answer together, or data that the answer contains in addition to its text.
     Answer,
     /// The answer's length and form, which differ between the legs.
     Frame,

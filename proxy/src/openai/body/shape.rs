@@ -5,8 +5,8 @@ use crate::openai::endpoint::Endpoint;
 
 impl RequestBody {
     /// Returns the shape of the request: the names of its fields, and the kinds of the parts of its
-    /// messages. An engine that does not push the KV of one request does not push that of others of the
-    /// same shape.
+    /// messages. If an engine does not push the KV of one request, it does not push the KV of other
+    /// requests of the same shape either.
     pub(crate) fn shape(&self, endpoint: Endpoint) -> String {
         let mut names: Vec<_> = self.fields.iter().map(|field| field.name).collect();
         names.retain(|name| !name.is_empty() && self.is_set(name));

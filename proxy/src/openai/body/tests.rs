@@ -127,7 +127,7 @@ fn bodies_that_are_refused() {
     assert!(read(deep.as_bytes()).is_ok());
 }
 
-/// Returns the text as Windows writes it: little endian, behind a byte order mark.
+/// Returns the text as Windows writes it: little endian, after a byte order mark.
 fn utf16(text: &str) -> Vec<u8> {
     let units = std::iter::once(0xfeff).chain(text.encode_utf16());
     units.flat_map(u16::to_le_bytes).collect()

@@ -14,8 +14,8 @@ pub(super) fn utf8(source: Bytes) -> Option<Bytes> {
         [0xFF, 0xFE, 0, 0, rest @ ..] => wide(rest, u32::from_le_bytes),
         [0xFE, 0xFF, rest @ ..] => double(rest, u16::from_be_bytes),
         [0xFF, 0xFE, rest @ ..] => double(rest, u16::from_le_bytes),
-        // The first two characters of a JSON text are ASCII. The places of zero bytes therefore show the
-        // encoding.
+        // The first two characters of a JSON text are ASCII. The positions of zero bytes therefore show
+        // the encoding.
         all @ [_, _, third, fourth, ..] => match (first, second, third | fourth) {
             (0, 0, _) => wide(all, u32::from_be_bytes),
             (0, _, _) => double(all, u16::from_be_bytes),
@@ -27,14 +27,14 @@ pub(super) fn utf8(source: Bytes) -> Option<Bytes> {
     }
 }
 
-/// Returns the text with numbers of the same length in the place of `NaN` and `Infinity`; `None` if it
+/// Returns the text with numbers of the same length instead of `NaN` and `Infinity`; `None` if the text
 /// has neither.
 pub(super) fn masked(source: &[u8]) -> Option<Vec<u8>> {
     let mut masked = source.to_vec();
     let (mut at, mut is_string, mut found) = (0, false, false);
     while at < source.len() {
         match source[at] {
-            // A character behind a backslash does not end the string.
+            // A character after a backslash does not end the string.
             b'\\' if is_string => at += 1,
             b'"' => is_string = !is_string,
             _ if is_string => {}
