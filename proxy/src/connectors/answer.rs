@@ -15,7 +15,7 @@ pub(crate) struct Prefilled {
     /// Number of those tokens that were cached at the prefill instance; `None` if the engine does not
     /// give it.
     pub cached_tokens: Option<u64>,
-    /// Transfer parameters for the decode leg, as JSON; `None` if the answer has none for it.
+    /// Transfer parameters for the decode leg, as JSON; `None` if the answer gives the decode leg none.
     pub params: Option<String>,
     /// Token ids of the prompt, as JSON; `None` if the decode leg does not need them.
     pub tokens: Option<String>,
@@ -46,7 +46,7 @@ pub(crate) struct NoHandoff {
 }
 
 impl NoHandoff {
-    /// Returns the reason that the prefill instance does not hand the KV over.
+    /// Creates the reason for a prefill instance that does not hand the KV over.
     pub(crate) fn not_pushed(text: &str) -> Self {
         Self {
             fallback: Fallback::NotPushed,
@@ -54,7 +54,7 @@ impl NoHandoff {
         }
     }
 
-    /// Returns the reason that the first-token hand-over cannot express the request.
+    /// Creates the reason for a request that the first-token hand-over cannot express.
     pub(crate) fn not_expressible(text: &str) -> Self {
         Self {
             fallback: Fallback::NotExpressible,
@@ -74,7 +74,7 @@ pub(crate) struct Answer<'a> {
     params: Option<Params>,
 }
 
-/// The part of a prefill leg's answer that decides about the decode leg.
+/// The fields of a prefill leg's answer on which the decode leg depends.
 #[derive(Deserialize)]
 struct Fields<'a> {
     #[serde(borrow, default)]
@@ -83,7 +83,7 @@ struct Fields<'a> {
     usage: Option<Usage>,
 }
 
-/// The part of the transfer parameters that decides.
+/// The transfer parameters that the proxy reads.
 #[derive(Debug, Deserialize)]
 struct Params {
     pushed: Option<bool>,
@@ -92,7 +92,7 @@ struct Params {
     #[serde(default)]
     do_remote_prefill: bool,
     first_tok: Option<i64>,
-    /// vLLM adds this number for the decode leg.
+    /// Number of cached tokens of the prompt, which vLLM adds for the decode leg.
     remote_prefill_cached_tokens: Option<u64>,
 }
 
@@ -132,13 +132,14 @@ struct Message {
 /// The reason for which no KV is handed over, although the prompt was computed.
 pub(crate) fn read(handoff: &dyn Handoff, body: &[u8]) -> Result<Prefilled, NoHandoff> {
     let Some(answer) = Answer::parse(body) else {
-        // The status already says that the prompt is computed. Only some hand-offs need more than that.
+        // The status already shows that the prompt is computed. Only some hand-offs also need the answer's
+        // content.
         return match handoff.needs_answer() {
             true => Err(NoHandoff::not_pushed("its answer is not JSON")),
             false => Ok(Prefilled::default()),
         };
     };
-    // A push that was refused fails in every hand-off, so this comes before the hand-off reads the answer.
+    // A refused push is an error for every hand-off, so check it before the hand-off reads the answer.
     if let Some(params) = &answer.params
         && params.pushed == Some(false)
     {
@@ -163,8 +164,8 @@ impl<'a> Answer<'a> {
     /// Returns a result that holds the answer's token counts.
     pub(super) fn counts(&self) -> Prefilled {
         let details = self.usage.and_then(|usage| usage.prompt_tokens_details);
-        // `usage` has the number only if the engine gives details; vLLM also adds it to the transfer
-        // parameters.
+        // `usage` has the number of cached tokens only if the engine gives details; vLLM also adds the
+        // number to the transfer parameters.
         let params = self.params.as_ref();
         let added = params.and_then(|params| params.remote_prefill_cached_tokens);
         Prefilled {
@@ -174,7 +175,7 @@ impl<'a> Answer<'a> {
         }
     }
 
-    /// Returns the transfer parameters as JSON, if a decode engine can read the KV by them.
+    /// Returns the transfer parameters as JSON; `None` if a decode engine cannot use them to read the KV.
     pub(super) fn remote_prefill(&self) -> Option<&'a str> {
         self.raw
             .filter(|_| (self.params.as_ref()).is_some_and(|params| params.do_remote_prefill))
@@ -186,8 +187,8 @@ impl<'a> Answer<'a> {
     }
 
     /// Returns the first token of the answer, and the token ids of its prompt if the answer has them. `id`
-    /// is the token's id. Returns `None` if the token's text cannot be shown before the rest is known: half
-    /// a character, or a text that a reasoning parser changes.
+    /// is the token's id. Returns `None` if the token's text depends on the tokens after it: the text is
+    /// half a character, or a reasoning parser changes it.
     pub(super) fn first_token(&self, id: i64) -> Option<(FirstToken, Option<String>)> {
         let answer: Completion<'_> = serde_json::from_slice(self.body).ok()?;
         let choice = answer.choices.into_iter().next()?;

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use crate::connectors::Legs;
 
 /// Returns transfer parameters with `disagg_spec`: the request's id and the receiver's address. `before` and
-/// `after` are further fields as JSON, beside `disagg_spec` and inside of it.
+/// `after` are further fields as JSON: `before` next to `disagg_spec`, and `after` inside `disagg_spec`.
 pub(super) fn to_receiver(legs: &Legs<'_>, before: &str, after: &str) -> String {
     // Request ids are letters, digits, '-', '_' and '.', which need no escaping. Hosts may be anything
     // printable, so they are escaped.

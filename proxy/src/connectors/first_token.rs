@@ -1,8 +1,8 @@
-//! The hand-over of the first token: both legs are completions over token ids, and the token that the
-//! prefill instance has sampled is the last one of the decode leg's prompt.
+//! The hand-over of the first token. Both legs are completions whose prompts are token ids. The decode
+//! leg's prompt ends with the token that the prefill instance has sampled.
 //!
-//! A request whose answer would change by the hand-over gets no transfer to LMCache; between sidecars it
-//! gets the usual transfer.
+//! If the hand-over would change the answer to a request, the request gets no transfer to LMCache.
+//! Between sidecars it gets the usual transfer.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -14,24 +14,25 @@ use crate::openai::endpoint::Endpoint;
 pub(crate) mod merge;
 pub(crate) mod stream;
 
-/// Returns true if the request keeps its meaning when the first token of the answer stands in the
-/// prompt. An unknown field may mean anything, so it makes the result false.
+/// Returns true if the request keeps its meaning when the answer's first token becomes part of the
+/// prompt. Returns false for a request with an unknown field, because such a field may mean anything.
 pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     let is_set = |name: &str| match body.json(name) {
-        // In a completion, 0 is not empty: it asks for the log probability of the sampled token.
+        // In a completion, `logprobs: 0` is not empty: it asks for the log probability of the sampled
+        // token.
         Some(text) if name == "logprobs" => text != "false",
         Some(text) => !EMPTY.contains(&text),
         None => false,
     };
     let needs_whole = |name: &str| match kind(name) {
         Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
-        // Without tools, `tool_choice` has no effect; with tools, `tools` itself is set.
+        // Without tools, `tool_choice` has no effect; with tools, the field `tools` already counts.
         Some(Kind::Prompt) if name == "tool_choice" => false,
         Some(Kind::Prompt | Kind::Answer) => is_set(name),
         None => true,
     };
-    // An engine seeds its random numbers at the beginning of a request. The second half would use the
-    // first half's random numbers again.
+    // An engine seeds its random numbers at the beginning of each request, so the decode leg would use
+    // the prefill leg's random numbers again.
     let is_seeded = body.json("seed").is_some()
         && !body
             .json("temperature")
@@ -45,7 +46,7 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     is_clear && is_alone && !is_seeded && !is_one && !body.names().any(needs_whole)
 }
 
-/// Returns the body of `POST /tokenize`; `None` if the prompt is token ids already.
+/// Returns the body of `POST /tokenize`; `None` if the prompt already consists of token ids.
 pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
     let names: &[&str] = match endpoint {
         Endpoint::Completions if token_ids(body).is_some() => return None,
@@ -75,7 +76,7 @@ pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
     text.starts_with('[').then(|| text.to_owned())
 }
 
-/// Returns the prompt as JSON if it is token ids; `None` otherwise.
+/// Returns the prompt as JSON if it consists of token ids; `None` otherwise.
 pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
     let text = body.json("prompt")?;
     let first = text.strip_prefix('[')?.trim_start();
@@ -84,7 +85,7 @@ pub(crate) fn token_ids(body: &RequestBody) -> Option<&str> {
         .then_some(text)
 }
 
-/// Returns the body of the prefill leg: a completion of one token over token ids.
+/// Returns the body of the prefill leg: a completion of one token for the prompt `tokens`.
 pub(crate) fn prefill_body(body: &RequestBody, tokens: &str, params: &str) -> Bytes {
     let mut set = vec![
         ("prompt", tokens),
@@ -110,7 +111,7 @@ pub(crate) fn decode_body(
     let left = match body.max_tokens(endpoint) {
         Some(tokens) => (tokens - 1).to_string(),
         // Without `max_tokens`, a completion ends after OpenAI's default of 16 tokens, one of which the
-        // prefill leg has sampled. A chat ends at the end of the context.
+        // prefill leg has sampled. A chat may continue to the end of the context.
         None if endpoint == Endpoint::Completions => "15".to_owned(),
         None => "null".to_owned(),
     };
@@ -124,7 +125,7 @@ pub(crate) fn decode_body(
     body.with(|name| is_of_both(name) || FORM.contains(&name), &set)
 }
 
-/// Returns true for fields that both legs carry.
+/// Returns true for fields that both legs contain.
 fn is_of_both(name: &str) -> bool {
     name == "model" || matches!(kind(name), Some(Kind::Asker | Kind::Sampling))
 }

@@ -1,7 +1,7 @@
 //! LMCache inside the decode engine: the engine finds the KV by the hashes of its chunks.
 //!
-//! An LMCache decoder looks up all tokens but the last one. So the decode leg's prompt ends with the token
-//! that the prefill instance has sampled: only with this prompt do its chunk hashes equal the prefiller's.
+//! An LMCache decoder looks up all tokens except the last one. Its chunk hashes must equal the
+//! prefiller's, so the decode leg's prompt ends with the token that the prefill instance has sampled.
 
 use protocol::RequestId;
 
@@ -47,7 +47,8 @@ impl Handoff for ToLmcache {
         let Some(id) = answer.first_token_id() else {
             return Err(NoHandoff::not_pushed("its answer carries no first_tok"));
         };
-        // The decode leg's prompt ends with this token, so its text has to come from this answer.
+        // The decode leg's prompt ends with this token, so the client can get the token's text only from
+        // this answer.
         let Some((first, _)) = answer.first_token(id) else {
             return Err(NoHandoff::not_expressible(
                 "its first token cannot be shown by itself",

@@ -1,4 +1,6 @@
-//! The hand-over of KV from a prefill to a decode instance: one file for each connector, behind one trait.
+//! The hand-over of KV from a prefill to a decode instance. Each connector has its own file and implements
+//! one trait. In this table, `file` is the decode instance's connector, and `from` is the prefill instance's.
+//! The last two columns describe the transfer parameters of the legs.
 //!
 //! | file | from | prefill leg | decode leg |
 //! |---|---|---|---|
@@ -54,7 +56,7 @@ impl Connector {
     }
 
     /// Returns the hand-off from a prefill instance with the connector `prefill` to a decode instance with
-    /// this connector; `None` if two such instances cannot be a pair.
+    /// this connector; `None` if instances with these two connectors cannot be a pair.
     pub(crate) fn receives_from(self, prefill: Self) -> Option<&'static dyn Handoff> {
         let found = self
             .spec()
@@ -75,19 +77,19 @@ impl fmt::Display for Connector {
 /// The properties of instances with one connector, and the hand-offs to them.
 #[derive(Debug)]
 pub(crate) struct Spec {
-    /// True if a sidecar registers the instance, so that it cannot be configured by hand and has an admin
-    /// address. The sidecar contacts the receiver while its engine computes the prefill leg, so a second
-    /// attempt with another instance needs an id of its own.
+    /// True if a sidecar registers the instance. The instance then has an admin address and cannot be
+    /// configured by hand. The sidecar contacts the receiver while its engine computes the prefill leg, so a
+    /// second attempt with another instance needs another id.
     pub has_sidecar: bool,
     /// True if senders reach a receiver by its host, its init ports and its alloc ports.
     pub has_ports: bool,
     /// True if request ids contain the instance's ZeroMQ address.
     pub has_zmq: bool,
-    /// True if each decode leg with a transfer continues after the prefill instance's first token. A request
-    /// whose answer would change by that gets no transfer to such an instance.
+    /// True if each decode leg with a transfer continues after the prefill instance's first token. If this
+    /// would change the answer to a request, the request gets no transfer to such an instance.
     pub needs_first_token: bool,
     /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` then never
-    /// goes to or from such an instance, because requests with other salts would find it.
+    /// goes to or from such an instance, because requests with other salts would find the KV.
     pub ignores_salt: bool,
     /// True if the decode engine fills several sequences of a prompt (`n`) from one copy of the KV.
     pub fills_many_sequences: bool,
@@ -96,8 +98,9 @@ pub(crate) struct Spec {
     pub receives: &'static [(Connector, &'static dyn Handoff)],
 }
 
-/// One way in which a pair of instances hands KV over. The defaults describe a prefill engine that needs
-/// only to be told about the decode instance, and a decode leg that waits for the prefill leg's answer.
+/// A protocol by which a prefill instance hands KV over to a decode instance. The default methods suit a
+/// prefill engine that needs only its transfer parameters, and a decode leg that waits for the prefill leg's
+/// answer.
 pub(crate) trait Handoff: fmt::Debug + Sync {
     /// Returns the transfer parameters of the prefill leg, as JSON; `None` if the leg needs none.
     fn prefill_params(&self, legs: &Legs<'_>) -> Option<String>;
@@ -116,7 +119,7 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         false
     }
 
-    /// Reads the parts of the prefill leg's answer that the decode leg needs, beside the token counts.
+    /// Reads the token counts and the other parts of the prefill leg's answer that the decode leg needs.
     ///
     /// # Errors
     /// The reason for which no KV is handed over, although the prompt was computed.
@@ -124,8 +127,8 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         Ok(answer.counts())
     }
 
-    /// Returns true if the KV is complete only after a notice from each rank. The prefill leg's answer alone
-    /// does not say so.
+    /// Returns true if the KV is complete only after a notice from each rank. The prefill leg's answer does
+    /// not show that the KV is complete.
     fn needs_notices(&self) -> bool {
         false
     }
@@ -135,8 +138,8 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         false
     }
 
-    /// Returns true if the KV is sent while the prefill engine computes. A prefill leg that has begun is then
-    /// not late.
+    /// Returns true if the KV is sent while the prefill engine computes. The prefill timeout then does not
+    /// end a leg that has begun.
     fn sends_early(&self) -> bool {
         false
     }
@@ -147,8 +150,8 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         None
     }
 
-    /// Returns an id that tells each engine the other one's address, and that both legs carry instead of the
-    /// request's id; `None` if the connector reads nothing from ids.
+    /// Returns an id that contains the addresses of both engines. Both legs use this id instead of the
+    /// request's id. Returns `None` if the connector reads nothing from ids.
     fn address_id(&self, _prefill: &KvAddress<'_>, _decode: &KvAddress<'_>) -> Option<RequestId> {
         None
     }
@@ -157,15 +160,15 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
 /// The form of a prefill leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PrefillForm {
-    /// The client's request for one token, which is discarded.
+    /// The client's request, limited to one token. The proxy discards the token.
     Discarded,
-    /// The client's request for one token, which the client gets.
+    /// The client's request, limited to one token. The client gets the token.
     FirstToken,
-    /// A completion over token ids for one token, with which the prompt of the decode leg ends.
+    /// A completion of one token for a prompt of token ids. The decode leg's prompt ends with the token.
     TokenIds,
 }
 
-/// The two legs of a request, as the parameters of the prefill leg describe them.
+/// The properties of a request's legs that the transfer parameters of the prefill leg contain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Legs<'a> {
     /// The id that both legs carry.

@@ -1,5 +1,5 @@
-//! vLLM's `NixlConnector`: the decode engine reads the KV from the prefill engine, by parameters that the
-//! prefill leg's answer contains.
+//! vLLM's `NixlConnector`: the decode engine reads the KV from the prefill engine. The prefill leg's
+//! answer contains the parameters for this.
 
 use protocol::RequestId;
 
@@ -34,7 +34,8 @@ impl Handoff for Nixl {
     }
 
     fn read(&self, answer: &Answer<'_>) -> Result<Prefilled, NoHandoff> {
-        // The parameters pass byte for byte: the decode engine reads fields that the proxy does not know.
+        // The parameters are passed on byte for byte: the decode engine reads fields that the proxy does
+        // not know.
         let Some(params) = answer.remote_prefill() else {
             return Err(NoHandoff::not_pushed(
                 "its answer carries no kv_transfer_params to read the KV by",

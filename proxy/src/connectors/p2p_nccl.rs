@@ -29,8 +29,8 @@ impl Handoff for P2pNccl {
         None
     }
 
-    /// Returns the id by which P2P NCCL instances find each other. It ends in 32 random hex digits instead
-    /// of the client's id, which may hold characters that end an address.
+    /// Returns the id by which P2P NCCL instances find each other. The id ends with 32 random hex digits,
+    /// and not with the client's id, because the client's id may contain characters that end an address.
     fn address_id(&self, prefill: &KvAddress<'_>, decode: &KvAddress<'_>) -> Option<RequestId> {
         let (from, to) = (prefill.zmq?, decode.zmq?);
         Some(RequestId(format!(

@@ -1,5 +1,5 @@
-//! A sidecar at the decode engine: the sender pushes the KV to it, and the engine finds it by the request's
-//! id.
+//! A sidecar at the decode engine. The sender pushes the KV to the sidecar, and the engine finds the KV by
+//! the request's id.
 
 use protocol::RequestId;
 
@@ -63,7 +63,8 @@ impl Handoff for FirstToken {
     }
 
     fn decode_params(&self, id: &RequestId, prefilled: &Prefilled) -> Option<String> {
-        // The decode leg's prompt ends with the first token. The number says where the prompt itself ends.
+        // The decode leg's prompt ends with the first token. `tokens` is the length of the prompt without
+        // this token.
         let tokens = prefilled
             .prompt_tokens
             .filter(|_| prefilled.first.is_some());
@@ -105,7 +106,8 @@ impl Handoff for FromLmcache {
         Some(from_receiver(id, r#","written":true"#))
     }
 
-    /// Returns true: LMCache tells only the proxy that the KV is written, and each rank tells it by itself.
+    /// Returns true: LMCache tells only the proxy that the KV is written, and each rank sends its own
+    /// notice.
     fn needs_notices(&self) -> bool {
         true
     }

@@ -190,7 +190,7 @@ fn first_tokens() {
     let length = "length";
     check(json!({"text": "He", "finish_reason": length}), Some("He"));
     check(json!({"text": "", "finish_reason": "stop"}), Some(""));
-    // Half a character, and one that is held back until the other half is there.
+    // The engine gives half a character, or holds it back until it has the other half.
     check(json!({"text": "\u{fffd}", "finish_reason": length}), None);
     check(json!({"text": "", "finish_reason": length}), None);
     check(
@@ -204,7 +204,7 @@ fn first_tokens() {
     ] {
         check(json!({"message": message, "finish_reason": length}), None);
     }
-    // An engine that does not give token ids.
+    // This engine does not give token ids.
     let body = br#"{"choices": [{"text": "He", "finish_reason": "length"}], "kv_transfer_params": {"first_tok": 7}}"#;
     assert_eq!(read(first_token(), body).unwrap().first, None);
 }

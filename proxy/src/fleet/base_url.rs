@@ -13,7 +13,7 @@ use crate::fleet::zone;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
     text: String,
-    /// The URL in a form that `http::Uri` can carry; `None` if the host has no IPv6 zone and `text`
+    /// The URL in a form that `http::Uri` accepts; `None` if the host has no IPv6 zone, so that `text`
     /// itself can be used.
     carried: Option<String>,
 }
@@ -64,8 +64,8 @@ impl BaseUrl {
             || !is_host(authority.host())
             || authority.as_str().contains('@')
             || !has_port_if_any(authority)
-            // `Uri` drops a fragment silently. A fragment that stayed in the text would swallow the path
-            // that `join` adds.
+            // `Uri` drops a fragment silently. If the fragment stayed in the text, the path that `join`
+            // adds would become part of the fragment.
             || text.contains(['#', '?', '\\'])
         {
             return Err(refused());
@@ -87,10 +87,10 @@ impl BaseUrl {
     }
 
     /// Checks the address of an instance: scheme, host and port alone. A registration names the server
-    /// that the proxy calls; it must not choose the path of the call as well.
+    /// that the proxy calls, but must not choose the path of the call.
     ///
     /// # Errors
-    /// Those of [`BaseUrl::parse`], and a path.
+    /// [`BaseUrl::parse`] refuses the text, or the URL has a path.
     pub fn origin(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         match Self::parse(field, text) {
             Ok(url) if url.text.matches('/').count() == 2 => Ok(url),
@@ -105,7 +105,7 @@ impl BaseUrl {
     /// without a scheme are enough.
     ///
     /// # Errors
-    /// Those of [`BaseUrl::origin`], and a host with neither scheme nor port.
+    /// [`BaseUrl::origin`] refuses the text, or the text is a host with neither scheme nor port.
     pub fn named(field: &'static str, text: &str) -> Result<Self, BadUrl> {
         let text = text.trim();
         if text.contains("://") {
@@ -122,7 +122,7 @@ impl BaseUrl {
         })
     }
 
-    /// Returns host and port as the URL has them.
+    /// Returns host and port as they are written in the URL.
     pub fn authority(&self) -> &str {
         let (_, rest) = self.text.split_once("://").unwrap_or_default();
         rest.split('/').next().unwrap_or_default()
@@ -145,7 +145,7 @@ impl BaseUrl {
         self.text.starts_with("https:")
     }
 
-    /// Returns the URL of `path`, which begins with a slash, in a form that `http::Uri` can carry.
+    /// Returns the URL of `path`, which begins with a slash, in a form that `http::Uri` accepts.
     pub fn join(&self, path: &str) -> String {
         let base = self.carried.as_ref().unwrap_or(&self.text);
         format!("{base}{path}")

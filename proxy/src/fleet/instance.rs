@@ -1,4 +1,4 @@
-//! An instance: one vLLM and its sidecar, if it has one, as the proxy knows it.
+//! An instance as the proxy knows it: one vLLM and, if there is one, its sidecar.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ pub struct Instance {
     /// The sidecar's admin server; `None` without a sidecar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin: Option<BaseUrl>,
-    /// P2P NCCL: the ZeroMQ address (`ip:port`) that request ids carry; `None` for other connectors.
+    /// P2P NCCL: the ZeroMQ address (`ip:port`) that request ids contain; `None` for other connectors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zmq: Option<String>,
     /// Host at which senders reach `init_ports` and `alloc_ports`.
@@ -45,9 +45,9 @@ pub struct Instance {
     pub alloc_ports: Vec<u16>,
     /// Number of slots in the receive buffer; 0 if not known.
     pub slots: u32,
-    /// Number of free slots, as the last heartbeat gave it.
+    /// Number of free slots at the last heartbeat.
     pub free_slots: u32,
-    /// Tokens of decode requests that are parked at the instance, as the last heartbeat gave them.
+    /// Number of tokens of the decode requests that were parked at the instance at the last heartbeat.
     pub parked_tokens: u64,
     /// The KV description that the sidecar gave; the default without a sidecar.
     #[serde(flatten)]
@@ -57,7 +57,7 @@ pub struct Instance {
     /// Requests in flight and failures, as this proxy counts them.
     #[serde(skip)]
     pub load: Arc<Load>,
-    /// Readiness, as the last answer to a call-back gave it.
+    /// Readiness according to the last answer to a call-back.
     pub standing: Standing,
 }
 

@@ -5,7 +5,8 @@ use protocol::{Layout, VERSION};
 use serde::{Deserialize, Serialize};
 
 /// The description that a sidecar gives of itself and of its engine's KV. All properties except the release
-/// decide whether two instances can be a pair. A property that an instance does not give excludes no pair.
+/// decide whether two instances can be a pair. A property that an instance does not give never prevents a
+/// pair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kv {
     /// Version of the protocol; 0 if not given.
@@ -37,8 +38,8 @@ impl Kv {
         }
     }
 
-    /// Returns true if no known property prevents KV from going from an instance with this description
-    /// to a decode instance with the description `decode`.
+    /// Returns true if no known property prevents a transfer from an instance with this description to a
+    /// decode instance with the description `decode`.
     pub fn fits(&self, decode: &Self) -> bool {
         self.unmoved.is_empty()
             && decode.unmoved.is_empty()
@@ -97,9 +98,9 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// Most characters of an engine's reason that `/instances` and logs show.
+/// Maximum number of characters of an engine's reason that `/instances` and logs show.
 const MAX_REASON_CHARS: usize = 500;
-/// Most characters of a release that `/instances` shows.
+/// Maximum number of characters of a release that `/instances` shows.
 const MAX_RELEASE_CHARS: usize = 64;
 
 const _: () = assert!(VERSION > 0, "0 stands for a version that is not said");

@@ -12,7 +12,7 @@ pub struct Load {
     tokens: AtomicU64,
     /// Number of legs in flight.
     legs: AtomicU32,
-    /// Legs that failed in a row, since the last success.
+    /// Number of legs that failed since the last success.
     failures: AtomicU32,
     /// End of the pause in which the instance gets no requests, in microseconds since `born`; 0 without
     /// a pause.
@@ -21,8 +21,8 @@ pub struct Load {
     is_stalled: AtomicBool,
     /// Time at which a leg last brought data, in microseconds since `born`; 0 if no leg has.
     heard: AtomicU64,
-    /// Time of the first `/health` failure in a row, in microseconds since `born`; 0 if `/health` is
-    /// well.
+    /// Time of the first `/health` failure since the last success of `/health`, in microseconds since
+    /// `born`; 0 if there is none.
     sick: AtomicU64,
     /// Time from which the fields in microseconds count.
     born: Instant,
@@ -61,13 +61,13 @@ pub struct Done {
 pub struct Breaker {
     /// Failures in a row that open the breaker.
     pub failures: u32,
-    /// Length of the pause after them. After the pause one request probes the instance.
+    /// Time for which the breaker then stays open. After this pause one request probes the instance.
     pub pause: Duration,
-    /// Longest time for which a probing request shows no sign of work before it counts as stalled.
+    /// Time without a sign of work after which a probing request counts as stalled.
     pub stall: Duration,
 }
 
-/// One leg's share of a load. Dropping the guard takes the share back.
+/// One leg's part of an instance's load. Dropping the guard subtracts the part again.
 #[derive(Debug)]
 pub struct LoadGuard {
     load: Arc<Load>,
@@ -121,7 +121,7 @@ impl Load {
         }
     }
 
-    /// Records that a leg was answered `after` its start, and closes the breaker.
+    /// Records that a leg got its answer this long `after` its start, and closes the breaker.
     pub fn succeeded(&self, after: Duration) {
         let us = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
         self.answered.fetch_add(1, Ordering::Relaxed);
@@ -150,8 +150,8 @@ impl Load {
             self.sick.store(0, Ordering::Relaxed);
             return;
         }
-        // Only the first failure in a row sets the time. Two failures at once may race: their times are
-        // equal enough.
+        // Only the first failure in a row sets the time. Two concurrent failures may both set it; their
+        // times are almost equal.
         let first = self.sick.load(Ordering::Relaxed) == 0;
         if first {
             self.sick.store(self.since_born(now), Ordering::Relaxed);
@@ -199,7 +199,7 @@ impl Load {
 
     /// Opens the breaker: no request goes to the instance until the pause ends.
     fn open(&self, now: Instant, breaker: Breaker) {
-        // While one request probes a stalled instance, no other request may follow it there and stall
+        // While one request probes a stalled instance, no other request may go there: it would stall,
         // too.
         let pause = if self.is_stalled.load(Ordering::Relaxed) {
             breaker.pause.max(breaker.stall)
@@ -213,13 +213,13 @@ impl Load {
     /// Returns the microseconds from `born` to `at`.
     fn since_born(&self, at: Instant) -> u64 {
         let since = at.saturating_duration_since(self.born);
-        // The first microsecond counts as one, so that 0 means "never".
+        // The result is at least 1, because 0 means "never".
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX).max(1)
     }
 }
 
 impl LoadGuard {
-    /// Returns the load that this share is part of.
+    /// Returns the load that contains the leg's part.
     pub fn load(&self) -> &Load {
         &self.load
     }

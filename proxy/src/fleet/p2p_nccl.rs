@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::connectors::Connector;
 use crate::fleet::instance::{Instance, Named, Source, Unusable};
 
-/// The message by which an instance says that it lives. The instance repeats it every three seconds.
+/// The message by which an instance registers. The instance repeats the message every three seconds.
 #[derive(Debug, Deserialize)]
 struct Hello {
     #[serde(rename = "type")]
@@ -59,7 +59,7 @@ pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
 /// Lease of an instance. It expires after three missed messages.
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
 
-/// The longest message in bytes: it carries three short strings.
+/// The longest message in bytes: it contains three short strings.
 const MAX_BYTES: usize = 4096;
 
 #[cfg(test)]

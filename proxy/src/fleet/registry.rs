@@ -9,11 +9,11 @@
 //!        id or epoch               (absent)             took its place     (absent)
 //! ```
 //!
-//! A candidate never gets requests. It replaces a member only after its admin address has confirmed it,
-//! so a stale or forged registration with a member's name changes nothing. A member gets requests while
-//! its last answer said `ready` and is younger than 15 s.
+//! A candidate never gets requests. It replaces a member only after its admin address has confirmed it, so
+//! a stale or forged registration with a member's name changes nothing. A member gets requests only if its
+//! last answer said `ready` and is less than 15 s old.
 //!
-//! The registry does no IO and reads no clock: the caller passes `now` and makes the calls that
+//! The registry does no IO and reads no clock: the caller passes `now` and makes the call-backs that
 //! [`Registry::due`] returns.
 
 use std::collections::BTreeMap;
@@ -36,9 +36,9 @@ use lease::{Lease, holds_epoch, take_epoch};
 /// All registrations, by id.
 #[derive(Debug)]
 pub(crate) struct Registry {
-    /// Both registrations of each id.
+    /// The registrations of each id: the member and the candidate.
     entries: BTreeMap<String, Entry>,
-    /// Most ids; further ones are refused.
+    /// Maximum number of ids; the registry refuses further ids.
     max_instances: usize,
     /// Time between two call-backs of an instance that answers.
     call_back_every: Duration,
@@ -52,9 +52,9 @@ pub(crate) struct Registry {
 struct Entry {
     member: Option<Lease>,
     candidate: Option<Lease>,
-    /// Epoch of the member that a candidate replaced last. A process that is gone does not come back
-    /// with its epoch: a confirmed candidate with this epoch proves that two live sidecars have the same
-    /// id.
+    /// Epoch of the member that a candidate replaced last. A process that has ended does not come back
+    /// with its epoch. So a confirmed candidate with this epoch proves that two live sidecars have the
+    /// same id.
     replaced: Option<u64>,
     /// Text of the dispute while two live sidecars have this id; neither gets requests. `None` without a
     /// dispute.
@@ -113,8 +113,8 @@ impl Registry {
         self.enter(now, fresh, lease, message.ready)
     }
 
-    /// Takes an instance without a sidecar. It stays for `lease` unless the next registration renews it,
-    /// or, without a lease, until it is removed.
+    /// Takes an instance without a sidecar. The instance stays for `lease` after its last registration.
+    /// Without a lease, it stays until it is removed.
     ///
     /// # Errors
     /// The reason for the refusal; the registry is unchanged.
@@ -135,7 +135,8 @@ impl Registry {
         expires: Option<Instant>,
         said_ready: bool,
     ) -> Result<Registered, Refused> {
-        // Only a new id needs room: heartbeats of known instances pass even when the registry is full.
+        // Only a new id needs room: the registry accepts heartbeats of known instances even when it is
+        // full.
         let full = self.entries.len() >= self.max_instances;
         if full && !self.entries.contains_key(&fresh.id) {
             return Err(Refused::Full(self.entries.len()));
@@ -160,7 +161,7 @@ impl Registry {
             });
             return Ok(Registered::New);
         };
-        // Otherwise a forged heartbeat could redirect the requests of a confirmed instance.
+        // Without this check, a forged heartbeat could redirect the requests of a confirmed instance.
         if !known.instance.same_place(&fresh) {
             return Err(Refused::Changed);
         }
@@ -228,7 +229,8 @@ impl Registry {
         gone
     }
 
-    /// Returns the call-backs that are due. Each is in flight until [`Registry::called_back`].
+    /// Returns the call-backs that are due. Each counts as in flight until [`Registry::called_back`] gets
+    /// its result.
     pub(crate) fn due(&mut self, now: Instant) -> Vec<CallBack> {
         let mut calls = Vec::new();
         let Self {
@@ -258,8 +260,8 @@ impl Registry {
     pub(crate) fn suspect(&mut self, now: Instant, id: &str) {
         let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
         if let Some(member) = member {
-            // The call-back is made even right after an answer, which may be from just before the engine
-            // died.
+            // Even a very recent answer does not make the call-back unnecessary: the engine may have died
+            // after this answer.
             let soon = member.answered.map_or(now, |at| now.max(at + RETRY_AFTER));
             member.call_at = member.call_at.min(soon);
         }
@@ -297,7 +299,7 @@ impl Registry {
             self.tidy(now);
             return gone;
         }
-        // A confirmed candidate takes the member's place, unless the two would replace each other forever.
+        // A confirmed candidate replaces the member, unless the two would replace each other forever.
         if is_candidate && entry.dispute.is_none() && matches!(answer, Answer::Confirmed { .. }) {
             if entry.replaced == Some(epoch) && entry.member.is_some() {
                 self.disputes.extend(entry.open_dispute());
@@ -324,8 +326,8 @@ impl Registry {
                 } else if ready {
                     Standing::Ready
                 } else {
-                    // The proxy asks a sidecar that is not ready more often: until the next answer it
-                    // gets no requests.
+                    // The proxy calls back more often while a sidecar is not ready, because the sidecar
+                    // gets no requests before its next answer.
                     lease.call_at = now + RETRY_AFTER.min(every);
                     Standing::NotReady(reason)
                 };
@@ -347,7 +349,8 @@ impl Registry {
                     .answered
                     .filter(|_| lease.instance.is_ready())
                     .map(|at| at + ANSWER_VALID);
-                // A call-back over the limit waits for another call-back to end, not for a time.
+                // A call-back beyond the limit has no deadline here: it begins when another call-back
+                // ends.
                 let may_call = !lease.calling && self.budget.has_place(lease);
                 let call = may_call.then_some(lease.call_at);
                 [lease.expires, stale, call].into_iter().flatten()
@@ -370,7 +373,7 @@ impl Registry {
         std::mem::take(&mut self.disputes)
     }
 
-    /// Removes ids without registrations, and ends disputes that one side has left.
+    /// Removes ids without registrations, and ends disputes in which one of the two sidecars has gone.
     fn tidy(&mut self, now: Instant) {
         self.entries
             .retain(|_, entry| entry.member.is_some() || entry.candidate.is_some());
@@ -401,8 +404,8 @@ impl Entry {
         Some(dispute)
     }
 
-    /// Ends a dispute after one side has gone. A call-back to the other side is due at once, and it gets
-    /// requests again if it answers.
+    /// Ends a dispute after one of the two sidecars has gone. A call-back to the other sidecar is due at
+    /// once. If that sidecar answers, it gets requests again.
     fn settle(&mut self, now: Instant) {
         if self.dispute.is_some() && (self.member.is_none() || self.candidate.is_none()) {
             self.dispute = None;
@@ -417,10 +420,10 @@ impl Entry {
     }
 }
 
-/// Time until the next call-back after one without an answer, or with the answer "not ready".
+/// Time until the next call-back if the last one got no answer, or the answer "not ready".
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Time for which an answer `ready` is valid. A sidecar, for its part, is not ready if its last
-/// acknowledgement is older than that.
+/// Time for which an answer `ready` is valid. A sidecar uses the same time: it is not ready if its last
+/// acknowledgement is older.
 pub(crate) const ANSWER_VALID: Duration = Duration::from_secs(15);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Instances that flags, a file or the environment name.
+//! Instances that are named by flags, by a file or by the environment.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -206,8 +206,8 @@ impl Sources {
     }
 }
 
-/// Reads a line `NAME=a,b`, which may have `export` in front, quotes around the value and a comment
-/// behind it. Returns `None` for any other line.
+/// Reads a line `NAME=a,b`, which may have `export` in front, quotes around the value and a comment after it.
+/// Returns `None` for any other line.
 fn assignment(line: &str) -> Option<(String, Vec<String>)> {
     let line = line.trim();
     let line = line.strip_prefix("export ").unwrap_or(line);

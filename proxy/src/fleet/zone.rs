@@ -1,8 +1,8 @@
 //! IPv6 addresses with a zone, such as `fe80::1%eth0`: a link-local address is complete only with the interface.
 //!
-//! `http::Uri` cannot carry a zone. Inside an URL the proxy therefore replaces the address and its zone
-//! by a host name that no DNS server knows, `fe80--1.eth0.zone.invalid`. [`Resolver`] turns the name
-//! back into the address.
+//! `http::Uri` does not accept a zone. Inside an URL the proxy therefore replaces the address and its zone by
+//! a host name that no DNS server knows, `fe80--1.eth0.zone.invalid`. [`Resolver`] turns the name back into
+//! the address.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -33,7 +33,7 @@ pub(crate) fn of(name: &str) -> Option<(Ipv6Addr, &str)> {
     Some((address.replace('-', ":").parse().ok()?, zone))
 }
 
-/// Returns an URL with a zone as `http::Uri` can carry it; `None` if its host has no zone.
+/// Returns an URL with a zone in a form that `http::Uri` accepts; `None` if the URL's host has no zone.
 pub(crate) fn carried(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://[")?;
     let (host, rest) = rest.split_once(']')?;

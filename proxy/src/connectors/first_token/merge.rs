@@ -18,9 +18,9 @@ pub(crate) struct Merger {
     model: Value,
     created: u64,
     first: FirstToken,
-    /// The beginning of an event whose end has not come. The relay of the answer limits its length.
+    /// The beginning of an incomplete event. The code that forwards the answer limits its length.
     partial: Vec<u8>,
-    /// Number of bytes of `partial` that hold no end of an event.
+    /// Number of bytes at the beginning of `partial` that were searched and contain no end of an event.
     searched: usize,
 }
 
@@ -146,7 +146,7 @@ impl Merger {
     fn converted(&self, out: &mut Vec<u8>, event: &[u8]) {
         let data = event.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
         let parsed = data.and_then(|data| serde_json::from_slice::<Value>(data).ok());
-        // `[DONE]`, comments and errors pass unchanged.
+        // `[DONE]`, comments and errors are passed on unchanged.
         let Some(mut answer) = parsed.filter(|answer| answer["choices"].is_array()) else {
             out.extend_from_slice(event);
             return;

@@ -49,7 +49,7 @@ pub(crate) fn respond(
     with_headers(Body::new(body), EVENTS, id)
 }
 
-/// Returns the whole answer of a request whose first token is the last one.
+/// Returns the whole answer of a request whose first token is also its last one.
 pub(crate) fn only(
     merger: &Merger,
     streams: bool,
@@ -81,7 +81,8 @@ impl http_body::Body for FirstTokenBody {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
         loop {
-            // `Over` stands in while a stage is processed: a stage that is not put back has ended.
+            // The stage is `Over` while the loop processes the old one. If the loop does not set a new
+            // stage, the stream has ended.
             match std::mem::replace(&mut this.stage, Stage::Over) {
                 // The client gets the first token before the decode leg is polled for the first time.
                 Stage::Head(rest) => {
@@ -114,7 +115,8 @@ impl http_body::Body for FirstTokenBody {
                     let Some(chunk) = frame.data_ref() else {
                         continue;
                     };
-                    // A chunk without the end of an event gives no bytes: the loop polls for the next.
+                    // A chunk that completes no event gives no bytes, so the loop polls for the next
+                    // chunk.
                     let converted = this.merger.chunk(chunk);
                     if !converted.is_empty() {
                         return Poll::Ready(Some(Ok(Frame::data(converted))));
@@ -144,7 +146,7 @@ impl http_body::Body for FirstTokenBody {
     }
 }
 
-/// Most bytes of an error that are passed on.
+/// Maximum number of bytes of an error that are passed on.
 const MAX_ERROR_BYTES: usize = 1024 * 1024;
 
 const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");

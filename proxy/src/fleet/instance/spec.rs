@@ -1,5 +1,5 @@
-//! Checks of the descriptions from which the proxy learns an instance: registrations, flags, files,
-//! `POST /instances` and the shared registry.
+//! Checks the descriptions of instances, which come from registrations, flags, files, `POST /instances`
+//! and the shared registry.
 
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -147,7 +147,7 @@ impl Instance {
         })
     }
 
-    /// Checks an instance that another proxy has written.
+    /// Checks an instance that another proxy has written into the shared registry.
     ///
     /// # Errors
     /// The first field that cannot be used.
@@ -243,8 +243,8 @@ fn check_receiver(
     Ok(())
 }
 
-/// Returns true for `host:port` as P2P NCCL's request ids carry it. Any other character could end an
-/// address early inside a request id, so that an engine would connect to a wrong host.
+/// Returns true for `host:port` in the form that P2P NCCL's request ids contain. Any other character could
+/// end an address early inside a request id, so that an engine would connect to a wrong host.
 fn is_host_port(text: &str) -> bool {
     let Some((host, port)) = text.rsplit_once(':') else {
         return false;
@@ -258,9 +258,9 @@ fn is_host_port(text: &str) -> bool {
     is_host && host.len() <= MAX_HOST_BYTES && port.parse::<u16>().is_ok_and(|port| port != 0)
 }
 
-/// The longest id in bytes: ids are metric labels and words in log lines.
+/// The longest id in bytes: ids appear in metric labels and in log lines.
 const MAX_ID_BYTES: usize = 128;
 /// The longest host name in bytes, as in DNS.
 const MAX_HOST_BYTES: usize = 253;
-/// Most ranks of an instance: the largest tensor-parallel size in use is 16.
+/// Maximum number of ranks of an instance: the largest tensor-parallel size in use is 16.
 const MAX_RANKS: usize = 64;

@@ -53,7 +53,7 @@ impl Written {
         }
     }
 
-    /// Returns the instance, checked like one that registers.
+    /// Checks the description as a registration is checked, and returns the instance.
     ///
     /// # Errors
     /// The first field that cannot be used.

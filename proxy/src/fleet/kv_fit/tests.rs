@@ -1,6 +1,6 @@
 use super::*;
 
-/// Returns the KV description of an engine with so many layers.
+/// Returns the KV description of an engine with this many layers.
 pub(crate) fn kv(layers: u32) -> Kv {
     Kv {
         version: 1,

@@ -1,18 +1,18 @@
-//! The limit on call-backs. Without it, a peer that registers foreign addresses as fast as it likes
-//! could make the proxy flood their hosts.
+//! The limit on call-backs. Without the limit, a peer could register many foreign addresses, and the
+//! proxy would flood their hosts with call-backs.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::lease::Lease;
 
-/// Call-backs in flight, and the rate at which the registrations of an id may prompt more.
+/// Call-backs in flight, and the rate at which the registrations of an id may cause more.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
     /// Call-backs in flight to instances that have never answered.
     under_way: Vec<Call>,
-    /// For each id, the time at which its whole burst is available again. An absent id has the whole
-    /// burst.
+    /// For each id, the time from which it may again cause a whole burst of call-backs. An absent id
+    /// may do so now.
     names: BTreeMap<String, Instant>,
 }
 
@@ -25,7 +25,7 @@ struct Call {
 }
 
 impl Budget {
-    /// Returns the earliest time of a call-back that a registration of this id prompts.
+    /// Returns the earliest time at which a registration of this id may cause a call-back.
     pub(super) fn prompted(&mut self, now: Instant, id: &str) -> Instant {
         self.names.retain(|_, full_at| *full_at > now);
         let full_at = self.names.get(id).copied().unwrap_or(now).max(now);
@@ -39,9 +39,9 @@ impl Budget {
             .map_or(now, |at| at.max(now))
     }
 
-    /// Returns true if the call-back of this registration may begin. An instance that has answered
-    /// before always may: a flood of registrations that name its host must not make it miss its
-    /// call-backs.
+    /// Returns true if the call-back of this registration may begin. If the instance has answered
+    /// before, its call-back may always begin. Otherwise a flood of registrations that name the
+    /// instance's host would stop its call-backs.
     pub(super) fn has_place(&self, lease: &Lease) -> bool {
         let of_name = |call: &&Call| call.id == lease.instance.id;
         !lease.is_unproven()
@@ -72,13 +72,13 @@ impl Budget {
     }
 }
 
-/// Call-backs in flight per id: one for the member and one for its candidate.
+/// Maximum number of call-backs in flight per id: one for the member and one for its candidate.
 const PER_NAME: usize = 2;
-/// Call-backs in flight per host: eight GPUs with one engine each, of two deployments. Each call-back
-/// ends within 4 s.
+/// Maximum number of call-backs in flight per host: enough for two deployments of eight GPUs with one
+/// engine each. Each call-back ends within 4 s.
 const PER_HOST: usize = 16;
-/// Call-backs that the registrations of an id prompt at once: one restart and a few changes of
-/// readiness.
+/// Number of call-backs that the registrations of an id may cause at once: enough for one restart and a
+/// few changes of readiness.
 const BURST: u32 = 4;
 /// Time between two call-backs beyond the burst.
 const EVERY: Duration = Duration::from_secs(1);

@@ -24,7 +24,7 @@ pub enum Answer {
         /// The reason if it is not ready; empty if it is.
         reason: String,
     },
-    /// Another id or epoch answers at this address.
+    /// The answer comes from another instance: its id or epoch differs.
     Stranger,
     /// There was no usable answer in time; the text says why.
     Silent(String),

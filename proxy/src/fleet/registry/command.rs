@@ -1,4 +1,4 @@
-//! Commands of other tasks to the task that owns the registry.
+//! Commands from other tasks to the task that owns the registry.
 
 use tokio::sync::oneshot;
 

@@ -16,7 +16,7 @@ pub(super) struct Lease {
     pub(super) call_at: Instant,
     /// True while a call-back is in flight.
     pub(super) calling: bool,
-    /// Readiness that the sidecar gave in its last `Register`. A change prompts a call-back at once.
+    /// Readiness that the sidecar gave in its last `Register`. A change causes a call-back at once.
     pub(super) said_ready: bool,
     /// Time of the last answer with this id and epoch; `None` before the first one.
     pub(super) answered: Option<Instant>,
@@ -58,14 +58,15 @@ pub(super) fn take_epoch(place: &mut Option<Lease>, epoch: u64) -> Option<Lease>
     }
 }
 
-/// Returns the length of the lease: three times the announced period. The period is limited, because 0
-/// would expire at once and a period of an hour would keep a dead instance for hours.
+/// Returns the length of the lease: three times the announced period. The period is limited: with a
+/// period of 0 the lease would expire at once, and with a period of an hour a dead instance would stay
+/// for hours.
 pub(super) fn announced(message: &Register) -> Duration {
     let period = Duration::from_millis(u64::from(message.period_ms));
     period.clamp(SHORTEST_PERIOD, LONGEST_PERIOD) * MISSED_PERIODS
 }
 
-/// Missed heartbeats after which an instance counts as gone, as the registration message promises.
+/// Number of missed heartbeats after which an instance counts as gone. The protocol fixes this number.
 const MISSED_PERIODS: u32 = 3;
 /// The shortest period: a shorter one counts as this one.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(100);

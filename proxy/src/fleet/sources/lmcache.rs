@@ -9,9 +9,10 @@ use crate::connectors::Connector;
 use crate::fleet::instance::Named;
 
 impl Sources {
-    /// Returns the instances that the flags name, paired as LMCache's example proxy pairs hosts and
-    /// ports: one host, one port and a count make consecutive ports; one host goes with all ports, or
-    /// one port with all hosts; equally many of both go one to one.
+    /// Returns the instances that the flags name. Hosts and ports are combined as in LMCache's example
+    /// proxy. With a count, the one host gets consecutive ports from the one port on. A single host is
+    /// combined with each port, and a single port with each host. Otherwise the n-th host gets the n-th
+    /// port.
     pub(super) fn lmcache(&self) -> Result<Vec<Named>, String> {
         let mut all = Vec::new();
         let prefillers = pairs(

@@ -31,7 +31,7 @@ fn streams() {
     ] {
         let mut merger = merger(endpoint);
         let mut out = merger.head().to_vec();
-        // However it is cut.
+        // The stream may be cut anywhere.
         for piece in given.as_bytes().chunks(7) {
             out.extend_from_slice(&merger.chunk(piece));
         }
@@ -86,7 +86,8 @@ fn whole_answers() {
 
 #[test]
 fn a_long_event_is_searched_once() {
-    // Searched from its start at each piece, this took half a minute, in which nothing else was served.
+    // If each piece starts the search from the event's beginning, this takes half a minute, and the
+    // proxy serves nothing else in this time.
     let mut merger = merger(Endpoint::Completions);
     let begun = std::time::Instant::now();
     for _ in 0..8192 {
