@@ -74,8 +74,8 @@ impl Addresses {
         moved(self.registration, self.proxy_host, self.proxy_port)
     }
 
-    /// Returns every problem that the addresses have together, so that a user can correct all of them in one
-    /// go. Empty if there is none.
+    /// Returns all problems of the addresses, so that a user can correct all of them at once. Empty if there
+    /// is none.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let (listen, registration) = (self.listen(), self.registration());
@@ -137,8 +137,8 @@ fn host(text: &str) -> Result<IpAddr, String> {
         .ip())
 }
 
-/// Returns a name's first IPv4 address, or its first address if none is IPv4. Other programs connect to the
-/// IPv4 address under that name.
+/// Returns a name's first IPv4 address, or its first address if none is IPv4. Other programs use the IPv4
+/// address when they connect to the name.
 fn first(found: Option<impl Iterator<Item = SocketAddr>>) -> Option<SocketAddr> {
     let all: Vec<_> = found?.collect();
     all.iter()

@@ -18,8 +18,8 @@ pub(crate) struct Announcer {
     registration: SocketAddr,
 }
 
-/// Reads which metadata server a `mooncake.json` names. Returns `None` if the sidecars with this file use
-/// none.
+/// Returns the metadata server that a `mooncake.json` names; `None` if sidecars with this file use no
+/// metadata server.
 ///
 /// # Errors
 /// The file cannot be read, is not JSON, or names no usable metadata server.
@@ -34,7 +34,7 @@ pub(crate) fn metadata(file: &Path) -> Result<Option<Metadata>, String> {
 }
 
 impl Announcer {
-    /// Returns the task of a proxy whose registration port has the address `registration`.
+    /// Creates the task for a proxy whose registration port has the address `registration`.
     pub(crate) fn new(metadata: Metadata, registration: SocketAddr) -> Self {
         Self {
             store: Store::new(metadata.clone()),

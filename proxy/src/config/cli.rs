@@ -209,8 +209,8 @@ pub struct Config {
 impl Config {
     /// Reads the arguments and the environment of this process. Also returns a note for each variable that is
     /// ignored. Kubernetes describes each service of a namespace by variables like
-    /// `SERVICE_PORT=tcp://10.0.0.1:7500`, and the service's name may make such a variable look like one of a
-    /// flag.
+    /// `SERVICE_PORT=tcp://10.0.0.1:7500`, and with some service names such a variable looks like the
+    /// variable of a flag.
     ///
     /// # Errors
     /// A flag or variable is wrong, or the user has asked for help or the version.
@@ -230,7 +230,7 @@ impl Config {
         Ok((config, notes))
     }
 
-    /// Returns the limits at which an instance gets no more requests for a while.
+    /// Returns the settings of the circuit breaker.
     pub fn breaker(&self) -> Breaker {
         Breaker {
             failures: self.breaker_failures,
@@ -245,8 +245,8 @@ impl Config {
         self.max_upload_bytes.max(self.max_body_bytes)
     }
 
-    /// Returns every problem of the flags and of the files that they name, so that a user can correct all of
-    /// them in one go. Empty if there is none.
+    /// Returns all problems of the flags and of the files that they name, so that a user can correct all of
+    /// them at once. Empty if there is none.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.access.problems();
         problems.extend(self.sources.named().err().unwrap_or_default());

@@ -25,8 +25,8 @@ pub(crate) struct RouteRequest<'a> {
     pub is_unsplittable: bool,
     /// True if the request has a cache salt, which LMCache's keys do not contain.
     pub is_salted: bool,
-    /// True if the request asks for several sequences of its prompt, which only our connector knows to
-    /// fill from one copy of the KV.
+    /// True if the request asks for several sequences of its prompt. Only our connector can fill all of
+    /// them from one copy of the KV.
     pub has_many_sequences: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
@@ -40,7 +40,8 @@ pub(crate) struct RouteRequest<'a> {
     pub session: Option<u64>,
     /// Estimated length of the prompt in tokens.
     pub prompt_tokens: u64,
-    /// Tokens of the prompt that instances hold, by the instances' ids. An absent instance holds none.
+    /// Ids of instances, each with the number of the prompt's tokens that it holds. An absent instance
+    /// holds none.
     pub held: &'a [(String, u64)],
     /// Id of the decode instance that answered the previous turn of the conversation; `None` for a first
     /// turn.
@@ -56,7 +57,7 @@ pub(crate) struct RouteRequest<'a> {
 pub(crate) struct SideChoice {
     /// The policy by which the instance is chosen.
     pub policy: Policy,
-    /// Number of requests so far, which gives the turn among equals.
+    /// Number of requests so far. It decides which of several equal instances is next.
     pub turn: usize,
 }
 
@@ -74,9 +75,9 @@ pub(crate) struct Pair {
 /// The reason of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Decision {
-    /// Number of prefill instances to choose from.
+    /// Number of prefill instances that could be chosen.
     pub prefills: usize,
-    /// Number of decode instances to choose from.
+    /// Number of decode instances that could be chosen.
     pub decodes: usize,
     /// The policy that chose the prefill instance.
     pub prefill: Policy,
@@ -117,7 +118,7 @@ pub(crate) fn route(
         session: ask.session,
         prompt_tokens: ask.prompt_tokens,
     };
-    // In `ppd` and `auto`, the instance with the conversation goes first: it has the KV of the earlier
+    // In `ppd` and `auto`, the instance with the conversation is preferred: it has the KV of the earlier
     // turns.
     let holder = decodes
         .iter()
@@ -133,7 +134,7 @@ pub(crate) fn route(
         ask.fallback,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
-        // A reason in the request itself comes before reasons in the instances, so that metrics name it.
+        // If the request itself is the reason, metrics must name this reason and not one of the instances.
         (Some(fallback), _) => Err(fallback),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
         (None, _) if ask.is_unsplittable && decode.instance.connector.spec().needs_first_token => {
@@ -168,9 +169,9 @@ pub(crate) fn route(
     })
 }
 
-/// Returns the decode instances to choose from: those that are ready and have not failed this request.
-/// Among these, it prefers instances that do not keep failing, then instances with a prefill instance that
-/// can hand over to them.
+/// Returns the decode instances that can be chosen: they are ready and have not failed this request.
+/// Instances that do not keep failing are preferred, then instances to which a prefill instance can hand
+/// over.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -209,8 +210,8 @@ fn prefills<'a>(
     let mut ready = candidates(instances, loads, ask, |i| {
         i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
     });
-    // If all prefill instances keep failing, the decode instance computes the prompt instead of one more
-    // leg failing.
+    // If all prefill instances keep failing, the decode instance computes the prompt, because one more
+    // prefill leg would probably fail, too.
     ready.retain(|c| !c.load.is_open);
     ready
 }
@@ -234,7 +235,7 @@ fn candidates<'a>(
         .collect()
 }
 
-/// Returns true if the connectors can be a pair and the two are different instances.
+/// Returns true if the two are different instances whose connectors can be a pair.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
     let handoff = decode.connector.receives_from(prefill.connector);
     handoff.is_some() && prefill.id != decode.id
@@ -289,7 +290,7 @@ fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Inst
     Fallback::NoPrefill
 }
 
-/// Keeps the elements that have a property, or all if none has.
+/// Keeps the elements that have a property, or all elements if none has it.
 fn prefer<T>(all: &mut Vec<T>, has: impl Fn(&T) -> bool) {
     if all.iter().any(&has) {
         all.retain(has);

@@ -97,8 +97,8 @@ impl CurrentMode {
 impl Costs {
     /// Returns true if the decode instance alone is expected to finish sooner.
     ///
-    /// A prompt that is computed beside `legs` running requests delays each of them, which prefill
-    /// instances exist to avoid. Every four running requests therefore add the cost of local computing
+    /// A prompt that the decode instance computes delays each of its running requests. Prefill instances
+    /// exist to avoid this delay, so every four running requests add the cost of computing the prompt
     /// once more.
     pub(crate) fn local_is_cheaper(
         &self,
@@ -116,8 +116,8 @@ impl Costs {
 }
 
 impl Default for Measured {
-    /// Returns costs for the time before the first measurement: those of a large model on a large GPU,
-    /// and of a hand-over within a host.
+    /// Returns the costs until the first measurement: the prefill cost of a large model on a large GPU,
+    /// and the cost of a hand-over within a host.
     fn default() -> Self {
         Self {
             prefill: AtomicU64::new(50.0_f64.to_bits()),
@@ -150,9 +150,9 @@ impl Measured {
 }
 
 impl Measured {
-    /// Records that a request got no prefill leg because of these costs. Without a trial there is no
-    /// measurement: therefore the hand-over looks a little cheaper each time, until one request tries it
-    /// again.
+    /// Records that a request got no prefill leg because of these costs. Without a hand-over there is no
+    /// new measurement. Therefore the recorded cost of a hand-over falls a little each time, until a
+    /// request tries a hand-over again.
     pub(crate) fn stayed(&self) {
         let before = f64::from_bits(self.hand_over.load(Ordering::Relaxed));
         let after = before * (1.0 - FORGETTING);
@@ -164,19 +164,19 @@ fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// Moves an average an eighth of the way to `value`. Two requests at once may lose one step, which an
-/// average tolerates.
+/// Moves an average towards `value` by an eighth of the difference. If two requests do so at the same
+/// time, one of the two updates may be lost, which an average tolerates.
 fn learn(average: &AtomicU64, value: f64) {
     let before = f64::from_bits(average.load(Ordering::Relaxed));
     let after = before + (value - before) / 8.0;
     average.store(after.to_bits(), Ordering::Relaxed);
 }
 
-/// Share by which the hand-over's cost falls per request without a prefill leg. If the cost is twice the
-/// truth, a request tries a hand-over again after about 140 requests.
+/// Share by which the hand-over's cost falls per request without a prefill leg. If the recorded cost is
+/// twice the real cost, a request tries a hand-over again after about 140 requests.
 const FORGETTING: f64 = 0.005;
 
-/// Fewest tokens of a prompt that is counted.
+/// Minimum number of tokens of a prompt that is counted.
 const LEAST_TOKENS: u64 = 64;
 
 #[cfg(test)]

@@ -39,11 +39,11 @@ pub struct Candidate<'a> {
     pub held: u64,
 }
 
-/// The properties of a request on which a choice depends, beside the candidates.
+/// The properties of a request on which a choice depends, in addition to the candidates.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request {
-    /// Number of requests so far. It gives the instance in turn, also among equals of the other
-    /// policies.
+    /// Number of requests so far. It decides which instance is next with `RoundRobin`, and which of
+    /// several equal candidates with the other policies.
     pub turn: usize,
     /// Hash of the session; `None` if the request names none.
     pub session: Option<u64>,
@@ -69,7 +69,8 @@ impl Policy {
         match (self, request.session) {
             (Self::RoundRobin, _) => in_turn().next(),
             (Self::Session, Some(session)) => {
-                // Rendezvous hashing: if an instance goes, only its own sessions move.
+                // Rendezvous hashing: if an instance disappears, only its own sessions move to another
+                // one.
                 let weight =
                     |c: &Candidate<'_>| xxh3_64_with_seed(c.instance.id.as_bytes(), session);
                 in_turn().max_by_key(weight)

@@ -2,7 +2,8 @@
 //! routing decisions.
 //!
 //! Each entry is a guess. A wrong guess costs time and never correctness: an engine that holds less
-//! computes more. The size is bounded: the index forgets the entries that were not used for longest.
+//! computes more. The size is bounded: the index forgets the entries that have not been used for the
+//! longest time.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -47,10 +48,10 @@ pub(crate) struct Shown {
     pub idle_s: u64,
 }
 
-/// The knowledge about a request before it is routed.
+/// The result of looking up a request's prompt, which routing uses.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PrefixMatch {
-    /// Tokens of the prompt that instances hold, by the instances' ids.
+    /// Ids of instances, each with the number of the prompt's tokens that it holds.
     pub held: Vec<(String, u64)>,
     /// Key and state of the conversation; `None` for a first turn.
     pub conversation: Option<(u64, Conversation)>,
@@ -65,29 +66,29 @@ type End = (Box<[u8]>, u64);
 struct State {
     /// Ids of the instances that hold the prefix with this hash, oldest first.
     holders: Recent<u64, Vec<String>>,
-    /// Ends of conversations: the hash of the whole blocks leads to the texts after them.
+    /// Ends of conversations, by the hash of all whole blocks of the prompt.
     ends: Recent<u64, Vec<End>>,
     conversations: Recent<u64, Conversation>,
     /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
-    /// Number of turns so far, which keeps the keys of equal first turns apart.
+    /// Number of turns so far. It makes the keys of conversations with equal first turns different.
     clock: u64,
 }
 
-/// A map of at most twice `most` entries. It forgets entries that were not used while `most` others
-/// were.
+/// A map of at most twice `most` entries. It forgets an entry only after at least `most` other entries
+/// were used.
 #[derive(Debug)]
 struct Recent<K, V> {
     /// Entries that were used since the last change of generations; at most `most`.
     young: HashMap<K, V>,
-    /// Entries that were used last in the generation before; the next change drops them.
+    /// Entries whose last use was in the previous generation; the next change drops them.
     old: HashMap<K, V>,
-    /// Most entries of one generation.
+    /// Maximum number of entries of one generation.
     most: usize,
 }
 
 impl PrefixIndex {
-    /// Returns the knowledge about a prompt.
+    /// Looks up a prompt: its conversation, its length, and the instances that hold its beginning.
     pub(crate) fn recall(&self, prompt: &Prompt, session: Option<u64>) -> PrefixMatch {
         let mut state = self.lock();
         let tokens = state.tokens(prompt.text.len());
@@ -230,8 +231,9 @@ impl State {
         (bytes as f64 / self.bytes_per_token) as u64
     }
 
-    /// Returns the key of the conversation whose last prompt this prompt begins with. If there are
-    /// several, the longest prompt wins.
+    /// Returns the key of the conversation that this prompt continues: the prompt begins with the
+    /// conversation's last prompt. If there are several, the one with the longest last prompt is
+    /// returned.
     fn continued(&mut self, prompt: &Prompt) -> Option<u64> {
         for blocks in (0..prompt.chain.len()).rev() {
             let rest = prompt.after(blocks);
@@ -298,24 +300,24 @@ impl<K: Hash + Eq + Copy, V: Default> Recent<K, V> {
     }
 }
 
-/// Returns the lengths, in blocks, of the prefixes that are kept: every fourth, so that an entry stands
-/// for 256 bytes.
+/// Returns the lengths, in blocks, of the prefixes that are kept: every fourth, so that there is one
+/// entry per 256 bytes of a prompt.
 fn indexed(length: usize) -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
     (EVERY..length).step_by(EVERY)
 }
 
 /// Number of blocks between two prefixes that are kept.
 const EVERY: usize = 4;
-/// Most instances per prefix, and most conversations that end in the same block.
+/// Maximum number of instances per prefix, and of conversations that end in the same block.
 const MAX_HOLDERS: usize = 16;
-/// Half of the most prefixes. Twice this number, at 256 bytes each, covers 64 MiB of prompts and takes
-/// about 20 MiB.
+/// Half of the maximum number of prefixes. Twice this number, at 256 bytes each, covers 64 MiB of
+/// prompts and takes about 20 MiB.
 const MAX_PREFIXES: usize = 1 << 17;
-/// Half of the most conversations.
+/// Half of the maximum number of conversations.
 const MAX_CONVERSATIONS: usize = 1 << 14;
-/// Most conversations in one answer of `GET /conversations`.
+/// Maximum number of conversations in one answer of `GET /conversations`.
 const MAX_SHOWN: usize = 1000;
-/// Fewest tokens of a prompt that improves the estimate of a token's length.
+/// Minimum number of tokens of a prompt that improves the estimate of a token's length.
 const LEAST_TOKENS: u64 = 16;
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! Refusals that will repeat: requests whose prompt a prefill instance computes, but whose KV it does
-//! not hand over.
+//! Refusals that are expected to repeat: a prefill instance computes the prompt of a request, but does not
+//! hand the KV over.
 //!
 //! A prefill leg whose KV is not pushed computes the prompt for nothing. The engine's connector or the
 //! sender gives the reason. Some reasons hold for later requests, too: for all requests of a pair
 //! (`layout_mismatch`), for a model name (`lora`; `key_mismatch` between two instances), or for requests of
-//! the same kind (`prompt_logprobs`).
-//! The proxy remembers these reasons for a while and sends no such prefill leg meanwhile.
+//! the same kind (`prompt_logprobs`). The proxy remembers these reasons for a while. During this time it
+//! sends no prefill leg that would be refused again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,10 +51,10 @@ struct Entry {
     reason: String,
     /// Number of requests in a row that were refused for this reason.
     strikes: u32,
-    /// Id of the last of these requests, which counts once although both the engine and the sender
-    /// report it.
+    /// Id of the last of these requests. The engine and the sender may both report this request, but it
+    /// counts once.
     request: String,
-    /// End of the time for which the refusal holds; in the past if it does not hold.
+    /// Time until which the refusal holds; in the past if the refusal does not hold.
     until: Instant,
     /// True if the log has a warning about this refusal.
     is_logged: bool,
@@ -98,8 +98,8 @@ enum Reach {
     Pair,
     /// Requests that name this model, at this prefill instance.
     Model,
-    /// Requests that name this model, between these two instances. The weights of an adapter are in the
-    /// keys, so keys that differ for one model say nothing about the other models of the pair.
+    /// Requests that name this model, between these two instances. The keys depend on an adapter's weights,
+    /// so different keys for one model do not mean different keys for the pair's other models.
     PairAndModel,
     /// Requests of this shape, at this prefill instance.
     Kind,
@@ -155,7 +155,7 @@ impl Refusals {
                 .then(|| name(refused.decode)),
         };
         let mut entries = self.lock();
-        // Before the insertion, so that the number of entries never exceeds the limit.
+        // Make room before the insertion, so that the number of entries never exceeds the limit.
         make_room(&mut entries, now);
         let known = entries.entry(about.clone()).or_default();
         let entry = known
@@ -171,7 +171,7 @@ impl Refusals {
         if entry.strikes >= strikes {
             entry.until = now + time;
         }
-        // One warning per refusal: a refusal that is learned again later is only information.
+        // Log one warning per refusal. A refusal that is learned again later is logged as information.
         let is_first = is_learned && !entry.is_logged;
         entry.is_logged |= is_learned;
         self.count
@@ -279,8 +279,8 @@ fn is(name: &(String, u64), instance: &Instance) -> bool {
     name.0 == instance.id && name.1 == instance.epoch
 }
 
-/// Removes refusals until one more fits: first those that have ended, then those that would end next.
-/// Memory stays bounded.
+/// Removes refusals until there is room for one more: first expired refusals, then those that would expire
+/// next. This bounds the memory.
 fn make_room(entries: &mut HashMap<About, BTreeMap<Between, Entry>>, now: Instant) {
     if entries.values().map(BTreeMap::len).sum::<usize>() < MAX_ENTRIES {
         return;
@@ -317,10 +317,10 @@ fn reach(reason: &str) -> Option<Reach> {
 /// time for which it is then remembered.
 fn limits(reason: &str) -> (u32, Duration) {
     match reason {
-        // A network that fails for a moment must not switch off the pair.
+        // A network that fails for a moment must not stop the transfers of the pair.
         "no_link" => (3, BRIEFLY),
-        // One prompt can be rendered in two ways, for example if its template contains the time. A
-        // single client with such a prompt must not switch off the pair for all clients. Keys that never
+        // One prompt can be rendered in two ways, for example if its template contains the time. A single
+        // client with such a prompt must not stop the pair's transfers for all clients. Keys that never
         // match fail in every request.
         "key_mismatch" => (3, LONG),
         _ => (1, LONG),
@@ -348,14 +348,14 @@ fn cure(reason: &str) -> &'static str {
     }
 }
 
-/// Most refusals that are remembered, far above the need of any fleet.
+/// Maximum number of refusals that the proxy remembers. It is far above the need of any fleet.
 const MAX_ENTRIES: usize = 1024;
 /// Longest text of a model or kind in bytes. A refusal with a longer text is not remembered.
 const MAX_TEXT_BYTES: usize = 512;
-/// Time for which most reasons are remembered. It has an end, because an engine may be restarted with
-/// other options behind the same sidecar.
+/// Time for which most reasons are remembered. The time is limited, because an engine may be restarted with
+/// other options while its sidecar stays the same.
 const LONG: Duration = Duration::from_secs(300);
-/// Time for which a reason is remembered that may pass by itself.
+/// Time for which the proxy remembers a reason that may disappear by itself.
 const BRIEFLY: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

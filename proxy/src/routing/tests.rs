@@ -107,8 +107,8 @@ fn check(there: &str, ask: &RouteRequest<'_>, expect: &str) {
 fn only_equal_connectors_make_pairs() {
     check("p1 d1:l", &ask(), "no_prefill d1");
     check("p1 p2:l d1:l", &ask(), "p2 d1");
-    // A decode instance with a prefill instance that can hand over comes first, whichever instance is in
-    // turn.
+    // A decode instance with a prefill instance that can hand over is preferred, even when it is another
+    // instance's turn.
     check("d1:l p1 d2", &ask(), "p1 d2");
     let unsplittable = RouteRequest {
         is_unsplittable: true,
@@ -168,7 +168,7 @@ fn policies() {
         .collect();
     for (key, place) in (0..).zip(&places) {
         assert_eq!(chosen(there, &session(key)).as_ref(), Ok(place));
-        // Without the others, only their sessions move.
+        // If `d3` disappears, the sessions of `d2` stay.
         if place.ends_with("d2") {
             assert!(
                 chosen("p1 p2 d1 d2", &session(key))
@@ -198,7 +198,8 @@ fn modes() {
     check("p1 d1 d2", &mode(Mode::Ppd, Some("d2")), "later_turn d2");
     check("p1 d1 ~d2", &mode(Mode::Ppd, Some("d2")), "p1 d1");
     check("p1 d1 d2", &mode(Mode::Pd, Some("d2")), "p1 d1");
-    // 1000 tokens at 10 us here, and there with 5 ms for the hand-over: alone. With a queue too.
+    // 1000 tokens cost 10 ms in both places, and the hand-over costs another 5 ms, so the decode
+    // instance computes the prompt. It also does so if the prefill instance has a queue.
     check("p1 d1", &mode(Mode::Auto, None), "cheaper d1");
     check("p1/5000 d1", &mode(Mode::Auto, None), "cheaper d1");
     let held = |held| RouteRequest {

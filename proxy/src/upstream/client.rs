@@ -28,7 +28,7 @@ pub(crate) use answer::{Answer, LegError, LegFailure, PrefillEnd};
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     pool: Arc<Pool>,
-    /// Longest wait for the next bytes of an answer that is held back.
+    /// Longest wait for the next bytes of an answer that the proxy holds back.
     idle_timeout: Duration,
 }
 
@@ -46,8 +46,8 @@ impl Client {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
         connector.enforce_http(false);
-        // A host that has vanished closes no connection. Without keep-alive probes the proxy would wait
-        // for its answer as long as a good answer may take.
+        // A host that loses its power or network closes no connection. Without keep-alive probes, the
+        // proxy would wait for an answer until the deadline of the answer.
         connector.set_keepalive(Some(KEEPALIVE));
         connector.set_keepalive_interval(Some(KEEPALIVE));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
@@ -76,8 +76,8 @@ impl Client {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The status says that the prefill is done. `read` fails the hand-offs that need more of the
-            // answer than that.
+            // The status shows that the prefill is done. If the hand-off also needs the body, `read`
+            // returns an error.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
@@ -124,7 +124,7 @@ impl Client {
     /// noticing.
     ///
     /// # Errors
-    /// There was no answer, or one with a status for which another instance may have a better answer.
+    /// There was no answer, or its status says that another instance may have a better answer.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection, so that the engine aborts the request.
@@ -204,7 +204,7 @@ impl Client {
         .map_err(|_| LegError::Timeout(limit))?
     }
 
-    /// Reads a body that is not streamed to its end, up to [`MAX_HELD`].
+    /// Reads the body of an answer that is not streamed, up to [`MAX_HELD`] bytes.
     async fn hold(
         &self,
         head: response::Parts,
@@ -252,7 +252,7 @@ impl Client {
         })?;
         let status = answer.status();
         if status.is_redirection() {
-            // Engines do not redirect. The target of a redirect is a host that was not configured.
+            // Engines do not redirect. A redirect could lead to a host that was not configured.
             return Err(LegError::Died(format!("it answered {status}")));
         }
         Ok(answer)
@@ -320,22 +320,22 @@ fn shown(body: &Bytes) -> String {
         .collect()
 }
 
-/// Longest answer of a prefill leg in bytes. The answer of one token takes less than 1 KiB, and more
-/// with logprobs.
+/// Longest answer of a prefill leg in bytes. An answer with one token has less than 1 KiB, and more with
+/// logprobs.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 
 /// Longest short answer in bytes. A call-back's answer is one small object; a list of models with
 /// adapters can be longer.
 const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 
-/// Most bytes of an answer that is not streamed that the proxy holds back. If the engine dies meanwhile,
-/// another one can take over or the client gets an error.
+/// Maximum number of bytes that the proxy holds back of an answer that is not streamed. If the engine
+/// dies before the proxy forwards them, another engine can take over, or the client gets an error.
 const MAX_HELD: usize = 4 * 1024 * 1024;
 
-/// Time without data before the first keep-alive probe, and between probes. The connection to a host
-/// that does not answer ends after four times this.
+/// Time without data before the first keep-alive probe, and between probes. If the host does not answer,
+/// the connection ends after four times this time.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// Most characters of an engine's error that logs show.
+/// Maximum number of characters of an engine's error that logs show.
 const SHOWN_CHARS: usize = 300;

@@ -44,25 +44,25 @@ struct Idle {
     swept: Option<Instant>,
 }
 
-/// An idle connection, with the time since which it is idle.
+/// An idle connection, and the time at which it became idle.
 struct Waiting {
     link: Link,
     since: Instant,
 }
 
-/// A request that brought no answer.
+/// A request that got no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
     /// No connection could be opened: no server has seen the request.
     #[error("{0}")]
     Connect(String),
-    /// The connection ended, or the bytes that came are no answer.
+    /// The connection ended, or the received bytes are not an HTTP answer.
     #[error("{0}")]
     Lost(String),
 }
 
-/// The body of an answer. After its last byte the connection goes back to the pool. If it is dropped
-/// earlier, the connection closes, so that the engine aborts the request.
+/// The body of an answer. After its last byte the connection goes back to the pool. If the body is
+/// dropped earlier, the connection closes, so that the engine aborts the request.
 pub(crate) struct LinkBody {
     incoming: Incoming,
     /// `None` after the connection has gone back to the pool.
@@ -83,7 +83,7 @@ impl Pool {
     /// Sends a request and returns when the head of the answer has come.
     ///
     /// # Errors
-    /// No answer.
+    /// There was no answer.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection.
@@ -176,8 +176,8 @@ impl fmt::Debug for Pool {
 }
 
 impl Idle {
-    /// Closes connections that have been idle for too long, also those to engines that get no requests
-    /// any more. The call-backs return a connection every few seconds, so this runs regularly.
+    /// Closes connections that have been idle for too long, also connections to engines that get no
+    /// requests any more. The call-backs return a connection every few seconds, so this runs regularly.
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_some_and(|at| now.duration_since(at) < IDLE) {
             return;
@@ -233,7 +233,7 @@ impl fmt::Debug for LinkBody {
     }
 }
 
-/// Gives a request the form that a server expects: the path alone in the request line, and the host in a
+/// Gives a request the form that a server expects: only the path in the request line, and the host in a
 /// header.
 fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> {
     let path = uri.path_and_query().cloned();
@@ -284,9 +284,10 @@ pub(crate) fn with_cause(error: &dyn StdError) -> String {
     text
 }
 
-/// Longest time after which a lost connection still counts as closed before the request came. Such a
-/// failure shows within about a round trip; a later one means that the engine died for another reason,
-/// and the request is not repeated.
+/// If a connection closes within this time after a request was sent, the engine had probably closed it
+/// before the request came, so the proxy repeats the request. The proxy notices such a closed connection
+/// within about one round trip. If a connection closes later, there is another cause, such as an engine
+/// that died, and the proxy does not repeat the request.
 const JUST_CLOSED: Duration = Duration::from_secs(1);
 
 /// Longest idle time of a connection. vLLM's HTTP server closes idle connections after 5 s; a request on

@@ -141,8 +141,8 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     Ok(all)
 }
 
-/// Returns the flaw for which clients refuse a server's certificate, whichever roots they trust; `None`
-/// if the check finds none.
+/// Returns the flaw that makes every client refuse a server's certificate, whatever roots the client
+/// trusts; `None` if the check finds no flaw.
 fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     let (first, others) = chain.split_first()?;
     let mut roots = RootCertStore::empty();
@@ -174,7 +174,7 @@ fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     found.map(|(_, flaw)| *flaw)
 }
 
-/// Returns a text that names the content of a file without the wanted item, and the cure.
+/// Returns a text that names what a file contains instead of the expected item, and the cure.
 fn instead(path: &Path) -> &'static str {
     let bytes = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);

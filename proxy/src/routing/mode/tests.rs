@@ -44,14 +44,15 @@ fn what_is_measured_decides() {
         let costs = measured.costs();
         costs.local_is_cheaper(tokens, &busy, &candidate(&p))
     };
-    // With 50 us a token and twice that beside others, 20 ms of hand-over are worth 400 tokens.
+    // A token costs 50 us, and twice that on the busy decode instance. So a hand-over of 20 ms is worth
+    // its cost from 400 tokens on.
     assert!(stays(399) && !stays(401));
-    // A hand-over that takes 200 ms is worth more of them,
+    // A hand-over of 200 ms is worth its cost only from about 4000 tokens on.
     for _ in 0..64 {
         measured.handed_over(Duration::from_millis(200));
     }
     assert!(stays(3900) && !stays(4100));
-    // and computing that takes 1 ms a token fewer.
+    // If a token costs 1 ms, this number falls to about 200.
     for _ in 0..64 {
         measured.prefilled(1000, Duration::from_secs(1));
     }

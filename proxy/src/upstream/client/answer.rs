@@ -1,4 +1,4 @@
-//! The results of legs: an answer, or the reason for none.
+//! The results of legs: an answer, or the reason for which there is no answer.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::openai::headers::JSON;
 use crate::openai::sse;
 use crate::upstream::pool::LinkBody;
 
-/// An answer of an engine, from its first bytes on.
+/// An answer of an engine. At least its first bytes have come.
 #[derive(Debug)]
 pub(crate) struct Answer {
     /// Status and headers, as the engine sent them.
@@ -35,16 +35,16 @@ pub(crate) enum PrefillEnd {
     Failed(Fallback, String),
 }
 
-/// A leg that brought no answer.
+/// A leg that got no usable answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LegError {
     /// No connection could be opened in time: the engine has not seen the request.
     #[error("cannot connect: {0}")]
     Connect(String),
-    /// The connection ended before an answer.
+    /// The connection ended before the answer came.
     #[error("connection lost: {0}")]
     Died(String),
-    /// No answer in time.
+    /// The answer did not come in time.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
     /// The engine is too busy or is stopping; this is its answer.
@@ -171,8 +171,8 @@ impl LegError {
         }
     }
 
-    /// Returns true if another instance may do better. After a timeout there is no retry, because the
-    /// client's time is used up, too.
+    /// Returns true if a retry on another instance may succeed. After a timeout there is no retry,
+    /// because the client's time is used up, too.
     pub(crate) fn is_retryable(&self) -> bool {
         !matches!(self, Self::Timeout(_))
     }

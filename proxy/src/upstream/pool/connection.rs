@@ -48,7 +48,7 @@ impl Link {
         request: Request<Outgoing>,
     ) -> Result<(Response<Incoming>, Self), TrySendError<Request<Outgoing>>> {
         // The future is polled with a waker that wakes nothing. Without `unconstrained`, a used-up task
-        // budget would make it wait for a wake-up that never comes.
+        // budget would make the future wait for a wake-up that never comes.
         let mut answer = pin!(unconstrained(self.sender.try_send_request(request)));
         let answer =
             poll_fn(|cx| self.drive_until(cx, || answer.as_mut().poll(&mut no_waker()))).await?;
@@ -62,8 +62,8 @@ impl Link {
     }
 
     /// Drives the connection until `poll` is ready. `poll` and the first drive use a waker that wakes
-    /// nothing: data that passes between the two would wake the very task that runs. Only the last drive
-    /// registers the task's waker.
+    /// nothing: otherwise data that passes between the two would wake the task that is already running.
+    /// Only the last drive registers the task's waker.
     pub(super) fn drive_until<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -77,8 +77,8 @@ impl Link {
         poll()
     }
 
-    /// Reads and writes as much as is possible without waiting. The task that waits for an answer learns
-    /// from the answer how a connection has ended.
+    /// Reads and writes as much as is possible without waiting. Ignores an error of the connection,
+    /// because the task that waits for the answer gets this error in place of the answer.
     fn drive(&mut self, cx: &mut Context<'_>) {
         if let Some(wire) = &mut self.wire
             && Pin::new(wire).poll(cx).is_ready()
