@@ -1,15 +1,15 @@
 //! The hand-over of KV from a prefill to a decode instance. Each connector has its own file and implements
 //! one trait. In this table, `file` is the decode instance's connector, and `from` is the prefill instance's.
-//! The last two columns describe the transfer parameters of the legs.
+//! The last two columns list what the legs contain for the transfer.
 //!
 //! | file | from | prefill leg | decode leg |
 //! |---|---|---|---|
 //! | `sidecar` | sidecar | the receiver's address | the request's id |
-//! | `sidecar`, first token | sidecar | the same; the answer's token ids and first token are wanted | token ids, with the first token, and the id |
-//! | `sidecar` | LMCache | the receiver's address | the request's id; the KV is written |
-//! | `lmcache` | LMCache, sidecar | the receiver's address; the first token is wanted | token ids, with the first token |
-//! | `nixl` | nixl | a decode instance follows | the parameters of the prefill answer |
-//! | `p2p_nccl` | P2P NCCL | nothing: the request id contains both addresses | nothing |
+//! | `sidecar`, first token | sidecar | the same, and a request for the first token and the prompt's token ids | the request's id, and a prompt of token ids that ends with the first token |
+//! | `sidecar` | LMCache | the receiver's address | the request's id, and a note that the KV is written |
+//! | `lmcache` | LMCache, sidecar | the receiver's address, and a request for the first token | a prompt of token ids that ends with the first token |
+//! | `nixl` | nixl | a note that a decode leg follows | the parameters from the prefill leg's answer |
+//! | `p2p_nccl` | P2P NCCL | the request id, which contains both addresses | the same request id |
 //!
 //! CONTRIBUTING.md says how to add a connector.
 

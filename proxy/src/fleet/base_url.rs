@@ -86,7 +86,7 @@ impl BaseUrl {
         })
     }
 
-    /// Checks the address of an instance: scheme, host and port alone. A registration names the server
+    /// Checks the address of an instance: only scheme, host and port. A registration names the server
     /// that the proxy calls, but must not choose the path of the call.
     ///
     /// # Errors

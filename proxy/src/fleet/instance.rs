@@ -54,7 +54,7 @@ pub struct Instance {
     pub kv: Kv,
     /// True if an operator drains the instance: it takes no new requests.
     pub draining: bool,
-    /// Requests in flight and failures, as this proxy counts them.
+    /// Requests in flight and failures, counted by this proxy.
     #[serde(skip)]
     pub load: Arc<Load>,
     /// Readiness according to the last answer to a call-back.

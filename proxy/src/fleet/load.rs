@@ -19,22 +19,22 @@ pub struct Load {
     open_until: AtomicU64,
     /// True from a stall (legs in flight and no sign of work) until the next success.
     is_stalled: AtomicBool,
-    /// Time at which a leg last brought data, in microseconds since `born`; 0 if no leg has.
+    /// Time at which a leg last received data, in microseconds since `born`; 0 if no leg has.
     heard: AtomicU64,
     /// Time of the first `/health` failure since the last success of `/health`, in microseconds since
     /// `born`; 0 if there is none.
     sick: AtomicU64,
-    /// Time from which the fields in microseconds count.
+    /// Time from which the fields in microseconds are counted.
     born: Instant,
     /// Number of legs that were answered; `answered_us` is the sum of their times to the first byte, in
     /// microseconds.
     answered: AtomicU64,
     answered_us: AtomicU64,
-    /// Number of legs that failed through the instance's fault.
+    /// Number of legs whose failure was the instance's fault.
     failed: AtomicU64,
 }
 
-/// The load of an instance at one time, as routing reads it.
+/// The load of an instance at one moment, for routing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
     /// Tokens of the legs in flight.
@@ -52,7 +52,7 @@ pub struct Done {
     pub answered: u64,
     /// Sum of the times to the first byte, in seconds.
     pub seconds: f64,
-    /// Number of legs that failed through the instance's fault.
+    /// Number of legs whose failure was the instance's fault.
     pub failed: u64,
 }
 
@@ -132,7 +132,7 @@ impl Load {
         self.heard(Instant::now());
     }
 
-    /// Records that a leg has brought data, which proves that the engine works.
+    /// Records that a leg has received data, which proves that the engine works.
     pub fn heard(&self, now: Instant) {
         self.heard
             .fetch_max(self.since_born(now), Ordering::Relaxed);
@@ -174,7 +174,7 @@ impl Load {
         is_new
     }
 
-    /// Records that a leg failed through the instance's fault. Returns true if this failure opens the
+    /// Records a leg whose failure was the instance's fault. Returns true if this failure opens the
     /// breaker.
     pub fn failed(&self, now: Instant, breaker: Breaker) -> bool {
         self.failed.fetch_add(1, Ordering::Relaxed);

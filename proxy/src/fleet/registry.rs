@@ -102,7 +102,7 @@ impl Registry {
     /// Takes a registration message of a sidecar. Each registration is also a heartbeat.
     ///
     /// # Errors
-    /// The reason for the refusal; the registry is unchanged.
+    /// The registry refuses the instance and stays unchanged. The error gives the reason.
     pub(crate) fn register(
         &mut self,
         now: Instant,
@@ -117,7 +117,7 @@ impl Registry {
     /// Without a lease, it stays until it is removed.
     ///
     /// # Errors
-    /// The reason for the refusal; the registry is unchanged.
+    /// The registry refuses the instance and stays unchanged. The error gives the reason.
     pub(crate) fn name(
         &mut self,
         now: Instant,
@@ -284,7 +284,7 @@ impl Registry {
         if !is_candidate && !holds_epoch(&entry.member, epoch) {
             return None;
         }
-        // Another process has this address now, so no request may go there under this id.
+        // Another process has this address now, so requests for this id must no longer go there.
         if answer == Answer::Stranger {
             let place = if is_candidate {
                 &mut entry.candidate

@@ -119,7 +119,7 @@ impl Sources {
     /// Returns all configured instances, or all problems at once.
     ///
     /// # Errors
-    /// Each entry that cannot be used, with the reason.
+    /// An entry cannot be used. The error has a text for each such entry.
     pub fn named(&self) -> Result<Vec<Instance>, Vec<String>> {
         let mut problems = Vec::new();
         let mut named = self.file().unwrap_or_else(|problem| {

@@ -35,7 +35,7 @@ pub(crate) struct RequestBody {
     is_clean: bool,
 }
 
-/// One known field of the body, or a run of unknown ones.
+/// One known field of the body, or a run of neighbouring unknown fields.
 #[derive(Clone, Debug)]
 struct Field {
     /// Name of the field; empty for a run of unknown fields.
@@ -244,7 +244,7 @@ impl RequestBody {
         out.into()
     }
 
-    /// Returns the body with these fields only.
+    /// Returns the body with only these fields.
     pub(crate) fn only(&self, names: &[&str]) -> Bytes {
         self.with(|name| names.contains(&name), &[])
     }

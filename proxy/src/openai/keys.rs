@@ -84,7 +84,7 @@ impl Access {
     /// Checks that the proxy may connect to all these hosts.
     ///
     /// # Errors
-    /// The first host that is not permitted.
+    /// A host is not permitted. The error names the first such host.
     pub fn check<'a>(&self, mut hosts: impl Iterator<Item = &'a str>) -> Result<(), String> {
         if self.allow.is_empty() {
             return Ok(());

@@ -2,8 +2,8 @@
 //! proxy.
 //!
 //! A browser on this host also connects from a loopback address. A page can make the browser send every
-//! request that needs no preflight, also with a `text/plain` body. After DNS rebinding, `Host` is then
-//! a foreign name.
+//! request that needs no preflight, also with a `text/plain` body. After DNS rebinding, such a request
+//! has a foreign name in `Host`.
 
 use common::origin::{host, is_local, is_of_another_site};
 use http::header::{CONTENT_TYPE, FORWARDED, ORIGIN, VIA};
@@ -12,8 +12,8 @@ use http_body::Body;
 
 use crate::openai::error::{ApiError, Code};
 
-/// Refuses a body that is not declared as JSON, as vLLM does. A page of another origin cannot send that
-/// content type without a preflight, which the proxy does not answer.
+/// Refuses a body that is not declared as JSON, as vLLM does. A page of another origin cannot send the
+/// content type of JSON without a preflight, which the proxy does not answer.
 ///
 /// # Errors
 /// The content type is absent or not JSON.

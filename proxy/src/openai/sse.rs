@@ -76,7 +76,8 @@ impl Events {
 }
 
 /// Collects a stream up to the end of its first event with data. Drops the events before it, which are
-/// mostly comments. Until then the client gets nothing, so that another instance can still take over.
+/// mostly comments. The client gets nothing before this event is complete, so that another instance can
+/// still take over.
 #[derive(Debug, Default)]
 pub(crate) struct First {
     held: Vec<u8>,

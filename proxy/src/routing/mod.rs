@@ -68,11 +68,11 @@ pub(crate) struct Pair {
     pub decode: Arc<Instance>,
     /// The instance that computes the prompt, or the reason for which the decode instance computes it.
     pub prefill: Result<Arc<Instance>, Fallback>,
-    /// The reason of the choice, for the log line.
+    /// The details of the choice, for the log line.
     pub choice: Decision,
 }
 
-/// The reason of a choice.
+/// The details of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Decision {
     /// Number of prefill instances that could be chosen.

@@ -1,9 +1,9 @@
 //! An index of the prefixes of prompts and the conversations that instances hold, learned from earlier
 //! routing decisions.
 //!
-//! Each entry is a guess. A wrong guess costs time and never correctness: an engine that holds less
-//! computes more. The size is bounded: the index forgets the entries that have not been used for the
-//! longest time.
+//! Each entry is a guess. A wrong guess costs time, but the answer stays correct: an engine that holds
+//! less KV than expected computes more. The size is bounded: the index forgets the entries that have
+//! not been used for the longest time.
 
 use std::collections::HashMap;
 use std::hash::Hash;

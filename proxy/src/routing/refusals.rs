@@ -27,7 +27,7 @@ pub(crate) struct Refusals {
     count: AtomicUsize,
 }
 
-/// The requests that a refusal holds for.
+/// The requests for which a refusal holds.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum About {
     /// All requests.

@@ -102,7 +102,8 @@ impl Client {
         }
     }
 
-    /// Posts a request that prepares a prefill leg, and reads an answer of token ids.
+    /// Posts a request that prepares a prefill leg, and reads its answer, which may contain the prompt's
+    /// token ids.
     ///
     /// # Errors
     /// There was no answer, or it was too long.
@@ -273,7 +274,7 @@ impl Post for Client {
 /// Reads the rest of an answer and returns the whole answer.
 ///
 /// # Errors
-/// The answer broke off, or has more than `limit` bytes.
+/// The connection ended before the answer was complete, or the answer has more than `limit` bytes.
 async fn whole(response: Response<LinkBody>, limit: usize) -> Result<Answer, LegError> {
     let (head, rest) = response.into_parts();
     let held = Limited::new(rest, limit)

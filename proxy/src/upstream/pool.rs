@@ -103,8 +103,8 @@ impl Pool {
             request = match link.send(request).await {
                 Ok(answer) => return Ok(self.answer(origin, answer)),
                 Err(mut error) => match error.take_message() {
-                    // The connection was closed in the meantime and no byte of the request was written:
-                    // it can be sent again safely.
+                    // The connection was closed in the meantime and no byte of the request was written,
+                    // so the request can safely be sent again.
                     Some(request) => request,
                     // The engine closed the connection while the request was on its way. An engine
                     // aborts a request when its connection ends, so the repeat computes nothing twice.

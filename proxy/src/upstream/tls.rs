@@ -63,7 +63,7 @@ impl TlsFiles {
     /// Returns the acceptor for clients' connections; `None` if the port does not speak TLS.
     ///
     /// # Errors
-    /// The file that cannot be used.
+    /// A file cannot be used. The error names it.
     pub fn acceptor(&self) -> Result<Option<TlsAcceptor>, TlsError> {
         let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) else {
             return Ok(None);
@@ -99,7 +99,7 @@ impl TlsFiles {
     /// Returns the connector to engines, with TLS for `https://` URLs.
     ///
     /// # Errors
-    /// The file that cannot be used.
+    /// A file cannot be used. The error names it.
     pub fn connector<R>(
         &self,
         http: HttpConnector<R>,
@@ -193,7 +193,7 @@ fn instead(path: &Path) -> &'static str {
     }
 }
 
-/// Returns the text of a TLS handshake error, followed by its cure if the text alone does not give it.
+/// Returns the text of a TLS handshake error, followed by a cure if this function knows one.
 pub(crate) fn explained(error: &str) -> String {
     let cures = [
         (

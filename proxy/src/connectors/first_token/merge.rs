@@ -9,8 +9,8 @@ use crate::connectors::answer::FirstToken;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::sse::end_of_event;
 
-/// Converts the decode leg's answer into the client's answer. Both parts get the same id, model and
-/// time.
+/// Converts the decode leg's answer into the client's answer. The first token and the other tokens get
+/// the same id, model and time.
 #[derive(Clone, Debug)]
 pub(crate) struct Merger {
     endpoint: Endpoint,

@@ -72,7 +72,7 @@ impl Instance {
     /// Checks a registration and turns it into an instance that is not verified yet.
     ///
     /// # Errors
-    /// The first field that cannot be used.
+    /// A field cannot be used. The error names the first such field.
     pub fn parse(register: &Register) -> Result<Self, Unusable> {
         check_id(&register.id)?;
         check_receiver(
@@ -106,7 +106,7 @@ impl Instance {
     /// Checks an instance that flags, a file or `POST /instances` name.
     ///
     /// # Errors
-    /// The first field that cannot be used.
+    /// A field cannot be used. The error names the first such field.
     pub fn named(named: &Named, source: Source) -> Result<Self, Unusable> {
         let http = BaseUrl::named("url", &named.url)?;
         let id = named
@@ -150,7 +150,7 @@ impl Instance {
     /// Checks an instance that another proxy has written into the shared registry.
     ///
     /// # Errors
-    /// The first field that cannot be used.
+    /// A field cannot be used. The error names the first such field.
     pub fn written(written: Written, source: Source) -> Result<Self, Unusable> {
         check_id(&written.id)?;
         let ports = (&written.init_ports[..], &written.alloc_ports[..]);

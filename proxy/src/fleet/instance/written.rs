@@ -56,7 +56,7 @@ impl Written {
     /// Checks the description as a registration is checked, and returns the instance.
     ///
     /// # Errors
-    /// The first field that cannot be used.
+    /// A field cannot be used. The error names the first such field.
     pub fn instance(self) -> Result<Instance, String> {
         Instance::written(self, Source::Shared).map_err(|e| e.to_string())
     }

@@ -13,7 +13,7 @@ pub(crate) enum Kind {
     Tokenized,
     /// The prompt or the engine's extensions; only the engine knows the effect.
     Prompt,
-    /// The client. Also the kind of fields that vLLM ignores.
+    /// The client. Fields that vLLM ignores also have this kind.
     Asker,
     /// The sampling of each single token.
     Sampling,

@@ -57,7 +57,7 @@ fn what_is_measured_decides() {
         measured.prefilled(1000, Duration::from_secs(1));
     }
     assert!(stays(190) && !stays(210));
-    // Short prompts say nothing about speed.
+    // Short prompts do not change the measured speed.
     measured.prefilled(1, Duration::from_secs(9));
     assert!(stays(190) && !stays(210));
     // Costs that are no longer measured fall, so that a request tries the hand-over again after a while.

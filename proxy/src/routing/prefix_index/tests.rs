@@ -40,7 +40,7 @@ fn a_later_turn_is_known_by_its_beginning() {
     let third = chat(&[&system, "hi", "hello", "how are you?", "fine", "good"]);
     assert_eq!(follows(&memory, &third), Some(("d2".into(), 2)));
     assert_eq!(memory.conversations(Instant::now()).len(), 1);
-    // The same system prompt alone makes no conversation, however short the question.
+    // Two requests with the same system prompt are not one conversation, even if the question is short.
     assert_eq!(follows(&memory, &chat(&[&system, "ho"])), None);
     assert_eq!(follows(&memory, &chat(&["hi"])), None);
     assert_eq!(memory.clear(), 1);

@@ -125,8 +125,8 @@ fn what_may_pass_by_itself_counts_in_a_row_only() {
     assert!(!world.refuses(BASE));
 }
 
-/// A template that contains the time renders one prompt in two ways. That refusal does not concern other
-/// prompts.
+/// A template that contains the time renders one prompt in two ways. The refusal of this prompt does not
+/// concern other prompts.
 #[test]
 fn keys_of_one_prompt_condemn_no_pair() {
     let mut world = World::new();
@@ -144,8 +144,8 @@ fn keys_of_one_prompt_condemn_no_pair() {
     assert!(!world.refuses(BASE));
 }
 
-/// An adapter whose weights differ on the two sides fails in each request, while the base model and its
-/// other adapters are handed over.
+/// KV of an adapter whose weights differ on the two sides is never handed over. KV of the base model and
+/// of its other adapters still is.
 #[test]
 fn keys_of_one_adapter_condemn_no_other_model() {
     let mut world = World::new();

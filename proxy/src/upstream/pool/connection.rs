@@ -1,4 +1,4 @@
-//! One HTTP connection. The task that waits for its answer drives it.
+//! One HTTP connection. The task that waits for an answer drives the connection.
 
 use std::future::{Future as _, poll_fn};
 use std::pin::{Pin, pin};
