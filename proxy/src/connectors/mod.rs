@@ -5,9 +5,9 @@
 //! | file | from | prefill leg | decode leg |
 //! |---|---|---|---|
 //! | `sidecar` | sidecar | the receiver's address | the request's id |
-//! | `sidecar`, first token | sidecar | the same, and a request for the first token and the prompt's token ids | the request's id, and a prompt of token ids that ends with the first token |
+//! | `sidecar`, first token | sidecar | the same, and a request for the first token | the request's id, and a prompt that ends with the first token |
 //! | `sidecar` | LMCache | the receiver's address | the request's id, and a note that the KV is written |
-//! | `lmcache` | LMCache, sidecar | the receiver's address, and a request for the first token | a prompt of token ids that ends with the first token |
+//! | `lmcache` | LMCache, sidecar | the receiver's address, and a request for the first token | a prompt that ends with the first token |
 //! | `nixl` | nixl | a note that a decode leg follows | the parameters from the prefill leg's answer |
 //! | `p2p_nccl` | P2P NCCL | the request id, which contains both addresses | the same request id |
 //!

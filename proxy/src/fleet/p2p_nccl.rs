@@ -56,7 +56,7 @@ pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
     Ok(Instance::named(&named, Source::P2pNccl)?)
 }
 
-/// Lease of an instance. It expires after three missed messages.
+/// Lease of an instance. The lease expires after three missed messages.
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
 
 /// The longest message in bytes: it contains three short strings.

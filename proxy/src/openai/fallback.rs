@@ -10,7 +10,7 @@ pub enum Fallback {
     /// Prefill instances are ready, but none fits the decode instance: the KV of the two has different
     /// shapes, or one of the two engines moves no KV.
     Unfit,
-    /// Each prefill instance is known to refuse requests of this kind: it has refused one before.
+    /// Each prefill instance has refused a request of this kind before.
     RefusedBefore,
     /// `best_of` or beam search turn the request into several engine requests, or `n` does so and the
     /// instances have no sidecars.
@@ -44,7 +44,8 @@ pub enum Fallback {
     NotPushed,
     /// Another decode instance takes over, but the KV went to the first one.
     DecodeRetry,
-    /// A later turn goes straight to the decode instance that has the conversation (mode `ppd`).
+    /// The request is a later turn and goes directly to the decode instance that has the conversation
+    /// (mode `ppd`).
     LaterTurn,
     /// The decode instance is expected to finish sooner without a transfer (mode `auto`).
     Cheaper,

@@ -32,7 +32,7 @@ pub(crate) struct RouteRequest<'a> {
     pub prefill: SideChoice,
     /// Policy and turn for the choice of a decode instance.
     pub decode: SideChoice,
-    /// The mode, which decides the requests that get a prefill leg.
+    /// The mode, which decides which requests get a prefill leg.
     pub mode: Mode,
     /// The costs that mode `auto` compares.
     pub costs: Costs,
@@ -83,7 +83,7 @@ pub(crate) struct Decision {
     pub prefill: Policy,
     /// The policy that chose the decode instance, unless `follows`.
     pub decode: Policy,
-    /// The mode, which decides the requests that get a prefill leg.
+    /// The mode, which decides which requests get a prefill leg.
     pub mode: Mode,
     /// True if the decode instance was chosen because it has the conversation.
     pub follows: bool,

@@ -1,4 +1,4 @@
-//! The modes, which decide the requests that get a prefill leg.
+//! The modes, which decide which requests get a prefill leg.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::routing::policy::Candidate;
 
-/// Which requests get a prefill leg.
+/// The rule that decides which requests get a prefill leg.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {

@@ -1,4 +1,4 @@
-//! An index of the prefixes of prompts and the conversations that instances hold, learned from earlier
+//! An index of the prompt prefixes and conversations that instances hold. The index learns from earlier
 //! routing decisions.
 //!
 //! Each entry is a guess. A wrong guess costs time, but the answer stays correct: an engine that holds

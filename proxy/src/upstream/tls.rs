@@ -1,4 +1,4 @@
-//! TLS on both sides: towards clients with a certificate, towards engines with trusted roots.
+//! TLS on both sides: with a certificate for clients, and with trusted roots for engines.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-/// When a decode leg between sidecars is sent.
+/// The time at which a decode leg between sidecars is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DecodeLegAt {
     /// When the prefill engine has begun.

@@ -11,8 +11,8 @@ use super::lease::Lease;
 pub(super) struct Budget {
     /// Call-backs in flight to instances that have never answered.
     under_way: Vec<Call>,
-    /// For each id, the time from which it may again cause a whole burst of call-backs. An absent id
-    /// may do so now.
+    /// For each id, the time from which the id may again cause a whole burst of call-backs. An id
+    /// without an entry may do so now.
     names: BTreeMap<String, Instant>,
 }
 

@@ -28,8 +28,8 @@ impl Lease {
         self.expires.is_some() && self.answered.is_none()
     }
 
-    /// Returns the hosts to which a call-back connects: the admin server's and, if it is another one,
-    /// the engine's.
+    /// Returns the hosts to which a call-back connects: the host of the admin server and, if it
+    /// differs, the host of the engine.
     pub(super) fn hosts(&self) -> [Option<&str>; 2] {
         let admin = self.instance.admin.as_ref().map(|admin| admin.host());
         let http = self.instance.http.host();

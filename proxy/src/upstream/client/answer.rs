@@ -50,8 +50,8 @@ pub(crate) enum LegError {
     /// The engine is too busy or is stopping; this is its answer.
     #[error("the engine answered {}", .0.head.status)]
     Busy(Box<Answer>),
-    /// The engine answered that it has failed; this is its answer. The fault may be in the request as
-    /// well as in the engine.
+    /// The engine answered that it has failed; this is its answer. The cause may be the engine or the
+    /// request.
     #[error("the engine answered {}{}", .0.head.status, said(.0))]
     Faulty(Box<Answer>),
     /// The engine has shown no sign of work for this time, with this request or any other.

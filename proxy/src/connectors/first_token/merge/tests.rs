@@ -31,7 +31,7 @@ fn streams() {
     ] {
         let mut merger = merger(endpoint);
         let mut out = merger.head().to_vec();
-        // The stream may be cut anywhere.
+        // The result must not depend on where the stream is cut.
         for piece in given.as_bytes().chunks(7) {
             out.extend_from_slice(&merger.chunk(piece));
         }
