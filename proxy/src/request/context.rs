@@ -25,7 +25,7 @@ use crate::telemetry::trace::Trace;
 use crate::upstream::client::PrefillEnd;
 
 /// One request under way. If the context is dropped before the request has ended, the client has left. At the
-/// end of the request both legs are dropped, its place becomes free, and its log line is written.
+/// end of the request both legs are dropped, the request's place becomes free, and its log line is written.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
     /// The id of the request.

@@ -83,8 +83,8 @@ impl Drive {
         (self.endpoint.path(), id, body)
     }
 
-    /// Handles the begin of the decode leg's answer, or its failure. After a failure, another instance takes
-    /// over if possible.
+    /// Handles the start of the decode leg's answer, or the leg's failure. After a failure, another instance
+    /// takes over if possible.
     pub(super) fn decode_ended(
         &mut self,
         context: &mut RequestContext,
@@ -135,9 +135,9 @@ impl Drive {
         Step::Event(Event::DecodeFailed { another: true })
     }
 
-    /// Checks whether the decode instance still works, while the answer has not begun. Data of any answer of
-    /// the instance counts as a sign of work, because the request may be waiting in the engine's queue behind
-    /// other requests.
+    /// Checks, before the answer begins, whether the decode instance still works. Data of any request's
+    /// answer from the instance counts as a sign of work, because this request may be waiting in the engine's
+    /// queue behind other requests.
     pub(super) fn check_decode(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;
@@ -152,7 +152,7 @@ impl Drive {
             let signs = [Some(self.decode_sent), load.last_heard(), prefilled];
             let last = signs.into_iter().flatten().max().unwrap_or(now);
             let limit = if load.snapshot(now).is_open {
-                // Another request has already found that the instance does not work, so this one need not
+                // Another request has already found that the instance does not work, so this request need not
                 // wait longer.
                 Some(breaker.stall)
             } else {
@@ -197,8 +197,8 @@ impl Drive {
     }
 
     /// Counts a failure against each instance of this side that has answered the request with an error.
-    /// Called once another instance has succeeded, because only then the fault is the instance's and not the
-    /// request's.
+    /// Called once another instance has succeeded, because only then it is known that the request was not at
+    /// fault.
     pub(super) fn blame(&mut self, side: Side) {
         let breaker = self.app.config.breaker();
         for (_, instance) in self.doubted.extract_if(.., |(doubted, _)| *doubted == side) {
@@ -208,13 +208,13 @@ impl Drive {
         }
     }
 
-    /// Returns another decode instance than the current one, if the failure and the number of attempts
-    /// allow another leg.
+    /// Returns a decode instance other than the current one, if the failure and the number of attempts allow
+    /// another leg.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
         if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;
         }
-        // The turn of the policy may be at the current instance again, so exclude it by name.
+        // The policy may choose the current instance again, so exclude this instance by its id.
         let mut failed = self.failed.clone();
         failed.push(self.pair.decode.id.clone());
         let pair = self.plan.route_decode(&self.app, &failed).ok()?;
@@ -222,7 +222,8 @@ impl Drive {
     }
 }
 
-/// Tokens that a request without a limit is expected to generate, for the load of its instance.
+/// Number of tokens that a request without a token limit is expected to generate. Used for the load of its
+/// instance.
 const USUAL_ANSWER: u64 = 256;
 
 /// Factor by which the prefill of a prompt may take longer than usual before its instance counts as stalled.
@@ -231,6 +232,6 @@ const SLOWER: f64 = 10.0;
 /// Time allowed per token of an answer that is not streamed: ten times the time that a busy engine takes.
 const TOKEN_TIME: Duration = Duration::from_millis(500);
 
-/// Upper bound of the tokens that a request adds to the load of its instance: most answers are far shorter
-/// than a larger limit.
+/// Maximum number of generated tokens that a request adds to the load of its instance. Most answers are far
+/// shorter than the large limits that clients set.
 const MAX_ANSWER: u64 = 1024;

@@ -1,8 +1,8 @@
 //! Removes the traces of a transfer from an answer, so that it reads like the answer of a single engine.
 //!
-//! The decode engine counts all tokens that were moved as cached. The client gets the number of tokens that
-//! the prefill engine had cached, because the others were computed for this request. The client does not get
-//! `kv_transfer_params`, which a connector addresses to its proxy.
+//! The decode engine counts all tokens whose KV was moved as cached. The client gets the number of tokens
+//! that the prefill engine had cached, because the other tokens were computed for this request. The client
+//! does not get `kv_transfer_params`, which a connector addresses to its proxy.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -81,8 +81,9 @@ impl Masked {
     }
 }
 
-/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if the answer does not
-/// contain it or has not come yet: if the answer is one token, both engines answer at nearly the same time.
+/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if the prefill leg's
+/// answer does not contain the number, or has not come yet. The answer can be that late if the decode leg
+/// generates one token, because both engines then answer at nearly the same time.
 fn cached(progress: &Progress) -> Option<u64> {
     progress.prefill_end()?.cached_tokens
 }
@@ -92,8 +93,8 @@ fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     let cached = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
     let mut out = Vec::new();
     let mut done = 0;
-    // Search for the next field only after the last one has been passed. Otherwise an event with many such
-    // fields would take quadratic time.
+    // Search for a field again only after its last position has been passed. Otherwise an event with many of
+    // these fields would take quadratic time.
     let mut tokens = cached_tokens(&text, 0);
     let mut params = value(&text, PARAMS, 0);
     loop {
@@ -129,7 +130,7 @@ fn cached_tokens(text: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
     Some(details.start + tokens.start..details.start + tokens.end)
 }
 
-/// Returns the position of the first value of the field `key` after `from` that is not null. Text that the
+/// Returns the position of the first value of the field `key` after `from` that is not `null`. Text that the
 /// model wrote cannot be mistaken for the field, because quotes inside a JSON string are escaped.
 fn value(text: &[u8], key: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
     for at in memmem::find_iter(&text[from..], key) {
@@ -156,8 +157,8 @@ const DETAILS: &[u8] = b"\"prompt_tokens_details\"";
 const CACHED: &[u8] = b"\"cached_tokens\"";
 const PARAMS: &[u8] = b"\"kv_transfer_params\"";
 
-/// The longest line that is held back to be masked as a whole. Answers that are not streamed are one line of
-/// up to 4 MiB, which is in memory already.
+/// Maximum size of an incomplete line that is held back, in bytes. An answer that is not streamed is a single
+/// line of up to 4 MiB, which is in memory already.
 const MAX_LINE: usize = 4 * 1024 * 1024;
 
 #[cfg(test)]

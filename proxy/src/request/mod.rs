@@ -71,8 +71,8 @@ struct Drive {
     body: RequestBody,
     plan: RoutePlan,
     pair: Pair,
-    /// The id that the legs carry. It is the request's id, unless a connector or a second attempt needs
-    /// another one.
+    /// The id that the legs carry. It is the request's id, unless a connector or a second attempt needs a
+    /// different id.
     leg_id: RequestId,
     /// The id that the client has given the request, which the answer's id contains; `None` if the client
     /// gave none.
@@ -84,9 +84,10 @@ struct Drive {
     doubted: Vec<(Side, Arc<Instance>)>,
     prefill_attempts: u32,
     decode_attempts: u32,
-    /// The way in which the pair hands KV over; `None` before a prefill leg is sent.
+    /// The way in which the two instances hand KV over; `None` before a prefill leg is sent.
     handoff: Option<&'static dyn Handoff>,
-    /// True if `leg_id` tells the engines each other's addresses.
+    /// True if `leg_id` contains the addresses of both engines, because the engines read each other's address
+    /// from it.
     is_address_id: bool,
     /// The result of the prefill leg; empty until the leg is answered.
     prefilled: Prefilled,
@@ -98,7 +99,7 @@ struct Drive {
     /// True if the client has got the first token from the prefill instance.
     has_sent_first_token: bool,
     /// True if the last decode leg continues after the prefill instance's first token, instead of generating
-    /// it.
+    /// this token itself.
     is_continuation: bool,
     /// The error that the client gets if no decode leg succeeds.
     failure: Failure,
@@ -126,7 +127,7 @@ enum Step {
 /// Serves a request: routes it, sends its legs, and returns the answer to the client.
 ///
 /// # Errors
-/// The request is malformed, or no instance can take it. No leg was sent.
+/// The request is malformed, or no instance can take it. In both cases no leg was sent.
 ///
 /// # Cancel safety
 /// Dropping the future, or the response's body, drops both legs.
@@ -139,7 +140,8 @@ pub(crate) async fn serve(
     let body = RequestBody::parse(arrival.body)?;
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
-    // Without this, measurements of transfers would never be renewed once transfers look expensive.
+    // Each request that gets no transfer because of its cost makes the estimated cost a little smaller.
+    // Otherwise no transfer would be tried and measured again once the estimate is high.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
@@ -223,8 +225,8 @@ impl Drive {
         }
     }
 
-    /// Calls `run`, boxed: `run` calls this function by way of `first_token`, and an async function cannot
-    /// contain itself.
+    /// Calls `run` through a box: `run` calls this function by way of `first_token`, and the future of an
+    /// async function cannot contain itself.
     fn go_on(
         self,
         context: RequestContext,
@@ -249,8 +251,8 @@ impl Drive {
             self.app.measured.handed_over(end.elapsed());
         }
         if !context.waits_for_kv() && answer.rest.is_some() {
-            // This engine alone computed the prompt, so the time to its first event is a measured prefill
-            // time.
+            // This engine alone computed the prompt, so the time to its first event is a measurement of
+            // prefill.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();
             self.app.measured.prefilled(uncached, took);
@@ -266,7 +268,7 @@ impl Drive {
         {
             answer.held = merger.whole(&answer.held);
         }
-        // Only an answer behind a transfer shows traces of it.
+        // Only the answer to a leg with a transfer contains traces of the transfer.
         let is_moved = context.waits_for_kv() && answer.head.status.is_success();
         let mut progress = context.progress().filter(|_| is_moved);
         if answer.rest.is_none()
@@ -278,7 +280,8 @@ impl Drive {
         let limits = Silence {
             idle: self.app.config.idle_timeout,
             dead: self.app.config.stall_timeout,
-            // Only an answer whose events the proxy parses is buffered until the end of an event.
+            // The proxy buffers an event until its end only if it parses the events, so only then their size
+            // is limited.
             max_event: if self.has_sent_first_token {
                 MAX_EVENT_BYTES
             } else {

@@ -25,8 +25,8 @@ impl Drive {
         let Ok(prefill) = &self.pair.prefill else {
             return;
         };
-        // Routing chooses only pairs, so there is a hand-off. Without one, the prefill timeout would end the
-        // wait for the leg.
+        // Routing chooses only pairs with a hand-off. If a pair had none, no leg would be sent, and the
+        // request would end its wait at the prefill timeout.
         let Some(handoff) = self.handoff(prefill) else {
             return;
         };
@@ -64,7 +64,8 @@ impl Drive {
         context.set_prefill(AbortOnDropHandle::new(task));
     }
 
-    /// Returns the hand-off from `prefill` to the current decode instance; `None` if they are no pair.
+    /// Returns the hand-off from `prefill` to the current decode instance; `None` if the two cannot be a
+    /// pair.
     fn handoff(&self, prefill: &Instance) -> Option<&'static dyn Handoff> {
         let decode = self.pair.decode.connector;
         let handoff = decode.receives_from(prefill.connector)?;
@@ -110,8 +111,8 @@ impl Drive {
         }
     }
 
-    /// Handles the prefill leg's answer: learns its times and token counts, and checks that the sender pushes
-    /// the KV.
+    /// Handles the prefill leg's answer: records its times and token counts, and checks that the sender
+    /// pushes the KV.
     fn prefill_answered(&mut self, context: &mut RequestContext, prefilled: Prefilled) -> Step {
         if let Ok(prefill) = &self.pair.prefill {
             prefill.load.succeeded(self.prefill_sent.elapsed());
@@ -196,8 +197,9 @@ impl Drive {
                 .progress()
                 .is_none_or(|progress| progress.begun_at().is_none())
         {
-            // The decode leg was sent together with the prefill leg, and no sender will tell its sidecar that
-            // no KV comes. Send the decode leg again, without a transfer; this does not count as an attempt.
+            // The decode leg was sent together with the prefill leg, so its engine waits for KV, and no
+            // sender will report that none comes. Send the decode leg again, without a transfer; this does
+            // not count as an attempt.
             self.decode_attempts = self.decode_attempts.saturating_sub(1);
             return Step::Event(Event::PrefillLost(why));
         }
@@ -222,7 +224,7 @@ impl Drive {
     }
 }
 
-/// Returns the sender's reason, if the sender has said that it pushes nothing, or nothing more.
+/// Returns the sender's reason, if the sender has reported that it pushes no KV or stops pushing.
 fn refused_by_sender(context: &RequestContext) -> Option<&'static str> {
     let moved = context.progress()?.moved().filter(|moved| !moved.ok)?;
     Some(moved.reason.map_or("unknown", protocol::Reason::as_str))

@@ -32,7 +32,7 @@ pub(crate) struct PrefillLeg {
     pub prefill: Arc<Instance>,
     /// The instance that gets the KV.
     pub decode: Arc<Instance>,
-    /// The way in which the pair hands KV over.
+    /// The way in which the two instances hand KV over.
     pub handoff: &'static dyn Handoff,
     /// True if the decode leg is sent before the prefill leg's answer has come.
     pub overlap: bool,

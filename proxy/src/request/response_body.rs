@@ -30,7 +30,7 @@ use crate::upstream::pool::LinkBody;
 pub(crate) struct Silence {
     /// Longest time without data.
     pub idle: Duration,
-    /// Longest time without data if the engine's `/health` has failed for as long.
+    /// Longest time without data if the engine's `/health` has failed for the same time.
     pub dead: Duration,
     /// Longest event of a stream, in bytes.
     pub max_event: usize,
@@ -295,8 +295,8 @@ impl http_body::Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        // A client that leaves after the last event has got the whole answer, so the request does not count
-        // as left.
+        // A client that leaves after the last event has got the whole answer, so the request's outcome is not
+        // `client_left`.
         if self.is_complete() && self.rest.is_some() {
             self.finish();
         }

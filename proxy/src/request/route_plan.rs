@@ -1,4 +1,5 @@
-//! The facts about a request on which routing depends, and the updates once the request is answered.
+//! The facts about a request on which routing depends, and the updates of routing's knowledge when the
+//! request is answered.
 
 use std::time::Instant;
 
@@ -28,7 +29,7 @@ pub(crate) struct RoutePlan {
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: PrefixMatch,
-    /// Pairs that are known to refuse such a request.
+    /// Pairs that are known to refuse requests of this kind.
     refused: Vec<Between>,
 }
 
@@ -89,7 +90,7 @@ impl RoutePlan {
     /// Chooses the instances of the request. Excludes the instances in `failed`.
     ///
     /// # Errors
-    /// No decode instance can take it.
+    /// No decode instance can take the request.
     pub(crate) fn route(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
         self.routed(app, self.fallback, failed)
     }
@@ -97,7 +98,7 @@ impl RoutePlan {
     /// Chooses a decode instance that computes the whole request alone.
     ///
     /// # Errors
-    /// No decode instance can take it.
+    /// No decode instance can take the request.
     pub(crate) fn route_decode(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
         self.routed(app, Some(Fallback::DecodeRetry), failed)
     }

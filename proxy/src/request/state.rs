@@ -9,11 +9,12 @@
 //!                  Ended ◀──────────────────────────────────────────────┴──────────────────────── Ended
 //! ```
 //!
-//! * `Prefilling`: the prefill leg is sent, and its engine has not begun. Bounded by the prefill timeout.
+//! * `Prefilling`: the prefill leg is sent, and its engine has not begun. This state ends at the prefill
+//!   timeout at the latest.
 //! * `Decoding`: the decode leg is sent. Nothing of its answer has reached the client, so another instance
-//!   can still take over. Bounded by the first-byte timeout, or by the answer timeout if the answer is not
-//!   streamed.
-//! * `Streaming`: bytes flow to the client. The time between two chunks is bounded by the idle timeout.
+//!   can still take over. This state ends at the latest at the first-byte timeout, or at the answer timeout
+//!   if the answer is not streamed.
+//! * `Streaming`: bytes flow to the client. The idle timeout limits the time between two chunks.
 //! * `Ended`: the request has an outcome. The client can leave in every state.
 
 use crate::openai::fallback::Fallback;
@@ -146,8 +147,8 @@ impl RequestState {
             (Self::Streaming, E::AnswerRefused) => (Self::Ended(Outcome::Refused), Action::Finish),
             (Self::Streaming, E::AnswerBroke) => (Self::Ended(Outcome::Broken), Action::Finish),
 
-            // Once the decode leg is sent, the end of the prefill leg changes nothing. The decode engine's
-            // own sidecar reports KV that does not come, and the engine computes it.
+            // Once the decode leg is sent, the end of the prefill leg changes nothing. If KV does not come,
+            // the decode engine's own sidecar reports it, and the engine computes the prompt.
             (
                 Self::Decoding { .. } | Self::Streaming,
                 E::Begun

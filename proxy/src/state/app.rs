@@ -50,7 +50,7 @@ pub(crate) struct App {
     pub prefill_times: PrefillTimes,
     /// Prefixes that each instance is known to have cached, and the conversations.
     pub prefix_index: PrefixIndex,
-    /// Requests for which prefill instances are known not to hand over KV.
+    /// Kinds of requests for which a prefill instance is known to hand over no KV.
     pub refusals: Refusals,
     /// The mode, which decides which requests get a prefill leg.
     pub mode: CurrentMode,
@@ -134,9 +134,9 @@ impl App {
         Arc::clone(&self.instances.borrow())
     }
 
-    /// Returns the policy and the next turn of each side. Only requests with a transfer advance the turn of
-    /// the prefill side: otherwise each request without a transfer would make round-robin skip a prefill
-    /// instance.
+    /// Returns the policy of each side, with the number of its next turn. Only requests with a transfer
+    /// advance the turn of the prefill side: otherwise each request without a transfer would make round-robin
+    /// skip a prefill instance.
     pub(crate) fn next_turn(&self, transfers: Transfers) -> (SideChoice, SideChoice) {
         let prefill = match transfers {
             Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),

@@ -20,13 +20,14 @@ pub(crate) struct InFlight {
 /// The progress of one request under way, as sidecars and the prefill leg report it.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    /// The id of the prefill instance. Messages from other instances that the request has begun are ignored.
+    /// The id of the prefill instance. Only this instance may report that the request has begun; the same
+    /// report from any other instance is ignored.
     prefill: String,
     begun: Notify,
     begun_at: OnceLock<Instant>,
     prefill_end: OnceLock<PrefillNote>,
     moved: Mutex<Option<Moved>>,
-    /// Notified for each notice of a rank.
+    /// Notified when the notice of a rank comes.
     noticed: Notify,
 }
 
@@ -37,9 +38,11 @@ pub(crate) struct PrefillNote {
     pub at: Instant,
     /// The reason why the leg failed; `None` if the leg was answered.
     pub error: Option<String>,
-    /// The prompt's length in tokens, as the prefill engine counts it; `None` if the engine did not say it.
+    /// The prompt's length in tokens, as the prefill engine counts it; `None` if the engine did not report
+    /// it.
     pub prompt_tokens: Option<u64>,
-    /// The prompt's tokens that the prefill engine had cached; `None` if the engine did not say it.
+    /// Number of the prompt's tokens that the prefill engine had cached; `None` if the engine did not report
+    /// it.
     pub cached_tokens: Option<u64>,
 }
 
@@ -130,7 +133,7 @@ impl Progress {
 
     /// Notes the end of the prefill leg.
     pub(crate) fn prefill_ended(&self, note: PrefillNote) {
-        // A leg ends once. If a second end were noted, the first one would be the right one.
+        // A leg ends only once. If a second end were noted, the first one would stay.
         drop(self.prefill_end.set(note));
     }
 

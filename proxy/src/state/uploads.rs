@@ -1,9 +1,10 @@
-//! Limits on the request bodies that are being received: their number, and their memory. The slowest body
-//! loses its place when another body needs it.
+//! Limits the number and the memory of the request bodies that are being received. When another body needs
+//! room, the slowest body loses its place.
 //!
 //! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without the limits, a
 //! few hundred of these bodies would keep every client out. A new body takes the place of the slowest body of
-//! the address that holds most, so that one address cannot displace the bodies of others.
+//! one address: the address whose bodies hold the most memory. So an address with many bodies cannot displace
+//! the bodies of other addresses.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -49,12 +50,12 @@ pub(crate) struct Upload {
     displaced: CancellationToken,
 }
 
-/// The error that no place or memory is free, and that no body may lose its place for the new one.
+/// Error: no place or memory is free, and no other body may lose its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 
 impl Uploads {
-    /// Returns limits for at most `most` bodies at once, of at most `most_bytes` bytes together.
+    /// Returns limits for at most `most` bodies at once, which together may hold at most `most_bytes` bytes.
     pub(crate) fn new(most: usize, most_bytes: usize) -> Self {
         Self {
             most,
@@ -66,7 +67,7 @@ impl Uploads {
     /// Takes a place for a new body. If all places are taken, the slowest body loses its place.
     ///
     /// # Errors
-    /// See [`Full`].
+    /// Returns [`Full`] if no other body may lose its place.
     pub(crate) fn begin(
         self: &Arc<Self>,
         now: Instant,
@@ -112,7 +113,7 @@ impl Upload {
     /// places.
     ///
     /// # Errors
-    /// See [`Full`].
+    /// Returns [`Full`] if no other body may lose its place.
     pub(crate) fn grow(&self, now: Instant, bytes: usize) -> Result<(), Full> {
         let mut table = self.uploads.table();
         while table.bytes + bytes > self.uploads.most_bytes {
@@ -144,8 +145,8 @@ impl Drop for Upload {
 }
 
 impl Table {
-    /// Takes the place of the slowest body of the address that holds most. Bodies of other addresses keep
-    /// their places.
+    /// Removes the slowest body of the address whose bodies hold the most memory. Bodies of other addresses,
+    /// and the body `but`, keep their places.
     fn displace(&mut self, now: Instant, but: Option<u64>) -> Result<(), Full> {
         let mut held: BTreeMap<Option<IpAddr>, usize> = BTreeMap::new();
         for open in self.open.values() {
@@ -176,7 +177,8 @@ impl Table {
 }
 
 impl Open {
-    /// Returns the pace in bytes per interval; 0 if no bytes have come for one interval.
+    /// Returns the number of bytes that come per interval of measurement; 0 if no bytes have come for one
+    /// interval.
     fn pace_at(&self, now: Instant) -> usize {
         if now.duration_since(self.last) >= SPAN {
             return 0;
@@ -185,8 +187,9 @@ impl Open {
     }
 }
 
-/// Returns the network from which one client can choose addresses: the first 64 bits of an IPv6 address, or
-/// the whole IPv4 address. Without it, a client with many IPv6 addresses would count as many clients.
+/// Returns the network whose addresses one client can use: the first 64 bits of an IPv6 address, or the whole
+/// IPv4 address. If single addresses were counted, a client with many IPv6 addresses would count as many
+/// clients.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
@@ -232,7 +235,7 @@ mod tests {
         // If an address has a single body, which is too large, bodies of other addresses keep their memory.
         assert_eq!(fresh.grow(at(3000), 10), Err(Full));
         assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
-        // Memory, too, is taken from the address that holds most.
+        // A body that needs memory also displaces a body of the address that holds the most memory.
         steady.grow(at(4000), 10).unwrap();
         assert!(fresh.displaced.is_cancelled() && !other.displaced.is_cancelled());
         drop((fresh, steady, other));

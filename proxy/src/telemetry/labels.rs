@@ -1,5 +1,5 @@
 //! The labels of the registered metrics: fixed names with fixed values. Text from a client or sidecar never
-//! becomes a value here, because each new value would take memory for ever.
+//! becomes a label value, because each new value would take memory for ever.
 
 use std::fmt;
 
@@ -19,9 +19,9 @@ pub enum Message {
     Register,
     /// A registration that was refused.
     RegisterRefused,
-    /// A message that an instance leaves.
+    /// A message with which an instance deregisters.
     Leave,
-    /// A message that the prefill engine has begun a request.
+    /// A message with which a sidecar reports that its prefill engine has begun a request.
     Progress,
     /// A notice that a request's KV has been written, or will not be written.
     ProxyNotif,

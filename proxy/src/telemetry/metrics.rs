@@ -51,7 +51,8 @@ impl Metrics {
         }
     }
 
-    /// Returns all metrics in the text format of OpenMetrics, with those of the instances in `all`.
+    /// Returns all metrics in the text format of OpenMetrics, including the metrics of the instances in
+    /// `all`.
     pub fn text(&self, all: &[Arc<Instance>]) -> String {
         let mut text = String::new();
         // Writing into a string does not fail.
@@ -74,7 +75,8 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// Creates one label value at zero. Otherwise the rate over a rare value would miss its first event.
+/// Creates one label value with the count zero. Otherwise a query of the rate would miss the first event of a
+/// rare label value.
 fn touch<const N: usize>(family: &Counters<N>, labels: Labels<N>) {
     drop(family.get_or_create(&labels));
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Times of prefill legs. Beyond 65536 legs, the times of a random sample are kept.
+/// Times of prefill legs. After 65536 legs, only a random sample of the times is kept.
 #[derive(Debug, Default)]
 pub(crate) struct PrefillTimes {
     state: Mutex<State>,
@@ -24,9 +24,9 @@ pub(crate) struct Summary {
     pub count: u64,
     /// The mean time, in milliseconds.
     pub mean_ms: f64,
-    /// The median time, in milliseconds, from the sample.
+    /// The median of the sampled times, in milliseconds.
     pub median_ms: f64,
-    /// The 99th percentile of the times, in milliseconds, from the sample.
+    /// The 99th percentile of the sampled times, in milliseconds.
     pub p99_ms: f64,
 }
 
@@ -80,7 +80,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// The size of the sample: 256 KiB of times.
+/// Maximum number of times in the sample, which then takes 256 KiB.
 const SAMPLE: usize = 1 << 16;
 
 #[cfg(test)]

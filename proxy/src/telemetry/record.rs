@@ -14,7 +14,7 @@ use serde::Serialize;
 pub(crate) struct Record {
     /// The id of the request.
     pub id: String,
-    /// The id that the legs carry; `None` if it is the request's id.
+    /// The id that the legs carry; `None` if the legs carry the request's id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leg_id: Option<String>,
     /// Time of the arrival, in milliseconds since 1970.
@@ -45,7 +45,7 @@ pub(crate) struct Record {
     pub ttft_ms: Option<f64>,
     /// Time of the end.
     pub total_ms: f64,
-    /// The prompt's length in tokens, as an engine counts it; `None` if no engine said it.
+    /// The prompt's length in tokens, as an engine counts it; `None` if no engine reported it.
     pub prompt_tokens: Option<u64>,
     /// The answer's length in tokens, as the decode engine counts it. A stream contains it only with
     /// `include_usage`.
@@ -65,7 +65,7 @@ pub(crate) struct Record {
 pub(crate) struct Moved {
     /// True if every rank that sent a notice wrote all the KV that was requested.
     pub ok: bool,
-    /// The first reason of a rank that did not write all the KV.
+    /// The reason of the first notice that gave one; `None` if no rank gave a reason.
     pub reason: Option<Reason>,
     /// The number of bytes written.
     pub bytes: u64,
@@ -115,7 +115,7 @@ fn transport_name(text: &str) -> &str {
 }
 
 impl Recent {
-    /// Adds the record of a request that has ended, and drops the oldest record beyond 256.
+    /// Adds the record of a request that has ended. If there are more than 256 records, drops the oldest one.
     pub(crate) fn push(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() == KEPT {
@@ -145,7 +145,7 @@ impl Recent {
     }
 }
 
-/// The number of records kept, of about 500 bytes each: enough to look back over a benchmark run.
+/// Number of records that are kept: enough to look back over a benchmark run. A record takes about 500 bytes.
 const KEPT: usize = 256;
 
 /// The longest name of a transport, such as `nixl:cuda_ipc+rdma`.

@@ -42,7 +42,7 @@ impl Trace {
         }
     }
 
-    /// Sets the header of the legs that makes their engines' spans children of this request's span.
+    /// Sets the header of a leg, so that its engine's spans become children of this request's span.
     pub(crate) fn pass_on(&self, headers: &mut HeaderMap) {
         let flags = if self.is_sampled { "01" } else { "00" };
         let text = format!("00-{}-{}-{flags}", self.trace, self.span);
@@ -52,7 +52,8 @@ impl Trace {
         }
     }
 
-    /// Returns the spans of a request that has ended: one of the request, and one per leg.
+    /// Returns the spans of a request that has ended: one for the whole request, and one for each leg whose
+    /// times are known.
     pub(crate) fn spans(&self, record: &Record) -> Vec<Value> {
         let start = record.arrived_unix_ms as f64;
         let span = |name: String, kind: u8, from: f64, to: f64, more: Value| {
@@ -107,8 +108,8 @@ impl Trace {
     }
 }
 
-/// Parses `00-TRACE-SPAN-FLAGS`, the form of W3C's recommendation, into trace, span and whether it is
-/// sampled.
+/// Parses `00-TRACE-SPAN-FLAGS`, the format of W3C's recommendation. Returns the trace's id, the span's id,
+/// and true if the trace is sampled; `None` if the text is invalid.
 fn parse(text: &str) -> Option<(String, String, bool)> {
     let mut parts = text.split('-');
     let (version, trace, span, flags) =

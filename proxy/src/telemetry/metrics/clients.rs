@@ -13,7 +13,7 @@ pub(super) struct Clients {
     idle_closed: Counter,
 }
 
-/// A client connection that is counted. Dropping the value ends the count.
+/// An open client connection in the metric. Dropping the value subtracts the connection from the metric.
 #[derive(Debug)]
 pub(crate) struct Connected(Gauge);
 

@@ -7,8 +7,9 @@ use std::time::Instant;
 use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 
-/// Writes the metrics of these instances in the text format of OpenMetrics. They are not families of the
-/// registry, because instances come and go, and prometheus-client 0.23 does not escape label values.
+/// Writes the metrics of these instances in the text format of OpenMetrics. These metrics are not families of
+/// the registry, because instances come and go, and because prometheus-client 0.23 does not escape label
+/// values.
 pub(super) fn write(out: &mut String, instances: &[Arc<Instance>]) -> fmt::Result {
     type Read = fn(&Instance) -> f64;
     let all: [(&str, &str, &str, Read); 6] = [
@@ -63,7 +64,7 @@ fn snapshot(instance: &Instance) -> LoadSnapshot {
     instance.load.snapshot(Instant::now())
 }
 
-/// Escapes a label value. Without it, an instance's name could end its label and forge other metrics.
+/// Escapes a label value. Otherwise an instance's name could end its label early and forge other metrics.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")

@@ -157,7 +157,7 @@ impl Metrics {
         errors.get_or_create(&leg_labels(leg)).inc();
     }
 
-    /// Notes the time from a request's arrival to the prefill engine's begin.
+    /// Notes the time from a request's arrival until its prefill engine begins.
     pub fn begun_after(&self, time: Duration) {
         self.requests.begun.observe(time.as_secs_f64());
     }
