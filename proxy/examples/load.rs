@@ -1,10 +1,11 @@
-//! Requests to a router, closed loop or at a rate, and what they took.
+//! Sends requests to a router, in a closed loop or at a fixed rate, and measures their times.
 //!
 //!     load ADDRESS CONNECTIONS SECONDS [rate=N] [stream] [legs] [prompt=BYTES]
 //!
-//! Without a rate every connection sends its next request when it has its answer. With one, requests
-//! are due at fixed times, and a late one counts from when it was due. `legs` sends both legs of a
-//! request to an engine itself: what a router adds is counted from there. Prints one JSON object.
+//! Without a rate, each connection sends its next request as soon as it has the last answer. With a
+//! rate, requests are due at fixed times, and the time of a late request counts from its due time.
+//! With `legs`, the program sends both legs of a request directly to an engine; the difference to
+//! the time through a router is the router's cost. Prints one JSON object.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -130,7 +131,8 @@ async fn connection(options: Options, started: Instant, number: u32) -> Seen {
     }
 }
 
-/// Sends a request and reads its answer to the end; whether it was a good one.
+/// Sends a request and reads its answer to the end. Returns true if the answer is complete and
+/// successful.
 async fn exchange(
     stream: &mut TcpStream,
     request: &[u8],

@@ -1,11 +1,14 @@
-//! An engine that answers at once: what is left of a request's time is the router's.
+//! An engine that answers at once, so that the measured time of a request is the time of the
+//! router.
 //!
 //!     scripted_engine ADDRESS [EVENTS [PACE_MS]]
 //!
-//! `/health` and `/v1/models` answer as vLLM's do. A prefill leg (`do_remote_decode`) is answered with
-//! `kv_transfer_params` as NixlConnector's, any other request with a completion, or, where it says
-//! `"stream":true`, with EVENTS events and `[DONE]`, one every PACE_MS if that is given. It reads just enough HTTP for that, so that it is
-//! cheap beside what it measures.
+//! `/health` and `/v1/models` answer as vLLM's endpoints do. A prefill leg (`do_remote_decode`)
+//! gets an answer with `kv_transfer_params` like NixlConnector's. Any other request gets a
+//! completion. If the request contains `"stream":true`, the completion is a stream of EVENTS events
+//! and `[DONE]`; with PACE_MS, the engine sends one event every PACE_MS milliseconds. The engine
+//! parses only as much HTTP as this needs, so that it takes little CPU time from the router that is
+//! measured.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -22,7 +25,7 @@ struct Script {
     prefill: String,
     completion: String,
     stream: String,
-    /// Between two events; without it all are written at once.
+    /// Time between two events; `None` if all events are written at once.
     pace: Option<Duration>,
 }
 
@@ -44,9 +47,9 @@ async fn main() -> std::io::Result<()> {
     loop {
         let (stream, _) = listener.accept().await?;
         let script = Arc::clone(&script);
-        // Ends with its connection, and with the process.
+        // The task ends with its connection, and with the process.
         drop(tokio::spawn(async move {
-            // A router that goes away in the middle is its own business.
+            // A router may close its connection at any time, so errors are ignored.
             drop(serve(stream, &script).await);
         }));
     }

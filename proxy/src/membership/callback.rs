@@ -1,5 +1,5 @@
-//! The call-back checks that a sidecar answers at its admin address, that it is the one that has registered,
-//! and that it and its engine are ready.
+//! The call-back checks that a sidecar answers at its admin address, that the sidecar is the one that has
+//! registered, and that the sidecar and its engine are ready.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,7 +71,8 @@ async fn engine_answer(app: &App, call: &CallBack) -> Answer {
         }
         Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
         Err(LegError::Connect(e)) => format!("its engine cannot be reached: {}", explained(&e)),
-        // A busy server may be late once, so its last answer stays valid until it expires.
+        // A busy server may be late once, so the result of the previous call-back stays valid until it
+        // expires.
         Err(e) => return Answer::Silent(format!("its engine's /health: {e}")),
     };
     Answer::Confirmed {
@@ -105,8 +106,8 @@ fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
     }
 }
 
-/// Longest wait for an answer. A sidecar answers from memory; a sidecar that is slower than this could not
-/// push KV well, either.
+/// Longest wait for an answer. A sidecar answers from memory; a sidecar that takes longer would also be too
+/// slow to push KV.
 const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The longest reason of a sidecar that `/instances` and the log show, in characters.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use common::zmq::{self, Closed, Inbox};
 use protocol::registration::PROXY_NAME;
 
-/// The registration port cannot be used, or no longer.
+/// Error of a registration port: the port cannot be opened, or it has failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PortError {
     /// The address could not be bound.

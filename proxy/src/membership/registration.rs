@@ -35,7 +35,7 @@ pub(crate) struct Registration {
     registry: Registry,
     published: watch::Sender<Instances>,
     calls: JoinSet<(CallBack, Answer)>,
-    /// Time at which a refused registration was last logged; `None` if none was.
+    /// Time at which a refused registration was last logged; `None` if none was logged yet.
     warned: Option<Instant>,
     logged_pairs: LoggedPairs,
 }
@@ -53,11 +53,11 @@ pub(crate) struct Inputs {
     pub commanded: mpsc::Receiver<Command>,
 }
 
-/// The changes of one iteration.
+/// The effect of one iteration of the task on the instances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum News {
-    /// Nothing that routing sees. Most messages are about single requests, so publishing after each message
-    /// would waste time.
+    /// Routing sees no change. Most messages are about single requests, so publishing the instances after
+    /// each message would waste time.
     None,
     /// The instances may have changed.
     Instances,
@@ -156,8 +156,8 @@ impl Registration {
         }
     }
 
-    /// Adds instances that other proxies have written. Removes shared instances that no proxy has written any
-    /// more and that are not ready here, either.
+    /// Adds instances that other proxies have written. Removes a shared instance if no proxy writes it any
+    /// more and it is not ready at this proxy.
     fn share(&mut self, others: Vec<Instance>) {
         let now = Instant::now();
         let known = self.registry.instances();
@@ -296,5 +296,5 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// Interval at which connections to the registration port are counted and those beyond the limit are closed.
+/// Interval at which the task closes connections that exceed the limit of the registration port.
 const SWEEP: Duration = Duration::from_secs(5);

@@ -1,10 +1,10 @@
 //! The registry that several proxies share in etcd.
 //!
 //! Each proxy writes the instances that it has found ready itself, under its own lease. It adds the instances
-//! that other proxies have written, and calls them back before it uses them. So if a proxy dies, the others
-//! lose no instance, because they keep writing those that they find ready. If an instance dies, each proxy
-//! deletes its own key for it as soon as the proxy finds the instance not ready. If etcd fails, each proxy
-//! continues with the instances that it knows.
+//! that other proxies have written, and calls an instance back before it sends requests to it. If a proxy
+//! dies, the other proxies lose no instance, because each of them has written the instances that it finds
+//! ready. If an instance dies, each proxy deletes its own key of the instance as soon as the proxy finds the
+//! instance not ready. If etcd fails, each proxy continues with the instances that it knows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ impl SharedRegistry {
                     self.watch = None;
                 },
             }
-            // Gather changes: many come at once, such as the keys of a proxy that has died.
+            // Wait a moment, because many changes come at once, such as the keys of a proxy that has died.
             sleep(GATHER).await;
             self.step().await;
         }
@@ -90,7 +90,7 @@ impl SharedRegistry {
         }
     }
 
-    /// Exchanges once with etcd. Logs only when etcd fails or is back.
+    /// Exchanges once with etcd. Logs only the first failure, and the first success after a failure.
     async fn step(&mut self) {
         let done = self.exchange().await;
         self.app.metrics.shared(done.is_ok());
@@ -101,7 +101,8 @@ impl SharedRegistry {
             }
             Ok(()) => {}
             Err(error) => {
-                // The lease may have expired meanwhile, and its keys with it, so write everything again.
+                // The lease may have expired meanwhile, and its keys are then deleted, so write everything
+                // again.
                 self.lease = None;
                 self.watch = None;
                 self.written.clear();
@@ -120,7 +121,7 @@ impl SharedRegistry {
         };
         self.lease = Some(lease.clone());
         if self.watch.is_none() {
-            // Watch before the list is read. Otherwise a change between the two would be missed.
+            // Start the watch before reading the list. Otherwise a change between the two would be missed.
             self.watch = Some(self.etcd.watch(&self.prefix).await?);
         }
         self.write(&lease).await?;

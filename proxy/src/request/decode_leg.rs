@@ -117,7 +117,8 @@ impl Drive {
     fn note_failed_leg(&self, context: &mut RequestContext, error: &LegError) {
         self.app.metrics.leg_failed(Leg::Decode(error.failure()));
         warn!(id = %context.id, decode = self.pair.decode.id, %error, "decode leg failed");
-        // The prefill leg's KV goes to the instance that has failed, so its remaining work is useless.
+        // The prefill leg's KV goes to the instance that has failed, so the rest of the prefill leg is
+        // useless.
         context.drop_prefill();
     }
 
@@ -180,8 +181,8 @@ impl Drive {
         }
     }
 
-    /// Returns the longest time without a sign of work from the decode instance. Returns `None` if there is
-    /// no bound, because the answer is not streamed and its length is not limited.
+    /// Returns the longest time for which the decode instance may show no sign of work. Returns `None` if
+    /// there is no bound, because the answer is not streamed and its length is not limited.
     fn silence_limit(&self) -> Option<Duration> {
         let config = &self.app.config;
         let prompt = self.app.measured.costs().prefill_us_per_token * self.plan.tokens as f64 / 1e6;

@@ -74,8 +74,8 @@ struct Drive {
     /// The id that the legs carry. It is the request's id, unless a connector or a second attempt needs a
     /// different id.
     leg_id: RequestId,
-    /// The id that the client has given the request, which the answer's id contains; `None` if the client
-    /// gave none.
+    /// The client's own id of the request, which is a part of the answer's id; `None` if the client gave
+    /// none.
     chosen: Option<RequestId>,
     /// Ids of the instances that have failed this request.
     failed: Vec<String>,

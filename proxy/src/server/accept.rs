@@ -168,7 +168,7 @@ impl Client {
         }
     }
 
-    /// Serves the connection until it ends, the proxy stops, or the connection has to leave.
+    /// Serves the connection until it ends, the proxy stops, or a new connection takes its place.
     async fn serve<S>(self, stream: S)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -231,13 +231,14 @@ fn no_place(app: &App) -> Response {
     error.into_response()
 }
 
-/// Connections beyond `--max-connections`: for health probes, scrapers and the operator.
+/// Number of connections beyond `--max-connections`: for health probes, scrapers and the operator.
 pub(crate) const RESERVE: usize = 64;
 
-/// Time for a connection that has to leave to write its buffered data.
+/// Time in which a connection that has lost its place can write its buffered data.
 const LEAVE_TIME: Duration = Duration::from_millis(200);
 
-/// Time for the ends of the answers that are broken off after draining, so that clients still get the error.
+/// Time in which the proxy writes the last bytes of answers that it breaks off after draining, so that
+/// clients still get the error.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Pause after a failed accept, which would otherwise fail again at once and use up a core.

@@ -124,7 +124,8 @@ fn named(body: &Bytes) -> Result<Instance, ApiError> {
         .map_err(|e| ApiError::new(Code::InvalidInstance, e.to_string()))
 }
 
-/// Returns the answer of an endpoint that names an instance: its id, or an error if the instance is unknown.
+/// Returns the answer to a request about one instance: the instance's id, or an error if the proxy does not
+/// know the instance.
 fn known(known: bool, id: &str) -> Result<Json<Value>, ApiError> {
     if known {
         return Ok(Json(json!({"id": id})));

@@ -79,8 +79,7 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
         error.into_response()
     });
-    // If the request got as far as a leg, the response has an id already, which may come from the request's
-    // body.
+    // If a leg was sent, the response already has an id, which may come from the request's body.
     response
         .headers_mut()
         .entry(request_id::HEADER)
@@ -215,7 +214,7 @@ async fn instances(
     Ok(Json(shown(&app, &app.instances())))
 }
 
-/// Returns the instances as JSON, each with the reasons why KV does not move to or from it.
+/// Returns the instances as JSON. Each instance has the reasons why no KV moves to or from it.
 fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
     let now = Instant::now();
     let one = |instance: &Arc<Instance>| {

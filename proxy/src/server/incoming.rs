@@ -52,7 +52,7 @@ pub(crate) async fn read(
     let silence = app.config.client_timeout;
     let mut whole = BytesMut::new();
     let mut deadline = Instant::now() + silence;
-    // The deadline moves on with each KiB. If each byte moved it, a client that sends a byte at a time would
+    // Only each further KiB moves the deadline. If each byte moved it, a client that sends single bytes could
     // hold a place for ever.
     let mut enough = DROP_BYTES;
     loop {

@@ -190,8 +190,8 @@ impl Proxy {
                 Ok(())
             });
         }
-        // The file was readable when the flags were checked. If it has vanished since, the proxy runs without
-        // it.
+        // The file of `--mooncake` was readable when the flags were checked. If the file has vanished since,
+        // the proxy does not announce its address.
         let metadata = app.config.mooncake.as_deref().map(announce::metadata);
         if let Some(Ok(Some(metadata))) = metadata {
             let announcer = Announcer::new(metadata, app.registration);
@@ -215,7 +215,7 @@ impl Proxy {
             Some(ended) = tasks.join_next() => Some(ended),
         };
         // Drain first, then break off the rest, and end the tasks last, so that the last answers and spans
-        // get out.
+        // are still sent.
         app.draining.cancel();
         let mut end = drain(&app, &stop.now).await;
         summarise(&app);
@@ -225,7 +225,7 @@ impl Proxy {
         while let Some(next) = tasks.join_next().await {
             ended.push(next);
         }
-        // A failed port decides the exit code. A panic goes on as a panic, so that no defect is hidden.
+        // A failed port decides the exit code. A panic is raised again here, so that no defect is hidden.
         for task in ended {
             match task.map_err(tokio::task::JoinError::try_into_panic) {
                 Ok(Ok(())) | Err(Err(_)) => {}
@@ -248,7 +248,7 @@ fn summarise(app: &App) {
     }
 }
 
-/// Waits until no request is under way, for the drain timeout at most, or until `now` is cancelled.
+/// Waits until no request is under way, until the drain timeout is over, or until `now` is cancelled.
 async fn drain(app: &App, now: &CancellationToken) -> End {
     info!("draining: the proxy takes no new requests");
     select! {
@@ -265,8 +265,8 @@ async fn drain(app: &App, now: &CancellationToken) -> End {
     End::ForcedShutdown
 }
 
-/// Commands that can wait for the registration task.
+/// Maximum number of commands that wait for the registration task.
 const MAX_COMMANDS: usize = 16;
 
-/// Instances that can wait to be called back after a failed leg.
+/// Maximum number of instances that wait for a call-back after a failed leg.
 const MAX_SUSPECTS: usize = 64;

@@ -1,7 +1,7 @@
 //! Sends spans to a collector by OTLP over HTTP, in JSON.
 //!
-//! The exporter of the OpenTelemetry SDK would add a protocol compiler and a second HTTP client, for what is
-//! one POST of a documented form.
+//! The proxy does not use the exporter of the OpenTelemetry SDK. The exporter would add a protocol compiler
+//! and a second HTTP client, although a single POST in a documented format is enough.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ impl Exporter {
         }
     }
 
-    /// Sends spans until `stop` is cancelled, and then the spans that are left.
+    /// Sends spans until `stop` is cancelled, and then sends the spans that are still in the queue.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::new();
         let mut due = Instant::now();
@@ -101,12 +101,12 @@ impl Exporter {
     }
 }
 
-/// Spans that can wait to be sent. Further spans are dropped and counted, so that a slow collector cannot use
-/// up the memory.
+/// Maximum number of spans in the queue. Further spans are dropped and counted, so that a slow collector
+/// cannot use up the memory.
 pub(crate) const QUEUE: usize = 8192;
-/// The largest number of spans in one POST.
+/// Maximum number of spans in one POST.
 const BATCH: usize = 512;
-/// Time after which a POST that is not full is sent.
+/// Time after which spans are sent even if they do not fill a POST.
 const GATHER: Duration = Duration::from_secs(1);
 /// Longest time for one POST. A collector at the same site answers at once.
 const TIMEOUT: Duration = Duration::from_secs(5);

@@ -46,8 +46,8 @@ pub(crate) struct Seat {
     number: u64,
     /// Cancelled when a new connection takes this place.
     pub leave: CancellationToken,
-    /// True if all other places were busy, so that this connection is one of the reserve. The reserve serves
-    /// health, metrics and admin endpoints, but no `/v1/` requests.
+    /// True if all other places were busy. The connection then belongs to the reserve, which serves health,
+    /// metrics and admin endpoints, but no `/v1/` requests.
     pub is_reserve: bool,
     /// True if an idle connection was asked to leave for this one.
     pub displaces: bool,
@@ -164,7 +164,7 @@ pub(crate) struct BusyBody {
 }
 
 impl BusyBody {
-    /// Returns `body` with the mark of its connection.
+    /// Returns `body` together with the value that keeps its connection busy.
     pub(crate) fn new(body: Body, busy: Busy) -> Self {
         Self { body, _busy: busy }
     }

@@ -25,9 +25,9 @@ pub(crate) struct Record {
     pub stream: bool,
     /// The id of the prefill instance; `None` if none was chosen.
     pub prefill: Option<String>,
-    /// The id of the decode instance that answered, or that was tried last.
+    /// The id of the decode instance that answered, or that was tried last; `None` if none was tried.
     pub decode: Option<String>,
-    /// The reason of the choice.
+    /// The reason why routing chose these instances.
     pub choice: String,
     /// The reason why the decode instance computed the prompt itself; `None` if it waited for KV.
     pub alone: Option<&'static str>,

@@ -13,7 +13,7 @@ use crate::zmtp::{Hello, Peer};
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
 
-/// Returns flags that name both engines as instances of one kind.
+/// Returns the flags that configure both engines as instances with this connector.
 fn named(p: &Engine, d: &Engine, connector: &str) -> Vec<String> {
     let words = [
         "--prefill",
@@ -57,7 +57,7 @@ async fn nixl_instances_get_what_the_prefill_answer_says() {
     assert_eq!(d.only().json()["max_tokens"], 8);
     assert_eq!(p.only().id(), d.only().id());
 
-    // Without parameters the decode engine could not fetch any KV, so it computes the prompt itself.
+    // Without transfer parameters the decode engine cannot fetch KV, so it must compute the prompt itself.
     p.on_prefill(Reply::Json(200, completion("x", 5, 1)));
     let got = rig.client.post(COMPLETIONS, &body).await;
     assert_eq!(got.status, 200);
@@ -103,7 +103,7 @@ async fn lmcache_rig() -> (Rig, Engine, Engine) {
     (rig, p, d)
 }
 
-/// Sends the notice of one rank of an LMCache prefiller that it has written its part.
+/// Sends the notice with which one rank of an LMCache prefiller reports that it has written its part.
 async fn notify(rig: &Rig, id: &str) {
     let mut push = Peer::connect(rig.registration_address(), Hello::of("PUSH"))
         .await
@@ -114,7 +114,7 @@ async fn notify(rig: &Rig, id: &str) {
         ..ProxyNotif::example()
     });
     push.send(&[&codec::encode(&notice)]).await.unwrap();
-    // Wait before the connection is dropped, so that the port has read the message.
+    // Keep the connection open until the port has read the message.
     rig.until_metric(
         "pd_proxy_registration_messages_total{kind=\"proxy_notif\"}",
         1.0,

@@ -76,7 +76,7 @@ async fn later_turns_go_where_the_conversation_is() {
     let (other, _sidecar) = rig
         .instance("d2", crate::support::sidecar::Role::Decode)
         .await;
-    // A second decode instance must not get later turns of the conversation.
+    // All later turns of the conversation must go to the first decode instance, not to the second one.
     pair.d.on_decode(Reply::Json(200, completion("x", 5, 3)));
     let mut said = vec!["hello"];
     for turn in 0..3 {
@@ -108,7 +108,7 @@ async fn later_turns_go_where_the_conversation_is() {
     );
     assert_eq!(rig.client.get("/conversations").await.json()["count"], 0);
 
-    // The flag's mode is shown, can be changed, and stays if the new mode is unknown.
+    // The mode of the flag is shown and can be changed. An unknown mode changes nothing.
     assert_eq!(rig.client.get("/mode").await.json()["mode"], "ppd");
     assert_eq!(
         rig.client.post("/mode/pd", &json!({})).await.json()["mode"],

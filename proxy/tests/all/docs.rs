@@ -1,4 +1,5 @@
-//! Tests that docs/proxy and docs/reference list exactly the flags, metrics, reasons and codes of the proxy that exist.
+//! Tests that docs/proxy and docs/reference list exactly the flags, metrics, reasons and codes that the proxy
+//! has.
 
 use std::collections::BTreeSet;
 

@@ -175,7 +175,7 @@ async fn one_proxy_is_killed_and_the_other_serves_on() {
     killed.wait().unwrap();
     let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
     let until = std::time::Instant::now() + Duration::from_secs(13);
-    // Go on until the lease of the killed proxy (10 s) has expired, because its keys vanish then.
+    // Continue until the lease of the killed proxy (10 s) has expired, because etcd deletes its keys then.
     while std::time::Instant::now() < until {
         let answer = rig.client.post("/v1/completions", &body).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -60,7 +60,8 @@ async fn a_prefill_engine_that_is_gone_is_found_out_by_the_first_request() {
         p_sidecar: _p,
         ..
     } = rig.pair().await;
-    // Wait, because an instance that was called back less than a moment ago is not called back again.
+    // Wait for more than a second: the proxy calls an instance back at the earliest one second after the
+    // call-back before.
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     drop(p);
     let answer = rig.client.post(COMPLETIONS, &prompt()).await;
@@ -113,7 +114,8 @@ async fn after_the_begin_a_prefill_failure_is_only_noted() {
         rig.journal.until("d decode").await;
         pair.p.release();
         rig.journal.until("p prefill served").await;
-        // Give the proxy time to handle the failure, wrongly perhaps, before the decode engine answers.
+        // Give the proxy time to react to the prefill leg's failure before the decode engine answers: it must
+        // not send a second decode leg.
         rig.until("/health", |_| true).await;
         pair.d.release();
         assert_eq!(asked.await.unwrap().status, 200);

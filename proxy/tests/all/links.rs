@@ -1,5 +1,5 @@
-//! Tests of connections to engines: they are used again while they work, and their chunks are passed on
-//! together.
+//! Tests of connections to engines: the proxy uses a working connection again, and passes on chunks that came
+//! together in one write.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -29,8 +29,8 @@ impl Plain {
         Self::closing(answer, requests, false).await
     }
 
-    /// As [`Plain::start`], but with `reads` the engine closes a connection only when the next request has
-    /// come.
+    /// Starts an engine as [`Plain::start`] does. With `reads`, the engine closes a connection only when the
+    /// next request has come.
     async fn closing(answer: Vec<u8>, requests: usize, reads: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -154,8 +154,8 @@ async fn one_that_the_engine_has_closed_is_not() {
 async fn one_that_is_closed_as_the_request_comes_is_replaced_by_a_fresh_one() {
     let engine = Plain::closing(whole(), 2, true).await;
     let rig = rig(&engine).await;
-    // The first connection serves the health check and one request. The proxy tries it for the second
-    // request, too.
+    // The first connection serves the health check and one request. The proxy sends the second request over
+    // this connection, too, and then over a fresh one.
     for _ in 0..3 {
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -46,7 +46,7 @@ async fn only_a_confirmed_and_ready_instance_gets_requests() {
         let mut sidecar = Sidecar::silent("d", Role::Decode, &engine.url, &rig.registration).await;
         sidecar.answer(answer.clone());
         sidecar.beat();
-        // Wait for two call-backs: an instance that is dropped registers again, and is dropped again.
+        // Wait for two call-backs: a dropped instance registers again, and must be dropped again.
         let called = async {
             while sidecar.calls.lock().unwrap().len() < 2 {
                 tokio::time::sleep(Duration::from_millis(5)).await;

@@ -1,5 +1,5 @@
-//! Tests of decode engines that are dead or hang behind a working server, and of slow ones. The proxy
-//! replaces a dead engine before the client has got anything, and waits for a slow one.
+//! Tests of decode engines that are dead or hang although their HTTP server works, and of slow engines. The
+//! proxy replaces a dead engine before the client has got anything, and waits for a slow one.
 
 use std::time::Duration;
 
@@ -25,7 +25,8 @@ fn dead() -> Value {
         "param": null, "code": 500}})
 }
 
-/// Two decode instances that are called back only after a request has failed there.
+/// Two decode instances. The proxy calls one of them back again only after a request has failed at this
+/// instance.
 struct Two {
     rig: Rig,
     d1: Engine,
@@ -52,8 +53,8 @@ impl Two {
         self.rig.metric(&sample).await
     }
 
-    /// Sends one request, for which `d1` is next. Expects that `d1` fails with this kind of failure and that
-    /// `d2` answers.
+    /// Sends one request, which the proxy gives to `d1` first. Checks that `d1` fails with this kind of
+    /// failure and that `d2` answers.
     async fn is_taken_over(&self, body: &Value, kind: &str) {
         let answer = self.rig.client.post(COMPLETIONS, body).await;
         let whole = events(&["hello"]).concat();
@@ -98,7 +99,7 @@ async fn the_engine_that_failed_is_not_tried_again_when_its_turn_comes() {
     let client = two.rig.client.clone();
     let first = tokio::spawn(async move { client.post(COMPLETIONS, &prompt()).await });
     two.rig.journal.until("d1 alone").await;
-    // This request moves the turn on, so that `d1` is next when the first request fails there.
+    // This request goes to `d2`. So the policy would choose `d1` again when the first request fails there.
     assert_eq!(
         two.rig.client.post(COMPLETIONS, &prompt()).await.status,
         200
@@ -212,8 +213,8 @@ async fn a_queue_that_moves_is_waited_for() {
     let waits = tokio::spawn(async move { client.post(COMPLETIONS, &streamed()).await });
     two.rig.journal.until("d1 alone").await;
     let begun = std::time::Instant::now();
-    // Wait for longer than an engine may show no sign of work. The limit is above a second, because a busy
-    // machine may stop this test for that long.
+    // Wait for longer than the stall timeout of 1.5 s. The timeout is that long because a busy machine may
+    // stop this test for a second.
     while begun.elapsed() < Duration::from_millis(2500) {
         busy.chunk().await.unwrap().unwrap();
     }

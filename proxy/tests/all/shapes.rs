@@ -19,7 +19,8 @@ async fn a_field_of_a_newer_engine_is_judged_by_the_decode_engine() {
     assert_eq!(rig.record().await["alone"], "prefill_refused");
     assert_eq!(pair.d.only().json(), body);
 
-    // If all fields are known, the decode engine would refuse the request, too, so the refusal is passed on.
+    // If the proxy knows all fields, the decode engine would also refuse the request, so the client gets the
+    // refusal.
     let body = json!({"model": "other", "prompt": "hello"});
     let answer = rig.client.post(COMPLETIONS, &body).await;
     assert_eq!((answer.status.as_u16(), answer.json()), (400, refusal));
@@ -43,7 +44,8 @@ async fn usage_tells_what_the_prefill_engine_had_cached() {
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
     assert!(answer["kv_transfer_params"].is_null(), "{answer}");
 
-    // If the prefill engine does not say the number, the answer has none.
+    // If the prefill engine does not report the number of cached tokens, the client's answer does not contain
+    // the number.
     pair.p.on_prefill(Reply::Json(200, completion("x", 5, 1)));
     let answer = rig.client.post(CHAT, &body).await.json();
     assert!(answer["usage"]["prompt_tokens_details"]["cached_tokens"].is_null());

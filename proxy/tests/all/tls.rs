@@ -1,4 +1,5 @@
-//! Tests of TLS towards clients and towards engines. One proxy in front of another tests both.
+//! Tests of TLS towards clients and towards engines. A proxy with a TLS port is the engine of another proxy,
+//! so one test covers both.
 
 use bytes::Bytes;
 use http::Request;

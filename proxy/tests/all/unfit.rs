@@ -27,7 +27,7 @@ fn ask(model: &str) -> Value {
     json!({"model": model, "prompt": "hello", "max_tokens": 8})
 }
 
-/// Makes the sidecar report `count` layers of KV from now on.
+/// Makes the sidecar report `count` layers of KV from now on, and waits until the proxy shows the number.
 async fn says_layers(rig: &Rig, sidecar: &mut Sidecar, count: u32) {
     sidecar.register.layout = Some(layers(count));
     sidecar.beat();

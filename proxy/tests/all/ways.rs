@@ -129,8 +129,8 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
         error.starts_with("data: {\"error\"") && error.ends_with("\n\n"),
         "{error}"
     );
-    // Both engines got a leg that continues after the first token, the second one without KV. Each may have
-    // got it twice: over a kept connection, and again over a fresh one.
+    // Both engines got a leg that continues after the first token; only the first engine's leg had a
+    // transfer. An engine may have got its leg twice: over a kept connection, and again over a fresh one.
     let loads = |seen: &[Seen]| {
         assert!((1..=2).contains(&seen.len()), "{seen:?}");
         for one in seen {
@@ -271,7 +271,8 @@ async fn a_sidecar_prefills_for_lmcache() {
     });
     rig.journal.until("p prefill served").await;
     let id = p.only().id();
-    // The prefill engine has begun. Between two sidecars, this message would send the decode leg.
+    // The prefill engine has begun. Between two sidecars, this message would make the proxy send the decode
+    // leg.
     p_sidecar.progress(&id).await;
     let heard = "pd_proxy_registration_messages_total{kind=\"progress\"}";
     rig.until_metric(heard, 1.0).await;

@@ -59,7 +59,8 @@ impl Registration {
     }
 
     /// Logs a refused registration, at most once per 5 s. A sidecar repeats its registration every second,
-    /// and an attacker can send registrations at any rate; without the limit they would fill the log.
+    /// and an attacker can send registrations at any rate; without the limit, their log lines would fill the
+    /// log.
     pub(super) fn log_rate_limited(&mut self, now: Instant, error: &str) {
         if self.warned.is_none_or(|at| at + WARN_EVERY <= now) {
             self.warned = Some(now);

@@ -1,4 +1,4 @@
-//! Finds instances that cannot be a pair, and logs each of them once, with the remedy.
+//! Finds pairs of instances whose KV layouts are not compatible, and logs each pair once, with the remedy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use tracing::warn;
 use crate::fleet::instance::{Instance, Standing};
 use crate::fleet::kv_fit::Kv;
 
-/// An instance with which another one cannot be paired.
+/// Another instance with which an instance cannot be paired.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Unfit {
     /// The id of the other instance.
@@ -18,8 +18,8 @@ pub(crate) struct Unfit {
     pub why: String,
 }
 
-/// Returns the ready instances with which this one would be a pair if the KV layouts that their sidecars
-/// report were compatible.
+/// Returns the ready instances that cannot be paired with this one only because the KV layouts that the two
+/// sidecars report are not compatible.
 pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
     let ready = all.iter().filter(|other| other.standing == Standing::Ready);
     ready
@@ -48,7 +48,7 @@ impl LoggedPairs {
             .retain(|(one, other, _)| is_there(one) && is_there(other));
         let ready = all.iter().filter(|i| i.standing == Standing::Ready);
         let now = ready.clone().map(|i| (&i.id, i.epoch, &i.kv));
-        // Heartbeats come often and usually change nothing, so stop here.
+        // If no ready instance has changed, stop here: most heartbeats change nothing.
         if now.eq(self.seen.iter().map(|(id, epoch, kv)| (id, *epoch, kv))) {
             return;
         }
@@ -87,8 +87,9 @@ impl LoggedPairs {
     }
 }
 
-/// Returns the reason why KV cannot go from `prefill` to `decode`, although both can hand over in the same
-/// way. Returns `None` if they fit, or if they are no pair.
+/// Returns the reason why KV cannot move from `prefill` to `decode`, although their connectors have a common
+/// way to hand it over. Returns `None` if KV can move, or if the instances cannot be a pair for other
+/// reasons.
 fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
     if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {
         return None;

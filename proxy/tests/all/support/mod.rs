@@ -25,8 +25,8 @@ use sidecar::{Role, Sidecar};
 /// The longest wait in a test: only a step that hangs takes so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Returns a port that was free a moment ago and that no outgoing connection takes: Linux takes ports for
-/// them from 32768 up.
+/// Returns a port that was free a moment ago. The port is below 32768, because Linux gives outgoing
+/// connections ports from 32768 up.
 pub fn free_port() -> u16 {
     let start = RandomState::new().build_hasher().finish() % 12_000;
     let mut ports =

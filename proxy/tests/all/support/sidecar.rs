@@ -35,7 +35,7 @@ pub struct Sidecar {
 pub enum Answer {
     /// 200 with the sidecar's own id and epoch, and this readiness.
     Own { ready: bool },
-    /// 409, as a sidecar with another id or epoch.
+    /// 409, as a sidecar with another id or epoch answers.
     Conflict,
     /// 200 with another id.
     OtherId,
@@ -99,7 +99,7 @@ impl Sidecar {
             .route("/registered", post(registered))
             .with_state(Arc::new(admin));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        // Without heartbeats, so that the connection lasts although no task reads it.
+        // The connection sends no heartbeats, so that it stays open although no task reads it.
         let hello = Hello {
             minor: 0,
             ..Hello::of("PUSH")
@@ -153,7 +153,7 @@ impl Sidecar {
         let push = Arc::clone(&self.push);
         let register = ToProxy::Register(self.register.clone());
         let beats = tokio::spawn(async move {
-            // Until the proxy has ended.
+            // Sending fails once the proxy has ended.
             while send(&push, &register).await.is_ok() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -178,7 +178,7 @@ impl Sidecar {
         self.push.lock().await.send(frames).await.unwrap();
     }
 
-    /// Sends the message that the engine has begun this request.
+    /// Sends the message which reports that the engine has begun this request.
     pub async fn progress(&self, id: &str) {
         self.say(&ToProxy::Progress(Progress {
             id: self.register.id.clone(),
@@ -188,7 +188,7 @@ impl Sidecar {
         .await;
     }
 
-    /// Sends the notice about this request's KV.
+    /// Sends the sender's notice about the KV of this request.
     pub async fn moved(&self, id: &str, bytes: u64, reason: Option<Reason>) {
         self.say(&ToProxy::ProxyNotif(ProxyNotif {
             req_id: RequestId(id.into()),

@@ -59,7 +59,7 @@ fn what_stands_in_the_log_is_kept_as_long_as_both_are_there() {
         .map(|(one, other, _)| format!("{one} {other}"))
         .collect();
     assert_eq!(words, ["p d", "u "]);
-    // An instance that is not ready for a moment is not logged twice.
+    // A pair stays noted while one of its instances is not ready, so it is not logged a second time.
     let mut asleep = Arc::unwrap_or_clone(Arc::clone(&d));
     asleep.standing = Standing::NotReady("asleep".into());
     pairs.log(&[p.clone(), Arc::new(asleep)]);
