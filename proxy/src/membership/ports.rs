@@ -16,7 +16,7 @@ pub enum PortError {
         /// The process that holds the port, or the error of the system.
         text: String,
     },
-    /// The socket has ended.
+    /// The port's socket is closed.
     #[error("the registration port is closed: {0}")]
     Closed(#[from] Closed),
 }

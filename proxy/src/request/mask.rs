@@ -1,6 +1,6 @@
 //! Removes the traces of a transfer from an answer, so that it reads like the answer of a single engine.
 //!
-//! The decode engine counts all tokens whose KV was moved as cached. The client gets the number of tokens
+//! To the decode engine, all tokens whose KV was moved count as cached. The client gets the number of tokens
 //! that the prefill engine had cached, because the other tokens were computed for this request. The client
 //! does not get `kv_transfer_params`, which a connector addresses to its proxy.
 

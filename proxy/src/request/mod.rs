@@ -373,6 +373,6 @@ impl Drive {
     }
 }
 
-/// The longest event of a stream that the proxy parses. An event of one token is below 1 KiB, and such
-/// streams contain neither logprobs nor the prompt's token ids.
+/// Maximum size of an event in a stream that the proxy parses, in bytes. An event of one token is below 1
+/// KiB, and these streams contain neither logprobs nor the prompt's token ids.
 const MAX_EVENT_BYTES: usize = 4 * 1024 * 1024;

@@ -131,7 +131,7 @@ impl ResponseBody {
         Poll::Ready(Some(Err(error)))
     }
 
-    /// Returns true if the stream's last event has come, even if the end of the body has not.
+    /// Returns true if the stream's last event has come, even if the body has not ended yet.
     fn is_complete(&self) -> bool {
         self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
     }
@@ -172,7 +172,8 @@ impl ResponseBody {
         self.end()
     }
 
-    /// Returns the chunks that are left at the end of the answer, or the end.
+    /// Returns the chunks that are left at the end of the answer. Once no chunk is left, returns the end of
+    /// the body.
     fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         if self.gathered.is_empty() {
             return Poll::Ready(None);
@@ -199,8 +200,8 @@ impl ResponseBody {
                 );
                 return Poll::Ready(text);
             }
-            // A working engine may be silent for long. If its `/health` fails, too, the engine is dead, and
-            // waiting is useless.
+            // A working engine may be silent for long. But if its `/health` also fails, the engine is dead,
+            // and waiting is useless.
             let is_long = self.heard + limits.dead <= now;
             if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
                 let text = format!(

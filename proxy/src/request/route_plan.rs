@@ -68,7 +68,8 @@ impl RoutePlan {
         }
     }
 
-    /// Chooses a decode instance for a question that every decode instance can answer.
+    /// Chooses a decode instance for a request that every decode instance can answer, such as the list of
+    /// models.
     ///
     /// # Errors
     /// No decode instance is ready.
@@ -143,7 +144,8 @@ impl RoutePlan {
         }
     }
 
-    /// Returns the number of the prompt's tokens that the instance is not known to have cached.
+    /// Returns the number of prompt tokens that the instance probably has to compute, because it is not known
+    /// to have them cached.
     pub(crate) fn uncached(&self, name: &str, tokens: u64) -> u64 {
         let held = self.known.held.iter().find(|(holder, _)| holder == name);
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))

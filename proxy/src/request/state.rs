@@ -75,7 +75,7 @@ pub(crate) enum Event {
 pub(crate) enum Action {
     /// Wait for the next event.
     Wait,
-    /// Send the decode leg: with a transfer, or without one for this reason.
+    /// Send the decode leg with a transfer, or without a transfer for the given reason.
     SendDecode(Result<(), Fallback>),
     /// Answer the client with the prefill engine's refusal.
     PassRefusal,

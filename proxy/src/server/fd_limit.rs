@@ -20,5 +20,5 @@ pub fn raise_limit(config: &Config) -> Option<String> {
     })
 }
 
-/// File descriptors of the ports, the call-backs and the runtime.
+/// Number of file descriptors for the ports, the call-backs and the runtime.
 const OTHERS: usize = 128;

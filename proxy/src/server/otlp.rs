@@ -67,7 +67,8 @@ impl Exporter {
         }
     }
 
-    /// Sends one batch, and counts its spans as sent or failed. Logs only the first failure in a row.
+    /// Sends one batch, and counts its spans as sent or failed. Of several failures in a row, logs only the
+    /// first one.
     async fn send(&mut self, spans: Vec<Value>) {
         let count = spans.len();
         let body = json!({"resourceSpans": [{

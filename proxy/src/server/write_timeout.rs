@@ -29,7 +29,7 @@ impl<S> WriteTimeout<S> {
         }
     }
 
-    /// Passes a finished write on. Returns an error for a write that has been blocked for too long.
+    /// Returns the result of a finished write, or an error for a write that has been blocked for too long.
     fn judge<T>(
         &mut self,
         cx: &mut Context<'_>,

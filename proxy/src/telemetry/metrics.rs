@@ -1,5 +1,5 @@
-//! The metrics, as docs/proxy/metrics.md lists them. Each file of the folder `metrics` owns the metrics of one part of
-//! the proxy: it registers them, and has the methods that change them.
+//! The metrics, as docs/proxy/metrics.md lists them. Each file of the folder `metrics` registers the metrics
+//! of one part of the proxy, and has the methods that change these metrics.
 
 use std::fmt;
 use std::sync::Arc;

@@ -47,8 +47,8 @@ pub(crate) struct Record {
     pub total_ms: f64,
     /// The prompt's length in tokens, as an engine counts it; `None` if no engine reported it.
     pub prompt_tokens: Option<u64>,
-    /// The answer's length in tokens, as the decode engine counts it. A stream contains it only with
-    /// `include_usage`.
+    /// The answer's length in tokens, as the decode engine counts it; `None` if the answer does not contain
+    /// the number. A stream contains it only with `include_usage`.
     pub completion_tokens: Option<u64>,
     /// The senders' notices about the KV; `None` if none has come.
     pub moved: Option<Moved>,

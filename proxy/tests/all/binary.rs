@@ -51,7 +51,7 @@ fn signals_drain() {
     assert_eq!(stop(child, "-TERM"), 0);
 }
 
-/// Kubernetes sets such variables in every pod, for each service of the namespace.
+/// Kubernetes sets variables of this form in every pod, for each service of the namespace.
 #[test]
 fn variables_of_kubernetes_services_stop_no_start() {
     let start = |value: &str| {

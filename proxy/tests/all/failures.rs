@@ -174,8 +174,8 @@ async fn with_no_other_decode_instance_the_client_gets_an_error() {
         assert_eq!(rig.record().await["outcome"], "failed");
     };
     check(Reply::Die, 502, "decode_died").await;
-    // The proxy must not follow a redirect or pass it on: its target was not configured, and would get the
-    // prompt.
+    // The proxy must not follow a redirect or pass it on: the redirect's target was not configured, and would
+    // get the prompt.
     check(Reply::Json(307, json!({})), 502, "decode_died").await;
     check(Reply::Silence, 504, "decode_timeout").await;
     let busy = json!({"error": {"code": "engine_busy"}});

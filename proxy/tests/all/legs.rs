@@ -40,7 +40,7 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
         record["begun_ms"].is_number() && record["prefill_ms"].is_null(),
         "{record}"
     );
-    // The decode leg's answer was complete before the prefill leg's, so the prefill leg is dropped.
+    // The decode leg's answer was complete before the prefill leg's answer, so the prefill leg is dropped.
     rig.journal.until("p prefill aborted").await;
 }
 

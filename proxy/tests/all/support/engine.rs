@@ -178,7 +178,7 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     if seen.path == "/v1/models" {
         return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
     }
-    // The transfer parameters tell the kind of the leg.
+    // The transfer parameters show which leg this is.
     let params = &seen.json()["kv_transfer_params"];
     let (leg, reply) = if params["do_remote_decode"] == true || params["ret_first_tok"] == true {
         ("prefill", &engine.prefill)

@@ -73,7 +73,7 @@ impl Sidecar {
         sidecar
     }
 
-    /// Starts a sidecar with its connection and admin server that does not register by itself.
+    /// Starts a sidecar that has a connection and an admin server, but does not register by itself.
     pub async fn silent(name: &str, role: InstanceRole, http: &str, registration: &str) -> Self {
         Self::silent_as(name, 7, role, http, registration).await
     }
