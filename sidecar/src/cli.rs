@@ -184,8 +184,8 @@ impl Overrides {
 }
 
 impl Cli {
-    /// Reads the command line of this process. Prints the help, the version or the mistakes if that is the
-    /// result.
+    /// Reads the command line of this process. If the user asks for the help or the version, or the command
+    /// line is wrong, prints the help, the version or the mistakes.
     ///
     /// # Errors
     /// The exit code, with which the process must end.
@@ -193,7 +193,7 @@ impl Cli {
         match Self::try_parse() {
             Ok(cli) => Ok(cli.command.unwrap_or(Command::Run(cli.run))),
             Err(error) => {
-                // If the output is closed, the message cannot be shown at all.
+                // If the output is closed, the user cannot see any message, so this error is ignored.
                 error.print().ok();
                 Err(if error.use_stderr() {
                     Exit::Usage

@@ -17,8 +17,8 @@ use crate::observe::registration::{ProxyVoice, Registration};
 use crate::observe::status::Status;
 use crate::rank::node::{Ended, Node};
 
-/// Runs until a signal, or until a part of the process fails. The runtime has one thread, because it only
-/// moves messages between queues and a second thread only adds wake-ups. Other threads move the KV.
+/// Runs until a signal arrives or a part of the process fails. The runtime has one thread: it only moves
+/// messages between queues, and a second thread would only add wake-ups. Other threads move the KV.
 pub(crate) fn run(config: Config) -> Exit {
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -70,8 +70,8 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let node = Node::start(Arc::clone(&config), Arc::new(observer), ranks).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
-    // All ports are bound now. A port that the configuration does not name stops the start, because it gives
-    // access to this process's memory.
+    // All ports are bound now. If one of them is not named by the configuration, the start fails, because
+    // such a port gives access to this process's memory.
     status.listens(listening::checked(&config, &ports)?);
     status.bound();
     info!(
@@ -107,7 +107,8 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
             }
         }
     };
-    // The services end after the node, so that the proxy and the scrapers see the drain to its end.
+    // The services end after the node, so that the proxy and the metrics scrapers can follow the drain until
+    // its end.
     gone.cancel();
     while let Some(service) = services.join_next().await {
         if let Err(error) = service
@@ -125,8 +126,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
 
 /// Raises the limit on open files to the highest value that this user may set.
 ///
-/// The usual limit of 1024 is below the number of connections of one port. With it, any process that opens
-/// many connections to the alloc port could lock out the engine, the proxy and the scrapers.
+/// The usual limit of 1024 is less than the number of connections that one port accepts. With that limit, any
+/// process that opens many connections to the alloc port could lock out the engine, the proxy and the
+/// scrapers.
 fn raise_descriptor_limit() {
     if let Err(error) = common::fd_limit::raise() {
         warn!(%error, "cannot raise the limit on open files");

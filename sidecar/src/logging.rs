@@ -6,8 +6,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
 
-/// Starts the log. `directives` were checked with the configuration. `RUST_LOG` is not read, because
-/// `check-config` must show the one value in use with its source.
+/// Starts the log. The checks of the configuration have already accepted `directives`. `RUST_LOG` is not
+/// read, because `check-config` must show the one value in use with its source.
 pub(crate) fn start(directives: &str, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(directives))

@@ -1,5 +1,5 @@
-//! Makes the configuration in use from the given values: computes defaults that follow from other keys, and
-//! checks that the values fit together.
+//! Makes the configuration in use from the values that the user gave. Computes the defaults that depend on
+//! other keys, and checks that all values fit together.
 
 mod listen;
 mod proxy;
@@ -51,7 +51,7 @@ pub(crate) fn config(
     let proxy = proxy(layers, lmcache, sidecar, mooncake, role, &admin);
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
-    // Peers are not authenticated, so a port beyond this machine needs the user's consent.
+    // Peers are not authenticated, so a port that other machines can reach needs the user's consent.
     exposed(layers, lmcache, sidecar, listen.as_ref(), ucx.as_ref());
     let id = id(layers, inputs, sidecar, role, &admin);
     let socket = socket(layers, inputs, sidecar, role);
@@ -207,8 +207,8 @@ fn id(
 ) -> String {
     let given = sidecar.id.as_ref();
     let id = computed(layers, "id", given, || {
-        // The admin port is unique on a machine and the same after a restart. A port of 0 is neither, so the
-        // process id takes its place.
+        // The admin port is unique on a machine and the same after a restart. Port 0 means any free port and
+        // is neither, so the name then contains the process id instead.
         let number = if admin.port == 0 {
             inputs.pid
         } else {
@@ -240,7 +240,7 @@ fn is_id(c: char) -> bool {
 
 fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -> PathBuf {
     let given = sidecar.socket.as_ref();
-    // The engine's connector computes the same path, so both find each other without a key.
+    // The engine's connector computes the same path, so the engine finds the socket although no key is set.
     let runtime = inputs
         .env
         .iter()

@@ -1,11 +1,12 @@
 //! One key of the configuration: its name, section and default.
 
-/// The section of the file that has a key, which also gives the prefix of its environment variable.
+/// The section of the file to which a key belongs. It also decides the prefix of the key's environment
+/// variable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Section {
-    /// At the top level; LMCache reads it too.
+    /// The top level of the file. LMCache reads these keys, too.
     Lmcache,
-    /// Below `sidecar:`; LMCache ignores it.
+    /// The section below `sidecar:`. LMCache ignores these keys.
     Sidecar,
 }
 
@@ -42,7 +43,7 @@ pub(crate) struct Key {
 }
 
 impl Key {
-    /// Returns the name from the top of the file, such as `sidecar.id`.
+    /// Returns the key's name with its section, such as `sidecar.id`.
     pub(crate) fn path(&self) -> String {
         self.section.path(self.name)
     }
@@ -54,7 +55,7 @@ impl Key {
 }
 
 impl Section {
-    /// Returns the name of the key `name` from the top of the file.
+    /// Returns the name of the key `name` with this section, such as `sidecar.id`.
     pub(crate) fn path(self, name: &str) -> String {
         match self {
             Self::Lmcache => name.to_owned(),

@@ -48,7 +48,7 @@ keys! {
     Lmcache in Lmcache {
         /// Must be true: PD is the only thing that the sidecar does, so it refuses `false`.
         enable_pd: bool = Default::Value("true"), also "enable_xpyd";
-        /// Side of this sidecar in transfers.
+        /// Role of this sidecar in transfers.
         pd_role: Role = Default::Required("always"), flag "--role", also "nixl_role";
         /// Bytes of the send or landing buffer of each rank, rounded down to whole chunks.
         pd_buffer_size: Bytes = Default::Required("always"), flag "--buffer-size", also "nixl_buffer_size";
@@ -92,8 +92,8 @@ keys! {
         /// Name of this sidecar in messages, logs and the proxy's registry; unique among the sidecars
         /// of a proxy.
         id: String = Default::Computed("HOSTNAME-ROLE-ADMINPORT"), flag "--id";
-        /// Ranks of the engine, each with a buffer of its own: its tensor-parallel size, or the other side's if that is
-        /// larger.
+        /// Number of ranks, each with its own buffer: the larger of the tensor-parallel sizes of this engine
+        /// and of the peers' engines.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
         /// Path of the unix socket that the engine connects to. The sidecar makes its folder with mode 0700. A
         /// sender keeps the file of its process lock in the same folder: with that file the next sidecar proves
@@ -105,10 +105,11 @@ keys! {
         engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
         /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
-        /// Host name or address of this machine for other hosts. It stands in for an address above that is
+        /// Host name or address at which other hosts reach this machine. Peers get it instead of
+        /// `pd_peer_host`; the proxy gets it instead of the host of `sidecar.admin` if that host is
         /// `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
-        /// Wires that the sidecar may use.
+        /// Transports that the sidecar may use.
         transport: Choice = Default::Value("auto"), flag "--transport";
         /// Receiver: data port of the built-in TCP transport for rank 0; rank N uses this port + N. 0 means any
         /// free port; senders learn its number in the init handshake.
@@ -123,14 +124,14 @@ keys! {
         /// memory of this process, and can end the process. The ports are bound to `pd_peer_host` (for a sender
         /// without that key: to `sidecar.advertise_host`, else 127.0.0.1).
         nixl_over_tcp: NixlOverTcp = Default::Value("refused");
-        /// Sender: KV leaves layer by layer, while the engine computes the last layers, if the wire is slower
-        /// than this rate in GB/s. Over a faster wire it would slow the engine down by about as much time as it
-        /// saves. 0 means never.
+        /// Sender: if the wire is slower than this rate in GB/s, the sender sends KV layer by layer, while
+        /// the engine computes the last layers. Over a faster wire, this would slow the engine down by about
+        /// as much time as it saves. 0 means never.
         layers_below_gb_s: Count<0> = Default::Value("100");
         /// Sender: time between two heartbeats of a lease; the lease ends after three missed heartbeats.
         heartbeat_ms: Millis = Default::Value("1000");
         /// Sender: longest time for which a request may wait for room at the receiver. Receiver: the same for
-        /// requests of LMCache's senders, which do not say a time themselves.
+        /// requests of LMCache's senders, whose messages contain no such time.
         wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
         /// Sender: longest time for which a receiver waits until the decode leg of a request parks.
         park_ms: Millis = Default::Value("50");
@@ -154,11 +155,12 @@ keys! {
         /// has ended. Over TCP the kernel goes on sending for an ended process, for up to 102 seconds. If there
         /// is only RDMA, one second is enough.
         fence_ms: Millis = Default::Value("120000");
-        /// Requests under way at once, for each rank; the sidecar refuses more with `busy`.
+        /// Maximum number of requests in flight per rank; the sidecar refuses further requests with `busy`.
         max_requests: Count<1> = Default::Value("1024");
         /// Receiver: slots that one sender may leave in quarantine before the receiver refuses its requests.
         max_quarantined: Count<1> = Default::Computed("a quarter of the slots");
-        /// Time between two registrations at the proxy. They are the heartbeat.
+        /// Time between two registrations at the proxy. Registrations are the sidecar's heartbeat for the
+        /// proxy.
         register_ms: Millis = Default::Value("1000");
         /// Longest time that the sidecar waits for requests to end after SIGTERM.
         drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";

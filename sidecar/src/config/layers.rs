@@ -1,4 +1,5 @@
-//! Finds each key's value and source. A flag comes before the environment, the file and the default.
+//! Finds each key's value and source. Flags take precedence over the environment, the environment over the
+//! file, and the file over the defaults.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
@@ -249,7 +250,7 @@ impl Layers {
         Some((source, first.value.raw.clone()))
     }
 
-    /// Notes the value of a key without a plain default, for the report.
+    /// Sets the value and the source that the report shows for a key whose default was computed.
     pub(crate) fn computed(&mut self, path: &str, value: String, source: &Source) {
         if let Some(row) = self.rows.iter_mut().find(|row| row.key == path) {
             row.value = value;
@@ -274,8 +275,9 @@ impl Layers {
         });
     }
 
-    /// Adds the mistake that a key is missing. It adds nothing if the key was given with a wrong value, which
-    /// is reported already, or if the file, which may have the key, could not be read.
+    /// Adds the mistake that a key is missing. Adds nothing if the key was given with a wrong value, because
+    /// that mistake is reported already. Adds nothing either if the file could not be read, because the key
+    /// may be in the file.
     pub(crate) fn missing(&mut self, key: &Key, why: &str) {
         let path = key.path();
         if self.problems.iter().any(|p| p.key.is_empty()) {
@@ -302,8 +304,8 @@ impl Layers {
         });
     }
 
-    /// Adds the mistakes for unknown names, after every key has been looked for. Returns LMCache's unknown
-    /// keys, which a newer LMCache may know.
+    /// Adds a mistake for each unknown name. The caller must have looked for every key before. Returns
+    /// LMCache's unknown keys, which a newer LMCache may know.
     pub(crate) fn unknown(&mut self) -> Vec<String> {
         let mut ignored = Vec::new();
         for (ours, entries) in [
@@ -314,8 +316,9 @@ impl Layers {
                 if self.known.contains(&(ours, entry.key.clone())) {
                     continue;
                 }
-                // An unknown key that is close to a known one is a slip. Ignoring it would start the sidecar
-                // with another value.
+                // If an unknown key is almost equal to a known one, the user probably misspelled the known
+                // key. If the key were ignored, the sidecar would start with another value than the user
+                // meant.
                 let near = self.suggest(&entry.key);
                 if near.is_none() && !ours {
                     ignored.push(entry.key);
@@ -366,10 +369,10 @@ impl Layers {
     }
 }
 
-/// The variable with the file's path. A flag comes before it.
+/// The environment variable with the file's path. The flag takes precedence.
 pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
 
-/// Variables of LMCache's processes that are not keys of its configuration.
+/// Variables of LMCache's processes that are not keys of LMCache's configuration.
 const OTHER_VARIABLES: &[&str] = &[
     "LMCACHE_FORCE_SKIP_SAVE",
     "LMCACHE_LOG_FORMAT",

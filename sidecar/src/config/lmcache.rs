@@ -1,5 +1,5 @@
-//! LMCache's keys that the sidecar does not use. A key is ignored with a reason, or refused if ignoring it
-//! would do something else than the file asks for.
+//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. It
+//! refuses the key if it would otherwise do something else than the file asks for.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;
@@ -16,11 +16,11 @@ pub(crate) struct Ignored {
     pub(crate) value: String,
     /// The source of the value.
     pub(crate) source: String,
-    /// The reason for which it has no effect.
+    /// The reason for which the key has no effect.
     pub(crate) why: &'static str,
 }
 
-/// Keys with one reason.
+/// Keys that have no effect for the same reason.
 #[derive(Debug)]
 pub(crate) struct Group {
     /// The reason for which the keys have no effect.
@@ -29,12 +29,12 @@ pub(crate) struct Group {
     pub(crate) keys: &'static [&'static str],
 }
 
-/// A key that is refused unless its value asks for nothing.
+/// A key that is refused, except with a value that changes nothing.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     /// The key.
     pub(crate) key: &'static str,
-    /// Values that ask for nothing.
+    /// Values that change nothing, so that they are accepted.
     pub(crate) harmless: &'static [&'static str],
     /// The reason for the refusal.
     pub(crate) why: &'static str,

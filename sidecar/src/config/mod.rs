@@ -3,8 +3,8 @@
 //!
 //! There are two kinds of types. [`keys::Lmcache`] and [`keys::Sidecar`] have the values as given: every
 //! field is optional and has its source. [`Config`] has the values in use: it is complete and checked, and
-//! the rest of the process reads only it. The step from one to the other collects all mistakes, so that the
-//! user sees them together.
+//! the rest of the process reads only it. The code that makes a [`Config`] from the given values collects all
+//! mistakes, so that the user sees all of them at once.
 
 mod checks;
 mod key;
@@ -47,7 +47,7 @@ use self::mooncake::Mooncake;
 /// The configuration in use, complete and checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// The side of transfers that this sidecar serves.
+    /// The role of this sidecar in transfers.
     pub(crate) role: Role,
     /// Name in messages, logs and the proxy's registry.
     pub(crate) id: String,
@@ -71,20 +71,20 @@ pub(crate) struct Config {
     pub(crate) admin_host: String,
     /// The proxy to register with; absent for no registration.
     pub(crate) proxy: Option<Proxy>,
-    /// Settings of UCX, below NIXL.
+    /// Settings of UCX, which NIXL uses.
     pub(crate) ucx: Ucx,
     /// The wires that may be used.
     pub(crate) transport: Choice,
     /// True if chunks carry checksums.
     pub(crate) checksum: bool,
-    /// False: no KV is pushed, for tests.
+    /// False if the sidecar pushes no KV, which tests use.
     pub(crate) push: bool,
-    /// Bounds of every wait.
+    /// Time limits of all waits.
     pub(crate) times: Times,
     /// Largest number of requests in flight per rank.
     pub(crate) max_requests: u32,
-    /// GB/s. On a wire up to this rate KV leaves layer by layer; on a faster wire, a step's KV leaves as a
-    /// whole.
+    /// Rate in GB/s. Over a slower wire the sidecar sends KV layer by layer; over a faster wire it sends a
+    /// step's KV as a whole.
     pub(crate) layers_below_gb_s: u32,
     /// Slots that one sender may leave quarantined; absent for a quarter of all slots.
     pub(crate) max_quarantined: Option<u32>,
@@ -114,7 +114,7 @@ pub(crate) struct RankPorts {
     pub(crate) init: u16,
     /// Port of the alloc requests.
     pub(crate) alloc: u16,
-    /// Port for the questions of LMCache's bidirectional mode; absent if none is configured.
+    /// Port for the queries of LMCache's bidirectional mode; absent if none is configured.
     pub(crate) query: Option<u16>,
     /// Data port of the built-in TCP transport; 0 takes any free port.
     pub(crate) tcp: u16,
@@ -125,7 +125,7 @@ pub(crate) struct RankPorts {
 pub(crate) enum ProxyAddress {
     /// The address is configured.
     At(HostPort),
-    /// The address is asked of a metadata server.
+    /// The sidecar asks this metadata server for the address.
     AskedFor(Metadata),
 }
 
@@ -147,11 +147,12 @@ pub(crate) struct Proxy {
     pub(crate) engine_url: String,
     /// Time between two registrations.
     pub(crate) period: Duration,
-    /// True if LMCache's keys name the proxy, so that it may be LMCache's own.
+    /// True if LMCache's keys name the proxy, so that the proxy may be LMCache's own.
     pub(crate) may_be_lmcaches: bool,
 }
 
-/// The bounds of every wait. The key of the same name describes each in `keys.rs`.
+/// The time limits of all waits. The keys in `keys.rs` describe them: `heartbeat_ms` describes `heartbeat`,
+/// and so on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
     pub(crate) heartbeat: Duration,
@@ -169,7 +170,7 @@ pub(crate) struct Times {
 }
 
 impl Config {
-    /// Reads and checks the configuration. The report has the source of each value, also if there are
+    /// Reads and checks the configuration. The report has the source of each value, even if there are
     /// mistakes.
     ///
     /// # Errors
@@ -272,7 +273,8 @@ fn mooncake(layers: &mut Layers, inputs: &Inputs) -> Mooncake {
     mooncake::translate(layers, role, ranks.unwrap_or(1))
 }
 
-/// The variable with the path of Mooncake's file. A flag and LMCache's variable come before it.
+/// The environment variable with the path of Mooncake's file. The flag and LMCache's variable take
+/// precedence.
 const MOONCAKE_VARIABLE: &str = "MOONCAKE_CONFIG_PATH";
 
 /// Reads one value that is not a key of the configuration, such as a subcommand's own flag.

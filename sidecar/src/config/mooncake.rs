@@ -1,7 +1,7 @@
 //! Translates Mooncake's `mooncake.json` into LMCache's keys and the sidecar's own.
 //!
-//! Each URL names a host and a first port. As in Mooncake, one side has the 50 ports from the first port on,
-//! and rank N has the ports first + 9 + 2·N and first + 10 + 2·N.
+//! Each URL names a host and a first port. As in Mooncake, a sidecar owns 50 ports, beginning with the first
+//! port, and its rank N uses the ports first + 9 + 2·N and first + 10 + 2·N.
 
 use discovery::Metadata;
 
@@ -49,7 +49,8 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         _ => prefill,
     };
     if let Some((given, url)) = ours {
-        // If the role is missing, only the role is reported: the buffer size must not be reported, too.
+        // The size is added even if the role is missing, so that the report then shows the missing role and
+        // not also a missing size.
         let bytes = BUFFER_BYTES.to_owned();
         add(layers, false, "pd_buffer_size", given.line, bytes);
         if let Some(role) = role {
@@ -64,7 +65,7 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
     mooncake
 }
 
-/// Adds the keys for this sidecar's addresses, from the URL of its side.
+/// Adds the keys for this sidecar's addresses, which follow from the URL for its role.
 fn place(layers: &mut Layers, given: &Given, url: &HostPort, role: Role, ranks: u32) {
     let last = u32::from(url.port) + u32::from(APART);
     if url.port == 0 || last > u32::from(u16::MAX) || ranks > MOST {
@@ -198,7 +199,7 @@ fn add(layers: &mut Layers, ours: bool, key: &str, line: usize, text: String) {
     } else {
         &mut layers.lmcache
     };
-    // The file has the key already: the user wrote it for the sidecar, so it is kept.
+    // The file already has this key. The user wrote it for the sidecar, so its value stays.
     if section.iter().any(|e| e.key == key) {
         return;
     }
@@ -229,9 +230,10 @@ fn bracketed(host: &str) -> String {
     }
 }
 
-/// Number of ports of a side, which is the smallest distance of two sides on one host.
+/// Number of ports of one sidecar. On one host, the first ports of two sidecars must be at least this far
+/// apart.
 const APART: u16 = 50;
-/// Largest number of ranks whose ports fit into the ports of a side.
+/// Largest number of ranks whose ports fit into the ports of one sidecar.
 const MOST: u32 = 20;
 /// Bytes of the buffer if the file does not set `pd_buffer_size`: the default of vLLM's `kv_buffer_size`.
 const BUFFER_BYTES: &str = "1000000000";

@@ -7,7 +7,7 @@ use std::fmt;
 pub(crate) struct Problem {
     /// The place: a flag, a variable or a line of the file; empty if a key is missing.
     pub(crate) place: String,
-    /// The key, from the top of the file; empty if the file as a whole is wrong.
+    /// The key with its section, such as `sidecar.id`; empty if the file as a whole is wrong.
     pub(crate) key: String,
     /// The value as given; empty if there is none.
     pub(crate) value: String,
@@ -40,7 +40,7 @@ impl fmt::Display for Problem {
 /// A line of a report: a key, its value, its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Row {
-    /// The key, from the top of the file.
+    /// The key with its section, such as `sidecar.id`.
     pub(crate) key: String,
     /// The value in the spelling that reports show; `-` for none.
     pub(crate) value: String,

@@ -9,7 +9,7 @@ use super::layers::Layers;
 use super::lmcache::Ignored;
 use super::problem::{Problem, Row};
 
-/// The values of a configuration with their sources, and everything to tell the user.
+/// The values of a configuration with their sources, and all messages for the user.
 #[derive(Clone, Debug)]
 pub(crate) struct Report {
     /// Every key with its value and source.

@@ -1,6 +1,7 @@
 //! Finds the name that a misspelled name probably means.
 
-/// Returns the candidate that `name` is probably a misspelling of, with at most one edit per four characters.
+/// Returns the candidate that the user probably meant by `name`: it differs from `name` by at most one edit
+/// per four characters.
 pub(super) fn suggest<'a>(
     name: &str,
     candidates: impl Iterator<Item = &'a str>,
@@ -12,7 +13,8 @@ pub(super) fn suggest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// Returns Levenshtein's distance in bytes. `-` equals `_`, and the case of letters does not matter.
+/// Returns Levenshtein's distance in bytes. `-` counts as equal to `_`, and the case of letters does not
+/// matter.
 fn distance(a: &str, b: &str) -> usize {
     let fold = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_bytes();
     let (a, b) = (fold(a), fold(b));

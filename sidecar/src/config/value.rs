@@ -22,7 +22,7 @@ pub(crate) trait Value: Sized + Clone + fmt::Debug {
     /// The accepted values, as the end of a message "write …".
     const WANT: &'static str;
 
-    /// Reads a value. A warning about an accepted spelling is added to `notes`.
+    /// Reads a value. If the spelling is accepted but deserves a warning, adds the warning to `notes`.
     ///
     /// # Errors
     /// The mistake, in a few words.
@@ -113,8 +113,8 @@ fn scalar(raw: &Raw) -> Result<&str, String> {
     }
 }
 
-/// Returns the items of a list. A scalar is a list of the items between its commas, because an environment
-/// variable cannot hold another kind of list.
+/// Returns the items of a list. A scalar is split at its commas, because an environment variable can hold a
+/// list only in this form.
 fn items(raw: &Raw) -> Result<Vec<Raw>, String> {
     match raw {
         Raw::List(nodes) => Ok(nodes.iter().map(|n| n.raw.clone()).collect()),

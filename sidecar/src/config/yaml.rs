@@ -1,8 +1,9 @@
 //! Reads YAML into a tree of scalars that keep their spelling and line.
 //!
-//! Typed readers of YAML disagree on `017`, `1_073_741_824`, `1e9` and `yes` (LMCache reads its file with
-//! PyYAML, YAML 1.1). Deserialising into typed fields would lose the spelling and stop at the first mistake.
-//! Therefore the file is first read as text, and later the type of each key decides the meaning of its value.
+//! Typed readers of YAML disagree about the meaning of `017`, `1_073_741_824`, `1e9` and `yes` (LMCache reads
+//! its file with PyYAML, YAML 1.1). Deserialising into typed fields would lose the spelling and stop at the
+//! first mistake. Therefore the file is first read as text, and later the type of each key decides the
+//! meaning of its value.
 
 use std::collections::HashMap;
 
@@ -85,7 +86,7 @@ impl Raw {
 /// Reads one document that is a mapping. An empty document is an empty mapping.
 ///
 /// # Errors
-/// The first place that is not YAML, not a mapping, or beyond the limits.
+/// The first place where the text is not YAML, is not a mapping, or exceeds a limit.
 pub(crate) fn parse(text: &str) -> Result<Vec<Entry>, YamlError> {
     if text.len() > MAX_BYTES {
         return Err(YamlError {
@@ -290,10 +291,11 @@ fn weight(raw: &Raw) -> usize {
     }
 }
 
-/// Largest file. LMCache's longest example has 2 KiB; the limit keeps a wrong, large file from being parsed.
+/// Largest file. LMCache's longest example has 2 KiB; the limit prevents that a large file, named by mistake,
+/// is parsed.
 const MAX_BYTES: usize = 1 << 20;
-/// Largest number of values, aliases counted as what they expand to. It stops a file that expands without
-/// end.
+/// Largest number of values. An alias counts as all values that it expands to, so that a small file cannot
+/// expand without end.
 const MAX_NODES: usize = 10_000;
 const MAX_DEPTH: usize = 16;
 

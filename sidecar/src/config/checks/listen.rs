@@ -1,4 +1,4 @@
-//! Checks the ports for senders, and the ports that are open beyond this machine.
+//! Checks the ports to which senders connect, and the ports that other machines can reach.
 
 use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
@@ -63,7 +63,7 @@ pub(super) fn listen(
         );
         return None;
     }
-    // Rank N has the Nth port after the first. With a first port of 0 each rank takes any free port.
+    // Rank N uses the port `first` + N. If `first` is 0, each rank takes any free port.
     let first = value(&sidecar.tcp_port)?.0;
     let mut ranks = Vec::new();
     for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {
@@ -97,7 +97,7 @@ pub(super) fn listen(
         .chain([admin.port])
         .filter(|port| *port != 0)
         .collect();
-    // Two uses of one port would fail at the bind, with a message that does not name the keys.
+    // If two keys had the same port, the second bind would fail with a message that does not name the keys.
     ports.sort_unstable();
     if let Some(twice) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
         let what = format!("port {} is used twice", twice[0]);
@@ -108,7 +108,7 @@ pub(super) fn listen(
             "give the init, alloc and query ports, sidecar.tcp_port and sidecar.admin different ports",
         );
     }
-    // Senders need a host to connect to, and a wildcard is not one.
+    // Senders cannot connect to a wildcard address, so the user must then name another host.
     let advertise = match &sidecar.advertise_host {
         Some(host) => host.value.0.clone(),
         None if is_wildcard(&host) => {
@@ -129,7 +129,8 @@ pub(super) fn listen(
     })
 }
 
-/// Refuses ports beyond this machine without the user's consent, because peers are not authenticated yet.
+/// Refuses ports that other machines can reach, unless the user consents, because peers are not authenticated
+/// yet.
 pub(super) fn exposed(
     layers: &mut Layers,
     lmcache: &Lmcache,

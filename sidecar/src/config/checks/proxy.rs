@@ -33,14 +33,14 @@ pub(super) fn proxy(
         }
         (None, None) => None,
     };
-    // The proxy sends requests to this URL, so a registration without it would be useless.
+    // The proxy sends requests to this URL, so a registration without a URL would be useless.
     let engine_url = computed(layers, "engine_url", sidecar.engine_url.as_ref(), || {
         let port = if role == Role::Sender { 8100 } else { 8200 };
         Url(format!("http://127.0.0.1:{port}"))
     });
     let skip = value(&lmcache.pd_skip_proxy_notification).unwrap_or(false);
     let period = value(&sidecar.register_ms)?.0;
-    // A metadata server is asked only if no key names the proxy.
+    // The sidecar asks a metadata server for the proxy only if no key names the proxy.
     if let (None, Some(metadata), false) = (&address, &mooncake.metadata, skip) {
         let address = ProxyAddress::AskedFor(metadata.clone());
         let source = Source::Key("metadata_server".to_owned());
@@ -78,7 +78,8 @@ pub(super) fn proxy(
             );
         }
     }
-    // Without this warning the sidecar would start and stay not ready, because no call-back reaches it.
+    // In this case the sidecar starts but never becomes ready, because no call-back reaches it. The warning
+    // tells the user why.
     if !address.is_loopback() && admin.is_loopback() {
         layers.warnings.push(format!(
             "the proxy {address} is on another machine and cannot reach the admin server at {admin}, so this \

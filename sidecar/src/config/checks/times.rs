@@ -1,4 +1,4 @@
-//! Reads the bounds of all waits, and checks that they fit together.
+//! Reads the time limits of all waits, and checks that the limits fit together.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use crate::config::layers::{Layers, Source, Sourced};
 use crate::config::value::{Millis, Seconds, Value};
 
 pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -> Option<Times> {
-    // Users of LMCache set these two times by LMCache's keys, in seconds. The sidecar's own keys win.
+    // Users of LMCache set these two times with LMCache's keys, in seconds. The sidecar's own keys take
+    // precedence.
     let wait = fallback(
         layers,
         "wait_ms",
@@ -62,7 +63,8 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
         fence: value(&sidecar.fence_ms)?.0,
         drain,
     };
-    // These combinations work, but end requests that need not end. So they are warnings, not mistakes.
+    // With these combinations the sidecar works, but it ends requests that could still succeed. So each
+    // combination gets a warning and is not a mistake.
     let lease = times.heartbeat * 3;
     if lease > times.max_lease {
         layers.warnings.push(format!(

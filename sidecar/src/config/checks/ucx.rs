@@ -34,9 +34,10 @@ pub(super) fn ucx(
             Some(host.unwrap_or_else(|| LOOPBACK.to_owned()))
         }
         NixlOverTcp::Refused => {
-            // NIXL's agents must learn of a peer's end, and without this variable UCX does not let such
-            // agents connect through shared memory. With TCP the variable is not set: LMCache's sync receiver
-            // does not set it either, and a write to such a receiver would then never end.
+            // NIXL's agents ask UCX to report the end of a peer. Without this variable, UCX does not connect
+            // such agents through shared memory. If TCP is allowed, the variable stays unset: LMCache's sync
+            // receiver does not set it either, and a write from a process that sets it to a process that does
+            // not would never end.
             variables.push((SHARED_MEMORY, "y".to_owned()));
             match given(TLS).filter(|tls| starts_ucx && names_tcp(tls)) {
                 Some(tls) => layers.problems.push(Problem {
@@ -64,7 +65,8 @@ pub(super) fn ucx(
     Some(Ucx {
         variables,
         tcp_host,
-        // The devices that this process chose before it restarted itself were not given by the user.
+        // This process may have chosen the devices itself before it restarted itself. Such devices do not
+        // count as given by the user.
         devices_given: given(DEVICES).is_some() && given(DEVICES) != given(OWN_DEVICES),
     })
 }

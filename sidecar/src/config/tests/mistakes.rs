@@ -223,7 +223,7 @@ fn ucx_listens_by_consent_only() {
     assert_eq!(ucx.tcp_host.as_deref(), Some("10.0.0.2"));
     let devices = ("UCX_NET_DEVICES", "eth0");
     assert_eq!(mistakes(&inputs(SENDER, &[consent, devices], &[])), [open]);
-    // The process has restarted itself with an interface of its own choice, so the user has named none.
+    // The process itself chose this interface and restarted itself, so the user has named no interface.
     let own = ("PD_UCX_NET_DEVICES", "eth0");
     assert!(
         !of(SENDER, &[consent, devices, own], &[])

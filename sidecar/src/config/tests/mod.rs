@@ -111,7 +111,7 @@ fn the_smallest_files_are_enough() {
     let socket = config.socket.to_str();
     assert_eq!(socket, Some("/run/user/7/pd-sidecar/sender.sock"));
 
-    // A sidecar with both roles has one socket, named after neither side.
+    // A sidecar with both roles has one socket, which is named `both.sock`.
     let both = RECEIVER.replace("receiver", "both");
     let (config, _) = load(&both);
     assert!(config.sends() && config.receives());

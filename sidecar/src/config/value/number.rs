@@ -140,7 +140,8 @@ pub(super) fn integer(raw: &Raw, notes: &mut Vec<String>) -> Result<u64, String>
     }
     if plain && bare.len() > 1 && bare.starts_with('0') && bare.bytes().all(|b| b.is_ascii_digit())
     {
-        // YAML 1.1, which LMCache reads, takes a leading 0 for octal; YAML 1.2 takes it for decimal.
+        // YAML 1.1, which LMCache uses, reads a number with a leading 0 as octal; YAML 1.2 reads it as
+        // decimal.
         let n = radix(bare, 8).map_err(|_| "a leading 0 makes it octal in YAML 1.1".to_owned())?;
         notes.push(format!(
             "`{text}` is octal in YAML 1.1, which LMCache reads, so the value is {n}; write {n} or 0o{n:o}"

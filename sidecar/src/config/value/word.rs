@@ -10,7 +10,7 @@ fn unknown() -> String {
     "not one of the possible values".to_owned()
 }
 
-/// Declares an enum of words that is a [`Value`].
+/// Declares an enum whose variants are words, and makes it a [`Value`].
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident, $want:literal, { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
         $(#[$doc])*
@@ -48,7 +48,7 @@ macro_rules! words {
 }
 
 words! {
-    /// The side of transfers that this sidecar serves.
+    /// The role of this sidecar in transfers.
     Role, "sender, receiver or both", {
         /// Beside a prefill engine.
         Sender = "sender",
@@ -60,7 +60,7 @@ words! {
 }
 
 words! {
-    /// The consent to TCP ports that UCX opens.
+    /// The user's decision about TCP ports that UCX opens.
     NixlOverTcp, "refused or trusted", {
         /// NIXL uses shared memory, CUDA IPC and RDMA only.
         Refused = "refused",
