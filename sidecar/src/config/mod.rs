@@ -77,7 +77,7 @@ pub(crate) struct Config {
     pub(crate) transport: Choice,
     /// True if chunks carry checksums.
     pub(crate) checksum: bool,
-    /// False if the sidecar pushes no KV, which tests use.
+    /// False if the sidecar must push no KV. Only tests use this.
     pub(crate) push: bool,
     /// Time limits of all waits.
     pub(crate) times: Times,

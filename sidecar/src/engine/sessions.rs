@@ -13,7 +13,8 @@ use crate::engine::socket::Connection;
 use crate::memory::Buffer;
 use crate::memory::cuda::{self, Event};
 
-/// The connected engines, and the slot layout of the buffer that follows from the shape of their chunks.
+/// The connected engines, and the buffer's slot layout, which is computed from the shape of the engines'
+/// chunks.
 #[derive(Debug)]
 pub(crate) struct Engines {
     buffer: Arc<Buffer>,
@@ -82,8 +83,8 @@ impl Engines {
     }
 
     /// Returns the reason for which no connected engine moves KV; absent if one of them does, or if none is
-    /// connected. An engine that moves no KV does not count beside an engine that moves KV, because it may
-    /// have been started at the wrong socket.
+    /// connected. If at least one engine moves KV, the others are ignored, because an engine that moves no KV
+    /// may have been started with the wrong socket.
     pub(crate) fn unmoved(&self) -> Option<&str> {
         let mut unmoved = self.connections.values().map(|e| e.unmoved.as_str());
         let first = unmoved.next().filter(|why| !why.is_empty())?;
@@ -91,7 +92,7 @@ impl Engines {
     }
 
     /// Answers a hello. Returns the slot layout if it is new: every slot is then free and the epoch is new.
-    /// If `busy`, slots are still held or quarantined, so the slot layout cannot change.
+    /// `busy` means that slots are still held or quarantined; then the slot layout cannot change.
     ///
     /// # Errors
     /// The reason for which the engine was refused.

@@ -1,5 +1,5 @@
-//! Reads the memory that this process may still take: the tightest of the host's, the control groups' and the
-//! resource limits.
+//! Determines how much memory this process may still allocate: the smallest amount that the host, the control
+//! groups and the resource limits leave.
 
 use std::fmt;
 use std::fs;
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, getrlimit};
 
-/// The tightest memory limit of this process and the bytes that it leaves.
+/// The memory limit that leaves this process the fewest bytes, and the number of these bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Available {
-    /// The bytes that may still be taken; `u64::MAX` if no limit is known.
+    /// The bytes that may still be allocated; `u64::MAX` if no limit is known.
     pub(crate) bytes: u64,
     /// The limit that leaves the fewest bytes.
     pub(crate) limit: Limit,
 }
 
-/// A limit on the memory that this process may take.
+/// A limit on the memory that this process may allocate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Limit {
     /// The host's `MemAvailable`.
@@ -122,8 +122,8 @@ const V2: Files = Files {
     usage: "memory.current",
 };
 
-/// Returns the group's limit minus its usage, without the page cache that the kernel frees first; `None` if
-/// the group has no limit.
+/// Returns the group's limit minus its usage; `None` if the group has no limit. The usage does not include
+/// the part of the page cache that the kernel frees first.
 fn left_in(group: &Path, files: &Files) -> Option<u64> {
     let number = |name: &str| first_number(&fs::read_to_string(group.join(name)).ok()?);
     let limit = number(files.limit)?;

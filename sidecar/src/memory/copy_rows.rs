@@ -1,12 +1,12 @@
 //! Copies many small pieces at equal distances. In GPU memory one call of the driver copies all of them,
-//! because each call costs some ten microseconds whatever its size.
+//! because each call takes about ten microseconds, however few bytes it copies.
 
 use std::io;
 
 use super::{Buffer, Memory, Rows};
 
 impl Buffer {
-    /// Copies pieces out of the buffer into a block in which they follow each other.
+    /// Copies pieces out of the buffer into one contiguous block.
     ///
     /// # Errors
     /// `InvalidInput` if pieces overlap, do not fill the block or lie outside of the buffer. For GPU memory

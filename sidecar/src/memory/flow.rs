@@ -1,8 +1,8 @@
 //! Moves bytes between buffers and stream sockets.
 //!
-//! Bytes of host memory go directly to and from a socket. Bytes of GPU memory go through a pinned block per
-//! thread, because sockets copy from and to host memory only and copy engines are fast with pinned memory
-//! only.
+//! Bytes of host memory go directly to and from a socket. Bytes of GPU memory go through a pinned block of
+//! host memory, one per thread: sockets can only use host memory, and the GPU's copy engines are fast only
+//! with pinned memory.
 
 use std::io;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::{Buffer, Memory};
 use crate::memory::cuda::Stage;
 
-/// The way from a buffer into sockets, for one thread.
+/// Sends bytes of a buffer into sockets, for one thread.
 #[derive(Debug)]
 pub(crate) struct Outlet {
     buffer: Arc<Buffer>,
@@ -25,8 +25,8 @@ pub(crate) struct Outlet {
 #[derive(Debug)]
 struct Staged {
     stage: Stage,
-    /// The range of the buffer that the block's start holds, in bytes; empty if the block holds nothing
-    /// valid.
+    /// The range of the buffer, in bytes, of which the block's start is a copy; empty if the block holds no
+    /// valid copy.
     holds: Range<u64>,
 }
 
@@ -40,7 +40,7 @@ impl Outlet {
         Ok(Self { buffer, staged })
     }
 
-    /// Forgets the staged bytes, because they may have changed in the buffer. Callers do this before each
+    /// Discards the staged bytes, because the buffer may have changed since. Callers do this before each
     /// write.
     pub(crate) fn begin(&mut self) {
         if let Some(staged) = &mut self.staged {
@@ -67,7 +67,7 @@ impl Outlet {
                     staged.holds = offset..offset + part as u64;
                 }
                 let holds = &staged.holds;
-                // Both fit, because the block is shorter than the address space.
+                // Both numbers fit, because the block is shorter than the address space.
                 let from = usize::try_from(offset - holds.start).map_err(io::Error::other)?;
                 let until = usize::try_from(holds.end - holds.start).map_err(io::Error::other)?;
                 let until = until.min(from + len);
@@ -82,7 +82,7 @@ impl Outlet {
     }
 }
 
-/// The way from sockets into a buffer, for one thread.
+/// Receives bytes from sockets into a buffer, for one thread.
 #[derive(Debug)]
 pub(crate) struct Inlet {
     buffer: Arc<Buffer>,
@@ -100,10 +100,12 @@ impl Inlet {
     }
 
     /// Receives up to `len` bytes from a stream socket into a range, without waiting for the peer. Returns
-    /// how many bytes came, 0 at the end of the stream; they stand in the range when the call returns.
+    /// the number of received bytes; 0 means the end of the stream. When the call returns, these bytes are in
+    /// the range.
     ///
-    /// A lock around this call is a write fence, because the call does not wait (a copy to a GPU takes some
-    /// ten microseconds): the thread that gets the lock knows that no receive is in flight.
+    /// A lock around this call is a write fence: the thread that gets the lock knows that no receive is in
+    /// flight. The thread gets the lock soon, because this call does not wait for the peer (a copy to a GPU
+    /// takes about ten microseconds).
     ///
     /// # Errors
     /// The errors of `recv(2)` (`WouldBlock` if the socket has no bytes), `InvalidInput` for a range outside
@@ -133,6 +135,6 @@ fn stage(buffer: &Buffer) -> io::Result<Option<Stage>> {
     }
 }
 
-/// Bytes of a connection's block. A copy over the bus costs some ten microseconds and then moves 40 GB/s; a
-/// socket moves 2 to 4 GB/s. With this size the fixed cost of a copy does not matter.
+/// Bytes of a connection's block. A copy over the bus takes about ten microseconds plus the time for its
+/// bytes at 40 GB/s; a socket moves 2 to 4 GB/s. With this size the fixed cost of a copy does not matter.
 const STAGE_BYTES: usize = 2 << 20;

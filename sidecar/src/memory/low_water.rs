@@ -4,8 +4,9 @@ use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Lets `poll(2)` report a socket as readable only once it has `bytes`, its stream has ended, or it can hold
-/// no more. A caller that waits must know that so many bytes will come, or it waits without end.
+/// Lets `poll(2)` report a socket as readable only when `bytes` bytes have arrived, the stream has ended, or
+/// the socket can hold no more. The caller must know that so many bytes will come; otherwise it may wait
+/// without end.
 ///
 /// # Errors
 /// The errors of `setsockopt(2)`.
@@ -29,6 +30,6 @@ pub(crate) fn set_low_water(socket: impl AsFd, bytes: usize) -> io::Result<()> {
     }
 }
 
-// A c_int's size fits.
+// The size of a c_int fits into this type.
 #[allow(clippy::cast_possible_truncation)]
 const INT_BYTES: libc::socklen_t = size_of::<c_int>() as libc::socklen_t;

@@ -1,4 +1,4 @@
-//! Takes sealed anonymous shared memory.
+//! Allocates sealed anonymous shared memory.
 
 use std::io;
 use std::num::NonZero;
@@ -14,7 +14,7 @@ use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 /// A memfd of a fixed size and this process's mapping of it.
 #[derive(Debug)]
 pub(super) struct Memfd {
-    // The mapping stands until `drop`. The seals keep the file at `len` bytes, so that no access within
+    // The mapping exists until `drop`. The seals keep the file at `len` bytes, so that no access within
     // `[base, base + len)` can fault.
     base: NonNull<u8>,
     len: usize,
@@ -24,16 +24,17 @@ pub(super) struct Memfd {
 // SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, and
 // only `drop` unmaps it. Only system calls, volatile reads and the transport libraries use the address.
 unsafe impl Send for Memfd {}
-// SAFETY: as above. All methods take `&self`; where two of them race on the same bytes, the kernel makes the
-// copies.
+// SAFETY: as above. All methods take `&self`; if two calls access the same bytes at the same time, the kernel
+// makes the copies and not Rust code.
 unsafe impl Sync for Memfd {}
 
 impl Memfd {
-    /// Takes, seals, maps and touches `len` bytes (not 0). An error comes with the step that failed.
+    /// Allocates, seals, maps and touches `len` bytes (not 0). An error contains the name of the step that
+    /// failed.
     pub(super) fn take(name: &str, len: usize) -> Result<Self, (&'static str, io::Error)> {
         let file = create(name).map_err(|error| ("memfd_create", error.into()))?;
         fs::ftruncate(&file, len as u64).map_err(|error| ("ftruncate", error.into()))?;
-        // An engine that shortened the file would make this process's accesses fault.
+        // If an engine could shorten the file, this process's accesses would fault.
         fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| ("F_ADD_SEALS", error.into()))?;
         // SAFETY: mmap(2) with a null address chooses fresh address space, so it replaces no memory of
@@ -70,8 +71,9 @@ impl Memfd {
     /// Calls `send(2)`. The caller has checked that `[at, at + len)` lies within the memory.
     pub(super) fn send(&self, to: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
-        // SAFETY: the kernel reads `len` bytes from `base + at`, which is within the mapping by the caller's
-        // check (asserted above). If it cannot, it returns EFAULT and this process does not fault.
+        // SAFETY: the kernel reads `len` bytes from `base + at`, which is within the mapping, as the caller
+        // has checked (asserted above). If the kernel cannot read them, it returns EFAULT and this process
+        // does not fault.
         let taken = unsafe {
             libc::send(
                 to.as_raw_fd(),
@@ -86,8 +88,8 @@ impl Memfd {
     /// Calls `recv(2)` without waiting. The caller has checked that `[at, at + len)` lies within the memory.
     pub(super) fn recv(&self, from: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
-        // SAFETY: the kernel writes at most `len` bytes from `base + at` on, within the mapping by
-        // the caller's check (asserted above). No Rust reference to these bytes exists anywhere.
+        // SAFETY: the kernel writes at most `len` bytes from `base + at` on, which is within the mapping, as
+        // the caller has checked (asserted above). No Rust reference to these bytes exists anywhere.
         let came = unsafe {
             libc::recv(
                 from.as_raw_fd(),
@@ -131,11 +133,11 @@ impl Memfd {
         Ok(())
     }
 
-    /// Asks the kernel for huge pages and keeps the memory out of core dumps. A kernel that does not know the
-    /// advice uses small pages, or dumps the memory.
+    /// Asks the kernel for huge pages and keeps the memory out of core dumps. A kernel that does not know
+    /// this advice uses small pages, or includes the memory in core dumps.
     ///
     /// Huge pages make a copy between memory and sockets about 10 % faster (2.45 against 2.2 GB/s per
-    /// stream), and touching them takes 4 times as long. Kernels give them to a memfd only if
+    /// stream), but touching them takes 4 times as long. Kernels give them to a memfd only if
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
@@ -147,8 +149,8 @@ impl Memfd {
         }
     }
 
-    /// Gives every page its memory now. Several threads share a large buffer: a page takes the kernel about 3
-    /// µs, nearly all of it for zeroing and bookkeeping that can run in parallel.
+    /// Makes the kernel allocate every page now. Several threads share the work on a large buffer: the kernel
+    /// needs about 3 µs per page, and nearly all of this work (zeroing and bookkeeping) can run in parallel.
     fn touch(&self) -> io::Result<()> {
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = threads.min(self.len / SHARE_BYTES).clamp(1, MAX_THREADS);
@@ -188,8 +190,8 @@ impl Memfd {
         }
     }
 
-    /// Touches every page on kernels without `MADV_POPULATE_WRITE`. `fallocate` gives the file its pages, so
-    /// that a lack of memory is an error here and not a signal later; reading a byte of each page maps the
+    /// Touches every page on kernels without `MADV_POPULATE_WRITE`. `fallocate` allocates the file's pages,
+    /// so that a lack of memory is an error here and not a signal later. Reading a byte of each page maps the
     /// page.
     fn touch_by_hand(&self) -> io::Result<()> {
         fs::fallocate(&self.file, fs::FallocateFlags::empty(), 0, self.len as u64)?;
@@ -221,7 +223,7 @@ enum Populated {
 /// The smallest share of a thread in bytes. For a smaller share, starting the thread costs more time than it
 /// saves.
 const SHARE_BYTES: usize = 64 << 20;
-/// The most threads that touch pages. With more threads, they wait for each other in the kernel's page
+/// Maximum number of threads that touch pages. More threads would wait for each other in the kernel's page
 /// allocator.
 const MAX_THREADS: usize = 8;
 

@@ -2,9 +2,9 @@
 //!
 //! Other processes and transport libraries read and write a buffer while this process has it. So no Rust
 //! reference to the buffer's bytes is ever made: every access is a call of the kernel or of CUDA's driver on
-//! a range that was checked first. This folder, with `cuda` in it, is the only place of the crate that may be
-//! unsafe. [`Buffer::export`] and [`Buffer::cuda`] tell if a buffer is in host or GPU memory; [`Outlet`] and
-//! [`Inlet`] move its bytes to and from sockets.
+//! a range that was checked first. This folder, with `cuda` in it, is the only place of the crate that may
+//! contain unsafe code. [`Buffer::export`] and [`Buffer::cuda`] tell whether a buffer is in host memory or in
+//! GPU memory; [`Outlet`] and [`Inlet`] move its bytes to and from sockets.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -59,16 +59,17 @@ impl Export<'_> {
     }
 }
 
-/// An error of taking a buffer.
+/// An error of the allocation of a buffer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AllocError {
-    /// The size is zero, or more than an address can name.
+    /// The size is zero, or larger than the address space.
     #[error("a buffer cannot have {asked} bytes")]
     Absurd {
         /// The bytes that were asked for.
         asked: u64,
     },
-    /// The size exceeds a limit. The refusal comes before the kernel's memory killer would end a process.
+    /// The size exceeds a limit. The refusal prevents that the kernel's out-of-memory killer later ends a
+    /// process.
     #[error("a buffer of {} was asked for, but {limit} leaves {}; make the buffer smaller, or \
              raise the limit", Size(*asked), Size(*available))]
     Short {
@@ -105,7 +106,7 @@ enum Memory {
 }
 
 impl Buffer {
-    /// Takes `bytes` of a memfd, sealed against shrinking and growing, and touches every page.
+    /// Allocates `bytes` in a memfd, seals it against shrinking and growing, and touches every page.
     ///
     /// The first write to an untouched page costs more than 10 times a later write (0.8 s per GiB against
     /// 0.06 s). This call takes that time, so that the first requests do not.
@@ -139,7 +140,7 @@ impl Buffer {
         }))
     }
 
-    /// Takes `bytes` of a GPU's memory and clears them.
+    /// Allocates `bytes` of a GPU's memory and clears them.
     ///
     /// # Errors
     /// There is no such GPU, it has too little memory (the error says how much is needed and free), or its
@@ -273,8 +274,8 @@ impl Buffer {
 /// Bytes of a block in sums and fills. A block of this size stays in the second-level cache between the copy
 /// and the computation.
 const BLOCK_BYTES: usize = 256 << 10;
-/// Bytes of a block for GPU memory. Blocks are larger because a copy over the bus costs some ten microseconds
-/// whatever its size.
+/// Bytes of a block for GPU memory. These blocks are larger, because a copy over the bus takes about ten
+/// microseconds, however few bytes it copies.
 const GPU_BLOCK_BYTES: usize = 4 << 20;
 
 fn block_len(left: u64, most: usize) -> usize {

@@ -1,4 +1,4 @@
-//! The identity of this host, which tells if one process can watch another.
+//! The identity of this host. Two processes with the same identity can watch each other.
 
 use std::sync::OnceLock;
 

@@ -15,7 +15,8 @@ struct AtPort {
 }
 
 impl Default for MalformedFrames {
-    /// Makes the counter with a series of each port, so that a rate over it is 0 and not absent.
+    /// Makes the counter with one series per port, so that the rate of a series is 0 and not absent before
+    /// the first frame is counted.
     fn default() -> Self {
         let counter = Self(Family::default());
         for port in PORTS {

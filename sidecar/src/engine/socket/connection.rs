@@ -1,6 +1,6 @@
 //! One engine connection. Its reader passes the engine's messages to the task that owns the protocol
-//! machines. That task's answers are written at once while the socket takes them, otherwise by the
-//! connection's writer.
+//! machines. If the socket has room, that task writes its answers itself, at once. Otherwise the connection's
+//! writer writes them later.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,13 +25,13 @@ use crate::memory::{Buffer, Export};
 
 /// Longest time between the start of a connection and its hello.
 const HELLO: Duration = Duration::from_secs(5);
-/// Messages that may wait for an engine that does not read. An engine has at most some hundred requests in
-/// flight, each with a handful of messages. An engine with more waiting messages is stuck, and the sidecar
-/// disconnects it.
+/// Maximum number of messages that wait for an engine that does not read. An engine has at most a few hundred
+/// requests in flight, with a few messages each. So an engine with more waiting messages is stuck, and the
+/// sidecar disconnects the engine.
 const OUTBOX: usize = 4096;
-/// Time after the sidecar disconnected an engine during which the engine may still read its slots. The engine
-/// finishes the copies that it has announced to its own scheduler, which takes milliseconds. An engine that
-/// closes the connection itself, as a process does at its end, reads no more.
+/// Time for which an engine may still read its slots after the sidecar has disconnected it. The engine first
+/// finishes the copies that it has announced to its own scheduler, which takes milliseconds. If the engine
+/// closed the connection itself, or its process ended, it no longer reads.
 const READS: Duration = Duration::from_secs(2);
 
 /// The sending half of an engine connection.
@@ -43,7 +43,7 @@ pub(crate) struct Connection {
     waiting: Arc<AtomicUsize>,
     /// The writing half; gone when the connection has ended.
     writer: Weak<OwnedWriteHalf>,
-    /// Cancelled when the outbox overflows: the connection then ends, because a living connection must not
+    /// Cancelled when the outbox overflows: the connection then ends, because an open connection must not
     /// lose a message.
     overflow: CancellationToken,
 }
@@ -71,7 +71,7 @@ impl Connection {
         self.put(Outgoing::Last(message));
     }
 
-    /// Sends a message. An engine that lets thousands pile up is disconnected.
+    /// Sends a message. Disconnects the engine if [`OUTBOX`] messages already wait for it.
     pub(crate) fn send(&self, message: ToEngine) {
         let mut frame = frame::encode(&message);
         // The usual case: no message waits before this one, so it is written here and the engine does not
@@ -91,7 +91,7 @@ impl Connection {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         match self.outbox.try_send(outgoing) {
             Ok(()) => {}
-            // The connection's task reports the end.
+            // The connection has ended, and its task reports this.
             Err(TrySendError::Closed(_)) => {
                 debug!(engine = %self.id, "the engine has disconnected")
             }
@@ -156,14 +156,15 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
         End::Theirs(reason) => info!(engine = %id, reason, "engine disconnected"),
         End::Ours(reason) => {
             warn!(engine = %id, reason, "engine disconnected");
-            // The engine lives and may still be reading its slots. Without this pause they would be written
-            // again meanwhile.
+            // The engine is alive and may still read its slots. Without this pause, the slots could be
+            // written again while the engine reads them.
             cut(&writer);
             tokio::time::sleep(READS).await;
         }
     }
     drop(writer);
-    // At the end of the process the task that owns the machines has gone, and nothing needs this report.
+    // At the end of the process, the task that owns the machines no longer exists, and nothing needs this
+    // report.
     if events.send(FromEngine::Gone(id)).await.is_err() {
         debug!(engine = %id, "shutting down");
     }

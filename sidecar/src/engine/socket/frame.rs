@@ -6,7 +6,7 @@ use protocol::codec::{self, DecodeError};
 use protocol::local::{ToEngine, ToSidecar};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Longest frame: the keys of a request of a million tokens have 600 KB.
+/// Longest frame: the keys of a request of a million tokens take 600 KB.
 pub(super) const MAX_FRAME: usize = 1 << 20;
 
 /// The reason for which a stream of frames ended.
@@ -54,7 +54,7 @@ pub(super) async fn read(
 /// Returns the frame of a message.
 pub(super) fn encode(message: &ToEngine) -> Vec<u8> {
     let body = codec::encode(message);
-    // The slots of a buffer bound the length of a message to an engine, far below 4 GiB.
+    // The number of slots limits the length of a message to an engine to far less than 4 GiB.
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend_from_slice(&length.to_le_bytes());

@@ -1,8 +1,8 @@
 //! The unix socket between engine workers and this process.
 //!
 //! A connection begins with `Hello`. The task that owns the protocol machines answers it through
-//! [`Connection`]. The kernel names the user of the other process, and only the sidecar's own user and root
-//! are accepted.
+//! [`Connection`]. The kernel tells the sidecar which user runs the other process. The sidecar accepts only
+//! its own user and root.
 
 mod connection;
 mod frame;
@@ -24,10 +24,11 @@ use tracing::{debug, warn};
 pub(crate) use connection::Connection;
 pub(crate) use path::make_directory;
 
-/// Connections of one socket at the same time: one per rank, and some clients of tests and tools.
+/// Maximum number of connections of one socket at the same time: one connection per rank, and a few from
+/// tests and tools.
 const MAX_CONNECTIONS: usize = 64;
-/// Messages of all engines that may wait for the task that owns the machines. When the queue is full, the
-/// sockets are not read, so the engines wait (backpressure).
+/// Maximum number of messages of all engines that wait for the task that owns the machines. When the queue is
+/// full, the sockets are not read, so the engines wait (backpressure).
 const QUEUE: usize = 1024;
 
 /// An event of an engine connection.
@@ -107,7 +108,8 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors: the listener stays readable, so a pause keeps this from spinning.
+                // The process may have no free file descriptor. The listener then stays readable, and without
+                // this pause the loop would use a whole core.
                 warn!(%error, "cannot accept an engine connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;

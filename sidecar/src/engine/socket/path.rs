@@ -30,9 +30,9 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
-/// Makes the directory of the socket, for this user alone, if there is none, and checks that no other user
-/// can replace the files in it. The default directory has a predictable name in /tmp, where another user of
-/// the host may have made it first.
+/// Makes the socket's directory, for this user only, if it does not exist. Checks that no other user can
+/// replace files in the directory. The default directory has a predictable name in /tmp, so another user of
+/// the host could make a directory with this name first.
 ///
 /// # Errors
 /// The directory cannot be made, or another user can write into it.

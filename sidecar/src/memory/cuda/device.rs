@@ -73,7 +73,7 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Finds a GPU and retains its primary context. The first context of a process takes some hundred MiB of
+    /// Finds a GPU and retains its primary context. The first context of a process takes a few hundred MiB of
     /// the GPU's memory.
     ///
     /// # Errors
@@ -119,13 +119,13 @@ impl Device {
         self.uuid
     }
 
-    /// Makes this GPU's context the calling thread's current one. Libraries that need a current context, and
-    /// each call of this module, do this first.
+    /// Makes this GPU's context current in the calling thread. Every call of this module does this first. A
+    /// caller must do it before it calls a library that needs a current context.
     ///
     /// # Errors
     /// The driver's error.
     pub(crate) fn bind(&self) -> Result<(), CudaError> {
-        // SAFETY: retained until `drop`.
+        // SAFETY: the context is retained until `drop`.
         check("cuCtxSetCurrent", unsafe {
             sys::cuCtxSetCurrent(self.context)
         })

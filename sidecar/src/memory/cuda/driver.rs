@@ -18,7 +18,7 @@ pub(crate) enum CudaError {
          pd_buffer_device to cpu"
     )]
     NoDriver,
-    /// The driver is older than `OLDEST`. Holds its version, 1000 * major + 10 * minor.
+    /// The driver is older than `OLDEST`. Holds the driver's version, 1000 * major + 10 * minor.
     #[error("the NVIDIA driver is for CUDA {}.{}; 11.4 or newer is needed", .0 / 1000, .0 % 1000 / 10)]
     TooOld(i32),
     /// This process does not see the GPU.
@@ -64,7 +64,7 @@ pub(crate) enum CudaError {
          see the GPU"
     )]
     Ipc {
-        /// The operation that failed, for a person.
+        /// The operation that failed, in words for the user.
         what: &'static str,
         /// The driver's error.
         cause: Box<CudaError>,
@@ -135,14 +135,14 @@ fn first_load() -> Result<(), CudaError> {
         return Err(CudaError::NoDriver);
     }
     let mut version = 0;
-    // SAFETY: the out-pointer is valid; needs no initialisation.
+    // SAFETY: the out-pointer is valid, and this call may come before cuInit.
     check("cuDriverGetVersion", unsafe {
         sys::cuDriverGetVersion(&mut version)
     })?;
     if version < OLDEST {
         return Err(CudaError::TooOld(version));
     }
-    // SAFETY: no contract beyond the flags, which must be 0.
+    // SAFETY: the only requirement is that the flags are 0.
     check("cuInit", unsafe { sys::cuInit(0) })
 }
 
@@ -161,7 +161,7 @@ pub(super) fn check(call: &'static str, result: CUresult) -> Result<(), CudaErro
         if !known || text.is_null() {
             return String::from("unknown");
         }
-        // SAFETY: on success a static NUL-terminated string.
+        // SAFETY: on success `text` points to a static NUL-terminated string.
         unsafe { CStr::from_ptr(text) }
             .to_string_lossy()
             .into_owned()

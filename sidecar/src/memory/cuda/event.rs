@@ -26,7 +26,7 @@ pub(crate) enum State {
 pub(crate) struct Event {
     raw: CUevent,
     device: Arc<Device>,
-    /// True once the event's owner is gone. Such an event may never fire, or may claim wrongly that it has
+    /// True once the event's owner is gone. Such an event may never fire, or may wrongly report that it has
     /// fired.
     orphaned: AtomicBool,
 }
@@ -56,7 +56,8 @@ impl Event {
         let mut handle = CUipcEventHandle {
             reserved: [0; HANDLE_BYTES],
         };
-        // SAFETY: the out-pointer is valid, the event live and made for this.
+        // SAFETY: the out-pointer is valid, and the event is live and was made with the flag that allows a
+        // handle.
         check("cuIpcGetEventHandle", unsafe {
             sys::cuIpcGetEventHandle(&mut handle, event.raw)
         })
@@ -110,7 +111,7 @@ impl Event {
     /// The driver's error. After an error the event's state can no longer be learned.
     pub(crate) fn state(&self) -> Result<State, CudaError> {
         self.device.bind()?;
-        // SAFETY: live event.
+        // SAFETY: the event is live.
         match unsafe { sys::cuEventQuery(self.raw) } {
             CUresult::CUDA_ERROR_NOT_READY => Ok(State::Pending),
             result => check("cuEventQuery", result).map(|()| State::Fired),

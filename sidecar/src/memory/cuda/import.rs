@@ -9,19 +9,19 @@ use super::driver::{CudaError, check};
 use super::memory::{self, DeviceMemory};
 use super::{Extent, Handle};
 
-/// GPU memory that another process took, mapped here. The mapping outlives that process.
+/// GPU memory that another process allocated, mapped into this process. The mapping outlives that process.
 #[derive(Debug)]
 pub(crate) struct Imported {
-    /// The GPU with the context that maps the memory; not always the GPU that holds it.
+    /// The GPU whose context maps the memory; not always the GPU that holds the memory.
     device: Arc<Device>,
     address: CUdeviceptr,
     bytes: u64,
-    /// The memory itself if this process took it, so that nothing was mapped; otherwise `None`.
+    /// The memory itself, if this process allocated it (then nothing is mapped); otherwise `None`.
     own: Option<Arc<DeviceMemory>>,
 }
 
 impl Imported {
-    /// Maps the memory for copies by `device`, which must reach it ([`Device::reaches`]).
+    /// Maps the memory for copies by `device`, which must be able to reach the memory ([`Device::reaches`]).
     ///
     /// # Errors
     /// The driver's error, with the settings to check.
@@ -93,8 +93,8 @@ impl Drop for Imported {
             return;
         }
         let closed = self.device.bind().and_then(|()| {
-            // SAFETY: `open` mapped it, and it is closed once. Copies into it have ended, because the owner
-            // of each copy keeps `self` until then.
+            // SAFETY: `open` mapped the memory, and the mapping is closed once. Copies into it have ended,
+            // because the owner of each copy keeps `self` until then.
             check("cuIpcCloseMemHandle", unsafe {
                 sys::cuIpcCloseMemHandle(self.address)
             })

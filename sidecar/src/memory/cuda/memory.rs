@@ -1,4 +1,4 @@
-//! Takes and frees this process's buffers in GPU memory.
+//! Allocates and frees this process's buffers in GPU memory.
 
 use std::ffi::c_char;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -11,8 +11,8 @@ use super::stream::{Pitched, Stream};
 use super::{Extent, HANDLE_BYTES, Handle};
 use crate::memory::rows::Rows;
 
-/// GPU memory of this process, taken with cuMemAlloc. UCX, the engine and peers can all open such memory. UCX
-/// copies memory of cuMemCreate through sockets and does not report that.
+/// GPU memory of this process, allocated with cuMemAlloc. UCX, the engine and peers can all open such memory.
+/// Memory from cuMemCreate would not do: UCX copies it through sockets, and does not report that.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     device: Arc<Device>,
@@ -24,7 +24,7 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Takes `bytes` of GPU memory and clears them.
+    /// Allocates `bytes` of GPU memory and clears them.
     ///
     /// # Errors
     /// Too little memory is free (the error says how much is needed and free), or the memory cannot be shared
@@ -37,15 +37,15 @@ impl DeviceMemory {
             free,
             total,
         };
-        // Takes whole granules. Smaller allocations share a granule, and an IPC handle would show other
-        // processes all of it.
+        // Allocates whole granules. Smaller allocations share a granule, and an IPC handle gives other
+        // processes access to the whole granule.
         let whole = bytes.checked_next_multiple_of(GRANULE).ok_or_else(short)?;
         if whole > free {
             return Err(short());
         }
         let copies = Mutex::new(Stream::new(&device)?);
         let mut address = 0;
-        // SAFETY: the out-pointer is valid, a context is current (`room` and `new` have bound it).
+        // SAFETY: the out-pointer is valid, a context is current (`room` and `new` have made it current).
         let taken = check("cuMemAlloc", unsafe {
             sys::cuMemAlloc_v2(&mut address, usize::try_from(whole).unwrap_or(usize::MAX))
         });
@@ -61,7 +61,7 @@ impl DeviceMemory {
             copies,
         };
         memory.handle = memory.export()?;
-        // Another process's old data may still be there and must not be visible to engines and peers.
+        // The memory may still hold old data of another process, which engines and peers must not see.
         let stream = memory.lock();
         stream.clear(&memory, 0, bytes)?;
         stream.wait()?;
@@ -98,7 +98,7 @@ impl DeviceMemory {
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), CudaError> {
         let from = self.at(offset, into.len() as u64)?;
         let stream = self.lock();
-        // SAFETY: both ranges are valid, by `at` and by the borrow, which outlasts the copy.
+        // SAFETY: `at` has checked one range, and the borrow of the other range outlasts the copy.
         unsafe { stream.transfer(into.as_mut_ptr().addr() as u64, from, into.len() as u64) }?;
         stream.wait()
     }
@@ -110,7 +110,7 @@ impl DeviceMemory {
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), CudaError> {
         let to = self.at(offset, from.len() as u64)?;
         let stream = self.lock();
-        // SAFETY: both ranges are valid, by `at` and by the borrow, which outlasts the copy.
+        // SAFETY: `at` has checked one range, and the borrow of the other range outlasts the copy.
         unsafe { stream.transfer(to, from.as_ptr().addr() as u64, from.len() as u64) }?;
         stream.wait()
     }
@@ -122,7 +122,7 @@ impl DeviceMemory {
     pub(crate) fn read_rows(&self, rows: Rows, into: &mut [u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, into.len())?;
         let stream = self.lock();
-        // SAFETY: the pieces are valid, by `pitched` and by the borrow, which outlasts the copy.
+        // SAFETY: `pitched` has checked the pieces, and the borrow of the block outlasts the copy.
         unsafe { stream.fetch_rows(into.as_mut_ptr(), pitched) }?;
         stream.wait()
     }
@@ -134,12 +134,13 @@ impl DeviceMemory {
     pub(crate) fn write_rows(&self, rows: Rows, from: &[u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, from.len())?;
         let stream = self.lock();
-        // SAFETY: the pieces are valid, by `pitched` and by the borrow, which outlasts the copy.
+        // SAFETY: `pitched` has checked the pieces, and the borrow of the block outlasts the copy.
         unsafe { stream.put_rows(pitched, from.as_ptr()) }?;
         stream.wait()
     }
 
-    /// Returns the pieces of a block of `len` bytes for the driver, if all of them lie within the memory.
+    /// Returns the driver's description of the pieces that fill a block of `len` bytes, if all pieces lie
+    /// within the memory.
     fn pitched(&self, rows: Rows, len: usize) -> Result<Pitched, CudaError> {
         let height = len.checked_div(rows.width).unwrap_or(0);
         let between = rows.step.saturating_mul(height.saturating_sub(1) as u64);
@@ -179,8 +180,8 @@ impl Drop for DeviceMemory {
     fn drop(&mut self) {
         own().retain(|(_, memory)| memory.strong_count() > 0);
         let freed = self.device.bind().and_then(|()| {
-            // SAFETY: the memory was taken once and is freed once. Copies hold counted references until they
-            // have ended. A process that has opened the memory keeps it mapped.
+            // SAFETY: the memory was allocated once and is freed once. Copies hold counted references until
+            // they have ended. A process that has opened the memory keeps it mapped.
             check("cuMemFree", unsafe { sys::cuMemFree_v2(self.address) })
         });
         if let Err(error) = freed {
@@ -189,8 +190,8 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Returns the memory of this process that has this handle, if there is one. CUDA does not open a handle in
-/// the process that made it.
+/// Returns this process's own memory with this handle, if there is any. CUDA does not open a handle in the
+/// process that made the handle.
 pub(super) fn of_this_process(handle: &Handle) -> Option<Arc<DeviceMemory>> {
     let own = own();
     let found = own.iter().find(|(known, _)| known == handle)?;

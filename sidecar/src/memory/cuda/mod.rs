@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`driver`] | loads the library once, or says why it cannot be loaded |
 //! | [`device`] | a GPU, by ordinal or UUID, and its primary context |
-//! | [`memory`] | a buffer that this process took and shares with others |
+//! | [`memory`] | a buffer that this process allocated and shares with others |
 //! | [`import`] | a buffer of another process |
 //! | [`event`] | an engine's events, and this process's own |
 //! | [`stream`] | copies in order |
@@ -30,7 +30,7 @@ pub(crate) use memory::DeviceMemory;
 pub(crate) use stage::Stage;
 pub(crate) use stream::{Stream, Strided};
 
-/// GPU memory of this process or of another, between which copies are made.
+/// GPU memory, of this process or of another process, that can be the source or the target of a copy.
 pub(crate) trait Extent {
     /// Returns the address of a range of the memory, for the driver.
     ///
@@ -45,7 +45,7 @@ impl<T: Extent> Extent for std::sync::Arc<T> {
     }
 }
 
-/// An IPC handle of memory or of an event, as other processes send it.
+/// An IPC handle of memory or of an event, in the form in which processes send it to each other.
 pub(crate) type Handle = [u8; HANDLE_BYTES];
 
 /// Bytes of an IPC handle, of memory and of an event alike.

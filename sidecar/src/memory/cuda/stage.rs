@@ -1,5 +1,5 @@
-//! Pins a block of host memory that the GPU's copy engines reach directly. Bytes between a GPU and a socket
-//! pass through the block.
+//! Pins a block of host memory, so that the GPU's copy engines can access it directly. Bytes between a GPU
+//! and a socket go through this block.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -15,7 +15,7 @@ use super::stream::Stream;
 
 /// A pinned block that one thread uses, with the stream that copies to and from it.
 ///
-/// Copies from pageable memory go through a block of the driver and reach a quarter of the speed.
+/// The driver copies pageable memory through a block of its own, at a quarter of the speed.
 pub(crate) struct Stage {
     block: NonNull<u8>,
     len: usize,
@@ -26,7 +26,7 @@ pub(crate) struct Stage {
 unsafe impl Send for Stage {}
 
 impl Stage {
-    /// Takes a block of `len` bytes and pins it.
+    /// Allocates a block of `len` bytes and pins it.
     ///
     /// # Errors
     /// The driver's error if host memory cannot be pinned.
@@ -34,14 +34,14 @@ impl Stage {
         let stream = Stream::new(device)?;
         let mut block = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE;
-        // SAFETY: the out-pointer is valid, a context is current (`Stream::new` has bound it).
+        // SAFETY: the out-pointer is valid, a context is current (`Stream::new` has made it current).
         check("cuMemHostAlloc", unsafe {
             sys::cuMemHostAlloc(&mut block, len, flags)
         })?;
         // The driver returns no null block on success.
         let block = NonNull::new(block.cast()).unwrap_or(NonNull::dangling());
         let stage = Self { block, len, stream };
-        // SAFETY: `len` fresh bytes, written before any reference to them is made.
+        // SAFETY: the block has `len` new bytes, which are written before any reference to them is made.
         unsafe { stage.block.as_ptr().write_bytes(0, len) };
         Ok(stage)
     }
@@ -53,14 +53,14 @@ impl Stage {
 
     /// Returns the block's bytes.
     pub(crate) fn block(&self) -> &[u8] {
-        // SAFETY: `len` initialised bytes that only this value uses. Every copy into them has ended, because
-        // each function that queues a copy waits for it.
+        // SAFETY: the block has `len` initialised bytes, which only this value uses. Every copy into them has
+        // ended, because each function that queues a copy waits for it.
         unsafe { slice::from_raw_parts(self.block.as_ptr(), self.len) }
     }
 
     /// Returns the block's bytes for writing.
     pub(crate) fn block_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as `block`, and borrowed for writing.
+        // SAFETY: as in `block`, and `&mut self` makes this reference the only one.
         unsafe { slice::from_raw_parts_mut(self.block.as_ptr(), self.len) }
     }
 
@@ -77,7 +77,7 @@ impl Stage {
         let from = memory.at(offset, len as u64)?;
         let to = self.block_mut().get_mut(..len).map(<[u8]>::as_mut_ptr);
         let to = to.ok_or_else(|| self.too_long(len))?;
-        // SAFETY: both ranges are valid, by `at` and by the slice; the next line waits for the copy.
+        // SAFETY: `at` and the slice have checked the two ranges, and the next line waits for the copy.
         unsafe { self.stream.transfer(to.addr() as u64, from, len as u64) }?;
         self.stream.wait()
     }
@@ -95,7 +95,7 @@ impl Stage {
         let to = memory.at(offset, len as u64)?;
         let from = self.block().get(..len).map(<[u8]>::as_ptr);
         let from = from.ok_or_else(|| self.too_long(len))?;
-        // SAFETY: both ranges are valid, by `at` and by the slice; the next line waits for the copy.
+        // SAFETY: `at` and the slice have checked the two ranges, and the next line waits for the copy.
         unsafe { self.stream.transfer(to, from.addr() as u64, len as u64) }?;
         self.stream.wait()
     }
@@ -121,7 +121,8 @@ impl fmt::Debug for Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         let freed = self.stream.device().bind().and_then(|()| {
-            // SAFETY: the block was taken once and is freed once; every copy was waited for.
+            // SAFETY: the block was allocated once and is freed once, and no copy is in flight, because each
+            // function that queues a copy waits for it.
             check("cuMemFreeHost", unsafe {
                 sys::cuMemFreeHost(self.block.as_ptr().cast())
             })

@@ -1,4 +1,4 @@
-//! Queues copies that the GPU makes in order.
+//! Queues copies, which the GPU makes one after the other.
 
 use std::ptr;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::device::Device;
 use super::driver::{CudaError, check};
 use super::event::Event;
 
-/// Ranges of one memory at equal distances, with the place of the first in another memory.
+/// Ranges at equal distances in a source memory, and the place of their copies in a target memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Strided {
     /// Offset of the first range in the source memory, in bytes.
@@ -30,7 +30,7 @@ impl Strided {
     }
 }
 
-/// Pieces of GPU memory at equal distances, as CUDA's two-dimensional copies take them.
+/// Pieces of GPU memory at equal distances, in the form that CUDA's two-dimensional copies need.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pitched {
     /// Address of the first piece.
@@ -76,7 +76,7 @@ pub(crate) struct Stream {
 
 // SAFETY: the driver locks its own state, and a stream works in any thread that has its context current.
 unsafe impl Send for Stream {}
-// SAFETY: as above; the callers keep the order between threads.
+// SAFETY: as above; callers in different threads keep their calls in order.
 unsafe impl Sync for Stream {}
 
 impl Stream {
@@ -103,8 +103,8 @@ impl Stream {
         &self.device
     }
 
-    /// Queues a copy between two GPU memories. The caller must keep both memories until an event that was
-    /// recorded after the copy has fired.
+    /// Queues a copy between two GPU memories. The caller must keep both memories allocated until an event
+    /// fires that was recorded after the copy.
     ///
     /// # Errors
     /// A range lies outside of its memory, or the driver's error.
@@ -122,7 +122,7 @@ impl Stream {
     }
 
     /// Queues a copy of ranges at equal distances, `pitch` bytes apart on both sides. The caller must keep
-    /// both memories as for [`Stream::push`].
+    /// both memories allocated, as described at [`Stream::push`].
     ///
     /// # Errors
     /// A range lies outside of its memory, or the driver's error.
@@ -155,7 +155,7 @@ impl Stream {
         })
     }
 
-    /// Queues a copy into host memory or out of it.
+    /// Queues a copy between two addresses, of GPU memory or of host memory.
     ///
     /// # Safety
     /// `len` bytes at either address must be valid, in memory that this context reaches or in host memory,
@@ -199,7 +199,8 @@ impl Stream {
 
     fn copy_rows(&self, what: &sys::CUDA_MEMCPY2D) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: the callers vouch for both sides; the driver reads `what` before it returns.
+        // SAFETY: the callers guarantee that both sides are valid, and the driver reads `what` before the
+        // call returns.
         check("cuMemcpy2DAsync", unsafe {
             sys::cuMemcpy2DAsync_v2(what, self.raw)
         })
@@ -235,7 +236,7 @@ impl Stream {
     /// The driver's error.
     pub(crate) fn record(&self, event: &Event) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: both are live and of one context.
+        // SAFETY: both are live and belong to one context.
         check("cuEventRecord", unsafe {
             sys::cuEventRecord(event.raw(), self.raw)
         })
@@ -244,7 +245,7 @@ impl Stream {
     /// Waits until everything that was queued is done.
     ///
     /// # Errors
-    /// The driver's error, also that of the queued work.
+    /// The driver's error, which may come from the queued work.
     pub(crate) fn wait(&self) -> Result<(), CudaError> {
         self.device.bind()?;
         // SAFETY: the stream is live.

@@ -136,7 +136,7 @@ fn bytes_go_in_across_and_out_again() {
     assert!(stage.fetch(memory, 0, 4097).is_err());
 }
 
-/// Another process that is killed while its GPU work runs, as an engine may be.
+/// Another process, which a test kills while its GPU work runs. An engine may end in the same way.
 struct Engine {
     child: Child,
     memory: Handle,
@@ -188,7 +188,8 @@ impl Drop for Engine {
 /// An environment variable that only the other process has.
 const CHILD: &str = "PD_CUDA_TEST_ENGINE";
 
-/// Runs in the other process: some seconds of copies and an event after them, until its input ends.
+/// Runs in the other process: queues a few seconds of copies and an event after them, then waits for the end
+/// of its input.
 #[test]
 #[ignore = "the other half of a test"]
 fn engine() {
