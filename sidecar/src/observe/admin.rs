@@ -63,7 +63,7 @@ struct Shared {
 /// The proxy's call-back.
 #[derive(Debug, Deserialize)]
 struct Registered {
-    /// The proxy's name for itself.
+    /// The name that the proxy gives itself.
     proxy: String,
     /// Name of the sidecar that the proxy means to call.
     id: String,
@@ -133,8 +133,8 @@ impl Admin {
             let Some(stream) = stream else {
                 break;
             };
-            // The oldest connection makes room: a client that opens connections and stays silent must not
-            // lock others out.
+            // At the limit, the oldest connection is closed. Otherwise a client that opens connections and
+            // stays silent could lock others out.
             if open.len() >= MAX_CONNECTIONS
                 && let Some((_, oldest)) = open.pop_front()
             {
@@ -275,7 +275,7 @@ fn refused(code: StatusCode, text: &str) -> Response {
     (code, Json(json!({ "error": text }))).into_response()
 }
 
-/// Ends a request that takes too long, its body included.
+/// Ends a request that takes too long, including the time to read its body.
 async fn bounded(request: Request, next: Next) -> Response {
     match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
         Ok(response) => response,
@@ -289,8 +289,8 @@ async fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
-                // Mostly the process has no free file descriptor. Ending connections free some, so the loop
-                // tries again.
+                // Usually the process has no free file descriptor. Connections that end free some, so the
+                // loop tries again.
                 warn!(%error, "cannot accept an admin connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -337,15 +337,16 @@ async fn serve(
     }
 }
 
-/// Connections at the same time: scrapers, a proxy and some people. For one more, the oldest connection is
-/// ended. Otherwise silent connections could keep out the proxy's call-back, on which readiness depends.
+/// Maximum number of connections at the same time: scrapers, a proxy and a few people. If a further
+/// connection comes, the oldest one is closed. Otherwise silent connections could lock out the proxy's
+/// call-back, on which readiness depends.
 const MAX_CONNECTIONS: usize = 64;
 /// Largest body. A call-back has about 100 bytes.
 const MAX_BODY_BYTES: usize = 16 << 10;
 /// Largest head. hyper does not take a limit below 8 KiB.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 const MAX_NAME_CHARS: usize = 256;
-/// Longest time until a request's head is complete, and longest silence of a kept connection.
+/// Longest time until a request's head is complete, and longest silence of a connection between two requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time of a request. Answers come from memory, so only a slow body takes time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

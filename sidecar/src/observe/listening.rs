@@ -1,5 +1,5 @@
-//! The sockets on which this process listens, as the kernel lists them, so that a port that a library opens
-//! is seen.
+//! Lists the sockets on which this process listens. The list comes from the kernel, so that it also has the
+//! ports that a library opened.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -92,8 +92,8 @@ impl std::fmt::Display for Socket {
 
 /// Returns every socket of this process that a peer can connect to.
 fn listening() -> io::Result<BTreeSet<Socket>> {
-    // The tables below have the sockets of all processes in this network namespace. The inodes select this
-    // process's own.
+    // The tables below have the sockets of all processes in this network namespace. The inodes tell which of
+    // these sockets belong to this process.
     let mut inodes = BTreeSet::new();
     for descriptor in fs::read_dir("/proc/self/fd")?.flatten() {
         let Ok(target) = fs::read_link(descriptor.path()) else {

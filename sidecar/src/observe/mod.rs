@@ -1,4 +1,4 @@
-//! Everything that shows the state of the process: status, metrics, admin server, registration, listening
+//! All modules that show the state of the process: status, metrics, admin server, registration, listening
 //! sockets.
 
 pub(crate) mod admin;

@@ -1,4 +1,4 @@
-//! Finds the proxy's address, which is configured or asked of a metadata server.
+//! Finds the proxy's address, which is in the configuration or at a metadata server.
 
 use std::time::Duration;
 
@@ -111,7 +111,7 @@ impl Search {
     async fn look(&mut self) -> Option<String> {
         let text = match self.store.find(PROXY_KEY).await {
             Ok(Some(text)) => text,
-            // A proxy that was there before may come back, so its connection is kept.
+            // A proxy that was found before may come back, so its connection is kept.
             Ok(None) => {
                 return self
                     .at
@@ -132,12 +132,13 @@ impl Search {
         };
         info!(proxy = %at, metadata = %self.metadata, "proxy found");
         if self.found.send(push).await.is_err() {
-            return None; // nobody registers any more
+            return None; // the registration task has ended
         }
         self.at = Some(at);
         None
     }
 }
 
-/// Time between two questions while no proxy was ever found. Afterwards the sidecar asks less often.
+/// Time between two queries of the metadata server until a proxy is found for the first time. Afterwards the
+/// sidecar asks less often.
 const UNKNOWN: Duration = Duration::from_secs(1);

@@ -1,12 +1,12 @@
 //! Registers this sidecar and its load with the proxy, and reports the progress of requests.
 //!
-//! The messages go one way: the proxy acknowledges by calling back the admin server. One task owns the socket
-//! and sends all messages, so no other task waits for the proxy.
+//! The messages go in one direction only: the proxy acknowledges a registration by an HTTP call to the admin
+//! server. One task owns the socket and sends all messages, so no other task waits for the proxy.
 //!
-//! LMCache's proxy also listens on a registration port. It does not call back. At the first message that it
-//! does not know, it closes the port for good, and each of its clients then waits without end. If the proxy
-//! is configured by LMCache's keys, the task therefore checks which of the two proxies is connected before it
-//! sends.
+//! LMCache's proxy also listens on a registration port, but it does not call back. When it receives a message
+//! that it does not know, it closes the port for ever, and each of its clients then waits without end.
+//! Therefore, if LMCache's keys name the proxy, the task checks which of the two proxies is connected before
+//! it sends a message.
 
 mod metrics;
 
@@ -56,7 +56,7 @@ pub(crate) struct ProxyVoice {
 
 impl ProxyVoice {
     /// Queues a message. If the queue is full, the message is dropped and counted, because a request must not
-    /// wait for the proxy. The proxy needs no such message to continue: it sends the decode leg when the
+    /// wait for the proxy. The proxy can continue without the message: it sends the decode leg when the
     /// prefill leg answers.
     pub(crate) fn tell(&self, message: ToProxy) {
         let kind = kind(&message);
@@ -103,15 +103,15 @@ impl<O: Outlet> Registration<O> {
         (voice, task)
     }
 
-    /// Registers at once, at every period, and when readiness changes, until `drain`. Then sends Leave, but
-    /// still sends the messages of the ranks until `stop` or until the last queue handle is dropped.
+    /// Registers at once, at every period, and when readiness changes, until `drain`. Then sends Leave, and
+    /// continues to send the messages of the ranks until `stop` or until the last queue handle is dropped.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
         let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
             return; // nobody to register with
         };
         let period = proxy.period;
         let mut ticks = tokio::time::interval(period);
-        // After a stall of this process one registration is enough.
+        // After a stall of this process, one registration is enough: the missed ones are not sent.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut leaving = false;
         loop {
@@ -156,8 +156,8 @@ impl<O: Outlet> Registration<O> {
         self.send(&ToProxy::Register(register)).await
     }
 
-    /// Sends a message if the connected kind of proxy takes it. While no proxy is connected, only messages
-    /// that both kinds take are queued: the next proxy to connect may be LMCache's.
+    /// Sends a message if the connected kind of proxy accepts it. While no proxy is connected, only messages
+    /// that both kinds accept are queued: the next proxy to connect may be LMCache's.
     async fn send(&mut self, message: &ToProxy) -> Listener {
         let kind = kind(message);
         let listener = self.listener().await;
@@ -203,7 +203,7 @@ fn kind(message: &ToProxy) -> &'static str {
 /// Longest time between two attempts to register while the proxy is not connected yet.
 const CONNECTING: Duration = Duration::from_millis(200);
 
-/// Messages that may wait for the task: two per request, for every request that may be in flight.
+/// Maximum number of messages that wait for the task: two for each request that may be in flight.
 const QUEUE: usize = 4096;
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ pub(crate) struct About {
     pub(crate) proxy: Option<String>,
 }
 
-/// A counter of events on a wire, or a number of things that a wire has now.
+/// A counter of events on a wire, or a current number, for example of a wire's connections.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WireEvent {
     /// The role of the rank: sender or receiver.
@@ -59,7 +59,7 @@ pub(crate) struct WireEvent {
     pub(crate) transport: &'static str,
     /// The event's name.
     pub(crate) event: &'static str,
-    /// Number of events since the start, or the number of things now.
+    /// Number of events since the start, or the current number.
     pub(crate) count: u64,
 }
 
@@ -161,7 +161,7 @@ impl Status {
         status.update(gauges);
         let after = said(status);
         drop(inner);
-        // The proxy pairs instances by these values, so a change is registered at once.
+        // The proxy uses these values to pair instances, so a change is registered at once.
         if before != after {
             self.changed.notify_one();
         }
@@ -238,7 +238,7 @@ impl Status {
         self.inner().records.iter().cloned().collect()
     }
 
-    /// Returns the reasons for which a push would not work now; empty if it would.
+    /// Returns the reasons for which a push would not work now; empty if a push would work.
     pub(crate) fn obstacles(&self, now: Instant) -> Vec<NotReady> {
         self.inner().obstacles(&self.about, now)
     }
@@ -316,7 +316,7 @@ impl Status {
         }
     }
 
-    /// Returns the message that this sidecar goes away on purpose.
+    /// Returns the message with which this sidecar tells the proxy that it leaves on purpose.
     pub(crate) fn leave(&self) -> Leave {
         Leave {
             id: self.about.id.clone(),
@@ -333,7 +333,7 @@ impl Status {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // After a panic in another thread the numbers are at most one event old, so a poisoned lock is still
+        // After a panic in another thread the numbers lack at most one event, so a poisoned lock is still
         // used.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

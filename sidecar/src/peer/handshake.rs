@@ -149,7 +149,7 @@ pub(crate) struct Linked {
     pub(crate) pages: Pages,
 }
 
-/// The reason for which a handshake gave no link.
+/// The reason for which a handshake did not produce a link.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InitError {
     /// The receiver could not be reached, or it closed the connection.
@@ -163,7 +163,7 @@ pub(crate) enum InitError {
         /// The deadline.
         after: Duration,
     },
-    /// The receiver's answer is not a valid one.
+    /// The receiver's answer is not valid.
     #[error("{peer} sent no valid answer: {cause}")]
     Malformed {
         /// Address of the receiver, `host:init_port`.
@@ -220,7 +220,7 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     };
     let mut socket = Requester::connect(&target.host, target.init_port).await?;
 
-    // First the hellos: if the layouts differ, the sender must not learn or use any slot.
+    // The hellos come first: if the layouts differ, the sender must not learn or use any slot.
     let request = Init::NixlInitRequest(NixlInitRequest {
         local_meta_bytes: ByteBuf::from(ours.metadata.clone()),
         x: Some(ours.hello.clone()),
@@ -230,8 +230,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         Ok(_) => return Err(malformed("not a NixlInitResponse".to_owned())),
         Err(error) => return Err(malformed(error.to_string())),
     };
-    // The receiver's refusal comes first. The sender also checks by itself, so that a link never joins two
-    // layouts.
+    // A refusal by the receiver takes precedence. The sender also checks the receiver's hello itself, so that
+    // the two ends of a link never have different layouts.
     if let Some(theirs) = &introduced.x
         && let Some(refusal) = theirs
             .refused
@@ -244,8 +244,9 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         });
     }
 
-    // LMCache's receiver looks the sender's rows up in the sender's metadata, and its process ends if there
-    // is no row. Our receiver needs no row, so this sender does not show its memory to our receiver.
+    // LMCache's receiver looks up the sender's rows in the sender's metadata, and its process ends if the
+    // sender sends no row. Our receiver needs no row, so this sender does not show its memory to our
+    // receiver.
     let shown = match introduced.x {
         Some(_) => &[],
         None => ours.rows.get(..1).unwrap_or_default(),
@@ -261,7 +262,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         Ok(_) => return Err(malformed("not a NixlMemRegResponse".to_owned())),
         Err(error) => return Err(malformed(error.to_string())),
     };
-    // The peer's slots come from outside: a wrong size would make a write hit two slots.
+    // The description of the slots comes from the peer, so it is checked: with a wrong slot size, one write
+    // could hit two slots.
     let (memory, rows) = dlist::parse(&registered.remote_xfer_dlist_bytes)
         .map_err(|error| malformed(error.to_string()))?;
     let pages = pages(&rows, registered.x).map_err(malformed)?;
@@ -280,7 +282,7 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
 
 /// Returns the peer's slots, from its `x` and from its rows.
 ///
-/// `Err`: the two contradict each other, or there is neither.
+/// Returns an error if the two contradict each other, or if both are missing.
 fn pages(rows: &[Row], said: Option<Pages>) -> Result<Pages, String> {
     let shown = rows.first().map(|first| Pages {
         v: 0,

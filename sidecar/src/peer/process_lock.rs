@@ -7,12 +7,12 @@
 //!
 //! Each process writes a secret into the file and sends the secret's hash (*proof hash*) in its handshakes.
 //! The process that gets the lock reads the secrets of all processes before it and sends them in its own
-//! handshakes. So no process can prove the end of a process that lives, and a second sidecar of the same
-//! name, which does not get the lock, can prove nothing.
+//! handshakes. So no process can prove the end of a process that still runs. A second sidecar of the same
+//! name does not get the lock, so it can prove nothing.
 //!
-//! A file that was written under another boot, of this host or of another one, is ignored: the file may be on
-//! a shared file system, which releases the lock of a host that it cannot reach although the processes there
-//! live.
+//! A file that was written under another boot, of this host or of another host, is ignored. The reason: the
+//! file may be on a shared file system, which releases the lock of a host that it cannot reach, although the
+//! processes on that host may still run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -54,7 +54,8 @@ impl ProcessLock {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {
             Ok((process_lock, file)) => {
-                // This process never closes the file: its writes may be in flight for as long as it lives.
+                // This process never closes the file, so that it holds the lock until it ends: until then,
+                // its writes may be in flight.
                 let _held = file.into_raw_fd();
                 process_lock
             }
@@ -127,9 +128,10 @@ fn file_of(socket: &Path) -> PathBuf {
 
 /// Bytes of a secret: as many as its hash has.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
-/// Largest number of earlier processes with a proof. Few receivers have missed this many restarts.
+/// Largest number of earlier processes whose end this process proves. A receiver rarely misses this many
+/// restarts.
 pub(crate) const MAX_PROOFS: usize = 16;
-/// Bytes that are read of the file: far more than this program writes.
+/// Maximum number of bytes that are read from the file: far more than this program writes.
 const MAX_FILE_BYTES: u64 = 4096;
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Selftest {
         let seen = Arc::new(Seen::default());
         let config = Arc::new(self.config(wire, &directory));
         let observer = Arc::clone(&seen) as Arc<dyn Observer>;
-        // A self-test has no scrapes, so its metrics have no series from the start.
+        // Nothing scrapes a self-test, so its metrics need no series at the start.
         let metrics = Arc::new(RankMetrics::new(&[], MalformedFrames::default()));
         let node = Node::start(Arc::clone(&config), observer, metrics).await?;
         let to = node
@@ -107,7 +107,8 @@ impl Selftest {
             // The self-test then also covers the code that computes and compares checksums.
             checksum: true,
             push: true,
-            // Shorter than the defaults, so that a wire that hangs fails the test in seconds.
+            // These times are shorter than the defaults, so that the test fails within seconds if a wire
+            // hangs.
             times: Times {
                 heartbeat: Duration::from_secs(1),
                 wait: Duration::from_secs(1),

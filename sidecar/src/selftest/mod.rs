@@ -96,7 +96,7 @@ impl Selftest {
         exit
     }
 
-    /// Returns the runs: every wire with every kind of memory, or those that the flags name.
+    /// Returns the runs: every wire with every kind of memory, or only the runs that the flags select.
     fn runs(&self) -> Result<Vec<(Memory, Kind)>, String> {
         let gpu = |device: &Device| match device {
             Device::Cpu => Err(
@@ -152,8 +152,8 @@ impl Selftest {
         })
     }
 
-    /// Returns a layout with one "layer" of bytes. Its chunk has the size of the flag, cut to a multiple of
-    /// the tokens.
+    /// Returns a layout with one "layer" of bytes. A chunk has the size that the flag gives, rounded down to
+    /// a multiple of the number of tokens.
     fn layout(&self) -> Layout {
         let per_token = (self.chunk_bytes / u64::from(CHUNK_TOKENS)).max(1);
         Layout {
@@ -169,10 +169,11 @@ impl Selftest {
     }
 }
 
-/// The variable that lets UCX open TCP ports, in a self-test as in a sidecar.
+/// The variable that lets UCX open TCP ports, both in a self-test and in a sidecar.
 const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
-/// Returns the first GPU as the sender's and the second as the receiver's. With one GPU both are the first.
+/// Returns the first GPU as the sender's and the second as the receiver's. If there is only one GPU, it
+/// serves both.
 fn two_gpus() -> Result<Memory, String> {
     let all = cuda::all().map_err(|error| error.to_string())?;
     let second = u32::from(all.len() > 1);
@@ -211,7 +212,7 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // Files of a self-test that stay in the temporary directory do no harm.
+        // If this fails, files of the self-test stay in the temporary directory, where they do no harm.
         std::fs::remove_dir_all(&self.path).ok();
     }
 }

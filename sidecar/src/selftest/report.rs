@@ -19,13 +19,15 @@ pub(super) struct Report {
     bytes: u64,
     /// Number of chunks with wrong bytes.
     pub(super) wrong: u64,
-    /// 10⁹ bytes per second: median over the requests of their bytes by their time on the wire.
+    /// Rate in 10⁹ bytes per second: a request's bytes divided by its time on the wire; median of the
+    /// requests.
     push_gb_s: f64,
-    /// 10⁹ bytes per second: the speed that the sender measured for the wire alone; 0 if it measured none.
+    /// Rate in 10⁹ bytes per second that the sender measured for the wire alone; 0 if it measured none.
     wire_gb_s: f64,
-    /// 10⁹ bytes per second: median by the time from staged to the last chunk ready.
+    /// Rate in 10⁹ bytes per second, with the time from staged until the last chunk is ready; median.
     staged_ready_gb_s: f64,
-    /// 10⁹ bytes per second: median by the time from the end of the GPU's filling to the last chunk ready.
+    /// Rate in 10⁹ bytes per second, with the time from the end of the GPU's filling until the last chunk is
+    /// ready; median.
     fired_ready_gb_s: f64,
     /// Microseconds from staged to ready for one chunk.
     one_chunk_us_p50: u64,

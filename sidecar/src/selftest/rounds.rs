@@ -8,7 +8,7 @@ use protocol::{Layout, RequestId};
 
 use super::engine::Engine;
 
-/// Both engines' halves, and the results of their requests.
+/// The connections of both simulated engines, and the results of their requests.
 #[derive(Debug)]
 pub(super) struct Rounds {
     prefill: Engine,
@@ -24,17 +24,17 @@ pub(super) struct Rounds {
     pub(super) wrong: u64,
     /// Time from staged to ready, for requests of one chunk.
     pub(super) one_chunk: Vec<Duration>,
-    /// Bytes, and time from staged to the last chunk ready, for requests that fill the buffer.
+    /// Bytes, and the time from staged until the last chunk is ready, for requests that fill the buffer.
     pub(super) staged_ready: Vec<(u64, Duration)>,
-    /// The same for requests that were filled after they were staged. The time begins at the end of the
-    /// filling.
+    /// The same for requests whose chunks were filled after they were reported as staged. The time begins at
+    /// the end of the filling.
     pub(super) fired_ready: Vec<(u64, Duration)>,
 }
 
 /// The bytes of both buffers.
 pub(super) trait Content: std::fmt::Debug {
-    /// Fills chunks of the send buffer with new bytes. Returns the event that ends the filling, by its
-    /// position in the hello; absent if the filling has ended already.
+    /// Fills chunks of the send buffer with new bytes. Returns the event after which the chunks are filled,
+    /// as its position in the hello; absent if they are filled already.
     fn fill(&mut self, places: &[Place], when: When) -> anyhow::Result<Option<u32>>;
     /// Returns the time at which the last filling ended; absent if it ended before `fill` returned.
     fn filled(&mut self) -> Option<Instant>;
@@ -53,9 +53,9 @@ pub(super) struct Place {
 /// The end of the filling, relative to the time at which the chunks are reported as staged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum When {
-    /// The filling ends before.
+    /// The filling ends before that time.
     Before,
-    /// The filling ends some milliseconds later. On host memory there is no difference to `Before`.
+    /// The filling ends some milliseconds later. On host memory this is the same as `Before`.
     Later,
 }
 
@@ -66,9 +66,9 @@ pub(super) enum Arrived {
     Different,
 }
 
-/// One request in this many has a single chunk. Its time shows the cost of the messages.
+/// One of this many requests has a single chunk. The time of such a request shows the cost of the messages.
 const SINGLE_EVERY: u64 = 4;
-/// One request in this many is filled only after it was reported as staged.
+/// One of this many requests is filled only after it was reported as staged.
 const LATE_EVERY: u64 = 3;
 /// Longest time of one request. No usable host needs more.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -133,7 +133,7 @@ impl Rounds {
             deadline_ms: 10_000,
             written: false,
         };
-        // The decode request parks first, so that the measured time has no wait for it.
+        // The decode request parks first, so that the measured time does not include a wait for this request.
         self.decode.send(&ToSidecar::Await(parked)).await?;
         let reserve = Reserve {
             req: req.clone(),

@@ -78,7 +78,7 @@ fn ranks(encoder: &mut DescriptorEncoder<'_>, shown: &Snapshot) -> fmt::Result {
             (Labels(labels), value(r))
         })
     };
-    // The states are one metric with a label, so that a query can sum them to all slots.
+    // The states are labels of one metric, so that a query can add them up to the number of all slots.
     let states = shown.ranks.iter().flat_map(|r| {
         [
             ("free", r.free),
@@ -232,8 +232,8 @@ struct Measured {
     transport: &'static str,
 }
 
-/// Returns a label value that came from a peer without special characters. prometheus-client 0.23 writes
-/// values as they are, so a peer could forge series with a quote or a new line in a host name.
+/// Replaces the special characters in a label value that came from a peer. prometheus-client 0.23 does not
+/// escape values, so a peer could otherwise forge series with a quote or a line break in a host name.
 fn label(text: &str) -> String {
     let safe = |c: char| !c.is_control() && c != '"' && c != '\\';
     text.chars()

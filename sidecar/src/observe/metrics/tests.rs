@@ -175,8 +175,8 @@ fn gauges_are_what_the_status_says() {
     assert!(series["pd_sidecar_proxy_acknowledgement_age_seconds"] < 5.0);
 }
 
-/// A large fleet of receivers, or a hostile proxy that invents receivers, must not grow a scrape without
-/// bound.
+/// A large fleet of receivers, or a hostile proxy that invents receivers, must not make a scrape grow without
+/// limit.
 #[test]
 fn labels_are_bounded() {
     let (status, metrics) = metrics("sender");
@@ -285,7 +285,7 @@ fn docs_list_every_metric() {
             .lines()
             .find(|l| {
                 let rest = l.strip_prefix(name).unwrap_or("?");
-                // Not the series of another metric whose name begins alike.
+                // The series of another metric, whose name only begins with this name, is skipped.
                 let rest = rest
                     .strip_prefix(suffix)
                     .unwrap_or(rest)

@@ -14,7 +14,7 @@ use crate::observe::proxy_discovery::ProxyDiscovery;
 use crate::observe::status::tests::{config, gauges, slot_layout};
 use crate::rank::context::RankRole;
 
-/// An outlet that takes messages until the test sets it to full.
+/// An outlet that accepts messages until the test sets it to full.
 struct Scripted {
     taken: UnboundedSender<ToProxy>,
     full: Arc<Mutex<bool>>,
@@ -218,8 +218,9 @@ async fn reaches_a_real_port() {
     assert_eq!(kinds[0], "register");
 }
 
-/// LMCache's proxy has a PULL socket and does not call back. At the first message that it does not know it
-/// closes the socket for good: after a `Register`, no answer to its clients would ever end.
+/// LMCache's proxy has a PULL socket and does not call back. When it receives a message that it does not
+/// know, it closes the socket for ever. So after a `Register`, its clients would wait for their answers
+/// without end.
 #[tokio::test]
 async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
     let pull = Inbox::pull("", LOCAL.into()).await.unwrap();

@@ -10,14 +10,14 @@ use serde::Serialize;
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 
-/// A reason for which the engine must not be given requests now.
+/// A reason for which the engine must not get requests now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// Ports are not bound yet.
     Starting,
     /// No engine is connected to this role of this rank.
     NoEngine(RankRole, u32),
-    /// The thread behind a wire has ended.
+    /// The thread that serves a wire has ended.
     WireEnded(RankRole, u32, &'static str),
     /// The proxy has not called back lately, so perhaps it does not know this sidecar.
     NoProxy(String),
@@ -66,14 +66,14 @@ pub(crate) struct LinkRow {
     pub(crate) peer: String,
     /// The receiver's name.
     pub(crate) id: String,
-    /// The wire as configured here.
+    /// The wire that this sidecar's configuration names.
     pub(crate) configured: &'static str,
     /// The wire that was chosen.
     pub(crate) transport: &'static str,
     /// The reason for the choice of the wire.
     pub(crate) why: String,
-    /// The library's report about itself. For NIXL: `UCX_TLS` and UCX's estimate, which need not be the wire
-    /// in use.
+    /// The library's report about itself. For NIXL: `UCX_TLS` and UCX's estimate, which may differ from the
+    /// wire in use.
     pub(crate) reported: String,
     /// GB/s (10⁹ bytes) of recent writes; absent before the first.
     pub(crate) measured_gb_per_s: Option<f64>,
@@ -223,5 +223,5 @@ impl fmt::Display for NotReady {
     }
 }
 
-/// Longest time since the proxy's last call-back while the sidecar is ready: three periods of 5 s.
+/// Time after the proxy's last call-back for which the sidecar stays ready: three periods of 5 s.
 pub(crate) const ACKNOWLEDGED_FOR: Duration = Duration::from_secs(15);

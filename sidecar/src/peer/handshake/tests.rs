@@ -224,8 +224,8 @@ fn lmcache_receiver(request: &[u8], receiver: &Identity) -> Answer {
     let stripped = match codec::decode(request).unwrap() {
         Init::NixlInitRequest(r) => Init::NixlInitRequest(NixlInitRequest { x: None, ..r }),
         Init::NixlMemRegRequest(r) => {
-            // LMCache's receiver would end its socket at a row that its NIXL does not find, so exactly one
-            // row is expected.
+            // LMCache's receiver closes its socket if its NIXL does not find a row, so the sender must send
+            // exactly one row.
             let (_, rows) = dlist::parse(&r.local_xfer_dlist_bytes).unwrap();
             assert_eq!(rows.len(), 1);
             assert_eq!(&r.remote_agent_name[..], b"sender-1111");

@@ -13,7 +13,7 @@ use serde_bytes::ByteBuf;
 use super::super::rounds::{Arrived, Content, Place, When};
 use crate::memory::cuda::{Device, DeviceMemory, Event, Handle, Imported, Stage, Stream};
 
-/// Both engines' halves.
+/// The GPU work of both engines, each of which is a [`Half`].
 #[derive(Debug)]
 pub(super) struct GpuContent {
     prefill: Half,
@@ -23,13 +23,14 @@ pub(super) struct GpuContent {
     /// Random bytes on the prefill engine's GPU. Each chunk is filled with a range of these bytes.
     pool: Arc<DeviceMemory>,
     copy: Vec<u8>,
-    /// Destination of copies that only take time, for a late filling.
+    /// Destination of copies whose only purpose is to delay a late filling.
     ballast: Arc<DeviceMemory>,
     stage: Stage,
-    /// Offset in the pool of each chunk's bytes.
+    /// Offset in the pool of the bytes of each chunk.
     from: BTreeMap<u32, u64>,
     next: usize,
-    /// The thread that returns the end of a late filling; absent if there is none.
+    /// The thread that waits for the end of a late filling and returns its time; absent if no filling is
+    /// late.
     watch: Option<JoinHandle<Option<Instant>>>,
 }
 

@@ -1,9 +1,9 @@
 //! The self-test on GPU memory: two buffers, each with a sidecar process. This process acts as both engines.
 //!
 //! This process does the same as a vLLM worker: it opens the buffers by their handles, fills slots on a
-//! stream, and names an event instead of waiting. Every third request is filled some milliseconds after it
-//! was reported as staged. A sidecar that does not wait for the event would push the bytes of an earlier
-//! request, which the comparison finds.
+//! stream, and reports an event to the sidecar instead of waiting. Every third request is filled a few
+//! milliseconds after it was reported as staged. If the sidecar did not wait for the event, it would push the
+//! bytes of an earlier request, and the comparison would show that.
 
 mod content;
 mod process;
