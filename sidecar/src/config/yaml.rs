@@ -21,7 +21,7 @@ pub(crate) struct Node {
 /// An untyped value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Raw {
-    /// Nothing, `~` or `null`. It counts as if the key were not given.
+    /// No text, `~` or `null`. This counts as if the key were not given.
     Null,
     /// A scalar as it is spelled.
     Scalar {

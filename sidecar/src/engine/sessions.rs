@@ -199,7 +199,7 @@ impl Engines {
         }
     }
 
-    /// Removes an ended connection. From now on nothing waits for the engine's events.
+    /// Removes an ended connection. Afterwards no write waits for the engine's events.
     pub(crate) fn gone(&mut self, engine: EngineId) {
         if let Some(greeted) = self.connections.remove(&engine) {
             greeted.events.iter().for_each(|event| event.orphan());

@@ -1,8 +1,8 @@
 //! The admin server: health, readiness, metrics, the proxy's call-back, the last requests.
 //!
-//! The server is for the operator and the operator's programs, on a loopback port unless configured
-//! otherwise. Nevertheless the number of connections, the size of heads and bodies, and the time of each
-//! request are bounded.
+//! The server is for the operator and the operator's programs, and listens on a loopback port unless
+//! configured otherwise. Nevertheless it limits the number of connections, the size of heads and bodies, and
+//! the time of each request.
 
 mod pages;
 
@@ -67,7 +67,7 @@ struct Registered {
     proxy: String,
     /// Name of the sidecar that the proxy means to call.
     id: String,
-    /// Epoch of that sidecar: the number of one start of the process.
+    /// Epoch of that sidecar, which is new at each start of the process.
     epoch: Epoch,
 }
 

@@ -107,7 +107,7 @@ impl<O: Outlet> Registration<O> {
     /// continues to send the messages of the ranks until `stop` or until the last queue handle is dropped.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
         let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
-            return; // nobody to register with
+            return; // no proxy to register with
         };
         let period = proxy.period;
         let mut ticks = tokio::time::interval(period);

@@ -1,8 +1,8 @@
 //! The state that this sidecar shows. `/ready`, `/status`, `/requests`, the gauges of `/metrics` and the
 //! registrations all read it.
 //!
-//! Each role of a rank updates the state after each event, so an update is cheap: it holds a lock for a short
-//! time, and allocates no memory if only numbers change. The lock is never held across an await.
+//! Each role of a rank updates the state after each event, so an update must be cheap: it holds a lock for a
+//! short time, and allocates no memory if only numbers change. The lock is never held across an await.
 
 mod shape;
 
@@ -38,7 +38,7 @@ pub(crate) struct Status {
 pub(crate) struct About {
     /// The sidecar's name.
     pub(crate) id: String,
-    /// Random number of this start of the process.
+    /// Random number that is new at each start of the process.
     pub(crate) epoch: Epoch,
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
@@ -48,7 +48,7 @@ pub(crate) struct About {
     pub(crate) proxy: Option<String>,
 }
 
-/// A counter of events on a wire, or a current number, for example of a wire's connections.
+/// A counter of events on a wire, or a current number, such as the number of a wire's peers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WireEvent {
     /// The role of the rank: sender or receiver.

@@ -78,8 +78,8 @@ pub(super) fn proxy(
             );
         }
     }
-    // In this case the sidecar starts but never becomes ready, because no call-back reaches it. The warning
-    // tells the user why.
+    // If the proxy is on another machine, its call-back cannot reach a loopback port. The sidecar would then
+    // start but never become ready, and the user would not know why.
     if !address.is_loopback() && admin.is_loopback() {
         layers.warnings.push(format!(
             "the proxy {address} is on another machine and cannot reach the admin server at {admin}, so this \

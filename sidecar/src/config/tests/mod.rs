@@ -367,7 +367,7 @@ fn the_report_reads_well_and_hides_nothing() {
     assert_eq!(json["ok"], true);
     assert_eq!(json["passed_through"][0]["name"], "NIXL_PLUGIN_DIR");
     let all = Lmcache::KEYS.len() + Sidecar::KEYS.len();
-    // One more row is UCX_MM_ERROR_HANDLING, which the environment does not set.
+    // The additional row is for UCX_MM_ERROR_HANDLING, which the environment does not set.
     assert_eq!(json["values"].as_array().unwrap().len(), all + 1);
 }
 

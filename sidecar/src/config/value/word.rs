@@ -50,11 +50,11 @@ macro_rules! words {
 words! {
     /// The role of this sidecar in transfers.
     Role, "sender, receiver or both", {
-        /// Beside a prefill engine.
+        /// The sidecar runs beside a prefill engine.
         Sender = "sender",
-        /// Beside a decode engine.
+        /// The sidecar runs beside a decode engine.
         Receiver = "receiver",
-        /// Beside an engine that does prefill and decode.
+        /// The sidecar runs beside an engine that does prefill and decode.
         Both = "both",
     }
 }

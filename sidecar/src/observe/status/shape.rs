@@ -66,7 +66,7 @@ pub(crate) struct LinkRow {
     pub(crate) peer: String,
     /// The receiver's name.
     pub(crate) id: String,
-    /// The wire that this sidecar's configuration names.
+    /// The configured transport, such as `auto` or `tcp`.
     pub(crate) configured: &'static str,
     /// The wire that was chosen.
     pub(crate) transport: &'static str,
@@ -96,7 +96,7 @@ pub(crate) struct RecordRow {
 pub(crate) struct Snapshot {
     /// The sidecar's name.
     pub(crate) id: String,
-    /// Random number of this start of the process.
+    /// Random number that is new at each start of the process.
     pub(crate) epoch: Epoch,
     /// `sender`, `receiver` or `both`.
     pub(crate) role: &'static str,
