@@ -35,9 +35,9 @@ pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     fn record(&self, role: RankRole, rank: u32, record: &Record);
     /// Takes the state after an event.
     fn gauges(&self, role: RankRole, rank: u32, gauges: Gauges<'_>);
-    /// Takes the wires of a role. Their events are read when metrics are read.
+    /// Takes the wires of a role. The observer reads their event counts when metrics are requested.
     fn wires(&self, role: RankRole, rank: u32, wires: Wires);
-    /// Takes a port that was bound. Its events are read when metrics are read.
+    /// Takes a port that was bound. The observer reads its event counts when metrics are requested.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
     /// Takes the state of a sender's links.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
@@ -81,7 +81,8 @@ pub(crate) struct LinkStatus {
     /// Bytes and seconds of recent large writes alone. A small write takes as long as its posting, so it does
     /// not show the wire's rate.
     large: Option<(f64, f64)>,
-    /// The first and last instant of the latest time in which writes were in flight without a pause.
+    /// The start and the end of the latest period in which at least one write was always in flight; `None`
+    /// before the first write.
     busy: Option<(Instant, Instant)>,
     /// The rate to expect from the chosen wire; `None` until the handshake.
     pub(crate) expected_rate: Option<ExpectedRate>,
@@ -91,7 +92,7 @@ pub(crate) struct LinkStatus {
 /// The factor by which each write reduces the weight of the writes before it in the measured rate.
 const FADE: f64 = 0.9;
 
-/// The least bytes of a write that shows the wire's rate.
+/// Minimum bytes of a large write, which shows the wire's rate.
 const LARGE: u64 = 16 << 20;
 
 impl LinkStatus {
@@ -111,8 +112,8 @@ impl LinkStatus {
         }
     }
 
-    /// Adds a write to the measured rate. Time that several writes share counts once, so that the result is
-    /// the rate of the wire and not of a write.
+    /// Adds a write to the measured rate. If several writes are in flight at the same time, that time counts
+    /// once, so that the result is the rate of the wire and not of one write.
     pub(crate) fn measured(&mut self, bytes: u64, began: Instant, ended: Instant) {
         let took = match self.busy {
             Some((from, until)) if began <= until && from <= ended => {
@@ -196,7 +197,8 @@ impl RankContext {
                  {} chunks",
                 record.tokens,
                 us as f64 / 1e3,
-                // KV that arrived before its decode request took no time of the request, so it has no rate.
+                // If KV arrives before its decode request, the request does not wait for it, so there is no
+                // rate.
                 if us > 0 {
                     record.bytes as f64 / us as f64 / 1e3
                 } else {
@@ -261,8 +263,8 @@ impl Clock {
     /// Completes at `deadline`; never if there is no deadline.
     pub(crate) async fn sleep_until(&self, deadline: Option<Time>) {
         match deadline {
-            // Timers have a granularity of a millisecond and never fire early. A timer that fires early would
-            // wake the machine twice for one deadline.
+            // Tokio's timers have a granularity of a millisecond and never fire early, so the machine wakes
+            // only once for each deadline.
             Some(Time(us)) => {
                 let at = self.start + Duration::from_micros(us);
                 tokio::time::sleep_until(at.into()).await;

@@ -30,7 +30,7 @@ use crate::transport::spec::{DataPort, Start};
 /// engines' sockets.
 const QUEUE: usize = 256;
 
-/// A resource that cannot be had at start. The process exits with 69.
+/// The error that a resource is not available at start. The process exits with code 69.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub(crate) struct StartError(#[from] anyhow::Error);
@@ -57,7 +57,7 @@ impl Node {
     /// Takes buffers, binds ports and starts every task.
     ///
     /// # Errors
-    /// The first resource that cannot be had.
+    /// Fails at the first resource that is not available.
     pub(crate) async fn start(
         config: Arc<Config>,
         observer: Arc<dyn Observer>,
@@ -140,7 +140,7 @@ impl Node {
     }
 
     /// Runs until every role has ended after a drain, until the drain's grace period is over, or until a role
-    /// ends by itself. Then everything is stopped.
+    /// ends by itself. Then it stops all tasks.
     pub(crate) async fn run(mut self) -> Ended {
         let grace = self.config.times.drain;
         let drain = self.drain.clone();
@@ -233,7 +233,7 @@ impl Builder {
             // `Config` has checked that a receiver has ports for every rank.
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
-        // No sender can reach this rank without its ports, so a port that cannot be bound ends the start.
+        // No sender can reach this rank without its ports, so the start fails if a port cannot be bound.
         let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
         let init = bind(init, MAX_INIT_BYTES)
             .await
@@ -364,7 +364,7 @@ async fn dispatch(
                     EngineRole::Decode => RankRole::Receiver,
                 };
                 let inbox = inboxes.get(&(role, hello.rank));
-                // An engine of another number of ranks would send parts of KV that no receiver expects.
+                // An engine with another number of ranks would send parts of KV that no receiver expects.
                 let Some(inbox) = inbox.filter(|_| hello.world_size == ranks) else {
                     let text = format!(
                         "this sidecar has no {} for rank {} of {}: it has {ranks} ranks; check its --role, and \

@@ -46,7 +46,7 @@ pub(crate) struct Sides<'a> {
     pub(crate) host: &'a str,
     /// Checks that this process's wire reaches the receiver of an advert; the error says why it does not.
     pub(crate) reaches: &'a dyn Fn(Kind, &Advert) -> Result<(), String>,
-    /// Returns the reason why this process's wire is only a last choice; `None` if it is not.
+    /// Returns the reason why a wire of this process is only the last choice; `None` if it is a normal choice.
     pub(crate) poor: &'a dyn Fn(Kind) -> Option<String>,
 }
 
@@ -54,7 +54,7 @@ pub(crate) struct Sides<'a> {
 /// The order of the table decides, except that a wire which is only a last choice comes after all others.
 ///
 /// # Errors
-/// The text names what is missing on which side.
+/// No wire can be used. The text says what is missing on which side.
 pub(crate) fn choose(wanted: Choice, sides: Sides<'_>) -> Result<Chosen, NoWire> {
     if let Choice::Only(kind) = wanted {
         return match usable(kind, sides) {
@@ -88,8 +88,8 @@ pub(crate) fn choose(wanted: Choice, sides: Sides<'_>) -> Result<Chosen, NoWire>
                 };
                 return Ok(Chosen { kind, address, why });
             }
-            // A host without GPU buffers does not miss a wire between GPUs, so its absence is not a reason to
-            // report.
+            // A host without GPU buffers needs no wire between GPUs, so the text does not report that this wire
+            // is absent.
             Err(Lack::Here(kind)) if kind.needs_gpu() => {}
             Err(lack) => lacks.push(lack.to_string()),
         }
@@ -157,7 +157,7 @@ mod tests {
     const NIXL: Choice = Choice::Only(nixl::KIND);
     const TCP: Choice = Choice::Only(tcp::KIND);
 
-    /// Checks a choice. `theirs` has the words `nixl` and `tcp@ADDRESS`, or `lmcache` alone.
+    /// Checks a choice. `theirs` lists the receiver's wires: `nixl` and `tcp@ADDRESS`, or `lmcache` alone.
     fn check(
         wanted: Choice,
         ours: &[Kind],

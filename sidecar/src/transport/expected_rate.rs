@@ -1,4 +1,4 @@
-//! Sets the least rate of each kind of wire, so that a wire that silently falls back to a slower way is
+//! Defines the minimum rate to expect of each kind of wire, so that a silent fallback to a slower method is
 //! noticed.
 
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use protocol::dlist::Memory;
 
 use super::Kind;
 
-/// The place of the memory at the two ends of a link.
+/// The kind of memory at each end of a link, and whether both ends are on one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ends {
     pub(crate) ours: Memory,
@@ -15,10 +15,10 @@ pub(crate) struct Ends {
     pub(crate) same_host: bool,
 }
 
-/// The rate to expect of a wire: even the slowest wire of the kind is faster.
+/// The minimum rate to expect of a wire. Even the slowest wire of its kind is faster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExpectedRate {
-    /// The least rate to expect, in 10⁹ bytes per second.
+    /// Minimum rate to expect, in 10⁹ bytes per second.
     pub(crate) least_gb_s: f64,
     /// The likely cause of a slower rate, for people.
     pub(super) hint: &'static str,
@@ -39,7 +39,7 @@ impl ExpectedRate {
     }
 }
 
-/// Notices a link that is far slower than expected, and limits how often that is reported.
+/// Notices a link that is far slower than expected, and limits how often the log reports it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Watch {
     big_writes: u32,
@@ -60,7 +60,7 @@ impl Watch {
             return None;
         }
         self.big_writes = self.big_writes.saturating_add(1);
-        // The first writes set up connections and mappings, so their rate says nothing.
+        // The first writes set up connections and mappings, so they do not show the wire's rate.
         if self.big_writes <= WARM_UP || rate.is_none_or(|rate| rate >= expected.least_gb_s) {
             return None;
         }
@@ -75,11 +75,11 @@ impl Watch {
     }
 }
 
-/// The least bytes of a write that counts. Smaller writes are mostly overhead on any wire.
+/// Minimum bytes of a write that counts. Smaller writes are mostly overhead on any wire.
 const BIG_BYTES: u64 = 4 << 20;
 /// The number of first writes that do not count.
 const WARM_UP: u32 = 3;
-/// The least time between two warnings about a link.
+/// Minimum time between two warnings about a link.
 const AGAIN: Duration = Duration::from_secs(300);
 
 #[cfg(test)]

@@ -39,13 +39,13 @@ pub(crate) struct Remote {
     pub(crate) address: Option<String>,
 }
 
-/// The fields of the handshake that LMCache's messages have in front of ours. At most one transport of a process
-/// fills them, and only the same transport of the peer reads them.
+/// The handshake fields of LMCache's messages; a sidecar's own fields follow them. At most one transport of a
+/// process fills them, and only the same transport of the peer reads them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HandshakeFields {
     /// The transport's description of this process; empty if no transport has one.
     pub(crate) metadata: Vec<u8>,
-    /// The place of each slot; empty before the first slot layout, and if no transport has places.
+    /// The memory range of each slot; empty before the first slot layout, and if no transport fills this field.
     pub(crate) rows: Vec<protocol::dlist::Row>,
 }
 
@@ -64,8 +64,8 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// Returns the outcome of two parts of a write. If both failed, the error is the first one's, and the
-    /// outcome is terminal only if both are.
+    /// Combines the outcomes of two parts of a write. If both failed, the result has the first part's error,
+    /// and is terminal only if both failures are.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
             (
@@ -101,7 +101,8 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn reaches(&self, _advert: &Advert, _same_host: bool) -> Result<(), String> {
         Ok(())
     }
-    /// Sender: returns the reason why any other wire to such a receiver is better; `None` if there is none.
+    /// Sender: returns the reason why any other wire to this receiver is better; `None` if this wire is a
+    /// normal choice.
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }
@@ -112,8 +113,8 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: lets writes under `lease` land in `slot` from now on.
     fn open(&self, lease: LeaseId, slot: SlotIndex);
-    /// Receiver: lets no new write land in `slot`. If this process does the writing (TCP), no byte lands in
-    /// the slot after the call returns.
+    /// Receiver: lets no new write land in `slot`. If this process itself writes the received bytes into the
+    /// slot (TCP), no byte lands in the slot after the call returns.
     fn close(&self, slot: SlotIndex);
     /// Returns true if [`Transport::close`] proves that no write can reach the slot any more (design D6).
     fn close_is_a_fence(&self) -> bool;
@@ -121,11 +122,12 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn events(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
-    /// Returns true while the thread behind this wire runs; without it nothing moves any more.
+    /// Returns true while the wire's thread runs. Without the thread, the wire moves no bytes.
     fn is_running(&self) -> bool {
         true
     }
-    /// Receiver: tells the library that it must progress because writes are announced, or that it need not.
+    /// Receiver: tells the wire whether writes are announced. While they are, the wire's library must make
+    /// progress.
     fn expect(&self, writing: bool);
 }
 
@@ -151,7 +153,7 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
     fn granule(&self) -> u64 {
         1
     }
-    /// Returns the library's own report about the connection below, for people; empty if there is none.
+    /// Returns the library's own report about its connection, for people; empty if there is none.
     fn reported(&self) -> String;
     /// Returns true if a part of the link is broken, so that writes would fail. The link must then be made
     /// again.

@@ -9,12 +9,12 @@ use tokio::sync::Notify;
 
 use crate::memory::cuda::{Event, State};
 
-/// The event after which a write may read the send buffer. A transport checks it on its own thread and posts
-/// nothing before. The time that a write may stand still bounds the wait.
+/// The event after which a write may read the send buffer. A transport checks for the event on its own thread,
+/// and posts nothing before it. The stall time of writes limits the wait.
 ///
-/// The transport polls and does not let the GPU wait. An engine that is killed before its GPU reaches the
-/// event never fires it, and a copy that the GPU has queued behind the event can be neither cancelled nor
-/// proven harmless. [`LOOK`] gives the cost of a check.
+/// The transport polls for the event; it does not make the GPU wait. If an engine is killed before its GPU
+/// reaches the event, the event never fires. If a copy were queued on the GPU after the event, it could then be
+/// neither cancelled nor proven harmless. [`LOOK`] gives the cost of a check.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ready {
     /// The signal that the bytes are there; `None` once they are.
@@ -30,7 +30,7 @@ pub(crate) struct Times {
     lasting: Notify,
 }
 
-/// A source that tells if the bytes of a write are in the send buffer.
+/// A source that tells whether the bytes of a write are in the send buffer.
 pub(crate) trait Signal: Send + Sync + fmt::Debug {
     /// Returns the present state.
     fn readiness(&self) -> Readiness;
@@ -43,7 +43,7 @@ pub(crate) enum Readiness {
     There,
     /// The bytes are not in the buffer yet.
     NotYet,
-    /// The bytes will never be there, or this can no longer be learned. Holds the reason.
+    /// The bytes will never be there, or their state can no longer be determined. Holds the reason.
     Never(String),
 }
 
@@ -74,7 +74,7 @@ impl Ready {
         readiness
     }
 
-    /// Waits for the final state, at most for `bound`. Callers without a transport's thread use this.
+    /// Waits for the final state, at most for `bound`. For callers for which no transport's thread polls.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -119,12 +119,13 @@ impl Ready {
 }
 
 impl Times {
-    /// Returns the time at which the bytes were first seen in their slots; `None` before.
+    /// Returns the time at which the bytes were first found in the send buffer; `None` before.
     pub(crate) fn began(&self) -> Option<Instant> {
         self.began.get().copied()
     }
 
-    /// Completes when the write does not end at once; see [`Ready::lasts`].
+    /// Completes as soon as it is known that the write takes longer; never completes for a write that ends at
+    /// once. See [`Ready::lasts`].
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -155,8 +156,8 @@ impl Signal for Event {
     }
 }
 
-/// The time between two checks: a hundredth of the push of a long prompt. A check costs under 1 µs, so checks
-/// at this rate take a few hundredths of a core, and only while a GPU computes the KV to push.
+/// The time between two checks: about 1 % of the time that the push of a long prompt takes. A check costs under
+/// 1 µs, so the checks use a few percent of a core, and only while a GPU computes the KV to push.
 pub(crate) const LOOK: Duration = Duration::from_micros(20);
 
 /// Lets the calling thread sleep for times as short as [`LOOK`]; by default the kernel adds 50 µs.
@@ -198,7 +199,8 @@ pub(crate) mod tests {
     }
 
     /// Checks the rules for writes that are not ready, for any transport. Such a write delays no other write,
-    /// begins when it is ready, and fails with nothing sent if it never will be. `stall` is the link's.
+    /// begins when it is ready, and fails without sending anything if it never becomes ready. `stall` is the
+    /// link's stall time.
     pub(crate) async fn check(link: &dyn Link, lease: LeaseId, piece: Piece, stall: Duration) {
         let pieces = || vec![piece];
         let switch = Switch::new();

@@ -93,7 +93,7 @@ impl Wires {
 
     /// Chooses the wire to a receiver that was reached as `host` and sent this hello (`None` for LMCache).
     /// Returns the wire with its address and the reason for the choice. `failed` has the wires that were
-    /// tried in vain, with the errors.
+    /// already tried and failed, with their errors.
     ///
     /// # Errors
     /// No wire serves both sides; see [`NoWire`].
@@ -142,7 +142,7 @@ impl Wires {
         }
     }
 
-    /// Returns true if closing a slot keeps out all later writes of a sender that uses this wire.
+    /// Returns true if closing a slot prevents all later writes of a sender that uses this wire.
     pub(crate) fn close_is_a_fence(&self, name: &str) -> bool {
         let named = self.transports.iter().find(|t| t.kind().as_str() == name);
         named.is_some_and(|t| t.close_is_a_fence())
@@ -172,7 +172,7 @@ impl Wires {
         self.transports.iter().flat_map(of).collect()
     }
 
-    /// Returns the first wire with a thread that has ended, which only a defect causes.
+    /// Returns the name of the first wire with a thread that has ended. Only a defect ends a thread.
     pub(crate) fn ended(&self) -> Option<&'static str> {
         let ended = self.transports.iter().find(|t| !t.is_running());
         ended.map(|t| t.kind().as_str())

@@ -24,8 +24,8 @@ pub(crate) struct Spec {
     pub(super) uses_ucx: bool,
     /// True if LMCache's peers, which advertise nothing, have the transport.
     pub(super) lmcache_has_it: bool,
-    /// The log text if the transport does not start and the configuration does not name it. `None`: the failure
-    /// stops the process.
+    /// The log text if the transport does not start and the configuration does not name it. `None` if a failed
+    /// start stops the process.
     pub(super) absence: Option<&'static str>,
     /// Starts the transport over one buffer.
     pub(super) start: fn(&Start<'_>) -> anyhow::Result<Arc<dyn Transport>>,
@@ -45,9 +45,9 @@ pub(crate) struct Start<'a> {
     pub(crate) rank: u32,
     /// The name of the sidecar and its rank, for peers and logs.
     pub(crate) id: &'a str,
-    /// The time to make a link.
+    /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time that a write may make no progress.
+    /// The time without progress after which a write fails.
     pub(crate) stall: Duration,
     /// The port for data; `None` if this side receives nothing.
     pub(crate) listen: Option<DataPort<'a>>,

@@ -25,10 +25,10 @@ macro_rules! transports {
     };
 }
 
-// CUDA IPC is first if it reaches the receiver: over NVLink it is a little faster than NIXL, which copies in the
-// same way below (docs/benchmarks.md), and it reports memory that it cannot reach instead of staging it through
-// sockets. NIXL is second: it reaches NVLink, RDMA and shared memory, and if it has only TCP, it is about as fast
-// as the built-in transport. The last name stands after a semicolon, because texts have "or" in front of it.
+// CUDA IPC is first. Over NVLink it is a little faster than NIXL, which uses the same kind of copies internally
+// (docs/benchmarks.md). If CUDA IPC cannot reach the receiver's memory, it reports that, and does not stage the
+// bytes through sockets. NIXL is second. It reaches NVLink, RDMA and shared memory; with only TCP it is about
+// as fast as the built-in transport. The last name follows a semicolon, because texts have "or" before it.
 transports! { cuda_ipc, nixl; tcp }
 
 /// Returns all transports, best first.

@@ -24,7 +24,7 @@ pub(crate) struct Ucx {
 }
 
 impl Ucx {
-    /// Returns the settings of two sidecars that only talk with each other on this host.
+    /// Returns the settings for two sidecars that communicate only with each other, on this host.
     pub(crate) fn of_this_host(over_tcp: bool, devices_given: bool) -> Self {
         let mut variables = Vec::new();
         if !over_tcp {
@@ -115,7 +115,7 @@ pub(crate) fn address(host: &str) -> Option<IpAddr> {
     (host, 0).to_socket_addrs().ok()?.next().map(|at| at.ip())
 }
 
-/// Returns every port of every RDMA device, which a list of interfaces alone would exclude.
+/// Returns all ports of all RDMA devices. With a list of interfaces alone, UCX would not use them.
 fn rdma() -> Vec<String> {
     let names = |path: &Path| -> Vec<String> {
         let entries = path.read_dir().into_iter().flatten().flatten();
@@ -133,7 +133,8 @@ fn rdma() -> Vec<String> {
     names(devices).into_iter().flat_map(of).collect()
 }
 
-/// Takes tcp out of Mooncake's transports, or excludes it from UCX's transports if there is no list.
+/// Removes tcp from the list of transports in Mooncake's settings. If there is no list, excludes tcp from UCX's
+/// transports.
 pub(crate) fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
     match variables.iter_mut().find(|(name, _)| *name == TLS) {
         Some((_, tls)) => {
@@ -144,8 +145,8 @@ pub(crate) fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
     }
 }
 
-/// Returns true if UCX may use TCP under this value of `UCX_TLS`: a list of transports, in which `all`, patterns and
-/// other spellings of tcp count, or after `^` a list of excluded ones.
+/// Returns true if UCX may use TCP under this value of `UCX_TLS`. The value is a list of transports, or after
+/// `^` a list of excluded transports. In both, `all`, patterns and other spellings of tcp count as tcp.
 pub(crate) fn names_tcp(tls: &str) -> bool {
     let tls = tls.trim().to_ascii_lowercase();
     let (excluded, names) = match tls.strip_prefix('^') {
@@ -169,7 +170,7 @@ pub(crate) const DEVICES: &str = "UCX_NET_DEVICES";
 pub(crate) const OWN_DEVICES: &str = "PD_UCX_NET_DEVICES";
 /// Host of UCX's ports if the configuration names none.
 pub(crate) const LOOPBACK: &str = "127.0.0.1";
-/// The variable that lets agents which learn of a peer's end connect through shared memory.
+/// The variable that allows shared memory for connections that must report the end of a peer.
 pub(crate) const SHARED_MEMORY: &str = "UCX_MM_ERROR_HANDLING";
 /// The text that tells the user how to let UCX open TCP ports.
 pub(crate) const CONSENT: &str = "if strangers cannot reach this network, set sidecar.nixl_over_tcp: trusted, or \

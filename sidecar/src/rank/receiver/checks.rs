@@ -1,7 +1,8 @@
 //! Compares the checksums of landed chunks.
 //!
-//! A thread of its own compares them, one message after the other: a sum reads megabytes, and the runtime has
-//! one thread. A chunk is in the queue at most once, so the number of slots bounds the queue.
+//! A separate thread compares them, one message at a time. A sum reads megabytes, and the runtime has only one
+//! thread, which must not be busy for that long. A chunk is in the queue at most once, so the number of slots
+//! bounds the queue.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ pub(super) struct Checks {
     running: Option<JoinHandle<bool>>,
     /// The chunks of the messages in the queue.
     under: BTreeSet<(LeaseId, u32)>,
-    /// Connections that ended while a message of theirs was in the queue.
+    /// Connections that ended while one of their messages was in the queue.
     lost: BTreeSet<Route>,
 }
 
@@ -47,8 +48,8 @@ pub(super) struct Checked {
 }
 
 impl Checks {
-    /// Moves the chunks that need a sum, or are being summed, out of a message into the queue. Returns the
-    /// rest of the message, which need not wait; `None` if nothing is left.
+    /// Queues the chunks of a message that need a sum. Returns the message without these chunks and without
+    /// chunks that are already in the queue; `None` if every chunk must wait.
     pub(super) fn take(
         &mut self,
         route: Route,
@@ -87,7 +88,8 @@ impl Checks {
         (!all_wait).then_some(written)
     }
 
-    /// Returns true if the end of a connection has to wait for a message of the connection.
+    /// Returns true if a message of this connection is still in the queue. The end of the connection then waits
+    /// for the message.
     pub(super) fn lost(&mut self, route: Route) -> bool {
         let waits = self.queue.iter().any(|check| check.route == route);
         if waits {
@@ -110,7 +112,7 @@ impl Checks {
         });
         self.running = None;
         let Some(check) = self.queue.pop_front() else {
-            return std::future::pending().await; // one runs only for a message in the queue
+            return std::future::pending().await; // the thread runs only for a message in the queue
         };
         for chunk in &check.chunks {
             self.under.remove(&(check.written.lease, chunk.chunk));

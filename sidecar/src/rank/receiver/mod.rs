@@ -118,7 +118,8 @@ impl ReceiverTask {
                 break;
             }
             let deadline = self.machine.as_ref().and_then(Receiver::deadline);
-            // The branches stand in the order of their priority: senders wait for answers of the alloc port.
+            // The branches are in the order of their priority. The alloc port comes first, because senders wait
+            // for its answers.
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -161,7 +162,7 @@ impl ReceiverTask {
                 }
             }
         }
-        // Closed sockets tell the peers of the end at once.
+        // Closing the sockets shows the peers at once that this receiver has ended.
         self.init.close().await;
         self.alloc.close().await;
         if let Some(query) = self.query {
@@ -200,8 +201,8 @@ impl ReceiverTask {
         }
     }
 
-    /// Puts a refusal into the hello if the engine moves no KV. Senders that make the handshake from now on
-    /// read the reason there.
+    /// Puts a refusal into the hello if the engine moves no KV. Senders read the reason at their next
+    /// handshake.
     fn refuse_senders(&mut self) {
         self.identity.hello.refused = self.engines.unmoved().map(|why| Refusal {
             reason: Reason::LayoutMismatch,
@@ -214,7 +215,7 @@ impl ReceiverTask {
 
     /// Starts a machine for a new slot layout.
     fn begin(&mut self, slot_layout: &SlotLayout) {
-        // The wires need the new layout first, because the handshake contains their addresses of the slots.
+        // The wires get the new layout first, because they provide the slots' addresses for the handshake.
         self.context
             .wires
             .divide(slot_layout.slots, slot_layout.slot_bytes);
@@ -292,8 +293,8 @@ impl ReceiverTask {
         }
     }
 
-    /// Tells the wires if they must help writes to arrive: while writes are announced, and while the last
-    /// writes of a dead sender may still be in a socket.
+    /// Tells the wires whether they must help writes to arrive. They must while writes are announced, and while
+    /// the last writes of a dead sender may still be in a socket.
     fn expect(&self) {
         let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
         let expect = writing > 0 || self.fences.is_settling();
@@ -331,8 +332,8 @@ impl ReceiverTask {
                 lease,
                 transport,
             } => {
-                // The slots were closed before this action. If this process does the writing, the closed slot
-                // is proof.
+                // The slots were closed before this action. If this process itself writes the received bytes
+                // into its slots, a closed slot is the proof that no write can arrive.
                 if self.context.wires.close_is_a_fence(&transport) {
                     fenced.insert(lease, sender);
                 } else {

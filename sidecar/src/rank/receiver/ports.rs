@@ -97,8 +97,8 @@ impl ReceiverTask {
             return;
         }
         if self.machine.is_none() {
-            // Without an engine there is no buffer to grant. The sender connects again, and the machine
-            // answers then.
+            // Without an engine there are no slots to grant. The sender connects again later, and then the
+            // machine answers.
             self.alloc.disconnect(route);
             return;
         }
@@ -177,8 +177,8 @@ impl ReceiverTask {
         });
     }
 
-    /// Answers the query of LMCache's bidirectional mode for KV that can be read back: always none, because
-    /// slots only pass KV on.
+    /// Answers the query of LMCache's bidirectional mode for KV that can be read back. The answer is always
+    /// "none", because slots keep no KV after the hand-over.
     pub(super) fn on_query(&mut self, route: Route, bytes: &[u8]) {
         let Some(query) = &mut self.query else {
             return;

@@ -5,11 +5,11 @@
 //! On other wires the proof is the end of the sender's process and a grace period for writes that are still
 //! in flight then:
 //!
-//! - For a sender on this host, this module watches the process through a process descriptor. The descriptor
-//!   is taken at the handshake, so a reused process id cannot deceive.
-//! - For a sender on another host, the process that takes its place proves its end
-//!   ([`crate::peer::process_lock`]). The grace period is far longer: over TCP the kernel goes on sending for
-//!   a process that has ended, and a network that works again delivers the data.
+//! - For a sender on this host, this module watches the process through a process descriptor. The descriptor is
+//!   opened at the handshake, so a later process with the same id is not mistaken for the sender.
+//! - For a sender on another host, its successor process proves that the sender has ended
+//!   ([`crate::peer::process_lock`]). The grace period is far longer here: over TCP, the kernel still sends the
+//!   data of a process that has ended, even after an interruption of the network.
 //!
 //! Until there is proof, the sender's slots stay in quarantine, which metrics and logs show.
 
@@ -31,13 +31,13 @@ use tracing::{info, warn};
 use crate::net::host_id;
 use crate::peer::process_lock::{MAX_PROOFS, ProofHash, proof_hash_of};
 
-/// The senders with an end that can be proven, and the proofs in progress.
+/// The known senders, and the proofs in progress that a sender has ended.
 #[derive(Debug)]
 pub(super) struct WriteFences {
     senders: BTreeMap<SenderId, Known>,
     next: u64,
-    /// The senders that are watched. Each sender has one watch, however many leases it left, because the end
-    /// of its process proves all of them.
+    /// The senders with a watched process. One watch is enough for all leases of a sender, because the end of
+    /// the process is proof for all of them.
     watched: BTreeSet<SenderId>,
     steps: JoinSet<Step>,
     /// The number of grace periods that run.
@@ -46,7 +46,7 @@ pub(super) struct WriteFences {
     grace: Duration,
 }
 
-/// The known facts about a sender by which its end can be proven.
+/// The facts about a sender that serve to prove its end.
 #[derive(Debug, Default)]
 struct Known {
     /// The host that the sender's hello came from.
@@ -96,14 +96,15 @@ pub(super) enum News {
     Over(SenderId),
 }
 
-/// The time within which data arrives that a dead process's sockets or a copy engine may still deliver within
-/// one host.
+/// The grace period for senders on this host. Data of a dead process that is still in a socket or a copy engine
+/// arrives within this time.
 const GRACE: Duration = Duration::from_secs(1);
-/// The most watches and grace periods at once. Without this bound, a peer that makes up names could also
-/// prove their ends and fill the memory. A proof that finds no room begins at the next handshake.
+/// Maximum number of watches and grace periods at the same time. Without this limit, a peer could invent names,
+/// prove the end of each, and fill the memory. If there is no room, the grace period begins at a later
+/// handshake.
 const MAX_STEPS: usize = 4096;
-/// The most senders that are remembered. When the map is full, the oldest of the host with the most senders
-/// is forgotten.
+/// Maximum number of remembered senders. When the map is full, the oldest sender of the host with the most
+/// senders is forgotten.
 const MAX_SENDERS: usize = 1024;
 
 impl WriteFences {
@@ -144,8 +145,8 @@ impl WriteFences {
         }
     }
 
-    /// Logs a warning if two senders seem to have one name. Neither harms the requests of the other, but the
-    /// quarantined slots of both count together.
+    /// Logs a warning if two senders seem to have the same name. Their requests do not disturb each other, but
+    /// their quarantined slots are counted together.
     fn look_for_namesakes(&self, sender: &SenderId, proof_hash: Option<ProofHash>) {
         let other = self.senders.iter().find(|(other, known)| {
             other.id == sender.id && known.proof_hash != proof_hash && known.may_live()
@@ -186,8 +187,8 @@ impl WriteFences {
         self.senders.insert(sender, known);
     }
 
-    /// Forgets the oldest sender of the host that has the most senders. So a host that makes up names pushes
-    /// out only its own senders. A watch that has begun goes on.
+    /// Forgets the oldest sender of the host that has the most senders. So a host that invents names removes
+    /// only its own senders. A watch that has begun continues.
     fn make_room(&mut self) {
         let mut of_host: BTreeMap<&str, usize> = BTreeMap::new();
         for known in self.senders.values() {
@@ -221,7 +222,7 @@ impl WriteFences {
         }
     }
 
-    /// Seeks a proof for the quarantined slots of a lease.
+    /// Seeks a proof that no write can arrive any more in the quarantined slots of a lease.
     pub(super) fn seek(&mut self, sender: SenderId, lease: LeaseId) {
         let known = self.senders.get(&sender);
         match known.map(|known| known.life).unwrap_or_default() {
@@ -293,8 +294,8 @@ impl WriteFences {
     }
 }
 
-/// Waits for a grace period in short steps. If this whole process pauses, nothing arrives though time passes;
-/// with steps most of the grace period then still follows the pause.
+/// Waits for a grace period in short steps. While this process is stopped, no data arrives, but time passes.
+/// Such a pause uses up only one step, so most of the grace period still follows it.
 async fn settle(sender: SenderId, grace: Duration) -> Step {
     for _ in 0..STEPS {
         tokio::time::sleep(grace / STEPS).await;

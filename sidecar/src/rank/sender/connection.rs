@@ -31,7 +31,7 @@ pub(super) enum News {
 pub(super) enum ReceiverKind {
     /// A sidecar's receiver.
     Ours,
-    /// LMCache's receiver. `cancels` is true for the asynchronous one, which takes keys back.
+    /// LMCache's receiver. `cancels` is true for the asynchronous receiver, which frees keys on `CancelNotif`.
     Lmcache { cancels: bool },
 }
 
@@ -117,8 +117,8 @@ impl Connection {
         let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
             .await
             .map_err(|error| no_link(format!("cannot make the alloc socket: {error}")))?;
-        // A receiver without a hello is LMCache's. Only the type of its alloc socket shows if it is the
-        // asynchronous one.
+        // A receiver that sends no hello belongs to LMCache. Only the type of its alloc socket shows whether it
+        // is the asynchronous receiver.
         if made.hello.is_none() {
             let cancels = self
                 .connected_to_router(&mut dealer)
@@ -169,7 +169,7 @@ impl Connection {
                 Err(error) => return Err((Reason::NoLink, error.to_string())),
             }
         };
-        // The place of both ends decides which rate the wire should reach.
+        // The memory and the hosts of both ends determine the rate to expect of the wire.
         let ends = Ends {
             ours: self.wires.memory(),
             theirs: remote.memory,

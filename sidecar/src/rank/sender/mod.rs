@@ -1,7 +1,7 @@
 //! Runs the sending role of one rank: the task that owns its machine.
 //!
-//! Everything arrives as an event, the machine decides, and the task carries out its actions. The task keeps
-//! no protocol state of its own: links and sockets to receivers are resources.
+//! Every input is an event. The machine decides, and the task carries out the machine's actions. The task
+//! itself keeps no protocol state; it only owns the links and sockets to receivers.
 
 mod connection;
 mod peers;
@@ -40,7 +40,7 @@ pub(crate) struct SenderTask {
     peers: Peers,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
-    /// Transfers that did not end at once, for which the receiver's help may be needed.
+    /// The queue of transfers that did not end at once. Their wires may need the receiver's help.
     lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
     watches: JoinSet<(WatchId, Readiness)>,
     clock: Clock,
@@ -55,10 +55,10 @@ struct Wrote {
     outcome: Outcome,
     sums: Vec<u64>,
     bytes: u64,
-    /// True if the write had to wait for its bytes.
+    /// True if the write had to wait until its bytes were in the send buffer.
     waited: bool,
-    /// The latest instant at which the write could have begun and still ended when it did, if its parts had
-    /// followed each other without a pause.
+    /// `ended` minus the time in which the wire was busy with the write's parts. Pauses between the parts do
+    /// not count.
     began: Instant,
     ended: Instant,
 }
@@ -143,7 +143,7 @@ impl SenderTask {
             FromEngine::Message(engine, message) => match message {
                 ToSidecar::Reserve(m) => {
                     // The receiver may have closed the connection because it was idle, or to make room for
-                    // another peer. If the sender finds that only by a write, the write fails.
+                    // another peer. This check notices it before a write fails because of it.
                     if self.peers.is_broken(&m.to) {
                         let (to, reason) = (m.to.clone(), Reason::PeerLost);
                         self.feed(Event::LinkLost { to, reason });
@@ -289,8 +289,8 @@ impl SenderTask {
                     let (early, outcome) = tokio::select! {
                         biased;
                         ended = &mut whole => ended,
-                        // The receiver already knows of a write that waits for its bytes, so only other
-                        // writes ask for its help.
+                        // The receiver already knows about a write that waits for its bytes, so the sender
+                        // requests help only for other writes.
                         () = times.lasting(), if !waited => {
                             if lasting.try_send(transfer).is_err() {
                                 debug!(%transfer, "cannot ask the receiver for help with a write: the queue is full");
@@ -402,5 +402,5 @@ impl SenderTask {
     }
 }
 
-/// The most transfers that may wait to be reported as lasting; far more than a wire has in flight.
+/// Maximum number of transfers that wait for their event `Lasting`; a wire has far fewer in flight.
 const LASTING: usize = 1024;

@@ -69,10 +69,10 @@ struct Peer {
     status: LinkStatus,
 }
 
-/// The most messages to one receiver that may wait for its socket.
+/// Maximum number of messages to one receiver that wait for its socket.
 const OUTBOX: usize = 4096;
-/// The most events of all receivers that may wait for the machine. When the queue is full, the receivers'
-/// sockets push back.
+/// Maximum number of events of all receivers that wait for the machine. When the queue is full, the connections
+/// stop reading (backpressure).
 const INBOX: usize = 4096;
 
 impl Peers {
@@ -136,7 +136,7 @@ impl Peers {
         | News::Malformed(to)
         | News::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
-        // An earlier connection to this receiver may still report. Its news must not end the newer one.
+        // An earlier connection to this receiver may still send events. They must not end the newer connection.
         if peer.generation != generation {
             return None;
         }
@@ -166,7 +166,7 @@ impl Peers {
             }
             News::Failed(to, reason, error) => {
                 warn!(peer = peer.status.peer, %reason, error, "no link");
-                // The next request to this receiver tries again, because the entry is gone.
+                // Without the entry, the next request to this receiver makes a new connection.
                 peer.stop.cancel();
                 self.peers.remove(&to);
                 Some(FromReceiver::Lost(to, reason))
@@ -212,8 +212,8 @@ impl Peers {
             ended: self.process_lock.proofs.clone(),
             refused: None,
         };
-        // A ROUTER socket gives an identity to the first peer that uses it. The identity has a secret part,
-        // so that no other peer can guess and take it.
+        // A ROUTER socket assigns an identity to the first peer that presents it. This identity has a secret
+        // part, so that no other peer can guess it and present it first.
         let secret: u64 = rand::random();
         let identity = format!(
             "{}-{}-{secret:016x}-to-{}:{}",
@@ -285,8 +285,8 @@ impl Peers {
         }
     }
 
-    /// Returns the granule at which parts of a write may begin, or `None` if dividing a write of so many
-    /// bytes by layers saves no time.
+    /// Returns the granule at which parts of a write may begin; `None` if no time is saved when a write of this
+    /// many bytes is divided by layers.
     ///
     /// The measured rate of the link decides, so no write is divided before a large write was measured.
     pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {

@@ -12,8 +12,8 @@ use protocol::sender::Piece;
 ///
 /// A chunk is `[planes, layers, tokens, width]`, so a range of layers is one run of bytes in each plane. Runs
 /// begin at multiples of the link's `granule`; a granule in which two ranges meet belongs to the later range.
-/// So no byte is in two writes, of which the earlier one might arrive last and overwrite new bytes with old
-/// ones.
+/// So no byte is in two writes. Otherwise the earlier write could arrive last and overwrite new bytes with old
+/// bytes.
 ///
 /// Returns `None` if the ranges do not cover all layers, or if runs would be shorter than a granule.
 pub(super) fn divide(
@@ -83,16 +83,16 @@ pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration 
 /// Returns true if, at the measured link speed in GB/s, sending a step's first layers early hides more time
 /// than it costs.
 ///
-/// Each part costs its post and the check of its end, some ten microseconds. Gathering and sending while a
-/// GPU computes slows the computation down by 1 to 9 ms for 2 GB on an H200, at any rate. A wire that needs
-/// as little time for the whole write gains nothing.
+/// To post a part and to check its end costs on the order of 10 µs. Gathering and sending while a GPU computes
+/// slows the computation down by 1 to 9 ms for 2 GB on an H200, at any rate. If the wire needs no more time
+/// than that for the whole write, dividing the write gains nothing.
 pub(super) fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let takes = bytes as f64 / (rate * 1e9);
     rate < f64::from(below_gb_s) && takes > DIVIDE_FROM.as_secs_f64()
 }
 
-/// The least time of a write that is divided.
+/// Minimum duration of a write that is divided.
 const DIVIDE_FROM: Duration = Duration::from_micros(200);
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::transport::readiness::Times;
 use crate::transport::{Outcome, Ready};
 
 impl SenderTask {
-    /// Posts one part of a write. Returns the outcome to come and the times of the part.
+    /// Posts one part of a write. Returns a future of the part's outcome, and the part's times.
     pub(super) fn write(
         &self,
         to: &Target,
@@ -88,8 +88,8 @@ impl SenderTask {
     }
 
     /// Returns a function that computes the checksum of each piece; it returns no sums if checksums are off.
-    /// The slots need not be ready before the write, and they stay unchanged until the machine hears of the
-    /// write's end.
+    /// Call the function after the write, because the slots may not be filled before. They stay unchanged until
+    /// the machine receives the end of the write.
     pub(super) fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
         let slot_layout = self
             .engines

@@ -45,7 +45,7 @@ struct Running {
     since: Instant,
     bytes: u64,
     ready: Ready,
-    /// The caller's reply; `None` once the caller was told that the end of the copies is uncertain.
+    /// The channel for the caller's answer; `None` once the caller was told that the outcome is uncertain.
     reply: Option<oneshot::Sender<Outcome>>,
 }
 
@@ -95,7 +95,7 @@ impl Copier {
     fn pause(&self) -> Pause {
         let newest = self.running.iter().filter(|r| r.reply.is_some());
         match newest.map(|running| running.since).max() {
-            // A push takes 2 ms, and another thread may need the core meanwhile.
+            // A push takes about 2 ms, so let another thread use the core meanwhile.
             Some(since) if since.elapsed() < SPIN => {
                 std::thread::yield_now();
                 Pause::None
@@ -139,7 +139,7 @@ impl Copier {
         }
     }
 
-    /// Queues the writes that are ready and fails those that never will be.
+    /// Queues the writes that are ready, and fails the writes that never will be.
     fn look(&mut self) {
         let mut at = 0;
         while let Some(write) = self.waiting.get_mut(at) {
@@ -187,14 +187,15 @@ impl Copier {
                 let error = format!("copy {queued} of {} failed: {error}", copies.len());
                 self.fail(write.reply, queued == 0, error);
                 if queued > 0 {
-                    // No event tells when the queued copies end, so the mapping must stay for good.
+                    // No event tells when the queued copies end, so the buffer must stay mapped until the
+                    // process ends.
                     leak(write.peer);
                 }
             }
         }
     }
 
-    /// Answers writes that have ended, and gives up writes that make no progress.
+    /// Answers the writes that have ended, and answers writes without progress with an uncertain outcome.
     fn poll(&mut self) {
         let mut at = 0;
         while let Some(running) = self.running.get_mut(at) {
@@ -292,5 +293,5 @@ fn count(counter: &AtomicU64, n: u64) {
 /// The time for which the thread polls without sleep after a write: the push of a long prompt ends within
 /// this time.
 const SPIN: Duration = Duration::from_millis(4);
-/// The time between two checks of abandoned copies. They end at any time or never.
+/// The time between two checks of abandoned copies. Such copies may end at any time or never.
 const STUCK_LOOK: Duration = Duration::from_millis(100);

@@ -40,7 +40,8 @@ pub(super) async fn connect(
         return Err(refused(STOPPED.to_owned()));
     }
     match tokio::time::timeout(shared.link, answer).await {
-        // The answer owns the mapping, so an answer that is not received unmaps the buffer.
+        // The answer owns the mapping. If no caller receives the answer, it is dropped, which unmaps the
+        // buffer.
         Ok(Ok(Ok(mapping))) => Ok(Arc::new(CudaLink(mapping)) as Arc<dyn Link>),
         Ok(Ok(Err(cause))) => Err(refused(cause)),
         Ok(Err(_)) => Err(refused(STOPPED.to_owned())),
@@ -69,7 +70,7 @@ impl Link for CudaLink {
             pieces,
             reply,
         };
-        // The queue is bounded by the sender machine's requests, each with a write for each step of its
+        // The requests of the sender machine bound this queue: each request has one write per step of its
         // engine.
         let sent = self.0.shared.commands.send(write).is_ok();
         Box::pin(async move {

@@ -3,10 +3,10 @@
 //!
 //! One thread per buffer queues copies on a stream for each receiver and polls for their end; the GPU's copy
 //! engines do the work. [`Ready`](super::Ready) describes what the thread waits for before it queues, and why
-//! the GPU does not wait. A copy is over when an event that was recorded after it has fired. Then every byte
-//! is visible to all work that the receiver's GPU begins later. So the sender's message is the proof that a
-//! slot is free of writes. Without that message the proof is the end of the sender's process, which ends its
-//! queued copies.
+//! the GPU does not wait. A copy has ended when an event that was recorded after the copy has fired. Then every
+//! byte is visible to all work that the receiver's GPU begins later. So the sender's message proves that no
+//! write to the slot is in flight. Without this message, the proof is the end of the sender's process, because
+//! the process's queued copies end with it.
 //!
 //! docs/benchmarks.md, "The wire", compares the rate with the other wires.
 //!
@@ -72,17 +72,17 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(started))
 }
 
-/// The time for copies in flight at the end of the process; copies end within milliseconds.
+/// The time that copies in flight get when the process ends. Normally they end within milliseconds.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// The time limits of the transport.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
-    /// The time to make a link.
+    /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time that a write may wait for its bytes, or make no progress.
+    /// The time after which a write fails that still waits for its bytes or makes no progress.
     pub(crate) stall: Duration,
-    /// The time for copies in flight when the transport stops.
+    /// The time that copies in flight get when the transport stops.
     pub(crate) drain: Duration,
 }
 
@@ -171,7 +171,8 @@ impl Transport for CudaIpc {
     }
 
     fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
-        // Copies are one-sided: a peer can write at any time, and only the peers' messages keep the leases.
+        // Copies are one-sided: this process cannot stop a peer from writing. Peers observe the leases because
+        // they follow the protocol.
     }
 
     fn close(&self, _slot: SlotIndex) {}
@@ -182,7 +183,7 @@ impl Transport for CudaIpc {
 
     fn events(&self) -> Vec<(&'static str, u64)> {
         let counters = &self.shared.counters;
-        // Relaxed order is enough: each count stands alone, and no decision uses two of them.
+        // Relaxed order is enough, because the counts are independent: no decision uses two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
             ("writes_done", read(&counters.done)),

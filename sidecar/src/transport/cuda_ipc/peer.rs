@@ -74,7 +74,7 @@ impl Peer {
     /// Queues copies, and an event that fires after the last of them.
     ///
     /// # Errors
-    /// The number of copies that were queued, and the driver's error for the next.
+    /// The number of copies that were queued, and the driver's error for the next copy.
     pub(super) fn post(
         &self,
         ours: &DeviceMemory,
@@ -93,8 +93,8 @@ impl Peer {
     }
 }
 
-/// Turns pieces into copies. Neighbours on both sides become one copy: 64 MiB at once move at 348 GB/s over
-/// NVLink, 1 GiB at 393 GB/s.
+/// Turns pieces into copies. Pieces that are neighbours in both buffers become one copy: over NVLink, a copy of
+/// 64 MiB moves at 348 GB/s, and a copy of 1 GiB at 393 GB/s.
 fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<Strided>, String> {
     let mut copies: Vec<Strided> = Vec::with_capacity(pieces.len());
     for piece in pieces {
@@ -122,8 +122,8 @@ fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<
     Ok(stacked(copies, slot_bytes))
 }
 
-/// Joins copies of the same part of slots that follow each other. A range of layers is two parts of every
-/// slot, and queueing each part alone takes longer than copying them.
+/// Joins copies of the same part of consecutive slots. A range of layers is two parts of each slot (keys and
+/// values), and queueing each part separately takes longer than copying the parts.
 fn stacked(copies: Vec<Strided>, slot_bytes: u64) -> Vec<Strided> {
     let mut out: Vec<Strided> = Vec::new();
     for copy in copies {
@@ -141,7 +141,7 @@ fn stacked(copies: Vec<Strided>, slot_bytes: u64) -> Vec<Strided> {
     out
 }
 
-/// The most parts of one slot that a write may have: keys and values.
+/// Maximum number of parts of one slot in a write: keys and values.
 const PLANES: usize = 2;
 
 /// Keeps a peer's memory mapped until the process ends, because a copy into it may never end.

@@ -1,5 +1,5 @@
-//! Writes canaries into slots that LMCache's senders are lent. A canary is a random pattern, copied all over
-//! a slot; it shows later if the slot was written (protocol: `receiver/lmcache.rs`).
+//! Writes canaries into the slots that are lent to LMCache's senders. A canary is a random pattern that is
+//! copied all over a slot; later it shows whether the slot was written (protocol: `receiver/lmcache.rs`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -49,8 +49,8 @@ impl Canaries {
     }
 }
 
-/// Returns the places of all copies of a canary but the last, with their number. The slot of `bytes` begins
-/// at `start`, and copies stand at equal steps from its start.
+/// Returns the places of all copies of a canary except the last one, and the number of these copies. The slot
+/// begins at `start` and has `bytes` bytes. The copies have equal distances, from the slot's start on.
 fn steps(start: u64, bytes: u64) -> (Rows, usize) {
     let step = (bytes / MAX_MARKS)
         .max(STEP_BYTES)
@@ -72,11 +72,11 @@ fn last(bytes: u64) -> u64 {
 
 /// Bytes of a canary. With this length no data equals a canary by chance.
 const MARK_BYTES: usize = 16;
-/// The least distance of two copies. A smaller one would show nothing more, because no wire delivers less at
-/// once: RDMA packets have 4 KiB, and the kernel copies whole pages.
+/// Minimum distance between two copies, in bytes. A smaller distance would show nothing more, because no wire
+/// delivers fewer bytes at once: RDMA packets have 4 KiB, and the kernel copies whole pages.
 const STEP_BYTES: u64 = 4096;
-/// The most copies in a slot. Writing or reading one copy takes 0.3 µs in host memory; in GPU memory all
-/// copies together take the time of two copies.
+/// Maximum number of copies in a slot. Writing or reading one copy takes 0.3 µs in host memory; in GPU memory
+/// all copies together take the time of two copies.
 const MAX_MARKS: u64 = 1024;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Serves LMCache's senders, which tell a receiver nothing: the owner of each connection, the check whether a slot
-//! was written, and the messages that come before the engine.
+//! Serves LMCache's senders, which send no messages about their writes. The modules find the owner of each
+//! connection, check whether a slot was written, and keep messages that arrive before the engine.
 
 pub(crate) mod canary;
 pub(crate) mod peers;

@@ -1,8 +1,8 @@
 //! Recognizes LMCache's senders by their connections and tells which of them know the slots' addresses.
 //!
-//! An LMCache sender makes the init handshake once in the life of its process. A sender that made the
-//! handshake with the sidecar process before this one, or before the slot layout changed, would write to
-//! addresses that are not this process's any more. Such a sender is recognized here and gets no slot.
+//! An LMCache sender makes the init handshake once in the life of its process. A sender that made the handshake
+//! with the sidecar process before this one, or before the slot layout changed, would write to addresses that
+//! are no longer those of this process's slots. This module recognizes such a sender, so that it gets no slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -22,8 +22,8 @@ pub(crate) struct LmcachePeers {
     processes: BTreeMap<Route, Option<u32>>,
 }
 
-/// The mark by which a sender is recognized: the process behind its connection. For a sender on another host
-/// it is the host and the name that an asynchronous sender gives itself.
+/// The identity of a sender. On this host it is the process behind the sender's connection. On another host it
+/// is the host and the name that an asynchronous sender gives itself.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Shown {
     Process(u32),
@@ -36,12 +36,12 @@ pub(crate) struct LmcachePeer {
     pub(crate) sender: SenderId,
     /// The sender's process id; `None` if the process does not run on this host.
     pub(crate) process: Option<u32>,
-    /// True if the sender knows the slots of the present slot layout.
+    /// True if the sender knows the slots' addresses in the present slot layout.
     pub(crate) linked: bool,
 }
 
-/// The most senders that are remembered. When the set is full, all are forgotten, and decode engines compute
-/// the KV for a while.
+/// Maximum number of remembered senders. When the set is full, all senders are forgotten. For a while they then
+/// get no slots, and decode engines compute the KV.
 const MAX_SHOWN: usize = 4096;
 
 impl LmcachePeers {

@@ -1,5 +1,5 @@
 //! Keeps the requests of LMCache's peers that come before an engine. An LMCache peer waits for the answer
-//! without end, even after a disconnection, so each request is kept until an engine comes.
+//! forever, even after a disconnection, so each request is kept until an engine comes.
 
 use protocol::message::ToReceiver;
 use protocol::receiver::Route;
@@ -13,10 +13,11 @@ pub(crate) struct PendingBeforeEngine {
     asks: Vec<(Route, ToReceiver)>,
 }
 
-/// The most requests of each kind. A peer beyond this number is disconnected and asks again.
+/// Maximum number of kept requests of each kind. If a further request comes, its peer is disconnected and asks
+/// again.
 const MAX_PENDING: usize = 64;
-/// The most bytes of all requests on the init port together. A request of LMCache has some kilobytes of
-/// metadata and may have 4 MiB.
+/// Maximum bytes of all kept requests of the init port together. A request of LMCache usually has a few
+/// kilobytes of metadata, but may have up to 4 MiB.
 const MAX_BYTES: usize = 8 << 20;
 
 impl PendingBeforeEngine {

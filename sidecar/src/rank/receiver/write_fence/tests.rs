@@ -16,8 +16,8 @@ fn sender(epoch: u64) -> SenderId {
     }
 }
 
-/// Makes the hello of a sender on another host with the secret `secret`, which follows the processes with the
-/// secrets in `ended`.
+/// Makes the hello of a sender on another host. `secret` is the secret of its process, and `ended` has the
+/// secrets of earlier processes.
 fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     let secret_of = |n: &u8| ByteBuf::from([*n; 32]);
     Hello {
@@ -51,7 +51,7 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
     let over = Some(News::Over(sender(1)));
     assert_eq!(within(&mut fences, 2 * GRACE).await, over);
     assert!(!fences.is_settling());
-    // The handshake is repeated: there is no further result for a known end.
+    // A repeated handshake gives no second result for a sender that is known to have ended.
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
     // One of the sender's leases ends only now.
@@ -140,8 +140,8 @@ async fn a_process_on_this_host_is_watched() {
     child.wait().unwrap();
 }
 
-/// Checks that many made-up names of one host push out no sender of another host. Every peer learns this
-/// host's identity, and any peer can make up names.
+/// Checks that one host cannot remove another host's sender from the table by inventing many names. Every peer
+/// learns this host's identity, and any peer can invent names.
 #[tokio::test(start_paused = true)]
 async fn a_crowd_of_names_pushes_out_none_of_another_host() {
     let mut fences = WriteFences::new(REMOTE);
@@ -153,7 +153,7 @@ async fn a_crowd_of_names_pushes_out_none_of_another_host() {
         fences.introduce(&made_up, &format!("10.0.0.66:{}", 1024 + n % 60000));
     }
     assert_eq!(fences.senders.len(), MAX_SENDERS);
-    // The ends of made-up senders take no more than the bounded memory either.
+    // Proofs that invented senders have ended use only bounded memory, too.
     for n in 0..MAX_STEPS as u64 + 10 {
         let mut made_up = hello(n, 8, &[8]);
         made_up.id = format!("r{n}");
