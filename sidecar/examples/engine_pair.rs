@@ -1,11 +1,11 @@
-//! The driver for benchmarks: does at two sidecars' sockets what a prefill and a decode engine do,
-//! without models, and without touching the slots.
+//! Drives benchmarks: acts as a prefill engine and a decode engine at the sockets of two sidecars, without
+//! models, and without reading or writing the slots.
 //!
 //! ```text
 //! engine_pair SENDER_SOCKET RECEIVER_SOCKET RECEIVER_HOST INIT_PORT ALLOC_PORT CHUNK_BYTES CHUNKS ROUNDS
 //! ```
-//! prints one line of JSON: for each round the microseconds from the reservation to the last chunk
-//! ready. What happened within stands in the sidecars' own records.
+//! Prints one line of JSON with, for each round, the microseconds from the reservation until the last chunk is
+//! ready. The sidecars' own records show the phases of each round.
 
 use std::env;
 use std::io::{Read, Write};
@@ -62,11 +62,11 @@ struct Pair {
 }
 
 impl Pair {
-    /// One request; microseconds from its reservation to its last chunk ready.
+    /// Runs one request. Returns the microseconds from its reservation until its last chunk is ready.
     fn round(&mut self, round: u32) -> anyhow::Result<f64> {
         let req = RequestId(format!("bench-{}-{round}", std::process::id()));
         let tokens = self.chunks * CHUNK_TOKENS;
-        // As long as LMCache's keys with a 64-bit hash are.
+        // These keys are as long as LMCache's keys with a 64-bit hash.
         let keys: Vec<String> = (0..self.chunks)
             .map(|chunk| format!("{MODEL}@1@0@{round:08x}{chunk:08x}@uint8"))
             .collect();
@@ -78,7 +78,7 @@ impl Pair {
             deadline_ms: 10_000,
             written: false,
         }))?;
-        // The decode request has parked long before its prefill ends, as it does between engines.
+        // As with real engines, the decode request is already parked when its prefill ends.
         std::thread::sleep(Duration::from_millis(2));
         let began = Instant::now();
         self.prefill.send(&ToSidecar::Reserve(Reserve {
@@ -175,7 +175,7 @@ impl Engine {
     }
 }
 
-/// Chunks of so many bytes: one layer of one latent a token.
+/// Makes a layout with chunks of `chunk_bytes` bytes: one layer, and one latent per token.
 fn layout(chunk_bytes: u32) -> anyhow::Result<Layout> {
     anyhow::ensure!(
         chunk_bytes > 0 && chunk_bytes.is_multiple_of(CHUNK_TOKENS),
@@ -195,5 +195,5 @@ fn layout(chunk_bytes: u32) -> anyhow::Result<Layout> {
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 const CHUNK_TOKENS: u32 = 256;
-/// Nothing here takes longer.
+/// The read timeout of the sockets. No message takes longer.
 const PATIENCE: Duration = Duration::from_secs(20);

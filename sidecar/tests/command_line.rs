@@ -84,7 +84,7 @@ fn the_environment_names_the_file_and_beats_it() {
     assert_eq!(report["errors"], serde_json::json!([]));
 }
 
-/// A pipe that closes early, such as `| head`, must not make the process panic.
+/// Checks that the process does not panic if its output pipe closes early, as with `| head`.
 #[test]
 fn a_closed_pipe_is_no_crash() {
     let shell = format!(

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A reading of [`Counters`].
+/// The values of [`Counters`] at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     /// Writes that ended with every byte at the receiver.
@@ -32,7 +32,7 @@ pub(super) struct Counters {
 
 impl Counters {
     pub(super) fn read(&self) -> Counts {
-        // Relaxed order is enough: each count stands alone, and no decision uses two of them.
+        // Relaxed order is enough, because the counts are independent: no decision uses two of them.
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             done: read(&self.done),

@@ -28,8 +28,8 @@ pub(super) struct Slots {
 }
 
 impl DescriptorLayout {
-    /// Makes a layout; `None` if there is nothing to divide, or if NIXL's indices cannot name all
-    /// descriptors.
+    /// Makes a layout; `None` if there is nothing to divide, or if there are more descriptors than NIXL's
+    /// indices allow.
     pub(super) fn new(slots: u32, slot_bytes: u64, wire: Wire) -> Option<Self> {
         if slots == 0 || slot_bytes == 0 {
             return None;
@@ -47,7 +47,7 @@ impl DescriptorLayout {
         })
     }
 
-    /// Returns the bytes of a descriptor, except the last one of a slot.
+    /// Returns the bytes of a descriptor. The last descriptor of a slot may be shorter.
     pub(super) fn descriptor_bytes(self) -> u64 {
         self.descriptor_bytes
     }
@@ -73,7 +73,7 @@ impl DescriptorLayout {
     /// Returns the descriptors that carry `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// The first piece that names a slot that one of the sides does not have, is longer than its slot, or
+    /// Names the first wrong piece: one of the sides does not have its slot, it is longer than its slot, or it
     /// begins within a descriptor.
     pub(super) fn batches(
         self,

@@ -47,7 +47,7 @@ impl Engine {
         shared: Arc<Shared>,
         commands: Receiver<Command>,
     ) -> Result<(Self, Vec<u8>), Refusal> {
-        // UCX takes the thread's current context as the context of its memory.
+        // UCX uses the CUDA context that is current on this thread for its memory.
         let memory = match buffer.cuda() {
             Some(gpu) => {
                 gpu.device().bind()?;
@@ -199,7 +199,6 @@ impl Engine {
         self.next_link += 1;
         let mut reported = format!("UCX_TLS={}", self.shared.ucx_tls);
         if let Some(rate) = peer.estimate() {
-            // A write to a string does not fail.
             reported += &format!(", estimate of UCX {rate:.2} GB/s");
         }
         self.peers.insert(id, peer);
@@ -253,7 +252,7 @@ impl Engine {
             .store(self.stuck.len() as u64, Ordering::Relaxed);
     }
 
-    /// Lets the library progress and returns the time that it worked.
+    /// Lets the library make progress. Returns the duration of the call.
     fn progress(&self) -> Duration {
         let start = Instant::now();
         if let Err(error) = self.agent.progress() {
@@ -297,6 +296,6 @@ impl Engine {
     }
 }
 
-/// The time between two calls of [`Engine::look`]. A peer's connection request waits at most this long, and
-/// ten calls of some microseconds per second cost nothing.
+/// The time between two calls of [`Engine::look`]. A peer's connection request waits at most this long. Ten
+/// calls per second, of a few microseconds each, cost almost nothing.
 const LOOK: Duration = Duration::from_millis(100);

@@ -34,7 +34,8 @@ pub(super) async fn connect(
         _permit: permit,
     });
     match tokio::time::timeout(shared.link, made).await {
-        // The answer owns the connection, so an answer that is not received disconnects the peer.
+        // The answer owns the connection. If no caller receives the answer, it is dropped, which disconnects
+        // the peer.
         Ok(Some(Ok(made))) => Ok(Arc::new(NixlLink(made)) as Arc<dyn Link>),
         Ok(Some(Err(cause))) => Err(refused(cause)),
         Ok(None) => Err(refused(STOPPED.to_owned())),
@@ -70,12 +71,12 @@ impl Link for NixlLink {
             permit,
         };
         let stopped = || Outcome::Failed {
-            // The thread answers all posted writes before it ends, so this write was not posted. But after a
-            // panic of the thread that is not known.
+            // Normally the thread answers all posted writes before it ends, so a write without an answer was
+            // not posted. After a panic of the thread, this is not certain.
             terminal: false,
             error: STOPPED.to_owned(),
         };
-        // The queue has room except in a flood of writes. Then the thread begins before the caller awaits the
+        // Usually the queue has room. Then the thread begins the write even before the caller awaits the
         // future.
         match Arc::clone(&self.0.shared.permits).try_acquire_owned() {
             Ok(permit) => {

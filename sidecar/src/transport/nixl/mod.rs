@@ -1,9 +1,9 @@
 //! Writes with NIXL and its UCX backend: shared memory, RDMA, NVLink, TCP.
 //!
-//! One engine thread owns the agent and everything made from it; the rest of the process sends it commands.
-//! The thread polls only while a write is in flight or announced, and sleeps otherwise, because the library's
-//! own thread would use a whole core when idle. Ten times a second the thread also polls when idle, so that
-//! it answers a peer that connects before its writes are announced (LMCache).
+//! One engine thread owns the agent and everything made from it; the rest of the process sends it commands. The
+//! thread polls only while a write is in flight or announced, and sleeps otherwise. (The library's own progress
+//! thread would use a whole core even when idle.) An idle thread polls ten times per second, so that it answers
+//! a peer that connects before its writes are announced (LMCache).
 //!
 //! | file | |
 //! |---|---|
@@ -84,7 +84,7 @@ fn expected_rate(ends: Ends) -> ExpectedRate {
         return ExpectedRate::of_a_network();
     }
     if ends.same_host {
-        // A rate of 0.54 was seen where UCX could not export the memory; the slowest bus gives ten times that.
+        // Where UCX could not export the memory, 0.54 GB/s was measured. The slowest bus is ten times as fast.
         return ExpectedRate {
             least_gb_s: 5.0,
             hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
@@ -108,12 +108,12 @@ pub(crate) struct Config {
     pub(crate) device: u64,
     /// Backend parameters that differ from the plugin's defaults.
     pub(crate) params: Vec<(String, String)>,
-    /// The time to make a link.
+    /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time that a write may make no progress. Then its caller gets an error, and the thread polls the
+    /// The time without progress after which the caller of a write gets an error. The thread then polls the
     /// write until it ends.
     pub(crate) stall: Duration,
-    /// The time for writes in flight when the transport stops.
+    /// The time that writes in flight get when the transport stops.
     pub(crate) drain: Duration,
 }
 
@@ -164,10 +164,10 @@ struct Shared {
 }
 
 impl Nixl {
-    /// Starts the engine thread and registers the whole buffer, which takes some hundred milliseconds.
+    /// Starts the engine thread and registers the whole buffer, which takes hundreds of milliseconds.
     ///
     /// # Errors
-    /// The library's or the GPU driver's refusal, or no thread.
+    /// The library or the GPU driver refuses, or the kernel starts no thread.
     pub(crate) fn start(
         library: &'static Library,
         config: Config,
@@ -232,7 +232,7 @@ impl Nixl {
         })
     }
 
-    /// Returns the place of each slot; empty before the first slot layout.
+    /// Returns the memory range of each slot; empty before the first slot layout.
     fn rows(&self) -> Vec<Row> {
         let slots = self.slots.load(Ordering::Acquire);
         let bytes = self.slot_bytes.load(Ordering::Acquire);
@@ -292,7 +292,8 @@ impl Transport for Nixl {
     }
 
     fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
-        // Writes are one-sided: a peer can write at any time, and only the peers' messages keep the leases.
+        // Writes are one-sided: this process cannot stop a peer from writing. Peers observe the leases because
+        // they follow the protocol.
     }
 
     fn close(&self, _slot: SlotIndex) {}
@@ -396,8 +397,8 @@ pub(crate) enum Refusal {
     Cuda(#[from] CudaError),
 }
 
-/// The most writes that may wait for the engine thread or be in flight there. Each write is one lease's batch
-/// of chunks, so this is far more than the sender machine has in flight.
+/// Maximum number of writes that wait for the engine thread or are in flight there. Each write is one lease's
+/// batch of chunks, so this is far more than the sender machine has in flight.
 const QUEUE: usize = 1024;
 
 #[cfg(test)]

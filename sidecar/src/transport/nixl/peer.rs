@@ -29,7 +29,8 @@ pub(super) struct Peer {
     name: String,
     /// True once the link was dropped. The peer is removed when its writes have ended.
     closed: bool,
-    /// The error of the first write that failed or made no progress. After it nothing more is posted.
+    /// The error of the first write that failed or made no progress; `None` before. After an error, nothing
+    /// more is posted.
     failed: Option<String>,
     /// The last time at which a batch ended.
     moved: Instant,
@@ -42,7 +43,7 @@ pub(super) struct Peer {
 /// One call of `Link::write_when`.
 #[derive(Debug)]
 struct Write {
-    /// The readiness of the write's bytes; nothing is posted before.
+    /// The readiness of the write's bytes; nothing is posted before they are ready.
     ready: Ready,
     queued: Instant,
     /// The batches that were not posted yet.
@@ -145,7 +146,7 @@ impl Peer {
         })
     }
 
-    /// Returns the rate of a whole slot in UCX's model of its wire, in GB/s; `None` if UCX gives no estimate.
+    /// Returns UCX's own estimate of the rate for a whole slot, in GB/s; `None` if UCX gives no estimate.
     pub(super) fn estimate(&self) -> Option<f64> {
         let slot = [Piece {
             from: SlotIndex(0),
@@ -156,7 +157,8 @@ impl Peer {
         let batches = self.slots.layout.batches(&slot, 1, u64::MAX).ok()?;
         let [batch] = &batches[..] else { return None };
         let (local, remote) = (&self.slots.list, &self.remote);
-        // Neighbours are merged in any case: in UCX's model, descriptors are written one after the other.
+        // Neighbours are merged for every kind of wire, because UCX's estimate assumes that descriptors are
+        // written one after the other.
         let merge = Merge::Neighbours;
         let time = Transfer::write(local, &batch.from, remote, &batch.to, merge)
             .and_then(|transfer| transfer.estimate())
@@ -291,7 +293,7 @@ impl Peer {
                         continue;
                     }
                     State::Failed(error) => (true, error.to_string()),
-                    // Another write of this peer failed, and its connection was closed.
+                    // Another write to this peer failed, and the connection to the peer was closed.
                     State::Lost => (false, "the connection was given up".to_owned()),
                 };
                 moved = true;
@@ -303,7 +305,7 @@ impl Peer {
         moved || start.elapsed() > busy
     }
 
-    /// Checks which writes are ready, and fails those that never will be.
+    /// Checks which writes are ready, and fails the writes that never will be.
     fn look(&mut self, stall: Duration) {
         for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
             let error = match write.ready.look() {
@@ -370,8 +372,8 @@ impl Peer {
         true
     }
 
-    /// Answers the writes that have ended. After a failure of the peer, the batches that were not posted
-    /// never will be.
+    /// Answers the writes that have ended. After a failure of the peer, batches that were not posted are
+    /// dropped.
     fn settle(&mut self) {
         if let Some(error) = &self.failed {
             for write in &mut self.writes {
@@ -400,8 +402,8 @@ impl Write {
         self.ready.is_pending()
     }
 
-    /// Notes the failure of a part. The write's error is the first part's, and the write is terminal only if
-    /// every failure is.
+    /// Notes the failure of a part. The write keeps the first error, and its failure is terminal only if all
+    /// failures are.
     fn fail(&mut self, terminal: bool, error: String) {
         match &mut self.failure {
             Some(failure) => failure.terminal &= terminal,
@@ -430,6 +432,6 @@ impl Write {
     }
 }
 
-/// The most requests in flight to a peer. With two requests, the wire has work while the thread notices the
-/// end of one.
+/// Maximum number of requests in flight to a peer. With two requests, the wire still has work until the thread
+/// notices that one has ended.
 const WINDOW: usize = 2;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 /// The only policy for the pauses between the engine thread's polls.
 ///
 /// The library has no call that waits, and a transfer moves only while the thread polls. But the peer, the
-/// engine and the runtime may need the same core: on two cores, a thread that spins slows down the copy that
-/// it waits for. So the thread first spins as long as a small write takes, then yields to other threads, and
-/// then sleeps, longer the longer nothing moves. Any movement starts from the beginning.
+/// engine and the runtime may need the same core: on two cores, a thread that spins slows down the copy that it
+/// waits for. So the thread first spins as long as a small write takes, then yields to other threads, and then
+/// sleeps. The longer nothing moves, the longer it sleeps. When something moves, the thread spins again.
 #[derive(Debug, Default)]
 pub(super) struct PollBackoff {
     quiet_since: Option<Instant>,
@@ -23,7 +23,7 @@ pub(super) enum Wait {
 }
 
 impl PollBackoff {
-    /// Returns the pause after a poll in which something moved, or not.
+    /// Returns the pause after a poll. `moved` is true if something moved in the poll.
     pub(super) fn wait(&mut self, moved: bool, now: Instant) -> Wait {
         if moved {
             *self = Self::default();
@@ -47,9 +47,9 @@ impl PollBackoff {
 
     /// Returns the pause after a poll in which nothing moved, if only writes of peers are awaited.
     ///
-    /// Most wires need no help of this side (shared memory, RDMA, NVLink), and a thread that spins beside a
-    /// peer on the same host takes the core that copies. So the thread sleeps from the beginning, for short
-    /// times; the buffers of sockets bridge them.
+    /// Most wires need no help from this side (shared memory, RDMA, NVLink), and a spinning thread could take
+    /// the core with which a peer on the same host copies. So the thread sleeps from the beginning, for short
+    /// times. Meanwhile the buffers of sockets hold the data.
     pub(super) fn expect(&mut self, now: Instant) -> Wait {
         match self.wait(false, now) {
             Wait::Spin | Wait::Yield => {
@@ -60,7 +60,7 @@ impl PollBackoff {
         }
     }
 
-    /// Returns the least time of a library call that counts as movement.
+    /// Returns the minimum duration of a library call that counts as movement.
     pub(super) fn busy(&self) -> Duration {
         if self.slept { BUSY_COLD } else { BUSY }
     }
@@ -68,11 +68,11 @@ impl PollBackoff {
 
 /// The time of spinning. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
 const SPIN: Duration = Duration::from_micros(30);
-/// The time until the thread no longer yields but sleeps: a round trip in a data centre with a scheduler's
-/// delay.
+/// The time after which the thread sleeps instead of yielding: a round trip in a data centre, plus a
+/// scheduler's delay.
 const YIELD: Duration = Duration::from_micros(500);
-/// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s that is 0.5 MB, which
-/// sockets and their buffers bridge. Each wake costs 5 to 20 µs of a core.
+/// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s, 0.5 MB arrive in this time,
+/// and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
 /// The time until the sleeps become longer. Peers post announced writes at once, so a peer that is silent for
 /// this time was delayed.
@@ -81,13 +81,13 @@ const SHORT: Duration = Duration::from_micros(200);
 /// The time until the sleeps become long. By then the peer writes without this side's help (shared memory,
 /// RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
-/// The longest sleep. It costs about 3 % of a core, and delays a late write by a fiftieth of its pause.
+/// The longest sleep. It costs about 3 % of a core, and adds at most 2 % to the delay of a late write.
 const LONG: Duration = Duration::from_millis(1);
 
-/// The least time of a library call that has moved bytes; an idle call takes under 1 µs.
+/// Minimum duration of a library call that has moved bytes; an idle call takes under 1 µs.
 const BUSY: Duration = Duration::from_micros(4);
-/// The same after a sleep: the caches are cold, and an idle call takes up to 15 µs on a busy machine. The
-/// bytes that a wire of 1 GB/s brings during a sleep take longer.
+/// The same minimum after a sleep. The caches are then cold, and an idle call takes up to 15 µs on a busy
+/// machine. A call that moves the bytes of a sleep takes longer, even at 1 GB/s.
 const BUSY_COLD: Duration = Duration::from_micros(25);
 
 #[cfg(test)]

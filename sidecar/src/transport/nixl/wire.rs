@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-/// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the model follows from its
-/// configuration and the host, and is the same for all peers.
+/// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the model is chosen from
+/// UCX's configuration and the host, and is the same for all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
-    /// Each descriptor has a fixed cost (NVLink 5 µs, RDMA some hundred ns), whatever its size. Descriptors
-    /// are small, and NIXL merges neighbours into as few as it can.
+    /// Each descriptor has a fixed cost, independent of its size (NVLink 5 µs, RDMA hundreds of ns).
+    /// Descriptors are small, and NIXL merges as many neighbours as it can.
     Descriptors,
     /// The CPU copies, through sockets or directly into the peer. Big descriptors are slower over UCX's TCP
     /// and not faster within a host, so descriptors have a medium size and are not merged.
@@ -27,9 +27,8 @@ impl Wire {
         Self::judge(ucx_tls, has_rdma(), place)
     }
 
-    /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not. If UCX has
-    /// only sockets, it moves half a gigabyte per second between two GPUs; the built-in wire moves 7 and
-    /// more.
+    /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not. If UCX has only
+    /// sockets, it moves half a gigabyte per second between two GPUs; the built-in wire moves at least 7.
     pub(super) fn poor(self, same_host: bool) -> Option<String> {
         match self {
             Self::Streams => Some("UCX_TLS allows nixl only sockets for GPU memory".to_owned()),
@@ -58,8 +57,8 @@ impl Wire {
     /// Returns the bytes of a descriptor for slots of this size.
     pub(super) fn descriptor_bytes(self, slot_bytes: u64) -> u64 {
         match self {
-            // NIXL merges descriptors here. Their size only bounds the bytes that a partial chunk writes too
-            // much, and their number bounds the cost of making a request.
+            // NIXL merges descriptors here. Their size only bounds how many unneeded bytes a partial chunk
+            // writes, and their number bounds the cost of making a request.
             Self::Descriptors => (slot_bytes.div_ceil(64)).max(64 << 10),
             Self::Streams => 512 << 10,
         }
@@ -69,10 +68,10 @@ impl Wire {
     /// Returns the bytes of a request.
     pub(super) fn batch_bytes(self) -> u64 {
         match self {
-            // A request costs some ten microseconds, and the thread stays free while the device copies. But a
+            // A request costs on the order of 10 µs, and the thread stays free while the device copies. But a
             // request can be abandoned only as a whole.
             Self::Descriptors => 1 << 30,
-            // If the CPU copies, the thread does nothing else for the time of a request: 10 ms at 6 GB/s.
+            // If the CPU copies, the thread does nothing else during a request: for 10 ms at 6 GB/s.
             Self::Streams => 64 << 20,
         }
     }

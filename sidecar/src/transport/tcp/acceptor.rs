@@ -1,11 +1,11 @@
 //! Listens for connections, and decides which are admitted and how many.
 //!
-//! One thread polls the listener and every connection that has not sent its hello yet. So a silent
-//! connection, or one that sends garbage, takes a descriptor for a moment and never a thread; a thread starts
-//! only after a valid hello. Both stages are bounded. If a stage is full, the oldest connection of the
-//! address with the most connections is closed for the new one, so an address can push out only its own
-//! connections. A connection with an open lease is closed only for another address, and only if its own
-//! address has more than half of all connections.
+//! One thread polls the listener and every connection that has not sent its hello yet. A thread for a
+//! connection starts only after a valid hello. So a connection that is silent or sends garbage uses a file
+//! descriptor for a short time, but never a thread. The number of connections in each of the two stages is
+//! bounded. If a stage is full, the oldest connection of the address with the most connections is closed to
+//! make room, so one address can displace only its own connections. A connection with an open lease is closed
+//! only for another address, and only if its own address has more than half of all connections.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -121,7 +121,7 @@ impl Accepting {
             }
         }
         for connection in self.connections.values() {
-            // A thread that is about to end has closed its socket already, so an error here means nothing.
+            // A thread that is about to end has already closed its socket, so an error here is harmless.
             drop(connection.socket.shutdown(Shutdown::Both));
         }
         for (_, connection) in self.connections.drain() {
@@ -154,7 +154,7 @@ impl Accepting {
         Ok((ready[1], ready[2..].to_vec()))
     }
 
-    /// Accepts new connections. Returns a pause if the process has no descriptor left for them.
+    /// Accepts new connections. Returns a pause if the process has no file descriptor left for them.
     fn accept(&mut self) -> Option<Duration> {
         for _ in 0..ACCEPTS_A_ROUND {
             let (socket, peer) = match self.listener.accept() {
@@ -221,7 +221,7 @@ impl Accepting {
         }
     }
 
-    /// Starts the thread of a connection, if its hello is right and there is room.
+    /// Starts the thread of a connection, if its hello is valid and there is room.
     fn admit(&mut self, mut waiting: Waiting, hello: Hello) {
         // The version comes first: the other fields of a hello of another version may mean something else.
         let layout = self.receiver.gates.current();
@@ -254,8 +254,8 @@ impl Accepting {
         };
         let id = self.next;
         self.next += 1;
-        // The notice is dropped with the thread, also after a panic, so that the connection never counts as
-        // live for ever.
+        // The notice is dropped when the thread ends, even by a panic. Otherwise the connection would count as
+        // live forever.
         let notice = Notice(Arc::clone(&self.control), id);
         let spawned = thread::Builder::new()
             .name(format!("tcp-land-{id}"))
@@ -284,7 +284,8 @@ impl Accepting {
     }
 
     /// Makes room for one more connection and returns true if there is room. If necessary it closes a
-    /// connection without an open lease, or a connection of an address that has more than half of all.
+    /// connection without an open lease, or a connection of an address that has more than half of all
+    /// connections.
     fn make_room(&mut self, newcomer: IpAddr) -> bool {
         let live = self
             .connections
@@ -306,7 +307,7 @@ impl Accepting {
             let all = self.connections.iter();
             all.filter(|(_, connection)| !connection.evicted)
         };
-        // Connections without an open lease go first, because no write is lost with them.
+        // Connections without an open lease are closed first, because no write is lost with them.
         let strangers = all()
             .filter(|(_, connection)| !writes(connection))
             .map(|(id, connection)| (*id, connection.from));
@@ -390,12 +391,12 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The most connections that may wait for their hello at once.
+/// Maximum number of connections that have not sent their hello yet.
 const MAX_WAITING: usize = 64;
-/// The most connections that are accepted per round, so that a flood of new ones does not delay the hellos of
-/// the others.
+/// Maximum number of connections that are accepted per round, so that a flood of new connections does not delay
+/// the hellos of the waiting connections.
 const ACCEPTS_A_ROUND: usize = 16;
 /// The pause of the listener after the process has run out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// The stack of a receiving thread. Its deepest frame holds a few hundred bytes.
+/// The stack of a receiving thread. Its largest stack frame has a few hundred bytes.
 const STACK_BYTES: usize = 256 << 10;

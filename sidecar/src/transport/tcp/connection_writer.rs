@@ -37,7 +37,7 @@ pub(super) struct ConnectionWriter {
 /// One frame to send.
 #[derive(Debug)]
 pub(super) struct Job {
-    /// The readiness of the job's bytes; the job does not begin before.
+    /// The readiness of the job's bytes; the job begins only when they are ready.
     pub(super) ready: Ready,
     /// The time at which the job was posted.
     pub(super) queued: Instant,
@@ -64,7 +64,7 @@ struct Queue {
 #[derive(Debug)]
 enum State {
     Open(VecDeque<Job>),
-    /// The handle was dropped. Queued jobs are still done.
+    /// The handle was dropped. Queued jobs are still sent.
     Closing(VecDeque<Job>),
     /// The connection is lost. Holds the reason.
     Dead(String),
@@ -174,7 +174,7 @@ struct Sending {
     sent: u64,
 }
 
-/// Tells if the socket took everything.
+/// Tells whether the socket took everything.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pushed {
     All,
@@ -270,7 +270,7 @@ impl Worker {
         true
     }
 
-    /// Takes the first job that is ready, and fails the jobs that never will be.
+    /// Takes the first job that is ready, and fails the jobs that will never be ready.
     fn next_job(&mut self) -> Option<Job> {
         self.awaiting = false;
         let mut queue = self.queue.lock();
@@ -354,8 +354,8 @@ impl Worker {
         }
         let half_sent = self.sending.is_some() && self.unanswered.len() == 1;
         match (self.unanswered.pop_front(), outcome) {
-            // The receiver refuses a batch before it has read the whole batch only if it is about to close
-            // the connection.
+            // If the receiver refuses a batch before it has read the whole batch, it is about to close the
+            // connection.
             (Some((_, ticket)), outcome @ Outcome::Failed { .. }) if half_sent => {
                 let error = io::Error::other(format!("{outcome:?}"));
                 ticket.settle(outcome);
@@ -442,9 +442,9 @@ impl Sending {
     }
 }
 
-/// The most jobs that may wait on one connection. The sender machine has far fewer transfers in flight.
+/// Maximum number of jobs that wait on one connection. The sender machine has far fewer transfers in flight.
 const MAX_QUEUED: usize = 4096;
-/// The most batches without an answer: enough to hide a round trip behind small writes.
+/// Maximum number of batches without an answer: so many that small writes need not wait for a round trip.
 const MAX_UNANSWERED: usize = 64;
 /// Bytes of one send call. Answers are read only between two calls.
 const SEND_BYTES: usize = 1 << 20;

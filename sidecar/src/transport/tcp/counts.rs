@@ -43,7 +43,7 @@ impl Counts {
     }
 }
 
-/// The counters behind [`Counts`]. Relaxed order is enough, because each count stands alone.
+/// The counters behind [`Counts`]. Relaxed order is enough, because the counts are independent.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) accepted: AtomicU64,

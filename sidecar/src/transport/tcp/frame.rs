@@ -17,7 +17,8 @@ use protocol::LeaseId;
 /// The version of this wire.
 pub(super) const VERSION: u32 = 1;
 
-/// The most parts of one `Write`. This bounds the memory that a header can make the receiver take (24 KiB).
+/// Maximum number of parts of one `Write`. This bounds the memory that the receiver allocates for a header (24
+/// KiB).
 pub(super) const MAX_PIECES: usize = 1024;
 
 /// The first frame of a connection.
@@ -315,7 +316,7 @@ mod tests {
         assert_eq!(Answer::decode(&[0; 16]), None);
     }
 
-    /// Checks that all bytes that are decoded are exactly the bytes that were encoded.
+    /// Checks that random bytes which can be decoded are exactly the encoding of the result.
     #[test]
     fn no_bytes_mean_two_things() {
         let mut random = StdRng::seed_from_u64(4);

@@ -17,8 +17,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Reads on. Returns the hello once it is complete. An error without a reason means that the socket
-    /// failed, or that the peer left before it sent anything.
+    /// Reads the bytes that have come. Returns the hello once it is complete. An error without a reason means
+    /// that the socket failed, or that the peer left before it sent anything.
     pub(super) fn read(&mut self) -> Result<Option<Hello>, Option<Refusal>> {
         match self.socket.read(&mut self.hello[self.got..]) {
             Ok(0) if self.got == 0 => return Err(None),

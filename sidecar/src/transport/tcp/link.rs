@@ -266,8 +266,8 @@ fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     out
 }
 
-/// The least bytes of a share. For less, a second connection costs more time than it saves: 1 MiB takes 0.30
-/// ms in two shares and 0.42 ms in one; shares of 256 KiB are no faster.
+/// Minimum bytes of a share. With smaller shares, a second connection costs more time than it saves: 1 MiB
+/// takes 0.30 ms in two shares and 0.42 ms in one; shares of 256 KiB are no faster.
 const MIN_SHARE_BYTES: u64 = 512 << 10;
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 //! Both ends are threads that make large calls on non-blocking sockets: one receiving thread per connection,
 //! one sending thread per connection, and one listening thread. The runtime's thread only connects and posts.
 //!
-//! # The way of the bytes
+//! # The choice of system calls
 //! The transport uses plain `send` and `recv` over two connections per link. The table compares the
-//! alternatives. A bare program measured each of them over loopback, with a pair of processes for each
-//! stream, on two cores shared with other work (so read the numbers as ratios). It shows GB/s, the median of
-//! 5 runs, each the median of 8 transfers; one iperf3 stream gave 1.9:
+//! alternatives. A small program measured each of them over loopback, with one pair of processes per stream.
+//! Other work ran on the same two cores, so compare only the ratios. The numbers are GB/s: the median of 5
+//! runs, each of which is the median of 8 transfers. One iperf3 stream reached 1.9:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|
@@ -16,11 +16,12 @@
 //! | `splice` through a pipe of 1 MiB | 1.7 | 1.9 | 2.9 | 2.7 |
 //! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
 //!
-//! The three ways that save the sender's copy need time for each page instead (memfds have no huge pages by
-//! default), and wake the receiver for small pieces. On loopback, `MSG_ZEROCOPY` copies in the end, too.
-//! Fixed socket buffers instead of the kernel's own tuning changed nothing. Waking the receiver less often
-//! gives a third more (6.0 at 512 MiB over 2 streams): the receiver sets `SO_RCVLOWAT`, to no more than the
-//! rest of the frame, because the kernel does not wake it for less.
+//! The other three calls save the sender's copy, but need time for each page instead (memfds have no huge pages
+//! by default), and wake the receiver for small pieces. On loopback, `MSG_ZEROCOPY` copies in the end, too.
+//! Socket buffers of a fixed size, instead of the size that the kernel chooses, changed nothing. If the kernel
+//! wakes the receiver less often, the rate is a third higher (6.0 at 512 MiB over 2 streams). So the receiver
+//! sets `SO_RCVLOWAT`, but never above the rest of the frame; otherwise the kernel would not wake it for the
+//! last bytes.
 //!
 //! | file | |
 //! |---|---|
@@ -104,23 +105,23 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
 pub(crate) struct Config {
     /// The address to listen on, with port 0 for any port; `None` if this process receives nothing.
     pub(crate) listen: Option<SocketAddr>,
-    /// The host in the advert. `None` stands for the address that is listened on; if that is any address,
-    /// peers use the host of the init port.
+    /// The host in the advert. If it is `None`, the advert has the listening address. If that is a wildcard
+    /// (`0.0.0.0`), the advert has only the port, and peers use the host of the init port.
     pub(crate) advertise: Option<String>,
-    /// The number of connections of a link. On two cores, two connections moved 1.6 times what one did (4.5
-    /// against 2.8 GB/s, before the receiver was woken less often), because each end then copies on both
-    /// cores. Four connections moved no more.
+    /// The number of connections of a link. On two cores, two connections moved 1.6 times as much as one (4.5
+    /// against 2.8 GB/s, before the receiver was woken less often), because each end then copies on both cores.
+    /// Four connections moved no more.
     pub(crate) streams: usize,
-    /// The most connections that are served at once, each by a thread.
+    /// Maximum number of connections that are served at the same time, each by one thread.
     pub(crate) max_connections: usize,
-    /// The time to make a link.
+    /// Time limit for making a link.
     pub(crate) connect: Duration,
-    /// The time for the hello of a new connection, and for the rest of a frame's head once the head has
+    /// Time limit for the hello of a new connection, and for the rest of a frame's head once the head has
     /// begun.
     pub(crate) handshake: Duration,
-    /// The time that a write may make no progress.
+    /// The time without progress after which a write fails.
     pub(crate) stall: Duration,
-    /// The time that a connection may be silent if none of its leases is open.
+    /// The time after which a silent connection is closed, if none of its leases is open.
     pub(crate) idle: Duration,
 }
 
@@ -178,7 +179,7 @@ impl Tcp {
         })
     }
 
-    /// Returns the address that is listened on; `None` if this process receives nothing.
+    /// Returns the listening address; `None` if this process receives nothing.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         self.listening.as_ref().map(|(address, _)| *address)
     }

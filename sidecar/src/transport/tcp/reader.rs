@@ -22,11 +22,12 @@ pub(super) struct Receiver {
     pub(super) buffer: Arc<Buffer>,
     pub(super) gates: SlotGates,
     pub(super) counters: Counters,
-    /// The time for the rest of a frame's head once the head has begun.
+    /// Time limit for the rest of a frame's head once the head has begun.
     pub(super) handshake: Duration,
-    /// The time that the bytes of a frame, or the peer's reading of an answer, may make no progress.
+    /// The time without progress after which the connection ends, while it receives a frame's bytes or sends an
+    /// answer.
     pub(super) stall: Duration,
-    /// The time that a connection may be silent if none of its leases is open.
+    /// The time after which a silent connection is closed, if none of its leases is open.
     pub(super) idle: Duration,
 }
 
@@ -36,8 +37,8 @@ pub(super) struct Reader {
     pub(super) receiver: Arc<Receiver>,
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
-    /// The last lease in a write that was admitted; 0 before the first. Leases cannot be guessed, so the peer
-    /// is trusted while this lease is open.
+    /// The lease of the last write that was admitted; 0 before the first write. A peer cannot guess a lease, so
+    /// it is trusted while this lease is open.
     pub(super) shown: Arc<AtomicU64>,
     /// Bytes below which the kernel does not wake this thread; 1 at first.
     pub(super) low_water: Cell<usize>,
@@ -319,11 +320,11 @@ impl Reader {
     }
 }
 
-/// Bytes of one copy under a gate. This bounds the time that a close waits, to about 0.1 ms.
+/// Maximum bytes of one copy while the gate is locked. This bounds the wait of a close to about 0.1 ms.
 const COPY_BYTES: usize = 512 << 10;
-/// The least bytes for which the thread is woken. Measured with 512 MiB in pieces of 16 MiB over 2
-/// connections: 4.1 GB/s if it is woken for anything, 4.5 for 256 KiB, 6.2 for this size (with copies of the
-/// same size).
+/// Minimum number of bytes for which the kernel wakes the thread. Measured with 512 MiB in pieces of 16 MiB
+/// over 2 connections: 4.1 GB/s if one byte wakes the thread, 4.5 for 256 KiB, 6.2 for this size (with copies
+/// of the same size).
 const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// The time that a refused peer has to read the reason.

@@ -1,9 +1,10 @@
 //! Controls which lease may write into which slot, so that [`close`](SlotGates::close) is a fence.
 //!
-//! A thread that lands bytes holds the slot's lock shared around one receive, which never waits, and checks
-//! that the gate still has the opening of its pass. Closing takes the lock exclusively. So it waits for at
-//! most one bounded copy of each connection that writes into the slot, and no later copy passes. The
-//! connection itself goes on; it reads and drops the bytes that still come for the closed slot.
+//! A receiving thread holds the slot's lock in shared mode during one receive, which never waits. Under the
+//! lock it checks that the slot was not closed since the write was admitted. A close takes the lock in
+//! exclusive mode. So the close waits for at most one bounded copy per connection that writes into the slot,
+//! and no copy begins after the close. The connection itself stays open: its thread reads and drops the bytes
+//! that still arrive for the closed slot.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -120,8 +121,8 @@ impl SlotLayout {
         })
     }
 
-    /// Runs `copy`, which must not wait, while the gate is held open. Returns `None` if the gate was closed
-    /// since the pass was given.
+    /// Runs `copy`, which must not wait, while the lock keeps the gate open. Returns `None` if the gate was
+    /// closed since the part was admitted.
     pub(super) fn through<T>(&self, pass: &Pass, copy: impl FnOnce() -> T) -> Option<T> {
         let gate = self.gate(pass.slot)?;
         let gate = gate.read().unwrap_or_else(PoisonError::into_inner);

@@ -14,19 +14,18 @@ pub(super) fn prepare(socket: &TcpStream, stall: Duration) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     // Answers have 16 bytes, and the sender waits for them, so the kernel must not delay them.
     socket.set_nodelay(true)?;
-    // With these settings a peer that has vanished silently is noticed within a minute on an idle
-    // connection...
+    // On an idle connection, the kernel notices within a minute that the peer has vanished.
     sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
     sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
     sockopt::set_tcp_keepcnt(socket, 3)?;
-    // ...and within the stall time while bytes are in flight.
+    // While bytes are in flight, the kernel notices it within the stall time.
     let stall_ms = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(socket, stall_ms)?;
     Ok(())
 }
 
-/// Waits until one of `events` holds on the socket, or the socket has failed.
+/// Waits until the socket has one of `events`, or has failed.
 ///
 /// # Errors
 /// `TimedOut` at `deadline`, or the error of `poll(2)`.
@@ -47,7 +46,7 @@ pub(super) fn wait(
     }
 }
 
-/// Calls `poll(2)` with a `Duration`. An interruption counts as nothing ready.
+/// Calls `poll(2)` with a `Duration`. If a signal interrupts the call, no descriptor counts as ready.
 pub(super) fn poll_for(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<usize> {
     // A duration that is too long for the kernel is treated as no timeout.
     let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());

@@ -25,7 +25,7 @@ pub(super) fn library() -> Option<&'static Library> {
             panic!("{error}")
         }
         Err(error) => {
-            // eprintln would not help: the test harness swallows its output when the test passes.
+            // `eprintln!` would not help, because the test harness hides its output if the test passes.
             let text = format!("SKIP (set PD_REQUIRE_NIXL=1 to fail instead): {error}\n");
             std::io::stderr().write_all(text.as_bytes()).unwrap();
             None
@@ -273,7 +273,8 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
     let mut receiver = Receiver::start(4, MIB);
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
-    // The receiver is stopped, and the first write waits for its part of the connection.
+    // The receiver is stopped, so the first write waits until the receiver does its part to make the
+    // connection.
     receiver.signal("STOP");
     let start = Instant::now();
     let (first, second) = tokio::join!(
@@ -367,8 +368,8 @@ async fn an_idle_engine_thread_sleeps() {
         Outcome::Done
     );
     let busy = cores_of("nixl-77", Duration::from_secs(3)).await;
-    // The bounds tell a sleeping thread from a spinning one, also on a busy machine, where each wake costs
-    // several times as much.
+    // The limits distinguish a sleeping thread from a spinning thread, even on a busy machine, where each wake
+    // costs several times as much.
     assert!(busy < 0.05, "{busy} of a core, connected and idle");
     // Announced writes that do not come cost more, but less than a core.
     sender.expect(true);

@@ -65,9 +65,9 @@ const SLOTS: u32 = 6;
 const SLOT_BYTES: u64 = 3 * MIB / 2;
 const CLOSES: u32 = 400;
 
-/// Writers write into all open slots as fast as they can, and one thread closes slots, checks them and opens
-/// them to others. A closed slot's bytes must never change, and a write that is reported as done must be
-/// done.
+/// Checks that a closed slot's bytes never change, and that a write which is reported as done is complete.
+/// Writers write into all open slots as fast as they can, while one thread closes slots, checks them and opens
+/// them under other leases.
 #[test]
 fn no_byte_lands_in_a_closed_slot() {
     let config = Config {

@@ -241,7 +241,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("refused: too many connections"), "{error}");
-    // There is room again after one of them has left, or after the lease that they have shown is over.
+    // There is room again after one of them has left, or after their lease has ended.
     drop(known.pop());
     let mut again = None;
     while again.is_none() {
@@ -298,7 +298,8 @@ fn a_peer_that_does_not_read_its_answers_is_dropped() {
     while raw.0.write_all(&burst).is_ok() {
         assert!(start.elapsed() < Duration::from_secs(60), "served for ever");
     }
-    // Full buffers block both directions, so either of the two may be noticed first.
+    // Full buffers block both directions, so the receiver may notice first that a frame stalls, or that its
+    // answer does.
     until("the connection is counted", || {
         receiver.counts().broken + refused(&receiver, Refusal::Stalled) == 1
     });

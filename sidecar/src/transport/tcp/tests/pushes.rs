@@ -177,7 +177,7 @@ async fn a_receiver_that_goes_leaves_begun_writes_open_and_others_terminal() {
     until("the first has landed", || receiver.counts().batches > 0);
     drop(receiver);
     let outcomes = futures::future::join_all(writes).await;
-    // The outcomes stand in the order of posting: done, then begun without an answer, then never begun.
+    // The outcomes are in the order of posting: first done, then begun without an answer, then never begun.
     let rank = |outcome: &Outcome| match outcome {
         Outcome::Done => 0,
         Outcome::Failed { terminal, .. } => 1 + u8::from(*terminal),
