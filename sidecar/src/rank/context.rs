@@ -18,7 +18,7 @@ pub(crate) use crate::rank::role::RankRole;
 use crate::transport::expected_rate::{ExpectedRate, Watch};
 use crate::transport::set::Wires;
 
-/// The surroundings of one rank's task: configuration, wires, trace, observer and metrics.
+/// The objects that one rank's task uses: configuration, wires, trace, observer and metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct RankContext {
     pub(crate) config: Arc<Config>,
@@ -29,7 +29,7 @@ pub(crate) struct RankContext {
     pub(crate) metrics: Arc<RankMetrics>,
 }
 
-/// Receives every change of a rank's state and shows it at the admin server and to the proxy.
+/// Receives every change of a rank's state and shows it on the admin server and to the proxy.
 pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     /// Takes the record of a request that has ended.
     fn record(&self, role: RankRole, rank: u32, record: &Record);
@@ -59,7 +59,7 @@ pub(crate) struct Gauges<'a> {
     pub(crate) requests: u32,
 }
 
-/// The state of one link of a sender, for people: configured, reported and measured.
+/// The state of one link of a sender, for logs and the status page: configured, reported and measured values.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkStatus {
     /// The receiver, as `host:alloc_port`.
@@ -84,7 +84,7 @@ pub(crate) struct LinkStatus {
     /// The start and the end of the latest period in which at least one write was always in flight; `None`
     /// before the first write.
     busy: Option<(Instant, Instant)>,
-    /// The rate to expect from the chosen wire; `None` until the handshake.
+    /// The minimum rate to expect from the chosen wire; `None` until the handshake.
     pub(crate) expected_rate: Option<ExpectedRate>,
     watch: Watch,
 }

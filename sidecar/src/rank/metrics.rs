@@ -24,7 +24,7 @@ pub(crate) struct RankMetrics {
     phases: Family<InPhase, Histogram, fn() -> Histogram>,
     engines_refused: Family<RefusedEngine, Counter>,
     links_lost: Family<LostLink, Counter>,
-    /// Frames on the ports of the ranks and on the engine's socket.
+    /// Counters of malformed frames on the ports of the ranks and on the engine's socket.
     pub(crate) malformed: MalformedFrames,
 }
 
@@ -187,7 +187,7 @@ impl RankMetrics {
         self.windowed
             .get_or_create(&of_rank)
             .inc_by(record.windowed.into());
-        // A request that moved no chunk may have no wire.
+        // A request that moved no chunk may have no transport.
         if record.chunks > 0 {
             let on_wire = OnWire {
                 side: name,
@@ -209,7 +209,7 @@ impl RankMetrics {
             RankRole::Receiver => &[("ready", record.ready_us), ("scatter", record.scatter_us)],
         };
         for &(phase, us) in phases {
-            // A phase that the request did not reach has no time. Its 0 would lower every quantile.
+            // A phase that the request did not reach has the time 0, which would lower every quantile.
             if us > 0 {
                 let labels = InPhase {
                     side: name,

@@ -26,8 +26,8 @@ use crate::rank::sender::SenderTask;
 use crate::transport::set::Wires;
 use crate::transport::spec::{DataPort, Start};
 
-/// Messages of engines that may wait for one role. If the queue is full, the dispatcher waits, and so do the
-/// engines' sockets.
+/// Maximum number of messages of engines that wait for one role. If the queue is full, the dispatcher waits,
+/// and so do the engines' sockets.
 const QUEUE: usize = 256;
 
 /// The error that a resource is not available at start. The process exits with code 69.
@@ -134,7 +134,7 @@ impl Node {
             .collect()
     }
 
-    /// Returns the token that starts the drain: no new requests begin, and those in flight may end.
+    /// Returns the token that starts the drain: no new requests begin, and requests in flight may end.
     pub(crate) fn drain_token(&self) -> CancellationToken {
         self.drain.clone()
     }
@@ -188,7 +188,7 @@ pub(crate) enum Ended {
 /// The time within which sockets must close.
 const CLOSING: Duration = Duration::from_secs(1);
 
-/// Collects what [`Node::start`] makes.
+/// The parts of a node that [`Node::start`] has made so far.
 struct Builder {
     tasks: JoinSet<()>,
     inboxes: EngineInboxes,

@@ -1,6 +1,6 @@
 //! Names the two roles of a rank.
 
-/// The role of one rank in a transfer. A process of the role `both` has two of them for each rank.
+/// The role of one rank in a transfer. A process with the role `both` has both roles for each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum RankRole {
     /// Pushes KV.

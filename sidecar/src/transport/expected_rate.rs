@@ -25,12 +25,12 @@ pub(crate) struct ExpectedRate {
 }
 
 impl ExpectedRate {
-    /// Returns the rate to expect of a wire between these ends.
+    /// Returns the minimum rate to expect of a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
         (kind.0.expected_rate)(ends)
     }
 
-    /// Returns the rate to expect of any wire over a network.
+    /// Returns the minimum rate to expect of any wire over a network.
     pub(super) fn of_a_network() -> Self {
         Self {
             least_gb_s: 0.1,

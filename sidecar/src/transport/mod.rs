@@ -106,14 +106,14 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }
-    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is
-    /// closed. Before the first slot layout nothing is sent or received.
+    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is closed.
+    /// Before the first slot layout, nothing is sent or received.
     fn divide(&self, _slots: u32, _slot_bytes: u64) {}
     /// Sender: connects to a receiver's buffer. The wire's own timeout bounds the call.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: lets writes under `lease` land in `slot` from now on.
     fn open(&self, lease: LeaseId, slot: SlotIndex);
-    /// Receiver: lets no new write land in `slot`. If this process itself writes the received bytes into the
+    /// Receiver: lets no new write begin in `slot`. If this process itself writes the received bytes into the
     /// slot (TCP), no byte lands in the slot after the call returns.
     fn close(&self, slot: SlotIndex);
     /// Returns true if [`Transport::close`] proves that no write can reach the slot any more (design D6).

@@ -74,7 +74,7 @@ impl Ready {
         readiness
     }
 
-    /// Waits for the final state, at most for `bound`. For callers for which no transport's thread polls.
+    /// Waits for the final state, at most for `bound`. Callers use it if no transport's thread polls for them.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

@@ -32,7 +32,7 @@ pub(crate) struct Spec {
     /// Returns the address to link to, from the receiver's advert and the host by which the receiver was reached.
     /// `Ok(None)`: the transport needs no address.
     pub(super) address: fn(&Advert, &str) -> Result<Option<String>, NoAddress>,
-    /// Returns the least rate to expect of a link between these ends.
+    /// Returns the minimum rate to expect of a link between these ends.
     pub(super) expected_rate: fn(Ends) -> ExpectedRate,
 }
 
@@ -69,11 +69,11 @@ pub(crate) struct DataPort<'a> {
 pub(crate) enum NoAddress {
     /// The peer's transport does not receive.
     Absent,
-    /// The text is no `host:port`.
+    /// The text is not a `host:port`.
     Invalid,
 }
 
-/// The kind of a transport: one of the table.
+/// The kind of a transport: an entry of the table of transports.
 #[derive(Clone, Copy)]
 pub(crate) struct Kind(pub(super) &'static Spec);
 
@@ -88,7 +88,7 @@ impl Kind {
         self.0.needs_gpu
     }
 
-    /// Returns true if the absence of the transport is no fault of the host.
+    /// Returns true if a host may lack the transport without an error.
     pub(crate) fn is_optional(self) -> bool {
         self.0.absence.is_some()
     }

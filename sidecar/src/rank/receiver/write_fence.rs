@@ -90,7 +90,7 @@ enum Step {
 /// A result of [`WriteFences::next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// A grace period has begun. The wires must now let writes that are still in flight arrive.
+    /// A grace period has begun. The wires must now help the writes in flight to arrive.
     Settling,
     /// No write of this sender can arrive any more.
     Over(SenderId),

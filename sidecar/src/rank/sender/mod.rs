@@ -143,7 +143,7 @@ impl SenderTask {
             FromEngine::Message(engine, message) => match message {
                 ToSidecar::Reserve(m) => {
                     // The receiver may have closed the connection because it was idle, or to make room for
-                    // another peer. This check notices it before a write fails because of it.
+                    // another peer. This check notices the loss before a write fails because of it.
                     if self.peers.is_broken(&m.to) {
                         let (to, reason) = (m.to.clone(), Reason::PeerLost);
                         self.feed(Event::LinkLost { to, reason });

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::memory::cuda::{DeviceMemory, HANDLE_BYTES, Handle, Uuid};
 
-/// A buffer in GPU memory, as a peer opens it.
+/// The data with which a peer opens a buffer in GPU memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address {
     /// The UUID of the GPU that holds the buffer.

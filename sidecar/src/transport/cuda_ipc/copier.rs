@@ -118,7 +118,7 @@ impl Copier {
                     shared: Arc::clone(&self.shared),
                     peer: Arc::new(peer),
                 });
-                // If the caller no longer waits, the reply drops the link, and that unlinks the peer.
+                // If the caller no longer waits, the unsent reply is dropped, which unlinks the peer.
                 drop(reply.send(made));
             }
             Command::Write {
@@ -139,7 +139,7 @@ impl Copier {
         }
     }
 
-    /// Queues the writes that are ready, and fails the writes that never will be.
+    /// Queues the writes that are ready, and fails the writes that will never be ready.
     fn look(&mut self) {
         let mut at = 0;
         while let Some(write) = self.waiting.get_mut(at) {

@@ -72,7 +72,7 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(started))
 }
 
-/// The time that copies in flight get when the process ends. Normally they end within milliseconds.
+/// Time limit for copies in flight when the process ends. Normally they end within milliseconds.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// The time limits of the transport.
@@ -82,7 +82,7 @@ pub(crate) struct Config {
     pub(crate) link: Duration,
     /// The time after which a write fails that still waits for its bytes or makes no progress.
     pub(crate) stall: Duration,
-    /// The time that copies in flight get when the transport stops.
+    /// Time limit for copies in flight when the transport stops.
     pub(crate) drain: Duration,
 }
 
@@ -203,7 +203,7 @@ impl Transport for CudaIpc {
     }
 
     fn expect(&self, _writing: bool) {
-        // The sender's copy engines do the writing.
+        // There is nothing to do, because the sender's copy engines write.
     }
 }
 

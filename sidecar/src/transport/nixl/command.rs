@@ -33,7 +33,7 @@ pub(super) enum Command {
     Stop,
 }
 
-/// A connected receiver, as the runtime holds it. When it is dropped, the thread disconnects.
+/// The handle of a connected receiver, for code outside the thread. When it is dropped, the thread disconnects.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) shared: Arc<Shared>,

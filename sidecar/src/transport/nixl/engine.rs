@@ -134,7 +134,7 @@ impl Engine {
             Command::Divide { slots, slot_bytes } => self.divide(slots, slot_bytes),
             Command::Link { remote, reply, .. } => {
                 let link = self.link(&remote);
-                // If the caller no longer waits, the reply drops the connection, and that unlinks the peer.
+                // If the caller no longer waits, the unsent reply is dropped, which unlinks the peer.
                 drop(reply.send(link));
             }
             Command::Write {

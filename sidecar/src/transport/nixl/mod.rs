@@ -113,7 +113,7 @@ pub(crate) struct Config {
     /// The time without progress after which the caller of a write gets an error. The thread then polls the
     /// write until it ends.
     pub(crate) stall: Duration,
-    /// The time that writes in flight get when the transport stops.
+    /// Time limit for writes in flight when the transport stops.
     pub(crate) drain: Duration,
 }
 
@@ -375,7 +375,7 @@ impl Shared {
 /// The error that NIXL could not be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
-    /// The kernel gave no thread.
+    /// The kernel did not start the thread.
     #[error("cannot start the nixl thread")]
     Thread(#[source] std::io::Error),
     /// The library or the GPU driver refused.

@@ -69,7 +69,7 @@ struct Failure {
 }
 
 impl Peer {
-    /// Connects to a receiver, after a check that its slots fit this side's.
+    /// Connects to a receiver. First checks that the receiver's slots have the same size as this side's slots.
     ///
     /// # Errors
     /// The text says what does not fit, or what NIXL refuses.
@@ -305,7 +305,7 @@ impl Peer {
         moved || start.elapsed() > busy
     }
 
-    /// Checks which writes are ready, and fails the writes that never will be.
+    /// Checks which writes are ready, and fails the writes that will never be ready.
     fn look(&mut self, stall: Duration) {
         for write in self.writes.iter_mut().filter(|w| !w.waiting.is_empty()) {
             let error = match write.ready.look() {
@@ -372,8 +372,8 @@ impl Peer {
         true
     }
 
-    /// Answers the writes that have ended. After a failure of the peer, batches that were not posted are
-    /// dropped.
+    /// Answers the writes that have ended. After a failure of the peer, also fails the writes with batches that
+    /// were not posted.
     fn settle(&mut self) {
         if let Some(error) = &self.failed {
             for write in &mut self.writes {

@@ -66,7 +66,7 @@ impl PollBackoff {
     }
 }
 
-/// The time of spinning. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
+/// The time for which the thread spins. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
 const SPIN: Duration = Duration::from_micros(30);
 /// The time after which the thread sleeps instead of yielding: a round trip in a data centre, plus a
 /// scheduler's delay.
@@ -74,12 +74,12 @@ const YIELD: Duration = Duration::from_micros(500);
 /// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s, 0.5 MB arrive in this time,
 /// and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
-/// The time until the sleeps become longer. Peers post announced writes at once, so a peer that is silent for
-/// this time was delayed.
+/// The time without movement after which the sleeps become longer. Peers post announced writes at once, so a
+/// peer that is silent for this time was delayed.
 const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
-/// The time until the sleeps become long. By then the peer writes without this side's help (shared memory,
-/// RDMA), or has stopped.
+/// The time without movement after which the sleeps have the longest duration. By then the peer writes without
+/// this side's help (shared memory, RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
 /// The longest sleep. It costs about 3 % of a core, and adds at most 2 % to the delay of a late write.
 const LONG: Duration = Duration::from_millis(1);

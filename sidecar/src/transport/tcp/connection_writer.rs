@@ -188,8 +188,8 @@ impl Worker {
             Ok(()) => "closed by this side".to_owned(),
             Err(error) => {
                 tracing::warn!(link = name, %error, "tcp link lost");
-                // The socket closes with a reset and not in order, so that the kernel drops the bytes that it
-                // has not sent yet.
+                // The socket closes with a reset instead of an orderly end, so that the kernel drops the bytes
+                // that it has not sent yet.
                 let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
                 error.to_string()
             }

@@ -17,11 +17,11 @@
 //! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
 //!
 //! The other three calls save the sender's copy, but need time for each page instead (memfds have no huge pages
-//! by default), and wake the receiver for small pieces. On loopback, `MSG_ZEROCOPY` copies in the end, too.
-//! Socket buffers of a fixed size, instead of the size that the kernel chooses, changed nothing. If the kernel
-//! wakes the receiver less often, the rate is a third higher (6.0 at 512 MiB over 2 streams). So the receiver
-//! sets `SO_RCVLOWAT`, but never above the rest of the frame; otherwise the kernel would not wake it for the
-//! last bytes.
+//! by default), and wake the receiver for small pieces. On loopback, the kernel copies the bytes even with
+//! `MSG_ZEROCOPY`. Socket buffers of a fixed size, instead of the size that the kernel chooses, changed
+//! nothing. If the kernel wakes the receiver less often, the rate is a third higher (6.0 at 512 MiB over 2
+//! streams). So the receiver sets `SO_RCVLOWAT`, but never above the rest of the frame; otherwise the kernel
+//! would not wake it for the last bytes.
 //!
 //! | file | |
 //! |---|---|
@@ -198,7 +198,7 @@ impl Transport for Tcp {
 
     fn advert(&self) -> Advert {
         let address = self.address().map(|address| match &self.config.advertise {
-            // Peers put the host by which they know this process in front: see [`address`].
+            // Peers add the host by which they know this process: see [`address`].
             None if address.ip().is_unspecified() => format!(":{}", address.port()),
             None => address.to_string(),
             Some(host) => address::join(host, address.port()),

@@ -182,7 +182,7 @@ impl Reader {
                 let lease = LeaseId(self.shown.load(Ordering::Relaxed));
                 let open = self.receiver.gates.current().open_leases();
                 if open.contains(&lease) {
-                    Ok(()) // its bytes are being computed
+                    Ok(()) // the engine still computes KV of this lease
                 } else {
                     Err(End::Closed)
                 }

@@ -50,7 +50,8 @@ impl Canaries {
 }
 
 /// Returns the places of all copies of a canary except the last one, and the number of these copies. The slot
-/// begins at `start` and has `bytes` bytes. The copies have equal distances, from the slot's start on.
+/// begins at `start` and has `bytes` bytes. The first copy is at the slot's start, and the copies have equal
+/// distances.
 fn steps(start: u64, bytes: u64) -> (Rows, usize) {
     let step = (bytes / MAX_MARKS)
         .max(STEP_BYTES)

@@ -54,7 +54,7 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
     // A repeated handshake gives no second result for a sender that is known to have ended.
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
-    // One of the sender's leases ends only now.
+    // Another lease of the same sender ends only now.
     fences.seek(sender(1), LeaseId(6));
     assert_eq!(within(&mut fences, GRACE).await, over);
     // The successor still runs.
@@ -79,8 +79,8 @@ async fn a_new_epoch_alone_proves_nothing() {
     let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
-    // The hellos are from a second sidecar of the same name, from one with a secret that no process has, and
-    // from one with a text that is not a secret.
+    // The hellos are from a second sidecar with the same name, from a sidecar that shows the secret of no
+    // process, and from a sidecar that shows a text that is not a secret.
     fences.introduce(&hello(2, 2, &[]), FROM);
     fences.introduce(&hello(3, 3, &[9]), FROM);
     let mut odd = hello(4, 4, &[]);

@@ -358,7 +358,7 @@ async fn a_dropped_write_goes_on_and_a_dropped_link_waits_for_it() {
 #[tokio::test]
 async fn an_idle_engine_thread_sleeps() {
     let Some(library) = library() else { return };
-    // The thread is found by its name.
+    // The test finds the thread by its name, which has the device number.
     let (sender, _buffer) = start_with(library, 4, MIB, |config| config.device = 77);
     let mut receiver = Receiver::start(4, MIB);
     receiver.expect(true);
