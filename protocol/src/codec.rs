@@ -1,10 +1,10 @@
 //! Encodes and decodes msgpack as msgspec does.
 //!
 //! A message is one map; its key `type` names the message. The decoder first walks a peer's bytes
-//! without allocation ([`scan`]) and refuses messages beyond a cap. Only then it decodes the
-//! message, with a reader that accepts each field in exactly the form that msgspec accepts: text as
-//! str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown
-//! keys and accepts keys in any order, so that either side may be newer.
+//! without allocation ([`scan`]) and refuses messages that exceed a limit. Only then it decodes the
+//! message. Its reader accepts each field in exactly the form that msgspec accepts: text as str,
+//! bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown keys
+//! and accepts keys in any order, so a peer with a newer version can add fields.
 
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +33,7 @@ pub enum DecodeError {
     /// The message's type is unknown on this socket. A newer peer may send such messages.
     #[error("unknown message type {0:?}")]
     UnknownType(String),
-    /// A field of a known message is missing or has another form.
+    /// A field of a known message is missing or malformed.
     #[error("malformed {message}: {cause}")]
     Field {
         /// The message's `type`.
@@ -45,15 +45,16 @@ pub enum DecodeError {
 
 /// Encodes a message as a msgpack map with field names.
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
-    // Serialising plain structs into memory cannot fail: no map has non-string keys, no length is
-    // unknown.
+    // Serialising plain structs into memory cannot fail: all keys of maps are strings, and every
+    // length is known.
     rmp_serde::to_vec_named(message).expect("plain structs serialise")
 }
 
 /// Decodes a message.
 ///
 /// # Errors
-/// Returns an error for anything except one well-formed message of the expected set within the caps.
+/// Returns an error if the bytes are not exactly one well-formed message of the expected set within
+/// the limits.
 pub fn decode<T: Message>(bytes: &[u8]) -> Result<T, DecodeError> {
     if bytes.len() > MAX_BYTES {
         return Err(DecodeError::TooLong(bytes.len()));
@@ -90,7 +91,7 @@ macro_rules! messages {
             }
         }
 
-        // The compiler reports a variant that is missing above here.
+        // If a variant is missing above, the compiler reports it here.
         const _: fn(&$set) = |message| match message {
             $($set::$name(_) => {})*
         };
@@ -117,15 +118,16 @@ fn of_type<'de, T: Deserialize<'de>>(
     })
 }
 
-/// Longest message on any socket: an init answer with 170,000 slots. Sockets have tighter limits.
+/// Maximum length of a message on any socket, in bytes: an init answer with 170,000 slots. Most
+/// sockets have smaller limits.
 pub const MAX_BYTES: usize = 4 << 20;
-/// Most levels of nested maps and lists; valid messages have at most 4.
+/// Maximum number of levels of nested maps and lists. Valid messages have at most 4.
 pub const MAX_DEPTH: usize = 8;
-/// Most elements of all maps and lists together. A request of a million tokens in chunks of 64 has
-/// 16,384 chunks, and up to three lists have an element per chunk.
+/// Maximum number of elements of all maps and lists together. A request of a million tokens in
+/// chunks of 64 has 16,384 chunks, and up to three lists have an element per chunk.
 pub const MAX_ELEMENTS: usize = 1 << 17;
-/// Most bytes of one text. A key with a long model name has some hundred bytes, a refusal somewhat
-/// more.
+/// Maximum length of one text in bytes. A key with a long model name has a few hundred bytes; a
+/// refusal's text is slightly longer.
 pub const MAX_TEXT_BYTES: usize = 4096;
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! LMCache's pickled NIXL descriptor lists. This module builds and parses them as fixed byte
-//! patterns and never unpickles.
+//! patterns. It never unpickles them.
 //!
 //! LMCache sends `pickle.dumps(nixlXferDList)`. Such a pickle always consists of the same few
 //! opcodes around a string in NIXL's own serialisation. This module writes exactly those bytes and
-//! accepts nothing else, so a peer cannot make the sidecar look up or run any code.
+//! accepts nothing else, so a peer cannot make the sidecar load or run any code.
 //!
 //! ```text
 //! PROTO 4 · FRAME · "nixl._bindings" · MEMO · "nixlXferDList" · MEMO · STACK_GLOBAL · MEMO
@@ -21,7 +21,7 @@ pub struct Row {
     pub address: u64,
     /// Bytes.
     pub bytes: u64,
-    /// NIXL device id. With LMCache this is the tensor-parallel rank, for host memory too.
+    /// NIXL device id. LMCache uses the tensor-parallel rank, also for host memory.
     pub device: u64,
 }
 
@@ -41,9 +41,8 @@ pub struct DlistError(&'static str);
 
 /// Builds the pickle of a descriptor list, byte for byte as CPython's `pickle` does.
 ///
-/// The pickle names the class in the module `nixl._bindings`, the alias that both wheels
-/// (`nixl_cu12`, `nixl_cu13`) provide. A peer with the other wheel could not import a concrete
-/// module name.
+/// The pickle contains the module name `nixl._bindings`, an alias that both wheels (`nixl_cu12`,
+/// `nixl_cu13`) provide. A peer with the other wheel could not import the real name of the module.
 pub fn build(rows: &[Row], memory: Memory) -> Vec<u8> {
     build_for(MODULE, rows, memory)
 }
@@ -51,8 +50,8 @@ pub fn build(rows: &[Row], memory: Memory) -> Vec<u8> {
 /// Parses the pickle of a descriptor list.
 ///
 /// # Errors
-/// Returns an error for anything except the exact sequence of opcodes and fields, and for a count that
-/// differs from the number of rows.
+/// Returns an error if the bytes are not exactly this sequence of opcodes and fields, or if the count differs from the
+/// number of rows.
 pub fn parse(pickle: &[u8]) -> Result<(Memory, Vec<Row>), DlistError> {
     let mut rest = Pickle(pickle);
     rest.expect(PROTO, "no protocol 4")?;
@@ -170,7 +169,7 @@ fn parse_state(state: &[u8]) -> Result<(Memory, Vec<Row>), DlistError> {
     Ok((memory, rows))
 }
 
-/// Rest of a pickle.
+/// Part of a pickle that has not been read yet.
 struct Pickle<'a>(&'a [u8]);
 
 impl<'a> Pickle<'a> {
@@ -246,7 +245,7 @@ mod tests {
             .collect()
     }
 
-    /// The fixtures are what CPython's `pickle` wrote with NIXL 1.5.1.
+    /// CPython's `pickle` wrote the fixtures, with NIXL 1.5.1.
     #[test]
     fn is_what_python_writes() {
         let dram: &[u8] = include_bytes!("../fixtures/dlist_dram_3.bin");
@@ -279,10 +278,10 @@ mod tests {
             parse(&[&good[..], b"x"].concat()),
             Err(DlistError("trailing bytes"))
         );
-        // os.system("true"), as pickle would run it.
+        // A pickle that runs os.system("true") when it is unpickled.
         let call = b"\x80\x04\x95\x1d\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.";
         assert_eq!(parse(call), Err(DlistError("another class")));
-        // The count may neither exceed the rows nor overflow.
+        // A count that exceeds the number of rows, or that overflows, is refused.
         let count = good
             .windows(9)
             .position(|w| w == b"n\x08\0\0\0\0\0\0\0")

@@ -1,8 +1,8 @@
 //! One example of each message, for tests of all crates. The examples are the byte fixtures.
 //!
-//! A test states the fields that matter to it and takes the others from the example:
-//! `Written { chunks, ..Written::example() }`. A new optional field then changes neither the test
-//! nor this file. No code outside tests may call these functions.
+//! A test sets the fields that it checks and takes the others from the example:
+//! `Written { chunks, ..Written::example() }`. If a message gets a new optional field, neither the
+//! test nor this file changes. No code outside tests may call these functions.
 
 use crate::Layout;
 use crate::codec;
@@ -17,7 +17,7 @@ use crate::message::{
 };
 use crate::registration::{NotifX, Progress, ProxyNotif, Register, ToProxy};
 
-/// Gives each message type a function that decodes the type's fixture.
+/// Defines `example` for each message type: the function decodes the type's fixture.
 macro_rules! examples {
     ($($file:literal: $set:ident::$message:ident($type:ident),)*) => {$(
         impl $type {
@@ -61,7 +61,8 @@ examples! {
     "proxy_notif": ToProxy::ProxyNotif(ProxyNotif),
 }
 
-/// Gives each map inside a message a function that takes it out of the message's example.
+/// Defines `example` for each map inside a message: the function takes the map from the message's
+/// example.
 macro_rules! parts {
     ($($whole:ident.$field:ident: $type:ident,)*) => {$(
         impl $type {

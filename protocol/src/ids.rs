@@ -22,18 +22,18 @@ macro_rules! number {
 }
 
 number! {
-    /// Number of one start of a sidecar: random, never 0, new at each start and after each change
-    /// of the layout.
+    /// Number that identifies one start of a sidecar. It is random and never 0. A sidecar takes a
+    /// new number at each start and after each change of its layout.
     Epoch(u64)
 }
 number! {
-    /// Id of the receiver's permission to write into slots. The id is random, so that another
-    /// process cannot guess it.
+    /// Id of a lease: the receiver's permission to write into slots. The id is random, so that no
+    /// other process can guess it.
     LeaseId(u64)
 }
 number! {
-    /// Index of a slot of a send or landing buffer; a slot holds one chunk of KV. On LMCache's
-    /// wire, the page number.
+    /// Index of a slot of a send or landing buffer; a slot holds one chunk of KV. In LMCache's
+    /// messages this is the page number.
     SlotIndex(u32)
 }
 number! {
@@ -68,7 +68,8 @@ impl From<&str> for RequestId {
     }
 }
 
-/// Microseconds since an origin that the caller of the state machines chooses (its start).
+/// Time in microseconds since an origin that the caller of the state machines chooses (the start of
+/// the caller).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]

@@ -14,7 +14,7 @@ pub struct Key<'a> {
     pub world_size: u32,
     /// Tensor-parallel rank of the destination, below `world_size`.
     pub rank: u32,
-    /// The chunk's hash: hexadecimal, lower case, unpadded, with a `-` if Python's `hash()` made it.
+    /// The chunk's hash: hexadecimal, lower case, unpadded. A leading `-` is a negative result of Python's `hash()`.
     pub hash: &'a str,
     /// LMCache's dtype name.
     pub dtype: &'a str,
@@ -31,7 +31,7 @@ pub enum KeyError {
     /// The text has fewer than five parts.
     #[error("the key has {0} parts; it needs at least five: model@world_size@rank@hash@dtype")]
     Parts(usize),
-    /// A part is empty or has another form.
+    /// A part is empty or malformed.
     #[error("the {0} in the key is empty or malformed")]
     Part(&'static str),
 }
@@ -71,7 +71,7 @@ impl<'a> Key<'a> {
     }
 }
 
-/// Returns true if the key has tags: it then stands for KV that tokens alone do not describe.
+/// Returns true if the key has tags: the KV then depends on more than the tokens.
 pub fn is_tagged(key: &str) -> bool {
     Key::parse(key).is_ok_and(|key| !key.tags.is_empty())
 }
@@ -110,9 +110,11 @@ fn hexadecimal(text: &str) -> Result<&str, KeyError> {
     Ok(text)
 }
 
-/// Longest key in bytes. A model name of 255 characters leaves room for tags.
+/// Maximum length of a key in bytes. With a model name of 255 characters there is still room for
+/// tags.
 pub const MAX_KEY_BYTES: usize = 1024;
-/// Most digits of a hash: a complete SHA-256. LMCache truncates it to 16 digits.
+/// Maximum number of digits of a hash: those of a complete SHA-256. LMCache truncates the hash to
+/// 16 digits.
 const MAX_HASH_DIGITS: usize = 64;
 
 #[cfg(test)]

@@ -24,13 +24,13 @@ pub struct Layout {
     /// Number of tokens in a full chunk.
     pub chunk_tokens: u32,
     /// Number format and scales of a quantised cache in the engine's own words (`fp8_e4m3, scales
-    /// 1`). Absent: `dtype` says all.
+    /// 1`). Absent: `dtype` alone describes the elements.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub quantization: String,
 }
 
 impl Layout {
-    /// Returns the bytes of one element; `None` for an unknown dtype.
+    /// Returns the size of one element in bytes; `None` for an unknown dtype.
     pub fn element_bytes(&self) -> Option<u64> {
         Some(match self.dtype.as_str() {
             "double" | "int64" => 8,
@@ -42,8 +42,8 @@ impl Layout {
         })
     }
 
-    /// Returns the bytes of KV of one token over all layers; `None` for an unknown dtype or if the
-    /// product overflows.
+    /// Returns the size of the KV of one token in all layers, in bytes; `None` if the dtype is
+    /// unknown or the product overflows.
     pub fn token_bytes(&self) -> Option<u64> {
         let planes: u64 = if self.mla { 1 } else { 2 };
         planes
@@ -53,7 +53,7 @@ impl Layout {
             .checked_mul(self.element_bytes()?)
     }
 
-    /// Returns the bytes of a full chunk, which is the size of a slot; `None` as for
+    /// Returns the size of a full chunk, and so of a slot, in bytes; `None` as for
     /// [`Self::token_bytes`].
     pub fn chunk_bytes(&self) -> Option<u64> {
         self.token_bytes()?

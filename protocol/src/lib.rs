@@ -1,7 +1,7 @@
 //! KV transfer between a prefill and a decode instance: messages, codec and the handshake as state
 //! machines.
 //!
-//! Nothing in this crate does IO, reads a clock, spawns a task or is unsafe. The state machines
+//! This crate does no IO, reads no clock, spawns no task and has no unsafe code. The state machines
 //! ([`sender::Sender`], [`receiver::Receiver`]) take `now` and an event, and return actions and a
 //! deadline. They hold all protocol state of the sidecar.
 

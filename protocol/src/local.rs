@@ -17,21 +17,22 @@ use crate::{Epoch, Layout, Reason, RequestId};
 pub enum ToSidecar {
     /// Opens the connection.
     Hello(EngineHello),
-    /// Prefill: asks for slots at the receiver `to`, because computing has begun.
+    /// Prefill: asks for slots at the receiver `to`, because the engine has begun to compute the
+    /// request.
     Reserve(Reserve),
-    /// Prefill: the engine's present step completes further tokens, so their chunks may take send
-    /// slots now.
+    /// Prefill: the engine's present step completes further tokens, so the sender may now give send
+    /// slots to their chunks.
     Computing(Computing),
-    /// Prefill: these chunks are complete in their granted slots, or will be once an event has
-    /// fired.
+    /// Prefill: these chunks are complete in their granted slots, or will be complete when an event
+    /// fires.
     Staged(Staged),
-    /// Prefill: gives the request up. The engine touches no slot of the request after this message.
+    /// Prefill: cancels the request. The engine accesses no slot of the request after this message.
     Cancel(OfRequest),
     /// Decode: the request is parked, with its KV blocks allocated, and waits for these chunks.
     Await(Await),
     /// Decode: the engine has read these chunks.
     Release(Release),
-    /// Decode: gives the request up. The engine reads no slot of the request after this message.
+    /// Decode: aborts the request. The engine reads no slot of the request after this message.
     Abort(OfRequest),
 }
 
@@ -43,7 +44,7 @@ pub enum ToEngine {
     Welcome(Welcome),
     /// Refuses the connection; the sidecar then closes it.
     Refused(Refused),
-    /// Prefill: the engine shall gather these chunks into these slots and then send
+    /// Prefill: the engine must gather these chunks into these slots and then send
     /// [`ToSidecar::Staged`].
     Granted(Granted),
     /// Decode: the engine may read these chunks.
@@ -59,36 +60,36 @@ pub struct EngineHello {
     pub v: u32,
     /// Name of the engine, for logs.
     pub engine: String,
-    /// Side of a transfer that this connection uses.
+    /// Side of the transfers on this connection: prefill or decode.
     pub role: EngineRole,
     /// Rank of the KV that this connection serves, from 0; the rank selects the buffer.
     pub rank: u32,
-    /// Number of ranks into which KV is divided; the sidecar must have the same number.
+    /// Number of ranks among which the KV is divided. The sidecar must have the same number.
     pub world_size: u32,
     /// Shape of a chunk, from the engine's KV tensors. If [`EngineHello::unmoved`] is present, only
     /// the model's name counts.
     pub layout: Layout,
-    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`; ordinals differ between processes. Absent: the
-    /// engine has no GPU.
+    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`; the ordinal of a GPU differs between processes.
+    /// Absent: the engine has no GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// CUDA IPC handles of events on that GPU, 64 bytes each, at most 1024; [`Staged::event`] is a
     /// position in this list. Absent: the engine uses no events.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<ByteBuf>,
-    /// Reason for which this engine moves no KV, at most 500 characters: it computes every prompt
-    /// itself and asks for nothing. Absent: the engine moves KV.
+    /// Reason why this engine moves no KV, at most 500 characters. The engine then computes every
+    /// prompt itself and sends no requests. Absent: the engine moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
 }
 
-/// Side of a transfer that an engine connection uses.
+/// Side of the transfers on an engine's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineRole {
-    /// Reserves and stages.
+    /// The engine sends `Reserve`, `Computing` and `Staged`.
     Prefill,
-    /// Awaits and releases.
+    /// The engine sends `Await` and `Release`.
     Decode,
 }
 
@@ -99,7 +100,7 @@ pub struct Welcome {
     pub v: u32,
     /// Name of the sidecar.
     pub id: String,
-    /// Epoch of the sidecar; another epoch after a reconnection means another buffer.
+    /// Epoch of the sidecar. If it differs after a reconnection, the buffer is another one.
     pub epoch: Epoch,
     /// Kind of the buffer: `memfd` (map the descriptor that comes with this message, shared and
     /// read-write), `cuda` (open the handle in [`Welcome::cuda`]) or `none` (no buffer, for an
@@ -132,7 +133,7 @@ pub struct CudaMemory {
 pub struct Refused {
     /// Reason, for counters and decisions.
     pub reason: Reason,
-    /// Text for operators: both values, and the cure.
+    /// Text for operators: both values, and what to change.
     pub text: String,
 }
 
@@ -154,15 +155,15 @@ pub struct Reserve {
     pub req: RequestId,
     /// Receiver that wants the KV.
     pub to: Target,
-    /// Key of each chunk in order, the last, partial chunk included.
+    /// Key of each chunk in order, including a last, partial chunk.
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Number of tokens from the start that the engine's present step completes, as
-    /// [`Computing::upto`].
+    /// Number of tokens from the start that are computed at the end of the engine's present step,
+    /// as [`Computing::upto`].
     pub upto: u32,
-    /// True if the proxy sends the decode leg as soon as this request has begun, so that the
-    /// receiver may wait for it to park. Absent: false.
+    /// True if the proxy sends the decode leg as soon as this request has begun. The receiver may
+    /// then wait until the decode request parks. Absent: false.
     #[serde(default)]
     pub overlap: bool,
 }
@@ -186,12 +187,13 @@ pub struct Staged {
     /// Duration of the gather, microseconds. Absent: 0.
     #[serde(default)]
     pub gather_us: u64,
-    /// Position in [`EngineHello::events`]: the chunks are complete once that event, as recorded
-    /// before this message was sent, has fired. Absent: the chunks are complete already.
+    /// Position in [`EngineHello::events`]: the chunks are complete when that event fires. The
+    /// engine recorded the event before it sent this message. Absent: the chunks are complete
+    /// already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event: Option<u32>,
-    /// The same chunks by ranges of layers, in ascending order. The last range ends with the last
-    /// layer and names [`Staged::event`]. Absent: one range holds all layers.
+    /// The same chunks, divided into ranges of layers in ascending order. The last range ends with
+    /// the last layer and names [`Staged::event`]. Absent: one range contains all layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayersStaged>,
 }
@@ -199,9 +201,9 @@ pub struct Staged {
 /// One range of layers of [`Staged::layers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayersStaged {
-    /// First layer after the range; the range begins where the range before ends.
+    /// First layer after the range. The range begins where the previous range ends.
     pub below: u32,
-    /// Position in [`EngineHello::events`], as [`Staged::event`], for this range.
+    /// Position in [`EngineHello::events`] of the event for this range, as in [`Staged::event`].
     pub event: u32,
 }
 
@@ -223,9 +225,9 @@ pub struct Await {
     pub tokens: u32,
     /// Number of tokens at the request's start that the engine already has; less than `tokens`.
     pub have_tokens: u32,
-    /// Time after which the sidecar answers [`ToEngine::Ended`], milliseconds.
+    /// Time after which the sidecar ends the request with [`ToEngine::Ended`], milliseconds.
     pub deadline_ms: u32,
-    /// True if the proxy has learnt from an LMCache sender that all KV is written. Absent: false.
+    /// True if an LMCache sender has reported to the proxy that all KV is written. Absent: false.
     #[serde(default)]
     pub written: bool,
 }
@@ -248,15 +250,16 @@ pub struct Granted {
     /// Id of the request.
     pub req: RequestId,
     /// Number of tokens at the request's start that the decode side already has. Chunks below this
-    /// mark are never granted; the chunk that contains the mark is packed from the mark on.
+    /// mark are never granted. In the chunk that contains the mark, the slot's first token is the
+    /// one at the mark.
     pub have_tokens: u32,
     /// Chunks, by position in the request's keys; empty in the first message, which only gives
     /// `have_tokens`.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the send buffer.
     pub slots: Vec<u32>,
-    /// True if the chunks would arrive sooner if the engine gathered them layer by layer
-    /// ([`Staged::layers`]). Absent: false.
+    /// True if a gather layer by layer ([`Staged::layers`]) would let the chunks arrive sooner.
+    /// Absent: false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub layers: bool,
 }
@@ -266,7 +269,8 @@ pub struct Granted {
 pub struct Ready {
     /// Id of the request.
     pub req: RequestId,
-    /// First token that is moved: the chunk that contains it is packed from it on.
+    /// First token that is moved. In the chunk that contains this token, it is the slot's first
+    /// token.
     pub first_token: u32,
     /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,
@@ -279,8 +283,8 @@ pub struct Ready {
 pub struct Ended {
     /// Id of the request.
     pub req: RequestId,
-    /// Reason for the early end. Absent: every wanted chunk arrived (at the decode side: and was
-    /// released).
+    /// Reason for the early end. Absent: every wanted chunk arrived, and at the decode side the
+    /// engine has released every chunk.
     pub reason: Option<Reason>,
     /// Number of bytes moved.
     pub bytes: u64,

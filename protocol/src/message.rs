@@ -1,8 +1,8 @@
 //! The messages between two sidecars, and between a sidecar and LMCache's PD backends.
 //!
 //! LMCache's structs come first, with LMCache's field order (msgspec writes maps in class order).
-//! What is ours travels in the optional map `x`, which LMCache ignores, or in messages that are
-//! only ever sent to a peer that has shown an `x`.
+//! Our fields are in the optional map `x`, which LMCache ignores. Our own messages go only to peers
+//! that have sent an `x`.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -15,7 +15,8 @@ use crate::{Epoch, Layout, LeaseId, Reason, RequestId};
 pub enum Init {
     /// First request: introduces the sender.
     NixlInitRequest(NixlInitRequest),
-    /// Answer to the first request: introduces the receiver, or says why no link can be made.
+    /// Answer to the first request: introduces the receiver, or gives the reason why no link can be
+    /// made.
     NixlInitResponse(NixlInitResponse),
     /// Second request: asks for the landing slots.
     NixlMemRegRequest(NixlMemRegRequest),
@@ -54,8 +55,8 @@ pub struct NixlMemRegRequest {
     pub remote_agent_name: ByteBuf,
     /// Name of the sender; empty from LMCache's sync sender.
     pub local_id: String,
-    /// Memory of the sender as a pickled descriptor list. Our list is empty: our sender shows its
-    /// memory to no peer.
+    /// Memory of the sender as a pickled descriptor list. Our list is empty, because no peer needs
+    /// access to our sender's memory.
     pub local_xfer_dlist_bytes: ByteBuf,
     /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -81,7 +82,8 @@ pub struct Version {
     pub v: u32,
 }
 
-/// The `x` of both init messages: identity, layout and transports of one side.
+/// The `x` of `NixlInitRequest` and `NixlInitResponse`: identity, layout and transports of one
+/// side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
     /// Protocol version of the message's sender.
@@ -95,8 +97,8 @@ pub struct Hello {
     pub layout: Option<Layout>,
     /// Transports that this side can use, best first.
     pub transports: Vec<Advert>,
-    /// Identity of the host: boot id and PID namespace. Two sidecars with the same identity can
-    /// watch each other's process.
+    /// Identity of the host: boot id and PID namespace. Each of two sidecars with the same identity
+    /// can watch the other's process.
     pub host: String,
     /// Process id in that PID namespace.
     pub pid: u32,
@@ -105,11 +107,11 @@ pub struct Hello {
     #[serde(default, skip_serializing_if = "is_empty")]
     pub seal: ByteBuf,
     /// From a sender: secrets of the processes that this sender replaces, 32 bytes each, at most
-    /// 16; all of these processes have ended. Absent: it proves the end of no process.
+    /// 16; all of these processes have ended. Absent: the sender proves the end of no process.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ByteBuf>,
-    /// Cause for which no link can be made; the other fields still hold. Absent: the link can be
-    /// made.
+    /// Reason why no link can be made; the other fields are valid nevertheless. Absent: the link
+    /// can be made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
 }
@@ -118,12 +120,12 @@ fn is_empty(bytes: &ByteBuf) -> bool {
     bytes.is_empty()
 }
 
-/// Cause for which the init handshake ended without a link.
+/// Reason why the init handshake ended without a link.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refusal {
     /// Reason, for counters and decisions.
     pub reason: Reason,
-    /// Text for operators: the field that differs, both values, and the cure.
+    /// Text for operators: the field that differs, both values, and what to change.
     pub text: String,
 }
 
@@ -132,10 +134,10 @@ pub struct Refusal {
 pub struct Advert {
     /// Name of the transport: `cuda_ipc`, `nixl` or `tcp`.
     pub kind: String,
-    /// Address: `host:port` for `tcp`; empty for `nixl`, whose address is the agent metadata; for
-    /// `cuda_ipc` `UUID/bytes/handle`, which are the receiver's GPU, the size of its buffer in
-    /// bytes and the buffer's IPC handle in hexadecimal (useful only to a sender with the same
-    /// [`Hello::host`]). Absent: as if empty.
+    /// Address: `host:port` for `tcp`; empty for `nixl`, because the agent metadata contains the
+    /// address. For `cuda_ipc` it is `UUID/bytes/handle`: the receiver's GPU, the size of its
+    /// buffer in bytes and the buffer's IPC handle in hexadecimal. Only a sender with the same
+    /// [`Hello::host`] can use it. Absent: as if empty.
     #[serde(default)]
     pub address: String,
 }
@@ -162,14 +164,14 @@ pub enum ToReceiver {
     /// with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
     /// Announces writes into these slots, or repeats the announcement while the writes run. The
-    /// message lets the receiver's NIXL make progress; no decision depends on it, and writes that
-    /// need no such help go without it.
+    /// message lets the receiver's NIXL make progress. The receiver decides nothing by this
+    /// message. The sender does not send it for writes that do not need the receiver's progress.
     Writing(Slots),
-    /// Reports chunks whose writes the transport has flushed: all that are not acknowledged yet.
+    /// Reports all chunks that the transport has flushed and the receiver has not acknowledged yet.
     /// The receiver answers with [`ToSender::Ack`].
     Written(Written),
-    /// Keeps a lease alive. If a message was lost, the receiver repeats it: [`ToSender::More`] for
-    /// open chunks that `granted` lacks, [`ToSender::Unwanted`] if the lease has ended.
+    /// Keeps a lease alive. The receiver then repeats messages that were lost: [`ToSender::More`]
+    /// for open chunks that are not in `granted`, [`ToSender::Unwanted`] if the lease has ended.
     Extend(Extend),
 }
 
@@ -183,7 +185,7 @@ pub enum ToSender {
     More(More),
     /// Acknowledges that the receiver has recorded these chunks as written.
     Ack(Ack),
-    /// Says that the receiver wants nothing more under this lease. The sender answers with
+    /// Says that the receiver wants no more writes under this lease. The sender answers with
     /// [`ToReceiver::CancelNotif`] as soon as no write is under way, and at once if it does not
     /// know the lease.
     Unwanted(Unwanted),
@@ -193,9 +195,9 @@ pub enum ToSender {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Query {
-    /// Asks which of these keys the receiver could send back.
+    /// Asks for which of these keys the receiver could send KV back.
     CacheQueryRequest(CacheQueryRequest),
-    /// Answers that no key can be sent back: a slot holds KV only until the engine has read it.
+    /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read it.
     CacheQueryResponse(CacheQueryResponse),
 }
 
@@ -209,16 +211,16 @@ pub struct CacheQueryRequest {
 /// Fields of `CacheQueryResponse`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CacheQueryResponse {
-    /// Keys that the receiver has; always empty from us.
+    /// Keys that the receiver has; always empty in our answers.
     pub cached_keys: Vec<String>,
-    /// Slot of each of these keys; always empty from us.
+    /// Slot of each of these keys; always empty in our answers.
     pub cached_indexes: Vec<SlotOf>,
 }
 
 /// Fields of `AllocRequest`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocRequest {
-    /// Key of each chunk in order, the last, partial chunk included.
+    /// Key of each chunk in order, including a last, partial chunk.
     pub keys: Vec<String>,
     /// LMCache's `MemoryFormat`: 1 = `KV_2LTD`, 6 = `KV_MLA_FMT`.
     pub fmt: u32,
@@ -232,7 +234,8 @@ pub struct AllocRequest {
     /// (LMCache's sync sender).
     #[serde(default)]
     pub req_id: String,
-    /// True if no further batch of this request follows; always true from us. Absent: false.
+    /// True if no further batch of this request follows; always true in a request with `x`. Absent:
+    /// false.
     #[serde(default)]
     pub is_last_batch: bool,
     /// Number of chunks in the whole request. Absent: 0, which means unknown.
@@ -248,8 +251,8 @@ pub struct AllocRequest {
 pub struct AllocX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of this question at this sender. A repetition has the same number, and the answer
-    /// carries it back.
+    /// Number that the sender gives to this question. A repetition has the same number, and the
+    /// answer contains it.
     pub seq: u64,
     /// Name of the sender.
     pub id: String,
@@ -259,12 +262,13 @@ pub struct AllocX {
     pub to_epoch: Epoch,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Longest silence of the sender while the lease lives, milliseconds.
+    /// Time without a message of the sender after which the lease ends, milliseconds.
     pub lease_ms: u32,
-    /// Longest time that the receiver may delay the answer until it has slots, milliseconds.
+    /// Maximum time for which the receiver may delay the answer because slots are missing,
+    /// milliseconds.
     pub wait_ms: u32,
-    /// Longest time that the receiver may delay the answer until the decode request parks,
-    /// milliseconds; 0 if the decode request will not park before the KV has arrived.
+    /// Maximum time for which the receiver may delay the answer because the decode request has not
+    /// parked, milliseconds; 0 if the decode request will not park before the KV has arrived.
     pub park_ms: u32,
     /// Name of the transport that the sender will use. The proof that a slot is free of writes
     /// depends on the transport.
@@ -299,8 +303,8 @@ pub struct AllocResponseX {
     /// Number of tokens at the request's start that the decode side already has. Absent: 0.
     #[serde(default)]
     pub have_tokens: u32,
-    /// Number of slots that will follow in [`ToSender::More`] as other requests release theirs.
-    /// Absent: 0.
+    /// Number of slots that will follow in [`ToSender::More`] when other requests release their
+    /// slots. Absent: 0.
     #[serde(default)]
     pub window: u32,
     /// Reason for the refusal. Absent: this is no refusal.
@@ -316,7 +320,7 @@ pub struct AllocResponseX {
 pub struct CancelNotif {
     /// Id of the request; empty if the sender does not know it.
     pub req_id: String,
-    /// Keys of the chunks that the sender gives up.
+    /// Keys of the chunks that the sender will not write.
     pub keys: Vec<String>,
     /// Our extension. Absent: the message's sender is LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -328,20 +332,20 @@ pub struct CancelNotif {
 pub struct CancelX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of this message at this sender; the answer carries it back.
+    /// Number that the sender gives to this message. The answer contains the number.
     pub seq: u64,
     /// The lease that ends.
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Reason for which the sender ends the lease.
+    /// Reason why the sender ends the lease.
     pub reason: Reason,
-    /// Slots of writes that may still be under way: the receiver quarantines them. The sender
-    /// promises that no write into any other slot of the lease is under way or will follow.
+    /// Slots into which a write may still be in flight. The receiver quarantines them. The sender
+    /// guarantees that no write into any other slot of the lease is in flight or will follow.
     pub dirty: Vec<SlotOf>,
 }
 
-/// A slot as it stands in lists.
+/// Index of a slot as a plain number, for lists in messages.
 pub type SlotOf = u32;
 
 /// Fields of `Writing`.
@@ -414,13 +418,13 @@ pub struct Unwanted {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Reason for which nothing more is wanted. `quarantined` asks for the end of a lease that the
-    /// sender once left.
+    /// Reason why the receiver wants no more writes. With `quarantined` the receiver asks about an
+    /// old lease whose slots are still quarantined.
     pub reason: Reason,
 }
 
 impl AllocRequest {
-    /// The request id, or `None` for a message of LMCache's sync sender.
+    /// Returns the request id; `None` for a message of LMCache's sync sender.
     pub fn request(&self) -> Option<RequestId> {
         (!self.req_id.is_empty()).then(|| RequestId(self.req_id.clone()))
     }

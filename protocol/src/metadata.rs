@@ -4,15 +4,15 @@ use crate::serdes::Fields;
 
 /// Returns the name of the agent that a metadata blob describes.
 ///
-/// LMCache's init answer contains the requester's own name as the receiver's NIXL loaded it; this
-/// function reads the name without NIXL. Returns `None` if the blob is not from a NIXL 1.x agent or
-/// if the name is longer than [`MAX_NAME_BYTES`].
+/// LMCache's init answer contains the requester's own name, which LMCache's receiver gets from
+/// NIXL. This function reads the name without NIXL. Returns `None` if the blob is not from a NIXL
+/// 1.x agent or if the name is longer than [`MAX_NAME_BYTES`].
 pub fn agent_name(metadata: &[u8]) -> Option<&[u8]> {
     let name = Fields::read(metadata)?.take("Agent")?;
     (!name.is_empty() && name.len() <= MAX_NAME_BYTES).then_some(name)
 }
 
-/// Longest name of an agent. LMCache's names are UUIDs of 36 bytes.
+/// Maximum length of an agent's name in bytes. LMCache's names are UUIDs of 36 bytes.
 pub const MAX_NAME_BYTES: usize = 256;
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Why something did not happen: the label of a counter, a field on the wire, a word in a log line.
+//! Reasons for refusals and early ends. A reason is a label of counters, a field of messages and a
+//! word in log lines.
 
 use std::fmt;
 
@@ -6,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
-        /// A refusal's or an ending's reason.
+        /// Reason of a refusal, or of the early end of a request or lease.
         ///
         /// A name from a newer peer becomes [`Reason::Unknown`], so that messages stay readable.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -18,7 +19,7 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// Every reason, for metrics that want their label values to exist from the start.
+            /// Every reason, so that metrics can have all label values from the start.
             pub const ALL: &'static [Self] = &[$(Self::$name,)* Self::Unknown];
 
             /// The name on the wire, in metrics and in logs.
@@ -33,11 +34,12 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// The landing buffer had no room within the wait.
+    /// The landing buffer had no room within the allowed time.
     NoRoom = "no_room",
-    /// The send buffer had no room within the wait.
+    /// The send buffer had no room within the allowed time.
     NoSendRoom = "no_send_room",
-    /// More chunks than one host may have slots (fifteen sixteenths of them), and the decode request is not parked.
+    /// The request has more chunks than one host may have slots (15/16 of all slots), and its decode request is not
+    /// parked.
     TooLarge = "too_large",
     /// The prefill request was cancelled, its client left, or its connector waited too long for slots.
     Cancelled = "cancelled",
@@ -47,19 +49,20 @@ reasons! {
     EngineGone = "engine_gone",
     /// The other sidecar's connection ended.
     PeerLost = "peer_lost",
-    /// No init handshake could be made with the receiver, or the two sides have no wire in common.
+    /// No init handshake could be made with the receiver, or the two sides have no transport in
+    /// common.
     NoLink = "no_link",
     /// The receiver did not answer an alloc request in time.
     AllocTimeout = "alloc_timeout",
-    /// The lease ran out without a word from the sender.
+    /// The lease expired because the sender sent no message.
     LeaseExpired = "lease_expired",
     /// The decode request waited longer than its deadline, or a request of a sender made no progress for too long.
     Deadline = "deadline",
     /// No sender asked for this request in time.
     NoSender = "no_sender",
-    /// Written, but no decode request came for it in time.
+    /// The KV is written, but no decode request came for it in time.
     Unclaimed = "unclaimed",
-    /// The message or the lease belongs to an epoch before the receiver's present one.
+    /// The message or the lease belongs to an epoch other than the receiver's present epoch.
     StaleEpoch = "stale_epoch",
     /// The two sides compute different keys for the same request.
     KeyMismatch = "key_mismatch",
@@ -69,21 +72,21 @@ reasons! {
     VersionMismatch = "version_mismatch",
     /// The receiver has no engine, so it has no slots yet.
     NoEngine = "no_engine",
-    /// Another request with this id is under way, or this message was answered before.
+    /// Another request with this id is in progress, or this message was answered before.
     Duplicate = "duplicate",
-    /// This peer holds too many quarantined slots.
+    /// This peer has caused too many quarantined slots.
     Quarantined = "quarantined",
     /// The transport failed to move the bytes.
     TransferFailed = "transfer_failed",
-    /// A checksum of the landed bytes differs from the sender's.
+    /// The checksum of the landed bytes differs from the sender's checksum.
     BadSum = "bad_sum",
     /// The process is shutting down.
     Draining = "draining",
-    /// Too many requests at once.
+    /// Too many requests are in progress at the same time.
     Busy = "busy",
     /// The message makes no sense in this state.
     BadRequest = "bad_request",
-    /// Pushes are switched off by a flag, or the engine moves nothing of this request.
+    /// A flag switches pushes off, or the engine moves no KV of this request.
     PushOff = "push_off",
 }
 

@@ -1,13 +1,13 @@
-//! Result of one request: the source of logs, metrics and `/requests`.
+//! Result of one request, for logs, metrics and `/requests`.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Reason, RequestId};
 
-/// Names of all transports, as adverts, records and notices have them, best first.
+/// Names of all transports in adverts, records and notifications, best first.
 pub const TRANSPORTS: [&str; 3] = ["cuda_ipc", "nixl", "tcp"];
 
-/// One ended request as one sidecar saw it. All times are in microseconds.
+/// One ended request, from the view of one sidecar. All times are in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// The request.
@@ -41,7 +41,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Returns the record of a request of which nothing has happened yet.
+    /// Returns the record of a new request.
     pub fn new(req: RequestId) -> Self {
         Self {
             req,

@@ -1,5 +1,5 @@
-//! Messages that sidecars PUSH to the proxy's registration port. One way: the acknowledgement is the proxy's
-//! HTTP call-back to the sidecar's admin port.
+//! Messages that sidecars PUSH to the proxy's registration port. The proxy sends no messages back on this port. It
+//! acknowledges a registration by an HTTP call-back to the sidecar's admin port.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ use crate::{Epoch, Layout, Reason, RequestId};
 pub enum ToProxy {
     /// Announces an instance and its load. The sidecar repeats the message as a heartbeat.
     Register(Register),
-    /// Says that the instance goes away on purpose.
+    /// Says that the instance leaves on purpose.
     Leave(Leave),
     /// Says that the prefill engine has begun to compute this request and the sender has asked the
     /// receiver for slots. The proxy may now send the decode leg.
@@ -25,7 +25,7 @@ pub enum ToProxy {
     ProxyNotif(ProxyNotif),
 }
 
-/// Legs that an instance takes.
+/// Kinds of legs that an instance serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InstanceRole {
@@ -46,7 +46,7 @@ pub struct Register {
     pub id: String,
     /// Epoch of the sidecar.
     pub epoch: Epoch,
-    /// Legs that the engine takes.
+    /// Kinds of legs that the engine serves.
     pub role: InstanceRole,
     /// Base URL of the engine's OpenAI server, for example `http://127.0.0.1:8100`.
     pub http: String,
@@ -58,29 +58,30 @@ pub struct Register {
     pub init_ports: Vec<u16>,
     /// Alloc port of each rank; empty for a sender.
     pub alloc_ports: Vec<u16>,
-    /// True if the engine may get requests. KV will then be moved, unless [`Register::unmoved`] is
-    /// present.
+    /// True if the proxy may send requests to the engine. The sidecar then moves their KV, unless
+    /// [`Register::unmoved`] is present.
     pub ready: bool,
     /// Number of slots in the landing or send buffers of all ranks.
     pub slots: u32,
-    /// Number of free slots among these.
+    /// Number of these slots that are free.
     pub free_slots: u32,
     /// Number of tokens in parked decode requests.
     pub parked_tokens: u64,
-    /// Time until this message comes again, milliseconds. An instance whose message is missing
-    /// three times is gone.
+    /// Time until the sidecar repeats this message, milliseconds. If three repetitions are missing,
+    /// the proxy removes the instance.
     pub period_ms: u32,
-    /// Number of ranks into which KV is divided. Absent: not known.
+    /// Number of ranks among which the KV is divided. Absent: not known.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub ranks: u32,
     /// Shape of a chunk. Absent: no engine has connected yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
-    /// Reason for which the engine moves no KV; the proxy makes no pair with it. Absent: the engine
-    /// moves KV.
+    /// Reason why the engine moves no KV. The proxy makes no pair with this instance. Absent: the
+    /// engine moves KV.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unmoved: String,
-    /// Release of the sidecar, for example `0.1.0`. It excludes no pair. Absent: not known.
+    /// Release of the sidecar, for example `0.1.0`. Instances of different releases can be a pair.
+    /// Absent: not known.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub release: String,
 }
@@ -136,5 +137,5 @@ pub struct NotifX {
     pub transport: String,
 }
 
-/// The ZeroMQ identity of a proxy's registration port, by which a sidecar knows it from LMCache's proxy.
+/// ZeroMQ identity of our proxy's registration port. It lets a sidecar tell our proxy from LMCache's proxy.
 pub const PROXY_NAME: &str = "pd-proxy";

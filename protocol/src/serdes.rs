@@ -1,13 +1,13 @@
 //! Reads and writes NIXL's own serialisation, as far as this crate needs it.
 //!
-//! The format is `"nixlSerDes|"`, then fields: tag, `u64` length, bytes, `|`. Nothing separates a
-//! tag from its length, so a reader must know which tag comes next.
+//! The format is `"nixlSerDes|"`, then fields: tag, `u64` length, bytes, `|`. There is no separator
+//! between a tag and its length, so a reader must know the next tag in advance.
 
-/// Serialisation that is being read or written.
+/// Serialised fields, for reading or for writing.
 pub(crate) struct Fields<B>(B);
 
 impl<'a> Fields<&'a [u8]> {
-    /// Starts to read; returns `None` if the magic bytes are missing.
+    /// Starts reading; returns `None` if the magic bytes are missing.
     pub(crate) fn read(bytes: &'a [u8]) -> Option<Self> {
         bytes.strip_prefix(MAGIC).map(Self)
     }
@@ -29,7 +29,7 @@ impl<'a> Fields<&'a [u8]> {
 }
 
 impl Fields<Vec<u8>> {
-    /// Starts to write, with memory for `capacity` bytes.
+    /// Starts writing, with memory for `capacity` bytes.
     pub(crate) fn begin(capacity: usize) -> Self {
         let mut bytes = Vec::with_capacity(capacity);
         bytes.extend_from_slice(MAGIC);

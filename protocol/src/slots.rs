@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::SlotIndex;
 
-/// Set of free slots. The lease or quarantine that owns a slot names it.
+/// Set of free slots. All other slots are listed in the lease or the quarantine that owns them.
 #[derive(Debug)]
 pub(crate) struct Slots {
     free: BTreeSet<u32>,
@@ -28,14 +28,14 @@ impl Slots {
         u32::try_from(self.free.len()).unwrap_or(self.total)
     }
 
-    /// Takes the lowest free slot. Neighbouring slots make one descriptor, and low slots stay in
-    /// the cache.
+    /// Takes the lowest free slot. The reason: neighbouring slots can be merged into one
+    /// descriptor, and slots in frequent use stay in the CPU cache.
     pub(crate) fn take(&mut self) -> Option<SlotIndex> {
         self.free.pop_first().map(SlotIndex)
     }
 
-    /// Frees a slot. To free a slot twice is a bug of the state machine, which the property tests
-    /// look for.
+    /// Frees a slot. Freeing a slot twice is a bug of the state machine. The property tests search
+    /// for this bug.
     pub(crate) fn give(&mut self, slot: SlotIndex) {
         let fresh = self.free.insert(slot.0);
         debug_assert!(fresh, "slot {slot} given back twice");

@@ -16,7 +16,7 @@ pub(super) fn read<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Read
     T::deserialize(&mut Reader { rest: bytes })
 }
 
-/// Error text for a field that is missing or has another form.
+/// Error text for a field that is missing or malformed.
 #[derive(Debug)]
 pub(super) struct ReadError(String);
 
@@ -50,8 +50,8 @@ impl<'de> Reader<'de> {
     }
 }
 
-/// Checks that a text is UTF-8 without control characters: names and texts go unchanged into logs
-/// and metrics.
+/// Checks that a text is UTF-8 without control characters: logs and metrics show names and texts
+/// unchanged.
 fn plain(text: &[u8]) -> Result<&str, ReadError> {
     let text = std::str::from_utf8(text).map_err(|_| ReadError("text is not UTF-8".to_owned()))?;
     let control = if text.is_ascii() {
@@ -182,8 +182,8 @@ impl<'de> SeqAccess<'de> for &mut Elements<'_, 'de> {
     }
 
     fn size_hint(&self) -> Option<usize> {
-        // The scan has checked that every element is present, so a hostile count cannot reserve
-        // memory.
+        // The scan has checked that every element is present, so a false count cannot make this
+        // process reserve too much memory.
         usize::try_from(self.left).ok()
     }
 }
@@ -235,7 +235,7 @@ impl std::error::Error for ReadError {}
 
 impl de::Error for ReadError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        // Serde quotes the value that it found: a hostile text of 4 KB must not fill a log line.
+        // Serde quotes the wrong value. A hostile text of 4 KB must not fill a log line.
         let mut text = message.to_string();
         if let Some((end, _)) = text.char_indices().nth(200) {
             text.truncate(end);

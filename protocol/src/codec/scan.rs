@@ -1,8 +1,9 @@
-//! Walks a msgpack value without allocating and enforces the caps.
+//! Walks a msgpack value without allocating and enforces the limits.
 
 use super::{DecodeError, MAX_DEPTH, MAX_ELEMENTS, MAX_TEXT_BYTES};
 
-/// Checks that `bytes` are exactly one map within the caps, and returns the text of its key `type`.
+/// Checks that `bytes` are exactly one map within the limits, and returns the text of its key
+/// `type`.
 pub(super) fn scan(bytes: &[u8]) -> Result<&str, DecodeError> {
     let mut rest = bytes;
     let Head::Map(entries) = head(&mut rest)? else {
@@ -29,7 +30,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<&str, DecodeError> {
     std::str::from_utf8(tag).map_err(|_| DecodeError::Malformed("`type` is not UTF-8"))
 }
 
-/// First part of a value; for scalars the whole value.
+/// First part of a value. For a scalar, this is the whole value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Head<'a> {
     Nil,
@@ -44,7 +45,7 @@ pub(super) enum Head<'a> {
     Map(u32),
 }
 
-/// Reads the head of the next value. For a list or map this is only the count.
+/// Reads the head of the next value. The head of a list or map is only the count.
 pub(super) fn head<'a>(rest: &mut &'a [u8]) -> Result<Head<'a>, DecodeError> {
     let marker = bytes::<1>(rest)?[0];
     Ok(match marker {
@@ -146,7 +147,7 @@ fn count(elements: &mut usize, announced: u64, rest: &[u8]) -> Result<(), Decode
     Ok(())
 }
 
-/// Reads the next value and returns it if it is text within the cap.
+/// Reads the next value and returns it if it is a text within the limit.
 fn text<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>, DecodeError> {
     match head(rest)? {
         Head::Text(text) if text.len() > MAX_TEXT_BYTES => Err(DecodeError::Limit("text")),
