@@ -1,9 +1,10 @@
-//! Recently ended requests: a side that comes late learns the end at once.
+//! Recently ended requests. If one side of such a request sends its first message late, the
+//! receiver tells it the end at once.
 //!
-//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So an old end answers only the
-//! messages that belong to the old request: a repetition of the alloc request that it answered, and
-//! the first message of a side that had not sent any before the end, within [`LATE`]. Any other
-//! message with the id belongs to a new request.
+//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver answers with the
+//! old end only messages that belong to the old request: a repetition of its alloc request, and
+//! within [`LATE`] the first message of a side that had sent none before the end. Any other message
+//! with the id belongs to a new request.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -12,14 +13,14 @@ use super::SenderId;
 use crate::message::AllocX;
 use crate::{Reason, RequestId, Time};
 
-/// Alloc request of a sender, named by the number that the sender counts up.
+/// Identity of an alloc request: the sender, and the number that the sender gave to the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Question {
     pub(super) sender: SenderId,
     pub(super) seq: u64,
 }
 
-/// Sides of a request that have sent a message.
+/// The messages that the receiver has got from both sides of a request.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Heard {
     /// Last alloc request; absent if there was none.
@@ -40,9 +41,9 @@ struct End {
     reason: Option<Reason>,
     at: Time,
     question: Option<Question>,
-    /// True if the next alloc request belongs to this end.
+    /// True if the next alloc request with the id belongs to the ended request.
     asks_late: bool,
-    /// True if the next decode request belongs to this end.
+    /// True if the next decode request with the id belongs to the ended request.
     awaits_late: bool,
 }
 
@@ -84,8 +85,8 @@ impl Ended {
         }
     }
 
-    /// Returns the end of the request that this alloc request belongs to; `None` if the alloc
-    /// request begins a new request.
+    /// Returns the reason to answer an alloc request that belongs to an ended request; `None` if
+    /// the alloc request begins a new request.
     pub(super) fn asked(
         &mut self,
         id: &RequestId,
@@ -109,8 +110,8 @@ impl Ended {
         None
     }
 
-    /// Returns the end of the request that this decode request belongs to, and the sender that had
-    /// written for it; `None` if the decode request begins a new request.
+    /// Returns the reason to answer a decode request that belongs to an ended request, and the last
+    /// sender of that request; `None` if the decode request begins a new request.
     pub(super) fn awaited(
         &mut self,
         id: &RequestId,
@@ -127,8 +128,8 @@ impl Ended {
         None
     }
 
-    /// Notes that an LMCache sender uses the id again. Its requests have no number that would tell
-    /// old from new.
+    /// Notes that the id now belongs to a new request. For requests of LMCache senders this call is
+    /// necessary, because they have no number that tells an old request from a new one.
     pub(super) fn renew(&mut self, id: &RequestId) {
         if let Some(end) = self.ends.get_mut(id) {
             (end.asks_late, end.awaits_late) = (false, false);
@@ -148,8 +149,9 @@ impl Question {
     }
 }
 
-/// Number of ended requests that the receiver remembers: a few seconds of a busy instance.
+/// Number of ended requests that the receiver remembers. A busy instance ends this many in a few
+/// seconds.
 const REMEMBERED: usize = 4096;
-/// Time after a request's end in which its other side may come and learn the end. A side that comes
-/// later waits until its own timeout.
+/// Time after a request's end during which the receiver tells the end to a late side. A side that
+/// sends its first message later waits until its own timeout.
 const LATE: Duration = Duration::from_secs(30);

@@ -9,7 +9,8 @@ use crate::{EngineId, Reason, RequestId};
 use std::time::Duration;
 
 impl Receiver {
-    /// Parks a decode request: it waits for its KV, or gets what is already written.
+    /// Parks a decode request. The request then waits for its KV; chunks that are already written
+    /// become ready at once.
     pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
         let id = message.req.clone();
         if let Err(reason) = self.admit_await(&message) {
@@ -74,9 +75,11 @@ impl Receiver {
             Some(request) if request.parked.is_some() || !request.lent.is_empty() => {
                 Err(Reason::Duplicate)
             }
-            // The rest of an earlier request with this id gives way.
+            // An earlier request with this id has ended for the engine. Its remaining slots do not
+            // block the new request.
             Some(request) if request.heard.awaited => Ok(()),
-            // A lease that has ended and waits for its sender's last message cannot deliver KV.
+            // If the lease has ended and the receiver only waits for the sender's last message, the
+            // lease cannot deliver KV any more.
             Some(request) => request
                 .lease()
                 .and_then(|l| l.end_reason)
@@ -87,8 +90,8 @@ impl Receiver {
         }
     }
 
-    /// Tells the engine that chunks are written, if the request is parked. Frees the chunks whose
-    /// tokens the engine already has.
+    /// Tells the engine that chunks are written, if the request is parked. Frees the slots of
+    /// chunks whose tokens the engine already has.
     pub(super) fn landed(&mut self, id: &RequestId, chunks: &[usize]) {
         let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
         let unclaimed = now + self.config.unclaimed;
@@ -175,8 +178,9 @@ impl Receiver {
     /// Ends a decode request that its engine does not want any more.
     pub(super) fn on_abort(&mut self, engine: EngineId, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
-            // The abort came before any other message, or after the end. The receiver remembers it,
-            // so that a late alloc request gets a reason.
+            // The abort came before any other message of the request, or after its end. The
+            // receiver remembers the abort, so that it can answer a late alloc request with the
+            // reason.
             self.tell_ended(engine, id, Some(Reason::Unwanted), 0);
             let heard = Heard {
                 question: None,

@@ -9,12 +9,13 @@ use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, SlotIndex};
 
-/// Return address of a sender: one number per identity of the alloc socket.
+/// Connection of a sender, to which the receiver sends its answers: one number per connection of
+/// the alloc socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Route(pub u64);
 
-/// One start of a sender: its name and epoch.
+/// Identity of one start of a sender: its name and epoch.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SenderId {
     /// Name of the sidecar; for an LMCache peer, the identity of its socket.
@@ -26,46 +27,47 @@ pub struct SenderId {
 /// Limits and timeouts of a [`Receiver`](super::Receiver).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
-    /// This start's epoch.
+    /// Epoch of this start of the sidecar.
     pub epoch: Epoch,
     /// Number of slots of the landing buffer.
     pub slots: u32,
-    /// Bytes of a token's KV, for the byte counts in records.
+    /// Size of a token's KV in bytes, for the byte counts in records.
     pub token_bytes: u64,
-    /// Tokens of a full chunk.
+    /// Number of tokens of a full chunk.
     pub chunk_tokens: u32,
-    /// Most requests at once, parked or granted; the receiver refuses more with `busy`.
+    /// Maximum number of requests at the same time. The receiver refuses further requests with
+    /// `busy`.
     pub max_requests: usize,
-    /// Most quarantined slots that one sender may cause before the receiver refuses it.
+    /// Maximum number of quarantined slots per sender. A sender that has caused more gets no slots.
     pub max_quarantined: u32,
-    /// Longest time that a parked request waits for an alloc request.
+    /// Maximum time for which a parked request waits for an alloc request.
     pub no_sender: Duration,
-    /// Longest time that written chunks wait for a decode request.
+    /// Maximum time for which written chunks wait for a decode request.
     pub unclaimed: Duration,
-    /// Longest lease that a peer may ask for.
+    /// Maximum duration of a lease that a peer may ask for.
     pub max_lease: Duration,
-    /// Longest time that the receiver holds an alloc request, whatever the peer asks for.
+    /// Maximum time for which the receiver holds an alloc request, even if the peer asks for more.
     pub max_wait: Duration,
-    /// Longest time that an alloc request of LMCache waits for free slots.
+    /// Maximum time for which an alloc request of LMCache waits for free slots.
     #[serde(default)]
     pub lmcache_wait: Duration,
-    /// Layout of one chunk, to check LMCache's alloc requests. If absent, the receiver refuses
-    /// them.
+    /// Layout of one chunk, to check LMCache's alloc requests. Absent: the receiver refuses these
+    /// requests.
     #[serde(default)]
     pub layout: Option<Layout>,
     /// Seed of the lease ids.
     pub seed: u64,
 }
 
-/// A written chunk. The caller compares its checksum before it gives the `Written` to the state
-/// machine.
+/// A written chunk with a checksum that the caller must compare before it gives the `Written`
+/// message to the state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unchecked {
     /// Position in the request's keys.
     pub chunk: u32,
     /// Slot of the chunk.
     pub slot: SlotIndex,
-    /// Bytes of the slot that the chunk fills.
+    /// Size of the chunk in bytes.
     pub bytes: u64,
     /// Checksum in the sender's message.
     pub sum: u64,
@@ -76,35 +78,35 @@ pub struct Unchecked {
 pub enum Event {
     /// A message of a sender.
     Peer {
-        /// Connection that the message came from.
+        /// Connection on which the message came.
         route: Route,
         /// The message.
         message: ToReceiver,
     },
-    /// A connection is open; comes before its first message.
+    /// A connection is open. This event comes before the connection's first message.
     Connected {
         /// The connection.
         route: Route,
         /// IP address of the peer's host.
         host: String,
     },
-    /// An LMCache peer has a name; comes before the connection's first message without `x`. `id`
-    /// begins with the peer's host and a `/`; the epoch is 0.
+    /// The name of an LMCache peer is known. This event comes before the connection's first message
+    /// without `x`. `id` begins with the peer's host and a `/`; the epoch is 0.
     Introduced {
         /// The connection.
         route: Route,
         /// The sender.
         sender: SenderId,
-        /// True if the peer made its handshake with this start of the receiver. If false, its
-        /// addresses are out of date and it gets no slots.
+        /// True if the peer made its handshake with the present start of the receiver. If false,
+        /// the peer has old addresses, and the receiver gives it no slots.
         linked: bool,
     },
     /// The answer to [`Action::CheckCanary`].
     #[serde(rename = "Looked")]
     CanaryChecked {
-        /// Slots in which no canary is left.
+        /// Slots whose canaries have all been overwritten.
         gone: Vec<SlotIndex>,
-        /// Slots in which some canaries still stand.
+        /// Slots with at least one canary that has not been overwritten.
         there: Vec<SlotIndex>,
     },
     /// The control connection of a sender is lost.
@@ -116,7 +118,7 @@ pub enum Event {
     Fenced {
         /// The sender.
         sender: SenderId,
-        /// Lease with the proven slots; absent if the proof is for all slots of the sender.
+        /// Lease whose slots the proof covers. Absent: the proof covers all slots of the sender.
         lease: Option<LeaseId>,
     },
     /// The checksum of a written chunk does not match the sender's.
@@ -149,14 +151,14 @@ pub enum Action {
     Ready(EngineId, Ready),
     /// Tell an engine that a request has ended.
     Ended(EngineId, Ended),
-    /// Let writes under this lease land in this slot from now on.
+    /// Permit writes under this lease into this slot from now on.
     Open {
         /// The lease.
         lease: LeaseId,
         /// The slot.
         slot: SlotIndex,
     },
-    /// Let no write land in this slot from now on, until the slot is opened again.
+    /// Permit no write into this slot from now on, until the slot is opened again.
     Close {
         /// The slot.
         slot: SlotIndex,
@@ -168,16 +170,16 @@ pub enum Action {
         sender: SenderId,
         /// The lease.
         lease: LeaseId,
-        /// Transport that the sender named.
+        /// Transport that the sender uses.
         transport: String,
     },
-    /// Fill this slot with canaries before the next message is sent: random bytes, remembered until
-    /// the next `Mark` of the slot.
+    /// Put canaries into this slot before the next message is sent. Canaries are random bytes;
+    /// remember them until the next `Mark` of the slot.
     Mark {
         /// The slot.
         slot: SlotIndex,
     },
-    /// Check which of these slots still contain canaries, then report [`Event::CanaryChecked`].
+    /// Check in which of these slots canaries are left, then report [`Event::CanaryChecked`].
     #[serde(rename = "Look")]
     CheckCanary {
         /// The slots.
@@ -196,10 +198,10 @@ pub struct Gauges {
     pub held: u32,
     /// Quarantined slots.
     pub quarantined: u32,
-    /// Requests, parked or asked for.
+    /// Requests that are parked, or that have an alloc request.
     pub requests: u32,
     /// Tokens of parked requests.
     pub parked_tokens: u64,
-    /// Slots with a write in flight: the transport must make progress.
+    /// Slots with a write in flight. If there are any, the transport must make progress.
     pub writing: u32,
 }

@@ -14,13 +14,13 @@ use crate::receiver::Route;
 use crate::{LeaseId, Reason, RequestId, VERSION};
 
 impl Receiver {
-    /// Gives free slots to waiting requests until no waiting request can be served.
+    /// Gives free slots to waiting requests until no slot can be given to any of them.
     ///
-    /// Leases of parked requests come first and get one slot each in turn: they hold KV blocks of
-    /// the engine, and each needs only one slot to make progress. Alloc requests that need all
-    /// their slots at once follow in the order in which they came.
+    /// Leases of parked requests come first and get one slot each in turn. They occupy KV blocks of
+    /// the engine, and each lease needs only one slot to make progress. Alloc requests that need
+    /// all their slots at once follow in the order of their arrival.
     ///
-    /// Unread KV makes room for waiting requests.
+    /// If slots are missing, the receiver frees KV that no decode request has come for.
     pub(super) fn serve(&mut self) {
         while let Some(blocked) = self.serve_once() {
             if !self.reclaim(&blocked) {
@@ -47,7 +47,7 @@ impl Receiver {
                     let Some(index) = lease.waiting().next() else {
                         continue;
                     };
-                    // The lease keeps its turn for the next free slot.
+                    // The lease stays in the queue for the next free slot.
                     let Some(slot) = self.slots.take() else {
                         self.waiting.push_back(id);
                         lacks = Some(Blocked::Room);
@@ -61,21 +61,22 @@ impl Receiver {
                         lease: lease.id,
                         slot,
                     });
-                    // One slot per turn: a long prompt must not take all slots before a short one
-                    // gets its first.
+                    // Each lease gets one slot per turn: a long prompt must not take all slots
+                    // before a short prompt gets its first one.
                     grants.entry(id.clone()).or_default().push(index);
                     turn.push_back(id);
                 }
             }
         }
-        // One message per lease instead of one per slot.
+        // The receiver sends one message per lease instead of one message per slot.
         for (id, chunks) in grants {
             self.send_more(&id, &chunks);
         }
         let mut blocked = false;
         let mut exposed = Exposed::default();
-        // A request that needs all its slots at once must not be overtaken by a later one, or it
-        // would wait for ever. A request beyond its host's quota blocks no other request.
+        // No later request may overtake a request that needs all its slots at once: otherwise that
+        // request could wait for ever. A request that exceeds its host's quota blocks no other
+        // request.
         for id in asks {
             match self.try_unparked(&id, blocked, &mut exposed) {
                 Admission::Over => {}
@@ -91,7 +92,8 @@ impl Receiver {
         lacks.or(lend)
     }
 
-    /// Decides on an alloc request without an answer: lease, refusal or wait.
+    /// Decides about an alloc request that has not been answered: grants a lease, refuses it or
+    /// lets it wait.
     pub(super) fn consider(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -144,7 +146,8 @@ impl Receiver {
         }
     }
 
-    /// Grants all slots of an unparked request, if they are free and no other request is before it.
+    /// Grants all slots that an unparked request needs, if they are free and no earlier request
+    /// waits for slots.
     fn try_unparked(&mut self, id: &RequestId, blocked: bool, exposed: &mut Exposed) -> Admission {
         let Some(Allocation::Pending(pending)) = self.requests.get(id).map(|r| &r.allocation)
         else {
@@ -164,17 +167,17 @@ impl Receiver {
         Admission::Over
     }
 
-    /// Returns the number of slots that one host may have without a parked request. This is less
-    /// than the buffer: any process that reaches the port can ask, under any name, and leave its
-    /// slots quarantined for ever.
+    /// Returns the number of slots that one host may have for requests that are not parked. The
+    /// quota is smaller than the buffer: any process that reaches the port can ask for slots under
+    /// any name, and leave them quarantined for ever.
     pub(super) fn host_quota(&self, host: &str) -> usize {
         let total = self.slots.total();
         let kept = if host.is_empty() { 0 } else { total / KEPT };
         (total - kept) as usize
     }
 
-    /// Returns the number of slots that a host has without a parked request, quarantined ones
-    /// included. It goes through all requests: see [`Exposed`].
+    /// Returns the number of slots that a host has for requests that are not parked, including
+    /// quarantined slots. Each call goes through all requests, so [`Exposed`] keeps the result.
     fn host_usage(&self, host: &str) -> usize {
         let quarantined = self.quarantine.values().filter(|q| q.host == host);
         let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
@@ -204,7 +207,7 @@ impl Receiver {
             x,
             ..
         } = pending;
-        // The open slots of a lease that ends early are quarantined, so a peer must not get a lease
+        // If a lease ends early, its open slots are quarantined. So a peer must not get a lease
         // that ends at once.
         let term =
             bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
@@ -248,9 +251,11 @@ impl Receiver {
         Some(lease_id)
     }
 
-    /// Opens the free slots for a new lease and answers the sender.
+    /// Gives free slots to a new lease and answers the sender. The lease gets its other slots
+    /// later.
     fn answer_windowed(&mut self, id: &RequestId, lease_id: LeaseId) {
-        // Leases that wait already come first. A new lease gets the rest.
+        // If other leases already wait for slots, they come first, and the new lease gets no slot
+        // yet.
         let others_wait = self.waiting.iter().any(|w| {
             let lease = self.requests.get(w).and_then(|r| r.lease());
             lease.is_some_and(|l| l.waiting().next().is_some())
@@ -367,15 +372,15 @@ impl Receiver {
     }
 }
 
-/// Number of slots per host, counted once per turn. A new count per alloc request would cost the
-/// square of the number of requests with every event.
+/// Number of slots per host, counted once per event. If every alloc request counted again, the time
+/// per event would grow with the square of the number of requests.
 #[derive(Debug, Default)]
 pub(super) struct Exposed {
     hosts: HashMap<String, usize>,
 }
 
 impl Exposed {
-    /// Returns the number of slots that a host has, counted at the first call.
+    /// Returns the number of slots that a host has. The first call counts them.
     pub(super) fn to(&mut self, host: &str, receiver: &Receiver) -> usize {
         if let Some(&slots) = self.hosts.get(host) {
             return slots;
@@ -394,23 +399,25 @@ impl Exposed {
 /// Result of the attempt to grant an unparked request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
-    /// The request has got its slots, or no longer needs any.
+    /// The request has got its slots, or needs no slots any more.
     Over,
-    /// Its host has reached its quota. Later requests of other hosts need not wait.
+    /// The request waits for its host's quota. Later requests of other hosts do not wait for this
+    /// request.
     Waits,
-    /// There are too few free slots, and no later request may overtake this one.
+    /// The request waits for free slots. No later request may overtake it.
     Blocks,
 }
 
-/// Divisor of the reserve: the unparked requests of one host must leave 1/16 of the buffer free.
-/// The reserve of a buffer of fewer than 16 slots is empty. Parked requests make progress with a
-/// window of a few slots.
+/// Divisor that gives the reserve: the unparked requests of one host must leave 1/16 of the buffer
+/// to others. Parked requests can make progress with that few slots. A buffer of fewer than 16
+/// slots has no reserve.
 const KEPT: u32 = 16;
-/// Time that a parked request still waits after an alloc request with other keys: the alloc request
-/// of its own sender is already on its way or never comes.
+/// Time for which a parked request still waits after an alloc request with other keys. If its own
+/// sender's alloc request does not come within this time, it probably never comes.
 const MISMATCH: Duration = Duration::from_secs(1);
-/// Shortest lease, whatever its sender asks for: slots of a lease that ends are quarantined.
+/// Minimum duration of a lease, even if its sender asks for less: the open slots of a lease that
+/// ends are quarantined.
 const MIN_LEASE: Duration = Duration::from_secs(1);
-/// `retry_ms` in refusals that are temporary: about the time in which the slots of a busy buffer
-/// are used once.
+/// `retry_ms` in temporary refusals: about the time in which a busy buffer uses each of its slots
+/// once.
 const RETRY_MS: u32 = 100;

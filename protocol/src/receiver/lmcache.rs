@@ -1,15 +1,15 @@
-//! LMCache's senders: the receiver lends them slots; they do not know leases.
+//! Serves LMCache's senders. They do not know leases, so the receiver lends them slots.
 //!
 //! An LMCache sender asks for slots by key, writes, and reports the end only to its *proxy*
-//! (`ProxyNotif`). It tells the receiver nothing, not even through NIXL, and the synchronous sender
-//! sends the report even if an earlier batch failed. So the receiver shows a slot to the engine
-//! only if two conditions hold:
+//! (`ProxyNotif`). It sends no report to the receiver, not even through NIXL. The synchronous
+//! sender reports success to the proxy even if an earlier batch failed. So the receiver shows a
+//! slot to the engine only if both conditions hold:
 //!
-//! * the proxy has the sender's report for this request, which the decode request passes on
-//!   (`Await.written`): by then every write of the request has ended, successfully or not;
-//! * the *canaries* in the slot are gone: random bytes that the receiver put all over the slot
-//!   before it lent the slot. A write covers a whole slot. If all canaries are gone, the write is
-//!   complete; if a canary still stands, the write is not complete.
+//! * the proxy has got the sender's report for this request, and the decode request says so
+//!   (`Await.written`). Every write of the request has then ended, successfully or not;
+//! * all *canaries* in the slot are overwritten. Canaries are random bytes that the receiver put
+//!   all over the slot before it lent the slot. A write covers a whole slot. So the write is
+//!   complete if and only if no canary is left.
 //!
 //! ```text
 //!  AllocRequest ──room──▶ Lent ──no canary left──▶ Landed ──Await{written}──▶ a lease, as any other
@@ -18,12 +18,13 @@
 //!    declined          quarantined ──no canary───▶    free
 //! ```
 //!
-//! Each lent slot is written at most once. So if its canaries have been gone for a while, no write
-//! can still arrive, whatever happened to its sender. A key does not say which process writes
-//! where, so `already_sent` never means that the receiver has a key. For *all* keys it means
-//! "declined": the sender writes nothing and reports to its proxy at once, and the decode side
-//! computes. LMCache's own refusal, −1, suppresses this report, and LMCache's proxy would wait for
-//! it for ever; the receiver uses −1 only for requests that no buffer could ever serve.
+//! A sender writes at most once into each lent slot. So if all canaries have been overwritten for a
+//! while, no write can still arrive, even if the sender has died. A key does not show which process
+//! writes into which slot. So the receiver never uses `already_sent` to say that it has a key. If
+//! `already_sent` contains *all* keys, the receiver declines the request: the sender writes nothing
+//! and reports to its proxy at once, and the decode side computes. After LMCache's own refusal, −1,
+//! the sender would send no report, and LMCache's proxy would wait for the report for ever. The
+//! receiver uses −1 only for requests that no buffer could ever serve.
 
 mod claims;
 
@@ -44,7 +45,8 @@ use claims::Claim;
 /// State of all LMCache senders.
 #[derive(Debug, Default)]
 pub(super) struct Lmcache {
-    /// Name of each connection's sender, and whether it knows the current slots.
+    /// Name of each connection's sender; true if the sender knows the addresses of the current
+    /// slots.
     names: BTreeMap<Route, (SenderId, bool)>,
     /// Alloc requests that wait for slots, in the order in which they came.
     asks: VecDeque<Ask>,
@@ -67,14 +69,14 @@ pub(super) struct Ask {
     until: Time,
 }
 
-/// Slots lent for one alloc request; for an asynchronous sender, for all alloc requests of one
-/// request.
+/// Slots that are lent for one alloc request of a synchronous sender, or for all alloc requests of
+/// one request of an asynchronous sender.
 #[derive(Debug)]
 struct Loan {
     lease: LeaseId,
     route: Route,
     sender: SenderId,
-    /// Request of the loan. Absent for synchronous senders, which do not name it.
+    /// Request of the loan. Absent for synchronous senders, which send no request id.
     req: Option<RequestId>,
     chunks: Vec<Lent>,
     /// Slots reserved for later batches of the request.
@@ -82,7 +84,7 @@ struct Loan {
     deadline: Time,
     look: Time,
     pause: Duration,
-    /// Reason of an end before the deadline.
+    /// Reason why the loan ends before its deadline. Absent: it does not.
     reason: Option<Reason>,
 }
 
@@ -91,14 +93,15 @@ struct Loan {
 struct Lent {
     key: String,
     slot: SlotIndex,
-    /// Time at which a check first found no canary; absent before.
+    /// Time at which a check first found no canary. Absent: there was no such check yet.
     landed: Option<Time>,
     /// True if a parked request waits for the check of this slot.
     claimed: bool,
 }
 
 impl Receiver {
-    /// Notes the name of a connection's sender. The quotas count by the host before the first `/`.
+    /// Notes the name of a connection's sender. The quotas use the part of the name before the
+    /// first `/`, which is the host.
     pub(super) fn on_introduced(&mut self, route: Route, sender: SenderId, linked: bool) {
         self.lmcache.names.insert(route, (sender, linked));
     }
@@ -136,8 +139,8 @@ impl Receiver {
         self.decline(route, &sender, &request, refusal);
     }
 
-    /// Ends a request that an asynchronous sender cancels. Batches of the request may still be in
-    /// flight, so the receiver checks its slots like any others.
+    /// Ends a request that an asynchronous sender cancels. Writes of the request may still be in
+    /// flight, so the receiver checks the canaries of its slots before it frees them.
     pub(super) fn on_return(&mut self, route: Route, cancel: &CancelNotif) {
         let (now, (sender, _)) = (self.now, self.lmcache.name(route));
         let req = RequestId(cancel.req_id.clone());
@@ -148,8 +151,8 @@ impl Receiver {
         for ask in off {
             self.decline(ask.route, &ask.sender, &ask.request, Reason::Cancelled);
         }
-        // The cancel applies only to the current loans: LMCache's proxies count from 1 at each
-        // start, so the id will come again.
+        // The cancel applies only to the current loans. A later request can have the same id,
+        // because LMCache's proxies count from 1 at each start.
         for loan in self.lmcache.loans.values_mut() {
             if loan.sender == sender && loan.req.as_ref() == Some(&req) {
                 loan.end(now, Reason::Cancelled);
@@ -158,8 +161,9 @@ impl Receiver {
         self.answer(route, Vec::new(), 0);
     }
 
-    /// Lends slots to waiting alloc requests, in order; a batch of a request with reserved slots
-    /// gets them at once. Returns the resource that an alloc request still waits for.
+    /// Lends slots to waiting alloc requests, in the order of their arrival. A later batch of a
+    /// request gets the slots reserved for it at once. Returns the resource that an alloc request
+    /// still waits for; `None` if none waits.
     pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) -> Option<Blocked> {
         if self.lmcache.asks.is_empty() {
             return None;
@@ -174,14 +178,14 @@ impl Receiver {
             let reserved = loan
                 .and_then(|n| self.lmcache.loans.get(&n))
                 .map_or(0, |l| l.reserved.len());
-            // A request gets all its slots at once: two half-served requests could wait for each
-            // other for ever.
+            // A request gets all its slots at once: two requests with only some of their slots
+            // could wait for each other for ever.
             let beyond = match loan {
                 Some(_) => want.saturating_sub(reserved),
                 None => want.max(ask.request.total_chunks as usize),
             };
             let host = ask.sender.host();
-            // A request beyond its host's quota must not block the requests of other hosts.
+            // A request that exceeds its host's quota must not block the requests of other hosts.
             let waits = beyond > 0 && exposed.to(host, self) + beyond > self.host_quota(host);
             if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
                 let number = self.grant_loan(&ask, loan);
@@ -205,7 +209,7 @@ impl Receiver {
     /// Lends the slots of one alloc request and returns the number of their loan.
     fn grant_loan(&mut self, ask: &Ask, loan: Option<u64>) -> u64 {
         let (now, term) = (self.now, self.config.max_lease);
-        // Later batches of a request join its loan, so that the request ends as a whole.
+        // Later batches of a request are added to its loan, so that all of them end together.
         let number = loan.unwrap_or_else(|| {
             let number = self.lmcache.next;
             self.lmcache.next += 1;
@@ -225,7 +229,8 @@ impl Receiver {
             number
         });
         if let Some(req) = ask.request.request() {
-            // LMCache's proxies count from 1 at each start: an id names its latest request.
+            // LMCache's proxies count from 1 at each start, so from now on the id means the new
+            // request.
             self.ended.renew(&req);
         }
         let Some(loan) = self.lmcache.loans.get_mut(&number) else {
@@ -239,8 +244,8 @@ impl Receiver {
             let Some(slot) = loan.reserved.pop().or_else(|| self.slots.take()) else {
                 break; // `lend` has counted them
             };
-            // The canaries must be in the slot before the sender learns its address: a later canary
-            // would overwrite KV.
+            // The receiver must put the canaries into the slot before it answers the sender: later
+            // canaries could overwrite KV.
             self.actions.push_back(Action::Mark { slot });
             loan.chunks.push(Lent {
                 key: key.clone(),
@@ -250,7 +255,8 @@ impl Receiver {
             });
             slots.push(slot);
         }
-        // No further batch comes after the last one, so the other requests get the reserved slots.
+        // After the last batch no further batch comes, so the reserved slots become free for other
+        // requests.
         let all = ask.request.total_chunks as usize;
         if ask.request.is_last_batch || ask.request.request().is_none() {
             for slot in std::mem::take(&mut loan.reserved) {
@@ -292,7 +298,7 @@ impl Receiver {
                     loan.end(self.now, reason);
                 }
             }
-            // The decode request may be on its way: it must learn the reason.
+            // A decode request may still come. The receiver remembers the reason for its answer.
             let heard = Heard {
                 question: None,
                 awaited: false,
@@ -300,8 +306,8 @@ impl Receiver {
             self.ended.insert(&req, Some(reason), heard, self.now);
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
-        // The peer chose both numbers, and they may be absurd: this may be the reason of the
-        // refusal.
+        // The peer chose both numbers. They can be nonsense, and this can even be the reason for
+        // the refusal.
         let full = chunks.saturating_sub(1);
         let tokens = full.saturating_mul(self.config.chunk_tokens);
         let tokens = tokens.saturating_add(asked.last_chunk_toks);
@@ -333,7 +339,7 @@ impl Receiver {
             && asked.shape == layout.shape(first)
     }
 
-    /// Returns the number of quarantined slots that LMCache senders of a host did not write.
+    /// Returns the number of quarantined slots of one host's LMCache senders.
     fn lent_and_lost_by(&self, host: &str) -> usize {
         let of_host = |q: &&Quarantine| q.sender.is_lmcache() && q.sender.host() == host;
         let all = self.quarantine.values().filter(of_host);
@@ -358,17 +364,18 @@ impl Lmcache {
         &self.asks
     }
 
-    /// Returns the loans that later batches of a request belong to.
+    /// Returns the number of the loan to which later batches of a request belong, by sender and
+    /// request.
     fn named(&self) -> BTreeMap<(SenderId, RequestId), u64> {
         let going = self.loans.iter().filter(|(_, l)| l.reason.is_none());
-        // If two loans have the same name, the later one counts.
+        // If two loans have the same sender and request, the later loan counts.
         going
             .filter_map(|(number, l)| Some(((l.sender.clone(), l.req.clone()?), *number)))
             .collect()
     }
 
-    /// Forgets a lost connection and its waiting alloc requests. Lent slots stay lent: writes may
-    /// still arrive.
+    /// Forgets a lost connection and its waiting alloc requests. Its lent slots stay lent, because
+    /// writes may still arrive.
     pub(super) fn lost(&mut self, route: Route) {
         self.names.remove(&route);
         self.asks.retain(|ask| ask.route != route);
@@ -399,8 +406,8 @@ impl Lmcache {
         loans.map(|l| l.chunks.len() + l.reserved.len()).sum()
     }
 
-    /// Returns the number of slots with a possible write in flight: the transport must make
-    /// progress.
+    /// Returns the number of slots into which a write may be in flight. If there are any, the
+    /// transport must make progress.
     pub(super) fn writing(&self) -> usize {
         let all = self.loans.values().flat_map(|l| &l.chunks);
         all.filter(|c| c.landed.is_none()).count()
@@ -412,7 +419,7 @@ impl Lmcache {
 }
 
 impl Loan {
-    /// Ends a loan: the receiver checks its slots once more.
+    /// Ends a loan as soon as the receiver has checked its slots once more.
     fn end(&mut self, now: Time, reason: Reason) {
         self.reason.get_or_insert(reason);
         self.deadline = self.deadline.min(now);
@@ -420,7 +427,7 @@ impl Loan {
 }
 
 impl SenderId {
-    /// Returns true for LMCache's senders, which have epoch 0. Our sidecars never do.
+    /// Returns true for LMCache's senders. They have epoch 0, which our sidecars never have.
     pub(super) fn is_lmcache(&self) -> bool {
         self.epoch == Epoch(0)
     }
@@ -430,9 +437,9 @@ impl SenderId {
     }
 }
 
-/// Time of the first check of a lent slot. The pause doubles after each check, up to
+/// Time from the loan to the first check of its slots. The pause doubles after each check, up to
 /// [`LAST_PAUSE`].
 const FIRST_LOOK: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
-/// Name in records for the request of a synchronous sender.
+/// Request id in the records of synchronous senders, which send no id.
 const NO_REQUEST: &str = "-";

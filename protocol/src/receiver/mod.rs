@@ -1,8 +1,8 @@
 //! The receiving side of the handshake: gives senders slots to write into, and tells the engine
 //! when it may read them.
 //!
-//! A request has two sides, which come in any order: the decode engine *parks* the request, and a
-//! sender *asks* for slots.
+//! A request has two sides: the decode engine *parks* the request, and a sender *asks* for slots.
+//! Either side can come first.
 //!
 //! ```text
 //!                     ┌────────── parked ──────────┐
@@ -14,17 +14,18 @@
 //! ```
 //!
 //! *Parked grants* are a sliding window: each slot that becomes free goes to the next waiting lease
-//! in turn, so any prompt fits any buffer. *Unparked grants* are all or nothing, within the
-//! sender's timeout. The receiver first holds a request without a decode request for `park_ms`,
-//! because the decode request says which tokens the engine already has.
+//! in turn, so a prompt of any length can pass through a buffer of any size. *Unparked grants*
+//! contain all slots at once; if they are not free within the sender's timeout, the receiver
+//! refuses the request. If the decode request has not come yet, the receiver first waits for it for
+//! `park_ms`, because the decode request tells which tokens the engine already has.
 //!
-//! The receiver tells the engine about a slot only after `Written` with the lease's id and this
-//! epoch. It frees a slot only when no peer can still write into it: after the sender's
-//! confirmation (`Written`, `CancelNotif`), or after a [`Event::Fenced`] if the slot was
-//! quarantined.
+//! The receiver tells the engine about a slot only after a `Written` with the id of the slot's
+//! lease and the present epoch. It frees a slot only when no peer can still write into it: after
+//! the sender's confirmation (`Written`, `CancelNotif`), or after a [`Event::Fenced`] if the slot
+//! was quarantined.
 //!
-//! A duplicate of a message changes nothing. A lost message is repaired by its repetition or by
-//! `Extend`. The receiver answers an unknown lease with `Unwanted`.
+//! A duplicate of a message changes nothing. If a message is lost, its repetition or `Extend`
+//! repairs the loss. The receiver answers an unknown lease with `Unwanted`.
 
 mod ended;
 mod engine;
@@ -59,15 +60,17 @@ pub struct Receiver {
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
     leases: BTreeMap<LeaseId, RequestId>,
-    /// IP address of each connection's peer, from the socket and not from the peer's messages.
+    /// IP address of each connection's peer. It comes from the socket, because a peer could lie in
+    /// its messages.
     hosts: BTreeMap<Route, String>,
     /// Requests that wait for slots, in the order in which they began to wait.
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
     ended: Ended,
-    /// Senders with KV that was read.
+    /// Senders whose KV was read recently.
     readers: Readers,
-    /// Counter for the names of old requests with slots in use whose id a new request takes.
+    /// Counter for new names of old requests. An old request gets a new name if its slots are still
+    /// in use and a new request has its id.
     set_aside: u64,
     lmcache: Lmcache,
     rng: StdRng,
@@ -222,7 +225,7 @@ impl Receiver {
 }
 
 impl Request {
-    /// Returns the next deadline of this request.
+    /// Returns the next deadline of this request; `None` if it has none.
     fn deadline(&self) -> Option<Time> {
         let parked = self.parked.as_ref().map(|p| match self.allocation {
             Allocation::None => p.deadline.min(p.no_sender),
@@ -231,7 +234,7 @@ impl Request {
         let allocation = match &self.allocation {
             Allocation::None => None,
             Allocation::Pending(pending) => Some(pending.park.unwrap_or(pending.wait)),
-            // A lease that is written in full and parked needs no more messages from its sender.
+            // A parked request whose chunks are all written needs no more messages from its sender.
             Allocation::Leased(lease) if lease.is_written() && self.parked.is_some() => None,
             Allocation::Leased(lease) => Some(lease.deadline),
         };
@@ -239,7 +242,7 @@ impl Request {
     }
 }
 
-/// Returns a time that a peer states (`lease_ms`, `wait_ms`, `park_ms`), at most `max`.
+/// Returns a time that a peer asks for (`lease_ms`, `wait_ms`, `park_ms`), but at most `max`.
 fn bounded(ms: u32, max: Duration) -> Duration {
     Duration::from_millis(u64::from(ms)).min(max)
 }

@@ -22,7 +22,8 @@ impl Receiver {
         }
     }
 
-    /// Handles an alloc request: answers a repetition again, refuses the request or holds it.
+    /// Handles an alloc request: repeats the answer to a repetition, refuses the request or holds
+    /// it.
     fn on_alloc(&mut self, route: Route, asked: AllocRequest) {
         let Some(x) = asked.x.clone() else {
             self.on_borrow(route, asked);
@@ -34,8 +35,8 @@ impl Receiver {
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
                     && lease.sender.epoch == x.epoch
-                    // The answer contains the lease's id and has the size of the keys. So the
-                    // repetition must come from the same host with as many keys.
+                    // The answer contains the lease's id, and has one entry per key. So the
+                    // repetition must come from the same host and have the same number of keys.
                     && lease.host == host
                     && lease.keys.len() == asked.keys.len() =>
             {
@@ -54,8 +55,8 @@ impl Receiver {
             }
             _ => {}
         }
-        // The sender is reachable, so it can say which quarantined slots are free. This may make
-        // room.
+        // The sender is reachable, so the receiver asks it which quarantined slots are free. Its
+        // answer may make room.
         self.ask_about_quarantined(route, &host, &x);
         if let Err(reason) = self.admit(&id, &asked, &x, route, &host) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
@@ -82,8 +83,8 @@ impl Receiver {
     }
 
     /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The
-    /// receiver names only leases of the sender's host: a process that knows a lease's id can free
-    /// its slots, and a process can take any name.
+    /// receiver names only leases that were granted to the same host: any process can use this
+    /// sender's name, and a process that knows a lease's id can free the lease's slots.
     fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
@@ -139,7 +140,7 @@ impl Receiver {
     }
 
     /// Returns true if the table of requests is full, or if this connection or its host has reached
-    /// its quota. The quota keeps room for other senders and for the engine's own requests.
+    /// its quota. The quota keeps room for other senders and for parked requests.
     fn is_full_for(&self, route: Route, host: &str) -> bool {
         let max = self.config.max_requests;
         if self.requests.len() >= max {
@@ -155,7 +156,7 @@ impl Receiver {
             connection += usize::from(from.0 == route);
             all += usize::from(*from.1 == *host);
         }
-        // One connection may have half of the table, one host three quarters.
+        // One connection may have half of the table, and one host three quarters.
         connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
     }
 
@@ -202,8 +203,8 @@ impl Receiver {
         }
     }
 
-    /// Handles the report that chunks are written: closes their slots, shows them to the engine and
-    /// acknowledges.
+    /// Handles the report that chunks are written: closes their slots, tells the engine and
+    /// acknowledges the report.
     fn on_written(&mut self, route: Route, written: &Written) {
         if self.quarantine.contains_key(&written.lease) {
             // The sender reports that these writes have ended, so no write can still arrive in
@@ -225,8 +226,8 @@ impl Receiver {
                     let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
                         continue; // a repetition
                     };
-                    // The message names another slot than the granted one: the chunk is not in this
-                    // slot.
+                    // If the message names a slot that was not granted for this chunk, the granted
+                    // slot does not contain the chunk.
                     if slot.0 != index {
                         continue;
                     }
@@ -252,9 +253,9 @@ impl Receiver {
         self.send(route, ToSender::Ack(ack));
     }
 
-    /// Returns the chunks of a `Written` whose checksums must be compared: each open chunk in its
-    /// granted slot, once, even if the message repeats it. So each slot is summed at most once per
-    /// grant, and a message cannot cause more work than its written chunks.
+    /// Returns the chunks of a `Written` message whose checksums must be compared: each open chunk
+    /// with its granted slot, once, even if the message repeats the chunk. So the receiver computes
+    /// at most one checksum per granted slot, and a peer cannot cause unlimited work.
     pub fn unchecked(&self, written: &Written) -> Vec<Unchecked> {
         let id = self
             .leases
@@ -313,8 +314,8 @@ impl Receiver {
         }
     }
 
-    /// Ends a lease by the sender's confirmation, and quarantines the slots that the sender calls
-    /// dirty.
+    /// Ends a lease after the sender's confirmation, and quarantines the slots in the message's
+    /// list `dirty`.
     fn on_cancel(&mut self, route: Route, cancel: &CancelNotif) {
         if let Some(x) = &cancel.x {
             let named = set(&x.dirty);
@@ -365,17 +366,17 @@ impl Receiver {
     }
 }
 
-/// Returns true if the rest of an old request gives way to a new alloc request with the same id:
-/// the old request is not wanted any more, or it is fully written without a decode request and the
-/// new alloc request comes from the same host.
+/// Returns true if a new alloc request with the same id may replace an old request. It may if the
+/// old request is not wanted any more. It may also if the old request is completely written, no
+/// decode request has come for it, and the new alloc request comes from the same host.
 fn gives_way_to_question(old: &Request, host: &str) -> bool {
     let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
     let lease = old.lease().filter(|_| old.parked.is_none());
     old.lent.is_empty() && lease.is_some_and(|lease| lease.end_reason.is_some() || idle(lease))
 }
 
-/// Returns the numbers of a message's list as a set. A search in the list itself would cost its
-/// length for each chunk of the lease: seconds if both are long.
+/// Returns the numbers of a message's list as a set. A search in the list for each chunk of the
+/// lease would take seconds if the list and the lease are long.
 fn set(list: &[u32]) -> HashSet<u32> {
     list.iter().copied().collect()
 }

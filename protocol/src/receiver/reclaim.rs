@@ -2,10 +2,10 @@
 //!
 //! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
 //! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
-//! few requests fills the buffer, and all other requests wait for its deadline. So when a request
-//! waits for slots, the receiver frees the oldest KV of a sender without recent reads. A sender
-//! with recent reads keeps all of its KV: its proxy does send decode requests, and they may still
-//! be queued.
+//! few requests fills the buffer, and all other requests wait until that KV expires. So when a
+//! request waits for slots, the receiver frees the oldest KV whose sender has no recent reads. A
+//! sender has recent reads if decode requests have read its KV. The receiver keeps all KV of such a
+//! sender: more decode requests will come, and they may still be queued in the engine.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use super::{Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
-/// Senders with recent reads, and the number of leases that have expired unread since the last
-/// read.
+/// Senders with recent reads. For each sender: the number of times that its KV has expired unread
+/// since the last read.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     unread: BTreeMap<String, u32>,
@@ -50,18 +50,19 @@ impl Readers {
 pub(super) enum Blocked {
     /// Free slots.
     Room,
-    /// Part of the quota of this host.
+    /// Slots within the quota of this host.
     Share(String),
 }
 
 impl Receiver {
-    /// Frees the oldest KV that seems unread. Returns true if it freed any.
+    /// Frees the oldest KV for which no decode request seems to come. Returns true if there was
+    /// such KV.
     pub(super) fn reclaim(&mut self, blocked: &Blocked) -> bool {
         let now = self.now;
         let lease = match blocked {
             Blocked::Room => self.idle_leases().min().filter(|(at, _)| *at <= now),
-            // The quota of a host counts only slots that are lent or open for writes, so to free
-            // written leases would not help.
+            // The quota of a host counts only slots that are lent or open for writes, so it does
+            // not help to free written slots of a lease.
             Blocked::Share(_) => None,
         };
         let loans = self.lmcache.idle(&self.readers);
@@ -81,15 +82,15 @@ impl Receiver {
         true
     }
 
-    /// Returns the time at which the next KV may be freed for the waiting requests; `None` if no
-    /// request waits.
+    /// Returns the time from which further KV may be freed for the waiting requests; `None` if no
+    /// request waits or there is no such KV.
     pub(super) fn reclaim_at(&self) -> Option<Time> {
         if self.waiting.is_empty() && self.lmcache.asks().is_empty() {
             return None;
         }
         let leases = self.idle_leases().map(|(at, _)| at);
         let loans = self.lmcache.idle(&self.readers).map(|(at, ..)| at);
-        // KV that may be freed already did not help the waiting requests.
+        // KV that could be freed before now was not useful for the waiting requests.
         leases.chain(loans).filter(|at| *at > self.now).min()
     }
 
@@ -111,8 +112,9 @@ impl Receiver {
         self.settle_over(id, Reason::Unclaimed);
     }
 
-    /// Makes the id free for a new request. If `gives_way`, the rest of the old request ends under
-    /// a name of its own. The name contains a control character, which no id of a proxy contains.
+    /// Makes the id free for a new request if `gives_way` permits it. The old request then ends
+    /// under a new name. The name contains a control character, so that no proxy can use it as an
+    /// id.
     pub(super) fn make_way(&mut self, id: &RequestId, gives_way: impl Fn(&Request) -> bool) {
         let old = self.requests.get(id);
         let gives_way = old.is_some_and(|old| {
@@ -148,9 +150,11 @@ impl Receiver {
     }
 }
 
-/// Time that unread KV is kept at least: a decode request that is sent at once arrives earlier.
+/// Minimum time for which unread KV is kept. It is long enough for a decode request that the proxy
+/// sends at once.
 const GRACE: Duration = Duration::from_millis(500);
-/// Number of unread leases in a row after which a sender loses its protection.
+/// If this number of a sender's leases or loans in a row expire unread, the receiver no longer
+/// keeps the sender's KV.
 const UNREAD: u32 = 4;
-/// Most senders that the receiver remembers.
+/// Maximum number of senders that the receiver remembers.
 const MAX_READERS: usize = 1024;

@@ -12,19 +12,19 @@ use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 /// One request: its decode side and its sender side.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Decode side; absent until its request waits.
+    /// Decode side. Absent: no decode request is parked.
     pub(super) parked: Option<Parked>,
     /// Sender side.
     pub(super) allocation: Allocation,
     /// Slots that the engine may still read although the request has ended.
     pub(super) lent: Vec<(EngineId, u32, SlotIndex)>,
-    /// Sides that have sent a message.
+    /// Messages that have come from both sides.
     pub(super) heard: Heard,
-    /// Result so far; reported at the end.
+    /// Result so far, which the receiver reports at the end.
     pub(super) record: Record,
 }
 
-/// A decode request that waits in its engine with its KV blocks allocated.
+/// A decode request that waits in its engine, with its KV blocks allocated.
 #[derive(Debug)]
 pub(super) struct Parked {
     pub(super) engine: EngineId,
@@ -36,7 +36,7 @@ pub(super) struct Parked {
     pub(super) deadline: Time,
     /// Deadline for the first alloc request.
     pub(super) no_sender: Time,
-    /// True if an alloc request came with other keys.
+    /// True if an alloc request with other keys has come.
     pub(super) mismatched: bool,
 }
 
@@ -45,7 +45,7 @@ pub(super) struct Parked {
 pub(super) enum Allocation {
     /// No sender has asked.
     None,
-    /// A sender has asked and has no answer yet.
+    /// A sender has asked for slots and has got no answer yet.
     Pending(Pending),
     /// A sender may write under a lease.
     Leased(Lease),
@@ -59,9 +59,10 @@ pub(super) struct Pending {
     pub(super) host: String,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
-    /// Time until which the receiver waits for the decode request; absent after this time.
+    /// Time until which the receiver waits for the decode request. Absent: it no longer waits for
+    /// it.
     pub(super) park: Option<Time>,
-    /// Time until which the receiver waits for free slots; not before `park`.
+    /// Time until which the receiver waits for free slots. It is not before `park`.
     pub(super) wait: Time,
 }
 
@@ -78,16 +79,16 @@ pub(super) struct Lease {
     pub(super) seq: u64,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// `have_tokens` of the answer: the chunk that contains this token begins there.
+    /// `have_tokens` of the answer. The chunk that contains this token begins at this token.
     pub(super) first_token: u32,
     pub(super) chunks: Vec<Chunk>,
     /// Time by which each message of the sender extends the lease.
     pub(super) term: Duration,
     pub(super) deadline: Time,
-    /// Time since which all chunks have been written without a decode request. Absent if this has
-    /// not happened.
+    /// Time at which all chunks were written and no decode request had come. Absent: this has not
+    /// happened.
     pub(super) idle: Option<Time>,
-    /// Reason of the end. Set when the data is not wanted any more and only the sender's
+    /// Reason of the end. It is present if the data is not wanted any more and only the sender's
     /// confirmation is missing.
     pub(super) end_reason: Option<Reason>,
 }
@@ -101,14 +102,14 @@ pub(super) struct Lease {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    /// The decode side already has the tokens of this chunk: it never gets a slot.
+    /// The decode side already has the tokens of this chunk, so the chunk never gets a slot.
     Skipped,
     /// The chunk has no slot yet.
     Waiting,
     /// The sender may write into the slot. `writing` is true after the sender has announced its
     /// write.
     Open { slot: SlotIndex, writing: bool },
-    /// The chunk is complete, and the engine does not know it yet.
+    /// The chunk is complete, but the receiver has not told the engine yet.
     Written { slot: SlotIndex },
     /// The engine may read the slot.
     Ready { slot: SlotIndex },

@@ -19,10 +19,10 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
-    /// Ends the decode request without (all of) its KV.
+    /// Ends a decode request that has not got all of its KV.
     ///
-    /// If `tell` is true, the receiver tells the engine; it is false if the engine is gone. Slots
-    /// that the engine may still read stay lent until the engine releases them.
+    /// Tells the engine if `tell` is true; `tell` is false if the engine is gone. Slots that the
+    /// engine may still read stay lent until the engine releases them.
     pub(super) fn end_parked(&mut self, id: &RequestId, reason: Reason, tell: bool) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -50,8 +50,8 @@ impl Receiver {
         }
     }
 
-    /// Ends a lease whose rest is not wanted: frees the written chunks, and waits for the sender's
-    /// confirmation for the open slots.
+    /// Ends a lease whose remaining chunks are not wanted: frees the slots of written chunks, and
+    /// waits for the sender's confirmation before it frees the open slots.
     pub(super) fn settle_over(&mut self, id: &RequestId, reason: Reason) {
         let Some(lease) = self.requests.get_mut(id).and_then(Request::lease_mut) else {
             return;
@@ -98,8 +98,8 @@ impl Receiver {
         self.send(lease.route, ToSender::Unwanted(unwanted));
     }
 
-    /// Ends a lease now. Its open slots are quarantined if `dirty`; else they are free, because the
-    /// sender has confirmed that it does not write.
+    /// Ends a lease now. Quarantines the open slots for which `dirty` returns true. Frees the other
+    /// open slots, because the sender has confirmed that it does not write into them.
     pub(super) fn end_lease(
         &mut self,
         id: &RequestId,
@@ -112,13 +112,12 @@ impl Receiver {
         let Allocation::Leased(lease) = &mut request.allocation else {
             return;
         };
-        // A cancel after the last `Written` changes nothing: the decode request may still read the
-        // chunks.
+        // If all chunks are written, the lease stays: the decode request may still read them.
         if lease.is_written() && lease.end_reason.is_none() {
             return;
         }
-        // An open slot may still be the target of a write. A written slot cannot, and a ready slot
-        // stays with the engine.
+        // A write may still arrive in an open slot. No write can arrive in a written slot. The
+        // engine keeps the ready slots until it releases them.
         let mut quarantined = Vec::new();
         let mut freed = Vec::new();
         let mut written = Vec::new();
@@ -174,8 +173,8 @@ impl Receiver {
         self.forget_if_empty(id);
     }
 
-    /// Ends the sender's part of a request after its connection is lost: open slots are
-    /// quarantined, because writes may still arrive.
+    /// Ends the sender's part of a request after the connection is lost. Quarantines the open
+    /// slots, because writes may still arrive.
     pub(super) fn lose_sender(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -200,7 +199,7 @@ impl Receiver {
         }
     }
 
-    /// Frees quarantined slots after the proof that no write can still arrive.
+    /// Frees quarantined slots after a proof that no write can still arrive in them.
     pub(super) fn on_fenced(&mut self, sender: &SenderId, lease: Option<LeaseId>) {
         let proven: Vec<LeaseId> = self
             .quarantine
@@ -269,7 +268,7 @@ impl Receiver {
         if late.is_empty() {
             return;
         }
-        // The receiver tries once more to serve the late requests: this very event may have freed
+        // The receiver tries once more to serve these requests, because this event may have freed
         // slots.
         self.serve();
         for id in late {
@@ -280,8 +279,8 @@ impl Receiver {
         }
     }
 
-    /// Acts on the deadlines of one request. Returns true if its alloc request has waited long
-    /// enough for slots.
+    /// Acts on the deadlines of one request. Returns true if the time in which its alloc request
+    /// may wait for slots is over.
     fn on_due(&mut self, id: &RequestId) -> bool {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -305,8 +304,8 @@ impl Receiver {
         match &mut request.allocation {
             Allocation::None => {}
             Allocation::Pending(pending) => {
-                // The wait for the decode request is over: from now on the request waits for slots
-                // only.
+                // The request no longer waits for its decode request. From now on it waits only for
+                // slots.
                 if pending.park.is_some_and(|t| t <= now) {
                     pending.park = None;
                     self.consider(id);
@@ -341,7 +340,7 @@ impl Receiver {
         }
     }
 
-    /// Forgets a request that has neither side nor slots any more, and reports its record.
+    /// Forgets a request without a decode request, sender and slots, and reports its record.
     pub(super) fn forget_if_empty(&mut self, id: &RequestId) {
         let empty = self.requests.get(id).is_some_and(|r| {
             r.parked.is_none() && matches!(r.allocation, Allocation::None) && r.lent.is_empty()

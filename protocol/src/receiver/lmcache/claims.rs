@@ -1,4 +1,4 @@
-//! Turns lent slots into a lease of a parked request, and frees slots that no request claims.
+//! Turns the lent slots of a parked request into a lease, and frees slots that no request claims.
 
 use super::{LAST_PAUSE, Lent, Loan};
 use crate::layout::{chunk_span, chunks_of};
@@ -26,7 +26,7 @@ impl Receiver {
     /// its writes.
     ///
     /// A loan that names the request comes first, then loans without a request, oldest first. If
-    /// several synchronous senders have the same prompt, the canaries tell which of them has
+    /// several synchronous senders have the same prompt, the canaries show which sender has
     /// written.
     pub(in crate::receiver) fn claim(&mut self, id: &RequestId) {
         let chunk_tokens = self.config.chunk_tokens;
@@ -58,8 +58,8 @@ impl Receiver {
         self.actions.push_back(Action::CheckCanary { slots });
     }
 
-    /// Handles the result of a check: `gone` are the slots without canaries, `there` the slots with
-    /// some left.
+    /// Handles the result of a check: in the slots `gone` all canaries are overwritten, in the
+    /// slots `there` at least one is left.
     pub(in crate::receiver) fn on_canary_checked(
         &mut self,
         gone: &[SlotIndex],
@@ -99,7 +99,7 @@ impl Receiver {
         self.end_loans();
     }
 
-    /// Turns written slots into a lease, as if one of our sidecars had written them.
+    /// Turns written slots into a lease, as if one of our sidecars had written into them.
     fn take_over(&mut self, id: &RequestId, picks: &[(usize, u64, SlotIndex)]) {
         let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
         let token_bytes = self.config.token_bytes;
@@ -171,7 +171,8 @@ impl Receiver {
         if !self.lmcache.asks.iter().any(|ask| ask.until <= now) {
             return;
         }
-        // The receiver tries once more to serve them: this very event may have freed slots.
+        // The receiver tries once more to serve these alloc requests, because this event may have
+        // freed slots.
         self.lend(false, &mut Exposed::default());
         let asks = std::mem::take(&mut self.lmcache.asks);
         let (late, waiting): (VecDeque<_>, _) = asks.into_iter().partition(|a| a.until <= now);
@@ -181,11 +182,12 @@ impl Receiver {
         }
     }
 
-    /// Ends loans whose deadline has passed, after a check: frees the written slots and quarantines
-    /// the others.
+    /// Ends loans whose deadline has passed, after a check of their canaries: frees the written
+    /// slots and quarantines the others.
     fn end_loans(&mut self) {
         let now = self.now;
-        // A claimed slot waits for its check, which decides about the KV.
+        // A loan with a claimed slot does not end yet: the check of that slot decides whether its
+        // KV is complete.
         let over = |l: &Loan| l.deadline <= now && !l.chunks.iter().any(|c| c.claimed);
         let over: Vec<u64> = self
             .lmcache
@@ -198,7 +200,7 @@ impl Receiver {
             let Some(loan) = self.lmcache.loans.get_mut(&number) else {
                 continue;
             };
-            // The canaries vanished just now, so the write may still be in flight.
+            // If the last canary was overwritten only recently, the write may still be in flight.
             if let Some(fresh) = loan.fresh(now) {
                 loan.deadline = fresh;
                 continue;
@@ -206,8 +208,8 @@ impl Receiver {
             let Some(loan) = self.lmcache.loans.remove(&number) else {
                 continue;
             };
-            // A slot with canaries was not written. Its sender may still write, so no other request
-            // may get it.
+            // A slot with canaries was not written completely. Its sender may still write, so no
+            // other request may get the slot.
             let mut lost = Vec::new();
             for lent in &loan.chunks {
                 match lent.landed {
@@ -220,7 +222,8 @@ impl Receiver {
             }
             let reason = match loan.reason {
                 Some(reason) => reason,
-                // The KV was written but not read, which counts against the sender.
+                // The KV was written but not read. After several such loans the sender's KV loses
+                // its protection.
                 None if lost.is_empty() => {
                     self.readers.unread(&loan.sender);
                     Reason::Unclaimed
@@ -231,8 +234,8 @@ impl Receiver {
             if lost.is_empty() {
                 continue;
             }
-            // LMCache's senders report nothing to the receiver, so a check of the canaries, or a
-            // fence, must free the slots.
+            // LMCache's senders report nothing to the receiver. So the slots become free only after
+            // a check of the canaries, or after the proof that the sender's process has ended.
             self.lmcache.next_look.get_or_insert(now + LAST_PAUSE);
             self.quarantine.insert(
                 loan.lease,
@@ -250,7 +253,7 @@ impl Receiver {
         }
     }
 
-    /// Reports the record of a loan that no decode request has read.
+    /// Reports the record of a loan whose KV no decode request has read.
     fn record_loan(&mut self, loan: &Loan, reason: Reason) {
         if loan.chunks.is_empty() {
             return; // all of its slots were claimed
@@ -268,8 +271,8 @@ impl Receiver {
         }));
     }
 
-    /// Frees quarantined slots without canaries at two checks a second apart: each has had its one
-    /// write.
+    /// Frees quarantined slots in which two checks, one second apart, found no canary: the slot's
+    /// only write has ended.
     fn settle_quarantine(&mut self, gone: &HashSet<SlotIndex>, there: &HashSet<SlotIndex>) {
         let marked: Vec<LeaseId> = self
             .quarantine
@@ -323,8 +326,8 @@ impl Receiver {
 }
 
 impl super::Lmcache {
-    /// Returns the written loans without a decode request, with the time from which each may be
-    /// freed, its number and its sender's host.
+    /// Returns the written loans without a decode request: the time from which each may be freed,
+    /// its number and its sender's host.
     pub(in crate::receiver) fn idle<'a>(
         &'a self,
         readers: &'a Readers,
@@ -338,8 +341,8 @@ impl super::Lmcache {
         })
     }
 
-    /// Claims an unclaimed slot for each key that has one, and returns the slots in the order of
-    /// the keys.
+    /// Claims one unclaimed slot for each key that has such a slot, and returns the slots in the
+    /// order of the keys.
     fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
         let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();
         let mut found: HashMap<&str, Vec<_>> = HashMap::new();
@@ -350,8 +353,8 @@ impl super::Lmcache {
             }
             for c in loan.chunks.iter().filter(|c| !c.claimed) {
                 if let Some(&key) = wanted.get(c.key.as_str()) {
-                    // Best first: the loan names the request, then the slot is known to be written,
-                    // then the loan is the oldest.
+                    // The order of preference: slots of a loan that names the request, then slots
+                    // that are known to be written, then slots of older loans.
                     let rank = (!named, c.landed.is_none(), number);
                     found.entry(key).or_default().push((rank, c.slot));
                 }
@@ -411,8 +414,8 @@ impl super::Lmcache {
 }
 
 impl Loan {
-    /// Returns the time until which the loan's most recently written slot must rest; `None` if no
-    /// slot has to.
+    /// Returns the time before which the loan's most recently written slot must not become free;
+    /// `None` if all its slots may.
     fn fresh(&self, now: Time) -> Option<Time> {
         let landed = self.chunks.iter().filter_map(|c| c.landed);
         landed
