@@ -14,8 +14,8 @@ impl Sender {
         self.set_aside(&id);
         if let Err(reason) = self.admit(&asked) {
             self.tell_ended(engine, &id, Some(reason), 0);
-            // The request in flight sends the only notification to the proxy, unless it has sent it
-            // already: two notifications for one id would contradict each other.
+            // If a request with this id is in flight, that request will notify the proxy. A second
+            // notification for the same id could contradict it.
             let owes = self.requests.get(&id).is_some_and(|r| r.engine.is_some());
             if reason != Reason::Duplicate || !owes {
                 self.actions.push_back(Action::Notify {
@@ -57,7 +57,7 @@ impl Sender {
 
     /// Renames a request that waits only for its receiver's last answer, so that a new request can
     /// use the id. The engine and the proxy already know that the old request has ended. The new
-    /// name contains a control character, which no id of an engine contains.
+    /// name contains a control character, so that no engine can use it as an id.
     fn set_aside(&mut self, id: &RequestId) {
         let ended = self.requests.get(id).is_some_and(|old| {
             old.engine.is_none() && !matches!(old.phase, Phase::Feeding(_) | Phase::Linking)
@@ -83,8 +83,8 @@ impl Sender {
         } else if self.draining {
             Err(Reason::Draining)
         } else if asked.keys.is_empty() && asked.tokens > 0 && !asked.req.0.is_empty() {
-            // The engine moves no KV of this request. The refusal sends the notification that the
-            // proxy waits for.
+            // The engine moves no KV of this request. The refusal also notifies the proxy, which
+            // waits for this notification.
             Err(Reason::PushOff)
         } else if asked.req.0.is_empty() || chunks != asked.keys.len() {
             Err(Reason::BadRequest)
@@ -98,7 +98,8 @@ impl Sender {
     }
 
     /// Sends the first alloc request of a request, after the handshake with its receiver. From now
-    /// on the decode side can learn how the request ends, so the proxy may send the decode request.
+    /// on the receiver knows the request and can tell the decode engine its end. So the proxy may
+    /// send the decode request.
     pub(super) fn ask(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -188,7 +189,8 @@ impl Sender {
         }
     }
 
-    /// Marks chunks as gathered, and posts their write or watches the event that they wait for.
+    /// Marks chunks as gathered, and posts their write. For an LMCache receiver, it asks for slots
+    /// or waits for the chunks' event instead.
     pub(super) fn on_staged(&mut self, engine: EngineId, message: &Staged) {
         let Some(request) = self.requests.get_mut(&message.req) else {
             return;
@@ -199,8 +201,8 @@ impl Sender {
         request.progress = self.now;
         request.record.gather_us += message.gather_us;
         let after = message.event.map(|event| After { engine, event });
-        // The GPU may still be gathering: LMCache's receivers show a key before it is written, so
-        // the sender asks for the key only after the event has fired.
+        // The GPU may still be gathering the chunks. LMCache's receivers show a key before its KV
+        // is written, so the sender asks for the key only after the event has fired.
         let watch = after.map(|_| WatchId(self.next_watch));
         for &index in &message.chunks {
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
@@ -217,7 +219,8 @@ impl Sender {
                 _ => {}
             }
         }
-        // For an LMCache receiver the slot comes first and the write later.
+        // From an LMCache receiver the sender must first get slots; it posts the write with the
+        // answer.
         if matches!(request.phase, Phase::Feeding(_)) {
             match after.zip(watch) {
                 Some((after, watch)) => {
@@ -258,14 +261,14 @@ impl Sender {
         }
     }
 
-    /// Takes the result of a handshake, and sends the alloc requests that waited for it.
+    /// Notes the result of a handshake, and sends the alloc requests that waited for it.
     pub(super) fn on_linked(&mut self, to: &Target, link: Link) {
         let epoch = match &link {
             Link::Up { epoch, .. } => Some(*epoch),
             Link::Lmcache(_) | Link::Making(_) => None,
         };
         self.links.insert(to.clone(), link);
-        // The receiver has restarted: these leases belong to memory that no longer exists.
+        // If the receiver has restarted, the old leases belong to memory that no longer exists.
         let stale: Vec<RequestId> = self
             .requests
             .iter()

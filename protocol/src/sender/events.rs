@@ -14,27 +14,30 @@ use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time
 pub struct Config {
     /// The sidecar's name.
     pub id: String,
-    /// This start's epoch.
+    /// Epoch of this start of the sidecar.
     pub epoch: Epoch,
-    /// Slots of the send buffer.
+    /// Number of slots of the send buffer.
     pub slots: u32,
     /// Layout of one chunk.
     pub layout: Layout,
-    /// Most requests in flight; the sender refuses more with `busy`.
+    /// Maximum number of requests in flight. The sender refuses further requests with `busy`.
     pub max_requests: usize,
-    /// Time between two heartbeats under a lease. The sender asks for leases of three times this.
+    /// Time between two heartbeats under a lease. The sender asks for leases that last three times
+    /// as long.
     pub heartbeat: Duration,
-    /// Longest time that a receiver may hold an alloc request until slots are free.
+    /// Maximum time for which a receiver may hold an alloc request because slots are missing.
     pub wait: Duration,
-    /// Longest time that a receiver may hold an alloc request until the decode request parks.
+    /// Maximum time for which a receiver may hold an alloc request because the decode request has
+    /// not parked.
     pub park: Duration,
-    /// The sender repeats a message after this time without an answer.
+    /// Time after which the sender repeats a message that has not been answered.
     pub repeat: Duration,
-    /// Longest time for the handshake with a receiver.
+    /// Maximum time for the handshake with a receiver.
     pub link: Duration,
-    /// Longest time that a request may go without progress.
+    /// Maximum time without progress of a request. The sender then ends the request.
     pub stall: Duration,
-    /// Refuses every request with `push_off`: for tests that must fail without a data plane.
+    /// True if the sender must refuse every request with `push_off`. Tests use this to check that
+    /// they fail if no KV is moved.
     pub push_off: bool,
 }
 
@@ -47,7 +50,7 @@ pub enum Event {
     Computing(EngineId, Computing),
     /// The prefill engine has gathered chunks.
     Staged(EngineId, Staged),
-    /// The prefill engine gives a request up.
+    /// The prefill engine cancels a request.
     Cancel(EngineId, OfRequest),
     /// The engine's connection ended.
     EngineGone(EngineId),
@@ -81,8 +84,9 @@ pub enum Event {
         /// The message.
         message: ToSender,
     },
-    /// A write that waits for no event is still in flight after it was posted: its transport may
-    /// need the receiver's progress. Transports that never need it do not report this event.
+    /// A write that waits for no event is still in flight after it was posted, and its transport
+    /// may need the receiver's progress. Transports that never need the receiver's progress do not
+    /// report this event.
     Lasting {
         /// The write.
         transfer: TransferId,
@@ -109,7 +113,7 @@ pub enum Event {
     Watched {
         /// The watch.
         watch: WatchId,
-        /// True if the chunks are complete in their slots; false if they never will be.
+        /// True if the chunks are complete in their slots; false if they will never be complete.
         stand: bool,
     },
     /// The time of [`Sender::deadline`](super::Sender::deadline) has passed.
@@ -121,7 +125,7 @@ pub enum Event {
 /// Outputs of a [`Sender`](super::Sender), to be carried out in order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Action {
-    /// Make the init handshake with this receiver, again if there is a link already, then report
+    /// Make the init handshake with this receiver, even if there is a link already, then report
     /// [`Event::Linked`] or [`Event::LinkLost`].
     Link {
         /// The receiver.
@@ -142,10 +146,10 @@ pub enum Action {
         transfer: TransferId,
         /// Lease that permits the write; 0 for LMCache.
         lease: LeaseId,
-        /// Source slot, target slot and length of each chunk.
+        /// Source slot, target slot and length of each piece.
         pieces: Vec<Piece>,
-        /// The transport must not read the send slots before this event has fired. Absent if the
-        /// chunks are complete.
+        /// The transport must not read the send slots before this event has fired. Absent: the
+        /// chunks are complete already.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<After>,
         /// Layers that the transport may read earlier: see
@@ -184,17 +188,18 @@ pub enum Action {
     Record(Record),
 }
 
-/// An event of an engine: when it has fired, the chunks of a write are complete in their slots.
+/// An event of an engine. When the event has fired, the chunks of a write are complete in their
+/// slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct After {
     /// Engine that records the event.
     pub engine: EngineId,
-    /// Its position in the engine's hello.
+    /// Position of the event in the list `events` of the engine's `Hello`.
     pub event: u32,
 }
 
-/// Id of one wait for an event. Engines reuse their events, so the event's number does not name the
-/// wait.
+/// Id of one wait for an event. Engines reuse their events, so the event's number does not identify
+/// the wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct WatchId(pub u64);
@@ -206,7 +211,7 @@ pub struct Piece {
     pub from: SlotIndex,
     /// Slot of the landing buffer.
     pub to: SlotIndex,
-    /// Offset of the piece in both slots, in bytes: 0 in the machine's own actions.
+    /// Offset of the piece in both slots, in bytes. It is 0 in all actions of the state machine.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub offset: u64,
     /// Length in bytes.
@@ -214,7 +219,8 @@ pub struct Piece {
 }
 
 impl Granted {
-    /// Returns a grant without chunks, which only says how many tokens the decode side already has.
+    /// Returns a grant without chunks, which only gives the number of tokens that the decode side
+    /// already has.
     pub(super) fn nothing(req: RequestId, have_tokens: u32) -> Self {
         Self {
             req,
@@ -236,7 +242,7 @@ fn is_zero(offset: &u64) -> bool {
 pub struct Gauges {
     /// Free slots.
     pub free: u32,
-    /// Slots that an engine fills or that a write reads.
+    /// Slots that are not free: an engine fills them, or a write reads them.
     pub held: u32,
     /// Requests in flight.
     pub requests: u32,

@@ -1,24 +1,26 @@
-//! LMCache's receivers: the sender asks for slots only for complete chunks, one request at a time.
+//! Sends to LMCache's receivers. The sender asks for slots only for complete chunks, and sends one
+//! alloc request at a time.
 //!
-//! An LMCache receiver shows a key as soon as it has given the key a slot, written or not. So the
-//! order is reversed: a chunk first gets a send slot and is gathered; then the sender asks for its
-//! key and posts its write with the answer. The only failure left in between is a failed write.
+//! An LMCache receiver shows a key as soon as it has given a slot to the key, even if the KV is not
+//! written yet. So the order is reversed: a chunk first gets a send slot, and the engine gathers
+//! it. Then the sender asks for a slot for its key, and posts the write when the answer comes. So
+//! the receiver can show a key without KV only if the write fails.
 //!
 //! ```text
 //!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
 //!                       └─Staged, event─▶ Gathering ─fired─▲  └──known already──▶ Skipped
 //! ```
 //!
-//! * A gather that the GPU has not finished does not count. If the engine died before its event
-//!   fired, the receiver would show a key that is never written.
-//! * Answers carry no number, so each connection has one request in flight. A late answer belongs
-//!   to the request that is still open, even if the request was cancelled in the meantime.
-//! * The asynchronous receiver (it answers as ROUTER) frees keys on `CancelNotif`. The synchronous
-//!   receiver (REP) would stop answering after that message, so the sender never sends it one. The
-//!   sender never gives back keys of writes with an unknown end: another request would get their
-//!   slots.
-//! * The receiver does not say what the decode side has, and has no window. An answer with −1 ends
-//!   the request as `no_room`.
+//! * A chunk is not complete before the GPU has finished its gather. Otherwise, if the engine died
+//!   before the event fired, the receiver would show a key whose KV is never written.
+//! * Answers have no number, so each connection has at most one alloc request in flight. A late
+//!   answer belongs to this alloc request, even if its request was cancelled in the meantime.
+//! * The asynchronous receiver (its socket is a ROUTER) frees keys on `CancelNotif`. The
+//!   synchronous receiver (its socket is a REP) would stop answering after this message, so the
+//!   sender never sends the message to it. The sender never gives back keys of writes with an
+//!   unknown end: another request would get their slots while the write may still arrive.
+//! * The receiver does not tell which tokens the decode side already has, and it grants no slots
+//!   later (no window). An answer with −1 ends the request with `no_room`.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -37,13 +39,13 @@ pub(super) struct Foreign {
     pub(super) transport: String,
     /// True if the receiver frees keys on `CancelNotif`.
     pub(super) cancels: bool,
-    /// Request that waits for its answer; absent if none does.
+    /// Message that waits for its answer. Absent: no message does.
     question: Option<Question>,
     /// Keys that the sender still has to give back, by request.
     returns: VecDeque<(RequestId, Vec<String>)>,
 }
 
-/// Request that an answer belongs to.
+/// Message to which the next answer belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Question {
     Alloc {
@@ -67,9 +69,8 @@ impl Foreign {
 }
 
 impl Sender {
-    /// Starts a request after the handshake: the engine may get send slots. Ends a request with tags in
-    /// its keys: the decode side would look for keys without them, and the receiver would keep what it
-    /// never reads.
+    /// Starts a request after the handshake: the engine may get send slots. Ends a request with tags in its keys:
+    /// LMCache's decode side would look for keys without tags, and the receiver would keep KV that nobody reads.
     pub(super) fn feed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -89,7 +90,7 @@ impl Sender {
         self.actions.push_back(Action::Granted(engine, granted));
     }
 
-    /// Acts on the end of a watch: the chunks that it was for are complete, or never will be.
+    /// Acts on the end of a watch: its chunks are complete, or will never be complete.
     pub(super) fn on_watched(&mut self, watch: WatchId, stand: bool) {
         let of = |c: &Chunk| matches!(c, Chunk::Gathering { watch: w, .. } if *w == watch);
         let mut requests = self.requests.iter_mut();
@@ -123,7 +124,8 @@ impl Sender {
         self.ask_lmcache(&to);
     }
 
-    /// Sends the next request to an LMCache receiver, if the receiver has answered the last one.
+    /// Sends the next message to an LMCache receiver, if the receiver has answered the last
+    /// message.
     pub(super) fn ask_lmcache(&mut self, to: &Target) {
         let Some(Link::Lmcache(link)) = self.links.get_mut(to) else {
             return;
@@ -219,8 +221,8 @@ impl Sender {
             match places(&chunks, response, slots) {
                 Some(places) if wanted => self.on_places(&req, &places),
                 Some(places) => {
-                    // The request has ended. The receiver must not show slots that are never
-                    // written.
+                    // The request has ended, so no write will follow. The receiver must not show
+                    // the keys of slots that are never written.
                     let given = places.iter().filter(|(_, slot)| slot.is_some());
                     let given: Vec<String> = given
                         .filter_map(|(chunk, _)| chunks.iter().position(|c| c == chunk))
@@ -235,7 +237,7 @@ impl Sender {
         self.ask_lmcache(to);
     }
 
-    /// Posts one write of all chunks that have got a slot.
+    /// Posts one write for all chunks that have got a slot.
     fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
@@ -245,7 +247,8 @@ impl Sender {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        // Only the first answer counts: later batches wait for the engine, not for the receiver.
+        // Only the first answer counts for `alloc_us`, because later batches wait for the engine
+        // and not for the receiver.
         if request.record.alloc_us == 0 {
             request.record.alloc_us = now.micros_since(request.since);
         }
@@ -282,7 +285,7 @@ impl Sender {
             feeding.known.extend(places.iter().map(|place| place.0));
             feeding.waits = waits.then_some(now);
         }
-        // The receiver had all keys, so no write reports the end of the request.
+        // The receiver already had all keys, so there is no write whose end could end the request.
         if pieces.is_empty() {
             return self.finish_fed(id);
         }
@@ -302,7 +305,7 @@ impl Sender {
         });
     }
 
-    /// Ends a request to an LMCache receiver if nothing of it is left to do.
+    /// Ends a request to an LMCache receiver if nothing is left to do for it.
     pub(super) fn finish_fed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -344,7 +347,7 @@ impl Sender {
         self.ask_lmcache(&to);
     }
 
-    /// Queues keys that the receiver is to free. Does nothing for receivers that cannot free keys.
+    /// Queues keys that the receiver has to free. Does nothing for receivers that cannot free keys.
     fn give_back(&mut self, to: &Target, req: &RequestId, keys: Vec<String>) {
         if let Some(Link::Lmcache(link)) = self.links.get_mut(to)
             && link.cancels
@@ -361,8 +364,8 @@ impl Sender {
     }
 }
 
-/// Returns the slot of each chunk, `None` for a chunk that the receiver already has. Absent for an
-/// answer with −1 or an invalid answer.
+/// Returns each chunk with its slot, which is `None` if the receiver already has the chunk. Returns
+/// `None` for an answer with −1 and for an invalid answer.
 fn places(
     chunks: &[u32],
     response: &AllocResponse,
@@ -385,7 +388,7 @@ fn places(
     indexes.next().is_none().then_some(places)
 }
 
-/// Placeholder: LMCache's receivers grant no leases.
+/// Placeholder for a lease id: LMCache's receivers grant no leases.
 const NO_LEASE: LeaseId = LeaseId(0);
-/// Most requests with keys to give back per receiver.
+/// Maximum number of requests per receiver with keys to give back.
 const MAX_RETURNS: usize = 1024;

@@ -1,15 +1,15 @@
 //! The sending side of the handshake: from the engine's reservation to the receiver's last
 //! acknowledgement.
 //!
-//! `Phase` has the states of a request, `Chunk` those of a chunk. The rules:
+//! `Phase` has the states of a request, and `Chunk` has the states of a chunk. The rules:
 //!
 //! * The sender gives a chunk a send slot only when the receiver has granted a slot for the chunk
-//!   *and* the engine is about to complete the chunk. So no slot waits for compute while other
-//!   chunks need it.
-//! * The sender sends `Written` only after the transport has reported the flush, and repeats it
-//!   until `Ack`.
-//! * The sender closes a lease that ends early with `CancelNotif`, after its last write in flight
-//!   has ended. `dirty` lists the slots of writes whose end is unknown.
+//!   *and* the engine is about to complete the chunk. So no send slot stays empty for a long time
+//!   while other chunks need one.
+//! * The sender sends `Written` only after the transport has reported the flush. It repeats
+//!   `Written` until `Ack` comes.
+//! * If a lease ends early, the sender waits for the end of its writes in flight and then sends
+//!   `CancelNotif`. Its list `dirty` has the slots of writes whose end is unknown.
 //! * The sender answers a message about an unknown lease with `CancelNotif`: no write is in flight
 //!   under the lease, except into the slots that `graves` remembers.
 
@@ -42,7 +42,7 @@ pub struct Sender {
     requests: BTreeMap<RequestId, Request>,
     links: BTreeMap<Target, Link>,
     transfers: BTreeMap<TransferId, RequestId>,
-    /// Dirty slots of leases that have ended, for receivers that ask late.
+    /// Ended leases and their dirty slots, for the answers to receivers that ask late.
     graves: VecDeque<(LeaseId, Vec<u32>)>,
     next_seq: u64,
     next_transfer: u64,

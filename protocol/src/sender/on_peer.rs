@@ -38,8 +38,8 @@ impl Sender {
         let buried = |lease| self.graves.iter().any(|(known, _)| *known == lease);
         match (asked, x.lease, x.reason) {
             (Some(id), lease, _) if withdrawn && lease.is_none_or(buried) => self.forget(&id),
-            // The sender has already said that nothing is written under this lease. The statement
-            // must stay true, because the receiver may have freed the slots.
+            // The sender has already told the receiver that it does not write under this lease. So
+            // it must not write, because the receiver may have freed the slots.
             (Some(id), Some(lease), _) if buried(lease) => {
                 self.end(&id, Reason::Cancelled);
             }
@@ -122,8 +122,8 @@ impl Sender {
         }
     }
 
-    /// Makes one new handshake for a request whose receiver has restarted. The sender then sends a
-    /// new alloc request.
+    /// Makes one new handshake for a request whose receiver has restarted. After the handshake, the
+    /// sender sends a new alloc request.
     fn relink(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -139,8 +139,8 @@ impl Sender {
     /// Notes further slots that the receiver has opened under a lease.
     fn on_more(&mut self, to: &Target, more: &More) {
         let Some(id) = self.request_of(to, more.lease) else {
-            // `More` may have overtaken the response that names the lease. The receiver repeats it
-            // after `Extend`.
+            // `More` may have overtaken the response that grants the lease. The receiver repeats
+            // `More` after `Extend`.
             let asking = |r: &super::Request| matches!(r.phase, Phase::Asking { .. });
             if !self.requests.values().any(|r| r.to == *to && asking(r)) {
                 self.disown(to, more.lease, more.epoch);
@@ -162,7 +162,8 @@ impl Sender {
         }
     }
 
-    /// Notes which chunks the receiver has acknowledged; forgets a request when all are.
+    /// Notes which chunks the receiver has acknowledged. Forgets the request when all chunks are
+    /// acknowledged.
     fn on_ack(&mut self, to: &Target, ack: &Ack) {
         let Some(id) = self.request_of(to, ack.lease) else {
             return;
@@ -186,8 +187,8 @@ impl Sender {
     fn on_unwanted(&mut self, to: &Target, unwanted: &Unwanted) {
         match self.request_of(to, unwanted.lease) {
             Some(id) => {
-                // All chunks are written and only the acknowledgement is missing: there is nothing
-                // to undo.
+                // All chunks are written and only the acknowledgement is missing, so the request
+                // does not end early.
                 let done = self.requests.get(&id).is_some_and(super::Request::is_done);
                 if done {
                     self.forget(&id);
@@ -204,8 +205,8 @@ impl Sender {
     pub(super) fn bury(&mut self, lease: LeaseId, dirty: Vec<u32>) {
         self.graves.push_back((lease, dirty));
         if self.graves.len() > GRAVES {
-            // If the sender forgot a dirty lease, its next answer would free slots that a write may
-            // still reach.
+            // If the sender forgot a lease with dirty slots, its next answer would free slots in
+            // which a write may still arrive.
             let clean = self.graves.iter().position(|(_, dirty)| dirty.is_empty());
             self.graves.remove(clean.unwrap_or(0));
         }

@@ -7,7 +7,8 @@ use crate::message::{Slots, ToReceiver, Written};
 use crate::{Reason, RequestId, Time, TransferId};
 
 impl Sender {
-    /// Gives send slots to chunks that the engine is about to complete, oldest request first.
+    /// Gives send slots to chunks that the engine is about to complete. The oldest request comes
+    /// first.
     pub(super) fn grant_slots(&mut self) {
         if self.slots.free() == 0 {
             return;
@@ -59,7 +60,7 @@ impl Sender {
         }
     }
 
-    /// Posts one write of all gathered chunks. These are the chunks of one `Staged` message.
+    /// Posts one write for all gathered chunks, which are the chunks of one `Staged` message.
     pub(super) fn post(&mut self, id: &RequestId, after: Option<After>, layers: Vec<LayersStaged>) {
         let (chunk_tokens, token_bytes) = (
             self.config.layout.chunk_tokens,
@@ -73,7 +74,7 @@ impl Sender {
         if !matches!(request.phase, Phase::Leased(_)) {
             return;
         }
-        // One write for all chunks needs only one `Written`.
+        // All chunks are in one write, so that one `Written` is enough.
         let mut pieces = Vec::new();
         for index in 0..request.chunks.len() {
             if let Chunk::Staged { from, to } = request.chunks[index] {
@@ -116,8 +117,8 @@ impl Sender {
     }
 
     /// Tells the receiver that a write is in flight, so that the receiver's transport makes
-    /// progress. A write that ends at once does not need this message, which would cost more than
-    /// the write.
+    /// progress. A write that ends at once does not need this message: sending it would take longer
+    /// than the write.
     pub(super) fn on_lasting(&mut self, transfer: TransferId) {
         let now = self.now;
         let request = self.transfers.get(&transfer);
@@ -188,8 +189,8 @@ impl Sender {
                 lease.dirty.extend(slots);
             }
         }
-        // The sender frees the send slots even if the write may still read them. The bytes that it
-        // may still carry land in slots that the receiver quarantines.
+        // The sender frees the send slots even if the write may still read them. Bytes that the
+        // write may still move land only in slots that the receiver quarantines.
         let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[], None) else {
             return;
         };
@@ -198,8 +199,8 @@ impl Sender {
         self.retire_fed(&id);
     }
 
-    /// Removes a write that has ended: `next` gives the new state of its chunks, and its send slots
-    /// are free.
+    /// Removes a write that has ended: sets its chunks to the state that `next` returns, and frees
+    /// its send slots. Returns the id of its request.
     fn settle(
         &mut self,
         transfer: TransferId,
@@ -238,8 +239,8 @@ impl Sender {
         request.progress = now;
         request.in_flight = request.in_flight.saturating_sub(1);
         match began {
-            // The wait for the engine's GPU does not count as push time. Writes end in the order of
-            // their events.
+            // The push time does not include the wait for the engine's GPU, and counts overlapping
+            // writes once. Writes end in the order of their events.
             Some(began) => {
                 request.record.push_us += now.micros_since(began.max(request.push_until));
                 request.push_until = now;

@@ -11,12 +11,14 @@ use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, TransferId};
 /// One request of the prefill engine.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Engine that reserved the request. Absent after the sender has told the engine the end.
+    /// Engine that reserved the request. Absent: the sender has already told the engine the end of
+    /// the request.
     pub(super) engine: Option<EngineId>,
     pub(super) to: Target,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// Tokens of the prompt that are complete after the engine's current step.
+    /// Number of tokens from the start of the prompt that are complete after the engine's current
+    /// step.
     pub(super) upto: u32,
     pub(super) overlap: bool,
     pub(super) phase: Phase,
@@ -28,9 +30,9 @@ pub(super) struct Request {
     pub(super) progress: Time,
     /// Number of writes in flight.
     pub(super) in_flight: u32,
-    /// Time at which a write was last posted while no other was in flight.
+    /// Time at which the sender last posted a write while no other write was in flight.
     pub(super) push_since: Time,
-    /// Time at which the last write that had waited for an event ended.
+    /// Time of the last end of a write that had waited for an event.
     pub(super) push_until: Time,
     pub(super) record: Record,
 }
@@ -58,10 +60,10 @@ pub(super) enum Phase {
     Withdrawing(Told),
     /// The receiver has granted a lease.
     Leased(Lease),
-    /// The request goes to an LMCache receiver.
+    /// The receiver is LMCache's.
     Feeding(Feeding),
-    /// The sender posts no more writes. It tells the receiver when the last write in flight has
-    /// ended.
+    /// The sender posts no more writes. When the last write in flight has ended, the sender tells
+    /// the receiver so.
     Closing {
         lease: Lease,
         reason: Reason,
@@ -72,13 +74,13 @@ pub(super) enum Phase {
 /// State of a request to an LMCache receiver.
 #[derive(Debug, Default)]
 pub(super) struct Feeding {
-    /// Time since which a gathered chunk has waited for its slot. Absent if none waits.
+    /// Time since which a gathered chunk has waited for its slot. Absent: no chunk waits.
     pub(super) waits: Option<Time>,
-    /// True if the request was cancelled or has failed: it ends when no write is in flight.
+    /// True if the request was cancelled or has failed. It then ends when no write is in flight.
     pub(super) over: bool,
-    /// Chunks for whose keys the receiver has a slot.
+    /// Chunks whose keys have a slot at the receiver.
     pub(super) known: BTreeSet<u32>,
-    /// Those of `known` that have a write with an unknown end.
+    /// Chunks in `known` whose write has an unknown end.
     pub(super) dirty: BTreeSet<u32>,
 }
 
@@ -94,8 +96,8 @@ pub(super) struct Lease {
     pub(super) dirty: Vec<u32>,
 }
 
-/// State of a message that the sender repeats until its answer: a cancel, or an alloc request that
-/// is withdrawn.
+/// State of a message that the sender repeats until it is answered: a cancel, or the alloc request
+/// of a withdrawn request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Told {
     pub(super) seq: u64,
@@ -116,13 +118,14 @@ pub(super) enum Chunk {
     Granted { from: SlotIndex, to: SlotIndex },
     /// The engine has gathered the chunk into its send slot.
     Staged { from: SlotIndex, to: SlotIndex },
-    /// To an LMCache receiver: the engine may fill the slot.
+    /// With an LMCache receiver: the engine may fill the slot.
     Filling { from: SlotIndex },
-    /// To an LMCache receiver: the chunk is complete when this watch reports success.
+    /// With an LMCache receiver: the chunk is complete when this watch reports success.
     Gathering { from: SlotIndex, watch: WatchId },
-    /// To an LMCache receiver: the chunk is complete, and the sender has not asked for its key.
+    /// With an LMCache receiver: the chunk is complete, and the sender has not yet asked for a slot
+    /// for its key.
     Full { from: SlotIndex },
-    /// To an LMCache receiver: the sender has asked for the chunk's key.
+    /// With an LMCache receiver: the sender has asked for a slot for the chunk's key.
     Asked { from: SlotIndex },
     /// The chunk's write is in flight.
     Posted {

@@ -1,4 +1,4 @@
-//! Ends requests, and acts on their deadlines.
+//! Ends requests and acts on their deadlines.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -50,7 +50,7 @@ impl Sender {
         }
     }
 
-    /// Tells the engine and the proxy once how a request ended.
+    /// Tells the engine and the proxy how a request ended, once per request.
     pub(super) fn tell_done(&mut self, id: &RequestId, reason: Option<Reason>) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -78,9 +78,9 @@ impl Sender {
     }
 
     /// Tells the receiver that a closing lease has ended, after the last write in flight has ended.
-    /// If the connection is lost, the sender makes a new one for this message. Otherwise the
-    /// receiver quarantines the lease's slots and asks about them only with this sender's next
-    /// request.
+    /// If the connection is lost, the sender makes a new connection for this message. Without this
+    /// message the lease's slots would stay quarantined until this sender's next request to the
+    /// receiver.
     pub(super) fn close(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -122,9 +122,9 @@ impl Sender {
         self.send(&to, ToReceiver::CancelNotif(cancel));
     }
 
-    /// Repeats an alloc request whose answer was lost with the connection, over a new connection.
-    /// The receiver then refuses the request and asks about the lease that it had granted, or it
-    /// grants the lease (again).
+    /// Repeats an alloc request over a new connection, if its answer was lost with the old
+    /// connection. The receiver then refuses the request and asks about a lease that it granted
+    /// before, or it grants a lease (again).
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -191,7 +191,7 @@ impl Sender {
         }
     }
 
-    /// Withdraws an alloc request without an answer.
+    /// Withdraws an alloc request that has not been answered.
     fn take_back(&mut self, id: &RequestId, seq: u64) {
         let (sent, tries) = (self.now, 0);
         if let Some(request) = self.requests.get_mut(id) {
@@ -256,15 +256,15 @@ impl Sender {
             }
             Phase::Leased(_) if done => {
                 if stalled {
-                    // All chunks are written. The receiver ends the lease by its own clock.
+                    // All chunks are written. The receiver ends the lease after its own timeout.
                     self.forget(id);
                 } else {
                     self.send_written(id);
                 }
             }
             Phase::Leased(_) if stalled => {
-                // The reason tells the operator which resource is missing: the send buffer, or the
-                // engine's or receiver's progress.
+                // The reason shows the operator the cause: too few send slots, or no progress of
+                // the engine or the receiver.
                 let waits = |c: &Chunk| matches!(c, Chunk::Remote { .. });
                 let no_slot = self.slots.free() == 0;
                 let starved = no_slot
@@ -289,8 +289,8 @@ impl Sender {
                     self.close(id);
                 }
             }
-            // A write is still in flight. If the lease ended now, the receiver would quarantine its
-            // slots.
+            // A write is still in flight. If the lease expired now, the receiver would quarantine
+            // its slots.
             Phase::Closing { told: None, .. } => self.extend(id),
         }
     }
@@ -329,8 +329,8 @@ impl Sender {
 }
 
 impl Told {
-    /// Counts an attempt, and returns true if the message can be sent. If the connection is lost,
-    /// it requests a new handshake.
+    /// Counts an attempt, and returns true if the message can be sent. Requests a new handshake if
+    /// the connection is lost.
     fn again(
         &mut self,
         now: Time,
@@ -340,7 +340,7 @@ impl Told {
     ) -> bool {
         self.sent = now;
         match links.get(to) {
-            // The timeout `link` ends the handshake.
+            // A handshake is in flight. The timeout `link` limits its time.
             Some(Link::Making(_)) => false,
             Some(Link::Up { .. } | Link::Lmcache(_)) => {
                 self.tries += 1;
@@ -356,5 +356,5 @@ impl Told {
     }
 }
 
-/// Number of repetitions without an answer after which the sender gives up.
+/// Number of repetitions without an answer after which the sender stops repeating a message.
 pub(super) const PATIENCE: u32 = 6;
