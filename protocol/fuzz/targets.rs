@@ -1,5 +1,5 @@
-//! The work of each fuzz target. The targets include this file, and so does the ordinary test that runs
-//! the corpora.
+//! The functions of all fuzz targets. The fuzz targets include this file, and so does the ordinary test that runs the
+//! corpora.
 #![allow(dead_code)]
 
 use std::fmt::Debug;
@@ -14,30 +14,31 @@ use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, Layout, LeaseId, Time, TransferId, dlist, metadata};
 use serde::Serialize;
 
-/// The init port, both directions.
+/// Decodes messages of the init port, in both directions.
 pub(crate) fn init(data: &[u8]) {
     round_trip::<Init>(data);
 }
 
-/// The alloc port, both directions.
+/// Decodes messages of the alloc port, in both directions.
 pub(crate) fn alloc(data: &[u8]) {
     round_trip::<ToReceiver>(data);
     round_trip::<ToSender>(data);
 }
 
-/// The registration port.
+/// Decodes messages of the registration port.
 pub(crate) fn registration(data: &[u8]) {
     round_trip::<Query>(data);
     round_trip::<ToProxy>(data);
 }
 
-/// The local socket, both directions.
+/// Decodes messages of the local socket, in both directions.
 pub(crate) fn local(data: &[u8]) {
     round_trip::<ToSidecar>(data);
     round_trip::<ToEngine>(data);
 }
 
-/// Checks that accepted bytes are whole msgpack, and that the message stays the same when written again.
+/// Checks that accepted bytes are complete msgpack, and that encoding and decoding the message again does not change
+/// it.
 fn round_trip<T: Message + Serialize + PartialEq + Debug>(data: &[u8]) {
     let Ok(message) = codec::decode::<T>(data) else {
         return;
@@ -48,7 +49,8 @@ fn round_trip<T: Message + Serialize + PartialEq + Debug>(data: &[u8]) {
     assert_eq!(codec::decode::<T>(&again).as_ref(), Ok(&message));
 }
 
-/// Checks that an accepted list comes back, and holds no more rows than bytes.
+/// Checks that an accepted list stays the same when it is built and parsed again, and that it has
+/// no more rows than the input has bytes.
 pub(crate) fn dlist(data: &[u8]) {
     if let Ok((memory, rows)) = dlist::parse(data) {
         assert!(rows.len() * 24 <= data.len());
@@ -57,14 +59,14 @@ pub(crate) fn dlist(data: &[u8]) {
     }
 }
 
-/// A name is part of the blob.
+/// Checks that the name is a part of the blob.
 pub(crate) fn metadata(data: &[u8]) {
     if let Some(name) = metadata::agent_name(data) {
         assert!(data.windows(name.len()).any(|w| w == name));
     }
 }
 
-/// Checks that accepted keys come back.
+/// Checks that an accepted key stays the same when it is written and parsed again.
 pub(crate) fn keys(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -75,7 +77,7 @@ pub(crate) fn keys(data: &[u8]) {
     }
 }
 
-/// Length-prefixed messages go to both machines; whatever they say, no slot is lost and nothing panics.
+/// Passes length-prefixed messages to both state machines. No message may lose a slot or cause a panic.
 pub(crate) fn machines(mut data: &[u8]) {
     let mut pair = Pair::new();
     while let Some((&[kind, low, high], rest)) = data.split_first_chunk() {
@@ -87,7 +89,8 @@ pub(crate) fn machines(mut data: &[u8]) {
     }
 }
 
-/// Both machines, with what an outsider must know to get anywhere: the last lease, the writes.
+/// Both state machines. The pair knows the last lease and the writes, because random messages would
+/// never contain a valid id.
 struct Pair {
     p: Sender,
     d: Receiver,
@@ -181,7 +184,7 @@ impl Pair {
         self.p.handle(now, event);
     }
 
-    /// A lease of 0 stands for the last one that was granted.
+    /// Replaces a lease of 0 by the last lease that was granted.
     fn under_lease(&self, mut message: ToReceiver) -> ToReceiver {
         let lease = match &mut message {
             ToReceiver::Writing(m) => &mut m.lease,
@@ -196,7 +199,7 @@ impl Pair {
         message
     }
 
-    /// Lets the two talk to each other until both are silent.
+    /// Exchanges the messages of both state machines until neither has an action left.
     fn settle(&mut self) {
         let now = self.now;
         loop {

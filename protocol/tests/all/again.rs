@@ -12,7 +12,7 @@ const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
 const SLOTS: u32 = 8;
 
-/// Lease and its slots, or the reason of the refusal.
+/// Granted lease and its slots, or the reason of the refusal.
 type Answer = Result<(LeaseId, Vec<u32>), Reason>;
 
 struct Port {
@@ -28,8 +28,8 @@ struct Port {
 }
 
 impl Port {
-    /// Returns a receiver with two connections: a sender's with number 1, a peer's on another host
-    /// with number 2.
+    /// Returns a receiver with two connections: number 1 of a sender, and number 2 of a peer on
+    /// another host.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
@@ -185,7 +185,7 @@ fn awaited(req: &str, chunks: u32) -> Await {
     }
 }
 
-/// LMCache's proxy counts from 1 at each start.
+/// LMCache's proxy counts from 1 at each start, so it uses the same ids again.
 #[test]
 fn an_id_that_comes_again_works_like_the_first() {
     let mut port = Port::new();
@@ -196,7 +196,8 @@ fn an_id_that_comes_again_works_like_the_first() {
         assert_eq!((port.ready, port.ended.len()), (2 * round, round));
         assert_eq!(port.ended.last(), Some(&None));
     }
-    // The id also works after an end without KV, whichever side the request had.
+    // The id can also be used again after a request without KV has ended, for either side of the
+    // request.
     port.ask("1", 2);
     let id = RequestId::from("1");
     port.park("1", 2);
@@ -208,7 +209,8 @@ fn an_id_that_comes_again_works_like_the_first() {
     port.at_rest();
 }
 
-/// A late repetition and a late side belong to the request that has ended.
+/// A late repetition of an alloc request, and the late first message of a side, belong to the
+/// request that has ended.
 #[test]
 fn what_belongs_to_an_end_is_told_it() {
     let mut port = Port::new();
@@ -230,7 +232,7 @@ fn what_belongs_to_an_end_is_told_it() {
     port.at_rest();
 }
 
-/// The KV of the last request with the id is written, and no decode request has come for it.
+/// The KV of the last request with the id is written, but no decode request has come for this KV.
 #[test]
 fn an_unread_use_makes_way_for_the_next() {
     let mut port = Port::new();
@@ -289,8 +291,8 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     port.at_rest();
 }
 
-/// Tokens are equal, but the salts or the adapters are not: one side's keys have a tag that the other's do
-/// not have. A sender of an earlier release computes keys without tags.
+/// The tokens are equal, but the salts or the adapters differ: the keys of one side have a tag, and the keys of the
+/// other side do not. A sender of an earlier release also computes keys without tags.
 #[test]
 fn a_tag_of_one_side_alone_is_another_key() {
     let tagged = |keys: &mut Vec<String>, tag| keys.iter_mut().for_each(|key| *key += tag);
@@ -322,7 +324,8 @@ fn a_tag_of_one_side_alone_is_another_key() {
     }
 }
 
-/// Only the lease's own host may learn its id: a process that knows the id can free the slots.
+/// The receiver may send the id of a lease only to the host that got the lease: a process that
+/// knows the id can free the lease's slots.
 #[test]
 fn quarantined_leases_are_told_to_their_host_only() {
     let mut port = Port::new();
@@ -356,7 +359,7 @@ fn one_connection_does_not_fill_the_table() {
     port.at_rest();
 }
 
-/// LMCache's proxy sends decode requests without parameters.
+/// LMCache's proxy sends decode requests that do not ask for KV.
 #[test]
 fn kv_that_nobody_reads_makes_room() {
     let mut port = Port::new();
@@ -373,8 +376,8 @@ fn kv_that_nobody_reads_makes_room() {
     port.at_rest();
 }
 
-/// A decode request may still be queued in its engine; the receiver must not free its KV for a
-/// newer request.
+/// A decode request may still be queued in its engine. The receiver must not free this request's KV
+/// for a newer request.
 #[test]
 fn kv_that_is_read_is_kept_for_who_comes_late() {
     let mut port = Port::new();

@@ -43,7 +43,7 @@ fn no_target_dies_of_any_sample() {
     }
 }
 
-/// A sample with one byte changed, removed or added is a new sample.
+/// Changes, removes or adds one byte of each sample, and runs the target with the result.
 #[test]
 fn no_target_dies_of_a_small_change() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -63,7 +63,7 @@ fn no_target_dies_of_a_small_change() {
     }
 }
 
-/// Every fuzz target of cargo-fuzz runs here, and the other way round.
+/// The fuzz targets of cargo-fuzz and the targets of this test must be the same.
 #[test]
 fn the_targets_are_those_of_the_manifest() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");

@@ -98,7 +98,7 @@ fn every_reason_has_one_row_with_its_cure() {
     );
 }
 
-/// The table of docs/sizing.md must show the values that a sidecar computes.
+/// Checks that the table of docs/sizing.md shows the values that a sidecar computes.
 #[test]
 fn the_sizes_of_common_models_are_those_of_their_chunks() {
     let rows = table("docs/sizing.md", "## Common models");
@@ -137,7 +137,7 @@ fn the_sizes_of_common_models_are_those_of_their_chunks() {
     }
 }
 
-/// Writes 131072 as `131,072`.
+/// Writes a number with commas: 131072 as `131,072`.
 fn thousands(number: u64) -> String {
     if number < 1000 {
         number.to_string()
@@ -146,7 +146,7 @@ fn thousands(number: u64) -> String {
     }
 }
 
-/// Writes bytes as MiB, with one decimal below 100 MiB where they are no whole number.
+/// Writes a number of bytes as MiB. Below 100 MiB, a number that is not whole has one decimal.
 fn mebibytes(bytes: u64) -> String {
     let tenths = (bytes * 10 + (1 << 19)) >> 20;
     if bytes.is_multiple_of(1 << 20) || tenths >= 1000 {

@@ -1,4 +1,5 @@
-//! Tests of senders with the same name: a successor, a namesake, and messages that come late.
+//! Tests of senders with the same name: a successor, another sidecar with the name, and late
+//! messages of an earlier start.
 
 use crate::setup::{CHUNK, keys, question};
 use protocol::local::Await;
@@ -46,9 +47,9 @@ fn ask(d: &mut Receiver, req: &str, epoch: u64) {
     d.handle(Time(1), Event::Peer { route, message });
 }
 
-/// Epochs are random, so an alloc request does not show whether it comes from a successor, from a
-/// second sidecar with the same name, or late from an earlier start. An earlier version ended all
-/// leases under the name.
+/// Epochs are random. So the receiver cannot see whether an alloc request comes from a successor,
+/// comes from a second sidecar with the same name, or is a late message of an earlier start. In an
+/// earlier version, the alloc request ended all other leases under the name.
 #[test]
 fn a_question_ends_no_lease_of_another_epoch() {
     let mut d = receiver();
@@ -60,7 +61,7 @@ fn a_question_ends_no_lease_of_another_epoch() {
     while let Some(action) = d.poll_action() {
         assert!(!matches!(action, Action::Ended(..)), "{action:?}");
     }
-    // A lost connection ends only its own lease.
+    // A lost connection ends only the lease of this connection.
     d.handle(Time(1), Event::PeerLost { route: Route(2) });
     let gauges = d.gauges();
     assert_eq!((gauges.held, gauges.quarantined), (4, 2));

@@ -1,5 +1,5 @@
-//! Checks that PROTOCOL.md has the tables of all messages and fields as the documentation of the Rust
-//! types gives them. `UPDATE=1 cargo test -p pd-protocol --test all field_tables` writes them.
+//! Checks that the tables of messages and fields in PROTOCOL.md agree with the documentation of the
+//! Rust types. `UPDATE=1 cargo test -p pd-protocol --test all field_tables` writes them.
 //!
 //! The sources are read line by line, which is enough for code that rustfmt has formatted.
 
@@ -143,7 +143,7 @@ fn plain(docs: &str) -> String {
 
 /// Returns the table of a struct's fields.
 fn fields(item: &Item, words: &BTreeMap<String, String>) -> String {
-    // The structs that carry an extension are LMCache's, and so are the two of the query port.
+    // The structs with a field `x` are LMCache's, and so are the two structs of the query port.
     let lmcache = item.members.iter().any(|m| m.name == "x") || item.name.starts_with("CacheQuery");
     let mut table =
         "| field | type | meaning | if absent | since |\n|---|---|---|---|---|\n".to_owned();
@@ -194,7 +194,7 @@ fn messages(item: &Item) -> String {
     table
 }
 
-/// Returns each table by the name of its Rust type.
+/// Returns all tables, each with the name of its Rust type.
 fn tables(items: &[Item]) -> Vec<(&str, String)> {
     let is_words = |item: &Item| item.attributes.contains("rename_all = \"lowercase\"");
     let words = items

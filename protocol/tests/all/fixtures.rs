@@ -1,4 +1,4 @@
-//! Checks the byte fixtures: this crate reads and writes the same bytes as msgspec.
+//! Checks the byte fixtures: this crate must read and write the same bytes as msgspec.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -67,7 +67,7 @@ fn again(entry: &Value, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Adds a field that no version knows to a map and to all maps inside it.
+/// Adds an unknown field to a map and to all maps inside this map.
 fn add_field(value: &mut rmpv::Value) {
     match value {
         rmpv::Value::Array(items) => items.iter_mut().for_each(add_field),
@@ -108,7 +108,7 @@ fn every_fixture_comes_back_byte_for_byte() {
     }
 }
 
-/// A newer peer may add fields to any message and to any map inside it.
+/// A newer peer may add fields to any message and to any map inside a message.
 #[test]
 fn a_field_that_is_not_known_changes_nothing() {
     for entry in entries() {

@@ -1,5 +1,5 @@
-//! Tests one request over a perfect network: each message once, in order, and time passes only as
-//! the test says.
+//! Tests one request over a perfect network: each message arrives once and in order, and only the
+//! test advances the time.
 
 use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
 use protocol::receiver::{self, Receiver, Route};

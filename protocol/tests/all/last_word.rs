@@ -44,7 +44,7 @@ impl Pair {
         }
     }
 
-    /// Carries out all actions until neither side has any.
+    /// Carries out all actions until neither side has an action left.
     fn settle(&mut self) {
         let now = self.now;
         loop {
@@ -135,7 +135,7 @@ impl Pair {
         assert_eq!(self.d.gauges().held, 2);
     }
 
-    /// Breaks the connection; both sides notice.
+    /// Breaks the connection, so that both sides notice it.
     fn cut(&mut self) {
         self.connected = false;
         let lost = sender::Event::LinkLost {
@@ -177,7 +177,7 @@ fn a_receiver_that_stays_away_is_given_up() {
     assert_eq!((pair.links, pair.cancels), (links, 0));
 }
 
-/// The sender does not know that it has got a lease.
+/// The answer with the lease is lost, so the sender does not know the lease.
 #[test]
 fn a_grant_that_was_lost_with_the_link_is_given_back() {
     let mut pair = Pair::new();
@@ -192,7 +192,7 @@ fn a_grant_that_was_lost_with_the_link_is_given_back() {
     assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
-/// As above, but only the sender has noticed that the connection is lost.
+/// As in the test above, but only the sender has noticed that the connection is lost.
 #[test]
 fn a_grant_that_still_stands_is_closed() {
     let mut pair = Pair::new();
@@ -210,8 +210,8 @@ fn a_grant_that_still_stands_is_closed() {
     assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
-/// More than a thousand leases without dirty slots must not push out the memory of one with dirty
-/// slots.
+/// The sender must not forget a lease with dirty slots because of more than a thousand leases
+/// without dirty slots.
 #[test]
 fn dirty_slots_are_not_forgotten_for_clean_ones() {
     let mut pair = Pair::new();
@@ -269,7 +269,8 @@ fn dirty_slots_are_not_forgotten_for_clean_ones() {
         }
     }
     let (lease, slots) = dirty.expect("a write was posted");
-    // The receiver does not answer: the sender gives the lease up and remembers its dirty slots.
+    // The receiver does not answer. The sender stops its attempts and remembers the lease's dirty
+    // slots.
     for _ in 0..200 {
         pair.now = Time(pair.now.0 + 100 * MS);
         pair.p.handle(pair.now, sender::Event::Deadline);

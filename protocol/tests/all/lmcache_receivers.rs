@@ -1,5 +1,5 @@
-//! Tests of the sender with LMCache-like receivers: receivers that answer late or never, with −1 or
-//! nonsense, that already have keys, and that restart.
+//! Tests of the sender with LMCache-like receivers: receivers that answer late, never, with −1 or
+//! with nonsense, that already have keys, and that restart.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -71,7 +71,7 @@ impl Feeding {
                     self.questions.push(message);
                 }
                 sender::Action::Granted(_, granted) => {
-                    // With events, the engine stages each chunk on its own.
+                    // With events, the engine stages each chunk in a message of its own.
                     let at_once = if self.events { 1 } else { SLOTS as usize };
                     for chunks in granted.chunks.chunks(at_once) {
                         let staged = Staged {
@@ -133,7 +133,8 @@ impl Feeding {
         });
     }
 
-    /// Answers the open alloc request with slots from `first` on, and returns its keys.
+    /// Answers the open alloc request with consecutive slots, beginning with `first`, and returns
+    /// the request's keys.
     fn grant(&mut self, first: i64, known: &[u32]) -> Vec<String> {
         let keys = match self.questions.pop() {
             Some(ToReceiver::AllocRequest(request)) => request.keys,
@@ -186,12 +187,12 @@ fn empty() -> AllocResponse {
     }
 }
 
-/// LMCache's decode side looks for keys without tags: it would compute the prompt, and its receiver would
-/// keep the slots of keys that nobody reads.
+/// LMCache's decode side looks for keys without tags. It would compute the prompt, and its receiver would keep slots
+/// for keys that nobody reads.
 #[test]
 fn keys_with_tags_are_refused_before_the_receiver_hears_of_them() {
     let mut feeding = Feeding::new(true);
-    // The first request makes the link, the second one finds it.
+    // The first request makes the link, and the second one uses it.
     for req in ["a", "b"] {
         let reserve = Reserve {
             req: req.into(),
@@ -239,8 +240,8 @@ fn every_chunk_is_asked_for_once_it_stands_ready() {
     }
 }
 
-/// If the engine is killed before its GPU has finished the gather, a key that was asked for early
-/// would be shown and never written.
+/// The engine may be killed before its GPU has finished the gather. If the sender asked for the key
+/// earlier, the receiver would show a key whose KV is never written.
 #[test]
 fn no_key_is_asked_for_before_its_event_has_fired() {
     let mut feeding = Feeding::new(true);
@@ -271,7 +272,8 @@ fn an_event_that_never_fires_ends_the_request_without_a_question() {
     feeding.watched(watches[0], false);
     let failed = Some(Reason::TransferFailed);
     assert_eq!(feeding.notices[&RequestId::from("a")], failed);
-    // Later events of the ended request change nothing, although other requests have its slots now.
+    // Later events of the ended request change nothing, although its slots now belong to another
+    // request.
     feeding.events = false;
     feeding.reserve("b", 3, 3);
     feeding.watched(watches[1], true);
@@ -318,7 +320,8 @@ fn a_receiver_that_never_answers_costs_its_requests_only_time() {
             );
         }
         assert!(feeding.p.is_idle());
-        // The receiver answers at last: it must not go on showing keys that are never written.
+        // The receiver answers late. The sender must give the keys back, because the receiver would
+        // show keys whose KV is never written.
         feeding.grant(0, &[]);
         let given_back = feeding.questions.pop();
         match given_back {

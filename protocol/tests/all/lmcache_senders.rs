@@ -1,8 +1,8 @@
 //! Tests of the receiver with LMCache-like senders, over many random runs.
 //!
-//! The senders never say that they have written, write late or not at all, report success to the
-//! proxy although an earlier batch failed, and die. The tests check that the receiver still shows
-//! only written slots, ends every request and loses no slot.
+//! The senders never report to the receiver that they have written. They write late or not at all,
+//! report success to the proxy although an earlier batch failed, or die. The tests check that the
+//! receiver still shows only written slots, ends every request and loses no slot.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const ENGINE: EngineId = EngineId(1);
 struct Landing {
     now: Time,
     d: Receiver,
-    /// Content of each slot: the key of the written chunk; `None` for a canary.
+    /// Content of each slot: the key of the written chunk; `None` if the slot contains canaries.
     slots: Vec<Option<String>>,
     /// Lent slots and the keys that senders may still write into them, each once.
     lent: BTreeMap<SlotIndex, String>,
@@ -221,7 +221,7 @@ impl Landing {
         self.pass(40 * SECOND);
         let gauges = self.d.gauges();
         assert_eq!(gauges.held, 0, "{gauges:?}");
-        // Exactly the slots with a write still to come are quarantined.
+        // The quarantined slots are exactly the slots into which a sender may still write.
         assert_eq!(
             gauges.quarantined as usize,
             self.lent.len(),
@@ -253,7 +253,7 @@ fn what_is_written_and_announced_is_shown() {
             landing.write(&slots);
         }
         landing.park(req, 3, 5);
-        // The decode side already has the first chunk; the others are shown.
+        // The decode side already has the first chunk. The receiver shows only the two others.
         assert_eq!(landing.shown[&RequestId::from(req)].len(), 2);
         landing.read(req);
         assert_eq!(landing.ended[&RequestId::from(req)], None);
@@ -277,7 +277,7 @@ fn what_is_announced_but_not_written_is_not_shown() {
     assert!(landing.shown.is_empty());
     landing.pass(5 * SECOND);
     assert_eq!(landing.d.gauges().quarantined, 2);
-    // The late write was the only one for its slots, so they are free after a while.
+    // Each slot gets only one write. So after the late write the slots become free.
     landing.write(&first);
     landing.pass(5 * SECOND);
     assert!(landing.d.is_idle());
@@ -316,7 +316,8 @@ fn a_full_buffer_is_declined_within_its_bound() {
     assert_eq!(landing.ask(2, "c", 0..1, 7), None);
     landing.park("c", 7, 0);
     assert_eq!(landing.ended[&RequestId::from("c")], Some(Reason::TooLarge));
-    // A sender that made its handshake with an earlier receiver does not know these slots.
+    // A sender that made its handshake with an earlier start of the receiver does not know the
+    // addresses of the present slots.
     landing.connect(3, false);
     assert_eq!(landing.ask(3, "d", 0..1, 1), None);
     // The receiver refuses another shape with LMCache's own refusal, −1.

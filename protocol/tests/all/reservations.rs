@@ -9,7 +9,8 @@ const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
 const SLOTS: u32 = 8;
 
-/// Returns the ends that the sender tells the engine and the proxy after an event.
+/// Handles an event and returns the ends of requests that the sender then reports to the engine and
+/// the proxy.
 fn told(
     p: &mut Sender,
     now: Time,
@@ -40,7 +41,8 @@ fn reserve(chunks: u32, tokens: u32) -> sender::Event {
     sender::Event::Reserve(ENGINE, reserve)
 }
 
-/// The engine knows the end, and the receiver has not answered yet.
+/// The engine already knows the end of the old request, but the receiver has not answered the last
+/// message yet.
 #[test]
 fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     let mut p = Sender::new(crate::setup::sender(4));
@@ -65,7 +67,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     assert_eq!(ends, (vec![], vec![]));
     assert_eq!(p.gauges().requests, 2);
     told(&mut p, Time(5), linked);
-    // A request in flight is still a duplicate.
+    // While a request is in flight, a second one with the same id is still a duplicate.
     let ends = told(&mut p, Time(6), reserve(2, 2 * CHUNK));
     assert_eq!(ends, (vec![Some(Reason::Duplicate)], vec![]));
     let mut now = Time(6);

@@ -1,5 +1,5 @@
-//! Tests of the quota of one host without parked requests: a peer can take any name, but not any
-//! address.
+//! Tests of the quota of one host for requests that are not parked. The quota is per address,
+//! because a peer can choose its name but not its address.
 
 use std::time::Duration;
 
@@ -22,7 +22,8 @@ struct Port {
 }
 
 impl Port {
-    /// Returns a receiver with connections of two hosts: 1 and 3 of a stranger, 2 of a sender.
+    /// Returns a receiver with connections of two hosts: numbers 1 and 3 of a malicious peer, and
+    /// number 2 of a sender.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
@@ -59,7 +60,7 @@ impl Port {
         }
     }
 
-    /// Sends an alloc request with the shortest lease and returns its number.
+    /// Sends an alloc request for a very short lease and returns its number.
     fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
         self.seq += 1;
         let x = AllocX {
@@ -99,13 +100,14 @@ fn a_stranger_does_not_get_all_of_the_buffer() {
     assert_eq!(port.answer(all), Some(Err(Reason::TooLarge)));
     let most = port.ask(1, "x", "most", SLOTS - 2);
     assert_eq!(port.answer(most), Some(Ok(30)));
-    // Neither another name nor another connection helps. A request that waits for its quota blocks
-    // no other request.
+    // Another name or another connection does not give the malicious peer more slots. Its requests
+    // wait for the quota, but they do not block the honest sender.
     let more = [(1, "y"), (3, "z")].map(|(route, id)| port.ask(route, id, id, 1));
     let honest = port.ask(2, "p", "honest", 2);
     assert_eq!(port.answer(honest), Some(Ok(2)));
     assert_eq!(more.map(|seq| port.answer(seq)), [None; 2]);
-    // The stranger asked for a lease of almost no time; the receiver has not ended the lease yet.
+    // The malicious peer asked for a lease of almost no time, but the receiver keeps the lease for
+    // the minimum time.
     port.pass(SECOND / 2);
     assert_eq!(port.d.gauges().quarantined, 0);
     port.pass(SECOND);
@@ -132,7 +134,8 @@ fn what_a_host_left_counts_against_its_share() {
     assert_eq!(port.answer(honest), Some(Ok(2)));
 }
 
-/// A parked request shows that its sender is wanted.
+/// A parked request shows that its engine waits for the sender, so its slots do not count against a
+/// quota.
 #[test]
 fn a_parked_request_has_no_share() {
     let mut port = Port::new();
@@ -150,7 +153,7 @@ fn a_parked_request_has_no_share() {
     assert_eq!(port.answer(seq), Some(Ok(32)));
 }
 
-/// LMCache's senders give no name at all.
+/// LMCache's senders send no name, so the quota uses the host of their connection.
 #[test]
 fn lmcache_has_the_share_of_its_host() {
     let mut port = Port::new();

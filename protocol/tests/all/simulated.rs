@@ -1,4 +1,5 @@
-//! Named scenarios of a pair of sidecars over bad networks. [`world`] lists the checks of each.
+//! Named scenarios of a pair of sidecars over bad networks. The documentation of [`world`] lists
+//! the checks that each scenario makes.
 
 use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
 use proptest::prelude::*;
@@ -34,7 +35,7 @@ fn a_clean_run_delivers_everything() {
     assert_eq!(outcome.quarantined, 0);
 }
 
-/// LMCache's proxy counts from 1 at each start.
+/// LMCache's proxy counts from 1 at each start, so the same ids come again.
 #[test]
 fn ids_that_come_again_are_delivered_again() {
     let outcome = run(&Plan {
@@ -122,8 +123,8 @@ fn either_sidecar_dies_at_any_time() {
     }
 }
 
-/// One request makes a new handshake while another still has a lease of the receiver before. The
-/// new link leads to memory in which that lease has no slots.
+/// One request makes a new handshake while another request still has a lease from the earlier
+/// receiver. The new link leads to other memory, in which the old lease has no slots.
 #[test]
 fn a_lease_does_not_outlive_its_link() {
     for ms in 0..60 {

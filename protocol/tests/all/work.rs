@@ -1,5 +1,5 @@
-//! Tests of the work per message: a message causes no more work than its own size and its granted
-//! slots justify.
+//! Tests of the work per message: it must be proportional to the size of the message and to the
+//! number of granted slots.
 
 use crate::setup::{CHUNK, question};
 use protocol::message::{AllocX, ToReceiver, ToSender, Written};
@@ -9,7 +9,7 @@ use protocol::{Epoch, LeaseId, SlotIndex, Time};
 const OURS: Epoch = Epoch(100);
 const ROUTE: Route = Route(1);
 
-/// Returns a receiver that has leased slots for this many chunks, the lease and the slots.
+/// Returns a receiver that has granted slots for this many chunks, and the lease and its slots.
 fn leased(chunks: u32) -> (Receiver, LeaseId, Vec<u32>) {
     let mut d = Receiver::new(Config {
         epoch: OURS,
@@ -59,8 +59,8 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
         ..Written::example()
     };
     for n in 0..500u32 {
-        // Each chunk is named in its slot, in the other chunk's slot, and in a slot that was not
-        // granted.
+        // The message names chunks with their own slots, with the other chunk's slot, and with a
+        // slot that was not granted.
         for (chunk, slot) in [(0, slots[0]), (1, slots[1]), (0, slots[1]), (1, 3)] {
             written.chunks.push(chunk);
             written.indexes.push(slot);
@@ -89,7 +89,8 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
     assert_eq!(d.unchecked(&written), [], "they are written by now");
 }
 
-/// One checksum was wrong: the rest is not wanted, so the receiver computes no further checksums.
+/// After one wrong checksum the other chunks are not wanted, so the receiver computes no further
+/// checksums.
 #[test]
 fn a_lease_that_nobody_wants_is_not_summed() {
     let (mut d, lease, slots) = leased(2);

@@ -7,7 +7,7 @@ use protocol::local::Target;
 use protocol::message::{AllocRequest, AllocX};
 use protocol::{Epoch, Layout, receiver, sender};
 
-/// Tokens of a chunk.
+/// Number of tokens of a chunk.
 pub(crate) const CHUNK: u32 = 4;
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
@@ -53,7 +53,7 @@ pub(crate) fn receiver(slots: u32) -> receiver::Config {
     receiver_of(layout(), slots)
 }
 
-/// Returns a receiver's configuration for chunks of another shape.
+/// Returns a receiver's configuration for chunks of the given layout.
 pub(crate) fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
     receiver::Config {
         epoch: Epoch(2),
@@ -76,7 +76,7 @@ pub(crate) fn keys(req: &str, chunks: u32) -> Vec<String> {
     (0..chunks).map(|i| format!("{req}/{i}")).collect()
 }
 
-/// Returns the alloc request for all chunks of a request, without a partial one.
+/// Returns the alloc request for all chunks of a request. All chunks are full.
 pub(crate) fn question(req: &str, chunks: u32, x: Option<AllocX>) -> AllocRequest {
     AllocRequest {
         keys: keys(req, chunks),

@@ -69,7 +69,8 @@ pub(crate) enum Turn {
 }
 
 const DEADLINE: u64 = 40 * SECOND;
-/// Longest life of a reservation: the stall timeout, then the repetitions of the last message.
+/// Maximum duration of a reservation: the stall timeout, and then the repetitions of the last
+/// message.
 const RESERVATION: u64 = 90 * SECOND;
 
 impl PrefillEngine {
@@ -84,7 +85,7 @@ impl PrefillEngine {
         }
     }
 
-    /// Gives up all reservations after the connection is lost, and connects again.
+    /// Forgets all reservations after the connection to the sidecar is lost, and connects again.
     pub(crate) fn sidecar_died(&mut self) {
         self.dies();
     }
@@ -171,7 +172,7 @@ impl World {
         }
     }
 
-    /// Starts a request with the same id again, unless an engine still has the old one.
+    /// Starts a request with the same id again, unless an engine still has the old request.
     pub(crate) fn again(&mut self, plan: &RequestPlan) {
         let decoding = self.decode.live.get(&plan.name);
         let decodes = decoding.is_some_and(|r| !r.ended || !r.reading.is_empty());
@@ -180,7 +181,7 @@ impl World {
         }
     }
 
-    /// Handles a message to the proxy, which then sends the decode request.
+    /// Handles a message to the proxy. The proxy then sends the decode request.
     pub(crate) fn proxy_hears(&mut self, req: &RequestId, begun: bool) {
         let delay = match self.decode.plans.get(&req.0).map(|p| p.park) {
             Some(Park::OnProgress(ms)) if begun => ms,
@@ -273,7 +274,7 @@ impl World {
         self.stage(name);
     }
 
-    /// Gathers the chunks that are computed and have a slot.
+    /// Gathers the chunks that are computed and that have a send slot.
     fn stage(&mut self, name: &str) {
         let engine = self.prefill.id;
         let Some(request) = self.prefill.live.get_mut(name) else {
@@ -345,7 +346,7 @@ impl World {
         if before.is_some_and(|r| !r.ended || !r.reading.is_empty()) {
             return;
         }
-        // The proxy sends one decode request per request.
+        // The proxy sends only one decode request for each request.
         let Some(plan) = self.decode.plans.remove(name) else {
             return;
         };

@@ -1,12 +1,12 @@
 //! Simulation of a sender and a receiver with their engines, transports and clock.
 //!
-//! Control messages are lost, delayed, reordered and doubled. Writes land in any order, late or not
-//! at all. Connections break; either sidecar and either engine dies. The plan's seed determines
-//! everything, so a plan that fails once fails again.
+//! Control messages are lost, delayed, reordered and duplicated. Writes land in any order, land
+//! late or never land. Connections break; either sidecar and either engine dies. The plan's seed
+//! determines everything, so a plan that fails once fails again.
 //!
 //! The simulation checks while it runs:
-//! * the engine reads a landing slot only with exactly the chunk's content, and no write changes
-//!   the slot before the engine releases it;
+//! * when the engine reads a landing slot, the slot contains exactly the chunk's content, and no
+//!   write changes the slot before the engine releases it;
 //! * a write lands only in a slot that is open or quarantined under the write's lease;
 //! * a write carries the chunk that the engine staged, not the chunk that a later request put into
 //!   the same send slot;
@@ -41,15 +41,15 @@ const SECOND: u64 = 1000 * MS;
 /// Result of a plan.
 #[derive(Default)]
 pub(crate) struct Outcome {
-    /// Parked requests that got all their KV.
+    /// Number of parked requests that got all their KV.
     pub(crate) delivered: usize,
-    /// Reasons of the parked requests that did not.
+    /// Reasons of the parked requests that ended without all their KV.
     pub(crate) failed: Vec<protocol::Reason>,
-    /// Reservations that succeeded.
+    /// Number of reservations that succeeded.
     pub(crate) pushed: usize,
-    /// Most slots that were quarantined at one time.
+    /// Maximum number of slots that were quarantined at the same time.
     pub(crate) quarantined: u32,
-    /// Pieces of writes with an unknown end.
+    /// Number of pieces of writes with an unknown end.
     pub(crate) lost_pieces: u32,
     log: Vec<String>,
 }
@@ -65,8 +65,8 @@ impl std::fmt::Debug for Outcome {
     }
 }
 
-/// Runs a plan to its end and checks everything on the way. `WORLD_LOG=1` shows the events before a
-/// failure.
+/// Runs a plan to its end and makes all checks. With `WORLD_LOG=1`, a failure shows the events
+/// before it.
 pub(crate) fn run(plan: &Plan) -> Outcome {
     let mut world = World::new(plan);
     world.script(plan);
@@ -158,7 +158,7 @@ impl World {
         }
     }
 
-    /// Ends the test with the events so far.
+    /// Fails the test and shows the events so far.
     fn fail(&self, why: &str) -> ! {
         let log = self.log.clone().unwrap_or_default().join("\n");
         panic!("{why}\n{log}\n{:?}\n{:?}", self.p, self.d);
@@ -286,8 +286,8 @@ impl World {
         self.outcome.quarantined = self.outcome.quarantined.max(d.quarantined);
     }
 
-    /// Repairs everything and starts one more request: its messages let the two sides tell each
-    /// other what was lost.
+    /// Ends all faults and starts one more request: its messages let both sides learn what was lost
+    /// before.
     fn heal(&mut self) {
         self.net.plan = NetPlan::default();
         self.net.partitioned_until = 0;
@@ -308,8 +308,9 @@ impl World {
         if d.held > 0 || d.requests > 0 {
             self.fail("the receiver is not idle");
         }
-        // Only writes with an unknown end may keep slots, and only until their process is gone. A
-        // draining side accepts no new request that would bring the two sides together again.
+        // Slots may stay quarantined only because of writes with an unknown end, and only until the
+        // sender's process has ended. The exception is a draining side: it accepts no new request,
+        // so the two sides exchange no further messages.
         if d.quarantined > 0 && self.outcome.lost_pieces == 0 && !self.net.draining {
             self.fail("slots stay quarantined although every write ended");
         }

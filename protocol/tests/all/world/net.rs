@@ -56,7 +56,8 @@ impl World {
             self.after(SECOND / 2, Happening::ToSender(event, p_epoch));
             return;
         }
-        // A new handshake comes with a new connection; the receiver sees the old one end.
+        // A new handshake makes a new connection, and the receiver notices the end of the old
+        // connection.
         if let Some(route) = self.net.route.take() {
             self.lost_at_receiver(route);
         }

@@ -8,14 +8,14 @@ pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) send_slots: u32,
     pub(crate) land_slots: u32,
-    /// True if the receiving side does the writing (TCP): then a write into a closed slot fails
-    /// instead of landing.
+    /// True if the receiving process itself writes into the slots (TCP). A write into a closed slot
+    /// then fails instead of landing.
     pub(crate) guarded: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
-    /// Milliseconds after which the same ids come once more, as from a proxy that counts from 1 at
-    /// each start. An engine does not begin a request with the id of a request that has not ended
-    /// there.
+    /// Milliseconds after which requests with the same ids come again, as from a proxy that counts
+    /// from 1 at each start; absent if they do not come again. An engine does not begin a request
+    /// if it still has another request with the same id.
     pub(crate) again_ms: Option<u16>,
     pub(crate) faults: Vec<(u16, Fault)>,
 }
@@ -27,7 +27,8 @@ pub(crate) struct NetPlan {
     pub(crate) lost: u8,
     /// Percentage of messages that arrive twice.
     pub(crate) doubled: u8,
-    /// Longest delay in milliseconds. Delays are random from 0, so messages overtake each other.
+    /// Maximum delay in milliseconds. Each message has a random delay from 0 to this maximum, so
+    /// messages overtake each other.
     pub(crate) delay_ms: u16,
 }
 
@@ -41,7 +42,7 @@ pub(crate) struct RequestPlan {
     /// Percentage of the tokens that the decode side already has.
     pub(crate) have: u8,
     pub(crate) overlap: bool,
-    /// Tokens that the prefill engine computes in a step.
+    /// Number of tokens that the prefill engine computes in a step.
     pub(crate) step: u32,
     /// Milliseconds from the reservation to the cancel; absent if the engine does not cancel.
     pub(crate) cancel_after_ms: Option<u16>,
@@ -54,9 +55,9 @@ pub(crate) struct RequestPlan {
 pub(crate) enum Park {
     Never,
     AtMs(u16),
-    /// Milliseconds after the proxy has learned that prefill has begun.
+    /// Milliseconds after the proxy has got the message that prefill has begun.
     OnProgress(u16),
-    /// Milliseconds after the proxy has learned the end of the push.
+    /// Milliseconds after the proxy has got the message that the push has ended.
     OnNotify(u16),
 }
 
@@ -65,14 +66,15 @@ pub(crate) enum Park {
 pub(crate) enum Fault {
     KillSender,
     KillReceiver,
-    /// The receiver is replaced between the handshake and the first message: the sender's link
-    /// leads to memory that is gone, and no message tells the sender.
+    /// The receiver is replaced between the handshake and the first message. The sender's link
+    /// leads to memory that no longer exists, and no message tells the sender so.
     SwapReceiver,
     KillPrefill,
     KillDecode,
     /// The control connection breaks; both sides notice.
     Disconnect,
-    /// No message passes for this many milliseconds; the sides notice only a long partition.
+    /// No message arrives for this many milliseconds. The sides notice the partition only if it is
+    /// long.
     Partition(u16),
     /// The next write fails; no byte of it can still arrive.
     FailWrite,
@@ -82,8 +84,8 @@ pub(crate) enum Fault {
     CorruptWrite,
     /// Both sidecars refuse new requests from now on.
     Drain,
-    /// A malicious peer asks for slots, also for requests of others with its own keys, and cancels
-    /// as LMCache does.
+    /// A malicious peer asks for slots, also with its own keys for requests of others, and sends
+    /// cancels as LMCache does.
     Stranger,
 }
 

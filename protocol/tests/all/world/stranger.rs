@@ -14,7 +14,7 @@ use super::{CHUNK, Happening, MS, World};
 pub(crate) const ROUTE: Route = Route(1 << 40);
 
 impl World {
-    /// Asks for slots, for an unknown request or for one that is parked.
+    /// Asks for slots, for an unknown request or for a parked request.
     pub(crate) fn stranger_asks(&mut self) {
         let seq: u64 = self.rng.random_range(0..1000);
         let chunks = self.rng.random_range(1..6u32);
@@ -28,7 +28,8 @@ impl World {
                 ..CancelNotif::example()
             };
             self.stranger_says(ToReceiver::CancelNotif(cancel));
-            // The ids of real requests cannot be guessed, so the test gives the peer a parked one.
+            // The peer cannot guess the ids of real requests, so the test gives it the id of a
+            // parked request.
             req_id = self.decode.waits().unwrap_or(req_id);
         }
         let request = AllocRequest {

@@ -13,13 +13,13 @@ pub(crate) type Content = Option<(String, u32)>;
 
 pub(crate) struct Wire {
     pub(crate) guarded: bool,
-    /// Failures of the next writes, last first: true if the end of the write stays unknown.
+    /// Failures of the next writes, in reverse order: true if the end of the write stays unknown.
     pub(crate) fail_next: Vec<bool>,
     pub(crate) send: Vec<Content>,
     pub(crate) land: Vec<Content>,
     open: Vec<Option<LeaseId>>,
     last: Vec<Option<LeaseId>>,
-    /// Leases with quarantined slots that the receiver has announced.
+    /// Leases with quarantined slots for which the receiver has asked for a proof.
     fenced: BTreeMap<LeaseId, SenderId>,
     /// Number of pieces still in flight, by the sender's epoch and lease.
     coming: BTreeMap<(u64, LeaseId), u32>,
@@ -103,7 +103,7 @@ impl World {
             latest = 10 * MS;
         }
         self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
-        // The report may come before the end of the write, after it, or never.
+        // The report `Lasting` may come before the end of the write, after it, or never.
         let lasts = self.jitter(1, 60 * MS);
         if lasts < 40 * MS {
             self.after(lasts, Happening::WriteLasts(transfer, from_epoch));
@@ -131,7 +131,8 @@ impl World {
         let slot = landing.piece.to.0 as usize;
         let open = self.wire.open[slot] == Some(landing.lease);
         if self.wire.guarded && !open {
-            // The receiver refuses this write, because with TCP it does the writing.
+            // The receiver refuses this write: with TCP, the receiving process writes into the
+            // slots itself.
             let write = (landing.transfer, landing.from_epoch);
             self.wire.refused.insert(write);
             return;
@@ -156,7 +157,8 @@ impl World {
         if alive && carried != landing.expected {
             self.fail(&format!("a write carries {carried:?} instead: {landing:?}"));
         }
-        // A write that its sender gave up, or of a dead process, carries undefined bytes.
+        // The bytes of a write are undefined if the write has failed at its sender or if its
+        // process is dead.
         self.wire.land[slot] = if alive { carried } else { None };
     }
 
@@ -228,7 +230,8 @@ impl World {
         }
     }
 
-    /// Ends all writes of a dead sender: they may still land, but no process learns their end.
+    /// Ends all writes of a dead sender. They may still land, but no process gets a report of their
+    /// end.
     pub(crate) fn sender_dies(&mut self) {
         self.wire.posted.clear();
         self.wire.refused.clear();
