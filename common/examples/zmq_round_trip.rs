@@ -1,5 +1,5 @@
-//! The baseline for benchmarks: a round trip between a REQ and a ROUTER socket of two processes
-//! on this host, with nothing around the sockets.
+//! Baseline for benchmarks: measures a round trip between the REQ socket of one process and the
+//! ROUTER socket of another process on this host. Neither process does any other work.
 //!
 //! ```text
 //! cargo run --release -p pd-common --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US
@@ -27,7 +27,8 @@ async fn main() -> anyhow::Result<()> {
     }
 }
 
-/// Answers every request with so many bytes, until its parent ends it.
+/// Answers every request with the given number of bytes, until the parent process ends this
+/// process.
 async fn serve(bytes: usize) -> anyhow::Result<()> {
     let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES).await?;
     println!("{}", server.port());
@@ -76,5 +77,6 @@ async fn against(
     Ok(times)
 }
 
-/// Rounds that are not counted: connecting, first allocations.
+/// Number of first rounds that are not counted, because they include the connection and the first
+/// allocations.
 const WARM_UP: usize = 20;

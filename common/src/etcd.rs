@@ -1,5 +1,5 @@
-//! The part of etcd's key-value API that the proxy's registry and the discovery of the proxy need: leases, keys under
-//! them, a watch.
+//! The part of etcd's key-value API that the proxy's registry and the discovery of the proxy need: leases, keys with a
+//! lease, and a watch.
 //!
 //! The client uses etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
 //! port. A gRPC client would add a second HTTP stack and a protocol compiler for five calls.
@@ -20,10 +20,11 @@ use tokio::time::timeout;
 pub trait Post: Sync {
     /// The body of an answer.
     type Body: Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin;
-    /// The reason for which there is no answer.
+    /// Reason why there is no answer.
     type Error: Display;
 
-    /// Posts JSON and returns when the head of the answer has come. The caller sets the deadline.
+    /// Posts JSON and returns as soon as the head of the answer has come. The caller limits the
+    /// time.
     fn post(
         &self,
         url: &str,
@@ -46,10 +47,10 @@ pub struct Etcd<C> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease(String);
 
-/// etcd did not do what it was asked for.
+/// Error of a call to etcd.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
-    /// The client knows no address.
+    /// The client has no address of etcd.
     #[error("etcd: no address")]
     NoAddress,
     /// No address answers.
@@ -57,7 +58,7 @@ pub enum EtcdError {
     Unreachable {
         /// The URL of the last request.
         url: String,
-        /// The reason why the last request failed.
+        /// Reason why the last request failed.
         cause: String,
     },
     /// etcd answered with an error.
@@ -76,11 +77,11 @@ pub enum EtcdError {
     LeaseLost,
 }
 
-/// A watch over keys. An event says only that the keys have to be read again.
+/// A watch over keys. An event only tells the caller to read the keys again.
 #[derive(Debug)]
 pub struct Watch<B> {
     body: B,
-    /// The beginning of an event whose end has not come.
+    /// First part of an event whose last part has not come yet.
     partial: Vec<u8>,
 }
 
@@ -94,7 +95,7 @@ impl<C: Post> Etcd<C> {
         }
     }
 
-    /// Takes a lease that lasts for `ttl` without being renewed.
+    /// Gets a new lease. It ends after `ttl` unless it is renewed.
     ///
     /// # Errors
     /// etcd granted no lease.
@@ -124,7 +125,7 @@ impl<C: Post> Etcd<C> {
     /// Revokes a lease. etcd deletes the keys of the lease.
     ///
     /// # Errors
-    /// etcd did not confirm. The lease then runs out by itself.
+    /// etcd did not confirm. The lease then expires after its time.
     pub async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         self.call("lease/revoke", json!({"ID": lease.0}))
             .await
@@ -204,7 +205,8 @@ impl<C: Post> Etcd<C> {
         })
     }
 
-    /// Calls a method at the address that answered last, then at the others until one succeeds.
+    /// Calls a method at the address that answered last. If the call fails, calls the method at the
+    /// other addresses until a call succeeds.
     async fn call(&mut self, method: &str, body: Value) -> Result<Value, EtcdError> {
         let body = Bytes::from(body.to_string());
         let mut error = EtcdError::NoAddress;
@@ -286,12 +288,12 @@ fn plain(text: &str) -> Option<String> {
     String::from_utf8(STANDARD.decode(text).ok()?).ok()
 }
 
-/// Longest wait for an answer. etcd answers within milliseconds, unless it is electing a leader, which
-/// takes about a second.
+/// Maximum time for which the client waits for an answer. etcd answers within milliseconds, or
+/// after about a second while it elects a leader.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Longest answer in bytes. An instance of the registry takes less than 1 KiB.
+/// Maximum length of an answer in bytes. An instance of the registry takes less than 1 KiB.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
-/// Most keys of a list. Each proxy writes one key per instance.
+/// Maximum number of keys in a list. Each proxy writes one key per instance.
 const MAX_KEYS: usize = 4096;
-/// Longest event in bytes: an event carries one value.
+/// Maximum length of an event in bytes. An event carries one value.
 const MAX_EVENT_BYTES: usize = 1024 * 1024;

@@ -1,5 +1,5 @@
-//! The limit on file descriptors, which most shells and containers set to 1024: less than one port of either program
-//! may have connections.
+//! The limit on file descriptors. Most shells and containers set it to 1024. This is too low: a single port of either
+//! program may have that many connections.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// may set.
 ///
 /// # Errors
-/// The kernel refuses. The limit then stays as it is.
+/// The kernel refuses the change. The limit then stays as it is.
 pub fn raise() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {

@@ -1,12 +1,13 @@
-//! Environment variables that Kubernetes sets in each pod to describe services, and that look like settings of ours.
+//! Environment variables that Kubernetes sets in each pod to describe services. Some of them have the same names as our
+//! settings.
 
 use std::net::SocketAddr;
 
-/// Returns the note for the log if Kubernetes set this variable to describe a service; the variable is then not a
-/// setting. `None` for all other variables.
+/// Returns a note for the log if Kubernetes set this variable to describe a service; the program must then ignore the
+/// variable. Returns `None` for all other variables.
 ///
-/// For every service of its namespace, a pod gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it. The
-/// name of a service may begin with a prefix of ours, so that the variable has the name of a setting.
+/// For every service of its namespace, a pod gets `SERVICE_PORT=tcp://10.0.0.1:7500` and variables derived from it. If
+/// the name of a service begins with our prefix, the variable can have the same name as a setting.
 pub fn note(name: &str, value: &str) -> Option<String> {
     describes_service(name, value).then(|| {
         format!(
@@ -52,7 +53,7 @@ mod tests {
         check("PD_PROXY_PORT_7500_TCP_ADDR", "10.0.0.1", true);
         check("PD_PROXY_SERVICE_HOST", "10.0.0.1", true);
         check("PD_PROXY_SERVICE_PORT_HTTP", "8000", true);
-        // Settings of ours.
+        // These are our settings.
         check("PD_PROXY_LISTEN", "10.0.0.1:8000", false);
         check("LMCACHE_PD_PROXY_PORT", "7500", false);
         check("LMCACHE_PD_PEER_INIT_PORT", "7300,7301", false);

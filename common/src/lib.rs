@@ -1,7 +1,7 @@
 //! Code that the sidecar, the proxy and the discovery crate share.
 //!
-//! Each module holds one thing. A thing belongs here only if two of the crates need the same behaviour, or if the
-//! library below it has to be exchangeable. Decisions of one program stay in that program.
+//! Each module has one purpose. Code belongs here only if two of the crates need the same behaviour, or if the library
+//! that it uses has to be exchangeable. Decisions of one program stay in that program.
 
 #![forbid(unsafe_code)]
 

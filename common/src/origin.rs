@@ -1,7 +1,8 @@
-//! Signs in a request's head that a web page sent it through a browser on this host.
+//! Detects requests that a web page sent through a browser on this host, by the request's head.
 //!
-//! A browser on this host also connects from a loopback address. A page can read only answers of its own host name. With
-//! DNS rebinding that name resolves to this host, but the `Host` header still has the name.
+//! A browser on this host also connects from a loopback address, so the address alone does not show that the request
+//! comes from a program. A page can read only answers from its own host name. With DNS rebinding the page's host name
+//! resolves to this host, but the `Host` header still contains the page's host name.
 
 use std::net::IpAddr;
 
@@ -14,8 +15,8 @@ pub fn host(headers: &HeaderMap) -> &str {
     host.unwrap_or_default()
 }
 
-/// Returns true if `HOST[:PORT]` is a loopback address, `localhost`, or a name below `localhost`. The port does not
-/// matter, because a tunnel (`ssh -L`) has another port.
+/// Returns true if `HOST[:PORT]` is a loopback address, `localhost`, or a name below `localhost`. The port is not
+/// checked, because a tunnel (`ssh -L`) can use another port.
 pub fn is_local(host: &str) -> bool {
     let name = match host.strip_prefix('[').and_then(|at| at.split_once(']')) {
         Some((address, _)) => address,
@@ -28,8 +29,8 @@ pub fn is_local(host: &str) -> bool {
     }
 }
 
-/// Returns true if the browser says, in `Sec-Fetch-Site`, that a page of another site sent the request. Programs do not
-/// send that header.
+/// Returns true if the header `Sec-Fetch-Site` says that a page of another site sent the request. Browsers send that
+/// header; other programs do not.
 pub fn is_of_another_site(headers: &HeaderMap) -> bool {
     let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
     site.is_some_and(|site| site != b"same-origin" && site != b"none")

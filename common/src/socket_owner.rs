@@ -1,12 +1,11 @@
-//! Finds the process that listens on a port, for the error of a failed bind, and the process at the other end
+//! Finds the process that listens on a port, for the error message of a failed bind. Finds the process at the other end
 //! of a connection.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-/// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; absent if no process
-/// listens there.
+/// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; `None` if no process listens there.
 pub fn holder(port: u16) -> Option<String> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
@@ -31,8 +30,8 @@ pub fn holder(port: u16) -> Option<String> {
     })
 }
 
-/// Returns the process on this host that has a connection from `peer` to our `port`; absent if the kernel
-/// does not show it.
+/// Returns the process on this host that has a connection from `peer` to our `port`; `None` if the kernel does not show
+/// the process.
 pub fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
     let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
@@ -51,8 +50,7 @@ pub fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
     owner(&inodes)
 }
 
-/// Returns the process that has one of these sockets open; absent if the kernel does not show it to this
-/// user.
+/// Returns the process that has one of these sockets open; `None` if the kernel does not show the process to this user.
 fn owner(inodes: &[String]) -> Option<u32> {
     let targets: Vec<String> = inodes.iter().map(|i| format!("socket:[{i}]")).collect();
     for process in fs::read_dir("/proc").ok()?.flatten() {
@@ -89,7 +87,7 @@ fn connection_inode(line: &str, peer: SocketAddr, port: u16) -> Option<&str> {
         .then_some(*fields.get(9)?)
 }
 
-/// Writes an address as the kernel prints it: words of 32 bits in the kernel's byte order.
+/// Writes an address as in `/proc/net/tcp`: words of 32 bits in the kernel's byte order.
 fn as_in_proc(address: IpAddr) -> String {
     let words = |bytes: &[u8]| -> String {
         let (words, _) = bytes.as_chunks::<4>();

@@ -1,14 +1,15 @@
-//! The ZeroMQ sockets of all programs: the only module that names the library.
+//! The ZeroMQ sockets of all programs. No other module uses the ZeroMQ library.
 //!
-//! The library below can be exchanged. `common/tests/all` is the contract of this module: its tests speak the wire
-//! protocol as plain bytes and name no library, so a library that passes them can replace the present one.
+//! The library can be exchanged. The tests in `common/tests/all` are the contract of this module. They speak the wire
+//! protocol as plain bytes and do not depend on a library. So a library with which these tests pass can replace the
+//! present library.
 //!
-//! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process
-//! that reaches the ports can connect. A send never waits: a peer that does not read loses its own messages
-//! and delays no other peer. The sockets run on the caller's runtime.
+//! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process that
+//! reaches the ports can connect. A send never waits: if a peer does not read, its own messages are lost, but messages
+//! to other peers are not delayed. The sockets run on the caller's runtime.
 //!
-//! A [`Route`] is one *connection*, not one identity. A peer that reconnects under the same identity gets
-//! another route, so that an answer never reaches another process that took over the identity.
+//! A [`Route`] is one *connection*, not one identity. A peer that reconnects under the same identity gets another
+//! route. So an answer never reaches another process that uses the identity later.
 
 mod dealer;
 mod inbox;
@@ -32,19 +33,20 @@ pub use requester::{RequestError, Requester};
 pub use router::{FromPeer, RouterServer};
 pub use traffic::Traffic;
 
-/// Longest message on an alloc port. A request of 4096 keys (a million tokens in chunks of 256) with
-/// a model name of 100 characters has 600 KB.
+/// Maximum length of a message on an alloc port, in bytes. A request of 4096 keys (a million tokens
+/// in chunks of 256) with a model name of 100 characters has 600 KB.
 pub const MAX_ALLOC_BYTES: usize = 1 << 20;
-/// Longest message on an init port: a descriptor list of 170,000 slots with 24 bytes per slot.
+/// Maximum length of a message on an init port, in bytes: a descriptor list of 170,000 slots with
+/// 24 bytes per slot.
 pub const MAX_INIT_BYTES: usize = 4 << 20;
-/// Longest message on the registration port.
+/// Maximum length of a message on the registration port, in bytes.
 pub const MAX_REGISTRATION_BYTES: usize = 64 << 10;
-/// The socket's own task has ended, so no message will come any more.
+/// Error: the socket's own task has ended, so no message will come any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the ZeroMQ socket is closed")]
 pub struct Closed;
 
-/// The reason for which a message was not queued. The socket does not retry it.
+/// Reason why a message was not queued. The socket does not try to send the message again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
     /// The queue to this peer is full, because the peer does not read.
@@ -55,7 +57,7 @@ pub enum SendError {
     Gone,
 }
 
-/// A port that could not be bound.
+/// Error of a port that could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Another socket listens there.
@@ -65,7 +67,7 @@ pub enum BindError {
         host: String,
         /// The value as configured.
         port: u16,
-        /// The process that listens there, or a text that it is not known.
+        /// The process that listens there, or a text which says that the process is not known.
         holder: String,
     },
     /// The bind failed for another reason: the host is not this machine's, the port is privileged, ….
@@ -143,8 +145,8 @@ fn delimited(payload: Bytes) -> Message {
     Message::multipart([Bytes::new(), payload])
 }
 
-/// Returns the payload of an answer from a ROUTER or REP, with or without the empty delimiter. Absent if the
-/// message has other frames.
+/// Returns the payload of an answer from a ROUTER or REP, with or without the empty delimiter; `None` if the message
+/// has other frames.
 fn payload(message: &Message) -> Option<Bytes> {
     match message.len() {
         1 => message.part_bytes(0),
@@ -156,41 +158,45 @@ fn payload(message: &Message) -> Option<Bytes> {
     }
 }
 
-/// Returns true for 1, 2, 4, 8, …: a fault that a hostile peer can repeat is logged at these counts only.
+/// Returns true for 1, 2, 4, 8, …. A fault that a hostile peer can repeat is logged only at these counts, so that it
+/// cannot fill the log.
 fn rare(count: u64) -> bool {
     count.is_power_of_two()
 }
 
 /// Largest number of connections of one port. Each needs about 40 KB.
 pub const MAX_PEERS: usize = 1024;
-/// Handshakes of one port at the same time. With the library's default of 128, 500 silent connections locked
-/// out every new peer in trials.
+/// Maximum number of handshakes of one port at the same time. With the library's default of 128, no new peer could
+/// connect in trials with 500 silent connections.
 const MAX_PENDING_HANDSHAKES: usize = 2048;
-/// Longest time for a new connection to finish ZeroMQ's handshake. Half-open connections end after it.
+/// Maximum time for ZeroMQ's handshake on a new connection. After this time a half-open connection
+/// ends.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Longest time for sending queued messages when a socket closes. The library's default is 0, which drops
-/// them.
+/// Maximum time for sending queued messages when a socket closes. The library's default is 0, which drops the messages.
 const LINGER: Duration = Duration::from_millis(300);
 const PUSH_LINGER: Duration = Duration::from_secs(1);
-/// Messages queued to one peer.
+/// Maximum number of messages queued to one peer.
 pub const SEND_QUEUE: u32 = 256;
-/// Messages queued from all peers of a port. They need at most 64 MiB on an alloc port.
+/// Maximum number of received messages that are queued per port. They need at most 64 MiB on an
+/// alloc port.
 const RECEIVE_QUEUE: u32 = 64;
-/// Encoded bytes queued to one peer.
+/// Maximum number of encoded bytes queued to one peer.
 const SEND_BYTES: usize = 4 << 20;
-/// Connection events queued. After an overflow the socket's whole table is read once.
+/// Maximum number of queued connection events. After an overflow, the port reads the socket's whole
+/// table of connections once.
 const MONITOR_EVENTS: usize = 1024;
-/// Time between two heartbeats. A peer that was stopped, or whose host vanished, counts as lost after
-/// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; TCP's own probes find its vanished host after 25
-/// s.
+/// Time between two heartbeats. If a peer's process was stopped or its host vanished, the peer counts as lost after
+/// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; if its host vanished, TCP's own probes end the connection
+/// after 25 s.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Time after which a peer that answers no heartbeat counts as lost.
 pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
 const TCP_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
-/// Time during which a refused connection is tried again, because the receiver may just be starting.
+/// Time for which a refused connection is tried again, because the receiver may be starting at this
+/// moment.
 const CONNECT_GRACE: Duration = Duration::from_millis(500);
-/// Largest number of messages that are delivered before a loss. A loss comes after the messages that were
-/// received before it, and the bound keeps a flood of messages from hiding it.
+/// Maximum number of messages that are delivered before the loss of a connection is reported. The loss is reported
+/// after the messages that came before it. Without this maximum, a flood of messages could delay the report for ever.
 const MESSAGES_BEFORE_LOST: usize = 2 * RECEIVE_QUEUE as usize;

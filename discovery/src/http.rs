@@ -11,7 +11,7 @@ use hyper_util::rt::TokioExecutor;
 
 use crate::StoreError;
 
-/// A client that reads at most [`MAX_BYTES`] of each answer. For etcd, the gateway's client bounds the answers.
+/// A client that reads at most [`MAX_BYTES`] of each answer. For etcd, `common::etcd` limits the length of answers.
 #[derive(Clone, Debug)]
 pub(crate) struct Http(Client<HttpConnector, Full<Bytes>>);
 
@@ -68,6 +68,6 @@ impl Post for Http {
     }
 }
 
-/// The longest body that is read. An answer holds one address; the limit keeps a wrong server from
-/// filling the memory.
+/// Maximum length of an answer's body in bytes. A correct answer is one address. The limit protects
+/// the memory of this process if the URL leads to a wrong server.
 const MAX_BYTES: usize = 64 * 1024;

@@ -1,9 +1,9 @@
-//! Discovery of the proxy through the metadata server that Mooncake's `mooncake.json` names.
+//! Discovery of the proxy through the metadata server in Mooncake's `mooncake.json`.
 //!
-//! Mooncake's instances find each other through etcd, Redis or Mooncake's own HTTP server. A sidecar
-//! needs only one address from that server: the address at which the proxy takes registrations. The
-//! proxy writes the address under [`PROXY_KEY`] and writes it again before it expires. A sidecar reads
-//! it. All three kinds of server support this.
+//! Mooncake's instances find each other through etcd, Redis or Mooncake's own HTTP server. A
+//! sidecar needs only one address from that server: the address at which the proxy takes
+//! registrations. The proxy writes this address under [`PROXY_KEY`] and writes it again before the
+//! key expires. A sidecar reads the key. All three kinds of server support this.
 
 mod http;
 mod metadata;
@@ -19,7 +19,7 @@ use self::http::Http;
 
 /// The key under which the proxy publishes the address at which it takes registrations.
 pub const PROXY_KEY: &str = "pd-sidecar/proxy";
-/// The lifetime of the published address, on servers that delete expired keys.
+/// Time after which a published address expires, on servers that delete expired keys.
 pub const HOLDS: Duration = Duration::from_secs(15);
 /// The interval at which the proxy publishes its address again: a third of [`HOLDS`], so that one
 /// failed attempt does not remove the address.
@@ -33,7 +33,7 @@ pub enum StoreError {
     Unreachable {
         /// The kind and address of the server, or the URL of the request.
         server: String,
-        /// The reason why the connection or the request failed.
+        /// Reason why the connection or the request failed.
         why: String,
     },
     /// The server gives an unexpected answer.
@@ -41,7 +41,7 @@ pub enum StoreError {
     Unexpected {
         /// The kind and address of the server.
         server: String,
-        /// The status or the part of the answer that is wrong.
+        /// Status of the answer, or the wrong part of the answer.
         what: String,
     },
 }
@@ -55,7 +55,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Makes a store for this server, without connecting to it.
+    /// Returns a store for this server, without connecting to the server.
     pub fn new(metadata: Metadata) -> Self {
         let http = Http::default();
         Self { metadata, http }
@@ -142,7 +142,8 @@ impl Store {
         command.query_async(&mut connection).await.map_err(failed)
     }
 
-    /// Fails work that takes longer than [`ANSWER_TIMEOUT`], so that a silent server delays no caller.
+    /// Runs `work`, and fails if it takes longer than [`ANSWER_TIMEOUT`], so that a silent server
+    /// does not delay the caller.
     async fn bounded<T>(
         &self,
         work: impl Future<Output = Result<T, StoreError>>,
@@ -153,7 +154,7 @@ impl Store {
         }
     }
 
-    /// Returns an error of etcd as an error of the metadata server.
+    /// Converts an error of etcd into an error of the metadata server.
     fn failed(&self, error: EtcdError) -> StoreError {
         match error {
             EtcdError::Unreachable { url, cause } => StoreError::Unreachable {
@@ -185,5 +186,5 @@ fn with_key(url: &str, key: &str) -> String {
     format!("{url}?key={key}")
 }
 
-/// The time limit of one request. A healthy metadata server answers within milliseconds.
+/// Maximum time for one request. A healthy metadata server answers within milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! The metadata server that `mooncake.json` names.
+//! The metadata server in `mooncake.json`.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub enum Metadata {
 /// An error in `metadata_server` or `metadata_backend`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetadataError {
-    /// `metadata_backend`, or the scheme of `metadata_server`, names no known kind of server.
+    /// `metadata_backend`, or the scheme of `metadata_server`, is not a known kind of server.
     #[error("`{0}` is not one of etcd, redis, http")]
     Backend(String),
     /// `metadata_server` has no host, or contains white space.
@@ -25,8 +25,8 @@ pub enum MetadataError {
 }
 
 impl Metadata {
-    /// Parses the two values of `mooncake.json`. Returns `None` for the server `P2PHANDSHAKE`, with which
-    /// Mooncake uses no metadata server.
+    /// Parses the two values of `mooncake.json`. Returns `None` for the value `P2PHANDSHAKE`, which means that Mooncake
+    /// uses no metadata server.
     ///
     /// If `backend` is absent, the scheme of `server` selects the kind. If the scheme is absent too, the
     /// kind is etcd, as in Mooncake.

@@ -1,5 +1,5 @@
-//! Tests with real metadata servers: the etcd and Redis programs that `PD_TEST_ETCD` and `PD_TEST_REDIS`
-//! name, and an HTTP server with the interface of Mooncake's server.
+//! Tests with real metadata servers: the etcd and Redis programs whose paths are in `PD_TEST_ETCD` and `PD_TEST_REDIS`,
+//! and an HTTP server with the interface of Mooncake's server.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use discovery::{Metadata, PROXY_KEY, Store, StoreError};
 
-/// A server with its own data folder; stopped at the end of the test.
+/// A server with its own data folder. It is stopped at the end of the test.
 struct Server(
     Child,
     #[expect(dead_code, reason = "removed when it is dropped")] tempfile::TempDir,
@@ -23,7 +23,8 @@ impl Drop for Server {
     }
 }
 
-/// Starts the program that a variable names. Prints a note and returns `None` if the variable is empty.
+/// Starts the program whose path is in an environment variable. Prints a note and returns `None` if the variable is
+/// empty.
 fn start(variable: &str, arguments: impl Fn(&str) -> Vec<String>) -> Option<Server> {
     let program = std::env::var(variable).unwrap_or_default();
     if program.is_empty() {
@@ -44,7 +45,7 @@ fn start(variable: &str, arguments: impl Fn(&str) -> Vec<String>) -> Option<Serv
     Some(Server(child, folder))
 }
 
-/// Returns a free port below 32768, where Linux's ports for outgoing connections begin: no outgoing
+/// Returns a free port below 32768. Linux gives only higher ports to outgoing connections, so no
 /// connection can take the port before the server binds it.
 fn free_port() -> u16 {
     let start = RandomState::new().build_hasher().finish() % 12_000;
@@ -58,7 +59,7 @@ fn store(server: &str, backend: &str) -> Store {
     Store::new(Metadata::parse(server, Some(backend)).unwrap().unwrap())
 }
 
-/// Returns when the server answers.
+/// Waits until the server answers. Fails after 20 s.
 async fn up(store: &Store) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while let Err(error) = store.find(PROXY_KEY).await {
@@ -138,7 +139,7 @@ async fn http() {
     .await;
 }
 
-/// Answers one request of a connection: GET or PUT of `/metadata?key=K`.
+/// Answers the only request of a connection: GET or PUT of `/metadata?key=K`.
 fn answer(stream: TcpStream, keys: &mut HashMap<String, Vec<u8>>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let (mut line, mut length) = (String::new(), 0);

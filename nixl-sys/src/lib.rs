@@ -1,11 +1,12 @@
 //! Raw bindings of NIXL's C API (`libnixl_capi.so`), loaded at run time.
 //!
-//! The build links nothing, so one binary runs on machines with and without NIXL. [`Library::load`]
-//! looks for the library in the usual places: an explicit path, the wheel of the active Python, the
-//! system. If it finds none, the error lists each place and why that place failed.
+//! The build does not link NIXL, so one binary runs on machines with and without NIXL.
+//! [`Library::load`] looks for the library in the usual places: an explicit path, the wheel of the
+//! active Python, the system. If it finds none, the error lists each place and why that place
+//! failed.
 //!
-//! `make bindings` generates the declarations in `bindings.rs` from `nixl_capi.h`, which is this
-//! project's own header of the functions that it calls.
+//! `make bindings` generates the declarations in `bindings.rs` from `nixl_capi.h`. This is the
+//! project's own header, with only the functions that the project calls.
 
 mod library;
 mod search;

@@ -8,7 +8,8 @@ use std::sync::Mutex;
 use crate::Api;
 use crate::search::{Place, Search};
 
-/// NIXL's C API, loaded and with all its functions; never the stub of NIXL's build.
+/// NIXL's C library, loaded, with all functions that this project needs. It is never the stub
+/// library of NIXL's build.
 pub struct Library {
     api: Api,
     path: PathBuf,
@@ -18,13 +19,13 @@ pub struct Library {
 impl Library {
     /// Loads the library from the first usable place of `search`, once per process.
     ///
-    /// Later calls return the library that is loaded already. It stays loaded until the process ends:
-    /// an unload would remove the code of the library's running threads.
+    /// Later calls return the library that is already loaded. The library stays loaded until the
+    /// process ends, because its own threads may still run its code.
     ///
     /// # Errors
-    /// Returns each place that was tried, and why it failed. A later call tries again.
+    /// The error lists each place that was tried, and why it failed. A later call tries again.
     pub fn load(search: &Search) -> Result<&'static Self, LoadError> {
-        // The lock is held during the load, so that two callers cannot load two copies.
+        // This thread holds the lock during the load, so that two callers cannot load two copies.
         let mut loaded = match LOADED.lock() {
             Ok(loaded) => loaded,
             // A panic during the load leaves the option unchanged.
@@ -49,8 +50,8 @@ impl Library {
         &self.path
     }
 
-    /// Returns the version of the wheel that contains the file, or `None` outside a wheel. The C API
-    /// itself has no version.
+    /// Returns the version of the wheel that contains the file; `None` if the file is not in a
+    /// wheel. The C API itself has no version.
     pub fn version(&self) -> Option<&str> {
         self.version.as_deref()
     }
@@ -128,9 +129,9 @@ impl Error for LoadError {}
 /// A place without a usable library.
 #[derive(Clone, Debug)]
 pub struct Tried {
-    /// A path, the name of a variable, or a name for the dynamic linker.
+    /// Path, name of an environment variable, or name that the dynamic linker resolves.
     pub place: String,
-    /// The reason why this place is not usable.
+    /// Reason why this place is not usable.
     pub why: String,
 }
 
@@ -144,8 +145,9 @@ fn reason(error: &libloading::Error) -> String {
     }
 }
 
-/// Returns the version of the wheel that contains `library`, from the name of the folder beside it:
-/// `1.5.1` from `nixl_cu13-1.5.1.dist-info` for a library in `.nixl_cu13.mesonpy.libs`.
+/// Returns the version of the wheel that contains `library`. The version is in the name of a
+/// neighbouring folder: for a library in `.nixl_cu13.mesonpy.libs`, the folder
+/// `nixl_cu13-1.5.1.dist-info` gives `1.5.1`.
 fn wheel_version(library: &Path) -> Option<String> {
     let libs = library.parent()?;
     let wheel = libs
@@ -191,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_library_without_the_symbols_is_refused_by_name() {
-        // Any shared object serves that exists on every glibc system.
+        // The test needs a shared object that exists on every glibc system and is not NIXL.
         let why = Library::open(Path::new("libm.so.6")).err().unwrap();
         assert!(why.contains("nixl_capi_"), "{why}");
     }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 /// The places where [`crate::Library::load`] looks, in order.
 ///
-/// If [`Search::explicit`] is set, only that path is tried: a silent fallback to another library would
-/// hide that the requested one is missing. Otherwise the wheels in the Python environments are tried, in
-/// the order of the fields, and then the name `libnixl_capi.so` in the dynamic linker's path.
+/// If [`Search::explicit`] is set, only that path is tried: a silent fallback to another library would hide that the
+/// requested library is missing. Otherwise the wheels in the Python environments are tried, in the order of the fields,
+/// and then the name `libnixl_capi.so` in the dynamic linker's path.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
     /// The path of the library file (`PD_NIXL_CAPI`).
@@ -20,7 +20,8 @@ pub struct Search {
     pub own_prefix: Option<PathBuf>,
     /// The active conda environment (`CONDA_PREFIX`).
     pub conda_prefix: Option<PathBuf>,
-    /// The directories of executables (`PATH`). The first one that contains a `python3` is used.
+    /// The directories of executables (`PATH`). Only the first directory that contains a `python3`
+    /// is used.
     pub path: Option<OsString>,
 }
 
@@ -41,7 +42,7 @@ impl Search {
         }
     }
 
-    /// Returns the libraries to try, and the places that have none, in order.
+    /// Returns all places in order: a library to try, or the reason why a place has no library.
     pub(crate) fn places(&self) -> Vec<Place> {
         if let Some(path) = &self.explicit {
             return vec![Place::Candidate(path.clone())];
@@ -66,8 +67,8 @@ impl Search {
         places
     }
 
-    /// Returns the prefix of the first `python3` on `PATH`. Does not follow links: `bin/python3` of a
-    /// virtual environment points outside that environment.
+    /// Returns the prefix of the first `python3` on `PATH`. Does not follow symbolic links, because
+    /// `bin/python3` of a virtual environment is a link to a file outside that environment.
     fn python_prefix(&self) -> Option<PathBuf> {
         let bin = env::split_paths(self.path.as_ref()?).find(|dir| dir.join("python3").exists())?;
         bin.parent().map(Path::to_path_buf)
@@ -81,7 +82,7 @@ fn own_prefix() -> Option<PathBuf> {
     (bin.file_name()? == "bin").then(|| prefix.to_path_buf())
 }
 
-/// A library to try, or the reason why a place has none.
+/// A library to try, or the reason why a place has no library.
 #[derive(Debug)]
 pub(crate) enum Place {
     Candidate(PathBuf),
@@ -103,7 +104,8 @@ fn in_prefix(name: &str, prefix: &Path) -> Vec<Place> {
     for lib in ["lib", "lib64", "local/lib"] {
         for python in entries(&prefix.join(lib), |entry| entry.starts_with("python3")) {
             for packages in ["site-packages", "dist-packages"] {
-                // Current wheels have `.nixl_cu13.mesonpy.libs`; others have `nixl_cu12.libs`.
+                // In current wheels the folder is `.nixl_cu13.mesonpy.libs`, in other wheels
+                // `nixl_cu12.libs`.
                 let wheels = entries(&python.join(packages), |entry| {
                     entry.trim_start_matches('.').starts_with("nixl") && entry.ends_with(".libs")
                 });
@@ -125,7 +127,8 @@ fn in_prefix(name: &str, prefix: &Path) -> Vec<Place> {
     found.into_iter().map(Place::Candidate).collect()
 }
 
-/// Returns the sorted entries of a directory whose names pass; none if the directory cannot be read.
+/// Returns the paths of the directory's entries for whose name `passes` returns true, sorted.
+/// Returns no path if the directory cannot be read.
 fn entries(dir: &Path, passes: impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let Ok(listing) = dir.read_dir() else {
         return Vec::new();

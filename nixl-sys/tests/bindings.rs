@@ -1,14 +1,14 @@
-//! Checks that `src/bindings.rs` is what bindgen generates from `nixl_capi.h`. `make bindings` writes the
-//! file again.
+//! Checks that `src/bindings.rs` has the content that bindgen generates from `nixl_capi.h`. `make bindings` writes the
+//! file.
 
 use std::path::Path;
 use std::process::Command;
 
 use bindgen::{EnumVariation, RustEdition, RustTarget};
 
-/// The variable from which bindgen reads the path of libclang.
+/// The environment variable from which bindgen reads the path of libclang.
 const LIBCLANG: &str = "LIBCLANG_PATH";
-/// If this variable is set, the test writes the file instead of comparing it.
+/// If this environment variable is set, the test writes the file instead of comparing it.
 const WRITE: &str = "PD_WRITE_BINDINGS";
 
 #[test]

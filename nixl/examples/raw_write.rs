@@ -1,11 +1,11 @@
-//! The baseline for benchmarks: the speed of a program that calls NIXL and does nothing else.
+//! Baseline for benchmarks: measures the speed of a program that calls NIXL and does nothing else.
 //!
-//! Two processes run on this host. The sender makes each request once, from prepared lists, and then
-//! only posts and polls it, with an optional pause before each post. The receiver polls without a pause.
+//! Two processes run on this host. The sender creates each request once, from prepared lists. It then only posts and
+//! polls the request, with an optional pause before each post. The receiver polls without a pause.
 //!
-//! The sender measures several divisions of the bytes, in alternation. It then measures the fastest one
-//! again; that is the result, because a caller of NIXL is free to choose the division. At the end the
-//! sender compares the bytes that arrived with those that it sent.
+//! The sender can divide the bytes into descriptors in several ways. It measures these divisions in alternation, and
+//! then measures the fastest division again. This last measurement is the result, because a caller of NIXL is free to
+//! choose the division. At the end the sender compares the bytes that arrived with the bytes that it sent.
 //!
 //! ```text
 //! UCX_TLS=tcp cargo run --release -p nixl --example raw_write -- --total-mib 64 --chunk-mib 1
@@ -75,11 +75,11 @@ struct Order {
     pause: Duration,
 }
 
-/// A division of the bytes, with a request that uses it.
+/// A division of the bytes into descriptors, with a request that uses this division.
 struct Variant {
     name: String,
     transfer: Transfer,
-    /// The duration of each counted round; sorted at the end of the measurement.
+    /// Duration of each counted round in seconds. The list is sorted at the end of the measurement.
     seconds: Vec<f64>,
 }
 
@@ -90,7 +90,8 @@ impl Variant {
 }
 
 fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
-    // The receiver is this program again, with the same arguments: both must agree on the sizes.
+    // The receiver is a second process of this program with the same arguments, because both
+    // processes must use the same sizes.
     let mut child = Command::new(env::current_exe()?)
         .args(args)
         .arg("--receiver")
@@ -107,7 +108,8 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     let address: u64 = line()?.parse()?;
     let metadata = unhex(&line()?)?;
 
-    // One request per division, made before the measurement: only posting and polling is measured.
+    // The sender creates one request per division before the measurement, so that it measures only
+    // posting and polling.
     let side = Side::new("raw-sender", order.total)?;
     side.memory.fill(1);
     let remote = side.agent.load(&metadata)?;
@@ -136,14 +138,15 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
             seconds: Vec::new(),
         });
     }
-    // The first rounds connect and warm up. The best of several medians is partly the best by chance,
-    // so the chosen division is measured again, alone.
+    // The first rounds connect and warm up. The best of several medians can be the best by chance,
+    // so the sender measures the chosen division again, alone.
     measure(order, &mut variants, 3)?;
     let all = gb_per_s_of_each(order, &variants);
     variants.sort_by(|a, b| a.median().total_cmp(&b.median()));
     variants.truncate(1);
     measure(order, &mut variants, 0)?;
-    // Other bytes, written once more: equal sums then prove that this last write arrived.
+    // The sender fills its memory with other bytes and writes once more. Equal sums then prove that
+    // this last write arrived.
     side.memory.fill(2);
     let mut state = variants[0].transfer.post()?;
     while state == State::Running {
@@ -160,7 +163,7 @@ fn send(order: &Order, args: &[String]) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Posts each variant's request in turn, `order.rounds` times, after `uncounted` rounds that it does not
+/// Posts each variant's request in turn. Measures `order.rounds` rounds, after `uncounted` rounds that it does not
 /// measure.
 fn measure(
     order: &Order,
@@ -192,7 +195,8 @@ fn measure(
     Ok(())
 }
 
-/// Returns the divisions to measure: the chunks merged, and every descriptor size that could be the best.
+/// Returns the divisions to measure: one in which NIXL merges the chunks, and one for every descriptor size that could
+/// be the fastest.
 fn divisions(order: &Order) -> Vec<(usize, Merge)> {
     let mut sizes = vec![order.chunk, 256 << 10, 512 << 10, 1 << 20, 2 << 20];
     sizes.retain(|bytes| *bytes <= order.chunk && order.chunk.is_multiple_of(*bytes));
@@ -252,7 +256,7 @@ fn receive(order: &Order) -> Result<(), Box<dyn Error>> {
         if ASKED.swap(false, Ordering::AcqRel) {
             println!("{}", side.memory.sum());
         }
-        // Without this line, the writer would wait for this process on a host with two cores.
+        // Without this call, the sender would wait for the CPU on a host with two cores.
         std::thread::yield_now();
     }
     Ok(())
@@ -285,7 +289,7 @@ impl Side {
 struct Mapping(MmapRaw);
 
 impl Mapping {
-    /// Maps shared memory, the kind of memory that the sidecar's buffers are.
+    /// Maps shared memory, as the sidecar does for its buffers.
     fn shared(bytes: usize) -> std::io::Result<Self> {
         let path = format!("/dev/shm/raw-write-{}", std::process::id());
         let file = File::options()

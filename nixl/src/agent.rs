@@ -1,4 +1,4 @@
-//! The agent: this process's side of all its NIXL connections.
+//! The agent: the local side of all NIXL connections of this process.
 
 use std::cell::RefCell;
 use std::ptr::{self, NonNull};
@@ -20,8 +20,8 @@ use crate::transfer::Merge;
 /// The parameters of an [`Agent`].
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The name under which peers load the agent. It must be new at each start, because peers cache the
-    /// agent's metadata under its name.
+    /// The name under which peers load the agent. Each start must use a new name, because peers cache the agent's
+    /// metadata under its name.
     pub name: String,
     /// The name of the backend's plugin, for example `UCX`.
     pub backend: String,
@@ -40,12 +40,12 @@ impl Config {
     }
 }
 
-/// An agent with one backend, used by the thread that made it.
+/// An agent with one backend. Only the thread that made the agent can use it.
 #[derive(Clone, Debug)]
 pub struct Agent(pub(crate) Rc<AgentInner>);
 
 impl Agent {
-    /// Makes an agent and its backend, without the library's progress thread.
+    /// Creates an agent and its backend, without the library's progress thread.
     ///
     /// # Errors
     /// Fails if the plugin is missing, or if the backend refuses its parameters or the `UCX_*`
@@ -59,7 +59,8 @@ impl Agent {
         self.0.name()
     }
 
-    /// Makes `memory` a source of this agent's writes and a target of its peers' writes.
+    /// Registers memory, so that this agent can write from it and the agent's peers can write into
+    /// it.
     ///
     /// # Errors
     /// Fails if the backend cannot register the memory (limits on locked memory, on RDMA).
@@ -72,7 +73,8 @@ impl Agent {
         Registration::new(Rc::clone(&self.0), memory, kind, device)
     }
 
-    /// Returns the metadata that a peer must load before it can write into the memory registered now.
+    /// Returns the metadata that a peer must load before it can write into the memory that is
+    /// registered at this moment.
     ///
     /// # Errors
     /// Fails if the library cannot serialize the metadata.
@@ -95,12 +97,13 @@ impl Agent {
 
     /// Loads a peer's metadata and connects to it.
     ///
-    /// If the peer is loaded already, both loads share one connection. If that connection has failed,
-    /// the new one replaces it.
+    /// If the peer is loaded already, both loads share one connection. If that connection has
+    /// failed, a new connection replaces it.
     ///
     /// # Errors
-    /// Fails if NIXL cannot use the blob, if the two agents have no wire in common, or with
-    /// [`Error::Taken`] or [`Error::Busy`].
+    /// Fails if NIXL cannot use the blob, or if the two agents have no transport in common. Fails
+    /// with [`Error::Taken`] if another peer has the name, and with [`Error::Busy`] if transfers of
+    /// the failed connection have not ended.
     pub fn load(&self, metadata: &[u8]) -> Result<Remote, Error> {
         Remote::load(&self.0, metadata)
     }
@@ -133,7 +136,7 @@ impl Agent {
     }
 }
 
-/// Makes the agent, its backend, and the options that name the backend.
+/// Creates the agent, its backend, and the options that name the backend.
 ///
 /// Each step wraps its handle in [`Undo`], so that a failure of a later step destroys it.
 fn create_inner(api: &'static Api, config: &Config) -> Result<AgentInner, Error> {
@@ -142,10 +145,10 @@ fn create_inner(api: &'static Api, config: &Config) -> Result<AgentInner, Error>
         progress_thread: false,
         listen_thread: false,
         listen_port: 0,
-        // The types are not Send, so one thread uses the agent.
+        // The types are not Send, so only one thread uses the agent.
         sync: nixl_capi_sync::NIXL_CAPI_SYNC_NONE,
         workers: 1,
-        // Unused, because both threads are off.
+        // Not used, because both threads are off.
         progress_delay_us: 0,
         listen_delay_us: 0,
         telemetry: false,
@@ -186,7 +189,8 @@ fn create_inner(api: &'static Api, config: &Config) -> Result<AgentInner, Error>
     })
 }
 
-/// Loads the plugin and makes a backend from its default parameters and those of `config`.
+/// Loads the plugin and creates a backend from the plugin's default parameters and the parameters
+/// in `config`.
 fn create_backend(
     api: &'static Api,
     agent: *mut nixl_capi_agent,
@@ -221,7 +225,8 @@ fn create_backend(
     })
 }
 
-/// Makes options that name the backend, with or without the merge of neighbouring descriptors.
+/// Returns options that name the backend, and that switch the merge of neighbouring descriptors on
+/// or off.
 fn options_for(
     api: &'static Api,
     backend: *mut nixl_capi_backend,

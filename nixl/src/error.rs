@@ -6,7 +6,7 @@ use nixl_sys::nixl_capi_status as Status;
 /// error, so this error cannot say more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The parameters do not fit together. A second call with the same parameters fails too.
+    /// The parameters do not fit together. A second call with the same parameters would fail too.
     #[error("nixl {call}: invalid parameters")]
     Invalid {
         /// The C function, without the prefix `nixl_capi_`.
@@ -46,14 +46,14 @@ pub enum Error {
         /// The peer's agent name.
         agent: String,
     },
-    /// Other metadata is loaded under the same name and in use. Each agent has a new name at each start,
-    /// so one of the two peers uses a name that is not its own.
+    /// Other metadata is already loaded under the same name and in use. Each agent has a new name at each start, so one
+    /// of the two peers uses the name of another agent.
     #[error("another nixl peer is connected under the agent name {agent}")]
     Taken {
         /// The name that both peers use.
         agent: String,
     },
-    /// The connection has failed, and the crate cannot replace it before its transfers have ended.
+    /// The connection has failed, and it cannot be replaced before its transfers have ended.
     #[error("{running} transfers of the failed nixl connection to {agent} have not ended")]
     Busy {
         /// The peer's agent name.

@@ -1,7 +1,7 @@
 //! The agent's handles and the peers that it has loaded: the state that all other types share.
 //!
-//! The two types refer to each other: each peer keeps its agent alive, and the agent finds its peers
-//! by name. They stand in one file so that no two files of this crate import each other.
+//! The two types refer to each other: each peer keeps its agent alive, and the agent finds its
+//! peers by name. They are in one file so that no two files of this crate import each other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -18,19 +18,19 @@ use nixl_sys::{
 use crate::error::{Error, check};
 use crate::handle::made;
 
-/// The handles of one agent. [`Drop`] destroys them in the order that they need, whatever the order of
-/// the fields.
+/// The handles of one agent. [`Drop`] destroys them in the necessary order, which does not depend
+/// on the order of the fields.
 pub(crate) struct AgentInner {
     pub(crate) api: &'static Api,
     pub(crate) name: String,
     pub(crate) agent: NonNull<nixl_capi_agent>,
     pub(crate) backend: NonNull<nixl_capi_backend>,
-    /// Names the backend; NIXL merges neighbouring descriptors.
+    /// Options that name the backend, with which NIXL merges neighbouring descriptors.
     pub(crate) options: NonNull<nixl_capi_options>,
-    /// Names the backend; NIXL keeps neighbouring descriptors apart.
+    /// Options that name the backend, with which NIXL does not merge neighbouring descriptors.
     pub(crate) split: NonNull<nixl_capi_options>,
     pub(crate) notifications: NonNull<nixl_capi_notifications>,
-    /// The remote that NIXL holds under each name. Weak, because the users of a remote own it.
+    /// The loaded peers by name. The references are weak, because the users of a peer own it.
     pub(crate) remotes: RefCell<HashMap<CString, Weak<RemoteInner>>>,
 }
 
@@ -54,9 +54,10 @@ impl fmt::Debug for AgentInner {
 
 impl Drop for AgentInner {
     fn drop(&mut self) {
-        // SAFETY: each handle was made by `Agent::new` and is destroyed once. Registrations, remotes,
-        // lists and requests hold a counted reference to the agent, so none of them is left. The agent
-        // goes last because the options and the backend's handle point into it.
+        // SAFETY: each handle was made by `Agent::new` and is destroyed once. Registrations,
+        // remotes, lists and requests hold a counted reference to the agent, so none of them is
+        // left. The agent is destroyed last, because the options and the backend's handle point
+        // into it.
         let status = unsafe {
             self.api
                 .nixl_capi_destroy_notif_map(self.notifications.as_ptr());
@@ -76,8 +77,9 @@ pub(crate) struct RemoteInner {
     pub(crate) agent: Rc<AgentInner>,
     pub(crate) name: CString,
     pub(crate) metadata: Box<[u8]>,
-    /// True after a transfer to this peer failed. NIXL may then have dropped the entry by itself, and
-    /// the prepared lists dangle: they are never used again.
+    /// True after a transfer to this peer has failed. NIXL may then have dropped the entry by
+    /// itself. The prepared lists would then have dangling pointers, so this crate never uses them
+    /// again.
     pub(crate) broken: Cell<bool>,
     /// Number of requests that may still read the entry.
     pub(crate) running: Cell<usize>,
@@ -93,7 +95,7 @@ impl RemoteInner {
         Ok(())
     }
 
-    /// Frees the name, so that new metadata can be loaded under it.
+    /// Removes the entry from NIXL, so that new metadata can be loaded under its name.
     pub(crate) fn make_way(&self) -> Result<(), Error> {
         if !self.is_loaded()? {
             return Ok(());
@@ -154,8 +156,8 @@ impl fmt::Debug for RemoteInner {
 impl Drop for RemoteInner {
     fn drop(&mut self) {
         let mut remotes = self.agent.remotes.borrow_mut();
-        // A successor may have taken the name. NIXL's entry then belongs to the successor: to
-        // invalidate it would break a healthy connection.
+        // A new connection may use the name already. NIXL's entry then belongs to the new
+        // connection, which must not be invalidated.
         let own = remotes
             .get(&self.name)
             .is_some_and(|entry| std::ptr::eq(entry.as_ptr(), self));

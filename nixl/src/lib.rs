@@ -1,9 +1,8 @@
-//! Safe, single-threaded layer over NIXL's C API.
+//! A safe, single-threaded layer over NIXL's C API.
 //!
-//! An [`Agent`] and everything made from it stay on the thread that made them: none of the types is
-//! `Send`. So the agent needs neither the library's locks nor the library's own thread, which uses a
-//! whole core even when idle. Data moves only while the owner of the agent calls [`Agent::progress`] or
-//! [`Transfer::poll`].
+//! An [`Agent`] and all objects made from it stay on the thread that made them: none of the types is `Send`. So the
+//! agent does not need the library's locks. It also does not need the library's own thread, which would use a whole
+//! core even when idle. Data moves only while the owner of the agent calls [`Agent::progress`] or [`Transfer::poll`].
 //!
 //! # Ownership
 //!
@@ -13,12 +12,13 @@
 //!           └─▶ Remote list ─▶ Remote ──┴─▶ Agent ─▶ Library (never unloaded)
 //! ```
 //!
-//! Each arrow is a counted reference, so Rust drops the values in the right order: a request before its
-//! lists, a list before the remote or the registration that it points into, and these before the agent.
-//! Memory is deregistered and dropped only when no list refers to it.
+//! Each arrow is a counted reference, so Rust drops the values in the right order: a request before its lists, a list
+//! before its remote or its registration, and the remotes and registrations before the agent. Memory is deregistered
+//! and dropped only when no list refers to it.
 //!
-//! A [`Transfer`] that is dropped while it runs is leaked together with its lists and its memory: NIXL
-//! would report a successful release while the hardware may still read the memory.
+//! If a [`Transfer`] is dropped while it runs, it is leaked together with its lists and its memory.
+//! The reason: NIXL would report a successful release although the hardware may still read the
+//! memory.
 
 mod agent;
 mod error;

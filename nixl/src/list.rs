@@ -1,8 +1,9 @@
-//! Lists of descriptors that NIXL looks up once, so that a transfer only names indices.
+//! Lists of descriptors that NIXL looks up once. A transfer then selects descriptors by their
+//! indices.
 //!
 //! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request
-//! that is made from plain descriptors NIXL looks up each descriptor and never merges: at 4 KiB each,
-//! such a request is 4 times slower.
+//! from plain descriptors, NIXL looks up each descriptor and merges none. With descriptors of 4
+//! KiB, such a request is 4 times slower.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -22,8 +23,8 @@ pub struct Row {
     pub address: u64,
     /// Length in bytes.
     pub bytes: u64,
-    /// Device id, for host memory too. NIXL finds the range only under the device id with which the
-    /// owner registered it.
+    /// Device id, also for host memory. NIXL finds the range only with the device id that its owner
+    /// used in the registration.
     pub device: u64,
 }
 
@@ -111,7 +112,7 @@ impl Prepared {
         const INVALID: Error = Error::Invalid {
             call: "prep_xfer_dlist",
         };
-        // A transfer names the rows by C ints: a longer list would have rows without an index.
+        // A transfer selects rows by C ints. A longer list would have rows that no index can reach.
         if rows.is_empty() || i32::try_from(rows.len()).is_err() {
             return Err(INVALID);
         }

@@ -11,7 +11,7 @@ use crate::error::{Error, check};
 use crate::handle::made;
 use crate::inner::AgentInner;
 
-/// The kind of memory: host or GPU.
+/// Kind of memory: host or GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Memory {
     /// Host memory.

@@ -1,13 +1,14 @@
-//! The agent name inside NIXL's metadata blobs, read before the library loads them.
+//! Reads the agent name in NIXL's metadata blobs before the library loads them.
 //!
-//! The library returns the name only after it has loaded the blob, and loading replaces the peer that
-//! had the name before. The crate must know the name earlier, because it does not replace a peer that
-//! is healthy or busy.
+//! The library returns the name only after it has loaded the blob, and the load replaces an earlier
+//! peer with the same name. This crate must know the name before the load, because it must not
+//! replace a peer that is healthy or busy.
 
 /// Returns the agent name in a metadata blob, or `None` if the blob is not metadata.
 ///
-/// A blob is `nixlSerDes|` and then fields, each a tag, a little-endian u64 length, the data and `|`.
-/// The first field has the tag `Agent`. This function does not look at the other fields.
+/// A blob is `nixlSerDes|`, followed by fields. Each field is a tag, a little-endian u64 length,
+/// the data and `|`. The first field has the tag `Agent`. This function does not look at the other
+/// fields.
 pub(crate) fn agent_name(blob: &[u8]) -> Option<&[u8]> {
     let field = blob.strip_prefix(b"nixlSerDes|Agent")?;
     let (length, rest) = field.split_first_chunk()?;
@@ -19,8 +20,7 @@ pub(crate) fn agent_name(blob: &[u8]) -> Option<&[u8]> {
     (rest.get(length) == Some(&b'|')).then_some(name)
 }
 
-/// The longest agent name that is accepted, in bytes. The names of sidecars and of LMCache are UUIDs of
-/// 36 bytes.
+/// Maximum length of an agent name in bytes. The names of sidecars and of LMCache are UUIDs of 36 bytes.
 const MAX_NAME: usize = 256;
 
 #[cfg(test)]
@@ -41,16 +41,16 @@ mod tests {
         let name = b"1c9f0a8e-7d52-4a64-9a0b-2f6c1a7d3e55";
         check(&blob(36, name, b"|Conns"), Some(name));
         check(&blob(3, b"a|b", b"|"), Some(b"a|b"));
-        // Truncated, or without the end mark at the place that the length gives.
+        // These blobs are truncated, or have no end mark after the length of the field.
         check(&blob(36, name, b""), None);
         check(&blob(35, name, b"|"), None);
         check(&blob(37, name, b"|"), None);
-        // Lengths that no name has.
+        // These lengths are not possible for a name.
         check(&blob(0, b"", b"|"), None);
         check(&blob(u64::MAX, name, b"|"), None);
         check(&blob(257, &[b'x'; 257], b"|"), None);
         check(&blob(256, &[b'x'; 256], b"|"), Some(&[b'x'; 256]));
-        // Not metadata.
+        // These blobs are not metadata.
         check(b"", None);
         check(b"nixlSerDes|", None);
         check(b"nixlSerDes|Conns", None);

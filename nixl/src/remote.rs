@@ -19,16 +19,17 @@ impl Remote {
     /// Loads metadata and connects, or shares the connection if the peer is loaded already.
     ///
     /// NIXL keeps one entry per agent name, and its prepared lists point into that entry without
-    /// counting references. So there is one [`RemoteInner`] per entry. A second load of a healthy peer
-    /// shares it. The entry of a failed peer is dropped only when no request can read the entry any
-    /// more: an earlier drop would leave a request with dangling pointers.
+    /// counting references. So there is one [`RemoteInner`] per entry. If a healthy peer is loaded
+    /// a second time, both loads share the entry. The entry of a failed peer is dropped only when
+    /// no request can read the entry any more: otherwise a request would have dangling pointers.
     pub(crate) fn load(agent: &Rc<AgentInner>, blob: &[u8]) -> Result<Self, Error> {
         let name = metadata::agent_name(blob)
             .and_then(|name| CString::new(name).ok())
             .ok_or(Error::Invalid {
                 call: "load_remote_md",
             })?;
-        // If a peer sends our own metadata back, a write to the peer would overwrite our own memory.
+        // If a peer sends our own metadata as its metadata, a write to the peer would overwrite our
+        // own memory.
         if name.as_bytes() == agent.name().as_bytes() {
             return Err(Error::Taken {
                 agent: agent.name().to_owned(),
@@ -39,7 +40,8 @@ impl Remote {
             .borrow()
             .get(&name)
             .and_then(std::rc::Weak::upgrade);
-        // NIXL would replace the entry of a known name and leave the lists of that peer dangling.
+        // If the name is already loaded, NIXL would replace its entry, and the lists of the earlier
+        // peer would have dangling pointers.
         if let Some(known) = known {
             if known.broken.get() {
                 known.make_way()?;
@@ -59,13 +61,13 @@ impl Remote {
         })
         .map(take_string)?;
         if loaded != name {
-            // The library read another name than `metadata::agent_name` did, so the check of `name`
-            // above did not protect the entry that the library has replaced.
+            // The library has read another name than `metadata::agent_name`. It may have replaced
+            // an entry for which the checks above were not made.
             return Err(Error::Invalid {
                 call: "load_remote_md",
             });
         }
-        // From here on, dropping `inner` undoes the load.
+        // From here on, the drop of `inner` reverses the load.
         let inner = Rc::new(RemoteInner {
             agent: Rc::clone(agent),
             name: loaded,
@@ -98,8 +100,8 @@ impl Remote {
         RemoteList::new(Rc::clone(&self.0), kind, rows)
     }
 
-    /// Returns true if a transfer failed. No transfer can then be made or posted until the peer is
-    /// loaded again.
+    /// Returns true if a transfer to the peer has failed. No transfer can then be made or posted
+    /// until the peer is loaded again.
     pub fn is_broken(&self) -> bool {
         self.0.broken.get()
     }

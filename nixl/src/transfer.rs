@@ -16,12 +16,14 @@ use crate::handle::made;
 use crate::inner::AgentInner;
 use crate::list::{LocalList, RemoteList};
 
-/// Treatment of ranges that follow each other without a gap on both sides.
+/// Treatment of neighbouring ranges, which follow each other without a gap in the memory of both
+/// sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Merge {
-    /// NIXL joins them into one descriptor. Best where each descriptor costs time (NVLink: 5 µs).
+    /// NIXL joins them into one descriptor. This is best if each descriptor needs extra time
+    /// (NVLink: 5 µs).
     Neighbours,
-    /// NIXL sends each range on its own. Best where large descriptors are slow (UCX over TCP).
+    /// NIXL sends each range separately. This is best if large descriptors are slow (UCX over TCP).
     Nothing,
 }
 
@@ -52,8 +54,8 @@ pub enum State {
 
 /// A write of local ranges into ranges of one peer.
 ///
-/// A transfer keeps its lists, and so the registered memory, until it is dropped. A transfer that is
-/// dropped while it runs is leaked together with its memory (see the crate's documentation).
+/// A transfer keeps its lists, and thereby the registered memory, until it is dropped. If it is
+/// dropped while it runs, it is leaked together with its memory (see the crate's documentation).
 pub struct Transfer {
     local: Rc<LocalList>,
     remote: Rc<RemoteList>,
@@ -65,9 +67,9 @@ impl Transfer {
     /// Makes a write of range `locals[i]` of `local` into range `remotes[i]` of `remote`, for each `i`.
     ///
     /// # Errors
-    /// Fails if the index lists are empty or of unequal length, if an index is out of range, if two
-    /// paired ranges have unequal lengths, if the lists belong to two agents, or with
-    /// [`Error::Broken`]. Nothing was sent.
+    /// Fails if the index lists are empty or have different lengths, if an index is out of range,
+    /// if two paired ranges have different lengths, or if the lists belong to different agents.
+    /// Fails with [`Error::Broken`] if the connection has failed. No bytes were sent.
     pub fn write(
         local: &Rc<LocalList>,
         locals: &[i32],
@@ -108,11 +110,11 @@ impl Transfer {
 
     /// Starts the write. A write that is [`State::Done`] may be started again.
     ///
-    /// On wires where the CPU copies (shared memory), this call does the copy.
+    /// If the CPU does the copy (shared memory), it does so during this call.
     ///
     /// # Errors
-    /// Fails if the write cannot be started or is running, or with [`Error::Broken`]. NIXL may have sent
-    /// a part of the bytes.
+    /// Fails if the write cannot be started or is already running. Fails with [`Error::Broken`] if the connection has
+    /// failed. NIXL may have sent a part of the bytes.
     pub fn post(&mut self) -> Result<State, Error> {
         self.remote.remote.usable()?;
         if self.state == State::Running {
@@ -141,7 +143,7 @@ impl Transfer {
         }
     }
 
-    /// Lets the backend work and returns the state. If the transfer has ended, only returns its last state.
+    /// Lets the backend work and returns the state. For a transfer that has ended, only returns its last state.
     pub fn poll(&mut self) -> State {
         if self.state != State::Running {
             return self.state.clone();
@@ -156,20 +158,22 @@ impl Transfer {
         match status {
             Status::NIXL_CAPI_RUNNING => State::Running,
             Status::NIXL_CAPI_DONE => self.enter(State::Done),
-            // NIXL gives this status before it asks the backend, so the request may still run.
+            // NIXL returns this status without asking the backend, so the request may still run.
             Status::NIXL_CAPI_NOT_FOUND => self.enter(State::Lost),
             other => self.enter(State::Failed(error("get_xfer_status", other))),
         }
     }
 
-    /// Returns the duration that the backend's model of its wire predicts for this transfer.
+    /// Returns the duration that the backend predicts for this transfer, from a model of the
+    /// network.
     ///
-    /// The prediction is the only thing that UCX reports about the wire that it chose. It is not a
-    /// measurement: where UCX cannot read the speed of a network device (loopback), it assumes
-    /// 100 Mbit/s.
+    /// The prediction is the only information from UCX about the transport that it chose. It is not
+    /// a measurement: if UCX cannot read the speed of a network device (loopback), it assumes 100
+    /// Mbit/s.
     ///
     /// # Errors
-    /// Fails if the library cannot predict the duration, or with [`Error::Broken`].
+    /// Fails if the library cannot predict the duration. Fails with [`Error::Broken`] if the
+    /// connection has failed.
     pub fn estimate(&self) -> Result<Duration, Error> {
         self.remote.remote.usable()?;
         let agent = self.local.list.agent();
@@ -190,10 +194,11 @@ impl Transfer {
         Ok(Duration::from_micros(micros.try_into().unwrap_or(0)))
     }
 
-    /// Marks the connection as failed, for a caller that stops waiting for this transfer.
+    /// Marks the connection as failed. A caller uses this function when it stops waiting for this
+    /// transfer.
     ///
-    /// From then on no transfer can be made or posted on the connection. The peer can be loaded again
-    /// after its running transfers have ended.
+    /// After this call no transfer can be made or posted on the connection. The peer can be loaded
+    /// again after its running transfers have ended.
     pub fn distrust(&self) {
         self.remote.remote.broken.set(true);
     }
@@ -231,8 +236,8 @@ impl Drop for Transfer {
                 transfer = ?self,
                 "a running transfer was dropped: its memory stays registered until the process ends"
             );
-            // These two references are never dropped, so the lists, the registration and the agent
-            // outlive the transfer: the hardware may still read the memory.
+            // These two references are never dropped. So the lists, the registration and the agent
+            // exist until the process ends, because the hardware may still read the memory.
             mem::forget((Rc::clone(&self.local), Rc::clone(&self.remote)));
             return;
         }
@@ -244,7 +249,8 @@ impl Drop for Transfer {
                 .nixl_capi_release_xfer_req(agent.raw(), self.request.as_ptr())
         };
         match check("release_xfer_req", status) {
-            // SAFETY: the call above released the library's part of the request; the handle is left.
+            // SAFETY: the call above released the library's part of the request. Only the handle
+            // remains.
             Ok(()) => unsafe {
                 agent.api.nixl_capi_destroy_xfer_req(self.request.as_ptr());
             },

@@ -1,4 +1,4 @@
-//! Tests of the safe layer with the real library, between two processes.
+//! Tests of this crate with the real library, between two processes.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -70,8 +70,8 @@ fn writer() {
     let remote = Rc::new(remote.prepare(Memory::Dram, &rows).unwrap());
     assert_eq!((local.len(), remote.len()), (64, 64));
 
-    // The two halves of the buffer swap places, so that NIXL cannot merge the whole buffer into one
-    // descriptor.
+    // The write exchanges the two halves of the buffer, so that NIXL cannot merge the whole buffer
+    // into one descriptor.
     let from: Vec<i32> = (0..64).collect();
     let to: Vec<i32> = (32..64).chain(0..32).collect();
     for merge in [Merge::Neighbours, Merge::Nothing] {
@@ -82,7 +82,7 @@ fn writer() {
         let half = (8 * MIB) as usize;
         let arrived = target.read(0, bytes as usize);
         assert!(arrived[..half] == data[half..] && arrived[half..] == data[..half]);
-        // Other bytes for the second round: with the same bytes the round would prove nothing.
+        // The second round writes other bytes: with the same bytes it would prove nothing.
         data.rotate_left(1);
         side.memory.write(0, &data);
     }
@@ -107,7 +107,7 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.registration.prepare(&[]),
         Err(Error::Invalid { .. })
     ));
-    // One row outside the peer's memory, and one inside it with another device id.
+    // One row is outside the peer's memory. The other row is inside it, but has another device id.
     for row in [
         target.row(0, 2 * MIB),
         Row {
@@ -138,7 +138,8 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.agent.load(b"nixlSerDes|"),
         Err(Error::Invalid { .. })
     ));
-    // Other metadata under the name of a loaded peer: another process may claim the name.
+    // The blob has other metadata under the name of a loaded peer, as if another process used this
+    // name.
     assert!(matches!(
         side.agent.load(&target.metadata[..100]),
         Err(Error::Taken { .. })

@@ -14,17 +14,17 @@ use super::{
     Closed, MAX_ALLOC_BYTES, RECONNECT_MAX, SendError, delimited, endpoint, options, payload,
 };
 
-/// A DEALER socket to one receiver's alloc port. It reconnects by itself. After it is dropped, queued
-/// messages are still sent for at most 300 ms.
+/// A DEALER socket to one receiver's alloc port. It reconnects by itself. After the socket is
+/// dropped, it still sends queued messages for at most 300 ms.
 pub struct DealerClient {
     socket: Socket,
     monitor: MonitorStream,
     endpoint: Endpoint,
     connected: bool,
-    /// Losses, new connections and messages that the caller has not seen yet.
+    /// Losses, new connections and messages that the caller has not got yet.
     news: VecDeque<FromServer>,
-    /// Time of the next connection attempt, after the library has given up on a refused handshake; absent
-    /// otherwise.
+    /// Time of the next connection attempt, if the library makes no further attempt after a refused handshake. Absent:
+    /// the library connects.
     redial: Option<tokio::time::Instant>,
 }
 
@@ -43,8 +43,8 @@ pub enum FromServer {
 }
 
 impl DealerClient {
-    /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. It must not
-    /// be guessable, because the receiver gives it to the first connection that presents it.
+    /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. It must not be
+    /// guessable, because the receiver accepts the first connection that uses the identity.
     ///
     /// # Errors
     /// Only when the socket's own task is gone.
@@ -80,14 +80,15 @@ impl DealerClient {
             while let Ok(event) = self.monitor.try_recv() {
                 self.note(&event);
             }
-            // A new connection is reported before its messages, and a loss after the messages of the lost
+            // A new connection is reported before its messages. A loss is reported after the messages of the lost
             // connection.
             if self.news.iter().any(|news| *news != FromServer::Lost)
                 && let Some(news) = self.news.pop_front()
             {
                 return Ok(news);
             }
-            // Received messages come before a loss, because they were sent before it.
+            // Messages that were received already come before the loss, because the peer sent them
+            // before it.
             match self.socket.try_recv() {
                 Ok(message) => match payload(&message) {
                     Some(payload) => return Ok(FromServer::Message(payload)),
@@ -112,8 +113,8 @@ impl DealerClient {
                         while let Ok(event) = self.monitor.try_recv() {
                             self.note(&event);
                         }
-                        // If the events that were read just now include a new connection, this message
-                        // belongs to that connection and comes after its event.
+                        // If the events read above include a new connection, this message belongs
+                        // to that connection and must be reported after its event.
                         let arrived = |news: &FromServer| matches!(news, FromServer::Connected { .. });
                         if self.news.iter().any(arrived) {
                             self.news.push_back(FromServer::Message(payload));

@@ -18,7 +18,8 @@ pub struct Inbox {
 /// A message from a peer.
 #[derive(Debug)]
 pub enum Frame {
-    /// The only frame of a message, as every message on a PULL port has it.
+    /// The frame of a message with only one frame. Every valid message on a PULL port has one
+    /// frame.
     Single(Bytes),
     /// The last of several frames. On a ROUTER port the frames before it name the peer.
     Last(Bytes),
@@ -76,8 +77,8 @@ impl Inbox {
         Ok(frame(&message))
     }
 
-    /// Disconnects the newest connections beyond [`MAX_PEERS`] and returns their number. The oldest stay, so
-    /// that a flood of new connections does not push out sidecars in service.
+    /// If there are more than [`MAX_PEERS`] connections, disconnects the newest ones and returns their number. The
+    /// oldest connections stay, so that a flood of new connections does not disconnect working sidecars.
     pub async fn shed(&self) -> usize {
         let Ok(mut peers) = self.socket.connections().await else {
             return 0;
@@ -88,7 +89,7 @@ impl Inbox {
         peers.sort_by_key(|peer| peer.connection_id);
         let surplus = peers.split_off(MAX_PEERS);
         for peer in &surplus {
-            // Disconnecting fails only for a peer that has gone in the meantime.
+            // Disconnecting fails only if the peer has disconnected in the meantime.
             drop(self.socket.disconnect_peer(peer.connection_id).await);
         }
         surplus.len()
@@ -108,6 +109,6 @@ fn frame(message: &Message) -> Frame {
     }
 }
 
-/// Messages per peer that may wait for the registry. TCP slows a flood beyond that, instead of the process
-/// storing it.
+/// Maximum number of messages per peer that wait for the registry. If a peer sends more, TCP slows the peer down, and
+/// this process does not need more memory.
 const INBOX_QUEUE: u32 = 1024;

@@ -12,7 +12,7 @@ use super::{Closed, MAX_REGISTRATION_BYTES, PUSH_LINGER, SendError, endpoint, op
 pub enum Listener {
     /// No proxy is connected.
     Nobody,
-    /// A proxy that takes registrations and calls back.
+    /// Our proxy, which accepts registrations and makes call-backs.
     Proxy,
     /// LMCache's proxy, which knows only LMCache's messages.
     Lmcache,
@@ -45,7 +45,7 @@ impl Push {
         })
     }
 
-    /// Queues a message and never waits. If the queue is full, because the proxy was away for long, the
+    /// Queues a message and never waits. If the queue is full, because the proxy was not connected for a long time, the
     /// message is dropped and counted.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ pub struct Requester {
     peer: String,
 }
 
-/// The reason for which there was no reply.
+/// Reason why there was no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// No process listens there, or the process does not speak ZeroMQ.
@@ -38,7 +38,7 @@ impl Requester {
     /// Begins to connect.
     ///
     /// # Errors
-    /// The host is no address and no name that can be resolved.
+    /// The host is not an address, and its name cannot be resolved.
     pub async fn connect(host: &str, port: u16) -> Result<Self, RequestError> {
         let socket = Socket::new(
             SocketType::Req,

@@ -22,20 +22,21 @@ use super::{
 
 /// A bound ROUTER socket: the init or the alloc port.
 ///
-/// Serves REQ and DEALER peers. A DEALER may leave out the empty delimiter frame. Answers have the frames
-/// that the peer used.
+/// Serves REQ and DEALER peers. A DEALER may leave out the empty delimiter frame. An answer has a delimiter frame if
+/// the peer's message had one.
 pub struct RouterServer {
     socket: IdentitySocket,
     monitor: MonitorStream,
     port: u16,
     peers: HashMap<Route, Peer>,
-    /// Routes with an ended connection that the caller knows.
+    /// Routes whose connection has ended and which the caller knows.
     lost: VecDeque<Route>,
-    /// Messages that may still be delivered before the front of `lost`.
+    /// Number of messages that may still be delivered before the first entry of `lost`.
     before_lost: usize,
     /// Connections to end, because there are too many or because the caller asked for it.
     evict: VecDeque<Route>,
-    /// True if monitor events were missed: `peers` must then be compared with the socket's own table.
+    /// True if monitor events were missed. `peers` must then be compared with the socket's own
+    /// table.
     stale: bool,
     traffic: Traffic,
 }
@@ -46,7 +47,7 @@ struct Peer {
     address: String,
     delimited: bool,
     connected: bool,
-    /// True if the connection is to be ended.
+    /// True if the server is going to end the connection.
     leaving: bool,
     /// True if the caller has received a message of this route.
     known: bool,
@@ -58,7 +59,7 @@ struct Peer {
 pub enum FromPeer {
     /// A message.
     Message(Route, Bytes),
-    /// A connection with delivered messages has ended. The route is not used again.
+    /// A connection whose messages were delivered has ended. The route is not used again.
     Lost(Route),
 }
 impl RouterServer {
@@ -94,7 +95,7 @@ impl RouterServer {
         self.port
     }
 
-    /// Waits for the next message or loss. Messages of a connection come before its loss.
+    /// Waits for the next message or loss. A connection's messages are returned before its loss.
     ///
     /// # Errors
     /// Only when the socket's own task is gone.
@@ -130,7 +131,7 @@ impl RouterServer {
                 },
                 received = self.socket.recv_from() => {
                     let (identity, body) = received.map_err(|_| Closed)?;
-                    // The event of a new connection comes before its messages, so the events must be read
+                    // The event of a new connection comes before the connection's messages, so the events must be read
                     // first.
                     self.watch();
                     if let Some(message) = self.accept(&identity, &body) {
@@ -141,13 +142,13 @@ impl RouterServer {
         }
     }
 
-    /// Queues a message to a peer, in the form that the peer uses. Never waits.
+    /// Queues a message to a peer, with a delimiter frame if the peer uses one. Never waits.
     ///
     /// # Errors
     /// See [`SendError`].
     pub fn send(&mut self, route: Route, payload: impl Into<Bytes>) -> Result<(), SendError> {
-        // If a peer reconnected under the same identity, this notes the end of the older connection. Without
-        // it the answer could go to the wrong route.
+        // If a peer reconnected under the same identity, this call notes the end of the older connection. Without this
+        // call the answer could go to the wrong connection.
         self.watch();
         let peer = self
             .peers
@@ -182,18 +183,18 @@ impl RouterServer {
         }
     }
 
-    /// Returns the identity that the peer chose, as text, or its address if it chose none. It is used in
-    /// logs, and as the name of a peer that sends no name.
+    /// Returns the identity that the peer chose, as text, or the peer's address if it chose none. Logs use it, and it
+    /// is the name of a peer that sends no name.
     pub fn name(&self, route: Route) -> Option<String> {
         self.peers.get(&route).map(Peer::name)
     }
 
-    /// Returns the peer's address, `ip:port`; absent if the route has ended.
+    /// Returns the peer's address, `ip:port`; `None` if the route has ended.
     pub fn address(&self, route: Route) -> Option<&str> {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
-    /// Returns the counters of the port, which go on counting.
+    /// Returns the counters of the port. They continue to count.
     pub fn traffic(&self) -> Traffic {
         self.traffic.clone()
     }
@@ -274,9 +275,9 @@ impl RouterServer {
         self.traffic.connected(now);
     }
 
-    /// Ends one connection if there are more than [`MAX_PEERS`]. It takes the host with the most connections,
-    /// and of these one that never sent a message, otherwise the one with the longest silence. So a host with
-    /// many connections ends its own ones.
+    /// Ends one connection if there are more than [`MAX_PEERS`]. The connection is one of the host that has the most
+    /// connections: preferably one that never sent a message, otherwise the one that has been silent longest. So a host
+    /// that opens many connections loses its own connections, and other hosts keep theirs.
     fn make_room(&mut self, newcomer: Route) {
         let staying = |peer: &Peer| peer.connected && !peer.leaving;
         if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {
@@ -307,11 +308,11 @@ impl RouterServer {
         }
     }
 
-    /// Does the work that needs the socket's task: ends connections, and reads the socket's table after
+    /// Does the work that needs the socket's task: ends connections, and reads the socket's table of connections after
     /// missed events.
     async fn settle(&mut self) -> Result<(), Closed> {
         while let Some(route) = self.evict.front() {
-            // Another error means that the connection has ended by itself.
+            // Any other error means that the connection has already ended.
             let ended = self.socket.disconnect_peer(route.0).await;
             if let Err(omq_tokio::Error::Closed) = ended {
                 return Err(Closed);
@@ -375,8 +376,8 @@ impl RouterServer {
         };
         let payload = body.part_bytes(body.len() - 1)?;
         let peer = self.peers.entry(route).or_insert_with(|| {
-            // Either the loss of this route has been reported already, or the event of its connection was
-            // missed. The socket's table shows which.
+            // The route is not in the table: either its loss was reported already, or the event of its connection was
+            // missed. The socket's own table shows which case it is.
             self.stale = true;
             let address = info
                 .peer_address
@@ -391,9 +392,9 @@ impl RouterServer {
     }
 }
 
-/// Returns a mechanism under which no peer can take over the identity of a living connection. The library
-/// gives an identity only to a new connection of the same user, and here each connection has its own user. A
-/// sender that lost its connection can use its identity again when the loss is known here, after
+/// Returns a mechanism with which no peer can take over the identity of an open connection. The library moves an
+/// identity only to a new connection of the same user, and with this mechanism each connection has its own user. A
+/// sender that lost its connection can use its identity again as soon as this port has noticed the loss, after
 /// [`HEARTBEAT_TIMEOUT`](super::HEARTBEAT_TIMEOUT) at the latest.
 fn each_its_own() -> MechanismSetup {
     let next = AtomicU64::new(0);

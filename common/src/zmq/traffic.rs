@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The counters of a bound port. The clones share the numbers: the port counts, and the status reads.
+/// The counters of a bound port. All clones share the same numbers: the port counts with one clone,
+/// and the metrics read another.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic(Arc<Counters>);
 

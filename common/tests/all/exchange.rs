@@ -1,4 +1,4 @@
-//! Exchanges with well-behaved peers: forms of messages, losses, restarts, queues at the end of a socket.
+//! Exchanges with correct peers: frames of messages, losses, restarts, and queues at the end of a socket.
 
 use std::time::{Duration, Instant};
 
@@ -191,7 +191,8 @@ fn a_proxy_that_is_away_costs_messages_not_time() {
     });
 }
 
-/// The delimiter in front of an answer may be absent, and the server may be a ROUTER or a REP.
+/// A client accepts answers with and without a delimiter, and servers with a ROUTER or a REP
+/// socket.
 #[test]
 fn a_dealer_learns_the_kind_of_its_server() {
     run(async {
@@ -217,7 +218,7 @@ fn a_dealer_learns_the_kind_of_its_server() {
     });
 }
 
-/// A REQ socket sends a delimiter and waits for an answer with one.
+/// A REQ socket sends a delimiter and waits for an answer with a delimiter.
 #[test]
 fn a_requester_talks_like_a_req_socket() {
     run(async {
@@ -281,8 +282,8 @@ fn a_push_tells_our_proxy_from_lmcaches() {
     });
 }
 
-/// A library that drops queued messages at the end of a socket loses the last words of a sender, of a sidecar that
-/// leaves its proxy, and of a receiver.
+/// A library must not drop queued messages at the end of a socket: the last messages of a sender, of a receiver, and of
+/// a sidecar that leaves its proxy would be lost.
 #[test]
 fn queued_messages_are_sent_after_the_end_of_a_socket() {
     const MESSAGES: u32 = 200;

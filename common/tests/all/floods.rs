@@ -1,4 +1,4 @@
-//! Peers that send too much, read nothing, or open too many connections.
+//! Tests of peers that send too much, read nothing, or open too many connections.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ fn a_peer_that_does_not_read_is_bounded_and_others_are_served() {
         let mut deaf = dealer(port, "deaf").await;
         deaf.send(&[b"hi"]).await.unwrap();
         let (route, _) = message(&mut server).await;
-        // The kernel's buffers take some messages, and the test reads none.
+        // The test reads no messages. The kernel's buffers hold only some of them.
         let big = Bytes::from(vec![7u8; 100_000]);
         let (mut taken, mut full) = (0u32, 0u32);
         for _ in 0..3000 {
@@ -72,7 +72,8 @@ fn connections_over_the_cap_push_out_the_silent_ones() {
     });
 }
 
-/// Opens connections that introduce themselves and then say nothing. They have no heartbeats, so they stay.
+/// Opens connections that complete the ZeroMQ handshake and then send nothing. Their version has no heartbeats, so the
+/// server does not end them for their silence.
 async fn flood(port: u16, kind: &'static str, connections: usize) -> Vec<TcpStream> {
     let hello = Hello {
         minor: 0,
@@ -113,7 +114,7 @@ fn an_inbox_sheds_its_newest_connections() {
     });
 }
 
-/// A peer that sends faster than the program reads fills its own connection, not the memory of the program.
+/// If a peer sends faster than the program reads, its messages wait in its connection and not in the program's memory.
 #[test]
 fn a_flood_waits_in_the_connection_of_its_sender() {
     run_alone(async {
@@ -151,7 +152,7 @@ fn a_flood_waits_in_the_connection_of_its_sender() {
     });
 }
 
-/// The loss of one peer is reported while another floods the port with messages.
+/// The loss of one peer must be reported even while another peer floods the port with messages.
 #[test]
 fn a_flood_does_not_hide_a_loss() {
     run(async {
@@ -174,7 +175,7 @@ fn a_flood_does_not_hide_a_loss() {
     });
 }
 
-/// Answers to a peer that vanished fail at once, and the caller never waits.
+/// Sending an answer to a vanished peer fails at once, and the caller never waits.
 #[test]
 fn answers_to_a_vanished_peer_do_not_wait() {
     run(async {

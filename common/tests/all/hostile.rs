@@ -1,4 +1,5 @@
-//! Peers that break the protocol, and peers that take over the identity of another.
+//! Tests of peers that break the protocol, and of peers that try to take over the identity of
+//! another peer.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,8 @@ use crate::support::{
 };
 use crate::zmtp::{Hello, Peer, greeting};
 
-/// Returns what hostile peers send, each with a name. The port has to end each of these connections.
+/// Returns the bytes that hostile peers send, each with a name. The port must end each of these
+/// connections.
 fn attacks() -> Vec<(&'static str, Vec<u8>)> {
     let after_hello = |bytes: &[u8]| [&Hello::of("DEALER").bytes()[..], bytes].concat();
     let announced = |length: u64| after_hello(&[&[2u8][..], &length.to_be_bytes()].concat());
@@ -59,7 +61,8 @@ async fn attack(port: u16, bytes: Vec<u8>) {
     let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let (mut reader, mut writer) = stream.into_split();
     let write = tokio::spawn(async move {
-        // The port may end the connection while the test writes: this is what the test provokes.
+        // The port may end the connection while the test still writes, so an error of the write is
+        // no failure.
         writer.write_all(&bytes).await.ok();
         writer
     });
@@ -119,7 +122,7 @@ fn an_inbox_survives_the_same_breaches() {
     });
 }
 
-/// Starts all attacks at once, beside many silent connections, while one peer works.
+/// Starts all attacks at once, together with many silent connections, while one honest peer works.
 #[test]
 fn hostile_peers_leave_others_served_and_memory_bounded() {
     run_alone(async {
@@ -158,8 +161,8 @@ fn hostile_peers_leave_others_served_and_memory_bounded() {
     });
 }
 
-/// Opens more half-open connections than a library's own limit may permit: they must neither keep a newcomer out nor
-/// stay for ever.
+/// Opens more half-open connections than the default limit of a library. A new peer must still be able to connect, and
+/// the half-open connections must end.
 #[test]
 fn half_open_connections_keep_nobody_out_and_end() {
     run_alone(async {
@@ -182,7 +185,7 @@ fn half_open_connections_keep_nobody_out_and_end() {
         within("newcomer", echo_until(&mut server, newcomer)).await;
         for mut stream in open {
             let mut rest = Vec::new();
-            // The connection may end properly or by a reset.
+            // The connection may end normally or by a reset.
             within("end", stream.read_to_end(&mut rest)).await.ok();
         }
         assert!(began.elapsed() < HANDSHAKE_TIMEOUT + Duration::from_secs(10));
@@ -212,7 +215,7 @@ fn a_storm_of_short_connections_costs_no_memory() {
             .unwrap();
         let grown = resident_bytes().saturating_sub(before);
         assert!(grown < 50 << 20, "{grown} bytes more");
-        // The connections that have ended are no peers any more.
+        // Connections that have ended must not count as peers any more.
         let left = async {
             while count(&server, "connections") > 1 {
                 tokio::time::timeout(Duration::from_millis(20), server.recv())
@@ -224,8 +227,8 @@ fn a_storm_of_short_connections_costs_no_memory() {
     });
 }
 
-/// Connects twice under one identity: the second connection must neither get the first one's answers nor end
-/// it.
+/// Connects twice under one identity. The second connection must not get the answers of the first connection, and must
+/// not end the first connection.
 #[test]
 fn an_identity_stays_with_the_connection_that_has_it() {
     run(async {
@@ -270,7 +273,7 @@ fn an_identity_stays_with_the_connection_that_has_it() {
     });
 }
 
-/// A thief that speaks the protocol by hand must not get what belongs to the identity, whatever it sends.
+/// A peer that uses another peer's identity, with any bytes that it sends, must not get the messages to that identity.
 #[test]
 fn a_stolen_identity_gets_no_answers() {
     run(async {

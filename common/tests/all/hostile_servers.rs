@@ -1,5 +1,5 @@
-//! Servers that break the protocol under a client. The address of a server comes from the network, so it may name
-//! anything.
+//! Tests of clients whose server breaks the protocol. The address of a server comes from the network, so any kind of
+//! program may listen there.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use crate::support::{answer, local, resident_bytes, run, run_alone, within};
 use crate::zmtp::{Hello, Peer};
 
-/// Starts a server that sends these bytes to every connection and then reads without end. Returns its port.
+/// Starts a server that sends these bytes on every connection and then only reads. Returns the server's port.
 async fn serve(bytes: Vec<u8>) -> u16 {
     let listener = TcpListener::bind(local()).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -89,7 +89,8 @@ fn a_server_that_ends_the_connection_gives_no_reply() {
     });
 }
 
-/// A dealer loses a server that breaks the protocol, without its memory, and finds the next one at the same address.
+/// If a server breaks the protocol, the dealer ends the connection, does not use much memory, and connects to the next
+/// server at the same address.
 #[test]
 fn a_dealer_outlives_a_hostile_server() {
     run_alone(async {

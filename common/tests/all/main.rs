@@ -1,7 +1,8 @@
-//! The contract of [`common::zmq`], in one program, so that it is linked only once.
+//! Tests that are the contract of [`common::zmq`]. They are one program, so that the linker runs
+//! only once.
 //!
-//! The other side of each connection is a plain TCP socket ([`zmtp`]) or another socket of the module. No test names the
-//! library below the module: a library that passes all of them can replace it.
+//! The other side of each connection is a plain TCP socket ([`zmtp`]) or another socket of the module. No test depends
+//! on the ZeroMQ library of the module: another library with which all tests pass can replace it.
 
 mod exchange;
 mod floods;

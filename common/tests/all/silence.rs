@@ -1,4 +1,5 @@
-//! Peers that fall silent without ending their connection: a stopped process, or a host that vanished.
+//! Tests of peers that stop sending without ending their connection: a stopped process, or a host
+//! that vanished.
 
 use std::time::{Duration, Instant};
 
@@ -8,15 +9,15 @@ use tokio::net::TcpListener;
 use crate::support::{dealer, local, message, run, server};
 use crate::zmtp::{Hello, Peer};
 
-/// Waits for a future for at most twice the time after which a silent peer counts as lost.
+/// Waits for a future. Fails after twice the time after which a silent peer counts as lost.
 async fn soon_lost<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(2 * HEARTBEAT_TIMEOUT, future)
         .await
         .expect("the silent peer counts as lost")
 }
 
-/// A peer of ZMTP 3.0 has no heartbeats, so its silence proves nothing: it stays, and TCP's own probes find its
-/// vanished host. The bound on connections limits their number.
+/// A peer of ZMTP 3.0 has no heartbeats, so its silence does not show that it is lost. It stays connected; if its host
+/// vanished, TCP's own probes notice it. Only the limit on connections bounds the number of such peers.
 #[test]
 fn a_peer_that_answers_no_heartbeat_is_lost_and_others_stay() {
     run(async {
@@ -39,14 +40,14 @@ fn a_peer_that_answers_no_heartbeat_is_lost_and_others_stay() {
         let (old_route, _) = message(&mut server).await;
 
         let began = Instant::now();
-        // Reading answers the heartbeats of the peer that is alive.
+        // While `alive` reads, it answers the server's heartbeats.
         let answers = tokio::spawn(async move { (alive.recv().await, alive) });
         let silence = tokio::spawn(async move { silent.closed().await });
         let lost = soon_lost(server.recv()).await.unwrap();
         assert_eq!(lost, FromPeer::Lost(silent_route));
         assert!(began.elapsed() > Duration::from_secs(2));
         soon_lost(silence).await.unwrap();
-        // The two others are still there after another such time.
+        // The two other peers are still connected after another heartbeat timeout.
         let next = tokio::time::timeout(HEARTBEAT_TIMEOUT, server.recv()).await;
         assert!(next.is_err(), "{next:?}");
         server.send(alive_route, &b"for alive"[..]).unwrap();

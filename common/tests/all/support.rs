@@ -1,4 +1,4 @@
-//! Steps that the tests share.
+//! Functions that several tests use.
 
 #![allow(unreachable_pub, reason = "the program of the tests has no users")]
 
@@ -14,13 +14,13 @@ use protocol::receiver::Route;
 
 use crate::zmtp::{Hello, Peer};
 
-/// Returns the address of any free port of this host.
+/// Returns the address 127.0.0.1 with port 0, with which the kernel chooses a free port.
 pub fn local() -> SocketAddr {
     ([127, 0, 0, 1], 0).into()
 }
 
-/// Runs a test on a runtime like the sidecar's, with one thread, and with the limit on open files that both programs
-/// set.
+/// Runs a test on a runtime with one thread, like the sidecar's, and raises the limit on open files as both programs
+/// do.
 pub fn run(test: impl Future<Output = ()>) {
     common::fd_limit::raise().unwrap();
     tokio::runtime::Builder::new_current_thread()
@@ -30,14 +30,15 @@ pub fn run(test: impl Future<Output = ()>) {
         .block_on(test);
 }
 
-/// Runs a test as [`run`] does, apart from other such tests, because it measures memory or needs much of it.
+/// Runs a test as [`run`] does, but never at the same time as another such test: these tests measure memory or need
+/// much memory.
 pub fn run_alone(test: impl Future<Output = ()>) {
     static ALONE: Mutex<()> = Mutex::new(());
     let _guard = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     run(test);
 }
 
-/// Waits for a future for at most 10 s.
+/// Waits for a future. Fails after 10 s.
 pub async fn within<T>(name: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(10), future)
         .await
@@ -80,7 +81,7 @@ pub async fn answer(client: &mut DealerClient) -> Bytes {
     }
 }
 
-/// Returns the next message of an inbox, which has one frame.
+/// Returns the next message of an inbox. The message must have one frame.
 pub async fn single(inbox: &Inbox) -> Bytes {
     match within("inbox", inbox.recv()).await.unwrap() {
         Frame::Single(bytes) => bytes,
@@ -88,7 +89,7 @@ pub async fn single(inbox: &Inbox) -> Bytes {
     }
 }
 
-/// Returns a counter of a port.
+/// Returns the value of a counter of a port.
 pub fn count(server: &RouterServer, name: &str) -> u64 {
     let events = server.traffic().events();
     let found = events.into_iter().find(|(event, _)| *event == name);

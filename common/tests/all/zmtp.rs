@@ -1,7 +1,7 @@
 //! A ZeroMQ peer as plain bytes on TCP: ZMTP 3.0 or 3.1 with the mechanism NULL.
 //!
-//! The peer names no library. So it can send what no library sends, and a test with it holds for every library below
-//! a port.
+//! The peer uses no ZeroMQ library. So it can send bytes that no library sends, and its tests are valid for every
+//! library that a port may use.
 
 #![allow(unreachable_pub, reason = "the programs of the tests have no users")]
 
@@ -11,21 +11,21 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 
-/// A connection on which both sides have greeted each other.
+/// A connection after the ZeroMQ handshake.
 #[derive(Debug)]
 pub struct Peer {
     stream: TcpStream,
     received: BytesMut,
     /// The properties in the other side's READY, as bytes.
     pub theirs: Vec<u8>,
-    /// False for a peer that leaves heartbeats without an answer.
+    /// False for a peer that does not answer heartbeats.
     pub answers_heartbeats: bool,
 }
 
-/// The manner in which a peer introduces itself.
+/// Properties that a peer sends in the ZeroMQ handshake.
 #[derive(Clone, Copy, Debug)]
 pub struct Hello<'a> {
-    /// The version is 3 and this number. Version 3.0 has no heartbeats.
+    /// Minor version of ZMTP 3. Version 3.0 has no heartbeats.
     pub minor: u8,
     /// Socket type, such as `DEALER`.
     pub kind: &'a str,
@@ -34,7 +34,7 @@ pub struct Hello<'a> {
 }
 
 impl<'a> Hello<'a> {
-    /// Returns the greeting of a peer of version 3.1 without an identity.
+    /// Returns the properties of a peer of version 3.1 without an identity.
     pub fn of(kind: &'a str) -> Self {
         Self {
             minor: 1,
@@ -57,12 +57,12 @@ impl<'a> Hello<'a> {
 }
 
 impl Peer {
-    /// Connects to a port and returns when both sides have greeted each other.
+    /// Connects to a port and completes the ZeroMQ handshake.
     pub async fn connect(address: impl ToSocketAddrs, hello: Hello<'_>) -> Result<Self> {
         Self::greet(TcpStream::connect(address).await?, hello).await
     }
 
-    /// Takes the next connection of a listener and returns when both sides have greeted each other.
+    /// Accepts the next connection of a listener and completes the ZeroMQ handshake.
     pub async fn accept(listener: &TcpListener, hello: Hello<'_>) -> Result<Self> {
         Self::greet(listener.accept().await?.0, hello).await
     }
@@ -93,12 +93,12 @@ impl Peer {
         self.send_bytes(&message(frames)).await
     }
 
-    /// Sends bytes as they are.
+    /// Sends bytes without any framing.
     pub async fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream.write_all(bytes).await
     }
 
-    /// Returns the frames of the next message. Answers heartbeats meanwhile.
+    /// Returns the frames of the next message. Answers heartbeats that come before it.
     pub async fn recv(&mut self) -> Result<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         loop {
@@ -107,7 +107,8 @@ impl Peer {
                 if let Some(rest) = body.strip_prefix(b"\x04PING")
                     && self.answers_heartbeats
                 {
-                    // A PONG returns the context of the PING, which follows a TTL of two bytes.
+                    // A PONG returns the context of the PING. In the PING, the context comes after
+                    // a TTL of two bytes.
                     let pong = [b"\x04PONG", rest.get(2..).unwrap_or_default()].concat();
                     self.send_bytes(&framed(COMMAND, &pong)).await?;
                 }
@@ -120,7 +121,7 @@ impl Peer {
         }
     }
 
-    /// Returns when the other side has ended the connection. Messages that come before are dropped.
+    /// Waits until the other side has ended the connection. Drops messages that come before.
     pub async fn closed(mut self) {
         while self.recv().await.is_ok() {}
     }
@@ -150,7 +151,7 @@ pub fn greeting(minor: u8) -> Vec<u8> {
     bytes
 }
 
-/// Returns a message of these frames as bytes on the wire.
+/// Returns the bytes of a message with these frames.
 pub fn message(frames: &[&[u8]]) -> Vec<u8> {
     let last = frames.len().saturating_sub(1);
     let flags = |i: usize| if i < last { MORE } else { 0 };

@@ -18,7 +18,8 @@ pub(crate) fn library() -> Option<&'static Library> {
         Ok(library) => Some(library),
         Err(error) if env::var_os("PD_REQUIRE_NIXL").is_some_and(|v| v == "1") => panic!("{error}"),
         Err(error) => {
-            // Not by eprintln: the test harness hides its output when the test passes.
+            // The test does not use eprintln, because the test harness hides its output when the
+            // test passes.
             let text = format!("SKIP (set PD_REQUIRE_NIXL=1 to fail instead): {error}\n");
             io::stderr().write_all(text.as_bytes()).unwrap();
             None
@@ -26,7 +27,8 @@ pub(crate) fn library() -> Option<&'static Library> {
     }
 }
 
-/// Anonymous shared memory whose pages exist: NIXL writes 6 to 20 times slower into untouched pages.
+/// Anonymous shared memory whose pages exist already: NIXL writes 6 to 20 times slower into pages
+/// that were not touched before.
 #[derive(Debug)]
 pub(crate) struct Mapping(MmapRaw);
 
@@ -93,8 +95,8 @@ impl Side {
     }
 }
 
-/// The device id of all memory in these tests. Not 0, so that a test fails if a side does not pass the
-/// id on.
+/// The device id of all memory in these tests. It is not 0, so that a test fails if one side does
+/// not pass the id to NIXL.
 pub(crate) const DEVICE: u64 = 3;
 
 /// The child process into whose memory a test writes.
