@@ -98,7 +98,7 @@ impl<C: Post> Etcd<C> {
     /// Gets a new lease. It ends after `ttl` unless it is renewed.
     ///
     /// # Errors
-    /// etcd granted no lease.
+    /// Fails if etcd granted no lease.
     pub async fn grant(&mut self, ttl: Duration) -> Result<Lease, EtcdError> {
         let answer = self
             .call("lease/grant", json!({"TTL": ttl.as_secs()}))
@@ -110,7 +110,7 @@ impl<C: Post> Etcd<C> {
     /// Renews a lease.
     ///
     /// # Errors
-    /// The lease has run out, or no address answers.
+    /// Fails if the lease has run out, or if no address answers.
     pub async fn renew(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         let answer = self.call("lease/keepalive", json!({"ID": lease.0})).await?;
         // The field is absent or zero if etcd does not know the lease.
@@ -125,7 +125,7 @@ impl<C: Post> Etcd<C> {
     /// Revokes a lease. etcd deletes the keys of the lease.
     ///
     /// # Errors
-    /// etcd did not confirm. The lease then expires after its time.
+    /// Fails if etcd did not confirm. The lease then expires after its time.
     pub async fn revoke(&mut self, lease: &Lease) -> Result<(), EtcdError> {
         self.call("lease/revoke", json!({"ID": lease.0}))
             .await
@@ -135,7 +135,7 @@ impl<C: Post> Etcd<C> {
     /// Returns the value of a key; `None` if the key does not exist or the value is not text.
     ///
     /// # Errors
-    /// The key cannot be read.
+    /// Fails if the key cannot be read.
     pub async fn find(&mut self, key: &str) -> Result<Option<String>, EtcdError> {
         let answer = self.call("kv/range", json!({"key": b64(key)})).await?;
         Ok(answer["kvs"][0]["value"].as_str().and_then(plain))
@@ -144,7 +144,7 @@ impl<C: Post> Etcd<C> {
     /// Writes a key under a lease.
     ///
     /// # Errors
-    /// etcd did not confirm the write.
+    /// Fails if etcd did not confirm the write.
     pub async fn put(&mut self, lease: &Lease, key: &str, value: &str) -> Result<(), EtcdError> {
         let body = json!({"key": b64(key), "value": b64(value), "lease": lease.0});
         self.call("kv/put", body).await.map(drop)
@@ -153,7 +153,7 @@ impl<C: Post> Etcd<C> {
     /// Deletes a key.
     ///
     /// # Errors
-    /// etcd did not confirm the deletion.
+    /// Fails if etcd did not confirm the deletion.
     pub async fn delete(&mut self, key: &str) -> Result<(), EtcdError> {
         self.call("kv/deleterange", json!({"key": b64(key)}))
             .await
@@ -163,7 +163,7 @@ impl<C: Post> Etcd<C> {
     /// Returns every key that begins with `prefix`, and its value.
     ///
     /// # Errors
-    /// The keys cannot be read.
+    /// Fails if the keys cannot be read.
     pub async fn list(&mut self, prefix: &str) -> Result<Vec<(String, String)>, EtcdError> {
         let body = json!({"key": b64(prefix), "range_end": b64(&after(prefix)), "limit": MAX_KEYS});
         let answer = self.call("kv/range", body).await?;
@@ -181,7 +181,7 @@ impl<C: Post> Etcd<C> {
     /// Watches every key that begins with `prefix`.
     ///
     /// # Errors
-    /// The address does not answer, or it refuses the watch.
+    /// Fails if the address does not answer, or if it refuses the watch.
     pub async fn watch(&mut self, prefix: &str) -> Result<Watch<C::Body>, EtcdError> {
         let range = json!({"key": b64(prefix), "range_end": b64(&after(prefix))});
         let body = json!({"create_request": range}).to_string();

@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// may set.
 ///
 /// # Errors
-/// The kernel refuses the change. The limit then stays as it is.
+/// Fails if the kernel refuses the change. The limit then stays as it is.
 pub fn raise() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {

@@ -186,8 +186,8 @@ const SEND_BYTES: usize = 4 << 20;
 /// table of connections once.
 const MONITOR_EVENTS: usize = 1024;
 /// Time between two heartbeats. If a peer's process was stopped or its host vanished, the peer counts as lost after
-/// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; if its host vanished, TCP's own probes end the connection
-/// after 25 s.
+/// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; if the peer's host vanished, TCP's own probes end the
+/// connection after 25 s.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Time after which a peer that answers no heartbeat counts as lost.
 pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);

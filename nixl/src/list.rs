@@ -2,8 +2,8 @@
 //! indices.
 //!
 //! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request
-//! from plain descriptors, NIXL looks up each descriptor and merges none. With descriptors of 4
-//! KiB, such a request is 4 times slower.
+//! from plain descriptors, NIXL looks up each descriptor and merges none. With small descriptors (4
+//! KiB), such a request is 4 times slower.
 
 use std::fmt;
 use std::ptr::NonNull;

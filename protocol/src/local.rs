@@ -3,8 +3,8 @@
 //! A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
 //! The engine sends [`ToSidecar::Hello`] first. The sidecar answers [`ToEngine::Welcome`] or
 //! [`ToEngine::Refused`], and closes the connection after the latter. The buffer comes with
-//! `Welcome`: as a file descriptor (`SCM_RIGHTS`), or as a CUDA IPC handle if it is GPU memory.
-//! The end of the stream means that the engine is gone: all its requests end at once.
+//! `Welcome`: as a file descriptor (`SCM_RIGHTS`), or as a CUDA IPC handle if it is GPU memory. The
+//! end of the stream means that the engine has ended: all its requests end at once.
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -100,7 +100,8 @@ pub struct Welcome {
     pub v: u32,
     /// Name of the sidecar.
     pub id: String,
-    /// Epoch of the sidecar. If it differs after a reconnection, the buffer is another one.
+    /// Epoch of the sidecar. If the epoch differs after a reconnection, the sidecar has a new
+    /// buffer.
     pub epoch: Epoch,
     /// Kind of the buffer: `memfd` (map the descriptor that comes with this message, shared and
     /// read-write), `cuda` (open the handle in [`Welcome::cuda`]) or `none` (no buffer, for an
@@ -250,8 +251,8 @@ pub struct Granted {
     /// Id of the request.
     pub req: RequestId,
     /// Number of tokens at the request's start that the decode side already has. Chunks below this
-    /// mark are never granted. In the chunk that contains the mark, the slot's first token is the
-    /// one at the mark.
+    /// mark are never granted. Of the chunk that contains the mark, only the tokens from the mark
+    /// on are moved; they begin at the start of the slot.
     pub have_tokens: u32,
     /// Chunks, by position in the request's keys; empty in the first message, which only gives
     /// `have_tokens`.
@@ -269,8 +270,8 @@ pub struct Granted {
 pub struct Ready {
     /// Id of the request.
     pub req: RequestId,
-    /// First token that is moved. In the chunk that contains this token, it is the slot's first
-    /// token.
+    /// First token that is moved. Of the chunk that contains this token, only the tokens from this
+    /// token on are moved; they begin at the start of the slot.
     pub first_token: u32,
     /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,

@@ -97,8 +97,8 @@ pub struct Hello {
     pub layout: Option<Layout>,
     /// Transports that this side can use, best first.
     pub transports: Vec<Advert>,
-    /// Identity of the host: boot id and PID namespace. Each of two sidecars with the same identity
-    /// can watch the other's process.
+    /// Identity of the host: boot id and PID namespace. If two sidecars have the same identity,
+    /// each of them can watch the process of the other.
     pub host: String,
     /// Process id in that PID namespace.
     pub pid: u32,
@@ -107,7 +107,7 @@ pub struct Hello {
     #[serde(default, skip_serializing_if = "is_empty")]
     pub seal: ByteBuf,
     /// From a sender: secrets of the processes that this sender replaces, 32 bytes each, at most
-    /// 16; all of these processes have ended. Absent: the sender proves the end of no process.
+    /// 16; all of these processes have ended. Absent: as if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ByteBuf>,
     /// Reason why no link can be made; the other fields are valid nevertheless. Absent: the link
@@ -164,8 +164,9 @@ pub enum ToReceiver {
     /// with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
     /// Announces writes into these slots, or repeats the announcement while the writes run. The
-    /// message lets the receiver's NIXL make progress. The receiver decides nothing by this
-    /// message. The sender does not send it for writes that do not need the receiver's progress.
+    /// message lets the receiver's NIXL make progress. The receiver makes no decision because of
+    /// this message. The sender does not send it for writes that do not need the receiver's
+    /// progress.
     Writing(Slots),
     /// Reports all chunks that the transport has flushed and the receiver has not acknowledged yet.
     /// The receiver answers with [`ToSender::Ack`].
@@ -186,7 +187,7 @@ pub enum ToSender {
     /// Acknowledges that the receiver has recorded these chunks as written.
     Ack(Ack),
     /// Says that the receiver wants no more writes under this lease. The sender answers with
-    /// [`ToReceiver::CancelNotif`] as soon as no write is under way, and at once if it does not
+    /// [`ToReceiver::CancelNotif`] as soon as no write is in flight, and at once if it does not
     /// know the lease.
     Unwanted(Unwanted),
 }

@@ -47,7 +47,7 @@ impl DealerClient {
     /// guessable, because the receiver accepts the first connection that uses the identity.
     ///
     /// # Errors
-    /// Only when the socket's own task is gone.
+    /// Fails only if the socket's own task has ended.
     pub async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
         let mut identity = Bytes::copy_from_slice(identity.as_bytes());
         identity.truncate(255);
@@ -71,7 +71,7 @@ impl DealerClient {
     /// Waits for a message or a change of the connection.
     ///
     /// # Errors
-    /// Only when the socket's own task is gone.
+    /// Fails only if the socket's own task has ended.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

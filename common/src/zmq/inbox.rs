@@ -68,7 +68,7 @@ impl Inbox {
     /// Returns the next message of any peer.
     ///
     /// # Errors
-    /// Only when the socket's own task is gone.
+    /// Fails only if the socket's own task has ended.
     ///
     /// # Cancel safety
     /// No message is lost when the future is dropped.

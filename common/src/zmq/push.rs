@@ -30,7 +30,7 @@ impl Push {
     /// Begins to connect.
     ///
     /// # Errors
-    /// Only when the socket's own task is gone.
+    /// Fails only if the socket's own task has ended.
     pub async fn connect(host: &str, port: u16) -> Result<Self, Closed> {
         let options = options(MAX_REGISTRATION_BYTES).linger(PUSH_LINGER);
         let socket = Socket::new(SocketType::Push, options);

@@ -38,7 +38,7 @@ impl Requester {
     /// Begins to connect.
     ///
     /// # Errors
-    /// The host is not an address, and its name cannot be resolved.
+    /// Fails if the host is not an address and cannot be resolved as a name.
     pub async fn connect(host: &str, port: u16) -> Result<Self, RequestError> {
         let socket = Socket::new(
             SocketType::Req,

@@ -98,7 +98,7 @@ impl RouterServer {
     /// Waits for the next message or loss. A connection's messages are returned before its loss.
     ///
     /// # Errors
-    /// Only when the socket's own task is gone.
+    /// Fails only if the socket's own task has ended.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

@@ -143,7 +143,7 @@ impl Receiver {
         self.finish_if_complete(id);
     }
 
-    /// Frees the slots of chunks that the engine has read.
+    /// Frees the slots of chunks after the engine has read them.
     pub(super) fn on_release(&mut self, engine: EngineId, message: &Release) {
         let Some(request) = self.requests.get_mut(&message.req) else {
             return;
