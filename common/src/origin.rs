@@ -1,4 +1,5 @@
-//! Detects requests that a web page sent through a browser on this host, by the request's head.
+//! Checks a request's head for signs that a web page sent the request through a browser on this
+//! host.
 //!
 //! A browser on this host also connects from a loopback address, so the address alone does not show that the request
 //! comes from a program. A page can read only answers from its own host name. With DNS rebinding the page's host name

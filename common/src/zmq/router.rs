@@ -29,7 +29,7 @@ pub struct RouterServer {
     monitor: MonitorStream,
     port: u16,
     peers: HashMap<Route, Peer>,
-    /// Routes whose connection has ended and which the caller knows.
+    /// Routes that the caller knows and whose connection has ended. The caller gets them as losses.
     lost: VecDeque<Route>,
     /// Number of messages that may still be delivered before the first entry of `lost`.
     before_lost: usize,

@@ -85,8 +85,8 @@ impl Ended {
         }
     }
 
-    /// Returns the reason to answer an alloc request that belongs to an ended request; `None` if
-    /// the alloc request begins a new request.
+    /// Returns the reason with which the receiver must answer an alloc request that belongs to an
+    /// ended request; `None` if the alloc request begins a new request.
     pub(super) fn asked(
         &mut self,
         id: &RequestId,
@@ -110,8 +110,9 @@ impl Ended {
         None
     }
 
-    /// Returns the reason to answer a decode request that belongs to an ended request, and the last
-    /// sender of that request; `None` if the decode request begins a new request.
+    /// Returns the reason with which the receiver must answer a decode request that belongs to an
+    /// ended request, and the last sender of the ended request; `None` if the decode request begins
+    /// a new request.
     pub(super) fn awaited(
         &mut self,
         id: &RequestId,

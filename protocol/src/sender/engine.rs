@@ -97,7 +97,7 @@ impl Sender {
         }
     }
 
-    /// Sends the first alloc request of a request, after the handshake with its receiver. From now
+    /// Sends the first alloc request for a request, after the handshake with its receiver. From now
     /// on the receiver knows the request and can tell the decode engine its end. So the proxy may
     /// send the decode request.
     pub(super) fn ask(&mut self, id: &RequestId) {

@@ -245,7 +245,8 @@ impl World {
                 pieces,
                 ..
             } => self.post_write(transfer, lease, &pieces),
-            // The simulation has no LMCache peer: lmcache_receivers.rs tests those.
+            // The simulation has no LMCache peer. The tests with LMCache's receivers are in
+            // lmcache_receivers.rs.
             sender::Action::Watch { .. } => self.fail("a watch for nobody"),
             sender::Action::Granted(engine, granted) => self.prefill_granted(engine, granted),
             sender::Action::Ended(engine, ended) => self.prefill_ended(engine, &ended),
@@ -266,7 +267,8 @@ impl World {
             receiver::Action::Open { lease, slot } => self.open_slot(lease, slot),
             receiver::Action::Close { slot } => self.close_slot(slot),
             receiver::Action::Fence { sender, lease, .. } => self.fence(&sender, lease),
-            // The simulation has no LMCache peer: lmcache_senders.rs tests those.
+            // The simulation has no LMCache peer. The tests with LMCache's senders are in
+            // lmcache_senders.rs.
             receiver::Action::Mark { .. } | receiver::Action::CheckCanary { .. } => {
                 self.fail("slots lent to nobody");
             }
