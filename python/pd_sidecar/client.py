@@ -69,7 +69,7 @@ def default_socket(role: str) -> str:
 
 @dataclass(frozen=True)
 class Connected:
-    """The client has a new connection. Slots of an earlier one are no longer valid."""
+    """The client has a new connection. Slots of an earlier connection are no longer valid."""
 
     welcome: Welcome
 
@@ -105,7 +105,7 @@ class Client:
         self._logger = logger or logging.getLogger(__name__)
         self._connection: Connection | None = None
         self._waited_for = 0
-        """The attempt to connect for which `settle` has waited in vain."""
+        """The number of the attempt to connect for which `settle` has already waited `SETTLE_S`."""
         self._reconnector = Reconnector(path, hello, self._pauses, self._logger)
         self._reconnector.start()
 
@@ -156,8 +156,8 @@ class Client:
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
     def computing(self, req: str, upto: int) -> None:
-        """Prefill: tells the sidecar that this step computes tokens `[0, upto)`, so that it can grant slots for their
-        chunks.
+        """Prefill: tells the sidecar that this step computes tokens `[0, upto)`, so that the sidecar can grant slots
+        for the chunks of these tokens.
         """
         self.send(Computing(req, upto))
 
@@ -171,14 +171,14 @@ class Client:
     ) -> None:
         """Prefill: tells the sidecar that these chunks are in their slots, or will be when the event fires.
 
-        `layers` names ranges of layers that are complete earlier: the layer before which each ends, and its event. The
-        last range ends with the last layer.
+        Each entry of `layers` is a range of layers that is complete earlier than the last layer: the layer before which
+        the range ends, and the range's event. The last range ends with the last layer.
         """
         ranges = [LayersStaged(below, event) for below, event in layers]
         self.send(Staged(req, chunks, gather_us, event, ranges))
 
     def cancel(self, req: str) -> None:
-        """Prefill: gives the request up."""
+        """Prefill: tells the sidecar that the request ends here. The engine no longer writes into its slots."""
         self.send(Cancel(req))
 
     def await_(
@@ -209,7 +209,7 @@ class Client:
         """Sends any message.
 
         Raises `NotConnectedError`, or `WireError` for a message that is too long for a frame. If the connection ends
-        meanwhile, the next `poll` returns `Lost`.
+        during the call, the next `poll` returns `Lost`.
         """
         connection = self.connection
         try:
@@ -235,17 +235,18 @@ class Client:
         return events
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Returns the events as `poll` does, but waits up to `timeout_s` for one."""
+        """Returns the events as `poll` does, but waits up to `timeout_s` for the first event."""
         if events := self.poll():
             return events
         wait_any([self], timeout_s)
         return self.poll()
 
     def settle(self) -> None:
-        """Waits until an attempt to connect that is under way has ended, at most `SETTLE_S` and once per attempt.
+        """Waits for the end of the current attempt to connect, for at most `SETTLE_S`, and only once per attempt.
 
         A sidecar is ready as soon as it has answered the greeting, and the proxy sends requests from then on. The
-        thread that receives the answer may run a moment later. Without this wait, such requests would not be moved.
+        thread that connects may receive the answer a moment later. Without this wait, the KV of requests in between
+        would not be moved.
         """
         attempt = self._reconnector.attempts
         if self.connected or attempt == self._waited_for:
@@ -254,7 +255,7 @@ class Client:
             self._waited_for = attempt
 
     def give_up(self, why: str) -> None:
-        """Ends the connection, and keeps one that tells the sidecar why this engine moves nothing.
+        """Ends the connection, and opens another one, which only tells the sidecar why this engine moves no KV.
 
         The sidecar then stays ready, and the proxy continues to use this engine.
         """

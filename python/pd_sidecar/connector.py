@@ -1,7 +1,7 @@
 """The vLLM connector: `kv_connector: PdSidecarConnector`, with this module as `kv_connector_module_path`.
 
-This module holds only the shape of vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The
-work is in `scheduler` and `worker`.
+This module only implements vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The work is
+done in `scheduler` and `worker`.
 
 The connector does not declare support for several KV groups, so vLLM keeps one group.
 """
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# New after 0.24, where a failed load is reported by its blocks.
+# vLLM 0.24 does not have this class. There the worker reports a failed load by its blocks.
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -116,9 +116,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any = None) -> bool:
-        """Returns false: `/sleep` unmaps KV memory that a gather or scatter under way would still touch.
+        """Returns false, because `/sleep` unmaps KV memory that a gather or scatter in flight may still use.
 
-        vLLM from 0.33 on asks, and then refuses `--enable-sleep-mode` beside this connector.
+        vLLM from 0.33 on calls this method, and then refuses `--enable-sleep-mode` together with this connector.
         """
         return False
 
@@ -137,12 +137,12 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Handles the requests that the workers report, and adds later ones: vLLM has not read this output yet."""
+        """Handles the requests that the workers report in this output, and the requests that were done after it."""
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
         if (worker := self._neighbour()) is not None:
-            # If tokens are under way, in this output or a later one, do not wait: their client is waiting for them.
+            # Do not wait if this output or a later step has tokens, because a client waits for them.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
@@ -168,16 +168,16 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
 
-    # The worker's half, in the order of a step. `bind_connector_metadata` is the one call before the forward that all
-    # versions and model runners make: some call `start_load_kv` only after it.
+    # The worker's half, in the order of the calls of a step. Before the forward, `bind_connector_metadata` is the only
+    # method that all versions and model runners of vLLM call: some call `start_load_kv` only after the forward.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
 
     def get_handshake_metadata(self) -> DisabledNotice | None:
-        """Tells the scheduler's half if the worker moves nothing. Returns `None` if it moves KV."""
-        # MultiConnector would pass the notice to its other children, which refuse notices that are not theirs. There,
-        # the scheduler's half learns it with the first step.
+        """Returns the notice for the scheduler's half that this worker cannot move its KV; `None` if it can."""
+        # MultiConnector passes a notice to all its children, and the other connectors refuse it because of its type.
+        # Under a MultiConnector the scheduler's half therefore learns only in the first step that no KV is moved.
         is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
         return DisabledNotice() if isinstance(self._worker, DisabledWorker) and is_alone else None
 
@@ -187,13 +187,15 @@ class PdSidecarConnector(KVConnectorBase_V1):
             self._worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Does nothing: the step's begin has asked for the requests already."""
+        """Does nothing: `bind_connector_metadata` has already asked the sidecar for the requests' KV."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Does nothing: vLLM schedules a request only after its load."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Notes how far the forward is. Full CUDA graphs do not call it: then a step's layers are gathered together."""
+        """Records that the forward has launched this layer. Full CUDA graphs do not call it: all layers are then
+        gathered together.
+        """
         if self._worker is not None:
             self._worker.layer_computed(layer_name)
 
@@ -272,7 +274,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         more = shlex.split(options.sidecar_arguments)
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
-        # A sidecar with another number of ports reports the difference and the cure.
+        # The sidecar compares this number with its configured ports, and reports a difference together with a cure.
         variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._partition.ranks)}
         return Child(command, logger, variables)
 
@@ -313,12 +315,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if len(self._groups) != 1:
             raise LayoutError(f"the model has {len(self._groups)} KV cache groups, and the connector moves only one")
         spec = self._groups[0].kv_cache_spec
-        # Layers of one type but different sizes have one spec each. The tensors are compared later.
+        # If layers of one type differ in size, each layer has a spec. Take any of them: `geometry` compares the tensors
+        # later.
         spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # The shape of such pages can equal that of pages with as many heads.
+            # The tensor's shape does not show this: it can equal the shape of pages with that many heads.
             raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
         return Hint(
             num_blocks=self._num_blocks,
@@ -329,7 +332,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         )
 
     def _quantization(self, pages: Geometry) -> Quantization | None:
-        """Returns the number format of a cache of bytes; `None` for others. Raises `LayoutError`."""
+        """Returns the number format of a cache whose tensors hold bytes; `None` for other caches. Raises `LayoutError`.
+        """
         if pages.first.tensor.element_size() > 1:
             return None
         cache = self._config.cache_config
@@ -352,7 +356,7 @@ def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPart
     """Returns the partition of KV between the two sides. Raises `ConfigError`."""
     workers = vllm_config.parallel_config.tensor_parallel_size
     if ranks in (0, workers):
-        # The number of heads does not matter: each worker sends, or takes, what it has.
+        # The number of heads does not matter: each worker sends or receives all the KV that it has.
         return partition(ranks=workers, workers=workers, heads=1, consumer=consumer)
     model = vllm_config.model_config
     heads = 1 if model.use_mla else model.get_total_num_kv_heads()

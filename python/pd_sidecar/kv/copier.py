@@ -70,13 +70,13 @@ class Copier(Protocol):
         *,
         last: bool = False,
     ) -> Fence:
-        """Copies pages to slots. Records the event `signal`, for which the sidecar waits. With `last` the engine has
-        launched nothing after the marks.
+        """Copies pages to slots. Then records the event `signal`, for which the sidecar waits. `last` is true if the
+        engine has launched no work after the marks.
         """
         ...
 
     def layered_copy(self, pieces: Sequence[Piece]) -> LayeredCopy | None:
-        """Starts a copy of pages to slots by ranges of layers. Returns `None` where that gains nothing."""
+        """Starts a copy of pages to slots by ranges of layers. Returns `None` on a device where this gains nothing."""
         ...
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
@@ -90,16 +90,16 @@ class Device(Protocol):
     name: str | None
     """The UUID of a GPU; `None` for host memory."""
     events: list[bytes]
-    """The IPC handles of the events that tell the sidecar of gathers under way."""
+    """The IPC handles of the events. The sidecar waits for them to learn that a gather has ended."""
     is_asynchronous: bool
-    """True if a move goes on after the call that started it."""
+    """True if a move may still run after the call that started it has returned."""
 
     def enter(self) -> None:
         """Prepares the calling thread for moves."""
         ...
 
     def mark(self) -> Mark:
-        """Returns a mark behind all work that the calling thread has launched."""
+        """Returns a mark that comes after all work that the calling thread has launched."""
         ...
 
     def hold(self, fence: Fence) -> None:

@@ -1,7 +1,7 @@
 """Opens a sidecar's GPU memory in the engine's process: CUDA's driver through ctypes.
 
-The engine's process contains torch, which works in the primary context of each device. So this module opens memory in
-that context only: it makes the context current for the call, in whichever thread calls. It does not need torch.
+Torch runs in the same process, and uses the primary context of each device. So this module opens memory in the primary
+context only: it makes this context current in the calling thread for the duration of the call. It does not need torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Driver:
             raise CudaError(name, code, hint)
 
     def uuid(self, ordinal: int) -> str:
-        """Returns the GPU's name that is the same in all processes: `GPU-…`."""
+        """Returns the GPU's UUID, which is the same in all processes: `GPU-…`."""
         device = self._device(ordinal)
         raw = (ctypes.c_ubyte * 16)()
         self.call("cuDeviceGetUuid", ctypes.byref(raw), device)
@@ -94,7 +94,7 @@ class Primary:
 
 
 class OpenedMemory:
-    """A sidecar's buffer. It closes with the last reference; moves that are under way hold one."""
+    """A sidecar's buffer. It is closed when its last reference is dropped. Every move in flight holds a reference."""
 
     def __init__(self, buffer: CudaMemory, driver: Driver | None = None) -> None:
         """Opens the buffer. Raises `CudaError`."""

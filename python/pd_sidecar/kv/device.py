@@ -1,8 +1,8 @@
 """Chooses the device of an engine's KV, and orders moves against the engine's computing.
 
-Host memory needs no order: the engine computes and copies in one thread. A GPU computes behind the thread that
-launches. There a move runs on its own stream after a *mark*, which stands behind the work that the move depends on. The
-move's *fence* says when the move is over. No thread waits for the whole device.
+Host memory needs no order: the engine computes and copies in one thread. A GPU runs its work later than the thread that
+launches the work. There a move waits for *marks*: a mark is a point after the work on which the move depends. The
+move's *fence* tells when the move is over. No thread waits for the whole device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Host:
 
 
 def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
-    """Returns the device of these tensors. `signals` asks for events that tell the sidecar of gathers."""
+    """Returns the device of these tensors. With `signals` it has events, for which the sidecar waits."""
     where = pages.first.tensor.device
     if where.type == "cpu":
         return Host()

@@ -1,12 +1,12 @@
 """Moves on a GPU, ordered with the engine's computing.
 
-A gather waits for the mark behind the forward that computed its chunks. A scatter waits for the mark behind all work
-that was launched when its request got its blocks: an engine that schedules ahead may have a step under way that still
-writes to blocks that it has freed.
+A gather waits for the mark after the forward that computed its chunks. A scatter waits for the mark after all work that
+was launched before its request got its blocks. Without this wait, an older step could still write to these blocks: an
+engine that schedules ahead may have freed them while the step was in flight.
 
-Both run on one stream beside the engine's, so that neither waits for an unrelated step. Two kinds of gather run on the
-engine's own stream instead: a gather of the newest work, and a gather by layers. They have nothing to wait for there,
-and no other kernel runs beside them.
+Both run on a stream of their own, so that they do not wait for an unrelated step on the engine's stream. Two kinds of
+gather run on the engine's stream instead: a gather of the newest work, and a gather by layers. On that stream they need
+no wait for a mark, and no other kernel runs at the same time.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class GpuCopier:
         return move
 
     def _queue(self, move: _Move, slots: Iterable[int]) -> None:
-        """Makes a gather wait for an earlier one into the same slot on the other stream. The sidecar may grant a slot
-        again while the gather of a request that ended early still writes to it.
+        """Makes a gather wait for an earlier gather into the same slot on the other stream. The sidecar may grant a
+        slot again while the gather of a request that ended early still writes to the slot.
         """
         for slot in slots:
             before = self._into.get(slot)

@@ -1,8 +1,8 @@
 """Moves KV between an engine's pages and the slots of a sidecar's buffer, in host memory.
 
-The code treats both sides as rows of equal length, as long as the pages allow. One `index_select` or `index_copy_` over
-row numbers then makes a move, without loops over tokens, blocks or heads. The slots of a step usually follow each
-other. Then their rows are one slice of the buffer, and the move touches memory once.
+The code treats pages and slots as rows of equal length. The rows are as long as the pages allow. So one `index_select`
+or `index_copy_` with row numbers makes a move, without loops over tokens, blocks or heads. The slots of a step are
+usually consecutive. Their rows are then one slice of the buffer, and the move needs no intermediate copy.
 
 A chunk in its slot has LMCache's format `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Fence, Piece
 
 MAX_ROWS = 1 << 20
-"""The most rows of one move. It bounds the memory of the row numbers to 8 MiB."""
+"""Maximum number of rows of one move. It limits the memory of the row numbers to 8 MiB."""
 
 
 @dataclass(frozen=True)
 class CompletedFence:
-    """The fence of a move that is over when its call returns, as between host memories."""
+    """The fence of a move that is over when its call returns, as a move between host memories is."""
 
     seconds: float
 
@@ -70,7 +70,8 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def layered_copy(self, pieces: Sequence[Piece]) -> None:
-        """Returns `None`: the call that computes returns only when all layers are done."""
+        """Returns `None`: on a CPU the forward returns only when all layers are computed, so this gains nothing.
+        """
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
         """Copies slots to pages. Writes only the tokens that the pieces name."""
@@ -82,7 +83,7 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def _moves(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
-        """Yields what one call moves, with its rows in the buffer."""
+        """Yields the part and the batch of each copy, with the batch's rows in the buffer."""
         for batch in self._batches(pieces):
             for part in self._parts:
                 if not (part.has_all_layers and batch.form.is_whole):
@@ -106,7 +107,7 @@ class HostCopier:
 
 
 class _Part:
-    """The planes of the layers that share a storage and their arrangement in it: usually all."""
+    """The planes of layers that share a storage and have the same arrangement in it; usually these are all layers."""
 
     def __init__(
         self,
@@ -166,16 +167,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class Form:
-    """The properties that pieces share if one call can move them."""
+    """The properties that must be equal for all pieces that one call moves."""
 
     packed: int
-    """The tokens that a slot holds."""
+    """The number of tokens that a slot holds."""
     offset: int
-    """The first token to move, counted from the slot's first."""
+    """The first token to move, counted from the slot's first token."""
     tokens: int
     """The number of tokens to move."""
     lead: int
-    """The tokens of the first block before the first token to move."""
+    """The number of tokens of the first block that come before the first token to move."""
 
     @classmethod
     def of(cls, piece: Piece, block_tokens: int) -> Form:
@@ -185,7 +186,7 @@ class Form:
 
     @property
     def is_whole(self) -> bool:
-        """True if the pieces fill all that their slots hold."""
+        """True if each piece covers all tokens that its slot holds."""
         return self.offset == 0 and self.tokens == self.packed
 
 
@@ -200,7 +201,7 @@ class Batch:
 
     @classmethod
     def of(cls, form: Form, pieces: Sequence[Piece], pages: Geometry) -> Batch:
-        """Makes a batch. Raises `LayoutError` if a table lacks a block or names one that does not exist."""
+        """Makes a batch. Raises `LayoutError` if a table is too short or names a block that does not exist."""
         # Each request has a table. Concatenate the tables, and note the start of each piece's table.
         starts: dict[int, int] = {}
         tables: list[torch.Tensor] = []
@@ -264,7 +265,7 @@ def _planes(page: Pages, slot_bytes: int) -> list[range]:
 
 
 def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
-    """Returns the longest length of runs of a token's elements such that each run starts at a multiple of it."""
+    """Returns the largest row length for which each run of a token's elements starts at a multiple of this length."""
     page = layers[0]
     inside = page.inside[planes.start : planes.stop]
     total = inside.shape[2]

@@ -1,4 +1,4 @@
-"""Makes LMCache's chunk keys: `model@world_size@rank@hash@dtype`, and behind it the chunk's tags, if it has any.
+"""Makes LMCache's chunk keys: `model@world_size@rank@hash@dtype`, followed by the chunk's tags, if there are any.
 
 The hash of a chunk covers all tokens up to the chunk's end: `h[i] = f((h[i-1], tokens, ()))`. The partial last chunk
 has a hash, too. `h[-1]` depends on `PYTHONHASHSEED`, as in vLLM from 0.32 on.
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 SEED_VARIABLE = "PYTHONHASHSEED"
 ALGORITHMS = ("sha256_cbor", "sha256_cbor_64bit", "sha256", "builtin")
-"""LMCache's names; the second is an older name of the first."""
+"""The algorithms under LMCache's names; the second name is an older name of the first algorithm."""
 UNSEEDED = "vllm-none-hash"
 """The text that vLLM 0.32 hashes in place of an absent seed."""
 
 
 class HashError(ValueError):
-    """The configuration does not allow a chunk hash. The text says which setting would."""
+    """The configuration does not allow a chunk hash. The text names a setting that would allow one."""
 
 
 class ChunkHasher:
@@ -109,7 +109,7 @@ def _cbor_arrays(tokens: Sequence[int], step: int) -> list[bytes] | None:
         numbers = np.frombuffer(array.array("I", tokens), dtype=np.uint32)
     except (OverflowError, TypeError):
         return None
-    # Each number has a head byte and as many bytes as it needs: none below 24, else 1, 2 or 4.
+    # Each number has a head byte, and then 0 (below 24), 1, 2 or 4 bytes.
     one, two, four = numbers >= 24, numbers >= 1 << 8, numbers >= 1 << 16
     cells = np.empty((numbers.size, 5), dtype=np.uint8)
     cells[:, 0] = np.where(one, 24 + two.view(np.uint8) + four, numbers)

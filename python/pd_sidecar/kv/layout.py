@@ -1,8 +1,9 @@
-"""Reads from an engine's tensors where their KV lies, and derives the format of its chunks.
+"""Finds the place of KV in an engine's tensors, and derives the format of its chunks.
 
-Shapes and strides say most of it. The engine's own description (`Hint`) decides only between the readings that they
-leave open. Strides can be wrong about the inside of a page: vLLM's CPU kernels store K there column by column, or in
-tiles. If the engine's own kernel is available, `probe` finds the real places with it.
+The places follow from the tensors' shapes and strides. If these allow several interpretations, the engine's own
+description (`Hint`) decides between them. Strides can be wrong about the inside of a page: vLLM's CPU kernels store K
+there column by column, or in tiles. If the engine's own kernel is available, `probe` uses this kernel to find the real
+places.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Pages:
     planes: int
     block_stride: int
     inside: torch.Tensor
-    """The offset within a block of each `[plane, token, head * head_size]`."""
+    """The offset of each element `[plane, token, head * head_size]` within a block."""
 
     def of_heads(self, heads: range) -> Pages:
         """Returns the same pages with only these heads. Raises `IndexError` if there are no such heads."""
@@ -73,7 +74,7 @@ class Pages:
 
     @property
     def block_axis(self) -> int:
-        """The dimension of the tensor that counts blocks."""
+        """The index of the tensor's dimension that counts blocks."""
         sizes = zip(self.tensor.shape, self.tensor.stride(), strict=True)
         return next(axis for axis, size in enumerate(sizes) if size == (self.blocks, self.block_stride))
 
@@ -100,11 +101,11 @@ class Geometry:
 
     layers: tuple[Pages, ...]
     block_tokens: int
-    """The tokens of a block as the block tables count them. A tensor's own blocks may be smaller."""
+    """The number of tokens in one block of the block tables. A tensor's own blocks may be smaller."""
     names: tuple[str, ...] = ()
     """The names of the layers."""
     quantization: Quantization | None = None
-    """The meaning of the bytes, if the tensors are of bytes."""
+    """The number format, if the tensors hold bytes; otherwise `None`."""
 
     @property
     def first(self) -> Pages:
@@ -119,8 +120,8 @@ class Geometry:
         return len(self.layers) * width
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole blocks, as the block tables count them, to other blocks of the same tensors, in the order of the
-        calling thread's work.
+        """Copies whole blocks of the block tables to other blocks of the same tensors. On a GPU the copy runs after the
+        work that the calling thread has launched, and before the work that it launches later.
         """
         page = self.first
         each = torch.arange(self.block_tokens // page.tokens)
@@ -158,7 +159,7 @@ class Geometry:
 def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None) -> Geometry:
     """Returns the geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
 
-    `probe` reads layers that have a writer; strides describe the others.
+    For layers that have a writer, `probe` finds the places; for the others, the strides give the places.
 
     Layers are in the order of the numbers in their names, on both sides of a transfer. Names that share a tensor
     (layers that reuse another layer's KV) count once.
@@ -218,7 +219,7 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
         raise LayoutError(f"{name}: keys have no name for dtype {tensor.dtype}")
     shape, stride = tuple(tensor.shape), tensor.stride()
     block, token, head, plane, size = _axes(name, shape, hint)
-    # Without its own dimension, V follows K within a head.
+    # If the tensor has no dimension for K and V, V follows K within a head.
     planes = 1 if hint.mla else 2
     plane_stride = size if plane is None else stride[plane]
     head_stride = 0 if head is None else stride[head]
@@ -242,10 +243,10 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
 
 
 def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
-    """Finds the places to which the engine's own kernel writes: stores numbers with it and searches the page for them.
+    """Finds the places to which the engine's own kernel writes: stores numbers with the kernel, and searches the page.
 
-    It stores the numbers digit by digit, so small that every dtype holds them exactly. Raises `LayoutError` if a number
-    does not appear exactly once.
+    The function stores the numbers digit by digit. The digits are so small that every dtype holds them exactly. Raises
+    `LayoutError` if a number does not appear exactly once.
     """
     tensor, per_plane = pages.tensor, pages.inside[0].numel()
     numbers = torch.arange(2 * per_plane)
@@ -316,4 +317,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 PROBE_BASE = 128
-"""The base of the digits: bfloat16 and float16 hold every integer up to it, and one more."""
+"""The base of the digits. The function stores digit + 1, at most 128, which bfloat16 and float16 hold exactly."""

@@ -30,7 +30,7 @@ class Quantization:
 
     @classmethod
     def of(cls, layers: Iterable[object], cache_dtype: str) -> Quantization:
-        """Reads it from vLLM's attention layers. A layer that does not say its format has `cache_dtype`."""
+        """Reads the formats of vLLM's attention layers. A layer that names no format has `cache_dtype`."""
         found = []
         for layer in layers:
             name = getattr(layer, "kv_cache_dtype", None) or cache_dtype
@@ -52,7 +52,9 @@ class Quantization:
         return not self._all_scales() <= {1.0}
 
     def __str__(self) -> str:
-        """Returns a text that is equal exactly if KV has the same meaning: `fp8_e4m3, scales 1`."""
+        """Returns a text. Two caches have the same text exactly if their bytes have the same meaning: `fp8_e4m3, scales
+        1`.
+        """
         formats = sorted({name for name, _, _ in self.layers})
         scales = sorted(self._all_scales())
         name = " and ".join(formats)

@@ -1,8 +1,8 @@
-"""Makes the tags of chunk keys: `@tag%value` for what decides KV beside the tokens.
+"""Makes the tags of chunk keys, `@tag%value`. A tag names an input of KV other than the tokens.
 
-Keys of requests for which only the tokens count have no tags, and so the bytes of LMCache's keys. Two requests whose
-tags differ never have a key in common. A value is a digest of 128 bits: keys stand in messages and logs, where a salt
-must not appear.
+If a request's KV depends on its tokens only, its keys have no tags, and are byte for byte LMCache's keys. Two requests
+whose tags differ never have a key in common. A value is a digest of 128 bits, because keys appear in messages and logs,
+where a salt must not appear.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _digest(*parts: str) -> str:
     hasher = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
-        # The length keeps the parts apart: ("ab", "c") is not ("a", "bc").
+        # Hash the length of each part, so that ("ab", "c") and ("a", "bc") have different digests.
         hasher.update(len(data).to_bytes(8, "big") + data)
     return hasher.hexdigest()[:DIGITS]
 
 
 DIGITS = 32
-"""The hexadecimal digits of a tag's value."""
+"""The number of hexadecimal digits of a tag's value."""

@@ -1,7 +1,7 @@
 """Moves between pages and slots on a GPU, with one launch for all requests of a step.
 
-The kernel reads the place of each piece from a plan that comes with the launch. It so needs no row numbers, which would
-be megabytes, and no second copy. Values that are the same in every launch are compiled in.
+The kernel reads the place of each piece from a plan that comes with the launch. So it needs neither row numbers, which
+would take megabytes, nor a second copy. Values that are the same in every launch are compiled into the kernel.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Piece
 
 FIELDS: tl.constexpr = tl.constexpr(6)
-"""The numbers per piece in the plan: slot, first token, tokens, tokens in the slot, the first of those to move, and the
-start of the piece's block table.
+"""The number of fields per piece in the plan: slot, first token, number of tokens, number of tokens in the slot, index
+of the first moved token in the slot, and start of the piece's block table.
 """
 
 TOKENS, COLUMNS = 16, 256
-"""The tile of one program: 32 KiB if elements have 8 bytes."""
+"""The size of one program's tile, in tokens and elements: 32 KiB if an element has 8 bytes."""
 
 
 @triton.jit(do_not_specialize=["pieces", "first_layer", "layers"])  # type: ignore[untyped-decorator]
@@ -92,7 +92,7 @@ def _move(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Part:
-    """The layers whose blocks have the same arrangement: usually all."""
+    """The layers whose blocks have the same arrangement; usually these are all layers."""
 
     bases: torch.Tensor
     """The address of each layer's block 0."""
@@ -134,7 +134,7 @@ class Plan:
             at = tables[id(piece.table)]
             records += [piece.slot, start, stop - start, end - first, start - first, at]
         self.there: torch.Tensor | None = None
-        """The copy of `numbers` on the GPU, once launched."""
+        """The copy of `numbers` on the GPU; `None` before the first launch."""
         self.slots = [piece.slot for piece in pieces]
         self.pieces = len(pieces)
         self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
@@ -215,7 +215,7 @@ class Mover:
 
 
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
-    """Groups the layers, with their numbers, whose blocks have the same arrangement."""
+    """Groups layers whose blocks have the same arrangement. Each layer comes with its number."""
     groups: list[list[tuple[int, Pages]]] = []
     for entry in enumerate(layers):
         for group in groups:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with the options, each with key, value and what would be right."""
+    """All errors in the options. Each text names the key, the value and what the value must be."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("pd_sidecar: " + "; ".join(problems))
@@ -74,7 +74,8 @@ def parse(
     for key, value in extra.items():
         if key in lmcache.HARMLESS:
             continue
-        # Such options configure a sidecar that this engine starts. If they were ignored, it would run with defaults.
+        # These options configure a sidecar that this engine starts. If they were ignored, that sidecar would run with
+        # defaults.
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(
@@ -120,7 +121,7 @@ def parse(
         problems.append("sidecar_arguments without sidecar='spawn' have no effect")
     if options.sidecar and options.sender_socket != options.receiver_socket and (producer and consumer):
         problems.append("sidecar='spawn' starts one sidecar: set both sockets to the same path, or leave both out")
-    # A reader of keys splits each key at `@`, so a name with `@` would shift its parts.
+    # A program that reads keys splits each key at `@`, so a name with `@` would shift the parts of the key.
     name = options.model_name or model
     if "@" in name or not name:
         problems.append(f"model_name={name!r} must not be empty or contain '@', which separates the parts of a key")
@@ -132,7 +133,7 @@ def parse(
         )
     if problems:
         raise ConfigError(problems)
-    # An engine with both roles has one sidecar with `--role both`, or names two.
+    # An engine with both roles has either one sidecar with `--role both`, or two sidecars with two named sockets.
     both = producer and consumer
     return Options(
         **{
@@ -148,4 +149,4 @@ PUSHES = ("auto", "layers", "step")
 KEY_SETTINGS = (lmcache.HASH_KEY, lmcache.CHUNK_KEY)
 """The settings of LMCache that the connector itself reads."""
 MAX_IDLE_WAIT_MS = 50
-"""The longest wait. A new request waits for the end of a step, so users would notice more."""
+"""The maximum of `idle_wait_ms`. A new request waits for the end of a step, so users would notice a longer wait."""

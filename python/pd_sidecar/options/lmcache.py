@@ -1,7 +1,7 @@
 """Reads chunk-key settings that were made for LMCache, so that the same command line gives the same keys.
 
-The order is LMCache's own: `lmcache.<key>` in the connector's options beats the variable `LMCACHE_<KEY>`, which beats
-the file that `LMCACHE_CONFIG_FILE` names.
+The precedence is LMCache's own: `lmcache.<key>` in the connector's options overrides the variable `LMCACHE_<KEY>`, and
+the variable overrides the file that `LMCACHE_CONFIG_FILE` names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HARMLESS: dict[str, str] = {
     "lmcache_rpc_port": "scheduler and worker use no port",
     "skip_last_n_tokens": "the decode request has the same tokens as the prefill request",
 }
-"""LMCache's options that change nothing here, with the reason."""
+"""LMCache's options that change nothing here, each with the reason."""
 
 
 @dataclass(frozen=True)
