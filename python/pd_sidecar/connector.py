@@ -332,8 +332,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         )
 
     def _quantization(self, pages: Geometry) -> Quantization | None:
-        """Returns the number format of a cache whose tensors hold bytes; `None` for other caches. Raises `LayoutError`.
-        """
+        """Returns the number format if the tensors hold bytes; otherwise `None`. Raises `LayoutError`."""
         if pages.first.tensor.element_size() > 1:
             return None
         cache = self._config.cache_config

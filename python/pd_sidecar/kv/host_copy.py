@@ -70,8 +70,7 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def layered_copy(self, pieces: Sequence[Piece]) -> None:
-        """Returns `None`: on a CPU the forward returns only when all layers are computed, so this gains nothing.
-        """
+        """Returns `None`: on a CPU the forward returns only when all layers are computed, so this gains nothing."""
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
         """Copies slots to pages. Writes only the tokens that the pieces name."""

@@ -1,12 +1,12 @@
-"""Takes digests of LoRA adapters' files, on a thread of its own.
+"""Computes digests of LoRA adapters' files, in a thread of its own.
 
-The digest stands in the keys of the adapter's requests, so that KV of an adapter is never used with other weights of
-the same name. The files can be gigabytes on a slow disk, so the engine's thread never reads them: until the digest is
-there, requests of the adapter are computed without transfer (`lora_pending`).
+The digest is part of the keys of the adapter's requests, so that KV of an adapter is never used with other weights of
+the same name. The files can be gigabytes on a slow disk, so the engine's thread never reads them. Until the digest is
+known, requests of the adapter are computed without a transfer (`lora_pending`).
 
-vLLM loads an adapter before its first request, may load it again later (its cache of adapters is bounded), and does
-not say what it loaded. So files that change while an engine serves them are a mistake, and the thread looks whether
-they have: an adapter whose files changed is not moved any more (`lora`).
+vLLM loads an adapter before its first request, and may load it again later, because its cache of adapters is bounded.
+vLLM does not tell which files it loaded. So files must not change while an engine serves them. The thread checks this:
+if an adapter's files have changed, KV of the adapter is no longer moved (`lora`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Adapter:
     """Empty until the thread has read the files."""
     stamp: Stamp = ()
     looked: float = 0.0
-    """The time of the last look at the files, in monotonic seconds."""
+    """The time of the last check of the files, in monotonic seconds."""
     refused: bool = False
     """True if the files cannot be read, or have changed."""
 
@@ -60,11 +60,11 @@ class Adapters:
         self._thread: threading.Thread | None = None
 
     def digest(self, lora: LoRARequest) -> Union[str, Skip]:  # noqa: UP007
-        """Returns the digest of the adapter's files, or the reason why its KV is not moved (now). Reads no file."""
+        """Returns the digest of the adapter's files, or the reason why its KV is not moved now. Reads no file."""
         if getattr(lora, "load_inplace", False):
             # vLLM reads the files of such an adapter again for each step, and keeps its name and number.
             return Skip.LORA
-        # An adapter that is unloaded and loaded again under its name has another number.
+        # An adapter that is unloaded and loaded again under the same name has another number.
         key = (lora.lora_int_id, lora.lora_name, lora.lora_path)
         adapter = self._known.get(key)
         if adapter is None:
@@ -104,7 +104,7 @@ class Adapters:
 
 
 def look(adapter: Adapter) -> None:
-    """Takes the digest of an adapter's files, or refuses the adapter if the digest has changed since the last look."""
+    """Computes the digest of an adapter's files. Refuses the adapter if the digest differs from an earlier one."""
     from vllm.lora.utils import get_adapter_absolute_path  # finds what vLLM itself has downloaded
 
     folder = Path(get_adapter_absolute_path(adapter.path))
@@ -131,7 +131,7 @@ def look(adapter: Adapter) -> None:
 
 
 def _stamp(folder: Path) -> Stamp:
-    """Returns the files that decide an adapter's weights. Raises `OSError` if there are none."""
+    """Returns the files that contain an adapter's weights and configuration. Raises `OSError` if there are none."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(PREFIXES))
     if not any(name.startswith("adapter_model") for name in names):
         raise FileNotFoundError(f"{folder} has no file adapter_model.*")
@@ -150,8 +150,8 @@ def _digest(folder: Path, stamp: Stamp) -> str:
 PREFIXES = ("adapter_", "new_embeddings.")
 """The files that vLLM reads: `adapter_config.json`, `adapter_model.*`, and in older versions `new_embeddings.*`."""
 LOOK_S = 1.0
-"""The least time between two looks at the files of one adapter, in seconds."""
+"""The shortest time between two checks of the files of one adapter, in seconds."""
 MAX_ADAPTERS = 4096
-"""The number of adapters of which a digest is kept. The one that was used longest ago goes first, and gets a new digest
-when it returns.
+"""Maximum number of adapters whose digests are kept. The adapter that was used longest ago is removed first. If a
+request uses this adapter again, the thread computes the digest again.
 """

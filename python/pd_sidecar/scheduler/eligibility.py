@@ -128,6 +128,6 @@ def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 MAX_ID_CHARACTERS = 256
-"""The longest request id. Ids are in every message and log line."""
+"""Maximum length of a request id, in characters. Ids are in every message and log line."""
 MAX_HOST_CHARACTERS = 253
-"""The longest name in the DNS."""
+"""Maximum length of a name in the DNS, in characters."""

@@ -10,8 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-# A request has two names here: `engine_id` is vLLM's, different on the two sides; `req` is the proxy's, the same
-# everywhere.
+# A request has two names here. `engine_id` is vLLM's name, and differs between the two sides. `req` is the proxy's
+# name, and is the same everywhere.
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class LoadStart:
 
 @dataclass(frozen=True)
 class CopyStart:
-    """A decode request has the prompt of another one that runs: it takes that request's KV, block by block."""
+    """A decode request has the same prompt as a running request, and copies that request's KV, block by block."""
 
     engine_id: str
     sources: list[int]
     """The blocks to copy from. They belong to the other request until this step is over."""
     blocks: list[int]
-    """The blocks to copy to, as many."""
+    """The blocks to copy to, one for each block of `sources`."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class StepMetadata(KVConnectorMetadata):
     preempted: list[str] = field(default_factory=list)
     """Prefill: requests whose blocks belong to other requests from this step on."""
     unpushed: list[PushStart] = field(default_factory=list)
-    """Prefill: requests of which nothing is moved, and whose proxy waits for a notification from the sidecars."""
+    """Prefill: requests whose KV is not moved, although their proxy waits for a notification from the sidecars."""
     finished: list[str] = field(default_factory=list)
     """Prefill: finished requests whose blocks the engine holds until the worker reports them."""
     cancelled: list[str] = field(default_factory=list)
@@ -116,12 +116,12 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class DisabledNotice(KVConnectorHandshakeMetadata):
-    """A worker has seen its KV and cannot move it. The scheduler's half learns it before the first request."""
+    """A worker has found that it cannot move its KV. The scheduler's half learns this before the first request."""
 
 
 @dataclass(frozen=True)
 class IdleReport(KVConnectorWorkerMetadata):
-    """A worker's report about a step, beside the requests that are done."""
+    """A worker's report about a step. The finished requests are reported separately."""
 
     rests: bool
     """True if the step had nothing to do and requests wait for a sidecar."""

@@ -1,7 +1,7 @@
 """The scheduler's half: decides which requests move KV, and tells the workers in each step.
 
-It has no timers and repeats nothing: the sidecar and the workers enforce the deadlines. One object holds the state of a
-request.
+It has no timers and sends nothing twice: the sidecar and the workers enforce the deadlines. One object holds the state
+of a request.
 
     Push (prefill)
       WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers report ──▶ gone
@@ -11,8 +11,9 @@ request.
          │                         └── aborted ──▶ ABORTED ── workers report ──▶ gone
          └── nothing to load ──▶ SETTLED
 
-With n > 1 vLLM makes one engine request per sequence, all with one prompt. The first one loads; the others wait until
-it runs, and then copy what they lack from its blocks. So the KV is moved once.
+With n > 1 vLLM makes one engine request per sequence, and all of them have the same prompt. The first request loads the
+KV. The others wait until the first one runs, and then copy the KV that they lack from its blocks. So the KV is moved
+once.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Load:
     table: list[int] = field(default_factory=list)
     """The blocks of the pushed tokens, as of the last step."""
     preemptions: int = 0
-    """The number of the request's preemptions when the table began. Each one takes its blocks away."""
+    """The number of the request's preemptions when the table began. Each preemption takes the request's blocks away."""
 
     def is_copyable(self, blocks: int) -> bool:
         """Returns true if the first `blocks` blocks of the table hold the KV of all pushed tokens when the present step
@@ -148,8 +149,8 @@ class Scheduler:
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
-        """Returns the number of tokens beyond `computed` that will be loaded; `None` if that is not known yet. vLLM may
-        call it several times.
+        """Returns the number of tokens beyond `computed` that will be loaded; `None` if this number is not known yet.
+        vLLM may call this method several times for one request.
         """
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
@@ -157,7 +158,7 @@ class Scheduler:
             return 0, False
         if state.source is not None:
             if state.source.request.request_id not in self._states:
-                # It has ended, and its blocks may belong to another request.
+                # The source request has ended, and its blocks may belong to another request now.
                 state.phase = LoadPhase.SETTLED
                 return 0, False
             if not state.source.is_copyable(self._blocks_of(state.source.pushed_tokens)):
@@ -227,11 +228,11 @@ class Scheduler:
         return metadata
 
     def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
-        """Ends a request. Returns true if its blocks wait for the workers, and the response's parameters."""
+        """Ends a request. Returns true if its blocks stay until the workers report, and the response's parameters."""
         engine_id = request.request_id
         state = self._states.get(engine_id)
         if state is None:
-            # vLLM never asked about this request. It also makes up such requests, to say that one was rejected.
+            # vLLM never asked about this request. vLLM also makes requests only to report that a request was rejected.
             state = self._states[engine_id] = self._classify(request)
         if isinstance(state, Push):
             return self._finish_push(engine_id, state, blocks, completed)
@@ -276,7 +277,7 @@ class Scheduler:
         return state
 
     def _classify(self, request: Request) -> State:
-        # Also for a request without a transfer: the digest is then there when a later request needs it.
+        # Ask for the digest even if this request has no transfer, so that it is known when a later request needs it.
         adapter = self._adapters.digest(request.lora_request) if request.lora_request is not None else ""
         wish = transfer(request.kv_transfer_params)
         if isinstance(wish, Skip):
@@ -315,7 +316,7 @@ class Scheduler:
 
     def _source(self, wish: Transfer, request: Request) -> Load | None:
         """Returns the request that loads the same prompt for another sequence of the same client request (n > 1);
-        `None` if there is none. The prompts of a list are of one client request, too, but differ.
+        `None` if there is none. The prompts of a list also belong to one client request, but they differ.
         """
         holder = self._claims[wish.is_push, wish.req]
         state = self._states.get(holder)
@@ -335,10 +336,12 @@ class Scheduler:
         return -(-tokens // self._role.block_tokens)
 
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
-        """Gives a `req` to the first engine request that asks for it: n > 1 and lists of prompts become several.
+        """Assigns a `req` to the first engine request that asks for it, and returns true only for this request. A
+        client request with n > 1 or with a list of prompts becomes several engine requests.
 
-        A claim outlives its request, because vLLM may ask about the others much later. But LMCache's proxy counts from
-        1 at each start. So a request of another family gets the claim when its holder is done.
+        A claim stays after its holder has ended, because vLLM may ask about the others much later. But LMCache's proxy
+        numbers its requests from 1 at each start, so a `req` can return. A request of another client request therefore
+        gets the claim when the holder has ended.
         """
         key = (wish.is_push, wish.req)
         holder = self._claims.setdefault(key, engine_id)
@@ -387,7 +390,7 @@ class Scheduler:
         self, engine_id: str, state: Push, blocks: list[int], completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.unmoved:
-            # The scheduler learned of `unmoved` after this request began. The workers move none of it.
+            # The request began before the scheduler learned that the workers move no KV.
             if state.phase is PushPhase.RUNNING:
                 self._next.cancelled.append(engine_id)
             del self._states[engine_id]
@@ -405,8 +408,8 @@ class Scheduler:
 
 
 def _untagged(request: Request) -> Skip | None:
-    """Returns the reason why KV under keys without tags, as LMCache writes it, is not this request's: it can be KV of
-    the same tokens with another salt or adapter. Returns `None` if the tokens alone decide the KV.
+    """Returns the reason why this request cannot use KV under keys without tags, such as KV from LMCache: that KV can
+    belong to the same tokens with another salt or adapter. Returns `None` if the KV depends on the tokens alone.
     """
     if request.lora_request is not None:
         return Skip.LORA
@@ -414,8 +417,8 @@ def _untagged(request: Request) -> Skip | None:
 
 
 def _tags(request: Request, adapter: str, chunks: int) -> list[str]:
-    """Returns the tags of each chunk's key; an empty list if the tokens alone decide the KV. `adapter` is the digest of
-    the LoRA adapter's files.
+    """Returns the tags of each chunk's key; an empty list if the KV depends on the tokens alone. `adapter` is the
+    digest of the LoRA adapter's files.
     """
     tags = ""
     if request.lora_request is not None:
@@ -426,7 +429,7 @@ def _tags(request: Request, adapter: str, chunks: int) -> list[str]:
 
 
 def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
-    """Adds the first token where the proxy asks for it, because it cannot learn the token otherwise."""
+    """Adds the first token if the proxy asks for it. Such a proxy cannot learn the token in another way."""
     params = request.kv_transfer_params
     if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
         response["first_tok"] = request.output_token_ids[0]
@@ -435,7 +438,8 @@ def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
 
 def _family(engine_id: str) -> str:
     """Returns the part of an engine request's id that all engine requests of one client request share. vLLM puts a
-    number before the children of n > 1 and behind the prompts of a list, and appends eight random digits.
+    number before the ids of the sequences of n > 1, and after the ids of the prompts of a list. It then appends eight
+    random digits.
     """
     return FAMILY.sub(r"\1", engine_id)
 
@@ -451,7 +455,7 @@ def _not_pushed(request: Request, reason: Skip) -> dict[str, Any]:
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """Yields each scheduled request with its blocks, whether these are all its blocks, and its computed tokens."""
+    """Yields each scheduled request: id, blocks, true if these are all its blocks, and number of computed tokens."""
     for new in output.scheduled_new_reqs:
         # With the newer model runner, requests that resume after a preemption are in this list, too.
         yield new.req_id, _only_group(new.block_ids), True, new.num_computed_tokens
@@ -463,15 +467,15 @@ def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, 
 
 
 def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
-    # With several groups there is no `Push`, so nobody reads this value.
+    # With several groups there is no `Push`, so no code uses this value.
     return blocks[0] if blocks else []
 
 
 def _lost_its_blocks(state: Push) -> bool:
-    """Returns true if the request was preempted and the workers do not know. Each vLLM version has this status."""
+    """Returns true if the request was preempted and the workers do not know it. All vLLM versions have this status."""
     return state.phase is PushPhase.RUNNING and not state.preempted and state.request.status.name == "PREEMPTED"
 
 
 FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
 MAX_CLAIMS = 4096
-"""The number of claims kept: as many as a sidecar keeps ended requests."""
+"""Maximum number of claims. A sidecar keeps the same number of ended requests."""

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 READ_BYTES = 256 << 10
 MAX_UNSENT_BYTES = 64 << 20
-"""The most unsent bytes. A sidecar that leaves more unread is stuck, and waiting longer would only hide this."""
+"""Maximum number of unsent bytes. A sidecar that leaves more bytes unread is stuck; a larger limit would only hide
+this.
+"""
 
 
 class ConnectionLostError(Exception):
@@ -50,8 +52,8 @@ class RefusedError(Exception):
 class Connection:
     """A connection after the greeting. Not thread-safe: other threads may use only `fileno` and `shut`.
 
-    The last reference closes the socket and unmaps the buffer. So views of the buffer stay valid as long as an engine
-    holds them, even if the sidecar dies.
+    The socket is closed and the buffer is unmapped when the last reference is dropped. So views of the buffer stay
+    valid as long as an engine holds them, even if the sidecar dies.
     """
 
     def __init__(self, sock: socket.socket, welcome: Welcome, memory: mmap.mmap | None) -> None:
@@ -65,7 +67,7 @@ class Connection:
     def open(cls, path: str, hello: Hello, timeout_s: float) -> Connection:
         """Connects, sends the greeting and maps the buffer.
 
-        Raises `OSError` if no sidecar listens or answers in time, `PermissionError` if another user does,
+        Raises `OSError` if no sidecar listens or answers in time, `PermissionError` if the socket is another user's,
         `RefusedError` if the sidecar refuses this engine, and `WireError` if it does not speak this protocol.
         """
         deadline = time.monotonic() + timeout_s
@@ -107,7 +109,7 @@ class Connection:
         return memoryview(self.memory)[start : start + self.welcome.slot_bytes]
 
     def send(self, message: ToSidecar) -> None:
-        """Sends a message. The next `send` or `poll` sends what the kernel does not take now.
+        """Sends a message. Bytes that the kernel does not accept now are sent by the next `send` or `poll`.
 
         Raises `ConnectionLostError`.
         """
@@ -130,7 +132,7 @@ class Connection:
             except OSError as error:
                 raise ConnectionLostError(str(error)) from error
             if not data:
-                # Messages that came with the end are void: their slots no longer exist.
+                # Drop the messages that came before the end: their slots no longer exist.
                 raise ConnectionLostError("the sidecar closed the connection")
             self._incoming.feed(data)
             if len(data) < READ_BYTES:
@@ -138,7 +140,7 @@ class Connection:
         return [self._checked(decode_to_engine(body)) for body in self._incoming.frames()]
 
     def shut(self) -> None:
-        """Ends the stream in both directions. The descriptor stays open until the last reference goes."""
+        """Ends the stream in both directions. The descriptor stays open until the last reference is dropped."""
         with contextlib.suppress(OSError):  # the other side has ended it already
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -208,8 +210,8 @@ def _greeting(body: bytes) -> Welcome:
 
 
 def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
-    """Maps a buffer in host memory. The engine's own thread opens one in GPU memory: if this thread did it while the
-    engine captures a graph, the capture would fail.
+    """Maps a buffer in host memory. The engine's own thread opens a buffer in GPU memory: if this thread opened it
+    while the engine captures a graph, the capture would fail.
     """
     if hello.unmoved:
         if welcome.memory != "none" or welcome.slots or fds:
@@ -234,7 +236,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")
     if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise WireError("the buffer is not sealed: if it shrank, reading it would end the engine")
-    # Populate the pages here, in the thread that connects, so that the first gather does not have to.
+    # Populate the pages here, in the thread that connects, so that the first gather does not have to do it.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return mmap.mmap(fds[0], size, flags=flags)
 

@@ -2,8 +2,7 @@
 
 The child inherits the engine's environment, so one command line sets `UCX_TLS`, `CUDA_VISIBLE_DEVICES` and
 `LMCACHE_CONFIG_FILE` for both. If the child ends, the engine starts it again after a growing pause, and the connector
-finds it like any sidecar that returns. The child ends with the engine: `stop` ends it, or the kernel if the engine is
-killed.
+connects again. The child ends with the engine: `stop` ends it, and if the engine is killed, the kernel ends it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class NoBinaryError(RuntimeError):
 
 
 def find_binary() -> str:
-    """Returns the path of the sidecar's program: from a variable, beside Python, or from PATH.
+    """Returns the path of the sidecar's program: from a variable, from the folder of Python's program, or from PATH.
 
     Raises `NoBinaryError`.
     """
@@ -92,7 +91,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent = os.getpid()
-        # Keep it in the engine's session, so that a signal to the engine's group also ends the sidecar.
+        # Keep the sidecar in the engine's session, so that a signal to the engine's group also ends the sidecar.
         process = subprocess.Popen(
             self._command,
             env=self._environ,

@@ -25,9 +25,9 @@ class Pauses:
     first: float = 0.05
     longest: float = 2.0
     refused: float = 15.0
-    """The pause after a refusal, which lasts until the other side or its configuration changes."""
+    """The pause after a refusal. The sidecar refuses again until one of the two sides or its configuration changes."""
     greeting: float = 30.0
-    """The longest time for an answer. A sidecar may be touching its whole buffer for the first time."""
+    """Maximum wait for the answer to the greeting. A new sidecar may first touch every page of its buffer."""
 
 
 class Reconnector(threading.Thread):
@@ -48,14 +48,13 @@ class Reconnector(threading.Thread):
         self._lock = threading.Lock()
         self._offered: Connection | None = None
         self._stand_in: Connection | None = None
-        """A connection for the time in which sidecar and engine do not fit. It tells the sidecar why nothing is moved.
-        """
+        """A connection that is open while sidecar and engine do not fit. It tells the sidecar why no KV is moved."""
         self._stopping = threading.Event()
-        # `stop` closes one end, which wakes the thread wherever it sleeps.
+        # `stop` closes one end, which wakes the thread from every wait.
         self._wake_read, self._wake_write = socket.socketpair()
 
     def take(self) -> Connection | None:
-        """Returns the newest connection, once."""
+        """Returns the newest connection; `None` if an earlier call has returned it already."""
         with self._lock:
             connection, self._offered = self._offered, None
             self.connected.clear()
@@ -130,7 +129,7 @@ class Reconnector(threading.Thread):
         if self._stand_in is not None or self._hello.unmoved:
             return
         hello = self._hello.as_unmoved(why)
-        # A sidecar that does not know such engines, or has no such rank, refuses this greeting as well.
+        # An older sidecar does not know such a greeting, and refuses it, too. So does a sidecar without this rank.
         with contextlib.suppress(RefusedError, WireError, OSError, ValueError):
             self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 
@@ -155,5 +154,5 @@ class Reconnector(threading.Thread):
             poller.register(stand_in.fileno(), select.POLLRDHUP)
         woken = [fd for fd, _ in poller.poll(seconds * 1000)]
         if stand_in is not None and stand_in.fileno() in woken:
-            # The sidecar has ended. A new one may accept this engine.
+            # The sidecar has ended. A new sidecar may accept this engine.
             self._stand_in = None

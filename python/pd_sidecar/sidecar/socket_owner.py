@@ -1,6 +1,6 @@
 """Checks that a socket belongs to this user's sidecar, before the engine sends or maps anything.
 
-The default folder has a predictable name in /tmp. Any user of the host may have made it first.
+The default folder has a predictable name in /tmp. Another user of the host may have created it first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_folder(path: str) -> None:
 def check_peer(sock: socket.socket, path: str) -> None:
     """Checks that this user or root serves the socket.
 
-    Raises `PermissionError` with the other process.
+    Raises `PermissionError`, which names the other process.
     """
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)

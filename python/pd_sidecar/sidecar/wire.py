@@ -16,16 +16,16 @@ VERSION = 1
 """The version of the protocol that this package speaks."""
 
 MAX_REASON_CHARACTERS = 500
-"""The longest reason for which an engine moves nothing. The sidecar refuses texts of more than 4096 bytes."""
+"""Maximum length of the reason why an engine moves no KV. The sidecar refuses texts of more than 4096 bytes."""
 
 MAX_FRAME_BYTES = 1 << 20
-"""The longest frame. The keys of a request of a million tokens take 600 KB."""
+"""Maximum length of a frame. The keys of a request of a million tokens take 600 KB."""
 
 HEADER = struct.Struct("<I")
 
 
 class WireError(Exception):
-    """The other side broke the protocol. The connection is of no further use."""
+    """The other side broke the protocol. The connection can no longer be used."""
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -89,7 +89,7 @@ class Hello(_Message, omit_defaults=True):
         return cls(VERSION, engine, role, rank, world_size, layout, unmoved=_line(why))
 
     def as_unmoved(self, why: str) -> Hello:
-        """Returns the same engine's greeting for the time in which it moves no KV, with the reason."""
+        """Returns the greeting that this engine sends while it moves no KV, with the reason."""
         model = self.layout.model
         return self.of_unmoved(self.engine, self.role, self.rank, self.world_size, model, why)
 
@@ -170,7 +170,7 @@ class CudaMemory(msgspec.Struct, frozen=True):
 
 
 class Welcome(_Message, omit_defaults=True):
-    """The sidecar accepts the connection. The buffer's descriptor comes with this frame, or its handle in it."""
+    """The sidecar accepts the connection. The buffer's descriptor accompanies this frame, or its handle is inside."""
 
     v: int
     id: str

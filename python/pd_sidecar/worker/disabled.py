@@ -1,4 +1,4 @@
-"""Stands in for a worker whose KV cannot be moved."""
+"""Replaces a worker whose KV cannot be moved."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = init_logger("vllm.pd_sidecar.worker.disabled")
 class DisabledWorker:
     """Fails every transfer at once, and tells the sidecars why.
 
-    A sidecar that hears nothing never becomes ready, and its proxy then refuses every request although the engine can
-    compute it.
+    Without a greeting from its engine a sidecar never becomes ready. The proxy would then refuse every request,
+    although the engine can compute it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Tracks for which events the sidecar may still wait.
+"""Tracks the events for which the sidecar may still wait.
 
-A gather may record an event again only when the sidecar has answered every `Staged` that named it. If it did so
-earlier, a wait that the sidecar has not started would last until the later gather.
+A gather may record an event again only when the sidecar has answered every `Staged` that named the event. Otherwise a
+sidecar that has not begun its wait yet would wait for the later gather.
 """
 
 from __future__ import annotations

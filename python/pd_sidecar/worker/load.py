@@ -1,9 +1,9 @@
 """Scatters the chunks that have arrived at a decode worker into the pages of parked requests.
 
-The worker reports every parked request exactly once. It reports a loaded request when the last chunk has arrived in a
-slot, before the scatter is over: `begin` and `Device.hold` order the next step's computing behind the scatter. So the
-engine prepares that step while the scatter runs. The worker reports a failed request only when it no longer writes into
-the request's blocks.
+The worker reports every parked request exactly once. It reports a loaded request as soon as the last chunk has arrived
+in a slot, before the scatter is over, so that the engine prepares the next step during the scatter. `begin` and
+`Device.hold` make that step's computing wait for the scatter. The worker reports a failed request only when it no
+longer writes into the request's blocks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Incoming:
     table: torch.Tensor
     began: float
     mark: Mark
-    """The mark behind all engine work that may still write to the request's blocks."""
+    """The mark after all engine work that may still write to the request's blocks."""
     missing: set[int]
     """The wanted chunks that have not arrived."""
     arrived: int = 0
@@ -70,7 +70,7 @@ class Results:
 
     @property
     def invalid_blocks(self) -> set[int]:
-        """All blocks of `failed`. Some versions of vLLM, 0.24 for one, take failures by block only."""
+        """All blocks of `failed`. Some versions of vLLM, such as 0.24, accept failures by block only."""
         return {block for blocks in self.failed.values() for block in blocks}
 
 
@@ -89,8 +89,8 @@ class Receiver:
         self._scatters: list[_Scatter] = []
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Asks the sidecar for the requests that this step parks, and gives up the aborted ones."""
-        # This step may read or write blocks of requests that were reported before their scatter.
+        """Asks the sidecar for the KV of the requests that this step parks, and ends the aborted requests."""
+        # Launch these scatters first: this step may use blocks of requests that were reported before their scatter.
         self._scatter()
         for scatter in self._scatters:
             self._device.hold(scatter.fence)
@@ -108,8 +108,8 @@ class Receiver:
         self._copier = copier
 
     def lost(self) -> None:
-        """Fails all requests after the connection has ended: nobody fills their slots any more."""
-        # The engine already counts on the reported requests. Their slots stay mapped, and nobody else writes to them.
+        """Fails all requests after the connection has ended: no sidecar fills their slots any more."""
+        # Scatter the reported requests: the engine relies on their KV. Their slots stay mapped and nobody writes there.
         self._ready = [entry for entry in self._ready if entry[0].reported]
         self._scatter()
         self._copier = None
@@ -118,7 +118,7 @@ class Receiver:
             self._fail(incoming, "sidecar_lost")
 
     def ready(self, message: Ready) -> None:
-        """Stores the chunks that the sidecar says may be read, and releases those that nobody wants."""
+        """Stores the chunks that the sidecar says may be read, and releases the chunks that no request wants."""
         incoming = self._by_req.get(message.req)
         if incoming is None or incoming.failure is not None:
             self._release(message.req, message.chunks, 0)
@@ -258,7 +258,7 @@ class Receiver:
         try:
             self._client.release(req, chunks, micros)
         except NotConnectedError:
-            return  # the slots went with the connection
+            return  # the slots are gone with the connection
 
     def _succeed(self, incoming: Incoming) -> None:
         start = incoming.start

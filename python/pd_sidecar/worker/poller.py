@@ -29,7 +29,7 @@ class PolledWorker(Protocol):
         ...
 
     def move(self) -> bool:
-        """Reads, and launches all moves that are possible. Returns true if there were any."""
+        """Reads, and launches all moves that are possible. Returns true if it launched any."""
         ...
 
     def collect(self) -> bool:
@@ -83,7 +83,7 @@ class Poller(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                # Report arrivals first: a launch takes as long as the engine's next pause, and would delay them.
+                # Report arrivals first: a launch takes as long as the engine's next pause, and would delay the report.
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
@@ -92,7 +92,7 @@ class Poller(threading.Thread):
                 if self._worker.collect():
                     self._news.set()
         except Exception:
-            # The engine's thread also moves in every step. It meets the same error and raises it there.
+            # The engine's thread also moves KV in every step. There it gets the same error and raises it.
             logger.exception(
                 "the polling thread has failed: from now on only the engine's own thread moves KV, in its steps"
             )
@@ -111,11 +111,11 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Seconds between two checks of a move. A scatter's slots become free that much later. The engine's thread needs the
-lock too, for the step that uses the move.
+"""Seconds between two checks for the end of a move. The slots of a scatter become free up to this time later. The
+checks must not be too frequent, because the engine's thread needs the same lock for the step that uses the move.
 """
 YIELD_S = 50e-6
-"""Seconds in which the engine's thread can wake up before this one is busy with a launch."""
+"""Seconds that this thread sleeps between a report and a launch, so that the engine's thread can wake up first."""
 LONGEST_S = 0.05
 """Seconds between two checks of connections that are not made yet."""
 STOP_S = 1.0

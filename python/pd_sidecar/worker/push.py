@@ -49,12 +49,12 @@ class Sender:
         self._stats = stats
         self._event_slots = EventSlots(len(device.events))
         self._computed: list[Mark] = []
-        """The mark behind the forward that computed the tokens of `Outgoing.computed`."""
+        """The mark after the forward that computed the tokens of `Outgoing.computed`."""
         self._layered: LayeredGather | None = None
         self._below = 0
         """The number of layers of the current step that the engine has launched so far."""
         self._is_last = False
-        """True while the engine has launched no work after that mark."""
+        """True while the engine has launched no work after the mark in `_computed`."""
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
@@ -122,7 +122,7 @@ class Sender:
         self._copier = copier
 
     def lost(self) -> None:
-        """Fails all requests after the connection has ended: the slots went with it."""
+        """Fails all requests after the connection has ended: their slots are gone."""
         self._end_layered()
         self._copier = None
         self._event_slots.reset()
@@ -133,7 +133,7 @@ class Sender:
         """Stores the slots that the sidecar granted for a request."""
         outgoing = self._by_req.get(message.req)
         if outgoing is None or outgoing.over:
-            return  # The grant crossed with our `Cancel`.
+            return  # The sidecar sent the grant before it read our `Cancel`.
         outgoing.have_tokens = message.have_tokens
         outgoing.by_layers |= message.layers
         outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
@@ -309,7 +309,7 @@ class Sender:
         return True
 
     def _end_layered(self) -> None:
-        """Gives up the layered gather, of which the sidecar knows nothing. The step's end gathers its chunks whole."""
+        """Drops the layered gather, which the sidecar does not know. The step's end gathers its chunks as a whole."""
         if (layered := self._layered) is None:
             return
         self._layered = None
@@ -342,7 +342,7 @@ class Sender:
         return complete
 
     def _settle(self) -> None:
-        """Tells the sidecar of finished gathers, except of those with an event, which the sidecar knows already."""
+        """Tells the sidecar which gathers have finished. The sidecar already knows the gathers that have an event."""
         under_way: list[Gather] = []
         for gather in self._gathers:
             if not gather.fence.done():
@@ -448,10 +448,10 @@ class Sender:
 
 
 SPARE_EVENTS = 16
-"""The number of free events that a layered gather needs. A step takes up to six; if they run out, the chunks must be
-gathered again after the step.
+"""The number of free events without which no layered gather begins. A step takes up to six events; if they run out, the
+chunks must be gathered again after the step.
 """
 GATHER_TOKENS = 2048
-"""The most tokens of one gather. The sidecar pushes one part while the GPU gathers the next. 2048 tokens of an 8B model
-are 256 MiB; smaller parts do not reach the link's speed.
+"""Maximum number of tokens in one gather. The sidecar pushes one part while the GPU gathers the next. 2048 tokens of an
+8B model are 256 MiB; smaller parts do not reach the link's speed.
 """

@@ -23,20 +23,20 @@ class Outgoing:
     table: list[int] = field(default_factory=list)
     table_tensor: torch.Tensor | None = None
     computed: int = 0
-    """The tokens whose KV is in the blocks of the table."""
+    """The number of tokens whose KV is in the blocks of the table."""
     upto: int = 0
-    """The tokens whose KV will be there when the step is over."""
+    """The number of tokens whose KV will be in the blocks when the step is over."""
     announced: int = 0
     have_tokens: int | None = None
     by_layers: bool = False
     """True if the sidecar asked for a gather layer by layer, because the KV then arrives sooner."""
     slots: dict[int, int] = field(default_factory=dict)
-    """The slot of each chunk that is granted and not gathered yet."""
+    """The slot of each chunk that has been granted a slot and is not gathered yet."""
     staged: set[int] = field(default_factory=set)
     gathering: int = 0
     gather_seconds: float = 0.0
     over: bool = False
-    """True once neither the sidecar nor the receiver needs anything more of it."""
+    """True once neither the sidecar nor the receiver needs anything more of this request."""
     owes_cancel: bool = False
     dropped: bool = False
     """True once the engine has forgotten the request."""

@@ -45,7 +45,7 @@ class Rank:
     save_deadline_s: float
     layers: int
     by_layers: bool
-    """Gathers by layers whatever the sidecar asks for, on devices where a gather goes on after its launch."""
+    """True: gather by layers even if the sidecar does not ask for it, if the device is asynchronous."""
 
     @property
     def load_limit_s(self) -> float:
@@ -113,7 +113,7 @@ class RankCounter:
 
 
 def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPartition:
-    """Makes a partition. Raises `ValueError`, with the values that would be right, if KV cannot be split so."""
+    """Makes a partition. Raises `ValueError` if KV cannot be split in this way; the error names values that work."""
     if ranks == workers:
         return TpPartition(ranks, workers, heads)
     values = f"ranks={ranks} with tensor-parallel size {workers} and {heads} KV heads: "
@@ -131,6 +131,6 @@ def partition(*, ranks: int, workers: int, heads: int, consumer: bool) -> TpPart
 
 
 GRACE_S = 2.0
-"""Seconds after a deadline at which the worker takes the sidecar for dead. Until then, the sidecar enforces the
+"""Seconds that the worker waits after a deadline before it treats the sidecar as dead. The sidecar itself enforces the
 deadline.
 """

@@ -1,10 +1,10 @@
 """The workers' half of the connector: one object per tensor-parallel worker.
 
-It has one connection per rank that the worker serves and per sidecar that it uses.
+It has one connection for each pair of a rank that the worker serves and a sidecar that it uses.
 
 On a GPU the engine's thread launches a step and returns up to a second later, when the GPU has computed it. Meanwhile a
-second thread (`poller`) handles new grants and new chunks: it launches their moves behind the step. No thread waits
-between a move and its push: CUDA events keep that order.
+second thread (`poller`) handles new grants and new chunks, and launches their moves. No thread waits between a move and
+its push: CUDA events keep that order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = init_logger("vllm.pd_sidecar.worker.worker")
 
 @dataclass(frozen=True)
 class Link:
-    """A connection, with the half of the work and the heads that it serves."""
+    """A connection, with the sender or receiver that uses it, and the heads that it serves."""
 
     client: Client
     end: Sender | Receiver
@@ -74,7 +74,7 @@ class Worker:
         self._sent, self._received = RankCounter(), RankCounter()
         self._pushed: set[str] = set()
         self._loaded = Results()
-        """`_pushed` and `_loaded` are done and not reported yet."""
+        """The requests in `_pushed` and `_loaded` are done and not reported yet."""
         self._failed: dict[str, list[int]] = {}
         """Loads that failed for one rank and may still be under way for another."""
         self._unsent: set[str] = set()
@@ -85,7 +85,7 @@ class Worker:
         self._is_asked = False
         self._lock = threading.RLock()
         self._results = threading.Lock()
-        """Guards only what is done, so that a reader of it does not wait for a launch."""
+        """Guards only the requests that are done. So a thread that reads them does not wait for a launch."""
         self._poller: Poller | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
@@ -133,7 +133,7 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
         if self._is_asynchronous and self._poller is None:
-            # Not before the first step: until then the engine may be capturing graphs.
+            # Start the thread only in the first step: before it, the engine may be capturing graphs.
             self._poller = Poller(self)
             self._poller.start()
         self._idle = metadata.idle
@@ -156,7 +156,7 @@ class Worker:
 
     def _copy(self, starts: Sequence[CopyStart]) -> None:
         """Copies KV from running requests to other sequences of the same client requests (n > 1). `Receiver.begin` has
-        launched the scatters of those requests before.
+        already launched the scatters of the running requests.
         """
         if not starts:
             return
@@ -195,13 +195,13 @@ class Worker:
         over = bool(self._pushed or self._loaded.received)
         rests = self._idle and not moved and not over and self._is_waiting
         self._idle_report = IdleReport(rests) if rests or over else None
-        # After a report, the engine acts on it in the next step; a wait here would delay that.
+        # After a report, the engine uses it in the next step; a wait here would delay that step.
         if rests and not self._reported and not self._is_asked:
             self._rest()
         with self._results:
             loaded = self._loaded
             if self._is_asked:
-                # vLLM takes failures from here alone. The scheduler asks for all other results with `news`.
+                # vLLM accepts failures only from here. The scheduler asks for all other results with `news`.
                 loaded = Results(set(loaded.failed), loaded.failed)
                 self._loaded = Results(self._loaded.received - loaded.received)
                 return set(), loaded
@@ -212,9 +212,9 @@ class Worker:
     def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
-        The scheduler calls it after it has launched a step, when it looks at the previous step's output. It so learns
-        of a load one step and one pause of the engine's loop earlier than from `finish`. `finish` then returns only
-        failed loads and never waits: with `rest` the wait is here.
+        The scheduler calls it after it has launched a step, when it handles the output of the previous step. So the
+        scheduler learns of a load one step and one pause of the engine's loop earlier than from `finish`. `finish` then
+        returns only failed loads and never waits; with `rest`, this method waits instead.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
@@ -227,7 +227,7 @@ class Worker:
 
     @property
     def idle_report(self) -> IdleReport | None:
-        """The report that goes with the step's output. Without one, the scheduler's half does not call `news`."""
+        """The report that goes with the step's output. Without a report, the scheduler's half does not call `news`."""
         return self._idle_report
 
     def close(self) -> None:
@@ -237,7 +237,7 @@ class Worker:
         for link in self._links:
             link.client.close()
 
-    # The engine's thread and the poller's call these, one at a time.
+    # The engine's thread and the poller's thread call these methods, one thread at a time.
 
     def read(self) -> bool:
         """Handles the messages of the sidecars. Returns true if there were any."""
@@ -353,8 +353,8 @@ class Worker:
 
 
 def _is_one_model(names: Sequence[str]) -> bool:
-    """Returns true if the engine computes layers in the order of their names. A draft model's layers sort before the
-    main model's, and the engine computes them after it.
+    """Returns true if the engine computes layers in the order of their names. A draft model's layers come before the
+    main model's layers in this order, but the engine computes them later.
     """
     return len({re.sub(r"\d+", "", name) for name in names}) == 1
 
