@@ -1,4 +1,4 @@
-"""The fixtures of all tests with processes. `processes` starts no vLLM engine, `engines` does."""
+"""The fixtures of all tests with processes. Tests in `processes` start no vLLM engine; tests in `engines` do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.logs import LOGS
 
 @pytest.fixture(scope="session", autouse=True)
 def logs() -> Path:
-    """The folder of all parts' log files, emptied once."""
+    """The folder of the log files of all parts. It is emptied once, at the start."""
     LOGS.mkdir(parents=True, exist_ok=True)
     for log in LOGS.glob("*.log"):
         log.unlink()

@@ -1,7 +1,8 @@
-"""The engines of a test session: a prefill and a decode instance with their sidecars and the proxy, and a plain one.
+"""Starts the engines of a test session: a prefill and a decode instance with their sidecars and the proxy, and a plain
+instance.
 
-They are started once, all at the same time. Tests that want another transport or buffer restart sidecars only; the
-`pair` fixture puts the standard set-up back.
+The engines start once, all at the same time. A test that needs another transport or buffer restarts only the sidecars;
+the `pair` fixture restores the standard options.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from harness.progress import Progress
 from harness.reference import Reference
 from harness.sidecar import ROOT
 
-# Longer than the default of 50 ms: a busy machine may need it to get a decode request parked, and without that the
-# sender cannot know what the decode side holds, and pushes all of it.
+# The default is 50 ms. A busy machine may need longer to park a decode request. Without the parked request the sender
+# does not know which KV the decode side holds, and pushes all of it.
 KEYS: dict[str, object] = {"park_ms": 3000}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First those that start large engines of their own: the session's, which stay, need the room afterwards."""
+    """Moves the tests that start large engines to the front, because the session's engines take the memory later."""
     items.sort(key=lambda item: "own_engines" not in item.keywords)
 
 
 @pytest.fixture(scope="session")
 def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Reference]]:
-    """The pair and the plain instance, as started: for fixtures; tests take `pair` and `reference`."""
+    """Starts the pair and the plain instance. Only fixtures use this one; tests use `pair` and `reference`."""
     model = write_model(ROOT / "target" / "model")
     lora = {"lora": write_lora(ROOT / "target" / "lora")}
-    # Without a prefix cache: it computes every answer from the start.
+    # The plain instance has no prefix cache, so it computes every prompt from the start.
     plain = Engine(
         EngineOptions("plain engine", model, lora=lora, forked=True, more=("--no-enable-prefix-caching",)), logs
     )
@@ -53,7 +54,7 @@ def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Ref
 
 @pytest.fixture
 def pair(engines: tuple[Pair, Reference]) -> Iterator[Pair]:
-    """The pair in its standard set-up, with nothing held or cached; afterwards nothing may be held either."""
+    """Yields the pair with its standard options and empty caches. Checks afterwards that nothing is held."""
     pair, _ = engines
     pair.restore()
     pair.reset_prefix_caches()
@@ -68,7 +69,7 @@ def reference(engines: tuple[Pair, Reference]) -> Reference:
 
 @contextlib.contextmanager
 def _shown(config: pytest.Config) -> Iterator[None]:
-    """Inside, output goes to the terminal: engines take a minute or two to start, and whoever waits sees why."""
+    """Shows output on the terminal inside the block, because engines take one or two minutes to start."""
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Clients that people use, through the proxy: the `openai` package and vLLM's own benchmark."""
+"""Tests clients that people use, through the proxy: the `openai` package and vLLM's own benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_NAME = "m"
 
 GREEDY = {"ignore_eos": True}
 
-# What `vllm bench serve` runs; its console script wants a distribution called vllm.
+# The program behind `vllm bench serve`. Its console script needs an installed distribution with the name `vllm`.
 BENCH = """
 import argparse
 from vllm.benchmarks import serve

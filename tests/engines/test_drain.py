@@ -1,4 +1,4 @@
-"""SIGTERM: requests under way end, and the process with the code that says so."""
+"""Tests SIGTERM: requests in flight end, and the exit code of the process tells that it stopped in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kill -9` of each part in the middle of a stream of requests."""
+"""Tests `kill -9` of each part in the middle of a stream of requests."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from harness.prompts import prompt
 from harness.reference import Reference
 from harness.traffic import Traffic
 
-# Every request ends within this time, whatever dies under it: the answer of a decode engine that computes a prompt
-# after the transfer was given up, on two busy cores. The longest wait inside is `no_sender_ms`, 5 s.
+# Every request ends within this time, whichever part is killed. The slowest case is a decode engine that computes a
+# prompt after a failed transfer, on two busy cores. The longest wait in it is `no_sender_ms`, 5 s.
 BOUND_S = 20.0
 
-# From a proxy's return until it knows both instances again.
+# Time from the restart of a proxy until it knows both instances again.
 REGISTERED_S = 3.0
 
 CLIENTS = 4
 
-# Requests before the kill, and after each change.
+# Number of requests before the kill, and after each change.
 SOME = 6
 
 
 def check(traffic: Traffic, reference: Reference, killed: float, back: float) -> None:
-    """Every request ended in time, with the right text, or with a clean error if something was dead meanwhile."""
+    """Asserts that each request ended in time with the right text. Errors may occur only while a part was down."""
     slowest = max(result.seconds for result in traffic.results)
     assert slowest < BOUND_S
     wrong = [
@@ -46,7 +46,7 @@ def check(traffic: Traffic, reference: Reference, killed: float, back: float) ->
 
 
 def check_transfers_again(pair: Pair, reference: Reference, seed: int) -> None:
-    """With the killed part back, and nothing else restarted."""
+    """Checks that requests are moved again after the killed part is back, without another restart."""
     pair.wait_sidecars()
     pair.wait_empty()
     tokens = prompt(700, seed=seed)
@@ -73,7 +73,7 @@ def test_kill_sidecar(pair: Pair, reference: Reference, victim: str) -> None:
 
 
 def test_kill_proxy(pair: Pair, reference: Reference) -> None:
-    """Its clients lose their connections; the engines lose their requests and hold nothing; a new one is found."""
+    """The clients lose their connections, and the engines drop the requests. A new proxy then finds both engines."""
     request = {"prompt": prompt(300, seed=34), "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with Stream(f"{pair.proxy.url}/v1/completions", request) as stream:
         next(iter(stream))
@@ -82,7 +82,7 @@ def test_kill_proxy(pair: Pair, reference: Reference) -> None:
         with pytest.raises((HttpError, OSError, HTTPException)):
             list(stream)
     pair.wait_engines_idle()
-    # The answer would have taken longer: it was given up.
+    # A complete answer would take longer, so this shows that the engine has dropped the request.
     assert time.monotonic() - began < 5.0
     pair.proxy.start()
     returned = time.monotonic()
@@ -99,10 +99,10 @@ def test_kill_prefill_engine(pair: Pair, reference: Reference) -> None:
         traffic.wait_for(SOME)  # computed by the decode engine alone
         assert pair.sender.running
         assert pair.receiver.running
-    # Before the restart: what the dead engine held is given back without it.
+    # Check this before the restart: the slots of a dead engine become free without a new engine.
     pair.sender.wait_empty()
     pair.receiver.wait_empty()
-    # The decode engine is alive and can compute everything: only requests under way may fail.
+    # The decode engine runs and can compute every prompt. So only requests that were in flight at the kill may fail.
     check(traffic, reference, killed, killed)
     pair.prefill.start()
     wait_for([pair.prefill])

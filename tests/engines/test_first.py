@@ -1,4 +1,4 @@
-"""One request through two real engines, two sidecars and the proxy."""
+"""Tests one request through two real engines, two sidecars and the proxy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts cost when nothing happens."""
+"""Measures the CPU use of the parts while there are no requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.prompts import prompt
 from harness.reference import Reference
 
 SECONDS = 10.0
-# On a machine of its own it is 0.002; one that polls without a pause is 1.
+# An otherwise idle machine shows 0.002. A process that polls without a pause uses 1.
 MOST_CORES = 0.05
 
 
@@ -18,7 +18,7 @@ MOST_CORES = 0.05
 def test_idle_sidecars(pair: Pair, reference: Reference, transport: str) -> None:
     pair.restart_sidecars(transport=transport)
     tokens = prompt(300, seed=61)
-    # Linked and used: an endpoint that polls would do it now.
+    # Move one request first, so that there is a link: a NIXL endpoint that polls would poll from then on.
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
     pair.wait_empty()
     processes = {part.name: part.process for part in (pair.sender, pair.receiver)}

@@ -28,7 +28,7 @@ _requests = itertools.count(1)
 def test_kv_of_an_engine_goes_through_lmcache(
     pair: Pair, reference: Reference, tmp_path: Path, mode: str, length: int
 ) -> None:
-    # LMCache's agents connect over UCX's TCP, which a sidecar opens only with this consent.
+    # LMCache's agents connect over UCX's TCP. A sidecar opens this port only with this option.
     pair.restart_sidecars(keys={**pair.options.sidecar_keys, "nixl_over_tcp": "trusted"})
     layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
     tokens = prompt(length, seed=length + len(mode))
@@ -55,7 +55,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
         assert None not in sums
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) == size
 
-        # From an LMCache sender to the decode engine.
+        # Push from an LMCache sender to the decode engine.
         req = f"mixed-{next(_requests)}"
         to = Target(pair.receiver.host, pair.receiver.init_port, pair.receiver.alloc_port)
         sent = sender.do("put", req=req, to=of_targets([to]), keys=keys, tokens=length, folder=str(tmp_path))
@@ -75,7 +75,9 @@ def test_kv_of_an_engine_goes_through_lmcache(
 
 
 def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
-    """Checks that the engine computes a prompt for which no sender pushed KV: the texts above prove a transfer."""
+    """Checks that the engine computes a prompt for which no sender pushed KV. So equal texts above come from a
+    transfer.
+    """
     tokens = prompt(300, seed=77)
     before = pair.decode.prompt_tokens()
     params = {"do_remote_prefill": True, "disagg_spec": {"req_id": "mixed-nobody", "written": True}}

@@ -1,6 +1,8 @@
-"""The log lines that people of LMCache look for: those that docs/migrating-from-lmcache.md promises, from real engines.
+"""Tests the log lines that users of LMCache search for. docs/migrating-from-lmcache.md promises these lines, and real
+engines must write them.
 
-They are written here as on that page: capitals are whole numbers (`ID` is a request's), `..` is any other number.
+The lines have the same form as on that page: words in capitals are whole numbers (`ID` is the id of a request), and
+`..` is any other number.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ EARLY = "request ended early"
 
 LENGTH = 700
 SHARED = 300
-# Whole blocks of 64 tokens of what both prompts begin with.
+# The two prompts have a common beginning. These are its tokens in whole blocks of 64 tokens.
 HELD = 256
 
 
 def found(part: Part, line: str, request_id: str, bound_s: float = 5.0) -> dict[str, float]:
-    """The numbers of a line about a request: capitals under their names, `..` as `size`, `ms`, ..."""
+    """Returns the numbers of a line about a request: those in capitals by name, those of `..` as `size`, `ms`, ..."""
     names = iter(("size", "ms", "rate", "gather") if "size: .." in line else ("ms", "rate"))
     expression = "".join(
         re.escape(piece) if index % 2 == 0
@@ -65,7 +67,7 @@ def test_the_page_has_them(line: str) -> None:
 
 
 def check(pair: Pair, moved: Moved, total: int, held: int) -> None:
-    """Everything that the logs say of a request is what its records say."""
+    """Asserts that the logs and the records of a request contain the same numbers."""
     req, fresh = moved.request_id, total - held
     chunks = moved.sender["chunks"]
     size = fresh * KV_BYTES_PER_TOKEN / 1e9
@@ -104,7 +106,7 @@ def test_a_request_and_one_that_begins_as_it_did(pair: Pair, reference: Referenc
 
 
 def test_a_request_without_room(pair: Pair, reference: Reference) -> None:
-    """A prefill leg that nobody waits for on the decode side, for a buffer of two slots: refused, and said so."""
+    """Sends only a prefill leg, for a buffer of two slots. The transfer is refused, and a log line reports this."""
     pair.restart_sidecars(landing_bytes=2 * CHUNK_BYTES)
     req = "no-room"
     to = pair.receiver

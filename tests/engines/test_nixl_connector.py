@@ -1,6 +1,6 @@
-"""vLLM's own NixlConnector behind the proxy, without any sidecar.
+"""Tests vLLM's own NixlConnector behind the proxy, without any sidecar.
 
-Two engines more, a minute and a half: on demand.
+The tests run only on demand, because they start two more engines, which takes a minute and a half.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_texts_are_equal(behind_proxy: tuple[NixlPair, Proxy], tokens: int) -> N
     assert spent.external >= tokens - 1, spent
     record = proxy.record(answer.headers["x-request-id"])
     assert (record["alone"], record["outcome"]) == (None, "done"), record
-    # Computed by the decode engine itself, without a prefix cache.
+    # Without its prefix cache, the decode engine computes the whole prompt itself.
     pair.decode.reset_prefix_cache()
     assert answer.token_ids == complete(pair.decode.url, ids, max_tokens=24).token_ids
 

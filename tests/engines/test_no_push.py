@@ -1,4 +1,4 @@
-"""The checks of this suite notice when nothing is moved: equal text alone would not show it."""
+"""Tests that the checks of this suite fail if no KV is moved. Equal texts alone would not show this."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Beside vLLM's OffloadingConnector under its MultiConnector: reuse from host memory and transfer in one engine.
+"""Tests vLLM's OffloadingConnector and this connector together, under vLLM's MultiConnector: one engine uses KV from
+host memory and KV from a transfer.
 
-This engine starts its sidecar itself, by the variables and options of its own line.
+This engine starts its sidecar itself, with the variables and options of the engine's own command line.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Both:
     receiver: Sidecar
 
     def tokens_of(self, tokens: list[int], params: dict[str, Any] | None = None) -> tuple[Answer, PromptTokens]:
-        """A completion on this engine alone, and where its prompt's tokens came from."""
+        """Sends a completion to this engine only. Returns the answer and the sources of the prompt's tokens."""
         before = self.engine.prompt_tokens()
         more: dict[str, Any] = {"kv_transfer_params": params} if params else {}
         answer = complete(self.engine.url, tokens, max_tokens=24, **more)
-        threading.Event().wait(0.3)  # its counters may come a moment after its answer
+        threading.Event().wait(0.3)  # the engine's counters may change a moment after its answer
         return answer, self.engine.prompt_tokens() - before
 
 
@@ -85,7 +86,7 @@ def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
     engine = Engine(options, LOGS)
     try:
         engine.start()
-        # Its output is the engine's, and so is its end.
+        # The sidecar writes into the engine's log, and ends with the engine.
         receiver.process = engine.process
         wait_for([engine])
         receiver.wait_ready()
@@ -96,7 +97,7 @@ def both(engines: tuple[Pair, Reference]) -> Iterator[Both]:
 
 
 def sidecars_of(engine: Engine) -> list[int]:
-    """The processes of the sidecar's program among those of an engine."""
+    """Returns the ids of the sidecar processes that an engine has started."""
     program = f"{BINARIES / 'sidecar'}\0".encode()
     found = []
     for pid in group_members(engine.pid):
@@ -107,7 +108,7 @@ def sidecars_of(engine: Engine) -> list[int]:
 
 
 def wait_for_other(engine: Engine, than: list[int], bound_s: float = 20.0) -> list[int]:
-    """The sidecars of an engine as soon as they are others."""
+    """Waits until an engine has other sidecar processes than before, and returns their ids."""
     deadline = time.monotonic() + bound_s
     while (now := sidecars_of(engine)) == than:
         assert time.monotonic() < deadline, f"still {than} after {bound_s:g} s"
@@ -116,7 +117,7 @@ def wait_for_other(engine: Engine, than: list[int], bound_s: float = 20.0) -> li
 
 
 def moved(pair: Pair, both: Both, req: str, tokens: list[int]) -> tuple[Answer, PromptTokens]:
-    """Both legs at once, as the proxy sends them, so that the decode side says what it holds."""
+    """Sends both legs at once, as the proxy does, so that the sender learns which KV the decode side already holds."""
     to = both.receiver
     spec = {
         "req_id": req, "receiver_host": to.host, "receiver_init_port": [to.init_port],
@@ -137,16 +138,16 @@ def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Referenc
     first = prompt(600, seed=5)
     second, third = first + prompt(200, seed=6), first + prompt(200, seed=6) + prompt(300, seed=7)
 
-    # What was transferred is offloaded like what was computed.
+    # Transferred KV is offloaded like computed KV.
     answer, tokens = moved(pair, both, "offload-1", first)
     assert answer.token_ids == reference.token_ids(first)
     assert tokens.computed <= 1
     record = both.receiver.record("offload-1")
     assert (record["reason"], record["bytes"]) == (None, len(first) * KV_BYTES_PER_TOKEN), record
-    # It has found the NIXL of the engine's Python.
+    # The sidecar has found the NIXL library of the engine's Python environment.
     assert record["transport"] == "nixl", record
 
-    # Gone from the engine's own cache, it comes back from host memory, for a request that nobody transfers.
+    # The engine's own cache is now empty. A request without a transfer gets the KV from host memory.
     both.engine.reset_prefix_cache()
     answer, tokens = both.tokens_of(second)
     assert answer.token_ids == reference.token_ids(second)
@@ -154,7 +155,7 @@ def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Referenc
     assert tokens.external == kept, tokens
     assert tokens.computed == len(second) - kept, tokens
 
-    # What came from host memory is not transferred again; only what is new is.
+    # KV from host memory is not transferred again. Only the KV of the new tokens is transferred.
     answer, tokens = moved(pair, both, "offload-2", third)
     assert answer.token_ids == reference.token_ids(third)
     held = len(second) // BLOCK * BLOCK
@@ -167,12 +168,12 @@ def test_reuse_and_transfer_together(pair: Pair, both: Both, reference: Referenc
 
 
 def test_the_spawned_sidecar_is_watched_and_ends_with_its_engine(pair: Pair, both: Both, reference: Reference) -> None:
-    """The last test of this engine."""
+    """Kills the sidecar, and then the engine. So this must be the last test of this engine."""
     (first,) = sidecars_of(both.engine)
     environ = Path(f"/proc/{first}/environ").read_bytes().split(b"\0")
     assert f"UCX_TLS={UCX_TLS}".encode() in environ
 
-    # It dies: another one takes its place, and the engine goes on with that.
+    # The engine replaces a killed sidecar, and then uses the new one.
     os.kill(first, signal.SIGKILL)
     wait_for_other(both.engine, [first])
     both.receiver.wait_ready()

@@ -1,4 +1,4 @@
-"""Bad input at every port and socket: closed or refused, and everybody else is served."""
+"""Tests bad input at every port and socket: it is refused or its connection closed, and other clients are served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.reference import Reference
 
 Address = tuple[str, int] | str
 
-# What somebody might send who means another protocol, or harm.
+# Bytes of clients that use another protocol, or that attack.
 RAW = {
     "nothing": b"",
     "random": random.Random(1).randbytes(4096),
@@ -33,7 +33,7 @@ RAW = {
     "truncated local frame": struct.pack("<I", 100) + b"\x81\xa4type\xa5Hello",
 }
 
-# Payloads inside good ZeroMQ frames.
+# Payloads inside correct ZeroMQ frames.
 PAYLOADS = {
     "empty": b"",
     "garbage": b"\xc1\xc1\xc1",
@@ -60,7 +60,7 @@ PAYLOADS = {
 
 
 def addresses(pair: Pair) -> dict[str, Address]:
-    """Every port and socket of both sidecars and the proxy."""
+    """Returns every port and socket of both sidecars and the proxy."""
 
     def of(url: str) -> Address:
         parts = urlsplit(url)
@@ -81,7 +81,7 @@ def addresses(pair: Pair) -> dict[str, Address]:
 
 @contextlib.contextmanager
 def survived(pair: Pair, reference: Reference, seed: int) -> Iterator[None]:
-    """Afterwards the same processes serve, and a request goes through."""
+    """Checks after the block that the same processes still run, and that a request succeeds."""
     parts = (pair.sender, pair.receiver, pair.proxy, pair.prefill, pair.decode)
     before = [part.pid for part in parts]
     yield
@@ -92,7 +92,9 @@ def survived(pair: Pair, reference: Reference, seed: int) -> Iterator[None]:
 
 
 def throw(address: Address, data: bytes) -> None:
-    """Connects, sends, reads what comes, and leaves; the other side may close at any point."""
+    """Connects, sends, reads until the other side closes or stops sending, and closes. The other side may close
+    earlier.
+    """
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     with socket.socket(family) as stream, contextlib.suppress(ConnectionError, TimeoutError):
         stream.settimeout(0.3)
@@ -118,7 +120,7 @@ def test_many_connections_that_say_nothing(pair: Pair, reference: Reference) -> 
                 stream.settimeout(1.0)
                 with contextlib.suppress(OSError):
                     stream.connect(address)
-        # They are still open: a request goes through beside them.
+        # The connections are still open. A request succeeds at the same time.
         tokens = prompt(300, seed=82)
         pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 
@@ -132,7 +134,7 @@ def test_bad_messages(pair: Pair, reference: Reference, name: str) -> None:
             peer.linger = 0
             peer.connect(f"tcp://{port}")
             peer.send_multipart(frames(PAYLOADS[name]))
-            # Whatever comes is an answer; nothing may come as well.
+            # The test accepts both an answer and no answer.
             peer.poll(200)
             peer.close()
     context.term()
@@ -150,7 +152,7 @@ def _zmq_targets(pair: Pair) -> list[tuple[str, int, Callable[[bytes], list[byte
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_wrong_hello(pair: Pair, reference: Reference, which: str) -> None:
-    """An engine of another model, layout, rank or protocol version is refused in words that say what is wrong."""
+    """Checks that an engine of another model, layout, rank or protocol version is refused with the right reason."""
     sidecar = getattr(pair, which)
     layout = sidecar.status()["ranks"][0]["layout"]
     hello = {

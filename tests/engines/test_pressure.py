@@ -1,4 +1,4 @@
-"""Landing buffers that are too small."""
+"""Tests receive buffers that are too small."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from harness.prompts import prompt
 from harness.reference import Reference
 
 LONG = 1500
-CHUNKS = 6  # of a prompt of 1500 tokens
+CHUNKS = 6  # number of chunks in a prompt of 1500 tokens
 
-# Sixteen answers of an engine that computes half of these prompts itself, on two cores.
+# Time for sixteen answers on two cores, if an engine computes half of these prompts itself.
 BOUND_S = 60.0
 
 
@@ -41,7 +41,7 @@ def test_sixteen_clients_room_for_one(pair: Pair, reference: Reference) -> None:
     assert len(moved) >= 8
     assert all(record["bytes"] == LONG * KV_BYTES_PER_TOKEN for record in moved)
 
-    # By the decode engine's own count: what was not moved was computed there, nothing else was.
+    # The decode engine's own counters must show that it computed exactly the prompts whose KV was not moved.
     tokens = pair.prompt_tokens_since(before, 16 * LONG)
     refused = 16 - len(moved)
     assert tokens.external >= len(moved) * (LONG - 1)

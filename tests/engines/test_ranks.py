@@ -1,4 +1,6 @@
-"""Tensor-parallel engines: each rank's KV goes its own way, also between sides of different size."""
+"""Tests tensor-parallel engines: each rank has its own transfer, also if the two sides have different numbers of
+workers.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ pytestmark = pytest.mark.own_engines
 RANKS = 2
 RANK_BYTES_PER_TOKEN = KV_BYTES_PER_TOKEN // RANKS
 
-# Of an answer.
+# Number of tokens in an answer.
 TOKENS = 16
 
-# A part of a chunk, one and a part, and several steps of chunked prefill.
+# Prompts with a part of a chunk, with more than one chunk, and with several steps of chunked prefill.
 LENGTHS = (1, 300, 1100)
 
 
@@ -31,12 +33,13 @@ LENGTHS = (1, 300, 1100)
 def started(logs: Path) -> Iterator[Pair]:
     options = PairOptions(
         write_model(ROOT / "target" / "model"), logs, prefill_workers=2, decode_workers=1, ranks=RANKS, prefix="ranks-",
-        # An engine of the session's pair takes four times as much; here it is for each worker.
+        # An engine of the session's pair has four times as much memory; here each worker has this amount.
         more=("--kv-cache-memory-bytes", str(256 << 20)),
         sidecar_keys={
-            # The receiver compares every chunk with the sum that the sender made of it.
+            # The receiver compares the checksum of every chunk with the checksum that the sender computed.
             "checksum": True,
-            # Eight processes of two engines share what may be two cores: nobody is to be given up for a late turn.
+            # The eight processes of two engines may share two cores, so sidecars run late. Longer limits prevent a
+            # timeout.
             "park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000,
         },
     )  # fmt: skip
@@ -44,8 +47,8 @@ def started(logs: Path) -> Iterator[Pair]:
         yield pair
 
 
-# Workers of prefill and decode. In this order one engine at a time has to be started anew. Workers of vLLM's CPU
-# build spin while they wait for each other: where they take all cores, sidecars do not get a turn for seconds.
+# Numbers of workers of prefill and decode. In this order only one engine restarts between two sizes. Workers of vLLM's
+# CPU build use a whole core while they wait for each other. If they use all cores, sidecars do not run for seconds.
 CORES = os.cpu_count() or 1
 SIZES = [
     pytest.param(size, id=name, marks=pytest.mark.skipif(cores > CORES, reason=f"needs {cores} cores"))
@@ -67,7 +70,9 @@ def pair(sized: Pair) -> Iterator[Pair]:
 
 
 def alone(pair: Pair, tokens: list[int]) -> list[int]:
-    """What the decode engine says where it computes all by itself: a plain instance of the same size."""
+    """Returns the answer of the decode engine when it computes the whole prompt itself, as a plain instance of this
+    size.
+    """
     pair.decode.reset_prefix_cache()
     before = pair.decode.prompt_tokens()
     answer = complete(pair.decode.url, tokens, max_tokens=TOKENS)
@@ -78,7 +83,7 @@ def alone(pair: Pair, tokens: list[int]) -> list[int]:
 
 
 def check_ranks(pair: Pair, request_id: str, tokens: int, held: int = 0) -> None:
-    """Every rank moved its own half of the KV, and all of it."""
+    """Asserts that every rank moved its half of the KV, and that nothing was left out."""
     for sidecar in (pair.sender, pair.receiver):
         for rank, record in enumerate(sidecar.record_of_each_rank(request_id)):
             assert record["reason"] is None, record
@@ -90,7 +95,7 @@ def check_ranks(pair: Pair, request_id: str, tokens: int, held: int = 0) -> None
 
 
 def move(pair: Pair, tokens: list[int], *, cached: int = 0) -> Moved:
-    """One request alone, of which nothing but its last token is computed on the decode side."""
+    """Moves one request alone, and checks that the decode side computes only the last token."""
     moved = pair.move(tokens, max_tokens=TOKENS)
     check_tokens(moved.tokens, len(tokens), cached=cached)
     check_ranks(pair, moved.request_id, len(tokens), cached)
@@ -122,12 +127,12 @@ def test_prefix_on_the_decode_side(pair: Pair) -> None:
     second = first + prompt(400, seed=83)
     expect = alone(pair, second)
     move(pair, first)
-    # Whole blocks of 64 in 700.
+    # The common part has 700 tokens; 640 are in whole blocks of 64.
     assert move(pair, second, cached=640).answer.token_ids == expect
 
 
 def test_a_receiver_of_another_number_of_ranks_is_refused(pair: Pair) -> None:
-    """The prefill engine says why, and computes its answer."""
+    """The prefill engine reports the reason, and computes its answer."""
     spec = {
         "req_id": "too-few-ports", "receiver_host": pair.receiver.host, "overlap": False,
         "receiver_init_port": pair.receiver.init_ports[:1], "receiver_alloc_port": pair.receiver.alloc_ports[:1],

@@ -1,4 +1,4 @@
-"""Requests of all kinds: clients that leave, several choices, chats, and those that must not be transferred."""
+"""Tests requests of all kinds: clients that leave, several choices, chats, and requests without a transfer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.sidecar import ROOT
 
 
 def skipped(engine: Engine) -> dict[str, float]:
-    """Requests that its connector left alone, by reason."""
+    """Returns the number of requests that the engine's connector did not transfer, by reason."""
     return engine.metrics().by("vllm:pd_sidecar_skipped", "reason")
 
 
@@ -28,8 +28,8 @@ def token_ids(answer: dict[str, Any]) -> list[list[int]]:
     return [choice["token_ids"] for choice in answer["choices"]]
 
 
-# A prompt of 1500 tokens takes 300 to 400 ms of prefill here, hand-over and first token about 50 ms more, and the
-# answer seconds: these fall into every phase.
+# Prefill of a prompt of 1500 tokens takes 300 to 400 ms on this machine, and the transfer and the first token about 50
+# ms more. The answer takes seconds. So these times lie in every phase of a request.
 @pytest.mark.parametrize("after_ms", [0, 5, 20, 50, 100, 200, 300, 350, 400, 450, 500, 700])
 def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
     tokens = prompt(1500, seed=500 + after_ms)
@@ -41,7 +41,7 @@ def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
         ):
             time.sleep(after_ms / 1000)
     except TimeoutError:
-        pass  # no head of an answer yet: the connection is closed all the same
+        pass  # the answer's headers have not come yet; closing the connection ends the request in this case, too
     pair.wait_empty(10.0)
 
 
@@ -53,7 +53,7 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
                 break
     left = time.monotonic()
     pair.wait_empty(10.0)
-    # A thousand tokens take longer: the engine was told.
+    # A complete answer of a thousand tokens takes longer, so the engine was told to stop.
     assert time.monotonic() - left < 3.0
     assert pair.proxy.record(stream.headers["x-request-id"])["outcome"] == "client_left"
     again = prompt(600, seed=52)
@@ -68,7 +68,7 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
     ],
 )
 def test_computed_by_the_decode_engine(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
-    """What the proxy can see: it sends no prefill leg, and counts why."""
+    """Tests requests for which the proxy sends no prefill leg. The proxy counts them by reason."""
     request = body(prompt(400, seed=53), **more)
     before = pair.proxy.metrics().by("pd_proxy_alone", "reason")
     received = pair.receiver.metrics().sum("pd_sidecar_requests")
@@ -96,7 +96,9 @@ def assert_same_logprobs(mine: list[Any] | None, theirs: list[Any] | None) -> No
     [("prompt_logprobs", {"prompt_logprobs": 1})],
 )
 def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
-    """What a proxy may miss: the decode leg asks for KV of equal tokens that is not, or must not be, its own."""
+    """Tests requests that a proxy may send by mistake: their KV differs from the KV of equal tokens, or must not be
+    shared.
+    """
     tokens = prompt(600, seed=56)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
     before = skipped(pair.decode)
@@ -108,7 +110,7 @@ def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: s
 
 
 def until_moved(pair: Pair, model: str, seed: int) -> None:
-    """Sends requests until one is moved: the digests of an adapter's files are taken when it is first seen."""
+    """Sends requests until one is moved: the digest of an adapter's files is computed after its first request."""
     deadline = time.monotonic() + 20
     alone = "?"
     while alone is not None:
@@ -123,7 +125,7 @@ def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
     base, adapted = reference.token_ids(tokens), reference.token_ids(tokens, model="lora")
     assert base != adapted, "the adapter changes nothing, and proves nothing"
     until_moved(pair, "lora", seed=5900)
-    # Nobody finds the other's KV, neither in slots nor in the decode engine's cache.
+    # The KV of the adapter and of the base model must not be mixed, in slots or in the decode engine's cache.
     models: list[tuple[dict[str, Any], list[int]]] = [({}, base), ({"model": "lora"}, adapted)]
     for more, expect in models:
         pair.move(tokens, **more).check(expect, len(tokens))
@@ -132,7 +134,7 @@ def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
 
 
 def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, reference: Reference) -> None:
-    """One name and two sets of weights: the receiver refuses the keys, and the decode engine computes the prompt."""
+    """Uses one name for two sets of weights: the receiver refuses the keys, the decode engine computes the prompt."""
     decoders = (pair.decode, reference.engine)
     folders = [write_lora(ROOT / "target" / f"lora-{seed}", seed) for seed in (2, 3)]
     pair.prefill.load_adapter("twin", folders[0])
@@ -151,7 +153,7 @@ def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, 
             if record["alone"] is None:
                 assert pair.receiver.record(request_id)["reason"] == "key_mismatch"
                 refused += 1
-        # The first requests wait for the digests; after three refusals in a row no prefill leg is sent.
+        # The first requests wait for the digests. After three refusals in a row the proxy sends no prefill leg.
         assert refused == 3, refused
         assert record["alone"] == "refused_before"
         tokens = prompt(600, seed=60)
@@ -168,7 +170,7 @@ SEQUENCES = 3
 
 def test_sequences_of_one_prompt_share_one_copy(pair: Pair, reference: Reference) -> None:
     tokens = prompt(600, seed=65)
-    # The decode engine's blocks have 64 tokens. The sequences share the whole ones, and copy the rest.
+    # The decode engine's blocks have 64 tokens. The sequences share the whole blocks, and copy the last part.
     shared = len(tokens) // 64 * 64
     copied = pair.decode.metrics().sum("vllm:pd_sidecar_copied_tokens")
     check_sequences(pair, reference, tokens, cached=(SEQUENCES - 1) * shared)
@@ -206,7 +208,9 @@ def test_client_of_several_sequences_leaves(pair: Pair, reference: Reference, ev
 
 
 def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:
-    """One prompt without a salt and with two: each is moved whole, and found again only under its own salt."""
+    """Sends a prompt without a salt and with two salts. Each request is moved whole, and reused only under its own
+    salt.
+    """
     tokens = prompt(600, seed=61)
     expect = reference.token_ids(tokens)
     salts: list[dict[str, Any]] = [{}, {"cache_salt": "mine"}, {"cache_salt": "yours"}]
@@ -218,8 +222,9 @@ def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Refe
 
 
 def test_kv_of_another_salt_is_refused(pair: Pair, reference: Reference) -> None:
-    """The two legs have different salts, as if one side forgot it: the receiver refuses the keys, and the decode
-    engine computes the prompt."""
+    """The two legs have different salts, as if one side had forgotten the salt: the receiver refuses the keys, and the
+    decode engine computes the prompt.
+    """
     tokens = prompt(600, seed=62)
     for number, (pushed, loaded) in enumerate([({"cache_salt": "mine"}, {}), ({}, {"cache_salt": "mine"})]):
         req = f"salt-{number}"
@@ -254,7 +259,7 @@ def test_chat(pair: Pair, reference: Reference, stream: bool) -> None:
 
 
 def test_bad_requests_keep_their_status(pair: Pair) -> None:
-    """What the engine refuses is refused with its status and its words."""
+    """If the engine refuses a request, the client gets the engine's status and message."""
     for wrong in ({"max_tokens": -1}, {"model": "nobody"}, {"prompt": prompt(3000, seed=57)}):
         with pytest.raises(HttpError) as refused:
             post_json(f"{pair.proxy.url}/v1/completions", {**body(prompt(10, seed=58)), **wrong})

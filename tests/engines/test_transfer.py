@@ -1,7 +1,7 @@
-"""Prompts of many lengths, alone and together, with a part in the decode side's cache, over each transport.
+"""Tests prompts of many lengths over each transport: alone, together, and with a part in the decode side's cache.
 
-The prefill engine has blocks of 32 tokens and computes 256 a step, the decode engine has blocks of 64: nothing of a
-prompt has the same boundaries on both sides.
+The prefill engine has blocks of 32 tokens and computes 256 tokens per step; the decode engine has blocks of 64 tokens.
+So the boundaries differ on the two sides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRANSPORTS = ("nixl", "tcp")
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def forced(request: pytest.FixtureRequest, engines: tuple[Pair, Reference]) -> Iterator[Pair]:
-    """The pair with one transport forced; only its sidecars are restarted for that."""
+    """Yields the pair with one transport forced. Only the sidecars are restarted for this."""
     pair, _ = engines
     pair.restart_sidecars(transport=request.param)
     yield pair
@@ -30,7 +30,7 @@ def forced(request: pytest.FixtureRequest, engines: tuple[Pair, Reference]) -> I
 
 @pytest.fixture
 def wired(forced: Pair) -> Iterator[Pair]:
-    """The same with nothing cached; afterwards nothing may be held."""
+    """Yields the same pair with empty caches. Checks afterwards that nothing is held."""
     forced.reset_prefix_caches()
     yield forced
     forced.wait_empty()
@@ -55,7 +55,8 @@ def test_eight_at_once(wired: Pair, reference: Reference) -> None:
     assert sum(record["bytes"] for record in records) == total * KV_BYTES_PER_TOKEN
 
 
-# What the decode side holds is cut down to whole blocks of its own, and neither falls on a chunk's boundary.
+# The decode side holds whole blocks of 64 tokens. Neither the shared length nor the held length is a multiple of a
+# chunk, except 256.
 @pytest.mark.parametrize(("shared", "held"), [(70, 64), (300, 256), (700, 640), (1000, 960)])
 def test_prefix_on_the_decode_side(wired: Pair, reference: Reference, shared: int, held: int) -> None:
     first = prompt(shared, seed=3)
@@ -65,18 +66,18 @@ def test_prefix_on_the_decode_side(wired: Pair, reference: Reference, shared: in
 
 
 def test_prefix_on_the_prefill_side(wired: Pair, reference: Reference) -> None:
-    """KV that the prefill engine never computes in this request, because it has it, is pushed all the same."""
+    """Checks that KV from the prefill engine's prefix cache is pushed like computed KV."""
     first = prompt(500, seed=5)
     wired.move(first).check(reference.token_ids(first), len(first))
     wired.decode.reset_prefix_cache()
     second = first + prompt(300, seed=6)
     before = wired.prefill.prompt_tokens()
     wired.move(second).check(reference.token_ids(second), len(second))
-    assert (wired.prefill.prompt_tokens() - before).cached == 480  # whole blocks of 32 in 500
+    assert (wired.prefill.prompt_tokens() - before).cached == 480  # 500 tokens contain 480 in whole blocks of 32
 
 
 def test_long_answer_is_cached_with_its_prompt(wired: Pair, reference: Reference) -> None:
-    """A conversation: the second prompt is the first with its answer, and only what is new is pushed."""
+    """Sends a second prompt: the first prompt, its answer and new tokens. Only the KV of the new tokens is pushed."""
     tokens = prompt(200, seed=7)
     answer = wired.move(tokens, max_tokens=100)
     answer.check(reference.token_ids(tokens, max_tokens=100), len(tokens))

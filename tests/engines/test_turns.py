@@ -1,4 +1,4 @@
-"""Conversations of several turns: what each mode moves, and how long a turn takes."""
+"""Tests conversations of several turns: the bytes that each mode moves, and the time of a turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_TOKENS, NEW_TOKENS, ANSWER_TOKENS = 400, 100, 16
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn as its client and the decode engine saw it."""
+    """One turn, with the measurements of its client and of the decode engine."""
 
     tokens: int
     first_ms: float
@@ -65,8 +65,8 @@ def test_conversation(pair: Pair, reference: Reference, turns: int) -> None:
     def moved(mode: str) -> int:
         return sum(turn.moved_bytes for turn in figures[mode])
 
-    # Every turn brings its new tokens and the answer before them; nothing is moved twice but what shares a block
-    # with something new.
+    # Every turn moves the KV of its new tokens and of the previous answer. KV is moved twice only if its block also
+    # contains new tokens.
     new = figures["pd"][-1].tokens * KV_BYTES_PER_TOKEN
     assert new * 0.9 <= moved("pd") <= 1.3 * new, (moved("pd"), new)
     assert moved("ppd") <= FIRST_TOKENS * KV_BYTES_PER_TOKEN * 1.1

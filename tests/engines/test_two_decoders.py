@@ -1,4 +1,4 @@
-"""One prefill instance and two decode instances."""
+"""Tests one prefill instance with two decode instances."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SOME = 6
 
 @pytest.fixture
 def second(pair: Pair) -> Iterator[tuple[Engine, Sidecar]]:
-    # Not below the repository: the path of a unix socket has at most 107 bytes.
+    # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
-    # As vLLM's CPU build starts it: its core is a process with a command line of its own.
+    # Start the engine as vLLM's CPU build does by default, so that `kill_core` finds the process of its core by name.
     engine.options = replace(engine.options, forked=False)
-    # Its API server outlives its core: what it answers then is for the proxy to deal with.
+    # The API server stays alive after its core has died, and the proxy must handle the server's errors.
     engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     engine.options = replace(engine.options, more=(*engine.options.more, "--no-enable-prefix-caching"))
     try:
@@ -80,7 +80,7 @@ def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, 
     engine, _ = second
     assert engine.prompt_tokens().external > 0, "the second one computed what was pushed to it"
 
-    # One token: an answer that has begun is complete, so none of them may break.
+    # Request one token, so that no answer breaks off in the middle: an answer that has begun is complete.
     with Traffic(pair, clients=3, seed=42, bound_s=BOUND_S, max_tokens=1) as traffic:
         traffic.wait_for(SOME)
         wait_for_request(engine)
@@ -102,7 +102,7 @@ def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, 
 
 
 def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:
-    """Each sequence has blocks of its own: the KV is moved once, and copied into the blocks of the others."""
+    """Without a prefix cache, each sequence has its own blocks. The KV is moved once, and copied into these blocks."""
     engine, sidecar = second
     for length in (1, 64, 600):
         tokens = prompt(length, seed=420)
@@ -110,7 +110,8 @@ def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, seco
         request["return_token_ids"] = True
         before = engine.prompt_tokens()
         req = f"sequences-{length}"
-        # As from the proxy: the prefill leg has no seed. With one, vLLM's CPU engine dies of a prompt in several steps.
+        # Like the proxy, send no seed in the prefill leg. A seed crashes vLLM's CPU engine on a prompt of several
+        # steps.
         answer = pair.legs(req, {"prompt": tokens, "temperature": 0}, request, decoder=second)
         expect = reference.post("/v1/completions", request)
         assert [c["token_ids"] for c in answer["choices"]] == [c["token_ids"] for c in expect["choices"]]

@@ -1,4 +1,4 @@
-"""The decode engine computes what cannot be moved: once, without a prefill leg, and with the reason in sight."""
+"""Tests KV that cannot be moved: only the decode engine computes it, without a prefill leg; the reason is reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = 24
 
 @pytest.fixture
 def gemmas(logs: Path) -> Iterator[Pair]:
-    """A prefill and a decode engine with a model whose layers have heads of two sizes."""
+    """Starts a prefill and a decode engine with a model whose layers have heads of two sizes."""
     options = PairOptions(
         write_gemma(ROOT / "target" / "model-gemma"),
         logs,
@@ -58,7 +58,7 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
     said = [line for line in _log(gemmas) if "moves no KV: the decode instance computes each prompt itself" in line]
     assert len(said) == 2, said
 
-    # Another proxy may ask all the same: it is promised nothing, from the first request on.
+    # Another proxy may send such a request anyway. The engine answers even the first one that it pushes no KV.
     spec = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [1], "receiver_alloc_port": [1]}
     params = {"do_remote_decode": True, "disagg_spec": spec}
     body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
@@ -68,16 +68,16 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
 
 @pytest.fixture
 def deeper(pair: Pair) -> Iterator[Engine]:
-    """A decode engine with a layer more, in the place of the pair's: as with a draft model on one side alone."""
+    """Replaces the pair's decode engine by one with one layer more, as if only one side had a draft model."""
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
     model = write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1)
     transfer = engine.options.kv_transfer
     assert transfer is not None
-    # The same model by its name, so that nothing but the number of layers differs.
+    # Give the model the same name, so that only the number of layers differs.
     transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
     engine.options = replace(engine.options, model=model)
-    # The session's decode engine stays; without a sidecar the proxy does not know it.
+    # The session's decode engine keeps running. The proxy does not know it while its sidecar is stopped.
     pair.receiver.stop()
     try:
         sidecar.start()

@@ -1,4 +1,4 @@
-"""The proxy's other ways to hand over: the decode leg at other times, the first token from the prefill engine."""
+"""Tests the proxy's other hand-over modes: other times of the decode leg, first token from the prefill engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "import os and list a directory, " * 20}
 
 @contextlib.contextmanager
 def flags(pair: Pair, *words: str) -> Iterator[None]:
-    """Inside, the proxy runs with these flags."""
+    """Runs the proxy with these flags inside the block."""
     with pair.proxy.flags(*words):
         pair.wait_sidecars()
         yield
@@ -26,7 +26,7 @@ def flags(pair: Pair, *words: str) -> Iterator[None]:
 
 
 def streamed(url: str, path: str, **ask: Any) -> tuple[str, dict[str, int], list[str | None]]:
-    """Text, usage and finish reasons of a stream."""
+    """Returns text, usage and finish reasons of a stream."""
     body = {"model": "m", "temperature": 0, "ignore_eos": True, "stream": True, **ask}
     text = ""
     usage: dict[str, int] = {}
@@ -49,7 +49,7 @@ def test_the_decode_leg_at_other_times(pair: Pair, reference: Reference, at: str
 
 
 def test_the_first_token_from_the_prefill_engine(pair: Pair, reference: Reference) -> None:
-    """Equal texts, whatever the first token: where it is half a character, the decode engine gives it."""
+    """Texts are equal whichever side gives the first token. If it is half a character, the decode engine gives it."""
     gave: list[int] = []
     with flags(pair, "--first-token", "prefill"):
         for tokens in (2, 64, 255, 256, 257, 300, 513, 600, 1100, 1500):
@@ -80,6 +80,6 @@ def test_a_chat_with_its_first_token_from_the_prefill_engine(pair: Pair, referen
         with pair.proxy.recorded(moved=True) as records:
             assert streamed(pair.proxy.url, path, **ask) == expect
         assert records[0]["moved"]["bytes"] > 0, records
-        # One token, and one that is not streamed, which goes the usual way.
+        # A request for one token is handed over in the usual way.
         short = {**ask, "max_tokens": 1}
         assert streamed(pair.proxy.url, path, **short) == streamed(reference.engine.url, path, **short)
