@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Records what the machines of two sidecars are told, and answer, between two real vLLM instances.
+"""Records the inputs and the outputs of the state machines of two sidecars, between two real vLLM instances.
 
-The recordings go to `protocol/fixtures/traces`, where a test of the protocol crate replays them. Run it
-after a change of the machines that is meant to change what they do: `.venv/bin/python tests/record_traces.py`.
+The recordings go to `protocol/fixtures/traces`, where a test of the protocol crate replays them. Run this script after
+an intended change of the machines' behaviour: `.venv/bin/python tests/record_traces.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     TRACES.mkdir(parents=True, exist_ok=True)
     options = PairOptions(write_model(ROOT / "target" / "model"), LOGS)
     with ended_by_signals(), pair_of(options, Progress()) as pair:
-        # A small landing buffer, so that windows are recorded too.
+        # Use a small receive buffer, so that the window is recorded, too.
         for sidecar in (pair.receiver, pair.sender):
             sidecar.stop()
             name = sidecar.options.role
@@ -41,17 +41,17 @@ def main() -> None:
         prompts = [[(7 * i + 3 * n) % 2000 + 2 for i in range(n)] for n in (1, 20, 300, 700, 1200, 1500)]
         for prompt in prompts:
             pair.complete(prompt, max_tokens=4)
-        # A partial prefix hit on the decode side, then several at once.
+        # Send a request with a partial prefix hit on the decode side, then several requests at once.
         pair.complete(prompts[3] + prompts[2], max_tokens=4)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda n: pair.complete([n + 2] * (200 * n), max_tokens=4), range(1, 7)))
-        # A client that leaves while its prompt is prefilled.
+        # Let a client leave while its prompt is prefilled.
         body = {"prompt": [9] * 1500, "max_tokens": 4, "stream": True}
         with Stream(f"{pair.proxy.url}/v1/completions", body):
             pass
         pair.wait_empty()
     for path in sorted(TRACES.glob("*.jsonl")):
-        # The model's path stands in keys and layouts; it is this machine's business.
+        # Keys and layouts contain the model's path. Replace the path, because it differs on every machine.
         path.write_text(path.read_text().replace(str(options.model), "tiny-model"))
         sys.stdout.write(f"{path.relative_to(ROOT)}: {len(path.read_text().splitlines())} lines\n")
 

@@ -1,7 +1,8 @@
-"""The attacks that were shown once, repeated from a network namespace of its own while requests go through.
+"""Repeats attacks that succeeded once, from another network namespace, while requests go through.
 
-Sidecars and proxy listen on the victim's end of a veth, off loopback, as on a network. The attacker is a process at the
-other end (`harness/hostile.py`, `harness/forged.py`). No engine runs: clients and scripted servers take their place.
+Sidecars and proxy listen on the victim's end of a veth, so not on loopback, as in a real network. The attacker is a
+process at the other end (`harness/hostile.py`, `harness/forged.py`). No engine runs: clients and scripted servers take
+the engines' place.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pd_sidecar.client import Client
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
-# A network of its own: tests of two hosts may run meanwhile.
+# These addresses are used only here, because the tests of two hosts may run at the same time.
 OUR_END, ITS_END = "10.213.8.1", "10.213.8.2"
 
 SLOTS = 16
@@ -46,12 +47,12 @@ ENDLESS = 49 << 20
 
 @dataclass
 class Field:
-    """Two senders and a receiver on one host, and the words that begin a command on the attacker's."""
+    """Two senders and a receiver on one host, and the command prefix that runs a program on the attacker's host."""
 
     within: list[str]
     folder: Path
     receiver: Sidecar
-    # By shared memory, and by the receiver's data port.
+    # One sender uses shared memory, the other one uses the receiver's data port.
     senders: dict[str, Sidecar]
     decode: Client
     prefill: dict[str, Client]
@@ -94,7 +95,7 @@ class Field:
         )
 
     def under(self, attacker: Attacker) -> Any:
-        """Pushes until the attack has ended, at least twice. Returns what the attacker was answered."""
+        """Pushes until the attack has ended, at least twice. Returns the attacker's result."""
         for _ in range(2):
             self.check()
         deadline = time.monotonic() + BOUND_S
@@ -121,21 +122,21 @@ class Attacker:
         return self.process.poll() is None
 
     def line(self) -> Any:
-        """Returns what it says while it goes on."""
+        """Returns the next line that the attacker prints while it runs."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.process.communicate(timeout=BOUND_S)[1]
         return json.loads(line)
 
     def answer(self) -> Any:
-        """Ends it and returns the last line that it printed."""
+        """Ends the attacker, and returns the last line that it printed."""
         out, error = self.process.communicate(timeout=BOUND_S)
         assert self.process.returncode == 0, error
         return json.loads(out.strip().splitlines()[-1])
 
     @classmethod
     def end_all(cls) -> None:
-        """Ends those that a failed test has left."""
+        """Ends the attackers that a failed test has left running."""
         for attacker in cls.running_ones:
             if attacker.running:
                 attacker.process.kill()
@@ -178,7 +179,7 @@ def victims(host: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Afterwards the same processes serve, and hold nothing."""
+    """Checks after each test that the same processes serve, and that they hold nothing."""
     if "victims" not in request.fixturenames:
         yield
         Attacker.end_all()
@@ -196,7 +197,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def buffer_of(pid: int) -> int:
-    """The address of a sidecar's buffer: its largest shared mapping."""
+    """Returns the address of a sidecar's buffer: its largest shared mapping."""
     found = []
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         span, rights, *_ = line.split()
@@ -218,7 +219,7 @@ def forge(within: list[str], victim: int, port: int, address: int) -> Attacker:
 
 
 def test_forged_nixl_agents_read_a_sidecar_that_consents_to_them(host: list[str], tmp_path: Path) -> None:
-    """The attack itself works: what the next test finds closed was open."""
+    """Shows that the attack works if a sidecar allows NIXL over TCP. The next test shows that it fails otherwise."""
     consent: dict[str, object] = {"nixl_over_tcp": "trusted"}
     options = SidecarOptions("receiver", SLOTS * LAYOUT.chunk_bytes, keys=consent, flags=["--insecure"])
     receiver = Sidecar(options, tmp_path, tmp_path)
@@ -242,7 +243,7 @@ def test_forged_nixl_agents_get_nothing(victims: Field) -> None:
         assert victims.under(victims.attack("ports", ports=[*ports, *range(30_000, 30_050)])) == ports
     receiver = victims.receiver
     kept = buffer_of(receiver.pid) + (SLOTS - 1) * LAYOUT.chunk_bytes
-    # One that is mapped, and one that is not: to read it ended the process.
+    # Try a mapped address, and an unmapped one, because a read of an unmapped address once ended the process.
     attackers = [
         forge(victims.within, receiver.pid, port, address)
         for port in tcp_ports(receiver.pid)
@@ -260,7 +261,8 @@ def test_thousands_of_sums_in_a_message_cost_what_it_weighs(victims: Field) -> N
     began = process.cpu_seconds()
     answers = victims.under(victims.attack("sums", leases=4, messages=200))
     assert answers > 400
-    # Half of the messages name the lease. 1.4 million sums of 64 KiB are 92 GB: at the speed of memory 5 s and more.
+    # Half of the messages name the lease: 1.4 million sums of 64 KiB. If all were computed, they would read 92 GB,
+    # which takes 5 s or more at the speed of memory.
     assert process.cpu_seconds() - began < 5.0
 
 
@@ -268,7 +270,7 @@ def test_data_connections_that_showed_a_lease_keep_nobody_out(victims: Field) ->
     attacker = victims.attack("data", connections=300)
     try:
         assert attacker.line() > 200, "landed"
-        # A sender that has no connection yet.
+        # Use a sender that has no connection yet.
         victims.prefill["tcp"].close()
         victims.senders["tcp"].restart()
         victims.prefill["tcp"] = Client.connect(str(victims.senders["tcp"].socket), hello("prefill"))
@@ -312,7 +314,7 @@ def test_cancels_of_what_is_not_ones_own_end_nothing(victims: Field) -> None:
 
 
 class Scripted:
-    """An engine's HTTP server, on the victim's end of the wire. It counts what it is asked."""
+    """An engine's HTTP server on the victim's end of the veth. It records the requests that it gets."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -360,7 +362,7 @@ class Scripted:
                 self.wfile.write(text)
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Nothing: the proxy logs."""
+                """Does nothing: the proxy has its own log."""
 
         self._server = ThreadingHTTPServer((OUR_END, 0), Handler)
         self._server.daemon_threads = True
@@ -376,7 +378,7 @@ class Scripted:
 
 @dataclass
 class Front:
-    """A proxy before two scripted engines."""
+    """A proxy in front of two scripted engines."""
 
     within: list[str]
     proxy: Proxy
@@ -419,7 +421,7 @@ def front(host: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator
     prefill, decode, canary = engines
     flags = ["--prefill", f"http://{prefill.at}", "--decode", f"http://{decode.at}", "--insecure"]
     proxy = Proxy(folder, flags)
-    # On all addresses: a browser of the victim's host comes from loopback.
+    # Listen on all addresses, because the requests of a browser on the victim's host come from loopback.
     port = free_port()
     proxy.url, proxy.registration = f"http://0.0.0.0:{port}", f"{OUR_END}:{free_port()}"
     try:
@@ -479,6 +481,6 @@ def test_an_event_that_never_ends_delays_nobody(front: Front) -> None:
 
 
 def resident(pid: int) -> int:
-    """The most memory that a process has had so far."""
+    """Returns the largest amount of memory that a process has used so far."""
     (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) << 10

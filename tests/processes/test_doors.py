@@ -1,4 +1,4 @@
-"""A sidecar opens the ports that its configuration names and no other, and shows each of them."""
+"""Tests that a sidecar opens only the ports that its configuration names, and that it reports each of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from test_two_hosts import ITS_END, OUR_END, end, other_host
 
 from pd_sidecar.client import Client
 
-# No NIXL is found with these: neither in the virtual environment nor beside the first python3 of PATH.
+# With these variables a sidecar finds no NIXL: neither in a virtual environment nor next to a python3 of PATH.
 NO_NIXL = {"VIRTUAL_ENV": "/nowhere", "PATH": "/nowhere"}
 
-# Connects to every port that is named, from wherever it runs, and prints those that answer.
+# Connects to every given port from the host on which it runs, and prints the ports that accept a connection.
 TRY = """
 import json, socket, sys
 open_ports = []

@@ -1,7 +1,8 @@
-"""Every field of vLLM's request models against the proxy's prefill leg; no engine runs.
+"""Tests every field of vLLM's request models against the proxy's prefill leg. No engine runs.
 
-A leg of one token keeps what decides the prompt and leaves out what concerns the generation. A version of vLLM with a
-new field fails the first test until the field is sorted here, and in proxy/src/openai/body/kinds.rs if it is left out.
+A prefill leg has one token. It keeps the fields that determine the prompt, and leaves out the fields that concern the
+generation. If a version of vLLM has a new field, the first test fails until the field is added to a list here, and also
+to proxy/src/openai/body/kinds.rs if the leg must leave it out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
-# Decides the prompt, says who asks, or is for the engine's extensions: the leg carries it.
+# These fields determine the prompt, identify the user, or are for extensions of the engine: the leg contains them.
 KEPT: dict[str, Any] = {
     "model": "m",
     "prompt": "hello",
@@ -45,7 +46,7 @@ KEPT: dict[str, Any] = {
     "reasoning_effort": "low",
     "truncate_prompt_tokens": 4,
     "truncation_side": "left",
-    # The text after the gap of a completion: vLLM renders it into the prompt of models that fill in the middle.
+    # The text after the gap of a completion. vLLM inserts it into the prompt of models that fill in the middle.
     "suffix": "return x",
     "priority": 1,
     "session_id": "s",
@@ -54,7 +55,7 @@ KEPT: dict[str, Any] = {
     "vllm_xargs": {"a": 1},
 }
 
-# Concerns the generation or the form of the answer.
+# These fields concern the generation or the form of the answer.
 LEFT_OUT: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "logit_bias": {"5": 1.0},
@@ -101,10 +102,10 @@ LEFT_OUT: dict[str, Any] = {
     "stream_interval": 2,
 }
 
-# A chat template may read it; a completion is only shaped by it.
+# A chat template may read this field. For a completion it determines only the form of the answer.
 BY_ENDPOINT: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
-# There is no prefill leg, or the client gets 400.
+# With these fields there is no prefill leg, or the client gets 400.
 NO_LEG: dict[str, Any] = {
     "use_beam_search": True,
     "prompt_logprobs": 1,
@@ -113,7 +114,7 @@ NO_LEG: dict[str, Any] = {
     "kv_transfer_params": {"do_remote_decode": True},
 }
 
-# Some are valid only beside others.
+# Some fields are valid only together with others.
 BESIDE: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
     "logprob_token_ids": {"logprobs": 1},
@@ -123,8 +124,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 @cache
 def models() -> dict[str, Any]:
-    """Returns vLLM's models of both requests. Not imported above: each worker collects this file, and vLLM is slow to
-    import.
+    """Returns vLLM's models of both requests. The import is in this function, because each worker collects this file
+    and vLLM takes long to import.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -169,13 +170,13 @@ def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Pro
 
 
 def accepted(path: str, body: dict[str, Any]) -> None:
-    """Raises what vLLM would answer with 400."""
+    """Raises the error for which vLLM would answer 400."""
     request = models()[path].model_validate(json.loads(json.dumps(body)))
     request.to_sampling_params(16, {})
 
 
 class Seen:
-    """The bodies that reach one engine in name."""
+    """The bodies that one scripted engine receives."""
 
     def __init__(self) -> None:
         self.legs: list[dict[str, Any]] = []
@@ -183,7 +184,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def engine_in_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Seen]]:
-    """A proxy before two ports that answer as engines do."""
+    """Starts a proxy in front of two servers that answer as engines do."""
     seen = Seen()
     logs: Path = tmp_path_factory.mktemp("logs")
     with answering(seen) as prefill, answering(Seen()) as decode:
@@ -217,7 +218,7 @@ def answering(seen: Seen) -> Iterator[str]:
             self.wfile.write(text)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the proxy logs."""
+            """Does nothing: the proxy has its own log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)

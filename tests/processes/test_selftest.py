@@ -1,4 +1,4 @@
-"""The sidecar's own check: both roles in one process, without an engine."""
+"""Tests the sidecar's own check, which runs both roles in one process, without an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.sidecar import BINARIES
 
 @pytest.mark.parametrize("transport", ["tcp", "nixl"])
 def test_selftest(transport: str) -> None:
-    """Both roles in one process: the check that a user runs first."""
+    """Runs the check that a user runs first."""
     done = subprocess.run(
         [BINARIES / "sidecar", "selftest", "--seconds", "2", "--transport", transport],
         env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin"},

@@ -1,6 +1,6 @@
-"""Strangers, liars and LMCache at every port and socket of a pair of sidecars; no engine runs.
+"""Tests unknown peers, false messages and LMCache at every port and socket of a pair of sidecars. No engine runs.
 
-After each, a push between the same two processes still works.
+After each test, a push between the same two processes must still work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
 @dataclass
 class Sides:
-    """Two sidecars, and a client at each in the place of an engine."""
+    """Two sidecars, each with a client that takes the place of an engine."""
 
     sender: Sidecar
     receiver: Sidecar
@@ -54,7 +54,7 @@ class Sides:
         assert self.push(req, keys(req), keys(req), tokens) == (None, None)
 
     def push(self, req: str, asked: list[str], awaited: list[str], tokens: int) -> tuple[str | None, str | None]:
-        """The reasons with which both sides ended; absent is well."""
+        """Pushes a request. Returns the reason of each side's end; `None` means success."""
         self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=10_000)
         self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens)
         ends: dict[str, str | None] = {}
@@ -99,7 +99,7 @@ def hello(role: str, layout: Layout = LAYOUT) -> Hello:
 @pytest.fixture(scope="module", params=["tcp", "nixl"])
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
     folder = tmp_path_factory.mktemp(f"ports-{request.param}")
-    # On a busy machine the push may reach the receiver before the request that awaits it; by default it waits 50 ms.
+    # On a busy machine the push may reach the receiver before the request that awaits it. The default wait is 50 ms.
     parked: dict[str, object] = {"park_ms": 3000}
     options = SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport=request.param, keys=parked)
     receiver = Sidecar(options, folder, folder)
@@ -227,7 +227,7 @@ def raw(port: int, data: bytes, path: Path | None = None) -> socket.socket:
         stream = socket.socket(socket.AF_UNIX)
         stream.settimeout(5)
         stream.connect(str(path))
-    # It may hang up in the middle: that is the point.
+    # The sidecar may close the connection before it has read all bytes. This is expected.
     with suppress(OSError):
         stream.sendall(data)
     return stream
@@ -250,7 +250,7 @@ def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
     before = port_events(sides, "alloc")["failed_handshakes"]
     held = [raw(port, data) for port in ports for data in GARBAGE]
     held += [raw(0, data, path) for path in (sides.sender.socket, sides.receiver.socket) for data in GARBAGE]
-    # Half-open connections, too.
+    # Keep half-open connections, too.
     held += [raw(port, b"") for port in ports for _ in range(50)]
     for _ in range(5):
         sides.check()
@@ -277,7 +277,7 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
     os.write(reader.connection.fileno(), struct.pack("<I", 4) + b"\xc1" * 4)
     while reader.connected and time.monotonic() < deadline:
         reader.wait(0.02)
-    # It is told at once, and may be reading still.
+    # The engine gets the error at once, but it may still be reading the slot.
     assert not reader.connected
     assert sides.receiver.slots()[1] == 1
     time.sleep(1)
@@ -287,7 +287,7 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
 
 
 def data_ports(sides: Sides) -> list[int]:
-    """The data port that the receiver advertises, if it has one."""
+    """Returns the data port that the receiver advertises, if it has one."""
     with peer(zmq.REQ, sides.receiver.init_port) as init:
         init.send(fixture("init_request"))
         offered = unpacked(init.recv())["x"]["transports"]
@@ -322,7 +322,7 @@ def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
 
 
 def test_an_engine_that_moves_nothing_beside_one_that_moves_stops_nobody(sides: Sides) -> None:
-    """As the connector of an engine says it whose layout was refused: started at the wrong socket, for example."""
+    """The connector of a refused engine sends such a greeting, for example if the engine uses the wrong socket."""
     other = hello("decode").as_unmoved("its sidecar refuses this engine")
     stand_in = Connection.open(str(sides.receiver.socket), other, 5.0)
     try:

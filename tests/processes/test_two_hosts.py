@@ -1,7 +1,7 @@
-"""A sender on another host dies in the middle of a push: its successor vouches for it, nobody else does.
+"""Kills a sender on another host in the middle of a push. Only the sender's successor can prove that it is dead.
 
-The other host is a network namespace and a PID namespace of this one, so that the receiver can neither watch the
-sender's process nor share memory with it; the wire is NIXL over TCP between the two. No engine runs.
+The other host is a network namespace and a PID namespace of this one. So the receiver can neither watch the sender's
+process nor share memory with it. The transport is NIXL over TCP between the two. No engine runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pd_sidecar.sidecar.wire import Granted
 
 OUR_END, ITS_END = "10.213.7.1", "10.213.7.2"
 
-# What `fence_ms` is here: a network that fails is back within two seconds.
+# The value of `fence_ms` in these tests. A network that fails must be back within this time.
 FENCE_S = 2.0
 
 SLOTS = 8
@@ -36,7 +36,7 @@ def ip(*words: str) -> bool:
 
 @contextmanager
 def other_host(our_end: str = OUR_END, its_end: str = ITS_END) -> Iterator[list[str]]:
-    """What a command begins with to run there."""
+    """Yields the first words of a command that runs on the other host."""
     name = f"pd-{os.getpid()}"
     ours, its = f"pda{os.getpid()}", f"pdb{os.getpid()}"
     if not (
@@ -83,7 +83,7 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
 
 
 def another(receiver: Sidecar, within: list[str], name: str, folder: Path) -> Sidecar:
-    """A sender on the other host; all of them have one id."""
+    """Returns a sender on the other host. All these senders have the same id."""
     env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": f"pdb{os.getpid()}"}
     options = replace(
         receiver.options, role="sender", env=env, within=within, keys={"id": "prefill", "nixl_over_tcp": "trusted"}
@@ -94,13 +94,13 @@ def another(receiver: Sidecar, within: list[str], name: str, folder: Path) -> Si
 
 
 def end(sender: Sidecar) -> None:
-    """What it runs within takes no SIGTERM."""
+    """Kills the sender, because SIGTERM would not reach it inside the namespaces."""
     if sender.process is not None:
         sender.kill()
 
 
 def dies_in_the_middle(sides: Sides, req: str, chunks: int) -> None:
-    """The sender has been granted slots, and is killed before it has written into them."""
+    """Kills the sender after it was granted slots and before it has written into them."""
     tokens = chunks * CHUNK_TOKENS
     sides.decode.await_(req, keys(req, chunks), tokens=tokens, have_tokens=0, deadline_ms=10_000)
     sides.prefill.reserve(req, sides.target, keys(req, chunks), tokens=tokens, upto=tokens)
@@ -158,7 +158,7 @@ def test_another_sender_of_the_same_name_vouches_for_nobody(sides: Sides, tmp_pa
 
 
 def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quarantine(sides: Sides) -> None:
-    """The network fails in the middle of a write, the sender is killed, and the network comes back."""
+    """Cuts the network in the middle of a write, kills the sender, and then restores the network."""
     sides.check()
     req, tokens = "late", CHUNK_TOKENS
     sides.decode.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=30_000)

@@ -1,4 +1,4 @@
-"""The wheel that has everything, built and installed into a clean environment."""
+"""Builds the wheel with programs and connector, and installs it into a clean environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(*command: str | Path, bound_s: float = 60) -> str:
     return done.stdout
 
 
-# The release build comes first in `make e2e`; what is left is packing.
+# `make e2e` has already made the release build, so only the packing remains.
 @pytest.mark.timeout(900)
 def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
     run(ROOT / "scripts" / "wheel.sh", tmp_path / "dist", sys.executable, bound_s=600)
@@ -27,7 +27,7 @@ def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
     run(programs / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", wheel, bound_s=300)
     for program in ("sidecar", "pd-proxy"):
         assert run(programs / program, "--version").strip()
-    # The connector is there with its types, and finds the sidecar that came with it.
+    # The wheel contains the connector with its types, and the connector finds the sidecar of the same wheel.
     code = (
         "import pathlib, pd_sidecar, pd_sidecar.client, pd_sidecar.sidecar.launcher as spawn;"
         "here = pathlib.Path(pd_sidecar.__file__).parent;"
@@ -35,7 +35,7 @@ def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
     )
     found = run(programs / "python", "-c", code).split()
     assert found == ["True", "True", str(programs / "sidecar")]
-    # It moves bytes without anything of ours around it.
+    # The sidecar moves bytes without any other part of this project.
     table = run(programs / "sidecar", "selftest", "--transport", "tcp", bound_s=120).splitlines()
     transport, memory, requests, chunks, size, wrong = table[-1].split()[:6]
     assert (transport, memory, wrong) == ("tcp", "host", "0")

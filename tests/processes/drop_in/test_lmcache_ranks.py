@@ -1,6 +1,7 @@
-"""Tests two tensor-parallel ranks: each rank of LMCache has its own process, the other two share one sidecar.
+"""Tests two tensor-parallel ranks. On LMCache's side each rank has its own process; on the other side both ranks share
+one sidecar.
 
-Beside the sidecar, one worker serves both ranks, as an engine with fewer workers does. The worker is the connector's
+One worker uses the sidecar for both ranks, like an engine with fewer workers than ranks. The worker is the connector's
 real one; tensors take the place of the engine.
 """
 

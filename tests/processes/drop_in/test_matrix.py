@@ -1,6 +1,6 @@
 """Tests a sidecar as sender and as receiver, with a sidecar, LMCache sync and LMCache async on the other side.
 
-LMCache with LMCache is not among the pairs: no sidecar takes part. `test_proxy` has these pairs, behind pd-proxy.
+Pairs with LMCache on both sides are not here, because no sidecar takes part. `test_proxy` tests them behind pd-proxy.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
 
 
 def test_either_side_starts_again(sender: Sender, receiver: Receiver) -> None:
-    """Restarts each side at its old address. The new process knows nothing of the old one."""
+    """Restarts each side at its old address. The new process has no state of the old process."""
     move(sender, receiver, Prompt.of_chunks(3))
     sender.restart()
     move(sender, receiver, Prompt.of_chunks(17, last=100))
-    # A sender of LMCache makes only one handshake in its life, so it must restart together with its receiver.
+    # An LMCache sender makes only one handshake in its life, so it must restart together with its receiver.
     parts: list[Sender | Receiver] = [receiver, sender] if isinstance(sender, LmcacheSender) else [receiver]
     with ThreadPoolExecutor() as pool:
         for start in [pool.submit(part.restart) for part in parts]:

@@ -1,4 +1,4 @@
-"""Tests pd-proxy between real backends: LMCache's, this project's, and each with the other.
+"""Tests pd-proxy between real backends: LMCache on both sides, this project on both sides, and both mixtures.
 
 The engines' HTTP servers are scripted. The KV, the messages to the proxy and all messages between the two sides are
 real.

@@ -66,11 +66,11 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
     try:
         assert moved(sender, ours, Prompt.of_chunks(3))
 
-        # The sender dies, and a new one takes its place.
+        # Kill the sender, and start a new one in its place.
         sender.restart()
         assert moved(sender, ours, Prompt.of_chunks(3))
 
-        # A sender of LMCache makes only one handshake in its life, so after the sidecar's restart it knows only old
+        # An LMCache sender makes only one handshake in its life, so after the sidecar's restart it knows only old
         # addresses. The sidecar answers that all chunks were sent already. The sender then notifies the proxy at once,
         # and the decode side computes the prompt.
         ours.restart()
@@ -96,7 +96,8 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
 def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, mode: str) -> None:
     sender = LmcacheSender(mode)
     try:
-        # While no decode request has read anything of a sender, its KV makes room for the next request.
+        # A decode request must read this prompt. As long as no request has read KV of a sender, the sidecar frees the
+        # sender's KV for its next request.
         assert moved(sender, ours, Prompt.of_chunks(1))
         first, second, huge = Prompt.of_chunks(6), Prompt.of_chunks(6), Prompt.of_chunks(9)
         requests = {prompt: next_request() for prompt in (first, second, huge)}
@@ -122,7 +123,7 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
 
 
 def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
-    """Cancels a request between its first and its last step. The granted and the reserved slots are free at once."""
+    """Cancels a request between its first and its last step. Its granted and its reserved slots become free at once."""
     sender = LmcacheSender("async")
     try:
         req, prompt = next_request(), Prompt.of_chunks(4)
@@ -133,7 +134,7 @@ def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
         assert begun == {"written": 4, "errors": []}
         assert ours.held() == 6
         sender.do("cancel", req=req)
-        # Well before the slots' lease ends, which is 4 s.
+        # The lease of the slots would end only after 4 s.
         ours.sidecar.wait_empty(2.0)
         assert ours.sidecar.record(req)["reason"] == "cancelled"
         assert moved(sender, ours, Prompt.of_chunks(8))
@@ -181,7 +182,7 @@ def test_our_sender_and_lmcache_receiver(our_sender: OurSender, mode: str) -> No
         os.kill(receiver.pid, signal.SIGCONT)
         assert moved(our_sender, receiver, Prompt.of_chunks(3))
         if mode == "async":
-            # The receiver's late answer granted slots that no sender will write. The sidecar gave them back.
+            # The receiver's late answer granted slots that no sender will write. The sidecar must return these slots.
             deadline = time.monotonic() + 10
             while receiver.do("held")["keys"] and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -200,7 +201,7 @@ def test_a_full_lmcache_receiver(our_sender: OurSender) -> None:
         assert our_sender.put(second_req, receiver.target, second).error == "alloc_timeout"
         assert receiver.get(first_req, first) == first.sums
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
-        # A request that exceeds the whole buffer: the receiver answers -1 at once.
+        # A request that is larger than the whole buffer: the receiver answers -1 at once.
         assert our_sender.put(next_request(), receiver.target, Prompt.of_chunks(5)).error == "no_room"
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
     finally:
@@ -240,7 +241,7 @@ def test_a_receiver_that_sends_a_program_for_its_pages(
         port = near.bind_to_random_port("tcp://127.0.0.1")
         far.connect(f"tcp://127.0.0.1:{ours.target.init_port}")
         put = pool.submit(our_sender.put, req, Target("127.0.0.1", port, ours.target.alloc_port), prompt)
-        # The handshake is that of a real receiver, without `x`: the sender takes the receiver for LMCache.
+        # The handshake is that of a real receiver, without the field `x`, so the sender treats the receiver as LMCache.
         assert near.poll(5000)
         asked = msgspec.msgpack.decode(near.recv())
         del asked["x"]
