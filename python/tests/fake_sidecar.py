@@ -1,4 +1,4 @@
-"""Plays a sidecar's local socket for unit tests of its clients, with real frames and a real memfd."""
+"""Implements a sidecar's local socket for unit tests of its clients, with real frames and a real memfd."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FakeSidecar:
         self.sealed = sealed
         self.hellos = []
         self.kept = []
-        """The greetings of engines that move nothing. The sidecar does not refuse them."""
+        """The greetings of engines that move no KV. The fake sidecar accepts them even while it refuses others."""
         self.received = queue.Queue()
         self._connections = []
         self._memory = None
@@ -40,7 +40,7 @@ class FakeSidecar:
             threading.Thread(target=self._accept, daemon=True).start()
 
     def next(self, kind=None):
-        """Returns the next message of the engine; of this kind if given."""
+        """Returns the next message of the engine, or the next message of this kind."""
         message = self.received.get(timeout=PATIENCE_S)
         assert kind is None or isinstance(message, kind), message
         return message
@@ -50,7 +50,7 @@ class FakeSidecar:
         return self.received.empty()
 
     def say(self, *messages):
-        """Sends to the newest connection."""
+        """Sends messages to the newest connection."""
         for message in messages:
             self._connections[-1].sendall(wire.encode(message))
 
@@ -132,7 +132,7 @@ class RankedSidecar(FakeSidecar):
         super().__init__(path)
 
     def serve(self, connection, hello):
-        """The fake sidecars by their rank."""
+        """Passes the connection to the fake sidecar of its rank."""
         rank = self.ranks.setdefault(hello.rank, FakeSidecar(None))
         rank.serve(connection, hello)
 

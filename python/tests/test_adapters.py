@@ -28,7 +28,7 @@ def lora(folder, name="a", number=1, **more):
 
 
 def digest(known, of, bound_s=10.0):
-    """Waits for what the thread finds."""
+    """Waits until the thread knows the digest or refuses the adapter."""
     deadline = time.monotonic() + bound_s
     while (found := known.digest(of)) is Skip.LORA_PENDING:
         assert time.monotonic() < deadline, "the thread is stuck"
@@ -53,7 +53,7 @@ def test_files_that_change_while_they_are_served_end_the_transfers(tmp_path):
     folder, now = write(tmp_path / "a"), [0.0]
     known = Adapters(clock=lambda: now[0])
     first = digest(known, lora(folder))
-    # Other times with the same bytes, as a second download leaves them.
+    # Change the times but not the bytes, as a second download does.
     os.utime(folder / "adapter_model.safetensors", ns=(1, 1))
     now[0] += 2 * adapters.LOOK_S
     assert known.digest(lora(folder)) == first
@@ -62,7 +62,7 @@ def test_files_that_change_while_they_are_served_end_the_transfers(tmp_path):
     while known.digest(lora(folder)) is not Skip.LORA:
         now[0] += 2 * adapters.LOOK_S
         assert time.monotonic() < deadline
-    # Under another number vLLM has loaded the new files.
+    # The same adapter under another number: vLLM has loaded the new files.
     assert digest(known, lora(folder, number=2)) not in (first, Skip.LORA)
     assert known.digest(lora(folder)) is Skip.LORA
 
@@ -75,12 +75,12 @@ def test_what_cannot_be_told_apart_is_not_moved(tmp_path):
     inplace = lora(write(tmp_path / "a"))
     inplace.load_inplace = True
     assert known.digest(inplace) is Skip.LORA
-    # The thread lives on.
+    # The thread still runs.
     assert isinstance(digest(known, lora(tmp_path / "a")), str)
 
 
 class Fixed:
-    """Digests that are there at once."""
+    """Digests that are known without a wait."""
 
     def digest(self, lora):
         return lora.digest

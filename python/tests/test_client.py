@@ -111,7 +111,7 @@ def test_a_restarted_sidecar_is_found_again(path, clients):
     until(client, Connected)
     assert client.welcome.epoch == 2
     assert bytes(client.slot(0)[:3]) == b"\0\0\0"
-    assert bytes(view[:3]) == b"old"  # the old map lives as long as a view of it exists
+    assert bytes(view[:3]) == b"old"  # the old mapping exists as long as a view of it
     client.cancel("r")
     assert second.next() == wire.Cancel("r")
 
@@ -158,13 +158,13 @@ def test_a_refusal_says_why(path, caplog):
 
 
 def test_while_it_is_refused_an_engine_keeps_its_sidecar_ready(path):
-    """Without this report the proxy would refuse every request, although the engine can compute it."""
+    """Without this connection the proxy would refuse every request, although the engine can compute it."""
     refused = wire.Refused("layout_mismatch", "set pd_buffer_size to 1 GiB")
     sidecar = FakeSidecar(path, refuse=refused)
     client = Client(str(path), HELLO, pauses=Pauses(first=0.01, refused=0.05))
     wait_until(lambda: len(sidecar.kept) == 1)
     assert "set pd_buffer_size to 1 GiB" in sidecar.kept[0].unmoved
-    # The client asks again all the while, over this one connection.
+    # The client repeats its own greeting all the time, but it opens the extra connection only once.
     wait_until(lambda: len(sidecar.hellos) >= 5)
     assert len(sidecar.kept) == 1
     sidecar.refuse = None
@@ -214,7 +214,7 @@ def test_a_sidecar_that_breaks_the_protocol_is_left(path, clients, garbage):
     until(client, Connected)
     sidecar.say_bytes(garbage)
     events = until(client, Lost)
-    # The engine asks again. One poll may see both answers.
+    # The client connects again. One poll may return the end of the old connection and the new connection.
     assert any(isinstance(event, Connected) for event in events) or until(client, Connected)
 
 

@@ -1,4 +1,4 @@
-"""Tests the connector class as vLLM makes it, without an engine."""
+"""Tests the connector class with the calls that vLLM makes, without an engine."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
 
 
 def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
-    """The scheduler learns it before the first request. A proxy that sends one anyway gets the reason."""
+    """The scheduler learns this before the first request. If a proxy asks for a push anyway, it gets the reason."""
     path = tmp_path / "both.sock"
     sidecar = FakeSidecar(path)
     extra = {"sender_socket": str(path), "receiver_socket": str(path)}
@@ -150,7 +150,7 @@ def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
 
 
 def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monkeypatch):
-    """MultiConnector passes handshake data to all its children, and vLLM's connectors refuse ours."""
+    """MultiConnector passes handshake data to all its children, and vLLM's connectors refuse this connector's data."""
     vllm_config = config()
     kv = {name: torch.zeros(BLOCKS, 3, BLOCK, 2 * SIZE) for name in NAMES}
     scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
@@ -173,12 +173,12 @@ def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monke
 
 
 def test_sleep_mode_is_refused():
-    """vLLM 0.33 calls this with the transfer's configuration. Its default answer would be true."""
+    """vLLM 0.33 calls this method with the transfer's configuration. The method of the base class would return true."""
     assert PdSidecarConnector.supports_sleep_mode(config().kv_transfer_config) is False
 
 
 def test_pages_that_look_like_others_are_not_moved(monkeypatch):
-    """Two places per page, one for K and one for V, have the shape of two heads."""
+    """Pages with two places, one for K and one for V, have the same shape as pages of two heads."""
     spec = FullAttentionSpec(
         block_size=BLOCK,
         num_kv_heads=HEADS,

@@ -1,4 +1,4 @@
-"""Tests engines that move nothing: their sidecars learn why, and no request waits for them."""
+"""Tests engines that move no KV: their sidecars learn the reason, and no request waits for a transfer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_cannot_be_moved_fails_at_once_and_its_sidecars_know_why(tmp_path):
     assert worker.finish()[0] == {"a"}
     assert stats.data == {"load_failures": {"layout": 1}, "save_failures": {"layout": 1}}
     assert worker.idle_report.unmoved
-    # A sidecar that returns gets the reason again.
+    # A restarted sidecar gets the reason again.
     sidecars["sender"].stop()
     again = FakeSidecar(paths["sender"])
     wait_until(lambda: again.hellos)

@@ -34,10 +34,10 @@ TASKS = [
         "troubleshooting.md",
     )
 ]
-"""The pages by task. Everything that they name has to exist."""
+"""The pages by task. Everything that these pages name must exist."""
 
 SETTINGS = {"pd_proxy_host", "pd_proxy_port"}
-"""Settings of LMCache whose names begin like the proxy's metrics."""
+"""Settings of LMCache that have the same prefix as the proxy's metrics."""
 
 OF_PROMETHEUS = {"instance", "exported_instance", "le"}
 """Labels that Prometheus or vLLM adds."""
@@ -86,7 +86,7 @@ def known_values() -> set[str]:
     pages = [DOCS / "reference" / name for name in ("metrics.md", "reasons.md")]
     pages += (DOCS / "proxy").glob("*.md")
     words = {word for page in pages for word in NAME.findall(page.read_text())}
-    # Kinds of messages and roles that docs/proxy does not list one by one.
+    # Kinds of messages, and roles. docs/proxy does not list them one by one.
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
 
 
@@ -142,7 +142,7 @@ def test_every_reason_of_the_proxy_has_a_row() -> None:
 
 
 def sources() -> str:
-    """Returns all program texts, with texts that continue on the next line joined."""
+    """Returns the source of all programs. Strings that continue on the next line are joined."""
     files = [
         *sorted((ROOT / "common" / "src").rglob("*.rs")),
         *sorted((ROOT / "sidecar" / "src").rglob("*.rs")),

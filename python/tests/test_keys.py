@@ -68,7 +68,7 @@ def test_keys():
 
 
 def test_tags_tell_values_apart_and_do_not_show_them():
-    # The values must not change: two releases are on the two sides during an upgrade.
+    # The values must not change, because during an upgrade the two sides run different releases.
     assert salt_tag("mine") == "@salt%37b36a774fc5a1e7292f47c7ffb97a82"
     assert adapter_tag("a", "w") == "@lora%fc8e06dba29a96a2826dee5f1bc78e83"
     tags = [salt_tag(""), salt_tag("mine"), salt_tag("mine "), salt_tag("\ud800"), adapter_tag("a", "bc")]

@@ -1,4 +1,4 @@
-"""Tests the sidecar as a child: it starts, is watched, and ends with its parent."""
+"""Tests the sidecar as a child process: it starts, is restarted after a crash, and ends with its parent."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def tokens_of(tensor, table, block_tokens, count, hint):
 
 BLOCKS = 40
 CASES = {
-    # name: (tensors for blocks of n tokens, mla)
+    # Name of the case: (function that makes tensors with blocks of n tokens, mla).
     "0.32 HND": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt),
     "0.32 NHD": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (0, 1, 3, 2, 4)),
     "0.32 BLHNC": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (1, 0, 2, 3, 4)),
@@ -245,11 +245,11 @@ def test_wanted_chunks(tokens, have, chunks):
     assert chunks_of(tokens, 256) == -(-tokens // 256)
 
 
-# Pages in which the order inside differs from the shape.
+# Pages in which the order of the elements differs from the shape.
 
 
 def columns(key, value, cache, slots):
-    """Stores as vLLM's CPU kernels do: V follows K in a page, and K is column by column."""
+    """Stores in the order of vLLM's CPU kernels: V follows K in a page, and K is column by column."""
     pages = cache.view(cache.shape[0], HEADS, 2, -1)
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
@@ -258,7 +258,7 @@ def columns(key, value, cache, slots):
 
 
 def tiles(key, value, cache, slots):
-    """Stores as vLLM's CPU kernels do on a processor with AMX: pairs of dimensions of K, pairs of tokens of V."""
+    """Stores in the order of vLLM's CPU kernels with AMX: pairs of dimensions of K, pairs of tokens of V."""
     pages = cache.view(cache.shape[0], HEADS, 2, -1)
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
@@ -269,14 +269,14 @@ def tiles(key, value, cache, slots):
 
 
 def plain(key, value, cache, slots):
-    """Stores as the shape says."""
+    """Stores in the order of the tensor's shape."""
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])
         cache[block, :, token] = torch.cat([k, v], 1)
 
 
 def stored(writer, side, values):
-    """Fills a side's tensors by its writer; `values` is `[2, layers, tokens, heads * size]`."""
+    """Fills a side's tensors with its writer; `values` is `[2, layers, tokens, heads * size]`."""
     kernel = side.pages.first.tokens
     count = values.shape[2]
     slots = torch.tensor([int(side.table[p // kernel]) * kernel + p % kernel for p in range(count)])
@@ -299,7 +299,7 @@ def test_the_kernel_says_where_kv_is(writer, dtype):
     prefill.copier.gather(pieces(prefill, tokens, 0, 0, slots))
     reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))
     assert torch.equal(reader.read(tokens), values)
-    # Then back through pages of another size, behind a local prefix.
+    # Then move the chunks into pages of another size, after a local prefix.
     decode.copier.scatter(pieces(decode, tokens, 0, have, slots))
     decode.copier.gather(pieces(decode, tokens, 0, 0, slots))
     reader.copier.scatter(pieces(reader, tokens, 0, 0, slots))

@@ -1,4 +1,4 @@
-"""Tests LMCache's own settings in an engine line that was written for LMCache."""
+"""Tests LMCache's own settings in the command line of an engine that was set up for LMCache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests moves that go on after their launch, with a device whose moves end when the test says so."""
+"""Tests moves that are still in flight after their launch, with a device whose moves end when the test says so."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def test_the_sidecar_is_told_at_the_launch_and_blocks_are_held_to_the_end(rig, d
     rig.sender.next(wire.Reserve)
     rig.step(forward=False, finished=["a"])
     rig.sender.say(wire.Granted("r", 0, [0, 1, 2], [1, 2, 3]))
-    # There is no step: the thread beside the engine's launches the gather.
+    # No step runs here: the poller's thread launches the gather.
     staged = rig.sender.next(wire.Staged)
     assert staged.chunks == [0, 1, 2]
     assert staged.event in (0, 1)
     assert device.moves[0].after == [1], "not behind the forward"
-    # The sidecar pushes the chunk and is done before this side has seen the end of the gather.
+    # The sidecar pushes the chunks, and finishes before this side has seen the end of the gather.
     rig.sender.say(wire.Ended("r", None, 10))
     for _ in range(3):
         assert rig.step(forward=False)[0] == set()
@@ -151,7 +151,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 @pytest.fixture
 def layered(rig, monkeypatch):
-    """Ends a range after each layer but the last."""
+    """Ends a range after each layer except the last."""
     monkeypatch.setattr("pd_sidecar.worker.push.SPARE_EVENTS", LAYERS)
     rig.worker._range_ends = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
@@ -159,7 +159,7 @@ def layered(rig, monkeypatch):
 
 
 def launch(rig, names, *granted):
-    """A forward within which slots are granted: after the announcement, or after a layer's name."""
+    """Runs a forward. Slots are granted after the announcement (empty name), or after the named layer."""
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]
     rig.worker.begin(StepMetadata(push_starts=[start], push_steps=steps))
@@ -198,7 +198,7 @@ def test_layers_are_gathered_within_the_forward_and_named_when_it_is_launched(la
 
 @many_events
 def test_slots_that_come_within_the_forward_are_in_time_for_the_layers_that_follow(layered, device):
-    # Layers 0 and 1 go with the first range, chunk 1 after the forward.
+    # Layers 0 and 1 of chunks 0 and 2 are in the first range. Chunk 1 is gathered after the forward.
     launch(layered, NAMES, (NAMES[0], [0, 2]), (NAMES[-1], [1]))
     staged = layered.sender.next(wire.Staged)
     assert (staged.chunks, [part.below for part in staged.layers]) == (
@@ -231,14 +231,14 @@ def test_the_sidecar_says_whether_layers_are_of_use(layered, device, gains):
 
 @many_events
 def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
-    # Two halves of the batch take turns: after the first half, a layer's KV is not complete.
+    # The two halves of the batch run in turn. After the first half, a layer's KV is not complete.
     names = [name for name in NAMES for _ in range(2)]
     launch(layered, names, ("", [0, 1, 2]))
     staged = layered.sender.next(wire.Staged)
     assert (staged.chunks, staged.layers) == ([0, 1, 2], [])
     assert len(device.layered_copies[0].ranges) == 1, "went on after the second half"
     assert device.last == [True]
-    # No message named its event, so the event is free.
+    # No message to the sidecar named the event of this range, so the event is free.
     assert len(layered.worker._senders[0]._event_slots._free) == SIGNALS - 1
 
 
@@ -271,7 +271,7 @@ def test_ranges_of_a_request_that_ends_within_the_forward_are_waited_for(layered
     assert len(device.layered_copies[0].ranges) == 1
     assert layered.sender.nothing()
     assert not device.last
-    # The launched range still reads blocks, and writes to memory of the sidecar.
+    # The launched range still reads blocks, and writes into the sidecar's memory.
     assert sender._by_req["r"].gathering == 1
     layered.step(forward=False, finished=["a"])
     assert layered.step(forward=False)[0] == set()
@@ -285,7 +285,7 @@ def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layere
     begin(layered, "other", "s")
 
     def act(sender):
-        # The slots of one request go to the other, whose chunk is gathered at once.
+        # The slots go to the other request, and its chunk is gathered at once.
         layered.sender.say(wire.Ended("r", "peer_lost", 0))
         layered.sender.say(wire.Granted("s", 0, [0], [1]))
         layered.worker.move()
@@ -310,7 +310,7 @@ def test_what_is_complete_does_not_wait_for_another_forward(layered, device):
     launch(layered, NAMES, ("", [0]))
     layered.sender.next(wire.Staged)
     layered.worker.begin(StepMetadata(push_steps=[PushStep("a", [], False, TOKENS)]))
-    with layered.worker.lock:  # The thread beside this one must not come first.
+    with layered.worker.lock:  # keeps the poller's thread from gathering first
         layered.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
         for name in NAMES:
             layered.worker.layer_computed(name)
@@ -361,11 +361,11 @@ def test_a_load_is_reported_when_it_has_arrived_and_what_is_computed_waits_for_i
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], [])
     assert device.moves[0].after == [1], "not behind what may write to its blocks"
-    # The step that uses the chunk.
+    # Run the step that uses the chunks.
     device.held.clear()
     rig.step()
     assert device.held == device.moves
-    # The slots are not released before they are read.
+    # The slots are not released before the scatters have read them.
     time.sleep(0.05)
     assert rig.receiver.nothing()
     for move in device.moves:

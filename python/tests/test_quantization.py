@@ -1,4 +1,4 @@
-"""Tests formats that tensors of bytes cannot distinguish."""
+"""Tests number formats that differ although the tensors hold bytes in all of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_formats_are_told_apart_and_their_second_names_are_not():
     assert of(layer(), layer()) == "fp8_e4m3, scales 1"
     assert of(layer(), layer(), cache_dtype="fp8") == "fp8_e4m3, scales 1"
     assert of(layer(), layer(), cache_dtype="fp8_e5m2") == "fp8_e5m2, scales 1"
-    # A layer may differ from the engine's setting.
+    # A layer may have another format than the engine's setting.
     assert of(layer(kv_cache_dtype="fp8"), cache_dtype="auto") == "fp8_e4m3, scales 1"
-    # Scales are beside the elements.
+    # In this format the scales are stored next to the elements.
     assert of(SimpleNamespace(), None, cache_dtype="fp8_ds_mla") == "fp8_ds_mla"
 
 

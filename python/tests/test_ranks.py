@@ -1,4 +1,4 @@
-"""Tests KV split into ranks: each rank has its worker, and every head arrives at its place."""
+"""Tests KV that is split into ranks: each rank has its worker, and every head arrives at its place."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TOKENS, HASHES, TABLE = 50, ["a", "b"], [7, 2, 9, 4]
     [
         (1, 1, 8, [[(0, None)]]),
         (2, 2, 2, [[(0, None)], [(1, None)]]),
-        # Fewer workers than ranks: each worker has several ranks, with a part of its heads each.
+        # Fewer workers than ranks: each worker has several ranks, and each rank has a part of the worker's heads.
         (2, 1, 2, [[(0, range(1)), (1, range(1, 2))]]),
         (4, 1, 8, [[(r, range(2 * r, 2 * r + 2)) for r in range(4)]]),
         (4, 2, 8, [[(0, range(2)), (1, range(2, 4))], [(2, range(2)), (3, range(2, 4))]]),
-        # More ranks than heads: several ranks have the same head, as vLLM gives it to several workers.
+        # More ranks than heads: several ranks have the same head, because vLLM gives the head to several workers.
         (4, 1, 2, [[(0, range(1)), (1, range(1)), (2, range(1, 2)), (3, range(1, 2))]]),
         (4, 2, 2, [[(0, range(1)), (1, range(1))], [(2, range(1)), (3, range(1))]]),
         # MLA, where every worker holds all KV.
@@ -87,7 +87,7 @@ def test_a_request_counts_when_all_ranks_have_named_it():
 
 
 class Engine:
-    """The workers of one engine, beside one sidecar."""
+    """The workers of one engine, with one sidecar."""
 
     def __init__(self, path, heads, workers, ranks, *, producer, mla=False):
         own = max(1, heads // workers)
@@ -131,7 +131,7 @@ class Engine:
         total = [([], [], {}) for _ in self.workers]
         deadline = time.monotonic() + 5
         while True:
-            # Test first: the thread may make it hold before the step, and only the step reports it.
+            # Test the condition before the step: the thread may make it true, and only a later step reports the result.
             holds = condition()
             for (sent, received, failed), (s, r, f) in zip(total, self.step(), strict=True):
                 sent.extend(s)
@@ -167,7 +167,7 @@ def engines():
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1), (2, 2), (1, 1)])
 def test_every_head_arrives(tmp_path, engines, prefill, decode):
-    """Moves two ranks between engines of any size: each head arrives at the same head."""
+    """Moves two ranks between engines of any size. Each head must arrive in the same place."""
     p = Engine(tmp_path / "p.sock", 4, prefill, 2, producer=True)
     d = Engine(tmp_path / "d.sock", 4, decode, 2, producer=False)
     engines += [p, d]
@@ -182,7 +182,7 @@ def test_every_head_arrives(tmp_path, engines, prefill, decode):
         hello, there = sender.hellos[0], d.sidecar.ranks[rank].hellos[0]
         assert (hello.rank, hello.world_size, hello.layout) == (rank, 2, there.layout)
         assert hello.layout.kv_heads == 2
-        # The slots have another order on the two sides, and on the two ranks.
+        # Use different slots on the two sides, and for the two ranks.
         sender.say(wire.Granted("r", 0, [0, 1], [4 + rank, 1]))
     p.until(lambda: all(not sender.nothing() for sender in p.sidecar.ranks.values()))
     for rank, sender in p.sidecar.ranks.items():
@@ -221,7 +221,7 @@ def test_what_all_workers_hold_is_sent_once_a_rank(tmp_path, engines, prefill, d
             receiver.write(slot, sender.read(slot, sender.slot_bytes))
         receiver.say(wire.Ready("r", 0, [0, 1], [3, 2]))
     d.until(lambda: all(not r.nothing() for r in d.sidecar.ranks.values()))
-    # Each decode worker has all KV.
+    # Each decode worker must have all KV.
     whole = p.kv()[:, :, :, :1]
     assert torch.equal(d.kv(), whole.expand(-1, -1, -1, decode, -1))
     assert [sent for sent, _, _ in p.step(finished=["a"])] == [{"a"}] * prefill
@@ -244,7 +244,7 @@ def test_one_rank_alone_frees_and_resumes_nothing(tmp_path, engines):
         gone = [sent for sent, _, _ in p.step() if sent]
     assert gone == [{"a"}]
 
-    # One rank's KV arrives, the other's does not: the request is reported once, as failed.
+    # Only one rank's KV arrives. The request must be reported once, as failed.
     d.step(load_starts=[LOAD])
     d.sidecar.ranks[0].next(wire.Await)
     d.sidecar.ranks[0].say(wire.Ready("r", 0, [0, 1], [0, 1]))

@@ -1,4 +1,4 @@
-"""Tests the scheduler's half with vLLM's calls, in the order in which vLLM makes them."""
+"""Tests the scheduler's half with vLLM's calls, in vLLM's order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_params(req="r", **more):
 
 
 def output(new=(), cached=(), resumed=()):
-    """Makes a step. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
+    """Returns a step's output. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
     scheduled = {r.request_id: n for r, _, _, n in new} | {name: n for name, _, _, n in cached}
     for r, _, _, _ in new:
         r.status = SimpleNamespace(name="RUNNING")
@@ -112,12 +112,12 @@ def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
     assert second.push_steps == [PushStep("a", [2], False, 32)]
     third = rig.step(cached=[("a", [3], 32, 8)])
     assert third.push_steps == [PushStep("a", [3], False, 40)]
-    # The workers need not know of tokens that the engine generates.
+    # The workers need no message about tokens that the engine generates.
     assert not rig.step(cached=[("a", None, 40, 1)]).has_news
 
 
 def push(rig, name, params):
-    """Runs a prefill leg to its end. Returns its start, if it has one, and its answer."""
+    """Runs a prefill leg to its end. Returns its start, if there is one, and the response's parameters."""
     req = request(name, params, output_token_ids=[7])
     rig.scheduler.matched_tokens(req, 0)
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
@@ -134,7 +134,7 @@ def test_an_id_that_comes_again_is_pushed_again(rig):
         metadata, response = push(rig, name, params)
         assert [start.req for start in metadata.push_starts] == ["1"], response
         assert response == {"pushed": True, "req_id": "1", "first_tok": 7}
-    # The second prompt of a list has no claim.
+    # The second prompt of a list gets no claim.
     metadata, response = push(rig, "cmpl-bb-1-33333333", params)
     assert not metadata.push_starts
     assert not metadata.unpushed
@@ -167,7 +167,7 @@ def test_blocks_of_a_finished_push_wait_for_the_workers(rig):
     metadata = rig.step()
     assert metadata.finished == ["a"]
     assert metadata.idle
-    assert rig.scheduler.has_work  # An engine without requests has to continue to step.
+    assert rig.scheduler.has_work  # An engine without requests must continue to step.
     rig.scheduler.reported({"a"}, set())
     assert rig.is_empty()
 
@@ -200,7 +200,7 @@ def test_a_push_that_never_ran_leaves_nothing(rig):
 
 @pytest.mark.parametrize(("held", "loaded"), [(0, 32), (16, 16), (32, 0)])
 def test_the_first_token_is_not_loaded(rig, held, loaded):
-    """Loads 32 of 33 tokens. The prefill side sampled the last one, so it is computed here."""
+    """Loads 32 of 33 tokens. The prefill side has sampled the last token, so its KV is computed here."""
     req = request("a", load_params(tokens=32), tokens=33)
     assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
     if loaded:
@@ -252,7 +252,7 @@ def test_asked_again_after_a_load_there_is_nothing_more(rig):
     req = request("a", load_params(), tokens=1)
     park(rig, req, blocks=[4])
     rig.scheduler.reported(set(), {"a"})
-    # vLLM sets the computed count of a loaded 1-token prompt, and of a failed load, to 0.
+    # vLLM sets the computed count to 0 after the load of a 1-token prompt, and after a failed load.
     assert rig.scheduler.matched_tokens(req, 0) == (0, False)
     rig.scheduler.allocated(req, [4], 0)
     assert not rig.step().has_news
@@ -318,7 +318,7 @@ def test_the_first_of_a_list_of_prompts_has_the_transfer(rig, params):
 
 
 def keys_of(params, **more):
-    """The hashes and tags with which a request is pushed or loaded."""
+    """Returns the hashes and tags of the pushes and loads of one request."""
     rig = Rig()
     req = request("a", params, **more)
     rig.scheduler.matched_tokens(req, 0)
@@ -385,7 +385,7 @@ def test_requests_that_are_not_served(rig, more, reason, params):
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": 3}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": ""}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "x" * 1000}}, "bad_params"),
-        # Texts that a sidecar does not accept: it ended the engine's connection over them.
+        # A sidecar does not accept these texts: it would end the engine's connection.
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\n"}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\x85"}}, "bad_params"),
         ({"do_remote_prefill": True, "disagg_spec": {"req_id": "a\ud800"}}, "bad_params"),

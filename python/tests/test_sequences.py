@@ -1,4 +1,4 @@
-"""Tests n > 1: vLLM makes one engine request per sequence, and all of them name one transfer."""
+"""Tests n > 1: vLLM makes one engine request per sequence, and all of them name the same transfer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def children(count, **more):
 
 
 def run(rig, req, blocks):
-    """The request is scheduled after its load; the engine computes its last token."""
+    """Schedules a request after its load. The engine computes only the last token."""
     req.num_computed_tokens = TOKENS - 1
     metadata = rig.step(new=[(req, blocks, TOKENS - 1, 1)])
     req.num_computed_tokens = TOKENS
@@ -48,7 +48,8 @@ def test_the_first_loads_and_the_others_copy_from_it(rig):
     rig.scheduler.reported((), [first.request_id])
     assert rig.scheduler.matched_tokens(second, 0) == (None, False), "it does not run yet"
     assert not run(rig, first, [1, 2, 3]).copy_starts
-    # Without a prefix cache the second has nothing, and copies all; the third has two blocks in common with the first.
+    # Without a prefix cache the second request has nothing, and copies all blocks. The third one shares two blocks with
+    # the first, and copies one.
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
     rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
     assert rig.scheduler.matched_tokens(third, 32) == (TOKENS - 32, True)
@@ -76,7 +77,7 @@ def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
     first.num_preemptions += 1
     rig.step()
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
-    # vLLM has resumed it in the present step; the connector learns its new blocks only at the step's end.
+    # vLLM has resumed the first request in this step. The connector learns its new blocks only at the step's end.
     first.status = SimpleNamespace(name="RUNNING")
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
     run(rig, first, [7, 8, 9])
@@ -86,7 +87,7 @@ def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
 
 
 def test_a_prompt_that_the_first_still_computes_is_waited_for(rig):
-    """Its load has failed."""
+    """The load of the first request has failed, so the engine computes its prompt."""
     first, second = children(2)
     load(rig, first, [1, 2, 3])
     rig.step(new=[(first, [4, 5], 0, 32)])

@@ -1,4 +1,4 @@
-"""Tests a request that comes while the connection to the sidecar is being made."""
+"""Tests a request that arrives during the greeting of a new connection to the sidecar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pd_sidecar.sidecar import wire
 
 
 class SlowSidecar(FakeSidecar):
-    """Reads the greeting, and answers it when the test allows it. A real sidecar reports from about then that it is
-    ready.
+    """Reads the greeting, and answers it when the test allows it. A real sidecar becomes ready at about the time of its
+    answer.
     """
 
     def __init__(self, path):
@@ -38,7 +38,7 @@ def rig(tmp_path):
 
 
 def restarted(rig, end):
-    """Restarts one sidecar, and returns it when the engine has greeted it."""
+    """Restarts one sidecar. Returns it when it has received the engine's greeting."""
     getattr(rig, end).stop()
     sidecar = SlowSidecar(rig.paths[end])
     assert sidecar.greeted.wait(5)

@@ -16,7 +16,7 @@ from pd_sidecar.sidecar.wire import Hello, Layout
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, 256)
 HELLO = Hello(v=1, engine="test", role="prefill", rank=0, world_size=1, layout=LAYOUT)
 
-# Another user's program, which serves a socket at the place of the sidecar's.
+# A program of another user, which serves a socket at the path of the sidecar's socket.
 STRANGER = """
 import os, socket, sys
 os.setuid(12345)
@@ -72,7 +72,7 @@ def test_a_folder_or_link_of_another_user_is_refused(tmp_path):
 
 @root
 def test_a_sidecar_of_another_user_is_told_nothing(tmp_path):
-    """The folder is like root's sticky /tmp, where any user may make a socket before the sidecar does."""
+    """The folder is like /tmp with the sticky bit: any user may create a socket there before the sidecar does."""
     folder = tmp_path / "sticky"
     folder.mkdir()
     folder.chmod(0o1777)

@@ -1,4 +1,4 @@
-"""Tests the counters on their way through vLLM's statistics."""
+"""Tests the counters after the steps that vLLM's statistics make with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def some():
 def test_sums_of_several_workers_and_steps():
     total = Stats()
     for _ in range(2):
-        # The form in which they go from the engine to the API server.
+        # Counters are encoded in this form between the engine and the API server.
         total = total.aggregate(Stats(msgspec.msgpack.decode(msgspec.msgpack.encode(some().data))))
     other = Stats()
     other.add_reason("skipped", "duplicate")

@@ -1,4 +1,4 @@
-"""Compares the GPU's kernel, run by Triton's interpreter on host memory, with the host's copier."""
+"""Compares the GPU kernel with the copier for host memory. Triton's interpreter runs the kernel on host memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytest.importorskip("triton", reason="no Triton: the GPU's kernel is not tested"
 
 @pytest.fixture(scope="module")
 def fused():
-    """Returns the module with its kernel interpreted."""
+    """Returns the module, with its kernel run by Triton's interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         module = importlib.import_module("pd_sidecar.kv.triton_copy")
@@ -62,7 +62,7 @@ def test_it_does_what_the_hosts_copier_does(fused, case, dtype):
     move(fused, side, parts, device, gather=True)
     assert torch.equal(host, device)
     assert device.any()
-    # Then back into pages of another size, behind a local prefix that no piece may touch.
+    # Then move the chunks into pages of another size, after a local prefix that no piece may change.
     target = Side(case, 32, host_map, dtype)
     have = CHUNK + 40
     before = target.read(tokens).clone()

@@ -18,7 +18,7 @@ ENDS = {
 
 
 def fixtures():
-    """Yields name, bytes and receiving end of the local messages."""
+    """Yields the name, the bytes and the receiving side of each local message."""
     for entry in json.loads((FIXTURES / "messages.json").read_text()):
         if entry["set"] in ENDS:
             body = (FIXTURES / f"{entry['name']}.bin").read_bytes()

@@ -1,4 +1,4 @@
-"""Tests the workers' half with real tensors, a real socket and the messages of a sidecar."""
+"""Tests the workers' half with real tensors, a real socket and a sidecar's messages."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Rig:
         return self.worker.finish()
 
     def until(self, condition, seconds=5.0):
-        """Runs steps without tokens until the condition holds, and returns all that they reported."""
+        """Runs steps without tokens until the condition holds. Returns all requests that these steps reported."""
         sent, received, failed, deadline = [], [], [], time.monotonic() + seconds
         while True:
-            # Test first: the thread may make it hold before the step, and only the step reports it.
+            # Test the condition before the step: the thread may make it true, and only a later step reports the result.
             holds = condition()
             out, results = self.step(forward=False)
             sent += out
@@ -79,7 +79,7 @@ class Rig:
             assert time.monotonic() < deadline
 
     def kv(self, table, start, stop):
-        """Returns `[2, layers, tokens, width]` of these positions."""
+        """Returns the KV of these positions as `[2, layers, tokens, width]`."""
         out = []
         for position in range(start, stop):
             block, offset = table[position // BLOCK], position % BLOCK
@@ -181,7 +181,7 @@ def test_a_push_that_the_sidecar_ends_frees_the_blocks_once(rig, reason):
     begin_push(rig)
     rig.sender.say(wire.Ended("r", reason, 0))
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].over)
-    # Only after the engine has said that it waits: before that, it does not know the id as finished.
+    # The worker reports the request only after the engine has finished it. The engine would not know an earlier report.
     assert rig.step(forward=False)[0] == set()
     assert rig.step(forward=False, finished=["a"])[0] == {"a"}
     assert rig.step(forward=False)[0] == set()
@@ -208,10 +208,10 @@ def test_a_preempted_push_gathers_from_its_new_table_and_keeps_what_is_staged(ri
     rig.step(preempted=["a"])
     rig.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].slots)
-    assert rig.sender.nothing()  # its old blocks belong to other requests
+    assert rig.sender.nothing()  # the request's old blocks belong to other requests
     again = [20, 21, 22, 23, 24]
     rig.step(push_steps=[PushStep("a", again, True, 48)])
-    assert rig.sender.nothing()  # recomputed as far as 48: chunk 1 ends at 64
+    assert rig.sender.nothing()  # computed again up to token 48, but chunk 1 ends at 64
     rig.step(push_steps=[PushStep("a", [], False, TOKENS)])
     assert rig.sender.next() == wire.Computing("r", TOKENS)
     assert rig.sender.next(wire.Staged).chunks == [1, 2]
@@ -325,8 +325,8 @@ def test_a_load_that_ends_early_is_reported_as_failed(rig):
     rig.receiver.say(wire.Ended("r", "no_sender", 0))
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])
-    assert rig.invalid_blocks == {27, 1, 5}  # not the prefix that other requests share
-    assert rig.receiver.next() == wire.Abort("r")  # chunks that the sidecar had announced are released
+    assert rig.invalid_blocks == {27, 1, 5}  # without the prefix's block, which other requests share
+    assert rig.receiver.next() == wire.Abort("r")  # releases the chunks that the sidecar had announced
     assert rig.stats.data["load_failures"] == {"no_sender": 1}
 
 
@@ -337,7 +337,7 @@ def test_an_aborted_load_is_reported_too(rig):
     assert results.received == {"a"}
     assert rig.receiver.next() == wire.Abort("r")
     assert rig.step(forward=False, aborted=["a"])[1].received == set()
-    # Chunks that crossed with the abort are released unread.
+    # The sidecar announced these chunks before it read the abort. They are released and not read.
     _, ready = land(rig)
     rig.receiver.say(ready)
     rig.until(lambda: not rig.receiver.nothing())
@@ -417,7 +417,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
     assert worker.idle_report == IdleReport(rests=True)
-    assert time.monotonic() - began < 4  # it waits when it is asked
+    assert time.monotonic() - began < 4  # `finish` does not wait, because `news` waits
     _, ready = land(rig)
     rig.receiver.say(ready)
     deadline = began + 5
@@ -452,7 +452,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
     if then == "step":
         worker.begin(StepMetadata())
     else:
-        # The slots stay this side's, whatever becomes of the sidecar.
+        # The slots stay mapped on this side, even after the sidecar has ended.
         rig.receiver.stop()
         while worker._receivers[0]._copier is not None:
             worker.read()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-# Longer than any request of the tests may take. Tests set tighter bounds of their own.
+# No request of the tests takes longer. Tests set shorter limits of their own.
 TIMEOUT_S = 120.0
 
 

@@ -1,1 +1,1 @@
-"""Senders and receivers for the tests beside real LMCache, with the data that they move."""
+"""Senders and receivers for the tests with real LMCache, and the data that they move."""

@@ -1,4 +1,4 @@
-"""Starts LMCache processes as forks of one process per interpreter, the nursery: `peer.py`."""
+"""Starts LMCache processes as forks of one process per interpreter. This process is the nursery, and runs `peer.py`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from harness.process import Child, Process
 from harness.sidecar import ROOT
 
 LMCACHE_PYTHON = Path(os.environ.get("PD_TEST_LMCACHE_VENV", ROOT / ".venv-lmcache")) / "bin" / "python"
-# Without this variable UCX opens the network interfaces of the moment, also those that a test for two hosts makes and
-# removes at the same time; connections through such an interface then fail.
+# Without this variable UCX opens all network interfaces that exist at this moment. A test for two hosts makes and
+# removes interfaces at the same time, and connections through such an interface then fail.
 LMCACHE_ENV = {"UCX_NET_DEVICES": "lo"}
 
 START_BOUND_S = 60.0
 
-# The imports take six seconds of a core; beside other work they took two minutes.
+# The imports take six seconds of a core. On a busy machine they took two minutes.
 NURSERY_BOUND_S = 300.0
 
 
@@ -40,7 +40,7 @@ class ForkedPeer(Process):
 
 
 class _Fork:
-    """A process that is not a child of this interpreter. Its exit code is unknown: -1 stands for any."""
+    """A process that is not a child of this interpreter. Its exit code is unknown, so it is always -1."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -68,7 +68,7 @@ class _Fork:
 
 class _Nursery:
     def __init__(self) -> None:
-        # Not below the repository: the path of a unix socket has at most 107 bytes.
+        # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
         self._socket = Path(tempfile.mkdtemp(prefix="pd-")) / "nursery.sock"
         script = Path(__file__).with_name("peer.py")
         self._process = Process(

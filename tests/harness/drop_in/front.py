@@ -1,6 +1,6 @@
 """Serves an engine's HTTP interface in front of a PD backend.
 
-Prompts are token ids. The KV of a prompt is made by `chunks` and not computed.
+Prompts are token ids. The KV of a prompt comes from `chunks`; it is not computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Serve = Callable[[list[int], dict[str, Any]], dict[str, Any]]
 
 
 class Front:
-    """An HTTP server. `backend` may be set later, because an engine listens before it serves."""
+    """An HTTP server. `backend` may be set later, because an engine listens before it can serve."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -46,7 +46,7 @@ class Front:
                     status, answer = 200, front.serve(self.path, body)
                 except Exception as error:  # noqa: BLE001 - the client gets the error
                     status, answer = 500, {"error": {"message": repr(error)}}
-                # The proxy closes the connection of a prefill leg when the request is answered already.
+                # The proxy closes the connection of a prefill leg if the request has its answer already.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self._answer(status, answer)
 
@@ -91,7 +91,7 @@ class Front:
 
     @staticmethod
     def _decode(backend: Receiver, ids: list[int], spec: dict[str, Any]) -> str:
-        """Returns `equal`, or the number of chunks that differ from those that were sent."""
+        """Returns `equal`, or the number of chunks that differ from the sent chunks."""
         if isinstance(backend, OurReceiver):
             kv = kv_of(ids)
             sums = backend.get(spec["req_id"], kv, written=bool(spec.get("written"))) if spec else [None] * kv.chunks

@@ -1,4 +1,4 @@
-"""Prints the keys that LMCache computes, and the names of its configuration keys. Runs in LMCache's environment.
+"""Prints LMCache's chunk keys for a prompt, and LMCache's configuration keys. Runs in LMCache's environment.
 
 python keys_of_lmcache.py '{"algorithms": ["sha256_cbor"], "tokens": [...], "model": "m", ...}'
 """

@@ -33,9 +33,9 @@ BOUND_S = 40.0
 class Put:
     """The outcome of a push."""
 
-    # Number of chunks that the sender counts as handed over.
+    # Number of chunks that the sender reports as handed over.
     written: int
-    # The reason of a failure; None if there was none.
+    # The reason of a failure; None for a success.
     error: str | None = None
 
 
@@ -224,7 +224,7 @@ class _Ours:
     ranks: int = 1
 
     def begin(self) -> None:
-        # LMCache's agents connect over UCX's TCP, also on one host.
+        # LMCache's agents connect over UCX's TCP, even on one host.
         own = {"nixl_over_tcp": "trusted", **self.keys}
         options = SidecarOptions(
             role=self.role, buffer_bytes=self.slots * LAYOUT.chunk_bytes, proxy=self.proxy, transport="auto",
@@ -260,7 +260,9 @@ class _Ours:
         self.sidecar.stop()
 
     def until_ended(self, req: str, bound_s: float = BOUND_S, rank: int = 0) -> Iterator[Any]:
-        """Yields the sidecar's events of a request up to its end. Raises an error if it does not end in `bound_s`."""
+        """Yields the sidecar's events of a request up to its end. Raises an error if the request does not end in
+        `bound_s`.
+        """
         deadline = time.monotonic() + bound_s
         while time.monotonic() < deadline:
             for event in self.clients[rank].wait(0.2):

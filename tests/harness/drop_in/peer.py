@@ -2,13 +2,13 @@
 
     python peer.py SOCKET
 
-The process imports torch and LMCache, which takes a core six seconds, longer than most tests, and starts backends as
-forks of itself. Each connection to SOCKET sends one line of JSON, {"options": {"port": 4711, "role": "receiver",
-"mode": "async", ...}, "log": ...}. The answer is the id of the fork, which leads its own process group and writes to
-the log.
+The process imports torch and LMCache, and starts backends as forks of itself. The imports take six seconds of a core,
+which is longer than most tests. Each connection to SOCKET sends one line of JSON, {"options": {"port": 4711, "role":
+"receiver", "mode": "async", ...}, "log": ...}. The answer is the id of the fork, which leads its own process group and
+writes to the log.
 
-The fork accepts one connection on the given loopback port. Each line is a JSON command, and gets a line with a JSON
-answer:
+The fork accepts one connection on the given loopback port. Each line is a JSON command. The fork answers each command
+with one line of JSON:
 
     {"do": "put", "req": ..., "to": {...}, "keys": [...], "tokens": ..., "seed": ..., "batch": ...}
     {"do": "get", "keys": [...], "tokens": ...}
@@ -125,7 +125,7 @@ class Peer:
         return {"keys": [key.to_string() for _, _, key in database.process_tokens(tokens=command["tokens"])]}
 
     def put(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Fills chunks and passes them to the backend, in batches, as an engine with chunked prefill does."""
+        """Fills chunks and passes them to the backend in batches, like an engine with chunked prefill."""
         to, keys, tokens = command["to"], command["keys"], command["tokens"]
         # The command has the ports of all ranks; LMCache uses those of its own rank.
         name = to["host"] + str(to["init_port"][self.metadata.worker_id])
@@ -189,9 +189,9 @@ class Peer:
         return {"sums": sums}
 
     def _remove(self, key: Any, found: Any) -> None:
-        """Gives a chunk back to the backend, as LMCache's cache engine does after a retrieve.
+        """Returns a chunk to the backend, as LMCache's cache engine does after a retrieve.
 
-        The backend may give the page to another key at once, so nobody may use the chunk afterwards.
+        The backend may give the page to another key at once, so the chunk must not be used afterwards.
         """
         references = found.get_ref_count()
         if self.mode == "async":
@@ -230,7 +230,7 @@ def serve(options: dict[str, Any]) -> None:
             except Exception as error:  # noqa: BLE001 - the answer reports the error
                 answer = {"failed": f"{type(error).__name__}: {error}"}
             lines.write(json.dumps(answer) + "\n")
-    # Not the backend's own close, which hangs in a receiver's threads.
+    # Do not close the backend itself: the threads of a receiver would hang.
     os._exit(0)
 
 
@@ -252,7 +252,7 @@ def become(asked: dict[str, Any]) -> None:
 def main() -> None:
     for module in MODULES:
         import_module(module)
-    # The system then removes ended forks at once. The test sees their end through a pidfd.
+    # With this the system removes ended forks at once. The test notices their end through a pidfd.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(sys.argv[1])
@@ -270,7 +270,7 @@ def main() -> None:
                 try:
                     connection.sendall(f"{child}\n".encode())
                 except OSError:
-                    # The test has given up: nothing else knows of the fork.
+                    # The test has closed the connection, so it will never end this fork.
                     os.kill(child, signal.SIGKILL)
 
 
