@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows the whole system at work: two real vLLM instances, a sidecar beside each, the proxy, and a few prompts.
+"""Shows the whole system with a few prompts: two real vLLM instances, a sidecar for each, and the proxy.
 
 `make demo` runs this script in the Python environment that `make venv` makes. The exit code is 0 only if the KV of
 every prompt was moved and used, and if every text equals the text of a single instance.
@@ -32,7 +32,7 @@ STORY = (
     "A decode engine takes these notes and only has to continue. "
 )
 
-# Prompts with one chunk of KV (256 tokens) to several. The last two prompts begin with the same text.
+# Prompts whose KV is one chunk (256 tokens) up to several chunks. The last two prompts begin with the same text.
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then",
     STORY * 3 + "In short,",
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def problems(self) -> list[str]:
-        """Returns what is wrong with this outcome; an empty list if nothing is."""
+        """Returns the problems of this outcome; an empty list if there are none."""
         moved = self.moved
         tokens = moved.sender["tokens"]
         found = []
@@ -102,7 +102,7 @@ def show(pair: Pair, number: int, prompt: str) -> Outcome:
     """Sends one prompt through the proxy and prints its text as it arrives. Then asks a single instance."""
     print(f"\n--- request {number}: {shortened(prompt)}\n    ", end="")
     moved = pair.move(prompt, max_tokens=MAX_TOKENS, on_text=live, model="m")
-    # The salt keeps the prefill engine from using its prefix cache: it computes the whole prompt again.
+    # Because of the salt, the prefill engine cannot use its prefix cache, and computes the whole prompt again.
     alone = complete(pair.prefill.url, prompt, max_tokens=MAX_TOKENS, cache_salt=f"alone-{number}", model="m")
     outcome = Outcome(moved, alone.token_ids)
     print("\n" + table(pair, outcome))

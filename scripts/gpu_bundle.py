@@ -8,8 +8,8 @@ for CUDA 13. The script writes parts of at most 58 MB into OUT, for hosts that a
 
     sh unpack.sh DIR      unpacks all parts beside it; then `. DIR/env.sh` and, in DIR/repo, `make gpu-bench`
 
-The bundle leaves out what no dense model on Hopper needs: FlashAttention 2, DeepGEMM, FlashMLA, kernels for mixtures of
-experts (unless --moe), header files and static libraries.
+The bundle leaves out the packages that no dense model on Hopper needs: FlashAttention 2, DeepGEMM, FlashMLA, kernels
+for mixtures of experts (unless --moe), header files and static libraries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PART_BYTES = 58 << 20
 PYTHON = "3.12"
 GLIBC = range(39, 4, -1)
 
-# A dense model does not use these packages, or they are for other GPUs only. Some are larger than the whole bundle.
+# A dense model does not use these packages, or they are only for other GPUs. Some are larger than the whole bundle.
 NOT_NEEDED = {
     "flashinfer-cubin", "tilelang", "z3-solver", "tokenspeed-mla", "tokenspeed-triton", "cuda-tile", "cuda-python",
     "humming-kernels",
@@ -124,7 +124,7 @@ def pack_vllm(options: argparse.Namespace, folder: Path) -> None:
     packed = folder / "site.txz"
     with packed.open("wb") as output:
         tar = subprocess.Popen(["tar", "cf", "-", "-C", site, "."], stdout=subprocess.PIPE)
-        # Separate blocks, so that the host can unpack with all its cores.
+        # Compress in separate blocks, so that the host can unpack with all its cores.
         subprocess.run(["xz", "-T0", "-6", "--block-size=16MiB"], stdin=tar.stdout, stdout=output, check=True)
         if tar.wait() != 0:
             raise RuntimeError("tar failed")
@@ -146,7 +146,7 @@ def pack_nixl(options: argparse.Namespace, folder: Path) -> None:
 
 
 def pack_lmcache(options: argparse.Namespace, folder: Path) -> None:
-    """Packs LMCache, one of the baselines, with the packages that it needs beside vLLM."""
+    """Packs LMCache, one of the baselines, with the packages that it needs in addition to vLLM."""
     site = unpacked(folder, [f"lmcache=={options.lmcache}", *LMCACHE_NEEDS])
     pack_folder(site, options.out / "lmcache.tgz")
 

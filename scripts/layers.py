@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Checks that imports go one way only, as `layers.toml` says.
+"""Checks that imports between folders go in one direction only, in the order of `layers.toml`.
 
-For each tree of source files two things are checked:
+The script checks two rules for each tree of source files:
 
-- A folder (or a file at the top of the tree) imports only from folders that stand above it in the list.
-- No two files import each other, directly or through others.
+- A folder (or a file at the top of the tree) imports only from folders that are before it in the list.
 
-Run from anywhere; prints every finding as `file: text` and exits 1 if there is one. `--graph TREE` prints the imports.
-Test code is not checked: a test may import what it likes.
+- No two files import each other, directly or through other files.
+
+The script may be run from any folder. It prints each finding as `file: text`. The exit code is 1 if there is a finding.
+`--graph TREE` prints the imports. Test code is not checked, because a test may import anything.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Graph = dict[Path, set[Path]]
 
 @dataclass(frozen=True)
 class Tree:
-    """One crate's or package's source, and its rooms from the lowest to the highest."""
+    """The source of one crate or package, and its rooms (folders or files at its top) from the lowest to the highest."""
 
     root: Path
     rooms: list[str]
@@ -63,7 +64,7 @@ def main() -> int:
 
 
 def imports(root: Path) -> Graph:
-    """Returns which file below `root` imports from which; paths are relative to `root`."""
+    """Returns, for each file below `root`, the files from which it imports. Paths are relative to `root`."""
     rust = _rust_modules(root)
     if rust:
         return {file: set(_rust_imports(root, file, rust)) - {file} for file in rust.values()}
@@ -72,7 +73,7 @@ def imports(root: Path) -> Graph:
 
 
 def _upward(tree: Tree, graph: Graph) -> Iterator[str]:
-    """Yields an import that does not go down the list, and a room that the list leaves out."""
+    """Yields each import from a higher room, and each room that is missing in the list."""
     name = tree.root.relative_to(ROOT)
     for file, targets in sorted(graph.items()):
         here = _room(file)
@@ -86,7 +87,7 @@ def _upward(tree: Tree, graph: Graph) -> Iterator[str]:
 
 
 def _room(file: Path) -> str:
-    """Returns the folder directly below the tree's root, or the name of a file that stands there."""
+    """Returns the folder directly below the tree's root, or the name of a file that is directly below the root."""
     return file.parts[0] if len(file.parts) > 1 else file.stem
 
 
@@ -132,7 +133,7 @@ Module = tuple[str, ...]
 
 
 def _rust_modules(root: Path) -> dict[Module, Path]:
-    """Returns the module path of each file, `main.rs`, `lib.rs` and test code left out."""
+    """Returns the file of each module path, without `main.rs`, `lib.rs` and test code."""
     modules: dict[Module, Path] = {}
     for path in root.rglob("*.rs"):
         file = path.relative_to(root)
@@ -145,11 +146,11 @@ def _rust_modules(root: Path) -> dict[Module, Path]:
 
 def _rust_imports(root: Path, file: Path, modules: dict[Module, Path]) -> Iterator[Path]:
     here = next(module for module, path in modules.items() if path == file)
-    # A module may be cut into files: those below it see what it holds, as one file would.
+    # A module may be split into several files. The files below it see its items, as if they were one file.
     whole = {modules.get(here[:length]) for length in range(len(here))}
     for path in _rust_paths(_without_tests((root / file).read_text(encoding="utf-8"))):
         module = _absolute(path, here, modules)
-        # The longest part of the path that is a file; the rest names an item in it.
+        # Find the longest beginning of the path that is a file. The rest is the name of an item in this file.
         while module and module not in modules:
             module = module[:-1]
         if module and modules[module] not in whole:
@@ -157,7 +158,7 @@ def _rust_imports(root: Path, file: Path, modules: dict[Module, Path]) -> Iterat
 
 
 def _absolute(path: Module, here: Module, modules: dict[Module, Path]) -> Module:
-    """Returns a path as it is from the crate's root; `()` for one that leads elsewhere."""
+    """Returns a path as seen from the crate's root; `()` for a path that leads out of the crate."""
     if path[0] == "crate":
         return path[1:]
     base = here
@@ -168,18 +169,18 @@ def _absolute(path: Module, here: Module, modules: dict[Module, Path]) -> Module
             return base
         if path[0] not in {"super", "self"}:
             return base + path
-    # A module beside its own declaration: `child::Item` in the file that declares `mod child;`.
+    # A module in the file that declares it: `child::Item` in the file with `mod child;`.
     return here + path if (*here, path[0]) in modules else ()
 
 
 def _without_tests(text: str) -> str:
-    """Returns the text without comments and without what stands below `#[cfg(test)] mod`."""
+    """Returns the text without comments, and without everything below `#[cfg(test)] mod`."""
     text = re.sub(r"//[^\n]*", "", text)
     return re.split(r"#\[cfg\(test\)\]\s*(?:pub(?:\([a-z]+\))? )?mod \w+ \{", text)[0]
 
 
 def _rust_paths(text: str) -> Iterator[Module]:
-    """Yields every path of the text, those in the braces of a `use` one by one."""
+    """Yields every path in the text. The paths in the braces of a `use` are separate."""
     for statement in re.finditer(r"\buse\s+([^;]+);", text):
         yield from _use_tree((), _tokens(statement[1]))
     for path in re.finditer(r"\b(?:crate|super|self|[a-z_]\w*)(?:::\w+)+", re.sub(r"\buse\s+[^;]+;", "", text)):
@@ -191,7 +192,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _use_tree(prefix: Module, tokens: list[str]) -> Iterator[Module]:
-    """Yields the paths of one tree of a `use`, and takes its tokens away up to the comma or brace that ends it."""
+    """Yields the paths of one tree of a `use`. Removes its tokens up to the comma or brace that ends the tree."""
     path = prefix
     while tokens and tokens[0] not in {",", "}"}:
         token = tokens.pop(0)
@@ -213,7 +214,7 @@ def _use_tree(prefix: Module, tokens: list[str]) -> Iterator[Module]:
 
 
 def _python_imports(root: Path, file: Path, files: set[Path]) -> Iterator[Path]:
-    """Yields the files of the package that a file imports, those for type checkers only left out."""
+    """Yields the package's files that a file imports, except those that are only for type checkers."""
     for node in _statements(ast.parse((root / file).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom):
             continue
@@ -233,7 +234,7 @@ def _python_imports(root: Path, file: Path, files: set[Path]) -> Iterator[Path]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Yields every node but those below `if TYPE_CHECKING`."""
+    """Yields every node except the nodes below `if TYPE_CHECKING`."""
     queue: list[ast.AST] = [tree]
     while queue:
         node = queue.pop()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A longer file holds more than one thing, and a reader does not find them by the file's name.
+# A longer file contains more than one thing, and its name does not tell a reader all of them.
 MAX_LINES = 500
 # Test files that are tables of cases may be longer.
 MAX_TEST_LINES = 1000
@@ -29,15 +29,15 @@ LEFTOVER = re.compile(r"\b(?:FIXME|XXX|HACK)\b|\bdbg!\(|^<{7} |^>{7} ")
 
 # Documentation that begins with one of these words asks a question instead of naming a thing.
 UNCLEAR_OPENINGS = ("What", "How", "Whose", "Of", "Whether", "Where", "Who")
-# The check of the openings is on in these folders. Add a folder when its documentation is rewritten.
+# Only these folders are checked for unclear openings. Add a folder when its documentation is rewritten.
 PLAIN_FOLDERS = (
     "common/", "discovery/", "nixl/", "nixl-sys/", "protocol/", "proxy/", "python/", "scripts/", "sidecar/",
     "tests/bench/", "tests/gpu/", "tests/harness/", "tests/processes/drop_in/",
 )  # fmt: skip
 RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 
-# A transport is its folder, its `mod` line and its name in the table and in the protocol's list, so that a new one
-# touches few files. Other code asks the table. These files use the same word for another thing.
+# A transport needs only its folder, its `mod` line, and its name in the table and in the protocol's list, so that a new
+# transport changes few files. Other code must use the table. The files below use the same word with another meaning.
 TRANSPORTS = Path("sidecar/src/transport")
 TRANSPORT_USERS = ("sidecar/src/", "proxy/src/", "protocol/src/")
 TRANSPORT_LISTS = ("sidecar/src/transport/table.rs", "protocol/src/record.rs")
@@ -111,7 +111,7 @@ def transport_names() -> list[str]:
 def named_transports(text: str, names: list[str]) -> list[tuple[int, str]]:
     """Returns the lines of Rust code that name a transport by its text or by its module, with line numbers.
 
-    Comments and tests may name transports. The unit tests of a file are its end.
+    Comments and tests may name transports. The unit tests are at the end of a file.
     """
     any_name = "|".join(names)
     naming = re.compile(rf'"(?:{any_name})"|\btransport::(?:\{{[^}}]*)?\b(?:{any_name})\b|\b(?:{any_name})::KIND\b')
@@ -129,7 +129,7 @@ def check_of_transports_works() -> bool:
 
 
 def may_name_transports(name: str) -> bool:
-    """Returns true if a file may name transports: it belongs to one, lists them all, tests, or means another thing."""
+    """Returns true if a file may name transports: it belongs to one, lists all, is a test, or uses another meaning."""
     parts = Path(name).parts
     in_folder = parts[: len(TRANSPORTS.parts)] == TRANSPORTS.parts and len(parts) > len(TRANSPORTS.parts) + 1
     is_test = "tests" in parts or parts[-1] == "tests.rs"

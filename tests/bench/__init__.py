@@ -1,4 +1,4 @@
 """Benchmarks of this project against baselines.
 
-Each benchmark alternates between the two in one run, so that a busy machine disturbs both equally.
+Each benchmark alternates between this project and the baseline in one run, so that a busy machine affects both equally.
 """

@@ -1,4 +1,4 @@
-"""Sends 2,000 streams at once through pd-proxy for a minute: no stream may fail, and the memory must not grow."""
+"""Sends 2,000 streams at once through pd-proxy for a minute. No stream may fail, and the memory must not grow."""
 
 from __future__ import annotations
 

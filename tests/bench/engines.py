@@ -1,8 +1,8 @@
 """Measures whole requests through two engines: this project against vLLM's NixlConnector.
 
 Each request has a prompt of 1500 tokens and an answer of 24 tokens. All four engines run at the same time. Each of
-vLLM's NIXL workers uses a whole core even when idle, so the benchmark stops one pair (SIGSTOP) while it measures the
-other.
+vLLM's NIXL workers uses a whole core even when it is idle. So the benchmark stops one pair (SIGSTOP) while it measures
+the other.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def _alternate(figures: Figures, ours: Pair, baseline: NixlPair, progress: Progr
     for turn in range(TURNS + 1):
         prompts = [prompt(TOKENS, seed=1000 + turn * (ROUNDS + 1) + round_) for round_ in range(ROUNDS + 1)]
         with _stopped((baseline.prefill, baseline.decode)):
-            # After SIGCONT the sidecars and the proxy need a moment until they report ready again.
+            # After SIGCONT it takes a moment until the sidecars and the proxy report ready again.
             ours.wait_sidecars()
             answers, times = timed(lambda tokens: ours.complete(tokens, max_tokens=ANSWER).token_ids, prompts)
         with _stopped(own_parts):
             expect, base = timed(baseline.complete, prompts)
         assert answers == expect, "the two pairs gave different texts"
         if turn:  # the first turn warms up
-            # The first request of each turn wakes the stopped processes. It is not counted, for either pair.
+            # Do not count the first request of each turn, for either pair: it wakes the stopped processes.
             mine += times[1:]
             theirs += base[1:]
             progress.say(f"turn {turn}: ours {spread(times[1:])}, NixlConnector {spread(base[1:])}")

@@ -19,7 +19,7 @@ def p99(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. The ratio should be at most `most` and at least `least`; None sets no bound."""
+    """One comparison. The ratio should be at most `most` and at least `least`; None means that there is no bound."""
 
     what: str
     ours: str

@@ -20,10 +20,10 @@ from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 MIB = 1 << 20
 KEYS = 100
 TURNS = 5
-# Less than 256, because a sidecar keeps the records of its last 256 requests.
+# Below 256, because a sidecar keeps the records of only its last 256 requests.
 ROUNDS = 200
 
-# Chunks so small that the time of their push does not matter.
+# The chunks are so small that the time of their push does not matter.
 SMALL_CHUNK = 4096
 
 
@@ -96,7 +96,7 @@ def pyzmq_round_trips(rounds: int) -> list[float]:
 
 
 def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
-    """Measures the time from reservation to ready, against its unavoidable parts: a round trip and a write."""
+    """Measures the time from reservation to ready. Compares it with its unavoidable parts: a round trip and a write."""
     ours: list[float] = []
     parts: list[float] = []
     with sidecars("nixl", 4 * MIB, folder, logs) as pair:
@@ -121,7 +121,7 @@ def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def zmq_round_trip(rounds: int) -> float:
-    """Returns the median microseconds of a round trip with the sidecar's own ZeroMQ library and nothing else."""
+    """Returns the median microseconds of a round trip that uses only the sidecar's ZeroMQ library."""
     done = subprocess.run(
         [EXAMPLES / "zmq_round_trip", str(rounds), "300", "150", str(PAUSE_US)],
         check=True,

@@ -2,7 +2,7 @@
 
 The router has the first core for itself; the engines and the load generator share the second core. So the benchmark
 compares the work of the routers alone. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router has no
-such mode and only routes, so the comparison with sglang-router has no prefill instances.
+mode for such requests and only routes, so the comparison with sglang-router has no prefill instances.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def measure(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
-    """Measures the built-in TCP against NIXL over TCP and, if iperf3 is installed, against one iperf3 stream.
+    """Measures the built-in TCP transport against NIXL over TCP. If iperf3 is installed, also compares it with one
+    iperf3 stream.
 
     The benchmark succeeds if one of the two bounds holds.
     """
@@ -74,7 +75,7 @@ def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
 def _alternating(
     transport: str, total_mib: int, chunk_mib: int, folder: Path, logs: Path, raw_env: dict[str, str]
 ) -> tuple[list[float], list[float]]:
-    """Returns GB/s of each push, and of the baseline in each turn (the fastest division of the bytes)."""
+    """Returns GB/s of each push, and of the baseline in each turn (with the fastest division of the bytes)."""
     ours: list[float] = []
     raw: list[float] = []
     with sidecars(transport, total_mib * MIB, folder, logs) as pair:
@@ -112,7 +113,7 @@ def _raw(total_mib: float, chunk_mib: float, env: dict[str, str], key: str, roun
 def _iperf3() -> float:
     """Returns GB/s of one iperf3 stream over loopback."""
     port = str(free_port())
-    # Without --forceflush the line that reports the open port would stay in the buffer of the pipe.
+    # Without --forceflush, the line that reports the open port would stay in the pipe's buffer.
     server = subprocess.Popen(["iperf3", "-s", "-1", "--forceflush", "-p", port], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -7,7 +7,7 @@ import zmq
 
 
 class AllocRequest(msgspec.Struct, tag=True):
-    """The alloc request as a Python implementation of this protocol declares it."""
+    """The alloc request, declared as a Python implementation of this protocol would declare it."""
 
     keys: list[str]
     fmt: int

@@ -14,9 +14,9 @@ from harness.sidecar import BINARIES, Sidecar, SidecarOptions
 EXAMPLES = BINARIES / "examples"
 CHUNK_TOKENS = 256
 PAUSE_US = 2000
-"""The pause before each round, of the sidecars (see `engine_pair.rs`) and of the baseline.
+"""The pause before each round, for the sidecars (see `engine_pair.rs`) and for the baseline.
 
-After a pause cores and caches are cold, so both must have the same pause.
+Cores and caches are cold after a pause, so both must have the same pause.
 """
 
 

@@ -1,4 +1,4 @@
-"""Measures the ways to hand a request over: the time of the decode leg, and the source of the first token."""
+"""Measures the hand-over modes: the time of the decode leg, and the source of the first token."""
 
 from __future__ import annotations
 

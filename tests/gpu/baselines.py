@@ -32,7 +32,7 @@ class _TwoEngines:
             engine.start()
 
     def wait(self) -> None:
-        """Returns at once: no process besides the engines must become ready."""
+        """Returns at once, because there are no processes besides the engines to wait for."""
 
 
 class Nixl(_TwoEngines):

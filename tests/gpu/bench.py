@@ -35,7 +35,7 @@ from gpu.setting import WIRES, Setting, gpus, versions
 from gpu.stacks import FirstOfPrefill, Ours, Pair, Stack
 from gpu.tpot import tpot
 
-# The order of the steps. Loads that may make a stack hang for ever come late, because later steps leave that stack out.
+# The order of the steps. Loads under which a stack may hang are last, because later steps leave out a stack that hangs.
 STEPS = ("latency", "tpot", "poisson", "burst", "throughput", "many", "wires")
 SKIPPED = 77
 # Before each of these steps, the stacks of --renew restart, so that their buffers are empty.
@@ -109,7 +109,7 @@ class Bench:
             self._stop(stack)
 
     async def _renew(self) -> None:
-        """Restarts the stacks of --renew, because chunks of earlier steps stay in their buffers and would slow them."""
+        """Restarts the stacks of --renew. Chunks of earlier steps would stay in their buffers and make them slower."""
         wanted = set(self.options.renew) - set(self.options.idle_only)
         for stack in [stack for stack in self.stacks if stack.name in wanted]:
             began = time.monotonic()
@@ -226,7 +226,7 @@ class Bench:
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
         def prompts() -> measure.Prompts:
-            # Prompts that no engine has seen before: otherwise a prefix cache would answer a part of them.
+            # Use prompts that no engine has seen before. Otherwise a prefix cache could answer a part of them.
             return measure.Prompts(seed + 1, self.options.vocabulary)
 
         return await measure.poisson(self._handovers(), rate, alone, seconds, prompts, seed, say)

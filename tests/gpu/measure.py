@@ -33,15 +33,16 @@ class Prompts:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Returns a quantile, or 0 if there are no values: a stack without a finished request has no times."""
+    """Returns a quantile, or 0 if there are no values, for example for a stack without a finished request."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else 0.0
 
 
 async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, prompts: Prompts, say: Say) -> Any:
     """Measures one request at a time. In each round every stack gets the same prompt; the first round warms up.
 
-    Before each request is the same pause, and the order of the stacks changes each round. Without the pause, a prefill
-    right after another one on the same GPU took up to 3 % longer, most likely because of the GPU's power limit.
+    There is the same pause before each request, and the order of the stacks changes each round. Without the pause, a
+    prefill directly after another one on the same GPU took up to 3 % longer, most likely because of the GPU's power
+    limit.
     """
     results: dict[str, Any] = {stack.name: {} for stack in stacks}
     failed: dict[str, str] = {}
@@ -201,7 +202,7 @@ async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts:
 
 
 def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any]:
-    """Returns the sidecars' records of the last requests, which had these lengths, with the expected bytes."""
+    """Returns the sidecars' records of the last requests, which had these lengths, together with the expected bytes."""
     count = len(prompts)
     records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
     wanted = sum(prompts) * setting.token_bytes
@@ -228,7 +229,7 @@ def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any
 
 
 def _with_gaps(of: dict[str, Any], alone_ms: float) -> dict[str, Any]:
-    """Adds the gap: the milliseconds by which a first token is later than that of one idle instance."""
+    """Adds the gap: the milliseconds by which a first token comes later than from one idle instance."""
     shares = ("p50", "p99") if of["done"] else ()
     gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in shares}
     return {"alone_ms": alone_ms, **of, **gaps}

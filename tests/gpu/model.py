@@ -56,8 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCABULARY = 32000
-# Number of tokens that can occur in answers. With few candidates, two are seldom equally likely, so rounding seldom
-# decides between them.
+# Number of tokens that can occur in answers. With few candidates, two tokens are rarely almost equally likely, so
+# rounding rarely decides between them.
 SAID = 64
 SEED = 5
 

@@ -17,7 +17,7 @@ from harness.sidecar import CHUNK_TOKENS
 
 from gpu.model import token_bytes
 
-# An engine must not use the network: it downloads nothing and reports nothing.
+# An engine must not use the network: it must neither download nor report anything.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -69,7 +69,7 @@ class Setting:
     transport: str = "auto"
     push: str = "auto"
     prefix_caching: bool = False
-    """The engines' prefix cache. vLLM's own default is True, and then vLLM hashes each prompt."""
+    """True if the engines have a prefix cache. It is on in vLLM by default, and vLLM then hashes each prompt."""
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -140,7 +140,8 @@ class GpuEngine(Engine):
             "--model", options.model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(self.port), "--block-size", str(options.block_size),
             "--max-model-len", str(setting.model_tokens), "--max-num-batched-tokens", str(setting.model_tokens),
-            # A fixed size: engines that start at the same time would count each other's memory as their own.
+            # Use a fixed size. Otherwise engines that start at the same time would count each other's memory as their
+            # own.
             "--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", str(setting.utilization),
             *options.more,
         ]  # fmt: skip

@@ -68,9 +68,9 @@ class Pair(Stack, Protocol):
 
 
 class Plain:
-    """One instance without any connector, on the GPU of the prefill sides.
+    """One instance without any connector, on the GPU that the prefill sides use.
 
-    Up to its first token, this instance computes the same as a prefill side.
+    Until its first token, this instance computes the same as a prefill side.
     """
 
     name = "plain"
@@ -84,7 +84,7 @@ class Plain:
         self.engine.start()
 
     def wait(self) -> None:
-        """Returns at once: no process besides the engine must become ready."""
+        """Returns at once, because there is no process besides the engine to wait for."""
 
     async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
         return await stream(session, self.engine.url, prompt, tokens)
@@ -143,7 +143,7 @@ class Ours:
             device="cpu" if setting.gpus is None else "cuda",
             # UCX_TLS below names tcp, since LMCache and NixlConnector need it.
             keys={"nixl_over_tcp": "trusted", **setting.sidecar_keys},
-            # No CUDA_VISIBLE_DEVICES: each sidecar must see both GPUs to copy between them.
+            # Do not set CUDA_VISIBLE_DEVICES: each sidecar must see both GPUs to copy between them.
             env={} if setting.gpus is None else {"UCX_TLS": UCX},
         )
         if setting.gpus is not None:
@@ -193,7 +193,7 @@ class FirstOfPrefill:
         self._ours.proxy.wait_ready()
 
     def start(self) -> None:
-        """Does nothing: the stack `ours` runs already."""
+        """Does nothing, because the stack `ours` is already running."""
 
     def wait(self) -> None:
         self._ours.wait()

@@ -103,7 +103,7 @@ def test_kv_in_its_chunks_is_what_the_host_makes_of_it(layout: str, block: int, 
     expect = torch.zeros(rig.slots.numel(), dtype=torch.uint8)
     HostCopier(pages_of(host, layout, block), expect.numpy().data, rig.slot_bytes).gather(spans(tokens, table, slots))
     assert torch.equal(rig.slots.cpu(), expect)
-    # Scatter the chunks into other pages, which must then give the same chunks.
+    # Scatter the chunks into other pages. A gather from these pages must then give the same chunks.
     other = torch.randperm(BLOCKS)[: len(table)]
     rig.wait(rig.copier.scatter(spans(tokens, other, slots), [rig.gpu.mark()]))
     rig.slots.zero_()
@@ -147,7 +147,7 @@ def test_a_gather_comes_after_what_was_computed_and_before_what_takes_its_blocks
         tensor.fill_(1)
     fence = rig.copier.gather(spans(CHUNK, table, [3]), [rig.gpu.mark()], 0, last=last)
     assert not fence.done(), "the launch waited for the GPU"
-    # The engine gives the blocks to another request, which computes at once.
+    # The engine gives the blocks to another request, and immediately computes with them.
     rig.gpu.hold(fence)
     for tensor in rig.tensors.values():
         tensor.fill_(2)
@@ -188,7 +188,7 @@ def test_a_slot_that_is_granted_anew_is_written_by_the_later_gather_last() -> No
         tensor[:16].fill_(1)
         tensor[16:].fill_(2)
     torch.cuda.synchronize()
-    # The first gather waits for a step of the engine; the second one has nothing to wait for.
+    # The first gather waits for a step of the engine; the second gather could start at once.
     torch.cuda._sleep(200_000_000)
     rig.copier.gather(spans(CHUNK, torch.arange(16), [3]), [rig.gpu.mark()], 0, last=True)
     rig.copier.gather(spans(CHUNK, torch.arange(16, 32), [3]), [], 1)

@@ -26,8 +26,8 @@ if not FOUND and not ON_CPU:
 LENGTHS = (1, 15, 255, 256, 257, 700, 1900 if ON_CPU else 2500)
 TOKENS = 12
 CHUNKS = 64
-# The time limit of a request while a sidecar is killed: the sidecars' own limits (5 s without a sender), and the time
-# to compute the prompt again.
+# The time limit of a request while a sidecar is killed. It covers the sidecars' own limits (5 s without a sender), and
+# the time to compute the prompt again.
 FAULT_S = 60.0
 FOLDER = ROOT / "target" / "gpu-test"
 
@@ -35,7 +35,7 @@ FOLDER = ROOT / "target" / "gpu-test"
 @pytest.fixture(scope="module")
 def started() -> Iterator[tuple[Ours, Plain]]:
     """Starts both stacks; the decode engine's pages have heads before tokens (HND), unlike the prefill engine's."""
-    # The sender sends layer by layer, although the wire is too fast to gain time by that.
+    # The sender sends layer by layer, although the transport is too fast to gain time from it.
     keys = {"park_ms": 3000 if ON_CPU else 1000, "checksum": True, "layers_below_gb_s": 100_000}
     layout = () if ON_CPU else (("VLLM_KV_CACHE_LAYOUT", "HND"),)
     setting = small(
@@ -63,7 +63,7 @@ def stacks(started: tuple[Ours, Plain]) -> Iterator[tuple[Ours, Plain]]:
 
 
 def references(plain: Plain, prompts: Sequence[list[int]], tokens: int) -> list[Reference]:
-    """Returns the expected answers. Asks one after the other: requests in one batch change each other's roundings."""
+    """Returns the expected answers. Sends one request at a time: requests in one batch change each other's rounding."""
     found = [reference(plain.engine.url, prompt, tokens) for prompt in prompts]
     long = [of.text for of, prompt in zip(found, prompts, strict=True) if len(prompt) > 1]
     assert len(set(long)) == len(long), "texts do not depend on their prompts"
@@ -117,7 +117,7 @@ def test_texts_over_the_wires_that_auto_does_not_take(stacks: tuple[Ours, Plain]
 
 @pytest.mark.parametrize("count", [16, 48])
 def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tuple[Ours, Plain], count: int) -> None:
-    """Sends many requests at once. The receivers also compare the checksum of each chunk with the sender's."""
+    """Sends many requests at once. The receivers also compare each chunk's checksum with the sender's checksum."""
     ours, plain = stacks
     draw = Prompts(count, VOCABULARY)
     prompts = [draw.next(300 + 1500 // count * i) for i in range(count)]
@@ -136,7 +136,7 @@ def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tup
 
 
 async def until_it_holds_slots(sidecar: Sidecar) -> None:
-    """Returns when the sidecar holds a slot, so while a push is running."""
+    """Returns when the sidecar holds a slot, which means that a push is in flight."""
     async with asyncio.timeout(FAULT_S):
         while (await asyncio.to_thread(sidecar.slots))[1] == 0:
             await asyncio.sleep(0)

@@ -142,7 +142,8 @@ class Case:
 def make_setting() -> Setting:
     keys: dict[str, object] = {"park_ms": 1000, "checksum": True}
     if ON_CPU:
-        # Busy workers share two cores, so sidecars run late. Longer limits keep a late sidecar from being given up.
+        # Busy workers share two cores, so sidecars run late. Longer limits keep a late sidecar from being treated as
+        # dead.
         keys |= {"park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000}
     setting = small(FOLDER, (0, 1), CHUNKS, sidecar_keys=keys)
     return replace(setting, buffer_bytes=setting.buffer_bytes // RANKS)

@@ -1,4 +1,4 @@
-"""Compares an answer with that of an instance that computes the whole prompt itself."""
+"""Compares an answer with the answer of an instance that computes the whole prompt itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from harness.client import post_json
 DTYPE = "float16"
 """The number format of models whose texts are compared.
 
-bfloat16 rounds eight times as coarsely: with it, rounding would decide one token in ten.
+bfloat16 rounds eight times as coarsely. With bfloat16, rounding would decide one token in ten.
 """
 
 TIE = 0.15
 """The largest difference of two tokens' log probabilities at which rounding may decide between the tokens.
 
-Tensor parallelism, batches and chunks of prefill add numbers in another order, so results differ in the last bits.
+Tensor parallelism, batches and chunks of prefill change the order of additions, so results differ in the last bits.
 Compared with float32, the logits of these models change by 0.013 (standard deviation). On average the likeliest token
 leads by 0.8.
 """
@@ -44,7 +44,7 @@ class Reference:
     """For each position, the log probability of each likely token, by the token's text."""
 
     def match(self, text: str) -> Match:
-        """Compares a text up to its first different word. All later words follow from that word and prove nothing."""
+        """Compares a text up to its first different word. Later words depend on that word, so they prove nothing."""
         text = "".join(text.split())
         if text == self.text:
             return Match.EQUAL

@@ -16,7 +16,7 @@ from gpu.stacks import REQUEST_S, Handover, Pair, client, stream
 STREAMS = 8
 PROMPT_TOKENS = 64
 INTERVAL_S = 0.4
-"""Time between the starts of two hand-overs. Even the slowest stack needs less, so all stacks do the same work."""
+"""Time between the starts of two hand-overs. Even the slowest stack needs less time, so all stacks do the same work."""
 
 
 async def tpot(stacks: Sequence[Pair], answer: int, prompts: measure.Prompts, say: measure.Say) -> Any:
@@ -65,7 +65,7 @@ async def _round(
     ended = await asyncio.gather(*asks, return_exceptions=True)
     moved = len(done)
     if arriving is not None:
-        # The last hand-over may end: an abort would be extra work for the measured engines.
+        # Let the last hand-over end, because an abort would be extra work for the measured engines.
         await _until_one_more(done, moved, arriving)
         if len(done) == moved and not failures:
             failures.append(f"a hand-over was not done in {REQUEST_S:g} s")
@@ -85,7 +85,7 @@ async def _until_one_more(done: Sequence[Handover], moved: int, arriving: asynci
 
 
 def _compare(results: dict[str, Any]) -> None:
-    """Adds the ratio of this project to the best baseline that had no failures."""
+    """Adds the ratio between this project and the best baseline that had no failures."""
     others = [of["busy"] for name, of in results.items() if not name.startswith("ours") and not of["failed"]]
     if "ours" in results and others:
         for key in ("per_token_ms_p50", "per_token_ms_p99"):

@@ -18,7 +18,7 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.progress import Progress
 
-# On two cores a start takes 30 s alone, and about 60 s beside a second start. A slow machine gets five times as long.
+# On two cores a start takes 30 s alone, and about 60 s during another start. This limit is five times as long.
 START_BOUND_S = 300.0
 
 # 8192 blocks of 32 tokens: enough for the prompts of the tests, and two engines still fit on a small machine.
@@ -40,7 +40,7 @@ class EngineOptions:
     core: int = 0
     # Number of tensor-parallel workers; each worker is a process.
     workers: int = 1
-    # The engine process is a fork of the API server, which halves the time of a start; see `forked/sitecustomize.py`.
+    # The engine process is a fork of the API server, which halves the start time; see `forked/sitecustomize.py`.
     forked: bool = False
     lora: dict[str, Path] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Engine(Part):
             # vLLM serves /reset_prefix_cache only in this mode.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            # The engine must not use the network: it downloads nothing and reports nothing.
+            # The engine must not use the network: it must neither download nor report anything.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -119,7 +119,7 @@ class Engine(Part):
         return int(metrics.sum("vllm:num_requests_running") + metrics.sum("vllm:num_requests_waiting"))
 
     def cache_usage(self) -> float:
-        """Returns the share of the KV blocks that requests hold, from 0 to 1."""
+        """Returns the share of the KV blocks that requests use, from 0 to 1."""
         return self.metrics().sum("vllm:kv_cache_usage_perc")
 
     def reset_prefix_cache(self) -> None:
@@ -127,7 +127,7 @@ class Engine(Part):
         assert status == 200, text
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads a LoRA adapter, which requests then name as their model."""
+        """Loads a LoRA adapter. Requests then use its name as their model."""
         status, text = call(f"{self.url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         assert status == 200, text
 
@@ -136,12 +136,13 @@ class Engine(Part):
         assert status == 200, text
 
     def warm_up(self) -> None:
-        """Sends one short request: the first request after a start is slower and would distort a measurement."""
+        """Sends one short request, because the first request after a start is slow and would distort a measurement."""
         complete(self.url, [2, 3, 4], max_tokens=2)
 
     def kill_core(self) -> None:
-        """`kill -9` of the process that computes. vLLM's API server lives on, and answers every request with 500, if
-        `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set; otherwise it ends within some seconds."""
+        """Kills the process that computes with SIGKILL. If `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set, vLLM's API server
+        stays alive and answers every request with 500; otherwise it ends within some seconds.
+        """
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         cores = [pid for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -185,7 +186,7 @@ def wait_for(engines: Sequence[Engine], progress: Progress | None = None, bound_
         time.sleep(0.2)
 
 
-# Lines of vLLM's log and the step of the start that each one marks, last step first.
+# Lines of vLLM's log, each with the step of the start that it marks. The last step is first.
 _STAGES = (
     ("Starting vLLM server", "starting its HTTP server"),
     ("init engine", "engine ready"),
@@ -197,6 +198,8 @@ _STAGES = (
 
 
 def core(index: int) -> int:
-    """Returns the `index`th core that this process may use. After the last core it begins again with the first."""
+    """Returns the `index`th core that this process may use. After the last core, the numbers continue with the first
+    core.
+    """
     cores = sorted(os.sched_getaffinity(0))
     return cores[index % len(cores)]

@@ -1,9 +1,10 @@
-"""Reads a victim's memory through a forged NIXL agent. Runs in a process of its own, on another host than the victim.
+"""Reads a victim's memory through a forged NIXL agent. Runs in its own process, on another host than the victim.
 
     python forged.py '{"own": HOST, "device": NAME, "victim": HOST, "port": N, "address": N, "bytes": N}'
 
-UCX packs host, port and memory address into the metadata that an agent gives away. The script makes an agent of its
-own, puts the victim's in their place, and asks a second agent to read from there. It prints what it got, as JSON.
+UCX packs host, port and memory address into the metadata that an agent gives to others. The script creates an agent,
+replaces these three values in its metadata by the victim's values, and lets a second agent read from the result. It
+prints what the second agent got, as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from harness.listening import listening
 
-# Longer than a connect over a veth takes. An attempt that hangs has got nothing.
+# Longer than a connect over a veth takes. A read that has not ended by then has failed.
 BOUND_S = 2.0
 
 
@@ -29,7 +30,7 @@ def main(given: dict[str, object]) -> dict[str, object]:
     # NIXL reads the variables when it is loaded.
     from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]
 
-    # Its number in the PID namespace that /proc shows.
+    # The number of this process in the PID namespace that /proc shows.
     own = int(Path("/proc/self").readlink().name)
     size = int(str(given["bytes"]))
     reader = nixl_agent("reader", nixl_agent_config(backends=["UCX"]))
@@ -66,5 +67,5 @@ def main(given: dict[str, object]) -> dict[str, object]:
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")
     sys.stdout.flush()
-    # An endpoint that never connected keeps an agent's destructor waiting.
+    # End the process directly: the destructor of an agent waits for endpoints that never connected.
     os._exit(0)

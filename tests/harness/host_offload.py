@@ -1,4 +1,4 @@
-"""Makes vLLM's CPU offloading work on vLLM's CPU build, where the engine's own memory is host memory, too.
+"""Makes vLLM's CPU offloading work on vLLM's CPU build, where the engine's KV is also in host memory.
 
 This module replaces only the worker, because vLLM's own worker copies with CUDA streams and does not start without a
 GPU. The OffloadingConnector, the scheduler and the manager are vLLM's. To use the module, set in the connector's
@@ -45,7 +45,7 @@ class HostWorker(OffloadingWorker):  # type: ignore[misc]
         return done
 
     def wait(self, job_ids: set[int]) -> None:
-        """Returns at once: each copy has ended before its submission returns."""
+        """Returns at once, because each copy ends before the call that submits it returns."""
 
     def _copy(self, job_id: int, sources: list[Any], take: Any, sinks: list[Any], put: Any) -> bool:
         began = time.perf_counter()

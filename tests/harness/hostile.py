@@ -1,8 +1,8 @@
-"""A hostile client of sidecars and of the proxy. Runs in a process of its own, on another host than its victims.
+"""A hostile client of sidecars and of the proxy. Runs in its own process, on another host than its victims.
 
     python hostile.py ATTACK '{"host": HOST, ...}'
 
-It prints what it was answered, as JSON. Each attack is bounded by numbers, not by time.
+It prints the answers that it got, as JSON. The number of messages limits each attack, not time.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Peer:
         self._socket.send(msgspec.msgpack.encode(message))
 
     def answer(self) -> dict[str, Any] | None:
-        """Returns the next answer, or None if there is none in time."""
+        """Returns the next answer, or None if no answer comes in time."""
         with suppress(zmq.Again):
             answer: dict[str, Any] = msgspec.msgpack.decode(self._socket.recv())
             return answer
         return None
 
     def drain(self) -> int:
-        """Reads what stands there. Returns the number of answers."""
+        """Reads all answers that have arrived, and returns their number."""
         count = 0
         while self._socket.poll(50):
             self._socket.recv()
@@ -69,7 +69,7 @@ class Peer:
 
 
 class Intruder:
-    """A sender that speaks the protocol, for leases of its own: the ports ask nobody for a key."""
+    """A sender that speaks the protocol and gets its own leases. The ports demand no key."""
 
     def __init__(self, given: dict[str, Any], name: str) -> None:
         self.given, self.name, self.epoch = given, name, secrets.randbits(63) | 1
@@ -115,7 +115,7 @@ class Intruder:
 
 
 def ports(given: dict[str, Any]) -> object:
-    """Connects to ports, says garbage to those that answer, and names them."""
+    """Connects to ports, sends random bytes to those that accept, and returns these ports."""
     answered = []
     for port in given["ports"]:
         with socket.socket() as stream, suppress(OSError):
@@ -127,7 +127,7 @@ def ports(given: dict[str, Any]) -> object:
 
 
 def sums(given: dict[str, Any]) -> object:
-    """Asks again and again for thousands of sums of one chunk in one message."""
+    """Sends messages that each contain thousands of checksums of one chunk."""
     intruder = Intruder(given, "sums")
     answers = 0
     for _ in range(given["leases"]):
@@ -135,7 +135,7 @@ def sums(given: dict[str, Any]) -> object:
         times = 3500
         message = fixture("written") | {"lease": lease, "epoch": intruder.to_epoch}
         message |= {"chunks": [0] * times, "indexes": [slot] * times, "sums": [0] * times}
-        # One that is answered by a refusal, and the same under no lease.
+        # Alternate between the granted lease, for which the answer is a refusal, and a lease that does not exist.
         for number in range(given["messages"]):
             intruder.alloc.send(message | {"lease": lease + number % 2})
             answers += intruder.alloc.answer() is not None
@@ -144,7 +144,7 @@ def sums(given: dict[str, Any]) -> object:
 
 
 def data(given: dict[str, Any]) -> object:
-    """Opens data connections that each show a lease, ends the lease, and keeps the connections."""
+    """Opens data connections that each show a valid lease. Then ends the lease, and keeps the connections open."""
     intruder = Intruder(given, "data")
     lease, slot = intruder.lease()
     layout = given["layout"]
@@ -168,7 +168,7 @@ def data(given: dict[str, Any]) -> object:
 
 
 def identity(given: dict[str, Any]) -> object:
-    """Comes under somebody else's socket identity."""
+    """Connects with the socket identity of another sender."""
     peers = [Peer(zmq.DEALER, given["host"], given["alloc_port"], given["identity"].encode()) for _ in range(20)]
     for peer in peers:
         peer.send(fixture("cancel_notif_lmcache"))
@@ -176,7 +176,7 @@ def identity(given: dict[str, Any]) -> object:
 
 
 def cancels(given: dict[str, Any]) -> object:
-    """Cancels what is not its own: request ids, and leases that it has not been given."""
+    """Cancels the requests of others, and leases that were not granted to it."""
     peer = Peer(zmq.DEALER, given["host"], given["alloc_port"])
     for _ in range(given["rounds"]):
         for req in given["ids"]:
@@ -189,7 +189,7 @@ def cancels(given: dict[str, Any]) -> object:
 
 
 def addresses(given: dict[str, Any]) -> object:
-    """Registers instances whose addresses end in something that turns a call-back into another request."""
+    """Registers instances with address endings that would turn a call-back into another request."""
     canary = f"http://{given['canary']}"
     peer = Peer(zmq.PUSH, given["host"], given["registration_port"])
     suffixes = ("#", "?", "/steal", "/steal?a=b#", "/#", "/?x=", "/..;/", "@127.0.0.1/", "\\@", "%23")
@@ -207,7 +207,7 @@ def addresses(given: dict[str, Any]) -> object:
 
 
 def changes(given: dict[str, Any]) -> object:
-    """Asks the proxy for changes, as a page in a browser or another proxy would pass them on."""
+    """Sends changes to the proxy's admin interface, as a page in a browser or another proxy would send them."""
     instance = json.dumps({"id": "evil", "role": "decode", "url": "http://127.0.0.1:1", "connector": "nixl"})
     paths = {
         "/instances": instance, "/mode/ppd": "{}", "/conversations/clear": "{}",
@@ -244,7 +244,7 @@ def status(given: dict[str, Any], path: str, headers: dict[str, str], body: str)
 
 
 def halves(given: dict[str, Any]) -> object:
-    """Sends half of a body on each of many connections, and keeps them until it is told to end."""
+    """Sends half of a body on each of many connections, and keeps them open until stdin ends."""
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
     )
@@ -260,7 +260,7 @@ def halves(given: dict[str, Any]) -> object:
 
 
 def endless(given: dict[str, Any]) -> object:
-    """Asks for the answer that never ends an event. Returns the bytes that came, and the seconds."""
+    """Requests the answer in which an event never ends. Returns the number of bytes and the seconds."""
     began = time.monotonic()
     connection = http.client.HTTPConnection(given["host"], given["port"], timeout=30)
     body = {"model": "m", "prompt": "endless", "max_tokens": 9, "stream": True}

@@ -1,4 +1,4 @@
-"""The sockets on which a process listens, as the kernel lists them."""
+"""Returns the sockets on which a process listens, from the kernel's tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import struct
 from pathlib import Path
 
-# The state column of /proc/net: TCP_LISTEN, and of a UDP socket without a peer.
+# The state column of /proc/net: TCP_LISTEN for TCP, and the state of a UDP socket without a peer.
 _LISTENS = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
 
 # SO_ACCEPTCON in the flags column of /proc/net/unix.
@@ -15,7 +15,7 @@ _ACCEPTS = 0x10000
 
 
 def listening(pid: int) -> set[str]:
-    """Addresses as `tcp 127.0.0.1:7300`, `tcp [::1]:7300` or `unix /path`; an abstract name begins with `@`."""
+    """Returns addresses: `tcp 127.0.0.1:7300`, `tcp [::1]:7300` or `unix /path`; an abstract name begins with `@`."""
     process = Path(f"/proc/{pid}")
     inodes = _inodes(process)
     found = set()
@@ -34,7 +34,7 @@ def _inodes(process: Path) -> set[str]:
     for descriptor in (process / "fd").iterdir():
         try:
             target = str(descriptor.readlink())
-        except FileNotFoundError:  # closed meanwhile
+        except FileNotFoundError:  # the process has closed it meanwhile
             continue
         if found := re.fullmatch(r"socket:\[(\d+)\]", target):
             inodes.add(found[1])
@@ -42,13 +42,13 @@ def _inodes(process: Path) -> set[str]:
 
 
 def _lines(table: Path) -> list[list[str]]:
-    if not table.exists():  # no IPv6 here
+    if not table.exists():  # this host has no IPv6
         return []
     return [line.split() for line in table.read_text().splitlines()[1:]]
 
 
 def _address(text: str) -> str:
-    """The kernel prints words of 32 bits in its own byte order."""
+    """Parses an address. The kernel prints it as words of 32 bits in the host's byte order."""
     address, port = text.split(":")
     words = [struct.pack("=I", int(address[at : at + 8], 16)) for at in range(0, len(address), 8)]
     raw = b"".join(words)

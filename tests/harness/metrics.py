@@ -42,7 +42,7 @@ class Metrics:
         )
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """Returns the sum of the samples for each value of one label, without zeros."""
+        """Returns the sum of the samples for each value of one label, except sums of zero."""
         values: dict[str, float] = {}
         for sample, own, value in self._samples:
             if sample in (name, f"{name}_total") and value:
@@ -54,8 +54,8 @@ class Metrics:
 class PromptTokens:
     """The engine's own counts of prompt tokens, by the source of their KV.
 
-    `external` tokens came through the connector, `cached` tokens from the engine's prefix cache; the engine computed
-    the `computed` tokens.
+    `external` tokens came through the connector, and `cached` tokens from the engine's prefix cache. The engine
+    computed the `computed` tokens itself.
     """
 
     external: int

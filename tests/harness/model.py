@@ -30,7 +30,7 @@ WEIGHT_STD = 0.2
 # Bytes of one token's K and V in all layers, in float32.
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_SIZE * 4
 
-# The tokenizer learns from the source text of these modules, because every Python contains them.
+# The tokenizer learns from the source text of these modules, because every Python installation contains them.
 CORPUS = (argparse, subprocess, textwrap, os)
 
 CHAT_TEMPLATE = (
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# Rank and scale of the adapter: large enough that the adapter changes the model's answers.
+# Rank and scale of the adapter. They are so large that the adapter changes the model's answers.
 LORA_RANK = 8
 LORA_ALPHA = 64
 
@@ -46,7 +46,7 @@ LORA_ALPHA = 64
 def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
     """Writes the model into `folder`, unless it is there already, and returns the folder.
 
-    Layers beyond the usual number pass on what they get: they have KV of their own and change no text.
+    Layers above the usual number return their input unchanged: they have KV of their own, but do not change the text.
     """
     done = folder / "done"
     if not done.exists():
@@ -61,7 +61,7 @@ def write_gemma(folder: Path) -> Path:
     """Writes a Gemma 4, whose layers have heads of two sizes, unless it is there already, and returns the folder."""
     done = folder / "done"
     if not done.exists():
-        # Only this model needs it, and it takes seconds to import.
+        # Import it here: only this model needs it, and the import takes seconds.
         from transformers import AutoModelForCausalLM
         from transformers.models.gemma4 import Gemma4TextConfig
 

@@ -23,7 +23,7 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
 
-# 64 chunks: more than eight requests of 1500 tokens need at the same time.
+# 64 chunks. Eight requests of 1500 tokens at the same time need fewer.
 BUFFER_BYTES = 64 * CHUNK_BYTES
 
 
@@ -40,7 +40,7 @@ class PairOptions:
     prefill_workers: int = 1
     decode_workers: int = 1
     ranks: int = 1
-    # Whether the engines with one worker start in half the time; see `EngineOptions.forked`.
+    # True if the engines with one worker start in half the time; see `EngineOptions.forked`.
     forked: bool = False
     # Prefix of the names of the processes and of their log files.
     prefix: str = ""
@@ -58,13 +58,13 @@ class Moved:
 
     answer: Answer
     request_id: str
-    # The decode engine's counts, for this request alone.
+    # The decode engine's counts, only for this request.
     tokens: PromptTokens
     sender: dict[str, Any]
     receiver: dict[str, Any]
 
     def check(self, expect: list[int], prompt_tokens: int, *, cached: int = 0) -> None:
-        """Asserts that the text is right, and that it is right because the KV was moved and used."""
+        """Asserts that the text is right, and that the KV was moved and used, which the text alone does not show."""
         assert self.answer.token_ids == expect
         check_tokens(self.tokens, prompt_tokens, cached=cached)
         wanted = (prompt_tokens - cached) * KV_BYTES_PER_TOKEN
@@ -75,7 +75,7 @@ class Moved:
 
 
 def check_tokens(tokens: PromptTokens, prompt_tokens: int, *, cached: int = 0, requests: int = 1) -> None:
-    """Asserts that the decode engine computed at most the last token of each request, as every engine must.
+    """Asserts that the decode engine computed at most the last token of each request, which every engine must compute.
 
     All other KV came through the connector or from the engine's own cache.
     """
@@ -145,7 +145,7 @@ class Pair:
         self.proxy.wait_ready(bound_s)
 
     def restart_sidecars(self, *, landing_bytes: int | None = None, **changes: Any) -> None:
-        """Restarts only the sidecars, with the standard options and `changes`. The engines reconnect by themselves."""
+        """Restarts only the sidecars, with the standard options and `changes`. The engines reconnect automatically."""
         for sidecar in (self.receiver, self.sender):
             sidecar.options = replace(self._standard[sidecar.name], **changes)
             sidecar.stop()
@@ -156,7 +156,7 @@ class Pair:
         self.wait_sidecars()
 
     def restore(self) -> None:
-        """Restarts the sidecars with the standard options, if an option differs or a sidecar does not run."""
+        """Restarts the sidecars with the standard options, if an option differs or a sidecar is not running."""
         parts = (self.receiver, self.sender)
         if any(part.options != self._standard[part.name] or not part.running for part in parts):
             self.restart_sidecars()
@@ -166,7 +166,7 @@ class Pair:
             engine.reset_prefix_cache()
 
     def stop(self) -> None:
-        """Stops everything, in an order in which each part can still tell the others that it leaves."""
+        """Stops all parts, in an order in which each part can still report its end to the others."""
         parts = (self.proxy, self.sender, self.receiver, self.prefill, self.decode)
         errors = []
         for part in parts:
@@ -205,7 +205,7 @@ class Pair:
         before = self.decode.prompt_tokens()
         answer = self.complete(prompt, max_tokens=max_tokens, **more)
         request_id = answer.headers["x-request-id"]
-        # The proxy's record says why nothing was moved, which the sidecars cannot know.
+        # The proxy's record has the reason if no KV was moved; the sidecars do not know this reason.
         routed = self.proxy.record(request_id)
         assert routed["alone"] is None, f"no hand-over: {routed}, instances {self.proxy.instances()}"
         sender, receiver = self.sender.record(request_id), self.receiver.record(request_id)
@@ -219,9 +219,9 @@ class Pair:
         *,
         decoder: tuple[Engine, Sidecar] | None = None,
     ) -> Any:
-        """Sends both legs of a request to the engines, past the proxy, and returns the decode leg's answer.
+        """Sends both legs of a request directly to the engines, and returns the decode leg's answer.
 
-        The two bodies may differ, as if one side had forgotten a field.
+        The bodies of the two legs may differ, as if one side had lost a field.
         """
         engine, receiver = decoder or (self.decode, self.receiver)
         spec = {
@@ -333,8 +333,8 @@ class Pair:
 
 @contextlib.contextmanager
 def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[Pair]:
-    """Starts a pair and yields it when it serves. Stops it at the end of the block, unless it was left running."""
-    # Not below the repository: a longer folder name could exceed the 107 bytes of a unix socket's path.
+    """Starts a pair and yields it when it serves. Stops it at the end of the block, except after `leave_running`."""
+    # The folder is not inside the repository: with a longer name, a unix socket's path could exceed 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     pair = Pair(options, folder)
     try:

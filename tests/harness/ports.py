@@ -1,8 +1,8 @@
-"""Gives out TCP ports. No two parts of a run get the same port, and no two runs on this machine do.
+"""Assigns TCP ports. No two parts of a run get the same port, and no two runs on this machine do.
 
-A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after
-it got it. To check that a port is free is therefore not enough. Each interpreter locks blocks of ports and gives out
-only ports of its own blocks. The system removes the locks when the interpreter ends, in whatever way.
+A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after it
+got the port. So a check that a port is free is not enough. Each interpreter locks blocks of ports and assigns only
+ports of its own blocks. The system removes the locks when the interpreter ends, even after a crash.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-# Below Linux's range for outgoing connections (from 32768). Otherwise an outgoing connection could take a port between
-# the check and the bind of the server.
+# These ports are below Linux's range for outgoing connections (from 32768). Otherwise an outgoing connection could take
+# a port between the check and the bind of the server.
 FIRST, LAST = 20_000, 30_000
 
 BLOCK = 250
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def free_ports(offsets: tuple[int, ...]) -> int:
-    """Returns a port so that this port plus each of `offsets`, all below `BLOCK`, is free."""
+    """Returns a port. This port and its sums with each of `offsets`, all below `BLOCK`, are free."""
     while True:
         first = _lock_block()[0]
         if all(is_free(first + offset) for offset in offsets):
@@ -55,10 +55,10 @@ def is_free(port: int) -> bool:
 
 
 def _lock_block() -> range:
-    """Returns the ports of a block that this interpreter has not had and no other interpreter has."""
+    """Returns the ports of a block that no interpreter has locked."""
     _LOCKS.mkdir(exist_ok=True)
     for first in range(FIRST, LAST, BLOCK):
-        # Opened with O_CLOEXEC: a child that outlives this interpreter does not keep the lock.
+        # `open` sets O_CLOEXEC, so a child that outlives this interpreter does not keep the lock.
         file = (_LOCKS / str(first)).open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,7 +26,7 @@ KILL_GRACE_S = 10.0
 
 
 class ProcessFailed(RuntimeError):
-    """Reports that a child ended, or was not ready in time. The message ends with the last lines of its output."""
+    """Reports that a child ended, or was not ready in time. The text ends with the last lines of the child's output."""
 
 
 class Child(Protocol):
@@ -114,7 +114,7 @@ class Process:
         _groups.discard(self)
 
     def stop(self) -> None:
-        """Sends SIGTERM to the leader, which ends its children. Kills what is left after `STOP_GRACE_S`."""
+        """Sends SIGTERM to the leader, which ends its children. Kills the remaining processes after `STOP_GRACE_S`."""
         self.signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_GRACE_S
         while time.monotonic() < deadline and not self._gone():
@@ -188,7 +188,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class _Groups:
-    """The groups that this interpreter has started and not ended. The guardian process has the same list."""
+    """The groups that this interpreter has started and not yet ended. The guardian process has the same list."""
 
     def __init__(self) -> None:
         self._running: set[Process] = set()

@@ -1,4 +1,4 @@
-"""Gives the answers of an instance without a connector: a transfer must not change these texts."""
+"""Returns the answers of an instance without a connector. A transfer must not change these texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.engine import Engine
 
 
 class Reference:
-    """An instance without connector and prefix cache. This class caches its answers."""
+    """An instance without connector and prefix cache. Answers are kept, so each prompt is computed once."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -21,7 +21,7 @@ class Reference:
     def token_ids(self, prompt: list[int], *, max_tokens: int = 24, **more: Any) -> list[int]:
         """Returns the greedy continuation of a prompt."""
         key = json.dumps([prompt, max_tokens, more], sort_keys=True)
-        # One request at a time: requests in one batch can change each other's roundings.
+        # Send one request at a time, because requests in one batch can change each other's rounding errors.
         with self._asking:
             if key not in self._answers:
                 self._answers[key] = complete(self.engine.url, prompt, max_tokens=max_tokens, **more).token_ids

@@ -41,7 +41,7 @@ class SidecarOptions:
     transport: str = "auto"
     # The value of pd_buffer_device.
     device: str = "cpu"
-    # Number of ranks, each with its own buffer. Fixed when the sidecar is made, because its ports are fixed then.
+    # Number of ranks, each with its own buffer. The constructor chooses the ports, so this number cannot change later.
     ranks: int = 1
     no_push: bool = NO_PUSH
     # Keys below `sidecar:` in the configuration file.
@@ -63,7 +63,7 @@ class Sidecar(Part):
         self.host = "127.0.0.1"
         self.init_ports = [free_port() for _ in range(options.ranks)]
         self.alloc_ports = [free_port() for _ in range(options.ranks)]
-        # The port of rank 0. With several ranks the next ports would have to be free, too, so the system chooses.
+        # The port of rank 0. With several ranks, the following ports would have to be free, too, so the system chooses.
         self.tcp_port = free_port() if options.ranks == 1 else 0
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"
@@ -128,7 +128,7 @@ class Sidecar(Part):
         return records
 
     def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
-        """Returns the record of a request: of its last rank, if there are several.
+        """Returns the record of a request. If there are several ranks, returns the record of the last rank.
 
         Waits up to `bound_s`, because the sidecar may write the record a moment after the client's answer.
         """

@@ -15,7 +15,7 @@ from harness.prompts import prompt
 # Prompt lengths: less than one chunk of 256 tokens, and several chunks.
 LENGTHS = (200, 600, 1200)
 
-# A refused client waits so long before its next request.
+# Pause of a client before its next request, in seconds, if its last request was refused.
 ERROR_PAUSE_S = 0.2
 
 
@@ -26,13 +26,15 @@ class Result:
     prompt: list[int]
     began: float
     seconds: float
-    # The client got either an answer or an error (an HTTP status, or an error event in the stream).
+    # The answer; None if the client got an error (an HTTP status, or an error event in the stream).
     answer: Answer | None
     error: str | None
 
 
 class Traffic:
-    """Several clients; inside the `with` block each sends one request after another. No two prompts are equal."""
+    """Several clients. Inside the `with` block each client sends one request after the other, all with different
+    prompts.
+    """
 
     def __init__(self, pair: Pair, *, clients: int, seed: int, bound_s: float, max_tokens: int = 16) -> None:
         self.results: list[Result] = []
@@ -52,7 +54,7 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops new requests and waits for the running ones. Fails the test if one does not end within the bound."""
+        """Stops new requests and waits for the running ones. Fails the test if a request takes longer than the bound."""
         self._stop.set()
         deadline = time.monotonic() + self._bound_s + 5
         for thread in self._threads:
@@ -93,7 +95,7 @@ class Traffic:
         except HttpError as refusal:
             error = str(refusal)
         except (OSError, HTTPException) as breach:
-            # The client got neither an answer nor a readable error. That is a fault, whichever process died.
+            # The client got neither an answer nor a readable error. This is a fault, whichever process has died.
             raise AssertionError(
                 f"a request ended without an answer after {time.monotonic() - began:.1f} s"
             ) from breach

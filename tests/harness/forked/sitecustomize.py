@@ -1,7 +1,7 @@
-"""Lets vLLM's engine process be a fork of its API server, in the processes of an engine with `EngineOptions.forked`.
+"""Makes vLLM's engine process a fork of its API server. Used for engines with `EngineOptions.forked`.
 
-vLLM's CPU build starts the engine process as a new interpreter, which imports torch and vLLM a second time: on two
-cores that is more than half of an engine's start. On a GPU vLLM forks by default.
+vLLM's CPU build starts the engine process as a new interpreter, which imports torch and vLLM a second time. On two
+cores these imports take more than half of an engine's start. On a GPU vLLM forks by default.
 """
 
 from __future__ import annotations
