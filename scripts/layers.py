@@ -31,7 +31,7 @@ Graph = dict[Path, set[Path]]
 
 @dataclass(frozen=True)
 class Tree:
-    """The source of one crate or package, and its rooms (folders or files at its top) from the lowest to the highest."""
+    """The source of one crate or package, and its rooms (top folders and files) from the lowest to the highest."""
 
     root: Path
     rooms: list[str]

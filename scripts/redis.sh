@@ -12,7 +12,7 @@ for package in ./*.deb; do
   dpkg -x "$package" .
 done
 rm ./*.deb
-# One program serves as server and as tools: the name under which it is started selects the role.
+# One program serves as server and as tools: the name of the started file selects the role.
 ln -sf redis-check-rdb usr/bin/redis-server
 cat >redis-server <<'EOF'
 #!/bin/sh

@@ -10,7 +10,7 @@
 
 A second thread notices the end of the connection and connects again, with growing pauses. It never handles messages.
 The end of a connection also ends everything in flight over it: `poll` returns `Lost`, and later `Connected` for a new
-connection with another epoch and another buffer. One thread sends and polls messages.
+connection with another epoch and another buffer. Only one thread may send and poll messages.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Connected:
 
 @dataclass(frozen=True)
 class Lost:
-    """The connection has ended, and with it everything in flight over it."""
+    """The connection has ended. Nothing that was in flight over it continues."""
 
     why: str
 
@@ -89,7 +89,7 @@ class NotConnectedError(Exception):
 
 
 class Client:
-    """A connection to one sidecar that renews itself."""
+    """A connection to one sidecar. The client connects again when the connection has ended."""
 
     def __init__(
         self,

@@ -242,7 +242,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._scheduler
 
     def _neighbour(self) -> Worker | None:
-        """Returns the worker's half, if it is the only one and lives in the scheduler's process."""
+        """Returns the worker's half, if it is the only worker and runs in the scheduler's process."""
         if self._config.parallel_config.world_size != 1 or not has_kv_transfer_group():
             return None
         beside = get_kv_transfer_group()
@@ -295,7 +295,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return Worker(pages, self._options, self._stats, **work)
 
     def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
-        """Returns the functions of the engine that store K and V, for the layers that have one.
+        """Returns the functions of the engine that store K and V, for the layers that have such a function.
 
         GPU kernels follow the strides of their tensors, so they need no probe.
         """
@@ -377,7 +377,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
             raise config.ConfigError([text])
 
 
-# vLLM's MultiConnector finds the owner of statistics by name alone. If this module is imported twice, the second
+# vLLM's MultiConnector finds the owner of statistics only by name. If this module is imported twice, the second
 # registration would raise an error.
 with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

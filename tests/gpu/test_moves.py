@@ -62,7 +62,7 @@ def spans(tokens: int, table: Any, slots: list[int]) -> list[Piece]:
 
 
 class Rig:
-    """Tensors of KV pages on the GPU, and a copier between them and slots of this process."""
+    """Tensors of KV pages on the GPU, and a copier between these pages and slots in this process."""
 
     def __init__(self, layout: str, block: int, dtype: Any, layers: int = 3, slots: int = 8) -> None:
         torch.manual_seed(4)

@@ -54,7 +54,7 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops new requests and waits for the running ones. Fails the test if a request takes longer than the bound."""
+        """Stops new requests and waits for the running ones. Fails the test if a request takes too long."""
         self._stop.set()
         deadline = time.monotonic() + self._bound_s + 5
         for thread in self._threads:

@@ -42,7 +42,7 @@ class Fence(Protocol):
 
     @property
     def seconds(self) -> float:
-        """The seconds that the move took. Valid once it is over."""
+        """The seconds that the move took. Valid when the move is over."""
         ...
 
 

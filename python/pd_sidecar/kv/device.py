@@ -33,7 +33,7 @@ class Host:
         return None
 
     def hold(self, fence: Fence) -> None:
-        """Does nothing: no move is under way."""
+        """Does nothing: a move is over when its call returns."""
 
     def copier(self, pages: Geometry, connection: Connection) -> Copier:
         """Returns the copier for the mapped buffer of a connection."""

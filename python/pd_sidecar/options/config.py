@@ -41,7 +41,7 @@ class Options:
     this engine's size.
     """
     load_deadline_ms: int = 30_000
-    """Milliseconds after which a decode request whose KV has not arrived is computed here."""
+    """Milliseconds that a decode request waits for its KV. After this time this engine computes the prompt."""
     save_deadline_ms: int = 60_000
     """Milliseconds for which a finished prefill request keeps its blocks for chunks that have no slot yet."""
     push: str = "auto"

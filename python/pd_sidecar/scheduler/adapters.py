@@ -51,7 +51,7 @@ class Adapter:
 
 
 class Adapters:
-    """The digests of the adapters that requests have named. One thread calls `digest`: the engine's."""
+    """The digests of the adapters that requests have named. Only the engine's thread calls `digest`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -106,7 +106,7 @@ class Load:
 
     @property
     def pushed_tokens(self) -> int:
-        """The prompt tokens that the other engine pushes, including those that this engine has already."""
+        """The prompt tokens that the other engine pushes, including the tokens that this engine already has."""
         prompt = self.request.num_prompt_tokens
         return min(self.transfer.tokens or prompt, prompt)
 

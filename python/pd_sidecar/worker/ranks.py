@@ -104,7 +104,7 @@ class RankCounter:
         self._named: Counter[str] = Counter()
 
     def of_all(self, engine_ids: Collection[str], ranks: int) -> set[str]:
-        """Counts these requests for one rank. Returns those that `ranks` ranks have finished by now."""
+        """Counts that one rank has finished these requests. Returns the requests that all ranks have finished."""
         self._named.update(engine_ids)
         out = {engine_id for engine_id in engine_ids if self._named[engine_id] == ranks}
         for engine_id in out:

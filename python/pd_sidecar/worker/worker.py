@@ -76,7 +76,7 @@ class Worker:
         self._loaded = Results()
         """The requests in `_pushed` and `_loaded` are done and not reported yet."""
         self._failed: dict[str, list[int]] = {}
-        """Loads that failed for one rank and may still be under way for another."""
+        """Loads that failed for one rank and may still be in flight for another rank."""
         self._unsent: set[str] = set()
         """Requests of a worker that serves no rank: they are done as soon as the engine finishes them."""
         self._idle = True
@@ -281,7 +281,7 @@ class Worker:
 
     @property
     def is_moving(self) -> bool:
-        """True while a move is under way and someone waits for its end."""
+        """True while a move is in flight and this worker must watch for its end."""
         return any(link.end.is_moving for link in self._links)
 
     def enter(self) -> None:
@@ -317,7 +317,7 @@ class Worker:
         return not self._idle and any(link.end.has_part_in_steps for link in self._links)
 
     def _rest(self) -> None:
-        """Waits briefly for news. Without this, an engine that only waits would use a whole core."""
+        """Waits briefly for news. Without this, an engine whose requests all wait would use a whole core."""
         if self._poller is not None:
             self._poller.wait(self._idle_wait_s)
             return
