@@ -264,7 +264,7 @@ class Client:
         self._reconnector.start()
 
     def close(self) -> None:
-        """Ends the connection for good."""
+        """Ends the connection. The client does not connect again."""
         self._reconnector.stop()
         if self._connection is not None:
             self._connection.shut()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# vLLM 0.24 does not have this class. There the worker reports a failed load by its blocks.
+# vLLM 0.24 does not have this class. With that version the worker reports a failed load by its blocks.
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -193,8 +193,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         """Does nothing: vLLM schedules a request only after its load."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Records that the forward has launched this layer. Full CUDA graphs do not call it: all layers are then
-        gathered together.
+        """Records that the forward has launched this layer. Full CUDA graphs do not call this method; all layers are
+        then gathered together.
         """
         if self._worker is not None:
             self._worker.layer_computed(layer_name)

@@ -1,4 +1,4 @@
-"""Tests number formats that differ although the tensors hold bytes in all of them."""
+"""Tests number formats of tensors of bytes, which have the same dtype in all these formats."""
 
 from __future__ import annotations
 

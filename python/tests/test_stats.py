@@ -1,4 +1,4 @@
-"""Tests the counters after the steps that vLLM's statistics make with them."""
+"""Tests that vLLM's statistics add, encode and export the counters correctly."""
 
 from __future__ import annotations
 

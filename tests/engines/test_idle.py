@@ -10,7 +10,7 @@ from harness.prompts import prompt
 from harness.reference import Reference
 
 SECONDS = 10.0
-# An otherwise idle machine shows 0.002. A process that polls without a pause uses 1.
+# On an otherwise idle machine a sidecar uses 0.002 cores. A process that polls without a pause uses a whole core.
 MOST_CORES = 0.05
 
 

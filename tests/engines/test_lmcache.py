@@ -1,4 +1,4 @@
-"""Tests real engines beside this project's sidecars, with real LMCache as the peer of each sidecar.
+"""Tests real engines with this project's sidecars. The peer of each sidecar is real LMCache.
 
 LMCache's own vLLM adapter does not run on the CPU build of vLLM, so the tests use LMCache's PD backend and its token
 database. The sidecar of the prefill engine pushes KV to an LMCache receiver. The receiver finds the chunks under the

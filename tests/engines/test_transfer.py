@@ -55,8 +55,7 @@ def test_eight_at_once(wired: Pair, reference: Reference) -> None:
     assert sum(record["bytes"] for record in records) == total * KV_BYTES_PER_TOKEN
 
 
-# The decode side holds whole blocks of 64 tokens. Neither the shared length nor the held length is a multiple of a
-# chunk, except 256.
+# The decode side holds whole blocks of 64 tokens. Except for 256, no length here is a multiple of a chunk.
 @pytest.mark.parametrize(("shared", "held"), [(70, 64), (300, 256), (700, 640), (1000, 960)])
 def test_prefix_on_the_decode_side(wired: Pair, reference: Reference, shared: int, held: int) -> None:
     first = prompt(shared, seed=3)

@@ -58,7 +58,8 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
     said = [line for line in _log(gemmas) if "moves no KV: the decode instance computes each prompt itself" in line]
     assert len(said) == 2, said
 
-    # Another proxy may send such a request anyway. The engine answers even the first one that it pushes no KV.
+    # Another proxy may send such a request anyway. Even to the first of these requests the engine answers that it
+    # pushes no KV.
     spec = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [1], "receiver_alloc_port": [1]}
     params = {"do_remote_decode": True, "disagg_spec": spec}
     body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}

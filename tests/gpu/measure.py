@@ -1,4 +1,4 @@
-"""The measurements. Each one gives the same prompts to all stacks."""
+"""The measurements. Each measurement gives the same prompts to all stacks."""
 
 from __future__ import annotations
 

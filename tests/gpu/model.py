@@ -65,8 +65,9 @@ SEED = 5
 def write_model(folder: Path, shape: str, dtype: str = "bfloat16", *, weights: bool = False) -> Path:
     """Writes a model into `folder` and returns the folder.
 
-    Without `weights`, vLLM makes random weights when it loads the model. They lie within a thousandth of 0, so an
-    answer depends on the last token of its prompt and hardly on KV. They also differ for each tensor-parallel size.
+    Without `weights`, vLLM makes random weights when it loads the model. These weights differ from 0 by at most 0.001,
+    so an answer depends on the last token of its prompt and hardly on KV. The weights also differ for each
+    tensor-parallel size.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

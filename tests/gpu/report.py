@@ -1,4 +1,4 @@
-"""Writes the results as JSON and as the table of docs/benchmarks.md."""
+"""Writes the results as JSON, and as the table for docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ONE_HOST = {
 }
 
 ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
-"""True if the GPU tests run with engines on the CPU, only to test their own code."""
+"""True if the GPU tests run with engines on the CPU, only to check the code of the tests."""
 
 UCX = "cuda_ipc,cuda_copy,tcp"
 """UCX_TLS of engines and sidecars. It includes tcp, because UCX needs a transport for active messages."""

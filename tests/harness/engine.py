@@ -140,7 +140,7 @@ class Engine(Part):
         complete(self.url, [2, 3, 4], max_tokens=2)
 
     def kill_core(self) -> None:
-        """Kills the process that computes with SIGKILL. If `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set, vLLM's API server
+        """Sends SIGKILL to the process that computes. If `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set, vLLM's API server
         stays alive and answers every request with 500; otherwise it ends within some seconds.
         """
         assert self.process is not None

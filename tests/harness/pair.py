@@ -1,4 +1,4 @@
-"""Runs the whole system: a prefill and a decode engine, a sidecar beside each, and the proxy in front."""
+"""Runs the whole system: a prefill and a decode engine, a sidecar for each, and the proxy in front."""
 
 from __future__ import annotations
 

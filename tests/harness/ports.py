@@ -1,4 +1,4 @@
-"""Assigns TCP ports. No two parts of a run get the same port, and no two runs on this machine do.
+"""Assigns TCP ports. Two parts of a run never get the same port, and neither do two runs on one machine.
 
 A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after it
 got the port. So a check that a port is free is not enough. Each interpreter locks blocks of ports and assigns only

@@ -1,6 +1,6 @@
 """Repeats attacks that succeeded once, from another network namespace, while requests go through.
 
-Sidecars and proxy listen on the victim's end of a veth, so not on loopback, as in a real network. The attacker is a
+Sidecars and proxy do not listen on loopback but on the victim's end of a veth, as in a real network. The attacker is a
 process at the other end (`harness/hostile.py`, `harness/forged.py`). No engine runs: clients and scripted servers take
 the engines' place.
 """

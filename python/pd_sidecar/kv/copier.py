@@ -1,6 +1,6 @@
 """The interface of moves between an engine's pages and the slots of a sidecar's buffer.
 
-`host_copy` implements it for host memory, `gpu` for a GPU; `device` chooses between the two.
+`host_copy` implements the interface for host memory, `gpu` for a GPU; `device` chooses between the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece:
 
 
 class Fence(Protocol):
-    """The end of a move. Slots and blocks may be reused only after it."""
+    """The end of a move. Slots and blocks may be reused only after the move."""
 
     def done(self) -> bool:
         """Returns true if the move is over. Does not wait."""
@@ -90,7 +90,7 @@ class Device(Protocol):
     name: str | None
     """The UUID of a GPU; `None` for host memory."""
     events: list[bytes]
-    """The IPC handles of the events. The sidecar waits for them to learn that a gather has ended."""
+    """The IPC handles of the events. The sidecar learns from these events that a gather has ended."""
     is_asynchronous: bool
     """True if a move may still run after the call that started it has returned."""
 

@@ -1,7 +1,7 @@
-"""Chooses the device of an engine's KV, and orders moves against the engine's computing.
+"""Chooses the device of an engine's KV, and orders moves relative to the engine's computing.
 
 Host memory needs no order: the engine computes and copies in one thread. A GPU runs its work later than the thread that
-launches the work. There a move waits for *marks*: a mark is a point after the work on which the move depends. The
+launches the work. So a move on a GPU waits for *marks*: a mark is a point after the work on which the move depends. The
 move's *fence* tells when the move is over. No thread waits for the whole device.
 """
 
@@ -43,11 +43,11 @@ class Host:
 
 
 def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
-    """Returns the device of these tensors. With `signals` it has events, for which the sidecar waits."""
+    """Returns the device of these tensors. With `signals` the device has events, for which the sidecar waits."""
     where = pages.first.tensor.device
     if where.type == "cpu":
         return Host()
-    # Triton is installed only where there is a GPU.
+    # Triton is installed only on hosts with a GPU.
     from pd_sidecar.kv.gpu import Gpu
 
     return Gpu(pages, SIGNALS if signals else 0, chunk_tokens)

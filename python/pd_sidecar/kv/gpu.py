@@ -39,7 +39,8 @@ class Gpu:
         self._engine: list[torch.cuda.Stream] = []
         """The engine's stream, once the engine has launched work. The copiers share this list."""
         with torch.cuda.device(self._device):
-            # A high priority lets a move run before the engine's next kernels: it is short, and a peer waits for it.
+            # A high priority lets a move run before the engine's next kernels: the move is short, and a peer waits for
+            # it.
             self._stream = torch.cuda.Stream(priority=-1)
             self._signals = [torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)]
             self.events = [event.ipc_handle() for event in self._signals]

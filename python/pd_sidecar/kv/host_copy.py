@@ -30,7 +30,7 @@ MAX_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class CompletedFence:
-    """The fence of a move that is over when its call returns, as a move between host memories is."""
+    """The fence of a move between host memories, which is over when its call returns."""
 
     seconds: float
 
@@ -142,7 +142,7 @@ class _Part:
 
     def rows_of(self, batch: Batch) -> torch.Tensor:
         """Returns a batch's rows in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
-        # Add the rows of whole blocks first. Then narrow to the batch's tokens in the first and the last block.
+        # Add the rows of whole blocks first. Then keep only the batch's tokens in the first and the last block.
         blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1, 1)
         rows = (self._block + blocks).flatten(3, 4)
         return rows.narrow(3, batch.form.lead, batch.form.tokens).reshape(-1)

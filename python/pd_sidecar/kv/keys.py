@@ -32,7 +32,7 @@ class ChunkHasher:
     """The hash chain of a prompt's chunks."""
 
     def __init__(self, algorithm: str, chunk_tokens: int, environ: Mapping[str, str] = os.environ) -> None:
-        """Checks the algorithm. Raises `HashError` if it is unknown, or is `builtin` without a seed."""
+        """Checks the algorithm. Raises `HashError` for an unknown algorithm, or for `builtin` without a seed."""
         if chunk_tokens <= 0:
             raise HashError(f"chunk_tokens must be positive, not {chunk_tokens}")
         self.chunk_tokens = chunk_tokens

@@ -1,4 +1,5 @@
-"""Makes the tags of chunk keys, `@tag%value`. A tag names an input of KV other than the tokens.
+"""Makes the tags of chunk keys, `@tag%value`. A tag is for an input other than the tokens, such as a salt or an
+adapter.
 
 If a request's KV depends on its tokens only, its keys have no tags, and are byte for byte LMCache's keys. Two requests
 whose tags differ never have a key in common. A value is a digest of 128 bits, because keys appear in messages and logs,

@@ -46,7 +46,7 @@ class Options:
     """Milliseconds for which a finished prefill request keeps its blocks for chunks that have no slot yet."""
     push: str = "auto"
     """On a GPU: `step` gathers after a step; `layers` gathers the first layers of a step while its last layers are
-    computed; `auto` does so if the sidecar's link gains by it.
+    computed; `auto` does the same if the KV then arrives earlier over the sidecar's link.
     """
     idle_wait_ms: float = 2.0
     """Milliseconds for which an engine with nothing else to do waits for a message of the sidecar."""

@@ -71,7 +71,7 @@ class Push:
     """The digest of the LoRA adapter's files; empty without an adapter."""
     phase: PushPhase = PushPhase.WAITING
     upto: int = 0
-    """The tokens that the workers know to be computed; 0 again after a preemption."""
+    """The number of tokens that the workers know to be computed; 0 again after a preemption."""
     preempted: bool = False
 
 
@@ -154,7 +154,7 @@ class Scheduler:
         """
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
-            # vLLM asks again after a load, or after a load that failed. A second load would never arrive.
+            # vLLM asks again after a load, or after a load that failed. The KV of a second load would never arrive.
             return 0, False
         if state.source is not None:
             if state.source.request.request_id not in self._states:

@@ -50,7 +50,7 @@ class Reconnector(threading.Thread):
         self._stand_in: Connection | None = None
         """A connection that is open while sidecar and engine do not fit. It tells the sidecar why no KV is moved."""
         self._stopping = threading.Event()
-        # `stop` closes one end, which wakes the thread from every wait.
+        # `stop` closes one end of this pair, which wakes the thread from every wait.
         self._wake_read, self._wake_write = socket.socketpair()
 
     def take(self) -> Connection | None:
@@ -134,7 +134,7 @@ class Reconnector(threading.Thread):
             self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 
     def _say(self, failure: str) -> None:
-        """Logs a failure when it changes, not at every attempt."""
+        """Logs a failure only if it differs from the previous failure."""
         if failure != self.failure:
             self.failure = failure
             self._logger.warning("%s; requests are computed without transfer until this ends", failure)

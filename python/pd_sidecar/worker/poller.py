@@ -33,7 +33,7 @@ class PolledWorker(Protocol):
         ...
 
     def collect(self) -> bool:
-        """Notes requests that are done. Returns true if the worker has any to report."""
+        """Records the requests that are done. Returns true if the worker has any to report."""
         ...
 
     @property
@@ -111,7 +111,7 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Seconds between two checks for the end of a move. The slots of a scatter become free up to this time later. The
+"""Seconds between two checks for the end of a move. The slots of a scatter may become free later by this time. The
 checks must not be too frequent, because the engine's thread needs the same lock for the step that uses the move.
 """
 YIELD_S = 50e-6
@@ -119,4 +119,4 @@ YIELD_S = 50e-6
 LONGEST_S = 0.05
 """Seconds between two checks of connections that are not made yet."""
 STOP_S = 1.0
-"""Seconds that `stop` waits for a thread that only launches."""
+"""Seconds that `stop` waits for a thread that is busy with a launch."""

@@ -205,7 +205,8 @@ class Sender:
         outgoing.table = step.blocks if step.replace else outgoing.table + step.blocks
         outgoing.table_tensor = None
         if step.replace:
-            # A new table may start with a prefix hit. Those tokens count as computed only when this step is over.
+            # A new table may start with a prefix hit. The tokens of the hit count as computed only when this step is
+            # over.
             outgoing.computed = 0
         outgoing.upto = step.upto
         if outgoing.over or step.upto <= outgoing.announced:
@@ -271,8 +272,8 @@ class Sender:
                 self._tell_staged(gather, 0.0, signal, layers)
 
     def _start_layered(self) -> LayeredGather | None:
-        """Starts a gather by ranges of layers for the chunks that this step completes. Returns `None` if there are
-        none.
+        """Starts a gather by ranges of layers for the chunks that this step completes. Returns `None` if there are no
+        such chunks.
         """
         always = self._rank.by_layers
         entries = [
@@ -309,7 +310,7 @@ class Sender:
         return True
 
     def _end_layered(self) -> None:
-        """Drops the layered gather, which the sidecar does not know. The step's end gathers its chunks as a whole."""
+        """Drops the layered gather, which was not announced yet. The step's end gathers its chunks as a whole."""
         if (layered := self._layered) is None:
             return
         self._layered = None

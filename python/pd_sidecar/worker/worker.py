@@ -171,7 +171,7 @@ class Worker:
         below = self._range_ends.get(name)
         if below is not None and any(sender.has_part_in_steps for sender in self._senders):
             with self._lock:
-                # Take in the slots that were granted since the step began.
+                # Use the slots that were granted since the step began.
                 if self.read() and self._poller is not None:
                     self._poller.wake()
                 for sender in self._senders:
@@ -195,13 +195,13 @@ class Worker:
         over = bool(self._pushed or self._loaded.received)
         rests = self._idle and not moved and not over and self._is_waiting
         self._idle_report = IdleReport(rests) if rests or over else None
-        # After a report, the engine uses it in the next step; a wait here would delay that step.
+        # The engine uses a report in the next step; a wait directly after a report would delay that step.
         if rests and not self._reported and not self._is_asked:
             self._rest()
         with self._results:
             loaded = self._loaded
             if self._is_asked:
-                # vLLM accepts failures only from here. The scheduler asks for all other results with `news`.
+                # vLLM accepts failed loads only from this method. The scheduler asks for all other results with `news`.
                 loaded = Results(set(loaded.failed), loaded.failed)
                 self._loaded = Results(self._loaded.received - loaded.received)
                 return set(), loaded
@@ -259,7 +259,7 @@ class Worker:
             return any(moved)
 
     def collect(self) -> bool:
-        """Notes the requests that all ranks have finished: the engine frees blocks per worker, not per rank. Returns
+        """Records the requests that all ranks have finished: the engine frees blocks per worker, not per rank. Returns
         true if there is anything to report.
         """
         with self._lock:

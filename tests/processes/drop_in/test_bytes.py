@@ -95,7 +95,7 @@ def check(raw: bytes) -> str:
     """Asserts that the bytes are those of msgspec, and returns the type of the message."""
     message = msgspec.msgpack.decode(raw)
     name = str(message["type"])
-    # All messages have numbers in their shortest form and maps in this order, and no bytes after the message.
+    # In every message, numbers have their shortest form, and no bytes follow the message.
     assert msgspec.msgpack.encode(message) == raw, name
     if "x" not in message:
         fields = {key: value for key, value in message.items() if key != "type"}

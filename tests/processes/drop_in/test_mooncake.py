@@ -31,7 +31,9 @@ Side = TypeVar("Side", BareSender, BareReceiver)
 
 
 def base_port(apart: int) -> int:
-    """Returns a base port for the prefill side. Its ports, and those of the decode side `apart` higher, are free."""
+    """Returns a base port for the prefill side. All its ports are free, and so are the decode side's ports, which are
+    `apart` higher.
+    """
     return free_ports(tuple(first + offset for first in (0, apart) for offset in (0, 9, 10, 49)))
 
 
