@@ -143,4 +143,4 @@ def test_a_receiver_of_another_number_of_ranks_is_refused(pair: Pair) -> None:
     answer = post_json(f"{pair.prefill.url}/v1/completions", body)
     assert answer["kv_transfer_params"] == {"pushed": False, "reason": "tp_mismatch"}
     assert pair.prefill.process is not None
-    assert "takes KV in 1 ranks, here it is cut into 2" in pair.prefill.process.output()
+    assert "takes KV in 1 ranks, but this engine divides it into 2" in pair.prefill.process.output()
