@@ -51,14 +51,16 @@ demo: venv build ## Run some prompts through two real vLLM, two sidecars and the
 
 test: prepare lint unit e2e ## Run all checks: lint, unit tests, tests with real engines and real NIXL
 
-# Without the tests of the Triton kernel: its interpreter takes most of the time of the Python unit tests.
+# Without the tests of the Triton kernel: its interpreter takes most of the time of the Python unit tests. The other Python
+# tests and the Rust checks use one core each.
 quick: venv ## Run the checks that take half a minute: format, clippy, the protocol's tests and the Python unit tests
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings
-	$(CARGO) test -p pd-protocol --locked --quiet
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
-	cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore tests/test_triton_copy.py $(PYTEST)
+	@(cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore tests/test_triton_copy.py $(PYTEST)) & tests=$$!; \
+	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings && \
+	$(CARGO) test -p pd-protocol --locked --quiet; checked=$$?; \
+	wait $$tests && exit $$checked
 
 # The environments need the network and the disk, the build needs the cores: both run at the same time.
 prepare: ## Make the environments and the release binaries that the tests need

@@ -348,6 +348,7 @@ def test_a_gather_knows_whether_the_engine_has_launched_anything_since(rig, devi
     deadline = time.monotonic() + 5
     while len(device.moves) < 3:
         assert time.monotonic() < deadline
+        time.sleep(0.0005)
     assert device.last == [True, True, False]
 
 

@@ -77,6 +77,8 @@ class Rig:
             if holds:
                 return sent, received, failed
             assert time.monotonic() < deadline
+            # Without a pause, this loop keeps the other threads from running for most of the time.
+            time.sleep(0.0005)
 
     def kv(self, table, start, stop):
         """Returns the KV of these positions as `[2, layers, tokens, width]`."""
