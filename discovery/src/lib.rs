@@ -180,8 +180,8 @@ impl Store {
     }
 }
 
-/// Returns the URL of a key. The keys of this crate contain no character that a query must escape: a
-/// query may contain a slash.
+/// Returns the URL of a key. The keys of this crate need no escapes in a query: their only special
+/// character is the slash, which a query may contain.
 fn with_key(url: &str, key: &str) -> String {
     format!("{url}?key={key}")
 }

@@ -196,7 +196,7 @@ pub enum ToSender {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Query {
-    /// Asks for which of these keys the receiver could send KV back.
+    /// Asks the receiver which of these keys have KV that it could send back.
     CacheQueryRequest(CacheQueryRequest),
     /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read it.
     CacheQueryResponse(CacheQueryResponse),

@@ -137,5 +137,5 @@ pub struct NotifX {
     pub transport: String,
 }
 
-/// ZeroMQ identity of our proxy's registration port. It lets a sidecar tell our proxy from LMCache's proxy.
+/// ZeroMQ identity of our proxy's registration port. With it a sidecar recognises our proxy.
 pub const PROXY_NAME: &str = "pd-proxy";

@@ -76,7 +76,7 @@ class Connected:
 
 @dataclass(frozen=True)
 class Lost:
-    """The connection has ended. Nothing that was in flight over it continues."""
+    """The connection has ended, and so have all transfers that were in flight over it."""
 
     why: str
 

@@ -214,7 +214,7 @@ def test_a_sidecar_that_breaks_the_protocol_is_left(path, clients, garbage):
     until(client, Connected)
     sidecar.say_bytes(garbage)
     events = until(client, Lost)
-    # The client connects again. One poll may return the end of the old connection and the new connection.
+    # The client connects again. One poll may return both events: the old connection has ended, a new one is open.
     assert any(isinstance(event, Connected) for event in events) or until(client, Connected)
 
 

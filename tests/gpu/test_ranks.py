@@ -123,7 +123,7 @@ class Case:
         return found
 
     def check(self, answer: Answer, expected: Reference, tokens: int) -> Match:
-        """Checks the text, and that each rank moved its whole half of the KV. Returns how the text compares."""
+        """Checks the text, and that each rank moved its whole half of the KV. Returns `EQUAL` or `TIE`."""
         match = expected.match(answer.text)
         assert match != Match.WRONG, (tokens, answer.text, expected.text)
         for side in (self.prefill, self.decode):

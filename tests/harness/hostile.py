@@ -135,7 +135,7 @@ def sums(given: dict[str, Any]) -> object:
         times = 3500
         message = fixture("written") | {"lease": lease, "epoch": intruder.to_epoch}
         message |= {"chunks": [0] * times, "indexes": [slot] * times, "sums": [0] * times}
-        # Alternate between the granted lease, for which the answer is a refusal, and a lease that does not exist.
+        # Use in turn the granted lease (the receiver answers with a refusal) and a lease that does not exist.
         for number in range(given["messages"]):
             intruder.alloc.send(message | {"lease": lease + number % 2})
             answers += intruder.alloc.answer() is not None

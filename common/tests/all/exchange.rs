@@ -282,8 +282,8 @@ fn a_push_tells_our_proxy_from_lmcaches() {
     });
 }
 
-/// A library must not drop queued messages at the end of a socket: the last messages of a sender, of a receiver, and of
-/// a sidecar that leaves its proxy would be lost.
+/// A library must not drop queued messages when a socket is closed. Otherwise the last messages of a sender, of a
+/// receiver, and of a sidecar that leaves its proxy would be lost.
 #[test]
 fn queued_messages_are_sent_after_the_end_of_a_socket() {
     const MESSAGES: u32 = 200;

@@ -121,7 +121,7 @@ impl Peer {
         }
     }
 
-    /// Waits until the other side has ended the connection. Drops messages that come before.
+    /// Waits until the other side has ended the connection. Drops the messages that come before the end.
     pub async fn closed(mut self) {
         while self.recv().await.is_ok() {}
     }

@@ -153,6 +153,6 @@ impl Question {
 /// Number of ended requests that the receiver remembers. A busy instance ends this many in a few
 /// seconds.
 const REMEMBERED: usize = 4096;
-/// Time after a request's end during which the receiver tells the end to a late side. A side that
-/// sends its first message later waits until its own timeout.
+/// Time after a request's end during which the receiver tells the end to a late side. If a side
+/// sends its first message after this time, it waits until its own timeout.
 const LATE: Duration = Duration::from_secs(30);

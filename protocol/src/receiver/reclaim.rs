@@ -3,9 +3,9 @@
 //! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
 //! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
 //! few requests fills the buffer, and all other requests wait until that KV expires. So when a
-//! request waits for slots, the receiver frees the oldest KV whose sender has no recent reads. A
-//! sender has recent reads if decode requests have read its KV. The receiver keeps all KV of such a
-//! sender: more decode requests will come, and they may still be queued in the engine.
+//! request waits for slots, the receiver frees KV of senders whose KV no decode request has read
+//! recently, the oldest KV first. The receiver keeps all KV of the other senders: more decode
+//! requests will come for it, and they may still be queued in the engine.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use super::{Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
-/// Senders with recent reads. For each sender: the number of times that its KV has expired unread
-/// since the last read.
+/// Senders whose KV decode requests have read recently. For each sender: the number of times that
+/// its KV has expired without a read. A read sets the number back to 0.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     unread: BTreeMap<String, u32>,

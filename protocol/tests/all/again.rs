@@ -283,7 +283,7 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     let seq = port.ask("r", 2);
     port.write(seq);
     assert_eq!(port.ended, [None]);
-    // If the keys differ and no other sender comes, the parked request ends soon with the reason.
+    // If the keys differ and no other sender comes, the parked request ends 1 s later with this reason.
     port.park("s", 2);
     port.ask("s", 3);
     port.pass(SECOND);

@@ -79,11 +79,11 @@ struct State {
 /// were used.
 #[derive(Debug)]
 struct Recent<K, V> {
-    /// Entries that were used since the last change of generations; at most `most`.
+    /// Entries that were used since `young` last became `old`; `most` entries or fewer.
     young: HashMap<K, V>,
-    /// Entries whose last use was in the previous generation; the next change drops them.
+    /// Entries that were last used before that. They are dropped when `young` becomes `old` again.
     old: HashMap<K, V>,
-    /// Maximum number of entries of one generation.
+    /// Maximum number of entries of each of the two maps.
     most: usize,
 }
 

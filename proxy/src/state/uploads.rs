@@ -223,7 +223,7 @@ mod tests {
         let steady = uploads.begin(start, from("10.0.0.1")).unwrap();
         steady.grow(at(2500), 10).unwrap();
         let other = uploads.begin(start, from("10.0.0.2")).unwrap();
-        // The bodies are too young to judge, so no body loses its place.
+        // All bodies are younger than `GRACE`, so none of them is displaced.
         assert_eq!(uploads.begin(at(100), from("10.0.0.3")).unwrap_err(), Full);
         let fresh = uploads.begin(at(3000), from("10.0.0.3")).unwrap();
         assert!(stopped.displaced.is_cancelled() && uploads.len() == 3);

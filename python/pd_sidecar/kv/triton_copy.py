@@ -172,7 +172,7 @@ class Mover:
         first, below = layers or (0, len(self.pages.layers))
         slots = buffer[: buffer.numel() // self._unit * self._unit].view(self._dtype)
         for part in self._parts:
-            # The layers of a part ascend, so a range of layers is one slice of them.
+            # The layers of a part are in ascending order, so a range of layers is one slice of the part.
             start, end = (bisect.bisect_left(part.places, layer) for layer in (first, below))
             if start == end:
                 continue

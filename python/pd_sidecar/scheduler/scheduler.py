@@ -232,7 +232,7 @@ class Scheduler:
         engine_id = request.request_id
         state = self._states.get(engine_id)
         if state is None:
-            # vLLM never asked about this request. vLLM also makes requests only to report that a request was rejected.
+            # vLLM never asked about this request. For example, vLLM makes some requests only to report a rejection.
             state = self._states[engine_id] = self._classify(request)
         if isinstance(state, Push):
             return self._finish_push(engine_id, state, blocks, completed)

@@ -83,7 +83,7 @@ class Reconnector(threading.Thread):
             pause = self._pauses.first
             self._stand_in = None
             if not self._hello.unmoved:
-                # The connection of an engine that moves nothing only stays open: no message follows the greeting.
+                # If an engine moves no KV, its connection only stays open: no message follows the greeting.
                 with self._lock:
                     self._offered = connection
                     self.connected.set()

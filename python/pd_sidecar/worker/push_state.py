@@ -60,7 +60,7 @@ class LayeredGather:
     entries: list[Entry]
     layered_copy: LayeredCopy
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    """The ranges gathered so far: the layer before which each ends, and its event."""
+    """The ranges of layers gathered so far. For each range: the first layer after it, and its event."""
 
     @property
     def outgoings(self) -> list[Outgoing]:

@@ -1,6 +1,6 @@
 """The workers' half of the connector: one object per tensor-parallel worker.
 
-It has one connection for each pair of a rank that the worker serves and a sidecar that it uses.
+For each rank that a worker serves, it has one connection to each sidecar that it uses.
 
 On a GPU the engine's thread launches a step and returns up to a second later, when the GPU has computed it. Meanwhile a
 second thread (`poller`) handles new grants and new chunks, and launches their moves. No thread waits between a move and
@@ -212,7 +212,7 @@ class Worker:
     def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
-        The scheduler calls it after it has launched a step, when it handles the output of the previous step. So the
+        The scheduler calls this method when it handles the output of a step, after the launch of the next step. So the
         scheduler learns of a load one step and one pause of the engine's loop earlier than from `finish`. `finish` then
         returns only failed loads and never waits; with `rest`, this method waits instead.
         """

@@ -19,7 +19,7 @@ use super::yaml::Raw;
 
 /// A type of value.
 pub(crate) trait Value: Sized + Clone + fmt::Debug {
-    /// The accepted values, as the end of a message "write …".
+    /// The accepted values, in the words that follow "write" in an error message.
     const WANT: &'static str;
 
     /// Reads a value. If the spelling is accepted but deserves a warning, adds the warning to `notes`.

@@ -126,7 +126,7 @@ fn file_of(socket: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Bytes of a secret: as many as its hash has.
+/// Length of a secret in bytes. It equals the length of the secret's hash.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
 /// Largest number of earlier processes whose end this process proves. A receiver rarely misses this many
 /// restarts.

@@ -48,12 +48,12 @@ pub(crate) enum Readiness {
 }
 
 impl Ready {
-    /// Makes the readiness of bytes that are in the buffer already.
+    /// Creates a `Ready` for bytes that are already in the buffer.
     pub(crate) fn now() -> Self {
         Self::default()
     }
 
-    /// Makes the readiness of bytes that are in the buffer once `signal` says so.
+    /// Creates a `Ready` for bytes that are in the buffer once `signal` reports it.
     pub(crate) fn after(signal: Arc<dyn Signal>) -> Self {
         Self {
             after: Some(signal),

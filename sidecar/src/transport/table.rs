@@ -36,7 +36,7 @@ pub(crate) fn all() -> impl DoubleEndedIterator<Item = Kind> {
     KINDS.iter().copied()
 }
 
-/// Returns the names of all transports for `--version`, grouped into loaded and built in.
+/// Returns the names of all transports for `--version`, in two groups: loaded at run time, and built in.
 pub(crate) fn origins() -> String {
     let of = |loaded| {
         let kinds = all().filter(|kind| kind.0.loaded == loaded);

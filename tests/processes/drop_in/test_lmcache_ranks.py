@@ -61,7 +61,7 @@ class Engine:
     def until(
         self, condition: Callable[[set[str], set[str]], bool], first: StepMetadata | None = None
     ) -> tuple[set[str], set[str]]:
-        """Steps until the condition on the sent and received requests holds.
+        """Runs steps of the worker until the condition on the sent and received requests holds.
 
         Returns the received requests, and those of them that failed.
         """

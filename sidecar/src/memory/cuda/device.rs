@@ -119,8 +119,8 @@ impl Device {
         self.uuid
     }
 
-    /// Makes this GPU's context current in the calling thread. Every call of this module does this first. A
-    /// caller must do it before it calls a library that needs a current context.
+    /// Makes this GPU's context current in the calling thread. Every call of this module does this first.
+    /// Call this function before you call a library that needs a current context.
     ///
     /// # Errors
     /// The driver's error.
