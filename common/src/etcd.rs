@@ -1,5 +1,5 @@
-//! The part of etcd's key-value API that the proxy's registry and the discovery of the proxy need: leases, keys with a
-//! lease, and a watch.
+//! The part of etcd's key-value API that this project needs: leases, keys with a lease, and a watch. The proxies use it
+//! for their shared registry, and the sidecars use it to find the proxy.
 //!
 //! The client uses etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
 //! port. A gRPC client would add a second HTTP stack and a protocol compiler for five calls.

@@ -69,7 +69,7 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
 
 @pytest.fixture
 def deeper(pair: Pair) -> Iterator[Engine]:
-    """Replaces the pair's decode engine by one with one layer more, as if only one side had a draft model."""
+    """Replaces the pair's decode engine by an engine with one more layer, as if only one side had a draft model."""
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
     model = write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1)

@@ -23,7 +23,7 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
 
-# 64 chunks. Eight requests of 1500 tokens at the same time need fewer.
+# 64 chunks. Eight requests of 1500 tokens at the same time need fewer chunks.
 BUFFER_BYTES = 64 * CHUNK_BYTES
 
 

@@ -219,7 +219,7 @@ def forge(within: list[str], victim: int, port: int, address: int) -> Attacker:
 
 
 def test_forged_nixl_agents_read_a_sidecar_that_consents_to_them(host: list[str], tmp_path: Path) -> None:
-    """Shows that the attack works if a sidecar allows NIXL over TCP. The next test shows that it fails otherwise."""
+    """Shows that the attack works if a sidecar allows NIXL over TCP. In the next test it fails without this consent."""
     consent: dict[str, object] = {"nixl_over_tcp": "trusted"}
     options = SidecarOptions("receiver", SLOTS * LAYOUT.chunk_bytes, keys=consent, flags=["--insecure"])
     receiver = Sidecar(options, tmp_path, tmp_path)

@@ -322,7 +322,7 @@ def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
 
 
 def test_an_engine_that_moves_nothing_beside_one_that_moves_stops_nobody(sides: Sides) -> None:
-    """The connector of a refused engine sends such a greeting, for example if the engine uses the wrong socket."""
+    """If an engine is refused, for example because it uses the wrong socket, its connector sends such a greeting."""
     other = hello("decode").as_unmoved("its sidecar refuses this engine")
     stand_in = Connection.open(str(sides.receiver.socket), other, 5.0)
     try:

@@ -98,8 +98,8 @@ enum Reach {
     Pair,
     /// Requests that name this model, at this prefill instance.
     Model,
-    /// Requests that name this model, between these two instances. The keys depend on an adapter's weights,
-    /// so different keys for one model do not mean different keys for the pair's other models.
+    /// Requests that name this model, between these two instances. The keys depend on an adapter's weights:
+    /// if the two sides have different keys for one model, their keys for other models may be equal.
     PairAndModel,
     /// Requests of this shape, at this prefill instance.
     Kind,

@@ -134,7 +134,7 @@ impl App {
         Arc::clone(&self.instances.borrow())
     }
 
-    /// Returns the policy of each side, with the number of its next turn. Only requests with a transfer
+    /// Returns the policy of each side, and the turn number for its next choice. Only requests with a transfer
     /// advance the turn of the prefill side: otherwise each request without a transfer would make round-robin
     /// skip a prefill instance.
     pub(crate) fn next_turn(&self, transfers: Transfers) -> (SideChoice, SideChoice) {

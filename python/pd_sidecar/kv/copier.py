@@ -99,7 +99,7 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Mark:
-        """Returns a mark that comes after all work that the calling thread has launched."""
+        """Returns a mark: a point after all work that the calling thread has launched."""
         ...
 
     def hold(self, fence: Fence) -> None:

@@ -20,7 +20,7 @@ pub(crate) struct Ignored {
     pub(crate) why: &'static str,
 }
 
-/// Keys that have no effect for the same reason.
+/// A group of keys that have no effect, all for one reason.
 #[derive(Debug)]
 pub(crate) struct Group {
     /// The reason for which the keys have no effect.

@@ -1,4 +1,4 @@
-"""Starts LMCache processes as forks of one process per interpreter. This process is the nursery, and runs `peer.py`."""
+"""Starts LMCache processes. Each interpreter starts one nursery, which runs `peer.py`; the processes are its forks."""
 
 from __future__ import annotations
 

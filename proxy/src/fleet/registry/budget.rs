@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::lease::Lease;
 
-/// Call-backs in flight, and the rate at which the registrations of an id may cause more.
+/// Call-backs in flight, and the rate at which the registrations of an id may cause further call-backs.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
     /// Call-backs in flight to instances that have never answered.

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-/// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the model is chosen from
-/// UCX's configuration and the host, and is the same for all peers.
+/// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the cost model is
+/// chosen from UCX's configuration and the host. It is the same for all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
     /// Each descriptor has a fixed cost, independent of its size (NVLink 5 µs, RDMA hundreds of ns).
