@@ -7,17 +7,7 @@ use std::path::Path;
 
 /// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; `None` if no process listens there.
 pub fn holder(port: u16) -> Option<String> {
-    let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
-        .iter()
-        .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|table| {
-            table
-                .lines()
-                .filter_map(|line| listener_inode(line, port))
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        })
-        .collect();
+    let inodes = inodes(|line| listener_inode(line, port));
     if inodes.is_empty() {
         return None;
     }
@@ -33,21 +23,26 @@ pub fn holder(port: u16) -> Option<String> {
 /// Returns the process on this host that has a connection from `peer` to our `port`; `None` if the kernel does not show
 /// the process.
 pub fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
-    let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
+    let inodes = inodes(|line| connection_inode(line, peer, port));
+    if inodes.is_empty() {
+        return None;
+    }
+    owner(&inodes)
+}
+
+/// Returns the inodes that `of_line` finds in the lines of the kernel's tables of TCP sockets.
+fn inodes(of_line: impl Fn(&str) -> Option<&str>) -> Vec<String> {
+    ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| fs::read_to_string(table).ok())
         .flat_map(|table| {
             table
                 .lines()
-                .filter_map(|line| connection_inode(line, peer, port))
+                .filter_map(&of_line)
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         })
-        .collect();
-    if inodes.is_empty() {
-        return None;
-    }
-    owner(&inodes)
+        .collect()
 }
 
 /// Returns the process that has one of these sockets open; `None` if the kernel does not show the process to this user.
