@@ -35,7 +35,7 @@ pub(crate) struct Cli {
 /// The task that the command line names.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Runs the sidecar: the same as no subcommand.
+    /// Runs the sidecar. This is the default subcommand.
     Run(Run),
     /// Prints every value with its source, and every mistake. Starts nothing.
     CheckConfig(CheckConfig),
@@ -72,13 +72,13 @@ pub(crate) struct CheckConfig {
 /// Flags of `selftest`.
 #[derive(Debug, Args)]
 pub(crate) struct Selftest {
-    /// Time of the test in seconds.
+    /// Duration of the test in seconds.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
     /// Transport to test; auto tests every transport that this host has.
     #[arg(long, value_name = FLAG_CHOICES, default_value = "auto", value_parser = choice)]
     pub(crate) transport: Choice,
-    /// Memory of the sender's buffer and, after a comma, of the receiver's if it differs. Default: host
+    /// Memory of the sender's buffer. If the receiver's memory differs, add it after a comma. Default: host
     /// memory, and also the first two GPUs if there are any.
     #[arg(long, value_name = "cpu|cuda|cuda:N,cuda:M", value_parser = devices)]
     pub(crate) buffer_device: Option<Devices>,
@@ -93,8 +93,8 @@ pub(crate) struct Selftest {
     pub(crate) json: bool,
 }
 
-/// Flags that override keys of the configuration. The same types read flags and file, so that all mistakes
-/// are reported together.
+/// Flags that override keys of the configuration. The same types read the flags and the file, so that one
+/// report has all mistakes.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Overrides {
     /// Role of this sidecar: sender beside a prefill engine, receiver beside a decode engine.
@@ -109,7 +109,7 @@ pub(crate) struct Overrides {
     /// Receiver: port of the alloc requests, one per rank.
     #[arg(long, value_name = "PORT[,PORT..]")]
     alloc_port: Option<String>,
-    /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
+    /// The proxy's registration port. Not for LMCache's own proxy, which accepts no registrations.
     #[arg(long, value_name = "HOST:PORT")]
     proxy: Option<String>,
     /// Size of each rank's buffer, such as 4GiB.

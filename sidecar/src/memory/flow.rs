@@ -25,13 +25,13 @@ pub(crate) struct Outlet {
 #[derive(Debug)]
 struct Staged {
     stage: Stage,
-    /// The range of the buffer, in bytes, of which the block's start is a copy; empty if the block holds no
-    /// valid copy.
+    /// The range of the buffer, in bytes, that was copied to the start of the block; empty if the block holds
+    /// no valid copy.
     holds: Range<u64>,
 }
 
 impl Outlet {
-    /// Makes an outlet of a buffer.
+    /// Makes an outlet for a buffer.
     ///
     /// # Errors
     /// For GPU memory: host memory cannot be pinned.
@@ -90,7 +90,7 @@ pub(crate) struct Inlet {
 }
 
 impl Inlet {
-    /// Makes an inlet of a buffer.
+    /// Makes an inlet for a buffer.
     ///
     /// # Errors
     /// For GPU memory: host memory cannot be pinned.
@@ -104,7 +104,7 @@ impl Inlet {
     /// the range.
     ///
     /// A lock around this call is a write fence: the thread that gets the lock knows that no receive is in
-    /// flight. The thread gets the lock soon, because this call does not wait for the peer (a copy to a GPU
+    /// flight. That thread gets the lock soon, because this call does not wait for the peer (a copy to a GPU
     /// takes about ten microseconds).
     ///
     /// # Errors

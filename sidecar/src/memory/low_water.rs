@@ -1,12 +1,12 @@
-//! Sets the one option of the receiver's sockets that none of the safe crates in use offers.
+//! Sets the socket option `SO_RCVLOWAT`, which none of the safe crates in use offers.
 
 use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Lets `poll(2)` report a socket as readable only when `bytes` bytes have arrived, the stream has ended, or
-/// the socket can hold no more. The caller must know that so many bytes will come; otherwise it may wait
-/// without end.
+/// the socket can hold no more. The caller must know that this many bytes will come; otherwise its wait may
+/// never end.
 ///
 /// # Errors
 /// The errors of `setsockopt(2)`.

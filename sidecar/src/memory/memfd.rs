@@ -137,7 +137,7 @@ impl Memfd {
     /// this advice uses small pages, or includes the memory in core dumps.
     ///
     /// Huge pages make a copy between memory and sockets about 10 % faster (2.45 against 2.2 GB/s per
-    /// stream), but touching them takes 4 times as long. Kernels give them to a memfd only if
+    /// stream), but touching them takes 4 times as long. Kernels use huge pages for a memfd only if
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
@@ -220,14 +220,15 @@ enum Populated {
     Unknown,
 }
 
-/// The smallest share of a thread in bytes. For a smaller share, starting the thread costs more time than it
-/// saves.
+/// Minimum bytes that one thread touches. For fewer bytes, the start of a thread costs more time than the
+/// thread saves.
 const SHARE_BYTES: usize = 64 << 20;
 /// Maximum number of threads that touch pages. More threads would wait for each other in the kernel's page
 /// allocator.
 const MAX_THREADS: usize = 8;
 
-/// Makes a memfd that cannot be executed, on kernels that support that (6.3); on older kernels a plain memfd.
+/// Makes a memfd that cannot be executed. Kernels before 6.3 do not support that; there it makes a plain
+/// memfd.
 fn create(name: &str) -> rustix::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     match fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {

@@ -68,7 +68,7 @@ pub(crate) enum AllocError {
         /// The bytes that were asked for.
         asked: u64,
     },
-    /// The size exceeds a limit. The refusal prevents that the kernel's out-of-memory killer later ends a
+    /// The size exceeds a limit. Without this refusal, the kernel's out-of-memory killer could later end a
     /// process.
     #[error("a buffer of {} was asked for, but {limit} leaves {}; make the buffer smaller, or \
              raise the limit", Size(*asked), Size(*available))]
@@ -108,12 +108,12 @@ enum Memory {
 impl Buffer {
     /// Allocates `bytes` in a memfd, seals it against shrinking and growing, and touches every page.
     ///
-    /// The first write to an untouched page costs more than 10 times a later write (0.8 s per GiB against
-    /// 0.06 s). This call takes that time, so that the first requests do not.
+    /// The first write to a page takes more than 10 times as long as later writes (0.8 s per GiB against 0.06
+    /// s). This call makes the first writes, so that the first requests are not slow.
     ///
     /// # Errors
-    /// The limit that is too low, or the kernel's refusal, with the bytes that were asked for and that are
-    /// available.
+    /// A limit is too low, or the kernel refuses. The error has the bytes that were asked for and the bytes
+    /// that are available.
     pub(crate) fn memfd(name: &str, bytes: u64) -> Result<Arc<Self>, AllocError> {
         let len = usize::try_from(bytes)
             .ok()

@@ -245,8 +245,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     }
 
     // LMCache's receiver looks up the sender's rows in the sender's metadata, and its process ends if the
-    // sender sends no row. Our receiver needs no row, so this sender does not show its memory to our
-    // receiver.
+    // sender sends no row. A sidecar's receiver needs no row, so this sender sends it none: the receiver need
+    // not know addresses of the sender's memory.
     let shown = match introduced.x {
         Some(_) => &[],
         None => ours.rows.get(..1).unwrap_or_default(),

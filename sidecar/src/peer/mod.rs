@@ -1,4 +1,5 @@
-//! Other sidecars: the handshake that introduces two of them, and the lock that proves the end of a process.
+//! Deals with other sidecars: the handshake between two sidecars, and the lock that proves the end of a
+//! process.
 
 pub(crate) mod handshake;
 pub(crate) mod process_lock;

@@ -10,9 +10,9 @@
 //! handshakes. So no process can prove the end of a process that still runs. A second sidecar of the same
 //! name does not get the lock, so it can prove nothing.
 //!
-//! A file that was written under another boot, of this host or of another host, is ignored. The reason: the
-//! file may be on a shared file system, which releases the lock of a host that it cannot reach, although the
-//! processes on that host may still run.
+//! The process ignores the secrets in a file that was written on another host, or on this host before its
+//! last boot. The file may be on a shared file system. Such a file system releases the lock of a host that it
+//! cannot reach, although the processes on that host may still run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -54,8 +54,8 @@ impl ProcessLock {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {
             Ok((process_lock, file)) => {
-                // This process never closes the file, so that it holds the lock until it ends: until then,
-                // its writes may be in flight.
+                // This process never closes the file, so it holds the lock until it ends. While it lives, its
+                // writes may be in flight.
                 let _held = file.into_raw_fd();
                 process_lock
             }
@@ -126,7 +126,7 @@ fn file_of(socket: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Length of a secret in bytes. It equals the length of the secret's hash.
+/// Length of a secret in bytes: the same as the length of the secret's hash.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
 /// Largest number of earlier processes whose end this process proves. A receiver rarely misses this many
 /// restarts.

@@ -20,7 +20,7 @@ pub(crate) struct Chosen {
     pub(crate) why: String,
 }
 
-/// The error that no wire serves both sides.
+/// The reason why no wire serves both sides.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub(crate) struct NoWire {

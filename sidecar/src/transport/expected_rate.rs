@@ -1,5 +1,5 @@
-//! Defines the minimum rate to expect of each kind of wire, so that a silent fallback to a slower method is
-//! noticed.
+//! Defines the minimum rate to expect of each kind of wire, so that the log reports a wire that silently
+//! uses a slower method.
 
 use std::time::{Duration, Instant};
 

@@ -106,10 +106,10 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }
-    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. Every slot is closed.
-    /// Before the first slot layout, nothing is sent or received.
+    /// Tells the wire the slot layout of the buffer: slot `i` begins at `i * slot_bytes`. All slots are then
+    /// closed. Before the first slot layout, nothing is sent or received.
     fn divide(&self, _slots: u32, _slot_bytes: u64) {}
-    /// Sender: connects to a receiver's buffer. The wire's own timeout bounds the call.
+    /// Sender: connects to a receiver's buffer. The wire's own timeout limits the duration of the call.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: lets writes under `lease` land in `slot` from now on.
     fn open(&self, lease: LeaseId, slot: SlotIndex);

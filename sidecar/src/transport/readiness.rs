@@ -17,7 +17,7 @@ use crate::memory::cuda::{Event, State};
 /// neither cancelled nor proven harmless. [`LOOK`] gives the cost of a check.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ready {
-    /// The signal that the bytes are there; `None` once they are.
+    /// The signal that reports the state of the bytes; `None` once the bytes are in the buffer.
     after: Option<Arc<dyn Signal>>,
     times: Arc<Times>,
 }
@@ -43,7 +43,7 @@ pub(crate) enum Readiness {
     There,
     /// The bytes are not in the buffer yet.
     NotYet,
-    /// The bytes will never be there, or their state can no longer be determined. Holds the reason.
+    /// The bytes will never be in the buffer, or their state can no longer be determined. Holds the reason.
     Never(String),
 }
 
@@ -61,7 +61,7 @@ impl Ready {
         }
     }
 
-    /// Returns the present state. Once the bytes are there, the state does not change any more.
+    /// Returns the present state. Once the bytes are in the buffer, the state does not change any more.
     pub(crate) fn look(&mut self) -> Readiness {
         let readiness = match &self.after {
             None => Readiness::There,
@@ -102,7 +102,7 @@ impl Ready {
         self.after = None;
     }
 
-    /// Notes that the write is posted and has not ended, so that its wire may need the receiver's help.
+    /// Notes that the write was posted and did not end at once. Its wire may now need the receiver's help.
     pub(crate) fn lasts(&self) {
         self.times.lasting.notify_one();
     }
@@ -124,8 +124,8 @@ impl Times {
         self.began.get().copied()
     }
 
-    /// Completes as soon as it is known that the write takes longer; never completes for a write that ends at
-    /// once. See [`Ready::lasts`].
+    /// Completes when the transport has posted the write and the write did not end at once
+    /// ([`Ready::lasts`]). Never completes for a write that ends at once.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

@@ -85,7 +85,7 @@ impl Wires {
         wires.filter_map(|t| Some((t.kind(), t.data_port()?)))
     }
 
-    /// Returns the handshake's fields that only one wire fills; empty without such a wire.
+    /// Returns the handshake's fields that only one wire fills; empty if this process lacks that wire.
     pub(crate) fn handshake_fields(&self) -> HandshakeFields {
         let mut fields = self.transports.iter().filter_map(|t| t.handshake_fields());
         fields.next().unwrap_or_default()

@@ -12,7 +12,7 @@ use nix::ifaddrs::getifaddrs;
 
 use crate::exit::Exit;
 
-/// Settings of UCX, below NIXL.
+/// Settings of UCX, the library that NIXL uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ucx {
     /// Variables that UCX gets if the environment does not set them.
@@ -145,8 +145,9 @@ pub(crate) fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
     }
 }
 
-/// Returns true if UCX may use TCP under this value of `UCX_TLS`. The value is a list of transports, or after
-/// `^` a list of excluded transports. In both, `all`, patterns and other spellings of tcp count as tcp.
+/// Returns true if UCX may use TCP under this value of `UCX_TLS`. The value is a list of transports. After
+/// `^`, it is a list of excluded transports; then only the exact name `tcp` excludes TCP. Without `^`, the
+/// word `all`, patterns, and names that begin with `tcp` include TCP.
 pub(crate) fn names_tcp(tls: &str) -> bool {
     let tls = tls.trim().to_ascii_lowercase();
     let (excluded, names) = match tls.strip_prefix('^') {

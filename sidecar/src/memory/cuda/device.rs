@@ -207,7 +207,7 @@ impl Drop for Device {
 /// Returns the UUIDs of the GPUs of this process, in the order of their numbers.
 ///
 /// # Errors
-/// There is no driver, or the driver's error.
+/// There is no driver, or the driver returns an error.
 pub(crate) fn all() -> Result<Vec<Uuid>, CudaError> {
     load()?;
     (0..count()?)

@@ -21,7 +21,7 @@ pub(crate) enum State {
     Fired,
 }
 
-/// A CUDA event: it fires once the GPU work that was queued before its record is done.
+/// A CUDA event. It fires when the GPU has done all work that was queued before the event was recorded.
 #[derive(Debug)]
 pub(crate) struct Event {
     raw: CUevent,
@@ -108,7 +108,7 @@ impl Event {
     /// Returns `Fired` if all work before the last record is done, or if there was no record.
     ///
     /// # Errors
-    /// The driver's error. After an error the event's state can no longer be learned.
+    /// The driver's error. After an error the event's state is unknown for good.
     pub(crate) fn state(&self) -> Result<State, CudaError> {
         self.device.bind()?;
         // SAFETY: the event is live.

@@ -16,7 +16,7 @@ pub(crate) struct Imported {
     device: Arc<Device>,
     address: CUdeviceptr,
     bytes: u64,
-    /// The memory itself, if this process allocated it (then nothing is mapped); otherwise `None`.
+    /// The memory itself, if this process allocated the memory, so that nothing is mapped; otherwise `None`.
     own: Option<Arc<DeviceMemory>>,
 }
 

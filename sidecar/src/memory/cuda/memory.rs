@@ -12,7 +12,7 @@ use super::{Extent, HANDLE_BYTES, Handle};
 use crate::memory::rows::Rows;
 
 /// GPU memory of this process, allocated with cuMemAlloc. UCX, the engine and peers can all open such memory.
-/// Memory from cuMemCreate would not do: UCX copies it through sockets, and does not report that.
+/// Memory from cuMemCreate is not used, because UCX silently copies it through sockets.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     device: Arc<Device>,
@@ -94,7 +94,7 @@ impl DeviceMemory {
     /// Copies a range out of the memory and waits for the copy.
     ///
     /// # Errors
-    /// The range lies outside of the memory, or the driver's error.
+    /// The range lies outside of the memory, or the driver returns an error.
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), CudaError> {
         let from = self.at(offset, into.len() as u64)?;
         let stream = self.lock();
@@ -106,7 +106,7 @@ impl DeviceMemory {
     /// Copies into a range of the memory and waits for the copy.
     ///
     /// # Errors
-    /// The range lies outside of the memory, or the driver's error.
+    /// The range lies outside of the memory, or the driver returns an error.
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), CudaError> {
         let to = self.at(offset, from.len() as u64)?;
         let stream = self.lock();
@@ -118,7 +118,7 @@ impl DeviceMemory {
     /// Copies pieces at equal distances out of the memory and waits for the copy.
     ///
     /// # Errors
-    /// A piece lies outside of the memory, or the driver's error.
+    /// A piece lies outside of the memory, or the driver returns an error.
     pub(crate) fn read_rows(&self, rows: Rows, into: &mut [u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, into.len())?;
         let stream = self.lock();
@@ -130,7 +130,7 @@ impl DeviceMemory {
     /// Copies pieces at equal distances into the memory and waits for the copy.
     ///
     /// # Errors
-    /// A piece lies outside of the memory, or the driver's error.
+    /// A piece lies outside of the memory, or the driver returns an error.
     pub(crate) fn write_rows(&self, rows: Rows, from: &[u8]) -> Result<(), CudaError> {
         let pitched = self.pitched(rows, from.len())?;
         let stream = self.lock();
@@ -190,7 +190,7 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Returns this process's own memory with this handle, if there is any. CUDA does not open a handle in the
+/// Returns the memory with this handle, if this process allocated it. CUDA does not open a handle in the
 /// process that made the handle.
 pub(super) fn of_this_process(handle: &Handle) -> Option<Arc<DeviceMemory>> {
     let own = own();

@@ -15,7 +15,8 @@ use super::stream::Stream;
 
 /// A pinned block that one thread uses, with the stream that copies to and from it.
 ///
-/// The driver copies pageable memory through a block of its own, at a quarter of the speed.
+/// Without a pinned block, the driver copies host memory through a block of its own, at a quarter of the
+/// speed.
 pub(crate) struct Stage {
     block: NonNull<u8>,
     len: usize,
@@ -67,7 +68,7 @@ impl Stage {
     /// Fills the block's start with a range of GPU memory and waits for the copy.
     ///
     /// # Errors
-    /// The range is longer than the block or lies outside of the memory, or the driver's error.
+    /// The range is longer than the block or lies outside of the memory, or the driver returns an error.
     pub(crate) fn fetch(
         &mut self,
         memory: &impl Extent,
@@ -85,7 +86,7 @@ impl Stage {
     /// Copies the block's start into a range of GPU memory and waits for the copy.
     ///
     /// # Errors
-    /// The range is longer than the block or lies outside of the memory, or the driver's error.
+    /// The range is longer than the block or lies outside of the memory, or the driver returns an error.
     pub(crate) fn put(
         &mut self,
         memory: &impl Extent,

@@ -44,7 +44,7 @@ pub(super) struct Pitched {
 }
 
 impl Pitched {
-    /// Returns a copy of this shape without a source and a target; the callers set both.
+    /// Returns CUDA's description of a copy of this shape. The callers add the source and the target.
     fn blank(self) -> sys::CUDA_MEMCPY2D {
         sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
@@ -104,10 +104,10 @@ impl Stream {
     }
 
     /// Queues a copy between two GPU memories. The caller must keep both memories allocated until an event
-    /// fires that was recorded after the copy.
+    /// that was recorded after the copy has fired.
     ///
     /// # Errors
-    /// A range lies outside of its memory, or the driver's error.
+    /// A range lies outside of its memory, or the driver returns an error.
     pub(crate) fn push(
         &self,
         from: &impl Extent,
@@ -125,7 +125,7 @@ impl Stream {
     /// both memories allocated, as described at [`Stream::push`].
     ///
     /// # Errors
-    /// A range lies outside of its memory, or the driver's error.
+    /// A range lies outside of its memory, or the driver returns an error.
     pub(crate) fn push_rows(
         &self,
         from: &impl Extent,
@@ -219,7 +219,7 @@ impl Stream {
     /// Queues a write of zeros into a range.
     ///
     /// # Errors
-    /// The range lies outside of the memory, or the driver's error.
+    /// The range lies outside of the memory, or the driver returns an error.
     pub(crate) fn clear(&self, memory: &impl Extent, at: u64, len: u64) -> Result<(), CudaError> {
         let target = memory.at(at, len)?;
         self.device.bind()?;

@@ -95,7 +95,7 @@ impl Copier {
     fn pause(&self) -> Pause {
         let newest = self.running.iter().filter(|r| r.reply.is_some());
         match newest.map(|running| running.since).max() {
-            // A push takes about 2 ms, so let another thread use the core meanwhile.
+            // A push takes about 2 ms, so another thread may use the core meanwhile.
             Some(since) if since.elapsed() < SPIN => {
                 std::thread::yield_now();
                 Pause::None

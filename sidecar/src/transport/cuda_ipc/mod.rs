@@ -1,12 +1,13 @@
 //! Copies directly into the receiver's GPU memory, which is mapped by an IPC handle. This wire serves two
 //! sidecars on one host with GPUs that reach each other.
 //!
-//! One thread per buffer queues copies on a stream for each receiver and polls for their end; the GPU's copy
-//! engines do the work. [`Ready`](super::Ready) describes what the thread waits for before it queues, and why
-//! the GPU does not wait. A copy has ended when an event that was recorded after the copy has fired. Then every
-//! byte is visible to all work that the receiver's GPU begins later. So the sender's message proves that no
-//! write to the slot is in flight. Without this message, the proof is the end of the sender's process, because
-//! the process's queued copies end with it.
+//! Each buffer has one thread. The thread queues copies on one stream per receiver, and polls for the end of
+//! the copies; the GPU's copy engines do the work. [`Ready`](super::Ready) describes the event that the
+//! thread waits for before it queues a copy, and why the GPU does not wait. A copy has ended when an event
+//! that was recorded after the copy has fired. Then every byte is visible to all work that the receiver's GPU
+//! begins later. So a sender's message that its write has ended proves that no write to the slot is in
+//! flight. If no such message comes, the end of the sender's process is the proof, because the process's
+//! queued copies end with it.
 //!
 //! docs/benchmarks.md, "The wire", compares the rate with the other wires.
 //!
@@ -80,7 +81,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub(crate) struct Config {
     /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time after which a write fails that still waits for its bytes or makes no progress.
+    /// A write fails if it waits for its bytes for this time, or makes no progress for this time.
     pub(crate) stall: Duration,
     /// Time limit for copies in flight when the transport stops.
     pub(crate) drain: Duration,

@@ -62,7 +62,7 @@ impl Peer {
         })
     }
 
-    /// Turns pieces into copies, or says which piece is wrong.
+    /// Turns pieces into copies. The error names the wrong piece.
     pub(super) fn plan(
         &self,
         ours: &DeviceMemory,

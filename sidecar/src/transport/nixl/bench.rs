@@ -78,7 +78,7 @@ async fn measure(library: &'static Library, total: u64, chunk: u64) {
     );
 }
 
-/// Makes requests that are only posted and polled, with several sizes of descriptors.
+/// Makes raw requests, which are only posted and polled, with several sizes of descriptors.
 fn raw(
     library: &'static Library,
     buffer: &Arc<Buffer>,

@@ -54,7 +54,7 @@ pub(super) fn answer(reply: oneshot::Sender<Outcome>, outcome: Outcome) {
     drop(reply.send(outcome));
 }
 
-/// Returns the outcome of a write of which nothing was posted.
+/// Returns the outcome of a write that failed before any part of it was posted.
 pub(super) fn unsent(error: impl Into<String>) -> Outcome {
     Outcome::Failed {
         terminal: true,

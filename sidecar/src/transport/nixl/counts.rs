@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) struct Counts {
     /// Writes that ended with every byte at the receiver.
     pub(super) done: u64,
-    /// Writes that failed, and of which no byte can still arrive.
+    /// Failed writes that can deliver no more bytes.
     pub(super) failed: u64,
-    /// Writes that failed, and of which bytes may still arrive.
+    /// Failed writes that may still deliver bytes.
     pub(super) uncertain: u64,
     /// Bytes of the writes that were done, rounded up to whole descriptors.
     pub(super) bytes: u64,

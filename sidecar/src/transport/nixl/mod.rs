@@ -104,7 +104,7 @@ pub(crate) struct Config {
     /// The agent's name. Each start needs a new name, because peers know agents by their names.
     pub(crate) agent: String,
     /// NIXL's device id of the buffer. For GPU memory it is the GPU's number in this process, which UCX
-    /// checks. For host memory it is the tensor-parallel rank, as with LMCache.
+    /// checks. For host memory it is the tensor-parallel rank, as in LMCache.
     pub(crate) device: u64,
     /// Backend parameters that differ from the plugin's defaults.
     pub(crate) params: Vec<(String, String)>,
@@ -151,7 +151,7 @@ pub(crate) struct Nixl {
 #[derive(Debug)]
 struct Shared {
     commands: mpsc::Sender<Command>,
-    /// The permits that bound the queue of commands; each link or write command has one.
+    /// The permits that limit the length of the command queue; each link or write command has one permit.
     permits: Arc<Semaphore>,
     /// True while peers have announced writes into this buffer.
     expecting: AtomicBool,
@@ -341,8 +341,7 @@ impl Drop for Nixl {
 }
 
 impl Shared {
-    /// Sends a command without a permit. The number of such commands is bounded by the number of objects that
-    /// send them.
+    /// Sends a command without a permit. The number of objects that send such commands limits their number.
     fn send(&self, command: Command) {
         // The send fails if the thread has ended. No caller waits for an answer to these commands.
         drop(self.commands.send(command));
@@ -372,7 +371,7 @@ impl Shared {
     }
 }
 
-/// The error that NIXL could not be started.
+/// The reason why NIXL could not be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     /// The kernel did not start the thread.

@@ -168,7 +168,7 @@ impl Peer {
         (!time.is_zero()).then(|| bytes / time.as_secs_f64() / 1e9)
     }
 
-    /// Queues a write, or answers at once with the reason why not.
+    /// Queues a write. If the write cannot be queued, answers at once with the reason.
     pub(super) fn write(
         &mut self,
         ready: Ready,

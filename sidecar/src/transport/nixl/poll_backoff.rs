@@ -45,7 +45,8 @@ impl PollBackoff {
         wait
     }
 
-    /// Returns the pause after a poll in which nothing moved, if only writes of peers are awaited.
+    /// Returns the pause after a poll in which nothing moved, if the thread waits only for the writes of
+    /// peers.
     ///
     /// Most wires need no help from this side (shared memory, RDMA, NVLink), and a spinning thread could take
     /// the core with which a peer on the same host copies. So the thread sleeps from the beginning, for short
@@ -81,13 +82,15 @@ const SHORT: Duration = Duration::from_micros(200);
 /// The time without movement after which the sleeps have the longest duration. By then the peer writes without
 /// this side's help (shared memory, RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
-/// The longest sleep. It costs about 3 % of a core, and adds at most 2 % to the delay of a late write.
+/// The longest sleep. Polls at this interval use about 3 % of a core, and add at most 2 % to the delay of a
+/// late write.
 const LONG: Duration = Duration::from_millis(1);
 
 /// Minimum duration of a library call that has moved bytes; an idle call takes under 1 µs.
 const BUSY: Duration = Duration::from_micros(4);
 /// The same minimum after a sleep. The caches are then cold, and an idle call takes up to 15 µs on a busy
-/// machine. A call that moves the bytes of a sleep takes longer, even at 1 GB/s.
+/// machine. A call that moves the bytes that have come during a sleep takes longer, even if they come at 1
+/// GB/s only.
 const BUSY_COLD: Duration = Duration::from_micros(25);
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
-//! Listens for connections, and decides which are admitted and how many.
+//! Listens for connections, and decides which of them to admit.
 //!
 //! One thread polls the listener and every connection that has not sent its hello yet. A thread for a
-//! connection starts only after a valid hello. So a connection that is silent or sends garbage uses a file
-//! descriptor for a short time, but never a thread. The number of connections in each of the two stages is
-//! bounded. If a stage is full, the oldest connection of the address with the most connections is closed to
-//! make room, so one address can displace only its own connections. A connection with an open lease is closed
-//! only for another address, and only if its own address has more than half of all connections.
+//! connection starts only after a valid hello. So a connection that is silent or sends garbage never gets a
+//! thread; it uses one file descriptor for a short time. The number of connections in each of the two stages
+//! is bounded. If a stage is full, the thread makes room: it closes the oldest connection of the address that
+//! has the most connections. So one address can displace only its own connections. A connection with an open
+//! lease is closed only for another address, and only if its own address has more than half of all
+//! connections.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -129,8 +130,8 @@ impl Accepting {
         }
     }
 
-    /// Waits for an event. With a `pause` it ignores the listener for that time. Returns which sockets are
-    /// ready: the listener, and each waiting connection in order.
+    /// Waits for an event. If `pause` is given, ignores the listener for that time. Returns true for each
+    /// socket that is ready: first for the listener, then for the waiting connections in their order.
     fn poll(&self, pause: Option<Duration>) -> io::Result<(bool, Vec<bool>)> {
         let now = Instant::now();
         let patience = self
@@ -154,7 +155,8 @@ impl Accepting {
         Ok((ready[1], ready[2..].to_vec()))
     }
 
-    /// Accepts new connections. Returns a pause if the process has no file descriptor left for them.
+    /// Accepts new connections. If the process has no file descriptor left, returns the time for which the
+    /// listener must pause.
     fn accept(&mut self) -> Option<Duration> {
         for _ in 0..ACCEPTS_A_ROUND {
             let (socket, peer) = match self.listener.accept() {
@@ -295,7 +297,8 @@ impl Accepting {
         if live < self.max_connections {
             return true;
         }
-        // Threads of evicted connections need a moment to end, so their number is bounded, too.
+        // The threads of evicted connections need a moment to end, so the number of all threads is limited,
+        // too.
         if self.connections.len() >= 2 * self.max_connections {
             return false;
         }
@@ -361,7 +364,7 @@ impl Accepting {
     }
 }
 
-/// Tells the listening thread that a connection's thread has ended, also after a panic.
+/// Tells the listening thread, when it is dropped, that a connection's thread has ended, also after a panic.
 struct Notice(Arc<Control>, u64);
 
 impl Drop for Notice {

@@ -13,10 +13,11 @@ pub(super) fn join(host: &str, port: u16) -> String {
     }
 }
 
-/// Returns the address of an advert. `:port` is completed with the host by which the peer is already known.
+/// Returns the address of an advert. If the advert has only `:port`, the address gets `host`, by which this
+/// process already knows the peer.
 ///
 /// # Errors
-/// The advert has no address, because the peer does not receive, or the address is no `host:port`.
+/// The advert has no address, because the peer does not receive, or the address is not a `host:port`.
 pub(super) fn of(offer: &Advert, host: &str) -> Result<Option<String>, NoAddress> {
     if offer.address.is_empty() {
         return Err(NoAddress::Absent);

@@ -31,8 +31,8 @@ impl Batch {
         ((0..jobs).map(|_| ticket()).collect(), outcome)
     }
 
-    /// Adds the outcome of a job. If one job fails, the write fails. The failure is terminal only if the
-    /// failure of every failed job is.
+    /// Adds the outcome of a job. If one job fails, the write fails. The write's failure is terminal only if
+    /// every failed job has a terminal failure.
     fn settle(&self, outcome: Outcome) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         let (sum, done) = &mut *result;

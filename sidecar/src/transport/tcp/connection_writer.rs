@@ -2,12 +2,13 @@
 //!
 //! # The outcome of a failed write
 //! [`Outcome::Failed`] has `terminal: true` only if no byte can still arrive: the job was never begun, or the
-//! receiver refused it (the receiver has closed the gate and says so). A job that was begun and has no answer
-//! is `terminal: false`, whatever happened to the connection. Its bytes may be in this kernel's queue, on the
+//! receiver refused it because it has closed the gate. If a job was begun and has no answer, its outcome is
+//! `terminal: false`, even if the connection was closed. Its bytes may be in this kernel's queue, on the
 //! network, or in the receiver's queue, and the receiver's thread lets them land until it closes the gate.
-//! The reset of the connection (done here) drops this side's queue but proves nothing about the receiver's
-//! queue. `terminal: false` costs nothing here: the sender reports the slots as dirty, and the receiver's
-//! close is a fence, so the slots are proven clean at once.
+//! This module resets the connection. The reset drops this side's queue, but proves nothing about the
+//! receiver's queue. `terminal: false` costs nothing over this wire: the sender reports the slots as dirty,
+//! and the receiver closes them. After the close no byte can arrive, so the receiver can use the slots again
+//! at once.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -27,8 +28,8 @@ use crate::memory::{Buffer, Outlet};
 use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Readiness, Ready};
 
-/// The handle of one sending connection. When it is dropped, the thread ends after its jobs, which end within
-/// their stall time.
+/// The handle of one sending connection. When it is dropped, the thread finishes its jobs, each within its
+/// stall time, and ends.
 #[derive(Debug)]
 pub(super) struct ConnectionWriter {
     queue: Arc<Queue>,
@@ -154,7 +155,8 @@ struct Worker {
     stall: Duration,
     queue: Arc<Queue>,
     sending: Option<Sending>,
-    /// Batches that were begun and have no answer yet, in order. The last one may still be partly unsent.
+    /// Batches that were begun and have no answer yet, in order. A part of the last batch may still be
+    /// unsent.
     unanswered: VecDeque<(u64, Ticket)>,
     answer: [u8; Answer::BYTES],
     answered: usize,
@@ -174,7 +176,7 @@ struct Sending {
     sent: u64,
 }
 
-/// Tells whether the socket took everything.
+/// The result of a send: `All` if the socket took everything, `Blocked` if the socket is full.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pushed {
     All,
@@ -370,8 +372,8 @@ impl Worker {
         }
     }
 
-    /// Waits for room in the socket, answers or jobs. While a batch has no answer, the wait is at most the
-    /// stall time.
+    /// Waits until the socket has room, an answer comes, or a job comes. While a batch has no answer, waits
+    /// for at most the stall time.
     fn wait(&self, pushed: Pushed) -> io::Result<()> {
         let patience = if self.unanswered.is_empty() {
             None
@@ -444,7 +446,8 @@ impl Sending {
 
 /// Maximum number of jobs that wait on one connection. The sender machine has far fewer transfers in flight.
 const MAX_QUEUED: usize = 4096;
-/// Maximum number of batches without an answer: so many that small writes need not wait for a round trip.
+/// Maximum number of batches without an answer. It is large enough that small writes need not wait for a
+/// round trip.
 const MAX_UNANSWERED: usize = 64;
 /// Bytes of one send call. Answers are read only between two calls.
 const SEND_BYTES: usize = 1 << 20;

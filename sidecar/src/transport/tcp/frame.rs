@@ -138,7 +138,7 @@ pub(super) enum Answer {
     Welcome,
     /// Every byte of the batch is in its slots.
     Landed { batch: u64 },
-    /// No byte of the batch lands from now on. `batch` is 0 if the receiver refuses the whole connection.
+    /// From now on no byte of the batch lands. `batch` is 0 if the receiver refuses the whole connection.
     Refused { batch: u64, why: Refusal },
 }
 
@@ -210,7 +210,7 @@ refusals! {
     Geometry = 3 "refused_geometry" "the slot layout of the landing buffer has changed since the handshake",
     /// No engine has set the slot layout yet.
     NoSlots = 4 "refused_no_slots" "the landing buffer has no slots yet",
-    /// The slot is not open to the lease, or not any more.
+    /// The slot was never open to the lease, or it is closed again.
     Closed = 5 "refused_closed" "the slot is not open under this lease",
     /// A part has more bytes than its slot, or the slot does not exist.
     Bounds = 6 "refused_bounds" "a piece does not fit into its slot",

@@ -113,7 +113,7 @@ impl TcpLink {
         })
     }
 
-    /// Turns pieces into ranges of the buffer, or says which piece is wrong.
+    /// Turns pieces into ranges of the buffer. The error names the wrong piece.
     fn sources(&self, pieces: &[Piece]) -> Result<Vec<Source>, String> {
         let mut sources = Vec::with_capacity(pieces.len());
         for piece in pieces {

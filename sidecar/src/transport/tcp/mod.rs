@@ -105,12 +105,13 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
 pub(crate) struct Config {
     /// The address to listen on, with port 0 for any port; `None` if this process receives nothing.
     pub(crate) listen: Option<SocketAddr>,
-    /// The host in the advert. If it is `None`, the advert has the listening address. If that is a wildcard
-    /// (`0.0.0.0`), the advert has only the port, and peers use the host of the init port.
+    /// The host in the advert. If it is `None`, the advert has the listening address. If the listening
+    /// address is a wildcard (`0.0.0.0`), the advert has only the port, and peers use the host of the init
+    /// port.
     pub(crate) advertise: Option<String>,
     /// The number of connections of a link. On two cores, two connections moved 1.6 times as much as one (4.5
-    /// against 2.8 GB/s, before the receiver was woken less often), because each end then copies on both cores.
-    /// Four connections moved no more.
+    /// against 2.8 GB/s, measured before the receiver used `SO_RCVLOWAT`), because each end then uses both
+    /// cores for its copies. Four connections moved no more.
     pub(crate) streams: usize,
     /// Maximum number of connections that are served at the same time, each by one thread.
     pub(crate) max_connections: usize,
@@ -149,7 +150,7 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    /// Starts the transport, and listens if the configuration has an address for that.
+    /// Starts the transport. Listens if the configuration has a listening address.
     ///
     /// # Errors
     /// The kernel's refusal to bind the port or to start a thread.

@@ -40,7 +40,7 @@ pub(super) struct Reader {
     /// The lease of the last write that was admitted; 0 before the first write. A peer cannot guess a lease, so
     /// it is trusted while this lease is open.
     pub(super) shown: Arc<AtomicU64>,
-    /// Bytes below which the kernel does not wake this thread; 1 at first.
+    /// The kernel does not wake this thread for fewer bytes than this; 1 at first.
     pub(super) low_water: Cell<usize>,
 }
 
@@ -258,8 +258,8 @@ impl Reader {
         set_low_water(&self.socket, bytes)
     }
 
-    /// Waits for bytes after a read found none, within the stall time and the frame's deadline. `left` bytes
-    /// are sure to come; a wait for more would never end.
+    /// Waits for bytes after a read found none, within the stall time and the frame's deadline. The peer
+    /// still sends `left` bytes; a wait for more bytes would never end.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
@@ -296,8 +296,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Closes the connection so that the peer can still read the refusal. If a socket is closed over unread
-    /// bytes, the kernel resets the connection, and the reset may overtake the refusal.
+    /// Closes the connection so that the peer can still read the refusal. If a socket is closed while it has
+    /// unread bytes, the kernel resets the connection, and the reset may arrive before the refusal.
     fn part_ways(&self) {
         let deadline = Instant::now() + LINGER;
         if self.wake_at(1).is_err() || self.socket.shutdown(Shutdown::Write).is_err() {
@@ -320,7 +320,8 @@ impl Reader {
     }
 }
 
-/// Maximum bytes of one copy while the gate is locked. This bounds the wait of a close to about 0.1 ms.
+/// Maximum bytes of one copy while the gate is locked. With this limit, a close waits for at most about 0.1
+/// ms.
 const COPY_BYTES: usize = 512 << 10;
 /// Minimum number of bytes for which the kernel wakes the thread. Measured with 512 MiB in pieces of 16 MiB
 /// over 2 connections: 4.1 GB/s if one byte wakes the thread, 4.5 for 256 KiB, 6.2 for this size (with copies

@@ -102,7 +102,7 @@ impl SlotLayout {
             .collect()
     }
 
-    /// Admits a part under `lease`, or returns the reason why not.
+    /// Admits a part under `lease`, or returns the reason for the refusal.
     pub(super) fn admit(&self, lease: LeaseId, part: Part) -> Result<Pass, Refusal> {
         let gate = self.gate(part.slot).ok_or(Refusal::Bounds)?;
         let end = part.offset.checked_add(part.bytes).ok_or(Refusal::Bounds)?;

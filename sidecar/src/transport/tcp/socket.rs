@@ -19,7 +19,7 @@ pub(super) fn prepare(socket: &TcpStream, stall: Duration) -> io::Result<()> {
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
     sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
     sockopt::set_tcp_keepcnt(socket, 3)?;
-    // While bytes are in flight, the kernel notices it within the stall time.
+    // While bytes are in flight, the kernel notices within the stall time that the peer has vanished.
     let stall_ms = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(socket, stall_ms)?;
     Ok(())

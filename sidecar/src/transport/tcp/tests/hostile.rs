@@ -241,7 +241,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("refused: too many connections"), "{error}");
-    // There is room again after one of them has left, or after their lease has ended.
+    // There is room again after one of these connections has ended, or after their lease has ended.
     drop(known.pop());
     let mut again = None;
     while again.is_none() {
@@ -298,8 +298,8 @@ fn a_peer_that_does_not_read_its_answers_is_dropped() {
     while raw.0.write_all(&burst).is_ok() {
         assert!(start.elapsed() < Duration::from_secs(60), "served for ever");
     }
-    // Full buffers block both directions, so the receiver may notice first that a frame stalls, or that its
-    // answer does.
+    // Full buffers block both directions, so the receiver may first notice a stalled frame or a stalled
+    // answer.
     until("the connection is counted", || {
         receiver.counts().broken + refused(&receiver, Refusal::Stalled) == 1
     });
@@ -314,7 +314,7 @@ fn the_threads_end_with_the_transport() {
     let mut silent = Raw::connect(&receiver);
     let threads = Arc::downgrade(&receiver.receiving);
     drop(receiver);
-    // Every thread holds the shared state, so no thread is left if the state is gone.
+    // Every thread has a reference to the shared state, so no thread is left if the state was freed.
     assert!(threads.upgrade().is_none());
     for raw in [&mut idle, &mut busy, &mut silent] {
         assert_eq!(raw.hear(), None);
