@@ -87,8 +87,8 @@ impl Library {
         // SAFETY: running the initializers of a library is as safe as that library. The caller chose
         // the path, or the path lies in the Python environment or the system of this process.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| reason(&e))?;
-        // SAFETY: the symbols have the types of nixl_capi.h. These were checked against NIXL 1.5.1, and
-        // none has changed since the newest symbol was added.
+        // SAFETY: the symbols have the types of nixl_capi.h. The types were compared with NIXL 1.5.1.
+        // No type has changed since NIXL added the newest of these symbols.
         let api = unsafe { Api::from_library(library) }.map_err(|e| reason(&e))?;
         // SAFETY: the function takes no arguments and reads a constant.
         if unsafe { api.nixl_capi_is_stub() } {

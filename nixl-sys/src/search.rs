@@ -127,8 +127,8 @@ fn in_prefix(name: &str, prefix: &Path) -> Vec<Place> {
     found.into_iter().map(Place::Candidate).collect()
 }
 
-/// Returns the paths of the directory's entries for whose name `passes` returns true, sorted.
-/// Returns no path if the directory cannot be read.
+/// Returns the sorted paths of the directory's entries with names that `passes` accepts. Returns no path if
+/// the directory cannot be read.
 fn entries(dir: &Path, passes: impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let Ok(listing) = dir.read_dir() else {
         return Vec::new();

@@ -110,8 +110,8 @@ impl Agent {
 
     /// Lets the backend work: it accepts connections, receives, and sends what is queued.
     ///
-    /// Discards notifications that LMCache peers may send: sidecars exchange their messages over
-    /// ZeroMQ, not over NIXL.
+    /// Discards the notifications that LMCache peers may send. Sidecars send no notifications: they exchange
+    /// their messages over ZeroMQ.
     ///
     /// # Errors
     /// Fails if the library reports an error of the backend.

@@ -46,8 +46,8 @@ pub enum Error {
         /// The peer's agent name.
         agent: String,
     },
-    /// Other metadata is already loaded under the same name and in use. Each agent has a new name at each start, so one
-    /// of the two peers uses the name of another agent.
+    /// Other metadata with the same name is already loaded and in use. Each agent has a new name at each
+    /// start, so one of the two peers uses another agent's name.
     #[error("another nixl peer is connected under the agent name {agent}")]
     Taken {
         /// The name that both peers use.

@@ -25,9 +25,9 @@ pub(crate) struct AgentInner {
     pub(crate) name: String,
     pub(crate) agent: NonNull<nixl_capi_agent>,
     pub(crate) backend: NonNull<nixl_capi_backend>,
-    /// Options that name the backend, with which NIXL merges neighbouring descriptors.
+    /// Options that name the backend and let NIXL merge neighbouring descriptors.
     pub(crate) options: NonNull<nixl_capi_options>,
-    /// Options that name the backend, with which NIXL does not merge neighbouring descriptors.
+    /// Options that name the backend and forbid NIXL to merge neighbouring descriptors.
     pub(crate) split: NonNull<nixl_capi_options>,
     pub(crate) notifications: NonNull<nixl_capi_notifications>,
     /// The loaded peers by name. The references are weak, because the users of a peer own it.

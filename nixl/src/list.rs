@@ -1,9 +1,9 @@
 //! Lists of descriptors that NIXL looks up once. A transfer then selects descriptors by their
 //! indices.
 //!
-//! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request
-//! from plain descriptors, NIXL looks up each descriptor and merges none. With small descriptors (4
-//! KiB), such a request is 4 times slower.
+//! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request from
+//! plain descriptors, NIXL looks up each descriptor and merges none. With small descriptors (4 KiB), a
+//! request from plain descriptors is 4 times slower.
 
 use std::fmt;
 use std::ptr::NonNull;

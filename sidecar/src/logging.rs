@@ -7,7 +7,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::LogFormat;
 
 /// Starts the log. The checks of the configuration have already accepted `directives`. `RUST_LOG` is not
-/// read, because `check-config` must show the one value in use with its source.
+/// read, because `check-config` must show the value in use and its source.
 pub(crate) fn start(directives: &str, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(directives))

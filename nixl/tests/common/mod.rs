@@ -99,7 +99,7 @@ impl Side {
 /// not pass the id to NIXL.
 pub(crate) const DEVICE: u64 = 3;
 
-/// The child process into whose memory a test writes.
+/// The child process that owns the memory into which a test writes.
 pub(crate) struct Target {
     pub(crate) child: Child,
     pub(crate) metadata: Vec<u8>,

@@ -207,8 +207,8 @@ fn id(
 ) -> String {
     let given = sidecar.id.as_ref();
     let id = computed(layers, "id", given, || {
-        // The admin port is unique on a machine and the same after a restart. Port 0 means any free port and
-        // is neither, so the name then contains the process id instead.
+        // The admin port is unique on a machine and the same after a restart. This is not true for port 0
+        // (any free port); the name then contains the process id instead.
         let number = if admin.port == 0 {
             inputs.pid
         } else {
@@ -306,7 +306,7 @@ fn key(keys: &'static [Key], name: &str) -> &'static Key {
         .expect("a key of the table")
 }
 
-/// Smallest buffer: one page. No model has a smaller chunk.
+/// Smallest buffer: one page. Every model's chunk is at least as large.
 const MIN_BUFFER_BYTES: u64 = 4096;
 /// Longest path of a socket: the kernel's `sun_path` has 108 bytes with its terminator.
 const MAX_SOCKET_BYTES: usize = 107;

@@ -60,8 +60,8 @@ keys! {
         pd_peer_init_port: Ports = Default::Required("for a receiver"), flag "--init-port", also "nixl_peer_init_port";
         /// Receiver: port of the alloc requests, one for each rank.
         pd_peer_alloc_port: Ports = Default::Required("for a receiver"), flag "--alloc-port", also "nixl_peer_alloc_port";
-        /// Receiver: port for the queries of LMCache's bidirectional senders, one for each rank. Such a sender
-        /// asks which KV it can read back. The answer is always none, because a sidecar keeps no KV.
+        /// Receiver: port for the queries of LMCache's bidirectional senders, one for each rank. Such a
+        /// sender asks which KV it can read back. The sidecar always answers "none", because it keeps no KV.
         pd_peer_query_port: Ports = Default::None;
         /// Host of the proxy's registration port, or of LMCache's own proxy.
         pd_proxy_host: Host = Default::None, also "nixl_proxy_host";
@@ -78,8 +78,8 @@ keys! {
         transfer_channel: String = Default::Value("nixl");
         /// Backends of NIXL. Only UCX is supported.
         nixl_backends: Words = Default::Value("[UCX]");
-        /// If not 0, the sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at
-        /// once.
+        /// The sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at once. 0
+        /// means no such check.
         pd_max_prefill_len: Count<0> = Default::Value("0");
         /// Tokens of a chunk. If given, the sidecar refuses an engine with another chunk size.
         chunk_size: Count<1> = Default::None;
@@ -103,7 +103,7 @@ keys! {
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";
         /// Base URL of the engine's OpenAI server, as the proxy reaches it.
         engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
-        /// The proxy's registration port. Not for LMCache's own proxy, which takes no registrations.
+        /// The proxy's registration port. Not for LMCache's own proxy, which accepts no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
         /// Host name or address at which other hosts reach this machine. Peers get it instead of
         /// `pd_peer_host`; the proxy gets it instead of the host of `sidecar.admin` if that host is
@@ -133,7 +133,7 @@ keys! {
         /// Sender: longest time for which a request may wait for room at the receiver. Receiver: the same for
         /// requests of LMCache's senders, whose messages contain no such time.
         wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
-        /// Sender: longest time for which a receiver waits until the decode leg of a request parks.
+        /// Sender: longest time for which a receiver waits for the decode leg of a request to park.
         park_ms: Millis = Default::Value("50");
         /// Sender: time without an answer after which the sender repeats a message.
         repeat_ms: Millis = Default::Value("500");

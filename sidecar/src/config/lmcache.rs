@@ -1,5 +1,6 @@
-//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. It
-//! refuses the key if it would otherwise do something else than the file asks for.
+//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. The
+//! sidecar does not ignore a key, but refuses it, if without the key it would do something else than the file
+//! asks for.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;

@@ -1,5 +1,5 @@
-//! The sidecar's configuration: LMCache's keys and the sidecar's own, from flags, environment and one YAML
-//! file.
+//! The sidecar's configuration: LMCache's keys and the sidecar's own keys, from flags, environment and one
+//! YAML file.
 //!
 //! There are two kinds of types. [`keys::Lmcache`] and [`keys::Sidecar`] have the values as given: every
 //! field is optional and has its source. [`Config`] has the values in use: it is complete and checked, and
@@ -59,9 +59,9 @@ pub(crate) struct Config {
     pub(crate) devices: Vec<Option<Which>>,
     /// Tokens of a chunk: engines with another chunk size are refused. Absent: any chunk size is accepted.
     pub(crate) chunk_tokens: Option<u32>,
-    /// Tokens that must fit into the buffer at the same time; 0 for no such check.
+    /// Tokens that must fit into the buffer at the same time; 0 means no such check.
     pub(crate) max_prefill_tokens: u32,
-    /// The ports for senders; absent if this sidecar only sends.
+    /// The ports to which senders connect; absent if this sidecar only sends.
     pub(crate) listen: Option<Listen>,
     /// The unix socket for the engine.
     pub(crate) socket: PathBuf,
@@ -69,7 +69,7 @@ pub(crate) struct Config {
     pub(crate) admin: HostPort,
     /// The host name or address under which other machines reach the admin server.
     pub(crate) admin_host: String,
-    /// The proxy to register with; absent for no registration.
+    /// The proxy to register with; absent if the sidecar registers with no proxy.
     pub(crate) proxy: Option<Proxy>,
     /// Settings of UCX, which NIXL uses.
     pub(crate) ucx: Ucx,
@@ -86,13 +86,13 @@ pub(crate) struct Config {
     /// Rate in GB/s. Over a slower wire the sidecar sends KV layer by layer; over a faster wire it sends a
     /// step's KV as a whole.
     pub(crate) layers_below_gb_s: u32,
-    /// Slots that one sender may leave quarantined; absent for a quarter of all slots.
+    /// Slots that one sender may leave in quarantine; if absent, a quarter of all slots.
     pub(crate) max_quarantined: Option<u32>,
     /// Directives of the log filter.
     pub(crate) log_level: String,
     /// Format of log lines.
     pub(crate) log_format: LogFormat,
-    /// File for the events and actions of the protocol machines; absent for no such file.
+    /// File for the events and actions of the protocol machines; absent if they are not recorded.
     pub(crate) trace: Option<PathBuf>,
 }
 

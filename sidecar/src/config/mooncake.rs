@@ -49,8 +49,8 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         _ => prefill,
     };
     if let Some((given, url)) = ours {
-        // The size is added even if the role is missing, so that the report then shows the missing role and
-        // not also a missing size.
+        // The size is added even if the role is missing. Otherwise the report would show two mistakes: the
+        // missing role and a missing size.
         let bytes = BUFFER_BYTES.to_owned();
         add(layers, false, "pd_buffer_size", given.line, bytes);
         if let Some(role) = role {
@@ -145,7 +145,7 @@ fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
             "write rdma or tcp",
         );
     }
-    // Both protocols allow shared memory and CUDA IPC between processes of one host.
+    // Processes of one host may use shared memory and CUDA IPC with either value of `protocol`.
     let tls = if rdma {
         "ib,sm,self,cuda"
     } else {

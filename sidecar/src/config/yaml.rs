@@ -291,8 +291,8 @@ fn weight(raw: &Raw) -> usize {
     }
 }
 
-/// Largest file. LMCache's longest example has 2 KiB; the limit prevents that a large file, named by mistake,
-/// is parsed.
+/// Largest file. LMCache's longest example has 2 KiB; the limit keeps the sidecar from parsing a large file
+/// that the user named by mistake.
 const MAX_BYTES: usize = 1 << 20;
 /// Largest number of values. An alias counts as all values that it expands to, so that a small file cannot
 /// expand without end.

@@ -112,7 +112,7 @@ impl Admin {
         self.local.port()
     }
 
-    /// Serves until `stop`, then waits up to [`LAST_WORDS`] for answers that are being written.
+    /// Serves until `stop` is cancelled. Then waits up to [`LAST_WORDS`] for answers that are being written.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
         let mut open: VecDeque<(u64, CancellationToken)> = VecDeque::new();
@@ -329,7 +329,7 @@ async fn serve(
         }
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            // `Admin::run` bounds this wait for an answer that is being written.
+            // This waits for an answer that is being written. `Admin::run` limits the time of the wait.
             connection.as_mut().await.ok();
         }
         () = evict.cancelled() => {}
@@ -350,8 +350,8 @@ const MAX_NAME_CHARS: usize = 256;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time of a request. Answers come from memory, so only a slow body takes time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest life of a connection, so that a client that does not read its answer goes away. Scrapers connect
-/// again.
+/// Longest life of a connection. The limit ends the connection of a client that does not read its answer.
+/// Scrapers connect again.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(600);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_WORDS: Duration = Duration::from_millis(500);

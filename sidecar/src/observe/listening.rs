@@ -92,8 +92,8 @@ impl std::fmt::Display for Socket {
 
 /// Returns every socket of this process that a peer can connect to.
 fn listening() -> io::Result<BTreeSet<Socket>> {
-    // The tables below have the sockets of all processes in this network namespace. The inodes tell which of
-    // these sockets belong to this process.
+    // The tables below have the sockets of all processes in this network namespace. A comparison of inodes
+    // finds the sockets of this process.
     let mut inodes = BTreeSet::new();
     for descriptor in fs::read_dir("/proc/self/fd")?.flatten() {
         let Ok(target) = fs::read_link(descriptor.path()) else {

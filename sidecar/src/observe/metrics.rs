@@ -1,4 +1,5 @@
-//! Writes out the Prometheus metrics. docs/reference/metrics.md lists each metric, and a test compares the two.
+//! Writes out the Prometheus metrics. docs/reference/metrics.md lists each metric, and a test compares that
+//! list with the metrics.
 //!
 //! Each component owns its counters and histograms and registers them here. Gauges are read from [`Status`] at each
 //! scrape. Every label has a bounded number of values: only the first peers are shown.

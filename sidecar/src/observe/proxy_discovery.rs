@@ -13,7 +13,7 @@ use crate::config::{HostPort, ProxyAddress, read};
 use crate::observe::registration::{Outlet, Refused};
 
 /// The connection to the proxy. While the proxy's address is not known, messages are dropped and counted.
-/// Registrations are repeated, so the proxy gets one after its address is known.
+/// Registrations are repeated, so the proxy gets a registration soon after its address is known.
 #[derive(Debug)]
 pub(crate) struct ProxyDiscovery {
     push: Option<Push>,
@@ -83,7 +83,7 @@ impl Outlet for ProxyDiscovery {
 }
 
 impl Search {
-    /// Searches for the proxy until `stop`.
+    /// Searches for the proxy until `stop` is cancelled.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut said = String::new();
         loop {

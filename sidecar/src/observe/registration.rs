@@ -42,7 +42,7 @@ pub(crate) trait Outlet: Send + 'static {
     fn close(self) -> BoxFuture<'static, ()>;
 }
 
-/// An outlet did not take a message.
+/// The error that an outlet did not accept a message.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the proxy does not take messages")]
 pub(crate) struct Refused;
@@ -103,15 +103,17 @@ impl<O: Outlet> Registration<O> {
         (voice, task)
     }
 
-    /// Registers at once, at every period, and when readiness changes, until `drain`. Then sends Leave, and
-    /// continues to send the messages of the ranks until `stop` or until the last queue handle is dropped.
+    /// Registers at once, at every period, and when readiness changes, until `drain` is cancelled. Then sends
+    /// `Leave`, and continues to send the messages of the ranks until `stop` is cancelled or the last queue
+    /// handle is dropped.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
         let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
             return; // no proxy to register with
         };
         let period = proxy.period;
         let mut ticks = tokio::time::interval(period);
-        // After a stall of this process, one registration is enough: the missed ones are not sent.
+        // After a stall of this process, one registration is enough, so the missed registrations are not
+        // sent.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut leaving = false;
         loop {

@@ -219,7 +219,7 @@ impl Status {
         rows.truncate(len);
     }
 
-    /// Adds the record of an ended request.
+    /// Adds the record of a request that has ended.
     pub(crate) fn record(&self, role: RankRole, rank: u32, record: &Record) {
         let row = RecordRow {
             side: role.as_str(),

@@ -18,7 +18,7 @@ pub(crate) use crate::rank::role::RankRole;
 use crate::transport::expected_rate::{ExpectedRate, Watch};
 use crate::transport::set::Wires;
 
-/// The objects that one rank's task uses: configuration, wires, trace, observer and metrics.
+/// The objects that the task of one rank uses: configuration, wires, trace, observer and metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct RankContext {
     pub(crate) config: Arc<Config>,
@@ -78,8 +78,8 @@ pub(crate) struct LinkStatus {
     /// Bytes and seconds of recent writes, in which older writes have less weight; `None` before the first
     /// write.
     recent: Option<(f64, f64)>,
-    /// Bytes and seconds of recent large writes alone. A small write takes as long as its posting, so it does
-    /// not show the wire's rate.
+    /// Bytes and seconds of recent large writes alone. A small write takes little longer than its posting, so
+    /// it does not show the wire's rate.
     large: Option<(f64, f64)>,
     /// The start and the end of the latest period in which at least one write was always in flight; `None`
     /// before the first write.

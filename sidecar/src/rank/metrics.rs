@@ -69,8 +69,8 @@ struct LostLink {
 }
 
 impl RankMetrics {
-    /// Makes every metric. A series with known labels exists from the start, at 0, so that a rate over it is 0 and
-    /// not absent. `roles` has every role of every rank.
+    /// Makes every metric. A series with known labels starts with the value 0, so that its rate is 0 and not
+    /// absent. `roles` has every role of every rank.
     pub(crate) fn new(roles: &[(RankRole, u32)], malformed: MalformedFrames) -> Self {
         let phases: fn() -> Histogram = || Histogram::new(exponential_buckets(50e-6, 2.0, 19));
         let metrics = Self {
@@ -89,7 +89,8 @@ impl RankMetrics {
         metrics
     }
 
-    /// Registers every metric. docs/metrics.md lists each metric, and a test compares the two.
+    /// Registers every metric. docs/reference/metrics.md lists each metric, and a test compares that list
+    /// with the registry.
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register(
             "requests",

@@ -30,7 +30,7 @@ use crate::transport::spec::{DataPort, Start};
 /// and so do the engines' sockets.
 const QUEUE: usize = 256;
 
-/// The error that a resource is not available at start. The process exits with code 69.
+/// The error that a resource is not available at the start. The process then exits with code 69.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub(crate) struct StartError(#[from] anyhow::Error);

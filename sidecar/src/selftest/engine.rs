@@ -61,7 +61,7 @@ impl Engine {
     /// Waits for the next message.
     ///
     /// # Cancel safety
-    /// Cancel safe only until the first byte of a frame. The rest of a frame follows at once.
+    /// Cancel safe only until the first byte of a frame has come. The rest of the frame follows at once.
     pub(super) async fn recv(&mut self) -> anyhow::Result<ToEngine> {
         self.stream.readable().await?;
         read(&mut self.stream).await

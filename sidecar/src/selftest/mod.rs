@@ -38,10 +38,10 @@ enum Memory {
 }
 
 impl Selftest {
-    /// Returns the settings of UCX for both roles, which are those of a sidecar on loopback.
+    /// Returns UCX's settings for both roles: the settings of a sidecar on loopback.
     ///
     /// # Errors
-    /// `UCX_TLS` names tcp without the consent that a sidecar needs for it.
+    /// `UCX_TLS` names tcp, but the user has not allowed UCX to open TCP ports.
     pub(crate) fn ucx(&self) -> Result<Ucx, Exit> {
         let given = |name| std::env::var(name).unwrap_or_default();
         let trusted = given(CONSENT_VARIABLE).trim() == "trusted";

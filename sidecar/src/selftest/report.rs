@@ -24,10 +24,11 @@ pub(super) struct Report {
     push_gb_s: f64,
     /// Rate in 10⁹ bytes per second that the sender measured for the wire alone; 0 if it measured none.
     wire_gb_s: f64,
-    /// Rate in 10⁹ bytes per second, with the time from staged until the last chunk is ready; median.
+    /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from staged until the last chunk
+    /// is ready; median of the requests.
     staged_ready_gb_s: f64,
-    /// Rate in 10⁹ bytes per second, with the time from the end of the GPU's filling until the last chunk is
-    /// ready; median.
+    /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from the end of the GPU's filling
+    /// until the last chunk is ready; median of the requests.
     fired_ready_gb_s: f64,
     /// Microseconds from staged to ready for one chunk.
     one_chunk_us_p50: u64,

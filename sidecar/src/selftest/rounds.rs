@@ -66,11 +66,12 @@ pub(super) enum Arrived {
     Different,
 }
 
-/// One of this many requests has a single chunk. The time of such a request shows the cost of the messages.
+/// The distance between requests with a single chunk, in requests. The time of such a request shows the cost
+/// of the messages.
 const SINGLE_EVERY: u64 = 4;
-/// One of this many requests is filled only after it was reported as staged.
+/// The distance between requests that are filled only after they were reported as staged, in requests.
 const LATE_EVERY: u64 = 3;
-/// Longest time of one request. No usable host needs more.
+/// Longest time of one request. No usable host needs more time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Rounds {

@@ -1,5 +1,5 @@
 //! One engine connection. Its reader passes the engine's messages to the task that owns the protocol
-//! machines. If the socket has room, that task writes its answers itself, at once. Otherwise the connection's
+//! machines. If the socket has room, that task itself writes its answers at once. Otherwise the connection's
 //! writer writes them later.
 
 use std::io;
@@ -263,7 +263,7 @@ async fn send_with_fd(writer: &OwnedWriteHalf, frame: &[u8], fd: BorrowedFd<'_>)
             let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             let fds = [fd];
-            // The space has room for exactly one descriptor.
+            // The buffer for ancillary data has room for exactly one descriptor.
             let fits = ancillary.push(SendAncillaryMessage::ScmRights(&fds));
             debug_assert!(fits, "space for one descriptor");
             Ok(rustix::net::sendmsg(

@@ -1,9 +1,9 @@
 //! Keeps web pages from reading the answers of the admin server.
 //!
 //! A browser on this host also connects from a loopback address, so the address does not show whether a web
-//! page sent a request. A page can read only the answers of its own host name. With DNS rebinding, that name
-//! resolves to this host, but the `Host` header still has the name of the page's host, so the server refuses
-//! the request.
+//! page sent a request. A page can read only answers to requests that name the page's own host. With DNS
+//! rebinding, that name resolves to this host, but the `Host` header still has the name of the page's host,
+//! so the server refuses the request.
 
 use std::net::SocketAddr;
 

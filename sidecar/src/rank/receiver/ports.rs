@@ -77,8 +77,8 @@ impl ReceiverTask {
             FromPeer::Lost(route) => {
                 self.lmcache_peers.lost(route);
                 self.pending.lost_alloc(route);
-                // The messages that came before the end of the connection must reach the machine before the
-                // end does.
+                // The machine must receive the connection's last messages before it learns that the
+                // connection has ended.
                 if !self.checks.lost(route) {
                     self.feed(Event::PeerLost { route });
                 }

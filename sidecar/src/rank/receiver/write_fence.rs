@@ -2,8 +2,8 @@
 //! fenced before reuse).
 //!
 //! If this process itself writes into the slot, closing the slot is the proof, and this module is not used.
-//! On other wires the proof is the end of the sender's process and a grace period for writes that are still
-//! in flight then:
+//! On other wires the proof has two parts: the sender's process has ended, and a grace period for the writes
+//! in flight is over:
 //!
 //! - For a sender on this host, this module watches the process through a process descriptor. The descriptor is
 //!   opened at the handshake, so a later process with the same id is not mistaken for the sender.
@@ -46,7 +46,7 @@ pub(super) struct WriteFences {
     grace: Duration,
 }
 
-/// The facts about a sender that serve to prove its end.
+/// The facts about a sender that can prove its end.
 #[derive(Debug, Default)]
 struct Known {
     /// The host that the sender's hello came from.
@@ -99,9 +99,9 @@ pub(super) enum News {
 /// The grace period for senders on this host. Data of a dead process that is still in a socket or a copy engine
 /// arrives within this time.
 const GRACE: Duration = Duration::from_secs(1);
-/// Maximum number of watches and grace periods at the same time. Without this limit, a peer could invent names,
-/// prove the end of each, and fill the memory. If there is no room, the grace period begins at a later
-/// handshake.
+/// Maximum number of watches and grace periods at the same time. Without this limit, a peer could invent
+/// names, prove the end of each, and fill the memory. If the limit is reached, the grace period of a further
+/// sender begins at a later handshake.
 const MAX_STEPS: usize = 4096;
 /// Maximum number of remembered senders. When the map is full, the oldest sender of the host with the most
 /// senders is forgotten.
@@ -120,8 +120,8 @@ impl WriteFences {
         }
     }
 
-    /// Notes a sender's hello, which came from this address. Proofs in the hello begin the grace periods of
-    /// the senders that have ended. A second hello of the same sender changes nothing else.
+    /// Notes a sender's hello, which came from the address `from`. If the hello has proofs that senders have
+    /// ended, their grace periods begin. A second hello of the same sender has no other effect.
     pub(super) fn introduce(&mut self, hello: &Hello, from: &str) {
         let sender = SenderId {
             id: hello.id.clone(),
@@ -188,7 +188,7 @@ impl WriteFences {
     }
 
     /// Forgets the oldest sender of the host that has the most senders. So a host that invents names removes
-    /// only its own senders. A watch that has begun continues.
+    /// only its own senders. A watch of the forgotten sender continues.
     fn make_room(&mut self) {
         let mut of_host: BTreeMap<&str, usize> = BTreeMap::new();
         for known in self.senders.values() {
@@ -259,7 +259,7 @@ impl WriteFences {
         self.settling > 0
     }
 
-    /// Returns the next result; does not complete while there is none.
+    /// Returns the next result; does not complete while there is no result.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

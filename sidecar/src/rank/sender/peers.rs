@@ -259,7 +259,7 @@ impl Peers {
 
     pub(super) fn send(&self, to: &Target, message: &ToReceiver) {
         let Some(peer) = self.peers.get(to) else {
-            return; // the machine has been told of the loss, or is about to be
+            return; // the machine knows about the loss, or learns of it soon
         };
         if peer.outbox.try_send(codec::encode(message)).is_err() {
             warn!(

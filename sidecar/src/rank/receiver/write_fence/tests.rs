@@ -34,7 +34,7 @@ fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     }
 }
 
-/// Returns the next result, or `None` if there is none within `time`.
+/// Returns the next result, or `None` if no result comes within `time`.
 async fn within(fences: &mut WriteFences, time: Duration) -> Option<News> {
     tokio::time::timeout(time, fences.next()).await.ok()
 }
@@ -54,7 +54,7 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
     // A repeated handshake gives no second result for a sender that is known to have ended.
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
-    // Another lease of the same sender ends only now.
+    // Another lease of the same sender seeks its proof only now.
     fences.seek(sender(1), LeaseId(6));
     assert_eq!(within(&mut fences, GRACE).await, over);
     // The successor still runs.
@@ -79,8 +79,8 @@ async fn a_new_epoch_alone_proves_nothing() {
     let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
-    // The hellos are from a second sidecar with the same name, from a sidecar that shows the secret of no
-    // process, and from a sidecar that shows a text that is not a secret.
+    // The first hello is from a second sidecar with the same name. The second has a secret that no process
+    // had. The third has the first sender's proof hash instead of its secret.
     fences.introduce(&hello(2, 2, &[]), FROM);
     fences.introduce(&hello(3, 3, &[9]), FROM);
     let mut odd = hello(4, 4, &[]);
