@@ -121,8 +121,8 @@ impl Drop for Registration {
     fn drop(&mut self) {
         let api = self.agent.api;
         // SAFETY: `new` registered the memory with the same list and options. Each list of this memory
-        // holds a counted reference to `self`, and each transfer holds one to its lists, so no list and
-        // no transfer uses the memory any more.
+        // holds a counted reference to `self`, and each transfer holds a counted reference to its lists,
+        // so no list and no transfer uses the memory any more.
         let status = unsafe {
             api.nixl_capi_deregister_mem(
                 self.agent.raw(),

@@ -87,7 +87,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     if let Some(registration) = registration {
         services.spawn(registration.run(leave.clone(), gone.clone()));
     }
-    // The first signal starts the drain; a second one ends the process even if requests are in flight.
+    // The first signal starts the drain; a second signal ends the process even if requests are in flight.
     let drain = node.drain_token();
     let running = node.run();
     tokio::pin!(running);

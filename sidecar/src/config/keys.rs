@@ -78,8 +78,8 @@ keys! {
         transfer_channel: String = Default::Value("nixl");
         /// Backends of NIXL. Only UCX is supported.
         nixl_backends: Words = Default::Value("[UCX]");
-        /// The sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at once. 0
-        /// means no such check.
+        /// The sidecar refuses an engine if the buffer cannot hold the chunks of this many tokens at the same
+        /// time. 0 means no such check.
         pd_max_prefill_len: Count<0> = Default::Value("0");
         /// Tokens of a chunk. If given, the sidecar refuses an engine with another chunk size.
         chunk_size: Count<1> = Default::None;
@@ -95,9 +95,9 @@ keys! {
         /// Number of ranks, each with its own buffer: the larger of the tensor-parallel sizes of this engine
         /// and of the peers' engines.
         ranks: Count<1> = Default::Computed("as many as init ports; a sender: 1");
-        /// Path of the unix socket that the engine connects to. The sidecar makes its folder with mode 0700. A
-        /// sender keeps the file of its process lock in the same folder: with that file the next sidecar proves
-        /// that this one has ended. So in a container keep the folder on a volume.
+        /// Path of the unix socket that the engine connects to. The sidecar makes its folder with mode 0700.
+        /// A sender keeps the file of its process lock in the same folder: with that file the next sidecar
+        /// proves that this sidecar has ended. So in a container keep the folder on a volume.
         socket: String = Default::Computed("$XDG_RUNTIME_DIR/pd-sidecar/ROLE.sock, or /tmp/pd-sidecar-UID/ROLE.sock"), flag "--socket";
         /// Address of the admin server: health, metrics, registration.
         admin: HostPort = Default::Computed("127.0.0.1:7910 for a sender, else 127.0.0.1:7900"), flag "--admin";

@@ -383,7 +383,7 @@ const OTHER_VARIABLES: &[&str] = &[
     "LMCACHE_USE_EXPERIMENTAL",
 ];
 
-/// The key of the file below which the sidecar's own keys are.
+/// The key of the file that contains the sidecar's own keys.
 const SECTION: &str = "sidecar";
 
 fn section_of(ours: bool) -> Section {

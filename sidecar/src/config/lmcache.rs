@@ -1,6 +1,5 @@
-//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. The
-//! sidecar does not ignore a key, but refuses it, if without the key it would do something else than the file
-//! asks for.
+//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. If
+//! the sidecar would then do something else than the file asks for, it refuses the key instead.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;
@@ -17,14 +16,14 @@ pub(crate) struct Ignored {
     pub(crate) value: String,
     /// The source of the value.
     pub(crate) source: String,
-    /// The reason for which the key has no effect.
+    /// The reason why the key has no effect.
     pub(crate) why: &'static str,
 }
 
 /// A group of keys that have no effect, all for one reason.
 #[derive(Debug)]
 pub(crate) struct Group {
-    /// The reason for which the keys have no effect.
+    /// The reason why the keys have no effect.
     pub(crate) why: &'static str,
     /// The keys, with their old names.
     pub(crate) keys: &'static [&'static str],
@@ -43,7 +42,7 @@ pub(crate) struct Refusal {
     pub(crate) instead: &'static str,
 }
 
-/// Looks for each of these keys and returns the ignored ones. Refused keys are added to `layers` as mistakes.
+/// Looks for each of these keys and returns the ignored keys. Refused keys are added to `layers` as mistakes.
 pub(crate) fn read(layers: &mut Layers) -> Vec<Ignored> {
     let mut ignored = Vec::new();
     for group in GROUPS {

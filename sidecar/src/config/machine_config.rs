@@ -53,7 +53,7 @@ impl Config {
             max_wait: times.max_wait,
             lmcache_wait: times.wait.min(times.max_wait),
             layout: Some(layout.clone()),
-            // A lease id is a permission to write, so a peer must not be able to guess the first one.
+            // A lease id is a permission to write, so a peer must not be able to guess the first id.
             seed: rand::random(),
         })
     }

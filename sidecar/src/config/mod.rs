@@ -4,7 +4,7 @@
 //! There are two kinds of types. [`keys::Lmcache`] and [`keys::Sidecar`] have the values as given: every
 //! field is optional and has its source. [`Config`] has the values in use: it is complete and checked, and
 //! the rest of the process reads only it. The code that makes a [`Config`] from the given values collects all
-//! mistakes, so that the user sees all of them at once.
+//! mistakes, so that the user sees them in one report.
 
 mod checks;
 mod key;
@@ -116,7 +116,7 @@ pub(crate) struct RankPorts {
     pub(crate) alloc: u16,
     /// Port for the queries of LMCache's bidirectional mode; absent if none is configured.
     pub(crate) query: Option<u16>,
-    /// Data port of the built-in TCP transport; 0 takes any free port.
+    /// Data port of the built-in TCP transport; 0 means any free port.
     pub(crate) tcp: u16,
 }
 

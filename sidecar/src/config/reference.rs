@@ -6,7 +6,8 @@ use super::key::{Default, Key, Section};
 use super::keys::{Lmcache, Sidecar};
 use super::lmcache::{GROUPS, REFUSALS};
 
-/// Returns Markdown tables of all keys: LMCache's, the sidecar's own, the ignored and the refused ones.
+/// Returns Markdown tables of all keys: LMCache's keys, the sidecar's own keys, the ignored keys and
+/// the refused keys.
 pub(crate) fn reference() -> String {
     let mut text = String::new();
     keys(&mut text, "Keys shared with LMCache", Lmcache::KEYS);

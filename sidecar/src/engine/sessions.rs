@@ -34,7 +34,7 @@ struct Greeted {
     connection: Connection,
     /// CUDA events by which the engine reports that slots are filled.
     events: Vec<Arc<Event>>,
-    /// The reason for which the engine moves no KV; empty if it moves KV.
+    /// The reason why the engine moves no KV; empty if it moves KV.
     unmoved: String,
 }
 
@@ -82,7 +82,7 @@ impl Engines {
         self.connections.len()
     }
 
-    /// Returns the reason for which no connected engine moves KV; absent if one of them does, or if none is
+    /// Returns the reason why no connected engine moves KV; absent if one of them does, or if none is
     /// connected. If at least one engine moves KV, the others are ignored, because an engine that moves no KV
     /// may have been started with the wrong socket.
     pub(crate) fn unmoved(&self) -> Option<&str> {
@@ -95,7 +95,7 @@ impl Engines {
     /// `busy` means that slots are still held or quarantined; then the slot layout cannot change.
     ///
     /// # Errors
-    /// The reason for which the engine was refused.
+    /// The reason why the engine was refused.
     pub(crate) fn hello(
         &mut self,
         connection: Connection,

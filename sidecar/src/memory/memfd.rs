@@ -141,7 +141,7 @@ impl Memfd {
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
-            // SAFETY: neither advice changes what the mapped bytes are.
+            // SAFETY: the advice does not change the mapped bytes.
             let result = unsafe { mm::madvise(self.base.as_ptr().cast(), self.len, advice) };
             if let Err(error) = result {
                 tracing::debug!(?advice, %error, "the kernel did not take an advice for the buffer's memory");

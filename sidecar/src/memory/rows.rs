@@ -1,7 +1,7 @@
 //! Describes many small pieces at equal distances.
 
-/// Pieces of a buffer: the first begins at `offset`, and each further piece begins `step` bytes after the one
-/// before.
+/// Pieces of a buffer: the first begins at `offset`, and each further piece begins `step` bytes after the
+/// start of the piece before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rows {
     /// Offset of the first byte of the first piece.

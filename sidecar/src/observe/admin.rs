@@ -65,7 +65,7 @@ struct Shared {
 struct Registered {
     /// The name that the proxy gives itself.
     proxy: String,
-    /// Name of the sidecar that the proxy means to call.
+    /// Name of the sidecar that the proxy wants to call.
     id: String,
     /// Epoch of that sidecar, which is new at each start of the process.
     epoch: Epoch,
@@ -77,12 +77,12 @@ struct Acknowledged {
     id: String,
     epoch: Epoch,
     ready: bool,
-    /// The reasons for which the sidecar is not ready; empty if ready.
+    /// The reasons why the sidecar is not ready; empty if ready.
     reason: String,
 }
 
 impl Admin {
-    /// Binds the port; 0 takes any free one.
+    /// Binds the port; 0 means any free port.
     ///
     /// # Errors
     /// See [`BindError`].
@@ -220,8 +220,8 @@ async fn registered(
     headers: HeaderMap,
     body: Result<Json<Registered>, JsonRejection>,
 ) -> Response {
-    // A browser adds one of these headers to each POST of a page, also after DNS rebinding. A proxy adds
-    // neither.
+    // A browser adds one of these headers to each POST of a page, also after DNS rebinding. A proxy adds no
+    // such header.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
         shared.metrics.malformed.count("admin");
         warn!("refused a call-back from a web page (header Origin or Sec-Fetch-Site)");
@@ -338,12 +338,12 @@ async fn serve(
 }
 
 /// Maximum number of connections at the same time: scrapers, a proxy and a few people. If a further
-/// connection comes, the oldest one is closed. Otherwise silent connections could lock out the proxy's
+/// connection comes, the oldest connection is closed. Otherwise silent connections could lock out the proxy's
 /// call-back, on which readiness depends.
 const MAX_CONNECTIONS: usize = 64;
 /// Largest body. A call-back has about 100 bytes.
 const MAX_BODY_BYTES: usize = 16 << 10;
-/// Largest head. hyper does not take a limit below 8 KiB.
+/// Largest head. hyper does not accept a limit below 8 KiB.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 const MAX_NAME_CHARS: usize = 256;
 /// Longest time until a request's head is complete, and longest silence of a connection between two requests.

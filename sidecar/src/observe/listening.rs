@@ -1,5 +1,5 @@
-//! Lists the sockets on which this process listens. The list comes from the kernel, so that it also has the
-//! ports that a library opened.
+//! Lists the sockets on which this process listens. The list comes from the kernel, so it includes the ports
+//! that a library opened.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -105,7 +105,8 @@ fn listening() -> io::Result<BTreeSet<Socket>> {
         inodes.extend(inode.map(str::to_owned));
     }
     let mut found = BTreeSet::new();
-    // A UDP socket has no listening state, but it takes datagrams from every peer while it is not connected.
+    // A UDP socket has no listening state, but it accepts datagrams from every peer while it is not
+    // connected.
     for table in ["tcp", "tcp6", "udp", "udp6"] {
         let Ok(text) = fs::read_to_string(format!("/proc/self/net/{table}")) else {
             continue; // no IPv6 here

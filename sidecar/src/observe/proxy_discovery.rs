@@ -106,7 +106,7 @@ impl Search {
         }
     }
 
-    /// Asks for the proxy's address once, and connects if the address is new. Returns the reason for which
+    /// Asks for the proxy's address once, and connects if the address is new. Returns the reason why
     /// the proxy was not found; absent if it was found.
     async fn look(&mut self) -> Option<String> {
         let text = match self.store.find(PROXY_KEY).await {

@@ -29,7 +29,7 @@ pub(crate) use self::metrics::{DeliveryResult, ProxyMetrics};
 
 /// The destination of messages to the proxy: the PUSH socket, or a list in tests.
 pub(crate) trait Outlet: Send + 'static {
-    /// Takes a message, or refuses the message because too many wait already. Never waits.
+    /// Accepts a message, or refuses it because too many messages already wait. Never waits itself.
     ///
     /// # Errors
     /// The message is dropped.

@@ -121,7 +121,7 @@ impl Status {
         self.changed.notify_one();
     }
 
-    /// Notes that the sidecar takes no new requests.
+    /// Notes that the sidecar accepts no new requests.
     pub(crate) fn draining(&self) {
         self.inner().draining = true;
         self.changed.notify_one();
@@ -238,7 +238,7 @@ impl Status {
         self.inner().records.iter().cloned().collect()
     }
 
-    /// Returns the reasons for which a push would not work now; empty if a push would work.
+    /// Returns the reasons why a push would not work now; empty if a push would work.
     pub(crate) fn obstacles(&self, now: Instant) -> Vec<NotReady> {
         self.inner().obstacles(&self.about, now)
     }
@@ -340,7 +340,7 @@ impl Status {
 }
 
 impl Inner {
-    /// Returns the reason for which an engine moves no KV; absent if every engine moves KV.
+    /// Returns the reason why an engine moves no KV; absent if every engine moves KV.
     fn unmoved(&self) -> Option<&str> {
         self.ranks.values().find_map(|r| r.unmoved.as_deref())
     }

@@ -95,7 +95,7 @@ fn introduce(request: &NixlInitRequest, ours: &Identity) -> NixlInitResponse {
     }
 }
 
-/// Returns the reason for which these two sidecars cannot exchange chunks; absent if they can.
+/// Returns the reason why these two sidecars cannot exchange chunks; absent if they can.
 fn unfit(ours: &Hello, theirs: &Hello) -> Option<Refusal> {
     let refusal = |reason, text| Some(Refusal { reason, text });
     let (our_name, their_name) = (ours.id.escape_debug(), theirs.id.escape_debug());
@@ -149,7 +149,7 @@ pub(crate) struct Linked {
     pub(crate) pages: Pages,
 }
 
-/// The reason for which a handshake did not produce a link.
+/// The reason why a handshake did not produce a link.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InitError {
     /// The receiver could not be reached, or it closed the connection.

@@ -31,15 +31,15 @@ pub(crate) struct RankContext {
 
 /// Receives every change of a rank's state and shows it on the admin server and to the proxy.
 pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
-    /// Takes the record of a request that has ended.
+    /// Receives the record of a request that has ended.
     fn record(&self, role: RankRole, rank: u32, record: &Record);
-    /// Takes the state after an event.
+    /// Receives the state after an event.
     fn gauges(&self, role: RankRole, rank: u32, gauges: Gauges<'_>);
-    /// Takes the wires of a role. The observer reads their event counts when metrics are requested.
+    /// Receives the wires of a role. The observer reads their event counts when metrics are requested.
     fn wires(&self, role: RankRole, rank: u32, wires: Wires);
-    /// Takes a port that was bound. The observer reads its event counts when metrics are requested.
+    /// Receives a port that was bound. The observer reads its event counts when metrics are requested.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
-    /// Takes the state of a sender's links.
+    /// Receives the state of a sender's links.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// Sends the message to the proxy, if there is a proxy.
     fn tell_proxy(&self, message: &ToProxy);
@@ -75,8 +75,7 @@ pub(crate) struct LinkStatus {
     /// The library's own report, empty until the handshake. For NIXL: `UCX_TLS` and UCX's estimate, which may
     /// differ from the wire in use.
     pub(crate) reported: String,
-    /// Bytes and seconds of recent writes, in which older writes have less weight; `None` before the first
-    /// write.
+    /// Bytes and seconds of recent writes; older writes have less weight. `None` before the first write.
     recent: Option<(f64, f64)>,
     /// Bytes and seconds of recent large writes alone. A small write takes little longer than its posting, so
     /// it does not show the wire's rate.

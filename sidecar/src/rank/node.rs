@@ -35,7 +35,7 @@ const QUEUE: usize = 256;
 #[error(transparent)]
 pub(crate) struct StartError(#[from] anyhow::Error);
 
-/// A sidecar after its start: its ports are bound and its buffers are taken.
+/// A sidecar after its start: its ports are bound and its buffers are allocated.
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,
@@ -54,7 +54,7 @@ pub(crate) struct Node {
 type EngineInboxes = BTreeMap<(RankRole, u32), mpsc::Sender<FromEngine>>;
 
 impl Node {
-    /// Takes buffers, binds ports and starts every task.
+    /// Allocates buffers, binds ports and starts every task.
     ///
     /// # Errors
     /// Fails at the first resource that is not available.
@@ -87,8 +87,8 @@ impl Node {
             metrics,
             trace,
         };
-        // Each rank takes its buffer and binds its ports before the engines' socket exists, so that an engine
-        // never connects to a sidecar that cannot serve it.
+        // Each rank allocates its buffer and binds its ports before the engines' socket exists, so that an
+        // engine never connects to a sidecar that cannot serve it.
         for rank in 0..config.ranks {
             if config.role != Role::Receiver {
                 node.sender(rank)?;

@@ -88,7 +88,7 @@ impl Selftest {
                 host: LOOPBACK.to_owned(),
                 advertise: LOOPBACK.to_owned(),
                 ranks: vec![RankPorts {
-                    // Port 0 takes any free port, so that a self-test can run beside sidecars.
+                    // Port 0 means any free port, so that a self-test can run beside sidecars.
                     init: 0,
                     alloc: 0,
                     query: None,

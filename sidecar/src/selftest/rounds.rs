@@ -66,10 +66,10 @@ pub(super) enum Arrived {
     Different,
 }
 
-/// The distance between requests with a single chunk, in requests. The time of such a request shows the cost
-/// of the messages.
+/// Requests whose number is a multiple of this value have a single chunk. Their time shows the cost of the
+/// messages.
 const SINGLE_EVERY: u64 = 4;
-/// The distance between requests that are filled only after they were reported as staged, in requests.
+/// Requests whose number is a multiple of this value are filled only after they were reported as staged.
 const LATE_EVERY: u64 = 3;
 /// Longest time of one request. No usable host needs more time.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -42,7 +42,7 @@ pub(crate) struct Sides<'a> {
     pub(crate) ours: &'a [Kind],
     /// The adverts in the receiver's hello; `None` for an LMCache peer, which sends no hello.
     pub(crate) theirs: Option<&'a [Advert]>,
-    /// The name by which the receiver's init port was reached.
+    /// The name under which this process reached the receiver's init port.
     pub(crate) host: &'a str,
     /// Checks that this process's wire reaches the receiver of an advert; the error says why it does not.
     pub(crate) reaches: &'a dyn Fn(Kind, &Advert) -> Result<(), String>,

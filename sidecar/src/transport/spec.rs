@@ -29,8 +29,8 @@ pub(crate) struct Spec {
     pub(super) absence: Option<&'static str>,
     /// Starts the transport over one buffer.
     pub(super) start: fn(&Start<'_>) -> anyhow::Result<Arc<dyn Transport>>,
-    /// Returns the address to link to, from the receiver's advert and the host by which the receiver was reached.
-    /// `Ok(None)`: the transport needs no address.
+    /// Returns the address to link to, from the receiver's advert and from the host under which this process
+    /// reached the receiver. `Ok(None)`: the transport needs no address.
     pub(super) address: fn(&Advert, &str) -> Result<Option<String>, NoAddress>,
     /// Returns the minimum rate to expect of a link between these ends.
     pub(super) expected_rate: fn(Ends) -> ExpectedRate,
@@ -60,7 +60,7 @@ pub(crate) struct DataPort<'a> {
     pub(crate) host: &'a str,
     /// The host under which peers reach the port.
     pub(crate) advertise: &'a str,
-    /// The port; 0 takes any free port.
+    /// The port; 0 means any free port.
     pub(crate) port: u16,
 }
 

@@ -89,7 +89,7 @@ pub(crate) fn environment(ucx: &Ucx) -> Option<Exit> {
     Some(Exit::Unavailable)
 }
 
-/// Returns the interface that has the address of `host`, because UCX takes interfaces and not addresses.
+/// Returns the interface that has the address of `host`, because UCX accepts interfaces and not addresses.
 fn devices(host: &str) -> Result<String, String> {
     let wanted = address(host)
         .ok_or_else(|| format!("sidecar.nixl_over_tcp: cannot resolve the host {host}"))?;

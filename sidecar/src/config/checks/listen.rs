@@ -63,7 +63,7 @@ pub(super) fn listen(
         );
         return None;
     }
-    // Rank N uses the port `first` + N. If `first` is 0, each rank takes any free port.
+    // Rank N uses the port `first` + N. If `first` is 0, each rank uses any free port.
     let first = value(&sidecar.tcp_port)?.0;
     let mut ranks = Vec::new();
     for (rank, (init, alloc)) in (0u16..).zip(inits.iter().zip(&allocs)) {

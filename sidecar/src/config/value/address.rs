@@ -26,7 +26,7 @@ impl Value for Host {
 pub(crate) struct HostPort {
     /// Host name or address, without brackets.
     pub(crate) host: String,
-    /// Port. For an address to bind, 0 takes any free port.
+    /// Port. For an address to bind, 0 means any free port.
     pub(crate) port: u16,
 }
 

@@ -45,7 +45,7 @@ impl Value for Port {
     }
 }
 
-/// One TCP port per rank. A single port is a list of one.
+/// One TCP port per rank. A single port is a list with one port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ports(pub(crate) Vec<u16>);
 

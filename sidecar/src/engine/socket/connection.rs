@@ -100,7 +100,7 @@ impl Connection {
     }
 }
 
-/// The reason for which a connection has ended.
+/// The reason why a connection has ended.
 enum End {
     /// The engine closed the connection, or the connection broke.
     Theirs(String),

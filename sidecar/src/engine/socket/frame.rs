@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// Longest frame: the keys of a request of a million tokens take 600 KB.
 pub(super) const MAX_FRAME: usize = 1 << 20;
 
-/// The reason for which a stream of frames ended.
+/// The reason why a stream of frames ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
     /// The other side closed between two frames.

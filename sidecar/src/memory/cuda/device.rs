@@ -57,7 +57,8 @@ impl FromStr for Uuid {
 
 /// A GPU with its primary context retained.
 ///
-/// UCX uses the primary context, too. A second context on the same GPU would take as much memory again.
+/// UCX uses the primary context, too. A second context on the same GPU would need the same amount of memory
+/// again.
 #[derive(Debug)]
 pub(crate) struct Device {
     ordinal: u32,

@@ -108,7 +108,7 @@ impl Event {
     /// Returns `Fired` if all work before the last record is done, or if there was no record.
     ///
     /// # Errors
-    /// The driver's error. After an error the event's state is unknown for good.
+    /// The driver's error. After an error the event's state stays unknown.
     pub(crate) fn state(&self) -> Result<State, CudaError> {
         self.device.bind()?;
         // SAFETY: the event is live.

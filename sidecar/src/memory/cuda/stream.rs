@@ -164,7 +164,7 @@ impl Stream {
         self.copy(to, from, len)
     }
 
-    /// Queues a copy of pieces of GPU memory into host memory, where they follow each other.
+    /// Queues a copy of pieces of GPU memory into host memory, where the pieces follow each other.
     ///
     /// # Safety
     /// Every piece, and `width * height` bytes of host memory, must be valid and stay valid until the stream
@@ -181,7 +181,7 @@ impl Stream {
         })
     }
 
-    /// Queues a copy of host memory, in which the pieces follow each other, into pieces of GPU memory.
+    /// Queues a copy of host memory into pieces of GPU memory. In host memory the pieces follow each other.
     ///
     /// # Safety
     /// The same as for [`Stream::fetch_rows`].

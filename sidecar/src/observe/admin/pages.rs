@@ -2,7 +2,7 @@
 //!
 //! A browser on this host also connects from a loopback address, so the address does not show whether a web
 //! page sent a request. A page can read only answers to requests that name the page's own host. With DNS
-//! rebinding, that name resolves to this host, but the `Host` header still has the name of the page's host,
+//! rebinding, the name of the page's host resolves to this host. But the `Host` header still has that name,
 //! so the server refuses the request.
 
 use std::net::SocketAddr;

@@ -17,7 +17,7 @@ pub(crate) struct ProxyMetrics {
 pub(crate) enum DeliveryResult {
     /// The socket took the message.
     Sent,
-    /// The message is lost: a queue was full, or no proxy that takes the message was connected.
+    /// The message is lost: a queue was full, or no proxy that accepts the message was connected.
     Dropped,
 }
 

@@ -1,4 +1,4 @@
-//! The JSON shapes of `/status` and `/requests`, and the reasons for which a sidecar is not ready.
+//! The JSON shapes of `/status` and `/requests`, and the reasons why a sidecar is not ready.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 
-/// A reason for which the engine must not get requests now.
+/// A reason why the engine must not get requests now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// Ports are not bound yet.
@@ -34,7 +34,7 @@ pub(crate) struct RankStatus {
     pub(crate) rank: u32,
     /// Number of engine connections.
     pub(crate) engines: usize,
-    /// The reason for which the engine moves no KV; absent if it moves KV.
+    /// The reason why the engine moves no KV; absent if it moves KV.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unmoved: Option<String>,
     /// The layout of a chunk; absent until an engine has connected.
@@ -104,9 +104,9 @@ pub(crate) struct Snapshot {
     pub(crate) version: &'static str,
     /// True if the engine may be given requests.
     pub(crate) ready: bool,
-    /// The reasons for which the sidecar is not ready; empty if it is ready.
+    /// The reasons why the sidecar is not ready; empty if it is ready.
     pub(crate) reasons: Vec<String>,
-    /// The reason for which a ready sidecar moves no KV; absent if it moves KV.
+    /// The reason why a ready sidecar moves no KV; absent if it moves KV.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unmoved: Option<String>,
     /// Every role of every rank.

@@ -1,8 +1,8 @@
 //! Compares the checksums of landed chunks.
 //!
-//! A separate thread compares them, one message at a time. A sum reads megabytes, and the runtime has only one
-//! thread, which must not be busy for that long. A chunk is in the queue at most once, so the number of slots
-//! bounds the queue.
+//! A separate thread compares them, one message at a time. A sum reads megabytes, and the runtime has only
+//! one thread, which must not be busy for that long. A chunk is in the queue at most once, so the number of
+//! slots limits the queue's length.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;

@@ -187,8 +187,8 @@ impl Connection {
         })
     }
 
-    /// Waits for the connection to an LMCache receiver's alloc port. Returns true if the receiver is the
-    /// asynchronous one; `None` if it does not answer in time.
+    /// Waits for the connection to an LMCache receiver's alloc port. Returns true if the receiver is
+    /// asynchronous; `None` if the receiver does not answer in time.
     async fn connected_to_router(&self, dealer: &mut DealerClient) -> Option<bool> {
         let connected = async {
             loop {

@@ -97,7 +97,7 @@ impl Peers {
         }
     }
 
-    /// Takes a new slot layout and ends all links, because they belong to the former layout.
+    /// Sets a new slot layout and ends all links, because they belong to the former layout.
     pub(super) fn begin(&mut self, slot_layout: &SlotLayout) {
         self.slot_layout = Some(slot_layout.clone());
         for peer in std::mem::take(&mut self.peers).into_values() {
@@ -191,8 +191,8 @@ impl Peers {
         let Some(slot_layout) = self.slot_layout.clone() else {
             return;
         };
-        // The former connection's events must not reach the machine, so it is stopped and the generation is
-        // raised.
+        // The former connection's events must not reach the machine, so the connection is stopped and the
+        // generation is raised.
         if let Some(former) = self.peers.remove(&to) {
             former.stop.cancel();
         }

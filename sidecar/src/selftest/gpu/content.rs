@@ -13,7 +13,7 @@ use serde_bytes::ByteBuf;
 use super::super::rounds::{Arrived, Content, Place, When};
 use crate::memory::cuda::{Device, DeviceMemory, Event, Handle, Imported, Stage, Stream};
 
-/// The GPU work of both engines, each of which is a [`Half`].
+/// The GPU work of both engines. Each engine is a [`Half`].
 #[derive(Debug)]
 pub(super) struct GpuContent {
     prefill: Half,

@@ -70,8 +70,8 @@ impl Link for CudaLink {
             pieces,
             reply,
         };
-        // The requests of the sender machine bound this queue: each request has one write per step of its
-        // engine.
+        // The number of the sender machine's requests limits this queue: each request has one write per
+        // step of its engine.
         let sent = self.0.shared.commands.send(write).is_ok();
         Box::pin(async move {
             let outcome = if sent { answer.await.ok() } else { None };

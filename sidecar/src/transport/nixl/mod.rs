@@ -110,8 +110,8 @@ pub(crate) struct Config {
     pub(crate) params: Vec<(String, String)>,
     /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time without progress after which the caller of a write gets an error. The thread then polls the
-    /// write until it ends.
+    /// If a write makes no progress for this time, its caller gets an error. The thread then polls the write
+    /// until it ends.
     pub(crate) stall: Duration,
     /// Time limit for writes in flight when the transport stops.
     pub(crate) drain: Duration,

@@ -432,6 +432,6 @@ impl Write {
     }
 }
 
-/// Maximum number of requests in flight to a peer. With two requests, the wire still has work until the thread
-/// notices that one has ended.
+/// Maximum number of requests in flight to a peer. With two requests, the wire still has work until the
+/// thread notices that a request has ended.
 const WINDOW: usize = 2;

@@ -48,9 +48,9 @@ impl PollBackoff {
     /// Returns the pause after a poll in which nothing moved, if the thread waits only for the writes of
     /// peers.
     ///
-    /// Most wires need no help from this side (shared memory, RDMA, NVLink), and a spinning thread could take
-    /// the core with which a peer on the same host copies. So the thread sleeps from the beginning, for short
-    /// times. Meanwhile the buffers of sockets hold the data.
+    /// Most wires need no help from this side (shared memory, RDMA, NVLink), and a spinning thread could use
+    /// the core that a peer on the same host needs for its copies. So the thread sleeps from the beginning,
+    /// for short times. Meanwhile the buffers of sockets hold the data.
     pub(super) fn expect(&mut self, now: Instant) -> Wait {
         match self.wait(false, now) {
             Wait::Spin | Wait::Yield => {

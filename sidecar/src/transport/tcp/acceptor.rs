@@ -204,7 +204,7 @@ impl Accepting {
         None
     }
 
-    /// Reads from waiting connections that have bytes, and refuses those that were silent for too long.
+    /// Reads from waiting connections that have bytes, and refuses connections that were silent for too long.
     fn greet(&mut self, ready: &[bool]) {
         let now = Instant::now();
         let all = std::mem::take(&mut self.waiting);

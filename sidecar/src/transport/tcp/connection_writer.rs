@@ -176,7 +176,7 @@ struct Sending {
     sent: u64,
 }
 
-/// The result of a send: `All` if the socket took everything, `Blocked` if the socket is full.
+/// The result of a send: `All` if the socket accepted all bytes, `Blocked` if the socket is full.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pushed {
     All,
@@ -299,7 +299,7 @@ impl Worker {
         None
     }
 
-    /// Sends as much as the socket takes.
+    /// Sends as many bytes as the socket accepts.
     fn push(&mut self) -> io::Result<Pushed> {
         let Some(sending) = &mut self.sending else {
             return Ok(Pushed::All);

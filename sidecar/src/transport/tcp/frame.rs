@@ -17,8 +17,8 @@ use protocol::LeaseId;
 /// The version of this wire.
 pub(super) const VERSION: u32 = 1;
 
-/// Maximum number of parts of one `Write`. This bounds the memory that the receiver allocates for a header (24
-/// KiB).
+/// Maximum number of parts of one `Write`. This limits the memory that the receiver allocates for a header
+/// (24 KiB).
 pub(super) const MAX_PIECES: usize = 1024;
 
 /// The first frame of a connection.

@@ -100,7 +100,7 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(started))
 }
 
-/// The bounds and time limits of the transport.
+/// The limits and timeouts of the transport.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     /// The address to listen on, with port 0 for any port; `None` if this process receives nothing.

@@ -136,8 +136,8 @@ impl Reader {
     /// Reads a frame's head and parts. Before a frame it waits as long as the connection's lease is open, and
     /// for `idle` after that.
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
-        // Every frame has at least one part, and each part has at least one byte, so this many bytes can be
-        // read at once.
+        // Every frame has at least one part, and each part has at least one byte, so the first read cannot
+        // read bytes of the next frame.
         let mut first = [0; Write::BYTES + Part::BYTES];
         self.wake_at(1)?;
         let got = loop {

@@ -1,4 +1,4 @@
-//! Checks which senders count as dead, on which proof, and at which time.
+//! Checks when, and by which proof, a sender counts as dead.
 
 use protocol::Epoch;
 use serde_bytes::ByteBuf;

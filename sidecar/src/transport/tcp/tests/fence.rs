@@ -152,7 +152,7 @@ fn writer(
     let mut random = SmallRng::seed_from_u64(seed);
     let mut link = connect();
     while !stop.load(Ordering::SeqCst) {
-        // One to three writes are in flight at once, each of one or two pieces of one lease.
+        // One to three writes are in flight at the same time. Each write has one or two pieces of one lease.
         let writes: Vec<_> = (0..random.random_range(1..4))
             .filter_map(|_| {
                 let slot = random.random_range(0..SLOTS);
