@@ -108,7 +108,7 @@ impl Agent {
         Remote::load(&self.0, metadata)
     }
 
-    /// Lets the backend work: it accepts connections, receives, and sends what is queued.
+    /// Lets the backend work: it accepts connections, receives data, and sends queued data.
     ///
     /// Discards the notifications that LMCache peers may send. Sidecars send no notifications: they exchange
     /// their messages over ZeroMQ.

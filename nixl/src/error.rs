@@ -34,7 +34,7 @@ pub enum Error {
         /// The status that the function returned.
         status: i32,
     },
-    /// The backend's plugin is not where the library looks for it.
+    /// The library did not find the backend's plugin.
     #[error("nixl found no {plugin} plugin in plugins/ beside libnixl.so, or in NIXL_PLUGIN_DIR")]
     NoPlugin {
         /// The backend's name.

@@ -33,7 +33,8 @@ pub(crate) fn take_string(text: NonNull<c_char>) -> CString {
 
 /// Destroys a handle on drop, unless [`Undo::keep`] was called.
 ///
-/// A constructor that makes several handles wraps each one, so that a later failure leaks none.
+/// A constructor that makes several handles wraps each handle, so that a later failure leaks no
+/// handle.
 pub(crate) struct Undo<T, F: FnMut(*mut T)>(NonNull<T>, Option<F>);
 
 impl<T, F: FnMut(*mut T)> Undo<T, F> {

@@ -1,7 +1,8 @@
 //! The agent's handles and the peers that it has loaded: the state that all other types share.
 //!
-//! The two types refer to each other: each peer keeps its agent alive, and the agent finds its
-//! peers by name. They are in one file so that no two files of this crate import each other.
+//! [`AgentInner`] and [`RemoteInner`] refer to each other: each peer keeps its agent alive, and the
+//! agent finds its peers by name. They are in one file so that no two files of this crate import
+//! each other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -157,7 +158,7 @@ impl Drop for RemoteInner {
     fn drop(&mut self) {
         let mut remotes = self.agent.remotes.borrow_mut();
         // A new connection may use the name already. NIXL's entry then belongs to the new
-        // connection, which must not be invalidated.
+        // connection and must not be invalidated.
         let own = remotes
             .get(&self.name)
             .is_some_and(|entry| std::ptr::eq(entry.as_ptr(), self));

@@ -110,7 +110,7 @@ impl Transfer {
 
     /// Starts the write. A write that is [`State::Done`] may be started again.
     ///
-    /// If the CPU does the copy (shared memory), it does so during this call.
+    /// If the CPU copies the bytes (shared memory), the copy happens during this call.
     ///
     /// # Errors
     /// Fails if the write cannot be started or is already running. Fails with [`Error::Broken`] if the connection has

@@ -82,9 +82,9 @@ impl Engines {
         self.connections.len()
     }
 
-    /// Returns the reason why no connected engine moves KV; absent if one of them does, or if none is
-    /// connected. If at least one engine moves KV, the others are ignored, because an engine that moves no KV
-    /// may have been started with the wrong socket.
+    /// Returns the reason why no connected engine moves KV; absent if at least one engine moves KV, or if no
+    /// engine is connected. If at least one engine moves KV, the others are ignored, because an engine that
+    /// moves no KV may have been started with the wrong socket.
     pub(crate) fn unmoved(&self) -> Option<&str> {
         let mut unmoved = self.connections.values().map(|e| e.unmoved.as_str());
         let first = unmoved.next().filter(|why| !why.is_empty())?;

@@ -48,7 +48,8 @@ impl Outlet {
         }
     }
 
-    /// Sends up to `len` bytes of a range into a stream socket and returns how many bytes the socket took.
+    /// Sends up to `len` bytes of a range into a stream socket and returns how many bytes the socket
+    /// accepted.
     ///
     /// The call blocks only if the socket is a blocking socket.
     ///

@@ -101,7 +101,8 @@ impl Memfd {
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Copies out with `pread(2)`. The kernel may copy while other processes write; a Rust copy may not.
+    /// Copies out with `pread(2)`. The kernel may copy bytes while other processes write them; Rust code may
+    /// not.
     pub(super) fn read(&self, mut at: u64, mut into: &mut [u8]) -> io::Result<()> {
         while !into.is_empty() {
             match rustix::io::pread(&self.file, &mut *into, at) {

@@ -12,8 +12,8 @@ pub(crate) fn identity() -> String {
             let namespace = std::fs::read_link("/proc/self/ns/pid");
             match (boot, namespace) {
                 (Ok(boot), Ok(namespace)) => format!("{boot}/{}", namespace.display()),
-                // A random identity is equal to no other, so that this process never watches a process of
-                // another host by mistake.
+                // A random identity differs from every other identity, so that this process never watches
+                // a process of another host by mistake.
                 _ => format!("unknown-{:016x}", rand::random::<u64>()),
             }
         })

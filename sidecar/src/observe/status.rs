@@ -1,5 +1,5 @@
 //! The state that this sidecar shows. `/ready`, `/status`, `/requests`, the gauges of `/metrics` and the
-//! registrations all read it.
+//! registrations all read this state.
 //!
 //! Each role of a rank updates the state after each event, so an update must be cheap: it holds a lock for a
 //! short time, and allocates no memory if only numbers change. The lock is never held across an await.

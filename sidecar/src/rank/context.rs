@@ -196,7 +196,7 @@ impl RankContext {
                  {} chunks",
                 record.tokens,
                 us as f64 / 1e3,
-                // If KV arrives before its decode request, the request does not wait for it, so there is no
+                // If KV arrives before its decode request, the request does not wait for KV, so there is no
                 // rate.
                 if us > 0 {
                     record.bytes as f64 / us as f64 / 1e3

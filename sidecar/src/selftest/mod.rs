@@ -172,8 +172,8 @@ impl Selftest {
 /// The variable that lets UCX open TCP ports, both in a self-test and in a sidecar.
 const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
-/// Returns the first GPU as the sender's and the second as the receiver's. If there is only one GPU, it
-/// serves both.
+/// Returns the first GPU for the sender and the second GPU for the receiver. If there is only one GPU, both
+/// use it.
 fn two_gpus() -> Result<Memory, String> {
     let all = cuda::all().map_err(|error| error.to_string())?;
     let second = u32::from(all.len() > 1);

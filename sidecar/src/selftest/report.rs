@@ -22,7 +22,8 @@ pub(super) struct Report {
     /// Rate in 10⁹ bytes per second: a request's bytes divided by its time on the wire; median of the
     /// requests.
     push_gb_s: f64,
-    /// Rate in 10⁹ bytes per second that the sender measured for the wire alone; 0 if it measured none.
+    /// Rate in 10⁹ bytes per second that the sender measured for the wire alone; 0 if the sender measured no
+    /// rate.
     wire_gb_s: f64,
     /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from staged until the last chunk
     /// is ready; median of the requests.

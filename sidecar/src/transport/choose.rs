@@ -14,7 +14,7 @@ use super::table::{self, Choice};
 pub(crate) struct Chosen {
     /// The kind of the wire.
     pub(crate) kind: Kind,
-    /// The address in the receiver's advert; `None` if the wire needs none.
+    /// The address in the receiver's advert; `None` if the wire needs no address.
     pub(crate) address: Option<String>,
     /// The reason for the choice, for logs and the status page.
     pub(crate) why: String,

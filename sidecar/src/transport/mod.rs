@@ -35,12 +35,12 @@ pub(crate) struct Remote {
     pub(crate) slots: u32,
     /// Bytes of a slot.
     pub(crate) slot_bytes: u64,
-    /// The address in the peer's advert of the chosen wire; `None` if the wire needs none.
+    /// The address in the peer's advert of the chosen wire; `None` if the wire needs no address.
     pub(crate) address: Option<String>,
 }
 
-/// The handshake fields of LMCache's messages; a sidecar's own fields follow them. At most one transport of a
-/// process fills them, and only the same transport of the peer reads them.
+/// The fields that LMCache's own handshake messages have; a sidecar's fields come after these fields. At most
+/// one transport of a process fills LMCache's fields, and only the same transport of the peer reads them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HandshakeFields {
     /// The transport's description of this process; empty if no transport has one.
@@ -65,7 +65,7 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     /// Combines the outcomes of two parts of a write. If both failed, the result has the first part's error,
-    /// and is terminal only if both failures are.
+    /// and is terminal only if both failures are terminal.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
             (

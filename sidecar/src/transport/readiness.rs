@@ -13,8 +13,8 @@ use crate::memory::cuda::{Event, State};
 /// and posts nothing before it. The stall time of writes limits the wait.
 ///
 /// The transport polls for the event; it does not make the GPU wait. If an engine is killed before its GPU
-/// reaches the event, the event never fires. If a copy were queued on the GPU after the event, it could then be
-/// neither cancelled nor proven harmless. [`LOOK`] gives the cost of a check.
+/// reaches the event, the event never fires. If a copy were queued on the GPU behind the event, no process
+/// could then cancel the copy, or prove that the copy will never run. [`LOOK`] gives the cost of a check.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ready {
     /// The signal that reports the state of the bytes; `None` once the bytes are in the buffer.
@@ -74,7 +74,8 @@ impl Ready {
         readiness
     }
 
-    /// Waits for the final state, at most for `bound`. Callers use it if no transport's thread polls for them.
+    /// Waits for the final state, at most for `bound`. Callers use this function if no transport's thread
+    /// polls for them.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.

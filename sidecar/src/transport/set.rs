@@ -1,4 +1,5 @@
-//! Holds the wires of one buffer: starts them, tells them the slot layout, and chooses one for each peer.
+//! Holds the wires of one buffer: starts them, tells them the slot layout, and chooses a wire for each
+//! peer.
 
 use std::sync::Arc;
 
@@ -91,9 +92,9 @@ impl Wires {
         fields.next().unwrap_or_default()
     }
 
-    /// Chooses the wire to a receiver that was reached as `host` and sent this hello (`None` for LMCache).
-    /// Returns the wire with its address and the reason for the choice. `failed` has the wires that were
-    /// already tried and failed, with their errors.
+    /// Chooses the wire to a receiver. `hello` is the receiver's hello (`None` for LMCache), and `host` is
+    /// the name under which this process reached the receiver. Returns the wire with its address and the
+    /// reason for the choice. `failed` has the wires that were already tried and failed, with their errors.
     ///
     /// # Errors
     /// No wire serves both sides; see [`NoWire`].

@@ -12,11 +12,11 @@ macro_rules! transports {
         /// All transports, best first.
         static KINDS: &[Kind] = &[$($name::KIND,)+ $last::KIND];
 
-        /// The values of the key `transport`, as a sentence lists them.
+        /// The values of the key `transport`, in the form of a list in a sentence.
         pub(crate) const CHOICES: &str =
             concat!("auto", $(", ", stringify!($name),)+ " or ", stringify!($last));
 
-        /// The values of the flag `--transport`, as a help text lists them.
+        /// The values of the flag `--transport`, in the form that help texts use.
         pub(crate) const FLAG_CHOICES: &str =
             concat!("auto", $("|", stringify!($name),)+ "|", stringify!($last));
 
@@ -25,10 +25,11 @@ macro_rules! transports {
     };
 }
 
-// CUDA IPC is first. Over NVLink it is a little faster than NIXL, which uses the same kind of copies internally
-// (docs/benchmarks.md). If CUDA IPC cannot reach the receiver's memory, it reports that, and does not stage the
-// bytes through sockets. NIXL is second. It reaches NVLink, RDMA and shared memory; with only TCP it is about
-// as fast as the built-in transport. The last name follows a semicolon, because texts have "or" before it.
+// CUDA IPC is first. Over NVLink it is a little faster than NIXL, which uses the same kind of copies
+// internally (docs/benchmarks.md). If CUDA IPC cannot reach the receiver's memory, it reports that, and does
+// not stage the bytes through sockets. NIXL is second. NIXL can use NVLink, RDMA and shared memory; with only
+// TCP it is about as fast as the built-in transport. The last name follows a semicolon, because texts have
+// "or" before it.
 transports! { cuda_ipc, nixl; tcp }
 
 /// Returns all transports, best first.

@@ -115,7 +115,7 @@ pub(crate) fn address(host: &str) -> Option<IpAddr> {
     (host, 0).to_socket_addrs().ok()?.next().map(|at| at.ip())
 }
 
-/// Returns all ports of all RDMA devices. With a list of interfaces alone, UCX would not use them.
+/// Returns all ports of all RDMA devices. If the list had only interfaces, UCX would not use RDMA.
 fn rdma() -> Vec<String> {
     let names = |path: &Path| -> Vec<String> {
         let entries = path.read_dir().into_iter().flatten().flatten();

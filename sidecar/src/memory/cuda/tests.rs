@@ -18,7 +18,7 @@ fn gpu() -> Option<Arc<Device>> {
             panic!("{error}")
         }
         Err(error) => {
-            // eprintln would not help: the test harness swallows its output when the test passes.
+            // eprintln would not help: the test harness hides its output when the test passes.
             let text = format!("SKIP (set PD_REQUIRE_CUDA=1 to fail instead): {error}\n");
             std::io::stderr().write_all(text.as_bytes()).unwrap();
             None

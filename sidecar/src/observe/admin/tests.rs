@@ -276,7 +276,8 @@ async fn silent_clients_are_cut_off() {
     );
 }
 
-/// Silent clients that reconnected without end once locked out the proxy's call-back.
+/// In an earlier version, silent clients that reconnected without end locked out the proxy's
+/// call-back.
 #[tokio::test]
 async fn silent_clients_keep_nobody_out() {
     let f = Fixture::start().await;

@@ -285,7 +285,7 @@ fn docs_list_every_metric() {
             .lines()
             .find(|l| {
                 let rest = l.strip_prefix(name).unwrap_or("?");
-                // The series of another metric, whose name only begins with this name, is skipped.
+                // Skips the series of another metric with a longer name that begins with this name.
                 let rest = rest
                     .strip_prefix(suffix)
                     .unwrap_or(rest)

@@ -75,7 +75,7 @@ pub(crate) struct LinkRow {
     /// The library's report about itself. For NIXL: `UCX_TLS` and UCX's estimate, which may differ from the
     /// wire in use.
     pub(crate) reported: String,
-    /// GB/s (10⁹ bytes) of recent writes; absent before the first.
+    /// GB/s (10⁹ bytes) of recent writes; absent before the first write.
     pub(crate) measured_gb_per_s: Option<f64>,
 }
 
@@ -127,9 +127,9 @@ pub(crate) struct ProxyStatus {
     /// True if the proxy acknowledges registrations. False for LMCache's proxy, which readiness does not wait
     /// for.
     pub(crate) calls_back: bool,
-    /// The proxy's name in its last call-back; empty before the first.
+    /// The proxy's name in its last call-back; empty before the first call-back.
     pub(crate) name: String,
-    /// Milliseconds since the proxy's last call-back; absent before the first.
+    /// Milliseconds since the proxy's last call-back; absent before the first call-back.
     pub(crate) acknowledged_ms_ago: Option<u64>,
 }
 

@@ -285,8 +285,8 @@ impl Peers {
         }
     }
 
-    /// Returns the granule at which parts of a write may begin; `None` if no time is saved when a write of this
-    /// many bytes is divided by layers.
+    /// Returns the granule at which parts of a write may begin; `None` if dividing a write of this many bytes
+    /// by layers saves no time.
     ///
     /// The measured rate of the link decides, so no write is divided before a large write was measured.
     pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {

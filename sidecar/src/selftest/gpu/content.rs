@@ -131,7 +131,8 @@ impl Content for GpuContent {
         match when {
             When::Before => stream.wait()?,
             When::Later => {
-                // This wait polls all the time, for an exact end. A sidecar does not poll like that.
+                // This wait polls without pauses, to find the exact end. A sidecar does not poll like
+                // that.
                 let stream = Arc::clone(stream);
                 let wait = move || stream.wait().ok().map(|()| Instant::now());
                 self.watch = Some(std::thread::spawn(wait));

@@ -73,8 +73,8 @@ impl DescriptorLayout {
     /// Returns the descriptors that carry `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// Names the first wrong piece: one of the sides does not have its slot, it is longer than its slot, or it
-    /// begins within a descriptor.
+    /// Names the first wrong piece. A piece is wrong if one of the sides does not have its slot, if the piece
+    /// is longer than its slot, or if it begins within a descriptor.
     pub(super) fn batches(
         self,
         pieces: &[Piece],

@@ -1,9 +1,9 @@
 //! Writes with NIXL and its UCX backend: shared memory, RDMA, NVLink, TCP.
 //!
-//! One engine thread owns the agent and everything made from it; the rest of the process sends it commands. The
-//! thread polls only while a write is in flight or announced, and sleeps otherwise. (The library's own progress
-//! thread would use a whole core even when idle.) An idle thread polls ten times per second, so that it answers
-//! a peer that connects before its writes are announced (LMCache).
+//! One engine thread owns the agent and everything made from the agent; the rest of the process sends
+//! commands to the thread. The thread polls only while a write is in flight or announced, and sleeps
+//! otherwise. (The library's own progress thread would use a whole core even when idle.) An idle thread polls
+//! ten times per second, so that it answers a peer that connects before its writes are announced (LMCache).
 //!
 //! | file | |
 //! |---|---|
@@ -254,7 +254,7 @@ impl Transport for Nixl {
     fn advert(&self) -> Advert {
         Advert {
             kind: KIND.as_str().to_owned(),
-            // The agent's metadata is the address, so the advert needs none.
+            // The agent's metadata is the address, so the advert needs no address.
             address: String::new(),
         }
     }

@@ -29,8 +29,8 @@ pub(super) struct Peer {
     name: String,
     /// True once the link was dropped. The peer is removed when its writes have ended.
     closed: bool,
-    /// The error of the first write that failed or made no progress; `None` before. After an error, nothing
-    /// more is posted.
+    /// The error of the first write that failed or made no progress; `None` before such an error. After an
+    /// error, nothing more is posted.
     failed: Option<String>,
     /// The last time at which a batch ended.
     moved: Instant,
@@ -403,7 +403,7 @@ impl Write {
     }
 
     /// Notes the failure of a part. The write keeps the first error, and its failure is terminal only if all
-    /// failures are.
+    /// failures are terminal.
     fn fail(&mut self, terminal: bool, error: String) {
         match &mut self.failure {
             Some(failure) => failure.terminal &= terminal,

@@ -68,8 +68,8 @@ impl Wire {
     /// Returns the bytes of a request.
     pub(super) fn batch_bytes(self) -> u64 {
         match self {
-            // A request costs on the order of 10 µs, and the thread stays free while the device copies. But a
-            // request can be abandoned only as a whole.
+            // A request costs about 10 µs, and the thread stays free while the device copies. But a request
+            // can be abandoned only as a whole.
             Self::Descriptors => 1 << 30,
             // If the CPU copies, the thread does nothing else during a request: for 10 ms at 6 GB/s.
             Self::Streams => 64 << 20,

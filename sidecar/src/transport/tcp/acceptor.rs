@@ -2,8 +2,8 @@
 //!
 //! One thread polls the listener and every connection that has not sent its hello yet. A thread for a
 //! connection starts only after a valid hello. So a connection that is silent or sends garbage never gets a
-//! thread; it uses one file descriptor for a short time. The number of connections in each of the two stages
-//! is bounded. If a stage is full, the thread makes room: it closes the oldest connection of the address that
+//! thread; it uses one file descriptor for a short time. The number of connections is limited in each of the
+//! two stages. If a stage is full, the thread makes room: it closes the oldest connection of the address that
 //! has the most connections. So one address can displace only its own connections. A connection with an open
 //! lease is closed only for another address, and only if its own address has more than half of all
 //! connections.

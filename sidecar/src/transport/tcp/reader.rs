@@ -95,8 +95,8 @@ impl Reader {
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
             .ok_or(Refusal::Bounds)?;
-        // A fixed time for each frame would cut long frames short, so the time grows with the bytes: 1 ms per
-        // KiB.
+        // A fixed time for each frame would be too short for long frames, so the time grows with the bytes: 1
+        // ms per KiB.
         let deadline = Instant::now() + self.receiver.stall + Duration::from_millis(bytes >> 10);
         let layout = self.receiver.gates.current();
         let admitted: Result<Vec<Pass>, Refusal> = parts
@@ -258,7 +258,7 @@ impl Reader {
         set_low_water(&self.socket, bytes)
     }
 
-    /// Waits for bytes after a read found none, within the stall time and the frame's deadline. The peer
+    /// Waits for bytes if a read has found no bytes, within the stall time and the frame's deadline. The peer
     /// still sends `left` bytes; a wait for more bytes would never end.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {

@@ -153,7 +153,7 @@ async fn a_crowd_of_names_pushes_out_none_of_another_host() {
         fences.introduce(&made_up, &format!("10.0.0.66:{}", 1024 + n % 60000));
     }
     assert_eq!(fences.senders.len(), MAX_SENDERS);
-    // Proofs that invented senders have ended use only bounded memory, too.
+    // Proofs about invented senders use only a limited amount of memory, too.
     for n in 0..MAX_STEPS as u64 + 10 {
         let mut made_up = hello(n, 8, &[8]);
         made_up.id = format!("r{n}");

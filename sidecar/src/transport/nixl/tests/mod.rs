@@ -371,7 +371,7 @@ async fn an_idle_engine_thread_sleeps() {
     // The limits distinguish a sleeping thread from a spinning thread, even on a busy machine, where each wake
     // costs several times as much.
     assert!(busy < 0.05, "{busy} of a core, connected and idle");
-    // Announced writes that do not come cost more, but less than a core.
+    // If announced writes do not come, the thread uses more CPU time, but less than a core.
     sender.expect(true);
     let busy = cores_of("nixl-77", Duration::from_secs(2)).await;
     assert!(busy < 0.5, "{busy} of a core, waiting for announced writes");

@@ -1,4 +1,5 @@
-//! Tests writes from one transport to another: those that arrive, are refused, or break.
+//! Tests writes from one transport to another: writes that arrive, that the receiver refuses, or that
+//! break.
 
 use super::*;
 
