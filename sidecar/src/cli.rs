@@ -12,9 +12,9 @@ use crate::transport::table::{self, Choice, FLAG_CHOICES};
 
 /// Moves KV between a prefill and a decode engine.
 ///
-/// A sidecar runs beside each vLLM instance. A sender beside the prefill engine pushes the KV of
-/// each prompt into the landing buffer of the receiver beside the decode engine, so that the
-/// decode engine computes nothing twice.
+/// A sidecar runs beside each vLLM instance. A sender beside the prefill engine pushes the KV of each prompt
+/// into the landing buffer of the receiver beside the decode engine, so that the decode engine need not
+/// compute this KV again.
 #[derive(Debug, Parser)]
 #[command(
     name = "sidecar",
@@ -188,7 +188,7 @@ impl Cli {
     /// line is wrong, prints the help, the version or the mistakes.
     ///
     /// # Errors
-    /// The exit code, with which the process must end.
+    /// The exit code of the process.
     pub(crate) fn of_process() -> Result<Command, Exit> {
         match Self::try_parse() {
             Ok(cli) => Ok(cli.command.unwrap_or(Command::Run(cli.run))),
@@ -209,7 +209,7 @@ impl Run {
     /// Loads the configuration of this run and prints its mistakes.
     ///
     /// # Errors
-    /// The exit code, with which the process must end.
+    /// The exit code of the process.
     pub(crate) fn load(&self) -> Result<(Config, Report), Exit> {
         let inputs = inputs(&self.overrides, self.config.clone())?;
         Config::load(&inputs).map_err(|report| {

@@ -70,8 +70,8 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let node = Node::start(Arc::clone(&config), Arc::new(observer), ranks).await?;
     let mut ports = node.ports().clone();
     ports.insert(admin.port(), "admin".to_owned());
-    // All ports are bound now. If the configuration does not name one of them, the start fails, because such
-    // a port gives access to this process's memory.
+    // All ports are bound now. If a port is open that the configuration does not name, the start fails,
+    // because such a port gives access to this process's memory.
     status.listens(listening::checked(&config, &ports)?);
     status.bound();
     info!(

@@ -101,7 +101,7 @@ fn key(name: &'static str) -> Key {
     }
 }
 
-/// LMCache 0.5.6's keys that have no effect, by reason.
+/// LMCache 0.5.6's keys that have no effect, grouped by reason.
 pub(crate) const GROUPS: &[Group] = &[
     Group {
         why: "the sidecar waits for events and does not poll",

@@ -31,7 +31,8 @@ pub(crate) fn is_mooncakes(entries: &[Entry]) -> bool {
     has("prefill_url") && has("decode_url")
 }
 
-/// Replaces Mooncake's keys by LMCache's and the sidecar's own. `ranks` is the engine's number of ranks.
+/// Replaces Mooncake's keys by LMCache's keys and the sidecar's own keys. `ranks` is the engine's number of
+/// ranks.
 pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> Mooncake {
     let prefill = address(layers, "prefill_url");
     let decode = address(layers, "decode_url");

@@ -38,7 +38,7 @@ pub(crate) trait Outlet: Send + 'static {
     /// Returns the kind of proxy that is connected now. Waits only for the socket's own task.
     fn listener(&mut self) -> BoxFuture<'_, Listener>;
 
-    /// Sends the queued messages for a bounded time, then closes.
+    /// Sends the queued messages for a limited time, then closes.
     fn close(self) -> BoxFuture<'static, ()>;
 }
 

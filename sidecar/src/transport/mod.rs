@@ -126,8 +126,8 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn is_running(&self) -> bool {
         true
     }
-    /// Receiver: tells the wire whether writes are announced. While they are, the wire's library must make
-    /// progress.
+    /// Receiver: tells the wire whether writes are announced. While writes are announced, the wire's library
+    /// must make progress.
     fn expect(&self, writing: bool);
 }
 
@@ -162,7 +162,7 @@ pub(crate) trait Link: Send + Sync + fmt::Debug {
     }
 }
 
-/// The error that a link could not be made.
+/// The reason why a link could not be made.
 #[derive(Debug, thiserror::Error)]
 #[error("no {kind} link to {peer}: {cause}")]
 pub(crate) struct LinkError {

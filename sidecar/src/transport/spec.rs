@@ -11,7 +11,8 @@ use super::Transport;
 use super::expected_rate::{Ends, ExpectedRate};
 use crate::memory::Buffer;
 
-/// The facts about a transport that the rest of the process needs. Each transport's folder has one.
+/// The facts about a transport that the rest of the process needs. Each transport's folder defines its
+/// `Spec`.
 #[derive(Debug)]
 pub(crate) struct Spec {
     /// The name in configurations, adverts, metrics and logs.

@@ -115,7 +115,8 @@ pub(crate) fn address(host: &str) -> Option<IpAddr> {
     (host, 0).to_socket_addrs().ok()?.next().map(|at| at.ip())
 }
 
-/// Returns all ports of all RDMA devices. If the list had only interfaces, UCX would not use RDMA.
+/// Returns all ports of all RDMA devices. If UCX's list of devices had only interfaces, UCX would not use
+/// RDMA.
 fn rdma() -> Vec<String> {
     let names = |path: &Path| -> Vec<String> {
         let entries = path.read_dir().into_iter().flatten().flatten();

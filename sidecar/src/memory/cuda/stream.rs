@@ -236,7 +236,7 @@ impl Stream {
     /// The driver's error.
     pub(crate) fn record(&self, event: &Event) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: both are live and belong to one context.
+        // SAFETY: the event and the stream are live and belong to one context.
         check("cuEventRecord", unsafe {
             sys::cuEventRecord(event.raw(), self.raw)
         })

@@ -15,7 +15,7 @@ pub(crate) struct ProxyMetrics {
 /// The result of sending a message to the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DeliveryResult {
-    /// The socket took the message.
+    /// The socket accepted the message.
     Sent,
     /// The message is lost: a queue was full, or no proxy that accepts the message was connected.
     Dropped,

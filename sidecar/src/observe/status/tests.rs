@@ -235,7 +235,7 @@ fn an_engine_that_moves_nothing_keeps_its_sidecar_ready_and_the_proxy_is_told_wh
         (snapshot.ready, snapshot.unmoved.as_deref()),
         (true, Some("heads of two sizes"))
     );
-    // Now an engine connects that moves KV.
+    // Now an engine that moves KV connects.
     let slot_layout = slot_layout();
     for rank in 0..2 {
         status.gauges(RankRole::Receiver, rank, &gauges(Some(&slot_layout), 1));

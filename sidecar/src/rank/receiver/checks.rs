@@ -36,7 +36,7 @@ struct Check {
     slot_bytes: u64,
 }
 
-/// A message with compared chunks.
+/// A message whose chunks were compared.
 #[derive(Debug)]
 pub(super) struct Checked {
     pub(super) route: Route,
@@ -48,8 +48,8 @@ pub(super) struct Checked {
 }
 
 impl Checks {
-    /// Queues the chunks of a message that need a sum. Returns the message without these chunks and without
-    /// chunks that are already in the queue; `None` if every chunk must wait.
+    /// Queues the chunks of a message for which a checksum must be computed. Returns the message without
+    /// these chunks and without chunks that are already in the queue; `None` if every chunk must wait.
     pub(super) fn take(
         &mut self,
         route: Route,
@@ -98,7 +98,7 @@ impl Checks {
         waits
     }
 
-    /// Returns the next message with compared chunks.
+    /// Returns the next message whose chunks were compared.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
