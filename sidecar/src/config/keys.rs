@@ -34,8 +34,8 @@ macro_rules! keys {
 
             /// Reads every key. Mistakes are added to `layers`.
             pub(crate) fn read(layers: &mut Layers) -> Self {
-                // Rust evaluates the fields in the order in which they are written, so each gets its own key
-                // of the table.
+                // Rust evaluates the fields in the order in which they are written, so each field gets its
+                // own key of the table.
                 let mut keys = Self::KEYS.iter();
                 Self { $($name: keys.next().and_then(|key| layers.take(key)),)* }
             }

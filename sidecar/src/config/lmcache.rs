@@ -1,5 +1,5 @@
 //! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. If
-//! the sidecar would then do something else than the file asks for, it refuses the key instead.
+//! the sidecar would then not do what the file asks for, it refuses the key instead.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;

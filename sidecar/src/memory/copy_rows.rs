@@ -1,5 +1,5 @@
 //! Copies many small pieces at equal distances. In GPU memory one call of the driver copies all of them,
-//! because each call takes about ten microseconds, however few bytes it copies.
+//! because each call takes about ten microseconds, even if it copies only a few bytes.
 
 use std::io;
 

@@ -29,8 +29,8 @@ unsafe impl Send for Memfd {}
 unsafe impl Sync for Memfd {}
 
 impl Memfd {
-    /// Allocates, seals, maps and touches `len` bytes (not 0). An error contains the name of the step that
-    /// failed.
+    /// Allocates, seals, maps and touches `len` bytes. `len` must not be 0. An error contains the name of the
+    /// step that failed.
     pub(super) fn take(name: &str, len: usize) -> Result<Self, (&'static str, io::Error)> {
         let file = create(name).map_err(|error| ("memfd_create", error.into()))?;
         fs::ftruncate(&file, len as u64).map_err(|error| ("ftruncate", error.into()))?;

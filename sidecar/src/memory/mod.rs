@@ -275,7 +275,7 @@ impl Buffer {
 /// and the computation.
 const BLOCK_BYTES: usize = 256 << 10;
 /// Bytes of a block for GPU memory. These blocks are larger, because a copy over the bus takes about ten
-/// microseconds, however few bytes it copies.
+/// microseconds, even if it copies only a few bytes.
 const GPU_BLOCK_BYTES: usize = 4 << 20;
 
 fn block_len(left: u64, most: usize) -> usize {

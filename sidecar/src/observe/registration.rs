@@ -29,7 +29,8 @@ pub(crate) use self::metrics::{DeliveryResult, ProxyMetrics};
 
 /// The destination of messages to the proxy: the PUSH socket, or a list in tests.
 pub(crate) trait Outlet: Send + 'static {
-    /// Accepts a message, or refuses it because too many messages already wait. Never waits itself.
+    /// Accepts a message, or refuses it because too many messages already wait. Never waits for room in the
+    /// queue.
     ///
     /// # Errors
     /// The message is dropped.

@@ -74,7 +74,7 @@ impl Connection {
     /// Sends a message. Disconnects the engine if [`OUTBOX`] messages already wait for it.
     pub(crate) fn send(&self, message: ToEngine) {
         let mut frame = frame::encode(&message);
-        // The usual case: no message waits before this one, so it is written here and the engine does not
+        // The usual case: no other message waits. So this message is written here, and the engine does not
         // wait for a change of task.
         if self.waiting.load(Ordering::Acquire) == 0
             && let Some(writer) = self.writer.upgrade()

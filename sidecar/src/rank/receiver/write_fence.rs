@@ -31,7 +31,7 @@ use tracing::{info, warn};
 use crate::net::host_id;
 use crate::peer::process_lock::{MAX_PROOFS, ProofHash, proof_hash_of};
 
-/// The known senders, and the proofs in progress that a sender has ended.
+/// The known senders, and the running steps of proofs that a sender has ended.
 #[derive(Debug)]
 pub(super) struct WriteFences {
     senders: BTreeMap<SenderId, Known>,

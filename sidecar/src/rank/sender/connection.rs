@@ -117,8 +117,8 @@ impl Connection {
         let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
             .await
             .map_err(|error| no_link(format!("cannot make the alloc socket: {error}")))?;
-        // A receiver that sends no hello belongs to LMCache. Only the type of its alloc socket shows whether it
-        // is the asynchronous receiver.
+        // A receiver that sends no hello belongs to LMCache. Only the type of its alloc socket shows whether
+        // the receiver is asynchronous.
         if made.hello.is_none() {
             let cancels = self
                 .connected_to_router(&mut dealer)

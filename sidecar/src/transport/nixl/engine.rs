@@ -47,7 +47,7 @@ impl Engine {
         shared: Arc<Shared>,
         commands: Receiver<Command>,
     ) -> Result<(Self, Vec<u8>), Refusal> {
-        // UCX uses the CUDA context that is current on this thread for its memory.
+        // For its memory, UCX uses the CUDA context that is current on this thread.
         let memory = match buffer.cuda() {
             Some(gpu) => {
                 gpu.device().bind()?;
@@ -284,9 +284,9 @@ impl Engine {
         for peer in self.peers.values_mut() {
             peer.abandon("the transport has stopped", &mut self.stuck);
         }
-        // Commands in the queue are dropped with their reply, which tells their callers that the thread has
-        // ended. Transfers that still run keep the buffer registered and mapped until the process ends; see
-        // `nixl::Transfer`.
+        // The queued commands are dropped with their reply channels. So the callers learn that the thread
+        // has ended. Transfers that still run keep the buffer registered and mapped until the process ends;
+        // see `nixl::Transfer`.
         if !self.stuck.is_empty() {
             tracing::warn!(
                 writes = self.stuck.len(),

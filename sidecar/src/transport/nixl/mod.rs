@@ -341,7 +341,8 @@ impl Drop for Nixl {
 }
 
 impl Shared {
-    /// Sends a command without a permit. The number of objects that send such commands limits their number.
+    /// Sends a command without a permit. Few objects send such commands, so these commands cannot fill the
+    /// memory.
     fn send(&self, command: Command) {
         // The send fails if the thread has ended. No caller waits for an answer to these commands.
         drop(self.commands.send(command));

@@ -20,7 +20,7 @@ pub(super) struct Batch {
 pub(super) struct Ticket(Option<Arc<Batch>>);
 
 impl Batch {
-    /// Returns `jobs` tickets (not 0) and the future of their common outcome.
+    /// Returns `jobs` tickets and the future of their common outcome. `jobs` must not be 0.
     pub(super) fn tickets(jobs: usize) -> (Vec<Ticket>, oneshot::Receiver<Outcome>) {
         let (done, outcome) = oneshot::channel();
         let batch = Arc::new(Self {

@@ -232,7 +232,7 @@ async fn greet(
     socket.map_err(|error| format!("socket settings: {error}"))
 }
 
-/// Divides ranges into at most `shares` shares of about equal bytes, none of them small.
+/// Divides ranges into at most `shares` shares of about equal size. A small write stays one share.
 fn divide(sources: Vec<Source>, shares: usize) -> Vec<Vec<Source>> {
     let bytes: u64 = sources.iter().map(|source| source.to.bytes).sum();
     let shares = (bytes / MIN_SHARE_BYTES).clamp(1, shares.max(1) as u64);
