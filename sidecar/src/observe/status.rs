@@ -276,8 +276,8 @@ impl Status {
     /// Returns the registration at this moment. `admin_port` is the port that the admin server bound.
     pub(crate) fn registration(&self, config: &Config, admin_port: u16, now: Instant) -> Register {
         let inner = self.inner();
-        // The proxy cannot have acknowledged a registration that it has not received yet, so a missing
-        // acknowledgement does not count here.
+        // The registration must come before the proxy's acknowledgement, so a missing acknowledgement does
+        // not count here.
         let ready = inner
             .obstacles(&self.about, now)
             .iter()
