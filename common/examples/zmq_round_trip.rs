@@ -4,7 +4,7 @@
 //! ```text
 //! cargo run --release -p pd-common --example zmq_round_trip -- ROUNDS REQUEST_BYTES REPLY_BYTES PAUSE_US
 //! ```
-//! prints one line of JSON: the times in microseconds, in order.
+//! The program prints one line of JSON: the time of each round in microseconds, in the order of the rounds.
 
 use std::env;
 use std::io::{BufRead, BufReader};

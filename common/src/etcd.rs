@@ -39,7 +39,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub struct Etcd<C> {
     client: C,
     urls: Vec<String>,
-    /// Index in `urls` of the address to ask next: the one that answered last.
+    /// Index in `urls` of the address that answered last. The client asks this address first.
     at: usize,
 }
 

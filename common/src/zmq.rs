@@ -60,17 +60,17 @@ pub enum SendError {
 /// Error of a port that could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Another socket listens there.
+    /// Another socket listens on this port.
     #[error("{host}:{port} is taken by {holder}; choose another port")]
     InUse {
         /// The value as configured.
         host: String,
         /// The value as configured.
         port: u16,
-        /// The process that listens there, or a text which says that the process is not known.
+        /// The process that listens on the port, or a text which says that the process is not known.
         holder: String,
     },
-    /// The bind failed for another reason: the host is not this machine's, the port is privileged, ….
+    /// The bind failed for another reason: the host is no address of this machine, the port is privileged, ….
     #[error("cannot listen on {host}:{port}: {cause}")]
     Refused {
         /// The value as configured.
@@ -197,6 +197,6 @@ const RECONNECT_MAX: Duration = Duration::from_secs(1);
 /// Time for which a refused connection is tried again, because the receiver may be starting at this
 /// moment.
 const CONNECT_GRACE: Duration = Duration::from_millis(500);
-/// Maximum number of messages that are delivered before the loss of a connection is reported. The loss is reported
-/// after the messages that came before it. Without this maximum, a flood of messages could delay the report for ever.
+/// Maximum number of messages that are delivered before the loss of a connection is reported. The messages that came
+/// before the loss are delivered first. Without this maximum, a flood of messages could delay the report for ever.
 const MESSAGES_BEFORE_LOST: usize = 2 * RECEIVE_QUEUE as usize;

@@ -1,10 +1,10 @@
 //! Encodes and decodes msgpack as msgspec does.
 //!
 //! A message is one map; its key `type` names the message. The decoder first walks a peer's bytes
-//! without allocation ([`scan`]) and refuses messages that exceed a limit. Only then it decodes the
-//! message. Its reader accepts each field in exactly the form that msgspec accepts: text as str,
-//! bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown keys
-//! and accepts keys in any order, so a peer with a newer version can add fields.
+//! without allocation ([`scan`]) and refuses messages that exceed a limit. After that it decodes
+//! the message. Its reader accepts each field in exactly the form that msgspec accepts: text as
+//! str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown
+//! keys and accepts keys in any order, so a peer with a newer version can add fields.
 
 use serde::{Deserialize, Serialize};
 

@@ -19,13 +19,13 @@ use crate::serdes::Fields;
 pub struct Row {
     /// Address in the peer's process.
     pub address: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub bytes: u64,
     /// NIXL device id. LMCache uses the tensor-parallel rank, also for host memory.
     pub device: u64,
 }
 
-/// NIXL's memory types that carry KV.
+/// NIXL's types of memory that can contain KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
     /// Host memory, 0.

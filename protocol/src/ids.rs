@@ -50,8 +50,8 @@ number! {
     TransferId(u64)
 }
 
-/// Id that the proxy gives a request. The prefill and decode requests, both sidecars and all logs
-/// carry it.
+/// Id that the proxy gives a request. The prefill request, the decode request, both sidecars and
+/// all logs use this id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(pub String);

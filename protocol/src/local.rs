@@ -1,8 +1,8 @@
 //! The messages between an engine and its sidecar over the unix socket.
 //!
 //! A frame is a little-endian `u32` length and one msgpack map whose key `type` names the message.
-//! The engine sends [`ToSidecar::Hello`] first. The sidecar answers [`ToEngine::Welcome`] or
-//! [`ToEngine::Refused`], and closes the connection after the latter. The buffer comes with
+//! The engine sends [`ToSidecar::Hello`] first. The sidecar answers with [`ToEngine::Welcome`] or
+//! [`ToEngine::Refused`], and closes the connection after `Refused`. The buffer comes with
 //! `Welcome`: as a file descriptor (`SCM_RIGHTS`), or as a CUDA IPC handle if it is GPU memory. The
 //! end of the stream means that the engine has ended: all its requests end at once.
 
@@ -60,17 +60,17 @@ pub struct EngineHello {
     pub v: u32,
     /// Name of the engine, for logs.
     pub engine: String,
-    /// Side of the transfers on this connection: prefill or decode.
+    /// The engine's side of the transfers on this connection: prefill or decode.
     pub role: EngineRole,
     /// Rank of the KV that this connection serves, from 0; the rank selects the buffer.
     pub rank: u32,
     /// Number of ranks among which the KV is divided. The sidecar must have the same number.
     pub world_size: u32,
-    /// Shape of a chunk, from the engine's KV tensors. If [`EngineHello::unmoved`] is present, only
-    /// the model's name counts.
+    /// Shape of a chunk, from the engine's KV tensors. If [`EngineHello::unmoved`] is present, the
+    /// sidecar uses only the model's name.
     pub layout: Layout,
-    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`; the ordinal of a GPU differs between processes.
-    /// Absent: the engine has no GPU.
+    /// UUID of the engine's GPU, `GPU-xxxxxxxx-…`. It is not the GPU's ordinal, because the ordinal
+    /// differs between processes. Absent: the engine has no GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// CUDA IPC handles of events on that GPU, 64 bytes each, at most 1024; [`Staged::event`] is a
@@ -83,7 +83,7 @@ pub struct EngineHello {
     pub unmoved: String,
 }
 
-/// Side of the transfers on an engine's connection.
+/// The engine's side of the transfers on one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineRole {
@@ -118,7 +118,7 @@ pub struct Welcome {
     pub cuda: Option<CudaMemory>,
 }
 
-/// A buffer in GPU memory, as another process opens it.
+/// Data with which another process opens a buffer in GPU memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CudaMemory {
     /// UUID of the GPU, `GPU-xxxxxxxx-…`.
@@ -250,16 +250,16 @@ pub struct Release {
 pub struct Granted {
     /// Id of the request.
     pub req: RequestId,
-    /// Number of tokens at the request's start that the decode side already has. Chunks below this
-    /// mark are never granted. Of the chunk that contains the mark, only the tokens from the mark
-    /// on are moved; they begin at the start of the slot.
+    /// Number of tokens at the request's start that the decode side already has. The sender never
+    /// grants a chunk that contains only these tokens. If a chunk begins with some of these tokens,
+    /// only its other tokens are moved; they begin at the start of the slot.
     pub have_tokens: u32,
     /// Chunks, by position in the request's keys; empty in the first message, which only gives
     /// `have_tokens`.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the send buffer.
     pub slots: Vec<u32>,
-    /// True if a gather layer by layer ([`Staged::layers`]) would let the chunks arrive sooner.
+    /// True if a gather layer by layer ([`Staged::layers`]) would make the chunks arrive sooner.
     /// Absent: false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub layers: bool,
@@ -270,8 +270,8 @@ pub struct Granted {
 pub struct Ready {
     /// Id of the request.
     pub req: RequestId,
-    /// First token that is moved. Of the chunk that contains this token, only the tokens from this
-    /// token on are moved; they begin at the start of the slot.
+    /// First token that is moved. If a chunk begins before this token, only the chunk's tokens from
+    /// this token on are moved; they begin at the start of the slot.
     pub first_token: u32,
     /// Chunks, by position in the request's keys.
     pub chunks: Vec<u32>,

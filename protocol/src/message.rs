@@ -42,8 +42,8 @@ pub struct NixlInitResponse {
     pub remote_agent_name: ByteBuf,
     /// NIXL agent metadata of the receiver; empty without NIXL.
     pub remote_meta_bytes: ByteBuf,
-    /// Our extension, present if the request had one. Absent: the receiver is LMCache, or answers
-    /// LMCache.
+    /// Our extension; present if the request had an `x`. Absent: the receiver is LMCache, or
+    /// answers LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Hello>,
 }
@@ -69,8 +69,8 @@ pub struct NixlMemRegResponse {
     /// Landing slots as a pickled descriptor list with one row per slot; an empty list without
     /// NIXL.
     pub remote_xfer_dlist_bytes: ByteBuf,
-    /// Our extension, present if the request had one. Absent: the receiver is LMCache, or answers
-    /// LMCache.
+    /// Our extension; present if the request had an `x`. Absent: the receiver is LMCache, or
+    /// answers LMCache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<Pages>,
 }
@@ -88,8 +88,8 @@ pub struct Version {
 pub struct Hello {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Name of the sidecar; `name/rank` for one rank of several. A configured name stays the same
-    /// over restarts.
+    /// Name of the sidecar; `name/rank` if the sidecar has several ranks. A configured name stays
+    /// the same over restarts.
     pub id: String,
     /// Epoch of the sidecar.
     pub epoch: Epoch,
@@ -163,13 +163,12 @@ pub enum ToReceiver {
     /// Ends a lease or a request: the sender posts no further write under it. The receiver answers
     /// with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
-    /// Announces writes into these slots, or repeats the announcement while the writes run. The
-    /// message lets the receiver's NIXL make progress. The receiver makes no decision because of
-    /// this message. The sender does not send it for writes that do not need the receiver's
-    /// progress.
+    /// Announces writes into these slots, or repeats the announcement while the writes are in
+    /// flight. Because of this message the receiver's NIXL makes progress; the message has no other
+    /// effect. The sender sends no `Writing` for writes that do not need the receiver's progress.
     Writing(Slots),
-    /// Reports all chunks that the transport has flushed and the receiver has not acknowledged yet.
-    /// The receiver answers with [`ToSender::Ack`].
+    /// Reports all chunks that the transport has flushed and that the receiver has not acknowledged
+    /// yet. The receiver answers with [`ToSender::Ack`].
     Written(Written),
     /// Keeps a lease alive. The receiver then repeats messages that were lost: [`ToSender::More`]
     /// for open chunks that are not in `granted`, [`ToSender::Unwanted`] if the lease has ended.
@@ -196,7 +195,7 @@ pub enum ToSender {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Query {
-    /// Asks the receiver which of these keys have KV that it could send back.
+    /// Asks the receiver for a list: the keys whose KV the receiver could send back.
     CacheQueryRequest(CacheQueryRequest),
     /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read it.
     CacheQueryResponse(CacheQueryResponse),
@@ -252,8 +251,8 @@ pub struct AllocRequest {
 pub struct AllocX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number that the sender gives to this question. A repetition has the same number, and the
-    /// answer contains it.
+    /// Number of this message, chosen by the sender. A repetition has the same number. The answer
+    /// contains the number.
     pub seq: u64,
     /// Name of the sender.
     pub id: String,
@@ -263,7 +262,8 @@ pub struct AllocX {
     pub to_epoch: Epoch,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Time without a message of the sender after which the lease ends, milliseconds.
+    /// Duration of the lease, milliseconds: the lease ends if the sender sends no message for this
+    /// time.
     pub lease_ms: u32,
     /// Maximum time for which the receiver may delay the answer because slots are missing,
     /// milliseconds.
@@ -279,7 +279,8 @@ pub struct AllocX {
 /// Fields of `AllocResponse`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocResponse {
-    /// One slot for each key that is not in `already_sent_indexes`; −1 for no slot (yet).
+    /// One slot for each key that is not in `already_sent_indexes`; −1 if the key has no slot
+    /// (yet).
     pub remote_indexes: Vec<i64>,
     /// Positions in [`AllocRequest::keys`] that need no transfer.
     pub already_sent_indexes: Vec<u32>,
@@ -294,7 +295,7 @@ pub struct AllocResponse {
 pub struct AllocResponseX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of the question that this message answers ([`AllocX::seq`] or [`CancelX::seq`]).
+    /// Number of the message that this answer belongs to ([`AllocX::seq`] or [`CancelX::seq`]).
     pub seq: u64,
     /// The receiver's epoch.
     pub epoch: Epoch,
@@ -333,7 +334,7 @@ pub struct CancelNotif {
 pub struct CancelX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number that the sender gives to this message. The answer contains the number.
+    /// Number of this message, chosen by the sender. The answer contains the number.
     pub seq: u64,
     /// The lease that ends.
     pub lease: LeaseId,

@@ -38,8 +38,7 @@ reasons! {
     NoRoom = "no_room",
     /// The send buffer had no room within the allowed time.
     NoSendRoom = "no_send_room",
-    /// The request has more chunks than one host may have slots (15/16 of all slots), and its decode request is not
-    /// parked.
+    /// The request needs more slots than one host may have (15/16 of all slots), and its decode request is not parked.
     TooLarge = "too_large",
     /// The prefill request was cancelled, its client left, or its connector waited too long for slots.
     Cancelled = "cancelled",

@@ -87,8 +87,8 @@ impl DealerClient {
             {
                 return Ok(news);
             }
-            // Messages that were received already come before the loss, because the peer sent them
-            // before it.
+            // Messages that were received already come before the loss, because the peer sent them before the
+            // connection was lost.
             match self.socket.try_recv() {
                 Ok(message) => match payload(&message) {
                     Some(payload) => return Ok(FromServer::Message(payload)),

@@ -21,7 +21,7 @@ pub enum Frame {
     /// The frame of a message with only one frame. Every valid message on a PULL port has one
     /// frame.
     Single(Bytes),
-    /// The last of several frames. On a ROUTER port the frames before it name the peer.
+    /// The last frame of a message with several frames. On a ROUTER port the frames before it identify the peer.
     Last(Bytes),
     /// The message has no frame.
     Odd,
@@ -77,8 +77,8 @@ impl Inbox {
         Ok(frame(&message))
     }
 
-    /// If there are more than [`MAX_PEERS`] connections, disconnects the newest ones and returns their number. The
-    /// oldest connections stay, so that a flood of new connections does not disconnect working sidecars.
+    /// If there are more than [`MAX_PEERS`] connections, disconnects the newest connections and returns their number.
+    /// The oldest connections stay, so that a flood of new connections does not disconnect working sidecars.
     pub async fn shed(&self) -> usize {
         let Ok(mut peers) = self.socket.connections().await else {
             return 0;

@@ -18,7 +18,7 @@ pub struct Requester {
 /// Reason why there was no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// No process listens there, or the process does not speak ZeroMQ.
+    /// No process listens at the address, or the process does not speak ZeroMQ.
     #[error("no connection to {peer}: {cause}")]
     NoConnection {
         /// Address of the peer, `host:port`.

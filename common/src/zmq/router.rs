@@ -29,11 +29,12 @@ pub struct RouterServer {
     monitor: MonitorStream,
     port: u16,
     peers: HashMap<Route, Peer>,
-    /// Routes that the caller knows and whose connection has ended. The caller gets them as losses.
+    /// Routes that the caller knows and whose connection has ended. [`Self::recv`] reports them as [`FromPeer::Lost`].
     lost: VecDeque<Route>,
     /// Number of messages that may still be delivered before the first entry of `lost`.
     before_lost: usize,
-    /// Connections to end, because there are too many or because the caller asked for it.
+    /// Connections that the server must end, because there are too many or because the caller called
+    /// [`Self::disconnect`].
     evict: VecDeque<Route>,
     /// True if monitor events were missed. `peers` must then be compared with the socket's own
     /// table.
@@ -142,7 +143,7 @@ impl RouterServer {
         }
     }
 
-    /// Queues a message to a peer, with a delimiter frame if the peer uses one. Never waits.
+    /// Queues a message to a peer, with a delimiter frame if the peer sends delimiter frames. Never waits.
     ///
     /// # Errors
     /// See [`SendError`].
@@ -183,8 +184,8 @@ impl RouterServer {
         }
     }
 
-    /// Returns the identity that the peer chose, as text, or the peer's address if it chose none. Logs use it, and it
-    /// is the name of a peer that sends no name.
+    /// Returns a name for the peer: the identity that the peer chose, as text, or the peer's address if the peer chose
+    /// no identity. Logs show this name. It is the only name of a peer whose messages contain no name.
     pub fn name(&self, route: Route) -> Option<String> {
         self.peers.get(&route).map(Peer::name)
     }
@@ -194,7 +195,7 @@ impl RouterServer {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
-    /// Returns the counters of the port. They continue to count.
+    /// Returns the counters of the port. The port continues to update them.
     pub fn traffic(&self) -> Traffic {
         self.traffic.clone()
     }
@@ -275,9 +276,9 @@ impl RouterServer {
         self.traffic.connected(now);
     }
 
-    /// Ends one connection if there are more than [`MAX_PEERS`]. The connection is one of the host that has the most
-    /// connections: preferably one that never sent a message, otherwise the one that has been silent longest. So a host
-    /// that opens many connections loses its own connections, and other hosts keep theirs.
+    /// If there are more than [`MAX_PEERS`] connections, ends one connection of the host that has the most connections.
+    /// Prefers a connection that never sent a message; if there is none, ends the connection that has been silent
+    /// longest. So a host that opens many connections loses its own connections, and other hosts keep theirs.
     fn make_room(&mut self, newcomer: Route) {
         let staying = |peer: &Peer| peer.connected && !peer.leaving;
         if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {

@@ -1,4 +1,5 @@
-//! Exchanges with correct peers: frames of messages, losses, restarts, and queues at the end of a socket.
+//! Exchanges with correct peers: frames of messages, losses, restarts, and messages that are still queued when a socket
+//! is closed.
 
 use std::time::{Duration, Instant};
 

@@ -273,7 +273,8 @@ fn an_identity_stays_with_the_connection_that_has_it() {
     });
 }
 
-/// A peer that uses another peer's identity, with any bytes that it sends, must not get the messages to that identity.
+/// A second peer connects with the identity of another peer. It must not get the messages to that identity, whatever it
+/// sends.
 #[test]
 fn a_stolen_identity_gets_no_answers() {
     run(async {

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use crate::support::{dealer, local, message, run, server};
 use crate::zmtp::{Hello, Peer};
 
-/// Waits for a future. Fails after twice the time after which a silent peer counts as lost.
+/// Waits for a future. Fails after two heartbeat timeouts.
 async fn soon_lost<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(2 * HEARTBEAT_TIMEOUT, future)
         .await

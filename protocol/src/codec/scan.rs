@@ -45,7 +45,8 @@ pub(super) enum Head<'a> {
     Map(u32),
 }
 
-/// Reads the head of the next value. The head of a list or map is only the count.
+/// Reads the head of the next value. The head of a list or map contains only the number of its
+/// elements or entries.
 pub(super) fn head<'a>(rest: &mut &'a [u8]) -> Result<Head<'a>, DecodeError> {
     let marker = bytes::<1>(rest)?[0];
     Ok(match marker {

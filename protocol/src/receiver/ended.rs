@@ -1,10 +1,10 @@
 //! Recently ended requests. If one side of such a request sends its first message late, the
-//! receiver tells it the end at once.
+//! receiver tells this side at once that the request has ended.
 //!
-//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver answers with the
-//! old end only messages that belong to the old request: a repetition of its alloc request, and
-//! within [`LATE`] the first message of a side that had sent none before the end. Any other message
-//! with the id belongs to a new request.
+//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver gives this
+//! answer only to messages that belong to the old request: a repetition of its alloc request, and
+//! within [`LATE`] the first message of a side that had sent no message before the end. Any other
+//! message with the id belongs to a new request.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -130,7 +130,7 @@ impl Ended {
     }
 
     /// Notes that the id now belongs to a new request. For requests of LMCache senders this call is
-    /// necessary, because they have no number that tells an old request from a new one.
+    /// necessary, because they have no number that distinguishes an old request from a new request.
     pub(super) fn renew(&mut self, id: &RequestId) {
         if let Some(end) = self.ends.get_mut(id) {
             (end.asks_late, end.awaits_late) = (false, false);
@@ -150,9 +150,10 @@ impl Question {
     }
 }
 
-/// Number of ended requests that the receiver remembers. A busy instance ends this many in a few
-/// seconds.
+/// Number of ended requests that the receiver remembers. A busy instance ends so many requests in a
+/// few seconds.
 const REMEMBERED: usize = 4096;
-/// Time after a request's end during which the receiver tells the end to a late side. If a side
-/// sends its first message after this time, it waits until its own timeout.
+/// Time after a request's end during which the receiver answers the first message of a late side
+/// with the request's end. If the message comes after this time, the side gets no such answer and
+/// waits until its own timeout.
 const LATE: Duration = Duration::from_secs(30);

@@ -9,8 +9,8 @@ use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, SlotIndex};
 
-/// Connection of a sender, to which the receiver sends its answers: one number per connection of
-/// the alloc socket.
+/// Number of a sender's connection to the alloc socket. The receiver sends its answers to this
+/// connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Route(pub u64);
@@ -38,7 +38,8 @@ pub struct Config {
     /// Maximum number of requests at the same time. The receiver refuses further requests with
     /// `busy`.
     pub max_requests: usize,
-    /// Maximum number of quarantined slots per sender. A sender that has caused more gets no slots.
+    /// Maximum number of quarantined slots per sender. A sender with more quarantined slots gets no
+    /// slots.
     pub max_quarantined: u32,
     /// Maximum time for which a parked request waits for an alloc request.
     pub no_sender: Duration,
@@ -121,7 +122,7 @@ pub enum Event {
         /// Lease whose slots the proof covers. Absent: the proof covers all slots of the sender.
         lease: Option<LeaseId>,
     },
-    /// The checksum of a written chunk does not match the sender's.
+    /// The checksum of a written chunk differs from the sender's checksum.
     Corrupt(LeaseId),
     /// The decode engine waits for a request's KV.
     Await(EngineId, Await),

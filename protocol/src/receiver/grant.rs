@@ -16,9 +16,9 @@ use crate::{LeaseId, Reason, RequestId, VERSION};
 impl Receiver {
     /// Gives free slots to waiting requests until no slot can be given to any of them.
     ///
-    /// Leases of parked requests come first and get one slot each in turn. They occupy KV blocks of
-    /// the engine, and each lease needs only one slot to make progress. Alloc requests that need
-    /// all their slots at once follow in the order of their arrival.
+    /// Leases of parked requests come first and get one slot each in turn. Parked requests occupy
+    /// KV blocks of the engine, and each lease needs only one slot to make progress. Alloc requests
+    /// that need all their slots at once follow in the order of their arrival.
     ///
     /// If slots are missing, the receiver frees KV that no decode request has come for.
     pub(super) fn serve(&mut self) {
@@ -408,15 +408,15 @@ enum Admission {
     Blocks,
 }
 
-/// Divisor that gives the reserve: the unparked requests of one host must leave 1/16 of the buffer
-/// to others. Parked requests can make progress with that few slots. A buffer of fewer than 16
+/// Divisor of the reserve: the unparked requests of one host must leave 1/16 of the buffer to
+/// others. This reserve is enough for parked requests to make progress. A buffer of fewer than 16
 /// slots has no reserve.
 const KEPT: u32 = 16;
 /// Time for which a parked request still waits after an alloc request with other keys. If its own
 /// sender's alloc request does not come within this time, it probably never comes.
 const MISMATCH: Duration = Duration::from_secs(1);
-/// Minimum duration of a lease, even if its sender asks for less: the open slots of a lease that
-/// ends are quarantined.
+/// Minimum duration of a lease, even if its sender asks for less. Without a minimum, a lease could
+/// end at once, and its open slots would be quarantined.
 const MIN_LEASE: Duration = Duration::from_secs(1);
 /// `retry_ms` in temporary refusals: about the time in which a busy buffer uses each of its slots
 /// once.

@@ -18,13 +18,12 @@
 //!    declined          quarantined ──no canary───▶    free
 //! ```
 //!
-//! A sender writes at most once into each lent slot. So if all canaries have been overwritten for a
-//! while, no write can still arrive, even if the sender has died. A key does not show which process
-//! writes into which slot. So the receiver never uses `already_sent` to say that it has a key. If
-//! `already_sent` contains *all* keys, the receiver declines the request: the sender writes nothing
-//! and reports to its proxy at once, and the decode side computes. After LMCache's own refusal, −1,
-//! the sender would send no report, and LMCache's proxy would wait for the report for ever. The
-//! receiver uses −1 only for requests that no buffer could ever serve.
+//! A sender writes at most once into each lent slot. So if all canaries have been overwritten for a while, no write can
+//! still arrive, even if the sender has died. A key does not show which process writes into which slot. So the receiver
+//! never says with `already_sent` that it has a key. It uses `already_sent` only to decline a request, and the answer
+//! then contains *all* keys: the sender writes nothing and reports to its proxy at once, and the decode side computes
+//! the prompt. LMCache's own refusal is −1. After this refusal the sender would send no report, and LMCache's proxy
+//! would wait for the report for ever. So the receiver uses −1 only for requests that no buffer could ever serve.
 
 mod claims;
 
@@ -84,7 +83,7 @@ struct Loan {
     deadline: Time,
     look: Time,
     pause: Duration,
-    /// Reason why the loan ends before its deadline. Absent: it does not.
+    /// Reason why the loan ends before its deadline. Absent: the loan lasts until its deadline.
     reason: Option<Reason>,
 }
 
@@ -242,7 +241,7 @@ impl Receiver {
         let mut slots = Vec::with_capacity(ask.request.keys.len());
         for key in &ask.request.keys {
             let Some(slot) = loan.reserved.pop().or_else(|| self.slots.take()) else {
-                break; // `lend` has counted them
+                break; // `lend` has checked that enough slots are free
             };
             // The receiver must put the canaries into the slot before it answers the sender: later
             // canaries could overwrite KV.
@@ -298,7 +297,7 @@ impl Receiver {
                     loan.end(self.now, reason);
                 }
             }
-            // A decode request may still come. The receiver remembers the reason for its answer.
+            // A decode request may still come. The receiver will answer that decode request with this reason.
             let heard = Heard {
                 question: None,
                 awaited: false,
@@ -306,8 +305,7 @@ impl Receiver {
             self.ended.insert(&req, Some(reason), heard, self.now);
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
-        // The peer chose both numbers. They can be nonsense, and this can even be the reason for
-        // the refusal.
+        // The peer chose both numbers. They can be invalid: an invalid number can even be the reason for the refusal.
         let full = chunks.saturating_sub(1);
         let tokens = full.saturating_mul(self.config.chunk_tokens);
         let tokens = tokens.saturating_add(asked.last_chunk_toks);
@@ -364,8 +362,7 @@ impl Lmcache {
         &self.asks
     }
 
-    /// Returns the number of the loan to which later batches of a request belong, by sender and
-    /// request.
+    /// Returns, for each sender and request, the number of the loan to which later batches of the request belong.
     fn named(&self) -> BTreeMap<(SenderId, RequestId), u64> {
         let going = self.loans.iter().filter(|(_, l)| l.reason.is_none());
         // If two loans have the same sender and request, the later loan counts.

@@ -55,8 +55,8 @@ impl Receiver {
             }
             _ => {}
         }
-        // The sender is reachable, so the receiver asks it which quarantined slots are free. Its
-        // answer may make room.
+        // The sender is reachable, so the receiver asks the sender which quarantined slots are
+        // free. The sender's answer may free slots.
         self.ask_about_quarantined(route, &host, &x);
         if let Err(reason) = self.admit(&id, &asked, &x, route, &host) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
@@ -160,8 +160,8 @@ impl Receiver {
         connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
     }
 
-    /// Returns the request of a lease of this epoch and extends its deadline. For an unknown lease
-    /// it answers `Unwanted` and returns `None`.
+    /// Returns the request of a lease of this epoch, and extends the lease's deadline. For an
+    /// unknown lease, answers `Unwanted` and returns `None`.
     fn leased(&mut self, route: Route, lease: LeaseId, epoch: Epoch) -> Option<RequestId> {
         let now = self.now;
         let id = self
@@ -266,7 +266,7 @@ impl Receiver {
             return Vec::new();
         };
         if lease.end_reason.is_some() {
-            return Vec::new(); // no engine reads it
+            return Vec::new(); // no engine will read this KV
         }
         let mut seen = HashSet::new();
         let named = written.chunks.iter().zip(&written.indexes);
@@ -366,9 +366,9 @@ impl Receiver {
     }
 }
 
-/// Returns true if a new alloc request with the same id may replace an old request. It may if the
-/// old request is not wanted any more. It may also if the old request is completely written, no
-/// decode request has come for it, and the new alloc request comes from the same host.
+/// Returns true if a new alloc request with the same id may replace an old request. There are two
+/// cases: the old request is not wanted any more; or it is completely written, no decode request
+/// has come for it, and the new alloc request comes from the same host.
 fn gives_way_to_question(old: &Request, host: &str) -> bool {
     let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
     let lease = old.lease().filter(|_| old.parked.is_none());

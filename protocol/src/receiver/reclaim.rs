@@ -3,9 +3,9 @@
 //! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
 //! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
 //! few requests fills the buffer, and all other requests wait until that KV expires. So when a
-//! request waits for slots, the receiver frees KV of senders whose KV no decode request has read
-//! recently, the oldest KV first. The receiver keeps all KV of the other senders: more decode
-//! requests will come for it, and they may still be queued in the engine.
+//! request waits for slots, the receiver looks for senders whose KV no decode request has read
+//! recently, and frees their oldest KV first. The receiver keeps the KV of all other senders,
+//! because decode requests for this KV may still wait in the engine's queue.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use super::{Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
-/// Senders whose KV decode requests have read recently. For each sender: the number of times that
-/// its KV has expired without a read. A read sets the number back to 0.
+/// The senders from which a decode request has recently read KV. For each sender: the number of
+/// times that its KV has expired without a read. A read sets the number back to 0.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     unread: BTreeMap<String, u32>,
@@ -61,8 +61,8 @@ impl Receiver {
         let now = self.now;
         let lease = match blocked {
             Blocked::Room => self.idle_leases().min().filter(|(at, _)| *at <= now),
-            // The quota of a host counts only slots that are lent or open for writes, so it does
-            // not help to free written slots of a lease.
+            // The quota of a host counts only slots that are lent or open for writes. Written slots
+            // of a lease do not count, so freeing them would not help.
             Blocked::Share(_) => None,
         };
         let loans = self.lmcache.idle(&self.readers);
@@ -90,7 +90,8 @@ impl Receiver {
         }
         let leases = self.idle_leases().map(|(at, _)| at);
         let loans = self.lmcache.idle(&self.readers).map(|(at, ..)| at);
-        // KV that could be freed before now was not useful for the waiting requests.
+        // KV that could already be freed is still here because freeing it would not help the
+        // waiting requests.
         leases.chain(loans).filter(|at| *at > self.now).min()
     }
 

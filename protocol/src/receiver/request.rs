@@ -59,8 +59,8 @@ pub(super) struct Pending {
     pub(super) host: String,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
-    /// Time until which the receiver waits for the decode request. Absent: it no longer waits for
-    /// it.
+    /// Time until which the receiver waits for the decode request. Absent: the receiver no longer
+    /// waits for the decode request.
     pub(super) park: Option<Time>,
     /// Time until which the receiver waits for free slots. It is not before `park`.
     pub(super) wait: Time,
@@ -82,11 +82,11 @@ pub(super) struct Lease {
     /// `have_tokens` of the answer. The chunk that contains this token begins at this token.
     pub(super) first_token: u32,
     pub(super) chunks: Vec<Chunk>,
-    /// Time by which each message of the sender extends the lease.
+    /// Duration of the lease, counted again from each message of the sender.
     pub(super) term: Duration,
     pub(super) deadline: Time,
-    /// Time at which all chunks were written and no decode request had come. Absent: this has not
-    /// happened.
+    /// Time at which all chunks were written and no decode request had come. Absent: a chunk is not
+    /// written, or the decode request has come.
     pub(super) idle: Option<Time>,
     /// Reason of the end. It is present if the data is not wanted any more and only the sender's
     /// confirmation is missing.

@@ -340,7 +340,8 @@ impl Receiver {
         }
     }
 
-    /// Forgets a request without a decode request, sender and slots, and reports its record.
+    /// Forgets a request that has no decode request, no sender and no slots, and reports its
+    /// record.
     pub(super) fn forget_if_empty(&mut self, id: &RequestId) {
         let empty = self.requests.get(id).is_some_and(|r| {
             r.parked.is_none() && matches!(r.allocation, Allocation::None) && r.lent.is_empty()

@@ -98,8 +98,8 @@ impl Sender {
     }
 
     /// Sends the first alloc request for a request, after the handshake with its receiver. From now
-    /// on the receiver knows the request and can tell the decode engine its end. So the proxy may
-    /// send the decode request.
+    /// on the receiver knows the request and can tell the decode engine when the request ends. So
+    /// the proxy may send the decode request.
     pub(super) fn ask(&mut self, id: &RequestId) {
         let seq = self.seq();
         let now = self.now;
@@ -189,8 +189,8 @@ impl Sender {
         }
     }
 
-    /// Marks chunks as gathered, and posts their write. For an LMCache receiver, it asks for slots
-    /// or waits for the chunks' event instead.
+    /// Marks chunks as gathered, and posts their write. For an LMCache receiver, asks for slots or
+    /// waits for the chunks' event instead.
     pub(super) fn on_staged(&mut self, engine: EngineId, message: &Staged) {
         let Some(request) = self.requests.get_mut(&message.req) else {
             return;
@@ -219,8 +219,8 @@ impl Sender {
                 _ => {}
             }
         }
-        // From an LMCache receiver the sender must first get slots; it posts the write with the
-        // answer.
+        // The sender must first get slots from an LMCache receiver. It posts the write when the
+        // receiver's answer comes.
         if matches!(request.phase, Phase::Feeding(_)) {
             match after.zip(watch) {
                 Some((after, watch)) => {

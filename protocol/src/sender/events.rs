@@ -70,7 +70,8 @@ pub enum Event {
         #[serde(default)]
         cancels: bool,
     },
-    /// The init handshake failed, or the connection is lost. Writes in flight report their own end.
+    /// The init handshake failed, or the connection is lost. Each write in flight still ends with
+    /// its own [`Event::Done`] or [`Event::Failed`].
     LinkLost {
         /// The receiver.
         to: Target,

@@ -1,10 +1,10 @@
 //! Sends to LMCache's receivers. The sender asks for slots only for complete chunks, and sends one
 //! alloc request at a time.
 //!
-//! An LMCache receiver shows a key as soon as it has given a slot to the key, even if the KV is not
-//! written yet. So the order is reversed: a chunk first gets a send slot, and the engine gathers
-//! it. Then the sender asks for a slot for its key, and posts the write when the answer comes. So
-//! the receiver can show a key without KV only if the write fails.
+//! An LMCache receiver shows a key as soon as it has given a slot to the key, even if the KV is not written yet. So the
+//! sender reverses its usual order: a chunk first gets a send slot, and the engine gathers it. Then the sender asks for
+//! a slot for the chunk's key, and posts the write when the answer comes. So the receiver can show a key without KV
+//! only if the write fails.
 //!
 //! ```text
 //!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
@@ -39,7 +39,7 @@ pub(super) struct Foreign {
     pub(super) transport: String,
     /// True if the receiver frees keys on `CancelNotif`.
     pub(super) cancels: bool,
-    /// Message that waits for its answer. Absent: no message does.
+    /// Message that waits for its answer. Absent: no message waits.
     question: Option<Question>,
     /// Keys that the sender still has to give back, by request.
     returns: VecDeque<(RequestId, Vec<String>)>,
@@ -95,7 +95,7 @@ impl Sender {
         let of = |c: &Chunk| matches!(c, Chunk::Gathering { watch: w, .. } if *w == watch);
         let mut requests = self.requests.iter_mut();
         let Some((id, request)) = requests.find(|(_, r)| r.chunks.iter().any(of)) else {
-            return; // it has ended meanwhile
+            return; // the request has ended in the meantime
         };
         let id = id.clone();
         if !stand {

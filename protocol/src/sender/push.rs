@@ -123,7 +123,7 @@ impl Sender {
         let now = self.now;
         let request = self.transfers.get(&transfer);
         let Some(request) = request.and_then(|id| self.requests.get_mut(id)) else {
-            return; // it has ended meanwhile
+            return; // the write has ended in the meantime
         };
         let indexes = request.chunks.iter().filter_map(|c| match c {
             Chunk::Posted {
@@ -189,8 +189,8 @@ impl Sender {
                 lease.dirty.extend(slots);
             }
         }
-        // The sender frees the send slots even if the write may still read them. Bytes that the
-        // write may still move land only in slots that the receiver quarantines.
+        // The sender frees the send slots even if the write may still read them. If the write still
+        // moves bytes, the bytes land only in slots that the receiver quarantines.
         let Some(id) = self.settle(transfer, |_, to| Chunk::Remote { to }, &[], None) else {
             return;
         };
@@ -239,8 +239,8 @@ impl Sender {
         request.progress = now;
         request.in_flight = request.in_flight.saturating_sub(1);
         match began {
-            // The push time does not include the wait for the engine's GPU, and counts overlapping
-            // writes once. Writes end in the order of their events.
+            // The push time does not include the wait for the engine's GPU. The time of overlapping
+            // writes counts only once. Writes end in the order of their events.
             Some(began) => {
                 request.record.push_us += now.micros_since(began.max(request.push_until));
                 request.push_until = now;

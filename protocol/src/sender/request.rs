@@ -11,8 +11,7 @@ use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, TransferId};
 /// One request of the prefill engine.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Engine that reserved the request. Absent: the sender has already told the engine the end of
-    /// the request.
+    /// Engine that reserved the request. Absent: the sender has already told the engine that the request has ended.
     pub(super) engine: Option<EngineId>,
     pub(super) to: Target,
     pub(super) keys: Vec<String>,

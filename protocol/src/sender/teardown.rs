@@ -122,9 +122,9 @@ impl Sender {
         self.send(&to, ToReceiver::CancelNotif(cancel));
     }
 
-    /// Repeats an alloc request over a new connection, if its answer was lost with the old
-    /// connection. The receiver then refuses the request and asks about a lease that it granted
-    /// before, or it grants a lease (again).
+    /// Repeats an alloc request over a new connection, because its answer was lost with the old
+    /// connection. If the receiver has already ended a lease of this request, it refuses the
+    /// request and asks about the lease. Otherwise it grants a lease, or repeats its grant.
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {

@@ -196,8 +196,7 @@ fn an_id_that_comes_again_works_like_the_first() {
         assert_eq!((port.ready, port.ended.len()), (2 * round, round));
         assert_eq!(port.ended.last(), Some(&None));
     }
-    // The id can also be used again after a request without KV has ended, for either side of the
-    // request.
+    // After a request without KV has ended, either side can also use the id again.
     port.ask("1", 2);
     let id = RequestId::from("1");
     port.park("1", 2);
@@ -283,7 +282,7 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     let seq = port.ask("r", 2);
     port.write(seq);
     assert_eq!(port.ended, [None]);
-    // If the keys differ and no other sender comes, the parked request ends 1 s later with this reason.
+    // If the keys differ and no other sender comes, the parked request ends 1 s later with `KeyMismatch`.
     port.park("s", 2);
     port.ask("s", 3);
     port.pass(SECOND);

@@ -24,7 +24,7 @@ struct Landing {
     d: Receiver,
     /// Content of each slot: the key of the written chunk; `None` if the slot contains canaries.
     slots: Vec<Option<String>>,
-    /// Lent slots and the keys that senders may still write into them, each once.
+    /// Lent slots into which a sender may still write once, each with the key of its chunk.
     lent: BTreeMap<SlotIndex, String>,
     answers: Vec<(Route, AllocResponse)>,
     shown: BTreeMap<RequestId, BTreeMap<u32, SlotIndex>>,

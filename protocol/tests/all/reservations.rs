@@ -41,8 +41,8 @@ fn reserve(chunks: u32, tokens: u32) -> sender::Event {
     sender::Event::Reserve(ENGINE, reserve)
 }
 
-/// The engine already knows the end of the old request, but the receiver has not answered the last
-/// message yet.
+/// The engine already knows that the old request has ended, but the receiver has not answered the
+/// last message yet.
 #[test]
 fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     let mut p = Sender::new(crate::setup::sender(4));

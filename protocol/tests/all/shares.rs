@@ -60,7 +60,7 @@ impl Port {
         }
     }
 
-    /// Sends an alloc request for a very short lease and returns its number.
+    /// Sends an alloc request for a very short lease and returns the alloc request's number.
     fn ask(&mut self, route: u64, id: &str, req: &str, chunks: u32) -> u64 {
         self.seq += 1;
         let x = AllocX {
@@ -106,8 +106,8 @@ fn a_stranger_does_not_get_all_of_the_buffer() {
     let honest = port.ask(2, "p", "honest", 2);
     assert_eq!(port.answer(honest), Some(Ok(2)));
     assert_eq!(more.map(|seq| port.answer(seq)), [None; 2]);
-    // The malicious peer asked for a lease of almost no time, but the receiver keeps the lease for
-    // the minimum time.
+    // The malicious peer asked for a lease of 0 ms, but the receiver keeps the lease for the
+    // minimum time.
     port.pass(SECOND / 2);
     assert_eq!(port.d.gauges().quarantined, 0);
     port.pass(SECOND);

@@ -222,8 +222,8 @@ impl Receiver {
             }
             let reason = match loan.reason {
                 Some(reason) => reason,
-                // The KV was written but not read. After several such loans the sender's KV loses
-                // its protection.
+                // The KV was written but not read. After several such loans in a row, the receiver
+                // may free the sender's KV early.
                 None if lost.is_empty() => {
                     self.readers.unread(&loan.sender);
                     Reason::Unclaimed
@@ -415,7 +415,7 @@ impl super::Lmcache {
 
 impl Loan {
     /// Returns the time before which the loan's most recently written slot must not become free;
-    /// `None` if all its slots may.
+    /// `None` if all its slots may become free now.
     fn fresh(&self, now: Time) -> Option<Time> {
         let landed = self.chunks.iter().filter_map(|c| c.landed);
         landed

@@ -388,7 +388,7 @@ impl World {
             self.fail("chunks of a request that has ended");
         }
         if request.aborted {
-            return; // the abort is on its way
+            return; // the abort is in flight
         }
         for (&chunk, &slot) in ready.chunks.iter().zip(&ready.slots) {
             if !request.read.insert(chunk) {
@@ -467,7 +467,7 @@ impl World {
             self.fail("a parked request ended twice");
         }
         if request.ended {
-            return; // the answer to an abort that crossed the end
+            return; // the answer to an abort that the engine sent before it got the end
         }
         request.ended = true;
         let late = self.now - request.since > DEADLINE + SECOND;

@@ -288,8 +288,8 @@ impl World {
         self.outcome.quarantined = self.outcome.quarantined.max(d.quarantined);
     }
 
-    /// Ends all faults and starts one more request: its messages let both sides learn what was lost
-    /// before.
+    /// Ends all faults and starts one more request. Through the messages of this request both sides
+    /// notice earlier losses.
     fn heal(&mut self) {
         self.net.plan = NetPlan::default();
         self.net.partitioned_until = 0;

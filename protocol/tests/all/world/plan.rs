@@ -84,8 +84,8 @@ pub(crate) enum Fault {
     CorruptWrite,
     /// Both sidecars refuse new requests from now on.
     Drain,
-    /// A malicious peer asks for slots, also with its own keys for requests of others, and sends
-    /// cancels as LMCache does.
+    /// A malicious peer asks for slots, sometimes with its own keys for another sender's request.
+    /// It also sends cancels in LMCache's form.
     Stranger,
 }
 

@@ -157,8 +157,8 @@ impl World {
         if alive && carried != landing.expected {
             self.fail(&format!("a write carries {carried:?} instead: {landing:?}"));
         }
-        // The bytes of a write are undefined if the write has failed at its sender or if its
-        // process is dead.
+        // The bytes of a write are undefined if the write has failed at its sender or if the
+        // sender's process is dead.
         self.wire.land[slot] = if alive { carried } else { None };
     }
 
@@ -209,7 +209,7 @@ impl World {
         self.after(MS, Happening::Prove(self.d_epoch, lease));
     }
 
-    /// Reports a proof that no write of a lease can still land, if there is one.
+    /// Tells the receiver that no write of a lease can still land, if this is certain.
     pub(crate) fn prove(&mut self, d_epoch: u64, lease: LeaseId) {
         if d_epoch != self.d_epoch {
             return;
