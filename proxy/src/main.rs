@@ -32,8 +32,8 @@ async fn main() -> ExitCode {
     let (Ok(filter), []) = (filter, &problems[..]) else {
         return print_problems(&problems, USAGE);
     };
-    // Otherwise the subscriber would report a failed write on standard error. If standard error is closed,
-    // this report would panic.
+    // Without `log_internal_errors(false)`, the subscriber would report a failed write on standard error.
+    // If standard error is closed, this report would panic.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -72,7 +72,7 @@ async fn main() -> ExitCode {
             "--insecure: every process that reaches the registration port can register an instance, which then gets requests"
         );
     }
-    // The first signal drains the proxy. The second one ends the requests that are still in flight.
+    // The first signal drains the proxy. The second signal ends the requests that are still in flight.
     let stop = Stop::default();
     let told = stop.clone();
     let signals = AbortOnDropHandle::new(tokio::spawn(async move {

@@ -86,7 +86,7 @@ pub(super) struct Lease {
     pub(super) term: Duration,
     pub(super) deadline: Time,
     /// Time at which all chunks were written and no decode request had come. Absent: a chunk is not
-    /// written, or the decode request has come.
+    /// written yet, or the decode request came first.
     pub(super) idle: Option<Time>,
     /// Reason of the end. It is present if the data is not wanted any more and only the sender's
     /// confirmation is missing.

@@ -46,8 +46,8 @@ pub struct Addresses {
     #[arg(long, value_name = "PORT")]
     proxy_port: Option<u16>,
 
-    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001). Without it,
-    /// the proxy opens no such port.
+    /// Address at which vLLM's P2P NCCL instances register (ZeroMQ ROUTER, usually port 30001). Without this
+    /// address, the proxy opens no such port.
     #[arg(
         long,
         env = "PD_PROXY_P2P_REGISTRATION",
@@ -63,13 +63,14 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Returns the address of the HTTP server: `--listen`, with `--host` and `--port` in place of its parts.
+    /// Returns the address of the HTTP server: `--listen`, with its host and port replaced by `--host` and
+    /// `--port`.
     pub fn listen(&self) -> SocketAddr {
         moved(self.listen, self.host, self.port)
     }
 
-    /// Returns the address of the registration port: `--registration`, with `--proxy-host` and `--proxy-port`
-    /// in place of its parts.
+    /// Returns the address of the registration port: `--registration`, with its host and port replaced by
+    /// `--proxy-host` and `--proxy-port`.
     pub fn registration(&self) -> SocketAddr {
         moved(self.registration, self.proxy_host, self.proxy_port)
     }

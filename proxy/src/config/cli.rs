@@ -35,13 +35,13 @@ pub struct Config {
     #[command(flatten)]
     pub addresses: Addresses,
 
-    /// Most requests in flight at once; further requests get 429.
+    /// Maximum number of requests in flight; further requests get 429.
     #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
           value_parser = at_least_one)]
     pub max_in_flight: usize,
 
-    /// Most client connections at once. For a further connection, the proxy closes the connection that has
-    /// been idle for longest. If all connections are busy with requests, further /v1/ requests get 429;
+    /// Maximum number of client connections. For a further connection, the proxy closes the connection that
+    /// has been idle for longest. If all connections are busy with requests, further /v1/ requests get 429;
     /// /health, /ready, /metrics and the admin endpoints still answer.
     #[arg(long, env = "PD_PROXY_MAX_CONNECTIONS", default_value_t = 4096, value_name = "N",
           value_parser = at_least_one)]
@@ -52,12 +52,13 @@ pub struct Config {
           value_name = "BYTES", value_parser = at_least_one)]
     pub max_body_bytes: usize,
 
-    /// Most bytes of all request bodies that are being received. Beyond that, the slowest uploads get 429.
+    /// Maximum number of bytes of all request bodies that are being received. Beyond this number,
+    /// the slowest uploads get 429.
     #[arg(long, env = "PD_PROXY_MAX_UPLOAD_BYTES", default_value_t = 256 * 1024 * 1024,
           value_name = "BYTES", value_parser = at_least_one)]
     pub max_upload_bytes: usize,
 
-    /// Most instances that can be registered at once.
+    /// Maximum number of registered instances.
     #[arg(long, env = "PD_PROXY_MAX_INSTANCES", default_value_t = 256, value_name = "N",
           value_parser = at_least_one)]
     pub max_instances: usize,
@@ -120,23 +121,26 @@ pub struct Config {
     #[arg(long, env = "PD_PROXY_FIRST_TOKEN", default_value = "decode")]
     pub first_token: FirstTokenFrom,
 
-    /// Most prefill instances tried for one request. After that, the decode instance computes the prompt.
+    /// Maximum number of prefill instances tried for one request. After that, the decode instance computes
+    /// the prompt.
     #[arg(long, env = "PD_PROXY_PREFILL_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub prefill_attempts: u32,
 
-    /// Failures in a row after which an instance gets no requests for a while. A 5xx of an engine
-    /// counts only once another instance has answered the same request.
+    /// Failures in a row after which an instance gets no requests for a while. A 5xx of an engine counts only
+    /// if another instance then answers the same request.
     #[arg(long, env = "PD_PROXY_BREAKER_FAILURES", default_value_t = 5, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub breaker_failures: u32,
 
-    /// Time for which an instance that keeps failing gets no requests. After that, one request probes it.
+    /// Time for which an instance that keeps failing gets no requests. After that, one request probes the
+    /// instance.
     #[arg(long, env = "PD_PROXY_BREAKER_PAUSE", default_value = "5s", value_name = "TIME",
           value_parser = duration)]
     pub breaker_pause: Duration,
 
-    /// Most decode instances tried for one request, until the client gets the first bytes of an answer.
+    /// Maximum number of decode instances tried for one request. Once the client has got the first bytes of
+    /// an answer, no other instance is tried.
     #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub decode_attempts: u32,
@@ -152,10 +156,11 @@ pub struct Config {
           value_parser = duration)]
     pub prefill_timeout: Duration,
 
-    /// Longest time without a sign of work of a decode instance (data in any of its answers), while a request
-    /// waits there for its first event. After that, another instance takes over if there is one. Long
-    /// prompts, and answers that are not streamed, get more time. The proxy also breaks off an answer that
-    /// has been silent for this time if the engine's /health has failed for as long.
+    /// Longest time for which a decode instance may show no sign of work (send no data in any of its answers)
+    /// while a request waits for its first event. After that, another instance takes over if there is one.
+    /// Long prompts, and answers that are not streamed, get more time. The proxy also breaks off an answer if
+    /// the engine has sent no data of the answer for this time and the engine's /health has failed for as
+    /// long.
     #[arg(long, env = "PD_PROXY_STALL_TIMEOUT", default_value = "20s", value_name = "TIME",
           value_parser = duration)]
     pub stall_timeout: Duration,

@@ -1,4 +1,4 @@
-//! The command line, and the addresses that the proxy listens at.
+//! The command line, and the addresses at which the proxy listens.
 
 pub(crate) mod addresses;
 pub(crate) mod announce;

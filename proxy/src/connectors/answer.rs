@@ -15,7 +15,8 @@ pub(crate) struct Prefilled {
     /// Number of those tokens that were cached at the prefill instance; `None` if the engine does not
     /// give it.
     pub cached_tokens: Option<u64>,
-    /// Transfer parameters for the decode leg, as JSON; `None` if the answer gives the decode leg none.
+    /// Transfer parameters for the decode leg, as JSON; `None` if the answer has no parameters for the
+    /// decode leg.
     pub params: Option<String>,
     /// Token ids of the prompt, as JSON; `None` if the decode leg does not need them.
     pub tokens: Option<String>,
@@ -139,7 +140,8 @@ pub(crate) fn read(handoff: &dyn Handoff, body: &[u8]) -> Result<Prefilled, NoHa
             false => Ok(Prefilled::default()),
         };
     };
-    // A refused push is an error for every hand-off, so check it before the hand-off reads the answer.
+    // A refused push is an error for every hand-off. So this check comes before the hand-off reads the
+    // answer.
     if let Some(params) = &answer.params
         && params.pushed == Some(false)
     {

@@ -64,7 +64,8 @@ pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<By
     Some(body.only(names))
 }
 
-/// Returns the token ids of an answer to `POST /tokenize`, as JSON; `None` if it has none.
+/// Returns the token ids of an answer to `POST /tokenize`, as JSON; `None` if the answer has no token
+/// ids.
 pub(crate) fn tokens(answer: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Answer<'a> {

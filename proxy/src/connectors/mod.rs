@@ -1,6 +1,6 @@
-//! The hand-over of KV from a prefill to a decode instance. Each connector has its own file and implements
-//! one trait. In this table, `file` is the decode instance's connector, and `from` is the prefill instance's.
-//! The last two columns list what the legs contain for the transfer.
+//! The hand-over of KV from a prefill to a decode instance. Each connector has its own file and implements one trait.
+//! In this table, `file` is the decode instance's connector, and `from` is the prefill instance's connector. The last
+//! two columns list what the legs contain for the transfer.
 //!
 //! | file | from | prefill leg | decode leg |
 //! |---|---|---|---|
@@ -33,7 +33,7 @@ mod sidecar;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Connector {
-    /// Sidecars: the prefill side's sidecar pushes KV to the decode side's.
+    /// Sidecars: the prefill side's sidecar pushes KV to the decode side's sidecar.
     Sidecar,
     /// vLLM's `NixlConnector`: the prefill answer contains the transfer parameters of the decode leg.
     #[default]

@@ -128,7 +128,8 @@ impl BaseUrl {
         rest.split('/').next().unwrap_or_default()
     }
 
-    /// Returns the host. An IPv6 address comes without its brackets, and with its zone if it has one.
+    /// Returns the host. An IPv6 address is returned without its brackets. If it has a zone, the zone is
+    /// included.
     pub fn host(&self) -> &str {
         let authority = self.authority();
         match authority

@@ -51,7 +51,8 @@ impl Kv {
             }
     }
 
-    /// Returns the difference that prevents the transfer, with its cure; `None` if the two fit.
+    /// Returns the difference that prevents the transfer, with its cure; `None` if no difference prevents
+    /// it.
     pub fn misfit(&self, decode: &Self) -> Option<String> {
         for (side, kv) in [("prefill", self), ("decode", decode)] {
             if !kv.unmoved.is_empty() {

@@ -19,7 +19,8 @@ pub struct Load {
     open_until: AtomicU64,
     /// True from a stall (legs in flight and no sign of work) until the next success.
     is_stalled: AtomicBool,
-    /// Time at which a leg last received data, in microseconds since `born`; 0 if no leg has.
+    /// Time at which a leg last received data, in microseconds since `born`; 0 if no leg has received
+    /// data.
     heard: AtomicU64,
     /// Time of the first `/health` failure since the last success of `/health`, in microseconds since
     /// `born`; 0 if there is none.
@@ -121,7 +122,8 @@ impl Load {
         }
     }
 
-    /// Records that a leg got its answer this long `after` its start, and closes the breaker.
+    /// Records that a leg got its answer, and closes the breaker. `after` is the time since the leg's
+    /// start.
     pub fn succeeded(&self, after: Duration) {
         let us = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
         self.answered.fetch_add(1, Ordering::Relaxed);
@@ -199,8 +201,8 @@ impl Load {
 
     /// Opens the breaker: no request goes to the instance until the pause ends.
     fn open(&self, now: Instant, breaker: Breaker) {
-        // While one request probes a stalled instance, no other request may go there: it would stall,
-        // too.
+        // While one request probes a stalled instance, no other request may go to the instance: it would
+        // stall, too.
         let pause = if self.is_stalled.load(Ordering::Relaxed) {
             breaker.pause.max(breaker.stall)
         } else {

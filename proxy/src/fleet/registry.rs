@@ -52,9 +52,8 @@ pub(crate) struct Registry {
 struct Entry {
     member: Option<Lease>,
     candidate: Option<Lease>,
-    /// Epoch of the member that a candidate replaced last. A process that has ended does not come back
-    /// with its epoch. So a confirmed candidate with this epoch proves that two live sidecars have the
-    /// same id.
+    /// Epoch of the last member that a candidate replaced. A process that has ended never registers again
+    /// with its epoch. So if a candidate with this epoch is confirmed, two live sidecars have the same id.
     replaced: Option<u64>,
     /// Text of the dispute while two live sidecars have this id; neither gets requests. `None` without a
     /// dispute.
@@ -99,7 +98,7 @@ impl Registry {
         }
     }
 
-    /// Takes a registration message of a sidecar. Each registration is also a heartbeat.
+    /// Handles a registration message of a sidecar. Each registration is also a heartbeat.
     ///
     /// # Errors
     /// The registry refuses the instance and stays unchanged. The error gives the reason.
@@ -113,8 +112,8 @@ impl Registry {
         self.enter(now, fresh, lease, message.ready)
     }
 
-    /// Takes an instance without a sidecar. The instance stays for `lease` after its last registration.
-    /// Without a lease, it stays until it is removed.
+    /// Registers an instance without a sidecar. The instance stays for `lease` after its last
+    /// registration. Without a lease, it stays until it is removed.
     ///
     /// # Errors
     /// The registry refuses the instance and stays unchanged. The error gives the reason.
@@ -127,7 +126,7 @@ impl Registry {
         self.enter(now, instance, lease.map(|lease| now + lease), true)
     }
 
-    /// Renews a known registration, or makes a new one the candidate of its id.
+    /// Renews a known registration, or makes a new registration the candidate of its id.
     fn enter(
         &mut self,
         now: Instant,
@@ -142,7 +141,8 @@ impl Registry {
             return Err(Refused::Full(self.entries.len()));
         }
         let entry = self.entries.entry(fresh.id.clone()).or_default();
-        // A registration with a known epoch is a heartbeat; one with a new epoch becomes the candidate.
+        // A registration with a known epoch is a heartbeat; a registration with a new epoch becomes the
+        // candidate.
         let known = [entry.member.as_mut(), entry.candidate.as_mut()]
             .into_iter()
             .flatten()
@@ -260,14 +260,14 @@ impl Registry {
     pub(crate) fn suspect(&mut self, now: Instant, id: &str) {
         let member = self.entries.get_mut(id).and_then(|e| e.member.as_mut());
         if let Some(member) = member {
-            // Even a very recent answer does not make the call-back unnecessary: the engine may have died
-            // after this answer.
+            // The call-back is necessary even after a very recent answer: the engine may have died after
+            // this answer.
             let soon = member.answered.map_or(now, |at| now.max(at + RETRY_AFTER));
             member.call_at = member.call_at.min(soon);
         }
     }
 
-    /// Takes the result of a call-back. Returns the instance if its readiness changed or if the result
+    /// Handles the result of a call-back. Returns the instance if its readiness changed or if the result
     /// removed it.
     pub(crate) fn called_back(
         &mut self,
@@ -420,7 +420,7 @@ impl Entry {
     }
 }
 
-/// Time until the next call-back if the last one got no answer, or the answer "not ready".
+/// Time until the next call-back if the last call-back got no answer, or the answer "not ready".
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Time for which an answer `ready` is valid. A sidecar uses the same time: it is not ready if its last
 /// acknowledgement is older.

@@ -41,8 +41,8 @@ pub struct Sources {
     #[arg(long, env = "PD_PROXY_INSTANCES", value_name = "FILE")]
     pub instances: Option<PathBuf>,
 
-    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`. Flags and the environment win over
-    /// the file.
+    /// File with lines `PREFILL_ENDPOINTS=...` and `DECODE_ENDPOINTS=...`. Flags and the environment take
+    /// precedence over the file.
     #[arg(long, env = "PD_PROXY_ENV_FILE", value_name = "FILE")]
     pub env_file: Option<PathBuf>,
 
@@ -55,7 +55,7 @@ pub struct Sources {
     )]
     pub prefiller_host: Vec<String>,
 
-    /// Ports of these hosts: one for all hosts, or one for each.
+    /// Ports of these hosts: one port for all hosts, or one port for each host.
     #[arg(
         long,
         env = "PD_PROXY_PREFILLER_PORT",
@@ -77,7 +77,7 @@ pub struct Sources {
     )]
     pub decoder_host: Vec<String>,
 
-    /// Ports of these hosts: one for all hosts, or one for each.
+    /// Ports of these hosts: one port for all hosts, or one port for each host.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_PORT",
@@ -86,7 +86,8 @@ pub struct Sources {
     )]
     pub decoder_port: Vec<u16>,
 
-    /// Init ports of a decoder, one for each rank; the n-th decoder on consecutive ports adds n.
+    /// Init ports of a decoder, one for each rank. With --num-decoders, decoder n (from 0) adds n to each
+    /// port.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_INIT_PORT",
@@ -95,7 +96,8 @@ pub struct Sources {
     )]
     pub decoder_init_port: Vec<u16>,
 
-    /// Alloc ports of a decoder, one for each rank; the n-th decoder on consecutive ports adds n.
+    /// Alloc ports of a decoder, one for each rank. With --num-decoders, decoder n (from 0) adds n to each
+    /// port.
     #[arg(
         long,
         env = "PD_PROXY_DECODER_ALLOC_PORT",

@@ -1,10 +1,10 @@
 //! The registry that several proxies share in etcd.
 //!
-//! Each proxy writes the instances that it has found ready itself, under its own lease. It adds the instances
-//! that other proxies have written, and calls an instance back before it sends requests to it. If a proxy
-//! dies, the other proxies lose no instance, because each of them has written the instances that it finds
-//! ready. If an instance dies, each proxy deletes its own key of the instance as soon as the proxy finds the
-//! instance not ready. If etcd fails, each proxy continues with the instances that it knows.
+//! Each proxy writes the instances that it has itself found ready, under its own lease. It adds the instances
+//! that other proxies have written, and calls each of them back before it sends requests to the instance. If
+//! a proxy dies, the other proxies lose no instance, because each of them has written the instances that it
+//! finds ready. If an instance dies, each proxy deletes its own key of the instance as soon as the proxy
+//! finds the instance not ready. If etcd fails, each proxy continues with the instances that it knows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -90,7 +90,8 @@ impl SharedRegistry {
         }
     }
 
-    /// Exchanges once with etcd. Logs only the first failure, and the first success after a failure.
+    /// Exchanges the instances with etcd once. Logs only the first failure, and the first success after a
+    /// failure.
     async fn step(&mut self) {
         let done = self.exchange().await;
         self.app.metrics.shared(done.is_ok());
@@ -101,8 +102,8 @@ impl SharedRegistry {
             }
             Ok(()) => {}
             Err(error) => {
-                // The lease may have expired meanwhile, and its keys are then deleted, so write everything
-                // again.
+                // The lease may have expired in the meantime, and etcd has then deleted its keys, so write
+                // everything again.
                 self.lease = None;
                 self.watch = None;
                 self.written.clear();
@@ -113,7 +114,7 @@ impl SharedRegistry {
         }
     }
 
-    /// Renews the lease, writes this proxy's instances, and reads those of the other proxies.
+    /// Renews the lease, writes this proxy's instances, and reads the instances of the other proxies.
     async fn exchange(&mut self) -> Result<(), EtcdError> {
         let lease = match self.lease.take() {
             Some(lease) => self.etcd.renew(&lease).await.map(|()| lease)?,
@@ -121,7 +122,8 @@ impl SharedRegistry {
         };
         self.lease = Some(lease.clone());
         if self.watch.is_none() {
-            // Start the watch before reading the list. Otherwise a change between the two would be missed.
+            // Start the watch before reading the list. Otherwise a change between the two calls would be
+            // missed.
             self.watch = Some(self.etcd.watch(&self.prefix).await?);
         }
         self.write(&lease).await?;

@@ -48,7 +48,8 @@ struct Field {
 /// The part of a prefill leg's answer that reaches the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PrefillAnswer {
-    /// The client gets the leg's token as its first one. The engine samples it with the client's settings.
+    /// The client gets the leg's token as the first token of its answer. The engine samples this token
+    /// with the client's settings.
     FirstToken,
     /// The client gets nothing. The leg only computes KV.
     Nothing,
@@ -341,8 +342,8 @@ impl RequestBody {
             .any(|part| part.kind.is_some_and(|kind| !TEXT_PARTS.contains(&&*kind)))
     }
 
-    /// Returns the value of a field; `None` if the value does not have the expected shape. The proxy
-    /// leaves it to the engine to refuse such a request.
+    /// Returns the value of a field; `None` if the value does not have the expected shape. The engine, and
+    /// not the proxy, refuses such a request.
     fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
         serde_json::from_str(self.text(name)?).ok()
     }

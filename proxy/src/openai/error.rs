@@ -1,4 +1,4 @@
-//! Errors in the format of OpenAI's API. An error is an answer of its own, or an event in a stream.
+//! Errors in the format of OpenAI's API. An error is a complete answer, or an event in a stream.
 
 use axum::body::Body;
 use axum::response::Response;
@@ -44,9 +44,9 @@ macro_rules! codes {
 }
 
 codes! {
-    /// No API key, or a wrong one.
+    /// No API key, or a wrong API key.
     InvalidApiKey = "invalid_api_key", UNAUTHORIZED;
-    /// The client must not change or read this.
+    /// The client has no permission for this request.
     NotPermitted = "not_permitted", FORBIDDEN;
     /// No instance has this name.
     NoSuchInstance = "no_such_instance", NOT_FOUND;
@@ -186,5 +186,5 @@ impl axum::response::IntoResponse for ApiError {
     }
 }
 
-/// Value of `Retry-After`, in seconds. A registration or a restart takes about as long.
+/// Value of `Retry-After`, in seconds. A registration or a restart takes about this time.
 pub(crate) const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

@@ -7,13 +7,13 @@ use std::fmt;
 pub enum Fallback {
     /// No instance other than the decode instance itself is ready for prefill.
     NoPrefill,
-    /// Prefill instances are ready, but none fits the decode instance: the KV of the two has different
-    /// shapes, or one of the two engines moves no KV.
+    /// Prefill instances are ready, but none fits the decode instance: the KV of the two instances has
+    /// different shapes, or one of the two engines moves no KV.
     Unfit,
     /// Each prefill instance has refused a request of this kind before.
     RefusedBefore,
-    /// `best_of` or beam search turn the request into several engine requests, or `n` does so and the
-    /// instances have no sidecars.
+    /// `best_of` or beam search turns the request into several engine requests. Or `n` does this, and
+    /// the instances have no sidecars.
     ManySequences,
     /// A list of prompts turns the request into several engine requests.
     ManyPrompts,
@@ -42,7 +42,7 @@ pub enum Fallback {
     /// The prefill instance computed the prompt, but did not hand the KV over: its connector does not
     /// support requests of this kind, or its sidecar refused the push.
     NotPushed,
-    /// Another decode instance takes over, but the KV went to the first one.
+    /// Another decode instance takes over, but the KV went to the first decode instance.
     DecodeRetry,
     /// The request is a later turn and goes directly to the decode instance that has the conversation
     /// (mode `ppd`).

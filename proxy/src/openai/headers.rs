@@ -26,7 +26,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
-/// Returns the headers, except those that concern only one connection or the framing of the body in it.
+/// Returns the headers, except those that concern only one connection or the framing of the body on it.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
@@ -53,7 +53,7 @@ pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
 /// Content type of every leg, whatever type the client declared.
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// Headers that concern only one connection or the framing of a body in it.
+/// Headers that concern only one connection or the framing of the body on it.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,

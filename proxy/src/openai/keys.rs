@@ -15,8 +15,8 @@ use crate::openai::origin::{refuse_pages, require_local};
 /// Keys and permitted hosts.
 #[derive(Clone, Default, Args)]
 pub struct Access {
-    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. Without any,
-    /// every client may send requests.
+    /// Keys that clients have to send as `Authorization: Bearer KEY`, separated by commas. If no key is
+    /// given, every client may send requests.
     #[arg(
         long,
         env = "PD_PROXY_API_KEY",
@@ -26,8 +26,8 @@ pub struct Access {
     )]
     pub api_key: Vec<String>,
 
-    /// Key for the endpoints that change the proxy. Without it, only clients on this host may use these
-    /// endpoints.
+    /// Key for the endpoints that change the proxy. Without this key, only clients on this host may use
+    /// these endpoints.
     #[arg(
         long,
         env = "PD_PROXY_ADMIN_KEY",
@@ -46,7 +46,7 @@ pub struct Access {
     pub engine_key: Option<String>,
 
     /// Hosts that instances may have, separated by commas: names, `*.domain`, addresses, networks as
-    /// `10.0.0.0/8`. Without any, every host is permitted.
+    /// `10.0.0.0/8`. If no host is given, every host is permitted.
     #[arg(
         long,
         env = "PD_PROXY_ALLOW",
@@ -123,7 +123,7 @@ impl std::fmt::Debug for Access {
 /// Checks that a client may send requests.
 ///
 /// # Errors
-/// The client has no key, or a wrong one.
+/// The client has no key, or a wrong key.
 pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
     if access.api_key.is_empty() || holds(headers, &access.api_key) {
         return Ok(());
@@ -162,8 +162,8 @@ pub(crate) fn may_change(
     ))
 }
 
-/// Checks that a client may read what the proxy shows of instances and requests. Every client may,
-/// except a web page in a browser on this host, which could read the answer after DNS rebinding.
+/// Checks that a client may read what the proxy shows of instances and requests. Every client may read
+/// it, except a web page in a browser on this host, which could read the answer after DNS rebinding.
 ///
 /// # Errors
 /// The request seems to come from a web page.

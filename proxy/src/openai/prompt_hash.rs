@@ -9,8 +9,8 @@ use crate::openai::endpoint::Endpoint;
 /// A prompt's text and the hashes of its prefixes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Prompt {
-    /// The prompt as JSON, without the characters that close it. Without them, a longer prompt that
-    /// continues this one begins with the same bytes.
+    /// The prompt as JSON, without the characters that close it. So a longer prompt that continues this
+    /// prompt begins with the same bytes.
     pub text: Vec<u8>,
     /// `chain[i]` is the hash of the first `i` blocks, the model, the salt, the tools and the template
     /// arguments.

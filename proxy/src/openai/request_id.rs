@@ -7,7 +7,7 @@ use uuid::{Builder, Uuid};
 /// The header that carries the id.
 pub(crate) const HEADER: &str = "x-request-id";
 
-/// Returns the id of a new request: the client's own id, made safe and unique, or a new one.
+/// Returns the id of a new request: the client's own id, made safe and unique, or a new id.
 ///
 /// The client's id alone is not enough: two requests with the same id would share slots.
 pub(crate) fn assign(headers: &HeaderMap) -> RequestId {

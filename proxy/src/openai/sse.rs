@@ -1,8 +1,7 @@
 //! Finds data and the ends of events in the bytes of an event stream.
 //!
 //! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment
-//! proves only that the HTTP server lives, not that the engine behind it works. Data proves that
-//! the engine works.
+//! proves only that the HTTP server lives. Data proves that the engine works.
 
 /// Finds the data and the events of a stream that comes in chunks. A chunk may end anywhere in an
 /// event.
@@ -31,7 +30,7 @@ impl Default for Line {
 }
 
 impl Events {
-    /// Takes the next chunk. Returns true if any part of it is data.
+    /// Reads the next chunk. Returns true if any part of it is data.
     pub(crate) fn hear(&mut self, chunk: &[u8]) -> bool {
         let mut is_data = false;
         for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
@@ -86,7 +85,7 @@ pub(crate) struct First {
 }
 
 impl First {
-    /// Takes the next chunk. When the event is complete, returns all bytes since its beginning.
+    /// Adds the next chunk. When the event is complete, returns all bytes since its beginning.
     pub(crate) fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
         self.held.extend_from_slice(chunk);
         loop {

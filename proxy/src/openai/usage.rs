@@ -45,10 +45,11 @@ pub(crate) fn find(body: &[u8]) -> Option<Usage> {
 const KEY: &[u8] = b"\"usage\":";
 
 /// Number of bytes at the end of a body that are searched for `usage`. They include the fields that
-/// engines write after it, such as transfer parameters with their lists of blocks.
+/// engines write after `usage`, such as transfer parameters with their lists of blocks.
 pub(crate) const TAIL_BYTES: usize = 4096;
 
-/// The same for a stream: its last event before `[DONE]` carries only `usage`.
+/// Number of bytes at the end of a stream that are searched: the last event before `[DONE]` has only
+/// `usage`.
 pub(crate) const STREAM_TAIL_BYTES: usize = 1024;
 
 #[cfg(test)]

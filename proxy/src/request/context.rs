@@ -1,4 +1,4 @@
-//! One request under way: its state, the resources that it holds, and its record.
+//! One request in flight: its state, the resources that it holds, and its record.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,7 +24,7 @@ use crate::telemetry::record::Record;
 use crate::telemetry::trace::Trace;
 use crate::upstream::client::PrefillEnd;
 
-/// One request under way. If the context is dropped before the request has ended, the client has left. At the
+/// One request in flight. If the context is dropped before the request has ended, the client has left. At the
 /// end of the request both legs are dropped, the request's place becomes free, and its log line is written.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
@@ -39,7 +39,7 @@ pub(crate) struct RequestContext {
     place: Option<InFlightGuard>,
     prefill: Option<AbortOnDropHandle<PrefillEnd>>,
     /// The load that the prefill and the decode leg put on their instances; `None` for a leg that is not
-    /// under way.
+    /// in flight.
     load_guards: [Option<LoadGuard>; 2],
     // Must stay the last field: fields are dropped in order, and the place may become free only after
     // everything else.
@@ -114,7 +114,7 @@ impl RequestContext {
         self.place.as_ref().map(|place| Arc::clone(&place.progress))
     }
 
-    /// Returns the prefill leg; `None` if none is under way.
+    /// Returns the prefill leg; `None` if none is in flight.
     pub(crate) fn prefill_mut(&mut self) -> Option<&mut AbortOnDropHandle<PrefillEnd>> {
         self.prefill.as_mut()
     }
@@ -130,8 +130,8 @@ impl RequestContext {
         self.load_guards[0] = None;
     }
 
-    /// Notes that a prefill leg is sent, and enters the request in `in_flight`, where messages about the leg
-    /// find it.
+    /// Notes that a prefill leg is sent, and enters the request in `in_flight`, so that messages about the
+    /// leg find the request.
     pub(crate) fn prefill_sent(
         &mut self,
         id: &RequestId,

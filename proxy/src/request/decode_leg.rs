@@ -31,8 +31,8 @@ impl Drive {
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
-        // After an early first token, every decode leg must continue after that token, even one without a
-        // transfer.
+        // After an early first token, every decode leg must continue after that token, even a decode leg
+        // without a transfer.
         self.is_continuation =
             self.prefilled.first.is_some() && (transfer.is_ok() || self.has_sent_first_token);
         decode
@@ -197,9 +197,9 @@ impl Drive {
         Some(config.stall_timeout + prompt + answer)
     }
 
-    /// Counts a failure against each instance of this side that has answered the request with an error.
-    /// Called once another instance has succeeded, because only then it is known that the request was not at
-    /// fault.
+    /// Counts a failure against each instance of this side that has answered the request with an error. The
+    /// caller calls this function after another instance has succeeded: only then it is certain that the
+    /// request did not cause the errors.
     pub(super) fn blame(&mut self, side: Side) {
         let breaker = self.app.config.breaker();
         for (_, instance) in self.doubted.extract_if(.., |(doubted, _)| *doubted == side) {

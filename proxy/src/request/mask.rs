@@ -1,4 +1,4 @@
-//! Removes the traces of a transfer from an answer, so that it reads like the answer of a single engine.
+//! Hides a transfer in an answer: the client gets the same fields as from a single engine.
 //!
 //! To the decode engine, all tokens whose KV was moved count as cached. The client gets the number of tokens
 //! that the prefill engine had cached, because the other tokens were computed for this request. The client
@@ -81,9 +81,9 @@ impl Masked {
     }
 }
 
-/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if the prefill leg's
-/// answer does not contain the number, or has not come yet. The answer can be that late if the decode leg
-/// generates one token, because both engines then answer at nearly the same time.
+/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if this answer does not
+/// contain the number, or has not come yet. It comes so late if the decode leg generates only one token,
+/// because both engines then answer at nearly the same time.
 fn cached(progress: &Progress) -> Option<u64> {
     progress.prefill_end()?.cached_tokens
 }

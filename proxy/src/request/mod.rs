@@ -60,7 +60,7 @@ pub(crate) struct Arrival {
     pub body: Bytes,
 }
 
-/// The future of a decode leg under way.
+/// The future of a decode leg in flight.
 type DecodeLeg = Pin<Box<dyn Future<Output = Result<Answer, LegError>> + Send>>;
 
 /// A request that has been routed, with everything that its legs need.
@@ -141,7 +141,7 @@ pub(crate) async fn serve(
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
     // Each request that gets no transfer because of its cost makes the estimated cost a little smaller.
-    // Otherwise no transfer would be tried and measured again once the estimate is high.
+    // Otherwise, after one high estimate, the proxy would never try and measure a transfer again.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
@@ -225,8 +225,8 @@ impl Drive {
         }
     }
 
-    /// Calls `run` through a box: `run` calls this function by way of `first_token`, and the future of an
-    /// async function cannot contain itself.
+    /// Calls `run` through a box: `run` calls this function through `first_token`, and the future of an async
+    /// function cannot contain itself.
     fn go_on(
         self,
         context: RequestContext,
@@ -251,8 +251,7 @@ impl Drive {
             self.app.measured.handed_over(end.elapsed());
         }
         if !context.waits_for_kv() && answer.rest.is_some() {
-            // This engine alone computed the prompt, so the time to its first event is a measurement of
-            // prefill.
+            // This engine alone computed the prompt, so the time to its first event measures the prefill.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();
             self.app.measured.prefilled(uncached, took);
@@ -268,7 +267,7 @@ impl Drive {
         {
             answer.held = merger.whole(&answer.held);
         }
-        // Only the answer to a leg with a transfer contains traces of the transfer.
+        // Only an answer after a transfer contains fields of the transfer, which the client must not get.
         let is_moved = context.waits_for_kv() && answer.head.status.is_success();
         let mut progress = context.progress().filter(|_| is_moved);
         if answer.rest.is_none()
@@ -280,8 +279,8 @@ impl Drive {
         let limits = Silence {
             idle: self.app.config.idle_timeout,
             dead: self.app.config.stall_timeout,
-            // The proxy buffers an event until its end only if it parses the events, so only then their size
-            // is limited.
+            // If the proxy parses the events, it buffers each event until the event's end, so the size of an
+            // event must be limited.
             max_event: if self.has_sent_first_token {
                 MAX_EVENT_BYTES
             } else {

@@ -25,8 +25,8 @@ impl Drive {
         let Ok(prefill) = &self.pair.prefill else {
             return;
         };
-        // Routing chooses only pairs with a hand-off. If a pair had none, no leg would be sent, and the
-        // request would end its wait at the prefill timeout.
+        // Routing chooses only pairs with a hand-off. If a pair had no hand-off, no leg would be sent, and
+        // the request would wait until the prefill timeout.
         let Some(handoff) = self.handoff(prefill) else {
             return;
         };

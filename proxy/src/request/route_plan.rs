@@ -1,5 +1,5 @@
-//! The facts about a request on which routing depends, and the updates of routing's knowledge when the
-//! request is answered.
+//! The facts about a request on which routing depends, and the facts that routing learns when the request is
+//! answered.
 
 use std::time::Instant;
 
@@ -144,8 +144,8 @@ impl RoutePlan {
         }
     }
 
-    /// Returns the number of prompt tokens that the instance probably has to compute, because it is not known
-    /// to have them cached.
+    /// Returns the number of prompt tokens that the instance probably has to compute: all tokens that are not
+    /// known to be in its cache.
     pub(crate) fn uncached(&self, name: &str, tokens: u64) -> u64 {
         let held = self.known.held.iter().find(|(holder, _)| holder == name);
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))

@@ -9,8 +9,8 @@
 //!                  Ended ◀──────────────────────────────────────────────┴──────────────────────── Ended
 //! ```
 //!
-//! * `Prefilling`: the prefill leg is sent, and its engine has not begun. This state ends at the prefill
-//!   timeout at the latest.
+//! * `Prefilling`: the prefill leg is sent, and its engine has not begun to compute. This state ends at
+//!   the prefill timeout at the latest.
 //! * `Decoding`: the decode leg is sent. Nothing of its answer has reached the client, so another instance
 //!   can still take over. This state ends at the latest at the first-byte timeout, or at the answer timeout
 //!   if the answer is not streamed.
@@ -23,7 +23,7 @@ use crate::telemetry::outcome::Outcome;
 /// The state of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RequestState {
-    /// The prefill leg is sent, and its engine has not begun.
+    /// The prefill leg is sent, and its engine has not begun to compute.
     Prefilling,
     /// The decode leg is sent, and its answer has not begun.
     Decoding {
@@ -147,8 +147,8 @@ impl RequestState {
             (Self::Streaming, E::AnswerRefused) => (Self::Ended(Outcome::Refused), Action::Finish),
             (Self::Streaming, E::AnswerBroke) => (Self::Ended(Outcome::Broken), Action::Finish),
 
-            // Once the decode leg is sent, the end of the prefill leg changes nothing. If KV does not come,
-            // the decode engine's own sidecar reports it, and the engine computes the prompt.
+            // Once the decode leg is sent, the end of the prefill leg changes nothing. If no KV comes, the
+            // decode engine's own sidecar reports this to the engine, and the engine computes the prompt.
             (
                 Self::Decoding { .. } | Self::Streaming,
                 E::Begun

@@ -81,7 +81,7 @@ pub(crate) struct Decision {
     pub decodes: usize,
     /// The policy that chose the prefill instance.
     pub prefill: Policy,
-    /// The policy that chose the decode instance, unless `follows`.
+    /// The policy that chose the decode instance, unless `follows` is true.
     pub decode: Policy,
     /// The mode, which decides which requests get a prefill leg.
     pub mode: Mode,
@@ -128,13 +128,14 @@ pub(crate) fn route(
         .copied()
         .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
     let decode = chosen.ok_or(NoRoute::AllFailed)?;
-    // The decode instance is chosen first, because it decides which prefill instances can hand over.
+    // The decode instance is chosen first, because only some prefill instances can hand KV over to it.
     let prefills = prefills(instances, loads, ask, decode.instance);
     let prefill = match (
         ask.fallback,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
-        // If the request itself is the reason, metrics must name this reason and not one of the instances.
+        // If the request itself is the reason, metrics must name this reason, and not a reason of the
+        // instances.
         (Some(fallback), _) => Err(fallback),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
         (None, _) if ask.is_unsplittable && decode.instance.connector.spec().needs_first_token => {
@@ -170,8 +171,8 @@ pub(crate) fn route(
 }
 
 /// Returns the decode instances that can be chosen: they are ready and have not failed this request.
-/// Instances that do not keep failing are preferred, then instances to which a prefill instance can hand
-/// over.
+/// Prefers instances that do not keep failing; among these, prefers instances to which a prefill instance
+/// can hand over.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -235,13 +236,14 @@ fn candidates<'a>(
         .collect()
 }
 
-/// Returns true if the two are different instances whose connectors can be a pair.
+/// Returns true if these are two different instances whose connectors can be a pair.
 fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
     let handoff = decode.connector.receives_from(prefill.connector);
     handoff.is_some() && prefill.id != decode.id
 }
 
-/// Returns true if the two are a pair and no known reason prevents the transfer of this request's KV.
+/// Returns true if these two instances are a pair and no known reason prevents the transfer of this
+/// request's KV.
 fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     is_pair(prefill, decode)
         && prefill.kv.fits(&decode.kv)
@@ -250,7 +252,7 @@ fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
         && !is_refused(prefill, decode, ask)
 }
 
-/// Returns true if the pair does not mix up the KV of requests with different salts.
+/// Returns true if the request has no salt, or if both connectors find KV by the salt, too.
 fn keeps_salt(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     let ignores = |instance: &Instance| instance.connector.spec().ignores_salt;
     !ask.is_salted || !(ignores(prefill) || ignores(decode))

@@ -14,7 +14,7 @@ use crate::routing::policy::Candidate;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// Every request that can get one.
+    /// Every request that can get a prefill leg.
     #[default]
     Pd,
     /// The first turn of a conversation; later turns go directly to the decode instance that has the
@@ -24,7 +24,7 @@ pub enum Mode {
     Auto,
 }
 
-/// The current mode. It can change while requests run.
+/// The current mode. It can change while requests are in flight.
 #[derive(Debug, Default)]
 pub(crate) struct CurrentMode(AtomicU8);
 
@@ -97,9 +97,9 @@ impl CurrentMode {
 impl Costs {
     /// Returns true if the decode instance alone is expected to finish sooner.
     ///
-    /// A prompt that the decode instance computes delays each of its running requests. Prefill instances
-    /// exist to avoid this delay, so every four running requests add the cost of computing the prompt
-    /// once more.
+    /// A prompt that the decode instance computes delays each running request of this instance. Prefill
+    /// instances exist to avoid this delay, so every four running requests add the cost of computing the
+    /// prompt once more.
     pub(crate) fn local_is_cheaper(
         &self,
         prompt_tokens: u64,

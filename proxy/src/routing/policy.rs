@@ -23,8 +23,8 @@ pub enum Policy {
     LeastRequests,
     /// The same instance for all requests of a session; without a session, as `least-tokens`.
     Session,
-    /// The instance with the fewest tokens to compute: those in flight, plus the part of the prompt that
-    /// the instance does not hold.
+    /// The instance with the fewest tokens to compute: the tokens in flight, plus the tokens of the
+    /// prompt that the instance does not hold.
     Prefix,
 }
 
@@ -70,7 +70,7 @@ impl Policy {
             (Self::RoundRobin, _) => in_turn().next(),
             (Self::Session, Some(session)) => {
                 // Rendezvous hashing: if an instance disappears, only its own sessions move to another
-                // one.
+                // instance.
                 let weight =
                     |c: &Candidate<'_>| xxh3_64_with_seed(c.instance.id.as_bytes(), session);
                 in_turn().max_by_key(weight)

@@ -81,7 +81,7 @@ struct State {
 struct Recent<K, V> {
     /// Entries that were used since `young` last became `old`; `most` entries or fewer.
     young: HashMap<K, V>,
-    /// Entries that were last used before that. They are dropped when `young` becomes `old` again.
+    /// Entries that were last used before that time. They are dropped when `young` becomes `old` again.
     old: HashMap<K, V>,
     /// Maximum number of entries of each of the two maps.
     most: usize,
@@ -232,8 +232,8 @@ impl State {
     }
 
     /// Returns the key of the conversation that this prompt continues: the prompt begins with the
-    /// conversation's last prompt. If there are several, the one with the longest last prompt is
-    /// returned.
+    /// conversation's last prompt. If several conversations match, returns the conversation with the
+    /// longest last prompt.
     fn continued(&mut self, prompt: &Prompt) -> Option<u64> {
         for blocks in (0..prompt.chain.len()).rev() {
             let rest = prompt.after(blocks);

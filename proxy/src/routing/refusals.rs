@@ -38,7 +38,8 @@ enum About {
     Kind(String),
 }
 
-/// The instances for which a refusal holds, by id and epoch. Another epoch is another instance.
+/// The instances for which a refusal holds, by id and epoch. The same id with another epoch is another
+/// instance.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Between {
     prefill: (String, u64),
@@ -161,7 +162,7 @@ impl Refusals {
         let entry = known
             .entry(between)
             .or_insert_with(|| Entry::new(reason, now));
-        // The engine and the sender may both report one request; it counts once.
+        // The engine and the sender may both report one request, but the request counts once.
         if entry.request != refused.request {
             refused.request.clone_into(&mut entry.request);
             entry.strikes += 1;
@@ -176,7 +177,7 @@ impl Refusals {
         entry.is_logged |= is_learned;
         self.count
             .store(entries.values().map(BTreeMap::len).sum(), Ordering::Release);
-        // Writing to the log must not hold up requests that wait for the lock.
+        // Writing to the log must not delay requests that wait for the lock.
         drop(entries);
         if is_first {
             warn!(
@@ -197,8 +198,8 @@ impl Refusals {
         }
     }
 
-    /// Records that KV of a request for this model went from one instance to the other, and removes earlier
-    /// refusals between the two that hold for all requests, or for all requests of the model.
+    /// Records that KV of a request for this model went from one instance to the other. Removes earlier
+    /// refusals between these two instances that hold for all requests, or for all requests of the model.
     pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance, model: &str) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
@@ -279,8 +280,8 @@ fn is(name: &(String, u64), instance: &Instance) -> bool {
     name.0 == instance.id && name.1 == instance.epoch
 }
 
-/// Removes refusals until there is room for one more: first expired refusals, then those that would expire
-/// next. This bounds the memory.
+/// Removes refusals until there is room for one more: first expired refusals, then the refusals that would
+/// expire next. This bounds the memory.
 fn make_room(entries: &mut HashMap<About, BTreeMap<Between, Entry>>, now: Instant) {
     if entries.values().map(BTreeMap::len).sum::<usize>() < MAX_ENTRIES {
         return;

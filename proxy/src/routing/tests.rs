@@ -6,8 +6,8 @@ use crate::fleet::kv_fit::Kv;
 use protocol::registration::InstanceRole;
 
 /// Returns the instance and the load that a word describes: `p1` is prefill, `d1` decode, `b1` both. A
-/// prefix `-` means not ready, `~` draining, `!` failing; a suffix `/tokens` gives the tokens in flight,
-/// and `:l` LMCache or `:s` sidecars instead of `NixlConnector`.
+/// prefix `-` means not ready, `~` draining, `!` failing. A suffix `/tokens` gives the tokens in flight.
+/// The connector is `NixlConnector`; with the suffix `:l` it is LMCache, with `:s` sidecars.
 fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
     let (word, connector) = match word.split_once(':') {
         Some((word, "l")) => (word, Connector::Lmcache),
@@ -198,7 +198,7 @@ fn modes() {
     check("p1 d1 d2", &mode(Mode::Ppd, Some("d2")), "later_turn d2");
     check("p1 d1 ~d2", &mode(Mode::Ppd, Some("d2")), "p1 d1");
     check("p1 d1 d2", &mode(Mode::Pd, Some("d2")), "p1 d1");
-    // 1000 tokens cost 10 ms in both places, and the hand-over costs another 5 ms, so the decode
+    // 1000 tokens cost 10 ms at both instances, and the hand-over costs another 5 ms, so the decode
     // instance computes the prompt. It also does so if the prefill instance has a queue.
     check("p1 d1", &mode(Mode::Auto, None), "cheaper d1");
     check("p1/5000 d1", &mode(Mode::Auto, None), "cheaper d1");

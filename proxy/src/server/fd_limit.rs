@@ -1,4 +1,4 @@
-//! The limit of file descriptors. Each request under way holds its client's connection, and up to two
+//! The limit of file descriptors. Each request in flight holds its client's connection, and up to two
 //! connections to engines.
 
 use common::fd_limit;

@@ -75,16 +75,17 @@ pub enum BindError {
 /// The signals that stop a proxy.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
-    /// Cancel this token to drain: the proxy refuses new requests, waits for those under way, and ends.
+    /// Cancel this token to drain: the proxy refuses new requests, waits for the requests in flight, and
+    /// ends.
     pub drain: CancellationToken,
-    /// Cancel this token to break off requests that are still under way while the proxy drains.
+    /// Cancel this token to break off requests that are still in flight while the proxy drains.
     pub now: CancellationToken,
 }
 
 /// The way in which a proxy ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Every request under way finished.
+    /// Every request in flight finished.
     Drained,
     /// Requests were broken off.
     ForcedShutdown,
@@ -167,7 +168,7 @@ impl Proxy {
             connections: app.config.max_connections,
             client_timeout: app.config.client_timeout,
         };
-        // `closing` ends the tasks. It is cancelled only after draining, because requests under way need
+        // `closing` ends the tasks. It is cancelled only after draining, because requests in flight need
         // them.
         let closing = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -190,8 +191,8 @@ impl Proxy {
                 Ok(())
             });
         }
-        // The file of `--mooncake` was readable when the flags were checked. If the file has vanished since,
-        // the proxy does not announce its address.
+        // The file of `--mooncake` was readable when the flags were checked. If the file has vanished since
+        // then, the proxy does not announce its address.
         let metadata = app.config.mooncake.as_deref().map(announce::metadata);
         if let Some(Ok(Some(metadata))) = metadata {
             let announcer = Announcer::new(metadata, app.registration);
@@ -248,7 +249,7 @@ fn summarise(app: &App) {
     }
 }
 
-/// Waits until no request is under way, until the drain timeout is over, or until `now` is cancelled.
+/// Waits until no request is in flight, until the drain timeout is over, or until `now` is cancelled.
 async fn drain(app: &App, now: &CancellationToken) -> End {
     info!("draining: the proxy takes no new requests");
     select! {

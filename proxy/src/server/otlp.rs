@@ -67,8 +67,8 @@ impl Exporter {
         }
     }
 
-    /// Sends one batch, and counts its spans as sent or failed. Of several failures in a row, logs only the
-    /// first one.
+    /// Sends one batch, and counts its spans as sent or failed. If several batches in a row fail, logs only
+    /// the first failure.
     async fn send(&mut self, spans: Vec<Value>) {
         let count = spans.len();
         let body = json!({"resourceSpans": [{

@@ -32,7 +32,7 @@ struct Table {
 
 #[derive(Debug)]
 struct Taken {
-    /// The number of requests under way, 0 or 1. A request is under way until its answer has ended.
+    /// The number of requests in flight, 0 or 1. A request is under way until its answer has ended.
     busy: usize,
     /// The start of the idle time; has no meaning unless `busy` is 0.
     since: Instant,
@@ -49,11 +49,11 @@ pub(crate) struct Seat {
     /// True if all other places were busy. The connection then belongs to the reserve, which serves health,
     /// metrics and admin endpoints, but no `/v1/` requests.
     pub is_reserve: bool,
-    /// True if an idle connection was asked to leave for this one.
+    /// True if an idle connection was asked to leave for this connection.
     pub displaces: bool,
 }
 
-/// A request under way. Dropping the value makes the connection idle again.
+/// A request in flight. Dropping the value makes the connection idle again.
 #[derive(Debug)]
 pub(crate) struct Busy {
     seats: Arc<Seats>,
@@ -134,7 +134,7 @@ impl Seat {
         }
     }
 
-    /// Returns true while a request is under way.
+    /// Returns true while a request is in flight.
     pub(crate) fn is_busy(&self) -> bool {
         let table = self.seats.table();
         table.taken.get(&self.number).is_some_and(|t| t.busy > 0)

@@ -40,7 +40,7 @@ pub(crate) struct App {
     pub client: Client,
     /// The registered instances, written by the registration task.
     pub instances: watch::Receiver<Instances>,
-    /// Requests under way that have had a prefill leg.
+    /// Requests in flight that have had a prefill leg.
     pub in_flight: Arc<InFlight>,
     /// The records of the last requests that have ended.
     pub recent: Recent,
@@ -58,7 +58,7 @@ pub(crate) struct App {
     pub measured: Measured,
     /// Cancelled when the proxy begins to drain: from then on, the proxy refuses new requests.
     pub draining: CancellationToken,
-    /// Cancelled when the proxy breaks off the requests under way.
+    /// Cancelled when the proxy breaks off the requests in flight.
     pub force_shutdown: CancellationToken,
     /// Queue of spans for the collector; `None` without `--otlp`.
     pub spans: Option<mpsc::Sender<Value>>,
@@ -110,12 +110,12 @@ impl App {
         }
     }
 
-    /// Reserves a place for one more request. Returns `None` if `--max-in-flight` requests are under way.
+    /// Reserves a place for one more request. Returns `None` if `--max-in-flight` requests are in flight.
     pub(crate) fn admit(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.slots).try_acquire_owned().ok()
     }
 
-    /// Waits until no request is under way. No request can begin while this function waits.
+    /// Waits until no request is in flight. No request can begin while this function waits.
     pub(crate) async fn drained(&self) {
         let all = u32::try_from(self.config.max_in_flight).unwrap_or(u32::MAX);
         // The semaphore is never closed, so the call cannot fail.
@@ -165,7 +165,7 @@ pub(crate) fn load_snapshots(instances: &Instances) -> Vec<LoadSnapshot> {
     instances.iter().map(|i| i.load.snapshot(now)).collect()
 }
 
-/// Tells whether a request may have a prefill leg.
+/// Says whether a request may have a prefill leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transfers {
     /// The request may have a prefill leg.

@@ -1,4 +1,4 @@
-//! The requests under way, by id. Messages from the registration port find their request here.
+//! The requests in flight, by id. Messages from the registration port find their request here.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,13 +11,13 @@ use tokio::sync::Notify;
 
 use crate::telemetry::record::Moved;
 
-/// The requests under way that have a prefill leg.
+/// The requests in flight that have a prefill leg.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     requests: Mutex<HashMap<RequestId, Arc<Progress>>>,
 }
 
-/// The progress of one request under way, as sidecars and the prefill leg report it.
+/// The progress of one request in flight, as sidecars and the prefill leg report it.
 #[derive(Debug)]
 pub(crate) struct Progress {
     /// The id of the prefill instance. Only this instance may report that the request has begun; the same
@@ -82,7 +82,7 @@ impl InFlight {
         let Some(progress) = progress.filter(|progress| progress.prefill == from) else {
             return false;
         };
-        // Every rank sends this message; the first one sets the time.
+        // Every rank sends this message; the first message sets the time.
         if progress.begun_at.set(now).is_ok() {
             progress.begun.notify_one();
         }
@@ -133,11 +133,11 @@ impl Progress {
 
     /// Notes the end of the prefill leg.
     pub(crate) fn prefill_ended(&self, note: PrefillNote) {
-        // A leg ends only once. If a second end were noted, the first one would stay.
+        // A leg ends only once. If a second end were noted, the first end would stay.
         drop(self.prefill_end.set(note));
     }
 
-    /// Returns the end of the prefill leg; `None` while the leg is under way.
+    /// Returns the end of the prefill leg; `None` while the leg is in flight.
     pub(crate) fn prefill_end(&self) -> Option<&PrefillNote> {
         self.prefill_end.get()
     }

@@ -29,7 +29,7 @@ pub enum Message {
     Stray,
     /// Bytes that are not a valid message.
     Malformed,
-    /// A connection that was closed because there were too many.
+    /// A connection that was closed because there were too many connections.
     Shed,
 }
 

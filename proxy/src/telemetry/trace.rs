@@ -94,7 +94,7 @@ impl Trace {
             all.push(leg);
         };
         // A leg gets a span only if its time is known. Otherwise a leg that did not happen would look like a
-        // fast one.
+        // fast leg.
         if let (Some(prefill), Some(end)) = (&record.prefill, record.prefill_ms) {
             let more = json!({"instance": prefill, "begun_ms": record.begun_ms,
                 "error.message": record.prefill_error});

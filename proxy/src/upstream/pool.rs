@@ -2,7 +2,7 @@
 //!
 //! The task that waits for an answer drives the connection itself. With a task per connection, as in
 //! most HTTP clients, every chunk of a stream costs two task switches, and the write to the client waits
-//! for both.
+//! for both switches.
 
 pub(crate) mod connection;
 
@@ -38,7 +38,7 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct Idle {
-    /// Idle connections by origin; the one that was used last is at the back.
+    /// Idle connections by origin; the connection that was used last is at the back.
     connections: HashMap<Origin, VecDeque<Waiting>>,
     /// Time of the last sweep; `None` before the first one.
     swept: Option<Instant>,
@@ -106,8 +106,9 @@ impl Pool {
                     // The connection was closed in the meantime and no byte of the request was written,
                     // so the request can safely be sent again.
                     Some(request) => request,
-                    // The engine closed the connection while the request was on its way. An engine
-                    // aborts a request when its connection ends, so the repeat computes nothing twice.
+                    // The engine closed the connection while the request was in flight. An engine aborts
+                    // a request when its connection ends, so the repeated request computes nothing
+                    // twice.
                     None if is_closed(error.error()) && sent.elapsed() < JUST_CLOSED => {
                         request = again;
                         break;

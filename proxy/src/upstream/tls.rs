@@ -18,7 +18,7 @@ use tracing::warn;
 /// Certificates and keys.
 #[derive(Clone, Debug, Default, Args)]
 pub struct TlsFiles {
-    /// Certificate chain (PEM) that clients are shown; with it the HTTP port speaks TLS only.
+    /// Certificate chain (PEM) that the proxy shows to clients. With it the HTTP port speaks only TLS.
     #[arg(
         long,
         env = "PD_PROXY_TLS_CERT",
@@ -63,7 +63,7 @@ impl TlsFiles {
     /// Returns the acceptor for clients' connections; `None` if the port does not speak TLS.
     ///
     /// # Errors
-    /// A file cannot be used. The error names it.
+    /// A file cannot be used. The error names the file.
     pub fn acceptor(&self) -> Result<Option<TlsAcceptor>, TlsError> {
         let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) else {
             return Ok(None);
@@ -99,7 +99,7 @@ impl TlsFiles {
     /// Returns the connector to engines, with TLS for `https://` URLs.
     ///
     /// # Errors
-    /// A file cannot be used. The error names it.
+    /// A file cannot be used. The error names the file.
     pub fn connector<R>(
         &self,
         http: HttpConnector<R>,

@@ -11,7 +11,7 @@ fn run(flags: &[&str]) -> Output {
 }
 
 /// Starts the binary on free ports and waits for its first log line. Then closes the log's pipe, because an
-/// earlier proxy ended when its log was closed.
+/// earlier version of the proxy ended when its log was closed.
 fn start(flags: &[&str]) -> (Child, String) {
     let mut child = Command::new(BINARY)
         .args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"])
@@ -178,7 +178,7 @@ fn what_is_wrong_is_said_at_once() {
 
 #[test]
 fn the_environment() {
-    // Compose files set variables to an empty text, and switches to 1.
+    // Compose files set variables to an empty text, and set switches to 1.
     let output = Command::new(BINARY)
         .args(["--registration", "127.0.0.1:0", "--listen", "192.0.2.1:1"])
         .env("PREFILL_ENDPOINTS", "")

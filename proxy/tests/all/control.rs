@@ -76,7 +76,8 @@ async fn later_turns_go_where_the_conversation_is() {
     let (other, _sidecar) = rig
         .instance("d2", crate::support::sidecar::Role::Decode)
         .await;
-    // All later turns of the conversation must go to the first decode instance, not to the second one.
+    // All later turns of the conversation must go to the first decode instance, not to the second
+    // instance.
     pair.d.on_decode(Reply::Json(200, completion("x", 5, 3)));
     let mut said = vec!["hello"];
     for turn in 0..3 {

@@ -116,8 +116,8 @@ async fn half_sent_bodies_keep_nobody_out() {
         halves.push(half_body(&address, "{\"prompt\": \"").await);
     }
     rig.until_metric("pd_proxy_uploads", 4.0).await;
-    // Bodies that are as young as the new one keep their places. Once they have sent nothing for a moment,
-    // one of them loses its place.
+    // Bodies that began as recently as the new body keep their places. After they have sent nothing for a
+    // moment, one of them loses its place.
     let served = async {
         while rig.client.post(COMPLETIONS, &prompt()).await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;

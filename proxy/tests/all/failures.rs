@@ -61,7 +61,7 @@ async fn a_prefill_engine_that_is_gone_is_found_out_by_the_first_request() {
         ..
     } = rig.pair().await;
     // Wait for more than a second: the proxy calls an instance back at the earliest one second after the
-    // call-back before.
+    // previous call-back.
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     drop(p);
     let answer = rig.client.post(COMPLETIONS, &prompt()).await;
@@ -140,7 +140,7 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
         let (d1, _d1_sidecar) = rig.instance("d1", Role::Decode).await;
         let (d2, _d2_sidecar) = rig.instance("d2", Role::Decode).await;
         d1.on_decode(reply);
-        // The first attempt uses a kept connection, the second one a fresh connection.
+        // The first attempt uses a kept connection, the second attempt a fresh connection.
         d1.release();
         d1.release();
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;

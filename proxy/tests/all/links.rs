@@ -154,8 +154,8 @@ async fn one_that_the_engine_has_closed_is_not() {
 async fn one_that_is_closed_as_the_request_comes_is_replaced_by_a_fresh_one() {
     let engine = Plain::closing(whole(), 2, true).await;
     let rig = rig(&engine).await;
-    // The first connection serves the health check and one request. The proxy sends the second request over
-    // this connection, too, and then over a fresh one.
+    // The first connection serves the health check and one request. The proxy sends the second request first
+    // over this connection and then over a fresh connection.
     for _ in 0..3 {
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -179,7 +179,7 @@ async fn strangers_on_the_registration_port_disturb_nobody() {
         .await
         .expect("the connection is closed");
 
-    // A new instance is accepted, and the earlier ones are still registered.
+    // A new instance is accepted, and the earlier instances are still registered.
     let (_p, p_sidecar) = rig.instance("p", Role::Prefill).await;
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     sidecar.moved("unknown", 1, None).await;

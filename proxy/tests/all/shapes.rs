@@ -1,4 +1,4 @@
-//! Tests that requests and answers are as with a single vLLM server.
+//! Tests that requests and answers are the same as with a single vLLM server.
 
 use serde_json::json;
 

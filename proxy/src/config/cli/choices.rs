@@ -27,6 +27,6 @@ pub enum FirstTokenFrom {
 pub enum LogFormat {
     /// For people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }

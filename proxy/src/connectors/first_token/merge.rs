@@ -1,4 +1,4 @@
-//! Merges the first token from one engine and the remaining tokens from another into one answer.
+//! Merges the first token from one engine and the remaining tokens from another engine into one answer.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -49,7 +49,7 @@ pub(crate) fn respond(
     with_headers(Body::new(body), EVENTS, id)
 }
 
-/// Returns the whole answer of a request whose first token is also its last one.
+/// Returns the whole answer of a request whose first token is also its last token.
 pub(crate) fn only(
     merger: &Merger,
     streams: bool,
@@ -81,8 +81,8 @@ impl http_body::Body for FirstTokenBody {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
         loop {
-            // The stage is `Over` while the loop processes the old one. If the loop does not set a new
-            // stage, the stream has ended.
+            // The stage is `Over` while the loop processes the old stage. If the loop does not set a
+            // new stage, the stream has ended.
             match std::mem::replace(&mut this.stage, Stage::Over) {
                 // The client gets the first token before the decode leg is polled for the first time.
                 Stage::Head(rest) => {

@@ -12,7 +12,7 @@ pub(super) struct Budget {
     /// Call-backs in flight to instances that have never answered.
     under_way: Vec<Call>,
     /// For each id, the time from which the id may again cause a whole burst of call-backs. An id
-    /// without an entry may do so now.
+    /// without an entry may cause a burst now.
     names: BTreeMap<String, Instant>,
 }
 

@@ -21,7 +21,7 @@ pub enum Answer {
     Confirmed {
         /// True if the instance can take requests.
         ready: bool,
-        /// The reason if it is not ready; empty if it is.
+        /// The reason why the instance is not ready; empty if it is ready.
         reason: String,
     },
     /// The answer comes from another instance: its id or epoch differs.

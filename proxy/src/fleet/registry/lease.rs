@@ -68,7 +68,7 @@ pub(super) fn announced(message: &Register) -> Duration {
 
 /// Number of missed heartbeats after which an instance counts as gone. The protocol fixes this number.
 const MISSED_PERIODS: u32 = 3;
-/// The shortest period: a shorter one counts as this one.
+/// The shortest period. A shorter period counts as this period.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(100);
-/// The longest period: a longer one counts as this one.
+/// The longest period. A longer period counts as this period.
 const LONGEST_PERIOD: Duration = Duration::from_secs(60);

@@ -88,7 +88,7 @@ impl LoggedPairs {
 }
 
 /// Returns the reason why KV cannot move from `prefill` to `decode`, although their connectors have a common
-/// way to hand it over. Returns `None` if KV can move, or if the instances cannot be a pair for other
+/// way to hand KV over. Returns `None` if KV can move, or if the instances cannot be a pair for other
 /// reasons.
 fn misfit(prefill: &Instance, decode: &Instance) -> Option<String> {
     if !prefill.prefills() || !decode.decodes() || prefill.id == decode.id {

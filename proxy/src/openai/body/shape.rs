@@ -32,7 +32,7 @@ impl RequestBody {
         kind.escape_debug().to_string()
     }
 
-    /// Returns the model that the request names, as JSON; empty if the request names none.
+    /// Returns the model that the request names, as JSON; empty if the request names no model.
     pub(crate) fn model(&self) -> &str {
         self.text("model").unwrap_or_default()
     }

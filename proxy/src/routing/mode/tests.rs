@@ -44,8 +44,8 @@ fn what_is_measured_decides() {
         let costs = measured.costs();
         costs.local_is_cheaper(tokens, &busy, &candidate(&p))
     };
-    // A token costs 50 us, and twice that on the busy decode instance. So a hand-over of 20 ms is worth
-    // its cost from 400 tokens on.
+    // A token costs 50 us, and twice as much on the busy decode instance. So a hand-over of 20 ms is
+    // worth its cost from 400 tokens on.
     assert!(stays(399) && !stays(401));
     // A hand-over of 200 ms is worth its cost only from about 4000 tokens on.
     for _ in 0..64 {

@@ -77,7 +77,7 @@ pub enum LegFailure {
 }
 
 impl Answer {
-    /// Returns the answer, unless its status says that another instance may have a better one.
+    /// Returns the answer, unless its status says that another instance may have a better answer.
     ///
     /// # Errors
     /// The engine is busy, or has failed.

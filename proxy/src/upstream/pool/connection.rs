@@ -62,8 +62,8 @@ impl Link {
     }
 
     /// Drives the connection until `poll` is ready. `poll` and the first drive use a waker that wakes
-    /// nothing: otherwise data that passes between the two would wake the task that is already running.
-    /// Only the last drive registers the task's waker.
+    /// nothing: otherwise data that passes between `poll` and the connection would wake the task that
+    /// is already running. Only the last drive registers the task's waker.
     pub(super) fn drive_until<T>(
         &mut self,
         cx: &mut Context<'_>,
