@@ -114,8 +114,8 @@ fn hexadecimal(text: &str) -> Result<&str, KeyError> {
 /// Maximum length of a key in bytes. With a model name of 255 characters there is still room for
 /// tags.
 pub const MAX_KEY_BYTES: usize = 1024;
-/// Maximum number of digits of a hash: those of a complete SHA-256. LMCache truncates the hash to
-/// 16 digits.
+/// Maximum number of digits of a hash: the number of digits of a complete SHA-256. LMCache truncates the hash to 16
+/// digits.
 const MAX_HASH_DIGITS: usize = 64;
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ pub struct Hello {
     /// Transports that this side can use, best first.
     pub transports: Vec<Advert>,
     /// Identity of the host: boot id and PID namespace. If two sidecars have the same identity,
-    /// each of them can watch the process of the other.
+    /// each sidecar can watch the process of the other sidecar.
     pub host: String,
     /// Process id in that PID namespace.
     pub pid: u32,
@@ -186,8 +186,8 @@ pub enum ToSender {
     /// Acknowledges that the receiver has recorded these chunks as written.
     Ack(Ack),
     /// Says that the receiver wants no more writes under this lease. The sender answers with
-    /// [`ToReceiver::CancelNotif`] as soon as no write is in flight, and at once if it does not
-    /// know the lease.
+    /// [`ToReceiver::CancelNotif`] as soon as no write is in flight. If the sender does not know
+    /// the lease, it answers at once.
     Unwanted(Unwanted),
 }
 

@@ -23,7 +23,7 @@ use super::{
 /// A bound ROUTER socket: the init or the alloc port.
 ///
 /// Serves REQ and DEALER peers. A DEALER may leave out the empty delimiter frame. An answer has a delimiter frame if
-/// the peer's message had one.
+/// the peer's message had a delimiter frame.
 pub struct RouterServer {
     socket: IdentitySocket,
     monitor: MonitorStream,

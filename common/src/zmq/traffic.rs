@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The counters of a bound port. All clones share the same numbers: the port counts with one clone,
-/// and the metrics read another.
+/// and the metrics read another clone.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic(Arc<Counters>);
 

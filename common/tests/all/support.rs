@@ -19,8 +19,8 @@ pub fn local() -> SocketAddr {
     ([127, 0, 0, 1], 0).into()
 }
 
-/// Runs a test on a runtime with one thread, like the sidecar's, and raises the limit on open files as both programs
-/// do.
+/// Runs a test on a runtime with one thread, like the runtime of the sidecar, and raises the limit on open files as
+/// both programs do.
 pub fn run(test: impl Future<Output = ()>) {
     common::fd_limit::raise().unwrap();
     tokio::runtime::Builder::new_current_thread()

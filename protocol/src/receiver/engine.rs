@@ -9,7 +9,7 @@ use crate::{EngineId, Reason, RequestId};
 use std::time::Duration;
 
 impl Receiver {
-    /// Parks a decode request. The request then waits for its KV; chunks that are already written
+    /// Parks a decode request. The request then waits for its KV. Chunks that are already written
     /// become ready at once.
     pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
         let id = message.req.clone();

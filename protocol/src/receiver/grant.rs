@@ -62,7 +62,7 @@ impl Receiver {
                         slot,
                     });
                     // Each lease gets one slot per turn: a long prompt must not take all slots
-                    // before a short prompt gets its first one.
+                    // before a short prompt gets its first slot.
                     grants.entry(id.clone()).or_default().push(index);
                     turn.push_back(id);
                 }
@@ -92,8 +92,8 @@ impl Receiver {
         lacks.or(lend)
     }
 
-    /// Decides about an alloc request that has not been answered: grants a lease, refuses it or
-    /// lets it wait.
+    /// Decides about an alloc request that has not been answered: grants a lease, refuses the
+    /// request or makes it wait.
     pub(super) fn consider(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -126,7 +126,7 @@ impl Receiver {
         }
     }
 
-    /// Refuses an alloc request whose keys differ from those of the parked request. The alloc
+    /// Refuses an alloc request whose keys differ from the keys of the parked request. The alloc
     /// request may come from any sender, so the parked request still waits for its own sender, but
     /// only briefly: in most cases the two sides are configured differently.
     fn refuse_mismatch(&mut self, id: &RequestId) {

@@ -5,8 +5,8 @@
 //! sender reports success to the proxy even if an earlier batch failed. So the receiver shows a
 //! slot to the engine only if both conditions hold:
 //!
-//! * the proxy has got the sender's report for this request, and the decode request says so
-//!   (`Await.written`). Every write of the request has then ended, successfully or not;
+//! * the proxy has got the sender's report for this request, and the decode request confirms this (`Await.written`).
+//!   Every write of the request has then ended, successfully or not;
 //! * all *canaries* in the slot are overwritten. Canaries are random bytes that the receiver put
 //!   all over the slot before it lent the slot. A write covers a whole slot. So the write is
 //!   complete if and only if no canary is left.
@@ -160,9 +160,9 @@ impl Receiver {
         self.answer(route, Vec::new(), 0);
     }
 
-    /// Lends slots to waiting alloc requests, in the order of their arrival. A later batch of a
-    /// request gets the slots reserved for it at once. Returns the resource that an alloc request
-    /// still waits for; `None` if none waits.
+    /// Lends slots to waiting alloc requests, in the order of their arrival. A later batch of a request gets at once
+    /// the slots that are reserved for it. Returns the resource that an alloc request still waits for; `None` if none
+    /// waits.
     pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) -> Option<Blocked> {
         if self.lmcache.asks.is_empty() {
             return None;

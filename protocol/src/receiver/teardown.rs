@@ -99,7 +99,7 @@ impl Receiver {
     }
 
     /// Ends a lease now. Quarantines the open slots for which `dirty` returns true. Frees the other
-    /// open slots, because the sender has confirmed that it does not write into them.
+    /// open slots, because the sender has confirmed that it does not write into these slots.
     pub(super) fn end_lease(
         &mut self,
         id: &RequestId,

@@ -205,7 +205,7 @@ pub struct After {
 #[serde(transparent)]
 pub struct WatchId(pub u64);
 
-/// One chunk of a write, or a part of one.
+/// One chunk of a write, or a part of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Slot of the send buffer.

@@ -61,8 +61,8 @@ pub(super) enum Phase {
     Leased(Lease),
     /// The receiver is LMCache's.
     Feeding(Feeding),
-    /// The sender posts no more writes. When the last write in flight has ended, the sender tells
-    /// the receiver so.
+    /// The sender posts no more writes. When the last write in flight has ended, the sender reports this to the
+    /// receiver.
     Closing {
         lease: Lease,
         reason: Reason,

@@ -97,8 +97,8 @@ fn every_fixture_comes_back_byte_for_byte() {
         let before = bytes(&entry);
         let after = again(&entry, &before);
         match entry["name"].as_str().unwrap() {
-            // The fixture has fewer fields than our message; our encoder writes the others with
-            // their defaults.
+            // The fixture has fewer fields than our message; our encoder writes the missing fields
+            // with their defaults.
             "alloc_request_lmcache_sync" => assert!(after.len() > before.len()),
             // LMCache's two modes order the fields differently; our encoder uses the order of the
             // other mode.

@@ -170,7 +170,7 @@ fn a_receiver_that_stays_away_is_given_up() {
     pair.cut();
     pair.pass(10 * SECOND);
     assert!(pair.p.is_idle());
-    // One link was for the request, the others for the last message.
+    // One link was for the request, the other links were for the last message.
     assert!((2..=8).contains(&pair.links), "{} links", pair.links);
     let links = pair.links;
     pair.pass(60 * SECOND);

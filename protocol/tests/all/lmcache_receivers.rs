@@ -192,7 +192,7 @@ fn empty() -> AllocResponse {
 #[test]
 fn keys_with_tags_are_refused_before_the_receiver_hears_of_them() {
     let mut feeding = Feeding::new(true);
-    // The first request makes the link, and the second one uses it.
+    // The first request makes the link, and the second request uses it.
     for req in ["a", "b"] {
         let reserve = Reserve {
             req: req.into(),

@@ -253,7 +253,8 @@ fn what_is_written_and_announced_is_shown() {
             landing.write(&slots);
         }
         landing.park(req, 3, 5);
-        // The decode side already has the first chunk. The receiver shows only the two others.
+        // The decode side already has the first chunk. The receiver shows only the two other
+        // chunks.
         assert_eq!(landing.shown[&RequestId::from(req)].len(), 2);
         landing.read(req);
         assert_eq!(landing.ended[&RequestId::from(req)], None);

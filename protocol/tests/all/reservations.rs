@@ -67,7 +67,7 @@ fn a_reservation_does_not_wait_for_the_last_words_of_the_one_before() {
     assert_eq!(ends, (vec![], vec![]));
     assert_eq!(p.gauges().requests, 2);
     told(&mut p, Time(5), linked);
-    // While a request is in flight, a second one with the same id is still a duplicate.
+    // While a request is in flight, a second request with the same id is still a duplicate.
     let ends = told(&mut p, Time(6), reserve(2, 2 * CHUNK));
     assert_eq!(ends, (vec![Some(Reason::Duplicate)], vec![]));
     let mut now = Time(6);

@@ -59,7 +59,7 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
         ..Written::example()
     };
     for n in 0..500u32 {
-        // The message names chunks with their own slots, with the other chunk's slot, and with a
+        // The message names chunks with their own slots, with the slot of another chunk, and with a
         // slot that was not granted.
         for (chunk, slot) in [(0, slots[0]), (1, slots[1]), (0, slots[1]), (1, 3)] {
             written.chunks.push(chunk);

@@ -139,7 +139,7 @@ pub struct Config {
           value_parser = duration)]
     pub breaker_pause: Duration,
 
-    /// Maximum number of decode instances tried for one request. Once the client has got the first bytes of
+    /// Maximum number of decode instances tried for one request. After the client has got the first bytes of
     /// an answer, no other instance is tried.
     #[arg(long, env = "PD_PROXY_DECODE_ATTEMPTS", default_value_t = 2, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=16))]

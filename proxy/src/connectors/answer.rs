@@ -12,7 +12,7 @@ use crate::openai::usage::Usage;
 pub(crate) struct Prefilled {
     /// Length of the prompt in tokens; `None` if the engine does not give it.
     pub prompt_tokens: Option<u64>,
-    /// Number of those tokens that were cached at the prefill instance; `None` if the engine does not
+    /// Number of prompt tokens that were cached at the prefill instance; `None` if the engine does not
     /// give it.
     pub cached_tokens: Option<u64>,
     /// Transfer parameters for the decode leg, as JSON; `None` if the answer has no parameters for the

@@ -111,8 +111,8 @@ pub(crate) fn decode_body(
     let prompt = format!("{open},{}]", first.id);
     let left = match body.max_tokens(endpoint) {
         Some(tokens) => (tokens - 1).to_string(),
-        // Without `max_tokens`, a completion ends after OpenAI's default of 16 tokens, one of which the
-        // prefill leg has sampled. A chat may continue to the end of the context.
+        // Without `max_tokens`, a completion ends after OpenAI's default of 16 tokens, and the prefill
+        // leg has sampled the first of them. A chat may continue to the end of the context.
         None if endpoint == Endpoint::Completions => "15".to_owned(),
         None => "null".to_owned(),
     };

@@ -1,7 +1,8 @@
 //! LMCache inside the decode engine: the engine finds the KV by the hashes of its chunks.
 //!
-//! An LMCache decoder looks up all tokens except the last one. Its chunk hashes must equal the
-//! prefiller's, so the decode leg's prompt ends with the token that the prefill instance has sampled.
+//! An LMCache decoder looks up all tokens except the last token. Its chunk hashes must equal the
+//! prefiller's chunk hashes, so the decode leg's prompt ends with the token that the prefill instance
+//! has sampled.
 
 use protocol::RequestId;
 

@@ -106,8 +106,8 @@ impl Handoff for FromLmcache {
         Some(from_receiver(id, r#","written":true"#))
     }
 
-    /// Returns true: LMCache tells only the proxy that the KV is written, and each rank sends its own
-    /// notice.
+    /// Returns true: LMCache tells only the proxy that the KV is written, and each rank of LMCache sends
+    /// its own notice.
     fn needs_notices(&self) -> bool {
         true
     }

@@ -1,4 +1,4 @@
-//! An instance as the proxy knows it: one vLLM and, if there is one, its sidecar.
+//! An instance as the proxy knows it: one vLLM, and its sidecar if it has a sidecar.
 
 use std::sync::Arc;
 
@@ -124,8 +124,8 @@ impl Instance {
             .flatten()
     }
 
-    /// Returns true if role, connector and addresses equal those of `other`. They must not change within
-    /// an epoch.
+    /// Returns true if both instances have the same role, connector and addresses. These must not change
+    /// within an epoch.
     pub fn same_place(&self, other: &Self) -> bool {
         self.role == other.role
             && self.http == other.http

@@ -188,7 +188,7 @@ impl Registry {
         gone.map(|lease| lease.instance)
     }
 
-    /// Removes the instance of this id, whatever its epoch, and returns it if it was registered.
+    /// Removes the instance of this id with any epoch, and returns it if it was registered.
     pub(crate) fn remove(&mut self, id: &str) -> Option<Instance> {
         let entry = self.entries.remove(id)?;
         entry.member.or(entry.candidate).map(|lease| lease.instance)

@@ -134,7 +134,7 @@ impl Registration {
 
     /// Executes a command and sends its result back.
     fn handle_command(&mut self, command: Command) {
-        // The client may have left before the answer is sent. The command is done nevertheless.
+        // The client may have left before the answer is sent. The command is executed nevertheless.
         match command {
             Command::Name(instance, answer) => {
                 let id = instance.id.clone();

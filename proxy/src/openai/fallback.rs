@@ -33,7 +33,8 @@ pub enum Fallback {
     /// The prefill instance answered with an error that is not the request's fault.
     PrefillError,
     /// The prefill engine refused a request with fields that this proxy does not know. The client's
-    /// request may be valid: the leg differs from it, because the leg asks for one token.
+    /// request may be valid: the leg differs from the client's request, because the leg asks for one
+    /// token.
     PrefillRefused,
     /// The prefill instance was too busy.
     PrefillBusy,

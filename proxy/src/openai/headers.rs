@@ -26,7 +26,8 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
-/// Returns the headers, except those that concern only one connection or the framing of the body on it.
+/// Returns the headers, without the headers that concern only one connection or the framing of the body
+/// on it.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
@@ -50,7 +51,7 @@ pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
 }
 
-/// Content type of every leg, whatever type the client declared.
+/// Content type of every leg, independent of the client's content type.
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// Headers that concern only one connection or the framing of the body on it.

@@ -19,7 +19,7 @@ use crate::telemetry::labels::Leg;
 use crate::upstream::client::{Answer, LegError};
 
 impl Drive {
-    /// Sends the decode leg to the current decode instance, with a transfer or without one.
+    /// Sends the decode leg to the current decode instance, with or without a transfer.
     pub(super) fn send_decode(
         &mut self,
         context: &mut RequestContext,
@@ -209,8 +209,8 @@ impl Drive {
         }
     }
 
-    /// Returns a decode instance other than the current one, if the failure and the number of attempts allow
-    /// another leg.
+    /// Returns a decode instance other than the current instance, if the failure and the number of attempts
+    /// allow another leg.
     fn another(&self, error: &LegError) -> Option<Arc<Instance>> {
         if !error.is_retryable() || self.decode_attempts >= self.app.config.decode_attempts {
             return None;

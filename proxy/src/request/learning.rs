@@ -1,4 +1,4 @@
-//! Learns from a request for later ones: refusals that will repeat, and pairs that work.
+//! Learns from a request for later requests: refusals that will repeat, and pairs that work.
 
 use std::time::Instant;
 

@@ -58,7 +58,7 @@ impl http_body::Body for Masked {
                 continue;
             };
             this.begun.extend_from_slice(&chunk);
-            // hyper does not poll a body again once it has ended, so the rest must be passed on now.
+            // hyper does not poll a body again after its end, so the rest must be passed on now.
             let is_last = this.body.is_end_stream() || this.begun.len() > MAX_LINE;
             let end = memrchr(b'\n', &this.begun).map_or(0, |at| at + 1);
             let end = if is_last { this.begun.len() } else { end };

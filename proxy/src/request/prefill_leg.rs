@@ -145,8 +145,8 @@ impl Drive {
     pub(super) fn prefill_late(&mut self, context: &mut RequestContext) -> Step {
         let begun = context.progress().and_then(|progress| progress.begun_at());
         if begun.is_some() && self.handoff.is_some_and(|handoff| handoff.sends_early()) {
-            // The prefill engine computes, and the sidecar pushes the KV meanwhile, so the decode leg can be
-            // sent.
+            // The prefill engine computes, and the sidecar pushes the KV at the same time, so the decode leg
+            // can be sent.
             return Step::Event(Event::Begun);
         }
         let why = Fallback::PrefillTimeout;

@@ -172,7 +172,7 @@ impl ResponseBody {
         self.end()
     }
 
-    /// Returns the chunks that are left at the end of the answer. Once no chunk is left, returns the end of
+    /// Returns the chunks that are left at the end of the answer. When no chunk is left, returns the end of
     /// the body.
     fn end(&mut self) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         if self.gathered.is_empty() {

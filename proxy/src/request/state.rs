@@ -147,7 +147,7 @@ impl RequestState {
             (Self::Streaming, E::AnswerRefused) => (Self::Ended(Outcome::Refused), Action::Finish),
             (Self::Streaming, E::AnswerBroke) => (Self::Ended(Outcome::Broken), Action::Finish),
 
-            // Once the decode leg is sent, the end of the prefill leg changes nothing. If no KV comes, the
+            // After the decode leg is sent, the end of the prefill leg changes nothing. If no KV comes, the
             // decode engine's own sidecar reports this to the engine, and the engine computes the prompt.
             (
                 Self::Decoding { .. } | Self::Streaming,

@@ -25,8 +25,8 @@ pub(crate) struct RouteRequest<'a> {
     pub is_unsplittable: bool,
     /// True if the request has a cache salt, which LMCache's keys do not contain.
     pub is_salted: bool,
-    /// True if the request asks for several sequences of its prompt. Only our connector can fill all of
-    /// them from one copy of the KV.
+    /// True if the request asks for several sequences of its prompt. Only our connector can fill all
+    /// sequences from one copy of the KV.
     pub has_many_sequences: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,

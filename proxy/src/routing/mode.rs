@@ -164,8 +164,8 @@ fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// Moves an average towards `value` by an eighth of the difference. If two requests do so at the same
-/// time, one of the two updates may be lost, which an average tolerates.
+/// Moves an average towards `value` by an eighth of the difference. If two requests change the average
+/// at the same time, one of the two changes may be lost. An average tolerates this.
 fn learn(average: &AtomicU64, value: f64) {
     let before = f64::from_bits(average.load(Ordering::Relaxed));
     let after = before + (value - before) / 8.0;

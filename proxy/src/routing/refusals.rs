@@ -52,8 +52,8 @@ struct Entry {
     reason: String,
     /// Number of requests in a row that were refused for this reason.
     strikes: u32,
-    /// Id of the last of these requests. The engine and the sender may both report this request, but it
-    /// counts once.
+    /// Id of the last of these requests. The engine and the sender may both report this request, but the
+    /// request counts only once.
     request: String,
     /// Time until which the refusal holds; in the past if the refusal does not hold.
     until: Instant,
@@ -114,7 +114,7 @@ impl Between {
 }
 
 impl Refusals {
-    /// Returns the instances that are known to refuse a request like this one.
+    /// Returns the instances that are known to refuse requests like this request.
     pub(crate) fn of(&self, now: Instant, body: &RequestBody, endpoint: Endpoint) -> Vec<Between> {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
@@ -162,7 +162,7 @@ impl Refusals {
         let entry = known
             .entry(between)
             .or_insert_with(|| Entry::new(reason, now));
-        // The engine and the sender may both report one request, but the request counts once.
+        // The engine and the sender may both report one request, but the request counts only once.
         if entry.request != refused.request {
             refused.request.clone_into(&mut entry.request);
             entry.strikes += 1;

@@ -199,7 +199,8 @@ fn modes() {
     check("p1 d1 ~d2", &mode(Mode::Ppd, Some("d2")), "p1 d1");
     check("p1 d1 d2", &mode(Mode::Pd, Some("d2")), "p1 d1");
     // 1000 tokens cost 10 ms at both instances, and the hand-over costs another 5 ms, so the decode
-    // instance computes the prompt. It also does so if the prefill instance has a queue.
+    // instance computes the prompt. If the prefill instance has a queue, the decode instance also
+    // computes the prompt.
     check("p1 d1", &mode(Mode::Auto, None), "cheaper d1");
     check("p1/5000 d1", &mode(Mode::Auto, None), "cheaper d1");
     let held = |held| RouteRequest {

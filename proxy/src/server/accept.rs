@@ -209,7 +209,8 @@ impl Client {
                 connection.as_mut().graceful_shutdown();
                 match timeout(LEAVE_TIME, connection.as_mut()).await {
                     Ok(ended) => ended,
-                    // A request began just before the connection was asked to leave: let it finish.
+                    // A request began just before the connection was asked to leave, so the request may
+                    // finish.
                     Err(_) if self.seat.is_busy() => connection.await,
                     Err(_) => Ok(()),
                 }

@@ -1,5 +1,5 @@
 //! The places for client connections. If all places are taken, the connection that has been idle for longest
-//! is closed for a new one.
+//! is closed to make room for a new connection.
 //!
 //! A client pool keeps connections open between its requests. Without eviction, enough idle connections would
 //! keep every other client out, and the orchestrator's health probe, too.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream whose writes fail once the peer has read nothing for `limit`. Without the limit, a client that
-/// stops reading would hold its request, and KV blocks of an engine, for ever.
+/// A stream whose writes fail after the peer has read nothing for `limit`. Without the limit, a client
+/// that stops reading would hold its request, and KV blocks of an engine, for ever.
 #[derive(Debug)]
 pub(crate) struct WriteTimeout<S> {
     stream: S,

@@ -132,7 +132,7 @@ impl Upload {
         Ok(())
     }
 
-    /// Waits until another body has taken the place of this one.
+    /// Waits until another body has taken the place of this body.
     pub(crate) async fn displaced(&self) {
         self.displaced.cancelled().await;
     }

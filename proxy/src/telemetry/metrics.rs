@@ -22,7 +22,7 @@ mod spans;
 /// A family of counters.
 type Counters<const N: usize> = Family<Labels<N>, Counter>;
 
-/// All metrics of one proxy, except those of single instances.
+/// All metrics of one proxy, except the metrics of single instances.
 pub struct Metrics {
     registry: Registry,
     clients: clients::Clients,

@@ -65,7 +65,7 @@ pub(crate) struct Record {
 pub(crate) struct Moved {
     /// True if every rank that sent a notice wrote all the KV that was requested.
     pub ok: bool,
-    /// The reason of the first notice that gave one; `None` if no rank gave a reason.
+    /// The reason in the first notice with a reason; `None` if no rank gave a reason.
     pub reason: Option<Reason>,
     /// The number of bytes written.
     pub bytes: u64,
@@ -115,7 +115,8 @@ fn transport_name(text: &str) -> &str {
 }
 
 impl Recent {
-    /// Adds the record of a request that has ended. If there are more than 256 records, drops the oldest one.
+    /// Adds the record of a request that has ended. If there are more than 256 records, drops the oldest
+    /// record.
     pub(crate) fn push(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() == KEPT {

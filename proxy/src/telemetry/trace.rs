@@ -19,7 +19,7 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// Continues the trace that a client has sent, or begins a new one.
+    /// Continues the trace that a client has sent, or begins a new trace.
     pub(crate) fn of(headers: &HeaderMap) -> Self {
         let sent = headers
             .get(HEADER)
@@ -52,8 +52,8 @@ impl Trace {
         }
     }
 
-    /// Returns the spans of a request that has ended: one for the whole request, and one for each leg whose
-    /// times are known.
+    /// Returns the spans of a request that has ended: a span for the whole request, and a span for each leg
+    /// whose times are known.
     pub(crate) fn spans(&self, record: &Record) -> Vec<Value> {
         let start = record.arrived_unix_ms as f64;
         let span = |name: String, kind: u8, from: f64, to: f64, more: Value| {

@@ -30,7 +30,7 @@ use connection::{Link, Outgoing, no_waker};
 /// Scheme, host and port to which a connection leads.
 type Origin = (Scheme, Authority);
 
-/// Opens connections and keeps idle ones.
+/// Opens connections and keeps idle connections.
 pub(crate) struct Pool {
     connector: HttpsConnector<HttpConnector<Resolver>>,
     idle: Mutex<Idle>,
@@ -40,7 +40,7 @@ pub(crate) struct Pool {
 struct Idle {
     /// Idle connections by origin; the connection that was used last is at the back.
     connections: HashMap<Origin, VecDeque<Waiting>>,
-    /// Time of the last sweep; `None` before the first one.
+    /// Time of the last sweep; `None` before the first sweep.
     swept: Option<Instant>,
 }
 

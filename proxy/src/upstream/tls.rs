@@ -51,7 +51,7 @@ pub enum TlsError {
         flag: &'static str,
         /// Path of the file.
         path: PathBuf,
-        /// The problem, with its cure if one is known.
+        /// The problem, and its cure if the cure is known.
         text: String,
     },
     /// Certificate and key do not belong together, or are of an unsupported kind.
@@ -141,8 +141,8 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     Ok(all)
 }
 
-/// Returns the flaw that makes every client refuse a server's certificate, whatever roots the client
-/// trusts; `None` if the check finds no flaw.
+/// Returns the flaw that makes every client refuse a server's certificate, independent of the client's
+/// roots; `None` if the check finds no flaw.
 fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     let (first, others) = chain.split_first()?;
     let mut roots = RootCertStore::empty();
@@ -193,7 +193,7 @@ fn instead(path: &Path) -> &'static str {
     }
 }
 
-/// Returns the text of a TLS handshake error, followed by a cure if this function knows one.
+/// Returns the text of a TLS handshake error, followed by a cure if this function knows a cure.
 pub(crate) fn explained(error: &str) -> String {
     let cures = [
         (

@@ -103,7 +103,7 @@ async fn lmcache_rig() -> (Rig, Engine, Engine) {
     (rig, p, d)
 }
 
-/// Sends the notice with which one rank of an LMCache prefiller reports that it has written its part.
+/// Sends the notice of one rank of an LMCache prefiller: the rank has written its part.
 async fn notify(rig: &Rig, id: &str) {
     let mut push = Peer::connect(rig.registration_address(), Hello::of("PUSH"))
         .await
@@ -268,7 +268,7 @@ async fn kinds_can_be_mixed() {
         let body = json!({"model": "m", "prompt": "hello", "max_tokens": 8});
         assert_eq!(rig.client.post(COMPLETIONS, &body).await.status, 200);
     }
-    // Each request went to a pair of one kind.
+    // Each request went to two instances of the same kind.
     for (prefill, decode) in [(&p, &d), (&pair.p, &pair.d)] {
         let ids = |engine: &Engine| -> Vec<_> {
             engine

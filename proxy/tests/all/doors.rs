@@ -226,13 +226,13 @@ async fn two_sidecars_with_one_id_are_said_and_not_used() {
     assert!(shown.to_string().contains("two sidecars"), "{shown}");
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 503);
     assert!(one.seen().is_empty() && two.seen().is_empty());
-    // The dispute lasts: neither sidecar takes the other's place again.
+    // The dispute lasts: neither sidecar replaces the other sidecar again.
     let registered = "pd_proxy_registration_messages_total{kind=\"register\"}";
     rig.until_metric(registered, rig.metric(registered).await + 10.0)
         .await;
     let all = rig.client.get("/instances").await.json();
     assert_eq!(all.as_array().unwrap().len(), 2, "{all}");
-    // When one sidecar leaves, the other one gets the name.
+    // When one sidecar leaves, the other sidecar gets the name.
     second.leave().await;
     rig.until_state("d", "ready").await;
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);

@@ -1,4 +1,5 @@
-//! Tests of several proxies that share a real etcd. `PD_TEST_ETCD` names its binary; `make etcd` fetches one.
+//! Tests of several proxies that share a real etcd. `PD_TEST_ETCD` names its binary; `make etcd` fetches an
+//! etcd.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;

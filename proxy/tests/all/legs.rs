@@ -44,7 +44,8 @@ async fn the_decode_leg_waits_for_the_prefill_engine_to_begin() {
     rig.journal.until("p prefill aborted").await;
 }
 
-/// The prefill engine computes the prompt once, under the salt; the decode engine makes the sequences.
+/// The prefill engine computes the prompt once and with the salt. The decode engine generates the
+/// sequences.
 #[tokio::test]
 async fn a_salt_goes_to_both_engines_and_the_number_of_sequences_to_one() {
     let rig = Rig::start(&[]).await;

@@ -1,5 +1,5 @@
 //! Tests of decode engines that are dead or hang although their HTTP server works, and of slow engines. The
-//! proxy replaces a dead engine before the client has got anything, and waits for a slow one.
+//! proxy replaces a dead engine before the client has got anything, and waits for a slow engine.
 
 use std::time::Duration;
 
@@ -25,8 +25,8 @@ fn dead() -> Value {
         "param": null, "code": 500}})
 }
 
-/// Two decode instances. The proxy calls one of them back again only after a request has failed at this
-/// instance.
+/// Two decode instances. After the first call-back, the proxy calls an instance back again only if a
+/// request has failed at this instance.
 struct Two {
     rig: Rig,
     d1: Engine,
@@ -115,7 +115,7 @@ async fn its_health_is_asked_for_as_soon_as_it_fails() {
     let two = Two::start(&[]).await;
     two.d1.on_decode(Reply::Json(500, dead()));
     two.d1.set_health(503);
-    // The last call-back was a moment ago, and the next one is due in an hour.
+    // The last call-back was a moment ago, and the next call-back is due in an hour.
     assert_eq!(
         two.rig.client.post(COMPLETIONS, &prompt()).await.status,
         200

@@ -130,7 +130,8 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
         "{error}"
     );
     // Both engines got a leg that continues after the first token; only the first engine's leg had a
-    // transfer. An engine may have got its leg twice: over a kept connection, and again over a fresh one.
+    // transfer. An engine may have got its leg twice: over a kept connection, and again over a fresh
+    // connection.
     let loads = |seen: &[Seen]| {
         assert!((1..=2).contains(&seen.len()), "{seen:?}");
         for one in seen {

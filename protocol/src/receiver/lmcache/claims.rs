@@ -183,7 +183,7 @@ impl Receiver {
     }
 
     /// Ends loans whose deadline has passed, after a check of their canaries: frees the written
-    /// slots and quarantines the others.
+    /// slots and quarantines the other slots.
     fn end_loans(&mut self) {
         let now = self.now;
         // A loan with a claimed slot does not end yet: the check of that slot decides whether its

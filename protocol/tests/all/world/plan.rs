@@ -67,7 +67,7 @@ pub(crate) enum Fault {
     KillSender,
     KillReceiver,
     /// The receiver is replaced between the handshake and the first message. The sender's link
-    /// leads to memory that no longer exists, and no message tells the sender so.
+    /// leads to memory that no longer exists, and no message tells the sender about the change.
     SwapReceiver,
     KillPrefill,
     KillDecode,

@@ -1,5 +1,5 @@
 //! A malicious peer: it asks for slots, reports writes that never happened, cancels requests of
-//! others and vanishes.
+//! other senders and vanishes.
 
 use protocol::message::{
     AllocRequest, AllocX, CancelNotif, CancelX, Extend, Slots, ToReceiver, ToSender, Written,

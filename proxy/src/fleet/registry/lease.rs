@@ -18,7 +18,7 @@ pub(super) struct Lease {
     pub(super) calling: bool,
     /// Readiness that the sidecar gave in its last `Register`. A change causes a call-back at once.
     pub(super) said_ready: bool,
-    /// Time of the last answer with this id and epoch; `None` before the first one.
+    /// Time of the last answer with this id and epoch; `None` before the first answer.
     pub(super) answered: Option<Instant>,
 }
 

@@ -18,8 +18,8 @@ pub(crate) struct Unfit {
     pub why: String,
 }
 
-/// Returns the ready instances that cannot be paired with this one only because the KV layouts that the two
-/// sidecars report are not compatible.
+/// Returns the ready instances that cannot be paired with this instance for one reason only: the KV layouts
+/// that the two sidecars report are not compatible.
 pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
     let ready = all.iter().filter(|other| other.standing == Standing::Ready);
     ready
@@ -33,7 +33,8 @@ pub(crate) fn unfit(instance: &Instance, all: &[Arc<Instance>]) -> Vec<Unfit> {
         .collect()
 }
 
-/// The pairs that the log contains already. A pair is logged again only after one of its instances has gone.
+/// The pairs that the log contains already. A pair is logged again only after one of its instances is no
+/// longer registered.
 #[derive(Debug, Default)]
 pub(super) struct LoggedPairs {
     seen: Vec<(String, u64, Kv)>,

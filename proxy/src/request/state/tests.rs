@@ -46,7 +46,7 @@ fn steps() {
         Action::SendDecode(Err(WHY)),
     );
 
-    // Once the decode leg is sent, the end of the prefill leg changes nothing.
+    // After the decode leg is sent, the end of the prefill leg changes nothing.
     for state in [sent, decoding(Err(WHY), 1), RequestState::Streaming] {
         for event in [
             Event::Begun,

@@ -133,7 +133,7 @@ impl Metrics {
         self.requests.rejected.get_or_create(&labels).inc();
     }
 
-    /// Counts a decode leg that is sent, with a transfer or without one.
+    /// Counts a decode leg that is sent, with or without a transfer.
     pub fn decode_sent(&self, transfer: Result<(), Fallback>) {
         let Err(fallback) = transfer else {
             self.requests.transfers.inc();

@@ -153,7 +153,7 @@ impl Sidecar {
         let push = Arc::clone(&self.push);
         let register = ToProxy::Register(self.register.clone());
         let beats = tokio::spawn(async move {
-            // Sending fails once the proxy has ended.
+            // Sending fails after the proxy has ended.
             while send(&push, &register).await.is_ok() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
