@@ -77,6 +77,6 @@ async fn against(
     Ok(times)
 }
 
-/// Number of first rounds that are not counted, because they include the connection and the first
+/// Number of rounds at the start that are not counted, because they include the connection and the first
 /// allocations.
 const WARM_UP: usize = 20;

@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-/// The HTTP client below the gateway. Each program has its own, with its own connections and its own TLS.
+/// The HTTP client below the gateway. Each program has its own client, with its own connections and its own TLS.
 pub trait Post: Sync {
     /// The body of an answer.
     type Body: Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin;

@@ -62,7 +62,7 @@ pub struct EngineHello {
     pub engine: String,
     /// The engine's side of the transfers on this connection: prefill or decode.
     pub role: EngineRole,
-    /// Rank of the KV that this connection serves, from 0; the rank selects the buffer.
+    /// Rank that this connection serves, from 0. Each rank has its own buffer.
     pub rank: u32,
     /// Number of ranks among which the KV is divided. The sidecar must have the same number.
     pub world_size: u32,
@@ -160,8 +160,8 @@ pub struct Reserve {
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Number of tokens from the start that are computed at the end of the engine's present step,
-    /// as [`Computing::upto`].
+    /// Number of tokens at the request's start that are computed at the end of the engine's present
+    /// step, as [`Computing::upto`].
     pub upto: u32,
     /// True if the proxy sends the decode leg as soon as this request has begun. The receiver may
     /// then wait until the decode request parks. Absent: false.
@@ -174,7 +174,8 @@ pub struct Reserve {
 pub struct Computing {
     /// Id of the request.
     pub req: RequestId,
-    /// Number of tokens from the start that are computed at the end of the engine's present step.
+    /// Number of tokens at the request's start that are computed at the end of the engine's present
+    /// step.
     pub upto: u32,
 }
 
@@ -183,7 +184,7 @@ pub struct Computing {
 pub struct Staged {
     /// Id of the request.
     pub req: RequestId,
-    /// Chunks, by position in the request's keys.
+    /// Chunks, each as its position in the request's keys.
     pub chunks: Vec<u32>,
     /// Duration of the gather, microseconds. Absent: 0.
     #[serde(default)]
@@ -238,7 +239,7 @@ pub struct Await {
 pub struct Release {
     /// Id of the request.
     pub req: RequestId,
-    /// Chunks, by position in the request's keys.
+    /// Chunks, each as its position in the request's keys.
     pub chunks: Vec<u32>,
     /// Duration of the scatter, microseconds. Absent: 0.
     #[serde(default)]
@@ -254,7 +255,7 @@ pub struct Granted {
     /// grants a chunk that contains only these tokens. If a chunk begins with some of these tokens,
     /// only its other tokens are moved; they begin at the start of the slot.
     pub have_tokens: u32,
-    /// Chunks, by position in the request's keys; empty in the first message, which only gives
+    /// Chunks, each as its position in the request's keys; empty in the first message, which only gives
     /// `have_tokens`.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the send buffer.
@@ -273,7 +274,7 @@ pub struct Ready {
     /// First token that is moved. If a chunk begins before this token, only the chunk's tokens from
     /// this token on are moved; they begin at the start of the slot.
     pub first_token: u32,
-    /// Chunks, by position in the request's keys.
+    /// Chunks, each as its position in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the landing buffer.
     pub slots: Vec<u32>,

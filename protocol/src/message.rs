@@ -137,7 +137,7 @@ pub struct Advert {
     /// Address: `host:port` for `tcp`; empty for `nixl`, because the agent metadata contains the
     /// address. For `cuda_ipc` it is `UUID/bytes/handle`: the receiver's GPU, the size of its
     /// buffer in bytes and the buffer's IPC handle in hexadecimal. Only a sender with the same
-    /// [`Hello::host`] can use it. Absent: as if empty.
+    /// [`Hello::host`] can use this address. Absent: as if empty.
     #[serde(default)]
     pub address: String,
 }
@@ -160,8 +160,8 @@ pub struct Pages {
 pub enum ToReceiver {
     /// Asks for slots.
     AllocRequest(AllocRequest),
-    /// Ends a lease or a request: the sender posts no further write under it. The receiver answers
-    /// with an empty [`ToSender::AllocResponse`].
+    /// Ends a lease or a request: the sender posts no further write of this request. The receiver
+    /// answers with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
     /// Announces writes into these slots, or repeats the announcement while the writes are in
     /// flight. Because of this message the receiver's NIXL makes progress; the message has no other
@@ -368,7 +368,7 @@ pub struct Written {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks, by position in the request's keys.
+    /// Chunks, each as its position in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
@@ -396,7 +396,7 @@ pub struct More {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks, by position in the request's keys.
+    /// Chunks, each as its position in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
@@ -409,7 +409,7 @@ pub struct Ack {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks that the receiver has recorded as written because of this and earlier messages.
+    /// Chunks of the `Written` message that this message acknowledges.
     pub chunks: Vec<u32>,
 }
 

@@ -153,7 +153,7 @@ impl Question {
 /// Number of ended requests that the receiver remembers. A busy instance ends so many requests in a
 /// few seconds.
 const REMEMBERED: usize = 4096;
-/// Time after a request's end during which the receiver answers the first message of a late side
-/// with the request's end. If the message comes after this time, the side gets no such answer and
-/// waits until its own timeout.
+/// For this time after the end of a request, the receiver answers the first message of a late side
+/// with the reason of the end. If the message comes after this time, the side gets no such answer
+/// and waits until its own timeout.
 const LATE: Duration = Duration::from_secs(30);

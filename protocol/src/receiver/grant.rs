@@ -169,7 +169,7 @@ impl Receiver {
 
     /// Returns the number of slots that one host may have for requests that are not parked. The
     /// quota is smaller than the buffer: any process that reaches the port can ask for slots under
-    /// any name, and leave them quarantined for ever.
+    /// any name, and leave these slots quarantined for ever.
     pub(super) fn host_quota(&self, host: &str) -> usize {
         let total = self.slots.total();
         let kept = if host.is_empty() { 0 } else { total / KEPT };
@@ -254,8 +254,8 @@ impl Receiver {
     /// Gives free slots to a new lease and answers the sender. The lease gets its other slots
     /// later.
     fn answer_windowed(&mut self, id: &RequestId, lease_id: LeaseId) {
-        // If other leases already wait for slots, they come first, and the new lease gets no slot
-        // yet.
+        // If other leases already wait for slots, these leases come first, and the new lease gets
+        // no slot yet.
         let others_wait = self.waiting.iter().any(|w| {
             let lease = self.requests.get(w).and_then(|r| r.lease());
             lease.is_some_and(|l| l.waiting().next().is_some())
@@ -412,8 +412,8 @@ enum Admission {
 /// others. This reserve is enough for parked requests to make progress. A buffer of fewer than 16
 /// slots has no reserve.
 const KEPT: u32 = 16;
-/// Time for which a parked request still waits after an alloc request with other keys. If its own
-/// sender's alloc request does not come within this time, it probably never comes.
+/// Time for which a parked request still waits after an alloc request with other keys. If the alloc
+/// request of its own sender does not come within this time, it probably never comes.
 const MISMATCH: Duration = Duration::from_secs(1);
 /// Minimum duration of a lease, even if its sender asks for less. Without a minimum, a lease could
 /// end at once, and its open slots would be quarantined.

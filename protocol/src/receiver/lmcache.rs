@@ -138,8 +138,8 @@ impl Receiver {
         self.decline(route, &sender, &request, refusal);
     }
 
-    /// Ends a request that an asynchronous sender cancels. Writes of the request may still be in
-    /// flight, so the receiver checks the canaries of its slots before it frees them.
+    /// Ends a request that an asynchronous sender cancels. Writes of the request may still be in flight, so the
+    /// receiver checks the canaries of the request's slots before it frees these slots.
     pub(super) fn on_return(&mut self, route: Route, cancel: &CancelNotif) {
         let (now, (sender, _)) = (self.now, self.lmcache.name(route));
         let req = RequestId(cancel.req_id.clone());
@@ -235,7 +235,7 @@ impl Receiver {
         let Some(loan) = self.lmcache.loans.get_mut(&number) else {
             return number;
         };
-        // Each batch shows that the sender is alive, so the deadline starts again.
+        // Each batch shows that the sender is alive, so the loan gets a new deadline.
         loan.deadline = now + term;
         (loan.look, loan.pause) = (now + FIRST_LOOK, FIRST_LOOK);
         let mut slots = Vec::with_capacity(ask.request.keys.len());

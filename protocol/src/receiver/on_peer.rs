@@ -156,7 +156,8 @@ impl Receiver {
             connection += usize::from(from.0 == route);
             all += usize::from(*from.1 == *host);
         }
-        // One connection may have half of the table, and one host three quarters.
+        // One connection may have half of the table, and one host may have three quarters of the
+        // table.
         connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
     }
 

@@ -55,7 +55,7 @@ pub(super) enum Blocked {
 }
 
 impl Receiver {
-    /// Frees the oldest KV for which no decode request seems to come. Returns true if there was
+    /// Frees the oldest KV that probably no decode request will read. Returns true if there was
     /// such KV.
     pub(super) fn reclaim(&mut self, blocked: &Blocked) -> bool {
         let now = self.now;

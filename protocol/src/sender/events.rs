@@ -36,8 +36,8 @@ pub struct Config {
     pub link: Duration,
     /// Maximum time without progress of a request. The sender then ends the request.
     pub stall: Duration,
-    /// True if the sender must refuse every request with `push_off`. Tests use this to check that
-    /// they fail if no KV is moved.
+    /// True if the sender must refuse every request with `push_off`. Tests use this flag to check
+    /// that they fail if no KV is moved.
     pub push_off: bool,
 }
 

@@ -11,10 +11,10 @@
 //!                       └─Staged, event─▶ Gathering ─fired─▲  └──known already──▶ Skipped
 //! ```
 //!
-//! * A chunk is not complete before the GPU has finished its gather. Otherwise, if the engine died
-//!   before the event fired, the receiver would show a key whose KV is never written.
-//! * Answers have no number, so each connection has at most one alloc request in flight. A late
-//!   answer belongs to this alloc request, even if its request was cancelled in the meantime.
+//! * A chunk is not complete before the GPU has finished the gather. Otherwise, if the engine died before the event
+//!   fired, the receiver would show a key whose KV is never written.
+//! * Answers have no number, so each connection has at most one alloc request in flight. A late answer belongs to this
+//!   alloc request, even if the request was cancelled in the meantime.
 //! * The asynchronous receiver (its socket is a ROUTER) frees keys on `CancelNotif`. The
 //!   synchronous receiver (its socket is a REP) would stop answering after this message, so the
 //!   sender never sends the message to it. The sender never gives back keys of writes with an

@@ -205,8 +205,8 @@ impl Sender {
     pub(super) fn bury(&mut self, lease: LeaseId, dirty: Vec<u32>) {
         self.graves.push_back((lease, dirty));
         if self.graves.len() > GRAVES {
-            // If the sender forgot a lease with dirty slots, its next answer would free slots in
-            // which a write may still arrive.
+            // If the sender forgot a lease with dirty slots, the sender's next answer would free
+            // slots in which a write may still arrive.
             let clean = self.graves.iter().position(|(_, dirty)| dirty.is_empty());
             self.graves.remove(clean.unwrap_or(0));
         }

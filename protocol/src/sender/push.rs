@@ -110,7 +110,8 @@ impl Sender {
             after,
             layers,
         });
-        // The write cannot end before its event, so the sender tells the receiver about it at once.
+        // The write cannot end before its event, so the sender tells the receiver about the write
+        // at once.
         if waits {
             self.on_lasting(transfer);
         }

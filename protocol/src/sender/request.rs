@@ -31,7 +31,7 @@ pub(super) struct Request {
     pub(super) in_flight: u32,
     /// Time at which the sender last posted a write while no other write was in flight.
     pub(super) push_since: Time,
-    /// Time of the last end of a write that had waited for an event.
+    /// Time at which the last write that had waited for an event has ended.
     pub(super) push_until: Time,
     pub(super) record: Record,
 }
@@ -91,7 +91,7 @@ pub(super) struct Lease {
     pub(super) have_tokens: u32,
     /// Time of the last message to the receiver under this lease.
     pub(super) spoke: Time,
-    /// Receiver slots of writes with an unknown end.
+    /// Slots at the receiver in which a write with an unknown end may still arrive.
     pub(super) dirty: Vec<u32>,
 }
 

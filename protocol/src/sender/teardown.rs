@@ -340,7 +340,7 @@ impl Told {
     ) -> bool {
         self.sent = now;
         match links.get(to) {
-            // A handshake is in flight. The timeout `link` limits its time.
+            // A handshake is in flight. The timeout `link` limits the handshake's time.
             Some(Link::Making(_)) => false,
             Some(Link::Up { .. } | Link::Lmcache(_)) => {
                 self.tries += 1;

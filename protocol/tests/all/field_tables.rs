@@ -1,5 +1,5 @@
 //! Checks that the tables of messages and fields in PROTOCOL.md agree with the documentation of the
-//! Rust types. `UPDATE=1 cargo test -p pd-protocol --test all field_tables` writes them.
+//! Rust types. `UPDATE=1 cargo test -p pd-protocol --test all field_tables` writes these tables.
 //!
 //! The sources are read line by line, which is enough for code that rustfmt has formatted.
 

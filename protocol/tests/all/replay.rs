@@ -1,9 +1,9 @@
 //! Replays a run between two real engines, recorded with `sidecar --trace`: the state machines must
 //! return the same actions.
 //!
-//! The recordings are in `fixtures/traces`; `tests/record_traces.py` at the top makes them. This
-//! test fails if a change of a state machine changes its actions on real input. If the change is
-//! intended, record the traces again.
+//! The recordings are in `fixtures/traces`; `tests/record_traces.py` in the root folder of the
+//! repository makes them. This test fails if a change of a state machine changes its actions on
+//! real input. If the change is intended, record the traces again.
 
 use std::fs;
 use std::path::Path;

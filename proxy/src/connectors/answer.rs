@@ -93,7 +93,7 @@ struct Params {
     #[serde(default)]
     do_remote_prefill: bool,
     first_tok: Option<i64>,
-    /// Number of cached tokens of the prompt, which vLLM adds for the decode leg.
+    /// Number of cached tokens of the prompt. vLLM adds this number for the decode leg.
     remote_prefill_cached_tokens: Option<u64>,
 }
 

@@ -92,8 +92,8 @@ impl First {
             self.drop_comments();
             let Some(length) = end_of_event(&self.held, self.searched) else {
                 self.searched = self.held.len();
-                // An event of this size is not a short error. It is passed on before its end, so that
-                // memory stays bounded.
+                // An error is shorter than `MAX_FIRST_BYTES`. A longer event is passed on before its
+                // end, so that memory stays bounded.
                 let is_long = self.held.len() > MAX_FIRST_BYTES;
                 return is_long.then(|| std::mem::take(&mut self.held));
             };

@@ -334,7 +334,7 @@ const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Time without data before the first keep-alive probe, and between probes. If the host does not answer,
-/// the connection ends after four times this time.
+/// the connection ends after 40 s.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
 

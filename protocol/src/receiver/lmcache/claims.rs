@@ -341,7 +341,7 @@ impl super::Lmcache {
         })
     }
 
-    /// Claims one unclaimed slot for each key that has such a slot, and returns the slots in the
+    /// For each key with an unclaimed slot, claims one such slot. Returns the claimed slots in the
     /// order of the keys.
     fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
         let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();

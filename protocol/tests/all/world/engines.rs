@@ -250,7 +250,7 @@ impl World {
         self.after(took, Happening::Prefill(Step::Compute(name, engine)));
     }
 
-    /// Ends a step of the engine and begins the next.
+    /// Ends a step of the engine and begins the next step.
     fn compute(&mut self, name: &str) {
         let engine = self.prefill.id;
         let Some(request) = self.prefill.live.get_mut(name) else {

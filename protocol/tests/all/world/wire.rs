@@ -230,8 +230,8 @@ impl World {
         }
     }
 
-    /// Ends all writes of a dead sender. They may still land, but no process gets a report of their
-    /// end.
+    /// Ends all writes of a dead sender. The writes may still land, but no process gets a report of
+    /// their end.
     pub(crate) fn sender_dies(&mut self) {
         self.wire.posted.clear();
         self.wire.refused.clear();
