@@ -5,8 +5,8 @@
 //! present library.
 //!
 //! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process that
-//! reaches the ports can connect. A send never waits: if a peer does not read, its own messages are lost, but messages
-//! to other peers are not delayed. The sockets run on the caller's runtime.
+//! reaches the ports can connect. A send never waits: if a peer does not read, messages to this peer are lost, but
+//! messages to other peers are not delayed. The sockets run on the caller's runtime.
 //!
 //! A [`Route`] is one *connection*, not one identity. A peer that reconnects under the same identity gets another
 //! route. So an answer never reaches another process that uses the identity later.

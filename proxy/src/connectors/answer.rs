@@ -102,7 +102,7 @@ struct Params {
 struct Completion<'a> {
     #[serde(borrow, default)]
     choices: Vec<Choice<'a>>,
-    /// Token ids of the prompt in a chat; a completion has them in its choice.
+    /// Token ids of the prompt in a chat; in a completion, the choice contains them.
     #[serde(borrow, default)]
     prompt_token_ids: Option<&'a RawValue>,
 }

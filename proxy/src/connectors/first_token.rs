@@ -26,7 +26,8 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     };
     let needs_whole = |name: &str| match kind(name) {
         Some(Kind::Tokenized | Kind::Asker | Kind::Sampling | Kind::Frame) => false,
-        // Without tools, `tool_choice` has no effect; with tools, the field `tools` already counts.
+        // Without tools, `tool_choice` has no effect; with tools, the field `tools` already prevents
+        // the hand-over.
         Some(Kind::Prompt) if name == "tool_choice" => false,
         Some(Kind::Prompt | Kind::Answer) => is_set(name),
         None => true,

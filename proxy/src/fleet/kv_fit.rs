@@ -5,8 +5,7 @@ use protocol::{Layout, VERSION};
 use serde::{Deserialize, Serialize};
 
 /// The description that a sidecar gives of itself and of its engine's KV. All properties except the release
-/// decide whether two instances can be a pair. A property that an instance does not give never prevents a
-/// pair.
+/// decide whether two instances can be a pair. A property that is not given cannot prevent a pair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kv {
     /// Version of the protocol; 0 if not given.

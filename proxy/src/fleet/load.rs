@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// One instance's load and failures. The counters survive the instance's heartbeats.
+/// One instance's load and failures. A heartbeat of the instance does not reset the counters.
 #[derive(Debug)]
 pub struct Load {
     /// Tokens of the legs in flight: prompts, and for decode legs also the tokens that may be generated.
@@ -94,7 +94,7 @@ impl Default for Load {
 }
 
 impl Load {
-    /// Adds a leg with this many tokens until the guard is dropped.
+    /// Adds a leg with this number of tokens to the load, until the guard is dropped.
     pub fn charge(self: &Arc<Self>, tokens: u64) -> LoadGuard {
         self.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.legs.fetch_add(1, Ordering::Relaxed);

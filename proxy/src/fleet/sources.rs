@@ -12,7 +12,7 @@ use crate::fleet::instance::{Instance, Named, Source, Unusable};
 
 mod lmcache;
 
-/// Instances that do not register. All the ways to name them can be mixed.
+/// Instances that do not register. All ways to name these instances can be combined.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Sources {
     /// Prefill instances that do not register, separated by commas.

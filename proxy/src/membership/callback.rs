@@ -1,5 +1,5 @@
-//! The call-back checks that a sidecar answers at its admin address, that this sidecar has registered, and
-//! that the sidecar and its engine are ready.
+//! The call-back checks that a sidecar answers at its admin address, that the sidecar has the registered id
+//! and epoch, and that the sidecar and its engine are ready.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -56,7 +56,7 @@ codes! {
     InvalidInstance = "invalid_instance", BAD_REQUEST;
     /// The body is not a JSON object.
     InvalidJson = "invalid_json", BAD_REQUEST;
-    /// The body carries transfer parameters of its own.
+    /// The body contains transfer parameters, which only the proxy may set.
     TransferParams = "kv_transfer_params_not_allowed", BAD_REQUEST;
     /// The body is not declared as JSON. vLLM answers 400 here, not 415.
     UnsupportedMediaType = "unsupported_media_type", BAD_REQUEST;
@@ -107,7 +107,7 @@ impl Code {
         }
     }
 
-    /// Returns true if a repeat of the same request may succeed.
+    /// Returns true if a repetition of the same request may succeed.
     fn is_retryable(self) -> bool {
         self.status() == StatusCode::TOO_MANY_REQUESTS || self.status().is_server_error()
     }

@@ -26,8 +26,8 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
-/// Returns the headers, without the headers that concern only one connection or the framing of the body
-/// on it.
+/// Returns the headers, without the headers that concern only one connection or the framing of the
+/// body.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut kept = headers.clone();
     let named: Vec<HeaderName> = headers
@@ -54,7 +54,7 @@ pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
 /// Content type of every leg, independent of the client's content type.
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// Headers that concern only one connection or the framing of the body on it.
+/// Headers that concern only one connection or the framing of the body.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,

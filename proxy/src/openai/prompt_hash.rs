@@ -74,8 +74,8 @@ pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     named.map(xxh3_64)
 }
 
-/// Size of a block in bytes: so small that even a short question ends in another block than the text
-/// before it.
+/// Size of a block in bytes. It is so small that the end of a short question lies in another block than
+/// the end of the text before the question.
 pub(crate) const BLOCK_BYTES: usize = 64;
 
 /// Maximum number of blocks that are hashed: 4 MiB of text, about a million tokens.

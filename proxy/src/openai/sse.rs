@@ -125,8 +125,8 @@ impl First {
 }
 
 /// Returns the length of the first event, including the blank line; `None` if the event is not
-/// complete. The first `searched` bytes are known to contain no end. Lines end with LF, as vLLM's do,
-/// or with CR LF.
+/// complete. The first `searched` bytes are known to contain no end. Lines end with LF (vLLM) or with
+/// CR LF.
 pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
     let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');

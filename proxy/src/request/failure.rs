@@ -11,7 +11,7 @@ use crate::upstream::client::{Answer, LegError};
 /// An error for the client, from an engine or from the proxy.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The error answer of an engine, which is passed on.
+    /// The error answer of an engine, which the client gets unchanged.
     Pass(Box<Answer>),
     /// An error of the proxy.
     Error(ApiError),

@@ -7,7 +7,7 @@ use crate::request::context::RequestContext;
 use crate::routing::refusals::Refused;
 
 impl Drive {
-    /// Notes the reason why the prefill leg's KV is not handed over, which made the leg useless.
+    /// Notes the reason why the prefill leg's KV is not handed over. The leg was useless.
     pub(super) fn refused(&self, context: &RequestContext, reason: &str) {
         let Ok(prefill) = &self.pair.prefill else {
             return;

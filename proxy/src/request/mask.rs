@@ -1,6 +1,6 @@
 //! Hides a transfer in an answer: the client gets the same fields as from a single engine.
 //!
-//! To the decode engine, all tokens whose KV was moved count as cached. The client gets the number of tokens
+//! The decode engine counts all tokens whose KV was moved as cached. The client gets the number of tokens
 //! that the prefill engine had cached, because the other tokens were computed for this request. The client
 //! does not get `kv_transfer_params`, which a connector addresses to its proxy.
 
@@ -82,8 +82,8 @@ impl Masked {
 }
 
 /// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if this answer does not
-/// contain the number, or has not come yet. It comes so late if the decode leg generates only one token,
-/// because both engines then answer at nearly the same time.
+/// contain the number, or has not come yet. This answer comes so late if the decode leg generates only one
+/// token, because both engines then answer at nearly the same time.
 fn cached(progress: &Progress) -> Option<u64> {
     progress.prefill_end()?.cached_tokens
 }

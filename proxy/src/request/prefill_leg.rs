@@ -198,7 +198,7 @@ impl Drive {
                 .is_none_or(|progress| progress.begun_at().is_none())
         {
             // The decode leg was sent together with the prefill leg, so its engine waits for KV, and no
-            // sender will report that none comes. Send the decode leg again, without a transfer; this does
+            // sender will report that no KV comes. Send the decode leg again, without a transfer; this does
             // not count as an attempt.
             self.decode_attempts = self.decode_attempts.saturating_sub(1);
             return Step::Event(Event::PrefillLost(why));

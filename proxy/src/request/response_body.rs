@@ -41,7 +41,7 @@ pub(crate) struct Silence {
 struct ResponseBody {
     held: Option<Bytes>,
     rest: Option<LinkBody>,
-    /// Chunks that have come, and that the next write passes on together.
+    /// Chunks that have come. The next write passes them on together.
     gathered: BytesMut,
     context: RequestContext,
     idle: Pin<Box<Sleep>>,

@@ -27,7 +27,7 @@ pub(crate) enum RequestState {
     Prefilling,
     /// The decode leg is sent, and its answer has not begun.
     Decoding {
-        /// `Ok` if the decode leg waits for KV, otherwise the reason why it does not.
+        /// `Ok` if the decode leg waits for KV, otherwise the reason why it does not wait.
         transfer: Result<(), Fallback>,
         /// The number of decode legs sent so far, from 1.
         attempt: u32,

@@ -40,8 +40,8 @@ pub(crate) struct RouteRequest<'a> {
     pub session: Option<u64>,
     /// Estimated length of the prompt in tokens.
     pub prompt_tokens: u64,
-    /// Ids of instances, each with the number of the prompt's tokens that it holds. An absent instance
-    /// holds none.
+    /// Ids of instances, each with the number of the prompt's tokens that the instance holds. An absent
+    /// instance holds none.
     pub held: &'a [(String, u64)],
     /// Id of the decode instance that answered the previous turn of the conversation; `None` for a first
     /// turn.
@@ -57,7 +57,7 @@ pub(crate) struct RouteRequest<'a> {
 pub(crate) struct SideChoice {
     /// The policy by which the instance is chosen.
     pub policy: Policy,
-    /// Number of requests so far. It decides which of several equal instances is next.
+    /// Number of requests so far. This number decides which of several equal instances is next.
     pub turn: usize,
 }
 

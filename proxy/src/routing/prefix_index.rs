@@ -51,7 +51,7 @@ pub(crate) struct Shown {
 /// The result of looking up a request's prompt, which routing uses.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PrefixMatch {
-    /// Ids of instances, each with the number of the prompt's tokens that it holds.
+    /// Ids of instances, each with the number of the prompt's tokens that the instance holds.
     pub held: Vec<(String, u64)>,
     /// Key and state of the conversation; `None` for a first turn.
     pub conversation: Option<(u64, Conversation)>,

@@ -52,7 +52,7 @@ impl std::fmt::Debug for Port {
 /// Limits on the client connections.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// The number of connections at once, without the reserve.
+    /// Maximum number of connections at the same time, without the reserve.
     pub connections: usize,
     /// Longest wait for the TLS handshake, for a request's head, and for a client that does not read its
     /// answer.

@@ -32,9 +32,9 @@ struct Table {
 
 #[derive(Debug)]
 struct Taken {
-    /// The number of requests in flight, 0 or 1. A request is under way until its answer has ended.
+    /// The number of requests in flight, 0 or 1. A request is in flight until its answer has ended.
     busy: usize,
-    /// The start of the idle time; has no meaning unless `busy` is 0.
+    /// The start of the idle time; valid only while `busy` is 0.
     since: Instant,
     leave: CancellationToken,
 }

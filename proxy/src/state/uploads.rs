@@ -34,7 +34,7 @@ struct Open {
     bytes: usize,
     /// Start of the current interval of measurement, and the number of bytes that had come before it.
     since: (Instant, usize),
-    /// Bytes that came in the last complete interval of measurement.
+    /// Number of bytes that came in the last complete interval of measurement.
     pace: usize,
     /// Time at which the last bytes came.
     last: Instant,

@@ -329,8 +329,8 @@ const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 /// adapters can be longer.
 const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 
-/// Maximum number of bytes that the proxy holds back of an answer that is not streamed. If the engine
-/// dies before the proxy forwards them, another engine can take over, or the client gets an error.
+/// Maximum number of bytes that the proxy holds back if an answer is not streamed. If the engine dies
+/// before the proxy forwards them, another engine can take over, or the client gets an error.
 const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Time without data before the first keep-alive probe, and between probes. If the host does not answer,

@@ -18,7 +18,8 @@ use tracing::warn;
 /// Certificates and keys.
 #[derive(Clone, Debug, Default, Args)]
 pub struct TlsFiles {
-    /// Certificate chain (PEM) that the proxy shows to clients. With it the HTTP port speaks only TLS.
+    /// Certificate chain (PEM) that the proxy shows to clients. With this flag the HTTP port speaks only
+    /// TLS.
     #[arg(
         long,
         env = "PD_PROXY_TLS_CERT",

@@ -155,7 +155,8 @@ async fn short_prompts_need_no_prefill_instance() {
     assert_eq!(rig.client.post(CHAT, &chat(&["hello"])).await.status, 200);
     assert_eq!(pair.p.seen().len(), 0);
     assert_eq!(rig.record().await["alone"], "cheaper");
-    // If the decode instance is busy and the prompt is not cached, a transfer pays off for a long prompt.
+    // If the decode instance is busy and the prompt is not cached, a transfer saves time for a long
+    // prompt.
     pair.d.on_decode(Reply::Silence);
     let running: Vec<_> = (0..8)
         .map(|_| {

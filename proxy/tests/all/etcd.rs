@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::support::sidecar::{Role, Sidecar};
 use crate::support::{Rig, free_port};
 
-/// An etcd with its own data, which ends with the test.
+/// An etcd with its own data. It ends with the test.
 struct Etcd {
     binary: String,
     folder: tempfile::TempDir,

@@ -214,7 +214,7 @@ async fn a_queue_that_moves_is_waited_for() {
     let waits = tokio::spawn(async move { client.post(COMPLETIONS, &streamed()).await });
     two.rig.journal.until("d1 alone").await;
     let begun = std::time::Instant::now();
-    // Wait for longer than the stall timeout of 1.5 s. The timeout is that long because a busy machine may
+    // Wait for longer than the stall timeout of 1.5 s. The timeout is so long because a busy machine may
     // stop this test for a second.
     while begun.elapsed() < Duration::from_millis(2500) {
         busy.chunk().await.unwrap().unwrap();

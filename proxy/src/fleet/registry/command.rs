@@ -11,9 +11,9 @@ pub(crate) enum Command {
     Name(Box<Instance>, oneshot::Sender<Result<(), String>>),
     /// Replace the instances of other proxies by this complete list.
     Share(Vec<Instance>),
-    /// Remove this instance. The answer is true if it was registered.
+    /// Remove this instance. The answer is true if the instance was registered.
     Remove(String, oneshot::Sender<bool>),
-    /// Drain this instance (true), or give it requests again (false). The answer is true if it is
-    /// registered.
+    /// Drain this instance (true), or give it requests again (false). The answer is true if the
+    /// instance is registered.
     Drain(String, bool, oneshot::Sender<bool>),
 }

@@ -145,7 +145,7 @@ fn keys_of_one_prompt_condemn_no_pair() {
 }
 
 /// KV of an adapter whose weights differ on the two sides is never handed over. KV of the base model and
-/// of its other adapters still is.
+/// of its other adapters is still handed over.
 #[test]
 fn keys_of_one_adapter_condemn_no_other_model() {
     let mut world = World::new();
