@@ -164,8 +164,9 @@ pub enum ToReceiver {
     /// answers with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
     /// Announces writes into these slots, or repeats the announcement while the writes are in
-    /// flight. Because of this message the receiver's NIXL makes progress; the message has no other
-    /// effect. The sender sends no `Writing` for writes that do not need the receiver's progress.
+    /// flight. Because of this message the receiver's NIXL makes progress. Like every message under
+    /// a lease, the message also extends the lease. The sender sends no `Writing` for writes that
+    /// do not need the receiver's progress.
     Writing(Slots),
     /// Reports all chunks that the transport has flushed and that the receiver has not acknowledged
     /// yet. The receiver answers with [`ToSender::Ack`].

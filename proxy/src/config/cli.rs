@@ -309,7 +309,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Upper limit of each duration: a longer deadline would in effect never pass.
+/// Upper limit of each duration: a longer deadline would have no practical effect.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// Upper limit of each count: far above every useful value, and small enough for a semaphore on every
