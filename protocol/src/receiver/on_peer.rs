@@ -254,9 +254,10 @@ impl Receiver {
         self.send(route, ToSender::Ack(ack));
     }
 
-    /// Returns the chunks of a `Written` message whose checksums must be compared: each open chunk
-    /// with its granted slot, once, even if the message repeats the chunk. So the receiver computes
-    /// at most one checksum per granted slot, and a peer cannot cause unlimited work.
+    /// Returns the chunks of a `Written` message whose checksums must be compared. These are the
+    /// open chunks that the message names with their granted slots. Each chunk is returned once,
+    /// even if the message repeats the chunk. So the receiver computes at most one checksum per
+    /// granted slot, and a peer cannot cause unlimited work.
     pub fn unchecked(&self, written: &Written) -> Vec<Unchecked> {
         let id = self
             .leases

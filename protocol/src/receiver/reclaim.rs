@@ -154,8 +154,8 @@ impl Receiver {
 /// Minimum time for which unread KV is kept. It is long enough for a decode request that the proxy
 /// sends at once.
 const GRACE: Duration = Duration::from_millis(500);
-/// If this number of a sender's leases or loans in a row expire unread, the receiver no longer
-/// keeps the sender's KV.
+/// Number of leases or loans of a sender that may expire unread in a row. After them, the receiver
+/// no longer keeps the sender's KV.
 const UNREAD: u32 = 4;
 /// Maximum number of senders that the receiver remembers.
 const MAX_READERS: usize = 1024;

@@ -103,7 +103,7 @@ impl Instance {
         })
     }
 
-    /// Checks an instance that flags, a file or `POST /instances` name.
+    /// Checks an instance that comes from flags, a file or `POST /instances`.
     ///
     /// # Errors
     /// A field cannot be used. The error names the first such field.

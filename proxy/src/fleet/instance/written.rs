@@ -53,7 +53,7 @@ impl Written {
         }
     }
 
-    /// Checks the description as a registration is checked, and returns the instance.
+    /// Checks the description in the same way as a registration, and returns the instance.
     ///
     /// # Errors
     /// A field cannot be used. The error names the first such field.
