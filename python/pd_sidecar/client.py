@@ -8,9 +8,10 @@
                 client.slot(slot)[: len(data[chunk])] = data[chunk]
             client.staged("req-1", message.chunks)
 
-A second thread notices the end of the connection and connects again, with growing pauses. It never handles messages.
-The end of a connection also ends everything in flight over it: `poll` returns `Lost`, and later `Connected` for a new
-connection with another epoch and another buffer. Only one thread may send and poll messages.
+A second thread watches the connection. When the connection has ended, the thread connects again, with growing pauses;
+it never handles messages. Transfers that were in flight end with their connection: `poll` returns `Lost`, and later
+`Connected` for a new connection, which has another epoch and another buffer. Only one thread may send and poll
+messages.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SETTLE_S = 0.5
 def default_socket(role: str) -> str:
     """Returns the default socket of a sidecar with this role (`sender`, `receiver` or `both`).
 
-    `PD_SIDECAR_SOCKET` comes first. Otherwise the path follows from `XDG_RUNTIME_DIR` or the user's id, by the same
+    `PD_SIDECAR_SOCKET` has precedence. Otherwise the path follows from `XDG_RUNTIME_DIR` or the user's id, by the same
     rule as in the sidecar.
     """
     explicit = os.environ.get(SOCKET_VARIABLE)
@@ -111,7 +112,7 @@ class Client:
 
     @classmethod
     def connect(cls, path: str, hello: Hello, timeout_s: float = 10.0) -> Client:
-        """Connects, and waits until the connection is made. Raises `TimeoutError` with the last failure."""
+        """Starts a client and waits until it is connected. Raises `TimeoutError` with the last failure."""
         client = cls(path, hello)
         deadline = time.monotonic() + timeout_s
         while not client._adopt():
@@ -152,7 +153,7 @@ class Client:
         upto: int,
         overlap: bool = False,
     ) -> None:
-        """Prefill: asks for room for a request's chunks at `to`. The answer is `Granted`."""
+        """Prefill: asks for slots for a request's chunks at the receiver `to`. The answer is `Granted`."""
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
     def computing(self, req: str, upto: int) -> None:
@@ -171,14 +172,14 @@ class Client:
     ) -> None:
         """Prefill: tells the sidecar that these chunks are in their slots, or will be when the event fires.
 
-        Each entry of `layers` is a range of layers that is complete earlier than the last layer: the layer before which
-        the range ends, and the range's event. The last range ends with the last layer.
+        Each entry of `layers` is a range of layers: the first layer after the range, and the event that fires when the
+        range is complete. The last range ends with the last layer.
         """
         ranges = [LayersStaged(below, event) for below, event in layers]
         self.send(Staged(req, chunks, gather_us, event, ranges))
 
     def cancel(self, req: str) -> None:
-        """Prefill: tells the sidecar that the request ends here. The engine no longer writes into its slots."""
+        """Prefill: tells the sidecar that the request has ended and that the engine no longer writes into its slots."""
         self.send(Cancel(req))
 
     def await_(
@@ -193,7 +194,7 @@ class Client:
     ) -> None:
         """Decode: waits for chunks. The answer is `Ready`, in parts, or `Ended`.
 
-        `written`: the proxy has received the `ProxyNotif` of an LMCache sender for this request.
+        `written` is true if the proxy has received the `ProxyNotif` of an LMCache sender for this request.
         """
         self.send(Await(req, keys, tokens, have_tokens, deadline_ms, written))
 
@@ -202,7 +203,7 @@ class Client:
         self.send(Release(req, chunks, scatter_us))
 
     def abort(self, req: str) -> None:
-        """Decode: tells the sidecar that the request is no longer wanted."""
+        """Decode: tells the sidecar that the engine no longer wants the request."""
         self.send(Abort(req))
 
     def send(self, message: ToSidecar) -> None:
@@ -242,11 +243,12 @@ class Client:
         return self.poll()
 
     def settle(self) -> None:
-        """Waits for the end of the current attempt to connect, for at most `SETTLE_S`, and only once per attempt.
+        """Waits until the current attempt to connect has ended, for at most `SETTLE_S`. If this time was too
+        short, later calls do not wait again for the same attempt.
 
         A sidecar is ready as soon as it has answered the greeting, and the proxy sends requests from then on. The
-        thread that connects may receive the answer a moment later. Without this wait, the KV of requests in between
-        would not be moved.
+        thread that connects may receive the answer a moment later. Without this wait, requests that arrive in between
+        would be computed without a transfer.
         """
         attempt = self._reconnector.attempts
         if self.connected or attempt == self._waited_for:
@@ -255,7 +257,7 @@ class Client:
             self._waited_for = attempt
 
     def give_up(self, why: str) -> None:
-        """Ends the connection, and opens another one, which only tells the sidecar why this engine moves no KV.
+        """Ends the connection, and opens a new connection that only tells the sidecar why this engine moves no KV.
 
         The sidecar then stays ready, and the proxy continues to use this engine.
         """

@@ -95,7 +95,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
                 self._options.hash_algorithm,
             )
             self._scheduler = self._make_scheduler()
-            # One sidecar serves all workers. The scheduler exists once, so it starts the sidecar.
+            # One sidecar serves all workers. The scheduler starts the sidecar, because there is only one scheduler.
             self._child = self._spawn() if self._options.sidecar else None
 
     # vLLM calls the class methods in several processes, among them the API server.
@@ -137,7 +137,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Handles the requests that the workers report in this output, and the requests that were done after it."""
+        """Handles the requests that the workers report as done in this output, and the requests that are done since
+        then.
+        """
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
@@ -169,15 +171,17 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._of_scheduler.has_work
 
     # The worker's half, in the order of the calls of a step. Before the forward, `bind_connector_metadata` is the only
-    # method that all versions and model runners of vLLM call: some call `start_load_kv` only after the forward.
+    # method that all versions and model runners of vLLM call. Some versions call `start_load_kv` only after the
+    # forward.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
 
     def get_handshake_metadata(self) -> DisabledNotice | None:
-        """Returns the notice for the scheduler's half that this worker cannot move its KV; `None` if it can."""
-        # MultiConnector passes a notice to all its children, and the other connectors refuse it because of its type.
-        # Under a MultiConnector the scheduler's half therefore learns only in the first step that no KV is moved.
+        """Returns a notice for the scheduler's half if this worker cannot move its KV; otherwise `None`."""
+        # MultiConnector passes a notice to all its children, and the other connectors refuse a notice of this type. So
+        # under a MultiConnector this method returns `None`, and the scheduler's half learns only from the first step's
+        # output that no KV is moved.
         is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
         return DisabledNotice() if isinstance(self._worker, DisabledWorker) and is_alone else None
 
@@ -190,7 +194,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         """Does nothing: `bind_connector_metadata` has already asked the sidecar for the requests' KV."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Does nothing: vLLM schedules a request only after its load."""
+        """Does nothing: vLLM schedules a request only after the request's KV has been loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Records that the forward has launched this layer. Full CUDA graphs do not call this method; all layers are
@@ -315,13 +319,13 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if len(self._groups) != 1:
             raise LayoutError(f"the model has {len(self._groups)} KV cache groups, and the connector moves only one")
         spec = self._groups[0].kv_cache_spec
-        # If layers of one type differ in size, each layer has a spec. Take any of them: `geometry` compares the tensors
-        # later.
+        # If layers of one type differ in size, each layer has its own spec. Take any of these specs: `geometry`
+        # compares the tensors of all layers later.
         spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # The tensor's shape does not show this: it can equal the shape of pages with that many heads.
+            # The tensor's shape does not show these places: pages with as many heads as places have the same shape.
             raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
         return Hint(
             num_blocks=self._num_blocks,
@@ -352,7 +356,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
 
 def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPartition:
-    """Returns the partition of KV between the two sides. Raises `ConfigError`."""
+    """Returns the partition of this engine's KV into ranks. Raises `ConfigError`."""
     workers = vllm_config.parallel_config.tensor_parallel_size
     if ranks in (0, workers):
         # The number of heads does not matter: each worker sends or receives all the KV that it has.
@@ -377,7 +381,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
             raise config.ConfigError([text])
 
 
-# vLLM's MultiConnector finds the owner of statistics only by name. If this module is imported twice, the second
-# registration would raise an error.
+# vLLM's MultiConnector finds the connector class for some statistics by its registered name. If this module is imported
+# twice, the second registration would raise an error.
 with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

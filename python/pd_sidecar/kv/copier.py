@@ -71,12 +71,14 @@ class Copier(Protocol):
         last: bool = False,
     ) -> Fence:
         """Copies pages to slots. Then records the event `signal`, for which the sidecar waits. `last` is true if the
-        engine has launched no work after the marks.
+        engine has launched no work after the marks in `after`.
         """
         ...
 
     def layered_copy(self, pieces: Sequence[Piece]) -> LayeredCopy | None:
-        """Starts a copy of pages to slots by ranges of layers. Returns `None` on a device where this gains nothing."""
+        """Starts a copy of pages to slots by ranges of layers. Returns `None` on a device where such a copy saves no
+        time.
+        """
         ...
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:

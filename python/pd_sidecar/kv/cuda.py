@@ -1,4 +1,4 @@
-"""Opens a sidecar's GPU memory in the engine's process: CUDA's driver through ctypes.
+"""Opens a sidecar's GPU memory in the engine's process. Calls CUDA's driver through ctypes.
 
 Torch runs in the same process, and uses the primary context of each device. So this module opens memory in the primary
 context only: it makes this context current in the calling thread for the duration of the call. The module itself does

@@ -26,7 +26,7 @@ class Host:
         self.is_asynchronous = False
 
     def enter(self) -> None:
-        """Does nothing: every thread may move."""
+        """Does nothing: every thread may start a move."""
 
     def mark(self) -> Mark:
         """Returns `None`: each call returns only when its work is done."""
@@ -54,6 +54,6 @@ def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
 
 
 SIGNALS = 64
-"""The number of gathers whose end the sidecar can wait for at the same time. The worker announces further gathers when
-they are over.
+"""The number of gathers whose end the sidecar can wait for at the same time. The worker announces any further gather
+only when the gather is over.
 """

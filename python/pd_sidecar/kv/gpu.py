@@ -2,11 +2,11 @@
 
 A gather waits for the mark after the forward that computed its chunks. A scatter waits for the mark after all work that
 was launched before its request got its blocks. Without this wait, an older step could still write to these blocks: an
-engine that schedules ahead may have freed them while the step was in flight.
+engine that schedules ahead may free a step's blocks while the step is in flight.
 
-Both run on a stream of their own, so that they do not wait for an unrelated step on the engine's stream. Two kinds of
-gather run on the engine's stream instead: a gather of the newest work, and a gather by layers. On that stream they need
-no wait for a mark, and no other kernel runs at the same time.
+Gathers and scatters run on a separate stream, so that they do not wait for an unrelated step on the engine's stream.
+Two kinds of gather run on the engine's stream instead: a gather of the newest work, and a gather by layers. On that
+stream a gather needs no wait for a mark, and no other kernel runs at the same time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Gpu:
         self.name: str | None = self._driver.uuid(self._device.index or 0)
         self.is_asynchronous = True
         self._engine: list[torch.cuda.Stream] = []
-        """The engine's stream, once the engine has launched work. The copiers share this list."""
+        """The engine's stream; empty before the first mark. The copiers share this list."""
         with torch.cuda.device(self._device):
-            # A high priority lets a move run before the engine's next kernels: the move is short, and a peer waits for
+            # A high priority lets a move run before the engine's next kernels. The move is short, and a peer waits for
             # it.
             self._stream = torch.cuda.Stream(priority=-1)
             self._signals = [torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)]
@@ -78,7 +78,7 @@ class Gpu:
         return GpuCopier(mover, slots, self._stream, self._engine, self._signals)
 
     def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
-        """Moves one token to a slot and back, so that both kernels are compiled. The pages are still empty."""
+        """Moves one token to a slot and back, so that both kernels are compiled. The pages hold no KV yet."""
         slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
         mover = Mover(pages, pages.token_bytes * chunk_tokens)
         copier = GpuCopier(mover, slots, self._stream, self._engine, self._signals)
@@ -187,7 +187,7 @@ class _LayeredCopy:
 
     @property
     def fence(self) -> _Move:
-        """The last range, which ends after all others."""
+        """The fence of the last range, which ends after all other ranges."""
         last = self._moves[-1]
         last.before = self._moves[:-1]
         return last

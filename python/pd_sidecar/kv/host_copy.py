@@ -1,8 +1,8 @@
 """Moves KV between an engine's pages and the slots of a sidecar's buffer, in host memory.
 
-The code treats pages and slots as rows of equal length. The rows are as long as the pages allow. So one `index_select`
-or `index_copy_` with row numbers makes a move, without loops over tokens, blocks or heads. The slots of a step are
-usually consecutive. Their rows are then one slice of the buffer, and the move needs no intermediate copy.
+The code treats pages and slots as rows of equal length. The rows are as long as the pages allow. So a single
+`index_select` or `index_copy_` with row numbers makes a move, without loops over tokens, blocks or heads. The slots of
+a step are usually consecutive. Then their rows are one slice of the buffer, and the move needs no intermediate copy.
 
 A chunk in its slot has LMCache's format `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
 """
@@ -82,7 +82,7 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def _moves(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Part, Batch, slice | torch.Tensor]]:
-        """Yields the part and the batch of each copy, with the batch's rows in the buffer."""
+        """Yields the copies to make. Each copy is a part, a batch, and the rows of the batch in the buffer."""
         for batch in self._batches(pieces):
             for part in self._parts:
                 if not (part.has_all_layers and batch.form.is_whole):
@@ -106,7 +106,7 @@ class HostCopier:
 
 
 class _Part:
-    """The planes of layers that share a storage and have the same arrangement in it; usually these are all layers."""
+    """Planes (K, V or both) of layers that have the same arrangement in the same storage; usually of all layers."""
 
     def __init__(
         self,
@@ -142,7 +142,8 @@ class _Part:
 
     def rows_of(self, batch: Batch) -> torch.Tensor:
         """Returns a batch's rows in the pages, in a chunk's order: `[piece, plane, layer, token]`."""
-        # Add the rows of whole blocks first. Then keep only the batch's tokens in the first and the last block.
+        # First compute the rows of whole blocks. Then drop the rows of tokens that the batch does not move, in the
+        # first and the last block.
         blocks = (batch.blocks * self._block_rows).view(len(batch.slots), 1, 1, -1, 1, 1)
         rows = (self._block + blocks).flatten(3, 4)
         return rows.narrow(3, batch.form.lead, batch.form.tokens).reshape(-1)
@@ -225,7 +226,7 @@ class Batch:
         return cls(form, [piece.slot for piece in pieces], blocks)
 
     def follow_each_other(self, rows_of_token: int, slot_rows: int) -> bool:
-        """Returns true if the pieces lie end to end in the buffer."""
+        """Returns true if the pieces are contiguous in the buffer."""
         apart = self.slots[-1] - self.slots[0]
         full = self.form.tokens * rows_of_token == slot_rows
         return len(self.slots) == 1 or (full and apart == len(self.slots) - 1)
@@ -237,7 +238,7 @@ class Batch:
 
 
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
-    """Groups the layers, with their numbers, that have the same arrangement in the same storage."""
+    """Groups layers that have the same arrangement in the same storage. Each layer comes with its number."""
     groups: list[list[tuple[int, Pages]]] = []
     for entry in enumerate(layers):
         page = entry[1]
@@ -256,7 +257,7 @@ def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
 
 
 def _planes(page: Pages, slot_bytes: int) -> list[range]:
-    """Returns K and V as one range if their rows have the same length, otherwise as two."""
+    """Returns K and V as one range of planes if their rows have the same length, otherwise as two ranges."""
     each = [range(plane, plane + 1) for plane in range(page.planes)]
     if len({_row_elements([page], plane, slot_bytes) for plane in each}) == 1:
         return [range(page.planes)]
@@ -264,11 +265,13 @@ def _planes(page: Pages, slot_bytes: int) -> list[range]:
 
 
 def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
-    """Returns the largest row length for which each run of a token's elements starts at a multiple of this length."""
+    """Returns the largest row length, in elements, that divides the start and the length of each contiguous run of a
+    token's elements.
+    """
     page = layers[0]
     inside = page.inside[planes.start : planes.stop]
     total = inside.shape[2]
-    # The ends of the runs, in the order of a chunk.
+    # The positions at which a run ends, in the order of a chunk.
     ends = (inside[:, :, 1:] != inside[:, :, :-1] + 1).any(0).any(0).nonzero().view(-1) + 1
     width = math.gcd(total, slot_bytes // page.tensor.element_size(), page.block_stride)
     width = math.gcd(width, *ends.tolist(), *(p.tensor.storage_offset() for p in layers))
@@ -276,7 +279,7 @@ def _row_elements(layers: list[Pages], planes: range, slot_bytes: int) -> int:
 
 
 def _rows(data: torch.Tensor, width: int) -> torch.Tensor:
-    """Returns bytes as rows of `width` bytes, in the widest elements that divide a row."""
+    """Returns the data as rows of `width` bytes. Uses the widest element type that divides a row."""
     element = next(e for e in _ELEMENTS if width % e.itemsize == 0)
     rows = data[: data.numel() // width * width].view(element)
     # Use one dimension if a row is one element: two dimensions are several times slower.
@@ -291,4 +294,4 @@ def _store(rows: torch.Tensor, numbers: torch.Tensor, values: torch.Tensor) -> N
 
 
 _ELEMENTS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
-"""Widest first: copies of 16 bytes reach the memory's speed, copies of single bytes a fifth of it."""
+"""Widest first: a copy of 16-byte elements reaches the memory's speed, a copy of single bytes a fifth of this speed."""

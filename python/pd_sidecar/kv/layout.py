@@ -196,9 +196,10 @@ def chunks_of(tokens: int, chunk_tokens: int) -> int:
 
 
 def chunk_span(index: int, tokens: int, first_token: int, chunk_tokens: int) -> tuple[int, int]:
-    """Returns the tokens `[from, to)` that chunk `index` holds, of a request of `tokens` tokens.
+    """Returns the tokens `[from, to)` that chunk `index` of a request of `tokens` tokens holds.
 
-    The decode side already has the first `first_token` tokens: the chunk that contains this token begins there.
+    The decode side already has the first `first_token` tokens. So the chunk that contains token `first_token` begins
+    with this token.
     """
     start = index * chunk_tokens
     stop = min(start + chunk_tokens, tokens)
@@ -206,7 +207,7 @@ def chunk_span(index: int, tokens: int, first_token: int, chunk_tokens: int) -> 
 
 
 def wanted_chunks(tokens: int, have_tokens: int, chunk_tokens: int) -> range:
-    """Returns the chunks that end after `have_tokens`."""
+    """Returns the chunks that contain tokens after the first `have_tokens` tokens."""
     if have_tokens >= tokens:
         return range(0)
     return range(have_tokens // chunk_tokens, chunks_of(tokens, chunk_tokens))

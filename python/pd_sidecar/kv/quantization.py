@@ -52,8 +52,8 @@ class Quantization:
         return not self._all_scales() <= {1.0}
 
     def __str__(self) -> str:
-        """Returns a text. Two caches have the same text exactly if their bytes have the same meaning: `fp8_e4m3, scales
-        1`.
+        """Returns a text such as `fp8_e4m3, scales 1`. Two caches have the same text if and only if their bytes have
+        the same meaning.
         """
         formats = sorted({name for name, _, _ in self.layers})
         scales = sorted(self._all_scales())

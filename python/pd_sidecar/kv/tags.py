@@ -1,5 +1,5 @@
-"""Makes the tags of chunk keys, `@tag%value`. A tag is for an input other than the tokens, such as a salt or an
-adapter.
+"""Makes the tags of chunk keys, `@tag%value`. A tag stands for an input of the KV other than the tokens, such as a salt
+or an adapter.
 
 If a request's KV depends on its tokens only, its keys have no tags, and are byte for byte LMCache's keys. Two requests
 whose tags differ never have a key in common. A value is a digest of 128 bits, because keys appear in messages and logs,
@@ -17,8 +17,8 @@ def salt_tag(salt: str) -> str:
 
 
 def adapter_tag(name: str, weights: str) -> str:
-    """Returns the tag of a LoRA adapter. vLLM's own block hashes tell adapters apart by name; `weights` is a digest of
-    the adapter's files.
+    """Returns the tag of a LoRA adapter. vLLM's own block hashes distinguish adapters by name only; `weights` is a
+    digest of the adapter's files.
     """
     return f"@lora%{_digest('lora', name, weights)}"
 

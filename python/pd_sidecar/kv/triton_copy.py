@@ -81,7 +81,8 @@ def _move(  # type: ignore[no-untyped-def]
         in_page = page + (block * block_units)[:, None] + start + (column % run_units)[None, :]
         in_slot = buffer + rows[:, None] + column[None, :]
         if vector > 1:
-            # Tell Triton the width of one thread's access, which it cannot derive through the table of starts.
+            # Tell Triton the width of one thread's access: Triton cannot derive it, because the starts come from a
+            # table.
             in_page = tl.max_contiguous(tl.multiple_of(in_page, [1, 16]), [1, vector])
             in_slot = tl.max_contiguous(tl.multiple_of(in_slot, [1, 16]), [1, vector])
         if gather:

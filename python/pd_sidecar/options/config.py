@@ -35,7 +35,7 @@ class Options:
     chunk_size: int = 256
     """Tokens per chunk, equal on both sides. Default: LMCache's setting, if there is one."""
     hash_algorithm: str = "sha256_cbor"
-    """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: as `chunk_size`."""
+    """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: LMCache's setting, if there is one."""
     ranks: int = 0
     """The number of ranks into which the two sides split KV, equal on both: the larger tensor-parallel size. Default:
     this engine's size.
@@ -55,7 +55,7 @@ class Options:
     sidecar_arguments: str = ""
     """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
-    """Start although vLLM would answer a failed load with HTTP 500."""
+    """True: start, although vLLM would answer a failed load with HTTP 500."""
 
 
 def parse(

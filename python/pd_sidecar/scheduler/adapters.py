@@ -104,7 +104,7 @@ class Adapters:
 
 
 def look(adapter: Adapter) -> None:
-    """Computes the digest of an adapter's files. Refuses the adapter if the digest differs from an earlier one."""
+    """Computes the digest of an adapter's files. Refuses the adapter if its files had another digest before."""
     from vllm.lora.utils import get_adapter_absolute_path  # finds the folder of an adapter that vLLM has downloaded
 
     folder = Path(get_adapter_absolute_path(adapter.path))

@@ -47,20 +47,20 @@ class Transfer:
     """Load: true if an LMCache sender has told the proxy that the whole prompt is written."""
     tokens: int = 0
     """Load: the number of prompt tokens that are pushed; 0 for all. The proxy may have appended the first token, which
-    the prefill side sampled: its KV does not exist yet.
+    the prefill side sampled. The KV of this token does not exist yet.
     """
     wants_first_token: bool = False
     """Push: true if the response must name the first token, as LMCache's proxy expects."""
 
     @property
     def is_push(self) -> bool:
-        """True if the KV goes from here to `host`; false if it comes to this engine."""
+        """True if this engine pushes the KV to `host`; false if this engine loads the KV."""
         return bool(self.host)
 
 
 def unserved(request: Request) -> Skip | None:
-    """Returns the reason why this request cannot use KV from elsewhere: equal tokens may mean different KV, or the
-    prompt has to be computed here.
+    """Returns the reason why this request cannot use KV of another engine; `None` if it can. Either equal tokens may
+    mean different KV, or this engine has to compute the prompt itself.
     """
     if request.mm_features:
         return Skip.MULTIMODAL
@@ -112,8 +112,8 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
 
 
 def _is_name(text: str, most: int) -> bool:
-    """Returns true if the sidecar accepts the text in a message. Any other text would end the engine's connection, and
-    with it the transfers of every other request.
+    """Returns true if the sidecar accepts the text in a message. After any other text the sidecar would end the
+    engine's connection, and with it the transfers of all other requests.
     """
     # Cc is the category that the sidecar calls control characters; text of category Cs cannot be encoded.
     return 0 < len(text) <= most and not any(category(c) in ("Cc", "Cs") for c in text)

@@ -27,7 +27,7 @@ class PushStart:
     tokens: int
     overlap: bool
     tags: list[str] = field(default_factory=list)
-    """The tags of each chunk's key; empty if no chunk has any."""
+    """The tags of each chunk's key; empty if no chunk has a tag."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LoadStart:
     blocks.
     """
     load_tokens: int
-    """The end of the tokens to load."""
+    """The end (exclusive) of the tokens to load, which begin after `have_tokens`."""
     blocks: list[int]
     written: bool = False
     """True if an LMCache sender has told the proxy that the whole prompt is written."""
@@ -69,7 +69,7 @@ class CopyStart:
 
     engine_id: str
     sources: list[int]
-    """The blocks to copy from. They belong to the other request until this step is over."""
+    """The blocks to copy from. The other request keeps these blocks until this step is over."""
     blocks: list[int]
     """The blocks to copy to, one for each block of `sources`."""
 
@@ -81,13 +81,13 @@ class StepMetadata(KVConnectorMetadata):
     push_starts: list[PushStart] = field(default_factory=list)
     push_steps: list[PushStep] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    """Prefill: requests whose blocks belong to other requests from this step on."""
+    """Prefill: requests whose blocks vLLM gives to other requests from this step on."""
     unpushed: list[PushStart] = field(default_factory=list)
     """Prefill: requests whose KV is not moved, although their proxy waits for a notification from the sidecars."""
     finished: list[str] = field(default_factory=list)
     """Prefill: finished requests whose blocks the engine holds until the worker reports them."""
     cancelled: list[str] = field(default_factory=list)
-    """Prefill: aborted requests, whose blocks belong to other requests from this step on."""
+    """Prefill: aborted requests. vLLM gives their blocks to other requests from this step on."""
     load_starts: list[LoadStart] = field(default_factory=list)
     copy_starts: list[CopyStart] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)

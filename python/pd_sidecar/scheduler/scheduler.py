@@ -1,7 +1,7 @@
 """The scheduler's half: decides which requests move KV, and tells the workers in each step.
 
-It has no timers and sends nothing twice: the sidecar and the workers enforce the deadlines. One object holds the state
-of a request.
+The scheduler's half has no timers and sends no message twice: the sidecar and the workers enforce the deadlines. One
+object holds the state of a request.
 
     Push (prefill)
       WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers report ──▶ gone
@@ -11,9 +11,9 @@ of a request.
          │                         └── aborted ──▶ ABORTED ── workers report ──▶ gone
          └── nothing to load ──▶ SETTLED
 
-With n > 1 vLLM makes one engine request per sequence, and all of them have the same prompt. The first request loads the
-KV. The others wait until the first one runs, and then copy the KV that they lack from its blocks. So the KV is moved
-once.
+With n > 1 vLLM makes one engine request per sequence, and all of these requests have the same prompt. The first request
+loads the KV. The other requests wait until the first request runs. Then they copy the KV that they lack from the blocks
+of the first request, so the KV is moved only once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Push:
     """The digest of the LoRA adapter's files; empty without an adapter."""
     phase: PushPhase = PushPhase.WAITING
     upto: int = 0
-    """The number of tokens that the workers know to be computed; 0 again after a preemption."""
+    """The number of computed tokens that the workers know of; 0 again after a preemption."""
     preempted: bool = False
 
 
@@ -86,14 +86,15 @@ class Load:
     phase: LoadPhase = LoadPhase.OFFERED
     have_tokens: int = 0
     source: Load | None = None
-    """The request of another sequence from which this one copies; `None` for a request that loads."""
+    """The request of another sequence whose KV this request copies; `None` for a request that loads."""
     table: list[int] = field(default_factory=list)
     """The blocks of the pushed tokens, as of the last step."""
     preemptions: int = 0
-    """The number of the request's preemptions when the table began. Each preemption takes the request's blocks away."""
+    """The request's number of preemptions when the table began. A higher number shows that the table's blocks are gone.
+    """
 
     def is_copyable(self, blocks: int) -> bool:
-        """Returns true if the first `blocks` blocks of the table hold the KV of all pushed tokens when the present step
+        """Returns true if the first `blocks` blocks of the table hold the KV of all pushed tokens when the current step
         begins.
         """
         request = self.request
@@ -154,7 +155,7 @@ class Scheduler:
         """
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
-            # vLLM asks again after a load, or after a load that failed. The KV of a second load would never arrive.
+            # vLLM asks again after a load, even after a failed load. The KV of a second load would never arrive.
             return 0, False
         if state.source is not None:
             if state.source.request.request_id not in self._states:
@@ -228,7 +229,9 @@ class Scheduler:
         return metadata
 
     def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
-        """Ends a request. Returns true if its blocks stay until the workers report, and the response's parameters."""
+        """Ends a request. Returns true if its blocks stay until the workers report it, and the parameters of the
+        response.
+        """
         engine_id = request.request_id
         state = self._states.get(engine_id)
         if state is None:
@@ -264,7 +267,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True if the engine must continue to step, although it may have no request left."""
+        """True if the engine must run another step, even if no request is left."""
         return self._held > 0 or self._next.has_news
 
     def _state(self, request: Request) -> State:
@@ -277,7 +280,8 @@ class Scheduler:
         return state
 
     def _classify(self, request: Request) -> State:
-        # Ask for the digest even if this request has no transfer, so that it is known when a later request needs it.
+        # Ask for the digest even if this request has no transfer, so that the digest is known when a later request
+        # needs it.
         adapter = self._adapters.digest(request.lora_request) if request.lora_request is not None else ""
         wish = transfer(request.kv_transfer_params)
         if isinstance(wish, Skip):
@@ -339,9 +343,9 @@ class Scheduler:
         """Assigns a `req` to the first engine request that asks for it, and returns true only for this request. A
         client request with n > 1 or with a list of prompts becomes several engine requests.
 
-        A claim stays after its holder has ended, because vLLM may ask about the others much later. But LMCache's proxy
-        numbers its requests from 1 at each start, so a `req` can return. A request of another client request therefore
-        gets the claim when the holder has ended.
+        A claim stays after its holder has ended, because vLLM may ask much later about the other requests of the same
+        client request. But LMCache's proxy numbers its requests from 1 at each start, so the same `req` can come again.
+        A request of another client request therefore gets the claim when the holder has ended.
         """
         key = (wish.is_push, wish.req)
         holder = self._claims.setdefault(key, engine_id)
@@ -379,7 +383,8 @@ class Scheduler:
             tags = _tags(state.request, state.adapter, len(hashes))
             self._next.push_starts.append(self._start(state.request, state.to, hashes, tags))
         elif replace:
-            # The request was preempted and resumed within one step: its new table starts from nothing.
+            # The request was preempted and resumed within one step: it has a new table, and no token counts as
+            # computed.
             state.upto = 0
         if state.upto < tokens:
             state.upto = min(upto, tokens)
@@ -472,7 +477,9 @@ def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
 
 
 def _lost_its_blocks(state: Push) -> bool:
-    """Returns true if the request was preempted and the workers do not know it. All vLLM versions have this status."""
+    """Returns true if the request was preempted and the workers do not know it yet. The status has the same name in all
+    versions of vLLM.
+    """
     return state.phase is PushPhase.RUNNING and not state.preempted and state.request.status.name == "PREEMPTED"
 
 

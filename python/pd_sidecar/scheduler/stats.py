@@ -32,7 +32,7 @@ BY_REASON = {
 
 
 class Stats(KVConnectorStats):
-    """The sums since the last report. `data` has a number per counter, and a map per counter with reasons."""
+    """The sums since the last report. `data` has a number per counter, and a map for each counter that has reasons."""
 
     data: dict[str, Any]
 

@@ -67,8 +67,9 @@ class Connection:
     def open(cls, path: str, hello: Hello, timeout_s: float) -> Connection:
         """Connects, sends the greeting and maps the buffer.
 
-        Raises `OSError` if no sidecar listens or answers in time, `PermissionError` if the socket is another user's,
-        `RefusedError` if the sidecar refuses this engine, and `WireError` if it does not speak this protocol.
+        Raises `OSError` if no sidecar listens or answers in time, `PermissionError` if the socket belongs to another
+        user, `RefusedError` if the sidecar refuses this engine, and `WireError` if the sidecar does not speak this
+        protocol.
         """
         deadline = time.monotonic() + timeout_s
         check_folder(path)
@@ -236,7 +237,7 @@ def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
         raise WireError(f"the buffer is smaller than {welcome.slots} slots")
     if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise WireError("the buffer is not sealed: if it shrank, reading it would end the engine")
-    # Populate the pages here, in the thread that connects, so that the first gather does not have to do it.
+    # Populate the pages here, in the thread that connects, so that the first gather does not wait for page faults.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return mmap.mmap(fds[0], size, flags=flags)
 

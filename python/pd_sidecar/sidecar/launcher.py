@@ -62,7 +62,7 @@ class Child:
     ) -> None:
         """Starts the sidecar, with `variables` added to this process's environment.
 
-        Raises `OSError` if it cannot be started at all.
+        Raises `OSError` if the sidecar cannot be started at all.
         """
         self._command = list(command)
         # The sidecar looks for NIXL in this Python's folder, because the environment may not be activated.
@@ -126,7 +126,7 @@ class Child:
 
 
 def _end_with(parent: int) -> None:
-    """Asks the kernel to end this child when its parent ends. Runs in the child before it becomes the sidecar."""
+    """Asks the kernel to end this child when its parent ends. Runs in the child before it executes the sidecar."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # the parent has ended already

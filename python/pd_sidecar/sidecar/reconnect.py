@@ -48,7 +48,9 @@ class Reconnector(threading.Thread):
         self._lock = threading.Lock()
         self._offered: Connection | None = None
         self._stand_in: Connection | None = None
-        """A connection that is open while sidecar and engine do not fit. It tells the sidecar why no KV is moved."""
+        """A connection that is open while engine and sidecar cannot work together. It tells the sidecar why no KV is
+        moved.
+        """
         self._stopping = threading.Event()
         # `stop` closes one end of this pair, which wakes the thread from every wait.
         self._wake_read, self._wake_write = socket.socketpair()
@@ -129,7 +131,8 @@ class Reconnector(threading.Thread):
         if self._stand_in is not None or self._hello.unmoved:
             return
         hello = self._hello.as_unmoved(why)
-        # An older sidecar does not know such a greeting, and refuses it, too. So does a sidecar without this rank.
+        # An older sidecar does not know such a greeting and refuses it, too. A sidecar without this rank also refuses
+        # it.
         with contextlib.suppress(RefusedError, WireError, OSError, ValueError):
             self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 

@@ -95,7 +95,7 @@ class Hello(_Message, omit_defaults=True):
 
 
 class Reserve(_Message):
-    """Prefill: the engine starts to compute the request, and asks for room for these chunks at `to`."""
+    """Prefill: the engine starts to compute the request, and asks for slots for these chunks at the receiver `to`."""
 
     req: str
     to: Target
@@ -170,7 +170,9 @@ class CudaMemory(msgspec.Struct, frozen=True):
 
 
 class Welcome(_Message, omit_defaults=True):
-    """The sidecar accepts the connection. The buffer's descriptor accompanies this frame, or its handle is inside."""
+    """The sidecar accepts the connection. The message carries the buffer: host memory as a descriptor that accompanies
+    the frame, GPU memory as the handle in `cuda`.
+    """
 
     v: int
     id: str
@@ -200,7 +202,7 @@ class Granted(_Message, omit_defaults=True):
 
 
 class Ready(_Message):
-    """Decode: the engine may read these chunks. The chunk that contains `first_token` begins there."""
+    """Decode: the engine may read these chunks. The chunk that contains token `first_token` begins with this token."""
 
     req: str
     first_token: int

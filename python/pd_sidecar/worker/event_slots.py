@@ -1,7 +1,7 @@
 """Tracks the events for which the sidecar may still wait.
 
-A gather may record an event again only when the sidecar has answered every `Staged` that named the event. Otherwise a
-sidecar that has not begun its wait yet would wait for the later gather.
+A gather may record an event again only when the sidecar has ended all requests whose `Staged` named the event.
+Otherwise a sidecar that has not begun to wait for the earlier gather would wait for the later gather.
 """
 
 from __future__ import annotations
@@ -47,6 +47,6 @@ class EventSlots:
                 self._free.append(event)
 
     def reset(self) -> None:
-        """Frees all events: the sidecar is gone, and its waits with it."""
+        """Frees all events: the sidecar is gone, so it no longer waits for any event."""
         self._free += self._waiting
         self._waiting.clear()

@@ -90,7 +90,8 @@ class Receiver:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Asks the sidecar for the KV of the requests that this step parks, and ends the aborted requests."""
-        # Launch these scatters first: this step may use blocks of requests that were reported before their scatter.
+        # First launch the scatters of chunks that have arrived: this step may use blocks of requests that were reported
+        # before their scatter.
         self._scatter()
         for scatter in self._scatters:
             self._device.hold(scatter.fence)
@@ -109,7 +110,8 @@ class Receiver:
 
     def lost(self) -> None:
         """Fails all requests after the connection has ended: no sidecar fills their slots any more."""
-        # Scatter the reported requests: the engine relies on their KV. Their slots stay mapped and nobody writes there.
+        # Scatter the reported requests: the engine relies on their KV. Their slots stay mapped, and no process writes
+        # to them.
         self._ready = [entry for entry in self._ready if entry[0].reported]
         self._scatter()
         self._copier = None
@@ -118,7 +120,7 @@ class Receiver:
             self._fail(incoming, "sidecar_lost")
 
     def ready(self, message: Ready) -> None:
-        """Stores the chunks that the sidecar says may be read, and releases the chunks that no request wants."""
+        """Stores the chunks that the engine may read now, and releases the chunks that no request wants."""
         incoming = self._by_req.get(message.req)
         if incoming is None or incoming.failure is not None:
             self._release(message.req, message.chunks, 0)
@@ -191,7 +193,7 @@ class Receiver:
 
     @property
     def is_moving(self) -> bool:
-        """True while a scatter is under way and the sidecar waits for its slots."""
+        """True while a scatter is under way, so that the sidecar cannot use its slots for other chunks yet."""
         return bool(self._scatters)
 
     def _await(self, start: LoadStart, mark: Mark) -> None:
@@ -285,7 +287,7 @@ class Receiver:
         )
 
     def _give_up(self, incoming: Incoming, reason: str) -> None:
-        """Ends a request from this side. `finished` tells the sidecar when no scatter is under way."""
+        """Ends a request from this side. `finished` tells the sidecar of it later, once no scatter is under way."""
         if incoming.failure is None:
             self._fail(incoming, reason)
             incoming.owes_abort = True

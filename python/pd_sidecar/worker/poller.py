@@ -83,7 +83,8 @@ class Poller(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                # Report arrivals first: a launch takes as long as the engine's next pause, and would delay the report.
+                # Report arrivals before the launch: the launch can last until the engine's next pause, and would delay
+                # the report by this time.
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
@@ -111,7 +112,7 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Seconds between two checks for the end of a move. The slots of a scatter may become free later by this time. The
+"""Seconds between two checks for the end of a move. A scatter's slots may become free this much later than its end. The
 checks must not be too frequent, because the engine's thread needs the same lock for the step that uses the move.
 """
 YIELD_S = 50e-6

@@ -61,7 +61,7 @@ class Sender:
         self._gathers: list[Gather] = []
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Runs before the forward: releases the blocks that the scheduler took away, and announces new work."""
+        """Runs before the forward: handles requests whose blocks the scheduler took away, and announces new work."""
         self._is_last = self._is_last and metadata.idle
         for engine_id in metadata.preempted:
             if outgoing := self._by_engine_id.get(engine_id):
@@ -142,7 +142,7 @@ class Sender:
         """Ends a request after the sidecar's last message about it."""
         outgoing = self._by_req.get(message.req)
         if self._layered is not None and outgoing in self._layered.outgoings:
-            # First release the request's layered gather; then its events may serve another request.
+            # First end the request's layered gather: its events become free below and may then serve another request.
             self._end_layered()
         self._event_slots.ended(message.req)
         if outgoing is None:
@@ -185,7 +185,8 @@ class Sender:
     @property
     def is_waiting(self) -> bool:
         """True while a request waits for a message of the sidecar or for the end of a gather."""
-        # This runs without the lock. The copy cannot change while the other thread adds or removes a request.
+        # This code runs without the lock. The other thread may add or remove a request, but it does not change the
+        # copy.
         return any(not o.over or o.gathering for o in list(self._by_engine_id.values()))
 
     @property
@@ -310,7 +311,9 @@ class Sender:
         return True
 
     def _end_layered(self) -> None:
-        """Drops the layered gather, which was not announced yet. The step's end gathers its chunks as a whole."""
+        """Ends the layered gather before the sidecar knows of it. After the step, all layers of its chunks are gathered
+        together.
+        """
         if (layered := self._layered) is None:
             return
         self._layered = None
@@ -417,7 +420,7 @@ class Sender:
         )
 
     def _give_up(self, outgoing: Outgoing, reason: str) -> None:
-        """Ends a request from this side. `finished` tells the sidecar when no gather is under way."""
+        """Ends a request from this side. `finished` tells the sidecar of it later, once no gather is under way."""
         if not outgoing.over:
             self._fail(outgoing, reason)
             outgoing.owes_cancel = True

@@ -31,12 +31,12 @@ class Outgoing:
     by_layers: bool = False
     """True if the sidecar asked for a gather layer by layer, because the KV then arrives sooner."""
     slots: dict[int, int] = field(default_factory=dict)
-    """The slot of each chunk that has been granted a slot and is not gathered yet."""
+    """The granted slots of chunks that are not gathered yet, by chunk."""
     staged: set[int] = field(default_factory=set)
     gathering: int = 0
     gather_seconds: float = 0.0
     over: bool = False
-    """True once neither the sidecar nor the receiver needs anything more of this request."""
+    """True once neither the sidecar nor the receiver needs more of this request."""
     owes_cancel: bool = False
     dropped: bool = False
     """True once the engine has forgotten the request."""
@@ -60,7 +60,7 @@ class LayeredGather:
     entries: list[Entry]
     layered_copy: LayeredCopy
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    """The ranges of layers gathered so far. For each range: the first layer after it, and its event."""
+    """The ranges of layers gathered so far: for each range, the first layer after the range and the range's event."""
 
     @property
     def outgoings(self) -> list[Outgoing]:
@@ -70,7 +70,7 @@ class LayeredGather:
 
 @dataclass(frozen=True)
 class Gather:
-    """Chunks of one request on their way into slots."""
+    """A gather of chunks of one request, in flight."""
 
     fence: Fence
     outgoing: Outgoing

@@ -1,10 +1,10 @@
 """The workers' half of the connector: one object per tensor-parallel worker.
 
-For each rank that a worker serves, it has one connection to each sidecar that it uses.
+The worker has one connection to each sidecar that it uses, for each rank that it serves.
 
 On a GPU the engine's thread launches a step and returns up to a second later, when the GPU has computed it. Meanwhile a
 second thread (`poller`) handles new grants and new chunks, and launches their moves. No thread waits between a move and
-its push: CUDA events keep that order.
+its push: CUDA events keep the two in order.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Worker:
         self._is_asked = False
         self._lock = threading.RLock()
         self._results = threading.Lock()
-        """Guards only the requests that are done. So a thread that reads them does not wait for a launch."""
+        """Guards only the results. So a thread that reads the results does not wait while another thread launches
+        moves.
+        """
         self._poller: Poller | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
@@ -151,7 +153,7 @@ class Worker:
                 self._unsent.update(metadata.finished)
             self._copy(metadata.copy_starts)
         if self._idle and self._poller is not None:
-            # The poller's thread may be asleep and must report the requests that this step has ended.
+            # Wake the poller's thread, which may be asleep: it must report the requests that this step has ended.
             self._poller.wake()
 
     def _copy(self, starts: Sequence[CopyStart]) -> None:
@@ -213,8 +215,9 @@ class Worker:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
         The scheduler calls this method when it handles the output of a step, after the launch of the next step. So the
-        scheduler learns of a load one step and one pause of the engine's loop earlier than from `finish`. `finish` then
-        returns only failed loads and never waits; with `rest`, this method waits instead.
+        scheduler learns of a load one step and one pause of the engine's loop earlier than it would from `finish`.
+        After the first call of this method, `finish` returns only failed loads and never waits; this method waits
+        instead if `rest` is true.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
@@ -353,17 +356,17 @@ class Worker:
 
 
 def _is_one_model(names: Sequence[str]) -> bool:
-    """Returns true if the engine computes layers in the order of their names. A draft model's layers come before the
-    main model's layers in this order, but the engine computes them later.
+    """Returns true if the engine computes layers in the order of their names. This is not so with a draft model: its
+    layers come first in the order of the names, but the engine computes them last.
     """
     return len({re.sub(r"\d+", "", name) for name in names}) == 1
 
 
 def range_ends(layers: int) -> list[int]:
-    """Returns the layers before which a range ends, without the last range's end.
+    """Returns the first layer after each range of layers, except for the last range.
 
-    A link that is faster than the computing needs one range that ends late, so that little is left to push afterwards.
-    A slower link gains more the earlier it gets the first range.
+    If the link is faster than the computing, it needs one range that ends late, so that little is left to push
+    afterwards. A slower link gains more the earlier the first range ends.
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)
