@@ -192,7 +192,7 @@ def pack_folder(folder: Path, archive: Path) -> None:
 
 
 def pip(command: object, *arguments: object) -> None:
-    """Runs pip for the GPU host's Python and platform, not for those of this machine."""
+    """Runs pip for the Python and the platform of the GPU host, which may differ from this machine's."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     target = ["--python-version", PYTHON, "--implementation", "cp", "--only-binary=:all:"]

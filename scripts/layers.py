@@ -146,7 +146,8 @@ def _rust_modules(root: Path) -> dict[Module, Path]:
 
 def _rust_imports(root: Path, file: Path, modules: dict[Module, Path]) -> Iterator[Path]:
     here = next(module for module, path in modules.items() if path == file)
-    # A module may be split into several files. The files below it see its items, as if they were one file.
+    # A module may be split into several files, which count as one. So an import from a module above this file is
+    # allowed.
     whole = {modules.get(here[:length]) for length in range(len(here))}
     for path in _rust_paths(_without_tests((root / file).read_text(encoding="utf-8"))):
         module = _absolute(path, here, modules)

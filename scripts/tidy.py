@@ -93,7 +93,7 @@ def unclear_openings(text: str, suffix: str) -> list[tuple[int, str]]:
 
 
 def check_of_openings_works() -> bool:
-    """Returns true if the check of the openings finds exactly the wrong ones in two samples.
+    """Returns true if the check of the openings finds exactly the unclear openings in two samples.
 
     Without this test a mistake in the check would look like a tree without findings.
     """
@@ -121,7 +121,7 @@ def named_transports(text: str, names: list[str]) -> list[tuple[int, str]]:
 
 
 def check_of_transports_works() -> bool:
-    """Returns true if the check of the names of transports finds exactly the wrong ones in a sample."""
+    """Returns true if the check of the names of transports finds exactly the forbidden lines in a sample."""
     wrong = 'if kind == "tcp" {}\nuse crate::transport::nixl::A;\nuse crate::transport::{\n    tcp,\n};\ntcp::KIND;\n'
     right = '// "tcp"\nlet table = "tcp6";\nimpl nixl::Pinned for A {}\n#[cfg(test)]\nmod tests {\n    "tcp"\n}\n'
     found = [number for number, _ in named_transports(wrong + right, ["nixl", "tcp"])]
@@ -129,7 +129,7 @@ def check_of_transports_works() -> bool:
 
 
 def may_name_transports(name: str) -> bool:
-    """Returns true if a file may name transports: it belongs to one, lists all, is a test, or uses another meaning."""
+    """Returns true if a file may name transports: a transport's file, a list, a test, or a file of `OTHER_MEANINGS`."""
     parts = Path(name).parts
     in_folder = parts[: len(TRANSPORTS.parts)] == TRANSPORTS.parts and len(parts) > len(TRANSPORTS.parts) + 1
     is_test = "tests" in parts or parts[-1] == "tests.rs"

@@ -29,7 +29,7 @@ def main() -> None:
     TRACES.mkdir(parents=True, exist_ok=True)
     options = PairOptions(write_model(ROOT / "target" / "model"), LOGS)
     with ended_by_signals(), pair_of(options, Progress()) as pair:
-        # Use a small receive buffer, so that the window is recorded, too.
+        # Use a small receive buffer, so that the recordings also contain the window: chunks that get their slots later.
         for sidecar in (pair.receiver, pair.sender):
             sidecar.stop()
             name = sidecar.options.role

@@ -29,7 +29,9 @@ class FakeSidecar:
         self.sealed = sealed
         self.hellos = []
         self.kept = []
-        """The greetings of engines that move no KV. The fake sidecar accepts them even while it refuses others."""
+        """The greetings of engines that move no KV. The fake sidecar accepts these greetings even while it refuses
+        others.
+        """
         self.received = queue.Queue()
         self._connections = []
         self._memory = None

@@ -80,7 +80,7 @@ def test_what_cannot_be_told_apart_is_not_moved(tmp_path):
 
 
 class Fixed:
-    """Digests that are known without a wait."""
+    """Takes the place of `Adapters`: knows every digest at once."""
 
     def digest(self, lora):
         return lora.digest

@@ -111,7 +111,7 @@ def test_a_restarted_sidecar_is_found_again(path, clients):
     until(client, Connected)
     assert client.welcome.epoch == 2
     assert bytes(client.slot(0)[:3]) == b"\0\0\0"
-    assert bytes(view[:3]) == b"old"  # the old mapping exists as long as a view of it
+    assert bytes(view[:3]) == b"old"  # the old mapping stays as long as a view of it exists
     client.cancel("r")
     assert second.next() == wire.Cancel("r")
 
@@ -158,7 +158,7 @@ def test_a_refusal_says_why(path, caplog):
 
 
 def test_while_it_is_refused_an_engine_keeps_its_sidecar_ready(path):
-    """Without this connection the proxy would refuse every request, although the engine can compute it."""
+    """Without the extra connection the proxy would refuse every request, although the engine can compute it."""
     refused = wire.Refused("layout_mismatch", "set pd_buffer_size to 1 GiB")
     sidecar = FakeSidecar(path, refuse=refused)
     client = Client(str(path), HELLO, pauses=Pauses(first=0.01, refused=0.05))

@@ -119,7 +119,9 @@ def test_scales_that_may_be_others_later_are_not_moved(monkeypatch, way):
 
 
 def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
-    """The scheduler learns this before the first request. If a proxy asks for a push anyway, it gets the reason."""
+    """The scheduler learns before the first request that no KV is moved. A proxy that still asks for a push gets the
+    reason.
+    """
     path = tmp_path / "both.sock"
     sidecar = FakeSidecar(path)
     extra = {"sender_socket": str(path), "receiver_socket": str(path)}

@@ -258,7 +258,7 @@ def columns(key, value, cache, slots):
 
 
 def tiles(key, value, cache, slots):
-    """Stores in the order of vLLM's CPU kernels with AMX: pairs of dimensions of K, pairs of tokens of V."""
+    """Stores in the order of vLLM's CPU kernels with AMX: K in pairs of dimensions, V in pairs of tokens."""
     pages = cache.view(cache.shape[0], HEADS, 2, -1)
     for k, v, slot in zip(key, value, slots.tolist(), strict=True):
         block, token = divmod(slot, cache.shape[2])

@@ -1,4 +1,6 @@
-"""Tests moves that are still in flight after their launch, with a device whose moves end when the test says so."""
+"""Tests moves that are still in flight after their launch. They run on a fake device that ends a move when the test
+says so.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
 
 @pytest.fixture
 def layered(rig, monkeypatch):
-    """Ends a range after each layer except the last."""
+    """Makes the worker gather by layers. A range ends after each layer except the last."""
     monkeypatch.setattr("pd_sidecar.worker.push.SPARE_EVENTS", LAYERS)
     rig.worker._range_ends = {f"layers.{below - 1}": below for below in range(1, LAYERS)}
     rig.worker._senders[0]._rank = replace(rig.worker._senders[0]._rank, by_layers=True)
@@ -159,7 +161,9 @@ def layered(rig, monkeypatch):
 
 
 def launch(rig, names, *granted):
-    """Runs a forward. Slots are granted after the announcement (empty name), or after the named layer."""
+    """Runs a forward. `granted` names the layer after which slots are granted; an empty name means right after the
+    announcement.
+    """
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]
     rig.worker.begin(StepMetadata(push_starts=[start], push_steps=steps))

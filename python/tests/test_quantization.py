@@ -1,4 +1,4 @@
-"""Tests number formats of tensors of bytes, which have the same dtype in all these formats."""
+"""Tests number formats of KV in tensors of bytes. The dtype of the tensor is the same in all these formats."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Engine:
         return reports
 
     def until(self, condition):
-        """Steps until the condition holds, and returns all that each worker has reported."""
+        """Runs steps until the condition holds, and returns all that each worker has reported."""
         total = [([], [], {}) for _ in self.workers]
         deadline = time.monotonic() + 5
         while True:
@@ -142,7 +142,7 @@ class Engine:
             assert time.monotonic() < deadline
 
     def kv(self):
-        """Returns `[2, layers, tokens, heads, size]` of the whole model, in the blocks of the table."""
+        """Returns the KV of the whole model in the blocks of the table, as `[2, layers, tokens, heads, size]`."""
         at = torch.arange(TOKENS)
         blocks, offsets = torch.tensor(TABLE)[at // BLOCK], at % BLOCK
         heads = [torch.stack([tensor[blocks, :, offsets] for tensor in tensors.values()]) for tensors in self.tensors]

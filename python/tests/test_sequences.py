@@ -48,8 +48,8 @@ def test_the_first_loads_and_the_others_copy_from_it(rig):
     rig.scheduler.reported((), [first.request_id])
     assert rig.scheduler.matched_tokens(second, 0) == (None, False), "it does not run yet"
     assert not run(rig, first, [1, 2, 3]).copy_starts
-    # Without a prefix cache the second request has nothing, and copies all blocks. The third one shares two blocks with
-    # the first, and copies one.
+    # Without a prefix cache the second request has nothing, and copies all blocks. The third request shares two blocks
+    # with the first request, and copies one block.
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
     rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
     assert rig.scheduler.matched_tokens(third, 32) == (TOKENS - 32, True)

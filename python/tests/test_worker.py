@@ -77,7 +77,7 @@ class Rig:
             if holds:
                 return sent, received, failed
             assert time.monotonic() < deadline
-            # Without a pause, this loop keeps the other threads from running for most of the time.
+            # Without this pause, the loop would leave the other threads hardly any time to run.
             time.sleep(0.0005)
 
     def kv(self, table, start, stop):
@@ -339,7 +339,7 @@ def test_an_aborted_load_is_reported_too(rig):
     assert results.received == {"a"}
     assert rig.receiver.next() == wire.Abort("r")
     assert rig.step(forward=False, aborted=["a"])[1].received == set()
-    # The sidecar announced these chunks before it read the abort. They are released and not read.
+    # The sidecar announced these chunks before it read the abort. The worker releases them without reading them.
     _, ready = land(rig)
     rig.receiver.say(ready)
     rig.until(lambda: not rig.receiver.nothing())

@@ -96,7 +96,7 @@ def pyzmq_round_trips(rounds: int) -> list[float]:
 
 
 def _one_chunk(figures: Figures, folder: Path, logs: Path) -> None:
-    """Measures the time from reservation to ready. Compares it with its unavoidable parts: a round trip and a write."""
+    """Measures the time from reservation to ready, and the two parts that it must contain: a round trip and a write."""
     ours: list[float] = []
     parts: list[float] = []
     with sidecars("nixl", 4 * MIB, folder, logs) as pair:

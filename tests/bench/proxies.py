@@ -135,7 +135,7 @@ def _engines(logs: Path) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _routers(logs: Path, prefill: int, decode: int) -> Iterator[list[Router]]:
-    """Starts both routers with a prefill and a decode instance. Neither writes a log line per request."""
+    """Starts both routers with a prefill and a decode instance. Neither router writes a log line per request."""
     urls = [f"http://127.0.0.1:{prefill}", f"http://127.0.0.1:{decode}"]
     port = free_port()
     vllm: list[str | Path] = [

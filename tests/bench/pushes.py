@@ -40,8 +40,8 @@ def measure(figures: Figures, folder: Path, logs: Path) -> None:
 
 
 def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
-    """Measures the built-in TCP transport against NIXL over TCP. If iperf3 is installed, also compares it with one
-    iperf3 stream.
+    """Measures the built-in TCP transport against NIXL over TCP. If iperf3 is installed, also compares the transport
+    with one iperf3 stream.
 
     The benchmark succeeds if one of the two bounds holds.
     """

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Reference]]:
-    """Starts the pair and the plain instance. Only fixtures use this one; tests use `pair` and `reference`."""
+    """Starts the pair and the plain instance. Only for other fixtures; tests use `pair` and `reference`."""
     model = write_model(ROOT / "target" / "model")
     lora = {"lora": write_lora(ROOT / "target" / "lora")}
     # The plain instance has no prefix cache, so it computes every prompt from the start.
@@ -54,7 +54,7 @@ def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Ref
 
 @pytest.fixture
 def pair(engines: tuple[Pair, Reference]) -> Iterator[Pair]:
-    """Yields the pair with its standard options and empty caches. Checks afterwards that nothing is held."""
+    """Yields the pair with its standard options and empty caches. Checks afterwards that no part holds KV."""
     pair, _ = engines
     pair.restore()
     pair.reset_prefix_caches()

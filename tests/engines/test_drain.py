@@ -1,4 +1,4 @@
-"""Tests SIGTERM: requests in flight end, and the exit code of the process tells that it stopped in order."""
+"""Tests SIGTERM: the process ends its requests in flight first, and then exits with code 0."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from harness.prompts import prompt
 from harness.reference import Reference
 from harness.traffic import Traffic
 
-# Every request ends within this time, whichever part is killed. The slowest case is a decode engine that computes a
-# prompt after a failed transfer, on two busy cores. The longest wait in it is `no_sender_ms`, 5 s.
+# Every request ends within this time, whichever part is killed. In the slowest case a decode engine computes a prompt
+# after a failed transfer, on two busy cores. The longest wait in this case is `no_sender_ms`, 5 s.
 BOUND_S = 20.0
 
 # Time from the restart of a proxy until it knows both instances again.

@@ -38,7 +38,7 @@ def test_kv_of_an_engine_goes_through_lmcache(
         keys = receiver.do("keys", tokens=tokens, algorithm="sha256_cbor")["keys"]
         assert len(keys) == -(-length // CHUNK_TOKENS)
 
-        # The prefill leg has the same form as that of LMCache's proxy.
+        # The prefill leg has the form that LMCache's proxy sends.
         req = f"mixed-{next(_requests)}"
         to = receiver.target
         spec = {

@@ -36,12 +36,12 @@ EARLY = "request ended early"
 
 LENGTH = 700
 SHARED = 300
-# The two prompts have a common beginning. These are its tokens in whole blocks of 64 tokens.
+# Both prompts begin with the same `SHARED` tokens, of which `HELD` tokens fill whole blocks of 64 tokens.
 HELD = 256
 
 
 def found(part: Part, line: str, request_id: str, bound_s: float = 5.0) -> dict[str, float]:
-    """Returns the numbers of a line about a request: those in capitals by name, those of `..` as `size`, `ms`, ..."""
+    """Returns the numbers of a line about a request, by name. The numbers of `..` have the names `size`, `ms`, ..."""
     names = iter(("size", "ms", "rate", "gather") if "size: .." in line else ("ms", "rate"))
     expression = "".join(
         re.escape(piece) if index % 2 == 0

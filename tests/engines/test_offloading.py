@@ -1,7 +1,7 @@
 """Tests vLLM's OffloadingConnector and this connector together, under vLLM's MultiConnector: one engine uses KV from
 host memory and KV from a transfer.
 
-This engine starts its sidecar itself, with the variables and options of the engine's own command line.
+The engine starts its sidecar itself, with the variables and options of the engine's own command line.
 """
 
 from __future__ import annotations

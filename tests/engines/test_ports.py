@@ -1,4 +1,4 @@
-"""Tests bad input at every port and socket: it is refused or its connection closed, and other clients are served."""
+"""Tests bad input at every port and socket. The program must refuse it or close the connection, and serve others."""
 
 from __future__ import annotations
 

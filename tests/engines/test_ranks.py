@@ -47,8 +47,9 @@ def started(logs: Path) -> Iterator[Pair]:
         yield pair
 
 
-# Numbers of workers of prefill and decode. In this order only one engine restarts between two sizes. Workers of vLLM's
-# CPU build use a whole core while they wait for each other. If they use all cores, sidecars do not run for seconds.
+# Numbers of workers of prefill and decode. The sizes are in such an order that only one engine restarts between two
+# sizes. Workers of vLLM's CPU build use a whole core while they wait for each other. If they use all cores, sidecars do
+# not run for seconds.
 CORES = os.cpu_count() or 1
 SIZES = [
     pytest.param(size, id=name, marks=pytest.mark.skipif(cores > CORES, reason=f"needs {cores} cores"))
@@ -70,8 +71,8 @@ def pair(sized: Pair) -> Iterator[Pair]:
 
 
 def alone(pair: Pair, tokens: list[int]) -> list[int]:
-    """Returns the answer of the decode engine when it computes the whole prompt itself, as a plain instance of this
-    size.
+    """Returns the answer of the decode engine when it computes the whole prompt itself, as a plain instance of the same
+    size would.
     """
     pair.decode.reset_prefix_cache()
     before = pair.decode.prompt_tokens()
@@ -95,7 +96,7 @@ def check_ranks(pair: Pair, request_id: str, tokens: int, held: int = 0) -> None
 
 
 def move(pair: Pair, tokens: list[int], *, cached: int = 0) -> Moved:
-    """Moves one request alone, and checks that the decode side computes only the last token."""
+    """Moves one request while no other request runs, and checks that the decode side computes only the last token."""
     moved = pair.move(tokens, max_tokens=TOKENS)
     check_tokens(moved.tokens, len(tokens), cached=cached)
     check_ranks(pair, moved.request_id, len(tokens), cached)
@@ -132,7 +133,7 @@ def test_prefix_on_the_decode_side(pair: Pair) -> None:
 
 
 def test_a_receiver_of_another_number_of_ranks_is_refused(pair: Pair) -> None:
-    """The prefill engine reports the reason, and computes its answer."""
+    """The prefill engine reports the reason, and still computes its answer."""
     spec = {
         "req_id": "too-few-ports", "receiver_host": pair.receiver.host, "overlap": False,
         "receiver_init_port": pair.receiver.init_ports[:1], "receiver_alloc_port": pair.receiver.alloc_ports[:1],

@@ -208,15 +208,15 @@ def test_client_of_several_sequences_leaves(pair: Pair, reference: Reference, ev
 
 
 def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:
-    """Sends a prompt without a salt and with two salts. Each request is moved whole, and reused only under its own
-    salt.
+    """Sends a prompt without a salt and with two salts. The KV of each request is moved in full, and is reused only
+    under the same salt.
     """
     tokens = prompt(600, seed=61)
     expect = reference.token_ids(tokens)
     salts: list[dict[str, Any]] = [{}, {"cache_salt": "mine"}, {"cache_salt": "yours"}]
     for salt in salts:
         pair.move(tokens, **salt).check(expect, len(tokens))
-    # The decode engine's blocks have 64 tokens; a block is found again only if a token comes after it.
+    # The decode engine's blocks have 64 tokens. A later request can use a block only if a token follows the block.
     for salt in salts:
         pair.move(tokens, **salt).check(expect, len(tokens), cached=len(tokens) // 64 * 64)
 

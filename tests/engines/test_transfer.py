@@ -1,4 +1,4 @@
-"""Tests prompts of many lengths over each transport: alone, together, and with a part in the decode side's cache.
+"""Tests prompts of many lengths over each transport: one by one, together, and with a part in the decode side's cache.
 
 The prefill engine has blocks of 32 tokens and computes 256 tokens per step; the decode engine has blocks of 64 tokens.
 So the boundaries differ on the two sides.
@@ -30,7 +30,7 @@ def forced(request: pytest.FixtureRequest, engines: tuple[Pair, Reference]) -> I
 
 @pytest.fixture
 def wired(forced: Pair) -> Iterator[Pair]:
-    """Yields the same pair with empty caches. Checks afterwards that nothing is held."""
+    """Yields the same pair with empty caches. Checks afterwards that no part holds KV."""
     forced.reset_prefix_caches()
     yield forced
     forced.wait_empty()

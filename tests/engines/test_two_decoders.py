@@ -29,7 +29,7 @@ def second(pair: Pair) -> Iterator[tuple[Engine, Sidecar]]:
     # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
-    # Start the engine as vLLM's CPU build does by default, so that `kill_core` finds the process of its core by name.
+    # Start the engine as vLLM's CPU build does by default, so that `kill_core` finds the engine's core process by name.
     engine.options = replace(engine.options, forked=False)
     # The API server stays alive after its core has died, and the proxy must handle the server's errors.
     engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"

@@ -1,4 +1,4 @@
-"""Tests KV that cannot be moved: only the decode engine computes it, without a prefill leg; the reason is reported."""
+"""Tests KV that cannot be moved: the proxy sends no prefill leg, and the parts report the reason."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
     said = [line for line in _log(gemmas) if "moves no KV: the decode instance computes each prompt itself" in line]
     assert len(said) == 2, said
 
-    # Another proxy may send such a request anyway. Even to the first of these requests the engine answers that it
-    # pushes no KV.
+    # Another proxy may send a prefill leg anyway. Even the answer to its first prefill leg says that no KV is pushed.
     spec = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [1], "receiver_alloc_port": [1]}
     params = {"do_remote_decode": True, "disagg_spec": spec}
     body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}

@@ -49,7 +49,9 @@ def test_the_decode_leg_at_other_times(pair: Pair, reference: Reference, at: str
 
 
 def test_the_first_token_from_the_prefill_engine(pair: Pair, reference: Reference) -> None:
-    """Texts are equal whichever side gives the first token. If it is half a character, the decode engine gives it."""
+    """The text does not depend on the side that gives the first token. If this token is half a character, the decode
+    engine gives it.
+    """
     gave: list[int] = []
     with flags(pair, "--first-token", "prefill"):
         for tokens in (2, 64, 255, 256, 257, 300, 513, 600, 1100, 1500):

@@ -109,9 +109,9 @@ def token_bytes(folder: Path, element: int) -> int:
 
 
 def _write_weights(path: Path, config: dict[str, Any], dtype: str) -> None:
-    """Writes random weights with which answers depend on KV.
+    """Writes random weights that make answers depend on KV.
 
-    The weights are large enough for that, and small enough that rounding errors do not grow from layer to layer: the
+    The weights are large enough for this, and small enough that rounding errors do not grow from layer to layer: the
     outputs of attention and MLP are about as large as their inputs, and attention selects a handful of tokens.
     """
     import torch

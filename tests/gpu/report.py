@@ -47,7 +47,7 @@ def _first_of_prefill(found: dict[str, Any]) -> list[str]:
     """Returns rows with the time to the first token and the time from the first to the second token.
 
     If the prefill side gives the first token, the hand-over happens between the first and the second token. The gap is
-    the difference between the second time and the same time of one instance.
+    the time between these two tokens, minus the same time of a single instance.
     """
     stacks = list(found)
     lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token, then second" for name in stacks) + " | gap |"]
@@ -76,7 +76,7 @@ def _tpot(found: dict[str, Any]) -> list[str]:
 
 
 def _latency(found: dict[str, Any]) -> list[str]:
-    """Returns rows with the time to the first token and the gap: the difference from the time of one instance."""
+    """Returns rows with the time to the first token and the gap, which is this time minus that of a single instance."""
     stacks = list(found)
     lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token" for name in stacks) + " | "]
     lines[0] += " | ".join(f"gap {TITLES[name]}" for name in stacks if name != "plain") + " | texts equal |"

@@ -69,7 +69,7 @@ class Setting:
     transport: str = "auto"
     push: str = "auto"
     prefix_caching: bool = False
-    """True if the engines have a prefix cache. It is on in vLLM by default, and vLLM then hashes each prompt."""
+    """True if the engines have a prefix cache. vLLM has one by default, and then hashes each prompt."""
     sidecar_keys: dict[str, object] = field(default_factory=dict)
 
     @property

@@ -96,7 +96,7 @@ class Ours:
     def __init__(self, setting: Setting, name: str = "ours") -> None:
         self.name = name
         self.setting = setting
-        # In the system's folder for temporary files, because the path of a unix socket has at most 107 bytes.
+        # Use the system's folder for temporary files, because the path of a unix socket has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="pd-"))
         self.proxy = Proxy(setting.logs)
         self.sender, self.receiver = (self._sidecar(role, side) for side, role in enumerate(("sender", "receiver")))

@@ -85,7 +85,7 @@ class Side:
         options.engine_url = self.engine.url
 
     def wait_empty(self) -> None:
-        """Returns when the sidecar holds no slot and the engine no request and no KV block."""
+        """Returns when the sidecar holds no slot, and the engine has no request and holds no KV block."""
         self.sidecar.wait_empty()
         deadline = time.monotonic() + COUNTERS_S
         while (held := (self.engine.requests(), self.engine.cache_usage())) != (0, 0.0):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-# No request of the tests takes longer. Tests set shorter limits of their own.
+# The time limit of a call. No request of the tests takes longer; a test may set a shorter limit.
 TIMEOUT_S = 120.0
 
 

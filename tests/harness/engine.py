@@ -18,7 +18,8 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.progress import Progress
 
-# On two cores a start takes 30 s alone, and about 60 s during another start. This limit is five times as long.
+# On two cores a start takes 30 s, or about 60 s if another engine starts at the same time. The limit is five times as
+# long.
 START_BOUND_S = 300.0
 
 # 8192 blocks of 32 tokens: enough for the prompts of the tests, and two engines still fit on a small machine.

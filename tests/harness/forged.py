@@ -3,8 +3,8 @@
     python forged.py '{"own": HOST, "device": NAME, "victim": HOST, "port": N, "address": N, "bytes": N}'
 
 UCX packs host, port and memory address into the metadata that an agent gives to others. The script creates an agent,
-replaces these three values in its metadata by the victim's values, and lets a second agent read from the result. It
-prints what the second agent got, as JSON.
+replaces these three values in its metadata by the victim's values, and lets a second agent read from the forged
+address. It prints the state of this read and the bytes that were read, as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness.listening import listening
 
-# Longer than a connect over a veth takes. A read that has not ended by then has failed.
+# A connect over a veth takes less time. A read that has not ended by then has failed.
 BOUND_S = 2.0
 
 

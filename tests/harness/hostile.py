@@ -144,7 +144,7 @@ def sums(given: dict[str, Any]) -> object:
 
 
 def data(given: dict[str, Any]) -> object:
-    """Opens data connections that each show a valid lease. Then ends the lease, and keeps the connections open."""
+    """Opens data connections that each present a valid lease. Then ends the lease, and keeps the connections open."""
     intruder = Intruder(given, "data")
     lease, slot = intruder.lease()
     layout = given["layout"]
@@ -176,7 +176,7 @@ def identity(given: dict[str, Any]) -> object:
 
 
 def cancels(given: dict[str, Any]) -> object:
-    """Cancels the requests of others, and leases that were not granted to it."""
+    """Cancels the requests of others, and leases that the receiver did not grant to this client."""
     peer = Peer(zmq.DEALER, given["host"], given["alloc_port"])
     for _ in range(given["rounds"]):
         for req in given["ids"]:
@@ -189,7 +189,7 @@ def cancels(given: dict[str, Any]) -> object:
 
 
 def addresses(given: dict[str, Any]) -> object:
-    """Registers instances with address endings that would turn a call-back into another request."""
+    """Registers instances whose addresses have endings that would turn the proxy's call-back into another request."""
     canary = f"http://{given['canary']}"
     peer = Peer(zmq.PUSH, given["host"], given["registration_port"])
     suffixes = ("#", "?", "/steal", "/steal?a=b#", "/#", "/?x=", "/..;/", "@127.0.0.1/", "\\@", "%23")
@@ -244,7 +244,7 @@ def status(given: dict[str, Any], path: str, headers: dict[str, str], body: str)
 
 
 def halves(given: dict[str, Any]) -> object:
-    """Sends half of a body on each of many connections, and keeps them open until stdin ends."""
+    """Sends half of a body on each of many connections, and keeps the connections open until stdin ends."""
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
     )

@@ -130,7 +130,7 @@ class Pair:
                 progress.say(f"{sidecar.name}: listening, admin server at {sidecar.admin}")
 
     def wait(self, progress: Progress | None = None) -> None:
-        """Returns when both engines serve, both sidecars are ready, and both are registered with the proxy."""
+        """Returns when both engines serve, both sidecars are ready, and the proxy knows both instances."""
         wait_for((self.decode, self.prefill), progress)
         self.wait_sidecars()
         if progress is not None:
@@ -256,7 +256,7 @@ class Pair:
         self.receiver.wait_empty(bound_s)
 
     def wait_engines_idle(self, bound_s: float = 15.0) -> None:
-        """Returns when neither engine has a request or holds KV blocks for one."""
+        """Returns when neither engine has a request or holds KV blocks for a request."""
         deadline = time.monotonic() + bound_s
         for engine in (self.prefill, self.decode):
             while (held := (engine.requests(), engine.cache_usage())) != (0, 0.0):

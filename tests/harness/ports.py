@@ -1,4 +1,4 @@
-"""Assigns TCP ports. Two parts of a run never get the same port, and neither do two runs on one machine.
+"""Assigns TCP ports. Two parts never get the same port, even if they belong to two runs on one machine.
 
 A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after it
 got the port. So a check that a port is free is not enough. Each interpreter locks blocks of ports and assigns only
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def free_ports(offsets: tuple[int, ...]) -> int:
-    """Returns a port. This port and its sums with each of `offsets`, all below `BLOCK`, are free."""
+    """Returns a base port. Its sum with each of `offsets` is a free port. The offsets are below `BLOCK`."""
     while True:
         first = _lock_block()[0]
         if all(is_free(first + offset) for offset in offsets):

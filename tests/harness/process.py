@@ -1,8 +1,8 @@
 """Starts child processes and makes sure that none of them outlives the tests.
 
-Each child leads its own process group, so that the processes that it starts end with it (an engine has four). A group
-ends in one of three ways: `stop` ends it, the interpreter ends it at exit, or a guardian process (`reaper.py`) ends it
-after the interpreter was killed.
+Each child leads its own process group, so that the child's own processes end together with it (an engine has four
+processes). A group ends in one of three ways: `stop` ends it, the interpreter ends it at exit, or a guardian process
+(`reaper.py`) ends it after the interpreter was killed.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class _Groups:
-    """The groups that this interpreter has started and not yet ended. The guardian process has the same list."""
+    """The groups that this interpreter has started and that have not ended. The guardian process has the same list."""
 
     def __init__(self) -> None:
         self._running: set[Process] = set()

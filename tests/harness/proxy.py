@@ -48,7 +48,7 @@ class Proxy(Part):
             self.restart()
 
     def add_flags(self, *words: str) -> None:
-        """Adds flags with which the proxy runs from its next start on."""
+        """Adds flags that the proxy uses from its next start on."""
         self._flags = [*self._flags, *words]
 
     def restart(self) -> None:

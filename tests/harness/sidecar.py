@@ -63,7 +63,8 @@ class Sidecar(Part):
         self.host = "127.0.0.1"
         self.init_ports = [free_port() for _ in range(options.ranks)]
         self.alloc_ports = [free_port() for _ in range(options.ranks)]
-        # The port of rank 0. With several ranks, the following ports would have to be free, too, so the system chooses.
+        # The data port of rank 0. With several ranks, the next port numbers would have to be free, too. With 0 the
+        # system chooses.
         self.tcp_port = free_port() if options.ranks == 1 else 0
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"

@@ -1,4 +1,4 @@
-"""Repeats attacks that succeeded once, from another network namespace, while requests go through.
+"""Repeats attacks that succeeded once, from another network namespace. Normal requests must succeed at the same time.
 
 Sidecars and proxy do not listen on loopback but on the victim's end of a veth, as in a real network. The attacker is a
 process at the other end (`harness/hostile.py`, `harness/forged.py`). No engine runs: clients and scripted servers take
@@ -243,7 +243,7 @@ def test_forged_nixl_agents_get_nothing(victims: Field) -> None:
         assert victims.under(victims.attack("ports", ports=[*ports, *range(30_000, 30_050)])) == ports
     receiver = victims.receiver
     kept = buffer_of(receiver.pid) + (SLOTS - 1) * LAYOUT.chunk_bytes
-    # Try a mapped address, and an unmapped one, because a read of an unmapped address once ended the process.
+    # Try a mapped address and an unmapped address. A read of an unmapped address once ended the process.
     attackers = [
         forge(victims.within, receiver.pid, port, address)
         for port in tcp_ports(receiver.pid)

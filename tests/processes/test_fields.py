@@ -1,8 +1,8 @@
 """Tests every field of vLLM's request models against the proxy's prefill leg. No engine runs.
 
-A prefill leg has one token. It keeps the fields that determine the prompt, and leaves out the fields that concern the
-generation. If a version of vLLM has a new field, the first test fails until the field is added to a list here, and also
-to proxy/src/openai/body/kinds.rs if the leg must leave it out.
+A prefill leg asks for one token. It keeps the fields that determine the prompt, and leaves out the fields that concern
+the generation. If a version of vLLM has a new field, the first test fails until the field is added to a list here. If
+the leg must leave the field out, add it to proxy/src/openai/body/kinds.rs, too.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ LEFT_OUT: dict[str, Any] = {
     "stream_interval": 2,
 }
 
-# A chat template may read this field. For a completion it determines only the form of the answer.
+# A chat template may read this field. For a completion the field determines only the form of the answer.
 BY_ENDPOINT: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
-# With these fields there is no prefill leg, or the client gets 400.
+# With one of these fields the proxy sends no prefill leg, or answers the client with 400.
 NO_LEG: dict[str, Any] = {
     "use_beam_search": True,
     "prompt_logprobs": 1,

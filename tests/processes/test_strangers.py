@@ -275,7 +275,7 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
         shown += [slot for message in reader.wait(0.02) if isinstance(message, Ready) for slot in message.slots]
     assert len(shown) == 1
     os.write(reader.connection.fileno(), struct.pack("<I", 4) + b"\xc1" * 4)
-    # The client may have another connection already when it reports the loss, so `connected` says nothing here.
+    # When the client reports the loss, it may already have another connection. So do not check `connected` here.
     lost: list[Lost] = []
     while not lost and time.monotonic() < deadline:
         lost += [event for event in reader.wait(0.02) if isinstance(event, Lost)]

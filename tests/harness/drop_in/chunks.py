@@ -23,7 +23,7 @@ class Prompt:
     name: int
     tokens: int
     seed: int
-    # The rank whose part of the KV this is, and the number of ranks.
+    # The rank to which this part of the KV belongs, and the number of ranks.
     rank: int = 0
     ranks: int = 1
 

@@ -1,4 +1,4 @@
-"""Starts LMCache processes. Each interpreter starts one nursery, which runs `peer.py`; the processes are its forks."""
+"""Starts LMCache processes. Each test interpreter starts one nursery (`peer.py`), which forks these processes."""
 
 from __future__ import annotations
 

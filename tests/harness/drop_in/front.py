@@ -46,7 +46,7 @@ class Front:
                     status, answer = 200, front.serve(self.path, body)
                 except Exception as error:  # noqa: BLE001 - the client gets the error
                     status, answer = 500, {"error": {"message": repr(error)}}
-                # The proxy closes the connection of a prefill leg if the request has its answer already.
+                # The proxy closes the connection of a prefill leg if the client already has its answer.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self._answer(status, answer)
 

@@ -204,7 +204,7 @@ class LmcacheReceiver(LmcachePeer):
         return sums
 
     def held(self) -> int:
-        """Returns the number of chunks that the receiver has or has reserved."""
+        """Returns the number of chunks for which the receiver has stored KV or reserved memory."""
         keys: int = self.do("held")["keys"]
         return keys
 

@@ -252,7 +252,7 @@ def become(asked: dict[str, Any]) -> None:
 def main() -> None:
     for module in MODULES:
         import_module(module)
-    # With this the system removes ended forks at once. The test notices their end through a pidfd.
+    # Let the kernel remove ended forks at once. The test notices their end through a pidfd.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(sys.argv[1])

@@ -92,7 +92,7 @@ def frames(stream: bytes) -> Iterator[bytes]:
 
 
 def check(raw: bytes) -> str:
-    """Asserts that the bytes are those of msgspec, and returns the type of the message."""
+    """Asserts that msgspec would write exactly these bytes, and returns the type of the message."""
     message = msgspec.msgpack.decode(raw)
     name = str(message["type"])
     # In every message, numbers have their shortest form, and no bytes follow the message.

@@ -63,7 +63,7 @@ class Engine:
     ) -> tuple[set[str], set[str]]:
         """Runs steps of the worker until the condition on the sent and received requests holds.
 
-        Returns the received requests, and those of them that failed.
+        Returns the received requests, and the received requests that failed.
         """
         sent: set[str] = set()
         received: set[str] = set()

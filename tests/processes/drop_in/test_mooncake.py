@@ -1,6 +1,7 @@
 """Tests an unchanged `mooncake.json` of Mooncake.
 
-Sidecars take their ports from its URLs, find the proxy through its metadata server, and set UCX's variables.
+Sidecars take their ports from the URLs in this file, find the proxy through the file's metadata server, and set UCX's
+variables.
 """
 
 from __future__ import annotations

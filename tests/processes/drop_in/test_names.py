@@ -1,4 +1,4 @@
-"""Tests that this project computes the same chunk keys as LMCache, and knows all its configuration keys."""
+"""Tests that this project computes the same chunk keys as LMCache, and knows all of LMCache's configuration keys."""
 
 from __future__ import annotations
 

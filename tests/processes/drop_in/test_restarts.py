@@ -226,8 +226,8 @@ def test_a_receiver_that_sends_a_program_for_its_pages(
 ) -> None:
     """Answers the registration with a pickle that runs a program.
 
-    LMCache loads this answer with pickle, which would run the program. The sidecar accepts nothing but a list of pages,
-    so it refuses the answer and does not connect.
+    LMCache loads this answer with pickle, which would run the program. The sidecar accepts only a list of pages, so it
+    refuses the answer and does not connect.
     """
     context = zmq.Context.instance()
     mark, req, prompt = tmp_path / "was run", next_request(), Prompt.of_chunks(2)
