@@ -3,7 +3,7 @@
 
 The script checks two rules for each tree of source files:
 
-- A folder (or a file at the top of the tree) imports only from folders that are before it in the list.
+- A folder (or a file at the top of the tree) imports only from folders that are before it in `layers.toml`.
 
 - No two files import each other, directly or through other files.
 
@@ -170,7 +170,7 @@ def _absolute(path: Module, here: Module, modules: dict[Module, Path]) -> Module
             return base
         if path[0] not in {"super", "self"}:
             return base + path
-    # A module in the file that declares it: `child::Item` in the file with `mod child;`.
+    # The path may begin with a module that this file declares: `child::Item` in the file with `mod child;`.
     return here + path if (*here, path[0]) in modules else ()
 
 

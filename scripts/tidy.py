@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A longer file contains more than one thing, and its name does not tell a reader all of them.
+# A longer file contains several subjects, and its name cannot name all of them.
 MAX_LINES = 500
 # Test files that are tables of cases may be longer.
 MAX_TEST_LINES = 1000

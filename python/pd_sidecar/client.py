@@ -170,7 +170,7 @@ class Client:
         event: int | None = None,
         layers: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Prefill: tells the sidecar that these chunks are in their slots, or will be when the event fires.
+        """Prefill: tells the sidecar that these chunks are in their slots, now or as soon as the event has fired.
 
         Each entry of `layers` is a range of layers: the first layer after the range, and the event that fires when the
         range is complete. The last range ends with the last layer.

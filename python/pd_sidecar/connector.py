@@ -58,7 +58,7 @@ logger = init_logger("vllm.pd_sidecar.connector")
 
 
 class PdSidecarConnector(KVConnectorBase_V1):
-    """Hands KV to a sidecar, and takes KV from it."""
+    """Moves KV between vLLM's blocks and a sidecar, in both directions."""
 
     if CacheHitSource is not None:
         _cache_hit_source = CacheHitSource.P2P
@@ -137,14 +137,14 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Handles the requests that the workers report as done in this output, and the requests that are done since
-        then.
+        """Handles the requests that the workers report as done in this output, and the requests that were done after
+        the workers made this report.
         """
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
         if (worker := self._neighbour()) is not None:
-            # Do not wait if this output or a later step has tokens, because a client waits for them.
+            # Do not wait if this output or a later step has tokens, because a client waits for these tokens.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
@@ -325,7 +325,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # The tensor's shape does not show these places: pages with as many heads as places have the same shape.
+            # The tensor's shape does not show this case: pages with this number of heads would have the same shape.
             raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
         return Hint(
             num_blocks=self._num_blocks,
@@ -381,7 +381,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
             raise config.ConfigError([text])
 
 
-# vLLM's MultiConnector finds the connector class for some statistics by its registered name. If this module is imported
-# twice, the second registration would raise an error.
+# Register this class, because vLLM's MultiConnector finds the class of a child's statistics by the child's registered
+# name. If this module is imported twice, the second registration would raise an error.
 with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")

@@ -289,7 +289,7 @@ def test_an_event_of_a_request_that_ends_within_the_forward_is_taken_once(layere
     begin(layered, "other", "s")
 
     def act(sender):
-        # The slots go to the other request, and its chunk is gathered at once.
+        # The slots go to the other request, whose chunk is gathered at once.
         layered.sender.say(wire.Ended("r", "peer_lost", 0))
         layered.sender.say(wire.Granted("s", 0, [0], [1]))
         layered.worker.move()

@@ -53,7 +53,9 @@ def load_params(req="r", **more):
 
 
 def output(new=(), cached=(), resumed=()):
-    """Returns a step's output. `new`: (request, blocks, computed, scheduled); `cached`: ids instead of requests."""
+    """Returns a step's output. `new`: (request, blocks, computed, scheduled); `cached`: the same with an id as the
+    request.
+    """
     scheduled = {r.request_id: n for r, _, _, n in new} | {name: n for name, _, _, n in cached}
     for r, _, _, _ in new:
         r.status = SimpleNamespace(name="RUNNING")

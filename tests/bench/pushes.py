@@ -16,7 +16,7 @@ from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 
 MIB = 1 << 20
 
-# Number of alternations between the sidecars and the baseline, and number of rounds in each.
+# Number of alternations between the sidecars and the baseline, and number of rounds per alternation.
 TURNS = 5
 ROUNDS = 8
 

@@ -1,4 +1,6 @@
-"""Tests bad input at every port and socket. The program must refuse it or close the connection, and serve others."""
+"""Tests bad input at every port and socket. The program must refuse the input or close the connection, and must still
+serve other clients.
+"""
 
 from __future__ import annotations
 

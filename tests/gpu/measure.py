@@ -202,7 +202,7 @@ async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts:
 
 
 def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any]:
-    """Returns the sidecars' records of the last requests, which had these lengths, together with the expected bytes."""
+    """Returns the sidecars' records of the last requests, whose prompts had these lengths, and the expected bytes."""
     count = len(prompts)
     records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
     wanted = sum(prompts) * setting.token_bytes

@@ -34,7 +34,7 @@ FOLDER = ROOT / "target" / "gpu-test"
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[tuple[Ours, Plain]]:
-    """Starts both stacks; the decode engine's pages have heads before tokens (HND), unlike the prefill engine's."""
+    """Starts both stacks. Only the decode engine's pages have heads before tokens (HND)."""
     # The sender sends layer by layer, although the transport is too fast to gain time from it.
     keys = {"park_ms": 3000 if ON_CPU else 1000, "checksum": True, "layers_below_gb_s": 100_000}
     layout = () if ON_CPU else (("VLLM_KV_CACHE_LAYOUT", "HND"),)

@@ -201,7 +201,7 @@ def case(started: Case) -> Iterator[Case]:
 
 
 def test_buffers_are_on_the_gpus_of_the_workers(case: Case) -> None:
-    """Checks that there is one link per rank to its own peer, and that the texts depend on the KV."""
+    """Checks that each rank has one link, to a peer of its own, and that the texts depend on the KV."""
     links = case.prefill.sidecar.status()["links"]
     assert [link["rank"] for link in links] == list(range(RANKS)), links
     assert len({link["peer"] for link in links}) == RANKS, links

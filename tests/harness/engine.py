@@ -142,7 +142,7 @@ class Engine(Part):
 
     def kill_core(self) -> None:
         """Sends SIGKILL to the process that computes. If `VLLM_KEEP_ALIVE_ON_ENGINE_DEATH` is set, vLLM's API server
-        stays alive and answers every request with 500; otherwise it ends within some seconds.
+        stays alive and answers every request with 500; otherwise the API server ends within some seconds.
         """
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()

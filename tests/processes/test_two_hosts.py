@@ -1,4 +1,5 @@
 """Kills a sender on another host in the middle of a push. Only its successor can prove that the sender is dead.
+
 The other host is a network namespace and a PID namespace of this host. So the receiver can neither watch the sender's
 process nor share memory with it. The transport is NIXL over TCP between the two hosts. No engine runs.
 """

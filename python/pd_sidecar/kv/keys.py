@@ -47,7 +47,7 @@ class ChunkHasher:
         self._origin = self._hash(environ.get(SEED_VARIABLE, UNSEEDED))
 
     def chain(self, tokens: Sequence[int]) -> list[str]:
-        """Returns one hash per chunk, in order, as keys contain it: hexadecimal without padding."""
+        """Returns one hash per chunk, in order, in the form that keys use: hexadecimal without padding."""
         step = self.chunk_tokens
         previous = self._origin
         out: list[str] = []

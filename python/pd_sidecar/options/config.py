@@ -46,7 +46,7 @@ class Options:
     """Milliseconds for which a finished prefill request keeps its blocks for chunks that have no slot yet."""
     push: str = "auto"
     """On a GPU: `step` gathers after a step; `layers` gathers the first layers of a step while its last layers are
-    computed; `auto` does the same if the KV then arrives earlier over the sidecar's link.
+    computed; `auto` gathers as `layers` if the KV then arrives earlier over the sidecar's link, otherwise as `step`.
     """
     idle_wait_ms: float = 2.0
     """Milliseconds for which an engine with nothing else to do waits for a message of the sidecar."""
@@ -74,8 +74,8 @@ def parse(
     for key, value in extra.items():
         if key in lmcache.HARMLESS:
             continue
-        # These options configure a sidecar that this engine starts. If they were ignored, that sidecar would run with
-        # defaults.
+        # These options configure a sidecar that this engine starts. A sidecar that was started separately does not get
+        # them, and would run with its defaults.
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(

@@ -62,7 +62,7 @@ class Adapters:
     def digest(self, lora: LoRARequest) -> Union[str, Skip]:  # noqa: UP007
         """Returns the digest of the adapter's files, or the reason why its KV is not moved now. Reads no file."""
         if getattr(lora, "load_inplace", False):
-            # vLLM reads the files of this kind of adapter again for each step, but keeps its name and number.
+            # vLLM reads the files of such an adapter again for each step, but the adapter keeps its name and number.
             return Skip.LORA
         # An adapter that is unloaded and loaded again under the same name has another number.
         key = (lora.lora_int_id, lora.lora_name, lora.lora_path)

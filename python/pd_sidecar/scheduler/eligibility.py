@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Skip(StrEnum):
-    """The reason why a request is computed as if there were no connector. It is a label of a counter."""
+    """The reason why a request is computed as if there were no connector. The counter of these requests has the
+    reason as a label.
+    """
 
     NO_PARAMS = "no_params"
     BAD_PARAMS = "bad_params"

@@ -36,7 +36,7 @@ class PushStep:
 
     engine_id: str
     blocks: list[int]
-    """Block ids, to append to the table or to replace it."""
+    """Block ids. They replace the request's table, or are appended to it, as `replace` says."""
     replace: bool
     upto: int
     """The number of prompt tokens that are computed when the step is over."""

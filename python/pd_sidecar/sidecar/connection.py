@@ -142,7 +142,7 @@ class Connection:
 
     def shut(self) -> None:
         """Ends the stream in both directions. The descriptor stays open until the last reference is dropped."""
-        with contextlib.suppress(OSError):  # the other side has ended it already
+        with contextlib.suppress(OSError):  # the other side has already ended the stream
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _checked(self, message: ToEngine) -> ToEngine:

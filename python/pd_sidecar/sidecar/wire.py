@@ -79,7 +79,7 @@ class Hello(_Message, omit_defaults=True):
     world_size: int
     layout: Layout
     device: str | None = None  # UUID of this engine's GPU
-    events: list[bytes] = []  # CUDA IPC handles of events on it
+    events: list[bytes] = []  # CUDA IPC handles of events on this GPU
     unmoved: str = ""  # why this engine moves no KV; `layout` then contains only the model
 
     @classmethod
@@ -120,7 +120,9 @@ class LayersStaged(msgspec.Struct, frozen=True):
 
 
 class Staged(_Message, omit_defaults=True):
-    """Prefill: these chunks are in their granted slots, complete when `event` has fired."""
+    """Prefill: the engine has gathered these chunks into their granted slots. With an `event`, they are complete when
+    it has fired.
+    """
 
     req: str
     chunks: list[int]
@@ -131,7 +133,7 @@ class Staged(_Message, omit_defaults=True):
 
 
 class Cancel(_Message):
-    """Prefill: the request ends here. The engine no longer touches its slots."""
+    """Prefill: the engine ends the request, and no longer touches the request's slots."""
 
     req: str
 

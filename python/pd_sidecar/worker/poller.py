@@ -112,8 +112,9 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Seconds between two checks for the end of a move. A scatter's slots may become free this much later than its end. The
-checks must not be too frequent, because the engine's thread needs the same lock for the step that uses the move.
+"""Seconds between two checks for the end of a move. The slots of a scatter may become free this much later than the
+scatter ends. The checks must not be too frequent, because the engine's thread needs the same lock for the step that
+uses the move.
 """
 YIELD_S = 50e-6
 """Seconds that this thread sleeps between a report and a launch, so that the engine's thread can wake up first."""

@@ -452,8 +452,8 @@ class Sender:
 
 
 SPARE_EVENTS = 16
-"""The number of free events without which no layered gather begins. A step takes up to six events; if they run out, the
-chunks must be gathered again after the step.
+"""The minimum number of free events for the start of a layered gather. A step takes up to six events. If the events run
+out, the chunks must be gathered again after the step.
 """
 GATHER_TOKENS = 2048
 """Maximum number of tokens in one gather. The sidecar pushes one part while the GPU gathers the next. 2048 tokens of an

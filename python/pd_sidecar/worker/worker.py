@@ -365,8 +365,8 @@ def _is_one_model(names: Sequence[str]) -> bool:
 def range_ends(layers: int) -> list[int]:
     """Returns the first layer after each range of layers, except for the last range.
 
-    If the link is faster than the computing, it needs one range that ends late, so that little is left to push
-    afterwards. A slower link gains more the earlier the first range ends.
+    A link that is faster than the computing needs only one range. This range should end late, so that little is left to
+    push after the step. A slower link gains more the earlier the first range ends.
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)

@@ -127,7 +127,7 @@ class Peer:
     def put(self, command: dict[str, Any]) -> dict[str, Any]:
         """Fills chunks and passes them to the backend in batches, like an engine with chunked prefill."""
         to, keys, tokens = command["to"], command["keys"], command["tokens"]
-        # The command has the ports of all ranks; LMCache uses those of its own rank.
+        # The command has the ports of all ranks; LMCache uses the ports of its own rank.
         name = to["host"] + str(to["init_port"][self.metadata.worker_id])
         spec = Spec(command["req"], name, to["host"], to["init_port"], to["alloc_port"])
         spec.total_chunks = command.get("total_chunks", len(keys))

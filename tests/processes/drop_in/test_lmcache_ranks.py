@@ -2,7 +2,7 @@
 one sidecar.
 
 One worker uses the sidecar for both ranks, like an engine with fewer workers than ranks. The worker is the connector's
-real one; tensors take the place of the engine.
+real worker; tensors take the place of the engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests a sidecar with LMCache as its peer while one of them dies between two requests or does not answer."""
+"""Tests a sidecar with LMCache as its peer. One of the two dies between two requests, or does not answer."""
 
 from __future__ import annotations
 
