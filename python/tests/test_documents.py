@@ -86,7 +86,7 @@ def known_values() -> set[str]:
     pages = [DOCS / "reference" / name for name in ("metrics.md", "reasons.md")]
     pages += (DOCS / "proxy").glob("*.md")
     words = {word for page in pages for word in NAME.findall(page.read_text())}
-    # Kinds of messages, and roles. docs/proxy does not list them one by one.
+    # Add the kinds of messages and the roles, because docs/proxy does not list each of them.
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
 
 

@@ -20,7 +20,7 @@ from bench.sidecars import EXAMPLES, PAUSE_US, sidecars
 MIB = 1 << 20
 KEYS = 100
 TURNS = 5
-# Below 256, because a sidecar keeps the records of only its last 256 requests.
+# This number is below 256, because a sidecar keeps only the records of its last 256 requests.
 ROUNDS = 200
 
 # The chunks are so small that the time of their push does not matter.

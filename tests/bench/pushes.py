@@ -75,7 +75,9 @@ def _tcp(figures: Figures, folder: Path, logs: Path) -> None:
 def _alternating(
     transport: str, total_mib: int, chunk_mib: int, folder: Path, logs: Path, raw_env: dict[str, str]
 ) -> tuple[list[float], list[float]]:
-    """Returns GB/s of each push, and of the baseline in each turn (with the fastest division of the bytes)."""
+    """Returns the GB/s of each push, and of the baseline in each turn. The baseline uses its fastest division of the
+    bytes.
+    """
     ours: list[float] = []
     raw: list[float] = []
     with sidecars(transport, total_mib * MIB, folder, logs) as pair:

@@ -11,7 +11,7 @@ from harness.client import post_json
 DTYPE = "float16"
 """The number format of models whose texts are compared.
 
-bfloat16 rounds eight times more coarsely. With bfloat16, rounding would decide one token in ten.
+bfloat16 rounds eight times more coarsely than float16. With bfloat16, rounding would decide one token in ten.
 """
 
 TIE = 0.15

@@ -163,7 +163,8 @@ class Engine(Part):
 def wait_for(engines: Sequence[Engine], progress: Progress | None = None, bound_s: float = START_BOUND_S) -> None:
     """Returns when `/health` of all engines answers 200.
 
-    Raises `ProcessFailed` with the end of a log if an engine ends, or does not answer within `bound_s`.
+    Raises `ProcessFailed` if an engine ends, or does not answer within `bound_s`. The error contains the end of the
+    log.
     """
     deadline = time.monotonic() + bound_s
     waiting = dict.fromkeys(engines, "")

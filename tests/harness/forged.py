@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness.listening import listening
 
-# A connect over a veth takes less time. A read that has not ended by then has failed.
+# A connect over a veth takes less than this time. A read that has not ended by then has failed.
 BOUND_S = 2.0
 
 

@@ -260,7 +260,7 @@ def halves(given: dict[str, Any]) -> object:
 
 
 def endless(given: dict[str, Any]) -> object:
-    """Requests the answer in which an event never ends. Returns the number of bytes and the seconds."""
+    """Requests the answer that contains an endless event. Returns the number of bytes received, and the seconds."""
     began = time.monotonic()
     connection = http.client.HTTPConnection(given["host"], given["port"], timeout=30)
     body = {"model": "m", "prompt": "endless", "max_tokens": 9, "stream": True}

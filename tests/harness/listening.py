@@ -7,7 +7,7 @@ import socket
 import struct
 from pathlib import Path
 
-# The state column of /proc/net: TCP_LISTEN for TCP, and the state of a UDP socket without a peer.
+# Values of the state column in /proc/net: for TCP the state TCP_LISTEN, for UDP the state of a socket without a peer.
 _LISTENS = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
 
 # SO_ACCEPTCON in the flags column of /proc/net/unix.

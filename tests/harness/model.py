@@ -44,7 +44,7 @@ LORA_ALPHA = 64
 
 
 def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
-    """Writes the model into `folder`, unless it is there already, and returns the folder.
+    """Writes the model into `folder`, unless the folder contains it already, and returns the folder.
 
     Layers above the usual number return their input unchanged: they have KV of their own, but do not change the text.
     """
@@ -58,7 +58,9 @@ def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
 
 
 def write_gemma(folder: Path) -> Path:
-    """Writes a Gemma 4, whose layers have heads of two sizes, unless it is there already, and returns the folder."""
+    """Writes a Gemma 4, whose layers have heads of two sizes, unless the folder contains it already. Returns the
+    folder.
+    """
     done = folder / "done"
     if not done.exists():
         # Import it here: only this model needs it, and the import takes seconds.
@@ -99,7 +101,7 @@ def write_gemma(folder: Path) -> Path:
 
 
 def write_lora(folder: Path, seed: int = 1) -> Path:
-    """Writes a LoRA adapter for the query projections, unless it is there already, and returns the folder."""
+    """Writes a LoRA adapter for the query projections, unless the folder contains it already. Returns the folder."""
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ class Field:
         return [self.receiver, *self.senders.values()]
 
     def check(self) -> None:
-        """Pushes a request over each wire and reads its bytes."""
+        """Pushes a request over each transport, and reads the bytes that arrived."""
         for wire, sender in self.senders.items():
             self.pushed[wire] += 1
             self.push(wire, f"check-{wire}-{os.getpid()}-{self.pushed[wire]}")

@@ -55,7 +55,7 @@ class LayeredCopy(Protocol):
 
     @property
     def fence(self) -> Fence:
-        """The fence of all ranges."""
+        """A fence that is done when the gathers of all ranges are over."""
         ...
 
 

@@ -30,7 +30,9 @@ MAX_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class CompletedFence:
-    """The fence of a move between host memories, which is over when its call returns."""
+    """The fence of a move between host memories. The move is over when its call returns, so this fence is always
+    done.
+    """
 
     seconds: float
 
@@ -106,7 +108,9 @@ class HostCopier:
 
 
 class _Part:
-    """Planes (K, V or both) of layers that have the same arrangement in the same storage; usually of all layers."""
+    """A group of layers with the same arrangement in the same storage, usually all layers; and its planes: K, V or
+    both.
+    """
 
     def __init__(
         self,

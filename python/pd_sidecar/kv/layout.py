@@ -244,10 +244,11 @@ def _pages(name: str, tensor: torch.Tensor, hint: Hint) -> Pages:
 
 
 def probe(name: str, pages: Pages, write: Writer) -> torch.Tensor:
-    """Finds the places to which the engine's own kernel writes: stores numbers with the kernel, and searches the page.
+    """Finds the places to which the engine's own kernel writes. Stores a number for each element, and searches for the
+    numbers.
 
-    The function stores the numbers digit by digit. The digits are so small that every dtype holds them exactly. Raises
-    `LayoutError` if a number does not appear exactly once.
+    Each call of the kernel stores one digit of every number. The digits are so small that every dtype holds them
+    exactly. Raises `LayoutError` if a number does not appear exactly once.
     """
     tensor, per_plane = pages.tensor, pages.inside[0].numel()
     numbers = torch.arange(2 * per_plane)

@@ -237,7 +237,7 @@ def _run_elements(page: Pages) -> int:
 
 
 def _widest(pages: Geometry, slot_bytes: int) -> int:
-    """Returns the largest number of bytes, up to 16, that divides every run and every run's start."""
+    """Returns the largest number of bytes, up to 16, that divides the start and the length of every run."""
     unit = math.gcd(16, slot_bytes)
     for page in pages.layers:
         size, run = page.tensor.element_size(), _run_elements(page)

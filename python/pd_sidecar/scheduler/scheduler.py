@@ -460,7 +460,9 @@ def _not_pushed(request: Request, reason: Skip) -> dict[str, Any]:
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """Yields each scheduled request: id, blocks, true if these are all its blocks, and number of computed tokens."""
+    """Yields for each scheduled request: id, blocks, true if the blocks replace its table, and number of computed
+    tokens.
+    """
     for new in output.scheduled_new_reqs:
         # With the newer model runner, requests that resume after a preemption are in this list, too.
         yield new.req_id, _only_group(new.block_ids), True, new.num_computed_tokens
@@ -472,7 +474,7 @@ def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, 
 
 
 def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
-    # With several groups there is no `Push`, so no code uses this value.
+    # With several groups there is no `Push`, so no code uses the first group's blocks.
     return blocks[0] if blocks else []
 
 

@@ -110,7 +110,7 @@ class Connection:
         return memoryview(self.memory)[start : start + self.welcome.slot_bytes]
 
     def send(self, message: ToSidecar) -> None:
-        """Sends a message. Bytes that the kernel does not accept now are sent by the next `send` or `poll`.
+        """Sends a message. If the kernel does not accept all bytes now, the next `send` or `poll` sends the rest.
 
         Raises `ConnectionLostError`.
         """

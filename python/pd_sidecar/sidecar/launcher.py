@@ -30,7 +30,8 @@ class NoBinaryError(RuntimeError):
 
 
 def find_binary() -> str:
-    """Returns the path of the sidecar's program: from a variable, from the folder of Python's program, or from PATH.
+    """Returns the path of the sidecar's program: from an environment variable, from the folder of Python's program, or
+    from PATH.
 
     Raises `NoBinaryError`.
     """

@@ -23,8 +23,8 @@ def check_folder(path: str) -> None:
         links.append(folder.stat())
     for found in links:
         trusted = found.st_uid in (0, os.geteuid())
-        # A symbolic link has no mode of its own. The sticky bit of root's /tmp keeps users from replacing files of
-        # others.
+        # A symbolic link has no mode of its own. The sticky bit of root's /tmp prevents users from replacing other
+        # users' files.
         open_to_all = not stat.S_ISLNK(found.st_mode) and found.st_mode & 0o022
         sticky = found.st_mode & stat.S_ISVTX and found.st_uid == 0
         if not trusted or (open_to_all and not sticky):

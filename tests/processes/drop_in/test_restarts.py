@@ -201,7 +201,7 @@ def test_a_full_lmcache_receiver(our_sender: OurSender) -> None:
         assert our_sender.put(second_req, receiver.target, second).error == "alloc_timeout"
         assert receiver.get(first_req, first) == first.sums
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
-        # A request that is larger than the whole buffer: the receiver answers -1 at once.
+        # Push a request that is larger than the whole buffer. The receiver answers -1 at once.
         assert our_sender.put(next_request(), receiver.target, Prompt.of_chunks(5)).error == "no_room"
         assert moved(our_sender, receiver, Prompt.of_chunks(4))
     finally:
