@@ -75,7 +75,7 @@ def parse(
         if key in lmcache.HARMLESS:
             continue
         # These options configure a sidecar that this engine starts. A sidecar that was started separately does not get
-        # them, and would run with its defaults.
+        # these options, and would run with its defaults.
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(

@@ -120,8 +120,8 @@ class LayersStaged(msgspec.Struct, frozen=True):
 
 
 class Staged(_Message, omit_defaults=True):
-    """Prefill: the engine has gathered these chunks into their granted slots. With an `event`, they are complete when
-    it has fired.
+    """Prefill: the engine has gathered these chunks into their granted slots. If there is an `event`, the chunks are
+    complete when the event has fired.
     """
 
     req: str
