@@ -10,7 +10,7 @@ from harness.logs import LOGS
 
 @pytest.fixture(scope="session", autouse=True)
 def logs() -> Path:
-    """The folder of the log files of all parts. It is emptied once, at the start."""
+    """The folder of the log files of all parts. The fixture empties it once, at the start."""
     LOGS.mkdir(parents=True, exist_ok=True)
     for log in LOGS.glob("*.log"):
         log.unlink()

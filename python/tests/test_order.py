@@ -138,7 +138,7 @@ def test_an_event_is_named_again_only_when_it_was_answered(rig, device):
         if name != "c":
             events.append(rig.sender.next(wire.Staged).event)
     assert sorted(events) == [0, 1]
-    # The third gather has no event: the worker announces it when it is over.
+    # The third gather has no event, so the worker announces this gather only when it is over.
     rig.until(lambda: len(device.moves) == 3)
     assert rig.sender.nothing()
     device.moves[2].over = True

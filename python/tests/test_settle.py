@@ -38,7 +38,7 @@ def rig(tmp_path):
 
 
 def restarted(rig, end):
-    """Restarts one sidecar. Returns it when it has received the engine's greeting."""
+    """Restarts one sidecar. Returns the new sidecar when it has received the engine's greeting."""
     getattr(rig, end).stop()
     sidecar = SlowSidecar(rig.paths[end])
     assert sidecar.greeted.wait(5)

@@ -17,7 +17,7 @@ from harness.traffic import Traffic
 # after a failed transfer, on two busy cores. The longest wait in this case is `no_sender_ms`, 5 s.
 BOUND_S = 20.0
 
-# Time from the restart of a proxy until it knows both instances again.
+# Time from the restart of a proxy until the proxy knows both instances again.
 REGISTERED_S = 3.0
 
 CLIENTS = 4

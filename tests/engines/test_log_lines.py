@@ -1,8 +1,8 @@
 """Tests the log lines that users of LMCache search for. docs/migrating-from-lmcache.md promises these lines, and real
 engines must write them.
 
-The lines have the same form as on that page: words in capitals are whole numbers (`ID` is the id of a request), and
-`..` is any other number.
+The lines have the same form as on the page: words in capitals are whole numbers (`ID` is the id of a request), and `..`
+is any other number.
 """
 
 from __future__ import annotations

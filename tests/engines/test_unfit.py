@@ -77,7 +77,8 @@ def deeper(pair: Pair) -> Iterator[Engine]:
     # Give the model the same name, so that only the number of layers differs.
     transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
     engine.options = replace(engine.options, model=model)
-    # The session's decode engine keeps running. The proxy does not know it while its sidecar is stopped.
+    # The session's decode engine keeps running. The proxy does not know this engine while the engine's sidecar is
+    # stopped.
     pair.receiver.stop()
     try:
         sidecar.start()

@@ -109,7 +109,9 @@ class Bench:
             self._stop(stack)
 
     async def _renew(self) -> None:
-        """Restarts the stacks of --renew. Chunks of earlier steps would stay in their buffers and make them slower."""
+        """Restarts the stacks of --renew. Chunks of earlier steps would stay in the buffers and make these stacks
+        slower.
+        """
         wanted = set(self.options.renew) - set(self.options.idle_only)
         for stack in [stack for stack in self.stacks if stack.name in wanted]:
             began = time.monotonic()

@@ -41,7 +41,7 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
     """Measures one request at a time. In each round every stack gets the same prompt; the first round warms up.
 
     There is the same pause before each request, and the order of the stacks changes each round. Without the pause, a
-    prefill directly after another one on the same GPU took up to 3 % longer, most likely because of the GPU's power
+    prefill directly after another prefill on the same GPU took up to 3 % longer, most likely because of the GPU's power
     limit.
     """
     results: dict[str, Any] = {stack.name: {} for stack in stacks}

@@ -22,7 +22,8 @@ from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
 
 from gpu.setting import UCX, Setting
 
-# The time limit of a request. A request needs less than a tenth of it; only a stack that hangs reaches it.
+# The time limit of a request. A request needs less than a tenth of this time; only a stack that hangs reaches the
+# limit.
 REQUEST_S = 25.0
 
 

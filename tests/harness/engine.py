@@ -128,7 +128,7 @@ class Engine(Part):
         assert status == 200, text
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads a LoRA adapter. Requests then use its name as their model."""
+        """Loads a LoRA adapter. Requests then use the adapter's name as their model."""
         status, text = call(f"{self.url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         assert status == 200, text
 

@@ -324,7 +324,9 @@ def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
 
 
 def test_an_engine_that_moves_nothing_beside_one_that_moves_stops_nobody(sides: Sides) -> None:
-    """If an engine is refused, for example because it uses the wrong socket, its connector sends such a greeting."""
+    """If a sidecar refuses an engine, for example because the engine uses the wrong socket, the connector sends a
+    greeting that says that the engine moves no KV.
+    """
     other = hello("decode").as_unmoved("its sidecar refuses this engine")
     stand_in = Connection.open(str(sides.receiver.socket), other, 5.0)
     try:

@@ -4,9 +4,9 @@ The digest is part of the keys of the adapter's requests, so that KV of an adapt
 the same name. The files can be gigabytes on a slow disk, so the engine's thread never reads them. Until the digest is
 known, requests of the adapter are computed without a transfer (`lora_pending`).
 
-vLLM loads an adapter before its first request, and may load it again later, because its cache of adapters is bounded.
-vLLM does not tell which files it loaded. So files must not change while an engine serves them. The thread checks this:
-if an adapter's files have changed, KV of the adapter is no longer moved (`lora`).
+vLLM loads an adapter before its first request, and may load it again later, because vLLM keeps only a limited number of
+adapters. vLLM does not tell which files it loaded. So files must not change while an engine serves them. The thread
+checks this: if an adapter's files have changed, KV of the adapter is no longer moved (`lora`).
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ class StepMetadata(KVConnectorMetadata):
     load_starts: list[LoadStart] = field(default_factory=list)
     copy_starts: list[CopyStart] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    """Decode: requests that were aborted while parked; the engine holds their blocks until the worker reports them."""
+    """Decode: requests that were aborted while parked. The engine holds their blocks until the worker reports the
+    requests.
+    """
     dismissed: list[str] = field(default_factory=list)
     """Decode: the `req` of requests that will not be loaded, so that no sender pushes for them."""
     idle: bool = False

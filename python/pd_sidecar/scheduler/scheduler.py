@@ -413,8 +413,9 @@ class Scheduler:
 
 
 def _untagged(request: Request) -> Skip | None:
-    """Returns the reason why this request cannot use KV under keys without tags, such as KV from LMCache: that KV can
-    belong to the same tokens with another salt or adapter. Returns `None` if the KV depends on the tokens alone.
+    """Returns the reason why this request cannot use KV under keys without tags, such as KV from LMCache: KV without a
+    tag can belong to the same tokens with another salt or adapter. Returns `None` if the KV depends on the tokens
+    alone.
     """
     if request.lora_request is not None:
         return Skip.LORA
@@ -443,8 +444,8 @@ def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
 
 def _family(engine_id: str) -> str:
     """Returns the part of an engine request's id that all engine requests of one client request share. vLLM puts a
-    number before the ids of the sequences of n > 1, and after the ids of the prompts of a list. It then appends eight
-    random digits.
+    number before the ids of the sequences of n > 1, and after the ids of the prompts of a list. Then vLLM appends eight
+    random digits to each id.
     """
     return FAMILY.sub(r"\1", engine_id)
 

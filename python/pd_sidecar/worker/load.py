@@ -1,7 +1,7 @@
 """Scatters the chunks that have arrived at a decode worker into the pages of parked requests.
 
 The worker reports every parked request exactly once. It reports a loaded request as soon as the last chunk has arrived
-in a slot, before the scatter is over, so that the engine prepares the next step during the scatter. `begin` and
+in a slot, even if the scatter is not over. So the engine prepares the next step during the scatter. `begin` and
 `Device.hold` make that step's computing wait for the scatter. The worker reports a failed request only when it no
 longer writes into the request's blocks.
 """
@@ -271,7 +271,7 @@ class Receiver:
         self._stats.add("load_bytes", size)
         self._stats.add("load_seconds", parked)
         self._stats.add("scatter_seconds", seconds)
-        # Users of LMCache search their logs for this line's beginning, so its words must stay.
+        # Users of LMCache search their logs for this line's beginning, so these words must not change.
         logger.info(
             "[req_id=%s] Retrieved %d out of %d required tokens (from %d total tokens). "
             "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; scatter %.4f ms (%.1f GB/s)",

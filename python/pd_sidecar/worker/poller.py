@@ -93,7 +93,7 @@ class Poller(threading.Thread):
                 if self._worker.collect():
                     self._news.set()
         except Exception:
-            # The engine's thread also moves KV in every step. There it gets the same error and raises it.
+            # The engine's thread also moves KV in every step. That thread gets the same error and raises it.
             logger.exception(
                 "the polling thread has failed: from now on only the engine's own thread moves KV, in its steps"
             )

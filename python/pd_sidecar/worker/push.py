@@ -384,7 +384,7 @@ class Sender:
             self._fail(outgoing, "sidecar_lost")
 
     def _hold(self, outgoing: Outgoing) -> None:
-        """Makes later engine work wait for the request's gathers, because its blocks now belong to other requests."""
+        """Makes later engine work wait for the request's gathers: the request's blocks now belong to other requests."""
         for gather in self._gathers:
             if gather.outgoing is outgoing:
                 self._device.hold(gather.fence)
@@ -404,7 +404,7 @@ class Sender:
         self._stats.add("save_bytes", size)
         self._stats.add("gather_seconds", seconds)
         took = time.monotonic() - outgoing.began
-        # Users of LMCache search their logs for this line's beginning, so its words must stay.
+        # Users of LMCache search their logs for this line's beginning, so these words must not change.
         logger.info(
             "[req_id=%s] Stored %d out of total %d tokens. size: %.4f GB, cost %.4f ms, "
             "throughput: %.4f GB/s; parts: %d chunks, gather %.4f ms (%.1f GB/s)",

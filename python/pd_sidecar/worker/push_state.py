@@ -41,7 +41,9 @@ class Outgoing:
     dropped: bool = False
     """True once the engine has forgotten the request."""
     held_since: float | None = None
-    """The time at which the engine finished the request; the engine holds its blocks until this worker reports it."""
+    """The time at which the engine finished the request. The engine holds the blocks until this worker reports the
+    request.
+    """
 
 
 @dataclass(frozen=True)

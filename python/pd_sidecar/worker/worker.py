@@ -356,8 +356,8 @@ class Worker:
 
 
 def _is_one_model(names: Sequence[str]) -> bool:
-    """Returns true if the engine computes layers in the order of their names. This is not so with a draft model: its
-    layers come first in the order of the names, but the engine computes them last.
+    """Returns true if the engine computes layers in the order of their names. With a draft model this is false: the
+    layers of the draft model come first in the order of the names, but the engine computes them last.
     """
     return len({re.sub(r"\d+", "", name) for name in names}) == 1
 

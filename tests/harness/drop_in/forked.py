@@ -28,7 +28,7 @@ NURSERY_BOUND_S = 300.0
 
 
 class ForkedPeer(Process):
-    """One LMCache process. The constructor starts it and lets it append its output to `log`."""
+    """One LMCache process. The constructor starts the process, which appends its output to `log`."""
 
     def __init__(self, name: str, options: dict[str, Any], log: Path) -> None:
         self._options = options

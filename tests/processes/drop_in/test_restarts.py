@@ -70,9 +70,9 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
         sender.restart()
         assert moved(sender, ours, Prompt.of_chunks(3))
 
-        # An LMCache sender makes only one handshake in its life, so after the sidecar's restart it knows only old
-        # addresses. The sidecar answers that all chunks were sent already. The sender then notifies the proxy at once,
-        # and the decode side computes the prompt.
+        # An LMCache sender makes only one handshake in its life, so after the sidecar's restart the sender knows only
+        # old addresses. The sidecar answers that all chunks were sent already. The sender then notifies the proxy at
+        # once, and the decode side computes the prompt.
         ours.restart()
         began = time.monotonic()
         prompt, req = Prompt.of_chunks(3), next_request()
