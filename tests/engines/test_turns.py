@@ -65,8 +65,8 @@ def test_conversation(pair: Pair, reference: Reference, turns: int) -> None:
     def moved(mode: str) -> int:
         return sum(turn.moved_bytes for turn in figures[mode])
 
-    # Every turn moves the KV of its new tokens and of the previous answer. KV is moved twice only if its block also
-    # contains new tokens.
+    # Every turn moves the KV of its new tokens and of the previous answer. A token's KV is moved twice only if the
+    # token's block also contains new tokens.
     new = figures["pd"][-1].tokens * KV_BYTES_PER_TOKEN
     assert new * 0.9 <= moved("pd") <= 1.3 * new, (moved("pd"), new)
     assert moved("ppd") <= FIRST_TOKENS * KV_BYTES_PER_TOKEN * 1.1

@@ -152,7 +152,7 @@ async def poisson(
 
 
 async def many(ours: Ours, setting: Setting, buffer_bytes: int, count: int, at_once: int, prompts: Prompts) -> Any:
-    """Sends more prompts than fit into the buffers, which are small, and counts failures and held slots."""
+    """Sends more prompts than the small buffers can hold at once, and counts failures and held slots."""
     before = ours.decode.prompt_tokens()
     limit = asyncio.Semaphore(at_once)
     async with client() as session:

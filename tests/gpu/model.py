@@ -56,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCABULARY = 32000
-# Number of tokens that can occur in answers. With few candidates, two tokens are rarely almost equally likely, so
+# Number of tokens that can occur in answers. The number is small, so two tokens are rarely almost equally likely, and
 # rounding rarely decides between them.
 SAID = 64
 SEED = 5

@@ -1,4 +1,4 @@
-"""Moves on a GPU, ordered with the engine's computing.
+"""Moves KV on a GPU, in order with the engine's computing.
 
 A gather waits for the mark after the forward that computed its chunks. A scatter writes into the blocks of a request.
 It waits for the mark after all work that was launched before the request got these blocks. Without this wait, an older

@@ -1,4 +1,4 @@
-"""Moves between pages and slots on a GPU, with one launch for all requests of a step.
+"""Moves KV between pages and slots on a GPU, with one launch for all requests of a step.
 
 The kernel reads the place of each piece from a plan that comes with the launch. So it needs neither row numbers, which
 would take megabytes, nor a second copy. Values that are the same in every launch are compiled into the kernel.

@@ -149,4 +149,6 @@ PUSHES = ("auto", "layers", "step")
 KEY_SETTINGS = (lmcache.HASH_KEY, lmcache.CHUNK_KEY)
 """The settings of LMCache that the connector itself reads."""
 MAX_IDLE_WAIT_MS = 50
-"""The maximum of `idle_wait_ms`. A new request waits for the end of a step, so users would notice a longer wait."""
+"""The maximum of `idle_wait_ms`. The wait is part of a step, and a new request waits for the end of the step, so users
+would notice a longer wait.
+"""

@@ -214,10 +214,10 @@ class Worker:
     def news(self, *, rest: bool) -> tuple[set[str], set[str]]:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
-        The scheduler calls this method when it handles the output of a step, after the launch of the next step. So the
-        scheduler learns of a load one step and one pause of the engine's loop earlier than it would from `finish`.
-        After the first call of this method, `finish` returns only failed loads and never waits; this method waits
-        instead if `rest` is true.
+        The scheduler calls this method while it handles the output of a step, after it has launched the next step. So
+        the scheduler learns of a load earlier than it would from `finish`: by one step and one pause of the engine's
+        loop. After the first call of this method, `finish` returns only failed loads and never waits. If `rest` is
+        true, this method waits instead.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
