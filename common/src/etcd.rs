@@ -1,5 +1,5 @@
-//! The part of etcd's key-value API that this project needs: leases, keys with a lease, and a watch. The proxies use it
-//! for their shared registry, and the sidecars use it to find the proxy.
+//! The part of etcd's key-value API that this project needs: leases, keys with a lease, and a watch. The proxies use
+//! etcd for their shared registry, and the sidecars use it to find the proxy.
 //!
 //! The client uses etcd's own JSON gateway (`/v3/...`), which every etcd since 3.4 serves at its client
 //! port. A gRPC client would add a second HTTP stack and a protocol compiler for five calls.
@@ -288,8 +288,8 @@ fn plain(text: &str) -> Option<String> {
     String::from_utf8(STANDARD.decode(text).ok()?).ok()
 }
 
-/// Maximum time for which the client waits for an answer. etcd answers within milliseconds, or
-/// after about a second while it elects a leader.
+/// Longest time that the client waits for an answer. etcd answers within milliseconds, or after about a second while
+/// it elects a leader.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum length of an answer in bytes. An instance of the registry takes less than 1 KiB.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;

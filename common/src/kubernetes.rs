@@ -1,5 +1,5 @@
-//! Environment variables that Kubernetes sets in each pod to describe services. Some of them have the same names as our
-//! settings.
+//! Environment variables that Kubernetes sets in each pod to describe services. Some of these variables have the same
+//! names as our settings.
 
 use std::net::SocketAddr;
 

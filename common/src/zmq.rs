@@ -1,7 +1,7 @@
 //! The ZeroMQ sockets of all programs. No other module uses the ZeroMQ library.
 //!
 //! The library can be exchanged. The tests in `common/tests/all` are the contract of this module. They speak the wire
-//! protocol as plain bytes and do not depend on a library. So a library with which these tests pass can replace the
+//! protocol as plain bytes and do not depend on a library. So another library that passes these tests can replace the
 //! present library.
 //!
 //! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process that
@@ -164,7 +164,7 @@ fn rare(count: u64) -> bool {
     count.is_power_of_two()
 }
 
-/// Largest number of connections of one port. Each needs about 40 KB.
+/// Largest number of connections of one port. Each connection needs about 40 KB.
 pub const MAX_PEERS: usize = 1024;
 /// Maximum number of handshakes of one port at the same time. With the library's default of 128, no new peer could
 /// connect in trials with 500 silent connections.
@@ -177,8 +177,7 @@ const LINGER: Duration = Duration::from_millis(300);
 const PUSH_LINGER: Duration = Duration::from_secs(1);
 /// Maximum number of messages queued to one peer.
 pub const SEND_QUEUE: u32 = 256;
-/// Maximum number of received messages that are queued per port. They need at most 64 MiB on an
-/// alloc port.
+/// Maximum number of received messages that are queued per port. These messages need at most 64 MiB on an alloc port.
 const RECEIVE_QUEUE: u32 = 64;
 /// Maximum number of encoded bytes queued to one peer.
 const SEND_BYTES: usize = 4 << 20;
@@ -189,13 +188,12 @@ const MONITOR_EVENTS: usize = 1024;
 /// [`HEARTBEAT_TIMEOUT`]. A ZMTP 3.0 peer has no heartbeats; if the peer's host vanished, TCP's own probes end the
 /// connection after 25 s.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Time after which a peer that answers no heartbeat counts as lost.
+/// A peer that answers no heartbeat for this time counts as lost.
 pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
 const TCP_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
-/// Time for which a refused connection is tried again, because the receiver may be starting at this
-/// moment.
+/// A refused connection is tried again for this time, because the receiver may be starting at this moment.
 const CONNECT_GRACE: Duration = Duration::from_millis(500);
 /// Maximum number of messages that are delivered before the loss of a connection is reported. The messages that came
 /// before the loss are delivered first. Without this maximum, a flood of messages could delay the report for ever.

@@ -87,7 +87,7 @@ impl DealerClient {
             {
                 return Ok(news);
             }
-            // Messages that were received already come before the loss, because the peer sent them before the
+            // Messages that have already arrived are reported before the loss, because the peer sent them before the
             // connection was lost.
             match self.socket.try_recv() {
                 Ok(message) => match payload(&message) {

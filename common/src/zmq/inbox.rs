@@ -28,7 +28,7 @@ pub enum Frame {
 }
 
 impl Inbox {
-    /// Binds a PULL socket. `name` is its identity, by which a PUSH peer recognises the kind of proxy; it may be
+    /// Binds a PULL socket. `name` is the socket's identity, which tells a PUSH peer the kind of proxy; it may be
     /// empty. Port 0 takes any free port, which [`Inbox::address`] returns.
     ///
     /// # Errors

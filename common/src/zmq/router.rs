@@ -31,7 +31,7 @@ pub struct RouterServer {
     peers: HashMap<Route, Peer>,
     /// Routes that the caller knows and whose connection has ended. [`Self::recv`] reports them as [`FromPeer::Lost`].
     lost: VecDeque<Route>,
-    /// Number of messages that may still be delivered before the first entry of `lost`.
+    /// Number of messages that may still be delivered before the first entry of `lost` is reported.
     before_lost: usize,
     /// Connections that the server must end, because there are too many or because the caller called
     /// [`Self::disconnect`].
@@ -195,7 +195,7 @@ impl RouterServer {
         self.peers.get(&route).map(|peer| peer.address.as_str())
     }
 
-    /// Returns the counters of the port. The port continues to update them.
+    /// Returns the counters of the port, which the port continues to update.
     pub fn traffic(&self) -> Traffic {
         self.traffic.clone()
     }
@@ -393,7 +393,7 @@ impl RouterServer {
     }
 }
 
-/// Returns a mechanism with which no peer can take over the identity of an open connection. The library moves an
+/// Returns a mechanism that prevents a peer from taking over the identity of an open connection. The library moves an
 /// identity only to a new connection of the same user, and with this mechanism each connection has its own user. A
 /// sender that lost its connection can use its identity again as soon as this port has noticed the loss, after
 /// [`HEARTBEAT_TIMEOUT`](super::HEARTBEAT_TIMEOUT) at the latest.

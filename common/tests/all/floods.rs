@@ -20,7 +20,7 @@ fn a_peer_that_does_not_read_is_bounded_and_others_are_served() {
         let mut deaf = dealer(port, "deaf").await;
         deaf.send(&[b"hi"]).await.unwrap();
         let (route, _) = message(&mut server).await;
-        // The test reads no messages. The kernel's buffers hold only some of them.
+        // The test reads no messages, and the kernel's buffers hold only some of the messages.
         let big = Bytes::from(vec![7u8; 100_000]);
         let (mut taken, mut full) = (0u32, 0u32);
         for _ in 0..3000 {

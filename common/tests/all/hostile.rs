@@ -273,8 +273,8 @@ fn an_identity_stays_with_the_connection_that_has_it() {
     });
 }
 
-/// A second peer connects with the identity of another peer. It must not get the messages to that identity, even if it
-/// sends messages.
+/// A second peer connects with the identity of another peer. The second peer must not get the messages to that
+/// identity, even if it sends messages.
 #[test]
 fn a_stolen_identity_gets_no_answers() {
     run(async {

@@ -2,7 +2,7 @@
 //! only once.
 //!
 //! The other side of each connection is a plain TCP socket ([`zmtp`]) or another socket of the module. No test depends
-//! on the ZeroMQ library of the module: another library with which all tests pass can replace it.
+//! on the ZeroMQ library of the module: another library that passes all tests can replace it.
 
 mod exchange;
 mod floods;

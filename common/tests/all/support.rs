@@ -14,7 +14,7 @@ use protocol::receiver::Route;
 
 use crate::zmtp::{Hello, Peer};
 
-/// Returns the address 127.0.0.1 with port 0, with which the kernel chooses a free port.
+/// Returns the address 127.0.0.1 with port 0, for which the kernel chooses a free port.
 pub fn local() -> SocketAddr {
     ([127, 0, 0, 1], 0).into()
 }

@@ -98,7 +98,7 @@ impl Peer {
         self.stream.write_all(bytes).await
     }
 
-    /// Returns the frames of the next message. Answers heartbeats that come before it.
+    /// Returns the frames of the next message. Answers the heartbeats that come before this message.
     pub async fn recv(&mut self) -> Result<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         loop {
