@@ -19,7 +19,7 @@ use self::http::Http;
 
 /// The key under which the proxy publishes the address at which it takes registrations.
 pub const PROXY_KEY: &str = "pd-sidecar/proxy";
-/// Time after which a published address expires, on servers that delete expired keys.
+/// A published address expires after this time, on servers that delete expired keys.
 pub const HOLDS: Duration = Duration::from_secs(15);
 /// The interval at which the proxy publishes its address again: a third of [`HOLDS`], so that one
 /// failed attempt does not remove the address.

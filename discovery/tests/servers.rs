@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use discovery::{Metadata, PROXY_KEY, Store, StoreError};
 
-/// A server with its own data folder. It is stopped at the end of the test.
+/// A server with its own data folder. The server is stopped at the end of the test.
 struct Server(
     Child,
     #[expect(dead_code, reason = "removed when it is dropped")] tempfile::TempDir,
