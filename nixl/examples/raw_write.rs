@@ -1,7 +1,7 @@
 //! Baseline for benchmarks: measures the speed of a program that calls NIXL and does nothing else.
 //!
-//! Two processes run on this host. The sender creates each request once, from prepared lists. It then only posts and
-//! polls the request, with an optional pause before each post. The receiver polls without a pause.
+//! Two processes run on this host. The sender creates each request once, from prepared lists. The sender then only
+//! posts and polls the request, with an optional pause before each post. The receiver polls without a pause.
 //!
 //! The sender can divide the bytes into descriptors in several ways. It measures these divisions in alternation, and
 //! then measures the fastest division again. This last measurement is the result, because a caller of NIXL is free to
@@ -10,7 +10,7 @@
 //! ```text
 //! UCX_TLS=tcp cargo run --release -p nixl --example raw_write -- --total-mib 64 --chunk-mib 1
 //! ```
-//! prints one line of JSON. Both processes inherit `UCX_TLS`.
+//! This command prints one line of JSON. Both processes inherit `UCX_TLS`.
 
 use std::env;
 use std::error::Error;
@@ -256,7 +256,7 @@ fn receive(order: &Order) -> Result<(), Box<dyn Error>> {
         if ASKED.swap(false, Ordering::AcqRel) {
             println!("{}", side.memory.sum());
         }
-        // Without this call, the sender would wait for the CPU on a host with two cores.
+        // Without this yield, the sender would wait for the CPU on a host with two cores.
         std::thread::yield_now();
     }
     Ok(())

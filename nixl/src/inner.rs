@@ -1,8 +1,8 @@
 //! The agent's handles and the peers that it has loaded: the state that all other types share.
 //!
 //! [`AgentInner`] and [`RemoteInner`] refer to each other: each peer keeps its agent alive, and the
-//! agent finds its peers by name. They are in one file so that no two files of this crate import
-//! each other.
+//! agent finds its peers by name. Both types are in one file, so that no two files of this crate
+//! import each other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -55,10 +55,10 @@ impl fmt::Debug for AgentInner {
 
 impl Drop for AgentInner {
     fn drop(&mut self) {
-        // SAFETY: each handle was made by `Agent::new` and is destroyed once. Registrations,
-        // remotes, lists and requests hold a counted reference to the agent, so none of them is
-        // left. The agent is destroyed last, because the options and the backend's handle point
-        // into it.
+        // SAFETY: each handle was made by `Agent::new` and is destroyed once.
+        // Registrations, remotes, lists and requests hold a counted reference to the agent, so none
+        // of them is left. The agent is destroyed last, because the options and the backend's handle
+        // point into it.
         let status = unsafe {
             self.api
                 .nixl_capi_destroy_notif_map(self.notifications.as_ptr());

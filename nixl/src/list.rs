@@ -23,7 +23,7 @@ pub struct Row {
     pub address: u64,
     /// Length in bytes.
     pub bytes: u64,
-    /// Device id, also for host memory. NIXL finds the range only with the device id that its owner
+    /// Device id; host memory has one, too. NIXL finds the range only with the device id that its owner
     /// used in the registration.
     pub device: u64,
 }
@@ -136,8 +136,8 @@ impl Prepared {
                 };
                 check("xfer_dlist_add_desc", status)?;
             }
-            // SAFETY: live agent, list and options, NUL-terminated name. NIXL checks that each row lies
-            // in memory that the owner has registered.
+            // SAFETY: live agent, list and options, NUL-terminated name.
+            // NIXL checks that each row lies in memory that the owner has registered.
             made("prep_xfer_dlist", |out| unsafe {
                 api.nixl_capi_prep_xfer_dlist(
                     agent.raw(),
@@ -177,8 +177,8 @@ impl fmt::Debug for Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        // SAFETY: made by `new` and released once. Each request that uses the list holds a counted
-        // reference to it, so no request is left.
+        // SAFETY: made by `new` and released once.
+        // Each request that uses the list holds a counted reference to the list, so no request is left.
         unsafe {
             self.agent
                 .api

@@ -80,8 +80,9 @@ impl Registration {
                 )
             };
             check("reg_dlist_add_desc", status)?;
-            // SAFETY: live agent, list and options. The memory is mapped (`Pinned`), and `self` keeps it
-            // mapped until `drop` has deregistered it.
+            // SAFETY: live agent, list and options.
+            // The memory is mapped (`Pinned`), and `self` keeps the memory mapped until `drop` has
+            // deregistered it.
             let status = unsafe {
                 api.nixl_capi_register_mem(agent.raw(), regions.as_ptr(), agent.options.as_ptr())
             };
@@ -120,9 +121,9 @@ impl fmt::Debug for Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         let api = self.agent.api;
-        // SAFETY: `new` registered the memory with the same list and options. Each list of this memory
-        // holds a counted reference to `self`, and each transfer holds a counted reference to its lists,
-        // so no list and no transfer uses the memory any more.
+        // SAFETY: `new` registered the memory with the same list and options.
+        // Each list of this memory holds a counted reference to `self`, and each transfer holds a
+        // counted reference to its lists, so no list and no transfer uses the memory any more.
         let status = unsafe {
             api.nixl_capi_deregister_mem(
                 self.agent.raw(),

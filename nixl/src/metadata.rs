@@ -41,8 +41,8 @@ mod tests {
         let name = b"1c9f0a8e-7d52-4a64-9a0b-2f6c1a7d3e55";
         check(&blob(36, name, b"|Conns"), Some(name));
         check(&blob(3, b"a|b", b"|"), Some(b"a|b"));
-        // These blobs are truncated, or their first field does not end with `|` after the length that it
-        // states.
+        // In these blobs no `|` follows the name, because the blob is truncated or its length field is
+        // wrong.
         check(&blob(36, name, b""), None);
         check(&blob(35, name, b"|"), None);
         check(&blob(37, name, b"|"), None);

@@ -61,8 +61,8 @@ impl Remote {
         })
         .map(take_string)?;
         if loaded != name {
-            // The library has read another name than `metadata::agent_name`. It may have replaced
-            // an entry for which the checks above were not made.
+            // The library has read another name than `metadata::agent_name`. So the load may have
+            // replaced an entry that the code above did not check.
             return Err(Error::Invalid {
                 call: "load_remote_md",
             });

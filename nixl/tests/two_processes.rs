@@ -107,7 +107,8 @@ fn what_does_not_fit_is_refused_before_anything_is_sent() {
         side.registration.prepare(&[]),
         Err(Error::Invalid { .. })
     ));
-    // One row is outside the peer's memory. The other row is inside it, but has another device id.
+    // One row is outside the peer's memory. The other row is inside the peer's memory, but has another
+    // device id.
     for row in [
         target.row(0, 2 * MIB),
         Row {

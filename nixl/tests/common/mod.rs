@@ -170,8 +170,8 @@ impl Drop for Target {
     }
 }
 
-/// Runs the child process. The test named `child` calls it; it does nothing unless a [`Target`] started
-/// this process.
+/// Runs the child process. The test named `child` calls this function, which does nothing unless a
+/// [`Target`] started this process.
 pub(crate) fn run_child() {
     let Ok(port) = env::var("PD_TEST_CHILD") else {
         return;
