@@ -2,8 +2,8 @@
 //!
 //! The build does not link NIXL, so one binary runs on machines with and without NIXL.
 //! [`Library::load`] looks for the library in the usual places: an explicit path, the wheel of the
-//! active Python, the system. If it finds none, the error lists each place and why that place
-//! failed.
+//! active Python, the system. If no place has a usable library, the error lists each place and the
+//! reason.
 //!
 //! `make bindings` generates the declarations in `bindings.rs` from `nixl_capi.h`. This is the
 //! project's own header, with only the functions that the project calls.

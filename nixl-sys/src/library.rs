@@ -84,8 +84,9 @@ impl Library {
     }
 
     fn open(path: &Path) -> Result<Api, String> {
-        // SAFETY: running the initializers of a library is as safe as that library. The caller chose
-        // the path, or the path lies in the Python environment or the system of this process.
+        // SAFETY: running the initializers of a library is as safe as that library.
+        // The caller chose the path, or the path lies in the Python environment or the system of this
+        // process.
         let library = unsafe { libloading::Library::new(path) }.map_err(|e| reason(&e))?;
         // SAFETY: the symbols have the types of nixl_capi.h. The types were compared with NIXL 1.5.1.
         // No type has changed since NIXL added the newest of these symbols.
