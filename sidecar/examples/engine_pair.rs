@@ -4,8 +4,8 @@
 //! ```text
 //! engine_pair SENDER_SOCKET RECEIVER_SOCKET RECEIVER_HOST INIT_PORT ALLOC_PORT CHUNK_BYTES CHUNKS ROUNDS
 //! ```
-//! Prints one line of JSON with, for each round, the microseconds from the reservation until the last chunk is
-//! ready. The sidecars' own records show the phases of each round.
+//! The program prints one line of JSON. For each round it has the microseconds from the reservation until the
+//! last chunk is ready. The sidecars' own records show the phases of each round.
 
 use std::env;
 use std::io::{Read, Write};
@@ -62,7 +62,8 @@ struct Pair {
 }
 
 impl Pair {
-    /// Runs one request. Returns the microseconds from its reservation until its last chunk is ready.
+    /// Runs one request. Returns the microseconds from the request's reservation until its last chunk is
+    /// ready.
     fn round(&mut self, round: u32) -> anyhow::Result<f64> {
         let req = RequestId(format!("bench-{}-{round}", std::process::id()));
         let tokens = self.chunks * CHUNK_TOKENS;

@@ -130,30 +130,29 @@ keys! {
         layers_below_gb_s: Count<0> = Default::Value("100");
         /// Sender: time between two heartbeats of a lease; the lease ends after three missed heartbeats.
         heartbeat_ms: Millis = Default::Value("1000");
-        /// Sender: longest time for which a request may wait for room at the receiver. Receiver: the same for
-        /// requests of LMCache's senders, whose messages contain no such time.
+        /// Sender: longest time that a request may wait for room at the receiver. Receiver: the same limit for
+        /// requests of LMCache's senders, whose messages contain no such limit.
         wait_ms: Millis = Default::Computed("pd_allocation_timeout_sec if finite, else 1000");
-        /// Sender: longest time for which a receiver waits for the decode leg of a request to park.
+        /// Sender: longest time that a receiver waits for the decode leg of a request to park.
         park_ms: Millis = Default::Value("50");
-        /// Sender: time without an answer after which the sender repeats a message.
+        /// Sender: if a message has no answer for this time, the sender repeats the message.
         repeat_ms: Millis = Default::Value("500");
         /// Sender: longest time for the init handshake with a receiver.
         link_ms: Millis = Default::Value("5000");
         /// Sender: longest time that a request may spend without progress.
         stall_ms: Millis = Default::Value("30000");
-        /// Receiver: longest time for which a request waits for room or for its decode leg, even if the sender
-        /// asks for more.
+        /// Receiver: longest time that a request waits for room or for its decode leg, even if the sender asks
+        /// for more.
         max_wait_ms: Millis = Default::Value("5000");
-        /// Receiver: longest time for which a parked decode request waits for a sender.
+        /// Receiver: longest time that a parked decode request waits for a sender.
         no_sender_ms: Millis = Default::Value("5000");
-        /// Receiver: longest time for which written KV waits for a decode request.
+        /// Receiver: longest time that written KV waits for a decode request.
         unclaimed_ms: Millis = Default::Value("10000");
-        /// Receiver: longest lease that a sender may ask for, and the time for which LMCache's senders get
-        /// slots.
+        /// Receiver: longest lease that a sender may ask for. LMCache's senders get slots for this time.
         max_lease_ms: Millis = Default::Value("30000");
-        /// Receiver: time for which the writes of a sender on another host may still arrive after the sender
-        /// has ended. Over TCP the kernel goes on sending for an ended process, for up to 102 seconds. If there
-        /// is only RDMA, one second is enough.
+        /// Receiver: the writes of a sender on another host may still arrive for this time after the sender has
+        /// ended. Over TCP the kernel goes on sending for an ended process, for up to 102 seconds. If there is
+        /// only RDMA, one second is enough.
         fence_ms: Millis = Default::Value("120000");
         /// Maximum number of requests in flight per rank; the sidecar refuses further requests with `busy`.
         max_requests: Count<1> = Default::Value("1024");

@@ -276,8 +276,8 @@ impl Layers {
     }
 
     /// Adds the mistake that a key is missing. Adds nothing if the key was given with a wrong value, because
-    /// that mistake is reported already. Adds nothing either if the file could not be read, because the key
-    /// may be in the file.
+    /// that mistake is reported already. Adds nothing if the file could not be read, because the key may be
+    /// in the file.
     pub(crate) fn missing(&mut self, key: &Key, why: &str) {
         let path = key.path();
         if self.problems.iter().any(|p| p.key.is_empty()) {

@@ -146,7 +146,7 @@ fn ucx(layers: &mut Layers) -> Vec<(&'static str, String)> {
             "write rdma or tcp",
         );
     }
-    // Processes of one host may use shared memory and CUDA IPC with either value of `protocol`.
+    // Processes of one host may use shared memory and CUDA IPC, whatever the value of `protocol` is.
     let tls = if rdma {
         "ib,sm,self,cuda"
     } else {
@@ -200,7 +200,7 @@ fn add(layers: &mut Layers, ours: bool, key: &str, line: usize, text: String) {
     } else {
         &mut layers.lmcache
     };
-    // The file already has this key. The user wrote it for the sidecar, so its value stays.
+    // The file already has this key. The user wrote the key for the sidecar, so its value stays.
     if section.iter().any(|e| e.key == key) {
         return;
     }

@@ -16,9 +16,9 @@ pub(crate) struct Report {
     pub(crate) rows: Vec<Row>,
     /// LMCache's keys that were given and have no effect.
     pub(crate) ignored: Vec<Ignored>,
-    /// LMCache's keys that this version does not know. A newer LMCache may know them.
+    /// LMCache's keys that this version does not know. A newer LMCache may know these keys.
     pub(crate) unknown: Vec<String>,
-    /// Variables that UCX and NIXL read, with their values. The sidecar does not read them.
+    /// Variables that UCX and NIXL read, with their values. The sidecar does not read these variables.
     pub(crate) passed: Vec<(String, String)>,
     /// Warnings for the user.
     pub(crate) warnings: Vec<String>,

@@ -24,8 +24,9 @@ pub(super) struct Memfd {
 // SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, and
 // only `drop` unmaps it. Only system calls, volatile reads and the transport libraries use the address.
 unsafe impl Send for Memfd {}
-// SAFETY: as above. All methods take `&self`; if two calls access the same bytes at the same time, the kernel
-// makes the copies and not Rust code.
+// SAFETY: as above.
+// All methods take `&self`. If two calls access the same bytes at the same time, the kernel makes the copies
+// and not Rust code.
 unsafe impl Sync for Memfd {}
 
 impl Memfd {
@@ -72,8 +73,8 @@ impl Memfd {
     pub(super) fn send(&self, to: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
         // SAFETY: the kernel reads `len` bytes from `base + at`, which is within the mapping, as the caller
-        // has checked (asserted above). If the kernel cannot read them, it returns EFAULT and this process
-        // does not fault.
+        // has checked (asserted above). If the kernel cannot read the bytes, it returns EFAULT and this
+        // process does not fault.
         let taken = unsafe {
             libc::send(
                 to.as_raw_fd(),
@@ -88,8 +89,8 @@ impl Memfd {
     /// Calls `recv(2)` without waiting. The caller has checked that `[at, at + len)` lies within the memory.
     pub(super) fn recv(&self, from: BorrowedFd<'_>, at: usize, len: usize) -> io::Result<usize> {
         debug_assert!(at + len <= self.len, "the buffer checks ranges");
-        // SAFETY: the kernel writes at most `len` bytes from `base + at` on, which is within the mapping, as
-        // the caller has checked (asserted above). No Rust reference to these bytes exists anywhere.
+        // SAFETY: the kernel writes at most `len` bytes from `base + at` on, which is within the mapping
+        // (asserted above). No Rust reference to these bytes exists anywhere.
         let came = unsafe {
             libc::recv(
                 from.as_raw_fd(),
@@ -197,8 +198,8 @@ impl Memfd {
     fn touch_by_hand(&self) -> io::Result<()> {
         fs::fallocate(&self.file, fs::FallocateFlags::empty(), 0, self.len as u64)?;
         for at in (0..self.len).step_by(rustix::param::page_size()) {
-            // SAFETY: the byte lies within the mapping, and the file has all its pages. A volatile read makes
-            // no reference and assumes nothing about the value.
+            // SAFETY: the byte lies within the mapping, and the file has all its pages.
+            // A volatile read makes no reference and assumes nothing about the value.
             unsafe { self.base.as_ptr().add(at).read_volatile() };
         }
         Ok(())
@@ -228,8 +229,8 @@ const SHARE_BYTES: usize = 64 << 20;
 /// allocator.
 const MAX_THREADS: usize = 8;
 
-/// Makes a memfd that cannot be executed. Kernels before 6.3 do not support that; there it makes a plain
-/// memfd.
+/// Makes a memfd that cannot be executed. Kernels before 6.3 do not have this flag; on such a kernel, makes a
+/// plain memfd.
 fn create(name: &str) -> rustix::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     match fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {

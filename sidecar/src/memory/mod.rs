@@ -43,9 +43,9 @@ pub(crate) struct Buffer {
 /// The thing that an engine needs to map a buffer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Export<'a> {
-    /// The descriptor of a sealed memfd. The engine maps it shared.
+    /// The descriptor of a sealed memfd, which the engine maps shared.
     Memfd(BorrowedFd<'a>),
-    /// GPU memory. The engine opens it by its IPC handle.
+    /// GPU memory, which the engine opens by its IPC handle.
     Cuda,
 }
 

@@ -5,7 +5,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-/// The counter of frames that are not valid messages. Its clones share the numbers.
+/// The counter of frames that are not valid messages. All clones share the same numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct MalformedFrames(Family<AtPort, Counter>);
 

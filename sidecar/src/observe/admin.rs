@@ -220,7 +220,7 @@ async fn registered(
     headers: HeaderMap,
     body: Result<Json<Registered>, JsonRejection>,
 ) -> Response {
-    // A browser adds one of these headers to each POST of a page, also after DNS rebinding. A proxy adds no
+    // A browser adds one of these headers to each POST of a page, even after DNS rebinding. A proxy adds no
     // such header.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
         shared.metrics.malformed.count("admin");
@@ -329,7 +329,8 @@ async fn serve(
         }
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            // This waits for an answer that is being written. `Admin::run` limits the time of the wait.
+            // This wait ends when the answer in progress is written. `Admin::run` limits the time of the
+            // wait.
             connection.as_mut().await.ok();
         }
         () = evict.cancelled() => {}

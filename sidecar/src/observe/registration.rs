@@ -3,10 +3,10 @@
 //! The messages go in one direction only: the proxy acknowledges a registration by an HTTP call to the admin
 //! server. One task owns the socket and sends all messages, so no other task waits for the proxy.
 //!
-//! LMCache's proxy also listens on a registration port, but it does not call back. When it receives a message
-//! that it does not know, it closes the port for ever, and each of its clients then waits without end.
-//! Therefore, if LMCache's keys name the proxy, the task checks which of the two proxies is connected before
-//! it sends a message.
+//! LMCache's proxy also listens on a registration port, but it does not call back. When LMCache's proxy
+//! receives a message that it does not know, it closes the port for ever, and each of its clients then waits
+//! without end. Therefore, if LMCache's keys name the proxy, the task checks which of the two proxies is
+//! connected before it sends a message.
 
 mod metrics;
 

@@ -191,7 +191,7 @@ impl InitError {
     }
 }
 
-/// Runs the sender's side of the handshake, and gives up after `deadline`.
+/// Runs the sender's side of the handshake, and fails if it takes longer than `deadline`.
 ///
 /// # Errors
 /// See [`InitError`].
@@ -280,9 +280,9 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     })
 }
 
-/// Returns the peer's slots, from its `x` and from its rows.
+/// Returns the peer's slots, which its rows and the field `x` of its message describe.
 ///
-/// Returns an error if the two contradict each other, or if both are missing.
+/// Returns an error if the rows contradict `x`, or if both are missing.
 fn pages(rows: &[Row], said: Option<Pages>) -> Result<Pages, String> {
     let shown = rows.first().map(|first| Pages {
         v: 0,

@@ -1,9 +1,9 @@
-//! The lock by which a new sidecar process proves that the process before it has ended.
+//! The lock that lets a new sidecar process prove that the process before it has ended.
 //!
 //! A receiver cannot see the end of a sender process on another host, and it must not free slots into which
 //! that process may still write. The sender's successor, the next process at the same socket, can prove the
 //! end. The proof is a lock on a file beside the socket: the kernel keeps the lock while any thread of the
-//! process lives, and releases it together with the sockets and queues of the process, also after a crash.
+//! process lives, and releases it together with the sockets and queues of the process, even after a crash.
 //!
 //! Each process writes a secret into the file and sends the secret's hash (*proof hash*) in its handshakes.
 //! The process that gets the lock reads the secrets of all processes before it and sends them in its own
@@ -54,8 +54,8 @@ impl ProcessLock {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {
             Ok((process_lock, file)) => {
-                // This process never closes the file, so it holds the lock until it ends. While it lives, its
-                // writes may be in flight.
+                // This process never closes the file, so it holds the lock until it ends. While this process
+                // lives, its writes may be in flight.
                 let _held = file.into_raw_fd();
                 process_lock
             }

@@ -88,7 +88,7 @@ pub(crate) struct LinkStatus {
     watch: Watch,
 }
 
-/// The factor by which each write reduces the weight of the writes before it in the measured rate.
+/// Each write multiplies the weight of all earlier writes in the measured rate by this factor.
 const FADE: f64 = 0.9;
 
 /// Minimum bytes of a large write, which shows the wire's rate.

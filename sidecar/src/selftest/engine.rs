@@ -46,8 +46,8 @@ impl Engine {
             unmoved: String::new(),
         });
         write(&mut stream, &hello).await?;
-        // The kernel closes the descriptor that comes with the welcome. This process does not need it,
-        // because it has the buffer already.
+        // The kernel closes the descriptor that comes with the welcome. This process does not need the
+        // descriptor, because it has the buffer already.
         match read(&mut stream).await? {
             ToEngine::Welcome(welcome) => Ok(Self { stream, welcome }),
             other => anyhow::bail!("expected a welcome, got {other:?}"),

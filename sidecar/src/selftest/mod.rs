@@ -173,7 +173,7 @@ impl Selftest {
 const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
 /// Returns the first GPU for the sender and the second GPU for the receiver. If there is only one GPU, both
-/// use it.
+/// roles use it.
 fn two_gpus() -> Result<Memory, String> {
     let all = cuda::all().map_err(|error| error.to_string())?;
     let second = u32::from(all.len() > 1);
@@ -212,7 +212,8 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // If this fails, files of the self-test stay in the temporary directory, where they do no harm.
+        // If the removal fails, files of the self-test stay in the temporary directory, where they do no
+        // harm.
         std::fs::remove_dir_all(&self.path).ok();
     }
 }

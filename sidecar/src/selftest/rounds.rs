@@ -26,15 +26,15 @@ pub(super) struct Rounds {
     pub(super) one_chunk: Vec<Duration>,
     /// Bytes, and the time from staged until the last chunk is ready, for requests that fill the buffer.
     pub(super) staged_ready: Vec<(u64, Duration)>,
-    /// The same for requests whose chunks were filled after they were reported as staged. The time begins at
-    /// the end of the filling.
+    /// As `staged_ready`, for requests whose chunks were filled after they were reported as staged. Here the
+    /// time begins when the filling ends.
     pub(super) fired_ready: Vec<(u64, Duration)>,
 }
 
 /// The bytes of both buffers.
 pub(super) trait Content: std::fmt::Debug {
-    /// Fills chunks of the send buffer with new bytes. Returns the event after which the chunks are filled,
-    /// as its position in the hello; absent if they are filled already.
+    /// Fills chunks of the send buffer with new bytes. Returns the index, in the hello's list of events, of
+    /// the event that fires when the chunks are filled; absent if they are filled already.
     fn fill(&mut self, places: &[Place], when: When) -> anyhow::Result<Option<u32>>;
     /// Returns the time at which the last filling ended; absent if it ended before `fill` returned.
     fn filled(&mut self) -> Option<Instant>;

@@ -68,7 +68,7 @@ pub(crate) fn choose(wanted: Choice, sides: Sides<'_>) -> Result<Chosen, NoWire>
             }),
         };
     }
-    // Wires that are a last choice come after all others. The order among the rest stays, because the sort is
+    // Wires that are a last choice come after all others. The other wires keep their order, because the sort is
     // stable.
     let mut lacks = Vec::new();
     let mut order: Vec<(Kind, Option<String>)> = table::all()

@@ -64,8 +64,8 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// Combines the outcomes of two parts of a write. If both failed, the result has the first part's error,
-    /// and is terminal only if both failures are terminal.
+    /// Combines the outcomes of two parts of a write. If both parts failed, the result has the first part's
+    /// error, and is terminal only if both failures are terminal.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
             (
@@ -131,8 +131,8 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn expect(&self, writing: bool);
 }
 
-/// A sender's connection to one receiver over one wire. When it is dropped, it disconnects once the writes in
-/// flight have ended.
+/// A sender's connection to one receiver over one wire. When the link is dropped, it disconnects once the
+/// writes in flight have ended.
 pub(crate) trait Link: Send + Sync + fmt::Debug {
     /// Returns the kind of the wire.
     fn kind(&self) -> Kind;

@@ -9,8 +9,8 @@ use tokio::sync::Notify;
 
 use crate::memory::cuda::{Event, State};
 
-/// The event after which a write may read the send buffer. A transport checks for the event on its own thread,
-/// and posts nothing before it. The stall time of writes limits the wait.
+/// The event that a write waits for before it reads the send buffer. A transport checks on its own thread
+/// whether the event has fired, and posts nothing before that. The stall time of writes limits the wait.
 ///
 /// The transport polls for the event; it does not make the GPU wait. If an engine is killed before its GPU
 /// reaches the event, the event never fires. If a copy were queued on the GPU behind the event, no process
@@ -74,8 +74,8 @@ impl Ready {
         readiness
     }
 
-    /// Waits for the final state, at most for `bound`. Callers use this function if no transport's thread
-    /// polls for them.
+    /// Waits for the final state, at most for `bound`. Use this function only if no transport's thread polls
+    /// the state.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -103,7 +103,8 @@ impl Ready {
         self.after = None;
     }
 
-    /// Notes that the write was posted and did not end at once. Its wire may now need the receiver's help.
+    /// Notes that the write was posted and did not end at once. The write's wire may now need the receiver's
+    /// help.
     pub(crate) fn lasts(&self) {
         self.times.lasting.notify_one();
     }

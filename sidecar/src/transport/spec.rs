@@ -48,7 +48,7 @@ pub(crate) struct Start<'a> {
     pub(crate) id: &'a str,
     /// Time limit for making a link.
     pub(crate) link: Duration,
-    /// The time without progress after which a write fails.
+    /// A write fails if it makes no progress for this time.
     pub(crate) stall: Duration,
     /// The port for data; `None` if this side receives nothing.
     pub(crate) listen: Option<DataPort<'a>>,

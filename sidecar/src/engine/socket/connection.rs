@@ -1,6 +1,6 @@
 //! One engine connection. Its reader passes the engine's messages to the task that owns the protocol
 //! machines. If the socket has room, that task itself writes its answers at once. Otherwise the connection's
-//! writer writes them later.
+//! writer writes the answers later.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,9 +29,9 @@ const HELLO: Duration = Duration::from_secs(5);
 /// requests in flight, with a few messages each. So an engine with more waiting messages is stuck, and the
 /// sidecar disconnects the engine.
 const OUTBOX: usize = 4096;
-/// Time for which an engine may still read its slots after the sidecar has disconnected it. The engine first
-/// finishes the copies that it has announced to its own scheduler, which takes milliseconds. If the engine
-/// closed the connection itself, or its process ended, it no longer reads.
+/// After the sidecar has disconnected an engine, the engine may still read its slots for this time. The
+/// engine first finishes the copies that it has announced to its own scheduler, which takes milliseconds. If
+/// the engine closed the connection itself, or its process ended, it no longer reads.
 const READS: Duration = Duration::from_secs(2);
 
 /// The sending half of an engine connection.

@@ -44,7 +44,7 @@ pub(crate) enum FromEngine {
     Malformed,
 }
 
-/// The listening socket. Dropping it ends the connections and removes the file.
+/// The listening socket. Dropping the listener ends the connections and removes the file.
 #[derive(Debug)]
 pub(crate) struct Listener {
     path: PathBuf,

@@ -194,8 +194,8 @@ impl fmt::Display for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: `open` retained the context, and it is released once. Everything made in the context holds
-        // a counted reference to `self`.
+        // SAFETY: `open` retained the context, and it is released once.
+        // Everything made in the context holds a counted reference to `self`.
         let released = check("cuDevicePrimaryCtxRelease", unsafe {
             sys::cuDevicePrimaryCtxRelease_v2(self.raw)
         });

@@ -129,8 +129,9 @@ pub(super) fn load() -> Result<(), CudaError> {
 }
 
 fn first_load() -> Result<(), CudaError> {
-    // SAFETY: loading runs the library's initialisers, as every user of CUDA does. The presence is checked
-    // first because cudarc panics at the first call if the library is missing.
+    // SAFETY: loading runs the library's initialisers, as every user of CUDA does.
+    // The library's presence is checked first, because cudarc panics at the first call if the library is
+    // missing.
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::NoDriver);
     }

@@ -21,7 +21,8 @@ pub(crate) enum State {
     Fired,
 }
 
-/// A CUDA event. It fires when the GPU has done all work that was queued before the event was recorded.
+/// A CUDA event. The event fires when the GPU has done all work that was queued before the event was
+/// recorded.
 #[derive(Debug)]
 pub(crate) struct Event {
     raw: CUevent,
@@ -37,7 +38,7 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// Makes an event of this process. It measures no time, because timing would make it slower.
+    /// Makes an event of this process. The event measures no time, because timing would make it slower.
     ///
     /// # Errors
     /// The driver's error.
@@ -132,8 +133,8 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let destroyed = self.device.bind().and_then(|()| {
-            // SAFETY: the event was made or opened once and is destroyed once. The driver keeps a queued
-            // event until it has fired.
+            // SAFETY: the event was made or opened once and is destroyed once.
+            // The driver keeps a queued event until the event has fired.
             check("cuEventDestroy", unsafe {
                 sys::cuEventDestroy_v2(self.raw)
             })

@@ -93,8 +93,8 @@ impl Drop for Imported {
             return;
         }
         let closed = self.device.bind().and_then(|()| {
-            // SAFETY: `open` mapped the memory, and the mapping is closed once. Copies into it have ended,
-            // because the owner of each copy keeps `self` until then.
+            // SAFETY: `open` mapped the memory, and the mapping is closed once.
+            // Copies into the memory have ended, because the owner of each copy keeps `self` until then.
             check("cuIpcCloseMemHandle", unsafe {
                 sys::cuIpcCloseMemHandle(self.address)
             })

@@ -45,10 +45,10 @@ impl<T: Extent> Extent for std::sync::Arc<T> {
     }
 }
 
-/// An IPC handle of memory or of an event, in the form in which processes send it to each other.
+/// An IPC handle of memory or of an event, as processes send it to each other.
 pub(crate) type Handle = [u8; HANDLE_BYTES];
 
-/// Bytes of an IPC handle, of memory and of an event alike.
+/// Length of an IPC handle in bytes, the same for memory and for events.
 pub(crate) const HANDLE_BYTES: usize = 64;
 
 #[cfg(test)]

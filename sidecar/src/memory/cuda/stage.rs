@@ -54,8 +54,8 @@ impl Stage {
 
     /// Returns the block's bytes.
     pub(crate) fn block(&self) -> &[u8] {
-        // SAFETY: the block has `len` initialised bytes, which only this value uses. Every copy into them has
-        // ended, because each function that queues a copy waits for it.
+        // SAFETY: the block has `len` initialised bytes, which only this value uses.
+        // Every copy into the block has ended, because each function that queues a copy waits for the copy.
         unsafe { slice::from_raw_parts(self.block.as_ptr(), self.len) }
     }
 
@@ -122,8 +122,8 @@ impl fmt::Debug for Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         let freed = self.stream.device().bind().and_then(|()| {
-            // SAFETY: the block was allocated once and is freed once, and no copy is in flight, because each
-            // function that queues a copy waits for it.
+            // SAFETY: the block was allocated once and is freed once.
+            // No copy is in flight, because each function that queues a copy waits for the copy.
             check("cuMemFreeHost", unsafe {
                 sys::cuMemFreeHost(self.block.as_ptr().cast())
             })

@@ -209,8 +209,8 @@ impl Stream {
     fn copy(&self, to: u64, from: u64, len: u64) -> Result<(), CudaError> {
         self.device.bind()?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        // SAFETY: with unified addressing an address tells the driver which memory it is in. `push` has
-        // checked both ranges; the callers of `transfer` guarantee theirs.
+        // SAFETY: with unified addressing an address tells the driver which memory it is in.
+        // `push` has checked both ranges; the callers of `transfer` guarantee that their addresses are valid.
         check("cuMemcpyAsync", unsafe {
             sys::cuMemcpyAsync(to, from, len, self.raw)
         })

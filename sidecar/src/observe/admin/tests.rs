@@ -256,8 +256,8 @@ async fn other_paths_and_garbage_get_an_answer_and_harm_nobody() {
     assert_eq!(f.get("/health").await.0, 200);
 }
 
-/// Opens as many silent connections as the server accepts. The server must end them at the timeout, so
-/// that others can connect.
+/// Opens as many silent connections as the server accepts. The server must end these connections at
+/// the timeout, so that other clients can connect.
 #[tokio::test(start_paused = true)]
 async fn silent_clients_are_cut_off() {
     let f = Fixture::start().await;

@@ -5,7 +5,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-/// The counters of the exchange with the proxy. Their clones share the numbers.
+/// The counters of the exchange with the proxy. All clones share the same numbers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProxyMetrics {
     messages: Family<ToProxy, Counter>,

@@ -223,5 +223,5 @@ impl fmt::Display for NotReady {
     }
 }
 
-/// Time after the proxy's last call-back for which the sidecar stays ready: three periods of 5 s.
+/// The sidecar stays ready for this time after the proxy's last call-back: three periods of 5 s.
 pub(crate) const ACKNOWLEDGED_FOR: Duration = Duration::from_secs(15);

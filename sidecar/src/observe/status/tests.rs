@@ -8,7 +8,8 @@ use super::*;
 use crate::config::Inputs;
 use crate::engine::sessions::SlotLayout;
 
-/// Returns the configuration of a receiver with two ranks and a proxy. `more` has flags that change it.
+/// Returns the configuration of a receiver with two ranks and a proxy. `more` has flags that change the
+/// configuration.
 pub(crate) fn config(more: &[(&'static str, &str)]) -> Config {
     let file = "\
 pd_role: receiver

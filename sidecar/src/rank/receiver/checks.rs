@@ -1,8 +1,8 @@
 //! Compares the checksums of landed chunks.
 //!
-//! A separate thread compares them, one message at a time. A sum reads megabytes, and the runtime has only
-//! one thread, which must not be busy for that long. A chunk is in the queue at most once, so the number of
-//! slots limits the queue's length.
+//! A separate thread compares the checksums, one message at a time. A sum reads megabytes, and the runtime has
+//! only one thread, which must not be busy for that long. A chunk is in the queue at most once, so the number
+//! of slots limits the queue's length.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -48,8 +48,8 @@ pub(super) struct Checked {
 }
 
 impl Checks {
-    /// Queues the chunks of a message for which a checksum must be computed. Returns the message without
-    /// these chunks and without chunks that are already in the queue; `None` if every chunk must wait.
+    /// Queues the chunks of a message for which a checksum must be computed. Returns the message without the
+    /// chunks that are now in the queue; `None` if the queue has all of them.
     pub(super) fn take(
         &mut self,
         route: Route,

@@ -293,8 +293,8 @@ impl ReceiverTask {
         }
     }
 
-    /// Tells the wires whether they must help writes to arrive. Their help is necessary while writes are
-    /// announced, and while the last writes of a dead sender may still be in a socket.
+    /// Tells the wires whether they must help writes to arrive. The wires must help while writes are announced,
+    /// and while the last writes of a dead sender may still be in a socket.
     fn expect(&self) {
         let writing = self.machine.as_ref().map_or(0, |m| m.gauges().writing);
         let expect = writing > 0 || self.fences.is_settling();

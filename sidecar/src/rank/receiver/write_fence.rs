@@ -8,8 +8,8 @@
 //! - For a sender on this host, this module watches the process through a process descriptor. The descriptor is
 //!   opened at the handshake, so a later process with the same id is not mistaken for the sender.
 //! - For a sender on another host, its successor process proves that the sender has ended
-//!   ([`crate::peer::process_lock`]). The grace period is far longer here: over TCP, the kernel still sends the
-//!   data of a process that has ended, even after an interruption of the network.
+//!   ([`crate::peer::process_lock`]). For such a sender the grace period is far longer: over TCP, the kernel
+//!   still sends the data of a process that has ended, even after an interruption of the network.
 //!
 //! Until there is proof, the sender's slots stay in quarantine, which metrics and logs show.
 

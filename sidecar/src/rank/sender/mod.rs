@@ -40,7 +40,8 @@ pub(crate) struct SenderTask {
     peers: Peers,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
-    /// The queue of transfers that did not end at once. Their wires may need the receiver's help.
+    /// The queue of transfers that did not end at once. The wires of these transfers may need the receiver's
+    /// help.
     lasting: (mpsc::Sender<TransferId>, mpsc::Receiver<TransferId>),
     watches: JoinSet<(WatchId, Readiness)>,
     clock: Clock,

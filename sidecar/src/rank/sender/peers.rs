@@ -136,7 +136,8 @@ impl Peers {
         | News::Malformed(to)
         | News::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
-        // An earlier connection to this receiver may still send events. They must not end the newer connection.
+        // An earlier connection to this receiver may still send events. Such events must not end the newer
+        // connection.
         if peer.generation != generation {
             return None;
         }
@@ -186,7 +187,7 @@ impl Peers {
         }
     }
 
-    /// Makes the init handshake with a receiver. An existing link to it ends first.
+    /// Makes the init handshake with a receiver. First ends an existing link to this receiver.
     pub(super) fn link(&mut self, to: Target) {
         let Some(slot_layout) = self.slot_layout.clone() else {
             return;
@@ -285,8 +286,8 @@ impl Peers {
         }
     }
 
-    /// Returns the granule at which parts of a write may begin; `None` if dividing a write of this many bytes
-    /// by layers saves no time.
+    /// Returns the link's granule in bytes: parts of a write begin at multiples of the granule. Returns `None`
+    /// if it saves no time to divide a write of this size by layers.
     ///
     /// The measured rate of the link decides, so no write is divided before a large write was measured.
     pub(super) fn divides(&self, to: &Target, bytes: u64) -> Option<u64> {

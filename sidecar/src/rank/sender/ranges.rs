@@ -48,8 +48,8 @@ pub(super) fn divide(
                 let is_last = index + 1 == layers.len();
                 let end = match (is_last, plane + 1 == planes) {
                     (true, true) => end,
-                    // The next run belongs to the first range again, so the granule that both share waits for
-                    // the last range.
+                    // The next run belongs to the first range again. The granule that the two runs share
+                    // belongs to the last range.
                     (true, false) => end.next_multiple_of(granule),
                     (false, _) => end / granule * granule,
                 };
@@ -84,8 +84,8 @@ pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration 
 /// than it costs.
 ///
 /// Posting a part and checking its end takes about 10 µs. Gathering and sending while a GPU computes slows
-/// the computation down by 1 to 9 ms for 2 GB on an H200, at any link speed. If the wire needs no more time
-/// than that for the whole write, dividing the write gains nothing.
+/// the computation down by 1 to 9 ms for 2 GB on an H200, at any link speed. If the wire needs no more than
+/// these milliseconds for the whole write, dividing the write gains nothing.
 pub(super) fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let takes = bytes as f64 / (rate * 1e9);

@@ -131,8 +131,8 @@ impl Content for GpuContent {
         match when {
             When::Before => stream.wait()?,
             When::Later => {
-                // This wait polls without pauses, to find the exact end. A sidecar does not poll like
-                // that.
+                // This wait polls without pauses, to find the exact end. A sidecar pauses between two
+                // checks of an engine's event.
                 let stream = Arc::clone(stream);
                 let wait = move || stream.wait().ok().map(|()| Instant::now());
                 self.watch = Some(std::thread::spawn(wait));
@@ -165,7 +165,7 @@ impl Content for GpuContent {
 
 impl Drop for GpuContent {
     fn drop(&mut self) {
-        // Copies must end before the buffers are unmapped, also after a failed request.
+        // Copies must end before the buffers are unmapped, even after a failed request.
         for half in [&self.prefill, &self.decode] {
             if let Err(error) = half.stream.wait() {
                 eprintln!("the GPU failed: {error}");

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::memory::cuda::{DeviceMemory, HANDLE_BYTES, Handle, Uuid};
 
-/// The data with which a peer opens a buffer in GPU memory.
+/// The data that a peer needs to open a buffer in GPU memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address {
     /// The UUID of the GPU that holds the buffer.

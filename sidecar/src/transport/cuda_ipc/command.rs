@@ -27,8 +27,8 @@ pub(super) enum Command {
     Stop,
 }
 
-/// The handle of a receiver's mapped buffer, for code outside the thread. When it is dropped, the thread unmaps
-/// the buffer.
+/// The handle of a receiver's mapped buffer, for code outside the thread. When the handle is dropped, the
+/// thread unmaps the buffer.
 #[derive(Debug)]
 pub(super) struct Mapping {
     pub(super) shared: Arc<Shared>,

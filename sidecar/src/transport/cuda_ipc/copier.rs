@@ -290,7 +290,7 @@ fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// The time for which the thread polls without sleep after a write: the push of a long prompt ends within
+/// After a write, the thread polls for this time without sleeping: the push of a long prompt ends within
 /// this time.
 const SPIN: Duration = Duration::from_millis(4);
 /// The time between two checks of abandoned copies. Such copies may end at any time or never.

@@ -12,7 +12,8 @@ use super::command::{Command, Mapping};
 use super::{KIND, Shared};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
-/// A receiver's mapped buffer. When it is dropped, the buffer is unmapped once its copies have ended.
+/// A receiver's mapped buffer. When the link is dropped, the buffer is unmapped once its copies have
+/// ended.
 #[derive(Debug)]
 pub(super) struct CudaLink(Mapping);
 

@@ -89,7 +89,7 @@ pub(crate) struct Config {
 
 /// Both halves of the transport over one buffer.
 ///
-/// When it is dropped, it waits for the thread, at most for [`Config::drain`].
+/// When the transport is dropped, it waits for the thread, at most for [`Config::drain`].
 #[derive(Debug)]
 pub(crate) struct CudaIpc {
     memory: Arc<DeviceMemory>,

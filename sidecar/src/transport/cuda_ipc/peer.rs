@@ -62,7 +62,7 @@ impl Peer {
         })
     }
 
-    /// Turns pieces into copies. The error names the wrong piece.
+    /// Turns pieces into copies. The error says which piece is invalid.
     pub(super) fn plan(
         &self,
         ours: &DeviceMemory,

@@ -29,7 +29,7 @@ async fn measure(library: &'static Library, total: u64, chunk: u64) {
     let link = sender.link(receiver.remote.clone()).await.unwrap();
     let mut raw = raw(library, &buffer, &receiver, total, chunk);
     let mut ours = Vec::new();
-    // Both kinds of writes alternate, so that a change of the machine's speed affects them alike.
+    // Both kinds of writes alternate, so that a change of the machine's speed affects both kinds.
     for round in 0..18 {
         for (_, transfer, seconds) in &mut raw {
             let start = Instant::now();

@@ -33,7 +33,8 @@ pub(super) enum Command {
     Stop,
 }
 
-/// The handle of a connected receiver, for code outside the thread. When it is dropped, the thread disconnects.
+/// The handle of a connected receiver, for code outside the thread. When the handle is dropped, the thread
+/// disconnects.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) shared: Arc<Shared>,

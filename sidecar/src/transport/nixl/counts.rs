@@ -15,7 +15,7 @@ pub(super) struct Counts {
     pub(super) bytes: u64,
     /// Peers that are connected now.
     pub(super) peers: u64,
-    /// Requests that were abandoned and have not ended yet. The thread still polls them.
+    /// Requests that were abandoned and have not ended yet. The thread still polls these requests.
     pub(super) stuck: u64,
 }
 

@@ -73,8 +73,8 @@ impl DescriptorLayout {
     /// Returns the descriptors that carry `pieces`, in batches of about `batch_bytes`.
     ///
     /// # Errors
-    /// Names the first wrong piece. A piece is wrong if one of the sides does not have its slot, if the piece
-    /// is longer than its slot, or if it begins within a descriptor.
+    /// Names the first invalid piece. A piece is invalid if its slot does not exist on one of the two sides,
+    /// if it is longer than its slot, or if it begins within a descriptor.
     pub(super) fn batches(
         self,
         pieces: &[Piece],

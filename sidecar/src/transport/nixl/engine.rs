@@ -25,7 +25,8 @@ use crate::transport::ucx::CONSENT;
 #[derive(Debug)]
 pub(super) struct Engine {
     peers: HashMap<u64, Peer>,
-    /// Writes that were abandoned and have not ended. They must not be released before they have ended.
+    /// Writes that were abandoned and have not ended. An abandoned write must not be released before it has
+    /// ended.
     stuck: Vec<Transfer>,
     slots: Option<Slots>,
     registration: Rc<Registration>,
@@ -228,7 +229,7 @@ impl Engine {
         moved
     }
 
-    /// Does the work that is due ten times a second, also when no write is in flight: answers peers that
+    /// Does the work that is due ten times a second, even when no write is in flight: answers peers that
     /// connect, and polls abandoned writes.
     fn look(&mut self) {
         self.progress();

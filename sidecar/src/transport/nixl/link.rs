@@ -10,7 +10,7 @@ use super::command::{Command, Connection};
 use super::{KIND, Shared};
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
-/// A peer that the engine thread is connected to. When it is dropped, the thread disconnects.
+/// A peer that the engine thread is connected to. When the link is dropped, the thread disconnects.
 #[derive(Debug)]
 pub(super) struct NixlLink(Connection);
 

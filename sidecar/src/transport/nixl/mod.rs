@@ -84,7 +84,8 @@ fn expected_rate(ends: Ends) -> ExpectedRate {
         return ExpectedRate::of_a_network();
     }
     if ends.same_host {
-        // Where UCX could not export the memory, 0.54 GB/s was measured. The slowest bus is ten times as fast.
+        // If UCX cannot export the memory, the rate is 0.54 GB/s (measured). The slowest bus is ten times as
+        // fast.
         return ExpectedRate {
             least_gb_s: 5.0,
             hint: "UCX stages through sockets: let UCX_TLS name cuda_ipc and cuda_copy, let both \
@@ -103,8 +104,8 @@ fn expected_rate(ends: Ends) -> ExpectedRate {
 pub(crate) struct Config {
     /// The agent's name. Each start needs a new name, because peers know agents by their names.
     pub(crate) agent: String,
-    /// NIXL's device id of the buffer. For GPU memory it is the GPU's number in this process, which UCX
-    /// checks. For host memory it is the tensor-parallel rank, as in LMCache.
+    /// NIXL's device id of the buffer. For GPU memory this id is the GPU's number in this process, which UCX
+    /// checks. For host memory the id is the tensor-parallel rank, as in LMCache.
     pub(crate) device: u64,
     /// Backend parameters that differ from the plugin's defaults.
     pub(crate) params: Vec<(String, String)>,
@@ -133,7 +134,7 @@ impl Config {
 
 /// Both halves of the transport over one buffer.
 ///
-/// When it is dropped, it waits for the engine thread, at most for [`Config::drain`].
+/// When the transport is dropped, it waits for the engine thread, at most for [`Config::drain`].
 #[derive(Debug)]
 pub(crate) struct Nixl {
     shared: Arc<Shared>,

@@ -372,8 +372,8 @@ impl Peer {
         true
     }
 
-    /// Answers the writes that have ended. After a failure of the peer, also fails the writes with batches that
-    /// were not posted.
+    /// Answers the writes that have ended. After a failure of the peer, the writes with unposted batches fail,
+    /// too.
     fn settle(&mut self) {
         if let Some(error) = &self.failed {
             for write in &mut self.writes {

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 /// The library has no call that waits, and a transfer moves only while the thread polls. But the peer, the
 /// engine and the runtime may need the same core: on two cores, a thread that spins slows down the copy that it
 /// waits for. So the thread first spins as long as a small write takes, then yields to other threads, and then
-/// sleeps. The longer nothing moves, the longer it sleeps. When something moves, the thread spins again.
+/// sleeps. The longer nothing moves, the longer the thread sleeps. When something moves, the thread spins
+/// again.
 #[derive(Debug, Default)]
 pub(super) struct PollBackoff {
     quiet_since: Option<Instant>,
@@ -67,19 +68,19 @@ impl PollBackoff {
     }
 }
 
-/// The time for which the thread spins. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
+/// The thread spins for this time. A 64 KiB write takes 4 µs within a host and 31 µs over TCP.
 const SPIN: Duration = Duration::from_micros(30);
-/// The time after which the thread sleeps instead of yielding: a round trip in a data centre, plus a
-/// scheduler's delay.
+/// If nothing has moved for this time, the thread sleeps instead of yielding. The time is a round trip in a
+/// data centre, plus a scheduler's delay.
 const YIELD: Duration = Duration::from_micros(500);
 /// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s, 0.5 MB arrive in this time,
 /// and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
-/// The time without movement after which the sleeps become longer. Peers post announced writes at once, so a
-/// peer that is silent for this time was delayed.
+/// If nothing has moved for this time, the sleeps become longer. Peers post announced writes at once, so a peer
+/// that is silent for this time was delayed.
 const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
-/// The time without movement after which the sleeps have the longest duration. By then the peer writes without
+/// If nothing has moved for this time, the sleeps have the longest duration. By then the peer writes without
 /// this side's help (shared memory, RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
 /// The longest sleep. Polls at this interval use about 3 % of a core, and add at most 2 % to the delay of a
@@ -88,9 +89,9 @@ const LONG: Duration = Duration::from_millis(1);
 
 /// Minimum duration of a library call that has moved bytes; an idle call takes under 1 µs.
 const BUSY: Duration = Duration::from_micros(4);
-/// The same minimum after a sleep. The caches are then cold, and an idle call takes up to 15 µs on a busy
-/// machine. A call that moves the bytes that have come during a sleep takes longer, even if they come at 1
-/// GB/s only.
+/// As [`BUSY`], for the first call after a sleep. The caches are then cold, and an idle call takes up to 15 µs
+/// on a busy machine. If bytes have come during the sleep, the call that moves them takes longer than this
+/// time, even at a rate of only 1 GB/s.
 const BUSY_COLD: Duration = Duration::from_micros(25);
 
 #[cfg(test)]

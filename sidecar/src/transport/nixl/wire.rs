@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the cost model is
-/// chosen from UCX's configuration and the host. It is the same for all peers.
+/// chosen from UCX's configuration and the host. The model is the same for all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
     /// Each descriptor has a fixed cost, independent of its size (NVLink 5 µs, RDMA hundreds of ns).
@@ -27,8 +27,8 @@ impl Wire {
         Self::judge(ucx_tls, has_rdma(), place)
     }
 
-    /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not. If UCX has only
-    /// sockets, it moves half a gigabyte per second between two GPUs; the built-in wire moves at least 7.
+    /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not better. If UCX
+    /// has only sockets, it moves 0.5 GB/s between two GPUs; the built-in wire moves at least 7 GB/s.
     pub(super) fn poor(self, same_host: bool) -> Option<String> {
         match self {
             Self::Streams => Some("UCX_TLS allows nixl only sockets for GPU memory".to_owned()),

@@ -5,8 +5,8 @@
 //! thread; it uses one file descriptor for a short time. The number of connections is limited in each of the
 //! two stages. If a stage is full, the thread makes room: it closes the oldest connection of the address that
 //! has the most connections. So one address can displace only its own connections. A connection with an open
-//! lease is closed only for another address, and only if its own address has more than half of all
-//! connections.
+//! lease is closed only to make room for another address, and only if its own address has more than half of the
+//! maximum number of connections.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -25,7 +25,8 @@ use super::handshake::Waiting;
 use super::reader::{Reader, Receiver};
 use super::socket::{Waker, poll_for, prepare};
 
-/// The owner of the listening thread. When it is dropped, it ends every connection and joins every thread.
+/// The owner of the listening thread. When the owner is dropped, it ends every connection and joins every
+/// thread.
 #[derive(Debug)]
 pub(super) struct Acceptor {
     control: Arc<Control>,
@@ -155,8 +156,8 @@ impl Accepting {
         Ok((ready[1], ready[2..].to_vec()))
     }
 
-    /// Accepts new connections. If the process has no file descriptor left, returns the time for which the
-    /// listener must pause.
+    /// Accepts new connections. If the process has no file descriptor left, returns how long the listener must
+    /// pause.
     fn accept(&mut self) -> Option<Duration> {
         for _ in 0..ACCEPTS_A_ROUND {
             let (socket, peer) = match self.listener.accept() {
@@ -285,8 +286,8 @@ impl Accepting {
         }
     }
 
-    /// Makes room for one more connection and returns true if there is room. If necessary it closes a
-    /// connection without an open lease, or a connection of an address that has more than half of all
+    /// Makes room for one more connection and returns true if there is room. If necessary, closes a connection
+    /// without an open lease, or a connection of an address that has more than half of the maximum number of
     /// connections.
     fn make_room(&mut self, newcomer: IpAddr) -> bool {
         let live = self
@@ -364,7 +365,8 @@ impl Accepting {
     }
 }
 
-/// Tells the listening thread, when it is dropped, that a connection's thread has ended, also after a panic.
+/// When a connection's thread ends, even by a panic, it drops this value. The drop tells the listening thread
+/// that the connection's thread has ended.
 struct Notice(Arc<Control>, u64);
 
 impl Drop for Notice {

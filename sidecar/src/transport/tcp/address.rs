@@ -13,8 +13,8 @@ pub(super) fn join(host: &str, port: u16) -> String {
     }
 }
 
-/// Returns the address of an advert. If the advert has only `:port`, the address gets `host`, by which this
-/// process already knows the peer.
+/// Returns the address of an advert. If the advert has only `:port`, the result has `host`, the name under
+/// which this process reached the peer.
 ///
 /// # Errors
 /// The advert has no address, because the peer does not receive, or the address is not a `host:port`.

@@ -28,8 +28,8 @@ use crate::memory::{Buffer, Outlet};
 use crate::transport::readiness::{LOOK, sleep_exactly};
 use crate::transport::{Outcome, Readiness, Ready};
 
-/// The handle of one sending connection. When it is dropped, the thread finishes its jobs, each within its
-/// stall time, and ends.
+/// The handle of one sending connection. When the handle is dropped, the thread finishes its jobs, each within
+/// the job's stall time, and ends.
 #[derive(Debug)]
 pub(super) struct ConnectionWriter {
     queue: Arc<Queue>,
@@ -240,7 +240,8 @@ impl Worker {
             && matches!(&*self.queue.lock(), State::Closing(jobs) if jobs.is_empty())
     }
 
-    /// Begins the next job, if there is one and the pipeline has room. Returns true if it has begun a job.
+    /// Begins the next job, if there is one and the pipeline has room. Returns true if this call has begun a
+    /// job.
     fn begin(&mut self) -> bool {
         if self.sending.is_some() || self.unanswered.len() >= MAX_UNANSWERED {
             return false;

@@ -23,7 +23,7 @@ use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 #[derive(Debug)]
 pub(super) struct TcpLink {
     connections: Vec<ConnectionWriter>,
-    /// The number of writes so far. It selects the connection for the next small write.
+    /// The number of writes so far, which selects the connection for the next small write.
     next: AtomicUsize,
     buffer: Arc<Buffer>,
     slots: u32,

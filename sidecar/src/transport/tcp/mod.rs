@@ -7,7 +7,7 @@
 //! The transport uses plain `send` and `recv` over two connections per link. The table compares the
 //! alternatives. A small program measured each of them over loopback, with one pair of processes per stream.
 //! Other work ran on the same two cores, so compare only the ratios. The numbers are GB/s: the median of 5
-//! runs, each of which is the median of 8 transfers. One iperf3 stream reached 1.9:
+//! runs, each of which is the median of 8 transfers. One iperf3 stream reached 1.9 GB/s:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|
@@ -16,12 +16,12 @@
 //! | `splice` through a pipe of 1 MiB | 1.7 | 1.9 | 2.9 | 2.7 |
 //! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
 //!
-//! The other three calls save the sender's copy, but need time for each page instead (memfds have no huge pages
-//! by default), and wake the receiver for small pieces. On loopback, the kernel copies the bytes even with
-//! `MSG_ZEROCOPY`. Socket buffers of a fixed size, instead of the size that the kernel chooses, changed
-//! nothing. If the kernel wakes the receiver less often, the rate is a third higher (6.0 at 512 MiB over 2
-//! streams). So the receiver sets `SO_RCVLOWAT`, but never above the rest of the frame; otherwise the kernel
-//! would not wake it for the last bytes.
+//! `sendfile`, `splice` and `MSG_ZEROCOPY` save the sender's copy. But they need time for each page (memfds
+//! have no huge pages by default), and they wake the receiver for small pieces. On loopback, the kernel copies
+//! the bytes even with `MSG_ZEROCOPY`. Socket buffers of a fixed size, instead of the size that the kernel
+//! chooses, changed nothing. If the kernel wakes the receiver less often, the rate is a third higher (6.0 GB/s
+//! at 512 MiB over 2 streams). So the receiver sets `SO_RCVLOWAT`, but never to more bytes than the frame
+//! still has; otherwise the kernel would not wake the receiver for the last bytes.
 //!
 //! | file | |
 //! |---|---|
@@ -105,13 +105,13 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
 pub(crate) struct Config {
     /// The address to listen on, with port 0 for any port; `None` if this process receives nothing.
     pub(crate) listen: Option<SocketAddr>,
-    /// The host in the advert. If it is `None`, the advert has the listening address. If the listening
+    /// The host in the advert. If this field is `None`, the advert has the listening address. If the listening
     /// address is a wildcard (`0.0.0.0`), the advert has only the port, and peers use the host of the init
     /// port.
     pub(crate) advertise: Option<String>,
     /// The number of connections of a link. On two cores, two connections moved 1.6 times as much as one (4.5
     /// against 2.8 GB/s, measured before the receiver used `SO_RCVLOWAT`), because each end then uses both
-    /// cores for its copies. Four connections moved no more.
+    /// cores for its copies. Four connections were no faster than two.
     pub(crate) streams: usize,
     /// Maximum number of connections that are served at the same time, each by one thread.
     pub(crate) max_connections: usize,
@@ -120,9 +120,9 @@ pub(crate) struct Config {
     /// Time limit for the hello of a new connection, and for the rest of a frame's head once the head has
     /// begun.
     pub(crate) handshake: Duration,
-    /// The time without progress after which a write fails.
+    /// A write fails if it makes no progress for this time.
     pub(crate) stall: Duration,
-    /// The time after which a silent connection is closed, if none of its leases is open.
+    /// A silent connection is closed after this time, unless its lease is open.
     pub(crate) idle: Duration,
 }
 

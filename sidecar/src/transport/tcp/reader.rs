@@ -24,10 +24,10 @@ pub(super) struct Receiver {
     pub(super) counters: Counters,
     /// Time limit for the rest of a frame's head once the head has begun.
     pub(super) handshake: Duration,
-    /// The time without progress after which the connection ends, while it receives a frame's bytes or sends an
+    /// The connection ends if it makes no progress for this time while it receives a frame's bytes or sends an
     /// answer.
     pub(super) stall: Duration,
-    /// The time after which a silent connection is closed, if none of its leases is open.
+    /// A silent connection is closed after this time, unless its lease is open.
     pub(super) idle: Duration,
 }
 
@@ -133,8 +133,8 @@ impl Reader {
         }
     }
 
-    /// Reads a frame's head and parts. Before a frame it waits as long as the connection's lease is open, and
-    /// for `idle` after that.
+    /// Reads a frame's head and parts. Before a frame, waits at most for `idle`, or longer while the
+    /// connection's lease is open.
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
         // Every frame has at least one part, and each part has at least one byte, so the first read cannot
         // read bytes of the next frame.
@@ -323,9 +323,9 @@ impl Reader {
 /// Maximum bytes of one copy while the gate is locked. With this limit, a close waits for at most about 0.1
 /// ms.
 const COPY_BYTES: usize = 512 << 10;
-/// Minimum number of bytes for which the kernel wakes the thread. Measured with 512 MiB in pieces of 16 MiB
-/// over 2 connections: 4.1 GB/s if one byte wakes the thread, 4.5 for 256 KiB, 6.2 for this size (with copies
-/// of the same size).
+/// Minimum number of bytes for which the kernel wakes the thread. With 512 MiB in pieces of 16 MiB over 2
+/// connections, the rate is 4.1 GB/s if one byte wakes the thread, 4.5 GB/s with 256 KiB, and 6.2 GB/s with
+/// this size (measured with copies of the same size).
 const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// The time that a refused peer has to read the reason.

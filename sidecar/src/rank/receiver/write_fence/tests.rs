@@ -79,8 +79,9 @@ async fn a_new_epoch_alone_proves_nothing() {
     let mut fences = WriteFences::new(REMOTE);
     fences.introduce(&hello(1, 1, &[]), FROM);
     fences.seek(sender(1), LEASE);
-    // The first hello is from a second sidecar with the same name. The second has a secret that no process
-    // had. The third has the first sender's proof hash instead of its secret.
+    // The first hello is from a second sidecar with the same name. In the second hello, `ended` has a secret
+    // that no process had. In the third hello, `ended` has the first sender's proof hash instead of its
+    // secret.
     fences.introduce(&hello(2, 2, &[]), FROM);
     fences.introduce(&hello(3, 3, &[9]), FROM);
     let mut odd = hello(4, 4, &[]);

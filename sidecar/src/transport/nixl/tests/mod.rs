@@ -243,7 +243,7 @@ async fn a_receiver_killed_in_the_middle_fails_the_write() {
         let mut receiver = Receiver::start(slots, slot_bytes);
         receiver.expect(true);
         let link = sender.link(receiver.remote.clone()).await.unwrap();
-        // This write connects, so that the next write moves bytes from its beginning.
+        // This write makes the connection, so that the next write moves bytes at once.
         let first = link.write(LEASE, vec![piece(0, 0, 1)]).await;
         assert_eq!(first, Outcome::Done);
         let write = tokio::spawn(link.write(LEASE, all()));

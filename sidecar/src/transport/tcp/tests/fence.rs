@@ -1,4 +1,4 @@
-//! Tests that `close` is a fence, also under load.
+//! Tests that `close` is a fence, even under load.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

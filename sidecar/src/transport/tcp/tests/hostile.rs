@@ -228,8 +228,8 @@ async fn strangers_make_room_and_known_senders_do_not() {
     }
     let outcome = link.write(LEASE, vec![piece(1, 1, MIB)]).await;
     assert_eq!(outcome, Outcome::Done);
-    // Each of the other connections now shows an open lease. So none of them is closed, and no new connection
-    // is admitted.
+    // Each of the other connections now shows an open lease. So none of these connections is closed, and no
+    // new connection is admitted.
     for raw in &mut known {
         raw.write(1, LEASE, &[part(2, 0, 1)]);
         raw.say(&[9]);

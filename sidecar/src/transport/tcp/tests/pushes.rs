@@ -178,7 +178,8 @@ async fn a_receiver_that_goes_leaves_begun_writes_open_and_others_terminal() {
     until("the first has landed", || receiver.counts().batches > 0);
     drop(receiver);
     let outcomes = futures::future::join_all(writes).await;
-    // The outcomes are in the order of posting: first done, then begun without an answer, then never begun.
+    // The outcomes are in the order of posting: first the writes that are done, then the writes that began
+    // and got no answer, then the writes that never began.
     let rank = |outcome: &Outcome| match outcome {
         Outcome::Done => 0,
         Outcome::Failed { terminal, .. } => 1 + u8::from(*terminal),
