@@ -43,7 +43,7 @@ pub struct Etcd<C> {
     at: usize,
 }
 
-/// A lease of etcd. etcd deletes its keys if the lease is not renewed.
+/// A lease of etcd. etcd deletes the keys of the lease if the lease is not renewed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease(String);
 
@@ -95,7 +95,7 @@ impl<C: Post> Etcd<C> {
         }
     }
 
-    /// Gets a new lease. It ends after `ttl` unless it is renewed.
+    /// Gets a new lease. The lease ends after `ttl` unless it is renewed.
     ///
     /// # Errors
     /// Fails if etcd granted no lease.

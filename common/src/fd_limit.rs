@@ -1,5 +1,5 @@
-//! The limit on file descriptors. Most shells and containers set it to 1024. This limit is too low: a single port
-//! of a sidecar or a proxy may have 1024 connections.
+//! The limit on file descriptors. Most shells and containers set this limit to 1024, which is too low: a single
+//! port of a sidecar or a proxy may have 1024 connections.
 
 use std::io;
 

@@ -1,8 +1,8 @@
 //! The ZeroMQ sockets of all programs. No other module uses the ZeroMQ library.
 //!
-//! The library can be exchanged. The tests in `common/tests/all` are the contract of this module. They speak the wire
-//! protocol as plain bytes and do not depend on a library. So another library that passes these tests can replace the
-//! present library.
+//! The library can be exchanged. The tests in `common/tests/all` are the contract of this module. The tests speak the
+//! wire protocol as plain bytes and do not depend on a library. So another library that passes these tests can replace
+//! the present library.
 //!
 //! Message sizes, handshakes, connections and the queues in both directions are bounded, because any process that
 //! reaches the ports can connect. A send never waits: if a peer does not read, messages to this peer are lost, but

@@ -43,8 +43,8 @@ pub enum FromServer {
 }
 
 impl DealerClient {
-    /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. It must not be
-    /// guessable, because the receiver accepts the first connection that uses the identity.
+    /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. The identity must
+    /// not be guessable, because the receiver accepts the first connection that uses it.
     ///
     /// # Errors
     /// Fails only if the socket's own task has ended.

@@ -21,7 +21,8 @@ pub enum Frame {
     /// The frame of a message with only one frame. Every valid message on a PULL port has one
     /// frame.
     Single(Bytes),
-    /// The last frame of a message with several frames. On a ROUTER port the frames before it identify the peer.
+    /// The last frame of a message with several frames. On a ROUTER port the frames before the last frame identify
+    /// the peer.
     Last(Bytes),
     /// The message has no frame.
     Odd,

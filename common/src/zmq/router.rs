@@ -185,7 +185,7 @@ impl RouterServer {
     }
 
     /// Returns a name for the peer: the identity that the peer chose, as text, or the peer's address if the peer chose
-    /// no identity. Logs show this name. It is the only name of a peer whose messages contain no name.
+    /// no identity. Logs show this name. A peer whose messages contain no name has only this name.
     pub fn name(&self, route: Route) -> Option<String> {
         self.peers.get(&route).map(Peer::name)
     }

@@ -72,8 +72,8 @@ fn connections_over_the_cap_push_out_the_silent_ones() {
     });
 }
 
-/// Opens connections that complete the ZeroMQ handshake and then send nothing. Their version has no heartbeats, so the
-/// server does not end these connections for their silence.
+/// Opens connections that complete the ZeroMQ handshake and then send nothing. The version of these peers has no
+/// heartbeats, so the server does not end the connections for their silence.
 async fn flood(port: u16, kind: &'static str, connections: usize) -> Vec<TcpStream> {
     let hello = Hello {
         minor: 0,

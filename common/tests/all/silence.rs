@@ -17,7 +17,8 @@ async fn soon_lost<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// A peer of ZMTP 3.0 has no heartbeats, so its silence does not show that it is lost. The peer stays connected. If
-/// its host vanished, TCP's own probes notice this. Only the limit on connections bounds the number of such peers.
+/// the peer's host vanished, TCP's own probes notice this. Only the limit on connections bounds the number of such
+/// peers.
 #[test]
 fn a_peer_that_answers_no_heartbeat_is_lost_and_others_stay() {
     run(async {
