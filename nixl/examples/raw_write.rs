@@ -3,9 +3,10 @@
 //! Two processes run on this host. The sender creates each request once, from prepared lists. The sender then only
 //! posts and polls the request, with an optional pause before each post. The receiver polls without a pause.
 //!
-//! The sender can divide the bytes into descriptors in several ways. It measures these divisions in alternation, and
-//! then measures the fastest division again. This last measurement is the result, because a caller of NIXL is free to
-//! choose the division. At the end the sender compares the bytes that arrived with the bytes that it sent.
+//! The sender can divide the bytes into descriptors in several ways. The sender measures these divisions in
+//! alternation, and then measures the fastest division again. This last measurement is the result, because a caller of
+//! NIXL is free to choose the division. At the end the sender compares the bytes that arrived with the bytes that it
+//! sent.
 //!
 //! ```text
 //! UCX_TLS=tcp cargo run --release -p nixl --example raw_write -- --total-mib 64 --chunk-mib 1

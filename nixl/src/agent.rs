@@ -138,7 +138,7 @@ impl Agent {
 
 /// Creates the agent, its backend, and the options that name the backend.
 ///
-/// Each step wraps its handle in [`Undo`], so that a failure of a later step destroys it.
+/// Each step wraps its handle in [`Undo`], so that a failure of a later step destroys the handle.
 fn create_inner(api: &'static Api, config: &Config) -> Result<AgentInner, Error> {
     let name = c_string("create_configured_agent", &config.name)?;
     let raw = nixl_capi_config {

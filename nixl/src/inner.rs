@@ -31,7 +31,7 @@ pub(crate) struct AgentInner {
     /// Options that name the backend and forbid NIXL to merge neighbouring descriptors.
     pub(crate) split: NonNull<nixl_capi_options>,
     pub(crate) notifications: NonNull<nixl_capi_notifications>,
-    /// The loaded peers by name. The references are weak, because the users of a peer own it.
+    /// The loaded peers by name. The references are weak, because the users of a peer own the peer.
     pub(crate) remotes: RefCell<HashMap<CString, Weak<RemoteInner>>>,
 }
 

@@ -1,8 +1,9 @@
 //! A safe, single-threaded layer over NIXL's C API.
 //!
 //! An [`Agent`] and all objects made from it stay on the thread that made them: none of the types is `Send`. So the
-//! agent does not need the library's locks. It also does not need the library's own thread, which would use a whole
-//! core even when idle. Data moves only while the owner of the agent calls [`Agent::progress`] or [`Transfer::poll`].
+//! agent does not need the library's locks. The agent also does not need the library's own thread, which would use a
+//! whole core even when idle. Data moves only while the owner of the agent calls [`Agent::progress`] or
+//! [`Transfer::poll`].
 //!
 //! # Ownership
 //!

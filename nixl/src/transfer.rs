@@ -20,10 +20,10 @@ use crate::list::{LocalList, RemoteList};
 /// sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Merge {
-    /// NIXL joins them into one descriptor. This is best if each descriptor needs extra time
+    /// NIXL joins neighbouring ranges into one descriptor. Merging is best if each descriptor needs extra time
     /// (NVLink: 5 µs).
     Neighbours,
-    /// NIXL sends each range separately. This is best if large descriptors are slow (UCX over TCP).
+    /// NIXL sends each range separately. Separate ranges are best if large descriptors are slow (UCX over TCP).
     Nothing,
 }
 
@@ -54,8 +54,8 @@ pub enum State {
 
 /// A write of local ranges into ranges of one peer.
 ///
-/// A transfer keeps its lists, and thereby the registered memory, until it is dropped. If it is
-/// dropped while it runs, it is leaked together with its memory (see the crate's documentation).
+/// A transfer keeps its lists, and thereby the registered memory, until it is dropped. A transfer that is dropped
+/// while it runs is leaked together with its memory (see the crate's documentation).
 pub struct Transfer {
     local: Rc<LocalList>,
     remote: Rc<RemoteList>,
@@ -167,9 +167,8 @@ impl Transfer {
     /// Returns the duration that the backend predicts for this transfer, from a model of the
     /// network.
     ///
-    /// The prediction is the only information from UCX about the transport that it chose. It is not
-    /// a measurement: if UCX cannot read the speed of a network device (loopback), it assumes 100
-    /// Mbit/s.
+    /// The prediction is the only information from UCX about the transport that it chose. The prediction is not a
+    /// measurement: if UCX cannot read the speed of a network device (loopback), it assumes 100 Mbit/s.
     ///
     /// # Errors
     /// Fails if the library cannot predict the duration. Fails with [`Error::Broken`] if the

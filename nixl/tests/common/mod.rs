@@ -95,8 +95,8 @@ impl Side {
     }
 }
 
-/// The device id of all memory in these tests. It is not 0, so that a test fails if one side does
-/// not pass the id to NIXL.
+/// The device id of all memory in these tests. The id is not 0, so that a test fails if one side
+/// does not pass the id to NIXL.
 pub(crate) const DEVICE: u64 = 3;
 
 /// The child process that owns the memory into which a test writes.
