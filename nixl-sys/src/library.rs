@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use crate::Api;
 use crate::search::{Place, Search};
 
-/// NIXL's C library, loaded, with all functions that this project needs. It is never the stub
-/// library of NIXL's build.
+/// NIXL's C library, loaded, with all functions that this project needs. The library is never the
+/// stub library of NIXL's build.
 pub struct Library {
     api: Api,
     path: PathBuf,
