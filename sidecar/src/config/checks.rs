@@ -207,8 +207,8 @@ fn id(
 ) -> String {
     let given = sidecar.id.as_ref();
     let id = computed(layers, "id", given, || {
-        // The admin port is unique on a machine and the same after a restart. This is not true for port 0
-        // (any free port); the name then contains the process id instead.
+        // The admin port is unique on a machine and the same after a restart. With port 0 (any free port),
+        // the name contains the process id instead.
         let number = if admin.port == 0 {
             inputs.pid
         } else {

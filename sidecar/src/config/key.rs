@@ -1,7 +1,7 @@
 //! One key of the configuration: its name, section and default.
 
-/// The section of the file to which a key belongs. It also decides the prefix of the key's environment
-/// variable.
+/// The section of the file to which a key belongs. The section also decides the prefix of the key's
+/// environment variable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Section {
     /// The top level of the file. LMCache reads these keys, too.

@@ -105,9 +105,8 @@ keys! {
         engine_url: Url = Default::Computed("http://127.0.0.1:8100 for a sender, else http://127.0.0.1:8200"), flag "--engine-url";
         /// The proxy's registration port. Not for LMCache's own proxy, which accepts no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
-        /// Host name or address at which other hosts reach this machine. Peers get it instead of
-        /// `pd_peer_host`; the proxy gets it instead of the host of `sidecar.admin` if that host is
-        /// `0.0.0.0`.
+        /// Host name or address at which other hosts reach this machine. Peers get this name instead of
+        /// `pd_peer_host`. The proxy gets it instead of the host of `sidecar.admin` if that host is `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
         /// Transports that the sidecar may use.
         transport: Choice = Default::Value("auto"), flag "--transport";
@@ -125,8 +124,8 @@ keys! {
         /// without that key: to `sidecar.advertise_host`, else 127.0.0.1).
         nixl_over_tcp: NixlOverTcp = Default::Value("refused");
         /// Sender: if the wire is slower than this rate in GB/s, the sender sends KV layer by layer, while
-        /// the engine computes the last layers. Over a faster wire, this would slow the engine down by about
-        /// as much time as it saves. 0 means never.
+        /// the engine computes the last layers. Over a faster wire, sending by layers would slow the engine down
+        /// by about as much time as it saves. 0 means never.
         layers_below_gb_s: Count<0> = Default::Value("100");
         /// Sender: time between two heartbeats of a lease; the lease ends after three missed heartbeats.
         heartbeat_ms: Millis = Default::Value("1000");

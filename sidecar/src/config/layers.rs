@@ -144,7 +144,8 @@ impl Layers {
         }
     }
 
-    /// Returns the value of a key, or its default; absent if there is neither, or if the value is wrong.
+    /// Returns the value of a key, or its default; absent if the key has no value and no default, or if the
+    /// value is wrong.
     pub(crate) fn take<T: Value>(&mut self, key: &'static Key) -> Option<Sourced<T>> {
         let found = self.find(key).or_else(|| match key.default {
             Default::Value(text) => Some((Source::Default, Raw::outside(text))),

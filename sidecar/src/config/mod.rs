@@ -83,8 +83,8 @@ pub(crate) struct Config {
     pub(crate) times: Times,
     /// Largest number of requests in flight per rank.
     pub(crate) max_requests: u32,
-    /// Rate in GB/s. Over a slower wire the sidecar sends KV layer by layer; over a faster wire it sends a
-    /// step's KV as a whole.
+    /// Rate in GB/s. If the wire is slower than this rate, the sidecar sends KV layer by layer; over a faster
+    /// wire it sends a step's KV as a whole.
     pub(crate) layers_below_gb_s: u32,
     /// Slots that one sender may leave in quarantine; if absent, a quarter of all slots.
     pub(crate) max_quarantined: Option<u32>,
@@ -151,8 +151,8 @@ pub(crate) struct Proxy {
     pub(crate) may_be_lmcaches: bool,
 }
 
-/// The time limits of all waits. The keys in `keys.rs` describe them: `heartbeat_ms` describes `heartbeat`,
-/// and so on.
+/// The time limits of all waits. The keys in `keys.rs` describe these limits: `heartbeat_ms` describes
+/// `heartbeat`, and so on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
     pub(crate) heartbeat: Duration,

@@ -88,7 +88,7 @@ impl Report {
     }
 
     /// Logs the report at the start: warnings, ignored keys and variables that are passed through. At level
-    /// debug it logs every value, too.
+    /// debug, every value is logged, too.
     pub(crate) fn log(&self) {
         for row in &self.rows {
             tracing::debug!(key = row.key, value = row.value, source = row.source);

@@ -21,7 +21,7 @@ pub(crate) struct Node {
 /// An untyped value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Raw {
-    /// No text, `~` or `null`. This counts as if the key were not given.
+    /// No text, `~` or `null`. The key then counts as not given.
     Null,
     /// A scalar as it is spelled.
     Scalar {

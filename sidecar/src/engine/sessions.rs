@@ -219,8 +219,8 @@ impl Engines {
             Err(Refused { reason, text })
         };
         let Some(memory) = self.buffer.cuda() else {
-            // With host memory the engine reports a slot only after the copy into it has ended, so it needs
-            // no event.
+            // With host memory the engine reports a slot only after the copy into the slot has ended, so the
+            // engine needs no event.
             return Ok(Vec::new());
         };
         let ours = memory.device().uuid();

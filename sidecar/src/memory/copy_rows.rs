@@ -1,4 +1,4 @@
-//! Copies many small pieces at equal distances. In GPU memory one call of the driver copies all of them,
+//! Copies many small pieces at equal distances. In GPU memory one call of the driver copies all pieces,
 //! because each call takes about ten microseconds, even if it copies only a few bytes.
 
 use std::io;
@@ -27,7 +27,7 @@ impl Buffer {
     /// Copies the pieces of a block into the buffer.
     ///
     /// # Errors
-    /// The same as for [`Buffer::copy_out_rows`].
+    /// The same errors as [`Buffer::copy_out_rows`].
     pub(crate) fn copy_in_rows(&self, rows: Rows, from: &[u8]) -> io::Result<()> {
         let count = self.count(rows, from.len())?;
         match &self.memory {

@@ -139,7 +139,7 @@ impl Memfd {
     /// this advice uses small pages, or includes the memory in core dumps.
     ///
     /// Huge pages make a copy between memory and sockets about 10 % faster (2.45 against 2.2 GB/s per
-    /// stream), but touching them takes 4 times as long. Kernels use huge pages for a memfd only if
+    /// stream), but touching huge pages takes 4 times as long. Kernels use huge pages for a memfd only if
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise` (the default is `never`).
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {

@@ -201,7 +201,7 @@ impl Buffer {
     /// Copies into a range of the buffer.
     ///
     /// # Errors
-    /// The same as for [`Buffer::copy_out`].
+    /// The same errors as [`Buffer::copy_out`].
     pub(crate) fn copy_in(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         self.range(offset, from.len() as u64)?;
         match &self.memory {
@@ -274,8 +274,8 @@ impl Buffer {
 /// Bytes of a block in sums and fills. A block of this size stays in the second-level cache between the copy
 /// and the computation.
 const BLOCK_BYTES: usize = 256 << 10;
-/// Bytes of a block for GPU memory. These blocks are larger, because a copy over the bus takes about ten
-/// microseconds, even if it copies only a few bytes.
+/// Bytes of a block for GPU memory. Blocks for GPU memory are larger, because a copy over the bus takes about
+/// ten microseconds, even if it copies only a few bytes.
 const GPU_BLOCK_BYTES: usize = 4 << 20;
 
 fn block_len(left: u64, most: usize) -> usize {

@@ -1,8 +1,8 @@
 //! The admin server: health, readiness, metrics, the proxy's call-back, the last requests.
 //!
 //! The server is for the operator and the operator's programs, and listens on a loopback port unless
-//! configured otherwise. Nevertheless it limits the number of connections, the size of heads and bodies, and
-//! the time of each request.
+//! configured otherwise. Nevertheless the server limits the number of connections, the size of heads and
+//! bodies, and the time of each request.
 
 mod pages;
 

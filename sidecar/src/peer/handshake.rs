@@ -171,7 +171,7 @@ pub(crate) enum InitError {
         /// The fault of the answer.
         cause: String,
     },
-    /// The two sidecars do not fit, or the receiver refuses every peer, e.g. while it has no engine.
+    /// The two sidecars do not fit together, or the receiver refuses every peer, e.g. while it has no engine.
     #[error("cannot link with {peer} ({}): {}", .refusal.reason, .refusal.text)]
     Refused {
         /// Address of the receiver, `host:init_port`.
@@ -245,8 +245,8 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
     }
 
     // LMCache's receiver looks up the sender's rows in the sender's metadata, and its process ends if the
-    // sender sends no row. A sidecar's receiver needs no row, so this sender sends it none: the receiver need
-    // not know addresses of the sender's memory.
+    // sender sends no row. A sidecar's receiver needs no row, so this sender sends no row to a sidecar: the
+    // receiver need not know addresses of the sender's memory.
     let shown = match introduced.x {
         Some(_) => &[],
         None => ours.rows.get(..1).unwrap_or_default(),

@@ -40,7 +40,7 @@ pub(crate) struct StartError(#[from] anyhow::Error);
 pub(crate) struct Node {
     config: Arc<Config>,
     tasks: JoinSet<()>,
-    /// The tasks of the engines' socket and its dispatcher. They stop when the node is dropped.
+    /// The tasks of the engines' socket and its dispatcher. The tasks stop when the node is dropped.
     _services: JoinSet<()>,
     drain: CancellationToken,
     stop: CancellationToken,
@@ -140,7 +140,7 @@ impl Node {
     }
 
     /// Runs until every role has ended after a drain, until the drain's grace period is over, or until a role
-    /// ends by itself. Then it stops all tasks.
+    /// ends by itself. Then stops all tasks.
     pub(crate) async fn run(mut self) -> Ended {
         let grace = self.config.times.drain;
         let drain = self.drain.clone();

@@ -4,7 +4,7 @@
 //! With host memory both roles run in this process. With GPU memory each role runs in its own process,
 //! because CUDA shares memory only between processes. The test runs the real sidecar with its sockets, ports
 //! and machines; only the engines are simulated. The test proves that a sidecar can run on this host and that
-//! the wires carry bytes unchanged. It does not prove that another host can be reached.
+//! the wires carry bytes unchanged. The test does not prove that another host can be reached.
 
 mod engine;
 mod gpu;
@@ -200,8 +200,8 @@ struct Directory {
 }
 
 impl Directory {
-    /// Makes a directory that only this user can enter. Its name cannot be guessed, and an existing directory
-    /// is not used, because another user may have made it.
+    /// Makes a directory that only this user can enter. The directory's name cannot be guessed, and an
+    /// existing directory is not used, because another user may have made it.
     fn new() -> std::io::Result<Self> {
         let name = format!("pd-sidecar-selftest-{:016x}", rand::random::<u64>());
         let path = std::env::temp_dir().join(name);

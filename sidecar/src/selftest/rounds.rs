@@ -66,8 +66,8 @@ pub(super) enum Arrived {
     Different,
 }
 
-/// Requests whose number is a multiple of this value have a single chunk. Their time shows the cost of the
-/// messages.
+/// Requests whose number is a multiple of this value have a single chunk. The time of these requests shows
+/// the cost of the messages.
 const SINGLE_EVERY: u64 = 4;
 /// Requests whose number is a multiple of this value are filled only after they were reported as staged.
 const LATE_EVERY: u64 = 3;

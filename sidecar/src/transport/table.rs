@@ -26,10 +26,10 @@ macro_rules! transports {
 }
 
 // CUDA IPC is first. Over NVLink, CUDA IPC is a little faster than NIXL, which uses the same kind of copies
-// internally (docs/benchmarks.md). If CUDA IPC cannot reach the receiver's memory, it reports that, and does
-// not stage the bytes through sockets. NIXL is second. NIXL can use NVLink, RDMA and shared memory; with only
-// TCP it is about as fast as the built-in transport. The last name follows a semicolon, because texts have "or"
-// before it.
+// internally (docs/benchmarks.md). If CUDA IPC cannot reach the receiver's memory, it reports an error, and
+// does not stage the bytes through sockets. NIXL is second. NIXL can use NVLink, RDMA and shared memory; with
+// only TCP it is about as fast as the built-in transport. The last name follows a semicolon, because texts have
+// "or" before it.
 transports! { cuda_ipc, nixl; tcp }
 
 /// Returns all transports, best first.

@@ -146,8 +146,8 @@ pub(crate) fn without_tcp(variables: &mut Vec<(&'static str, String)>) {
     }
 }
 
-/// Returns true if UCX may use TCP under this value of `UCX_TLS`. The value is a list of transports. After
-/// `^`, it is a list of excluded transports; then only the exact name `tcp` excludes TCP. Without `^`, the
+/// Returns true if UCX may use TCP under this value of `UCX_TLS`. The value is a list of transports. After `^`,
+/// the value is a list of excluded transports; then only the exact name `tcp` excludes TCP. Without `^`, the
 /// word `all`, patterns, and names that begin with `tcp` include TCP.
 pub(crate) fn names_tcp(tls: &str) -> bool {
     let tls = tls.trim().to_ascii_lowercase();

@@ -1,6 +1,6 @@
-//! One engine connection. Its reader passes the engine's messages to the task that owns the protocol
-//! machines. If the socket has room, that task itself writes its answers at once. Otherwise the connection's
-//! writer writes the answers later.
+//! One engine connection. The connection's reader passes the engine's messages to the task that owns the
+//! protocol machines. If the socket has room, this task itself writes the answers at once. Otherwise the
+//! connection's writer writes the answers later.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

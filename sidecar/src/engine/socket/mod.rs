@@ -1,6 +1,6 @@
 //! The unix socket between engine workers and this process.
 //!
-//! A connection begins with `Hello`. The task that owns the protocol machines answers it through
+//! A connection begins with `Hello`. The task that owns the protocol machines answers the `Hello` through
 //! [`Connection`]. The kernel tells the sidecar which user runs the other process. The sidecar accepts only
 //! its own user and root.
 

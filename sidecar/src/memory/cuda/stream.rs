@@ -184,7 +184,7 @@ impl Stream {
     /// Queues a copy of host memory into pieces of GPU memory. In host memory the pieces follow each other.
     ///
     /// # Safety
-    /// The same as for [`Stream::fetch_rows`].
+    /// The same errors as [`Stream::fetch_rows`].
     pub(super) unsafe fn put_rows(&self, to: Pitched, from: *const u8) -> Result<(), CudaError> {
         self.copy_rows(&sys::CUDA_MEMCPY2D {
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,

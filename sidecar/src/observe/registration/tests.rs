@@ -219,8 +219,8 @@ async fn reaches_a_real_port() {
 }
 
 /// LMCache's proxy has a PULL socket and does not call back. When this proxy receives a message that it
-/// does not know, it closes the socket for ever. So after a `Register`, its clients would wait for their
-/// answers without end.
+/// does not know, it closes the socket for ever. So after a `Register`, the proxy's clients would wait
+/// for their answers without end.
 #[tokio::test]
 async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
     let pull = Inbox::pull("", LOCAL.into()).await.unwrap();

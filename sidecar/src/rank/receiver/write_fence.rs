@@ -46,7 +46,7 @@ pub(super) struct WriteFences {
     grace: Duration,
 }
 
-/// The facts about a sender that can prove its end.
+/// The facts that this receiver knows about a sender, some of which can prove the sender's end.
 #[derive(Debug, Default)]
 struct Known {
     /// The host that the sender's hello came from.
@@ -120,8 +120,8 @@ impl WriteFences {
         }
     }
 
-    /// Notes a sender's hello, which came from the address `from`. If the hello has proofs that senders have
-    /// ended, their grace periods begin. A second hello of the same sender has no other effect.
+    /// Notes a sender's hello, which came from the address `from`. If the hello proves that other senders have
+    /// ended, the grace periods of these senders begin. A second hello of the same sender has no other effect.
     pub(super) fn introduce(&mut self, hello: &Hello, from: &str) {
         let sender = SenderId {
             id: hello.id.clone(),
@@ -145,8 +145,8 @@ impl WriteFences {
         }
     }
 
-    /// Logs a warning if two senders seem to have the same name. Their requests do not disturb each other, but
-    /// their quarantined slots are counted together.
+    /// Logs a warning if two senders seem to have the same name. The requests of such senders do not disturb
+    /// each other, but their quarantined slots are counted together.
     fn look_for_namesakes(&self, sender: &SenderId, proof_hash: Option<ProofHash>) {
         let other = self.senders.iter().find(|(other, known)| {
             other.id == sender.id && known.proof_hash != proof_hash && known.may_live()

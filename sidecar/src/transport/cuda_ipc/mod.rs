@@ -73,7 +73,7 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(started))
 }
 
-/// Time limit for copies in flight when the process ends. Normally they end within milliseconds.
+/// Time limit for copies in flight when the process ends. Normally such copies end within milliseconds.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// The time limits of the transport.

@@ -399,7 +399,7 @@ pub(crate) enum Refusal {
 }
 
 /// Maximum number of writes that wait for the engine thread or are in flight there. Each write is one lease's
-/// batch of chunks, so this is far more than the sender machine has in flight.
+/// batch of chunks, so the sender machine has far fewer writes in flight.
 const QUEUE: usize = 1024;
 
 #[cfg(test)]

@@ -34,8 +34,8 @@ pub(super) struct Peer {
     failed: Option<String>,
     /// The last time at which a batch ended.
     moved: Instant,
-    /// Transfers that have ended. They are released after the callers were answered, so that the release
-    /// delays no answer.
+    /// Transfers that have ended. The transfers are released after the callers were answered, so that the
+    /// release delays no answer.
     ended: Vec<Transfer>,
     shared: Arc<Shared>,
 }

@@ -73,8 +73,8 @@ const SPIN: Duration = Duration::from_micros(30);
 /// If nothing has moved for this time, the thread sleeps instead of yielding. The time is a round trip in a
 /// data centre, plus a scheduler's delay.
 const YIELD: Duration = Duration::from_micros(500);
-/// The first sleep. With the kernel's timer slack it takes about 100 µs. At 5 GB/s, 0.5 MB arrive in this time,
-/// and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
+/// The first sleep. With the kernel's timer slack, this sleep takes about 100 µs. At 5 GB/s, 0.5 MB arrive in
+/// this time, and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
 /// If nothing has moved for this time, the sleeps become longer. Peers post announced writes at once, so a peer
 /// that is silent for this time was delayed.

@@ -57,8 +57,8 @@ impl Wire {
     /// Returns the bytes of a descriptor for slots of this size.
     pub(super) fn descriptor_bytes(self, slot_bytes: u64) -> u64 {
         match self {
-            // NIXL merges descriptors here. Their size only limits how many unneeded bytes a partial chunk
-            // writes, and their number limits the cost of making a request.
+            // NIXL merges descriptors here. The descriptors' size only limits how many unneeded bytes a
+            // partial chunk writes, and their number limits the cost of making a request.
             Self::Descriptors => (slot_bytes.div_ceil(64)).max(64 << 10),
             Self::Streams => 512 << 10,
         }

@@ -403,5 +403,5 @@ const MAX_WAITING: usize = 64;
 const ACCEPTS_A_ROUND: usize = 16;
 /// The pause of the listener after the process has run out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// The stack of a receiving thread. Its largest stack frame has a few hundred bytes.
+/// The stack of a receiving thread. The thread's largest stack frame has a few hundred bytes.
 const STACK_BYTES: usize = 256 << 10;

@@ -2,10 +2,10 @@
 //!
 //! # The outcome of a failed write
 //! [`Outcome::Failed`] has `terminal: true` only if no byte can still arrive: the job was never begun, or the
-//! receiver refused it because it has closed the gate. If a job was begun and has no answer, its outcome is
-//! `terminal: false`, even if the connection was closed. Its bytes may be in this kernel's queue, on the
-//! network, or in the receiver's queue, and the receiver's thread lets them land until it closes the gate.
-//! This module resets the connection. The reset drops this side's queue, but proves nothing about the
+//! receiver refused the job because the gate was closed. If a job was begun and has no answer, its outcome is
+//! `terminal: false`, even if the connection was closed. The job's bytes may be in this kernel's queue, on the
+//! network, or in the receiver's queue, and the receiver's thread lets the bytes land until the gate is
+//! closed. This module resets the connection. The reset drops this side's queue, but proves nothing about the
 //! receiver's queue. `terminal: false` costs nothing over this wire: the sender reports the slots as dirty,
 //! and the receiver closes them. After the close no byte can arrive, so the receiver can use the slots again
 //! at once.
@@ -115,7 +115,7 @@ impl ConnectionWriter {
         matches!(&*self.queue.lock(), State::Dead(_))
     }
 
-    /// Queues a job. Its ticket receives the outcome.
+    /// Queues a job. The job's ticket receives the outcome.
     pub(super) fn post(&self, job: Job) {
         let refused = match &mut *self.queue.lock() {
             State::Open(jobs) if jobs.len() < MAX_QUEUED => {
@@ -447,8 +447,8 @@ impl Sending {
 
 /// Maximum number of jobs that wait on one connection. The sender machine has far fewer transfers in flight.
 const MAX_QUEUED: usize = 4096;
-/// Maximum number of batches without an answer. It is large enough that small writes need not wait for a
-/// round trip.
+/// Maximum number of batches without an answer. The number is large enough that small writes need not wait for
+/// a round trip.
 const MAX_UNANSWERED: usize = 64;
 /// Bytes of one send call. Answers are read only between two calls.
 const SEND_BYTES: usize = 1 << 20;

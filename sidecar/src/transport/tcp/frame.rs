@@ -17,8 +17,8 @@ use protocol::LeaseId;
 /// The version of this wire.
 pub(super) const VERSION: u32 = 1;
 
-/// Maximum number of parts of one `Write`. This limits the memory that the receiver allocates for a header
-/// (24 KiB).
+/// Maximum number of parts of one `Write`. The number limits the memory that the receiver allocates for a
+/// header (24 KiB).
 pub(super) const MAX_PIECES: usize = 1024;
 
 /// The first frame of a connection.
@@ -228,7 +228,8 @@ impl Refusal {
     }
 }
 
-/// The first bytes of a hello. They are not text, so that no line-based protocol sends them by accident.
+/// The first bytes of a hello. These bytes are not text, so that no line-based protocol sends them by
+/// accident.
 const MAGIC: [u8; 8] = *b"\x89pdkv\r\n\0";
 const WRITE: u32 = 0x5752_0001;
 const WELCOME: u32 = 0x4157_0001;

@@ -5,9 +5,9 @@
 //!
 //! # The choice of system calls
 //! The transport uses plain `send` and `recv` over two connections per link. The table compares the
-//! alternatives. A small program measured each of them over loopback, with one pair of processes per stream.
-//! Other work ran on the same two cores, so compare only the ratios. The numbers are GB/s: the median of 5
-//! runs, each of which is the median of 8 transfers. One iperf3 stream reached 1.9 GB/s:
+//! alternatives. A small program measured each alternative over loopback, with one pair of processes per
+//! stream. Other work ran on the same two cores, so compare only the ratios. The numbers are GB/s: the median
+//! of 5 runs, each of which is the median of 8 transfers. One iperf3 stream reached 1.9 GB/s:
 //!
 //! | | 64 MiB, 1 stream | 512 MiB, 1 | 64 MiB, 2 | 512 MiB, 2 |
 //! |---|---|---|---|---|

@@ -1,5 +1,6 @@
 //! Writes canaries into the slots that are lent to LMCache's senders. A canary is a random pattern that is
-//! copied all over a slot; later it shows whether the slot was written (protocol: `receiver/lmcache.rs`).
+//! copied all over a slot; later the pattern shows whether the slot was written (protocol:
+//! `receiver/lmcache.rs`).
 
 use std::collections::BTreeMap;
 use std::io;

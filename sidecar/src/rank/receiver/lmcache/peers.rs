@@ -23,8 +23,9 @@ pub(crate) struct LmcachePeers {
     processes: BTreeMap<Route, Option<u32>>,
 }
 
-/// The identity of a sender. On this host it is the process behind the sender's connection. On another host it
-/// is the host and the name that an asynchronous sender gives itself.
+/// The identity of a sender. For a sender on this host, the identity is the process behind the sender's
+/// connection. For a sender on another host, the identity is the host and the name that an asynchronous sender
+/// gives itself.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Shown {
     Process(u32),
@@ -41,8 +42,8 @@ pub(crate) struct LmcachePeer {
     pub(crate) linked: bool,
 }
 
-/// Maximum number of remembered senders. When the set is full, all senders are forgotten. For a while they then
-/// get no slots, and decode engines compute the KV.
+/// Maximum number of remembered senders. When the set is full, all senders are forgotten. For a while these
+/// senders then get no slots, and decode engines compute the KV.
 const MAX_SHOWN: usize = 4096;
 
 impl LmcachePeers {
