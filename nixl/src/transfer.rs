@@ -54,8 +54,8 @@ pub enum State {
 
 /// A write of local ranges into ranges of one peer.
 ///
-/// A transfer keeps its lists, and thereby the registered memory, until it is dropped. A transfer that is dropped
-/// while it runs is leaked together with its memory (see the crate's documentation).
+/// A transfer keeps its lists and their registered memory until it is dropped. A transfer that is dropped while it
+/// runs is leaked together with its memory (see the crate's documentation).
 pub struct Transfer {
     local: Rc<LocalList>,
     remote: Rc<RemoteList>,

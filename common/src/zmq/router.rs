@@ -377,8 +377,8 @@ impl RouterServer {
         };
         let payload = body.part_bytes(body.len() - 1)?;
         let peer = self.peers.entry(route).or_insert_with(|| {
-            // The route is not in the table: either its loss was reported already, or the event of its connection was
-            // missed. The socket's own table shows which case it is.
+            // The route is not in the table, because its loss was reported already or the event of its connection was
+            // missed. The socket's own table tells these two cases apart.
             self.stale = true;
             let address = info
                 .peer_address
