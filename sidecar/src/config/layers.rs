@@ -1,5 +1,5 @@
-//! Finds each key's value and source. Flags take precedence over the environment, the environment over the
-//! file, and the file over the defaults.
+//! Finds each key's value and source. A flag takes precedence over the environment. The environment takes
+//! precedence over the file, which takes precedence over the defaults.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;

@@ -79,7 +79,7 @@ fn first_number(text: &str) -> Option<u64> {
     text.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Returns the bytes that each memory control group above this process leaves. `membership` is the text of
+/// Returns the bytes that each memory control group of this process still allows. `membership` is the text of
 /// `/proc/self/cgroup`: lines of `hierarchy:controllers:path`. Version 2 has hierarchy 0 and no controllers.
 fn cgroups(membership: &str, mount: &Path) -> Vec<(u64, Limit)> {
     let mut found = Vec::new();

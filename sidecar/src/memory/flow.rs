@@ -105,8 +105,8 @@ impl Inlet {
     /// the range.
     ///
     /// A lock around this call is a write fence: the thread that gets the lock knows that no receive is in
-    /// flight. The other thread gets the lock soon, because this call does not wait for the peer (a copy to a
-    /// GPU takes about ten microseconds).
+    /// flight. A thread that waits for the lock gets it soon, because this call does not wait for the peer (a
+    /// copy to a GPU takes about ten microseconds).
     ///
     /// # Errors
     /// The errors of `recv(2)` (`WouldBlock` if the socket has no bytes), `InvalidInput` for a range outside

@@ -75,7 +75,7 @@ pub(crate) enum AllocError {
     Short {
         /// The bytes that were asked for.
         asked: u64,
-        /// The bytes that the limit leaves.
+        /// The bytes that the limit still allows.
         available: u64,
         /// The limit that is too low.
         limit: Limit,
@@ -87,7 +87,7 @@ pub(crate) enum AllocError {
         step: &'static str,
         /// The bytes that were asked for.
         asked: u64,
-        /// The bytes that the tightest limit leaves.
+        /// The bytes that the tightest limit still allows.
         available: u64,
         /// The tightest limit.
         limit: Limit,

@@ -72,13 +72,13 @@ pub(crate) struct LinkStatus {
     pub(crate) transport: &'static str,
     /// The reason for the choice of the wire; empty until the handshake.
     pub(crate) why: String,
-    /// The library's own report, empty until the handshake. For NIXL: `UCX_TLS` and UCX's estimate, which may
-    /// differ from the wire in use.
+    /// The library's own report, empty until the handshake. For NIXL, this is `UCX_TLS` and UCX's estimate of
+    /// the rate. UCX may use another wire than both suggest.
     pub(crate) reported: String,
     /// Bytes and seconds of recent writes; older writes have less weight. `None` before the first write.
     recent: Option<(f64, f64)>,
-    /// Bytes and seconds of recent large writes alone. A small write takes little longer than its posting, so
-    /// it does not show the wire's rate.
+    /// Bytes and seconds of recent large writes only. A small write takes only a little longer than its
+    /// posting, so it does not show the wire's rate.
     large: Option<(f64, f64)>,
     /// The start and the end of the latest period in which at least one write was always in flight; `None`
     /// before the first write.

@@ -19,19 +19,19 @@ pub(super) struct Report {
     bytes: u64,
     /// Number of chunks with wrong bytes.
     pub(super) wrong: u64,
-    /// Rate in 10⁹ bytes per second: a request's bytes divided by its time on the wire; median of the
+    /// Rate in 10⁹ bytes per second: a request's bytes divided by its time on the wire; median of all
     /// requests.
     push_gb_s: f64,
     /// Rate in 10⁹ bytes per second that the sender measured for the wire alone; 0 if the sender measured no
     /// rate.
     wire_gb_s: f64,
-    /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from staged until the last chunk
-    /// is ready; median of the requests.
+    /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from its last `Staged` message
+    /// until the last chunk is ready; median of all requests.
     staged_ready_gb_s: f64,
     /// Rate in 10⁹ bytes per second: a request's bytes divided by the time from the end of the GPU's filling
-    /// until the last chunk is ready; median of the requests.
+    /// until the last chunk is ready; median of all requests.
     fired_ready_gb_s: f64,
-    /// Microseconds from staged to ready for one chunk.
+    /// Microseconds from the `Staged` message until the chunk is ready, for requests of one chunk.
     one_chunk_us_p50: u64,
     one_chunk_us_p99: u64,
 }

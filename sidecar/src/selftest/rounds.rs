@@ -22,9 +22,10 @@ pub(super) struct Rounds {
     ready: Vec<Place>,
     pub(super) chunks: u64,
     pub(super) wrong: u64,
-    /// Time from staged to ready, for requests of one chunk.
+    /// Time from the prefill engine's `Staged` message until the chunk is ready, for requests of one chunk.
     pub(super) one_chunk: Vec<Duration>,
-    /// Bytes, and the time from staged until the last chunk is ready, for requests that fill the buffer.
+    /// Bytes, and the time from the last `Staged` message until the last chunk is ready, for requests that
+    /// fill the buffer.
     pub(super) staged_ready: Vec<(u64, Duration)>,
     /// As `staged_ready`, for requests whose chunks were filled after they were reported as staged. Here the
     /// time begins when the filling ends.

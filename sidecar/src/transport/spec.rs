@@ -89,7 +89,7 @@ impl Kind {
         self.0.needs_gpu
     }
 
-    /// Returns true if a host may lack the transport without an error.
+    /// Returns true if the sidecar also starts on a host that lacks the transport.
     pub(crate) fn is_optional(self) -> bool {
         self.0.absence.is_some()
     }

@@ -41,7 +41,7 @@ pub(crate) struct Connection {
     outbox: mpsc::Sender<Outgoing>,
     /// Number of messages in the outbox that are not written yet.
     waiting: Arc<AtomicUsize>,
-    /// The writing half; gone when the connection has ended.
+    /// The writing half, which is dropped when the connection ends.
     writer: Weak<OwnedWriteHalf>,
     /// Cancelled when the outbox overflows: the connection then ends, because an open connection must not
     /// lose a message.

@@ -9,7 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::ListenError;
 
-/// Binds the socket for this user alone, and replaces the file of a dead process.
+/// Binds the socket so that only this user may connect, and replaces the file of a dead process.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     let failed = |source| ListenError::Io {
         path: path.to_owned(),

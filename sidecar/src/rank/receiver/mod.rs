@@ -280,8 +280,8 @@ impl ReceiverTask {
             }
         }
         self.expect();
-        // Fences and canary checks feed the machine again, so they wait until all actions of this event are
-        // done.
+        // The results of fences and canary checks are new events for the machine, so they wait until all
+        // actions of this event are done.
         for (lease, sender) in fenced {
             self.feed(Event::Fenced {
                 sender,

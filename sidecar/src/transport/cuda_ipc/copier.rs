@@ -45,7 +45,7 @@ struct Running {
     since: Instant,
     bytes: u64,
     ready: Ready,
-    /// The channel for the caller's answer; `None` once the caller was told that the outcome is uncertain.
+    /// The channel that answers the caller; `None` once the caller was told that the outcome is uncertain.
     reply: Option<oneshot::Sender<Outcome>>,
 }
 

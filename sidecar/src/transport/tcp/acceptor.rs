@@ -188,7 +188,7 @@ impl Accepting {
             }
             if self.waiting.len() >= MAX_WAITING {
                 let all = self.waiting.iter().map(|waiting| waiting.peer.ip());
-                // The list is in the order of arrival, so a smaller index is older.
+                // The list is in the order of arrival, so a connection with a smaller index is older.
                 if let Some(oldest) = oldest_of_the_most(all.enumerate()) {
                     self.waiting.remove(oldest);
                     self.evicted();

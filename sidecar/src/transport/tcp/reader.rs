@@ -133,7 +133,7 @@ impl Reader {
         }
     }
 
-    /// Reads a frame's head and parts. Before a frame, waits at most for `idle`, or longer while the
+    /// Reads a frame's head and parts. Waits for the frame's first byte for at most `idle`, or longer while the
     /// connection's lease is open.
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
         // Every frame has at least one part, and each part has at least one byte, so the first read cannot

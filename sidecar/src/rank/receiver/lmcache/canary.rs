@@ -36,7 +36,7 @@ impl Canaries {
         let Some(mark) = self.canaries.get(&slot) else {
             return false;
         };
-        // The check begins with the last copy, because a write that is not complete most likely lacks the
+        // The check begins with the last copy, because an incomplete write has most likely not written the
         // slot's end.
         let start = u64::from(slot.0) * bytes;
         let mut end = [0; MARK_BYTES];

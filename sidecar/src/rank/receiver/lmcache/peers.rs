@@ -1,9 +1,8 @@
 //! Recognizes LMCache's senders by their connections and tells which of them know the slots' addresses.
 //!
-//! An LMCache sender makes the init handshake once in the life of its process. A sender that made the
-//! handshake with the sidecar process before this one, or before the slot layout changed, would write to
-//! addresses that do not belong to this process's slots. This module recognizes such a sender, so that it
-//! gets no slot.
+//! An LMCache sender makes the init handshake once in the life of its process. If a sender made the handshake
+//! with an earlier sidecar process, or with an earlier slot layout, its addresses do not belong to this
+//! process's slots. This module recognizes such a sender, so that the sender gets no slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

@@ -16,8 +16,8 @@ fn sender(epoch: u64) -> SenderId {
     }
 }
 
-/// Makes the hello of a sender on another host. `secret` is the secret of its process, and `ended` has the
-/// secrets of earlier processes.
+/// Makes the hello of a sender on another host. `secret` is the secret of the sender's process, and `ended`
+/// has the secrets of earlier processes.
 fn hello(epoch: u64, secret: u8, ended: &[u8]) -> Hello {
     let secret_of = |n: &u8| ByteBuf::from([*n; 32]);
     Hello {
