@@ -34,7 +34,7 @@ pub trait Post: Sync {
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A client of one etcd cluster, at any of its addresses.
+/// A client of one etcd cluster, which may have several addresses.
 #[derive(Debug)]
 pub struct Etcd<C> {
     client: C,

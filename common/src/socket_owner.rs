@@ -5,7 +5,8 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-/// Describes the process that listens on TCP `port`, e.g. `process 4711 (python3)`; `None` if no process listens there.
+/// Describes the process that listens on TCP `port`, such as `process 4711 (python3)`; `None` if no process listens
+/// there.
 pub fn holder(port: u16) -> Option<String> {
     let inodes = inodes(|line| listener_inode(line, port));
     if inodes.is_empty() {

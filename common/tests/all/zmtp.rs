@@ -1,7 +1,7 @@
 //! A ZeroMQ peer as plain bytes on TCP: ZMTP 3.0 or 3.1 with the mechanism NULL.
 //!
-//! The peer uses no ZeroMQ library. So it can send bytes that no library sends, and its tests are valid for every
-//! library that a port may use.
+//! The peer uses no ZeroMQ library. So the peer can send bytes that no library sends, and its tests are valid for
+//! every library that a port may use.
 
 #![allow(unreachable_pub, reason = "the programs of the tests have no users")]
 
