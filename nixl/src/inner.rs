@@ -28,7 +28,7 @@ pub(crate) struct AgentInner {
     pub(crate) backend: NonNull<nixl_capi_backend>,
     /// Options that name the backend and let NIXL merge neighbouring descriptors.
     pub(crate) options: NonNull<nixl_capi_options>,
-    /// Options that name the backend and forbid NIXL to merge neighbouring descriptors.
+    /// Options that name the backend and prevent NIXL from merging neighbouring descriptors.
     pub(crate) split: NonNull<nixl_capi_options>,
     pub(crate) notifications: NonNull<nixl_capi_notifications>,
     /// The loaded peers by name. The references are weak, because the users of a peer own the peer.

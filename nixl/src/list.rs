@@ -1,7 +1,7 @@
 //! Lists of descriptors that NIXL looks up once. A transfer then selects descriptors by their
 //! indices.
 //!
-//! NIXL can merge neighbouring ranges of a request that is made from two such lists. For a request from
+//! If a request is made from two such lists, NIXL can merge neighbouring ranges. For a request from
 //! plain descriptors, NIXL looks up each descriptor and merges none. With small descriptors (4 KiB), a
 //! request from plain descriptors is 4 times slower.
 
