@@ -4,8 +4,8 @@
 //! ```text
 //! engine_pair SENDER_SOCKET RECEIVER_SOCKET RECEIVER_HOST INIT_PORT ALLOC_PORT CHUNK_BYTES CHUNKS ROUNDS
 //! ```
-//! The program prints one line of JSON. For each round it has the microseconds from the reservation until the
-//! last chunk is ready. The sidecars' own records show the phases of each round.
+//! The program prints one line of JSON. The line has, for each round, the microseconds from the reservation
+//! until the last chunk is ready. The sidecars' own records show the phases of each round.
 
 use std::env;
 use std::io::{Read, Write};

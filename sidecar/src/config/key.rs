@@ -15,7 +15,7 @@ pub(crate) enum Section {
 pub(crate) enum Default {
     /// There is no value.
     None,
-    /// The key must be given. The text says in which case.
+    /// The key must be given. The text says in which case the key must be given.
     Required(&'static str),
     /// The value is this text.
     Value(&'static str),

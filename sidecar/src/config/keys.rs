@@ -106,7 +106,8 @@ keys! {
         /// The proxy's registration port. Not for LMCache's own proxy, which accepts no registrations.
         proxy: HostPort = Default::Computed("pd_proxy_host:pd_proxy_port, or no proxy"), flag "--proxy";
         /// Host name or address at which other hosts reach this machine. Peers get this name instead of
-        /// `pd_peer_host`. The proxy gets it instead of the host of `sidecar.admin` if that host is `0.0.0.0`.
+        /// `pd_peer_host`. The proxy gets this name instead of the host of `sidecar.admin` if that host is
+        /// `0.0.0.0`.
         advertise_host: Host = Default::Computed("pd_peer_host, and the host of admin");
         /// Transports that the sidecar may use.
         transport: Choice = Default::Value("auto"), flag "--transport";
@@ -150,8 +151,8 @@ keys! {
         /// Receiver: longest lease that a sender may ask for. LMCache's senders get slots for this time.
         max_lease_ms: Millis = Default::Value("30000");
         /// Receiver: the writes of a sender on another host may still arrive for this time after the sender has
-        /// ended. Over TCP the kernel goes on sending for an ended process, for up to 102 seconds. If there is
-        /// only RDMA, one second is enough.
+        /// ended. Over TCP the kernel still sends the data of an ended process, for up to 102 seconds. If there
+        /// is only RDMA, one second is enough.
         fence_ms: Millis = Default::Value("120000");
         /// Maximum number of requests in flight per rank; the sidecar refuses further requests with `busy`.
         max_requests: Count<1> = Default::Value("1024");

@@ -49,8 +49,8 @@ impl Report {
         }
     }
 
-    /// Returns one line per mistake and a last line with the next step, for standard error before exit code
-    /// 64.
+    /// Returns one line per mistake and a last line with the next step. The process prints these lines on
+    /// standard error and exits with code 64.
     pub(crate) fn errors(&self) -> String {
         let mut text = String::new();
         for problem in &self.problems {

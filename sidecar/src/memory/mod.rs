@@ -1,10 +1,10 @@
 //! Holds the buffers of KV slots, which the sidecar owns and the engine maps.
 //!
-//! Other processes and transport libraries read and write a buffer while this process has it. So no Rust
-//! reference to the buffer's bytes is ever made: every access is a call of the kernel or of CUDA's driver on
-//! a range that was checked first. This folder, with `cuda` in it, is the only place of the crate that may
-//! contain unsafe code. [`Buffer::export`] and [`Buffer::cuda`] tell whether a buffer is in host memory or in
-//! GPU memory; [`Outlet`] and [`Inlet`] move its bytes to and from sockets.
+//! While this process has a buffer, other processes and transport libraries read and write its bytes. So no
+//! Rust reference to the buffer's bytes is ever made: every access is a call of the kernel or of CUDA's
+//! driver on a range that was checked first. This folder, with `cuda` in it, is the only place of the crate
+//! that may contain unsafe code. [`Buffer::export`] and [`Buffer::cuda`] tell whether a buffer is in host
+//! memory or in GPU memory; [`Outlet`] and [`Inlet`] move its bytes to and from sockets.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -176,7 +176,7 @@ impl Buffer {
     pub(crate) fn address(&self) -> usize {
         match &self.memory {
             Memory::Memfd(memory) => memory.address(),
-            // Addresses have 64 bits on every host that has such a GPU.
+            // Addresses have 64 bits on every host with a CUDA GPU.
             Memory::Cuda(memory) => usize::try_from(memory.address()).unwrap_or(usize::MAX),
         }
     }

@@ -134,7 +134,7 @@ impl Admin {
                 break;
             };
             // At the limit, the oldest connection is closed. Otherwise a client that opens connections and
-            // stays silent could lock others out.
+            // stays silent could lock out other clients.
             if open.len() >= MAX_CONNECTIONS
                 && let Some((_, oldest)) = open.pop_front()
             {
@@ -156,7 +156,7 @@ impl Admin {
                 number
             });
         }
-        // New connections are refused from here on; only answers that are being written may still end.
+        // New connections are refused from here on; only answers that are being written are still completed.
         drop(self.listener);
         let closed = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_WORDS, closed).await.is_err() {

@@ -182,7 +182,7 @@ pub(crate) enum InitError {
 }
 
 impl InitError {
-    /// Returns the reason for counters and for the requests that needed this link.
+    /// Returns the reason of the error, for counters and for the requests that needed this link.
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Refused { refusal, .. } => refusal.reason,

@@ -48,8 +48,8 @@ pub(crate) fn proof_hash_of(secret: &[u8]) -> ProofHash {
 }
 
 impl ProcessLock {
-    /// Locks the file beside a socket and writes a new secret into it. If that fails, the result is empty and
-    /// the log has a warning: no successor can prove the end of this process.
+    /// Locks the file beside a socket and writes a new secret into it. If the lock or the write fails, the
+    /// result is empty and the log has a warning: no successor can prove the end of this process.
     pub(crate) fn beside(socket: &Path) -> Self {
         let path = file_of(socket);
         match Self::take(&path, &host_id::boot()) {

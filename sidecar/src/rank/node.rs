@@ -26,8 +26,8 @@ use crate::rank::sender::SenderTask;
 use crate::transport::set::Wires;
 use crate::transport::spec::{DataPort, Start};
 
-/// Maximum number of messages of engines that wait for one role. If the queue is full, the dispatcher waits,
-/// and so do the engines' sockets.
+/// Maximum number of messages of engines that wait for one role. If the queue is full, the dispatcher and the
+/// engines' sockets wait.
 const QUEUE: usize = 256;
 
 /// The error that a resource is not available at the start. The process then exits with code 69.

@@ -203,8 +203,8 @@ impl Rounds {
                 let places = self.places(&ready.chunks, &ready.slots, tokens);
                 self.ready.extend(places);
                 let count = chunks_of(tokens, self.layout.chunk_tokens) as usize;
-                // A comparison takes longer than the push, so the chunks are compared only after all have
-                // arrived.
+                // A comparison takes longer than the push, so the chunks are compared only after all chunks
+                // have arrived.
                 if self.ready.len() < count {
                     return Ok(false);
                 }

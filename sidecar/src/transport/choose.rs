@@ -51,7 +51,7 @@ pub(crate) struct Sides<'a> {
 }
 
 /// Chooses the wire for a link.
-/// The order of the table decides, except that a wire which is only a last choice comes after all others.
+/// The order of the table decides, but a wire that is only a last choice comes after all others.
 ///
 /// # Errors
 /// No wire can be used. The text says what is missing on which side.

@@ -1,4 +1,4 @@
-//! Defines the minimum rate to expect of each kind of wire, so that the log reports a wire that silently
+//! Defines the minimum rate to expect from each kind of wire, so that the log reports a wire that silently
 //! uses a slower method.
 
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ pub(crate) struct Ends {
     pub(crate) same_host: bool,
 }
 
-/// The minimum rate to expect of a wire. Even the slowest wire of its kind is faster.
+/// The minimum rate to expect from a wire. Even the slowest wire of its kind is faster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExpectedRate {
     /// Minimum rate to expect, in 10⁹ bytes per second.
@@ -25,12 +25,12 @@ pub(crate) struct ExpectedRate {
 }
 
 impl ExpectedRate {
-    /// Returns the minimum rate to expect of a wire between these ends.
+    /// Returns the minimum rate to expect from a wire between these ends.
     pub(crate) fn of(kind: Kind, ends: Ends) -> Self {
         (kind.0.expected_rate)(ends)
     }
 
-    /// Returns the minimum rate to expect of any wire over a network.
+    /// Returns the minimum rate to expect from any wire over a network.
     pub(super) fn of_a_network() -> Self {
         Self {
             least_gb_s: 0.1,

@@ -33,7 +33,7 @@ pub(crate) struct Spec {
     /// Returns the address to link to, from the receiver's advert and from the host under which this process
     /// reached the receiver. `Ok(None)`: the transport needs no address.
     pub(super) address: fn(&Advert, &str) -> Result<Option<String>, NoAddress>,
-    /// Returns the minimum rate to expect of a link between these ends.
+    /// Returns the minimum rate to expect from a link between these ends.
     pub(super) expected_rate: fn(Ends) -> ExpectedRate,
 }
 

@@ -12,7 +12,7 @@ macro_rules! transports {
         /// All transports, best first.
         static KINDS: &[Kind] = &[$($name::KIND,)+ $last::KIND];
 
-        /// The values of the key `transport`, in the form of a list in a sentence.
+        /// The values of the key `transport`, as a list within a sentence.
         pub(crate) const CHOICES: &str =
             concat!("auto", $(", ", stringify!($name),)+ " or ", stringify!($last));
 

@@ -1,5 +1,5 @@
 //! Settings of UCX's TCP ports. A process that reaches such a port can read and write this process's memory,
-//! so UCX opens them only with the user's consent.
+//! so UCX opens such ports only with the user's consent.
 
 use super::value;
 use crate::config::keys::{Lmcache, Sidecar};

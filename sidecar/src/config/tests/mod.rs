@@ -461,7 +461,8 @@ fn damaged_files_never_panic() {
     let mut loaded = 0;
     for round in 0..500 {
         let mut text = [RECEIVER, SENDER][round % 2].to_owned();
-        // Each damage replaces at most 8 bytes, so that the rest of the file still reaches the later checks.
+        // Each random change replaces at most 8 bytes, so that the rest of the file still reaches the later
+        // checks.
         for _ in 0..rng.random_range(1..6) {
             let at = (0..=text.len())
                 .filter(|&i| text.is_char_boundary(i))

@@ -75,7 +75,7 @@ impl Connection {
     pub(crate) fn send(&self, message: ToEngine) {
         let mut frame = frame::encode(&message);
         // The usual case: no other message waits. So this message is written here, and the engine does not
-        // wait for a change of task.
+        // wait for a task switch.
         if self.waiting.load(Ordering::Acquire) == 0
             && let Some(writer) = self.writer.upgrade()
             && let Ok(written) = writer.try_write(&frame)

@@ -139,7 +139,7 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
     }
 }
 
-/// Number of the next connection. The numbers are unique in the process, so that a number in the log names
-/// one connection.
+/// Number of the next connection. The numbers are unique in the process, so that a number in the log
+/// identifies one connection.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);

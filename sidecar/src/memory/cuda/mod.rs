@@ -1,8 +1,8 @@
 //! Uses GPUs through CUDA's driver API. The library is loaded at the first use, so that the same binary also
 //! runs on hosts without a GPU.
 //!
-//! Every call makes its context current first, so any thread may call. No Rust reference to device memory
-//! exists here. Each range is checked before the driver is called.
+//! Every call makes its context current first, so any thread may make the call. No Rust reference to device
+//! memory exists here. Each range is checked before the driver is called.
 //!
 //! | file | |
 //! |---|---|

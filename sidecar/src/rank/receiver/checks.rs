@@ -48,8 +48,8 @@ pub(super) struct Checked {
 }
 
 impl Checks {
-    /// Queues the chunks of a message for which a checksum must be computed. Returns the message without the
-    /// chunks that are now in the queue; `None` if the queue has all of them.
+    /// Queues those chunks of a message whose checksum must be computed. Returns the message without the chunks
+    /// that are now in the queue; `None` if the queue has all of them.
     pub(super) fn take(
         &mut self,
         route: Route,

@@ -280,8 +280,8 @@ impl ReceiverTask {
             }
         }
         self.expect();
-        // The results of fences and canary checks are new events for the machine, so they wait until all
-        // actions of this event are done.
+        // A fence or a canary check gives the machine a new event, which must wait until all actions of this
+        // event are done.
         for (lease, sender) in fenced {
             self.feed(Event::Fenced {
                 sender,

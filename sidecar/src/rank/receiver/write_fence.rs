@@ -31,7 +31,7 @@ use tracing::{info, warn};
 use crate::net::host_id;
 use crate::peer::process_lock::{MAX_PROOFS, ProofHash, proof_hash_of};
 
-/// The known senders, and the running steps of proofs that a sender has ended.
+/// The known senders, and the steps that now run to prove that a sender has ended.
 #[derive(Debug)]
 pub(super) struct WriteFences {
     senders: BTreeMap<SenderId, Known>,
@@ -295,7 +295,7 @@ impl WriteFences {
 }
 
 /// Waits for a grace period in short steps. While this process is stopped, no data arrives, but time passes.
-/// Such a pause uses up only one step, so most of the grace period still follows it.
+/// Such a pause uses up only one step, so most of the grace period still follows the pause.
 async fn settle(sender: SenderId, grace: Duration) -> Step {
     for _ in 0..STEPS {
         tokio::time::sleep(grace / STEPS).await;

@@ -169,7 +169,7 @@ impl Connection {
                 Err(error) => return Err((Reason::NoLink, error.to_string())),
             }
         };
-        // The memory and the hosts of both ends determine the rate to expect of the wire.
+        // The memory and the hosts of both ends determine the rate to expect from the wire.
         let ends = Ends {
             ours: self.wires.memory(),
             theirs: remote.memory,

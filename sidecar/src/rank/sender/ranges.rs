@@ -80,7 +80,7 @@ pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration 
     busy
 }
 
-/// Returns true if, at the measured link speed in GB/s, sending a step's first layers early hides more time
+/// Returns true if, at the measured link speed in GB/s, sending a step's first layers early saves more time
 /// than it costs.
 ///
 /// Posting a part and checking its end takes about 10 µs. Gathering and sending while a GPU computes slows

@@ -3,11 +3,11 @@
 //!
 //! Each buffer has one thread. The thread queues copies on one stream per receiver, and polls for the end of
 //! the copies; the GPU's copy engines do the work. [`Ready`](super::Ready) describes the event that the
-//! thread waits for before it queues a copy, and why the GPU does not wait. A copy has ended when an event
-//! that was recorded after the copy has fired. Then every byte is visible to all work that the receiver's GPU
-//! begins later. So a sender's message that its write has ended proves that no write to the slot is in
-//! flight. If no such message comes, the end of the sender's process is the proof, because the process's
-//! queued copies end with it.
+//! thread waits for before it queues a copy, and why the GPU does not wait. An event is recorded after a
+//! write's copies. When this event has fired, the copies have ended. Then every byte is visible to all work
+//! that the receiver's GPU begins later. So if a sender reports that its write has ended, no write to the
+//! slot is in flight. If no such message comes, the end of the sender's process is the proof, because the
+//! process's queued copies end with it.
 //!
 //! docs/benchmarks.md, "The wire", compares the rate with the other wires.
 //!
@@ -172,8 +172,8 @@ impl Transport for CudaIpc {
     }
 
     fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
-        // Copies are one-sided: this process cannot stop a peer from writing. Peers observe the leases because
-        // they follow the protocol.
+        // Copies are one-sided: this process cannot stop a peer from writing. Peers respect the leases,
+        // because they follow the protocol.
     }
 
     fn close(&self, _slot: SlotIndex) {}

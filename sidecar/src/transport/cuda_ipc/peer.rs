@@ -94,7 +94,7 @@ impl Peer {
 }
 
 /// Turns pieces into copies. Pieces that are neighbours in both buffers become one copy: over NVLink, a copy of
-/// 64 MiB moves at 348 GB/s, and a copy of 1 GiB at 393 GB/s.
+/// 64 MiB moves at 348 GB/s, and a copy of 1 GiB moves at 393 GB/s.
 fn plan(pieces: &[Piece], slots: u32, slot_bytes: u64, ours: u64) -> Result<Vec<Strided>, String> {
     let mut copies: Vec<Strided> = Vec::with_capacity(pieces.len());
     for piece in pieces {

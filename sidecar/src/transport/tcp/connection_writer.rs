@@ -357,8 +357,8 @@ impl Worker {
         }
         let half_sent = self.sending.is_some() && self.unanswered.len() == 1;
         match (self.unanswered.pop_front(), outcome) {
-            // If the receiver refuses a batch before it has read the whole batch, it is about to close the
-            // connection.
+            // If the receiver refuses a batch before it has read the whole batch, the receiver is about to
+            // close the connection.
             (Some((_, ticket)), outcome @ Outcome::Failed { .. }) if half_sent => {
                 let error = io::Error::other(format!("{outcome:?}"));
                 ticket.settle(outcome);

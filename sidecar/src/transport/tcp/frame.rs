@@ -76,7 +76,7 @@ pub(super) struct Part {
 pub(super) struct Write {
     /// The number of parts that follow: 1 to [`MAX_PIECES`].
     pub(super) parts: u32,
-    /// The sender's number of this write, which the answer returns.
+    /// The sender's number for this write; the answer has the same number.
     pub(super) batch: u64,
     /// The lease under which the slots are open to this write.
     pub(super) lease: LeaseId,
@@ -317,7 +317,7 @@ mod tests {
         assert_eq!(Answer::decode(&[0; 16]), None);
     }
 
-    /// Checks that random bytes which can be decoded are exactly the encoding of the result.
+    /// Checks that, if random bytes can be decoded, the encoded result equals these bytes.
     #[test]
     fn no_bytes_mean_two_things() {
         let mut random = StdRng::seed_from_u64(4);

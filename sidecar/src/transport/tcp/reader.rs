@@ -40,7 +40,7 @@ pub(super) struct Reader {
     /// The lease of the last write that was admitted; 0 before the first write. A peer cannot guess a lease, so
     /// it is trusted while this lease is open.
     pub(super) shown: Arc<AtomicU64>,
-    /// The kernel does not wake this thread for fewer bytes than this; 1 at first.
+    /// The kernel wakes this thread only when this many bytes have come; 1 at first.
     pub(super) low_water: Cell<usize>,
 }
 
@@ -258,8 +258,8 @@ impl Reader {
         set_low_water(&self.socket, bytes)
     }
 
-    /// Waits for bytes if a read has found no bytes, within the stall time and the frame's deadline. The peer
-    /// still sends `left` bytes; a wait for more bytes would never end.
+    /// If a read has found no bytes, waits for bytes within the stall time and the frame's deadline. The peer
+    /// sends only `left` more bytes, so a wait for more than these would never end.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),

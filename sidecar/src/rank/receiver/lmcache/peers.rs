@@ -17,8 +17,8 @@ use common::socket_owner;
 pub(crate) struct LmcachePeers {
     known: BTreeMap<Route, SenderId>,
     shown: BTreeSet<Shown>,
-    /// The process behind each connection of the init port. To find a process, all of /proc is read, so this
-    /// is done once per connection.
+    /// The process behind each connection of the init port. To find a process, all of /proc is read, so each
+    /// connection is looked up only once.
     processes: BTreeMap<Route, Option<u32>>,
 }
 
