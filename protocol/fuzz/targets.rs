@@ -37,8 +37,8 @@ pub(crate) fn local(data: &[u8]) {
     round_trip::<ToEngine>(data);
 }
 
-/// Checks that accepted bytes are complete msgpack, and that encoding and decoding the message again does not change
-/// it.
+/// Checks that accepted bytes are complete msgpack, and that the message stays the same when it is encoded
+/// and decoded again.
 fn round_trip<T: Message + Serialize + PartialEq + Debug>(data: &[u8]) {
     let Ok(message) = codec::decode::<T>(data) else {
         return;
@@ -59,7 +59,7 @@ pub(crate) fn dlist(data: &[u8]) {
     }
 }
 
-/// Checks that the name is a part of the blob.
+/// Checks that the agent's name is a part of the metadata blob.
 pub(crate) fn metadata(data: &[u8]) {
     if let Some(name) = metadata::agent_name(data) {
         assert!(data.windows(name.len()).any(|w| w == name));
@@ -89,8 +89,8 @@ pub(crate) fn machines(mut data: &[u8]) {
     }
 }
 
-/// Both state machines. The pair knows the last lease and the writes, because random messages would
-/// never contain a valid id.
+/// Both state machines. The pair keeps the ids of the last lease and of the writes, because random
+/// messages would never contain a valid id.
 struct Pair {
     p: Sender,
     d: Receiver,

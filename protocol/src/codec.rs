@@ -65,7 +65,7 @@ pub fn decode<T: Message>(bytes: &[u8]) -> Result<T, DecodeError> {
 
 /// Set of messages that one socket carries.
 pub trait Message: Sized {
-    /// Values of `type` in this set.
+    /// Values that the key `type` can have in this set.
     const NAMES: &'static [&'static str];
 
     /// Decodes the message with type `tag` from a map that has been scanned.
@@ -123,8 +123,8 @@ fn of_type<'de, T: Deserialize<'de>>(
 pub const MAX_BYTES: usize = 4 << 20;
 /// Maximum number of levels of nested maps and lists. Valid messages have at most 4.
 pub const MAX_DEPTH: usize = 8;
-/// Maximum number of elements of all maps and lists together. A request of a million tokens in
-/// chunks of 64 has 16,384 chunks, and up to three lists have an element per chunk.
+/// Maximum number of elements of all maps and lists together. Up to three lists of a message have
+/// one element per chunk, and a request of a million tokens in chunks of 64 has 16,384 chunks.
 pub const MAX_ELEMENTS: usize = 1 << 17;
 /// Maximum length of one text in bytes. A key with a long model name has a few hundred bytes; a
 /// refusal's text is slightly longer.

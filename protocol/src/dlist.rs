@@ -21,7 +21,7 @@ pub struct Row {
     pub address: u64,
     /// Size in bytes.
     pub bytes: u64,
-    /// NIXL device id. LMCache uses the tensor-parallel rank, also for host memory.
+    /// NIXL device id. LMCache writes its tensor-parallel rank here, even for host memory.
     pub device: u64,
 }
 
@@ -83,7 +83,8 @@ fn build_for(module: &[u8], rows: &[Row], memory: Memory) -> Vec<u8> {
     }
     head.extend_from_slice(&NEW_OBJECT[1..]);
 
-    // CPython puts everything into one frame, but leaves objects of 64 KiB and more outside it.
+    // CPython puts the pickle into one frame, but leaves objects of 64 KiB and more outside the
+    // frame.
     let inside = state.len() < FRAME_TARGET;
     let mut bytes = Vec::with_capacity(state.len() + 16);
     match u8::try_from(state.len()) {

@@ -68,8 +68,8 @@ impl From<&str> for RequestId {
     }
 }
 
-/// Time in microseconds since an origin that the caller of the state machines chooses (the start of
-/// the caller).
+/// Time in microseconds since an origin that the caller of the state machines chooses, such as its
+/// own start.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -77,7 +77,7 @@ impl From<&str> for RequestId {
 pub struct Time(pub u64);
 
 impl Time {
-    /// Returns the microseconds from `earlier` to `self`; 0 if `earlier` is later.
+    /// Returns the microseconds from `earlier` to `self`; 0 if `earlier` comes after `self`.
     pub fn micros_since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
     }

@@ -1,7 +1,7 @@
 //! LMCache's chunk keys: `model@world_size@rank@hash@dtype`, then any number of `@tag%value`.
 //!
-//! A receiver compares keys as text and does not compute them. It checks their form, because
-//! LMCache's own code fails with an exception on a key with fewer than five parts.
+//! A receiver compares keys as text and does not compute them. The receiver checks the form of the
+//! keys, because LMCache's own code fails with an exception on a key with fewer than five parts.
 
 use std::fmt;
 
@@ -95,7 +95,7 @@ fn some<'a>(text: &'a str, part: &'static str) -> Result<&'a str, KeyError> {
 }
 
 fn number(text: &str, part: &'static str) -> Result<u32, KeyError> {
-    // `parse` alone would accept a sign.
+    // `parse` alone would also accept a sign before the digits.
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return Err(KeyError::Part(part));
     }

@@ -53,8 +53,8 @@ impl Layout {
             .checked_mul(self.element_bytes()?)
     }
 
-    /// Returns the size of a full chunk, and so of a slot, in bytes; `None` as for
-    /// [`Self::token_bytes`].
+    /// Returns the size of a full chunk in bytes, which is also the size of a slot; `None` in the
+    /// same cases as [`Self::token_bytes`].
     pub fn chunk_bytes(&self) -> Option<u64> {
         self.token_bytes()?
             .checked_mul(u64::from(self.chunk_tokens))
@@ -88,7 +88,8 @@ impl Layout {
         if self.mla { 6 } else { 1 }
     }
 
-    /// Returns the shape of a chunk of `tokens` tokens as in LMCache's `AllocRequest.shape`.
+    /// Returns the shape of a chunk with `tokens` tokens, in the form of LMCache's
+    /// `AllocRequest.shape`.
     pub fn shape(&self, tokens: u32) -> Vec<u64> {
         let planes = if self.mla { 1 } else { 2 };
         vec![

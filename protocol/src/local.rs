@@ -17,8 +17,8 @@ use crate::{Epoch, Layout, Reason, RequestId};
 pub enum ToSidecar {
     /// Opens the connection.
     Hello(EngineHello),
-    /// Prefill: asks for slots at the receiver `to`, because the engine has begun to compute the
-    /// request.
+    /// Prefill: the engine has begun to compute the request, so the sidecar must ask a receiver for
+    /// slots.
     Reserve(Reserve),
     /// Prefill: the engine's present step completes further tokens, so the sender may now give send
     /// slots to their chunks.
@@ -156,12 +156,12 @@ pub struct Reserve {
     pub req: RequestId,
     /// Receiver that wants the KV.
     pub to: Target,
-    /// Key of each chunk in order, including a last, partial chunk.
+    /// Key of each chunk, in order; the last chunk may be partial.
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Number of tokens at the request's start that are computed at the end of the engine's present
-    /// step, as [`Computing::upto`].
+    /// Number of leading tokens of the request that are computed when the engine's present step
+    /// ends, as [`Computing::upto`].
     pub upto: u32,
     /// True if the proxy sends the decode leg as soon as this request has begun. The receiver may
     /// then wait until the decode request parks. Absent: false.
@@ -174,8 +174,8 @@ pub struct Reserve {
 pub struct Computing {
     /// Id of the request.
     pub req: RequestId,
-    /// Number of tokens at the request's start that are computed at the end of the engine's present
-    /// step.
+    /// Number of leading tokens of the request that are computed when the engine's present step
+    /// ends.
     pub upto: u32,
 }
 
@@ -184,7 +184,7 @@ pub struct Computing {
 pub struct Staged {
     /// Id of the request.
     pub req: RequestId,
-    /// Chunks, each as its position in the request's keys.
+    /// Positions of the chunks in the request's keys.
     pub chunks: Vec<u32>,
     /// Duration of the gather, microseconds. Absent: 0.
     #[serde(default)]
@@ -225,7 +225,7 @@ pub struct Await {
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Number of tokens at the request's start that the engine already has; less than `tokens`.
+    /// Number of leading tokens of the request that the engine already has; less than `tokens`.
     pub have_tokens: u32,
     /// Time after which the sidecar ends the request with [`ToEngine::Ended`], milliseconds.
     pub deadline_ms: u32,
@@ -239,7 +239,7 @@ pub struct Await {
 pub struct Release {
     /// Id of the request.
     pub req: RequestId,
-    /// Chunks, each as its position in the request's keys.
+    /// Positions of the chunks in the request's keys.
     pub chunks: Vec<u32>,
     /// Duration of the scatter, microseconds. Absent: 0.
     #[serde(default)]
@@ -251,11 +251,11 @@ pub struct Release {
 pub struct Granted {
     /// Id of the request.
     pub req: RequestId,
-    /// Number of tokens at the request's start that the decode side already has. The sender never
+    /// Number of leading tokens of the request that the decode side already has. The sender never
     /// grants a chunk that contains only these tokens. If a chunk begins with some of these tokens,
     /// only its other tokens are moved; they begin at the start of the slot.
     pub have_tokens: u32,
-    /// Chunks, each as its position in the request's keys; empty in the first message, which only gives
+    /// Positions of the chunks in the request's keys; empty in the first message, which only gives
     /// `have_tokens`.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the send buffer.
@@ -274,7 +274,7 @@ pub struct Ready {
     /// First token that is moved. If a chunk begins before this token, only the chunk's tokens from
     /// this token on are moved; they begin at the start of the slot.
     pub first_token: u32,
-    /// Chunks, each as its position in the request's keys.
+    /// Positions of the chunks in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks in the landing buffer.
     pub slots: Vec<u32>,

@@ -57,9 +57,9 @@ reasons! {
     LeaseExpired = "lease_expired",
     /// The decode request waited longer than its deadline, or a request of a sender made no progress for too long.
     Deadline = "deadline",
-    /// No sender asked for this request in time.
+    /// No sender asked for slots for this request in time.
     NoSender = "no_sender",
-    /// The KV is written, but no decode request came for it in time.
+    /// The KV is written, but no decode request asked for it in time.
     Unclaimed = "unclaimed",
     /// The message or the lease belongs to an epoch other than the receiver's present epoch.
     StaleEpoch = "stale_epoch",

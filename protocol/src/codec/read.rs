@@ -50,8 +50,8 @@ impl<'de> Reader<'de> {
     }
 }
 
-/// Checks that a text is UTF-8 without control characters: logs and metrics show names and texts
-/// unchanged.
+/// Checks that a text is UTF-8 without control characters, because logs and metrics show names and
+/// texts unchanged.
 fn plain(text: &[u8]) -> Result<&str, ReadError> {
     let text = std::str::from_utf8(text).map_err(|_| ReadError("text is not UTF-8".to_owned()))?;
     let control = if text.is_ascii() {

@@ -51,7 +51,8 @@ fn what_msgspec_takes_is_taken() {
         ..AllocResponse::example()
     };
     assert_eq!(accepted(&response(list(&[300, -1]), list(&[1]))), plain);
-    // Keys in another order, the type last, and unknown keys with values of any type.
+    // The keys have another order, `type` comes last, and there are unknown keys with values of any
+    // type.
     let bytes = map(&[
         ("new", rmpv::Value::Ext(5, vec![1, 2, 3])),
         ("already_sent_indexes", list(&[1])),
@@ -63,7 +64,8 @@ fn what_msgspec_takes_is_taken() {
         ("type", "AllocResponse".into()),
     ]);
     assert_eq!(accepted(&bytes), plain);
-    // Integers that are wider than necessary: 300 in eight bytes, −1 in eight, 1 in four.
+    // Integers that are wider than necessary: 300 in eight bytes, −1 in eight bytes, 1 in four
+    // bytes.
     let mut bytes = vec![0x83];
     bytes.extend_from_slice(b"\xa4type\xadAllocResponse\xaeremote_indexes\x92");
     bytes.extend_from_slice(&[0xcf, 0, 0, 0, 0, 0, 0, 1, 44]);

@@ -1,4 +1,4 @@
-//! Recently ended requests. If one side of such a request sends its first message late, the
+//! Recently ended requests. If one side of an ended request sends its first message late, the
 //! receiver tells this side at once that the request has ended.
 //!
 //! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver gives this
@@ -150,8 +150,8 @@ impl Question {
     }
 }
 
-/// Number of ended requests that the receiver remembers. A busy instance ends so many requests in a
-/// few seconds.
+/// Number of ended requests that the receiver remembers. A busy instance ends this many requests in
+/// a few seconds.
 const REMEMBERED: usize = 4096;
 /// For this time after the end of a request, the receiver answers the first message of a late side
 /// with the reason of the end. If the message comes after this time, the side gets no such answer

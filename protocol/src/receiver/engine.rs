@@ -196,8 +196,8 @@ impl Receiver {
         self.take_back(engine, id);
     }
 
-    /// Ends all decode requests of an engine whose connection is lost, and frees the slots that it
-    /// read.
+    /// Ends all decode requests of an engine whose connection is lost, and frees the slots that the
+    /// engine was reading.
     pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
         let all: Vec<RequestId> = self.requests.keys().cloned().collect();
         for id in all {

@@ -60,8 +60,8 @@ pub struct Config {
     pub seed: u64,
 }
 
-/// A written chunk with a checksum that the caller must compare before it gives the `Written`
-/// message to the state machine.
+/// A written chunk whose checksum the caller must compare before the state machine gets the
+/// `Written` message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unchecked {
     /// Position in the request's keys.

@@ -20,7 +20,7 @@ impl Receiver {
     /// KV blocks of the engine, and each lease needs only one slot to make progress. Alloc requests
     /// that need all their slots at once follow in the order of their arrival.
     ///
-    /// If slots are missing, the receiver frees KV that no decode request has come for.
+    /// If slots are missing, the receiver frees written KV that no decode request has asked for.
     pub(super) fn serve(&mut self) {
         while let Some(blocked) = self.serve_once() {
             if !self.reclaim(&blocked) {
@@ -127,8 +127,8 @@ impl Receiver {
     }
 
     /// Refuses an alloc request whose keys differ from the keys of the parked request. The alloc
-    /// request may come from any sender, so the parked request still waits for its own sender, but
-    /// only briefly: in most cases the two sides are configured differently.
+    /// request may come from any sender, so the parked request still waits for its own sender. The
+    /// wait is short, because in most cases the two sides are configured differently.
     fn refuse_mismatch(&mut self, id: &RequestId) {
         let soon = self.now + MISMATCH;
         let Some(request) = self.requests.get_mut(id) else {
@@ -372,8 +372,8 @@ impl Receiver {
     }
 }
 
-/// Number of slots per host, counted once per event. If every alloc request counted again, the time
-/// per event would grow with the square of the number of requests.
+/// Number of slots per host, counted once per event. If every alloc request counted the slots
+/// again, the time per event would grow with the square of the number of requests.
 #[derive(Debug, Default)]
 pub(super) struct Exposed {
     hosts: HashMap<String, usize>,

@@ -1,4 +1,4 @@
-//! Serves LMCache's senders. They do not know leases, so the receiver lends them slots.
+//! Serves LMCache's senders. These senders do not know leases, so the receiver lends slots to them.
 //!
 //! An LMCache sender asks for slots by key, writes, and reports the end only to its *proxy*
 //! (`ProxyNotif`). It sends no report to the receiver, not even through NIXL. The synchronous
@@ -93,7 +93,8 @@ struct Loan {
 struct Lent {
     key: String,
     slot: SlotIndex,
-    /// Time at which a check first found no canary. Absent: there was no such check yet.
+    /// Time at which a check first found no canary in the slot. Absent: every check so far has
+    /// found a canary.
     landed: Option<Time>,
     /// True if a parked request waits for the check of this slot.
     claimed: bool,
@@ -417,7 +418,7 @@ impl Lmcache {
 }
 
 impl Loan {
-    /// Ends a loan as soon as the receiver has checked its slots once more.
+    /// Ends a loan as soon as the receiver has checked the loan's slots once more.
     fn end(&mut self, now: Time, reason: Reason) {
         self.reason.get_or_insert(reason);
         self.deadline = self.deadline.min(now);
@@ -435,8 +436,8 @@ impl SenderId {
     }
 }
 
-/// Time from the loan to the first check of its slots. The pause doubles after each check, up to
-/// [`LAST_PAUSE`].
+/// Time from the start of a loan to the first check of its slots. The pause doubles after each
+/// check, up to [`LAST_PAUSE`].
 const FIRST_LOOK: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// Request id in the records of synchronous senders, which send no id.

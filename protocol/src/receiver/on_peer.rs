@@ -35,8 +35,8 @@ impl Receiver {
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
                     && lease.sender.epoch == x.epoch
-                    // The answer contains the lease's id, and has one entry per key. So the
-                    // repetition must come from the same host and have the same number of keys.
+                    // The answer contains the lease's id, and has one entry per key. So a repeated
+                    // alloc request must come from the same host and have the same number of keys.
                     && lease.host == host
                     && lease.keys.len() == asked.keys.len() =>
             {
@@ -83,8 +83,8 @@ impl Receiver {
     }
 
     /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The
-    /// receiver names only leases that were granted to the same host: any process can use this
-    /// sender's name, and a process that knows a lease's id can free the lease's slots.
+    /// receiver asks only about leases of the same host. Otherwise a process on another host could
+    /// use this sender's name, learn the lease's id and free the lease's slots.
     fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
@@ -369,8 +369,9 @@ impl Receiver {
 }
 
 /// Returns true if a new alloc request with the same id may replace an old request. There are two
-/// cases: the old request is not wanted any more; or it is completely written, no decode request
-/// has come for it, and the new alloc request comes from the same host.
+/// cases. In the first case the old request is not wanted any more. In the second case its chunks
+/// are all written, no decode request has asked for them, and the new alloc request comes from the
+/// same host.
 fn gives_way_to_question(old: &Request, host: &str) -> bool {
     let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
     let lease = old.lease().filter(|_| old.parked.is_none());

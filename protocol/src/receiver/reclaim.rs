@@ -1,4 +1,4 @@
-//! Frees written KV that no decode request comes for.
+//! Frees written KV that no decode request asks for.
 //!
 //! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
 //! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
@@ -14,15 +14,15 @@ use super::{Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
-/// The senders from which a decode request has recently read KV. For each sender: the number of
-/// times that its KV has expired without a read. A read sets the number back to 0.
+/// The senders whose KV a decode request has recently read. The map counts for each sender how
+/// often its KV has expired unread; a read sets this number back to 0.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     unread: BTreeMap<String, u32>,
 }
 
 impl Readers {
-    /// Notes that a decode request has come for KV of this sender.
+    /// Notes that a decode request has asked for KV of this sender.
     pub(super) fn read(&mut self, sender: &SenderId) {
         if self.unread.len() >= MAX_READERS && !self.unread.contains_key(&sender.id) {
             self.unread.pop_first();
@@ -105,7 +105,7 @@ impl Receiver {
         })
     }
 
-    /// Ends a written lease that no decode request has come for.
+    /// Ends a lease whose chunks are all written, but whose KV no decode request has asked for.
     pub(super) fn end_unclaimed(&mut self, id: &RequestId) {
         if let Some(request) = self.requests.get_mut(id) {
             request.record.reason.get_or_insert(Reason::Unclaimed);
@@ -154,8 +154,8 @@ impl Receiver {
 /// Minimum time for which unread KV is kept. It is long enough for a decode request that the proxy
 /// sends at once.
 const GRACE: Duration = Duration::from_millis(500);
-/// Number of leases or loans of a sender that may expire unread in a row. After them, the receiver
-/// no longer keeps the sender's KV.
+/// If this many leases or loans of a sender expire unread in a row, the receiver no longer keeps
+/// the sender's KV.
 const UNREAD: u32 = 4;
 /// Maximum number of senders that the receiver remembers.
 const MAX_READERS: usize = 1024;

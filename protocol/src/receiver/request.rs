@@ -79,16 +79,17 @@ pub(super) struct Lease {
     pub(super) seq: u64,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// `have_tokens` of the answer. The chunk that contains this token begins at this token.
+    /// `have_tokens` of the answer: the first token that is moved. A chunk that contains earlier
+    /// tokens carries only the tokens from this one on.
     pub(super) first_token: u32,
     pub(super) chunks: Vec<Chunk>,
     /// Duration of the lease, counted again from each message of the sender.
     pub(super) term: Duration,
     pub(super) deadline: Time,
-    /// Time at which all chunks were written and no decode request had come. Absent: a chunk is not
-    /// written yet, or the decode request came first.
+    /// Time at which the last chunk was written, if no decode request had come by then. Absent: a
+    /// chunk is not written yet, or the decode request came first.
     pub(super) idle: Option<Time>,
-    /// Reason of the end. It is present if the data is not wanted any more and only the sender's
+    /// Reason of the lease's end; present if the data is not wanted any more and only the sender's
     /// confirmation is missing.
     pub(super) end_reason: Option<Reason>,
 }

@@ -1,10 +1,10 @@
 //! Sends to LMCache's receivers. The sender asks for slots only for complete chunks, and sends one
 //! alloc request at a time.
 //!
-//! An LMCache receiver shows a key as soon as it has given a slot to the key, even if the KV is not written yet. So the
-//! sender reverses its usual order: a chunk first gets a send slot, and the engine gathers it. Then the sender asks for
-//! a slot for the chunk's key, and posts the write when the answer comes. So the receiver can show a key without KV
-//! only if the write fails.
+//! An LMCache receiver shows a key as soon as it has given a slot to the key, even if the KV is not written
+//! yet. So the sender reverses its usual order: a chunk first gets a send slot, and the engine gathers the
+//! chunk into this slot. Then the sender asks for a slot for the chunk's key, and posts the write when the
+//! answer comes. So the receiver can show a key without KV only if the write fails.
 //!
 //! ```text
 //!  Waiting ──slot──▶ Filling ──Staged──▶ Full ──question──▶ Asked ──slot──▶ Posted ──▶ Acked
@@ -16,9 +16,10 @@
 //! * Answers have no number, so each connection has at most one alloc request in flight. A late answer belongs to this
 //!   alloc request, even if the request was cancelled in the meantime.
 //! * The asynchronous receiver (its socket is a ROUTER) frees keys on `CancelNotif`. The
-//!   synchronous receiver (its socket is a REP) would stop answering after this message, so the
-//!   sender never sends the message to it. The sender never gives back keys of writes with an
-//!   unknown end: another request would get their slots while the write may still arrive.
+//!   synchronous receiver (its socket is a REP) would stop answering after a `CancelNotif`, so the
+//!   sender never sends this message to a synchronous receiver. The sender never gives back keys of
+//!   writes with an unknown end: another request would get their slots while the write may still
+//!   arrive.
 //! * The receiver does not tell which tokens the decode side already has, and it grants no slots
 //!   later (no window). An answer with −1 ends the request with `no_room`.
 
@@ -390,5 +391,5 @@ fn places(
 
 /// Placeholder for a lease id: LMCache's receivers grant no leases.
 const NO_LEASE: LeaseId = LeaseId(0);
-/// Maximum number of requests per receiver with keys to give back.
+/// Maximum number of requests per receiver whose keys the sender still has to give back.
 const MAX_RETURNS: usize = 1024;

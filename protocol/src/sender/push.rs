@@ -110,8 +110,8 @@ impl Sender {
             after,
             layers,
         });
-        // The write cannot end before its event, so the sender tells the receiver about the write
-        // at once.
+        // The write cannot end before its event has fired, so the sender tells the receiver about
+        // the write at once.
         if waits {
             self.on_lasting(transfer);
         }

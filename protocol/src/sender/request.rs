@@ -16,8 +16,8 @@ pub(super) struct Request {
     pub(super) to: Target,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// Number of tokens from the start of the prompt that are complete after the engine's current
-    /// step.
+    /// Number of leading tokens of the prompt that are computed when the engine's current step
+    /// ends.
     pub(super) upto: u32,
     pub(super) overlap: bool,
     pub(super) phase: Phase,

@@ -124,7 +124,8 @@ impl Sender {
 
     /// Repeats an alloc request over a new connection, because its answer was lost with the old
     /// connection. If the receiver has already ended a lease of this request, it refuses the
-    /// request and asks about the lease. Otherwise it grants a lease, or repeats its grant.
+    /// request and asks about the lease. Otherwise the receiver grants a lease, or repeats its
+    /// earlier grant.
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -356,5 +357,5 @@ impl Told {
     }
 }
 
-/// Number of repetitions without an answer after which the sender stops repeating a message.
+/// The sender stops repeating a message after this many repetitions without an answer.
 pub(super) const PATIENCE: u32 = 6;

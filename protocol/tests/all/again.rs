@@ -1,4 +1,4 @@
-//! Tests of reused ids, alloc requests of other senders, and KV that no decode request comes for.
+//! Tests of reused ids, alloc requests of other senders, and KV that no decode request asks for.
 
 use std::time::Duration;
 
@@ -28,8 +28,8 @@ struct Port {
 }
 
 impl Port {
-    /// Returns a receiver with two connections: number 1 of a sender, and number 2 of a peer on
-    /// another host.
+    /// Returns a receiver with two connections. Connection 1 belongs to a sender; connection 2
+    /// belongs to a peer on another host.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,
@@ -196,7 +196,7 @@ fn an_id_that_comes_again_works_like_the_first() {
         assert_eq!((port.ready, port.ended.len()), (2 * round, round));
         assert_eq!(port.ended.last(), Some(&None));
     }
-    // After a request without KV has ended, either side can also use the id again.
+    // After a request without KV has ended, both sides can use the id again.
     port.ask("1", 2);
     let id = RequestId::from("1");
     port.park("1", 2);
@@ -231,7 +231,7 @@ fn what_belongs_to_an_end_is_told_it() {
     port.at_rest();
 }
 
-/// The KV of the last request with the id is written, but no decode request has come for this KV.
+/// The KV of the last request with the id is written, but no decode request has asked for this KV.
 #[test]
 fn an_unread_use_makes_way_for_the_next() {
     let mut port = Port::new();
@@ -323,8 +323,8 @@ fn a_tag_of_one_side_alone_is_another_key() {
     }
 }
 
-/// The receiver may send the id of a lease only to the host that got the lease: a process that
-/// knows the id can free the lease's slots.
+/// The receiver may send the id of a lease only to the host that got the lease, because a process
+/// that knows the id can free the lease's slots.
 #[test]
 fn quarantined_leases_are_told_to_their_host_only() {
     let mut port = Port::new();

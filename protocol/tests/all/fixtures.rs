@@ -25,7 +25,7 @@ fn bytes(entry: &Value) -> Vec<u8> {
     fs::read(directory().join(format!("{name}.bin"))).unwrap()
 }
 
-/// Converts msgpack to JSON as in messages.json.
+/// Converts msgpack to JSON in the form of messages.json.
 fn json(value: &rmpv::Value) -> Value {
     match value {
         rmpv::Value::Nil => Value::Null,

@@ -1,5 +1,5 @@
-//! Tests of a sender's last message about a lost lease: without it the lease's slots stay
-//! quarantined.
+//! Tests of a sender's last message about a lost lease: without this message, the lease's slots
+//! stay quarantined.
 
 use std::time::Duration;
 

@@ -16,14 +16,14 @@ struct Port {
     d: Receiver,
     now: Time,
     seq: u64,
-    /// Answer to each alloc request, by its number: the number of slots, or the reason of the
-    /// refusal.
+    /// Number of each alloc request, and its answer: the number of granted slots, or the reason of
+    /// the refusal.
     answers: Vec<(u64, Result<usize, Reason>)>,
 }
 
 impl Port {
-    /// Returns a receiver with connections of two hosts: numbers 1 and 3 of a malicious peer, and
-    /// number 2 of a sender.
+    /// Returns a receiver with connections of two hosts. Connections 1 and 3 belong to a malicious
+    /// peer; connection 2 belongs to a sender.
     fn new() -> Self {
         let d = Receiver::new(Config {
             epoch: OURS,

@@ -58,8 +58,8 @@ impl Receiver {
         self.actions.push_back(Action::CheckCanary { slots });
     }
 
-    /// Handles the result of a check: in the slots `gone` all canaries are overwritten, in the
-    /// slots `there` at least one is left.
+    /// Handles the result of a check. The list `gone` has the slots whose canaries are all
+    /// overwritten; the list `there` has the slots with at least one canary left.
     pub(in crate::receiver) fn on_canary_checked(
         &mut self,
         gone: &[SlotIndex],
@@ -309,7 +309,7 @@ impl Receiver {
 }
 
 impl Receiver {
-    /// Ends a written loan that no decode request has come for.
+    /// Ends a loan whose slots are all written, but whose KV no decode request has asked for.
     pub(in crate::receiver) fn end_idle_loan(&mut self, number: u64) {
         if let Some(loan) = self.lmcache.loans.remove(&number) {
             for slot in loan
@@ -326,8 +326,9 @@ impl Receiver {
 }
 
 impl super::Lmcache {
-    /// Returns the written loans without a decode request: the time from which each may be freed,
-    /// its number and its sender's host.
+    /// Returns the loans whose slots are all written and whose KV no decode request has asked for.
+    /// Each item has the time from which the loan may be freed, the loan's number and its sender's
+    /// host.
     pub(in crate::receiver) fn idle<'a>(
         &'a self,
         readers: &'a Readers,

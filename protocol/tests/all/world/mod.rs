@@ -49,7 +49,7 @@ pub(crate) struct Outcome {
     pub(crate) pushed: usize,
     /// Maximum number of slots that were quarantined at the same time.
     pub(crate) quarantined: u32,
-    /// Number of pieces of writes with an unknown end.
+    /// Number of pieces that belong to writes with an unknown end.
     pub(crate) lost_pieces: u32,
     log: Vec<String>,
 }

@@ -55,9 +55,11 @@ pub(crate) struct RequestPlan {
 pub(crate) enum Park {
     Never,
     AtMs(u16),
-    /// Milliseconds after the proxy has got the message that prefill has begun.
+    /// The request parks this many milliseconds after the proxy has got the message that prefill
+    /// has begun.
     OnProgress(u16),
-    /// Milliseconds after the proxy has got the message that the push has ended.
+    /// The request parks this many milliseconds after the proxy has got the message that the push
+    /// has ended.
     OnNotify(u16),
 }
 
