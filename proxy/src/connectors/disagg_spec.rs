@@ -5,7 +5,8 @@ use std::fmt::Write;
 use crate::connectors::Legs;
 
 /// Returns transfer parameters with `disagg_spec`: the request's id and the receiver's address. `before` and
-/// `after` are further fields as JSON: `before` next to `disagg_spec`, and `after` inside `disagg_spec`.
+/// `after` are further JSON fields: the fields in `before` stand beside `disagg_spec`, the fields in `after`
+/// stand inside it.
 pub(super) fn to_receiver(legs: &Legs<'_>, before: &str, after: &str) -> String {
     // Request ids are letters, digits, '-', '_' and '.', which need no escaping. Hosts may be anything
     // printable, so they are escaped.

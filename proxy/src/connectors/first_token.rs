@@ -2,7 +2,7 @@
 //! leg's prompt ends with the token that the prefill instance has sampled.
 //!
 //! If the hand-over would change the answer to a request, the request gets no transfer to LMCache.
-//! Between sidecars it gets the usual transfer.
+//! Between sidecars, such a request gets the usual transfer.
 
 use bytes::Bytes;
 use serde::Deserialize;

@@ -64,7 +64,7 @@ pub struct Breaker {
     pub failures: u32,
     /// Time for which the breaker then stays open. After this pause one request probes the instance.
     pub pause: Duration,
-    /// Time without a sign of work after which a probing request counts as stalled.
+    /// A probing request counts as stalled if the instance has shown no sign of work for this time.
     pub stall: Duration,
 }
 

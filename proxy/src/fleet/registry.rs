@@ -308,7 +308,7 @@ impl Registry {
                 entry.member = entry.candidate.take();
             }
         }
-        // The confirmed candidate may be the member by now.
+        // The confirmed candidate may have become the member just above.
         let place = if holds_epoch(&entry.member, epoch) {
             &mut entry.member
         } else {

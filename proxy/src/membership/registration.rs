@@ -288,7 +288,7 @@ async fn heard(port: Option<&Inbox>) -> Result<Frame, PortError> {
     }
 }
 
-/// Waits until the deadline. Waits forever if there is none.
+/// Waits until the deadline. Waits forever if there is no deadline.
 async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline.into()).await,

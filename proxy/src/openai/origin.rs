@@ -2,8 +2,8 @@
 //! proxy.
 //!
 //! A browser on this host also connects from a loopback address. A page can make the browser send every
-//! request that needs no preflight, also with a `text/plain` body. After DNS rebinding, such a request
-//! has a foreign name in `Host`.
+//! request that needs no preflight, such as a request with a `text/plain` body. After DNS rebinding, such a
+//! request has a foreign name in `Host`.
 
 use common::origin::{host, is_local, is_of_another_site};
 use http::header::{CONTENT_TYPE, FORWARDED, ORIGIN, VIA};
@@ -49,7 +49,8 @@ pub(crate) fn require_json_if_any<B: Body>(headers: &HeaderMap, body: &B) -> Res
 /// web page fail this check, and so do requests that another proxy forwards for its clients.
 ///
 /// # Errors
-/// A header proves the opposite. The error names this header and the cure.
+/// A header shows that a web page or another proxy has sent the request. The error names this
+/// header and the cure.
 pub(crate) fn require_local(headers: &HeaderMap) -> Result<(), ApiError> {
     let refused = |text: String| Err(ApiError::new(Code::NotPermitted, text));
     if let Some(name) = headers.keys().find(|name| is_of_a_proxy(name)) {

@@ -30,7 +30,7 @@ impl Default for Line {
 }
 
 impl Events {
-    /// Reads the next chunk. Returns true if any part of it is data.
+    /// Reads the next chunk. Returns true if any part of the chunk is data.
     pub(crate) fn hear(&mut self, chunk: &[u8]) -> bool {
         let mut is_data = false;
         for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
@@ -74,18 +74,20 @@ impl Events {
     }
 }
 
-/// Collects a stream up to the end of its first event with data. Drops the events before it, which are
-/// mostly comments. The client gets nothing before this event is complete, so that another instance can
+/// Collects a stream up to the end of its first event with data. Drops earlier events, which are mostly
+/// comments. The client gets nothing before the event with data is complete, so that another instance can
 /// still take over.
 #[derive(Debug, Default)]
 pub(crate) struct First {
     held: Vec<u8>,
-    /// Number of bytes at the beginning of `held` that were searched and contain no end of an event.
+    /// Number of bytes at the beginning of `held` that need no further search, because they contain no end of
+    /// an event.
     searched: usize,
 }
 
 impl First {
-    /// Adds the next chunk. When the event is complete, returns all bytes since its beginning.
+    /// Adds the next chunk. When the event is complete, returns all bytes since the event's
+    /// beginning.
     pub(crate) fn take(&mut self, chunk: &[u8]) -> Option<Vec<u8>> {
         self.held.extend_from_slice(chunk);
         loop {

@@ -223,8 +223,8 @@ impl Drive {
     }
 }
 
-/// Number of tokens that a request without a token limit is expected to generate. Used for the load of its
-/// instance.
+/// Number of tokens that a request without a token limit is expected to generate. The load of the request's
+/// instance contains this number.
 const USUAL_ANSWER: u64 = 256;
 
 /// Factor by which the prefill of a prompt may take longer than usual before its instance counts as stalled.

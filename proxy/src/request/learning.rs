@@ -22,8 +22,8 @@ impl Drive {
         self.app.refusals.note(Instant::now(), reason, refused);
     }
 
-    /// Learns from the senders' notices whether the pair works. Called when a decode leg that waited for KV
-    /// is answered, because the notices have come before this time.
+    /// Learns from the senders' notices whether the pair works. The caller calls this function when a decode
+    /// leg that waited for KV is answered: the notices have come by then.
     pub(super) fn learn(&self, context: &RequestContext) {
         let (Ok(prefill), true) = (&self.pair.prefill, context.waits_for_kv()) else {
             return;

@@ -36,17 +36,17 @@ pub(crate) struct Silence {
     pub max_event: usize,
 }
 
-/// The answer's body. It owns the request's context: when hyper drops the body because the client has left,
-/// the legs are dropped, too.
+/// The answer's body. The body owns the request's context: when hyper drops the body because the client has
+/// left, the legs are dropped, too.
 struct ResponseBody {
     held: Option<Bytes>,
     rest: Option<LinkBody>,
-    /// Chunks that have come. The next write passes them on together.
+    /// Chunks that have come. The next write passes these chunks on together.
     gathered: BytesMut,
     context: RequestContext,
     idle: Pin<Box<Sleep>>,
-    /// Time of the last data. `idle` is reset only when it fires, because resetting it at each chunk would
-    /// cost more than the chunk.
+    /// Time of the last data. The timer `idle` is reset only when the timer fires, because a reset at each
+    /// chunk would cost more than the chunk.
     heard: Instant,
     limits: Silence,
     force_shutdown: Pin<Box<WaitForCancellationFutureOwned>>,

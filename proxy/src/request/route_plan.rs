@@ -170,5 +170,6 @@ impl RoutePlan {
     }
 }
 
-/// Bytes per token of English text. Used for the load of instances if no better estimate is known.
+/// Bytes per token of English text. The load of instances is computed with this number if no better
+/// estimate is known.
 const BYTES_PER_TOKEN: u64 = 4;

@@ -170,9 +170,9 @@ pub(crate) fn route(
     })
 }
 
-/// Returns the decode instances that can be chosen: they are ready and have not failed this request.
-/// Prefers instances that do not keep failing; among these, prefers instances to which a prefill instance
-/// can hand over.
+/// Returns the decode instances that can be chosen: they are ready and have not failed this request. Prefers
+/// instances that do not keep failing; among these, prefers instances to which a prefill instance can hand KV
+/// over.
 fn decodes<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
@@ -269,7 +269,7 @@ fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
     ask.refused.iter().any(holds)
 }
 
-/// Returns the reason for which no prefill instance can hand over to `decode`.
+/// Returns the reason for which no prefill instance can hand KV over to `decode`.
 fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
     let there = |i: &&Arc<Instance>| {
         i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)

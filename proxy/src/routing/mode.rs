@@ -172,11 +172,11 @@ fn learn(average: &AtomicU64, value: f64) {
     average.store(after.to_bits(), Ordering::Relaxed);
 }
 
-/// Share by which the hand-over's cost falls per request without a prefill leg. If the recorded cost is
-/// twice the real cost, a request tries a hand-over again after about 140 requests.
+/// The recorded cost of a hand-over falls by this share with each request that gets no prefill leg. If the
+/// recorded cost is twice the real cost, a request tries a hand-over again after about 140 requests.
 const FORGETTING: f64 = 0.005;
 
-/// Minimum number of tokens of a prompt that is counted.
+/// Minimum length in tokens of a prompt whose prefill time is counted.
 const LEAST_TOKENS: u64 = 64;
 
 #[cfg(test)]

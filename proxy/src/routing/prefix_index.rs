@@ -33,7 +33,7 @@ pub(crate) struct Conversation {
     pub at: Instant,
 }
 
-/// A conversation in `GET /conversations`.
+/// A conversation, as `GET /conversations` shows it.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Shown {
     /// Key of the conversation, made from its session or its first turn.
@@ -71,7 +71,8 @@ struct State {
     conversations: Recent<u64, Conversation>,
     /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
-    /// Number of turns so far. It makes the keys of conversations with equal first turns different.
+    /// Number of turns so far. Because of this number, conversations with equal first turns have
+    /// different keys.
     clock: u64,
 }
 
@@ -81,7 +82,8 @@ struct State {
 struct Recent<K, V> {
     /// Entries that were used since `young` last became `old`; `most` entries or fewer.
     young: HashMap<K, V>,
-    /// Entries that were last used before that time. They are dropped when `young` becomes `old` again.
+    /// Entries that were last used before `young` last became `old`. They are dropped when `young` becomes
+    /// `old` again.
     old: HashMap<K, V>,
     /// Maximum number of entries of each of the two maps.
     most: usize,

@@ -23,7 +23,7 @@ use crate::openai::endpoint::Endpoint;
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     entries: Mutex<HashMap<About, BTreeMap<Between, Entry>>>,
-    /// Number of refusals. While it is 0, requests do not take the lock.
+    /// Number of refusals. While this number is 0, requests do not take the lock.
     count: AtomicUsize,
 }
 
@@ -314,8 +314,8 @@ fn reach(reason: &str) -> Option<Reach> {
     })
 }
 
-/// Returns the number of refused requests in a row after which a reason is expected to repeat, and the
-/// time for which it is then remembered.
+/// Returns two limits for a reason. If this number of requests in a row is refused, the reason is expected to
+/// repeat, and the proxy then remembers it for this time.
 fn limits(reason: &str) -> (u32, Duration) {
     match reason {
         // A network that fails for a moment must not stop the transfers of the pair.
@@ -351,7 +351,8 @@ fn cure(reason: &str) -> &'static str {
 
 /// Maximum number of refusals that the proxy remembers. It is far above the need of any fleet.
 const MAX_ENTRIES: usize = 1024;
-/// Longest text of a model or kind in bytes. A refusal with a longer text is not remembered.
+/// Maximum length of the model name or the shape in a refusal, in bytes. A refusal with a longer
+/// text is not remembered.
 const MAX_TEXT_BYTES: usize = 512;
 /// Time for which most reasons are remembered. The time is limited, because an engine may be restarted with
 /// other options while its sidecar stays the same.

@@ -107,8 +107,8 @@ fn check(there: &str, ask: &RouteRequest<'_>, expect: &str) {
 fn only_equal_connectors_make_pairs() {
     check("p1 d1:l", &ask(), "no_prefill d1");
     check("p1 p2:l d1:l", &ask(), "p2 d1");
-    // A decode instance with a prefill instance that can hand over is preferred, even when it is another
-    // instance's turn.
+    // Routing prefers a decode instance to which a prefill instance can hand KV over, even when it is another
+    // decode instance's turn.
     check("d1:l p1 d2", &ask(), "p1 d2");
     let unsplittable = RouteRequest {
         is_unsplittable: true,

@@ -25,7 +25,8 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    /// Returns a task that sends the spans from `spans` to the collector at the URL `base`.
+    /// Returns a task that takes spans from the queue `spans` and sends them to the collector at
+    /// the URL `base`.
     pub(crate) fn new(app: Arc<App>, base: &str, spans: mpsc::Receiver<Value>) -> Self {
         Self {
             app,

@@ -27,7 +27,7 @@ pub(crate) struct Progress {
     begun_at: OnceLock<Instant>,
     prefill_end: OnceLock<PrefillNote>,
     moved: Mutex<Option<Moved>>,
-    /// Notified when the notice of a rank comes.
+    /// Each notice of a rank wakes the task that waits for notices.
     noticed: Notify,
 }
 

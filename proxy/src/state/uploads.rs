@@ -199,8 +199,8 @@ fn network(address: IpAddr) -> IpAddr {
 
 /// The interval over which a body's pace is measured.
 const SPAN: Duration = Duration::from_secs(1);
-/// Age up to which a body cannot lose its place, because its pace is not known yet. Most bodies are complete
-/// by then.
+/// A body younger than this cannot lose its place, because its pace is not known yet. Most bodies are
+/// complete by then.
 const GRACE: Duration = Duration::from_millis(200);
 /// The memory that the connection and the task of each body take, in addition to its bytes.
 const PLACE_BYTES: usize = 16 << 10;

@@ -118,7 +118,7 @@ fn parse(text: &str) -> Option<(String, String, bool)> {
         text.len() == digits && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     };
     let is_id = |text: &str, digits: usize| is_hex(text, digits) && text.bytes().any(|b| b != b'0');
-    // Later versions may append parts; version 00 has exactly four.
+    // Later versions may append parts; version 00 has exactly four parts.
     let ends_well = version != "00" || parts.next().is_none();
     let ok = is_hex(version, 2)
         && version != "ff"

@@ -302,7 +302,7 @@ async fn next_data(body: &mut LinkBody) -> Result<Option<Bytes>, LegError> {
     Ok(None)
 }
 
-/// Reads a stream up to its first event with data. Comments before it are dropped.
+/// Reads a stream up to its first event with data. Comments before this event are dropped.
 async fn first_event(body: &mut LinkBody) -> Result<Bytes, LegError> {
     let mut first = First::default();
     while let Some(chunk) = next_data(body).await? {
@@ -321,8 +321,8 @@ fn shown(body: &Bytes) -> String {
         .collect()
 }
 
-/// Longest answer of a prefill leg in bytes. An answer with one token has less than 1 KiB, and more with
-/// logprobs.
+/// Longest answer of a prefill leg in bytes. An answer with one token has less than 1 KiB without logprobs;
+/// with logprobs it is longer.
 const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 
 /// Longest short answer in bytes. A call-back's answer is one small object; a list of models with

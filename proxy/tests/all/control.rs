@@ -298,7 +298,7 @@ async fn a_page_that_has_rebound_its_name_reads_nothing() {
         [403, 403]
     );
     assert_eq!(read(&keyed, &[rebound, key]).await, [200, 200]);
-    // Programs of this host may read, also through a proxy on this host.
+    // Programs on this host may read the pages, even through a proxy on this host.
     assert_eq!(read(&keyed, &[]).await, [200, 200]);
     let forwarded = ("x-forwarded-for", "10.1.2.3");
     assert_eq!(read(&rig, &[forwarded]).await, [200, 200]);

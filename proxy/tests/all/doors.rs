@@ -49,7 +49,7 @@ async fn a_registered_address_is_scheme_host_and_port_alone() {
     }
     assert_eq!(rig.client.get("/instances").await.json(), json!([]));
     assert!(victim.seen().is_empty(), "{:?}", victim.seen());
-    // The same address without a path is called back, and the instance serves.
+    // The proxy calls back the same address without a path, and the instance then serves requests.
     let named = json!({"role": "decode", "url": format!("{}/", victim.url), "id": "d"});
     assert_eq!(rig.client.post("/instances", &named).await.status, 201);
     rig.until_state("d", "ready").await;

@@ -140,7 +140,7 @@ async fn another_decode_instance_takes_over_before_the_first_byte() {
         let (d1, _d1_sidecar) = rig.instance("d1", Role::Decode).await;
         let (d2, _d2_sidecar) = rig.instance("d2", Role::Decode).await;
         d1.on_decode(reply);
-        // The first attempt uses a kept connection, the second attempt a fresh connection.
+        // The first attempt uses a kept connection; the second attempt uses a fresh connection.
         d1.release();
         d1.release();
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;

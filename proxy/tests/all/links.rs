@@ -23,8 +23,8 @@ struct Plain {
 }
 
 impl Plain {
-    /// Starts an engine that answers `POST` with these bytes. It closes a connection after `requests`
-    /// requests, without announcing the end.
+    /// Starts an engine that answers `POST` with these bytes. The engine closes each connection after
+    /// `requests` requests, without announcing the end.
     async fn start(answer: Vec<u8>, requests: usize) -> Self {
         Self::closing(answer, requests, false).await
     }

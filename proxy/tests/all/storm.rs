@@ -60,7 +60,7 @@ async fn nothing_is_left() {
                 }
             });
         }
-        // Report the begin of one request, so that its decode leg runs at the same time as its prefill leg.
+        // Report the start of one request, so that its decode leg runs at the same time as its prefill leg.
         if let Some(seen) = p1.seen().last() {
             p1_sidecar.progress(&seen.id()).await;
         }

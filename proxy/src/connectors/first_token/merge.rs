@@ -18,9 +18,11 @@ pub(crate) struct Merger {
     model: Value,
     created: u64,
     first: FirstToken,
-    /// The beginning of an incomplete event. The code that forwards the answer limits its length.
+    /// The beginning of an incomplete event. The code that forwards the answer limits the event's
+    /// length.
     partial: Vec<u8>,
-    /// Number of bytes at the beginning of `partial` that were searched and contain no end of an event.
+    /// Number of bytes at the beginning of `partial` that need no further search, because they contain no end
+    /// of an event.
     searched: usize,
 }
 

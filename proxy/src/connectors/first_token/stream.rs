@@ -23,14 +23,14 @@ struct FirstTokenBody {
 }
 
 enum Stage {
-    /// The first token has to be sent. The future is the decode leg, not yet polled.
+    /// The first token has to be sent. The future is the decode leg, which has not been polled yet.
     Head(Pin<Box<dyn Future<Output = Response> + Send>>),
     /// The decode leg is in flight. Its future owns the request.
     Waiting(Pin<Box<dyn Future<Output = Response> + Send>>),
     /// The decode leg's events are passed on.
     Events(Body),
-    /// The decode leg has answered with an error, which becomes one event. The bytes are the event so
-    /// far.
+    /// The decode leg has answered with an error, which becomes one event. The bytes are the beginning of
+    /// this event.
     Error(Body, Vec<u8>),
     /// The stream has ended.
     Over,

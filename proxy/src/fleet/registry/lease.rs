@@ -66,7 +66,7 @@ pub(super) fn announced(message: &Register) -> Duration {
     period.clamp(SHORTEST_PERIOD, LONGEST_PERIOD) * MISSED_PERIODS
 }
 
-/// Number of missed heartbeats after which an instance counts as gone. The protocol fixes this number.
+/// An instance counts as gone after this many missed heartbeats. The protocol fixes this number.
 const MISSED_PERIODS: u32 = 3;
 /// The shortest period. A shorter period counts as this period.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(100);

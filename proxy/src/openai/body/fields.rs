@@ -8,8 +8,8 @@ use serde_json::value::RawValue;
 
 use super::kinds::known;
 
-/// The fields of a body, in their order, as runs: each known field is a run, and so are neighbouring
-/// unknown fields.
+/// The fields of a body, in their order, as runs: each known field is one run, and neighbouring unknown
+/// fields share one run.
 pub(super) struct Fields<'a>(pub(super) Vec<Run<'a>>);
 
 /// A known field, or neighbouring unknown fields. Unknown fields share one run, so that a body of a

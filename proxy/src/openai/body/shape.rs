@@ -5,8 +5,8 @@ use crate::openai::endpoint::Endpoint;
 
 impl RequestBody {
     /// Returns the shape of the request: the names of its fields, and the kinds of the parts of its
-    /// messages. If an engine does not push the KV of one request, it does not push the KV of other
-    /// requests of the same shape either.
+    /// messages. An engine that does not push the KV of one request also pushes no KV of other
+    /// requests of the same shape.
     pub(crate) fn shape(&self, endpoint: Endpoint) -> String {
         let mut names: Vec<_> = self.fields.iter().map(|field| field.name).collect();
         names.retain(|name| !name.is_empty() && self.is_set(name));

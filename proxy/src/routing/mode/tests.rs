@@ -44,15 +44,15 @@ fn what_is_measured_decides() {
         let costs = measured.costs();
         costs.local_is_cheaper(tokens, &busy, &candidate(&p))
     };
-    // A token costs 50 us, and twice as much on the busy decode instance. So a hand-over of 20 ms is
-    // worth its cost from 400 tokens on.
+    // A token costs 50 µs on the prefill instance and 100 µs on the busy decode instance. So a hand-over that
+    // costs 20 ms saves time from 400 tokens on.
     assert!(stays(399) && !stays(401));
-    // A hand-over of 200 ms is worth its cost only from about 4000 tokens on.
+    // A hand-over that costs 200 ms saves time only from about 4000 tokens on.
     for _ in 0..64 {
         measured.handed_over(Duration::from_millis(200));
     }
     assert!(stays(3900) && !stays(4100));
-    // If a token costs 1 ms, this number falls to about 200.
+    // If a token costs 1 ms, the same hand-over saves time from about 200 tokens on.
     for _ in 0..64 {
         measured.prefilled(1000, Duration::from_secs(1));
     }

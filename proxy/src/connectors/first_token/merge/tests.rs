@@ -86,8 +86,8 @@ fn whole_answers() {
 
 #[test]
 fn a_long_event_is_searched_once() {
-    // If each piece starts the search from the event's beginning, this takes half a minute, and the
-    // proxy serves nothing else in this time.
+    // If each piece started a search from the event's beginning, this test would take half a
+    // minute, and a proxy would serve nothing else in this time.
     let mut merger = merger(Endpoint::Completions);
     let begun = std::time::Instant::now();
     for _ in 0..8192 {
