@@ -5,7 +5,8 @@
 //! Without a rate, each connection sends its next request as soon as it has the answer to the last
 //! request. With a rate, requests are due at fixed times, and the time of a late request counts
 //! from its due time. With `legs`, the program sends both legs of a request directly to an engine;
-//! the difference to the time through a router is the router's cost. Prints one JSON object.
+//! the router's cost is the difference between this time and the time through the router. Prints
+//! one JSON object.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

@@ -2,9 +2,9 @@
 //! receiver tells this side at once that the request has ended.
 //!
 //! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver gives this
-//! answer only to messages that belong to the old request: a repetition of its alloc request, and
-//! within [`LATE`] the first message of a side that had sent no message before the end. Any other
-//! message with the id belongs to a new request.
+//! answer only to two kinds of messages, which belong to the old request: a repetition of its alloc
+//! request, and the first message of a side that had sent none before the end. This first message
+//! must come within [`LATE`]. Any other message with the id belongs to a new request.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -85,8 +85,8 @@ impl Ended {
         }
     }
 
-    /// Returns the reason with which the receiver must answer an alloc request that belongs to an
-    /// ended request; `None` if the alloc request begins a new request.
+    /// Looks up the ended request to which an alloc request belongs, and returns the reason for the
+    /// receiver's answer. Returns `None` if the alloc request begins a new request.
     pub(super) fn asked(
         &mut self,
         id: &RequestId,
@@ -110,8 +110,8 @@ impl Ended {
         None
     }
 
-    /// Returns the reason with which the receiver must answer a decode request that belongs to an
-    /// ended request, and the last sender of the ended request; `None` if the decode request begins
+    /// Looks up the ended request to which a decode request belongs. Returns the reason for the
+    /// receiver's answer, and the ended request's last sender; `None` if the decode request begins
     /// a new request.
     pub(super) fn awaited(
         &mut self,

@@ -18,13 +18,13 @@
 //!    declined          quarantined ──no canary───▶    free
 //! ```
 //!
-//! A sender writes at most once into each lent slot. So if all canaries have been overwritten for a while, no write can
-//! still arrive, even if the sender has died. A key does not show which process writes into which slot. So the receiver
-//! never uses `already_sent` for keys that it has. It uses `already_sent` only to decline a request, and the answer
-//! then contains *all* keys of the request: the sender writes nothing and reports to its proxy at once, and the decode
-//! side computes the prompt. LMCache's own refusal is −1. After this refusal the sender would send no report, and
-//! LMCache's proxy would wait for the report for ever. So the receiver uses −1 only for requests that no buffer could
-//! ever serve.
+//! A sender writes at most once into each lent slot. So if all canaries have been overwritten for a while, no
+//! write can still arrive, even if the sender has died. A key does not show which process writes into which
+//! slot. So the receiver never uses `already_sent` for keys that it has. The receiver uses `already_sent`
+//! only to decline a request, and the answer then contains *all* keys of the request. So the sender writes
+//! nothing and reports to its proxy at once, and the decode side computes the prompt. LMCache's own refusal
+//! is −1. After this refusal the sender would send no report, and LMCache's proxy would wait for the report
+//! for ever. So the receiver uses −1 only for requests that no buffer could ever serve.
 
 mod claims;
 

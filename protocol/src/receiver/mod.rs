@@ -16,13 +16,13 @@
 //! *Parked grants* are a sliding window: each slot that becomes free goes to the next waiting lease
 //! in turn, so a prompt of any length can pass through a buffer of any size. *Unparked grants*
 //! contain all slots at once; if the slots are not free within the sender's timeout, the receiver
-//! refuses the request. If the decode request has not come yet, the receiver first waits for it, at
-//! most `park_ms`: the decode request says which tokens the engine already has.
+//! refuses the request. If the decode request has not come yet, the receiver first waits for at
+//! most `park_ms`, because the decode request says which tokens the engine already has.
 //!
 //! The receiver tells the engine about a slot only after a `Written` with the id of the slot's
-//! lease and the present epoch. It frees a slot only when no peer can still write into it: after
-//! the sender's confirmation (`Written`, `CancelNotif`), or after a [`Event::Fenced`] if the slot
-//! was quarantined.
+//! lease and the present epoch. The receiver frees a slot only when no peer can write into the slot
+//! any more: after the sender's confirmation (`Written`, `CancelNotif`), or after a
+//! [`Event::Fenced`] if the slot was quarantined.
 //!
 //! A duplicate of a message changes nothing. If a message is lost, its repetition or `Extend`
 //! repairs the loss. The receiver answers an unknown lease with `Unwanted`.

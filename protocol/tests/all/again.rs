@@ -290,8 +290,8 @@ fn a_question_with_other_keys_does_not_end_who_waits() {
     port.at_rest();
 }
 
-/// The tokens are equal, but the salts or the adapters differ: the keys of one side have a tag, and the keys of the
-/// other side do not. A sender of an earlier release also computes keys without tags.
+/// The tokens are equal, but the salts or the adapters differ: the keys of one side have a tag, and the keys
+/// of the other side have no tag. A sender of an earlier release also computes keys without tags.
 #[test]
 fn a_tag_of_one_side_alone_is_another_key() {
     let tagged = |keys: &mut Vec<String>, tag| keys.iter_mut().for_each(|key| *key += tag);

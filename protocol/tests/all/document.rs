@@ -1,6 +1,6 @@
-//! Checks that the documents agree with the protocol's types: PROTOCOL.md with the version and the
-//! names of the messages, docs/reference/reasons.md with the reasons, docs/sizing.md with the size of
-//! a chunk. `field_tables` checks the tables of PROTOCOL.md.
+//! Checks that the documents agree with the protocol's types: PROTOCOL.md has the version and the names of
+//! the messages, docs/reference/reasons.md has the reasons, and docs/sizing.md has the size of a chunk.
+//! `field_tables` checks the tables of PROTOCOL.md.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -47,9 +47,9 @@ fn ask(d: &mut Receiver, req: &str, epoch: u64) {
     d.handle(Time(1), Event::Peer { route, message });
 }
 
-/// Epochs are random. So the receiver cannot see whether an alloc request comes from a successor,
-/// comes from a second sidecar with the same name, or is a late message of an earlier start. In an
-/// earlier version, the alloc request ended all other leases under the name.
+/// Epochs are random. So the receiver cannot see which process sent an alloc request: a successor,
+/// a second sidecar with the same name, or an earlier start whose message is late. In an earlier
+/// version, the alloc request ended all other leases under the name.
 #[test]
 fn a_question_ends_no_lease_of_another_epoch() {
     let mut d = receiver();

@@ -1,6 +1,6 @@
 //! IPv6 addresses with a zone, such as `fe80::1%eth0`: a link-local address is complete only with the interface.
 //!
-//! `http::Uri` does not accept a zone. Inside an URL the proxy therefore replaces the address and its zone by
+//! `http::Uri` does not accept a zone. Inside a URL the proxy therefore replaces the address and its zone by
 //! a host name that no DNS server knows, `fe80--1.eth0.zone.invalid`. [`Resolver`] turns the name back into
 //! the address.
 

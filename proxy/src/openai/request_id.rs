@@ -29,9 +29,9 @@ pub(crate) fn unique(name: &str) -> RequestId {
 }
 
 /// Returns the id that the client has chosen. As in vLLM, the id comes from the header or, without the
-/// header, from the body's `request_id`, which `field` gives as JSON. Returns `None` if there is no id,
-/// or if the id is too long or has characters that request ids must not have: connectors read addresses
-/// from request ids, so a client could make an engine connect to a foreign host.
+/// header, from the body's `request_id`, which `field` gives as JSON. Returns `None` if there is no id, or if
+/// the id is too long or has a forbidden character. Connectors read addresses from request ids, so with other
+/// characters a client could make an engine connect to a foreign host.
 pub(crate) fn chosen(headers: &HeaderMap, field: Option<&str>) -> Option<RequestId> {
     let name = match headers.get(HEADER) {
         Some(_) => header(headers)?.to_owned(),

@@ -116,8 +116,8 @@ impl Costs {
 }
 
 impl Default for Measured {
-    /// Returns the costs until the first measurement: the prefill cost of a large model on a large GPU,
-    /// and the cost of a hand-over within a host.
+    /// Returns the costs that are used until the first measurement: the prefill cost of a large model on a
+    /// large GPU, and the cost of a hand-over within a host.
     fn default() -> Self {
         Self {
             prefill: AtomicU64::new(50.0_f64.to_bits()),

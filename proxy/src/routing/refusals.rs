@@ -315,7 +315,7 @@ fn reach(reason: &str) -> Option<Reach> {
 }
 
 /// Returns two limits for a reason. If this number of requests in a row is refused, the reason is expected to
-/// repeat, and the proxy then remembers it for this time.
+/// repeat, and the proxy remembers the reason for this time.
 fn limits(reason: &str) -> (u32, Duration) {
     match reason {
         // A network that fails for a moment must not stop the transfers of the pair.

@@ -120,9 +120,9 @@ impl Client {
         whole(response, MAX_HELD).await
     }
 
-    /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for all of a
-    /// short answer that is not streamed. Until then another instance can take over, and the client does
-    /// not notice.
+    /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for the whole answer
+    /// if the answer is short and not streamed. Until then another instance can take over, and the client
+    /// does not notice.
     ///
     /// # Errors
     /// There was no answer, or its status says that another instance may have a better answer.

@@ -1,8 +1,8 @@
 //! Connections to engines and sidecars, kept open between requests.
 //!
-//! The task that waits for an answer drives the connection itself. With a task per connection, as in
-//! most HTTP clients, every chunk of a stream costs two task switches, and the write to the client waits
-//! for both switches.
+//! The task that waits for an answer drives the connection itself. If each connection had a task of its own,
+//! as in most HTTP clients, every chunk of a stream would need two task switches before the proxy could write
+//! it to the client.
 
 pub(crate) mod connection;
 
@@ -285,10 +285,10 @@ pub(crate) fn with_cause(error: &dyn StdError) -> String {
     text
 }
 
-/// If a connection closes within this time after a request was sent, the engine had probably closed it
-/// before the request came, so the proxy repeats the request. The proxy notices such a closed connection
-/// within about one round trip. If a connection closes later, there is another cause, such as an engine
-/// that died, and the proxy does not repeat the request.
+/// If a connection closes within this time after a request was sent, the engine had probably closed the
+/// connection before the request came, so the proxy repeats the request. The proxy notices such a closed
+/// connection within about one round trip. If a connection closes later, there is another cause, such as an
+/// engine that died, and the proxy does not repeat the request.
 const JUST_CLOSED: Duration = Duration::from_secs(1);
 
 /// Longest idle time of a connection. vLLM's HTTP server closes idle connections after 5 s; a request on

@@ -114,8 +114,8 @@ async fn after_the_begin_a_prefill_failure_is_only_noted() {
         rig.journal.until("d decode").await;
         pair.p.release();
         rig.journal.until("p prefill served").await;
-        // Give the proxy time to react to the prefill leg's failure before the decode engine answers: it must
-        // not send a second decode leg.
+        // Give the proxy time to react to the prefill leg's failure before the decode engine answers: the
+        // proxy must not send a second decode leg.
         rig.until("/health", |_| true).await;
         pair.d.release();
         assert_eq!(asked.await.unwrap().status, 200);

@@ -415,8 +415,8 @@ impl super::Lmcache {
 }
 
 impl Loan {
-    /// Returns the time before which the loan's most recently written slot must not become free;
-    /// `None` if all its slots may become free now.
+    /// Returns the time from which the loan's most recently written slot may become free; `None` if
+    /// all slots of the loan may become free now.
     fn fresh(&self, now: Time) -> Option<Time> {
         let landed = self.chunks.iter().filter_map(|c| c.landed);
         landed

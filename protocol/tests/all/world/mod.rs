@@ -5,12 +5,12 @@
 //! determines everything, so a plan that fails once fails again.
 //!
 //! The simulation checks while it runs:
-//! * when the engine reads a landing slot, the slot contains exactly the chunk's content, and no
-//!   write changes the slot before the engine releases it;
-//! * a write lands only in a slot that is open or quarantined under the write's lease;
-//! * a write carries the chunk that the engine staged, not the chunk that a later request put into
-//!   the same send slot;
-//! * each reservation and each parked request ends exactly once, within its deadline.
+//! * When the engine reads a landing slot, the slot contains exactly the chunk's content, and no
+//!   write changes the slot before the engine releases the slot.
+//! * A write lands only in a slot that is open or quarantined under the write's lease.
+//! * A write carries the chunk that the engine staged, not the chunk that a later request put into
+//!   the same send slot.
+//! * Each reservation and each parked request ends exactly once, within its deadline.
 //!
 //! At the end it checks that no request is in flight and every slot is free.
 

@@ -13,9 +13,9 @@ pub(crate) struct Plan {
     pub(crate) guarded: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
-    /// Milliseconds after which requests with the same ids come again, as from a proxy that counts
-    /// from 1 at each start; absent if they do not come again. An engine does not begin a request
-    /// if it still has another request with the same id.
+    /// Requests with the same ids come again after this many milliseconds, as from a proxy that
+    /// counts from 1 at each start; absent if they do not come again. An engine does not begin a
+    /// request if it still has another request with the same id.
     pub(crate) again_ms: Option<u16>,
     pub(crate) faults: Vec<(u16, Fault)>,
 }

@@ -193,7 +193,7 @@ fn check_id(id: &str) -> Result<(), Unusable> {
 }
 
 /// Checks the address at which other engines and sidecars reach an instance: the init and alloc ports, and
-/// the ZeroMQ address, if its connector needs them.
+/// the ZeroMQ address, as far as the instance's connector needs them.
 fn check_address(
     connector: Connector,
     role: InstanceRole,
