@@ -2,9 +2,9 @@
 //!
 //! A message is one map; its key `type` names the message. The decoder first walks a peer's bytes
 //! without allocation ([`scan`]) and refuses messages that exceed a limit. After that it decodes
-//! the message. Its reader accepts each field in exactly the form that msgspec accepts: text as
-//! str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips unknown
-//! keys and accepts keys in any order, so a peer with a newer version can add fields.
+//! the message. The decoder's reader accepts each field in exactly the form that msgspec accepts:
+//! text as str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips
+//! unknown keys and accepts keys in any order, so a peer with a newer version can add fields.
 
 use serde::{Deserialize, Serialize};
 

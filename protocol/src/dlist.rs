@@ -1,9 +1,9 @@
 //! LMCache's pickled NIXL descriptor lists. This module builds and parses them as fixed byte
 //! patterns. It never unpickles them.
 //!
-//! LMCache sends `pickle.dumps(nixlXferDList)`. Such a pickle always consists of the same few
-//! opcodes around a string in NIXL's own serialisation. This module writes exactly those bytes and
-//! accepts nothing else, so a peer cannot make the sidecar load or run any code.
+//! LMCache sends `pickle.dumps(nixlXferDList)`. The pickle of a descriptor list always consists of
+//! the same few opcodes around a string in NIXL's own serialisation. This module writes exactly
+//! those bytes and accepts nothing else, so a peer cannot make the sidecar load or run any code.
 //!
 //! ```text
 //! PROTO 4 · FRAME · "nixl._bindings" · MEMO · "nixlXferDList" · MEMO · STACK_GLOBAL · MEMO

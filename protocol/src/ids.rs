@@ -22,8 +22,8 @@ macro_rules! number {
 }
 
 number! {
-    /// Number that identifies one start of a sidecar. It is random and never 0. A sidecar takes a
-    /// new number at each start and after each change of its layout.
+    /// Number that identifies one start of a sidecar. The number is random and never 0. A sidecar
+    /// takes a new number at each start and after each change of its layout.
     Epoch(u64)
 }
 number! {

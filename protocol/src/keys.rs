@@ -14,8 +14,8 @@ pub struct Key<'a> {
     pub world_size: u32,
     /// Tensor-parallel rank of the destination, below `world_size`.
     pub rank: u32,
-    /// The chunk's hash: hexadecimal, lower case, unpadded. It begins with `-` if Python's `hash()` gave a negative
-    /// number.
+    /// The chunk's hash: hexadecimal, lower case, unpadded. The hash begins with `-` if Python's `hash()`
+    /// gave a negative number.
     pub hash: &'a str,
     /// LMCache's dtype name.
     pub dtype: &'a str,

@@ -3,7 +3,7 @@
 //!
 //! This crate does no IO, reads no clock, spawns no task and has no unsafe code. The state machines
 //! ([`sender::Sender`], [`receiver::Receiver`]) take `now` and an event, and return actions and a
-//! deadline. They hold all protocol state of the sidecar.
+//! deadline. The state machines hold all protocol state of the sidecar.
 
 #![forbid(unsafe_code)]
 

@@ -198,7 +198,7 @@ pub enum ToSender {
 pub enum Query {
     /// Asks the receiver for a list: the keys whose KV the receiver could send back.
     CacheQueryRequest(CacheQueryRequest),
-    /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read it.
+    /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read the KV.
     CacheQueryResponse(CacheQueryResponse),
 }
 

@@ -1,5 +1,5 @@
-//! Messages that sidecars PUSH to the proxy's registration port. The proxy sends no messages back on this port. It
-//! acknowledges a registration by an HTTP call-back to the sidecar's admin port.
+//! Messages that sidecars PUSH to the proxy's registration port. The proxy sends no messages back on this
+//! port. The proxy acknowledges a registration by an HTTP call-back to the sidecar's admin port.
 
 use serde::{Deserialize, Serialize};
 

@@ -75,8 +75,8 @@ impl Receiver {
             Some(request) if request.parked.is_some() || !request.lent.is_empty() => {
                 Err(Reason::Duplicate)
             }
-            // An earlier request with this id has ended for the engine. Its remaining slots do not
-            // block the new request.
+            // An earlier request with this id has ended for the engine. The remaining slots of the
+            // earlier request do not block the new request.
             Some(request) if request.heard.awaited => Ok(()),
             // If the lease has ended and the receiver only waits for the sender's last message, the
             // lease cannot deliver KV any more.

@@ -373,8 +373,8 @@ impl Lmcache {
             .collect()
     }
 
-    /// Forgets a lost connection and its waiting alloc requests. Its lent slots stay lent, because
-    /// writes may still arrive.
+    /// Forgets a lost connection and its waiting alloc requests. The slots of its loans stay lent,
+    /// because writes may still arrive.
     pub(super) fn lost(&mut self, route: Route) {
         self.names.remove(&route);
         self.asks.retain(|ask| ask.route != route);
@@ -426,7 +426,8 @@ impl Loan {
 }
 
 impl SenderId {
-    /// Returns true for LMCache's senders. They have epoch 0, which our sidecars never have.
+    /// Returns true for LMCache's senders. These senders have epoch 0, which our sidecars never
+    /// have.
     pub(super) fn is_lmcache(&self) -> bool {
         self.epoch == Epoch(0)
     }

@@ -1,5 +1,5 @@
 //! The receiving side of the handshake: gives senders slots to write into, and tells the engine
-//! when it may read them.
+//! when the slots may be read.
 //!
 //! A request has two sides: the decode engine *parks* the request, and a sender *asks* for slots.
 //! Either side can come first.
@@ -60,8 +60,8 @@ pub struct Receiver {
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
     leases: BTreeMap<LeaseId, RequestId>,
-    /// IP address of each connection's peer. It comes from the socket, because a peer could lie in
-    /// its messages.
+    /// IP address of each connection's peer. The address comes from the socket, because a peer
+    /// could lie in its messages.
     hosts: BTreeMap<Route, String>,
     /// Requests that wait for slots, in the order in which they began to wait.
     waiting: VecDeque<RequestId>,

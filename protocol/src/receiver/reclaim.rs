@@ -151,8 +151,8 @@ impl Receiver {
     }
 }
 
-/// Minimum time for which unread KV is kept. It is long enough for a decode request that the proxy
-/// sends at once.
+/// Minimum time for which unread KV is kept. This time is long enough for a decode request that the
+/// proxy sends at once.
 const GRACE: Duration = Duration::from_millis(500);
 /// If this many leases or loans of a sender expire unread in a row, the receiver no longer keeps
 /// the sender's KV.

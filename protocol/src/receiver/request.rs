@@ -62,7 +62,7 @@ pub(super) struct Pending {
     /// Time until which the receiver waits for the decode request. Absent: the receiver no longer
     /// waits for the decode request.
     pub(super) park: Option<Time>,
-    /// Time until which the receiver waits for free slots. It is not before `park`.
+    /// Time until which the receiver waits for free slots. This time is never before `park`.
     pub(super) wait: Time,
 }
 

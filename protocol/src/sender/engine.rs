@@ -15,7 +15,7 @@ impl Sender {
         if let Err(reason) = self.admit(&asked) {
             self.tell_ended(engine, &id, Some(reason), 0);
             // If a request with this id is in flight, that request will notify the proxy. A second
-            // notification for the same id could contradict it.
+            // notification for the same id could contradict the first notification.
             let owes = self.requests.get(&id).is_some_and(|r| r.engine.is_some());
             if reason != Reason::Duplicate || !owes {
                 self.actions.push_back(Action::Notify {
@@ -219,8 +219,8 @@ impl Sender {
                 _ => {}
             }
         }
-        // The sender must first get slots from an LMCache receiver. It posts the write when the
-        // receiver's answer comes.
+        // The sender must first get slots from an LMCache receiver. The sender posts the write when
+        // the receiver's answer comes.
         if matches!(request.phase, Phase::Feeding(_)) {
             match after.zip(watch) {
                 Some((after, watch)) => {

@@ -212,7 +212,8 @@ pub struct Piece {
     pub from: SlotIndex,
     /// Slot of the landing buffer.
     pub to: SlotIndex,
-    /// Offset of the piece in both slots, in bytes. It is 0 in all actions of the state machine.
+    /// Offset of the piece in both slots, in bytes. The offset is 0 in all actions of the state
+    /// machine.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub offset: u64,
     /// Length in bytes.

@@ -9,7 +9,7 @@
 //! * The sender sends `Written` only after the transport has reported the flush. It repeats
 //!   `Written` until `Ack` comes.
 //! * If a lease ends early, the sender waits for the end of its writes in flight and then sends
-//!   `CancelNotif`. Its list `dirty` has the slots of writes whose end is unknown.
+//!   `CancelNotif`. The list `dirty` of this message has the slots of writes whose end is unknown.
 //! * The sender answers a message about an unknown lease with `CancelNotif`: no write is in flight
 //!   under the lease, except into the slots that `graves` remembers.
 

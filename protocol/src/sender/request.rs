@@ -75,7 +75,8 @@ pub(super) enum Phase {
 pub(super) struct Feeding {
     /// Time since which a gathered chunk has waited for its slot. Absent: no chunk waits.
     pub(super) waits: Option<Time>,
-    /// True if the request was cancelled or has failed. It then ends when no write is in flight.
+    /// True if the request was cancelled or has failed. The request then ends when no write is in
+    /// flight.
     pub(super) over: bool,
     /// Chunks whose keys have a slot at the receiver.
     pub(super) known: BTreeSet<u32>,

@@ -187,8 +187,8 @@ fn empty() -> AllocResponse {
     }
 }
 
-/// LMCache's decode side looks for keys without tags. It would compute the prompt, and its receiver would keep slots
-/// for keys that nobody reads.
+/// LMCache's decode side looks for keys without tags. The decode side would compute the prompt, and LMCache's
+/// receiver would keep slots for keys that nobody reads.
 #[test]
 fn keys_with_tags_are_refused_before_the_receiver_hears_of_them() {
     let mut feeding = Feeding::new(true);

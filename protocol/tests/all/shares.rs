@@ -100,8 +100,8 @@ fn a_stranger_does_not_get_all_of_the_buffer() {
     assert_eq!(port.answer(all), Some(Err(Reason::TooLarge)));
     let most = port.ask(1, "x", "most", SLOTS - 2);
     assert_eq!(port.answer(most), Some(Ok(30)));
-    // Another name or another connection does not give the malicious peer more slots. Its requests
-    // wait for the quota, but they do not block the honest sender.
+    // Another name or another connection does not give the malicious peer more slots. The peer's
+    // requests wait for the quota, but they do not block the honest sender.
     let more = [(1, "y"), (3, "z")].map(|(route, id)| port.ask(route, id, id, 1));
     let honest = port.ask(2, "p", "honest", 2);
     assert_eq!(port.answer(honest), Some(Ok(2)));

@@ -1,8 +1,8 @@
 //! LMCache inside the decode engine: the engine finds the KV by the hashes of its chunks.
 //!
-//! An LMCache decoder looks up all tokens except the last token. Its chunk hashes must equal the
-//! prefiller's chunk hashes, so the decode leg's prompt ends with the token that the prefill instance
-//! has sampled.
+//! An LMCache decoder looks up all tokens except the last token. The decoder's chunk hashes must equal the
+//! prefiller's chunk hashes, so the decode leg's prompt ends with the token that the prefill instance has
+//! sampled.
 
 use protocol::RequestId;
 

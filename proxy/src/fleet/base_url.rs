@@ -21,7 +21,7 @@ pub struct BaseUrl {
 /// A text that is not the address of a server that the proxy may call.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadUrl {
-    /// An URL that the proxy cannot call.
+    /// A URL that the proxy cannot call.
     #[error("{field} {value:?} is not an http:// or https:// URL with a host and, if any, a port")]
     Url {
         /// `http` or `admin`.
@@ -43,7 +43,7 @@ pub enum BadUrl {
 }
 
 impl BaseUrl {
-    /// Checks an URL, which may have a path prefix.
+    /// Checks a URL, which may have a path prefix.
     ///
     /// # Errors
     /// The scheme is neither `http` nor `https`; the host is missing; the port is not valid; the URL has
@@ -101,7 +101,7 @@ impl BaseUrl {
         }
     }
 
-    /// Checks an URL that an operator has written. As in the demos' environment files, host and port
+    /// Checks a URL that an operator has written. As in the demos' environment files, host and port
     /// without a scheme are enough.
     ///
     /// # Errors

@@ -78,7 +78,7 @@ pub(crate) enum Refused {
     /// The registry is full.
     #[error("{0} instances are already registered, which is the limit (--max-instances)")]
     Full(usize),
-    /// The addresses or the role changed and the epoch did not.
+    /// The addresses or the role changed, although the epoch stayed the same.
     #[error("the addresses or the role changed within one epoch")]
     Changed,
     /// Two live sidecars have the id already.

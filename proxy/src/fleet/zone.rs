@@ -17,7 +17,7 @@ use tower::Service;
 /// zone.
 pub(crate) fn name(host: &str) -> Option<String> {
     let (address, zone) = host.split_once('%')?;
-    // RFC 6874 writes `%25eth0` in an URL. A zone that is a number stays as it is, because `257` is
+    // RFC 6874 writes `%25eth0` in a URL. A zone that is a number stays as it is, because `257` is
     // interface 257 and not an escaped 7.
     let is_name = |zone: &&str| zone.starts_with(|c: char| c.is_ascii_alphabetic());
     let zone = zone.strip_prefix("25").filter(is_name).unwrap_or(zone);
@@ -33,7 +33,7 @@ pub(crate) fn of(name: &str) -> Option<(Ipv6Addr, &str)> {
     Some((address.replace('-', ":").parse().ok()?, zone))
 }
 
-/// Returns an URL with a zone in a form that `http::Uri` accepts; `None` if the URL's host has no zone.
+/// Returns a URL with a zone in a form that `http::Uri` accepts; `None` if the URL's host has no zone.
 pub(crate) fn carried(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://[")?;
     let (host, rest) = rest.split_once(']')?;

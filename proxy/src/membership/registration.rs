@@ -1,4 +1,4 @@
-//! The registration task. It owns the registry, receives messages on the registration ports, and calls
+//! The registration task. The task owns the registry, receives messages on the registration ports, and calls
 //! sidecars back.
 
 use std::sync::Arc;

@@ -1,10 +1,11 @@
 //! The registry that several proxies share in etcd.
 //!
-//! Each proxy writes the instances that it has itself found ready, under its own lease. It adds the instances
-//! that other proxies have written, and calls each of them back before it sends requests to the instance. If
-//! a proxy dies, the other proxies lose no instance, because each of them has written the instances that it
-//! finds ready. If an instance dies, each proxy deletes its own key of the instance as soon as the proxy
-//! finds the instance not ready. If etcd fails, each proxy continues with the instances that it knows.
+//! Each proxy writes the instances that it has itself found ready, under its own lease. Each proxy also adds
+//! the instances that other proxies have written, and calls an instance back before it sends requests to this
+//! instance. If a proxy dies, the other proxies lose no instance, because each of them has written the
+//! instances that it finds ready. If an instance dies, each proxy deletes its own key of the instance as soon
+//! as the proxy finds the instance not ready. If etcd fails, each proxy continues with the instances that it
+//! knows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

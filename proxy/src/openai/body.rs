@@ -1,6 +1,6 @@
 //! A request's JSON body: an ordered list of fields. The proxy forwards each value byte for byte.
 //!
-//! The proxy reads only the fields that decide a route. It does not parse the prompt, which may have
+//! The proxy reads only the fields that decide a route. The proxy does not parse the prompt, which may have
 //! 100,000 token ids. Numbers, the order of fields and unknown fields reach the engine as the client wrote
 //! them.
 

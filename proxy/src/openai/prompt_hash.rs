@@ -1,4 +1,5 @@
-//! Hashes of a prompt's beginning, block by block. They identify a prompt without tokenising it.
+//! Hashes of a prompt's beginning, block by block. The hashes identify a prompt without tokenising
+//! it.
 
 use http::HeaderMap;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -74,7 +75,7 @@ pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     named.map(xxh3_64)
 }
 
-/// Size of a block in bytes. It is so small that the end of a short question lies in another block than
+/// Size of a block in bytes. A block is so small that the end of a short question lies in another block than
 /// the end of the text before the question.
 pub(crate) const BLOCK_BYTES: usize = 64;
 

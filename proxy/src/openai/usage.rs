@@ -44,8 +44,8 @@ pub(crate) fn find(body: &[u8]) -> Option<Usage> {
 
 const KEY: &[u8] = b"\"usage\":";
 
-/// Number of bytes at the end of a body that are searched for `usage`. They include the fields that
-/// engines write after `usage`, such as transfer parameters with their lists of blocks.
+/// Number of bytes at the end of a body that are searched for `usage`. These bytes include the
+/// fields that engines write after `usage`, such as transfer parameters with their lists of blocks.
 pub(crate) const TAIL_BYTES: usize = 4096;
 
 /// Number of bytes at the end of a stream that are searched: the last event before `[DONE]` has only

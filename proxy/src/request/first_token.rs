@@ -10,8 +10,8 @@ use crate::request::context::RequestContext;
 use crate::request::state::{Action, Event};
 
 impl Drive {
-    /// Returns true if the prefill instance has sampled a first token that can be sent to the client now,
-    /// because the answer is streamed, or because this token ends the answer.
+    /// Returns true if the prefill instance has sampled a first token that the client can get now: the answer
+    /// is streamed, or this token ends the answer.
     pub(super) fn gives_first_token(&self, transfer: Result<(), Fallback>) -> bool {
         let Some(first) = &self.prefilled.first else {
             return false;

@@ -1,6 +1,6 @@
 //! Hides a transfer in an answer: the client gets the same fields as from a single engine.
 //!
-//! The decode engine counts all tokens whose KV was moved as cached. The client gets the number of tokens
+//! The decode engine counts as cached all tokens whose KV was moved. The client gets the number of tokens
 //! that the prefill engine had cached, because the other tokens were computed for this request. The client
 //! does not get `kv_transfer_params`, which a connector addresses to its proxy.
 

@@ -71,15 +71,15 @@ struct Drive {
     body: RequestBody,
     plan: RoutePlan,
     pair: Pair,
-    /// The id that the legs carry. It is the request's id, unless a connector or a second attempt needs a
-    /// different id.
+    /// The id that the legs carry: the request's id, unless a connector or a second attempt needs a different
+    /// id.
     leg_id: RequestId,
     /// The client's own id of the request, which is a part of the answer's id; `None` if the client gave
     /// none.
     chosen: Option<RequestId>,
     /// Ids of the instances that have failed this request.
     failed: Vec<String>,
-    /// Instances that have answered the request with an error. They are kept until it is known whether the
+    /// Instances that have answered the request with an error. The list is kept until it is known whether the
     /// instance or the request is at fault.
     doubted: Vec<(Side, Arc<Instance>)>,
     prefill_attempts: u32,

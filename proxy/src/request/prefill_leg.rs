@@ -172,7 +172,7 @@ impl Drive {
             _ if is_computed => {}
             Fallback::PrefillError => self.doubted.push((Side::Prefill, Arc::clone(prefill))),
             // The instance has shown no sign of work for any request in this time, so one timeout is enough
-            // to pause it.
+            // to pause the instance.
             Fallback::PrefillTimeout
                 if (prefill.load.last_heard()).is_none_or(|at| at <= self.prefill_sent) =>
             {

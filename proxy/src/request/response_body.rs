@@ -200,8 +200,8 @@ impl ResponseBody {
                 );
                 return Poll::Ready(text);
             }
-            // A working engine may be silent for long. But if its `/health` also fails, the engine is dead,
-            // and waiting is useless.
+            // A working engine may be silent for long. But if the engine's `/health` also fails, the engine
+            // is dead, and waiting is useless.
             let is_long = self.heard + limits.dead <= now;
             if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
                 let text = format!(

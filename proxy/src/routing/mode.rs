@@ -24,7 +24,7 @@ pub enum Mode {
     Auto,
 }
 
-/// The current mode. It can change while requests are in flight.
+/// The current mode. The mode can change while requests are in flight.
 #[derive(Debug, Default)]
 pub(crate) struct CurrentMode(AtomicU8);
 

@@ -76,7 +76,7 @@ struct State {
     clock: u64,
 }
 
-/// A map of at most twice `most` entries. It forgets an entry only after at least `most` other entries
+/// A map of at most twice `most` entries. The map forgets an entry only after at least `most` other entries
 /// were used.
 #[derive(Debug)]
 struct Recent<K, V> {

@@ -349,7 +349,8 @@ fn cure(reason: &str) -> &'static str {
     }
 }
 
-/// Maximum number of refusals that the proxy remembers. It is far above the need of any fleet.
+/// Maximum number of refusals that the proxy remembers. The limit is far above the need of any
+/// fleet.
 const MAX_ENTRIES: usize = 1024;
 /// Maximum length of the model name or the shape in a refusal, in bytes. A refusal with a longer
 /// text is not remembered.

@@ -156,7 +156,7 @@ fn policies() {
         ..by(Policy::Prefix)
     };
     check("p1/500 p2/20 d1/7 d2/6", &prefix, "p1 d2");
-    // The queued tokens before the request cost more than the held prefix saves.
+    // The tokens that are queued before the request cost more time than the held prefix saves.
     check("p1/921 p2/20 d1/7 d2/600", &prefix, "p2 d1");
     let session = |key| RouteRequest {
         session: Some(key),

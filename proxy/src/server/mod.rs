@@ -168,8 +168,8 @@ impl Proxy {
             connections: app.config.max_connections,
             client_timeout: app.config.client_timeout,
         };
-        // `closing` ends the tasks. It is cancelled only after draining, because requests in flight need the
-        // tasks.
+        // `closing` ends the tasks. This token is cancelled only after draining, because requests in flight
+        // need the tasks.
         let closing = CancellationToken::new();
         let mut tasks = JoinSet::new();
         let port = Port {

@@ -228,7 +228,8 @@ mod tests {
         let fresh = uploads.begin(at(3000), from("10.0.0.3")).unwrap();
         assert!(stopped.displaced.is_cancelled() && uploads.len() == 3);
         assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
-        // The displaced body's bytes are free, and its end does not free them a second time.
+        // The bytes of the displaced body are free already, and the end of this body does not free
+        // them again.
         fresh.grow(at(3000), 990).unwrap();
         drop(stopped);
         assert_eq!(uploads.table().bytes, 1000);

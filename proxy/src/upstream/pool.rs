@@ -243,7 +243,7 @@ fn address(request: &mut Request<Outgoing>, uri: &Uri) -> Result<(), LinkError> 
     let host = authority
         .rsplit_once('@')
         .map_or(authority, |(_, host)| host);
-    // A zone names an interface of this host. It means nothing to the server and is not sent.
+    // A zone names an interface of this host. The zone means nothing to the server and is not sent.
     let zoned = uri
         .host()
         .and_then(zone::of)

@@ -18,7 +18,7 @@ mod support;
 mod tls;
 mod unfit;
 mod ways;
-/// A ZeroMQ peer as plain bytes, as the tests of the crate `common` use it.
+/// A ZeroMQ peer that sends plain bytes; the tests of the crate `common` use it, too.
 #[allow(dead_code, reason = "these tests use a part of it")]
 #[path = "../../../common/tests/all/zmtp.rs"]
 mod zmtp;

@@ -1,5 +1,5 @@
-//! Tests of the registration port and of the call-back: the instances that get requests, and attackers that
-//! cannot disturb them.
+//! Tests of the registration port and of the call-back: confirmed instances get requests, and attackers
+//! cannot disturb these instances.
 
 use std::time::Duration;
 

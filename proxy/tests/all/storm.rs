@@ -69,7 +69,7 @@ async fn nothing_is_left() {
         }
     }
     assert_eq!(ends.values().sum::<u32>(), 300, "{ends:?}");
-    // Each kind of end must have happened. Otherwise the test would not cover it.
+    // Each kind of end must have happened. Otherwise the test would not cover every kind.
     for end in [
         "200 OK",
         "400 Bad Request",

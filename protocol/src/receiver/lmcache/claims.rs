@@ -208,8 +208,8 @@ impl Receiver {
             let Some(loan) = self.lmcache.loans.remove(&number) else {
                 continue;
             };
-            // A slot with canaries was not written completely. Its sender may still write, so no
-            // other request may get the slot.
+            // A slot with canaries was not written completely. The slot's sender may still write,
+            // so no other request may get the slot.
             let mut lost = Vec::new();
             for lent in &loan.chunks {
                 match lent.landed {

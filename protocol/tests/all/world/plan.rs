@@ -87,7 +87,7 @@ pub(crate) enum Fault {
     /// Both sidecars refuse new requests from now on.
     Drain,
     /// A malicious peer asks for slots, sometimes with its own keys for another sender's request.
-    /// It also sends cancels in LMCache's form.
+    /// The peer also sends cancels in LMCache's form.
     Stranger,
 }
 

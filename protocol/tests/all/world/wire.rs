@@ -103,7 +103,7 @@ impl World {
             latest = 10 * MS;
         }
         self.after(latest + 1, Happening::WriteEnds(transfer, from_epoch, end));
-        // The report `Lasting` may come before the end of the write, after it, or never.
+        // The report `Lasting` may come before or after the end of the write, or never.
         let lasts = self.jitter(1, 60 * MS);
         if lasts < 40 * MS {
             self.after(lasts, Happening::WriteLasts(transfer, from_epoch));

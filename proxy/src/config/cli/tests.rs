@@ -40,7 +40,8 @@ fn call_backs_come_before_their_answers_are_too_old() {
 #[test]
 fn defaults_survive_long_answers() {
     let config = parse(&[]).unwrap();
-    // A tool call of 17 KB was silent for 32 s, a longer tool call for 62 s.
+    // An engine was silent for 32 s during a tool call of 17 KB, and for 62 s during a longer tool
+    // call.
     assert!(config.idle_timeout >= Duration::from_secs(300));
     // An answer of 32,000 tokens at ten tokens per second takes 53 minutes.
     assert!(config.answer_timeout >= Duration::from_secs(3600));

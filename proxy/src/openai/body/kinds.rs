@@ -1,8 +1,8 @@
 //! The fields of OpenAI's and vLLM's requests, sorted by the part of a request that they concern.
 //!
 //! A prefill leg keeps the fields that decide the prompt and leaves out the fields that concern the
-//! generation. It also keeps unknown fields. If it left out an unknown field that decides the prompt, the
-//! decode engine would get the KV of another prompt. If it keeps an unknown field that concerns the
+//! generation. The leg also keeps unknown fields. If it left out an unknown field that decides the prompt,
+//! the decode engine would get the KV of another prompt. If it keeps an unknown field that concerns the
 //! generation, the engine refuses at most one leg (`Fallback::PrefillRefused`).
 //! `tests/processes/test_fields.py` compares the table with vLLM's own models.
 

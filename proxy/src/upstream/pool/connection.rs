@@ -21,8 +21,8 @@ type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
 /// The body of a request.
 pub(super) type Outgoing = Full<Bytes>;
 
-/// The HTTP/1 state machine, which turns requests into bytes and bytes into answers. It is boxed,
-/// because a `Link` is moved often.
+/// The HTTP/1 state machine, which turns requests into bytes and bytes into answers. The state
+/// machine is boxed, because a `Link` is moved often.
 type Wire = Box<Connection<Stream, Outgoing>>;
 
 /// One connection.
@@ -61,9 +61,9 @@ impl Link {
         self.wire.is_some() && self.sender.is_ready()
     }
 
-    /// Drives the connection until `poll` is ready. `poll` and the first drive use a waker that wakes
-    /// nothing: otherwise data that passes between `poll` and the connection would wake the task that
-    /// is already running. Only the last drive registers the task's waker.
+    /// Drives the connection until `poll` is ready. `poll` and the first call of `drive` use a waker that
+    /// wakes nothing. Otherwise data that passes between `poll` and the connection would wake the task that
+    /// is already running. Only the last call of `drive` registers the task's waker.
     pub(super) fn drive_until<T>(
         &mut self,
         cx: &mut Context<'_>,
