@@ -1,8 +1,8 @@
 //! One example of each message, for tests of all crates. The examples are the byte fixtures.
 //!
 //! A test sets the fields that it checks and takes all other fields from the example: `Written {
-//! chunks, ..Written::example() }`. If a message gets a new optional field, neither the test nor
-//! this file changes. No code outside tests may call these functions.
+//! chunks, ..Written::example() }`. If a message gets a new optional field, no test and no line of
+//! this file has to change. No code outside tests may call these functions.
 
 use crate::Layout;
 use crate::codec;

@@ -142,8 +142,8 @@ pub struct Advert {
     pub address: String,
 }
 
-/// The `x` of [`NixlMemRegResponse`]: the landing buffer, also for transports that need no
-/// descriptor list.
+/// The `x` of [`NixlMemRegResponse`]: describes the landing buffer for all transports, even those
+/// that need no descriptor list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
     /// Protocol version of the message's sender.
@@ -172,7 +172,7 @@ pub enum ToReceiver {
     /// yet. The receiver answers with [`ToSender::Ack`].
     Written(Written),
     /// Keeps a lease alive. The receiver then repeats messages that were lost: [`ToSender::More`]
-    /// for open chunks that are not in `granted`, [`ToSender::Unwanted`] if the lease has ended.
+    /// for open chunks that are not in `granted`, or [`ToSender::Unwanted`] if the lease has ended.
     Extend(Extend),
 }
 

@@ -1,4 +1,4 @@
-//! A serde deserializer over scanned msgpack that accepts each type in one form only.
+//! A serde deserializer for msgpack that has been scanned; it accepts each type in only one form.
 
 use std::fmt;
 

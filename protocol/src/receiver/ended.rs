@@ -85,8 +85,8 @@ impl Ended {
         }
     }
 
-    /// Looks up the ended request to which an alloc request belongs, and returns the reason for the
-    /// receiver's answer. Returns `None` if the alloc request begins a new request.
+    /// Looks up the ended request to which an alloc request belongs, and returns the reason that
+    /// the receiver's answer must give. Returns `None` if the alloc request begins a new request.
     pub(super) fn asked(
         &mut self,
         id: &RequestId,
@@ -110,9 +110,9 @@ impl Ended {
         None
     }
 
-    /// Looks up the ended request to which a decode request belongs. Returns the reason for the
-    /// receiver's answer, and the ended request's last sender; `None` if the decode request begins
-    /// a new request.
+    /// Looks up the ended request to which a decode request belongs. Returns the reason that the
+    /// receiver's answer must give, and the ended request's last sender; `None` if the decode
+    /// request begins a new request.
     pub(super) fn awaited(
         &mut self,
         id: &RequestId,
@@ -130,7 +130,8 @@ impl Ended {
     }
 
     /// Notes that the id now belongs to a new request. For requests of LMCache senders this call is
-    /// necessary, because they have no number that distinguishes an old request from a new request.
+    /// necessary, because these requests have no number that distinguishes an old request from a
+    /// new request.
     pub(super) fn renew(&mut self, id: &RequestId) {
         if let Some(end) = self.ends.get_mut(id) {
             (end.asks_late, end.awaits_late) = (false, false);

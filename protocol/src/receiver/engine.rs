@@ -178,8 +178,8 @@ impl Receiver {
     /// Ends a decode request that its engine does not want any more.
     pub(super) fn on_abort(&mut self, engine: EngineId, id: &RequestId) {
         let Some(request) = self.requests.get(id) else {
-            // The abort came before any other message of the request, or after its end. The
-            // receiver remembers the abort, so that it can answer a late alloc request with the
+            // The abort came before any other message of the request, or after the request's end.
+            // The receiver remembers the abort, so that it can answer a late alloc request with the
             // reason.
             self.tell_ended(engine, id, Some(Reason::Unwanted), 0);
             let heard = Heard {

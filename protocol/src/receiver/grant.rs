@@ -396,7 +396,7 @@ impl Exposed {
     }
 }
 
-/// Result of the attempt to grant an unparked request.
+/// Result of an attempt to give slots to an unparked request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
     /// The request has got its slots, or needs no slots any more.

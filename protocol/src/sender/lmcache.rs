@@ -91,7 +91,7 @@ impl Sender {
         self.actions.push_back(Action::Granted(engine, granted));
     }
 
-    /// Acts on the end of a watch: its chunks are complete, or will never be complete.
+    /// Acts on the end of a watch: the watched chunks are complete, or will never be complete.
     pub(super) fn on_watched(&mut self, watch: WatchId, stand: bool) {
         let of = |c: &Chunk| matches!(c, Chunk::Gathering { watch: w, .. } if *w == watch);
         let mut requests = self.requests.iter_mut();

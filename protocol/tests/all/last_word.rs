@@ -210,8 +210,8 @@ fn a_grant_that_still_stands_is_closed() {
     assert!(pair.p.is_idle() && pair.d.is_idle());
 }
 
-/// The sender must not forget a lease with dirty slots because of more than a thousand leases
-/// without dirty slots.
+/// Even after more than a thousand leases without dirty slots, the sender must remember a lease
+/// with dirty slots.
 #[test]
 fn dirty_slots_are_not_forgotten_for_clean_ones() {
     let mut pair = Pair::new();

@@ -9,8 +9,8 @@ const OURS: Epoch = Epoch(100);
 const ENGINE: EngineId = EngineId(1);
 const SLOTS: u32 = 8;
 
-/// Handles an event and returns the ends of requests that the sender then reports to the engine and
-/// the proxy.
+/// Handles an event. Returns the ends of requests that the sender reports to the engine and to the
+/// proxy.
 fn told(
     p: &mut Sender,
     now: Time,

@@ -229,8 +229,8 @@ impl Registry {
         gone
     }
 
-    /// Returns the call-backs that are due. Each counts as in flight until [`Registry::called_back`] gets
-    /// its result.
+    /// Returns the call-backs that are due. Each call-back counts as in flight until
+    /// [`Registry::called_back`] gets the call-back's result.
     pub(crate) fn due(&mut self, now: Instant) -> Vec<CallBack> {
         let mut calls = Vec::new();
         let Self {

@@ -247,7 +247,7 @@ impl Registration {
         self.published.send_replace(instances);
     }
 
-    /// Closes and counts the connections to the registration port that are beyond its limit.
+    /// Closes and counts the connections to the registration port that exceed the port's limit.
     async fn shed(&self) {
         for _ in 0..self.inputs.port.shed().await {
             self.app.metrics.message(Message::Shed);

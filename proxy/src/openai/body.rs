@@ -89,7 +89,7 @@ impl RequestBody {
         }
     }
 
-    /// Finds the fields of a body in `read`.
+    /// Finds the fields of a body in the body's text `read`.
     fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
         let Fields(found) = serde_json::from_slice(&read)?;
         let start = read.as_ptr() as usize;
@@ -221,8 +221,8 @@ impl RequestBody {
         self.with(|_| true, &[])
     }
 
-    /// Returns the body with the fields that `keep` accepts, and with the fields of `set`, whose values
-    /// are JSON.
+    /// Returns the body with the fields that the filter `keep` accepts, and with the fields in the list
+    /// `set`, whose values are JSON.
     pub(crate) fn with(&self, keep: impl Fn(&str) -> bool, set: &[(&str, &str)]) -> Bytes {
         let added: usize = set
             .iter()

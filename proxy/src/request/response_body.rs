@@ -114,8 +114,8 @@ impl ResponseBody {
         self.context.answered(ends_with_error);
     }
 
-    /// Ends the answer early. A stream ends with an error event. Any other answer is broken off, because a
-    /// proper end would make the client believe that the document is complete.
+    /// Ends the answer early. A stream ends with an error event. An answer that is not a stream is broken
+    /// off, because a proper end would make the client believe that the document is complete.
     fn break_off(&mut self, error: ApiError) -> Poll<Option<Result<Frame<Bytes>, ApiError>>> {
         self.rest = None;
         if self.is_complete() {

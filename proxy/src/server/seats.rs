@@ -1,8 +1,8 @@
 //! The places for client connections. If all places are taken, the connection that has been idle for longest
 //! is closed to make room for a new connection.
 //!
-//! A client pool keeps connections open between its requests. Without eviction, enough idle connections would
-//! keep every other client out, and the orchestrator's health probe, too.
+//! A client pool keeps connections open between its requests. Without eviction, many idle connections would
+//! keep out every other client, and even the orchestrator's health probe.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;

@@ -108,8 +108,8 @@ impl TlsFiles {
         let mut roots = RootCertStore::empty();
         let trusted = match &self.tls_ca {
             Some(path) => certificates("--tls-ca", path)?,
-            // An unreadable root is no error here: if an engine needs it, the failed handshake names the
-            // problem.
+            // An unreadable root is no error here: if an engine needs this root, the failed handshake names
+            // the problem.
             None => rustls_native_certs::load_native_certs().certs,
         };
         roots.add_parsable_certificates(trusted);

@@ -145,5 +145,6 @@ impl Registration {
     }
 }
 
-/// Shortest time between two log lines about refused registrations. The metric counts all of them.
+/// Shortest time between two log lines about refused registrations. The metric counts all refused
+/// registrations.
 const WARN_EVERY: Duration = Duration::from_secs(5);

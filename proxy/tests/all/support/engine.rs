@@ -24,7 +24,7 @@ pub enum Reply {
     Json(u16, Value),
     /// Answers as `Json` does, but only after a call of `Engine::release`.
     Held(u16, Value),
-    /// Streams these chunks, and then continues as `Then` says.
+    /// Streams these chunks. The value of `Then` says how the stream continues.
     Stream(Vec<String>, Then),
     /// Never answers.
     Silence,
