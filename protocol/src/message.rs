@@ -303,7 +303,7 @@ pub struct AllocResponseX {
     /// Permission to write. Absent: nothing was granted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseId>,
-    /// Number of tokens at the request's start that the decode side already has. Absent: 0.
+    /// Number of leading tokens of the request that the decode side already has. Absent: 0.
     #[serde(default)]
     pub have_tokens: u32,
     /// Number of slots that will follow in [`ToSender::More`] when other requests release their

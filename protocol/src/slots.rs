@@ -28,8 +28,8 @@ impl Slots {
         u32::try_from(self.free.len()).unwrap_or(self.total)
     }
 
-    /// Takes the lowest free slot. The reason: neighbouring slots can be merged into one
-    /// descriptor, and slots in frequent use stay in the CPU cache.
+    /// Takes the lowest free slot. Low slots have two advantages: neighbouring slots can be merged
+    /// into one descriptor, and slots in frequent use stay in the CPU cache.
     pub(crate) fn take(&mut self) -> Option<SlotIndex> {
         self.free.pop_first().map(SlotIndex)
     }

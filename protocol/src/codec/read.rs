@@ -55,7 +55,7 @@ impl<'de> Reader<'de> {
 fn plain(text: &[u8]) -> Result<&str, ReadError> {
     let text = std::str::from_utf8(text).map_err(|_| ReadError("text is not UTF-8".to_owned()))?;
     let control = if text.is_ascii() {
-        // Without an early exit the compiler can check many bytes at once.
+        // This code has no early exit, so that the compiler can check many bytes at once.
         text.bytes()
             .fold(false, |found, b| found | b.is_ascii_control())
     } else {

@@ -85,8 +85,8 @@ pub enum Event {
         /// The message.
         message: ToSender,
     },
-    /// A write that waits for no event is still in flight after it was posted, and its transport
-    /// may need the receiver's progress. Transports that never need the receiver's progress do not
+    /// A write that waits for no event was posted, but did not end at once, and its transport may
+    /// need the receiver's progress. Transports that never need the receiver's progress do not
     /// report this event.
     Lasting {
         /// The write.

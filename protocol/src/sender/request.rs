@@ -31,7 +31,7 @@ pub(super) struct Request {
     pub(super) in_flight: u32,
     /// Time at which the sender last posted a write while no other write was in flight.
     pub(super) push_since: Time,
-    /// Time at which the last write that had waited for an event has ended.
+    /// Time of the most recent end of a write that had waited for an event.
     pub(super) push_until: Time,
     pub(super) record: Record,
 }

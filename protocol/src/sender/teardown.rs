@@ -123,8 +123,8 @@ impl Sender {
     }
 
     /// Repeats an alloc request over a new connection, because its answer was lost with the old
-    /// connection. If the receiver has already ended a lease of this request, it refuses the
-    /// request and asks about the lease. Otherwise the receiver grants a lease, or repeats its
+    /// connection. If the receiver has already ended a lease of this request, the receiver refuses
+    /// the request and asks about the lease. Otherwise the receiver grants a lease, or repeats its
     /// earlier grant.
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;

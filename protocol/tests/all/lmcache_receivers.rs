@@ -71,7 +71,7 @@ impl Feeding {
                     self.questions.push(message);
                 }
                 sender::Action::Granted(_, granted) => {
-                    // With events, the engine stages each chunk in a message of its own.
+                    // If the engine uses events, it stages each chunk in a message of its own.
                     let at_once = if self.events { 1 } else { SLOTS as usize };
                     for chunks in granted.chunks.chunks(at_once) {
                         let staged = Staged {

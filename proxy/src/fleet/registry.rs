@@ -55,8 +55,8 @@ struct Entry {
     /// Epoch of the last member that a candidate replaced. A process that has ended never registers again
     /// with its epoch. So if a candidate with this epoch is confirmed, two live sidecars have the same id.
     replaced: Option<u64>,
-    /// Text of the dispute while two live sidecars have this id; neither gets requests. `None` without a
-    /// dispute.
+    /// Text of the dispute while two live sidecars have this id; neither sidecar gets requests. `None`
+    /// without a dispute.
     dispute: Option<String>,
 }
 

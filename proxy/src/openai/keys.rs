@@ -162,8 +162,8 @@ pub(crate) fn may_change(
     ))
 }
 
-/// Checks that a client may read what the proxy shows of instances and requests. Every client may read
-/// it, except a web page in a browser on this host, which could read the answer after DNS rebinding.
+/// Checks that a client may read the pages about instances and requests. Every client may read them, except a
+/// web page in a browser on this host, which could read the answer after DNS rebinding.
 ///
 /// # Errors
 /// The request seems to come from a web page.

@@ -31,8 +31,8 @@ impl Prompt {
             .unwrap_or(text)
             .trim_ascii_end();
         let mut seed = 0;
-        // Each adapter has its own model name, and engines share no KV between salts. Most chat
-        // templates put the tools at the beginning of the prompt.
+        // Each adapter has its own model name, and engines share no KV between requests with
+        // different salts. Most chat templates put the tools at the beginning of the prompt.
         for name in ["model", "cache_salt", "tools", "chat_template_kwargs"] {
             seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
         }

@@ -1,4 +1,4 @@
-//! Tests of connections to engines: the proxy uses a working connection again, and passes on chunks that came
+//! Tests of connections to engines: the proxy reuses a working connection, and passes on chunks that came
 //! together in one write.
 
 use std::sync::{Arc, Mutex};

@@ -28,8 +28,8 @@ impl World {
                 ..CancelNotif::example()
             };
             self.stranger_says(ToReceiver::CancelNotif(cancel));
-            // The peer cannot guess the ids of real requests, so the test gives it the id of a
-            // parked request.
+            // The peer cannot guess the ids of real requests, so the test gives the peer the id of
+            // a parked request.
             req_id = self.decode.waits().unwrap_or(req_id);
         }
         let request = AllocRequest {
