@@ -190,7 +190,7 @@ fn first_tokens() {
     let length = "length";
     check(json!({"text": "He", "finish_reason": length}), Some("He"));
     check(json!({"text": "", "finish_reason": "stop"}), Some(""));
-    // The engine gives half a character, or holds it back until it has the other half.
+    // The engine gives half a character, or holds this half back until it has the other half.
     check(json!({"text": "\u{fffd}", "finish_reason": length}), None);
     check(json!({"text": "", "finish_reason": length}), None);
     check(

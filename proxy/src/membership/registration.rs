@@ -156,8 +156,8 @@ impl Registration {
         }
     }
 
-    /// Adds instances that other proxies have written. Removes a shared instance if no proxy writes it any
-    /// more and it is not ready at this proxy.
+    /// Adds instances that other proxies have written. Removes a shared instance that no proxy writes any
+    /// more, unless the instance is ready at this proxy.
     fn share(&mut self, others: Vec<Instance>) {
         let now = Instant::now();
         let known = self.registry.instances();
@@ -237,8 +237,8 @@ impl Registration {
             let after = instances.iter().find(is_same);
             let is_there = |i: &Instance| i.standing == Standing::Ready;
             if is_there(before) && !after.is_some_and(|after| is_there(after)) {
-                // The engine may have been restarted while it was not ready, so its cache and its refusals
-                // are unknown.
+                // The engine may have been restarted while the instance was not ready. So what is known about
+                // the engine's cache and refusals may be wrong.
                 self.app.prefix_index.forget(&before.id);
                 self.app.refusals.forget(&before.id);
             }

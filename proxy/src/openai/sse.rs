@@ -126,9 +126,9 @@ impl First {
     }
 }
 
-/// Returns the length of the first event, including the blank line; `None` if the event is not
-/// complete. The first `searched` bytes are known to contain no end. Lines end with LF (vLLM) or with
-/// CR LF.
+/// Returns the length of the first event, including the blank line; `None` if the event is not complete. The
+/// caller knows that the first bytes, up to the length `searched`, contain no end of an event. Lines end with
+/// LF (vLLM) or with CR LF.
 pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
     let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');

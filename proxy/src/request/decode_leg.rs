@@ -198,7 +198,7 @@ impl Drive {
     }
 
     /// Counts a failure against each instance of this side that has answered the request with an error. The
-    /// caller calls this function after another instance has succeeded: only then it is certain that the
+    /// caller calls this function after another instance has succeeded: only then is it certain that the
     /// request did not cause the errors.
     pub(super) fn blame(&mut self, side: Side) {
         let breaker = self.app.config.breaker();

@@ -42,8 +42,8 @@ pub struct Candidate<'a> {
 /// The properties of a request on which a choice depends, in addition to the candidates.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request {
-    /// Number of requests so far. With `RoundRobin`, this number decides which instance is next. With
-    /// the other policies, it decides which of several equal candidates is next.
+    /// Number of requests so far. With `RoundRobin`, this number decides which instance is next. With the
+    /// other policies, this number decides which of several equal candidates is next.
     pub turn: usize,
     /// Hash of the session; `None` if the request names none.
     pub session: Option<u64>,

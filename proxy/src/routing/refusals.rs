@@ -2,10 +2,10 @@
 //! hand the KV over.
 //!
 //! A prefill leg whose KV is not pushed is useless, because the decode instance computes the prompt again.
-//! The engine's connector or the sender gives the reason. Some reasons hold for later requests, too: for
-//! all requests of a pair (`layout_mismatch`), for a model name (`lora`; `key_mismatch` between two
-//! instances), or for requests of the same kind (`prompt_logprobs`). The proxy remembers these reasons for
-//! a while. During this time it sends no prefill leg that would be refused again.
+//! The engine's connector or the sender gives the reason. Some reasons hold for later requests, too: for all
+//! requests of a pair (`layout_mismatch`), for a model name (`lora`; `key_mismatch` between two instances),
+//! or for requests of the same kind (`prompt_logprobs`). The proxy remembers these reasons for a while.
+//! During this time the proxy sends no prefill leg that would be refused again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};

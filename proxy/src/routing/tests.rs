@@ -5,9 +5,10 @@ use crate::fleet::instance::{Named, Source, Standing};
 use crate::fleet::kv_fit::Kv;
 use protocol::registration::InstanceRole;
 
-/// Returns the instance and the load that a word describes: `p1` is prefill, `d1` decode, `b1` both. A
-/// prefix `-` means not ready, `~` draining, `!` failing. A suffix `/tokens` gives the tokens in flight.
-/// The connector is `NixlConnector`; with the suffix `:l` it is LMCache, with `:s` sidecars.
+/// Returns the instance and the load that a word describes: `p1` takes prefill legs, `d1` takes decode legs,
+/// `b1` takes both. The prefix `-` means not ready, `~` means draining, `!` means failing. A suffix `/tokens`
+/// gives the tokens in flight. The connector is `NixlConnector`; with the suffix `:l` it is LMCache; with the
+/// suffix `:s` the instance has a sidecar.
 fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
     let (word, connector) = match word.split_once(':') {
         Some((word, "l")) => (word, Connector::Lmcache),

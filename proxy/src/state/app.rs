@@ -56,9 +56,10 @@ pub(crate) struct App {
     pub mode: CurrentMode,
     /// Measured times of prefill and of the hand-over of KV.
     pub measured: Measured,
-    /// Cancelled when the proxy begins to drain: from then on, the proxy refuses new requests.
+    /// This token is cancelled when the proxy begins to drain: from then on, the proxy refuses new
+    /// requests.
     pub draining: CancellationToken,
-    /// Cancelled when the proxy breaks off the requests in flight.
+    /// This token is cancelled when the proxy breaks off the requests in flight.
     pub force_shutdown: CancellationToken,
     /// Queue of spans for the collector; `None` without `--otlp`.
     pub spans: Option<mpsc::Sender<Value>>,

@@ -233,7 +233,7 @@ mod tests {
         fresh.grow(at(3000), 990).unwrap();
         drop(stopped);
         assert_eq!(uploads.table().bytes, 1000);
-        // If an address has a single body, which is too large, bodies of other addresses keep their memory.
+        // If the only body of an address is too large, bodies of other addresses keep their memory.
         assert_eq!(fresh.grow(at(3000), 10), Err(Full));
         assert!(!steady.displaced.is_cancelled() && !other.displaced.is_cancelled());
         // A body that needs memory also displaces a body of the address that holds the most memory.

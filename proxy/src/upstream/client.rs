@@ -76,8 +76,8 @@ impl Client {
         let (head, rest) = response.into_parts();
         let body = match Limited::new(rest, MAX_PREFILL_ANSWER).collect().await {
             Ok(body) => body.to_bytes(),
-            // The status shows that the prefill is done. If the hand-off also needs the body, `read`
-            // returns an error.
+            // The status shows that the prefill is done. If the hand-off also needs the body, the call of
+            // `read` below returns an error.
             Err(_) if status.is_success() => Bytes::new(),
             Err(e) => return PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         };
@@ -329,8 +329,8 @@ const MAX_PREFILL_ANSWER: usize = 1024 * 1024;
 /// adapters can be longer.
 const MAX_SHORT_ANSWER: usize = 1024 * 1024;
 
-/// Maximum number of bytes that the proxy holds back if an answer is not streamed. If the engine dies
-/// before the proxy forwards them, another engine can take over, or the client gets an error.
+/// Maximum number of bytes that the proxy holds back if an answer is not streamed. If the engine dies before
+/// the proxy forwards these bytes, another engine can take over, or the client gets an error.
 const MAX_HELD: usize = 4 * 1024 * 1024;
 
 /// Time without data before the first keep-alive probe, and between probes. If the host does not answer,

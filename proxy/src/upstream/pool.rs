@@ -177,8 +177,9 @@ impl fmt::Debug for Pool {
 }
 
 impl Idle {
-    /// Closes connections that have been idle for too long, also connections to engines that get no requests
-    /// any more. The call-backs return a connection every few seconds, so this function runs regularly.
+    /// Closes connections that have been idle for too long, including connections to engines that get no
+    /// requests any more. The call-backs return a connection every few seconds, so this function runs
+    /// regularly.
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_some_and(|at| now.duration_since(at) < IDLE) {
             return;

@@ -49,7 +49,8 @@ async fn a_registered_address_is_scheme_host_and_port_alone() {
     }
     assert_eq!(rig.client.get("/instances").await.json(), json!([]));
     assert!(victim.seen().is_empty(), "{:?}", victim.seen());
-    // The proxy calls back the same address without a path, and the instance then serves requests.
+    // Without the path, the proxy accepts the same address and calls it back, and the instance then
+    // serves requests.
     let named = json!({"role": "decode", "url": format!("{}/", victim.url), "id": "d"});
     assert_eq!(rig.client.post("/instances", &named).await.status, 201);
     rig.until_state("d", "ready").await;

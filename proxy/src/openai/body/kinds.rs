@@ -11,7 +11,7 @@
 pub(crate) enum Kind {
     /// The prompt; `/tokenize` reads the field, too.
     Tokenized,
-    /// The prompt or the engine's extensions; only the engine knows the effect.
+    /// The prompt or the engine's extensions; only the engine knows what the field does.
     Prompt,
     /// The client. Fields that vLLM ignores also have this kind.
     Asker,
