@@ -221,7 +221,7 @@ pub struct CacheQueryResponse {
 /// Fields of `AllocRequest`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocRequest {
-    /// Key of each chunk in order, including a last, partial chunk.
+    /// Key of each chunk, in order; the last chunk may be partial.
     pub keys: Vec<String>,
     /// LMCache's `MemoryFormat`: 1 = `KV_2LTD`, 6 = `KV_MLA_FMT`.
     pub fmt: u32,
@@ -369,7 +369,7 @@ pub struct Written {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks, each as its position in the request's keys.
+    /// Positions of the chunks in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
@@ -397,7 +397,7 @@ pub struct More {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks, each as its position in the request's keys.
+    /// Positions of the chunks in the request's keys.
     pub chunks: Vec<u32>,
     /// Slot of each of these chunks.
     pub indexes: Vec<SlotOf>,
@@ -421,8 +421,8 @@ pub struct Unwanted {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Reason why the receiver wants no more writes. With `quarantined` the receiver asks about an
-    /// old lease whose slots are still quarantined.
+    /// Reason why the receiver wants no more writes. With the reason `quarantined`, the receiver
+    /// asks about an old lease whose slots are still quarantined.
     pub reason: Reason,
 }
 

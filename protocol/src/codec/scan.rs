@@ -135,7 +135,7 @@ fn walk(rest: &mut &[u8], elements: &mut usize) -> Result<(), DecodeError> {
 }
 
 /// Adds the number of values that a list or map announces. Each value takes at least one byte, so a
-/// number above that of the remaining bytes is refused before any work.
+/// number of values that exceeds the number of remaining bytes is refused before any work.
 fn count(elements: &mut usize, announced: u64, rest: &[u8]) -> Result<(), DecodeError> {
     let announced = usize::try_from(announced).unwrap_or(usize::MAX);
     if announced > rest.len() {

@@ -99,7 +99,7 @@ pub enum Event {
         /// The sender.
         sender: SenderId,
         /// True if the peer made its handshake with the present start of the receiver. If false,
-        /// the peer has old addresses, and the receiver gives it no slots.
+        /// the peer has old addresses and gets no slots.
         linked: bool,
     },
     /// The answer to [`Action::CheckCanary`].

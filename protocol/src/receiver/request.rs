@@ -79,8 +79,8 @@ pub(super) struct Lease {
     pub(super) seq: u64,
     pub(super) keys: Vec<String>,
     pub(super) tokens: u32,
-    /// `have_tokens` of the answer: the first token that is moved. If a chunk contains earlier
-    /// tokens, too, it carries only this token and the tokens after it.
+    /// `have_tokens` of the answer: the first token that is moved. If a chunk also contains earlier
+    /// tokens, the chunk carries only the tokens from this position on.
     pub(super) first_token: u32,
     pub(super) chunks: Vec<Chunk>,
     /// Duration of the lease, counted again from each message of the sender.

@@ -279,8 +279,8 @@ impl Receiver {
         }
     }
 
-    /// Acts on the deadlines of one request. Returns true if the time in which its alloc request
-    /// may wait for slots is over.
+    /// Acts on the deadlines of one request. Returns true if the alloc request of this request has
+    /// waited for slots for the maximum time.
     fn on_due(&mut self, id: &RequestId) -> bool {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {

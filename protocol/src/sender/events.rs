@@ -106,8 +106,8 @@ pub enum Event {
     Failed {
         /// The write.
         transfer: TransferId,
-        /// True if no byte of the write can still arrive. If false, its slots at the receiver are
-        /// dirty.
+        /// True if no byte of the write can still arrive. If false, the write's slots at the
+        /// receiver are dirty.
         terminal: bool,
     },
     /// The answer to [`Action::Watch`].

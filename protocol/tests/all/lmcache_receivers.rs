@@ -320,8 +320,8 @@ fn a_receiver_that_never_answers_costs_its_requests_only_time() {
             );
         }
         assert!(feeding.p.is_idle());
-        // The receiver answers late. The sender must give the keys back, because the receiver would
-        // show keys whose KV is never written.
+        // The receiver answers late. The sender must give the keys back. Otherwise the receiver
+        // would show keys whose KV is never written.
         feeding.grant(0, &[]);
         let given_back = feeding.questions.pop();
         match given_back {

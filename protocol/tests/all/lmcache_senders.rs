@@ -1,8 +1,8 @@
 //! Tests of the receiver with LMCache-like senders, over many random runs.
 //!
-//! The senders never report to the receiver that they have written. They write late or not at all,
-//! report success to the proxy although an earlier batch failed, or die. The tests check that the
-//! receiver still shows only written slots, ends every request and loses no slot.
+//! The senders never report to the receiver that they have written. The senders write late or not
+//! at all, report success to the proxy although an earlier batch failed, or die. The tests check
+//! that the receiver still shows only written slots, ends every request and loses no slot.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -2,8 +2,8 @@
 //! return the same actions.
 //!
 //! The recordings are in `fixtures/traces`; `tests/record_traces.py` in the root folder of the
-//! repository makes them. This test fails if a change of a state machine changes its actions on
-//! real input. If the change is intended, record the traces again.
+//! repository makes them. This test fails if a change of the code changes a state machine's actions
+//! on real input. If the change is intended, record the traces again.
 
 use std::fs;
 use std::path::Path;
