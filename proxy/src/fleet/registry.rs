@@ -9,9 +9,9 @@
 //!        id or epoch               (absent)             took its place     (absent)
 //! ```
 //!
-//! A candidate never gets requests. A candidate replaces a member only after a call-back to the candidate's
-//! admin address has confirmed the candidate, so a stale or forged registration with a member's name changes
-//! nothing. A member gets requests only if its last answer said `ready` and is less than 15 s old.
+//! A candidate never gets requests. A candidate replaces a member only after a call-back has confirmed the
+//! candidate at its admin address, so a stale or forged registration with a member's name changes nothing. A
+//! member gets requests only if its last answer said `ready` and is less than 15 s old.
 //!
 //! The registry does no IO and reads no clock: the caller passes `now` and makes the call-backs that
 //! [`Registry::due`] returns.
