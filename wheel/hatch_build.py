@@ -9,7 +9,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Platform(BuildHookInterface):
-    """Any Python 3, this machine's own C library; a wheel for others needs a manylinux image."""
+    """Names any Python 3 and this machine's C library. A wheel for other C libraries must be built in a manylinux
+    image.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -106,7 +106,7 @@ class Client:
         self._logger = logger or logging.getLogger(__name__)
         self._connection: Connection | None = None
         self._waited_for = 0
-        """The number of the attempt to connect for which `settle` has already waited `SETTLE_S`."""
+        """`settle` has already waited `SETTLE_S` for the connection attempt with this number; 0 if it never has."""
         self._reconnector = Reconnector(path, hello, self._pauses, self._logger)
         self._reconnector.start()
 
@@ -172,8 +172,8 @@ class Client:
     ) -> None:
         """Prefill: tells the sidecar that these chunks are in their slots, now or as soon as the event has fired.
 
-        Each entry of `layers` is a range of layers: the first layer after the range, and the event that fires when the
-        range is complete. The last range ends with the last layer.
+        Each entry of `layers` stands for a range of layers. It has the first layer after the range, and the event that
+        fires when the range is complete. The last range ends with the last layer.
         """
         ranges = [LayersStaged(below, event) for below, event in layers]
         self.send(Staged(req, chunks, gather_us, event, ranges))

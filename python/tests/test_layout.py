@@ -55,7 +55,7 @@ def tokens_of(tensor, table, block_tokens, count, hint):
 
 BLOCKS = 40
 CASES = {
-    # Name of the case: (function that makes tensors with blocks of n tokens, mla).
+    # For each case, the function that makes tensors with blocks of n tokens.
     "0.32 HND": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt),
     "0.32 NHD": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (0, 1, 3, 2, 4)),
     "0.32 BLHNC": lambda n, dt: one_backing((BLOCKS, HEADS, n, 2 * SIZE), dt, (1, 0, 2, 3, 4)),
@@ -276,7 +276,7 @@ def plain(key, value, cache, slots):
 
 
 def stored(writer, side, values):
-    """Fills a side's tensors with its writer; `values` is `[2, layers, tokens, heads * size]`."""
+    """Fills the side's tensors with the side's writer; `values` is `[2, layers, tokens, heads * size]`."""
     kernel = side.pages.first.tokens
     count = values.shape[2]
     slots = torch.tensor([int(side.table[p // kernel]) * kernel + p % kernel for p in range(count)])

@@ -161,8 +161,8 @@ def layered(rig, monkeypatch):
 
 
 def launch(rig, names, *granted):
-    """Runs a forward. `granted` names the layer after which slots are granted; an empty name means right after the
-    announcement.
+    """Runs a forward. Each entry of `granted` names the layer after which the sidecar grants slots to these chunks. If
+    the name is empty, the sidecar grants them directly after the announcement.
     """
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]
@@ -247,7 +247,7 @@ def test_a_step_in_several_forwards_is_gathered_as_a_whole(layered, device):
 
 
 def before_layer(rig, below, act):
-    """Calls `act` before the connector learns that the layers before `below` are computed."""
+    """Calls `act` just before the connector learns that the first `below` layers are computed."""
     sender = rig.worker._senders[0]
     launched = sender.layers_computed
 

@@ -53,8 +53,8 @@ def load_params(req="r", **more):
 
 
 def output(new=(), cached=(), resumed=()):
-    """Returns a step's output. `new`: (request, blocks, computed, scheduled); `cached`: the same with an id as the
-    request.
+    """Returns a step's output. Each entry of `new` is (request, blocks, computed, scheduled). Each entry of `cached`
+    has the request's id in place of the request.
     """
     scheduled = {r.request_id: n for r, _, _, n in new} | {name: n for name, _, _, n in cached}
     for r, _, _, _ in new:

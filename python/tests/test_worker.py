@@ -327,8 +327,8 @@ def test_a_load_that_ends_early_is_reported_as_failed(rig):
     rig.receiver.say(wire.Ended("r", "no_sender", 0))
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])
-    assert rig.invalid_blocks == {27, 1, 5}  # without the prefix's block, which other requests share
-    assert rig.receiver.next() == wire.Abort("r")  # releases the chunks that the sidecar had announced
+    assert rig.invalid_blocks == {27, 1, 5}  # The prefix's block is not here: other requests share it.
+    assert rig.receiver.next() == wire.Abort("r")  # This releases the chunks that the sidecar had announced.
     assert rig.stats.data["load_failures"] == {"no_sender": 1}
 
 

@@ -107,7 +107,7 @@ def _alternate(figures: Figures, ours: Pair, baseline: NixlPair, progress: Progr
         with _stopped(own_parts):
             expect, base = timed(baseline.complete, prompts)
         assert answers == expect, "the two pairs gave different texts"
-        if turn:  # the first turn warms up
+        if turn:  # The first turn warms up.
             # Do not count the first request of each turn, for either pair: it wakes the stopped processes.
             mine += times[1:]
             theirs += base[1:]

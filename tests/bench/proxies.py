@@ -1,8 +1,8 @@
 """Measures pd-proxy against vllm-router and sglang-router, in front of engines that answer at once.
 
 The router has the first core for itself; the engines and the load generator share the second core. So the benchmark
-compares the work of the routers alone. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router has no
-mode for such requests and only routes, so the comparison with sglang-router has no prefill instances.
+compares the work of the routers alone. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router only
+routes, and has no mode for such requests. So the comparison with sglang-router has no prefill instances.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ LENGTHS = (1, 300, 1100)
 def started(logs: Path) -> Iterator[Pair]:
     options = PairOptions(
         write_model(ROOT / "target" / "model"), logs, prefill_workers=2, decode_workers=1, ranks=RANKS, prefix="ranks-",
-        # An engine of the session's pair has four times as much memory; here each worker has this amount.
+        # Each worker gets a quarter of the KV memory that an engine of the session's pair has.
         more=("--kv-cache-memory-bytes", str(256 << 20)),
         sidecar_keys={
             # The receiver compares the checksum of every chunk with the checksum that the sender computed.

@@ -28,8 +28,8 @@ def token_ids(answer: dict[str, Any]) -> list[list[int]]:
     return [choice["token_ids"] for choice in answer["choices"]]
 
 
-# Prefill of a prompt of 1500 tokens takes 300 to 400 ms on this machine, and the transfer and the first token about 50
-# ms more. The answer takes seconds. So some of these times lie in each phase of a request.
+# Prefill of a prompt of 1500 tokens takes 300 to 400 ms on this machine, and the transfer and the first token take
+# about 50 ms more. The answer takes seconds. So some of these times lie in each phase of a request.
 @pytest.mark.parametrize("after_ms", [0, 5, 20, 50, 100, 200, 300, 350, 400, 450, 500, 700])
 def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
     tokens = prompt(1500, seed=500 + after_ms)

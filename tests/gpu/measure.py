@@ -87,7 +87,7 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
 
 
 async def warm_up(stack: Stack, prompts: Prompts) -> None:
-    """Sends two requests, so that engines that have just started connect and compile."""
+    """Sends two requests, so that new engines connect and compile before the measurement."""
     async with client() as session:
         for _ in range(2):
             await stack.complete(session, prompts.next(LOAD_TOKENS), ANSWER)

@@ -76,7 +76,9 @@ def _tpot(found: dict[str, Any]) -> list[str]:
 
 
 def _latency(found: dict[str, Any]) -> list[str]:
-    """Returns rows with the time to the first token and the gap, which is this time minus that of a single instance."""
+    """Returns rows with the time to the first token and the gap, which is this time minus the same time of a single
+    instance.
+    """
     stacks = list(found)
     lines = ["| prompt | " + " | ".join(f"{TITLES[name]}: first token" for name in stacks) + " | "]
     lines[0] += " | ".join(f"gap {TITLES[name]}" for name in stacks if name != "plain") + " | texts equal |"

@@ -44,14 +44,16 @@ UCX = "cuda_ipc,cuda_copy,tcp"
 """UCX_TLS of engines and sidecars. It includes tcp, because UCX needs a transport for active messages."""
 
 WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
-"""The wires that `auto` does not choose between two GPUs of a host: `transport`, and UCX_TLS of the sidecars."""
+"""The wires that `auto` does not use from one GPU of a host to another. Each value is a pair: the sidecars' `transport`
+and their UCX_TLS.
+"""
 
 
 @dataclass(frozen=True)
 class Setting:
     """The settings of one comparison.
 
-    `gpus` are the ordinals of the GPUs of prefill and decode; None: everything runs on the CPU.
+    `gpus` are the ordinals of the GPUs of prefill and decode. If `gpus` is None, everything runs on the CPU.
     """
 
     model: Path

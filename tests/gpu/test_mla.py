@@ -25,7 +25,7 @@ if not FOUND and not ON_CPU:
 LENGTHS = (1, 257, 700) if ON_CPU else (1, 255, 257, 1100, 2500)
 AT_ONCE = (40, 300, 777) if ON_CPU else (1, 300, 512, 700, 1024, 1500, 2049, 2500)
 TOKENS = 12
-# Numbers per token and layer: the latent vector, and the part that carries the position.
+# The latent vector has 512 numbers per token and layer; the part that carries the position has 64.
 LATENT = 512 + 64
 FOLDER = ROOT / "target" / "gpu-mla"
 CHUNKS = 48

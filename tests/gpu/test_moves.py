@@ -25,8 +25,8 @@ from pd_sidecar.sidecar.wire import CudaMemory
 
 CHUNK = 256
 BLOCKS = 256
-# For each name: the shape of a layer as a function of the block size, the physical order of its dimensions (None: the
-# same order), and True for MLA.
+# Each value has three parts: the shape of a layer as a function of the block size, the physical order of the dimensions
+# (None for the same order), and True for MLA.
 LAYOUTS: dict[str, tuple[Any, Any, bool]] = {
     "NHD": (lambda n: (BLOCKS, 2, n, 8, 128), None, False),
     "HND": (lambda n: (BLOCKS, 2, n, 8, 128), (0, 1, 3, 2, 4), False),

@@ -7,7 +7,8 @@ import socket
 import struct
 from pathlib import Path
 
-# Values of the state column in /proc/net: for TCP the state TCP_LISTEN, for UDP the state of a socket without a peer.
+# The value of the state column in /proc/net that a listening socket has. TCP has the state TCP_LISTEN. For UDP this is
+# the state of a socket without a peer.
 _LISTENS = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
 
 # SO_ACCEPTCON in the flags column of /proc/net/unix.

@@ -16,6 +16,6 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(tokens)]
 
 
-# Lengths just below and above a block (32 and 64 tokens), and just below and above a chunk and a step of chunked
-# prefill (both 256 tokens), and some long prompts.
+# The lengths are just below and above a block (32 and 64 tokens), just below and above a chunk and a step of chunked
+# prefill (both 256 tokens), and some large lengths.
 LENGTHS = (1, 2, 31, 50, 64, 65, 255, 256, 257, 300, 511, 777, 1024, 1500)

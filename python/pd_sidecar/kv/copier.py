@@ -50,7 +50,9 @@ class LayeredCopy(Protocol):
     """A gather by ranges of layers, launched by the engine's thread between the layers that it computes."""
 
     def gather(self, below: int, signal: int) -> None:
-        """Gathers the layers from the previous range's end up to `below`, then records the event `signal`."""
+        """Gathers the layers from the previous range's end to layer `below` (exclusive), then records the event
+        `signal`.
+        """
         ...
 
     @property
@@ -70,8 +72,8 @@ class Copier(Protocol):
         *,
         last: bool = False,
     ) -> Fence:
-        """Copies pages to slots. Then records the event `signal`, for which the sidecar waits. `last` is true if the
-        engine has launched no work after the marks in `after`.
+        """Copies pages to slots. Then records the event `signal`, if there is one, so that the sidecar learns that the
+        copy has ended. `last` is true if the engine has launched no work after the marks in `after`.
         """
         ...
 

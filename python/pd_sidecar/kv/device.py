@@ -43,7 +43,9 @@ class Host:
 
 
 def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
-    """Returns the device of these tensors. With `signals` the device has events, for which the sidecar waits."""
+    """Returns the device of these tensors. If `signals` is true, the device has events, so that the sidecar can wait
+    for the end of a gather.
+    """
     where = pages.first.tensor.device
     if where.type == "cpu":
         return Host()

@@ -181,7 +181,7 @@ class _LayeredCopy:
         self._moves: list[_Move] = []
 
     def gather(self, below: int, signal: int) -> None:
-        """Gathers the layers from the previous range's end up to `below`."""
+        """Gathers the layers from the previous range's end to layer `below` (exclusive)."""
         layers = (self._below, below)
         self._moves.append(self._copier.gather_layers(self._plan, layers, signal))
         self._below = below

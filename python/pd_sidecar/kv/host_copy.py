@@ -108,8 +108,8 @@ class HostCopier:
 
 
 class _Part:
-    """A group of layers with the same arrangement in the same storage, usually all layers; and its planes: K, V or
-    both.
+    """The planes K, V or both of a group of layers that have the same arrangement in the same storage. Usually all
+    layers are in one group.
     """
 
     def __init__(
@@ -160,7 +160,9 @@ class _Part:
         return slice(start, start + rows)
 
     def rows_in_slots(self, batch: Batch) -> torch.Tensor:
-        """Returns the buffer's rows of any batch, in the same order as `rows_of`."""
+        """Returns the numbers of the batch's rows in the buffer, in the order of `rows_of`. The batch's slots need not
+        be consecutive.
+        """
         planes = torch.tensor(self._planes).view(1, -1, 1, 1, 1) * self._all_layers
         layers = self._layers.view(1, 1, -1, 1, 1)
         tokens = torch.arange(batch.form.tokens).view(1, 1, 1, -1, 1) + batch.form.offset
@@ -298,4 +300,6 @@ def _store(rows: torch.Tensor, numbers: torch.Tensor, values: torch.Tensor) -> N
 
 
 _ELEMENTS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
-"""Widest first: a copy of 16-byte elements reaches the memory's speed, a copy of single bytes a fifth of this speed."""
+"""Widest first: a copy of 16-byte elements reaches the memory's speed; a copy of single bytes reaches only a fifth of
+this speed.
+"""

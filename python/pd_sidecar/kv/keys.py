@@ -25,7 +25,7 @@ UNSEEDED = "vllm-none-hash"
 
 
 class HashError(ValueError):
-    """The configuration does not allow a chunk hash. The text names a setting that would allow one."""
+    """The configuration does not allow a chunk hash. The text names a setting that would allow a hash."""
 
 
 class ChunkHasher:

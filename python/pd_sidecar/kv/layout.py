@@ -1,9 +1,9 @@
 """Finds the place of KV in an engine's tensors, and derives the format of its chunks.
 
-The places follow from the tensors' shapes and strides. If these allow several interpretations, the engine's own
-description (`Hint`) decides between them. Strides can be wrong about the inside of a page: vLLM's CPU kernels store K
-there column by column, or in tiles. If the engine's own kernel is available, `probe` uses this kernel to find the real
-places.
+The places follow from the tensors' shapes and strides. If the shapes and strides allow several interpretations, the
+engine's own description (`Hint`) decides between them. Strides can be wrong about the inside of a page: vLLM's CPU
+kernels store K there column by column, or in tiles. If the engine's own kernel is available, `probe` uses this kernel
+to find the real places.
 """
 
 from __future__ import annotations
@@ -298,12 +298,12 @@ def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int 
         if len(shape) == 4 and blocks(shape[0]) and shape[1] == 1:
             return 0, 2, None, None, shape[3]
     elif len(shape) == 4:
-        # [blocks, heads, tokens, K and V of a head]: vLLM from 0.28 on, and its CPU backend earlier.
+        # vLLM has [blocks, heads, tokens, K and V of a head] from 0.28 on. Its CPU backend had this shape earlier.
         if blocks(shape[0]) and shape[1] == hint.kv_heads and shape[3] == 2 * hint.head_size:
             return 0, 2, 1, None, hint.head_size
     elif len(shape) == 5 and shape[4] == hint.head_size:
-        # [blocks, 2, tokens, heads, size] and, before 0.24, [2, blocks, ...]. The CPU backend had heads before tokens.
-        # If there are as many heads as tokens, take the order of the GPU backends.
+        # The GPU backends have [blocks, 2, tokens, heads, size]. Before vLLM 0.24 they had [2, blocks, ...]. The CPU
+        # backend had heads before tokens. If there are as many heads as tokens, take the order of the GPU backends.
         for block, plane in ((0, 1), (1, 0)):
             if shape[plane] == 2 and blocks(shape[block]):
                 if shape[3] == hint.kv_heads:

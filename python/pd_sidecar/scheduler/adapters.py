@@ -152,6 +152,6 @@ PREFIXES = ("adapter_", "new_embeddings.")
 LOOK_S = 1.0
 """The shortest time between two checks of the files of one adapter, in seconds."""
 MAX_ADAPTERS = 4096
-"""Maximum number of adapters whose digests are kept. The adapter that was used longest ago is removed first. If a
-request uses this adapter again, the thread computes the digest again.
+"""Maximum number of adapters whose digests are kept. The least recently used adapter is removed first. If a request
+uses this adapter again, the thread computes the digest again.
 """

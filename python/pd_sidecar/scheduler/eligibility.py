@@ -61,8 +61,8 @@ class Transfer:
 
 
 def unserved(request: Request) -> Skip | None:
-    """Returns the reason why this request cannot use KV of another engine; `None` if it can. Either equal tokens may
-    mean different KV, or this engine has to compute the prompt itself.
+    """Returns the reason why this request cannot use KV of another engine; `None` if it can. The reason is either that
+    equal tokens may mean different KV, or that this engine must compute the prompt itself.
     """
     if request.mm_features:
         return Skip.MULTIMODAL

@@ -36,7 +36,7 @@ class PushStep:
 
     engine_id: str
     blocks: list[int]
-    """Block ids. They replace the request's table, or are appended to it, as `replace` says."""
+    """Block ids. If `replace` is true, they replace the request's table; otherwise they are appended to the table."""
     replace: bool
     upto: int
     """The number of prompt tokens that are computed when the step is over."""

@@ -90,7 +90,8 @@ class Load:
     table: list[int] = field(default_factory=list)
     """The blocks of the pushed tokens, as of the last step."""
     preemptions: int = 0
-    """The request's number of preemptions when the table began. A higher number shows that the table's blocks are gone.
+    """The request's number of preemptions when `table` was last replaced. If the request has been preempted since then,
+    the table's blocks are gone.
     """
 
     def is_copyable(self, blocks: int) -> bool:

@@ -78,9 +78,9 @@ class Hello(_Message, omit_defaults=True):
     rank: int
     world_size: int
     layout: Layout
-    device: str | None = None  # UUID of this engine's GPU
-    events: list[bytes] = []  # CUDA IPC handles of events on this GPU
-    unmoved: str = ""  # why this engine moves no KV; `layout` then contains only the model
+    device: str | None = None  # The UUID of this engine's GPU.
+    events: list[bytes] = []  # The CUDA IPC handles of events on this GPU.
+    unmoved: str = ""  # The reason why this engine moves no KV. `layout` then contains only the model.
 
     @classmethod
     def of_unmoved(cls, engine: str, role: str, rank: int, world_size: int, model: str, why: str) -> Hello:
@@ -113,7 +113,7 @@ class Computing(_Message):
 
 
 class LayersStaged(msgspec.Struct, frozen=True):
-    """The layers from the previous range's end up to `below` are complete when `event` has fired."""
+    """The layers from the previous range's end to layer `below` (exclusive) are complete when `event` has fired."""
 
     below: int
     event: int
@@ -172,8 +172,8 @@ class CudaMemory(msgspec.Struct, frozen=True):
 
 
 class Welcome(_Message, omit_defaults=True):
-    """The sidecar accepts the connection. The message carries the buffer: host memory as a descriptor that accompanies
-    the frame, GPU memory as the handle in `cuda`.
+    """The sidecar accepts the connection. The message carries the buffer. Host memory comes as a descriptor that
+    accompanies the frame; GPU memory comes as the handle in `cuda`.
     """
 
     v: int

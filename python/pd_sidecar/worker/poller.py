@@ -83,8 +83,8 @@ class Poller(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                # Report arrivals before the launch: the launch can last until the engine's next pause, and would delay
-                # the report by this time.
+                # Report arrivals before the launch: the launch can last until the engine's next pause, and a report
+                # after it would come later by this time.
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
@@ -112,9 +112,9 @@ class Poller(threading.Thread):
 
 
 MOVE_S = 1e-3
-"""Seconds between two checks for the end of a move. The slots of a scatter may become free this much later than the
-scatter ends. The checks must not be too frequent, because the engine's thread needs the same lock for the step that
-uses the move.
+"""Seconds between two checks for the end of a move. The slots of a scatter become free only when a check finds that the
+scatter has ended. The checks must not be too frequent, because the engine's thread needs the same lock for the step
+that uses the move.
 """
 YIELD_S = 50e-6
 """Seconds that this thread sleeps between a report and a launch, so that the engine's thread can wake up first."""

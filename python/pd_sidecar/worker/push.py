@@ -86,7 +86,7 @@ class Sender:
                 outgoing.held_since = time.monotonic()
 
     def layers_computed(self, below: int) -> None:
-        """Runs within the forward, when the engine has launched the layers before `below`."""
+        """Runs within the forward, when the engine has launched all layers up to layer `below` (exclusive)."""
         if not self._by_engine_id:
             return
         if below <= self._below:
@@ -142,7 +142,8 @@ class Sender:
         """Ends a request after the sidecar's last message about it."""
         outgoing = self._by_req.get(message.req)
         if self._layered is not None and outgoing in self._layered.outgoings:
-            # First end the request's layered gather: its events become free below and may then serve another request.
+            # First end the request's layered gather: the next call frees the gather's events, and another request may
+            # then use them.
             self._end_layered()
         self._event_slots.ended(message.req)
         if outgoing is None:

@@ -3,7 +3,7 @@
 Each rank has its own keys, buffer and pair of ports, in both sidecars. Usually there are as many ranks as
 tensor-parallel workers. If the two sides have different numbers of workers, both split KV into as many ranks as the
 larger side has workers (`ranks` in the options). A worker of the smaller side then serves several ranks, each with a
-part of its heads:
+part of the worker's heads:
 
     prefill, 1 worker   heads 0 1 2 3        rank 0: heads 0 1 ──▶ worker 0   decode, 2 workers
                                              rank 1: heads 2 3 ──▶ worker 1

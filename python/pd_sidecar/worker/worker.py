@@ -366,7 +366,7 @@ def range_ends(layers: int) -> list[int]:
     """Returns the first layer after each range of layers, except for the last range.
 
     A link that is faster than the computing needs only one range. This range should end late, so that little is left to
-    push after the step. A slower link gains more the earlier the first range ends.
+    push after the step. With a slower link, the push ends sooner if the first range ends earlier.
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)

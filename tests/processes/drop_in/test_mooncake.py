@@ -32,8 +32,8 @@ Side = TypeVar("Side", BareSender, BareReceiver)
 
 
 def base_port(apart: int) -> int:
-    """Returns a base port for the prefill side. All its ports are free, and so are the decode side's ports, which are
-    `apart` higher.
+    """Returns a base port for the prefill side. The ports that follow from it are free, and so are the decode side's
+    ports, whose numbers are higher by `apart`.
     """
     return free_ports(tuple(first + offset for first in (0, apart) for offset in (0, 9, 10, 49)))
 

@@ -96,8 +96,8 @@ def test_lmcache_sender_and_our_receiver(ours: OurReceiver, mode: str) -> None:
 def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, mode: str) -> None:
     sender = LmcacheSender(mode)
     try:
-        # A decode request must read this prompt. As long as no request has read KV of a sender, the sidecar frees this
-        # KV to make room for the sender's next request.
+        # A decode request must read this prompt. If no request has read KV of a sender yet, the sidecar frees the
+        # sender's KV to make room for its next request.
         assert moved(sender, ours, Prompt.of_chunks(1))
         first, second, huge = Prompt.of_chunks(6), Prompt.of_chunks(6), Prompt.of_chunks(9)
         requests = {prompt: next_request() for prompt in (first, second, huge)}
