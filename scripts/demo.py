@@ -32,7 +32,8 @@ STORY = (
     "A decode engine takes these notes and only has to continue. "
 )
 
-# Prompts whose KV is one chunk (256 tokens) up to several chunks. The last two prompts begin with the same text.
+# The KV of the shortest prompt fits into one chunk (256 tokens); the longest prompts have several chunks. The last two
+# prompts begin with the same text.
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then",
     STORY * 3 + "In short,",

@@ -45,6 +45,7 @@ TRIM_NIXL = (
     "nixl_ep_cu13", "nixl_cu13.scripts", "nixl_cu13-*.data", "nixl_cu13.libs/*aws*", "nixl_cu13.libs/*azure*",
     "nixl_cu13.libs/*gusli*", "nixl_cu13.libs/libs2n*",
 )  # fmt: skip
+
 # Packages that LMCache imports and that neither vLLM nor the host has.
 LMCACHE_NEEDS = (
     "aiofile", "caio", "awscrt", "redis", "nvtx", "httptools", "opentelemetry-exporter-prometheus==0.61b0",

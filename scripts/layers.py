@@ -215,7 +215,7 @@ def _use_tree(prefix: Module, tokens: list[str]) -> Iterator[Module]:
 
 
 def _python_imports(root: Path, file: Path, files: set[Path]) -> Iterator[Path]:
-    """Yields the package's files that a file imports, except those that are only for type checkers."""
+    """Yields the package's files that a file imports. Skips the imports that are only for type checkers."""
     for node in _statements(ast.parse((root / file).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom):
             continue

@@ -1,4 +1,4 @@
-"""Names the platform of a wheel whose programs are not Python's."""
+"""Sets the platform in the name of the wheel, because the wheel contains native programs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Platform(BuildHookInterface):
-    """Names any Python 3 and this machine's C library. A wheel for other C libraries must be built in a manylinux
-    image.
+    """Marks the wheel as usable with any Python 3 and with this machine's C library. A wheel for other C libraries must
+    be built in a manylinux image.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

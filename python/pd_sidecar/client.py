@@ -153,7 +153,9 @@ class Client:
         upto: int,
         overlap: bool = False,
     ) -> None:
-        """Prefill: asks for slots for a request's chunks at the receiver `to`. The answer is `Granted`."""
+        """Prefill: asks the sidecar to get slots for a request's chunks from the receiver `to`. The answer is
+        `Granted`.
+        """
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
     def computing(self, req: str, upto: int) -> None:

@@ -214,7 +214,8 @@ def test_a_sidecar_that_breaks_the_protocol_is_left(path, clients, garbage):
     until(client, Connected)
     sidecar.say_bytes(garbage)
     events = until(client, Lost)
-    # The client connects again. One poll may return both events: the old connection has ended, a new one is open.
+    # The client connects again. One poll may return both events, `Lost` of the old connection and `Connected` of the
+    # new connection.
     assert any(isinstance(event, Connected) for event in events) or until(client, Connected)
 
 

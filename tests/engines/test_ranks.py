@@ -1,4 +1,4 @@
-"""Tests tensor-parallel engines: each rank has its own transfer, also if the two sides have different numbers of
+"""Tests tensor-parallel engines: each rank has its own transfer, even if the two sides have different numbers of
 workers.
 """
 

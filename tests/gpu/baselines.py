@@ -73,7 +73,9 @@ class Nixl(_TwoEngines):
 
 
 class LmCache(_TwoEngines):
-    """Two engines with LMCache's PD over NIXL. The prefill leg gives the first token, the decode leg the others."""
+    """Two engines with LMCache's PD over NIXL. The prefill leg gives the first token, and the decode leg gives the
+    others.
+    """
 
     name = "lmcache"
 

@@ -202,7 +202,9 @@ async def throughput(stacks: Sequence[Stack], count: int, at_once: int, prompts:
 
 
 def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any]:
-    """Returns the sidecars' records of the last requests, whose prompts had these lengths, and the expected bytes."""
+    """Returns the bytes that the sidecars recorded for the last requests, and the bytes that prompts of these lengths
+    need.
+    """
     count = len(prompts)
     records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
     wanted = sum(prompts) * setting.token_bytes
@@ -229,7 +231,7 @@ def _summary(done: Sequence[Handover], failures: Sequence[str]) -> dict[str, Any
 
 
 def _with_gaps(of: dict[str, Any], alone_ms: float) -> dict[str, Any]:
-    """Adds the gap: the milliseconds by which a first token comes later than from one idle instance."""
+    """Adds the gap: the time to the first token, minus the same time of one idle instance, in milliseconds."""
     shares = ("p50", "p99") if of["done"] else ()
     gaps = {f"gap_ms_{share}": round(of[f"first_ms_{share}"] - alone_ms, 1) for share in shares}
     return {"alone_ms": alone_ms, **of, **gaps}

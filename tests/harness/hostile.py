@@ -115,7 +115,7 @@ class Intruder:
 
 
 def ports(given: dict[str, Any]) -> object:
-    """Connects to ports, sends random bytes to those that accept, and returns these ports."""
+    """Connects to ports, sends random bytes to each port that accepts the connection, and returns these ports."""
     answered = []
     for port in given["ports"]:
         with socket.socket() as stream, suppress(OSError):

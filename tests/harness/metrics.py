@@ -54,7 +54,7 @@ class Metrics:
 class PromptTokens:
     """The engine's own counts of prompt tokens, by the source of their KV.
 
-    `external` tokens came through the connector, and `cached` tokens from the engine's prefix cache. The engine
+    `external` tokens came through the connector, and `cached` tokens came from the engine's prefix cache. The engine
     computed the `computed` tokens itself.
     """
 

@@ -238,7 +238,7 @@ class Pair:
         return post_json(f"{engine.url}/v1/completions", {**decode, "kv_transfer_params": load})
 
     def prompt_tokens_since(self, before: PromptTokens, at_least: int) -> PromptTokens:
-        """Returns the decode engine's prompt tokens since `before`.
+        """Returns the prompt tokens that the decode engine has counted since the counts `before` were read.
 
         Waits up to 5 s for `at_least` tokens, because the counters change a moment after the answer.
         """

@@ -108,8 +108,8 @@ class HostCopier:
 
 
 class _Part:
-    """The planes K, V or both of a group of layers that have the same arrangement in the same storage. Usually all
-    layers are in one group.
+    """Some planes (K, V or both) of the layers that have the same arrangement in the same storage; usually these are
+    all layers.
     """
 
     def __init__(

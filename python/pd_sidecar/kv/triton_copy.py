@@ -1,7 +1,8 @@
 """Moves KV between pages and slots on a GPU, with one launch for all requests of a step.
 
-The kernel reads the place of each piece from a plan that comes with the launch. So it needs neither row numbers, which
-would take megabytes, nor a second copy. Values that are the same in every launch are compiled into the kernel.
+The kernel reads the place of each piece from a plan that comes with the launch. So the kernel needs neither row
+numbers, which would take megabytes, nor a second copy. Values that are the same in every launch are compiled into the
+kernel.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Piece
 
 FIELDS: tl.constexpr = tl.constexpr(6)
-"""The number of fields per piece in the plan: slot, first token, number of tokens, number of tokens in the slot, index
-of the first moved token in the slot, and start of the piece's block table.
+"""The number of fields that the plan has per piece. The fields are slot, first token, number of tokens, number of
+tokens in the slot, index of the first moved token in the slot, and start of the piece's block table.
 """
 
 TOKENS, COLUMNS = 16, 256

@@ -37,25 +37,26 @@ class Options:
     hash_algorithm: str = "sha256_cbor"
     """`sha256_cbor`, `sha256`, or `builtin` with PYTHONHASHSEED set. Default: LMCache's setting, if there is one."""
     ranks: int = 0
-    """The number of ranks into which the two sides split KV, equal on both: the larger tensor-parallel size. Default:
-    this engine's size.
+    """The number of ranks into which the two sides split KV: the larger of their tensor-parallel sizes, equal on both
+    sides. Default: this engine's size.
     """
     load_deadline_ms: int = 30_000
     """Milliseconds that a decode request waits for its KV. After this time this engine computes the prompt."""
     save_deadline_ms: int = 60_000
-    """Milliseconds for which a finished prefill request keeps its blocks for chunks that have no slot yet."""
+    """Milliseconds that a finished prefill request keeps its blocks while some of its chunks have no slot yet."""
     push: str = "auto"
-    """On a GPU: `step` gathers after a step; `layers` gathers the first layers of a step while its last layers are
-    computed; `auto` gathers as `layers` if the KV then arrives earlier over the sidecar's link, otherwise as `step`.
+    """The moment of a gather on a GPU. `step` gathers after a step. `layers` gathers the first layers of a step while
+    its last layers are computed. `auto` works like `layers` if the KV then arrives earlier over the sidecar's link;
+    otherwise it works like `step`.
     """
     idle_wait_ms: float = 2.0
-    """Milliseconds for which an engine with nothing else to do waits for a message of the sidecar."""
+    """Milliseconds that an engine with nothing else to do waits for a message of the sidecar."""
     sidecar: str = ""
     """`spawn`: the engine starts its sidecar as a child."""
     sidecar_arguments: str = ""
     """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
-    """True: start, although vLLM would answer a failed load with HTTP 500."""
+    """If true, the engine starts although vLLM would answer a failed load with HTTP 500."""
 
 
 def parse(

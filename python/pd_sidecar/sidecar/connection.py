@@ -42,7 +42,7 @@ class ConnectionLostError(Exception):
 
 
 class RefusedError(Exception):
-    """The sidecar refuses this engine. `reason` is for programs, the text for people."""
+    """The sidecar refuses this engine. `reason` is for programs, and the text is for people."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(f"{refused.text} ({refused.reason})")

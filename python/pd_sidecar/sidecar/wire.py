@@ -95,7 +95,9 @@ class Hello(_Message, omit_defaults=True):
 
 
 class Reserve(_Message):
-    """Prefill: the engine starts to compute the request, and asks for slots for these chunks at the receiver `to`."""
+    """Prefill: the engine starts to compute the request, and asks the sidecar to get slots for these chunks from the
+    receiver `to`.
+    """
 
     req: str
     to: Target
@@ -106,7 +108,7 @@ class Reserve(_Message):
 
 
 class Computing(_Message):
-    """Prefill: tokens `[0, upto)` will be computed at the end of this step."""
+    """Prefill: when this step ends, tokens `[0, upto)` are computed."""
 
     req: str
     upto: int

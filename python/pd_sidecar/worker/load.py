@@ -287,7 +287,7 @@ class Receiver:
         )
 
     def _give_up(self, incoming: Incoming, reason: str) -> None:
-        """Ends a request from this side. `finished` tells the sidecar of it later, once no scatter is under way."""
+        """Ends a request from this side. `finished` tells the sidecar later, when no scatter is under way."""
         if incoming.failure is None:
             self._fail(incoming, reason)
             incoming.owes_abort = True

@@ -86,7 +86,7 @@ class Sender:
                 outgoing.held_since = time.monotonic()
 
     def layers_computed(self, below: int) -> None:
-        """Runs within the forward, when the engine has launched all layers up to layer `below` (exclusive)."""
+        """Runs within the forward, when the engine has launched the first `below` layers."""
         if not self._by_engine_id:
             return
         if below <= self._below:
@@ -421,7 +421,7 @@ class Sender:
         )
 
     def _give_up(self, outgoing: Outgoing, reason: str) -> None:
-        """Ends a request from this side. `finished` tells the sidecar of it later, once no gather is under way."""
+        """Ends a request from this side. `finished` tells the sidecar later, when no gather is under way."""
         if not outgoing.over:
             self._fail(outgoing, reason)
             outgoing.owes_cancel = True

@@ -62,7 +62,9 @@ class LayeredGather:
     entries: list[Entry]
     layered_copy: LayeredCopy
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    """The ranges of layers gathered so far: for each range, the first layer after the range and the range's event."""
+    """The ranges of layers that were gathered so far. Each entry has the first layer after the range, and the range's
+    event.
+    """
 
     @property
     def outgoings(self) -> list[Outgoing]:

@@ -45,7 +45,7 @@ class Rank:
     save_deadline_s: float
     layers: int
     by_layers: bool
-    """True: on an asynchronous device, gather by layers even if the sidecar does not ask for it."""
+    """If true, an asynchronous device gathers by layers even if the sidecar does not ask for it."""
 
     @property
     def load_limit_s(self) -> float:
@@ -90,8 +90,8 @@ class TpPartition:
         return Share(self.ranks, parts)
 
     def _heads_of(self, index: int, of: int) -> range:
-        """Returns the heads of part `index` out of `of` parts. If there are fewer heads than parts, several parts hold
-        the same head.
+        """Divides the heads into `of` parts, and returns the heads of part `index`. If there are fewer heads than
+        parts, several parts hold the same head.
         """
         first = index * self.heads // of
         return range(first, max(first + 1, (index + 1) * self.heads // of))

@@ -215,9 +215,9 @@ class Worker:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
         The scheduler calls this method while it handles the output of a step, after it has launched the next step. So
-        the scheduler learns of a load earlier than it would from `finish`: by one step and one pause of the engine's
-        loop. After the first call of this method, `finish` returns only failed loads and never waits. If `rest` is
-        true, this method waits instead.
+        the scheduler learns of a load one step and one pause of the engine's loop earlier than it would from `finish`.
+        After the first call of this method, `finish` returns only failed loads and never waits. If `rest` is true and
+        nothing is done yet, this method waits briefly for results.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
@@ -320,7 +320,7 @@ class Worker:
         return not self._idle and any(link.end.has_part_in_steps for link in self._links)
 
     def _rest(self) -> None:
-        """Waits briefly for news. Without this, an engine whose requests all wait would use a whole core."""
+        """Waits briefly for news. Without this wait, an engine whose requests all wait would use a whole core."""
         if self._poller is not None:
             self._poller.wait(self._idle_wait_s)
             return

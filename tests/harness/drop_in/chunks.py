@@ -18,7 +18,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Prompt:
-    """The KV of a prompt. `seed` determines the content of the chunks, `name` their keys."""
+    """The KV of a prompt. `seed` determines the content of the chunks, and `name` determines their keys."""
 
     name: int
     tokens: int

@@ -31,7 +31,7 @@ FIELDS: dict[str, list[Any]] = {
 
 
 class Tap:
-    """A TCP relay to one port that records all bytes in both directions."""
+    """A TCP relay in front of one port. It records all bytes in both directions."""
 
     def __init__(self, port: int) -> None:
         self.port = free_port()

@@ -241,7 +241,8 @@ def test_a_receiver_that_sends_a_program_for_its_pages(
         port = near.bind_to_random_port("tcp://127.0.0.1")
         far.connect(f"tcp://127.0.0.1:{ours.target.init_port}")
         put = pool.submit(our_sender.put, req, Target("127.0.0.1", port, ours.target.alloc_port), prompt)
-        # The handshake is that of a real receiver, without the field `x`, so the sender treats the receiver as LMCache.
+        # A real receiver makes the handshake, but this test removes the field `x`. So the sender treats the receiver as
+        # LMCache.
         assert near.poll(5000)
         asked = msgspec.msgpack.decode(near.recv())
         del asked["x"]
