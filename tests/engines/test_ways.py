@@ -1,4 +1,4 @@
-"""Tests the proxy's other hand-over modes: the decode leg at other times, and the first token from the prefill engine."""
+"""Tests the proxy's other hand-over modes: decode legs at other times, and first tokens from the prefill engine."""
 
 from __future__ import annotations
 
