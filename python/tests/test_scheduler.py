@@ -119,7 +119,7 @@ def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
 
 
 def push(rig, name, params):
-    """Runs a prefill leg to its end. Returns its start, if there is one, and the response's parameters."""
+    """Runs a prefill leg to its end. Returns the message of its first step, and the response's parameters."""
     req = request(name, params, output_token_ids=[7])
     rig.scheduler.matched_tokens(req, 0)
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])

@@ -183,7 +183,8 @@ def test_a_push_that_the_sidecar_ends_frees_the_blocks_once(rig, reason):
     begin_push(rig)
     rig.sender.say(wire.Ended("r", reason, 0))
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].over)
-    # The worker reports the request only after the engine has finished it. The engine would not know an earlier report.
+    # The worker reports the request only after the engine has finished it. The engine does not expect an earlier
+    # report.
     assert rig.step(forward=False)[0] == set()
     assert rig.step(forward=False, finished=["a"])[0] == {"a"}
     assert rig.step(forward=False)[0] == set()

@@ -29,7 +29,7 @@ def token_ids(answer: dict[str, Any]) -> list[list[int]]:
 
 
 # Prefill of a prompt of 1500 tokens takes 300 to 400 ms on this machine, and the transfer and the first token take
-# about 50 ms more. The answer takes seconds. So some of these times lie in each phase of a request.
+# about 50 ms more. The answer takes seconds. So each phase of a request contains some of these times.
 @pytest.mark.parametrize("after_ms", [0, 5, 20, 50, 100, 200, 300, 350, 400, 450, 500, 700])
 def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
     tokens = prompt(1500, seed=500 + after_ms)
@@ -134,7 +134,8 @@ def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
 
 
 def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, reference: Reference) -> None:
-    """Uses one name for two sets of weights: the receiver refuses the keys, the decode engine computes the prompt."""
+    """Uses one name for two sets of weights: the receiver refuses the keys, and the decode engine computes the prompt.
+    """
     decoders = (pair.decode, reference.engine)
     folders = [write_lora(ROOT / "target" / f"lora-{seed}", seed) for seed in (2, 3)]
     pair.prefill.load_adapter("twin", folders[0])

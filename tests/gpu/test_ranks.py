@@ -39,7 +39,7 @@ RANKS = 2
 TOKENS = 12
 LENGTHS = (1, 300, 1100) if ON_CPU else (1, 300, 1100, 2500)
 AT_ONCE = (40, 300, 777, 1500) if ON_CPU else (1, 257, 512, 700, 1100, 1500, 2049, 2500)
-# Chunks in each rank's buffer: more than the prompts of `AT_ONCE` need at the same time.
+# Number of chunks in each rank's buffer. The prompts of `AT_ONCE` together need fewer chunks.
 CHUNKS = 64
 # Time limit for an engine's counters, which change a moment after its answers.
 COUNTERS_S = 15.0

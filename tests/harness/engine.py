@@ -34,7 +34,7 @@ class EngineOptions:
     model: Path
     block_size: int = 32
     batched_tokens: int | None = None
-    # The value of --kv-transfer-config. None: an instance without a connector.
+    # The value of --kv-transfer-config. None for an instance without a connector.
     kv_transfer: dict[str, Any] | None = None
     # The core of the first worker's thread; further workers take the next cores. Two engines on one core would slow
     # each other down.

@@ -50,7 +50,8 @@ class SidecarOptions:
     lmcache: dict[str, object] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
-    # A command that runs the binary, for example in another network namespace. Empty: the binary runs directly.
+    # A command that runs the binary, for example in another network namespace. If the command is empty, the binary runs
+    # directly.
     within: list[str] = field(default_factory=list)
 
 

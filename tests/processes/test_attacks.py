@@ -95,7 +95,7 @@ class Field:
         )
 
     def under(self, attacker: Attacker) -> Any:
-        """Pushes until the attack has ended, at least twice. Returns the attacker's result."""
+        """Pushes requests until the attack has ended, but at least twice. Returns the attacker's result."""
         for _ in range(2):
             self.check()
         deadline = time.monotonic() + BOUND_S

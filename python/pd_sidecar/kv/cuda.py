@@ -33,7 +33,7 @@ class _Handle(ctypes.Structure):
 
 
 class Driver:
-    """The driver's library. Raises `CudaError` if it is not installed."""
+    """The driver's library. The constructor raises `CudaError` if the library is not installed."""
 
     def __init__(self) -> None:
         try:

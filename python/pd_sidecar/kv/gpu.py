@@ -1,9 +1,9 @@
-"""Moves KV on a GPU, in order with the engine's computing.
+"""Moves KV on a GPU, and orders the moves relative to the engine's computing.
 
 A gather waits for the mark after the forward that computed its chunks. A scatter writes into the blocks of a request.
-It waits for the mark after all work that was launched before the request got these blocks. Without this wait, an older
-step could still write to these blocks: an engine that schedules ahead may free a step's blocks while the step is in
-flight.
+The scatter waits for the mark after all work that was launched before the request got these blocks. Without this wait,
+an older step could still write to these blocks: an engine that schedules ahead may free a step's blocks while the step
+is in flight.
 
 Gathers and scatters run on a separate stream, so that they do not wait for an unrelated step on the engine's stream.
 Two kinds of gather run on the engine's stream instead: a gather of the newest work, and a gather by layers. On that

@@ -230,8 +230,8 @@ class Scheduler:
         return metadata
 
     def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
-        """Ends a request. Returns true if its blocks stay until the workers report it, and the parameters of the
-        response.
+        """Ends a request. Returns two values: true if the request's blocks stay until the workers report the request,
+        and the parameters of the response.
         """
         engine_id = request.request_id
         state = self._states.get(engine_id)

@@ -1,7 +1,7 @@
 """Scatters the chunks that have arrived at a decode worker into the pages of parked requests.
 
-The worker reports every parked request exactly once. It reports a loaded request as soon as the last chunk has arrived
-in a slot, even if the scatter is not over. So the engine prepares the next step during the scatter. `begin` and
+The worker reports every parked request exactly once. The worker reports a loaded request as soon as the last chunk has
+arrived in a slot, even if the scatter is not over. So the engine prepares the next step during the scatter. `begin` and
 `Device.hold` make that step's computing wait for the scatter. The worker reports a failed request only when it no
 longer writes into the request's blocks.
 """
