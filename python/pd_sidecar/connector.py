@@ -170,9 +170,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
 
-    # The worker's half, in the order of the calls of a step. Before the forward, `bind_connector_metadata` is the only
-    # method that all versions and model runners of vLLM call. Some versions call `start_load_kv` only after the
-    # forward.
+    # The methods of the worker's half, in the order in which a step calls them. Before the forward,
+    # `bind_connector_metadata` is the only method that all versions and model runners of vLLM call. Some versions call
+    # `start_load_kv` only after the forward.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)

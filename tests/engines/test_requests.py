@@ -134,7 +134,9 @@ def test_lora_through_the_proxy(pair: Pair, reference: Reference) -> None:
 
 
 def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, reference: Reference) -> None:
-    """Uses one name for two sets of weights: the receiver refuses the keys, so the decode engine computes the prompt."""
+    """Uses one name for two sets of weights. The receiver then refuses the keys, and the decode engine computes the
+    prompt itself.
+    """
     decoders = (pair.decode, reference.engine)
     folders = [write_lora(ROOT / "target" / f"lora-{seed}", seed) for seed in (2, 3)]
     pair.prefill.load_adapter("twin", folders[0])

@@ -95,7 +95,7 @@ class Setting:
         env: dict[str, str] | None = None,
         workers: int = 1,
     ) -> Engine:
-        """Makes an instance on the GPU of one side (0 prefill, 1 decode).
+        """Makes an instance on the GPU of one side (0 for prefill, 1 for decode).
 
         With several workers, the instance uses the first GPUs of the host.
         """

@@ -261,8 +261,8 @@ def test_thousands_of_sums_in_a_message_cost_what_it_weighs(victims: Field) -> N
     began = process.cpu_seconds()
     answers = victims.under(victims.attack("sums", leases=4, messages=200))
     assert answers > 400
-    # Half of the messages name the lease: 1.4 million sums of 64 KiB. To compute all of them, the receiver would
-    # read 92 GB, which takes 5 s or more at the speed of memory.
+    # Half of the messages name the lease. They contain 1.4 million checksums of chunks of 64 KiB. To compute all of
+    # them, the receiver would read 92 GB, which takes 5 s or more at the speed of memory.
     assert process.cpu_seconds() - began < 5.0
 
 

@@ -112,7 +112,7 @@ def _cbor_arrays(tokens: Sequence[int], step: int) -> list[bytes] | None:
         numbers = np.frombuffer(array.array("I", tokens), dtype=np.uint32)
     except (OverflowError, TypeError):
         return None
-    # In CBOR a number has one head byte, and then 0 (if it is below 24), 1, 2 or 4 bytes.
+    # In CBOR a number has one head byte, and then 0, 1, 2 or 4 bytes (0 if the number is below 24).
     one, two, four = numbers >= 24, numbers >= 1 << 8, numbers >= 1 << 16
     cells = np.empty((numbers.size, 5), dtype=np.uint8)
     cells[:, 0] = np.where(one, 24 + two.view(np.uint8) + four, numbers)

@@ -83,8 +83,8 @@ class Poller(threading.Thread):
             self._worker.enter()
             while not self._stopping:
                 self._sleep()
-                # Report arrivals before the launch: the launch can last until the engine's next pause, and a report
-                # after it would come later by this time.
+                # Report arrivals before the launch, because the launch can last until the engine's next pause and would
+                # delay the report.
                 self._worker.read()
                 if self._worker.collect():
                     self._news.set()
