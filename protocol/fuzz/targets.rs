@@ -5,6 +5,7 @@
 use std::fmt::Debug;
 
 use protocol::codec::{self, Message};
+use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::keys::Key;
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{CancelNotif, Init, Query, ToReceiver, ToSender};
@@ -25,9 +26,11 @@ pub(crate) fn alloc(data: &[u8]) {
     round_trip::<ToSender>(data);
 }
 
-/// Decodes messages of the registration port.
+/// Decodes messages of the registration, query and fetch ports.
 pub(crate) fn registration(data: &[u8]) {
     round_trip::<Query>(data);
+    round_trip::<ToKeeper>(data);
+    round_trip::<ToFetcher>(data);
     round_trip::<ToProxy>(data);
 }
 
@@ -167,9 +170,13 @@ impl Pair {
         let (now, engine) = (self.now, EngineId(1));
         let event = match codec::decode(body) {
             Ok(ToSidecar::Reserve(m)) => sender::Event::Reserve(engine, m),
+            Ok(ToSidecar::Keep(m)) => sender::Event::Keep(engine, m),
             Ok(ToSidecar::Computing(m)) => sender::Event::Computing(engine, m),
             Ok(ToSidecar::Staged(m)) => sender::Event::Staged(engine, m),
             Ok(ToSidecar::Cancel(m)) => sender::Event::Cancel(engine, m),
+            Ok(ToSidecar::Expect(m)) => {
+                return self.d.handle(now, receiver::Event::Expect(engine, m));
+            }
             Ok(ToSidecar::Await(m)) => {
                 return self.d.handle(now, receiver::Event::Await(engine, m));
             }
@@ -209,6 +216,11 @@ impl Pair {
                         let route = Route(1);
                         self.d.handle(now, receiver::Event::Peer { route, message });
                     }
+                    sender::Action::Answer { message, .. } => {
+                        let from = keeper();
+                        self.d
+                            .handle(now, receiver::Event::Keeper { from, message });
+                    }
                     sender::Action::Write { transfer, .. } => self.writes.push(transfer),
                     _ => {}
                 }
@@ -217,6 +229,10 @@ impl Pair {
                     receiver::Action::Send { message, .. } => {
                         let to = target();
                         self.p.handle(now, sender::Event::Peer { to, message });
+                    }
+                    receiver::Action::Ask { message, .. } => {
+                        let from = sender::FetcherId(1);
+                        self.p.handle(now, sender::Event::Fetcher { from, message });
                     }
                     receiver::Action::Open { lease, .. } => self.lease = lease,
                     receiver::Action::CheckCanary { slots } => {
@@ -235,6 +251,14 @@ impl Pair {
         let (p, d) = (self.p.gauges(), self.d.gauges());
         assert_eq!(p.free + p.held, SLOTS);
         assert_eq!(d.free + d.held + d.quarantined, SLOTS);
+    }
+}
+
+/// The fetch port of the fixture `expect`.
+fn keeper() -> protocol::local::Keeper {
+    protocol::local::Keeper {
+        host: "10.0.0.1".into(),
+        port: 7600,
     }
 }
 
@@ -276,6 +300,7 @@ impl Pair {
             repeat: second / 2,
             link: second,
             stall: 30 * second,
+            max_keep: 10 * second,
             push_off: false,
         });
         let receiver = Receiver::new(receiver::Config {
@@ -291,6 +316,8 @@ impl Pair {
             max_wait: 10 * second,
             lmcache_wait: second,
             layout: Some(chunk),
+            address: Some(target()),
+            max_expect: 10 * second,
             seed: 1,
         });
         Self {

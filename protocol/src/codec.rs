@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::keep::{ToFetcher, ToKeeper};
 use crate::local::{ToEngine, ToSidecar};
 use crate::message::{Init, Query, ToReceiver, ToSender};
 use crate::registration::ToProxy;
@@ -100,11 +101,13 @@ macro_rules! messages {
 
 messages! {
     Init { NixlInitRequest, NixlInitResponse, NixlMemRegRequest, NixlMemRegResponse }
+    ToKeeper { Fetch, Renew, Drop }
+    ToFetcher { Gone }
     Query { CacheQueryRequest, CacheQueryResponse }
     ToReceiver { AllocRequest, CancelNotif, Writing, Written, Extend }
     ToSender { AllocResponse, More, Ack, Unwanted }
     ToProxy { Register, Leave, Progress, ProxyNotif }
-    ToSidecar { Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort }
+    ToSidecar { Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort }
     ToEngine { Welcome, Refused, Granted, Ready, Ended }
 }
 

@@ -6,9 +6,10 @@
 
 use crate::Layout;
 use crate::codec;
+use crate::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
 use crate::local::{
-    Await, Computing, EngineHello, Granted, Ready, Release, Reserve, Staged, ToEngine, ToSidecar,
-    Welcome,
+    Await, Computing, EngineHello, Expect, Granted, Keep, Ready, Release, Reserve, Staged,
+    ToEngine, ToSidecar, Welcome,
 };
 use crate::message::{
     Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, CancelX, Extend, Hello,
@@ -49,6 +50,11 @@ examples! {
     "unwanted": ToSender::Unwanted(Unwanted),
     "hello": ToSidecar::Hello(EngineHello),
     "reserve": ToSidecar::Reserve(Reserve),
+    "keep": ToSidecar::Keep(Keep),
+    "expect": ToSidecar::Expect(Expect),
+    "fetch": ToKeeper::Fetch(Fetch),
+    "renew": ToKeeper::Renew(OfToken),
+    "gone": ToFetcher::Gone(Gone),
     "computing": ToSidecar::Computing(Computing),
     "staged": ToSidecar::Staged(Staged),
     "await": ToSidecar::Await(Await),

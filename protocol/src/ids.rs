@@ -68,6 +68,34 @@ impl From<&str> for RequestId {
     }
 }
 
+/// Name of KV that a prefill engine keeps: 32 hexadecimal digits, random, so that only a process that
+/// was given the token can fetch the KV. No log and no metric may hold a whole token.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(pub String);
+
+impl Token {
+    /// Returns true if the token has the form of one.
+    pub fn is_sound(&self) -> bool {
+        self.0.len() == TOKEN_DIGITS
+            && self
+                .0
+                .bytes()
+                .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    }
+}
+
+/// Shows the first digits only.
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: String = self.0.chars().take(4).collect();
+        write!(f, "Token({shown}…)")
+    }
+}
+
+/// Hexadecimal digits of a token: 128 bits.
+const TOKEN_DIGITS: usize = 32;
+
 /// Time in microseconds since an origin that the caller of the state machines chooses, such as its
 /// own start.
 #[derive(

@@ -11,6 +11,7 @@ pub mod codec;
 pub mod dlist;
 pub mod example;
 pub mod ids;
+pub mod keep;
 pub mod keys;
 pub mod layout;
 pub mod local;
@@ -24,7 +25,9 @@ pub mod sender;
 mod serdes;
 mod slots;
 
-pub use ids::{ChunkIndex, EngineId, Epoch, LeaseId, RequestId, SlotIndex, Time, TransferId};
+pub use ids::{
+    ChunkIndex, EngineId, Epoch, LeaseId, RequestId, SlotIndex, Time, Token, TransferId,
+};
 pub use layout::Layout;
 pub use reason::Reason;
 

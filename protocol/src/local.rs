@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use crate::{Epoch, Layout, Reason, RequestId};
+use crate::{Epoch, Layout, Reason, RequestId, Token};
 
 /// Messages from an engine to its sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub enum ToSidecar {
     /// Prefill: the engine has begun to compute the request, so the sidecar must ask a receiver for
     /// slots.
     Reserve(Reserve),
+    /// Prefill: keeps the KV of this request in the engine's blocks until a decode side fetches it,
+    /// because the request names no receiver.
+    Keep(Keep),
     /// Prefill: the engine's present step completes further tokens, so the sender may now give send
     /// slots to their chunks.
     Computing(Computing),
@@ -28,6 +31,9 @@ pub enum ToSidecar {
     Staged(Staged),
     /// Prefill: cancels the request. The engine accesses no slot of the request after this message.
     Cancel(OfRequest),
+    /// Decode: the KV of a request waits at a prefill side. The sidecar keeps it there until the
+    /// request's [`ToSidecar::Await`], and then fetches it.
+    Expect(Expect),
     /// Decode: the request is parked, with its KV blocks allocated, and waits for these chunks.
     Await(Await),
     /// Decode: the engine has read these chunks.
@@ -116,6 +122,10 @@ pub struct Welcome {
     /// Handle of the buffer. Absent: the buffer is not GPU memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cuda: Option<CudaMemory>,
+    /// Address at which decode sides fetch KV that this connection's engine keeps. Absent: the
+    /// engine may keep no KV.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<Keeper>,
 }
 
 /// Data with which another process opens a buffer in GPU memory.
@@ -167,6 +177,48 @@ pub struct Reserve {
     /// then wait until the decode request parks. Absent: false.
     #[serde(default)]
     pub overlap: bool,
+}
+
+/// Address of the fetch port of one rank of a prefill side.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Keeper {
+    /// Host name or address.
+    pub host: String,
+    /// Fetch port.
+    pub port: u16,
+}
+
+/// Fields of `Keep`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Keep {
+    /// Id of the request on this connection.
+    pub req: RequestId,
+    /// Token of the KV; the request's answer gives it to the decode side.
+    pub token: Token,
+    /// Key of each chunk in order, as [`Reserve::keys`].
+    pub keys: Vec<String>,
+    /// Number of tokens that the keys cover.
+    pub tokens: u32,
+    /// Number of tokens from the start that the engine's present step completes, as
+    /// [`Computing::upto`].
+    pub upto: u32,
+    /// Time for which the KV is kept after it is computed, and after each `Renew`, milliseconds.
+    pub keep_ms: u32,
+}
+
+/// Fields of `Expect`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Expect {
+    /// Id of the request.
+    pub req: RequestId,
+    /// Token of the KV, from the request's parameters.
+    pub token: Token,
+    /// Fetch port of the prefill side's sidecar, of this connection's rank.
+    pub from: Keeper,
+    /// Epoch of the prefill side's sidecar; 0: any.
+    pub epoch: Epoch,
+    /// Time for which the prefill side keeps the KV, as [`Keep::keep_ms`].
+    pub keep_ms: u32,
 }
 
 /// Fields of `Computing`.

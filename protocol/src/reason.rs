@@ -59,8 +59,10 @@ reasons! {
     Deadline = "deadline",
     /// No sender asked for slots for this request in time.
     NoSender = "no_sender",
-    /// The KV is written, but no decode request asked for it in time.
+    /// The KV is written or kept, but no decode request asked for it in time.
     Unclaimed = "unclaimed",
+    /// No KV is kept under this token.
+    NotKept = "not_kept",
     /// The message or the lease belongs to an epoch other than the receiver's present epoch.
     StaleEpoch = "stale_epoch",
     /// The two sides compute different keys for the same request.

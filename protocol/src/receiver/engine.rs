@@ -5,6 +5,7 @@ use super::request::{Allocation, Chunk, Parked, Request};
 use super::{Action, Receiver};
 use crate::layout::chunks_of;
 use crate::local::{Await, Ready, Release};
+use crate::record::Record;
 use crate::{EngineId, Reason, RequestId};
 use std::time::Duration;
 
@@ -14,7 +15,18 @@ impl Receiver {
     pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
         let id = message.req.clone();
         if let Err(reason) = self.admit_await(&message) {
+            // The request that is parked under this id goes on.
+            if reason != Reason::Duplicate {
+                self.drop_expected(&id);
+            }
             self.tell_ended(engine, &id, Some(reason), 0);
+            return;
+        }
+        if let Some(reason) = self.take_gone(&id) {
+            self.tell_ended(engine, &id, Some(reason), 0);
+            let mut record = Record::new(id);
+            (record.tokens, record.reason) = (message.tokens, Some(reason));
+            self.actions.push_back(Action::Record(record));
             return;
         }
         let (now, written) = (self.now, message.written);
@@ -38,7 +50,7 @@ impl Receiver {
         });
         match &request.allocation {
             Allocation::None if written => self.claim(&id),
-            Allocation::None => {}
+            Allocation::None => self.fetch(&id),
             Allocation::Pending(_) => self.consider(&id),
             Allocation::Leased(lease) => {
                 self.readers.read(&lease.sender);
@@ -177,6 +189,7 @@ impl Receiver {
 
     /// Ends a decode request that its engine does not want any more.
     pub(super) fn on_abort(&mut self, engine: EngineId, id: &RequestId) {
+        self.drop_expected(id);
         let Some(request) = self.requests.get(id) else {
             // The abort came before any other message of the request, or after the request's end.
             // The receiver remembers the abort, so that it can answer a late alloc request with the
@@ -199,6 +212,7 @@ impl Receiver {
     /// Ends all decode requests of an engine whose connection is lost, and frees the slots that the
     /// engine was reading.
     pub(super) fn on_engine_gone(&mut self, engine: EngineId) {
+        self.lose_expected(engine);
         let all: Vec<RequestId> = self.requests.keys().cloned().collect();
         for id in all {
             let parked = self.requests.get(&id).and_then(|r| r.parked.as_ref());

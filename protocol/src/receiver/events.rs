@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::local::{Await, Ended, OfRequest, Ready, Release};
+use crate::keep::{ToFetcher, ToKeeper};
+use crate::local::{Await, Ended, Expect, Keeper, OfRequest, Ready, Release, Target};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
-use crate::{EngineId, Epoch, Layout, LeaseId, SlotIndex};
+use crate::{EngineId, Epoch, Layout, LeaseId, Reason, SlotIndex};
 
 /// Number of a sender's connection to the alloc socket. The receiver sends its answers to this
 /// connection.
@@ -56,6 +57,12 @@ pub struct Config {
     /// requests.
     #[serde(default)]
     pub layout: Option<Layout>,
+    /// Address of this rank, at which a prefill side finds it. If absent, the receiver fetches no KV.
+    #[serde(default)]
+    pub address: Option<Target>,
+    /// Longest time for which the receiver renews the KV of a request that does not park.
+    #[serde(default)]
+    pub max_expect: Duration,
     /// Seed of the lease ids.
     pub seed: u64,
 }
@@ -124,6 +131,22 @@ pub enum Event {
     },
     /// The checksum of a written chunk differs from the sender's checksum.
     Corrupt(LeaseId),
+    /// The decode engine has queued a request whose KV waits at a prefill side.
+    Expect(EngineId, Expect),
+    /// A message of a prefill side's sidecar, from its fetch port.
+    Keeper {
+        /// The fetch port.
+        from: Keeper,
+        /// The message.
+        message: ToFetcher,
+    },
+    /// No connection to a fetch port can be made.
+    KeeperLost {
+        /// The fetch port.
+        from: Keeper,
+        /// Reason for the loss.
+        reason: Reason,
+    },
     /// The decode engine waits for a request's KV.
     Await(EngineId, Await),
     /// The decode engine has read chunks.
@@ -147,6 +170,13 @@ pub enum Action {
         route: Route,
         /// The message.
         message: ToSender,
+    },
+    /// Send a message to a prefill side's sidecar, and connect to it first if necessary.
+    Ask {
+        /// The fetch port.
+        to: Keeper,
+        /// The message.
+        message: ToKeeper,
     },
     /// Tell an engine that chunks may be read.
     Ready(EngineId, Ready),
@@ -203,6 +233,9 @@ pub struct Gauges {
     pub requests: u32,
     /// Tokens of parked requests.
     pub parked_tokens: u64,
+    /// Requests whose KV waits at a prefill side.
+    #[serde(default)]
+    pub expected: u32,
     /// Slots with a write in flight. If there are any, the transport must make progress.
     pub writing: u32,
 }

@@ -246,6 +246,7 @@ impl Receiver {
             idle: None,
             end_reason: None,
         });
+        self.fetches.forget(id);
         // Later messages name only the lease.
         self.leases.insert(lease_id, id.clone());
         Some(lease_id)

@@ -24,12 +24,15 @@
 //! any more: after the sender's confirmation (`Written`, `CancelNotif`), or after a
 //! [`Event::Fenced`] if the slot was quarantined.
 //!
+//! If the KV waits at a prefill side, the receiver asks that side to push it: see `fetch`.
+//!
 //! A duplicate of a message changes nothing. If a message is lost, its repetition or `Extend`
 //! repairs the loss. The receiver answers an unknown lease with `Unwanted`.
 
 mod ended;
 mod engine;
 mod events;
+mod fetch;
 mod grant;
 mod lmcache;
 mod on_peer;
@@ -48,6 +51,7 @@ use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 use crate::slots::Slots;
 use ended::Ended;
 pub use events::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
+use fetch::Fetches;
 use lmcache::Lmcache;
 use reclaim::Readers;
 use request::{Allocation, Chunk, Lease, Request};
@@ -67,6 +71,8 @@ pub struct Receiver {
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
     ended: Ended,
+    /// Decode requests whose KV waits at a prefill side.
+    fetches: Fetches,
     /// Senders whose KV was read recently.
     readers: Readers,
     /// Counter for new names of old requests. An old request gets a new name if its slots are still
@@ -98,6 +104,7 @@ impl Receiver {
             waiting: VecDeque::new(),
             quarantine: BTreeMap::new(),
             ended: Ended::default(),
+            fetches: Fetches::default(),
             readers: Readers::default(),
             set_aside: 0,
             lmcache: Lmcache::default(),
@@ -123,6 +130,9 @@ impl Receiver {
             Event::CanaryChecked { gone, there } => self.on_canary_checked(&gone, &there),
             Event::Fenced { sender, lease } => self.on_fenced(&sender, lease),
             Event::Corrupt(lease) => self.on_corrupt(lease),
+            Event::Expect(engine, message) => self.on_expect(engine, message),
+            Event::Keeper { from, message } => self.on_keeper(&from, &message),
+            Event::KeeperLost { from, reason } => self.on_keeper_lost(&from, reason),
             Event::Await(engine, message) => self.on_await(engine, message),
             Event::Release(engine, message) => self.on_release(engine, &message),
             Event::Abort(engine, message) => self.on_abort(engine, &message.req),
@@ -131,6 +141,7 @@ impl Receiver {
             Event::Drain => self.draining = true,
         }
         self.on_deadlines();
+        self.on_fetch_deadlines();
         self.on_lmcache_deadlines();
         self.serve();
     }
@@ -144,13 +155,18 @@ impl Receiver {
     pub fn deadline(&self) -> Option<Time> {
         let requests = self.requests.values().filter_map(Request::deadline);
         let reclaim = self.reclaim_at();
-        requests.chain(self.lmcache.deadline()).chain(reclaim).min()
+        requests
+            .chain(self.lmcache.deadline())
+            .chain(reclaim)
+            .chain(self.fetches.deadline())
+            .min()
     }
 
     /// Returns the use of the landing buffer.
     pub fn gauges(&self) -> Gauges {
         let mut gauges = Gauges {
             free: self.slots.free(),
+            expected: self.fetches.len(),
             requests: u32::try_from(self.requests.len()).unwrap_or(u32::MAX),
             ..Gauges::default()
         };
@@ -175,6 +191,7 @@ impl Receiver {
     /// Returns true if there is no request and no slot is held or quarantined.
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty()
+            && self.fetches.is_empty()
             && self.lmcache.is_idle()
             && self.slots.free() == self.slots.total()
     }

@@ -43,6 +43,7 @@ impl Receiver {
         if tell {
             self.tell_ended(parked.engine, id, Some(reason), bytes);
         }
+        self.drop_expected(id);
         match self.requests.get(id).map(|r| &r.allocation) {
             Some(Allocation::Pending(_)) => self.refuse_and_end(id, reason),
             Some(Allocation::Leased(_)) => self.settle_over(id, reason),

@@ -40,13 +40,20 @@ impl Sender {
             self.forget(&id);
             return;
         }
-        let to = asked.to.clone();
         let request = Request::new(engine, asked, self.next_order, self.now);
         self.next_order += 1;
         self.requests.insert(id.clone(), request);
+        self.start(&id);
+    }
+
+    /// Asks the receiver of a new request for slots, or first makes the handshake with it.
+    pub(super) fn start(&mut self, id: &RequestId) {
+        let Some(to) = self.requests.get(id).map(|request| request.to.clone()) else {
+            return;
+        };
         match self.links.get(&to) {
-            Some(Link::Up { .. }) => self.ask(&id),
-            Some(Link::Lmcache(_)) => self.feed(&id),
+            Some(Link::Up { .. }) => self.ask(id),
+            Some(Link::Lmcache(_)) => self.feed(id),
             Some(Link::Making(_)) => {}
             None => {
                 self.links.insert(to.clone(), Link::Making(self.now));
@@ -58,7 +65,7 @@ impl Sender {
     /// Renames a request that waits only for its receiver's last answer, so that a new request can
     /// use the id. The engine and the proxy already know that the old request has ended. The new
     /// name contains a control character, so that no engine can use it as an id.
-    fn set_aside(&mut self, id: &RequestId) {
+    pub(super) fn set_aside(&mut self, id: &RequestId) {
         let ended = self.requests.get(id).is_some_and(|old| {
             old.engine.is_none() && !matches!(old.phase, Phase::Feeding(_) | Phase::Linking)
         });
@@ -88,7 +95,7 @@ impl Sender {
             Err(Reason::PushOff)
         } else if asked.req.0.is_empty() || chunks != asked.keys.len() {
             Err(Reason::BadRequest)
-        } else if self.requests.contains_key(&asked.req) {
+        } else if self.requests.contains_key(&asked.req) || self.store.has(&asked.req) {
             Err(Reason::Duplicate)
         } else if self.requests.len() >= self.config.max_requests {
             Err(Reason::Busy)
@@ -106,7 +113,7 @@ impl Sender {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        let again = matches!(request.phase, Phase::Asking { .. });
+        let again = matches!(request.phase, Phase::Asking { .. }) || request.unannounced;
         request.phase = Phase::Asking {
             seq,
             sent: now,
@@ -186,6 +193,8 @@ impl Sender {
         {
             request.upto = request.upto.max(message.upto).min(request.tokens);
             request.progress = self.now;
+        } else {
+            self.kept_computing(engine, &message.req, message.upto);
         }
     }
 
@@ -242,6 +251,8 @@ impl Sender {
             .is_some_and(|r| r.engine == Some(engine))
         {
             self.end(id, Reason::Cancelled);
+        } else {
+            self.cancel_kept(engine, id);
         }
     }
 
@@ -259,6 +270,7 @@ impl Sender {
             }
             self.end(&id, Reason::EngineGone);
         }
+        self.lose_kept(engine);
     }
 
     /// Notes the result of a handshake, and sends the alloc requests that waited for it.

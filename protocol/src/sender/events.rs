@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::local::{Computing, Ended, Granted, LayersStaged, OfRequest, Reserve, Staged, Target};
+use crate::keep::{ToFetcher, ToKeeper};
+use crate::local::{
+    Computing, Ended, Granted, Keep, LayersStaged, OfRequest, Reserve, Staged, Target,
+};
 use crate::message::{ToReceiver, ToSender};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, Reason, RequestId, SlotIndex, Time, TransferId};
@@ -36,6 +39,10 @@ pub struct Config {
     pub link: Duration,
     /// Maximum time without progress of a request. The sender then ends the request.
     pub stall: Duration,
+    /// Longest time for which KV is kept for a decode side after it is computed, whatever the engine
+    /// asks for and however often it is renewed.
+    #[serde(default)]
+    pub max_keep: Duration,
     /// True if the sender must refuse every request with `push_off`. Tests use this flag to check
     /// that they fail if no KV is moved.
     pub push_off: bool,
@@ -46,6 +53,15 @@ pub struct Config {
 pub enum Event {
     /// The prefill engine has begun a request.
     Reserve(EngineId, Reserve),
+    /// The prefill engine has begun a request that names no receiver.
+    Keep(EngineId, Keep),
+    /// A message of a decode side's sidecar, on the fetch port.
+    Fetcher {
+        /// Connection that the message came from.
+        from: FetcherId,
+        /// The message.
+        message: ToKeeper,
+    },
     /// The prefill engine is about to complete tokens.
     Computing(EngineId, Computing),
     /// The prefill engine has gathered chunks.
@@ -139,6 +155,13 @@ pub enum Action {
         /// The message.
         message: ToReceiver,
     },
+    /// Send a message to a decode side's sidecar, on the fetch port.
+    Answer {
+        /// Connection of the decode side.
+        to: FetcherId,
+        /// The message.
+        message: ToFetcher,
+    },
     /// Post a write, then report [`Event::Done`] or [`Event::Failed`].
     Write {
         /// The receiver.
@@ -199,6 +222,11 @@ pub struct After {
     pub event: u32,
 }
 
+/// Return address of a decode side: one number per identity of the fetch socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FetcherId(pub u64);
+
 /// Id of one wait for an event. Engines reuse their events, so the event's number does not identify
 /// the wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -250,4 +278,10 @@ pub struct Gauges {
     pub requests: u32,
     /// Writes in flight.
     pub transfers: u32,
+    /// Requests whose KV waits in the engine's blocks for a decode side.
+    #[serde(default)]
+    pub kept: u32,
+    /// Tokens of these requests.
+    #[serde(default)]
+    pub kept_tokens: u64,
 }

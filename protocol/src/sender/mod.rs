@@ -10,11 +10,14 @@
 //!   `Written` until `Ack` comes.
 //! * If a lease ends early, the sender waits for the end of its writes in flight and then sends
 //!   `CancelNotif`. The list `dirty` of this message has the slots of writes whose end is unknown.
+//! * A request that names no receiver is kept in the engine's blocks until a decode side fetches it:
+//!   see `kept`.
 //! * The sender answers a message about an unknown lease with `CancelNotif`: no write is in flight
 //!   under the lease, except into the slots that `graves` remembers.
 
 mod engine;
 mod events;
+mod kept;
 mod lmcache;
 mod on_peer;
 mod push;
@@ -28,7 +31,8 @@ use crate::message::ToReceiver;
 use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
-pub use events::{Action, After, Config, Event, Gauges, Piece, WatchId};
+pub use events::{Action, After, Config, Event, FetcherId, Gauges, Piece, WatchId};
+use kept::Store;
 use lmcache::Foreign;
 use request::{Phase, Request};
 use teardown::PATIENCE;
@@ -40,6 +44,8 @@ pub struct Sender {
     now: Time,
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
+    /// KV that waits for a decode side.
+    store: Store,
     links: BTreeMap<Target, Link>,
     transfers: BTreeMap<TransferId, RequestId>,
     /// Ended leases and their dirty slots, for the answers to receivers that ask late.
@@ -73,6 +79,7 @@ impl Sender {
             now: Time::default(),
             slots: Slots::new(config.slots),
             requests: BTreeMap::new(),
+            store: Store::default(),
             links: BTreeMap::new(),
             transfers: BTreeMap::new(),
             graves: VecDeque::new(),
@@ -91,6 +98,8 @@ impl Sender {
         self.now = self.now.max(now);
         match event {
             Event::Reserve(engine, message) => self.on_reserve(engine, message),
+            Event::Keep(engine, message) => self.on_keep(engine, message),
+            Event::Fetcher { from, message } => self.on_fetcher(from, message),
             Event::Computing(engine, message) => self.on_computing(engine, &message),
             Event::Staged(engine, message) => self.on_staged(engine, &message),
             Event::Cancel(engine, message) => self.on_engine_cancel(engine, &message.req),
@@ -141,12 +150,16 @@ impl Sender {
             .values()
             .filter_map(|r| self.deadline_of(r))
             .chain(links)
+            .chain(self.store.deadline())
             .min()
     }
 
     /// Returns the use of the send buffer.
     pub fn gauges(&self) -> Gauges {
+        let (kept, kept_tokens) = self.store.gauges();
         Gauges {
+            kept,
+            kept_tokens,
             free: self.slots.free(),
             held: self.slots.total() - self.slots.free(),
             requests: u32::try_from(self.requests.len()).unwrap_or(u32::MAX),
@@ -161,9 +174,9 @@ impl Sender {
         request.lease().map(|_| &request.to)
     }
 
-    /// Returns true if no request is in flight and every slot is free.
+    /// Returns true if no request is in flight, no KV is kept and every slot is free.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.slots.free() == self.slots.total()
+        self.requests.is_empty() && self.store.is_empty() && self.slots.free() == self.slots.total()
     }
 
     fn seq(&mut self) -> u64 {

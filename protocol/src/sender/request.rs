@@ -1,12 +1,13 @@
 //! State of one request at the sender.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use super::WatchId;
+use super::{FetcherId, WatchId};
 use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
 use crate::record::Record;
-use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, TransferId};
+use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, Token, TransferId};
 
 /// One request of the prefill engine.
 #[derive(Debug)]
@@ -20,6 +21,11 @@ pub(super) struct Request {
     /// ends.
     pub(super) upto: u32,
     pub(super) overlap: bool,
+    /// Fetch that this request serves; absent if the prefill request named its receiver, and after
+    /// the request has ended.
+    pub(super) fetched: Option<Fetched>,
+    /// True if no proxy waits for a word about this request.
+    pub(super) unannounced: bool,
     pub(super) phase: Phase,
     pub(super) chunks: Vec<Chunk>,
     /// Arrival number: the sender gives slots to the oldest request first.
@@ -34,6 +40,24 @@ pub(super) struct Request {
     /// Time of the most recent end of a write that had waited for an event.
     pub(super) push_until: Time,
     pub(super) record: Record,
+}
+
+/// Time for which KV is kept.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Term {
+    /// Time that each `Renew` gives.
+    pub(super) keep: Duration,
+    pub(super) deadline: Time,
+    /// Latest deadline, renewed or not.
+    pub(super) limit: Time,
+}
+
+/// Fetch that a request serves.
+#[derive(Clone, Debug)]
+pub(super) struct Fetched {
+    pub(super) token: Token,
+    pub(super) by: FetcherId,
+    pub(super) term: Term,
 }
 
 /// Phase of a request at its receiver.
@@ -175,6 +199,8 @@ impl Request {
             tokens: asked.tokens,
             upto: asked.upto,
             overlap: asked.overlap,
+            fetched: None,
+            unannounced: false,
             phase: Phase::Linking,
             order,
             since: now,

@@ -53,6 +53,9 @@ impl Sender {
     /// Tells the engine and the proxy how a request ended, once per request.
     pub(super) fn tell_done(&mut self, id: &RequestId, reason: Option<Reason>) {
         let now = self.now;
+        if self.end_fetched(id, reason) {
+            return;
+        }
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
@@ -62,18 +65,20 @@ impl Sender {
             return;
         }
         request.record.reason = reason;
-        let record = request.record.clone();
+        let (record, unannounced) = (request.record.clone(), request.unannounced);
         let us = now.micros_since(request.since);
         if let Some(engine) = engine {
             self.tell_ended(engine, id, reason, record.bytes);
         }
-        self.actions.push_back(Action::Notify {
-            req: id.clone(),
-            reason,
-            bytes: record.bytes,
-            us,
-            transport: record.transport.clone(),
-        });
+        if !unannounced {
+            self.actions.push_back(Action::Notify {
+                req: id.clone(),
+                reason,
+                bytes: record.bytes,
+                us,
+                transport: record.transport.clone(),
+            });
+        }
         self.actions.push_back(Action::Record(record));
     }
 
@@ -213,6 +218,7 @@ impl Sender {
         for to in failed {
             self.on_link_lost(&to, Reason::NoLink);
         }
+        self.expire_kept();
         let due: Vec<RequestId> = self
             .requests
             .iter()

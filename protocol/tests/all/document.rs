@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use protocol::codec::Message;
+use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Init, Query, ToReceiver, ToSender};
 use protocol::registration::ToProxy;
@@ -62,6 +63,8 @@ fn every_message_is_named() {
     }
     let document = document();
     check::<Init>(&document);
+    check::<ToKeeper>(&document);
+    check::<ToFetcher>(&document);
     check::<Query>(&document);
     check::<ToReceiver>(&document);
     check::<ToSender>(&document);

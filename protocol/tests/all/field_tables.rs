@@ -8,7 +8,13 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 4] = ["layout.rs", "message.rs", "local.rs", "registration.rs"];
+const SOURCES: [&str; 5] = [
+    "layout.rs",
+    "message.rs",
+    "keep.rs",
+    "local.rs",
+    "registration.rs",
+];
 const BEGIN: &str = "<!-- generated: ";
 const END: &str = "<!-- end -->";
 
@@ -115,7 +121,7 @@ fn wire_type(of: &str, words: &BTreeMap<String, String>) -> String {
         "bool" | "u16" | "u32" | "u64" | "i64" => of.to_owned(),
         "Epoch" | "LeaseId" => "u64".to_owned(),
         "SlotOf" => "u32".to_owned(),
-        "String" | "RequestId" => "text".to_owned(),
+        "String" | "RequestId" | "Token" => "text".to_owned(),
         "ByteBuf" => "bin".to_owned(),
         "Reason" => "[reason](#reasons)".to_owned(),
         of if words.contains_key(of) => words[of].clone(),

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use protocol::codec::{self, Message};
+use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Init, Query, ToReceiver, ToSender};
 use protocol::registration::ToProxy;
@@ -57,6 +58,8 @@ fn again(entry: &Value, bytes: &[u8]) -> Vec<u8> {
     }
     match entry["set"].as_str().unwrap() {
         "Init" => of::<Init>(bytes),
+        "ToKeeper" => of::<ToKeeper>(bytes),
+        "ToFetcher" => of::<ToFetcher>(bytes),
         "Query" => of::<Query>(bytes),
         "ToReceiver" => of::<ToReceiver>(bytes),
         "ToSender" => of::<ToSender>(bytes),
@@ -136,6 +139,8 @@ fn every_message_has_a_fixture() {
         .map(|entry| (text(&entry["set"]), text(&entry["message"]["type"])))
         .collect();
     check::<Init>("Init", &seen);
+    check::<ToKeeper>("ToKeeper", &seen);
+    check::<ToFetcher>("ToFetcher", &seen);
     check::<Query>("Query", &seen);
     check::<ToReceiver>("ToReceiver", &seen);
     check::<ToSender>("ToSender", &seen);

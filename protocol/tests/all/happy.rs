@@ -126,6 +126,7 @@ fn check(
                 sender::Action::Progress(_)
                 | sender::Action::Notify { .. }
                 | sender::Action::Record(_)
+                | sender::Action::Answer { .. }
                 | sender::Action::Watch { .. } => {}
             }
         }
@@ -158,6 +159,7 @@ fn check(
                 receiver::Action::Open { .. }
                 | receiver::Action::Close { .. }
                 | receiver::Action::Fence { .. }
+                | receiver::Action::Ask { .. }
                 | receiver::Action::Record(_) => {}
             }
         }

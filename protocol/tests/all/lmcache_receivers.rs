@@ -104,6 +104,7 @@ impl Feeding {
                     assert!(self.ended.insert(ended.req, ended.reason).is_none());
                 }
                 sender::Action::Progress(_) => panic!("no decode leg may go before the notice"),
+                sender::Action::Answer { .. } => panic!("no decode side fetches"),
                 sender::Action::Record(_) => {}
             }
         }

@@ -94,6 +94,7 @@ impl Landing {
             }
             receiver::Action::Fence { sender, lease, .. } => self.fences.push((sender, lease)),
             receiver::Action::Open { .. } | receiver::Action::Close { .. } => {}
+            receiver::Action::Ask { .. } => panic!("no prefill side keeps KV"),
             receiver::Action::Record(_) => {}
         }
     }

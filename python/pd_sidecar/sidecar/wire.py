@@ -107,6 +107,17 @@ class Reserve(_Message):
     overlap: bool = False
 
 
+class Keep(_Message):
+    """Prefill: the engine keeps the KV of a request that names no receiver, until a decode side fetches it."""
+
+    req: str
+    token: str
+    keys: list[str]
+    tokens: int
+    upto: int
+    keep_ms: int
+
+
 class Computing(_Message):
     """Prefill: when this step ends, tokens `[0, upto)` are computed."""
 
@@ -138,6 +149,23 @@ class Cancel(_Message):
     """Prefill: the engine ends the request, and no longer touches the request's slots."""
 
     req: str
+
+
+class Keeper(msgspec.Struct, frozen=True):
+    """The address of the fetch port of one rank of a prefill side."""
+
+    host: str
+    port: int
+
+
+class Expect(_Message, rename={"from_": "from"}):
+    """Decode: the KV of a request waits at a prefill side. The sidecar keeps it there until the request's `Await`."""
+
+    req: str
+    token: str
+    from_: Keeper
+    epoch: int
+    keep_ms: int
 
 
 class Await(_Message):
@@ -186,6 +214,7 @@ class Welcome(_Message, omit_defaults=True):
     slot_bytes: int
     connection: int
     cuda: CudaMemory | None = None
+    fetch: Keeper | None = None  # where decode sides fetch KV that this engine keeps
 
 
 class Refused(_Message):
@@ -228,7 +257,7 @@ def _line(text: str) -> str:
     return printable[:MAX_REASON_CHARACTERS] or "no reason given"
 
 
-ToSidecar = Union[Hello, Reserve, Computing, Staged, Cancel, Await, Release, Abort]  # noqa: UP007
+ToSidecar = Union[Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort]  # noqa: UP007
 ToEngine = Union[Welcome, Refused, Granted, Ready, Ended]  # noqa: UP007
 
 _ENCODER = msgspec.msgpack.Encoder()

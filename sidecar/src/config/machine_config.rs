@@ -1,5 +1,7 @@
 //! Makes the configurations of the protocol machines.
 
+use std::time::Duration;
+
 use protocol::registration::InstanceRole;
 use protocol::{Epoch, Layout, receiver, sender};
 
@@ -27,6 +29,8 @@ impl Config {
             repeat: times.repeat,
             link: times.link,
             stall: times.stall,
+            // No fetch port listens yet, so no engine is told that it may keep KV.
+            max_keep: Duration::ZERO,
             push_off: !self.push,
         }
     }
@@ -53,6 +57,8 @@ impl Config {
             max_wait: times.max_wait,
             lmcache_wait: times.wait.min(times.max_wait),
             layout: Some(layout.clone()),
+            address: None,
+            max_expect: Duration::ZERO,
             // A lease id is a permission to write, so a peer must not be able to guess the first id.
             seed: rand::random(),
         })

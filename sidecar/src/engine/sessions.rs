@@ -149,6 +149,7 @@ impl Engines {
             slots: slot_layout.slots,
             slot_bytes: slot_layout.slot_bytes,
             connection: connection.id().0,
+            fetch: None,
         };
         // The engine needs the buffer before any message about slots, so the welcome goes first.
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));
@@ -183,6 +184,7 @@ impl Engines {
             slots: 0,
             slot_bytes: 0,
             connection: connection.id().0,
+            fetch: None,
         }));
         let greeted = Greeted {
             unmoved: hello.unmoved.clone(),

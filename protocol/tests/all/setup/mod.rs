@@ -45,6 +45,7 @@ pub(crate) fn sender(slots: u32) -> sender::Config {
         repeat: SECOND / 2,
         link: SECOND,
         stall: 30 * SECOND,
+        max_keep: 20 * SECOND,
         push_off: false,
     }
 }
@@ -68,6 +69,8 @@ pub(crate) fn receiver_of(layout: Layout, slots: u32) -> receiver::Config {
         max_wait: 10 * SECOND,
         lmcache_wait: SECOND,
         layout: Some(layout),
+        address: Some(target()),
+        max_expect: 20 * SECOND,
         seed: 7,
     }
 }

@@ -7,22 +7,23 @@ use protocol::local::{
 };
 use protocol::receiver;
 use protocol::sender;
-use protocol::{EngineId, Reason, RequestId};
+use protocol::{EngineId, Reason};
 
-use super::plan::{Park, Plan, RequestPlan};
+use super::kept::{Leg, prefill_id};
+use super::plan::RequestPlan;
 use super::{CHUNK, Happening, MS, SECOND, World, target};
 
 /// Simulated prefill engine.
 pub(crate) struct PrefillEngine {
-    id: EngineId,
-    live: BTreeMap<String, Prefill>,
+    pub(crate) id: EngineId,
+    pub(crate) live: BTreeMap<String, Prefill>,
     pub(crate) pushed: usize,
     ended: usize,
-    reserved: usize,
+    pub(crate) reserved: usize,
     lost: usize,
 }
 
-struct Prefill {
+pub(crate) struct Prefill {
     plan: RequestPlan,
     computed: u32,
     upto: u32,
@@ -42,9 +43,9 @@ pub(crate) enum Step {
 
 /// Simulated decode engine.
 pub(crate) struct DecodeEngine {
-    id: EngineId,
+    pub(crate) id: EngineId,
     live: BTreeMap<String, Decode>,
-    plans: BTreeMap<String, RequestPlan>,
+    pub(crate) plans: BTreeMap<String, RequestPlan>,
     pub(crate) delivered: usize,
     pub(crate) failed: Vec<Reason>,
     parked: usize,
@@ -63,6 +64,10 @@ struct Decode {
 /// Step of the decode engine.
 #[derive(Debug)]
 pub(crate) enum Turn {
+    /// A kept request's decode request arrives.
+    Queue(String, Leg),
+    /// A decode request is aborted while it is queued.
+    Dismiss(String, EngineId),
     Park(String),
     Read(String, EngineId, Vec<u32>),
     Abort(String, EngineId),
@@ -125,6 +130,12 @@ impl DecodeEngine {
         waits.map(|(name, _)| name.clone())
     }
 
+    /// Returns true if the engine may begin a request with this id.
+    pub(crate) fn is_free(&self, id: &str) -> bool {
+        let live = self.live.get(id);
+        live.is_none_or(|r| r.ended && r.reading.is_empty())
+    }
+
     pub(crate) fn sidecar_died(&mut self) {
         self.dies();
     }
@@ -147,56 +158,11 @@ impl DecodeEngine {
 }
 
 impl World {
-    pub(crate) fn script(&mut self, plan: &Plan) {
-        for request in &plan.requests {
-            self.script_request(request, self.now);
-            if let Some(ms) = plan.again_ms {
-                let again = Happening::Again(request.clone());
-                self.after(u64::from(ms) * MS, again);
-            }
-        }
-        for &(at, fault) in &plan.faults {
-            self.after(u64::from(at) * MS, Happening::Fault(fault));
-        }
-    }
-
-    pub(crate) fn script_request(&mut self, plan: &RequestPlan, from: u64) {
-        self.decode.plans.insert(plan.name.clone(), plan.clone());
-        if let Park::AtMs(ms) = plan.park {
-            let turn = Turn::Park(plan.name.clone());
-            self.at(from + u64::from(ms) * MS, Happening::Decode(turn));
-        }
-        if let Some(ms) = plan.reserve_at_ms {
-            let step = Step::Reserve(plan.clone());
-            self.at(from + u64::from(ms) * MS, Happening::Prefill(step));
-        }
-    }
-
-    /// Starts a request with the same id again, unless an engine still has the old request.
-    pub(crate) fn again(&mut self, plan: &RequestPlan) {
-        let decoding = self.decode.live.get(&plan.name);
-        let decodes = decoding.is_some_and(|r| !r.ended || !r.reading.is_empty());
-        if !decodes && !self.prefill.live.contains_key(&plan.name) {
-            self.script_request(plan, self.now);
-        }
-    }
-
-    /// Handles a message to the proxy. The proxy then sends the decode request.
-    pub(crate) fn proxy_hears(&mut self, req: &RequestId, begun: bool) {
-        let delay = match self.decode.plans.get(&req.0).map(|p| p.park) {
-            Some(Park::OnProgress(ms)) if begun => ms,
-            Some(Park::OnNotify(ms)) if !begun => ms,
-            _ => return,
-        };
-        let turn = Turn::Park(req.0.clone());
-        self.after(u64::from(delay) * MS, Happening::Decode(turn));
-    }
-
-    fn tell_sender(&mut self, event: sender::Event) {
+    pub(crate) fn tell_sender(&mut self, event: sender::Event) {
         self.after(20, Happening::ToSender(event, self.p_epoch));
     }
 
-    fn tell_receiver(&mut self, event: receiver::Event) {
+    pub(crate) fn tell_receiver(&mut self, event: receiver::Event) {
         self.after(20, Happening::ToReceiver(event, self.d_epoch));
     }
 
@@ -217,25 +183,29 @@ impl World {
     }
 
     fn reserve(&mut self, plan: RequestPlan) {
-        let (engine, name) = (self.prefill.id, plan.name.clone());
+        let (engine, name) = (self.prefill.id, prefill_id(&plan));
         if self.prefill.live.contains_key(&name) {
             return;
         }
         let upto = plan.step.min(plan.tokens);
-        let reserve = Reserve {
-            req: name.as_str().into(),
-            to: target(),
-            keys: keys(&plan),
-            tokens: plan.tokens,
-            upto,
-            overlap: plan.overlap,
-            ..Reserve::example()
-        };
-        self.tell_sender(sender::Event::Reserve(engine, reserve));
-        self.prefill.reserved += 1;
-        if let Some(ms) = plan.cancel_after_ms {
-            let step = Step::Cancel(name.clone(), engine);
-            self.after(u64::from(ms) * MS, Happening::Prefill(step));
+        if plan.kept {
+            self.keep_step(&plan, upto);
+        } else {
+            let reserve = Reserve {
+                req: name.as_str().into(),
+                to: target(),
+                keys: keys(&plan),
+                tokens: plan.tokens,
+                upto,
+                overlap: plan.overlap,
+                ..Reserve::example()
+            };
+            self.tell_sender(sender::Event::Reserve(engine, reserve));
+            self.prefill.reserved += 1;
+            if let Some(ms) = plan.cancel_after_ms {
+                let step = Step::Cancel(name.clone(), engine);
+                self.after(u64::from(ms) * MS, Happening::Prefill(step));
+            }
         }
         let prefill = Prefill {
             plan,
@@ -257,6 +227,8 @@ impl World {
             return;
         };
         request.computed = request.upto;
+        let answered = request.plan.kept && request.computed == request.plan.tokens;
+        let answered = answered.then(|| request.plan.clone());
         if request.computed < request.plan.tokens {
             request.upto = (request.upto + request.plan.step).min(request.plan.tokens);
             let computing = Computing {
@@ -270,6 +242,9 @@ impl World {
                 took,
                 Happening::Prefill(Step::Compute(name.to_owned(), engine)),
             );
+        }
+        if let Some(plan) = answered {
+            self.answer(&plan);
         }
         self.stage(name);
     }
@@ -292,7 +267,8 @@ impl World {
             let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);
             if end <= request.computed && request.staged.insert(chunk) {
                 staged.chunks.push(chunk);
-                self.wire.send[slot as usize] = Some((name.to_owned(), chunk));
+                let content = (request.plan.name.clone(), chunk);
+                self.wire.send[slot as usize] = Some(content);
             }
         }
         if !staged.chunks.is_empty() {
@@ -333,10 +309,12 @@ impl World {
     pub(crate) fn decode_turn(&mut self, turn: Turn) {
         let engine = self.decode.id;
         match turn {
+            Turn::Queue(name, leg) => self.queue(name, leg),
+            Turn::Dismiss(name, id) if id == engine => self.dismiss(&name),
             Turn::Park(name) => self.park(&name),
             Turn::Read(name, id, chunks) if id == engine => self.read(&name, chunks),
             Turn::Abort(name, id) if id == engine => self.abort(&name),
-            Turn::Read(..) | Turn::Abort(..) => {}
+            Turn::Read(..) | Turn::Abort(..) | Turn::Dismiss(..) => {}
         }
     }
 
@@ -347,7 +325,10 @@ impl World {
             return;
         }
         // The proxy sends only one decode request for each request.
-        let Some(plan) = self.decode.plans.remove(name) else {
+        let plan = self
+            .unqueue(name)
+            .or_else(|| self.decode.plans.remove(name));
+        let Some(plan) = plan else {
             return;
         };
         let parked = Await {
@@ -395,7 +376,7 @@ impl World {
                 self.fail("a chunk is shown twice");
             }
             request.reading.insert(chunk, slot);
-            let expected = Some((name.clone(), chunk));
+            let expected = Some((request.plan.name.clone(), chunk));
             if self.wire.land[slot as usize] != expected {
                 let found = self.wire.land[slot as usize].clone();
                 self.fail(&format!(
@@ -426,7 +407,7 @@ impl World {
         for chunk in &chunks {
             if let Some(slot) = request.reading.remove(chunk) {
                 self.wire.reading.remove(&slot);
-                if self.wire.land[slot as usize] != Some((name.to_owned(), *chunk)) {
+                if self.wire.land[slot as usize] != Some((request.plan.name.clone(), *chunk)) {
                     self.fail(&format!("slot {slot} changed while it was read"));
                 }
             }
@@ -460,6 +441,9 @@ impl World {
         if engine != self.decode.id {
             return;
         }
+        if self.legs.dismissed.remove(&ended.req.0) {
+            return;
+        }
         let Some(request) = self.decode.live.get_mut(&ended.req.0) else {
             self.fail("a request ended that is not parked");
         };
@@ -486,7 +470,7 @@ impl World {
     }
 }
 
-fn keys(plan: &RequestPlan) -> Vec<String> {
+pub(crate) fn keys(plan: &RequestPlan) -> Vec<String> {
     (0..plan.tokens.div_ceil(CHUNK))
         .map(|i| format!("{}/{i}", plan.name))
         .collect()

@@ -15,8 +15,10 @@
 //! At the end it checks that no request is in flight and every slot is free.
 
 mod engines;
+mod kept;
 mod net;
 mod plan;
+mod script;
 mod stranger;
 mod wire;
 
@@ -31,6 +33,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::setup::{self, CHUNK, target};
 use engines::{DecodeEngine, PrefillEngine};
+pub(crate) use kept::keeper;
 use net::Net;
 pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plans};
 use wire::Wire;
@@ -92,6 +95,7 @@ pub(crate) struct World {
     wire: Wire,
     prefill: PrefillEngine,
     decode: DecodeEngine,
+    legs: kept::Legs,
     outcome: Outcome,
     log: Option<Vec<String>>,
 }
@@ -103,6 +107,8 @@ enum Happening {
     ToReceiver(receiver::Event, u64),
     FromReceiver(u64, protocol::message::ToSender),
     FromSender(u64, protocol::message::ToReceiver),
+    /// A message on the fetch port of whichever sender listens there.
+    ToKeeper(sender::Event),
     LinkMade(u64),
     Land(wire::Landing),
     WriteLasts(protocol::TransferId, u64),
@@ -136,6 +142,7 @@ impl World {
             wire: Wire::new(plan.guarded, plan.land_slots, plan.send_slots),
             prefill: PrefillEngine::new(EngineId(1)),
             decode: DecodeEngine::new(EngineId(2)),
+            legs: kept::Legs::default(),
             outcome: Outcome::default(),
             log: std::env::var_os("WORLD_LOG").map(|_| Vec::new()),
         }
@@ -206,6 +213,7 @@ impl World {
             Happening::ToReceiver(event, epoch) if epoch == self.d_epoch => {
                 self.d.handle(Time(self.now), event);
             }
+            Happening::ToKeeper(event) => self.p.handle(Time(self.now), event),
             Happening::ToSender(..) | Happening::ToReceiver(..) => {}
             Happening::FromSender(route, message) => self.deliver_to_receiver(route, message),
             Happening::FromReceiver(route, message) => self.deliver_to_sender(route, message),
@@ -252,6 +260,7 @@ impl World {
             sender::Action::Ended(engine, ended) => self.prefill_ended(engine, &ended),
             sender::Action::Progress(req) => self.proxy_hears(&req, true),
             sender::Action::Notify { req, .. } => self.proxy_hears(&req, false),
+            sender::Action::Answer { to, message } => self.keeper_answers(to, &message),
             sender::Action::Record(_) => {}
         }
     }
@@ -272,6 +281,7 @@ impl World {
             receiver::Action::Mark { .. } | receiver::Action::CheckCanary { .. } => {
                 self.fail("slots lent to nobody");
             }
+            receiver::Action::Ask { message, .. } => self.ask_keeper(&message),
             receiver::Action::Record(_) => {}
         }
     }
@@ -303,11 +313,11 @@ impl World {
             self.fail(&wrong);
         }
         self.outcome.log = self.log.clone().unwrap_or_default();
-        if self.p.gauges().held > 0 || self.p.gauges().requests > 0 {
+        if self.p.gauges().held > 0 || self.p.gauges().requests > 0 || self.p.gauges().kept > 0 {
             self.fail("the sender is not idle");
         }
         let d = self.d.gauges();
-        if d.held > 0 || d.requests > 0 {
+        if d.held > 0 || d.requests > 0 || d.expected > 0 {
             self.fail("the receiver is not idle");
         }
         // Slots may stay quarantined only because of writes with an unknown end, and only until the

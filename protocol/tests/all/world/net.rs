@@ -76,7 +76,7 @@ impl World {
     }
 
     /// Returns the delay of each copy of a message; empty if the message is lost.
-    fn arrivals(&mut self) -> Vec<u64> {
+    pub(crate) fn arrivals(&mut self) -> Vec<u64> {
         if self.now < self.net.partitioned_until {
             return Vec::new();
         }
@@ -199,6 +199,7 @@ impl World {
             }
             Fault::KillDecode => {
                 let gone = self.decode.dies();
+                self.queue_dies();
                 self.wire.reading.clear();
                 let event = receiver::Event::EngineGone(gone);
                 self.after(0, Happening::ToReceiver(event, self.d_epoch));

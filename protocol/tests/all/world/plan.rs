@@ -42,6 +42,14 @@ pub(crate) struct RequestPlan {
     /// Percentage of the tokens that the decode side already has.
     pub(crate) have: u8,
     pub(crate) overlap: bool,
+    /// True if the prefill request names no receiver. The decode request then comes after the answer
+    /// (and the delay of `park`), and waits in a queue.
+    pub(crate) kept: bool,
+    /// Milliseconds in the queue of the decode engine.
+    pub(crate) queue_ms: u16,
+    /// Milliseconds after which the router sends a kept request's decode request again under another
+    /// id; absent if it does not.
+    pub(crate) twice_ms: Option<u16>,
     /// Number of tokens that the prefill engine computes in a step.
     pub(crate) step: u32,
     /// Milliseconds from the reservation to the cancel; absent if the engine does not cancel.
@@ -101,6 +109,9 @@ impl RequestPlan {
             tokens,
             have: 0,
             overlap: true,
+            kept: false,
+            queue_ms: 0,
+            twice_ms: None,
             step: 8,
             cancel_after_ms: None,
             abort_after_ms: None,
@@ -146,7 +157,7 @@ fn request(index: usize) -> impl Strategy<Value = RequestPlan> {
         park(),
         1..40u32,
         0..100u8,
-        any::<bool>(),
+        (any::<bool>(), kept()),
         1..24u32,
         early(),
         early(),
@@ -157,7 +168,7 @@ fn request(index: usize) -> impl Strategy<Value = RequestPlan> {
                 park,
                 tokens,
                 have,
-                overlap,
+                (overlap, (kept, queue_ms, twice_ms)),
                 step,
                 cancel_after_ms,
                 abort_after_ms,
@@ -169,12 +180,22 @@ fn request(index: usize) -> impl Strategy<Value = RequestPlan> {
                     tokens,
                     have: if have < 50 { 0 } else { have },
                     overlap,
+                    kept,
+                    queue_ms,
+                    twice_ms,
                     step,
                     cancel_after_ms,
                     abort_after_ms,
                 }
             },
         )
+}
+
+/// Returns the fields `kept`, `queue_ms` and `twice_ms`.
+fn kept() -> impl Strategy<Value = (bool, u16, Option<u16>)> {
+    let queue = prop_oneof![3 => 0..300u16, 1 => 0..20_000u16];
+    let twice = proptest::option::weighted(0.2, 0..1000u16);
+    (any::<bool>(), queue, twice)
 }
 
 fn requests() -> impl Strategy<Value = Vec<RequestPlan>> {

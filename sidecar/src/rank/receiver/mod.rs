@@ -185,6 +185,7 @@ impl ReceiverTask {
                 self.refuse_senders();
             }
             FromEngine::Message(engine, message) => match message {
+                ToSidecar::Expect(m) => self.feed(Event::Expect(engine, m)),
                 ToSidecar::Await(m) => self.feed(Event::Await(engine, m)),
                 ToSidecar::Release(m) => self.feed(Event::Release(engine, m)),
                 ToSidecar::Abort(m) => self.feed(Event::Abort(engine, m)),
@@ -323,6 +324,8 @@ impl ReceiverTask {
                     debug!(peer = self.alloc.name(route), %error, "answer not sent");
                 }
             }
+            // Without an address the machine fetches nothing.
+            Action::Ask { .. } => {}
             Action::Ready(engine, m) => self.tell(engine, ToEngine::Ready(m)),
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
             Action::Open { lease, slot } => self.context.wires.open(lease, slot),

@@ -151,6 +151,7 @@ impl SenderTask {
                     }
                     self.feed(Event::Reserve(engine, m));
                 }
+                ToSidecar::Keep(m) => self.feed(Event::Keep(engine, m)),
                 ToSidecar::Computing(m) => self.feed(Event::Computing(engine, m)),
                 ToSidecar::Staged(m) => self.feed(Event::Staged(engine, m)),
                 ToSidecar::Cancel(m) => self.feed(Event::Cancel(engine, m)),
@@ -370,6 +371,8 @@ impl SenderTask {
                         transport,
                     }),
                 })),
+            // No fetch port listens yet, so no decode side waits for an answer.
+            Action::Answer { .. } => {}
             Action::Record(record) => self.context.record(RankRole::Sender, &record),
         }
     }

@@ -1,0 +1,490 @@
+//! Kept KV message by message: what a sender answers to each message on its fetch port, and what a
+//! receiver sends there.
+
+use protocol::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
+use protocol::local::{Await, Computing, Expect, Keep, OfRequest, Target};
+use protocol::message::{AllocResponse, AllocResponseX, ToReceiver, ToSender};
+use protocol::receiver::{self, Receiver};
+use protocol::sender::{self, FetcherId, Sender};
+use protocol::{EngineId, Epoch, Reason, Time, Token};
+
+use crate::setup::{self, CHUNK, SECOND, keys, target};
+use crate::world::keeper;
+
+const ENGINE: EngineId = EngineId(1);
+const FETCHER: FetcherId = FetcherId(7);
+
+fn token(n: u8) -> Token {
+    Token(format!("{n:032x}"))
+}
+
+fn of_token(n: u8, req: &str) -> OfToken {
+    OfToken {
+        token: token(n),
+        epoch: Epoch(1),
+        req: req.into(),
+        ..OfToken::example()
+    }
+}
+
+fn fetch(n: u8, req: &str) -> ToKeeper {
+    ToKeeper::Fetch(Fetch {
+        token: token(n),
+        epoch: Epoch(1),
+        req: req.into(),
+        to: target(),
+        ..Fetch::example()
+    })
+}
+
+/// A sender whose engine keeps requests of two chunks.
+struct Side {
+    machine: Sender,
+    now: Time,
+}
+
+impl Side {
+    fn new() -> Self {
+        Self {
+            machine: Sender::new(setup::sender(4)),
+            now: Time(1),
+        }
+    }
+
+    fn feed(&mut self, event: sender::Event) -> Vec<sender::Action> {
+        self.machine.handle(self.now, event);
+        std::iter::from_fn(|| self.machine.poll_action()).collect()
+    }
+
+    fn keep(&mut self, n: u8) -> Vec<sender::Action> {
+        let keep = Keep {
+            req: format!("p{n}").as_str().into(),
+            token: token(n),
+            keys: keys("r", 2),
+            tokens: 2 * CHUNK,
+            upto: 2 * CHUNK,
+            keep_ms: 4000,
+        };
+        self.feed(sender::Event::Keep(ENGINE, keep))
+    }
+
+    fn hears(&mut self, message: ToKeeper) -> Vec<sender::Action> {
+        let from = FETCHER;
+        self.feed(sender::Event::Fetcher { from, message })
+    }
+
+    fn wait(&mut self, time: std::time::Duration) -> Vec<sender::Action> {
+        self.now = self.now + time;
+        self.feed(sender::Event::Deadline)
+    }
+
+    fn linked(&mut self) -> Vec<sender::Action> {
+        self.feed(sender::Event::Linked {
+            to: target(),
+            epoch: Epoch(2),
+            v: 1,
+            slots: 8,
+            transport: "tcp".into(),
+            cancels: false,
+        })
+    }
+}
+
+fn gone(actions: &[sender::Action]) -> Vec<(Reason, u32)> {
+    let of = |action: &sender::Action| match action {
+        sender::Action::Answer {
+            to,
+            message: ToFetcher::Gone(gone),
+        } => {
+            assert_eq!(*to, FETCHER);
+            Some((gone.reason, gone.retry_ms))
+        }
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+fn ended(actions: &[sender::Action]) -> Vec<Option<Reason>> {
+    let of = |action: &sender::Action| match action {
+        sender::Action::Ended(_, ended) => Some(ended.reason),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+/// The guard against a fetch port that can be used to make the sidecar connect anywhere.
+#[test]
+fn an_unknown_token_contacts_no_address_and_leaves_no_state() {
+    let mut side = Side::new();
+    side.keep(1);
+    for n in 2..100 {
+        for message in [
+            fetch(n, "d"),
+            ToKeeper::Renew(of_token(n, "d")),
+            ToKeeper::Drop(of_token(n, "d")),
+        ] {
+            let is_drop = matches!(message, ToKeeper::Drop(_));
+            let actions = side.hears(message);
+            let expected = if is_drop { 0 } else { 1 };
+            assert_eq!(actions.len(), expected, "{actions:?}");
+            assert_eq!(gone(&actions).len(), expected);
+            assert!(gone(&actions).iter().all(|g| *g == (Reason::NotKept, 0)));
+        }
+    }
+    assert_eq!(side.machine.gauges().requests, 0);
+    assert_eq!(side.machine.gauges().kept, 1);
+}
+
+#[test]
+fn a_token_of_an_earlier_start_is_stale_and_of_another_version_refused() {
+    let mut side = Side::new();
+    side.keep(1);
+    let old = OfToken {
+        epoch: Epoch(9),
+        ..of_token(1, "d")
+    };
+    assert_eq!(
+        gone(&side.hears(ToKeeper::Renew(old))),
+        [(Reason::StaleEpoch, 0)]
+    );
+    let newer = OfToken {
+        v: 2,
+        ..of_token(1, "d")
+    };
+    assert_eq!(
+        gone(&side.hears(ToKeeper::Renew(newer))),
+        [(Reason::VersionMismatch, 0)]
+    );
+    // A decode side that does not know the epoch sends 0.
+    let any = OfToken {
+        epoch: Epoch(0),
+        ..of_token(1, "d")
+    };
+    assert!(side.hears(ToKeeper::Renew(any)).is_empty());
+}
+
+#[test]
+fn kept_kv_ends_when_nobody_renews_and_at_the_limit_in_any_case() {
+    let mut side = Side::new();
+    side.keep(1);
+    assert!(ended(&side.wait(SECOND * 39 / 10)).is_empty());
+    side.hears(ToKeeper::Renew(of_token(1, "d")));
+    assert!(ended(&side.wait(SECOND * 39 / 10)).is_empty());
+    assert_eq!(ended(&side.wait(SECOND)), [Some(Reason::Unclaimed)]);
+    assert_eq!(gone(&side.hears(fetch(1, "d"))), [(Reason::Unclaimed, 0)]);
+
+    side.keep(2);
+    let mut ends = Vec::new();
+    for _ in 0..25 {
+        ends.extend(ended(&side.wait(SECOND)));
+        side.hears(ToKeeper::Renew(of_token(2, "d")));
+    }
+    assert_eq!(ends, [Some(Reason::Deadline)]);
+    assert!(side.machine.is_idle());
+}
+
+/// A preempted prefill request may stand still for long.
+#[test]
+fn the_time_begins_when_the_prompt_is_computed() {
+    let mut side = Side::new();
+    let keep = Keep {
+        req: "p1".into(),
+        token: token(1),
+        keys: keys("r", 2),
+        tokens: 2 * CHUNK,
+        upto: CHUNK,
+        keep_ms: 4000,
+    };
+    side.feed(sender::Event::Keep(ENGINE, keep));
+    assert!(ended(&side.wait(15 * SECOND)).is_empty());
+    let computing = Computing {
+        req: "p1".into(),
+        upto: 2 * CHUNK,
+    };
+    side.feed(sender::Event::Computing(ENGINE, computing));
+    assert!(ended(&side.wait(SECOND * 39 / 10)).is_empty());
+    assert_eq!(ended(&side.wait(SECOND)), [Some(Reason::Unclaimed)]);
+}
+
+#[test]
+fn a_fetch_becomes_a_request_with_the_decode_sides_id() {
+    let mut side = Side::new();
+    side.keep(1);
+    let actions = side.hears(fetch(1, "d1"));
+    assert_eq!(actions, [sender::Action::Link { to: target() }]);
+    let actions = side.linked();
+    let [sender::Action::Send { message, .. }] = &actions[..] else {
+        panic!("one question and no word to a proxy: {actions:?}");
+    };
+    let ToReceiver::AllocRequest(asked) = message else {
+        panic!("{message:?}");
+    };
+    assert_eq!(asked.req_id, "d1");
+    assert_eq!(asked.keys, keys("r", 2));
+    assert!(side.hears(fetch(1, "d1")).is_empty(), "a repetition");
+    let again = gone(&side.hears(fetch(1, "d2")));
+    assert!(matches!(again[..], [(Reason::Duplicate, 1..)]), "{again:?}");
+}
+
+/// The engine has heard nothing of a fetch before its lease, so another decode side can have the KV.
+#[test]
+fn a_fetch_that_fails_before_its_lease_leaves_the_kv_for_another() {
+    let mut side = Side::new();
+    side.keep(1);
+    side.hears(fetch(1, "d1"));
+    let (to, reason) = (target(), Reason::NoLink);
+    let actions = side.feed(sender::Event::LinkLost { to, reason });
+    assert_eq!(gone(&actions), [(Reason::NoLink, 0)]);
+    assert!(ended(&actions).is_empty(), "{actions:?}");
+    assert_eq!(side.machine.gauges().kept, 1);
+
+    side.hears(fetch(1, "d2"));
+    let seq = side
+        .linked()
+        .into_iter()
+        .find_map(|action| match action {
+            sender::Action::Send {
+                message: ToReceiver::AllocRequest(asked),
+                ..
+            } => Some((asked.req_id, asked.x?.seq)),
+            _ => None,
+        })
+        .expect("a question");
+    assert_eq!(seq.0, "d2");
+    let refusal = AllocResponse {
+        remote_indexes: vec![-1, -1],
+        already_sent_indexes: Vec::new(),
+        x: Some(AllocResponseX {
+            seq: seq.1,
+            epoch: Epoch(2),
+            lease: None,
+            have_tokens: 0,
+            window: 0,
+            reason: Some(Reason::KeyMismatch),
+            retry_ms: 0,
+            ..AllocResponseX::example()
+        }),
+    };
+    let message = ToSender::AllocResponse(refusal);
+    let actions = side.feed(sender::Event::Peer {
+        to: target(),
+        message,
+    });
+    // No other receiver of this model computes other keys.
+    assert_eq!(ended(&actions), [Some(Reason::KeyMismatch)]);
+    assert!(side.machine.is_idle());
+}
+
+#[test]
+fn a_drop_ends_kept_kv_unless_another_request_waits_for_it() {
+    let mut side = Side::new();
+    side.keep(1);
+    side.hears(ToKeeper::Renew(of_token(1, "d1")));
+    side.hears(ToKeeper::Renew(of_token(1, "d2")));
+    assert!(ended(&side.hears(ToKeeper::Drop(of_token(1, "d1")))).is_empty());
+    let ends = ended(&side.hears(ToKeeper::Drop(of_token(1, "d2"))));
+    assert_eq!(ends, [Some(Reason::Unwanted)]);
+
+    side.keep(2);
+    side.hears(fetch(2, "d1"));
+    assert!(side.hears(ToKeeper::Drop(of_token(2, "d2"))).is_empty());
+    let ends = ended(&side.hears(ToKeeper::Drop(of_token(2, "d1"))));
+    assert_eq!(ends, [Some(Reason::Unwanted)]);
+    assert!(side.machine.is_idle());
+}
+
+#[test]
+fn the_engines_end_and_cancel_end_its_kept_kv() {
+    let mut side = Side::new();
+    side.keep(1);
+    side.keep(2);
+    let req = OfRequest { req: "p1".into() };
+    let actions = side.feed(sender::Event::Cancel(ENGINE, req));
+    assert_eq!(ended(&actions), [Some(Reason::Cancelled)]);
+    side.feed(sender::Event::EngineGone(ENGINE));
+    assert!(side.machine.is_idle());
+    assert_eq!(gone(&side.hears(fetch(1, "d"))), [(Reason::Cancelled, 0)]);
+    let renew = ToKeeper::Renew(of_token(2, "d"));
+    assert_eq!(gone(&side.hears(renew)), [(Reason::EngineGone, 0)]);
+}
+
+#[test]
+fn what_cannot_be_kept_ends_at_once() {
+    let mut side = Side::new();
+    assert!(side.keep(1).is_empty());
+    // A second `Keep` of the same request prolongs, of another request with its token it is refused.
+    assert!(side.keep(1).is_empty());
+    let stolen = Keep {
+        req: "p9".into(),
+        token: token(1),
+        keys: keys("r", 2),
+        tokens: 2 * CHUNK,
+        upto: 2 * CHUNK,
+        keep_ms: 4000,
+    };
+    let unsound = Keep {
+        token: Token("0123".into()),
+        ..stolen.clone()
+    };
+    let actions = side.feed(sender::Event::Keep(ENGINE, stolen));
+    assert_eq!(ended(&actions), [Some(Reason::Duplicate)]);
+    let actions = side.feed(sender::Event::Keep(ENGINE, unsound));
+    assert_eq!(ended(&actions), [Some(Reason::BadRequest)]);
+    side.feed(sender::Event::Drain);
+    assert_eq!(ended(&side.keep(2)), [Some(Reason::Draining)]);
+    assert_eq!(side.machine.gauges().kept, 1, "a drain leaves what is kept");
+}
+
+/// A receiver whose engine expects one request.
+struct Other {
+    machine: Receiver,
+    now: Time,
+}
+
+impl Other {
+    fn new() -> Self {
+        Self {
+            machine: Receiver::new(setup::receiver(4)),
+            now: Time(1),
+        }
+    }
+
+    fn feed(&mut self, event: receiver::Event) -> Vec<receiver::Action> {
+        self.machine.handle(self.now, event);
+        std::iter::from_fn(|| self.machine.poll_action()).collect()
+    }
+
+    fn wait(&mut self, time: std::time::Duration) -> Vec<receiver::Action> {
+        self.now = self.now + time;
+        self.feed(receiver::Event::Deadline)
+    }
+
+    fn expect(&mut self) -> Vec<receiver::Action> {
+        let expect = Expect {
+            req: "d1".into(),
+            token: token(1),
+            from: keeper(),
+            epoch: Epoch(1),
+            keep_ms: 3000,
+        };
+        self.feed(receiver::Event::Expect(ENGINE, expect))
+    }
+
+    fn park(&mut self) -> Vec<receiver::Action> {
+        let parked = Await {
+            req: "d1".into(),
+            keys: keys("r", 2),
+            tokens: 2 * CHUNK,
+            have_tokens: 0,
+            deadline_ms: 30_000,
+            written: false,
+        };
+        self.feed(receiver::Event::Await(ENGINE, parked))
+    }
+
+    fn gone(&mut self, reason: Reason, retry_ms: u32) -> Vec<receiver::Action> {
+        let gone = Gone {
+            token: token(1),
+            req: "d1".into(),
+            reason,
+            retry_ms,
+            ..Gone::example()
+        };
+        self.feed(receiver::Event::Keeper {
+            from: keeper(),
+            message: ToFetcher::Gone(gone),
+        })
+    }
+}
+
+/// Returns a word for each action: the message to the fetch port, or the end of the request.
+fn words(actions: &[receiver::Action]) -> Vec<String> {
+    let word = |action: &receiver::Action| match action {
+        receiver::Action::Ask { to, message } => {
+            assert_eq!(*to, keeper());
+            Some(match message {
+                ToKeeper::Fetch(fetch) => {
+                    let here: &Target = &fetch.to;
+                    assert_eq!(*here, target());
+                    "fetch".to_owned()
+                }
+                ToKeeper::Renew(_) => "renew".to_owned(),
+                ToKeeper::Drop(_) => "drop".to_owned(),
+            })
+        }
+        receiver::Action::Ended(_, ended) => ended.reason.map(|reason| reason.to_string()),
+        _ => None,
+    };
+    actions.iter().filter_map(word).collect()
+}
+
+#[test]
+fn a_receiver_renews_while_the_request_is_queued_and_fetches_when_it_parks() {
+    let mut other = Other::new();
+    assert_eq!(words(&other.expect()), ["renew"]);
+    assert!(words(&other.expect()).is_empty(), "a repetition");
+    assert_eq!(words(&other.wait(SECOND)), ["renew"]);
+    assert_eq!(words(&other.park()), ["fetch"]);
+    assert_eq!(words(&other.wait(SECOND / 2)), ["fetch"]);
+    assert!(words(&other.gone(Reason::Duplicate, 200)).is_empty());
+    assert_eq!(words(&other.wait(SECOND / 4)), ["fetch"]);
+    assert_eq!(words(&other.gone(Reason::Unclaimed, 0)), ["unclaimed"]);
+    assert!(other.machine.is_idle());
+}
+
+#[test]
+fn a_receiver_hears_early_that_the_kv_is_gone() {
+    let mut other = Other::new();
+    other.expect();
+    assert!(words(&other.gone(Reason::EngineGone, 0)).is_empty());
+    assert!(words(&other.wait(5 * SECOND)).is_empty());
+    assert_eq!(words(&other.park()), ["engine_gone"]);
+    assert!(other.machine.is_idle());
+}
+
+#[test]
+fn a_receiver_drops_what_its_engine_does_not_want() {
+    let abort = || receiver::Event::Abort(ENGINE, OfRequest { req: "d1".into() });
+    let mut queued = Other::new();
+    queued.expect();
+    assert_eq!(words(&queued.feed(abort())), ["drop", "unwanted"]);
+    assert!(queued.machine.is_idle());
+
+    let mut parked = Other::new();
+    parked.expect();
+    parked.park();
+    assert_eq!(words(&parked.feed(abort())), ["drop", "unwanted"]);
+    assert!(parked.machine.is_idle());
+
+    let mut dead = Other::new();
+    dead.expect();
+    let actions = dead.feed(receiver::Event::EngineGone(ENGINE));
+    assert_eq!(words(&actions), ["drop"]);
+    assert!(dead.machine.is_idle());
+
+    let mut late = Other::new();
+    late.expect();
+    late.park();
+    assert_eq!(words(&late.wait(5 * SECOND)), ["no_sender", "drop"]);
+    assert!(late.machine.is_idle());
+
+    let mut silent = Other::new();
+    silent.expect();
+    let end = words(&silent.wait(20 * SECOND));
+    assert_eq!(end, ["drop"], "the engine never parks the request");
+    assert!(silent.machine.is_idle());
+}
+
+#[test]
+fn a_fetch_port_that_cannot_be_reached_ends_parked_requests_only() {
+    let lost = || receiver::Event::KeeperLost {
+        from: keeper(),
+        reason: Reason::NoLink,
+    };
+    let mut other = Other::new();
+    other.expect();
+    assert!(words(&other.feed(lost())).is_empty());
+    assert_eq!(words(&other.park()), ["fetch"]);
+    assert_eq!(words(&other.feed(lost())), ["no_link"]);
+    assert!(other.machine.is_idle());
+}

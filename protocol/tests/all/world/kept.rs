@@ -1,0 +1,194 @@
+//! Simulation of a router that names no receiver: the prefill engine keeps the KV, and the decode
+//! side fetches it by a token.
+//!
+//! The two engines know the request under different ids. The decode request may come late, twice or
+//! never, and it waits in its engine's queue before it parks.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::keep::{ToFetcher, ToKeeper};
+use protocol::local::{Expect, Keep, Keeper, OfRequest};
+use protocol::sender::FetcherId;
+use protocol::{Epoch, Reason, Token, receiver, sender};
+use rand::Rng;
+
+use super::engines::{Step, Turn, keys};
+use super::plan::{Park, RequestPlan};
+use super::{Happening, MS, SECOND, World};
+
+/// The router's and the decode engine's part of kept requests.
+#[derive(Default)]
+pub(crate) struct Legs {
+    tokens: u128,
+    /// Token of each kept request, by the prefill engine's id.
+    kept: BTreeMap<String, Token>,
+    /// Decode requests in the engine's queue, by the decode engine's id.
+    queued: BTreeMap<String, Leg>,
+    /// Decode requests that were aborted in the queue: the sidecar answers each with an end.
+    pub(crate) dismissed: BTreeSet<String>,
+}
+
+/// One decode request.
+#[derive(Clone, Debug)]
+pub(crate) struct Leg {
+    plan: RequestPlan,
+    token: Token,
+    epoch: Epoch,
+}
+
+/// Time for which the engine asks that KV is kept.
+const KEEP_MS: u32 = 4000;
+
+pub(crate) fn keeper() -> Keeper {
+    Keeper {
+        host: "p".into(),
+        port: 3,
+    }
+}
+
+/// Returns the prefill engine's id of a kept request.
+pub(crate) fn prefill_id(plan: &RequestPlan) -> String {
+    if plan.kept {
+        format!("p-{}", plan.name)
+    } else {
+        plan.name.clone()
+    }
+}
+
+impl World {
+    /// Returns the message that keeps the KV of a request.
+    pub(crate) fn keep(&mut self, plan: &RequestPlan, upto: u32) -> Keep {
+        self.legs.tokens += 1;
+        let token = Token(format!("{:032x}", self.legs.tokens));
+        let id = prefill_id(plan);
+        self.legs.kept.insert(id.clone(), token.clone());
+        Keep {
+            req: id.as_str().into(),
+            token,
+            keys: keys(plan),
+            tokens: plan.tokens,
+            upto,
+            keep_ms: KEEP_MS,
+        }
+    }
+
+    /// Answers the prefill request, so that the router sends the decode request, or two.
+    pub(crate) fn answer(&mut self, plan: &RequestPlan) {
+        let (Park::AtMs(delay) | Park::OnProgress(delay) | Park::OnNotify(delay)) = plan.park
+        else {
+            return;
+        };
+        let Some(token) = self.legs.kept.get(&prefill_id(plan)).cloned() else {
+            return;
+        };
+        let leg = Leg {
+            plan: plan.clone(),
+            token,
+            epoch: Epoch(self.p_epoch),
+        };
+        let ids = [
+            Some(plan.name.clone()),
+            plan.twice_ms.map(|_| format!("{}-b", plan.name)),
+        ];
+        let delays = [delay, delay.saturating_add(plan.twice_ms.unwrap_or(0))];
+        for (id, delay) in ids.into_iter().zip(delays) {
+            if let Some(id) = id {
+                let turn = Turn::Queue(id, leg.clone());
+                self.after(u64::from(delay) * MS, Happening::Decode(turn));
+            }
+        }
+    }
+
+    /// Puts a decode request into the engine's queue.
+    pub(crate) fn queue(&mut self, id: String, leg: Leg) {
+        let waits = self.legs.queued.contains_key(&id) || self.legs.dismissed.contains(&id);
+        if waits || !self.decode.is_free(&id) {
+            return;
+        }
+        self.expect(&id, &leg);
+        let engine = self.decode.id;
+        if let Some(ms) = leg.plan.abort_after_ms {
+            let turn = Turn::Dismiss(id.clone(), engine);
+            self.after(u64::from(ms) * MS, Happening::Decode(turn));
+        }
+        let wait = u64::from(leg.plan.queue_ms) * MS;
+        self.legs.queued.insert(id.clone(), leg);
+        self.after(wait, Happening::Decode(Turn::Park(id)));
+    }
+
+    fn expect(&mut self, id: &str, leg: &Leg) {
+        let expect = Expect {
+            req: id.into(),
+            token: leg.token.clone(),
+            from: keeper(),
+            epoch: leg.epoch,
+            keep_ms: KEEP_MS,
+        };
+        let engine = self.decode.id;
+        self.tell_receiver(receiver::Event::Expect(engine, expect));
+    }
+
+    /// Takes a decode request out of the queue, because it has blocks now.
+    pub(crate) fn unqueue(&mut self, id: &str) -> Option<RequestPlan> {
+        let leg = self.legs.queued.remove(id)?;
+        // The sidecar may have restarted since.
+        self.expect(id, &leg);
+        Some(leg.plan)
+    }
+
+    /// Aborts a decode request that still waits in the queue.
+    pub(crate) fn dismiss(&mut self, id: &str) {
+        if self.legs.queued.remove(id).is_some() {
+            self.legs.dismissed.insert(id.to_owned());
+            let req = OfRequest { req: id.into() };
+            let engine = self.decode.id;
+            self.tell_receiver(receiver::Event::Abort(engine, req));
+        }
+    }
+
+    pub(crate) fn queue_dies(&mut self) {
+        self.legs.queued.clear();
+        self.legs.dismissed.clear();
+    }
+
+    /// Carries a message to the fetch port. The port is the same after a restart.
+    pub(crate) fn ask_keeper(&mut self, message: &ToKeeper) {
+        let arrivals = self.arrivals();
+        if arrivals.is_empty() && self.rng.random_range(0..4) == 0 {
+            let lost = receiver::Event::KeeperLost {
+                from: keeper(),
+                reason: Reason::NoLink,
+            };
+            self.after(SECOND / 2, Happening::ToReceiver(lost, self.d_epoch));
+        }
+        for delay in arrivals {
+            let event = sender::Event::Fetcher {
+                from: FetcherId(self.d_epoch),
+                message: message.clone(),
+            };
+            self.after(delay, Happening::ToKeeper(event));
+        }
+    }
+
+    pub(crate) fn keeper_answers(&mut self, to: FetcherId, message: &ToFetcher) {
+        for delay in self.arrivals() {
+            let event = receiver::Event::Keeper {
+                from: keeper(),
+                message: message.clone(),
+            };
+            self.after(delay, Happening::ToReceiver(event, to.0));
+        }
+    }
+
+    /// Begins a kept request at the prefill engine.
+    pub(crate) fn keep_step(&mut self, plan: &RequestPlan, upto: u32) {
+        let keep = self.keep(plan, upto);
+        let engine = self.prefill.id;
+        self.tell_sender(sender::Event::Keep(engine, keep));
+        self.prefill.reserved += 1;
+        if let Some(ms) = plan.cancel_after_ms {
+            let step = Step::Cancel(prefill_id(plan), engine);
+            self.after(u64::from(ms) * MS, Happening::Prefill(step));
+        }
+    }
+}
