@@ -30,8 +30,11 @@ from pd_sidecar.sidecar.wire import (
     Cancel,
     Computing,
     Ended,
+    Expect,
     Granted,
     Hello,
+    Keep,
+    Keeper,
     LayersStaged,
     Ready,
     Refused,
@@ -158,6 +161,12 @@ class Client:
         """
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
+    def keep(self, req: str, token: str, keys: list[str], *, tokens: int, upto: int, keep_ms: int) -> None:
+        """Prefill: keeps a request's chunks in the engine until a decode side fetches them by the token. The answer is
+        `Granted` once one does, or `Ended`.
+        """
+        self.send(Keep(req, token, keys, tokens, upto, keep_ms))
+
     def computing(self, req: str, upto: int) -> None:
         """Prefill: tells the sidecar that this step computes tokens `[0, upto)`, so that the sidecar can grant slots
         for the chunks of these tokens.
@@ -183,6 +192,10 @@ class Client:
     def cancel(self, req: str) -> None:
         """Prefill: tells the sidecar that the request has ended and that the engine no longer writes into its slots."""
         self.send(Cancel(req))
+
+    def expect(self, req: str, token: str, at: Keeper, *, epoch: int, keep_ms: int) -> None:
+        """Decode: announces a request whose KV a prefill engine keeps. The sidecar fetches it with `await_`."""
+        self.send(Expect(req, token, at, epoch, keep_ms))
 
     def await_(
         self,

@@ -27,6 +27,7 @@ from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache
+from pd_sidecar.scheduler.kept import KeepPolicy
 from pd_sidecar.scheduler.metadata import DisabledNotice, IdleReport, StepMetadata
 from pd_sidecar.scheduler.scheduler import Role, Scheduler
 from pd_sidecar.scheduler.stats import PromMetrics, Stats
@@ -124,6 +125,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     # The scheduler's half.
 
+    def on_new_request(self, request: Request) -> None:
+        self._of_scheduler.arrived(request)
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._of_scheduler.matched_tokens(request, num_computed_tokens)
 
@@ -143,6 +147,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
+        if isinstance(idle_report, IdleReport):
+            self._of_scheduler.keeping.learn(idle_report.fetch_ports)
         if (worker := self._neighbour()) is not None:
             # Do not wait if this output or a later step has tokens, because a client waits for these tokens.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
@@ -263,6 +269,11 @@ class PdSidecarConnector(KVConnectorBase_V1):
             ranks=self._partition.ranks,
             kv_groups=len(self._groups),
             block_tokens=self._config.cache_config.block_size,
+            keep=KeepPolicy(
+                self._config.kv_transfer_config.engine_id or "",
+                self._options.keep_ms,
+                int(self._num_blocks * self._options.keep_share),
+            ),
         )
         hasher = ChunkHasher(self._options.hash_algorithm, self._options.chunk_size)
         return Scheduler(role, hasher, self._stats)

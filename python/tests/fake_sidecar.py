@@ -20,13 +20,14 @@ PATIENCE_S = 5.0
 class FakeSidecar:
     """Accepts every greeting, records every message, and sends what the test tells it to send."""
 
-    def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None, sealed=True):
+    def __init__(self, path, *, slots=8, epoch=1, refuse=None, slot_bytes=None, sealed=True, fetch=None):
         self.path = str(path)
         self.slots = slots
         self.epoch = epoch
         self.refuse = refuse
         self.slot_bytes = slot_bytes
         self.sealed = sealed
+        self.fetch = fetch
         self.hellos = []
         self.kept = []
         """The greetings of engines that move no KV. The fake sidecar accepts these greetings even while it refuses
@@ -116,6 +117,7 @@ class FakeSidecar:
             slots=self.slots,
             slot_bytes=self.slot_bytes,
             connection=len(self.hellos),
+            fetch=self.fetch,
         )
         self._connections.append(connection)
         frame = wire.encode(welcome)

@@ -44,6 +44,14 @@ class Options:
     """Milliseconds that a decode request waits for its KV. After this time this engine computes the prompt."""
     save_deadline_ms: int = 60_000
     """Milliseconds that a finished prefill request keeps its blocks while some of its chunks have no slot yet."""
+    keep_ms: int = 30_000
+    """Milliseconds for which a finished prefill request that names no receiver keeps its blocks, without a word from a
+    decode side.
+    """
+    keep_share: float = 0.5
+    """The largest part of the KV cache that such requests may keep, 0 to 1. Beyond it they are computed by the decode
+    side.
+    """
     push: str = "auto"
     """The moment of a gather on a GPU. `step` gathers after a step. `layers` gathers the first layers of a step while
     its last layers are computed. `auto` works like `layers` if the KV then arrives earlier over the sidecar's link;
@@ -107,13 +115,15 @@ def parse(
     if why is not None:
         named = source.get("hash_algorithm", "hash_algorithm")
         problems.append(f"{named}: {why}")
-    for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms"):
+    for key in ("chunk_size", "load_deadline_ms", "save_deadline_ms", "keep_ms"):
         if getattr(options, key) <= 0:
             problems.append(f"{key}={getattr(options, key)} must be positive")
     if options.ranks < 0:
         problems.append(f"ranks={options.ranks} must be positive, or absent")
     if not 0 <= options.idle_wait_ms <= MAX_IDLE_WAIT_MS:
         problems.append(f"idle_wait_ms={options.idle_wait_ms} must be 0 to {MAX_IDLE_WAIT_MS}")
+    if not 0 <= options.keep_share <= 1:
+        problems.append(f"keep_share={options.keep_share} must be 0 to 1")
     if options.push not in PUSHES:
         problems.append(f"push={options.push!r} must be one of {', '.join(PUSHES)}")
     if options.sidecar not in ("", "spawn"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
+
+from pd_sidecar.scheduler.kept import KeptSource, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +37,9 @@ class Skip(StrEnum):
     STREAMING_INPUT = "streaming_input"
     DUPLICATE = "duplicate"
     NOTHING_TO_LOAD = "nothing_to_load"
+    NO_FETCH_PORT = "no_fetch_port"
+    KEEP_FULL = "keep_full"
+    NOT_KEPT = "not_kept"
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,20 @@ class Transfer:
     """
     wants_first_token: bool = False
     """Push: true if the response must name the first token, as LMCache's proxy expects."""
+    keeps: bool = False
+    """Push: true if the router names no receiver, so that the engine keeps the KV until a decode side fetches it."""
+    kept: KeptSource | None = None
+    """Load: the place where a prefill engine keeps the KV; `None` if a sender pushes it without being asked."""
 
     @property
     def is_push(self) -> bool:
-        """True if this engine pushes the KV to `host`; false if this engine loads the KV."""
-        return bool(self.host)
+        """True if this engine pushes the KV to another engine; false if this engine loads the KV."""
+        return self.keeps or bool(self.host)
+
+    @property
+    def claim(self) -> str:
+        """The name that all engine requests of one client request share."""
+        return self.kept.token if self.kept is not None else self.req
 
 
 def unserved(request: Request) -> Skip | None:
@@ -77,6 +92,14 @@ def unserved(request: Request) -> Skip | None:
     return None
 
 
+def family(engine_id: str) -> str:
+    """Returns the part of an engine request's id that all engine requests of one client request share. vLLM puts a
+    number before the ids of the sequences of n > 1, and after the ids of the prompts of a list. Then vLLM appends eight
+    random digits to each id.
+    """
+    return FAMILY.sub(r"\1", engine_id)
+
+
 def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     """Reads `kv_transfer_params`. They come from the network, so every field is checked."""
     if not isinstance(params, dict):
@@ -87,7 +110,10 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
         # LMCache's proxy names only the receiver.
         push = isinstance(spec, dict) and "receiver_host" in spec
     if not push and not load:
-        return Skip.NO_PARAMS
+        # Our prefill side says that it kept nothing, and its router sent the decode leg all the same.
+        return Skip.NOT_KEPT if "pd" in params else Skip.NO_PARAMS
+    if spec is None and not (push and load):
+        return _unnamed(params, keeps=bool(push))
     if (push and load) or not isinstance(spec, dict):
         return Skip.BAD_PARAMS
     req = spec.get("req_id")
@@ -113,6 +139,14 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     return Transfer(req, host, init_ports, alloc_ports, overlap, wants_first_token=wants_first_token)
 
 
+def _unnamed(params: Mapping[str, Any], *, keeps: bool) -> Transfer | Skip:
+    """Reads the parameters of routers that name no receiver. The caller sets `req` to the engine's id."""
+    if keeps:
+        return Transfer("", keeps=True)
+    source = source_of(params)
+    return Skip.BAD_PARAMS if source is None else Transfer("", kept=source)
+
+
 def _is_name(text: str, most: int) -> bool:
     """Returns true if the sidecar accepts the text in a message. After any other text the sidecar would end the
     engine's connection, and with it the transfers of all other requests.
@@ -129,6 +163,7 @@ def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
     return ()
 
 
+FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
 MAX_ID_CHARACTERS = 256
 """Maximum length of a request id, in characters. Ids are in every message and log line."""
 MAX_HOST_CHARACTERS = 253

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+
+if TYPE_CHECKING:
+    from pd_sidecar.scheduler.kept import FetchPort, KeptSource
 
 # A request has two names here. `engine_id` is vLLM's name, and differs between the two sides. `req` is the proxy's
 # name, and is the same everywhere.
@@ -28,6 +32,10 @@ class PushStart:
     overlap: bool
     tags: list[str] = field(default_factory=list)
     """The tags of each chunk's key; empty if no chunk has a tag."""
+    token: str = ""
+    """The name under which the engine keeps the KV; empty if the request names its receiver."""
+    keep_ms: int = 0
+    """Milliseconds for which the KV is kept without a word from a decode side."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class LoadStart:
     """True if an LMCache sender has told the proxy that the whole prompt is written."""
     tags: list[str] = field(default_factory=list)
     """As in `PushStart`."""
+    source: KeptSource | None = None
+    """The place where a prefill engine keeps the KV; `None` if a sender pushes it without being asked."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class StepMetadata(KVConnectorMetadata):
     """Prefill: aborted requests. vLLM gives their blocks to other requests from this step on."""
     load_starts: list[LoadStart] = field(default_factory=list)
     copy_starts: list[CopyStart] = field(default_factory=list)
+    expected: list[tuple[str, KeptSource]] = field(default_factory=list)
+    """Decode: the `req` of requests whose KV waits at a prefill engine, and the place."""
     aborted: list[str] = field(default_factory=list)
     """Decode: requests that were aborted while parked. The engine holds their blocks until the worker reports the
     requests.
@@ -111,6 +123,7 @@ class StepMetadata(KVConnectorMetadata):
             or self.cancelled
             or self.load_starts
             or self.copy_starts
+            or self.expected
             or self.aborted
             or self.dismissed
         )
@@ -129,7 +142,13 @@ class IdleReport(KVConnectorWorkerMetadata):
     """True if the step had nothing to do and requests wait for a sidecar."""
     unmoved: bool = False
     """True if the worker cannot move this model's KV."""
+    fetch_ports: dict[int, FetchPort | None] = field(default_factory=dict)
+    """By rank, the ports of the sidecars that this worker has connected to since its last report; `None` for a sidecar
+    without one.
+    """
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        unmoved = isinstance(other, IdleReport) and other.unmoved
-        return IdleReport(self.rests, unmoved=True) if unmoved else self
+        if not isinstance(other, IdleReport):
+            return self
+        ports = {**self.fetch_ports, **other.fetch_ports}
+        return IdleReport(self.rests, unmoved=self.unmoved or other.unmoved, fetch_ports=ports)

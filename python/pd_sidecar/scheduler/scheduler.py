@@ -6,6 +6,8 @@ object holds the state of a request.
     Push (prefill)
       WAITING ── first step ──▶ RUNNING ── finished ──▶ HELD ── workers report ──▶ gone
                                    └────── aborted ──▶ gone
+      A request that names no receiver is HELD until a decode side has fetched its KV, or none does in time. Meanwhile
+      the engine does not step for it.
     Load (decode)
       OFFERED ── has blocks ──▶ PARKED ── workers report ──▶ SETTLED ── finished ──▶ gone
          │                         └── aborted ──▶ ABORTED ── workers report ──▶ gone
@@ -18,7 +20,7 @@ of the first request, so the KV is moved only once.
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -26,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Union
 
 from vllm.logger import init_logger
 
-from pd_sidecar.kv.tags import adapter_tag, salt_tag
 from pd_sidecar.scheduler.adapters import Adapters
-from pd_sidecar.scheduler.eligibility import Skip, Transfer, transfer, unserved
+from pd_sidecar.scheduler.eligibility import Skip, Transfer, family, transfer, unserved
+from pd_sidecar.scheduler.kept import Keeping, KeepPolicy, new_token
 from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.scheduler.tagging import tags_of, untagged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -73,6 +76,8 @@ class Push:
     upto: int = 0
     """The number of computed tokens that the workers know of; 0 again after a preemption."""
     preempted: bool = False
+    token: str = ""
+    """The name under which the KV is kept; empty if the request names its receiver."""
 
 
 @dataclass
@@ -133,6 +138,8 @@ class Role:
     """The number of ranks into which the two sides split KV."""
     kv_groups: int
     block_tokens: int
+    keep: KeepPolicy | None = None
+    """`None` if this engine keeps no KV for routers that name no receiver."""
 
 
 class Scheduler:
@@ -147,8 +154,15 @@ class Scheduler:
         self._claims: OrderedDict[tuple[bool, str], str] = OrderedDict()
         self._next = StepMetadata()
         self._held = 0
+        self.keeping = Keeping(role.keep)
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
+
+    def arrived(self, request: Request) -> None:
+        """Handles a request that vLLM puts into its queue: its KV must not expire while it waits."""
+        params = request.kv_transfer_params
+        if isinstance(params, dict) and "pd" in params:
+            self._state(request)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Returns the number of tokens beyond `computed` that will be loaded; `None` if this number is not known yet.
@@ -202,12 +216,13 @@ class Scheduler:
                 engine_id=request.request_id,
                 req=state.transfer.req,
                 hashes=(hashes := self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens])),
-                tags=_tags(request, state.adapter, len(hashes)),
+                tags=tags_of(request, state.adapter, len(hashes)),
                 tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
                 blocks=list(blocks),
                 written=state.transfer.written,
+                source=state.transfer.kept,
             )
         )
 
@@ -250,7 +265,7 @@ class Scheduler:
         if isinstance(state, Load) and state.phase is LoadPhase.OFFERED and state.source is None:
             self._next.dismissed.append(state.transfer.req)
         if isinstance(state, Skipped) and state.reason is not Skip.NO_PARAMS:
-            return False, _not_pushed(request, state.reason)
+            return False, self._not_pushed(request, state.reason)
         return False, None
 
     def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
@@ -263,7 +278,8 @@ class Scheduler:
                 else:
                     state.phase = LoadPhase.SETTLED
         for engine_id in sent:
-            if isinstance(self._states.pop(engine_id, None), Push):
+            is_push = isinstance(self._states.pop(engine_id, None), Push)
+            if not self.keeping.release(engine_id) and is_push:
                 self._held -= 1
 
     @property
@@ -287,6 +303,9 @@ class Scheduler:
         wish = transfer(request.kv_transfer_params)
         if isinstance(wish, Skip):
             return Skipped(wish)
+        if not wish.req:
+            # The two engines know such a request under different ids. The decode side's is the one on the wire.
+            wish = dataclasses.replace(wish, req=request.request_id)
         skip = unserved(request)
         if self._role.kv_groups != 1:
             skip = Skip.KV_GROUPS
@@ -294,7 +313,11 @@ class Scheduler:
             skip = Skip.LAYOUT
         elif not (self._role.producer if wish.is_push else self._role.consumer):
             skip = Skip.WRONG_ROLE
-        elif wish.is_push and len(wish.init_ports) != self._role.ranks:
+        elif wish.keeps and not self.keeping.is_possible(self._role.ranks):
+            skip = Skip.NO_FETCH_PORT
+        elif wish.kept is not None and len(wish.kept.ports) != self._role.ranks:
+            skip = Skip.TP_MISMATCH
+        elif wish.host and len(wish.init_ports) != self._role.ranks:
             skip = Skip.TP_MISMATCH
             logger.warning_once(
                 "not pushed: %s takes KV in %d ranks, but this engine divides it into %d; set `ranks` of both "
@@ -306,9 +329,10 @@ class Scheduler:
         elif skip is None and isinstance(adapter, Skip):
             skip = adapter
         elif skip is None and wish.written:
-            skip = _untagged(request)
+            skip = untagged(request)
         if skip is not None:
             if not wish.is_push and self._role.consumer:
+                self._expect(wish)
                 self._next.dismissed.append(wish.req)
             if wish.is_push and wish.wants_first_token and self._claim(wish, request.request_id):
                 self._next.unpushed.append(self._start(request, wish))
@@ -317,15 +341,22 @@ class Scheduler:
         if not self._claim(wish, request.request_id):
             source = self._source(wish, request)
             return Skipped(Skip.DUPLICATE) if source is None else Load(request, wish, weights, source=source)
-        return Push(request, wish, weights) if wish.is_push else Load(request, wish, weights)
+        if wish.is_push:
+            return Push(request, wish, weights, token=new_token() if wish.keeps else "")
+        self._expect(wish)
+        return Load(request, wish, weights)
+
+    def _expect(self, wish: Transfer) -> None:
+        if wish.kept is not None:
+            self._next.expected.append((wish.req, wish.kept))
 
     def _source(self, wish: Transfer, request: Request) -> Load | None:
         """Returns the request that loads the same prompt for another sequence of the same client request (n > 1);
         `None` if there is none. The prompts of a list also belong to one client request, but they differ.
         """
-        holder = self._claims[wish.is_push, wish.req]
+        holder = self._claims[wish.is_push, wish.claim]
         state = self._states.get(holder)
-        if not isinstance(state, Load) or _family(holder) != _family(request.request_id):
+        if not isinstance(state, Load) or family(holder) != family(request.request_id):
             return None
         return state if state.request.prompt_token_ids == request.prompt_token_ids else None
 
@@ -348,13 +379,15 @@ class Scheduler:
         client request. But LMCache's proxy numbers its requests from 1 at each start, so the same `req` can come again.
         A request of another client request therefore gets the claim when the holder has ended.
         """
-        key = (wish.is_push, wish.req)
+        if wish.keeps:
+            return True  # each engine request has a token of its own
+        key = (wish.is_push, wish.claim)
         holder = self._claims.setdefault(key, engine_id)
         if holder != engine_id:
             state = self._states.get(holder)
             settled = isinstance(state, Load) and state.phase is LoadPhase.SETTLED
             under_way = isinstance(state, (Push, Load)) and not settled
-            if under_way or _family(holder) == _family(engine_id):
+            if under_way or family(holder) == family(engine_id):
                 return False
             self._claims[key] = engine_id
             self._claims.move_to_end(key)
@@ -381,8 +414,9 @@ class Scheduler:
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
             hashes = self._hasher.chain(state.request.prompt_token_ids or ())
-            tags = _tags(state.request, state.adapter, len(hashes))
-            self._next.push_starts.append(self._start(state.request, state.to, hashes, tags))
+            tags = tags_of(state.request, state.adapter, len(hashes))
+            start = self._start(state.request, state.to, hashes, tags)
+            self._next.push_starts.append(dataclasses.replace(start, token=state.token, keep_ms=self.keeping.keep_ms))
         elif replace:
             # The request was preempted and resumed within one step: it has a new table, and no token counts as
             # computed.
@@ -400,39 +434,40 @@ class Scheduler:
             if state.phase is PushPhase.RUNNING:
                 self._next.cancelled.append(engine_id)
             del self._states[engine_id]
-            return False, _not_pushed(state.request, Skip.LAYOUT)
+            return False, self._not_pushed(state.request, Skip.LAYOUT)
         needed = self._blocks_of(state.request.num_prompt_tokens)
+        refused = None
         if completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
-            state.phase = PushPhase.HELD
-            self._held += 1
-            self._next.finished.append(engine_id)
-            return True, _response(state)
+            if not state.token:
+                self._held += 1
+            elif not self.keeping.is_possible(self._role.ranks):
+                refused = Skip.NO_FETCH_PORT
+            elif not self.keeping.hold(engine_id, len(blocks)):
+                refused = Skip.KEEP_FULL
+            if refused is None:
+                state.phase = PushPhase.HELD
+                self._next.finished.append(engine_id)
+                return True, self._response(state)
+            self._stats.add_reason("skipped", refused.value)
         if state.phase is PushPhase.RUNNING:
             self._next.cancelled.append(engine_id)
         del self._states[engine_id]
+        if refused is not None:
+            return False, self._not_pushed(state.request, refused)
         return False, _first_token(state.request, {}) or None
 
+    def _response(self, state: Push) -> dict[str, Any]:
+        """Returns the `kv_transfer_params` of a prefill leg's answer."""
+        if state.token:
+            return self.keeping.answer(state.token, state.request.num_prompt_tokens)
+        return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
 
-def _untagged(request: Request) -> Skip | None:
-    """Returns the reason why this request cannot use KV under keys without tags, such as KV from LMCache: KV without a
-    tag can belong to the same tokens with another salt or adapter. Returns `None` if the KV depends on the tokens
-    alone.
-    """
-    if request.lora_request is not None:
-        return Skip.LORA
-    return Skip.CACHE_SALT if request.cache_salt is not None else None
-
-
-def _tags(request: Request, adapter: str, chunks: int) -> list[str]:
-    """Returns the tags of each chunk's key; an empty list if the KV depends on the tokens alone. `adapter` is the
-    digest of the LoRA adapter's files.
-    """
-    tags = ""
-    if request.lora_request is not None:
-        tags += adapter_tag(request.lora_request.lora_name, adapter)
-    if request.cache_salt is not None:
-        tags += salt_tag(request.cache_salt)
-    return [tags] * chunks if tags else []
+    def _not_pushed(self, request: Request, reason: Skip) -> dict[str, Any]:
+        """Returns the `kv_transfer_params` of an answer whose KV is not pushed."""
+        params = request.kv_transfer_params
+        if isinstance(params, dict) and params.get("do_remote_decode") and params.get("disagg_spec") is None:
+            return self.keeping.refusal(reason.value)
+        return _first_token(request, {"pushed": False, "reason": reason.value})
 
 
 def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
@@ -441,24 +476,6 @@ def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
     if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
         response["first_tok"] = request.output_token_ids[0]
     return response
-
-
-def _family(engine_id: str) -> str:
-    """Returns the part of an engine request's id that all engine requests of one client request share. vLLM puts a
-    number before the ids of the sequences of n > 1, and after the ids of the prompts of a list. Then vLLM appends eight
-    random digits to each id.
-    """
-    return FAMILY.sub(r"\1", engine_id)
-
-
-def _response(state: Push) -> dict[str, Any]:
-    """Returns the `kv_transfer_params` of a prefill leg's answer."""
-    return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
-
-
-def _not_pushed(request: Request, reason: Skip) -> dict[str, Any]:
-    """Returns the `kv_transfer_params` of an answer whose KV is not pushed."""
-    return _first_token(request, {"pushed": False, "reason": reason.value})
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
@@ -487,6 +504,5 @@ def _lost_its_blocks(state: Push) -> bool:
     return state.phase is PushPhase.RUNNING and not state.preempted and state.request.status.name == "PREEMPTED"
 
 
-FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
 MAX_CLAIMS = 4096
 """Maximum number of claims. A sidecar keeps the same number of ended requests."""

@@ -19,11 +19,12 @@ from pd_sidecar.client import Ended, NotConnectedError, Ready
 from pd_sidecar.kv import keys
 from pd_sidecar.kv.copier import Piece
 from pd_sidecar.kv.layout import chunk_span, wanted_chunks
-from pd_sidecar.sidecar.wire import WireError
+from pd_sidecar.sidecar.wire import Keeper, WireError
 
 if TYPE_CHECKING:
     from pd_sidecar.client import Client
     from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.scheduler.kept import KeptSource
     from pd_sidecar.scheduler.metadata import LoadStart, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
     from pd_sidecar.worker.ranks import Rank
@@ -96,6 +97,8 @@ class Receiver:
         for scatter in self._scatters:
             self._device.hold(scatter.fence)
         mark = self._device.mark() if metadata.load_starts else None
+        for req, source in metadata.expected:
+            self._expect(req, source)
         for start in metadata.load_starts:
             self._await(start, mark)
         for engine_id in metadata.aborted:
@@ -207,6 +210,9 @@ class Receiver:
         )
         self._by_engine_id[start.engine_id] = incoming
         self._by_req[start.req] = incoming
+        if start.source is not None:
+            # Once more, for a sidecar that has restarted since the request arrived.
+            self._expect(start.req, start.source)
         try:
             self._client.await_(
                 start.req,
@@ -220,6 +226,15 @@ class Receiver:
             self._fail(incoming, "no_sidecar")
         except WireError:
             self._fail(incoming, "too_large")
+
+    def _expect(self, req: str, source: KeptSource) -> None:
+        port = source.ports[self._rank.index]
+        try:
+            self._client.expect(
+                req, source.token, Keeper(port.host, port.port), epoch=port.epoch, keep_ms=source.keep_ms
+            )
+        except NotConnectedError:
+            return  # the request's `Await` fails as well
 
     def _scatter(self) -> bool:
         """Launches a scatter of the chunks that have arrived. Returns true if there were any."""

@@ -84,6 +84,7 @@ class Sender:
         for engine_id in metadata.finished:
             if outgoing := self._by_engine_id.get(engine_id):
                 outgoing.held_since = time.monotonic()
+                self._restart_keep(outgoing)
 
     def layers_computed(self, below: int) -> None:
         """Runs within the forward, when the engine has launched the first `below` layers."""
@@ -171,7 +172,8 @@ class Sender:
         out: set[str] = set()
         for engine_id, outgoing in list(self._by_engine_id.items()):
             since = outgoing.held_since
-            if since is not None and now > since + self._rank.save_deadline_s:
+            # The sidecar bounds the time of kept KV.
+            if since is not None and not outgoing.start.token and now > since + self._rank.save_deadline_s:
                 self._give_up(outgoing, "save_deadline")
             if not outgoing.over or outgoing.gathering:
                 continue
@@ -236,6 +238,16 @@ class Sender:
 
     def _reserve(self, outgoing: Outgoing, upto: int) -> None:
         start, rank = outgoing.start, self._rank
+        if start.token:
+            self._client.keep(
+                start.req,
+                start.token,
+                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
+                tokens=start.tokens,
+                upto=upto,
+                keep_ms=start.keep_ms,
+            )
+            return
         target = Target(start.host, start.init_ports[rank.index], start.alloc_ports[rank.index])
         self._client.reserve(
             start.req,
@@ -245,6 +257,15 @@ class Sender:
             upto=upto,
             overlap=start.overlap,
         )
+
+    def _restart_keep(self, outgoing: Outgoing) -> None:
+        """Tells the sidecar that the answer leaves now, so that the time for which it keeps the KV begins."""
+        if not outgoing.start.token or outgoing.over:
+            return
+        try:
+            self._client.computing(outgoing.start.req, outgoing.start.tokens)
+        except NotConnectedError:
+            self._fail(outgoing, "sidecar_lost")
 
     def _gather(self, copier: Copier, entries: list[Entry]) -> None:
         take_slots(entries)

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from pd_sidecar.client import Client, Connected, Ended, Granted, Hello, Lost, Ready, wait_any
 from pd_sidecar.kv.device import device_of
+from pd_sidecar.scheduler.kept import FetchPort
 from pd_sidecar.scheduler.metadata import IdleReport
 from pd_sidecar.sidecar.wire import VERSION
 from pd_sidecar.worker.load import Receiver, Results
@@ -47,6 +48,7 @@ class Link:
     end: Sender | Receiver
     geometry: Geometry
     device: Device
+    rank: int
 
 
 class Worker:
@@ -81,6 +83,9 @@ class Worker:
         """Requests of a worker that serves no rank: they are done as soon as the engine finishes them."""
         self._idle = True
         self._idle_report: IdleReport | None = None
+        self._known_ports: dict[int, FetchPort | None] = {}
+        self._fetch_ports: dict[int, FetchPort | None] = {}
+        """By rank, what the scheduler's half does not know yet of the senders' fetch ports."""
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
@@ -126,11 +131,11 @@ class Worker:
         if producer:
             to_sender = client(options.sender_socket, "prefill")
             self._senders.append(Sender(rank, device, to_sender, stats))
-            self._links.append(Link(to_sender, self._senders[-1], geometry, device))
+            self._links.append(Link(to_sender, self._senders[-1], geometry, device, part.rank))
         if consumer:
             to_receiver = client(options.receiver_socket, "decode")
             self._receivers.append(Receiver(rank, device, to_receiver, stats))
-            self._links.append(Link(to_receiver, self._receivers[-1], geometry, device))
+            self._links.append(Link(to_receiver, self._receivers[-1], geometry, device, part.rank))
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
@@ -196,7 +201,9 @@ class Worker:
                 self.collect()
         over = bool(self._pushed or self._loaded.received)
         rests = self._idle and not moved and not over and self._is_waiting
-        self._idle_report = IdleReport(rests) if rests or over else None
+        with self._results:
+            ports, self._fetch_ports = self._fetch_ports, {}
+        self._idle_report = IdleReport(rests, fetch_ports=ports) if rests or over or ports else None
         # The engine uses a report in the next step; a wait directly after a report would delay that step.
         if rests and not self._reported and not self._is_asked:
             self._rest()
@@ -334,6 +341,7 @@ class Worker:
             self._connected(link)
         elif isinstance(event, Lost):
             logger.warning("%s: %s", link.client.path, event.why)
+            self._note_fetch_port(link, None)
             link.end.lost()
         elif isinstance(event, Ended):
             link.end.ended(event)
@@ -352,7 +360,17 @@ class Worker:
             link.client.give_up(f"the sidecar's buffer cannot be used: {error}")
             link.end.lost()
         else:
+            welcome = link.client.welcome
+            fetch = welcome.fetch
+            port = FetchPort(fetch.host, fetch.port, welcome.epoch) if fetch is not None else None
+            self._note_fetch_port(link, port)
             link.end.connected(copier)
+
+    def _note_fetch_port(self, link: Link, port: FetchPort | None) -> None:
+        if isinstance(link.end, Sender) and self._known_ports.get(link.rank) != port:
+            self._known_ports[link.rank] = port
+            with self._results:
+                self._fetch_ports[link.rank] = port
 
 
 def _is_one_model(names: Sequence[str]) -> bool:

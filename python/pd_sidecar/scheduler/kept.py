@@ -1,0 +1,172 @@
+"""KV for routers that name no receiver: the prefill engine keeps it, and the decode side fetches it.
+
+The prefill leg says only `do_remote_decode`. The answer's `kv_transfer_params` have the fields of vLLM's NixlConnector,
+because routers check and pass on those, and one more, `pd`, that tells our decode side where the KV is. The router puts
+the whole object into the decode leg.
+
+All numbers in the answer are below 2**53, and epochs are text: a router may decode numbers as floats.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class FetchPort:
+    """The fetch port of one rank of a prefill side's sidecar."""
+
+    host: str
+    port: int
+    epoch: int
+    """The epoch of that rank's side of the sidecar; 0 if it is not known."""
+
+
+@dataclass(frozen=True)
+class KeptSource:
+    """The place from which a decode request fetches its KV."""
+
+    token: str
+    ports: tuple[FetchPort, ...]
+    """One per rank."""
+    keep_ms: int
+
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """The limits of what this engine keeps."""
+
+    engine_id: str
+    keep_ms: int
+    """Milliseconds for which KV is kept without a word from the decode side."""
+    blocks: int
+    """The most blocks that may be kept at one time. The rest serves new requests; without such a limit, two engines
+    that keep KV for each other's queues would wait until it expires.
+    """
+
+
+@dataclass
+class Keeping:
+    """The KV that this engine keeps, and the fetch ports of its sidecar."""
+
+    policy: KeepPolicy | None = None
+    ports: dict[int, FetchPort] = field(default_factory=dict)
+    """By rank. Empty while no worker has reported that its sidecar can keep KV."""
+    _blocks: dict[str, int] = field(default_factory=dict)
+
+    def learn(self, ports: Mapping[int, FetchPort | None]) -> None:
+        """Takes the fetch ports that a worker reports; `None` for a rank whose sidecar is gone or has none."""
+        for rank, port in ports.items():
+            if port is None:
+                self.ports.pop(rank, None)
+            else:
+                self.ports[rank] = port
+
+    def is_possible(self, ranks: int) -> bool:
+        """Returns true if decode sides can fetch from each rank."""
+        return self.policy is not None and all(rank in self.ports for rank in range(ranks))
+
+    def hold(self, engine_id: str, blocks: int) -> bool:
+        """Returns true if the request's blocks are within the limit, and counts them."""
+        if self.policy is None or sum(self._blocks.values()) + blocks > self.policy.blocks:
+            return False
+        self._blocks[engine_id] = blocks
+        return True
+
+    def release(self, engine_id: str) -> bool:
+        """Returns true if the request's blocks were counted, and counts them no longer."""
+        return self._blocks.pop(engine_id, None) is not None
+
+    @property
+    def keep_ms(self) -> int:
+        """The milliseconds for which KV is kept without a word from the decode side."""
+        return self.policy.keep_ms if self.policy is not None else 0
+
+    def answer(self, token: str, tokens: int) -> dict[str, Any]:
+        """Returns the `kv_transfer_params` of a prefill leg's answer whose KV is kept under this token."""
+        ports = [self.ports[rank] for rank in sorted(self.ports)]
+        return {
+            **self._fields(),
+            "do_remote_prefill": True,
+            # Some routers take an empty list for "nothing was prefilled". The ids themselves mean nothing to us.
+            "remote_block_ids": [[1]],
+            "remote_request_id": token,
+            "remote_host": ports[0].host,
+            "remote_port": ports[0].port,
+            "tp_size": len(ports),
+            "remote_num_tokens": tokens,
+            "pd": {
+                "v": VERSION,
+                "host": ports[0].host,
+                "fetch_ports": [port.port for port in ports],
+                "epochs": [f"{port.epoch:016x}" for port in ports],
+                "keep_ms": self.keep_ms,
+            },
+        }
+
+    def refusal(self, reason: str) -> dict[str, Any]:
+        """Returns the `kv_transfer_params` of a prefill leg's answer whose KV is not kept. The decode side computes."""
+        return {**self._fields(), "pd": {"v": VERSION, "reason": reason}}
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "do_remote_prefill": False,
+            "do_remote_decode": False,
+            "remote_block_ids": [],
+            "remote_engine_id": self.policy.engine_id if self.policy is not None else "",
+            "remote_request_id": "",
+            "remote_host": "",
+            "remote_port": 0,
+            "tp_size": 1,
+            "dcp_size": 1,
+            "pp_size": 1,
+            "remote_num_tokens": 0,
+            "remote_blocks_expiry_time": None,
+            "transfer_mode": "pull",
+        }
+
+
+def new_token() -> str:
+    """Returns a token that nobody can guess. Whoever has it can fetch the KV, so no log may hold it."""
+    return secrets.token_hex(16)
+
+
+def source_of(params: Mapping[str, Any]) -> KeptSource | None:
+    """Reads the decode leg's parameters. They come from the network. Returns `None` if they do not name kept KV."""
+    token, pd = params.get("remote_request_id"), params.get("pd")
+    if not isinstance(token, str) or not TOKEN.fullmatch(token) or not isinstance(pd, dict):
+        return None
+    host, numbers, epochs, keep_ms = pd.get("host"), pd.get("fetch_ports"), pd.get("epochs"), pd.get("keep_ms")
+    if pd.get("v") != VERSION or not isinstance(host, str) or not HOST.fullmatch(host):
+        return None
+    if not isinstance(numbers, list) or not isinstance(epochs, list) or not 0 < len(numbers) == len(epochs):
+        return None
+    if not all(_is_number(number, 65535) for number in numbers) or keep_ms is None:
+        return None
+    if not _is_number(keep_ms, MAX_KEEP_MS):
+        return None
+    if not all(isinstance(epoch, str) and EPOCH.fullmatch(epoch) for epoch in epochs):
+        return None
+    pairs = zip(numbers, epochs, strict=True)
+    ports = tuple(FetchPort(host, int(number), int(epoch, 16)) for number, epoch in pairs)
+    return KeptSource(token, ports, int(keep_ms))
+
+
+def _is_number(value: Any, most: int) -> bool:
+    # A router may have turned an integer into a float.
+    return type(value) in (int, float) and 0 < value <= most and value == int(value)
+
+
+VERSION = 1
+TOKEN = re.compile(r"[0-9a-f]{32}")
+EPOCH = re.compile(r"[0-9a-f]{16}")
+HOST = re.compile(r"[\w.:\[\]%-]{1,253}", re.ASCII)
+"""A name or an address, also of IPv6 with its zone."""
+MAX_KEEP_MS = 3_600_000
+"""The longest time that a decode side believes."""

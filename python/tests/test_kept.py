@@ -1,0 +1,296 @@
+"""Tests kept KV: what the scheduler's half reads and answers for routers that name no receiver, and what the workers
+tell the sidecar.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import test_worker
+from fake_sidecar import FakeSidecar
+from test_scheduler import BLOCK, Rig, request
+
+from pd_sidecar.scheduler.eligibility import Skip, transfer
+from pd_sidecar.scheduler.kept import FetchPort, Keeping, KeepPolicy, KeptSource, source_of
+from pd_sidecar.scheduler.metadata import IdleReport, LoadStart, PushStart, PushStep
+from pd_sidecar.scheduler.scheduler import Role
+from pd_sidecar.sidecar import wire
+
+TOKEN = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+EPOCH = (1 << 64) - 1
+PORT = FetchPort("10.0.0.1", 7600, EPOCH)
+SOURCE = KeptSource(TOKEN, (PORT,), 30_000)
+# As vllm-router 0.1.17 and vLLM's own example send it.
+P_LEG = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def keeper(blocks=8):
+    policy = KeepPolicy("engine-p", 30_000, blocks)
+    rig = Rig(Role(producer=True, consumer=True, ranks=1, kv_groups=1, block_tokens=BLOCK, keep=policy))
+    rig.scheduler.keeping.learn({0: PORT})
+    return rig
+
+
+def prefill(rig, name="p-1"):
+    """Runs a prefill leg that names no receiver to its end. Returns its start, the delay and the answer."""
+    req = request(name, P_LEG, output_token_ids=[7])
+    assert rig.scheduler.matched_tokens(req, 0) == (0, False)
+    metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    return metadata, delay, response
+
+
+def test_the_answer_of_a_prefill_leg_leads_the_decode_leg_to_its_kv():
+    rig = keeper()
+    metadata, delay, response = prefill(rig)
+    (start,) = metadata.push_starts
+    assert (start.req, start.host, start.keep_ms) == ("p-1", "", 30_000)
+    assert delay
+    assert response["remote_request_id"] == start.token
+    assert response["do_remote_prefill"] is True
+    assert response["remote_block_ids"]
+    # The decode leg's parameters are the answer, as any router passes it on.
+    wish = transfer(json.loads(json.dumps(response)))
+    assert wish.kept == KeptSource(start.token, (PORT,), 30_000)
+    assert not wish.is_push
+
+
+def test_a_router_that_turns_numbers_into_floats_changes_nothing():
+    _, _, response = prefill(keeper())
+    floats = json.loads(json.dumps(response), parse_int=float)
+    # Python compares 1 and 1.0 as equal; the epoch would not survive as a float.
+    assert source_of(floats).ports == (PORT,)
+
+
+def test_an_engine_that_keeps_kv_does_not_step_for_it():
+    rig = keeper()
+    prefill(rig)
+    assert rig.step().finished == ["p-1"]
+    assert not rig.scheduler.has_work
+    rig.scheduler.reported(["p-1"], [])
+    assert rig.is_empty()
+
+
+def test_tokens_differ():
+    rig = keeper(blocks=100)
+    tokens = {prefill(rig, f"p-{i}")[0].push_starts[0].token for i in range(20)}
+    assert len(tokens) == 20
+
+
+def test_kept_kv_takes_its_share_of_the_blocks_only():
+    rig = keeper(blocks=7)
+    assert prefill(rig, "p-1")[1]
+    assert prefill(rig, "p-2")[1]
+    _, delay, response = prefill(rig, "p-3")
+    assert not delay
+    assert response["pd"] == {"v": 1, "reason": "keep_full"}
+    assert rig.step().cancelled == ["p-3"]
+    assert rig.skipped() == {"keep_full": 1}
+    # The decode side reads that answer as a request that it computes.
+    assert transfer(response) is Skip.NOT_KEPT
+    rig.step()
+    rig.scheduler.reported(["p-1"], [])
+    assert prefill(rig, "p-4")[1]
+
+
+def test_without_a_fetch_port_nothing_is_kept():
+    rig = keeper()
+    rig.scheduler.keeping.learn({0: None})
+    metadata, delay, response = prefill(rig)
+    assert not metadata.push_starts
+    assert not delay
+    assert response["do_remote_prefill"] is False
+    assert response["pd"]["reason"] == "no_fetch_port"
+    assert rig.skipped() == {"no_fetch_port": 1}
+    assert rig.is_empty()
+
+
+def test_a_sidecar_that_is_lost_while_a_prompt_is_computed_keeps_nothing():
+    rig = keeper()
+    req = request("p-1", P_LEG, output_token_ids=[7])
+    rig.scheduler.matched_tokens(req, 0)
+    rig.step(new=[(req, [1, 2, 3], 0, 40)])
+    rig.scheduler.keeping.learn({0: None})
+    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    assert not delay
+    assert response["pd"]["reason"] == "no_fetch_port"
+    assert rig.step().cancelled == ["p-1"]
+    assert rig.is_empty()
+
+
+def decode(source=SOURCE, name="d-1"):
+    keeping = Keeping(KeepPolicy("engine-p", source.keep_ms, 8), dict(enumerate(source.ports)))
+    return request(name, keeping.answer(source.token, 40))
+
+
+def test_a_decode_request_is_expected_when_it_arrives_and_awaited_with_its_own_id():
+    rig = keeper()
+    req = decode()
+    rig.scheduler.arrived(req)
+    assert rig.scheduler.has_work
+    assert rig.step().expected == [("d-1", SOURCE)]
+    count, is_async = rig.scheduler.matched_tokens(req, 0)
+    assert (count, is_async) == (40, True)
+    rig.scheduler.allocated(req, [4, 5, 6], count)
+    metadata = rig.step()
+    (start,) = metadata.load_starts
+    assert (start.req, start.source) == ("d-1", SOURCE)
+    assert not metadata.expected
+
+
+@pytest.mark.parametrize("ending", ["full_hit", "aborted_in_queue", "rejected", "skipped"])
+def test_a_decode_request_that_needs_no_kv_drops_it(ending):
+    rig = keeper()
+    req = decode()
+    if ending == "skipped":
+        req.mm_features = ["image"]
+    if ending != "rejected":
+        rig.scheduler.arrived(req)
+    if ending == "full_hit":
+        assert rig.scheduler.matched_tokens(req, 40) == (0, False)
+        rig.scheduler.allocated(req, [4, 5, 6], 0)
+    elif ending != "skipped":
+        assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+    metadata = rig.step()
+    # The sidecar learns of the KV and then that nobody wants it: only so can it tell the prefill side.
+    assert metadata.expected == [("d-1", SOURCE)]
+    assert metadata.dismissed == ["d-1"]
+
+
+def test_sequences_of_one_client_request_fetch_once():
+    rig = keeper()
+    first, second = decode(name="0_cmpl-a-0-11111111"), decode(name="1_cmpl-a-0-22222222")
+    for req in (first, second):
+        rig.scheduler.arrived(req)
+    assert rig.step().expected == [("0_cmpl-a-0-11111111", SOURCE)]
+    rig.scheduler.finished(second, [], completed=False)
+    assert not rig.step().dismissed
+
+
+def test_another_number_of_ranks_is_computed_and_dropped():
+    rig = keeper()
+    two = KeptSource(TOKEN, (PORT, PORT), 30_000)
+    rig.scheduler.arrived(decode(two))
+    assert rig.skipped() == {"tp_mismatch": 1}
+    assert rig.step().dismissed == ["d-1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remote_request_id": "cmpl-1"},
+        {"remote_request_id": TOKEN.upper()},
+        {"remote_request_id": None},
+        {"pd": None},
+        {"pd": {"v": 2}},
+        {"pd.host": "a\nb"},
+        {"pd.host": ""},
+        {"pd.fetch_ports": []},
+        {"pd.fetch_ports": [0]},
+        {"pd.fetch_ports": [1.5]},
+        {"pd.fetch_ports": [True]},
+        {"pd.fetch_ports": [7600, 7601]},
+        {"pd.epochs": [1]},
+        {"pd.epochs": ["12"]},
+        {"pd.keep_ms": 0},
+        {"pd.keep_ms": "1"},
+    ],
+)
+def test_parameters_from_the_network_are_checked(change):
+    params = decode().kv_transfer_params
+    for key, value in change.items():
+        target = params["pd"] if key.startswith("pd.") else params
+        target[key.removeprefix("pd.")] = value
+    assert transfer(params) is Skip.BAD_PARAMS
+
+
+def test_reports_of_several_workers_are_merged():
+    one, two = IdleReport(False, fetch_ports={0: PORT}), IdleReport(True, unmoved=True, fetch_ports={1: None})
+    assert one.aggregate(two) == IdleReport(False, unmoved=True, fetch_ports={0: PORT, 1: None})
+
+
+# The workers, with a real socket.
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    made = FakeSidecar
+
+    def fake(path):
+        fetch = wire.Keeper("10.0.0.1", 7600) if "sender" in str(path) else None
+        return made(path, fetch=fetch, epoch=EPOCH)
+
+    monkeypatch.setattr(test_worker, "FakeSidecar", fake)
+    rig = test_worker.Rig(tmp_path)
+    yield rig
+    rig.worker.close()
+
+
+def test_a_worker_reports_the_fetch_port_of_each_sidecar_once(workers):
+    reports = []
+
+    def told(ports):
+        if (report := workers.worker.idle_report) is not None:
+            reports.append(report.fetch_ports)
+        return ports in reports
+
+    workers.sender.stop()
+    workers.until(lambda: told({0: None}))
+    other = FakeSidecar(workers.paths["sender"], fetch=wire.Keeper("10.0.0.1", 7601), epoch=3)
+    workers.until(lambda: told({0: FetchPort("10.0.0.1", 7601, 3)}))
+    workers.step()
+    assert workers.worker.idle_report is None
+    other.stop()
+
+
+def test_a_worker_keeps_gathers_when_asked_and_frees_the_blocks_at_the_end(workers):
+    start = PushStart("a", "a", "", (), (), test_worker.HASHES, test_worker.TOKENS, False, token=TOKEN, keep_ms=500)
+    workers.step(push_starts=[start], push_steps=[PushStep("a", test_worker.TABLE, True, test_worker.TOKENS)])
+    keep = workers.sender.next(wire.Keep)
+    assert (keep.req, keep.token, keep.keep_ms, keep.keys) == ("a", TOKEN, 500, test_worker.KEYS)
+    assert keep.upto == keep.tokens == test_worker.TOKENS
+    # The answer leaves with the end of the request, and the time begins then.
+    workers.step(forward=False, finished=["a"])
+    assert workers.sender.next(wire.Computing).upto == test_worker.TOKENS
+    assert not workers.step(forward=False)[0]
+    workers.sender.say(wire.Granted("a", 32, [], []), wire.Granted("a", 32, [1, 2], [0, 1]))
+    # As with every push, the blocks are free once all wanted chunks are in slots.
+    sent, _, _ = workers.until(lambda: not workers.sender.nothing())
+    assert workers.sender.next(wire.Staged).chunks == [1, 2]
+    assert sent == ["a"]
+
+
+def test_a_worker_frees_kept_blocks_that_nobody_fetched(workers):
+    start = PushStart("a", "a", "", (), (), test_worker.HASHES, test_worker.TOKENS, False, token=TOKEN, keep_ms=500)
+    workers.step(push_starts=[start], push_steps=[PushStep("a", test_worker.TABLE, True, test_worker.TOKENS)])
+    workers.step(forward=False, finished=["a"])
+    workers.sender.say(wire.Ended("a", "unclaimed", 0))
+    sent, _, _ = workers.until(lambda: not workers.worker._senders[0].is_waiting)
+    assert sent == ["a"]
+    assert workers.stats.data["save_failures"] == {"unclaimed": 1}
+
+
+def test_a_worker_expects_and_awaits(workers):
+    workers.step(forward=False, expected=[("d-1", SOURCE)])
+    expect = workers.receiver.next(wire.Expect)
+    assert (expect.req, expect.token, expect.epoch, expect.keep_ms) == ("d-1", TOKEN, EPOCH, 30_000)
+    assert expect.from_ == wire.Keeper("10.0.0.1", 7600)
+    tokens = test_worker.TOKENS
+    start = LoadStart("d-1", "d-1", test_worker.HASHES, tokens, 0, tokens, [3, 9, 27, 1, 5], source=SOURCE)
+    workers.step(forward=False, load_starts=[start])
+    workers.receiver.next(wire.Expect)
+    assert workers.receiver.next(wire.Await).req == "d-1"
+
+
+def test_a_worker_dismisses_what_it_expected(workers):
+    workers.step(forward=False, expected=[("d-1", SOURCE)], dismissed=["d-1"])
+    workers.receiver.next(wire.Expect)
+    assert workers.receiver.next(wire.Abort).req == "d-1"
