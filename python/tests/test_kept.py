@@ -251,27 +251,33 @@ def test_a_worker_reports_the_fetch_port_of_each_sidecar_once(workers):
     other.stop()
 
 
-def test_a_worker_keeps_gathers_when_asked_and_frees_the_blocks_at_the_end(workers):
+def keep(workers):
+    """Runs the one step of a prefill leg, and the step after its answer."""
     start = PushStart("a", "a", "", (), (), test_worker.HASHES, test_worker.TOKENS, False, token=TOKEN, keep_ms=500)
     workers.step(push_starts=[start], push_steps=[PushStep("a", test_worker.TABLE, True, test_worker.TOKENS)])
-    keep = workers.sender.next(wire.Keep)
-    assert (keep.req, keep.token, keep.keep_ms, keep.keys) == ("a", TOKEN, 500, test_worker.KEYS)
-    assert keep.upto == keep.tokens == test_worker.TOKENS
+    sent, _ = workers.step(forward=False, finished=["a"])
+    assert not sent
+
+
+def test_a_worker_gathers_kept_kv_although_the_engine_does_not_step(workers):
+    keep(workers)
+    message = workers.sender.next(wire.Keep)
+    assert (message.req, message.token, message.keep_ms, message.keys) == ("a", TOKEN, 500, test_worker.KEYS)
+    assert message.upto == message.tokens == test_worker.TOKENS
     # The answer leaves with the end of the request, and the time begins then.
-    workers.step(forward=False, finished=["a"])
     assert workers.sender.next(wire.Computing).upto == test_worker.TOKENS
-    assert not workers.step(forward=False)[0]
     workers.sender.say(wire.Granted("a", 32, [], []), wire.Granted("a", 32, [1, 2], [0, 1]))
-    # As with every push, the blocks are free once all wanted chunks are in slots.
-    sent, _, _ = workers.until(lambda: not workers.sender.nothing())
     assert workers.sender.next(wire.Staged).chunks == [1, 2]
+    for slot, (first, end) in enumerate([(32, 64), (64, 80)]):
+        expected = workers.kv(test_worker.TABLE, first, end)
+        assert workers.chunk(slot, end - first).equal(expected)
+    # As with every push, the blocks are free once all wanted chunks are in slots. vLLM learns it with its next step.
+    sent, _, _ = workers.until(lambda: not workers.worker._senders[0].is_waiting)
     assert sent == ["a"]
 
 
 def test_a_worker_frees_kept_blocks_that_nobody_fetched(workers):
-    start = PushStart("a", "a", "", (), (), test_worker.HASHES, test_worker.TOKENS, False, token=TOKEN, keep_ms=500)
-    workers.step(push_starts=[start], push_steps=[PushStep("a", test_worker.TABLE, True, test_worker.TOKENS)])
-    workers.step(forward=False, finished=["a"])
+    keep(workers)
     workers.sender.say(wire.Ended("a", "unclaimed", 0))
     sent, _, _ = workers.until(lambda: not workers.worker._senders[0].is_waiting)
     assert sent == ["a"]

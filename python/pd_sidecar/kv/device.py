@@ -1,8 +1,9 @@
 """Chooses the device of an engine's KV, and orders moves relative to the engine's computing.
 
-Host memory needs no order: the engine computes and copies in one thread. A GPU runs its work later than the thread that
-launches the work. So a move on a GPU waits for *marks*: a mark is a point after the work on which the move depends. The
-move's *fence* tells when the move is over. No thread waits for the whole device.
+Host memory needs no order: a copy is over when its call returns, and the worker's lock keeps it out of the steps that
+use its blocks. A GPU runs its work later than the thread that launches the work. So a move on a GPU waits for *marks*:
+a mark is a point after the work on which the move depends. The move's *fence* tells when the move is over. No thread
+waits for the whole device.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ The worker has one connection to each sidecar that it uses, for each rank that i
 On a GPU the engine's thread launches a step and returns up to a second later, when the GPU has computed it. Meanwhile a
 second thread (`poller`) handles new grants and new chunks, and launches their moves. No thread waits between a move and
 its push: CUDA events keep the two in order.
+
+On a CPU the engine's thread makes all moves, in its steps. Once the engine keeps KV for decode sides, the second thread
+runs there, too: it makes the moves between the steps, and the lock keeps the two threads apart.
 """
 
 from __future__ import annotations
@@ -139,7 +142,9 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
-        if self._is_asynchronous and self._poller is None:
+        # An engine that keeps KV does not step while a decode side fetches it, so the thread gathers it.
+        keeps = any(start.token for start in metadata.push_starts)
+        if (self._is_asynchronous or keeps) and self._poller is None:
             # Start the thread only in the first step: before it, the engine may be capturing graphs.
             self._poller = Poller(self)
             self._poller.start()
