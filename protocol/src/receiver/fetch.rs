@@ -54,12 +54,7 @@ enum Stage {
 impl Fetches {
     /// Returns the time at which the next message is due.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let due = |e: &Expected| match e.stage {
-            Stage::Queued { next } => next.min(e.until),
-            Stage::Parked { next } => next,
-            Stage::Gone(_) => e.until,
-        };
-        self.expected.values().map(due).min()
+        self.expected.values().map(Expected::deadline).min()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -234,8 +229,12 @@ impl Receiver {
     /// Repeats the messages that are due, and forgets requests that do not park.
     pub(super) fn on_fetch_deadlines(&mut self) {
         let now = self.now;
-        let ids: Vec<RequestId> = self.fetches.expected.keys().cloned().collect();
-        for id in ids {
+        let expected = self.fetches.expected.iter();
+        let due: Vec<RequestId> = expected
+            .filter(|(_, e)| e.deadline() <= now)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in due {
             let Some(expected) = self.fetches.expected.get_mut(&id) else {
                 continue;
             };
@@ -258,6 +257,15 @@ impl Receiver {
 }
 
 impl Expected {
+    /// Returns the time at which the next message is due, or the end.
+    fn deadline(&self) -> Time {
+        match self.stage {
+            Stage::Queued { next } => next.min(self.until),
+            Stage::Parked { next } => next,
+            Stage::Gone(_) => self.until,
+        }
+    }
+
     fn of_token(&self, id: &RequestId) -> OfToken {
         OfToken {
             v: VERSION,
