@@ -28,7 +28,7 @@ from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache
 from pd_sidecar.scheduler.kept import KeepPolicy
-from pd_sidecar.scheduler.metadata import DisabledNotice, IdleReport, StepMetadata
+from pd_sidecar.scheduler.metadata import DisabledNotice, FetchNotice, IdleReport, StepMetadata
 from pd_sidecar.scheduler.scheduler import Role, Scheduler
 from pd_sidecar.scheduler.stats import PromMetrics, Stats
 from pd_sidecar.sidecar.launcher import Child, find_binary
@@ -170,8 +170,11 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self.request_finished(request, block_ids[0] if block_ids else [])
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
-        """Learns, before the first request, whether the workers can move KV."""
+        """Learns, before the first request, whether the workers can move KV, and where it can be fetched."""
         self._of_scheduler.unmoved = any(isinstance(m, DisabledNotice) for m in metadata.values())
+        for notice in metadata.values():
+            if isinstance(notice, FetchNotice):
+                self._of_scheduler.keeping.learn(notice.ports)
 
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
@@ -183,13 +186,21 @@ class PdSidecarConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = self._make_worker(kv_caches)
 
-    def get_handshake_metadata(self) -> DisabledNotice | None:
-        """Returns a notice for the scheduler's half if this worker cannot move its KV; otherwise `None`."""
+    def get_handshake_metadata(self) -> DisabledNotice | FetchNotice | None:
+        """Returns a notice for the scheduler's half if this worker cannot move its KV, or the notice that names the port
+        where decode sides can fetch its KV; otherwise `None`.
+        """
         # MultiConnector passes a notice to all its children, and the other connectors refuse a notice of this type. So
         # under a MultiConnector this method returns `None`, and the scheduler's half learns only from the first step's
         # output that no KV is moved.
         is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
-        return DisabledNotice() if isinstance(self._worker, DisabledWorker) and is_alone else None
+        if not is_alone:
+            return None
+        if isinstance(self._worker, Worker):
+            # A sidecar that this engine starts needs a moment. Any other one runs by now, or is learned of later.
+            ports = self._worker.first_fetch_ports(SPAWN_S if self._options.sidecar else 0.0)
+            return FetchNotice(ports) if ports else None
+        return DisabledNotice() if isinstance(self._worker, DisabledWorker) else None
 
     def bind_connector_metadata(self, connector_metadata: base.KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -396,3 +407,7 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
 # name. If this module is imported twice, the second registration would raise an error.
 with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")
+
+
+SPAWN_S = 2.0
+"""The longest time for which a starting engine waits for the sidecar that it has started."""

@@ -5,12 +5,15 @@ tell the sidecar.
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
+import test_connector
 import test_worker
 from fake_sidecar import FakeSidecar
-from test_scheduler import BLOCK, Rig, request
+from test_scheduler import BLOCK, Rig, output, request
 
+from pd_sidecar import connector
 from pd_sidecar.scheduler.eligibility import Skip, transfer
 from pd_sidecar.scheduler.kept import FetchPort, Keeping, KeepPolicy, KeptSource, source_of
 from pd_sidecar.scheduler.metadata import IdleReport, LoadStart, PushStart, PushStep
@@ -215,6 +218,46 @@ def test_parameters_from_the_network_are_checked(change):
 def test_reports_of_several_workers_are_merged():
     one, two = IdleReport(False, fetch_ports={0: PORT}), IdleReport(True, unmoved=True, fetch_ports={1: None})
     assert one.aggregate(two) == IdleReport(False, unmoved=True, fetch_ports={0: PORT, 1: None})
+
+
+# The connector as vLLM makes it.
+
+
+def test_one_process_keeps_and_the_other_fetches_from_the_first_request_on(tmp_path, monkeypatch):
+    path = tmp_path / "both.sock"
+    sidecar = FakeSidecar(path, fetch=wire.Keeper("10.0.0.1", 7600), epoch=EPOCH)
+    vllm_config = test_connector.config({"sender_socket": str(path), "receiver_socket": str(path)})
+    cache, role = test_connector.cache(), test_connector.KVConnectorRole
+    scheduler = connector.PdSidecarConnector(vllm_config, role.SCHEDULER, cache)
+    worker = test_connector.worker_of(vllm_config, test_connector.tensors(), monkeypatch)
+    monkeypatch.setattr(connector, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(connector, "get_kv_transfer_group", lambda: worker)
+    notices = {(0, 0): worker.get_handshake_metadata()}
+    scheduler.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(notices)))
+
+    req = request("p-1", P_LEG, output_token_ids=[7])
+    scheduler.on_new_request(req)
+    assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
+    test_connector.step(scheduler, worker, output(new=[(req, [5, 2, 7], 0, 40)]))
+    kept = sidecar.next(wire.Keep)
+    req.status = test_connector.RequestStatus.FINISHED_LENGTH_CAPPED
+    delay, response = scheduler.request_finished(req, [5, 2, 7])
+    assert delay
+    assert response["remote_request_id"] == kept.token
+    assert response["remote_engine_id"] == "engine"
+
+    load = request("d-1", json.loads(json.dumps(response)))
+    scheduler.on_new_request(load)
+    test_connector.step(scheduler, worker, output())
+    messages = [sidecar.next(), sidecar.next()]
+    (expect,) = [message for message in messages if isinstance(message, wire.Expect)]
+    assert (expect.req, expect.token) == ("d-1", kept.token)
+    assert (expect.from_, expect.epoch) == (wire.Keeper("10.0.0.1", 7600), EPOCH)
+    load.status = test_connector.RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(load, []) == (False, None)
+    test_connector.step(scheduler, worker, output())
+    assert sidecar.next(wire.Abort).req == "d-1"
+    worker.shutdown()
 
 
 # The workers, with a real socket.

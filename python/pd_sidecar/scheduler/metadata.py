@@ -135,6 +135,14 @@ class DisabledNotice(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True)
+class FetchNotice(KVConnectorHandshakeMetadata):
+    """A worker's sidecars can keep KV for decode sides. The scheduler's half learns it before the first request."""
+
+    ports: dict[int, FetchPort | None]
+    """As `IdleReport.fetch_ports`."""
+
+
+@dataclass(frozen=True)
 class IdleReport(KVConnectorWorkerMetadata):
     """A worker's report about a step. The finished requests are reported separately."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -245,6 +246,23 @@ class Worker:
         """The report that goes with the step's output. Without a report, the scheduler's half does not call `news`."""
         return self._idle_report
 
+    def first_fetch_ports(self, wait_s: float) -> dict[int, FetchPort | None]:
+        """Returns the fetch ports of the sidecars that are connected, after at most `wait_s` for those that are not.
+        The engine's thread calls it once, before the first step.
+        """
+        clients = [link.client for link in self._links if isinstance(link.end, Sender)]
+        deadline = time.monotonic() + wait_s
+        while True:
+            for client in clients:
+                client.settle()
+            self.read()
+            if all(client.connected for client in clients) or time.monotonic() >= deadline:
+                break
+            time.sleep(CONNECT_PAUSE_S)
+        with self._results:
+            ports, self._fetch_ports = self._fetch_ports, {}
+        return ports
+
     def close(self) -> None:
         """Ends the connections, and with them all requests in flight."""
         if self._poller is not None:
@@ -393,3 +411,7 @@ def range_ends(layers: int) -> list[int]:
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)
+
+
+CONNECT_PAUSE_S = 0.01
+"""Seconds between two looks at connections that a starting engine waits for."""
