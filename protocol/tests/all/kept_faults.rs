@@ -155,6 +155,19 @@ fn connections_and_writes_fail_at_any_time() {
     }
 }
 
+/// No guess at a token, and no lie of a process that has none, costs a request its KV.
+#[test]
+fn strangers_on_the_fetch_port_change_nothing() {
+    for seed in 0..100 {
+        let outcome = run(&Plan {
+            seed,
+            faults: (0..10).map(|i| (30 * i, Fault::Stranger)).collect(),
+            ..plan(kept_requests(4))
+        });
+        assert_eq!((outcome.delivered, outcome.pushed), (5, 5), "{outcome:?}");
+    }
+}
+
 #[test]
 fn engines_give_kept_requests_up_at_any_time() {
     for ms in (0..300).step_by(3) {

@@ -4,6 +4,7 @@ mod again;
 mod corpora;
 mod document;
 mod epochs;
+mod expected;
 mod field_tables;
 mod fixtures;
 mod happy;

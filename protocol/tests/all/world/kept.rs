@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::keep::{ToFetcher, ToKeeper};
-use protocol::local::{Expect, Keep, Keeper, OfRequest};
+use protocol::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
+use protocol::local::{Expect, Keep, Keeper, OfRequest, Target};
 use protocol::sender::FetcherId;
 use protocol::{Epoch, Reason, Token, receiver, sender};
 use rand::Rng;
@@ -38,6 +38,8 @@ pub(crate) struct Leg {
 
 /// Time for which the engine asks that KV is kept.
 const KEEP_MS: u32 = 4000;
+/// Connection of the stranger to the fetch port.
+const STRANGER: FetcherId = FetcherId(0);
 
 pub(crate) fn keeper() -> Keeper {
     Keeper {
@@ -170,7 +172,69 @@ impl World {
         }
     }
 
+    /// Lets a process without a token talk to both ends of the fetch port.
+    pub(crate) fn stranger_fetches(&mut self) {
+        let req = format!("r{}", self.rng.random_range(0..4));
+        for _ in 0..4 {
+            // Half of the tokens have the form of one.
+            let guess: u128 = self.rng.random();
+            let token = Token(format!(
+                "{guess:0width$x}",
+                width = self.rng.random_range(31..33)
+            ));
+            let v = self.rng.random_range(0..3);
+            let epoch = Epoch(self.p_epoch * self.rng.random_range(0..2));
+            let of_token = OfToken {
+                v,
+                token: token.clone(),
+                epoch,
+                req: req.as_str().into(),
+            };
+            let to = Target {
+                host: "anywhere".into(),
+                init_port: 1,
+                alloc_port: 2,
+            };
+            let message = match self.rng.random_range(0..3) {
+                0 => ToKeeper::Renew(of_token),
+                1 => ToKeeper::Drop(of_token),
+                _ => ToKeeper::Fetch(Fetch {
+                    v,
+                    token: token.clone(),
+                    epoch,
+                    req: req.as_str().into(),
+                    to,
+                }),
+            };
+            let from = STRANGER;
+            let event = sender::Event::Fetcher { from, message };
+            self.p.handle(protocol::Time(self.now), event);
+            // The decode side connects to the fetch port itself, so only a prefill side that a request
+            // names can send it this.
+            let gone = ToFetcher::Gone(Gone {
+                v,
+                token,
+                req: req.as_str().into(),
+                reason: Reason::Unclaimed,
+                retry_ms: self.rng.random_range(0..2),
+            });
+            let event = receiver::Event::Keeper {
+                from: keeper(),
+                message: gone,
+            };
+            self.d.handle(protocol::Time(self.now), event);
+        }
+    }
+
     pub(crate) fn keeper_answers(&mut self, to: FetcherId, message: &ToFetcher) {
+        if to == STRANGER {
+            let ToFetcher::Gone(gone) = message;
+            let expected = [Reason::NotKept, Reason::StaleEpoch, Reason::VersionMismatch];
+            if !expected.contains(&gone.reason) {
+                self.fail(&format!("a stranger learns of a token: {gone:?}"));
+            }
+            return;
+        }
         for delay in self.arrivals() {
             let event = receiver::Event::Keeper {
                 from: keeper(),

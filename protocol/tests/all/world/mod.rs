@@ -245,6 +245,9 @@ impl World {
 
     fn sender_action(&mut self, action: sender::Action) {
         match action {
+            sender::Action::Link { to } if to != target() => {
+                self.fail("a stranger made the sender connect to its address");
+            }
             sender::Action::Link { .. } => self.make_link(),
             sender::Action::Send { message, .. } => self.send_to_receiver(&message),
             sender::Action::Write {

@@ -215,7 +215,10 @@ impl World {
             Fault::FailWrite => self.wire.fail_next.push(false),
             Fault::LoseWrite => self.wire.fail_next.push(true),
             Fault::CorruptWrite => self.net.corrupt_next = true,
-            Fault::Stranger => self.stranger_asks(),
+            Fault::Stranger => {
+                self.stranger_asks();
+                self.stranger_fetches();
+            }
             Fault::Drain => {
                 self.net.draining = true;
                 self.p
