@@ -116,6 +116,10 @@ impl Sender {
         self.set_aside(&asked.req);
         if let Err(reason) = self.admit_keep(&asked) {
             self.tell_ended(engine, &asked.req, Some(reason), 0);
+            // The answer with the token may be on its way already: its decode side shall learn the reason.
+            if reason != Reason::Duplicate && asked.token.is_sound() {
+                self.store.bury(asked.token, reason);
+            }
             let mut record = Record::new(asked.req);
             (record.tokens, record.reason) = (asked.tokens, Some(reason));
             self.actions.push_back(Action::Record(record));

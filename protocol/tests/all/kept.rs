@@ -329,5 +329,6 @@ fn what_cannot_be_kept_ends_at_once() {
     assert_eq!(ended(&actions), [Some(Reason::BadRequest)]);
     side.feed(sender::Event::Drain);
     assert_eq!(ended(&side.keep(2)), [Some(Reason::Draining)]);
+    assert_eq!(gone(&side.hears(fetch(2, "d"))), [(Reason::Draining, 0)]);
     assert_eq!(side.machine.gauges().kept, 1, "a drain leaves what is kept");
 }
