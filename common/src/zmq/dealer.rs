@@ -21,6 +21,8 @@ pub struct DealerClient {
     monitor: MonitorStream,
     endpoint: Endpoint,
     connected: bool,
+    /// True if a failed attempt to connect counts as a loss.
+    once: bool,
     /// Losses, new connections and messages that the caller has not got yet.
     news: VecDeque<FromServer>,
     /// Time of the next connection attempt, if the library makes no further attempt after a refused handshake. Absent:
@@ -38,7 +40,8 @@ pub enum FromServer {
     },
     /// A message.
     Message(Bytes),
-    /// The connection has ended; the library tries to reconnect.
+    /// The connection has ended; the library tries to reconnect. With [`DealerClient::connect_once`] also: the connection
+    /// could not be made.
     Lost,
 }
 
@@ -63,8 +66,22 @@ impl DealerClient {
             monitor,
             endpoint,
             connected: false,
+            once: false,
             news: VecDeque::new(),
             redial: None,
+        })
+    }
+
+    /// Begins to connect, as [`DealerClient::connect`]. If the peer refuses the connection,
+    /// [`DealerClient::recv`] returns [`FromServer::Lost`] at once.
+    ///
+    /// # Errors
+    /// Fails only if the socket's own task has ended.
+    pub async fn connect_once(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
+        let client = Self::connect(host, port, identity).await?;
+        Ok(Self {
+            once: true,
+            ..client
         })
     }
 
@@ -155,6 +172,9 @@ impl DealerClient {
             MonitorEvent::Disconnected { reason, .. } if self.connected => {
                 debug!(endpoint = %self.endpoint, ?reason, "receiver's connection ended");
                 self.connected = false;
+                self.news.push_back(FromServer::Lost);
+            }
+            MonitorEvent::ConnectDelayed { .. } if self.once && !self.connected => {
                 self.news.push_back(FromServer::Lost);
             }
             MonitorEvent::HandshakeFailed { reason, .. } => {

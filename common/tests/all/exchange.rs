@@ -94,6 +94,29 @@ fn a_loss_follows_the_last_message_and_ends_the_route() {
 }
 
 #[test]
+fn a_client_that_connects_once_hears_at_once_that_the_peer_refuses() {
+    run(async {
+        let mut server = server().await;
+        let port = server.port();
+        let mut client = DealerClient::connect_once("127.0.0.1", port, "c")
+            .await
+            .unwrap();
+        let up = within("up", client.recv()).await.unwrap();
+        assert_eq!(up, FromServer::Connected { router: true });
+        client.send(&b"a"[..]).unwrap();
+        assert_eq!(&message(&mut server).await.1[..], b"a");
+        server.close().await;
+        let down = within("down", client.recv()).await.unwrap();
+        assert_eq!(down, FromServer::Lost);
+        let mut second = DealerClient::connect_once("127.0.0.1", port, "d")
+            .await
+            .unwrap();
+        let refused = within("refused", second.recv()).await.unwrap();
+        assert_eq!(refused, FromServer::Lost);
+    });
+}
+
+#[test]
 fn a_client_finds_a_restarted_server() {
     run(async {
         let mut first = server().await;

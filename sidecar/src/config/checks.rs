@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
 
-use self::listen::{exposed, listen};
+use self::listen::{exposed, fetch, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
 use self::ucx::ucx;
@@ -45,6 +45,10 @@ pub(crate) fn config(
         Role::Sender => None,
         Role::Receiver | Role::Both => listen(layers, lmcache, sidecar, role, &admin),
     };
+    let fetch = match role {
+        Role::Receiver => None,
+        Role::Sender | Role::Both => fetch(layers, lmcache, sidecar),
+    };
     // The number of ranks follows from the port lists, so the ports come first.
     let ranks = ranks(layers, sidecar, listen.as_ref());
     let devices = devices(layers, lmcache, ranks);
@@ -52,7 +56,14 @@ pub(crate) fn config(
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
     // Peers are not authenticated, so a port that other machines can reach needs the user's consent.
-    exposed(layers, lmcache, sidecar, listen.as_ref(), ucx.as_ref());
+    exposed(
+        layers,
+        lmcache,
+        sidecar,
+        listen.as_ref(),
+        fetch.as_ref(),
+        ucx.as_ref(),
+    );
     let id = id(layers, inputs, sidecar, role, &admin);
     let socket = socket(layers, inputs, sidecar, role);
     let times = times(layers, lmcache, sidecar);
@@ -75,6 +86,7 @@ pub(crate) fn config(
         chunk_tokens: value(&lmcache.chunk_size).map(|c| c.0),
         max_prefill_tokens: value(&lmcache.pd_max_prefill_len).map_or(0, |c| c.0),
         listen,
+        fetch,
         socket,
         admin,
         admin_host,

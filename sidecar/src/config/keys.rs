@@ -114,6 +114,10 @@ keys! {
         /// Receiver: data port of the built-in TCP transport for rank 0; rank N uses this port + N. 0 means any
         /// free port; senders learn its number in the init handshake.
         tcp_port: Port = Default::Value("0");
+        /// Sender: port of rank 0 at which decode sides fetch KV that the engine keeps, for routers that name no
+        /// receiver; rank N uses this port + N. 0 means any free port; the engine's answers announce its number.
+        /// It is bound to `pd_peer_host` (without that key: to 127.0.0.1).
+        fetch_port: Port = Default::None;
         /// Senders send an XXH3 checksum of each chunk, and receivers compare it with the chunk that arrived.
         checksum: bool = Default::Value("off");
         /// If off, the sidecar pushes no KV, and each decode engine computes its prompts. For tests.
@@ -150,6 +154,9 @@ keys! {
         unclaimed_ms: Millis = Default::Value("10000");
         /// Receiver: longest lease that a sender may ask for. LMCache's senders get slots for this time.
         max_lease_ms: Millis = Default::Value("30000");
+        /// Sender: longest time for which an engine keeps KV for a decode side after it is computed, however often
+        /// the decode side renews it. Receiver: longest time for which it renews the KV of a queued request.
+        max_keep_ms: Millis = Default::Value("120000");
         /// Receiver: the writes of a sender on another host may still arrive for this time after the sender has
         /// ended. Over TCP the kernel still sends the data of an ended process, for up to 102 seconds. If there
         /// is only RDMA, one second is enough.

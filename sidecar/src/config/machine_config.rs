@@ -1,7 +1,6 @@
 //! Makes the configurations of the protocol machines.
 
-use std::time::Duration;
-
+use protocol::local::Target;
 use protocol::registration::InstanceRole;
 use protocol::{Epoch, Layout, receiver, sender};
 
@@ -29,8 +28,7 @@ impl Config {
             repeat: times.repeat,
             link: times.link,
             stall: times.stall,
-            // No fetch port listens yet, so no engine is told that it may keep KV.
-            max_keep: Duration::ZERO,
+            max_keep: times.max_keep,
             push_off: !self.push,
         }
     }
@@ -42,6 +40,7 @@ impl Config {
         epoch: Epoch,
         slots: u32,
         layout: &Layout,
+        address: Option<Target>,
     ) -> Option<receiver::Config> {
         let times = self.times;
         Some(receiver::Config {
@@ -57,8 +56,8 @@ impl Config {
             max_wait: times.max_wait,
             lmcache_wait: times.wait.min(times.max_wait),
             layout: Some(layout.clone()),
-            address: None,
-            max_expect: Duration::ZERO,
+            address,
+            max_expect: times.max_keep,
             // A lease id is a permission to write, so a peer must not be able to guess the first id.
             seed: rand::random(),
         })

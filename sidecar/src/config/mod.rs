@@ -63,6 +63,8 @@ pub(crate) struct Config {
     pub(crate) max_prefill_tokens: u32,
     /// The ports to which senders connect; absent if this sidecar only sends.
     pub(crate) listen: Option<Listen>,
+    /// The fetch port; absent if engines keep no KV for decode sides.
+    pub(crate) fetch: Option<FetchListen>,
     /// The unix socket for the engine.
     pub(crate) socket: PathBuf,
     /// The address that the admin server binds.
@@ -105,6 +107,17 @@ pub(crate) struct Listen {
     pub(crate) advertise: String,
     /// The ports of each rank.
     pub(crate) ranks: Vec<RankPorts>,
+}
+
+/// The fetch ports, one for each rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FetchListen {
+    /// The host that the ports are bound to.
+    pub(crate) host: String,
+    /// The host that decode sides connect to.
+    pub(crate) advertise: String,
+    /// The port of rank 0; rank N has this port + N. 0 takes any free port.
+    pub(crate) port: u16,
 }
 
 /// The ports of one rank.
@@ -165,6 +178,7 @@ pub(crate) struct Times {
     pub(crate) no_sender: Duration,
     pub(crate) unclaimed: Duration,
     pub(crate) max_lease: Duration,
+    pub(crate) max_keep: Duration,
     pub(crate) fence: Duration,
     pub(crate) drain: Duration,
 }

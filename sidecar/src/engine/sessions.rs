@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::local::{CudaMemory, EngineHello, Refused, ToEngine, Welcome};
+use protocol::local::{CudaMemory, EngineHello, Keeper, Refused, ToEngine, Welcome};
 use protocol::{EngineId, Epoch, Layout, Reason, VERSION};
 use serde_bytes::ByteBuf;
 use tracing::{info, warn};
@@ -24,6 +24,8 @@ pub(crate) struct Engines {
     chunk_tokens: Option<u32>,
     /// Tokens that must fit into the buffer at the same time.
     max_prefill_tokens: u32,
+    /// Address at which decode sides fetch kept KV; absent if the engines keep none.
+    fetch: Option<Keeper>,
     connections: BTreeMap<EngineId, Greeted>,
     slot_layout: Option<SlotLayout>,
 }
@@ -61,12 +63,18 @@ const NO_MEMORY: &str = "none";
 const MAX_EVENTS: usize = 1024;
 
 impl Engines {
-    pub(crate) fn new(id: String, buffer: Arc<Buffer>, config: &Config) -> Self {
+    pub(crate) fn new(
+        id: String,
+        buffer: Arc<Buffer>,
+        config: &Config,
+        fetch: Option<Keeper>,
+    ) -> Self {
         Self {
             buffer,
             id,
             chunk_tokens: config.chunk_tokens,
             max_prefill_tokens: config.max_prefill_tokens,
+            fetch,
             connections: BTreeMap::new(),
             slot_layout: None,
         }
@@ -149,7 +157,7 @@ impl Engines {
             slots: slot_layout.slots,
             slot_bytes: slot_layout.slot_bytes,
             connection: connection.id().0,
-            fetch: None,
+            fetch: self.fetch.clone(),
         };
         // The engine needs the buffer before any message about slots, so the welcome goes first.
         connection.welcome(ToEngine::Welcome(welcome), Arc::clone(&self.buffer));

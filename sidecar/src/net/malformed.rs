@@ -42,4 +42,4 @@ impl MalformedFrames {
     }
 }
 
-const PORTS: [&str; 5] = ["init", "alloc", "query", "local", "admin"];
+const PORTS: [&str; 6] = ["init", "alloc", "query", "fetch", "local", "admin"];

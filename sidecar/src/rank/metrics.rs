@@ -24,6 +24,7 @@ pub(crate) struct RankMetrics {
     phases: Family<InPhase, Histogram, fn() -> Histogram>,
     engines_refused: Family<RefusedEngine, Counter>,
     links_lost: Family<LostLink, Counter>,
+    fetches_refused: Family<LostLink, Counter>,
     /// Counters of malformed frames on the ports of the ranks and on the engine's socket.
     pub(crate) malformed: MalformedFrames,
 }
@@ -83,6 +84,7 @@ impl RankMetrics {
             phases: Family::new_with_constructor(phases),
             engines_refused: Family::default(),
             links_lost: Family::default(),
+            fetches_refused: Family::default(),
             malformed,
         };
         metrics.touch(roles);
@@ -131,6 +133,11 @@ impl RankMetrics {
             "Links to receivers that could not be made or that broke, by reason",
             self.links_lost.clone(),
         );
+        registry.register(
+            "fetches_refused",
+            "Messages of decode sides whose token gave no KV, by reason",
+            self.fetches_refused.clone(),
+        );
     }
 
     fn touch(&self, roles: &[(RankRole, u32)]) {
@@ -138,6 +145,12 @@ impl RankMetrics {
             if role == RankRole::Sender {
                 for reason in LINK_REASONS.map(Reason::as_str) {
                     drop(self.links_lost.get_or_create(&LostLink { rank, reason }));
+                }
+                for reason in FETCH_REASONS.map(Reason::as_str) {
+                    drop(
+                        self.fetches_refused
+                            .get_or_create(&LostLink { rank, reason }),
+                    );
                 }
             }
             let side = role.as_str();
@@ -230,6 +243,15 @@ impl RankMetrics {
             .inc();
     }
 
+    /// Counts an answer to a decode side that its token gives no KV. A rising `not_kept` means that a process uses
+    /// old tokens, or guesses.
+    pub(crate) fn fetch_refused(&self, rank: u32, reason: Reason) {
+        let reason = reason.as_str();
+        self.fetches_refused
+            .get_or_create(&LostLink { rank, reason })
+            .inc();
+    }
+
     /// Counts an engine that was refused.
     pub(crate) fn engine_refused(&self, role: RankRole, reason: Reason) {
         let labels = RefusedEngine {
@@ -250,6 +272,14 @@ fn wire(name: &str) -> &'static str {
 pub(crate) fn seconds(us: u64) -> f64 {
     us as f64 / 1e6
 }
+
+/// The reasons of refused fetches that exist from the start. Others appear when they occur.
+const FETCH_REASONS: [Reason; 4] = [
+    Reason::NotKept,
+    Reason::Unclaimed,
+    Reason::StaleEpoch,
+    Reason::Duplicate,
+];
 
 /// The `reason` of a request that ended well.
 const OK: &str = "ok";

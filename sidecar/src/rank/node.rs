@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
 use protocol::EngineId;
 use protocol::Reason;
-use protocol::local::{EngineRole, Refused, Target, ToEngine};
+use protocol::local::{EngineRole, Keeper, Refused, Target, ToEngine};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ use crate::rank::context::{Observer, RankContext, RankRole};
 use crate::rank::metrics::RankMetrics;
 use crate::rank::receiver::ReceiverTask;
 use crate::rank::recorder::Trace;
-use crate::rank::sender::SenderTask;
+use crate::rank::sender::{FetchPort, SenderTask};
 use crate::transport::set::Wires;
 use crate::transport::spec::{DataPort, Start};
 
@@ -91,7 +91,7 @@ impl Node {
         // engine never connects to a sidecar that cannot serve it.
         for rank in 0..config.ranks {
             if config.role != Role::Receiver {
-                node.sender(rank)?;
+                node.sender(rank).await?;
             }
             if config.role != Role::Sender {
                 node.receiver(rank).await?;
@@ -205,15 +205,52 @@ struct Builder {
 }
 
 impl Builder {
-    fn sender(&mut self, rank: u32) -> Result<(), StartError> {
+    async fn sender(&mut self, rank: u32) -> Result<(), StartError> {
         let buffer = self.buffer(RankRole::Sender, rank)?;
         let wires = self.wires(rank, &buffer, None)?;
         self.observer.wires(RankRole::Sender, rank, wires.clone());
-        let task = SenderTask::new(self.context(rank, wires), buffer, self.process_lock.clone());
+        let fetch = self.fetch_port(rank).await?;
+        let context = self.context(rank, wires);
+        let task = SenderTask::new(context, buffer, self.process_lock.clone(), fetch);
         let engines = self.inbox(RankRole::Sender, rank);
         self.tasks
             .spawn(task.run(engines, self.drain.clone(), self.stop.clone()));
         Ok(())
+    }
+
+    /// Binds a rank's fetch port, if one is configured.
+    async fn fetch_port(&mut self, rank: u32) -> Result<Option<FetchPort>, StartError> {
+        let Some(listen) = self.config.fetch.clone() else {
+            return Ok(None);
+        };
+        let port = match (listen.port, u16::try_from(rank)) {
+            (0, _) => Some(0),
+            (first, Ok(rank)) => first.checked_add(rank),
+            (_, Err(_)) => None,
+        };
+        let Some(port) = port else {
+            return Err(anyhow::anyhow!(
+                "sidecar.fetch_port: the port of rank {rank} would be above 65535; choose a lower port for rank 0"
+            )
+            .into());
+        };
+        let server = RouterServer::bind(&listen.host, port, MAX_ALLOC_BYTES)
+            .await
+            .map_err(anyhow::Error::from)?;
+        self.observer.port(rank, "fetch", server.traffic());
+        self.ports
+            .insert(server.port(), format!("fetch of rank {rank}"));
+        info!(
+            rank,
+            host = listen.host,
+            fetch = server.port(),
+            "port bound"
+        );
+        let announced = Keeper {
+            host: listen.advertise,
+            port: server.port(),
+        };
+        Ok(Some(FetchPort { server, announced }))
     }
 
     async fn receiver(&mut self, rank: u32) -> Result<(), StartError> {
@@ -269,11 +306,12 @@ impl Builder {
             "ports bound"
         );
         // `selftest` asks for port 0, so the target has the port that was bound.
-        self.targets.push(Target {
+        let target = Target {
             host: listen.advertise.clone(),
             init_port: init.port(),
             alloc_port: alloc.port(),
-        });
+        };
+        self.targets.push(target.clone());
         // The wires start after the buffer, because they register it with their libraries.
         let wires = self.wires(rank, &buffer, Some((listen, tcp)))?;
         for (kind, port) in wires.data_ports() {
@@ -281,7 +319,14 @@ impl Builder {
                 .insert(port, format!("{kind} data of rank {rank}"));
         }
         self.observer.wires(RankRole::Receiver, rank, wires.clone());
-        let task = ReceiverTask::new(self.context(rank, wires), buffer, init, alloc, query);
+        let task = ReceiverTask::new(
+            self.context(rank, wires),
+            buffer,
+            init,
+            alloc,
+            query,
+            target,
+        );
         let engines = self.inbox(RankRole::Receiver, rank);
         self.tasks
             .spawn(task.run(engines, self.drain.clone(), self.stop.clone()));

@@ -95,6 +95,7 @@ impl Selftest {
                     tcp: 0,
                 }],
             }),
+            fetch: None,
             socket: directory.path.join("selftest.sock"),
             admin: HostPort {
                 host: LOOPBACK.to_owned(),
@@ -120,6 +121,7 @@ impl Selftest {
                 no_sender: Duration::from_secs(5),
                 unclaimed: Duration::from_secs(5),
                 max_lease: Duration::from_secs(10),
+                max_keep: Duration::from_secs(10),
                 fence: Duration::from_secs(1),
                 drain: Duration::from_secs(5),
             },

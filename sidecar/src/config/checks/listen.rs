@@ -4,7 +4,7 @@ use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::Layers;
 use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
-use crate::config::{Listen, RankPorts};
+use crate::config::{FetchListen, Listen, RankPorts};
 use crate::transport::ucx::Ucx;
 
 pub(super) fn listen(
@@ -129,6 +129,37 @@ pub(super) fn listen(
     })
 }
 
+/// Returns the fetch port; `None` if there is none, or if it has no address that decode sides can reach.
+pub(super) fn fetch(
+    layers: &mut Layers,
+    lmcache: &Lmcache,
+    sidecar: &Sidecar,
+) -> Option<FetchListen> {
+    let port = value(&sidecar.fetch_port)?.0;
+    let host = lmcache
+        .pd_peer_host
+        .as_ref()
+        .map_or_else(|| "127.0.0.1".to_owned(), |host| host.value.0.clone());
+    let advertise = match &sidecar.advertise_host {
+        Some(host) => host.value.0.clone(),
+        None if is_wildcard(&host) => {
+            layers.wrong(
+                "pd_peer_host",
+                lmcache.pd_peer_host.as_ref()?,
+                "decode sides cannot connect to a wildcard address",
+                "write the address of one interface, or set sidecar.advertise_host",
+            );
+            return None;
+        }
+        None => host.clone(),
+    };
+    Some(FetchListen {
+        host,
+        advertise,
+        port,
+    })
+}
+
 /// Refuses ports that other machines can reach, unless the user consents, because peers are not authenticated
 /// yet.
 pub(super) fn exposed(
@@ -136,6 +167,7 @@ pub(super) fn exposed(
     lmcache: &Lmcache,
     sidecar: &Sidecar,
     listen: Option<&Listen>,
+    fetch: Option<&FetchListen>,
     ucx: Option<&Ucx>,
 ) {
     let allowed = value(&sidecar.insecure).unwrap_or(false);
@@ -146,6 +178,14 @@ pub(super) fn exposed(
         open.push(("pd_peer_host", listen.host.clone()));
         if !allowed {
             layers.wrong("pd_peer_host", given, UNAUTHENTICATED, ALLOW);
+        }
+    }
+    if let (Some(fetch), Some(given)) = (fetch, &sidecar.fetch_port)
+        && !is_loopback(&fetch.host)
+    {
+        open.push(("sidecar.fetch_port", fetch.host.clone()));
+        if !allowed {
+            layers.wrong("sidecar.fetch_port", given, UNAUTHENTICATED, ALLOW);
         }
     }
     if let Some(given) = sidecar.admin.as_ref().filter(|a| !a.value.is_loopback()) {

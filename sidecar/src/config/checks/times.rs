@@ -60,6 +60,7 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
         no_sender: value(&sidecar.no_sender_ms)?.0,
         unclaimed: value(&sidecar.unclaimed_ms)?.0,
         max_lease: value(&sidecar.max_lease_ms)?.0,
+        max_keep: value(&sidecar.max_keep_ms)?.0,
         fence: value(&sidecar.fence_ms)?.0,
         drain,
     };

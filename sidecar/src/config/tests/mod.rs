@@ -321,7 +321,7 @@ fn machines_get_what_was_configured() {
     };
     let epoch = protocol::Epoch(7);
     let (config, _) = load(RECEIVER);
-    let receiver = config.receiver_config(epoch, 40, &layout).unwrap();
+    let receiver = config.receiver_config(epoch, 40, &layout, None).unwrap();
     assert_eq!(
         (
             receiver.slots,
@@ -332,7 +332,10 @@ fn machines_get_what_was_configured() {
     );
     assert_ne!(
         receiver.seed,
-        config.receiver_config(epoch, 40, &layout).unwrap().seed
+        config
+            .receiver_config(epoch, 40, &layout, None)
+            .unwrap()
+            .seed
     );
     assert_eq!(config.rank_id(1), "host-receiver-7900/1");
     let (config, _) = load(&SENDER.replacen("proxy:", "push: off, stall_ms: 7s, proxy:", 1));

@@ -1,6 +1,7 @@
 //! Runs the receiving role of one rank: the task that owns its machine, its ports and its buffer.
 
 mod checks;
+mod keepers;
 mod lmcache;
 mod ports;
 mod write_fence;
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use common::zmq::{FromPeer, RouterServer};
-use protocol::local::{ToEngine, ToSidecar};
+use protocol::local::{Target, ToEngine, ToSidecar};
 use protocol::message::{Hello, Pages, Refusal};
 use protocol::receiver::{Action, Event, Receiver};
 use protocol::{EngineId, Epoch, LeaseId, Reason, SlotIndex, VERSION, codec};
@@ -25,6 +26,7 @@ use crate::net::host_id;
 use crate::peer::handshake::Identity;
 use crate::rank::context::{Clock, Gauges, RankContext, RankRole};
 use checks::Checks;
+use keepers::{FromKeeper, Keepers};
 use lmcache::canary::Canaries;
 use lmcache::peers::LmcachePeers;
 use lmcache::pending::PendingBeforeEngine;
@@ -42,6 +44,9 @@ pub(crate) struct ReceiverTask {
     alloc: RouterServer,
     /// The query port, which only LMCache's bidirectional mode uses; `None` without it.
     query: Option<RouterServer>,
+    /// The address of this rank, at which senders find it.
+    target: Target,
+    keepers: Keepers,
     identity: Identity,
     pending: PendingBeforeEngine,
     lmcache_peers: LmcachePeers,
@@ -59,6 +64,7 @@ impl ReceiverTask {
         init: RouterServer,
         alloc: RouterServer,
         query: Option<RouterServer>,
+        target: Target,
     ) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
@@ -76,7 +82,9 @@ impl ReceiverTask {
             refused: None,
         };
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config),
+            keepers: Keepers::new(id.clone(), config.times.link),
+            target,
+            engines: Engines::new(id, Arc::clone(&buffer), config, None),
             machine: None,
             buffer,
             init,
@@ -150,6 +158,7 @@ impl ReceiverTask {
                         break;
                     }
                 },
+                event = self.keepers.next() => self.on_fetch_port(event),
                 news = self.fences.next() => match news {
                     News::Settling => self.expect(),
                     News::Over(sender) => self.feed(Event::Fenced { sender, lease: None }),
@@ -163,6 +172,7 @@ impl ReceiverTask {
             }
         }
         // Closing the sockets shows the peers at once that this receiver has ended.
+        self.keepers.close().await;
         self.init.close().await;
         self.alloc.close().await;
         if let Some(query) = self.query {
@@ -224,6 +234,7 @@ impl ReceiverTask {
             slot_layout.epoch,
             slot_layout.slots,
             &slot_layout.layout,
+            Some(self.target.clone()),
         );
         let Some(config) = config else {
             error!(
@@ -313,6 +324,14 @@ impl ReceiverTask {
         self.feed(Event::CanaryChecked { gone, there });
     }
 
+    fn on_fetch_port(&mut self, event: FromKeeper) {
+        match event {
+            FromKeeper::Message(from, message) => self.feed(Event::Keeper { from, message }),
+            FromKeeper::Lost(from, reason) => self.feed(Event::KeeperLost { from, reason }),
+            FromKeeper::Malformed => self.context.malformed("fetch"),
+        }
+    }
+
     fn act(
         &mut self,
         action: Action,
@@ -324,8 +343,7 @@ impl ReceiverTask {
                     debug!(peer = self.alloc.name(route), %error, "answer not sent");
                 }
             }
-            // Without an address the machine fetches nothing.
-            Action::Ask { .. } => {}
+            Action::Ask { to, message } => self.keepers.send(&to, &message),
             Action::Ready(engine, m) => self.tell(engine, ToEngine::Ready(m)),
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
             Action::Open { lease, slot } => self.context.wires.open(lease, slot),

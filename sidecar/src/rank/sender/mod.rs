@@ -4,6 +4,7 @@
 //! itself keeps no protocol state; it only owns the links and sockets to receivers.
 
 mod connection;
+mod fetch_port;
 mod peers;
 mod ranges;
 mod writes;
@@ -20,7 +21,7 @@ use protocol::{EngineId, Reason, TransferId, VERSION};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
@@ -29,6 +30,8 @@ use crate::peer::process_lock::ProcessLock;
 use crate::rank::context::{Clock, RankContext, RankRole};
 use crate::transport::{Outcome, Readiness};
 use connection::ReceiverKind;
+pub(crate) use fetch_port::FetchPort;
+use fetch_port::next_fetch;
 use peers::{FromReceiver, Peers};
 
 /// The task of a rank's sender. The machine decides, and the task carries out its actions.
@@ -38,6 +41,8 @@ pub(crate) struct SenderTask {
     engines: Engines,
     machine: Option<Sender>,
     peers: Peers,
+    /// The port at which decode sides fetch kept KV; `None` if this sidecar keeps none.
+    fetch: Option<FetchPort>,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
     /// The queue of transfers that did not end at once. The wires of these transfers may need the receiver's
@@ -69,11 +74,14 @@ impl SenderTask {
         context: RankContext,
         buffer: Arc<Buffer>,
         process_lock: ProcessLock,
+        fetch: Option<FetchPort>,
     ) -> Self {
         let config = &context.config;
         let id = config.rank_id(context.rank);
+        let announced = fetch.as_ref().map(|port| port.announced.clone());
         Self {
-            engines: Engines::new(id, Arc::clone(&buffer), config),
+            engines: Engines::new(id, Arc::clone(&buffer), config, announced),
+            fetch,
             machine: None,
             peers: Peers::new(
                 context.wires.clone(),
@@ -118,12 +126,22 @@ impl SenderTask {
                 },
                 Some(event) = self.peers.next() => self.on_receiver(event),
                 Some(event) = engines.recv() => self.on_engine(event),
+                received = next_fetch(&mut self.fetch) => match received {
+                    Ok(event) => self.on_fetch_port(event),
+                    Err(error) => {
+                        error!(%error, "the fetch port has failed");
+                        break;
+                    }
+                },
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
                 () = drain.cancelled(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
                 }
             }
+        }
+        if let Some(port) = self.fetch.take() {
+            port.server.close().await;
         }
         self.peers.close().await;
     }
@@ -371,8 +389,7 @@ impl SenderTask {
                         transport,
                     }),
                 })),
-            // No fetch port listens yet, so no decode side waits for an answer.
-            Action::Answer { .. } => {}
+            Action::Answer { to, message } => self.answer_fetcher(to, &message),
             Action::Record(record) => self.context.record(RankRole::Sender, &record),
         }
     }

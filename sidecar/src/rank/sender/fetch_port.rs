@@ -1,0 +1,65 @@
+//! Passes the messages of decode sides on the fetch port to the machine, and its answers back.
+
+use common::zmq::{Closed, FromPeer, RouterServer};
+use protocol::codec;
+use protocol::keep::{ToFetcher, ToKeeper};
+use protocol::local::Keeper;
+use protocol::receiver::Route;
+use protocol::sender::{Event, FetcherId};
+use tracing::{debug, warn};
+
+use super::SenderTask;
+
+/// The fetch port of one rank.
+#[derive(Debug)]
+pub(crate) struct FetchPort {
+    pub(crate) server: RouterServer,
+    /// The address that engines announce to decode sides.
+    pub(crate) announced: Keeper,
+}
+
+impl SenderTask {
+    pub(super) fn on_fetch_port(&mut self, event: FromPeer) {
+        // The machine keeps nothing of a connection: kept KV expires by its own clock.
+        let FromPeer::Message(route, bytes) = event else {
+            return;
+        };
+        match codec::decode::<ToKeeper>(&bytes) {
+            Ok(message) => {
+                debug!(?route, ?message, "from a decode side");
+                let from = FetcherId(route.0);
+                self.feed(Event::Fetcher { from, message });
+            }
+            Err(error) => {
+                self.context.malformed("fetch");
+                if let Some(port) = &mut self.fetch {
+                    warn!(peer = port.server.name(route), %error, "malformed message on the fetch port");
+                    port.server.disconnect(route);
+                }
+            }
+        }
+    }
+
+    pub(super) fn answer_fetcher(&mut self, to: FetcherId, message: &ToFetcher) {
+        let ToFetcher::Gone(gone) = message;
+        self.context
+            .metrics
+            .fetch_refused(self.context.rank, gone.reason);
+        let Some(port) = &mut self.fetch else {
+            return;
+        };
+        let route = Route(to.0);
+        debug!(peer = port.server.name(route), req = %gone.req, reason = %gone.reason, "no KV for a decode side");
+        if let Err(error) = port.server.send(route, codec::encode(message)) {
+            debug!(%error, "answer on the fetch port not sent");
+        }
+    }
+}
+
+/// Returns the next message of the fetch port; never completes if there is no fetch port.
+pub(super) async fn next_fetch(port: &mut Option<FetchPort>) -> Result<FromPeer, Closed> {
+    match port {
+        Some(port) => port.server.recv().await,
+        None => std::future::pending().await,
+    }
+}
