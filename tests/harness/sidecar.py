@@ -126,8 +126,15 @@ class Sidecar(Part):
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the records of the last 256 ended requests, oldest first."""
-        records: list[dict[str, Any]] = get_json(f"{self.admin}/requests")
-        return records
+        return [row for row in self._requests() if "kept_ms" not in row]
+
+    def kept(self) -> list[dict[str, Any]]:
+        """Returns the requests whose KV the engine keeps until a decode side fetches it, longest kept first."""
+        return [row for row in self._requests() if "kept_ms" in row]
+
+    def _requests(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = get_json(f"{self.admin}/requests")
+        return rows
 
     def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
         """Returns the record of a request. If there are several ranks, returns the record of the last rank.

@@ -22,80 +22,21 @@
 //! * Nothing is kept longer than [`Config::max_keep`](super::Config::max_keep) after it is computed,
 //!   renewed or not: two engines that keep KV for each other could otherwise wait for ever.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+mod store;
+
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use self::store::Kept;
+pub use self::store::KeptRequest;
+pub(super) use self::store::Store;
 use super::request::{Fetched, Phase, Request, Term};
 use super::{Action, FetcherId, Sender};
 use crate::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
 use crate::layout::chunks_of;
 use crate::local::{Keep, Reserve};
 use crate::record::Record;
-use crate::{EngineId, Epoch, Reason, RequestId, Time, Token, VERSION};
-
-/// All kept KV of one rank.
-#[derive(Debug, Default)]
-pub(super) struct Store {
-    kept: BTreeMap<Token, Kept>,
-    /// Tokens of KV that is being pushed, with the engine's id of the request.
-    fetched: BTreeMap<Token, RequestId>,
-    /// Recently ended tokens, oldest first, for decode requests that come late.
-    ended: VecDeque<(Token, Reason)>,
-}
-
-/// KV of one request in the engine's blocks.
-#[derive(Debug)]
-struct Kept {
-    engine: EngineId,
-    req: RequestId,
-    keys: Vec<String>,
-    tokens: u32,
-    upto: u32,
-    term: Term,
-    /// Decode requests that have renewed.
-    renewers: BTreeSet<RequestId>,
-}
-
-impl Store {
-    /// Returns the time at which the first kept KV expires.
-    pub(super) fn deadline(&self) -> Option<Time> {
-        self.kept.values().map(|k| k.term.deadline).min()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.kept.is_empty() && self.fetched.is_empty()
-    }
-
-    /// Returns the number of requests with kept KV, and of their tokens.
-    pub(super) fn gauges(&self) -> (u32, u64) {
-        let tokens = self.kept.values().map(|k| u64::from(k.upto)).sum();
-        (u32::try_from(self.kept.len()).unwrap_or(u32::MAX), tokens)
-    }
-
-    /// Returns true if the engine keeps KV under this request id.
-    pub(super) fn has(&self, req: &RequestId) -> bool {
-        self.kept.values().any(|k| k.req == *req)
-    }
-
-    fn bury(&mut self, token: Token, reason: Reason) {
-        self.ended.push_back((token, reason));
-        if self.ended.len() > REMEMBERED {
-            self.ended.pop_front();
-        }
-    }
-
-    /// Returns the end of a token; `NotKept` if the token is unknown.
-    fn end_of(&self, token: &Token) -> Reason {
-        let end = self.ended.iter().rev().find(|(known, _)| known == token);
-        end.map_or(Reason::NotKept, |(_, reason)| *reason)
-    }
-
-    fn token_of(&self, engine: EngineId, req: &RequestId) -> Option<Token> {
-        let mut kept = self.kept.iter();
-        let found = kept.find(|(_, k)| k.engine == engine && k.req == *req);
-        found.map(|(token, _)| token.clone())
-    }
-}
+use crate::{EngineId, Epoch, Reason, RequestId, Token, VERSION};
 
 impl Sender {
     /// Begins to keep the KV of a request, or keeps it for longer.
@@ -136,7 +77,7 @@ impl Sender {
             term,
             renewers: BTreeSet::new(),
         };
-        self.store.kept.insert(asked.token, kept);
+        self.store.insert(asked.token, kept);
     }
 
     /// Checks whether KV can be kept, and returns the reason if it cannot.
@@ -181,6 +122,7 @@ impl Sender {
     /// Notes that the engine computes tokens of kept KV. The time begins when all are computed.
     pub(super) fn kept_computing(&mut self, engine: EngineId, req: &RequestId, upto: u32) {
         let (now, max_keep) = (self.now, self.config.max_keep);
+        self.store.changes += 1;
         let mut kept = self.store.kept.values_mut();
         if let Some(kept) = kept.find(|k| k.engine == engine && k.req == *req) {
             kept.upto = kept.upto.max(upto).min(kept.tokens);
@@ -241,7 +183,7 @@ impl Sender {
 
     /// Ends kept KV: its blocks are the engine's again.
     fn end_kept(&mut self, token: &Token, reason: Reason) {
-        let Some(kept) = self.store.kept.remove(token) else {
+        let Some(kept) = self.store.remove(token) else {
             return;
         };
         self.store.bury(token.clone(), reason);
@@ -282,7 +224,7 @@ impl Sender {
         {
             return self.later(from, fetch.token, fetch.req, Reason::Busy);
         }
-        match self.store.kept.remove(&fetch.token) {
+        match self.store.remove(&fetch.token) {
             Some(kept) => self.start_fetch(from, fetch, kept),
             None => {
                 let reason = self.store.end_of(&fetch.token);
@@ -394,7 +336,7 @@ impl Sender {
             };
             request.record.reason = reason;
             let record = request.record.clone();
-            self.store.kept.insert(fetched.token.clone(), kept);
+            self.store.insert(fetched.token.clone(), kept);
             self.actions.push_back(Action::Record(record));
             self.gone(
                 fetched.by,
@@ -468,7 +410,5 @@ fn is_final(reason: Reason) -> bool {
 
 /// Epoch in messages of decode sides that do not know it.
 const ANY_EPOCH: Epoch = Epoch(0);
-/// Number of ended tokens that the sender remembers: a few seconds of a busy instance.
-const REMEMBERED: usize = 1024;
 /// Most decode requests whose renewals count: a client request has few retries and choices.
 const MAX_RENEWERS: usize = 8;

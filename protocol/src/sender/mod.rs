@@ -32,6 +32,7 @@ use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
 pub use events::{Action, After, Config, Event, FetcherId, Gauges, Piece, WatchId};
+pub use kept::KeptRequest;
 use kept::Store;
 use lmcache::Foreign;
 use request::{Phase, Request};

@@ -208,7 +208,7 @@ async fn exposition(State(shared): State<Shared>) -> Response {
 }
 
 async fn requests(State(shared): State<Shared>) -> Response {
-    Json(shared.status.records()).into_response()
+    Json(shared.status.requests(Instant::now())).into_response()
 }
 
 async fn status(State(shared): State<Shared>) -> Response {

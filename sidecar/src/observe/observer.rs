@@ -8,7 +8,7 @@ use protocol::registration::ToProxy;
 
 use crate::observe::registration::ProxyVoice;
 use crate::observe::status::Status;
-use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
+use crate::rank::context::{Gauges, KeptStatus, LinkStatus, Observer, RankRole};
 use crate::transport::set::Wires;
 
 /// Passes each change to the status and the proxy.
@@ -35,6 +35,10 @@ impl Observer for Fanout {
 
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic) {
         self.status.port(rank, port, traffic);
+    }
+
+    fn kept(&self, rank: u32, requests: &mut dyn Iterator<Item = KeptStatus>) {
+        self.status.kept(rank, requests);
     }
 
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {

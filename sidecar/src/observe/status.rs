@@ -17,12 +17,13 @@ use protocol::{Epoch, VERSION};
 use tokio::sync::Notify;
 
 pub(crate) use self::shape::{
-    ACKNOWLEDGED_FOR, LinkRow, NotReady, ProxyStatus, RankStatus, RecordRow, Snapshot,
+    ACKNOWLEDGED_FOR, KeptRow, LinkRow, NotReady, ProxyStatus, RankStatus, RecordRow, RequestRow,
+    Snapshot,
 };
 
 use crate::config::Config;
 use crate::observe::listening::Listens;
-use crate::rank::context::{Gauges, LinkStatus, RankRole};
+use crate::rank::context::{Gauges, KeptStatus, LinkStatus, RankRole};
 use crate::transport::set::Wires;
 
 /// The state that the sidecar shows, behind a lock.
@@ -71,6 +72,7 @@ struct Inner {
     wires: BTreeMap<(RankRole, u32), Wires>,
     ports: BTreeMap<(u32, &'static str), Traffic>,
     links: BTreeMap<u32, Vec<LinkRow>>,
+    kept: BTreeMap<u32, Vec<KeptStatus>>,
     records: VecDeque<RecordRow>,
     acknowledged: Option<(Instant, String)>,
     /// The kind of proxy that was connected last.
@@ -219,6 +221,14 @@ impl Status {
         rows.truncate(len);
     }
 
+    /// Replaces the kept requests of a sender's rank.
+    pub(crate) fn kept(&self, rank: u32, requests: &mut dyn Iterator<Item = KeptStatus>) {
+        let mut inner = self.inner();
+        let kept = inner.kept.entry(rank).or_default();
+        kept.clear();
+        kept.extend(requests);
+    }
+
     /// Adds the record of a request that has ended.
     pub(crate) fn record(&self, role: RankRole, rank: u32, record: &Record) {
         let row = RecordRow {
@@ -233,9 +243,28 @@ impl Status {
         records.push_back(row);
     }
 
-    /// Returns the records of the last [`MAX_RECORDS`] ended requests, oldest first.
-    pub(crate) fn records(&self) -> Vec<RecordRow> {
-        self.inner().records.iter().cloned().collect()
+    /// Returns the records of the last [`MAX_RECORDS`] ended requests, oldest first, and then all requests
+    /// whose KV is kept, longest kept first.
+    pub(crate) fn requests(&self, now: Instant) -> Vec<RequestRow> {
+        let inner = self.inner();
+        let mut kept: Vec<(u32, &KeptStatus)> = inner
+            .kept
+            .iter()
+            .flat_map(|(&rank, kept)| kept.iter().map(move |k| (rank, k)))
+            .collect();
+        kept.sort_by_key(|(_, k)| k.since);
+        let ended = inner.records.iter().cloned().map(RequestRow::Ended);
+        let kept = kept.into_iter().map(|(rank, k)| {
+            let age = now.saturating_duration_since(k.since).as_millis();
+            RequestRow::Kept(KeptRow {
+                side: RankRole::Sender.as_str(),
+                rank,
+                req: k.req.clone(),
+                tokens: k.tokens,
+                kept_ms: u64::try_from(age).unwrap_or(u64::MAX),
+            })
+        });
+        ended.chain(kept).collect()
     }
 
     /// Returns the reasons why a push would not work now; empty if a push would work.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::zmq::Traffic;
-use protocol::Time;
 use protocol::local::Target;
 use protocol::record::Record;
 use protocol::registration::ToProxy;
+use protocol::{RequestId, Time};
 use tracing::{info, warn};
 
 use crate::config::Config;
@@ -39,6 +39,8 @@ pub(crate) trait Observer: Send + Sync + std::fmt::Debug {
     fn wires(&self, role: RankRole, rank: u32, wires: Wires);
     /// Receives a port that was bound. The observer reads its event counts when metrics are requested.
     fn port(&self, rank: u32, port: &'static str, traffic: Traffic);
+    /// Takes all requests whose KV a sender's engine keeps, after one was added or removed.
+    fn kept(&self, rank: u32, requests: &mut dyn Iterator<Item = KeptStatus>);
     /// Receives the state of a sender's links.
     fn links(&self, rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>);
     /// Sends the message to the proxy, if there is a proxy.
@@ -57,6 +59,22 @@ pub(crate) struct Gauges<'a> {
     pub(crate) quarantined: u32,
     pub(crate) parked_tokens: u64,
     pub(crate) requests: u32,
+    /// Number of requests whose KV the engine keeps until a decode side fetches it; 0 for a receiver.
+    pub(crate) kept: u32,
+    /// Tokens of these requests; 0 for a receiver.
+    pub(crate) kept_tokens: u64,
+    /// Number of decode requests whose KV a prefill side keeps; 0 for a sender.
+    pub(crate) expected: u32,
+}
+
+/// A request whose KV the prefill engine keeps until a decode side fetches it.
+#[derive(Clone, Debug)]
+pub(crate) struct KeptStatus {
+    /// The id of the request at the prefill engine.
+    pub(crate) req: RequestId,
+    pub(crate) tokens: u32,
+    /// The time of the engine's last step for the request.
+    pub(crate) since: Instant,
 }
 
 /// The state of one link of a sender, for logs and the status page: configured, reported and measured values.
@@ -259,13 +277,18 @@ impl Clock {
         Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 
+    /// Returns the instant of a time.
+    pub(crate) fn instant(&self, time: Time) -> Instant {
+        self.start + Duration::from_micros(time.0)
+    }
+
     /// Completes at `deadline`; never if there is no deadline.
     pub(crate) async fn sleep_until(&self, deadline: Option<Time>) {
         match deadline {
             // Tokio's timers have a granularity of a millisecond and never fire early, so the machine wakes
             // only once for each deadline.
             Some(Time(us)) => {
-                let at = self.start + Duration::from_micros(us);
+                let at = self.instant(Time(us));
                 tokio::time::sleep_until(at.into()).await;
             }
             None => std::future::pending().await,

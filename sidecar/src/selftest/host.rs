@@ -17,7 +17,7 @@ use crate::cli::Selftest;
 use crate::config::{Config, HostPort, Listen, LogFormat, RankPorts, Role, Times};
 use crate::memory::Buffer;
 use crate::net::malformed::MalformedFrames;
-use crate::rank::context::{Gauges, LinkStatus, Observer, RankRole};
+use crate::rank::context::{Gauges, KeptStatus, LinkStatus, Observer, RankRole};
 use crate::rank::metrics::RankMetrics;
 use crate::rank::node::Node;
 use crate::transport::Kind;
@@ -217,6 +217,8 @@ impl Observer for Seen {
     }
 
     fn gauges(&self, _side: RankRole, _rank: u32, _gauges: Gauges<'_>) {}
+
+    fn kept(&self, _rank: u32, _requests: &mut dyn Iterator<Item = KeptStatus>) {}
 
     fn links(&self, _rank: u32, links: &mut dyn Iterator<Item = &LinkStatus>) {
         if let Some(link) = links.next() {

@@ -117,6 +117,24 @@ fn ranks(encoder: &mut DescriptorEncoder<'_>, shown: &Snapshot) -> fmt::Result {
         )?;
         gauge(
             encoder,
+            "kept_requests",
+            "Requests whose KV a prefill engine keeps until a decode side fetches it",
+            of(|r| f64::from(r.kept)),
+        )?;
+        gauge(
+            encoder,
+            "kept_tokens",
+            "Tokens of requests whose KV a prefill engine keeps",
+            of(|r| r.kept_tokens as f64),
+        )?;
+        gauge(
+            encoder,
+            "expected_requests",
+            "Decode requests whose KV a prefill side keeps",
+            of(|r| f64::from(r.expected)),
+        )?;
+        gauge(
+            encoder,
             "engine_connections",
             "Engines connected",
             of(|r| r.engines as f64),

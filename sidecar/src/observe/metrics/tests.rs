@@ -153,6 +153,18 @@ fn gauges_are_what_the_status_says() {
             700.0,
         ),
         (
+            "pd_sidecar_kept_requests{side=\"receiver\",rank=\"1\"}",
+            4.0,
+        ),
+        (
+            "pd_sidecar_kept_tokens{side=\"receiver\",rank=\"1\"}",
+            900.0,
+        ),
+        (
+            "pd_sidecar_expected_requests{side=\"receiver\",rank=\"1\"}",
+            5.0,
+        ),
+        (
             "pd_sidecar_requests_under_way{side=\"receiver\",rank=\"1\"}",
             3.0,
         ),

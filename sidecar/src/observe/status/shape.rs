@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use protocol::record::Record;
-use protocol::{Epoch, Layout};
+use protocol::{Epoch, Layout, RequestId};
 use serde::Serialize;
 
 use crate::observe::listening::Listens;
@@ -55,6 +55,12 @@ pub(crate) struct RankStatus {
     pub(crate) requests: u32,
     /// Sum of the tokens of parked decode requests.
     pub(crate) parked_tokens: u64,
+    /// Sender: number of requests whose KV the engine keeps until a decode side fetches it.
+    pub(crate) kept: u32,
+    /// Sender: sum of the tokens of these requests.
+    pub(crate) kept_tokens: u64,
+    /// Receiver: number of decode requests whose KV a prefill side keeps.
+    pub(crate) expected: u32,
 }
 
 /// One link of a sender.
@@ -89,6 +95,31 @@ pub(crate) struct RecordRow {
     /// The record that the protocol machine made.
     #[serde(flatten)]
     pub(crate) record: Record,
+}
+
+/// One request of `/requests`.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum RequestRow {
+    /// The request has ended.
+    Ended(RecordRow),
+    /// The prefill engine keeps the request's KV.
+    Kept(KeptRow),
+}
+
+/// One request whose KV the prefill engine keeps until a decode side fetches it.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct KeptRow {
+    /// `sender`.
+    pub(crate) side: &'static str,
+    /// The rank.
+    pub(crate) rank: u32,
+    /// The id of the request at the prefill engine.
+    pub(crate) req: RequestId,
+    /// Number of tokens that the engine has computed.
+    pub(crate) tokens: u32,
+    /// Milliseconds since the engine's last step for the request.
+    pub(crate) kept_ms: u64,
 }
 
 /// Everything at one moment, for `/status`.
@@ -149,6 +180,9 @@ impl RankStatus {
             quarantined: 0,
             requests: 0,
             parked_tokens: 0,
+            kept: 0,
+            kept_tokens: 0,
+            expected: 0,
         }
     }
 
@@ -170,6 +204,9 @@ impl RankStatus {
         self.quarantined = gauges.quarantined;
         self.requests = gauges.requests;
         self.parked_tokens = gauges.parked_tokens;
+        self.kept = gauges.kept;
+        self.kept_tokens = gauges.kept_tokens;
+        self.expected = gauges.expected;
     }
 }
 

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use protocol::local::Target;
 use protocol::registration::InstanceRole;
 use protocol::{Layout, Reason, RequestId};
+use serde_json::json;
 
 use super::*;
 use crate::config::Inputs;
@@ -59,6 +60,9 @@ pub(crate) fn gauges(slot_layout: Option<&SlotLayout>, engines: usize) -> Gauges
         quarantined: u32::from(slot_layout.is_some()),
         parked_tokens: 700,
         requests: 3,
+        kept: 4,
+        kept_tokens: 900,
+        expected: 5,
     }
 }
 
@@ -292,13 +296,38 @@ fn the_oldest_records_give_way() {
             },
         );
     }
-    let records = status.records();
-    assert_eq!(records.len(), MAX_RECORDS);
-    assert_eq!(records[0].record.req, RequestId::from("r10"));
-    assert_eq!(
-        records[MAX_RECORDS - 1].record.req,
-        RequestId(format!("r{}", MAX_RECORDS + 9))
-    );
+    let names = names(&status, Instant::now());
+    assert_eq!(names.len(), MAX_RECORDS);
+    assert_eq!(names[0], "r10");
+    assert_eq!(names[MAX_RECORDS - 1], format!("r{}", MAX_RECORDS + 9));
+}
+
+#[test]
+fn kept_requests_come_after_those_that_have_ended_longest_kept_first() {
+    let status = Status::new(&config(&[]));
+    let now = Instant::now();
+    let kept = |req: &str, s| KeptStatus {
+        req: RequestId::from(req),
+        tokens: 600,
+        since: now + Duration::from_secs(s),
+    };
+    status.kept(0, &mut [kept("p2", 2), kept("p1", 1)].into_iter());
+    status.record(RankRole::Sender, 0, &record(None));
+    assert_eq!(names(&status, now), ["r1", "p1", "p2"]);
+    let rows = serde_json::to_value(status.requests(now + Duration::from_secs(4))).unwrap();
+    let row = json!({ "side": "sender", "rank": 0, "req": "p1", "tokens": 600, "kept_ms": 3000 });
+    assert_eq!(rows[1], row);
+    status.kept(0, &mut std::iter::empty());
+    assert_eq!(names(&status, now), ["r1"]);
+}
+
+fn names(status: &Status, now: Instant) -> Vec<String> {
+    let rows = status.requests(now).into_iter();
+    let name = |row| match row {
+        RequestRow::Ended(row) => row.record.req.0,
+        RequestRow::Kept(row) => row.req.0,
+    };
+    rows.map(name).collect()
 }
 
 #[tokio::test]

@@ -396,6 +396,9 @@ impl ReceiverTask {
                 quarantined: gauges.quarantined,
                 parked_tokens: gauges.parked_tokens,
                 requests: gauges.requests,
+                kept: 0,
+                kept_tokens: 0,
+                expected: gauges.expected,
             },
             std::iter::empty(),
         );

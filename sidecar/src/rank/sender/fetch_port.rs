@@ -9,6 +9,7 @@ use protocol::sender::{Event, FetcherId};
 use tracing::{debug, warn};
 
 use super::SenderTask;
+use crate::rank::context::KeptStatus;
 
 /// The fetch port of one rank.
 #[derive(Debug)]
@@ -53,6 +54,23 @@ impl SenderTask {
         if let Err(error) = port.server.send(route, codec::encode(message)) {
             debug!(%error, "answer on the fetch port not sent");
         }
+    }
+
+    /// Passes the kept requests to the observer if there was a change.
+    pub(super) fn publish_kept(&mut self) {
+        let Some(machine) = &self.machine else {
+            return;
+        };
+        let changes = machine.kept_changes();
+        if std::mem::replace(&mut self.kept_changes, changes) == changes {
+            return;
+        }
+        let mut requests = machine.kept().map(|kept| KeptStatus {
+            req: kept.req.clone(),
+            tokens: kept.tokens,
+            since: self.clock.instant(kept.since),
+        });
+        self.context.observer.kept(self.context.rank, &mut requests);
     }
 }
 

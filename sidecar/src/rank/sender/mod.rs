@@ -43,6 +43,8 @@ pub(crate) struct SenderTask {
     peers: Peers,
     /// The port at which decode sides fetch kept KV; `None` if this sidecar keeps none.
     fetch: Option<FetchPort>,
+    /// The machine's number of changes of its kept KV when the observer took it last.
+    kept_changes: u64,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
     /// The queue of transfers that did not end at once. The wires of these transfers may need the receiver's
@@ -82,6 +84,7 @@ impl SenderTask {
         Self {
             engines: Engines::new(id, Arc::clone(&buffer), config, announced),
             fetch,
+            kept_changes: 0,
             machine: None,
             peers: Peers::new(
                 context.wires.clone(),
@@ -398,12 +401,15 @@ impl SenderTask {
         self.engines.send(engine, message);
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        self.publish_kept();
         let gauges = self.machine.as_ref().map(Sender::gauges);
         let Gauges {
             free,
             held,
             requests,
+            kept,
+            kept_tokens,
             ..
         } = gauges.unwrap_or_default();
         self.context.publish(
@@ -417,6 +423,9 @@ impl SenderTask {
                 quarantined: 0,
                 parked_tokens: 0,
                 requests,
+                kept,
+                kept_tokens,
+                expected: 0,
             },
             self.peers.links(),
         );
