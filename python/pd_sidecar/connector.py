@@ -301,7 +301,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
         # The sidecar compares this number with its configured ports, and reports a difference together with a cure.
-        variables = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(self._partition.ranks)}
+        ours = {"PD_SIDECAR_RANKS": str(self._partition.ranks), "PD_SIDECAR_SPAWNED": "1"}
+        variables = {**lmcache.variables(extra), **ours}
         return Child(command, logger, variables)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | DisabledWorker:

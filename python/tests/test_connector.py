@@ -287,7 +287,7 @@ def test_a_spawned_sidecar_is_told_the_ranks(monkeypatch):
     monkeypatch.setattr(module, "Child", lambda command, logger, variables: told.append(variables))
     given = config({"sidecar": "spawn", "lmcache.pd_role": "sender"}, tensor_parallel_size=2)
     PdSidecarConnector(given, KVConnectorRole.SCHEDULER, cache())
-    assert told == [{"LMCACHE_PD_ROLE": "sender", "PD_SIDECAR_RANKS": "2"}]
+    assert told == [{"LMCACHE_PD_ROLE": "sender", "PD_SIDECAR_RANKS": "2", "PD_SIDECAR_SPAWNED": "1"}]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ pub(crate) fn config(
     };
     let fetch = match role {
         Role::Receiver => None,
-        Role::Sender | Role::Both => fetch(layers, lmcache, sidecar),
+        Role::Sender | Role::Both => fetch(layers, inputs, lmcache, sidecar),
     };
     // The number of ranks follows from the port lists, so the ports come first.
     let ranks = ranks(layers, sidecar, listen.as_ref());

@@ -117,7 +117,7 @@ keys! {
         /// Sender: port of rank 0 at which decode sides fetch KV that the engine keeps, for routers that name no
         /// receiver; rank N uses this port + N. 0 means any free port; the engine's answers announce its number.
         /// It is bound to `pd_peer_host` (without that key: to 127.0.0.1).
-        fetch_port: Port = Default::None;
+        fetch_port: Port = Default::Computed("0 if an engine starts the sidecar and only this machine reaches the port, else no port");
         /// Senders send an XXH3 checksum of each chunk, and receivers compare it with the chunk that arrived.
         checksum: bool = Default::Value("off");
         /// If off, the sidecar pushes no KV, and each decode engine computes its prompts. For tests.

@@ -353,7 +353,8 @@ impl Layers {
             .collect();
         for (name, _) in &self.env {
             let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
-            let other = name == FILE_VARIABLE || OTHER_VARIABLES.contains(&name.as_str());
+            let other = [FILE_VARIABLE, SPAWNED_VARIABLE].contains(&name.as_str())
+                || OTHER_VARIABLES.contains(&name.as_str());
             if ours && !other && !variables.contains(name) {
                 let near = suggest(name, variables.iter().map(String::as_str));
                 let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
@@ -372,6 +373,9 @@ impl Layers {
 
 /// The environment variable with the file's path. The flag takes precedence.
 pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
+
+/// The variable that an engine sets to 1 for the sidecar that it starts.
+pub(crate) const SPAWNED_VARIABLE: &str = "PD_SIDECAR_SPAWNED";
 
 /// Variables of LMCache's processes that are not keys of LMCache's configuration.
 const OTHER_VARIABLES: &[&str] = &[

@@ -2,7 +2,7 @@
 
 use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
-use crate::config::layers::Layers;
+use crate::config::layers::{Inputs, Layers, SPAWNED_VARIABLE, Source};
 use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
 use crate::config::{FetchListen, Listen, RankPorts};
 use crate::transport::ucx::Ucx;
@@ -132,14 +132,27 @@ pub(super) fn listen(
 /// Returns the fetch port; `None` if there is none, or if it has no address that decode sides can reach.
 pub(super) fn fetch(
     layers: &mut Layers,
+    inputs: &Inputs,
     lmcache: &Lmcache,
     sidecar: &Sidecar,
 ) -> Option<FetchListen> {
-    let port = value(&sidecar.fetch_port)?.0;
     let host = lmcache
         .pd_peer_host
         .as_ref()
         .map_or_else(|| "127.0.0.1".to_owned(), |host| host.value.0.clone());
+    let port = match value(&sidecar.fetch_port) {
+        Some(port) => port.0,
+        None => {
+            // Other machines reach a port only if the user asks for it.
+            let opens = is_spawned(inputs) && is_loopback(&host);
+            let shown = if opens { "0" } else { "none" };
+            layers.computed("sidecar.fetch_port", shown.to_owned(), &Source::Default);
+            if !opens {
+                return None;
+            }
+            0
+        }
+    };
     let advertise = match &sidecar.advertise_host {
         Some(host) => host.value.0.clone(),
         None if is_wildcard(&host) => {
@@ -158,6 +171,14 @@ pub(super) fn fetch(
         advertise,
         port,
     })
+}
+
+/// Returns true if an engine has started this sidecar.
+fn is_spawned(inputs: &Inputs) -> bool {
+    inputs
+        .env
+        .iter()
+        .any(|(name, value)| name == SPAWNED_VARIABLE && value == "1")
 }
 
 /// Refuses ports that other machines can reach, unless the user consents, because peers are not authenticated

@@ -1,6 +1,7 @@
 //! Tests with configurations as users write them.
 
 mod devices;
+mod fetch;
 mod mistakes;
 mod mooncake;
 
